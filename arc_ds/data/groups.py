@@ -1,0 +1,80 @@
+"""Group arithmetic: how the n tokens of a context become m groups (design 5).
+
+The boundaries are data, computed here once for a batch; the model and the kernels only follow them.
+
+Shape letters: T tokens, G groups, C contexts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+RuleKind = Literal["factor", "count", "none", "floor_factor"]
+
+
+class GroupRule(NamedTuple):
+    """How many groups a context of n tokens gets.
+
+    "factor": ceil(n / value) groups (the paper's pooling factor); "count": min(n, value) groups; "none": n groups of
+    one token; "floor_factor": n // value groups, or n where n < value (similarity merging).
+    """
+
+    kind: RuleKind
+    value: int = 1
+
+    def num_groups(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of groups for each context length, int64 [C]. Lengths are at least 1."""
+        if self.kind == "factor":
+            return -(-lengths // self.value)
+        if self.kind == "count":
+            return np.minimum(lengths, self.value)
+        if self.kind == "floor_factor":
+            return np.where(lengths < self.value, lengths, lengths // self.value)
+        return lengths.copy()
+
+
+class GroupLevel(NamedTuple):
+    """One pooling of a whole batch: the boundaries of the groups and the lengths that they leave.
+
+    group_cu: int32 [G + 1], where each group starts among the tokens that enter the pooling.
+    cu_seqlens: int32 [C + 1], where each context starts among the groups.
+    max_seqlen: the most groups a context has.
+    """
+
+    group_cu: NDArray[np.int32]
+    cu_seqlens: NDArray[np.int32]
+    max_seqlen: int
+
+
+def cumulative(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Lengths [N] to boundaries [N + 1] from 0, int32 (FlashAttention's `cu_seqlens` convention)."""
+    cu = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu[1:])
+    return cu
+
+
+def group_sizes(lengths: NDArray[np.int64], rule: GroupRule) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Balanced groups of each context (paper, section 3; design 5).
+
+    n tokens make m groups of n // m or n // m + 1 tokens, the longer ones first.
+    Returns (sizes of all groups, context by context, int64 [G]; groups of each context, int64 [C]).
+    """
+    counts = rule.num_groups(lengths)
+    base, longer = lengths // counts, lengths % counts
+    first = np.cumsum(counts) - counts
+    idx_in_context = np.arange(int(counts.sum())) - np.repeat(first, counts)
+    sizes = np.repeat(base, counts) + (idx_in_context < np.repeat(longer, counts))
+    return sizes, counts
+
+
+def group_levels(lengths: NDArray[np.int64], rules: tuple[GroupRule, ...]) -> tuple[GroupLevel, ...]:
+    """The boundaries of each pooling in turn; the groups of one are the tokens of the next. `lengths` int64 [C]."""
+    levels = []
+    for rule in rules:
+        sizes, counts = group_sizes(lengths, rule)
+        levels.append(GroupLevel(cumulative(sizes), cumulative(counts), int(counts.max(initial=0))))
+        lengths = counts
+    return tuple(levels)

@@ -1,0 +1,217 @@
+"""Packing: samples become one batch of flat tensors, in the DataLoader's workers (design 4).
+
+Everything that follows from lengths is decided here, on the host: where each group starts, which decoder row holds
+which token or compressed vector, which rows are labelled. The step itself then never looks at a length.
+
+Shape letters: T encoder tokens, U encoder rows (tokens and memory slots), G final groups, C contexts, S sequences,
+N text tokens, Z compressed vectors (groups, or memory outputs, and markers), M markers, R decoder rows, L labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from arc_ds.data.groups import GroupRule, cumulative, group_levels
+from arc_ds.data.segments import MARKERS, Sample
+
+
+class PoolingSpec(NamedTuple):
+    """What packing must know of the encoder: one rule for each of its last layers, or a number of memory tokens.
+
+    ValueError (from `pack`) where both are asked for: memory tokens replace pooling.
+    """
+
+    rules: tuple[GroupRule, ...] = (GroupRule("factor", 8),)
+    memory_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolLevel:
+    """One pooling of the batch, as tensors (see `groups.GroupLevel`); `positions` restart at 0 in each context."""
+
+    group_cu: Tensor  # int32 [G_level + 1]
+    cu_seqlens: Tensor  # int32 [C + 1]
+    positions: Tensor  # int64 [G_level]
+    max_seqlen: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """One micro-batch as flat tensors; the decoder is given its sequences end to end, without padding."""
+
+    encoder_ids: Tensor  # int64 [T]
+    encoder_cu_seqlens: Tensor  # int32 [C + 1], over encoder rows U
+    encoder_positions: Tensor  # int64 [U]
+    token_rows: Tensor | None  # int64 [T], rows of the tokens where there are memory slots, else None
+    memory_rows: Tensor | None  # int64 [C * memory_tokens], else None
+    levels: tuple[PoolLevel, ...]
+    output_slots: Tensor  # int64 [G], place of each encoder output among the Z compressed vectors
+    marker_slots: Tensor  # int64 [M], place of each marker among the Z compressed vectors
+    marker_kinds: Tensor  # int64 [M], index into segments.MARKERS
+    decoder_ids: Tensor  # int64 [N]
+    decoder_cu_seqlens: Tensor  # int32 [S + 1], over decoder rows R
+    decoder_positions: Tensor  # int64 [R]
+    text_rows: Tensor  # int64 [N]
+    compressed_rows: Tensor  # int64 [Z]
+    label_rows: Tensor  # int64 [L]
+    labels: Tensor  # int64 [L]
+    label_sequences: Tensor  # int64 [L], the sequence of each label
+    tasks: tuple[str, ...]  # [S]
+    encoder_max_seqlen: int
+    decoder_max_seqlen: int
+
+    @property
+    def num_encoder_tokens(self) -> int:
+        return self.encoder_ids.numel()
+
+    @property
+    def num_decoder_rows(self) -> int:
+        return self.decoder_positions.numel()
+
+    @property
+    def num_labels(self) -> int:
+        return self.labels.numel()
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+        """The same batch on `device`; asynchronous from pinned memory."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory (called by torch's DataLoader)."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, move) -> PackedBatch:
+        changed: dict[str, object] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = move(value)
+        changed["levels"] = tuple(
+            dataclasses.replace(
+                level,
+                group_cu=move(level.group_cu),
+                cu_seqlens=move(level.cu_seqlens),
+                positions=move(level.positions),
+            )
+            for level in self.levels
+        )
+        return dataclasses.replace(self, **changed)  # type: ignore[arg-type]
+
+
+def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
+    """Lay samples out as one `PackedBatch` (CPU tensors).
+
+    A target is a token of a text segment with `in_loss` whose preceding row is a text row of the same sample; the
+    preceding row carries it as its label (rows of compressed tokens predict nothing). ValueError on an empty list.
+    """
+    if not samples:
+        raise ValueError("pack() needs at least one sample")
+    if spec.rules and spec.memory_tokens:
+        raise ValueError(f"pooling rules {spec.rules} and memory_tokens={spec.memory_tokens} exclude each other")
+    contexts = [s for sample in samples for s in sample.segments if s.kind == "context"]
+    lengths = np.fromiter((len(c.ids) for c in contexts), dtype=np.int64, count=len(contexts))
+    row_lengths = lengths + spec.memory_tokens
+    levels = group_levels(lengths, spec.rules) if not spec.memory_tokens else ()
+    if spec.memory_tokens:
+        num_outputs = np.full_like(lengths, spec.memory_tokens)
+    else:
+        num_outputs = np.diff(levels[-1].cu_seqlens).astype(np.int64) if levels else lengths
+    kinds = np.fromiter(
+        (-1 if c.marker is None else MARKERS.index(c.marker) for c in contexts), dtype=np.int64, count=len(contexts)
+    )
+    vectors = num_outputs + (kinds >= 0)  # compressed vectors of each context, its marker included
+    first = np.cumsum(vectors) - vectors
+    slots_token, slots_memory = _split_rows(lengths, row_lengths) if spec.memory_tokens else (None, None)
+    rows = _decoder_rows(samples, vectors)
+    return PackedBatch(
+        encoder_ids=_ids([c.ids for c in contexts]),
+        encoder_cu_seqlens=torch.from_numpy(cumulative(row_lengths)),
+        encoder_positions=torch.from_numpy(_ranges(row_lengths)),
+        token_rows=slots_token,
+        memory_rows=slots_memory,
+        levels=tuple(
+            PoolLevel(
+                group_cu=torch.from_numpy(level.group_cu),
+                cu_seqlens=torch.from_numpy(level.cu_seqlens),
+                positions=torch.from_numpy(_ranges(np.diff(level.cu_seqlens).astype(np.int64))),
+                max_seqlen=level.max_seqlen,
+            )
+            for level in levels
+        ),
+        output_slots=torch.from_numpy(_ranges(num_outputs) + np.repeat(first, num_outputs)),
+        marker_slots=torch.from_numpy((first + num_outputs)[kinds >= 0]),
+        marker_kinds=torch.from_numpy(kinds[kinds >= 0]),
+        encoder_max_seqlen=int(row_lengths.max(initial=0)),
+        **rows,
+    )
+
+
+def _decoder_rows(samples: Sequence[Sample], vectors: NDArray[np.int64]) -> dict:
+    """The decoder's side of the batch; `vectors` [C] counts the compressed vectors of each context in order."""
+    ids, text_rows, compressed_rows, label_rows, labels, label_sequences = [], [], [], [], [], []
+    seq_lengths = []
+    row, context_idx = 0, 0
+    for seq_idx, sample in enumerate(samples):
+        start, previous_is_text = row, False
+        for segment in sample.segments:
+            if segment.kind == "context":
+                count = int(vectors[context_idx])
+                compressed_rows.append(np.arange(row, row + count))
+                context_idx, row, previous_is_text = context_idx + 1, row + count, False
+                continue
+            count = len(segment.ids)
+            if count == 0:
+                continue
+            ids.append(segment.ids)
+            text_rows.append(np.arange(row, row + count))
+            if segment.in_loss:
+                skip = 0 if previous_is_text else 1  # the first token has no text row before it
+                label_rows.append(np.arange(row + skip, row + count) - 1)
+                labels.append(segment.ids[skip:])
+                label_sequences.append(np.full(count - skip, seq_idx))
+            row, previous_is_text = row + count, True
+        seq_lengths.append(row - start)
+    lengths = np.asarray(seq_lengths, dtype=np.int64)
+    return {
+        "decoder_ids": _ids(ids),
+        "decoder_cu_seqlens": torch.from_numpy(cumulative(lengths)),
+        "decoder_positions": torch.from_numpy(_ranges(lengths)),
+        "text_rows": _concatenate(text_rows),
+        "compressed_rows": _concatenate(compressed_rows),
+        "label_rows": _concatenate(label_rows),
+        "labels": _ids(labels),
+        "label_sequences": _concatenate(label_sequences),
+        "tasks": tuple(sample.task for sample in samples),
+        "decoder_max_seqlen": int(lengths.max(initial=0)),
+    }
+
+
+def _split_rows(lengths: NDArray[np.int64], row_lengths: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Rows of the tokens and rows of the memory slots behind them, context by context."""
+    memory = row_lengths - lengths
+    first = np.cumsum(row_lengths) - row_lengths
+    tokens = _ranges(lengths) + np.repeat(first, lengths)
+    slots = _ranges(memory) + np.repeat(first + lengths, memory)
+    return torch.from_numpy(tokens), torch.from_numpy(slots)
+
+
+def _ranges(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0 … n-1 for each length, end to end: int64 [sum of lengths]."""
+    first = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(first, lengths)
+
+
+def _ids(pieces: Sequence[Sequence[int]]) -> Tensor:
+    return _concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])
+
+
+def _concatenate(pieces: list[NDArray[np.int64]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64))

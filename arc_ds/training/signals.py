@@ -1,0 +1,96 @@
+"""Stopping a run on purpose: a signal sets a flag, and all ranks agree on it at a step boundary (design 8.12).
+
+A handler does nothing else. The DeepSpeed launcher signals ranks one after the other, so a rank that saved inside its
+handler would wait in a collective for ranks that are still training, and the run would hang.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+# EX_TEMPFAIL of sysexits.h: "try again later". Not 128 + n, so that it cannot be taken for a death by signal.
+EXIT_PREEMPTED = 75
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Whether this run has been asked to save and stop.
+
+    Use as a context manager around the training loop; the former handlers come back at its end. Only the main thread
+    may enter it (Python's rule for signal handlers).
+    """
+
+    def __init__(self, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
+        self._signals = signals
+        self._received: int | None = None
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in self._signals:
+            self._former[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former.clear()
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._received = number
+
+    @property
+    def received(self) -> str | None:
+        """Name of the signal that this rank has received, or None."""
+        return None if self._received is None else signal.Signals(self._received).name
+
+    def set(self) -> None:
+        """Ask for the stop without a signal (a time limit, a test)."""
+        self._received = int(signal.SIGUSR1)
+
+    def agreed(self, device: torch.device | None = None) -> bool:
+        """True on every rank as soon as one rank has been asked; a collective, for step boundaries.
+
+        `device` is where the flag is reduced (the backend decides: gloo takes the default, CPU). It waits for the
+        device, so a loop on a GPU calls it where it synchronises anyway.
+        """
+        mine = self._received is not None
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return mine
+        flag = torch.tensor([int(mine)], dtype=torch.int32, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> bool:
+    """Have the kernel signal this process when its parent dies, so that no rank outlives its launcher (Linux only).
+
+    Returns whether it is set. Where the parent is already gone the process ends itself at once: the kernel's rule
+    holds for deaths to come only. Note that "parent" is the *thread* that started this process (prctl(2)).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
+        logger.warning("cannot tie this process to its parent: %s", os.strerror(ctypes.get_errno()))
+        return False
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+    return True

@@ -1,0 +1,193 @@
+"""The packed transformer: what encoder and decoder are made of.
+
+Rows of many sequences lie end to end; attention follows `cu_seqlens`, nothing is padded and nothing loops over
+sequences. Shape letters: T rows that ask, U rows that are asked, D width, N heads, K kv heads, H head size, F FFN width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import arc_kernels as ak
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.linear import Linear
+from arc_ds.model.rope import Rope
+
+
+class Spans(NamedTuple):
+    """Which rows attend to which: segment boundaries of queries and keys (see `arc_kernels.attention_varlen`)."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    causal: bool = False
+    k_limits: Tensor | None = None
+
+    @staticmethod
+    def within(cu_seqlens: Tensor, max_seqlen: int, *, causal: bool) -> Spans:
+        """Every segment attends to itself."""
+        return Spans(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer during generation, and where the rows at hand are written.
+
+    keys, values: [B, max_len, K, H]; rows int64 [T]: sequence * max_len + position of each row; spans: over the cache.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    spans: Spans
+
+    def update(self, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new rows and returns all keys and values, [B * max_len, K, H] each."""
+        keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+        keys[self.rows], values[self.rows] = k_TKH, v_TKH
+        return keys, values
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a trained or frozen weight [D]."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return ak.rms_norm(x_TD, self.weight, self.eps)
+
+    def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum)."""
+        return ak.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm without parameters (OLMo-1)."""
+
+    weight = None
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return ak.layer_norm(x_TD, self.eps)
+
+    def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum)."""
+        total = x_TD + residual_TD
+        return ak.layer_norm(total, self.eps), total
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(config: BackboneConfig) -> Norm:
+    """The norm of the config's family."""
+    return RMSNorm(config.hidden_size, config.norm_eps) if config.norm == "rms" else LayerNorm(config.norm_eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; queries may come from other rows than keys and values."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.wq = Linear(config.hidden_size, config.num_heads * config.head_dim)
+        self.wk = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.wv = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.wo = Linear(config.num_heads * config.head_dim, config.hidden_size)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        kv_UD: Tensor,
+        rope_q: Rope,
+        rope_k: Rope,
+        spans: Spans,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        q_TNH = ak.rotary(self.wq(x_TD).unflatten(-1, (-1, self.head_dim)), *rope_q)
+        k_UKH = ak.rotary(self.wk(kv_UD).unflatten(-1, (-1, self.head_dim)), *rope_k)
+        v_UKH = self.wv(kv_UD).unflatten(-1, (-1, self.head_dim))
+        if cache is not None:
+            k_UKH, v_UKH = cache.update(k_UKH, v_UKH)
+            spans = cache.spans
+        o_TNH = ak.attention_varlen(
+            q_TNH,
+            k_UKH,
+            v_UKH,
+            cu_seqlens_q=spans.cu_seqlens_q,
+            cu_seqlens_k=spans.cu_seqlens_k,
+            max_seqlen_q=spans.max_seqlen_q,
+            max_seqlen_k=spans.max_seqlen_k,
+            causal=spans.causal,
+            k_limits_T=spans.k_limits,
+        )
+        return self.wo(o_TNH.flatten(1))
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.hidden_size, config.ffn_size)
+        self.w2 = Linear(config.ffn_size, config.hidden_size)
+        self.w3 = Linear(config.hidden_size, config.ffn_size)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.w2(ak.swiglu(self.w1(x_TD), self.w3(x_TD)))
+
+
+class Block(nn.Module):
+    """One pre-norm layer: x + attention(norm x), then + feed-forward(norm)."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.ffn_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_TD: Tensor, rope: Rope, spans: Spans, cache: LayerCache | None = None) -> Tensor:
+        normed_TD = self.attention_norm(x_TD)
+        return self._finish(self.attention(normed_TD, normed_TD, rope, rope, spans, cache), x_TD)
+
+    def _finish(self, attended_TD: Tensor, residual_TD: Tensor) -> Tensor:
+        normed_TD, total_TD = self.ffn_norm.add(attended_TD, residual_TD)
+        return total_TD + self.feed_forward(normed_TD)
+
+
+class TokenEmbedding(nn.Module):
+    """The embedding table [V, D]; its forward also writes other rows among the tokens' (the splice)."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(
+        self, ids_N: Tensor, rows_N: Tensor, given_ZD: Tensor | None = None, given_rows_Z: Tensor | None = None
+    ) -> Tensor:
+        """Rows [N + Z, D]; see `arc_kernels.splice`."""
+        return ak.splice(self.weight, ids_N, rows_N, given_ZD, given_rows_Z)
+
+
+class Head(nn.Module):
+    """The frozen output layer. Its forward makes the loss, so that ZeRO-3 gathers the weight for it (design 8.9)."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, h_LD: Tensor, labels_L: Tensor | None = None) -> Tensor:
+        """NLL of each label, float32 [L]; without labels the logits, float32 [L, V]."""
+        if labels_L is not None:
+            return ak.linear_cross_entropy(h_LD, self.weight, labels_L)
+        return (h_LD @ self.weight.T).float()

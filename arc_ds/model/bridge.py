@@ -1,0 +1,64 @@
+"""Bridges: from the encoder's width to a decoder's, one for each decoder (paper, section 3; design 5)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from arc_ds.model.backbone import RMSNorm
+from arc_ds.model.linear import Linear
+
+BridgeKind = Literal["mlp", "linear", "rms", "none"]
+RMS_EPS = 1e-5  # the released weights' value; not a setting
+
+
+class Bridge(nn.Module):
+    """Two linears without bias and without activation ("mlp"), one ("linear"), or a norm before two ("rms").
+
+    hidden_size: width between the two linears, None for the decoder's width. [Z, in] to [Z, out].
+    """
+
+    def __init__(self, kind: BridgeKind, in_size: int, out_size: int, hidden_size: int | None) -> None:
+        super().__init__()
+        hidden = out_size if hidden_size is None or kind == "linear" else hidden_size
+        self.norm = RMSNorm(in_size, RMS_EPS) if kind == "rms" else None
+        self.layer1 = Linear(in_size, hidden)
+        self.layer2 = Linear(hidden, out_size) if kind != "linear" else None
+
+    def forward(self, z_ZD: Tensor) -> Tensor:
+        if self.norm is not None:
+            z_ZD = self.norm(z_ZD)
+        z_ZD = self.layer1(z_ZD)
+        return z_ZD if self.layer2 is None else self.layer2(z_ZD)
+
+
+def make_bridge(kind: BridgeKind, in_size: int, out_size: int, hidden_size: int | None) -> nn.Module:
+    """The bridge of the given kind. ValueError where "none" is asked for and the widths differ."""
+    if kind != "none":
+        return Bridge(kind, in_size, out_size, hidden_size)
+    if in_size != out_size:
+        raise ValueError(f"bridge 'none' needs equal widths; the encoder has {in_size}, the decoder {out_size}")
+    return nn.Identity()
+
+
+def init_bridge(bridge: nn.Module, how: Literal["kaiming", "identity"], generator) -> None:
+    """Fills a new bridge: Kaiming-uniform with a = sqrt(5) (torch's default for linears), or the identity map.
+
+    The identity start puts encoder states where the decoder's embeddings are, which is of use where the encoder is made
+    of the decoder's own backbone; it needs equal widths and a hidden size of at least that. ValueError otherwise.
+    """
+    linears = [m for m in bridge.modules() if isinstance(m, Linear)]
+    for linear in linears:
+        out_size, in_size = linear.weight.shape
+        if how == "kaiming":
+            nn.init.kaiming_uniform_(linear.weight, a=5**0.5, generator=generator)
+        else:
+            nn.init.eye_(linear.weight)
+    if how == "identity" and linears:
+        in_size, out_size = linears[0].weight.shape[1], linears[-1].weight.shape[0]
+        if in_size != out_size or linears[0].weight.shape[0] < in_size:
+            raise ValueError(
+                f"bridge.init 'identity' needs equal widths and a hidden size of at least that; the bridge maps "
+                f"{in_size} -> {linears[0].weight.shape[0]} -> {out_size}: use 'kaiming' or drop hidden_size"
+            )

@@ -1,0 +1,77 @@
+"""Compressor: everything that is trained. Contexts go in, vectors in a decoder's embedding space come out.
+
+Shape letters: Z compressed vectors (groups and markers), M markers, D encoder width, E decoder width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from arc_ds.data.packing import PackedBatch
+from arc_ds.data.segments import MARKERS, Marker
+from arc_ds.model.encoder import Encoder
+
+
+class DecoderPort(nn.Module):
+    """What one decoder has of its own: the markers <Cont> and <Rec> (in encoder width) and the bridge."""
+
+    def __init__(self, width: int, bridge: nn.Module, markers: tuple[Marker, ...] = MARKERS) -> None:
+        super().__init__()
+        self.cont = nn.Parameter(torch.ones(1, width)) if "cont" in markers else None
+        self.rec = nn.Parameter(torch.ones(1, width)) if "rec" in markers else None
+        self.bridge = bridge
+
+    @property
+    def markers(self) -> tuple[Marker, ...]:
+        """The markers that this port has."""
+        return tuple(name for name in MARKERS if getattr(self, name) is not None)
+
+    def forward(self, states_GD: Tensor, batch: PackedBatch) -> Tensor:
+        """Encoder outputs [G, D] and markers, in reading order, through the bridge: [Z, E]."""
+        num_vectors = batch.output_slots.numel() + batch.marker_slots.numel()
+        z_ZD = states_GD.new_empty(num_vectors, states_GD.shape[1])
+        z_ZD = z_ZD.index_put((batch.output_slots,), states_GD)
+        if self.markers:
+            z_ZD = z_ZD.index_put((batch.marker_slots,), self._table().to(states_GD.dtype)[batch.marker_kinds])
+        return self.bridge(z_ZD)
+
+    def idle(self, states_GD: Tensor) -> Tensor:
+        """A zero that runs through every parameter of this port.
+
+        A port that a step does not use runs all the same, on a detached sliver and times zero: under ZeRO-3 a parameter
+        outside the graph would keep its previous gradient, and modules must run in one order (design 8.3, 8.5).
+        """
+        sliver = states_GD[:1].detach()
+        if self.markers:
+            sliver = sliver + self._table().sum(0, keepdim=True).to(sliver.dtype)
+        return self.bridge(sliver).sum() * 0.0
+
+    def _table(self) -> Tensor:
+        """Markers by kind [2, D]; a kind that this port lacks is a row of zeros that no batch asks for."""
+        have = [m for m in (self.cont, self.rec) if m is not None]
+        rows = [m if m is not None else torch.zeros_like(have[0]) for m in (self.cont, self.rec)]
+        return torch.cat(rows)
+
+
+class Compressor(nn.Module):
+    """The encoder and one port for each decoder."""
+
+    def __init__(self, encoder: Encoder, ports: list[DecoderPort]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.ports = nn.ModuleList(ports)
+
+    def forward(self, batch: PackedBatch, decoder_idx: int = 0) -> Tensor:
+        """Compressed vectors [Z, E] of all contexts of the batch, for the decoder `decoder_idx`."""
+        states_GD = self.encoder(batch)
+        z_ZE, idle = None, None
+        for port_idx, port in enumerate(self.ports):
+            if port_idx == decoder_idx:
+                z_ZE = port(states_GD, batch)
+            else:
+                zero = port.idle(states_GD)
+                idle = zero if idle is None else idle + zero
+        if z_ZE is None:
+            raise ValueError(f"decoder_idx is {decoder_idx}; the compressor has {len(self.ports)} ports")
+        return z_ZE if idle is None else z_ZE + idle.to(z_ZE.dtype)

@@ -1,0 +1,155 @@
+"""The encoder: a truncated backbone whose last layers pool (paper, section 3; design 5).
+
+Shape letters: T tokens, U rows (tokens and memory slots), G groups, C contexts, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from arc_ds.data.packing import PackedBatch, PoolLevel
+from arc_ds.model.backbone import Block, Spans, TokenEmbedding
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.pooling import Pooling
+from arc_ds.model.rope import Rope, rope_at
+
+Where = Literal["before", "between"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolingLayout:
+    """How the last layers pool.
+
+    num_pooled_layers: how many of the last layers pool, one `PoolLevel` of the batch for each.
+    pooled_queries: queries and residual from the pooled rows, keys and values from the unpooled ones; else all from
+        the pooled rows. Without meaning where `where` is "between".
+    where: "before" the attention, or "between" attention and feed-forward.
+    """
+
+    strategy: Pooling
+    num_pooled_layers: int = 1
+    pooled_queries: bool = True
+    where: Where = "before"
+
+
+class PooledBlock(Block):
+    """A layer that reads the rows of one level and leaves those of the next."""
+
+    def __init__(self, config: BackboneConfig, layout: PoolingLayout, *, causal: bool) -> None:
+        super().__init__(config)
+        self.layout = layout
+        self.causal = causal
+
+    def forward(  # type: ignore[override]
+        self, x_TD: Tensor, rope_T: Rope, rope_G: Rope, spans: Spans, level: PoolLevel
+    ) -> Tensor:
+        """Rows [T, D] to pooled rows [G, D]; `spans` are those of the rows that enter."""
+        layout = self.layout
+        if layout.where == "between":
+            normed_TD = self.attention_norm(x_TD)
+            h_TD = x_TD + self.attention(normed_TD, normed_TD, rope_T, rope_T, spans)
+            pooled_GD = layout.strategy.pool(h_TD, spans.cu_seqlens_q, level)
+            return pooled_GD + self.feed_forward(self.ffn_norm(pooled_GD))
+        if not layout.pooled_queries:
+            pooled_GD = layout.strategy.pool(x_TD, spans.cu_seqlens_q, level)
+            return super().forward(
+                pooled_GD, rope_G, Spans.within(level.cu_seqlens, level.max_seqlen, causal=self.causal)
+            )
+        pooled = layout.strategy.pool_norm(x_TD, spans.cu_seqlens_q, level, self.attention_norm)
+        across = Spans(
+            cu_seqlens_q=level.cu_seqlens,
+            cu_seqlens_k=spans.cu_seqlens_k,
+            max_seqlen_q=level.max_seqlen,
+            max_seqlen_k=spans.max_seqlen_k,
+            k_limits=group_ends(spans.cu_seqlens_k, level) if self.causal else None,
+        )
+        attended_GD = self.attention(pooled.normed_pooled_GD, pooled.normed_TD, rope_G, rope_T, across)
+        return self._finish(attended_GD, pooled.pooled_GD)
+
+
+def group_ends(cu_seqlens: Tensor, level: PoolLevel) -> Tensor:
+    """How many rows of its context each group sees when pooling is causal: up to its own last row. int32 [G].
+
+    (The reference lets pooled query j see rows 0 … j only; design 5, deviations.)
+    """
+    num_groups = level.positions.numel()
+    counts_C = (level.cu_seqlens[1:] - level.cu_seqlens[:-1]).long()
+    starts_G = torch.repeat_interleave(cu_seqlens[:-1], counts_C, output_size=num_groups)
+    return level.group_cu[1:] - starts_G
+
+
+class Encoder(nn.Module):
+    """Token ids of packed contexts to pooled hidden states; no final norm, no head, bidirectional unless `causal`.
+
+    config: sizes of the backbone, of which the first `num_layers` layers are kept.
+    memory_tokens: learned vectors appended to each context; with them only their outputs are kept and nothing pools.
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        *,
+        num_layers: int,
+        pooling: PoolingLayout,
+        causal: bool = False,
+        memory_tokens: int = 0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        num_pooled = 0 if memory_tokens else pooling.num_pooled_layers
+        if not 0 < num_layers <= config.num_layers:
+            raise ValueError(f"num_layers is {num_layers}; the backbone has {config.num_layers} layers")
+        if num_pooled > num_layers:
+            raise ValueError(f"{num_pooled} layers shall pool but only {num_layers} are kept: give fewer factors")
+        if causal and not pooling.strategy.contiguous and not memory_tokens:
+            raise ValueError("a causal encoder needs contiguous groups: choose mean, last, sum or fusion pooling")
+        self.config = dataclasses.replace(config, num_layers=num_layers)
+        self.causal = causal
+        self.num_pooled_layers = num_pooled
+        self.activation_checkpointing = activation_checkpointing
+        self.tok_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
+        plain = [Block(config) for _ in range(num_layers - num_pooled)]
+        pooled = [PooledBlock(config, pooling, causal=causal) for _ in range(num_pooled)]
+        self.layers = nn.ModuleList([*plain, *pooled])
+        self.memory = nn.Parameter(torch.ones(memory_tokens, config.hidden_size)) if memory_tokens else None
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [G, D] of all groups (or [C * memory_tokens, D]), context by context."""
+        if len(batch.levels) != self.num_pooled_layers:
+            raise ValueError(
+                f"the batch is packed for {len(batch.levels)} pooled layers, the encoder has {self.num_pooled_layers}: "
+                "pack with the encoder's own PoolingSpec"
+            )
+        x_UD = self._embed(batch)
+        rope = rope_at(batch.encoder_positions, self.config)
+        spans = Spans.within(batch.encoder_cu_seqlens, batch.encoder_max_seqlen, causal=self.causal)
+        num_plain = len(self.layers) - self.num_pooled_layers
+        for layer in self.layers[:num_plain]:
+            x_UD = self._run(layer, x_UD, rope, spans)
+        for layer, level in zip(self.layers[num_plain:], batch.levels, strict=True):
+            rope_G = rope_at(level.positions, self.config)
+            x_UD = self._run(layer, x_UD, rope, rope_G, spans, level)
+            rope, spans = rope_G, Spans.within(level.cu_seqlens, level.max_seqlen, causal=self.causal)
+        if self.memory is not None:
+            return x_UD[batch.memory_rows]
+        return x_UD
+
+    def _embed(self, batch: PackedBatch) -> Tensor:
+        if self.memory is None:
+            rows = torch.arange(batch.encoder_ids.numel(), device=batch.encoder_ids.device)
+            return self.tok_embeddings(batch.encoder_ids, rows)
+        assert batch.memory_rows is not None, "pack() makes memory rows where the spec asks for memory tokens"
+        num_contexts = batch.encoder_cu_seqlens.numel() - 1
+        return self.tok_embeddings(
+            batch.encoder_ids, batch.token_rows, self.memory.repeat(num_contexts, 1), batch.memory_rows
+        )
+
+    def _run(self, layer: nn.Module, x_TD: Tensor, *args: object) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, x_TD, *args, use_reentrant=False)
+        return layer(x_TD, *args)

@@ -1,0 +1,35 @@
+"""arc_kernels: the hot path of a context compressor, as functions on packed tensors.
+
+Needs torch; knows nothing of `arc_ds`. Each function stands in a folder of its own: `reference` in plain torch (the
+oracle, and the path on CPU) and the public function that checks its arguments and dispatches.
+
+    attention_varlen       softmax attention over packed segments, q and k of different lengths, GQA
+    group_pool, pool_norm  ragged groups of rows to one row each; with the norms that follow
+    rms_norm, add_rms_norm, layer_norm
+    rotary, swiglu
+    splice                 token embeddings and given rows into one sequence
+    linear_cross_entropy   NLL of labelled rows against a frozen head
+"""
+
+from arc_kernels.attention import attention_varlen
+from arc_kernels.cross_entropy import linear_cross_entropy
+from arc_kernels.norm import add_rms_norm, layer_norm, rms_norm
+from arc_kernels.pooling import POOL_KINDS, PoolNorm, group_pool, pool_norm
+from arc_kernels.rotary import rotary
+from arc_kernels.splice import splice
+from arc_kernels.swiglu import swiglu
+
+__all__ = [
+    "POOL_KINDS",
+    "PoolNorm",
+    "add_rms_norm",
+    "attention_varlen",
+    "group_pool",
+    "layer_norm",
+    "linear_cross_entropy",
+    "pool_norm",
+    "rms_norm",
+    "rotary",
+    "splice",
+    "swiglu",
+]

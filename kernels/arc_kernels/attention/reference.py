@@ -1,0 +1,108 @@
+"""Varlen attention in plain torch, without a loop over segments and without a host sync.
+
+Segments are either padded to the longest and attended as a batch, or attended as one sequence under a dense mask,
+whichever makes fewer scores. Shape letters: T query rows, U key rows, S segments, N heads, K kv heads, H head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Places(NamedTuple):
+    """Where each packed row stands: its segment, and its index there, int64 [rows]."""
+
+    segment: Tensor
+    index: Tensor
+
+
+def attention_varlen_reference(
+    q_TNH: Tensor,
+    k_UKH: Tensor,
+    v_UKH: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    k_limits_T: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """See `attention_varlen`; arguments are taken as checked."""
+    num_segments = cu_seqlens_q.numel() - 1
+    if q_TNH.shape[0] == 0:
+        return torch.zeros_like(q_TNH)
+    q_places = _places(cu_seqlens_q, q_TNH.shape[0])
+    limits_T = _limits(cu_seqlens_q, cu_seqlens_k, q_places, causal=causal, k_limits_T=k_limits_T)
+    padded_scores = num_segments * max_seqlen_q * max_seqlen_k
+    if num_segments > 1 and padded_scores > q_TNH.shape[0] * k_UKH.shape[0]:
+        return _attend_dense(q_TNH, k_UKH, v_UKH, q_places, _places(cu_seqlens_k, k_UKH.shape[0]), limits_T, scale)
+    q_SQNH = _pad(q_TNH, q_places, num_segments, max_seqlen_q)
+    k_places = _places(cu_seqlens_k, k_UKH.shape[0])
+    k_SVKH = _pad(k_UKH, k_places, num_segments, max_seqlen_k)
+    v_SVKH = _pad(v_UKH, k_places, num_segments, max_seqlen_k)
+    limits_SQ = limits_T.new_ones(num_segments, max_seqlen_q)  # padding rows look at one key, so no row is empty
+    limits_SQ[q_places.segment, q_places.index] = limits_T
+    mask = torch.arange(max_seqlen_k, device=q_TNH.device) < limits_SQ[:, None, :, None]
+    o_SQNH = _sdpa(q_SQNH, k_SVKH, v_SVKH, mask, scale)
+    return o_SQNH[q_places.segment, q_places.index]
+
+
+def _attend_dense(
+    q_TNH: Tensor,
+    k_UKH: Tensor,
+    v_UKH: Tensor,
+    q_places: _Places,
+    k_places: _Places,
+    limits_T: Tensor,
+    scale: float | None,
+) -> Tensor:
+    same = q_places.segment[:, None] == k_places.segment[None, :]
+    mask_TU = same & (k_places.index[None, :] < limits_T[:, None])
+    return _sdpa(q_TNH[None], k_UKH[None], v_UKH[None], mask_TU[None, None], scale)[0]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """[S, Q, N, H] attention under a bool mask that broadcasts to [S, N, Q, K]."""
+    repeat = q.shape[2] // k.shape[2]
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+    )
+    return o.transpose(1, 2)
+
+
+def _places(cu_seqlens: Tensor, num_rows: int) -> _Places:
+    cu = cu_seqlens.long()
+    row = torch.arange(num_rows, device=cu.device)
+    segment = torch.repeat_interleave(
+        torch.arange(cu.numel() - 1, device=cu.device), cu[1:] - cu[:-1], output_size=num_rows
+    )
+    return _Places(segment, row - cu[segment])
+
+
+def _limits(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_places: _Places, *, causal: bool, k_limits_T: Tensor | None
+) -> Tensor:
+    """How many keys of its segment each query sees: int64 [T]."""
+    if k_limits_T is not None:
+        return k_limits_T.long()
+    num_keys_S = (cu_seqlens_k[1:] - cu_seqlens_k[:-1]).long()
+    num_keys_T = num_keys_S[q_places.segment]
+    if not causal:
+        return num_keys_T
+    num_queries_S = (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).long()
+    return num_keys_T - num_queries_S[q_places.segment] + q_places.index + 1
+
+
+def _pad(x: Tensor, places: _Places, num_segments: int, length: int) -> Tensor:
+    """[rows, heads, H] to [S, length, heads, H]; a view where nothing has to be padded."""
+    if x.shape[0] == num_segments * length:
+        return x.view(num_segments, length, *x.shape[1:])
+    return x.new_zeros(num_segments, length, *x.shape[1:]).index_put((places.segment, places.index), x)

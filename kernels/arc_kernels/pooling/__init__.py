@@ -1,0 +1,53 @@
+"""Group pooling: ragged runs of rows to one row each, and the norms of the pooled layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from arc_kernels._check import check_boundaries, check_shape
+from arc_kernels.pooling.reference import POOL_KINDS, group_pool_reference, pool_norm_reference
+
+
+class PoolNorm(NamedTuple):
+    """What a pooled layer reads: the residual [G, D], the queries' input [G, D] and the keys' input [T, D]."""
+
+    pooled_GD: Tensor
+    normed_pooled_GD: Tensor
+    normed_TD: Tensor
+
+
+def group_pool(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> Tensor:
+    """One row for each group of consecutive rows: [G, D], the dtype of x, accumulated in float32.
+
+    group_cu: int32 [G + 1], boundaries of the groups, each of at least one row; num_groups = G, known on the host.
+    kind: "mean"; "sum"; "last" row of the group; "fusion", the mean rescaled to the largest L2 norm in the group, that
+    norm being a constant for the gradient (ARC-Encoder paper, ablations). ValueError on an unknown kind.
+    """
+    _check(x_TD, group_cu, kind, num_groups)
+    return group_pool_reference(x_TD, group_cu, kind)
+
+
+def pool_norm(
+    x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int, *, weight_D: Tensor | None, eps: float
+) -> PoolNorm:
+    """Pooled residual, its norm and the norm of every row, from one reading of x (design 5, "pooling").
+
+    weight_D: RMSNorm's weight [D], or None for the parameter-free LayerNorm. Other arguments as in `group_pool`.
+    """
+    _check(x_TD, group_cu, kind, num_groups)
+    if weight_D is not None:
+        check_shape("weight_D", weight_D, (x_TD.shape[-1],))
+    return PoolNorm(*pool_norm_reference(x_TD, group_cu, kind, weight_D=weight_D, eps=eps))
+
+
+def _check(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> None:
+    check_shape("x_TD", x_TD, (None, None))
+    check_boundaries("group_cu", group_cu)
+    check_shape("group_cu", group_cu, (num_groups + 1,))
+    if kind not in POOL_KINDS:
+        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(POOL_KINDS)}")
+
+
+__all__ = ["POOL_KINDS", "PoolNorm", "group_pool", "group_pool_reference", "pool_norm", "pool_norm_reference"]

@@ -1,0 +1,1 @@
+"""Configuration of runs: dataclasses (`schema`), loading (`load`), ranges (`validate`), DeepSpeed (`deepspeed`)."""

@@ -1,0 +1,111 @@
+"""DeepSpeed's JSON with its "auto" values filled in from the run's config: one owner for each number (design 11)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from arc_ds.config.schema import RunConfig
+from arc_ds.config.validate import check_world_size
+from arc_ds.errors import ConfigError
+
+_FOREIGN_SECTIONS = ("optimizer", "scheduler", "fp16", "amp", "torch_autocast", "monitor_config", "elasticity")
+_HPZ = "zero_hpz_partition_size"
+
+
+def resolve_deepspeed(
+    source: str | Path | Mapping[str, Any], config: RunConfig, world_size: int, local_world_size: int | None = None
+) -> dict[str, Any]:
+    """The dict for `deepspeed.initialize` of the trained model.
+
+    source: a JSON file, or what is in one. local_world_size: ranks on this host, which `zero_hpz_partition_size:
+    "auto"` becomes; default `world_size`. The YAML owns batch sizes, clipping and bf16: the JSON may leave them out,
+    say "auto", or agree. ConfigError where a number disagrees, an "auto" is not ours to fill in, the stage is not 3,
+    gradients are not summed in fp32, or the JSON asks for an optimizer or schedule of its own.
+    """
+    name, resolved = _read(source)
+    for section in _FOREIGN_SECTIONS:
+        if section in resolved:
+            raise ConfigError(f"{name}: has a section {section!r}, which ARC-DS owns or does not use. Remove it.")
+    owned = _owned_values(config, world_size)
+    for path, value in owned.items():
+        _fill(resolved, path, value, name)
+    zero = resolved["zero_optimization"]
+    if zero.get(_HPZ) == "auto":
+        zero[_HPZ] = local_world_size or world_size
+    autos = [path for path, value in _leaves(resolved) if value == "auto"]
+    if autos:
+        known = ", ".join((*owned, f"zero_optimization.{_HPZ}"))
+        raise ConfigError(f'{name}: {", ".join(autos)} is "auto"; only these can be: {known}. Write a number there.')
+    return resolved
+
+
+def resolve_decoder_deepspeed(
+    resolved: Mapping[str, Any], placement: Literal["zero3", "zero3+hpz"], local_world_size: int
+) -> dict[str, Any]:
+    """The dict for a frozen decoder's own ZeRO-3 engine: `resolved` without what only an optimizer needs.
+
+    "zero3+hpz" keeps a second copy of the shards within each host of `local_world_size` ranks, so that gathers do not
+    cross the network (ZeRO++, section 4.2).
+    """
+    decoder = copy.deepcopy(dict(resolved))
+    decoder.pop("gradient_clipping", None)
+    zero = decoder["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    zero[_HPZ] = local_world_size if placement == "zero3+hpz" else 1
+    return decoder
+
+
+def _owned_values(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """What the YAML (or the design) says, by dotted path in the JSON."""
+    return {
+        "train_batch_size": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": check_world_size(config, world_size),
+        "gradient_accumulation_steps": config.micro_batches,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16.enabled": config.precision == "bf16",
+        "data_types.grad_accum_dtype": "fp32",
+        "zero_optimization.stage": 3,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def _fill(resolved: dict[str, Any], path: str, value: Any, name: str) -> None:
+    *sections, key = path.split(".")
+    section = resolved
+    for part in sections:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{name}: {part} is {section!r}; expected an object with the key {key!r}")
+    given = section.get(key, "auto")
+    if given not in ("auto", value):
+        raise ConfigError(f'{name}: {path} is {given!r}, but the run says {value!r}. Write "auto" there.')
+    section[key] = value
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Mapping):
+        return "the DeepSpeed config", copy.deepcopy(dict(source))
+    try:
+        content = json.loads(Path(source).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the DeepSpeed config {source}: {error}. "
+            "Give a JSON file such as ds_configs/zero3.json as deepspeed=path."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source}:{error.lineno}: not valid JSON: {error.msg}. Mend that line.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source}: expected a JSON object, got {type(content).__name__}")
+    return str(source), content
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, child in value.items():
+        yield from _leaves(child, f"{path}.{key}" if path else key)

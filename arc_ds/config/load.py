@@ -1,0 +1,120 @@
+"""Load a run's config, and write it out again: as YAML, as flat parameters, and as a hash of what defines the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from arc_ds.config.decode import decode
+from arc_ds.config.schema import RunConfig
+from arc_ds.config.tree import apply_override, parse_yaml
+from arc_ds.config.validate import check_ranges
+from arc_ds.errors import ConfigError
+
+Scalar = str | int | float | bool | None
+
+# What a run may change between a stop and a resume: where things are written, how often, and how the same
+# mathematics is spread over machines. Prefixes of flat keys; "*" stands for a list index.
+_NOT_NUMERICS = (
+    ("run_dir",),
+    ("device",),
+    ("log_every",),
+    ("micro_batches",),
+    ("deepspeed",),
+    ("encoder", "activation_checkpointing"),
+    ("decoders", "*", "placement"),
+    ("data", "num_workers"),
+    ("data", "validation"),
+    ("data", "on_error"),
+    ("checkpoint",),
+    ("validation",),
+    ("tracking",),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config, apply `key.path=value` overrides in order, decode it by type and check its ranges.
+
+    `${VAR}` and `${VAR:-default}` are filled in from the environment. Relative paths stay as written. ConfigError
+    where anything does not fit, with the file and line or the override, what was expected, and the cure.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the config {path}: {error}. Give the path of a YAML file, such as one in ds_configs/recipes."
+        ) from error
+    root = parse_yaml(text, str(path))
+    for override in overrides:
+        apply_override(root, override)
+    config = decode(root, RunConfig)
+    check_ranges(config, str(path))
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The whole tree, defaults included, as dicts, lists and scalars; what YAML and JSON can hold."""
+    return _plain(dataclasses.asdict(config))
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved tree as YAML; `load_config` of it gives an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def flatten(config: RunConfig) -> dict[str, Scalar]:
+    """Dotted key to scalar (`decoders.0.backbone`), for trackers. A list of numbers is one JSON text (`[2, 2]`)."""
+    return _flatten(to_dict(config))
+
+
+def numerics(config: RunConfig) -> dict[str, Scalar]:
+    """The part of `flatten` that defines what the run computes: not where it writes, nor how it is spread out."""
+    return {key: value for key, value in flatten(config).items() if not _is_excluded(key)}
+
+
+def config_hash(config: RunConfig) -> str:
+    """16 hex digits that two configs share exactly when `numerics` does (the world size is no part of a config)."""
+    return hashlib.sha256(json.dumps(numerics(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Scalar], new: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """One line for each key where two flat configs differ, for the message about a run folder of another config."""
+    absent = "(absent)"
+    keys = sorted(old.keys() | new.keys())
+    pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in keys]
+    return tuple(f"{key}: {before} there, {now} here" for key, before, now in pairs if before != now)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    return value
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Scalar]:
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list) and any(isinstance(child, dict) for child in value):
+        children = ((str(i), child) for i, child in enumerate(value))  # type: ignore[assignment]
+    else:
+        return {prefix: json.dumps(value) if isinstance(value, list) else value}
+    flat: dict[str, Scalar] = {}
+    for key, child in children:
+        flat.update(_flatten(child, f"{prefix}.{key}" if prefix else key))
+    return flat
+
+
+def _is_excluded(key: str) -> bool:
+    parts = key.split(".")
+    return any(
+        len(parts) >= len(prefix) and all(p in ("*", part) for p, part in zip(prefix, parts, strict=False))
+        for prefix in _NOT_NUMERICS
+    )

@@ -1,0 +1,280 @@
+"""The configuration of a run: every number that a run owns, with its unit, range and the reason of its default.
+
+The docstring under a field is its documentation. Defaults are the paper's pretraining (arXiv 2510.20535, appendix B;
+design 13) unless a field says otherwise. Loading, overrides and the types that a value may have: `load.py` and
+`decode.py`; ranges and what excludes what: `validate.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from arc_ds.errors import ConfigError
+
+RopeScalingChoice = Literal["checkpoint", "none"]
+ShareSchedule = tuple[tuple[int, float], ...]
+DEFAULT_TRUNCATED_LAYERS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The text encoder: the first layers of a pretrained backbone, and which of them are trained."""
+
+    backbone: str
+    """Where the backbone's weights and sizes are: a Hugging Face folder, a Meta/Mistral folder, or a .gguf file."""
+    tokenizer: str | None = None
+    """Tokenizer file or folder. None: the one beside the backbone (or inside the .gguf)."""
+    num_layers: int | None = None
+    """How many of the backbone's layers to keep, from the first, ≥ 1. Excludes `num_truncated_layers`."""
+    num_truncated_layers: int | None = None
+    """How many of the backbone's last layers to drop, ≥ 0. None: 2 (the paper's) unless `num_layers` is given."""
+    rope_scaling: RopeScalingChoice = "checkpoint"
+    """Rotary scaling: the checkpoint's own, or none. Weights released by the paper's authors were trained with none."""
+    causal: bool = False
+    """Whether a token sees only what precedes it. False: the whole context in both directions, as in the paper."""
+    trained_layers: int | None = None
+    """How many of the last kept layers are trained. None: all; 0: the encoder is frozen (a new decoder's bridge)."""
+    train_embeddings: bool = True
+    """Whether the token embeddings are trained."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in backward instead of keeping it: less memory, one more forward of the encoder."""
+    init_from: str | None = None
+    """An ARC checkpoint to start encoder, markers and bridges from. None: the backbone's weights and fresh bridges."""
+
+    def kept_layers(self, num_backbone_layers: int) -> int:
+        """How many layers the encoder keeps of a backbone of `num_backbone_layers`.
+
+        ConfigError where none would be left or more are asked for than there are.
+        """
+        key = "num_layers" if self.num_layers is not None else "num_truncated_layers"
+        if self.num_layers is not None:
+            kept = self.num_layers
+        else:
+            dropped = self.num_truncated_layers
+            kept = num_backbone_layers - (DEFAULT_TRUNCATED_LAYERS if dropped is None else dropped)
+        if not 1 <= kept <= num_backbone_layers:
+            raise ConfigError(
+                f"encoder.{key}: {kept} layers would be kept of the {num_backbone_layers} in {self.backbone}; "
+                f"expected 1 to {num_backbone_layers}. Set encoder.num_layers to a number in that range."
+            )
+        return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingConfig:
+    """How the tokens of a context become compressed tokens. One of factors, num_groups, memory_tokens is in force."""
+
+    strategy: Literal["mean", "last", "sum", "fusion", "kmeans", "similarity"] = "mean"
+    """What a group becomes: mean, last token, sum, mean rescaled to the group's largest norm; or learned groups."""
+    pooled_queries: bool = True
+    """Pool residual stream and queries only, keys and values stay unpooled. Without effect where `where: between`."""
+    where: Literal["before", "between"] = "before"
+    """Pool the states that enter the layer, or those between its attention and its FFN."""
+    factors: tuple[int, ...] = (8,)
+    """Tokens per group, ≥ 1, one factor for each of the last layers: [8] pools in the last, [2, 2] in the last two."""
+    num_groups: int | None = None
+    """A fixed number of groups for every context, ≥ 1, in place of factors (then set `factors: []`)."""
+    memory_tokens: int = 0
+    """Learned vectors appended to each context, whose outputs replace pooling (then set `factors: []`); 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkersConfig:
+    """The learned vector after each context, in encoder width, one per task and decoder."""
+
+    rec: bool = True
+    """Whether contexts of reconstruction end with `<Rec>`."""
+    cont: bool = True
+    """Whether contexts of every other task end with `<Cont>`."""
+    init: Literal["ones", "embedding"] = "ones"
+    """Start as ones (paper), or as a token's embedding, whose norm fits a small model better (design 14)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig:
+    """The map from encoder width to decoder width, one per decoder."""
+
+    kind: Literal["mlp", "linear", "rms", "none"] = "mlp"
+    """Two linears without bias or activation; one linear; RMSNorm and two linears; nothing (widths must be equal)."""
+    hidden_size: int | None = 2048
+    """Width between the two linears, ≥ 1. None: the decoder's width. Without effect for `linear` and `none`."""
+    init: Literal["kaiming", "identity"] = "kaiming"
+    """Kaiming-uniform with a = √5 (paper), or the identity, a warm start where all widths are equal (design 14)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """One frozen decoder."""
+
+    name: str
+    """Its name in metrics and in `generate`; letters, digits, `_`, `-`, `.`; differs between decoders."""
+    backbone: str
+    """Where its weights and sizes are: a Hugging Face folder, a Meta/Mistral folder, or a .gguf file."""
+    tokenizer: str | None = None
+    """Tokenizer file or folder. None: the one beside the backbone (or inside the .gguf)."""
+    rope_scaling: RopeScalingChoice = "checkpoint"
+    """Rotary scaling: the checkpoint's own, or none."""
+    placement: Literal["auto", "replicated", "zero3", "zero3+hpz"] = "auto"
+    """Whole on every rank, sharded over all ranks, or sharded within each host. auto: whole where it fits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One folder of shards in the mixture."""
+
+    path: str
+    """A folder made by `arc-ds shards build`."""
+    weight: float = 1.0
+    """Its share of the samples, > 0, relative to the other sources."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how a record becomes a training sequence."""
+
+    sources: tuple[SourceConfig, ...]
+    """The mixture; at least one source."""
+    validation: str | None = None
+    """A folder of held-out shards. None: no validation."""
+    batch_size: int = 128
+    """Sequences in a global batch, over all ranks and micro-batches (the paper's 16 × 8 GPUs)."""
+    reconstruction_share: float | ShareSchedule = 0.2
+    """Share of reconstruction among the samples, 0 to 1, the rest is continuation; or [from_step, share] pairs that
+    change it over time, the first from step 0."""
+    max_context_tokens: int = 256
+    """Longest context to compress, in encoder tokens, ≥ 1."""
+    max_prefix_tokens: int = 256
+    """Longest plain text before the context of a continuation, in decoder tokens, ≥ 0."""
+    max_continuation_tokens: int = 256
+    """Longest text to continue with, in decoder tokens, ≥ 2 (the first has no row that predicts it)."""
+    decoder_bos: bool = True
+    """Whether a decoder sequence begins with the tokenizer's begin-of-text, where it has one."""
+    num_workers: int = 2
+    """Processes per rank that prepare batches; 0: in the training process. Batches do not depend on it."""
+    on_error: Literal["skip", "stop"] = "stop"
+    """A damaged record stops the run, or is replaced by another and counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule. Learning rates are per step; each group has its own peak."""
+
+    encoder_lr: float = 1e-5
+    """Peak rate of the encoder, ≥ 0."""
+    markers_lr: float = 1e-5
+    """Peak rate of the markers, ≥ 0."""
+    bridge_lr: float = 5e-5
+    """Peak rate of the bridges, ≥ 0; higher, because they start from nothing."""
+    schedule: Literal["one_cycle", "constant"] = "one_cycle"
+    """Warm-up to the peak and cosine to `final_lr` (paper), or warm-up and then the peak."""
+    warmup_steps: int = 1000
+    """Steps from `initial_lr` to the peak, 0 to steps - 1."""
+    initial_lr: float = 1e-20
+    """Rate of the first step, ≥ 0."""
+    final_lr: float = 1e-10
+    """Rate of the last step, ≥ 0."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the first and second moment, each in [0, 1)."""
+    eps: float = 1e-8
+    """AdamW's ε, > 0."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay, ≥ 0."""
+    max_grad_norm: float = 1.0
+    """The global gradient norm is clipped to this; 0: no clipping."""
+    max_skipped_steps: int = 10
+    """A step with a non-finite loss or gradient is skipped; more than this many in a row stop the run, ≥ 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """How the labels of a batch are averaged."""
+
+    normalize: Literal["global", "rank_mean"] = "global"
+    """Sum over the labels of the global batch divided by their number, or the mean of the ranks' means (reference)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved, what is kept, and where a run starts from."""
+
+    every: int = 500
+    """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    keep_last: int = 2
+    """How many of the newest checkpoints stay, ≥ 1."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this stay for good, ≥ 1; None: none do."""
+    resume: str = "auto"
+    """auto: the newest whole checkpoint of `run_dir`, if there is one; never: a new run; else a checkpoint's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """When and on how much held-out text the run is measured (design 12)."""
+
+    every: int = 0
+    """Steps between validations; 0: only at the end."""
+    num_samples: int = 64
+    """Held-out samples per decoder, half of them per task, ≥ 2."""
+    batch_size: int = 8
+    """Samples per forward on each rank, ≥ 1. Its results do not depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow. `metrics.jsonl` in the run's folder is written in any case."""
+
+    mlflow: bool = True
+    """Whether to track the run in MLflow."""
+    experiment: str = "arc-ds"
+    """The MLflow experiment."""
+    run_name: str | None = None
+    """The MLflow run's name. None: the name of the run's folder."""
+    uri: str | None = None
+    """Tracking server. None: sqlite in the run's folder. The environment's MLFLOW_TRACKING_URI wins over both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. Relative paths are relative to the folder that the command is started in."""
+
+    run_dir: str
+    """Folder of everything that the run writes; made where it does not exist."""
+    steps: int
+    """Optimizer steps of the run, ≥ 1."""
+    seed: int = 0
+    """Seed of the data's order, of the decoder of each step and of fresh weights, ≥ 0."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of weights in forward and backward; master weights, gradients' sums and optimizer states are fp32 always."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: GPUs where there are any."""
+    micro_batches: int = 1
+    """Forward and backward passes per step on each rank (gradient accumulation), ≥ 1; divides the rank's batch."""
+    log_every: int = 10
+    """Steps between progress lines, ≥ 1. Metrics are kept for every step."""
+    decoder_schedule: Literal["sample", "alternate"] = "sample"
+    """With several decoders: the step's decoder is drawn from (seed, step), or they take turns."""
+    deepspeed: str = "ds_configs/zero3.json"
+    """DeepSpeed's JSON; "auto" in it takes the number from here."""
+    encoder: EncoderConfig
+    """The encoder."""
+    pooling: PoolingConfig = PoolingConfig()
+    """Its pooling."""
+    markers: MarkersConfig = MarkersConfig()
+    """Its markers."""
+    bridge: BridgeConfig = BridgeConfig()
+    """The bridges' form; each decoder has one of its own."""
+    decoders: tuple[DecoderConfig, ...]
+    """The frozen decoders; at least one."""
+    data: DataConfig
+    """The data."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    loss: LossConfig = LossConfig()
+    """The loss."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    validation: ValidationConfig = ValidationConfig()
+    """Validation."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Tracking."""

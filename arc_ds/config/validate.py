@@ -1,0 +1,186 @@
+"""Ranges and exclusions of a config, and whether the files that it names are there: before anything is loaded."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from arc_ds.config.schema import RunConfig, ShareSchedule
+from arc_ds.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def check_ranges(config: RunConfig, source: str = "config") -> None:
+    """ConfigError that lists every value out of range and every pair that excludes each other, with the cure."""
+    problems = [
+        *_run_problems(config),
+        *_encoder_problems(config),
+        *_pooling_problems(config),
+        *_decoder_problems(config),
+        *_data_problems(config),
+        *_optimizer_problems(config),
+        *_cadence_problems(config),
+    ]
+    if problems:
+        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+def check_world_size(config: RunConfig, world_size: int) -> int:
+    """Sequences of a micro-batch on one rank. ConfigError where ranks × micro_batches does not divide the batch."""
+    parts = world_size * config.micro_batches
+    if config.data.batch_size % parts:
+        raise ConfigError(
+            f"data.batch_size is {config.data.batch_size}; expected a multiple of ranks × micro_batches = "
+            f"{world_size} × {config.micro_batches} = {parts}. Change one of the three, for example "
+            f"data.batch_size={-(-config.data.batch_size // parts) * parts}."
+        )
+    return config.data.batch_size // parts
+
+
+def check_paths(config: RunConfig) -> None:
+    """ConfigError that lists every path of the config that does not exist, so that none is found an hour later."""
+    named: list[tuple[str, str | None]] = [
+        ("deepspeed", config.deepspeed),
+        ("encoder.backbone", config.encoder.backbone),
+    ]
+    named += [("encoder.tokenizer", config.encoder.tokenizer), ("encoder.init_from", config.encoder.init_from)]
+    for idx, decoder in enumerate(config.decoders):
+        named += [(f"decoders.{idx}.backbone", decoder.backbone), (f"decoders.{idx}.tokenizer", decoder.tokenizer)]
+    named += [(f"data.sources.{idx}.path", source.path) for idx, source in enumerate(config.data.sources)]
+    named.append(("data.validation", config.data.validation))
+    if config.checkpoint.resume not in ("auto", "never"):
+        named.append(("checkpoint.resume", config.checkpoint.resume))
+    missing = [f"{key}: {path}" for key, path in named if path is not None and not _exists(path)]
+    if missing:
+        lines = "\n  ".join(missing)
+        raise ConfigError(
+            f"these paths of the config do not exist (relative ones start at {Path.cwd()}):\n  {lines}\n"
+            "Correct them, or give them as key=path on the command line."
+        )
+
+
+def _exists(path: str) -> bool:
+    return "://" in path or Path(path).exists()  # what webdataset opens by URL is looked for when it is read
+
+
+def _at_least(key: str, value: float | None, low: float, cure: str = "") -> Iterator[str]:
+    if value is not None and value < low:
+        yield f"{key} is {value}; expected {low} or more.{' ' if cure else ''}{cure}"
+
+
+def _run_problems(config: RunConfig) -> Iterator[str]:
+    yield from _at_least("steps", config.steps, 1)
+    yield from _at_least("seed", config.seed, 0)
+    yield from _at_least("log_every", config.log_every, 1)
+    yield from _at_least("micro_batches", config.micro_batches, 1, "1 means no accumulation.")
+
+
+def _encoder_problems(config: RunConfig) -> Iterator[str]:
+    encoder = config.encoder
+    if encoder.num_layers is not None and encoder.num_truncated_layers is not None:
+        yield (
+            f"encoder.num_layers={encoder.num_layers} and encoder.num_truncated_layers="
+            f"{encoder.num_truncated_layers} both say where the encoder ends; remove one of them."
+        )
+    yield from _at_least("encoder.num_layers", encoder.num_layers, 1)
+    yield from _at_least("encoder.num_truncated_layers", encoder.num_truncated_layers, 0)
+    yield from _at_least("encoder.trained_layers", encoder.trained_layers, 0, "0 freezes the encoder's layers.")
+    yield from _at_least("bridge.hidden_size", config.bridge.hidden_size, 1, "null takes the decoder's width.")
+
+
+def _pooling_problems(config: RunConfig) -> Iterator[str]:
+    pooling = config.pooling
+    for idx, factor in enumerate(pooling.factors):
+        yield from _at_least(
+            f"pooling.factors.{idx}", factor, 1, "A factor is tokens per group: 1 keeps every token, 8 is the paper's."
+        )
+    yield from _at_least("pooling.num_groups", pooling.num_groups, 1)
+    yield from _at_least("pooling.memory_tokens", pooling.memory_tokens, 0)
+    chosen = {
+        "factors": bool(pooling.factors),
+        "num_groups": pooling.num_groups is not None,
+        "memory_tokens": pooling.memory_tokens > 0,
+    }
+    if sum(chosen.values()) != 1:
+        given = " and ".join(name for name, is_set in chosen.items() if is_set) or "none"
+        yield (
+            f"pooling: exactly one of factors, num_groups and memory_tokens says how much is kept; got {given}. "
+            "With num_groups or memory_tokens write `factors: []`; to keep every token write `factors: [1]`."
+        )
+
+
+def _decoder_problems(config: RunConfig) -> Iterator[str]:
+    if not config.decoders:
+        yield "decoders is an empty list; expected at least one decoder with name and backbone."
+    names = [decoder.name for decoder in config.decoders]
+    for idx, name in enumerate(names):
+        if not _NAME.fullmatch(name):
+            yield f"decoders.{idx}.name is {name!r}; expected letters, digits, '_', '-' and '.' (it names metrics)."
+        if name in names[:idx]:
+            yield f"decoders.{idx}.name is {name!r}, the name of decoder {names.index(name)} too; give it another."
+
+
+def _data_problems(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if not data.sources:
+        yield "data.sources is an empty list; expected at least one folder of shards ({path: …})."
+    for idx, source in enumerate(data.sources):
+        if source.weight <= 0:
+            yield f"data.sources.{idx}.weight is {source.weight}; expected more than 0. Remove a source not wanted."
+    yield from _at_least("data.batch_size", data.batch_size, 1)
+    if data.batch_size >= 1 and config.micro_batches >= 1 and data.batch_size % config.micro_batches:
+        yield (
+            f"data.batch_size is {data.batch_size}; expected a multiple of micro_batches={config.micro_batches}. "
+            "Change one of them."
+        )
+    yield from _at_least("data.max_context_tokens", data.max_context_tokens, 1)
+    yield from _at_least("data.max_prefix_tokens", data.max_prefix_tokens, 0)
+    yield from _at_least("data.max_continuation_tokens", data.max_continuation_tokens, 2)
+    yield from _at_least("data.num_workers", data.num_workers, 0)
+    yield from _share_problems(data.reconstruction_share)
+
+
+def _share_problems(share: float | ShareSchedule) -> Iterator[str]:
+    key = "data.reconstruction_share"
+    pairs = share if isinstance(share, tuple) else ((0, share),)
+    starts = [start for start, _ in pairs]
+    if not pairs or starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
+        yield f"{key} has steps {starts}; expected [from_step, share] pairs of rising steps, the first from step 0."
+    for start, value in pairs:
+        if not 0 <= value <= 1:
+            yield f"{key} is {value} from step {start}; expected a share from 0 to 1."
+
+
+def _optimizer_problems(config: RunConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    rates = ("encoder_lr", "markers_lr", "bridge_lr", "initial_lr", "final_lr", "weight_decay", "max_grad_norm")
+    for name in (*rates, "max_skipped_steps"):
+        yield from _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
+    if optimizer.eps <= 0:
+        yield f"optimizer.eps is {optimizer.eps}; expected more than 0, for example 1e-8."
+    for idx, beta in enumerate(optimizer.betas):
+        if not 0 <= beta < 1:
+            yield f"optimizer.betas.{idx} is {beta}; expected at least 0 and less than 1."
+    if not 0 <= optimizer.warmup_steps < max(config.steps, 1):
+        yield (
+            f"optimizer.warmup_steps is {optimizer.warmup_steps}; expected 0 to steps - 1 = {config.steps - 1}. "
+            f"For a run this long set for example optimizer.warmup_steps={config.steps // 20}."
+        )
+
+
+def _cadence_problems(config: RunConfig) -> Iterator[str]:
+    checkpoint, validation = config.checkpoint, config.validation
+    yield from _at_least("checkpoint.every", checkpoint.every, 0, "0 saves only at the end.")
+    yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
+    yield from _at_least("checkpoint.keep_every", checkpoint.keep_every, 1, "null keeps none for good.")
+    yield from _at_least("validation.every", validation.every, 0, "0 validates only at the end.")
+    yield from _at_least("validation.num_samples", validation.num_samples, 2)
+    yield from _at_least("validation.batch_size", validation.batch_size, 1)
+    if validation.every > 0 and config.data.validation is None:
+        yield (
+            f"validation.every is {validation.every}, but data.validation names no held-out shards. "
+            "Set data.validation to a folder of shards, or validation.every to 0."
+        )

@@ -1,0 +1,27 @@
+"""What all tests share: small thread pools, no network, hypothesis without wall-clock limits, the golden files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Ranks of the distributed tests share the cores with the test process: one thread each is the fastest there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile("arc", deadline=None)  # a shared machine stalls now and then; that is no failure
+settings.load_profile("arc")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden files: $ARC_GOLDEN, or `shared/golden` beside the repository; skips where it is absent."""
+    default = Path(__file__).parents[2] / "shared" / "golden"
+    folder = Path(os.environ.get("ARC_GOLDEN", default))
+    if not folder.is_dir():
+        pytest.skip(f"no golden files at {folder}; set ARC_GOLDEN to their folder")
+    return folder

@@ -1,0 +1,115 @@
+"""Ranges, exclusions and paths of a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arc_ds.config.load import load_config
+from arc_ds.config.schema import RunConfig
+from arc_ds.config.validate import check_paths, check_world_size
+from arc_ds.errors import ConfigError
+
+MINIMAL = """\
+run_dir: runs/x
+steps: 2000
+deepspeed: ds.json
+encoder: {backbone: models/enc}
+decoders: [{name: a, backbone: models/dec}]
+data: {sources: [{path: shards/train}]}
+"""
+
+
+def load(tmp_path: Path, *overrides: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["pooling.factors=[8, 0]"], ["pooling.factors.1 is 0", "1 keeps every token"]),
+        (["pooling.factors=[-8]"], ["pooling.factors.0 is -8"]),
+        (["pooling.factors=[]"], ["exactly one of", "got none"]),
+        (["pooling.num_groups=4"], ["factors and num_groups", "factors: []"]),
+        (["pooling.memory_tokens=4"], ["factors and memory_tokens"]),
+        (["pooling.factors=[]", "pooling.num_groups=0"], ["pooling.num_groups is 0"]),
+        (["encoder.num_layers=4", "encoder.num_truncated_layers=2"], ["remove one"]),
+        (["encoder.num_layers=0"], ["encoder.num_layers is 0"]),
+        (["encoder.trained_layers=-1"], ["encoder.trained_layers", "0 freezes"]),
+        (["bridge.hidden_size=0"], ["bridge.hidden_size"]),
+        (["steps=0"], ["steps is 0"]),
+        (["seed=-1"], ["seed is -1"]),
+        (["log_every=0"], ["log_every"]),
+        (["micro_batches=0"], ["micro_batches is 0"]),
+        (["micro_batches=3"], ["multiple of micro_batches=3"]),
+        (["data.batch_size=0"], ["data.batch_size is 0"]),
+        (["data.sources=[]"], ["data.sources"]),
+        (["data.sources.0.weight=0"], ["data.sources.0.weight"]),
+        (["data.max_context_tokens=0"], ["data.max_context_tokens"]),
+        (["data.max_continuation_tokens=1"], ["data.max_continuation_tokens"]),
+        (["data.reconstruction_share=1.2"], ["from 0 to 1"]),
+        (["data.reconstruction_share=[]"], ["rising steps"]),
+        (["data.reconstruction_share=[[1, 0.5]]"], ["first from step 0"]),
+        (["data.reconstruction_share=[[0, 0.5], [0, 0.2]]"], ["rising steps"]),
+        (["decoders=[]"], ["at least one decoder"]),
+        (["decoders.0.name=a b"], ["decoders.0.name"]),
+        (["decoders.1.name=a", "decoders.1.backbone=b"], ["the name of decoder 0 too"]),
+        (["optimizer.encoder_lr=-1e-5"], ["optimizer.encoder_lr"]),
+        (["optimizer.eps=0"], ["optimizer.eps"]),
+        (["optimizer.betas=[0.9, 1.0]"], ["optimizer.betas.1"]),
+        (["steps=20"], ["optimizer.warmup_steps=1"]),
+        (["checkpoint.keep_last=0"], ["checkpoint.keep_last"]),
+        (["checkpoint.keep_every=0"], ["checkpoint.keep_every"]),
+        (["validation.every=5"], ["data.validation names no"]),
+        (["validation.num_samples=1"], ["validation.num_samples"]),
+    ],
+)
+def test_value_out_of_range_names_key_and_cure(tmp_path, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, *overrides)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_problems_are_named_at_once(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, "seed=-1", "optimizer.eps=0", "pooling.factors=[0]")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_zero_rates_and_lone_alternatives_are_allowed(tmp_path):
+    config = load(tmp_path, "optimizer.encoder_lr=0", "pooling.factors=[]", "pooling.memory_tokens=8")
+    assert config.pooling.memory_tokens == 8
+    assert load(tmp_path, "pooling.factors=[]", "pooling.num_groups=4").pooling.num_groups == 4
+
+
+def test_batch_is_dealt_to_ranks_and_micro_batches(tmp_path):
+    assert check_world_size(load(tmp_path, "data.batch_size=48", "micro_batches=3"), 4) == 4
+
+
+def test_world_size_that_does_not_divide_the_batch_is_an_error_with_a_batch_that_fits(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.batch_size=130"):
+        check_world_size(load(tmp_path, "micro_batches=2"), 5)
+
+
+def test_every_missing_path_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load(tmp_path, "encoder.init_from=ckpt", "checkpoint.resume=old", "data.validation=shards/val")
+    (tmp_path / "models" / "dec").mkdir(parents=True)
+    with pytest.raises(ConfigError) as caught:
+        check_paths(config)
+    message = str(caught.value)
+    for path in ("deepspeed: ds.json", "models/enc", "ckpt", "old", "shards/train", "shards/val", str(tmp_path)):
+        assert path in message
+    assert "models/dec" not in message
+
+
+def test_paths_that_exist_pass(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("models/dec", "models/enc", "shards/train"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "ds.json").write_text("{}")
+    check_paths(load(tmp_path))

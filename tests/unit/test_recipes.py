@@ -1,0 +1,67 @@
+"""Every recipe loads, and says what the paper says (design 13)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arc_ds.config.deepspeed import resolve_deepspeed
+from arc_ds.config.load import load_config
+from arc_ds.config.schema import RunConfig
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml"))
+PRETRAINING = [path for path in RECIPES if path.stem.startswith("pretrain_")]
+
+
+def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.setenv("MODELS", "/models")
+    monkeypatch.setenv("SHARDS", "/shards")
+    monkeypatch.delenv("RUNS", raising=False)
+    return load_config(path)
+
+
+def test_the_recipes_of_the_paper_and_the_demo_are_there():
+    assert {path.stem for path in RECIPES} >= {
+        "demo",
+        "pretrain_llama2_7b_chat",
+        "pretrain_llama31_8b",
+        "pretrain_mistral_7b",
+        "pretrain_olmo_7b",
+        "pretrain_two_decoders",
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_loads_with_its_deepspeed_json(path, monkeypatch):
+    config = load(path, monkeypatch)
+    resolved = resolve_deepspeed(ROOT / config.deepspeed, config, world_size=1)
+    assert resolved["train_batch_size"] == config.data.batch_size
+    assert config.run_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda p: p.stem)
+def test_pretraining_recipe_has_the_papers_numbers(path, monkeypatch):
+    config = load(path, monkeypatch)
+    optimizer = config.optimizer
+    assert (config.steps, config.seed, config.data.batch_size) == (80_000, 0, 16 * 8)
+    assert (optimizer.encoder_lr, optimizer.markers_lr, optimizer.bridge_lr) == (1e-5, 1e-5, 5e-5)
+    assert (optimizer.initial_lr, optimizer.final_lr, optimizer.warmup_steps) == (1e-20, 1e-10, 1000)
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.max_grad_norm) == ((0.9, 0.95), 0.1, 1.0)
+    assert config.pooling.factors == (8,)
+    assert config.encoder.kept_layers(28) == 26
+    assert config.bridge.hidden_size == 2048
+    assert config.data.reconstruction_share == 0.2
+    assert (config.data.max_context_tokens, config.data.max_prefix_tokens) == (256, 256)
+    assert (config.bridge.init, config.markers.init) == ("kaiming", "ones")
+
+
+def test_two_decoders_differ(monkeypatch):
+    config = load(ROOT / "ds_configs" / "recipes" / "pretrain_two_decoders.yaml", monkeypatch)
+    assert len({decoder.backbone for decoder in config.decoders}) == 2
+
+
+def test_recipes_name_no_absolute_path():
+    for path in RECIPES:
+        assert ": /" not in path.read_text(encoding="utf-8"), path

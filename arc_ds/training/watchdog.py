@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 
@@ -32,7 +31,7 @@ class Watchdog:
         self.alive()
         return self
 
-    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
         if self._file is not None:
             self._file.close()

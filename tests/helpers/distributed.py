@@ -69,7 +69,7 @@ class RankPool:
             with suppress(BrokenPipeError):
                 pipe.send_bytes(payload)
         answers = self._collect(timeout_s)
-        failures = [f"--- rank {rank} ---\n{text}" for rank, (ok, text) in answers.items() if not ok]
+        failures = [f"--- rank {rank} ---\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
         missing = [rank for rank in range(self.num_ranks) if rank not in answers]
         if missing:
             failures += [self._explain_silence(rank) for rank in missing]

@@ -1,0 +1,216 @@
+"""Reading a ZeRO-3 checkpoint with another number of ranks than wrote it (design 8.13).
+
+DeepSpeed's way is its universal checkpoint, a conversion on disk. Its ZeRO-3 reader gives every parameter group the
+hyperparameters of the first one and every state the step count of the first one, which is wrong here: groups differ
+in weight decay, and a bridge that is not used every step has counted fewer of them. So the shards are cut anew in
+memory. ZeRO-3 deals each parameter of n elements to w ranks in pieces of ceil(n / w), the last one padded; a rank's
+file holds, for each sub-group, the pieces of its parameters end to end.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from arc_ds.errors import CheckpointError
+
+_MASTER = "master"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a parameter's pieces stand in the shards: sub-group, first element within it, elements in all."""
+
+    sub_group: int
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shards:
+    """The optimizer files of all ranks that wrote the checkpoint, opened but not read (memory-mapped)."""
+
+    per_rank: tuple[Mapping[str, Any], ...]
+    places: Mapping[str, _Place]
+
+    def flat(self, rank: int, sub_group: int, key: str) -> Tensor:
+        """The flat tensor of one state (`_MASTER`: the fp32 weights) in one rank's file."""
+        file = self.per_rank[rank]
+        if key == _MASTER:
+            return file["fp32_flat_groups"][sub_group]
+        return file["optimizer_state_dict"]["state"][sub_group][key]
+
+    def pieces(self, name: str, key: str) -> list[Tensor]:
+        """One state of a parameter as the old ranks hold it, padding included; views, not read yet."""
+        place = self.places[name]
+        size = _piece_numel(place.numel, len(self.per_rank))
+        ranks = range(len(self.per_rank))
+        return [self.flat(rank, place.sub_group, key).narrow(0, place.offset, size) for rank in ranks]
+
+
+def cut_anew(pieces: Sequence[Tensor], numel: int, *, rank: int, world_size: int) -> Tensor:
+    """The piece of `rank` among `world_size` ranks, out of the pieces [ceil(numel / w)] of the w ranks before.
+
+    A new tensor [ceil(numel / world_size)]; what lies beyond `numel` is zero.
+    """
+    old, new = _piece_numel(numel, len(pieces)), _piece_numel(numel, world_size)
+    result = pieces[0].new_zeros(new)
+    start, end = min(rank * new, numel), min((rank + 1) * new, numel)
+    position = start
+    while position < end:
+        source, within = divmod(position, old)
+        count = min(old - within, end - position)
+        result[position - start :][:count] = pieces[source][within : within + count]
+        position += count
+    return result
+
+
+def _piece_numel(numel: int, world_size: int) -> int:
+    return -(-numel // world_size)
+
+
+def load_resharded(engine: Any, path: Path, written_by: int) -> None:
+    """Load a whole ZeRO-3 checkpoint of `written_by` ranks into an engine of another world size; a collective.
+
+    Weights and optimizer states keep every bit; each parameter group keeps its own hyperparameters and step count.
+    CheckpointError where engine or checkpoint is not ZeRO-3, or names, shapes or groups differ.
+    """
+    if engine.zero_optimization_stage() != 3:
+        raise CheckpointError(
+            f"{path} was written by {written_by} ranks, this run has {dist.get_world_size()}; only ZeRO stage 3 can "
+            f"change their number (this engine has stage {engine.zero_optimization_stage()}). "
+            f"Start {written_by} ranks, or take a stage-3 DeepSpeed config from the start."
+        )
+    model_states = [_read(path, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(written_by)]
+    model_state = model_states[0]
+    shards = _open_shards(path, written_by, model_state)
+    _check_same_parameters(path, engine, shards)
+    optimizer = engine.optimizer
+    optimizer.checkpoint_event_prologue()
+    # DeepSpeed picks its own rank's entry out of a list over ranks.
+    states: list[Any] = [None] * dist.get_world_size()
+    states[dist.get_rank()] = _state_of_rank(path, engine, shards)
+    optimizer.load_state_dict(state_dict_list=states)
+    _load_frozen(engine, model_states)
+    optimizer.checkpoint_event_epilogue()
+    _load_buffers(engine, model_state)
+    engine.global_steps = model_state["global_steps"]
+    engine.global_samples = model_state["global_samples"]
+    engine.skipped_steps = model_state["skipped_steps"]
+
+
+def _open_shards(path: Path, written_by: int, model_state: Mapping[str, Any]) -> _Shards:
+    files = [_optimizer_file(path, rank) for rank in range(written_by)]
+    per_rank = tuple(_read(path, name)["optimizer_state_dict"] for name in files)
+    places = {}
+    for sub_group, shapes in enumerate(model_state["param_shapes"]):
+        offset = 0
+        for name, shape in shapes.items():
+            numel = torch.Size(shape).numel()
+            places[name] = _Place(sub_group=sub_group, offset=offset, numel=numel)
+            offset += _piece_numel(numel, written_by)
+        found = per_rank[0]["fp32_flat_groups"][sub_group].numel()
+        if found != offset:
+            raise CheckpointError(f"{path}: sub-group {sub_group} has {found} elements a rank, expected {offset}.")
+    return _Shards(per_rank=per_rank, places=places)
+
+
+def _optimizer_file(path: Path, rank: int) -> str:
+    found = [file.name for file in path.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")]
+    if len(found) != 1:
+        raise CheckpointError(f"{path} has {len(found)} optimizer files of rank {rank}, expected one.")
+    return found[0]
+
+
+def _read(path: Path, name: str) -> Any:
+    try:
+        # A pickle, from a folder whose manifest has been verified by the caller.
+        return torch.load(path / name, map_location="cpu", mmap=True, weights_only=False)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no {name}: it was not written by a ZeRO-3 engine.") from None
+
+
+def _check_same_parameters(path: Path, engine: Any, shards: _Shards) -> None:
+    expected = {name: param.ds_numel for name, param in _named(engine, itertools.chain(*engine.optimizer.fp16_groups))}
+    found = {name: place.numel for name, place in shards.places.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{path} does not fit this run's model: {len(wrong)} trained parameters differ, first {name}: expected "
+            f"{expected.get(name, 'none')} elements, found {found.get(name, 'none')}. Give the run the config that "
+            "wrote the checkpoint, or another run_dir."
+        )
+
+
+def _state_of_rank(path: Path, engine: Any, shards: _Shards) -> dict[str, Any]:
+    """What DeepSpeed would have written for this rank of this world size, in its own layout."""
+    saved = shards.per_rank[0]
+    masters: list[Tensor] = []
+    states: dict[int, dict[str, Any]] = {}
+    for new_id, params in enumerate(engine.optimizer.fp16_groups):
+        names = [name for name, _ in _named(engine, params)]
+        masters.append(_joined(shards, names, _MASTER))
+        old_id = shards.places[names[0]].sub_group
+        old_state = saved["optimizer_state_dict"]["state"].get(old_id, {})
+        states[new_id] = {
+            key: _joined(shards, names, key) if _is_flat(value, saved, old_id) else value
+            for key, value in old_state.items()
+        }
+    param_groups = _param_groups(path, engine, saved["optimizer_state_dict"]["param_groups"])
+    return {
+        **saved,
+        "partition_count": dist.get_world_size(),
+        "optimizer_state_dict": {"state": states, "param_groups": param_groups},
+        "fp32_flat_groups": masters,
+    }
+
+
+def _joined(shards: _Shards, names: list[str], key: str) -> Tensor:
+    place = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+    return torch.cat([cut_anew(shards.pieces(name, key), shards.places[name].numel, **place) for name in names])
+
+
+def _is_flat(value: Any, saved: Mapping[str, Any], sub_group: int) -> bool:
+    """Whether an optimizer state is one value for each element (a moment), not one for all (a step count)."""
+    return torch.is_tensor(value) and value.dim() > 0 and value.numel() == saved["fp32_flat_groups"][sub_group].numel()
+
+
+def _param_groups(path: Path, engine: Any, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved groups' hyperparameters over this engine's sub-groups."""
+    group_of = engine.optimizer.sub_group_to_group_id
+    num_groups = len(engine.optimizer.optimizer.param_groups)
+    if num_groups != len(saved_groups):
+        raise CheckpointError(f"{path} has {len(saved_groups)} parameter groups, this run's optimizer {num_groups}.")
+    sub_groups = range(len(engine.optimizer.fp16_groups))
+    return [
+        {**group, "params": [sub_group for sub_group in sub_groups if group_of[sub_group] == index]}
+        for index, group in enumerate(saved_groups)
+    ]
+
+
+def _named(engine: Any, params: Iterable[Any]) -> list[tuple[str, Any]]:
+    return [(engine.param_names[param], param) for param in params]
+
+
+def _load_frozen(engine: Any, model_states: Sequence[Mapping[str, Any]]) -> None:
+    """Parameters that do not train stand beside the module's state, cut in the same way."""
+    place = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+    params = {engine.param_names[param]: param for param in engine.module.parameters()}
+    for name in model_states[0]["frozen_param_fragments"] or {}:
+        pieces = [state["frozen_param_fragments"][name] for state in model_states]
+        params[name].ds_tensor.data.copy_(cut_anew(pieces, params[name].ds_numel, **place))
+
+
+def _load_buffers(engine: Any, model_state: Mapping[str, Any]) -> None:
+    buffers = dict(engine.module.named_buffers())
+    for name in model_state["buffer_names"]:
+        if name in buffers:
+            buffers[name].copy_(model_state["module"][name])

@@ -1,0 +1,55 @@
+"""The state of this process's random generators as JSON, so that a resumed run draws what it would have drawn."""
+
+from __future__ import annotations
+
+import base64
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from arc_ds.errors import CheckpointError
+
+
+def capture_rng() -> dict[str, Any]:
+    """States of Python's, numpy's and torch's generators (the current accelerator's too, where it is in use)."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": _encode(torch.get_rng_state()),
+    }
+    if (device := _accelerator_in_use()) is not None:
+        state["accelerator"] = _encode(device.get_rng_state())
+    return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Set the generators to states of `capture_rng`. CheckpointError where they do not fit this program."""
+    try:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(_decode(state["torch"]))
+        if "accelerator" in state and (device := _accelerator_in_use()) is not None:
+            device.set_rng_state(_decode(state["accelerator"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint's random states do not fit this program: {error!r}") from error
+
+
+def _accelerator_in_use() -> Any | None:
+    """torch's module of this process's accelerator (`torch.cuda`, ...), or None where none has been used."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    module = None if device is None else torch.get_device_module(device)
+    return module if module is not None and module.is_initialized() else None
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -53,14 +53,14 @@ class PooledBlock(Block):
         if layout.where == "between":
             normed_TD = self.attention_norm(x_TD)
             h_TD = x_TD + self.attention(normed_TD, normed_TD, rope_T, rope_T, spans)
-            pooled_GD = layout.strategy.pool(h_TD, spans.cu_seqlens_q, level)
+            pooled_GD = layout.strategy.pool(h_TD, spans, level)
             return pooled_GD + self.feed_forward(self.ffn_norm(pooled_GD))
         if not layout.pooled_queries:
-            pooled_GD = layout.strategy.pool(x_TD, spans.cu_seqlens_q, level)
+            pooled_GD = layout.strategy.pool(x_TD, spans, level)
             return super().forward(
                 pooled_GD, rope_G, Spans.within(level.cu_seqlens, level.max_seqlen, causal=self.causal)
             )
-        pooled = layout.strategy.pool_norm(x_TD, spans.cu_seqlens_q, level, self.attention_norm)
+        pooled = layout.strategy.pool_norm(x_TD, spans, level, self.attention_norm)
         across = Spans(
             cu_seqlens_q=level.cu_seqlens,
             cu_seqlens_k=spans.cu_seqlens_k,

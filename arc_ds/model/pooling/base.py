@@ -1,0 +1,100 @@
+"""What a pooled layer asks of a strategy, and the rows of a batch laid out context by context.
+
+Shape letters: T rows, G groups, C contexts, L rows of the longest context, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import arc_kernels as ak
+from arc_ds.data.packing import PoolLevel
+from arc_ds.model.backbone import Norm, Spans
+
+
+class Pooling(Protocol):
+    """A pure function of the rows and the level's boundaries.
+
+    How many rows a context leaves follows from its length alone (`data.groups.GroupRule`); which rows merge may follow
+    from their content.
+    """
+
+    contiguous: bool  # whether group g holds the rows group_cu[g] … group_cu[g + 1] - 1 (causal pooling needs it)
+
+    def pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> Tensor:
+        """Pooled rows [G, D] of rows [T, D], the dtype of x; `spans` say which rows are one context."""
+        ...
+
+    def pool_norm(self, x_TD: Tensor, spans: Spans, level: PoolLevel, norm: Norm) -> ak.PoolNorm:
+        """Pooled rows, their norm, and the norm of all rows."""
+        ...
+
+
+class ContentPooling(ABC):
+    """A strategy whose groups follow from the rows' content. Choosing is no part of the graph; combining is."""
+
+    contiguous = False
+
+    def pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> Tensor:
+        """See `Pooling.pool`."""
+        return self._pool(x_TD, spans, level) if x_TD.shape[0] else x_TD
+
+    @abstractmethod
+    def _pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> Tensor:
+        """`pool` for a batch with at least one row."""
+
+    def pool_norm(self, x_TD: Tensor, spans: Spans, level: PoolLevel, norm: Norm) -> ak.PoolNorm:
+        """See `Pooling.pool_norm`."""
+        pooled_GD = self.pool(x_TD, spans, level)
+        return ak.PoolNorm(pooled_GD, norm(pooled_GD), norm(x_TD))
+
+
+class ContextGrid(NamedTuple):
+    """Packed rows as a grid [C, L], one context a line: `context_T` and `index_T` (int64) are the place of each row."""
+
+    context_T: Tensor
+    index_T: Tensor
+    num_rows_C: Tensor  # int64
+    num_groups_C: Tensor  # int64
+    first_group_C: Tensor  # int64
+    shape: tuple[int, int]
+
+    @staticmethod
+    def of(num_rows: int, spans: Spans, level: PoolLevel) -> ContextGrid:
+        """The grid of `num_rows` packed rows. No value is read on the host."""
+        cu, group_cu = spans.cu_seqlens_k.long(), level.cu_seqlens.long()
+        num_contexts = cu.numel() - 1
+        contexts_C = torch.arange(num_contexts, device=cu.device)
+        context_T = torch.repeat_interleave(contexts_C, cu.diff(), output_size=num_rows)
+        index_T = torch.arange(num_rows, device=cu.device) - cu[context_T]
+        shape = (num_contexts, spans.max_seqlen_k)
+        return ContextGrid(context_T, index_T, cu.diff(), group_cu.diff(), group_cu[:-1], shape)
+
+    def spread(self, x_T: Tensor, fill: float = 0.0) -> Tensor:
+        """Packed rows [T, ...] to [C, L, ...]; places without a row hold `fill`."""
+        grid = x_T.new_full((*self.shape, *x_T.shape[1:]), fill)
+        grid[self.context_T, self.index_T] = x_T
+        return grid
+
+    def gather(self, grid: Tensor) -> Tensor:
+        """The inverse of `spread`: [C, L, ...] to [T, ...]."""
+        return grid[self.context_T, self.index_T]
+
+
+def weighted_groups(x_TD: Tensor, group_T: Tensor, weight_T: Tensor, num_groups: int) -> Tensor:
+    """Sum of weight * row over the rows of each group: [G, D], the dtype of x, accumulated in float32 at least.
+
+    group_T int64 [T] in 0 … G - 1; weight_T float [T], constants for the gradient.
+    """
+    x = widen(x_TD)
+    total_GD = x.new_zeros(num_groups, x.shape[1]).index_add(0, group_T, x * weight_T[:, None])
+    return total_GD.to(x_TD.dtype)
+
+
+def widen(x: Tensor) -> Tensor:
+    """float32, or float64 where x is."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,122 @@
+"""From the settings of an ARC checkpoint to a `CompressorSpec`, and back."""
+
+from __future__ import annotations
+
+from arc_ds.data.groups import GroupRule
+from arc_ds.data.segments import Marker
+from arc_ds.errors import WeightsError
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.spec import CompressorSpec
+from arc_ds.model.weights.arc_params import MULTI, ArcBridge, ArcEmbedder, ArcParams, ArcPooling
+
+_REDUCTIONS = ("last", "sum", "fusion", "mean")  # the reference looks for them in the name, in this order
+
+
+def group_rule(compress_rate: int) -> GroupRule:
+    """The reference's rate: -N is the factor N, 0 one group, -1 no pooling, +N a fixed number of N groups."""
+    if compress_rate == -1:
+        return GroupRule("none")
+    if compress_rate < 0:
+        return GroupRule("factor", -compress_rate)
+    return GroupRule("count", compress_rate or 1)
+
+
+def compress_rate(rule: GroupRule) -> int:
+    """Inverse of `group_rule`. WeightsError for a rule that the reference has no rate for."""
+    if rule.kind == "none" or (rule.kind == "factor" and rule.value == 1):
+        return -1
+    if rule.kind == "factor":
+        return -rule.value
+    if rule.kind == "count":
+        return 0 if rule.value == 1 else rule.value
+    raise WeightsError(f"the ARC format has no compress rate for the grouping {rule.kind}; use our own export format.")
+
+
+def spec_of_params(params: ArcParams, backbone: BackboneConfig, num_ports: int) -> CompressorSpec:
+    """What an ARC checkpoint's settings say of a compressor on `backbone` (all its layers counted).
+
+    WeightsError for a pool_type that merges or prunes by similarity (`metric_*`; none was ever released), and where
+    the checkpoint's width is not the backbone's.
+    """
+    embedder, bridge = params.embedder, params.bridge
+    pooling = embedder.pooling or ArcPooling(pool_type="mean", where="before")
+    width = backbone.hidden_size
+    if bridge is not None and bridge.in_dim != width:
+        raise WeightsError(
+            f"the checkpoint's bridge reads vectors of {bridge.in_dim}, the backbone is {width} wide. Give the "
+            "backbone that the checkpoint was trained from."
+        )
+    if embedder.n_truncated_layers >= backbone.num_layers:
+        raise WeightsError(
+            f"the checkpoint drops {embedder.n_truncated_layers} layers and the backbone has {backbone.num_layers}. "
+            "Give the backbone that the checkpoint was trained from."
+        )
+    kept: dict[Marker, bool] = {"cont": embedder.cont_tok, "rec": embedder.rec_tok}
+    kind = None if bridge is None else bridge.bridge_type
+    out_size = width if bridge is None or kind is None else bridge.out_dim
+    return CompressorSpec(
+        backbone=backbone,
+        num_layers=backbone.num_layers - embedder.n_truncated_layers,
+        rules=() if embedder.memory_tokens else tuple(group_rule(rate) for rate in embedder.compress_rates),
+        memory_tokens=embedder.memory_tokens,
+        strategy=_strategy(pooling.pool_type),
+        pooled_queries="pooled_queries" in pooling.pool_type,
+        where="between" if pooling.where == "between" else "before",
+        causal=embedder.causal_embedder,
+        markers=tuple(marker for marker, is_kept in kept.items() if is_kept),
+        bridge="none" if kind is None else "mlp" if kind == MULTI else kind,  # type: ignore[arg-type]
+        bridge_hidden_size=None if bridge is None else bridge.hidden_dim,
+        decoder_sizes=(out_size,) * max(num_ports, 1),
+    )
+
+
+def params_of_spec(
+    spec: CompressorSpec, *, param_dtype: str, trained_layers: int, train_embeddings: bool
+) -> ArcParams:
+    """The settings of an ARC checkpoint that holds a compressor of this spec.
+
+    param_dtype: "float32" or "bfloat16", the dtype of the tensors that will be written.
+    WeightsError for what the reference cannot say: other strategies, several decoders of different width or with
+    another bridge than mlp.
+    """
+    several = len(spec.decoder_sizes) > 1
+    if several and (len(set(spec.decoder_sizes)) > 1 or spec.bridge != "mlp"):
+        raise WeightsError(
+            f"the ARC format holds several decoders only with mlp bridges of one width; this compressor has "
+            f"{spec.bridge} bridges to {spec.decoder_sizes}. Use our own export format."
+        )
+    if spec.strategy not in _REDUCTIONS:
+        raise WeightsError(f"the ARC format has no pooling called {spec.strategy}; use our own export format.")
+    width = spec.backbone.hidden_size
+    bridge = ArcBridge(
+        bridge_type=MULTI if several else None if spec.bridge == "none" else spec.bridge,
+        in_dim=width,
+        out_dim=spec.decoder_sizes[0],
+        hidden_dim=spec.bridge_hidden_size,
+    )
+    suffix = "_pooled_queries" if spec.pooled_queries and not spec.memory_tokens else ""
+    return ArcParams(
+        param_dtype=param_dtype,
+        embedder=ArcEmbedder(
+            n_truncated_layers=spec.backbone.num_layers - spec.num_layers,
+            pooling=ArcPooling(pool_type=spec.strategy + suffix, where=spec.where),
+            memory_tokens=spec.memory_tokens,
+            rec_tok="rec" in spec.markers,
+            cont_tok="cont" in spec.markers,
+            compress_rates=tuple(compress_rate(rule) for rule in spec.rules) if not spec.memory_tokens else (),
+            trained_layers=trained_layers,
+            causal_embedder=spec.causal,
+            train_embedding_mtx=train_embeddings,
+        ),
+        bridge=bridge,
+    )
+
+
+def _strategy(pool_type: str) -> str:
+    found = [reduction for reduction in _REDUCTIONS if reduction in pool_type]
+    if "metric" in pool_type or not found:
+        raise WeightsError(
+            f"`pool_type` is {pool_type!r}; ARC-DS reads checkpoints that pool by {', '.join(_REDUCTIONS)}. Set "
+            "pool_type in params.json to the one that the checkpoint was trained with."
+        )
+    return found[0]

@@ -1,0 +1,84 @@
+"""Typed access to the JSON files that describe weights: an error names the file, the key, what came and the cure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from arc_ds.errors import WeightsError
+from arc_ds.model.backbone_config import BackboneConfig
+
+
+class Fields:
+    """A JSON object and where it came from. A key that is absent or null takes the default, where there is one."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    @classmethod
+    def read(cls, path: Path) -> Fields:
+        """The object in a JSON file. WeightsError where it cannot be read or is no object."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise WeightsError(f"{path} cannot be read as JSON: {error}. Copy it again from its source.") from error
+        if not isinstance(values, dict):
+            raise WeightsError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        return cls(values, str(path))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The raw value; the default where the key is absent or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.wrong(key, "a whole number of at least 1", value)
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number above 0, as float."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise self.wrong(key, "a number above 0", value)
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false", value)
+        return value
+
+    def refuse(self, key: str, *harmless: Any) -> None:
+        """WeightsError where `key` holds anything but null, false or one of `harmless`: we do not compute it."""
+        value = self.values.get(key)
+        if value is None or value is False or value in harmless:
+            return
+        expected = " or ".join(repr(h) for h in harmless) or "none"
+        raise WeightsError(
+            f"{self.where}: `{key}` is {value!r}; ARC-DS reads backbones with {expected} here. "
+            "Choose another checkpoint of the family, one without it."
+        )
+
+    def wrong(self, key: str, expected: str, got: Any) -> WeightsError:
+        """The error of a value that is missing or of the wrong kind."""
+        found = f"it is {got!r}" if key in self.values else "it is missing"
+        return WeightsError(f"{self.where}: expected `{key}` to be {expected}; {found}. Copy the file from its source.")
+
+
+def checked(config: BackboneConfig, where: str) -> BackboneConfig:
+    """The same config. WeightsError where its sizes do not fit each other."""
+    if config.num_heads % config.num_kv_heads:
+        raise WeightsError(
+            f"{where}: {config.num_heads} query heads cannot share {config.num_kv_heads} key heads evenly; "
+            "expected a multiple. Copy the file from its source."
+        )
+    if config.head_dim % 2:
+        raise WeightsError(f"{where}: head_dim is {config.head_dim}; rotary positions need an even one.")
+    return config

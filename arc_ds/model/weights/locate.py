@@ -1,0 +1,108 @@
+"""What a path holds: which kind of weights, and which files carry them. Decided by content, never by a setting."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from arc_ds.errors import WeightsError
+from arc_ds.model.weights.fields import Fields
+
+_INDEX = "model.safetensors.index.json"
+_EXPECTED = (
+    "a Hugging Face folder (config.json with model.safetensors or its shards), a Meta or Mistral folder (params.json "
+    "with consolidated.safetensors or consolidated.00.pth, ...), or a .gguf file"
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """kind of weights, the folder or file that the user named, and the files of tensors (empty: sizes only)."""
+
+    kind: Literal["hugging_face", "native", "gguf"]
+    path: Path
+    files: tuple[Path, ...]
+
+
+def locate(path: Path) -> Found:
+    """Find out what `path` holds.
+
+    WeightsError where it does not exist or holds nothing that can be read, and for shards of a set that are missing.
+    """
+    if path.is_file():
+        if _is_gguf(path):
+            return Found(kind="gguf", path=path, files=(path,))
+        raise WeightsError(f"{path} is a file and no GGUF; expected {_EXPECTED}. Give the folder that it lies in.")
+    if not path.is_dir():
+        raise WeightsError(f"{path} does not exist; expected {_EXPECTED}. Check the path and its mounts.")
+    return _locate_in_folder(path)
+
+
+def find_tokenizer(path: Path) -> Path | None:
+    """The tokenizer's file that came with a backbone: in a GGUF file itself, or beside the weights; None without."""
+    if path.is_file():
+        return path if _is_gguf(path) else None
+    candidates = [path / name for name in _TOKENIZERS] + sorted(path.glob("*.tiktoken"))
+    files = [candidate for candidate in candidates if candidate.is_file()]
+    ggufs = sorted(path.glob("*.gguf"))
+    if files:
+        return files[0]
+    return ggufs[0] if len(ggufs) == 1 else None
+
+
+def _locate_in_folder(folder: Path) -> Found:
+    has_config, has_params = (folder / "config.json").is_file(), (folder / "params.json").is_file()
+    hugging_face = _hugging_face_files(folder) if has_config else ()
+    if hugging_face:
+        return Found(kind="hugging_face", path=folder, files=hugging_face)
+    native = _native_files(folder) if has_params else ()
+    if native:
+        return Found(kind="native", path=folder, files=native)
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return Found(kind="gguf", path=ggufs[0], files=(ggufs[0],))
+    if len(ggufs) > 1:
+        raise WeightsError(f"{folder} holds {len(ggufs)} .gguf files; expected one. Give the path of the one you mean.")
+    if has_config or has_params:
+        return Found(kind="hugging_face" if has_config else "native", path=folder, files=())
+    listing = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    raise WeightsError(f"{folder} holds {listing}; expected {_EXPECTED}. Check the path.")
+
+
+def _hugging_face_files(folder: Path) -> tuple[Path, ...]:
+    if not (folder / _INDEX).is_file():
+        return tuple(p for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith("consolidated"))
+    index = Fields.read(folder / _INDEX)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise index.wrong("weight_map", "an object from tensors to files", weight_map)
+    files = [folder / str(name) for name in sorted(set(weight_map.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise WeightsError(
+            f"{folder}: {_INDEX} names {len(files)} files, of which {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Copy what is missing from the source."
+        )
+    return tuple(files)
+
+
+def _native_files(folder: Path) -> tuple[Path, ...]:
+    safetensors = sorted(folder.glob("consolidated*.safetensors"))
+    if safetensors:
+        return tuple(safetensors)
+    pickles = sorted(folder.glob("consolidated.*.pth"))
+    numbers = [int(match.group(1)) for p in pickles if (match := re.search(r"\.(\d+)\.pth$", p.name))]
+    if numbers != list(range(len(pickles))):
+        raise WeightsError(
+            f"{folder} holds {', '.join(p.name for p in pickles)}; expected consolidated.00.pth and on without a gap. "
+            "Copy what is missing from the source."
+        )
+    return tuple(pickles)
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"

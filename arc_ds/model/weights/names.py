@@ -1,0 +1,86 @@
+"""Internal names and shapes of a backbone's parameters, and the exact permutation between the two rotary layouts.
+
+Every linear weight is [out, in] and has no bias; w1 is the gate, w3 the up and w2 the down projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from arc_ds.model.backbone_config import BackboneConfig
+
+Shape = tuple[int, ...]
+RotaryPairs = Literal["half", "interleaved"]
+
+
+def layer_shapes(config: BackboneConfig) -> dict[str, Shape]:
+    """Shapes of the parameters of one layer, by the name that follows `layers.{i}.`."""
+    hidden, ffn = config.hidden_size, config.ffn_size
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, Shape] = {
+        "attention.wq.weight": (q_rows, hidden),
+        "attention.wk.weight": (kv_rows, hidden),
+        "attention.wv.weight": (kv_rows, hidden),
+        "attention.wo.weight": (hidden, q_rows),
+        "feed_forward.w1.weight": (ffn, hidden),
+        "feed_forward.w2.weight": (hidden, ffn),
+        "feed_forward.w3.weight": (ffn, hidden),
+    }
+    if config.norm == "rms":
+        shapes["attention_norm.weight"] = (hidden,)
+        shapes["ffn_norm.weight"] = (hidden,)
+    return shapes
+
+
+def backbone_shapes(config: BackboneConfig) -> dict[str, Shape]:
+    """Shapes of all parameters of a backbone by internal name, in the order in which the forward uses them.
+
+    `output.weight` is absent where the head is tied to the embedding, norm weights where the norm has none.
+    """
+    shapes: dict[str, Shape] = {"tok_embeddings.weight": (config.vocab_size, config.hidden_size)}
+    for i in range(config.num_layers):
+        shapes.update({f"layers.{i}.{name}": shape for name, shape in layer_shapes(config).items()})
+    if config.norm == "rms":
+        shapes["norm.weight"] = (config.hidden_size,)
+    if not config.tie_embeddings:
+        shapes["output.weight"] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def beyond_layers(num_layers: int) -> Callable[[str], bool]:
+    """Predicate: names of parts that an encoder of the first `num_layers` layers lacks (norm and head too)."""
+
+    def is_beyond(name: str) -> bool:
+        if name in ("norm.weight", "output.weight"):
+            return True
+        parts = name.split(".")
+        return parts[0] == "layers" and int(parts[1]) >= num_layers
+
+    return is_beyond
+
+
+def rotary_heads(name: str, config: BackboneConfig) -> int | None:
+    """Number of heads whose rows rotary positions turn in the parameter `name`; None where they do not touch it."""
+    if name.endswith("attention.wq.weight"):
+        return config.num_heads
+    if name.endswith("attention.wk.weight"):
+        return config.num_kv_heads
+    return None
+
+
+def permute_rotary(weight: Tensor, num_heads: int, *, to: RotaryPairs) -> Tensor:
+    """The rows of a query or key projection reordered, head by head, for the other way of pairing rotary dimensions.
+
+    weight: [num_heads * head_dim, in]. "half" pairs (i, i + head_dim / 2), "interleaved" pairs (2i, 2i + 1); the two
+    directions are exact inverses. Source: the converters of Llama weights to Hugging Face and to GGUF.
+    ValueError where the rows are not num_heads heads of an even size.
+    """
+    rows = weight.shape[0]
+    if rows % (2 * num_heads):
+        raise ValueError(f"{rows} rows are not {num_heads} heads of an even head_dim")
+    pairs = rows // num_heads // 2
+    split = (num_heads, pairs, 2) if to == "half" else (num_heads, 2, pairs)
+    return weight.reshape(*split, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,151 @@
+"""Sizes from a `params.json`: Meta (Llama), Mistral, and OLMo as the reference of ARC-Encoder keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from arc_ds.errors import WeightsError
+from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
+from arc_ds.model.weights.fields import Fields, checked
+from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
+from arc_ds.model.weights.stores import Shape, TensorStore
+
+_OLMO_PREFIX = "model.transformer."
+_LLAMA_32_WIDEST = 3072  # Llama 3.2 3B; the narrowest Llama 3.1 is 4096 wide
+
+
+def is_olmo(store: TensorStore | None) -> bool:
+    """Whether the tensors are named as OLMo-1 names them (its `params.json` alone does not tell)."""
+    return store is not None and any(name.startswith(_OLMO_PREFIX) for name in store.names())
+
+
+def sizes_of_native(fields: Fields, store: TensorStore | None, rope_scaling: RopeScalingChoice) -> Sizes:
+    """Sizes from `params.json`. Three dialects: Mistral's gives head_dim and hidden_dim; Llama's derives them; OLMo's
+    leaves the FFN's size to the tensors, which `store` therefore must give (None: sizes only, Llama and Mistral).
+
+    WeightsError for what ARC-DS does not compute: experts, quantised weights, vision parts.
+    """
+    for key in ("moe", "moe_args", "quantization", "quantization_args", "vision_encoder"):
+        fields.refuse(key)
+    if is_olmo(store):
+        return _olmo(fields, store)
+    if "hidden_dim" in fields.values or "head_dim" in fields.values:
+        return _mistral(fields, store)
+    return _llama(fields, store, rope_scaling)
+
+
+def _llama(fields: Fields, store: TensorStore | None, rope_scaling: RopeScalingChoice) -> Sizes:
+    dim, num_heads = fields.integer("dim"), fields.integer("n_heads")
+    scaling = None
+    if rope_scaling == "checkpoint" and fields.flag("use_scaled_rope", False):
+        scaling = _llama3_scaling(fields, dim)
+    config = BackboneConfig(
+        family="llama",
+        hidden_size=dim,
+        num_layers=fields.integer("n_layers"),
+        num_heads=num_heads,
+        num_kv_heads=fields.integer("n_kv_heads", num_heads),
+        head_dim=dim // num_heads,
+        ffn_size=_llama_ffn_size(fields, dim),
+        vocab_size=_vocab_size(fields, store),
+        rope_theta=fields.number("rope_theta", 10000.0),
+        norm_eps=fields.number("norm_eps", 1e-5),
+        rope_scaling=scaling,
+    )
+    return Sizes(checked(config, fields.where), None)
+
+
+def _llama_ffn_size(fields: Fields, dim: int) -> int:
+    size = int(8 * dim / 3)
+    if fields.get("ffn_dim_multiplier") is not None:
+        size = int(fields.number("ffn_dim_multiplier") * size)
+    multiple = fields.integer("multiple_of", 256)
+    return -(-size // multiple) * multiple
+
+
+def _llama3_scaling(fields: Fields, dim: int) -> RopeScaling:
+    """Meta's file says only that positions are scaled. Llama 3.1 scales by 8 and 3.2 by 32 (their published Hugging
+    Face configs); the two are told apart by width. A `rope_scaling_factor` in the file wins.
+    """
+    by_width = 32.0 if dim <= _LLAMA_32_WIDEST else 8.0
+    return RopeScaling(
+        factor=fields.number("rope_scaling_factor", by_width),
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_positions=8192,
+    )
+
+
+def _mistral(fields: Fields, store: TensorStore | None) -> Sizes:
+    dim, num_heads = fields.integer("dim"), fields.integer("n_heads")
+    for key in ("sliding_window", "_sliding_window"):
+        if isinstance(fields.get(key), list):
+            raise fields.wrong(key, "one number for all layers", fields.get(key))
+    key = "sliding_window" if fields.get("sliding_window") is not None else "_sliding_window"
+    window = fields.integer(key) if fields.get(key) is not None else None
+    config = BackboneConfig(
+        family="mistral",
+        hidden_size=dim,
+        num_layers=fields.integer("n_layers"),
+        num_heads=num_heads,
+        num_kv_heads=fields.integer("n_kv_heads", num_heads),
+        head_dim=fields.integer("head_dim", dim // num_heads),
+        ffn_size=fields.integer("hidden_dim"),
+        vocab_size=_vocab_size(fields, store),
+        # Mistral's own code: without a base in the file, windowed models (v0.1) have 1e4 and the others 1e6.
+        rope_theta=fields.number("rope_theta", 1e6 if window is None else 1e4),
+        norm_eps=fields.number("norm_eps", 1e-5),
+        tie_embeddings=fields.flag("tied_embeddings", False),
+    )
+    return Sizes(checked(config, fields.where), window)
+
+
+def _olmo(fields: Fields, store: TensorStore | None) -> Sizes:
+    dim, num_heads = fields.integer("dim"), fields.integer("n_heads")
+    config = BackboneConfig(
+        family="olmo",
+        hidden_size=dim,
+        num_layers=fields.integer("n_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=dim // num_heads,
+        ffn_size=_shape(fields, store, _OLMO_PREFIX + "blocks.0.ff_out.weight")[1],
+        vocab_size=_shape(fields, store, _OLMO_PREFIX + "wte.weight")[0],
+        rope_theta=fields.number("rope_theta", 10000.0),
+        norm_eps=fields.number("norm_eps", 1e-5),
+        norm="layer",
+        tie_embeddings=fields.flag("weight_tying", False),
+    )
+    return Sizes(checked(config, fields.where), None)
+
+
+def _vocab_size(fields: Fields, store: TensorStore | None) -> int:
+    """Llama 2 writes -1 and leaves the number to the tokenizer; the embedding has it too."""
+    if fields.get("vocab_size") == -1:
+        return _shape(fields, store, "tok_embeddings.weight")[0]
+    return fields.integer("vocab_size")
+
+
+def _shape(fields: Fields, store: TensorStore | None, name: str) -> Shape:
+    if store is None or name not in store.names() or len(store.shape(name)) != 2:
+        raise WeightsError(
+            f"{fields.where} leaves a size to the tensor `{name}`, which is missing or no matrix. "
+            "Put the weights beside it, or write the size into the file."
+        )
+    return store.shape(name)
+
+
+def shard_axis(dim: int) -> Callable[[str, Shape], int | None]:
+    """How Meta's `consolidated.00.pth, consolidated.01.pth, ...` of a model `dim` wide are split (its model-parallel
+    layers): wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns, the embedding by columns in Llama 1 and 2 and
+    by rows in Llama 3, which its width tells; vectors are copies.
+    """
+
+    def axis(name: str, shape: Shape) -> int | None:
+        if len(shape) != 2:
+            return None
+        if name == "tok_embeddings.weight":
+            return 0 if shape[1] == dim else 1
+        return 1 if name.endswith((".attention.wo.weight", ".feed_forward.w2.weight")) else 0
+
+    return axis

@@ -1,0 +1,79 @@
+"""The command line: one table of commands, each in a module that is imported only when its command is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from arc_ds import __version__
+from arc_ds.errors import ArcError
+
+EXIT_USER_ERROR = 2
+
+
+class Command(NamedTuple):
+    """A command. Its module has `add_parser(subparsers)`, which sets `run=function(namespace) -> exit code`."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command("arc_ds.launch", "train a config on all local devices, or as one rank of a launcher"),
+    "shards": Command("arc_ds.data.cli", "build, check or show webdataset shards"),
+    "export": Command("arc_ds.export.cli", "turn a run's checkpoint into weights that others can load"),
+    "compress": Command("arc_ds.generate_cli", "compress texts into vectors"),
+    "generate": Command("arc_ds.generate_cli", "let a decoder continue a prompt with compressed contexts"),
+    "doctor": Command("arc_ds.doctor", "show what this machine has, what is missing, and the cure"),
+    "demo": Command("arc_ds.demo", "build shards, train, resume, export and use a small ARC-Encoder"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    A user's mistake (`ArcError`) is printed as one message without a traceback and gives exit code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv[0] if argv else ""
+    if name not in COMMANDS:
+        _overview().parse_args(argv or ["--help"])
+        return EXIT_USER_ERROR
+    try:
+        if name == "train":
+            # `train` hands its words to the launcher as they are: the ranks parse them again.
+            return int(import_module(COMMANDS[name].module).main(argv[1:]))
+        namespace = _parser(name).parse_args(argv)
+        return int(namespace.run(namespace))
+    except ArcError as error:
+        print(f"arc-ds {name}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"arc-ds {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one command, whose module is imported here."""
+    parser = argparse.ArgumentParser(prog="arc-ds")
+    import_module(COMMANDS[name].module).add_parser(parser.add_subparsers(dest="command", required=True))
+    return parser
+
+
+def _overview() -> argparse.ArgumentParser:
+    """Lists the commands for `--help` and for an unknown one, without importing any of them."""
+    parser = argparse.ArgumentParser(
+        prog="arc-ds", description="Train, export and use ARC-Encoders. `arc-ds COMMAND --help` tells more."
+    )
+    parser.add_argument("--version", action="version", version=f"arc-ds {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparsers.add_parser(name, help=command.help)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

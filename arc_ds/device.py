@@ -1,0 +1,91 @@
+"""The only place that names devices (cuda, cpu) and their backends (nccl, gloo) in code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from arc_ds.errors import ConfigError
+
+GIB = 1 << 30
+
+
+def select_device(request: str, local_rank: int = 0) -> torch.device:
+    """The device of this rank; a GPU becomes torch's current one.
+
+    request: "auto" (a GPU where there are any), "cuda" or "cpu". ConfigError where a GPU is asked for that this
+    machine or this rank does not have.
+    """
+    if request not in ("auto", "cuda", "cpu"):
+        raise ConfigError(f"device is {request!r}; expected auto, cuda or cpu")
+    if request == "cpu" or (request == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "device is cuda, but torch sees no GPU. `arc-ds doctor` shows what it finds; device=cpu runs on the CPU."
+        )
+    num_devices = torch.cuda.device_count()
+    if local_rank >= num_devices:
+        raise ConfigError(
+            f"this host has {num_devices} GPUs, but local rank {local_rank} was started: start at most "
+            f"{num_devices} processes on it (--num-procs, or slots= in the hostfile)"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def num_local_devices(request: str = "auto") -> int:
+    """How many processes fill this host: its GPUs, or 1 on the CPU."""
+    return max(torch.cuda.device_count(), 1) if request != "cpu" and torch.cuda.is_available() else 1
+
+
+def backend_name(device: torch.device) -> str:
+    """The collective backend of a device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def accelerator_name(device: torch.device) -> str:
+    """DeepSpeed's name of the device's kind (its DS_ACCELERATOR variable)."""
+    return device.type
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work queued on the device (for timing; the step itself never calls it)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: allocated on the GPU, or this process's resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words: the GPU's name and memory, or the CPU's name and the cores this process may use."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
+    return f"{_cpu_name()}, {num_cores()} cores"
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,83 @@
+"""One process is a group of one; an error of one rank is an error of all."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from arc_ds import device, dist
+from arc_ds.errors import ArcError, ConfigError, DataError
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_launcher_there_is_one_rank(alone):
+    assert (dist.rank(), dist.world_size(), dist.local_rank(), dist.local_world_size()) == (0, 1, 0, 1)
+    assert dist.is_main()
+    assert not dist.under_launcher()
+    assert dist.gather_objects("x") == ["x"]
+    assert dist.broadcast_object("x") == "x"
+    assert dist.all_ranks_agree(3)
+
+
+def test_error_of_the_only_rank_is_raised_as_it_is(alone):
+    error = DataError("torn")
+    with pytest.raises(DataError) as caught, dist.fail_together():
+        raise error
+    assert caught.value is error
+    dist.raise_together(None)
+
+
+def test_place_is_read_from_the_launchers_environment(monkeypatch, alone):
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert (dist.rank(), dist.world_size(), dist.local_rank(), dist.local_world_size()) == (5, 8, 1, 4)
+    assert not dist.is_main()
+
+
+@pytest.mark.parametrize(("number", "level", "passes"), [(0, 20, True), (1, 20, False), (1, 30, True)])
+def test_only_rank_0_informs_and_every_rank_warns(monkeypatch, alone, number, level, passes):
+    monkeypatch.setenv("RANK", str(number))
+    record = logging.LogRecord("arc", level, "f", 1, "text", None, None)
+    assert dist.RankFilter().filter(record) is passes
+
+
+def test_cpu_can_be_asked_for_and_unknown_devices_cannot():
+    assert device.select_device("cpu") == torch.device("cpu")
+    assert device.backend_name(torch.device("cpu")) == "gloo"
+    with pytest.raises(ConfigError, match="auto, cuda or cpu"):
+        device.select_device("tpu")
+
+
+def test_gpu_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.select_device("auto") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="no GPU"):
+        device.select_device("cuda")
+
+
+def test_more_ranks_than_gpus_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="local rank 2"):
+        device.select_device("auto", local_rank=2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is compared with Linux's own figure")
+def test_peak_memory_is_counted_in_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak_kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    assert device.peak_memory_bytes(torch.device("cpu")) == pytest.approx(peak_kib * 1024, rel=0.01)
+
+
+@pytest.mark.parametrize("cls", [ArcError, *ArcError.__subclasses__()])
+def test_our_errors_survive_pickling_between_ranks(cls):
+    assert str(pickle.loads(pickle.dumps(cls("text")))) == "text"

@@ -1,0 +1,152 @@
+"""One small interface over every tokenizer, and where a text may be cut.
+
+The encoder and each decoder have tokenizers of their own. A sample is split in its *text*; `Encoding.ends` says which
+token boundaries are character boundaries, so that a cut can be carried from one tokenizer to another.
+
+Shape letters: N tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arc_ds.errors import TokenizerError
+
+SUPPORTED = (
+    "tokenizer.json (Hugging Face tokenizers), tokenizer.model (sentencepiece, or tiktoken's lines as Llama 3 ships "
+    "them), or a .gguf file"
+)
+_TIKTOKEN_LINE = re.compile(rb"^[A-Za-z0-9+/]+=* \d+\r?$")
+
+
+class Encoding(NamedTuple):
+    """A tokenised text.
+
+    ids: int64 [N].
+    ends: int64 [N + 1]; `ends[k]` is the number of characters that the first k tokens hold, or -1 where that boundary
+        lies inside a character (or in front of a token without a character). Non-negative ends rise strictly, the
+        first is 0 and the last the length of the text: `ids[:k]` spells `text[:ends[k]]`.
+    """
+
+    ids: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What ARC-DS asks of a tokenizer. Text that looks like a special token is ordinary text to `encode`.
+
+    bos_id: the id that sequences of this model begin with, None where the model is used without one.
+    eos_id: the id that ends a text, None where there is none.
+    vocab_size: one more than the largest id.
+    fingerprint: sha256 of what defines the tokenizer, as hex digits.
+    """
+
+    bos_id: int | None
+    eos_id: int | None
+    vocab_size: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without special tokens."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+        ...
+
+    def encode_with_ends(self, text: str) -> Encoding:
+        """Ids of the text and the character that each token boundary stands at."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids; special tokens give no text, broken UTF-8 gives U+FFFD."""
+        ...
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a file or folder, recognised by content.
+
+    A folder is searched for tokenizer.json, then a sentencepiece or tiktoken file, then a single .gguf file.
+    TokenizerError where there is nothing usable, the file is damaged, or the library that reads it is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _find_in_folder(path)
+    if not path.is_file():
+        raise TokenizerError(f"tokenizer {path}: no such file or folder. Expected {SUPPORTED}. Check the path.")
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head[:4] == b"GGUF":
+        from arc_ds.data.tokenizer_gguf import read_gguf_tokenizer
+
+        return read_gguf_tokenizer(path)
+    from arc_ds.data import tokenizer_formats as formats
+
+    if head.lstrip()[:1] == b"{":
+        return formats.JsonTokenizer.from_file(path)
+    if _TIKTOKEN_LINE.match(head.split(b"\n", 1)[0]):
+        return formats.TiktokenTokenizer.from_file(path)
+    return formats.SentencePieceTokenizer.from_file(path)
+
+
+def _find_in_folder(folder: Path) -> Path:
+    """The tokenizer file of a folder of weights; TokenizerError where there is none, or no single one."""
+    if (folder / "tokenizer.json").is_file():
+        return folder / "tokenizer.json"
+    for pattern in ("tokenizer.model*", "*.tiktoken", "*.model", "*.gguf"):
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found)
+            raise TokenizerError(f"tokenizer folder {folder} holds several candidates ({names}). Name the file itself.")
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise TokenizerError(
+        f"tokenizer folder {folder}: expected {SUPPORTED}; found {names}. Copy the model's tokenizer there or set the "
+        "`tokenizer` key to its path."
+    )
+
+
+def check_fits(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
+    """TokenizerError where the tokenizer has ids for which the weights of `what` have no embedding row.
+
+    More rows than ids are fine: embeddings are often padded.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(
+            f"{what}: its tokenizer has {tokenizer.vocab_size} ids, the embedding only {vocab_size} rows, so they do "
+            "not belong together. Give the tokenizer that came with these weights (key `tokenizer`)."
+        )
+
+
+def ends_from_byte_lengths(text: str, lengths: NDArray[np.int64], lead: int = 0) -> NDArray[np.int64] | None:
+    """`Encoding.ends` of tokens that spell the text's UTF-8 byte for byte.
+
+    lengths: int64 [N], bytes of each token. lead: bytes in front of the text that the tokenizer added (the dummy space
+    of sentencepiece). Returns int64 [N + 1], or None where the lengths do not add up to the text.
+    """
+    raw = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    if int(offsets[-1]) != len(raw) + (lead if len(lengths) else 0):
+        return None
+    offsets = np.maximum(offsets - lead, 0)
+    starts = np.append((raw & 0xC0) != 0x80, True)
+    characters = np.cumsum(starts) - starts  # characters that begin before each byte
+    return settle_ends(np.where(starts[offsets], characters[offsets], -1), len(text))
+
+
+def settle_ends(ends: NDArray[np.int64], num_characters: int) -> NDArray[np.int64]:
+    """Make raw boundaries int64 [N + 1] keep the promise of `Encoding.ends`: rising strictly from 0 to the end."""
+    ends = ends.copy()
+    ends[0], ends[-1] = 0, num_characters
+    highest = np.maximum.accumulate(ends)
+    ends[1:-1][ends[1:-1] <= highest[:-2]] = -1
+    ends[1:-1][ends[1:-1] >= num_characters] = -1
+    return ends

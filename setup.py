@@ -1,0 +1,60 @@
+"""Packages of two source roots (arc_ds, kernels/arc_kernels), the console script, and the extras."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """The version that `arc_ds/__init__.py` states, read without importing it."""
+    text = (ROOT / "arc_ds" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError("arc_ds/__init__.py states no __version__")
+    return match.group(1)
+
+
+CORE = [
+    "deepspeed>=0.19.6",
+    "matplotlib>=3.8",
+    "mlflow>=3.0",
+    "numpy>=1.26",
+    "packaging>=24.0",
+    "pyyaml>=6.0",
+    "safetensors>=0.4.3",
+    "sentencepiece>=0.2.0",
+    "torch>=2.10",
+    "tqdm>=4.66",
+    "triton>=3.5; sys_platform == 'linux'",
+    "webdataset>=1.0",
+    "xxhash>=3.4",
+]
+EXTRAS = {
+    # Readers of GGUF weights and of tokenizer.json and tiktoken files.
+    "backbones": ["gguf>=0.17", "tiktoken>=0.8", "tokenizers>=0.21"],
+    "dev": ["hypothesis>=6.100", "mypy>=1.13", "pytest>=8.2", "ruff>=0.8", "transformers>=4.57"],
+    # Both need no more than the core so far; the names are fixed.
+    "eval": [],
+    "store": [],
+}
+
+setup(
+    name="arc-ds",
+    version=read_version(),
+    description="Training and use of ARC-Encoders: text compressed into a few vectors for a frozen decoder LLM",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["arc_ds", "arc_ds.*"]) + find_packages("kernels", include=["arc_kernels*"]),
+    package_dir={"arc_kernels": "kernels/arc_kernels"},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["arc-ds = arc_ds.cli:main"]},
+)

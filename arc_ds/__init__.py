@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arc_ds.data.segments import Segment
-    from arc_ds.model.arc import ArcModel
+    from arc_ds.model.arc import ArcModel, Context
 
 __version__ = "0.1.0"
-__all__ = ["ArcModel", "Segment", "__version__"]
+__all__ = ["ArcModel", "Context", "Segment", "__version__"]
 
-_PUBLIC = {"ArcModel": "arc_ds.model.arc", "Segment": "arc_ds.data.segments"}
+_PUBLIC = {"ArcModel": "arc_ds.model.arc", "Context": "arc_ds.model.arc", "Segment": "arc_ds.data.segments"}
 
 
 def __getattr__(name: str) -> Any:

@@ -55,12 +55,12 @@ class Decoder(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.requires_grad_(False)
 
-    def forward(self, batch: PackedBatch, z_ZD: Tensor) -> Tensor:
-        """NLL in nats of each label of the batch given the compressed vectors [Z, D]: float32 [L]."""
+    def forward(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
+        """NLL in nats of each label of the batch given the compressed vectors [Z, D] (None: text only): float32 [L]."""
         h_RD = self.hidden(DecoderRows.of(batch), z_ZD)
         return self.output(self.norm(h_RD[batch.label_rows]), batch.labels)
 
-    def logits(self, batch: PackedBatch, z_ZD: Tensor, rows: Tensor) -> Tensor:
+    def logits(self, batch: PackedBatch, z_ZD: Tensor | None, rows: Tensor) -> Tensor:
         """Logits of the given rows (int64 [n]): float32 [n, V]."""
         return self.output(self.norm(self.hidden(DecoderRows.of(batch), z_ZD)[rows]))
 

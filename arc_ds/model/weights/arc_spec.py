@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import re
+
 from arc_ds.data.groups import GroupRule
 from arc_ds.data.segments import Marker
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.pooling import STRATEGIES
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights.arc_params import MULTI, ArcBridge, ArcEmbedder, ArcParams, ArcPooling
 
 _REDUCTIONS = ("last", "sum", "fusion", "mean")  # the reference looks for them in the name, in this order
+_METRIC = re.compile(r"metric_(\w+)$")
+_METRICS = {"scalar_product": "dot"}  # the reference's name -> ours, where they differ
+_PRUNE_NORM = "prune_norm"
 
 
-def group_rule(compress_rate: int) -> GroupRule:
-    """The reference's rate: -N is the factor N, 0 one group, -1 no pooling, +N a fixed number of N groups."""
+def group_rule(compress_rate: int, *, merging: bool = False) -> GroupRule:
+    """The reference's rate: -N is the factor N, 0 one group, -1 no pooling, +N a fixed number of N groups.
+
+    merging: the strategy merges or prunes by similarity; the reference then leaves n // N rows and not ceil(n / N).
+    """
     if compress_rate == -1:
         return GroupRule("none")
     if compress_rate < 0:
-        return GroupRule("factor", -compress_rate)
+        return GroupRule("floor_factor" if merging else "factor", -compress_rate)
     return GroupRule("count", compress_rate or 1)
 
 
@@ -25,7 +34,7 @@ def compress_rate(rule: GroupRule) -> int:
     """Inverse of `group_rule`. WeightsError for a rule that the reference has no rate for."""
     if rule.kind == "none" or (rule.kind == "factor" and rule.value == 1):
         return -1
-    if rule.kind == "factor":
+    if rule.kind in ("factor", "floor_factor"):
         return -rule.value
     if rule.kind == "count":
         return 0 if rule.value == 1 else rule.value
@@ -35,8 +44,7 @@ def compress_rate(rule: GroupRule) -> int:
 def spec_of_params(params: ArcParams, backbone: BackboneConfig, num_ports: int) -> CompressorSpec:
     """What an ARC checkpoint's settings say of a compressor on `backbone` (all its layers counted).
 
-    WeightsError for a pool_type that merges or prunes by similarity (`metric_*`; none was ever released), and where
-    the checkpoint's width is not the backbone's.
+    WeightsError for a pool_type of unknown meaning, and where the checkpoint's width is not the backbone's.
     """
     embedder, bridge = params.embedder, params.bridge
     pooling = embedder.pooling or ArcPooling(pool_type="mean", where="before")
@@ -51,15 +59,18 @@ def spec_of_params(params: ArcParams, backbone: BackboneConfig, num_ports: int) 
             f"the checkpoint drops {embedder.n_truncated_layers} layers and the backbone has {backbone.num_layers}. "
             "Give the backbone that the checkpoint was trained from."
         )
+    strategy = _strategy(pooling.pool_type)
+    merging = strategy not in _REDUCTIONS
+    rules = tuple(group_rule(rate, merging=merging) for rate in embedder.compress_rates)
     kept: dict[Marker, bool] = {"cont": embedder.cont_tok, "rec": embedder.rec_tok}
     kind = None if bridge is None else bridge.bridge_type
     out_size = width if bridge is None or kind is None else bridge.out_dim
     return CompressorSpec(
         backbone=backbone,
         num_layers=backbone.num_layers - embedder.n_truncated_layers,
-        rules=() if embedder.memory_tokens else tuple(group_rule(rate) for rate in embedder.compress_rates),
+        rules=() if embedder.memory_tokens else rules,
         memory_tokens=embedder.memory_tokens,
-        strategy=_strategy(pooling.pool_type),
+        strategy=strategy,
         pooled_queries="pooled_queries" in pooling.pool_type,
         where="between" if pooling.where == "between" else "before",
         causal=embedder.causal_embedder,
@@ -85,8 +96,6 @@ def params_of_spec(
             f"the ARC format holds several decoders only with mlp bridges of one width; this compressor has "
             f"{spec.bridge} bridges to {spec.decoder_sizes}. Use our own export format."
         )
-    if spec.strategy not in _REDUCTIONS:
-        raise WeightsError(f"the ARC format has no pooling called {spec.strategy}; use our own export format.")
     width = spec.backbone.hidden_size
     bridge = ArcBridge(
         bridge_type=MULTI if several else None if spec.bridge == "none" else spec.bridge,
@@ -94,12 +103,11 @@ def params_of_spec(
         out_dim=spec.decoder_sizes[0],
         hidden_dim=spec.bridge_hidden_size,
     )
-    suffix = "_pooled_queries" if spec.pooled_queries and not spec.memory_tokens else ""
     return ArcParams(
         param_dtype=param_dtype,
         embedder=ArcEmbedder(
             n_truncated_layers=spec.backbone.num_layers - spec.num_layers,
-            pooling=ArcPooling(pool_type=spec.strategy + suffix, where=spec.where),
+            pooling=ArcPooling(pool_type=_pool_type(spec), where=spec.where),
             memory_tokens=spec.memory_tokens,
             rec_tok="rec" in spec.markers,
             cont_tok="cont" in spec.markers,
@@ -113,10 +121,33 @@ def params_of_spec(
 
 
 def _strategy(pool_type: str) -> str:
-    found = [reduction for reduction in _REDUCTIONS if reduction in pool_type]
-    if "metric" in pool_type or not found:
+    """Our name of the strategy that a pool_type asks for."""
+    if match := _METRIC.search(pool_type):
+        metric = match.group(1)
+        if metric == "pruning_norm":
+            return _PRUNE_NORM
+        name = f"{'prune' if 'pruning' in pool_type else 'similarity'}_{_METRICS.get(metric, metric)}"
+        found = [name] if name in STRATEGIES else []
+    else:
+        found = [reduction for reduction in _REDUCTIONS if reduction in pool_type]
+    if not found:
         raise WeightsError(
-            f"`pool_type` is {pool_type!r}; ARC-DS reads checkpoints that pool by {', '.join(_REDUCTIONS)}. Set "
-            "pool_type in params.json to the one that the checkpoint was trained with."
+            f"`pool_type` is {pool_type!r}; expected one that names {', '.join(_REDUCTIONS)} or metric_ with a measure "
+            "of similarity. Set it in params.json to the one that the checkpoint was trained with."
         )
     return found[0]
+
+
+def _pool_type(spec: CompressorSpec) -> str:
+    """The reference's name of a spec's strategy; it understands only what stands before `metric_`."""
+    pooled_queries = spec.pooled_queries and not spec.memory_tokens
+    if spec.strategy in _REDUCTIONS:
+        return spec.strategy + ("_pooled_queries" if pooled_queries else "")
+    prefix = "pooled_queries_" if pooled_queries else ""
+    if spec.strategy == _PRUNE_NORM:
+        return prefix + "metric_pruning_norm"
+    kind, _, metric = spec.strategy.partition("_")
+    if kind not in ("similarity", "prune"):
+        raise WeightsError(f"the ARC format has no pooling called {spec.strategy}; use our own export format.")
+    theirs = {ours: name for name, ours in _METRICS.items()}.get(metric, metric or "cosine")
+    return f"{prefix}{'pruning_' if kind == 'prune' else ''}metric_{theirs}"

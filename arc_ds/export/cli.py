@@ -1,0 +1,44 @@
+"""`arc-ds export`: a run's checkpoint as weights that others can load."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from arc_ds.export.consolidate import consolidate, find_checkpoint
+from arc_ds.export.formats import DTYPES, write_export
+
+
+def add_parser(subparsers) -> None:
+    """Adds the command to the command line's parser."""
+    parser = subparsers.add_parser(
+        "export",
+        help="turn a run's checkpoint into weights that others can load",
+        description="Joins the ZeRO shards of a checkpoint, without GPU or process group, and writes safetensors.",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The words of the command (also of tools/export_checkpoint.py)."""
+    parser.add_argument("source", type=Path, help="a run's folder (its newest checkpoint) or one step_NNNNNN folder")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    parser.add_argument(
+        "--format",
+        choices=("arc-ds", "arc"),
+        default="arc-ds",
+        help="arc-ds: one self-describing folder (default); arc: the reference's params.json, embedder/, bridge_module/",
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="dtype of the tensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; 0 on success."""
+    checkpoint = find_checkpoint(args.source)
+    trained = consolidate(checkpoint)
+    write_export(trained, args.out, export_format=args.format, dtype=args.dtype, overwrite=args.overwrite)
+    parameters = sum(t.numel() for t in trained.tensors.values())
+    print(f"{checkpoint} (step {trained.step}) -> {args.out}: {parameters / 1e6:.1f} M parameters, {args.format} format")
+    return 0

@@ -1,0 +1,84 @@
+"""From the ZeRO shards of a checkpoint to whole tensors, without a GPU and without a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from arc_ds.errors import CheckpointError
+from arc_ds.model.spec import CompressorSpec
+from arc_ds.training.checkpoint import TrainerState, list_checkpoints, read_trainer_state
+from arc_ds.training.manifest import find_faults, read_manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedFor:
+    """A decoder that a compressor was trained for: its name in the run, and whether its rotary scaling was heeded."""
+
+    name: str
+    rope_scaling: Literal["checkpoint", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedCompressor:
+    """What a checkpoint holds for use: the compressor's tensors by their names in `Compressor`, float32, and its spec.
+
+    encoder_tokenizer: path of the tokenizer that the run's encoder used, as the config gave it.
+    decoders: in the order of the ports.
+    """
+
+    spec: CompressorSpec
+    tensors: Mapping[str, Tensor]
+    step: int
+    encoder_tokenizer: str
+    decoders: tuple[TrainedFor, ...]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: a step folder itself, or the newest one of a run or of its checkpoints folder.
+
+    CheckpointError where there is none.
+    """
+    if (path / "trainer.json").is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        found = list_checkpoints(folder)
+        if found:
+            return found[-1]
+    raise CheckpointError(f"{path} holds no checkpoint: expected a run's folder or one of its checkpoints/step_NNNNNN")
+
+
+def consolidate(checkpoint: Path) -> TrainedCompressor:
+    """Joins the shards of a checkpoint into whole float32 tensors.
+
+    Every file's sum is checked first, because DeepSpeed's shards are pickles. CheckpointError where a file is missing
+    or differs, or where the checkpoint does not say what it is of.
+    """
+    faults = find_faults(checkpoint, read_manifest(checkpoint).files)
+    if faults:
+        raise CheckpointError(
+            f"{checkpoint} is not whole: {'; '.join(faults)}. Export an earlier checkpoint of the run, or save again."
+        )
+    state = read_trainer_state(checkpoint)
+    described = _described(state, checkpoint)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    tensors = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    return TrainedCompressor(
+        spec=CompressorSpec.from_json(described["compressor"]),
+        tensors=tensors,
+        step=state.step,
+        encoder_tokenizer=described["encoder_tokenizer"],
+        decoders=tuple(TrainedFor(**d) for d in described["decoders"]),
+    )
+
+
+def _described(state: TrainerState, checkpoint: Path) -> Mapping[str, Any]:
+    missing = {"compressor", "encoder_tokenizer", "decoders"} - set(state.extra)
+    if missing:
+        raise CheckpointError(f"{checkpoint}/trainer.json lacks {sorted(missing)}: it is not a checkpoint of arc-ds train")
+    return state.extra

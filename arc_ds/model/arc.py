@@ -1,0 +1,202 @@
+"""ArcModel: a trained compressor and its frozen decoders, for use (design 11).
+
+    model = ArcModel.from_checkpoint("exports/demo", decoders=["models/llama"])
+    vectors = model.compress(["A long text ..."])
+    texts = model.generate([["Summarise: ", Context("A long text ..."), "\\nSummary:"]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arc_ds.data.packing import PackedBatch, pack
+from arc_ds.data.segments import Marker, Sample, Segment
+from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.errors import TokenizerError
+from arc_ds.model.compressor import Compressor
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.generate import Sampling, generate_ids
+from arc_ds.model.spec import CompressorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A text of a prompt that the decoder shall read compressed."""
+
+    text: str
+    marker: Marker | None = "cont"
+
+
+Prompt = str | Sequence["str | Context"]
+
+
+class ArcModel:
+    """Compress, score and generate. Weights are only read: nothing here trains.
+
+    spec: what the compressor is; tokenizers may be None where only ids are used.
+    """
+
+    def __init__(
+        self,
+        spec: CompressorSpec,
+        compressor: Compressor,
+        decoders: Sequence[Decoder],
+        *,
+        encoder_tokenizer: Tokenizer | None = None,
+        decoder_tokenizers: Sequence[Tokenizer | None] = (),
+    ) -> None:
+        self.spec = spec
+        self.compressor = compressor.eval().requires_grad_(False)
+        self.decoders = list(decoders)
+        self.encoder_tokenizer = encoder_tokenizer
+        self.decoder_tokenizers = list(decoder_tokenizers) or [None] * len(self.decoders)
+        self.device = next(compressor.parameters()).device
+
+    @staticmethod
+    def from_checkpoint(
+        arc_dir: str | Path,
+        decoders: Sequence[str | Path],
+        encoder_backbone: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        pooling_factor: int | None = None,
+    ) -> ArcModel:
+        """Reads an export of ARC-DS or a checkpoint in the reference's ARC format, and the decoders it was trained for.
+
+        decoders: a weights folder or .gguf file for each port, in their order; None of them is changed.
+        encoder_backbone: folder with the sizes and the tokenizer of the encoder's backbone (weights are not needed);
+            wanted only for the reference's checkpoints, which do not carry them.
+        pooling_factor: replaces the factor of the last layer that pools; the paper advises the trained one or a lower.
+        WeightsError where files are missing, tensors do not fit, or a decoder's width is not its port's.
+        """
+        from arc_ds.model.load import load_arc_model
+
+        return load_arc_model(
+            Path(arc_dir),
+            [Path(d) for d in decoders],
+            encoder_backbone=None if encoder_backbone is None else Path(encoder_backbone),
+            device=torch.device(device),
+            dtype=dtype,
+            pooling_factor=pooling_factor,
+        )
+
+    @torch.no_grad()
+    def compress(
+        self, contexts: Sequence[str] | Sequence[Sequence[int]], decoder: int = 0, marker: Marker | None = "cont"
+    ) -> list[Tensor]:
+        """The vectors that stand for each context in the decoder: a list of [m, D_decoder], marker last where given.
+
+        contexts: texts, or encoder token ids. ValueError on an empty context or a marker that the port lacks.
+        """
+        samples = [Sample("compress", (self._context(c, decoder, marker),)) for c in contexts]
+        if not samples:
+            return []
+        batch = self._pack(samples)
+        z_ZD = self.compressor(batch, decoder)
+        return list(z_ZD.split((batch.decoder_cu_seqlens[1:] - batch.decoder_cu_seqlens[:-1]).tolist()))
+
+    @torch.no_grad()
+    def logits(self, sequences: Sequence[Sequence[Segment]], decoder: int = 0) -> list[Tensor]:
+        """Next-token logits at every text token of each sequence: a list of float32 [text tokens, V]."""
+        samples = [Sample("logits", tuple(segments)) for segments in sequences]
+        if not samples:
+            return []
+        batch = self._pack(samples)
+        logits_NV = self.decoders[decoder].logits(batch, self._vectors(batch, decoder), batch.text_rows)
+        return list(logits_NV.split([sample.num_text_tokens for sample in samples]))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt | Sequence[Segment]],
+        decoder: int = 0,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continues each prompt, a mixture of text and `Context`, and returns the new text of each.
+
+        The decoder's begin-of-text token is put first where its tokenizer has one, and its end-of-text token ends a
+        continuation. Greedy at temperature 0. TokenizerError where the decoder came without a tokenizer.
+        """
+        tokenizer = self._decoder_tokenizer(decoder)
+        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        ids = self.generate_ids(
+            [self._segments(prompt, decoder) for prompt in prompts],
+            decoder,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop,
+            sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+        )
+        return [tokenizer.decode(line) for line in ids]
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[Segment]],
+        decoder: int = 0,
+        *,
+        max_new_tokens: int = 64,
+        stop_ids: Sequence[int] = (),
+        sampling: Sampling | None = None,
+    ) -> list[list[int]]:
+        """`generate` on token ids: no tokenizer, no begin-of-text token."""
+        if not prompts:
+            return []
+        batch = self._pack([Sample("generate", tuple(segments)) for segments in prompts])
+        return generate_ids(
+            self.decoders[decoder],
+            batch,
+            self._vectors(batch, decoder),
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            sampling=sampling,
+        )
+
+    def _vectors(self, batch: PackedBatch, decoder: int) -> Tensor | None:
+        """Compressed vectors of a batch's contexts; None for text only, which is the decoder as it is."""
+        return self.compressor(batch, decoder) if batch.num_encoder_tokens else None
+
+    def _pack(self, samples: Sequence[Sample]) -> PackedBatch:
+        for sample in samples:
+            if not any(segment.ids for segment in sample.segments):
+                raise ValueError("a sequence is empty: give it a text token or a context to start from")
+        return pack(samples, self.spec.packing).to(self.device)
+
+    def _segments(self, prompt: Prompt | Sequence[Segment], decoder: int) -> list[Segment]:
+        parts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if any(isinstance(part, Segment) for part in parts):
+            return parts  # type: ignore[return-value]
+        tokenizer = self._decoder_tokenizer(decoder)
+        segments = [] if tokenizer.bos_id is None else [Segment.text([tokenizer.bos_id])]
+        for part in parts:
+            if isinstance(part, Context):
+                segments.append(self._context(part.text, decoder, part.marker))
+            else:
+                segments.append(Segment.text(tokenizer.encode(part)))  # type: ignore[arg-type]
+        return segments
+
+    def _context(self, context: str | Sequence[int], decoder: int, marker: Marker | None) -> Segment:
+        port_markers = self.compressor.ports[decoder].markers  # type: ignore[union-attr]
+        if marker is not None and marker not in port_markers:  # type: ignore[operator]
+            raise ValueError(f"decoder {decoder} has the markers {port_markers}, not {marker!r}; give marker=None")
+        if not isinstance(context, str):
+            return Segment.context(list(context), marker)
+        if self.encoder_tokenizer is None:
+            raise TokenizerError(
+                "the encoder has no tokenizer, so it can take ids only: give from_checkpoint an encoder_backbone folder "
+                "that holds one"
+            )
+        return Segment.context(self.encoder_tokenizer.encode(context), marker)
+
+    def _decoder_tokenizer(self, decoder: int) -> Tokenizer:
+        tokenizer = self.decoder_tokenizers[decoder]
+        if tokenizer is None:
+            raise TokenizerError(f"decoder {decoder} came without a tokenizer: put it in the decoder's folder")
+        return tokenizer

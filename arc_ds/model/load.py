@@ -1,0 +1,202 @@
+"""From folders to a model: exports of ARC-DS, checkpoints in the reference's ARC format, and decoders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from arc_ds.data.groups import GroupRule
+from arc_ds.data.tokenizers import Tokenizer, check_fits, load_tokenizer
+from arc_ds.errors import WeightsError
+from arc_ds.model.arc import ArcModel
+from arc_ds.model.compressor import Compressor
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.spec import CompressorSpec, build_compressor
+from arc_ds.model.weights import (
+    TensorSource,
+    find_tokenizer,
+    load_backbone,
+    open_backbone,
+    read_arc_checkpoint,
+    read_backbone_config,
+)
+from arc_ds.model.weights.arc_spec import spec_of_params
+from arc_ds.model.weights.stores import SafetensorsStore
+
+EXPORT_FORMAT = "arc-ds"
+EXPORT_CONFIG = "config.json"
+EXPORT_WEIGHTS = "model.safetensors"
+RopeScalingChoice = Literal["checkpoint", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArcSourceFolder:
+    """An opened folder of compressor weights: what it is of, its tensors, its tokenizer, how its decoders were read."""
+
+    spec: CompressorSpec
+    tensors: TensorSource
+    tokenizer: Path | None
+    decoder_rope_scaling: tuple[RopeScalingChoice, ...]
+
+
+def load_arc_model(
+    arc_dir: Path,
+    decoders: Sequence[Path],
+    *,
+    encoder_backbone: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    pooling_factor: int | None,
+) -> ArcModel:
+    """See `ArcModel.from_checkpoint`."""
+    source = open_arc_folder(arc_dir, encoder_backbone)
+    spec = source.spec if pooling_factor is None else _with_factor(source.spec, pooling_factor)
+    if len(decoders) > len(spec.decoder_sizes):
+        raise WeightsError(f"{arc_dir} serves {len(spec.decoder_sizes)} decoders; {len(decoders)} were given")
+    compressor = load_compressor(spec, source.tensors, device, dtype)
+    loaded = [
+        load_decoder(path, scaling, device, dtype)
+        for path, scaling in zip(decoders, source.decoder_rope_scaling, strict=False)
+    ]
+    for path, decoder, width in zip(decoders, loaded, spec.decoder_sizes, strict=False):
+        if decoder.config.hidden_size != width:
+            raise WeightsError(
+                f"decoder {path} is {decoder.config.hidden_size} wide; the bridge in {arc_dir} leads to {width}. Give "
+                "the decoders that it was trained for, in their order."
+            )
+    encoder_tokenizer = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
+    if encoder_tokenizer is not None:
+        check_fits(encoder_tokenizer, spec.backbone.vocab_size, f"the encoder in {arc_dir}")
+    return ArcModel(
+        spec,
+        compressor,
+        loaded,
+        encoder_tokenizer=encoder_tokenizer,
+        decoder_tokenizers=[_decoder_tokenizer(path, d) for path, d in zip(decoders, loaded, strict=True)],
+    )
+
+
+def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcSourceFolder:
+    """Opens an export of ARC-DS, or a checkpoint in the ARC format.
+
+    Checkpoints of the reference were trained without rotary scaling whatever the backbone says, and are read so; what
+    ARC-DS wrote says how it was trained. WeightsError where the folder is neither, or sizes are wanting.
+    """
+    config_file = arc_dir / EXPORT_CONFIG
+    if config_file.is_file():
+        return _open_export(arc_dir, _read_json(config_file))
+    if not (arc_dir / "params.json").is_file():
+        raise WeightsError(
+            f"{arc_dir} is neither an export of ARC-DS ({EXPORT_CONFIG}) nor an ARC checkpoint (params.json, embedder/, "
+            "bridge_module/). Export a run with: arc-ds export RUN OUT"
+        )
+    checkpoint = read_arc_checkpoint(arc_dir)
+    ours = checkpoint.backbone is not None
+    backbone = checkpoint.backbone
+    if encoder_backbone is not None:
+        backbone = read_backbone_config(encoder_backbone, "checkpoint" if ours else "none")
+    tensors = checkpoint.source(backbone)
+    spec = spec_of_params(checkpoint.params, tensors.backbone, checkpoint.num_ports)
+    tokenizer = find_tokenizer(encoder_backbone) if encoder_backbone is not None else find_tokenizer(arc_dir)
+    scaling: RopeScalingChoice = "checkpoint" if ours else "none"
+    return ArcSourceFolder(
+        spec=spec,
+        tensors=tensors,
+        tokenizer=tokenizer,
+        decoder_rope_scaling=(scaling,) * len(spec.decoder_sizes),
+    )
+
+
+def load_compressor(
+    spec: CompressorSpec, source: TensorSource, device: torch.device, dtype: torch.dtype
+) -> Compressor:
+    """A compressor of the given spec with the source's tensors. WeightsError where they do not fit."""
+    with torch.device("meta"):
+        compressor = build_compressor(spec)
+    load_backbone(compressor, source, dtype=dtype, allow_unused=_is_marker_left_out(spec))
+    return compressor.to(device)
+
+
+def load_decoder(
+    path: Path,
+    rope_scaling: RopeScalingChoice,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    activation_checkpointing: bool = False,
+) -> Decoder:
+    """A frozen decoder from a weights folder or a .gguf file. WeightsError where a tensor is missing or misshapen."""
+    source = open_backbone(path, rope_scaling)
+    with torch.device("meta"):
+        decoder = Decoder(source.config, activation_checkpointing=activation_checkpointing)
+    load_backbone(decoder, source, dtype=dtype)
+    return decoder.to(device).eval()
+
+
+def _is_marker_left_out(spec: CompressorSpec):
+    """Markers that the spec does not use may stand in the file (the reference keeps them)."""
+    unused = {f"ports.{n}.{m}" for n in range(len(spec.decoder_sizes)) for m in ("rec", "cont") if m not in spec.markers}
+    return lambda name: name in unused
+
+
+def _decoder_tokenizer(path: Path, decoder: Decoder) -> Tokenizer | None:
+    found = find_tokenizer(path)
+    if found is None:
+        return None
+    tokenizer = load_tokenizer(found)
+    check_fits(tokenizer, decoder.config.vocab_size, f"decoder {path}")
+    return tokenizer
+
+
+def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
+    if factor < 1 or not spec.rules:
+        raise WeightsError(
+            f"pooling_factor is {factor}; expected at least 1, and a compressor that pools (this one has "
+            f"{spec.memory_tokens} memory tokens)"
+        )
+    return dataclasses.replace(spec, rules=(*spec.rules[:-1], GroupRule("factor", factor)))
+
+
+def _open_export(folder: Path, config: dict[str, Any]) -> ArcSourceFolder:
+    if config.get("format") != EXPORT_FORMAT:
+        raise WeightsError(f"{folder / EXPORT_CONFIG} is not an export of ARC-DS: its `format` is {config.get('format')!r}")
+    spec = CompressorSpec.from_json(config["compressor"])
+    return ArcSourceFolder(
+        spec=spec,
+        tensors=_ExportSource(folder),
+        tokenizer=find_tokenizer(folder),
+        decoder_rope_scaling=tuple(d["rope_scaling"] for d in config["decoders"]),
+    )
+
+
+class _ExportSource:
+    """The tensors of an export under our names."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / EXPORT_WEIGHTS).is_file():
+            raise WeightsError(f"{folder} has no {EXPORT_WEIGHTS}: the export was copied in part; copy it again")
+        self.path = folder
+        self._store = SafetensorsStore(folder / EXPORT_WEIGHTS)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._store.names()))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._store.shape(name)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._store.read(name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON: {error}") from error

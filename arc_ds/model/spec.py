@@ -1,0 +1,97 @@
+"""CompressorSpec: everything that fixes the shape and the meaning of a compressor, and the builder that follows it.
+
+A run makes one from its config, a checkpoint carries one, an export writes one: the same numbers in all three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from arc_ds.data.groups import GroupRule
+from arc_ds.data.packing import PoolingSpec
+from arc_ds.data.segments import MARKERS, Marker
+from arc_ds.errors import WeightsError
+from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
+from arc_ds.model.bridge import BridgeKind, make_bridge
+from arc_ds.model.compressor import Compressor, DecoderPort
+from arc_ds.model.encoder import Encoder, PoolingLayout, Where
+from arc_ds.model.pooling import make_strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressorSpec:
+    """Sizes and semantics of encoder, markers and bridges.
+
+    backbone: sizes of the encoder's backbone, all its layers counted; num_layers: how many of the first are kept.
+    rules: one for each of the last layers, empty with memory tokens. strategy, pooled_queries, where: see `encoder`.
+    decoder_sizes: width of each decoder, in the order of the ports.
+    """
+
+    backbone: BackboneConfig
+    num_layers: int
+    rules: tuple[GroupRule, ...] = (GroupRule("factor", 8),)
+    memory_tokens: int = 0
+    strategy: str = "mean"
+    pooled_queries: bool = True
+    where: Where = "before"
+    causal: bool = False
+    markers: tuple[Marker, ...] = MARKERS
+    bridge: BridgeKind = "mlp"
+    bridge_hidden_size: int | None = 2048
+    decoder_sizes: tuple[int, ...]
+
+    @property
+    def packing(self) -> PoolingSpec:
+        """What packing must know of this compressor."""
+        return PoolingSpec(self.rules, self.memory_tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file; `from_json` is its inverse."""
+        plain = dataclasses.asdict(self)
+        plain["rules"] = [{"kind": rule.kind, "value": rule.value} for rule in self.rules]
+        return plain
+
+    @staticmethod
+    def from_json(plain: dict[str, Any]) -> CompressorSpec:
+        """The spec of a JSON object made by `to_json`. WeightsError on a missing or unknown field."""
+        try:
+            values = dict(plain)
+            backbone = dict(values["backbone"])
+            scaling = backbone.get("rope_scaling")
+            backbone["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
+            values["backbone"] = BackboneConfig(**backbone)
+            values["rules"] = tuple(GroupRule(rule["kind"], rule["value"]) for rule in values["rules"])
+            values["markers"] = tuple(values["markers"])
+            values["decoder_sizes"] = tuple(values["decoder_sizes"])
+            return CompressorSpec(**values)
+        except (KeyError, TypeError) as error:
+            raise WeightsError(
+                f"the description of the compressor is not one that this version writes ({error}); export the "
+                "checkpoint again with the version that reads it"
+            ) from error
+
+
+def build_compressor(spec: CompressorSpec, *, activation_checkpointing: bool = False) -> Compressor:
+    """An uninitialised compressor on torch's current default device and dtype. ValueError where sizes do not fit."""
+    layout = PoolingLayout(
+        strategy=make_strategy(spec.strategy),
+        num_pooled_layers=len(spec.rules),
+        pooled_queries=spec.pooled_queries,
+        where=spec.where,
+    )
+    encoder = Encoder(
+        spec.backbone,
+        num_layers=spec.num_layers,
+        pooling=layout,
+        causal=spec.causal,
+        memory_tokens=spec.memory_tokens,
+        activation_checkpointing=activation_checkpointing,
+    )
+    width = spec.backbone.hidden_size
+    ports = [
+        DecoderPort(width, make_bridge(spec.bridge, width, size, spec.bridge_hidden_size), spec.markers)
+        for size in spec.decoder_sizes
+    ]
+    return Compressor(encoder, ports)

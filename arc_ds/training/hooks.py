@@ -1,0 +1,244 @@
+"""What happens around steps: metrics, progress, validation, checkpoints, the watchdog. Each is a hook of the loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from arc_ds import dist
+from arc_ds.data.loader import StepBatch
+from arc_ds.device import GIB, peak_memory_bytes
+from arc_ds.training.run import Run
+from arc_ds.training.step import StepResult
+from arc_ds.training.validate import TaskScores
+from arc_ds.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+LogMetrics = Callable[[int, dict[str, float]], None]
+
+
+class Hook(Protocol):
+    """Called by the loop on every rank, in the order of the list; may hold collectives."""
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step of this process."""
+
+    def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
+        """After each step; `run.step` counts it already."""
+
+    def on_end(self, run: Run) -> None:
+        """After the last step, or when the run is asked to stop."""
+
+
+class WatchdogHook:
+    """Tells the watchdog that the run is alive."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+
+    def on_start(self, run: Run) -> None:
+        self._watchdog.alive()
+
+    def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
+        self._watchdog.alive()
+
+    def on_end(self, run: Run) -> None:
+        self._watchdog.alive()
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What this rank has read since the last report."""
+
+    encoder_tokens: int = 0
+    decoder_rows: int = 0
+    labels: int = 0
+    skipped_records: int = 0
+
+    def plus(self, batch: StepBatch) -> Throughput:
+        """With one more batch."""
+        return Throughput(
+            self.encoder_tokens + sum(m.num_encoder_tokens for m in batch.micro_batches),
+            self.decoder_rows + sum(m.num_decoder_rows for m in batch.micro_batches),
+            self.labels + sum(m.num_labels for m in batch.micro_batches),
+            self.skipped_records + batch.skipped,
+        )
+
+
+class MetricsHook:
+    """Every step's loss, gradient norm and rates; every `log_every` steps speed, memory and data wait.
+
+    Results stay on the device until a report is due, so that the step itself never waits for them.
+    """
+
+    def __init__(self, log: LogMetrics, *, show_progress: bool) -> None:
+        self._log = log
+        self._show = show_progress
+        self._pending: list[StepResult] = []
+        self._since = Throughput()
+        self._started = 0.0
+        self._bar: tqdm | None = None
+        self._skipped_steps = 0
+
+    def on_start(self, run: Run) -> None:
+        self._started = time.perf_counter()
+        if self._show and dist.is_main():
+            self._bar = tqdm(total=run.config.steps, initial=run.step, unit="step", desc="train", dynamic_ncols=True)
+
+    def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
+        self._pending.append(result)
+        self._since = self._since.plus(batch)
+        if self._bar is not None:
+            self._bar.update()
+        if run.step % run.config.log_every == 0:
+            self.flush(run)
+
+    def on_end(self, run: Run) -> None:
+        self.flush(run)
+        if self._bar is not None:
+            self._bar.close()
+
+    def flush(self, run: Run) -> None:
+        """Writes what is pending; a collective."""
+        if not self._pending:
+            return
+        elapsed = time.perf_counter() - self._started
+        rows = [(result.step + 1, _step_metrics(run, result)) for result in self._pending]
+        self._skipped_steps += sum(not result.applied for result in self._pending)
+        rows[-1][1].update(self._speed(run, elapsed))
+        for step, metrics in rows:
+            self._log(step, metrics)
+        self._report(run, rows[-1][1], elapsed / len(rows))
+        self._pending, self._since, self._started = [], Throughput(), time.perf_counter()
+
+    def _speed(self, run: Run, elapsed: float) -> dict[str, float]:
+        since = self._since
+        own = torch.tensor(
+            [since.encoder_tokens, since.decoder_rows, since.labels, since.skipped_records], dtype=torch.float64
+        )
+        tokens, rows, labels, skipped = _summed(own, run.device)
+        return {
+            "speed/encoder_tokens_per_s": tokens / elapsed,
+            "speed/decoder_rows_per_s": rows / elapsed,
+            "speed/labels_per_s": labels / elapsed,
+            "speed/step_s": elapsed / len(self._pending),
+            "speed/data_wait_share": run.clock.read() / elapsed,
+            "memory/peak_gib": peak_memory_bytes(run.device) / GIB,
+            "data/skipped_records": skipped,
+            "train/skipped_steps": float(self._skipped_steps),
+        }
+
+    def _report(self, run: Run, metrics: dict[str, float], step_s: float) -> None:
+        loss, tokens = metrics["train/loss"], metrics["speed/encoder_tokens_per_s"]
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens:,.0f} encoder tokens/s")
+            return
+        remaining = (run.config.steps - run.step) * step_s
+        logger.info(
+            "step %d of %d: loss %.4f, gradient norm %.2f, %s encoder tokens/s, %.2f s a step, %s left",
+            *(run.step, run.config.steps, loss, metrics["train/grad_norm"], f"{tokens:,.0f}", step_s),
+            _clock(remaining),
+        )
+
+
+class ValidationHook:
+    """Validates every `every` steps and at the end (0: only at the end), and logs the scores."""
+
+    def __init__(self, log: LogMetrics, *, every: int) -> None:
+        self._log = log
+        self._every = every
+        self._last = -1
+
+    def on_start(self, run: Run) -> None:
+        if self._every and run.step == 0:
+            self._validate(run)
+
+    def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
+        if self._every and run.step % self._every == 0:
+            self._validate(run)
+
+    def on_end(self, run: Run) -> None:
+        if run.step == run.config.steps and self._last != run.step:
+            self._validate(run)
+
+    def _validate(self, run: Run) -> None:
+        if run.validator is None:
+            return
+        self._last = run.step
+        started = time.perf_counter()
+        scores = run.validator.run(run.engine, run.decoders)
+        metrics = {"validation/seconds": time.perf_counter() - started}
+        for decoder, by_task in scores.items():
+            for task, score in by_task.items():
+                metrics.update(score.as_metrics(f"validation/{decoder}/{task}"))
+                logger.info("step %d, %s, %s: %s", run.step, decoder, task, _in_words(score))
+        self._log(run.step, metrics)
+
+
+class CheckpointHook:
+    """Saves every `every` steps (0: only at the end or when asked to stop), after what is pending has been logged."""
+
+    def __init__(self, save: Callable[[Run], None], metrics: MetricsHook, *, every: int) -> None:
+        self._save = save
+        self._metrics = metrics
+        self._every = every
+        self._last = -1
+
+    def on_start(self, run: Run) -> None:
+        self._last = run.step  # what a run resumes from is already saved
+
+    def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
+        if self._every and run.step % self._every == 0:
+            self._save_once(run)
+
+    def on_end(self, run: Run) -> None:
+        self._save_once(run)
+
+    def _save_once(self, run: Run) -> None:
+        if self._last == run.step:
+            return
+        self._metrics.flush(run)
+        self._save(run)
+        self._last = run.step
+
+
+def _step_metrics(run: Run, result: StepResult) -> dict[str, float]:
+    """One step's own metrics; here the device is waited for."""
+    decoder = run.decoder_names[result.decoder_idx]
+    metrics = {
+        "train/loss": float(result.loss),
+        "train/grad_norm": float(result.grad_norm),
+        "train/labels": float(result.labels_K.sum()),
+        **{f"lr/{name}": rate for name, rate in result.learning_rates.items()},
+    }
+    for task, nll, labels in zip(run.tasks, result.nll_K.tolist(), result.labels_K.tolist(), strict=True):
+        if labels:
+            metrics[f"train/loss/{decoder}/{task}"] = nll / labels
+    return metrics
+
+
+def _summed(own: Tensor, device: torch.device) -> list[float]:
+    total = own.to(device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
+def _in_words(score: TaskScores) -> str:
+    return (
+        f"compressed {score.compressed:.3f}, mismatched {score.mismatched:.3f}, closed {score.closed:.3f}, "
+        f"open {score.open:.3f} nats a token; gap closed {score.gap_closed:.3f}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

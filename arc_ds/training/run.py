@@ -1,0 +1,68 @@
+"""Run: everything with a lifetime that a training run holds, built by `build.py`, driven by `loop.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from arc_ds.config.schema import RunConfig
+from arc_ds.data.loader import StepBatch, StepData, make_loader
+from arc_ds.model.spec import CompressorSpec
+from arc_ds.training.engine import PlacedDecoder
+from arc_ds.training.schedule import RateSchedule
+from arc_ds.training.validate import Validator
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run in memory. `step`: optimizer steps done; the next batch is that of step number `step`."""
+
+    config: RunConfig
+    folder: Path
+    device: torch.device
+    spec: CompressorSpec
+    engine: DeepSpeedEngine
+    decoders: tuple[PlacedDecoder, ...]
+    data: StepData
+    schedule: RateSchedule
+    validator: Validator | None
+    tasks: tuple[str, ...]
+    step: int = 0
+    skipped_in_row: int = 0
+    clock: DataClock = field(default_factory=lambda: DataClock())
+
+    @property
+    def decoder_names(self) -> tuple[str, ...]:
+        """Names of the decoders, in the order of the ports."""
+        return tuple(decoder.name for decoder in self.config.decoders)
+
+    def batches(self) -> Iterator[StepBatch]:
+        """This rank's batches from the current step to the last; the time spent waiting goes to `clock`."""
+        loader = iter(make_loader(self.data, start_step=self.step, num_workers=self.config.data.num_workers))
+        while True:
+            started = time.perf_counter()
+            batch = next(loader, None)
+            self.clock.waited_s += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+
+@dataclass
+class DataClock:
+    """Seconds spent waiting for data since it was last read."""
+
+    waited_s: float = 0.0
+
+    def read(self) -> float:
+        """The seconds so far, and a new start."""
+        waited, self.waited_s = self.waited_s, 0.0
+        return waited

@@ -1,0 +1,155 @@
+"""Validation: how much of what a text would tell the decoder its compressed form tells (design 12).
+
+Each held-out sample is scored four ways with the same targets: given its compressed context, none ("closed"), the full
+text ("open"), and another sample's compressed context ("mismatched"). What a mismatched context gains over none is
+adaptation to the domain, not information, so the gap counts from the better of the two:
+
+    gap closed = (b - compressed) / (b - open),  b = min(closed, mismatched)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.data.segments import Sample
+
+logger = logging.getLogger(__name__)
+
+Compress = Callable[[PackedBatch, int], Tensor]
+Score = Callable[[PackedBatch, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSet:
+    """The held-out samples of one decoder, four ways; sample i of each list has the same targets."""
+
+    compressed: tuple[Sample, ...]
+    mismatched: tuple[Sample, ...]
+    closed: tuple[Sample, ...]
+    open: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScores:
+    """NLL per target token in nats, of one task with one decoder."""
+
+    compressed: float
+    mismatched: float
+    closed: float
+    open: float
+    num_labels: int
+
+    @property
+    def baseline(self) -> float:
+        """What the compressed context has to beat."""
+        return min(self.closed, self.mismatched)
+
+    @property
+    def gap_closed(self) -> float:
+        """1 where the compressed context is worth the text, 0 where it is worth nothing; NaN where the text is not."""
+        room = self.baseline - self.open
+        return (self.baseline - self.compressed) / room if room > 0 else float("nan")
+
+    def as_metrics(self, prefix: str) -> dict[str, float]:
+        """Flat metrics, `prefix/nll_compressed` and so on."""
+        return {
+            f"{prefix}/nll_compressed": self.compressed,
+            f"{prefix}/nll_mismatched": self.mismatched,
+            f"{prefix}/nll_closed": self.closed,
+            f"{prefix}/nll_open": self.open,
+            f"{prefix}/gap_closed": self.gap_closed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """Summed NLL in nats (float64 [K]) and number of labels (int64 [K]) by task, over all ranks."""
+
+    nll_K: Tensor
+    labels_K: Tensor
+
+    def mean(self, task_idx: int) -> float:
+        return float(self.nll_K[task_idx]) / max(int(self.labels_K[task_idx]), 1)
+
+
+class Validator:
+    """Scores the held-out samples with the compressor as it is now. Closed and open are scored once and kept.
+
+    sets: one for each decoder. batch_size: samples per forward on each rank; the results do not depend on it.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[ValidationSet],
+        *,
+        decoder_names: Sequence[str],
+        packing: PoolingSpec,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.sets = list(sets)
+        self.decoder_names = list(decoder_names)
+        self.tasks = tuple(sorted({sample.task for each in sets for sample in each.compressed}))
+        self._packing = packing
+        self._batch_size = batch_size
+        self._device = device
+        self._without_compressor: dict[int, tuple[_Sums, _Sums]] = {}
+
+    @torch.no_grad()
+    def run(self, compress: Compress, decoders: Sequence[Score]) -> dict[str, dict[str, TaskScores]]:
+        """Scores by decoder name and task; a collective, the same on every rank.
+
+        compress: (batch, decoder index) to vectors. decoders: (batch, vectors) to the NLL of each label.
+        """
+        scores = {}
+        for idx, (name, samples, decoder) in enumerate(zip(self.decoder_names, self.sets, decoders, strict=True)):
+            if idx not in self._without_compressor:
+                self._without_compressor[idx] = (
+                    self._sums(samples.closed, decoder, None),
+                    self._sums(samples.open, decoder, None),
+                )
+            closed, opened = self._without_compressor[idx]
+            compressed = self._sums(samples.compressed, decoder, lambda batch, idx=idx: compress(batch, idx))
+            mismatched = self._sums(samples.mismatched, decoder, lambda batch, idx=idx: compress(batch, idx))
+            scores[name] = {
+                task: TaskScores(
+                    compressed=compressed.mean(k),
+                    mismatched=mismatched.mean(k),
+                    closed=closed.mean(k),
+                    open=opened.mean(k),
+                    num_labels=int(compressed.labels_K[k]),
+                )
+                for k, task in enumerate(self.tasks)
+            }
+        return scores
+
+    def _sums(
+        self, samples: Sequence[Sample], decoder: Score, compress: Callable[[PackedBatch], Tensor] | None
+    ) -> _Sums:
+        """Batches are dealt to ranks in turn; a rank that runs out repeats the last one without counting it."""
+        batches = [samples[i : i + self._batch_size] for i in range(0, len(samples), self._batch_size)]
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        nll_K = torch.zeros(len(self.tasks), dtype=torch.float64, device=self._device)
+        labels_K = torch.zeros(len(self.tasks), dtype=torch.int64, device=self._device)
+        for first in range(0, len(batches), world_size):
+            mine = first + rank
+            chunk = batches[min(mine, len(batches) - 1)]
+            batch = pack(chunk, self._packing if compress is not None else PoolingSpec(())).to(self._device)
+            nll_L = decoder(batch, None if compress is None else compress(batch))
+            if mine < len(batches):
+                task_L = self._tasks_of(chunk)[batch.label_sequences]
+                nll_K.index_add_(0, task_L, nll_L.double())
+                labels_K.index_add_(0, task_L, torch.ones_like(task_L))
+        dist.all_reduce(nll_K)
+        dist.all_reduce(labels_K)
+        return _Sums(nll_K=nll_K, labels_K=labels_K)
+
+    def _tasks_of(self, samples: Sequence[Sample]) -> Tensor:
+        return torch.tensor([self.tasks.index(s.task) for s in samples], dtype=torch.int64, device=self._device)

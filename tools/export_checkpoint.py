@@ -1,0 +1,28 @@
+#!/usr/bin/env python3
+"""A run's ZeRO shards as safetensors: the same as `arc-ds export`, without GPU or process group.
+
+    python tools/export_checkpoint.py RUN_OR_CHECKPOINT OUT [--format arc]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from arc_ds.errors import ArcError
+from arc_ds.export.cli import add_arguments, run
+
+
+def main() -> int:
+    """Parses the command line and exports; 0 on success, 2 where the input cannot be used."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args())
+    except ArcError as error:
+        print(f"export_checkpoint: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,8 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from arc_ds import dist
 from arc_ds.errors import CheckpointError
 from arc_ds.training.manifest import (
     FileEntry,
@@ -87,11 +86,11 @@ def save_checkpoint(
     _write_own_state(temporary, trainer_state)
     _at_phase("state written")
     own = tuple(seal_file(temporary, path) for path in _own_files(temporary))
-    files = tuple(sorted((entry for part in _gather(own) for entry in part), key=lambda entry: entry.path))
-    if _rank() == 0:
-        _publish(temporary, final, Manifest(step=step, world_size=_world_size(), files=files))
+    files = tuple(sorted((entry for part in dist.gather_objects(own) for entry in part), key=lambda entry: entry.path))
+    if dist.is_main():
+        _publish(temporary, final, Manifest(step=step, world_size=dist.world_size(), files=files))
         prune_checkpoints(directory, keep_last=keep_last, keep_every=keep_every)
-    _barrier()
+    dist.barrier()
     return final
 
 
@@ -105,7 +104,7 @@ def find_resumable(directory: Path) -> Path | None:
         faults = check_checkpoint(path)
         if not faults:
             return path
-        if _rank() == 0:
+        if dist.is_main():
             logger.warning("passing over the checkpoint %s: %s", path, "; ".join(faults))
     return None
 
@@ -114,10 +113,10 @@ def check_checkpoint(path: Path) -> list[str]:
     """What is wrong with a checkpoint, the same list on every rank, empty where it is whole; a collective."""
     try:
         files = read_manifest(path).files
-        faults = find_faults(path, files[_rank() :: _world_size()])
+        faults = find_faults(path, files[dist.rank() :: dist.world_size()])
     except CheckpointError as error:
         faults = [str(error)]
-    return sorted({fault for part in _gather(faults) for fault in part})
+    return sorted({fault for part in dist.gather_objects(faults) for fault in part})
 
 
 def load_checkpoint(engine: Any, path: Path) -> TrainerState:
@@ -134,11 +133,11 @@ def load_checkpoint(engine: Any, path: Path) -> TrainerState:
             f"{path} is not a whole checkpoint: {'; '.join(faults)}. Resume from another one (checkpoint.resume=PATH)."
         )
     manifest = read_manifest(path)
-    if manifest.world_size == _world_size():
+    if manifest.world_size == dist.world_size():
         _load_shards(engine, path)
-        restore_rng(json.loads((path / _rng_name(_rank())).read_text(encoding="utf-8")))
+        restore_rng(json.loads((path / _rng_name(dist.rank())).read_text(encoding="utf-8")))
     else:
-        logger.info("%s was written by %d ranks and is read by %d", path, manifest.world_size, _world_size())
+        logger.info("%s was written by %d ranks and is read by %d", path, manifest.world_size, dist.world_size())
         load_resharded(engine, path, manifest.world_size)
     return read_trainer_state(path)
 
@@ -193,13 +192,13 @@ def _make_room(directory: Path, final: Path, temporary: Path) -> None:
             f"{final} already holds a whole checkpoint and is not overwritten. "
             "Resume from it (checkpoint.resume=auto), or choose another run_dir."
         )
-    if _rank() == 0:
+    if dist.is_main():
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in [*directory.glob(".tmp-step_*"), *directory.glob(".trash-step_*")]:
             shutil.rmtree(leftover)
         if final.exists():
             _set_aside(final)
-    _barrier()
+    dist.barrier()
 
 
 def _set_aside(path: Path) -> None:
@@ -211,7 +210,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _write_own_state(folder: Path, trainer_state: TrainerState) -> None:
-    rank = _rank()
+    rank = dist.rank()
     (folder / _rng_name(rank)).write_text(json.dumps(capture_rng()), encoding="utf-8")
     if rank == 0:
         state = {**asdict(trainer_state), "versions": dict(trainer_state.versions), "extra": dict(trainer_state.extra)}
@@ -220,7 +219,7 @@ def _write_own_state(folder: Path, trainer_state: TrainerState) -> None:
 
 def _own_files(folder: Path) -> list[Path]:
     """The files that this rank has written: those with its number in their name, and on rank 0 all others."""
-    rank = _rank()
+    rank = dist.rank()
     mine = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         match = _RANK_IN_NAME.search(path.relative_to(folder).as_posix())
@@ -270,31 +269,6 @@ def _at_phase(_name: str) -> None:
     """Called between the phases of a save; tests put a fault here."""
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _gather(value: Any) -> list[Any]:
-    """The values of all ranks, on all ranks."""
-    if _world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * _world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _everywhere(decide: Callable[[], Any]) -> Any:
     """Rank 0's answer on all ranks: what is looked up in a folder must not differ between hosts."""
-    answer = [decide() if _rank() == 0 else None]
-    if _world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    return dist.broadcast_object(decide() if dist.is_main() else None)

@@ -17,13 +17,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-logger = logging.getLogger(__name__)
+from arc_ds.training.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
 
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_USER_ERROR = 2
-# EX_TEMPFAIL of sysexits.h: "try again later". Not 128 + n, so that it cannot be taken for a death by signal.
-EXIT_PREEMPTED = 75
+__all__ = [
+    "EXIT_FAILED",
+    "EXIT_OK",
+    "EXIT_PREEMPTED",
+    "EXIT_USER_ERROR",
+    "STOP_SIGNALS",
+    "StopRequest",
+    "die_with_parent",
+]
+
+logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -34,20 +40,25 @@ class StopRequest:
     """Whether this run has been asked to save and stop.
 
     Use as a context manager around the training loop; the former handlers come back at its end. Only the main thread
-    may enter it (Python's rule for signal handlers).
+    may enter it (Python's rule for signal handlers). Under `arc_ds.rank` the signals are blocked outside the block:
+    one that came while the weights were loading is received at its start, and one that comes while the run closes
+    does not cut that short.
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
         self._signals = signals
         self._received: int | None = None
         self._former: dict[signal.Signals, Any] = {}
+        self._former_mask: set[signal.Signals] = set()
 
     def __enter__(self) -> StopRequest:
         for number in self._signals:
             self._former[number] = signal.signal(number, self._on_signal)
+        self._former_mask = set(signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals))  # type: ignore[arg-type]
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._former_mask)
         for number, handler in self._former.items():
             signal.signal(number, handler)
         self._former.clear()

@@ -1,0 +1,56 @@
+"""Stands in for `arc_ds.train` where only the launching is tested: `main([MODE, FOLDER])`, on every rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from arc_ds.errors import ConfigError
+from arc_ds.training.signals import EXIT_OK, EXIT_PREEMPTED, StopRequest
+
+
+def main(arguments: list[str]) -> int:
+    """Note this rank's pid and threads in FOLDER, then do what MODE says."""
+    mode, folder = arguments
+    rank = os.environ["RANK"]
+    note = Path(folder) / f"pid_{rank}"
+    temporary = Path(folder) / f"tmp_{rank}"
+    temporary.write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']} {os.environ['WORLD_SIZE']}")
+    os.replace(temporary, note)
+    return {"ok": _end_well, "train": _train, "user error": _user_error, "die": _die, "crash": _crash}[mode](rank)
+
+
+def _end_well(_rank: str) -> int:
+    return EXIT_OK
+
+
+def _train(_rank: str) -> int:
+    """Up to a minute of steps; a stop is obeyed at the next one, and closing takes longer than the launcher's poll."""
+    time.sleep(0.5)
+    with StopRequest() as stop:
+        for _ in range(600):
+            if stop.received:
+                break
+            time.sleep(0.1)
+        else:
+            return EXIT_OK
+    time.sleep(2.0 * int(os.environ["RANK"]))
+    return EXIT_PREEMPTED
+
+
+def _user_error(_rank: str) -> int:
+    raise ConfigError("encoder.backbone is no folder")
+
+
+def _die(rank: str) -> int:
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _train(rank)
+
+
+def _crash(rank: str) -> int:
+    if rank == "1":
+        raise RuntimeError("rank one crashed")
+    return _train(rank)

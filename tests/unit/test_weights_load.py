@@ -1,0 +1,115 @@
+"""From a source into a module: by name, one tensor at a time, and nothing where something does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from arc_ds.errors import WeightsError
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.weights import beyond_layers, copy_into, load_backbone, open_backbone
+from tests.helpers import tiny_models as tiny
+
+
+@pytest.fixture
+def opened(tmp_path: Path):
+    config = tiny.tiny_config()
+    tensors = tiny.random_tensors(config, dtype=torch.bfloat16)
+    return open_backbone(tiny.write_hf(tmp_path, config, tensors)), tensors
+
+
+class CountingSource:
+    """Passes through, and notes what was read."""
+
+    def __init__(self, source) -> None:
+        self.source, self.path, self.read = source, source.path, []
+
+    def names(self):
+        return self.source.names()
+
+    def shape(self, name):
+        return self.source.shape(name)
+
+    def tensor(self, name):
+        self.read.append(name)
+        return self.source.tensor(name)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_decoder_gets_every_tensor_once(opened, device: str, dtype):
+    source, tensors = opened
+    with torch.device(device):
+        decoder = Decoder(source.config)
+    counting = CountingSource(source)
+    load_backbone(decoder, counting, dtype=dtype)
+    assert sorted(counting.read) == sorted(tensors)
+    for name, parameter in decoder.named_parameters():
+        assert parameter.dtype == (dtype or torch.float32) and not parameter.requires_grad
+        assert torch.equal(parameter, tensors[name].to(parameter.dtype)), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tied_head_stays_tied(tmp_path: Path, device: str):
+    config = tiny.tiny_config(tie_embeddings=True)
+    source = open_backbone(tiny.write_hf(tmp_path, config, tiny.random_tensors(config)))
+    with torch.device(device):
+        decoder = Decoder(config)
+    load_backbone(decoder, source)
+    assert decoder.output.weight is decoder.tok_embeddings.weight
+    assert torch.equal(decoder.output.weight, source.tensor("tok_embeddings.weight"))
+
+
+class Truncated(nn.Module):
+    """The names of an encoder of one layer, with memory tokens, under a prefix."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        whole = Decoder(config)
+        self.encoder = nn.Module()
+        self.encoder.tok_embeddings = whole.tok_embeddings
+        self.encoder.layers = whole.layers[:1]
+        self.encoder.memory = nn.Parameter(torch.ones(2, config.hidden_size))
+
+
+def test_truncated_encoder_takes_its_layers_and_reads_no_other(opened):
+    source, tensors = opened
+    model, counting = Truncated(source.config), CountingSource(source)
+    load_backbone(
+        model, counting, prefix="encoder.", skip=lambda name: name == "memory", allow_unused=beyond_layers(1)
+    )
+    assert torch.equal(model.encoder.layers[0].attention.wq.weight, tensors["layers.0.attention.wq.weight"].float())
+    assert torch.equal(model.encoder.memory, torch.ones(2, 32))
+    assert not any(name.startswith(("layers.1", "norm", "output")) for name in counting.read)
+
+
+def test_parameter_without_a_tensor_is_an_error_before_anything_is_copied(opened):
+    source, _ = opened
+    model = Truncated(source.config)
+    before = model.encoder.layers[0].attention.wq.weight.clone()
+    with pytest.raises(WeightsError, match=r"`memory` is missing, expected \[2, 32\]"):
+        load_backbone(model, source, prefix="encoder.", allow_unused=beyond_layers(1))
+    assert torch.equal(model.encoder.layers[0].attention.wq.weight, before)
+
+
+def test_tensor_without_a_parameter_is_an_error_unless_allowed(opened):
+    source, _ = opened
+    with pytest.raises(WeightsError, match=r"`layers.1.attention.wk.weight` has no place in the model"):
+        load_backbone(Truncated(source.config), source, prefix="encoder.", skip=lambda name: name == "memory")
+
+
+def test_model_of_another_size_is_an_error(opened):
+    source, _ = opened
+    with pytest.raises(WeightsError, match=r"`layers.0.feed_forward.w1.weight` is \[96, 32\], expected \[64, 32\]"):
+        load_backbone(Decoder(tiny.tiny_config(ffn_size=64)), source)
+
+
+def test_copy_does_not_broadcast():
+    parameter = nn.Parameter(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="cannot take"):
+        copy_into(parameter, torch.ones(2))
+    copy_into(parameter, torch.ones(3, 2, dtype=torch.bfloat16))
+    assert torch.equal(parameter, torch.ones(3, 2))

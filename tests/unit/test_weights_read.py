@@ -1,0 +1,187 @@
+"""Every layout gives back the tensors that were written, under internal names, with half-split rotary rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arc_ds.model.backbone_config import RopeScaling
+from arc_ds.model.weights import open_backbone, permute_rotary, read_backbone_config
+from arc_ds.model.weights.gguf_file import llama3_divisors
+from tests.helpers import tiny_models as tiny
+
+LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+
+
+def assert_same(source, tensors) -> None:
+    assert set(source.names()) == set(tensors)
+    for name, expected in tensors.items():
+        assert source.shape(name) == tuple(expected.shape)
+        found = source.tensor(name)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected), name
+
+
+@given(num_heads=st.integers(1, 6), pairs=st.integers(1, 8), width=st.integers(1, 3), seed=st.integers(0, 99))
+def test_rotary_permutation_is_undone_by_its_inverse(num_heads, pairs, width, seed):
+    weight = torch.randn(num_heads * pairs * 2, width, generator=torch.Generator().manual_seed(seed))
+    other = permute_rotary(weight, num_heads, to="interleaved")
+    assert torch.equal(permute_rotary(other, num_heads, to="half"), weight)
+    assert torch.equal(other, tiny.interleaved(weight, num_heads))
+
+
+def test_rotary_permutation_refuses_heads_of_odd_size():
+    with pytest.raises(ValueError, match="even head_dim"):
+        permute_rotary(torch.zeros(6, 2), 2, to="half")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_hugging_face_folder_reads_exactly(tmp_path: Path, num_files: int, tied: bool):
+    config = tiny.tiny_config(tie_embeddings=tied)
+    tensors = tiny.random_tensors(config, dtype=torch.bfloat16)
+    source = open_backbone(tiny.write_hf(tmp_path, config, tensors, num_files))
+    assert source.config == config
+    assert_same(source, tensors)
+
+
+def test_head_dim_of_its_own_is_kept(tmp_path: Path):
+    config = tiny.tiny_config(head_dim=12)
+    tensors = tiny.random_tensors(config)
+    assert_same(open_backbone(tiny.write_hf(tmp_path, config, tensors)), tensors)
+
+
+def test_both_ways_of_writing_rotary_scaling_read_alike(tmp_path: Path):
+    config = tiny.tiny_config(rope_theta=500000.0, rope_scaling=LLAMA3)
+    tensors = tiny.random_tensors(config)
+    values = {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    old = tiny.write_hf(tmp_path / "old", config, tensors, rope_scaling=values)
+    parameters = {**values, "rope_theta": 500000.0}
+    new = tiny.write_hf(tmp_path / "new", config, tensors, rope_theta=None, rope_parameters=parameters)
+    assert open_backbone(old).config == open_backbone(new).config == config
+    assert open_backbone(old, "none").config.rope_scaling is None
+    assert open_backbone(new, "none").config.rope_theta == 500000.0
+
+
+@pytest.mark.parametrize(("num_files", "vocab_size"), [(1, 40), (2, 40), (4, -1)])
+def test_meta_shards_are_joined_along_the_right_dimensions(tmp_path: Path, num_files: int, vocab_size: int):
+    config = tiny.tiny_config(num_kv_heads=4)
+    tensors = tiny.random_tensors(config)
+    folder = tiny.write_llama_pickles(tmp_path, config, tensors, num_files, vocab_size=vocab_size)
+    source = open_backbone(folder)
+    assert source.config == config
+    assert_same(source, tensors)
+
+
+def test_meta_scaled_rope_takes_the_factor_of_its_width(tmp_path: Path):
+    config = tiny.tiny_config()
+    folder = tiny.write_llama_pickles(tmp_path, config, tiny.random_tensors(config), 1, use_scaled_rope=True)
+    assert open_backbone(folder).config.rope_scaling == LLAMA3
+    assert open_backbone(folder, "none").config.rope_scaling is None
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    (wide / "params.json").write_text((folder / "params.json").read_text().replace('"dim": 32', '"dim": 4096'))
+    assert read_backbone_config(wide).rope_scaling.factor == 8.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "theta"),
+    [({}, 10000.0), ({"rope_theta": None}, 1e6), ({"rope_theta": None, "sliding_window": 64}, 1e4)],
+)
+def test_mistral_folder_reads_exactly_with_its_default_base(tmp_path: Path, changes: dict, theta: float):
+    config = tiny.tiny_config(family="mistral", rope_theta=theta)
+    tensors = tiny.random_tensors(config)
+    source = open_backbone(tiny.write_mistral(tmp_path, config, tensors, **changes))
+    assert source.config == config
+    assert source.sliding_window == changes.get("sliding_window")
+    assert_same(source, tensors)
+
+
+@pytest.mark.parametrize("own_config", [False, True])
+def test_olmo_stacked_projections_are_taken_apart(tmp_path: Path, own_config: bool):
+    config = tiny.tiny_config(family="olmo", norm="layer", num_kv_heads=4)
+    tensors = tiny.random_tensors(config)
+    source = open_backbone(tiny.write_olmo(tmp_path, config, tensors, own_config=own_config))
+    assert source.config == config
+    assert_same(source, tensors)
+
+
+def test_gguf_file_reads_exactly_and_knows_its_tokenizer(tmp_path: Path):
+    config = tiny.tiny_config(norm_eps=2.0**-16, tie_embeddings=True)
+    tensors = tiny.random_tensors(config)
+    file = tiny.write_gguf(tmp_path / "tiny.gguf", config, tensors)
+    for path in (file, tmp_path):
+        source = open_backbone(path)
+        assert source.config == config
+        assert source.tokenizer_path == file
+        assert_same(source, tensors)
+
+
+def test_gguf_blocks_are_dequantised_row_for_row(tmp_path: Path):
+    import gguf
+
+    config = tiny.tiny_config(norm_eps=2.0**-16)
+    tensors = tiny.random_tensors(config)
+    source = open_backbone(tiny.write_gguf(tmp_path / "tiny.gguf", config, tensors, quantise="Q8_0"))
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, tensor in tensors.items():
+        expected = tensor
+        if tensor.ndim == 2:
+            expected = torch.from_numpy(gguf.dequantize(gguf.quantize(tensor.numpy(), kind), kind))
+            assert not torch.equal(expected, tensor)
+        assert torch.equal(source.tensor(name), expected), name
+
+
+def test_gguf_rope_factors_become_llama3_scaling(tmp_path: Path):
+    config = tiny.tiny_config(norm_eps=2.0**-16, rope_theta=500000.0, rope_scaling=LLAMA3)
+    divisors = torch.from_numpy(llama3_divisors(LLAMA3, config.rope_theta, config.head_dim))
+    assert divisors.max() == 32.0 and divisors.min() == 1.0  # else the test says nothing
+    file = tiny.write_gguf(tmp_path / "a.gguf", config, tiny.random_tensors(config), rope_divisors=divisors)
+    assert open_backbone(file).config == config
+    assert open_backbone(file, "none").config.rope_scaling is None
+
+
+def test_llama3_divisors_agree_with_the_published_rule():
+    theta, head_dim, scaling = 500000.0, 128, LLAMA3
+    for i, found in enumerate(llama3_divisors(scaling, theta, head_dim)):
+        frequency = theta ** (-2 * i / head_dim)
+        wavelength = 2 * np.pi / frequency
+        if wavelength < 8192 / 4:
+            expected = frequency
+        elif wavelength > 8192:
+            expected = frequency / 32
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            expected = (1 - smooth) * frequency / 32 + smooth * frequency
+        assert frequency / found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["enc", "decM", "decL", "decO", "decS"])
+def test_golden_models_open(golden: Path, name: str):
+    source = open_backbone(golden / "models" / name, "none")
+    expected = {"enc": "llama", "decM": "mistral", "decL": "llama", "decO": "olmo", "decS": "mistral"}[name]
+    assert source.config.family == expected
+    assert all(tuple(source.tensor(n).shape) == source.shape(n) for n in source.names())
+    if expected != "olmo":
+        assert read_backbone_config(golden / "models" / name, "none") == source.config
+
+
+def test_sizes_are_read_without_weights(tmp_path: Path):
+    config = tiny.tiny_config()
+    tiny.write_hf(tmp_path / "hf", config, tiny.random_tensors(config))
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    assert read_backbone_config(tmp_path / "hf") == config
+    tiny.write_llama_pickles(tmp_path / "meta", config, tiny.random_tensors(config), 1)
+    (tmp_path / "meta" / "consolidated.00.pth").unlink()
+    assert read_backbone_config(tmp_path / "meta") == config

@@ -147,7 +147,7 @@ def prompts_of(case: GoldenCase) -> list[list[Segment]]:
     no_contexts: list[list[int]] = [[] for _ in texts]
     offsets = case.meta["insertion_lists"] or no_contexts
     sizes = case.meta.get("embed_seqlens")
-    if sizes is None and "encoder_seqlens" in case.meta:
+    if sizes is None and case.meta.get("encoder_seqlens"):
         flat = iter(case.meta["encoder_seqlens"])
         sizes = [[next(flat) for _ in at] for at in offsets]
     contexts = _contexts(case, sizes or no_contexts)

@@ -1,0 +1,101 @@
+"""group_pool and pool_norm in plain torch against a loop over groups in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import arc_kernels as ak
+
+EXACT = 1e-14  # measured worst 9e-16, values of order one
+SIZES = [[1], [3, 1, 2], [8, 7, 1, 1, 5]]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("kind", ak.POOL_KINDS)
+def test_groups_and_their_gradient_equal_the_loop(sizes: list[int], kind: str) -> None:
+    x = _rows(sum(sizes))
+    ours = ak.group_pool(x, _cu(sizes), kind, len(sizes))
+    looped = _loop(x, sizes, kind)
+    assert torch.allclose(ours, looped, rtol=0, atol=EXACT)
+    towards = _rows(len(sizes)).detach()
+    (got,) = torch.autograd.grad((ours * towards).sum(), x)
+    (wanted,) = torch.autograd.grad((looped * towards).sum(), x)
+    assert wanted.abs().max() > 0
+    assert torch.allclose(got, wanted, rtol=0, atol=EXACT)
+
+
+def test_fusion_has_the_largest_norm_of_the_group_as_a_constant_of_the_gradient() -> None:
+    x = _rows(5)
+    fused = ak.group_pool(x, _cu([5]), "fusion", 1)
+    assert torch.allclose(fused.norm(), x.norm(dim=-1).max(), rtol=0, atol=EXACT)
+    # That norm is the constant, so it has no gradient; one through the largest row would be of order one.
+    (grad,) = torch.autograd.grad(fused.norm(), x)
+    assert grad.abs().max() < EXACT
+
+
+def test_kinds_differ_on_groups_of_several_rows() -> None:
+    x = _rows(4)
+    pooled = [ak.group_pool(x, _cu([4]), kind, 1) for kind in ak.POOL_KINDS]
+    for i, one in enumerate(pooled):
+        assert all((one - other).abs().max() > 0.1 for other in pooled[i + 1 :])
+
+
+def test_bfloat16_rows_are_summed_in_float32() -> None:
+    x = torch.full((257, 2), 1.0, dtype=torch.bfloat16)
+    pooled = ak.group_pool(x, _cu([257]), "mean", 1)
+    assert pooled.dtype == torch.bfloat16
+    assert pooled.tolist() == [[1.0, 1.0]]  # a sum in bfloat16 stops at 256
+
+
+@pytest.mark.parametrize("weight", [None, torch.linspace(0.5, 1.5, 6, dtype=torch.float64)])
+@pytest.mark.parametrize("kind", ak.POOL_KINDS)
+def test_pool_norm_is_pooling_and_two_norms(kind: str, weight: Tensor | None) -> None:
+    x, cu = _rows(6), _cu([3, 1, 2])
+    out = ak.pool_norm(x, cu, kind, 3, weight_D=weight, eps=1e-5)
+    pooled = ak.group_pool(x, cu, kind, 3)
+    assert torch.equal(out.pooled_GD, pooled)
+    for normed, rows in ((out.normed_pooled_GD, pooled), (out.normed_TD, x)):
+        expected = ak.layer_norm(rows, 1e-5) if weight is None else ak.rms_norm(rows, weight, 1e-5)
+        assert torch.equal(normed, expected)
+
+
+def test_pooling_comes_before_the_norm() -> None:
+    x, cu, weight = _rows(6), _cu([6]), torch.ones(6, dtype=torch.float64)
+    out = ak.pool_norm(x, cu, "mean", 1, weight_D=weight, eps=1e-5)
+    normed_first = ak.group_pool(ak.rms_norm(x, weight, 1e-5), cu, "mean", 1)
+    assert (out.normed_pooled_GD - normed_first).abs().max() > 0.1
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    x = _rows(4)
+    with pytest.raises(ValueError, match="'median'; expected one of mean"):
+        ak.group_pool(x, _cu([4]), "median", 1)
+    with pytest.raises(ValueError, match="group_cu"):
+        ak.group_pool(x, _cu([4]), "mean", 2)
+    with pytest.raises(ValueError, match="weight_D"):
+        ak.pool_norm(x, _cu([4]), "mean", 1, weight_D=torch.ones(3), eps=1e-5)
+
+
+def _loop(x: Tensor, sizes: list[int], kind: str) -> Tensor:
+    pooled = []
+    for group in x.split(sizes):
+        if kind == "last":
+            pooled.append(group[-1])
+        elif kind == "sum":
+            pooled.append(group.sum(0))
+        else:
+            mean = group.mean(0)
+            scale = group.detach().norm(dim=1).max() / mean.norm() if kind == "fusion" else 1.0
+            pooled.append(mean * scale)
+    return torch.stack(pooled)
+
+
+def _rows(num_rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(num_rows)
+    return torch.randn(num_rows, 6, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def _cu(sizes: list[int]) -> Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0).int()

@@ -1,0 +1,121 @@
+"""The shard format: names, the index beside each tar, and the manifest of a folder of shards (design 7).
+
+A folder holds `shard-000000.tar` (a standard webdataset tar of `KEY.json` members), `shard-000000.idx` (an .npy array
+of `INDEX_DTYPE`, one row a member) and so on, and one `manifest.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arc_ds.errors import DataError
+
+FORMAT = "arc-ds-shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+INDEX_DTYPE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("xxh64", "<u8"), ("tokens", "<i4")])
+REBUILD = "Build the shards again (arc-ds shards build) or copy them again."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """One shard of the manifest. bytes and sha256 are of the tar, index_sha256 of the index beside it."""
+
+    name: str
+    samples: int
+    tokens: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index_name(self) -> str:
+        return Path(self.name).stem + ".idx"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceInfo:
+    """One input file: its digest, and what became of its documents."""
+
+    name: str
+    bytes: int
+    sha256: str
+    documents: int
+    records: int
+    skipped_empty: int
+    skipped_short: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a folder of shards holds. Token counts are of the tokenizer with this fingerprint."""
+
+    samples: int
+    tokens: int
+    max_tokens: int
+    min_tokens: int
+    tokenizer_fingerprint: str
+    shards: tuple[ShardInfo, ...]
+    sources: tuple[SourceInfo, ...]
+
+    @property
+    def skipped(self) -> int:
+        return sum(source.skipped_empty + source.skipped_short for source in self.sources)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the manifest: the same for the same records in the same shards, whatever their folder."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of shards; DataError where it is missing, damaged or contradicts itself."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder}: expected a folder of shards, found no {MANIFEST} in it. Check the path. {REBUILD}")
+    try:
+        spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if spec.pop("format") != FORMAT or spec.pop("version") != VERSION:
+            raise DataError(f"{path}: expected format {FORMAT} version {VERSION}. {REBUILD}")
+        shards = tuple(ShardInfo(**shard) for shard in spec.pop("shards"))
+        sources = tuple(SourceInfo(**source) for source in spec.pop("sources"))
+        manifest = Manifest(**spec, shards=shards, sources=sources)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}). {REBUILD}") from error
+    total = sum(shard.samples for shard in manifest.shards)
+    if total != manifest.samples or total == 0:
+        raise DataError(f"{path}: says {manifest.samples} samples, its shards say {total}. {REBUILD}")
+    return manifest
+
+
+def read_index(folder: Path, shard: ShardInfo) -> NDArray[np.void]:
+    """The index of a shard, INDEX_DTYPE [samples]; DataError where it is missing or not the manifest's."""
+    path = folder / shard.index_name
+    if not path.is_file():
+        raise DataError(f"{path}: the index of {shard.name} is missing. {REBUILD}")
+    digest = sha256_of_file(path)
+    if digest != shard.index_sha256:
+        raise DataError(f"{path}: expected sha256 {shard.index_sha256[:16]}…, got {digest[:16]}…. {REBUILD}")
+    index = np.load(path, allow_pickle=False)
+    if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
+        raise DataError(f"{path}: expected {shard.samples} rows, got {index.shape} of {index.dtype}. {REBUILD}")
+    return index
+
+
+def sha256_of_file(path: Path) -> str:
+    """sha256 of a file as hex digits, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -39,9 +39,15 @@ def select_device(request: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def local_gpus() -> tuple[torch.device, ...]:
+    """The GPUs of this host that torch can use; none is no error."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return tuple(torch.device("cuda", idx) for idx in range(count))
+
+
 def num_local_devices(request: str = "auto") -> int:
     """How many processes fill this host: its GPUs, or 1 on the CPU."""
-    return max(torch.cuda.device_count(), 1) if request != "cpu" and torch.cuda.is_available() else 1
+    return 1 if request == "cpu" else max(len(local_gpus()), 1)
 
 
 def backend_name(device: torch.device) -> str:
@@ -69,10 +75,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device in words: the GPU's name and memory, or the CPU's name and the cores this process may use."""
+    """In words: the GPU's name, memory and compute capability, or the CPU's name and the cores this process may use."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
+        capability = f"{properties.major}.{properties.minor}"
+        return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, compute capability {capability}"
     return f"{_cpu_name()}, {num_cores()} cores"
 
 

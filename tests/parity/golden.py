@@ -30,7 +30,7 @@ from arc_ds.model.weights.arc_spec import spec_of_params
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.names import rotary_heads
 
-# What the reference means by this pool_type is not what ours does (see `test_golden_model.FAULTY_CASES`), so the case is
+# What the reference means by this pool_type is not what ours does (`test_golden_model.FAULTY_CASES`), so the case is
 # built here and not through the reader of released checkpoints.
 PRUNING_NORM = "metric_pruning_norm"
 

@@ -13,7 +13,7 @@ from arc_ds.model.arc import ArcModel, Context
 CONTEXT_TAG = re.compile(r"<context>(.*?)</context>", re.DOTALL)
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds both commands to the command line's parser."""
     compress = subparsers.add_parser(
         "compress", help="compress texts into vectors", description="Writes each text's vectors as safetensors."

@@ -25,6 +25,7 @@ _NOT_NUMERICS = (
     ("run_dir",),
     ("device",),
     ("log_every",),
+    ("stall_limit_s",),
     ("micro_batches",),
     ("deepspeed",),
     ("encoder", "activation_checkpointing"),

@@ -252,6 +252,8 @@ class RunConfig:
     """Forward and backward passes per step on each rank (gradient accumulation), ≥ 1; divides the rank's batch."""
     log_every: int = 10
     """Steps between progress lines, ≥ 1. Metrics are kept for every step."""
+    stall_limit_s: float = 1800.0
+    """Seconds without a finished step after which every rank's stacks are written to the run's folder, > 0."""
     decoder_schedule: Literal["sample", "alternate"] = "sample"
     """With several decoders: the step's decoder is drawn from (seed, step), or they take turns."""
     deepspeed: str = "ds_configs/zero3.json"

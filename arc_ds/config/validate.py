@@ -75,6 +75,8 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
     yield from _at_least("steps", config.steps, 1)
     yield from _at_least("seed", config.seed, 0)
     yield from _at_least("log_every", config.log_every, 1)
+    if config.stall_limit_s <= 0:
+        yield f"stall_limit_s is {config.stall_limit_s}; expected seconds above 0."
     yield from _at_least("micro_batches", config.micro_batches, 1, "1 means no accumulation.")
 
 

@@ -10,7 +10,7 @@ N text tokens, Z compressed vectors (groups, or memory outputs, and markers), M 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,7 +88,7 @@ class PackedBatch:
         """The same batch in page-locked memory (called by torch's DataLoader)."""
         return self._map(lambda t: t.pin_memory())
 
-    def _map(self, move) -> PackedBatch:
+    def _map(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
         changed: dict[str, object] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

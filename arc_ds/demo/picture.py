@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
+
+from arc_ds.training.metrics_log import read_metrics
 
 LOSS = re.compile(r"^train/loss/(?P<decoder>[^/]+)/(?P<task>[^/]+)$")
 GAP = re.compile(r"^validation/(?P<decoder>[^/]+)/(?P<task>[^/]+)/gap_closed$")
@@ -17,11 +18,10 @@ Curve = list[tuple[int, float]]
 def read_curves(metrics_file: Path, pattern: re.Pattern[str]) -> dict[str, Curve]:
     """The (step, value) points of every metric whose name matches, by task (and decoder where there are several)."""
     curves: dict[tuple[str, str], Curve] = defaultdict(list)
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for name, value in row.items():
+    for entry in read_metrics(metrics_file):
+        for name, value in entry.metrics.items():
             if match := pattern.match(name):
-                curves[match["decoder"], match["task"]].append((row["step"], value))
+                curves[match["decoder"], match["task"]].append((entry.step, value))
     decoders = {decoder for decoder, _ in curves}
     return {task if len(decoders) == 1 else f"{task}, {decoder}": curve for (decoder, task), curve in curves.items()}
 

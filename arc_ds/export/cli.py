@@ -9,7 +9,7 @@ from arc_ds.export.consolidate import consolidate, find_checkpoint
 from arc_ds.export.formats import DTYPES, write_export
 
 
-def add_parser(subparsers) -> None:
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to the command line's parser."""
     parser = subparsers.add_parser(
         "export",
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("arc-ds", "arc"),
         default="arc-ds",
-        help="arc-ds: one self-describing folder (default); arc: the reference's params.json, embedder/, bridge_module/",
+        help="arc-ds: one self-describing folder (default); arc: what the reference reads (params.json ...)",
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="dtype of the tensors")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
@@ -40,5 +40,5 @@ def run(args: argparse.Namespace) -> int:
     trained = consolidate(checkpoint)
     write_export(trained, args.out, export_format=args.format, dtype=args.dtype, overwrite=args.overwrite)
     parameters = sum(t.numel() for t in trained.tensors.values())
-    print(f"{checkpoint} (step {trained.step}) -> {args.out}: {parameters / 1e6:.1f} M parameters, {args.format} format")
+    print(f"{checkpoint} -> {args.out}: step {trained.step}, {parameters / 1e6:.1f} M parameters, format {args.format}")
     return 0

@@ -80,5 +80,5 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
 def _described(state: TrainerState, checkpoint: Path) -> Mapping[str, Any]:
     missing = {"compressor", "encoder_tokenizer", "decoders"} - set(state.extra)
     if missing:
-        raise CheckpointError(f"{checkpoint}/trainer.json lacks {sorted(missing)}: it is not a checkpoint of arc-ds train")
+        raise CheckpointError(f"{checkpoint}/trainer.json lacks {sorted(missing)}: no checkpoint of arc-ds train")
     return state.extra

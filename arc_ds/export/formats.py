@@ -52,7 +52,7 @@ def _write_folder(trained: TrainedCompressor, tensors: Mapping[str, Tensor], out
     if out.exists() and not overwrite:
         raise WeightsError(f"{out} exists already. Choose another folder, or add --overwrite.")
     if out.exists() and any(out.iterdir()) and not (out / EXPORT_CONFIG).is_file():
-        raise WeightsError(f"{out} holds something else than an export, so it is not overwritten. Choose another folder.")
+        raise WeightsError(f"{out} holds something else than an export and is not overwritten. Choose another folder.")
     temporary = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

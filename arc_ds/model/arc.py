@@ -190,7 +190,7 @@ class ArcModel:
             return Segment.context(list(context), marker)
         if self.encoder_tokenizer is None:
             raise TokenizerError(
-                "the encoder has no tokenizer, so it can take ids only: give from_checkpoint an encoder_backbone folder "
+                "the encoder has no tokenizer, so it takes ids only: give from_checkpoint an encoder_backbone folder "
                 "that holds one"
             )
         return Segment.context(self.encoder_tokenizer.encode(context), marker)

@@ -1,7 +1,7 @@
 """The packed transformer: what encoder and decoder are made of.
 
 Rows of many sequences lie end to end; attention follows `cu_seqlens`, nothing is padded and nothing loops over
-sequences. Shape letters: T rows that ask, U rows that are asked, D width, N heads, K kv heads, H head size, F FFN width.
+sequences. Shape letters: T rows that ask, U rows that are asked, D width, N heads, K kv heads, H head size.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from arc_ds.model.backbone import RMSNorm
@@ -42,13 +43,15 @@ def make_bridge(kind: BridgeKind, in_size: int, out_size: int, hidden_size: int 
     return nn.Identity()
 
 
-def init_bridge(bridge: nn.Module, how: Literal["kaiming", "identity"], generator) -> None:
+def init_bridge(bridge: nn.Module, how: Literal["kaiming", "identity"], generator: torch.Generator | None) -> None:
     """Fills a new bridge: Kaiming-uniform with a = sqrt(5) (torch's default for linears), or the identity map.
 
     The identity start puts encoder states where the decoder's embeddings are, which is of use where the encoder is made
     of the decoder's own backbone; it needs equal widths and a hidden size of at least that. ValueError otherwise.
     """
     linears = [m for m in bridge.modules() if isinstance(m, Linear)]
+    for norm in (m for m in bridge.modules() if isinstance(m, RMSNorm)):
+        nn.init.ones_(norm.weight)
     for linear in linears:
         out_size, in_size = linear.weight.shape
         if how == "kaiming":

@@ -5,6 +5,8 @@ Shape letters: Z compressed vectors (groups and markers), M markers, D encoder w
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -70,7 +72,7 @@ class Compressor(nn.Module):
             if port_idx == decoder_idx:
                 z_ZE = port(states_GD, batch)
             else:
-                zero = port.idle(states_GD)
+                zero = cast(DecoderPort, port).idle(states_GD)
                 idle = zero if idle is None else idle + zero
         if z_ZE is None:
             raise ValueError(f"decoder_idx is {decoder_idx}; the compressor has {len(self.ports)} ports")

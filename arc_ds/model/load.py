@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arc_ds.data.groups import GroupRule
+from arc_ds.data.segments import MARKERS
 from arc_ds.data.tokenizers import Tokenizer, check_fits, load_tokenizer
 from arc_ds.errors import WeightsError
 from arc_ds.model.arc import ArcModel
@@ -94,8 +95,8 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcS
         return _open_export(arc_dir, _read_json(config_file))
     if not (arc_dir / "params.json").is_file():
         raise WeightsError(
-            f"{arc_dir} is neither an export of ARC-DS ({EXPORT_CONFIG}) nor an ARC checkpoint (params.json, embedder/, "
-            "bridge_module/). Export a run with: arc-ds export RUN OUT"
+            f"{arc_dir} is neither an export of ARC-DS ({EXPORT_CONFIG}) nor an ARC checkpoint (params.json, "
+            "embedder/, bridge_module/). Export a run with: arc-ds export RUN OUT"
         )
     checkpoint = read_arc_checkpoint(arc_dir)
     ours = checkpoint.backbone is not None
@@ -140,10 +141,10 @@ def load_decoder(
     return decoder.to(device).eval()
 
 
-def _is_marker_left_out(spec: CompressorSpec):
+def _is_marker_left_out(spec: CompressorSpec) -> Callable[[str], bool]:
     """Markers that the spec does not use may stand in the file (the reference keeps them)."""
-    unused = {f"ports.{n}.{m}" for n in range(len(spec.decoder_sizes)) for m in ("rec", "cont") if m not in spec.markers}
-    return lambda name: name in unused
+    left_out = [marker for marker in MARKERS if marker not in spec.markers]
+    return frozenset(f"ports.{n}.{marker}" for n in range(len(spec.decoder_sizes)) for marker in left_out).__contains__
 
 
 def _decoder_tokenizer(path: Path, decoder: Decoder) -> Tokenizer | None:
@@ -166,7 +167,7 @@ def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
 
 def _open_export(folder: Path, config: dict[str, Any]) -> ArcSourceFolder:
     if config.get("format") != EXPORT_FORMAT:
-        raise WeightsError(f"{folder / EXPORT_CONFIG} is not an export of ARC-DS: its `format` is {config.get('format')!r}")
+        raise WeightsError(f"{folder} is no export of ARC-DS: `format` in {EXPORT_CONFIG} is {config.get('format')!r}")
     spec = CompressorSpec.from_json(config["compressor"])
     return ArcSourceFolder(
         spec=spec,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,11 +9,12 @@ from torch import nn
 
 from arc_ds.config.schema import RunConfig
 from arc_ds.data.segments import Marker
-from arc_ds.data.tokenizers import Tokenizer, check_fits, load_tokenizer
-from arc_ds.errors import ConfigError, TokenizerError, WeightsError
+from arc_ds.data.tokenizers import check_fits, load_tokenizer
+from arc_ds.errors import ConfigError, TokenizerError
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import init_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
+from arc_ds.model.decoder import Decoder
 from arc_ds.model.load import load_decoder, open_arc_folder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor
@@ -81,9 +81,13 @@ def starting_compressor(config: RunConfig, spec: CompressorSpec) -> Compressor:
     num_loaded_ports = 0
     if config.encoder.init_from is None:
         source = open_backbone(config.encoder.backbone, config.encoder.rope_scaling)
-        keep = spec.num_layers
         load_backbone(
-            compressor, source, prefix="encoder.", dtype=torch.float32, skip=_is_memory, allow_unused=beyond_layers(keep)
+            compressor,
+            source,
+            prefix="encoder.",
+            dtype=torch.float32,
+            skip=_is_memory,
+            allow_unused=beyond_layers(spec.num_layers),
         )
     else:
         folder = open_arc_folder(Path(config.encoder.init_from), Path(config.encoder.backbone))
@@ -105,11 +109,9 @@ def starting_compressor(config: RunConfig, spec: CompressorSpec) -> Compressor:
     return compressor
 
 
-def frozen_decoders(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[nn.Module]:
+def frozen_decoders(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[Decoder]:
     """The decoders' modules with their weights; not placed yet. WeightsError where a tensor is missing or misshapen."""
-    return [
-        load_decoder(Path(d.backbone), d.rope_scaling, device, dtype) for d in config.decoders
-    ]
+    return [load_decoder(Path(d.backbone), d.rope_scaling, device, dtype) for d in config.decoders]
 
 
 def _fill_rest(compressor: Compressor, config: RunConfig, num_loaded_ports: int) -> None:
@@ -125,9 +127,6 @@ def _fill_rest(compressor: Compressor, config: RunConfig, num_loaded_ports: int)
         for marker in (port.cont, port.rec):
             if marker is not None:
                 marker.data.copy_(start)
-        for module in port.bridge.modules():
-            if isinstance(module, nn.Module) and hasattr(module, "eps"):  # the norm of an "rms" bridge
-                nn.init.ones_(module.weight)
         try:
             init_bridge(port.bridge, config.bridge.init, generator)
         except ValueError as error:
@@ -154,9 +153,3 @@ def _tokenizer_path(named: str | None, backbone: str, what: str) -> Path:
     if found is None:
         raise TokenizerError(f"{what}: no tokenizer beside {backbone}; copy it there or set the `tokenizer` key")
     return found
-
-
-def loaded_tokenizers(paths: Sequence[Path]) -> list[Tokenizer]:
-    """The tokenizers of the given files, each file read once."""
-    by_path = {path: load_tokenizer(path) for path in dict.fromkeys(paths)}
-    return [by_path[path] for path in paths]

@@ -119,6 +119,10 @@ class MetricsHook:
         self._report(run, rows[-1][1], elapsed / len(rows))
         self._pending, self._since, self._started = [], Throughput(), time.perf_counter()
 
+    def restart_clock(self) -> None:
+        """What follows is timed from now; call it after `flush` and whatever is not a step."""
+        self._started = time.perf_counter()
+
     def _speed(self, run: Run, elapsed: float) -> dict[str, float]:
         since = self._since
         own = torch.tensor(
@@ -152,8 +156,9 @@ class MetricsHook:
 class ValidationHook:
     """Validates every `every` steps and at the end (0: only at the end), and logs the scores."""
 
-    def __init__(self, log: LogMetrics, *, every: int) -> None:
+    def __init__(self, log: LogMetrics, metrics: MetricsHook, *, every: int) -> None:
         self._log = log
+        self._metrics = metrics
         self._every = every
         self._last = -1
 
@@ -173,6 +178,7 @@ class ValidationHook:
         if run.validator is None:
             return
         self._last = run.step
+        self._metrics.flush(run)  # steps do not decrease along the log
         started = time.perf_counter()
         scores = run.validator.run(run.engine, run.decoders)
         metrics = {"validation/seconds": time.perf_counter() - started}
@@ -181,6 +187,7 @@ class ValidationHook:
                 metrics.update(score.as_metrics(f"validation/{decoder}/{task}"))
                 logger.info("step %d, %s, %s: %s", run.step, decoder, task, _in_words(score))
         self._log(run.step, metrics)
+        self._metrics.restart_clock()
 
 
 class CheckpointHook:
@@ -207,6 +214,7 @@ class CheckpointHook:
             return
         self._metrics.flush(run)
         self._save(run)
+        self._metrics.restart_clock()
         self._last = run.step
 
 

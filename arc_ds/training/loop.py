@@ -47,7 +47,7 @@ def _check_applied(run: Run, result: StepResult) -> None:
     limit = run.config.optimizer.max_skipped_steps
     if run.skipped_in_row > limit:
         raise TrainingError(
-            f"{run.skipped_in_row} steps in a row, up to step {run.step}, had a loss or gradient that is not finite; the "
-            f"limit is optimizer.max_skipped_steps = {limit}. Lower the learning rates, or resume from an earlier "
+            f"{run.skipped_in_row} steps in a row, up to step {run.step}, had a loss or gradient that is not finite; "
+            f"the limit is optimizer.max_skipped_steps = {limit}. Lower the learning rates, or resume from an earlier "
             "checkpoint with another seed."
         )

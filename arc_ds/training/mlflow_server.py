@@ -1,4 +1,4 @@
-"""MLflow as the server of a `Tracker`. MLflow is imported when a server is made, in the tracker's thread: it is slow."""
+"""MLflow as the server of a `Tracker`. It is slow to import, so that happens in the tracker's thread."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from arc_ds import __version__
 from arc_ds.training.metrics_log import MetricsEntry
 from arc_ds.training.tracking import Tracker
 
@@ -98,15 +99,20 @@ def without_secret(uri: str) -> str:
 def environment_tags(*, device: str, world_size: int) -> dict[str, str]:
     """Where and with what a run is made: host, device in words, world size, git commit, versions."""
     tags = {"host": socket.gethostname(), "device": device, "world_size": str(world_size)}
-    tags["version.python"] = platform.python_version()
     if (commit := _git_commit()) is not None:
         tags["mlflow.source.git.commit"] = commit
+    return {**tags, **{f"version.{name}": found for name, found in package_versions().items()}}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python, of ARC-DS and of what it computes with."""
+    found = {"python": platform.python_version(), "arc-ds": __version__}
     for package in _VERSIONS_OF:
         try:
-            tags[f"version.{package}"] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return tags
+    return found
 
 
 def _git_commit() -> str | None:

@@ -40,13 +40,20 @@ class Run:
     clock: DataClock = field(default_factory=lambda: DataClock())
 
     @property
+    def pin_memory(self) -> bool:
+        """Whether batches are made in page-locked memory, for copies to the device that nothing waits for."""
+        return self.device.type != "cpu"
+
+    @property
     def decoder_names(self) -> tuple[str, ...]:
         """Names of the decoders, in the order of the ports."""
         return tuple(decoder.name for decoder in self.config.decoders)
 
     def batches(self) -> Iterator[StepBatch]:
         """This rank's batches from the current step to the last; the time spent waiting goes to `clock`."""
-        loader = iter(make_loader(self.data, start_step=self.step, num_workers=self.config.data.num_workers))
+        steps = range(self.step, self.config.steps)
+        num_workers = self.config.data.num_workers
+        loader = iter(make_loader(self.data, steps, num_workers=num_workers, pin_memory=self.pin_memory))
         while True:
             started = time.perf_counter()
             batch = next(loader, None)

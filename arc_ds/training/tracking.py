@@ -5,10 +5,10 @@ batches. So memory is bounded, a server that is slow or down costs the step noth
 it answers again, at the latest at the run's next start.
 
 One point for each step and key, after any kill: MLflow keeps what it gets, and two points with different times are
-two. A resumed run makes the steps after its checkpoint again, and a request whose answer was lost may have arrived. So
-at a key's first appearance in a start of the run, and after every failure, the thread asks the server which steps the
-key already has from `sent_step` on, and leaves those out. The resumed values are the same to the bit where the hardware is
-deterministic; elsewhere the server keeps the first, the file the second.
+two. A resumed run makes the steps after its checkpoint again, and a request whose answer was lost may have arrived.
+So at a key's first appearance in a start of the run, and after every failure, the thread asks the server which steps
+the key already has from `sent_step` on, and leaves those out. The resumed values are the same to the bit where the
+hardware is deterministic; elsewhere the server keeps the first, the file the second.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -116,8 +117,9 @@ class Validator:
                     self._sums(samples.open, decoder, None),
                 )
             closed, opened = self._without_compressor[idx]
-            compressed = self._sums(samples.compressed, decoder, lambda batch, idx=idx: compress(batch, idx))
-            mismatched = self._sums(samples.mismatched, decoder, lambda batch, idx=idx: compress(batch, idx))
+            for_decoder = partial(_compress_for, compress, idx)
+            compressed = self._sums(samples.compressed, decoder, for_decoder)
+            mismatched = self._sums(samples.mismatched, decoder, for_decoder)
             scores[name] = {
                 task: TaskScores(
                     compressed=compressed.mean(k),
@@ -153,3 +155,7 @@ class Validator:
 
     def _tasks_of(self, samples: Sequence[Sample]) -> Tensor:
         return torch.tensor([self.tasks.index(s.task) for s in samples], dtype=torch.int64, device=self._device)
+
+
+def _compress_for(compress: Compress, decoder_idx: int, batch: PackedBatch) -> Tensor:
+    return compress(batch, decoder_idx)

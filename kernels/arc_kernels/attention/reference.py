@@ -17,7 +17,7 @@ class _Places(NamedTuple):
     """Where each packed row stands: its segment, and its index there, int64 [rows]."""
 
     segment: Tensor
-    index: Tensor
+    place: Tensor
 
 
 def attention_varlen_reference(
@@ -48,10 +48,10 @@ def attention_varlen_reference(
     k_SVKH = _pad(k_UKH, k_places, num_segments, max_seqlen_k)
     v_SVKH = _pad(v_UKH, k_places, num_segments, max_seqlen_k)
     limits_SQ = limits_T.new_ones(num_segments, max_seqlen_q)  # padding rows look at one key, so no row is empty
-    limits_SQ[q_places.segment, q_places.index] = limits_T
+    limits_SQ[q_places.segment, q_places.place] = limits_T
     mask = torch.arange(max_seqlen_k, device=q_TNH.device) < limits_SQ[:, None, :, None]
     o_SQNH = _sdpa(q_SQNH, k_SVKH, v_SVKH, mask, scale)
-    return o_SQNH[q_places.segment, q_places.index]
+    return o_SQNH[q_places.segment, q_places.place]
 
 
 def _attend_dense(
@@ -64,7 +64,7 @@ def _attend_dense(
     scale: float | None,
 ) -> Tensor:
     same = q_places.segment[:, None] == k_places.segment[None, :]
-    mask_TU = same & (k_places.index[None, :] < limits_T[:, None])
+    mask_TU = same & (k_places.place[None, :] < limits_T[:, None])
     return _sdpa(q_TNH[None], k_UKH[None], v_UKH[None], mask_TU[None, None], scale)[0]
 
 
@@ -99,11 +99,11 @@ def _limits(
     if not causal:
         return num_keys_T
     num_queries_S = (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).long()
-    return num_keys_T - num_queries_S[q_places.segment] + q_places.index + 1
+    return num_keys_T - num_queries_S[q_places.segment] + q_places.place + 1
 
 
 def _pad(x: Tensor, places: _Places, num_segments: int, length: int) -> Tensor:
     """[rows, heads, H] to [S, length, heads, H]; a view where nothing has to be padded."""
     if x.shape[0] == num_segments * length:
         return x.view(num_segments, length, *x.shape[1:])
-    return x.new_zeros(num_segments, length, *x.shape[1:]).index_put((places.segment, places.index), x)
+    return x.new_zeros(num_segments, length, *x.shape[1:]).index_put((places.segment, places.place), x)

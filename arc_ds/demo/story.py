@@ -1,0 +1,191 @@
+"""The demo's story: each chapter is a function; what a person would type is run as that very command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from arc_ds.demo import inputs, picture
+from arc_ds.errors import ArcError, ConfigError
+from arc_ds.training.exit_codes import EXIT_PREEMPTED
+from arc_ds.training.metrics_log import METRICS_NAME, read_metrics
+
+RECIPE = Path("ds_configs") / "recipes" / "demo.yaml"
+INTERRUPT_AT = 0.4  # of the steps
+PARAGRAPH_CHARACTERS = 280
+
+
+def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, overrides: Sequence[str]) -> int:
+    """Runs the demo into `out`; returns 0. ArcError where a chapter fails, with the command that failed.
+
+    Started again on the same folder it goes on where it was: shards and finished training are not made twice.
+    """
+    started = time.monotonic()
+    recipe = config or _find_recipe()
+    if fresh and out.exists():
+        _delete(out)
+    out.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "MODELS": str(inputs.model_file().parent), "SHARDS": str(out / "shards")}
+    _say(f"1. Shards: State of the Union speeches, those from {inputs.FIRST_HELD_OUT_YEAR} on held out")
+    _build_shards(out, environment)
+    _say("2. Training by the deepspeed launcher, interrupted once on purpose")
+    run_dir = out / "run"
+    options = [str(recipe), f"run_dir={run_dir}", *overrides]
+    if num_procs is not None:
+        options.append(f"--num-procs={num_procs}")
+    interrupted_at = _train(run_dir, options, environment)
+    _say("3. Export")
+    export = out / "export"
+    if not export.exists():
+        _command(["export", str(run_dir), str(export)], environment)
+    _say("4. A held-out paragraph, compressed and read by the decoder")
+    _use(export)
+    image = out / "demo.png"
+    picture.draw(
+        run_dir / METRICS_NAME, image, title="ARC-Encoder for SmolLM2-135M", interrupted_at=interrupted_at
+    )
+    _close(run_dir, image, export, minutes=(time.monotonic() - started) / 60)
+    return 0
+
+
+def _build_shards(out: Path, environment: dict[str, str]) -> None:
+    training, held_out = inputs.speeches()
+    for name, files in (("train", training), ("validation", held_out)):
+        target = out / "shards" / name
+        if (target / "manifest.json").is_file():
+            print(f"   {target} is there already")
+            continue
+        texts = [str(path) for path in files]
+        _command(
+            ["shards", "build", *texts, "--out", str(target), "--tokenizer", str(inputs.model_file())]
+            + ["--max-tokens", "192"],
+            environment,
+        )
+
+
+def _train(run_dir: Path, options: list[str], environment: dict[str, str]) -> int | None:
+    """Trains to the end; returns the step at which the run was interrupted (None where it was not)."""
+    note = run_dir / "interrupted_at"
+    metrics = run_dir / METRICS_NAME
+    command = [sys.executable, "-m", "arc_ds.cli", "train", *options]
+    if not metrics.exists():
+        process = subprocess.Popen(command, env=environment)
+        step = _wait_for_step(metrics, process, _interrupt_step(options, environment))
+        if step is not None:
+            print(f"   step {step}: sending SIGTERM, as a cluster's scheduler would", flush=True)
+            process.send_signal(signal.SIGTERM)
+        code = process.wait()
+        if code == EXIT_PREEMPTED:
+            note.write_text(f"{_last_step(metrics)}\n", encoding="utf-8")
+            print("   saved and stopped; the same command again:", flush=True)
+        elif code != 0:
+            raise ArcError(f"training ended with code {code}: {' '.join(command)}")
+    _run(command, environment)
+    return int(note.read_text(encoding="utf-8")) if note.exists() else None
+
+
+def _interrupt_step(options: list[str], environment: dict[str, str]) -> int:
+    from arc_ds.config.load import load_config
+
+    os.environ.update({name: environment[name] for name in ("MODELS", "SHARDS")})
+    overrides = [option for option in options[1:] if not option.startswith("--")]
+    return max(1, int(INTERRUPT_AT * load_config(options[0], overrides).steps))
+
+
+def _wait_for_step(metrics: Path, process: subprocess.Popen[bytes], step: int) -> int | None:
+    """The run's step once it has reached `step`; None where it ended before."""
+    while process.poll() is None:
+        reached = _last_step(metrics)
+        if reached >= step:
+            return reached
+        time.sleep(0.5)
+    return None
+
+
+def _last_step(metrics: Path) -> int:
+    if not metrics.exists():
+        return 0
+    steps = [entry.step for entry in read_metrics(metrics) if "train/loss" in entry.metrics]
+    return max(steps, default=0)
+
+
+def _rows(metrics: Path) -> list[dict[str, float]]:
+    return [{"step": entry.step, **entry.metrics} for entry in read_metrics(metrics)]
+
+
+def _use(export: Path) -> None:
+    """A paragraph of the newest speech: compressed, repeated and continued."""
+    from arc_ds.model.arc import ArcModel, Context
+
+    text = inputs.speeches()[1][-1].read_text(encoding="utf-8")
+    start = text.find(". ", len(text) // 2) + 2
+    paragraph = text[start : text.find(". ", start + PARAGRAPH_CHARACTERS) + 1]
+    model = ArcModel.from_checkpoint(export, decoders=[inputs.model_file()])
+    (vectors,) = model.compress([paragraph], marker="rec")
+    assert model.encoder_tokenizer is not None, "an export carries its tokenizer"
+    tokens = len(model.encoder_tokenizer.encode(paragraph))
+    repeated, continued = model.generate(
+        [[Context(paragraph, "rec")], [Context(paragraph, "cont")]], max_new_tokens=tokens
+    )
+    print(f"   the paragraph ({tokens} tokens):\n      {paragraph}")
+    print(f"   read as {vectors.shape[0]} vectors (its marker counted), the decoder repeats:\n      {repeated}")
+    print(f"   and continues:\n      {continued}")
+
+
+def _close(run_dir: Path, image: Path, export: Path, *, minutes: float) -> None:
+    rows = _rows(run_dir / METRICS_NAME)
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    speed = [row["speed/encoder_tokens_per_s"] for row in rows if "speed/encoder_tokens_per_s" in row]
+    memory = max(row["memory/peak_gib"] for row in rows if "memory/peak_gib" in row)
+    last = [row for row in rows if any(name.endswith("gap_closed") for name in row)][-1]
+    _say("What happened")
+    print(
+        f"   {len(losses)} steps: the loss went from {losses[0]:.2f} to {losses[-1]:.2f} nats a token, at "
+        f"{sum(speed) / len(speed):,.0f} encoder tokens/s and at most {memory:.1f} GiB."
+    )
+    print("   On held-out speeches, NLL of the text in nats a token when the decoder is given")
+    print(f"   {'':32}{'nothing':>9}{'another':>9}{'compressed':>12}{'full text':>11}{'gap closed':>12}")
+    for name in sorted(name for name in last if name.endswith("/gap_closed")):
+        prefix = name.rsplit("/", 1)[0]
+        values = [last[f"{prefix}/nll_{kind}"] for kind in ("closed", "mismatched", "compressed", "open")]
+        label = "/".join(prefix.split("/")[1:])
+        print(
+            f"   {label:32}{values[0]:>9.3f}{values[1]:>9.3f}{values[2]:>12.3f}{values[3]:>11.3f}{last[name]:>12.3f}"
+        )
+    print("   Gap closed: 0 where the compressed text is worth nothing, 1 where it is worth the text itself.")
+    print(f"   Picture: {image}   Weights: {export}   Minutes: {minutes:.1f}")
+    print(f"   The run in MLflow: mlflow ui --backend-store-uri sqlite:///{(run_dir / 'mlflow.db').resolve()}")
+
+
+def _command(arguments: list[str], environment: dict[str, str]) -> None:
+    _run([sys.executable, "-m", "arc_ds.cli", *arguments], environment)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code != 0:
+        raise ArcError(f"a command of the demo ended with code {code}: {' '.join(command[:6])} ...")
+
+
+def _find_recipe() -> Path:
+    recipe = Path(__file__).resolve().parents[2] / RECIPE
+    if not recipe.is_file():
+        raise ConfigError(f"no {RECIPE} beside the package: run the demo from a clone, or give --config")
+    return recipe
+
+
+def _delete(out: Path) -> None:
+    """Removes an earlier demo; ConfigError where the folder does not look like one."""
+    if not (out / "shards").is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out} holds something else than a demo, so it is not deleted: choose another --out")
+    shutil.rmtree(out)
+
+
+def _say(title: str) -> None:
+    print(f"\n== {title}", flush=True)

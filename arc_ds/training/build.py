@@ -1,0 +1,186 @@
+"""From a run's config to a `Run`: what a user can have got wrong is found here, before any training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from arc_ds import dist
+from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
+from arc_ds.config.schema import RunConfig
+from arc_ds.data.loader import StepData, source_shapes, validation_examples
+from arc_ds.data.order import RunOrder
+from arc_ds.data.packing import PoolingSpec
+from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.tasks import TaskLimits, closed, mismatched, open_
+from arc_ds.data.tokenizers import load_tokenizer
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.spec import CompressorSpec
+from arc_ds.training.build_model import (
+    check_tokenizers,
+    compressor_spec,
+    decoder_tokenizer_paths,
+    encoder_tokenizer_path,
+    frozen_decoders,
+    starting_compressor,
+)
+from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, place_decoder
+from arc_ds.training.optim import PortAdamW, make_param_groups
+from arc_ds.training.run import Run
+from arc_ds.training.schedule import RateSchedule
+from arc_ds.training.validate import ValidationSet, Validator
+
+TASKS = ("reconstruction", "continuation")
+
+
+def build_run(config: RunConfig, device: torch.device) -> Run:
+    """Everything that the run needs, on this rank; a collective. ArcError on all ranks where one finds a mistake."""
+    with dist.fail_together():
+        ds_config = resolve_deepspeed(config.deepspeed, config, dist.world_size(), dist.local_world_size())
+        spec = compressor_spec(config)
+        check_tokenizers(config, spec)
+        data = step_data(config, spec.packing)
+        validator = _validator(config, spec, device)
+        compressor = starting_compressor(config, spec)
+        decoders = frozen_decoders(config, torch.device("cpu"), _dtype(config))
+    optimizer = PortAdamW(
+        make_param_groups(
+            compressor,
+            encoder_lr=config.optimizer.encoder_lr,
+            bridge_lr=config.optimizer.bridge_lr,
+            markers_lr=config.optimizer.markers_lr,
+            weight_decay=config.optimizer.weight_decay,
+        ),
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        fused=device.type != "cpu",
+    )
+    engine = build_engine(compressor, optimizer, ds_config)
+    return Run(
+        config=config,
+        folder=Path(config.run_dir),
+        device=device,
+        spec=spec,
+        engine=engine,
+        decoders=_place(config, decoders, device, ds_config),
+        data=data,
+        schedule=rate_schedule(config),
+        validator=validator,
+        tasks=TASKS,
+    )
+
+
+def step_data(config: RunConfig, packing: PoolingSpec) -> StepData:
+    """This rank's view of the run's data. DataError where shards, ConfigError where numbers cannot be used."""
+    sources = [ShardSet(source.path) for source in config.data.sources]
+    share = config.data.reconstruction_share
+    order = RunOrder(
+        seed=config.seed,
+        batch_size=config.data.batch_size,
+        sources=source_shapes(sources, [source.weight for source in config.data.sources]),
+        reconstruction_share=((0, share),) if isinstance(share, float | int) else share,
+        num_decoders=len(config.decoders),
+        decoder_schedule=config.decoder_schedule,
+    )
+    return StepData(
+        order=order,
+        sources=sources,
+        encoder_tokenizer=encoder_tokenizer_path(config),
+        decoder_tokenizers=decoder_tokenizer_paths(config),
+        limits=task_limits(config),
+        pooling=packing,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        micro_batches=config.micro_batches,
+        on_error=config.data.on_error,
+    )
+
+
+def task_limits(config: RunConfig) -> TaskLimits:
+    """Sizes and layout of the tasks."""
+    markers = {"cont": config.markers.cont, "rec": config.markers.rec}
+    return TaskLimits(
+        max_context=config.data.max_context_tokens,
+        max_prefix=config.data.max_prefix_tokens,
+        max_continuation=config.data.max_continuation_tokens,
+        bos=config.data.decoder_bos,
+        markers=frozenset(marker for marker, is_kept in markers.items() if is_kept),  # type: ignore[misc]
+    )
+
+
+def rate_schedule(config: RunConfig) -> RateSchedule:
+    """The shape of the learning rates over the run."""
+    return RateSchedule(
+        total_steps=config.steps,
+        warmup_steps=config.optimizer.warmup_steps,
+        initial_lr=config.optimizer.initial_lr,
+        final_lr=config.optimizer.final_lr,
+        kind=config.optimizer.schedule,
+    )
+
+
+def _validator(config: RunConfig, spec: CompressorSpec, device: torch.device) -> Validator | None:
+    if config.data.validation is None:
+        return None
+    source = ShardSet(config.data.validation)
+    encoder = load_tokenizer(encoder_tokenizer_path(config))
+    sets = []
+    for path in decoder_tokenizer_paths(config):
+        examples = validation_examples(
+            source,
+            config.validation.num_samples,
+            encoder=encoder,
+            decoder=load_tokenizer(path),
+            limits=task_limits(config),
+        )
+        sets.append(
+            ValidationSet(
+                compressed=tuple(example.sample for example in examples),
+                mismatched=mismatched(examples),
+                closed=tuple(closed(example) for example in examples),
+                open=tuple(open_(example) for example in examples),
+            )
+        )
+    return Validator(
+        sets,
+        decoder_names=[decoder.name for decoder in config.decoders],
+        packing=spec.packing,
+        batch_size=config.validation.batch_size,
+        device=device,
+    )
+
+
+def _place(
+    config: RunConfig, decoders: Sequence[Decoder], device: torch.device, ds_config: dict
+) -> tuple[PlacedDecoder, ...]:
+    """The frozen decoders where the config wants them, one after the other."""
+    placed = []
+    for decoder, wanted in zip(decoders, config.decoders, strict=True):
+        placement = choose_placement(
+            wanted.placement,
+            decoder_bytes=sum(p.numel() * p.element_size() for p in decoder.parameters()),
+            free_bytes=_free_bytes(device),
+            world_size=dist.world_size(),
+        )
+        placement = dist.broadcast_object(placement)
+        own_config = (
+            None
+            if placement == "replicated"
+            else resolve_decoder_deepspeed(ds_config, placement, dist.local_world_size())
+        )
+        placed.append(place_decoder(decoder, placement, device=device, ds_config=own_config))
+    return tuple(placed)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody uses yet; on the CPU decoders are always whole where the config says auto."""
+    if device.type == "cpu":
+        return 1 << 60
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32

@@ -1,0 +1,1 @@
+"""Export: ZeRO shards to weights that others can load."""

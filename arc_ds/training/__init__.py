@@ -1,0 +1,1 @@
+"""Training: engines, optimizer, the step and the loop, checkpoints, validation, tracking."""

@@ -1,6 +1,7 @@
 """`arc-ds train`: the deepspeed launcher on all local devices, wrapped so that signals and exit codes come through.
 
-SIGTERM to `deepspeed` kills its runner and orphans the ranks, and a killed rank can end in exit code 0 (design 8.12).
+SIGTERM to `deepspeed` orphans the ranks or kills them while they save, and a killed rank can end in exit code 0
+(design 8.12).
 Here the launcher runs in its own session, out of reach of the terminal's signals; SIGTERM, SIGUSR1 and the first
 Ctrl-C go to the ranks, which save at the next step boundary and stop; and the exit code is made of what each rank
 has left in a file (`arc_ds.rank`), or has not left because it was killed.
@@ -9,6 +10,8 @@ has left in a file (`arc_ds.rank`), or has not left because it was killed.
 from __future__ import annotations
 
 import argparse
+import base64
+import json
 import logging
 import os
 import signal
@@ -37,7 +40,7 @@ TRAIN_MODULE = "arc_ds.train"
 GRACE_S = 10.0
 _POLL_S = 0.1
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# DeepSpeed's launcher reads it where no devices are named on its command line, and drops it where some are.
+# DeepSpeed's launcher sets it from the devices that it is told, so what the user has chosen must be told to it.
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
@@ -48,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     """
     if dist.under_launcher():
         return int(import_module(TRAIN_MODULE).main(list(argv)))
-    arguments = _parser().parse_args(list(argv))
+    arguments = _parser().parse_intermixed_args(list(argv))
     from arc_ds.config.load import load_config
 
     config = load_config(arguments.config, arguments.overrides)
@@ -98,24 +101,25 @@ def launch(module: str, arguments: Sequence[str], *, num_procs: int, device_requ
         former = {number: signal.signal(number, watch.on_signal) for number in _FORWARDED}
         try:
             # Its own session: Ctrl-C in the terminal reaches this process alone, which passes it on.
-            runner = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
-            watch.until_end(runner)
+            launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+            watch.until_end(launcher)
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
-        return _result(read_statuses(Path(folder)), num_procs, runner.returncode)
+        return _result(read_statuses(Path(folder)), num_procs, launcher.returncode)
 
 
 def _command(module: str, arguments: Sequence[str], num_procs: int, environment: Mapping[str, str]) -> list[str]:
-    # An empty hostfile name: "this host", also where /job/hostfile lies about.
-    options = ["--hostfile", "", "--master_port", str(dist.free_port()), "--no_local_rank", "--log_level", "warning"]
+    """DeepSpeed's launcher of one node. The `deepspeed` command would start this same one, after 5 s of imports for
+    reading a hostfile, and would take /job/hostfile and thus other hosts where there is one.
+    """
     visible = [name for name in environment.get(_VISIBLE_DEVICES, "").split(",") if name]
-    if visible and environment.get("DS_ACCELERATOR") != "cpu":
-        options += ["--include", "localhost:" + ",".join(visible[:num_procs])]
-    else:
-        options += ["--num_gpus", str(num_procs)]
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", *options]
-    return [*runner, "--module", "arc_ds.rank", module, *arguments]
+    on_cpu = environment.get("DS_ACCELERATOR") == "cpu"
+    devices = list(range(num_procs)) if on_cpu or not visible else visible[:num_procs]
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={dist.free_port()}"]
+    options += ["--no_local_rank", "--log_level=warning", "--module"]
+    return [sys.executable, "-m", "deepspeed.launcher.launch", *options, "arc_ds.rank", module, *arguments]
 
 
 def _environment(folder: str, num_procs: int, device_request: str) -> dict[str, str]:
@@ -152,16 +156,16 @@ class _Watch:
         # For the ranks Ctrl-C is a stop like any other: save, then end.
         self._asked = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
 
-    def until_end(self, runner: subprocess.Popen[bytes]) -> None:
+    def until_end(self, launcher: subprocess.Popen[bytes]) -> None:
         """Pass signals on until the launcher has ended; end what should not live on."""
-        while runner.poll() is None:
+        while launcher.poll() is None:
             statuses = read_statuses(self.folder)
             self._pass_on(statuses)
-            if self._should_be_over(statuses, runner) or self._interrupts > 1:
-                _kill_session(runner.pid, statuses)
+            if self._should_be_over(statuses) or self._interrupts > 1:
+                _kill_session(launcher.pid, statuses)
             time.sleep(_POLL_S)
         # The launcher's death does not prove the ranks'.
-        _kill_session(runner.pid, read_statuses(self.folder))
+        _kill_session(launcher.pid, read_statuses(self.folder))
 
     def _pass_on(self, statuses: Mapping[int, RankStatus]) -> None:
         """Each rank is told once, those that start later too."""
@@ -173,7 +177,7 @@ class _Watch:
                     os.kill(status.pid, self._asked)
                 self._told.add(rank)
 
-    def _should_be_over(self, statuses: Mapping[int, RankStatus], runner: subprocess.Popen[bytes]) -> bool:
+    def _should_be_over(self, statuses: Mapping[int, RankStatus]) -> bool:
         """Whether a rank has failed, or all have ended, and the others' or the launcher's grace has passed."""
         codes = [_code(status) for status in statuses.values()]
         failed = any(code not in (None, EXIT_OK, EXIT_PREEMPTED) for code in codes)

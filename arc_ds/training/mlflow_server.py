@@ -165,8 +165,8 @@ class MlflowServer:
         for part in _parts(new, _PARAMS_PER_BATCH):
             self._client.log_batch(run_id, params=part)
         tags = [RunTag(key, value[:_TAG_CHARS]) for key, value in {**self._tags(), **changed}.items()]
-        for part in _parts(tags, _PARAMS_PER_BATCH):
-            self._client.log_batch(run_id, tags=part)
+        for tag_part in _parts(tags, _PARAMS_PER_BATCH):
+            self._client.log_batch(run_id, tags=tag_part)
         self._log_datasets(run_id)
         for name, text in self._facts.artifacts.items():
             self._client.log_text(run_id, text, name)

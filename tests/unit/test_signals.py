@@ -1,0 +1,80 @@
+"""Stop requests, ties to the parent, and the watchdog."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from arc_ds.training.signals import StopRequest
+from arc_ds.training.watchdog import Watchdog
+
+
+def test_a_signal_sets_the_flag_and_nothing_else() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest((signal.SIGUSR1,)) as stop:
+        assert stop.received is None and not stop.agreed()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.received == "SIGUSR1" and stop.agreed()
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_stop_can_be_asked_for_without_a_signal() -> None:
+    stop = StopRequest()
+    stop.set()
+    assert stop.agreed()
+
+
+def test_a_signal_that_came_before_the_block_is_received_in_it() -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with StopRequest((signal.SIGUSR1,)) as stop:
+            assert stop.received == "SIGUSR1"
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "blocked again while the run closes"
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_a_child_that_is_tied_dies_with_its_parent() -> None:
+    child = (
+        "import ctypes, sys, time; from importlib.util import spec_from_loader\n"
+        "libc = ctypes.CDLL(None)\n"
+        "print(libc.prctl(1, 9, 0, 0, 0), flush=True); time.sleep(60)"
+    )
+    parent = (
+        "import subprocess, sys, time\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    words = sorted((process.stdout.readline().strip(), process.stdout.readline().strip()), key=len)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{words[1]}/cmdline").exists() and Path(f"/proc/{words[1]}/cmdline").read_bytes():
+        assert time.monotonic() < deadline, "the child lives on"
+        time.sleep(0.02)
+
+
+def test_a_stall_leaves_the_stacks_and_progress_does_not(tmp_path: Path) -> None:
+    with Watchdog(tmp_path / "stacks", rank=3, limit_s=0.25) as watchdog:
+        for _ in range(4):
+            time.sleep(0.1)
+            watchdog.alive()
+        assert watchdog.path.read_text() == ""
+        time.sleep(0.4)
+    text = (tmp_path / "stacks" / "stacks_rank_00003.txt").read_text()
+    assert "Timeout" in text and "test_a_stall_leaves_the_stacks" in text
+    watchdog.alive()
+
+
+def test_a_limit_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be > 0"):
+        Watchdog(tmp_path, rank=0, limit_s=0)

@@ -122,9 +122,7 @@ class RunOrder:
         source_idx, rank = self._mixture.at(self.seed, position)
         epoch, place = divmod(rank, self.sources[source_idx].num_records)
         record_idx = self._shuffles[source_idx].record(epoch, place)
-        return Pick(
-            position=position, source_idx=source_idx, epoch=epoch, record_idx=record_idx, task=task, seed=seed
-        )
+        return Pick(position=position, source_idx=source_idx, epoch=epoch, record_idx=record_idx, task=task, seed=seed)
 
     def _tasks(self, step: int) -> list[Task]:
         """The step's tasks: its share of reconstruction to within one sample, and exactly over many steps."""

@@ -28,26 +28,40 @@ _BLOCK_CHARS = 100_000  # longest stretch that is tokenised at once while cuttin
 
 
 def encode_record(record: dict[str, Any]) -> bytes:
-    """A record as UTF-8 JSON, always the same bytes for the same record. DataError on text that is no valid Unicode."""
-    try:
-        return json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"a text holds characters that UTF-8 cannot encode ({error}). Clean the input.") from error
+    """A record as UTF-8 JSON, always the same bytes for the same record."""
+    return json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
 
 
 def decode_record(payload: bytes) -> dict[str, Any]:
     """The record of a member's bytes; DataError if it is no JSON object with a non-empty `text`."""
+    record = decode_object(payload)
+    if not text_of(record, "text"):
+        raise DataError("expected a non-empty string in the field `text`, got an empty one")
+    return record
+
+
+def decode_object(payload: bytes) -> dict[str, Any]:
+    """The JSON object of some bytes; DataError on anything else."""
     try:
         record = json.loads(payload)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"expected JSON in UTF-8: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"expected a JSON object, got {type(record).__name__}")
-    text = record.get("text")
-    if not isinstance(text, str) or not text:
-        got = type(text).__name__ if "text" in record else f"the fields {sorted(record)}"
-        raise DataError(f"expected a non-empty string in the field `text`, got {got}")
     return record
+
+
+def text_of(record: dict[str, Any], field: str) -> str:
+    """A field's text; DataError where it is missing, no string, or holds lone surrogates (JSON's \\ud800 can)."""
+    text = record.get(field)
+    if not isinstance(text, str):
+        got = type(text).__name__ if field in record else f"the fields {sorted(record)}"
+        raise DataError(f"expected a string in the field {field!r}, got {got}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"the field {field!r} holds characters that UTF-8 cannot encode: {error}") from error
+    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -19,7 +18,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from arc_ds.data.records import TextCutter, encode_record
+from arc_ds.data.records import TextCutter, decode_object, encode_record, text_of
 from arc_ds.data.shards import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo, SourceInfo, sha256_of_file
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
@@ -192,14 +191,9 @@ def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
 
 def _text_of_line(line: bytes, where: str, text_field: str) -> str:
     try:
-        record = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{where}: not JSON in UTF-8 ({error}). Mend or remove the line.") from error
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        fields = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where}: expected a string in the field {text_field!r}, got {fields}. Set text_field.")
-    return text
+        return text_of(decode_object(line), text_field)
+    except DataError as error:
+        raise DataError(f"{where}: {error}. Mend or remove the line, or name the field with --text-field.") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,11 +269,7 @@ class TiktokenTokenizer:
     def encode_with_ends(self, text: str) -> Encoding:
         ids = np.array(self._backend.encode_ordinary(text), dtype=np.int64)
         ends = ends_from_byte_lengths(text, self._lengths[ids])
-        if ends is None:
-            raise TokenizerError(
-                "a text holds characters that UTF-8 cannot encode (lone surrogates), so its tokens do not spell it. "
-                "Remove them from the record."
-            )
+        assert ends is not None, "every byte has a token, so the tokens spell the text"
         return Encoding(ids, ends)
 
     def decode(self, ids: list[int]) -> str:

@@ -1,0 +1,65 @@
+"""Small tokenizers and shards, made on the spot: tests of the data pipeline need no downloaded file."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.shard_writer import build_shards
+
+WORDS = ["the ", "of ", "tower ", "a ", "lamp", "Each ", "block ", "stone", " sea", "wind ", "\n\n", ". "]
+TEXT = (
+    "The lighthouse was built of grey stone. Each block was marked, so that the tower could be taken down again.\n\n"
+    "Wind came from the sea; the lamp held. Nobody asked why “grey” — it was the colour of the island, 北 and été. "
+)
+
+
+def write_tiktoken(path: Path) -> Path:
+    """A tiktoken-format file: 256 bytes and the prefixes of a few words, so that merging can reach each word."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    for word in WORDS:
+        raw = word.encode()
+        tokens += [raw[:end] for end in range(2, len(raw) + 1) if raw[:end] not in tokens]
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for rank, t in enumerate(tokens)))
+    return path
+
+
+def write_json_tokenizer(folder: Path, *, bos: bool = True) -> Path:
+    """A folder with a byte-level BPE tokenizer.json of 340 tokens and its tokenizer_config.json."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT] * 3, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": bos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def numbered_texts(count: int, *, sentences: int = 6) -> list[str]:
+    """Different texts, each naming its number in every sentence."""
+    return [
+        "".join(f"Tower {idx} of the sea has block {row}. " for row in range(1 + (idx * 7) % sentences))
+        for idx in range(count)
+    ]
+
+
+def write_shards(
+    folder: Path, tokenizer: Path, texts: list[str], *, max_tokens: int = 512, shard_bytes: int = 1 << 13
+) -> ShardSet:
+    """Shards of a few records each, one record a text."""
+    source = folder.with_suffix(".jsonl")
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    build_shards([source], folder, tokenizer, max_tokens=max_tokens, min_tokens=2, shard_bytes=shard_bytes)
+    return ShardSet(folder)

@@ -1,0 +1,193 @@
+"""The loader: the same global batches for any ranks and workers, from any step; damaged records named and counted."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from arc_ds.data.loader import StepBatch, StepData, make_loader, source_shapes, validation_examples
+from arc_ds.data.order import RunOrder
+from arc_ds.data.packing import PoolingSpec
+from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.tasks import TaskLimits
+from arc_ds.data.tokenizers import load_tokenizer
+from arc_ds.errors import ConfigError, DataError
+from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
+
+LIMITS = TaskLimits(max_context=16, max_prefix=16, max_continuation=16)
+BATCH = 8
+
+
+class Setting:
+    """Two sources and two tokenizers on disk, and datasets over them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.encoder = write_tiktoken(folder / "tokenizer.model")
+        self.decoder = write_json_tokenizer(folder / "json")
+        texts = numbered_texts(90)
+        self.folders = [folder / "a", folder / "b"]
+        write_shards(self.folders[0], self.encoder, texts[:60])
+        write_shards(self.folders[1], self.encoder, texts[60:])
+
+    def data(self, rank: int = 0, world_size: int = 1, micro_batches: int = 1, **changes) -> StepData:
+        sources = [ShardSet(folder) for folder in self.folders]
+        order = RunOrder(
+            seed=4,
+            batch_size=BATCH,
+            sources=source_shapes(sources, [0.7, 0.3]),
+            reconstruction_share=((0, 0.5),),
+            num_decoders=2,
+        )
+        arguments = {
+            "order": order,
+            "sources": sources,
+            "encoder_tokenizer": self.encoder,
+            "decoder_tokenizers": [self.decoder, self.encoder],
+            "limits": LIMITS,
+            "pooling": PoolingSpec(),
+            "rank": rank,
+            "world_size": world_size,
+            "micro_batches": micro_batches,
+        }
+        return StepData(**(arguments | changes))
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("loader"))
+
+
+def contents(batches: list[StepBatch]) -> dict[int, tuple]:
+    """Of each step: the records, and the labels of all sequences in a canonical order."""
+    found: dict[int, tuple] = {}
+    records, labels = defaultdict(list), defaultdict(list)
+    for batch in batches:
+        records[batch.step] += batch.record_ids
+        for packed in batch.micro_batches:
+            for sequence in range(len(packed.tasks)):
+                labels[batch.step].append(tuple(packed.labels[packed.label_sequences == sequence].tolist()))
+    for step in records:
+        found[step] = (sorted(records[step]), sorted(labels[step]))
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2)])
+def test_global_batches_do_not_depend_on_ranks(setting: Setting, world_size: int, micro_batches: int) -> None:
+    expected = contents([setting.data()[step] for step in range(6)])
+    batches = []
+    for rank in range(world_size):
+        data = setting.data(rank, world_size, micro_batches)
+        batches += [data[step] for step in range(6)]
+    assert contents(batches) == expected
+    sizes = {len(packed.tasks) for batch in batches for packed in batch.micro_batches}
+    assert sizes == {BATCH // (world_size * micro_batches)}
+
+
+def assert_equal(left: StepBatch, right: StepBatch) -> None:
+    assert (left.step, left.decoder_idx, left.record_ids) == (right.step, right.decoder_idx, right.record_ids)
+    for a, b in zip(left.micro_batches, right.micro_batches, strict=True):
+        assert a.tasks == b.tasks
+        for name in ("encoder_ids", "encoder_cu_seqlens", "decoder_ids", "label_rows", "labels", "compressed_rows"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+        assert torch.equal(a.levels[0].group_cu, b.levels[0].group_cu)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_workers_and_resume_change_nothing(setting: Setting, num_workers: int) -> None:
+    data = setting.data(micro_batches=2)
+    expected = [data[step] for step in range(5)]
+    for first in (0, 3):
+        loaded = list(make_loader(setting.data(micro_batches=2), range(first, 5), num_workers=num_workers))
+        assert len(loaded) == 5 - first
+        for left, right in zip(loaded, expected[first:], strict=True):
+            assert_equal(left, right)
+            assert left.num_labels == right.num_labels > 0
+
+
+def test_decoder_of_the_step_gives_its_tokens(setting: Setting) -> None:
+    data = setting.data()
+    assert {data[step].decoder_idx for step in range(4)} == {0, 1}
+    for step in range(4):
+        batch = data[step]
+        tokenizer = load_tokenizer([setting.decoder, setting.encoder][batch.decoder_idx])
+        packed = batch.micro_batches[0]
+        start, end = packed.decoder_cu_seqlens[:2].tolist()
+        text = tokenizer.decode(packed.decoder_ids[(packed.text_rows >= start) & (packed.text_rows < end)].tolist())
+        assert "Tower" in text or "block" in text
+
+
+def test_epochs_use_every_record_once(setting: Setting) -> None:
+    data = setting.data()
+    seen: list[tuple[int, int]] = [record for step in range(40) for record in data[step].record_ids]
+    first_epoch = [record for source, record in seen if source == 0][:60]
+    assert sorted(first_epoch) == list(range(60))
+
+
+def test_batch_that_ranks_do_not_divide_is_refused(setting: Setting) -> None:
+    with pytest.raises(ConfigError, match="multiple"):
+        setting.data(0, 3)
+
+
+def test_order_of_other_shards_is_refused(setting: Setting) -> None:
+    with pytest.raises(DataError, match="other shards"):
+        setting.data(sources=[ShardSet(setting.folders[1]), ShardSet(setting.folders[0])])
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Setting:
+    """A setting whose first shard has one flipped byte in each of its first two records."""
+    setting = Setting(tmp_path)
+    source = ShardSet(setting.folders[0])
+    path = source.folder / source.manifest.shards[0].name
+    raw = bytearray(path.read_bytes())
+    first = 512
+    second = first + 512 * (1 + -(-len(b'{"text":""}' + source.record(0)["text"].encode()) // 512))
+    raw[first + 9] ^= 1
+    raw[second + 9] ^= 1
+    path.write_bytes(raw)
+    return setting
+
+
+def test_damaged_record_stops_the_run_by_default(damaged: Setting) -> None:
+    data = damaged.data()
+    with pytest.raises(DataError, match=r"shard-000000\.tar, member .* the checksum"):
+        for step in range(12):
+            data[step]
+
+
+def test_damaged_record_is_replaced_counted_and_named_once(
+    damaged: Setting, setting: Setting, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = damaged.data(on_error="skip")
+    with caplog.at_level(logging.WARNING):
+        batches = [data[step] for step in range(40)]
+    assert sum(batch.skipped for batch in batches) >= 3
+    assert all((0, 0) not in batch.record_ids and (0, 1) not in batch.record_ids for batch in batches)
+    assert len([record for record in caplog.records if "record skipped" in record.message]) == 2
+    whole = setting.data()
+    for batch in batches:
+        replaced = [(0, 2) if record in ((0, 0), (0, 1)) else record for record in whole[batch.step].record_ids]
+        assert list(batch.record_ids) == replaced
+
+
+def test_source_with_nothing_usable_is_an_error_not_a_hang(tmp_path: Path) -> None:
+    setting = Setting(tmp_path)
+    for path in setting.folders[0].glob("*.tar"):
+        path.write_bytes(bytes(len(path.read_bytes())))
+    with pytest.raises(DataError, match="in a row"):
+        setting.data(on_error="skip")[0]
+
+
+def test_validation_examples_are_fixed_and_half_of_each_task(setting: Setting) -> None:
+    source = ShardSet(setting.folders[0])
+    tokenizers = {"encoder": load_tokenizer(setting.encoder), "decoder": load_tokenizer(setting.decoder)}
+    examples = validation_examples(source, 20, **tokenizers, limits=LIMITS)
+    assert examples == validation_examples(ShardSet(setting.folders[0]), 20, **tokenizers, limits=LIMITS)
+    assert [example.sample.task for example in examples] == ["reconstruction"] * 10 + ["continuation"] * 10
+    assert len({example.context_text for example in examples}) == 20
+    with pytest.raises(DataError, match="61 validation samples"):
+        validation_examples(source, 61, **tokenizers, limits=LIMITS)

@@ -1,0 +1,222 @@
+"""Shards: nothing of a text is lost, bytes are deterministic, stock webdataset reads them, every fault is found."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arc_ds.data.records import TextCutter
+from arc_ds.data.shard_reader import ShardSet, check_shards
+from arc_ds.data.shard_writer import build_shards
+from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.errors import DataError
+from tests.helpers.tiny_data import TEXT, numbered_texts, write_shards, write_tiktoken
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiktoken(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_path)
+
+
+@pytest.fixture
+def shards(tmp_path: Path, tokenizer_path: Path) -> ShardSet:
+    return write_shards(tmp_path / "shards", tokenizer_path, numbered_texts(40))
+
+
+@given(
+    text=st.text(alphabet="ab. \n\té北🚲", min_size=1, max_size=300),
+    max_tokens=st.integers(8, 40),
+)
+def test_pieces_joined_are_the_text_and_fit(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
+    cutter = TextCutter(tokenizer=tokenizer, max_tokens=max_tokens, min_tokens=2)
+    pieces = list(cutter.cut(text))
+    assert "".join(piece for piece, _ in pieces) == text
+    for piece, num_tokens in pieces:
+        assert 0 < num_tokens <= max_tokens
+        assert len(tokenizer.encode(piece)) == num_tokens
+
+
+def test_long_text_is_cut_across_blocks_without_loss(tokenizer: Tokenizer) -> None:
+    text = TEXT * 900  # about 190,000 characters: more than one block
+    pieces = list(TextCutter(tokenizer=tokenizer, max_tokens=256, min_tokens=16).cut(text))
+    assert "".join(piece for piece, _ in pieces) == text
+    assert all(16 <= num_tokens <= 256 for _, num_tokens in pieces)
+    assert sum(num_tokens for _, num_tokens in pieces) / len(pieces) > 128
+
+
+def test_cuts_fall_at_paragraphs_and_sentences(tokenizer: Tokenizer) -> None:
+    sentence = "Each block was marked with a number. "
+    pieces = [p for p, _ in TextCutter(tokenizer=tokenizer, max_tokens=80, min_tokens=8).cut(sentence * 30)]
+    assert all(piece.rstrip().endswith("number.") for piece in pieces)
+    paragraphs = (sentence * 2 + "\n\n") * 9
+    pieces = [p for p, _ in TextCutter(tokenizer=tokenizer, max_tokens=75, min_tokens=8).cut(paragraphs)]
+    assert all(piece.startswith("Each") for piece in pieces)
+    assert all(piece.endswith("\n\n") for piece in pieces)
+
+
+def test_character_of_more_tokens_than_allowed_is_an_error(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="Raise max_tokens"):
+        list(TextCutter(tokenizer=tokenizer, max_tokens=2, min_tokens=1).cut("🚲🚲"))
+
+
+def test_records_come_back_with_their_token_counts(shards: ShardSet, tokenizer: Tokenizer) -> None:
+    texts = numbered_texts(40)
+    assert len(shards.manifest.shards) > 2
+    assert [shards.record(idx)["text"] for idx in range(len(shards))] == texts
+    assert [shards.tokens(idx) for idx in range(len(shards))] == [len(tokenizer.encode(text)) for text in texts]
+    assert check_shards(shards.folder) == []
+
+
+def test_stock_webdataset_reads_the_shards(shards: ShardSet) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    urls = [str(shards.folder / shard.name) for shard in shards.manifest.shards]
+    read = [json.loads(sample["json"]) for sample in webdataset.WebDataset(urls, shardshuffle=False)]
+    assert read == [shards.record(idx) for idx in range(len(shards))]
+
+
+def test_same_input_gives_the_same_bytes(tmp_path: Path, tokenizer_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    first = write_shards(tmp_path / "a" / "x", tokenizer_path, numbered_texts(9))
+    (tmp_path / "b").mkdir()
+    second = write_shards(tmp_path / "b" / "x", tokenizer_path, numbered_texts(9))
+    names = sorted(path.name for path in first.folder.iterdir())
+    assert names == sorted(path.name for path in second.folder.iterdir())
+    assert all((first.folder / name).read_bytes() == (second.folder / name).read_bytes() for name in names)
+    assert first.fingerprint == second.fingerprint
+
+
+def test_every_kind_of_input_is_read_and_short_documents_counted(tmp_path: Path, tokenizer_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.txt").write_text(TEXT, encoding="utf-8")
+    (source / "b.jsonl").write_text(json.dumps({"body": TEXT}) + "\n\n" + json.dumps({"body": " \n"}) + "\n")
+    with gzip.open(source / "c.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"body": "x"}) + "\n" + json.dumps({"body": TEXT}) + "\n")
+    manifest = build_shards([source], tmp_path / "out", tokenizer_path, min_tokens=4, text_field="body")
+    assert [(s.name, s.documents, s.skipped_empty, s.skipped_short) for s in manifest.sources] == [
+        ("a.txt", 1, 0, 0),
+        ("b.jsonl", 2, 1, 0),
+        ("c.jsonl.gz", 2, 0, 1),
+    ]
+    assert manifest.samples == 3
+    assert manifest.skipped == 2
+
+
+def test_existing_folder_is_kept_unless_asked(tmp_path: Path, tokenizer_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text(TEXT)
+    out = tmp_path / "out"
+    build_shards([source], out, tokenizer_path)
+    with pytest.raises(DataError, match="exists"):
+        build_shards([source], out, tokenizer_path)
+    source.write_text(TEXT * 2)
+    build_shards([source], out, tokenizer_path, overwrite=True)
+    assert ShardSet(out).record(0)["text"] == TEXT * 2
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "me.jpg").write_bytes(b"x")
+    with pytest.raises(DataError, match="not a folder of shards"):
+        build_shards([source], other, tokenizer_path, overwrite=True)
+
+
+def test_failed_build_leaves_nothing(tmp_path: Path, tokenizer_path: Path) -> None:
+    good, bad = tmp_path / "a.txt", tmp_path / "b.txt"
+    good.write_text(TEXT)
+    bad.write_bytes(b"\xff\xfe broken")
+    with pytest.raises(DataError, match=r"b\.txt.*UTF-8"):
+        build_shards([good, bad], tmp_path / "out", tokenizer_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', "line 2: expected JSON"),
+        ('{"body": "a"}', r"line 2: expected a string in the field 'text', got the fields \['body'\]"),
+        ('{"text": 3}', "line 2"),
+        ('["text"]', "line 2"),
+        ('{"text": "a lone \\ud800 surrogate of the sea"}', "line 2"),
+    ],
+)
+def test_bad_line_is_named(tmp_path: Path, tokenizer_path: Path, line: str, message: str) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"text": TEXT}) + "\n" + line + "\n")
+    with pytest.raises(DataError, match=message):
+        build_shards([source], tmp_path / "out", tokenizer_path)
+
+
+def test_inputs_without_a_record_or_missing_are_errors(tmp_path: Path, tokenizer_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(DataError, match="no record"):
+        build_shards([tmp_path / "empty.txt"], tmp_path / "out", tokenizer_path)
+    with pytest.raises(DataError, match="missing"):
+        build_shards([tmp_path / "none.txt"], tmp_path / "out", tokenizer_path)
+    with pytest.raises(DataError, match="min_tokens"):
+        build_shards([tmp_path / "empty.txt"], tmp_path / "out", tokenizer_path, max_tokens=8, min_tokens=5)
+
+
+def test_pickled_set_reads_again(shards: ShardSet) -> None:
+    shards.record(0)
+    assert pickle.loads(pickle.dumps(shards)).record(3) == shards.record(3)
+
+
+def damage(path: Path, offset: int, new: bytes) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[offset : offset + len(new)] = new
+    path.write_bytes(raw)
+
+
+def test_flipped_byte_is_found_when_the_record_is_read(shards: ShardSet) -> None:
+    path = shards.folder / shards.manifest.shards[0].name
+    damage(path, 512 + 12, b"\x00")
+    again = ShardSet(shards.folder)
+    with pytest.raises(DataError, match=r"shard-000000\.tar, member 000000000\.json at byte 512: the checksum"):
+        again.record(0)
+    assert again.record(1)["text"] == numbered_texts(2)[1]
+    faults = [str(fault) for fault in check_shards(shards.folder)]
+    assert any("sha256" in fault for fault in faults)
+    assert any("at byte 512" in fault and "checksum" in fault for fault in faults)
+
+
+def test_damaged_tar_header_is_found_by_check(shards: ShardSet) -> None:
+    damage(shards.folder / "shard-000001.tar", 257, b"USTAR")
+    assert any("tar header" in str(fault) for fault in check_shards(shards.folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("shard-000001.tar", lambda p: p.write_bytes(p.read_bytes()[:-700]), "cut short"),
+        ("shard-000001.tar", lambda p: p.unlink(), "missing"),
+        ("shard-000001.idx", lambda p: p.unlink(), "index of shard-000001.tar is missing"),
+        ("shard-000001.idx", lambda p: damage(p, 140, b"\xff"), "sha256"),
+        ("manifest.json", lambda p: p.unlink(), "no manifest.json"),
+        ("manifest.json", lambda p: p.write_text("{"), "damaged"),
+        ("manifest.json", lambda p: p.write_text(p.read_text().replace('"version": 1', '"version": 9')), "version 1"),
+        ("manifest.json", lambda p: p.write_text(p.read_text().replace('"samples": 40', '"samples": 7')), "7 samples"),
+    ],
+)
+def test_damaged_folder_is_refused_when_opened(shards: ShardSet, name: str, change, message: str) -> None:
+    change(shards.folder / name)
+    with pytest.raises(DataError, match=message):
+        ShardSet(shards.folder)
+
+
+def test_check_names_every_fault_at_once(shards: ShardSet) -> None:
+    tar = shards.folder / "shard-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:1500])
+    (shards.folder / "shard-000002.idx").unlink()
+    (shards.folder / "stray").write_text("x")
+    files = {fault.file for fault in check_shards(shards.folder)}
+    assert files == {"shard-000001.tar", "shard-000002.idx", "stray"}

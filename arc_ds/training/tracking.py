@@ -181,7 +181,7 @@ class _Sender:
             if self.num_failures == 1:
                 logger.warning(
                     "%s does not take the metrics (%s: %s). The run goes on; %s has them all, and they are sent later.",
-                    self.state.uri, type(error).__name__, str(error).splitlines()[:1], path,
+                    self.state.uri, type(error).__name__, str(error)[:200], path,
                 )  # fmt: skip
             return False
 

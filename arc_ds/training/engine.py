@@ -144,7 +144,8 @@ def _hpz_groups(num_ranks: int) -> Iterator[None]:
 def _open_first_trained_layer(encoder: Encoder) -> None:
     """Let the first trained layer have an input with a gradient, also where all before it is frozen.
 
-    ZeRO-3 reduces a leaf module's gradients when that of its input is done; without one it reduces at once, zeros.
+    ZeRO-3 reduces a leaf module's gradients and frees its weights when the gradient of its input is done; without one
+    it does so before the weights' gradients are made, and backward fails.
     Must come before `deepspeed.initialize`: hooks run in the order of their registration.
     """
     for layer in encoder.layers:

@@ -54,12 +54,10 @@ def make_param_groups(
         parts.append((f"bridge.{port_idx}", port_idx, bridge_lr, bridge))
         parts.append((f"markers.{port_idx}", port_idx, markers_lr, markers))
     groups = []
-    for name, port_idx, peak_lr, params in parts:
+    for name, owner, peak_lr, params in parts:
         trained = tuple(param for param in params if param.requires_grad)
         if trained:
-            groups.append(
-                ParamGroup(name=name, params=trained, port=port_idx, peak_lr=peak_lr, weight_decay=weight_decay)
-            )
+            groups.append(ParamGroup(name=name, params=trained, port=owner, peak_lr=peak_lr, weight_decay=weight_decay))
     if not groups:
         raise ConfigError(
             "nothing is trained: encoder, bridges and markers are all frozen or absent. "

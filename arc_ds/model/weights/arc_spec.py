@@ -15,7 +15,7 @@ from arc_ds.model.weights.arc_params import MULTI, ArcBridge, ArcEmbedder, ArcPa
 _REDUCTIONS = ("last", "sum", "fusion", "mean")  # the reference looks for them in the name, in this order
 _METRIC = re.compile(r"metric_(\w+)$")
 _METRICS = {"scalar_product": "dot"}  # the reference's name -> ours, where they differ
-_PRUNE_NORM = "prune_norm"
+_PRUNE_NORM = "prune_norm"  # in the reference it means something else (its oddity 10)
 
 
 def group_rule(compress_rate: int, *, merging: bool = False) -> GroupRule:
@@ -44,7 +44,7 @@ def compress_rate(rule: GroupRule) -> int:
 def spec_of_params(params: ArcParams, backbone: BackboneConfig, num_ports: int) -> CompressorSpec:
     """What an ARC checkpoint's settings say of a compressor on `backbone` (all its layers counted).
 
-    WeightsError for a pool_type of unknown meaning, and where the checkpoint's width is not the backbone's.
+    WeightsError for a pool_type of unknown or other meaning, and where the checkpoint's width is not the backbone's.
     """
     embedder, bridge = params.embedder, params.bridge
     pooling = embedder.pooling or ArcPooling(pool_type="mean", where="before")
@@ -125,7 +125,11 @@ def _strategy(pool_type: str) -> str:
     if match := _METRIC.search(pool_type):
         metric = match.group(1)
         if metric == "pruning_norm":
-            return _PRUNE_NORM
+            raise WeightsError(
+                f"`pool_type` is {pool_type!r}: the reference keeps the rows of smallest norm, sorted by norm, and ARC-DS "
+                f"those of largest norm in their order ({_PRUNE_NORM}), so the checkpoint would mean something else. "
+                "Use a checkpoint trained with another pooling."
+            )
         name = f"{'prune' if 'pruning' in pool_type else 'similarity'}_{_METRICS.get(metric, metric)}"
         found = [name] if name in STRATEGIES else []
     else:
@@ -145,7 +149,10 @@ def _pool_type(spec: CompressorSpec) -> str:
         return spec.strategy + ("_pooled_queries" if pooled_queries else "")
     prefix = "pooled_queries_" if pooled_queries else ""
     if spec.strategy == _PRUNE_NORM:
-        return prefix + "metric_pruning_norm"
+        raise WeightsError(
+            f"the ARC format's pruning by norm keeps the rows of smallest norm, sorted by norm; {_PRUNE_NORM} keeps the "
+            "largest in their order. Use our own export format."
+        )
     kind, _, metric = spec.strategy.partition("_")
     if kind not in ("similarity", "prune"):
         raise WeightsError(f"the ARC format has no pooling called {spec.strategy}; use our own export format.")

@@ -126,8 +126,8 @@ def _strategy(pool_type: str) -> str:
         metric = match.group(1)
         if metric == "pruning_norm":
             raise WeightsError(
-                f"`pool_type` is {pool_type!r}: the reference keeps the rows of smallest norm, sorted by norm, and ARC-DS "
-                f"those of largest norm in their order ({_PRUNE_NORM}), so the checkpoint would mean something else. "
+                f"`pool_type` is {pool_type!r}: the reference keeps the rows of smallest norm, sorted by norm, and "
+                f"ARC-DS those of largest norm in their order ({_PRUNE_NORM}), so it would mean something else. "
                 "Use a checkpoint trained with another pooling."
             )
         name = f"{'prune' if 'pruning' in pool_type else 'similarity'}_{_METRICS.get(metric, metric)}"
@@ -150,8 +150,8 @@ def _pool_type(spec: CompressorSpec) -> str:
     prefix = "pooled_queries_" if pooled_queries else ""
     if spec.strategy == _PRUNE_NORM:
         raise WeightsError(
-            f"the ARC format's pruning by norm keeps the rows of smallest norm, sorted by norm; {_PRUNE_NORM} keeps the "
-            "largest in their order. Use our own export format."
+            f"the ARC format's pruning by norm keeps the rows of smallest norm, sorted by norm; {_PRUNE_NORM} keeps "
+            "the largest in their order. Use our own export format."
         )
     kind, _, metric = spec.strategy.partition("_")
     if kind not in ("similarity", "prune"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,22 @@ class PoolLevel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixSplit:
+    """The decoder's rows in two parts: those before the first compressed row of their sequence, and all others.
+
+    Nothing that precedes a compressed row depends on it, so in a frozen decoder the prefix needs no gradient (design
+    8.8). Every sequence has a suffix; a sequence without compressed rows is all suffix.
+    """
+
+    prefix_rows: Tensor  # int64 [P], ascending
+    prefix_cu_seqlens: Tensor  # int32, boundaries of the prefixes that have a row
+    suffix_rows: Tensor  # int64 [Q], ascending
+    suffix_cu_seqlens: Tensor  # int32 [S + 1]
+    prefix_max_seqlen: int
+    suffix_max_seqlen: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
     """One micro-batch as flat tensors; the decoder is given its sequences end to end, without padding."""
 
@@ -64,6 +80,7 @@ class PackedBatch:
     label_rows: Tensor  # int64 [L]
     labels: Tensor  # int64 [L]
     label_sequences: Tensor  # int64 [L], the sequence of each label
+    prefix: PrefixSplit | None  # None where no row precedes a compressed one
     tasks: tuple[str, ...]  # [S]
     encoder_max_seqlen: int
     decoder_max_seqlen: int
@@ -89,21 +106,7 @@ class PackedBatch:
         return self._map(lambda t: t.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
-        changed: dict[str, object] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = move(value)
-        changed["levels"] = tuple(
-            dataclasses.replace(
-                level,
-                group_cu=move(level.group_cu),
-                cu_seqlens=move(level.cu_seqlens),
-                positions=move(level.positions),
-            )
-            for level in self.levels
-        )
-        return dataclasses.replace(self, **changed)  # type: ignore[arg-type]
+        return _map_tensors(self, move)
 
 
 def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
@@ -157,13 +160,14 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
 def _decoder_rows(samples: Sequence[Sample], vectors: NDArray[np.int64]) -> dict:
     """The decoder's side of the batch; `vectors` [C] counts the compressed vectors of each context in order."""
     ids, text_rows, compressed_rows, label_rows, labels, label_sequences = [], [], [], [], [], []
-    seq_lengths = []
+    seq_lengths, prefix_lengths = [], []
     row, context_idx = 0, 0
     for seq_idx, sample in enumerate(samples):
-        start, previous_is_text = row, False
+        start, prefix_end, previous_is_text = row, None, False
         for segment in sample.segments:
             if segment.kind == "context":
                 count = int(vectors[context_idx])
+                prefix_end = row if prefix_end is None else prefix_end
                 compressed_rows.append(np.arange(row, row + count))
                 context_idx, row, previous_is_text = context_idx + 1, row + count, False
                 continue
@@ -179,6 +183,7 @@ def _decoder_rows(samples: Sequence[Sample], vectors: NDArray[np.int64]) -> dict
                 label_sequences.append(np.full(count - skip, seq_idx))
             row, previous_is_text = row + count, True
         seq_lengths.append(row - start)
+        prefix_lengths.append(0 if prefix_end is None else prefix_end - start)
     lengths = np.asarray(seq_lengths, dtype=np.int64)
     return {
         "decoder_ids": _ids(ids),
@@ -189,9 +194,40 @@ def _decoder_rows(samples: Sequence[Sample], vectors: NDArray[np.int64]) -> dict
         "label_rows": _concatenate(label_rows),
         "labels": _ids(labels),
         "label_sequences": _concatenate(label_sequences),
+        "prefix": _prefix_split(lengths, np.asarray(prefix_lengths, dtype=np.int64)),
         "tasks": tuple(sample.task for sample in samples),
         "decoder_max_seqlen": int(lengths.max(initial=0)),
     }
+
+
+def _prefix_split(lengths: NDArray[np.int64], prefix_lengths: NDArray[np.int64]) -> PrefixSplit | None:
+    """The two parts of the rows, from the lengths of the sequences and of their prefixes, int64 [S] each."""
+    if not prefix_lengths.any():
+        return None
+    suffix_lengths = lengths - prefix_lengths
+    first = np.cumsum(lengths) - lengths
+    prefix_rows = _ranges(prefix_lengths) + np.repeat(first, prefix_lengths)
+    suffix_rows = _ranges(suffix_lengths) + np.repeat(first + prefix_lengths, suffix_lengths)
+    return PrefixSplit(
+        prefix_rows=torch.from_numpy(prefix_rows),
+        prefix_cu_seqlens=torch.from_numpy(cumulative(prefix_lengths[prefix_lengths > 0])),
+        suffix_rows=torch.from_numpy(suffix_rows),
+        suffix_cu_seqlens=torch.from_numpy(cumulative(suffix_lengths)),
+        prefix_max_seqlen=int(prefix_lengths.max()),
+        suffix_max_seqlen=int(suffix_lengths.max()),
+    )
+
+
+def _map_tensors(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor in it moved; follows dataclasses and tuples."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(item, move) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: _map_tensors(getattr(value, f.name), move) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changed)
+    return value
 
 
 def _split_rows(lengths: NDArray[np.int64], row_lengths: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

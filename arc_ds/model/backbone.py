@@ -33,6 +33,26 @@ class Spans(NamedTuple):
         return Spans(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal)
 
 
+class PrefixSpans(NamedTuple):
+    """Rows of a causal sequence in two parts, the first of which needs no gradient (see `packing.PrefixSplit`).
+
+    prefix, suffix: each part's own rows in the packed order, int64; ropes and spans of each part. The suffix's keys
+    are those of all rows.
+    """
+
+    prefix_rows: Tensor
+    suffix_rows: Tensor
+    prefix_rope: Rope
+    suffix_rope: Rope
+    prefix_spans: Spans
+    suffix_spans: Spans
+
+    def join(self, prefix: Tensor, suffix: Tensor) -> Tensor:
+        """Both parts' rows in the packed order."""
+        whole = suffix.new_empty(prefix.shape[0] + suffix.shape[0], *suffix.shape[1:])
+        return whole.index_put((self.prefix_rows,), prefix).index_put((self.suffix_rows,), suffix)
+
+
 class LayerCache(NamedTuple):
     """Keys and values of one layer during generation, and where the rows at hand are written.
 
@@ -113,12 +133,20 @@ class Attention(nn.Module):
         spans: Spans,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        q_TNH = ak.rotary(self.wq(x_TD).unflatten(-1, (-1, self.head_dim)), *rope_q)
-        k_UKH = ak.rotary(self.wk(kv_UD).unflatten(-1, (-1, self.head_dim)), *rope_k)
-        v_UKH = self.wv(kv_UD).unflatten(-1, (-1, self.head_dim))
+        k_UKH, v_UKH = self.keys_values(kv_UD, rope_k)
         if cache is not None:
             k_UKH, v_UKH = cache.update(k_UKH, v_UKH)
             spans = cache.spans
+        return self.attend(x_TD, k_UKH, v_UKH, rope_q, spans)
+
+    def keys_values(self, x_UD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values of the rows: [U, K, H] each."""
+        k_UKH = ak.rotary(self.wk(x_UD).unflatten(-1, (-1, self.head_dim)), *rope)
+        return k_UKH, self.wv(x_UD).unflatten(-1, (-1, self.head_dim))
+
+    def attend(self, x_TD: Tensor, k_UKH: Tensor, v_UKH: Tensor, rope: Rope, spans: Spans) -> Tensor:
+        """What the rows read from the given keys and values: [T, D]."""
+        q_TNH = ak.rotary(self.wq(x_TD).unflatten(-1, (-1, self.head_dim)), *rope)
         o_TNH = ak.attention_varlen(
             q_TNH,
             k_UKH,
@@ -163,6 +191,35 @@ class Block(nn.Module):
     def _finish(self, attended_TD: Tensor, residual_TD: Tensor) -> Tensor:
         normed_TD, total_TD = self.ffn_norm.add(attended_TD, residual_TD)
         return total_TD + self.feed_forward(normed_TD)
+
+
+class DecoderBlock(Block):
+    """A frozen layer, which can also run over a prefix without gradient and a suffix with one."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x_TD: Tensor,
+        rope: Rope | None = None,
+        spans: Spans | None = None,
+        cache: LayerCache | None = None,
+        *,
+        prefix_PD: Tensor | None = None,
+        split: PrefixSpans | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Rows [T, D] to rows [T, D]; with a prefix and a split, `x` is the suffix and (prefix, suffix) come back."""
+        if prefix_PD is None or split is None:
+            assert rope is not None and spans is not None, "a whole pass needs angles and spans"
+            return super().forward(x_TD, rope, spans, cache)
+        with torch.no_grad():
+            normed_PD = self.attention_norm(prefix_PD)
+            k_PKH, v_PKH = self.attention.keys_values(normed_PD, split.prefix_rope)
+            attended_PD = self.attention.attend(normed_PD, k_PKH, v_PKH, split.prefix_rope, split.prefix_spans)
+            prefix_PD = self._finish(attended_PD, prefix_PD)
+        normed_QD = self.attention_norm(x_TD)
+        k_QKH, v_QKH = self.attention.keys_values(normed_QD, split.suffix_rope)
+        k_RKH, v_RKH = split.join(k_PKH, k_QKH), split.join(v_PKH, v_QKH)
+        attended_QD = self.attention.attend(normed_QD, k_RKH, v_RKH, split.suffix_rope, split.suffix_spans)
+        return prefix_PD, self._finish(attended_QD, x_TD)
 
 
 class TokenEmbedding(nn.Module):

@@ -5,8 +5,6 @@ Shape letters: Z compressed vectors (groups and markers), M markers, D encoder w
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -29,8 +27,13 @@ class DecoderPort(nn.Module):
         """The markers that this port has."""
         return tuple(name for name in MARKERS if getattr(self, name) is not None)
 
-    def forward(self, states_GD: Tensor, batch: PackedBatch) -> Tensor:
-        """Encoder outputs [G, D] and markers, in reading order, through the bridge: [Z, E]."""
+    def forward(self, states_GD: Tensor, batch: PackedBatch | None) -> Tensor:
+        """Encoder outputs [G, D] and markers, in reading order, through the bridge: [Z, E].
+
+        Without a batch the port rests and gives a zero that runs through all of its parameters, [].
+        """
+        if batch is None:
+            return self._rest(states_GD)
         num_vectors = batch.output_slots.numel() + batch.marker_slots.numel()
         z_ZD = states_GD.new_empty(num_vectors, states_GD.shape[1])
         z_ZD = z_ZD.index_put((batch.output_slots,), states_GD)
@@ -38,11 +41,12 @@ class DecoderPort(nn.Module):
             z_ZD = z_ZD.index_put((batch.marker_slots,), self._table().to(states_GD.dtype)[batch.marker_kinds])
         return self.bridge(z_ZD)
 
-    def idle(self, states_GD: Tensor) -> Tensor:
-        """A zero that runs through every parameter of this port.
+    def _rest(self, states_GD: Tensor) -> Tensor:
+        """A zero that runs through every parameter of this port, [].
 
         A port that a step does not use runs all the same, on a detached sliver and times zero: under ZeRO-3 a parameter
-        outside the graph would keep its previous gradient, and modules must run in one order (design 8.3, 8.5).
+        outside the graph would keep its previous gradient. And it is called as a module like the port in use, since
+        modules must run in one order, and markers are gathered for a module's call only (design 8.3, 8.5).
         """
         sliver = states_GD[:1].detach()
         if self.markers:
@@ -72,7 +76,7 @@ class Compressor(nn.Module):
             if port_idx == decoder_idx:
                 z_ZE = port(states_GD, batch)
             else:
-                zero = cast(DecoderPort, port).idle(states_GD)
+                zero = port(states_GD, None)
                 idle = zero if idle is None else idle + zero
         if z_ZE is None:
             raise ValueError(f"decoder_idx is {decoder_idx}; the compressor has {len(self.ports)} ports")

@@ -5,16 +5,16 @@ Shape letters: N text tokens, Z compressed vectors, R rows, L labels, D width, V
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from arc_ds.data.packing import PackedBatch
-from arc_ds.model.backbone import Block, Head, LayerCache, Spans, TokenEmbedding, make_norm
+from arc_ds.data.packing import PackedBatch, PrefixSplit
+from arc_ds.model.backbone import DecoderBlock, Head, LayerCache, PrefixSpans, Spans, TokenEmbedding, make_norm
 from arc_ds.model.backbone_config import BackboneConfig
-from arc_ds.model.rope import rope_at
+from arc_ds.model.rope import Rope, rope_at
 
 
 class DecoderRows(NamedTuple):
@@ -26,6 +26,7 @@ class DecoderRows(NamedTuple):
     cu_seqlens: Tensor  # int32 [S + 1]
     positions: Tensor  # int64 [R]
     max_seqlen: int
+    prefix: PrefixSplit | None = None
 
     @staticmethod
     def of(batch: PackedBatch) -> DecoderRows:
@@ -37,6 +38,7 @@ class DecoderRows(NamedTuple):
             batch.decoder_cu_seqlens,
             batch.decoder_positions,
             batch.decoder_max_seqlen,
+            batch.prefix,
         )
 
 
@@ -48,7 +50,7 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.tok_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
         self.norm = make_norm(config)
         self.output = Head(config.vocab_size, config.hidden_size)
         if config.tie_embeddings:
@@ -65,16 +67,38 @@ class Decoder(nn.Module):
         return self.output(self.norm(self.hidden(DecoderRows.of(batch), z_ZD)[rows]))
 
     def hidden(self, rows: DecoderRows, z_ZD: Tensor | None, caches: list[LayerCache] | None = None) -> Tensor:
-        """Last hidden states before the final norm, [R, D]. `caches`: one a layer, during generation."""
+        """Last hidden states before the final norm, [R, D]. `caches`: one a layer, during generation.
+
+        In training, rows before a sequence's first compressed row run without gradient (`packing.PrefixSplit`).
+        """
         x_RD = self.tok_embeddings(
             rows.ids, rows.text_rows, z_ZD, None if z_ZD is None else rows.compressed_rows
         )
         rope = rope_at(rows.positions, self.config)
         spans = Spans.within(rows.cu_seqlens, rows.max_seqlen, causal=True)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled() and x_RD.requires_grad
+        if rows.prefix is not None and caches is None and torch.is_grad_enabled() and x_RD.requires_grad:
+            return self._hidden_by_parts(x_RD, rope, rows, rows.prefix)
         for layer_idx, layer in enumerate(self.layers):
-            if recompute:
-                x_RD = checkpoint(layer, x_RD, rope, spans, use_reentrant=False)
-            else:
-                x_RD = layer(x_RD, rope, spans, None if caches is None else caches[layer_idx])
+            x_RD = self._run(layer, x_RD, rope, spans, None if caches is None else caches[layer_idx])
         return x_RD
+
+    def _hidden_by_parts(self, x_RD: Tensor, rope: Rope, rows: DecoderRows, prefix: PrefixSplit) -> Tensor:
+        """Layer by layer, prefixes first and without gradient, then suffixes, which read both."""
+        prefix_cu, suffix_cu = prefix.prefix_cu_seqlens, prefix.suffix_cu_seqlens
+        split = PrefixSpans(
+            prefix_rows=prefix.prefix_rows,
+            suffix_rows=prefix.suffix_rows,
+            prefix_rope=rope.at(prefix.prefix_rows),
+            suffix_rope=rope.at(prefix.suffix_rows),
+            prefix_spans=Spans.within(prefix_cu, prefix.prefix_max_seqlen, causal=True),
+            suffix_spans=Spans(suffix_cu, rows.cu_seqlens, prefix.suffix_max_seqlen, rows.max_seqlen, causal=True),
+        )
+        prefix_PD, suffix_QD = x_RD[prefix.prefix_rows].detach(), x_RD[prefix.suffix_rows]
+        for layer in self.layers:
+            prefix_PD, suffix_QD = self._run(layer, suffix_QD, prefix_PD=prefix_PD, split=split)
+        return split.join(prefix_PD, suffix_QD)
+
+    def _run(self, layer: nn.Module, x_TD: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.activation_checkpointing and torch.is_grad_enabled() and x_TD.requires_grad:
+            return checkpoint(layer, x_TD, *args, use_reentrant=False, **kwargs)
+        return layer(x_TD, *args, **kwargs)

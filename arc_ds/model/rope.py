@@ -17,6 +17,10 @@ class Rope(NamedTuple):
     cos: Tensor
     sin: Tensor
 
+    def at(self, rows: Tensor) -> Rope:
+        """The angles of the given rows, int64 [n]."""
+        return Rope(self.cos[rows], self.sin[rows])
+
 
 def rope_frequencies(config: BackboneConfig, device: torch.device) -> Tensor:
     """theta^(-2i / head_dim) for i in 0 … head_dim / 2 - 1, scaled where the config says so: float32 [head_dim / 2]."""

@@ -133,3 +133,34 @@ def _vectors(batch: PackedBatch) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     shape = (batch.compressed_rows.numel(), 12)
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_prefix_without_gradient_changes_neither_losses_nor_gradients(activation_checkpointing: bool) -> None:
+    decoder = tiny_decoder()
+    decoder.activation_checkpointing = activation_checkpointing
+    batch = pack([sample(3, -9, 4), sample(-5, 3, seed=1), sample(4, seed=2), sample(1, -2, 3, -1, 2, seed=3)], SPEC)
+    assert batch.prefix is not None and batch.prefix.prefix_rows.tolist() == [0, 1, 2, 21]
+    by_parts, whole = _vectors(batch), _vectors(batch)
+    nll_by_parts = decoder(batch, by_parts)
+    nll_whole = decoder(dataclasses.replace(batch, prefix=None), whole)
+    nll_by_parts.sum().backward()
+    nll_whole.sum().backward()
+    assert whole.grad.abs().max() > 1e-2
+    assert torch.allclose(nll_by_parts, nll_whole, rtol=0, atol=EXACT)
+    assert torch.allclose(by_parts.grad, whole.grad, rtol=0, atol=EXACT)
+
+
+def test_prefix_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the split the prefix's rows run with gradients off: nothing of them is kept for backward."""
+    decoder, batch = tiny_decoder(), pack([sample(3, -9, 4)], SPEC)
+    seen = []
+    attend = type(decoder.layers[0].attention).attend
+
+    def spy(self, x_TD, *args):
+        seen.append((x_TD.shape[0], torch.is_grad_enabled()))
+        return attend(self, x_TD, *args)
+
+    monkeypatch.setattr(type(decoder.layers[0].attention), "attend", spy)
+    decoder(batch, _vectors(batch))
+    assert seen == [(3, False), (batch.num_decoder_rows - 3, True)] * 3

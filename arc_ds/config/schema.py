@@ -13,6 +13,15 @@ from typing import Literal
 from arc_ds.errors import ConfigError
 
 RopeScalingChoice = Literal["checkpoint", "none"]
+# The names of `arc_ds.model.pooling.STRATEGIES`, which a config must not import; a test holds the two together.
+PoolingStrategy = Literal[
+    "mean", "last", "sum", "fusion",
+    "kmeans", "kmeans_euclidean", "kmeans_cosine",
+    "similarity", "similarity_dot", "similarity_cosine",
+    "similarity_euclidean", "similarity_manhattan", "similarity_chebyshev",
+    "prune", "prune_dot", "prune_cosine", "prune_euclidean", "prune_manhattan", "prune_chebyshev",
+    "prune_norm",
+]  # fmt: skip
 ShareSchedule = tuple[tuple[int, float], ...]
 DEFAULT_TRUNCATED_LAYERS = 2
 
@@ -65,8 +74,9 @@ class EncoderConfig:
 class PoolingConfig:
     """How the tokens of a context become compressed tokens. One of factors, num_groups, memory_tokens is in force."""
 
-    strategy: Literal["mean", "last", "sum", "fusion", "kmeans", "similarity"] = "mean"
-    """What a group becomes: mean, last token, sum, mean rescaled to the group's largest norm; or learned groups."""
+    strategy: PoolingStrategy = "mean"
+    """What a group becomes: mean (paper), last token, sum, mean rescaled to the group's largest norm (fusion). Or
+    groups by content: means of k-means clusters, neighbours merged or pruned by similarity, rows of largest norm."""
     pooled_queries: bool = True
     """Pool residual stream and queries only, keys and values stay unpooled. Without effect where `where: between`."""
     where: Literal["before", "between"] = "before"

@@ -54,9 +54,20 @@ def sha256_of(*parts: bytes) -> str:
 
 
 class JsonTokenizer:
-    """A tokenizer of the `tokenizers` library (tokenizer.json)."""
+    """A tokenizer of the `tokenizers` library (tokenizer.json).
 
-    def __init__(self, backend: Any, *, bos_id: int | None, eos_id: int | None, fingerprint: str) -> None:
+    definition: the text of that file, which `save` writes again; None where the backend was not read from one.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        fingerprint: str,
+        definition: str | None = None,
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # "<|im_end|>" in somebody's text is text
@@ -66,6 +77,7 @@ class JsonTokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
         self.fingerprint = fingerprint
+        self._definition = definition
         self._lengths = np.zeros(self.vocab_size, dtype=np.int64) if _is_byte_level(backend) else None
         if self._lengths is not None:
             for token, idx in vocabulary.items():  # each character of a byte-level token stands for one byte
@@ -78,7 +90,8 @@ class JsonTokenizer:
         """Read tokenizer.json; bos and eos come from the files beside it. TokenizerError where it is damaged."""
         library = require("tokenizers", path)
         try:
-            spec = json.loads(path.read_text(encoding="utf-8"))
+            definition = path.read_text(encoding="utf-8")
+            spec = json.loads(definition)
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise TokenizerError(f"tokenizer {path} is not JSON ({error}). Copy the file again.") from error
         if "model" not in spec:
@@ -91,7 +104,8 @@ class JsonTokenizer:
         canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
         backend = library.Tokenizer.from_str(json.dumps(spec))
         marks = json.dumps([bos_id, eos_id]).encode()
-        return cls(backend, bos_id=bos_id, eos_id=eos_id, fingerprint=sha256_of(b"json", canonical, marks))
+        fingerprint = sha256_of(b"json", canonical, marks)
+        return cls(backend, bos_id=bos_id, eos_id=eos_id, fingerprint=fingerprint, definition=definition)
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -111,6 +125,17 @@ class JsonTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text(self._definition or self._backend.to_str(), encoding="utf-8")
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{name: None if idx is None else self._backend.id_to_token(idx) for name, idx in ids.items()},
+            "add_bos_token": self.bos_id is not None,
+        }
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def _is_byte_level(backend: Any) -> bool:
@@ -166,8 +191,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 class SentencePieceTokenizer:
     """A sentencepiece model (Llama 2, Mistral) that keeps every character."""
 
-    def __init__(self, processor: Any, *, fingerprint: str) -> None:
+    def __init__(self, processor: Any, raw: bytes, *, fingerprint: str) -> None:
         self._processor = processor
+        self._raw = raw
         self.vocab_size = int(processor.vocab_size())
         self.bos_id = _id_or_none(processor.bos_id())
         self.eos_id = _id_or_none(processor.eos_id())
@@ -192,7 +218,7 @@ class SentencePieceTokenizer:
                 f"tokenizer {path}: its normaliser rewrites text (two spaces or line ends are lost), so texts could "
                 "not be cut and joined without loss. Use a model with identity normalisation, such as Llama 2's."
             )
-        return cls(processor, fingerprint=sha256_of(b"sentencepiece", raw))
+        return cls(processor, raw, fingerprint=sha256_of(b"sentencepiece", raw))
 
     def _num_bytes(self, idx: int) -> int:
         if self._processor.is_byte(idx):
@@ -217,6 +243,9 @@ class SentencePieceTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode([int(idx) for idx in ids])
 
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.model").write_bytes(self._raw)
+
 
 def _id_or_none(idx: int) -> int | None:
     return int(idx) if idx >= 0 else None
@@ -225,11 +254,12 @@ def _id_or_none(idx: int) -> int | None:
 class TiktokenTokenizer:
     """A tiktoken-format file with Llama 3's pattern and its 256 special tokens behind the ranks."""
 
-    def __init__(self, library: ModuleType, ranks: dict[bytes, int], *, fingerprint: str) -> None:
+    def __init__(self, library: ModuleType, ranks: dict[bytes, int], raw: bytes, *, fingerprint: str) -> None:
         specials = {_llama3_special(idx): len(ranks) + idx for idx in range(NUM_LLAMA3_SPECIALS)}
         self._backend = library.Encoding(
             name="llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=specials
         )
+        self._raw = raw
         self._num_ranks = len(ranks)
         self.vocab_size = len(ranks) + NUM_LLAMA3_SPECIALS
         self.bos_id: int | None = specials["<|begin_of_text|>"]
@@ -258,7 +288,7 @@ class TiktokenTokenizer:
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
             raise TokenizerError(f"tokenizer {path}: byte {missing[0]} has no token, so not every text can be encoded.")
-        return cls(library, ranks, fingerprint=sha256_of(b"tiktoken", LLAMA3_PATTERN.encode(), raw))
+        return cls(library, ranks, raw, fingerprint=sha256_of(b"tiktoken", LLAMA3_PATTERN.encode(), raw))
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode_ordinary(text)
@@ -274,6 +304,9 @@ class TiktokenTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode([int(idx) for idx in ids if idx < self._num_ranks])
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.model").write_bytes(self._raw)
 
 
 def _llama3_special(idx: int) -> str:

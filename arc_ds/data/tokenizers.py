@@ -68,6 +68,10 @@ class Tokenizer(Protocol):
         """The text of the ids; special tokens give no text, broken UTF-8 gives U+FFFD."""
         ...
 
+    def save(self, folder: Path) -> None:
+        """Write the files from which `load_tokenizer(folder)` makes an equal tokenizer. The folder must exist."""
+        ...
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a file or folder, recognised by content.

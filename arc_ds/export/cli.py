@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from arc_ds.export.consolidate import consolidate, find_checkpoint
-from arc_ds.export.formats import DTYPES, write_export
+from arc_ds.export.formats import DTYPES, check_target, write_export
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,14 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="arc-ds: one self-describing folder (default); arc: what the reference reads (params.json ...)",
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="dtype of the tensors")
+    parser.add_argument("--tokenizer", type=Path, help="the encoder's tokenizer, where it has moved since the run")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; 0 on success."""
     checkpoint = find_checkpoint(args.source)
+    check_target(args.out, overwrite=args.overwrite)  # before the shards are joined, which may take minutes
     trained = consolidate(checkpoint)
-    write_export(trained, args.out, export_format=args.format, dtype=args.dtype, overwrite=args.overwrite)
+    write_export(
+        trained,
+        args.out,
+        export_format=args.format,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        tokenizer=args.tokenizer,
+    )
     parameters = sum(t.numel() for t in trained.tensors.values())
     print(f"{checkpoint} -> {args.out}: step {trained.step}, {parameters / 1e6:.1f} M parameters, format {args.format}")
     return 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +16,8 @@ from arc_ds.errors import CheckpointError
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.checkpoint import TrainerState, list_checkpoints, read_trainer_state
 from arc_ds.training.manifest import find_faults, read_manifest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,8 @@ def find_checkpoint(path: Path) -> Path:
 
     CheckpointError where there is none.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder: expected a run's folder or one of its checkpoints/step_NNNNNN")
     if (path / "trainer.json").is_file():
         return path
     for folder in (path / "checkpoints", path):
@@ -53,7 +60,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def consolidate(checkpoint: Path) -> TrainedCompressor:
-    """Joins the shards of a checkpoint into whole float32 tensors.
+    """Joins the shards of a checkpoint into whole float32 tensors, frozen ones included; all of them in memory at once.
 
     Every file's sum is checked first, because DeepSpeed's shards are pickles. CheckpointError where a file is missing
     or differs, or where the checkpoint does not say what it is of.
@@ -65,20 +72,30 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
         )
     state = read_trainer_state(checkpoint)
     described = _described(state, checkpoint)
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    tensors = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     return TrainedCompressor(
         spec=CompressorSpec.from_json(described["compressor"]),
-        tensors=tensors,
+        tensors=_join_shards(checkpoint),
         step=state.step,
         encoder_tokenizer=described["encoder_tokenizer"],
         decoders=tuple(TrainedFor(**d) for d in described["decoders"]),
     )
 
 
+def _join_shards(checkpoint: Path) -> Mapping[str, Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    said = io.StringIO()
+    with redirect_stdout(said):  # DeepSpeed prints its progress; standard output is the command line's own
+        tensors = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    logger.debug("%s", said.getvalue().rstrip())
+    return tensors
+
+
 def _described(state: TrainerState, checkpoint: Path) -> Mapping[str, Any]:
     missing = {"compressor", "encoder_tokenizer", "decoders"} - set(state.extra)
     if missing:
-        raise CheckpointError(f"{checkpoint}/trainer.json lacks {sorted(missing)}: no checkpoint of arc-ds train")
+        raise CheckpointError(
+            f"{checkpoint}/trainer.json lacks {', '.join(sorted(missing))}, which `arc-ds train` writes there: give a "
+            "checkpoint of a run that it trained."
+        )
     return state.extra

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from arc_ds.data.tokenizers import load_tokenizer
+from arc_ds.data.tokenizers import check_fits, load_tokenizer
 from arc_ds.errors import WeightsError
 from arc_ds.export.consolidate import TrainedCompressor
-from arc_ds.model.load import EXPORT_CONFIG, EXPORT_FORMAT, EXPORT_WEIGHTS
+from arc_ds.model.load import ARC_DECODERS, EXPORT_CONFIG, EXPORT_FORMAT, EXPORT_VERSION, EXPORT_WEIGHTS
 from arc_ds.model.weights import write_arc_checkpoint
 from arc_ds.model.weights.arc_spec import params_of_spec
+
+logger = logging.getLogger(__name__)
 
 ExportFormat = Literal["arc-ds", "arc"]
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,49 +34,101 @@ def write_export(
     export_format: ExportFormat = "arc-ds",
     dtype: str = "float32",
     overwrite: bool = False,
+    tokenizer: Path | None = None,
 ) -> None:
     """Writes a trained compressor to `out`; the folder appears whole or not at all.
 
     "arc-ds": config.json, model.safetensors, the encoder's tokenizer and a model card; `ArcModel.from_checkpoint` needs
-    nothing else but the decoders. "arc": what the reference reads, and the tokenizer beside it.
-    WeightsError where `out` exists and `overwrite` is False, or the format cannot say what the compressor is.
+    nothing else but the decoders. "arc": what the reference reads, and beside it the tokenizer and decoders.json.
+    tokenizer: the encoder's, where it is no longer at the path that the run read it from.
+    WeightsError where `out` may not be written (`check_target`), or the format cannot say what the compressor is;
+    TokenizerError where there is no tokenizer, or another one's.
     """
+    out = Path(os.path.abspath(out))
+    check_target(out, overwrite=overwrite)
+    encoder_tokenizer = load_tokenizer(tokenizer or trained.encoder_tokenizer)
+    check_fits(encoder_tokenizer, trained.spec.backbone.vocab_size, "the encoder")
     tensors = {name: t.to(DTYPES[dtype]).contiguous() for name, t in trained.tensors.items()}
-    if export_format == "arc":
-        params = params_of_spec(
-            trained.spec, param_dtype=dtype, trained_layers=trained.spec.num_layers, train_embeddings=True
-        )
-        write_arc_checkpoint(out, params, tensors, trained.spec.backbone, overwrite=overwrite)
-        load_tokenizer(trained.encoder_tokenizer).save(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    try:
+        if export_format == "arc":
+            _write_arc(trained, tensors, dtype, temporary)
+        else:
+            _write_folder(trained, tensors, temporary)
+        encoder_tokenizer.save(temporary)
+        _put_in_place(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """WeightsError where `out` exists already, unless `overwrite` is asked for and it is an earlier export or empty."""
+    if not out.exists():
         return
-    _write_folder(trained, tensors, out, overwrite=overwrite)
-
-
-def _write_folder(trained: TrainedCompressor, tensors: Mapping[str, Tensor], out: Path, *, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
+    if not overwrite:
         raise WeightsError(f"{out} exists already. Choose another folder, or add --overwrite.")
-    if out.exists() and any(out.iterdir()) and not (out / EXPORT_CONFIG).is_file():
+    if not out.is_dir() or (any(out.iterdir()) and not _is_export(out)):
         raise WeightsError(f"{out} holds something else than an export and is not overwritten. Choose another folder.")
-    temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(dict(tensors), temporary / EXPORT_WEIGHTS, metadata={"format": "pt"})
-    load_tokenizer(trained.encoder_tokenizer).save(temporary)
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether it is of either format. A config.json or params.json alone may be somebody's model."""
+    if (folder / "params.json").is_file() and (folder / "embedder").is_dir():
+        return True
+    try:
+        plain = json.loads((folder / EXPORT_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(plain, dict) and plain.get("format") == EXPORT_FORMAT
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    """Renames, and removes what was there only once the new folder has its name."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = out.with_name(f".old-{out.name}-{os.getpid()}")
+    out.rename(old)
+    temporary.rename(out)
+    shutil.rmtree(old)
+
+
+def _write_arc(trained: TrainedCompressor, tensors: Mapping[str, Tensor], dtype: str, folder: Path) -> None:
+    spec = trained.spec
+    if spec.backbone.rope_scaling is not None:
+        logger.warning(
+            "the encoder was trained with its backbone's rotary scaling, which the reference ignores: ARC-DS reads "
+            "this export as it was trained, the reference does not"
+        )
+    params = params_of_spec(spec, param_dtype=dtype, trained_layers=spec.num_layers, train_embeddings=True)
+    write_arc_checkpoint(folder, params, tensors, spec.backbone)
+    _write_json(folder / ARC_DECODERS, {"decoders": _decoders(trained)})
+
+
+def _write_folder(trained: TrainedCompressor, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    folder.mkdir()
+    save_file(dict(tensors), folder / EXPORT_WEIGHTS, metadata={"format": "pt"})
     config = {
         "format": EXPORT_FORMAT,
-        "version": 1,
+        "version": EXPORT_VERSION,
         "step": trained.step,
-        "decoders": [
-            {"name": d.name, "hidden_size": size, "rope_scaling": d.rope_scaling}
-            for d, size in zip(trained.decoders, trained.spec.decoder_sizes, strict=True)
-        ],
+        "decoders": _decoders(trained),
         "compressor": trained.spec.to_json(),
     }
-    (temporary / EXPORT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (temporary / "README.md").write_text(_model_card(trained), encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    temporary.rename(out)
+    _write_json(folder / EXPORT_CONFIG, config)
+    (folder / "README.md").write_text(_model_card(trained), encoding="utf-8")
+
+
+def _decoders(trained: TrainedCompressor) -> list[dict[str, Any]]:
+    return [
+        {"name": decoder.name, "hidden_size": size, "rope_scaling": decoder.rope_scaling}
+        for decoder, size in zip(trained.decoders, trained.spec.decoder_sizes, strict=True)
+    ]
+
+
+def _write_json(path: Path, plain: dict[str, Any]) -> None:
+    path.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
 def _model_card(trained: TrainedCompressor) -> str:
@@ -87,7 +143,7 @@ Compresses a text into vectors that a frozen decoder reads in place of its token
 | | |
 | --- | --- |
 | decoders | {names} |
-| pooling | {factors} |
+| pooling | {spec.strategy}, {factors} |
 | encoder | {spec.num_layers} layers, width {spec.backbone.hidden_size} |
 | parameters | {parameters / 1e6:.1f} M |
 | trained for | {trained.step} steps |

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arc_ds.data.packing import PackedBatch
+from arc_ds.errors import ConfigError
 from arc_ds.model.backbone import LayerCache, Spans
 from arc_ds.model.decoder import Decoder, DecoderRows
 
@@ -21,11 +22,17 @@ from arc_ds.model.decoder import Decoder, DecoderRows
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen: greedily at temperature 0, else from the smallest set of tokens whose probability
-    reaches `top_p`, with the given seed."""
+    reaches `top_p`, with the given seed. ConfigError on a negative temperature or a top_p outside of (0, 1]."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"temperature is {self.temperature} and top_p {self.top_p}; expected at least 0 and more than 0 up to 1"
+            )
 
 
 class KVCache:
@@ -40,9 +47,7 @@ class KVCache:
 
     def at(self, sequences: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[LayerCache]:
         """Each layer's cache for a forward over rows of the given sequences and positions, int64 [rows]."""
-        spans = Spans(
-            cu_seqlens, self._cu_keys, max_seqlen, self.max_len, k_limits=(positions + 1).to(torch.int32)
-        )
+        spans = Spans(cu_seqlens, self._cu_keys, max_seqlen, self.max_len, k_limits=(positions + 1).to(torch.int32))
         rows = sequences * self.max_len + positions
         return [LayerCache(keys, values, rows, spans) for keys, values in self._layers]
 
@@ -62,7 +67,10 @@ def generate_ids(
 
     The first token comes from the sequence's last row, be it a text token, a compressed vector or a marker.
     on_logits: called with (step, float32 logits [B, V]) before each choice, to look at them.
+    ConfigError on a negative number of new tokens.
     """
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 0")
     num_sequences, device = batch.decoder_cu_seqlens.numel() - 1, batch.decoder_ids.device
     cache = KVCache(decoder, num_sequences, batch.decoder_max_seqlen + max_new_tokens)
     choose = _Chooser(sampling or Sampling(), device)
@@ -79,7 +87,9 @@ def generate_ids(
         if step + 1 == max_new_tokens or bool(done_B.all()):
             break
         logits_BV = _advance(decoder, ids_B, lengths_B + step, cache)
-    return [[token for token in line if token >= 0] for line in torch.stack(chosen, dim=1).tolist()] if chosen else []
+    if not chosen:
+        return [[] for _ in range(num_sequences)]
+    return [[token for token in line if token >= 0] for line in torch.stack(chosen, dim=1).tolist()]
 
 
 def _prefill(decoder: Decoder, batch: PackedBatch, z_ZD: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -107,8 +117,6 @@ class _Chooser:
     """Chooses the next token of each sequence; keeps the random state between steps."""
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
-            raise ValueError(f"temperature must be at least 0 and top_p in (0, 1]; got {sampling}")
         self.sampling = sampling
         self.generator = torch.Generator(device).manual_seed(sampling.seed)
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from arc_ds.data.groups import GroupRule
 from arc_ds.data.segments import MARKERS
 from arc_ds.data.tokenizers import Tokenizer, check_fits, load_tokenizer
-from arc_ds.errors import WeightsError
+from arc_ds.errors import ConfigError, WeightsError
 from arc_ds.model.arc import ArcModel
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
+from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
     TensorSource,
@@ -29,11 +28,14 @@ from arc_ds.model.weights import (
     read_backbone_config,
 )
 from arc_ds.model.weights.arc_spec import spec_of_params
+from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.stores import SafetensorsStore
 
 EXPORT_FORMAT = "arc-ds"
 EXPORT_CONFIG = "config.json"
 EXPORT_WEIGHTS = "model.safetensors"
+EXPORT_VERSION = 1
+ARC_DECODERS = "decoders.json"  # ours beside the files of the ARC format, which does not say how decoders were read
 RopeScalingChoice = Literal["checkpoint", "none"]
 
 
@@ -59,19 +61,12 @@ def load_arc_model(
     """See `ArcModel.from_checkpoint`."""
     source = open_arc_folder(arc_dir, encoder_backbone)
     spec = source.spec if pooling_factor is None else _with_factor(source.spec, pooling_factor)
-    if len(decoders) > len(spec.decoder_sizes):
-        raise WeightsError(f"{arc_dir} serves {len(spec.decoder_sizes)} decoders; {len(decoders)} were given")
+    _check_widths(decoders, spec.decoder_sizes, arc_dir)
     compressor = load_compressor(spec, source.tensors, device, dtype)
     loaded = [
         load_decoder(path, scaling, device, dtype)
         for path, scaling in zip(decoders, source.decoder_rope_scaling, strict=False)
     ]
-    for path, decoder, width in zip(decoders, loaded, spec.decoder_sizes, strict=False):
-        if decoder.config.hidden_size != width:
-            raise WeightsError(
-                f"decoder {path} is {decoder.config.hidden_size} wide; the bridge in {arc_dir} leads to {width}. Give "
-                "the decoders that it was trained for, in their order."
-            )
     encoder_tokenizer = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
     if encoder_tokenizer is not None:
         check_fits(encoder_tokenizer, spec.backbone.vocab_size, f"the encoder in {arc_dir}")
@@ -88,39 +83,27 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcS
     """Opens an export of ARC-DS, or a checkpoint in the ARC format.
 
     Checkpoints of the reference were trained without rotary scaling whatever the backbone says, and are read so; what
-    ARC-DS wrote says how it was trained. WeightsError where the folder is neither, or sizes are wanting.
+    ARC-DS wrote says how it was trained. encoder_backbone: what a checkpoint of the reference does not carry, sizes
+    and tokenizer. WeightsError where the folder is neither, or sizes are wanting.
     """
     config_file = arc_dir / EXPORT_CONFIG
     if config_file.is_file():
-        return _open_export(arc_dir, _read_json(config_file))
+        return _open_export(arc_dir, Fields.read(config_file))
     if not (arc_dir / "params.json").is_file():
         raise WeightsError(
             f"{arc_dir} is neither an export of ARC-DS ({EXPORT_CONFIG}) nor an ARC checkpoint (params.json, "
             "embedder/, bridge_module/). Export a run with: arc-ds export RUN OUT"
         )
-    checkpoint = read_arc_checkpoint(arc_dir)
-    ours = checkpoint.backbone is not None
-    backbone = checkpoint.backbone
-    if encoder_backbone is not None:
-        backbone = read_backbone_config(encoder_backbone, "checkpoint" if ours else "none")
-    tensors = checkpoint.source(backbone)
-    spec = spec_of_params(checkpoint.params, tensors.backbone, checkpoint.num_ports)
-    tokenizer = find_tokenizer(encoder_backbone) if encoder_backbone is not None else find_tokenizer(arc_dir)
-    scaling: RopeScalingChoice = "checkpoint" if ours else "none"
-    return ArcSourceFolder(
-        spec=spec,
-        tensors=tensors,
-        tokenizer=tokenizer,
-        decoder_rope_scaling=(scaling,) * len(spec.decoder_sizes),
-    )
+    return _open_arc_checkpoint(arc_dir, encoder_backbone)
 
 
-def load_compressor(
-    spec: CompressorSpec, source: TensorSource, device: torch.device, dtype: torch.dtype
-) -> Compressor:
+def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Compressor:
     """A compressor of the given spec with the source's tensors. WeightsError where they do not fit."""
-    with torch.device("meta"):
-        compressor = build_compressor(spec)
+    try:
+        with torch.device("meta"):
+            compressor = build_compressor(spec)
+    except ValueError as error:
+        raise WeightsError(f"{source.path} describes a compressor that cannot be: {error}. Export it again.") from error
     load_backbone(compressor, source, dtype=dtype, allow_unused=_is_marker_left_out(spec))
     return compressor.to(device)
 
@@ -158,23 +141,77 @@ def _decoder_tokenizer(path: Path, decoder: Decoder) -> Tokenizer | None:
 
 def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
     if factor < 1 or not spec.rules:
-        raise WeightsError(
+        raise ConfigError(
             f"pooling_factor is {factor}; expected at least 1, and a compressor that pools (this one has "
             f"{spec.memory_tokens} memory tokens)"
         )
-    return dataclasses.replace(spec, rules=(*spec.rules[:-1], GroupRule("factor", factor)))
+    return dataclasses.replace(spec, rules=(*spec.rules[:-1], *group_rules(spec.strategy, (factor,))))
 
 
-def _open_export(folder: Path, config: dict[str, Any]) -> ArcSourceFolder:
+def _check_widths(decoders: Sequence[Path], widths: Sequence[int], arc_dir: Path) -> None:
+    """Before anything large is read."""
+    if len(decoders) > len(widths):
+        raise WeightsError(f"{arc_dir} serves {len(widths)} decoders; {len(decoders)} were given. Leave out the rest.")
+    for path, width in zip(decoders, widths, strict=False):
+        found = read_backbone_config(path).hidden_size
+        if found != width:
+            raise WeightsError(
+                f"decoder {path} is {found} wide; the bridge in {arc_dir} leads to {width}. Give the decoders that it "
+                "was trained for, in their order."
+            )
+
+
+def _open_export(folder: Path, config: Fields) -> ArcSourceFolder:
     if config.get("format") != EXPORT_FORMAT:
-        raise WeightsError(f"{folder} is no export of ARC-DS: `format` in {EXPORT_CONFIG} is {config.get('format')!r}")
-    spec = CompressorSpec.from_json(config["compressor"])
+        raise WeightsError(
+            f"{folder} is no export of ARC-DS: `format` in {EXPORT_CONFIG} is {config.get('format')!r}, expected "
+            f"{EXPORT_FORMAT!r}. Give the folder that `arc-ds export` wrote."
+        )
+    if config.get("version") != EXPORT_VERSION:
+        raise WeightsError(
+            f"{folder} is an export of version {config.get('version')!r}; this ARC-DS reads version {EXPORT_VERSION}. "
+            "Export the checkpoint again with this one."
+        )
+    compressor = config.get("compressor")
+    spec = CompressorSpec.from_json(compressor if isinstance(compressor, dict) else {})
     return ArcSourceFolder(
         spec=spec,
         tensors=_ExportSource(folder),
         tokenizer=find_tokenizer(folder),
-        decoder_rope_scaling=tuple(d["rope_scaling"] for d in config["decoders"]),
+        decoder_rope_scaling=_rope_scalings(config, len(spec.decoder_sizes)),
     )
+
+
+def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcSourceFolder:
+    """The sizes that a checkpoint carries go before those of `encoder_backbone`: they say how it was trained."""
+    checkpoint = read_arc_checkpoint(folder)
+    backbone = checkpoint.backbone
+    if backbone is None and encoder_backbone is not None:
+        backbone = read_backbone_config(encoder_backbone, "none")
+    tensors = checkpoint.source(backbone)
+    spec = spec_of_params(checkpoint.params, tensors.backbone, checkpoint.num_ports)
+    scalings: tuple[RopeScalingChoice, ...] = ("none",) * len(spec.decoder_sizes)
+    if (folder / ARC_DECODERS).is_file():
+        scalings = _rope_scalings(Fields.read(folder / ARC_DECODERS), len(spec.decoder_sizes))
+    return ArcSourceFolder(
+        spec=spec,
+        tensors=tensors,
+        tokenizer=find_tokenizer(folder) or (None if encoder_backbone is None else find_tokenizer(encoder_backbone)),
+        decoder_rope_scaling=scalings,
+    )
+
+
+def _rope_scalings(plain: Fields, num_decoders: int) -> tuple[RopeScalingChoice, ...]:
+    """How each decoder was read when the compressor was trained, from the list `decoders` of an export's file."""
+    decoders = plain.get("decoders")
+    entries = decoders if isinstance(decoders, list) else []
+    found = [entry.get("rope_scaling") for entry in entries if isinstance(entry, dict)]
+    if len(found) != num_decoders or any(choice not in get_args(RopeScalingChoice) for choice in found):
+        raise WeightsError(
+            f"{plain.where}: expected `decoders` to give the rope_scaling of {num_decoders} decoders as "
+            f"{' or '.join(get_args(RopeScalingChoice))}; got {decoders!r}. Export the checkpoint again."
+        )
+    return tuple(found)
 
 
 class _ExportSource:
@@ -194,10 +231,3 @@ class _ExportSource:
 
     def tensor(self, name: str) -> Tensor:
         return self._store.read(name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON: {error}") from error

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from arc_ds.data.groups import GroupRule
+from arc_ds.data.groups import GroupRule, RuleKind
 from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.segments import MARKERS, Marker
 from arc_ds.errors import WeightsError
@@ -55,22 +55,29 @@ class CompressorSpec:
 
     @staticmethod
     def from_json(plain: dict[str, Any]) -> CompressorSpec:
-        """The spec of a JSON object made by `to_json`. WeightsError on a missing or unknown field."""
+        """The spec of a JSON object made by `to_json`. WeightsError on a missing or unknown field or kind."""
         try:
             values = dict(plain)
             backbone = dict(values["backbone"])
             scaling = backbone.get("rope_scaling")
             backbone["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
             values["backbone"] = BackboneConfig(**backbone)
-            values["rules"] = tuple(GroupRule(rule["kind"], rule["value"]) for rule in values["rules"])
-            values["markers"] = tuple(values["markers"])
-            values["decoder_sizes"] = tuple(values["decoder_sizes"])
+            values["rules"] = tuple(_rule(rule["kind"], rule["value"]) for rule in values["rules"])
+            values["markers"] = tuple(MARKERS[MARKERS.index(marker)] for marker in values["markers"])
+            values["decoder_sizes"] = tuple(int(size) for size in values["decoder_sizes"])
+            make_strategy(values["strategy"])
             return CompressorSpec(**values)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(
                 f"the description of the compressor is not one that this version writes ({error}); export the "
                 "checkpoint again with the version that reads it"
             ) from error
+
+
+def _rule(kind: str, value: int) -> GroupRule:
+    if kind not in get_args(RuleKind) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"the grouping {kind} {value} is unknown")
+    return GroupRule(kind, value)  # type: ignore[arg-type]
 
 
 def build_compressor(spec: CompressorSpec, *, activation_checkpointing: bool = False) -> Compressor:

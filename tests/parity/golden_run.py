@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,9 @@ def _watch(compressor: Compressor, decoder: Decoder, port_idx: int) -> dict[str,
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> object:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if isinstance(output, tuple):  # a decoder layer that ran prefix and suffix apart
+                output = kwargs["split"].join(*output)
             if name == "enc.pooled":
                 output.retain_grad()
             seen.setdefault(name, output)
@@ -106,12 +109,12 @@ def _watch(compressor: Compressor, decoder: Decoder, port_idx: int) -> dict[str,
     def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.setdefault("comp.with_special", args[0])
 
-    compressor.encoder.register_forward_hook(keep("enc.pooled"))
+    compressor.encoder.register_forward_hook(keep("enc.pooled"), with_kwargs=True)
     compressor.ports[port_idx].bridge.register_forward_pre_hook(keep_input)
-    decoder.tok_embeddings.register_forward_hook(keep("trace.dec.input"))
+    decoder.tok_embeddings.register_forward_hook(keep("trace.dec.input"), with_kwargs=True)
     for side, layers in (("enc", compressor.encoder.layers), ("dec", decoder.layers)):
         for i, layer in enumerate(layers):
-            layer.register_forward_hook(keep(f"trace.{side}.layer{i}"))
+            layer.register_forward_hook(keep(f"trace.{side}.layer{i}"), with_kwargs=True)
     return seen
 
 

@@ -1,0 +1,53 @@
+"""A small trained compressor as an export finds it, and decoders with tokenizers to use it with."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arc_ds.data.groups import GroupRule
+from arc_ds.export.consolidate import TrainedCompressor, TrainedFor
+from arc_ds.model.spec import CompressorSpec, build_compressor
+from tests.helpers import tiny_models as tiny
+from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken
+
+ENCODER = tiny.tiny_config(vocab_size=600)
+DECODER = tiny.tiny_config(hidden_size=48, head_dim=12, vocab_size=350)
+
+
+def tiny_spec(**changes: Any) -> CompressorSpec:
+    """One of two layers, 32 wide, factor 4, one mlp bridge to 48; `changes` replace fields."""
+    values: dict[str, Any] = {
+        "backbone": ENCODER,
+        "num_layers": 1,
+        "rules": (GroupRule("factor", 4),),
+        "bridge_hidden_size": 24,
+        "decoder_sizes": (48,),
+    }
+    return CompressorSpec(**{**values, **changes})
+
+
+def tiny_trained(folder: Path, seed: int = 0, **changes: Any) -> TrainedCompressor:
+    """A compressor of `tiny_spec(**changes)` with random weights; its tokenizer is written to `folder`."""
+    spec = tiny_spec(**changes)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: p.shape for name, p in build_compressor(spec).named_parameters()}
+    folder.mkdir(parents=True, exist_ok=True)
+    decoders = (TrainedFor(name=f"decoder{n}", rope_scaling="checkpoint") for n in range(len(spec.decoder_sizes)))
+    return TrainedCompressor(
+        spec=spec,
+        tensors={name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()},
+        step=7,
+        encoder_tokenizer=str(write_tiktoken(folder / "tokenizer.model")),
+        decoders=tuple(decoders),
+    )
+
+
+def write_decoder(folder: Path, seed: int = 1, *, bos: bool = True, **sizes: Any) -> Path:
+    """A Hugging Face folder of a random decoder, 48 wide, with a tokenizer of 340 ids."""
+    config = dataclasses.replace(DECODER, **sizes)
+    tiny.write_hf(folder, config, tiny.random_tensors(config, seed))
+    return write_json_tokenizer(folder, bos=bos)

@@ -22,6 +22,13 @@ from arc_ds.errors import ArcError
 
 logger = logging.getLogger(__name__)
 
+# What libraries say about a run that is as it should be: logger and phrase. Our AdamW is one that DeepSpeed has not
+# tested; our tests have.
+_CHATTER = (
+    ("DeepSpeed", "untested optimizer"),
+    ("mlflow.store.db.utils", "database tables"),
+)
+
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -151,11 +158,26 @@ class RankFilter(logging.Filter):
         return number == 0 or record.levelno >= logging.WARNING
 
 
+class _WithoutPhrase(logging.Filter):
+    """Drops the records that hold a phrase."""
+
+    def __init__(self, phrase: str) -> None:
+        super().__init__()
+        self._phrase = phrase
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._phrase not in record.getMessage()
+
+
 def setup_logging(level: int = logging.INFO) -> None:
     """Send log records to stderr, one line each, through `RankFilter`. Calling it again changes the level only."""
     root = logging.getLogger()
     root.setLevel(level)
     logging.getLogger("DeepSpeed").setLevel(max(level, logging.WARNING))
+    for logger_name, phrase in _CHATTER:
+        chatty = logging.getLogger(logger_name)
+        if not any(isinstance(f, _WithoutPhrase) for f in chatty.filters):
+            chatty.addFilter(_WithoutPhrase(phrase))
     if any(isinstance(f, RankFilter) for handler in root.handlers for f in handler.filters):
         return
     handler = logging.StreamHandler(sys.stderr)

@@ -118,7 +118,8 @@ def _command(module: str, arguments: Sequence[str], num_procs: int, environment:
     devices = list(range(num_procs)) if on_cpu or not visible else visible[:num_procs]
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={dist.free_port()}"]
-    options += ["--no_local_rank", "--log_level=warning", "--module"]
+    # Its one message says which command failed with which code, after the rank itself has said why.
+    options += ["--no_local_rank", "--log_level=critical", "--module"]
     return [sys.executable, "-m", "deepspeed.launcher.launch", *options, "arc_ds.rank", module, *arguments]
 
 

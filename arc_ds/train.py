@@ -7,18 +7,24 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from arc_ds import dist
 from arc_ds.config.load import load_config
-from arc_ds.device import select_device
+from arc_ds.config.schema import RunConfig
+from arc_ds.config.validate import check_paths
+from arc_ds.device import describe_device, select_device
+from arc_ds.errors import ArcError, ConfigError
 from arc_ds.training.build import build_run
-from arc_ds.training.exit_codes import EXIT_OK
-from arc_ds.training.hooks import CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
+from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
+from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
 from arc_ds.training.loop import fit
+from arc_ds.training.non_finite import NonFiniteHook
+from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder, check_run_folder
-from arc_ds.training.signals import StopRequest
+from arc_ds.training.signals import StopRequest, die_with_parent
 from arc_ds.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -26,33 +32,75 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> int:
     """`CONFIG.yaml [key.path=value ...]` → exit code of this rank (`training.exit_codes`)."""
-    # A launcher may add an option of its own; ours are a path and overrides.
-    words = [word for word in argv if not word.startswith("--local_rank")]
+    # A DataLoader's worker whose rank is killed would wait for ever to hand over what it has made.
+    os.register_at_fork(after_in_child=die_with_parent)
     dist.setup_logging()
-    config = load_config(words[0], words[1:])
+    config = _parse(argv)
     device = select_device(config.device, dist.local_rank())
     dist.init_distributed(device)
     with dist.fail_together():
+        check_paths(config)
         check_run_folder(config)
     run = build_run(config, device)
     folder = RunFolder.open(run)
-    metrics = MetricsHook(folder.log, show_progress=sys.stderr.isatty())
     status = "FAILED"
     try:
         with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=config.stall_limit_s) as watchdog:
-            hooks: list[Hook] = [
-                WatchdogHook(watchdog),
-                metrics,
-                ValidationHook(folder.log, metrics, every=config.validation.every),
-                CheckpointHook(folder.save, metrics, every=config.checkpoint.every),
-            ]
-            code = fit(run, hooks, stop)
+            logger.info("%s", _in_words(run))
+            code = fit(run, make_hooks(run, folder, watchdog), stop)
         status = "FINISHED" if code == EXIT_OK else "KILLED"
     finally:
         folder.close(status)
+    if code == EXIT_PREEMPTED:
+        logger.info("stopped and saved at step %d, as asked; the same command goes on from there", run.step)
     dist.close_distributed()
     return code
 
 
+def make_hooks(run: Run, folder: RunFolder, watchdog: Watchdog) -> list[Hook]:
+    """What happens around the steps, in this order; a collective.
+
+    Metrics come first, so that what others log or save lies behind them.
+    """
+    config = run.config
+    metrics = MetricsHook(folder.log, show_progress=sys.stderr.isatty())
+    validated = folder.last_logged(VALIDATION_KEY)
+    return [
+        WatchdogHook(watchdog),
+        metrics,
+        NonFiniteHook(metrics),
+        ValidationHook(folder.log, metrics, every=config.validation.every, done=validated),
+        CheckpointHook(folder.save, metrics, every=config.checkpoint.every),
+    ]
+
+
+def _parse(argv: Sequence[str]) -> RunConfig:
+    # A launcher may add an option of its own; ours are a path and overrides.
+    words = [word for word in argv if not word.startswith("--local_rank")]
+    if not words:
+        raise ConfigError("no config was given. Usage: arc_ds.train CONFIG.yaml [key.path=value ...]")
+    return load_config(words[0], words[1:])
+
+
+def _in_words(run: Run) -> str:
+    """What begins, for the console."""
+    trained = sum(param.ds_numel for param in run.engine.module.parameters() if param.requires_grad)
+    if run.step >= run.config.steps:
+        return f"{run.folder}: all {run.config.steps} steps are done"
+    return (
+        f"{run.folder}: steps {run.step + 1} to {run.config.steps} on {dist.world_size()} rank(s) of "
+        f"{describe_device(run.device)}; {trained:,} parameters trained for {', '.join(run.decoder_names)}"
+    )
+
+
+def _as_rank(argv: Sequence[str]) -> int:
+    """`main` for a launcher that is not ours: a user's mistake is words and an exit code, not a traceback."""
+    try:
+        return main(argv)
+    except ArcError as error:
+        logger.error("%s", error)
+        return EXIT_USER_ERROR
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_as_rank(sys.argv[1:]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.tasks import TaskLimits, closed, mismatched, open_
 from arc_ds.data.tokenizers import load_tokenizer
+from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.build_model import (
@@ -35,19 +38,40 @@ from arc_ds.training.validate import ValidationSet, Validator
 TASKS = ("reconstruction", "continuation")
 
 
-def build_run(config: RunConfig, device: torch.device) -> Run:
-    """Everything that the run needs, on this rank; a collective. ArcError on all ranks where one finds a mistake."""
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """What a run is made of, read from its files and checked; modules still whole and on the CPU."""
+
+    ds_config: dict[str, Any]
+    spec: CompressorSpec
+    data: StepData
+    validator: Validator | None
+    compressor: Compressor
+    decoders: list[Decoder]
+
+
+def read_parts(config: RunConfig, device: torch.device) -> RunParts:
+    """Read everything that the config names; a collective. ArcError on all ranks where one finds a mistake."""
     with dist.fail_together():
         ds_config = resolve_deepspeed(config.deepspeed, config, dist.world_size(), dist.local_world_size())
         spec = compressor_spec(config)
         check_tokenizers(config, spec)
-        data = step_data(config, spec.packing)
-        validator = _validator(config, spec, device)
-        compressor = starting_compressor(config, spec)
-        decoders = frozen_decoders(config, torch.device("cpu"), _dtype(config))
+        return RunParts(
+            ds_config=ds_config,
+            spec=spec,
+            data=step_data(config, spec.packing),
+            validator=_validator(config, spec, device),
+            compressor=starting_compressor(config, spec),
+            decoders=frozen_decoders(config, torch.device("cpu"), _dtype(config)),
+        )
+
+
+def build_run(config: RunConfig, device: torch.device) -> Run:
+    """Everything that the run needs, on this rank; a collective. ArcError on all ranks where one finds a mistake."""
+    parts = read_parts(config, device)
     optimizer = PortAdamW(
         make_param_groups(
-            compressor,
+            parts.compressor,
             encoder_lr=config.optimizer.encoder_lr,
             bridge_lr=config.optimizer.bridge_lr,
             markers_lr=config.optimizer.markers_lr,
@@ -57,17 +81,17 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         eps=config.optimizer.eps,
         fused=device.type != "cpu",
     )
-    engine = build_engine(compressor, optimizer, ds_config)
+    engine = build_engine(parts.compressor, optimizer, parts.ds_config)
     return Run(
         config=config,
         folder=Path(config.run_dir),
         device=device,
-        spec=spec,
+        spec=parts.spec,
         engine=engine,
-        decoders=_place(config, decoders, device, ds_config),
-        data=data,
+        decoders=_place(config, parts.decoders, device, parts.ds_config),
+        data=parts.data,
         schedule=rate_schedule(config),
-        validator=validator,
+        validator=parts.validator,
         tasks=TASKS,
     )
 

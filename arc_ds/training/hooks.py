@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 LogMetrics = Callable[[int, dict[str, float]], None]
 
+# Logged with every validation, whatever decoders and tasks there are.
+VALIDATION_KEY = "validation/seconds"
+
 
 class Hook(Protocol):
     """Called by the loop on every rank, in the order of the list; may hold collectives."""
@@ -86,7 +89,6 @@ class MetricsHook:
         self._since = Throughput()
         self._started = 0.0
         self._bar: tqdm | None = None
-        self._skipped_steps = 0
 
     def on_start(self, run: Run) -> None:
         self._started = time.perf_counter()
@@ -112,7 +114,6 @@ class MetricsHook:
             return
         elapsed = time.perf_counter() - self._started
         rows = [(result.step + 1, _step_metrics(run, result)) for result in self._pending]
-        self._skipped_steps += sum(not result.applied for result in self._pending)
         rows[-1][1].update(self._speed(run, elapsed))
         for step, metrics in rows:
             self._log(step, metrics)
@@ -137,7 +138,7 @@ class MetricsHook:
             "speed/data_wait_share": run.clock.read() / elapsed,
             "memory/peak_gib": peak_memory_bytes(run.device) / GIB,
             "data/skipped_records": skipped,
-            "train/skipped_steps": float(self._skipped_steps),
+            "train/skipped_steps": float(run.skipped_steps),
         }
 
     def _report(self, run: Run, metrics: dict[str, float], step_s: float) -> None:
@@ -154,13 +155,16 @@ class MetricsHook:
 
 
 class ValidationHook:
-    """Validates every `every` steps and at the end (0: only at the end), and logs the scores."""
+    """Validates every `every` steps and at the end (0: only at the end), and logs the scores.
 
-    def __init__(self, log: LogMetrics, metrics: MetricsHook, *, every: int) -> None:
+    done: the last step that an earlier start of the run has validated, None where there is none.
+    """
+
+    def __init__(self, log: LogMetrics, metrics: MetricsHook, *, every: int, done: int | None = None) -> None:
         self._log = log
         self._metrics = metrics
         self._every = every
-        self._last = -1
+        self._last = done
 
     def on_start(self, run: Run) -> None:
         if self._every and run.step == 0:
@@ -181,7 +185,7 @@ class ValidationHook:
         self._metrics.flush(run)  # steps do not decrease along the log
         started = time.perf_counter()
         scores = run.validator.run(run.engine, run.decoders)
-        metrics = {"validation/seconds": time.perf_counter() - started}
+        metrics = {VALIDATION_KEY: time.perf_counter() - started}
         for decoder, by_task in scores.items():
             for task, score in by_task.items():
                 metrics.update(score.as_metrics(f"validation/{decoder}/{task}"))

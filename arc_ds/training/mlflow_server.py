@@ -6,7 +6,9 @@ import os
 import platform
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +23,7 @@ from arc_ds.training.tracking import Tracker
 T = TypeVar("T")
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_SQLITE = "sqlite:///"
 _KEY_TAG = "arc_ds.run_key"
 # MLflow's limits: of a request, of a parameter's value, of a tag's value, of a digest.
 _PARAMS_PER_BATCH = 100
@@ -135,6 +138,8 @@ class MlflowServer:
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
+        if uri.startswith(_SQLITE) and "?" not in uri:
+            _make_database(Path(uri.removeprefix(_SQLITE)))
         self._client = MlflowClient(tracking_uri=uri)
         self._experiment = experiment
         self._run_name = run_name
@@ -234,6 +239,23 @@ class MlflowServer:
         ]
         if inputs:
             self._client.log_inputs(run_id, datasets=inputs)
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's database file, whole or not at all, where there is none.
+
+    MLflow takes seconds over its tables, and what a kill leaves of them it can neither use nor mend.
+    """
+    from mlflow import MlflowClient
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        MlflowClient(tracking_uri=f"{_SQLITE}{made}").search_experiments(max_results=1)
+        with suppress(FileExistsError):  # another run has made it meanwhile
+            os.link(made, path)
 
 
 def _parts(items: list[T], size: int) -> Iterator[list[T]]:

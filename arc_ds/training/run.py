@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Run:
-    """A run in memory. `step`: optimizer steps done; the next batch is that of step number `step`."""
+    """A run in memory.
+
+    step: optimizer steps done; the next batch is that of step number `step`. skipped_steps: how many of them changed
+    nothing because a loss or gradient was not finite; skipped_in_row: of these, the ones since the last that did.
+    """
 
     config: RunConfig
     folder: Path
@@ -36,6 +40,7 @@ class Run:
     validator: Validator | None
     tasks: tuple[str, ...]
     step: int = 0
+    skipped_steps: int = 0
     skipped_in_row: int = 0
     clock: DataClock = field(default_factory=lambda: DataClock())
 
@@ -48,6 +53,12 @@ class Run:
     def decoder_names(self) -> tuple[str, ...]:
         """Names of the decoders, in the order of the ports."""
         return tuple(decoder.name for decoder in self.config.decoders)
+
+    def count_step(self, *, applied: bool) -> None:
+        """One more optimizer step is done; applied: whether it changed anything."""
+        self.step += 1
+        self.skipped_steps += not applied
+        self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
 
     def batches(self) -> Iterator[StepBatch]:
         """This rank's batches from the current step to the last; the time spent waiting goes to `clock`."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from arc_ds import dist
 from arc_ds.config.deepspeed import resolve_deepspeed
@@ -28,8 +27,11 @@ from arc_ds.training.checkpoint import (
     find_resumable,
     list_checkpoints,
     load_checkpoint,
+    read_trainer_state,
     save_checkpoint,
+    step_of,
 )
+from arc_ds.training.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.training.mlflow_server import DatasetFacts, RunFacts, environment_tags, package_versions, start_tracker
 from arc_ds.training.run import Run
 from arc_ds.training.tracking import Tracker
@@ -43,49 +45,64 @@ CHECKPOINTS = "checkpoints"
 def check_run_folder(config: RunConfig) -> None:
     """ConfigError where the folder holds a run of another config, or a run that must not be resumed.
 
-    Looks at files only, so it can be asked before anything is built.
+    Also where the start would write over something saved. Looks at files only, so it can be asked before anything is
+    built.
     """
     folder = Path(config.run_dir)
+    if not _is_used(folder):
+        _check_foreign_config(folder, config)
+        return
     if (folder / CONFIG_NAME).is_file():
-        former = load_config(folder / CONFIG_NAME)
-        changed = differences(numerics(former), numerics(config))
-        if changed and list_checkpoints(folder / CHECKPOINTS):
+        changed = differences(numerics(load_config(folder / CONFIG_NAME)), numerics(config))
+        if changed:
             raise ConfigError(
                 f"{folder} holds a run of another config; different are: {'; '.join(changed[:8])}. Give this one a "
                 "run_dir of its own, or the old values to go on with the old run."
             )
-    if config.checkpoint.resume == "never" and list_checkpoints(folder / CHECKPOINTS):
+    if config.checkpoint.resume == "never":
         raise ConfigError(
-            f"{folder} already holds checkpoints, and checkpoint.resume is never: nothing saved is overwritten. Choose "
+            f"{folder} already holds a run, and checkpoint.resume is never: nothing saved is overwritten. Choose "
             "another run_dir, or resume=auto."
         )
+    if config.checkpoint.resume != "auto":
+        _check_nothing_lies_beyond(folder, Path(config.checkpoint.resume))
+
+
+def find_start(config: RunConfig, data_fingerprint: str) -> Path | None:
+    """The checkpoint that the config asks to resume from, None where the run starts anew; a collective.
+
+    It is whole, and of this config and these data. CheckpointError where a named one is not whole, or none of the
+    folder's is (the run is not made again from its first step unless asked); ConfigError or DataError where it is of
+    another config or of other data.
+    """
+    wanted = config.checkpoint.resume
+    if wanted == "never":
+        return None
+    folder = Path(config.run_dir) / CHECKPOINTS
+    path = find_resumable(folder) if wanted == "auto" else _named(Path(wanted))
+    with dist.fail_together():
+        if path is None and list_checkpoints(folder):
+            raise CheckpointError(
+                f"none of the checkpoints in {folder} is whole; the warnings above say why. Restore one of them, or "
+                "start a new run in another run_dir."
+            )
+        if path is not None:
+            _check_is_of(path, config, data_fingerprint)
+    return path
 
 
 def resume(run: Run) -> TrainerState | None:
-    """Loads what the config asks to resume from, if there is anything; a collective. Sets `run.step`.
-
-    CheckpointError where a named checkpoint is not whole, ConfigError or DataError where it is of another config or of
-    other data.
-    """
-    wanted = run.config.checkpoint.resume
-    if wanted == "never":
-        return None
-    path = find_resumable(run.folder / CHECKPOINTS) if wanted == "auto" else _named(Path(wanted))
+    """Loads what `find_start` finds and sets the run's counts; a collective. None where the run starts anew."""
+    path = find_start(run.config, run.data.order.fingerprint)
     if path is None:
         return None
     state = load_checkpoint(run.engine, path)
-    if state.config_hash != config_hash(run.config):
-        raise ConfigError(
-            f"{path} was written by a run of another config (compare {CONFIG_NAME} in its run's folder). To start from "
-            "its weights, export it and set encoder.init_from."
-        )
-    if state.data_fingerprint != run.data.order.fingerprint:
-        raise DataError(
-            f"the data are not those that {path} was trained on: shards, weights or their order have changed. Restore "
-            "them, or start a new run from its weights (export it and set encoder.init_from)."
-        )
     run.step = state.step
+    run.skipped_steps = int(state.extra.get("skipped_steps", 0))
+    run.skipped_in_row = int(state.extra.get("skipped_in_row", 0))
     logger.info("resumed from %s at step %d", path, state.step)
+    if path.parent.resolve() != (run.folder / CHECKPOINTS).resolve():
+        return replace(state, mlflow_run_id=None)  # a branch of another run is a run of its own
     return state
 
 
@@ -112,6 +129,11 @@ class RunFolder:
         """Metrics of a step, on rank 0 (elsewhere nothing happens)."""
         if self._tracker is not None:
             self._tracker.log(step, metrics)
+
+    def last_logged(self, key: str) -> int | None:
+        """The newest step of which `metrics.jsonl` has `key`, None where there is none; a collective."""
+        entries = read_metrics(self._run.folder / METRICS_NAME) if dist.is_main() else ()
+        return dist.broadcast_object(max((entry.step for entry in entries if key in entry.metrics), default=None))
 
     def save(self, run: Run) -> None:
         """A checkpoint of the run as it is; a collective."""
@@ -146,6 +168,8 @@ def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
             "compressor": run.spec.to_json(),
             "encoder_tokenizer": str(encoder_tokenizer_path(run.config).resolve()),
             "decoders": [asdict(decoder) for decoder in decoders],
+            "skipped_steps": run.skipped_steps,
+            "skipped_in_row": run.skipped_in_row,
         },
     )
 
@@ -177,8 +201,47 @@ def open_tracker(run: Run, mlflow_run_id: str | None) -> Tracker:
     )
 
 
+def _is_used(folder: Path) -> bool:
+    """Whether a run has left steps there."""
+    metrics = folder / METRICS_NAME
+    return bool(list_checkpoints(folder / CHECKPOINTS)) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def _check_foreign_config(folder: Path, config: RunConfig) -> None:
+    """The config that a person keeps in the folder would be written over by the resolved one."""
+    path = folder / CONFIG_NAME
+    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != dump_yaml(config):
+        raise ConfigError(
+            f"run_dir={folder} holds no run, but a {CONFIG_NAME} that the run's own would overwrite. Choose another "
+            "run_dir, or give that file another name."
+        )
+
+
+def _check_nothing_lies_beyond(folder: Path, start: Path) -> None:
+    later = [path for path in list_checkpoints(folder / CHECKPOINTS) if step_of(path) > step_of(start)]
+    if later:
+        raise ConfigError(
+            f"checkpoint.resume={start}: {folder} holds later steps ({', '.join(path.name for path in later)}), which "
+            "would be made again; nothing saved is overwritten. Choose another run_dir, or move them away."
+        )
+
+
 def _named(path: Path) -> Path:
-    faults: Any = check_checkpoint(path) if path.is_dir() else [f"there is no folder {path}"]
+    faults = check_checkpoint(path) if path.is_dir() else [f"there is no folder {path}"]
     if faults:
         raise CheckpointError(f"checkpoint.resume={path}: {'; '.join(faults)}. Name a whole step_NNNNNN, or auto.")
     return path
+
+
+def _check_is_of(path: Path, config: RunConfig, data_fingerprint: str) -> None:
+    state = read_trainer_state(path)
+    if state.config_hash != config_hash(config):
+        raise ConfigError(
+            f"{path} was written by a run of another config (compare {CONFIG_NAME} in its run's folder). To start from "
+            "its weights, export it and set encoder.init_from."
+        )
+    if state.data_fingerprint != data_fingerprint:
+        raise DataError(
+            f"the data are not those that {path} was trained on: shards, weights or their order have changed. Restore "
+            "them, or start a new run from its weights (export it and set encoder.init_from)."
+        )

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from arc_ds.training.mlflow_server import DatasetFacts, RunFacts, start_tracker
+from arc_ds.training.mlflow_server import DatasetFacts, MlflowServer, RunFacts, start_tracker
 from arc_ds.training.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +94,30 @@ def test_kill_9_and_resume_leave_one_run_with_one_point_a_step(tmp_path: Path) -
     assert [run.info.run_id for run in runs] == [run_id]
     points = Counter(point.step for point in client.get_metric_history(run_id, "loss"))
     assert points == Counter(range(1, last + 1))
+
+
+def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow can neither use nor mend a database of which it has made half the tables."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", killed)
+        with pytest.raises(KeyboardInterrupt):
+            MlflowServer(
+                f"sqlite:///{tmp_path}/mlflow.db",
+                experiment="e",
+                run_name="r",
+                facts=RunFacts(params={}),
+                folder=tmp_path,
+            )
+    assert not (tmp_path / "mlflow.db").exists()
+    tracker = _start(tmp_path, {"seed": 0})
+    tracker.log(1, {"loss": 1.0})
+    assert tracker.close(timeout_s=120)
+    assert [point.step for point in _client(tmp_path).get_metric_history(tracker.run_id, "loss")] == [1]
+    assert not list(tmp_path.glob(".mlflow*"))
 
 
 def test_a_server_that_is_not_there_does_not_hold_the_run(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Steps whose loss or gradient is not finite: left out on all ranks by the step itself, explained here."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from arc_ds import dist
+from arc_ds.data.loader import StepBatch
+from arc_ds.errors import TrainingError
+from arc_ds.training.hooks import MetricsHook
+from arc_ds.training.manifest import write_durably
+from arc_ds.training.run import Run
+from arc_ds.training.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+# Of a batch's records that the error names; the dump has all of them.
+_NAMED_RECORDS = 8
+
+
+class NonFiniteHook:
+    """Writes down the records of steps that were left out, and ends the run at too many in a row.
+
+    RUN/non_finite_step_NNNNNN.json: what each rank read in that step. Comes after `metrics`, whose pending results it
+    writes before it ends the run.
+    """
+
+    def __init__(self, metrics: MetricsHook) -> None:
+        self._metrics = metrics
+
+    def on_start(self, run: Run) -> None:
+        """Nothing: the counts come with the checkpoint."""
+
+    def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
+        """TrainingError on all ranks where more steps in a row than `optimizer.max_skipped_steps` were left out."""
+        if result.applied:
+            return
+        batches = dist.gather_objects(batch.record_ids)
+        path = run.folder / f"non_finite_step_{run.step:06d}.json"
+        if dist.is_main():
+            write_durably(path, json.dumps(_dump(run, result, batches), indent=1) + "\n")
+            logger.warning("step %d: loss or gradient is not finite; left out, records in %s", run.step, path)
+        limit = run.config.optimizer.max_skipped_steps
+        if run.skipped_in_row > limit:
+            self._metrics.flush(run)
+            raise TrainingError(
+                f"{run.skipped_in_row} steps in a row, up to step {run.step}, had a loss or gradient that is not "
+                f"finite; the limit is optimizer.max_skipped_steps = {limit}. The last batch held {_named(batches)} "
+                f"(all in {path}). Look at these records, lower the learning rates, or start again from an earlier "
+                "checkpoint."
+            )
+
+    def on_end(self, run: Run) -> None:
+        """Nothing is left to do."""
+
+
+def _dump(run: Run, result: StepResult, batches: list[tuple[tuple[int, int], ...]]) -> dict[str, Any]:
+    return {
+        "step": run.step,
+        "decoder": run.decoder_names[result.decoder_idx],
+        "loss": float(result.loss),
+        "grad_norm": float(result.grad_norm),
+        "sources": [str(source.folder) for source in run.data.sources],
+        "ranks": [
+            {"rank": rank, "records": [{"source": source, "record": record} for source, record in records]}
+            for rank, records in enumerate(batches)
+        ],
+    }
+
+
+def _named(batches: list[tuple[tuple[int, int], ...]]) -> str:
+    """The batch in words: its first records, as source:record."""
+    records = [f"{source}:{record}" for rank in batches for source, record in rank]
+    rest = len(records) - _NAMED_RECORDS
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"the records (source:record) {', '.join(records[:_NAMED_RECORDS])}{more}"

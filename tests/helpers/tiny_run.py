@@ -1,0 +1,145 @@
+"""A whole run in miniature: random backbones, tokenizers, shards and a config, and `arc-ds train` on them.
+
+Two decoders take turns, of another width and another tokenizer than each other; both tasks share the batches; two
+micro-batches a step. All on the CPU in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from arc_ds.training.checkpoint import list_checkpoints, step_of
+from arc_ds.training.metrics_log import METRICS_NAME, read_metrics
+from arc_ds.training.signals import die_with_parent
+from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
+from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 24
+EVERY = 8
+# The rest is time: equal steps take other times in each run.
+NUMERIC = ("train/", "lr/", "validation/")
+TIMED = ("validation/seconds",)
+
+
+def write_inputs(folder: Path) -> Path:
+    """Everything that a tiny run reads; returns the config, whose `run_dir` is `folder/run` unless overridden."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = _write_backbone(folder / "encoder", seed=0)
+    write_json_tokenizer(encoder)
+    write_json_tokenizer(_write_backbone(folder / "wide", seed=1, hidden_size=48, head_dim=12))
+    # A tiktoken file gets 256 special tokens beside its own.
+    write_tiktoken(_write_backbone(folder / "other", seed=2, vocab_size=560) / "tokenizer.model")
+    texts = numbered_texts(72)
+    write_shards(folder / "train", encoder, texts[:48], shard_bytes=1 << 14)
+    write_shards(folder / "held_out", encoder, texts[48:], shard_bytes=1 << 14)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(_config(folder)))
+    return config
+
+
+def _write_backbone(folder: Path, *, seed: int, **changes: Any) -> Path:
+    config = tiny_config(**{"vocab_size": 352, **changes})
+    return write_hf(folder, config, random_tensors(config, seed))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return {
+        "run_dir": str(folder / "run"),
+        "steps": STEPS,
+        "precision": "fp32",
+        "device": "cpu",
+        "micro_batches": 2,
+        "log_every": 1,
+        "decoder_schedule": "alternate",
+        "deepspeed": str(ROOT / "ds_configs" / "cpu.json"),
+        "encoder": {"backbone": str(folder / "encoder"), "num_layers": 2},
+        "pooling": {"factors": [4]},
+        "bridge": {"hidden_size": 24},
+        "decoders": [
+            {"name": "wide", "backbone": str(folder / "wide")},
+            {"name": "other", "backbone": str(folder / "other")},
+        ],
+        "data": {
+            "sources": [{"path": str(folder / "train")}],
+            "validation": str(folder / "held_out"),
+            "batch_size": 8,
+            "reconstruction_share": 0.5,
+            "max_context_tokens": 24,
+            "max_prefix_tokens": 16,
+            "max_continuation_tokens": 24,
+            "num_workers": 1,
+        },
+        "optimizer": {"encoder_lr": 1e-3, "markers_lr": 1e-3, "bridge_lr": 3e-3, "warmup_steps": 4},
+        "checkpoint": {"every": EVERY, "keep_last": 4},
+        "validation": {"every": EVERY, "num_samples": 8, "batch_size": 4},
+    }
+
+
+def start_training(
+    config: Path, overrides: Sequence[str] = (), *, num_ranks: int = 1, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """`arc-ds train CONFIG ...` as a process; its console is one text in `stdout`."""
+    command = [sys.executable, "-m", "arc_ds.cli", "train", str(config), f"--num-procs={num_ranks}", *overrides]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    # No run outlives the tests, however they end.
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+
+
+def train(
+    config: Path, overrides: Sequence[str] = (), *, num_ranks: int = 1, env: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """`arc-ds train CONFIG ...` to its end: exit code and console."""
+    process = start_training(config, overrides, num_ranks=num_ranks, env=env)
+    console, _ = process.communicate(timeout=300)
+    return process.returncode, console
+
+
+def numbers_by_step(run: Path) -> dict[int, dict[str, float]]:
+    """What `metrics.jsonl` says of each step, without what depends on time. A key twice in a step is an error."""
+    by_step: dict[int, dict[str, float]] = {}
+    for entry in read_metrics(run / METRICS_NAME):
+        found = by_step.setdefault(entry.step, {})
+        assert not found.keys() & entry.metrics.keys(), f"step {entry.step} was logged twice"
+        found.update({k: v for k, v in entry.metrics.items() if k.startswith(NUMERIC) and k not in TIMED})
+    return by_step
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each step from the first on; an error where a step is missing."""
+    by_step = {step: numbers["train/loss"] for step, numbers in numbers_by_step(run).items() if "train/loss" in numbers}
+    assert sorted(by_step) == list(range(1, len(by_step) + 1)), f"steps are missing: {sorted(by_step)}"
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def last_logged_step(run: Path) -> int:
+    """The newest step in `metrics.jsonl`; 0 where there is none yet."""
+    path = run / METRICS_NAME
+    return max((entry.step for entry in read_metrics(path)), default=0) if path.exists() else 0
+
+
+def last_saved_step(run: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    return max((step_of(path) for path in list_checkpoints(run / "checkpoints")), default=0)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content."""
+    return json.loads(path.read_text(encoding="utf-8"))

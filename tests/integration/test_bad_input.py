@@ -1,0 +1,226 @@
+"""What a user can get wrong: one clear error with the cure before any training starts (issue 2, "Bad input").
+
+Most mistakes are made in this process, on the way that `arc_ds.train.main` goes up to its first engine; two through
+the real command.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from arc_ds.config.load import config_hash, dump_yaml, load_config
+from arc_ds.config.schema import RunConfig
+from arc_ds.config.validate import check_paths
+from arc_ds.data.shard_writer import build_shards
+from arc_ds.errors import ArcError, CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
+from arc_ds.training.build import read_parts
+from arc_ds.training.exit_codes import EXIT_USER_ERROR
+from arc_ds.training.manifest import Manifest, seal_file, write_manifest
+from arc_ds.training.run_folder import check_run_folder, find_start
+from tests.helpers.tiny_data import numbered_texts, write_shards
+from tests.helpers.tiny_run import train, write_inputs
+
+CPU = torch.device("cpu")
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+def _start(config: RunConfig) -> Path | None:
+    """What `arc_ds.train.main` does before there is an engine; where the run would resume from."""
+    check_paths(config)
+    check_run_folder(config)
+    parts = read_parts(config, CPU)
+    return find_start(config, parts.data.order.fingerprint)
+
+
+def _refusal(kind: type[ArcError], config: Path, run: Path, overrides: Sequence[str] = ()) -> str:
+    """The message of the one error that stops this start; the run's folder stays as it is."""
+    before = _content(run)
+    with pytest.raises(kind) as caught:
+        _start(load_config(config, [f"run_dir={run}", *overrides]))
+    assert type(caught.value) is kind
+    assert _content(run) == before, "a start that is refused leaves nothing behind"
+    return str(caught.value)
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def test_the_inputs_are_good_before_they_are_spoilt(config: Path, run: Path) -> None:
+    assert _start(load_config(config, [f"run_dir={run}"])) is None
+
+
+def test_a_wrong_key_names_the_nearest(config: Path, run: Path) -> None:
+    message = _refusal(ConfigError, config, run, ["encoder.num_layer=2"])
+    assert "unknown key encoder.num_layer." in message and "Did you mean num_layers?" in message
+
+
+def test_wrong_paths_are_named_together(config: Path, run: Path) -> None:
+    message = _refusal(ConfigError, config, run, ["encoder.backbone=/no/model", "data.validation=/no/shards"])
+    assert "encoder.backbone: /no/model" in message and "data.validation: /no/shards" in message
+    assert "Correct them" in message
+
+
+def test_a_pooling_factor_of_0_is_refused(config: Path, run: Path) -> None:
+    message = _refusal(ConfigError, config, run, ["pooling.factors=[0]"])
+    assert "pooling.factors.0 is 0; expected 1 or more" in message
+
+
+def test_a_world_size_that_does_not_divide_the_batch_is_refused(
+    config: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = _refusal(ConfigError, config, run)
+    assert "data.batch_size is 8" in message and "3 × 2 = 6" in message and "data.batch_size=12" in message
+
+
+def _broken_backbone(config: Path, folder: Path, name: str, tensor: torch.Tensor | None) -> Path:
+    """A copy of the encoder's backbone with one tensor replaced, or gone."""
+    shutil.copytree(config.parent / "encoder", folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_weights_with_a_missing_tensor_are_refused(config: Path, run: Path, tmp_path: Path) -> None:
+    broken = _broken_backbone(config, tmp_path / "broken", Q_PROJ, None)
+    for key in ("encoder.backbone", "decoders.0.backbone"):
+        message = _refusal(WeightsError, config, run, [f"{key}={broken}"])
+        assert str(broken) in message and Q_PROJ in message
+
+
+def test_weights_with_a_misshapen_tensor_are_refused(config: Path, run: Path, tmp_path: Path) -> None:
+    broken = _broken_backbone(config, tmp_path / "broken", Q_PROJ, torch.zeros(31, 32))
+    message = _refusal(WeightsError, config, run, [f"decoders.0.backbone={broken}"])
+    assert str(broken) in message and "31" in message and "32" in message
+
+
+def test_a_tokenizer_of_other_weights_is_refused(config: Path, run: Path) -> None:
+    foreign = config.parent / "other" / "tokenizer.model"
+    for key in ("encoder.tokenizer", "decoders.0.tokenizer"):
+        message = _refusal(TokenizerError, config, run, [f"{key}={foreign}"])
+        assert "548 ids" in message and "352 rows" in message and "came with these weights" in message
+
+
+def test_a_tar_that_is_cut_short_is_refused(config: Path, run: Path, tmp_path: Path) -> None:
+    for key, name in (("data.sources.0.path", "train"), ("data.validation", "held_out")):
+        shards = shutil.copytree(config.parent / name, tmp_path / name)
+        tar = sorted(shards.glob("*.tar"))[-1]
+        with tar.open("r+b") as file:
+            file.truncate(tar.stat().st_size // 2)
+        message = _refusal(DataError, config, run, [f"{key}={shards}"])
+        assert str(tar) in message and "cut short" in message and "arc-ds shards build" in message
+
+
+def test_texts_without_a_token_make_no_shards(config: Path, tmp_path: Path) -> None:
+    source = tmp_path / "empty.jsonl"
+    source.write_text('{"text": ""}\n{"text": "  \\n"}\n')
+    with pytest.raises(DataError) as caught:
+        build_shards([source], tmp_path / "shards", config.parent / "encoder", max_tokens=64)
+    assert not (tmp_path / "shards").exists()
+    message = str(caught.value)
+    assert "empty.jsonl" in message and "every document is empty" in message and "Give other inputs" in message
+
+
+def _used_run(config: Path, run: Path, *, steps: Sequence[int] = ()) -> RunConfig:
+    """A run's folder as a stopped run leaves it: config, metrics, and whole checkpoints without shards."""
+    loaded = load_config(config, [f"run_dir={run}"])
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_yaml(loaded))
+    (run / "metrics.jsonl").write_text('{"step": 1, "time": 0.0, "metrics": {"train/loss": 2.0}}\n')
+    fingerprint = read_parts(loaded, CPU).data.order.fingerprint
+    for step in steps:
+        folder = run / "checkpoints" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        state = {"step": step, "data_position": 8 * step, "data_fingerprint": fingerprint}
+        (folder / "trainer.json").write_text(json.dumps({**state, "config_hash": config_hash(loaded)}))
+        files = (seal_file(folder, folder / "trainer.json"),)
+        write_manifest(folder, Manifest(step=step, world_size=1, files=files))
+    return loaded
+
+
+def test_a_used_folder_is_resumed_from_its_newest_checkpoint(config: Path, run: Path) -> None:
+    """The others of these tests would pass if no folder were ever accepted."""
+    assert _start(_used_run(config, run, steps=(8, 16))) == run / "checkpoints" / "step_000016"
+
+
+@pytest.mark.parametrize("steps", [(), (8,)], ids=["before its first checkpoint", "with a checkpoint"])
+def test_the_folder_of_another_config_is_refused(config: Path, run: Path, steps: tuple[int, ...]) -> None:
+    _used_run(config, run, steps=steps)
+    message = _refusal(ConfigError, config, run, ["seed=1"])
+    assert "seed: 0 there, 1 here" in message and "run_dir of its own" in message
+
+
+@pytest.mark.parametrize("steps", [(), (8,)], ids=["before its first checkpoint", "with a checkpoint"])
+def test_a_new_run_in_a_used_folder_is_refused(config: Path, run: Path, steps: tuple[int, ...]) -> None:
+    _used_run(config, run, steps=steps)
+    message = _refusal(ConfigError, config, run, ["checkpoint.resume=never"])
+    assert "nothing saved is overwritten" in message and "resume=auto" in message
+
+
+def test_a_checkpoint_of_another_config_is_refused_though_the_config_file_is_gone(config: Path, run: Path) -> None:
+    _used_run(config, run, steps=(8,))
+    (run / "config.yaml").unlink()
+    assert "another config" in _refusal(ConfigError, config, run, ["optimizer.bridge_lr=1e-3"])
+
+
+def test_data_that_changed_since_the_checkpoint_are_refused(run: Path, tmp_path: Path) -> None:
+    config = write_inputs(tmp_path / "own")
+    _used_run(config, run, steps=(8,))
+    shutil.rmtree(tmp_path / "own" / "train")
+    write_shards(tmp_path / "own" / "train", tmp_path / "own" / "encoder", numbered_texts(40))
+    message = _refusal(DataError, config, run)
+    assert "step_000008" in message and "have changed" in message and "Restore" in message
+
+
+def test_a_folder_whose_checkpoints_are_all_torn_is_not_started_anew(config: Path, run: Path) -> None:
+    _used_run(config, run, steps=(8, 16))
+    for trainer in run.glob("checkpoints/*/trainer.json"):
+        trainer.write_text("{}")
+    message = _refusal(CheckpointError, config, run)
+    assert "none of the checkpoints" in message and "another run_dir" in message
+
+
+def test_resuming_before_what_is_saved_is_refused(config: Path, run: Path) -> None:
+    _used_run(config, run, steps=(8, 16))
+    message = _refusal(ConfigError, config, run, [f"checkpoint.resume={run}/checkpoints/step_000008"])
+    assert "step_000016" in message and "another run_dir" in message
+
+
+def test_a_config_of_the_users_own_in_the_folder_is_not_overwritten(config: Path, run: Path) -> None:
+    run.mkdir()
+    (run / "config.yaml").write_text("# notes of mine\nsteps: 3\n")
+    assert "would overwrite" in _refusal(ConfigError, config, run)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_say_it_once_and_end_with_code_2(config: Path, run: Path, tmp_path: Path) -> None:
+    broken = _broken_backbone(config, tmp_path / "broken", Q_PROJ, None)
+    code, console = train(config, [f"run_dir={run}", f"decoders.1.backbone={broken}"], num_ranks=2)
+    assert code == EXIT_USER_ERROR, console
+    assert len(console.splitlines()) == 1 and console.startswith("arc-ds train: "), console
+    assert str(broken) in console and Q_PROJ in console
+    assert not run.exists()
+
+
+def test_the_command_finds_a_wrong_key_without_starting_ranks(config: Path, run: Path) -> None:
+    code, console = train(config, [f"run_dir={run}", "poolin.factors=[4]"], num_ranks=2)
+    assert code == EXIT_USER_ERROR
+    assert len(console.splitlines()) == 1 and "poolin" in console and "pooling" in console
+    assert not run.exists()

@@ -1,0 +1,115 @@
+"""Steps whose loss is not finite on one rank, in whole runs on two ranks: left out everywhere, counted, explained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from arc_ds import dist
+from arc_ds.config.load import load_config
+from arc_ds.data.packing import PackedBatch
+from arc_ds.errors import TrainingError
+from arc_ds.train import make_hooks
+from arc_ds.training.build import build_run
+from arc_ds.training.engine import PlacedDecoder
+from arc_ds.training.loop import fit
+from arc_ds.training.run import Run
+from arc_ds.training.run_folder import RunFolder
+from arc_ds.training.signals import StopRequest
+from arc_ds.training.watchdog import Watchdog
+from tests.helpers.distributed import run_on_ranks
+from tests.helpers.tiny_run import losses, numbers_by_step, read_json
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+STEPS = 6
+LIMIT = 2
+SMALL = (
+    f"steps={STEPS}",
+    f"optimizer.max_skipped_steps={LIMIT}",
+    "checkpoint.every=4",
+    "validation.every=0",
+    "data.validation=null",
+    "data.num_workers=0",
+    "tracking.mlflow=false",
+)
+
+
+class Outcome(NamedTuple):
+    """What one rank saw. skipped: `run.skipped_steps` at the end, and that of the run resumed from there."""
+
+    error: str | None
+    skipped: tuple[int, int | None]
+    record_ids: dict[int, Any]
+
+
+class _Spoilt:
+    """A decoder whose losses are infinite on rank 1 in some steps, though their gradients would be finite."""
+
+    def __init__(self, decoder: PlacedDecoder, run: Run, steps: Collection[int]) -> None:
+        self._decoder, self._run, self._steps = decoder, run, steps
+
+    def __call__(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
+        nll_L = self._decoder(batch, z_ZD)
+        return nll_L + torch.inf if dist.rank() == 1 and self._run.step in self._steps else nll_L
+
+
+def _train(config: str, overrides: tuple[str, ...], spoilt_steps: tuple[int, ...]) -> Outcome:
+    """Runs on each rank: a run whose steps with these numbers (from 0) are spoilt, then a look at resuming it."""
+    loaded = load_config(config, overrides)
+    run = build_run(loaded, torch.device("cpu"))
+    folder = RunFolder.open(run)
+    run.decoders = tuple(_Spoilt(decoder, run, spoilt_steps) for decoder in run.decoders)  # type: ignore[misc]
+    error = None
+    try:
+        with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
+            fit(run, make_hooks(run, folder, watchdog), stop)
+    except TrainingError as caught:
+        error = str(caught)
+    finally:
+        folder.close("FINISHED")
+    again = None
+    if error is None:
+        again = build_run(loaded, torch.device("cpu"))
+        RunFolder.open(again).close("FINISHED")
+    ids = {step: run.data[step].record_ids for step in spoilt_steps}
+    return Outcome(error, (run.skipped_steps, None if again is None else again.skipped_steps), ids)
+
+
+def _run(config: Path, run: Path, spoilt_steps: tuple[int, ...]) -> list[Outcome]:
+    return run_on_ranks(_train, str(config), (f"run_dir={run}", *SMALL), spoilt_steps, timeout_s=300.0)
+
+
+def test_steps_with_an_infinite_loss_are_left_out_and_counted(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    outcomes = _run(config, run, (1, 2, 4))
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    assert [outcome.skipped for outcome in outcomes] == [(3, 3), (3, 3)], "the count comes back with the checkpoint"
+    found = losses(run)
+    assert [step for step in range(STEPS) if found[step] == float("inf")] == [1, 2, 4]
+    counts = [numbers["train/skipped_steps"] for _, numbers in sorted(numbers_by_step(run).items())]
+    assert counts == [0, 1, 2, 2, 3, 3]
+    assert sorted(path.name for path in run.glob("non_finite_*")) == [
+        f"non_finite_step_{step + 1:06d}.json" for step in (1, 2, 4)
+    ]
+
+
+def test_too_many_in_a_row_end_the_run_on_all_ranks_and_name_the_records(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    outcomes = _run(config, run, (1, 2, 3))
+    assert outcomes[0].error == outcomes[1].error is not None
+    assert "3 steps in a row, up to step 4" in outcomes[0].error and f"max_skipped_steps = {LIMIT}" in outcomes[0].error
+    assert len(losses(run)) == 4, "what led there is written down"
+    dump = read_json(run / "non_finite_step_000004.json")
+    for rank, outcome in enumerate(outcomes):
+        records = [(entry["source"], entry["record"]) for entry in dump["ranks"][rank]["records"]]
+        assert tuple(records) == outcome.record_ids[3] and len(records) == 4
+        for source, record in records:
+            assert f"{source}:{record}" in outcomes[0].error
+    assert dump["sources"] == [str(config.parent / "train")] and dump["decoder"] == "other"
+    assert not list((run / "checkpoints").glob("step_000004")), "a run that ends so saves nothing"

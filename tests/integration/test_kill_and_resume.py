@@ -42,22 +42,14 @@ GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 @pytest.fixture(scope="module")
 def one_rank(config: Path) -> tuple[Path, Path]:
-    """Two runs on one rank, at the same time: one left alone, one killed within its second third."""
-    whole, killed = config.parent / "whole_1", config.parent / "killed_1"
-    process = start_training(config, [f"run_dir={whole}"])
-    _train_and_kill(config, killed, num_ranks=1)
-    console, _ = process.communicate(timeout=300)
-    assert process.returncode == EXIT_OK, console
-    return whole, killed
+    """Two runs on one rank: one left alone, one killed."""
+    return _whole_and_killed(config, num_ranks=1)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(config: Path) -> Path:
-    """A run on two ranks that is left alone."""
-    whole = config.parent / "whole_2"
-    code, console = train(config, [f"run_dir={whole}"], num_ranks=2)
-    assert code == EXIT_OK, console
-    return whole
+def two_ranks(config: Path) -> tuple[Path, Path]:
+    """Two runs on two ranks: one left alone, one killed."""
+    return _whole_and_killed(config, num_ranks=2)
 
 
 def test_losses_are_those_of_the_golden_file(one_rank: tuple[Path, Path]) -> None:
@@ -80,26 +72,38 @@ def test_one_rank_killed_and_resumed_repeats_the_run_to_the_last_bit(config: Pat
     _assert_one_point_a_step(killed)
 
 
-def test_two_ranks_killed_and_stopped_repeat_the_run_to_the_last_bit(config: Path, two_ranks: Path) -> None:
+def test_two_ranks_killed_and_stopped_repeat_the_run_to_the_last_bit(
+    config: Path, two_ranks: tuple[Path, Path]
+) -> None:
     """kill -9, resumed; SIGTERM, resumed on two ranks to the same bits, and on one rank to the same data."""
-    run = config.parent / "killed_2"
-    _train_and_kill(config, run, num_ranks=2)
+    whole, run = two_ranks
     stopped_at = _train_and_stop(config, run)
     on_one_rank = config.parent / "on_one_rank"
     shutil.copytree(run, on_one_rank)
 
+    alone = start_training(config, [f"run_dir={on_one_rank}"])
     code, console = train(config, [f"run_dir={run}"], num_ranks=2)
     assert code == EXIT_OK, console
-    _assert_same_run(run, two_ranks)
+    _assert_same_run(run, whole)
     _assert_one_point_a_step(run)
 
-    code, console = train(config, [f"run_dir={on_one_rank}"])
-    assert code == EXIT_OK and "was written by 2 ranks and is read by 1" in console, console
-    assert _labels(on_one_rank) == _labels(two_ranks)
-    assert losses(on_one_rank)[:stopped_at] == losses(two_ranks)[:stopped_at]
+    console, _ = alone.communicate(timeout=300)
+    assert alone.returncode == EXIT_OK and "was written by 2 ranks and is read by 1" in console, console
+    assert _labels(on_one_rank) == _labels(whole)
+    assert losses(on_one_rank)[:stopped_at] == losses(whole)[:stopped_at]
     # The orders of addition differ: 1e-8 was measured.
-    assert losses(on_one_rank) == pytest.approx(losses(two_ranks), rel=1e-6, abs=0)
+    assert losses(on_one_rank) == pytest.approx(losses(whole), rel=1e-6, abs=0)
     _assert_one_point_a_step(on_one_rank)
+
+
+def _whole_and_killed(config: Path, *, num_ranks: int) -> tuple[Path, Path]:
+    """A run that nobody touches and a killed one, at the same time: much of a start keeps one core busy only."""
+    whole, killed = (config.parent / f"{name}_{num_ranks}" for name in ("whole", "killed"))
+    process = start_training(config, [f"run_dir={whole}"], num_ranks=num_ranks)
+    _train_and_kill(config, killed, num_ranks=num_ranks)
+    console, _ = process.communicate(timeout=300)
+    assert process.returncode == EXIT_OK, console
+    return whole, killed
 
 
 def _train_and_kill(config: Path, run: Path, *, num_ranks: int) -> None:

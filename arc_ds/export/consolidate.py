@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -82,10 +83,13 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
 
 
 def _join_shards(checkpoint: Path) -> Mapping[str, Tensor]:
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    # Standard output is the command line's own. DeepSpeed prints its progress there, and its logger keeps the stream
+    # that it finds at the first import.
+    with redirect_stdout(sys.stderr):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     said = io.StringIO()
-    with redirect_stdout(said):  # DeepSpeed prints its progress; standard output is the command line's own
+    with redirect_stdout(said):
         tensors = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     logger.debug("%s", said.getvalue().rstrip())
     return tensors

@@ -55,10 +55,14 @@ class CompressorSpec:
 
     @staticmethod
     def from_json(plain: dict[str, Any]) -> CompressorSpec:
-        """The spec of a JSON object made by `to_json`. WeightsError on a missing or unknown field or kind."""
+        """The spec of a JSON object made by `to_json`. WeightsError on a missing or unknown field or kind.
+
+        A field that is missing is not filled with this version's default: it would change what the weights mean.
+        """
         try:
-            values = dict(plain)
-            backbone = dict(values["backbone"])
+            values = {field.name: plain[field.name] for field in dataclasses.fields(CompressorSpec)} | plain
+            backbone = {f.name: values["backbone"][f.name] for f in dataclasses.fields(BackboneConfig)}
+            backbone |= values["backbone"]
             scaling = backbone.get("rope_scaling")
             backbone["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
             values["backbone"] = BackboneConfig(**backbone)

@@ -1,0 +1,125 @@
+"""`arc-ds export` of real ZeRO-3 shards: two ranks train and save, one process without them joins and writes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from arc_ds import ArcModel
+from arc_ds.cli import main
+from arc_ds.data.packing import pack
+from arc_ds.data.segments import Sample, Segment
+from arc_ds.errors import CheckpointError
+from arc_ds.export.consolidate import TrainedCompressor, consolidate, find_checkpoint
+from arc_ds.model.compressor import Compressor
+from arc_ds.model.load import open_arc_folder
+from arc_ds.model.spec import build_compressor
+from arc_ds.training.checkpoint import TrainerState, save_checkpoint
+from arc_ds.training.engine import build_engine, set_trained
+from arc_ds.training.exit_codes import EXIT_USER_ERROR
+from arc_ds.training.optim import PortAdamW, make_param_groups
+from tests.helpers.distributed import run_on_ranks
+from tests.helpers.tiny_export import tiny_trained
+
+DS_CONFIG = {
+    "train_batch_size": 2,
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
+}
+CHANGES = {"num_layers": 2, "decoder_sizes": (48, 48)}
+
+
+def filled_compressor(trained: TrainedCompressor) -> Compressor:
+    """With the trained one's tensors; its first layer and its embeddings are frozen."""
+    compressor = build_compressor(trained.spec)
+    compressor.load_state_dict(dict(trained.tensors))
+    set_trained(compressor.encoder, trained_layers=1, train_embeddings=False)
+    return compressor
+
+
+def train_and_save(run: Path) -> dict[str, Tensor]:
+    """Two steps and a checkpoint; returns the whole parameters as the engine has them."""
+    import deepspeed
+
+    trained = tiny_trained(run / f"rank{dist.get_rank()}", **CHANGES)
+    compressor = filled_compressor(trained)
+    groups = make_param_groups(compressor, encoder_lr=1e-2, bridge_lr=1e-2, markers_lr=1e-2, weight_decay=0.0)
+    engine = build_engine(compressor, PortAdamW(groups, betas=(0.9, 0.95), eps=1e-8), DS_CONFIG)
+    batch = pack([Sample("test", (Segment.context(range(dist.get_rank(), 30)),))], trained.spec.packing)
+    for _ in range(2):
+        engine.backward(engine(batch, 1).square().mean())
+        engine.step()
+    state = TrainerState(
+        step=2,
+        data_position=4,
+        data_fingerprint="data",
+        config_hash="config",
+        extra={
+            "compressor": trained.spec.to_json(),
+            "encoder_tokenizer": str(run / "rank0" / "tokenizer.model"),
+            "decoders": [asdict(decoder) for decoder in trained.decoders],
+        },
+    )
+    save_checkpoint(engine, run / "checkpoints", 2, state, keep_last=1, keep_every=0)
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A run's folder with one checkpoint of two ranks, and the parameters that they had."""
+    run = tmp_path_factory.mktemp("run")
+    return run, run_on_ranks(train_and_save, run)[0]
+
+
+def test_joined_shards_are_the_engines_parameters(run_folder: tuple[Path, dict[str, Tensor]], tmp_path: Path, capsys):
+    run, expected = run_folder
+    trained = consolidate(find_checkpoint(run))
+    assert trained.spec == tiny_trained(tmp_path, **CHANGES).spec
+    assert trained.step == 2 and [decoder.name for decoder in trained.decoders] == ["decoder0", "decoder1"]
+    assert trained.tensors.keys() == expected.keys()
+    start = tiny_trained(tmp_path, **CHANGES).tensors
+    for name, tensor in expected.items():
+        assert torch.equal(trained.tensors[name], tensor) and trained.tensors[name].dtype == torch.float32, name
+    moved = {name for name in expected if not torch.equal(expected[name], start[name])}
+    assert "encoder.layers.1.attention.wq.weight" in moved and "ports.1.bridge.layer1.weight" in moved
+    assert "encoder.layers.0.attention.wq.weight" not in moved and "encoder.tok_embeddings.weight" not in moved
+    assert capsys.readouterr().out == "", "DeepSpeed's own words would mix with the command's output"
+
+
+@pytest.mark.parametrize("export_format", ["arc-ds", "arc"])
+def test_the_command_writes_what_the_run_trained(
+    run_folder: tuple[Path, dict[str, Tensor]], tmp_path: Path, capsys, export_format: str
+):
+    run, expected = run_folder
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out), "--format", export_format]) == 0
+    assert "step 2" in capsys.readouterr().out
+    source = open_arc_folder(out).tensors
+    for name, tensor in expected.items():
+        assert torch.equal(source.tensor(name), tensor), name
+    model = ArcModel.from_checkpoint(out, decoders=[])
+    assert model.compress(["the sea"], decoder=1)[0].shape[1] == 48
+    assert main(["export", str(run), str(out), "--format", export_format]) == EXIT_USER_ERROR
+    assert "exists already" in capsys.readouterr().err
+    step_folder = run / "checkpoints" / "step_000002"
+    options = ["--format", export_format, "--overwrite", "--dtype", "bfloat16"]
+    assert main(["export", str(step_folder), str(out), *options]) == 0
+    assert open_arc_folder(out).tensors.tensor("ports.0.rec").dtype == torch.bfloat16
+
+
+def test_a_shard_that_changed_is_named(run_folder: tuple[Path, dict[str, Tensor]], tmp_path: Path):
+    run, _ = run_folder
+    shard = next((run / "checkpoints" / "step_000002").rglob("*optim_states.pt"))
+    whole = shard.read_bytes()
+    try:
+        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=shard.name):
+            consolidate(find_checkpoint(run))
+    finally:
+        shard.write_bytes(whole)

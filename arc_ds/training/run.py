@@ -12,6 +12,7 @@ import torch
 
 from arc_ds.config.schema import RunConfig
 from arc_ds.data.loader import StepBatch, StepData, make_loader
+from arc_ds.errors import ArcError
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.engine import PlacedDecoder
 from arc_ds.training.schedule import RateSchedule
@@ -61,17 +62,28 @@ class Run:
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
 
     def batches(self) -> Iterator[StepBatch]:
-        """This rank's batches from the current step to the last; the time spent waiting goes to `clock`."""
+        """This rank's batches from the current step to the last; the time spent waiting goes to `clock`.
+
+        DataError where a record cannot be used and the config does not say to skip it.
+        """
         steps = range(self.step, self.config.steps)
         num_workers = self.config.data.num_workers
         loader = iter(make_loader(self.data, steps, num_workers=num_workers, pin_memory=self.pin_memory))
         while True:
             started = time.perf_counter()
-            batch = next(loader, None)
+            try:
+                batch = next(loader, None)
+            except ArcError as error:
+                raise type(error)(_own_words(error)) from None
             self.clock.waited_s += time.perf_counter() - started
             if batch is None:
                 return
             yield batch
+
+
+def _own_words(error: ArcError) -> str:
+    """The message without the worker's traceback, which torch's DataLoader writes in front of it."""
+    return str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()
 
 
 @dataclass

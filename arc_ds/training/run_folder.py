@@ -31,6 +31,7 @@ from arc_ds.training.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from arc_ds.training.manifest import write_durably
 from arc_ds.training.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.training.mlflow_server import DatasetFacts, RunFacts, environment_tags, package_versions, start_tracker
 from arc_ds.training.run import Run
@@ -62,7 +63,7 @@ def check_run_folder(config: RunConfig) -> None:
     if config.checkpoint.resume == "never":
         raise ConfigError(
             f"{folder} already holds a run, and checkpoint.resume is never: nothing saved is overwritten. Choose "
-            "another run_dir, or resume=auto."
+            "another run_dir, or checkpoint.resume=auto."
         )
     if config.checkpoint.resume != "auto":
         _check_nothing_lies_beyond(folder, Path(config.checkpoint.resume))
@@ -120,7 +121,7 @@ class RunFolder:
         tracker = None
         if dist.is_main():
             run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / CONFIG_NAME).write_text(dump_yaml(run.config), encoding="utf-8")
+            write_durably(run.folder / CONFIG_NAME, dump_yaml(run.config))
             tracker = open_tracker(run, None if state is None else state.mlflow_run_id)
         dist.barrier()
         return RunFolder(run, tracker)

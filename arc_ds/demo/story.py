@@ -125,7 +125,7 @@ def _use(export: Path) -> None:
 
     text = inputs.speeches()[1][-1].read_text(encoding="utf-8")
     start = text.find(". ", len(text) // 2) + 2
-    paragraph = text[start : text.find(". ", start + PARAGRAPH_CHARACTERS) + 1]
+    paragraph = " ".join(text[start : text.find(". ", start + PARAGRAPH_CHARACTERS) + 1].split())
     model = ArcModel.from_checkpoint(export, decoders=[inputs.model_file()])
     (vectors,) = model.compress([paragraph], marker="rec")
     assert model.encoder_tokenizer is not None, "an export carries its tokenizer"
@@ -134,8 +134,13 @@ def _use(export: Path) -> None:
         [[Context(paragraph, "rec")], [Context(paragraph, "cont")]], max_new_tokens=tokens
     )
     print(f"   the paragraph ({tokens} tokens):\n      {paragraph}")
-    print(f"   read as {vectors.shape[0]} vectors (its marker counted), the decoder repeats:\n      {repeated}")
-    print(f"   and continues:\n      {continued}")
+    print(f"   read as {vectors.shape[0]} vectors (its marker counted), the decoder repeats:\n      {_line(repeated)}")
+    print(f"   and continues:\n      {_line(continued)}")
+
+
+def _line(text: str) -> str:
+    """Generated text as one line."""
+    return " ".join(text.split()) or "(nothing but line breaks)"
 
 
 def _close(run_dir: Path, image: Path, export: Path, *, minutes: float) -> None:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arc_ds.data.gguf_metadata import read_gguf_metadata
 from arc_ds.data.tokenizer_formats import LLAMA3_PATTERN, JsonTokenizer, require, sha256_of
 from arc_ds.errors import TokenizerError
+from arc_ds.gguf_header import read_gguf_header
 
 _QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _CONTROL, _USER_DEFINED = 3, 4
@@ -54,7 +54,11 @@ def read_gguf_tokenizer(path: Path) -> JsonTokenizer:
 def _fields(path: Path) -> dict[str, Any]:
     """The `tokenizer.ggml.*` metadata, keys without that prefix."""
     prefix = "tokenizer.ggml."
-    fields = read_gguf_metadata(path, prefix)
+    try:
+        metadata = read_gguf_header(path, lists_under=prefix).metadata
+    except ValueError as error:
+        raise TokenizerError(f"tokenizer in {path}: {error}. Copy the file again.") from error
+    fields = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     for key in ("tokens", "merges", "token_type"):
         if fields.get("model") == "gpt2" and key not in fields:
             raise TokenizerError(

@@ -1,44 +1,26 @@
-"""GGUF files of the llama architecture: header, sizes, and tensors dequantised one at a time.
-
-The header is read here and not by the `gguf` package, whose reader spends seconds on a tokenizer's lists; the formats
-of quantised blocks are the package's. Format: the GGUF specification of ggml (docs/gguf.md), versions 2 and 3.
-"""
+"""GGUF files of the llama architecture: sizes, and tensors dequantised one at a time by the `gguf` package."""
 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from arc_ds.errors import WeightsError
+from arc_ds.gguf_header import GgufTensor, read_gguf_header
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
 from arc_ds.model.weights.fields import Fields, checked
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
 from arc_ds.model.weights.stores import ALL_ROWS, Shape
 
-_SCALARS: Mapping[int, str] = MappingProxyType(
-    {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-)
-_STRING, _ARRAY = 8, 9
 _PLAIN: Mapping[int, Any] = MappingProxyType({0: np.float32, 1: np.float16})
 _ROPE_FACTORS = "rope_freqs.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GgufTensor:
-    """One entry of the header. shape is in PyTorch's order; kind is ggml's number of the block format."""
-
-    shape: Shape
-    kind: int
-    offset: int
 
 
 class GgufStore:
@@ -51,11 +33,9 @@ class GgufStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                self.metadata, self._tensors, data_start = _read_header(file)
-        except (OSError, struct.error, ValueError, OverflowError, MemoryError) as error:
+            self.metadata, self._tensors, self._data_start = read_gguf_header(path)
+        except (OSError, ValueError) as error:
             raise WeightsError(f"{path} is no whole GGUF file: {error}. Copy it again.") from error
-        self._data_start = data_start
         self._quants = _quants(path)
         self._check_size()
 
@@ -172,61 +152,3 @@ def _quants(path: Path) -> Any:
     except ImportError as error:
         raise WeightsError(f"{path} needs the gguf package to be read. Run: pip install 'arc-ds[backbones]'") from error
     return gguf
-
-
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, GgufTensor], int]:
-    if file.read(4) != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    version = _scalar(file, "<I")
-    if version not in (2, 3):
-        raise ValueError(f"its version is {version}, expected 2 or 3")
-    num_tensors, num_keys = _scalar(file, "<Q"), _scalar(file, "<Q")
-    metadata: dict[str, Any] = {}
-    for _ in range(num_keys):
-        key, kind = _string(file), _scalar(file, "<I")
-        value = _value(file, kind)
-        if kind != _ARRAY:
-            metadata[key] = value
-    tensors = dict(_tensor_entry(file) for _ in range(num_tensors))
-    alignment = metadata.get("general.alignment", 32)
-    return metadata, tensors, -(-file.tell() // alignment) * alignment
-
-
-def _tensor_entry(file: BinaryIO) -> tuple[str, GgufTensor]:
-    name = _string(file)
-    sizes = [_scalar(file, "<Q") for _ in range(_scalar(file, "<I"))]
-    return name, GgufTensor(shape=tuple(reversed(sizes)), kind=_scalar(file, "<I"), offset=_scalar(file, "<Q"))
-
-
-def _value(file: BinaryIO, kind: int) -> Any:
-    if kind == _STRING:
-        return _string(file)
-    if kind == _ARRAY:
-        return _skip_array(file)
-    if kind not in _SCALARS:
-        raise ValueError(f"value of unknown type {kind}")
-    return _scalar(file, _SCALARS[kind])
-
-
-def _skip_array(file: BinaryIO) -> None:
-    kind, count = _scalar(file, "<I"), _scalar(file, "<Q")
-    if kind in _SCALARS:
-        file.seek(count * struct.calcsize(_SCALARS[kind]), 1)
-        return
-    for _ in range(count):
-        if kind == _STRING:
-            file.seek(_scalar(file, "<Q"), 1)
-        else:
-            _value(file, kind)
-
-
-def _string(file: BinaryIO) -> str:
-    length = _scalar(file, "<Q")
-    data = file.read(length)
-    if len(data) != length:
-        raise ValueError("it ends inside the header")
-    return data.decode("utf-8")
-
-
-def _scalar(file: BinaryIO, form: str) -> Any:
-    return struct.unpack(form, file.read(struct.calcsize(form)))[0]

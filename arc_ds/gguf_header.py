@@ -1,0 +1,128 @@
+"""The header of a GGUF file: its metadata, and where its tensors lie.
+
+Read here and not by the `gguf` package, whose reader makes numpy views of every string of every list: five seconds for
+a vocabulary of 49k tokens, in every process. Format: the GGUF specification of ggml (docs/gguf.md), versions 2 and 3.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+_SCALARS: Mapping[int, str] = MappingProxyType(
+    {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+)
+_STRING, _ARRAY = 8, 9
+_DEFAULT_ALIGNMENT = 32
+
+
+class GgufTensor(NamedTuple):
+    """One tensor of the file. shape is in PyTorch's order; kind is ggml's number of the block format; offset counts
+    from the start of the data, in bytes."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+class GgufHeader(NamedTuple):
+    """What a file says of itself. data_start: byte where the tensors' data begin."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+    data_start: int
+
+
+def read_gguf_header(path: Path, *, lists_under: str | None = None) -> GgufHeader:
+    """The header of a GGUF file. Metadata are str, int, float and bool; lists (a tokenizer's are long) only under keys
+    that begin with `lists_under`.
+
+    ValueError where the file is no little-endian GGUF of version 2 or 3, or is cut short in the header.
+    """
+    with path.open("rb") as file:
+        if len(head := file.read(24)) < 24 or head[:4] != b"GGUF":
+            raise ValueError("it does not begin with a GGUF header")
+        _, version, num_tensors, num_keys = struct.unpack("<4sIQQ", head)
+        if version not in (2, 3):
+            raise ValueError(f"its GGUF version is {version}, expected 2 or 3")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _Cursor(data, len(head)).header(num_tensors, num_keys, lists_under)
+            except (struct.error, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+                raise ValueError(f"its header is damaged or cut short ({error})") from error
+
+
+class _Cursor:
+    """A place in the file that moves on as values are read."""
+
+    def __init__(self, data: mmap.mmap, offset: int) -> None:
+        self.data = data
+        self.offset = offset
+
+    def header(self, num_tensors: int, num_keys: int, lists_under: str | None) -> GgufHeader:
+        metadata: dict[str, Any] = {}
+        for _ in range(num_keys):
+            key, kind = self._string(), self._scalar("I")
+            if kind != _ARRAY:
+                metadata[key] = self._value(kind)
+            elif lists_under is not None and key.startswith(lists_under):
+                metadata[key] = self._list()
+            else:
+                self._skip_list()
+        tensors = dict(self._tensor() for _ in range(num_tensors))
+        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        return GgufHeader(metadata, tensors, -(-self.offset // alignment) * alignment)
+
+    def _tensor(self) -> tuple[str, GgufTensor]:
+        name = self._string()
+        sizes = [self._scalar("Q") for _ in range(self._scalar("I"))]
+        return name, GgufTensor(tuple(reversed(sizes)), self._scalar("I"), self._scalar("Q"))
+
+    def _value(self, kind: int) -> Any:
+        return self._string() if kind == _STRING else self._scalar(_layout(kind))
+
+    def _list(self) -> list[Any]:
+        kind, count = self._scalar("I"), self._scalar("Q")
+        if kind == _ARRAY:
+            return [self._list() for _ in range(count)]
+        if kind == _STRING:
+            return [self._string() for _ in range(count)]
+        layout = f"<{count}{_layout(kind)}"
+        values = struct.unpack_from(layout, self.data, self.offset)
+        self.offset += struct.calcsize(layout)
+        return list(values)
+
+    def _skip_list(self) -> None:
+        kind, count = self._scalar("I"), self._scalar("Q")
+        if kind == _ARRAY:
+            for _ in range(count):
+                self._skip_list()
+        elif kind == _STRING:
+            for _ in range(count):
+                length = self._scalar("Q")
+                self.offset += length
+        else:
+            self.offset += count * struct.calcsize("<" + _layout(kind))
+
+    def _scalar(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self.data, self.offset)
+        self.offset += struct.calcsize("<" + code)
+        return value
+
+    def _string(self) -> str:
+        length = self._scalar("Q")
+        raw = self.data[self.offset : self.offset + length]
+        if len(raw) != length:
+            raise IndexError(f"a string of {length} bytes at byte {self.offset}")
+        self.offset += length
+        return raw.decode("utf-8")
+
+
+def _layout(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise IndexError(f"a value of unknown type {kind}")
+    return _SCALARS[kind]

@@ -53,8 +53,10 @@ def main(argv: Sequence[str]) -> int:
         return int(import_module(TRAIN_MODULE).main(list(argv)))
     arguments = _parser().parse_intermixed_args(list(argv))
     from arc_ds.config.load import load_config
+    from arc_ds.config.validate import check_paths
 
     config = load_config(arguments.config, arguments.overrides)
+    check_paths(config)
     num_procs = choose_num_procs(arguments.num_procs, config.device)
     return launch(
         TRAIN_MODULE, [arguments.config, *arguments.overrides], num_procs=num_procs, device_request=config.device

@@ -27,10 +27,10 @@ from arc_ds.training.schedule import RateSchedule
 TASKS = ("reconstruction", "continuation")
 POOLING = PoolingSpec(rules=(GroupRule("factor", 3),))
 MAX_GRAD_NORM = 0.05  # far below the norms of these models, so that every step is clipped
-# Clipped gradients are of order 3e-4 an element, and summing in another order leaves noise of up to 5e-10. AdamW divides
-# by |g| + eps: with eps 1e-8 an element whose gradient happens to be nil moves by its noise (seen: one of 768 off by
-# 6e-6, all others by 4e-8), which says nothing of a trainer. At 1e-6 noise moves an element by 3e-3 * 5e-10 / 1e-6 at
-# most, 3e-7 of a tensor's norm.
+# Clipped gradients are of order 3e-4 an element, and summing in another order leaves noise of up to 5e-10. AdamW
+# divides by |g| + eps: with eps 1e-8 an element whose gradient happens to be nil moves by its noise (seen: one of 768
+# off by 6e-6, all others by 4e-8), which says nothing of a trainer. At 1e-6 noise moves an element by
+# 3e-3 * 5e-10 / 1e-6 at most, 3e-7 of a tensor's norm.
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-6, 0.1
 NUM_STEPS = 10
 SCHEDULE = RateSchedule(total_steps=NUM_STEPS, warmup_steps=3, initial_lr=1e-6, final_lr=1e-5)

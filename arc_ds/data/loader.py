@@ -10,10 +10,12 @@ import io
 import logging
 import os
 import pickle
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -218,9 +220,21 @@ def make_loader(
 
 
 def _begin_worker(_: int) -> None:
-    """One thread a worker: the ranks' workers share the host's cores."""
+    """One thread a worker: the ranks' workers share the host's cores.
+
+    A scheduler that stops a job signals all of its processes. A rank then saves at the next step boundary, and until
+    there it needs its workers: they leave the signals to it, and end with it.
+    """
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ignore_once)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _ignore_once(number: int, _frame: FrameType | None) -> None:
+    """The second one ends the worker: it is how Python ends children that an abandoned loader has left behind."""
+    signal.signal(number, signal.SIG_DFL)
 
 
 def validation_examples(

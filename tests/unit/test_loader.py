@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections import defaultdict
 from pathlib import Path
 
@@ -106,6 +108,16 @@ def test_workers_and_resume_change_nothing(setting: Setting, num_workers: int) -
         for left, right in zip(loaded, expected[first:], strict=True):
             assert_equal(left, right)
             assert left.num_labels == right.num_labels > 0
+
+
+def test_a_worker_leaves_stop_signals_to_its_rank(setting: Setting) -> None:
+    """A scheduler signals every process of a job; the rank still needs its worker up to the next step boundary."""
+    batches = iter(make_loader(setting.data(), range(12), num_workers=1, prefetch=2))
+    steps = [next(batches).step]
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(batches._workers[0].pid, number)
+    steps += [batch.step for batch in batches]
+    assert steps == list(range(12))
 
 
 def test_decoder_of_the_step_gives_its_tokens(setting: Setting) -> None:

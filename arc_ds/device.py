@@ -21,14 +21,8 @@ def select_device(request: str, local_rank: int = 0) -> torch.device:
     request: "auto" (a GPU where there are any), "cuda" or "cpu". ConfigError where a GPU is asked for that this
     machine or this rank does not have.
     """
-    if request not in ("auto", "cuda", "cpu"):
-        raise ConfigError(f"device is {request!r}; expected auto, cuda or cpu")
-    if request == "cpu" or (request == "auto" and not torch.cuda.is_available()):
+    if wanted_kind(request) == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "device is cuda, but torch sees no GPU. `arc-ds doctor` shows what it finds; device=cpu runs on the CPU."
-        )
     num_devices = torch.cuda.device_count()
     if local_rank >= num_devices:
         raise ConfigError(
@@ -37,6 +31,24 @@ def select_device(request: str, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def wanted_kind(request: str) -> str:
+    """"cpu" or "cuda", what a request means on this machine; no GPU is touched. ConfigError as in `select_device`."""
+    if request not in ("auto", "cuda", "cpu"):
+        raise ConfigError(f"device is {request!r}; expected auto, cuda or cpu")
+    if request == "cpu" or (request == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "device is cuda, but torch sees no GPU. `arc-ds doctor` shows what it finds; device=cpu runs on the CPU."
+        )
+    return "cuda"
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that nobody uses yet; None on the CPU, where it is not asked for."""
+    return None if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def local_gpus() -> tuple[torch.device, ...]:

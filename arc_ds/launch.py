@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 
 from arc_ds import dist
-from arc_ds.device import num_cores, num_local_devices, select_device
+from arc_ds.device import num_cores, num_local_devices, wanted_kind
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.rank import STATUS_FOLDER_VARIABLE, WRAPPER_PID_VARIABLE, RankStatus, read_statuses
 from arc_ds.training.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
@@ -135,7 +135,7 @@ def _environment(folder: str, num_procs: int, device_request: str) -> dict[str, 
 
 
 def _on_cpu(device_request: str) -> bool:
-    return select_device(device_request).type == "cpu"
+    return wanted_kind(device_request) == "cpu"
 
 
 def _end_with_parent() -> None:

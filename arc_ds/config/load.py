@@ -30,6 +30,7 @@ _NOT_NUMERICS = (
     ("deepspeed",),
     ("encoder", "activation_checkpointing"),
     ("decoders", "*", "placement"),
+    ("decoders", "*", "activation_checkpointing"),
     ("data", "num_workers"),
     ("data", "validation"),
     ("data", "on_error"),

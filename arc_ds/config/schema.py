@@ -127,6 +127,8 @@ class DecoderConfig:
     """Rotary scaling: the checkpoint's own, or none."""
     placement: Literal["auto", "replicated", "zero3", "zero3+hpz"] = "auto"
     """Whole on every rank, sharded over all ranks, or sharded within each host. auto: whole where it fits."""
+    activation_checkpointing: bool = False
+    """Recompute each of its layers in backward instead of keeping it: less memory, one more forward of the decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +227,7 @@ class ValidationConfig:
     every: int = 0
     """Steps between validations; 0: only at the end."""
     num_samples: int = 64
-    """Held-out samples per decoder, half of them per task, ≥ 2."""
+    """Held-out samples per decoder, half of them per task, ≥ 4."""
     batch_size: int = 8
     """Samples per forward on each rank, ≥ 1. Its results do not depend on it."""
 

@@ -63,7 +63,7 @@ def check_paths(config: RunConfig) -> None:
 
 
 def _exists(path: str) -> bool:
-    return "://" in path or Path(path).exists()  # what webdataset opens by URL is looked for when it is read
+    return Path(path).exists()
 
 
 def _at_least(key: str, value: float | None, low: float, cure: str = "") -> Iterator[str]:
@@ -179,7 +179,7 @@ def _cadence_problems(config: RunConfig) -> Iterator[str]:
     yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
     yield from _at_least("checkpoint.keep_every", checkpoint.keep_every, 1, "null keeps none for good.")
     yield from _at_least("validation.every", validation.every, 0, "0 validates only at the end.")
-    yield from _at_least("validation.num_samples", validation.num_samples, 2)
+    yield from _at_least("validation.num_samples", validation.num_samples, 4, "Each task needs two of them.")
     yield from _at_least("validation.batch_size", validation.batch_size, 1)
     if validation.every > 0 and config.data.validation is None:
         yield (

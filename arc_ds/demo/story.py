@@ -11,12 +11,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from arc_ds.config.load import load_config
+from arc_ds.config.schema import RunConfig
 from arc_ds.demo import inputs, picture
+from arc_ds.device import num_local_devices
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.training.exit_codes import EXIT_PREEMPTED
 from arc_ds.training.metrics_log import METRICS_NAME, read_metrics
 
 RECIPE = Path("ds_configs") / "recipes" / "demo.yaml"
+DEEPSPEED = Path("ds_configs") / "cpu.json"
 INTERRUPT_AT = 0.4  # of the steps
 PARAGRAPH_CHARACTERS = 280
 
@@ -27,7 +31,7 @@ def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, 
     Started again on the same folder it goes on where it was: shards and finished training are not made twice.
     """
     started = time.monotonic()
-    recipe = config or _find_recipe()
+    recipe = config or _beside_package(RECIPE)
     if fresh and out.exists():
         _delete(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -36,9 +40,8 @@ def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, 
     _build_shards(out, environment)
     _say("2. Training by the deepspeed launcher, interrupted once on purpose")
     run_dir = out / "run"
-    options = [str(recipe), f"run_dir={run_dir}", *overrides]
-    if num_procs is not None:
-        options.append(f"--num-procs={num_procs}")
+    options = [str(recipe), f"run_dir={run_dir}", f"deepspeed={_beside_package(DEEPSPEED)}", *overrides]
+    options.append(f"--num-procs={num_procs or _num_procs(options, environment)}")
     interrupted_at = _train(run_dir, options, environment)
     _say("3. Export")
     export = out / "export"
@@ -91,11 +94,7 @@ def _train(run_dir: Path, options: list[str], environment: dict[str, str]) -> in
 
 
 def _interrupt_step(options: list[str], environment: dict[str, str]) -> int:
-    from arc_ds.config.load import load_config
-
-    os.environ.update({name: environment[name] for name in ("MODELS", "SHARDS")})
-    overrides = [option for option in options[1:] if not option.startswith("--")]
-    return max(1, int(INTERRUPT_AT * load_config(options[0], overrides).steps))
+    return max(1, int(INTERRUPT_AT * _config(options, environment).steps))
 
 
 def _wait_for_step(metrics: Path, process: subprocess.Popen[bytes], step: int) -> int | None:
@@ -178,11 +177,25 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
         raise ArcError(f"a command of the demo ended with code {code}: {' '.join(command[:6])} ...")
 
 
-def _find_recipe() -> Path:
-    recipe = Path(__file__).resolve().parents[2] / RECIPE
-    if not recipe.is_file():
-        raise ConfigError(f"no {RECIPE} beside the package: run the demo from a clone, or give --config")
-    return recipe
+def _beside_package(name: Path) -> Path:
+    """A file of the repository that this package is installed from."""
+    path = Path(__file__).resolve().parents[2] / name
+    if not path.is_file():
+        raise ConfigError(f"no {name} beside the package: run the demo from a clone")
+    return path
+
+
+def _num_procs(options: list[str], environment: dict[str, str]) -> int:
+    """As many processes as there are GPUs and the recipe's batch can be dealt to evenly; one on the CPU."""
+    config = _config(options, environment)
+    batch = config.data.batch_size // config.micro_batches
+    return max(n for n in range(1, num_local_devices(config.device) + 1) if batch % n == 0)
+
+
+def _config(options: list[str], environment: dict[str, str]) -> RunConfig:
+    """The run's config, with the environment that its recipe is read in."""
+    os.environ.update({name: environment[name] for name in ("MODELS", "SHARDS")})
+    return load_config(options[0], [option for option in options[1:] if not option.startswith("--")])
 
 
 def _delete(out: Path) -> None:

@@ -115,9 +115,10 @@ def load_decoder(
     dtype: torch.dtype,
     *,
     activation_checkpointing: bool = False,
+    max_positions: int | None = None,
 ) -> Decoder:
     """A frozen decoder from a weights folder or a .gguf file. WeightsError where a tensor is missing or misshapen."""
-    source = open_backbone(path, rope_scaling)
+    source = open_backbone(path, rope_scaling, max_positions=max_positions)
     with torch.device("meta"):
         decoder = Decoder(source.config, activation_checkpointing=activation_checkpointing)
     load_backbone(decoder, source, dtype=dtype)

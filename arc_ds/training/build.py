@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from arc_ds.data.order import RunOrder
 from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.tasks import TaskLimits, closed, mismatched, open_
-from arc_ds.data.tokenizers import load_tokenizer
+from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.device import free_memory_bytes
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec
@@ -34,6 +36,8 @@ from arc_ds.training.optim import PortAdamW, make_param_groups
 from arc_ds.training.run import Run
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.validate import ValidationSet, Validator
+
+logger = logging.getLogger(__name__)
 
 TASKS = ("reconstruction", "continuation")
 
@@ -99,6 +103,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
 def step_data(config: RunConfig, packing: PoolingSpec) -> StepData:
     """This rank's view of the run's data. DataError where shards, ConfigError where numbers cannot be used."""
     sources = [ShardSet(source.path) for source in config.data.sources]
+    _warn_of_other_cuts(load_tokenizer(encoder_tokenizer_path(config)), sources)
     share = config.data.reconstruction_share
     order = RunOrder(
         seed=config.seed,
@@ -185,7 +190,7 @@ def _place(
         placement = choose_placement(
             wanted.placement,
             decoder_bytes=sum(p.numel() * p.element_size() for p in decoder.parameters()),
-            free_bytes=_free_bytes(device),
+            free_bytes=free_memory_bytes(device),
             world_size=dist.world_size(),
         )
         placement = dist.broadcast_object(placement)
@@ -198,12 +203,16 @@ def _place(
     return tuple(placed)
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody uses yet; on the CPU decoders are always whole where the config says auto."""
-    if device.type == "cpu":
-        return 1 << 60
-    free, _ = torch.cuda.mem_get_info(device)
-    return free
+def _warn_of_other_cuts(tokenizer: Tokenizer, sources: Sequence[ShardSet]) -> None:
+    """Records cut by another tokenizer can be used, but work is dealt by their lengths, which are not the encoder's."""
+    for source in sources:
+        if source.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+            logger.warning(
+                "the shards in %s were cut by another tokenizer than the encoder's: records may be longer than a "
+                "sequence, and work is dealt less evenly. Build them with the encoder's: arc-ds shards build "
+                "--tokenizer.",
+                source.folder,
+            )
 
 
 def _dtype(config: RunConfig) -> torch.dtype:

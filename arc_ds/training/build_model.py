@@ -15,7 +15,7 @@ from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import init_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.decoder import Decoder
-from arc_ds.model.load import load_decoder, open_arc_folder
+from arc_ds.model.load import ArcSourceFolder, load_decoder, open_arc_folder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import beyond_layers, find_tokenizer, load_backbone, open_backbone, read_backbone_config
@@ -80,7 +80,9 @@ def starting_compressor(config: RunConfig, spec: CompressorSpec) -> Compressor:
         raise ConfigError(f"the config's sizes do not fit each other: {error}") from error
     num_loaded_ports = 0
     if config.encoder.init_from is None:
-        source = open_backbone(config.encoder.backbone, config.encoder.rope_scaling)
+        source = open_backbone(
+            config.encoder.backbone, config.encoder.rope_scaling, max_positions=config.data.max_context_tokens
+        )
         load_backbone(
             compressor,
             source,
@@ -91,6 +93,7 @@ def starting_compressor(config: RunConfig, spec: CompressorSpec) -> Compressor:
         )
     else:
         folder = open_arc_folder(Path(config.encoder.init_from), Path(config.encoder.backbone))
+        _check_same_meaning(config, spec, folder)
         num_loaded_ports = min(len(folder.spec.decoder_sizes), len(spec.decoder_sizes))
         fresh = tuple(f"ports.{n}." for n in range(num_loaded_ports, len(spec.decoder_sizes)))
         load_backbone(
@@ -111,7 +114,51 @@ def starting_compressor(config: RunConfig, spec: CompressorSpec) -> Compressor:
 
 def frozen_decoders(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[Decoder]:
     """The decoders' modules with their weights; not placed yet. WeightsError where a tensor is missing or misshapen."""
-    return [load_decoder(Path(d.backbone), d.rope_scaling, device, dtype) for d in config.decoders]
+    return [
+        load_decoder(
+            Path(d.backbone),
+            d.rope_scaling,
+            device,
+            dtype,
+            activation_checkpointing=d.activation_checkpointing,
+            max_positions=longest_sequence(config),
+        )
+        for d in config.decoders
+    ]
+
+
+def longest_sequence(config: RunConfig) -> int:
+    """Most decoder rows that a training or validation sequence can have: prefix, open context, continuation, begin."""
+    data = config.data
+    return data.max_prefix_tokens + data.max_context_tokens + data.max_continuation_tokens + 1
+
+
+def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcSourceFolder) -> None:
+    """ConfigError where the weights to start from were trained as something else than what the config asks for.
+
+    Pooling factors may differ (the paper fine-tunes to a lower one), and so may decoders that get fresh ports.
+    """
+    ours, theirs = spec, folder.spec
+    pairs = {
+        "encoder.rope_scaling": (ours.backbone.rope_scaling, theirs.backbone.rope_scaling),
+        "encoder.causal": (ours.causal, theirs.causal),
+        "pooling.strategy": (ours.strategy, theirs.strategy),
+        "pooling.pooled_queries": (ours.pooled_queries, theirs.pooled_queries),
+        "pooling.where": (ours.where, theirs.where),
+        "number of layers that pool": (len(ours.rules), len(theirs.rules)),
+        "pooling.memory_tokens": (ours.memory_tokens, theirs.memory_tokens),
+    }
+    for decoder, trained in zip(config.decoders, folder.decoder_rope_scaling, strict=False):
+        pairs[f"rope_scaling of decoder {decoder.name}"] = (
+            read_backbone_config(decoder.backbone, decoder.rope_scaling).rope_scaling,
+            read_backbone_config(decoder.backbone, trained).rope_scaling,
+        )
+    different = [f"{name}: {mine} here, {other} there" for name, (mine, other) in pairs.items() if mine != other]
+    if different:
+        raise ConfigError(
+            f"encoder.init_from={config.encoder.init_from} holds weights of another meaning: {'; '.join(different)}. "
+            "Set the config to what they were trained as (weights of the paper's authors: rope_scaling none)."
+        )
 
 
 def _fill_rest(compressor: Compressor, config: RunConfig, num_loaded_ports: int) -> None:

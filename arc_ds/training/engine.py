@@ -82,14 +82,14 @@ def prefetch_is_traced(engine: DeepSpeedEngine) -> bool:
     return offload.get_param_coordinator().is_complete_trace()
 
 
-def choose_placement(choice: str, *, decoder_bytes: int, free_bytes: int, world_size: int) -> Placement:
+def choose_placement(choice: str, *, decoder_bytes: int, free_bytes: int | None, world_size: int) -> Placement:
     """What "auto" means: whole on every rank where a copy takes at most 0.4 of the device's free memory.
 
-    Any other choice is returned as it is.
+    free_bytes: None for a device whose memory is not counted, such as the CPU. Any other choice is returned as it is.
     """
     if choice != "auto":
         return choice  # type: ignore[return-value]
-    fits = decoder_bytes <= REPLICATED_SHARE * free_bytes
+    fits = free_bytes is None or decoder_bytes <= REPLICATED_SHARE * free_bytes
     return "replicated" if fits or world_size == 1 else "zero3"
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,14 +56,14 @@ class WatchdogHook:
         self._watchdog.alive()
 
 
-@dataclass(frozen=True)
-class Throughput:
+class Throughput(NamedTuple):
     """What this rank has read since the last report."""
 
     encoder_tokens: int = 0
     decoder_rows: int = 0
     labels: int = 0
     skipped_records: int = 0
+    degraded_records: int = 0
 
     def plus(self, batch: StepBatch) -> Throughput:
         """With one more batch."""
@@ -73,6 +72,7 @@ class Throughput:
             self.decoder_rows + sum(m.num_decoder_rows for m in batch.micro_batches),
             self.labels + sum(m.num_labels for m in batch.micro_batches),
             self.skipped_records + batch.skipped,
+            self.degraded_records + batch.degraded,
         )
 
 
@@ -126,10 +126,7 @@ class MetricsHook:
 
     def _speed(self, run: Run, elapsed: float) -> dict[str, float]:
         since = self._since
-        own = torch.tensor(
-            [since.encoder_tokens, since.decoder_rows, since.labels, since.skipped_records], dtype=torch.float64
-        )
-        tokens, rows, labels, skipped = _summed(own, run.device)
+        tokens, rows, labels, skipped, degraded = _summed(torch.tensor(since, dtype=torch.float64), run.device)
         return {
             "speed/encoder_tokens_per_s": tokens / elapsed,
             "speed/decoder_rows_per_s": rows / elapsed,
@@ -138,6 +135,7 @@ class MetricsHook:
             "speed/data_wait_share": run.clock.read() / elapsed,
             "memory/peak_gib": peak_memory_bytes(run.device) / GIB,
             "data/skipped_records": skipped,
+            "data/degraded_records": degraded,
             "train/skipped_steps": float(run.skipped_steps),
         }
 

@@ -233,7 +233,7 @@ def test_hash_ignores_where_and_how_often_things_are_written(write):
         "data.num_workers=0",
         "decoders.0.placement=zero3",
         "micro_batches=2",
-        "validation.num_samples=2",
+        "validation.num_samples=4",
     ):
         assert config_hash(load_config(write(), [override])) == config_hash(base), override
 
@@ -262,7 +262,14 @@ def test_dict_of_a_config_is_plain(write):
     tree = to_dict(load_config(write()))
     assert tree["pooling"]["factors"] == [8]
     assert tree["decoders"] == [
-        {"name": "a", "backbone": "models/dec", "tokenizer": None, "rope_scaling": "checkpoint", "placement": "auto"}
+        {
+            "name": "a",
+            "backbone": "models/dec",
+            "tokenizer": None,
+            "rope_scaling": "checkpoint",
+            "placement": "auto",
+            "activation_checkpointing": False,
+        }
     ]
 
 

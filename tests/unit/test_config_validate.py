@@ -64,7 +64,7 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["checkpoint.keep_last=0"], ["checkpoint.keep_last"]),
         (["checkpoint.keep_every=0"], ["checkpoint.keep_every"]),
         (["validation.every=5"], ["data.validation names no"]),
-        (["validation.num_samples=1"], ["validation.num_samples"]),
+        (["validation.num_samples=3"], ["validation.num_samples"]),
     ],
 )
 def test_value_out_of_range_names_key_and_cure(tmp_path, overrides, words):

@@ -13,6 +13,7 @@ import torch
 from arc_ds.errors import ConfigError
 
 GIB = 1 << 30
+REQUESTS = ("auto", "cuda", "cpu")  # what a user may ask for; auto is a GPU where there are any
 
 
 def select_device(request: str, local_rank: int = 0) -> torch.device:
@@ -35,8 +36,8 @@ def select_device(request: str, local_rank: int = 0) -> torch.device:
 
 def wanted_kind(request: str) -> str:
     """"cpu" or "cuda", what a request means on this machine; no GPU is touched. ConfigError as in `select_device`."""
-    if request not in ("auto", "cuda", "cpu"):
-        raise ConfigError(f"device is {request!r}; expected auto, cuda or cpu")
+    if request not in REQUESTS:
+        raise ConfigError(f"device is {request!r}; expected one of {', '.join(REQUESTS)}")
     if request == "cpu" or (request == "auto" and not torch.cuda.is_available()):
         return "cpu"
     if not torch.cuda.is_available():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arc_ds.data.segments import MARKERS, Marker
-from arc_ds.device import select_device
+from arc_ds.device import REQUESTS, select_device
 from arc_ds.errors import DataError
 from arc_ds.export.formats import DTYPES
 from arc_ds.model.arc import ArcModel, Context
@@ -101,7 +101,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder-idx", type=int, default=0, help="which of its decoders to use (default 0)")
     parser.add_argument("--encoder-backbone", type=Path, help="sizes and tokenizer, for the reference's checkpoints")
     parser.add_argument("--pooling-factor", type=int, help="another factor than the trained one")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="default: a GPU if any")
+    parser.add_argument("--device", default="auto", choices=REQUESTS, help="default: a GPU if there is one")
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of all weights (default float32)")
     parser.add_argument(
         "--marker",

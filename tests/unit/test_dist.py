@@ -53,7 +53,7 @@ def test_only_rank_0_informs_and_every_rank_warns(monkeypatch, alone, number, le
 def test_cpu_can_be_asked_for_and_unknown_devices_cannot():
     assert device.select_device("cpu") == torch.device("cpu")
     assert device.backend_name(torch.device("cpu")) == "gloo"
-    with pytest.raises(ConfigError, match="auto, cuda or cpu"):
+    with pytest.raises(ConfigError, match="one of auto, cuda, cpu"):
         device.select_device("tpu")
 
 

@@ -22,7 +22,7 @@ from arc_ds.training.metrics_log import METRICS_NAME, read_metrics
 RECIPE = Path("ds_configs") / "recipes" / "demo.yaml"
 DEEPSPEED = Path("ds_configs") / "cpu.json"
 INTERRUPT_AT = 0.4  # of the steps
-PARAGRAPH_CHARACTERS = 280
+SENTENCE_CHARACTERS = 100
 
 
 def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, overrides: Sequence[str]) -> int:
@@ -47,7 +47,7 @@ def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, 
     export = out / "export"
     if not export.exists():
         _command(["export", str(run_dir), str(export)], environment)
-    _say("4. A held-out paragraph, compressed and read by the decoder")
+    _say("4. A held-out passage, compressed and read by the decoder")
     _use(export)
     image = out / "demo.png"
     picture.draw(
@@ -119,20 +119,20 @@ def _rows(metrics: Path) -> list[dict[str, float]]:
 
 
 def _use(export: Path) -> None:
-    """A paragraph of the newest speech: compressed, repeated and continued."""
+    """A passage of the newest speech: compressed, repeated and continued."""
     from arc_ds.model.arc import ArcModel, Context
 
     text = inputs.speeches()[1][-1].read_text(encoding="utf-8")
     start = text.find(". ", len(text) // 2) + 2
-    paragraph = " ".join(text[start : text.find(". ", start + PARAGRAPH_CHARACTERS) + 1].split())
+    passage = " ".join(text[start : text.find(". ", start + SENTENCE_CHARACTERS) + 1].split())
     model = ArcModel.from_checkpoint(export, decoders=[inputs.model_file()])
-    (vectors,) = model.compress([paragraph], marker="rec")
+    (vectors,) = model.compress([passage], marker="rec")
     assert model.encoder_tokenizer is not None, "an export carries its tokenizer"
-    tokens = len(model.encoder_tokenizer.encode(paragraph))
+    tokens = len(model.encoder_tokenizer.encode(passage))
     repeated, continued = model.generate(
-        [[Context(paragraph, "rec")], [Context(paragraph, "cont")]], max_new_tokens=tokens
+        [[Context(passage, "rec")], [Context(passage, "cont")]], max_new_tokens=tokens
     )
-    print(f"   the paragraph ({tokens} tokens):\n      {paragraph}")
+    print(f"   the passage ({tokens} tokens):\n      {passage}")
     print(f"   read as {vectors.shape[0]} vectors (its marker counted), the decoder repeats:\n      {_line(repeated)}")
     print(f"   and continues:\n      {_line(continued)}")
 

@@ -44,7 +44,8 @@ def read_gguf_tokenizer(path: Path) -> JsonTokenizer:
             "`tokenizer` key to the tokenizer.json of the original model."
         )
     backend = _build(library, fields, pre)
-    bos_id = fields.get("bos_token_id") if fields.get("add_bos_token", True) else None
+    # `add_bos_token` is what llama.cpp does unasked; whether a sequence begins with it here is the run's to say.
+    bos_id = fields.get("bos_token_id")
     eos_id = fields.get("eos_token_id")
     parts = [json.dumps(fields[key], ensure_ascii=False).encode() for key in ("tokens", "merges", "token_type")]
     marks = json.dumps([pre, bos_id, eos_id]).encode()

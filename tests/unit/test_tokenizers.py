@@ -142,7 +142,7 @@ SMOLLM2_IDS += [35, 30, 33, 36, 26411, 30158, 241, 10813, 244, 127]
 
 def test_smollm2_gguf_gives_the_recorded_ids() -> None:
     tokenizer = load_tokenizer(smollm2())
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (49152, None, 2)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (49152, 1, 2)
     assert tokenizer.encode(SMOLLM2_TEXT) == SMOLLM2_IDS
     assert tokenizer.decode(SMOLLM2_IDS) == SMOLLM2_TEXT
     assert_boundaries(tokenizer, SMOLLM2_TEXT)

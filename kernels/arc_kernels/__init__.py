@@ -9,8 +9,13 @@ oracle, and the path on CPU) and the public function that checks its arguments a
     rotary, swiglu
     splice                 token embeddings and given rows into one sequence
     linear_cross_entropy   NLL of labelled rows against a frozen head
+    use                    context that chooses the implementation: "auto", "triton" or "reference"
+
+ARC_KERNELS in the environment is the choice outside any context; importing this package does not import triton.
+ARC_KERNELS_CHECK=1 has the values of boundaries on a GPU checked too (it synchronises).
 """
 
+from arc_kernels._dispatch import use
 from arc_kernels.attention import attention_varlen
 from arc_kernels.cross_entropy import linear_cross_entropy
 from arc_kernels.norm import add_rms_norm, layer_norm, rms_norm
@@ -32,4 +37,5 @@ __all__ = [
     "rotary",
     "splice",
     "swiglu",
+    "use",
 ]

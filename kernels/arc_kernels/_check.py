@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -21,7 +24,22 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"tensors are on different devices: {devices}; move them to one")
 
 
-def check_boundaries(name: str, cu: Tensor) -> None:
-    """`cu` is an int32 vector of boundaries with at least one segment. (Its values are on the device: not read.)"""
+def check_boundaries(name: str, cu: Tensor, *, total: int | None = None) -> None:
+    """`cu` holds boundaries of segments: int32 [S + 1], from 0 to `total` rows, each segment of at least one row.
+
+    Values are read where that costs no synchronisation, on the CPU, and on a GPU under ARC_KERNELS_CHECK=1; not while
+    torch.compile traces. `total` None: the last value is not checked.
+    """
     if cu.dtype != torch.int32 or cu.dim() != 1 or cu.numel() < 1:
         raise ValueError(f"{name} is {cu.dtype} of shape {tuple(cu.shape)}; expected int32 boundaries of shape [S + 1]")
+    if torch.compiler.is_compiling() or not (cu.device.type == "cpu" or os.environ.get("ARC_KERNELS_CHECK") == "1"):
+        return
+    values = cu.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name} starts at {values[0]}; expected 0")
+    if total is not None and values[-1] != total:
+        raise ValueError(f"{name} ends at {values[-1]}; expected the number of rows, {total}")
+    for i, (start, end) in enumerate(pairwise(values)):
+        if end <= start:
+            kind = "is empty" if end == start else "decreases"
+            raise ValueError(f"{name} {kind} at segment {i}: from {start} to {end}; every segment needs a row")

@@ -1,0 +1,58 @@
+"""Compiling kernels without a GPU: what is compiled is listed by each kernel's `compile_specs`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileSpec:
+    """One kernel with one config and one set of argument types, as the offline compiler takes it."""
+
+    name: str
+    """Unique among all specs; says kernel, dtype and shape, such as "rms_norm_forward bf16 D=3072"."""
+
+    fn: Any
+    """The `@triton.jit` function."""
+
+    signature: Mapping[str, str]
+    """Type of each argument that is no constant: "*bf16", "*fp32", "*i32", "i32", "i64", "fp32"; in any order."""
+
+    constexprs: Mapping[str, Any]
+    """Value of each `tl.constexpr` argument."""
+
+    num_warps: int
+    num_stages: int = 2
+
+    divisible_by_16: tuple[str, ...] = ()
+    """Arguments known to be multiples of 16 (pointers: aligned to 16 bytes), as a launch finds out by itself."""
+
+    uses_dot: bool = False
+    """Whether tensor-core instructions are expected in the machine code."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of the backend."""
+
+
+def compile_spec(spec: CompileSpec, target: Any) -> Any:
+    """The compiled kernel for a `triton.backends.compiler.GPUTarget`, such as GPUTarget("cuda", 90, 32); no GPU needed.
+
+    ValueError where signature and constants are not the kernel's arguments, or under TRITON_INTERPRET=1.
+    """
+    import triton
+    from triton.compiler import ASTSource
+
+    if not isinstance(spec.fn, triton.JITFunction):
+        raise ValueError(f"{spec.name}: not a triton.jit function; TRITON_INTERPRET=1 must not be set when compiling")
+    arg_names = list(spec.fn.arg_names)
+    given = sorted([*spec.signature, *spec.constexprs])
+    if given != sorted(arg_names):
+        differing = sorted(set(given) ^ set(arg_names))
+        raise ValueError(f"{spec.name}: signature and constexprs do not match the kernel's arguments: {differing}")
+    signature = {arg: spec.signature.get(arg, "constexpr") for arg in arg_names}
+    attrs = {(arg_names.index(arg),): [["tt.divisibility", 16]] for arg in spec.divisible_by_16}
+    source = ASTSource(fn=spec.fn, signature=signature, constexprs=dict(spec.constexprs), attrs=attrs)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
+    return triton.compile(source, target=target, options=options)

@@ -1,0 +1,73 @@
+"""Which implementation a call takes: the Triton kernels or plain torch. Decided at call time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Choice = Literal["auto", "triton", "reference"]
+CHOICES: tuple[Choice, ...] = ("auto", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_CUDA_CAPABILITY = (8, 0)  # bfloat16 in tl.dot and asynchronous copies begin with Ampere
+
+# Not a ContextVar: autograd runs backward, and with it the recomputation of a checkpointed block, on threads of its
+# own, which would not see the caller's context and would save other tensors than the first pass did.
+_forced: Choice | None = None
+
+
+@contextmanager
+def use(choice: Choice) -> Iterator[None]:
+    """Within the context every function takes the given implementation, on all threads.
+
+    "auto": Triton on a supported GPU (CUDA from sm_80 on, or ROCm), plain torch elsewhere; "triton"; "reference".
+    Outside any context the environment's ARC_KERNELS decides ("auto" where it is unset). Forward and backward of one
+    graph belong in one context. A compiled function follows a change of context; of the environment it keeps what it saw
+    when it was traced. ValueError on any other choice.
+    """
+    global _forced
+    before, _forced = _forced, _checked(choice, "choice")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether a call on `x` takes the Triton kernels.
+
+    Under "triton" a ValueError where they cannot run: float64 or integers, or a CPU tensor without TRITON_INTERPRET=1.
+    """
+    choice = _forced or _checked(os.environ.get("ARC_KERNELS") or "auto", "ARC_KERNELS")
+    if choice == "reference":
+        return False
+    if choice == "auto":
+        return x.is_cuda and x.dtype in KERNEL_DTYPES and _gpu_is_supported(x.device.index)
+    if x.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"Triton kernels take float32, float16 and bfloat16, not {x.dtype}; use 'auto' or 'reference'")
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"Triton kernels were asked for, but the tensor is on {x.device}; move it to a GPU, use 'auto' or "
+            "'reference', or set TRITON_INTERPRET=1 before triton is imported (slow: for tests)"
+        )
+    return True
+
+
+def _checked(choice: str, name: str) -> Choice:
+    for known in CHOICES:
+        if choice == known:
+            return known
+    raise ValueError(f"{name} is {choice!r}; expected one of {', '.join(CHOICES)}")
+
+
+@cache
+def _gpu_is_supported(index: int) -> bool:
+    if find_spec("triton") is None:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= MIN_CUDA_CAPABILITY

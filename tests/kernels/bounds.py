@@ -1,0 +1,82 @@
+"""How far a kernel may be off: at most twice as far as torch in the same dtype, both against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def assert_close_as_torch(ours: Tensor, torch_same_dtype: Tensor, exact: Tensor, name: str) -> None:
+    """`ours` errs at most twice as much as torch plus one rounding of the dtype, in the largest and in the mean square.
+
+    ours and torch_same_dtype have one shape and dtype; exact is float64 of that shape. The rounding (half of eps, times
+    the largest or the root mean square value) is there because torch may happen to be exact where any fair
+    implementation rounds once.
+    """
+    assert ours.dtype == torch_same_dtype.dtype, f"{name}: dtype {ours.dtype}, torch's is {torch_same_dtype.dtype}"
+    assert ours.shape == exact.shape == torch_same_dtype.shape, f"{name}: shape {ours.shape}, exact {exact.shape}"
+    assert exact.dtype == torch.float64 and bool(exact.isfinite().all()), f"{name}: the exact values are unusable"
+    assert bool(ours.isfinite().all()), f"{name}: {int((~ours.isfinite()).sum())} values are not finite"
+    if ours.numel() == 0:
+        return
+    rounding = torch.finfo(ours.dtype).eps / 2
+    for size in (_largest, _root_mean_square):
+        error, torchs = size(ours.double() - exact), size(torch_same_dtype.double() - exact)
+        bound = 2 * torchs + rounding * size(exact)
+        kind = size.__name__[1:]
+        assert error <= bound, f"{name}: {kind} error {error:.3g}, bound {bound:.3g}; torch errs by {torchs:.3g}"
+
+
+def assert_kernel_close(
+    kernel: Function, reference: Function, inputs: Mapping[str, Tensor], *, wants_grad: tuple[str, ...]
+) -> None:
+    """Outputs and the gradients of the inputs named in `wants_grad`, of `kernel` against `reference`.
+
+    Both are called with the inputs by keyword; the exact values are `reference` on the same numbers in float64. The
+    gradients of the outputs are random numbers of the outputs' dtype, equal in all three runs.
+    """
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    ours = outputs_and_gradients(kernel, inputs, wants_grad=wants_grad)
+    torchs = outputs_and_gradients(reference, inputs, wants_grad=wants_grad)
+    seeds_dtypes = {name: value.dtype for name, value in torchs.items()}
+    exact = outputs_and_gradients(reference, wide, wants_grad=wants_grad, seed_dtypes=seeds_dtypes)
+    for name, value in ours.items():
+        assert_close_as_torch(value, torchs[name], exact[name], name)
+
+
+def outputs_and_gradients(
+    function: Function,
+    inputs: Mapping[str, Tensor],
+    *,
+    wants_grad: tuple[str, ...],
+    seed_dtypes: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, Tensor]:
+    """{"output 0": …, "gradient of x": …}: outputs for the inputs, and gradients for fixed random output gradients.
+
+    seed_dtypes: for "output i" the dtype to which its gradient is rounded before use (default: that of the output).
+    """
+    leaves = {name: x.detach().clone().requires_grad_(name in wants_grad) for name, x in inputs.items()}
+    result = function(**leaves)
+    outputs = (result,) if isinstance(result, Tensor) else tuple(result)
+    values = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    if not wants_grad:
+        return values
+    seeds = []
+    for i, output in enumerate(outputs):
+        seed = torch.randn(output.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        dtype = output.dtype if seed_dtypes is None else seed_dtypes[f"output {i}"]
+        seeds.append(seed.to(dtype).to(output.device, output.dtype))
+    gradients = torch.autograd.grad(outputs, [leaves[name] for name in wants_grad], seeds)
+    return values | {f"gradient of {name}": g for name, g in zip(wants_grad, gradients, strict=True)}
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())

@@ -1,0 +1,46 @@
+"""The kernel tests run on the GPU where there is one, elsewhere on the CPU under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import arc_kernels
+
+# Set here and not in a fixture: Triton reads it when its own library and a kernel's module are imported.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or "triton" not in sys.modules
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels run: the GPU, or the CPU under the interpreter."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not _INTERPRETED:
+        pytest.fail("triton was imported before TRITON_INTERPRET=1 was set; set it in the environment")
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def triton_kernels() -> Iterator[None]:
+    """All public functions take their Triton kernels (not the plain torch ones) within the test."""
+    with arc_kernels.use("triton"):
+        yield
+
+
+@pytest.fixture
+def poisoned_empty() -> Iterator[None]:
+    """torch.empty and its kin hand out NaN (integers: the largest), so that an element never written shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -28,7 +28,7 @@ def use(choice: Choice) -> Iterator[None]:
 
     "auto": Triton on a supported GPU (CUDA from sm_80 on, or ROCm), plain torch elsewhere; "triton"; "reference".
     Outside any context the environment's ARC_KERNELS decides ("auto" where it is unset). Forward and backward of one
-    graph belong in one context. A compiled function follows a change of context; of the environment it keeps what it saw
+    graph belong in one context. A compiled function follows a change of context; it keeps what the environment said
     when it was traced. ValueError on any other choice.
     """
     global _forced

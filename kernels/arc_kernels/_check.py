@@ -24,6 +24,13 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"tensors are on different devices: {devices}; move them to one")
 
 
+def check_same_dtype(**tensors: Tensor | None) -> None:
+    """All given tensors have one dtype."""
+    dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"tensors differ in dtype: {dtypes}; convert them to one")
+
+
 def check_boundaries(name: str, cu: Tensor, *, total: int | None = None) -> None:
     """`cu` holds boundaries of segments: int32 [S + 1], from 0 to `total` rows, each segment of at least one row.
 

@@ -26,6 +26,9 @@ class CompileSpec:
     num_warps: int
     num_stages: int = 2
 
+    hip_num_warps: int | None = None
+    """Warps on AMD, where one has 64 lanes and a program at most 1024 threads; None: as many as elsewhere."""
+
     divisible_by_16: tuple[str, ...] = ()
     """Arguments known to be multiples of 16 (pointers: aligned to 16 bytes), as a launch finds out by itself."""
 
@@ -54,5 +57,6 @@ def compile_spec(spec: CompileSpec, target: Any) -> Any:
     signature = {arg: spec.signature.get(arg, "constexpr") for arg in arg_names}
     attrs = {(arg_names.index(arg),): [["tt.divisibility", 16]] for arg in spec.divisible_by_16}
     source = ASTSource(fn=spec.fn, signature=signature, constexprs=dict(spec.constexprs), attrs=attrs)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
+    num_warps = spec.hip_num_warps if target.backend == "hip" and spec.hip_num_warps else spec.num_warps
+    options = {"num_warps": num_warps, "num_stages": spec.num_stages, **spec.options}
     return triton.compile(source, target=target, options=options)

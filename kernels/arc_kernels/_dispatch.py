@@ -59,6 +59,16 @@ def use_triton(x: Tensor) -> bool:
     return True
 
 
+def warp_size() -> int:
+    """Lanes of a warp: 64 on AMD's server GPUs, 32 elsewhere (and under the interpreter, which has none)."""
+    return 64 if torch.version.hip is not None else 32
+
+
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 8 under the interpreter, which runs programs one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
 def _checked(choice: str, name: str) -> Choice:
     for known in CHOICES:
         if choice == known:

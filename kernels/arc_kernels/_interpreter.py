@@ -1,0 +1,35 @@
+# mypy: allow-untyped-defs
+"""bfloat16 as a GPU has it, also under Triton's interpreter.
+
+The interpreter (Triton 3.9) keeps bfloat16 as the integers of its bits: `tl.dot` multiplies those integers, and a cast
+from float32 cuts bits off where a GPU rounds to the nearest even. `dot` and `narrow` are plain Triton on a GPU and go
+through float32 under the interpreter, where products of bfloat16 are exact.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(b_a, b_b, b_acc=None):
+    """b_a @ b_b, plus b_acc if given, in float32; float32 operands are multiplied as such, not as TF32."""
+    if INTERPRETED and b_a.dtype == tl.bfloat16:
+        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, input_precision="ieee")
+    else:
+        return tl.dot(b_a, b_b, b_acc, input_precision="ieee")
+
+
+@triton.jit
+def narrow(b_x, dtype: tl.constexpr):
+    """float32 values rounded to the nearest of `dtype`, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = b_x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet_nan = rounded * 0 + 0x7FC0
+        return tl.where(b_x == b_x, rounded, quiet_nan).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return b_x.to(dtype)

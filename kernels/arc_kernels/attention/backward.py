@@ -1,0 +1,282 @@
+# mypy: allow-untyped-defs
+"""Backward kernels of varlen attention: delta, the gradient of the queries, those of keys and values. See `tiles`.
+
+With P = softmax(scale q k'), dP = do v' and delta = rowsum(o do): dS = P (dP - delta), dq = scale dS k, dk = scale dS' q,
+dv = P' do. P is computed anew from the saved log-sum-exp, once on the query side and once on the key side: five products
+would do with atomics on dq, seven give the same bits every run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from arc_kernels._interpreter import dot, narrow
+from arc_kernels.attention.tiles import bounds, limits, load_tile, segment_of, store_tile, unpack
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def delta_kernel(o, do, delta, num_rows, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr):
+    """delta [rows]: the sum of o * do over each row of H values, in fp32."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    o_m = tl.arange(0, BLOCK_M)
+    m_m = start + o_m < num_rows
+    b_o = load_tile(o + start * H, o_m * H, m_m, H, BLOCK_H, True).to(tl.float32)
+    b_do = load_tile(do + start * H, o_m * H, m_m, H, BLOCK_H, True).to(tl.float32)
+    tl.store(delta + start + o_m, tl.sum(b_o * b_do, 1), mask=m_m)
+
+
+@triton.jit
+def _query_gradient(
+    b_dq,
+    b_q,
+    b_do,
+    b_lse,
+    b_delta,
+    b_limit,
+    k,
+    v,
+    stride_k,
+    stride_v,
+    begin,
+    end,
+    num_keys,
+    scale,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """b_dq [BM, BH] plus what the keys begin … end give, without the factor of the softmax scale."""
+    o_n = tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        m_n = start + o_n < num_keys
+        at = tl.cast(start, tl.int64)
+        b_k = load_tile(k + at * stride_k, o_n * stride_k, m_n, H, BLOCK_H, MASKED)  # [BN, BH]
+        b_v = load_tile(v + at * stride_v, o_n * stride_v, m_n, H, BLOCK_H, MASKED)  # [BN, BH]
+        b_s = dot(b_q, tl.trans(b_k))  # [BM, BN]
+        b_p = tl.exp2(b_s * scale - b_lse[:, None])
+        if MASKED:
+            b_p = tl.where((start + o_n)[None, :] < b_limit[:, None], b_p, 0.0)
+        b_dp = dot(b_do, tl.trans(b_v))  # [BM, BN]
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = dot(narrow(b_ds, b_k.dtype), b_k, b_dq)
+    return b_dq
+
+
+@triton.jit(do_not_specialize=["num_q_rows", "num_k_rows", "num_segments"])
+def dq_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    dq,
+    cu_q,
+    cu_k,
+    k_limits,
+    stride_q,
+    stride_k,
+    stride_v,
+    num_q_rows,
+    num_k_rows,
+    num_segments,
+    scale,
+    softmax_scale,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """dq [T, N, H]; one program per query tile and kv head. do and dq contiguous; scale: softmax_scale times log2(e)."""
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_head = tl.program_id(1)
+    i_segment, first_tile = segment_of(cu_q, i_tile, num_segments, BLOCK_M, GROUP)
+    q_start, num_queries = bounds(cu_q, i_segment, num_q_rows)
+    k_start, num_keys = bounds(cu_k, i_segment, num_k_rows)
+    start = (i_tile - first_tile) * BLOCK_M
+    if start < num_queries * GROUP:
+        first, o_query, o_head = unpack(start, BLOCK_M, GROUP)
+        m_m = first + o_query < num_queries
+        q_row = q_start + first
+        o_head += i_head * GROUP
+        o_out = (o_query * N + o_head) * H
+        b_q = load_tile(q + q_row * stride_q, o_query * stride_q + o_head * H, m_m, H, BLOCK_H, True)  # [BM, BH]
+        b_do = load_tile(do + q_row * N * H, o_out, m_m, H, BLOCK_H, True)  # [BM, BH]
+        b_lse = tl.load(lse + q_row * N + o_query * N + o_head, mask=m_m, other=0.0)
+        b_delta = tl.load(delta + q_row * N + o_query * N + o_head, mask=m_m, other=0.0)
+        o_within = tl.minimum(first + o_query, num_queries - 1)
+        b_limit = limits(k_limits + q_start, o_within, num_queries, num_keys, CAUSAL, LIMITED)
+        seen_by_all = tl.maximum(tl.min(b_limit, 0), 0) // BLOCK_N * BLOCK_N
+        seen_by_any = tl.max(b_limit, 0)
+
+        k += k_start * stride_k + i_head * H
+        v += k_start * stride_v + i_head * H
+        b_dq = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        b_dq = _query_gradient(
+            b_dq, b_q, b_do, b_lse, b_delta, b_limit, k, v, stride_k, stride_v, 0, seen_by_all, num_keys, scale,
+            H, BLOCK_H, BLOCK_N, False,
+        )  # fmt: skip
+        b_dq = _query_gradient(
+            b_dq, b_q, b_do, b_lse, b_delta, b_limit, k, v, stride_k, stride_v, seen_by_all, seen_by_any, num_keys,
+            scale, H, BLOCK_H, BLOCK_N, True,
+        )  # fmt: skip
+        store_tile(dq + q_row * N * H, o_out, m_m, b_dq * softmax_scale, H, BLOCK_H)
+
+
+@triton.jit
+def _key_gradients(
+    b_dk,
+    b_dv,
+    b_k,
+    b_v,
+    q,
+    do,
+    lse,
+    delta,
+    k_limits,
+    stride_q,
+    begin,
+    end,
+    key,
+    num_queries,
+    num_keys,
+    scale,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LIMITED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """b_dk (without the factor of the softmax scale) and b_dv [BN, BH] plus what packed rows begin … end give.
+
+    Rows past the segment load q, do, lse and delta as 0 and so give 0. Keys past it need no mask: a key's gradient
+    depends on no other key, and theirs are not stored.
+    """
+    o_key = key + tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_M):
+        first, o_query, o_head = unpack(start, BLOCK_M, GROUP)
+        m_m = first + o_query < num_queries
+        at = tl.cast(first, tl.int64)
+        o_stat = o_query * N + o_head
+        b_q = load_tile(q + at * stride_q, o_query * stride_q + o_head * H, m_m, H, BLOCK_H, True)  # [BM, BH]
+        b_lse = tl.load(lse + at * N + o_stat, mask=m_m, other=0.0)
+        b_st = dot(b_k, tl.trans(b_q))  # [BN, BM]
+        b_pt = tl.exp2(b_st * scale - b_lse[None, :])
+        if MASKED:
+            b_limit = limits(k_limits, first + o_query, num_queries, num_keys, CAUSAL, LIMITED)
+            b_pt = tl.where(o_key[:, None] < b_limit[None, :], b_pt, 0.0)
+        b_do = load_tile(do + at * N * H, o_stat * H, m_m, H, BLOCK_H, True)  # [BM, BH]
+        b_delta = tl.load(delta + at * N + o_stat, mask=m_m, other=0.0)
+        b_dv = dot(narrow(b_pt, b_do.dtype), b_do, b_dv)
+        b_dpt = dot(b_v, tl.trans(b_do))  # [BN, BM]
+        b_dst = b_pt * (b_dpt - b_delta[None, :])
+        b_dk = dot(narrow(b_dst, b_q.dtype), b_q, b_dk)
+    return b_dk, b_dv
+
+
+@triton.jit
+def _first_row_that_sees(
+    key, k_limits, num_queries, num_keys, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, LIMITED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Packed row, a multiple of BLOCK_M, before which no query sees the given key or any after it."""
+    start = num_queries * 0
+    if CAUSAL:
+        start = tl.minimum(tl.maximum(key - num_keys + num_queries, 0), num_queries) * GROUP // BLOCK_M * BLOCK_M
+    if LIMITED:
+        # Limits usually grow within a segment. Leading blocks are skipped only after a look at each of their limits,
+        # so that the result does not hang on it.
+        looking = start < num_queries * GROUP
+        while looking:
+            first, o_query, _ = unpack(start, BLOCK_M, GROUP)
+            b_limit = limits(k_limits, first + o_query, num_queries, num_keys, False, True)
+            blind = tl.max(b_limit, 0) <= key
+            start = tl.where(blind, start + BLOCK_M, start)
+            looking = blind & (start < num_queries * GROUP)
+    return start
+
+
+@triton.jit(do_not_specialize=["num_q_rows", "num_k_rows", "num_segments"])
+def dkv_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    dk,
+    dv,
+    cu_q,
+    cu_k,
+    k_limits,
+    stride_q,
+    stride_k,
+    stride_v,
+    num_q_rows,
+    num_k_rows,
+    num_segments,
+    scale,
+    softmax_scale,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """dk and dv [U, K, H]; one program per key tile and kv head. do, dk and dv contiguous."""
+    i_tile = tl.program_id(0)
+    i_head = tl.program_id(1)
+    i_segment, first_tile = segment_of(cu_k, i_tile, num_segments, BLOCK_N, 1)
+    q_start, num_queries = bounds(cu_q, i_segment, num_q_rows)
+    k_start, num_keys = bounds(cu_k, i_segment, num_k_rows)
+    key = (i_tile - first_tile) * BLOCK_N
+    if key < num_keys:
+        o_n = tl.arange(0, BLOCK_N)
+        m_n = key + o_n < num_keys
+        row = k_start + key
+        b_k = load_tile(k + row * stride_k + i_head * H, o_n * stride_k, m_n, H, BLOCK_H, True)  # [BN, BH]
+        b_v = load_tile(v + row * stride_v + i_head * H, o_n * stride_v, m_n, H, BLOCK_H, True)  # [BN, BH]
+
+        q += q_start * stride_q + i_head * GROUP * H
+        do += q_start * N * H + i_head * GROUP * H
+        lse += q_start * N + i_head * GROUP
+        delta += q_start * N + i_head * GROUP
+        k_limits += q_start
+        begin = _first_row_that_sees(key, k_limits, num_queries, num_keys, BLOCK_M, GROUP, LIMITED, CAUSAL)
+        end = num_queries * GROUP
+        whole = begin  # from here on every query sees every key of the tile
+        if LIMITED:
+            whole = end
+        if CAUSAL:
+            last = tl.minimum(key + BLOCK_N, num_keys) - 1
+            rows = tl.maximum(last - num_keys + num_queries, 0) * GROUP
+            whole = tl.minimum((rows + BLOCK_M - 1) // BLOCK_M * BLOCK_M, end)
+        b_dk = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+        b_dv = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+        if CAUSAL or LIMITED:
+            b_dk, b_dv = _key_gradients(
+                b_dk, b_dv, b_k, b_v, q, do, lse, delta, k_limits, stride_q, begin, whole, key, num_queries, num_keys,
+                scale, N, GROUP, H, BLOCK_H, BLOCK_M, BLOCK_N, CAUSAL, LIMITED, True,
+            )  # fmt: skip
+        if not LIMITED:
+            b_dk, b_dv = _key_gradients(
+                b_dk, b_dv, b_k, b_v, q, do, lse, delta, k_limits, stride_q, whole, end, key, num_queries, num_keys,
+                scale, N, GROUP, H, BLOCK_H, BLOCK_M, BLOCK_N, CAUSAL, LIMITED, False,
+            )  # fmt: skip
+        num_kv_heads: tl.constexpr = N // GROUP
+        o_out = (o_n * num_kv_heads + i_head) * H
+        store_tile(dk + row * num_kv_heads * H, o_out, m_n, b_dk * softmax_scale, H, BLOCK_H)
+        store_tile(dv + row * num_kv_heads * H, o_out, m_n, b_dv, H, BLOCK_H)

@@ -1,0 +1,117 @@
+# mypy: allow-untyped-defs
+"""Forward kernel of varlen attention: online softmax, one program per query tile and kv head. See `tiles`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from arc_kernels._interpreter import dot, narrow
+from arc_kernels.attention.tiles import bounds, limits, load_tile, segment_of, store_tile, unpack
+
+
+@triton.jit
+def _attend(
+    b_acc,
+    b_max,
+    b_sum,
+    b_q,
+    b_limit,
+    k,
+    v,
+    stride_k,
+    stride_v,
+    begin,
+    end,
+    num_keys,
+    scale,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over the keys begin … end: [BM, BH] sums of values, [BM] maxima and [BM] sums so far."""
+    o_n = tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        m_n = start + o_n < num_keys
+        at = tl.cast(start, tl.int64)
+        b_k = load_tile(k + at * stride_k, o_n * stride_k, m_n, H, BLOCK_H, MASKED)  # [BN, BH]
+        b_s = dot(b_q, tl.trans(b_k))  # [BM, BN]
+        if MASKED:
+            b_s = tl.where((start + o_n)[None, :] < b_limit[:, None], b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+        b_shift = b_new
+        if MASKED:  # a row that has seen no key yet would make inf - inf
+            b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.exp2(b_s * scale - b_shift[:, None])
+        b_decay = tl.exp2(b_max - b_shift)
+        b_v = load_tile(v + at * stride_v, o_n * stride_v, m_n, H, BLOCK_H, MASKED)  # [BN, BH]
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_acc = dot(narrow(b_p, b_v.dtype), b_v, b_acc * b_decay[:, None])
+        b_max = b_new
+    return b_acc, b_max, b_sum
+
+
+@triton.jit(do_not_specialize=["num_q_rows", "num_k_rows", "num_segments"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    o,
+    lse,
+    cu_q,
+    cu_k,
+    k_limits,
+    stride_q,
+    stride_k,
+    stride_v,
+    num_q_rows,
+    num_k_rows,
+    num_segments,
+    scale,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """o [T, N, H] and lse [T, N]; one program per query tile and kv head. scale: times log2(e), positive."""
+    # From the last tile to the first: under a causal mask the later tiles of a segment see the most keys.
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_head = tl.program_id(1)
+    i_segment, first_tile = segment_of(cu_q, i_tile, num_segments, BLOCK_M, GROUP)
+    q_start, num_queries = bounds(cu_q, i_segment, num_q_rows)
+    k_start, num_keys = bounds(cu_k, i_segment, num_k_rows)
+    start = (i_tile - first_tile) * BLOCK_M
+    if start < num_queries * GROUP:
+        first, o_query, o_head = unpack(start, BLOCK_M, GROUP)
+        m_m = first + o_query < num_queries
+        q_row = q_start + first
+        o_head += i_head * GROUP
+        b_q = load_tile(q + q_row * stride_q, o_query * stride_q + o_head * H, m_m, H, BLOCK_H, True)  # [BM, BH]
+        # Rows past the segment look where its last query looks, so that they neither widen nor narrow the tile.
+        o_within = tl.minimum(first + o_query, num_queries - 1)
+        b_limit = limits(k_limits + q_start, o_within, num_queries, num_keys, CAUSAL, LIMITED)  # [BM]
+        seen_by_all = tl.maximum(tl.min(b_limit, 0), 0) // BLOCK_N * BLOCK_N
+        seen_by_any = tl.max(b_limit, 0)
+
+        k += k_start * stride_k + i_head * H
+        v += k_start * stride_v + i_head * H
+        b_acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        b_sum = tl.zeros([BLOCK_M], tl.float32)
+        b_acc, b_max, b_sum = _attend(
+            b_acc, b_max, b_sum, b_q, b_limit, k, v, stride_k, stride_v, 0, seen_by_all, num_keys, scale,
+            H, BLOCK_H, BLOCK_N, False,
+        )  # fmt: skip
+        b_acc, b_max, b_sum = _attend(
+            b_acc, b_max, b_sum, b_q, b_limit, k, v, stride_k, stride_v, seen_by_all, seen_by_any, num_keys, scale,
+            H, BLOCK_H, BLOCK_N, True,
+        )  # fmt: skip
+        b_o = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+        b_lse = tl.where(b_sum == 0.0, 0.0, b_max + tl.log2(b_sum))
+        store_tile(o + q_row * N * H, (o_query * N + o_head) * H, m_m, b_o, H, BLOCK_H)
+        tl.store(lse + q_row * N + o_query * N + o_head, b_lse, mask=m_m)

@@ -1,0 +1,130 @@
+"""Launchers of the attention kernels: outputs and grids from plain tensors. Imports triton; see `tiles` for the cut."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from arc_kernels.attention.backward import delta_kernel, dkv_kernel, dq_kernel
+from arc_kernels.attention.configs import Config, Kernel, chip_of, choose
+from arc_kernels.attention.forward import forward_kernel
+
+LOG2_E = math.log2(math.e)
+_DELTA_BLOCK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spans:
+    """Which rows attend to which, as `attention_varlen` takes it; scale: the softmax scale, positive."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    k_limits: Tensor | None
+    max_seqlen_q: int
+    causal: bool
+    scale: float
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """Attention [T, N, H] in the dtype of q, and the base-2 log-sum-exp of the scaled scores, fp32 [T, N].
+
+    q [T, N, H], k and v [U, K, H]: heads contiguous, rows at any stride.
+    """
+    config = config or _choose("forward", q, k, spans)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    grid = _grid(spans.cu_seqlens_q, q.shape[0], q.shape[1] // k.shape[1], config.block_m, k.shape[1])
+    if grid[0]:
+        with torch.cuda.device_of(q):
+            forward_kernel[grid](q, k, v, o, lse, **_arguments(q, k, v, spans, config))
+    return o, lse
+
+
+def delta(o: Tensor, do: Tensor) -> Tensor:
+    """The sum of o * do over each head: fp32 [T, N]; o and do contiguous."""
+    sums = torch.empty(o.shape[:2], dtype=torch.float32, device=o.device)
+    head_dim = o.shape[2]
+    if sums.numel():
+        grid = (triton.cdiv(sums.numel(), _DELTA_BLOCK),)
+        with torch.cuda.device_of(o):
+            delta_kernel[grid](
+                o, do, sums, sums.numel(), H=head_dim, BLOCK_H=block_h(head_dim), BLOCK_M=_DELTA_BLOCK, num_warps=4
+            )
+    return sums
+
+
+def dq(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, sums: Tensor, spans: Spans, config: Config | None = None
+) -> Tensor:
+    """Gradient of q, contiguous; do contiguous, sums from `delta`, lse from `forward`."""
+    config = config or _choose("dq", q, k, spans)
+    gradient = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    grid = _grid(spans.cu_seqlens_q, q.shape[0], q.shape[1] // k.shape[1], config.block_m, k.shape[1])
+    if grid[0]:
+        arguments = _arguments(q, k, v, spans, config)
+        with torch.cuda.device_of(q):
+            dq_kernel[grid](q, k, v, do, lse, sums, gradient, softmax_scale=spans.scale, **arguments)
+    return gradient
+
+
+def dkv(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, sums: Tensor, spans: Spans, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v, contiguous; arguments as in `dq`."""
+    config = config or _choose("dkv", q, k, spans)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    grid = _grid(spans.cu_seqlens_k, k.shape[0], 1, config.block_n, k.shape[1])
+    if grid[0]:
+        arguments = _arguments(q, k, v, spans, config)
+        with torch.cuda.device_of(q):
+            dkv_kernel[grid](q, k, v, do, lse, sums, dk, dv, softmax_scale=spans.scale, **arguments)
+    return dk, dv
+
+
+def block_h(head_dim: int) -> int:
+    """Width of a tile that holds a head: a power of two, and 16 at least because tl.dot wants it."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _choose(kernel: Kernel, q: Tensor, k: Tensor, spans: Spans) -> Config:
+    num_rows = spans.max_seqlen_q * (q.shape[1] // k.shape[1])
+    return choose(kernel, chip=chip_of(q.device), head_dim=q.shape[2], dtype=q.dtype, num_rows=num_rows)
+
+
+def _grid(cu: Tensor, num_rows: int, group: int, block: int, num_kv_heads: int) -> tuple[int, int]:
+    """Flat tiles of all segments (see `tiles`) by kv heads; no tile where there is nothing to write."""
+    num_segments = cu.numel() - 1
+    return (num_rows * group // block + num_segments if num_rows and num_segments else 0, num_kv_heads)
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor, spans: Spans, config: Config) -> dict[str, Any]:
+    """What the forward, dq and dkv kernels take besides their inputs and outputs."""
+    limited = spans.k_limits is not None
+    return {
+        "cu_q": spans.cu_seqlens_q,
+        "cu_k": spans.cu_seqlens_k,
+        "k_limits": spans.k_limits if limited else spans.cu_seqlens_q,  # not read where there are none
+        "stride_q": q.stride(0),
+        "stride_k": k.stride(0),
+        "stride_v": v.stride(0),
+        "num_q_rows": q.shape[0],
+        "num_k_rows": k.shape[0],
+        "num_segments": spans.cu_seqlens_q.numel() - 1,
+        "scale": spans.scale * LOG2_E,
+        "N": q.shape[1],
+        "GROUP": q.shape[1] // k.shape[1],
+        "H": q.shape[2],
+        "BLOCK_H": block_h(q.shape[2]),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "CAUSAL": spans.causal,
+        "LIMITED": limited,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

@@ -6,9 +6,11 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from arc_ds.errors import ConfigError
 
@@ -77,6 +79,24 @@ def synchronize(device: torch.device) -> None:
     """Wait for the work queued on the device (for timing; the step itself never calls it)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def start_host_copy(x: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a small tensor to the host; what comes back waits for that copy alone and returns it.
+
+    Work that is queued on the device later is not waited for, as `x.cpu()` in its place would.
+    """
+    if x.device.type == "cpu":
+        return lambda: x
+    copy = x.to("cpu", non_blocking=True)  # page-locked, so that it is a copy beside the host's work
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
 
 
 def peak_memory_bytes(device: torch.device) -> int:

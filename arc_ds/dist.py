@@ -122,17 +122,18 @@ def all_ranks_agree(value: Any) -> bool:
 def raise_together(error: Exception | None) -> None:
     """Raise on every rank as soon as one rank has an error; nothing where none has. A collective.
 
-    The rank with the error raises it; the others raise its class (`ArcError` where it is none of ours) with its
-    message and the rank's number.
+    All ranks raise the same: the error of the first rank that has one, `ArcError` where its class is none of ours.
+    Where not all ranks have found it, the message begins with that rank's number.
     """
     cls = type(error) if isinstance(error, ArcError) else ArcError
     found = gather_objects(None if error is None else (cls, str(error)))
-    if error is not None:
+    first = next((number for number, failure in enumerate(found) if failure is not None), None)
+    if first is None:
+        return
+    if error is not None and all(failure == found[first] for failure in found):
         raise error
-    for number, failure in enumerate(found):
-        if failure is not None:
-            cls, message = failure
-            raise cls(f"rank {number}: {message}")
+    cls, message = found[first]
+    raise cls(f"rank {first}: {message}") from error
 
 
 @contextmanager

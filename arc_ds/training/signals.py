@@ -14,9 +14,6 @@ import sys
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from arc_ds.training.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 __all__ = [
@@ -27,6 +24,7 @@ __all__ = [
     "STOP_SIGNALS",
     "StopRequest",
     "die_with_parent",
+    "hold_stop_signals",
 ]
 
 logger = logging.getLogger(__name__)
@@ -40,9 +38,10 @@ class StopRequest:
     """Whether this run has been asked to save and stop.
 
     Use as a context manager around the training loop; the former handlers come back at its end. Only the main thread
-    may enter it (Python's rule for signal handlers). Under `arc_ds.rank` the signals are blocked outside the block:
+    may enter it (Python's rule for signal handlers). A rank holds the signals outside the block (`hold_stop_signals`):
     one that came while the weights were loading is received at its start, and one that comes while the run closes
-    does not cut that short.
+    does not cut that short. The ranks agree on what one of them has received with the count of a step's labels
+    (`step.train_step`).
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
@@ -75,18 +74,13 @@ class StopRequest:
         """Ask for the stop without a signal (a time limit, a test)."""
         self._received = int(signal.SIGUSR1)
 
-    def agreed(self, device: torch.device | None = None) -> bool:
-        """True on every rank as soon as one rank has been asked; a collective, for step boundaries.
 
-        `device` is where the flag is reduced (the backend decides: gloo takes the default, CPU). It waits for the
-        device, so a loop on a GPU calls it where it synchronises anyway.
-        """
-        mine = self._received is not None
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return mine
-        flag = torch.tensor([int(mine)], dtype=torch.int32, device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+def hold_stop_signals() -> None:
+    """Let stop signals wait until a `StopRequest` opens; without it one would end the process by its default action.
+
+    For the first lines of a rank, before other threads: they inherit the mask, and so does what the rank starts.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> bool:

@@ -25,10 +25,21 @@ def _disagree() -> tuple[bool, bool]:
     return dist.all_ranks_agree("same"), dist.all_ranks_agree(dist.rank())
 
 
-def test_error_of_rank_1_is_raised_by_rank_0_with_its_class():
-    first, second = run_on_ranks(_fail_on_rank_1)
-    assert first == (DataError, "rank 1: shard 7 is torn")
-    assert second == (DataError, "shard 7 is torn")
+def _fail_on_both(differ: bool) -> tuple[type, str]:
+    try:
+        with dist.fail_together():
+            raise DataError(f"shard {dist.rank() if differ else 7} is torn")
+    except ArcError as error:
+        return type(error), str(error)
+
+
+def test_error_of_rank_1_is_raised_by_both_with_its_class_and_words():
+    assert run_on_ranks(_fail_on_rank_1) == [(DataError, "rank 1: shard 7 is torn")] * 2
+
+
+def test_errors_of_both_are_one_error():
+    assert run_on_ranks(_fail_on_both, False) == [(DataError, "shard 7 is torn")] * 2
+    assert run_on_ranks(_fail_on_both, True) == [(DataError, "rank 0: shard 0 is torn")] * 2
 
 
 def test_ranks_that_differ_do_not_agree():

@@ -1,23 +1,116 @@
-"""One rank's stop request becomes that of all ranks."""
+"""What one rank knows stops all ranks at the same step boundary: a stop signal, and a batch that cannot be made."""
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
+import pytest
+import torch
 
+from arc_ds import dist
+from arc_ds.config.load import load_config
+from arc_ds.data.loader import StepBatch, StepData
+from arc_ds.errors import ArcError, DataError
+from arc_ds.train import make_hooks
+from arc_ds.training.build import build_run
+from arc_ds.training.exit_codes import EXIT_PREEMPTED
+from arc_ds.training.loop import fit
+from arc_ds.training.run import Run
+from arc_ds.training.run_folder import RunFolder
 from arc_ds.training.signals import StopRequest
+from arc_ds.training.watchdog import Watchdog
 from tests.helpers.distributed import run_on_ranks
+from tests.helpers.tiny_run import last_saved_step, losses, write_inputs
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+SMALL = (
+    "steps=6",
+    "log_every=10",
+    "checkpoint.every=0",
+    "validation.every=0",
+    "data.validation=null",
+    "data.num_workers=0",
+    "tracking.mlflow=false",
+)
 
 
-def _signal_rank_one() -> tuple[bool, bool, str | None]:
-    with StopRequest((signal.SIGUSR1,)) as stop:
-        before = stop.agreed()
-        if dist.get_rank() == 1:
+class Outcome(NamedTuple):
+    """What one rank saw."""
+
+    code: int | None
+    error: tuple[type, str] | None
+    step: int
+
+
+class _TornOnRankOne:
+    """A run's data, of which rank 1 cannot make one step's batch."""
+
+    def __init__(self, data: StepData, torn_step: int) -> None:
+        self._data, self._torn_step = data, torn_step
+
+    def __getitem__(self, step: int) -> StepBatch:
+        if step == self._torn_step and dist.rank() == 1:
+            raise DataError("record 7 is torn")
+        return self._data[step]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+
+class _SignalToRankOne:
+    """Signals rank 1 after a step, as a launcher would."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_start(self, run: Run) -> None:
+        pass
+
+    def after_step(self, run: Run, batch: Any, result: Any) -> None:
+        if run.step == self._step and dist.rank() == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return before, stop.agreed(), stop.received
+
+    def on_end(self, run: Run) -> None:
+        pass
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step() -> None:
-    assert run_on_ranks(_signal_rank_one) == [(False, True, None), (False, True, "SIGUSR1")]
+def _train(config: str, run_dir: str, torn_step: int, signal_after: int) -> Outcome:
+    run = build_run(load_config(config, (f"run_dir={run_dir}", *SMALL)), torch.device("cpu"))
+    folder = RunFolder.open(run)
+    run.data = _TornOnRankOne(run.data, torn_step)  # type: ignore[assignment]
+    code, error = None, None
+    try:
+        with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
+            code = fit(run, [*make_hooks(run, folder, watchdog), _SignalToRankOne(signal_after)], stop)
+    except ArcError as caught:
+        error = (type(caught), str(caught))
+    finally:
+        folder.close("FINISHED")
+    return Outcome(code, error, run.step)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("tiny"))
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(config: Path, tmp_path: Path) -> None:
+    """It is told with the next step, and obeyed at that step's end."""
+    outcomes = run_on_ranks(_train, str(config), str(tmp_path / "run"), -1, 2)
+    assert outcomes == [Outcome(EXIT_PREEMPTED, None, 3)] * 2
+    assert last_saved_step(tmp_path / "run") == len(losses(tmp_path / "run")) == 3
+
+
+def test_a_batch_that_one_rank_cannot_make_stops_all_before_it_with_one_error(config: Path, tmp_path: Path) -> None:
+    outcomes = run_on_ranks(_train, str(config), str(tmp_path / "run"), 2, -1)
+    assert outcomes == [Outcome(None, (DataError, "rank 1: record 7 is torn"), 2)] * 2
+    assert last_saved_step(tmp_path / "run") == len(losses(tmp_path / "run")) == 2, "what was done before is kept"
+
+
+def test_a_first_batch_that_one_rank_cannot_make_is_an_error_of_all(config: Path, tmp_path: Path) -> None:
+    outcomes = run_on_ranks(_train, str(config), str(tmp_path / "run"), 0, -1)
+    assert outcomes == [Outcome(None, (DataError, "rank 1: record 7 is torn"), 0)] * 2

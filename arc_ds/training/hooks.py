@@ -16,7 +16,7 @@ from arc_ds.data.loader import StepBatch
 from arc_ds.device import GIB, peak_memory_bytes
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
-from arc_ds.training.validate import TaskScores
+from arc_ds.training.validate import TaskScores, Validator
 from arc_ds.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -155,14 +155,26 @@ class MetricsHook:
 class ValidationHook:
     """Validates every `every` steps and at the end (0: only at the end), and logs the scores.
 
-    done: the last step that an earlier start of the run has validated, None where there is none.
+    done: the last step that an earlier start of the run has validated, None where there is none. alive: told after
+    each batch that this rank has not stalled.
     """
 
-    def __init__(self, log: LogMetrics, metrics: MetricsHook, *, every: int, done: int | None = None) -> None:
+    def __init__(
+        self,
+        log: LogMetrics,
+        metrics: MetricsHook,
+        *,
+        every: int,
+        done: int | None = None,
+        alive: Callable[[], None] = lambda: None,
+        show_progress: bool = False,
+    ) -> None:
         self._log = log
         self._metrics = metrics
         self._every = every
         self._last = done
+        self._alive = alive
+        self._show = show_progress
 
     def on_start(self, run: Run) -> None:
         if self._every and run.step == 0:
@@ -182,7 +194,7 @@ class ValidationHook:
         self._last = run.step
         self._metrics.flush(run)  # steps do not decrease along the log
         started = time.perf_counter()
-        scores = run.validator.run(run.engine, run.decoders)
+        scores = self._scores(run, run.validator)
         metrics = {VALIDATION_KEY: time.perf_counter() - started}
         for decoder, by_task in scores.items():
             for task, score in by_task.items():
@@ -190,6 +202,18 @@ class ValidationHook:
                 logger.info("step %d, %s, %s: %s", run.step, decoder, task, _in_words(score))
         self._log(run.step, metrics)
         self._metrics.restart_clock()
+
+    def _scores(self, run: Run, validator: Validator) -> dict[str, dict[str, TaskScores]]:
+        tasks, names = ", ".join(validator.tasks), ", ".join(run.decoder_names)
+        logger.info("step %d: validating %d samples of %s for %s", run.step, validator.num_samples, tasks, names)
+        is_shown = self._show and dist.is_main()
+        with tqdm(total=validator.num_forwards, desc="validate", leave=False, disable=not is_shown) as bar:
+
+            def on_forward() -> None:
+                bar.update()
+                self._alive()
+
+            return validator.run(run.engine, run.decoders, on_forward)
 
 
 class CheckpointHook:

@@ -103,23 +103,41 @@ class Validator:
         self._device = device
         self._without_compressor: dict[int, tuple[_Sums, _Sums]] = {}
 
+    @property
+    def num_samples(self) -> int:
+        """Held-out samples of all decoders; each is scored in more than one way."""
+        return sum(len(each.compressed) for each in self.sets)
+
+    @property
+    def num_forwards(self) -> int:
+        """How many batches each rank will score in the next `run`."""
+        total = 0
+        for idx, samples in enumerate(self.sets):
+            known = (samples.closed, samples.open) if idx not in self._without_compressor else ()
+            for each in (samples.compressed, samples.mismatched, *known):
+                total += -(-len(each) // (self._batch_size * dist.get_world_size()))
+        return total
+
     @torch.no_grad()
-    def run(self, compress: Compress, decoders: Sequence[Score]) -> dict[str, dict[str, TaskScores]]:
+    def run(
+        self, compress: Compress, decoders: Sequence[Score], on_forward: Callable[[], None] = lambda: None
+    ) -> dict[str, dict[str, TaskScores]]:
         """Scores by decoder name and task; a collective, the same on every rank.
 
-        compress: (batch, decoder index) to vectors. decoders: (batch, vectors) to the NLL of each label.
+        compress: (batch, decoder index) to vectors. decoders: (batch, vectors) to the NLL of each label. on_forward:
+        called after each batch of this rank, `num_forwards` times.
         """
         scores = {}
         for idx, (name, samples, decoder) in enumerate(zip(self.decoder_names, self.sets, decoders, strict=True)):
             if idx not in self._without_compressor:
                 self._without_compressor[idx] = (
-                    self._sums(samples.closed, decoder, None),
-                    self._sums(samples.open, decoder, None),
+                    self._sums(samples.closed, decoder, None, on_forward),
+                    self._sums(samples.open, decoder, None, on_forward),
                 )
             closed, opened = self._without_compressor[idx]
             for_decoder = partial(_compress_for, compress, idx)
-            compressed = self._sums(samples.compressed, decoder, for_decoder)
-            mismatched = self._sums(samples.mismatched, decoder, for_decoder)
+            compressed = self._sums(samples.compressed, decoder, for_decoder, on_forward)
+            mismatched = self._sums(samples.mismatched, decoder, for_decoder, on_forward)
             scores[name] = {
                 task: TaskScores(
                     compressed=compressed.mean(k),
@@ -133,7 +151,11 @@ class Validator:
         return scores
 
     def _sums(
-        self, samples: Sequence[Sample], decoder: Score, compress: Callable[[PackedBatch], Tensor] | None
+        self,
+        samples: Sequence[Sample],
+        decoder: Score,
+        compress: Callable[[PackedBatch], Tensor] | None,
+        on_forward: Callable[[], None],
     ) -> _Sums:
         """Batches are dealt to ranks in turn; a rank that runs out repeats the last one without counting it."""
         batches = [samples[i : i + self._batch_size] for i in range(0, len(samples), self._batch_size)]
@@ -149,6 +171,7 @@ class Validator:
                 task_L = self._tasks_of(chunk)[batch.label_sequences]
                 nll_K.index_add_(0, task_L, nll_L.double())
                 labels_K.index_add_(0, task_L, torch.ones_like(task_L))
+            on_forward()
         dist.all_reduce(nll_K)
         dist.all_reduce(labels_K)
         return _Sums(nll_K=nll_K, labels_K=labels_K)

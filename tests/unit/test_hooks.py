@@ -25,11 +25,22 @@ class _Metrics:
         pass
 
 
+class _Validator:
+    """Stands in for `Validator`: three batches, no scores."""
+
+    tasks, num_samples, num_forwards = ("continuation",), 24, 3
+
+    def run(self, engine: Any, decoders: Any, on_forward: Any) -> dict[str, Any]:
+        for _ in range(self.num_forwards):
+            on_forward()
+        return {}
+
+
 def _run(step: int) -> Any:
-    validator = SimpleNamespace(run=lambda engine, decoders: {})
     return SimpleNamespace(
-        step=step, config=SimpleNamespace(steps=STEPS), validator=validator, engine=None, decoders=()
-    )
+        step=step, config=SimpleNamespace(steps=STEPS), validator=_Validator(), engine=None, decoders=(),
+        decoder_names=("wide", "other"),
+    )  # fmt: skip
 
 
 def _validated_steps(*, every: int, done: int | None, start: int, end: int) -> list[int]:
@@ -58,6 +69,15 @@ def _validated_steps(*, every: int, done: int | None, start: int, end: int) -> l
 )
 def test_validation_comes_once_a_step(every: int, done: int | None, start: int, end: int, expected: list[int]) -> None:
     assert _validated_steps(every=every, done=done, start=start, end=end) == expected
+
+
+def test_a_long_validation_says_what_it_does_and_is_no_stall(caplog: pytest.LogCaptureFixture) -> None:
+    alive: list[None] = []
+    hook = ValidationHook(lambda *_: None, _Metrics(), every=5, alive=lambda: alive.append(None))  # type: ignore[arg-type]
+    with caplog.at_level("INFO"):
+        hook.after_step(_run(5), None, None)  # type: ignore[arg-type]
+    assert len(alive) == 3
+    assert caplog.messages[0] == "step 5: validating 24 samples of continuation for wide, other"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from arc_ds import __version__
 from arc_ds.errors import ArcError
-from arc_ds.training.exit_codes import EXIT_USER_ERROR
+from arc_ds.training.exit_codes import EXIT_USER_ERROR, exit_code_of
 
 
 class Command(NamedTuple):
@@ -34,7 +34,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    A user's mistake (`ArcError`) is printed as one message without a traceback and gives exit code 2.
+    An `ArcError` is printed as one message without a traceback; a user's mistake gives exit code 2, a run that cannot
+    go on gives 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else ""
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(namespace.run(namespace))
     except ArcError as error:
         print(f"arc-ds {name}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return exit_code_of(error)
     except KeyboardInterrupt:
         print(f"arc-ds {name}: interrupted", file=sys.stderr)
         return 130

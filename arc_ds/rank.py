@@ -19,8 +19,8 @@ from importlib import import_module
 from pathlib import Path
 
 from arc_ds.errors import ArcError
-from arc_ds.training.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
-from arc_ds.training.signals import STOP_SIGNALS, die_with_parent
+from arc_ds.training.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR, exit_code_of
+from arc_ds.training.signals import die_with_parent, hold_stop_signals
 
 STATUS_FOLDER_VARIABLE = "ARC_DS_STATUS_FOLDER"
 WRAPPER_PID_VARIABLE = "ARC_DS_WRAPPER_PID"
@@ -37,8 +37,7 @@ class RankStatus:
 
 def main(argv: list[str]) -> int:
     """Run `argv[0].main(argv[1:])`, whose result is the exit code, as the rank that the environment says."""
-    # Blocked, not ignored: a stop that comes while the weights load is delivered when `StopRequest` opens.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    hold_stop_signals()
     die_with_parent()
     _die_with_wrapper()
     write_status(RankStatus(pid=os.getpid()))
@@ -52,7 +51,11 @@ def _run(module: str, arguments: list[str]) -> tuple[int, str | None]:
     try:
         return int(import_module(module).main(arguments)), None
     except ArcError as error:
-        return EXIT_USER_ERROR, str(error)
+        code = exit_code_of(error)
+        if code != EXIT_USER_ERROR and os.environ.get("RANK") == "0":
+            # The wrapper repeats the words of a user's mistake only; this error is the same on all ranks.
+            sys.stderr.write(f"{error}\n")
+        return code, str(error)
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
             return int(stop.code or EXIT_OK), None

@@ -6,6 +6,12 @@
 
 from __future__ import annotations
 
+from arc_ds.training.signals import StopRequest, die_with_parent, hold_stop_signals
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: a launcher's stop that comes meanwhile must wait, not kill.
+    hold_stop_signals()
+
 import logging
 import os
 import sys
@@ -18,13 +24,12 @@ from arc_ds.config.validate import check_paths
 from arc_ds.device import describe_device, select_device
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.training.build import build_run
-from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
+from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED, exit_code_of
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
 from arc_ds.training.loop import fit
 from arc_ds.training.non_finite import NonFiniteHook
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder, check_run_folder
-from arc_ds.training.signals import StopRequest, die_with_parent
 from arc_ds.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -32,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> int:
     """`CONFIG.yaml [key.path=value ...]` → exit code of this rank (`training.exit_codes`)."""
+    hold_stop_signals()
     # A DataLoader's worker whose rank is killed would wait for ever to hand over what it has made.
     os.register_at_fork(after_in_child=die_with_parent)
     dist.setup_logging()
@@ -53,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
         folder.close(status)
     if code == EXIT_PREEMPTED:
         logger.info("stopped and saved at step %d, as asked; the same command goes on from there", run.step)
+    # DeepSpeed's launcher kills the others when one ends with a code: rank 0 may still be sending metrics.
+    dist.barrier()
     dist.close_distributed()
     return code
 
@@ -63,13 +71,20 @@ def make_hooks(run: Run, folder: RunFolder, watchdog: Watchdog) -> list[Hook]:
     Metrics come first, so that what others log or save lies behind them.
     """
     config = run.config
-    metrics = MetricsHook(folder.log, show_progress=sys.stderr.isatty())
-    validated = folder.last_logged(VALIDATION_KEY)
+    show_progress = sys.stderr.isatty()
+    metrics = MetricsHook(folder.log, show_progress=show_progress)
     return [
         WatchdogHook(watchdog),
         metrics,
         NonFiniteHook(metrics),
-        ValidationHook(folder.log, metrics, every=config.validation.every, done=validated),
+        ValidationHook(
+            folder.log,
+            metrics,
+            every=config.validation.every,
+            done=folder.last_logged(VALIDATION_KEY),
+            alive=watchdog.alive,
+            show_progress=show_progress,
+        ),
         CheckpointHook(folder.save, metrics, every=config.checkpoint.every),
     ]
 
@@ -94,12 +109,14 @@ def _in_words(run: Run) -> str:
 
 
 def _as_rank(argv: Sequence[str]) -> int:
-    """`main` for a launcher that is not ours: a user's mistake is words and an exit code, not a traceback."""
+    """`main` for a launcher that is not ours: an error with a cure is words and an exit code, not a traceback."""
+    if dist.under_launcher():
+        die_with_parent()
     try:
         return main(argv)
     except ArcError as error:
         logger.error("%s", error)
-        return EXIT_USER_ERROR
+        return exit_code_of(error)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
 
 
 def check_paths(config: RunConfig) -> None:
-    """ConfigError that lists every path of the config that does not exist, so that none is found an hour later."""
+    """ConfigError that lists every path of the config that does not exist, so that none is found an hour later.
+
+    Or, where all do, one that says why `run_dir` cannot be made or written to. It is not made here.
+    """
     named: list[tuple[str, str | None]] = [
         ("deepspeed", config.deepspeed),
         ("encoder.backbone", config.encoder.backbone),
@@ -60,6 +64,24 @@ def check_paths(config: RunConfig) -> None:
             f"these paths of the config do not exist (relative ones start at {Path.cwd()}):\n  {lines}\n"
             "Correct them, or give them as key=path on the command line."
         )
+    _check_can_be_written(Path(config.run_dir))
+
+
+def _check_can_be_written(folder: Path) -> None:
+    """Tried with a file in the folder, or in the nearest one above that is there: where that works, so does mkdir.
+
+    Only the file is made, and is gone again: ranks of one host try at the same time, and a start that is refused for
+    another reason leaves nothing behind.
+    """
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.NamedTemporaryFile(dir=nearest, prefix=".arc_ds_"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={folder} cannot be made or written to on this host: {error.strerror} ({error.filename}). Choose "
+            "another run_dir, or have its permissions, or what its path leads through, mended."
+        ) from error
 
 
 def _exists(path: str) -> bool:

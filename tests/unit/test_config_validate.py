@@ -113,3 +113,40 @@ def test_paths_that_exist_pass(tmp_path, monkeypatch):
         (tmp_path / path).mkdir(parents=True)
     (tmp_path / "ds.json").write_text("{}")
     check_paths(load(tmp_path))
+
+
+def _with_paths(tmp_path, monkeypatch, run_dir):
+    monkeypatch.chdir(tmp_path)
+    for path in ("models/dec", "models/enc", "shards/train"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "ds.json").write_text("{}")
+    return load(tmp_path, f"run_dir={run_dir}")
+
+
+def test_a_run_folder_that_cannot_be_is_an_error_before_the_start(tmp_path, monkeypatch):
+    """A file stands in its way: permissions do not stop root, who may run the tests."""
+    config = _with_paths(tmp_path, monkeypatch, "notes/runs/1")
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match=r"run_dir=notes/runs/1 cannot be made or written to.*Not a directory"):
+        check_paths(config)
+    (tmp_path / "notes").unlink()
+    check_paths(config)
+
+
+def test_a_run_folder_that_cannot_be_written_is_an_error_before_the_start(tmp_path, monkeypatch):
+    config = _with_paths(tmp_path, monkeypatch, "runs/1")
+    (tmp_path / "runs" / "1").mkdir(parents=True)
+
+    def refuse(*_, dir, **__):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    with pytest.raises(ConfigError, match=r"run_dir=runs/1 .*Permission denied \(runs/1\)"):
+        check_paths(config)
+
+
+def test_trying_the_run_folder_leaves_nothing_behind(tmp_path, monkeypatch):
+    config = _with_paths(tmp_path, monkeypatch, "runs/deep/1")
+    (tmp_path / "runs").mkdir()
+    check_paths(config)
+    assert list((tmp_path / "runs").iterdir()) == []

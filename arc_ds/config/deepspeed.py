@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from arc_ds.config.deepspeed_keys import check_keys, check_values
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_world_size
 from arc_ds.errors import ConfigError
@@ -24,12 +25,14 @@ def resolve_deepspeed(
     source: a JSON file, or what is in one. local_world_size: ranks on this host, which `zero_hpz_partition_size:
     "auto"` becomes; default `world_size`. The YAML owns batch sizes, clipping and bf16: the JSON may leave them out,
     say "auto", or agree. ConfigError where a number disagrees, an "auto" is not ours to fill in, the stage is not 3,
-    gradients are not summed in fp32, or the JSON asks for an optimizer or schedule of its own.
+    gradients are not summed in fp32, the JSON asks for an optimizer or schedule of its own, or DeepSpeed does not know
+    a key or cannot take a value. Imports DeepSpeed.
     """
     name, resolved = _read(source)
     for section in _FOREIGN_SECTIONS:
         if section in resolved:
             raise ConfigError(f"{name}: has a section {section!r}, which ARC-DS owns or does not use. Remove it.")
+    check_keys(resolved, name)
     owned = _owned_values(config, world_size)
     for path, value in owned.items():
         _fill(resolved, path, value, name)
@@ -40,6 +43,7 @@ def resolve_deepspeed(
     if autos:
         known = ", ".join((*owned, f"zero_optimization.{_HPZ}"))
         raise ConfigError(f'{name}: {", ".join(autos)} is "auto"; only these can be: {known}. Write a number there.')
+    check_values(resolved, name)
     return resolved
 
 

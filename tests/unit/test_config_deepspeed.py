@@ -79,6 +79,51 @@ def test_json_that_contradicts_the_run_is_an_error(config, given, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"train_batchsize": 64}, ["unknown key train_batchsize.", "Did you mean train_batch_size?"]),
+        ({"zero_optimisation": {}}, ["unknown key zero_optimisation.", "Did you mean zero_optimization?"]),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_max_live_parameter": 1}},
+            ["unknown key zero_optimization.stage3_max_live_parameter.", "stage3_max_live_parameters?"],
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            ["unknown key zero_optimization.offload_optimizer.devise.", "Did you mean device?"],
+        ),
+        ({"zero_optimization": {"offload_param": {"pin_memry": True}}}, ["offload_param.pin_memry.", "pin_memory?"]),
+        ({"bf16": {"enable": True}}, ["unknown key bf16.enable.", "Did you mean enabled?"]),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, ["unknown key data_types.grad_acum_dtype", "grad_accum_dtype?"]),
+        (
+            {"activation_checkpointing": {"cpu_checkpoint": True}},
+            ["unknown key activation_checkpointing.cpu_checkpoint.", "cpu_checkpointing?"],
+        ),
+        ({"zzz": 1}, ["unknown key zzz. Known: ", "zero_optimization"]),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "big"}},
+            ["zero_optimization.reduce_bucket_size is 'big'", "integer"],
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "gpu"}}},
+            ["zero_optimization.offload_optimizer.device is 'gpu'", "'nvme'"],
+        ),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_garble_is_an_error_before_it_is_asked(config, given, words):
+    with pytest.raises(ConfigError) as caught:
+        resolve_deepspeed(given, config, 1)
+    for word in ("the DeepSpeed config: ", *words):
+        assert word in str(caught.value)
+
+
+def test_names_and_other_names_of_deepspeeds_fields_are_known(config):
+    zero = {"prefetch_bucket_size": 7, "stage3_max_reuse_distance": 8, "leaf_module": {"classes": ["a.B"]}}
+    others = {"comms_logger": {"enabled": False}, "data_types": {"grad_accum_dtype": "fp32"}, "checkpoint": {}}
+    resolved = resolve_deepspeed({"zero_optimization": zero, **others}, config, 1)
+    assert resolved["zero_optimization"] == {**zero, "stage": 3}
+
+
 def test_unreadable_json_names_file_and_line(config, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text('{\n"a": 1,\n}', encoding="utf-8")

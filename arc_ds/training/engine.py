@@ -82,15 +82,25 @@ def prefetch_is_traced(engine: DeepSpeedEngine) -> bool:
     return offload.get_param_coordinator().is_complete_trace()
 
 
-def choose_placement(choice: str, *, decoder_bytes: int, free_bytes: int | None, world_size: int) -> Placement:
+def choose_placement(
+    choice: str, *, decoder_bytes: int, free_bytes: int | None, world_size: int, local_world_size: int | None = None
+) -> Placement:
     """What "auto" means: whole on every rank where a copy takes at most 0.4 of the device's free memory.
 
-    free_bytes: None for a device whose memory is not counted, such as the CPU. Any other choice is returned as it is.
+    Where it does not fit: sharded over all ranks of one host; on several hosts within each host, where a rank's part
+    of that copy takes at most the same share, since gathers between hosts are some ten times slower (design 8.1).
+
+    free_bytes: None for a device whose memory is not counted, such as the CPU. local_world_size: ranks on this host;
+    default `world_size`. Any other choice is returned as it is.
     """
     if choice != "auto":
         return choice  # type: ignore[return-value]
-    fits = free_bytes is None or decoder_bytes <= REPLICATED_SHARE * free_bytes
-    return "replicated" if fits or world_size == 1 else "zero3"
+    if world_size == 1 or free_bytes is None or decoder_bytes <= REPLICATED_SHARE * free_bytes:
+        return "replicated"
+    local = local_world_size or world_size
+    # Groups of another size than 1, and as many ranks in each: what hpZ can be.
+    can_be_hpz = 1 < local < world_size and world_size % local == 0
+    return "zero3+hpz" if can_be_hpz and decoder_bytes <= REPLICATED_SHARE * free_bytes * local else "zero3"
 
 
 def place_decoder(

@@ -7,7 +7,6 @@ import torch
 
 from arc_ds.data.packing import pack
 from arc_ds.data.segments import Sample, Segment
-from arc_ds.training.engine import choose_placement
 from arc_ds.training.loss import label_tasks, label_weight, micro_batch_loss, task_sums
 from tests.helpers.plain_trainer import POOLING, TASKS
 
@@ -62,10 +61,3 @@ def test_labels_are_summed_by_their_samples_task() -> None:
 def test_a_task_that_the_run_does_not_know_is_an_error() -> None:
     with pytest.raises(ValueError, match="samples of chat; expected only reconstruction, continuation"):
         label_tasks(_batch(("chat", 2)), TASKS)
-
-
-def test_auto_places_a_decoder_whole_only_where_it_fits() -> None:
-    assert choose_placement("auto", decoder_bytes=16, free_bytes=80, world_size=8) == "replicated"
-    assert choose_placement("auto", decoder_bytes=60, free_bytes=80, world_size=8) == "zero3"
-    assert choose_placement("auto", decoder_bytes=60, free_bytes=80, world_size=1) == "replicated"
-    assert choose_placement("zero3+hpz", decoder_bytes=1, free_bytes=80, world_size=8) == "zero3+hpz"

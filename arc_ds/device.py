@@ -49,6 +49,19 @@ def wanted_kind(request: str) -> str:
     return "cuda"
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device by torch's name, such as "cpu", "cuda" or "cuda:1". ConfigError where this machine cannot use it."""
+    try:
+        wanted = torch.device(device)
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # a build of torch without CUDA asserts
+        raise ConfigError(
+            f"device is {str(device)!r}, which torch cannot use here: {str(error).splitlines()[0]}. `arc-ds doctor` "
+            "shows what it finds; the device cpu is always there."
+        ) from error
+    return wanted
+
+
 def free_memory_bytes(device: torch.device) -> int | None:
     """Memory of a GPU that nobody uses yet; None on the CPU, where it is not asked for."""
     return None if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]

@@ -64,6 +64,17 @@ def test_gpu_that_is_not_there_is_an_error(monkeypatch):
         device.select_device("cuda")
 
 
+@pytest.mark.parametrize("name", ["gpu", "cuda:97", torch.device("cuda", 97)])
+def test_device_that_torch_cannot_use_is_an_error_in_words(name):
+    """Whether torch lacks CUDA, the machine a GPU, or only that one: each has another exception in torch."""
+    with pytest.raises(ConfigError, match=f"device is '{name}', which torch cannot use here: .*arc-ds doctor"):
+        device.usable_device(name)
+
+
+def test_device_that_torch_can_use_is_given():
+    assert device.usable_device("cpu") == device.usable_device(torch.device("cpu")) == torch.device("cpu")
+
+
 def test_more_ranks_than_gpus_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

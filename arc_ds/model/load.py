@@ -104,25 +104,36 @@ def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.de
             compressor = build_compressor(spec)
     except ValueError as error:
         raise WeightsError(f"{source.path} describes a compressor that cannot be: {error}. Export it again.") from error
-    load_backbone(compressor, source, dtype=dtype, allow_unused=_is_marker_left_out(spec))
-    return compressor.to(device)
+    load_backbone(compressor, source, dtype=dtype, device=device, allow_unused=_is_marker_left_out(spec))
+    return compressor
 
 
 def load_decoder(
+    path: Path, rope_scaling: RopeScalingChoice, device: torch.device, dtype: torch.dtype, **options: Any
+) -> Decoder:
+    """A whole frozen decoder from a weights folder or a .gguf file, read one tensor at a time.
+
+    options: those of `open_decoder`. WeightsError where a tensor is missing or misshapen.
+    """
+    decoder, source = open_decoder(path, rope_scaling, **options)
+    load_backbone(decoder, source, dtype=dtype, device=device)
+    return decoder.eval()
+
+
+def open_decoder(
     path: Path,
     rope_scaling: RopeScalingChoice,
-    device: torch.device,
-    dtype: torch.dtype,
     *,
     activation_checkpointing: bool = False,
     max_positions: int | None = None,
-) -> Decoder:
-    """A frozen decoder from a weights folder or a .gguf file. WeightsError where a tensor is missing or misshapen."""
+) -> tuple[Decoder, TensorSource]:
+    """A decoder of the sizes that a weights folder or a .gguf file names, on "meta", and its tensors.
+
+    max_positions: the longest sequence it will read. WeightsError where the sizes cannot be read.
+    """
     source = open_backbone(path, rope_scaling, max_positions=max_positions)
     with torch.device("meta"):
-        decoder = Decoder(source.config, activation_checkpointing=activation_checkpointing)
-    load_backbone(decoder, source, dtype=dtype)
-    return decoder.to(device).eval()
+        return Decoder(source.config, activation_checkpointing=activation_checkpointing), source
 
 
 def _is_marker_left_out(spec: CompressorSpec) -> Callable[[str], bool]:

@@ -100,9 +100,11 @@ def build_compressor(spec: CompressorSpec, *, activation_checkpointing: bool = F
         memory_tokens=spec.memory_tokens,
         activation_checkpointing=activation_checkpointing,
     )
+    return Compressor(encoder, [build_port(spec, port_idx) for port_idx in range(len(spec.decoder_sizes))])
+
+
+def build_port(spec: CompressorSpec, port_idx: int) -> DecoderPort:
+    """The port of one decoder, its bridge uninitialised. ValueError where sizes do not fit."""
     width = spec.backbone.hidden_size
-    ports = [
-        DecoderPort(width, make_bridge(spec.bridge, width, size, spec.bridge_hidden_size), spec.markers)
-        for size in spec.decoder_sizes
-    ]
-    return Compressor(encoder, ports)
+    bridge = make_bridge(spec.bridge, width, spec.decoder_sizes[port_idx], spec.bridge_hidden_size)
+    return DecoderPort(width, bridge, spec.markers)

@@ -20,18 +20,19 @@ from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.tasks import TaskLimits, closed, mismatched, open_
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.device import free_memory_bytes
-from arc_ds.model.compressor import Compressor
-from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.build_model import (
+    DecoderWeights,
+    StartingWeights,
     check_tokenizers,
     compressor_spec,
     decoder_tokenizer_paths,
     encoder_tokenizer_path,
-    frozen_decoders,
+    open_decoders,
+    open_starting_weights,
     starting_compressor,
 )
-from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, place_decoder
+from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, partitioned, place_decoder
 from arc_ds.training.optim import PortAdamW, make_param_groups
 from arc_ds.training.run import Run
 from arc_ds.training.schedule import RateSchedule
@@ -44,18 +45,18 @@ TASKS = ("reconstruction", "continuation")
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
-    """What a run is made of, read from its files and checked; modules still whole and on the CPU."""
+    """What a run is made of, opened and checked; the values of weights are not read yet."""
 
     ds_config: dict[str, Any]
     spec: CompressorSpec
     data: StepData
     validator: Validator | None
-    compressor: Compressor
-    decoders: list[Decoder]
+    weights: StartingWeights
+    decoders: tuple[DecoderWeights, ...]
 
 
 def read_parts(config: RunConfig, device: torch.device) -> RunParts:
-    """Read everything that the config names; a collective. ArcError on all ranks where one finds a mistake."""
+    """Open everything that the config names; a collective. ArcError on all ranks where one finds a mistake."""
     with dist.fail_together():
         ds_config = resolve_deepspeed(config.deepspeed, config, dist.world_size(), dist.local_world_size())
         spec = compressor_spec(config)
@@ -65,17 +66,18 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
             spec=spec,
             data=step_data(config, spec.packing),
             validator=_validator(config, spec, device),
-            compressor=starting_compressor(config, spec),
-            decoders=frozen_decoders(config, torch.device("cpu"), _dtype(config)),
+            weights=open_starting_weights(config, spec),
+            decoders=open_decoders(config),
         )
 
 
 def build_run(config: RunConfig, device: torch.device) -> Run:
     """Everything that the run needs, on this rank; a collective. ArcError on all ranks where one finds a mistake."""
     parts = read_parts(config, device)
+    compressor = starting_compressor(config, parts.spec, parts.weights, partitioned(parts.ds_config))
     optimizer = PortAdamW(
         make_param_groups(
-            parts.compressor,
+            compressor,
             encoder_lr=config.optimizer.encoder_lr,
             bridge_lr=config.optimizer.bridge_lr,
             markers_lr=config.optimizer.markers_lr,
@@ -85,7 +87,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         eps=config.optimizer.eps,
         fused=device.type != "cpu",
     )
-    engine = build_engine(parts.compressor, optimizer, parts.ds_config)
+    engine = build_engine(compressor, optimizer, parts.ds_config)
     return Run(
         config=config,
         folder=Path(config.run_dir),
@@ -182,24 +184,27 @@ def _validator(config: RunConfig, spec: CompressorSpec, device: torch.device) ->
 
 
 def _place(
-    config: RunConfig, decoders: Sequence[Decoder], device: torch.device, ds_config: dict
+    config: RunConfig, decoders: Sequence[DecoderWeights], device: torch.device, ds_config: dict[str, Any]
 ) -> tuple[PlacedDecoder, ...]:
     """The frozen decoders where the config wants them, one after the other."""
     placed = []
-    for decoder, wanted in zip(decoders, config.decoders, strict=True):
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    for weights, wanted in zip(decoders, config.decoders, strict=True):
         placement = choose_placement(
             wanted.placement,
-            decoder_bytes=sum(p.numel() * p.element_size() for p in decoder.parameters()),
+            decoder_bytes=weights.num_parameters * dtype.itemsize,
             free_bytes=free_memory_bytes(device),
             world_size=dist.world_size(),
         )
         placement = dist.broadcast_object(placement)
-        own_config = (
-            None
-            if placement == "replicated"
-            else resolve_decoder_deepspeed(ds_config, placement, dist.local_world_size())
-        )
-        placed.append(place_decoder(decoder, placement, device=device, ds_config=own_config))
+        if placement == "replicated":
+            with dist.fail_together():
+                decoder = weights.load(device, dtype)
+            placed.append(place_decoder(decoder, placement, device=device))
+        else:
+            own_config = resolve_decoder_deepspeed(ds_config, placement, dist.local_world_size())
+            decoder = weights.load(device, dtype, partitioned(own_config))
+            placed.append(place_decoder(decoder, placement, device=device, ds_config=own_config))
     return tuple(placed)
 
 
@@ -213,7 +218,3 @@ def _warn_of_other_cuts(tokenizer: Tokenizer, sources: Sequence[ShardSet]) -> No
                 "--tokenizer.",
                 source.folder,
             )
-
-
-def _dtype(config: RunConfig) -> torch.dtype:
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32

@@ -1,24 +1,40 @@
-"""From a run's config to its model: sizes, a compressor with its starting weights, frozen decoders."""
+"""From a run's config to its model: sizes, a compressor with its starting weights, frozen decoders.
+
+What is wrong with files or sizes is found by the `open_…` functions, which read no tensor; then values go one tensor at
+a time to where they are used, so that no host ever holds a whole model for each of its ranks.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from arc_ds.config.schema import RunConfig
 from arc_ds.data.segments import Marker
 from arc_ds.data.tokenizers import check_fits, load_tokenizer
 from arc_ds.errors import ConfigError, TokenizerError
-from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import init_bridge
-from arc_ds.model.compressor import Compressor, DecoderPort
+from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
-from arc_ds.model.load import ArcSourceFolder, load_decoder, open_arc_folder
+from arc_ds.model.encoder import Encoder
+from arc_ds.model.load import ArcSourceFolder, open_arc_folder, open_decoder
 from arc_ds.model.pooling import group_rules
-from arc_ds.model.spec import CompressorSpec, build_compressor
-from arc_ds.model.weights import beyond_layers, find_tokenizer, load_backbone, open_backbone, read_backbone_config
+from arc_ds.model.spec import CompressorSpec, build_compressor, build_port
+from arc_ds.model.weights import (
+    TensorSource,
+    beyond_layers,
+    check_fit,
+    find_tokenizer,
+    gathered,
+    load_backbone,
+    open_backbone,
+    read_backbone_config,
+    set_parameter,
+)
 from arc_ds.training.engine import set_trained
 
 MARKER_TEXT = "\n"  # the token whose embedding a marker starts from: it ends a passage in most texts
@@ -67,43 +83,60 @@ def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> None:
         check_fits(load_tokenizer(path), vocab_size, decoder.backbone)
 
 
-def starting_compressor(config: RunConfig, spec: CompressorSpec) -> Compressor:
-    """A compressor with the weights that the run starts from, float32 on the CPU, frozen parts marked.
+@dataclass(frozen=True, kw_only=True)
+class StartingWeights:
+    """Where a run's compressor gets its values from, opened and found to fit.
 
-    The encoder's from its backbone, fresh bridges and markers; or all from `encoder.init_from`, whose ports serve the
-    first decoders. Fresh weights follow from the config's seed.
+    tensors: the encoder's backbone, or another run's export. names: which parameters they fill (see
+    `weights.check_fit`). num_ports: decoders whose ports are among them, the first ones; the others start fresh.
     """
-    try:
-        with torch.device("meta"):
-            compressor = build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
-    except ValueError as error:
-        raise ConfigError(f"the config's sizes do not fit each other: {error}") from error
-    num_loaded_ports = 0
+
+    tensors: TensorSource
+    names: dict[str, Any]
+    num_ports: int
+
+
+def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWeights:
+    """The encoder's backbone or `encoder.init_from`; reads sizes only.
+
+    WeightsError where a tensor is missing or misshapen, ConfigError where the weights to start from mean something
+    else than what the config asks for, or its sizes do not fit each other.
+    """
+    names: dict[str, Any]
+    tensors: TensorSource
     if config.encoder.init_from is None:
-        source = open_backbone(
+        tensors = open_backbone(
             config.encoder.backbone, config.encoder.rope_scaling, max_positions=config.data.max_context_tokens
         )
-        load_backbone(
-            compressor,
-            source,
-            prefix="encoder.",
-            dtype=torch.float32,
-            skip=_is_memory,
-            allow_unused=beyond_layers(spec.num_layers),
-        )
+        names = {"prefix": "encoder.", "skip": _is_memory, "allow_unused": beyond_layers(spec.num_layers)}
+        num_ports = 0
     else:
         folder = open_arc_folder(Path(config.encoder.init_from), Path(config.encoder.backbone))
         _check_same_meaning(config, spec, folder)
-        num_loaded_ports = min(len(folder.spec.decoder_sizes), len(spec.decoder_sizes))
-        fresh = tuple(f"ports.{n}." for n in range(num_loaded_ports, len(spec.decoder_sizes)))
-        load_backbone(
-            compressor,
-            folder.tensors,
-            dtype=torch.float32,
-            skip=lambda name: name.startswith(fresh) if fresh else False,
-            allow_unused=lambda name: name.startswith("ports."),
-        )
-    _fill_rest(compressor, config, num_loaded_ports)
+        tensors = folder.tensors
+        num_ports = min(len(folder.spec.decoder_sizes), len(spec.decoder_sizes))
+        fresh = tuple(f"ports.{n}." for n in range(num_ports, len(spec.decoder_sizes)))
+        names = {"skip": lambda name: name.startswith(fresh), "allow_unused": lambda name: name.startswith("ports.")}
+    with torch.device("meta"):
+        check_fit(_build(config, spec), tensors, **names)
+    return StartingWeights(tensors=tensors, names=names, num_ports=num_ports)
+
+
+def starting_compressor(
+    config: RunConfig,
+    spec: CompressorSpec,
+    weights: StartingWeights,
+    within: AbstractContextManager[Any] | None = None,
+) -> Compressor:
+    """A compressor with the values that the run starts from, frozen parts marked.
+
+    Fresh markers and bridges follow from the config's seed. within: `engine.partitioned`, and then a collective;
+    default whole, float32 on the CPU.
+    """
+    with torch.device("meta") if within is None else within:
+        compressor = _build(config, spec)
+    load_backbone(compressor, weights.tensors, **weights.names)
+    _fill_rest(compressor, config, spec, weights.num_ports)
     set_trained(
         compressor.encoder,
         trained_layers=config.encoder.trained_layers,
@@ -112,19 +145,43 @@ def starting_compressor(config: RunConfig, spec: CompressorSpec) -> Compressor:
     return compressor
 
 
-def frozen_decoders(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[Decoder]:
-    """The decoders' modules with their weights; not placed yet. WeightsError where a tensor is missing or misshapen."""
-    return [
-        load_decoder(
-            Path(d.backbone),
-            d.rope_scaling,
-            device,
-            dtype,
-            activation_checkpointing=d.activation_checkpointing,
+@dataclass(frozen=True, kw_only=True)
+class DecoderWeights:
+    """A decoder of the run, on "meta", and the tensors that fill it."""
+
+    shape: Decoder
+    tensors: TensorSource
+
+    @property
+    def num_parameters(self) -> int:
+        """How many it has."""
+        return sum(parameter.numel() for parameter in self.shape.parameters())
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype, within: AbstractContextManager[Any] | None = None
+    ) -> Decoder:
+        """The decoder with its values, frozen. within: `engine.partitioned`; default whole on the device."""
+        decoder = self.shape
+        if within is not None:
+            with within:
+                decoder = Decoder(decoder.config, activation_checkpointing=decoder.activation_checkpointing)
+        load_backbone(decoder, self.tensors, dtype=dtype, device=device)
+        return decoder.eval()
+
+
+def open_decoders(config: RunConfig) -> tuple[DecoderWeights, ...]:
+    """The run's decoders; reads sizes only. WeightsError where a tensor is missing or misshapen."""
+    opened = []
+    for decoder in config.decoders:
+        shape, tensors = open_decoder(
+            Path(decoder.backbone),
+            decoder.rope_scaling,
+            activation_checkpointing=decoder.activation_checkpointing,
             max_positions=longest_sequence(config),
         )
-        for d in config.decoders
-    ]
+        check_fit(shape, tensors)
+        opened.append(DecoderWeights(shape=shape, tensors=tensors))
+    return tuple(opened)
 
 
 def longest_sequence(config: RunConfig) -> int:
@@ -161,16 +218,22 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcSour
         )
 
 
-def _fill_rest(compressor: Compressor, config: RunConfig, num_loaded_ports: int) -> None:
-    """Fresh weights where nothing was loaded."""
+def _build(config: RunConfig, spec: CompressorSpec) -> Compressor:
+    try:
+        return build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
+    except ValueError as error:
+        raise ConfigError(f"the config's sizes do not fit each other: {error}") from error
+
+
+def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, num_loaded_ports: int) -> None:
+    """Fresh values where none were loaded; the same on all ranks."""
     generator = torch.Generator().manual_seed(config.seed)
     encoder = compressor.encoder
-    if encoder.memory is not None and encoder.memory.is_meta:
-        encoder.memory = nn.Parameter(torch.ones(encoder.memory.shape))
-    start = _marker_start(config, encoder.tok_embeddings.weight, encoder.config)
-    for port in compressor.ports[num_loaded_ports:]:
-        assert isinstance(port, DecoderPort)
-        port.to_empty(device="cpu")
+    if spec.memory_tokens and config.encoder.init_from is None:
+        set_parameter(compressor, "encoder.memory", torch.ones(spec.memory_tokens, spec.backbone.hidden_size))
+    start = _marker_start(config, encoder)
+    for port_idx in range(num_loaded_ports, len(spec.decoder_sizes)):
+        port = build_port(spec, port_idx)
         for marker in (port.cont, port.rec):
             if marker is not None:
                 marker.data.copy_(start)
@@ -178,15 +241,19 @@ def _fill_rest(compressor: Compressor, config: RunConfig, num_loaded_ports: int)
             init_bridge(port.bridge, config.bridge.init, generator)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        for name, parameter in port.named_parameters():
+            set_parameter(compressor, f"ports.{port_idx}.{name}", parameter.detach())
 
 
-def _marker_start(config: RunConfig, table_VD: torch.Tensor, backbone: BackboneConfig) -> torch.Tensor:
-    """What a fresh marker starts as, [1, D]."""
+def _marker_start(config: RunConfig, encoder: Encoder) -> torch.Tensor:
+    """What a fresh marker starts as, float32 [1, D]."""
     if config.markers.init == "ones":
-        return torch.ones(1, backbone.hidden_size)
+        return torch.ones(1, encoder.config.hidden_size)
     tokenizer = load_tokenizer(encoder_tokenizer_path(config))
     ids = tokenizer.encode(MARKER_TEXT)
-    return table_VD.detach()[ids[-1:]].clone()
+    table_VD = encoder.tok_embeddings.weight
+    with gathered([table_VD]):
+        return table_VD.detach()[ids[-1:]].to("cpu", torch.float32, copy=True)
 
 
 def _is_memory(name: str) -> bool:

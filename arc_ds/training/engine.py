@@ -103,10 +103,27 @@ def choose_placement(
     return "zero3+hpz" if can_be_hpz and decoder_bytes <= REPLICATED_SHARE * free_bytes * local else "zero3"
 
 
+@contextmanager
+def partitioned(ds_config: Mapping[str, Any]) -> Iterator[None]:
+    """Modules built while it lasts never are whole: each rank makes and keeps its shards; a collective.
+
+    ds_config: of the engine that will hold them. Their values are those that the modules are born with; fill them with
+    `weights.load_backbone` and `weights.set_parameter`.
+    """
+    import deepspeed
+    from deepspeed.utils import groups
+
+    with _hpz_groups(_hpz_ranks(ds_config)):
+        # The config, not `dtype`, which would give bfloat16 on the CPU whatever it says (DeepSpeed 0.19.8).
+        group = groups._get_zero_param_intra_parallel_group()
+        with deepspeed.zero.Init(config_dict_or_path=dict(ds_config), zero_param_parallel_group=group):
+            yield
+
+
 def place_decoder(
     decoder: Decoder, placement: Placement, *, device: torch.device | str, ds_config: Mapping[str, Any] | None = None
 ) -> PlacedDecoder:
-    """Put a frozen decoder where steps use it; a collective.
+    """Put a frozen decoder, whole or built under `partitioned`, where steps use it; a collective.
 
     ds_config: for the sharded placements, from `config.deepspeed.resolve_decoder_deepspeed` (it says how far hpz goes).
     ValueError where it is missing.
@@ -127,9 +144,13 @@ def _initialize(module: nn.Module, ds_config: Mapping[str, Any], optimizer: Port
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # One gather for each layer; and a norm's weight is used by methods that ZeRO-3's hooks do not see.
     deepspeed.utils.set_z3_leaf_modules(module, [Block])
-    with _hpz_groups(ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)):
+    with _hpz_groups(_hpz_ranks(ds_config)):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
     return engine
+
+
+def _hpz_ranks(ds_config: Mapping[str, Any]) -> int:
+    return ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
 
 
 @contextmanager

@@ -18,14 +18,22 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from arc_ds.data.packing import PackedBatch
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.linear import Linear
-from arc_ds.training.engine import PlacedDecoder, build_engine, place_decoder, prefetch_is_traced
+from arc_ds.model.weights import set_parameter
+from arc_ds.training.engine import (
+    PlacedDecoder,
+    build_engine,
+    partitioned,
+    place_decoder,
+    prefetch_is_traced,
+    set_trained,
+)
 from arc_ds.training.loss import Normalize
 from arc_ds.training.optim import ParamGroup, PortAdamW
 from arc_ds.training.step import StepResult, train_step
@@ -38,6 +46,8 @@ from tests.helpers.plain_trainer import (
     SCHEDULE,
     TASKS,
     Trajectory,
+    bare_compressor,
+    bare_decoders,
     decoder_of_step,
     step_of_rank,
     tiny_compressor,
@@ -56,10 +66,11 @@ class Case:
     """One way to train: the recommended one, or wrong in one respect.
 
     normalize, idle_ports_run, idle_ports_rest: right where they are "global", True, True. spoilt: what is not finite
-    on rank 1 in step `SPOILT_STEP`, None for nothing.
+    on rank 1 in step `SPOILT_STEP`, None for nothing. born_partitioned: no rank ever holds a whole model, as in a run.
     """
 
     placement: str = "replicated"
+    born_partitioned: bool = False
     activation_checkpointing: bool = False
     trained_layers: int | None = None
     train_embeddings: bool = True
@@ -124,7 +135,18 @@ def _place(case: Case) -> list[PlacedDecoder]:
     if case.placement == "zero3+hpz":
         config["zero_optimization"]["zero_hpz_partition_size"] = dist.get_world_size()
     decoders = tiny_decoders(activation_checkpointing=case.activation_checkpointing)
+    if case.born_partitioned and case.placement != "replicated":
+        with partitioned(config):
+            born = bare_decoders(activation_checkpointing=case.activation_checkpointing)
+        for decoder, whole in zip(born, decoders, strict=True):
+            _give_values(decoder, whole)
+        decoders = born
     return [place_decoder(decoder, case.placement, device="cpu", ds_config=config) for decoder in decoders]
+
+
+def _give_values(module: nn.Module, whole: nn.Module) -> None:
+    for name, parameter in whole.named_parameters():
+        set_parameter(module, name, parameter.detach())
 
 
 def _build(case: Case) -> Any:
@@ -133,6 +155,14 @@ def _build(case: Case) -> Any:
         trained_layers=case.trained_layers,
         train_embeddings=case.train_embeddings,
     )
+    if case.born_partitioned:
+        whole = compressor
+        with partitioned(_ds_config(case)):
+            compressor = bare_compressor(activation_checkpointing=case.activation_checkpointing)
+        _give_values(compressor, whole)
+        set_trained(
+            compressor.encoder, trained_layers=case.trained_layers, train_embeddings=case.train_embeddings
+        )
     if not case.idle_ports_run:
         compressor.__class__ = _WithoutIdleRun
     make: Callable[..., PortAdamW] = PortAdamW if case.idle_ports_rest else _AlwaysActive
@@ -223,11 +253,16 @@ def _errors(found: Trajectory, wanted: Trajectory) -> dict[str, float]:
 RIGHT = {
     "replicated": Case(),
     "replicated, recomputed": Case(activation_checkpointing=True, sub_group_size=700),
+    "replicated, encoder born partitioned": Case(born_partitioned=True),
     "partitioned": Case(placement="zero3", sub_group_size=700),
     "partitioned, recomputed, nothing persistent": Case(
         placement="zero3", activation_checkpointing=True, persistence_threshold=0
     ),
     "partitioned within hosts": Case(placement="zero3+hpz"),
+    "born partitioned": Case(placement="zero3", born_partitioned=True, persistence_threshold=0),
+    "born partitioned within hosts": Case(
+        placement="zero3+hpz", born_partitioned=True, trained_layers=1, train_embeddings=False
+    ),
     "encoder frozen but its last layer": Case(placement="zero3", trained_layers=1, train_embeddings=False),
     "encoder frozen": Case(trained_layers=0, train_embeddings=False, activation_checkpointing=True),
 }

@@ -76,6 +76,14 @@ def tiny_compressor(
     train_embeddings: bool = True,
 ) -> Compressor:
     """Three encoder layers of width 32 and a port for each tiny decoder."""
+    compressor = bare_compressor(activation_checkpointing=activation_checkpointing)
+    _fill(compressor.parameters(), seed=1)
+    set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
+    return compressor
+
+
+def bare_compressor(*, activation_checkpointing: bool = False) -> Compressor:
+    """The modules of `tiny_compressor` without its values."""
     encoder = Encoder(
         _ENCODER, num_layers=3, pooling=PoolingLayout(strategy=GroupPooling("mean")),
         activation_checkpointing=activation_checkpointing,
@@ -84,18 +92,20 @@ def tiny_compressor(
         DecoderPort(_ENCODER.hidden_size, make_bridge("mlp", _ENCODER.hidden_size, config.hidden_size, 24))
         for config in _DECODERS
     ]
-    compressor = Compressor(encoder, ports)
-    _fill(compressor.parameters(), seed=1)
-    set_trained(encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
-    return compressor
+    return Compressor(encoder, ports)
 
 
 def tiny_decoders(*, activation_checkpointing: bool = False) -> list[Decoder]:
     """Two decoders of other widths and vocabularies, one with a tied head."""
-    decoders = [Decoder(config, activation_checkpointing=activation_checkpointing) for config in _DECODERS]
+    decoders = bare_decoders(activation_checkpointing=activation_checkpointing)
     for seed, decoder in enumerate(decoders):
         _fill(decoder.parameters(), seed=10 + seed)
     return decoders
+
+
+def bare_decoders(*, activation_checkpointing: bool = False) -> list[Decoder]:
+    """The modules of `tiny_decoders` without their values."""
+    return [Decoder(config, activation_checkpointing=activation_checkpointing) for config in _DECODERS]
 
 
 def tiny_groups(compressor: Compressor) -> tuple[ParamGroup, ...]:

@@ -13,8 +13,9 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.errors import ConfigError
 from arc_ds.export.consolidate import TrainedCompressor, TrainedFor
 from arc_ds.export.formats import write_export
+from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
-from arc_ds.training.build_model import compressor_spec, starting_compressor
+from arc_ds.training.build_model import compressor_spec, open_starting_weights, starting_compressor
 from tests.helpers.tiny_run import write_inputs
 
 
@@ -43,7 +44,7 @@ def test_weights_of_another_run_are_taken_and_new_decoders_get_fresh_ports(
     config_file: Path, trained: TrainedCompressor
 ) -> None:
     config = _from_export(config_file, "pooling.factors=[2]")  # fine-tuning to a lower factor is allowed
-    found = dict(starting_compressor(config, compressor_spec(config)).named_parameters())
+    found = dict(_start(config).named_parameters())
     for name, value in trained.tensors.items():
         assert torch.equal(found[name], value), name
     fresh = {name for name in found if name not in trained.tensors}
@@ -54,7 +55,7 @@ def test_weights_of_another_run_are_taken_and_new_decoders_get_fresh_ports(
 
 def test_the_backbone_is_the_start_where_no_weights_are_named(config_file: Path, trained: TrainedCompressor) -> None:
     config = load_config(config_file)
-    found = dict(starting_compressor(config, compressor_spec(config)).named_parameters())
+    found = dict(_start(config).named_parameters())
     name = "encoder.layers.0.attention.wq.weight"
     assert not torch.equal(found[name], trained.tensors[name])
 
@@ -69,7 +70,12 @@ def test_weights_of_another_meaning_are_refused(
 ) -> None:
     config = _from_export(config_file, override)
     with pytest.raises(ConfigError, match=f"init_from.*{named}"):
-        starting_compressor(config, compressor_spec(config))
+        _start(config)
+
+
+def _start(config: RunConfig) -> Compressor:
+    spec = compressor_spec(config)
+    return starting_compressor(config, spec, open_starting_weights(config, spec))
 
 
 def _from_export(config_file: Path, *overrides: str) -> RunConfig:

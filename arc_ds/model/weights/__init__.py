@@ -1,7 +1,7 @@
 """Weights in and out: backbones of several families, and the ARC checkpoint that the reference reads and writes."""
 
 from arc_ds.model.weights.arc_format import ArcCheckpoint, read_arc_checkpoint, write_arc_checkpoint
-from arc_ds.model.weights.load import TensorSource, copy_into, load_backbone
+from arc_ds.model.weights.load import TensorSource, check_fit, copy_into, gathered, load_backbone, set_parameter
 from arc_ds.model.weights.locate import find_tokenizer
 from arc_ds.model.weights.names import backbone_shapes, beyond_layers, permute_rotary
 from arc_ds.model.weights.source import BackboneSource, open_backbone, read_backbone_config
@@ -12,12 +12,15 @@ __all__ = [
     "TensorSource",
     "backbone_shapes",
     "beyond_layers",
+    "check_fit",
     "copy_into",
     "find_tokenizer",
+    "gathered",
     "load_backbone",
     "open_backbone",
     "permute_rotary",
     "read_arc_checkpoint",
     "read_backbone_config",
+    "set_parameter",
     "write_arc_checkpoint",
 ]

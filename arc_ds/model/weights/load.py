@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,45 +44,49 @@ def load_backbone(
     source: TensorSource,
     *,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     prefix: str = "",
     skip: NamePredicate = no_name,
     allow_unused: NamePredicate = no_name,
 ) -> None:
     """Copy tensors into the parameters of `module` by name, one tensor at a time.
 
-    prefix: only parameters whose names begin with it are filled; what follows it is the name in the source.
-    skip: names (after the prefix) of parameters that keep their values, such as an encoder's memory tokens.
-    allow_unused: names in the source that no parameter need take, such as `names.beyond_layers(n)` for an encoder.
-    dtype: the dtype that the parameters end in; None keeps each parameter's own. Parameters on the meta device are
-        replaced by loaded ones on the CPU.
-    Under ZeRO-3 every rank calls this; parameters are gathered one at a time and rank 0 alone reads.
-    WeightsError, before anything is copied, that lists parameters without a tensor or of another shape, and tensors
-    left over.
+    prefix, skip, allow_unused: as in `check_fit`, which is done first.
+    dtype: the dtype that the parameters end in; None keeps each parameter's own. device: where parameters on the meta
+        device are made, which loaded ones replace; default the CPU.
+    Under ZeRO-3 every rank calls this; parameters are gathered one at a time and rank 0 alone reads. Their dtype was
+    settled when they were partitioned.
     """
-    parameters = {name: p for name, p in module.named_parameters() if name.startswith(prefix)}
-    wanted = {name: name[len(prefix) :] for name in parameters if not skip(name[len(prefix) :])}
-    _check_fit({wanted[name]: parameters[name] for name in wanted}, source, allow_unused)
+    check_fit(module, source, prefix=prefix, skip=skip, allow_unused=allow_unused)
+    wanted = _wanted(module, prefix, skip)
     failure: Exception | None = None
     for name, source_name in wanted.items():
-        parameter = parameters[name]
+        parameter = module.get_parameter(name)
         if _is_partitioned(parameter):
-            failure = _fill_partitioned(parameter, source, source_name, dtype) or failure
+            failure = _fill_partitioned(parameter, source, source_name) or failure
         else:
-            _fill(module, name, source.tensor(source_name), dtype)
-    if any(_is_partitioned(p) for p in parameters.values()):
+            _fill(module, name, source.tensor(source_name), dtype, device)
+    if any(_is_partitioned(parameter) for parameter in module.parameters()):
         _raise_everywhere(failure)
 
 
-def copy_into(parameter: Tensor, tensor: Tensor) -> None:
-    """Copy values, casting to the parameter's dtype. ValueError where the shapes differ (copy_ would broadcast)."""
-    if parameter.shape != tensor.shape:
-        raise ValueError(f"parameter {list(parameter.shape)} cannot take a tensor {list(tensor.shape)}")
-    with torch.no_grad():
-        parameter.copy_(tensor)
+def check_fit(
+    module: nn.Module,
+    source: TensorSource,
+    *,
+    prefix: str = "",
+    skip: NamePredicate = no_name,
+    allow_unused: NamePredicate = no_name,
+) -> None:
+    """Whether `load_backbone` could fill the module; reads names and shapes only, and the module may be on "meta".
 
-
-def _check_fit(wanted: dict[str, nn.Parameter], source: TensorSource, allow_unused: NamePredicate) -> None:
+    prefix: only parameters whose names begin with it are filled; what follows it is the name in the source.
+    skip: names (after the prefix) of parameters that keep their values, such as an encoder's memory tokens.
+    allow_unused: names in the source that no parameter need take, such as `names.beyond_layers(n)` for an encoder.
+    WeightsError that lists parameters without a tensor or of another shape, and tensors left over.
+    """
     available = frozenset(source.names())
+    wanted = {short: module.get_parameter(name) for name, short in _wanted(module, prefix, skip).items()}
     faults = []
     for name, parameter in wanted.items():
         expected = _full_shape(parameter)
@@ -98,13 +103,55 @@ def _check_fit(wanted: dict[str, nn.Parameter], source: TensorSource, allow_unus
         )
 
 
-def _fill(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give one parameter its values, wherever it is: on "meta" (replaced), partitioned (rank 0's values), or whole."""
+    parameter = module.get_parameter(name)
+    if parameter.is_meta:
+        _fill(module, name, tensor, None, None)
+        return
+    with gathered([parameter]):
+        copy_into(parameter, tensor)
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters whole while it lasts, also those that ZeRO-3 has partitioned; changes by rank 0 are kept everywhere.
+
+    A collective where one of them is partitioned.
+    """
+    partitioned = [parameter for parameter in parameters if _is_partitioned(parameter)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+        yield
+
+
+def copy_into(parameter: Tensor, tensor: Tensor) -> None:
+    """Copy values, casting to the parameter's dtype. ValueError where the shapes differ (copy_ would broadcast)."""
+    if parameter.shape != tensor.shape:
+        raise ValueError(f"parameter {list(parameter.shape)} cannot take a tensor {list(tensor.shape)}")
+    with torch.no_grad():
+        parameter.copy_(tensor)
+
+
+def _wanted(module: nn.Module, prefix: str, skip: NamePredicate) -> dict[str, str]:
+    """Names of the parameters to fill, and what each is called in the source."""
+    names = [name for name, _ in module.named_parameters() if name.startswith(prefix)]
+    return {name: name[len(prefix) :] for name in names if not skip(name[len(prefix) :])}
+
+
+def _fill(
+    module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None
+) -> None:
     parameter = module.get_parameter(name)
     target = dtype or parameter.dtype
     if parameter.is_meta:
         # A copy, because a tensor of a mapped file would keep the file open and change with it.
-        loaded = nn.Parameter(tensor.to(target, copy=True).contiguous(), requires_grad=parameter.requires_grad)
-        _replace(module, parameter, loaded)
+        values = tensor.to(device=device or "cpu", dtype=target, copy=True).contiguous()
+        _replace(module, parameter, nn.Parameter(values, requires_grad=parameter.requires_grad))
         return
     if parameter.dtype != target:
         parameter.data = parameter.data.to(target)
@@ -119,16 +166,11 @@ def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
                 setattr(owner, leaf, new)
 
 
-def _fill_partitioned(
-    parameter: nn.Parameter, source: TensorSource, name: str, dtype: torch.dtype | None
-) -> Exception | None:
+def _fill_partitioned(parameter: nn.Parameter, source: TensorSource, name: str) -> Exception | None:
     """Fill one gathered parameter; a failure to read is returned, since the other ranks wait in the gather."""
-    import deepspeed
     import torch.distributed as dist
 
-    if dtype is not None and dtype != parameter.dtype:
-        raise ValueError(f"a partitioned parameter is {parameter.dtype}; its dtype cannot be changed to {dtype} here")
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+    with gathered([parameter]):
         if dist.get_rank() != 0:
             return None
         try:

@@ -4,29 +4,70 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from arc_kernels._check import check_shape
+from arc_kernels._check import check_same_device, check_same_dtype, check_shape
+from arc_kernels._dispatch import use_triton
 from arc_kernels.norm.reference import add_rms_norm_reference, layer_norm_reference, rms_norm_reference
+
+MAX_WIDTH = 16384  # of the Triton kernels: a row is held in registers
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019), in the dtype of x.
 
-    x [..., D], weight [D]; statistics in float32 (float64 for float64 input). ValueError on shapes that do not fit.
+    x [..., D], weight [D]; statistics in float32 (float64 for float64 input). The Triton kernels take rows at any
+    distance from each other without a copy, up to D = 16384. ValueError on shapes or devices that do not fit.
     """
+    _check_row(x_TD)
     check_shape("weight_D", weight_D, (x_TD.shape[-1],))
-    return rms_norm_reference(x_TD, weight_D, eps)
+    check_same_device(x_TD=x_TD, weight_D=weight_D)
+    if not use_triton(x_TD):
+        return rms_norm_reference(x_TD, weight_D, eps)
+    from arc_kernels.norm.autograd import norm_triton
+
+    _check_width(x_TD)
+    return norm_triton(x_TD, weight_D, eps)
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual), both in the dtype of x. Shapes as in `rms_norm`."""
+    """(rms_norm(x + residual), x + residual), both in the dtype of x. Shapes and errors as in `rms_norm`.
+
+    x and residual are of one dtype; the norm is that of the sum as it is returned, rounded to that dtype.
+    """
+    _check_row(x_TD)
     check_shape("residual_TD", residual_TD, tuple(x_TD.shape))
     check_shape("weight_D", weight_D, (x_TD.shape[-1],))
-    return add_rms_norm_reference(x_TD, residual_TD, weight_D, eps)
+    check_same_dtype(x_TD=x_TD, residual_TD=residual_TD)
+    check_same_device(x_TD=x_TD, residual_TD=residual_TD, weight_D=weight_D)
+    if not use_triton(x_TD):
+        return add_rms_norm_reference(x_TD, residual_TD, weight_D, eps)
+    from arc_kernels.norm.autograd import add_rms_norm_triton
+
+    _check_width(x_TD)
+    return add_rms_norm_triton(x_TD, residual_TD, weight_D, eps)
 
 
 def layer_norm(x_TD: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) over the last dimension, without parameters (OLMo-1), in the dtype of x."""
-    return layer_norm_reference(x_TD, eps)
+    """(x - mean) / sqrt(var + eps) over the last dimension, without parameters (OLMo-1), in the dtype of x.
+
+    Shapes and errors as in `rms_norm`.
+    """
+    _check_row(x_TD)
+    if not use_triton(x_TD):
+        return layer_norm_reference(x_TD, eps)
+    from arc_kernels.norm.autograd import norm_triton
+
+    _check_width(x_TD)
+    return norm_triton(x_TD, None, eps)
+
+
+def _check_row(x_TD: Tensor) -> None:
+    if x_TD.dim() == 0 or not x_TD.is_floating_point():
+        raise ValueError(f"x_TD is {x_TD.dtype} of shape {tuple(x_TD.shape)}; expected floats of shape [..., D]")
+
+
+def _check_width(x_TD: Tensor) -> None:
+    if not 1 <= x_TD.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"x_TD has rows of {x_TD.shape[-1]}; the Triton kernels take 1 … {MAX_WIDTH}: use 'reference'")
 
 
 __all__ = [

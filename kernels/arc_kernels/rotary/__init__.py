@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from arc_kernels._check import check_shape
+from arc_kernels._check import check_same_device, check_shape
+from arc_kernels._dispatch import use_triton
 from arc_kernels.rotary.reference import rotary_reference
+
+MAX_HEAD_DIM = 512  # of the Triton kernel
 
 
 def rotary(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Rotates the pairs (i, i + H / 2) of each head by the angle of its row: [T, N, H], the dtype of x.
 
-    cos_TF, sin_TF: float32 [T, H / 2], of position times frequency. ValueError on an odd H or shapes that do not fit.
+    cos_TF, sin_TF: float32 (or float64) [T, H / 2], of position times frequency; the Triton kernel gives them no
+    gradient. x may be a view into a fused projection: the kernel takes rows and heads at any distance.
+    ValueError on an odd H, or shapes, dtypes or devices that do not fit.
     """
-    if x_TNH.shape[-1] % 2:
-        raise ValueError(f"x_TNH has head size {x_TNH.shape[-1]}; rotary pairs need an even one")
+    check_shape("x_TNH", x_TNH, (None, None, None))
+    if x_TNH.shape[-1] % 2 or not x_TNH.is_floating_point():
+        raise ValueError(f"x_TNH is {x_TNH.dtype} with head size {x_TNH.shape[-1]}; expected floats and an even size")
     check_shape("cos_TF", cos_TF, (x_TNH.shape[0], x_TNH.shape[-1] // 2))
     check_shape("sin_TF", sin_TF, tuple(cos_TF.shape))
-    return rotary_reference(x_TNH, cos_TF, sin_TF)
+    for name, angles in (("cos_TF", cos_TF), ("sin_TF", sin_TF)):
+        if angles.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {angles.dtype}; expected float32: coarser angles turn far positions wrongly")
+    check_same_device(x_TNH=x_TNH, cos_TF=cos_TF, sin_TF=sin_TF)
+    if not use_triton(x_TNH):
+        return rotary_reference(x_TNH, cos_TF, sin_TF)
+    from arc_kernels.rotary.autograd import rotary_triton
+
+    _check_kernel(x_TNH, cos_TF, sin_TF)
+    return rotary_triton(x_TNH, cos_TF, sin_TF)
+
+
+def _check_kernel(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> None:
+    if x_TNH.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"x_TNH has head size {x_TNH.shape[-1]}; the kernel takes {MAX_HEAD_DIM}: use 'reference'")
+    for name, angles in (("cos_TF", cos_TF), ("sin_TF", sin_TF)):
+        if angles.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which the kernel has not; detach it or use 'reference'")
 
 
 __all__ = ["rotary", "rotary_reference"]

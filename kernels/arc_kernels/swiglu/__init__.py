@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from arc_kernels._check import check_shape
+from arc_kernels._check import check_same_device, check_same_dtype, check_shape
+from arc_kernels._dispatch import use_triton
 from arc_kernels.swiglu.reference import swiglu_reference
 
 
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise, in the dtype of the inputs. ValueError where the shapes differ."""
+    """silu(gate) * up, elementwise, in the dtype of the inputs.
+
+    gate, up: [..., F] of one dtype; rows may be apart, such as the halves of one fused projection. ValueError where
+    shapes, dtypes or devices differ.
+    """
+    if gate_TF.dim() == 0 or not gate_TF.is_floating_point():
+        raise ValueError(f"gate_TF is {gate_TF.dtype} of shape {tuple(gate_TF.shape)}; expected floats [..., F]")
     check_shape("up_TF", up_TF, tuple(gate_TF.shape))
-    return swiglu_reference(gate_TF, up_TF)
+    check_same_dtype(gate_TF=gate_TF, up_TF=up_TF)
+    check_same_device(gate_TF=gate_TF, up_TF=up_TF)
+    if not use_triton(gate_TF):
+        return swiglu_reference(gate_TF, up_TF)
+    from arc_kernels.swiglu.autograd import swiglu_triton
+
+    return swiglu_triton(gate_TF, up_TF)
 
 
 __all__ = ["swiglu", "swiglu_reference"]

@@ -1,0 +1,365 @@
+# mypy: allow-untyped-defs
+"""Triton kernels of the norms: RMSNorm, RMSNorm of a sum, and the parameter-free LayerNorm.
+
+A program holds whole rows, so each tensor is read once and written once. With r = 1 / sqrt(mean(x^2) + eps), n = x r
+and g = w dy, the gradient of a row is dx = r (g - n mean(g n)), plus the gradient of the sum where there is one;
+LayerNorm takes the mean of g away too. Kept for backward: the row itself and r (and the mean), never the normed row.
+
+Shape letters: T rows, D width, P programs; in the kernels BT rows and BD >= D columns of one tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arc_kernels._compile import CompileSpec
+from arc_kernels._dispatch import num_processors, warp_size
+from arc_kernels.norm import MAX_WIDTH
+
+# Up to here the weight's gradient is summed in registers while the rows pass by; wider rows leave no room for it.
+MAX_FUSED_WIDTH = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How rows are laid out over programs."""
+
+    block_rows: int
+    num_warps: int
+    partial_sums: int
+    """Programs on one multiprocessor that share the rows when the weight's gradient is summed."""
+
+
+class NormForward(NamedTuple):
+    """normed, total [T, D] in the dtype of x (total: empty without a residual); mean (LayerNorm), rstd float32 [T]."""
+
+    normed_TD: Tensor
+    total_TD: Tensor
+    mean_T: Tensor
+    rstd_T: Tensor
+
+
+def choose(width: int, *, warp_size: int = 32) -> Config:
+    """Tiles of at least 2048 elements, 16 elements a thread: two 16-byte loads of each stream in flight in bfloat16.
+
+    More elements a thread run out of registers in backward (x, dy, w and the weight's gradient are held in float32);
+    fewer leave too little in flight to cover the memory's latency. Summing the weight's gradient takes about 100
+    registers a thread, so that 16 warps fill a multiprocessor; more programs would only make more partial sums.
+    """
+    block_width = triton.next_power_of_2(width)
+    block_rows = max(1, 2048 // block_width)
+    num_warps = block_rows * block_width // (16 * warp_size)
+    return Config(block_rows=block_rows, num_warps=num_warps, partial_sums=max(1, 512 // (num_warps * warp_size)))
+
+
+@triton.jit
+def norm_forward_kernel(
+    p_x,
+    p_residual,
+    p_weight,
+    p_normed,
+    p_total,
+    p_mean,
+    p_rstd,
+    num_rows,
+    x_stride,
+    residual_stride,
+    eps,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    ADDS: tl.constexpr,
+    LAYER_NORM: tl.constexpr,
+):
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_d = tl.arange(0, BD)[None, :]
+    m_t = o_t < num_rows
+    m_td = m_t[:, None] & (o_d < D)
+    o_td = o_t[:, None] * D + o_d
+    b_x = tl.load(p_x + o_t[:, None] * x_stride + o_d, mask=m_td, other=0.0)  # [BT, BD]
+    if ADDS:
+        b_residual = tl.load(p_residual + o_t[:, None] * residual_stride + o_d, mask=m_td, other=0.0)
+        # Rounded before the norm, as backward will read it.
+        b_x = (b_x.to(tl.float32) + b_residual.to(tl.float32)).to(p_total.dtype.element_ty)
+        tl.store(p_total + o_td, b_x, mask=m_td)
+    b_x = b_x.to(tl.float32)
+    if LAYER_NORM:
+        b_mean = tl.sum(b_x, axis=1) / D
+        tl.store(p_mean + o_t, b_mean, mask=m_t)
+        b_x = tl.where(o_d < D, b_x - b_mean[:, None], 0.0)
+    b_rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / D + eps)
+    tl.store(p_rstd + o_t, b_rstd, mask=m_t)
+    b_normed = b_x * b_rstd[:, None]
+    if not LAYER_NORM:
+        b_normed *= tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    tl.store(p_normed + o_td, b_normed.to(p_normed.dtype.element_ty), mask=m_td)
+
+
+@triton.jit
+def norm_backward_kernel(
+    p_x,
+    p_weight,
+    p_mean,
+    p_rstd,
+    p_dnormed,
+    p_dtotal,
+    p_dx,
+    p_dweight,
+    num_rows,
+    x_stride,
+    dnormed_stride,
+    dtotal_stride,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    ADDS: tl.constexpr,
+    LAYER_NORM: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+):
+    i_p = tl.program_id(0)
+    o_d = tl.arange(0, BD)[None, :]
+    m_d = o_d < D
+    if not LAYER_NORM:
+        b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)  # [1, BD]
+    if WEIGHT_GRAD:
+        b_dweight = tl.zeros((1, BD), dtype=tl.float32)
+    for i_t in range(i_p, tl.cdiv(num_rows, BT), tl.num_programs(0)):
+        o_t = tl.cast(i_t, tl.int64) * BT + tl.arange(0, BT)
+        m_t = o_t < num_rows
+        m_td = m_t[:, None] & m_d
+        b_x = tl.load(p_x + o_t[:, None] * x_stride + o_d, mask=m_td, other=0.0).to(tl.float32)
+        b_dy = tl.load(p_dnormed + o_t[:, None] * dnormed_stride + o_d, mask=m_td, other=0.0).to(tl.float32)
+        b_rstd = tl.load(p_rstd + o_t, mask=m_t, other=0.0)[:, None]
+        if LAYER_NORM:
+            b_x -= tl.load(p_mean + o_t, mask=m_t, other=0.0)[:, None]
+            b_g = b_dy - tl.sum(b_dy, axis=1, keep_dims=True) / D
+        else:
+            b_g = b_dy * b_weight
+        b_n = b_x * b_rstd
+        b_projection = tl.sum(tl.where(m_d, b_g * b_n, 0.0), axis=1, keep_dims=True) / D
+        b_dx = (b_g - b_n * b_projection) * b_rstd
+        if ADDS:
+            b_dx += tl.load(p_dtotal + o_t[:, None] * dtotal_stride + o_d, mask=m_td, other=0.0).to(tl.float32)
+        tl.store(p_dx + o_t[:, None] * D + o_d, b_dx.to(p_dx.dtype.element_ty), mask=m_td)
+        if WEIGHT_GRAD:
+            b_dweight += tl.sum(b_dy * b_n, axis=0, keep_dims=True)
+    if WEIGHT_GRAD:
+        tl.store(p_dweight + i_p.to(tl.int64) * D + o_d, b_dweight, mask=m_d)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    p_x,
+    p_rstd,
+    p_dnormed,
+    p_dweight,
+    num_rows,
+    x_stride,
+    dnormed_stride,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_p = tl.program_id(0)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
+    m_d = o_d < D
+    b_dweight = tl.zeros((BT, BD), dtype=tl.float32)
+    for i_t in range(i_p, tl.cdiv(num_rows, BT), tl.num_programs(0)):
+        o_t = tl.cast(i_t, tl.int64) * BT + tl.arange(0, BT)
+        m_t = o_t < num_rows
+        m_td = m_t[:, None] & m_d
+        b_x = tl.load(p_x + o_t[:, None] * x_stride + o_d, mask=m_td, other=0.0).to(tl.float32)
+        b_dy = tl.load(p_dnormed + o_t[:, None] * dnormed_stride + o_d, mask=m_td, other=0.0).to(tl.float32)
+        b_rstd = tl.load(p_rstd + o_t, mask=m_t, other=0.0)[:, None]
+        b_dweight += b_dy * (b_x * b_rstd)
+    tl.store(p_dweight + i_p.to(tl.int64) * D + o_d, tl.sum(b_dweight, axis=0, keep_dims=True), mask=m_d)
+
+
+def norm_forward(
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, eps: float, *, config: Config | None = None
+) -> NormForward:
+    """RMSNorm of x, or of x + residual; LayerNorm without parameters where weight is None. Last stride of x is 1."""
+    num_rows, width = x_TD.shape
+    config = config or choose(width, warp_size=warp_size())
+    no_rows = x_TD.new_empty(0)
+    out = NormForward(
+        normed_TD=x_TD.new_empty(num_rows, width),
+        total_TD=no_rows if residual_TD is None else x_TD.new_empty(num_rows, width),
+        mean_T=x_TD.new_empty(num_rows if weight_D is None else 0, dtype=torch.float32),
+        rstd_T=x_TD.new_empty(num_rows, dtype=torch.float32),
+    )
+    if out.normed_TD.numel() == 0:
+        return out
+    with torch.cuda.device_of(x_TD):
+        norm_forward_kernel[(triton.cdiv(num_rows, config.block_rows),)](
+            x_TD,
+            residual_TD,
+            weight_D,
+            out.normed_TD,
+            out.total_TD if residual_TD is not None else None,
+            out.mean_T if weight_D is None else None,
+            out.rstd_T,
+            num_rows,
+            x_TD.stride(0),
+            residual_TD.stride(0) if residual_TD is not None else 0,
+            eps,
+            D=width,
+            BT=config.block_rows,
+            BD=triton.next_power_of_2(width),
+            ADDS=residual_TD is not None,
+            LAYER_NORM=weight_D is None,
+            num_warps=config.num_warps,
+        )
+    return out
+
+
+def norm_backward(
+    dnormed_TD: Tensor,
+    dtotal_TD: Tensor | None,
+    x_TD: Tensor,
+    weight_D: Tensor | None,
+    mean_T: Tensor,
+    rstd_T: Tensor,
+    *,
+    wants_weight: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x [T, D], of the weight [D] in its dtype); the second is empty where it is not wanted.
+
+    x: the row that was normed, the sum where there was one. Last strides are 1. The same bits at every run: each of a
+    fixed number of programs sums its rows in order, and the partial sums are added by torch.
+    """
+    num_rows, width = x_TD.shape
+    config = config or choose(width, warp_size=warp_size())
+    dx_TD = x_TD.new_empty(num_rows, width)
+    if dx_TD.numel() == 0:
+        return dx_TD, weight_D.new_zeros(width) if wants_weight and weight_D is not None else x_TD.new_empty(0)
+    num_blocks = triton.cdiv(num_rows, config.block_rows)
+    fuses_weight = wants_weight and width <= MAX_FUSED_WIDTH
+    max_programs = config.partial_sums * num_processors(x_TD.device) if fuses_weight else num_blocks
+    num_programs = min(num_blocks, max_programs)
+    partial_PD = x_TD.new_empty(num_programs, width, dtype=torch.float32) if fuses_weight else None
+    with torch.cuda.device_of(x_TD):
+        norm_backward_kernel[(num_programs,)](
+            x_TD,
+            weight_D,
+            mean_T if weight_D is None else None,
+            rstd_T,
+            dnormed_TD,
+            dtotal_TD,
+            dx_TD,
+            partial_PD,
+            num_rows,
+            x_TD.stride(0),
+            dnormed_TD.stride(0),
+            dtotal_TD.stride(0) if dtotal_TD is not None else 0,
+            D=width,
+            BT=config.block_rows,
+            BD=triton.next_power_of_2(width),
+            ADDS=dtotal_TD is not None,
+            LAYER_NORM=weight_D is None,
+            WEIGHT_GRAD=fuses_weight,
+            num_warps=config.num_warps,
+        )
+    if weight_D is None or not wants_weight:
+        return dx_TD, x_TD.new_empty(0)
+    if partial_PD is None:
+        partial_PD = _weight_partials(dnormed_TD, x_TD, rstd_T)
+    return dx_TD, partial_PD.sum(0).to(weight_D.dtype)
+
+
+def _weight_partials(dnormed_TD: Tensor, x_TD: Tensor, rstd_T: Tensor) -> Tensor:
+    """Partial sums [P, D] of the weight's gradient, for rows too wide to do it on the way."""
+    num_rows, width = x_TD.shape
+    block_rows, block_width = 4, 512
+    num_programs = min(triton.cdiv(num_rows, block_rows), max(1, num_processors(x_TD.device) // 4))
+    partial_PD = x_TD.new_empty(num_programs, width, dtype=torch.float32)
+    with torch.cuda.device_of(x_TD):
+        weight_gradient_kernel[(num_programs, triton.cdiv(width, block_width))](
+            x_TD,
+            rstd_T,
+            dnormed_TD,
+            partial_PD,
+            num_rows,
+            x_TD.stride(0),
+            dnormed_TD.stride(0),
+            D=width,
+            BT=block_rows,
+            BD=block_width,
+            num_warps=4,
+        )
+    return partial_PD
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Every kernel at the widths of the paper's models in bfloat16, and at the widest in both dtypes."""
+    shapes = [(2048, "bf16"), (3072, "bf16"), (4096, "bf16"), (4096, "fp32"), (8192, "bf16"), (MAX_WIDTH, "bf16")]
+    return [spec for width, dtype in shapes for spec in _specs(width, dtype)]
+
+
+def _specs(width: int, dtype: str) -> Iterator[CompileSpec]:
+    for name, adds, layer_norm in (("rms", False, False), ("add_rms", True, False), ("layer", False, True)):
+        yield _forward_spec(name, width, dtype, adds=adds, layer_norm=layer_norm)
+        weight_grads = (False, True) if width <= MAX_FUSED_WIDTH and not layer_norm else (False,)
+        for weight_grad in weight_grads:
+            yield _backward_spec(name, width, dtype, adds=adds, layer_norm=layer_norm, weight_grad=weight_grad)
+    if width > MAX_FUSED_WIDTH:
+        yield CompileSpec(
+            name=f"norm_weight_gradient {dtype} D={width}",
+            fn=weight_gradient_kernel,
+            signature={"p_x": f"*{dtype}", "p_rstd": "*fp32", "p_dnormed": f"*{dtype}", "p_dweight": "*fp32"}
+            | {"num_rows": "i32", "x_stride": "i32", "dnormed_stride": "i32"},
+            constexprs={"D": width, "BT": 4, "BD": 512},
+            divisible_by_16=("p_x", "p_rstd", "p_dnormed", "p_dweight", "x_stride", "dnormed_stride"),
+            num_warps=4,
+        )
+
+
+def _forward_spec(name: str, width: int, dtype: str, *, adds: bool, layer_norm: bool) -> CompileSpec:
+    pointers = {"p_x": f"*{dtype}", "p_normed": f"*{dtype}", "p_rstd": "*fp32"}
+    pointers |= {"p_residual": f"*{dtype}", "p_total": f"*{dtype}"} if adds else {}
+    pointers |= {"p_mean": "*fp32"} if layer_norm else {"p_weight": f"*{dtype}"}
+    absent = {"p_residual", "p_total", "p_mean", "p_weight"} - set(pointers)
+    config = choose(width)
+    return CompileSpec(
+        name=f"{name}_norm_forward {dtype} D={width}",
+        fn=norm_forward_kernel,
+        signature=pointers | {"num_rows": "i32", "x_stride": "i32", "residual_stride": "i32", "eps": "fp32"},
+        constexprs=dict.fromkeys(absent) | _tile(width, config) | {"ADDS": adds, "LAYER_NORM": layer_norm},
+        divisible_by_16=(*pointers, "x_stride", "residual_stride"),
+        num_warps=config.num_warps,
+        hip_num_warps=choose(width, warp_size=64).num_warps,
+    )
+
+
+def _backward_spec(
+    name: str, width: int, dtype: str, *, adds: bool, layer_norm: bool, weight_grad: bool
+) -> CompileSpec:
+    pointers = {"p_x": f"*{dtype}", "p_rstd": "*fp32", "p_dnormed": f"*{dtype}", "p_dx": f"*{dtype}"}
+    pointers |= {"p_dtotal": f"*{dtype}"} if adds else {}
+    pointers |= {"p_dweight": "*fp32"} if weight_grad else {}
+    pointers |= {"p_mean": "*fp32"} if layer_norm else {"p_weight": f"*{dtype}"}
+    absent = {"p_dtotal", "p_dweight", "p_mean", "p_weight"} - set(pointers)
+    flags = {"ADDS": adds, "LAYER_NORM": layer_norm, "WEIGHT_GRAD": weight_grad}
+    strides = ("x_stride", "dnormed_stride", "dtotal_stride")
+    config = choose(width)
+    return CompileSpec(
+        name=f"{name}_norm_backward{'_weight' if weight_grad else ''} {dtype} D={width}",
+        fn=norm_backward_kernel,
+        signature=pointers | {"num_rows": "i32"} | dict.fromkeys(strides, "i32"),
+        constexprs=dict.fromkeys(absent) | _tile(width, config) | flags,
+        divisible_by_16=(*pointers, *strides),
+        num_warps=config.num_warps,
+        hip_num_warps=choose(width, warp_size=64).num_warps,
+    )
+
+
+def _tile(width: int, config: Config) -> dict[str, int]:
+    return {"D": width, "BT": config.block_rows, "BD": triton.next_power_of_2(width)}

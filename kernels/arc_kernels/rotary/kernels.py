@@ -1,0 +1,129 @@
+# mypy: allow-untyped-defs
+"""Triton kernel of the rotary embedding: the pairs (i, i + H / 2) of a head turn by the angle of the row.
+
+The gradient turns back: the same kernel with the angle negated. Neither is done in place. The bytes moved would be the
+same; and in forward the projection's output may be held by somebody else, in backward autograd may hand the same
+gradient tensor to other consumers.
+
+Shape letters: T rows, N heads, H head size, F = H / 2 pairs; a program has one row, BN of its heads and BF >= F pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arc_kernels._compile import CompileSpec
+from arc_kernels._dispatch import warp_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Heads of a program and its warps."""
+
+    block_heads: int
+    num_warps: int
+
+
+def choose(num_heads: int, num_pairs: int, *, warp_size: int = 32) -> Config:
+    """About 1024 pairs a program in heads that divide the row's (24 heads: by 8), eight pairs a thread.
+
+    Angles are read once for all heads of a program. Other numbers of heads are padded, at most to a multiple of 8.
+    """
+    block_pairs = triton.next_power_of_2(num_pairs)
+    most = max(1, 1024 // block_pairs)
+    block_heads = max(gcd(num_heads, most), min(triton.next_power_of_2(num_heads), 8, most))
+    return Config(block_heads=block_heads, num_warps=max(1, block_heads * block_pairs // (8 * warp_size)))
+
+
+@triton.jit
+def rotary_kernel(
+    p_x,
+    p_cos,
+    p_sin,
+    p_y,
+    x_row_stride,
+    x_head_stride,
+    cos_stride,
+    sin_stride,
+    N: tl.constexpr,
+    F: tl.constexpr,
+    BN: tl.constexpr,
+    BF: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_n = tl.program_id(1) * BN + tl.arange(0, BN)[:, None]
+    o_f = tl.arange(0, BF)[None, :]
+    m_f = o_f < F
+    m_nf = (o_n < N) & m_f
+    b_cos = tl.load(p_cos + i_t * cos_stride + o_f, mask=m_f, other=0.0).to(tl.float32)  # [1, BF]
+    b_sin = tl.load(p_sin + i_t * sin_stride + o_f, mask=m_f, other=0.0).to(tl.float32)
+    if INVERSE:
+        b_sin = -b_sin
+    p_first = p_x + i_t * x_row_stride + o_n * x_head_stride + o_f
+    b_first = tl.load(p_first, mask=m_nf, other=0.0).to(tl.float32)  # [BN, BF]
+    b_second = tl.load(p_first + F, mask=m_nf, other=0.0).to(tl.float32)
+    p_out = p_y + (i_t * N + o_n) * (2 * F) + o_f
+    tl.store(p_out, (b_first * b_cos - b_second * b_sin).to(p_y.dtype.element_ty), mask=m_nf)
+    tl.store(p_out + F, (b_second * b_cos + b_first * b_sin).to(p_y.dtype.element_ty), mask=m_nf)
+
+
+def rotate(
+    x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool, config: Config | None = None
+) -> Tensor:
+    """Each pair turned by its row's angle, or back; the last strides are 1, rows and heads may be apart."""
+    y_TNH = x_TNH.new_empty(x_TNH.shape)
+    if y_TNH.numel() == 0:
+        return y_TNH
+    num_rows, num_heads, head_dim = x_TNH.shape
+    num_pairs = head_dim // 2
+    config = config or choose(num_heads, num_pairs, warp_size=warp_size())
+    with torch.cuda.device_of(x_TNH):
+        rotary_kernel[(num_rows, triton.cdiv(num_heads, config.block_heads))](
+            x_TNH,
+            cos_TF,
+            sin_TF,
+            y_TNH,
+            x_TNH.stride(0),
+            x_TNH.stride(1),
+            cos_TF.stride(0),
+            sin_TF.stride(0),
+            N=num_heads,
+            F=num_pairs,
+            BN=config.block_heads,
+            BF=triton.next_power_of_2(num_pairs),
+            INVERSE=inverse,
+            num_warps=config.num_warps,
+        )
+    return y_TNH
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Heads of the paper's models (24 and 32 query heads, 8 kv heads) and every head size, both directions."""
+    shapes = [(24, 128, "bf16"), (32, 128, "bf16"), (8, 128, "bf16"), (32, 80, "bf16"), (9, 64, "bf16")]
+    shapes += [(24, 128, "fp32")]
+    return [_spec(*shape, inverse=inverse) for shape in shapes for inverse in (False, True)]
+
+
+def _spec(num_heads: int, head_dim: int, dtype: str, *, inverse: bool) -> CompileSpec:
+    num_pairs = head_dim // 2
+    config = choose(num_heads, num_pairs)
+    strides = ("x_row_stride", "x_head_stride", "cos_stride", "sin_stride")
+    aligned = strides if num_pairs % 16 == 0 else strides[:2]  # rows of 40 angles are no multiple of 16
+    return CompileSpec(
+        name=f"rotary{'_inverse' if inverse else ''} {dtype} N={num_heads} H={head_dim}",
+        fn=rotary_kernel,
+        signature={"p_x": f"*{dtype}", "p_cos": "*fp32", "p_sin": "*fp32", "p_y": f"*{dtype}"}
+        | dict.fromkeys(strides, "i32"),
+        constexprs={"N": num_heads, "F": num_pairs, "BN": config.block_heads, "INVERSE": inverse}
+        | {"BF": triton.next_power_of_2(num_pairs)},
+        divisible_by_16=("p_x", "p_cos", "p_sin", "p_y", *aligned),
+        num_warps=config.num_warps,
+        hip_num_warps=choose(num_heads, num_pairs, warp_size=64).num_warps,
+    )

@@ -1,0 +1,145 @@
+# mypy: allow-untyped-defs
+"""Triton kernels of SwiGLU: y = silu(g) u, and both gradients in one pass.
+
+With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s. s is made again in backward: reading it would cost more.
+The gradients are not written over g and u, though nothing of the layer reads these again: autograd may run a graph
+twice, and a caller may hold the projections.
+
+Shape letters: T rows, F width; a program has one row and BF of its columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arc_kernels._compile import CompileSpec
+from arc_kernels._dispatch import warp_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Columns of a program and its warps."""
+
+    block_width: int
+    num_warps: int
+
+
+def choose(width: int, *, warp_size: int = 32) -> Config:
+    """Eight elements a thread, one 16-byte load of each stream in 16-bit types; 1024 columns divide the usual widths.
+
+    (8192, 14336, 11264; 11008 wastes 2%.) Small programs fill a multiprocessor to its last thread.
+    """
+    block_width = min(1024, triton.next_power_of_2(width))
+    return Config(block_width=block_width, num_warps=max(1, block_width // (8 * warp_size)))
+
+
+@triton.jit
+def swiglu_forward_kernel(p_gate, p_up, p_y, gate_stride, up_stride, F: tl.constexpr, BF: tl.constexpr):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_f = tl.program_id(1) * BF + tl.arange(0, BF)
+    m_f = o_f < F
+    b_gate = tl.load(p_gate + i_t * gate_stride + o_f, mask=m_f, other=0.0).to(tl.float32)  # [BF]
+    b_up = tl.load(p_up + i_t * up_stride + o_f, mask=m_f, other=0.0).to(tl.float32)
+    b_y = b_gate * tl.sigmoid(b_gate) * b_up
+    tl.store(p_y + i_t * F + o_f, b_y.to(p_y.dtype.element_ty), mask=m_f)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    p_gate,
+    p_up,
+    p_dy,
+    p_dgate,
+    p_dup,
+    gate_stride,
+    up_stride,
+    dy_stride,
+    F: tl.constexpr,
+    BF: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_f = tl.program_id(1) * BF + tl.arange(0, BF)
+    m_f = o_f < F
+    b_gate = tl.load(p_gate + i_t * gate_stride + o_f, mask=m_f, other=0.0).to(tl.float32)  # [BF]
+    b_up = tl.load(p_up + i_t * up_stride + o_f, mask=m_f, other=0.0).to(tl.float32)
+    b_dy = tl.load(p_dy + i_t * dy_stride + o_f, mask=m_f, other=0.0).to(tl.float32)
+    b_sigmoid = tl.sigmoid(b_gate)
+    b_silu = b_gate * b_sigmoid
+    b_dgate = b_dy * b_up * (b_sigmoid + b_silu * (1.0 - b_sigmoid))
+    tl.store(p_dgate + i_t * F + o_f, b_dgate.to(p_dgate.dtype.element_ty), mask=m_f)
+    tl.store(p_dup + i_t * F + o_f, (b_dy * b_silu).to(p_dup.dtype.element_ty), mask=m_f)
+
+
+def swiglu_forward(gate_TF: Tensor, up_TF: Tensor, *, config: Config | None = None) -> Tensor:
+    """silu(gate) * up [T, F]; the last strides are 1, rows may be apart."""
+    y_TF = gate_TF.new_empty(gate_TF.shape)
+    if y_TF.numel() == 0:
+        return y_TF
+    num_rows, width = gate_TF.shape
+    config = config or choose(width, warp_size=warp_size())
+    with torch.cuda.device_of(gate_TF):
+        swiglu_forward_kernel[(num_rows, triton.cdiv(width, config.block_width))](
+            gate_TF,
+            up_TF,
+            y_TF,
+            gate_TF.stride(0),
+            up_TF.stride(0),
+            F=width,
+            BF=config.block_width,
+            num_warps=config.num_warps,
+        )
+    return y_TF
+
+
+def swiglu_backward(
+    dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, *, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up [T, F]; the last strides are 1, rows may be apart."""
+    dgate_TF, dup_TF = gate_TF.new_empty(gate_TF.shape), up_TF.new_empty(up_TF.shape)
+    if dgate_TF.numel() == 0:
+        return dgate_TF, dup_TF
+    num_rows, width = gate_TF.shape
+    config = config or choose(width, warp_size=warp_size())
+    with torch.cuda.device_of(gate_TF):
+        swiglu_backward_kernel[(num_rows, triton.cdiv(width, config.block_width))](
+            gate_TF,
+            up_TF,
+            dy_TF,
+            dgate_TF,
+            dup_TF,
+            gate_TF.stride(0),
+            up_TF.stride(0),
+            dy_TF.stride(0),
+            F=width,
+            BF=config.block_width,
+            num_warps=config.num_warps,
+        )
+    return dgate_TF, dup_TF
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Both kernels at the feed-forward widths of the paper's models."""
+    return [
+        _spec(fn, width, dtype)
+        for width, dtype in ((8192, "bf16"), (11008, "bf16"), (14336, "bf16"), (8192, "fp32"))
+        for fn in (swiglu_forward_kernel, swiglu_backward_kernel)
+    ]
+
+
+def _spec(fn, width: int, dtype: str) -> CompileSpec:
+    config = choose(width)
+    arguments = [name for name in fn.arg_names if name not in ("F", "BF")]
+    return CompileSpec(
+        name=f"{fn.__name__.removesuffix('_kernel')} {dtype} F={width}",
+        fn=fn,
+        signature={name: f"*{dtype}" if name.startswith("p_") else "i32" for name in arguments},
+        constexprs={"F": width, "BF": config.block_width},
+        divisible_by_16=tuple(arguments),
+        num_warps=config.num_warps,
+        hip_num_warps=choose(width, warp_size=64).num_warps,
+    )

@@ -23,10 +23,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedFor:
-    """A decoder that a compressor was trained for: its name in the run, and whether its rotary scaling was heeded."""
+    """A decoder that a compressor was trained for, and how it was read.
+
+    name: in the run. rope_scaling: whether its rotary scaling was heeded. bos: whether its sequences began with its
+    begin-of-text token.
+    """
 
     name: str
     rope_scaling: Literal["checkpoint", "none"]
+    bos: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

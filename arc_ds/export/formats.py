@@ -122,7 +122,7 @@ def _write_folder(trained: TrainedCompressor, tensors: Mapping[str, Tensor], fol
 
 def _decoders(trained: TrainedCompressor) -> list[dict[str, Any]]:
     return [
-        {"name": decoder.name, "hidden_size": size, "rope_scaling": decoder.rope_scaling}
+        {"name": decoder.name, "hidden_size": size, "rope_scaling": decoder.rope_scaling, "bos": decoder.bos}
         for decoder, size in zip(trained.decoders, trained.spec.decoder_sizes, strict=True)
     ]
 

@@ -38,7 +38,8 @@ Prompt = str | Context | Sequence[str | Context]
 class ArcModel:
     """Compress, score and generate. Weights are only read: nothing here trains.
 
-    spec: what the compressor is; tokenizers may be None where only ids are used.
+    spec: what the compressor is; tokenizers may be None where only ids are used. decoder_bos: whether prompts of texts
+    begin with the decoder's begin-of-text token, as in training (default: where it has one).
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class ArcModel:
         *,
         encoder_tokenizer: Tokenizer | None = None,
         decoder_tokenizers: Sequence[Tokenizer | None] = (),
+        decoder_bos: Sequence[bool] = (),
     ) -> None:
         self.spec = spec
         self.compressor = compressor.eval().requires_grad_(False)
         self.decoders = list(decoders)
         self.encoder_tokenizer = encoder_tokenizer
         self.decoder_tokenizers = list(decoder_tokenizers) or [None] * len(self.decoders)
+        self.decoder_bos = list(decoder_bos) or [True] * len(self.decoders)
         self.device = next(compressor.parameters()).device
 
     @staticmethod
@@ -201,7 +204,8 @@ class ArcModel:
         if given and len(given) == len(parts):
             return given
         tokenizer = self._decoder_tokenizer(decoder)
-        segments = [] if tokenizer.bos_id is None else [Segment.text([tokenizer.bos_id])]
+        begins = tokenizer.bos_id is not None and self.decoder_bos[decoder]
+        segments = [Segment.text([tokenizer.bos_id])] if begins else []
         for part in parts:
             if isinstance(part, Context):
                 segments.append(self._context(part.text, decoder, part.marker))

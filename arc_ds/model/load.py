@@ -40,13 +40,21 @@ RopeScalingChoice = Literal["checkpoint", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecoderReading:
+    """How a decoder was read in training: with its rotary scaling or without, with begin-of-text first or without."""
+
+    rope_scaling: RopeScalingChoice
+    bos: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArcSourceFolder:
     """An opened folder of compressor weights: what it is of, its tensors, its tokenizer, how its decoders were read."""
 
     spec: CompressorSpec
     tensors: TensorSource
     tokenizer: Path | None
-    decoder_rope_scaling: tuple[RopeScalingChoice, ...]
+    decoders: tuple[DecoderReading, ...]
 
 
 def load_arc_model(
@@ -64,8 +72,8 @@ def load_arc_model(
     _check_widths(decoders, source, arc_dir)
     compressor = load_compressor(spec, source.tensors, device, dtype)
     loaded = [
-        load_decoder(path, scaling, device, dtype)
-        for path, scaling in zip(decoders, source.decoder_rope_scaling, strict=False)
+        load_decoder(path, reading.rope_scaling, device, dtype)
+        for path, reading in zip(decoders, source.decoders, strict=False)
     ]
     encoder_tokenizer = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
     if encoder_tokenizer is not None:
@@ -76,6 +84,7 @@ def load_arc_model(
         loaded,
         encoder_tokenizer=encoder_tokenizer,
         decoder_tokenizers=[_decoder_tokenizer(path, d) for path, d in zip(decoders, loaded, strict=True)],
+        decoder_bos=[reading.bos for reading in source.decoders],
     )
 
 
@@ -162,11 +171,11 @@ def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
 
 def _check_widths(decoders: Sequence[Path], source: ArcSourceFolder, arc_dir: Path) -> None:
     """Before anything large is read."""
-    widths, scalings = source.spec.decoder_sizes, source.decoder_rope_scaling
+    widths, readings = source.spec.decoder_sizes, source.decoders
     if len(decoders) > len(widths):
         raise WeightsError(f"{arc_dir} serves {len(widths)} decoders; {len(decoders)} were given. Leave out the rest.")
-    for path, width, scaling in zip(decoders, widths, scalings, strict=False):
-        found = read_backbone_config(path, scaling).hidden_size
+    for path, width, reading in zip(decoders, widths, readings, strict=False):
+        found = read_backbone_config(path, reading.rope_scaling).hidden_size
         if found != width:
             raise WeightsError(
                 f"decoder {path} is {found} wide; the bridge in {arc_dir} leads to {width}. Give the decoders that it "
@@ -191,7 +200,7 @@ def _open_export(folder: Path, config: Fields) -> ArcSourceFolder:
         spec=spec,
         tensors=_ExportSource(folder),
         tokenizer=find_tokenizer(folder),
-        decoder_rope_scaling=_rope_scalings(config, len(spec.decoder_sizes)),
+        decoders=_decoder_readings(config, len(spec.decoder_sizes)),
     )
 
 
@@ -203,29 +212,32 @@ def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcSour
         backbone = read_backbone_config(encoder_backbone, "none")
     tensors = checkpoint.source(backbone)
     spec = spec_of_params(checkpoint.params, tensors.backbone, checkpoint.num_ports)
-    unscaled: RopeScalingChoice = "none"
-    scalings = (unscaled,) * len(spec.decoder_sizes)
+    readings = (DecoderReading(rope_scaling="none"),) * len(spec.decoder_sizes)
     if (folder / ARC_DECODERS).is_file():
-        scalings = _rope_scalings(Fields.read(folder / ARC_DECODERS), len(spec.decoder_sizes))
+        readings = _decoder_readings(Fields.read(folder / ARC_DECODERS), len(spec.decoder_sizes))
     return ArcSourceFolder(
         spec=spec,
         tensors=tensors,
         tokenizer=find_tokenizer(folder) or (None if encoder_backbone is None else find_tokenizer(encoder_backbone)),
-        decoder_rope_scaling=scalings,
+        decoders=readings,
     )
 
 
-def _rope_scalings(plain: Fields, num_decoders: int) -> tuple[RopeScalingChoice, ...]:
+def _decoder_readings(plain: Fields, num_decoders: int) -> tuple[DecoderReading, ...]:
     """How each decoder was read when the compressor was trained, from the list `decoders` of an export's file."""
     decoders = plain.get("decoders")
-    entries = decoders if isinstance(decoders, list) else []
-    found: list[Any] = [entry.get("rope_scaling") for entry in entries if isinstance(entry, dict)]
-    if len(found) != num_decoders or any(choice not in get_args(RopeScalingChoice) for choice in found):
+    entries = [entry for entry in decoders if isinstance(entry, dict)] if isinstance(decoders, list) else []
+    readings = [
+        DecoderReading(rope_scaling=entry["rope_scaling"], bos=entry.get("bos", True))
+        for entry in entries
+        if entry.get("rope_scaling") in get_args(RopeScalingChoice) and isinstance(entry.get("bos", True), bool)
+    ]
+    if len(readings) != num_decoders or len(entries) != num_decoders:
         raise WeightsError(
-            f"{plain.where}: expected `decoders` to give the rope_scaling of {num_decoders} decoders as "
-            f"{' or '.join(get_args(RopeScalingChoice))}; got {decoders!r}. Export the checkpoint again."
+            f"{plain.where}: expected `decoders` to give the rope_scaling ({' or '.join(get_args(RopeScalingChoice))}) "
+            f"and bos (true or false) of {num_decoders} decoders; got {decoders!r}. Export the checkpoint again."
         )
-    return tuple(found)
+    return tuple(readings)
 
 
 class _ExportSource:

@@ -205,10 +205,10 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcSour
         "number of layers that pool": (len(ours.rules), len(theirs.rules)),
         "pooling.memory_tokens": (ours.memory_tokens, theirs.memory_tokens),
     }
-    for decoder, trained in zip(config.decoders, folder.decoder_rope_scaling, strict=False):
+    for decoder, trained in zip(config.decoders, folder.decoders, strict=False):
         pairs[f"rope_scaling of decoder {decoder.name}"] = (
             read_backbone_config(decoder.backbone, decoder.rope_scaling).rope_scaling,
-            read_backbone_config(decoder.backbone, trained).rope_scaling,
+            read_backbone_config(decoder.backbone, trained.rope_scaling).rope_scaling,
         )
     different = [f"{name}: {mine} here, {other} there" for name, (mine, other) in pairs.items() if mine != other]
     if different:

@@ -157,7 +157,8 @@ class RunFolder:
 
 def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
     """What goes into a checkpoint beside weights and optimizer; `export` reads `extra`."""
-    decoders = [TrainedFor(name=d.name, rope_scaling=d.rope_scaling) for d in run.config.decoders]
+    bos = run.config.data.decoder_bos
+    decoders = [TrainedFor(name=d.name, rope_scaling=d.rope_scaling, bos=bos) for d in run.config.decoders]
     return TrainerState(
         step=run.step,
         data_position=run.step * run.config.data.batch_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,20 @@ def test_text_alone_is_the_decoder_as_it_is(model: ArcModel) -> None:
     (alone,) = model.logits([[Segment.text([7, 8, 9])]])
     beside, _ = model.logits([[Segment.text([7, 8, 9])], [Segment.context([1, 2]), Segment.text([3])]])
     torch.testing.assert_close(alone, beside, rtol=0, atol=1e-5)
+
+
+def test_a_decoder_trained_without_begin_of_text_is_prompted_without_it(folders: Path, model: ArcModel) -> None:
+    config = folders / "export" / "config.json"
+    described = json.loads(config.read_text())
+    described["decoders"][0]["bos"] = False
+    without = shutil.copytree(folders / "export", folders / "without_bos", dirs_exist_ok=True)
+    (without / "config.json").write_text(json.dumps(described))
+    other = ArcModel.from_checkpoint(without, decoders=[folders / "a"])
+    (tokenizer,) = other.decoder_tokenizers
+    assert tokenizer is not None and tokenizer.bos_id == 0
+    (ids,) = other.generate_ids([[Segment.text(tokenizer.encode("Text: "))]], max_new_tokens=9)
+    assert other.generate(["Text: "], max_new_tokens=9) == [tokenizer.decode(ids)]
+    assert other.generate(["Text: "], max_new_tokens=9) != model.generate(["Text: "], max_new_tokens=9)
 
 
 def test_generated_text_is_that_of_the_ids_with_begin_of_text(model: ArcModel) -> None:

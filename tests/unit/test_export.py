@@ -139,10 +139,11 @@ def test_the_exports_tokenizer_is_the_encoders(tmp_path: Path, export_format: st
 @pytest.mark.parametrize("export_format", FORMATS)
 def test_an_export_says_how_its_decoders_were_read(tmp_path: Path, export_format: str) -> None:
     trained = tiny_trained(tmp_path / "run", decoder_sizes=(48, 48))
-    decoders = (TrainedFor(name="a", rope_scaling="none"), TrainedFor(name="b", rope_scaling="checkpoint"))
+    decoders = (TrainedFor(name="a", rope_scaling="none"), TrainedFor(name="b", rope_scaling="checkpoint", bos=False))
     trained = dataclasses.replace(trained, decoders=decoders)
     write_export(trained, tmp_path / "out", export_format=export_format)
-    assert open_arc_folder(tmp_path / "out").decoder_rope_scaling == ("none", "checkpoint")
+    readings = open_arc_folder(tmp_path / "out").decoders
+    assert [(reading.rope_scaling, reading.bos) for reading in readings] == [("none", True), ("checkpoint", False)]
 
 
 def test_a_scaling_that_the_reference_ignores_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -233,6 +234,7 @@ DAMAGE = [
     ("config.json", _edit(lambda c: c["compressor"].update(decoder_sizes=[40])), "does not fit the model"),
     ("config.json", _edit(lambda c: c.pop("decoders")), "expected `decoders` to give the rope_scaling"),
     ("config.json", _edit(lambda c: c["decoders"][0].update(rope_scaling="x")), "expected `decoders` to give"),
+    ("config.json", _edit(lambda c: c["decoders"][0].update(bos="x")), "expected `decoders` to give"),
     ("model.safetensors", Path.unlink, "has no model.safetensors"),
     ("model.safetensors", _cut, "no whole safetensors file"),
     ("model.safetensors", lambda p: p.write_bytes(b""), "no whole safetensors file"),

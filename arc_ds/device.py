@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -15,6 +16,31 @@ from torch import Tensor
 from arc_ds.errors import ConfigError
 
 GIB = 1 << 30
+# Dense bf16 products in FLOP/s, from the makers' data sheets (NVIDIA's print twice as much, "with sparsity"). A row is
+# for the devices whose name has all its words; the narrower row comes first.
+_PEAK_BF16: tuple[tuple[frozenset[str], float], ...] = tuple(
+    (frozenset(words.split()), tera * 1e12)
+    for words, tera in (
+        ("A100", 312.0),
+        ("A30", 165.0),
+        ("A40", 149.7),
+        ("A10", 125.0),
+        ("L4", 121.0),
+        ("L40", 181.05),
+        ("L40S", 362.05),
+        ("H100 PCIe", 756.0),
+        ("H100 NVL", 835.5),
+        ("H100", 989.4),
+        ("H200 NVL", 835.5),
+        ("H200", 989.4),
+        ("GH200", 989.4),
+        ("B200", 2250.0),
+        ("GB200", 2500.0),
+        ("MI250X", 191.5),  # one of its two dies, which torch takes for a device each
+        ("MI300X", 1307.4),
+        ("MI325X", 1307.4),
+    )
+)
 REQUESTS = ("auto", "cuda", "cpu")  # what a user may ask for; auto is a GPU where there are any
 
 
@@ -118,6 +144,19 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_bf16_flops(device: torch.device) -> float | None:
+    """FLOP/s of dense bf16 matrix products that the maker states; None where it is not known, as for any CPU."""
+    return None if device.type == "cpu" else peak_bf16_flops_of(torch.cuda.get_device_properties(device).name)
+
+
+def peak_bf16_flops_of(name: str) -> float | None:
+    """The same by the device's name; a slice of a GPU (MIG) is not known."""
+    words = set(re.split(r"[\s-]+", name))
+    if "MIG" in words:
+        return None
+    return next((peak for needed, peak in _PEAK_BF16 if needed <= words), None)
 
 
 def describe_device(device: torch.device) -> str:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from arc_ds import dist
 from arc_ds.data.loader import StepBatch
-from arc_ds.device import GIB, peak_memory_bytes
+from arc_ds.device import GIB, peak_bf16_flops, peak_memory_bytes
+from arc_ds.training.flops import count_flops
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
 from arc_ds.training.validate import TaskScores, Validator
@@ -57,15 +58,16 @@ class WatchdogHook:
 
 
 class Throughput(NamedTuple):
-    """What this rank has read since the last report."""
+    """What this rank has read since the last report; flops: operations of its steps, 0 where they are not counted."""
 
     encoder_tokens: int = 0
     decoder_rows: int = 0
     labels: int = 0
     skipped_records: int = 0
     degraded_records: int = 0
+    flops: int = 0
 
-    def plus(self, batch: StepBatch) -> Throughput:
+    def plus(self, batch: StepBatch, flops: int = 0) -> Throughput:
         """With one more batch."""
         return Throughput(
             self.encoder_tokens + sum(m.num_encoder_tokens for m in batch.micro_batches),
@@ -73,12 +75,14 @@ class Throughput(NamedTuple):
             self.labels + sum(m.num_labels for m in batch.micro_batches),
             self.skipped_records + batch.skipped,
             self.degraded_records + batch.degraded,
+            self.flops + flops,
         )
 
 
 class MetricsHook:
     """Every step's loss, gradient norm and rates; every `log_every` steps speed, memory and data wait.
 
+    And MFU, in bf16 on a device whose peak is known: the operations that the steps need as a share of it (`flops.py`).
     Results stay on the device until a report is due, so that the step itself never waits for them.
     """
 
@@ -88,16 +92,18 @@ class MetricsHook:
         self._pending: list[StepResult] = []
         self._since = Throughput()
         self._started = 0.0
+        self._peak_flops: float | None = None
         self._bar: tqdm | None = None
 
     def on_start(self, run: Run) -> None:
         self._started = time.perf_counter()
+        self._peak_flops = peak_bf16_flops(run.device) if run.config.precision == "bf16" else None
         if self._show and dist.is_main():
             self._bar = tqdm(total=run.config.steps, initial=run.step, unit="step", desc="train", dynamic_ncols=True)
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         self._pending.append(result)
-        self._since = self._since.plus(batch)
+        self._since = self._since.plus(batch, 0 if self._peak_flops is None else _flops(run, batch))
         if self._bar is not None:
             self._bar.update()
         if run.step % run.config.log_every == 0:
@@ -126,8 +132,11 @@ class MetricsHook:
 
     def _speed(self, run: Run, elapsed: float) -> dict[str, float]:
         since = self._since
-        tokens, rows, labels, skipped, degraded = _summed(torch.tensor(since, dtype=torch.float64), run.device)
-        return {
+        sums = _summed(torch.tensor(since, dtype=torch.float64), run.device)
+        tokens, rows, labels, skipped, degraded, flops = sums
+        peak = self._peak_flops
+        mfu = {} if peak is None else {"train/mfu": flops / (elapsed * dist.world_size() * peak)}
+        return mfu | {
             "speed/encoder_tokens_per_s": tokens / elapsed,
             "speed/decoder_rows_per_s": rows / elapsed,
             "speed/labels_per_s": labels / elapsed,
@@ -257,6 +266,22 @@ def _step_metrics(run: Run, result: StepResult) -> dict[str, float]:
         if labels:
             metrics[f"train/loss/{decoder}/{task}"] = nll / labels
     return metrics
+
+
+def _flops(run: Run, batch: StepBatch) -> int:
+    """Operations of this rank's part of a step, from the lengths in its batch, which is on the host."""
+    encoder, decoder = run.config.encoder, run.decoders[batch.decoder_idx].module.config
+    counts = [
+        count_flops(
+            micro_batch,
+            run.spec,
+            decoder,
+            trained_layers=encoder.trained_layers,
+            train_embeddings=encoder.train_embeddings,
+        )
+        for micro_batch in batch.micro_batches
+    ]
+    return sum(count.total for count in counts)
 
 
 def _summed(own: Tensor, device: torch.device) -> list[float]:

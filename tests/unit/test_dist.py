@@ -82,6 +82,31 @@ def test_more_ranks_than_gpus_is_an_error(monkeypatch):
         device.select_device("auto", local_rank=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", None),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362.05),
+        ("AMD Instinct MI300X", 1307.4),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_peak_is_that_of_the_very_device_or_not_known(name, tera):
+    assert device.peak_bf16_flops_of(name) == (None if tera is None else pytest.approx(tera * 1e12))
+    assert device.peak_bf16_flops(torch.device("cpu")) is None
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is compared with Linux's own figure")
 def test_peak_memory_is_counted_in_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -6,8 +6,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, ValidationHook
+from arc_ds.data.loader import StepBatch
+from arc_ds.data.packing import pack
+from arc_ds.model.spec import CompressorSpec
+from arc_ds.training import hooks
+from arc_ds.training.flops import count_flops
+from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, MetricsHook, ValidationHook
+from arc_ds.training.run import DataClock
+from arc_ds.training.step import Notice, StepResult
+from tests.helpers.tiny_compressor import TINY, sample
 
 STEPS = 10
 
@@ -98,3 +107,60 @@ def test_each_step_is_saved_once_after_its_metrics(every: int, start: int, end: 
         hook.after_step(_run(step), None, None)  # type: ignore[arg-type]
     hook.on_end(_run(end))
     assert saved == expected
+
+
+SPEC = CompressorSpec(backbone=TINY, num_layers=3, decoder_sizes=(TINY.hidden_size,))
+
+
+def _speed_of_two_steps(monkeypatch: pytest.MonkeyPatch, *, peak: float | None, precision: str) -> dict[str, float]:
+    """What `MetricsHook` logs after two steps of a batch, of which each rank of two has done one half in 4 s."""
+    monkeypatch.setattr(hooks, "peak_bf16_flops", lambda _device: peak)
+    monkeypatch.setattr(hooks, "_summed", lambda own, _device: (2 * own).tolist())
+    monkeypatch.setattr(hooks.dist, "world_size", lambda: 2)
+    monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=iter([0.0, 4.0, 4.0]).__next__))
+    encoder = SimpleNamespace(trained_layers=1, train_embeddings=False)
+    run: Any = SimpleNamespace(
+        step=0, config=SimpleNamespace(steps=9, log_every=2, precision=precision, encoder=encoder), spec=SPEC,
+        device=torch.device("cpu"), decoders=(SimpleNamespace(module=SimpleNamespace(config=TINY)),),
+        decoder_names=("a",), tasks=("continuation",), skipped_steps=0, clock=DataClock(),
+    )  # fmt: skip
+    logged: dict[str, float] = {}
+    hook = MetricsHook(lambda _step, found: logged.update(found), show_progress=False)
+    hook.on_start(run)
+    for step in (1, 2):
+        run.step = step
+        hook.after_step(run, BATCH, _result(step - 1))
+    return logged
+
+
+BATCH = StepBatch(
+    step=0,
+    decoder_idx=0,
+    micro_batches=tuple(pack([sample(3, -9, 5, seed=seed)], SPEC.packing) for seed in (0, 1)),
+    skipped=0,
+    degraded=0,
+    record_ids=(),
+)
+
+
+def _result(step: int) -> StepResult:
+    return StepResult(
+        step=step, decoder_idx=0, nll_K=torch.ones(1), labels_K=torch.ones(1), grad_norm=torch.ones(()),
+        applied=True, learning_rates={}, notice=Notice(),
+    )  # fmt: skip
+
+
+def test_mfu_is_the_share_of_all_devices_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_step = sum(
+        count_flops(part, SPEC, TINY, trained_layers=1, train_embeddings=False).total for part in BATCH.micro_batches
+    )
+    found = _speed_of_two_steps(monkeypatch, peak=1e6, precision="bf16")
+    assert found["train/mfu"] == pytest.approx(2 * 2 * a_step / (4.0 * 2 * 1e6))
+    assert found["speed/encoder_tokens_per_s"] == 2 * 2 * 18 / 4.0
+
+
+@pytest.mark.parametrize(("peak", "precision"), [(None, "bf16"), (1e6, "fp32")])
+def test_mfu_is_left_out_where_there_is_no_peak_to_compare_with(
+    peak: float | None, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "train/mfu" not in _speed_of_two_steps(monkeypatch, peak=peak, precision=precision)

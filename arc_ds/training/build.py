@@ -195,6 +195,7 @@ def _place(
             decoder_bytes=weights.num_parameters * dtype.itemsize,
             free_bytes=free_memory_bytes(device),
             world_size=dist.world_size(),
+            local_world_size=dist.local_world_size(),
         )
         placement = dist.broadcast_object(placement)
         if placement == "replicated":

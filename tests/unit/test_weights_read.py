@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.model.backbone_config import RopeScaling
-from arc_ds.model.weights import open_backbone, permute_rotary, read_backbone_config
+from arc_ds.model.weights import find_tokenizer, open_backbone, permute_rotary, read_backbone_config
 from arc_ds.model.weights.gguf_file import llama3_divisors
 from tests.helpers import tiny_models as tiny
 
@@ -124,7 +124,7 @@ def test_gguf_file_reads_exactly_and_knows_its_tokenizer(tmp_path: Path):
     for path in (file, tmp_path):
         source = open_backbone(path)
         assert source.config == config
-        assert source.tokenizer_path == file
+        assert find_tokenizer(source.path) == file
         assert_same(source, tensors)
 
 

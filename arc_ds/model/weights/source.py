@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.gguf_file import GgufStore, sizes_of_gguf
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes, sizes_of_hugging_face
 from arc_ds.model.weights.layouts import GGUF_LLAMA, HUGGING_FACE, NATIVE, OLMO_NATIVE, Layout
-from arc_ds.model.weights.locate import Found, find_tokenizer, locate
+from arc_ds.model.weights.locate import Found, locate
 from arc_ds.model.weights.names import Shape, backbone_shapes, permute_rotary, rotary_heads
 from arc_ds.model.weights.native_config import is_olmo, shard_axis, sizes_of_native
 from arc_ds.model.weights.stores import JoinedStore, PickleStore, SafetensorsStore, TensorStore, one_file_each
@@ -62,11 +61,6 @@ class BackboneSource:
             weight = permute_rotary(weight, heads, to="half")
         return weight
 
-    @property
-    def tokenizer_path(self) -> Path | None:
-        """The tokenizer that came with the weights; None where there is none."""
-        return find_tokenizer(self.path)
-
     def check(self) -> None:
         """WeightsError that lists every tensor that is missing or has another shape than the sizes say."""
         present = self.store.names()
@@ -103,11 +97,6 @@ class BackboneSource:
             rows = sum(self.shapes[other][0] for other in rule.stacked) if rule.stacked else shape[0]
             expected[rule.file_name] = (rows, *shape[1:])
         return expected
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of weights of the whole backbone."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def open_backbone(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from arc_kernels.attention import kernels
+from arc_kernels.attention.configs import MAX_HEAD_DIM
 
 
 @torch.library.custom_op("arc_kernels::attention_forward", mutates_args=())
@@ -19,11 +20,13 @@ def attention_forward(
     cu_seqlens_k: Tensor,
     k_limits: Tensor | None,
     max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention [T, N, H] and its log-sum-exp [T, N]; see `kernels.forward`."""
-    return kernels.forward(q, k, v, _spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, causal, scale))
+    spans = kernels.Spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
+    return kernels.forward(q, k, v, spans)
 
 
 @attention_forward.register_fake
@@ -35,6 +38,7 @@ def _(
     cu_seqlens_k: Tensor,
     k_limits: Tensor | None,
     max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -53,13 +57,14 @@ def attention_backward(
     cu_seqlens_k: Tensor,
     k_limits: Tensor | None,
     max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool,
     scale: float,
     wants_q: bool,
     wants_kv: bool,
 ) -> list[Tensor]:
     """The gradients of q, if wanted, then those of k and v, if wanted; o and do contiguous."""
-    spans = _spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, causal, scale)
+    spans = kernels.Spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
     delta = kernels.delta(o, do)
     gradients = [kernels.dq(q, k, v, do, lse, delta, spans)] if wants_q else []
     return [*gradients, *kernels.dkv(q, k, v, do, lse, delta, spans)] if wants_kv else gradients
@@ -77,6 +82,7 @@ def _(
     cu_seqlens_k: Tensor,
     k_limits: Tensor | None,
     max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool,
     scale: float,
     wants_q: bool,
@@ -98,12 +104,14 @@ class Attention(torch.autograd.Function):
         cu_seqlens_k: Tensor,
         k_limits: Tensor | None,
         max_seqlen_q: int,
+        max_seqlen_k: int,
         causal: bool,
         scale: float,
     ) -> Tensor:
-        o, lse = attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, causal, scale)
+        settings = (max_seqlen_q, max_seqlen_k, causal, scale)
+        o, lse = attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, k_limits, *settings)
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, k_limits)
-        ctx.settings = (max_seqlen_q, causal, scale)
+        ctx.settings = settings
         return o
 
     @staticmethod
@@ -114,17 +122,38 @@ class Attention(torch.autograd.Function):
         gradients = attention_backward(q, k, v, o, do.contiguous(), lse, *spans, wants_q, wants_kv)
         dq = gradients[0] if wants_q else None
         dk, dv = gradients[-2:] if wants_kv else (None, None)
-        return dq, dk, dv, None, None, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None, None, None
 
 
-def _spans(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, k_limits: Tensor | None, max_seqlen_q: int, causal: bool, scale: float
-) -> kernels.Spans:
-    return kernels.Spans(
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        k_limits=k_limits,
-        max_seqlen_q=max_seqlen_q,
-        causal=causal,
-        scale=scale,
+def attention_varlen_triton(
+    q_TNH: Tensor,
+    k_UKH: Tensor,
+    v_UKH: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    k_limits_T: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """See `attention_varlen`; arguments are taken as checked.
+
+    Rows of q, k and v may lie at any distance (a slice of a fused projection is read in place) as long as each row is
+    contiguous; anything else is copied. ValueError on a head size above 256.
+    """
+    if q_TNH.shape[2] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"the head size is {q_TNH.shape[2]}; the Triton kernels take up to {MAX_HEAD_DIM}: use backend='reference'"
+        )
+    q_TNH, k_UKH, v_UKH = (x if _rows_are_contiguous(x) else x.contiguous() for x in (q_TNH, k_UKH, v_UKH))
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    k_limits_T = None if k_limits_T is None else k_limits_T.contiguous()
+    return Attention.apply(
+        q_TNH, k_UKH, v_UKH, cu_seqlens_q, cu_seqlens_k, k_limits_T, max_seqlen_q, max_seqlen_k, causal, scale
     )
+
+
+def _rows_are_contiguous(x: Tensor) -> bool:
+    return x.stride(2) == 1 and x.stride(1) == x.shape[2]

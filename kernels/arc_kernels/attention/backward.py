@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
 """Backward kernels of varlen attention: delta, the gradient of the queries, those of keys and values. See `tiles`.
 
-With P = softmax(scale q k'), dP = do v' and delta = rowsum(o do): dS = P (dP - delta), dq = scale dS k, dk = scale dS' q,
-dv = P' do. P is computed anew from the saved log-sum-exp, once on the query side and once on the key side: five products
-would do with atomics on dq, seven give the same bits every run.
+With P = softmax(scale q k'), dP = do v' and delta = rowsum(o do): dS = P (dP - delta), dq = scale dS k,
+dk = scale dS' q, dv = P' do. P is computed anew from the saved log-sum-exp, once on the query side and once on the key
+side: five products would do with atomics on dq, seven give the same bits every run.
 """
 
 from __future__ import annotations
@@ -93,15 +93,14 @@ def dq_kernel(
     CAUSAL: tl.constexpr,
     LIMITED: tl.constexpr,
 ):
-    """dq [T, N, H]; one program per query tile and kv head. do and dq contiguous; scale: softmax_scale times log2(e)."""
+    """dq [T, N, H]; one program per query tile and kv head. do, dq contiguous; scale: softmax_scale times log2(e)."""
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head = tl.program_id(1)
-    i_segment, first_tile = segment_of(cu_q, i_tile, num_segments, BLOCK_M, GROUP)
+    i_segment, start = segment_of(cu_q, i_tile, num_segments, BLOCK_M, GROUP)
     q_start, num_queries = bounds(cu_q, i_segment, num_q_rows)
     k_start, num_keys = bounds(cu_k, i_segment, num_k_rows)
-    start = (i_tile - first_tile) * BLOCK_M
-    if start < num_queries * GROUP:
-        first, o_query, o_head = unpack(start, BLOCK_M, GROUP)
+    if (start >= 0) & (start < num_queries * GROUP):
+        first, o_query, o_head = unpack(start.to(tl.int32), BLOCK_M, GROUP)
         m_m = first + o_query < num_queries
         q_row = q_start + first
         o_head += i_head * GROUP
@@ -239,11 +238,11 @@ def dkv_kernel(
     """dk and dv [U, K, H]; one program per key tile and kv head. do, dk and dv contiguous."""
     i_tile = tl.program_id(0)
     i_head = tl.program_id(1)
-    i_segment, first_tile = segment_of(cu_k, i_tile, num_segments, BLOCK_N, 1)
+    i_segment, start = segment_of(cu_k, i_tile, num_segments, BLOCK_N, 1)
     q_start, num_queries = bounds(cu_q, i_segment, num_q_rows)
     k_start, num_keys = bounds(cu_k, i_segment, num_k_rows)
-    key = (i_tile - first_tile) * BLOCK_N
-    if key < num_keys:
+    if (start >= 0) & (start < num_keys):
+        key = start.to(tl.int32)
         o_n = tl.arange(0, BLOCK_N)
         m_n = key + o_n < num_keys
         row = k_start + key

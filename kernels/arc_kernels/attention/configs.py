@@ -1,12 +1,12 @@
 """Block sizes of the attention kernels, by chip, head size and dtype. Plain tables: no search at run time.
 
 The tables hold what compiles without spills and fits the chip's shared memory with room for a second program per
-multiprocessor where that is to be had (`compile_specs` of `kernels` and the offline compiler check it).
+multiprocessor where that is to be had (`specs` and the offline compiler check it).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -14,7 +14,9 @@ import torch
 
 Kernel = Literal["forward", "dq", "dkv"]
 Chip = Literal["sm_90", "sm_80", "sm_86", "gfx942"]
+CHIPS: tuple[Chip, ...] = ("sm_90", "sm_80", "sm_86", "gfx942")
 MAX_HEAD_DIM = 256
+DELTA_BLOCK = 64  # rows of a program of the delta kernel: 16 KiB of each tensor in flight at head size 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +33,40 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Conf
     return Config(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
 
 
-# [head size up to][kernel]
-_SIXTEEN_BITS: dict[Chip, dict[int, dict[Kernel, Config]]] = {
-    "sm_80": {
-        64: {"forward": _config(128, 64, 4, 3), "dq": _config(128, 64, 8, 2), "dkv": _config(64, 128, 8, 2)},
-        128: {"forward": _config(128, 64, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(64, 128, 8, 2)},
-        256: {"forward": _config(128, 32, 8, 2), "dq": _config(64, 32, 8, 2), "dkv": _config(32, 64, 8, 1)},
+_Table = dict[int, dict[Kernel, Config]]  # [head size up to][kernel]
+
+# sm_90: tiles of 128 rows and 8 warps, so that each of two warp groups issues 64-row matrix instructions; 128 keys
+# where the registers hold the scores beside the sums.
+# sm_80: the same rows; fewer keys at a time, as operands pass through registers.
+# sm_86 (and 89, 120): 99 KiB of shared memory; sm_80's registers, fewer stages.
+# gfx942: 64 KiB of shared memory, but twice the registers; copies are not asynchronous, so one stage.
+_SIXTEEN_BITS: dict[Chip, _Table] = {
+    "sm_90": {
+        64: {"forward": _config(128, 128, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(64, 128, 8, 2)},
+        128: {"forward": _config(128, 128, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},
+        256: {"forward": _config(128, 64, 8, 2), "dq": _config(64, 64, 8, 2), "dkv": _config(32, 64, 8, 1)},
     },
+    "sm_80": {
+        64: {"forward": _config(128, 64, 8, 3), "dq": _config(128, 64, 8, 2), "dkv": _config(64, 128, 8, 2)},
+        128: {"forward": _config(128, 32, 8, 3), "dq": _config(64, 64, 8, 2), "dkv": _config(64, 64, 8, 2)},
+        256: {"forward": _config(64, 32, 8, 2), "dq": _config(64, 32, 8, 1), "dkv": _config(32, 64, 8, 1)},
+    },
+    "sm_86": {
+        64: {"forward": _config(128, 64, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(64, 64, 8, 2)},
+        128: {"forward": _config(128, 32, 8, 2), "dq": _config(64, 64, 8, 2), "dkv": _config(64, 64, 8, 2)},
+        256: {"forward": _config(64, 32, 8, 2), "dq": _config(64, 32, 8, 1), "dkv": _config(32, 32, 8, 1)},
+    },
+    "gfx942": {
+        64: {"forward": _config(128, 64, 4, 1), "dq": _config(128, 64, 4, 1), "dkv": _config(64, 64, 4, 1)},
+        128: {"forward": _config(128, 64, 4, 1), "dq": _config(64, 64, 4, 1), "dkv": _config(32, 64, 4, 1)},
+        256: {"forward": _config(64, 32, 4, 1), "dq": _config(32, 32, 4, 1), "dkv": _config(32, 32, 4, 1)},
+    },
+}
+
+# float32 is multiplied without tensor cores, operands in registers: tiles are small on every chip.
+_THIRTY_TWO_BITS: _Table = {
+    128: {"forward": _config(32, 32, 8, 1), "dq": _config(32, 32, 8, 1), "dkv": _config(16, 32, 8, 1)},
+    256: {"forward": _config(16, 32, 8, 1), "dq": _config(16, 32, 8, 1), "dkv": _config(16, 16, 8, 1)},
 }
 
 
@@ -54,6 +83,23 @@ def chip_of(device: torch.device) -> Chip:
     return "sm_90" if capability[0] in (9, 10) else "sm_86"
 
 
-def choose(kernel: Kernel, *, chip: Chip, head_dim: int, dtype: torch.dtype, num_rows: int) -> Config:
-    """The config of a kernel; num_rows: packed query rows (queries times heads per kv head) of the longest segment."""
-    return _SIXTEEN_BITS["sm_80"][64][kernel]
+def choose(kernel: Kernel, *, chip: Chip, head_dim: int, dtype: torch.dtype, num_rows: int, num_keys: int) -> Config:
+    """The config of a kernel.
+
+    num_rows: packed query rows (queries times heads per kv head) of the longest segment; num_keys: keys of the longest.
+    Where all segments are short, the side that is cut into programs is cut smaller, as most of a tile would be empty:
+    to 16 or 64, so that there are few variants to compile.
+    """
+    table = _THIRTY_TWO_BITS if dtype == torch.float32 else _SIXTEEN_BITS[chip]
+    config = table[min(width for width in table if width >= head_dim)][kernel]
+    longest, block = (num_keys, config.block_n) if kernel == "dkv" else (num_rows, config.block_m)
+    fitting = min((small for small in (16, 64) if longest <= small < block), default=block)
+    if fitting == block:
+        return config
+    smaller = replace(config, num_warps=4)
+    return replace(smaller, block_n=fitting) if kernel == "dkv" else replace(smaller, block_m=fitting)
+
+
+def block_h(head_dim: int) -> int:
+    """Width of a tile that holds a head: a power of two, and 16 at least because tl.dot wants it."""
+    return max(16, 1 << (head_dim - 1).bit_length())

@@ -82,12 +82,11 @@ def forward_kernel(
     # From the last tile to the first: under a causal mask the later tiles of a segment see the most keys.
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head = tl.program_id(1)
-    i_segment, first_tile = segment_of(cu_q, i_tile, num_segments, BLOCK_M, GROUP)
+    i_segment, start = segment_of(cu_q, i_tile, num_segments, BLOCK_M, GROUP)
     q_start, num_queries = bounds(cu_q, i_segment, num_q_rows)
     k_start, num_keys = bounds(cu_k, i_segment, num_k_rows)
-    start = (i_tile - first_tile) * BLOCK_M
-    if start < num_queries * GROUP:
-        first, o_query, o_head = unpack(start, BLOCK_M, GROUP)
+    if (start >= 0) & (start < num_queries * GROUP):
+        first, o_query, o_head = unpack(start.to(tl.int32), BLOCK_M, GROUP)
         m_m = first + o_query < num_queries
         q_row = q_start + first
         o_head += i_head * GROUP

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from arc_kernels.attention.backward import delta_kernel, dkv_kernel, dq_kernel
-from arc_kernels.attention.configs import Config, Kernel, chip_of, choose
+from arc_kernels.attention.configs import DELTA_BLOCK, Config, Kernel, block_h, chip_of, choose
 from arc_kernels.attention.forward import forward_kernel
+from arc_kernels.attention.specs import compile_specs
 
 LOG2_E = math.log2(math.e)
-_DELTA_BLOCK = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spans:
+class Spans(NamedTuple):
     """Which rows attend to which, as `attention_varlen` takes it; scale: the softmax scale, positive."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     k_limits: Tensor | None
     max_seqlen_q: int
+    max_seqlen_k: int
     causal: bool
     scale: float
 
@@ -50,10 +49,10 @@ def delta(o: Tensor, do: Tensor) -> Tensor:
     sums = torch.empty(o.shape[:2], dtype=torch.float32, device=o.device)
     head_dim = o.shape[2]
     if sums.numel():
-        grid = (triton.cdiv(sums.numel(), _DELTA_BLOCK),)
+        grid = (triton.cdiv(sums.numel(), DELTA_BLOCK),)
         with torch.cuda.device_of(o):
             delta_kernel[grid](
-                o, do, sums, sums.numel(), H=head_dim, BLOCK_H=block_h(head_dim), BLOCK_M=_DELTA_BLOCK, num_warps=4
+                o, do, sums, sums.numel(), H=head_dim, BLOCK_H=block_h(head_dim), BLOCK_M=DELTA_BLOCK, num_warps=4
             )
     return sums
 
@@ -87,14 +86,16 @@ def dkv(
     return dk, dv
 
 
-def block_h(head_dim: int) -> int:
-    """Width of a tile that holds a head: a power of two, and 16 at least because tl.dot wants it."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
 def _choose(kernel: Kernel, q: Tensor, k: Tensor, spans: Spans) -> Config:
     num_rows = spans.max_seqlen_q * (q.shape[1] // k.shape[1])
-    return choose(kernel, chip=chip_of(q.device), head_dim=q.shape[2], dtype=q.dtype, num_rows=num_rows)
+    return choose(
+        kernel,
+        chip=chip_of(q.device),
+        head_dim=q.shape[2],
+        dtype=q.dtype,
+        num_rows=num_rows,
+        num_keys=spans.max_seqlen_k,
+    )
 
 
 def _grid(cu: Tensor, num_rows: int, group: int, block: int, num_kv_heads: int) -> tuple[int, int]:
@@ -128,3 +129,6 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, spans: Spans, config: Config) ->
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+
+
+__all__ = ["Spans", "compile_specs", "delta", "dkv", "dq", "forward"]

@@ -31,7 +31,10 @@ from arc_kernels._interpreter import narrow
 
 @triton.jit
 def segment_of(cu, tile, num_segments, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """The segment that owns a tile: the last s with cu[s] * GROUP // BLOCK + s <= tile; and its first tile."""
+    """The segment that owns a tile, the last s with cu[s] * GROUP // BLOCK + s <= tile; the tile's first row in it.
+
+    The row, int64, is below 0 or past the segment's end where the tile holds nothing.
+    """
     low = num_segments * 0
     high = num_segments - 1
     while low < high:
@@ -39,7 +42,7 @@ def segment_of(cu, tile, num_segments, BLOCK: tl.constexpr, GROUP: tl.constexpr)
         begins_later = tl.load(cu + middle).to(tl.int64) * GROUP // BLOCK + middle > tile
         low = tl.where(begins_later, low, middle)
         high = tl.where(begins_later, middle - 1, high)
-    return low, (tl.load(cu + low).to(tl.int64) * GROUP // BLOCK + low).to(tl.int32)
+    return low, (tile - low - tl.load(cu + low).to(tl.int64) * GROUP // BLOCK) * BLOCK
 
 
 @triton.jit

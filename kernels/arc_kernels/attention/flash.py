@@ -1,0 +1,75 @@
+"""PyTorch's own varlen FlashAttention as a backend of `attention_varlen`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+
+
+def attention_varlen_flash(
+    q_TNH: Tensor,
+    k_UKH: Tensor,
+    v_UKH: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    k_limits_T: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """See `attention_varlen`; arguments are taken as checked. ValueError on what FlashAttention does not serve.
+
+    FlashAttention (from its version 2.1 on; PyTorch ships a later one) aligns the causal border of segments with fewer
+    queries than keys to the end, as we do. Its backward adds up dq with atomics unless
+    `torch.use_deterministic_algorithms(True)` is set.
+    """
+    varlen_attn = _varlen_attn()
+    reason = _unsupported(q_TNH, k_limits_T)
+    if reason or varlen_attn is None:
+        reason = reason or f"wants a torch whose varlen_attn knows windows and GQA; this is torch {torch.__version__}"
+        raise ValueError(f"backend 'flash' {reason}; use 'triton' or 'reference'")
+    return varlen_attn(
+        q_TNH,
+        k_UKH,
+        v_UKH,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=q_TNH.shape[1] != k_UKH.shape[1],
+    )
+
+
+def _unsupported(q_TNH: Tensor, k_limits_T: Tensor | None) -> str:
+    """What of a call FlashAttention cannot serve, or nothing."""
+    head_dim = q_TNH.shape[2]
+    if k_limits_T is not None:
+        return "has no k_limits_T"
+    if q_TNH.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {q_TNH.dtype}"
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        return f"takes head sizes that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
+    if not q_TNH.is_cuda:
+        return f"runs on a GPU only, and the tensors are on {q_TNH.device}"
+    return ""
+
+
+@cache
+def _varlen_attn() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    wanted = {"window_size", "enable_gqa", "scale"}
+    return varlen_attn if wanted <= inspect.signature(varlen_attn).parameters.keys() else None

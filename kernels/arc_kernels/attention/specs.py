@@ -1,0 +1,86 @@
+"""What the offline compiler compiles of the attention kernels: the tables of `configs` at the heads of known models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from arc_kernels._compile import CompileSpec
+from arc_kernels.attention.backward import delta_kernel, dkv_kernel, dq_kernel
+from arc_kernels.attention.configs import DELTA_BLOCK, Chip, Kernel, block_h, choose
+from arc_kernels.attention.forward import forward_kernel
+
+Mode = Literal["full", "causal", "limits"]
+
+_KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
+_STATISTICS = ("lse", "delta")
+_INDICES = ("cu_q", "cu_k", "k_limits")
+_STRIDES = ("stride_q", "stride_k", "stride_v")
+_LONG = 4096  # rows: beyond any tile
+
+# Head size, heads per kv head, masks: Llama 3.2 1B; a head that is no power of two; Llama 3 8B and Mistral 7B.
+_HEADS: tuple[tuple[int, int, tuple[Mode, ...]], ...] = (
+    (64, 4, ("full", "causal")),
+    (80, 1, ("full",)),
+    (128, 4, ("full", "causal", "limits")),
+)
+
+
+def compile_specs(chip: Chip = "sm_90") -> list[CompileSpec]:
+    """All kernels with the configs of one chip (block sizes differ, as shared memory does): compile for that chip."""
+    specs = [
+        _spec(kernel, chip, "bf16", head_dim, group, mode)
+        for head_dim, group, modes in _HEADS
+        for mode in modes
+        for kernel in _names()
+    ]
+    specs += [_spec(kernel, chip, "fp32", 128, 4, "causal") for kernel in _names()]
+    return [*specs, *(_delta_spec(dtype, head_dim) for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("fp32", 128)))]
+
+
+def _names() -> Iterator[Kernel]:
+    yield from ("forward", "dq", "dkv")
+
+
+def _spec(kernel: Kernel, chip: Chip, dtype: str, head_dim: int, group: int, mode: Mode) -> CompileSpec:
+    config = choose(kernel, chip=chip, head_dim=head_dim, dtype=_DTYPES[dtype], num_rows=_LONG, num_keys=_LONG)
+    arguments = _KERNELS[kernel].arg_names
+    types = dict.fromkeys(_OPERANDS, f"*{dtype}") | dict.fromkeys(_STATISTICS, "*fp32")
+    types |= dict.fromkeys(_INDICES, "*i32") | dict.fromkeys(_STRIDES, "i32")
+    divisible = tuple(name for name in arguments if name in types)
+    types |= dict.fromkeys(("num_q_rows", "num_k_rows", "num_segments"), "i32")
+    types |= {"scale": "fp32", "softmax_scale": "fp32"}
+    return CompileSpec(
+        name=f"attention_{kernel} {dtype} H={head_dim} group={group} {mode} ({chip})",
+        fn=_KERNELS[kernel],
+        signature={name: types[name] for name in arguments if name in types},
+        constexprs={
+            "N": 8 * group,
+            "GROUP": group,
+            "H": head_dim,
+            "BLOCK_H": block_h(head_dim),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "CAUSAL": mode == "causal",
+            "LIMITED": mode == "limits",
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible_by_16=divisible,
+        uses_dot=dtype != "fp32",  # float32 is multiplied as such, without tensor cores
+    )
+
+
+def _delta_spec(dtype: str, head_dim: int) -> CompileSpec:
+    return CompileSpec(
+        name=f"attention_delta {dtype} H={head_dim}",
+        fn=delta_kernel,
+        signature={"o": f"*{dtype}", "do": f"*{dtype}", "delta": "*fp32", "num_rows": "i32"},
+        constexprs={"H": head_dim, "BLOCK_H": block_h(head_dim), "BLOCK_M": DELTA_BLOCK},
+        num_warps=4,
+        divisible_by_16=("o", "do", "delta"),
+    )

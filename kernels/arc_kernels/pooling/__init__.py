@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from arc_kernels._check import check_boundaries, check_shape
+from arc_kernels._check import check_boundaries, check_same_device, check_shape
+from arc_kernels._dispatch import use_triton
 from arc_kernels.pooling.reference import POOL_KINDS, group_pool_reference, pool_norm_reference
 
 
@@ -23,9 +24,14 @@ def group_pool(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> Te
 
     group_cu: int32 [G + 1], boundaries of the groups, each of at least one row; num_groups = G, known on the host.
     kind: "mean"; "sum"; "last" row of the group; "fusion", the mean rescaled to the largest L2 norm in the group, that
-    norm being a constant for the gradient (ARC-Encoder paper, ablations). ValueError on an unknown kind.
+    norm being a constant for the gradient (ARC-Encoder paper, ablations). ValueError on an unknown kind, on arguments
+    that do not fit, and on rows wider than the Triton kernel takes.
     """
     _check(x_TD, group_cu, kind, num_groups)
+    if use_triton(x_TD):
+        from arc_kernels.pooling.autograd import group_pool_triton
+
+        return group_pool_triton(x_TD, group_cu, kind)
     return group_pool_reference(x_TD, group_cu, kind)
 
 
@@ -39,13 +45,21 @@ def pool_norm(
     _check(x_TD, group_cu, kind, num_groups)
     if weight_D is not None:
         check_shape("weight_D", weight_D, (x_TD.shape[-1],))
+        check_same_device(x_TD=x_TD, weight_D=weight_D)
+    if use_triton(x_TD):
+        from arc_kernels.pooling.autograd import pool_norm_triton
+
+        return PoolNorm(*pool_norm_triton(x_TD, group_cu, kind, weight_D=weight_D, eps=eps))
     return PoolNorm(*pool_norm_reference(x_TD, group_cu, kind, weight_D=weight_D, eps=eps))
 
 
 def _check(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> None:
     check_shape("x_TD", x_TD, (None, None))
-    check_boundaries("group_cu", group_cu)
+    check_same_device(x_TD=x_TD, group_cu=group_cu)
     check_shape("group_cu", group_cu, (num_groups + 1,))
+    if num_groups == 0 and x_TD.shape[0] > 0:
+        raise ValueError(f"group_cu has no group, but x_TD {x_TD.shape[0]} rows; expected every row to be in a group")
+    check_boundaries("group_cu", group_cu, total=x_TD.shape[0])
     if kind not in POOL_KINDS:
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(POOL_KINDS)}")
 

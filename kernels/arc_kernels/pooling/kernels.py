@@ -1,0 +1,210 @@
+"""Launchers of the Triton kernels of group pooling and of the norms of a pooled layer.
+
+Shape letters: T rows, G groups, P programs, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from arc_kernels._compile import CompileSpec
+from arc_kernels.pooling.programs import pool_backward_kernel, pool_forward_kernel
+
+MAX_WIDTH = 8192  # backward holds seven float32 values a column: of this width they fill a processor's registers
+WEIGHT_PROGRAMS = 256  # two for each processor of an H100; their partial sums are 4 MiB at D 4096, and ever the same
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How a program reads a group: rows at once, warps (of 32 threads), and tiles in flight (1: no prefetch)."""
+
+    block_rows: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolGradients:
+    """Gradients of what `pool_forward` returned, contiguous; the last two are None where there was no norm."""
+
+    dpooled_GD: Tensor
+    dnormed_pooled_GD: Tensor | None = None
+    dnormed_TD: Tensor | None = None
+
+
+def choose(width: int) -> Config:
+    """The config for rows of `width` columns.
+
+    16 columns a thread (8 on AMD, whose warps have 64 threads): backward then takes at most 128 registers in half
+    precision, which leaves room for two programs of 256 threads on a processor (forward for four). The next tile is
+    fetched while this one is reduced, as the rows of a group come one after the other. Narrow rows come two at a time,
+    or a program would have too few bytes in flight.
+    """
+    block = triton.next_power_of_2(width)
+    if block <= 1024:
+        return Config(block_rows=2, num_warps=4, num_stages=2)
+    return Config(block_rows=1, num_warps=max(4, block // 512), num_stages=2)
+
+
+def pool_forward(
+    x_TD: Tensor,
+    group_cu: Tensor,
+    *,
+    kind: str,
+    norm: str,
+    weight_D: Tensor | None = None,
+    eps: float = 0.0,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(pooled rows [G, D], their norms [G, D], the norm of every row [T, D]), in the dtype of x.
+
+    norm: "none" (the last two are empty), "rms" (wants the weight) or "layer". x and weight are contiguous.
+    ValueError on rows wider than MAX_WIDTH.
+    """
+    (num_rows, width), num_groups = x_TD.shape, group_cu.numel() - 1
+    config = config or choose(_checked_width(width))
+    pooled_GD = x_TD.new_empty(num_groups, width)
+    normed_pooled_GD = torch.empty_like(pooled_GD if norm != "none" else pooled_GD[:0])
+    normed_TD = torch.empty_like(x_TD if norm != "none" else x_TD[:0])
+    if pooled_GD.numel() > 0:
+        pool_forward_kernel[(num_groups,)](
+            x_TD,
+            group_cu,
+            x_TD if weight_D is None else weight_D,
+            pooled_GD,
+            normed_pooled_GD,
+            normed_TD,
+            num_rows,
+            width,
+            eps,
+            KIND=kind,
+            NORM=norm,
+            BLOCK_R=config.block_rows,
+            BLOCK_D=triton.next_power_of_2(width),
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
+    return pooled_GD, normed_pooled_GD, normed_TD
+
+
+def pool_backward(
+    gradients: PoolGradients,
+    group_cu: Tensor,
+    *,
+    num_rows: int,
+    x_TD: Tensor | None,
+    pooled_GD: Tensor | None = None,
+    kind: str,
+    norm: str,
+    weight_D: Tensor | None = None,
+    eps: float = 0.0,
+    wants_weight: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x [T, D], gradient of the weight [D] in its dtype, empty where it is not wanted).
+
+    x and pooled are the input and the first output of `pool_forward`; without a norm pooled may be None, and x too
+    unless kind is "fusion". The rest as there.
+    """
+    dpooled_GD = gradients.dpooled_GD
+    num_groups, width = dpooled_GD.shape
+    config = config or choose(_checked_width(width))
+    dx_TD = dpooled_GD.new_empty(num_rows, width)
+    num_programs = min(WEIGHT_PROGRAMS, num_groups) if wants_weight else num_groups
+    dweight_PD = dpooled_GD.new_empty(num_programs if wants_weight else 0, width, dtype=torch.float32)
+    if dx_TD.numel() > 0:
+        # An argument that the kernel does not read under this norm and kind still has to be a tensor: dpooled.
+        pool_backward_kernel[(num_programs,)](
+            dpooled_GD if x_TD is None else x_TD,
+            group_cu,
+            dpooled_GD if weight_D is None else weight_D,
+            dpooled_GD if pooled_GD is None else pooled_GD,
+            dpooled_GD,
+            dpooled_GD if gradients.dnormed_pooled_GD is None else gradients.dnormed_pooled_GD,
+            dpooled_GD if gradients.dnormed_TD is None else gradients.dnormed_TD,
+            dx_TD,
+            dweight_PD,
+            num_rows,
+            num_groups,
+            width,
+            eps,
+            KIND=kind,
+            NORM=norm,
+            WEIGHT_GRAD=wants_weight,
+            BLOCK_R=config.block_rows,
+            BLOCK_D=triton.next_power_of_2(width),
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
+    if weight_D is None or not wants_weight:
+        return dx_TD, dweight_PD.new_empty(0)
+    return dx_TD, dweight_PD.sum(0).to(weight_D.dtype)
+
+
+def _checked_width(width: int) -> int:
+    """`width`; ValueError where a row does not fit one program."""
+    if width > MAX_WIDTH:
+        raise ValueError(
+            f"x_TD has {width} columns; the Triton kernel takes at most {MAX_WIDTH}: "
+            "call it under arc_kernels.use('reference')"
+        )
+    return width
+
+
+def compile_specs() -> list[CompileSpec]:
+    """The kernels as the models at hand launch them, for the offline compiler."""
+    shapes = [("bf16", 576), ("bf16", 2048), ("bf16", 4096), ("bf16", MAX_WIDTH), ("fp32", 3072), ("fp32", MAX_WIDTH)]
+    variants = [("mean", "rms"), ("mean", "layer"), ("last", "rms"), ("fusion", "rms"), ("mean", "none")]
+    return [
+        make(dtype=dtype, width=width, kind=kind, norm=norm)
+        for make in (_forward_spec, _backward_spec)
+        for dtype, width, kind, norm in [
+            *((*shape, "mean", "rms") for shape in shapes),
+            *(("bf16", 3072, *variant) for variant in variants),
+        ]
+    ]
+
+
+def _forward_spec(*, dtype: str, width: int, kind: str, norm: str) -> CompileSpec:
+    tensors = ("p_x", "p_cu", "p_weight", "p_pooled", "p_normed_pooled", "p_normed")
+    config = choose(width)
+    return CompileSpec(
+        name=f"pool_forward {dtype} D={width} {kind} {norm}",
+        fn=pool_forward_kernel,
+        signature={name: f"*{dtype}" for name in tensors}
+        | {"p_cu": "*i32", "num_rows": "i32", "width": "i32", "eps": "fp32"},
+        constexprs={
+            "KIND": kind,
+            "NORM": norm,
+            "BLOCK_R": config.block_rows,
+            "BLOCK_D": triton.next_power_of_2(width),
+            "STAGES": config.num_stages,
+        },
+        num_warps=config.num_warps,
+        divisible_by_16=(*tensors, "width"),
+    )
+
+
+def _backward_spec(*, dtype: str, width: int, kind: str, norm: str) -> CompileSpec:
+    tensors = ("p_x", "p_cu", "p_weight", "p_pooled", "p_dpooled", "p_dnormed_pooled", "p_dnormed", "p_dx", "p_dweight")
+    config = choose(width)
+    return CompileSpec(
+        name=f"pool_backward {dtype} D={width} {kind} {norm}",
+        fn=pool_backward_kernel,
+        signature={name: f"*{dtype}" for name in tensors}
+        | {"p_cu": "*i32", "p_dweight": "*fp32", "num_rows": "i32", "num_groups": "i32", "width": "i32", "eps": "fp32"},
+        constexprs={
+            "KIND": kind,
+            "NORM": norm,
+            "WEIGHT_GRAD": norm == "rms",
+            "BLOCK_R": config.block_rows,
+            "BLOCK_D": triton.next_power_of_2(width),
+            "STAGES": config.num_stages,
+        },
+        num_warps=config.num_warps,
+        divisible_by_16=(*tensors, "width"),
+    )

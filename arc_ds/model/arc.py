@@ -17,6 +17,7 @@ from torch import Tensor
 from arc_ds.data.packing import PackedBatch, pack
 from arc_ds.data.segments import Marker, Sample, Segment
 from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.device import usable_device
 from arc_ds.errors import ConfigError, DataError, TokenizerError
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
@@ -77,7 +78,7 @@ class ArcModel:
             wanted only for the reference's checkpoints, which do not carry them.
         pooling_factor: replaces the factor of the last layer that pools; the paper advises the trained one or a lower.
         WeightsError where files are missing, tensors do not fit, or a decoder's width is not its port's; ConfigError
-        for a pooling factor that cannot be.
+        for a pooling factor that cannot be, or a device that is not there.
         """
         from arc_ds.model.load import load_arc_model
 
@@ -85,7 +86,7 @@ class ArcModel:
             Path(arc_dir),
             [Path(d) for d in decoders],
             encoder_backbone=None if encoder_backbone is None else Path(encoder_backbone),
-            device=torch.device(device),
+            device=usable_device(device),
             dtype=dtype,
             pooling_factor=pooling_factor,
         )
@@ -204,8 +205,8 @@ class ArcModel:
         if given and len(given) == len(parts):
             return given
         tokenizer = self._decoder_tokenizer(decoder)
-        begins = tokenizer.bos_id is not None and self.decoder_bos[decoder]
-        segments = [Segment.text([tokenizer.bos_id])] if begins else []
+        bos = tokenizer.bos_id if self.decoder_bos[decoder] else None
+        segments = [] if bos is None else [Segment.text([bos])]
         for part in parts:
             if isinstance(part, Context):
                 segments.append(self._context(part.text, decoder, part.marker))

@@ -126,8 +126,8 @@ class DecoderConfig:
     rope_scaling: RopeScalingChoice = "checkpoint"
     """Rotary scaling: the checkpoint's own, or none."""
     placement: Literal["auto", "replicated", "zero3", "zero3+hpz"] = "auto"
-    """Whole on every rank, sharded over all ranks, or sharded within each host. auto: whole where it fits, else sharded,
-    within each host where there are several and a host can hold a copy."""
+    """Whole on every rank, sharded over all ranks, or sharded within each host. auto: whole where it fits, else
+    sharded, within each host where there are several and a host can hold a copy."""
     activation_checkpointing: bool = False
     """Recompute each of its layers in backward instead of keeping it: less memory, one more forward of the decoder."""
 

@@ -65,8 +65,8 @@ def warp_size() -> int:
 
 
 def num_processors(device: torch.device) -> int:
-    """Multiprocessors of the device; 8 under the interpreter, which runs programs one after another."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    """Multiprocessors of the device; 1 under the interpreter, which runs programs one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _checked(choice: str, name: str) -> Choice:

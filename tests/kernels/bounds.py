@@ -65,15 +65,13 @@ def outputs_and_gradients(
     values = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     if not wants_grad:
         return values
+    reached = {i: output for i, output in enumerate(outputs) if output.requires_grad}
     seeds = []
-    reached = [output for output in outputs if output.requires_grad]
-    for i, output in enumerate(outputs):
-        if not output.requires_grad:
-            continue
+    for i, output in reached.items():
         seed = torch.randn(output.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
         dtype = output.dtype if seed_dtypes is None else seed_dtypes[f"output {i}"]
         seeds.append(seed.to(dtype).to(output.device, output.dtype))
-    gradients = torch.autograd.grad(reached, [leaves[name] for name in wants_grad], seeds)
+    gradients = torch.autograd.grad(tuple(reached.values()), [leaves[name] for name in wants_grad], seeds)
     return values | {f"gradient of {name}": g for name, g in zip(wants_grad, gradients, strict=True)}
 
 

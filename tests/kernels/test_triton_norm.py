@@ -17,7 +17,9 @@ from tests.kernels.bounds import assert_kernel_close, outputs_and_gradients
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((70, 64), (37, 80), (5, 3072), (2, 8192), (3, 9000))  # the last: the weight's gradient in its own kernel
+# More rows than programs share them (4, 4, 2, 1, 1 under the interpreter); the last: the weight's gradient in a kernel
+# of its own.
+SHAPES = ((150, 64), (80, 80), (5, 3072), (2, 8192), (9, 9000))
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_empty")
 
@@ -94,6 +96,19 @@ def test_repeated_runs_give_the_same_bits(shape: tuple[int, int], device: torch.
         outputs_and_gradients(partial(ak.add_rms_norm, eps=EPS), inputs, wants_grad=tuple(inputs)) for _ in range(2)
     ]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_backward_reads_the_weight_that_is_there_then(device: torch.device) -> None:
+    """ZeRO-3 frees a weight after forward and gathers it anew, into other memory, before backward."""
+    inputs = _inputs((4, 48), torch.float32, device, "x_TD", "weight_D")
+    x, weight = inputs["x_TD"].requires_grad_(), torch.nn.Parameter(inputs["weight_D"])
+    gathered = weight.detach().clone()
+    normed = ak.rms_norm(x, weight, EPS)
+    expected = torch.autograd.grad(normed.sum(), x, retain_graph=True)[0]
+    weight.data = torch.empty(0, device=device)
+    for scale in (1.0, 2.0):
+        weight.data = scale * gathered
+        assert torch.equal(torch.autograd.grad(normed.sum(), x, retain_graph=True)[0], scale * expected)
 
 
 def test_rows_of_a_wider_tensor_and_transposed_rows_are_read_where_they_are(device: torch.device) -> None:

@@ -129,7 +129,7 @@ def norm_backward_kernel(
     if not LAYER_NORM:
         b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)  # [1, BD]
     if WEIGHT_GRAD:
-        b_dweight = tl.zeros((1, BD), dtype=tl.float32)
+        b_dweight = tl.zeros((BT, BD), dtype=tl.float32)
     for i_t in range(i_p, tl.cdiv(num_rows, BT), tl.num_programs(0)):
         o_t = tl.cast(i_t, tl.int64) * BT + tl.arange(0, BT)
         m_t = o_t < num_rows
@@ -149,9 +149,9 @@ def norm_backward_kernel(
             b_dx += tl.load(p_dtotal + o_t[:, None] * dtotal_stride + o_d, mask=m_td, other=0.0).to(tl.float32)
         tl.store(p_dx + o_t[:, None] * D + o_d, b_dx.to(p_dx.dtype.element_ty), mask=m_td)
         if WEIGHT_GRAD:
-            b_dweight += tl.sum(b_dy * b_n, axis=0, keep_dims=True)
+            b_dweight += b_dy * b_n
     if WEIGHT_GRAD:
-        tl.store(p_dweight + i_p.to(tl.int64) * D + o_d, b_dweight, mask=m_d)
+        tl.store(p_dweight + i_p.to(tl.int64) * D + o_d, tl.sum(b_dweight, axis=0, keep_dims=True), mask=m_d)
 
 
 @triton.jit
@@ -300,7 +300,8 @@ def _weight_partials(dnormed_TD: Tensor, x_TD: Tensor, rstd_T: Tensor) -> Tensor
 
 def compile_specs() -> list[CompileSpec]:
     """Every kernel at the widths of the paper's models in bfloat16, and at the widest in both dtypes."""
-    shapes = [(2048, "bf16"), (3072, "bf16"), (4096, "bf16"), (4096, "fp32"), (8192, "bf16"), (MAX_WIDTH, "bf16")]
+    shapes = [(2048, "bf16"), (3072, "bf16"), (4096, "bf16"), (4096, "fp32"), (MAX_FUSED_WIDTH, "bf16")]
+    shapes += [(MAX_WIDTH, "bf16"), (MAX_WIDTH, "fp32")]
     return [spec for width, dtype in shapes for spec in _specs(width, dtype)]
 
 

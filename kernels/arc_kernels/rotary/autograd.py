@@ -35,4 +35,4 @@ class _Rotary(torch.autograd.Function):
 
 def rotary_triton(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """See `rotary`."""
-    return _Rotary.apply(x_TNH, unit_stride(cos_TF), unit_stride(sin_TF))
+    return _Rotary.apply(x_TNH, cos_TF.contiguous(), sin_TF.contiguous())

@@ -33,7 +33,7 @@ class Config:
 def choose(num_heads: int, num_pairs: int, *, warp_size: int = 32) -> Config:
     """About 1024 pairs a program in heads that divide the row's (24 heads: by 8), eight pairs a thread.
 
-    Angles are read once for all heads of a program. Other numbers of heads are padded, at most to a multiple of 8.
+    Other numbers of heads are padded, at most to a multiple of 8.
     """
     block_pairs = triton.next_power_of_2(num_pairs)
     most = max(1, 1024 // block_pairs)
@@ -49,8 +49,6 @@ def rotary_kernel(
     p_y,
     x_row_stride,
     x_head_stride,
-    cos_stride,
-    sin_stride,
     N: tl.constexpr,
     F: tl.constexpr,
     BN: tl.constexpr,
@@ -59,11 +57,12 @@ def rotary_kernel(
 ):
     i_t = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)[:, None]
-    o_f = tl.arange(0, BF)[None, :]
-    m_f = o_f < F
-    m_nf = (o_n < N) & m_f
-    b_cos = tl.load(p_cos + i_t * cos_stride + o_f, mask=m_f, other=0.0).to(tl.float32)  # [1, BF]
-    b_sin = tl.load(p_sin + i_t * sin_stride + o_f, mask=m_f, other=0.0).to(tl.float32)
+    o_f = tl.broadcast_to(tl.arange(0, BF)[None, :], (BN, BF))
+    m_nf = (o_n < N) & (o_f < F)
+    # Read once for each head, from L1: a thread has one head, so a single row would only have to go round through
+    # shared memory.
+    b_cos = tl.load(p_cos + i_t * F + o_f, mask=m_nf, other=0.0).to(tl.float32)  # [BN, BF]
+    b_sin = tl.load(p_sin + i_t * F + o_f, mask=m_nf, other=0.0).to(tl.float32)
     if INVERSE:
         b_sin = -b_sin
     p_first = p_x + i_t * x_row_stride + o_n * x_head_stride + o_f
@@ -77,7 +76,10 @@ def rotary_kernel(
 def rotate(
     x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool, config: Config | None = None
 ) -> Tensor:
-    """Each pair turned by its row's angle, or back; the last strides are 1, rows and heads may be apart."""
+    """Each pair turned by its row's angle, or back [T, N, H].
+
+    The last stride of x is 1, rows and heads may be apart; the angles are contiguous.
+    """
     y_TNH = x_TNH.new_empty(x_TNH.shape)
     if y_TNH.numel() == 0:
         return y_TNH
@@ -92,8 +94,6 @@ def rotate(
             y_TNH,
             x_TNH.stride(0),
             x_TNH.stride(1),
-            cos_TF.stride(0),
-            sin_TF.stride(0),
             N=num_heads,
             F=num_pairs,
             BN=config.block_heads,
@@ -114,8 +114,7 @@ def compile_specs() -> list[CompileSpec]:
 def _spec(num_heads: int, head_dim: int, dtype: str, *, inverse: bool) -> CompileSpec:
     num_pairs = head_dim // 2
     config = choose(num_heads, num_pairs)
-    strides = ("x_row_stride", "x_head_stride", "cos_stride", "sin_stride")
-    aligned = strides if num_pairs % 16 == 0 else strides[:2]  # rows of 40 angles are no multiple of 16
+    strides = ("x_row_stride", "x_head_stride")
     return CompileSpec(
         name=f"rotary{'_inverse' if inverse else ''} {dtype} N={num_heads} H={head_dim}",
         fn=rotary_kernel,
@@ -123,7 +122,7 @@ def _spec(num_heads: int, head_dim: int, dtype: str, *, inverse: bool) -> Compil
         | dict.fromkeys(strides, "i32"),
         constexprs={"N": num_heads, "F": num_pairs, "BN": config.block_heads, "INVERSE": inverse}
         | {"BF": triton.next_power_of_2(num_pairs)},
-        divisible_by_16=("p_x", "p_cos", "p_sin", "p_y", *aligned),
+        divisible_by_16=("p_x", "p_cos", "p_sin", "p_y", *strides),
         num_warps=config.num_warps,
         hip_num_warps=choose(num_heads, num_pairs, warp_size=64).num_warps,
     )

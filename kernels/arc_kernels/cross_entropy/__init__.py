@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from arc_kernels._check import check_same_device, check_shape
+from arc_kernels._check import check_same_device, check_same_dtype, check_shape
+from arc_kernels._dispatch import use_triton
+from arc_kernels._indices import check_indices
 from arc_kernels.cross_entropy.reference import linear_cross_entropy_reference
 
 
@@ -12,14 +14,23 @@ def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> T
     """-log softmax(h @ weight.T)[label] of each row: float32 [L] (float64 for float64 input).
 
     h [L, D], weight [V, D] (frozen: it gets no gradient), labels int64 [L] in 0 … V - 1. The gradient of h is made in
-    the forward pass, chunk by chunk, so neither logits nor the weight are kept for backward.
-    Raises ValueError where shapes do not fit or the weight wants a gradient.
+    the forward pass, chunk by chunk, so neither logits nor the weight are kept for backward. Logits are rounded to the
+    dtype of h (those of size a by up to a / 512 in bfloat16), and so is the loss; sums are float32.
+    Raises ValueError where shapes, dtypes or devices do not fit, the weight wants a gradient, or a label is outside the
+    vocabulary; labels on a GPU are read only under ARC_KERNELS_CHECK=1, and a wrong one makes its row's loss NaN there.
     """
+    check_shape("h_LD", h_LD, (None, None))
     check_shape("weight_VD", weight_VD, (None, h_LD.shape[-1]))
     check_shape("labels_L", labels_L, (h_LD.shape[0],))
     check_same_device(h_LD=h_LD, weight_VD=weight_VD, labels_L=labels_L)
+    check_same_dtype(h_LD=h_LD, weight_VD=weight_VD)
     if weight_VD.requires_grad:
         raise ValueError("weight_VD requires a gradient; linear_cross_entropy is for a frozen head")
+    check_indices("labels_L", labels_L, weight_VD.shape[0])
+    if use_triton(h_LD):
+        from arc_kernels.cross_entropy.autograd import linear_cross_entropy_triton
+
+        return linear_cross_entropy_triton(h_LD, weight_VD, labels_L)
     return linear_cross_entropy_reference(h_LD, weight_VD, labels_L)
 
 

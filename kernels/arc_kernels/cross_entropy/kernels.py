@@ -1,0 +1,201 @@
+# mypy: allow-untyped-defs
+"""Linear cross-entropy: two matrix products of the library and one Triton kernel between them, chunk by chunk.
+
+The logits of a chunk of rows are made by the library's product, turned in place into the gradient of the loss with
+respect to them, and multiplied by the weight again. A kernel that fused the products would make the logits twice:
+once for the sums, once for the gradient. Between the products the logits are in the dtype of the rows, as they are
+in a plain bfloat16 model; sums and differences are float32.
+
+Shape letters: L rows, C rows of a chunk, V vocabulary, D width; in the kernels BV and BD columns of one block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arc_kernels._compile import CompileSpec
+from arc_kernels._dispatch import warp_size
+from arc_kernels._interpreter import narrow
+
+# 1024 rows of 128256 bfloat16 logits: enough rows to fill a GPU with the tiles of both products, and with the rows'
+# gradients a tenth of what whole logits, their softmax and its gradient take at 4096 rows.
+CHUNK_BYTES = 1 << 28
+ROW_TILE = 128  # of the library's matrix products: chunks are multiples of it
+VOCAB_ALIGNMENT = 64  # elements: an odd vocabulary would put the logits' rows off the 16 bytes that fast products want
+NAN = tl.constexpr(float("nan"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Columns that a program reads at once, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+def choose_softmax(vocab_size: int, *, warp_size: int = 32) -> Config:
+    """16 columns a thread, at most 1024 threads.
+
+    A row is read twice. Of 1024 threads with some 50 registers one program fits a processor, so that most of its row is
+    still in the L2 cache the second time: 132 rows of 128256 in bfloat16 are 34 MB, the L2 cache of an H100 is 50 MB.
+    """
+    block = min(16384, max(512, triton.next_power_of_2(vocab_size)))
+    return Config(block=block, num_warps=block // (16 * warp_size))
+
+
+def choose_scale(width: int, *, warp_size: int = 32) -> Config:
+    """16 columns a thread: two loads of 16 bytes in bfloat16."""
+    block = min(4096, max(16 * warp_size, triton.next_power_of_2(width)))
+    return Config(block=block, num_warps=block // (16 * warp_size))
+
+
+@triton.jit
+def _softmax_minus_label(
+    p_logits, p_labels, p_nll, row_stride, vocab_size, WRITES_GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """NLL of one row; with WRITES_GRADIENT its logits become softmax - onehot(label).
+
+    A label outside the vocabulary reads nothing and makes loss and gradient NaN.
+    """
+    i_l = tl.program_id(0).to(tl.int64)
+    p_row = p_logits + i_l * row_stride
+    label = tl.load(p_labels + i_l)
+    known = (label >= 0) & (label < vocab_size)
+    # Read before any thread of the program can have overwritten it.
+    b_label = tl.load(p_row + label, mask=known, other=NAN).to(tl.float32)
+    largest = float("-inf")
+    b_sum = tl.zeros([BLOCK_V], tl.float32)  # one sum a column, added up once at the end
+    for start in range(0, vocab_size, BLOCK_V):
+        o_v = start + tl.arange(0, BLOCK_V)
+        b_a = tl.load(p_row + o_v, mask=o_v < vocab_size, other=float("-inf")).to(tl.float32)  # [BV]
+        new_largest = tl.maximum(largest, tl.max(b_a, axis=0))
+        b_sum = b_sum * tl.exp(largest - new_largest) + tl.exp(b_a - new_largest)
+        largest = new_largest
+    logsumexp = largest + tl.log(tl.sum(b_sum, axis=0))
+    tl.store(p_nll + i_l, logsumexp - b_label)
+    if WRITES_GRADIENT:
+        for start in range(0, vocab_size, BLOCK_V):
+            o_v = start + tl.arange(0, BLOCK_V)
+            b_a = tl.load(p_row + o_v, mask=o_v < vocab_size, other=0.0).to(tl.float32)
+            b_g = tl.exp(b_a - logsumexp)
+            b_g = tl.where(known, tl.where(o_v == label, b_g - 1.0, b_g), NAN)
+            tl.store(p_row + o_v, narrow(b_g, p_logits.dtype.element_ty), mask=o_v < vocab_size)
+
+
+@triton.jit
+def _scale_rows(p_x, p_scale, p_out, width, BLOCK_D: tl.constexpr):
+    i_l = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b_x = tl.load(p_x + i_l * width + o_d, mask=o_d < width, other=0.0).to(tl.float32)  # [BD]
+    b_x *= tl.load(p_scale + i_l).to(tl.float32)
+    tl.store(p_out + i_l * width + o_d, narrow(b_x, p_out.dtype.element_ty), mask=o_d < width)
+
+
+def losses_and_gradient(
+    h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, *, wants_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """(NLL float32 [L], its gradient with respect to each row of h [L, D] in the dtype of h; empty unless wanted).
+
+    h and labels are contiguous. One buffer of at most CHUNK_BYTES (at least one row of logits) is all it needs more.
+    """
+    (num_rows, width), vocab_size = h_LD.shape, weight_VD.shape[0]
+    nll_L = h_LD.new_empty(num_rows, dtype=torch.float32)
+    grad_LD = h_LD.new_empty((num_rows if wants_grad else 0, width))
+    if num_rows == 0:
+        return nll_L, grad_LD
+    stride = triton.cdiv(vocab_size, VOCAB_ALIGNMENT) * VOCAB_ALIGNMENT
+    chunk = chunk_rows(num_rows, row_bytes=stride * h_LD.element_size())
+    buffer_CV = h_LD.new_empty(min(chunk, num_rows), stride)[:, :vocab_size]
+    for start in range(0, num_rows, chunk):
+        rows = slice(start, start + chunk)
+        logits_CV = buffer_CV[: min(chunk, num_rows - start)]
+        torch.mm(h_LD[rows], weight_VD.T, out=logits_CV)
+        softmax_minus_label(logits_CV, labels_L[rows], nll_L[rows], writes_gradient=wants_grad)
+        if wants_grad:
+            torch.mm(logits_CV, weight_VD, out=grad_LD[rows])
+    return nll_L, grad_LD
+
+
+def chunk_rows(num_rows: int, *, row_bytes: int) -> int:
+    """Rows of a chunk: as even as whole tiles allow, and no more than CHUNK_BYTES hold (but one)."""
+    most = max(1, CHUNK_BYTES // row_bytes)
+    if most >= ROW_TILE:
+        most -= most % ROW_TILE
+    even = triton.cdiv(num_rows, triton.cdiv(num_rows, most))
+    return min(most, triton.cdiv(even, ROW_TILE) * ROW_TILE)
+
+
+def softmax_minus_label(
+    logits_CV: Tensor, labels_C: Tensor, nll_C: Tensor, *, writes_gradient: bool, config: Config | None = None
+) -> None:
+    """Writes the NLL of each row to `nll` and, in place, the gradient to the logits; rows may have a stride."""
+    config = config or choose_softmax(logits_CV.shape[1], warp_size=warp_size())
+    _softmax_minus_label[(logits_CV.shape[0],)](
+        logits_CV,
+        labels_C,
+        nll_C,
+        logits_CV.stride(0),
+        logits_CV.shape[1],
+        WRITES_GRADIENT=writes_gradient,
+        BLOCK_V=config.block,
+        num_warps=config.num_warps,
+    )
+
+
+def scale_rows(x_LD: Tensor, scale_L: Tensor, *, config: Config | None = None) -> Tensor:
+    """x * scale[:, None] in the dtype of x, rounded once; both contiguous."""
+    num_rows, width = x_LD.shape
+    config = config or choose_scale(width, warp_size=warp_size())
+    out_LD = torch.empty_like(x_LD)
+    if out_LD.numel() > 0:
+        _scale_rows[(num_rows, triton.cdiv(width, config.block))](
+            x_LD, scale_L, out_LD, width, BLOCK_D=config.block, num_warps=config.num_warps
+        )
+    return out_LD
+
+
+def compile_specs() -> list[CompileSpec]:
+    """The kernels as the models at hand launch them, for the offline compiler. (The products are the library's.)"""
+    vocabularies = [("bf16", 128256), ("bf16", 32000), ("bf16", 49152), ("fp16", 128256), ("fp32", 128256)]
+    widths = [("bf16", 4096), ("bf16", 3072), ("bf16", 576), ("fp32", 4096)]
+    return [
+        *(_softmax_spec(dtype, vocab, writes) for dtype, vocab in vocabularies for writes in (True, False)),
+        *(_scale_spec(dtype, width) for dtype, width in widths),
+    ]
+
+
+def _softmax_spec(dtype: str, vocab_size: int, writes_gradient: bool) -> CompileSpec:
+    config = choose_softmax(vocab_size)
+    return CompileSpec(
+        name=f"softmax_minus_label {dtype} V={vocab_size} {'gradient' if writes_gradient else 'loss only'}",
+        fn=_softmax_minus_label,
+        signature={
+            "p_logits": f"*{dtype}",
+            "p_labels": "*i64",
+            "p_nll": "*fp32",
+            "row_stride": "i32",
+            "vocab_size": "i32",
+        },
+        constexprs={"WRITES_GRADIENT": writes_gradient, "BLOCK_V": config.block},
+        num_warps=config.num_warps,
+        hip_num_warps=choose_softmax(vocab_size, warp_size=64).num_warps,
+        divisible_by_16=("p_logits", "p_labels", "p_nll", "row_stride", "vocab_size"),
+    )
+
+
+def _scale_spec(dtype: str, width: int) -> CompileSpec:
+    config = choose_scale(width)
+    return CompileSpec(
+        name=f"scale_rows {dtype} D={width}",
+        fn=_scale_rows,
+        signature={"p_x": f"*{dtype}", "p_scale": "*fp32", "p_out": f"*{dtype}", "width": "i32"},
+        constexprs={"BLOCK_D": config.block},
+        num_warps=config.num_warps,
+        hip_num_warps=choose_scale(width, warp_size=64).num_warps,
+        divisible_by_16=("p_x", "p_scale", "p_out", "width"),
+    )

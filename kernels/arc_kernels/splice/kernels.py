@@ -1,0 +1,252 @@
+# mypy: allow-untyped-defs
+"""Triton kernels of the splice: rows of a table and given rows into one sequence, and its gradients.
+
+Each output row is read once and written once. The table's gradient adds up the rows of one token by one program, in
+the order of the sequence (ids are sorted first, stably), so that it has the same bits every time.
+
+Shape letters: R rows, N text rows, Z given rows, V vocabulary, D width; BJ and BD are rows and columns of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arc_kernels._compile import CompileSpec
+from arc_kernels._dispatch import warp_size
+from arc_kernels._interpreter import narrow
+
+NAN = tl.constexpr(float("nan"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Rows and columns that a program reads at once, and its warps."""
+
+    block_rows: int
+    block_columns: int
+    num_warps: int
+
+
+def choose_copy(width: int, *, warp_size: int = 32) -> Config:
+    """One row, 16 columns a thread (two loads of 16 bytes in bfloat16), up to 4096 columns a program."""
+    block = min(4096, max(16 * warp_size, triton.next_power_of_2(width)))
+    return Config(block_rows=1, block_columns=block, num_warps=block // (16 * warp_size))
+
+
+def choose_sum(width: int, *, warp_size: int = 32) -> Config:
+    """16 rows of 256 columns: a token of hundreds of rows is added up in tens of steps, by D / 256 programs.
+
+    Most tokens stand in one row: their programs read no more than that one, the rest of the tile is masked.
+    """
+    block = min(256, max(16, triton.next_power_of_2(width)))
+    return Config(block_rows=16, block_columns=block, num_warps=4 * 32 // warp_size)
+
+
+@triton.jit
+def _columns(i_r, num_rows, width):
+    """How many columns of row `i_r` may be touched: none of a row that there is not."""
+    return tl.where((i_r >= 0) & (i_r < num_rows), width, 0)
+
+
+@triton.jit
+def _splice_forward(
+    p_table,
+    p_ids,
+    p_text_rows,
+    p_given,
+    p_given_rows,
+    p_out,
+    vocab_size,
+    num_text,
+    num_rows,
+    width,
+    BLOCK_D: tl.constexpr,
+):
+    """Row i of the text and the given rows together; a token outside the table reads nothing and makes its row NaN."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if i_n < num_text:
+        token = tl.load(p_ids + i_n)
+        row = tl.load(p_text_rows + i_n)
+        m_d = o_d < _columns(token, vocab_size, width)
+        b_token = tl.load(p_table + token * width + o_d, mask=m_d, other=NAN)  # [BD]
+        tl.store(p_out + row * width + o_d, b_token, mask=o_d < _columns(row, num_rows, width))
+    else:
+        i_z = i_n - num_text
+        row = tl.load(p_given_rows + i_z)
+        b_given = tl.load(p_given + i_z * width + o_d, mask=o_d < width, other=0.0).to(tl.float32)
+        b_given = narrow(b_given, p_out.dtype.element_ty)
+        tl.store(p_out + row * width + o_d, b_given, mask=o_d < _columns(row, num_rows, width))
+
+
+@triton.jit
+def _gather_rows(p_x, p_rows, p_out, num_rows, width, BLOCK_D: tl.constexpr):
+    """out[i] = x[rows[i]] in the dtype of out; NaN for a row outside x."""
+    i_z = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = tl.load(p_rows + i_z)
+    m_d = o_d < _columns(row, num_rows, width)
+    b_x = tl.load(p_x + row * width + o_d, mask=m_d, other=NAN).to(tl.float32)  # [BD]
+    tl.store(p_out + i_z * width + o_d, narrow(b_x, p_out.dtype.element_ty), mask=o_d < width)
+
+
+@triton.jit
+def _sum_runs(
+    p_x,
+    p_ids,
+    p_ends,
+    p_rows,
+    p_out,
+    vocab_size,
+    num_rows,
+    width,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[ids[i]] = the sum of x[rows[i]] … x[rows[ends[i] - 1]] where i begins a run of one id; ids are sorted."""
+    i_n = tl.program_id(0).to(tl.int64)
+    token = tl.load(p_ids + i_n)
+    before = tl.load(p_ids + i_n - 1, mask=i_n > 0, other=-1)
+    if (token != before) & (token >= 0) & (token < vocab_size):
+        end = tl.load(p_ends + i_n)
+        o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        b_sum = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
+        for start in range(i_n, end, BLOCK_J):
+            o_j = start + tl.arange(0, BLOCK_J)
+            row = tl.load(p_rows + o_j, mask=o_j < end, other=-1)
+            m_jd = ((row >= 0) & (row < num_rows))[:, None] & (o_d < width)[None, :]
+            b_sum += tl.load(p_x + row[:, None] * width + o_d[None, :], mask=m_jd, other=0.0).to(tl.float32)  # [BJ, BD]
+        b_total = tl.sum(b_sum, axis=0)
+        tl.store(p_out + token * width + o_d, narrow(b_total, p_out.dtype.element_ty), mask=o_d < width)
+
+
+def splice_forward(
+    table_VD: Tensor,
+    ids_N: Tensor,
+    text_rows_N: Tensor,
+    given_ZD: Tensor | None,
+    given_rows_Z: Tensor | None,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """See `splice`; all contiguous."""
+    (vocab_size, width), num_text = table_VD.shape, ids_N.shape[0]
+    num_rows = num_text + (0 if given_ZD is None else given_ZD.shape[0])
+    config = config or choose_copy(width, warp_size=warp_size())
+    out_RD = table_VD.new_empty(num_rows, width)
+    if out_RD.numel() > 0:
+        _splice_forward[(num_rows, triton.cdiv(width, config.block_columns))](
+            table_VD,
+            ids_N,
+            text_rows_N,
+            table_VD if given_ZD is None else given_ZD,
+            text_rows_N if given_rows_Z is None else given_rows_Z,
+            out_RD,
+            vocab_size,
+            num_text,
+            num_rows,
+            width,
+            BLOCK_D=config.block_columns,
+            num_warps=config.num_warps,
+        )
+    return out_RD
+
+
+def gather_rows(x_RD: Tensor, rows_Z: Tensor, dtype: torch.dtype, *, config: Config | None = None) -> Tensor:
+    """x[rows] in the given dtype: the gradient of the given rows; both contiguous."""
+    num_rows, width = x_RD.shape
+    config = config or choose_copy(width, warp_size=warp_size())
+    out_ZD = x_RD.new_empty(rows_Z.shape[0], width, dtype=dtype)
+    if out_ZD.numel() > 0:
+        _gather_rows[(out_ZD.shape[0], triton.cdiv(width, config.block_columns))](
+            x_RD, rows_Z, out_ZD, num_rows, width, BLOCK_D=config.block_columns, num_warps=config.num_warps
+        )
+    return out_ZD
+
+
+def sum_rows_by_id(
+    x_RD: Tensor,
+    ids_N: Tensor,
+    rows_N: Tensor,
+    vocab_size: int,
+    dtype: torch.dtype,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """out[v] = the sum of x[rows[i]] over i with ids[i] = v: the gradient of the table [V, D], added up in float32."""
+    num_rows, width = x_RD.shape
+    config = config or choose_sum(width, warp_size=warp_size())
+    out_VD = x_RD.new_zeros(vocab_size, width, dtype=dtype)
+    if ids_N.shape[0] > 0 and width > 0:
+        sorted_N, order_N = torch.sort(ids_N, stable=True)
+        ends_N = torch.searchsorted(sorted_N, sorted_N, right=True)
+        _sum_runs[(ids_N.shape[0], triton.cdiv(width, config.block_columns))](
+            x_RD,
+            sorted_N,
+            ends_N,
+            rows_N[order_N],
+            out_VD,
+            vocab_size,
+            num_rows,
+            width,
+            BLOCK_J=config.block_rows,
+            BLOCK_D=config.block_columns,
+            num_warps=config.num_warps,
+        )
+    return out_VD
+
+
+def compile_specs() -> list[CompileSpec]:
+    """The kernels as the models at hand launch them, for the offline compiler."""
+    shapes = [("bf16", 4096), ("bf16", 3072), ("bf16", 576), ("fp32", 4096)]
+    return [make(dtype, width) for make in (_forward_spec, _gather_spec, _sum_spec) for dtype, width in shapes]
+
+
+def _forward_spec(dtype: str, width: int) -> CompileSpec:
+    config, on_hip = choose_copy(width), choose_copy(width, warp_size=64)
+    data, indices = ("p_table", "p_given", "p_out"), ("p_ids", "p_text_rows", "p_given_rows")
+    return CompileSpec(
+        name=f"splice_forward {dtype} D={width}",
+        fn=_splice_forward,
+        signature=dict.fromkeys(data, f"*{dtype}")
+        | dict.fromkeys(indices, "*i64")
+        | dict.fromkeys(("vocab_size", "num_text", "num_rows", "width"), "i32"),
+        constexprs={"BLOCK_D": config.block_columns},
+        num_warps=config.num_warps,
+        hip_num_warps=on_hip.num_warps,
+        divisible_by_16=(*data, *indices, "width"),
+    )
+
+
+def _gather_spec(dtype: str, width: int) -> CompileSpec:
+    config, on_hip = choose_copy(width), choose_copy(width, warp_size=64)
+    return CompileSpec(
+        name=f"gather_rows {dtype} D={width}",
+        fn=_gather_rows,
+        signature={"p_x": f"*{dtype}", "p_rows": "*i64", "p_out": f"*{dtype}", "num_rows": "i32", "width": "i32"},
+        constexprs={"BLOCK_D": config.block_columns},
+        num_warps=config.num_warps,
+        hip_num_warps=on_hip.num_warps,
+        divisible_by_16=("p_x", "p_rows", "p_out", "width"),
+    )
+
+
+def _sum_spec(dtype: str, width: int) -> CompileSpec:
+    config, on_hip = choose_sum(width), choose_sum(width, warp_size=64)
+    data, indices = ("p_x", "p_out"), ("p_ids", "p_ends", "p_rows")
+    return CompileSpec(
+        name=f"sum_runs {dtype} D={width}",
+        fn=_sum_runs,
+        signature=dict.fromkeys(data, f"*{dtype}")
+        | dict.fromkeys(indices, "*i64")
+        | dict.fromkeys(("vocab_size", "num_rows", "width"), "i32"),
+        constexprs={"BLOCK_J": config.block_rows, "BLOCK_D": config.block_columns},
+        num_warps=config.num_warps,
+        hip_num_warps=on_hip.num_warps,
+        divisible_by_16=(*data, *indices, "width"),
+    )

@@ -1,6 +1,6 @@
 """Varlen attention's kernels against plain torch: output and every gradient, in three dtypes, against float64.
 
-Tiles are small here (fixture `small_tiles`) so that short segments have several of them; one test keeps the real ones.
+Tiles are small here (`small_tiles`) so that short segments have several of them; one test keeps the real ones.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ class Case(NamedTuple):
 RAGGED = Case((1, 7, 37, 1, 16), (1, 40, 37, 3, 33), num_kv_heads=2)
 
 
+small_tiles = pytest.mark.usefixtures("_small_tiles")
+
+
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 packed query rows by 32 keys in every kernel."""
     from arc_kernels.attention import configs, kernels
 
@@ -49,50 +52,47 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "choose", lambda *_, **__: config)
 
 
+@small_tiles
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-def test_ragged_segments_err_no_more_than_torch(
-    mode: str, dtype: torch.dtype, device: torch.device, small_tiles: None
-) -> None:
+def test_ragged_segments_err_no_more_than_torch(mode: str, dtype: torch.dtype, device: torch.device) -> None:
     _compare(RAGGED, mode, dtype, device)
 
 
-@pytest.mark.parametrize("group", (1, 3, 4, 8))
-@pytest.mark.parametrize("mode", MODES)
-def test_every_ratio_of_heads_errs_no_more_than_torch(
-    mode: str, group: int, device: torch.device, small_tiles: None
-) -> None:
+@small_tiles
+@pytest.mark.parametrize(("group", "mode"), [(1, "causal"), (3, "limits"), (4, "causal"), (8, "full")])
+def test_every_ratio_of_heads_errs_no_more_than_torch(group: int, mode: str, device: torch.device) -> None:
     _compare(Case((5, 18), (9, 35), group=group, num_kv_heads=2), mode, torch.bfloat16, device)
 
 
+@small_tiles
 @pytest.mark.parametrize("head_dim", (8, 64, 80, 96, 128, 256))
-def test_every_head_size_errs_no_more_than_torch(head_dim: int, device: torch.device, small_tiles: None) -> None:
+def test_every_head_size_errs_no_more_than_torch(head_dim: int, device: torch.device) -> None:
     _compare(Case((5, 18), (9, 35), head_dim=head_dim), "causal", torch.bfloat16, device)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_one_long_segment_beside_many_short_ones_with_the_real_tiles(mode: str, device: torch.device) -> None:
-    lengths = (3,) * 9 + (1500,) + (3,) * 9
-    _compare(Case(lengths, lengths, group=1, head_dim=64), mode, torch.bfloat16, device)
+def test_one_long_segment_beside_many_short_ones_with_the_real_tiles(device: torch.device) -> None:
+    lengths = (3,) * 9 + (2050,) + (3,) * 9
+    _compare(Case(lengths, lengths, group=1), "causal", torch.bfloat16, device)
 
 
 # In bfloat16, where rounding hides the luck of a few numbers, and with one fixed segment of several keys: with one key
 # the gradients of q and k are zero but for rounding.
-@settings(max_examples=8)
+@small_tiles
+@settings(max_examples=6)
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), max_size=5),
+    lengths=st.lists(st.tuples(st.integers(1, 24), st.integers(0, 40)), max_size=4),
     group=st.integers(1, 5),
     mode=st.sampled_from(MODES),
 )
-def test_every_shape_is_attended(
-    lengths: list[tuple[int, int]], group: int, mode: str, device: torch.device, small_tiles: None
-) -> None:
+def test_every_shape_is_attended(lengths: list[tuple[int, int]], group: int, mode: str, device: torch.device) -> None:
     pairs = [(3, 2), *lengths]
     case = Case(tuple(m for m, _ in pairs), tuple(m + more for m, more in pairs), group=group, head_dim=16)
     _compare(case, mode, torch.bfloat16, device)
 
 
-def test_the_bound_sees_another_scale_mask_or_head(device: torch.device, small_tiles: None) -> None:
+@small_tiles
+def test_the_bound_sees_another_scale_mask_or_head(device: torch.device) -> None:
     inputs, spans = _inputs(RAGGED, torch.bfloat16, device), _spans(RAGGED, "causal", device)
     starts = {"causal": False, "k_limits_T": _limits_from_the_start(RAGGED).to(device)}
     wrongs: tuple[Callable[..., Tensor], ...] = (
@@ -105,7 +105,8 @@ def test_the_bound_sees_another_scale_mask_or_head(device: torch.device, small_t
             assert_kernel_close(wrong, _reference(spans), inputs, wants_grad=())
 
 
-def test_repeated_runs_give_the_same_bits(device: torch.device, small_tiles: None) -> None:
+@small_tiles
+def test_repeated_runs_give_the_same_bits(device: torch.device) -> None:
     inputs, spans = _inputs(RAGGED, torch.bfloat16, device), _spans(RAGGED, "causal", device)
     function = partial(ak.attention_varlen, **spans)
     first, second = (outputs_and_gradients(function, inputs, wants_grad=INPUTS) for _ in range(2))
@@ -124,16 +125,16 @@ def test_tiles_change_nothing_but_rounding(device: torch.device) -> None:
         assert_close_as_torch(o, reference(**inputs), exact, f"output with tiles of {block_m} by {block_n}")
 
 
-def test_only_the_wanted_gradients_are_made(device: torch.device, small_tiles: None) -> None:
+@small_tiles
+def test_only_the_wanted_gradients_are_made(device: torch.device) -> None:
     case = Case((3, 20), (5, 20))
     inputs, spans = _inputs(case, torch.bfloat16, device), _spans(case, "full", device)
     for wanted in (("q_TNH",), ("k_UKH",), ("v_UKH",)):
         assert_kernel_close(partial(ak.attention_varlen, **spans), _reference(spans), inputs, wants_grad=wanted)
 
 
-def test_slices_of_a_fused_projection_and_gradients_of_any_stride_are_taken(
-    device: torch.device, small_tiles: None
-) -> None:
+@small_tiles
+def test_slices_of_a_fused_projection_and_gradients_of_any_stride_are_taken(device: torch.device) -> None:
     case = Case((3, 20), (3, 20), group=2, num_kv_heads=1)
     spans = _spans(case, "causal", device)
     fused = torch.randn(23, 4, 32, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
@@ -148,7 +149,8 @@ def test_slices_of_a_fused_projection_and_gradients_of_any_stride_are_taken(
     assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
 
 
-def test_checkpointing_and_compiling_change_nothing(device: torch.device, small_tiles: None) -> None:
+@small_tiles
+def test_checkpointing_and_compiling_change_nothing(device: torch.device) -> None:
     case = Case((3, 20), (5, 20))
     inputs, spans = _inputs(case, torch.float32, device), _spans(case, "causal", device)
     block = partial(ak.attention_varlen, **spans)
@@ -162,7 +164,8 @@ def test_checkpointing_and_compiling_change_nothing(device: torch.device, small_
         assert all(torch.equal(ours[key], plain[key]) for key in plain), name
 
 
-def test_operators_pass_torchs_own_checks(device: torch.device, small_tiles: None) -> None:
+@small_tiles
+def test_operators_pass_torchs_own_checks(device: torch.device) -> None:
     from arc_kernels.attention.autograd import attention_backward, attention_forward
 
     case = Case((3, 20), (5, 20))

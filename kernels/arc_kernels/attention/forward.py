@@ -110,7 +110,8 @@ def forward_kernel(
             b_acc, b_max, b_sum, b_q, b_limit, k, v, stride_k, stride_v, seen_by_all, seen_by_any, num_keys, scale,
             H, BLOCK_H, BLOCK_N, True,
         )  # fmt: skip
-        b_o = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-        b_lse = tl.where(b_sum == 0.0, 0.0, b_max + tl.log2(b_sum))
-        store_tile(o + q_row * N * H, (o_query * N + o_head) * H, m_m, b_o, H, BLOCK_H)
+        blind = b_sum == 0.0
+        b_sum = tl.where(blind, 1.0, b_sum)
+        b_lse = tl.where(blind, 0.0, b_max + tl.log2(b_sum))
+        store_tile(o + q_row * N * H, (o_query * N + o_head) * H, m_m, b_acc / b_sum[:, None], H, BLOCK_H)
         tl.store(lse + q_row * N + o_query * N + o_head, b_lse, mask=m_m)

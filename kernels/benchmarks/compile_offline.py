@@ -1,0 +1,228 @@
+"""Compiles every kernel for sm_80, sm_90 and gfx942 without a GPU and prints what each takes of the chip.
+
+    python kernels/benchmarks/compile_offline.py [--kernel NAME …] [--target NAME …] [--select REGEX] [--csv FILE]
+
+One row for each entry of the kernels' `compile_specs()` and target: registers and spilled bytes of a thread, shared
+memory of a block, and how many matrix (tensor-core) instructions stand in the machine code. Exit code 1, with the rows
+named, where a kernel does not compile, spills, takes more shared memory than a block of the chip can have, or is a
+matrix kernel without matrix instructions. The tools that read NVIDIA's machine code come with triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import cache
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from machine_code import MATRIX_OPCODE, amd_resources, disassemble, nvidia_resources, problems
+
+KERNELS = ("attention", "cross_entropy", "norm", "pooling", "rotary", "splice", "swiglu")
+TARGETS = tuple(MATRIX_OPCODE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One compilation. Specs hold functions that cannot be pickled, so a worker finds its own by name."""
+
+    kernel: str
+    target: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table; figures are empty where the kernel did not compile."""
+
+    kernel: str
+    name: str
+    target: str
+    num_warps: int
+    num_stages: int
+    registers: int | str = ""
+    spill_bytes: int | str = ""
+    shared_bytes: int | str = ""
+    matrix_opcode: str = ""
+    """The instruction that a matrix kernel must have; empty for the other kernels."""
+
+    matrix_instructions: int | str = ""
+    problems: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit code is 1 where a row has a problem."""
+    arguments = _parser().parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("unset TRITON_INTERPRET: under the interpreter there is nothing to compile", file=sys.stderr)
+        return 2
+    jobs = [job for kernel in arguments.kernel for target in arguments.target for job in _jobs(kernel, target)]
+    jobs = [job for job in jobs if re.search(arguments.select, job.name)]
+    if not jobs:
+        print(f"no kernel's name matches {arguments.select!r}", file=sys.stderr)
+        return 2
+    rows = []
+    for row in _run(jobs, arguments.jobs):
+        if not rows:
+            print(_line("kernel", "target", "warps", "registers", "spill B", "shared B", "matrix instructions"))
+        rows.append(row)
+        _clear_progress()
+        matrix = f"{row.matrix_instructions} {row.matrix_opcode}" if row.matrix_opcode else "-"
+        print(
+            _line(row.name, row.target, row.num_warps, row.registers, row.spill_bytes, row.shared_bytes, matrix)
+            + (f"  {row.problems}" if row.problems else ""),
+            flush=True,
+        )
+        _show_progress(len(rows), len(jobs))
+    _clear_progress()
+    if arguments.csv:
+        _append(arguments.csv, rows)
+    wrong = [row for row in rows if row.problems]
+    print(f"{len(rows)} compiled for {', '.join(arguments.target)}: {len(wrong)} with problems")
+    for row in wrong:
+        print(f"  {row.name} on {row.target}: {row.problems}")
+    return 1 if wrong else 0
+
+
+def compile_row(job: Job) -> Row:
+    """Compiles one kernel and reads its machine code. A failure to compile is a row with that problem."""
+    # A notice about the next triton's default, once a process: not about the kernel at hand.
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    spec = _specs(job.kernel, job.target)[job.name]
+    warps = spec.hip_num_warps if job.target.startswith("gfx") and spec.hip_num_warps else spec.num_warps
+    known = {"kernel": job.kernel, "name": job.name, "target": job.target}
+    known |= {"num_warps": warps, "num_stages": spec.num_stages}
+    known |= {"matrix_opcode": MATRIX_OPCODE[job.target] if spec.uses_dot else ""}
+    try:
+        resources = _resources(spec, job.target)
+    except Exception as error:  # whatever the compiler's passes raise: the other kernels' rows are wanted all the same
+        return Row(**known, problems=f"does not compile: {type(error).__name__}: {str(error).strip()[:300]}")
+    return Row(
+        **known,
+        registers=resources.registers,
+        spill_bytes=resources.spill_bytes,
+        shared_bytes=resources.shared_bytes,
+        matrix_instructions=resources.matrix_instructions,
+        problems="; ".join(problems(resources, target=job.target, uses_dot=spec.uses_dot)),
+    )
+
+
+def _resources(spec: Any, target: str) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from arc_kernels._compile import compile_spec
+
+    if target.startswith("gfx"):
+        compiled = compile_spec(spec, GPUTarget("hip", target, 64))
+        return amd_resources(compiled.asm["amdgcn"], target=target, launch_shared=compiled.metadata.shared)
+    compiled = compile_spec(spec, GPUTarget("cuda", int(target.removeprefix("sm_")), 32))
+    text = disassemble(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
+    return nvidia_resources(text, target=target, launch_shared=compiled.metadata.shared)
+
+
+@cache
+def _specs(kernel: str, target: str) -> dict[str, Any]:
+    """The kernel's specs by name. Attention's tiles differ by chip, the others' do not."""
+    module = import_module(f"arc_kernels.{kernel}.kernels")
+    specs = module.compile_specs(target) if kernel == "attention" else module.compile_specs()
+    by_name = {spec.name: spec for spec in specs}
+    if len(by_name) < len(specs):
+        raise ValueError(f"names of {kernel}'s compile_specs() repeat; expected each to be unique")
+    return by_name
+
+
+def _jobs(kernel: str, target: str) -> Iterator[Job]:
+    for name in _specs(kernel, target):
+        yield Job(kernel=kernel, target=target, name=name)
+
+
+def _run(jobs: list[Job], num_workers: int) -> Iterator[Row]:
+    _show_progress(0, len(jobs))
+    if num_workers == 1:
+        yield from map(compile_row, jobs)
+        return
+    # Fresh processes: LLVM's and torch's threads do not survive a fork.
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(compile_row, jobs)
+
+
+def _append(path: Path, rows: list[Row]) -> None:
+    import triton
+
+    stamp = {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "triton": triton.__version__,
+        "commit": _commit(),
+    }
+    lines = [stamp | asdict(row) for row in rows]
+    is_new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(lines)
+
+
+def _commit() -> str:
+    """The commit of this checkout, marked where the kernels differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = _git(here, "rev-parse", "--short", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--", "../arc_kernels")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-changed" if changed else head
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
+def _line(*cells: object) -> str:
+    name, target, *figures = (str(cell) for cell in cells)
+    *numbers, matrix = figures
+    return " ".join([f"{name:<58} {target:<7}", *(f"{number:>9}" for number in numbers), f"  {matrix:<12}"])
+
+
+def _show_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done} of {total}", end="", file=sys.stderr, flush=True)
+
+
+def _clear_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r" + " " * 20 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU; see the file's docstring.")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="which kernels (default: all)")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS, help="which chips (default: all)")
+    parser.add_argument("--select", default="", metavar="REGEX", help="only specs whose name matches")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to this file")
+    parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

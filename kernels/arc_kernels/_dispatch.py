@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -76,8 +76,10 @@ def _checked(choice: str, name: str) -> Choice:
     raise ValueError(f"{name} is {choice!r}; expected one of {', '.join(CHOICES)}")
 
 
-@cache
 def _gpu_is_supported(index: int) -> bool:
-    if find_spec("triton") is None:
+    # Written for torch.compile too, which folds get_device_properties but not get_device_capability, and looks through
+    # caches: so the cheap question comes first.
+    if "triton" not in sys.modules and find_spec("triton") is None:
         return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= MIN_CUDA_CAPABILITY
+    properties = torch.cuda.get_device_properties(index)
+    return torch.version.hip is not None or (properties.major, properties.minor) >= MIN_CUDA_CAPABILITY

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import arc_kernels as ak
 from arc_kernels._check import check_boundaries
-from arc_kernels._dispatch import use_triton
+from arc_kernels._dispatch import _gpu_is_supported, use_triton
 from tests.kernels.bounds import assert_close_as_torch
 
 
 def test_auto_takes_triton_on_a_gpu_alone(device: torch.device) -> None:
     assert use_triton(torch.ones(1, device=device)) == (device.type == "cuda")
     assert not use_triton(torch.ones(1, device=device, dtype=torch.float64))
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="every ROCm device is taken")
+def test_gpus_before_ampere_are_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for (major, minor), supported in (((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)):
+        properties = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, found=properties: found)
+        assert _gpu_is_supported(0) == supported
 
 
 def test_the_environment_is_read_at_every_call(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:

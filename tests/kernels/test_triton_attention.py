@@ -299,6 +299,18 @@ def test_every_config_is_one_that_triton_takes() -> None:
                             assert block >= 16 and block & (block - 1) == 0, config
 
 
+def test_specs_of_the_offline_compiler_name_every_argument_once() -> None:
+    from arc_kernels.attention.configs import CHIPS
+    from arc_kernels.attention.kernels import compile_specs
+
+    for chip in CHIPS:
+        specs = compile_specs(chip)
+        assert len({spec.name for spec in specs}) == len(specs) > 20
+        for spec in specs:
+            assert sorted([*spec.signature, *spec.constexprs]) == sorted(spec.fn.arg_names), spec.name
+            assert set(spec.divisible_by_16) <= set(spec.signature), spec.name
+
+
 def _compare(case: Case, mode: str, dtype: torch.dtype, device: torch.device) -> None:
     spans = _spans(case, mode, device)
     function = partial(ak.attention_varlen, **spans)

@@ -65,7 +65,7 @@ _SIXTEEN_BITS: dict[Chip, _Table] = {
 
 # float32 is multiplied without tensor cores, operands in registers: tiles are small on every chip.
 _THIRTY_TWO_BITS: _Table = {
-    128: {"forward": _config(32, 32, 8, 1), "dq": _config(32, 32, 8, 1), "dkv": _config(16, 32, 8, 1)},
+    128: {"forward": _config(32, 32, 8, 1), "dq": _config(16, 32, 8, 1), "dkv": _config(16, 32, 8, 1)},
     256: {"forward": _config(16, 32, 8, 1), "dq": _config(16, 32, 8, 1), "dkv": _config(16, 16, 8, 1)},
 }
 

@@ -14,12 +14,11 @@ import argparse
 import csv
 import os
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import cache
 from importlib import import_module
@@ -27,7 +26,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from machine_code import MATRIX_OPCODE, amd_resources, disassemble, nvidia_resources, problems
+from checkout import commit
+from machine_code import MATRIX_OPCODE, Resources, amd_resources, disassemble, nvidia_resources, problems
 
 KERNELS = ("attention", "cross_entropy", "norm", "pooling", "rotary", "splice", "swiglu")
 TARGETS = tuple(MATRIX_OPCODE)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not jobs:
         print(f"no kernel's name matches {arguments.select!r}", file=sys.stderr)
         return 2
-    rows = []
+    rows: list[Row] = []
     for row in _run(jobs, arguments.jobs):
         if not rows:
             print(_line("kernel", "target", "warps", "registers", "spill B", "shared B", "matrix instructions"))
@@ -99,17 +99,22 @@ def compile_row(job: Job) -> Row:
     """Compiles one kernel and reads its machine code. A failure to compile is a row with that problem."""
     # A notice about the next triton's default, once a process: not about the kernel at hand.
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    spec = _specs(job.kernel, job.target)[job.name]
+    spec = specs_of(job.kernel, job.target)[job.name]
     warps = spec.hip_num_warps if job.target.startswith("gfx") and spec.hip_num_warps else spec.num_warps
-    known = {"kernel": job.kernel, "name": job.name, "target": job.target}
-    known |= {"num_warps": warps, "num_stages": spec.num_stages}
-    known |= {"matrix_opcode": MATRIX_OPCODE[job.target] if spec.uses_dot else ""}
+    row = Row(
+        kernel=job.kernel,
+        name=job.name,
+        target=job.target,
+        num_warps=warps,
+        num_stages=spec.num_stages,
+        matrix_opcode=MATRIX_OPCODE[job.target] if spec.uses_dot else "",
+    )
     try:
-        resources = _resources(spec, job.target)
+        resources = resources_of(spec, job.target)
     except Exception as error:  # whatever the compiler's passes raise: the other kernels' rows are wanted all the same
-        return Row(**known, problems=f"does not compile: {type(error).__name__}: {str(error).strip()[:300]}")
-    return Row(
-        **known,
+        return replace(row, problems=f"does not compile: {type(error).__name__}: {str(error).strip()[:300]}")
+    return replace(
+        row,
         registers=resources.registers,
         spill_bytes=resources.spill_bytes,
         shared_bytes=resources.shared_bytes,
@@ -118,7 +123,8 @@ def compile_row(job: Job) -> Row:
     )
 
 
-def _resources(spec: Any, target: str) -> Any:
+def resources_of(spec: Any, target: str) -> Resources:
+    """Compiles one spec for a target and reads its machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -133,8 +139,8 @@ def _resources(spec: Any, target: str) -> Any:
 
 
 @cache
-def _specs(kernel: str, target: str) -> dict[str, Any]:
-    """The kernel's specs by name. Attention's tiles differ by chip, the others' do not."""
+def specs_of(kernel: str, target: str) -> dict[str, Any]:
+    """A kernel's specs by name. Attention's tiles differ by chip, the others' do not."""
     module = import_module(f"arc_kernels.{kernel}.kernels")
     specs = module.compile_specs(target) if kernel == "attention" else module.compile_specs()
     by_name = {spec.name: spec for spec in specs}
@@ -144,7 +150,7 @@ def _specs(kernel: str, target: str) -> dict[str, Any]:
 
 
 def _jobs(kernel: str, target: str) -> Iterator[Job]:
-    for name in _specs(kernel, target):
+    for name in specs_of(kernel, target):
         yield Job(kernel=kernel, target=target, name=name)
 
 
@@ -164,7 +170,7 @@ def _append(path: Path, rows: list[Row]) -> None:
     stamp = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "triton": triton.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
     lines = [stamp | asdict(row) for row in rows]
     is_new = not path.exists() or path.stat().st_size == 0
@@ -173,22 +179,6 @@ def _append(path: Path, rows: list[Row]) -> None:
         if is_new:
             writer.writeheader()
         writer.writerows(lines)
-
-
-def _commit() -> str:
-    """The commit of this checkout, marked where the kernels differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        head = _git(here, "rev-parse", "--short", "HEAD")
-        changed = _git(here, "status", "--porcelain", "--", "../arc_kernels")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head}-changed" if changed else head
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
-    return result.stdout.strip()
 
 
 def _line(*cells: object) -> str:

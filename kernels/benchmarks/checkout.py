@@ -1,0 +1,23 @@
+"""Which version of the kernels a measurement is of."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+
+
+def commit() -> str:
+    """The commit of this checkout, with "-changed" where the kernels differ from it; "unknown" outside a checkout."""
+    try:
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--", "../arc_kernels")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-changed" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", "-C", str(_HERE), *arguments], capture_output=True, text=True, check=True)
+    return result.stdout.strip()

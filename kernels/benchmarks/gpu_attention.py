@@ -1,0 +1,143 @@
+"""The cases of attention: an encoder's layer, its pooled layer and a decoder's layer, on ragged segments.
+
+Shape letters: T query rows, U key rows, N heads, K kv heads, H head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_cases import BYTES, Case, Floor, Function, Scale, normal
+from torch import Tensor
+
+import arc_kernels as ak
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """The attention of one layer: heads, and how long the segments of queries and keys are."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    causal: bool
+
+    def pairs(self) -> int:
+        """How many keys all queries of one head see together."""
+        triangles = sum(m * (m - 1) // 2 for m in self.queries) if self.causal else 0
+        return sum(m * n for m, n in zip(self.queries, self.keys, strict=True)) - triangles
+
+
+def attention_cases(scale: Scale) -> Iterator[Case]:
+    """Llama 3.2 3B as encoder, whose last layer has pooled queries (factor 8), and Llama 3.1 8B as decoder."""
+    lengths = scale.lengths
+    encoder = Layer(
+        name="encoder", num_heads=24, num_kv_heads=8, head_dim=128, queries=lengths, keys=lengths, causal=False
+    )
+    yield _case(encoder)
+    yield _case(replace(encoder, name="pooled", queries=tuple(-(-n // 8) for n in lengths)))
+    yield _case(replace(encoder, name="decoder", num_heads=32, causal=True))
+
+
+def _case(layer: Layer) -> Case:
+    def inputs(device: torch.device) -> dict[str, Tensor]:
+        rows_q, rows_k = sum(layer.queries), sum(layer.keys)
+        kv = (rows_k, layer.num_kv_heads, layer.head_dim)
+        q, k, v = normal(device, (rows_q, layer.num_heads, layer.head_dim), kv, kv)
+        boundaries = {"cu_seqlens_q": _cu(layer.queries, device), "cu_seqlens_k": _cu(layer.keys, device)}
+        return {"q_TNH": q, "k_UKH": k, "v_UKH": v, **boundaries}
+
+    function = partial(
+        ak.attention_varlen, max_seqlen_q=max(layer.queries), max_seqlen_k=max(layer.keys), causal=layer.causal
+    )
+    rows = 2 * sum(layer.queries) * layer.num_heads + 2 * sum(layer.keys) * layer.num_kv_heads  # q, o; k, v
+    product = 2 * layer.pairs() * layer.num_heads * layer.head_dim
+    return Case(
+        kernel="attention",
+        shape=(
+            f"{layer.name} N={layer.num_heads} K={layer.num_kv_heads} H={layer.head_dim} "
+            f"T={sum(layer.queries)} U={sum(layer.keys)} S={len(layer.keys)}{' causal' if layer.causal else ''}"
+        ),
+        function=function,
+        inputs=inputs,
+        wants_grad=("q_TNH", "k_UKH", "v_UKH"),
+        # Two products forward; five backward, as FlashAttention counts them.
+        floor=Floor(
+            forward_bytes=rows * layer.head_dim * BYTES,
+            backward_bytes=2 * rows * layer.head_dim * BYTES,
+            forward_flops=2 * product,
+            backward_flops=5 * product,
+        ),
+        baselines={
+            "FlashAttention (torch)": partial(function, backend="flash"),
+            "SDPA, a loop": partial(_sdpa_loop, layer),
+            "FlexAttention": partial(_flex, layer),
+        },
+    )
+
+
+def _cu(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def _sdpa_loop(layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, **_: Tensor) -> Tensor:
+    """One call of scaled_dot_product_attention a segment."""
+    outputs = []
+    split = zip(q_TNH.split(layer.queries), k_UKH.split(layer.keys), v_UKH.split(layer.keys), strict=True)
+    for segment in split:
+        q, k, v = (x.transpose(0, 1)[None] for x in segment)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=layer.causal, enable_gqa=True)
+        outputs.append(o[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _flex(layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, **_: Tensor) -> Tensor:
+    """FlexAttention, compiled, over all segments as one sequence; its block mask is made at the first call."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_UKH, v_UKH))
+    o = _compiled_flex()(q, k, v, block_mask=_block_mask(layer, q.device), enable_gqa=True)
+    return o[0].transpose(0, 1)
+
+
+@cache
+def _compiled_flex() -> Function:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _block_mask(layer: Layer, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = _segment_mask(layer, device)
+    rows_q, rows_k = sum(layer.queries), sum(layer.keys)
+    return create_block_mask(mask, None, None, rows_q, rows_k, device=device, _compile=device.type == "cuda")
+
+
+def _segment_mask(layer: Layer, device: torch.device) -> Callable[..., Tensor]:
+    """Whether a query sees a key, by their rows, as FlexAttention asks."""
+    query_segment, query_place = _places(layer.queries, device)
+    key_segment, key_place = _places(layer.keys, device)
+
+    def sees(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        same = query_segment[row] == key_segment[key]
+        return same & (query_place[row] >= key_place[key]) if layer.causal else same
+
+    return sees
+
+
+def _places(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Segment of each row, and its index there."""
+    sizes = torch.tensor(lengths, device=device)
+    segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), sizes)
+    starts = sizes.cumsum(0) - sizes
+    return segment, torch.arange(sum(lengths), device=device) - starts[segment]

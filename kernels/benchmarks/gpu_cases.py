@@ -1,0 +1,312 @@
+"""What is measured: each kernel at the widths of Llama 3.2 3B and Llama 3.1 8B, what else computes the same, floors.
+
+Shape letters: T rows, G groups, N heads, H head size, D width, F feed-forward width, V vocabulary, L labelled rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import arc_kernels as ak
+
+Function = Callable[..., Any]
+BYTES = 2  # of a bfloat16: all cases are in that dtype
+EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large the cases are."""
+
+    rows: int
+    labels: int
+    vocab_size: int
+    lengths: tuple[int, ...]
+    """Of the attention's segments."""
+
+
+# Ragged from 256 to 8192, no length a multiple of another tile than by chance.
+FULL = Scale(
+    rows=16384, labels=4096, vocab_size=128256, lengths=(8192, 256, 5120, 1111, 2048, 3333, 640, 4096)
+)
+QUICK = Scale(rows=4096, labels=1024, vocab_size=128256, lengths=(2048, 256, 700, 1500))
+TINY = Scale(rows=24, labels=8, vocab_size=500, lengths=(20, 37))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """The least that has to be moved, bytes (each input read once, each output written once), and multiplied, FLOPs.
+
+    FLOPs are those of the algorithm as the baselines count them, not what a kernel makes anew; nought where a kernel is
+    bound by memory.
+    """
+
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    forward_flops: int = 0
+    backward_flops: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kernel at one shape. All functions take the inputs by keyword and return a tensor or a tuple of them."""
+
+    kernel: str
+    shape: str
+    function: Function
+    """The public function: under `use("triton")` the kernel, under `use("reference")` the oracle."""
+
+    inputs: Callable[[torch.device], dict[str, Tensor]]
+    wants_grad: tuple[str, ...]
+    floor: Floor
+    eager: Function | None = None
+    """Plain torch where it is not the reference; torch.compile compiles it too."""
+
+    baselines: Mapping[str, Function] = field(default_factory=dict)
+
+
+def cases(scale: Scale) -> Iterator[Case]:
+    """All cases but attention's (see `gpu_attention`)."""
+    for width in (3072, 4096):
+        yield _rms_norm(scale.rows, width)
+        yield _add_rms_norm(scale.rows, width)
+    yield _layer_norm(scale.rows, 4096)
+    for num_heads in (24, 32):
+        yield _rotary(scale.rows, num_heads)
+    for width in (8192, 14336):
+        yield _swiglu(scale.rows, width)
+    for factor in (4, 8):
+        yield _pool_norm(scale.rows, 3072, factor)
+    yield _group_pool(scale.rows, 3072, 8)
+    yield _splice(scale, 4096, trains_table=False)
+    yield _splice(scale, 3072, trains_table=True)
+    for width in (3072, 4096):
+        yield _cross_entropy(scale, width)
+
+
+def normal(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Standard normal bfloat16 tensors, the same at every run on a device."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device).bfloat16() for shape in shapes]
+
+
+def _rms_norm(rows: int, width: int) -> Case:
+    def inputs(device: torch.device) -> dict[str, Tensor]:
+        x, weight = normal(device, (rows, width), (width,))
+        return {"x_TD": x, "weight_D": weight}
+
+    baselines: dict[str, Function] = {"F.rms_norm": lambda x_TD, weight_D: F.rms_norm(x_TD, (width,), weight_D, EPS)}
+    if find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_rms_norm
+
+        baselines["Liger"] = lambda x_TD, weight_D: liger_rms_norm(x_TD, weight_D, EPS, in_place=False)
+    return Case(
+        kernel="rms_norm",
+        shape=f"T={rows} D={width}",
+        function=partial(ak.rms_norm, eps=EPS),
+        inputs=inputs,
+        wants_grad=("x_TD", "weight_D"),
+        floor=Floor(forward_bytes=2 * rows * width * BYTES, backward_bytes=3 * rows * width * BYTES),
+        baselines=baselines,
+    )
+
+
+def _add_rms_norm(rows: int, width: int) -> Case:
+    def inputs(device: torch.device) -> dict[str, Tensor]:
+        x, residual, weight = normal(device, (rows, width), (rows, width), (width,))
+        return {"x_TD": x, "residual_TD": residual, "weight_D": weight}
+
+    return Case(
+        kernel="add_rms_norm",
+        shape=f"T={rows} D={width}",
+        function=partial(ak.add_rms_norm, eps=EPS),
+        inputs=inputs,
+        wants_grad=("x_TD", "residual_TD", "weight_D"),
+        floor=Floor(forward_bytes=4 * rows * width * BYTES, backward_bytes=4 * rows * width * BYTES),
+    )
+
+
+def _layer_norm(rows: int, width: int) -> Case:
+    return Case(
+        kernel="layer_norm",
+        shape=f"T={rows} D={width}",
+        function=partial(ak.layer_norm, eps=EPS),
+        inputs=lambda device: {"x_TD": normal(device, (rows, width))[0]},
+        wants_grad=("x_TD",),
+        floor=Floor(forward_bytes=2 * rows * width * BYTES, backward_bytes=3 * rows * width * BYTES),
+        baselines={"F.layer_norm": lambda x_TD: F.layer_norm(x_TD, (width,), eps=EPS)},
+    )
+
+
+def _rotary(rows: int, num_heads: int, head_dim: int = 128) -> Case:
+    def inputs(device: torch.device) -> dict[str, Tensor]:
+        (x,) = normal(device, (rows, num_heads, head_dim))
+        frequencies = 500000.0 ** (torch.arange(head_dim // 2, device=device) / -(head_dim // 2))
+        angles = torch.arange(rows, device=device)[:, None] * frequencies
+        return {"x_TNH": x, "cos_TF": angles.cos(), "sin_TF": angles.sin()}
+
+    bytes_moved = 2 * rows * num_heads * head_dim * BYTES + rows * head_dim * 4  # cos and sin are float32
+    return Case(
+        kernel="rotary",
+        shape=f"T={rows} N={num_heads} H={head_dim}",
+        function=ak.rotary,
+        inputs=inputs,
+        wants_grad=("x_TNH",),
+        floor=Floor(forward_bytes=bytes_moved, backward_bytes=bytes_moved),
+    )
+
+
+def _swiglu(rows: int, width: int) -> Case:
+    def inputs(device: torch.device) -> dict[str, Tensor]:
+        gate, up = normal(device, (rows, width), (rows, width))
+        return {"gate_TF": gate, "up_TF": up}
+
+    baselines: dict[str, Function] = {}
+    if find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_swiglu
+
+        baselines["Liger"] = lambda gate_TF, up_TF: liger_swiglu(gate_TF, up_TF)
+    return Case(
+        kernel="swiglu",
+        shape=f"T={rows} F={width}",
+        function=ak.swiglu,
+        inputs=inputs,
+        wants_grad=("gate_TF", "up_TF"),
+        floor=Floor(forward_bytes=3 * rows * width * BYTES, backward_bytes=5 * rows * width * BYTES),
+        baselines=baselines,
+    )
+
+
+def _group_pool(rows: int, width: int, factor: int) -> Case:
+    num_groups = rows // factor
+    bytes_moved = (rows + num_groups) * width * BYTES
+    return Case(
+        kernel="group_pool",
+        shape=f"T={rows} G={num_groups} D={width} mean",
+        function=partial(ak.group_pool, kind="mean", num_groups=num_groups),
+        inputs=lambda device: {
+            "x_TD": normal(device, (rows, width))[0],
+            "group_cu": _group_cu(rows, num_groups, device),
+        },
+        wants_grad=("x_TD",),
+        floor=Floor(forward_bytes=bytes_moved, backward_bytes=bytes_moved),
+    )
+
+
+def _pool_norm(rows: int, width: int, factor: int) -> Case:
+    num_groups = rows // factor
+
+    def inputs(device: torch.device) -> dict[str, Tensor]:
+        x, weight = normal(device, (rows, width), (width,))
+        return {"x_TD": x, "group_cu": _group_cu(rows, num_groups, device), "weight_D": weight}
+
+    return Case(
+        kernel="pool_norm",
+        shape=f"T={rows} G={num_groups} D={width} mean",
+        function=partial(ak.pool_norm, kind="mean", num_groups=num_groups, eps=EPS),
+        inputs=inputs,
+        wants_grad=("x_TD", "weight_D"),
+        floor=Floor(
+            forward_bytes=2 * (rows + num_groups) * width * BYTES,
+            backward_bytes=3 * (rows + num_groups) * width * BYTES,
+        ),
+    )
+
+
+def _group_cu(rows: int, num_groups: int, device: torch.device) -> Tensor:
+    """Groups of factor - 1, factor and factor + 1 rows in turn: ragged, as at the ends of contexts."""
+    factor = rows // num_groups
+    sizes = torch.full((num_groups,), factor, dtype=torch.int32)
+    pairs = num_groups // 3
+    sizes[0 : 3 * pairs : 3] -= 1
+    sizes[2 : 3 * pairs : 3] += 1
+    return F.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+
+
+def _splice(scale: Scale, width: int, *, trains_table: bool) -> Case:
+    num_given = scale.rows // 8
+    num_text = scale.rows - num_given
+
+    def inputs(device: torch.device) -> dict[str, Tensor]:
+        table, given = normal(device, (scale.vocab_size, width), (num_given, width))
+        generator = torch.Generator(device).manual_seed(1)
+        order = torch.randperm(scale.rows, generator=generator, device=device)
+        ids = torch.randint(scale.vocab_size, (num_text,), generator=generator, device=device)
+        text_rows, given_rows = order[:num_text].sort().values, order[num_text:].sort().values
+        return {
+            "table_VD": table,
+            "ids_N": ids,
+            "text_rows_N": text_rows,
+            "given_ZD": given,
+            "given_rows_Z": given_rows,
+        }
+
+    given_bytes = 2 * num_given * width * BYTES
+    table_bytes = (num_text + scale.vocab_size) * width * BYTES  # a dense gradient has to be written, zeros too
+    return Case(
+        kernel="splice",
+        shape=f"R={scale.rows} Z={num_given} D={width} V={scale.vocab_size} {'trained' if trains_table else 'frozen'}",
+        function=ak.splice,
+        inputs=inputs,
+        wants_grad=("table_VD", "given_ZD") if trains_table else ("given_ZD",),
+        floor=Floor(
+            forward_bytes=2 * scale.rows * width * BYTES,
+            backward_bytes=given_bytes + (table_bytes if trains_table else 0),
+        ),
+    )
+
+
+def _cross_entropy(scale: Scale, width: int) -> Case:
+    def inputs(device: torch.device) -> dict[str, Tensor]:
+        h, weight = normal(device, (scale.labels, width), (scale.vocab_size, width))
+        generator = torch.Generator(device).manual_seed(1)
+        labels = torch.randint(scale.vocab_size, (scale.labels,), generator=generator, device=device)
+        return {"h_LD": h, "weight_VD": weight / width**0.5, "labels_L": labels}
+
+    product = 2 * scale.labels * width * scale.vocab_size
+    return Case(
+        kernel="linear_cross_entropy",
+        shape=f"L={scale.labels} D={width} V={scale.vocab_size}",
+        function=ak.linear_cross_entropy,
+        eager=_whole_logits,
+        inputs=inputs,
+        wants_grad=("h_LD",),
+        # The hidden gradient is made in forward here, in backward by others: what counts is both together.
+        floor=Floor(forward_flops=product, backward_flops=product),
+        baselines=dict(_cross_entropy_baselines()),
+    )
+
+
+def _whole_logits(h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h_LD, weight_VD).float(), labels_L, reduction="none")
+
+
+def _cross_entropy_baselines() -> Iterator[tuple[str, Function]]:
+    def chunked(**inputs: Tensor) -> Tensor:
+        with ak.use("reference"):
+            return ak.linear_cross_entropy(**inputs)
+
+    yield "reference, chunked", chunked
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+        # The graph is kept where backward alone is timed.
+        options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+
+        def torch_chunked(h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:
+            return F.linear_cross_entropy(h_LD, weight_VD, labels_L, reduction="sum", options=options)
+
+        yield "F.linear_cross_entropy", torch_chunked
+    if find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        def liger(h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:
+            return liger_fused_linear_cross_entropy(h_LD, weight_VD, labels_L, reduction="sum")
+
+        yield "Liger", liger

@@ -1,0 +1,75 @@
+"""Whether a case is right: no time counts on a wrong result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from gpu_cases import Case
+from torch import Tensor
+
+import arc_kernels as ak
+
+
+def check_case(case: Case, device: torch.device) -> list[str]:
+    """What is wrong with the kernel's outputs and gradients, in words; empty where nothing is.
+
+    Each may err, at its largest and in the mean square, at most twice as much as the reference in bfloat16, both
+    against the reference in float32, and half a unit of the last place of its size where the reference happens to be
+    exact.
+    """
+    inputs = case.inputs(device)
+    exact = _results(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}, "reference")
+    torchs = _results(case, inputs, "reference")
+    ours = _results(case, inputs, "triton")
+    findings = []
+    for name, value in ours.items():
+        error, allowed = value.float() - exact[name], torchs[name].float() - exact[name]
+        rounding = torch.finfo(value.dtype).eps / 2
+        for kind, size in (("largest", _largest), ("mean square", _root_mean_square)):
+            bound = 2 * size(allowed) + rounding * size(exact[name])
+            if not size(error) <= bound:
+                findings.append(f"{name}: {kind} error {size(error):.3g}, bound {bound:.3g}")
+    return findings
+
+
+def same_result(theirs: Any, ours: Any) -> bool:
+    """Whether another implementation computes the same, but for rounding; a sum may stand for its terms."""
+    theirs, ours = _tuple(theirs), _tuple(ours)
+    if len(theirs) != len(ours):
+        return False
+    for their, our in zip(theirs, ours, strict=True):
+        if their.shape != our.shape:
+            our = our.sum()
+            if their.shape != our.shape:
+                return False
+        if not _root_mean_square(their.float() - our.float()) <= 0.02 * _root_mean_square(our.float()):
+            return False
+    return True
+
+
+def _results(case: Case, inputs: dict[str, Tensor], choice: ak._dispatch.Choice) -> dict[str, Tensor]:
+    """Outputs, and gradients for fixed random gradients of the outputs."""
+    leaves = {name: x.detach().clone().requires_grad_(name in case.wants_grad) for name, x in inputs.items()}
+    with ak.use(choice):
+        outputs = _tuple(case.function(**leaves))
+        seeds = []
+        for i, output in enumerate(outputs):
+            generator = torch.Generator(output.device).manual_seed(1000 + i)  # not that of the inputs
+            seed = torch.randn(output.shape, generator=generator, device=output.device)
+            seeds.append(seed.bfloat16().to(output.dtype))
+        gradients = torch.autograd.grad(outputs, [leaves[name] for name in case.wants_grad], seeds)
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    return results | {f"gradient of {n}": g for n, g in zip(case.wants_grad, gradients, strict=True)}
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return float(x.float().square().mean().sqrt())

@@ -1,0 +1,187 @@
+"""The kernels compile for chips that are not there, without spills and within the chips' shared memory.
+
+The whole table is `kernels/benchmarks/compile_offline.py`; here is a selection of it: every matrix kernel at one config
+of each chip, and each elementwise kernel at one width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("triton")
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+ELEMENTWISE = (
+    r"^((rms|add_rms)_norm_forward|add_rms_norm_backward_weight|pool_(forward|backward)|splice_forward|gather_rows"
+    r"|sum_runs|scale_rows) bf16 D=4096( mean rms)?$|^swiglu_\w+ bf16 F=14336$|^rotary bf16 N=32 H=128$"
+    r"|^softmax_minus_label bf16 V=128256 gradient$"
+)
+MATRIX = r"^attention_(forward|dq|dkv) bf16 H=128 group=4 causal |^attention_delta bf16 H=128$"
+
+USAGE = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function some_kernel:
+  REG:{registers} STACK:{stack} SHARED:{shared} LOCAL:{local} CONSTANT[0]:400 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;               /* 0x00000a0000017a02 */
+        /*0010*/              @!P0 HMMA.16816.F32.BF16 R4, R8, R12, R4 ; /* 0x0000000c0804723c */
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ; /* 0x00 */
+        /*0030*/              @UP1 {spill} [R1+0x10], R9 ;                 /* 0x0000100901007387 */
+"""
+ASSEMBLY = """
+some_kernel:
+\tv_mfma_f32_32x32x8_bf16_1k a[0:15], v[2:3], v[4:5], a[0:15]
+\t{spill} off, v1, s32 offset:8
+amdhsa.kernels:
+  - .agpr_count:     32
+    .args:           []
+    .group_segment_fixed_size: {shared}
+    .private_segment_fixed_size: {scratch}
+    .sgpr_spill_count: 0
+    .vgpr_count:     288
+    .vgpr_spill_count: {spilled}
+"""
+
+
+@pytest.fixture
+def machine_code(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("machine_code")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("select", "num_rows"), [(MATRIX, 4), (ELEMENTWISE, 13)], ids=["matrix", "elementwise"])
+def test_no_kernel_spills_or_outgrows_its_chip(select: str, num_rows: int) -> None:
+    result = _python(str(BENCHMARKS / "compile_offline.py"), "--select", select)
+    assert result.returncode == 0, result.stdout + result.stderr
+    targets = "sm_80, sm_90, gfx942"
+    assert f"{3 * num_rows} compiled for {targets}: 0 with problems" in result.stdout, result.stdout
+
+
+@pytest.mark.slow
+def test_a_kernel_with_too_few_threads_spills_and_is_reported() -> None:
+    # One warp for a row of 8192: 256 values a thread, where a thread has 255 registers.
+    program = (
+        "from dataclasses import replace\n"
+        "from compile_offline import resources_of, specs_of\n"
+        "from machine_code import problems\n"
+        "spec = replace(specs_of('norm', 'sm_80')['rms_norm_forward bf16 D=8192'], num_warps=1)\n"
+        "print(problems(resources_of(spec, 'sm_80'), target='sm_80', uses_dot=True))\n"
+    )
+    result = _python("-c", program)
+    assert result.returncode == 0, result.stderr
+    assert "spills" in result.stdout and "has no HMMA instruction" in result.stdout
+
+
+def test_a_spec_that_does_not_compile_is_a_row_and_the_exit_code_is_1() -> None:
+    program = (
+        "from dataclasses import replace\n"
+        "import compile_offline\n"
+        "specs = compile_offline.specs_of('swiglu', 'sm_80')\n"
+        "name = 'swiglu_forward bf16 F=8192'\n"
+        "specs[name] = replace(specs[name], constexprs={'F': 8192, 'BF': 1000})\n"
+        "arguments = ['--kernel', 'swiglu', '--target', 'sm_80', '--select', name, '--jobs', '1']\n"
+        "raise SystemExit(compile_offline.main(arguments))\n"
+    )
+    result = _python("-c", program)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "does not compile" in result.stdout and "1 with problems" in result.stdout
+
+
+def test_the_interpreter_is_refused() -> None:
+    result = _python(str(BENCHMARKS / "compile_offline.py"), interpret=True)
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET" in result.stderr
+
+
+@pytest.mark.parametrize(("target", "opcodes"), [("sm_80", 1), ("sm_90", 1)])
+def test_figures_of_a_cubin(machine_code: ModuleType, target: str, opcodes: int) -> None:
+    text = USAGE.format(registers=168, stack=0, shared=0, local=0) + SASS.format(spill="STG.E")
+    resources = machine_code.nvidia_resources(text, target=target, launch_shared=4096)
+    assert resources.registers == 168
+    assert (resources.spill_bytes, resources.spill_instructions) == (0, 0)
+    assert resources.shared_bytes == 4096
+    assert resources.matrix_instructions == opcodes
+    assert machine_code.problems(resources, target=target, uses_dot=True) == []
+
+
+@pytest.mark.parametrize(
+    ("stack", "local", "spill"), [(56, 0, "STG.E"), (0, 16, "STG.E"), (0, 0, "STL"), (0, 0, "LDL.64")]
+)
+def test_each_sign_of_a_spill_in_a_cubin_counts(machine_code: ModuleType, stack: int, local: int, spill: str) -> None:
+    text = USAGE.format(registers=255, stack=stack, shared=0, local=local) + SASS.format(spill=spill)
+    resources = machine_code.nvidia_resources(text, target="sm_80", launch_shared=0)
+    assert any("spills" in problem for problem in machine_code.problems(resources, target="sm_80", uses_dot=False))
+
+
+def test_static_and_launch_shared_memory_add_up_but_for_what_hopper_reserves(machine_code: ModuleType) -> None:
+    text = USAGE.format(registers=64, stack=0, shared=3072, local=0) + SASS.format(spill="STG.E")
+    sizes = {
+        target: machine_code.nvidia_resources(text, target=target, launch_shared=1000).shared_bytes
+        for target in ("sm_80", "sm_90")
+    }
+    assert sizes == {"sm_80": 4072, "sm_90": 3048}
+
+
+@pytest.mark.parametrize(("target", "limit_kib"), [("sm_80", 163), ("sm_90", 227), ("gfx942", 64)])
+def test_one_byte_above_the_chips_shared_memory_is_too_much(
+    machine_code: ModuleType, target: str, limit_kib: int
+) -> None:
+    def found(shared_bytes: int) -> list[str]:
+        resources = machine_code.Resources(
+            registers=32, spill_bytes=0, spill_instructions=0, shared_bytes=shared_bytes, matrix_instructions=0
+        )
+        return machine_code.problems(resources, target=target, uses_dot=False)
+
+    assert found(limit_kib * 1024) == []
+    assert "shared memory" in found(limit_kib * 1024 + 1)[0]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_a_matrix_kernel_without_matrix_instructions_is_wrong(machine_code: ModuleType, target: str) -> None:
+    resources = machine_code.Resources(
+        registers=32, spill_bytes=0, spill_instructions=0, shared_bytes=0, matrix_instructions=0
+    )
+    assert machine_code.problems(resources, target=target, uses_dot=False) == []
+    (problem,) = machine_code.problems(resources, target=target, uses_dot=True)
+    assert machine_code.MATRIX_OPCODE[target] in problem
+
+
+@pytest.mark.parametrize(
+    ("scratch", "spilled", "spill", "spills"),
+    [(0, 0, "global_store_dword", False), (24, 0, "global_store_dword", True), (0, 3, "global_store_dword", True)]
+    + [(0, 0, "scratch_store_dword", True), (0, 0, "scratch_load_dwordx4", True)],
+)
+def test_figures_of_amd_assembly(
+    machine_code: ModuleType, scratch: int, spilled: int, spill: str, spills: bool
+) -> None:
+    text = ASSEMBLY.format(shared=512, scratch=scratch, spilled=spilled, spill=spill)
+    resources = machine_code.amd_resources(text, target="gfx942", launch_shared=1024)
+    assert (resources.registers, resources.shared_bytes, resources.matrix_instructions) == (288, 1536, 1)
+    assert bool(machine_code.problems(resources, target="gfx942", uses_dot=True)) == spills
+
+
+def test_output_without_figures_is_an_error(machine_code: ModuleType) -> None:
+    with pytest.raises(ValueError, match="no resource usage"):
+        machine_code.nvidia_resources("cuobjdump fatal: nothing", target="sm_80", launch_shared=0)
+    with pytest.raises(ValueError, match="vgpr_count|private_segment"):
+        machine_code.amd_resources("some_kernel:\n", target="gfx942", launch_shared=0)
+
+
+def _python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=600, check=False
+    )

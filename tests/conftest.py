@@ -1,4 +1,5 @@
-"""What all tests share: small thread pools, no network, hypothesis without wall-clock limits, the golden files."""
+"""What all tests share: Triton interpreted where there is no GPU, few threads, no network, hypothesis without limits of
+wall-clock time, the golden files."""
 
 from __future__ import annotations
 
@@ -6,12 +7,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # Ranks of the distributed tests share the cores with the test process: one thread each is the fastest there.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Without a GPU the kernels run under Triton's interpreter. It wants to be told before anything imports triton, which
+# DeepSpeed and torch.compile do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("arc", deadline=None)  # a shared machine stalls now and then; that is no failure
 settings.load_profile("arc")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,20 +9,11 @@ import torch
 
 import arc_kernels
 
-# Set here and not in a fixture: Triton reads it when its own library and a kernel's module are imported.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or "triton" not in sys.modules
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the kernels run: the GPU, or the CPU under the interpreter."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if not _INTERPRETED:
-        pytest.fail("triton was imported before TRITON_INTERPRET=1 was set; set it in the environment")
-    return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

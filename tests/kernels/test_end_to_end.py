@@ -1,0 +1,62 @@
+"""A tiny model's step with every kernel Triton's, against the same step in plain torch: loss and all gradients."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import arc_kernels
+from arc_ds.data.packing import pack
+from tests.helpers.plain_trainer import POOLING, decoder_of_step, samples_of_step, tiny_compressor, tiny_decoders
+
+TOLERANCE = 1e-5  # issue 3; each run rounds in float32 on its own
+STEP, NUM_SEQUENCES = 4, 3
+
+# What the step must have launched, forward and backward.
+OPERATORS = {"attention", "pool_norm", "norm", "rotary", "swiglu", "splice", "linear_cross_entropy"}
+
+
+class _Operators(TorchDispatchMode):
+    """Names of the arc_kernels operators that run while it lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "arc_kernels":
+            self.names.add(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def _loss_and_gradients(
+    choice: Literal["triton", "reference"], device: torch.device, *, activation_checkpointing: bool
+) -> tuple[dict[str, Tensor], set[str]]:
+    """{"loss": …, parameter's name: its gradient}, and the operators that made them."""
+    decoder_idx = decoder_of_step(STEP)
+    compressor = tiny_compressor(activation_checkpointing=activation_checkpointing).to(device)
+    decoder = tiny_decoders(activation_checkpointing=activation_checkpointing)[decoder_idx].to(device)
+    batch = pack(samples_of_step(STEP, NUM_SEQUENCES), POOLING).to(device)
+    with arc_kernels.use(choice), _Operators() as operators:
+        loss = decoder(batch, compressor(batch, decoder_idx)).mean()
+        loss.backward()
+    gradients = {name: p.grad for name, p in compressor.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}, operators.names
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_a_step_with_kernels_is_a_step_without(device: torch.device, activation_checkpointing: bool) -> None:
+    wanted, none = _loss_and_gradients("reference", device, activation_checkpointing=activation_checkpointing)
+    found, launched = _loss_and_gradients("triton", device, activation_checkpointing=activation_checkpointing)
+    assert not none, none
+    assert all(any(name.startswith(part) for name in launched) for part in OPERATORS), launched
+    assert sum(name.endswith("backward") for name in launched) >= 4, launched
+    assert wanted.keys() == found.keys() and len(wanted) > 20
+    for name, value in wanted.items():
+        error, size = float((found[name] - value).norm()), float(value.norm())
+        assert error <= TOLERANCE * size, (name, error, size)
+    assert sum(float(value.norm()) > 0 for value in wanted.values()) > 20, "no gradient has reached the encoder"

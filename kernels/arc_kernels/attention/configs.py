@@ -88,16 +88,20 @@ def choose(kernel: Kernel, *, chip: Chip, head_dim: int, dtype: torch.dtype, num
 
     num_rows: packed query rows (queries times heads per kv head) of the longest segment; num_keys: keys of the longest.
     Where all segments are short, the side that is cut into programs is cut smaller, as most of a tile would be empty:
-    to 16 or 64, so that there are few variants to compile.
+    to 16 or 64, so that there are few variants to compile. The warps stay, and at most 64 keys are taken at a time:
+    fewer warps or more keys ran out of registers on sm_90.
     """
     table = _THIRTY_TWO_BITS if dtype == torch.float32 else _SIXTEEN_BITS[chip]
     config = table[min(width for width in table if width >= head_dim)][kernel]
+    if table is _THIRTY_TWO_BITS and chip == "gfx942":
+        config = replace(config, num_warps=config.num_warps // 2)  # of 64 lanes each
     longest, block = (num_keys, config.block_n) if kernel == "dkv" else (num_rows, config.block_m)
-    fitting = min((small for small in (16, 64) if longest <= small < block), default=block)
-    if fitting == block:
+    small = next((size for size in (16, 64) if longest <= size < block), None)
+    if small is None:
         return config
-    smaller = replace(config, num_warps=4)
-    return replace(smaller, block_n=fitting) if kernel == "dkv" else replace(smaller, block_m=fitting)
+    if kernel == "dkv":
+        return replace(config, block_n=small)
+    return replace(config, block_m=small, block_n=min(config.block_n, 64))
 
 
 def block_h(head_dim: int) -> int:

@@ -39,6 +39,7 @@ def compile_specs(chip: Chip = "sm_90") -> list[CompileSpec]:
         for kernel in _names()
     ]
     specs += [_spec(kernel, chip, "fp32", 128, 4, "causal") for kernel in _names()]
+    specs += [_spec(kernel, chip, "bf16", 128, 4, "causal", longest) for longest in (16, 64) for kernel in _names()]
     return [*specs, *(_delta_spec(dtype, head_dim) for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("fp32", 128)))]
 
 
@@ -46,8 +47,10 @@ def _names() -> Iterator[Kernel]:
     yield from ("forward", "dq", "dkv")
 
 
-def _spec(kernel: Kernel, chip: Chip, dtype: str, head_dim: int, group: int, mode: Mode) -> CompileSpec:
-    config = choose(kernel, chip=chip, head_dim=head_dim, dtype=_DTYPES[dtype], num_rows=_LONG, num_keys=_LONG)
+def _spec(
+    kernel: Kernel, chip: Chip, dtype: str, head_dim: int, group: int, mode: Mode, longest: int = _LONG
+) -> CompileSpec:
+    config = choose(kernel, chip=chip, head_dim=head_dim, dtype=_DTYPES[dtype], num_rows=longest, num_keys=longest)
     arguments = _KERNELS[kernel].arg_names
     types = dict.fromkeys(_OPERANDS, f"*{dtype}") | dict.fromkeys(_STATISTICS, "*fp32")
     types |= dict.fromkeys(_INDICES, "*i32") | dict.fromkeys(_STRIDES, "i32")
@@ -55,7 +58,7 @@ def _spec(kernel: Kernel, chip: Chip, dtype: str, head_dim: int, group: int, mod
     types |= dict.fromkeys(("num_q_rows", "num_k_rows", "num_segments"), "i32")
     types |= {"scale": "fp32", "softmax_scale": "fp32"}
     return CompileSpec(
-        name=f"attention_{kernel} {dtype} H={head_dim} group={group} {mode} ({chip})",
+        name=f"attention_{kernel} {dtype} H={head_dim} group={group} {mode} rows={longest} ({chip})",
         fn=_KERNELS[kernel],
         signature={name: types[name] for name in arguments if name in types},
         constexprs={

@@ -68,8 +68,8 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 def _largest(x: Tensor) -> float:
-    return float(x.abs().max())
+    return float(x.detach().abs().max())
 
 
 def _root_mean_square(x: Tensor) -> float:
-    return float(x.float().square().mean().sqrt())
+    return float(x.detach().float().square().mean().sqrt())

@@ -34,12 +34,11 @@ def check_same_dtype(**tensors: Tensor | None) -> None:
 def check_boundaries(name: str, cu: Tensor, *, total: int | None) -> None:
     """`cu` holds boundaries of segments: int32 [S + 1], from 0 to `total` rows, each segment of at least one row.
 
-    Values are read where that costs no synchronisation, on the CPU, and on a GPU under ARC_KERNELS_CHECK=1; not while
-    torch.compile traces. `total` None: unknown, the last value is not checked.
+    Values are looked at where `values_are_readable`. `total` None: unknown, the last value is not checked.
     """
     if cu.dtype != torch.int32 or cu.dim() != 1 or cu.numel() < 1:
         raise ValueError(f"{name} is {cu.dtype} of shape {tuple(cu.shape)}; expected int32 boundaries of shape [S + 1]")
-    if torch.compiler.is_compiling() or not (cu.device.type == "cpu" or os.environ.get("ARC_KERNELS_CHECK") == "1"):
+    if not values_are_readable(cu):
         return
     values = cu.tolist()
     if values[0] != 0:
@@ -50,3 +49,23 @@ def check_boundaries(name: str, cu: Tensor, *, total: int | None) -> None:
         if end <= start:
             kind = "is empty" if end == start else "decreases"
             raise ValueError(f"{name} {kind} at segment {i}: from {start} to {end}; every segment needs a row")
+
+
+def check_indices(name: str, indices: Tensor, size: int) -> None:
+    """`indices` is int64; where values can be read, each is in 0 … size - 1."""
+    if indices.dtype != torch.int64:
+        raise ValueError(f"{name} is {indices.dtype}; expected int64")
+    if values_are_readable(indices) and indices.numel() > 0:
+        low, high = (int(x) for x in indices.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} holds {low if low < 0 else high}; expected 0 … {size - 1}")
+
+
+def values_are_readable(x: Tensor) -> bool:
+    """Whether to look at the values: on a GPU, where it synchronises, only under ARC_KERNELS_CHECK=1; on the CPU unless
+    it is 0; never while torch.compile traces.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    choice = os.environ.get("ARC_KERNELS_CHECK")
+    return choice == "1" or (choice != "0" and x.device.type == "cpu")

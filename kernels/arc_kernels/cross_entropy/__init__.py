@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from arc_kernels._check import check_same_device, check_same_dtype, check_shape
+from arc_kernels._check import check_indices, check_same_device, check_same_dtype, check_shape
 from arc_kernels._dispatch import use_triton
-from arc_kernels._indices import check_indices
 from arc_kernels.cross_entropy.reference import linear_cross_entropy_reference
 
 

@@ -135,16 +135,17 @@ def softmax_minus_label(
 ) -> None:
     """Writes the NLL of each row to `nll` and, in place, the gradient to the logits; rows may have a stride."""
     config = config or choose_softmax(logits_CV.shape[1], warp_size=warp_size())
-    _softmax_minus_label[(logits_CV.shape[0],)](
-        logits_CV,
-        labels_C,
-        nll_C,
-        logits_CV.stride(0),
-        logits_CV.shape[1],
-        WRITES_GRADIENT=writes_gradient,
-        BLOCK_V=config.block,
-        num_warps=config.num_warps,
-    )
+    with torch.cuda.device_of(logits_CV):
+        _softmax_minus_label[(logits_CV.shape[0],)](
+            logits_CV,
+            labels_C,
+            nll_C,
+            logits_CV.stride(0),
+            logits_CV.shape[1],
+            WRITES_GRADIENT=writes_gradient,
+            BLOCK_V=config.block,
+            num_warps=config.num_warps,
+        )
 
 
 def scale_rows(x_LD: Tensor, scale_L: Tensor, *, config: Config | None = None) -> Tensor:
@@ -153,9 +154,10 @@ def scale_rows(x_LD: Tensor, scale_L: Tensor, *, config: Config | None = None) -
     config = config or choose_scale(width, warp_size=warp_size())
     out_LD = torch.empty_like(x_LD)
     if out_LD.numel() > 0:
-        _scale_rows[(num_rows, triton.cdiv(width, config.block))](
-            x_LD, scale_L, out_LD, width, BLOCK_D=config.block, num_warps=config.num_warps
-        )
+        with torch.cuda.device_of(x_LD):
+            _scale_rows[(num_rows, triton.cdiv(width, config.block))](
+                x_LD, scale_L, out_LD, width, BLOCK_D=config.block, num_warps=config.num_warps
+            )
     return out_LD
 
 

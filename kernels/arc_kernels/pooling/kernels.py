@@ -71,23 +71,24 @@ def pool_forward(
     normed_pooled_GD = torch.empty_like(pooled_GD if norm != "none" else pooled_GD[:0])
     normed_TD = torch.empty_like(x_TD if norm != "none" else x_TD[:0])
     if pooled_GD.numel() > 0:
-        pool_forward_kernel[(num_groups,)](
-            x_TD,
-            group_cu,
-            x_TD if weight_D is None else weight_D,
-            pooled_GD,
-            normed_pooled_GD,
-            normed_TD,
-            num_rows,
-            width,
-            eps,
-            KIND=kind,
-            NORM=norm,
-            BLOCK_R=config.block_rows,
-            BLOCK_D=triton.next_power_of_2(width),
-            STAGES=config.num_stages,
-            num_warps=config.num_warps,
-        )
+        with torch.cuda.device_of(x_TD):
+            pool_forward_kernel[(num_groups,)](
+                x_TD,
+                group_cu,
+                x_TD if weight_D is None else weight_D,
+                pooled_GD,
+                normed_pooled_GD,
+                normed_TD,
+                num_rows,
+                width,
+                eps,
+                KIND=kind,
+                NORM=norm,
+                BLOCK_R=config.block_rows,
+                BLOCK_D=triton.next_power_of_2(width),
+                STAGES=config.num_stages,
+                num_warps=config.num_warps,
+            )
     return pooled_GD, normed_pooled_GD, normed_TD
 
 
@@ -118,28 +119,29 @@ def pool_backward(
     dweight_PD = dpooled_GD.new_empty(num_programs if wants_weight else 0, width, dtype=torch.float32)
     if dx_TD.numel() > 0:
         # An argument that the kernel does not read under this norm and kind still has to be a tensor: dpooled.
-        pool_backward_kernel[(num_programs,)](
-            dpooled_GD if x_TD is None else x_TD,
-            group_cu,
-            dpooled_GD if weight_D is None else weight_D,
-            dpooled_GD if pooled_GD is None else pooled_GD,
-            dpooled_GD,
-            dpooled_GD if gradients.dnormed_pooled_GD is None else gradients.dnormed_pooled_GD,
-            dpooled_GD if gradients.dnormed_TD is None else gradients.dnormed_TD,
-            dx_TD,
-            dweight_PD,
-            num_rows,
-            num_groups,
-            width,
-            eps,
-            KIND=kind,
-            NORM=norm,
-            WEIGHT_GRAD=wants_weight,
-            BLOCK_R=config.block_rows,
-            BLOCK_D=triton.next_power_of_2(width),
-            STAGES=config.num_stages,
-            num_warps=config.num_warps,
-        )
+        with torch.cuda.device_of(dpooled_GD):
+            pool_backward_kernel[(num_programs,)](
+                dpooled_GD if x_TD is None else x_TD,
+                group_cu,
+                dpooled_GD if weight_D is None else weight_D,
+                dpooled_GD if pooled_GD is None else pooled_GD,
+                dpooled_GD,
+                dpooled_GD if gradients.dnormed_pooled_GD is None else gradients.dnormed_pooled_GD,
+                dpooled_GD if gradients.dnormed_TD is None else gradients.dnormed_TD,
+                dx_TD,
+                dweight_PD,
+                num_rows,
+                num_groups,
+                width,
+                eps,
+                KIND=kind,
+                NORM=norm,
+                WEIGHT_GRAD=wants_weight,
+                BLOCK_R=config.block_rows,
+                BLOCK_D=triton.next_power_of_2(width),
+                STAGES=config.num_stages,
+                num_warps=config.num_warps,
+            )
     if weight_D is None or not wants_weight:
         return dx_TD, dweight_PD.new_empty(0)
     return dx_TD, dweight_PD.sum(0).to(weight_D.dtype)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arc_kernels._check import check_same_device, check_shape
+from arc_kernels._check import check_indices, check_same_device, check_shape, values_are_readable
 from arc_kernels._dispatch import use_triton
-from arc_kernels._indices import check_indices, values_are_readable
 from arc_kernels.splice.reference import splice_reference
 
 

@@ -140,20 +140,21 @@ def splice_forward(
     config = config or choose_copy(width, warp_size=warp_size())
     out_RD = table_VD.new_empty(num_rows, width)
     if out_RD.numel() > 0:
-        _splice_forward[(num_rows, triton.cdiv(width, config.block_columns))](
-            table_VD,
-            ids_N,
-            text_rows_N,
-            table_VD if given_ZD is None else given_ZD,
-            text_rows_N if given_rows_Z is None else given_rows_Z,
-            out_RD,
-            vocab_size,
-            num_text,
-            num_rows,
-            width,
-            BLOCK_D=config.block_columns,
-            num_warps=config.num_warps,
-        )
+        with torch.cuda.device_of(table_VD):
+            _splice_forward[(num_rows, triton.cdiv(width, config.block_columns))](
+                table_VD,
+                ids_N,
+                text_rows_N,
+                table_VD if given_ZD is None else given_ZD,
+                text_rows_N if given_rows_Z is None else given_rows_Z,
+                out_RD,
+                vocab_size,
+                num_text,
+                num_rows,
+                width,
+                BLOCK_D=config.block_columns,
+                num_warps=config.num_warps,
+            )
     return out_RD
 
 
@@ -163,9 +164,10 @@ def gather_rows(x_RD: Tensor, rows_Z: Tensor, dtype: torch.dtype, *, config: Con
     config = config or choose_copy(width, warp_size=warp_size())
     out_ZD = x_RD.new_empty(rows_Z.shape[0], width, dtype=dtype)
     if out_ZD.numel() > 0:
-        _gather_rows[(out_ZD.shape[0], triton.cdiv(width, config.block_columns))](
-            x_RD, rows_Z, out_ZD, num_rows, width, BLOCK_D=config.block_columns, num_warps=config.num_warps
-        )
+        with torch.cuda.device_of(x_RD):
+            _gather_rows[(out_ZD.shape[0], triton.cdiv(width, config.block_columns))](
+                x_RD, rows_Z, out_ZD, num_rows, width, BLOCK_D=config.block_columns, num_warps=config.num_warps
+            )
     return out_ZD
 
 
@@ -185,19 +187,20 @@ def sum_rows_by_id(
     if ids_N.shape[0] > 0 and width > 0:
         sorted_N, order_N = torch.sort(ids_N, stable=True)
         ends_N = torch.searchsorted(sorted_N, sorted_N, right=True)
-        _sum_runs[(ids_N.shape[0], triton.cdiv(width, config.block_columns))](
-            x_RD,
-            sorted_N,
-            ends_N,
-            rows_N[order_N],
-            out_VD,
-            vocab_size,
-            num_rows,
-            width,
-            BLOCK_J=config.block_rows,
-            BLOCK_D=config.block_columns,
-            num_warps=config.num_warps,
-        )
+        with torch.cuda.device_of(x_RD):
+            _sum_runs[(ids_N.shape[0], triton.cdiv(width, config.block_columns))](
+                x_RD,
+                sorted_N,
+                ends_N,
+                rows_N[order_N],
+                out_VD,
+                vocab_size,
+                num_rows,
+                width,
+                BLOCK_J=config.block_rows,
+                BLOCK_D=config.block_columns,
+                num_warps=config.num_warps,
+            )
     return out_VD
 
 

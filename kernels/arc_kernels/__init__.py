@@ -12,7 +12,7 @@ oracle, and the path on CPU) and the public function that checks its arguments a
     use                    context that chooses the implementation: "auto", "triton" or "reference"
 
 ARC_KERNELS in the environment is the choice outside any context; importing this package does not import triton.
-ARC_KERNELS_CHECK=1 has the values of boundaries, ids and labels on a GPU checked too (it synchronises), 0 none anywhere.
+ARC_KERNELS_CHECK=1 has the values of boundaries, ids and labels checked on a GPU too (it synchronises); 0: nowhere.
 """
 
 from arc_kernels._dispatch import use

@@ -48,12 +48,12 @@ _SIXTEEN_BITS: dict[Chip, _Table] = {
     },
     "sm_80": {
         64: {"forward": _config(128, 64, 8, 3), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},
-        128: {"forward": _config(128, 32, 8, 3), "dq": _config(64, 64, 8, 2), "dkv": _config(32, 64, 4, 2)},
+        128: {"forward": _config(128, 32, 8, 3), "dq": _config(64, 64, 8, 2), "dkv": _config(32, 64, 8, 2)},
         256: {"forward": _config(64, 32, 8, 2), "dq": _config(64, 32, 8, 1), "dkv": _config(32, 64, 8, 1)},
     },
     "sm_86": {
         64: {"forward": _config(128, 64, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},
-        128: {"forward": _config(128, 32, 8, 2), "dq": _config(64, 64, 8, 2), "dkv": _config(32, 64, 4, 2)},
+        128: {"forward": _config(128, 32, 8, 2), "dq": _config(64, 64, 8, 2), "dkv": _config(32, 64, 8, 2)},
         256: {"forward": _config(64, 32, 8, 2), "dq": _config(64, 32, 8, 1), "dkv": _config(32, 32, 8, 1)},
     },
     "gfx942": {

@@ -27,10 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from checkout import commit
-from machine_code import MATRIX_OPCODE, Resources, amd_resources, disassemble, nvidia_resources, problems
+from machine_code import (
+    SHARED_LIMIT,
+    Resources,
+    amd_resources,
+    disassemble,
+    matrix_opcode,
+    nvidia_resources,
+    problems,
+)
 
 KERNELS = ("attention", "cross_entropy", "norm", "pooling", "rotary", "splice", "swiglu")
-TARGETS = tuple(MATRIX_OPCODE)
+TARGETS = tuple(SHARED_LIMIT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +115,7 @@ def compile_row(job: Job) -> Row:
         target=job.target,
         num_warps=warps,
         num_stages=spec.num_stages,
-        matrix_opcode=MATRIX_OPCODE[job.target] if spec.uses_dot else "",
+        matrix_opcode=matrix_opcode(job.target, _tile_rows(spec)) if spec.uses_dot else "",
     )
     try:
         resources = resources_of(spec, job.target)
@@ -118,8 +126,8 @@ def compile_row(job: Job) -> Row:
         registers=resources.registers,
         spill_bytes=resources.spill_bytes,
         shared_bytes=resources.shared_bytes,
-        matrix_instructions=resources.matrix_instructions,
-        problems="; ".join(problems(resources, target=job.target, uses_dot=spec.uses_dot)),
+        matrix_instructions=resources.matrix_instructions[row.matrix_opcode] if spec.uses_dot else "",
+        problems="; ".join(problems(resources, target=job.target, needs=row.matrix_opcode)),
     )
 
 
@@ -132,10 +140,15 @@ def resources_of(spec: Any, target: str) -> Resources:
 
     if target.startswith("gfx"):
         compiled = compile_spec(spec, GPUTarget("hip", target, 64))
-        return amd_resources(compiled.asm["amdgcn"], target=target, launch_shared=compiled.metadata.shared)
+        return amd_resources(compiled.asm["amdgcn"], launch_shared=compiled.metadata.shared)
     compiled = compile_spec(spec, GPUTarget("cuda", int(target.removeprefix("sm_")), 32))
     text = disassemble(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
     return nvidia_resources(text, target=target, launch_shared=compiled.metadata.shared)
+
+
+def _tile_rows(spec: Any) -> int:
+    """Rows of the products of an attention kernel: keys in the one that makes their gradients, else queries."""
+    return spec.constexprs["BLOCK_N" if spec.name.startswith("attention_dkv") else "BLOCK_M"]
 
 
 @cache

@@ -23,7 +23,7 @@ ELEMENTWISE = (
     r"|sum_runs|scale_rows) bf16 D=4096( mean rms)?$|^swiglu_\w+ bf16 F=14336$|^rotary bf16 N=32 H=128$"
     r"|^softmax_minus_label bf16 V=128256 gradient$"
 )
-MATRIX = r"^attention_(forward|dq|dkv) bf16 H=128 group=4 causal |^attention_delta bf16 H=128$"
+MATRIX = r"^attention_(forward|dq|dkv) bf16 H=128 group=4 causal rows=4096 |^attention_delta bf16 H=128$"
 
 USAGE = """
 Resource usage:
@@ -76,7 +76,7 @@ def test_a_kernel_with_too_few_threads_spills_and_is_reported() -> None:
         "from compile_offline import resources_of, specs_of\n"
         "from machine_code import problems\n"
         "spec = replace(specs_of('norm', 'sm_80')['rms_norm_forward bf16 D=8192'], num_warps=1)\n"
-        "print(problems(resources_of(spec, 'sm_80'), target='sm_80', uses_dot=True))\n"
+        "print(problems(resources_of(spec, 'sm_80'), target='sm_80', needs='HMMA'))\n"
     )
     result = _python("-c", program)
     assert result.returncode == 0, result.stderr
@@ -104,15 +104,15 @@ def test_the_interpreter_is_refused() -> None:
     assert "TRITON_INTERPRET" in result.stderr
 
 
-@pytest.mark.parametrize(("target", "opcodes"), [("sm_80", 1), ("sm_90", 1)])
-def test_figures_of_a_cubin(machine_code: ModuleType, target: str, opcodes: int) -> None:
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_figures_of_a_cubin(machine_code: ModuleType, target: str) -> None:
     text = USAGE.format(registers=168, stack=0, shared=0, local=0) + SASS.format(spill="STG.E")
     resources = machine_code.nvidia_resources(text, target=target, launch_shared=4096)
     assert resources.registers == 168
     assert (resources.spill_bytes, resources.spill_instructions) == (0, 0)
     assert resources.shared_bytes == 4096
-    assert resources.matrix_instructions == opcodes
-    assert machine_code.problems(resources, target=target, uses_dot=True) == []
+    assert resources.matrix_instructions == {"HMMA": 1, "HGMMA": 1}
+    assert machine_code.problems(resources, target=target, needs="HGMMA") == []
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_figures_of_a_cubin(machine_code: ModuleType, target: str, opcodes: int)
 def test_each_sign_of_a_spill_in_a_cubin_counts(machine_code: ModuleType, stack: int, local: int, spill: str) -> None:
     text = USAGE.format(registers=255, stack=stack, shared=0, local=local) + SASS.format(spill=spill)
     resources = machine_code.nvidia_resources(text, target="sm_80", launch_shared=0)
-    assert any("spills" in problem for problem in machine_code.problems(resources, target="sm_80", uses_dot=False))
+    assert any("spills" in problem for problem in machine_code.problems(resources, target="sm_80", needs=None))
 
 
 def test_static_and_launch_shared_memory_add_up_but_for_what_hopper_reserves(machine_code: ModuleType) -> None:
@@ -139,22 +139,29 @@ def test_one_byte_above_the_chips_shared_memory_is_too_much(
 ) -> None:
     def found(shared_bytes: int) -> list[str]:
         resources = machine_code.Resources(
-            registers=32, spill_bytes=0, spill_instructions=0, shared_bytes=shared_bytes, matrix_instructions=0
+            registers=32, spill_bytes=0, spill_instructions=0, shared_bytes=shared_bytes, matrix_instructions={}
         )
-        return machine_code.problems(resources, target=target, uses_dot=False)
+        return machine_code.problems(resources, target=target, needs=None)
 
     assert found(limit_kib * 1024) == []
     assert "shared memory" in found(limit_kib * 1024 + 1)[0]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_a_matrix_kernel_without_matrix_instructions_is_wrong(machine_code: ModuleType, target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "tile_rows", "opcode"),
+    [("sm_80", 128, "HMMA"), ("sm_90", 64, "HGMMA"), ("sm_90", 32, "HMMA"), ("gfx942", 128, "v_mfma")],
+)
+def test_a_matrix_kernel_without_its_matrix_instructions_is_wrong(
+    machine_code: ModuleType, target: str, tile_rows: int, opcode: str
+) -> None:
+    others = {"HMMA": 8, "HGMMA": 8, "v_mfma": 8} | {opcode: 0}
     resources = machine_code.Resources(
-        registers=32, spill_bytes=0, spill_instructions=0, shared_bytes=0, matrix_instructions=0
+        registers=32, spill_bytes=0, spill_instructions=0, shared_bytes=0, matrix_instructions=others
     )
-    assert machine_code.problems(resources, target=target, uses_dot=False) == []
-    (problem,) = machine_code.problems(resources, target=target, uses_dot=True)
-    assert machine_code.MATRIX_OPCODE[target] in problem
+    assert machine_code.matrix_opcode(target, tile_rows) == opcode
+    assert machine_code.problems(resources, target=target, needs=None) == []
+    (problem,) = machine_code.problems(resources, target=target, needs=opcode)
+    assert opcode in problem
 
 
 @pytest.mark.parametrize(
@@ -166,16 +173,16 @@ def test_figures_of_amd_assembly(
     machine_code: ModuleType, scratch: int, spilled: int, spill: str, spills: bool
 ) -> None:
     text = ASSEMBLY.format(shared=512, scratch=scratch, spilled=spilled, spill=spill)
-    resources = machine_code.amd_resources(text, target="gfx942", launch_shared=1024)
-    assert (resources.registers, resources.shared_bytes, resources.matrix_instructions) == (288, 1536, 1)
-    assert bool(machine_code.problems(resources, target="gfx942", uses_dot=True)) == spills
+    resources = machine_code.amd_resources(text, launch_shared=1024)
+    assert (resources.registers, resources.shared_bytes, resources.matrix_instructions["v_mfma"]) == (288, 1536, 1)
+    assert bool(machine_code.problems(resources, target="gfx942", needs="v_mfma")) == spills
 
 
 def test_output_without_figures_is_an_error(machine_code: ModuleType) -> None:
     with pytest.raises(ValueError, match="no resource usage"):
         machine_code.nvidia_resources("cuobjdump fatal: nothing", target="sm_80", launch_shared=0)
     with pytest.raises(ValueError, match="vgpr_count|private_segment"):
-        machine_code.amd_resources("some_kernel:\n", target="gfx942", launch_shared=0)
+        machine_code.amd_resources("some_kernel:\n", launch_shared=0)
 
 
 def _python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from arc_kernels._check import check_boundaries, check_same_device, check_same_dtype, check_shape
+from arc_kernels._check import (
+    check_boundaries,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    values_are_readable,
+)
 from arc_kernels._dispatch import use, use_triton
 from arc_kernels.attention.reference import attention_varlen_reference
 
@@ -121,9 +126,7 @@ def _check_sight(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, k_limits_T: Tensor 
     """Every query sees a key: read from the values where `check_boundaries` reads them."""
     if causal and k_limits_T is not None:
         raise ValueError("causal=True and k_limits_T exclude each other: the limits already say what is seen")
-    if torch.compiler.is_compiling() or not (
-        cu_seqlens_q.device.type == "cpu" or os.environ.get("ARC_KERNELS_CHECK") == "1"
-    ):
+    if not values_are_readable(cu_seqlens_q):
         return
     queries_S, keys_S = cu_seqlens_q.diff(), cu_seqlens_k.diff()
     if causal and bool((keys_S < queries_S).any()):

@@ -63,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit code is 1 where a case is wrong."""
     arguments = _parser().parse_args(argv)
     scale = TINY if arguments.check else QUICK if arguments.quick else FULL
-    chosen = [case for case in (*cases(scale), *attention_cases(scale)) if _wanted(case, arguments.kernel)]
-    if not chosen:
-        print(f"no kernel is called {', '.join(arguments.kernel)}", file=sys.stderr)
+    every = [*cases(scale), *attention_cases(scale)]
+    known = sorted({case.kernel for case in every})
+    if unknown := sorted(set(arguments.kernel) - set(known)):
+        print(f"no kernel is called {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
         return 2
+    chosen = [case for case in every if not arguments.kernel or case.kernel in arguments.kernel]
     if arguments.check:
         return _check(chosen)
     if not torch.cuda.is_available():
@@ -95,19 +97,26 @@ def _measure(chosen: list[Case], path: Path) -> int:
     wrong = 0
     for case in chosen:
         print(f"\n{case.kernel} {case.shape}", flush=True)
-        findings = check_case(case, device)
+        try:
+            findings = check_case(case, device)
+        except torch.OutOfMemoryError:
+            print("  not timed: the reference, which it is compared with, does not fit this GPU; try --quick")
+            continue
         if findings:
             wrong += 1
             print(f"  not timed, results are wrong: {'; '.join(findings)}")
             continue
         rows = _time_case(case, device, copied)
         _append(path, rows)
+        torch.compiler.reset()  # or the variants of earlier cases would count against its limit of recompilations
         torch.cuda.empty_cache()
     return 1 if wrong else 0
 
 
 def _time_case(case: Case, device: torch.device, copied: float) -> list[Row]:
     """Measures ours and then the others; one that cannot run is named and left out."""
+    from triton.errors import TritonError
+
     rows: list[Row] = []
     ours: dict[Mode, float] = {}
     print(_line("", "mode", "ms", "x ours", "GB/s", "of copy", "TFLOP/s", "MiB"))
@@ -124,7 +133,7 @@ def _time_case(case: Case, device: torch.device, copied: float) -> list[Row]:
                     ours[mode] = ms
                 rows.append(_row(case, mode, name, ms, ours[mode], copied, peak_extra_bytes(run)))
                 print(_table_line(rows[-1]), flush=True)
-        except (RuntimeError, ValueError, TypeError, ImportError) as error:  # of libraries we do not control
+        except (RuntimeError, ValueError, TypeError, ImportError, TritonError) as error:  # of others' libraries
             if name == OURS:
                 raise
             reason = (str(error).strip().splitlines() or [""])[0]
@@ -233,10 +242,6 @@ def _table_line(row: Row) -> str:
 
 def _line(name: str, mode: str, *figures: object) -> str:
     return f"  {name:<24} {mode:<9}" + "".join(f"{figure!s:>10}" for figure in figures)
-
-
-def _wanted(case: Case, names: Sequence[str]) -> bool:
-    return not names or case.kernel in names
 
 
 def _parser() -> argparse.ArgumentParser:

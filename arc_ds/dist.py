@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -83,6 +84,8 @@ def init_distributed(device: torch.device, timeout: timedelta = timedelta(minute
     os.environ.setdefault("DS_ACCELERATOR", accelerator_name(device))
     import deepspeed
 
+    # Torch renamed collectives that DeepSpeed 0.19 calls; it would say so at every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":
         # Otherwise a C++ build of about 90 s runs at the first start, and fails without a compiler (design 8.10).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -5,7 +5,6 @@ DeepSpeed is imported where it is used: inference and export do without it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,8 +139,6 @@ def place_decoder(
 def _initialize(module: nn.Module, ds_config: Mapping[str, Any], optimizer: PortAdamW | None = None) -> DeepSpeedEngine:
     import deepspeed
 
-    # Torch renamed collectives that DeepSpeed 0.19 calls; it would say so at every step.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # One gather for each layer; and a norm's weight is used by methods that ZeRO-3's hooks do not see.
     deepspeed.utils.set_z3_leaf_modules(module, [Block])
     with _hpz_groups(_hpz_ranks(ds_config)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gpu_cases import Case
@@ -48,7 +48,7 @@ def same_result(theirs: Any, ours: Any) -> bool:
     return True
 
 
-def _results(case: Case, inputs: dict[str, Tensor], choice: ak._dispatch.Choice) -> dict[str, Tensor]:
+def _results(case: Case, inputs: dict[str, Tensor], choice: Literal["triton", "reference"]) -> dict[str, Tensor]:
     """Outputs, and gradients for fixed random gradients of the outputs."""
     leaves = {name: x.detach().clone().requires_grad_(name in case.wants_grad) for name, x in inputs.items()}
     with ak.use(choice):

@@ -49,6 +49,7 @@ def compile_spec(spec: CompileSpec, target: Any) -> Any:
 
     if not isinstance(spec.fn, triton.JITFunction):
         raise ValueError(f"{spec.name}: not a triton.jit function; TRITON_INTERPRET=1 must not be set when compiling")
+    _check_globals(spec)
     arg_names = list(spec.fn.arg_names)
     given = sorted([*spec.signature, *spec.constexprs])
     if given != sorted(arg_names):
@@ -60,3 +61,11 @@ def compile_spec(spec: CompileSpec, target: Any) -> Any:
     num_warps = spec.hip_num_warps if target.backend == "hip" and spec.hip_num_warps else spec.num_warps
     options = {"num_warps": num_warps, "num_stages": spec.num_stages, **spec.options}
     return triton.compile(source, target=target, options=options)
+
+
+def _check_globals(spec: CompileSpec) -> None:
+    """ValueError where a launch would take a global of the kernel for changed, as NaN, which differs from itself."""
+    _ = spec.fn.cache_key  # collects the globals
+    for (name, _), (seen, scope) in spec.fn.used_global_vals.items():
+        if scope.get(name) != seen:
+            raise ValueError(f"{spec.name}: a launch would refuse the global {name} = {seen}; write it in the kernel")

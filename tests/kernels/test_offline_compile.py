@@ -99,6 +99,26 @@ def test_a_spec_that_does_not_compile_is_a_row_and_the_exit_code_is_1() -> None:
     assert "does not compile" in result.stdout and "1 with problems" in result.stdout
 
 
+def test_a_kernel_that_a_launch_would_refuse_is_refused(tmp_path: Path) -> None:
+    """A launch compares the globals that a kernel reads with those of its compilation, and NaN differs from itself."""
+    (tmp_path / "bad_kernel.py").write_text(
+        "import triton\nimport triton.language as tl\n"
+        "NAN = tl.constexpr(float('nan'))\n\n"
+        "@triton.jit\ndef fill(p, BLOCK: tl.constexpr):\n"
+        "    tl.store(p + tl.arange(0, BLOCK), tl.full((BLOCK,), NAN, tl.float32))\n"
+    )
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from bad_kernel import fill\n"
+        "from arc_kernels._compile import CompileSpec, compile_spec\n"
+        "from triton.backends.compiler import GPUTarget\n"
+        "spec = CompileSpec(name='fill', fn=fill, signature={'p': '*fp32'}, constexprs={'BLOCK': 64}, num_warps=1)\n"
+        "compile_spec(spec, GPUTarget('cuda', 90, 32))\n"
+    )
+    result = _python("-c", program)
+    assert result.returncode != 0 and "a launch would refuse the global NAN" in result.stderr
+
+
 def test_the_interpreter_is_refused() -> None:
     result = _python(str(BENCHMARKS / "compile_offline.py"), interpret=True)
     assert result.returncode == 2

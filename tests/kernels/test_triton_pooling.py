@@ -207,6 +207,18 @@ def test_boundaries_that_are_wrong_are_refused(
         ak.group_pool(x, torch.tensor(bounds, dtype=torch.int32, device=device), "mean", 2)
 
 
+def test_a_group_of_odd_length_without_eps_has_a_finite_weight_gradient(device: torch.device) -> None:
+    x_TD = torch.randn(3, 64, generator=torch.Generator().manual_seed(3)).to(device)
+    cu = torch.tensor([0, 3], dtype=torch.int32, device=device)
+    gradients = []
+    for choice in ("triton", "reference"):
+        weight_D = torch.ones(64, device=device, requires_grad=True)
+        with ak.use(choice):  # type: ignore[arg-type]
+            ak.pool_norm(x_TD, cu, "mean", 1, weight_D=weight_D, eps=0.0).normed_TD.square().sum().backward()
+        gradients.append(weight_D.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def _pool_norm(kind: str, choice: Choice) -> functools.partial:
     return functools.partial(_call_pool_norm, kind, choice)
 

@@ -27,7 +27,6 @@ from arc_kernels._interpreter import narrow
 CHUNK_BYTES = 1 << 28
 ROW_TILE = 128  # of the library's matrix products: chunks are multiples of it
 VOCAB_ALIGNMENT = 64  # elements: an odd vocabulary would put the logits' rows off the 16 bytes that fast products want
-NAN = tl.constexpr(float("nan"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ def choose_softmax(vocab_size: int, *, warp_size: int = 32) -> Config:
     A row is read twice. Of 1024 threads with some 50 registers one program fits a processor, so that most of its row is
     still in the L2 cache the second time: 132 rows of 128256 in bfloat16 are 34 MB, the L2 cache of an H100 is 50 MB.
     """
-    block = min(16384, max(512, triton.next_power_of_2(vocab_size)))
+    block = min(16384, max(16 * warp_size, triton.next_power_of_2(vocab_size)))
     return Config(block=block, num_warps=block // (16 * warp_size))
 
 
@@ -67,7 +66,7 @@ def _softmax_minus_label(
     label = tl.load(p_labels + i_l)
     known = (label >= 0) & (label < vocab_size)
     # Read before any thread of the program can have overwritten it.
-    b_label = tl.load(p_row + label, mask=known, other=NAN).to(tl.float32)
+    b_label = tl.load(p_row + label, mask=known, other=float("nan")).to(tl.float32)
     largest = float("-inf")
     b_sum = tl.zeros([BLOCK_V], tl.float32)  # one sum a column, added up once at the end
     for start in range(0, vocab_size, BLOCK_V):
@@ -83,7 +82,7 @@ def _softmax_minus_label(
             o_v = start + tl.arange(0, BLOCK_V)
             b_a = tl.load(p_row + o_v, mask=o_v < vocab_size, other=0.0).to(tl.float32)
             b_g = tl.exp(b_a - logsumexp)
-            b_g = tl.where(known, tl.where(o_v == label, b_g - 1.0, b_g), NAN)
+            b_g = tl.where(known, tl.where(o_v == label, b_g - 1.0, b_g), float("nan"))
             tl.store(p_row + o_v, narrow(b_g, p_logits.dtype.element_ty), mask=o_v < vocab_size)
 
 

@@ -59,7 +59,7 @@ def choose(width: int, *, warp_size: int = 32) -> Config:
     return Config(block_rows=block_rows, num_warps=num_warps, partial_sums=max(1, 512 // (num_warps * warp_size)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_forward_kernel(
     p_x,
     p_residual,
@@ -102,7 +102,7 @@ def norm_forward_kernel(
     tl.store(p_normed + o_td, b_normed.to(p_normed.dtype.element_ty), mask=m_td)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_backward_kernel(
     p_x,
     p_weight,
@@ -154,7 +154,7 @@ def norm_backward_kernel(
         tl.store(p_dweight + i_p.to(tl.int64) * D + o_d, tl.sum(b_dweight, axis=0, keep_dims=True), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def weight_gradient_kernel(
     p_x,
     p_rstd,

@@ -143,7 +143,7 @@ def pool_backward(
                 num_warps=config.num_warps,
             )
     if weight_D is None or not wants_weight:
-        return dx_TD, dweight_PD.new_empty(0)
+        return dx_TD, dx_TD.new_empty(0)
     return dx_TD, dweight_PD.sum(0).to(weight_D.dtype)
 
 

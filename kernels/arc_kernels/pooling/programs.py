@@ -98,7 +98,7 @@ def _fusion_scale(b_total, b_largest):
     return b_total / b_norm, tl.sqrt(b_largest) / b_norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def pool_forward_kernel(
     p_x,
     p_cu,
@@ -170,7 +170,7 @@ def _row_gradient(p_x, b_g, lo, hi, width, KIND: tl.constexpr, BLOCK_R: tl.const
     return b_g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_groups"])
 def pool_backward_kernel(
     p_x,
     p_cu,
@@ -228,7 +228,8 @@ def pool_backward_kernel(
                 )
                 b_dx += b_norm_dx
                 if WEIGHT_GRAD:
-                    b_tile = tl.sum(b_rows_g * b_rows, axis=0)
+                    # A row beyond the group is 0 times the infinite scale of a row of zeros where eps is 0.
+                    b_tile = tl.sum(tl.where((o_r < hi)[:, None], b_rows_g * b_rows, 0.0), axis=0)
                     b_dweight, b_lost = _add_compensated(b_dweight, b_lost, b_tile, COMPENSATED)
             _store_rows(p_dx, b_dx, o_r, hi, width, BLOCK_R, BLOCK_D)
     if WEIGHT_GRAD:

@@ -65,7 +65,7 @@ def rotary_kernel(
     b_sin = tl.load(p_sin + i_t * F + o_f, mask=m_nf, other=0.0).to(tl.float32)
     if INVERSE:
         b_sin = -b_sin
-    p_first = p_x + i_t * x_row_stride + o_n * x_head_stride + o_f
+    p_first = p_x + i_t * x_row_stride + o_n.to(tl.int64) * x_head_stride + o_f
     b_first = tl.load(p_first, mask=m_nf, other=0.0).to(tl.float32)  # [BN, BF]
     b_second = tl.load(p_first + F, mask=m_nf, other=0.0).to(tl.float32)
     p_out = p_y + (i_t * N + o_n) * (2 * F) + o_f

@@ -20,8 +20,6 @@ from arc_kernels._compile import CompileSpec
 from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
-NAN = tl.constexpr(float("nan"))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -53,7 +51,7 @@ def _columns(i_r, num_rows, width):
     return tl.where((i_r >= 0) & (i_r < num_rows), width, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_text", "num_rows"])
 def _splice_forward(
     p_table,
     p_ids,
@@ -74,7 +72,7 @@ def _splice_forward(
         token = tl.load(p_ids + i_n)
         row = tl.load(p_text_rows + i_n)
         m_d = o_d < _columns(token, vocab_size, width)
-        b_token = tl.load(p_table + token * width + o_d, mask=m_d, other=NAN)  # [BD]
+        b_token = tl.load(p_table + token * width + o_d, mask=m_d, other=float("nan"))  # [BD]
         tl.store(p_out + row * width + o_d, b_token, mask=o_d < _columns(row, num_rows, width))
     else:
         i_z = i_n - num_text
@@ -84,18 +82,18 @@ def _splice_forward(
         tl.store(p_out + row * width + o_d, b_given, mask=o_d < _columns(row, num_rows, width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gather_rows(p_x, p_rows, p_out, num_rows, width, BLOCK_D: tl.constexpr):
     """out[i] = x[rows[i]] in the dtype of out; NaN for a row outside x."""
     i_z = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.load(p_rows + i_z)
     m_d = o_d < _columns(row, num_rows, width)
-    b_x = tl.load(p_x + row * width + o_d, mask=m_d, other=NAN).to(tl.float32)  # [BD]
+    b_x = tl.load(p_x + row * width + o_d, mask=m_d, other=float("nan")).to(tl.float32)  # [BD]
     tl.store(p_out + i_z * width + o_d, narrow(b_x, p_out.dtype.element_ty), mask=o_d < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _sum_runs(
     p_x,
     p_ids,

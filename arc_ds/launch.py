@@ -225,6 +225,8 @@ def _result(statuses: Mapping[int, RankStatus], num_procs: int, launcher_code: i
     if failed and set(failed) == {EXIT_USER_ERROR}:
         raise ArcError("\n".join(dict.fromkeys(status.message for status in statuses.values() if status.message)))
     if failed:
+        for words in dict.fromkeys(status.message for status in statuses.values() if status.message):
+            logger.error("%s", words)
         return next(code for code in failed if code is not None)
     if killed:
         logger.error("ranks %s were killed; the run goes on from its last checkpoint at the next start", killed)

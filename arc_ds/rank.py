@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 from arc_ds.errors import ArcError
-from arc_ds.training.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR, exit_code_of
+from arc_ds.training.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, exit_code_of
 from arc_ds.training.signals import die_with_parent, hold_stop_signals
 
 STATUS_FOLDER_VARIABLE = "ARC_DS_STATUS_FOLDER"
@@ -51,11 +51,7 @@ def _run(module: str, arguments: list[str]) -> tuple[int, str | None]:
     try:
         return int(import_module(module).main(arguments)), None
     except ArcError as error:
-        code = exit_code_of(error)
-        if code != EXIT_USER_ERROR and os.environ.get("RANK") == "0":
-            # The wrapper repeats the words of a user's mistake only; this error is the same on all ranks.
-            sys.stderr.write(f"{error}\n")
-        return code, str(error)
+        return exit_code_of(error), str(error)
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
             return int(stop.code or EXIT_OK), None

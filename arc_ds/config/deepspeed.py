@@ -13,7 +13,16 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_world_size
 from arc_ds.errors import ConfigError
 
-_FOREIGN_SECTIONS = ("optimizer", "scheduler", "fp16", "amp", "torch_autocast", "monitor_config", "elasticity")
+_FOREIGN_SECTIONS = (
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bfloat16",
+    "amp",
+    "torch_autocast",
+    "monitor_config",
+    "elasticity",
+)
 _HPZ = "zero_hpz_partition_size"
 
 

@@ -72,8 +72,11 @@ class ShardSet:
         found = self._maps.get(shard_idx)
         if found is None:
             path = self.folder / self.manifest.shards[shard_idx].name
-            with path.open("rb") as file:
-                found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                with path.open("rb") as file:
+                    found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:  # an empty file cannot be mapped
+                raise DataError(f"{path} cannot be opened: {error}. Is its disk still mounted?") from error
             self._maps[shard_idx] = found
         return found
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from arc_ds.model.backbone import RMSNorm
 from arc_ds.model.linear import Linear
 
+BridgeInit = Literal["kaiming", "identity"]
 BridgeKind = Literal["mlp", "linear", "rms", "none"]
 RMS_EPS = 1e-5  # the released weights' value; not a setting
 
@@ -43,25 +44,33 @@ def make_bridge(kind: BridgeKind, in_size: int, out_size: int, hidden_size: int 
     return nn.Identity()
 
 
-def init_bridge(bridge: nn.Module, how: Literal["kaiming", "identity"], generator: torch.Generator | None) -> None:
+def init_bridge(bridge: nn.Module, how: BridgeInit, generator: torch.Generator | None) -> None:
     """Fills a new bridge: Kaiming-uniform with a = sqrt(5) (torch's default for linears), or the identity map.
 
     The identity start puts encoder states where the decoder's embeddings are, which is of use where the encoder is made
-    of the decoder's own backbone; it needs equal widths and a hidden size of at least that. ValueError otherwise.
+    of the decoder's own backbone. ValueError as in `check_bridge_init`.
     """
+    check_bridge_init(bridge, how)
     linears = [m for m in bridge.modules() if isinstance(m, Linear)]
     for norm in (m for m in bridge.modules() if isinstance(m, RMSNorm)):
         nn.init.ones_(norm.weight)
     for linear in linears:
-        out_size, in_size = linear.weight.shape
         if how == "kaiming":
             nn.init.kaiming_uniform_(linear.weight, a=5**0.5, generator=generator)
         else:
             nn.init.eye_(linear.weight)
+
+
+def check_bridge_init(bridge: nn.Module, how: BridgeInit) -> None:
+    """ValueError where the bridge cannot start so: the identity needs equal widths and a hidden size of at least that.
+
+    Reads sizes only; the bridge may be on "meta".
+    """
+    linears = [m for m in bridge.modules() if isinstance(m, Linear)]
     if how == "identity" and linears:
-        in_size, out_size = linears[0].weight.shape[1], linears[-1].weight.shape[0]
-        if in_size != out_size or linears[0].weight.shape[0] < in_size:
+        in_size, hidden_size, out_size = linears[0].in_features, linears[0].out_features, linears[-1].out_features
+        if in_size != out_size or hidden_size < in_size:
             raise ValueError(
                 f"bridge.init 'identity' needs equal widths and a hidden size of at least that; the bridge maps "
-                f"{in_size} -> {linears[0].weight.shape[0]} -> {out_size}: use 'kaiming' or drop hidden_size"
+                f"{in_size} -> {hidden_size} -> {out_size}: use 'kaiming' or drop hidden_size"
             )

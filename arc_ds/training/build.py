@@ -20,6 +20,7 @@ from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.tasks import TaskLimits, closed, mismatched, open_
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.device import free_memory_bytes
+from arc_ds.errors import ConfigError
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.build_model import (
     DecoderWeights,
@@ -57,11 +58,12 @@ class RunParts:
 
 def read_parts(config: RunConfig, device: torch.device) -> RunParts:
     """Open everything that the config names; a collective. ArcError on all ranks where one finds a mistake."""
+    local_world_size = _common_local_world_size()
     with dist.fail_together():
-        ds_config = resolve_deepspeed(config.deepspeed, config, dist.world_size(), dist.local_world_size())
+        ds_config = resolve_deepspeed(config.deepspeed, config, dist.world_size(), local_world_size)
         spec = compressor_spec(config)
         check_tokenizers(config, spec)
-        return RunParts(
+        parts = RunParts(
             ds_config=ds_config,
             spec=spec,
             data=step_data(config, spec.packing),
@@ -69,6 +71,8 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
             weights=open_starting_weights(config, spec),
             decoders=open_decoders(config),
         )
+    _check_same(config, parts)
+    return parts
 
 
 def build_run(config: RunConfig, device: torch.device) -> Run:
@@ -189,13 +193,14 @@ def _place(
     """The frozen decoders where the config wants them, one after the other."""
     placed = []
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    local_world_size = _common_local_world_size()
     for weights, wanted in zip(decoders, config.decoders, strict=True):
         placement = choose_placement(
             wanted.placement,
             decoder_bytes=weights.num_parameters * dtype.itemsize,
             free_bytes=free_memory_bytes(device),
             world_size=dist.world_size(),
-            local_world_size=dist.local_world_size(),
+            local_world_size=local_world_size,
         )
         placement = dist.broadcast_object(placement)
         if placement == "replicated":
@@ -203,10 +208,38 @@ def _place(
                 decoder = weights.load(device, dtype)
             placed.append(place_decoder(decoder, placement, device=device))
         else:
-            own_config = resolve_decoder_deepspeed(ds_config, placement, dist.local_world_size())
+            own_config = resolve_decoder_deepspeed(ds_config, placement, local_world_size)
             decoder = weights.load(device, dtype, partitioned(own_config))
             placed.append(place_decoder(decoder, placement, device=device, ds_config=own_config))
     return tuple(placed)
+
+
+def _common_local_world_size() -> int:
+    """Ranks on each host, 1 where hosts differ: groups within hosts have to be of one size. A collective."""
+    sizes = set(dist.gather_objects(dist.local_world_size()))
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def _check_same(config: RunConfig, parts: RunParts) -> None:
+    """ConfigError where hosts were told or have found different things; a collective.
+
+    They would wait for each other for ever, or train apart without a word. Paths may differ between hosts.
+    """
+    tokenizers = (encoder_tokenizer_path(config), *decoder_tokenizer_paths(config))
+    found = {
+        "deepspeed": parts.ds_config,
+        "steps, loss, optimizer, validation": (config.steps, config.loss, config.optimizer, config.validation),
+        "the encoder's and bridges' sizes": parts.spec,
+        "decoders": [(d.name, d.placement, d.rope_scaling) for d in config.decoders],
+        "the decoders' sizes": [weights.shape.config for weights in parts.decoders],
+        "tokenizers": [load_tokenizer(path).fingerprint for path in tokenizers],
+        "shards, seed, batch": parts.data.order.fingerprint,
+    }
+    different = [name for name, value in found.items() if not dist.all_ranks_agree(value)]
+    if different:
+        raise ConfigError(
+            f"ranks differ in {', '.join(different)}. Give every host the same command, config, weights and shards."
+        )
 
 
 def _warn_of_other_cuts(tokenizer: Tokenizer, sources: Sequence[ShardSet]) -> None:

@@ -17,8 +17,8 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.data.segments import Marker
 from arc_ds.data.tokenizers import check_fits, load_tokenizer
 from arc_ds.errors import ConfigError, TokenizerError
-from arc_ds.model.bridge import init_bridge
-from arc_ds.model.compressor import Compressor
+from arc_ds.model.bridge import check_bridge_init, init_bridge
+from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.encoder import Encoder
 from arc_ds.model.load import ArcSourceFolder, open_arc_folder, open_decoder
@@ -118,7 +118,11 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
         fresh = tuple(f"ports.{n}." for n in range(num_ports, len(spec.decoder_sizes)))
         names = {"skip": lambda name: name.startswith(fresh), "allow_unused": lambda name: name.startswith("ports.")}
     with torch.device("meta"):
-        check_fit(_build(config, spec), tensors, **names)
+        compressor = _build(config, spec)
+    check_fit(compressor, tensors, **names)
+    for port in compressor.ports[num_ports:]:
+        assert isinstance(port, DecoderPort)
+        _check_bridge(port, config)
     return StartingWeights(tensors=tensors, names=names, num_ports=num_ports)
 
 
@@ -206,6 +210,7 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcSour
         "pooling.memory_tokens": (ours.memory_tokens, theirs.memory_tokens),
     }
     for decoder, trained in zip(config.decoders, folder.decoders, strict=False):
+        pairs[f"data.decoder_bos, for decoder {decoder.name}"] = (config.data.decoder_bos, trained.bos)
         pairs[f"rope_scaling of decoder {decoder.name}"] = (
             read_backbone_config(decoder.backbone, decoder.rope_scaling).rope_scaling,
             read_backbone_config(decoder.backbone, trained.rope_scaling).rope_scaling,
@@ -225,6 +230,13 @@ def _build(config: RunConfig, spec: CompressorSpec) -> Compressor:
         raise ConfigError(f"the config's sizes do not fit each other: {error}") from error
 
 
+def _check_bridge(port: DecoderPort, config: RunConfig) -> None:
+    try:
+        check_bridge_init(port.bridge, config.bridge.init)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, num_loaded_ports: int) -> None:
     """Fresh values where none were loaded; the same on all ranks."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -237,10 +249,7 @@ def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, 
         for marker in (port.cont, port.rec):
             if marker is not None:
                 marker.data.copy_(start)
-        try:
-            init_bridge(port.bridge, config.bridge.init, generator)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        init_bridge(port.bridge, config.bridge.init, generator)
         for name, parameter in port.named_parameters():
             set_parameter(compressor, f"ports.{port_idx}.{name}", parameter.detach())
 

@@ -186,11 +186,12 @@ class ValidationHook:
         self._show = show_progress
 
     def on_start(self, run: Run) -> None:
-        if self._every and run.step == 0:
+        if self._every and run.step % self._every == 0 and self._last != run.step:
             self._validate(run)
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        if self._every and run.step % self._every == 0:
+        # A run that is asked to stop may have little time to save; the next start makes up for the validation.
+        if self._every and run.step % self._every == 0 and not any(result.notice):
             self._validate(run)
 
     def on_end(self, run: Run) -> None:

@@ -37,7 +37,8 @@ _PR_SET_PDEATHSIG = 1
 class StopRequest:
     """Whether this run has been asked to save and stop.
 
-    Use as a context manager around the training loop; the former handlers come back at its end. Only the main thread
+    Use as a context manager around the training loop; the former handlers come back at its end, unless signals were
+    held. Only the main thread
     may enter it (Python's rule for signal handlers). A rank holds the signals outside the block (`hold_stop_signals`):
     one that came while the weights were loading is received at its start, and one that comes while the run closes
     does not cut that short. The ranks agree on what one of them has received with the count of a step's labels
@@ -59,7 +60,10 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._former_mask)
         for number, handler in self._former.items():
-            signal.signal(number, handler)
+            # Threads made meanwhile (autograd's, the loader's) do not hold the signals: the default action would still
+            # end the process through one of them, so our handler stays where signals were held.
+            if number not in self._former_mask:
+                signal.signal(number, handler)
         self._former.clear()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:

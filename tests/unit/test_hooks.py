@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,7 +59,7 @@ def _validated_steps(*, every: int, done: int | None, start: int, end: int) -> l
     hook = ValidationHook(lambda step, found: logged.append((step, found)), _Metrics(), every=every, done=done)  # type: ignore[arg-type]
     hook.on_start(_run(start))
     for step in range(start + 1, end + 1):
-        hook.after_step(_run(step), None, None)  # type: ignore[arg-type]
+        hook.after_step(_run(step), None, _result(step))  # type: ignore[arg-type]
     hook.on_end(_run(end))
     assert all(VALIDATION_KEY in found for _, found in logged)
     return [step for step, _ in logged]
@@ -72,6 +73,8 @@ def _validated_steps(*, every: int, done: int | None, start: int, end: int) -> l
         pytest.param(0, None, 0, STEPS, [10], id="0 is only at the end"),
         pytest.param(4, 4, 6, STEPS, [8, 10], id="a resumed run does not begin with one"),
         pytest.param(4, 4, 6, 7, [], id="a stop is no end"),
+        pytest.param(4, 4, 8, STEPS, [8, 10], id="what a stop left out is made up for"),
+        pytest.param(4, 8, 8, STEPS, [10], id="what was validated before the stop is not repeated"),
         pytest.param(0, 10, STEPS, STEPS, [], id="a finished run started again has been validated"),
         pytest.param(0, None, STEPS, STEPS, [10], id="killed between the last checkpoint and the last validation"),
     ],
@@ -80,11 +83,22 @@ def test_validation_comes_once_a_step(every: int, done: int | None, start: int, 
     assert _validated_steps(every=every, done=done, start=start, end=end) == expected
 
 
+def test_a_run_that_is_asked_to_stop_saves_first() -> None:
+    logged: list[int] = []
+    hook = ValidationHook(lambda step, _: logged.append(step), _Metrics(), every=5)  # type: ignore[arg-type]
+    asked = dataclasses.replace(_result(5), notice=Notice(stop=True))
+    hook.after_step(_run(5), None, asked)  # type: ignore[arg-type]
+    hook.on_end(_run(5))
+    assert logged == []
+    hook.after_step(_run(5), None, _result(5))  # type: ignore[arg-type]
+    assert logged == [5]
+
+
 def test_a_long_validation_says_what_it_does_and_is_no_stall(caplog: pytest.LogCaptureFixture) -> None:
     alive: list[None] = []
     hook = ValidationHook(lambda *_: None, _Metrics(), every=5, alive=lambda: alive.append(None))  # type: ignore[arg-type]
     with caplog.at_level("INFO"):
-        hook.after_step(_run(5), None, None)  # type: ignore[arg-type]
+        hook.after_step(_run(5), None, _result(5))  # type: ignore[arg-type]
     assert len(alive) == 3
     assert caplog.messages[0] == "step 5: validating 24 samples of continuation for wide, other"
 
@@ -104,7 +118,7 @@ def test_each_step_is_saved_once_after_its_metrics(every: int, start: int, end: 
     hook = CheckpointHook(save, metrics, every=every)  # type: ignore[arg-type]
     hook.on_start(_run(start))
     for step in range(start + 1, end + 1):
-        hook.after_step(_run(step), None, None)  # type: ignore[arg-type]
+        hook.after_step(_run(step), None, _result(step))  # type: ignore[arg-type]
     hook.on_end(_run(end))
     assert saved == expected
 

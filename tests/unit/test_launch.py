@@ -46,6 +46,13 @@ def test_a_users_mistake_is_raised_once_with_the_ranks_words() -> None:
         _result(_statuses(2, 2, message="wrong key"), num_procs=2, launcher_code=1)
 
 
+def test_a_failures_words_are_said_once_whichever_rank_has_them(caplog: pytest.LogCaptureFixture) -> None:
+    statuses = {0: RankStatus(pid=1), 1: RankStatus(pid=2, exit_code=1, message="ten steps in a row were not finite")}
+    assert _result(statuses, num_procs=2, launcher_code=1) == 1
+    assert _result(_statuses(1, 1, message="ten steps in a row were not finite"), num_procs=2, launcher_code=1) == 1
+    assert caplog.messages == ["ten steps in a row were not finite"] * 2
+
+
 def test_the_number_of_ranks_fits_the_host() -> None:
     assert choose_num_procs(None, "cpu") == 1
     assert choose_num_procs(3, "cpu") == 3

@@ -34,6 +34,7 @@ def test_a_stop_can_be_asked_for_without_a_signal() -> None:
 
 
 def test_a_signal_that_came_before_the_block_is_received_in_it() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
     try:
         # To this thread alone: a rank blocks signals before it has others, but this process may have some by now.
@@ -43,6 +44,24 @@ def test_a_signal_that_came_before_the_block_is_received_in_it() -> None:
         assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "blocked again while the run closes"
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_signal_to_a_thread_of_the_loop_does_not_cut_the_closing_short() -> None:
+    """Threads that start within the block, such as autograd's for a GPU, do not hold signals."""
+    program = (
+        "import os, signal, threading, time\n"
+        "from arc_ds.training.signals import StopRequest, hold_stop_signals\n"
+        "hold_stop_signals()\n"
+        "with StopRequest():\n"
+        "    threading.Thread(target=time.sleep, args=(30,), daemon=True).start()\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(0.3)\n"
+        "os._exit(7)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, timeout=60)
+    assert ended.returncode == 7
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -38,14 +38,3 @@ def test_every_way_to_start_a_rank_gives_the_same_code(
     assert "words of the error" in capsys.readouterr().err
     monkeypatch.setattr(train, "main", program.main)
     assert train._as_rank([]) == code
-
-
-@pytest.mark.parametrize(("number", "is_said"), [("0", True), ("1", False)])
-def test_a_failed_run_says_its_error_once(
-    number: str, is_said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The wrapper shows only a user's mistake; what all ranks raise alike is rank 0's to say."""
-    monkeypatch.setenv("RANK", number)
-    monkeypatch.setattr(rank, "import_module", lambda _name: _raising(TrainingError("11 steps in a row")))
-    rank._run("a.module", [])
-    assert ("11 steps in a row" in capsys.readouterr().err) is is_said

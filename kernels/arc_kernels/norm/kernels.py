@@ -78,6 +78,7 @@ def norm_forward_kernel(
     ADDS: tl.constexpr,
     LAYER_NORM: tl.constexpr,
 ):
+    """A tile of whole rows: sum with the residual where there is one, norm, and the statistics that backward reads."""
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     o_d = tl.arange(0, BD)[None, :]
     m_t = o_t < num_rows
@@ -123,6 +124,7 @@ def norm_backward_kernel(
     LAYER_NORM: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
 ):
+    """Gradient of a tile of whole rows at a time, over the tiles of this program; its part of the weight's gradient."""
     i_p = tl.program_id(0)
     o_d = tl.arange(0, BD)[None, :]
     m_d = o_d < D
@@ -167,6 +169,7 @@ def weight_gradient_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
+    """This program's part of the weight's gradient, for rows too wide to make it with their own."""
     i_p = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
     m_d = o_d < D

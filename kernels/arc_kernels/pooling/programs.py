@@ -115,6 +115,7 @@ def pool_forward_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """One group: its pooled row, that row's norm, and the norms of its own rows."""
     i_g = tl.program_id(0).to(tl.int64)
     lo, hi = _bounds(p_cu, i_g, num_rows)
     o_d = tl.arange(0, BLOCK_D)
@@ -192,6 +193,7 @@ def pool_backward_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Gradient of the rows of a group at a time, over the groups of this program; its part of the weight's gradient."""
     i_p = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < width

@@ -55,6 +55,7 @@ def rotary_kernel(
     BF: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
+    """Some heads of one row, their pairs turned by the row's angles, or back."""
     i_t = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)[:, None]
     o_f = tl.broadcast_to(tl.arange(0, BF)[None, :], (BN, BF))

@@ -40,6 +40,7 @@ def choose(width: int, *, warp_size: int = 32) -> Config:
 
 @triton.jit
 def swiglu_forward_kernel(p_gate, p_up, p_y, gate_stride, up_stride, F: tl.constexpr, BF: tl.constexpr):
+    """silu(gate) * up for some columns of one row."""
     i_t = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * BF + tl.arange(0, BF)
     m_f = o_f < F
@@ -62,6 +63,7 @@ def swiglu_backward_kernel(
     F: tl.constexpr,
     BF: tl.constexpr,
 ):
+    """Both gradients for some columns of one row; the sigmoid is made anew."""
     i_t = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * BF + tl.arange(0, BF)
     m_f = o_f < F

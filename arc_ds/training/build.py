@@ -62,7 +62,7 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
     with dist.fail_together():
         ds_config = resolve_deepspeed(config.deepspeed, config, dist.world_size(), local_world_size)
         spec = compressor_spec(config)
-        check_tokenizers(config, spec)
+        tokenizers = check_tokenizers(config, spec)
         parts = RunParts(
             ds_config=ds_config,
             spec=spec,
@@ -71,7 +71,7 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
             weights=open_starting_weights(config, spec),
             decoders=open_decoders(config),
         )
-    _check_same(config, parts)
+    _check_same(config, parts, tokenizers)
     return parts
 
 
@@ -220,19 +220,18 @@ def _common_local_world_size() -> int:
     return sizes.pop() if len(sizes) == 1 else 1
 
 
-def _check_same(config: RunConfig, parts: RunParts) -> None:
+def _check_same(config: RunConfig, parts: RunParts, tokenizers: tuple[str, ...]) -> None:
     """ConfigError where hosts were told or have found different things; a collective.
 
     They would wait for each other for ever, or train apart without a word. Paths may differ between hosts.
     """
-    tokenizers = (encoder_tokenizer_path(config), *decoder_tokenizer_paths(config))
     found = {
         "deepspeed": parts.ds_config,
         "steps, loss, optimizer, validation": (config.steps, config.loss, config.optimizer, config.validation),
         "the encoder's and bridges' sizes": parts.spec,
         "decoders": [(d.name, d.placement, d.rope_scaling) for d in config.decoders],
         "the decoders' sizes": [weights.shape.config for weights in parts.decoders],
-        "tokenizers": [load_tokenizer(path).fingerprint for path in tokenizers],
+        "tokenizers": tokenizers,
         "shards, seed, batch": parts.data.order.fingerprint,
     }
     different = [name for name, value in found.items() if not dist.all_ranks_agree(value)]

@@ -75,12 +75,20 @@ def decoder_tokenizer_paths(config: RunConfig) -> tuple[Path, ...]:
     return tuple(_tokenizer_path(d.tokenizer, d.backbone, f"decoder {d.name}") for d in config.decoders)
 
 
-def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> None:
-    """TokenizerError where a tokenizer has ids that its model's embedding does not have."""
-    check_fits(load_tokenizer(encoder_tokenizer_path(config)), spec.backbone.vocab_size, config.encoder.backbone)
+def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> tuple[str, ...]:
+    """Fingerprints of the encoder's and the decoders' tokenizers.
+
+    TokenizerError where one has ids that its model's embedding does not have.
+    """
+    tokenizer = load_tokenizer(encoder_tokenizer_path(config))
+    check_fits(tokenizer, spec.backbone.vocab_size, config.encoder.backbone)
+    fingerprints = [tokenizer.fingerprint]
     for decoder, path in zip(config.decoders, decoder_tokenizer_paths(config), strict=True):
         vocab_size = read_backbone_config(decoder.backbone, decoder.rope_scaling).vocab_size
-        check_fits(load_tokenizer(path), vocab_size, decoder.backbone)
+        tokenizer = load_tokenizer(path)
+        check_fits(tokenizer, vocab_size, decoder.backbone)
+        fingerprints.append(tokenizer.fingerprint)
+    return tuple(fingerprints)
 
 
 @dataclass(frozen=True, kw_only=True)

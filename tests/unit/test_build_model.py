@@ -63,7 +63,8 @@ def test_the_backbone_is_the_start_where_no_weights_are_named(config_file: Path,
 @pytest.mark.parametrize(
     ("override", "named"),
     [("encoder.causal=true", "encoder.causal"), ("pooling.strategy=sum", "pooling.strategy"),
-     ("pooling.where=between", "pooling.where"), ("pooling.factors=[2, 2]", "layers that pool")],
+     ("pooling.where=between", "pooling.where"), ("pooling.factors=[2, 2]", "layers that pool"),
+     ("data.decoder_bos=false", "data.decoder_bos")],
 )  # fmt: skip
 def test_weights_of_another_meaning_are_refused(
     config_file: Path, trained: TrainedCompressor, override: str, named: str
@@ -71,6 +72,12 @@ def test_weights_of_another_meaning_are_refused(
     config = _from_export(config_file, override)
     with pytest.raises(ConfigError, match=f"init_from.*{named}"):
         _start(config)
+
+
+def test_a_bridge_that_cannot_start_as_the_identity_is_refused_before_anything_is_read(config_file: Path) -> None:
+    config = load_config(config_file, ["bridge.init=identity"])
+    with pytest.raises(ConfigError, match="equal widths"):
+        open_starting_weights(config, compressor_spec(config))
 
 
 def _start(config: RunConfig) -> Compressor:

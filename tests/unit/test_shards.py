@@ -213,6 +213,13 @@ def test_damaged_folder_is_refused_when_opened(shards: ShardSet, name: str, chan
         ShardSet(shards.folder)
 
 
+def test_a_shard_that_is_gone_when_it_is_wanted_is_an_error_with_its_path(shards: ShardSet) -> None:
+    tar = shards.folder / shards.manifest.shards[0].name
+    tar.unlink()
+    with pytest.raises(DataError, match=rf"{tar.name} cannot be opened: .*No such file.*still mounted"):
+        shards.record(0)
+
+
 def test_check_names_every_fault_at_once(shards: ShardSet) -> None:
     tar = shards.folder / "shard-000001.tar"
     tar.write_bytes(tar.read_bytes()[:1500])

@@ -18,8 +18,9 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from arc_ds.data.records import TextCutter, decode_object, encode_record, text_of
+from arc_ds.data.records import decode_object, encode_record, text_of
 from arc_ds.data.shards import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo, SourceInfo, sha256_of_file
+from arc_ds.data.text_cutter import TextCutter
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
 

@@ -1,0 +1,25 @@
+"""`arc-ds shards …`: one module a subcommand.
+
+A subcommand is a module of this package with `add_parser(commands)`, which adds its parser and sets
+`run=function(namespace) -> exit code`. It joins the command line by its name in `SUBCOMMANDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+SUBCOMMANDS = (
+    "build",
+    "check",
+    "show",
+)
+HELP = "build, check or show webdataset shards"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command `shards` with its subcommands."""
+    parser = subparsers.add_parser("shards", help=HELP)
+    commands = parser.add_subparsers(dest="shards_command", required=True)
+    for name in SUBCOMMANDS:
+        import_module(f"{__name__}.{name}").add_parser(commands)

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -103,35 +104,39 @@ def _build_in(
         file.write(manifest.to_json())
         _sync(file.fileno())
     if manifest.skipped:
-        logger.warning("%d documents were empty or shorter than %d tokens", manifest.skipped, cutter.min_tokens)
+        logger.warning("documents left out: %s", manifest.skipped)
     return manifest
 
 
 def _write_source(writer: ShardWriter, path: Path, cutter: TextCutter, text_field: str) -> SourceInfo:
     """Append the records of one input file."""
-    documents = empty = short = 0
-    first = writer.num_records
+    documents = cut = 0
+    skipped: Counter[str] = Counter()
+    first_record, first_token = writer.num_records, writer.num_tokens
     for where, text in read_documents(path, text_field):
         documents += 1
         if not text.strip():
-            empty += 1
+            skipped["empty"] += 1
             continue
         try:
-            for piece, num_tokens in cutter.cut(text):
-                if num_tokens < cutter.min_tokens and len(piece) == len(text):
-                    short += 1
-                else:
-                    writer.write(encode_record({"text": piece}), num_tokens)
+            pieces = list(cutter.cut(text))
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+        if len(pieces) == 1 and pieces[0][1] < cutter.min_tokens:
+            skipped["short"] += 1
+            continue
+        cut += len(pieces) > 1
+        for piece, num_tokens in pieces:
+            writer.write(encode_record({"text": piece}), num_tokens)
     return SourceInfo(
         name=path.name,
         bytes=path.stat().st_size,
         sha256=sha256_of_file(path),
         documents=documents,
-        records=writer.num_records - first,
-        skipped_empty=empty,
-        skipped_short=short,
+        records=writer.num_records - first_record,
+        tokens=writer.num_tokens - first_token,
+        cut=cut,
+        skipped=dict(sorted(skipped.items())),
     )
 
 
@@ -215,7 +220,7 @@ class ShardWriter:
         self.folder = folder
         self.shard_bytes = shard_bytes
         self.shards: list[ShardInfo] = []
-        self.num_records = 0
+        self.num_records = self.num_tokens = 0
         self._tar: BinaryIO | None = None
         self._stack = ExitStack()
         self._digest = hashlib.sha256()
@@ -240,6 +245,7 @@ class ShardWriter:
         self._rows.append(_Row(self._offset, len(payload), xxhash.xxh64_intdigest(payload), num_tokens))
         self._append(payload + b"\0" * (-len(payload) % _BLOCK))
         self.num_records += 1
+        self.num_tokens += num_tokens
         if self._offset >= self.shard_bytes:
             self._finish()
 

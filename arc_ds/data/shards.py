@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 from arc_ds.errors import DataError
 
 FORMAT = "arc-ds-shards"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
+RecordKind = Literal["pretraining", "fine_tuning"]
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("xxh64", "<u8"), ("tokens", "<i4")])
 REBUILD = "Build the shards again (arc-ds shards build) or copy them again."
 
@@ -42,20 +44,28 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceInfo:
-    """One input file: its digest, and what became of its documents."""
+    """One input file: its digest, and what became of its documents.
+
+    name: the path inside the folder that was given, or the file's name. records, tokens: what it gave. cut: documents
+    that became several records. skipped: how many documents were left out for each reason, in sorted order.
+    """
 
     name: str
     bytes: int
     sha256: str
     documents: int
     records: int
-    skipped_empty: int
-    skipped_short: int
+    tokens: int
+    cut: int
+    skipped: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a folder of shards holds. Token counts are of the tokenizer with this fingerprint."""
+    """What a folder of shards holds. Token counts are of the tokenizer with this fingerprint.
+
+    kind: of its records. max_tokens, min_tokens: of pretraining records; fine-tuning records are never cut.
+    """
 
     samples: int
     tokens: int
@@ -64,10 +74,15 @@ class Manifest:
     tokenizer_fingerprint: str
     shards: tuple[ShardInfo, ...]
     sources: tuple[SourceInfo, ...]
+    kind: RecordKind = "pretraining"
 
     @property
-    def skipped(self) -> int:
-        return sum(source.skipped_empty + source.skipped_short for source in self.sources)
+    def skipped(self) -> dict[str, int]:
+        """Documents left out, by reason, over all sources."""
+        total: Counter[str] = Counter()
+        for source in self.sources:
+            total.update(source.skipped)
+        return dict(sorted(total.items()))
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, sort_keys=True) + "\n"

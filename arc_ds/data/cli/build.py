@@ -37,8 +37,9 @@ def _build(namespace: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     documents = sum(source.documents for source in manifest.sources)
+    left_out = sum(manifest.skipped.values())
     print(
-        f"{namespace.out}: {manifest.samples} records of {documents} documents ({manifest.skipped} too short), "
+        f"{namespace.out}: {manifest.samples} records of {documents} documents ({left_out} left out), "
         f"{manifest.tokens} tokens, {len(manifest.shards)} shards, {sum(s.bytes for s in manifest.shards)} bytes"
     )
     return 0

@@ -51,11 +51,16 @@ class Mixture:
             return BLOCK * _PERIOD
         return round(math.fsum(self._weights[: idx + 1]) / total * BLOCK * _PERIOD)
 
-    def at(self, seed: int, position: int) -> tuple[int, int]:
-        """(source of a position, how many earlier positions of the run have the same source)."""
-        block, place = divmod(position, BLOCK)
-        sources, ranks = self._block(seed, block)
-        return int(sources[place]), int(ranks[place])
+    def span(self, seed: int, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of positions `first` … `first + count - 1`, int64 [count] each: (source, earlier positions of that source).
+
+        The second counts over the whole run: a source's positions are numbered from 0 without a gap.
+        """
+        blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
+        begin = first - blocks.start * BLOCK
+        sources, ranks = zip(*(self._block(seed, block) for block in blocks), strict=True)
+        places = slice(begin, begin + count)
+        return np.concatenate(sources)[places], np.concatenate(ranks)[places]
 
     def _make_block(self, seed: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source and rank within the source of each position of a block, int64 [BLOCK] each."""

@@ -1,7 +1,8 @@
 """The order of the run's samples as a pure function of (seed, position): nothing is consumed, nothing need be saved.
 
-Position j of the run belongs to step j // batch_size. Its source, record, task and private randomness follow from
-(seed, j) alone, and the step's decoder from (seed, step). The resume state is one integer and `RunOrder.fingerprint`.
+Position j of the run belongs to step j // batch_size. Its source, record, task, in-context examples and private
+randomness follow from (seed, j) alone, and the step's decoders from (seed, step). The resume state is one integer and
+`RunOrder.fingerprint`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -18,20 +18,29 @@ from numpy.typing import NDArray
 
 from arc_ds.data.mixture import Mixture
 from arc_ds.data.randomness import permutation, random_words
+from arc_ds.data.shuffle import WindowShuffle
 from arc_ds.errors import ConfigError
 
-Task = Literal["reconstruction", "continuation"]
-DecoderSchedule = Literal["sample", "alternate"]
+Task = Literal["reconstruction", "continuation", "few_shot", "long_context"]
+SourceTask = Literal["pretraining", "few_shot", "long_context"]
+DecoderSchedule = Literal["sample", "alternate", "same_batch"]
 _GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly however many are taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceShape:
-    """What the order must know of one source: the records in each of its shards, its weight, its fingerprint."""
+    """What the order must know of one source: the records in each of its shards, its fingerprint, and its use.
+
+    task: "pretraining" gives samples of reconstruction and continuation, the others samples of that task.
+    in_context_examples: the most that a few-shot sample has. name: for messages; no part of the order.
+    """
 
     shard_sizes: tuple[int, ...]
     fingerprint: str
     weight: float = 1.0
+    task: SourceTask = "pretraining"
+    in_context_examples: int = 0
+    name: str = field(default="", compare=False)
 
     @property
     def num_records(self) -> int:
@@ -40,7 +49,10 @@ class SourceShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pick:
-    """What stands at one position of the run. `seed` is a 64-bit number for this position's own random choices."""
+    """What stands at one position of the run. `seed` is a 64-bit number for this position's own random choices.
+
+    example_idxs: records of the same source that are in-context examples; none twice, and none is `record_idx`.
+    """
 
     position: int
     source_idx: int
@@ -48,6 +60,7 @@ class Pick:
     record_idx: int
     task: Task
     seed: int
+    example_idxs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +68,8 @@ class RunOrder:
     """The samples of every step of a run.
 
     batch_size: sequences of a global batch. reconstruction_share: (from_step, share) pairs in rising steps; the share
-    of the last pair begun holds. window_shards: shards whose records are shuffled together. ConfigError on a value
-    out of range.
+    of the last pair begun holds, among the samples of pretraining sources. window_shards: shards whose records are
+    shuffled together. ConfigError on a value out of range.
     """
 
     seed: int
@@ -81,8 +94,10 @@ class RunOrder:
     def _check(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"data.batch_size is {self.batch_size}; expected at least 1. Set it to the global batch.")
-        if not self.sources or any(source.num_records < 1 for source in self.sources):
-            raise ConfigError("data.sources: expected at least one source, each with at least one record.")
+        if not self.sources:
+            raise ConfigError("data.sources is empty; expected at least one source. Name a folder of shards.")
+        for idx, source in enumerate(self.sources):
+            _check_source(idx, source)
         steps = [step for step, _ in self.reconstruction_share]
         shares = [share for _, share in self.reconstruction_share]
         if not steps or steps[0] != 0 or steps != sorted(set(steps)) or not all(0 <= share <= 1 for share in shares):
@@ -97,90 +112,111 @@ class RunOrder:
     def fingerprint(self) -> str:
         """sha256 of everything that the order follows from; a resumed run must have the same."""
         spec = [self.seed, self.batch_size, self.reconstruction_share, self.num_decoders, self.decoder_schedule]
-        sources = [[s.fingerprint, s.shard_sizes, s.weight] for s in self.sources]
-        return hashlib.sha256(json.dumps([1, spec, self.window_shards, sources]).encode()).hexdigest()
+        sources = [[s.fingerprint, s.shard_sizes, s.weight, s.task, s.in_context_examples] for s in self.sources]
+        return hashlib.sha256(json.dumps([2, spec, self.window_shards, sources]).encode()).hexdigest()
 
     def share(self, step: int) -> float:
-        """The share of reconstruction among the samples of a step."""
+        """The share of reconstruction among the pretraining samples of a step."""
         return [share for from_step, share in self.reconstruction_share if from_step <= step][-1]
 
-    def decoder(self, step: int) -> int:
-        """Index of the decoder that all ranks use in a step (a run of steps as long as decoders uses each once)."""
+    def decoders(self, step: int) -> tuple[int, ...]:
+        """Indices of the decoders that all ranks use in a step: all of them ("same_batch"), or one.
+
+        "sample" draws that one so that a run of as many steps as decoders uses each once; "alternate" takes turns.
+        """
+        if self.decoder_schedule == "same_batch":
+            return tuple(range(self.num_decoders))
         if self.decoder_schedule == "alternate":
-            return step % self.num_decoders
+            return (step % self.num_decoders,)
         turn, place = divmod(step, self.num_decoders)
-        return int(permutation(self.num_decoders, self.seed, "decoder", turn)[place])
+        return (int(permutation(self.num_decoders, self.seed, "decoder", turn)[place]),)
 
     def batch(self, step: int) -> tuple[Pick, ...]:
         """The global batch of a step: positions step * batch_size up to (step + 1) * batch_size."""
         first = step * self.batch_size
-        tasks = self._tasks(step)
-        seeds = random_words(self.batch_size, self.seed, "sample", step)
-        return tuple(self._pick(first + place, tasks[place], int(seeds[place])) for place in range(self.batch_size))
-
-    def _pick(self, position: int, task: Task, seed: int) -> Pick:
-        source_idx, rank = self._mixture.at(self.seed, position)
-        epoch, place = divmod(rank, self.sources[source_idx].num_records)
-        record_idx = self._shuffles[source_idx].record(epoch, place)
-        return Pick(position=position, source_idx=source_idx, epoch=epoch, record_idx=record_idx, task=task, seed=seed)
-
-    def _tasks(self, step: int) -> list[Task]:
-        """The step's tasks: its share of reconstruction to within one sample, and exactly over many steps."""
-        order = permutation(self.batch_size, self.seed, "task", step)
-        quantiles = (order + (step + 1) * _GOLDEN % 1.0) / self.batch_size
-        share = self.share(step)
-        return ["reconstruction" if quantile < share else "continuation" for quantile in quantiles]
-
-
-class WindowShuffle:
-    """Each epoch's order of one source's records: shards permuted, records permuted within windows of shards."""
-
-    def __init__(self, shard_sizes: Sequence[int], window_shards: int, key: tuple[int, ...]) -> None:
-        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self._first = np.cumsum(self._sizes) - self._sizes
-        self._window_shards = window_shards
-        self._key = key
-        self._layout = lru_cache(maxsize=2)(self._make_layout)
-        self._window = lru_cache(maxsize=3)(self._make_window)
-
-    def __reduce__(self) -> tuple[type[WindowShuffle], tuple[list[int], int, tuple[int, ...]]]:
-        return WindowShuffle, (self._sizes.tolist(), self._window_shards, self._key)
-
-    def record(self, epoch: int, place: int) -> int:
-        """The record at one place (0 … records - 1) of an epoch; every record stands at one place."""
-        _, bounds = self._layout(epoch)
-        window = int(np.searchsorted(bounds, place, side="right")) - 1
-        return int(self._window(epoch, window)[place - bounds[window]])
-
-    def _make_layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(shards in this epoch's order, the place where each window begins)."""
-        shards = permutation(len(self._sizes), *self._key, "shards", epoch)
-        window_sizes = np.add.reduceat(self._sizes[shards], np.arange(0, len(shards), self._window_shards))
-        return shards, np.cumsum(window_sizes) - window_sizes
-
-    def _make_window(self, epoch: int, window: int) -> NDArray[np.int64]:
-        """The records of one window in this epoch's order."""
-        shards = self._layout(epoch)[0][window * self._window_shards : (window + 1) * self._window_shards]
-        records = np.concatenate([np.arange(self._first[s], self._first[s] + self._sizes[s]) for s in shards])
-        return records[permutation(len(records), *self._key, "records", epoch, window)]
-
-
-def deal(costs: Sequence[float], num_bins: int) -> tuple[tuple[int, ...], ...]:
-    """Deal samples to `num_bins` micro-batches of equal size and about equal cost; returns the samples of each.
-
-    Greedy: the costliest sample goes to the cheapest bin that still has room. Deterministic, so that every rank deals
-    alike. ConfigError where the number of samples is no multiple of `num_bins`.
-    """
-    if num_bins < 1 or len(costs) % num_bins:
-        raise ConfigError(
-            f"a global batch of {len(costs)} sequences cannot be dealt evenly to {num_bins} micro-batches (ranks × "
-            "micro-batches a step). Make data.batch_size a multiple of their product, or change the number of ranks."
+        source_idxs, ranks = self._mixture.span(self.seed, first, self.batch_size)
+        epochs, record_idxs = np.empty_like(ranks), np.empty_like(ranks)
+        for source_idx in np.unique(source_idxs).tolist():
+            mine = source_idxs == source_idx
+            epochs[mine], record_idxs[mine] = self._shuffles[source_idx].records(ranks[mine])
+        examples = self._examples(step, source_idxs, record_idxs)
+        columns = zip(
+            source_idxs.tolist(),
+            epochs.tolist(),
+            record_idxs.tolist(),
+            self._tasks(step, source_idxs),
+            random_words(self.batch_size, self.seed, "sample", step).tolist(),
+            examples,
+            strict=True,
         )
-    room = len(costs) // num_bins
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    totals = [0.0] * num_bins
-    for sample in sorted(range(len(costs)), key=lambda idx: (-costs[idx], idx)):
-        cheapest = min((b for b in range(num_bins) if len(bins[b]) < room), key=lambda b: (totals[b], b))
-        bins[cheapest].append(sample)
-        totals[cheapest] += costs[sample]
-    return tuple(tuple(sorted(samples)) for samples in bins)
+        return tuple(
+            Pick(
+                position=first + place,
+                source_idx=source_idx,
+                epoch=epoch,
+                record_idx=record_idx,
+                task=task,
+                seed=seed,
+                example_idxs=example_idxs,
+            )
+            for place, (source_idx, epoch, record_idx, task, seed, example_idxs) in enumerate(columns)
+        )
+
+    def _tasks(self, step: int, source_idxs: NDArray[np.int64]) -> list[Task]:
+        """The task at each place of the step, whose sources are given.
+
+        Among its pretraining samples the share of reconstruction holds to within one sample, and exactly over many
+        steps.
+        """
+        kinds = [self.sources[source_idx].task for source_idx in source_idxs.tolist()]
+        num_pretraining = kinds.count("pretraining")
+        order = permutation(num_pretraining, self.seed, "task", step)
+        quantiles = iter(((order + (step + 1) * _GOLDEN % 1.0) / max(num_pretraining, 1)).tolist())
+        share = self.share(step)
+        return [
+            kind if kind != "pretraining" else "reconstruction" if next(quantiles) < share else "continuation"
+            for kind in kinds
+        ]
+
+    def _examples(
+        self, step: int, source_idxs: NDArray[np.int64], record_idxs: NDArray[np.int64]
+    ) -> list[tuple[int, ...]]:
+        """The in-context examples at each place of the step: 0 to the source's most of them, all numbers alike."""
+        most = max(source.in_context_examples for source in self.sources)
+        if most == 0:
+            return [()] * self.batch_size
+        words = random_words(self.batch_size * (most + 1), self.seed, "examples", step).reshape(self.batch_size, -1)
+        drawn = []
+        for row, source_idx, record_idx in zip(words.tolist(), source_idxs.tolist(), record_idxs.tolist(), strict=True):
+            source = self.sources[source_idx]
+            count = row[0] % (source.in_context_examples + 1)
+            drawn.append(_draw_others(row[1 : count + 1], source.num_records, record_idx))
+        return drawn
+
+
+def _check_source(idx: int, source: SourceShape) -> None:
+    where = f"data.sources.{idx}" + (f" ({source.name})" if source.name else "")
+    if source.num_records < 1:
+        raise ConfigError(f"{where} holds no record; expected at least one. Remove it or build its shards again.")
+    if source.in_context_examples < 0 or (source.in_context_examples and source.task != "few_shot"):
+        raise ConfigError(
+            f"{where}: in_context_examples is {source.in_context_examples} with task {source.task}; expected 0 or "
+            "more, and 0 where the task is not few_shot. Set `task: few_shot` or leave it out."
+        )
+    if source.num_records <= source.in_context_examples:
+        raise ConfigError(
+            f"{where} holds {source.num_records} records; a sample with {source.in_context_examples} in-context "
+            f"examples needs at least {source.in_context_examples + 1}, all different. Lower in_context_examples or "
+            "give more records."
+        )
+
+
+def _draw_others(words: Sequence[int], num_records: int, record_idx: int) -> tuple[int, ...]:
+    """One record for each random word, evenly among the records but without `record_idx` and without repetition."""
+    taken = [record_idx]
+    for word in words:
+        drawn = word % (num_records - len(taken))
+        for other in sorted(taken):  # the drawn-th of those not taken
+            drawn += drawn >= other
+        taken.append(drawn)
+    return tuple(taken[1:])

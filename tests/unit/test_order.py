@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter, defaultdict
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arc_ds.data.dealing import deal
 from arc_ds.data.mixture import BLOCK, Mixture
-from arc_ds.data.order import RunOrder, SourceShape, WindowShuffle, deal
+from arc_ds.data.order import RunOrder, SourceShape
 from arc_ds.data.randomness import permutation, random_words
+from arc_ds.data.shuffle import WindowShuffle
 from arc_ds.errors import ConfigError
 
 SOURCES = (
     SourceShape(shard_sizes=(40, 33, 7, 20), fingerprint="a", weight=0.27),
     SourceShape(shard_sizes=(11, 5), fingerprint="b", weight=0.06),
     SourceShape(shard_sizes=(199,), fingerprint="c", weight=0.67),
+)
+
+
+# The same, but the second gives few-shot samples and the third long contexts.
+MIXED = (
+    SOURCES[0],
+    SourceShape(shard_sizes=(3, 2, 6), fingerprint="b", weight=0.4, task="few_shot", in_context_examples=4),
+    SourceShape(shard_sizes=(199,), fingerprint="c", weight=0.2, task="long_context"),
 )
 
 
@@ -58,18 +70,21 @@ def test_epochs_lose_and_repeat_nothing(seed: int, batch_size: int) -> None:
 
 def test_epochs_differ_and_mix_shards() -> None:
     shuffle = WindowShuffle((50, 50, 50, 50), 2, (0, 0))
-    first, second = ([shuffle.record(epoch, place) for place in range(200)] for epoch in (0, 1))
+    first, second = np.split(shuffle.records(np.arange(400))[1], 2)
+    first, second = first.tolist(), second.tolist()
     assert first != second
     assert first != sorted(first)
     alone = WindowShuffle((50,), 2, (0, 0))
-    assert [alone.record(0, place) for place in range(50)] != [alone.record(1, place) for place in range(50)]
+    epochs, records = alone.records(np.arange(100))
+    assert epochs.tolist() == [0] * 50 + [1] * 50
+    assert records[:50].tolist() != records[50:].tolist()
     assert len({record // 50 for record in first[:30]}) == 2, "a window mixes its two shards"
 
 
 @given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=6), block=st.integers(0, 600))
 def test_every_block_has_its_quota_to_one_sample(weights: list[float], block: int) -> None:
     mixture = Mixture(weights)
-    counts = Counter(mixture.at(3, block * BLOCK + place)[0] for place in range(BLOCK))
+    counts = Counter(mixture.span(3, block * BLOCK, BLOCK)[0].tolist())
     for source, weight in enumerate(weights):
         # The weight itself is rounded to 1 / 65,536, which is 1/256 sample in a block.
         assert abs(counts[source] - weight / sum(weights) * BLOCK) < 1 + 1 / 256
@@ -78,8 +93,7 @@ def test_every_block_has_its_quota_to_one_sample(weights: list[float], block: in
 def test_mixture_is_exact_over_a_period_and_ranks_count_up() -> None:
     mixture = Mixture([0.27, 0.06, 0.67])
     ranks: dict[int, list[int]] = defaultdict(list)
-    for position in range(BLOCK * 300):
-        source, rank = mixture.at(0, position)
+    for source, rank in zip(*(part.tolist() for part in mixture.span(0, 0, BLOCK * 300)), strict=True):
         ranks[source].append(rank)
     for source, weight in enumerate((0.27, 0.06, 0.67)):
         assert sorted(ranks[source]) == list(range(len(ranks[source])))
@@ -94,7 +108,14 @@ def test_unusable_weights_are_refused(weights: list[float]) -> None:
 
 def test_zero_weight_source_is_never_drawn() -> None:
     mixture = Mixture([1.0, 0.0, 1.0])
-    assert {mixture.at(0, position)[0] for position in range(1000)} == {0, 2}
+    assert set(mixture.span(0, 0, 1000)[0].tolist()) == {0, 2}
+
+
+@given(first=st.integers(0, 3000), count=st.integers(1, 700))
+def test_a_span_is_a_piece_of_the_whole(first: int, count: int) -> None:
+    mixture = Mixture([1.0, 2.5, 0.3])
+    for whole, piece in zip(mixture.span(5, 0, 3700), mixture.span(5, first, count), strict=True):
+        assert piece.tolist() == whole[first : first + count].tolist()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
@@ -112,11 +133,74 @@ def test_task_share_changes_at_its_step() -> None:
 
 
 def test_decoders_take_equal_turns() -> None:
-    sampled = [make_order(num_decoders=3).decoder(step) for step in range(300)]
-    assert Counter(sampled) == {0: 100, 1: 100, 2: 100}
-    assert sampled != [step % 3 for step in range(300)]
+    sampled = [make_order(num_decoders=3).decoders(step) for step in range(300)]
+    assert Counter(sampled) == {(0,): 100, (1,): 100, (2,): 100}
+    assert sampled != [(step % 3,) for step in range(300)]
     alternate = make_order(num_decoders=3, decoder_schedule="alternate")
-    assert [alternate.decoder(step) for step in range(4)] == [0, 1, 2, 0]
+    assert [alternate.decoders(step) for step in range(4)] == [(0,), (1,), (2,), (0,)]
+
+
+def test_decoders_on_the_same_batch_all_take_part_in_every_step() -> None:
+    order = make_order(num_decoders=3, decoder_schedule="same_batch")
+    assert [order.decoders(step) for step in (0, 1, 7)] == [(0, 1, 2)] * 3
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32), batch_size=st.integers(1, 60), first=st.integers(0, 10**6))
+def test_in_context_examples_are_other_records_of_the_source_none_twice(seed: int, batch_size: int, first: int) -> None:
+    order = make_order(seed=seed, batch_size=batch_size, sources=MIXED)
+    for step in range(first, first + 5):
+        for pick in order.batch(step):
+            source = MIXED[pick.source_idx]
+            assert len(pick.example_idxs) <= source.in_context_examples
+            used = {pick.record_idx, *pick.example_idxs}
+            assert len(used) == 1 + len(pick.example_idxs)
+            assert used <= set(range(source.num_records))
+
+
+def test_in_context_examples_come_in_all_numbers_from_all_records_alike() -> None:
+    sources = (SourceShape(shard_sizes=(5,), fingerprint="a", task="few_shot", in_context_examples=3),)
+    order = make_order(sources=sources, batch_size=200)
+    picks = [pick for step in range(50) for pick in order.batch(step)]
+    numbers = Counter(len(pick.example_idxs) for pick in picks)
+    # 10,000 draws of four equal chances: 2,500 each with a deviation of 43; six of them are allowed.
+    assert sorted(numbers) == [0, 1, 2, 3] and all(abs(count - 2500) < 6 * 43 for count in numbers.values())
+    firsts = Counter((pick.record_idx, pick.example_idxs[0]) for pick in picks if pick.example_idxs)
+    # 20 ordered pairs share 7,500 draws: 375 each, deviation 19.
+    assert len(firsts) == 20 and all(abs(count - 375) < 6 * 19 for count in firsts.values())
+
+
+def test_a_source_gives_samples_of_its_task_only() -> None:
+    order = make_order(sources=MIXED, batch_size=64, reconstruction_share=((0, 0.25),))
+    for step in range(20):
+        tasks = Counter((pick.source_idx, pick.task) for pick in order.batch(step))
+        assert set(tasks) <= {(0, "reconstruction"), (0, "continuation"), (1, "few_shot"), (2, "long_context")}
+        pretraining = tasks[0, "reconstruction"] + tasks[0, "continuation"]
+        assert abs(tasks[0, "reconstruction"] - 0.25 * pretraining) < 1
+
+
+def test_the_order_is_the_recorded_one() -> None:
+    """A change here would change the data of every run that is resumed."""
+    picks = make_order().batch(3)
+    records = [(0, 92), (0, 96), (2, 147), (0, 90), (1, 1), (2, 49), (2, 128), (2, 188)]
+    assert [(pick.source_idx, pick.record_idx) for pick in picks] == records
+    assert [pick.task for pick in picks].index("reconstruction") == 2
+    assert picks[0].seed == 6799171896617531252
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"shard_sizes": (2, 1), "task": "few_shot", "in_context_examples": 3}, "holds 3 records.*at least 4"),
+        ({"in_context_examples": 2}, "expected 0 or more, and 0 where the task is not few_shot"),
+        ({"task": "few_shot", "in_context_examples": -1}, "expected 0 or more"),
+        ({"shard_sizes": (0, 0)}, "holds no record"),
+    ],
+)
+def test_a_source_that_cannot_serve_is_named(source: dict, message: str) -> None:
+    given_ones = {"shard_sizes": (9,), "fingerprint": "x", "name": "/data/squad"}
+    with pytest.raises(ConfigError, match=rf"data\.sources\.1 \(/data/squad\).*{message}"):
+        make_order(sources=(SOURCES[0], SourceShape(**(given_ones | source))))
 
 
 @pytest.mark.parametrize(
@@ -129,9 +213,13 @@ def test_decoders_take_equal_turns() -> None:
         {"decoder_schedule": "alternate"},
         {"window_shards": 3},
         {"sources": SOURCES[:2]},
+        {"sources": (*SOURCES[:2], replace(SOURCES[2], task="long_context"))},
+        {"sources": (*SOURCES[:2], replace(SOURCES[2], task="few_shot", in_context_examples=0))},
     ],
 )
 def test_fingerprint_tells_every_other_order(changes: dict) -> None:
+    """What the order follows from, but not a source's name, which may be another on another machine."""
+    assert make_order(sources=tuple(replace(s, name="x") for s in SOURCES)).fingerprint == make_order().fingerprint
     assert make_order().fingerprint == make_order().fingerprint
     assert make_order(**changes).fingerprint != make_order().fingerprint
 
@@ -167,6 +255,17 @@ def test_dealing_balances_work() -> None:
     totals = [sum(costs[sample] for sample in members) for members in deal(costs, 4)]
     assert max(totals) / min(totals) < 1.1
     assert max(totals) < 0.6 * (costs[0] + costs[1]), "dealing in order would pair the two longest"
+
+
+@given(costs=st.lists(st.integers(1, 60), min_size=24, max_size=24), num_bins=st.sampled_from([2, 3, 8, 12]))
+def test_dealing_gives_each_next_costliest_sample_to_the_cheapest_bin_with_room(
+    costs: list[int], num_bins: int
+) -> None:
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    for sample in sorted(range(24), key=lambda idx: -costs[idx]):
+        with_room = [members for members in bins if len(members) < 24 // num_bins]
+        min(with_room, key=lambda members: sum(costs[m] for m in members)).append(sample)
+    assert [sorted(members) for members in bins] == [list(members) for members in deal(costs, num_bins)]
 
 
 def test_batch_that_cannot_be_dealt_is_refused() -> None:

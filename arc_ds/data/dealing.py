@@ -1,0 +1,32 @@
+"""How the samples of a global batch are dealt to ranks and micro-batches."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from arc_ds.errors import ConfigError
+
+
+def deal(costs: Sequence[float], num_bins: int) -> tuple[tuple[int, ...], ...]:
+    """Deal samples to `num_bins` bins of equal size and about equal cost; returns the samples of each, rising.
+
+    Greedy: the costliest sample goes to the cheapest bin that still has room. Deterministic, so that every rank deals
+    alike. ConfigError where the number of samples is no multiple of `num_bins`.
+    """
+    if num_bins < 1 or len(costs) % num_bins:
+        raise ConfigError(
+            f"a global batch of {len(costs)} sequences cannot be dealt evenly to {num_bins} micro-batches (ranks × "
+            "micro-batches a step). Make data.batch_size a multiple of their product, or change the number of ranks."
+        )
+    room = len(costs) // num_bins
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    cheapest = [(0.0, bin_idx) for bin_idx in range(num_bins)]  # a heap: all alike, so in order
+    for sample in sorted(range(len(costs)), key=lambda idx: (-costs[idx], idx)):
+        total, bin_idx = cheapest[0]
+        bins[bin_idx].append(sample)
+        if len(bins[bin_idx]) < room:
+            heapq.heapreplace(cheapest, (total + costs[sample], bin_idx))
+        else:
+            heapq.heappop(cheapest)
+    return tuple(tuple(sorted(samples)) for samples in bins)

@@ -6,25 +6,25 @@ any step, and nothing is saved.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import pickle
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from arc_ds.data.order import Pick, RunOrder, SourceShape, Task, deal
-from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.data.dealing import deal
+from arc_ds.data.order import Pick, RunOrder, SourceShape, Task
+from arc_ds.data.packing import PoolingSpec, pack
 from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.step_batch import MicroBatch, StepBatch
 from arc_ds.data.tasks import Example, TaskLimits, make_example
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
@@ -33,50 +33,6 @@ logger = logging.getLogger(__name__)
 
 # Records tried in place of an unusable one: more in a row mean that the source is damaged, not one record.
 _MAX_REPLACEMENTS = 100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepBatch:
-    """What one rank does in one step.
-
-    num_labels: of this rank's micro-batches. skipped: records of this rank that could not be used and were replaced.
-    degraded: records too short for a continuation, which became reconstructions. record_ids: (source, record) of each
-    sequence, micro-batch by micro-batch.
-    """
-
-    step: int
-    decoder_idx: int
-    micro_batches: tuple[PackedBatch, ...]
-    skipped: int
-    degraded: int
-    record_ids: tuple[tuple[int, int], ...]
-
-    @property
-    def num_labels(self) -> int:
-        return sum(batch.num_labels for batch in self.micro_batches)
-
-    def pin_memory(self) -> StepBatch:
-        """The same batch in page-locked memory (called by torch's DataLoader)."""
-        return replace(self, micro_batches=tuple(batch.pin_memory() for batch in self.micro_batches))
-
-    def __reduce__(self) -> tuple[Callable[[bytes], StepBatch], tuple[bytes]]:
-        """Cross from a worker as plain bytes: torch would hand over each small tensor by a file descriptor of its own,
-        and a few prefetched steps of many micro-batches would use up the process's limit."""
-        buffer = io.BytesIO()
-        _ArrayPickler(buffer, protocol=5).dump([getattr(self, field.name) for field in fields(self)])
-        return _restore, (buffer.getvalue(),)
-
-
-class _ArrayPickler(pickle.Pickler):
-    """Writes tensors as numpy arrays."""
-
-    def reducer_override(self, obj: object) -> Any:
-        return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, torch.Tensor) else NotImplemented
-
-
-def _restore(data: bytes) -> StepBatch:
-    names = [field.name for field in fields(StepBatch)]
-    return StepBatch(**dict(zip(names, pickle.loads(data), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +91,20 @@ class StepData(Dataset[StepBatch]):
         picks = self.order.batch(step)
         bins = deal([self._cost(pick) for pick in picks], self.world_size * self.micro_batches)
         mine = bins[self.rank * self.micro_batches : (self.rank + 1) * self.micro_batches]
-        decoder_idx = self.order.decoder(step)
+        (decoder_idx,) = self.order.decoders(step)
         made = [[self._make(picks[idx], decoder_idx) for idx in members] for members in mine]
         everything = [item for micro_batch in made for item in micro_batch]
         return StepBatch(
             step=step,
-            decoder_idx=decoder_idx,
-            micro_batches=tuple(pack([item.example.sample for item in batch], self.pooling) for batch in made),
+            decoder_idxs=(decoder_idx,),
+            micro_batches=tuple(
+                MicroBatch(
+                    decoder_idx=decoder_idx,
+                    batch=pack([item.example.sample for item in batch], self.pooling),
+                    part_idx=part_idx,
+                )
+                for part_idx, batch in enumerate(made)
+            ),
             skipped=sum(item.skipped for item in everything),
             degraded=sum(item.example.degraded for item in everything),
             record_ids=tuple(item.record_id for item in everything),

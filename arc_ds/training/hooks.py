@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from arc_ds import dist
-from arc_ds.data.loader import StepBatch
+from arc_ds.data.step_batch import StepBatch
 from arc_ds.device import GIB, peak_bf16_flops, peak_memory_bytes
 from arc_ds.training.flops import count_flops
 from arc_ds.training.run import Run
@@ -70,9 +70,9 @@ class Throughput(NamedTuple):
     def plus(self, batch: StepBatch, flops: int = 0) -> Throughput:
         """With one more batch."""
         return Throughput(
-            self.encoder_tokens + sum(m.num_encoder_tokens for m in batch.micro_batches),
-            self.decoder_rows + sum(m.num_decoder_rows for m in batch.micro_batches),
-            self.labels + sum(m.num_labels for m in batch.micro_batches),
+            self.encoder_tokens + sum(micro.batch.num_encoder_tokens for micro in batch.micro_batches),
+            self.decoder_rows + sum(micro.batch.num_decoder_rows for micro in batch.micro_batches),
+            self.labels + batch.num_labels,
             self.skipped_records + batch.skipped,
             self.degraded_records + batch.degraded,
             self.flops + flops,
@@ -191,7 +191,7 @@ class ValidationHook:
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         # A run that is asked to stop may have little time to save; the next start makes up for the validation.
-        if self._every and run.step % self._every == 0 and not any(result.notice):
+        if self._every and run.step % self._every == 0 and not result.agreed.ends_run:
             self._validate(run)
 
     def on_end(self, run: Run) -> None:
@@ -256,31 +256,32 @@ class CheckpointHook:
 
 def _step_metrics(run: Run, result: StepResult) -> dict[str, float]:
     """One step's own metrics; here the device is waited for."""
-    decoder = run.decoder_names[result.decoder_idx]
     metrics = {
         "train/loss": float(result.loss),
         "train/grad_norm": float(result.grad_norm),
-        "train/labels": float(result.labels_K.sum()),
+        "train/labels": float(result.labels_DK.sum()),
         **{f"lr/{name}": rate for name, rate in result.learning_rates.items()},
     }
-    for task, nll, labels in zip(run.tasks, result.nll_K.tolist(), result.labels_K.tolist(), strict=True):
-        if labels:
-            metrics[f"train/loss/{decoder}/{task}"] = nll / labels
+    by_decoder = zip(result.decoder_idxs, result.nll_DK.tolist(), result.labels_DK.tolist(), strict=True)
+    for decoder_idx, nll_K, labels_K in by_decoder:
+        for task, nll, labels in zip(run.tasks, nll_K, labels_K, strict=True):
+            if labels:
+                metrics[f"train/loss/{run.decoder_names[decoder_idx]}/{task}"] = nll / labels
     return metrics
 
 
 def _flops(run: Run, batch: StepBatch) -> int:
     """Operations of this rank's part of a step, from the lengths in its batch, which is on the host."""
-    encoder, decoder = run.config.encoder, run.decoders[batch.decoder_idx].module.config
+    encoder = run.config.encoder
     counts = [
         count_flops(
-            micro_batch,
+            micro.batch,
             run.spec,
-            decoder,
+            run.decoders[micro.decoder_idx].module.config,
             trained_layers=encoder.trained_layers,
             train_embeddings=encoder.train_embeddings,
         )
-        for micro_batch in batch.micro_batches
+        for micro in batch.micro_batches
     ]
     return sum(count.total for count in counts)
 

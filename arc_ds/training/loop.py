@@ -29,7 +29,7 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
     for batch in ahead:
         result = train_step(
             run.engine,
-            run.decoders[batch.decoder_idx],
+            run.decoders,
             batch,
             schedule=run.schedule,
             tasks=run.tasks,
@@ -39,7 +39,7 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
         run.count_step(applied=result.applied)
         for hook in hooks:
             hook.after_step(run, batch, result)
-        if run.step < run.config.steps and any(result.notice):
+        if run.step < run.config.steps and result.agreed.ends_run:
             for hook in hooks:
                 hook.on_end(run)
             dist.raise_together(ahead.error)

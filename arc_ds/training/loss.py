@@ -1,4 +1,4 @@
-"""From the NLL of labels to the loss of a batch. Shape letters: L labels, K tasks."""
+"""From the NLL of labels to the loss of a batch. Shape letters: L labels, C classes of labels (decoder and task)."""
 
 from __future__ import annotations
 
@@ -25,24 +25,26 @@ def label_tasks(batch: PackedBatch, tasks: Sequence[str]) -> Tensor:
     return task_of_sequence.to(batch.labels.device, non_blocking=True)[batch.label_sequences]
 
 
-def task_sums(values_L: Tensor, task_L: Tensor, num_tasks: int) -> Tensor:
-    """Sums of the labels' values by task, float64 [K]. Not differentiable, and in a fixed order of addition."""
-    is_task_LK = task_L[:, None] == torch.arange(num_tasks, device=task_L.device)
-    return torch.where(is_task_LK, values_L.detach().double()[:, None], 0.0).sum(0)
+def class_sums(values_L: Tensor, class_L: Tensor, num_classes: int) -> Tensor:
+    """Sums of the labels' values by class, float64 [C]. Not differentiable, and in a fixed order of addition."""
+    is_class_LC = class_L[:, None] == torch.arange(num_classes, device=class_L.device)
+    return torch.where(is_class_LC, values_L.detach().double()[:, None], 0.0).sum(0)
 
 
 def label_weight(
-    normalize: Normalize, *, global_labels: Tensor, micro_labels: int, num_micro_batches: int, world_size: int
+    normalize: Normalize, *, global_labels: Tensor, part_labels: int, num_parts: int, world_size: int
 ) -> Tensor:
     """What a micro-batch's summed NLL is multiplied by before backward: float32 scalar.
 
     DeepSpeed adds the gradients of micro-batches and averages those of ranks. "global": every label of the global
-    batch weighs the same, 1 / `global_labels` (scalar) after that average. "rank_mean": every micro-batch of every
-    rank weighs the same, whatever labels it has (the reference). A batch without labels has a loss of 0.
+    batch weighs the same, 1 / `global_labels` (scalar) after that average. "rank_mean": every part of every rank's
+    share (with each of its decoders) weighs the same, whatever labels it has; the reference's micro-batches are such
+    parts. `part_labels` counts the whole part, so that splitting it further changes nothing. A part without labels has
+    a loss of 0.
     """
     if normalize == "global":
         return world_size / global_labels.clamp(min=1).float()
-    return torch.full_like(global_labels, 1.0 / (max(micro_labels, 1) * num_micro_batches), dtype=torch.float32)
+    return torch.full_like(global_labels, 1.0 / (max(part_labels, 1) * num_parts), dtype=torch.float32)
 
 
 def micro_batch_loss(nll_L: Tensor, weight: Tensor) -> Tensor:

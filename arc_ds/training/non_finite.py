@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from arc_ds import dist
-from arc_ds.data.loader import StepBatch
+from arc_ds.data.step_batch import StepBatch
 from arc_ds.errors import TrainingError
 from arc_ds.training.hooks import MetricsHook
 from arc_ds.training.manifest import write_durably
@@ -59,7 +59,7 @@ class NonFiniteHook:
 def _dump(run: Run, result: StepResult, batches: list[tuple[tuple[int, int], ...]]) -> dict[str, Any]:
     return {
         "step": run.step,
-        "decoder": run.decoder_names[result.decoder_idx],
+        "decoders": [run.decoder_names[idx] for idx in result.decoder_idxs],
         "loss": float(result.loss),
         "grad_norm": float(result.grad_norm),
         "sources": [str(source.folder) for source in run.data.sources],

@@ -1,13 +1,13 @@
 """AdamW over the compressor's groups: the encoder, and for each decoder its bridge and its markers.
 
-A step trains the encoder and the port of one decoder. The ports at rest must not move, but AdamW moves even a
+A step trains the encoder and the ports of its decoders. The ports at rest must not move, but AdamW moves even a
 parameter of zero gradient, by momentum and decay. So `PortAdamW` leaves the groups of other ports out of its step:
 weights, moments and step counts stay as they are, as where torch finds `grad=None` (design 8.3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,9 +33,9 @@ class ParamGroup:
     peak_lr: float
     weight_decay: float
 
-    def is_active(self, decoder_idx: int) -> bool:
-        """Whether a step with this decoder trains the group."""
-        return self.port is None or self.port == decoder_idx
+    def is_active(self, decoder_idxs: Collection[int]) -> bool:
+        """Whether a step with these decoders trains the group."""
+        return self.port is None or self.port in decoder_idxs
 
 
 def make_param_groups(
@@ -67,7 +67,7 @@ def make_param_groups(
 
 
 class PortAdamW(torch.optim.AdamW):
-    """AdamW that leaves out the groups which the step's decoder does not train.
+    """AdamW that leaves out the groups which the step's decoders do not train.
 
     ZeRO-3 steps its flat sub-groups one at a time: it puts one of them into the group that it was cut from, empties
     all others, and calls `step` (stage3.py, `_optimizer_step`). A group's flag thus holds for all of its sub-groups.
@@ -85,7 +85,7 @@ class PortAdamW(torch.optim.AdamW):
         # The flat tensors come one at a time: there is nothing for `foreach` to join.
         super().__init__(torch_groups, betas=betas, eps=eps, foreach=False, fused=fused)
 
-    def prepare(self, schedule: RateSchedule, step: int, decoder_idx: int) -> dict[str, float]:
+    def prepare(self, schedule: RateSchedule, step: int, decoder_idxs: Collection[int]) -> dict[str, float]:
         """Set rates and active groups for a step; returns the rates of the active groups by name.
 
         Everything that differs between groups is set, because loading DeepSpeed's universal checkpoint gives all
@@ -95,7 +95,7 @@ class PortAdamW(torch.optim.AdamW):
         for group, torch_group in zip(self.groups, self.param_groups, strict=True):
             torch_group["lr"] = schedule.lr(step, group.peak_lr)
             torch_group["weight_decay"] = group.weight_decay
-            torch_group["active"] = group.is_active(decoder_idx)
+            torch_group["active"] = group.is_active(decoder_idxs)
             if torch_group["active"]:
                 rates[group.name] = torch_group["lr"]
         return rates

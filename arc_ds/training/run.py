@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from arc_ds.config.schema import RunConfig
-from arc_ds.data.loader import StepBatch, StepData, make_loader
+from arc_ds.data.loader import StepData, make_loader
+from arc_ds.data.step_batch import StepBatch
 from arc_ds.errors import ArcError
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.engine import PlacedDecoder

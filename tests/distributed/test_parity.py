@@ -36,7 +36,7 @@ from arc_ds.training.engine import (
 )
 from arc_ds.training.loss import Normalize
 from arc_ds.training.optim import ParamGroup, PortAdamW
-from arc_ds.training.step import StepResult, train_step
+from arc_ds.training.step import FrozenDecoder, StepResult, train_step
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.plain_trainer import (
     BETAS,
@@ -160,9 +160,7 @@ def _build(case: Case) -> Any:
         with partitioned(_ds_config(case)):
             compressor = bare_compressor(activation_checkpointing=case.activation_checkpointing)
         _give_values(compressor, whole)
-        set_trained(
-            compressor.encoder, trained_layers=case.trained_layers, train_embeddings=case.train_embeddings
-        )
+        set_trained(compressor.encoder, trained_layers=case.trained_layers, train_embeddings=case.train_embeddings)
     if not case.idle_ports_run:
         compressor.__class__ = _WithoutIdleRun
     make: Callable[..., PortAdamW] = PortAdamW if case.idle_ports_rest else _AlwaysActive
@@ -178,12 +176,12 @@ def _train(case: Case) -> Run:
         batch = step_of_rank(
             step, rank=dist.get_rank(), world_size=dist.get_world_size(), num_micro_batches=NUM_MICRO_BATCHES
         )
-        decoder: Callable[[PackedBatch, Tensor], Tensor] = decoders[batch.decoder_idx]
+        used: list[FrozenDecoder] = list(decoders)
         spoilt = case.spoilt is not None and step == SPOILT_STEP
         before = _state(engine) if spoilt else {}
         if spoilt and dist.get_rank() == 1:
-            decoder = functools.partial(_SPOILERS[case.spoilt], decoder)
-        results.append(train_step(engine, decoder, batch, schedule=SCHEDULE, tasks=TASKS, normalize=case.normalize))
+            used = [functools.partial(_SPOILERS[case.spoilt], decoder) for decoder in decoders]
+        results.append(train_step(engine, used, batch, schedule=SCHEDULE, tasks=TASKS, normalize=case.normalize))
         if spoilt:
             after = _state(engine)
             state_kept = before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
@@ -283,7 +281,7 @@ def test_two_ranks_equal_plain_pytorch(name: str) -> None:
 
 def _assert_both_ranks_agree(runs: list[Run]) -> None:
     for first, second in zip(runs[0].results, runs[1].results, strict=True):
-        assert torch.equal(first.nll_K, second.nll_K) and torch.equal(first.labels_K, second.labels_K)
+        assert torch.equal(first.nll_DK, second.nll_DK) and torch.equal(first.labels_DK, second.labels_DK)
         assert torch.equal(first.grad_norm, second.grad_norm)
         assert first.applied and second.applied
         wanted = {f"bridge.{decoder_of_step(first.step)}", f"markers.{decoder_of_step(first.step)}"}
@@ -337,7 +335,7 @@ def _weights_kept_for_backward(own_linear: bool) -> dict[str, int]:
     """Linears, their gathered weights that the graph saves, and those that are alive between the passes."""
     case = Case(placement="zero3", persistence_threshold=0)
     engine, decoders = _build(case), _place(case)
-    batch = step_of_rank(0, rank=dist.get_rank(), world_size=2, num_micro_batches=1).micro_batches[0]
+    batch = step_of_rank(0, rank=dist.get_rank(), world_size=2, num_micro_batches=1).micro_batches[0].batch
     roots = (engine.module, decoders[0].module)
     weights = [module.weight for root in roots for module in root.modules() if isinstance(module, Linear)]
     saved = 0

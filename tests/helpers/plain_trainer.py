@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from arc_ds.data.groups import GroupRule
-from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.data.packing import PoolingSpec, pack
 from arc_ds.data.segments import Sample, Segment
+from arc_ds.data.step_batch import MicroBatch, StepBatch
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import make_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
@@ -58,15 +59,6 @@ class Trajectory:
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     params: dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyStep:
-    """One rank's part of a global batch."""
-
-    step: int
-    decoder_idx: int
-    micro_batches: tuple[PackedBatch, ...]
 
 
 def tiny_compressor(
@@ -142,15 +134,19 @@ def samples_of_step(step: int, num_sequences: int = 8) -> list[Sample]:
     return samples
 
 
-def step_of_rank(step: int, *, rank: int, world_size: int, num_micro_batches: int) -> TinyStep:
+def step_of_rank(step: int, *, rank: int, world_size: int, num_micro_batches: int) -> StepBatch:
     """The rank's micro-batches of a step's samples, in order."""
     samples = samples_of_step(step)
     size = len(samples) // (world_size * num_micro_batches)
     starts = [(rank * num_micro_batches + micro) * size for micro in range(num_micro_batches)]
-    return TinyStep(
+    decoder_idx = decoder_of_step(step)
+    return StepBatch(
         step=step,
-        decoder_idx=decoder_of_step(step),
-        micro_batches=tuple(pack(samples[start : start + size], POOLING) for start in starts),
+        decoder_idxs=(decoder_idx,),
+        micro_batches=tuple(
+            MicroBatch(decoder_idx=decoder_idx, batch=pack(samples[start : start + size], POOLING), part_idx=part_idx)
+            for part_idx, start in enumerate(starts)
+        ),
     )
 
 

@@ -111,5 +111,5 @@ def test_too_many_in_a_row_end_the_run_on_all_ranks_and_name_the_records(config:
         assert tuple(records) == outcome.record_ids[3] and len(records) == 4
         for source, record in records:
             assert f"{source}:{record}" in outcomes[0].error
-    assert dump["sources"] == [str(config.parent / "train")] and dump["decoder"] == "other"
+    assert dump["sources"] == [str(config.parent / "train")] and dump["decoders"] == ["other"]
     assert not list((run / "checkpoints").glob("step_000004")), "a run that ends so saves nothing"

@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from arc_ds.data.loader import StepBatch
 from arc_ds.data.packing import pack
+from arc_ds.data.step_batch import MicroBatch, StepBatch
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training import hooks
 from arc_ds.training.flops import count_flops
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, MetricsHook, ValidationHook
 from arc_ds.training.run import DataClock
-from arc_ds.training.step import Notice, StepResult
+from arc_ds.training.step import Agreed, StepResult
 from tests.helpers.tiny_compressor import TINY, sample
 
 STEPS = 10
+AGREED = Agreed(stop=False, failed=False, splits=(0,))
 
 
 class _Metrics:
@@ -86,7 +87,7 @@ def test_validation_comes_once_a_step(every: int, done: int | None, start: int, 
 def test_a_run_that_is_asked_to_stop_saves_first() -> None:
     logged: list[int] = []
     hook = ValidationHook(lambda step, _: logged.append(step), _Metrics(), every=5)  # type: ignore[arg-type]
-    asked = dataclasses.replace(_result(5), notice=Notice(stop=True))
+    asked = dataclasses.replace(_result(5), agreed=dataclasses.replace(AGREED, stop=True))
     hook.after_step(_run(5), None, asked)  # type: ignore[arg-type]
     hook.on_end(_run(5))
     assert logged == []
@@ -149,24 +150,25 @@ def _speed_of_two_steps(monkeypatch: pytest.MonkeyPatch, *, peak: float | None, 
 
 BATCH = StepBatch(
     step=0,
-    decoder_idx=0,
-    micro_batches=tuple(pack([sample(3, -9, 5, seed=seed)], SPEC.packing) for seed in (0, 1)),
-    skipped=0,
-    degraded=0,
-    record_ids=(),
+    decoder_idxs=(0,),
+    micro_batches=tuple(
+        MicroBatch(decoder_idx=0, batch=pack([sample(3, -9, 5, seed=seed)], SPEC.packing), part_idx=seed)
+        for seed in (0, 1)
+    ),
 )
 
 
 def _result(step: int) -> StepResult:
     return StepResult(
-        step=step, decoder_idx=0, nll_K=torch.ones(1), labels_K=torch.ones(1), grad_norm=torch.ones(()),
-        applied=True, learning_rates={}, notice=Notice(),
+        step=step, decoder_idxs=(0,), nll_DK=torch.ones(1, 1), labels_DK=torch.ones(1, 1), grad_norm=torch.ones(()),
+        applied=True, learning_rates={}, agreed=AGREED,
     )  # fmt: skip
 
 
 def test_mfu_is_the_share_of_all_devices_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     a_step = sum(
-        count_flops(part, SPEC, TINY, trained_layers=1, train_embeddings=False).total for part in BATCH.micro_batches
+        count_flops(part.batch, SPEC, TINY, trained_layers=1, train_embeddings=False).total
+        for part in BATCH.micro_batches
     )
     found = _speed_of_two_steps(monkeypatch, peak=1e6, precision="bf16")
     assert found["train/mfu"] == pytest.approx(2 * 2 * a_step / (4.0 * 2 * 1e6))

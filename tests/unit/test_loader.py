@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from arc_ds.data.loader import StepBatch, StepData, make_loader, source_shapes, validation_examples
+from arc_ds.data.loader import StepData, make_loader, source_shapes, validation_examples
 from arc_ds.data.order import RunOrder
 from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.step_batch import StepBatch
 from arc_ds.data.tasks import TaskLimits
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import ConfigError, DataError
@@ -69,7 +70,7 @@ def contents(batches: list[StepBatch]) -> dict[int, tuple]:
     records, labels = defaultdict(list), defaultdict(list)
     for batch in batches:
         records[batch.step] += batch.record_ids
-        for packed in batch.micro_batches:
+        for packed in (micro.batch for micro in batch.micro_batches):
             for sequence in range(len(packed.tasks)):
                 labels[batch.step].append(tuple(packed.labels[packed.label_sequences == sequence].tolist()))
     for step in records:
@@ -85,13 +86,15 @@ def test_global_batches_do_not_depend_on_ranks(setting: Setting, world_size: int
         data = setting.data(rank, world_size, micro_batches)
         batches += [data[step] for step in range(6)]
     assert contents(batches) == expected
-    sizes = {len(packed.tasks) for batch in batches for packed in batch.micro_batches}
+    sizes = {len(micro.batch.tasks) for batch in batches for micro in batch.micro_batches}
     assert sizes == {BATCH // (world_size * micro_batches)}
 
 
 def assert_equal(left: StepBatch, right: StepBatch) -> None:
-    assert (left.step, left.decoder_idx, left.record_ids) == (right.step, right.decoder_idx, right.record_ids)
-    for a, b in zip(left.micro_batches, right.micro_batches, strict=True):
+    assert (left.step, left.decoder_idxs, left.record_ids) == (right.step, right.decoder_idxs, right.record_ids)
+    for one, other in zip(left.micro_batches, right.micro_batches, strict=True):
+        assert (one.decoder_idx, one.part_idx) == (other.decoder_idx, other.part_idx)
+        a, b = one.batch, other.batch
         assert a.tasks == b.tasks
         for name in ("encoder_ids", "encoder_cu_seqlens", "decoder_ids", "label_rows", "labels", "compressed_rows"):
             assert torch.equal(getattr(a, name), getattr(b, name))
@@ -122,11 +125,11 @@ def test_a_worker_leaves_stop_signals_to_its_rank(setting: Setting) -> None:
 
 def test_decoder_of_the_step_gives_its_tokens(setting: Setting) -> None:
     data = setting.data()
-    assert {data[step].decoder_idx for step in range(4)} == {0, 1}
+    assert {data[step].decoder_idxs for step in range(4)} == {(0,), (1,)}
     for step in range(4):
         batch = data[step]
-        tokenizer = load_tokenizer([setting.decoder, setting.encoder][batch.decoder_idx])
-        packed = batch.micro_batches[0]
+        tokenizer = load_tokenizer([setting.decoder, setting.encoder][batch.decoder_idxs[0]])
+        packed = batch.micro_batches[0].batch
         start, end = packed.decoder_cu_seqlens[:2].tolist()
         text = tokenizer.decode(packed.decoder_ids[(packed.text_rows >= start) & (packed.text_rows < end)].tolist())
         assert "Tower" in text or "block" in text

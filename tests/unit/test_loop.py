@@ -12,7 +12,7 @@ from arc_ds.errors import DataError
 from arc_ds.training import loop
 from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.training.loop import LookAhead, fit
-from arc_ds.training.step import Notice
+from arc_ds.training.step import Agreed, Notice
 
 STEPS = 4
 
@@ -30,7 +30,7 @@ class _Run:
         for step in range(self.config.steps):
             if step == self._torn_step:
                 raise DataError("torn")
-            yield SimpleNamespace(step=step, decoder_idx=0)
+            yield SimpleNamespace(step=step, decoder_idxs=(0,))
 
     def count_step(self, *, applied: bool) -> None:
         self.step += 1
@@ -62,7 +62,9 @@ def _fit(run: _Run, monkeypatch: pytest.MonkeyPatch, stop_after: int = 0) -> tup
 
     def train_step(*_: Any, notice: Notice, **__: Any) -> Any:
         told.append(notice)
-        return SimpleNamespace(applied=True, notice=notice)
+        return SimpleNamespace(
+            applied=True, agreed=Agreed(stop=notice.stop, failed=notice.failed, splits=(notice.num_splits,))
+        )
 
     monkeypatch.setattr(loop, "train_step", train_step)
     stop = SimpleNamespace(received=None)

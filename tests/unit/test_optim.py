@@ -42,7 +42,7 @@ def _gradients(groups: tuple[ParamGroup, ...], step: int, decoder_idx: int, idle
     for group in groups:
         for param in group.params:
             grad = torch.randn(param.shape, generator=generator)
-            if not group.is_active(decoder_idx):
+            if not group.is_active([decoder_idx]):
                 grad = None if idle is None else torch.full_like(grad, idle)
             param.grad = grad
 
@@ -57,7 +57,7 @@ def test_a_port_at_rest_is_as_with_no_gradient_to_the_last_bit() -> None:
         decoder_idx = (step // 2) % 2
         _gradients(ours, step, decoder_idx, idle=0.0)
         _gradients(theirs, step, decoder_idx, idle=None)
-        optimizer.prepare(SCHEDULE, step, decoder_idx)
+        optimizer.prepare(SCHEDULE, step, [decoder_idx])
         optimizer.step()
         for group, torch_group in zip(theirs, plain.param_groups, strict=True):
             torch_group["lr"] = SCHEDULE.lr(step, group.peak_lr)
@@ -74,7 +74,7 @@ def test_a_zero_gradient_alone_would_move_a_port_at_rest() -> None:
     for step in range(2):
         _gradients(groups, step, decoder_idx=step, idle=0.0)
         before = groups[1].params[0].detach().clone()
-        optimizer.prepare(SCHEDULE, step, step)
+        optimizer.prepare(SCHEDULE, step, [step])
         for torch_group in optimizer.param_groups:
             torch_group["active"] = True
         optimizer.step()
@@ -89,7 +89,7 @@ def test_sub_groups_stepped_one_at_a_time_take_their_groups_flag() -> None:
     before = {idx: [flat.detach().clone() for flat in found] for idx, found in flats.items()}
     for torch_group in optimizer.param_groups:
         torch_group["params"] = []
-    optimizer.prepare(SCHEDULE, 3, 1)
+    optimizer.prepare(SCHEDULE, 3, [1])
     for idx, found in flats.items():
         for flat in found:
             flat.grad = torch.ones_like(flat)
@@ -106,7 +106,7 @@ def test_prepare_restores_what_a_universal_checkpoint_levels() -> None:
     optimizer = PortAdamW(_groups(), **HYPER)
     for torch_group in optimizer.param_groups[1:]:
         torch_group.update({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
-    rates = optimizer.prepare(SCHEDULE, 4, 0)
+    rates = optimizer.prepare(SCHEDULE, 4, [0])
     assert rates == {"encoder": 1e-2, "bridge.0": 3e-2}
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 3e-2, 5e-2]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.2, 0.3]

@@ -7,13 +7,13 @@ import torch
 
 from arc_ds.data.packing import pack
 from arc_ds.data.segments import Sample, Segment
-from arc_ds.training.loss import label_tasks, label_weight, micro_batch_loss, task_sums
+from arc_ds.training.loss import class_sums, label_tasks, label_weight, micro_batch_loss
 from tests.helpers.plain_trainer import POOLING, TASKS
 
 
-def _weight(normalize: str, global_labels: int, micro_labels: int) -> float:
+def _weight(normalize: str, global_labels: int, part_labels: int) -> float:
     return float(label_weight(
-        normalize, global_labels=torch.tensor(global_labels), micro_labels=micro_labels, num_micro_batches=2,
+        normalize, global_labels=torch.tensor(global_labels), part_labels=part_labels, num_parts=2,
         world_size=4,
     ))  # fmt: skip
 
@@ -55,7 +55,7 @@ def test_labels_are_summed_by_their_samples_task() -> None:
     task_L = label_tasks(batch, TASKS)
     assert task_L.tolist() == [1, 1, 1, 0, 1, 1]
     values_L = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-    assert task_sums(values_L, task_L, 2).tolist() == [8.0, 55.0]
+    assert class_sums(values_L, task_L, 2).tolist() == [8.0, 55.0]
 
 
 def test_a_task_that_the_run_does_not_know_is_an_error() -> None:

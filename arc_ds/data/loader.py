@@ -139,10 +139,10 @@ class StepData(Dataset[StepBatch]):
 
     def _example(self, source: ShardSet, record_idx: int, pick: Pick, decoder_idx: int) -> Example:
         encoder, decoders = self._tokenizers
-        record = source.record(record_idx)
+        records = [source.record(idx) for idx in (record_idx, *pick.example_idxs)]
         try:
             return make_example(
-                record["text"],
+                records,
                 task=pick.task,
                 seed=pick.seed,
                 encoder=encoder,
@@ -240,9 +240,9 @@ def _held_out(
     source: ShardSet, record_idx: int, task: Task, encoder: Tokenizer, decoder: Tokenizer, limits: TaskLimits
 ) -> Example | None:
     """The example of a held-out record, None where it is too short for the task."""
-    text = source.record(record_idx)["text"]
+    records = [source.record(record_idx)]
     try:
-        example = make_example(text, task=task, seed=record_idx, encoder=encoder, decoder=decoder, limits=limits)
+        example = make_example(records, task=task, seed=record_idx, encoder=encoder, decoder=decoder, limits=limits)
     except DataError:
         return None
     return None if example.degraded else example

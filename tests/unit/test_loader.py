@@ -203,6 +203,6 @@ def test_validation_examples_are_fixed_and_half_of_each_task(setting: Setting) -
     examples = validation_examples(source, 20, **tokenizers, limits=LIMITS)
     assert examples == validation_examples(ShardSet(setting.folders[0]), 20, **tokenizers, limits=LIMITS)
     assert [example.sample.task for example in examples] == ["reconstruction"] * 10 + ["continuation"] * 10
-    assert len({example.context_text for example in examples}) == 20
+    assert len({example.contexts for example in examples}) == 20
     with pytest.raises(DataError, match="61 validation samples"):
         validation_examples(source, 61, **tokenizers, limits=LIMITS)

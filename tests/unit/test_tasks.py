@@ -29,7 +29,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer
 
 
 def make(pair: tuple[Tokenizer, Tokenizer], text: str, task="continuation", seed=0, limits=LIMITS) -> Example:
-    return make_example(text, task=task, seed=seed, encoder=pair[0], decoder=pair[1], limits=limits)
+    return make_example([{"text": text}], task=task, seed=seed, encoder=pair[0], decoder=pair[1], limits=limits)
 
 
 def parts(example: Example, pair: tuple[Tokenizer, Tokenizer]) -> tuple[str, str, str]:
@@ -49,7 +49,8 @@ def test_continuation_is_one_stretch_of_the_text(pair: tuple[Tokenizer, Tokenize
         assert len(pair[1].encode(text)) < 2
         return
     before, context, behind = parts(example, pair)
-    assert context == example.context_text == pair[1].decode(list(example.context_decoder_ids))
+    assert (context,) == example.contexts
+    assert before + context + behind == pair[1].decode([i for s in open_(example).segments for i in s.ids])
     if example.degraded:
         assert context == behind
     else:
@@ -151,7 +152,7 @@ def test_too_short_record_becomes_a_reconstruction_or_an_error(pair: tuple[Token
 
 
 def test_window_of_a_long_record_moves_with_the_seed(pair: tuple[Tokenizer, Tokenizer]) -> None:
-    windows = {make(pair, TEXT, task="reconstruction", seed=seed).context_text for seed in range(40)}
+    windows = {make(pair, TEXT, task="reconstruction", seed=seed).contexts for seed in range(40)}
     assert len(windows) > 10
 
 
@@ -189,7 +190,12 @@ def test_golden_layout_of_the_reference_reconstruction(golden: Path) -> None:
     reference_ids = items[0]["x"][: items[0]["sizes"][0]]
     assert items[0]["insert_embed_list"][0] == [0]
     example = make_example(
-        text, task="reconstruction", seed=0, encoder=encoder, decoder=decoder, limits=TaskLimits(max_context=48)
+        [{"text": text}],
+        task="reconstruction",
+        seed=0,
+        encoder=encoder,
+        decoder=decoder,
+        limits=TaskLimits(max_context=48),
     )
     context = example.sample.segments[1]
     assert [encoder.bos_id, *context.ids] == items[0]["to_embed"][0]["tokens"][0]
@@ -213,7 +219,8 @@ def test_golden_layout_of_the_reference_continuation(golden: Path) -> None:
     assert item["x"][0] == decoder.bos_id
     text = decoder.decode(item["x"][:offset]) + item["to_embed"][0]["text"][0] + decoder.decode(item["x"][offset:size])
     limits = TaskLimits(max_prefix=48, max_context=48, max_continuation=48)
-    example = make_example(text, task="continuation", seed=0, encoder=encoder, decoder=decoder, limits=limits)
+    record = {"text": text}
+    example = make_example([record], task="continuation", seed=0, encoder=encoder, decoder=decoder, limits=limits)
     batch = pack([example.sample], PoolingSpec())
     ids = batch.decoder_ids.tolist()
     own_offset = len(example.sample.segments[0].ids)

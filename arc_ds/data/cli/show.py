@@ -37,7 +37,7 @@ def _show(namespace: argparse.Namespace) -> int:
     )
     colour = sys.stdout.isatty()
     for idx in range(namespace.first, min(namespace.first + namespace.num, len(source))):
-        text = source.record(idx)["text"]
-        example = make_example(text, task=namespace.task, seed=idx, encoder=encoder, decoder=decoder, limits=limits)
+        records = [source.record(idx)]
+        example = make_example(records, task=namespace.task, seed=idx, encoder=encoder, decoder=decoder, limits=limits)
         print(render(example, encoder, decoder, title=f"record {idx}", colour=colour))
     return 0

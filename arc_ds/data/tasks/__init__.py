@@ -1,0 +1,40 @@
+"""Training tasks as pure functions: records become an Example for one decoder (paper, section 4; design 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from arc_ds.data.chat import PLAIN, Layout
+from arc_ds.data.order import Task
+from arc_ds.data.records import text_of
+from arc_ds.data.tasks.example import Example, TaskCounts
+from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.data.tasks.pretraining import pretraining_example
+from arc_ds.data.tasks.variants import closed, mismatched, open_
+from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.errors import DataError
+
+__all__ = ["Example", "TaskCounts", "TaskLimits", "closed", "make_example", "mismatched", "open_"]
+
+
+def make_example(
+    records: Sequence[dict[str, Any]],
+    *,
+    task: Task,
+    seed: int,
+    encoder: Tokenizer,
+    decoder: Tokenizer,
+    limits: TaskLimits,
+    layout: Layout = PLAIN,
+) -> Example:
+    """The example that records give: a pure function of its arguments.
+
+    records: the sample's own first, then its in-context examples. seed: 64 bits for the example's own choices (window,
+    number of passages, which answer). layout: how the decoder is spoken to. DataError where the record lacks what the
+    task needs, or gives no target.
+    """
+    if task == "reconstruction" or task == "continuation":
+        text = text_of(records[0], "text")
+        return pretraining_example(text, task=task, seed=seed, encoder=encoder, decoder=decoder, limits=limits)
+    raise DataError(f"the task is {task!r}; expected reconstruction or continuation. Change data.sources.")

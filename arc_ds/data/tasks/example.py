@@ -1,0 +1,64 @@
+"""What a task makes of a record: the sample, what its contexts say, and what was cut or changed on the way."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field
+from typing import Protocol
+
+from arc_ds.data.segments import Sample, Segment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskCounts:
+    """What was cut or changed in making samples; counts of several samples add up.
+
+    degraded: records too short for a continuation, which became reconstructions. cut_contexts: contexts, and
+    cut_chunks: chunks of a long context that the limits left no room for. cut_examples: in-context examples left out.
+    cut_questions, cut_answers: those cut at their limit.
+    """
+
+    degraded: int = 0
+    cut_contexts: int = 0
+    cut_chunks: int = 0
+    cut_examples: int = 0
+    cut_questions: int = 0
+    cut_answers: int = 0
+
+    def __add__(self, other: TaskCounts) -> TaskCounts:
+        return TaskCounts(
+            degraded=self.degraded + other.degraded,
+            cut_contexts=self.cut_contexts + other.cut_contexts,
+            cut_chunks=self.cut_chunks + other.cut_chunks,
+            cut_examples=self.cut_examples + other.cut_examples,
+            cut_questions=self.cut_questions + other.cut_questions,
+            cut_answers=self.cut_answers + other.cut_answers,
+        )
+
+    def __bool__(self) -> bool:
+        return any(astuple(self))
+
+
+class Variants(Protocol):
+    """How a sample reads without its contexts, and with their text in their place."""
+
+    def closed(self) -> tuple[Segment, ...]: ...
+
+    def open(self) -> tuple[Segment, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A sample, and what its contexts say, in their order.
+
+    variants: makes the other segments that validation compares (see `tasks.variants`), when asked.
+    """
+
+    sample: Sample
+    contexts: tuple[str, ...]
+    counts: TaskCounts = TaskCounts()
+    variants: Variants = field(repr=False, compare=False)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the record was too short for the continuation asked for and became a reconstruction."""
+        return self.counts.degraded > 0

@@ -174,6 +174,20 @@ class FeedForward(nn.Module):
         return self.w2(ak.swiglu(self.w1(x_TD), self.w3(x_TD)))
 
 
+class Stream(NamedTuple):
+    """The residual stream between two layers: the sum of both, which is left to the next norm, as it reads them anyway.
+
+    x, update: [T, D] each; no update: x is the sum.
+    """
+
+    x_TD: Tensor
+    update_TD: Tensor | None = None
+
+    @property
+    def total_TD(self) -> Tensor:
+        return self.x_TD if self.update_TD is None else self.x_TD + self.update_TD
+
+
 class Block(nn.Module):
     """One pre-norm layer: x + attention(norm x), then + feed-forward(norm)."""
 
@@ -184,13 +198,20 @@ class Block(nn.Module):
         self.ffn_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_TD: Tensor, rope: Rope, spans: Spans, cache: LayerCache | None = None) -> Tensor:
-        normed_TD = self.attention_norm(x_TD)
+    def forward(
+        self, x_TD: Tensor, update_TD: Tensor | None, rope: Rope, spans: Spans, cache: LayerCache | None = None
+    ) -> Stream:
+        """A stream's two parts in, a stream out. They come one by one: ZeRO-3's hooks and checkpoints see tensors."""
+        normed_TD, x_TD = self._enter(x_TD, update_TD)
         return self._finish(self.attention(normed_TD, normed_TD, rope, rope, spans, cache), x_TD)
 
-    def _finish(self, attended_TD: Tensor, residual_TD: Tensor) -> Tensor:
+    def _enter(self, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm of the stream, the stream's sum)."""
+        return (self.attention_norm(x_TD), x_TD) if update_TD is None else self.attention_norm.add(update_TD, x_TD)
+
+    def _finish(self, attended_TD: Tensor, residual_TD: Tensor) -> Stream:
         normed_TD, total_TD = self.ffn_norm.add(attended_TD, residual_TD)
-        return total_TD + self.feed_forward(normed_TD)
+        return Stream(total_TD, self.feed_forward(normed_TD))
 
 
 class DecoderBlock(Block):
@@ -199,27 +220,28 @@ class DecoderBlock(Block):
     def forward(  # type: ignore[override]
         self,
         x_TD: Tensor,
+        update_TD: Tensor | None,
         rope: Rope | None = None,
         spans: Spans | None = None,
         cache: LayerCache | None = None,
         *,
-        prefix_PD: Tensor | None = None,
+        prefix: Stream | None = None,
         split: PrefixSpans | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Rows [T, D] to rows [T, D]; with a prefix and a split, `x` is the suffix and (prefix, suffix) come back."""
-        if prefix_PD is None or split is None:
+    ) -> Stream | tuple[Stream, Stream]:
+        """A stream in, a stream out; with a prefix and a split, `x` is the suffix and (prefix, suffix) come back."""
+        if prefix is None or split is None:
             assert rope is not None and spans is not None, "a whole pass needs angles and spans"
-            return super().forward(x_TD, rope, spans, cache)
+            return super().forward(x_TD, update_TD, rope, spans, cache)
         with torch.no_grad():
-            normed_PD = self.attention_norm(prefix_PD)
+            normed_PD, prefix_PD = self._enter(*prefix)
             k_PKH, v_PKH = self.attention.keys_values(normed_PD, split.prefix_rope)
             attended_PD = self.attention.attend(normed_PD, k_PKH, v_PKH, split.prefix_rope, split.prefix_spans)
-            prefix_PD = self._finish(attended_PD, prefix_PD)
-        normed_QD = self.attention_norm(x_TD)
+            prefix = self._finish(attended_PD, prefix_PD)
+        normed_QD, x_QD = self._enter(x_TD, update_TD)
         k_QKH, v_QKH = self.attention.keys_values(normed_QD, split.suffix_rope)
         k_RKH, v_RKH = split.join(k_PKH, k_QKH), split.join(v_PKH, v_QKH)
         attended_QD = self.attention.attend(normed_QD, k_RKH, v_RKH, split.suffix_rope, split.suffix_spans)
-        return prefix_PD, self._finish(attended_QD, x_TD)
+        return prefix, self._finish(attended_QD, x_QD)
 
 
 class TokenEmbedding(nn.Module):

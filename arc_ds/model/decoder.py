@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from arc_ds.data.packing import PackedBatch, PrefixSplit
-from arc_ds.model.backbone import DecoderBlock, Head, LayerCache, PrefixSpans, Spans, TokenEmbedding, make_norm
+from arc_ds.model.backbone import DecoderBlock, Head, LayerCache, PrefixSpans, Spans, Stream, TokenEmbedding, make_norm
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.rope import Rope, rope_at
 
@@ -78,9 +78,10 @@ class Decoder(nn.Module):
         spans = Spans.within(rows.cu_seqlens, rows.max_seqlen, causal=True)
         if rows.prefix is not None and caches is None and torch.is_grad_enabled() and x_RD.requires_grad:
             return self._hidden_by_parts(x_RD, rope, rows, rows.prefix)
+        stream = Stream(x_RD)
         for layer_idx, layer in enumerate(self.layers):
-            x_RD = self._run(layer, x_RD, rope, spans, None if caches is None else caches[layer_idx])
-        return x_RD
+            stream = self._run(layer, stream, rope, spans, None if caches is None else caches[layer_idx])
+        return stream.total_TD
 
     def _hidden_by_parts(self, x_RD: Tensor, rope: Rope, rows: DecoderRows, prefix: PrefixSplit) -> Tensor:
         """Layer by layer, prefixes first and without gradient, then suffixes, which read both."""
@@ -93,12 +94,14 @@ class Decoder(nn.Module):
             prefix_spans=Spans.within(prefix_cu, prefix.prefix_max_seqlen, causal=True),
             suffix_spans=Spans(suffix_cu, rows.cu_seqlens, prefix.suffix_max_seqlen, rows.max_seqlen, causal=True),
         )
-        prefix_PD, suffix_QD = x_RD[prefix.prefix_rows].detach(), x_RD[prefix.suffix_rows]
+        before, after = Stream(x_RD[prefix.prefix_rows].detach()), Stream(x_RD[prefix.suffix_rows])
         for layer in self.layers:
-            prefix_PD, suffix_QD = self._run(layer, suffix_QD, prefix_PD=prefix_PD, split=split)
-        return split.join(prefix_PD, suffix_QD)
+            before, after = self._run(layer, after, prefix=before, split=split)
+        return split.join(before.total_TD, after.total_TD)
 
-    def _run(self, layer: nn.Module, x_TD: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.activation_checkpointing and torch.is_grad_enabled() and x_TD.requires_grad:
-            return checkpoint(layer, x_TD, *args, use_reentrant=False, **kwargs)
-        return layer(x_TD, *args, **kwargs)
+    def _run(self, layer: nn.Module, stream: Stream, *args: Any, prefix: Stream | None = None, **kwargs: Any) -> Any:
+        if self.activation_checkpointing and torch.is_grad_enabled() and stream.x_TD.requires_grad:
+            # A layer's input is what is kept: summed, it is one tensor and not two.
+            prefix = None if prefix is None else Stream(prefix.total_TD)
+            return checkpoint(layer, stream.total_TD, None, *args, prefix=prefix, use_reentrant=False, **kwargs)
+        return layer(*stream, *args, prefix=prefix, **kwargs)

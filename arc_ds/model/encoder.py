@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from arc_ds.data.packing import PackedBatch, PoolLevel
-from arc_ds.model.backbone import Block, Spans, TokenEmbedding
+from arc_ds.model.backbone import Block, Spans, Stream, TokenEmbedding
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.pooling import Pooling
 from arc_ds.model.rope import Rope, rope_at
@@ -46,20 +46,20 @@ class PooledBlock(Block):
         self.causal = causal
 
     def forward(  # type: ignore[override]
-        self, x_TD: Tensor, rope_T: Rope, rope_G: Rope, spans: Spans, level: PoolLevel
-    ) -> Tensor:
-        """Rows [T, D] to pooled rows [G, D]; `spans` are those of the rows that enter."""
+        self, x_TD: Tensor, update_TD: Tensor | None, rope_T: Rope, rope_G: Rope, spans: Spans, level: PoolLevel
+    ) -> Stream:
+        """A stream of rows T to one of pooled rows G; `spans` are those of the rows that enter."""
         layout = self.layout
         if layout.where == "between":
-            normed_TD = self.attention_norm(x_TD)
+            normed_TD, x_TD = self._enter(x_TD, update_TD)
             h_TD = x_TD + self.attention(normed_TD, normed_TD, rope_T, rope_T, spans)
             pooled_GD = layout.strategy.pool(h_TD, spans, level)
-            return pooled_GD + self.feed_forward(self.ffn_norm(pooled_GD))
+            return Stream(pooled_GD, self.feed_forward(self.ffn_norm(pooled_GD)))
+        x_TD = Stream(x_TD, update_TD).total_TD
         if not layout.pooled_queries:
             pooled_GD = layout.strategy.pool(x_TD, spans, level)
-            return super().forward(
-                pooled_GD, rope_G, Spans.within(level.cu_seqlens, level.max_seqlen, causal=self.causal)
-            )
+            within = Spans.within(level.cu_seqlens, level.max_seqlen, causal=self.causal)
+            return super().forward(pooled_GD, None, rope_G, within)
         pooled = layout.strategy.pool_norm(x_TD, spans, level, self.attention_norm)
         across = Spans(
             cu_seqlens_q=level.cu_seqlens,
@@ -125,19 +125,17 @@ class Encoder(nn.Module):
                 f"the batch is packed for {len(batch.levels)} pooled layers, the encoder has {self.num_pooled_layers}: "
                 "pack with the encoder's own PoolingSpec"
             )
-        x_UD = self._embed(batch)
+        stream = Stream(self._embed(batch))
         rope = rope_at(batch.encoder_positions, self.config)
         spans = Spans.within(batch.encoder_cu_seqlens, batch.encoder_max_seqlen, causal=self.causal)
         num_plain = len(self.layers) - self.num_pooled_layers
         for layer in self.layers[:num_plain]:
-            x_UD = self._run(layer, x_UD, rope, spans)
+            stream = self._run(layer, stream, rope, spans)
         for layer, level in zip(self.layers[num_plain:], batch.levels, strict=True):
             rope_G = rope_at(level.positions, self.config)
-            x_UD = self._run(layer, x_UD, rope, rope_G, spans, level)
+            stream = self._run(layer, stream, rope, rope_G, spans, level)
             rope, spans = rope_G, Spans.within(level.cu_seqlens, level.max_seqlen, causal=self.causal)
-        if self.memory is not None:
-            return x_UD[batch.memory_rows]
-        return x_UD
+        return stream.total_TD if self.memory is None else stream.total_TD[batch.memory_rows]
 
     def _embed(self, batch: PackedBatch) -> Tensor:
         if self.memory is None:
@@ -149,7 +147,8 @@ class Encoder(nn.Module):
             batch.encoder_ids, batch.token_rows, self.memory.repeat(num_contexts, 1), batch.memory_rows
         )
 
-    def _run(self, layer: nn.Module, x_TD: Tensor, *args: object) -> Tensor:
+    def _run(self, layer: nn.Module, stream: Stream, *args: object) -> Stream:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x_TD, *args, use_reentrant=False)
-        return layer(x_TD, *args)
+            # A layer's input is what is kept: summed, it is one tensor and not two.
+            return checkpoint(layer, stream.total_TD, None, *args, use_reentrant=False)
+        return layer(*stream, *args)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from arc_ds.data.packing import PackedBatch
+from arc_ds.model.backbone import Stream
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
@@ -98,8 +99,10 @@ def _watch(compressor: Compressor, decoder: Decoder, port_idx: int) -> dict[str,
 
     def keep(name: str) -> object:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if isinstance(output, tuple):  # a decoder layer that ran prefix and suffix apart
-                output = kwargs["split"].join(*output)
+            if isinstance(output, Stream):
+                output = output.total_TD
+            elif isinstance(output, tuple):  # a decoder layer that ran prefix and suffix apart
+                output = kwargs["split"].join(*(part.total_TD for part in output))
             if name == "enc.pooled":
                 output.retain_grad()
             seen.setdefault(name, output)

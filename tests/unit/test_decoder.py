@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import arc_kernels as ak
 from arc_ds.data.groups import GroupRule
 from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.model.decoder import DecoderRows
@@ -164,3 +167,32 @@ def test_prefix_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(decoder.layers[0].attention), "attend", spy)
     decoder(batch, _vectors(batch))
     assert seen == [(3, False), (batch.num_decoder_rows - 3, True)] * 3
+
+
+def test_what_a_layer_adds_last_is_summed_by_the_next_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("rms_norm", "add_rms_norm"):
+        monkeypatch.setattr(ak, name, _recorded(calls, name, getattr(ak, name)))
+    decoder = tiny_decoder()
+    decoder(pack([sample(6)], SPEC), None)
+    assert calls == ["rms_norm", *["add_rms_norm"] * (2 * len(decoder.layers) - 1), "rms_norm"]
+
+
+@pytest.mark.parametrize("sizes", [(-9, 5), (4, -9, 5)], ids=["whole", "prefix and suffix"])
+def test_a_layer_that_is_recomputed_keeps_its_input_as_one_tensor(sizes: tuple[int, ...]) -> None:
+    decoder, batch = tiny_decoder(), pack([sample(*sizes)], SPEC)
+    decoder.activation_checkpointing = True
+    kept: list[tuple[int, ...]] = []
+    z = _vectors(batch)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
+        decoder.hidden(DecoderRows.of(batch), z)
+    rows = batch.num_decoder_rows if batch.prefix is None else batch.prefix.suffix_rows.numel()
+    assert kept.count((rows, decoder.config.hidden_size)) == len(decoder.layers)
+
+
+def _recorded(calls: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(*args: Any) -> Any:
+        calls.append(name)
+        return function(*args)
+
+    return record

@@ -78,7 +78,7 @@ def test_two_levels_pool_in_the_last_two_layers() -> None:
     encoder, spec = _encoder(rules=(GroupRule("factor", 2), GroupRule("factor", 3)))
     rows: list[int] = []
     for layer in encoder.layers:
-        layer.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+        layer.register_forward_hook(lambda module, args, output: rows.append(output.total_TD.shape[0]))
     encoder(pack([sample(-12), sample(-5)], spec))
     assert rows == [17, 6 + 3, 2 + 1]
 

@@ -46,10 +46,14 @@ TASKS = ("reconstruction", "continuation")
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
-    """What a run is made of, opened and checked; the values of weights are not read yet."""
+    """What a run is made of, opened and checked; the values of weights are not read yet.
+
+    tokenizers: fingerprints (see `check_tokenizers`).
+    """
 
     ds_config: dict[str, Any]
     spec: CompressorSpec
+    tokenizers: dict[str, str]
     data: StepData
     validator: Validator | None
     weights: StartingWeights
@@ -66,12 +70,13 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         parts = RunParts(
             ds_config=ds_config,
             spec=spec,
+            tokenizers=tokenizers,
             data=step_data(config, spec.packing),
             validator=_validator(config, spec, device),
             weights=open_starting_weights(config, spec),
             decoders=open_decoders(config),
         )
-    _check_same(config, parts, tokenizers)
+    _check_same(config, parts)
     return parts
 
 
@@ -97,6 +102,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         folder=Path(config.run_dir),
         device=device,
         spec=parts.spec,
+        tokenizers=parts.tokenizers,
         engine=engine,
         decoders=_place(config, parts.decoders, device, parts.ds_config),
         data=parts.data,
@@ -220,7 +226,7 @@ def _common_local_world_size() -> int:
     return sizes.pop() if len(sizes) == 1 else 1
 
 
-def _check_same(config: RunConfig, parts: RunParts, tokenizers: tuple[str, ...]) -> None:
+def _check_same(config: RunConfig, parts: RunParts) -> None:
     """ConfigError where hosts were told or have found different things; a collective.
 
     They would wait for each other for ever, or train apart without a word. Paths may differ between hosts.
@@ -231,7 +237,7 @@ def _check_same(config: RunConfig, parts: RunParts, tokenizers: tuple[str, ...])
         "the encoder's and bridges' sizes": parts.spec,
         "decoders": [(d.name, d.placement, d.rope_scaling) for d in config.decoders],
         "the decoders' sizes": [weights.shape.config for weights in parts.decoders],
-        "tokenizers": tokenizers,
+        "tokenizers": parts.tokenizers,
         "shards, seed, batch": parts.data.order.fingerprint,
     }
     different = [name for name, value in found.items() if not dist.all_ranks_agree(value)]

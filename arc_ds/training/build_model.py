@@ -75,20 +75,20 @@ def decoder_tokenizer_paths(config: RunConfig) -> tuple[Path, ...]:
     return tuple(_tokenizer_path(d.tokenizer, d.backbone, f"decoder {d.name}") for d in config.decoders)
 
 
-def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> tuple[str, ...]:
-    """Fingerprints of the encoder's and the decoders' tokenizers.
+def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> dict[str, str]:
+    """Fingerprints of the encoder's and the decoders' tokenizers, by their keys in the config.
 
     TokenizerError where one has ids that its model's embedding does not have.
     """
     tokenizer = load_tokenizer(encoder_tokenizer_path(config))
     check_fits(tokenizer, spec.backbone.vocab_size, config.encoder.backbone)
-    fingerprints = [tokenizer.fingerprint]
-    for decoder, path in zip(config.decoders, decoder_tokenizer_paths(config), strict=True):
+    fingerprints = {"encoder": tokenizer.fingerprint}
+    for idx, (decoder, path) in enumerate(zip(config.decoders, decoder_tokenizer_paths(config), strict=True)):
         vocab_size = read_backbone_config(decoder.backbone, decoder.rope_scaling).vocab_size
         tokenizer = load_tokenizer(path)
         check_fits(tokenizer, vocab_size, decoder.backbone)
-        fingerprints.append(tokenizer.fingerprint)
-    return tuple(fingerprints)
+        fingerprints[f"decoders.{idx}"] = tokenizer.fingerprint
+    return fingerprints
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 class Run:
     """A run in memory.
 
+    tokenizers: fingerprints of those in use, by their keys in the config.
     step: optimizer steps done; the next batch is that of step number `step`. skipped_steps: how many of them changed
     nothing because a loss or gradient was not finite; skipped_in_row: of these, the ones since the last that did.
     """
@@ -41,6 +42,7 @@ class Run:
     schedule: RateSchedule
     validator: Validator | None
     tasks: tuple[str, ...]
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0

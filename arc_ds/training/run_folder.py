@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from arc_ds.config.deepspeed import resolve_deepspeed
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
 from arc_ds.config.schema import RunConfig
 from arc_ds.device import describe_device
-from arc_ds.errors import CheckpointError, ConfigError, DataError
+from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from arc_ds.export.consolidate import TrainedFor
 from arc_ds.training.build_model import encoder_tokenizer_path
 from arc_ds.training.checkpoint import (
@@ -69,12 +70,12 @@ def check_run_folder(config: RunConfig) -> None:
         _check_nothing_lies_beyond(folder, Path(config.checkpoint.resume))
 
 
-def find_start(config: RunConfig, data_fingerprint: str) -> Path | None:
+def find_start(config: RunConfig, data_fingerprint: str, tokenizers: Mapping[str, str]) -> Path | None:
     """The checkpoint that the config asks to resume from, None where the run starts anew; a collective.
 
-    It is whole, and of this config and these data. CheckpointError where a named one is not whole, or none of the
-    folder's is (the run is not made again from its first step unless asked); ConfigError or DataError where it is of
-    another config or of other data.
+    It is whole, and of this config, these data and these tokenizers (fingerprints). CheckpointError where a named one
+    is not whole, or none of the folder's is (the run is not made again from its first step unless asked); ConfigError,
+    DataError or TokenizerError where it is of another config, other data or another tokenizer.
     """
     wanted = config.checkpoint.resume
     if wanted == "never":
@@ -88,13 +89,13 @@ def find_start(config: RunConfig, data_fingerprint: str) -> Path | None:
                 "start a new run in another run_dir."
             )
         if path is not None:
-            _check_is_of(path, config, data_fingerprint)
+            _check_is_of(path, config, data_fingerprint, tokenizers)
     return path
 
 
 def resume(run: Run) -> TrainerState | None:
     """Loads what `find_start` finds and sets the run's counts; a collective. None where the run starts anew."""
-    path = find_start(run.config, run.data.order.fingerprint)
+    path = find_start(run.config, run.data.order.fingerprint, run.tokenizers)
     if path is None:
         return None
     state = load_checkpoint(run.engine, path)
@@ -170,6 +171,7 @@ def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
             "compressor": run.spec.to_json(),
             "encoder_tokenizer": str(encoder_tokenizer_path(run.config).resolve()),
             "decoders": [asdict(decoder) for decoder in decoders],
+            "tokenizers": dict(run.tokenizers),
             "skipped_steps": run.skipped_steps,
             "skipped_in_row": run.skipped_in_row,
         },
@@ -235,7 +237,7 @@ def _named(path: Path) -> Path:
     return path
 
 
-def _check_is_of(path: Path, config: RunConfig, data_fingerprint: str) -> None:
+def _check_is_of(path: Path, config: RunConfig, data_fingerprint: str, tokenizers: Mapping[str, str]) -> None:
     state = read_trainer_state(path)
     if state.config_hash != config_hash(config):
         raise ConfigError(
@@ -246,4 +248,11 @@ def _check_is_of(path: Path, config: RunConfig, data_fingerprint: str) -> None:
         raise DataError(
             f"the data are not those that {path} was trained on: shards, weights or their order have changed. Restore "
             "them, or start a new run from its weights (export it and set encoder.init_from)."
+        )
+    before = state.extra.get("tokenizers", {})
+    changed = [key for key in sorted(before.keys() & tokenizers.keys()) if before[key] != tokenizers[key]]
+    if changed:
+        raise TokenizerError(
+            f"the tokenizer of {', '.join(changed)} is not the one that {path} was trained with: its files have "
+            "changed, and with them the meaning of every id. Restore them (key `tokenizer`)."
         )

@@ -25,7 +25,7 @@ from arc_ds.training.exit_codes import EXIT_USER_ERROR
 from arc_ds.training.manifest import Manifest, seal_file, write_manifest
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import check_run_folder, find_start
-from tests.helpers.tiny_data import numbered_texts, write_shards
+from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards
 from tests.helpers.tiny_run import train, write_inputs
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def _start(config: RunConfig) -> Path | None:
     check_paths(config)
     check_run_folder(config)
     parts = read_parts(config, CPU)
-    return find_start(config, parts.data.order.fingerprint)
+    return find_start(config, parts.data.order.fingerprint, parts.tokenizers)
 
 
 def _refusal(kind: type[ArcError], config: Path, run: Path, overrides: Sequence[str] = ()) -> str:
@@ -172,12 +172,18 @@ def _used_run(config: Path, run: Path, *, steps: Sequence[int] = ()) -> RunConfi
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_yaml(loaded))
     (run / "metrics.jsonl").write_text('{"step": 1, "time": 0.0, "metrics": {"train/loss": 2.0}}\n')
-    fingerprint = read_parts(loaded, CPU).data.order.fingerprint
+    parts = read_parts(loaded, CPU)
     for step in steps:
         folder = run / "checkpoints" / f"step_{step:06d}"
         folder.mkdir(parents=True)
-        state = {"step": step, "data_position": 8 * step, "data_fingerprint": fingerprint}
-        (folder / "trainer.json").write_text(json.dumps({**state, "config_hash": config_hash(loaded)}))
+        state = {
+            "step": step,
+            "data_position": 8 * step,
+            "data_fingerprint": parts.data.order.fingerprint,
+            "config_hash": config_hash(loaded),
+            "extra": {"tokenizers": parts.tokenizers},
+        }
+        (folder / "trainer.json").write_text(json.dumps(state))
         files = (seal_file(folder, folder / "trainer.json"),)
         write_manifest(folder, Manifest(step=step, world_size=1, files=files))
     return loaded
@@ -215,6 +221,17 @@ def test_data_that_changed_since_the_checkpoint_are_refused(run: Path, tmp_path:
     write_shards(tmp_path / "own" / "train", tmp_path / "own" / "encoder", numbered_texts(40))
     message = _refusal(DataError, config, run)
     assert "step_000008" in message and "have changed" in message and "Restore" in message
+
+
+@pytest.mark.parametrize(("folder", "key"), [("encoder", "encoder"), ("wide", "decoders.0")])
+def test_a_tokenizer_that_changed_since_the_checkpoint_is_refused(
+    run: Path, tmp_path: Path, folder: str, key: str
+) -> None:
+    config = write_inputs(tmp_path / "own")
+    _used_run(config, run, steps=(8,))
+    write_json_tokenizer(tmp_path / "own" / folder, bos=False)
+    message = _refusal(TokenizerError, config, run)
+    assert f"the tokenizer of {key} is not" in message and "step_000008" in message and "Restore" in message
 
 
 def test_a_folder_whose_checkpoints_are_all_torn_is_not_started_anew(config: Path, run: Path) -> None:

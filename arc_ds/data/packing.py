@@ -123,14 +123,11 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
     lengths = np.fromiter((len(c.ids) for c in contexts), dtype=np.int64, count=len(contexts))
     row_lengths = lengths + spec.memory_tokens
     levels = group_levels(lengths, spec.rules) if not spec.memory_tokens else ()
-    if spec.memory_tokens:
-        num_outputs = np.full_like(lengths, spec.memory_tokens)
-    else:
-        num_outputs = np.diff(levels[-1].cu_seqlens).astype(np.int64) if levels else lengths
+    outputs = num_outputs(lengths, spec)
     kinds = np.fromiter(
         (-1 if c.marker is None else MARKERS.index(c.marker) for c in contexts), dtype=np.int64, count=len(contexts)
     )
-    vectors = num_outputs + (kinds >= 0)  # compressed vectors of each context, its marker included
+    vectors = outputs + (kinds >= 0)  # compressed vectors of each context, its marker included
     first = np.cumsum(vectors) - vectors
     slots_token, slots_memory = _split_rows(lengths, row_lengths) if spec.memory_tokens else (None, None)
     rows = _decoder_rows(samples, vectors)
@@ -149,12 +146,21 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
             )
             for level in levels
         ),
-        output_slots=torch.from_numpy(_ranges(num_outputs) + np.repeat(first, num_outputs)),
-        marker_slots=torch.from_numpy((first + num_outputs)[kinds >= 0]),
+        output_slots=torch.from_numpy(_ranges(outputs) + np.repeat(first, outputs)),
+        marker_slots=torch.from_numpy((first + outputs)[kinds >= 0]),
         marker_kinds=torch.from_numpy(kinds[kinds >= 0]),
         encoder_max_seqlen=int(row_lengths.max(initial=0)),
         **rows,
     )
+
+
+def num_outputs(lengths: NDArray[np.int64], spec: PoolingSpec) -> NDArray[np.int64]:
+    """Encoder outputs of contexts of the given lengths (their markers not included), int64 [C] both."""
+    if spec.memory_tokens:
+        return np.full_like(lengths, spec.memory_tokens)
+    for rule in spec.rules:
+        lengths = rule.num_groups(lengths)
+    return lengths
 
 
 def _decoder_rows(samples: Sequence[Sample], vectors: NDArray[np.int64]) -> dict:

@@ -1,0 +1,177 @@
+"""How a rank's share of a step is split into micro-batches, so that memory stays bounded whatever the lengths.
+
+A step's share has as many equal parts as the config's `micro_batches`. Where a part exceeds a limit it is split
+further, and every rank splits its share into the same number, since ranks meet in every pass:
+
+1. `planned_splits`, from the index's lengths of the whole global batch: every rank finds the same number.
+2. `split`, from the real lengths of the rank's own samples, into at least that many.
+3. Where some rank needed more after all, the ranks agree on the largest number before the step (`training.loop`), and
+   the others make the step's batch again, with `at_least` that number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from arc_ds.data.packing import PoolingSpec, num_outputs
+from arc_ds.data.segments import Sample
+from arc_ds.errors import DataError
+
+
+class SampleSize(NamedTuple):
+    """What a sample takes in a micro-batch. encoder_tokens: with memory tokens; decoder_rows: text and compressed."""
+
+    encoder_tokens: int
+    decoder_rows: int
+
+    @property
+    def work(self) -> int:
+        """About how long it takes; only for balance."""
+        return self.encoder_tokens + self.decoder_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatchLimits:
+    """The most that one micro-batch may hold; None: no limit."""
+
+    max_encoder_tokens: int | None = None
+    max_decoder_rows: int | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a limit at all."""
+        return self.max_encoder_tokens is not None or self.max_decoder_rows is not None
+
+    def allow(self, encoder_tokens: int, decoder_rows: int) -> bool:
+        """Whether a micro-batch may be of this size."""
+        return (self.max_encoder_tokens is None or encoder_tokens <= self.max_encoder_tokens) and (
+            self.max_decoder_rows is None or decoder_rows <= self.max_decoder_rows
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """The samples of one micro-batch: places within a part of the share, ascending."""
+
+    part_idx: int
+    members: tuple[int, ...]
+
+
+def sample_size(sample: Sample, pooling: PoolingSpec) -> SampleSize:
+    """The size of a sample, as `pack` will lay it out."""
+    lengths = [len(segment.ids) for segment in sample.segments if segment.kind == "context"]
+    markers = sum(segment.marker is not None for segment in sample.segments)
+    outputs = int(num_outputs(np.array(lengths, dtype=np.int64), pooling).sum()) if lengths else 0
+    return SampleSize(
+        encoder_tokens=sum(lengths) + pooling.memory_tokens * len(lengths),
+        decoder_rows=sample.num_text_tokens + outputs + markers,
+    )
+
+
+def check_size(size: SampleSize, limits: MicroBatchLimits) -> None:
+    """DataError where a single sample exceeds a limit: no split can help it."""
+    if not limits.allow(*size):
+        raise DataError(
+            f"the sample has {size.encoder_tokens} encoder tokens and {size.decoder_rows} decoder rows; a micro-batch "
+            f"may have {_or_any(limits.max_encoder_tokens)} (data.max_encoder_tokens) and "
+            f"{_or_any(limits.max_decoder_rows)} (data.max_decoder_rows). Raise the limit, ask for shorter contexts, "
+            "or set data.on_error: skip."
+        )
+
+
+def split(parts: Sequence[Sequence[SampleSize]], limits: MicroBatchLimits, at_least: int = 0) -> tuple[Split, ...]:
+    """Split each part of a rank's share so that every micro-batch is under the limits and all are about equal.
+
+    As few as that takes, but one for each part and `at_least` so many in all. Heaviest first: the ranks run their
+    first ones at the same time, their second ones, and so on. ValueError where a single sample exceeds a limit, or
+    more micro-batches are asked for than there are samples.
+    """
+    if at_least > sum(len(part) for part in parts):
+        raise ValueError(f"{at_least} micro-batches of {sum(len(part) for part in parts)} samples were asked for")
+    numbers = [_fewest(part, limits) for part in parts]
+    while sum(numbers) < at_least:
+        can_grow = [idx for idx, part in enumerate(parts) if numbers[idx] < len(part)]
+        numbers[max(can_grow, key=lambda idx: (_work(parts[idx]) / numbers[idx], -idx))] += 1
+    found = [
+        (sum(part[place].work for place in members), Split(part_idx=part_idx, members=members))
+        for part_idx, (part, number) in enumerate(zip(parts, numbers, strict=True))
+        for members in _bins(part, limits, number)
+    ]
+    return tuple(one for _, one in sorted(found, key=lambda pair: (-pair[0], pair[1].part_idx, pair[1].members)))
+
+
+def planned_splits(shares: Sequence[Sequence[Sequence[SampleSize]]], limits: MicroBatchLimits) -> int:
+    """Into how many micro-batches each rank's share is to be split, from estimates of all ranks' shares.
+
+    An estimate above a limit counts as the limit: what such a sample really has is seen when it is made.
+    """
+    if not limits.any:
+        return max(len(share) for share in shares)
+    return max(sum(_fewest([_within(size, limits) for size in part], limits) for part in share) for share in shares)
+
+
+def _fewest(sizes: Sequence[SampleSize], limits: MicroBatchLimits) -> int:
+    """The smallest number of micro-batches that `_try_bins` finds room in."""
+    if not limits.any:
+        return 1
+    number = 1
+    for total, limit in (
+        (sum(size.encoder_tokens for size in sizes), limits.max_encoder_tokens),
+        (sum(size.decoder_rows for size in sizes), limits.max_decoder_rows),
+    ):
+        number = number if limit is None else max(number, -(-total // limit))
+    while number < len(sizes) and _try_bins(sizes, limits, number) is None:
+        number += 1
+    return min(number, len(sizes))
+
+
+def _bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int) -> list[tuple[int, ...]]:
+    """Exactly `number` bins under the limits, at least as many as `_fewest`."""
+    found = _try_bins(sizes, limits, number)
+    # Greedy dealing can fail in more bins than it managed with: then the fuller bins of that are halved.
+    fewer = number
+    while found is None and fewer > 1:
+        fewer -= 1
+        found = _try_bins(sizes, limits, fewer)
+    if found is None:
+        raise ValueError("a sample exceeds the limits of a micro-batch; check_size comes before split")
+    while len(found) < number:
+        fullest = max(found, key=lambda members: (len(members) > 1, sum(sizes[place].work for place in members)))
+        found.remove(fullest)
+        found += [fullest[::2], fullest[1::2]]
+    return [tuple(sorted(members)) for members in found]
+
+
+def _try_bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int) -> list[list[int]] | None:
+    """The heaviest sample first, each into the lightest bin that has room; None where one finds no room."""
+    bins: list[list[int]] = [[] for _ in range(number)]
+    totals = [SampleSize(0, 0)] * number
+    for place in sorted(range(len(sizes)), key=lambda place: (-sizes[place].work, place)):
+        grown = [SampleSize(total[0] + sizes[place][0], total[1] + sizes[place][1]) for total in totals]
+        fitting = [bin_idx for bin_idx in range(number) if limits.allow(*grown[bin_idx])]
+        if not fitting:
+            return None
+        lightest = min(fitting, key=lambda bin_idx: (totals[bin_idx].work, bin_idx))
+        bins[lightest].append(place)
+        totals[lightest] = grown[lightest]
+    return bins
+
+
+def _within(size: SampleSize, limits: MicroBatchLimits) -> SampleSize:
+    tokens, rows = size
+    return SampleSize(
+        tokens if limits.max_encoder_tokens is None else min(tokens, limits.max_encoder_tokens),
+        rows if limits.max_decoder_rows is None else min(rows, limits.max_decoder_rows),
+    )
+
+
+def _work(sizes: Sequence[SampleSize]) -> int:
+    return sum(size.work for size in sizes)
+
+
+def _or_any(limit: int | None) -> str:
+    return "any number" if limit is None else str(limit)

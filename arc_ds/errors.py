@@ -27,6 +27,13 @@ class DataError(ArcError):
     """Shards, records or samples that cannot be used: damaged tar, missing field, empty text."""
 
 
+class StorageError(ArcError):
+    """Files that cannot be reached: a server that does not answer, a full disk, a shard that is gone.
+
+    No error of the data, so `data.on_error: skip` does not pass over it: what a run reads must not depend on weather.
+    """
+
+
 class CheckpointError(ArcError):
     """A checkpoint that cannot be written or read: torn, corrupted, or of another run."""
 

@@ -137,7 +137,8 @@ class SourceConfig:
     """One folder of shards in the mixture."""
 
     path: str
-    """A folder made by `arc-ds shards build`."""
+    """A folder of shards (`arc-ds shards build` or `index`), or the URL of one: http(s)://, s3://, gs://, hf://, sftp://
+    or `pipe:COMMAND`, in which {} stands for the file's name (without {}, a slash and the name are appended)."""
     weight: float = 1.0
     """Its share of the samples, > 0, relative to the other sources."""
 
@@ -165,6 +166,12 @@ class DataConfig:
     """Whether a decoder sequence begins with the tokenizer's begin-of-text, where it has one."""
     num_workers: int = 2
     """Processes per rank that prepare batches; 0: in the training process. Batches do not depend on it."""
+    cache_dir: str | None = None
+    """Where shards from URLs are kept; local to the host. None: ARC_DS_CACHE_DIR, else XDG_CACHE_HOME/arc-ds/shards,
+    else ~/.cache/arc-ds/shards. All processes of a host share it, and so may several runs."""
+    cache_gib: float | None = None
+    """Most that the shards in `cache_dir` take, in GiB, > 0; the least recently used make room. None: half of what is
+    free on its disk when the run starts, what the cache holds already included."""
     on_error: Literal["skip", "stop"] = "stop"
     """A damaged record stops the run, or is replaced by another and counted."""
 

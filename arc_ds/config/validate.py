@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from arc_ds.config.schema import RunConfig, ShareSchedule
+from arc_ds.data.urls import is_url
 from arc_ds.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -85,7 +86,8 @@ def _check_can_be_written(folder: Path) -> None:
 
 
 def _exists(path: str) -> bool:
-    return Path(path).exists()
+    """URLs are tried when they are opened: what is there needs the network."""
+    return is_url(path) or Path(path).exists()
 
 
 def _at_least(key: str, value: float | None, low: float, cure: str = "") -> Iterator[str]:
@@ -164,6 +166,8 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     yield from _at_least("data.max_prefix_tokens", data.max_prefix_tokens, 0)
     yield from _at_least("data.max_continuation_tokens", data.max_continuation_tokens, 2)
     yield from _at_least("data.num_workers", data.num_workers, 0)
+    if data.cache_gib is not None and data.cache_gib <= 0:
+        yield f"data.cache_gib is {data.cache_gib}; expected GiB above 0, or null for half of what is free."
     yield from _share_problems(data.reconstruction_share)
 
 

@@ -1,15 +1,18 @@
 """The shard format: names, the index beside each tar, and the manifest of a folder of shards (design 7).
 
 A folder holds `shard-000000.tar` (a standard webdataset tar of `KEY.json` members), `shard-000000.idx` (an .npy array
-of `INDEX_DTYPE`, one row a member) and so on, and one `manifest.json`.
+of `INDEX_DTYPE`, one row a record) and so on, and one `manifest.json`. Tars that others wrote may lie elsewhere and
+hold their records in other members (`arc-ds shards index`): the manifest says where and which.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +26,20 @@ VERSION = 2
 MANIFEST = "manifest.json"
 RecordKind = Literal["pretraining", "fine_tuning"]
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("xxh64", "<u8"), ("tokens", "<i4")])
+MAX_RECORD_BYTES = 64 << 20
 REBUILD = "Build the shards again (arc-ds shards build) or copy them again."
+_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInfo:
-    """One shard of the manifest. bytes and sha256 are of the tar, index_sha256 of the index beside it."""
+    """One shard of the manifest. bytes and sha256 are of the tar, index_sha256 of the index beside it.
+
+    member: what the names of the members that hold records end with, after KEY and a dot: JSON objects, or plain text
+    where it does not end in json; gzipped where it ends in .gz. location: path (absolute, or from the manifest's
+    folder) or URL of the tar; None: beside the manifest.
+    """
 
     name: str
     samples: int
@@ -36,6 +47,14 @@ class ShardInfo:
     bytes: int
     sha256: str
     index_sha256: str
+    member: str = "json"
+    location: str | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError where a name or a digest is none: they become paths."""
+        digests = (self.sha256, self.index_sha256)
+        if not _NAME.fullmatch(self.name) or not all(_DIGEST.fullmatch(digest) for digest in digests):
+            raise ValueError(f"the shard {self.name!r} has the digests {digests}: expected a file's name, and sha256")
 
     @property
     def index_name(self) -> str:
@@ -65,6 +84,7 @@ class Manifest:
     """What a folder of shards holds. Token counts are of the tokenizer with this fingerprint.
 
     kind: of its records. max_tokens, min_tokens: of pretraining records; fine-tuning records are never cut.
+    text_field: the field of a pretraining record that holds its text (others' shards may call it something else).
     """
 
     samples: int
@@ -75,6 +95,7 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     sources: tuple[SourceInfo, ...]
     kind: RecordKind = "pretraining"
+    text_field: str = "text"
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -89,8 +110,9 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the manifest: the same for the same records in the same shards, whatever their folder."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """sha256 of the manifest: the same for the same records in the same shards, wherever they lie."""
+        nowhere = replace(self, shards=tuple(replace(shard, location=None) for shard in self.shards))
+        return hashlib.sha256(nowhere.to_json().encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -98,32 +120,47 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"{folder}: expected a folder of shards, found no {MANIFEST} in it. Check the path. {REBUILD}")
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(raw: bytes, where: str) -> Manifest:
+    """The manifest of some bytes, which errors call `where`; DataError where it is damaged or contradicts itself."""
     try:
-        spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        spec: dict[str, Any] = json.loads(raw)
         if spec.pop("format") != FORMAT or spec.pop("version") != VERSION:
-            raise DataError(f"{path}: expected format {FORMAT} version {VERSION}. {REBUILD}")
+            raise DataError(f"{where}: expected format {FORMAT} version {VERSION}. {REBUILD}")
         shards = tuple(ShardInfo(**shard) for shard in spec.pop("shards"))
         sources = tuple(SourceInfo(**source) for source in spec.pop("sources"))
         manifest = Manifest(**spec, shards=shards, sources=sources)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}). {REBUILD}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where}: damaged ({type(error).__name__}: {error}). {REBUILD}") from error
     total = sum(shard.samples for shard in manifest.shards)
     if total != manifest.samples or total == 0:
-        raise DataError(f"{path}: says {manifest.samples} samples, its shards say {total}. {REBUILD}")
+        raise DataError(f"{where}: says {manifest.samples} samples, its shards say {total}. {REBUILD}")
     return manifest
 
 
 def read_index(folder: Path, shard: ShardInfo) -> NDArray[np.void]:
     """The index of a shard, INDEX_DTYPE [samples]; DataError where it is missing or not the manifest's."""
     path = folder / shard.index_name
-    if not path.is_file():
-        raise DataError(f"{path}: the index of {shard.name} is missing. {REBUILD}")
-    digest = sha256_of_file(path)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: the index of {shard.name} is missing. {REBUILD}") from error
+    return parse_index(raw, shard, str(path))
+
+
+def parse_index(raw: bytes, shard: ShardInfo, where: str) -> NDArray[np.void]:
+    """The index of some bytes, which errors call `where`; DataError where it is not the manifest's."""
+    digest = hashlib.sha256(raw).hexdigest()
     if digest != shard.index_sha256:
-        raise DataError(f"{path}: expected sha256 {shard.index_sha256[:16]}…, got {digest[:16]}…. {REBUILD}")
-    index = np.load(path, allow_pickle=False)
+        raise DataError(f"{where}: expected sha256 {shard.index_sha256[:16]}…, got {digest[:16]}…. {REBUILD}")
+    try:
+        index = np.load(io.BytesIO(raw), allow_pickle=False)
+    except ValueError as error:
+        raise DataError(f"{where}: expected an .npy array ({error}). {REBUILD}") from error
     if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
-        raise DataError(f"{path}: expected {shard.samples} rows, got {index.shape} of {index.dtype}. {REBUILD}")
+        raise DataError(f"{where}: expected {shard.samples} rows, got {index.shape} of {index.dtype}. {REBUILD}")
     return index
 
 

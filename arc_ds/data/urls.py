@@ -1,0 +1,46 @@
+"""Addresses of shards: what is a URL, and the URL of one file of a folder. Nothing is opened here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+_PIPE = "pipe:"
+_URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path is to be fetched. `file:///…` is a local path written as a URL, so it is not."""
+    return _URL.match(str(path)) is not None and urlsplit(str(path)).scheme != "file"
+
+
+def local_path(path: str | Path) -> Path:
+    """The local path, `file:///…` undone."""
+    parts = urlsplit(str(path))
+    return Path(unquote(parts.path)) if parts.scheme == "file" else Path(path)
+
+
+def join_url(base: str, name: str) -> str:
+    """The URL of the file `name` in the folder `base`.
+
+    `pipe:` commands get the name, quoted for the shell, in place of every {}, or else behind a slash at their end. A
+    query (a signed address) stays behind the name.
+    """
+    if base.startswith(_PIPE):
+        word = shlex.quote(name)
+        return base.replace("{}", word) if "{}" in base else f"{base.rstrip('/')}/{word}"
+    parts = urlsplit(base)
+    word = quote(name) if parts.scheme in ("http", "https") else name
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{word}"))
+
+
+def shown_url(url: str | Path) -> str:
+    """The URL as messages may show it: without the password and the query, which hold secrets. Paths as they are."""
+    if not is_url(url) or str(url).startswith(_PIPE):
+        return str(url)
+    parts = urlsplit(str(url))
+    user, at, host = parts.netloc.rpartition("@")
+    netloc = f"{user.partition(':')[0]}:…@{host}" if at and ":" in user else parts.netloc
+    return urlunsplit(parts._replace(netloc=netloc, query="…" if parts.query else ""))

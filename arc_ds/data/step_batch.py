@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from arc_ds.data.packing import PackedBatch
+from arc_ds.data.tasks import TaskCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,15 +33,15 @@ class StepBatch:
 
     decoder_idxs: the decoders that the step trains for, the same on all ranks. micro_batches: in the order in which
     they run, as many for each of the decoders, and on every rank the same decoders in the same order.
-    skipped: records of this rank that could not be used and were replaced. degraded: records too short for a
-    continuation, which became reconstructions. record_ids: (source, record) of each sample of this rank.
+    skipped: records of this rank that could not be used and were replaced. counts: what of its records was cut or
+    changed. record_ids: (source, record) of each sample of this rank.
     """
 
     step: int
     decoder_idxs: tuple[int, ...]
     micro_batches: tuple[MicroBatch, ...]
     skipped: int = 0
-    degraded: int = 0
+    counts: TaskCounts = field(default_factory=TaskCounts)
     record_ids: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -62,7 +63,7 @@ class StepBatch:
         """Cross from a worker as plain bytes: torch would hand over each small tensor by a file descriptor of its own,
         and a few prefetched steps of many micro-batches would use up the process's limit."""
         buffer = io.BytesIO()
-        _ArrayPickler(buffer, protocol=5).dump([getattr(self, field.name) for field in fields(self)])
+        _ArrayPickler(buffer, protocol=5).dump([getattr(self, one.name) for one in fields(self)])
         return _restore, (buffer.getvalue(),)
 
 
@@ -74,5 +75,5 @@ class _ArrayPickler(pickle.Pickler):
 
 
 def _restore(data: bytes) -> StepBatch:
-    names = [field.name for field in fields(StepBatch)]
+    names = [one.name for one in fields(StepBatch)]
     return StepBatch(**dict(zip(names, pickle.loads(data), strict=True)))

@@ -74,7 +74,7 @@ class Throughput(NamedTuple):
             self.decoder_rows + sum(micro.batch.num_decoder_rows for micro in batch.micro_batches),
             self.labels + batch.num_labels,
             self.skipped_records + batch.skipped,
-            self.degraded_records + batch.degraded,
+            self.degraded_records + batch.counts.degraded,
             self.flops + flops,
         )
 

@@ -31,6 +31,7 @@ from arc_ds.training.non_finite import NonFiniteHook
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder, check_run_folder
 from arc_ds.training.watchdog import Watchdog
+from arc_kernels import use_attention
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=config.stall_limit_s) as watchdog:
             logger.info("%s", _in_words(run))
-            code = fit(run, make_hooks(run, folder, watchdog), stop)
+            with use_attention(config.attention_backend):
+                code = fit(run, make_hooks(run, folder, watchdog), stop)
         status = "FINISHED" if code == EXIT_OK else "KILLED"
     finally:
         folder.close(status)

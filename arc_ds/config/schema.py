@@ -268,6 +268,9 @@ class RunConfig:
     """Of weights in forward and backward; master weights, gradients' sums and optimizer states are fp32 always."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: GPUs where there are any."""
+    attention_backend: Literal["auto", "triton", "flash", "reference"] = "auto"
+    """auto: on a GPU our kernels, or PyTorch's FlashAttention at shapes where it was measured to be faster; flash:
+    FlashAttention wherever it can serve; triton, reference (plain torch): those alone."""
     micro_batches: int = 1
     """Forward and backward passes per step on each rank (gradient accumulation), ≥ 1; divides the rank's batch."""
     log_every: int = 10

@@ -5,20 +5,22 @@ oracle, and the path on CPU) and the public function that checks its arguments a
 
     attention_varlen       softmax attention over packed segments, q and k of different lengths, GQA
     group_pool, pool_norm  ragged groups of rows to one row each; with the norms that follow
-    rms_norm, add_rms_norm, layer_norm
+    rms_norm, layer_norm   and, with the residual addition before them, add_rms_norm, add_layer_norm
     rotary, swiglu
     splice                 token embeddings and given rows into one sequence
     linear_cross_entropy   NLL of labelled rows against a frozen head
     use                    context that chooses the implementation: "auto", "triton" or "reference"
+    use_attention          context that chooses attention's alone, among them PyTorch's FlashAttention: "flash"
 
-ARC_KERNELS in the environment is the choice outside any context; importing this package does not import triton.
+ARC_KERNELS and ARC_ATTENTION in the environment are the choices outside any context; importing this package does not
+import triton.
 ARC_KERNELS_CHECK=1 has the values of boundaries, ids and labels checked on a GPU too (it synchronises); 0: nowhere.
 """
 
 from arc_kernels._dispatch import use
-from arc_kernels.attention import attention_varlen
+from arc_kernels.attention import attention_varlen, use_attention
 from arc_kernels.cross_entropy import linear_cross_entropy
-from arc_kernels.norm import add_rms_norm, layer_norm, rms_norm
+from arc_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from arc_kernels.pooling import POOL_KINDS, PoolNorm, group_pool, pool_norm
 from arc_kernels.rotary import rotary
 from arc_kernels.splice import splice
@@ -27,6 +29,7 @@ from arc_kernels.swiglu import swiglu
 __all__ = [
     "POOL_KINDS",
     "PoolNorm",
+    "add_layer_norm",
     "add_rms_norm",
     "attention_varlen",
     "group_pool",
@@ -38,4 +41,5 @@ __all__ = [
     "splice",
     "swiglu",
     "use",
+    "use_attention",
 ]

@@ -39,12 +39,17 @@ def use(choice: Choice) -> Iterator[None]:
         _forced = before
 
 
+def choice_in_force() -> Choice:
+    """The context's choice, else the environment's. ValueError where ARC_KERNELS is none."""
+    return _forced or _checked(os.environ.get("ARC_KERNELS") or "auto", "ARC_KERNELS")
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether a call on `x` takes the Triton kernels.
 
     Under "triton" a ValueError where they cannot run: float64 or integers, or a CPU tensor without TRITON_INTERPRET=1.
     """
-    choice = _forced or _checked(os.environ.get("ARC_KERNELS") or "auto", "ARC_KERNELS")
+    choice = choice_in_force()
     if choice == "reference":
         return False
     if choice == "auto":
@@ -57,6 +62,12 @@ def use_triton(x: Tensor) -> bool:
             "'reference', or set TRITON_INTERPRET=1 before triton is imported (slow: for tests)"
         )
     return True
+
+
+def demand_triton(x: Tensor) -> None:
+    """ValueError where the kernels cannot run on `x`, whatever the choice in force is."""
+    with use("triton"):
+        use_triton(x)
 
 
 def warp_size() -> int:

@@ -43,12 +43,13 @@ def attention_cases(scale: Scale) -> Iterator[Case]:
     encoder = Layer(
         name="encoder", num_heads=24, num_kv_heads=8, head_dim=128, queries=lengths, keys=lengths, causal=False
     )
-    yield _case(encoder)
-    yield _case(replace(encoder, name="pooled", queries=tuple(-(-n // 8) for n in lengths)))
-    yield _case(replace(encoder, name="decoder", num_heads=32, causal=True))
+    yield attention_case(encoder)
+    yield attention_case(replace(encoder, name="pooled", queries=tuple(-(-n // 8) for n in lengths)))
+    yield attention_case(replace(encoder, name="decoder", num_heads=32, causal=True))
 
 
-def _case(layer: Layer) -> Case:
+def attention_case(layer: Layer) -> Case:
+    """One layer, ours and what it is measured against."""
     def inputs(device: torch.device) -> dict[str, Tensor]:
         rows_q, rows_k = sum(layer.queries), sum(layer.keys)
         kv = (rows_k, layer.num_kv_heads, layer.head_dim)

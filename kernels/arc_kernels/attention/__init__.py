@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +15,9 @@ from arc_kernels._check import (
     check_shape,
     values_are_readable,
 )
-from arc_kernels._dispatch import use, use_triton
+from arc_kernels._dispatch import demand_triton
+from arc_kernels.attention.choice import BACKENDS, Backend, chosen_backend, use_attention
 from arc_kernels.attention.reference import attention_varlen_reference
-
-Backend = Literal["triton", "flash", "reference"]
-BACKENDS: tuple[Backend, ...] = ("triton", "flash", "reference")
 
 
 def attention_varlen(
@@ -45,8 +42,9 @@ def attention_varlen(
     causal: query i of a segment of m queries and n keys sees keys 0 … n - m + i (aligned to the end).
     k_limits_T: int32 [T], instead of `causal`: how many keys of its segment each query sees, at least 1.
     scale: positive, default 1 / sqrt(H).
-    backend: None follows `arc_kernels.use`; "triton" and "reference" override it; "flash" is PyTorch's varlen
-    FlashAttention (bfloat16 and float16 on a CUDA GPU, without k_limits_T; its backward need not repeat bit by bit).
+    backend: None follows `use_attention` and `arc_kernels.use`; "triton" and "reference" override them; "flash" is
+    PyTorch's varlen FlashAttention (bfloat16 and float16 on a CUDA GPU, without k_limits_T; its backward need not
+    repeat bit by bit).
     Raises ValueError on arguments that do not fit, and on a backend that cannot serve them. Where limits or boundaries
     are on a GPU their values are not read (see `arc_kernels`); a query that sees no key then gets 0 from the kernels.
     """
@@ -56,6 +54,12 @@ def attention_varlen(
     _check_sight(cu_seqlens_q, cu_seqlens_k, k_limits_T, causal=causal)
     if not 0.0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; expected a positive number")
+    if backend is None:
+        backend = chosen_backend(
+            q_TNH, k_limits_T, causal=causal, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k
+        )
+    elif backend == "triton":
+        demand_triton(q_TNH)
     return _implementation(backend, q_TNH)(
         q_TNH,
         k_UKH,
@@ -70,13 +74,8 @@ def attention_varlen(
     )
 
 
-def _implementation(backend: Backend | None, q_TNH: Tensor) -> Callable[..., Tensor]:
+def _implementation(backend: Backend, q_TNH: Tensor) -> Callable[..., Tensor]:
     """The function behind a backend; all take the arguments of `attention_varlen_reference`."""
-    if backend is None:
-        backend = "triton" if use_triton(q_TNH) else "reference"
-    elif backend == "triton":
-        with use("triton"):
-            use_triton(q_TNH)  # says why the kernels cannot run here, if they cannot
     if backend == "reference":
         return attention_varlen_reference
     if backend == "flash":
@@ -142,4 +141,4 @@ def _check_sight(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, k_limits_T: Tensor 
             raise ValueError(f"k_limits_T[{i}] is {int(k_limits_T[i])}; expected 1 to the number of the segment's keys")
 
 
-__all__ = ["BACKENDS", "Backend", "attention_varlen", "attention_varlen_reference"]
+__all__ = ["BACKENDS", "Backend", "attention_varlen", "attention_varlen_reference", "use_attention"]

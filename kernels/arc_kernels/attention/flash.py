@@ -51,6 +51,11 @@ def attention_varlen_flash(
     )
 
 
+def flash_serves(q_TNH: Tensor, k_limits_T: Tensor | None) -> bool:
+    """Whether this torch's FlashAttention can serve a call."""
+    return not _unsupported(q_TNH, k_limits_T) and _varlen_attn() is not None
+
+
 def _unsupported(q_TNH: Tensor, k_limits_T: Tensor | None) -> str:
     """What of a call FlashAttention cannot serve, or nothing."""
     head_dim = q_TNH.shape[2]

@@ -1,0 +1,92 @@
+"""Which attention a call takes where it does not say: the kernels, PyTorch's FlashAttention, or plain torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from arc_kernels._dispatch import choice_in_force, demand_triton, use_triton
+from arc_kernels.attention.flash import flash_serves
+from arc_kernels.attention.measured import MEASURED, Measured
+
+Backend = Literal["triton", "flash", "reference"]
+BACKENDS: tuple[Backend, ...] = ("triton", "flash", "reference")
+AttentionChoice = Literal["auto", "triton", "flash", "reference"]
+
+# Equal speed is no reason to leave our own backward, which repeats bit by bit.
+WORTHWHILE = 0.95
+
+_forced: AttentionChoice | None = None  # not a ContextVar, for the reason given in `_dispatch`
+
+
+@contextmanager
+def use_attention(choice: AttentionChoice) -> Iterator[None]:
+    """Within the context `attention_varlen` takes the given backend wherever a call does not name one, on all threads.
+
+    "auto": as `arc_kernels.use` says; and where that is "auto" too, on a GPU, PyTorch's FlashAttention for shapes at
+    which it was measured to be faster (`measured.py`). "flash": FlashAttention for every call that it can serve, the
+    rest as "auto". "triton", "reference". Outside any context the environment's ARC_ATTENTION decides ("auto" where it
+    is unset). ValueError on any other choice.
+    """
+    global _forced
+    before, _forced = _forced, _checked(choice, "choice")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def chosen_backend(
+    q_TNH: Tensor, k_limits_T: Tensor | None, *, causal: bool, max_seqlen_q: int, max_seqlen_k: int
+) -> Backend:
+    """The backend of a call that names none; it can serve that call."""
+    choice = _forced or _checked(os.environ.get("ARC_ATTENTION") or "auto", "ARC_ATTENTION")
+    if choice == "reference":
+        return "reference"
+    if choice == "triton":
+        demand_triton(q_TNH)
+        return "triton"
+    if choice == "flash" and flash_serves(q_TNH, k_limits_T):
+        return "flash"
+    if not use_triton(q_TNH):
+        return "reference"
+    if choice == "auto" and MEASURED and choice_in_force() == "auto" and flash_serves(q_TNH, k_limits_T):
+        rows = _rows_for(torch.cuda.get_device_properties(q_TNH.device.index).name, q_TNH, causal=causal)
+        if flash_was_faster(rows, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k):
+            return "flash"
+    return "triton"
+
+
+def flash_was_faster(rows: Sequence[Measured], *, max_seqlen_q: int, max_seqlen_k: int) -> bool:
+    """Whether FlashAttention was faster at the measured lengths nearest to these (on a logarithmic scale).
+
+    rows: of the GPU, dtype, head size and mask at hand; none: no.
+    """
+    if not rows:
+        return False
+    nearest = min(
+        rows,
+        key=lambda row: (
+            abs(math.log2(row.max_seqlen_q / max_seqlen_q)) + abs(math.log2(row.max_seqlen_k / max_seqlen_k))
+        ),
+    )
+    return nearest.flash_over_ours < WORTHWHILE
+
+
+def _rows_for(gpu: str, q_TNH: Tensor, *, causal: bool) -> list[Measured]:
+    dtype = str(q_TNH.dtype).removeprefix("torch.")
+    wanted = (gpu, dtype, q_TNH.shape[2], causal)
+    return [row for row in MEASURED if (row.gpu, row.dtype, row.head_dim, row.causal) == wanted]
+
+
+def _checked(choice: str, name: str) -> AttentionChoice:
+    for known in ("auto", *BACKENDS):
+        if choice == known:
+            return known  # type: ignore[return-value]
+    raise ValueError(f"{name} is {choice!r}; expected one of auto, {', '.join(BACKENDS)}")

@@ -1,0 +1,112 @@
+"""Times our attention against PyTorch's FlashAttention over head sizes, masks and lengths, and keeps who is faster.
+
+    python kernels/benchmarks/choose_attention.py [--write]
+
+Forward and backward together, bfloat16, 32 query heads on 8 kv heads, about 16,384 rows of segments of one length; the
+encoder's mask (both directions), the pooled layer (one query for eight keys) and the decoder's (causal). `--write`
+replaces this GPU's rows in kernels/arc_kernels/attention/measured.py, which `auto` decides by; commit it. Both sides
+are compared before they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from gpu_attention import Layer, attention_case
+from gpu_cases import Case, Function
+from gpu_checks import same_result
+from gpu_timing import median_ms
+
+from arc_kernels.attention import measured
+from arc_kernels.attention.measured import Measured
+
+ROWS = 16_384
+HEAD_DIMS = (64, 80, 128)
+LENGTHS = (256, 1024, 4096, 16_384)
+NUM_HEADS, NUM_KV_HEADS, FACTOR = 32, 8, 8
+TABLE = Path(measured.__file__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; exit code 1 where the two sides differ in their results."""
+    arguments = _parser().parse_args(argv)
+    if not torch.cuda.is_available():
+        print("no GPU: nothing measured")
+        return 0
+    rows = [row for layer in layers() if (row := _measure(layer)) is not None]
+    if arguments.write:
+        others = [row for row in measured.MEASURED if row.gpu != torch.cuda.get_device_name()]
+        write_table(TABLE, [*others, *rows])
+        print(f"{TABLE.name}: {len(rows)} rows of {torch.cuda.get_device_name()}")
+    return 0 if len(rows) == len(list(layers())) else 1
+
+
+def layers() -> Iterator[Layer]:
+    """The shapes that are timed."""
+    for head_dim in HEAD_DIMS:
+        for length in LENGTHS:
+            keys = (length,) * (ROWS // length)
+            pooled = (length // FACTOR,) * len(keys)
+            for name, queries, causal in (("encoder", keys, False), ("pooled", pooled, False), ("decoder", keys, True)):
+                yield Layer(
+                    name=name,
+                    num_heads=NUM_HEADS,
+                    num_kv_heads=NUM_KV_HEADS,
+                    head_dim=head_dim,
+                    queries=queries,
+                    keys=keys,
+                    causal=causal,
+                )
+
+
+def write_table(path: Path, rows: Sequence[Measured]) -> None:
+    """Replace the last statement of measured.py, the table, by these rows."""
+    head, statement, _ = path.read_text(encoding="utf-8").partition("MEASURED: tuple[Measured, ...] = ")
+    if not statement:
+        raise ValueError(f"{path} does not define MEASURED; restore it from the repository")
+    lines = "".join(f"    {row!r},\n" for row in sorted(rows))
+    path.write_text(f"{head}{statement}{f'({chr(10)}{lines})' if rows else '()'}\n", encoding="utf-8")
+
+
+def _measure(layer: Layer) -> Measured | None:
+    """One row of the table; None where the two sides disagree."""
+    case = attention_case(layer)
+    device = torch.device("cuda")
+    inputs = {name: x.requires_grad_(name in case.wants_grad) for name, x in case.inputs(device).items()}
+    ours, flash = (partial(case.function, backend=backend) for backend in ("triton", "flash"))
+    shape = f"{layer.name} H={layer.head_dim} {max(layer.queries)} x {max(layer.keys)}"
+    if not same_result(flash(**inputs), ours(**inputs)):
+        print(f"{shape}: FlashAttention and ours differ; run bench_kernels.py --kernel attention")
+        return None
+    ratio = _forward_backward_ms(case, flash, inputs) / _forward_backward_ms(case, ours, inputs)
+    print(f"{shape}: FlashAttention takes {ratio:.2f} of our time", flush=True)
+    return Measured(
+        gpu=torch.cuda.get_device_name(),
+        dtype="bfloat16",
+        head_dim=layer.head_dim,
+        causal=layer.causal,
+        max_seqlen_q=max(layer.queries),
+        max_seqlen_k=max(layer.keys),
+        flash_over_ours=round(ratio, 3),
+    )
+
+
+def _forward_backward_ms(case: Case, function: Function, inputs: dict[str, torch.Tensor]) -> float:
+    leaves = [inputs[name] for name in case.wants_grad]
+    seed = torch.randn_like(inputs["q_TNH"])
+    return median_ms(lambda: torch.autograd.grad(function(**inputs), leaves, seed))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Which attention is faster on this GPU; see the file's docstring.")
+    parser.add_argument("--write", action="store_true", help="replace this GPU's rows in the table that auto reads")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Which attention a call takes: what was said first, then what was measured, and never one that cannot serve it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import arc_kernels as ak
+from arc_kernels.attention import choice
+from arc_kernels.attention.measured import Measured
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+Q = torch.zeros(4, 2, 64, dtype=torch.bfloat16)
+
+
+def _row(max_seqlen: int, ratio: float, *, gpu: str = "G", head_dim: int = 64, causal: bool = False) -> Measured:
+    return Measured(gpu, "bfloat16", head_dim, causal, max_seqlen, max_seqlen, ratio)
+
+
+def _chosen(**changes: object) -> str:
+    arguments = {"causal": False, "max_seqlen_q": 300, "max_seqlen_k": 300, **changes}
+    return choice.chosen_backend(Q, None, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose GPU "G" runs both, with rows that favour each at some length."""
+    monkeypatch.setattr(choice, "flash_serves", lambda q, limits: limits is None)
+    monkeypatch.setattr(choice, "use_triton", lambda q: choice.choice_in_force() != "reference")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="G"))
+    table = (
+        _row(256, 1.2),
+        _row(4096, 0.8),
+        _row(256, 0.5, gpu="H"),
+        _row(256, 0.5, head_dim=128),
+        _row(256, 0.5, causal=True),
+    )
+    monkeypatch.setattr(choice, "MEASURED", table)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_takes_what_was_faster_at_the_nearest_lengths_of_this_gpu_head_size_and_mask() -> None:
+    assert _chosen() == "triton"
+    assert _chosen(max_seqlen_q=3000, max_seqlen_k=3000) == "flash"
+    assert _chosen(causal=True) == "flash"
+    limits = torch.ones(4, dtype=torch.int32)
+    found = choice.chosen_backend(Q, limits, causal=False, max_seqlen_q=4096, max_seqlen_k=4096)
+    assert found == "triton", "FlashAttention cannot serve limits"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_choice_of_kernels_is_not_overruled_by_the_table() -> None:
+    for forced in ("triton", "reference"):
+        with ak.use(forced):  # type: ignore[arg-type]
+            assert _chosen(max_seqlen_q=4096, max_seqlen_k=4096) == forced
+
+
+def test_a_gpu_without_rows_takes_ours_and_equal_speed_is_not_enough() -> None:
+    assert not choice.flash_was_faster([], max_seqlen_q=9, max_seqlen_k=9)
+    assert not choice.flash_was_faster([_row(64, 0.96)], max_seqlen_q=64, max_seqlen_k=64)
+    assert choice.flash_was_faster([_row(64, 0.94)], max_seqlen_q=64, max_seqlen_k=64)
+
+
+def test_flash_is_taken_where_it_serves_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARC_ATTENTION", "flash")
+    with ak.use("reference"):
+        assert _chosen() == "reference", "there is no FlashAttention on the CPU"
+        monkeypatch.setattr(choice, "flash_serves", lambda q, limits: True)
+        assert _chosen() == "flash"
+        with ak.use_attention("reference"):
+            assert _chosen() == "reference"
+
+
+def test_an_unknown_choice_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = "choice is 'fast'; expected one of auto, triton, flash"
+    with pytest.raises(ValueError, match=expected), ak.use_attention("fast"):  # type: ignore[arg-type]
+        pass
+    monkeypatch.setenv("ARC_ATTENTION", "sdpa")
+    with pytest.raises(ValueError, match="ARC_ATTENTION is 'sdpa'"):
+        _chosen()
+
+
+def test_triton_without_a_gpu_or_the_interpreter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with ak.use_attention("triton"), pytest.raises(ValueError, match="Triton kernels were asked for"):
+        _chosen()
+
+
+def test_the_table_is_written_so_that_it_reads_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    program = importlib.import_module("choose_attention")
+    path = tmp_path / "measured.py"
+    path.write_text(program.TABLE.read_text(encoding="utf-8"), encoding="utf-8")
+    for rows in ([_row(4096, 0.8), _row(256, 1.2)], []):
+        program.write_table(path, rows)
+        spec = importlib.util.spec_from_file_location("measured_again", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert [tuple(row) for row in module.MEASURED] == sorted(tuple(row) for row in rows)

@@ -1,14 +1,20 @@
-"""Records: what one member of a shard holds.
+"""Records: what one member of a shard holds (design 7).
 
-A record is a JSON object; pretraining needs its `text`. One record is one training sequence (design 7).
+A record is a JSON object of one of two kinds. Pretraining: {"text"}. Fine-tuning: {"passages": [str] or "passage": str,
+"question"?: str, "instruction"?: str, "answer": str or [str]}. Other fields are carried along and ignored.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from arc_ds.errors import DataError
+
+# A record is one training sequence: 32 chunks of 1024 tokens are 0.2 MB. Beyond this a file has lost its line ends.
+MAX_RECORD_BYTES = 16 << 20
+_PASSAGES = ("passages", "passage")
 
 
 def encode_record(record: dict[str, Any]) -> bytes:
@@ -17,32 +23,135 @@ def encode_record(record: dict[str, Any]) -> bytes:
 
 
 def decode_record(payload: bytes) -> dict[str, Any]:
-    """The record of a member's bytes; DataError if it is no JSON object with a non-empty `text`."""
+    """The record of a member's bytes; DataError if it is neither of the two kinds."""
     record = decode_object(payload)
-    if not text_of(record, "text"):
-        raise DataError("expected a non-empty string in the field `text`, got an empty one")
+    check_record(record)
     return record
 
 
 def decode_object(payload: bytes) -> dict[str, Any]:
-    """The JSON object of some bytes; DataError on anything else."""
+    """The JSON object of some bytes; DataError on anything else, and before parsing on more than MAX_RECORD_BYTES."""
+    if len(payload) > MAX_RECORD_BYTES:
+        raise DataError(
+            f"a record of {len(payload)} bytes; expected at most {MAX_RECORD_BYTES}. Is it a whole file on one line? "
+            "Cut it into records."
+        )
     try:
-        record = json.loads(payload)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        record = json.loads(str(payload, "utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of thousands of digits
         raise DataError(f"expected JSON in UTF-8: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"expected a JSON object, got {type(record).__name__}")
     return record
 
 
+def check_record(record: dict[str, Any]) -> None:
+    """DataError that names the field if the record is of neither kind. One with a `text` is of pretraining."""
+    if "text" in record:
+        pretraining_text(record)
+    elif "answer" in record or any(field in record for field in _PASSAGES):
+        fine_tuning_record(record)
+    else:
+        raise DataError(
+            f"expected the field `text` (pretraining), or `passages` and `answer` (fine-tuning), got {_fields(record)}"
+        )
+
+
+def pretraining_text(record: dict[str, Any]) -> str:
+    """The text of a pretraining record; DataError where it is missing, no string or empty."""
+    text = text_of(record, "text")
+    if not text:
+        raise DataError("expected a non-empty string in the field `text`, got an empty one")
+    return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FineTuningRecord:
+    """Passages (at least one, the most relevant first), what is asked about them, and every right answer.
+
+    question, instruction: None where there is none. instruction: what to do in place of a question, with `{question}`
+    where that stands; "prefix||instruction||suffix" is a whole chat prompt (see `tasks.few_shot`).
+    """
+
+    passages: tuple[str, ...]
+    question: str | None
+    instruction: str | None
+    answers: tuple[str, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text of the record."""
+        asked = (self.instruction, self.question)
+        return (*self.passages, *(text for text in asked if text is not None), *self.answers)
+
+
+def fine_tuning_record(record: dict[str, Any]) -> FineTuningRecord:
+    """The fine-tuning record in a JSON object.
+
+    DataError that names the field where one is missing, of the wrong type, blank where text is needed, or holds what
+    UTF-8 cannot encode.
+    """
+    return FineTuningRecord(
+        passages=_passages(record),
+        question=_optional_text(record, "question"),
+        instruction=_optional_text(record, "instruction"),
+        answers=_texts(record, "answer"),
+    )
+
+
 def text_of(record: dict[str, Any], field: str) -> str:
     """A field's text; DataError where it is missing, no string, or holds lone surrogates (JSON's \\ud800 can)."""
     text = record.get(field)
     if not isinstance(text, str):
-        got = type(text).__name__ if field in record else f"the fields {sorted(record)}"
+        got = type(text).__name__ if field in record else _fields(record)
         raise DataError(f"expected a string in the field {field!r}, got {got}")
+    return _checked(text, field)
+
+
+def _passages(record: dict[str, Any]) -> tuple[str, ...]:
+    given = [field for field in _PASSAGES if record.get(field) is not None]
+    if len(given) != 1:
+        got = "both" if given else _fields(record)
+        raise DataError(f"expected the field `passages` (a list of texts) or `passage` (a text), got {got}")
+    return _texts(record, given[0])
+
+
+def _texts(record: dict[str, Any], field: str) -> tuple[str, ...]:
+    """A field that holds one text or a list of them, none blank."""
+    value = record.get(field)
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        got = _fields(record) if field not in record else _kind(value)
+        raise DataError(f"expected a string or a list of strings in the field {field!r}, got {got}")
+    for text in texts:
+        if not _checked(text, field).strip():
+            raise DataError(f"expected text in the field {field!r}, got a blank string")
+    return tuple(texts)
+
+
+def _optional_text(record: dict[str, Any], field: str) -> str | None:
+    """A field's text, None where it is missing, null or blank."""
+    if record.get(field) is None:
+        return None
+    text = text_of(record, field)
+    return text if text.strip() else None
+
+
+def _checked(text: str, field: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"the field {field!r} holds characters that UTF-8 cannot encode: {error}") from error
     return text
+
+
+def _kind(value: object) -> str:
+    """What a faulty list of strings is, in words."""
+    if not isinstance(value, list):
+        return type(value).__name__
+    kinds = sorted({type(item).__name__ for item in value})
+    return f"a list of {', '.join(kinds)}" if kinds else "an empty list"
+
+
+def _fields(record: dict[str, Any]) -> str:
+    return f"the fields {sorted(record)[:12]}"

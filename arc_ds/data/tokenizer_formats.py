@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,11 +79,15 @@ class JsonTokenizer:
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
         self.fingerprint = fingerprint
         self._definition = definition
+        added_tokens = backend.get_added_tokens_decoder()
+        self.special_ids: Mapping[str, int] = {
+            added.content: idx for idx, added in added_tokens.items() if added.special
+        }
         self._lengths = np.zeros(self.vocab_size, dtype=np.int64) if _is_byte_level(backend) else None
         if self._lengths is not None:
             for token, idx in vocabulary.items():  # each character of a byte-level token stands for one byte
                 self._lengths[idx] = len(token)
-            for idx, added in backend.get_added_tokens_decoder().items():
+            for idx, added in added_tokens.items():
                 self._lengths[idx] = len(added.content.encode("utf-8"))
 
     @classmethod
@@ -198,6 +203,8 @@ class SentencePieceTokenizer:
         self.bos_id = _id_or_none(processor.bos_id())
         self.eos_id = _id_or_none(processor.eos_id())
         self.fingerprint = fingerprint
+        controls = (idx for idx in range(self.vocab_size) if processor.is_control(idx))
+        self.special_ids: Mapping[str, int] = {processor.id_to_piece(idx): idx for idx in controls}
         self._lengths = np.array([self._num_bytes(idx) for idx in range(self.vocab_size)], dtype=np.int64)
         probe = processor.encode("a")
         self._lead = max(int(self._lengths[probe].sum()) - 1, 0)
@@ -265,6 +272,7 @@ class TiktokenTokenizer:
         self.bos_id: int | None = specials["<|begin_of_text|>"]
         self.eos_id: int | None = specials["<|end_of_text|>"]
         self.fingerprint = fingerprint
+        self.special_ids: Mapping[str, int] = specials
         self._lengths = np.zeros(len(ranks), dtype=np.int64)
         for token, rank in ranks.items():
             self._lengths[rank] = len(token)

@@ -9,6 +9,7 @@ Shape letters: N tokens.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -45,12 +46,14 @@ class Tokenizer(Protocol):
     eos_id: the id that ends a text, None where there is none.
     vocab_size: one more than the largest id.
     fingerprint: sha256 of what defines the tokenizer, as hex digits.
+    special_ids: id of each special token by its text, such as `<|im_end|>`; what chat templates are made of.
     """
 
     bos_id: int | None
     eos_id: int | None
     vocab_size: int
     fingerprint: str
+    special_ids: Mapping[str, int]
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without special tokens."""

@@ -162,6 +162,11 @@ class DataConfig:
     """Longest plain text before the context of a continuation, in decoder tokens, ≥ 0."""
     max_continuation_tokens: int = 256
     """Longest text to continue with, in decoder tokens, ≥ 2 (the first has no row that predicts it)."""
+    max_encoder_tokens: int | None = None
+    """Most encoder tokens in one micro-batch, ≥ max_context_tokens. Where a part of a rank's share has more, all ranks
+    split their shares further, so that memory stays bounded whatever the lengths. None: no limit."""
+    max_decoder_rows: int | None = None
+    """Most decoder rows (text and compressed tokens) in one micro-batch, ≥ 1, likewise. None: no limit."""
     decoder_bos: bool = True
     """Whether a decoder sequence begins with the tokenizer's begin-of-text, where it has one."""
     num_workers: int = 2
@@ -272,13 +277,15 @@ class RunConfig:
     """auto: on a GPU our kernels, or PyTorch's FlashAttention at shapes where it was measured to be faster; flash:
     FlashAttention wherever it can serve; triton, reference (plain torch): those alone."""
     micro_batches: int = 1
-    """Forward and backward passes per step on each rank (gradient accumulation), ≥ 1; divides the rank's batch."""
+    """Equal parts of each rank's share of a step, run one after the other (gradient accumulation), ≥ 1; divides the
+    rank's batch. Limits in `data` may split them further."""
     log_every: int = 10
     """Steps between progress lines, ≥ 1. Metrics are kept for every step."""
     stall_limit_s: float = 1800.0
     """Seconds without a finished step after which every rank's stacks are written to the run's folder, > 0."""
-    decoder_schedule: Literal["sample", "alternate"] = "sample"
-    """With several decoders: the step's decoder is drawn from (seed, step), or they take turns."""
+    decoder_schedule: Literal["sample", "alternate", "same_batch"] = "sample"
+    """With several decoders: the step's decoder is drawn from (seed, step), or they take turns, or every step trains
+    for all of them on the same samples."""
     deepspeed: str = "ds_configs/zero3.json"
     """DeepSpeed's JSON; "auto" in it takes the number from here."""
     encoder: EncoderConfig

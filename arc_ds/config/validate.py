@@ -165,6 +165,11 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     yield from _at_least("data.max_context_tokens", data.max_context_tokens, 1)
     yield from _at_least("data.max_prefix_tokens", data.max_prefix_tokens, 0)
     yield from _at_least("data.max_continuation_tokens", data.max_continuation_tokens, 2)
+    yield from _at_least(
+        "data.max_encoder_tokens", data.max_encoder_tokens, data.max_context_tokens,
+        "One context of data.max_context_tokens has to fit; null sets no limit.",
+    )  # fmt: skip
+    yield from _at_least("data.max_decoder_rows", data.max_decoder_rows, 1, "null sets no limit.")
     yield from _at_least("data.num_workers", data.num_workers, 0)
     if data.cache_gib is not None and data.cache_gib <= 0:
         yield f"data.cache_gib is {data.cache_gib}; expected GiB above 0, or null for half of what is free."

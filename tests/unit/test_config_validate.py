@@ -49,6 +49,8 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["data.sources=[]"], ["data.sources"]),
         (["data.sources.0.weight=0"], ["data.sources.0.weight"]),
         (["data.max_context_tokens=0"], ["data.max_context_tokens"]),
+        (["data.max_encoder_tokens=255"], ["data.max_encoder_tokens is 255; expected 256", "null sets no limit"]),
+        (["data.max_decoder_rows=0"], ["data.max_decoder_rows is 0"]),
         (["data.max_continuation_tokens=1"], ["data.max_continuation_tokens"]),
         (["data.reconstruction_share=1.2"], ["from 0 to 1"]),
         (["data.reconstruction_share=[]"], ["rising steps"]),

@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+# Two test files at a time; a file's tests share runs and groups of processes, and stay together.
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

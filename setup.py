@@ -37,7 +37,14 @@ CORE = [
 EXTRAS = {
     # Readers of GGUF weights and of tokenizer.json and tiktoken files.
     "backbones": ["gguf>=0.17", "tiktoken>=0.8", "tokenizers>=0.21"],
-    "dev": ["hypothesis>=6.100", "mypy>=1.13", "pytest>=8.2", "ruff>=0.8", "transformers>=4.57"],
+    "dev": [
+        "hypothesis>=6.100",
+        "mypy>=1.13",
+        "pytest>=8.2",
+        "pytest-xdist>=3.6",
+        "ruff>=0.8",
+        "transformers>=4.57",
+    ],
     # Both need no more than the core so far; the names are fixed.
     "eval": [],
     "store": [],

@@ -130,6 +130,10 @@ class DecoderConfig:
     sharded, within each host where there are several and a host can hold a copy."""
     activation_checkpointing: bool = False
     """Recompute each of its layers in backward instead of keeping it: less memory, one more forward of the decoder."""
+    chat_template: Literal["none", "llama2", "chatml", "tokenizer"] = "none"
+    """How it is spoken to: as one running text (a base model), in the turns of Llama 2 Chat or of ChatML, or by the
+    template that its tokenizer's files carry. In a chat the template says what the sequence begins with, not
+    `data.decoder_bos`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +145,16 @@ class SourceConfig:
     or `pipe:COMMAND`, in which {} stands for the file's name (without {}, a slash and the name are appended)."""
     weight: float = 1.0
     """Its share of the samples, > 0, relative to the other sources."""
+    task: Literal["pretraining", "few_shot", "long_context"] = "pretraining"
+    """What its records become: reconstruction and continuation of a text; questions on documents with in-context
+    examples; or a text or passages in chunks that are compressed in parallel."""
+    in_context_examples: int = 0
+    """few_shot only: most examples in front of the question, ≥ 0; their number is drawn from 0 to this (paper: 5)."""
+    max_passages: int = 1
+    """few_shot only: most passages of a record joined to one document, ≥ 1; drawn from 1 to this, the first of the
+    record are taken (paper: 4 or 5)."""
+    chunk_tokens: int = 1024
+    """long_context only: encoder tokens of a chunk, ≥ 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +176,16 @@ class DataConfig:
     """Longest plain text before the context of a continuation, in decoder tokens, ≥ 0."""
     max_continuation_tokens: int = 256
     """Longest text to continue with, in decoder tokens, ≥ 2 (the first has no row that predicts it)."""
+    max_documents_tokens: int = 2048
+    """few_shot: most encoder tokens that a sample compresses, its in-context examples' included, ≥ 1. The question's
+    own document is cut to it; examples for which there is no room are left out, the first ones first."""
+    max_chunks: int = 32
+    """long_context: most chunks of a sample, ≥ 1."""
+    max_question_tokens: int = 256
+    """few_shot and long_context: a longer question loses its beginning; in decoder tokens, ≥ 1."""
+    max_answer_tokens: int = 256
+    """few_shot and long_context: a longer answer is cut and its end is no target; in decoder tokens, ≥ 1. An
+    in-context example with a longer question or answer is left out. All that is cut is counted."""
     max_encoder_tokens: int | None = None
     """Most encoder tokens in one micro-batch, ≥ max_context_tokens. Where a part of a rank's share has more, all ranks
     split their shares further, so that memory stays bounded whatever the lengths. None: no limit."""

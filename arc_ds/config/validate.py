@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from arc_ds.config.schema import RunConfig, ShareSchedule
+from arc_ds.config.schema import RunConfig, ShareSchedule, SourceConfig
 from arc_ds.data.urls import is_url
 from arc_ds.errors import ConfigError
 
@@ -156,6 +156,7 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     for idx, source in enumerate(data.sources):
         if source.weight <= 0:
             yield f"data.sources.{idx}.weight is {source.weight}; expected more than 0. Remove a source not wanted."
+        yield from _source_problems(f"data.sources.{idx}", source)
     yield from _at_least("data.batch_size", data.batch_size, 1)
     if data.batch_size >= 1 and config.micro_batches >= 1 and data.batch_size % config.micro_batches:
         yield (
@@ -170,10 +171,27 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
         "One context of data.max_context_tokens has to fit; null sets no limit.",
     )  # fmt: skip
     yield from _at_least("data.max_decoder_rows", data.max_decoder_rows, 1, "null sets no limit.")
+    for name in ("max_documents_tokens", "max_chunks", "max_question_tokens", "max_answer_tokens"):
+        yield from _at_least(f"data.{name}", getattr(data, name), 1)
     yield from _at_least("data.num_workers", data.num_workers, 0)
     if data.cache_gib is not None and data.cache_gib <= 0:
         yield f"data.cache_gib is {data.cache_gib}; expected GiB above 0, or null for half of what is free."
     yield from _share_problems(data.reconstruction_share)
+
+
+def _source_problems(key: str, source: SourceConfig) -> Iterator[str]:
+    yield from _at_least(f"{key}.in_context_examples", source.in_context_examples, 0)
+    yield from _at_least(f"{key}.max_passages", source.max_passages, 1)
+    yield from _at_least(f"{key}.chunk_tokens", source.chunk_tokens, 1)
+    defaults = SourceConfig(path=source.path)
+    owners = {"in_context_examples": "few_shot", "max_passages": "few_shot", "chunk_tokens": "long_context"}
+    for name, task in owners.items():
+        value = getattr(source, name)
+        if source.task != task and value != getattr(defaults, name):
+            yield (
+                f"{key}.{name} is {value}, but only sources of the task {task} use it, and this one's is "
+                f"{source.task}. Set task: {task}, or remove it."
+            )
 
 
 def _share_problems(share: float | ShareSchedule) -> Iterator[str]:

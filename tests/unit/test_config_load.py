@@ -269,6 +269,7 @@ def test_dict_of_a_config_is_plain(write):
             "rope_scaling": "checkpoint",
             "placement": "auto",
             "activation_checkpointing": False,
+            "chat_template": "none",
         }
     ]
 

@@ -1,34 +1,31 @@
-"""Building shards: text and JSONL become webdataset tars with an index and a manifest, the same bytes each time."""
+"""Building shards: documents become webdataset tars with an index and a manifest, the same bytes each time.
+
+The inputs are read here, batch by batch; workers cut and serialise; here again the records are written in order. At the
+end of each shard it is noted where the build stands, so that one that was killed goes on there.
+"""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import logging
 import os
-import shutil
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-import xxhash
 from tqdm import tqdm
 
-from arc_ds.data.records import decode_object, encode_record, text_of
-from arc_ds.data.shards import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo, SourceInfo, sha256_of_file
-from arc_ds.data.text_cutter import TextCutter
+from arc_ds.data.inputs import InputFile, find_inputs, read_batches
+from arc_ds.data.record_maker import Counts, MadeBatch, OnError, RecordRules
+from arc_ds.data.shard_state import BuildFolder, BuildPlan, Checkpoint
+from arc_ds.data.shard_workers import Work, make_in_order
+from arc_ds.data.shards import MANIFEST, Manifest, RecordKind, SourceInfo, sha256_of_file
+from arc_ds.data.tar_writer import ShardWriter
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-_BLOCK = tarfile.BLOCKSIZE
-_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".txt.gz")
 
 
 def build_shards(
@@ -36,253 +33,227 @@ def build_shards(
     out_dir: str | Path,
     tokenizer: Tokenizer | str | Path,
     *,
+    kind: RecordKind = "pretraining",
     max_tokens: int = 768,
     min_tokens: int = 16,
     shard_bytes: int = 128 << 20,
     text_field: str = "text",
+    min_chars: int = 0,
+    quality_field: str | None = None,
+    min_quality: float | None = None,
+    max_document_bytes: int = 64 << 20,
+    on_error: OnError = "stop",
+    workers: int = 1,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Manifest:
-    """Write shards of the inputs' texts to the folder `out_dir` and return its manifest.
+    """Write shards of the inputs' documents to the folder `out_dir` and return its manifest.
 
-    inputs: text files (one document each), JSONL files (one document a line, in `text_field`), either also as .gz, or
-        folders, which are searched for both in sorted order.
-    tokenizer: the encoder's, or its path. Documents of more than `max_tokens` tokens are cut, losing nothing.
-    min_tokens: documents of fewer tokens are left out and counted; no piece of a longer one is shorter.
+    inputs: text files (one document each), JSONL files (one a line) and Parquet files (one a row), the first two also
+        as .gz or .zst, or folders, which are searched for all of them in sorted order.
+    tokenizer: the encoder's, or its path.
+    kind: of the records. Pretraining documents have their text in `text_field` and are cut, losing nothing, to records
+        of at most `max_tokens` tokens; those of fewer than `min_tokens` are left out, and no piece of a longer one is
+        shorter. Fine-tuning documents have the fields of design 7 and are never cut.
     shard_bytes: a shard ends with the member that reaches this size.
-    The folder appears whole or not at all. DataError on an unusable input, or where `out_dir` exists and `overwrite`
-    is not given.
+    min_chars, quality_field, min_quality: documents of fewer characters, or whose number in that field is lower, are
+        left out. All that is left out is counted by reason in the manifest.
+    max_document_bytes, on_error: a longer document is a fault as one that is damaged is; faults stop the build, or are
+        skipped, counted, and the first ones named in the log.
+    workers: processes that cut. The result does not depend on their number.
+    The folder appears whole or not at all. A build that ended early keeps its finished shards in a hidden folder beside
+    `out_dir`, and the same call goes on there. DataError on an unusable input or option, or where `out_dir` exists and
+    `overwrite` is not given.
     """
     out_dir = Path(out_dir)
-    if not 0 < min_tokens <= max_tokens // 2:
-        raise DataError(f"min_tokens = {min_tokens}: expected 1 to max_tokens / 2 = {max_tokens // 2}. Change either.")
-    if out_dir.exists() and not overwrite:
-        raise DataError(f"{out_dir} exists. Give another folder, or overwrite=True (--overwrite) to replace it.")
-    if overwrite and out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / MANIFEST).is_file():
-        raise DataError(f"{out_dir} holds files but no {MANIFEST}: not a folder of shards, so it is not replaced.")
+    rules = RecordRules(
+        kind=kind,
+        text_field=text_field,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        min_chars=min_chars,
+        quality_field=quality_field,
+        min_quality=min_quality,
+        max_document_bytes=max_document_bytes,
+        on_error=on_error,
+    )
+    if shard_bytes < 1 or workers < 1:
+        raise DataError(f"shard_bytes = {shard_bytes}, workers = {workers}: expected at least 1. Change them.")
+    _check_target(out_dir, overwrite)
     files = find_inputs(inputs)
-    if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(tokenizer)
-    cutter = TextCutter(tokenizer=tokenizer, max_tokens=max_tokens, min_tokens=min_tokens)
-    partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        manifest = _build_in(partial, files, cutter, shard_bytes, text_field, progress)
-        _publish(partial, out_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    _check_kinds(files, rules)
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    plan = BuildPlan(
+        files=tuple(files), rules=rules, shard_bytes=shard_bytes, tokenizer_fingerprint=tokenizer.fingerprint
+    )
+    folder = BuildFolder(out_dir)
+    with folder.locked():
+        manifest = _build_in(folder, plan, tokenizer, workers, progress)
+        folder.publish(out_dir)
     logger.info("%s: %d records in %d shards", out_dir, manifest.samples, len(manifest.shards))
     return manifest
 
 
-def _build_in(
-    folder: Path, files: list[Path], cutter: TextCutter, shard_bytes: int, text_field: str, progress: bool
-) -> Manifest:
-    """Write all shards and the manifest to an empty folder."""
-    sources = []
-    with ShardWriter(folder, shard_bytes) as writer, tqdm(total=len(files), unit="file", disable=not progress) as bar:
-        for path in files:
-            sources.append(_write_source(writer, path, cutter, text_field))
-            bar.update()
-            bar.set_postfix(records=writer.num_records, refresh=False)
-    if not writer.shards:
-        raise DataError(
-            f"the inputs ({', '.join(path.name for path in files[:5])}) give no record: every document is empty or "
-            f"shorter than min_tokens = {cutter.min_tokens}. Give other inputs or a smaller min_tokens."
-        )
+def _check_target(out_dir: Path, overwrite: bool) -> None:
+    if out_dir.exists() and not overwrite:
+        raise DataError(f"{out_dir} exists. Give another folder, or overwrite=True (--overwrite) to replace it.")
+    if overwrite and out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / MANIFEST).is_file():
+        raise DataError(f"{out_dir} holds files but no {MANIFEST}: not a folder of shards, so it is not replaced.")
+
+
+def _check_kinds(files: Sequence[InputFile], rules: RecordRules) -> None:
+    texts = [file.path.name for file in files if file.kind == "text"]
+    if texts and rules.kind == "fine_tuning":
+        raise DataError(f"fine-tuning records have several fields; {texts[0]} is plain text. Give JSONL or Parquet.")
+    if texts and rules.quality_field is not None:
+        raise DataError(f"{texts[0]} is plain text and has no field {rules.quality_field!r}. Leave out one of them.")
+
+
+def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, workers: int, progress: bool) -> Manifest:
+    """Write all shards and the manifest to the build's folder; what is finished stays there if it fails."""
+    start = folder.load(plan)
+    if start is not None:
+        logger.warning("%s: going on behind %d finished shards", folder.path, len(start.shards))
+    build = _Build(folder, plan, start or Checkpoint())
+    try:
+        with tqdm(
+            total=sum(file.path.stat().st_size for file in plan.files),
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+        ) as bar:
+            build.run(tokenizer, workers, bar)
+    except BaseException:
+        if build.checkpoint.shards:
+            logger.warning(
+                "%d finished shards are kept in %s: the same command goes on there",
+                len(build.checkpoint.shards),
+                folder.path,
+            )
+        else:
+            folder.remove()
+        raise
     manifest = Manifest(
-        samples=sum(shard.samples for shard in writer.shards),
-        tokens=sum(shard.tokens for shard in writer.shards),
-        max_tokens=cutter.max_tokens,
-        min_tokens=cutter.min_tokens,
-        tokenizer_fingerprint=cutter.tokenizer.fingerprint,
-        shards=tuple(writer.shards),
-        sources=tuple(sources),
+        samples=build.writer.num_records,
+        tokens=build.writer.num_tokens,
+        max_tokens=plan.rules.max_tokens,
+        min_tokens=plan.rules.min_tokens,
+        tokenizer_fingerprint=plan.tokenizer_fingerprint,
+        shards=tuple(build.writer.shards),
+        sources=tuple(build.sources),
+        kind=plan.rules.kind,
     )
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+    with (folder.shards / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(manifest.to_json())
-        _sync(file.fileno())
-    if manifest.skipped:
-        logger.warning("documents left out: %s", manifest.skipped)
+        file.flush()
+        os.fsync(file.fileno())
     return manifest
 
 
-def _write_source(writer: ShardWriter, path: Path, cutter: TextCutter, text_field: str) -> SourceInfo:
-    """Append the records of one input file."""
-    documents = cut = 0
-    skipped: Counter[str] = Counter()
-    first_record, first_token = writer.num_records, writer.num_tokens
-    for where, text in read_documents(path, text_field):
-        documents += 1
-        if not text.strip():
-            skipped["empty"] += 1
-            continue
-        try:
-            pieces = list(cutter.cut(text))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-        if len(pieces) == 1 and pieces[0][1] < cutter.min_tokens:
-            skipped["short"] += 1
-            continue
-        cut += len(pieces) > 1
-        for piece, num_tokens in pieces:
-            writer.write(encode_record({"text": piece}), num_tokens)
-    return SourceInfo(
-        name=path.name,
-        bytes=path.stat().st_size,
-        sha256=sha256_of_file(path),
-        documents=documents,
-        records=writer.num_records - first_record,
-        tokens=writer.num_tokens - first_token,
-        cut=cut,
-        skipped=dict(sorted(skipped.items())),
-    )
+class _Build:
+    """A build under way: what it has written, and what it has seen of the input that it is at."""
 
-
-def _publish(partial: Path, out_dir: Path) -> None:
-    """Rename the finished folder into place; an old one is moved aside first and removed last."""
-    old = None
-    if out_dir.exists():
-        old = out_dir.with_name(f".{out_dir.name}.old-{os.getpid()}")
-        out_dir.rename(old)
-    partial.rename(out_dir)
-    descriptor = os.open(out_dir.parent, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
-    if old is not None:
-        shutil.rmtree(old)
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
-    """The input files, folders replaced by what they hold in sorted order; DataError on a missing or unknown one."""
-    files: list[Path] = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(_SUFFIXES))
-            if not found:
-                raise DataError(f"{path}: expected files ending in {', '.join(_SUFFIXES)}, found none. Check the path.")
-            files += found
-        elif path.is_file() and path.name.endswith(_SUFFIXES):
-            files.append(path)
-        else:
-            state = "of another kind" if path.exists() else "missing"
-            raise DataError(f"input {path} is {state}; expected a folder or a file ending in {', '.join(_SUFFIXES)}.")
-    if not files:
-        raise DataError("no inputs were given. Name text or JSONL files, or folders of them.")
-    return files
-
-
-def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
-    """Yields (where, text) of each document of a file; DataError with file and line on what cannot be read."""
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rb") as file:
-            if ".jsonl" not in path.suffixes:
-                yield str(path), file.read().decode("utf-8")
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, _text_of_line(line, where, text_field)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}). Mend or leave out the file.") from error
-
-
-def _text_of_line(line: bytes, where: str, text_field: str) -> str:
-    try:
-        return text_of(decode_object(line), text_field)
-    except DataError as error:
-        raise DataError(f"{where}: {error}. Mend or remove the line, or name the field with --text-field.") from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    offset: int
-    length: int
-    xxh64: int
-    tokens: int
-
-
-class ShardWriter:
-    """Writes members to tars of about `shard_bytes` in a folder, with an index beside each; a context manager.
-
-    The bytes follow from the members alone: no times, owners or random names are written.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
+    def __init__(self, folder: BuildFolder, plan: BuildPlan, start: Checkpoint) -> None:
         self.folder = folder
-        self.shard_bytes = shard_bytes
-        self.shards: list[ShardInfo] = []
-        self.num_records = self.num_tokens = 0
-        self._tar: BinaryIO | None = None
-        self._stack = ExitStack()
-        self._digest = hashlib.sha256()
-        self._rows: list[_Row] = []
-        self._offset = 0
+        self.plan = plan
+        self.checkpoint = start
+        folder.keep_only(start.shards)
+        self.writer = ShardWriter(folder.shards, plan.shard_bytes, start.shards)
+        self.sources = list(start.sources)
+        self._counts = start.counts.copy()
+        self._first_record = self.writer.num_records - start.file_records
+        self._first_token = self.writer.num_tokens - start.file_tokens
+        self._to_skip = start.num_records  # of the first batch
+        self._digests: dict[int, Future[str]] = {}
+        self._signatures: dict[int, tuple[int, int]] = {}
 
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._tar is not None:
-            self._finish()
-        self._stack.close()
-
-    def write(self, payload: bytes, num_tokens: int) -> None:
-        """Append one record as the member `KEY.json`, KEY being its number among all records."""
-        if self._tar is None:
-            self._begin()
-        header = tarfile.TarInfo(f"{self.num_records:09d}.json")
-        header.size, header.mode = len(payload), 0o644
-        self._append(header.tobuf(tarfile.USTAR_FORMAT))
-        self._rows.append(_Row(self._offset, len(payload), xxhash.xxh64_intdigest(payload), num_tokens))
-        self._append(payload + b"\0" * (-len(payload) % _BLOCK))
-        self.num_records += 1
-        self.num_tokens += num_tokens
-        if self._offset >= self.shard_bytes:
-            self._finish()
-
-    def _begin(self) -> None:
-        path = self.folder / f"shard-{len(self.shards):06d}.tar"
-        self._tar = self._stack.enter_context(path.open("wb"))
-        self._digest, self._rows, self._offset = hashlib.sha256(), [], 0
-
-    def _append(self, data: bytes) -> None:
-        assert self._tar is not None, "a shard is open while members are appended"
-        self._tar.write(data)
-        self._digest.update(data)
-        self._offset += len(data)
-
-    def _finish(self) -> None:
-        """End the tar, write its index, and note both for the manifest."""
-        end = 2 * _BLOCK
-        self._append(b"\0" * (end + -(self._offset + end) % tarfile.RECORDSIZE))
-        assert self._tar is not None, "a shard is open when it is finished"
-        self._tar.flush()
-        _sync(self._tar.fileno())
-        name = Path(self._tar.name).name
-        self._stack.close()
-        self._tar = None
-        index = np.array([(r.offset, r.length, r.xxh64, r.tokens) for r in self._rows], dtype=INDEX_DTYPE)
-        index_path = self.folder / (Path(name).stem + ".idx")
-        with index_path.open("wb") as file:
-            np.save(file, index, allow_pickle=False)
-            file.flush()
-            _sync(file.fileno())
-        self.shards.append(
-            ShardInfo(
-                name=name,
-                samples=len(index),
-                tokens=int(index["tokens"].sum()),
-                bytes=self._offset,
-                sha256=self._digest.hexdigest(),
-                index_sha256=sha256_of_file(index_path),
+    def run(self, tokenizer: Tokenizer, workers: int, bar: tqdm[None]) -> None:
+        """Read, make and write everything from the checkpoint on. DataError on a fault, or where there is no record."""
+        with ThreadPoolExecutor(1) as hasher:
+            works = make_in_order(
+                self._works(hasher),
+                rules=self.plan.rules,
+                tokenizer=tokenizer,
+                tokenizer_folder=self.folder.path / "tokenizer",
+                num_workers=workers,
             )
+            with self.writer, closing(works):
+                for work, made in works:
+                    self._finish_files(work.file_idx)
+                    self._write(work, made)
+                    bar.update(sum(source.bytes for source in self.sources) + work.batch.position - bar.n)
+                    bar.set_postfix(records=self.writer.num_records, refresh=False)
+                self._finish_files(len(self.plan.files))
+        if not self.writer.shards:
+            raise DataError(
+                f"the inputs ({', '.join(file.path.name for file in self.plan.files[:5])}) give no record: "
+                f"{_as_words(self.sources)} left out. Give other inputs, or smaller limits."
+            )
+
+    def _works(self, hasher: ThreadPoolExecutor) -> Iterator[Work]:
+        """The batches from the checkpoint on; an input's digest is computed while it is read."""
+        rules, start = self.plan.rules, self.checkpoint
+        for idx in range(start.file_idx, len(self.plan.files)):
+            file = self.plan.files[idx]
+            self._signatures[idx] = file.signature()
+            self._digests[idx] = hasher.submit(sha256_of_file, file.path)
+            for batch in read_batches(
+                file,
+                columns=rules.columns,
+                max_document_bytes=rules.max_document_bytes,
+                start=start.cursor if idx == start.file_idx else None,
+            ):
+                yield Work(idx, file, batch)
+
+    def _write(self, work: Work, made: MadeBatch) -> None:
+        """Append the records of one batch, noting where the build stands whenever a shard is finished."""
+        for fault in made.faults:
+            logger.warning("left out: %s", fault)
+        if made.stopped is not None:
+            raise DataError(made.stopped)
+        for number, record in enumerate(made.records[self._to_skip :], start=self._to_skip + 1):
+            if self.writer.write(record.payload, record.num_tokens):
+                self._save(work, number)
+        self._to_skip = 0
+        self._counts.add(made.counts)
+
+    def _save(self, work: Work, num_records: int) -> None:
+        self.checkpoint = Checkpoint(
+            shards=tuple(self.writer.shards),
+            sources=tuple(self.sources),
+            file_idx=work.file_idx,
+            cursor=work.batch.cursor,
+            num_records=num_records,
+            counts=self._counts.copy(),
+            file_records=self.writer.num_records - self._first_record,
+            file_tokens=self.writer.num_tokens - self._first_token,
         )
+        self.folder.save(self.plan, self.checkpoint)
+
+    def _finish_files(self, end: int) -> None:
+        """Note what became of the inputs in front of number `end`. DataError where one changed while it was read."""
+        for idx in range(len(self.sources), end):
+            file = self.plan.files[idx]
+            digest = self._digests.pop(idx).result()
+            signature = self._signatures.pop(idx)
+            if signature != file.signature():
+                raise DataError(f"{file.path} changed while it was read. Build again when it is complete.")
+            source = SourceInfo(
+                name=file.name,
+                bytes=signature[0],
+                sha256=digest,
+                documents=self._counts.documents,
+                records=self.writer.num_records - self._first_record,
+                tokens=self.writer.num_tokens - self._first_token,
+                cut=self._counts.cut,
+                skipped=dict(sorted(self._counts.skipped.items())),
+            )
+            self.sources.append(source)
+            self._counts = Counts()
+            self._first_record, self._first_token = self.writer.num_records, self.writer.num_tokens
+
+
+def _as_words(sources: Sequence[SourceInfo]) -> str:
+    """How many documents were left out, and why."""
+    total = sum((Counter(source.skipped) for source in sources), Counter[str]())
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(total.items())) or "no document"

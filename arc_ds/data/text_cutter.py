@@ -37,13 +37,14 @@ class TextCutter:
 
         DataError where a single character has more than `max_tokens` tokens.
         """
-        while text:
-            block = text[:_BLOCK_CHARS]
+        begin = 0
+        while begin < len(text):
+            block = text[begin : begin + _BLOCK_CHARS]
             start = 0
-            for end, num_tokens in self._cut_block(block, is_last=len(block) == len(text)):
+            for end, num_tokens in self._cut_block(block, is_last=begin + len(block) == len(text)):
                 yield block[start:end], num_tokens
                 start = end
-            text = text[start:]
+            begin += start
 
     def _cut_block(self, text: str, is_last: bool) -> Iterator[tuple[int, int]]:
         """Ends and token counts of the block's pieces; the tail of a block that is not the last is left uncut."""
@@ -66,7 +67,8 @@ class TextCutter:
         budget = self.max_tokens
         while budget > 0:
             end = self._best_end(text, start, ends, budget)
-            num_tokens = len(self.tokenizer.encode(text[start:end]))
+            is_whole = start == 0 and end == len(text)  # most documents: they need not be tokenised again
+            num_tokens = len(ends) - 1 if is_whole else len(self.tokenizer.encode(text[start:end]))
             if num_tokens <= self.max_tokens:
                 return end, num_tokens
             budget -= num_tokens - self.max_tokens

@@ -41,10 +41,10 @@ def test_every_kind_of_input_is_read_and_short_documents_counted(tmp_path: Path,
     assert [(s.name, s.documents, s.skipped) for s in manifest.sources] == [
         ("a.txt", 1, {}),
         ("b.jsonl", 2, {"empty": 1}),
-        ("c.jsonl.gz", 2, {"short": 1}),
+        ("c.jsonl.gz", 2, {"min_tokens": 1}),
     ]
     assert manifest.samples == 3
-    assert manifest.skipped == {"empty": 1, "short": 1}
+    assert manifest.skipped == {"empty": 1, "min_tokens": 1}
 
 
 def test_existing_folder_is_kept_unless_asked(tmp_path: Path, tokenizer_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Batches become records in worker processes, in order, with few of them under way at a time."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NamedTuple
+
+from arc_ds.data.inputs import Batch, InputFile
+from arc_ds.data.record_maker import MadeBatch, RecordMaker, RecordRules
+from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_AHEAD = 2  # batches under way for each worker: the next one is there when one is done
+
+
+class Work(NamedTuple):
+    """A batch of the input number `file_idx`."""
+
+    file_idx: int
+    file: InputFile
+    batch: Batch
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_in_order(
+    works: Iterable[Work], *, rules: RecordRules, tokenizer: Tokenizer, tokenizer_folder: Path, num_workers: int
+) -> Generator[tuple[Work, MadeBatch], None, None]:
+    """The works with what was made of them, in their order; the same for any number of workers.
+
+    tokenizer_folder: where the workers find the tokenizer; it is written there for them. With one worker everything
+    happens in this process. DataError where a worker dies.
+    """
+    if num_workers == 1:
+        maker = RecordMaker(rules, tokenizer)
+        for work in works:
+            yield work, maker.make(work.file, work.batch)
+        return
+    tokenizer_folder.mkdir(exist_ok=True)
+    tokenizer.save(tokenizer_folder)
+    with ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy this process's threads half-way
+        initializer=_begin,
+        initargs=(rules, tokenizer_folder),
+    ) as pool:
+        try:
+            yield from _bounded(pool, works, num_workers * _AHEAD)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process died, most likely for lack of memory. Run the same command again with fewer "
+                "--workers: finished shards are kept."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _bounded(pool: ProcessPoolExecutor, works: Iterable[Work], limit: int) -> Iterator[tuple[Work, MadeBatch]]:
+    under_way: deque[tuple[Work, Future[MadeBatch]]] = deque()
+    for work in works:
+        under_way.append((work, pool.submit(_make, work.file, work.batch)))
+        if len(under_way) == limit:
+            first, made = under_way.popleft()
+            yield first, made.result()
+    while under_way:
+        first, made = under_way.popleft()
+        yield first, made.result()
+
+
+_maker: RecordMaker | None = None  # of a worker process
+
+
+def _begin(rules: RecordRules, tokenizer_folder: Path) -> None:
+    """The first thing that a worker does. Ctrl-C is the builder's to handle; a worker ends with its builder."""
+    global _maker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _maker = RecordMaker(rules, load_tokenizer(tokenizer_folder))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _make(file: InputFile, batch: Batch) -> MadeBatch:
+    assert _maker is not None, "a worker begins before it works"
+    return _maker.make(file, batch)

@@ -16,6 +16,18 @@ from arc_ds.errors import DataError
 
 OnError = Literal["stop", "skip"]
 _FINE_TUNING_FIELDS = ("passages", "passage", "question", "instruction", "answer")
+# Why a document is left out, as the manifest counts it, and in words.
+REASONS = {
+    "bad_record": "with a field missing or of the wrong kind",
+    "cannot_cut": "with a character of more tokens than a record may have",
+    "empty": "empty",
+    "min_chars": "of too few characters",
+    "min_tokens": "of too few tokens",
+    "not_json": "that are no JSON object",
+    "not_utf8": "that are not UTF-8",
+    "quality": "of too low quality",
+    "too_large": "too large",
+}
 _MAX_NAMED = 20  # faults of one batch that are kept word for word
 
 

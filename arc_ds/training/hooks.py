@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from arc_ds import dist
 from arc_ds.data.step_batch import StepBatch
 from arc_ds.device import GIB, peak_bf16_flops, peak_memory_bytes
 from arc_ds.training.flops import count_flops
+from arc_ds.training.meters import COUNTS, Meter, Totals
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
 from arc_ds.training.validate import TaskScores, Validator
@@ -57,30 +56,8 @@ class WatchdogHook:
         self._watchdog.alive()
 
 
-class Throughput(NamedTuple):
-    """What this rank has read since the last report; flops: operations of its steps, 0 where they are not counted."""
-
-    encoder_tokens: int = 0
-    decoder_rows: int = 0
-    labels: int = 0
-    skipped_records: int = 0
-    degraded_records: int = 0
-    flops: int = 0
-
-    def plus(self, batch: StepBatch, flops: int = 0) -> Throughput:
-        """With one more batch."""
-        return Throughput(
-            self.encoder_tokens + sum(micro.batch.num_encoder_tokens for micro in batch.micro_batches),
-            self.decoder_rows + sum(micro.batch.num_decoder_rows for micro in batch.micro_batches),
-            self.labels + batch.num_labels,
-            self.skipped_records + batch.skipped,
-            self.degraded_records + batch.counts.degraded,
-            self.flops + flops,
-        )
-
-
 class MetricsHook:
-    """Every step's loss, gradient norm and rates; every `log_every` steps speed, memory and data wait.
+    """Every step's loss, gradient norm and rates; every `log_every` steps speed, memory and how the data came.
 
     And MFU, in bf16 on a device whose peak is known: the operations that the steps need as a share of it (`flops.py`).
     Results stay on the device until a report is due, so that the step itself never waits for them.
@@ -90,7 +67,7 @@ class MetricsHook:
         self._log = log
         self._show = show_progress
         self._pending: list[StepResult] = []
-        self._since = Throughput()
+        self._meter = Meter()
         self._started = 0.0
         self._peak_flops: float | None = None
         self._bar: tqdm | None = None
@@ -103,7 +80,7 @@ class MetricsHook:
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         self._pending.append(result)
-        self._since = self._since.plus(batch, 0 if self._peak_flops is None else _flops(run, batch))
+        self._meter.add(batch, _flops(run, batch))
         if self._bar is not None:
             self._bar.update()
         if run.step % run.config.log_every == 0:
@@ -120,31 +97,28 @@ class MetricsHook:
             return
         elapsed = time.perf_counter() - self._started
         rows = [(result.step + 1, _step_metrics(run, result)) for result in self._pending]
-        rows[-1][1].update(self._speed(run, elapsed))
+        totals = self._meter.read(run.clock.read(), run.device)
+        run.data_counts.update(totals.counts)
+        rows[-1][1].update(self._speed(run, totals, elapsed), **_data_metrics(run, totals))
         for step, metrics in rows:
             self._log(step, metrics)
         self._report(run, rows[-1][1], elapsed / len(rows))
-        self._pending, self._since, self._started = [], Throughput(), time.perf_counter()
+        self._pending, self._started = [], time.perf_counter()
 
     def restart_clock(self) -> None:
         """What follows is timed from now; call it after `flush` and whatever is not a step."""
         self._started = time.perf_counter()
 
-    def _speed(self, run: Run, elapsed: float) -> dict[str, float]:
-        since = self._since
-        sums = _summed(torch.tensor(since, dtype=torch.float64), run.device)
-        tokens, rows, labels, skipped, degraded, flops = sums
+    def _speed(self, run: Run, totals: Totals, elapsed: float) -> dict[str, float]:
         peak = self._peak_flops
-        mfu = {} if peak is None else {"train/mfu": flops / (elapsed * dist.world_size() * peak)}
+        mfu = {} if peak is None else {"train/mfu": totals.flops / (elapsed * dist.world_size() * peak)}
         return mfu | {
-            "speed/encoder_tokens_per_s": tokens / elapsed,
-            "speed/decoder_rows_per_s": rows / elapsed,
-            "speed/labels_per_s": labels / elapsed,
-            "speed/step_s": elapsed / len(self._pending),
-            "speed/data_wait_share": run.clock.read() / elapsed,
+            "speed/encoder_tokens_per_s": totals.encoder_tokens / elapsed,
+            "speed/decoder_rows_per_s": totals.decoder_rows / elapsed,
+            "speed/labels_per_s": totals.labels / elapsed,
+            "speed/step_s": elapsed / totals.num_steps,
+            "speed/data_wait_share": totals.waited_s / elapsed,
             "memory/peak_gib": peak_memory_bytes(run.device) / GIB,
-            "data/skipped_records": skipped,
-            "data/degraded_records": degraded,
             "train/skipped_steps": float(run.skipped_steps),
         }
 
@@ -270,26 +244,41 @@ def _step_metrics(run: Run, result: StepResult) -> dict[str, float]:
     return metrics
 
 
-def _flops(run: Run, batch: StepBatch) -> int:
-    """Operations of this rank's part of a step, from the lengths in its batch, which is on the host."""
+def _data_metrics(run: Run, totals: Totals) -> dict[str, float]:
+    """How well the data fill and share out the work, and what was lost of the records since the run began.
+
+    A limit's use is the mean micro-batch over it, where there is one.
+    """
+    num_passes = totals.micro_batches
+    metrics = {
+        "data/balance": totals.balance,
+        "data/micro_batches": num_passes / (totals.num_steps * dist.world_size()),
+        **{f"data/{name}": float(run.data_counts[name]) for name in COUNTS},
+    }
+    limits = {
+        "encoder_tokens": (totals.encoder_tokens, run.config.data.max_encoder_tokens),
+        "decoder_rows": (totals.decoder_rows, run.config.data.max_decoder_rows),
+    }
+    for name, (total, limit) in limits.items():
+        metrics[f"data/{name}_per_micro_batch"] = total / num_passes
+        if limit is not None:
+            metrics[f"data/{name}_limit_use"] = total / num_passes / limit
+    return metrics
+
+
+def _flops(run: Run, batch: StepBatch) -> list[int]:
+    """Operations of each of this rank's micro-batches, from their lengths, which are on the host."""
     encoder = run.config.encoder
-    counts = [
+    return [
         count_flops(
             micro.batch,
             run.spec,
             run.decoders[micro.decoder_idx].module.config,
             trained_layers=encoder.trained_layers,
             train_embeddings=encoder.train_embeddings,
-        )
+        ).total
         for micro in batch.micro_batches
     ]
-    return sum(count.total for count in counts)
-
-
-def _summed(own: Tensor, device: torch.device) -> list[float]:
-    total = own.to(device)
-    torch.distributed.all_reduce(total)
-    return total.tolist()
 
 
 def _in_words(score: TaskScores) -> str:

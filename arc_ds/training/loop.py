@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
 
 from arc_ds import dist
+from arc_ds.data.step_batch import StepBatch
 from arc_ds.errors import ArcError
 from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
 from arc_ds.training.signals import StopRequest
 from arc_ds.training.step import Notice, train_step
-
-Batch = TypeVar("Batch")
 
 
 def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
@@ -25,7 +23,7 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
     """
     for hook in hooks:
         hook.on_start(run)
-    ahead = LookAhead(run.batches())
+    ahead = LookAhead(run.batches(), run.make_again)
     for batch in ahead:
         result = train_step(
             run.engine,
@@ -34,7 +32,7 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
             schedule=run.schedule,
             tasks=run.tasks,
             normalize=run.config.loss.normalize,
-            notice=Notice(stop=stop.received is not None, failed=ahead.error is not None),
+            notice=Notice(stop=stop.received is not None, failed=ahead.error is not None, num_splits=ahead.num_splits),
         )
         run.count_step(applied=result.applied)
         for hook in hooks:
@@ -44,34 +42,51 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
                 hook.on_end(run)
             dist.raise_together(ahead.error)
             return EXIT_PREEMPTED
+        ahead.agree(result.agreed.splits)
     for hook in hooks:
         hook.on_end(run)
     return EXIT_OK
 
 
-class LookAhead(Generic[Batch]):
+class LookAhead:
     """This rank's batches, each handed out when the next one is here, or known not to come.
 
-    A rank without a batch cannot take part in a step, and the others would wait for it in the step's first collective.
-    One step earlier it can still tell them (`step.Notice`).
+    What a rank knows of its next batch it can still tell the others in time (`step.Notice`): without a batch it could
+    not take part in the step, and with more micro-batches than the others it would be left waiting in the last ones.
 
     error: why there is no next batch; None where there is one, and at the end of the run.
     """
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
+    def __init__(self, batches: Iterator[StepBatch], make_again: Callable[[StepBatch, int], StepBatch]) -> None:
+        """make_again: a batch's samples in another number of micro-batches for each decoder."""
         self.error: ArcError | None = None
         self._batches = batches
+        self._make_again = make_again
+        self._next: StepBatch | None = None
 
-    def __iter__(self) -> Iterator[Batch]:
+    @property
+    def num_splits(self) -> int:
+        """Micro-batches for each decoder in this rank's next batch; 0 where there is none."""
+        return 0 if self._next is None else self._next.num_splits
+
+    def agree(self, splits: Sequence[int]) -> None:
+        """Bring the next batch to the largest of all ranks' `num_splits`; a collective where they differ."""
+        if self._next is None or len(set(splits)) == 1:
+            return
+        with dist.fail_together():
+            if self.num_splits < max(splits):
+                self._next = self._make_again(self._next, max(splits))
+
+    def __iter__(self) -> Iterator[StepBatch]:
         """All batches before the error. Where the first one cannot be made, all ranks raise that; a collective."""
-        batch = self._fetch()
+        self._next = self._fetch()
         dist.raise_together(self.error)
-        while batch is not None:
-            following = self._fetch()
+        self.agree(dist.gather_objects(self.num_splits))
+        while (batch := self._next) is not None:
+            self._next = self._fetch()
             yield batch
-            batch = following
 
-    def _fetch(self) -> Batch | None:
+    def _fetch(self) -> StepBatch | None:
         try:
             return next(self._batches, None)
         except ArcError as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -30,6 +32,7 @@ class Run:
     tokenizers: fingerprints of those in use, by their keys in the config.
     step: optimizer steps done; the next batch is that of step number `step`. skipped_steps: how many of them changed
     nothing because a loss or gradient was not finite; skipped_in_row: of these, the ones since the last that did.
+    data_counts: records skipped, cut or changed so far, over all ranks (`meters.COUNTS`), as of the last report.
     """
 
     config: RunConfig
@@ -46,6 +49,7 @@ class Run:
     step: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0
+    data_counts: Counter[str] = field(default_factory=Counter)
     clock: DataClock = field(default_factory=lambda: DataClock())
 
     @property
@@ -73,15 +77,20 @@ class Run:
         num_workers = self.config.data.num_workers
         loader = iter(make_loader(self.data, steps, num_workers=num_workers, pin_memory=self.pin_memory))
         while True:
-            started = time.perf_counter()
-            try:
-                batch = next(loader, None)
-            except ArcError as error:
-                raise type(error)(_own_words(error)) from None
-            self.clock.waited_s += time.perf_counter() - started
+            with self.clock.waiting():
+                try:
+                    batch = next(loader, None)
+                except ArcError as error:
+                    raise type(error)(_own_words(error)) from None
             if batch is None:
                 return
             yield batch
+
+    def make_again(self, batch: StepBatch, num_splits: int) -> StepBatch:
+        """The same samples in `num_splits` micro-batches for each decoder; made here, while the run waits."""
+        with self.clock.waiting(remade=1):
+            again = self.data.batch(batch.step, at_least=num_splits)
+            return again.pin_memory() if self.pin_memory else again
 
 
 def _own_words(error: ArcError) -> str:
@@ -89,13 +98,28 @@ def _own_words(error: ArcError) -> str:
     return str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()
 
 
-@dataclass
-class DataClock:
-    """Seconds spent waiting for data since it was last read."""
+class DataWait(NamedTuple):
+    """What data have cost this rank. waited_s: seconds; remade: batches that were made again while it waited."""
 
     waited_s: float = 0.0
+    remade: int = 0
 
-    def read(self) -> float:
-        """The seconds so far, and a new start."""
-        waited, self.waited_s = self.waited_s, 0.0
-        return waited
+
+class DataClock:
+    """Adds up what this rank waits for data."""
+
+    def __init__(self) -> None:
+        self._so_far = DataWait()
+
+    @contextmanager
+    def waiting(self, *, remade: int = 0) -> Iterator[None]:
+        """Time a block that waits for data."""
+        started = time.perf_counter()
+        yield
+        waited_s = self._so_far.waited_s + time.perf_counter() - started
+        self._so_far = DataWait(waited_s, self._so_far.remade + remade)
+
+    def read(self) -> DataWait:
+        """What has come together since the last reading."""
+        read, self._so_far = self._so_far, DataWait()
+        return read

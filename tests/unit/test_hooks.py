@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +13,12 @@ import torch
 
 from arc_ds.data.packing import pack
 from arc_ds.data.step_batch import MicroBatch, StepBatch
+from arc_ds.data.tasks import TaskCounts
 from arc_ds.model.spec import CompressorSpec
-from arc_ds.training import hooks
+from arc_ds.training import hooks, meters
 from arc_ds.training.flops import count_flops
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, MetricsHook, ValidationHook
-from arc_ds.training.run import DataClock
+from arc_ds.training.run import DataWait
 from arc_ds.training.step import Agreed, StepResult
 from tests.helpers.tiny_compressor import TINY, sample
 
@@ -127,17 +130,31 @@ def test_each_step_is_saved_once_after_its_metrics(every: int, start: int, end: 
 SPEC = CompressorSpec(backbone=TINY, num_layers=3, decoder_sizes=(TINY.hidden_size,))
 
 
-def _speed_of_two_steps(monkeypatch: pytest.MonkeyPatch, *, peak: float | None, precision: str) -> dict[str, float]:
-    """What `MetricsHook` logs after two steps of a batch, of which each rank of two has done one half in 4 s."""
+def _reduced_over(*loads: float) -> Any:
+    """Stands in for the collective: rank r has done `loads[r]` times what this one has."""
+
+    def reduced(own: Sequence[float], _device: torch.device, how: Any) -> list[float]:
+        factor = sum(loads) if how == torch.distributed.ReduceOp.SUM else max(loads)
+        return [factor * value for value in own]
+
+    return reduced
+
+
+def _speed_of_two_steps(
+    monkeypatch: pytest.MonkeyPatch, *, peak: float | None = None, precision: str = "fp32", loads: Any = (1, 1)
+) -> dict[str, float]:
+    """What `MetricsHook` logs after two steps of a batch by two ranks, in 4 s of which this one waited for 1 s."""
     monkeypatch.setattr(hooks, "peak_bf16_flops", lambda _device: peak)
-    monkeypatch.setattr(hooks, "_summed", lambda own, _device: (2 * own).tolist())
+    monkeypatch.setattr(meters, "_reduced", _reduced_over(*loads))
     monkeypatch.setattr(hooks.dist, "world_size", lambda: 2)
     monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=iter([0.0, 4.0, 4.0]).__next__))
     encoder = SimpleNamespace(trained_layers=1, train_embeddings=False)
+    data = SimpleNamespace(max_encoder_tokens=36, max_decoder_rows=None)
     run: Any = SimpleNamespace(
-        step=0, config=SimpleNamespace(steps=9, log_every=2, precision=precision, encoder=encoder), spec=SPEC,
-        device=torch.device("cpu"), decoders=(SimpleNamespace(module=SimpleNamespace(config=TINY)),),
-        decoder_names=("a",), tasks=("continuation",), skipped_steps=0, clock=DataClock(),
+        step=0, config=SimpleNamespace(steps=9, log_every=2, precision=precision, encoder=encoder, data=data),
+        spec=SPEC, device=torch.device("cpu"), decoders=(SimpleNamespace(module=SimpleNamespace(config=TINY)),),
+        decoder_names=("a",), tasks=("continuation",), skipped_steps=0, data_counts=Counter(cut_answers=5),
+        clock=SimpleNamespace(read=lambda: DataWait(waited_s=1.0, remade=1)),
     )  # fmt: skip
     logged: dict[str, float] = {}
     hook = MetricsHook(lambda _step, found: logged.update(found), show_progress=False)
@@ -155,6 +172,8 @@ BATCH = StepBatch(
         MicroBatch(decoder_idx=0, batch=pack([sample(3, -9, 5, seed=seed)], SPEC.packing), part_idx=seed)
         for seed in (0, 1)
     ),
+    skipped=3,
+    counts=TaskCounts(cut_answers=1),
 )
 
 
@@ -180,3 +199,41 @@ def test_mfu_is_left_out_where_there_is_no_peak_to_compare_with(
     peak: float | None, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "train/mfu" not in _speed_of_two_steps(monkeypatch, peak=peak, precision=precision)
+
+
+def test_metrics_tell_how_full_micro_batches_are_and_what_was_lost_since_the_run_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = _speed_of_two_steps(monkeypatch)
+    rows = sum(micro.batch.num_decoder_rows for micro in BATCH.micro_batches) / 2
+    assert found["data/micro_batches"] == 2
+    assert found["data/encoder_tokens_per_micro_batch"] == 9 and found["data/decoder_rows_per_micro_batch"] == rows
+    assert found["data/encoder_tokens_limit_use"] == 9 / 36 and "data/decoder_rows_limit_use" not in found
+    assert found["data/skipped"] == 2 * 2 * 3 and found["data/remade"] == 2 and found["data/degraded"] == 0
+    assert found["data/cut_answers"] == 5 + 2 * 2 * 1, "it goes on from where the resumed run was"
+
+
+def test_balance_is_the_slowest_rank_over_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _speed_of_two_steps(monkeypatch)["data/balance"] == pytest.approx(1.0)
+    assert _speed_of_two_steps(monkeypatch, loads=(1, 3))["data/balance"] == pytest.approx(3 / 2)
+
+
+def test_a_rank_that_waits_for_data_makes_all_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _speed_of_two_steps(monkeypatch, loads=(1, 3))["speed/data_wait_share"] == pytest.approx(3 / 4)
+
+
+def test_losses_are_told_by_decoder_and_task_where_there_were_labels() -> None:
+    run: Any = SimpleNamespace(decoder_names=("wide", "other", "third"), tasks=("reconstruction", "continuation"))
+    result = dataclasses.replace(
+        _result(0),
+        decoder_idxs=(0, 2),
+        nll_DK=torch.tensor([[6.0, 0.0], [4.0, torch.inf]]),
+        labels_DK=torch.tensor([[3, 0], [1, 4]]),
+    )
+    metrics = hooks._step_metrics(run, result)
+    assert {key: value for key, value in metrics.items() if key.startswith("train/loss")} == {
+        "train/loss": float("inf"),
+        "train/loss/wide/reconstruction": 2.0,
+        "train/loss/third/reconstruction": 4.0,
+        "train/loss/third/continuation": float("inf"),
+    }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -15,6 +15,13 @@ from arc_ds.training.loop import LookAhead, fit
 from arc_ds.training.step import Agreed, Notice
 
 STEPS = 4
+
+
+class _Batch(NamedTuple):
+    """Stands in for `StepBatch`."""
+
+    step: int
+    num_splits: int = 1
 
 
 class _Run:
@@ -30,7 +37,11 @@ class _Run:
         for step in range(self.config.steps):
             if step == self._torn_step:
                 raise DataError("torn")
-            yield SimpleNamespace(step=step, decoder_idxs=(0,))
+            yield _Batch(step)
+
+    def make_again(self, batch: _Batch, num_splits: int) -> _Batch:
+        assert num_splits > batch.num_splits
+        return _Batch(batch.step, num_splits)
 
     def count_step(self, *, applied: bool) -> None:
         self.step += 1
@@ -56,62 +67,89 @@ class _Hook:
         self.calls.append("end")
 
 
-def _fit(run: _Run, monkeypatch: pytest.MonkeyPatch, stop_after: int = 0) -> tuple[int | str, list[str], list[Notice]]:
-    """The exit code or error, the calls of a hook, and what each step told the other ranks."""
-    told: list[Notice] = []
+class _Fitted(NamedTuple):
+    """How a run went: exit code or error, the calls of a hook, what each step told the other ranks, the batches."""
 
-    def train_step(*_: Any, notice: Notice, **__: Any) -> Any:
+    end: int | str
+    calls: list[str]
+    told: list[Notice]
+    batches: list[_Batch]
+
+
+def _fit(
+    run: _Run, monkeypatch: pytest.MonkeyPatch, *, stop_after: int = 0, other: Sequence[int] = (1,) * (STEPS + 1)
+) -> _Fitted:
+    """other: into how many micro-batches another rank splits its share of each step."""
+    told: list[Notice] = []
+    batches: list[_Batch] = []
+
+    def train_step(_engine: Any, _decoders: Any, batch: _Batch, *, notice: Notice, **__: Any) -> Any:
         told.append(notice)
-        return SimpleNamespace(
-            applied=True, agreed=Agreed(stop=notice.stop, failed=notice.failed, splits=(notice.num_splits,))
-        )
+        batches.append(batch)
+        splits = (notice.num_splits, other[batch.step + 1] if notice.num_splits else 0)
+        return SimpleNamespace(applied=True, agreed=Agreed(stop=notice.stop, failed=notice.failed, splits=splits))
 
     monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop.dist, "gather_objects", lambda own: [own, other[0]] if isinstance(own, int) else [own])
     stop = SimpleNamespace(received=None)
     hook = _Hook(stop, stop_after)
     try:
         end: int | str = fit(run, [hook], stop)  # type: ignore[arg-type]
     except DataError as error:
         end = str(error)
-    return end, hook.calls, told
+    return _Fitted(end, hook.calls, told, batches)
 
 
 def test_a_run_that_nothing_stops_does_every_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, calls, told = _fit(_Run(), monkeypatch)
+    end, calls, told, batches = _fit(_Run(), monkeypatch)
     assert (end, calls) == (EXIT_OK, ["start", "1", "2", "3", "4", "end"])
-    assert told == [Notice()] * STEPS
+    assert told == [Notice(num_splits=1)] * (STEPS - 1) + [Notice()]
+    assert batches == [_Batch(step) for step in range(STEPS)]
 
 
 def test_a_stop_is_told_with_the_next_step_and_obeyed_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, calls, told = _fit(_Run(), monkeypatch, stop_after=1)
+    end, calls, told, _ = _fit(_Run(), monkeypatch, stop_after=1)
     assert (end, calls) == (EXIT_PREEMPTED, ["start", "1", "2", "end"])
-    assert told == [Notice(), Notice(stop=True)]
+    assert told == [Notice(num_splits=1), Notice(stop=True, num_splits=1)]
 
 
 def test_a_stop_that_comes_with_the_last_step_leaves_a_finished_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _fit(_Run(), monkeypatch, stop_after=STEPS - 1)[0] == EXIT_OK
-    assert _fit(_Run(), monkeypatch, stop_after=STEPS)[0] == EXIT_OK
+    assert _fit(_Run(), monkeypatch, stop_after=STEPS - 1).end == EXIT_OK
+    assert _fit(_Run(), monkeypatch, stop_after=STEPS).end == EXIT_OK
 
 
 def test_a_batch_that_cannot_be_made_is_told_one_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, calls, told = _fit(_Run(torn_step=2), monkeypatch)
+    end, calls, told, _ = _fit(_Run(torn_step=2), monkeypatch)
     assert (end, calls) == ("torn", ["start", "1", "2", "end"])
-    assert told == [Notice(), Notice(failed=True)]
+    assert told == [Notice(num_splits=1), Notice(failed=True)]
 
 
 def test_a_first_batch_that_cannot_be_made_ends_the_run_before_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _fit(_Run(torn_step=0), monkeypatch) == ("torn", ["start"], [])
+    assert _fit(_Run(torn_step=0), monkeypatch) == ("torn", ["start"], [], [])
+
+
+def test_a_batch_is_made_again_where_another_rank_needs_more_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known one step ahead, and before the first step by a word of its own; what this rank tells stays its own need."""
+    found = _fit(_Run(), monkeypatch, other=(3, 1, 2, 1, 1))
+    assert found.batches == [_Batch(0, 3), _Batch(1, 1), _Batch(2, 2), _Batch(3, 1)]
+    assert [notice.num_splits for notice in found.told] == [1, 1, 1, 0]
+
+
+def test_a_rank_that_needs_the_most_makes_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _Run()
+    run.batches = lambda: iter([_Batch(step, 2) for step in range(STEPS)])  # type: ignore[method-assign]
+    assert _fit(run, monkeypatch, other=(1, 2, 1, 1, 1)).batches == [_Batch(step, 2) for step in range(STEPS)]
 
 
 def test_an_error_of_our_own_code_is_not_held_back() -> None:
-    def batches() -> Iterator[int]:
-        yield 1
+    def batches() -> Iterator[Any]:
+        yield _Batch(0)
         raise RuntimeError("a worker died")
 
     with pytest.raises(RuntimeError, match="a worker died"):
-        list(LookAhead(batches()))
+        list(LookAhead(batches(), _Run().make_again))  # type: ignore[arg-type]
 
 
 def test_what_has_no_batches_is_at_its_end() -> None:
-    ahead = LookAhead(iter(()))
+    ahead = LookAhead(iter(()), _Run().make_again)  # type: ignore[arg-type]
     assert list(ahead) == [] and ahead.error is None

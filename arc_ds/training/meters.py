@@ -1,0 +1,89 @@
+"""Meters: what all ranks have done since the last report, added up when one is due."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from arc_ds import dist
+from arc_ds.data.step_batch import StepBatch
+from arc_ds.data.tasks import TaskCounts
+from arc_ds.training.run import DataWait
+
+_SIZES = ("encoder_tokens", "decoder_rows", "labels", "micro_batches")
+# Of records, but `remade`, which is of batches. Each is a metric of its own.
+COUNTS = ("skipped", "remade", *(one.name for one in fields(TaskCounts)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Of all ranks together.
+
+    flops: operations of the steps. balance: the slowest rank's work over the ranks' mean, 1 at best; ranks wait for
+    each other in every pass, so it is taken pass by pass. waited_s: of the rank that waited longest for data.
+    counts: records skipped, cut or changed (`COUNTS`).
+    """
+
+    num_steps: int
+    encoder_tokens: int
+    decoder_rows: int
+    labels: int
+    micro_batches: int
+    flops: float
+    balance: float
+    waited_s: float
+    counts: Mapping[str, int]
+
+
+class Meter:
+    """Adds up this rank's steps; all ranks read theirs at the same step."""
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._sums = Counter[str]()
+        self._flops: list[int] = []
+
+    def add(self, batch: StepBatch, flops: Sequence[int]) -> None:
+        """One more step of this rank; flops: operations of each of its micro-batches."""
+        self._num_steps += 1
+        self._flops += flops
+        self._sums.update(
+            encoder_tokens=sum(micro.batch.num_encoder_tokens for micro in batch.micro_batches),
+            decoder_rows=sum(micro.batch.num_decoder_rows for micro in batch.micro_batches),
+            labels=batch.num_labels,
+            micro_batches=len(batch.micro_batches),
+            skipped=batch.skipped,
+            **{one.name: getattr(batch.counts, one.name) for one in fields(TaskCounts)},
+        )
+
+    def read(self, wait: DataWait, device: torch.device) -> Totals:
+        """The totals so far, and a new start; a collective. wait: this rank's, since the last reading."""
+        self._sums["remade"] += wait.remade
+        names = (*_SIZES, *COUNTS)
+        own = [self._sums[name] for name in names]
+        summed = _reduced([*own, *self._flops], device, torch.distributed.ReduceOp.SUM)
+        waited_s, *largest = _reduced([wait.waited_s, *self._flops], device, torch.distributed.ReduceOp.MAX)
+        sums = {name: int(value) for name, value in zip(names, summed, strict=False)}
+        flops = sum(summed[len(names) :])
+        totals = Totals(
+            num_steps=self._num_steps,
+            **{name: sums[name] for name in _SIZES},
+            flops=flops,
+            balance=sum(largest) * dist.world_size() / flops if flops else 1.0,
+            waited_s=waited_s,
+            counts={name: sums[name] for name in COUNTS},
+        )
+        self._num_steps, self._sums, self._flops = 0, Counter(), []
+        return totals
+
+
+def _reduced(own: Sequence[float], device: torch.device, how: torch.distributed.ReduceOp.RedOpType) -> list[float]:
+    """Each number's sum, or largest value, over the ranks."""
+    reduced: Tensor = torch.tensor(own, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(reduced, op=how)
+    return reduced.tolist()

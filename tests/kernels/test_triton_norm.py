@@ -12,7 +12,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import arc_kernels as ak
-from arc_kernels.norm import add_rms_norm_reference, layer_norm_reference, rms_norm_reference
+from arc_kernels.norm import (
+    add_layer_norm_reference,
+    add_rms_norm_reference,
+    layer_norm_reference,
+    rms_norm_reference,
+)
 from tests.kernels.bounds import assert_kernel_close, outputs_and_gradients
 
 EPS = 1e-5
@@ -51,6 +56,35 @@ def test_layer_norm_errs_no_more_than_torch(shape: tuple[int, int], dtype: torch
     assert_kernel_close(
         partial(ak.layer_norm, eps=EPS), partial(layer_norm_reference, eps=EPS), inputs, wants_grad=("x_TD",)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_add_layer_norm_errs_no_more_than_torch(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    assert_kernel_close(
+        partial(ak.add_layer_norm, eps=EPS),
+        partial(add_layer_norm_reference, eps=EPS),
+        _inputs(shape, dtype, device, "x_TD", "residual_TD"),
+        wants_grad=("x_TD", "residual_TD"),
+    )
+
+
+def test_the_bound_sees_a_sum_that_is_not_normed_or_has_no_gradient_of_its_own(device: torch.device) -> None:
+    inputs = _inputs((9, 64), torch.bfloat16, device, "x_TD", "residual_TD")
+
+    def norms_x(x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return ak.layer_norm(x_TD, EPS), x_TD + residual_TD
+
+    def forgets_the_sum(x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        normed, total = ak.add_layer_norm(x_TD, residual_TD, EPS)
+        return normed, total.detach() + 0.0 * x_TD
+
+    reference = partial(add_layer_norm_reference, eps=EPS)
+    for wrong, name in ((norms_x, "output 0"), (forgets_the_sum, "gradient of x_TD")):
+        with pytest.raises(AssertionError, match=f"{name}.*error"):
+            assert_kernel_close(wrong, reference, inputs, wants_grad=("x_TD",))
 
 
 def test_the_bound_sees_a_wrong_eps_and_a_mean_that_is_taken_away(device: torch.device) -> None:
@@ -127,6 +161,7 @@ def test_checkpointing_and_compiling_change_nothing(device: torch.device) -> Non
 
     def block(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor) -> Tensor:
         normed, total = ak.add_rms_norm(x_TD, residual_TD, weight_D, EPS)
+        normed, total = ak.add_layer_norm(normed, total, EPS)
         return ak.layer_norm(ak.rms_norm(normed, weight_D, EPS) + total, EPS)
 
     def checkpointed(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor) -> Tensor:
@@ -144,7 +179,7 @@ def test_the_operators_fakes_match_them(device: torch.device) -> None:
 
     inputs = _inputs((5, 24), torch.bfloat16, device, "x_TD", "residual_TD", "weight_D")
     x, residual, weight = inputs.values()
-    for given_residual, given_weight in ((residual, weight), (None, weight), (None, None)):
+    for given_residual, given_weight in ((residual, weight), (None, weight), (residual, None), (None, None)):
         torch.library.opcheck(autograd.norm_forward, (x, given_residual, given_weight, EPS))
         _, _, mean, rstd = autograd.norm_forward(x, given_residual, given_weight, EPS)
         for wants_weight in (False, given_weight is not None):
@@ -160,12 +195,20 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
         ak.add_rms_norm(x, x[:1], weight, EPS)
     with pytest.raises(ValueError, match="differ in dtype"):
         ak.add_rms_norm(x, x.bfloat16(), weight, EPS)
+    with pytest.raises(ValueError, match="residual_TD has shape"):
+        ak.add_layer_norm(x, x[:1], EPS)
+    with pytest.raises(ValueError, match="differ in dtype"):
+        ak.add_layer_norm(x, x.bfloat16(), EPS)
+    with pytest.raises(ValueError, match="different devices"):
+        ak.add_layer_norm(x, x.to("meta"), EPS)
     with pytest.raises(ValueError, match="different devices"):
         ak.rms_norm(x, weight.to("meta"), EPS)
     with pytest.raises(ValueError, match="expected floats"):
         ak.layer_norm(x.long(), EPS)
-    with pytest.raises(ValueError, match="rows of 16385"):
-        ak.layer_norm(torch.ones(1, 16385, device=device), EPS)
+    wide = torch.ones(1, 16385, device=device)
+    for call in (lambda: ak.layer_norm(wide, EPS), lambda: ak.add_layer_norm(wide, wide, EPS)):
+        with pytest.raises(ValueError, match="rows of 16385"):
+            call()
     with pytest.raises(ValueError, match="float64"):
         ak.layer_norm(x.double(), EPS)
 

@@ -1,4 +1,4 @@
-"""RMSNorm, alone and after a residual addition, and the parameter-free LayerNorm of OLMo-1."""
+"""RMSNorm and the parameter-free LayerNorm of OLMo-1, alone and after a residual addition."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from torch import Tensor
 
 from arc_kernels._check import check_same_device, check_same_dtype, check_shape
 from arc_kernels._dispatch import use_triton
-from arc_kernels.norm.reference import add_rms_norm_reference, layer_norm_reference, rms_norm_reference
+from arc_kernels.norm.reference import (
+    add_layer_norm_reference,
+    add_rms_norm_reference,
+    layer_norm_reference,
+    rms_norm_reference,
+)
 
 MAX_WIDTH = 16384  # of the Triton kernels: a row is held in registers
 
@@ -33,17 +38,15 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 
     x and residual are of one dtype; the norm is that of the sum as it is returned, rounded to that dtype.
     """
-    _check_row(x_TD)
-    check_shape("residual_TD", residual_TD, tuple(x_TD.shape))
+    _check_sum(x_TD, residual_TD)
     check_shape("weight_D", weight_D, (x_TD.shape[-1],))
-    check_same_dtype(x_TD=x_TD, residual_TD=residual_TD)
-    check_same_device(x_TD=x_TD, residual_TD=residual_TD, weight_D=weight_D)
+    check_same_device(x_TD=x_TD, weight_D=weight_D)
     if not use_triton(x_TD):
         return add_rms_norm_reference(x_TD, residual_TD, weight_D, eps)
-    from arc_kernels.norm.autograd import add_rms_norm_triton
+    from arc_kernels.norm.autograd import add_norm_triton
 
     _check_width(x_TD)
-    return add_rms_norm_triton(x_TD, residual_TD, weight_D, eps)
+    return add_norm_triton(x_TD, residual_TD, weight_D, eps)
 
 
 def layer_norm(x_TD: Tensor, eps: float) -> Tensor:
@@ -60,6 +63,24 @@ def layer_norm(x_TD: Tensor, eps: float) -> Tensor:
     return norm_triton(x_TD, None, eps)
 
 
+def add_layer_norm(x_TD: Tensor, residual_TD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual), both in the dtype of x, as `add_rms_norm` is to `rms_norm`."""
+    _check_sum(x_TD, residual_TD)
+    if not use_triton(x_TD):
+        return add_layer_norm_reference(x_TD, residual_TD, eps)
+    from arc_kernels.norm.autograd import add_norm_triton
+
+    _check_width(x_TD)
+    return add_norm_triton(x_TD, residual_TD, None, eps)
+
+
+def _check_sum(x_TD: Tensor, residual_TD: Tensor) -> None:
+    _check_row(x_TD)
+    check_shape("residual_TD", residual_TD, tuple(x_TD.shape))
+    check_same_dtype(x_TD=x_TD, residual_TD=residual_TD)
+    check_same_device(x_TD=x_TD, residual_TD=residual_TD)
+
+
 def _check_row(x_TD: Tensor) -> None:
     if x_TD.dim() == 0 or not x_TD.is_floating_point():
         raise ValueError(f"x_TD is {x_TD.dtype} of shape {tuple(x_TD.shape)}; expected floats of shape [..., D]")
@@ -71,6 +92,8 @@ def _check_width(x_TD: Tensor) -> None:
 
 
 __all__ = [
+    "add_layer_norm",
+    "add_layer_norm_reference",
     "add_rms_norm",
     "add_rms_norm_reference",
     "layer_norm",

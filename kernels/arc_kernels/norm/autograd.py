@@ -84,12 +84,12 @@ class _Norm(torch.autograd.Function):
         return dx_TD if wants_x else None, dweight_D if wants_weight else None, None
 
 
-class _AddRmsNorm(torch.autograd.Function):
-    """RMSNorm of a sum, and the sum; one pass of backward takes the gradients of both."""
+class _AddNorm(torch.autograd.Function):
+    """RMSNorm of a sum (LayerNorm where the weight is None), and the sum; one backward takes the gradients of both."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+        ctx: Any, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
         normed_TD, total_TD, mean_T, rstd_T = norm_forward(x_TD, residual_TD, weight_D, eps)
         ctx.save_for_backward(total_TD, weight_D, mean_T, rstd_T)
@@ -109,12 +109,14 @@ class _AddRmsNorm(torch.autograd.Function):
 
 def norm_triton(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     """RMSNorm over the last dimension, LayerNorm without parameters where weight is None."""
-    if weight_D is not None:
-        weight_D = weight_D.contiguous()
-    return _Norm.apply(rows(x), weight_D, eps).view(x.shape)
+    return _Norm.apply(rows(x), _contiguous(weight_D), eps).view(x.shape)
 
 
-def add_rms_norm_triton(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `add_rms_norm`."""
-    normed_TD, total_TD = _AddRmsNorm.apply(rows(x), rows(residual), weight_D.contiguous(), eps)
+def add_norm_triton(x: Tensor, residual: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """See `add_rms_norm`, and `add_layer_norm` where weight is None."""
+    normed_TD, total_TD = _AddNorm.apply(rows(x), rows(residual), _contiguous(weight_D), eps)
     return normed_TD.view(x.shape), total_TD.view(x.shape)
+
+
+def _contiguous(weight_D: Tensor | None) -> Tensor | None:
+    return None if weight_D is None else weight_D.contiguous()

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Triton kernels of the norms: RMSNorm, RMSNorm of a sum, and the parameter-free LayerNorm.
+"""Triton kernels of the norms: RMSNorm and the parameter-free LayerNorm, of rows or of the sum of two.
 
 A program holds whole rows, so each tensor is read once and written once. With r = 1 / sqrt(mean(x^2) + eps), n = x r
 and g = w dy, the gradient of a row is dx = r (g - n mean(g n)), plus the gradient of the sum where there is one;
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
 from arc_kernels._dispatch import num_processors, warp_size
 from arc_kernels.norm import MAX_WIDTH
 
@@ -219,6 +220,7 @@ def norm_forward(
             ADDS=residual_TD is not None,
             LAYER_NORM=weight_D is None,
             num_warps=config.num_warps,
+            **LAUNCH_OPTIONS,
         )
     return out
 
@@ -270,6 +272,7 @@ def norm_backward(
             LAYER_NORM=weight_D is None,
             WEIGHT_GRAD=fuses_weight,
             num_warps=config.num_warps,
+            **LAUNCH_OPTIONS,
         )
     if weight_D is None or not wants_weight:
         return dx_TD, x_TD.new_empty(0)
@@ -297,6 +300,7 @@ def _weight_partials(dnormed_TD: Tensor, x_TD: Tensor, rstd_T: Tensor) -> Tensor
             BT=block_rows,
             BD=block_width,
             num_warps=4,
+            **LAUNCH_OPTIONS,
         )
     return partial_PD
 
@@ -309,7 +313,8 @@ def compile_specs() -> list[CompileSpec]:
 
 
 def _specs(width: int, dtype: str) -> Iterator[CompileSpec]:
-    for name, adds, layer_norm in (("rms", False, False), ("add_rms", True, False), ("layer", False, True)):
+    for layer_norm, adds in product((False, True), repeat=2):
+        name = ("add_" if adds else "") + ("layer" if layer_norm else "rms")
         yield _forward_spec(name, width, dtype, adds=adds, layer_norm=layer_norm)
         weight_grads = (False, True) if width <= MAX_FUSED_WIDTH and not layer_norm else (False,)
         for weight_grad in weight_grads:

@@ -24,3 +24,9 @@ def layer_norm_reference(x_TD: Tensor, eps: float) -> Tensor:
     """See `layer_norm`."""
     x = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
     return F.layer_norm(x, x.shape[-1:], eps=eps).to(x_TD.dtype)
+
+
+def add_layer_norm_reference(x_TD: Tensor, residual_TD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `add_layer_norm`."""
+    total = x_TD + residual_TD
+    return layer_norm_reference(total, eps), total

@@ -37,9 +37,7 @@ def test_the_bound_sees_neighbouring_pairs_and_the_wrong_direction(device: torch
 
 
 @settings(max_examples=10)
-@given(
-    num_rows=st.integers(0, 6), num_heads=st.integers(1, 20), half=st.integers(1, 70), seed=st.integers(0, 99)
-)
+@given(num_rows=st.integers(0, 6), num_heads=st.integers(1, 20), half=st.integers(1, 70), seed=st.integers(0, 99))
 def test_every_shape_is_rotated(num_rows: int, num_heads: int, half: int, seed: int, device: torch.device) -> None:
     # In bfloat16, where one rounding at the end is all that a few numbers may differ by.
     inputs = _inputs((num_rows, num_heads, 2 * half), torch.bfloat16, device, seed=seed)

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from arc_kernels._compile import LAUNCH_OPTIONS
 from arc_kernels.attention.backward import delta_kernel, dkv_kernel, dq_kernel
 from arc_kernels.attention.configs import DELTA_BLOCK, Config, Kernel, block_h, chip_of, choose
 from arc_kernels.attention.forward import forward_kernel
@@ -52,7 +53,15 @@ def delta(o: Tensor, do: Tensor) -> Tensor:
         grid = (triton.cdiv(sums.numel(), DELTA_BLOCK),)
         with torch.cuda.device_of(o):
             delta_kernel[grid](
-                o, do, sums, sums.numel(), H=head_dim, BLOCK_H=block_h(head_dim), BLOCK_M=DELTA_BLOCK, num_warps=4
+                o,
+                do,
+                sums,
+                sums.numel(),
+                H=head_dim,
+                BLOCK_H=block_h(head_dim),
+                BLOCK_M=DELTA_BLOCK,
+                num_warps=4,
+                **LAUNCH_OPTIONS,
             )
     return sums
 
@@ -128,6 +137,7 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, spans: Spans, config: Config) ->
         "LIMITED": limited,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **LAUNCH_OPTIONS,
     }
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
 from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
@@ -144,6 +144,7 @@ def softmax_minus_label(
             WRITES_GRADIENT=writes_gradient,
             BLOCK_V=config.block,
             num_warps=config.num_warps,
+            **LAUNCH_OPTIONS,
         )
 
 
@@ -155,7 +156,7 @@ def scale_rows(x_LD: Tensor, scale_L: Tensor, *, config: Config | None = None) -
     if out_LD.numel() > 0:
         with torch.cuda.device_of(x_LD):
             _scale_rows[(num_rows, triton.cdiv(width, config.block))](
-                x_LD, scale_L, out_LD, width, BLOCK_D=config.block, num_warps=config.num_warps
+                x_LD, scale_L, out_LD, width, BLOCK_D=config.block, num_warps=config.num_warps, **LAUNCH_OPTIONS
             )
     return out_LD
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
 from arc_kernels._dispatch import warp_size
 
 
@@ -74,9 +74,7 @@ def rotary_kernel(
     tl.store(p_out + F, (b_second * b_cos + b_first * b_sin).to(p_y.dtype.element_ty), mask=m_nf)
 
 
-def rotate(
-    x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool, config: Config | None = None
-) -> Tensor:
+def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool, config: Config | None = None) -> Tensor:
     """Each pair turned by its row's angle, or back [T, N, H].
 
     The last stride of x is 1, rows and heads may be apart; the angles are contiguous.
@@ -101,6 +99,7 @@ def rotate(
             BF=triton.next_power_of_2(num_pairs),
             INVERSE=inverse,
             num_warps=config.num_warps,
+            **LAUNCH_OPTIONS,
         )
     return y_TNH
 

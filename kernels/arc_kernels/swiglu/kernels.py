@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
 from arc_kernels._dispatch import warp_size
 
 
@@ -94,6 +94,7 @@ def swiglu_forward(gate_TF: Tensor, up_TF: Tensor, *, config: Config | None = No
             F=width,
             BF=config.block_width,
             num_warps=config.num_warps,
+            **LAUNCH_OPTIONS,
         )
     return y_TF
 
@@ -120,6 +121,7 @@ def swiglu_backward(
             F=width,
             BF=config.block_width,
             num_warps=config.num_warps,
+            **LAUNCH_OPTIONS,
         )
     return dgate_TF, dup_TF
 

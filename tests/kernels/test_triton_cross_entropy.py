@@ -200,6 +200,7 @@ def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
         ({"weight_VD": inputs["weight_VD"][:, 1:]}, "weight_VD has shape"),
         ({"weight_VD": inputs["weight_VD"].half()}, "differ in dtype"),
         ({"weight_VD": inputs["weight_VD"].clone().requires_grad_()}, "frozen"),
+        ({"weight_VD": inputs["weight_VD"][:0]}, "weight_VD has no rows"),
         ({"labels_L": inputs["labels_L"][1:]}, "labels_L has shape"),
         ({"labels_L": inputs["labels_L"].int()}, r"labels_L is torch\.int32; expected int64"),
         ({"h_LD": inputs["h_LD"].double(), "weight_VD": inputs["weight_VD"].double()}, "float64"),

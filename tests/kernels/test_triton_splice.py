@@ -57,6 +57,22 @@ def test_tokens_that_do_not_occur_get_a_zero_gradient(device: torch.device, pois
     assert gradient_VD.abs().amax(1).gt(0).tolist() == [v in (0, 5, 8) for v in range(9)]
 
 
+def test_rows_of_a_wider_table_are_read_where_they_are_and_a_transposed_table_is_refused(device: torch.device) -> None:
+    inputs = _inputs(5, 3, 24, 6, torch.float32, device)
+    whole = torch.full((6, 40), torch.nan, device=device)
+    whole[:, 8:32] = inputs["table_VD"]
+    part = whole[:, 8:32].requires_grad_()
+    ours = outputs_and_gradients(_kernel, inputs, wants_grad=BOTH)
+    strided = _kernel(**(inputs | {"table_VD": part}))
+    assert not part.is_contiguous() and torch.equal(strided, ours["output 0"])
+    (gradient,) = torch.autograd.grad(strided.sum(), part)
+    assert gradient.shape == part.shape and torch.equal(gradient.sum(1) / 24, gradient[:, 0])
+    transposed = inputs | {"table_VD": inputs["table_VD"].t().contiguous().t()}
+    with pytest.raises(ValueError, match=r"table_VD has strides \(1, 6\).*contiguous once.*use\('reference'\)"):
+        _kernel(**transposed)
+    assert torch.equal(_reference(**transposed), ours["output 0"])
+
+
 def test_the_bound_sees_a_row_left_out_of_a_sum(device: torch.device) -> None:
     inputs = _inputs(9, 1, 24, 1, torch.bfloat16, device)
     torchs, exact = (

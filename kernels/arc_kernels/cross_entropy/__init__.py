@@ -15,11 +15,14 @@ def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> T
     h [L, D], weight [V, D] (frozen: it gets no gradient), labels int64 [L] in 0 … V - 1. The gradient of h is made in
     the forward pass, chunk by chunk, so neither logits nor the weight are kept for backward. Logits are rounded to the
     dtype of h (those of size a by up to a / 512 in bfloat16), and so is the loss; sums are float32.
-    Raises ValueError where shapes, dtypes or devices do not fit, the weight wants a gradient, or a label is outside the
-    vocabulary; labels on a GPU are read only under ARC_KERNELS_CHECK=1, and a wrong one makes its row's loss NaN there.
+    Raises ValueError where shapes, dtypes or devices do not fit, the weight wants a gradient, the vocabulary is empty
+    or a label outside of it; labels on a GPU are read only under ARC_KERNELS_CHECK=1, and a wrong one makes its row's
+    loss NaN there.
     """
     check_shape("h_LD", h_LD, (None, None))
     check_shape("weight_VD", weight_VD, (None, h_LD.shape[-1]))
+    if weight_VD.shape[0] == 0:
+        raise ValueError("weight_VD has no rows; expected the head of a vocabulary of at least one token")
     check_shape("labels_L", labels_L, (h_LD.shape[0],))
     check_same_device(h_LD=h_LD, weight_VD=weight_VD, labels_L=labels_L)
     check_same_dtype(h_LD=h_LD, weight_VD=weight_VD)

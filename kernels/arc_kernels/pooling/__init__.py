@@ -10,6 +10,8 @@ from arc_kernels._check import check_boundaries, check_same_device, check_shape
 from arc_kernels._dispatch import use_triton
 from arc_kernels.pooling.reference import POOL_KINDS, group_pool_reference, pool_norm_reference
 
+MAX_WIDTH = 8192  # backward holds seven float32 values a column: of this width they fill a processor's registers
+
 
 class PoolNorm(NamedTuple):
     """What a pooled layer reads: the residual [G, D], the queries' input [G, D] and the keys' input [T, D]."""
@@ -31,6 +33,7 @@ def group_pool(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> Te
     if use_triton(x_TD):
         from arc_kernels.pooling.autograd import group_pool_triton
 
+        _check_width(x_TD)
         return group_pool_triton(x_TD, group_cu, kind)
     return group_pool_reference(x_TD, group_cu, kind)
 
@@ -49,6 +52,7 @@ def pool_norm(
     if use_triton(x_TD):
         from arc_kernels.pooling.autograd import pool_norm_triton
 
+        _check_width(x_TD)
         return PoolNorm(*pool_norm_triton(x_TD, group_cu, kind, weight_D=weight_D, eps=eps))
     return PoolNorm(*pool_norm_reference(x_TD, group_cu, kind, weight_D=weight_D, eps=eps))
 
@@ -62,6 +66,14 @@ def _check(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> None:
     check_boundaries("group_cu", group_cu, total=x_TD.shape[0])
     if kind not in POOL_KINDS:
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(POOL_KINDS)}")
+
+
+def _check_width(x_TD: Tensor) -> None:
+    if x_TD.shape[1] > MAX_WIDTH:
+        raise ValueError(
+            f"x_TD has {x_TD.shape[1]} columns; the Triton kernels take at most {MAX_WIDTH}: "
+            "call under arc_kernels.use('reference')"
+        )
 
 
 __all__ = ["POOL_KINDS", "PoolNorm", "group_pool", "group_pool_reference", "pool_norm", "pool_norm_reference"]

@@ -11,10 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from arc_kernels._compile import CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
+from arc_kernels.pooling import MAX_WIDTH
 from arc_kernels.pooling.programs import pool_backward_kernel, pool_forward_kernel
 
-MAX_WIDTH = 8192  # backward holds seven float32 values a column: of this width they fill a processor's registers
 WEIGHT_PROGRAMS = 256  # two for each processor of an H100; their partial sums are 4 MiB at D 4096, and ever the same
 
 
@@ -62,11 +62,11 @@ def pool_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(pooled rows [G, D], their norms [G, D], the norm of every row [T, D]), in the dtype of x.
 
-    norm: "none" (the last two are empty), "rms" (wants the weight) or "layer". x and weight are contiguous.
-    ValueError on rows wider than MAX_WIDTH.
+    norm: "none" (the last two are empty), "rms" (wants the weight) or "layer". x and weight are contiguous, rows at
+    most MAX_WIDTH wide.
     """
     (num_rows, width), num_groups = x_TD.shape, group_cu.numel() - 1
-    config = config or choose(_checked_width(width))
+    config = config or choose(width)
     pooled_GD = x_TD.new_empty(num_groups, width)
     normed_pooled_GD = torch.empty_like(pooled_GD if norm != "none" else pooled_GD[:0])
     normed_TD = torch.empty_like(x_TD if norm != "none" else x_TD[:0])
@@ -88,6 +88,7 @@ def pool_forward(
                 BLOCK_D=triton.next_power_of_2(width),
                 STAGES=config.num_stages,
                 num_warps=config.num_warps,
+                **LAUNCH_OPTIONS,
             )
     return pooled_GD, normed_pooled_GD, normed_TD
 
@@ -113,7 +114,7 @@ def pool_backward(
     """
     dpooled_GD = gradients.dpooled_GD
     num_groups, width = dpooled_GD.shape
-    config = config or choose(_checked_width(width))
+    config = config or choose(width)
     dx_TD = dpooled_GD.new_empty(num_rows, width)
     num_programs = min(WEIGHT_PROGRAMS, num_groups) if wants_weight else num_groups
     dweight_PD = dpooled_GD.new_empty(num_programs if wants_weight else 0, width, dtype=torch.float32)
@@ -141,20 +142,11 @@ def pool_backward(
                 BLOCK_D=triton.next_power_of_2(width),
                 STAGES=config.num_stages,
                 num_warps=config.num_warps,
+                **LAUNCH_OPTIONS,
             )
     if weight_D is None or not wants_weight:
         return dx_TD, dx_TD.new_empty(0)
     return dx_TD, dweight_PD.sum(0).to(weight_D.dtype)
-
-
-def _checked_width(width: int) -> int:
-    """`width`; ValueError where a row does not fit one program."""
-    if width > MAX_WIDTH:
-        raise ValueError(
-            f"x_TD has {width} columns; the Triton kernel takes at most {MAX_WIDTH}: "
-            "call it under arc_kernels.use('reference')"
-        )
-    return width
 
 
 def compile_specs() -> list[CompileSpec]:

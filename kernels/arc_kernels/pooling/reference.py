@@ -18,9 +18,7 @@ def group_pool_reference(x_TD: Tensor, group_cu: Tensor, kind: str) -> Tensor:
     x = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
     sizes_G = cu[1:] - cu[:-1]
     num_groups = sizes_G.numel()
-    group_T = torch.repeat_interleave(
-        torch.arange(num_groups, device=cu.device), sizes_G, output_size=x_TD.shape[0]
-    )
+    group_T = torch.repeat_interleave(torch.arange(num_groups, device=cu.device), sizes_G, output_size=x_TD.shape[0])
     total_GD = x.new_zeros(num_groups, x.shape[1]).index_add(0, group_T, x)
     if kind == "sum":
         return total_GD.to(x_TD.dtype)

@@ -19,7 +19,9 @@ def splice(
     The rows together are a permutation of 0 … R - 1. The result has the dtype of the table; gradients go to `given`
     and, where it wants one, to the table. ValueError on shapes, dtypes or devices that do not fit, ids outside the
     table, or rows that are no permutation. Ids and rows on a GPU are read only under ARC_KERNELS_CHECK=1; there the
-    kernel makes the row of a wrong id NaN and writes nothing to a wrong row.
+    kernel makes the row of a wrong id NaN and writes nothing to a wrong row. It takes table rows at any distance from
+    each other; a table whose values of a row are apart (a transposed one) is a ValueError there: every call would have
+    to copy it.
     """
     check_shape("table_VD", table_VD, (None, None))
     check_shape("ids_N", ids_N, (None,))
@@ -36,8 +38,17 @@ def splice(
     if use_triton(table_VD):
         from arc_kernels.splice.autograd import splice_triton
 
+        _check_table(table_VD)
         return splice_triton(table_VD, ids_N, text_rows_N, given_ZD, given_rows_Z)
     return splice_reference(table_VD, ids_N, text_rows_N, given_ZD, given_rows_Z)
+
+
+def _check_table(table_VD: Tensor) -> None:
+    if table_VD.shape[1] > 1 and table_VD.stride(1) != 1:
+        raise ValueError(
+            f"table_VD has strides {table_VD.stride()}; the Triton kernel wants each row's values side by side: "
+            "make the table contiguous once, or call under arc_kernels.use('reference')"
+        )
 
 
 def _check_rows(text_rows_N: Tensor, given_rows_Z: Tensor | None) -> None:

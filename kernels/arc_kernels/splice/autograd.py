@@ -55,7 +55,7 @@ def _splice(
     table_VD: Tensor, ids_N: Tensor, text_rows_N: Tensor, given_ZD: Tensor | None, given_rows_Z: Tensor | None
 ) -> Tensor:
     return splice_forward(
-        table_VD.contiguous(),
+        table_VD,
         ids_N.contiguous(),
         text_rows_N.contiguous(),
         None if given_ZD is None else given_ZD.contiguous(),

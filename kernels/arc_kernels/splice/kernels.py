@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
 from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
@@ -63,6 +63,7 @@ def _splice_forward(
     num_text,
     num_rows,
     width,
+    table_stride,
     BLOCK_D: tl.constexpr,
 ):
     """Row i of the text and the given rows together; a token outside the table reads nothing and makes its row NaN."""
@@ -72,7 +73,7 @@ def _splice_forward(
         token = tl.load(p_ids + i_n)
         row = tl.load(p_text_rows + i_n)
         m_d = o_d < _columns(token, vocab_size, width)
-        b_token = tl.load(p_table + token * width + o_d, mask=m_d, other=float("nan"))  # [BD]
+        b_token = tl.load(p_table + token * table_stride + o_d, mask=m_d, other=float("nan"))  # [BD]
         tl.store(p_out + row * width + o_d, b_token, mask=o_d < _columns(row, num_rows, width))
     else:
         i_z = i_n - num_text
@@ -132,7 +133,7 @@ def splice_forward(
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """See `splice`; all contiguous."""
+    """See `splice`; all contiguous but for the table, whose rows may be apart."""
     (vocab_size, width), num_text = table_VD.shape, ids_N.shape[0]
     num_rows = num_text + (0 if given_ZD is None else given_ZD.shape[0])
     config = config or choose_copy(width, warp_size=warp_size())
@@ -150,8 +151,10 @@ def splice_forward(
                 num_text,
                 num_rows,
                 width,
+                table_VD.stride(0),
                 BLOCK_D=config.block_columns,
                 num_warps=config.num_warps,
+                **LAUNCH_OPTIONS,
             )
     return out_RD
 
@@ -164,7 +167,14 @@ def gather_rows(x_RD: Tensor, rows_Z: Tensor, dtype: torch.dtype, *, config: Con
     if out_ZD.numel() > 0:
         with torch.cuda.device_of(x_RD):
             _gather_rows[(out_ZD.shape[0], triton.cdiv(width, config.block_columns))](
-                x_RD, rows_Z, out_ZD, num_rows, width, BLOCK_D=config.block_columns, num_warps=config.num_warps
+                x_RD,
+                rows_Z,
+                out_ZD,
+                num_rows,
+                width,
+                BLOCK_D=config.block_columns,
+                num_warps=config.num_warps,
+                **LAUNCH_OPTIONS,
             )
     return out_ZD
 
@@ -198,6 +208,7 @@ def sum_rows_by_id(
                 BLOCK_J=config.block_rows,
                 BLOCK_D=config.block_columns,
                 num_warps=config.num_warps,
+                **LAUNCH_OPTIONS,
             )
     return out_VD
 
@@ -216,11 +227,11 @@ def _forward_spec(dtype: str, width: int) -> CompileSpec:
         fn=_splice_forward,
         signature=dict.fromkeys(data, f"*{dtype}")
         | dict.fromkeys(indices, "*i64")
-        | dict.fromkeys(("vocab_size", "num_text", "num_rows", "width"), "i32"),
+        | dict.fromkeys(("vocab_size", "num_text", "num_rows", "width", "table_stride"), "i32"),
         constexprs={"BLOCK_D": config.block_columns},
         num_warps=config.num_warps,
         hip_num_warps=on_hip.num_warps,
-        divisible_by_16=(*data, *indices, "width"),
+        divisible_by_16=(*data, *indices, "width", "table_stride"),
     )
 
 

@@ -163,8 +163,9 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...]
     """The mixture; at least one source."""
-    validation: str | None = None
-    """A folder of held-out shards. None: no validation."""
+    validation: str | tuple[SourceConfig, ...] | None = None
+    """Held-out shards: a folder (or URL) of pretraining records, or a list of sources, whose weights share out
+    `validation.num_samples`. None: no validation."""
     batch_size: int = 128
     """Sequences in a global batch, over all ranks and micro-batches (the paper's 16 × 8 GPUs)."""
     reconstruction_share: float | ShareSchedule = 0.2
@@ -203,6 +204,13 @@ class DataConfig:
     free on its disk when the run starts, what the cache holds already included."""
     on_error: Literal["skip", "stop"] = "stop"
     """A damaged record stops the run, or is replaced by another and counted."""
+
+    @property
+    def held_out(self) -> tuple[SourceConfig, ...]:
+        """The held-out sources; none where there is no validation."""
+        if isinstance(self.validation, str):
+            return (SourceConfig(path=self.validation),)
+        return self.validation or ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,8 @@ def check_paths(config: RunConfig) -> None:
     for idx, decoder in enumerate(config.decoders):
         named += [(f"decoders.{idx}.backbone", decoder.backbone), (f"decoders.{idx}.tokenizer", decoder.tokenizer)]
     named += [(f"data.sources.{idx}.path", source.path) for idx, source in enumerate(config.data.sources)]
-    named.append(("data.validation", config.data.validation))
+    key = "data.validation" if isinstance(config.data.validation, str) else "data.validation.{}.path"
+    named += [(key.format(idx), source.path) for idx, source in enumerate(config.data.held_out)]
     if config.checkpoint.resume not in ("auto", "never"):
         named.append(("checkpoint.resume", config.checkpoint.resume))
     missing = [f"{key}: {path}" for key, path in named if path is not None and not _exists(path)]
@@ -154,9 +155,11 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     if not data.sources:
         yield "data.sources is an empty list; expected at least one folder of shards ({path: …})."
     for idx, source in enumerate(data.sources):
-        if source.weight <= 0:
-            yield f"data.sources.{idx}.weight is {source.weight}; expected more than 0. Remove a source not wanted."
         yield from _source_problems(f"data.sources.{idx}", source)
+    if data.validation == ():
+        yield "data.validation is an empty list; expected at least one source ({path: …}), or null for no validation."
+    for idx, source in enumerate(data.held_out):
+        yield from _source_problems(f"data.validation.{idx}", source)
     yield from _at_least("data.batch_size", data.batch_size, 1)
     if data.batch_size >= 1 and config.micro_batches >= 1 and data.batch_size % config.micro_batches:
         yield (
@@ -180,6 +183,8 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _source_problems(key: str, source: SourceConfig) -> Iterator[str]:
+    if source.weight <= 0:
+        yield f"{key}.weight is {source.weight}; expected more than 0. Remove a source not wanted."
     yield from _at_least(f"{key}.in_context_examples", source.in_context_examples, 0)
     yield from _at_least(f"{key}.max_passages", source.max_passages, 1)
     yield from _at_least(f"{key}.chunk_tokens", source.chunk_tokens, 1)
@@ -230,7 +235,7 @@ def _cadence_problems(config: RunConfig) -> Iterator[str]:
     yield from _at_least("validation.every", validation.every, 0, "0 validates only at the end.")
     yield from _at_least("validation.num_samples", validation.num_samples, 4, "Each task needs two of them.")
     yield from _at_least("validation.batch_size", validation.batch_size, 1)
-    if validation.every > 0 and config.data.validation is None:
+    if validation.every > 0 and not config.data.held_out:
         yield (
             f"validation.every is {validation.every}, but data.validation names no held-out shards. "
             "Set data.validation to a folder of shards, or validation.every to 0."

@@ -41,10 +41,10 @@ class SourceShape:
     task: SourceTask = "pretraining"
     in_context_examples: int = 0
     name: str = field(default="", compare=False)
+    num_records: int = field(init=False, compare=False)
 
-    @property
-    def num_records(self) -> int:
-        return sum(self.shard_sizes)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_records", sum(self.shard_sizes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,12 +186,12 @@ class RunOrder:
         if most == 0:
             return [()] * self.batch_size
         words = random_words(self.batch_size * (most + 1), self.seed, "examples", step).reshape(self.batch_size, -1)
-        drawn = []
-        for row, source_idx, record_idx in zip(words.tolist(), source_idxs.tolist(), record_idxs.tolist(), strict=True):
-            source = self.sources[source_idx]
-            count = row[0] % (source.in_context_examples + 1)
-            drawn.append(_draw_others(row[1 : count + 1], source.num_records, record_idx))
-        return drawn
+        return [
+            draw_examples(self.sources[source_idx], record_idx, row)
+            for row, source_idx, record_idx in zip(
+                words.tolist(), source_idxs.tolist(), record_idxs.tolist(), strict=True
+            )
+        ]
 
 
 def _check_source(idx: int, source: SourceShape) -> None:
@@ -211,11 +211,15 @@ def _check_source(idx: int, source: SourceShape) -> None:
         )
 
 
-def _draw_others(words: Sequence[int], num_records: int, record_idx: int) -> tuple[int, ...]:
-    """One record for each random word, evenly among the records but without `record_idx` and without repetition."""
+def draw_examples(source: SourceShape, record_idx: int, words: Sequence[int]) -> tuple[int, ...]:
+    """The in-context examples of a record of a source, none twice: 0 to `in_context_examples`, all numbers alike.
+
+    words: random 64-bit words, one more than the most examples.
+    """
+    count = words[0] % (source.in_context_examples + 1)
     taken = [record_idx]
-    for word in words:
-        drawn = word % (num_records - len(taken))
+    for word in words[1 : count + 1]:
+        drawn = word % (source.num_records - len(taken))
         for other in sorted(taken):  # the drawn-th of those not taken
             drawn += drawn >= other
         taken.append(drawn)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,35 +12,27 @@ import torch
 from arc_ds import dist
 from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
 from arc_ds.config.schema import RunConfig
-from arc_ds.data.loader import StepData, source_shapes, validation_examples
-from arc_ds.data.order import RunOrder
-from arc_ds.data.packing import PoolingSpec
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.tasks import TaskLimits, closed, mismatched, open_
-from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.data.loader import StepData
+from arc_ds.data.tasks import closed, mismatched, open_
 from arc_ds.device import free_memory_bytes
 from arc_ds.errors import ConfigError
 from arc_ds.model.spec import CompressorSpec
+from arc_ds.training.build_data import held_out_examples, step_data
 from arc_ds.training.build_model import (
     DecoderWeights,
     StartingWeights,
     check_tokenizers,
     compressor_spec,
-    decoder_tokenizer_paths,
-    encoder_tokenizer_path,
     open_decoders,
     open_starting_weights,
     starting_compressor,
 )
 from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, partitioned, place_decoder
+from arc_ds.training.flops import work_rates
 from arc_ds.training.optim import PortAdamW, make_param_groups
 from arc_ds.training.run import Run
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.validate import ValidationSet, Validator
-
-logger = logging.getLogger(__name__)
-
-TASKS = ("reconstruction", "continuation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +58,24 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         ds_config = resolve_deepspeed(config.deepspeed, config, dist.world_size(), local_world_size)
         spec = compressor_spec(config)
         tokenizers = check_tokenizers(config, spec)
+        decoders = open_decoders(config)
+        rates = [
+            work_rates(
+                spec,
+                weights.shape.config,
+                trained_layers=config.encoder.trained_layers,
+                train_embeddings=config.encoder.train_embeddings,
+            )
+            for weights in decoders
+        ]
         parts = RunParts(
             ds_config=ds_config,
             spec=spec,
             tokenizers=tokenizers,
-            data=step_data(config, spec.packing),
+            data=step_data(config, spec.packing, rates),
             validator=_validator(config, spec, device),
             weights=open_starting_weights(config, spec),
-            decoders=open_decoders(config),
+            decoders=decoders,
         )
     _check_same(config, parts)
     return parts
@@ -108,46 +109,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         data=parts.data,
         schedule=rate_schedule(config),
         validator=parts.validator,
-        tasks=TASKS,
-    )
-
-
-def step_data(config: RunConfig, packing: PoolingSpec) -> StepData:
-    """This rank's view of the run's data. DataError where shards, ConfigError where numbers cannot be used."""
-    sources = [ShardSet(source.path) for source in config.data.sources]
-    _warn_of_other_cuts(load_tokenizer(encoder_tokenizer_path(config)), sources)
-    share = config.data.reconstruction_share
-    order = RunOrder(
-        seed=config.seed,
-        batch_size=config.data.batch_size,
-        sources=source_shapes(sources, [source.weight for source in config.data.sources]),
-        reconstruction_share=((0, share),) if isinstance(share, float | int) else share,
-        num_decoders=len(config.decoders),
-        decoder_schedule=config.decoder_schedule,
-    )
-    return StepData(
-        order=order,
-        sources=sources,
-        encoder_tokenizer=encoder_tokenizer_path(config),
-        decoder_tokenizers=decoder_tokenizer_paths(config),
-        limits=task_limits(config),
-        pooling=packing,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        micro_batches=config.micro_batches,
-        on_error=config.data.on_error,
-    )
-
-
-def task_limits(config: RunConfig) -> TaskLimits:
-    """Sizes and layout of the tasks."""
-    markers = {"cont": config.markers.cont, "rec": config.markers.rec}
-    return TaskLimits(
-        max_context=config.data.max_context_tokens,
-        max_prefix=config.data.max_prefix_tokens,
-        max_continuation=config.data.max_continuation_tokens,
-        bos=config.data.decoder_bos,
-        markers=frozenset(marker for marker, is_kept in markers.items() if is_kept),  # type: ignore[misc]
+        tasks=parts.data.tasks,
     )
 
 
@@ -163,27 +125,17 @@ def rate_schedule(config: RunConfig) -> RateSchedule:
 
 
 def _validator(config: RunConfig, spec: CompressorSpec, device: torch.device) -> Validator | None:
-    if config.data.validation is None:
+    if not config.data.held_out:
         return None
-    source = ShardSet(config.data.validation)
-    encoder = load_tokenizer(encoder_tokenizer_path(config))
-    sets = []
-    for path in decoder_tokenizer_paths(config):
-        examples = validation_examples(
-            source,
-            config.validation.num_samples,
-            encoder=encoder,
-            decoder=load_tokenizer(path),
-            limits=task_limits(config),
+    sets = [
+        ValidationSet(
+            compressed=tuple(example.sample for example in examples),
+            mismatched=mismatched(examples),
+            closed=tuple(closed(example) for example in examples),
+            open=tuple(open_(example) for example in examples),
         )
-        sets.append(
-            ValidationSet(
-                compressed=tuple(example.sample for example in examples),
-                mismatched=mismatched(examples),
-                closed=tuple(closed(example) for example in examples),
-                open=tuple(open_(example) for example in examples),
-            )
-        )
+        for examples in held_out_examples(config)
+    ]
     return Validator(
         sets,
         decoder_names=[decoder.name for decoder in config.decoders],
@@ -245,15 +197,3 @@ def _check_same(config: RunConfig, parts: RunParts) -> None:
         raise ConfigError(
             f"ranks differ in {', '.join(different)}. Give every host the same command, config, weights and shards."
         )
-
-
-def _warn_of_other_cuts(tokenizer: Tokenizer, sources: Sequence[ShardSet]) -> None:
-    """Records cut by another tokenizer can be used, but work is dealt by their lengths, which are not the encoder's."""
-    for source in sources:
-        if source.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
-            logger.warning(
-                "the shards in %s were cut by another tokenizer than the encoder's: records may be longer than a "
-                "sequence, and work is dealt less evenly. Build them with the encoder's: arc-ds shards build "
-                "--tokenizer.",
-                source.folder,
-            )

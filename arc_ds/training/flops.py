@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from arc_ds.data.estimates import WorkRates
 from arc_ds.data.packing import PackedBatch
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.encoder import group_ends
@@ -80,22 +81,39 @@ def count_flops(
     trained_layers, train_embeddings: what of the encoder is trained (see `engine.set_trained`).
     """
     layers = [rows.work(spec.backbone) for rows in _encoder_rows(batch, spec)]
-    first_trained = 0 if trained_layers is None else max(len(layers) - trained_layers, 0)
-    reaches_below = train_embeddings or spec.memory_tokens > 0
-    backward = [
-        _backward(layer, trains=idx >= first_trained)
-        for idx, layer in enumerate(layers)
-        if reaches_below or idx >= first_trained
-    ]
     all_rows, suffix_rows = _decoder_rows(batch)
     one_forward, one_suffix = all_rows.work(decoder), suffix_rows.work(decoder)
     return StepFlops(
         encoder_forward=_sum(layers),
-        encoder_backward=_sum(backward),
+        encoder_backward=_sum(_encoder_backward(layers, spec, trained_layers, train_embeddings)),
         bridge=3 * 2 * batch.compressed_rows.numel() * _bridge_weights(spec, decoder.hidden_size),
         decoder_forward=_sum([one_forward] * decoder.num_layers),
         decoder_backward=_sum([_backward(one_suffix, trains=False)] * decoder.num_layers),
         head=2 * 2 * batch.num_labels * decoder.hidden_size * decoder.vocab_size,
+    )
+
+
+def work_rates(
+    spec: CompressorSpec, decoder: BackboneConfig, *, trained_layers: int | None = None, train_embeddings: bool = True
+) -> WorkRates:
+    """What one token, row and pair of a sample adds to a step with one decoder, in these same operations.
+
+    For dealing samples before they are made: bridge and head are left out, and every row counts as attending to half
+    of its sequence, with a gradient.
+    """
+    token, pair = _LayerRows(1, 1, 1, 0), _LayerRows(0, 0, 0, 1)
+    of_token, of_pair = (
+        _sum([*layers, *_encoder_backward(layers, spec, trained_layers, train_embeddings)])
+        for layers in ([rows.work(spec.backbone)] * spec.num_layers for rows in (token, pair))
+    )
+    row = _sum([token.work(decoder)] * decoder.num_layers)
+    attending = _sum([pair.work(decoder)] * decoder.num_layers)
+    return WorkRates(
+        encoder_token=of_token.linear,
+        encoder_pair=of_pair.attention / (2 if spec.causal else 1),
+        prefix_row=row.linear,
+        suffix_row=row.linear + _backward(row, trains=False).linear,
+        decoder_pair=(attending.attention + _backward(attending, trains=False).attention) / 2,
     )
 
 
@@ -117,6 +135,19 @@ def _encoder_rows(batch: PackedBatch, spec: CompressorSpec) -> list[_LayerRows]:
             layers.append(_LayerRows(num_groups, num_rows, num_groups, int(seen.sum())))
         cu_seqlens, num_rows = level.cu_seqlens, num_groups
     return layers
+
+
+def _encoder_backward(
+    layers: list[Work], spec: CompressorSpec, trained_layers: int | None, train_embeddings: bool
+) -> list[Work]:
+    """The backward of those of the encoder's layers that a gradient reaches."""
+    first_trained = 0 if trained_layers is None else max(len(layers) - trained_layers, 0)
+    reaches_below = train_embeddings or spec.memory_tokens > 0
+    return [
+        _backward(layer, trains=idx >= first_trained)
+        for idx, layer in enumerate(layers)
+        if reaches_below or idx >= first_trained
+    ]
 
 
 def _decoder_rows(batch: PackedBatch) -> tuple[_LayerRows, _LayerRows]:

@@ -102,6 +102,7 @@ def resume(run: Run) -> TrainerState | None:
     run.step = state.step
     run.skipped_steps = int(state.extra.get("skipped_steps", 0))
     run.skipped_in_row = int(state.extra.get("skipped_in_row", 0))
+    run.data_counts.update(state.extra.get("data_counts", {}))
     logger.info("resumed from %s at step %d", path, state.step)
     if path.parent.resolve() != (run.folder / CHECKPOINTS).resolve():
         return replace(state, mlflow_run_id=None)  # a branch of another run is a run of its own
@@ -174,6 +175,7 @@ def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
             "tokenizers": dict(run.tokenizers),
             "skipped_steps": run.skipped_steps,
             "skipped_in_row": run.skipped_in_row,
+            "data_counts": dict(run.data_counts),
         },
     )
 
@@ -190,8 +192,8 @@ def open_tracker(run: Run, mlflow_run_id: str | None) -> Tracker:
         artifacts={CONFIG_NAME: dump_yaml(run.config), "deepspeed.json": json.dumps(ds_config, indent=2)},
         tags=environment_tags(device=describe_device(run.device), world_size=world_size),
         datasets=[
-            DatasetFacts(name=Path(source.folder).name, digest=source.fingerprint, source=str(source.folder))
-            for source in run.data.sources
+            DatasetFacts(name=Path(shards.folder).name, digest=shards.fingerprint, source=str(shards.folder))
+            for shards in (source.shards for source in run.data.sources)
         ],
     )
     return start_tracker(

@@ -20,7 +20,7 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
 from arc_ds.data.shard_writer import build_shards
 from arc_ds.errors import ArcError, CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
-from arc_ds.training.build import TASKS, rate_schedule, read_parts
+from arc_ds.training.build import rate_schedule, read_parts
 from arc_ds.training.exit_codes import EXIT_USER_ERROR
 from arc_ds.training.manifest import Manifest, seal_file, write_manifest
 from arc_ds.training.run import Run
@@ -147,7 +147,7 @@ def test_a_damaged_record_met_in_training_is_one_message(
         data=parts.data,
         schedule=rate_schedule(loaded),
         validator=None,
-        tasks=TASKS,
+        tasks=parts.data.tasks,
     )
     with pytest.raises(DataError) as caught:
         next(begun.batches())

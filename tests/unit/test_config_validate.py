@@ -77,6 +77,9 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["checkpoint.keep_every=0"], ["checkpoint.keep_every"]),
         (["validation.every=5"], ["data.validation names no"]),
         (["validation.num_samples=3"], ["validation.num_samples"]),
+        (["data.validation=[]"], ["data.validation is an empty list", "null for no validation"]),
+        (["data.validation=[{path: a}, {path: b, weight: 0}]"], ["data.validation.1.weight is 0"]),
+        (["data.validation=[{path: a, in_context_examples: 2}]"], ["data.validation.0.in_context_examples is 2"]),
     ],
 )
 def test_value_out_of_range_names_key_and_cure(tmp_path, overrides, words):
@@ -109,13 +112,15 @@ def test_world_size_that_does_not_divide_the_batch_is_an_error_with_a_batch_that
 
 def test_every_missing_path_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = load(tmp_path, "encoder.init_from=ckpt", "checkpoint.resume=old", "data.validation=shards/val")
+    held_out = "data.validation=[{path: shards/val}, {path: shards/qa, task: few_shot}]"
+    config = load(tmp_path, "encoder.init_from=ckpt", "checkpoint.resume=old", held_out)
     (tmp_path / "models" / "dec").mkdir(parents=True)
     with pytest.raises(ConfigError) as caught:
         check_paths(config)
     message = str(caught.value)
-    for path in ("deepspeed: ds.json", "models/enc", "ckpt", "old", "shards/train", "shards/val", str(tmp_path)):
+    for path in ("deepspeed: ds.json", "models/enc", "ckpt", "old", "shards/train", str(tmp_path)):
         assert path in message
+    assert "data.validation.0.path: shards/val" in message and "data.validation.1.path: shards/qa" in message
     assert "models/dec" not in message
 
 

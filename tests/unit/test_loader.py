@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from arc_ds.data.loader import StepData, make_loader, source_shapes, validation_examples
+from arc_ds.data.loader import StepData, make_loader
 from arc_ds.data.order import RunOrder
 from arc_ds.data.packing import PoolingSpec
+from arc_ds.data.sample_maker import DecoderInput
 from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.source import Source
 from arc_ds.data.step_batch import StepBatch
 from arc_ds.data.tasks import TaskLimits
 from arc_ds.data.tokenizers import load_tokenizer
@@ -37,11 +39,14 @@ class Setting:
         write_shards(self.folders[1], self.encoder, texts[60:])
 
     def data(self, rank: int = 0, world_size: int = 1, micro_batches: int = 1, **changes) -> StepData:
-        sources = [ShardSet(folder) for folder in self.folders]
+        sources = [
+            Source(shards=ShardSet(folder), weight=weight, limits=LIMITS)
+            for folder, weight in zip(self.folders, (0.7, 0.3), strict=True)
+        ]
         order = RunOrder(
             seed=4,
             batch_size=BATCH,
-            sources=source_shapes(sources, [0.7, 0.3]),
+            sources=tuple(source.shape for source in sources),
             reconstruction_share=((0, 0.5),),
             num_decoders=2,
         )
@@ -49,8 +54,7 @@ class Setting:
             "order": order,
             "sources": sources,
             "encoder_tokenizer": self.encoder,
-            "decoder_tokenizers": [self.decoder, self.encoder],
-            "limits": LIMITS,
+            "decoders": [DecoderInput(tokenizer=self.decoder), DecoderInput(tokenizer=self.encoder)],
             "pooling": PoolingSpec(),
             "rank": rank,
             "world_size": world_size,
@@ -149,7 +153,7 @@ def test_batch_that_ranks_do_not_divide_is_refused(setting: Setting) -> None:
 
 def test_order_of_other_shards_is_refused(setting: Setting) -> None:
     with pytest.raises(DataError, match="other shards"):
-        setting.data(sources=[ShardSet(setting.folders[1]), ShardSet(setting.folders[0])])
+        setting.data(sources=setting.data().sources[::-1])
 
 
 @pytest.fixture
@@ -195,14 +199,3 @@ def test_source_with_nothing_usable_is_an_error_not_a_hang(tmp_path: Path) -> No
         path.write_bytes(bytes(len(path.read_bytes())))
     with pytest.raises(DataError, match="in a row"):
         setting.data(on_error="skip")[0]
-
-
-def test_validation_examples_are_fixed_and_half_of_each_task(setting: Setting) -> None:
-    source = ShardSet(setting.folders[0])
-    tokenizers = {"encoder": load_tokenizer(setting.encoder), "decoder": load_tokenizer(setting.decoder)}
-    examples = validation_examples(source, 20, **tokenizers, limits=LIMITS)
-    assert examples == validation_examples(ShardSet(setting.folders[0]), 20, **tokenizers, limits=LIMITS)
-    assert [example.sample.task for example in examples] == ["reconstruction"] * 10 + ["continuation"] * 10
-    assert len({example.contexts for example in examples}) == 20
-    with pytest.raises(DataError, match="61 validation samples"):
-        validation_examples(source, 61, **tokenizers, limits=LIMITS)

@@ -1,0 +1,171 @@
+"""Picks of the order to samples: records are read, tokenised, and replaced where they cannot be used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from arc_ds.data.chat import PLAIN, Layout
+from arc_ds.data.order import Pick
+from arc_ds.data.segments import Sample
+from arc_ds.data.source import Source
+from arc_ds.data.tasks import Example, TaskCounts, make_example
+from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["skip", "stop"]
+RecordId = tuple[int, int]
+
+# Records tried in place of an unusable one: more in a row mean that the source is damaged, not one record.
+_MAX_REPLACEMENTS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderInput:
+    """How one decoder is given its text: its tokenizer (file or folder), and what stands around the turns."""
+
+    tokenizer: str | Path
+    layout: Layout = PLAIN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """One position's samples, one for each decoder asked for, all of the same record.
+
+    record_id: (source, record). skipped: records that could not be used, its in-context examples included. counts: of
+    all decoders' samples.
+    """
+
+    samples: tuple[Sample, ...]
+    record_id: RecordId
+    skipped: int
+    counts: TaskCounts
+
+
+class _UnusableError(Exception):
+    """The record at a place among a sample's own and its in-context examples cannot be used; says why."""
+
+    def __init__(self, place: int, reason: DataError) -> None:
+        super().__init__(place, reason)
+        self.place = place
+        self.reason = reason
+
+
+class SampleMaker:
+    """Makes the samples of a run. Tokenizers are loaded when the first one is made, in each process for itself.
+
+    on_error: what an unusable record does: "stop" raises DataError; "skip" goes on without it: a sample's own record
+    gives way to the next one of its source, an in-context example is left out. Both are counted, and each such record
+    is named once in the log. check: raises DataError on a sample that cannot be trained on, for example one too long.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        encoder_tokenizer: str | Path,
+        decoders: Sequence[DecoderInput],
+        on_error: OnError,
+        check: Callable[[Sample], object],
+    ) -> None:
+        self._sources = tuple(sources)
+        self._encoder_path = encoder_tokenizer
+        self._decoders = tuple(decoders)
+        self._on_error = on_error
+        self._check = check
+        self._named: set[RecordId] = set()
+
+    @cached_property
+    def _tokenizers(self) -> tuple[Tokenizer, tuple[Tokenizer, ...]]:
+        return load_tokenizer(self._encoder_path), tuple(load_tokenizer(one.tokenizer) for one in self._decoders)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "_tokenizers"}
+
+    def make(self, pick: Pick, decoder_idxs: Sequence[int]) -> Made:
+        """The samples of a pick for some decoders; DataError where its record, or too many in a row, cannot be used."""
+        source = self._sources[pick.source_idx]
+        idxs = [pick.record_idx, *pick.example_idxs]
+        attempts = min(_MAX_REPLACEMENTS, len(source.shards))
+        for skipped in range(attempts):
+            try:
+                examples = self._examples(source, idxs, pick, decoder_idxs)
+            except _UnusableError as error:
+                if self._on_error == "stop":
+                    raise error.reason from error.reason.__cause__
+                self._name_once((pick.source_idx, idxs[error.place]), error.reason)
+                idxs = _without(idxs, error.place, len(source.shards))
+                continue
+            return Made(
+                samples=tuple(example.sample for example in examples),
+                record_id=(pick.source_idx, idxs[0]),
+                skipped=skipped,
+                counts=sum((example.counts for example in examples), start=TaskCounts()),
+            )
+        raise DataError(
+            f"{source.shards.folder}: {attempts} records in a row from {pick.record_idx} on cannot be used. Run "
+            "`arc-ds shards check` on it and build it again."
+        )
+
+    def _examples(self, source: Source, idxs: Sequence[int], pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
+        """The examples of these records, one for each decoder; _UnusableError where one record spoils it."""
+        records = [self._read(source, idxs, place) for place in range(len(idxs))]
+        try:
+            return [self._example(source, records, pick, decoder_idx) for decoder_idx in decoder_idxs]
+        except DataError as error:
+            place = self._culprit(source, records, pick, decoder_idxs)
+            reason = DataError(f"{source.shards.folder}, record {idxs[place]}: {error}")
+            raise _UnusableError(place, reason) from error
+
+    def _read(self, source: Source, idxs: Sequence[int], place: int) -> dict[str, Any]:
+        try:
+            return source.shards.record(idxs[place])
+        except DataError as error:
+            raise _UnusableError(place, error) from error
+
+    def _example(self, source: Source, records: Sequence[dict[str, Any]], pick: Pick, decoder_idx: int) -> Example:
+        encoder, decoders = self._tokenizers
+        example = make_example(
+            records,
+            task=pick.task,
+            seed=pick.seed,
+            encoder=encoder,
+            decoder=decoders[decoder_idx],
+            limits=source.limits,
+            layout=self._decoders[decoder_idx].layout,
+        )
+        self._check(example.sample)
+        return example
+
+    def _culprit(
+        self, source: Source, records: Sequence[dict[str, Any]], pick: Pick, decoder_idxs: Sequence[int]
+    ) -> int:
+        """Which of the records spoils the sample: the first in-context example that gives none by itself, or 0."""
+        for place in range(1, len(records)):
+            try:
+                for decoder_idx in decoder_idxs:
+                    self._example(source, records[place : place + 1], pick, decoder_idx)
+            except DataError:
+                return place
+        return 0
+
+    def _name_once(self, record_id: RecordId, error: DataError) -> None:
+        if record_id not in self._named:
+            self._named.add(record_id)
+            logger.warning("record skipped: %s", error)
+
+
+def _without(idxs: Sequence[int], place: int, num_records: int) -> list[int]:
+    """The records of a sample without an unusable one: its own gives way to the next, an example is left out."""
+    if place:
+        return [*idxs[:place], *idxs[place + 1 :]]
+    following = (idxs[0] + 1) % num_records
+    while following in idxs[1:]:
+        following = (following + 1) % num_records
+    return [following, *idxs[1:]]

@@ -1,0 +1,101 @@
+"""From a run's config to its data: the sources, this rank's steps, and the held-out examples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from arc_ds import dist
+from arc_ds.config.schema import RunConfig, SourceConfig
+from arc_ds.data.estimates import WorkRates
+from arc_ds.data.loader import StepData
+from arc_ds.data.micro_batches import MicroBatchLimits
+from arc_ds.data.order import RunOrder
+from arc_ds.data.packing import PoolingSpec
+from arc_ds.data.sample_maker import DecoderInput
+from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.source import Source
+from arc_ds.data.tasks import Example, TaskLimits
+from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.data.validation_set import Reader, validation_examples
+from arc_ds.training.build_model import decoder_tokenizer_paths, encoder_tokenizer_path
+
+logger = logging.getLogger(__name__)
+
+
+def step_data(config: RunConfig, packing: PoolingSpec, rates: Sequence[WorkRates]) -> StepData:
+    """This rank's view of the run's data. DataError where shards, ConfigError where numbers cannot be used.
+
+    rates: the work of samples with each decoder, by which they are dealt to the ranks.
+    """
+    sources = [open_source(config, source) for source in config.data.sources]
+    _warn_of_other_cuts(load_tokenizer(encoder_tokenizer_path(config)), sources)
+    share = config.data.reconstruction_share
+    order = RunOrder(
+        seed=config.seed,
+        batch_size=config.data.batch_size,
+        sources=tuple(source.shape for source in sources),
+        reconstruction_share=((0, share),) if isinstance(share, float | int) else share,
+        num_decoders=len(config.decoders),
+        decoder_schedule=config.decoder_schedule,
+    )
+    return StepData(
+        order=order,
+        sources=sources,
+        encoder_tokenizer=encoder_tokenizer_path(config),
+        decoders=[DecoderInput(tokenizer=path) for path in decoder_tokenizer_paths(config)],
+        pooling=packing,
+        rates=rates,
+        limits=MicroBatchLimits(
+            max_encoder_tokens=config.data.max_encoder_tokens, max_decoder_rows=config.data.max_decoder_rows
+        ),
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        micro_batches=config.micro_batches,
+        on_error=config.data.on_error,
+    )
+
+
+def held_out_examples(config: RunConfig) -> tuple[tuple[Example, ...], ...]:
+    """The held-out examples of each decoder, of a config that names held-out shards."""
+    return validation_examples(
+        [open_source(config, source) for source in config.data.held_out],
+        config.validation.num_samples,
+        encoder=load_tokenizer(encoder_tokenizer_path(config)),
+        readers=[Reader(tokenizer=load_tokenizer(path)) for path in decoder_tokenizer_paths(config)],
+    )
+
+
+def open_source(config: RunConfig, wanted: SourceConfig) -> Source:
+    """A source of the config, opened."""
+    return Source(
+        shards=ShardSet(wanted.path),
+        weight=wanted.weight,
+        task=wanted.task,
+        in_context_examples=wanted.in_context_examples,
+        limits=task_limits(config, wanted),
+    )
+
+
+def task_limits(config: RunConfig, source: SourceConfig) -> TaskLimits:
+    """Sizes and layout of the tasks of a source."""
+    markers = {"cont": config.markers.cont, "rec": config.markers.rec}
+    return TaskLimits(
+        max_context=config.data.max_context_tokens,
+        max_prefix=config.data.max_prefix_tokens,
+        max_continuation=config.data.max_continuation_tokens,
+        bos=config.data.decoder_bos,
+        markers=frozenset(marker for marker, is_kept in markers.items() if is_kept),  # type: ignore[misc]
+    )
+
+
+def _warn_of_other_cuts(tokenizer: Tokenizer, sources: Sequence[Source]) -> None:
+    """Records cut by another tokenizer can be used, but work is dealt by their lengths, which are not the encoder's."""
+    for source in sources:
+        if source.shards.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+            logger.warning(
+                "the shards in %s were cut by another tokenizer than the encoder's: records may be longer than a "
+                "sequence, and work is dealt less evenly. Build them with the encoder's: arc-ds shards build "
+                "--tokenizer.",
+                source.shards.folder,
+            )

@@ -1,0 +1,85 @@
+"""Held-out examples: fixed, spread over their sources, of the same records for every decoder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.source import Source
+from arc_ds.data.tasks import Example, TaskLimits
+from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.data.validation_set import Reader, validation_examples
+from arc_ds.errors import DataError
+from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
+
+LIMITS = TaskLimits(max_context=16, max_prefix=16, max_continuation=16)
+
+
+class Setting:
+    """Two held-out sources and two tokenizers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.encoder_path = write_tiktoken(folder / "tokenizer.model")
+        self.encoder: Tokenizer = load_tokenizer(self.encoder_path)
+        self.readers = [
+            Reader(tokenizer=load_tokenizer(write_json_tokenizer(folder / "json"))),
+            Reader(tokenizer=self.encoder),
+        ]
+        texts = numbered_texts(90)
+        write_shards(folder / "a", self.encoder_path, texts[:60])
+        write_shards(folder / "b", self.encoder_path, texts[60:])
+        self.folders = [folder / "a", folder / "b"]
+
+    def sources(self) -> list[Source]:
+        return [Source(shards=ShardSet(folder), limits=LIMITS) for folder in self.folders]
+
+    def examples(self, sources: list[Source], num: int) -> tuple[tuple[Example, ...], ...]:
+        return validation_examples(sources, num, encoder=self.encoder, readers=self.readers)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("held_out"))
+
+
+def test_held_out_examples_are_fixed_and_half_of_each_task(setting: Setting) -> None:
+    sources = setting.sources()[:1]
+    found = setting.examples(sources, 20)
+    assert found == setting.examples(setting.sources()[:1], 20)
+    for examples in found:
+        assert [example.sample.task for example in examples] == ["reconstruction"] * 10 + ["continuation"] * 10
+        assert len({example.contexts for example in examples}) == 20
+
+
+def test_every_decoder_reads_the_same_held_out_records(setting: Setting, tmp_path: Path) -> None:
+    write_shards(tmp_path / "own", setting.encoder_path, [f"Tower {number} " * 20 for number in range(100, 140)])
+    first, second = setting.examples([Source(shards=ShardSet(tmp_path / "own"), limits=LIMITS)], 24)
+    numbers = [[re.findall(r" (\d+) ", example.contexts[0])[0] for example in examples] for examples in (first, second)]
+    assert numbers[0] == numbers[1] and len(set(numbers[0])) == 24
+    assert [example.sample for example in first] != [example.sample for example in second]
+
+
+def test_sources_share_the_held_out_samples_by_weight(setting: Setting) -> None:
+    first, second = setting.sources()
+    both, _ = setting.examples([replace(first, weight=3.0), second], 24)
+    of_first, _ = setting.examples([first], 18)
+    assert both[:18] == of_first, "a source's samples do not depend on the other sources"
+    assert len(both) == 24
+
+
+def test_too_few_held_out_records_are_refused_with_the_source_named(setting: Setting) -> None:
+    first, second = setting.sources()
+    with pytest.raises(DataError, match=r"/b: 31 validation samples .* holds 30 records\. Ask for 4 to 30"):
+        setting.examples([second], 31)
+    with pytest.raises(DataError, match="/a: 2 validation samples .* Ask for 4 to 60"):
+        setting.examples([first, second], 4)
+
+
+def test_held_out_records_that_are_all_too_short_are_an_error(setting: Setting, tmp_path: Path) -> None:
+    write_shards(tmp_path / "short", setting.encoder_path, ["A sea."] * 8)
+    with pytest.raises(DataError, match="too few records can be used"):
+        setting.examples([Source(shards=ShardSet(tmp_path / "short"), limits=LIMITS)], 8)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from arc_ds.data.records import MAX_RECORD_BYTES
 from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.shard_writer import build_shards
+from arc_ds.data.shards import Manifest
+from arc_ds.data.tar_writer import ShardWriter
+from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import DataError
 from tests.helpers.tiny_data import TEXT, numbered_texts, write_shards, write_tiktoken
 
@@ -98,3 +104,274 @@ def test_inputs_without_a_record_or_missing_are_errors(tmp_path: Path, tokenizer
         build_shards([tmp_path / "none.txt"], tmp_path / "out", tokenizer_path)
     with pytest.raises(DataError, match="min_tokens"):
         build_shards([tmp_path / "empty.txt"], tmp_path / "out", tokenizer_path, max_tokens=8, min_tokens=5)
+
+
+def write_jsonl(path: Path, documents: list[object]) -> Path:
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+    return path
+
+
+def test_filters_are_counted_by_reason(tmp_path: Path, tokenizer_path: Path) -> None:
+    documents = [
+        {"text": TEXT, "score": 0.9},
+        {"text": TEXT, "score": 0.4},
+        {"text": TEXT, "score": float("nan")},
+        {"text": "A lamp.", "score": 1},
+        {"text": " ", "score": 1},
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    manifest = build_shards(
+        [source], tmp_path / "out", tokenizer_path, min_chars=20, quality_field="score", min_quality=0.5
+    )
+    assert manifest.skipped == {"empty": 1, "min_chars": 1, "quality": 2}
+    assert (manifest.samples, manifest.sources[0].documents) == (1, 5)
+
+
+def test_faults_are_skipped_counted_and_named_where_asked(
+    tmp_path: Path, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [
+        json.dumps({"text": TEXT, "score": 1}).encode(),
+        b"{",
+        b'{"text": 3, "score": 1}',
+        b'{"text": "\xff", "score": 1}',
+        b'{"text": "a lamp", "score": true}',
+        json.dumps({"text": "x" * 3000, "score": 1}).encode(),
+        b'{"text": "a lone \\ud800 surrogate", "score": 1}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    with caplog.at_level(logging.WARNING):
+        manifest = build_shards(
+            [tmp_path / "a.jsonl"],
+            tmp_path / "out",
+            tokenizer_path,
+            on_error="skip",
+            quality_field="score",
+            min_quality=0,
+            max_document_bytes=2000,
+        )
+    assert manifest.skipped == {"bad_record": 3, "not_json": 1, "not_utf8": 1, "too_large": 1}
+    assert manifest.samples == 1
+    for number, words in [(2, "expected JSON"), (3, "'text', got int"), (5, "a number in the field 'score', got bool")]:
+        assert any(f"line {number}: {words}" in m or (f"line {number}" in m and words in m) for m in caplog.messages)
+
+
+def test_a_document_of_100_mb_is_a_named_fault(tmp_path: Path, tokenizer_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * 100_000_000 + b'"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: a document of 100000013 bytes; the limit is 67108864"):
+        build_shards([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer_path)
+
+
+QUESTION = {"passages": [TEXT, "The lamp held."], "question": "What held?", "answer": ["the lamp", "it"]}
+
+
+def test_fine_tuning_records_keep_their_fields_and_are_never_cut(tmp_path: Path, tokenizer_path: Path) -> None:
+    documents = [
+        {**QUESTION, "id": 7},
+        {"passage": TEXT * 20, "instruction": "Sum it up.", "answer": "A tower."},
+        {"passages": [TEXT], "question": "Who?", "answer": " "},
+        {"text": TEXT},
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    manifest = build_shards(
+        [source], tmp_path / "out", tokenizer_path, kind="fine_tuning", max_tokens=64, on_error="skip"
+    )
+    assert manifest.kind == "fine_tuning"
+    assert manifest.skipped == {"bad_record": 2}
+    shards = ShardSet(tmp_path / "out")
+    assert [shards.record(idx) for idx in range(len(shards))] == [QUESTION, documents[1]]
+    tokenizer = load_tokenizer(tokenizer_path)
+    longest = max(len(tokenizer.encode(answer)) for answer in QUESTION["answer"])
+    asked = len(tokenizer.encode("What held?"))
+    assert shards.tokens(0) == sum(len(tokenizer.encode(text)) for text in QUESTION["passages"]) + asked + longest
+    assert shards.tokens(1) > 64
+
+
+def test_fine_tuning_record_that_no_reader_would_take_is_a_fault(tmp_path: Path, tokenizer_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"passage": "x " * (MAX_RECORD_BYTES // 2), "answer": "y"}])
+    with pytest.raises(DataError, match=f"the limit is {MAX_RECORD_BYTES}"):
+        build_shards([source], tmp_path / "out", tokenizer_path, kind="fine_tuning")
+
+
+def test_parquet_gives_the_same_records_as_jsonl(tmp_path: Path, tokenizer_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    questions = [{**QUESTION, "question": f"What held {idx}?"} for idx in range(9)]
+    source = write_jsonl(tmp_path / "a.jsonl", questions)
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(questions), tmp_path / "a.parquet")
+    built = [
+        build_shards([path], tmp_path / f"out{path.suffix}", tokenizer_path, kind="fine_tuning", shard_bytes=3000)
+        for path in (source, tmp_path / "a.parquet")
+    ]
+    assert len(built[0].shards) > 1
+    assert built[0].shards == built[1].shards
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "fine_tuning"}, "several fields; a.txt is plain text"),
+        ({"quality_field": "score", "min_quality": 1}, "has no field 'score'"),
+        ({"min_quality": 1.0}, "a quality threshold needs its field"),
+        ({"workers": 0}, "workers = 0"),
+        ({"max_document_bytes": 0}, "max_document_bytes"),
+    ],
+)
+def test_options_that_do_not_fit_are_errors(
+    tmp_path: Path, tokenizer_path: Path, options: dict[str, object], message: str
+) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    with pytest.raises(DataError, match=message):
+        build_shards([tmp_path / "a.txt"], tmp_path / "out", tokenizer_path, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of ours handles it."""
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[Path]:
+    """Two files of long and short documents, so that shards end inside documents, batches and files."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = [text * (1 + idx % 5) for idx, text in enumerate(numbered_texts(60))]
+    first = write_jsonl(folder / "a.jsonl", [{"text": text} for text in texts])
+    second = write_jsonl(folder / "b.jsonl", [{"text": text} for text in [*texts[::-1], "x"]])
+    return [first, second]
+
+
+@pytest.fixture
+def build(tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Manifest]:
+    """Builds with batches of a few documents; `kill_at` ends it in front of that record, as a kill would.
+
+    meanwhile: called with the number of each record in front of its writing.
+    """
+    monkeypatch.setattr("arc_ds.data.inputs_lines.BATCH_BYTES", 700)
+    monkeypatch.setattr("os.fsync", lambda _: None)  # the machine does not lose its power here
+    write = ShardWriter.write
+
+    def run(
+        inputs: list[Path],
+        out: Path,
+        kill_at: int | None = None,
+        meanwhile: Callable[[int], None] | None = None,
+        **options: object,
+    ) -> Manifest:
+        def watched(self: ShardWriter, payload: bytes, num_tokens: int) -> bool:
+            if meanwhile is not None:
+                meanwhile(self.num_records)
+            if self.num_records == kill_at:
+                raise Killed
+            return write(self, payload, num_tokens)
+
+        monkeypatch.setattr(ShardWriter, "write", watched)
+        settings = {"max_tokens": 64, "min_tokens": 4, "shard_bytes": 16000, **options}
+        return build_shards(inputs, out, tokenizer_path, **settings)
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("step", [5, 37])
+def test_a_build_killed_again_and_again_gives_the_same_bytes(
+    tmp_path: Path, inputs: list[Path], build: Callable[..., Manifest], step: int
+) -> None:
+    manifest = build(inputs, tmp_path / "whole")
+    assert len(manifest.shards) > 5
+    assert sum(source.cut for source in manifest.sources) > 5
+    out = tmp_path / "out"
+    last = manifest.shards[0].samples
+    for kill_at in range(last + 1, manifest.samples, step):
+        with pytest.raises(Killed):
+            build(inputs, out, kill_at=kill_at)
+        assert not out.exists()
+    build(inputs, out)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_build_goes_on_behind_its_finished_shards(
+    tmp_path: Path, inputs: list[Path], build: Callable[..., Manifest], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Killed):
+        build(inputs, tmp_path / "out", kill_at=100)
+    finished = tmp_path / ".out.partial" / "shards" / "shard-000000.tar"
+    written = finished.stat().st_mtime_ns, finished.stat().st_ino
+    with pytest.raises(Killed):
+        build(inputs, tmp_path / "out", kill_at=101)
+    assert (finished.stat().st_mtime_ns, finished.stat().st_ino) == written
+    assert "going on behind" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["option", "input", "shard", "state"])
+def test_what_has_changed_since_is_not_built_upon(
+    tmp_path: Path, inputs: list[Path], build: Callable[..., Manifest], change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    with pytest.raises(Killed):
+        build(inputs, out, kill_at=100)
+    options = {"max_tokens": 48} if change == "option" else {}
+    if change == "input":
+        inputs[0].write_text(inputs[0].read_text().replace("sea", "bay"))
+    if change == "shard":
+        raw = bytearray((partial / "shards" / "shard-000001.tar").read_bytes())
+        raw[600] ^= 1
+        (partial / "shards" / "shard-000001.tar").write_bytes(raw)
+    if change == "state":
+        (partial / "state.json").write_text("{")
+    build(inputs, out, **options)
+    assert "begun anew" in caplog.text
+    build(inputs, tmp_path / "whole", **options)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_later_input_may_be_mended_before_a_build_goes_on(
+    tmp_path: Path, inputs: list[Path], build: Callable[..., Manifest], caplog: pytest.LogCaptureFixture
+) -> None:
+    good = inputs[1].read_text()
+    inputs[1].write_text("{\n" + good)
+    with pytest.raises(DataError, match="line 1: expected JSON"):
+        build(inputs, tmp_path / "out")
+    assert "finished shards are kept" in caplog.text
+    inputs[1].write_text(good)
+    build(inputs, tmp_path / "out")
+    assert "going on behind" in caplog.text
+    build(inputs, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_faults_may_be_skipped_from_where_a_build_stopped(
+    tmp_path: Path, inputs: list[Path], build: Callable[..., Manifest], caplog: pytest.LogCaptureFixture
+) -> None:
+    with inputs[0].open("a") as file:
+        file.write("{\n")
+    with pytest.raises(DataError, match="line 61"):
+        build(inputs, tmp_path / "out")
+    manifest = build(inputs, tmp_path / "out", on_error="skip")
+    assert "going on behind" in caplog.text
+    assert manifest.skipped == {"min_tokens": 1, "not_json": 1}
+
+
+def test_an_input_that_changes_while_it_is_read_is_an_error(
+    tmp_path: Path, inputs: list[Path], build: Callable[..., Manifest]
+) -> None:
+    def grow(record_idx: int) -> None:
+        if record_idx == 5:
+            inputs[0].write_text(inputs[0].read_text() + '{"text": "late"}\n')
+
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was read"):
+        build(inputs, tmp_path / "out", meanwhile=grow)
+
+
+def test_two_builds_of_one_folder_do_not_mix(
+    tmp_path: Path, inputs: list[Path], build: Callable[..., Manifest], tokenizer_path: Path
+) -> None:
+    def build_too(record_idx: int) -> None:
+        if record_idx == 5:
+            build_shards(inputs, tmp_path / "out", tokenizer_path)
+
+    with pytest.raises(DataError, match="another build is writing"):
+        build(inputs, tmp_path / "out", meanwhile=build_too)

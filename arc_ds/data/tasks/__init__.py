@@ -7,13 +7,14 @@ from typing import Any
 
 from arc_ds.data.chat import PLAIN, Layout
 from arc_ds.data.order import Task
-from arc_ds.data.records import text_of
+from arc_ds.data.records import pretraining_text
 from arc_ds.data.tasks.example import Example, TaskCounts
+from arc_ds.data.tasks.few_shot import few_shot_example
 from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.data.tasks.long_context import long_context_example
 from arc_ds.data.tasks.pretraining import pretraining_example
 from arc_ds.data.tasks.variants import closed, mismatched, open_
 from arc_ds.data.tokenizers import Tokenizer
-from arc_ds.errors import DataError
 
 __all__ = ["Example", "TaskCounts", "TaskLimits", "closed", "make_example", "mismatched", "open_"]
 
@@ -34,7 +35,18 @@ def make_example(
     number of passages, which answer). layout: how the decoder is spoken to. DataError where the record lacks what the
     task needs, or gives no target.
     """
-    if task == "reconstruction" or task == "continuation":
-        text = text_of(records[0], "text")
-        return pretraining_example(text, task=task, seed=seed, encoder=encoder, decoder=decoder, limits=limits)
-    raise DataError(f"the task is {task!r}; expected reconstruction or continuation. Change data.sources.")
+    if task == "few_shot":
+        return few_shot_example(records, seed=seed, encoder=encoder, decoder=decoder, limits=limits, layout=layout)
+    if task == "long_context":
+        return long_context_example(
+            records[0], seed=seed, encoder=encoder, decoder=decoder, limits=limits, layout=layout
+        )
+    return pretraining_example(
+        pretraining_text(records[0]),
+        task=task,
+        seed=seed,
+        encoder=encoder,
+        decoder=decoder,
+        limits=limits,
+        layout=layout,
+    )

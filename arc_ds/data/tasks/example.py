@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
+from arc_ds.data.script import Document, Part, Written, render
 from arc_ds.data.segments import Sample, Segment
+from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,3 +65,19 @@ class Example:
     def degraded(self) -> bool:
         """Whether the record was too short for the continuation asked for and became a reconstruction."""
         return self.counts.degraded > 0
+
+
+def written_example(task: str, parts: tuple[Part, ...], counts: TaskCounts, decoder: Tokenizer) -> Example:
+    """The example that a script makes; DataError where it has no target that a row predicts."""
+    rendered = render(parts, decoder)
+    if not any(segment.in_loss for segment in rendered.target):
+        raise DataError(
+            f"a record gives the task {task} nothing to predict: fewer than two decoder tokens. Build the shards with "
+            "a larger min_tokens, or set data.on_error: skip."
+        )
+    return Example(
+        sample=Sample(task, rendered.segments),
+        contexts=tuple(part.text for part in parts if isinstance(part, Document)),
+        counts=counts,
+        variants=Written(parts, decoder, rendered.target),
+    )

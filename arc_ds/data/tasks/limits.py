@@ -5,21 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arc_ds.data.segments import MARKERS, Marker
+from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskLimits:
-    """Sizes of the tasks of one source, and what stands around a decoder's sequence.
+    """Sizes of the samples of one source, and what stands around a decoder's sequence.
 
-    max_context: encoder tokens, at least 1. max_prefix, max_continuation: decoder tokens, at least 0 and 2.
-    bos: whether a decoder sequence begins with the tokenizer's begin-of-text where it has one.
-    markers: those in use; the contexts of another task get none. DataError on a size out of range.
+    Pretraining: max_context encoder tokens, at least 1; max_prefix and max_continuation (of long context too) decoder
+    tokens, at least 0 and 2.
+    Few-shot: max_documents encoder tokens of all documents of a sample; max_passages joined to one document.
+    Long context: at most max_chunks chunks of chunk_tokens encoder tokens.
+    Both: max_question and max_answer decoder tokens. All of these at least 1.
+    bos: whether a plain sequence begins with the tokenizer's begin-of-text where it has one (a chat's template says so
+    for itself). markers: those in use; the contexts of another task get none. DataError on a size out of range.
     """
 
     max_context: int = 256
     max_prefix: int = 256
     max_continuation: int = 256
+    max_documents: int = 2048
+    max_passages: int = 1
+    max_question: int = 256
+    max_answer: int = 256
+    chunk_tokens: int = 1024
+    max_chunks: int = 32
     bos: bool = True
     markers: frozenset[Marker] = frozenset(MARKERS)
 
@@ -29,3 +40,14 @@ class TaskLimits:
                 f"context, prefix and continuation of {self.max_context}, {self.max_prefix} and "
                 f"{self.max_continuation} tokens were asked for; expected at least 1, 0 and 2. Change the data section."
             )
+        for name in ("max_documents", "max_passages", "max_question", "max_answer", "chunk_tokens", "max_chunks"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} is {getattr(self, name)}; expected at least 1. Change the data section.")
+
+    def bos_ids(self, decoder: Tokenizer) -> tuple[int, ...]:
+        """What a plain sequence begins with: begin-of-text, or nothing."""
+        return (decoder.bos_id,) if self.bos and decoder.bos_id is not None else ()
+
+    def marker(self, name: Marker) -> Marker | None:
+        """The marker if it is in use."""
+        return name if name in self.markers else None

@@ -11,9 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from arc_ds.data.chat import Layout
+from arc_ds.data.script import Document
 from arc_ds.data.segments import Marker, Sample, Segment
-from arc_ds.data.tasks.example import Example, TaskCounts
+from arc_ds.data.tasks.contexts import first_tokens, last_tokens
+from arc_ds.data.tasks.example import Example, TaskCounts, written_example
 from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.data.tasks.texts import write_continuation, write_reconstruction
 from arc_ds.data.text_views import TextViews, keep_first, keep_last
 from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
@@ -22,8 +26,33 @@ PretrainingTask = Literal["reconstruction", "continuation"]
 _MARKER_OF: dict[PretrainingTask, Marker] = {"reconstruction": "rec", "continuation": "cont"}
 
 
+@dataclass(frozen=True, slots=True)
+class _Spans:
+    """Where prefix, context and target of a sample stand in its text: four rising cuts.
+
+    A reconstruction has no prefix, and its target is its context.
+    """
+
+    task: PretrainingTask
+    start: int
+    context: int
+    context_end: int
+    target_end: int
+
+    @property
+    def target(self) -> int:
+        return self.context if self.task == "reconstruction" else self.context_end
+
+
 def pretraining_example(
-    text: str, *, task: PretrainingTask, seed: int, encoder: Tokenizer, decoder: Tokenizer, limits: TaskLimits
+    text: str,
+    *,
+    task: PretrainingTask,
+    seed: int,
+    encoder: Tokenizer,
+    decoder: Tokenizer,
+    limits: TaskLimits,
+    layout: Layout,
 ) -> Example:
     """The example of a text; `seed` (64 bits) chooses the window of a text longer than the task needs.
 
@@ -31,29 +60,28 @@ def pretraining_example(
     for that as well: fewer than two decoder tokens.
     """
     views = TextViews(text, encoder, decoder)
-    bos = (decoder.bos_id,) if limits.bos and decoder.bos_id is not None else ()
+    lay_out = _in_chat if layout.is_chat else _plain
     if task == "continuation":
-        example = _continuation(views, seed, bos, limits)
+        example = lay_out(views, _continuation(views, seed, limits), decoder, limits, layout)
         if example is not None:
             return example
-    example = _reconstruction(views, seed, bos, limits)
+    example = lay_out(views, _reconstruction(views, seed, limits), decoder, limits, layout)
     if example is None:
         raise DataError(
             f"the text {text[:40]!r} gives fewer than two decoder tokens to repeat. Build the shards with a larger "
             "min_tokens, or set data.on_error: skip."
         )
-    return replace(example, counts=TaskCounts(degraded=int(task == "continuation")))
+    return replace(example, counts=TaskCounts(degraded=1)) if task == "continuation" else example
 
 
-def _reconstruction(views: TextViews, seed: int, bos: tuple[int, ...], limits: TaskLimits) -> Example | None:
-    """Compress a window of the text and repeat it."""
+def _reconstruction(views: TextViews, seed: int, limits: TaskLimits) -> _Spans:
+    """A window of the text, to compress and repeat."""
     start = _window_start(views, seed, limits.max_context)
     end = views.cut(start, limits.max_context)
-    target = views.decoder_piece(start, end).ids.tolist()
-    return _example("reconstruction", views, (start, end), bos, target, limits)
+    return _Spans("reconstruction", start, start, end, end)
 
 
-def _continuation(views: TextViews, seed: int, bos: tuple[int, ...], limits: TaskLimits) -> Example | None:
+def _continuation(views: TextViews, seed: int, limits: TaskLimits) -> _Spans:
     """Plain prefix, compressed context, and the text behind it to continue with.
 
     A text shorter than all three together is shared out in their proportion.
@@ -64,9 +92,7 @@ def _continuation(views: TextViews, seed: int, bos: tuple[int, ...], limits: Tas
     middle = views.cut(start, num_tokens * limits.max_prefix // total)
     end = views.cut(middle, max(num_tokens * limits.max_context // total, 1))
     target_end = views.cut(end, num_tokens - (views.token_at(end) - views.token_at(start)))
-    prefix = keep_last(views.decoder_piece(start, middle), limits.max_prefix)
-    target = keep_first(views.decoder_piece(end, target_end), limits.max_continuation)
-    return _example("continuation", views, (middle, end), (*bos, *prefix), target, limits)
+    return _Spans("continuation", start, middle, end, target_end)
 
 
 def _window_start(views: TextViews, seed: int, num_tokens: int) -> int:
@@ -91,23 +117,46 @@ class _Sliced:
         return tuple(text if segment.kind == "context" else segment for segment in self.segments)
 
 
-def _example(
-    task: PretrainingTask,
-    views: TextViews,
-    span: tuple[int, int],
-    before: tuple[int, ...],
-    target: list[int],
-    limits: TaskLimits,
-) -> Example | None:
-    """Lay the pieces out; None where there is no context or no target to predict."""
-    if span[0] == span[1] or len(target) < 2:
+def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimits, _: Layout) -> Example | None:
+    """The pieces as slices of the text's own tokens; None where there is no context or no target to predict."""
+    prefix = keep_last(views.decoder_piece(spans.start, spans.context), limits.max_prefix)
+    piece = views.decoder_piece(spans.target, spans.target_end)
+    is_continuation = spans.task == "continuation"
+    target = keep_first(piece, limits.max_continuation) if is_continuation else piece.ids.tolist()
+    if spans.context == spans.context_end or len(target) < 2:
         return None
-    marker = _MARKER_OF[task]
-    context = Segment.context(views.encoder_ids(*span), marker if marker in limits.markers else None)
-    head = (Segment.text(before),) if before else ()
-    segments = (*head, context, Segment.text(target[:1]), Segment.text(target[1:], in_loss=True))
-    return Example(
-        sample=Sample(task, segments),
-        contexts=(views.text[slice(*span)],),
-        variants=_Sliced(segments, views, span),
+    head = (*limits.bos_ids(decoder), *prefix)
+    context = Segment.context(
+        views.encoder_ids(spans.context, spans.context_end), limits.marker(_MARKER_OF[spans.task])
     )
+    segments = (
+        *((Segment.text(head),) if head else ()),
+        context,
+        Segment.text(target[:1]),
+        Segment.text(target[1:], in_loss=True),
+    )
+    return Example(
+        sample=Sample(spans.task, segments),
+        contexts=(views.text[spans.context : spans.context_end],),
+        variants=_Sliced(segments, views, (spans.context, spans.context_end)),
+    )
+
+
+def _in_chat(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimits, layout: Layout) -> Example | None:
+    """The pieces as texts in the turns of a chat; None where there is no context or no target to predict."""
+    document = Document(
+        tuple(views.encoder_ids(spans.context, spans.context_end)),
+        views.text[spans.context : spans.context_end],
+        limits.marker(_MARKER_OF[spans.task]),
+    )
+    before = views.text[spans.start : spans.context]
+    prefix = last_tokens(before, views.decoder_piece(spans.start, spans.context), limits.max_prefix)
+    following = views.text[spans.target : spans.target_end]
+    piece = views.decoder_piece(spans.target, spans.target_end)
+    if not document.ids or len(piece.ids) < 2:
+        return None
+    if spans.task == "reconstruction":
+        return written_example(spans.task, write_reconstruction(document, layout), TaskCounts(), decoder)
+    target = first_tokens(following, piece, limits.max_continuation)
+    parts = write_continuation(prefix, [document], target, layout, ())
+    return written_example(spans.task, parts, TaskCounts(), decoder)

@@ -1,0 +1,108 @@
+"""The chat template that a tokenizer's files carry, rendered around placeholders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.errors import TokenizerError
+from arc_ds.gguf_header import read_gguf_header
+
+QUESTIONS = ("ArcDsFirstQuestion", "ArcDsLastQuestion")
+ANSWERS = ("ArcDsFirstAnswer", "ArcDsLastAnswer")
+_CURE = "Set the decoder's chat_template to llama2, chatml or none."
+_GGUF_KEY = "tokenizer.chat_template"
+# Templates that write a date take this one where none is given; today's would make samples depend on the day.
+_DATE = "26 Jul 2024"
+
+
+def render_template(tokenizer: Tokenizer, path: Path) -> str:
+    """Two turns of placeholders as the template writes them: QUESTIONS and ANSWERS in turn, each once.
+
+    TokenizerError where there is no template, jinja2 is missing, or the template fails or does not keep the turns.
+    """
+    template, names = _find_template(path)
+    by_id: dict[int | None, str] = {idx: name for name, idx in tokenizer.special_ids.items()}
+    names = {
+        "bos_token": names["bos_token"] or by_id.get(tokenizer.bos_id, ""),
+        "eos_token": names["eos_token"] or by_id.get(tokenizer.eos_id, ""),
+    }
+    marks = [mark for turn in zip(QUESTIONS, ANSWERS, strict=True) for mark in turn]
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    written = _render(template, messages, names, path)
+    places = [written.find(mark) for mark in marks]
+    if -1 in places or places != sorted(places) or any(written.count(mark) != 1 for mark in marks):
+        raise TokenizerError(
+            f"the chat template of {path} does not write two turns of user and assistant one behind the other, each "
+            f"text once. {_CURE}"
+        )
+    return written
+
+
+def _find_template(path: Path) -> tuple[str, dict[str, str]]:
+    """The template beside or inside a tokenizer, and the special tokens that the files name.
+
+    Looked for in chat_template.jinja, in tokenizer_config.json, and in a GGUF file's metadata.
+    """
+    folder = path if path.is_dir() else path.parent
+    settings = _settings(folder / "tokenizer_config.json")
+    names = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8"), names
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
+    gguf_files = [path] if path.suffix == ".gguf" else sorted(folder.glob("*.gguf")) if path.is_dir() else []
+    if template is None and len(gguf_files) == 1:
+        template = read_gguf_header(gguf_files[0]).metadata.get(_GGUF_KEY)
+    if not isinstance(template, str):
+        raise TokenizerError(
+            f"chat_template is tokenizer, but {path} carries none: expected chat_template.jinja, the key chat_template "
+            f"of tokenizer_config.json, or the metadata {_GGUF_KEY} of a GGUF file. {_CURE}"
+        )
+    return template, names
+
+
+def _render(template: str, messages: list[dict[str, str]], names: dict[str, str], path: Path) -> str:
+    try:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise TokenizerError(
+            f"the chat template of {path} is read by the package jinja2: pip install jinja2"
+        ) from error
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _raise
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    try:
+        return environment.from_string(template).render(
+            messages=messages, add_generation_prompt=False, date_string=_DATE, **names
+        )
+    except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise TokenizerError(f"the chat template of {path} cannot be rendered: {error}. {_CURE}") from error
+
+
+def _raise(message: str) -> NoReturn:
+    """What templates call to refuse their messages."""
+    raise ValueError(message)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path} beside the tokenizer is not JSON ({error}). Copy the file again.") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _content(token: object) -> str:
+    """A special token's text: given as such, or as an object with `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""

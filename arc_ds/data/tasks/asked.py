@@ -1,0 +1,99 @@
+"""A fine-tuning record as one sample asks it: this many passages, this answer, question and answer within limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arc_ds.data.records import FineTuningRecord
+from arc_ds.data.tasks.contexts import first_tokens, last_tokens
+from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.errors import DataError
+
+_PLACE = "{question}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPrompt:
+    """What a record's own prompt, "prefix||instruction||suffix", puts in front of and behind the document and in front
+    of the answer; the instruction stands in `Asked.question`."""
+
+    prefix: str
+    suffix: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """question: the question, or the instruction in its place; None where the record has neither. prompt: the record's
+    own, used in a chat only. question_is_cut, answer_is_cut: whether they lost what their limit left no room for."""
+
+    passages: tuple[str, ...]
+    question: str | None
+    prompt: ChatPrompt | None
+    answer: str
+    question_is_cut: bool
+    answer_is_cut: bool
+
+
+def ask(
+    record: FineTuningRecord, words: tuple[int, int], *, decoder: Tokenizer, limits: TaskLimits, is_chat: bool
+) -> Asked:
+    """What a sample takes of a record.
+
+    words: two random 64-bit numbers, which choose how many passages (1 to limits.max_passages, the first ones) and
+    which of the answers. A question too long loses its beginning, an answer its end. White space around either is left
+    out: the templates say what stands there. DataError where the answer has no tokens.
+    """
+    num_passages = 1 + words[0] % min(limits.max_passages, len(record.passages))
+    question, prompt = _question(record, is_chat=is_chat)
+    kept_question = question
+    if question is not None:
+        kept_question = last_tokens(question, decoder.encode_with_ends(question), limits.max_question)
+    answer = record.answers[words[1] % len(record.answers)].strip()
+    kept_answer = _cut_answer(answer, limits.max_answer, decoder)
+    return Asked(
+        passages=record.passages[:num_passages],
+        question=kept_question,
+        prompt=prompt,
+        answer=kept_answer,
+        question_is_cut=kept_question != question,
+        answer_is_cut=kept_answer != answer,
+    )
+
+
+def _question(record: FineTuningRecord, *, is_chat: bool) -> tuple[str | None, ChatPrompt | None]:
+    """What is asked, and the record's own prompt where it has one and a chat can use it."""
+    question = (record.question or "").strip()
+    if record.instruction is None:
+        return question or None, None
+    pieces = record.instruction.split("||")
+    if len(pieces) == 1:
+        return _filled(pieces[0], question).strip(), None
+    if len(pieces) != 3:
+        raise DataError(
+            f"expected an instruction, or `prefix||instruction||suffix`, in the field 'instruction', got "
+            f"{len(pieces)} parts: {record.instruction[:60]!r}. Write || twice, or not at all."
+        )
+    prefix, instruction, suffix = pieces
+    if is_chat:
+        return instruction.replace(_PLACE, question) or None, ChatPrompt(prefix=prefix, suffix=suffix)
+    return question or instruction.replace(_PLACE, "").strip() or None, None
+
+
+def _filled(instruction: str, question: str) -> str:
+    """An instruction with the question where it says, else behind it."""
+    if _PLACE in instruction:
+        return instruction.replace(_PLACE, question)
+    return f"{instruction.strip()} {question}"
+
+
+def _cut_answer(answer: str, max_tokens: int, decoder: Tokenizer) -> str:
+    encoding = decoder.encode_with_ends(answer)
+    if len(encoding.ids) == 0:
+        raise DataError(f"the answer {answer[:40]!r} gives no decoder token. Mend the record, or leave it out.")
+    kept = first_tokens(answer, encoding, max_tokens).rstrip()
+    if not kept:
+        raise DataError(
+            f"the answer {answer[:40]!r} has no character that fits {max_tokens} tokens. Raise data.max_answer_tokens."
+        )
+    return kept

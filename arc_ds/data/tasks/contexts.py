@@ -1,0 +1,107 @@
+"""Texts to compress: passages joined, cut to a size, split into chunks; always at characters.
+
+Shape letters: N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from arc_ds.data.script import Document, read_together
+from arc_ds.data.segments import Marker
+from arc_ds.data.tokenizers import Encoding, Tokenizer
+from arc_ds.errors import DataError
+
+_BETWEEN_PASSAGES = "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A text as the encoder reads it."""
+
+    text: str
+    encoding: Encoding
+
+    def __len__(self) -> int:
+        return len(self.encoding.ids)
+
+    def document(self, first: int, last: int, marker: Marker | None) -> Document:
+        """The tokens from `first` up to `last`, both boundaries of characters, as a document."""
+        start, end = self.encoding.ends[first], self.encoding.ends[last]
+        return Document(tuple(self.encoding.ids[first:last].tolist()), self.text[start:end], marker)
+
+    def boundary(self, token: int) -> int:
+        """The last boundary of a character at or in front of a token boundary."""
+        return last_boundary(self.encoding, token)
+
+
+def last_boundary(encoding: Encoding, token: int) -> int:
+    """The last boundary of a character at or in front of the token boundary `token`, which may be beyond the end."""
+    return int(np.flatnonzero(encoding.ends[: token + 1] >= 0)[-1])
+
+
+def first_boundary(encoding: Encoding, token: int) -> int:
+    """The first boundary of a character at or behind the token boundary `token`."""
+    return token + int(np.flatnonzero(encoding.ends[token:] >= 0)[0])
+
+
+def read_passages(passages: Sequence[str], encoder: Tokenizer) -> Reading:
+    """Passages as one text, a line each. Each is read by itself, so that its tokens may come from a cache."""
+    readings = [encoder.encode_with_ends(passage) for passage in passages]
+    if len(readings) == 1:
+        return Reading(passages[0], readings[0])
+    (between,) = read_together(encoder, [_BETWEEN_PASSAGES], inside=True)
+    ids, ends, length = [readings[0].ids], [readings[0].ends], len(passages[0])
+    for passage, reading in zip(passages[1:], readings[1:], strict=True):
+        length += len(_BETWEEN_PASSAGES)
+        inner = np.full(len(between), -1, dtype=np.int64)
+        inner[-1:] = length
+        ids += [np.array(between, dtype=np.int64), reading.ids]
+        ends += [inner, np.where(reading.ends >= 0, reading.ends + length, -1)[1:]]
+        length += len(passage)
+    return Reading(_BETWEEN_PASSAGES.join(passages), Encoding(np.concatenate(ids), np.concatenate(ends)))
+
+
+def cut_document(reading: Reading, max_tokens: int, marker: Marker | None) -> Document:
+    """The beginning of a text as one document; DataError where not one character of it fits."""
+    last = reading.boundary(max_tokens)
+    if last == 0:
+        raise DataError(
+            f"the document {reading.text[:20]!r} has no character that fits {max_tokens} tokens. Raise "
+            "data.max_documents_tokens."
+        )
+    return reading.document(0, last, marker)
+
+
+def cut_chunks(
+    reading: Reading, first: int, last: int, *, chunk_tokens: int, max_chunks: int, marker: Marker | None
+) -> tuple[tuple[Document, ...], int]:
+    """The tokens from `first` towards `last`, both boundaries of characters, in chunks; and the token they end at.
+
+    A chunk has `chunk_tokens` tokens less those of a character that it would break; the last one has what is left.
+    DataError where a character has more tokens than a chunk.
+    """
+    chunks: list[Document] = []
+    while first < last and len(chunks) < max_chunks:
+        end = reading.boundary(min(first + chunk_tokens, last))
+        if end <= first:
+            raise DataError(
+                f"a character at token {first} has more than chunk_tokens = {chunk_tokens} tokens. Raise chunk_tokens."
+            )
+        chunks.append(reading.document(first, end, marker))
+        first = end
+    return tuple(chunks), first
+
+
+def first_tokens(text: str, encoding: Encoding, max_tokens: int) -> str:
+    """The beginning of a text, whole characters of at most `max_tokens` of its tokens."""
+    return text if len(encoding.ids) <= max_tokens else text[: encoding.ends[last_boundary(encoding, max_tokens)]]
+
+
+def last_tokens(text: str, encoding: Encoding, max_tokens: int) -> str:
+    """The end of a text, whole characters of at most `max_tokens` of its tokens."""
+    spare = len(encoding.ids) - max_tokens
+    return text if spare <= 0 else text[encoding.ends[first_boundary(encoding, spare)] :]

@@ -1,0 +1,71 @@
+r"""Few-shot fine-tuning: blocks of document, question and answer, of which the last answer is to be given.
+
+    Document: ⟨context⟩\nQuestion: …\nAnswer: …\n\nDocument: ⟨context⟩\nQuestion: …\nAnswer: …
+
+Each document is compressed, and the loss is on the last answer only (paper, section 4 and appendix C; design 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from arc_ds.data.chat import Layout
+from arc_ds.data.randomness import random_words
+from arc_ds.data.records import fine_tuning_record
+from arc_ds.data.tasks.asked import Asked, ask
+from arc_ds.data.tasks.contexts import cut_document, read_passages
+from arc_ds.data.tasks.example import Example, TaskCounts, written_example
+from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.data.tasks.questions import Block, write_blocks
+from arc_ds.data.tokenizers import Tokenizer
+
+
+def few_shot_example(
+    records: Sequence[dict[str, Any]],
+    *,
+    seed: int,
+    encoder: Tokenizer,
+    decoder: Tokenizer,
+    limits: TaskLimits,
+    layout: Layout,
+) -> Example:
+    """The example of a record (the first) with others as its in-context examples, in their order, in front of it.
+
+    The record's own document is cut to limits.max_documents; then examples are taken from the last one backwards while
+    their whole documents fit. One with a question or answer too long is left out. DataError where a record has no
+    question and answer of the kind.
+    """
+    words = random_words(2 * len(records), seed, "few-shot").tolist()
+    everything = [
+        ask(fine_tuning_record(record), (words[2 * idx], words[2 * idx + 1]), decoder=decoder, limits=limits,
+            is_chat=layout.is_chat)
+        for idx, record in enumerate(records)
+    ]  # fmt: skip
+    own, others = everything[0], everything[1:]
+    marker = limits.marker("cont")
+    reading = read_passages(own.passages, encoder)
+    document = cut_document(reading, limits.max_documents, marker)
+    room = limits.max_documents - len(document.ids)
+    blocks = [*_fitting(others, room, encoder, limits), Block((document,), own)]
+    counts = TaskCounts(
+        cut_contexts=int(len(document.ids) < len(reading)),
+        cut_examples=len(others) - len(blocks) + 1,
+        cut_questions=int(own.question_is_cut),
+        cut_answers=int(own.answer_is_cut),
+    )
+    return written_example("few_shot", write_blocks(blocks, layout, limits.bos_ids(decoder)), counts, decoder)
+
+
+def _fitting(others: Sequence[Asked], room: int, encoder: Tokenizer, limits: TaskLimits) -> list[Block]:
+    """Blocks of the last in-context examples whose documents fit `room` encoder tokens together."""
+    blocks: list[Block] = []
+    for asked in reversed(others):
+        if asked.question_is_cut or asked.answer_is_cut:
+            continue
+        reading = read_passages(asked.passages, encoder)
+        room -= len(reading)
+        if room < 0:
+            break
+        blocks.append(Block((reading.document(0, len(reading), limits.marker("cont")),), asked))
+    return blocks[::-1]

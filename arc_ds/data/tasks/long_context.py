@@ -1,0 +1,88 @@
+r"""Long context: a text in chunks of one size, compressed in parallel, each a context of its own (paper, section 5).
+
+Text:       [bos] ⟨chunk⟩⟨chunk⟩… continuation.
+Passages:   Document: ⟨chunk⟩⟨chunk⟩…\nQuestion: …\nAnswer: …
+
+Each chunk's positions begin at 0, so a context of any length is no longer than a chunk to the encoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from arc_ds.data.chat import Layout
+from arc_ds.data.randomness import random_words
+from arc_ds.data.records import fine_tuning_record, pretraining_text
+from arc_ds.data.script import Document
+from arc_ds.data.tasks.asked import ask
+from arc_ds.data.tasks.contexts import Reading, cut_chunks, first_tokens, read_passages
+from arc_ds.data.tasks.example import Example, TaskCounts, written_example
+from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.data.tasks.questions import Block, write_blocks
+from arc_ds.data.tasks.texts import write_continuation
+from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.errors import DataError
+
+_TASK = "long_context"
+
+
+def long_context_example(
+    record: dict[str, Any],
+    *,
+    seed: int,
+    encoder: Tokenizer,
+    decoder: Tokenizer,
+    limits: TaskLimits,
+    layout: Layout,
+) -> Example:
+    """The example of a record: a text is continued behind its chunks, passages (all of them) are asked about.
+
+    DataError where the record is of neither kind, or its text too short: fewer than two decoder tokens to continue
+    with.
+    """
+    if "text" in record:
+        return _text_example(pretraining_text(record), seed, encoder, decoder, limits, layout)
+    fields = fine_tuning_record(record)
+    first, second = random_words(2, seed, "long-context").tolist()
+    asked = ask(fields, (first, second), decoder=decoder, limits=limits, is_chat=layout.is_chat)
+    reading = read_passages(fields.passages, encoder)
+    chunks, end = _chunks(reading, 0, len(reading), limits)
+    counts = TaskCounts(
+        cut_chunks=-(-(len(reading) - end) // limits.chunk_tokens),
+        cut_questions=int(asked.question_is_cut),
+        cut_answers=int(asked.answer_is_cut),
+    )
+    parts = write_blocks([Block(chunks, asked)], layout, limits.bos_ids(decoder))
+    return written_example(_TASK, parts, counts, decoder)
+
+
+def _text_example(
+    text: str, seed: int, encoder: Tokenizer, decoder: Tokenizer, limits: TaskLimits, layout: Layout
+) -> Example:
+    """Chunks of a window of the text, and the text behind them to continue with: at most half of the window."""
+    reading = Reading(text, encoder.encode_with_ends(text))
+    num_tokens = min(len(reading), limits.max_chunks * limits.chunk_tokens + limits.max_continuation)
+    start = reading.boundary(seed % (len(reading) - num_tokens + 1))
+    last = reading.boundary(start + num_tokens)
+    middle = reading.boundary(last - min(limits.max_continuation, (last - start) // 2))
+    chunks, end = _chunks(reading, start, middle, limits)
+    if not chunks:
+        raise DataError(
+            f"the text {text[:40]!r} is too short for a chunk and a continuation. Build the shards with a larger "
+            "min_tokens, or set data.on_error: skip."
+        )
+    following = text[reading.encoding.ends[end] : reading.encoding.ends[last]]
+    target = first_tokens(following, decoder.encode_with_ends(following), limits.max_continuation)
+    parts = write_continuation("", chunks, target, layout, limits.bos_ids(decoder))
+    return written_example(_TASK, parts, TaskCounts(), decoder)
+
+
+def _chunks(reading: Reading, first: int, last: int, limits: TaskLimits) -> tuple[tuple[Document, ...], int]:
+    return cut_chunks(
+        reading,
+        first,
+        last,
+        chunk_tokens=limits.chunk_tokens,
+        max_chunks=limits.max_chunks,
+        marker=limits.marker("cont"),
+    )

@@ -1,0 +1,56 @@
+"""Questions on documents as scripts, plain or in a chat (design 7; paper, appendices C and D)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from arc_ds.data.chat import Layout, Turn
+from arc_ds.data.script import Document, Part, Special, Words
+from arc_ds.data.tasks.asked import Asked
+
+_BLANK_LINE = "\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Documents (chunks of one text, or a single one), what is asked about them, and the answer."""
+
+    documents: tuple[Document, ...]
+    asked: Asked
+
+
+def write_blocks(blocks: Sequence[Block], layout: Layout, bos: tuple[int, ...]) -> tuple[Part, ...]:
+    """The blocks, at least one, as a script whose target is the last answer and its end.
+
+    An answer that was cut has no end: nothing behind it is a target. bos: what a plain sequence begins with.
+    """
+    is_whole = not blocks[-1].asked.answer_is_cut
+    turns = [_turn(block, layout, is_last=place == len(blocks) - 1) for place, block in enumerate(blocks)]
+    if layout.is_chat:
+        return layout.chat(turns, is_whole=is_whole)
+    parts: list[Part] = [Special(bos)] if bos else []
+    for turn in turns[:-1]:
+        parts += [*turn.user, *turn.assistant, Words(_BLANK_LINE)]
+    # What ends an answer is the blank line in front of a next block: generation stops there (design 7), and the
+    # examples in front of the question have shown it, while an end-of-text would be new to the decoder.
+    end = (Words(_BLANK_LINE, in_loss=True),) if is_whole else ()
+    return (*parts, *turns[-1].user, *turns[-1].assistant, *end)
+
+
+def _turn(block: Block, layout: Layout, *, is_last: bool) -> Turn:
+    asked = block.asked
+    answer = Words(asked.answer, in_loss=is_last)
+    if layout.is_chat and asked.prompt is not None:
+        prefix, suffix = asked.prompt.prefix, asked.prompt.suffix
+        space = " " if suffix and not suffix[-1].isspace() else ""
+        before = Words(prefix, with_context=True)
+        return Turn((before, *block.documents, Words(asked.question or "")), (Words(suffix + space), answer))
+    before = Words("Document: ", with_context=True)
+    question = "" if asked.question is None else f"Question: {asked.question}"
+    line_end = Words("\n", with_context=True)
+    if layout.is_chat:
+        behind = (line_end, Words(question)) if question else ()
+        return Turn((before, *block.documents, *behind), (Words("Answer: "), answer))
+    line = Words(f"{question}\n" if question else "")
+    return Turn((before, *block.documents, line_end, line), (Words("Answer: "), answer))

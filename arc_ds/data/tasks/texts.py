@@ -1,0 +1,42 @@
+r"""Reconstruction and continuation as scripts (design 7; paper, appendix D).
+
+In a chat:  Text:\n\n⟨context⟩\nReplicate the input text.          Replicated text:\nthe same text
+            Text:\n\nprefix⟨context⟩\nContinue the previous text.  Text continuation:\n...continuation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from arc_ds.data.chat import Layout, Turn
+from arc_ds.data.script import Document, Part, Special, Words
+
+_TEXT = "Text:\n\n"
+
+
+def write_reconstruction(document: Document, layout: Layout) -> tuple[Part, ...]:
+    """A chat in which the document is to be repeated; its end is a target, since the text ends there."""
+    user = (
+        Words(_TEXT, with_context=True),
+        document,
+        Words("\n", with_context=True),
+        Words("Replicate the input text."),
+    )
+    assistant = (Words("Replicated text:\n"), Words(document.text, in_loss=True))
+    return layout.chat([Turn(user, assistant)], is_whole=True)
+
+
+def write_continuation(
+    prefix: str, documents: Sequence[Document], target: str, layout: Layout, bos: tuple[int, ...]
+) -> tuple[Part, ...]:
+    """Prefix (may be empty), documents and the text behind them.
+
+    The text goes on behind its target, so the end of a chat's turn is none. bos: what a plain sequence begins with.
+    """
+    continuation = Words(target, in_loss=True)
+    if not layout.is_chat:
+        begin = (Special(bos),) if bos else ()
+        return (*begin, Words(prefix), *documents, continuation)
+    before, line_end = Words(_TEXT + prefix, with_context=not prefix), Words("\n", with_context=not prefix)
+    user: tuple[Part, ...] = (before, *documents, line_end, Words("Continue the previous text."))
+    return layout.chat([Turn(user, (Words("Text continuation:\n..."), continuation))], is_whole=False)

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arc_ds.data.tokenizer_formats import LLAMA3_PATTERN, JsonTokenizer, require, sha256_of
+from arc_ds.data.tokenizer_engine import LLAMA3_PATTERN, QWEN2_PATTERN
+from arc_ds.data.tokenizer_json import JsonTokenizer
+from arc_ds.data.tokenizers import require, sha256_of
 from arc_ds.errors import TokenizerError
 from arc_ds.gguf_header import read_gguf_header
 
-_QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _CONTROL, _USER_DEFINED = 3, 4
 # How each `tokenizer.ggml.pre` splits text before merging (llama.cpp, llama-vocab.cpp): a pattern of its own, or
 # None for GPT-2's; and whether each digit stands alone first.
@@ -21,7 +22,7 @@ _PRE_TOKENIZERS: dict[str, tuple[str | None, bool]] = {
     "smollm": (None, True),
     "llama-bpe": (LLAMA3_PATTERN, False),
     "llama3": (LLAMA3_PATTERN, False),
-    "qwen2": (_QWEN2_PATTERN, False),
+    "qwen2": (QWEN2_PATTERN, False),
 }
 
 

@@ -8,10 +8,14 @@ Shape letters: N tokens.
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +23,8 @@ from numpy.typing import NDArray
 from arc_ds.errors import TokenizerError
 
 SUPPORTED = (
-    "tokenizer.json (Hugging Face tokenizers), tokenizer.model (sentencepiece, or tiktoken's lines as Llama 3 ships "
-    "them), or a .gguf file"
+    "tokenizer.json (Hugging Face tokenizers), tekken.json (Mistral), tokenizer.model (sentencepiece, or tiktoken's "
+    "lines as Llama 3 ships them), or a .gguf file"
 )
 _TIKTOKEN_LINE = re.compile(rb"^[A-Za-z0-9+/]+=* \d+\r?$")
 
@@ -45,7 +49,9 @@ class Tokenizer(Protocol):
     bos_id: the id that sequences of this model begin with, None where the model is used without one.
     eos_id: the id that ends a text, None where there is none.
     vocab_size: one more than the largest id.
-    fingerprint: sha256 of what defines the tokenizer, as hex digits.
+    fingerprint: sha256 of what defines the tokenizer's ids, as hex digits, wherever its files lie. Shards, token caches
+        and checkpoints are of one tokenizer, and are known by it: what was made with another is refused or left unused.
+        The same vocabulary in another format has another fingerprint.
     special_ids: id of each special token by its text, such as `<|im_end|>`; what chat templates are made of.
     """
 
@@ -67,6 +73,13 @@ class Tokenizer(Protocol):
         """Ids of the text and the character that each token boundary stands at."""
         ...
 
+    def with_ends(self, text: str, ids: NDArray[np.int64]) -> Encoding | None:
+        """What `encode_with_ends` gives, for ids [N] of the text that are known already.
+
+        None where only tokenising again would tell, or the ids are not this text's.
+        """
+        ...
+
     def decode(self, ids: list[int]) -> str:
         """The text of the ids; special tokens give no text, broken UTF-8 gives U+FFFD."""
         ...
@@ -79,8 +92,9 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a file or folder, recognised by content.
 
-    A folder is searched for tokenizer.json, then a sentencepiece or tiktoken file, then a single .gguf file.
-    TokenizerError where there is nothing usable, the file is damaged, or the library that reads it is missing.
+    A folder is searched for tokenizer.json, then tekken.json, then a sentencepiece or tiktoken file, then a single
+    .gguf file. TokenizerError where there is nothing usable, the file is damaged, or the library that reads it is
+    missing.
     """
     path = Path(path)
     if path.is_dir():
@@ -93,22 +107,60 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         from arc_ds.data.tokenizer_gguf import read_gguf_tokenizer
 
         return read_gguf_tokenizer(path)
-    from arc_ds.data import tokenizer_formats as formats
-
     if head.lstrip()[:1] == b"{":
-        return formats.JsonTokenizer.from_file(path)
+        return _read_json_kind(path)
     if _TIKTOKEN_LINE.match(head.split(b"\n", 1)[0]):
-        return formats.TiktokenTokenizer.from_file(path)
-    return formats.SentencePieceTokenizer.from_file(path)
+        from arc_ds.data.tokenizer_tiktoken import read_tiktoken
+
+        return read_tiktoken(path)
+    from arc_ds.data.tokenizer_sentencepiece import SentencePieceTokenizer
+
+    return SentencePieceTokenizer.from_file(path)
+
+
+def _read_json_kind(path: Path) -> Tokenizer:
+    """The tokenizer of a JSON file: Tekken's format or that of Hugging Face."""
+    from arc_ds.data.tokenizer_json import JsonTokenizer
+    from arc_ds.data.tokenizer_tiktoken import is_tekken, read_tekken
+
+    raw = path.read_bytes()
+    spec = parse_json(raw, path)
+    return read_tekken(path, raw, spec) if is_tekken(spec) else JsonTokenizer.from_spec(path, raw.decode("utf-8"), spec)
+
+
+def parse_json(raw: bytes, path: Path) -> Any:
+    """The content of a JSON file; TokenizerError naming the file where it is none."""
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TokenizerError(f"tokenizer file {path} is not JSON ({error}). Copy the file again.") from error
+
+
+def require(module: str, path: Path) -> ModuleType:
+    """Import the library that reads `path`; TokenizerError with the pip command where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise TokenizerError(f"tokenizer {path} is read by the package {module}: pip install {module}") from error
+
+
+def sha256_of(*parts: bytes) -> str:
+    """sha256 of the parts, each with its length in front, as hex digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _find_in_folder(folder: Path) -> Path:
-    """The tokenizer file of a folder of weights; TokenizerError where there is none, or no single one."""
+    """The tokenizer file of a folder of weights; TokenizerError where there is none, or several that differ."""
     if (folder / "tokenizer.json").is_file():
         return folder / "tokenizer.json"
-    for pattern in ("tokenizer.model*", "*.tiktoken", "*.model", "*.gguf"):
+    for pattern in ("tekken*.json", "tokenizer.model*", "*.tiktoken", "*.model", "*.gguf"):
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
-        if len(found) == 1:
+        # Mistral's folders hold the same file as tokenizer.model and as tokenizer.model.v3.
+        if len(found) == 1 or (found and pattern != "*.gguf" and len({path.read_bytes() for path in found}) == 1):
             return found[0]
         if found:
             names = ", ".join(path.name for path in found)
@@ -132,21 +184,31 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
         )
 
 
-def ends_from_byte_lengths(text: str, lengths: NDArray[np.int64], lead: int = 0) -> NDArray[np.int64] | None:
-    """`Encoding.ends` of tokens that spell the text's UTF-8 byte for byte.
+def ends_of_bytes(text: str, ids: NDArray[np.int64], lengths: NDArray[np.int64], lead: int = 0) -> Encoding | None:
+    """The Encoding of ids [N] that spell the text's UTF-8 byte for byte.
 
-    lengths: int64 [N], bytes of each token. lead: bytes in front of the text that the tokenizer added (the dummy space
-    of sentencepiece). Returns int64 [N + 1], or None where the lengths do not add up to the text.
+    lengths: int64 [vocab_size], bytes of each id. lead: bytes in front of the text that the tokenizer added (the dummy
+    space of sentencepiece). None where the ids do not add up to the text.
     """
-    raw = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    if int(offsets[-1]) != len(raw) + (lead if len(lengths) else 0):
-        return None
-    offsets = np.maximum(offsets - lead, 0)
-    starts = np.append((raw & 0xC0) != 0x80, True)
-    characters = np.cumsum(starts) - starts  # characters that begin before each byte
-    return settle_ends(np.where(starts[offsets], characters[offsets], -1), len(text))
+    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+    spans = lengths[ids]
+    np.cumsum(spans, out=offsets[1:])
+    if text.isascii() and spans.all():
+        num_bytes = len(text)
+        ends = offsets
+        if lead and len(ids):
+            ends[1:] -= lead
+            if ends[1] == 0 and len(ids) > 1:  # the added space alone: no character before this boundary
+                ends[1] = -1
+    else:
+        raw = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        num_bytes = len(raw)
+        starts = np.append((raw & 0xC0) != 0x80, True)
+        characters = np.cumsum(starts) - starts  # characters that begin before each byte
+        inside = np.clip(offsets - lead, 0, num_bytes)
+        ends = settle_ends(np.where(starts[inside], characters[inside], -1), len(text))
+    adds_up = int(spans.sum()) == num_bytes + (lead if len(ids) else 0)
+    return Encoding(ids, ends) if adds_up else None
 
 
 def settle_ends(ends: NDArray[np.int64], num_characters: int) -> NDArray[np.int64]:

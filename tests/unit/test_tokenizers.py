@@ -179,9 +179,11 @@ def test_missing_file_and_empty_folder_name_what_is_read(tmp_path: Path) -> None
         load_tokenizer(tmp_path)
 
 
-def test_folder_with_two_candidates_asks_for_one(tmp_path: Path) -> None:
+def test_folder_with_two_candidates_asks_for_one_unless_they_are_the_same_file(tmp_path: Path) -> None:
     write_tiktoken(tmp_path / "tokenizer.model")
-    write_tiktoken(tmp_path / "tokenizer.model.v3")
+    other = write_tiktoken(tmp_path / "tokenizer.model.v3")
+    assert load_tokenizer(tmp_path).vocab_size == load_tokenizer(other).vocab_size
+    other.write_bytes(other.read_bytes() + b"\n")
     with pytest.raises(TokenizerError, match="several candidates"):
         load_tokenizer(tmp_path)
 

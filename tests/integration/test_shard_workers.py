@@ -1,0 +1,120 @@
+"""Builds with real worker processes: the same bytes for any number of them and after kill -9, and none is left over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from arc_ds.data.shard_writer import build_shards
+from arc_ds.errors import DataError
+from tests.helpers.tiny_data import TEXT, write_tiktoken
+
+OPTIONS = {"max_tokens": 200, "min_tokens": 4, "shard_bytes": 1 << 19}
+BUILD = """
+import sys
+from arc_ds.data.shard_writer import build_shards
+if __name__ == "__main__":
+    build_shards([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2, max_tokens=200, min_tokens=4, shard_bytes=1 << 19)
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiktoken(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 5 MB in several batches; documents of one to some hundred records."""
+    path = tmp_path_factory.mktemp("in") / "a.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for idx in range(400):
+            file.write(json.dumps({"text": f"{idx}. {TEXT}" * (1 + idx * idx % 97)}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, source: Path, tokenizer: Path) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    manifest = build_shards([source], out, tokenizer, **OPTIONS)
+    assert len(manifest.shards) > 8
+    return contents(out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_workers_and_a_kill_do_not_change_the_bytes(
+    tmp_path: Path, source: Path, tokenizer: Path, whole: dict[str, bytes]
+) -> None:
+    script = tmp_path / "build.py"
+    script.write_text(BUILD)
+    out, state = tmp_path / "out", tmp_path / ".out.partial" / "state.json"
+    builder = subprocess.Popen([sys.executable, str(script), str(source), str(out), str(tokenizer)])
+    try:
+        wait_for(lambda: state.exists() or builder.poll() is not None)
+        workers = [int(pid) for pid in Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()]
+    finally:
+        builder.kill()
+        builder.wait()
+    assert len(workers) >= 2
+    assert not out.exists(), "killed too late to show anything"
+    wait_for(lambda: not any(alive(pid) for pid in workers))
+    finished = (state.parent / "shards" / "shard-000000.tar").stat().st_mtime_ns
+    build_shards([source], out, tokenizer, workers=2, **OPTIONS)
+    assert contents(out) == whole
+    assert (out / "shard-000000.tar").stat().st_mtime_ns == finished
+
+
+def test_a_worker_that_dies_ends_the_build_with_the_cure(tmp_path: Path, source: Path, tokenizer: Path) -> None:
+    builder = subprocess.Popen(
+        [sys.executable, "-m", "arc_ds.cli", "shards", "build", str(source), "--out", str(tmp_path / "out")]
+        + ["--tokenizer", str(tokenizer), "--workers", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children")
+    wait_for(lambda: len(makers(children)) == 2)
+    os.kill(makers(children)[0], signal.SIGKILL)
+    _, words = builder.communicate(timeout=60)
+    assert builder.returncode == 2
+    assert "a worker process died" in words and "fewer --workers" in words
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fault_found_by_a_worker_is_the_first_in_the_input(tmp_path: Path, source: Path, tokenizer: Path) -> None:
+    lines = source.read_text().splitlines()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([*lines[:200], "{", *lines[200:300], "[]", *lines[300:]]))
+    with pytest.raises(DataError, match="line 201: expected JSON"):
+        build_shards([bad], tmp_path / "out", tokenizer, workers=2, max_tokens=200, shard_bytes=1 << 30)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def makers(children: Path) -> list[int]:
+    """Processes that import this program's main module: the workers, without multiprocessing's resource tracker."""
+    pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)

@@ -101,8 +101,7 @@ class LayerNorm(nn.Module):
 
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum)."""
-        total = x_TD + residual_TD
-        return ak.layer_norm(total, self.eps), total
+        return ak.add_layer_norm(x_TD, residual_TD, self.eps)
 
 
 Norm = RMSNorm | LayerNorm

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import bisect
 import mmap
+import os
+import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,82 +16,136 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from arc_ds.data.records import decode_record
-from arc_ds.data.shards import INDEX_DTYPE, MANIFEST, REBUILD, ShardInfo, read_index, read_manifest, sha256_of_file
-from arc_ds.errors import DataError
+from arc_ds.data.shard_cache import ShardCache
+from arc_ds.data.shard_files import Prefetcher, ShardFiles, check_size, locate
+from arc_ds.data.shard_members import BLOCK, decode_member, name_of_header, size_of_header
+from arc_ds.data.shards import INDEX_DTYPE, MANIFEST, ShardInfo, read_index, sha256_of_file
+from arc_ds.data.urls import is_url
+from arc_ds.errors import DataError, StorageError
+
+# One row of an index. Unpacking from bytes takes a third of the time of reading the fields of a numpy row.
+_ROW = struct.Struct("<qqQi")
+assert _ROW.size == INDEX_DTYPE.itemsize, "the row and the dtype are the same bytes"
+# A mapping holds a file descriptor, of which a process may have as few as 1024 in all.
+_MAX_OPEN = 64
 
 
 class ShardSet:
-    """A folder of shards, its records in one numbering from 0.
+    """A set of shards, its records in one numbering from 0.
 
-    Opening checks the manifest, every index and every size, and reads no record. Tars are mapped when first needed, in
-    each process for itself: the object may cross a fork or be pickled.
+    Opening checks the manifest, every index and every local tar's size, and reads no record. Tars are mapped, and
+    those behind a URL fetched, when first needed, in each process for itself: the object may cross a fork or be
+    pickled. Indexes stay on the disk as well, those of a few shards in memory, so that its size does not grow with
+    the number of records.
+
+    name: path or URL, as messages show it. folder: where manifest and indexes are.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """DataError where the folder is no whole set of shards: missing or cut files, or another index."""
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+    def __init__(self, path: str | Path, *, cache: ShardCache | None = None) -> None:
+        """path: a folder, or its URL, whose tars are kept in `cache` (None: that of an empty config).
+
+        DataError where it is no whole set of shards: missing or cut files, or another index. StorageError where it
+        cannot be reached, ConfigError where a shard is larger than the cache.
+        """
+        self.files = locate(path, cache)
+        self.files.check()
+        self.name = self.files.name
+        self.folder = self.files.folder
+        self.manifest = self.files.manifest
         self.fingerprint = self.manifest.fingerprint
-        indexes = []
-        for shard in self.manifest.shards:
-            _check_size(self.folder / shard.name, shard)
-            indexes.append(read_index(self.folder, shard))
-        index = np.concatenate(indexes)
-        self.num_tokens: NDArray[np.int32] = np.ascontiguousarray(index["tokens"])
-        self._offsets = np.ascontiguousarray(index["offset"])
-        self._lengths = np.ascontiguousarray(index["length"])
-        self._checksums = np.ascontiguousarray(index["xxh64"])
         self.shard_sizes = np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
         self._first = (np.cumsum(self.shard_sizes) - self.shard_sizes).tolist()
-        self._maps: dict[int, mmap.mmap] = {}
+        self._open_nothing()
+
+    def _open_nothing(self) -> None:
+        self._index = lru_cache(maxsize=_MAX_OPEN)(partial(_index_rows, self.files))
+        self._tar = lru_cache(maxsize=_max_mapped(self.files))(partial(_map, self.files))
+        self._prefetcher: tuple[int, Prefetcher] | None = None
 
     def __len__(self) -> int:
-        return len(self.num_tokens)
+        return self.manifest.samples
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        left_out = ("_index", "_tar", "_prefetcher", "num_tokens")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open_nothing()
+
+    @cached_property
+    def num_tokens(self) -> NDArray[np.int32]:
+        """Tokens of every record, int32 [records], read when first wanted: `tokens` is for a few of many."""
+        return np.concatenate([read_index(self.folder, shard)["tokens"] for shard in self.manifest.shards])
 
     def tokens(self, idx: int) -> int:
-        """Tokens of one record, by the tokenizer that the shards were built with; `num_tokens` has all, int32."""
-        return int(self.num_tokens[idx])
+        """Tokens of one record, by the tokenizer that the shards were built with."""
+        return self._row(idx)[1][3]
 
     def record(self, idx: int) -> dict[str, Any]:
-        """Record `idx`, its checksum verified; DataError naming shard, member and offset where it is damaged."""
-        if not 0 <= idx < len(self):
-            raise DataError(f"{self.folder}: record {idx} was asked for; it holds 0 to {len(self) - 1}.")
-        shard_idx = bisect.bisect_right(self._first, idx) - 1
-        offset, length = int(self._offsets[idx]), int(self._lengths[idx])
-        payload = self._map(shard_idx)[offset : offset + length]
+        """Record `idx`, its checksum verified; DataError naming shard, member and offset where it is damaged.
+
+        StorageError where its shard is gone or cannot be fetched.
+        """
+        shard_idx, (offset, length, checksum, _) = self._row(idx)
+        tar, shard = self._tar(shard_idx), self.manifest.shards[shard_idx]
+        payload = tar[offset : offset + length]
         try:
-            if len(payload) != length or xxhash.xxh64_intdigest(payload) != int(self._checksums[idx]):
+            if len(payload) != length or xxhash.xxh64_intdigest(payload) != checksum:
                 raise DataError("the checksum is not the index's")
-            return decode_record(payload)
+            return decode_member(payload, member=shard.member, text_field=self.manifest.text_field)
         except DataError as error:
-            place = f"{self.folder / self.manifest.shards[shard_idx].name}, member {idx:09d}.json at byte {offset}"
-            raise DataError(f"{place}: {error}. {REBUILD} Or set data.on_error: skip.") from error
+            name = name_of_header(tar[max(offset - BLOCK, 0) : offset])
+            place = f"{self.files.shown(shard)}, member {name} at byte {offset}"
+            reason = f"{str(error).rstrip('.')}. {self.files.cure(shard)}"
+            raise DataError(f"{place}: {reason} Or set data.on_error: skip.") from error
 
-    def _map(self, shard_idx: int) -> mmap.mmap:
-        """The mapped tar of a shard. A mapping made before a fork stays valid in the child: it is only read."""
-        found = self._maps.get(shard_idx)
-        if found is None:
-            path = self.folder / self.manifest.shards[shard_idx].name
-            try:
-                with path.open("rb") as file:
-                    found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:  # an empty file cannot be mapped
-                raise DataError(f"{path} cannot be opened: {error}. Is its disk still mounted?") from error
-            self._maps[shard_idx] = found
-        return found
+    def prefetch(self, shard_idxs: Iterable[int]) -> None:
+        """Begin to fetch these shards in order, if they are behind a URL, and return at once.
+
+        They replace what was wanted before and is not begun. A failure is logged; who reads the shard tries again.
+        """
+        if self.files.cache is None:
+            return
+        if self._prefetcher is None or self._prefetcher[0] != os.getpid():  # threads do not cross a fork
+            self._prefetcher = os.getpid(), Prefetcher(self.files)
+        self._prefetcher[1].want(self.manifest.shards[idx] for idx in shard_idxs)
+
+    def _row(self, idx: int) -> tuple[int, tuple[int, int, int, int]]:
+        """The shard of a record, and its row of the index: offset, length, xxh64, tokens."""
+        if not 0 <= idx < self.manifest.samples:
+            raise DataError(f"{self.name}: record {idx} was asked for; it holds 0 to {len(self) - 1}.")
+        shard_idx = bisect.bisect_right(self._first, idx) - 1
+        row = _ROW.unpack_from(self._index(shard_idx), (idx - self._first[shard_idx]) * _ROW.size)
+        return shard_idx, row  # type: ignore[return-value]
 
 
-def _check_size(path: Path, shard: ShardInfo) -> None:
-    if not path.is_file():
-        raise DataError(f"{path}: the manifest names this shard, but it is missing. {REBUILD}")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        state = "cut short" if size < shard.bytes else "longer than written"
-        raise DataError(f"{path}: expected {shard.bytes} bytes, got {size}: {state}. {REBUILD}")
+def _max_mapped(files: ShardFiles) -> int:
+    """What is mapped cannot make room in the cache, so that a few processes shall not fill it alone."""
+    if files.cache is None:
+        return _MAX_OPEN
+    largest = max(shard.bytes for shard in files.manifest.shards)
+    return min(max(files.cache.max_bytes // (4 * largest), 1), _MAX_OPEN)
+
+
+def _index_rows(files: ShardFiles, shard_idx: int) -> bytes:
+    return read_index(files.folder, files.manifest.shards[shard_idx]).tobytes()
+
+
+def _map(files: ShardFiles, shard_idx: int) -> mmap.mmap:
+    """The mapped tar of a shard. A mapping made before a fork stays valid in the child: it is only read."""
+    shard = files.manifest.shards[shard_idx]
+    with files.open(shard) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != shard.bytes:
+            raise StorageError(
+                f"{files.shown(shard)} has {size} bytes, but had {shard.bytes} before. Was it built again, or is it "
+                "being copied? Start again when that is done."
+            )
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{files.shown(shard)} cannot be mapped: {error}. Is its disk still mounted?") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,55 +161,59 @@ class Fault:
         return f"{self.file}{place}: {self.what}"
 
 
-def check_shards(folder: str | Path) -> list[Fault]:
-    """Read everything in a folder of shards and return every fault, none where all is well.
+def check_shards(path: str | Path, *, cache: ShardCache | None = None) -> list[Fault]:
+    """Read everything in a folder of shards, or behind its URL, and return every fault, none where all is well.
 
     Verified: the manifest, files missing or unknown, sizes, sha256 of tars and indexes, that tar headers and index
-    agree, and checksum and content of every record. DataError only where there is no readable manifest.
+    agree, and checksum and content of every record. DataError only where there is no readable manifest; StorageError
+    where a URL cannot be reached.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    known = {MANIFEST, *(s.name for s in manifest.shards), *(s.index_name for s in manifest.shards)}
-    faults = [Fault(p.name, None, "not in the manifest") for p in sorted(folder.iterdir()) if p.name not in known]
-    for shard in manifest.shards:
-        faults += _check_shard(folder, shard)
+    files = locate(path, cache)
+    faults = []
+    if not is_url(path):
+        shards = files.manifest.shards
+        known = {MANIFEST, *(s.name for s in shards), *(s.index_name for s in shards)}
+        strays = sorted(p.name for p in files.folder.iterdir() if p.name not in known)
+        faults = [Fault(name, None, "not in the manifest") for name in strays]
+    for shard in files.manifest.shards:
+        faults += check_shard(files, shard)
     return faults
 
 
-def _check_shard(folder: Path, shard: ShardInfo) -> list[Fault]:
+def check_shard(files: ShardFiles, shard: ShardInfo) -> list[Fault]:
+    """The faults of one shard of a set, its tar and its index."""
     faults = []
-    path = folder / shard.name
+    address = files.address(shard)
     try:
-        _check_size(path, shard)
-        if sha256_of_file(path) != shard.sha256:
-            faults.append(Fault(shard.name, None, "its sha256 is not the manifest's"))
+        if not is_url(address):
+            check_size(Path(address), shard)
+            if sha256_of_file(Path(address)) != shard.sha256:
+                faults.append(Fault(shard.name, None, "its sha256 is not the manifest's"))
     except DataError as error:
         faults.append(Fault(shard.name, None, str(error)))
     try:
-        index = read_index(folder, shard)
+        index = read_index(files.folder, shard)
     except DataError as error:
         return [*faults, Fault(shard.index_name, None, str(error))]
-    if path.is_file() and path.stat().st_size:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            faults += [fault for row in index if (fault := _check_member(data, shard.name, row))]
+    if is_url(address) or (Path(address).is_file() and Path(address).stat().st_size):
+        with files.open(shard) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            text_field = files.manifest.text_field
+            faults += [fault for row in index if (fault := _check_member(data, shard, row, text_field))]
     return faults
 
 
-def _check_member(data: mmap.mmap, name: str, row: np.void) -> Fault | None:
+def _check_member(data: mmap.mmap, shard: ShardInfo, row: np.void, text_field: str) -> Fault | None:
     """What is wrong with one member: its tar header, its checksum or its record."""
-    assert row.dtype == INDEX_DTYPE, "index rows are checked when they are read"
     offset, length = int(row["offset"]), int(row["length"])
-    if offset + length > len(data):
-        return Fault(name, offset, f"a member of {length} bytes lies beyond the end of the file")
-    header = data[offset - 512 : offset]
-    size = header[124:135].strip(b" \0")
-    if header[257:262] != b"ustar" or not size.isdigit() or int(size, 8) != length:
-        return Fault(name, offset - 512, "the tar header does not agree with the index")
+    if not BLOCK <= offset <= offset + length <= len(data):
+        return Fault(shard.name, offset, f"a member of {length} bytes lies beyond the file")
+    if size_of_header(data[offset - BLOCK : offset]) != length:
+        return Fault(shard.name, offset - BLOCK, "the tar header does not agree with the index")
     payload = data[offset : offset + length]
     if xxhash.xxh64_intdigest(payload) != int(row["xxh64"]):
-        return Fault(name, offset, "the member's checksum is not the index's")
+        return Fault(shard.name, offset, "the member's checksum is not the index's")
     try:
-        decode_record(payload)
+        decode_member(payload, member=shard.member, text_field=text_field)
     except DataError as error:
-        return Fault(name, offset, str(error))
+        return Fault(shard.name, offset, str(error))
     return None

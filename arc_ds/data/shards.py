@@ -26,7 +26,6 @@ VERSION = 2
 MANIFEST = "manifest.json"
 RecordKind = Literal["pretraining", "fine_tuning"]
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("xxh64", "<u8"), ("tokens", "<i4")])
-MAX_RECORD_BYTES = 64 << 20
 REBUILD = "Build the shards again (arc-ds shards build) or copy them again."
 _NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")

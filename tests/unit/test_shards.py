@@ -10,7 +10,7 @@ import pytest
 
 from arc_ds.data.shard_reader import ShardSet, check_shards
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
-from arc_ds.errors import DataError
+from arc_ds.errors import DataError, StorageError
 from tests.helpers.tiny_data import numbered_texts, write_shards, write_tiktoken
 
 
@@ -94,7 +94,7 @@ def test_damaged_folder_is_refused_when_opened(shards: ShardSet, name: str, chan
 def test_a_shard_that_is_gone_when_it_is_wanted_is_an_error_with_its_path(shards: ShardSet) -> None:
     tar = shards.folder / shards.manifest.shards[0].name
     tar.unlink()
-    with pytest.raises(DataError, match=rf"{tar.name} cannot be opened: .*No such file.*still mounted"):
+    with pytest.raises(StorageError, match=rf"{tar.name} cannot be opened: .*No such file.*still mounted"):
         shards.record(0)
 
 

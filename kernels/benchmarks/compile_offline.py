@@ -1,4 +1,4 @@
-"""Compiles every kernel for sm_80, sm_90 and gfx942 without a GPU and prints what each takes of the chip.
+"""Compiles every kernel for sm_80, sm_86, sm_90 and gfx942 without a GPU and prints what each takes of the chip.
 
     python kernels/benchmarks/compile_offline.py [--kernel NAME …] [--target NAME …] [--select REGEX] [--csv FILE]
 

@@ -34,9 +34,7 @@ class Scale:
 
 
 # Ragged from 256 to 8192, no length a multiple of another tile than by chance.
-FULL = Scale(
-    rows=16384, labels=4096, vocab_size=128256, lengths=(8192, 256, 5120, 1111, 2048, 3333, 640, 4096)
-)
+FULL = Scale(rows=16384, labels=4096, vocab_size=128256, lengths=(8192, 256, 5120, 1111, 2048, 3333, 640, 4096))
 QUICK = Scale(rows=4096, labels=1024, vocab_size=128256, lengths=(2048, 256, 700, 1500))
 TINY = Scale(rows=24, labels=8, vocab_size=500, lengths=(20, 37))
 

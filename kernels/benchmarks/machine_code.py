@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 KIB = 1024
 
-SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "gfx942": 64 * KIB}
+SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_86": 99 * KIB, "sm_90": 227 * KIB, "gfx942": 64 * KIB}
 """Shared memory that one block may have, bytes (CUDA C++ programming guide, compute capabilities; CDNA3 ISA)."""
 
 _WARP_GROUP_ROWS = 64
 
 # On sm_90 the cubin counts the 1 KiB that the system keeps of each block; the limit above is without it.
-_RESERVED_SHARED = {"sm_80": 0, "sm_90": KIB, "gfx942": 0}
+_RESERVED_SHARED = {"sm_80": 0, "sm_86": 0, "sm_90": KIB}
 
 _SASS_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", re.MULTILINE)
 _CUBIN_USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)")
@@ -32,7 +32,7 @@ def matrix_opcode(target: str, tile_rows: int) -> str:
     """
     if target == "sm_90":
         return "HGMMA" if tile_rows >= _WARP_GROUP_ROWS else "HMMA"
-    return "HMMA" if target == "sm_80" else "v_mfma"
+    return "HMMA" if target.startswith("sm_") else "v_mfma"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -254,9 +254,13 @@ def test_wrong_arguments_are_named(change: dict, message: str, monkeypatch: pyte
 def test_a_head_that_fits_no_tile_is_refused_with_the_way_out(device: torch.device) -> None:
     case = CASE._replace(head_dim=264)
     inputs, spans = _inputs(case, torch.float32, device), _spans(case, "full", device)
-    with pytest.raises(ValueError, match="head size is 264.*backend='reference'"):
+    with pytest.raises(ValueError, match=r"head size of q_TNH is 264.*arc_kernels\.use\('reference'\)"):
         ak.attention_varlen(**inputs, **spans)
-    assert ak.attention_varlen(**inputs, **spans, backend="reference").shape == (5, 2, 264)
+    with ak.use("reference"):
+        assert ak.attention_varlen(**inputs, **spans).shape == (5, 2, 264)
+    nothing = {name: x[..., :0] for name, x in inputs.items()}
+    with pytest.raises(ValueError, match="head size of q_TNH is 0"):
+        ak.attention_varlen(**nothing, **spans)
 
 
 def test_the_backend_overrides_the_choice_in_force(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

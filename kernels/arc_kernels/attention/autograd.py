@@ -141,11 +141,12 @@ def attention_varlen_triton(
     """See `attention_varlen`; arguments are taken as checked.
 
     Rows of q, k and v may lie at any distance (a slice of a fused projection is read in place) as long as each row is
-    contiguous; anything else is copied. ValueError on a head size above 256.
+    contiguous; anything else is copied. ValueError on a head size of 0 or above 256.
     """
-    if q_TNH.shape[2] > MAX_HEAD_DIM:
+    if not 1 <= q_TNH.shape[2] <= MAX_HEAD_DIM:
         raise ValueError(
-            f"the head size is {q_TNH.shape[2]}; the Triton kernels take up to {MAX_HEAD_DIM}: use backend='reference'"
+            f"the head size of q_TNH is {q_TNH.shape[2]}; the Triton kernels take 1 … {MAX_HEAD_DIM}: call under "
+            "arc_kernels.use('reference'), or with backend='reference'"
         )
     q_TNH, k_UKH, v_UKH = (x if _rows_are_contiguous(x) else x.contiguous() for x in (q_TNH, k_UKH, v_UKH))
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()

@@ -36,25 +36,26 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Conf
 _Table = dict[int, dict[Kernel, Config]]  # [head size up to][kernel]
 
 # sm_90: tiles of 128 rows and 8 warps, so that each of two warp groups issues 64-row matrix instructions; 128 keys
-# where the registers hold the scores beside the sums.
+# where the registers hold the scores beside the sums (at head size 128 they do not: with three heads per kv head such
+# a forward spilled 104 bytes a thread).
 # sm_80: the same rows; fewer keys at a time, as operands pass through registers.
 # sm_86 (and 89, 120): 99 KiB of shared memory; sm_80's registers, fewer stages.
 # gfx942: 64 KiB of shared memory, but twice the registers; copies are not asynchronous, so one stage.
 _SIXTEEN_BITS: dict[Chip, _Table] = {
     "sm_90": {
         64: {"forward": _config(128, 128, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(64, 128, 8, 2)},
-        128: {"forward": _config(128, 128, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},
+        128: {"forward": _config(128, 64, 8, 3), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},
         256: {"forward": _config(128, 32, 8, 2), "dq": _config(32, 32, 8, 1), "dkv": _config(32, 32, 8, 1)},
     },
     "sm_80": {
         64: {"forward": _config(128, 64, 8, 3), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},
         128: {"forward": _config(128, 32, 8, 3), "dq": _config(64, 64, 8, 2), "dkv": _config(32, 64, 8, 2)},
-        256: {"forward": _config(64, 32, 8, 2), "dq": _config(64, 32, 8, 1), "dkv": _config(32, 64, 8, 1)},
+        256: {"forward": _config(64, 32, 8, 2), "dq": _config(64, 32, 8, 1), "dkv": _config(32, 32, 8, 2)},
     },
     "sm_86": {
         64: {"forward": _config(128, 64, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},
         128: {"forward": _config(128, 32, 8, 2), "dq": _config(64, 64, 8, 2), "dkv": _config(32, 64, 8, 2)},
-        256: {"forward": _config(64, 32, 8, 2), "dq": _config(64, 32, 8, 1), "dkv": _config(32, 32, 8, 1)},
+        256: {"forward": _config(64, 32, 8, 2), "dq": _config(64, 32, 8, 1), "dkv": _config(32, 32, 8, 2)},
     },
     "gfx942": {
         64: {"forward": _config(128, 64, 4, 1), "dq": _config(128, 64, 4, 1), "dkv": _config(64, 64, 4, 1)},
@@ -63,10 +64,11 @@ _SIXTEEN_BITS: dict[Chip, _Table] = {
     },
 }
 
-# float32 is multiplied without tensor cores, operands in registers: tiles are small on every chip.
+# float32 is multiplied without tensor cores, operands in registers: tiles are small on every chip. (Larger ones run out
+# of registers on one chip or another.)
 _THIRTY_TWO_BITS: _Table = {
-    128: {"forward": _config(32, 32, 8, 1), "dq": _config(16, 32, 8, 1), "dkv": _config(16, 32, 8, 1)},
-    256: {"forward": _config(16, 32, 8, 1), "dq": _config(16, 32, 8, 1), "dkv": _config(16, 16, 8, 1)},
+    128: {"forward": _config(32, 32, 8, 1), "dq": _config(16, 16, 4, 1), "dkv": _config(16, 32, 8, 1)},
+    256: {"forward": _config(16, 16, 8, 1), "dq": _config(16, 16, 8, 1), "dkv": _config(16, 16, 8, 1)},
 }
 
 

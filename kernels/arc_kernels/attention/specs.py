@@ -15,18 +15,24 @@ from arc_kernels.attention.forward import forward_kernel
 Mode = Literal["full", "causal", "limits"]
 
 _KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
 _STATISTICS = ("lse", "delta")
 _INDICES = ("cu_q", "cu_k", "k_limits")
 _STRIDES = ("stride_q", "stride_k", "stride_v")
 _LONG = 4096  # rows: beyond any tile
 
-# Head size, heads per kv head, masks: Llama 3.2 1B; a head that is no power of two; Llama 3 8B and Mistral 7B.
+_ALL: tuple[Mode, ...] = ("full", "causal", "limits")
+
+# Head size, heads per kv head, masks: the smallest tiles; Llama 3.2 1B; a head that is no power of two; Llama 3.2 3B,
+# whose three heads a tile of a power of two does not divide; Llama 3 8B and Mistral 7B; the widest tiles (Gemma 2 9B).
 _HEADS: tuple[tuple[int, int, tuple[Mode, ...]], ...] = (
+    (32, 1, ("causal",)),
     (64, 4, ("full", "causal")),
     (80, 1, ("full",)),
-    (128, 4, ("full", "causal", "limits")),
+    (128, 3, ("full", "causal")),
+    (128, 4, _ALL),
+    (256, 2, _ALL),
 )
 
 
@@ -38,9 +44,16 @@ def compile_specs(chip: Chip = "sm_90") -> list[CompileSpec]:
         for mode in modes
         for kernel in _names()
     ]
-    specs += [_spec(kernel, chip, "fp32", 128, 4, "causal") for kernel in _names()]
-    specs += [_spec(kernel, chip, "bf16", 128, 4, "causal", longest) for longest in (16, 64) for kernel in _names()]
-    return [*specs, *(_delta_spec(dtype, head_dim) for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("fp32", 128)))]
+    others = (("fp16", 64), ("fp16", 128), ("fp16", 256), ("fp32", 64), ("fp32", 128), ("fp32", 256))
+    specs += [_spec(kernel, chip, dtype, head_dim, 4, "causal") for dtype, head_dim in others for kernel in _names()]
+    specs += [
+        _spec(kernel, chip, "bf16", head_dim, 4, "causal", longest)
+        for head_dim in (128, 256)
+        for longest in (16, 64)
+        for kernel in _names()
+    ]
+    deltas = (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 128), ("fp32", 256))
+    return [*specs, *(_delta_spec(dtype, head_dim) for dtype, head_dim in deltas)]
 
 
 def _names() -> Iterator[Kernel]:

@@ -13,7 +13,9 @@ from arc_ds.data.order import Task
 from arc_ds.data.packing import PoolingSpec, num_outputs
 from arc_ds.data.tasks import TaskLimits
 
-_QUESTION_TOKENS = 48  # of a block of few-shot text around its context: template, question and answer
+# The index counts a fine-tuning record's tokens in all, so what is asked and the words around it are guessed.
+_ASKED_TOKENS = 24
+_TEMPLATE_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,17 +64,22 @@ class WorkRates:
 class Estimator:
     """Estimates for the samples of one source, which count a decoder's token as one of the encoder's.
 
-    Few-shot records are taken as contexts of all their tokens, up to the limit: the index does not tell how many of
-    them are question and answer, nor how many passages will be drawn.
+    Fine-tuning records are taken with all their passages: the index does not tell how many they have and how many will
+    be drawn. is_asked: whether the records are of that kind.
     """
 
-    def __init__(self, limits: TaskLimits, pooling: PoolingSpec) -> None:
+    def __init__(self, limits: TaskLimits, pooling: PoolingSpec, *, is_asked: bool) -> None:
         self._limits = limits
         self._pooling = pooling
+        self._is_asked = is_asked
         self._compressed = lru_cache(maxsize=1 << 14)(self._count_compressed)
 
-    def __reduce__(self) -> tuple[type[Estimator], tuple[TaskLimits, PoolingSpec]]:
-        return Estimator, (self._limits, self._pooling)
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "_compressed"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._compressed = lru_cache(maxsize=1 << 14)(self._count_compressed)
 
     def estimate(self, task: Task, tokens: Sequence[int]) -> Estimate:
         """tokens: of the sample's own record, then of its in-context examples."""
@@ -105,29 +112,31 @@ class Estimator:
         )
 
     def _few_shot(self, tokens: Sequence[int]) -> Estimate:
-        lengths = tuple(max(count, 1) for count in tokens)
-        excess = sum(lengths) - self._limits.max_context
-        while excess > 0 and len(lengths) > 1:  # the oldest examples give way first
-            excess -= lengths[1]
-            lengths = (lengths[0], *lengths[2:])
-        lengths = (min(lengths[0], self._limits.max_context), *lengths[1:])
-        text = _QUESTION_TOKENS * len(lengths)
+        own, *examples = (max(count - _ASKED_TOKENS, 1) for count in tokens)
+        own = min(own, self._limits.max_documents)
+        room, kept = self._limits.max_documents - own, 0
+        for length in reversed(examples):  # as the task takes them
+            room -= length
+            if room < 0:
+                break
+            kept += 1
+        lengths = (*examples[len(examples) - kept :], own)
         return Estimate(
             context_lengths=lengths,
             prefix_rows=int(self._limits.bos),
-            suffix_rows=sum(self._compressed(length) for length in lengths) + text,
+            suffix_rows=sum(map(self._compressed, lengths)) + (_ASKED_TOKENS + _TEMPLATE_TOKENS) * len(lengths),
         )
 
     def _long_context(self, tokens: int) -> Estimate:
         limits = self._limits
-        in_chunks = max(min(tokens, limits.max_chunks * limits.chunk_tokens), 1)
+        behind = _ASKED_TOKENS if self._is_asked else min(limits.max_continuation, tokens // 2)
+        in_chunks = min(max(tokens - behind, 1), limits.max_chunks * limits.chunk_tokens)
         whole, rest = divmod(in_chunks, limits.chunk_tokens)
         lengths = (limits.chunk_tokens,) * whole + ((rest,) if rest else ())
         return Estimate(
             context_lengths=lengths,
             prefix_rows=int(limits.bos),
-            suffix_rows=sum(self._compressed(length) for length in lengths)
-            + min(max(tokens - in_chunks, _QUESTION_TOKENS), limits.max_continuation),
+            suffix_rows=sum(map(self._compressed, lengths)) + behind,
         )
 
     def _count_compressed(self, length: int) -> int:

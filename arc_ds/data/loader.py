@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from arc_ds.data.dealing import deal
-from arc_ds.data.estimates import Estimate, Estimator, WorkRates
+from arc_ds.data.estimates import Estimate, WorkRates
 from arc_ds.data.micro_batches import (
     MicroBatchLimits,
     SampleSize,
@@ -75,7 +75,7 @@ class StepData(Dataset[StepBatch]):
         self.world_size = world_size
         self.micro_batches = micro_batches
         self._rates = tuple(rates) or (WorkRates(),) * order.num_decoders
-        self._estimators = tuple(Estimator(source.limits, pooling) for source in sources)
+        self._estimators = tuple(source.estimator(pooling) for source in sources)
         self._maker = SampleMaker(
             sources,
             encoder_tokenizer=encoder_tokenizer,
@@ -129,8 +129,7 @@ class StepData(Dataset[StepBatch]):
         return shares, planned_splits(sizes, self.limits)
 
     def _estimate(self, pick: Pick) -> Estimate:
-        shards = self.sources[pick.source_idx].shards
-        tokens = [shards.tokens(record_idx) for record_idx in (pick.record_idx, *pick.example_idxs)]
+        tokens = self.sources[pick.source_idx].tokens((pick.record_idx, *pick.example_idxs))
         return self._estimators[pick.source_idx].estimate(pick.task, tokens)
 
     def _check(self, sample: Sample) -> None:

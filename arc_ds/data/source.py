@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from arc_ds.data.estimates import Estimator
 from arc_ds.data.order import SourceShape, SourceTask, Task
+from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.tasks import TaskLimits
 from arc_ds.errors import DataError
@@ -40,6 +43,16 @@ class Source:
     def tasks(self) -> tuple[Task, ...]:
         """The tasks of its samples."""
         return _TASKS[self.task]
+
+    def tokens(self, record_idxs: Sequence[int]) -> list[int]:
+        """Tokens of some records, by the tokenizer that the shards were built with."""
+        if self.in_context_examples:  # drawn from everywhere: an index read for each of them would be slow
+            return [int(self.shards.num_tokens[record_idx]) for record_idx in record_idxs]
+        return [self.shards.tokens(record_idx) for record_idx in record_idxs]
+
+    def estimator(self, pooling: PoolingSpec) -> Estimator:
+        """How large its samples will be."""
+        return Estimator(self.limits, pooling, is_asked=self.shards.manifest.kind == "fine_tuning")
 
     @property
     def shape(self) -> SourceShape:

@@ -1,0 +1,155 @@
+"""The data of a run do not depend on how it is spread over machines, stopped and resumed (design 7)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arc_ds.data.loader import StepData, make_loader
+from arc_ds.data.mixture import BLOCK
+from arc_ds.data.step_batch import StepBatch
+from arc_ds.data.tokenizers import load_tokenizer
+from arc_ds.training.signals import die_with_parent
+from tests.helpers.batches import digest, sequences
+from tests.helpers.tiny_mixture import IN_CONTEXT_EXAMPLES, SIZES, WEIGHTS, TinyMixture
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
+    return TinyMixture.write(tmp_path_factory.mktemp("mixture"))
+
+
+# One leg of a run between two stops: ranks, workers of each, steps.
+LEGS = st.lists(
+    st.tuples(st.sampled_from([1, 2, 3, 4]), st.sampled_from([0, 1, 2]), st.integers(1, 3)), min_size=2, max_size=3
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    batch_size=st.sampled_from([12, 24]),
+    weights=st.tuples(*[st.floats(0.1, 1.0)] * 3),
+    schedule=st.sampled_from(["sample", "same_batch"]),
+    first=st.integers(0, 10**6),
+    legs=LEGS,
+)
+def test_global_batches_do_not_depend_on_ranks_workers_or_stops(
+    mixture: TinyMixture,
+    seed: int,
+    batch_size: int,
+    weights: tuple[float, float, float],
+    schedule: str,
+    first: int,
+    legs: list[tuple[int, int, int]],
+) -> None:
+    run = {"seed": seed, "batch_size": batch_size, "weights": weights, "schedule": schedule}
+    made: list[StepBatch] = []
+    step = first
+    for world_size, num_workers, num_steps in legs:
+        for rank in range(world_size):
+            data = mixture.data(rank, world_size, **run)
+            made += make_loader(data, range(step, step + num_steps), num_workers=num_workers)
+        step += num_steps
+    alone = mixture.data(**run)
+    assert sequences(made) == sequences(alone[idx] for idx in range(first, step))
+    records: dict[int, Counter] = {idx: Counter() for idx in range(first, step)}
+    for batch in made:
+        records[batch.step].update(batch.record_ids)
+    for idx, found in records.items():
+        assert found == Counter((pick.source_idx, pick.record_idx) for pick in alone.order.batch(idx))
+
+
+def counts_after_each_step(data: StepData, num_steps: int) -> Iterator[dict[int, Counter]]:
+    """How often each record of each source has been used, step by step; the same dictionary, growing."""
+    seen = {source_idx: Counter(dict.fromkeys(range(size), 0)) for source_idx, size in enumerate(SIZES)}
+    for step in range(num_steps):
+        for source_idx, record_idx in data[step].record_ids:
+            seen[source_idx][record_idx] += 1
+        yield seen
+
+
+def test_no_record_is_lost_or_repeated_within_an_epoch(mixture: TinyMixture) -> None:
+    """At every step a source's records have been used equally often, but for those already used in the open epoch."""
+    for seen in counts_after_each_step(mixture.data(), 30):
+        for source_idx, size in enumerate(SIZES):
+            epochs, in_epoch = divmod(seen[source_idx].total(), size)
+            assert sorted(seen[source_idx].values()) == [epochs] * (size - in_epoch) + [epochs + 1] * in_epoch
+    assert all(seen[source_idx].total() > 2 * size for source_idx, size in enumerate(SIZES)), "epochs were crossed"
+
+
+def test_the_realised_mixture_is_within_one_sample_of_its_weights_in_every_block(mixture: TinyMixture) -> None:
+    data = mixture.data(batch_size=16)
+    for block in range(6):
+        steps = range(block * BLOCK // 16, (block + 1) * BLOCK // 16)
+        counts = Counter(source_idx for step in steps for source_idx, _ in data[step].record_ids)
+        for source_idx, weight in enumerate(WEIGHTS):
+            assert abs(counts[source_idx] - weight * BLOCK) < 1
+
+
+def test_few_shot_samples_have_other_records_of_their_source_as_examples(mixture: TinyMixture) -> None:
+    """Read from the text: each block names its record's number in the question."""
+    data = mixture.data(weights=(0.1, 0.8, 0.1), schedule="alternate")
+    tokenizers = [load_tokenizer(mixture.decoder), load_tokenizer(mixture.encoder)]
+    numbers: list[int] = []
+    for decoder_idx, task, ids, contexts, *_ in chain.from_iterable(
+        sequences(data[step] for step in range(12)).values()
+    ):
+        if task != "few_shot":
+            continue
+        blocks = tokenizers[decoder_idx].decode(list(ids)).split("Of what is block ")[1:]
+        named = [int(block.split("?")[0]) for block in blocks]
+        assert len(set(named)) == len(named) == len(contexts) <= 1 + IN_CONTEXT_EXAMPLES
+        assert set(named) <= set(range(SIZES[1]))
+        numbers.append(len(named))
+    assert set(numbers) == {1, 2, 3, 4}
+
+
+STEPS = 40
+
+
+def start_reading(
+    mixture: TinyMixture, out: Path, first: int, *, num_workers: int, rank: int, world_size: int
+) -> subprocess.Popen:
+    """Another process that goes through the steps and notes each batch's digest."""
+    command = [sys.executable, "-m", "tests.helpers.read_steps", str(mixture.folder), str(out)]
+    numbers = [first, STEPS, num_workers, rank, world_size]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    return subprocess.Popen([*command, *map(str, numbers)], env=environment, preexec_fn=die_with_parent)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+def test_killed_and_resumed_inside_an_epoch_the_batches_are_bit_equal(
+    mixture: TinyMixture, tmp_path: Path, rank: int, world_size: int
+) -> None:
+    data = mixture.data(rank, world_size)
+    expected = [digest(data[step]) for step in range(STEPS)]
+    assert len(set(expected)) == STEPS
+    out = tmp_path / "digests"
+    killed = start_reading(mixture, out, 0, num_workers=2, rank=rank, world_size=world_size)
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.read_text().count("\n") >= 7):
+        assert killed.poll() is None and time.monotonic() < deadline, "the reader ended by itself or is stuck"
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    noted = out.read_text().splitlines(keepends=True)
+    done = [line.strip() for line in noted if line.endswith("\n")]
+    assert 7 <= len(done) < STEPS, "it was killed inside the run"
+    assert done == expected[: len(done)]
+    again = tmp_path / "again"
+    assert start_reading(mixture, again, len(done), num_workers=1, rank=rank, world_size=world_size).wait(120) == 0
+    assert done + again.read_text().split() == expected

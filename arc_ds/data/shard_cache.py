@@ -142,14 +142,8 @@ class ShardCache:
 
 
 def open_cache(cache_dir: str | Path | None = None, cache_gib: float | None = None) -> ShardCache:
-    """The cache of a config's `data.cache_dir` and `data.cache_gib`, None being their defaults. Nothing is made yet.
-
-    StorageError where there is no home folder for the default.
-    """
-    try:
-        folder = Path(cache_dir or _default_folder()).expanduser().absolute()
-    except RuntimeError as error:
-        raise StorageError(f"the folder of the cache of shards: {error}. Set data.cache_dir to a folder.") from error
+    """The cache of a config's `data.cache_dir` and `data.cache_gib`, None being their defaults. Nothing is made yet."""
+    folder = Path(os.path.abspath(os.path.expanduser(cache_dir or _default_folder())))
     max_bytes = _half_of_the_free(folder) if cache_gib is None else int(cache_gib * _GIB)
     return ShardCache(folder=folder, max_bytes=max_bytes)
 
@@ -167,8 +161,8 @@ def _default_folder() -> Path:
 
 def _half_of_the_free(folder: Path) -> int:
     tars = path_of_tars(folder)
-    kept = sum(stat.st_size for stat, _ in _files(tars)) if tars.is_dir() else 0
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    kept = sum(stat.st_size for stat, _ in _files(tars)) if os.path.isdir(tars) else 0
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return (shutil.disk_usage(nearest).free + kept) // 2
 
 

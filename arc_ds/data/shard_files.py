@@ -114,8 +114,8 @@ def locate(path: str | Path, cache: ShardCache | None = None) -> ShardFiles:
         folder, manifest = _fetch_set(base, cache)
     places = [shard.location for shard in manifest.shards if shard.location is not None]
     _check_places(shown_url(path), places, is_fetched=base is not None)
-    if cache is None and any(map(is_url, places)):
-        cache = open_cache()
+    if base is None:
+        cache = (cache or open_cache()) if any(map(is_url, places)) else None
     files = ShardFiles(name=shown_url(path), folder=folder, manifest=manifest, base=base, cache=cache)
     if cache is not None:
         _check_bound(files, cache)

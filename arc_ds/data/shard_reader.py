@@ -27,7 +27,8 @@ from arc_ds.errors import DataError, StorageError
 _ROW = struct.Struct("<qqQi")
 assert _ROW.size == INDEX_DTYPE.itemsize, "the row and the dtype are the same bytes"
 # A mapping holds a file descriptor, of which a process may have as few as 1024 in all.
-_MAX_OPEN = 64
+_MAX_MAPPED = 64
+_MAX_INDEX_BYTES = 128 << 20
 
 
 class ShardSet:
@@ -58,7 +59,7 @@ class ShardSet:
         self._open_nothing()
 
     def _open_nothing(self) -> None:
-        self._index = lru_cache(maxsize=_MAX_OPEN)(partial(_index_rows, self.files))
+        self._index = lru_cache(maxsize=_max_indexes(self.files))(partial(_index_rows, self.files))
         self._tar = lru_cache(maxsize=_max_mapped(self.files))(partial(_map, self.files))
         self._prefetcher: tuple[int, Prefetcher] | None = None
 
@@ -120,16 +121,33 @@ class ShardSet:
         return shard_idx, row  # type: ignore[return-value]
 
 
+def _max_indexes(files: ShardFiles) -> int:
+    largest = max(shard.samples for shard in files.manifest.shards)
+    return max(_MAX_INDEX_BYTES // (largest * _ROW.size), _MAX_MAPPED)
+
+
 def _max_mapped(files: ShardFiles) -> int:
     """What is mapped cannot make room in the cache, so that a few processes shall not fill it alone."""
     if files.cache is None:
-        return _MAX_OPEN
+        return _MAX_MAPPED
     largest = max(shard.bytes for shard in files.manifest.shards)
-    return min(max(files.cache.max_bytes // (4 * largest), 1), _MAX_OPEN)
+    return min(max(files.cache.max_bytes // (4 * largest), 1), _MAX_MAPPED)
 
 
-def _index_rows(files: ShardFiles, shard_idx: int) -> bytes:
-    return read_index(files.folder, files.manifest.shards[shard_idx]).tobytes()
+def _index_rows(files: ShardFiles, shard_idx: int) -> memoryview:
+    """The rows of an index, as bytes. Its sum was checked when the set was opened."""
+    shard = files.manifest.shards[shard_idx]
+    path = files.folder / shard.index_name
+    try:
+        raw = memoryview(path.read_bytes())
+    except OSError as error:
+        raise StorageError(f"{path} cannot be opened: {error.strerror}. Is its disk still mounted?") from error
+    rows = raw[max(len(raw) - shard.samples * _ROW.size, 0) :]
+    if len(rows) != shard.samples * _ROW.size:
+        raise StorageError(
+            f"{path} has {len(raw)} bytes, more before. Was it built again? Start again when it is whole."
+        )
+    return rows
 
 
 def _map(files: ShardFiles, shard_idx: int) -> mmap.mmap:

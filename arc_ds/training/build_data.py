@@ -13,6 +13,7 @@ from arc_ds.data.micro_batches import MicroBatchLimits
 from arc_ds.data.order import RunOrder
 from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.sample_maker import DecoderInput
+from arc_ds.data.shard_cache import open_cache
 from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.source import Source
 from arc_ds.data.tasks import Example, TaskLimits
@@ -69,7 +70,7 @@ def held_out_examples(config: RunConfig) -> tuple[tuple[Example, ...], ...]:
 def open_source(config: RunConfig, wanted: SourceConfig) -> Source:
     """A source of the config, opened."""
     return Source(
-        shards=ShardSet(wanted.path),
+        shards=ShardSet(wanted.path, cache=open_cache(config.data.cache_dir, config.data.cache_gib)),
         weight=wanted.weight,
         task=wanted.task,
         in_context_examples=wanted.in_context_examples,

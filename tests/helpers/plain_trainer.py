@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from arc_ds.data.groups import GroupRule
+from arc_ds.data.micro_batches import MicroBatchLimits, planned_splits, sample_size, split
 from arc_ds.data.packing import PoolingSpec, pack
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.data.step_batch import MicroBatch, StepBatch
@@ -110,47 +111,85 @@ def decoder_of_step(step: int) -> int:
     return 0 if step < 3 else step % 2
 
 
-def samples_of_step(step: int, num_sequences: int = 8) -> list[Sample]:
+def samples_of_step(step: int, num_sequences: int = 8, *, decoder_idx: int | None = None) -> list[Sample]:
     """Ragged samples of both tasks, with few labels at the start of the batch and many at its end.
 
-    The first half of every fourth step's batch has no label at all.
+    decoder_idx: whose tokens their texts are, of other lengths for each decoder; default the step's own. Contexts are
+    the same for all. The first half of every fourth step's batch has no label at all.
     """
-    generator = torch.Generator().manual_seed(1000 + step)
-    vocab_size = _DECODERS[decoder_of_step(step)].vocab_size
+    decoder_idx = decoder_of_step(step) if decoder_idx is None else decoder_idx
+    vocab_size = _DECODERS[decoder_idx].vocab_size
+    of_contexts = torch.Generator().manual_seed(1000 + step)
+    of_texts = torch.Generator().manual_seed(2000 + 100 * decoder_idx + step)
 
-    def draw(low: int, high: int, vocab: int) -> list[int]:
+    def draw(low: int, high: int, vocab: int, generator: torch.Generator) -> list[int]:
         count = int(torch.randint(low, high, (), generator=generator))
         return torch.randint(vocab, (count,), generator=generator).tolist()
 
     samples = []
     for idx in range(num_sequences):
         in_loss = step % 4 != 3 or idx >= num_sequences // 2
-        targets = Segment.text(draw(2, 4 + 2 * idx, vocab_size), in_loss=in_loss)
+        targets = Segment.text(draw(2, 4 + 2 * idx, vocab_size, of_texts), in_loss=in_loss)
         marker = "rec" if idx % 3 == 0 else "cont"
-        context = Segment.context(draw(1, 14, _ENCODER.vocab_size), marker=marker)
-        prefix = Segment.text(draw(0, 5, vocab_size))
+        context = Segment.context(draw(1, 14, _ENCODER.vocab_size, of_contexts), marker=marker)
+        prefix = Segment.text(draw(0, 5, vocab_size, of_texts))
         task = TASKS[0] if marker == "rec" else TASKS[1]
         samples.append(Sample(task, (prefix, context, targets)))
     return samples
 
 
-def step_of_rank(step: int, *, rank: int, world_size: int, num_micro_batches: int) -> StepBatch:
-    """The rank's micro-batches of a step's samples, in order."""
-    samples = samples_of_step(step)
-    size = len(samples) // (world_size * num_micro_batches)
-    starts = [(rank * num_micro_batches + micro) * size for micro in range(num_micro_batches)]
-    decoder_idx = decoder_of_step(step)
+def decoders_of_step(step: int, *, same_batch: bool = False) -> tuple[int, ...]:
+    """The decoders of a step: all of them on the same batch, or the one of `decoder_of_step`."""
+    return tuple(range(len(_DECODERS))) if same_batch else (decoder_of_step(step),)
+
+
+def step_of_rank(
+    step: int,
+    *,
+    rank: int,
+    world_size: int,
+    num_parts: int,
+    same_batch: bool = False,
+    max_encoder_tokens: int | None = None,
+) -> StepBatch:
+    """A rank's share of a step's samples: consecutive parts, split further, alike on all ranks, under the limit."""
+    limits = MicroBatchLimits(max_encoder_tokens=max_encoder_tokens)
+    decoder_idxs = decoders_of_step(step, same_batch=same_batch)
+    parts = {
+        decoder_idx: _in_parts(samples_of_step(step, decoder_idx=decoder_idx), world_size * num_parts)
+        for decoder_idx in decoder_idxs
+    }
+    sizes = [[sample_size(sample, POOLING) for sample in part] for part in parts[decoder_idxs[0]]]
+    shares = [sizes[first : first + num_parts] for first in range(0, len(sizes), num_parts)]
+    splits = split(shares[rank], limits, at_least=planned_splits(shares, limits))
     return StepBatch(
         step=step,
-        decoder_idxs=(decoder_idx,),
+        decoder_idxs=decoder_idxs,
         micro_batches=tuple(
-            MicroBatch(decoder_idx=decoder_idx, batch=pack(samples[start : start + size], POOLING), part_idx=part_idx)
-            for part_idx, start in enumerate(starts)
+            MicroBatch(
+                decoder_idx=decoder_idx,
+                batch=pack([parts[decoder_idx][rank * num_parts + one.part_idx][m] for m in one.members], POOLING),
+                part_idx=one.part_idx,
+            )
+            for decoder_idx in decoder_idxs
+            for one in splits
         ),
     )
 
 
-def train_plainly(compressor: Compressor, decoders: Sequence[Decoder], steps: Iterable[int]) -> Trajectory:
+def _in_parts(samples: list[Sample], num_parts: int) -> list[list[Sample]]:
+    size = len(samples) // num_parts
+    return [samples[first : first + size] for first in range(0, len(samples), size)]
+
+
+def train_plainly(
+    compressor: Compressor,
+    decoders: Sequence[Decoder],
+    steps: Iterable[int],
+    *,
+    same_batch: bool = False,
+    mean_of_parts: int = 1,
+) -> Trajectory:
     """Train on the joined batch of each step; a port at rest is not run and its gradients are None."""
     groups = tiny_groups(compressor)
     optimizer = torch.optim.AdamW(
@@ -163,21 +202,37 @@ def train_plainly(compressor: Compressor, decoders: Sequence[Decoder], steps: It
         for group, torch_group in zip(groups, optimizer.param_groups, strict=True):
             torch_group["lr"] = SCHEDULE.lr(step, group.peak_lr)
         optimizer.zero_grad(set_to_none=True)
-        loss = plain_loss(compressor, decoders, step)
+        nll_per_label, loss = plain_loss(compressor, decoders, step, same_batch=same_batch, mean_of_parts=mean_of_parts)
         loss.backward()
         grad_norms.append(float(nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)))
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(nll_per_label.item())
     params = {name: param.detach().clone() for name, param in compressor.named_parameters()}
     return Trajectory(losses=tuple(losses), grad_norms=tuple(grad_norms), params=params)
 
 
-def plain_loss(compressor: Compressor, decoders: Sequence[Decoder], step: int) -> Tensor:
-    """The mean NLL over the labels of a step's joined batch, scalar."""
-    batch = pack(samples_of_step(step), POOLING)
-    decoder_idx = decoder_of_step(step)
-    z_ZD = compressor.ports[decoder_idx](compressor.encoder(batch), batch)
-    return decoders[decoder_idx](batch, z_ZD).mean()
+def plain_loss(
+    compressor: Compressor,
+    decoders: Sequence[Decoder],
+    step: int,
+    *,
+    same_batch: bool = False,
+    mean_of_parts: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The mean NLL over the labels of a step's joined batch, of all of its decoders; and what is minimised, scalars.
+
+    mean_of_parts: that is the mean of so many parts' means, for each decoder; 1 with one decoder: the mean over labels.
+    """
+    nll = []
+    for decoder_idx in decoders_of_step(step, same_batch=same_batch):
+        for part in _in_parts(samples_of_step(step, decoder_idx=decoder_idx), mean_of_parts):
+            batch = pack(part, POOLING)
+            z_ZD = compressor.ports[decoder_idx](compressor.encoder(batch), batch)
+            nll.append(decoders[decoder_idx](batch, z_ZD))
+    mean = torch.cat(nll).mean()
+    if mean_of_parts == 1:
+        return mean, mean
+    return mean, torch.stack([nll_L.sum() / max(nll_L.numel(), 1) for nll_L in nll]).mean()
 
 
 def _fill(params: Iterable[nn.Parameter], *, seed: int) -> None:

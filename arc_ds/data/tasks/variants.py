@@ -21,32 +21,37 @@ def open_(example: Example) -> Sample:
 
 
 def mismatched(examples: Sequence[Example]) -> tuple[Sample, ...]:
-    """The samples, each with the contexts of the next one of its task, taken in turn where it has more of them.
+    """The samples, each with contexts of another one of its task: the next whose contexts differ.
 
-    DataError where a task has a single example, or the next one's contexts are the same.
+    In few-shot samples the last document is exchanged, the one that is asked about: their in-context examples still
+    show how a question is answered from its document. DataError where a task has no sample with other contexts.
     """
-    places: dict[str, list[int]] = {}
+    samples: list[Sample] = []
     for idx, example in enumerate(examples):
-        places.setdefault(example.sample.task, []).append(idx)
-    samples: list[Sample] = [example.sample for example in examples]
-    for task, members in places.items():
-        for idx, other in zip(members, members[1:] + members[:1], strict=True):
-            own, others = _contexts(examples[idx].sample), _contexts(examples[other].sample)
-            given = [others[place % len(others)] for place in range(len(own))] if others else []
-            if [context.ids for context in own] == [context.ids for context in given]:
-                raise DataError(
-                    f"validation of {task} needs another context for each of its {len(members)} samples, and sample "
-                    f"{idx} has none. Give more held-out records, or leave out repeated ones."
-                )
-            segments = _with_contexts(samples[idx].segments, given)
-            samples[idx] = replace(samples[idx], segments=segments)
+        own = _asked(example.sample)
+        following = (*examples[idx + 1 :], *examples[:idx])
+        others = (_asked(other.sample) for other in following if other.sample.task == example.sample.task)
+        given = next((other for other in others if _ids(other) != _ids(own)), None)
+        if given is None:
+            raise DataError(
+                f"validation of {example.sample.task} needs another context for each of its samples, and sample {idx} "
+                "has none. Give more held-out records, or leave out repeated ones."
+            )
+        samples.append(replace(example.sample, segments=_exchanged(example.sample.segments, len(own), given)))
     return tuple(samples)
 
 
-def _contexts(sample: Sample) -> list[Segment]:
-    return [segment for segment in sample.segments if segment.kind == "context"]
+def _asked(sample: Sample) -> list[Segment]:
+    """The contexts that the target is about, not those of in-context examples."""
+    contexts = [segment for segment in sample.segments if segment.kind == "context"]
+    return contexts[-1:] if sample.task == "few_shot" else contexts
 
 
-def _with_contexts(segments: Sequence[Segment], contexts: Sequence[Segment]) -> tuple[Segment, ...]:
-    given = iter(contexts)
-    return tuple(next(given) if segment.kind == "context" else segment for segment in segments)
+def _ids(contexts: Sequence[Segment]) -> list[tuple[int, ...]]:
+    return [context.ids for context in contexts]
+
+
+def _exchanged(segments: Sequence[Segment], num_asked: int, given: Sequence[Segment]) -> tuple[Segment, ...]:
+    """The segments, with those given in place of the last `num_asked` contexts, which stand side by side."""
+    last = max(place for place, segment in enumerate(segments) if segment.kind == "context")
+    return (*segments[: last + 1 - num_asked], *given, *segments[last + 1 :])

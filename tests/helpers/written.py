@@ -1,0 +1,51 @@
+"""Samples written back as text, as golden texts in tests have them."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+
+from arc_ds.data.segments import Sample, Segment
+from arc_ds.data.tokenizers import Tokenizer
+from tests.helpers.tiny_data import write_json_tokenizer
+
+IM_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+def written(sample: Sample, encoder: Tokenizer, decoder: Tokenizer) -> str:
+    """The sequence as a person reads it: ⟦context⟧ (with <rec> or <cont> behind it), ‹target›, special tokens by name.
+
+    Texts are decoded between contexts, so a character may not be broken by the edge of a target.
+    """
+    names = {idx: name for name, idx in decoder.special_ids.items()}
+    pieces = []
+    for segment in sample.segments:
+        if segment.kind == "context":
+            marker = "" if segment.marker is None else f"<{segment.marker}>"
+            pieces.append(f"⟦{encoder.decode(list(segment.ids))}{marker}⟧")
+        else:
+            text = _text(segment, names, decoder)
+            pieces.append(f"‹{text}›" if segment.in_loss else text)
+    return "".join(pieces).replace("›‹", "")
+
+
+def _text(segment: Segment, names: dict[int, str], decoder: Tokenizer) -> str:
+    pieces = []
+    for is_special, group in groupby(segment.ids, key=lambda token: token in names):
+        ids = list(group)
+        pieces.append("".join(names[token] for token in ids) if is_special else decoder.decode(ids))
+    return "".join(pieces)
+
+
+def write_chat_tokenizer(folder: Path, *, template: object = None, specials: tuple[str, ...] = IM_TOKENS) -> Path:
+    """The folder of `write_json_tokenizer` with more special tokens and a chat template."""
+    import tokenizers
+
+    write_json_tokenizer(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(list(specials))
+    backend.save(str(folder / "tokenizer.json"))
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
+    return folder

@@ -29,7 +29,8 @@ from arc_ds.data.micro_batches import (
 )
 from arc_ds.data.order import Pick, RunOrder, Task
 from arc_ds.data.packing import PoolingSpec, pack
-from arc_ds.data.sample_maker import DecoderInput, Made, OnError, SampleMaker
+from arc_ds.data.reader import ReaderFiles
+from arc_ds.data.sample_maker import Made, OnError, SampleMaker
 from arc_ds.data.segments import Sample
 from arc_ds.data.source import Source
 from arc_ds.data.step_batch import MicroBatch, StepBatch
@@ -43,9 +44,9 @@ Parts = tuple[tuple[int, ...], ...]
 class StepData(Dataset[StepBatch]):
     """A map-style dataset over the steps of a run, for one rank. Tokenizers are loaded when the first step is made.
 
-    order: of the same sources, in the same order, as `sources`. rates: the work of each decoder's samples, by which
-    they are dealt to ranks. limits: of one micro-batch. micro_batches: parts of this rank's share, split further where
-    the limits ask for it.
+    order: of the same sources, in the same order, as `sources`. readers: of each decoder. rates: the work of each
+    decoder's samples, by which they are dealt to ranks. limits: of one micro-batch. micro_batches: parts of this rank's
+    share, split further where the limits ask for it.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class StepData(Dataset[StepBatch]):
         order: RunOrder,
         sources: Sequence[Source],
         encoder_tokenizer: str | Path,
-        decoders: Sequence[DecoderInput],
+        readers: Sequence[ReaderFiles],
         pooling: PoolingSpec,
         rates: Sequence[WorkRates] = (),
         limits: MicroBatchLimits | None = None,
@@ -79,7 +80,7 @@ class StepData(Dataset[StepBatch]):
         self._maker = SampleMaker(
             sources,
             encoder_tokenizer=encoder_tokenizer,
-            decoders=decoders,
+            readers=readers,
             on_error=on_error,
             check=self._check,
         )

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from arc_ds.data.chat import PLAIN, Layout
 from arc_ds.data.order import Pick
+from arc_ds.data.reader import Reader, ReaderFiles
 from arc_ds.data.segments import Sample
 from arc_ds.data.source import Source
 from arc_ds.data.tasks import Example, TaskCounts, make_example
@@ -24,14 +24,6 @@ RecordId = tuple[int, int]
 
 # Records tried in place of an unusable one: more in a row mean that the source is damaged, not one record.
 _MAX_REPLACEMENTS = 100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderInput:
-    """How one decoder is given its text: its tokenizer (file or folder), and what stands around the turns."""
-
-    tokenizer: str | Path
-    layout: Layout = PLAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +52,7 @@ class _UnusableError(Exception):
 class SampleMaker:
     """Makes the samples of a run. Tokenizers are loaded when the first one is made, in each process for itself.
 
+    encoder_tokenizer: file or folder. readers: of each decoder.
     on_error: what an unusable record does: "stop" raises DataError; "skip" goes on without it: a sample's own record
     gives way to the next one of its source, an in-context example is left out. Both are counted, and each such record
     is named once in the log. check: raises DataError on a sample that cannot be trained on, for example one too long.
@@ -70,23 +63,27 @@ class SampleMaker:
         sources: Sequence[Source],
         *,
         encoder_tokenizer: str | Path,
-        decoders: Sequence[DecoderInput],
+        readers: Sequence[ReaderFiles],
         on_error: OnError,
         check: Callable[[Sample], object],
     ) -> None:
         self._sources = tuple(sources)
         self._encoder_path = encoder_tokenizer
-        self._decoders = tuple(decoders)
+        self._reader_files = tuple(readers)
         self._on_error = on_error
         self._check = check
         self._named: set[RecordId] = set()
 
     @cached_property
-    def _tokenizers(self) -> tuple[Tokenizer, tuple[Tokenizer, ...]]:
-        return load_tokenizer(self._encoder_path), tuple(load_tokenizer(one.tokenizer) for one in self._decoders)
+    def _encoder(self) -> Tokenizer:
+        return load_tokenizer(self._encoder_path)
+
+    @cached_property
+    def _readers(self) -> tuple[Reader, ...]:
+        return tuple(files.load() for files in self._reader_files)
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_tokenizers"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_encoder", "_readers")}
 
     def make(self, pick: Pick, decoder_idxs: Sequence[int]) -> Made:
         """The samples of a pick for some decoders; DataError where its record, or too many in a row, cannot be used."""
@@ -109,7 +106,7 @@ class SampleMaker:
                 counts=sum((example.counts for example in examples), start=TaskCounts()),
             )
         raise DataError(
-            f"{source.shards.folder}: {attempts} records in a row from {pick.record_idx} on cannot be used. Run "
+            f"{source.shards.name}: {attempts} records in a row from {pick.record_idx} on cannot be used. Run "
             "`arc-ds shards check` on it and build it again."
         )
 
@@ -120,7 +117,7 @@ class SampleMaker:
             return [self._example(source, records, pick, decoder_idx) for decoder_idx in decoder_idxs]
         except DataError as error:
             place = self._culprit(source, records, pick, decoder_idxs)
-            reason = DataError(f"{source.shards.folder}, record {idxs[place]}: {error}")
+            reason = DataError(f"{source.shards.name}, record {idxs[place]}: {error}")
             raise _UnusableError(place, reason) from error
 
     def _read(self, source: Source, idxs: Sequence[int], place: int) -> dict[str, Any]:
@@ -130,15 +127,15 @@ class SampleMaker:
             raise _UnusableError(place, error) from error
 
     def _example(self, source: Source, records: Sequence[dict[str, Any]], pick: Pick, decoder_idx: int) -> Example:
-        encoder, decoders = self._tokenizers
+        reader = self._readers[decoder_idx]
         example = make_example(
             records,
             task=pick.task,
             seed=pick.seed,
-            encoder=encoder,
-            decoder=decoders[decoder_idx],
+            encoder=self._encoder,
+            decoder=reader.tokenizer,
             limits=source.limits,
-            layout=self._decoders[decoder_idx].layout,
+            layout=reader.layout,
         )
         self._check(example.sample)
         return example

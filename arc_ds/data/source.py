@@ -34,7 +34,7 @@ class Source:
         kind = self.shards.manifest.kind
         if {"pretraining": "fine_tuning", "few_shot": "pretraining"}.get(self.task) == kind:
             raise DataError(
-                f"{self.shards.folder} holds {kind} records, which give no sample of the task {self.task}. Set its "
+                f"{self.shards.name} holds {kind} records, which give no sample of the task {self.task}. Set its "
                 f"`task` to {'few_shot' if kind == 'fine_tuning' else 'pretraining'} or long_context, or name other "
                 "shards."
             )
@@ -63,5 +63,5 @@ class Source:
             weight=self.weight,
             task=self.task,
             in_context_examples=self.in_context_examples,
-            name=str(self.shards.folder),
+            name=self.shards.name,
         )

@@ -9,23 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from arc_ds.data.chat import PLAIN, Layout
 from arc_ds.data.order import Task, draw_examples
 from arc_ds.data.randomness import random_words
+from arc_ds.data.reader import Reader
 from arc_ds.data.source import Source
 from arc_ds.data.tasks import Example, make_example
 from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
 
 _MIN_SAMPLES = 2  # of a task: each is compared with another one's context
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reader:
-    """How one decoder is given its text."""
-
-    tokenizer: Tokenizer
-    layout: Layout = PLAIN
 
 
 def validation_examples(
@@ -65,7 +57,7 @@ class _HeldOut:
         per_task = num // len(tasks)
         if per_task < _MIN_SAMPLES or num_records < num or num_records <= most:
             raise DataError(
-                f"{self.source.shards.folder}: {num} validation samples ({', '.join(tasks)}) with up to {most} "
+                f"{self.source.shards.name}: {num} validation samples ({', '.join(tasks)}) with up to {most} "
                 f"in-context examples were asked for; it holds {num_records} records. Ask for "
                 f"{_MIN_SAMPLES * len(tasks)} to {num_records} (validation.num_samples, shared out by the sources' "
                 "weights), or hold out more records."
@@ -86,7 +78,7 @@ class _HeldOut:
                 used.add(record_idx)
                 return examples
         raise DataError(
-            f"{self.source.shards.folder}: too few records can be used and are long enough for so many validation "
+            f"{self.source.shards.name}: too few records can be used and are long enough for so many validation "
             "samples. Lower validation.num_samples or hold out more records."
         )
 

@@ -12,13 +12,13 @@ from arc_ds.data.loader import StepData
 from arc_ds.data.micro_batches import MicroBatchLimits
 from arc_ds.data.order import RunOrder
 from arc_ds.data.packing import PoolingSpec
-from arc_ds.data.sample_maker import DecoderInput
+from arc_ds.data.reader import ReaderFiles
 from arc_ds.data.shard_cache import open_cache
 from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.source import Source
 from arc_ds.data.tasks import Example, TaskLimits
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
-from arc_ds.data.validation_set import Reader, validation_examples
+from arc_ds.data.validation_set import validation_examples
 from arc_ds.training.build_model import decoder_tokenizer_paths, encoder_tokenizer_path
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def step_data(config: RunConfig, packing: PoolingSpec, rates: Sequence[WorkRates
         order=order,
         sources=sources,
         encoder_tokenizer=encoder_tokenizer_path(config),
-        decoders=[DecoderInput(tokenizer=path) for path in decoder_tokenizer_paths(config)],
+        readers=_readers(config),
         pooling=packing,
         rates=rates,
         limits=MicroBatchLimits(
@@ -63,8 +63,16 @@ def held_out_examples(config: RunConfig) -> tuple[tuple[Example, ...], ...]:
         [open_source(config, source) for source in config.data.held_out],
         config.validation.num_samples,
         encoder=load_tokenizer(encoder_tokenizer_path(config)),
-        readers=[Reader(tokenizer=load_tokenizer(path)) for path in decoder_tokenizer_paths(config)],
+        readers=[files.load() for files in _readers(config)],
     )
+
+
+def _readers(config: RunConfig) -> list[ReaderFiles]:
+    """How each decoder is given its text."""
+    return [
+        ReaderFiles(tokenizer=path, chat_template=decoder.chat_template)
+        for decoder, path in zip(config.decoders, decoder_tokenizer_paths(config), strict=True)
+    ]
 
 
 def open_source(config: RunConfig, wanted: SourceConfig) -> Source:
@@ -85,6 +93,12 @@ def task_limits(config: RunConfig, source: SourceConfig) -> TaskLimits:
         max_context=config.data.max_context_tokens,
         max_prefix=config.data.max_prefix_tokens,
         max_continuation=config.data.max_continuation_tokens,
+        max_documents=config.data.max_documents_tokens,
+        max_passages=source.max_passages,
+        max_question=config.data.max_question_tokens,
+        max_answer=config.data.max_answer_tokens,
+        chunk_tokens=source.chunk_tokens,
+        max_chunks=config.data.max_chunks,
         bos=config.data.decoder_bos,
         markers=frozenset(marker for marker, is_kept in markers.items() if is_kept),  # type: ignore[misc]
     )
@@ -98,5 +112,5 @@ def _warn_of_other_cuts(tokenizer: Tokenizer, sources: Sequence[Source]) -> None
                 "the shards in %s were cut by another tokenizer than the encoder's: records may be longer than a "
                 "sequence, and work is dealt less evenly. Build them with the encoder's: arc-ds shards build "
                 "--tokenizer.",
-                source.shards.folder,
+                source.shards.name,
             )

@@ -6,6 +6,7 @@ a time to where they are used, so that no host ever holds a whole model for each
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from arc_ds.config.schema import RunConfig
+from arc_ds.data.chat import read_layout
 from arc_ds.data.segments import Marker
 from arc_ds.data.tokenizers import check_fits, load_tokenizer
 from arc_ds.errors import ConfigError, TokenizerError
@@ -36,6 +38,7 @@ from arc_ds.model.weights import (
     set_parameter,
 )
 from arc_ds.training.engine import set_trained
+from arc_ds.training.lengths import longest_context, longest_sequence
 
 MARKER_TEXT = "\n"  # the token whose embedding a marker starts from: it ends a passage in most texts
 
@@ -76,9 +79,9 @@ def decoder_tokenizer_paths(config: RunConfig) -> tuple[Path, ...]:
 
 
 def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> dict[str, str]:
-    """Fingerprints of the encoder's and the decoders' tokenizers, by their keys in the config.
+    """Fingerprints of the encoder's and the decoders' tokenizers, and of chat templates, by their keys in the config.
 
-    TokenizerError where one has ids that its model's embedding does not have.
+    TokenizerError where one has ids that its model's embedding does not have, or lacks the template asked for.
     """
     tokenizer = load_tokenizer(encoder_tokenizer_path(config))
     check_fits(tokenizer, spec.backbone.vocab_size, config.encoder.backbone)
@@ -88,6 +91,9 @@ def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> dict[str, str]:
         tokenizer = load_tokenizer(path)
         check_fits(tokenizer, vocab_size, decoder.backbone)
         fingerprints[f"decoders.{idx}"] = tokenizer.fingerprint
+        if decoder.chat_template != "none":
+            layout = read_layout(decoder.chat_template, tokenizer, path)
+            fingerprints[f"decoders.{idx}.chat_template"] = hashlib.sha256(repr(layout).encode()).hexdigest()
     return fingerprints
 
 
@@ -114,7 +120,7 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
     tensors: TensorSource
     if config.encoder.init_from is None:
         tensors = open_backbone(
-            config.encoder.backbone, config.encoder.rope_scaling, max_positions=config.data.max_context_tokens
+            config.encoder.backbone, config.encoder.rope_scaling, max_positions=longest_context(config)
         )
         names = {"prefix": "encoder.", "skip": _is_memory, "allow_unused": beyond_layers(spec.num_layers)}
         num_ports = 0
@@ -194,12 +200,6 @@ def open_decoders(config: RunConfig) -> tuple[DecoderWeights, ...]:
         check_fit(shape, tensors)
         opened.append(DecoderWeights(shape=shape, tensors=tensors))
     return tuple(opened)
-
-
-def longest_sequence(config: RunConfig) -> int:
-    """Most decoder rows that a training or validation sequence can have: prefix, open context, continuation, begin."""
-    data = config.data
-    return data.max_prefix_tokens + data.max_context_tokens + data.max_continuation_tokens + 1
 
 
 def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcSourceFolder) -> None:

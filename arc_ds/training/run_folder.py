@@ -256,5 +256,5 @@ def _check_is_of(path: Path, config: RunConfig, data_fingerprint: str, tokenizer
     if changed:
         raise TokenizerError(
             f"the tokenizer of {', '.join(changed)} is not the one that {path} was trained with: its files have "
-            "changed, and with them the meaning of every id. Restore them (key `tokenizer`)."
+            "changed, and with them what ids or turns mean. Restore them (key `tokenizer`)."
         )

@@ -9,7 +9,7 @@ from typing import Any
 from arc_ds.data.loader import StepData
 from arc_ds.data.order import RunOrder
 from arc_ds.data.packing import PoolingSpec
-from arc_ds.data.sample_maker import DecoderInput
+from arc_ds.data.reader import ReaderFiles
 from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.shard_writer import build_shards
 from arc_ds.data.source import Source
@@ -114,7 +114,7 @@ class TinyMixture:
             order=order,
             sources=sources,
             encoder_tokenizer=self.encoder,
-            decoders=[DecoderInput(tokenizer=self.decoder), DecoderInput(tokenizer=self.encoder)],
+            readers=[ReaderFiles(tokenizer=self.decoder), ReaderFiles(tokenizer=self.encoder)],
             pooling=PoolingSpec(),
             rank=rank,
             world_size=world_size,

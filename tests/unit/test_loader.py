@@ -14,7 +14,7 @@ import torch
 from arc_ds.data.loader import StepData, make_loader
 from arc_ds.data.order import RunOrder
 from arc_ds.data.packing import PoolingSpec
-from arc_ds.data.sample_maker import DecoderInput
+from arc_ds.data.reader import ReaderFiles
 from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.source import Source
 from arc_ds.data.step_batch import StepBatch
@@ -54,7 +54,7 @@ class Setting:
             "order": order,
             "sources": sources,
             "encoder_tokenizer": self.encoder,
-            "decoders": [DecoderInput(tokenizer=self.decoder), DecoderInput(tokenizer=self.encoder)],
+            "readers": [ReaderFiles(tokenizer=self.decoder), ReaderFiles(tokenizer=self.encoder)],
             "pooling": PoolingSpec(),
             "rank": rank,
             "world_size": world_size,

@@ -187,15 +187,18 @@ def check_shards(path: str | Path, *, cache: ShardCache | None = None) -> list[F
     where a URL cannot be reached.
     """
     files = locate(path, cache)
-    faults = []
-    if not is_url(path):
-        shards = files.manifest.shards
-        known = {MANIFEST, *(s.name for s in shards), *(s.index_name for s in shards)}
-        strays = sorted(p.name for p in files.folder.iterdir() if p.name not in known)
-        faults = [Fault(name, None, "not in the manifest") for name in strays]
+    faults = [] if is_url(path) else stray_files(files)
     for shard in files.manifest.shards:
         faults += check_shard(files, shard)
     return faults
+
+
+def stray_files(files: ShardFiles) -> list[Fault]:
+    """What a local folder holds beside the files of its set."""
+    shards = files.manifest.shards
+    known = {MANIFEST, *(s.name for s in shards), *(s.index_name for s in shards)}
+    strays = sorted(p.name for p in files.folder.iterdir() if p.name not in known)
+    return [Fault(name, None, "not in the manifest") for name in strays]
 
 
 def check_shard(files: ShardFiles, shard: ShardInfo) -> list[Fault]:

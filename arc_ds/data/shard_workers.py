@@ -1,16 +1,16 @@
-"""Batches become records in worker processes, in order, with few of them under way at a time."""
+"""Worker processes of the shard tools: batches become records, in order, with few of them under way at a time."""
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +19,6 @@ from arc_ds.data.inputs import Batch, InputFile
 from arc_ds.data.record_maker import MadeBatch, RecordMaker, RecordRules
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 _AHEAD = 2  # batches under way for each worker: the next one is there when one is done
 
@@ -53,21 +51,34 @@ def make_in_order(
         return
     tokenizer_folder.mkdir(exist_ok=True)
     tokenizer.save(tokenizer_folder)
-    with ProcessPoolExecutor(
+    with worker_pool(num_workers, _begin, rules, tokenizer_folder) as pool:
+        yield from _bounded(pool, works, num_workers * _AHEAD)
+
+
+@contextmanager
+def worker_pool(num_workers: int, begin: Callable[..., None], *args: object) -> Iterator[ProcessPoolExecutor]:
+    """Processes that each call `begin(*args)` first, and end with this one. DataError where one of them dies."""
+    pool = ProcessPoolExecutor(
         num_workers,
         mp_context=multiprocessing.get_context("spawn"),  # a fork would copy this process's threads half-way
-        initializer=_begin,
-        initargs=(rules, tokenizer_folder),
-    ) as pool:
-        try:
-            yield from _bounded(pool, works, num_workers * _AHEAD)
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process died, most likely for lack of memory. Run the same command again with fewer "
-                "--workers: finished shards are kept."
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        initializer=_begin_process,
+        initargs=(begin, args),
+    )
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died, most likely for lack of memory. Run the same command again with fewer --workers."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_process(begin: Callable[..., None], args: tuple[object, ...]) -> None:
+    """Ctrl-C is for the parent to handle; a worker ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin(*args)
 
 
 def _bounded(pool: ProcessPoolExecutor, works: Iterable[Work], limit: int) -> Iterator[tuple[Work, MadeBatch]]:
@@ -86,10 +97,7 @@ _maker: RecordMaker | None = None  # of a worker process
 
 
 def _begin(rules: RecordRules, tokenizer_folder: Path) -> None:
-    """The first thing that a worker does. Ctrl-C is the builder's to handle; a worker ends with its builder."""
     global _maker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     _maker = RecordMaker(rules, load_tokenizer(tokenizer_folder))
 
 

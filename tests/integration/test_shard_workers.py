@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from arc_ds.cli import main
+from arc_ds.data.shard_check import check_in_parallel
+from arc_ds.data.shard_reader import check_shards
 from arc_ds.data.shard_writer import build_shards
 from arc_ds.errors import DataError
 from tests.helpers.tiny_data import TEXT, write_tiktoken
@@ -20,6 +23,9 @@ from tests.helpers.tiny_data import TEXT, write_tiktoken
 OPTIONS = {"max_tokens": 200, "min_tokens": 4, "shard_bytes": 1 << 19}
 BUILD = """
 import sys
+from arc_ds.cli import main
+from arc_ds.data.shard_check import check_in_parallel
+from arc_ds.data.shard_reader import check_shards
 from arc_ds.data.shard_writer import build_shards
 if __name__ == "__main__":
     build_shards([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2, max_tokens=200, min_tokens=4, shard_bytes=1 << 19)
@@ -98,6 +104,25 @@ def test_a_fault_found_by_a_worker_is_the_first_in_the_input(tmp_path: Path, sou
     with pytest.raises(DataError, match="line 201: expected JSON"):
         build_shards([bad], tmp_path / "out", tokenizer, workers=2, max_tokens=200, shard_bytes=1 << 30)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_checking_in_parallel_finds_the_same_faults(
+    tmp_path: Path, source: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    build_shards([source], out, tokenizer, **OPTIONS)
+    assert main(["shards", "check", str(out), "--workers", "2"]) == 0
+    assert "all records whole" in capsys.readouterr().out
+    for name, offset in (("shard-000005.tar", 600), ("shard-000002.tar", 513)):
+        raw = bytearray((out / name).read_bytes())
+        raw[offset] ^= 1
+        (out / name).write_bytes(raw)
+    (out / "stray").write_bytes(b"")
+    faults = list(check_in_parallel(out, workers=2))
+    assert faults == check_shards(out)
+    assert [fault.file for fault in faults] == ["stray", *["shard-000002.tar"] * 2, *["shard-000005.tar"] * 2]
+    assert main(["shards", "check", str(out)]) == 1
+    assert f"{out}/shard-000002.tar at byte 512: the member's checksum" in capsys.readouterr().out
 
 
 def makers(children: Path) -> list[int]:

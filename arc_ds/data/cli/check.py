@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import sys
 
-from arc_ds.data.shard_reader import check_shards
+from arc_ds.data.shard_check import check_in_parallel
+from arc_ds.data.shard_workers import num_cores
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand `check`."""
     parser = commands.add_parser("check", help="read everything in folders of shards and name every fault")
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
     parser.set_defaults(run=_check)
 
 
 def _check(namespace: argparse.Namespace) -> int:
-    faults = {folder: check_shards(folder) for folder in namespace.folders}
-    for folder, found in faults.items():
-        for fault in found:
-            print(f"{Path(folder) / str(fault)}")
-        print(f"{folder}: {f'{len(found)} faults' if found else 'all records whole'}")
-    return 1 if any(faults.values()) else 0
+    num_faults = 0
+    for folder in namespace.folders:
+        found = 0
+        for fault in check_in_parallel(folder, workers=namespace.workers, progress=sys.stderr.isatty()):
+            print(f"{folder.rstrip('/')}/{fault}")
+            found += 1
+        print(f"{folder}: {f'{found} faults' if found else 'all records whole'}")
+        num_faults += found
+    return 1 if num_faults else 0

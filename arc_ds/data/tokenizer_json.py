@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from arc_ds.data.tokenizer_engine import BytePairEngine, has_long_run
 from arc_ds.data.tokenizer_json_engine import build_engine, is_byte_level
 from arc_ds.data.tokenizers import Encoding, ends_of_bytes, parse_json, require, settle_ends, sha256_of
 from arc_ds.errors import TokenizerError
+
+# Letters and digits are still being assigned here, and the libraries' tables are not of the same Unicode version.
+_NEW_SCRIPTS = re.compile("[\U00010000-\U0001f0ff]")
 
 
 class JsonTokenizer:
@@ -119,6 +123,8 @@ class JsonTokenizer:
     def _fast(self, text: str) -> NDArray[np.int64] | None:
         """Ids by the engine, None where there is none for this text."""
         if self._engine is None or not self._is_normal(text) or has_long_run(text):
+            return None
+        if not text.isascii() and _NEW_SCRIPTS.search(text):
             return None
         ids = self._engine.encode(text)
         return None if len(ids) and ids.min() < 0 else ids

@@ -13,6 +13,7 @@ SUBCOMMANDS = (
     "build",
     "check",
     "show",
+    "tokenize",
 )
 HELP = "build, check or show webdataset shards"
 

@@ -1,0 +1,46 @@
+"""`arc-ds shards tokenize`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from arc_ds.data.shard_workers import num_cores
+from arc_ds.data.token_cache_writer import CacheSummary, build_token_caches
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand `tokenize`."""
+    parser = commands.add_parser(
+        "tokenize",
+        help="keep the token ids of shards beside them",
+        description="Tokenises every text of the shards once and keeps the ids, so that training only reads them. A "
+        "call that was killed goes on behind its finished shards. Shards that are built again need a new cache.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="folder of shards")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        nargs="+",
+        metavar="TOKENIZER",
+        help="the run's encoder's and decoders' tokenizers",
+    )
+    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
+    parser.set_defaults(run=_tokenize)
+
+
+def _tokenize(namespace: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    made = build_token_caches(
+        namespace.folder, namespace.tokenizer, workers=namespace.workers, progress=sys.stderr.isatty()
+    )
+    for summary in made:
+        print(shown(summary))
+    return 0
+
+
+def shown(summary: CacheSummary) -> str:
+    """A cache in a line."""
+    left_out = f", {summary.left_out} texts left out" if summary.left_out else ""
+    return f"{summary.folder}: {summary.ids} ids of {summary.records} records{left_out}"

@@ -1,0 +1,254 @@
+"""The token cache gives the same encodings as the tokenizer, and what does not fit it is named and left unused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arc_ds.data import token_cache_writer
+from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.shard_writer import build_shards
+from arc_ds.data.token_cache import KnownTexts, cache_folder, open_token_cache, texts_of, with_known
+from arc_ds.data.token_cache_writer import build_token_caches, check_token_caches
+from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_shards, write_tiktoken
+
+TEXTS = [TEXT, "plain words", "  two  spaces ", "北京\n\n été 🚲", "A " * 90, "\x00 odd"]
+
+
+@pytest.fixture
+def tokenizer_path(tmp_path: Path) -> Path:
+    return write_tiktoken(tmp_path / "tokenizer.model")
+
+
+@pytest.fixture
+def shards(tmp_path: Path, tokenizer_path: Path) -> ShardSet:
+    return write_shards(tmp_path / "shards", tokenizer_path, TEXTS * 4, shard_bytes=1 << 12)
+
+
+def assert_known(shards: ShardSet, tokenizer: Tokenizer) -> None:
+    cache = open_token_cache(shards, tokenizer)
+    assert cache is not None
+    for idx in range(len(shards)):
+        record = shards.record(idx)
+        known = cache.known(idx, record)
+        assert set(known) == set(texts_of(record))
+        for text, encoding in known.items():
+            direct = tokenizer.encode_with_ends(text)
+            assert encoding.ids.dtype == direct.ids.dtype == np.int64
+            assert np.array_equal(encoding.ids, direct.ids)
+            assert np.array_equal(encoding.ends, direct.ends)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_cached_encodings_are_the_tokenizer_s(
+    tmp_path: Path, shards: ShardSet, tokenizer_path: Path, workers: int
+) -> None:
+    json_path = write_json_tokenizer(tmp_path / "json")
+    assert len(shards.manifest.shards) > 2
+    first, second = build_token_caches(shards.folder, [tokenizer_path, json_path], workers=workers)
+    assert first.records == second.records == len(shards)
+    assert first.left_out == second.left_out == 0
+    for path in (tokenizer_path, json_path):
+        assert_known(shards, load_tokenizer(path))
+    assert check_token_caches(shards.folder, shards.manifest) == []
+
+
+def test_every_text_of_a_fine_tuning_record_is_known(tmp_path: Path, tokenizer_path: Path) -> None:
+    records = [
+        {"passages": ["The tower.", "A lamp, 北."], "question": "What?", "answer": ["the tower", "stone"]},
+        {"passage": "One passage.", "instruction": "Translate.", "answer": "été"},
+    ]
+    source = tmp_path / "qa.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    build_shards([source], tmp_path / "qa", tokenizer_path, kind="fine_tuning")
+    shards = ShardSet(tmp_path / "qa")
+    build_token_caches(shards.folder, [tokenizer_path])
+    assert texts_of(records[0]) == ("The tower.", "A lamp, 北.", "What?", "the tower", "stone")
+    assert_known(shards, load_tokenizer(tokenizer_path))
+
+
+def test_known_texts_are_not_tokenised_and_others_are(shards: ShardSet, tokenizer_path: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    text = TEXTS[0]
+    wrong = tokenizer.encode_with_ends("other words")
+    knowing = KnownTexts(tokenizer, {text: wrong})
+    assert isinstance(knowing, Tokenizer)
+    assert knowing.encode_with_ends(text) is wrong
+    assert knowing.encode_batch([text, "plain"]) == [wrong.ids.tolist(), tokenizer.encode("plain")]
+    assert knowing.decode(knowing.encode("plain words")) == "plain words"
+    assert knowing.fingerprint == tokenizer.fingerprint
+    assert with_known(tokenizer, None, [0], [shards.record(0)]) is tokenizer
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+
+
+def cut_ids(cache: Path) -> None:
+    path = next(cache.glob("*.ids"))
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def lose_texts(cache: Path) -> None:
+    next(cache.glob("*.texts")).unlink()
+
+
+def damage_index(cache: Path) -> None:
+    (cache / "cache.json").write_text("{")
+
+
+def forget_a_shard(cache: Path) -> None:
+    spec = json.loads((cache / "cache.json").read_text())
+    spec["shards"].popitem()
+    (cache / "cache.json").write_text(json.dumps(spec))
+
+
+def change_fingerprint(cache: Path) -> None:
+    spec = json.loads((cache / "cache.json").read_text())
+    spec["fingerprint"] = spec["fingerprint"][:16] + "0" * 48
+    (cache / "cache.json").write_text(json.dumps(spec))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_ids, "bytes, expected"),
+        (lose_texts, "is missing"),
+        (damage_index, "damaged"),
+        (forget_a_shard, "unfinished"),
+        (change_fingerprint, "of the tokenizer"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_named_unused_and_made_again(
+    shards: ShardSet,
+    tokenizer_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    damage(made.folder)
+    assert open_token_cache(shards, tokenizer) is None
+    assert message in warnings_of(caplog) and "arc-ds shards tokenize" in warnings_of(caplog)
+    if damage is not change_fingerprint:
+        assert check_token_caches(shards.folder, shards.manifest)
+    build_token_caches(shards.folder, [tokenizer_path])
+    assert_known(shards, tokenizer)
+    assert check_token_caches(shards.folder, shards.manifest) == []
+
+
+def test_shards_that_were_built_again_make_a_cache_stale(
+    shards: ShardSet, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (old,) = build_token_caches(shards.folder, [tokenizer_path])
+    source = shards.folder.with_suffix(".jsonl")
+    source.write_text("".join(json.dumps({"text": text + "!"}) + "\n" for text in TEXTS))
+    kept = {path.name: path.read_bytes() for path in old.folder.iterdir()}
+    build_shards([source], shards.folder, tokenizer_path, min_tokens=2, overwrite=True)
+    old.folder.mkdir(exist_ok=True)
+    for name, raw in kept.items():
+        (old.folder / name).write_bytes(raw)
+    again = ShardSet(shards.folder)
+    assert open_token_cache(again, load_tokenizer(tokenizer_path)) is None
+    assert "stale" in warnings_of(caplog)
+    assert any("stale" in fault.what for fault in check_token_caches(again.folder, again.manifest))
+    build_token_caches(again.folder, [tokenizer_path])
+    assert_known(again, load_tokenizer(tokenizer_path))
+    assert check_token_caches(again.folder, again.manifest) == []
+
+
+def test_caches_of_other_tokenizers_only_are_named(
+    tmp_path: Path, shards: ShardSet, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = load_tokenizer(write_json_tokenizer(tmp_path / "json"))
+    assert open_token_cache(shards, other) is None
+    assert warnings_of(caplog) == ""
+    build_token_caches(shards.folder, [tokenizer_path])
+    assert open_token_cache(shards, other) is None
+    assert "none of the tokenizer" in warnings_of(caplog)
+
+
+def flip(path: Path, place: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_flipped_byte_of_ids_is_found_when_the_record_is_read(
+    shards: ShardSet, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    flip(made.folder / "shard-000000.ids", 5)
+    cache = open_token_cache(shards, tokenizer)
+    assert cache is not None
+    assert cache.known(0, shards.record(0)) == {}
+    assert "checksum" in warnings_of(caplog)
+    assert cache.known(1, shards.record(1)).keys() == {TEXTS[1]}
+    (fault,) = check_token_caches(shards.folder, shards.manifest)
+    assert fault.file.endswith("shard-000000.ids")
+
+
+def test_a_flipped_byte_of_the_text_table_leaves_that_shard_to_the_tokenizer(
+    shards: ShardSet, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    flip(made.folder / "shard-000000.texts", 200)
+    cache = open_token_cache(shards, load_tokenizer(tokenizer_path))
+    assert cache is not None
+    assert cache.known(0, shards.record(0)) == cache.known(1, shards.record(1)) == {}
+    assert warnings_of(caplog).count("sha256") == 1
+    last = len(shards) - 1
+    assert cache.known(last, shards.record(last))
+
+
+def test_a_build_that_was_killed_goes_on_behind_its_finished_shards(
+    shards: ShardSet, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    whole = token_cache_writer._tokenize_shard
+
+    def stop_at_the_third(*args: object) -> object:
+        calls.append(args[1])  # type: ignore[arg-type]
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(token_cache_writer, "_tokenize_shard", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        build_token_caches(shards.folder, [tokenizer_path])
+    (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    assert made.made == len(shards.manifest.shards) - 2
+    assert calls[3:] == list(range(2, len(shards.manifest.shards)))
+    assert_known(shards, load_tokenizer(tokenizer_path))
+
+
+def test_caches_are_the_same_bytes_whatever_the_number_of_workers(shards: ShardSet, tokenizer_path: Path) -> None:
+    (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    once = {path.name: path.read_bytes() for path in made.folder.iterdir()}
+    for path in made.folder.iterdir():
+        path.unlink()
+    build_token_caches(shards.folder, [tokenizer_path], workers=2)
+    assert {path.name: path.read_bytes() for path in made.folder.iterdir()} == once
+    assert made.folder == cache_folder(shards.folder, load_tokenizer(tokenizer_path).fingerprint)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_boundaries_follow_from_text_and_ids(golden: Path, text: str) -> None:
+    for name in ("llama_tiny.tiktoken", "sp384.model"):
+        tokenizer = load_tokenizer(golden / "tokenizers" / name)
+        direct = tokenizer.encode_with_ends(text)
+        known = tokenizer.with_ends(text, direct.ids)
+        assert known is None or np.array_equal(known.ends, direct.ends)
+        if "\u2581" not in text:
+            assert known is not None

@@ -13,6 +13,7 @@ SUBCOMMANDS = (
     "build",
     "check",
     "show",
+    "stats",
     "tokenize",
 )
 HELP = "build, check or show webdataset shards"

@@ -132,7 +132,7 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
     slots_token, slots_memory = _split_rows(lengths, row_lengths) if spec.memory_tokens else (None, None)
     rows = _decoder_rows(samples, vectors)
     return PackedBatch(
-        encoder_ids=_ids([c.ids for c in contexts]),
+        encoder_ids=torch.from_numpy(_joined([c.ids.array for c in contexts])),
         encoder_cu_seqlens=torch.from_numpy(cumulative(row_lengths)),
         encoder_positions=torch.from_numpy(_ranges(row_lengths)),
         token_rows=slots_token,
@@ -146,7 +146,7 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
             )
             for level in levels
         ),
-        output_slots=torch.from_numpy(_ranges(outputs) + np.repeat(first, outputs)),
+        output_slots=torch.from_numpy(_rows(first, outputs)),
         marker_slots=torch.from_numpy((first + outputs)[kinds >= 0]),
         marker_kinds=torch.from_numpy(kinds[kinds >= 0]),
         encoder_max_seqlen=int(row_lengths.max(initial=0)),
@@ -163,47 +163,73 @@ def num_outputs(lengths: NDArray[np.int64], spec: PoolingSpec) -> NDArray[np.int
     return lengths
 
 
-def _decoder_rows(samples: Sequence[Sample], vectors: NDArray[np.int64]) -> dict:
+def _decoder_rows(samples: Sequence[Sample], vectors: NDArray[np.int64]) -> dict[str, Any]:
     """The decoder's side of the batch; `vectors` [C] counts the compressed vectors of each context in order."""
-    ids, text_rows, compressed_rows, label_rows, labels, label_sequences = [], [], [], [], [], []
-    seq_lengths, prefix_lengths = [], []
-    row, context_idx = 0, 0
-    for seq_idx, sample in enumerate(samples):
-        start, prefix_end, previous_is_text = row, None, False
-        for segment in sample.segments:
-            if segment.kind == "context":
-                count = int(vectors[context_idx])
-                prefix_end = row if prefix_end is None else prefix_end
-                compressed_rows.append(np.arange(row, row + count))
-                context_idx, row, previous_is_text = context_idx + 1, row + count, False
-                continue
-            count = len(segment.ids)
-            if count == 0:
-                continue
-            ids.append(segment.ids)
-            text_rows.append(np.arange(row, row + count))
-            if segment.in_loss:
-                skip = 0 if previous_is_text else 1  # the first token has no text row before it
-                label_rows.append(np.arange(row + skip, row + count) - 1)
-                labels.append(segment.ids[skip:])
-                label_sequences.append(np.full(count - skip, seq_idx))
-            row, previous_is_text = row + count, True
-        seq_lengths.append(row - start)
-        prefix_lengths.append(0 if prefix_end is None else prefix_end - start)
-    lengths = np.asarray(seq_lengths, dtype=np.int64)
+    table = _SegmentTable.of(samples, vectors)
+    texts, contexts = table.is_text, ~table.is_text
+    ids = _joined([s.ids.array for sample in samples for s in sample.segments if s.kind == "text"])
+    first_text = np.cumsum(table.rows[texts]) - table.rows[texts]  # of each text segment, among all text tokens
+    # The first token of a text has no text row before it, unless it goes on with one.
+    skipped = np.where(table.after_text[texts], 0, 1)
+    targets = np.where(table.in_loss[texts], np.maximum(table.rows[texts] - skipped, 0), 0)
+    target_tokens = _rows(first_text + skipped, targets)
+    first_target_rows = table.first[texts] + skipped
+    lengths = np.bincount(table.sequences, weights=table.rows, minlength=len(samples)).astype(np.int64)
     return {
-        "decoder_ids": _ids(ids),
+        "decoder_ids": torch.from_numpy(ids),
         "decoder_cu_seqlens": torch.from_numpy(cumulative(lengths)),
         "decoder_positions": torch.from_numpy(_ranges(lengths)),
-        "text_rows": _concatenate(text_rows),
-        "compressed_rows": _concatenate(compressed_rows),
-        "label_rows": _concatenate(label_rows),
-        "labels": _ids(labels),
-        "label_sequences": _concatenate(label_sequences),
-        "prefix": _prefix_split(lengths, np.asarray(prefix_lengths, dtype=np.int64)),
+        "text_rows": torch.from_numpy(_rows(table.first[texts], table.rows[texts])),
+        "compressed_rows": torch.from_numpy(_rows(table.first[contexts], table.rows[contexts])),
+        "label_rows": torch.from_numpy(_rows(first_target_rows - 1, targets)),
+        "labels": torch.from_numpy(ids[target_tokens]),
+        "label_sequences": torch.from_numpy(table.sequences[texts].repeat(targets)),
+        "prefix": _prefix_split(lengths, table.prefix_lengths(lengths)),
         "tasks": tuple(sample.task for sample in samples),
         "decoder_max_seqlen": int(lengths.max(initial=0)),
     }
+
+
+class _SegmentTable(NamedTuple):
+    """All segments of a batch in reading order, one number each, [N].
+
+    sequences: whose they are. rows: how many of the decoder's they take; first: the first of these. after_text: whether
+    the row before is a text row of the same sequence.
+    """
+
+    sequences: NDArray[np.int64]
+    is_text: NDArray[np.bool_]
+    in_loss: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+    first: NDArray[np.int64]
+    after_text: NDArray[np.bool_]
+
+    @staticmethod
+    def of(samples: Sequence[Sample], vectors: NDArray[np.int64]) -> _SegmentTable:
+        segments = [segment for sample in samples for segment in sample.segments]
+        is_text = np.array([segment.kind == "text" for segment in segments], dtype=bool)
+        rows = np.array([len(segment.ids) for segment in segments], dtype=np.int64)
+        rows[~is_text] = vectors
+        sequences = np.arange(len(samples)).repeat([len(sample.segments) for sample in samples])
+        taken = np.flatnonzero(rows)  # an empty text stands nowhere, so that nothing stands behind it
+        after_text = np.zeros(len(segments), dtype=bool)
+        after_text[taken[1:]] = is_text[taken[:-1]] & (sequences[taken[1:]] == sequences[taken[:-1]])
+        return _SegmentTable(
+            sequences=sequences,
+            is_text=is_text,
+            in_loss=np.array([segment.in_loss for segment in segments], dtype=bool) & is_text,
+            rows=rows,
+            first=np.cumsum(rows) - rows,
+            after_text=after_text,
+        )
+
+    def prefix_lengths(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of each sequence before its first compressed one, 0 where it has none; from their lengths, [S] both."""
+        found = np.zeros_like(lengths)
+        of_contexts, places = np.unique(self.sequences[~self.is_text], return_index=True)
+        first_rows = np.cumsum(lengths) - lengths
+        found[of_contexts] = self.first[~self.is_text][places] - first_rows[of_contexts]
+        return found
 
 
 def _prefix_split(lengths: NDArray[np.int64], prefix_lengths: NDArray[np.int64]) -> PrefixSplit | None:
@@ -212,12 +238,10 @@ def _prefix_split(lengths: NDArray[np.int64], prefix_lengths: NDArray[np.int64])
         return None
     suffix_lengths = lengths - prefix_lengths
     first = np.cumsum(lengths) - lengths
-    prefix_rows = _ranges(prefix_lengths) + np.repeat(first, prefix_lengths)
-    suffix_rows = _ranges(suffix_lengths) + np.repeat(first + prefix_lengths, suffix_lengths)
     return PrefixSplit(
-        prefix_rows=torch.from_numpy(prefix_rows),
+        prefix_rows=torch.from_numpy(_rows(first, prefix_lengths)),
         prefix_cu_seqlens=torch.from_numpy(cumulative(prefix_lengths[prefix_lengths > 0])),
-        suffix_rows=torch.from_numpy(suffix_rows),
+        suffix_rows=torch.from_numpy(_rows(first + prefix_lengths, suffix_lengths)),
         suffix_cu_seqlens=torch.from_numpy(cumulative(suffix_lengths)),
         prefix_max_seqlen=int(prefix_lengths.max()),
         suffix_max_seqlen=int(suffix_lengths.max()),
@@ -240,20 +264,20 @@ def _split_rows(lengths: NDArray[np.int64], row_lengths: NDArray[np.int64]) -> t
     """Rows of the tokens and rows of the memory slots behind them, context by context."""
     memory = row_lengths - lengths
     first = np.cumsum(row_lengths) - row_lengths
-    tokens = _ranges(lengths) + np.repeat(first, lengths)
-    slots = _ranges(memory) + np.repeat(first + lengths, memory)
-    return torch.from_numpy(tokens), torch.from_numpy(slots)
+    return torch.from_numpy(_rows(first, lengths)), torch.from_numpy(_rows(first + lengths, memory))
+
+
+def _rows(first: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`counts[i]` rows from `first[i]` on, for each i in turn: int64 [sum of counts]."""
+    ends = counts.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + (first + counts - ends).repeat(counts)
 
 
 def _ranges(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """0 … n-1 for each length, end to end: int64 [sum of lengths]."""
-    first = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(first, lengths)
+    return _rows(np.zeros_like(lengths), lengths)
 
 
-def _ids(pieces: Sequence[Sequence[int]]) -> Tensor:
-    return _concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])
-
-
-def _concatenate(pieces: list[NDArray[np.int64]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64))
+def _joined(pieces: Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:
+    return np.concatenate(pieces, dtype=np.int64) if pieces else np.zeros(0, dtype=np.int64)

@@ -143,14 +143,17 @@ class SampleMaker:
     def _culprit(
         self, source: Source, records: Sequence[dict[str, Any]], pick: Pick, decoder_idxs: Sequence[int]
     ) -> int:
-        """Which of the records spoils the sample: the first in-context example that gives none by itself, or 0."""
-        for place in range(1, len(records)):
+        """Which of the records spoils the sample: the first that gives none by itself.
+
+        Where all of them do, they are too much together, and the first in-context example has to go.
+        """
+        for place in range(len(records)):
             try:
                 for decoder_idx in decoder_idxs:
                     self._example(source, records[place : place + 1], pick, decoder_idx)
             except DataError:
                 return place
-        return 0
+        return 1
 
     def _name_once(self, record_id: RecordId, error: DataError) -> None:
         if record_id not in self._named:

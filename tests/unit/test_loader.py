@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from arc_ds.data.loader import StepData, make_loader
+from arc_ds.data.micro_batches import MicroBatchLimits
 from arc_ds.data.order import RunOrder
 from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.reader import ReaderFiles
@@ -21,7 +22,9 @@ from arc_ds.data.step_batch import StepBatch
 from arc_ds.data.tasks import TaskLimits
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import ConfigError, DataError
+from tests.helpers.batches import sequences
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
+from tests.helpers.tiny_mixture import TinyMixture
 
 LIMITS = TaskLimits(max_context=16, max_prefix=16, max_continuation=16)
 BATCH = 8
@@ -61,6 +64,11 @@ class Setting:
             "micro_batches": micro_batches,
         }
         return StepData(**(arguments | changes))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
+    return TinyMixture.write(tmp_path_factory.mktemp("mixture"))
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +207,36 @@ def test_source_with_nothing_usable_is_an_error_not_a_hang(tmp_path: Path) -> No
         path.write_bytes(bytes(len(path.read_bytes())))
     with pytest.raises(DataError, match="in a row"):
         setting.data(on_error="skip")[0]
+
+
+@pytest.mark.parametrize("schedule", ["sample", "same_batch"])
+def test_shares_are_split_under_the_limits_alike_on_all_ranks(mixture: TinyMixture, schedule: str) -> None:
+    limits = MicroBatchLimits(max_encoder_tokens=420, max_decoder_rows=350)
+    whole = sequences(mixture.data(schedule=schedule)[step] for step in range(6))
+    numbers = set()
+    for step in range(6):
+        ranks = [mixture.data(rank, 2, schedule=schedule, limits=limits) for rank in range(2)]
+        batches = [data[step] for data in ranks]
+        # Where the index's lengths promised too little, the ranks agree on the larger number and make theirs again.
+        agreed = max(batch.num_splits for batch in batches)
+        batches = [data.batch(step, at_least=agreed) for data in ranks]
+        assert {batch.num_splits for batch in batches} == {agreed}
+        numbers.add(agreed)
+        assert sequences(batches) == {step: whole[step]}
+        for micro in (micro for batch in batches for micro in batch.micro_batches):
+            assert micro.batch.num_encoder_tokens <= 420 and micro.batch.num_decoder_rows <= 350
+    assert max(numbers) > 1
+
+
+def test_decoders_on_the_same_batch_run_one_after_the_other(mixture: TinyMixture) -> None:
+    batch = mixture.data(schedule="same_batch", micro_batches=3)[0]
+    assert batch.decoder_idxs == (0, 1)
+    assert [micro.decoder_idx for micro in batch.micro_batches] == [0, 0, 0, 1, 1, 1]
+    assert len(batch.record_ids) == 12
+    for first, second in zip(batch.micro_batches[:3], batch.micro_batches[3:], strict=True):
+        assert first.part_idx == second.part_idx and first.batch.tasks == second.batch.tasks
+
+
+def test_a_run_names_its_tasks(mixture: TinyMixture, setting: Setting) -> None:
+    assert setting.data().tasks == ("reconstruction", "continuation")
+    assert mixture.data().tasks == ("reconstruction", "continuation", "few_shot", "long_context")

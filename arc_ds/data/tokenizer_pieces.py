@@ -26,6 +26,7 @@ _SPACE_RUN = re.compile(r" {2,}[^ ]*")
 # Numbers of sentencepiece_model.proto: kinds of pieces, and of models.
 _NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
 _BPE = 2
+_UNMERGED = "\ue000"  # of no piece, so it comes out as bytes, which are not merged with what follows
 
 
 class _Piece(NamedTuple):
@@ -107,11 +108,11 @@ def _bytes_of(piece: _Piece) -> bytes:
 
 
 def _comes_out_as_itself(processor: Any, piece: _Piece, leads_with_space: bool) -> bool:
-    """Whether the model gives a piece's text as that piece alone. (A line end is a piece of its own.)"""
+    """Whether the model gives a piece's text as that piece alone."""
     text = piece.text.replace(_SPACE, " ")
     if leads_with_space and text.startswith(" "):
         return processor.encode(text[1:]) == [piece.idx]
-    return processor.encode("\n" + text)[-1:] == [piece.idx]
+    return processor.encode(_UNMERGED + text) == [*processor.encode(_UNMERGED), piece.idx]
 
 
 class _Settings(NamedTuple):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arc_ds.data.tokenizer_json import JsonTokenizer
+from arc_ds.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from arc_ds.data.tokenizers import Tokenizer, check_fits, load_tokenizer
 from arc_ds.errors import TokenizerError
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_tiktoken
@@ -170,6 +175,164 @@ def test_gguf_cut_short_is_named(tmp_path: Path) -> None:
         short.write_bytes(file.read(4000))
     with pytest.raises(TokenizerError, match="damaged or cut short"):
         load_tokenizer(short)
+
+
+def byte_level_spec(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((write_json_tokenizer(tmp_path / "byte-level") / "tokenizer.json").read_text())
+
+
+def json_tokenizer(folder: Path, spec: dict[str, Any]) -> JsonTokenizer:
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, JsonTokenizer)
+    return tokenizer
+
+
+def with_merge(spec: dict[str, Any], first: str, second: str) -> dict[str, Any]:
+    """One more merge at the end of the list; its token gets an id if it has none."""
+    model = spec["model"]
+    model["vocab"].setdefault(first + second, len(model["vocab"]))
+    model["merges"].append([first, second])
+    return spec
+
+
+def test_json_engine_is_there_and_gives_the_library_s_ids(tmp_path: Path) -> None:
+    tokenizer = json_tokenizer(tmp_path / "fast", byte_level_spec(tmp_path))
+    assert tokenizer._engine is not None
+    for text in (TEXT, "  a  b 1 22 \n\n don't ", "", "Ⅷ ½ \x00\x85 e\u0301", "\U00011de0"):
+        assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(alphabet=st.sampled_from("theTower alm'ps 12\n.é北"), max_size=60))
+def test_json_engine_gives_the_library_s_ids_of_any_text(tiny: dict[str, Tokenizer], text: str) -> None:
+    tokenizer = tiny["json"]
+    assert isinstance(tokenizer, JsonTokenizer) and tokenizer._engine is not None
+    assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
+
+
+def test_json_engine_is_left_out_where_a_token_is_made_in_two_ways(tmp_path: Path) -> None:
+    spec = with_merge(with_merge(byte_level_spec(tmp_path), "x", "y"), "xy", "z")
+    assert json_tokenizer(tmp_path / "one", spec)._engine is not None
+    twice = with_merge(with_merge(spec, "y", "z"), "x", "yz")
+    assert json_tokenizer(tmp_path / "two", twice)._engine is None
+
+
+def test_json_engine_is_left_out_where_a_token_does_not_come_out_as_itself(tmp_path: Path) -> None:
+    """ "yz" is merged before "xy" can be, so "xyz", made of "xy" and "z", never is; tiktoken would make it of x, yz."""
+    spec = with_merge(with_merge(with_merge(byte_level_spec(tmp_path), "y", "z"), "x", "y"), "xy", "z")
+    tokenizer = json_tokenizer(tmp_path / "unreachable", spec)
+    assert len(tokenizer.encode("xyz")) == 2
+    assert tokenizer._engine is None
+
+
+def test_json_text_that_the_normaliser_changes_is_the_library_s(tmp_path: Path) -> None:
+    tokenizer = json_tokenizer(tmp_path / "nfc", {**byte_level_spec(tmp_path), "normalizer": {"type": "NFC"}})
+    assert tokenizer._engine is not None
+    assert tokenizer.encode("e\u0301 sea") == tokenizer.encode("é sea")
+    assert tokenizer.with_ends("e\u0301", np.array(tokenizer.encode("é"))) is None
+    assert tokenizer.encode_with_ends("e\u0301").ends[-1] == 2
+
+
+def sentencepiece_model(folder: Path, **options: Any) -> Path:
+    import sentencepiece
+
+    settings = {"vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2, **options}
+    folder.mkdir(exist_ok=True)
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT] * 3), model_writer=file, hard_vocab_limit=False, **settings
+        )
+    return folder
+
+
+KEEPS_TEXT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+@settings(max_examples=80, deadline=None)
+@given(text=st.text(alphabet=st.sampled_from("theTower ampsé北\n\u2581🚲\u2013"), max_size=50))
+def test_sentencepiece_merger_gives_the_library_s_ids_of_any_text(golden: Path, text: str) -> None:
+    tokenizer = load_tokenizer(golden / "tokenizers" / "sp384.model")
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+
+
+@pytest.mark.parametrize("add_dummy_prefix", [True, False])
+def test_sentencepiece_merger_with_and_without_the_added_space(tmp_path: Path, add_dummy_prefix: bool) -> None:
+    model = sentencepiece_model(tmp_path / "sp", add_dummy_prefix=add_dummy_prefix, **KEEPS_TEXT)
+    tokenizer = load_tokenizer(model)
+    assert isinstance(tokenizer, SentencePieceTokenizer) and tokenizer._merger is not None
+    for text in (TEXT, "", " ", "a", " a", "a ", "  the   tower ", "\u2581x", "🚲 – the"):
+        assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+        assert_boundaries(tokenizer, text.replace("\u2581", ""))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"model_type": "unigram"}, {"byte_fallback": False}, {"user_defined_symbols": ["the tower"]}],
+    ids=["unigram", "no-bytes", "symbol-with-space"],
+)
+def test_sentencepiece_models_of_other_kinds_are_left_to_the_library(tmp_path: Path, options: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer(sentencepiece_model(tmp_path / "sp", **{**KEEPS_TEXT, **options}))
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    if "user_defined_symbols" not in options:
+        assert tokenizer._merger is None
+    for text in (TEXT, "the tower", "in the tower 🚲"):
+        assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+
+
+def test_sentencepiece_normaliser_that_rewrites_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="normaliser rewrites text"):
+        load_tokenizer(sentencepiece_model(tmp_path / "sp"))
+
+
+def tekken_spec() -> dict[str, Any]:
+    tokens = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" the", b"unused"]
+    entries = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+        for rank, token in enumerate(tokens)
+    ]
+    config = {
+        "pattern": r" ?\p{L}+|.|\s+",
+        "default_vocab_size": 279,
+        "default_num_special_tokens": 20,
+        "version": "v3",
+    }
+    return {"config": config, "vocab": entries}
+
+
+def test_tekken_ids_stand_behind_its_special_tokens(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken_spec()))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (279, 1, 2)
+    assert tokenizer.encode("the the<s>") == [277, 278, *(20 + byte for byte in b"<s>")]
+    assert tokenizer.decode([1, 277, 278, 2]) == "the the"
+    assert tokenizer.special_ids["[INST]"] == 3
+    assert_boundaries(tokenizer, "the 北 the")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda spec: spec["config"].pop("pattern"), "KeyError"),
+        (lambda spec: spec["vocab"].pop(7), "ranks are not"),
+        (lambda spec: spec["vocab"][3].update(token_bytes="?"), "Tekken format"),
+        (lambda spec: spec["config"].update(default_vocab_size=900), "expected 880 ranks"),
+    ],
+)
+def test_damaged_tekken_files_are_named(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    spec = tekken_spec()
+    change(spec)
+    (tmp_path / "tekken.json").write_text(json.dumps(spec))
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_run_of_a_million_characters_is_no_end_of_the_process(tiny: dict[str, Tokenizer]) -> None:
+    """tiktoken's regular expressions overflow their stack on it, which no `except Exception` catches."""
+    for text in (" " * 400_000, "=" * 400_000):
+        assert tiny["tiktoken"].decode(tiny["tiktoken"].encode(text)) == text
 
 
 def test_missing_file_and_empty_folder_name_what_is_read(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ PRETRAINING = [path for path in RECIPES if path.stem.startswith("pretrain_")]
 def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setenv("MODELS", "/models")
     monkeypatch.setenv("SHARDS", "/shards")
+    monkeypatch.setenv("START", "/exports/start")
     monkeypatch.delenv("RUNS", raising=False)
     return load_config(path)
 
@@ -65,3 +66,34 @@ def test_two_decoders_differ(monkeypatch):
 def test_recipes_name_no_absolute_path():
     for path in RECIPES:
         assert ": /" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "markers_lr"), [("finetune_llama31_8b", 4000, 2e-6), ("finetune_two_decoders", 8000, 3e-5)]
+)
+def test_fine_tuning_recipe_has_the_papers_numbers(name, steps, markers_lr, monkeypatch):
+    config = load(ROOT / "ds_configs" / "recipes" / f"{name}.yaml", monkeypatch)
+    optimizer = config.optimizer
+    assert (config.steps, config.data.batch_size, config.pooling.factors) == (steps, 8 * 8, (4,))
+    assert (optimizer.encoder_lr, optimizer.markers_lr, optimizer.bridge_lr) == (2e-6, markers_lr, 3e-5)
+    assert (optimizer.final_lr, optimizer.warmup_steps, optimizer.weight_decay) == (1e-8, 50, 0.05)
+    assert config.data.max_documents_tokens == 2048
+    sources = config.data.sources
+    assert sum(source.weight for source in sources) == 100 and len(sources) == 12
+    assert all(source.task == "few_shot" for source in sources)
+    by_weight = {source.weight: source for source in sources}
+    assert (by_weight[27].in_context_examples, by_weight[27].max_passages) == (5, 4)
+    assert (by_weight[20].in_context_examples, by_weight[20].max_passages) == (5, 1)
+
+
+def test_a_new_decoder_trains_nothing_of_the_encoder(monkeypatch):
+    config = load(ROOT / "ds_configs" / "recipes" / "new_decoder_olmo_7b.yaml", monkeypatch)
+    assert (config.encoder.trained_layers, config.encoder.train_embeddings) == (0, False)
+    assert (config.steps, config.optimizer.warmup_steps, config.optimizer.bridge_lr) == (8000, 100, 1e-4)
+
+
+def test_long_contexts_are_chunks_without_markers_in_a_chat(monkeypatch):
+    config = load(ROOT / "ds_configs" / "recipes" / "long_context_llama2_7b_chat.yaml", monkeypatch)
+    assert (config.steps, config.data.batch_size, config.micro_batches) == (8000, 2 * 4 * 8, 4)
+    assert (config.data.max_chunks, config.data.sources[0].chunk_tokens) == (32, 1024)
+    assert (config.markers.rec, config.markers.cont, config.decoders[0].chat_template) == (False, False, "llama2")

@@ -18,22 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from arc_ds.data.dealing import deal
 from arc_ds.data.estimates import Estimate, WorkRates
-from arc_ds.data.micro_batches import (
-    MicroBatchLimits,
-    SampleSize,
-    Split,
-    check_size,
-    planned_splits,
-    sample_size,
-    split,
-)
+from arc_ds.data.micro_batches import MicroBatchLimits, check_size, pack_share, planned_splits, sample_size
 from arc_ds.data.order import Pick, RunOrder, Task
-from arc_ds.data.packing import PoolingSpec, pack
+from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.reader import ReaderFiles
-from arc_ds.data.sample_maker import Made, OnError, SampleMaker
+from arc_ds.data.sample_maker import OnError, SampleMaker
 from arc_ds.data.segments import Sample
 from arc_ds.data.source import Source
-from arc_ds.data.step_batch import MicroBatch, StepBatch
+from arc_ds.data.step_batch import StepBatch
 from arc_ds.data.tasks import TaskCounts
 from arc_ds.errors import DataError
 
@@ -92,31 +84,21 @@ class StepData(Dataset[StepBatch]):
         return tuple(task for task in get_args(Task) if task in present)
 
     def __getitem__(self, step: int) -> StepBatch:
-        return self.batch(step)
-
-    def batch(self, step: int, at_least: int = 0) -> StepBatch:
-        """This rank's share of a step, split into `at_least` so many micro-batches for each decoder.
-
-        DataError where a record cannot be used and `on_error` does not say to skip it.
-        """
+        """This rank's share of a step; DataError where a record cannot be used and `on_error` does not say to skip."""
         picks = self.order.batch(step)
         decoder_idxs = self.order.decoders(step)
         shares, num_splits = self._shares(picks, decoder_idxs)
         made = [[self._maker.make(picks[place], decoder_idxs) for place in part] for part in shares[self.rank]]
-        sizes = [[self._largest(item) for item in part] for part in made]
-        splits = split(sizes, self.limits, max(num_splits, at_least))
+        share = tuple(tuple(item.samples for item in part) for part in made)
         everything = [item for part in made for item in part]
         return StepBatch(
             step=step,
             decoder_idxs=decoder_idxs,
-            micro_batches=tuple(
-                self._micro_batch(made, one, which, decoder_idx)
-                for which, decoder_idx in enumerate(decoder_idxs)
-                for one in splits
-            ),
+            micro_batches=pack_share(share, decoder_idxs, self.pooling, self.limits, at_least=num_splits),
             skipped=sum(item.skipped for item in everything),
             counts=sum((item.counts for item in everything), start=TaskCounts()),
             record_ids=tuple(item.record_id for item in everything),
+            share=share if self.limits.any else None,
         )
 
     def _shares(self, picks: Sequence[Pick], decoder_idxs: Sequence[int]) -> tuple[tuple[Parts, ...], int]:
@@ -126,6 +108,8 @@ class StepData(Dataset[StepBatch]):
         work = [sum(each.work(estimate) for each in rates) for estimate in estimates]
         bins = deal(work, self.world_size * self.micro_batches)
         shares = tuple(bins[first : first + self.micro_batches] for first in range(0, len(bins), self.micro_batches))
+        if not self.limits.any:
+            return shares, self.micro_batches
         sizes = [[[estimates[place].size(self.pooling) for place in part] for part in share] for share in shares]
         return shares, planned_splits(sizes, self.limits)
 
@@ -135,16 +119,6 @@ class StepData(Dataset[StepBatch]):
 
     def _check(self, sample: Sample) -> None:
         check_size(sample_size(sample, self.pooling), self.limits)
-
-    def _largest(self, made: Made) -> SampleSize:
-        """The size of a position's samples; of several decoders' the most that one of them takes."""
-        sizes = [sample_size(sample, self.pooling) for sample in made.samples]
-        return SampleSize(max(size.encoder_tokens for size in sizes), max(size.decoder_rows for size in sizes))
-
-    def _micro_batch(self, made: Sequence[Sequence[Made]], one: Split, which: int, decoder_idx: int) -> MicroBatch:
-        """A split's samples packed for one decoder, the one number `which` of the step."""
-        samples = [made[one.part_idx][member].samples[which] for member in one.members]
-        return MicroBatch(decoder_idx=decoder_idx, batch=pack(samples, self.pooling), part_idx=one.part_idx)
 
 
 def make_loader(

@@ -4,21 +4,22 @@ A step's share has as many equal parts as the config's `micro_batches`. Where a 
 further, and every rank splits its share into the same number, since ranks meet in every pass:
 
 1. `planned_splits`, from the index's lengths of the whole global batch: every rank finds the same number.
-2. `split`, from the real lengths of the rank's own samples, into at least that many.
+2. `pack_share`, by the real lengths of the rank's own samples, makes at least that many.
 3. Where some rank needed more after all, the ranks agree on the largest number before the step (`training.loop`), and
-   the others make the step's batch again, with `at_least` that number.
+   the others pack their samples again in that number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from arc_ds.data.packing import PoolingSpec, num_outputs
+from arc_ds.data.packing import PoolingSpec, num_outputs, pack
 from arc_ds.data.segments import Sample
+from arc_ds.data.step_batch import MicroBatch, Share, StepBatch
 from arc_ds.errors import DataError
 
 
@@ -59,6 +60,38 @@ class Split:
 
     part_idx: int
     members: tuple[int, ...]
+
+
+def pack_share(
+    share: Share, decoder_idxs: Sequence[int], pooling: PoolingSpec, limits: MicroBatchLimits, at_least: int = 0
+) -> tuple[MicroBatch, ...]:
+    """A rank's samples as micro-batches, one decoder after the other, split alike for all of them.
+
+    at_least: micro-batches for each decoder, as in `split`.
+    """
+    sizes = [[_largest([sample_size(sample, pooling) for sample in position]) for position in part] for part in share]
+    splits = split(sizes, limits, at_least)
+    return tuple(
+        MicroBatch(
+            decoder_idx=decoder_idx,
+            batch=pack([share[one.part_idx][place][which] for place in one.members], pooling),
+            part_idx=one.part_idx,
+        )
+        for which, decoder_idx in enumerate(decoder_idxs)
+        for one in splits
+    )
+
+
+def pack_again(batch: StepBatch, num_splits: int, pooling: PoolingSpec, limits: MicroBatchLimits) -> StepBatch:
+    """The same samples in more micro-batches: `num_splits` for each decoder.
+
+    ValueError where the batch came without its samples: nothing limits it, so no rank can need more than its plan.
+    """
+    if batch.share is None:
+        raise ValueError(f"{num_splits} micro-batches were asked of a batch that nothing limits to {batch.num_splits}")
+    return replace(
+        batch, micro_batches=pack_share(batch.share, batch.decoder_idxs, pooling, limits, at_least=num_splits)
+    )
 
 
 def sample_size(sample: Sample, pooling: PoolingSpec) -> SampleSize:
@@ -167,6 +200,11 @@ def _within(size: SampleSize, limits: MicroBatchLimits) -> SampleSize:
         tokens if limits.max_encoder_tokens is None else min(tokens, limits.max_encoder_tokens),
         rows if limits.max_decoder_rows is None else min(rows, limits.max_decoder_rows),
     )
+
+
+def _largest(sizes: Sequence[SampleSize]) -> SampleSize:
+    """Of one position's samples for several decoders: the most that one of them takes."""
+    return SampleSize(max(size.encoder_tokens for size in sizes), max(size.decoder_rows for size in sizes))
 
 
 def _work(sizes: Sequence[SampleSize]) -> int:

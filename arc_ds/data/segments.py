@@ -49,7 +49,7 @@ class TokenIds(Sequence[int]):
     def __add__(self, other: Sequence[int]) -> TokenIds:
         return TokenIds(np.concatenate((self.array, TokenIds(other).array)))
 
-    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[Any]:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         return self.array.astype(dtype or self.array.dtype, copy=bool(copy))
 
     def __eq__(self, other: object) -> bool:

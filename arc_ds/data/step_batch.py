@@ -11,7 +11,11 @@ from typing import Any
 import torch
 
 from arc_ds.data.packing import PackedBatch
+from arc_ds.data.segments import Sample
 from arc_ds.data.tasks import TaskCounts
+
+# A rank's samples: the equal parts of its share, the positions of each part, and for each decoder of the step a sample.
+Share = tuple[tuple[tuple[Sample, ...], ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +38,8 @@ class StepBatch:
     decoder_idxs: the decoders that the step trains for, the same on all ranks. micro_batches: in the order in which
     they run, as many for each of the decoders, and on every rank the same decoders in the same order.
     skipped: records of this rank that could not be used and were replaced. counts: what of its records was cut or
-    changed. record_ids: (source, record) of each sample of this rank.
+    changed. record_ids: (source, record) of each sample of this rank. share: its samples, from which the batch can be
+    packed again in more micro-batches; None where nothing limits them.
     """
 
     step: int
@@ -43,6 +48,7 @@ class StepBatch:
     skipped: int = 0
     counts: TaskCounts = field(default_factory=TaskCounts)
     record_ids: tuple[tuple[int, int], ...] = ()
+    share: Share | None = None
 
     @property
     def num_labels(self) -> int:

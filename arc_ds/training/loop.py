@@ -58,7 +58,7 @@ class LookAhead:
     """
 
     def __init__(self, batches: Iterator[StepBatch], make_again: Callable[[StepBatch, int], StepBatch]) -> None:
-        """make_again: a batch's samples in another number of micro-batches for each decoder."""
+        """make_again: a batch's samples in a larger number of micro-batches for each decoder."""
         self.error: ArcError | None = None
         self._batches = batches
         self._make_again = make_again
@@ -70,12 +70,9 @@ class LookAhead:
         return 0 if self._next is None else self._next.num_splits
 
     def agree(self, splits: Sequence[int]) -> None:
-        """Bring the next batch to the largest of all ranks' `num_splits`; a collective where they differ."""
-        if self._next is None or len(set(splits)) == 1:
-            return
-        with dist.fail_together():
-            if self.num_splits < max(splits):
-                self._next = self._make_again(self._next, max(splits))
+        """Bring the next batch to the largest of all ranks' `num_splits`."""
+        if self._next is not None and self.num_splits < max(splits):
+            self._next = self._make_again(self._next, max(splits))
 
     def __iter__(self) -> Iterator[StepBatch]:
         """All batches before the error. Where the first one cannot be made, all ranks raise that; a collective."""

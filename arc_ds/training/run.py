@@ -14,6 +14,7 @@ import torch
 
 from arc_ds.config.schema import RunConfig
 from arc_ds.data.loader import StepData, make_loader
+from arc_ds.data.micro_batches import pack_again
 from arc_ds.data.step_batch import StepBatch
 from arc_ds.errors import ArcError
 from arc_ds.model.spec import CompressorSpec
@@ -87,9 +88,9 @@ class Run:
             yield batch
 
     def make_again(self, batch: StepBatch, num_splits: int) -> StepBatch:
-        """The same samples in `num_splits` micro-batches for each decoder; made here, while the run waits."""
+        """The same samples in `num_splits` micro-batches for each decoder; packed here, while the run waits."""
         with self.clock.waiting(remade=1):
-            again = self.data.batch(batch.step, at_least=num_splits)
+            again = pack_again(batch, num_splits, self.data.pooling, self.data.limits)
             return again.pin_memory() if self.pin_memory else again
 
 

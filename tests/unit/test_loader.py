@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from arc_ds.data.loader import StepData, make_loader
-from arc_ds.data.micro_batches import MicroBatchLimits
+from arc_ds.data.micro_batches import MicroBatchLimits, pack_again
 from arc_ds.data.order import RunOrder
 from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.reader import ReaderFiles
@@ -219,7 +219,7 @@ def test_shares_are_split_under_the_limits_alike_on_all_ranks(mixture: TinyMixtu
         batches = [data[step] for data in ranks]
         # Where the index's lengths promised too little, the ranks agree on the larger number and make theirs again.
         agreed = max(batch.num_splits for batch in batches)
-        batches = [data.batch(step, at_least=agreed) for data in ranks]
+        batches = [pack_again(batch, agreed, data.pooling, limits) for data, batch in zip(ranks, batches, strict=True)]
         assert {batch.num_splits for batch in batches} == {agreed}
         numbers.add(agreed)
         assert sequences(batches) == {step: whole[step]}

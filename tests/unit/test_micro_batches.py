@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,12 +15,15 @@ from arc_ds.data.micro_batches import (
     SampleSize,
     Split,
     check_size,
+    pack_again,
+    pack_share,
     planned_splits,
     sample_size,
     split,
 )
 from arc_ds.data.packing import PoolingSpec, pack
 from arc_ds.data.segments import Sample, Segment
+from arc_ds.data.step_batch import StepBatch
 from arc_ds.errors import DataError
 
 MAX_TOKENS, MAX_ROWS = 40, 60
@@ -91,6 +97,17 @@ def test_heavier_micro_batches_come_first_so_that_ranks_run_them_together() -> N
     assert [one.part_idx for one in split(parts, MicroBatchLimits())] == [1, 2, 0]
 
 
+def test_where_greedy_dealing_fails_in_more_bins_than_it_managed_with() -> None:
+    """Found by search: four bins do, five do not, and five are asked for."""
+    pairs = [(5, 2), (20, 5), (12, 5), (1, 2), (12, 1), (9, 1), (20, 12), (1, 15), (9, 5), (20, 12), (1, 15)]
+    sizes = [SampleSize(*pair) for pair in pairs]
+    limits = MicroBatchLimits(max_encoder_tokens=30, max_decoder_rows=30)
+    assert [len(split([sizes], limits, number)) for number in (0, 5, 6)] == [4, 5, 6]
+    found = split([sizes], limits, 5)
+    assert all(limits.allow(*_total([sizes], one)) for one in found)
+    assert sorted(place for one in found for place in one.members) == list(range(len(sizes)))
+
+
 def test_more_micro_batches_than_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="3 micro-batches of 2 samples"):
         split([[SampleSize(1, 1)] * 2], MicroBatchLimits(), 3)
@@ -122,3 +139,56 @@ def test_the_size_is_what_packing_makes_of_the_sample(segments: list[Segment], p
     sample = Sample("t", tuple(segments))
     batch = pack([sample], pooling)
     assert sample_size(sample, pooling) == (batch.encoder_positions.numel(), batch.num_decoder_rows)
+
+
+def _position(place: int) -> tuple[Sample, Sample]:
+    """One sample for each of two decoders, of which the second takes more tokens for its text."""
+    context = Segment.context([place] * (2 + place), "rec")
+    texts = [Segment.text([100 * (which + 1) + place] * (3 + 4 * which), in_loss=True) for which in range(2)]
+    return tuple(Sample("t", (context, text)) for text in texts)  # type: ignore[return-value]
+
+
+def _batch(limits: MicroBatchLimits) -> StepBatch:
+    share = (tuple(map(_position, range(3))), tuple(map(_position, range(3, 6))))
+    return StepBatch(step=7, decoder_idxs=(0, 1), micro_batches=pack_share(share, (0, 1), POOLING, limits), share=share)
+
+
+def _places(batch: StepBatch) -> list[tuple[int, int, list[int]]]:
+    """Of each micro-batch its decoder, its part and the samples in it."""
+    return [
+        (micro.decoder_idx, micro.part_idx, sorted(set(micro.batch.encoder_ids.tolist())))
+        for micro in batch.micro_batches
+    ]
+
+
+POOLING = PoolingSpec((GroupRule("factor", 4),))
+
+
+def test_a_share_is_split_alike_for_all_decoders_and_none_exceeds_a_limit() -> None:
+    whole = _batch(MicroBatchLimits())
+    assert _places(whole) == [(0, 1, [3, 4, 5]), (0, 0, [0, 1, 2]), (1, 1, [3, 4, 5]), (1, 0, [0, 1, 2])]
+    limits = MicroBatchLimits(max_decoder_rows=20)
+    batch = _batch(limits)
+    assert batch.num_splits == 4 and [places[1:] for places in _places(batch)[:4]] == [
+        places[1:] for places in _places(batch)[4:]
+    ]
+    assert max(micro.batch.num_decoder_rows for micro in batch.micro_batches) <= 20
+    for micro in batch.micro_batches:
+        assert {label // 100 - 1 for label in micro.batch.labels.tolist()} == {micro.decoder_idx}
+
+
+def test_a_batch_packed_again_has_the_same_samples_in_more_micro_batches() -> None:
+    limits = MicroBatchLimits(max_encoder_tokens=100)
+    batch = pickle.loads(pickle.dumps(_batch(limits)))
+    again = pack_again(batch, 5, POOLING, limits)
+    assert (batch.num_splits, again.num_splits, again.step, again.num_labels) == (2, 5, 7, batch.num_labels)
+    for part_idx, samples in ((0, [0, 1, 2]), (1, [3, 4, 5])):
+        for decoder_idx in (0, 1):
+            of_part = [places for *of, places in _places(again) if of == [decoder_idx, part_idx]]
+            assert sorted(place for places in of_part for place in places) == samples
+
+
+def test_a_batch_that_nothing_limits_cannot_be_packed_again() -> None:
+    batch = replace(_batch(MicroBatchLimits()), share=None)
+    with pytest.raises(ValueError, match="5 micro-batches were asked of a batch that nothing limits to 2"):
+        pack_again(batch, 5, POOLING, MicroBatchLimits())

@@ -188,8 +188,9 @@ class DataConfig:
     """few_shot and long_context: a longer answer is cut and its end is no target; in decoder tokens, ≥ 1. An
     in-context example with a longer question or answer is left out. All that is cut is counted."""
     max_encoder_tokens: int | None = None
-    """Most encoder tokens in one micro-batch, ≥ max_context_tokens. Where a part of a rank's share has more, all ranks
-    split their shares further, so that memory stays bounded whatever the lengths. None: no limit."""
+    """Most encoder tokens (memory tokens included) in one micro-batch; at least one context of the greatest length has to
+    fit. Where a part of a rank's share has more, all ranks split their shares further, so that memory stays bounded
+    whatever the lengths. None: no limit."""
     max_decoder_rows: int | None = None
     """Most decoder rows (text and compressed tokens) in one micro-batch, ≥ 1, likewise. None: no limit."""
     decoder_bos: bool = True

@@ -170,8 +170,8 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     yield from _at_least("data.max_prefix_tokens", data.max_prefix_tokens, 0)
     yield from _at_least("data.max_continuation_tokens", data.max_continuation_tokens, 2)
     yield from _at_least(
-        "data.max_encoder_tokens", data.max_encoder_tokens, data.max_context_tokens,
-        "One context of data.max_context_tokens has to fit; null sets no limit.",
+        "data.max_encoder_tokens", data.max_encoder_tokens, _longest_context(config),
+        "The longest context that the sources allow has to fit; null sets no limit.",
     )  # fmt: skip
     yield from _at_least("data.max_decoder_rows", data.max_decoder_rows, 1, "null sets no limit.")
     for name in ("max_documents_tokens", "max_chunks", "max_question_tokens", "max_answer_tokens"):
@@ -197,6 +197,14 @@ def _source_problems(key: str, source: SourceConfig) -> Iterator[str]:
                 f"{key}.{name} is {value}, but only sources of the task {task} use it, and this one's is "
                 f"{source.task}. Set task: {task}, or remove it."
             )
+
+
+def _longest_context(config: RunConfig) -> int:
+    """Most encoder tokens of one training context, memory tokens included."""
+    data = config.data
+    limits = {"pretraining": data.max_context_tokens, "few_shot": data.max_documents_tokens}
+    of_sources = (limits.get(source.task, source.chunk_tokens) for source in data.sources)
+    return max(of_sources, default=1) + config.pooling.memory_tokens
 
 
 def _share_problems(share: float | ShareSchedule) -> Iterator[str]:

@@ -50,6 +50,8 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["data.sources.0.weight=0"], ["data.sources.0.weight"]),
         (["data.max_context_tokens=0"], ["data.max_context_tokens"]),
         (["data.max_encoder_tokens=255"], ["data.max_encoder_tokens is 255; expected 256", "null sets no limit"]),
+        (["data.max_encoder_tokens=256", "pooling.factors=[]", "pooling.memory_tokens=8"], ["expected 264"]),
+        (["data.max_encoder_tokens=600", "data.sources.0.task=long_context"], ["expected 1024"]),
         (["data.max_decoder_rows=0"], ["data.max_decoder_rows is 0"]),
         (["data.max_continuation_tokens=1"], ["data.max_continuation_tokens"]),
         (["data.max_answer_tokens=0", "data.max_chunks=0"], ["data.max_answer_tokens is 0", "data.max_chunks is 0"]),

@@ -12,6 +12,7 @@ from importlib import import_module
 SUBCOMMANDS = (
     "build",
     "check",
+    "convert",
     "index",
     "show",
     "stats",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,7 @@ _ASKED_TOKENS = 24
 _TEMPLATE_TOKENS = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What a sample will take. context_lengths: encoder tokens of each context. prefix_rows: decoder rows before the
     first compressed one, which no gradient passes through; suffix_rows: all others."""
 
@@ -132,11 +132,11 @@ class Estimator:
         behind = _ASKED_TOKENS if self._is_asked else min(limits.max_continuation, tokens // 2)
         in_chunks = min(max(tokens - behind, 1), limits.max_chunks * limits.chunk_tokens)
         whole, rest = divmod(in_chunks, limits.chunk_tokens)
-        lengths = (limits.chunk_tokens,) * whole + ((rest,) if rest else ())
+        last = (rest,) if rest else ()
         return Estimate(
-            context_lengths=lengths,
+            context_lengths=(limits.chunk_tokens,) * whole + last,
             prefix_rows=int(limits.bos),
-            suffix_rows=sum(map(self._compressed, lengths)) + behind,
+            suffix_rows=whole * self._compressed(limits.chunk_tokens) + sum(map(self._compressed, last)) + behind,
         )
 
     def _count_compressed(self, length: int) -> int:

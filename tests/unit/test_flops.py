@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from arc_ds.data.estimates import Estimate
 from arc_ds.data.groups import GroupRule
 from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.data.segments import Sample, Segment
@@ -18,7 +20,7 @@ from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.engine import set_trained
-from arc_ds.training.flops import StepFlops, count_flops
+from arc_ds.training.flops import StepFlops, count_flops, work_rates
 from tests.helpers.tiny_compressor import TINY, sample, tiny_compressor, tiny_decoder
 
 TERA = 10**12
@@ -55,6 +57,30 @@ def test_the_papers_step_is_counted_as_in_the_design() -> None:
     assert [each / TERA for each in found] == pytest.approx([21, 42, 121, 67, 9], abs=0.5)
     assert flops.decoder_forward.attention / TERA == pytest.approx(1.2, abs=0.05)
     assert flops.total / TERA == pytest.approx(260, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "bound"),
+    [
+        # The layer that pools does less (1/26 of the encoder's linears at most), which rates do not know.
+        pytest.param(Estimate(context_lengths=(256,), prefix_rows=256, suffix_rows=288), 0.03, id="continuation"),
+        pytest.param(Estimate(context_lengths=(1024,) * 32, prefix_rows=0, suffix_rows=4352), 0.04, id="long context"),
+        # A fifth of the decoder's rows have no gradient, but their attention counts as if they had one.
+        pytest.param(Estimate(context_lengths=(2048,), prefix_rows=256, suffix_rows=1024), 0.04, id="one document"),
+    ],
+)
+def test_work_is_dealt_by_these_operations(estimate: Estimate, bound: float) -> None:
+    contexts = [Segment.context(range(length), None) for length in estimate.context_lengths]
+    compressed = sum(length // 8 for length in estimate.context_lengths)
+    prefix, suffix = range(estimate.prefix_rows), range(estimate.suffix_rows - compressed)
+    laid_out = Sample("continuation", (Segment.text(prefix), *contexts, Segment.text(suffix, True)))
+    flops = count_flops(pack([laid_out], PAPER.packing), PAPER, LLAMA_3_1_8B)
+    parts = (flops.encoder_forward, flops.encoder_backward, flops.decoder_forward, flops.decoder_backward)
+    counted = sum(part.total for part in parts)
+    assert work_rates(PAPER, LLAMA_3_1_8B).work(estimate) == pytest.approx(counted, rel=bound)
+    linear = replace(work_rates(PAPER, LLAMA_3_1_8B), encoder_pair=0.0, decoder_pair=0.0).work(estimate)
+    attention = sum(part.attention for part in parts) / counted
+    assert linear / counted == pytest.approx(1 - attention, abs=bound)
 
 
 def _batch(spec: PoolingSpec) -> PackedBatch:
@@ -99,9 +125,7 @@ def test_products_with_weights_are_those_that_torch_counts(
     compressor, decoder = tiny_compressor(**changes), tiny_decoder()
     set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
     batch = _batch(spec.packing)
-    flops = count_flops(
-        batch, spec, decoder.config, trained_layers=trained_layers, train_embeddings=train_embeddings
-    )
+    flops = count_flops(batch, spec, decoder.config, trained_layers=trained_layers, train_embeddings=train_embeddings)
     assert _linear(flops) == _measured(batch, compressor, decoder)["aten.mm"]
 
 

@@ -130,6 +130,9 @@ class DecoderConfig:
     sharded, within each host where there are several and a host can hold a copy."""
     activation_checkpointing: bool = False
     """Recompute each of its layers in backward instead of keeping it: less memory, one more forward of the decoder."""
+    fresh_bridge: bool = False
+    """Whether its bridge and markers start fresh though `encoder.init_from` has some at its place in the list: for a
+    decoder that comes in the place of another. Decoders behind the last one there start fresh in any case."""
     chat_template: Literal["none", "llama2", "chatml", "tokenizer"] = "none"
     """How it is spoken to: as one running text (a base model), in the turns of Llama 2 Chat or of ChatML, or by the
     template that its tokenizer's files carry. In a chat the template says what the sequence begins with, not
@@ -188,9 +191,9 @@ class DataConfig:
     """few_shot and long_context: a longer answer is cut and its end is no target; in decoder tokens, ≥ 1. An
     in-context example with a longer question or answer is left out. All that is cut is counted."""
     max_encoder_tokens: int | None = None
-    """Most encoder tokens (memory tokens included) in one micro-batch; at least one context of the greatest length has to
-    fit. Where a part of a rank's share has more, all ranks split their shares further, so that memory stays bounded
-    whatever the lengths. None: no limit."""
+    """Most encoder tokens (memory tokens included) in one micro-batch; one context of the greatest length has to fit.
+    Where a part of a rank's share has more, all ranks split their shares further, so that memory stays bounded whatever
+    the lengths. None: no limit."""
     max_decoder_rows: int | None = None
     """Most decoder rows (text and compressed tokens) in one micro-batch, ≥ 1, likewise. None: no limit."""
     decoder_bos: bool = True

@@ -6,13 +6,14 @@ special token ends a text: what follows is read as a new one. Words behind a doc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
-from arc_ds.data.segments import Marker, Segment
+from arc_ds.data.segments import Marker, Segment, TokenIds
 from arc_ds.data.tokenizers import Encoding, Tokenizer
 
 # Texts that a following text can be told from: by the second where it begins with white space, else by the first.
@@ -44,7 +45,7 @@ class Special:
 class Document:
     """A context to compress: its encoder tokens, at least one, the text that they spell, and its marker."""
 
-    ids: tuple[int, ...]
+    ids: TokenIds
     text: str
     marker: Marker | None
 
@@ -64,26 +65,42 @@ class Rendered:
         return self.prompt + self.target
 
 
-def render(parts: Sequence[Part], decoder: Tokenizer) -> Rendered:
-    """The segments of a script.
+def with_spaces_in_targets(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The script with each space that words have in front of a target moved into the target: tokenizers join it to the
+    word behind, and a prompt that ends with a space reads badly."""
+    moved: list[Part] = []
+    for part in parts:
+        if isinstance(part, Words) and not part.text:
+            continue
+        before = moved[-1] if moved else None
+        if isinstance(part, Words) and part.in_loss and isinstance(before, Words) and not before.in_loss:
+            kept = before.text.removesuffix(" ")
+            moved[-1] = replace(before, text=kept)
+            part = replace(part, text=before.text[len(kept) :] + part.text)
+        moved.append(part)
+    return tuple(moved)
 
-    A space in front of a target belongs to the target, as tokenizers join it to the word behind. The first token of a
-    target that stands behind a document is input only: no row predicts it.
-    """
+
+def render(parts: Sequence[Part], decoder: Tokenizer) -> Rendered:
+    """The segments of a script. The first token of a target that stands behind a document is input only: no row
+    predicts it."""
     segments: list[Segment] = []
     num_prompt: int | None = None
     after_document = False
-    for kind, group in groupby(parts, key=type):
-        for segment, in_target in _read_group(list(group), decoder, after_document=after_document):
+    for is_text, members in groupby(parts, key=lambda part: isinstance(part, Words)):
+        group = list(members)
+        pieces = _read_words(group, decoder, inside=after_document) if is_text else map(_fixed, group)
+        for segment, in_target in pieces:
             if in_target and num_prompt is None:
                 num_prompt = len(segments)
-            may_join = segments and num_prompt != len(segments)
-            if may_join and segment.kind == segments[-1].kind == "text" and segment.in_loss == segments[-1].in_loss:
+            if segments and len(segments) != num_prompt and _may_join(segments[-1], segment):
                 segments[-1] = Segment.text(segments[-1].ids + segment.ids, in_loss=segment.in_loss)
             else:
                 segments.append(segment)
-        after_document = kind is Document
-    return Rendered(tuple(segments[:num_prompt]), tuple(segments[num_prompt:]) if num_prompt is not None else ())
+            after_document = segment.kind == "context"
+    if num_prompt is None:
+        return Rendered(tuple(segments), ())
+    return Rendered(tuple(segments[:num_prompt]), tuple(segments[num_prompt:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +122,8 @@ class Written:
         return render(texts, self.decoder).prompt + self.target
 
 
-def read_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool) -> list[list[int]]:
-    """The ids of texts that stand one behind the other, as they read as one text.
+def read_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool) -> list[NDArray[np.int64]]:
+    """The ids of texts that stand one behind the other, as they read as one text: int64, one array a text.
 
     inside: they do not begin a text (sentencepiece would put a space in front of one that does). Where a token reaches
     from one text into the next, each is read by itself.
@@ -116,14 +133,11 @@ def read_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool) -
         if pieces is not None:
             return pieces[1:]
     if len(texts) == 1:
-        return [tokenizer.encode(texts[0])]
-    return [
-        read_together(tokenizer, [text], inside=inside or place > 0)[0] if text else []
-        for place, text in enumerate(texts)
-    ]
+        return [tokenizer.encode_with_ends(texts[0]).ids]
+    return [read_together(tokenizer, [text], inside=inside or place > 0)[0] for place, text in enumerate(texts)]
 
 
-def _slices(encoding: Encoding, texts: Sequence[str]) -> list[list[int]] | None:
+def _slices(encoding: Encoding, texts: Sequence[str]) -> list[NDArray[np.int64]] | None:
     """The ids of each of the joined texts; None where one of them does not end with a token."""
     reached = np.maximum.accumulate(encoding.ends)
     cuts = np.cumsum([0, *(len(text) for text in texts)])
@@ -131,39 +145,34 @@ def _slices(encoding: Encoding, texts: Sequence[str]) -> list[list[int]] | None:
     places[-1] = len(encoding.ids)
     if not np.array_equal(reached[places], cuts):
         return None
-    return [encoding.ids[first:last].tolist() for first, last in pairwise(places.tolist())]
+    return [encoding.ids[first:last] for first, last in pairwise(places.tolist())]
 
 
-def _read_group(group: Sequence[Part], decoder: Tokenizer, *, after_document: bool) -> Iterator[tuple[Segment, bool]]:
-    """Segments of parts of one kind, each with whether it belongs to a target."""
-    for part in group:
-        if isinstance(part, Document):
-            yield Segment.context(part.ids, part.marker), False
-        elif isinstance(part, Special):
-            yield Segment.text(part.ids, in_loss=part.in_loss), part.in_loss
-    words = [part for part in group if isinstance(part, Words) and part.text]
-    if not words:
-        return
-    stretches = _stretches(words)
-    pieces = read_together(decoder, [text for _, text in stretches], inside=after_document)
+def _read_words(words: Iterable[Part], decoder: Tokenizer, *, inside: bool) -> Iterator[tuple[Segment, bool]]:
+    """Segments of words that stand together, each with whether it belongs to a target."""
+    texts = (part for part in words if isinstance(part, Words) and part.text)
+    stretches = [
+        (in_loss, "".join(part.text for part in group))
+        for in_loss, group in groupby(texts, key=lambda part: part.in_loss)
+    ]
+    pieces = read_together(decoder, [text for _, text in stretches], inside=inside) if stretches else []
     for place, ((in_loss, _), ids) in enumerate(zip(stretches, pieces, strict=True)):
-        first = 1 if in_loss and place == 0 and after_document else 0
-        if first:
-            yield Segment.text(ids[:first]), True
-        if len(ids) > first:
-            yield Segment.text(ids[first:], in_loss=in_loss), in_loss
+        num_unpredicted = 1 if in_loss and inside and place == 0 else 0
+        for part, is_predicted in ((ids[:num_unpredicted], False), (ids[num_unpredicted:], in_loss)):
+            if len(part):
+                yield Segment.text(part, in_loss=is_predicted), in_loss
 
 
-def _stretches(words: Sequence[Words]) -> list[tuple[bool, str]]:
-    """The words' text by whether it is a target; a space in front of a target is moved into it."""
-    found: list[tuple[bool, str]] = []
-    for in_loss, group in groupby(words, key=lambda part: part.in_loss):
-        text = "".join(part.text for part in group)
-        if in_loss and found and found[-1][1].endswith(" "):
-            found[-1] = (False, found[-1][1][:-1])
-            text = " " + text
-        found.append((in_loss, text))
-    return [(in_loss, text) for in_loss, text in found if text]
+def _fixed(part: Part) -> tuple[Segment, bool]:
+    """The segment of a document or of special tokens, with whether it belongs to a target."""
+    if isinstance(part, Document):
+        return Segment.context(part.ids, part.marker), False
+    assert isinstance(part, Special), "words are read together"
+    return Segment.text(part.ids, in_loss=part.in_loss), part.in_loss
+
+
+def _may_join(one: Segment, other: Segment) -> bool:
+    return one.kind == other.kind == "text" and one.in_loss == other.in_loss
 
 
 def _goes_with_context(part: Part) -> bool:

@@ -117,6 +117,8 @@ def test_chunks_and_target_are_one_stretch_of_the_text(
     assert all(len(context.ids) <= chunk_tokens for context in contexts)
     assert all(len(context.ids) > chunk_tokens - 3 for context in contexts[:-1])  # 北 has three tokens
     assert [pair[0].decode(list(context.ids)) for context in contexts] == list(example.contexts)
+    opened = [token for segment in open_(example).segments for token in segment.ids]
+    assert pair[1].decode(opened) == "".join(example.contexts) + pair[1].decode(behind)
     batch = pack([example.sample], PoolingSpec())
     for variant in (closed(example), open_(example)):
         assert torch.equal(pack([variant], PoolingSpec()).labels, batch.labels)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.data.script import Document, Special, Words, Written, read_together, render
-from arc_ds.data.segments import Segment
+from arc_ds.data.script import Document, Special, Words, Written, read_together, render, with_spaces_in_targets
+from arc_ds.data.segments import Segment, TokenIds
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken
 
@@ -31,7 +31,7 @@ def test_pieces_read_together_spell_the_text(tokenizer: Tokenizer, texts: list[s
     pieces = read_together(tokenizer, texts, inside=inside)
     ids = [token for piece in pieces for token in piece]
     assert len(pieces) == len(texts)
-    assert all(piece == [] for piece, text in zip(pieces, texts, strict=True) if not text)
+    assert all(len(piece) == 0 for piece, text in zip(pieces, texts, strict=True) if not text)
     if inside:
         assert tokenizer.decode([*tokenizer.encode("a"), *ids]) == "a" + "".join(texts)
     else:
@@ -51,24 +51,27 @@ def test_pieces_are_slices_of_the_whole_where_tokens_allow(tokenizer: Tokenizer)
     prompt, answer = "Answer:", " the sea"
     pieces = read_together(tokenizer, [prompt, answer], inside=False)
     assert [*pieces[0], *pieces[1]] == tokenizer.encode(prompt + answer)
-    assert pieces[0] == tokenizer.encode(prompt)
+    assert pieces[0].tolist() == tokenizer.encode(prompt)
 
 
 def test_token_across_a_border_is_taken_apart(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_tiktoken(tmp_path / "t.model"))
     assert len(tokenizer.encode("the")) == 1
-    assert read_together(tokenizer, ["t", "he"], inside=False) == [tokenizer.encode("t"), tokenizer.encode("he")]
+    pieces = [piece.tolist() for piece in read_together(tokenizer, ["t", "he"], inside=False)]
+    assert pieces == [tokenizer.encode("t"), tokenizer.encode("he")]
 
 
 def test_space_in_front_of_a_target_goes_into_it(tokenizer: Tokenizer) -> None:
-    rendered = render([Special((1,)), Words("Answer: "), Words("the sea", in_loss=True)], tokenizer)
+    parts = with_spaces_in_targets([Special((1,)), Words("Answer: "), Words("the sea", in_loss=True)])
+    assert parts == (Special((1,)), Words("Answer:"), Words(" the sea", in_loss=True))
+    rendered = render(parts, tokenizer)
     prompt, target = read_together(tokenizer, ["Answer:", " the sea"], inside=False)
     assert rendered.prompt == (Segment.text([1, *prompt]),)
     assert rendered.target == (Segment.text(target, in_loss=True),)
 
 
 def test_first_token_behind_a_document_is_no_target(tokenizer: Tokenizer) -> None:
-    parts = (Document((5, 6), "xy", "cont"), Words("the sea of stone", in_loss=True))
+    parts = (Document(TokenIds((5, 6)), "xy", "cont"), Words("the sea of stone", in_loss=True))
     rendered = render(parts, tokenizer)
     (ids,) = read_together(tokenizer, ["the sea of stone"], inside=True)
     assert rendered.prompt == (Segment.context((5, 6), "cont"),)
@@ -85,11 +88,12 @@ def test_special_token_ends_a_text(tokenizer: Tokenizer) -> None:
 def test_variants_leave_out_or_spell_the_document(tokenizer: Tokenizer) -> None:
     parts = (
         Words("Document: ", with_context=True),
-        Document((5, 6), "the sea", "cont"),
+        Document(TokenIds((5, 6)), "the sea", "cont"),
         Words("\n", with_context=True),
         Words("Answer: "),
         Words("of stone", in_loss=True),
     )
+    parts = with_spaces_in_targets(parts)
     rendered = render(parts, tokenizer)
     variants = Written(parts, tokenizer, rendered.target)
     closed, opened = variants.closed(), variants.open()

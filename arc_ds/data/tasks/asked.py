@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from arc_ds.data.records import FineTuningRecord
@@ -36,20 +37,20 @@ class Asked:
 
 
 def ask(
-    record: FineTuningRecord, words: tuple[int, int], *, decoder: Tokenizer, limits: TaskLimits, is_chat: bool
+    record: FineTuningRecord, draws: Sequence[int], *, decoder: Tokenizer, limits: TaskLimits, is_chat: bool
 ) -> Asked:
     """What a sample takes of a record.
 
-    words: two random 64-bit numbers, which choose how many passages (1 to limits.max_passages, the first ones) and
+    draws: two random 64-bit numbers, which choose how many passages (1 to limits.max_passages, the first ones) and
     which of the answers. A question too long loses its beginning, an answer its end. White space around either is left
     out: the templates say what stands there. DataError where the answer has no tokens.
     """
-    num_passages = 1 + words[0] % min(limits.max_passages, len(record.passages))
+    num_passages = 1 + draws[0] % min(limits.max_passages, len(record.passages))
     question, prompt = _question(record, is_chat=is_chat)
     kept_question = question
     if question is not None:
         kept_question = last_tokens(question, decoder.encode_with_ends(question), limits.max_question)
-    answer = record.answers[words[1] % len(record.answers)].strip()
+    answer = record.answers[draws[1] % len(record.answers)].strip()
     kept_answer = _cut_answer(answer, limits.max_answer, decoder)
     return Asked(
         passages=record.passages[:num_passages],

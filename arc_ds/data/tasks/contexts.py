@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from arc_ds.data.script import Document, read_together
-from arc_ds.data.segments import Marker
+from arc_ds.data.segments import Marker, TokenIds
 from arc_ds.data.tokenizers import Encoding, Tokenizer
 from arc_ds.errors import DataError
 
@@ -31,7 +31,7 @@ class Reading:
     def document(self, first: int, last: int, marker: Marker | None) -> Document:
         """The tokens from `first` up to `last`, both boundaries of characters, as a document."""
         start, end = self.encoding.ends[first], self.encoding.ends[last]
-        return Document(tuple(self.encoding.ids[first:last].tolist()), self.text[start:end], marker)
+        return Document(TokenIds(self.encoding.ids[first:last]), self.text[start:end], marker)
 
     def boundary(self, token: int) -> int:
         """The last boundary of a character at or in front of a token boundary."""
@@ -59,7 +59,7 @@ def read_passages(passages: Sequence[str], encoder: Tokenizer) -> Reading:
         length += len(_BETWEEN_PASSAGES)
         inner = np.full(len(between), -1, dtype=np.int64)
         inner[-1:] = length
-        ids += [np.array(between, dtype=np.int64), reading.ids]
+        ids += [between, reading.ids]
         ends += [inner, np.where(reading.ends >= 0, reading.ends + length, -1)[1:]]
         length += len(passage)
     return Reading(_BETWEEN_PASSAGES.join(passages), Encoding(np.concatenate(ids), np.concatenate(ends)))

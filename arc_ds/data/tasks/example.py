@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
-from arc_ds.data.script import Document, Part, Written, render
+from arc_ds.data.script import Document, Part, Written, render, with_spaces_in_targets
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
@@ -69,6 +69,7 @@ class Example:
 
 def written_example(task: str, parts: tuple[Part, ...], counts: TaskCounts, decoder: Tokenizer) -> Example:
     """The example that a script makes; DataError where it has no target that a row predicts."""
+    parts = with_spaces_in_targets(parts)
     rendered = render(parts, decoder)
     if not any(segment.in_loss for segment in rendered.target):
         raise DataError(

@@ -36,13 +36,11 @@ def few_shot_example(
     their whole documents fit. One with a question or answer too long is left out. DataError where a record has no
     question and answer of the kind.
     """
-    words = random_words(2 * len(records), seed, "few-shot").tolist()
-    everything = [
-        ask(fine_tuning_record(record), (words[2 * idx], words[2 * idx + 1]), decoder=decoder, limits=limits,
-            is_chat=layout.is_chat)
-        for idx, record in enumerate(records)
-    ]  # fmt: skip
-    own, others = everything[0], everything[1:]
+    draws = random_words(2 * len(records), seed, "few-shot").reshape(-1, 2).tolist()
+    own, *others = (
+        ask(fine_tuning_record(record), draw, decoder=decoder, limits=limits, is_chat=layout.is_chat)
+        for record, draw in zip(records, draws, strict=True)
+    )
     marker = limits.marker("cont")
     reading = read_passages(own.passages, encoder)
     document = cut_document(reading, limits.max_documents, marker)

@@ -43,8 +43,8 @@ def long_context_example(
     if "text" in record:
         return _text_example(pretraining_text(record), seed, encoder, decoder, limits, layout)
     fields = fine_tuning_record(record)
-    first, second = random_words(2, seed, "long-context").tolist()
-    asked = ask(fields, (first, second), decoder=decoder, limits=limits, is_chat=layout.is_chat)
+    draws = random_words(2, seed, "long-context").tolist()
+    asked = ask(fields, draws, decoder=decoder, limits=limits, is_chat=layout.is_chat)
     reading = read_passages(fields.passages, encoder)
     chunks, end = _chunks(reading, 0, len(reading), limits)
     counts = TaskCounts(

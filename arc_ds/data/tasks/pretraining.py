@@ -11,9 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from arc_ds.data.chat import Layout
 from arc_ds.data.script import Document
-from arc_ds.data.segments import Marker, Sample, Segment
+from arc_ds.data.segments import Marker, Sample, Segment, TokenIds
 from arc_ds.data.tasks.contexts import first_tokens, last_tokens
 from arc_ds.data.tasks.example import Example, TaskCounts, written_example
 from arc_ds.data.tasks.limits import TaskLimits
@@ -60,12 +62,15 @@ def pretraining_example(
     for that as well: fewer than two decoder tokens.
     """
     views = TextViews(text, encoder, decoder)
-    lay_out = _in_chat if layout.is_chat else _plain
+
+    def lay_out(spans: _Spans) -> Example | None:
+        return _chat(views, spans, decoder, limits, layout) if layout.is_chat else _plain(views, spans, decoder, limits)
+
     if task == "continuation":
-        example = lay_out(views, _continuation(views, seed, limits), decoder, limits, layout)
+        example = lay_out(_continuation(views, seed, limits))
         if example is not None:
             return example
-    example = lay_out(views, _reconstruction(views, seed, limits), decoder, limits, layout)
+    example = lay_out(_reconstruction(views, seed, limits))
     if example is None:
         raise DataError(
             f"the text {text[:40]!r} gives fewer than two decoder tokens to repeat. Build the shards with a larger "
@@ -113,24 +118,24 @@ class _Sliced:
         return tuple(segment for segment in self.segments if segment.kind == "text")
 
     def open(self) -> tuple[Segment, ...]:
-        text = Segment.text(self.views.decoder_piece(*self.span).ids.tolist())
+        text = Segment.text(self.views.decoder_piece(*self.span).ids)
         return tuple(text if segment.kind == "context" else segment for segment in self.segments)
 
 
-def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimits, _: Layout) -> Example | None:
+def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimits) -> Example | None:
     """The pieces as slices of the text's own tokens; None where there is no context or no target to predict."""
     prefix = keep_last(views.decoder_piece(spans.start, spans.context), limits.max_prefix)
+    head = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in (limits.bos_ids(decoder), prefix)])
     piece = views.decoder_piece(spans.target, spans.target_end)
     is_continuation = spans.task == "continuation"
-    target = keep_first(piece, limits.max_continuation) if is_continuation else piece.ids.tolist()
+    target = keep_first(piece, limits.max_continuation) if is_continuation else piece.ids
     if spans.context == spans.context_end or len(target) < 2:
         return None
-    head = (*limits.bos_ids(decoder), *prefix)
     context = Segment.context(
         views.encoder_ids(spans.context, spans.context_end), limits.marker(_MARKER_OF[spans.task])
     )
     segments = (
-        *((Segment.text(head),) if head else ()),
+        *((Segment.text(head),) if len(head) else ()),
         context,
         Segment.text(target[:1]),
         Segment.text(target[1:], in_loss=True),
@@ -142,10 +147,10 @@ def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimi
     )
 
 
-def _in_chat(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimits, layout: Layout) -> Example | None:
+def _chat(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimits, layout: Layout) -> Example | None:
     """The pieces as texts in the turns of a chat; None where there is no context or no target to predict."""
     document = Document(
-        tuple(views.encoder_ids(spans.context, spans.context_end)),
+        TokenIds(views.encoder_ids(spans.context, spans.context_end)),
         views.text[spans.context : spans.context_end],
         limits.marker(_MARKER_OF[spans.task]),
     )
@@ -153,7 +158,7 @@ def _in_chat(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLi
     prefix = last_tokens(before, views.decoder_piece(spans.start, spans.context), limits.max_prefix)
     following = views.text[spans.target : spans.target_end]
     piece = views.decoder_piece(spans.target, spans.target_end)
-    if not document.ids or len(piece.ids) < 2:
+    if not len(document.ids) or len(piece.ids) < 2:
         return None
     if spans.task == "reconstruction":
         return written_example(spans.task, write_reconstruction(document, layout), TaskCounts(), decoder)

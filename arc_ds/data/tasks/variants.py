@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from arc_ds.data.segments import Sample, Segment
+from arc_ds.data.segments import Sample, Segment, TokenIds
 from arc_ds.data.tasks.example import Example
 from arc_ds.errors import DataError
 
@@ -47,7 +47,7 @@ def _asked(sample: Sample) -> list[Segment]:
     return contexts[-1:] if sample.task == "few_shot" else contexts
 
 
-def _ids(contexts: Sequence[Segment]) -> list[tuple[int, ...]]:
+def _ids(contexts: Sequence[Segment]) -> list[TokenIds]:
     return [context.ids for context in contexts]
 
 

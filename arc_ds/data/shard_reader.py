@@ -194,10 +194,10 @@ def check_shards(path: str | Path, *, cache: ShardCache | None = None) -> list[F
 
 
 def stray_files(files: ShardFiles) -> list[Fault]:
-    """What a local folder holds beside the files of its set."""
+    """The files of a local folder that are none of its set's. Folders in it are others' (caches of tokens)."""
     shards = files.manifest.shards
     known = {MANIFEST, *(s.name for s in shards), *(s.index_name for s in shards)}
-    strays = sorted(p.name for p in files.folder.iterdir() if p.name not in known)
+    strays = sorted(p.name for p in files.folder.iterdir() if p.name not in known and not p.is_dir())
     return [Fault(name, None, "not in the manifest") for name in strays]
 
 

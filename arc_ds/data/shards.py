@@ -125,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(raw: bytes, where: str) -> Manifest:
     """The manifest of some bytes, which errors call `where`; DataError where it is damaged or contradicts itself."""
     try:
-        spec: dict[str, Any] = json.loads(raw)
+        spec: dict[str, Any] = json.loads(str(raw, "utf-8"))
         if spec.pop("format") != FORMAT or spec.pop("version") != VERSION:
             raise DataError(f"{where}: expected format {FORMAT} version {VERSION}. {REBUILD}")
         shards = tuple(ShardInfo(**shard) for shard in spec.pop("shards"))

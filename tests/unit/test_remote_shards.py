@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from arc_ds.data.loader import make_loader
 from arc_ds.data.remote import Retries
 from arc_ds.data.shard_cache import ShardCache, open_cache
 from arc_ds.data.shard_reader import ShardSet, check_shards
+from arc_ds.data.source import Source
 from arc_ds.errors import ConfigError, DataError, StorageError
+from tests.helpers.batches import sequences
 from tests.helpers.faulty_server import FaultyServer, serve
 from tests.helpers.tiny_data import numbered_texts, write_shards, write_tiktoken
+from tests.helpers.tiny_mixture import WEIGHTS, TinyMixture
 
 TEXTS = numbered_texts(60)
 QUICK = Retries(attempts=3, first_wait_s=0.01, timeout_s=0.3)
@@ -328,3 +332,35 @@ def test_defaults_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("ARC_DS_CACHE_DIR", str(tmp_path / "mine"))
     assert open_cache(cache_gib=2.5) == ShardCache(folder=tmp_path / "mine", max_bytes=5 << 29)
     assert open_cache(tmp_path / "given", 1).folder == tmp_path / "given"
+
+
+class RemoteMixture(TinyMixture):
+    """The sources of a mixture behind a server."""
+
+    url: str
+    cache: ShardCache
+
+    def sources(self, weights: tuple[float, ...] = WEIGHTS) -> list[Source]:
+        return [
+            replace(source, shards=ShardSet(f"{self.url}/{source.shards.folder.name}", cache=self.cache))
+            for source in super().sources(weights)
+        ]
+
+
+def test_batches_of_remote_sources_are_the_local_ones(
+    tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over workers that share a cache too small for all shards, and a server that fails now and then."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "data").mkdir()
+    mixture = TinyMixture.write(tmp_path / "data")
+    remote = RemoteMixture(tmp_path / "data")
+    with serve(tmp_path / "data") as server:
+        remote.url = server.url
+        remote.cache = replace(cache, max_bytes=30_000, retries=replace(QUICK, attempts=6))
+        data = remote.data()
+        server.faults = {"0.tar": ("cut", 2), "1.tar": ("500", 3), "2.tar": ("flip", 2)}
+        found = sequences(make_loader(data, range(8), num_workers=2))
+    assert found == sequences(mixture.data()[step] for step in range(8))
+    assert sum(path.stat().st_size for path in mixture.folder.glob("*/*.tar")) > 30_000
+    assert sum(left for _, left in server.faults.values()) == 0, "the faults happened"

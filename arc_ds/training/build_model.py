@@ -102,12 +102,12 @@ class StartingWeights:
     """Where a run's compressor gets its values from, opened and found to fit.
 
     tensors: the encoder's backbone, or another run's export. names: which parameters they fill (see
-    `weights.check_fit`). num_ports: decoders whose ports are among them, the first ones; the others start fresh.
+    `weights.check_fit`). fresh_ports: decoders whose ports are not among them, or are not wanted.
     """
 
     tensors: TensorSource
     names: dict[str, Any]
-    num_ports: int
+    fresh_ports: tuple[int, ...]
 
 
 def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWeights:
@@ -123,21 +123,23 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
             config.encoder.backbone, config.encoder.rope_scaling, max_positions=longest_context(config)
         )
         names = {"prefix": "encoder.", "skip": _is_memory, "allow_unused": beyond_layers(spec.num_layers)}
-        num_ports = 0
+        fresh_ports = tuple(range(len(config.decoders)))
     else:
         folder = open_arc_folder(Path(config.encoder.init_from), Path(config.encoder.backbone))
         _check_same_meaning(config, spec, folder)
         tensors = folder.tensors
-        num_ports = min(len(folder.spec.decoder_sizes), len(spec.decoder_sizes))
-        fresh = tuple(f"ports.{n}." for n in range(num_ports, len(spec.decoder_sizes)))
-        names = {"skip": lambda name: name.startswith(fresh), "allow_unused": lambda name: name.startswith("ports.")}
+        num_given = len(folder.spec.decoder_sizes)
+        fresh_ports = tuple(n for n, d in enumerate(config.decoders) if d.fresh_bridge or n >= num_given)
+        prefixes = tuple(f"ports.{n}." for n in fresh_ports)
+        names = {"skip": lambda name: name.startswith(prefixes), "allow_unused": lambda name: name.startswith("ports.")}
     with torch.device("meta"):
         compressor = _build(config, spec)
     check_fit(compressor, tensors, **names)
-    for port in compressor.ports[num_ports:]:
+    for port_idx in fresh_ports:
+        port = compressor.ports[port_idx]
         assert isinstance(port, DecoderPort)
         _check_bridge(port, config)
-    return StartingWeights(tensors=tensors, names=names, num_ports=num_ports)
+    return StartingWeights(tensors=tensors, names=names, fresh_ports=fresh_ports)
 
 
 def starting_compressor(
@@ -154,7 +156,7 @@ def starting_compressor(
     with torch.device("meta") if within is None else within:
         compressor = _build(config, spec)
     load_backbone(compressor, weights.tensors, **weights.names)
-    _fill_rest(compressor, config, spec, weights.num_ports)
+    _fill_rest(compressor, config, spec, weights.fresh_ports)
     set_trained(
         compressor.encoder,
         trained_layers=config.encoder.trained_layers,
@@ -218,6 +220,8 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcSour
         "pooling.memory_tokens": (ours.memory_tokens, theirs.memory_tokens),
     }
     for decoder, trained in zip(config.decoders, folder.decoders, strict=False):
+        if decoder.fresh_bridge:
+            continue
         pairs[f"data.decoder_bos, for decoder {decoder.name}"] = (config.data.decoder_bos, trained.bos)
         pairs[f"rope_scaling of decoder {decoder.name}"] = (
             read_backbone_config(decoder.backbone, decoder.rope_scaling).rope_scaling,
@@ -245,14 +249,14 @@ def _check_bridge(port: DecoderPort, config: RunConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, num_loaded_ports: int) -> None:
+def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, fresh_ports: tuple[int, ...]) -> None:
     """Fresh values where none were loaded; the same on all ranks."""
     generator = torch.Generator().manual_seed(config.seed)
     encoder = compressor.encoder
     if spec.memory_tokens and config.encoder.init_from is None:
         set_parameter(compressor, "encoder.memory", torch.ones(spec.memory_tokens, spec.backbone.hidden_size))
     start = _marker_start(config, encoder)
-    for port_idx in range(num_loaded_ports, len(spec.decoder_sizes)):
+    for port_idx in fresh_ports:
         port = build_port(spec, port_idx)
         for marker in (port.cont, port.rec):
             if marker is not None:

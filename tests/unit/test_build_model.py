@@ -53,6 +53,15 @@ def test_weights_of_another_run_are_taken_and_new_decoders_get_fresh_ports(
     assert found["ports.1.bridge.layer1.weight"].std() > 1e-2
 
 
+def test_a_decoder_in_the_place_of_another_starts_with_a_bridge_of_its_own(
+    config_file: Path, trained: TrainedCompressor
+) -> None:
+    found = dict(_start(_from_export(config_file, "decoders.0.fresh_bridge=true")).named_parameters())
+    for name, value in trained.tensors.items():
+        assert torch.equal(found[name], value) != name.startswith("ports.0."), name
+    assert any(name.startswith("ports.0.") for name in trained.tensors)
+
+
 def test_the_backbone_is_the_start_where_no_weights_are_named(config_file: Path, trained: TrainedCompressor) -> None:
     config = load_config(config_file)
     found = dict(_start(config).named_parameters())

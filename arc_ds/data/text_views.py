@@ -1,8 +1,12 @@
-"""One text as two tokenizers read it, and where both can cut it."""
+"""One text as two tokenizers read it, and where both can cut it.
+
+Shape letters: N tokens.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arc_ds.data.tokenizers import Encoding, Tokenizer
 
@@ -19,12 +23,13 @@ class TextViews:
     def __init__(self, text: str, encoder: Tokenizer, decoder: Tokenizer) -> None:
         self.text = text
         self._decoder_tokenizer = decoder
+        self._are_same = decoder.fingerprint == encoder.fingerprint
         self.encoder = encoder.encode_with_ends(text)
-        same = decoder.fingerprint == encoder.fingerprint
-        self.decoder = self.encoder if same else decoder.encode_with_ends(text)
         self._encoder_reached = np.maximum.accumulate(self.encoder.ends)
-        self._decoder_reached = np.maximum.accumulate(self.decoder.ends)
-        self._shared = np.intersect1d(self.encoder.ends, self.decoder.ends)
+        self.decoder, self._decoder_reached = self.encoder, self._encoder_reached
+        if not self._are_same:
+            self.decoder = decoder.encode_with_ends(text)
+            self._decoder_reached = np.maximum.accumulate(self.decoder.ends)
 
     @property
     def num_encoder_tokens(self) -> int:
@@ -36,40 +41,45 @@ class TextViews:
         Equal to `start` where not even one character fits. The end moves back to a shared boundary if there is one
         within a quarter of the piece, and at most 16 tokens.
         """
-        first = self.token_at(start)
-        last = first + num_tokens
+        last = self.token_at(start) + num_tokens
         if last >= self.num_encoder_tokens:
             return len(self.text)
-        reached = int(self._encoder_reached[last])
-        near = int(self._encoder_reached[last - min(_MAX_SNAP_TOKENS, num_tokens // 4)])
-        shared = int(self._shared[np.searchsorted(self._shared, reached, side="right") - 1])
-        return shared if shared >= near and shared > start else max(reached, start)
+        reached = max(int(self._encoder_reached[last]), start)
+        if self._are_same:
+            return reached
+        first = last - min(_MAX_SNAP_TOKENS, num_tokens // 4)
+        near = self._encoder_reached[first : last + 1]
+        shared = near[self._decoder_reached[self._decoder_reached.searchsorted(near)] == near]
+        return int(shared[-1]) if len(shared) and shared[-1] > start else reached
 
     def token_at(self, cut: int) -> int:
         """The number of encoder tokens in front of a cut."""
-        return int(np.searchsorted(self._encoder_reached, cut))
+        return int(self._encoder_reached.searchsorted(cut))
 
-    def encoder_ids(self, start: int, end: int) -> list[int]:
-        """The encoder's tokens between two cuts."""
-        return self.encoder.ids[self.token_at(start) : self.token_at(end)].tolist()
+    def encoder_ids(self, start: int, end: int) -> NDArray[np.int64]:
+        """The encoder's tokens between two cuts, int64 [N]. Not to be written to: a slice of the whole text's."""
+        return self.encoder.ids[self.token_at(start) : self.token_at(end)]
 
     def decoder_piece(self, start: int, end: int) -> Encoding:
         """The decoder's tokens between two cuts: a slice, or the piece tokenised alone where a cut is not shared."""
-        first, last = np.searchsorted(self._decoder_reached, [start, end])
+        first, last = int(self._decoder_reached.searchsorted(start)), int(self._decoder_reached.searchsorted(end))
         if self._decoder_reached[first] != start or self._decoder_reached[last] != end:
             return self._decoder_tokenizer.encode_with_ends(self.text[start:end])
         ends = self.decoder.ends[first : last + 1]
         return Encoding(self.decoder.ids[first:last], np.where(ends >= 0, ends - start, -1))
 
 
-def keep_first(piece: Encoding, max_tokens: int) -> list[int]:
+def keep_first(piece: Encoding, max_tokens: int) -> NDArray[np.int64]:
     """The first tokens of a piece, at most `max_tokens` and ending with a whole character."""
-    whole = np.flatnonzero(piece.ends[: max_tokens + 1] >= 0)
-    return piece.ids[: whole[-1]].tolist()
+    end = min(max_tokens, len(piece.ids))
+    while piece.ends[end] < 0:
+        end -= 1
+    return piece.ids[:end]
 
 
-def keep_last(piece: Encoding, max_tokens: int) -> list[int]:
+def keep_last(piece: Encoding, max_tokens: int) -> NDArray[np.int64]:
     """The last tokens of a piece, at most `max_tokens` and beginning with a whole character."""
-    skipped = max(len(piece.ids) - max_tokens, 0)
-    whole = np.flatnonzero(piece.ends[skipped:] >= 0)
-    return piece.ids[skipped + whole[0] :].tolist()
+    start = max(len(piece.ids) - max_tokens, 0)
+    while piece.ends[start] < 0:
+        start += 1
+    return piece.ids[start:]

@@ -45,6 +45,8 @@ EXTRAS = {
         "ruff>=0.8",
         "transformers>=4.57",
     ],
+    # Inputs of `arc-ds shards build` that are Parquet or .zst.
+    "shards": ["pyarrow>=15.0", "zstandard>=0.22"],
     # Both need no more than the core so far; the names are fixed.
     "eval": [],
     "store": [],

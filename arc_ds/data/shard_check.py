@@ -10,11 +10,15 @@ from tqdm import tqdm
 from arc_ds.data.shard_files import ShardFiles, locate
 from arc_ds.data.shard_reader import Fault, check_shard, stray_files
 from arc_ds.data.shard_workers import worker_pool
+from arc_ds.data.token_cache_writer import check_token_caches
 from arc_ds.data.urls import is_url
 
 
 def check_in_parallel(path: str | Path, *, workers: int, progress: bool = False) -> Iterator[Fault]:
-    """Yields what `check_shards` finds, in the same order; shard by shard, each in one of `workers` processes."""
+    """Yields what `check_shards` finds, in the same order, each shard checked by one of `workers` processes.
+
+    Behind it come the faults of the token caches beside the shards.
+    """
     files = locate(path)
     if not is_url(path):
         yield from stray_files(files)
@@ -23,6 +27,7 @@ def check_in_parallel(path: str | Path, *, workers: int, progress: bool = False)
         for idx, faults in enumerate(_faults_by_shard(files, min(workers, len(shards)))):
             yield from faults
             bar.update(shards[idx].bytes)
+    yield from check_token_caches(files.folder, files.manifest)
 
 
 def _faults_by_shard(files: ShardFiles, workers: int) -> Iterator[list[Fault]]:

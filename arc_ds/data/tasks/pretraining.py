@@ -125,7 +125,8 @@ class _Sliced:
 def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimits) -> Example | None:
     """The pieces as slices of the text's own tokens; None where there is no context or no target to predict."""
     prefix = keep_last(views.decoder_piece(spans.start, spans.context), limits.max_prefix)
-    head = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in (limits.bos_ids(decoder), prefix)])
+    bos = limits.bos_ids(decoder)
+    head = np.concatenate((np.array(bos, dtype=np.int64), prefix)) if bos else prefix
     piece = views.decoder_piece(spans.target, spans.target_end)
     is_continuation = spans.task == "continuation"
     target = keep_first(piece, limits.max_continuation) if is_continuation else piece.ids

@@ -14,6 +14,7 @@ from arc_ds.data.reader import Reader, ReaderFiles
 from arc_ds.data.segments import Sample
 from arc_ds.data.source import Source
 from arc_ds.data.tasks import Example, TaskCounts, make_example
+from arc_ds.data.token_cache import TokenCache, open_token_cache, with_known
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
 
@@ -38,6 +39,14 @@ class Made:
     record_id: RecordId
     skipped: int
     counts: TaskCounts
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A record and its number in its source."""
+
+    idx: int
+    record: dict[str, Any]
 
 
 class _UnusableError(Exception):
@@ -82,8 +91,21 @@ class SampleMaker:
     def _readers(self) -> tuple[Reader, ...]:
         return tuple(files.load() for files in self._reader_files)
 
+    @cached_property
+    def _caches(self) -> dict[tuple[int, str], TokenCache | None]:
+        """The token caches by source and tokenizer."""
+        tokenizers = {
+            each.fingerprint: each for each in (self._encoder, *(reader.tokenizer for reader in self._readers))
+        }
+        return {
+            (source_idx, fingerprint): open_token_cache(source.shards, tokenizer)
+            for source_idx, source in enumerate(self._sources)
+            for fingerprint, tokenizer in tokenizers.items()
+        }
+
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_encoder", "_readers")}
+        in_each_process = ("_encoder", "_readers", "_caches")
+        return {key: value for key, value in self.__dict__.items() if key not in in_each_process}
 
     def make(self, pick: Pick, decoder_idxs: Sequence[int]) -> Made:
         """The samples of a pick for some decoders; DataError where its record, or too many in a row, cannot be used."""
@@ -112,45 +134,53 @@ class SampleMaker:
 
     def _examples(self, source: Source, idxs: Sequence[int], pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
         """The examples of these records, one for each decoder; _UnusableError where one record spoils it."""
-        records = [self._read(source, idxs, place) for place in range(len(idxs))]
+        entries = [self._read(source, idxs, place) for place in range(len(idxs))]
         try:
-            return [self._example(source, records, pick, decoder_idx) for decoder_idx in decoder_idxs]
+            return self._make_examples(entries, pick, decoder_idxs)
         except DataError as error:
-            place = self._culprit(source, records, pick, decoder_idxs)
+            place = self._culprit(entries, pick, decoder_idxs)
             reason = DataError(f"{source.shards.name}, record {idxs[place]}: {error}")
             raise _UnusableError(place, reason) from error
 
-    def _read(self, source: Source, idxs: Sequence[int], place: int) -> dict[str, Any]:
+    def _read(self, source: Source, idxs: Sequence[int], place: int) -> _Entry:
         try:
-            return source.shards.record(idxs[place])
+            return _Entry(idxs[place], source.shards.record(idxs[place]))
         except DataError as error:
             raise _UnusableError(place, error) from error
 
-    def _example(self, source: Source, records: Sequence[dict[str, Any]], pick: Pick, decoder_idx: int) -> Example:
-        reader = self._readers[decoder_idx]
-        example = make_example(
-            records,
-            task=pick.task,
-            seed=pick.seed,
-            encoder=self._encoder,
-            decoder=reader.tokenizer,
-            limits=source.limits,
-            layout=reader.layout,
-        )
-        self._check(example.sample)
-        return example
+    def _make_examples(self, entries: Sequence[_Entry], pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
+        """One for each decoder; DataError where one of them cannot be made."""
+        encoder = self._with_known(self._encoder, entries, pick.source_idx)
+        examples = []
+        for reader in (self._readers[decoder_idx] for decoder_idx in decoder_idxs):
+            same = reader.tokenizer.fingerprint == encoder.fingerprint
+            decoder = encoder if same else self._with_known(reader.tokenizer, entries, pick.source_idx)
+            example = make_example(
+                [entry.record for entry in entries],
+                task=pick.task,
+                seed=pick.seed,
+                encoder=encoder,
+                decoder=decoder,
+                limits=self._sources[pick.source_idx].limits,
+                layout=reader.layout,
+            )
+            self._check(example.sample)
+            examples.append(example)
+        return examples
 
-    def _culprit(
-        self, source: Source, records: Sequence[dict[str, Any]], pick: Pick, decoder_idxs: Sequence[int]
-    ) -> int:
+    def _with_known(self, tokenizer: Tokenizer, entries: Sequence[_Entry], source_idx: int) -> Tokenizer:
+        """The tokenizer, with what the source's token cache knows of these records."""
+        cache = self._caches[source_idx, tokenizer.fingerprint]
+        return with_known(tokenizer, cache, [entry.idx for entry in entries], [entry.record for entry in entries])
+
+    def _culprit(self, entries: Sequence[_Entry], pick: Pick, decoder_idxs: Sequence[int]) -> int:
         """Which of the records spoils the sample: the first that gives none by itself.
 
         Where all of them do, they are too much together, and the first in-context example has to go.
         """
-        for place in range(len(records)):
+        for place, entry in enumerate(entries):
             try:
-                for decoder_idx in decoder_idxs:
-                    self._example(source, records[place : place + 1], pick, decoder_idx)
+                self._make_examples([entry], pick, decoder_idxs)
             except DataError:
                 return place
         return 1

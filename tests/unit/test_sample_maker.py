@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from arc_ds.data.loader import StepData
 from arc_ds.data.micro_batches import MicroBatchLimits
-from arc_ds.data.tokenizers import load_tokenizer
+from arc_ds.data.token_cache_writer import build_token_caches
+from arc_ds.data.tokenizers import Encoding, Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
-from tests.helpers.batches import sequences
+from tests.helpers.batches import digest, sequences
 from tests.helpers.tiny_mixture import SIZES, TinyMixture, question_records, write_question_shards
 
 # The record of the few-shot source that cannot be used.
@@ -129,3 +132,30 @@ def test_of_records_that_are_too_much_together_only_examples_are_left_out(sound:
         picked = Counter((pick.source_idx, pick.record_idx) for pick in data.order.batch(step))
         assert Counter(batch.record_ids) == picked
         assert batch.skipped > 0
+
+
+def test_token_caches_change_no_sample_and_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture = TinyMixture.write(tmp_path)
+    before = [digest(mixture.data(schedule="same_batch")[step]) for step in range(6)]
+    data = mixture.data(schedule="same_batch")
+    for name in ("texts", "questions", "long"):
+        build_token_caches(mixture.folder / name, [mixture.encoder, mixture.decoder])
+    tokenised = record_texts(monkeypatch, mixture)
+    assert [digest(data[step]) for step in range(6)] == before
+    texts = {source.shards.record(idx)["text"] for source in data.sources[::2] for idx in range(len(source.shards))}
+    assert not texts & tokenised
+    assert tokenised, "what is no record's text is tokenised as ever"
+
+
+def record_texts(monkeypatch: pytest.MonkeyPatch, mixture: TinyMixture) -> set[str]:
+    """All texts that will be tokenised, as they come."""
+    found: set[str] = set()
+    for kind in {type(load_tokenizer(path)) for path in (mixture.encoder, mixture.decoder)}:
+        original = kind.encode_with_ends
+
+        def recorded(self: Tokenizer, text: str, original: Any = original) -> Encoding:
+            found.add(text)
+            return original(self, text)
+
+        monkeypatch.setattr(kind, "encode_with_ends", recorded)
+    return found

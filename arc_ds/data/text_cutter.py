@@ -84,15 +84,18 @@ class TextCutter:
             return len(text)
         limit = min(budget, max(remaining - self.min_tokens, 1))  # leaves a tail worth having
         allowed = ends[1 : limit + 1]
-        allowed = allowed[allowed > start]
+        allowed = allowed[allowed > start]  # rising: boundaries inside characters are -1
         if len(allowed) == 0:  # a character of more tokens than the budget: taken whole, the caller sees the count
             return int(ends[1:][ends[1:] > start][0])
         furthest = int(allowed[-1])
         for pattern, share in _BREAKS:
             breaks = _break_positions(text, pattern, start + int((furthest - start) * share), furthest)
-            fitting = np.intersect1d(breaks, allowed)
-            if len(fitting):
-                return int(fitting[-1])
+            places = np.searchsorted(allowed, breaks)
+            fitting = [
+                end for end, place in zip(breaks, places, strict=True) if end <= furthest and allowed[place] == end
+            ]
+            if fitting:
+                return max(fitting)
         return furthest
 
 

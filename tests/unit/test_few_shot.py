@@ -85,6 +85,14 @@ def test_variants_of_the_template(pair: Pair) -> None:
     )
 
 
+def test_open_variant_is_the_decoder_s_own_reading_of_the_whole_text(pair: Pair, golden: Path) -> None:
+    for decoder in (pair[1], load_tokenizer(golden / "tokenizers" / "sp384.model")):
+        ids = [token for s in open_(make((pair[0], decoder), TOWER, LAMP, SEA)).segments for token in s.ids]
+        whole = decoder.decode(ids)
+        assert whole.startswith("Document: The lamp held.\nQuestion: What held?\nAnswer: The lamp.\n\nDocument: Wind")
+        assert ids == [decoder.bos_id, *decoder.encode(whole)]
+
+
 @pytest.mark.parametrize(
     ("fields", "asked"),
     [

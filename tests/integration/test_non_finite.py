@@ -52,7 +52,7 @@ class _Spoilt:
     """A decoder whose losses are infinite on rank 1 in some steps, though their gradients would be finite."""
 
     def __init__(self, decoder: PlacedDecoder, run: Run, steps: Collection[int]) -> None:
-        self._decoder, self._run, self._steps = decoder, run, steps
+        self.module, self._decoder, self._run, self._steps = decoder.module, decoder, run, steps
 
     def __call__(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
         nll_L = self._decoder(batch, z_ZD)

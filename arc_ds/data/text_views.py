@@ -66,7 +66,7 @@ class TextViews:
         if self._decoder_reached[first] != start or self._decoder_reached[last] != end:
             return self._decoder_tokenizer.encode_with_ends(self.text[start:end])
         ends = self.decoder.ends[first : last + 1]
-        return Encoding(self.decoder.ids[first:last], np.where(ends >= 0, ends - start, -1))
+        return Encoding(self.decoder.ids[first:last], np.maximum(ends - start, -1))
 
 
 def keep_first(piece: Encoding, max_tokens: int) -> NDArray[np.int64]:

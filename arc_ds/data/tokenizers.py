@@ -190,25 +190,27 @@ def ends_of_bytes(text: str, ids: NDArray[np.int64], lengths: NDArray[np.int64],
     lengths: int64 [vocab_size], bytes of each id. lead: bytes in front of the text that the tokenizer added (the dummy
     space of sentencepiece). None where the ids do not add up to the text.
     """
-    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
     spans = lengths[ids]
-    np.cumsum(spans, out=offsets[1:])
-    if text.isascii() and spans.all():
-        num_bytes = len(text)
-        ends = offsets
-        if lead and len(ids):
-            ends[1:] -= lead
-            if ends[1] == 0 and len(ids) > 1:  # the added space alone: no character before this boundary
-                ends[1] = -1
-    else:
-        raw = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-        num_bytes = len(raw)
-        starts = np.append((raw & 0xC0) != 0x80, True)
-        characters = np.cumsum(starts) - starts  # characters that begin before each byte
-        inside = np.clip(offsets - lead, 0, num_bytes)
-        ends = settle_ends(np.where(starts[inside], characters[inside], -1), len(text))
-    adds_up = int(spans.sum()) == num_bytes + (lead if len(ids) else 0)
-    return Encoding(ids, ends) if adds_up else None
+    ends = np.zeros(len(ids) + 1, dtype=np.int64)
+    spans.cumsum(out=ends[1:])
+    if len(ids):
+        ends[1:] -= lead
+    raw = None if text.isascii() else np.frombuffer(text.encode("utf-8"), dtype=np.int8)
+    if int(ends[-1]) != (len(text) if raw is None else len(raw)):
+        return None
+    has_empty = not spans.all()
+    if len(ids) > 1 and ends[1] <= 0:
+        ends[1] = 0 if has_empty else -1  # the added space alone: no character before this boundary
+    if raw is not None:
+        ends = _characters_before(ends, raw)
+    return Encoding(ids, settle_ends(ends, len(text)) if has_empty else ends)
+
+
+def _characters_before(offsets: NDArray[np.int64], raw: NDArray[np.int8]) -> NDArray[np.int64]:
+    """How many characters of UTF-8 (as signed bytes) begin before each byte, -1 inside a character or at -1."""
+    continues = raw < -64  # 0b10xxxxxx
+    inside = np.append(continues, False)[offsets] | (offsets < 0)
+    return np.where(inside, -1, offsets - continues.nonzero()[0].searchsorted(offsets))
 
 
 def settle_ends(ends: NDArray[np.int64], num_characters: int) -> NDArray[np.int64]:

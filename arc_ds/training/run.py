@@ -16,7 +16,7 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.data.loader import StepData, make_loader
 from arc_ds.data.micro_batches import pack_again
 from arc_ds.data.step_batch import StepBatch
-from arc_ds.errors import ArcError
+from arc_ds.errors import ArcError, DataError
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.engine import PlacedDecoder
 from arc_ds.training.schedule import RateSchedule
@@ -72,7 +72,7 @@ class Run:
     def batches(self) -> Iterator[StepBatch]:
         """This rank's batches from the current step to the last; the time spent waiting goes to `clock`.
 
-        DataError where a record cannot be used and the config does not say to skip it.
+        DataError where a record cannot be used and the config does not say to skip it, or a worker was killed.
         """
         steps = range(self.step, self.config.steps)
         num_workers = self.config.data.num_workers
@@ -83,6 +83,13 @@ class Run:
                     batch = next(loader, None)
                 except ArcError as error:
                     raise type(error)(_own_words(error)) from None
+                except RuntimeError as error:  # of torch's DataLoader, which has no class of its own for it
+                    if not str(error).startswith("DataLoader worker"):
+                        raise
+                    raise DataError(
+                        f"{error}. It was killed, mostly for want of memory on this host: lower data.num_workers or "
+                        "the number of ranks of the host."
+                    ) from error
             if batch is None:
                 return
             yield batch

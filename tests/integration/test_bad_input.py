@@ -7,7 +7,10 @@ the real command.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -136,24 +139,39 @@ def test_a_damaged_record_met_in_training_is_one_message(
     for tar in shards.glob("*.tar"):
         tar.write_bytes(tar.read_bytes().replace(b"Tower", b"Tover"))
     loaded = load_config(config, [f"run_dir={run}", f"data.sources.0.path={shards}", f"data.num_workers={num_workers}"])
-    parts = read_parts(loaded, CPU)
-    begun = Run(
-        config=loaded,
-        folder=run,
+    with pytest.raises(DataError) as caught:
+        next(_begun(loaded).batches())
+    message = str(caught.value)
+    assert message.startswith(f"{shards}/shard-") and "checksum" in message and "data.on_error: skip" in message
+    assert len(message.splitlines()) == 1
+
+
+def _begun(config: RunConfig) -> Run:
+    """A run as its data see it: without an engine."""
+    parts = read_parts(config, CPU)
+    return Run(
+        config=config,
+        folder=Path(config.run_dir),
         device=CPU,
         spec=parts.spec,
         engine=None,  # type: ignore[arg-type]
         decoders=(),
         data=parts.data,
-        schedule=rate_schedule(loaded),
+        schedule=rate_schedule(config),
         validator=None,
         tasks=parts.data.tasks,
     )
-    with pytest.raises(DataError) as caught:
-        next(begun.batches())
-    message = str(caught.value)
-    assert message.startswith(f"{shards}/shard-") and "checksum" in message and "data.on_error: skip" in message
-    assert len(message.splitlines()) == 1
+
+
+def test_a_data_worker_that_is_killed_is_an_error_of_this_run_and_no_hang(config: Path, run: Path) -> None:
+    others = set(multiprocessing.active_children())
+    batches = _begun(load_config(config, [f"run_dir={run}", "data.num_workers=1"])).batches()
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - others
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"DataLoader worker .* killed.* lower data\.num_workers"):
+        for _ in batches:
+            pass
 
 
 def test_texts_without_a_token_make_no_shards(config: Path, tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""Time and memory of building and checking shards of synthetic JSONL, for several sizes of the input.
+
+    python tools/bench_shards.py --tokenizer MODEL --mb 100 1000 --workers 2
+
+Prints a CSV row for each size. The memory is the sum over all processes of the command (PSS: pages that processes share
+are counted once), sampled ten times a second; it must not grow with the input. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import arc_ds
+
+_PERIOD_S = 0.1
+_WORDS = "the of a and to in was on that by stone tower lamp keeper island harbour weather winter light built "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one command took. input_mb: megabytes (10^6 bytes) of JSONL. peak_mib: of all its processes."""
+
+    command: str
+    input_mb: float
+    workers: int
+    seconds: float
+    peak_mib: float
+    num_processes: int
+    machine: str
+    date: str
+    version: str
+
+
+def main() -> int:
+    """Run the benchmark; 0 on success."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="a file or folder")
+    parser.add_argument("--mb", type=float, nargs="+", default=[100.0, 1000.0], help="sizes of the inputs")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--folder", type=Path, help="for inputs and shards, which are removed again")
+    args = parser.parse_args()
+    writer = csv.DictWriter(sys.stdout, [field.name for field in fields(Row)])
+    writer.writeheader()
+    for size in args.mb:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            source, out = Path(folder) / "in.jsonl", Path(folder) / "out"
+            write_jsonl(source, int(size * 1e6))
+            common = ["--workers", str(args.workers)]
+            build = ["build", str(source), "--out", str(out), "--tokenizer", args.tokenizer, *common]
+            for words in (build, ["check", str(out), *common]):
+                row = measure(words, input_mb=size, workers=args.workers)
+                writer.writerow(asdict(row))
+                sys.stdout.flush()
+    return 0
+
+
+def write_jsonl(path: Path, num_bytes: int) -> None:
+    """Documents of 0.2 to 12 KB of words in random order, the same each time."""
+    draw = random.Random(0)
+    words = _WORDS.split()
+    sentences = [" ".join(draw.choices(words, k=draw.randrange(4, 24))).capitalize() + "." for _ in range(5000)]
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < num_bytes:
+            text = " ".join(draw.choices(sentences, k=draw.randrange(3, 180)))
+            written += file.write(json.dumps({"text": f"{written}. {text}"}) + "\n")
+
+
+def measure(words: list[str], *, input_mb: float, workers: int) -> Row:
+    """Run `arc-ds shards …` and watch it. RuntimeError where it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "arc_ds.cli", "shards", *words], stdout=subprocess.DEVNULL)
+    watch = MemoryWatch(process.pid)
+    watch.start()
+    code = process.wait()
+    watch.stop()
+    if code != 0:
+        raise RuntimeError(f"arc-ds shards {words[0]} ended with code {code}")
+    return Row(
+        command=words[0],
+        input_mb=input_mb,
+        workers=workers,
+        seconds=round(time.perf_counter() - start, 1),
+        peak_mib=round(watch.peak_bytes / (1 << 20), 1),
+        num_processes=watch.num_processes,
+        machine=f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        version=arc_ds.__version__,
+    )
+
+
+class MemoryWatch(threading.Thread):
+    """Samples the memory of a process and all its descendants. num_processes: the most that were seen at once."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+        self.num_processes = 0
+        self._pid = pid
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(_PERIOD_S):
+            sizes = [_pss_bytes(pid) for pid in _descendants(self._pid)]
+            self.peak_bytes = max(self.peak_bytes, sum(sizes))
+            self.num_processes = max(self.num_processes, len(sizes))
+
+    def stop(self) -> None:
+        """End sampling and wait for the thread."""
+        self._stopped.set()
+        self.join()
+
+
+def _descendants(pid: int) -> list[int]:
+    """A process and all below it that still run."""
+    found = [pid]
+    for parent in found:  # grows while it is walked
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                found += [int(child) for child in task.read_text().split()]
+            except OSError:  # it has ended meanwhile
+                continue
+    return found
+
+
+def _pss_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -85,6 +85,7 @@ class StepData(Dataset[StepBatch]):
 
     def __getitem__(self, step: int) -> StepBatch:
         """This rank's share of a step; DataError where a record cannot be used and `on_error` does not say to skip."""
+        self._fetch_ahead(step)
         picks = self.order.batch(step)
         decoder_idxs = self.order.decoders(step)
         shares, num_splits = self._shares(picks, decoder_idxs)
@@ -100,6 +101,12 @@ class StepData(Dataset[StepBatch]):
             record_ids=tuple(item.record_id for item in everything),
             share=share if self.limits.any else None,
         )
+
+    def _fetch_ahead(self, step: int) -> None:
+        """Begin to fetch what this step and those after it read, where it is not on this host."""
+        if any(source.shards.is_remote for source in self.sources):
+            for source_idx, shard_idxs in self.order.shards_ahead(step).items():
+                self.sources[source_idx].shards.prefetch(shard_idxs)
 
     def _shares(self, picks: Sequence[Pick], decoder_idxs: Sequence[int]) -> tuple[tuple[Parts, ...], int]:
         """Each rank's share, and into how many micro-batches every rank splits its own for each decoder."""

@@ -58,19 +58,36 @@ class ShardCache:
         except OSError as error:
             raise self.storage_error(url, error) from error
 
+    def bring(self, url: str, *, num_bytes: int, sha256: str) -> None:
+        """Fetch the file with this sum, unless it is here or another process is about it. StorageError as `open`."""
+        path = self.tar_path(sha256)
+        try:
+            with self.lock(sha256[:2], wait=False) as is_held:
+                if is_held and not (path.is_file() and path.stat().st_size == num_bytes):
+                    self._fetch(url, path, num_bytes, sha256).close()
+        except OSError as error:
+            raise self.storage_error(url, error) from error
+
     def tar_path(self, sha256: str) -> Path:
         """Where the tar with this sum is kept."""
         return self.folder / "tars" / sha256
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Hold the lock of a name among all processes and threads of the host."""
+    def lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock of a name among all processes and threads of the host, and give whether it is held.
+
+        Without `wait` it is not, where another holds it.
+        """
         path = self.folder / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
             try:
-                yield
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                yield True
             finally:
                 fcntl.flock(file, fcntl.LOCK_UN)  # a child forked meanwhile has the descriptor too
 

@@ -6,11 +6,8 @@ fetched to. Tars are opened when they are wanted.
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +29,6 @@ from arc_ds.data.shards import (
 )
 from arc_ds.data.urls import is_url, join_url, local_path, shown_url
 from arc_ds.errors import ConfigError, DataError, StorageError
-
-logger = logging.getLogger(__name__)
 
 _THREADS = 16  # for waits, not for work: small files behind a network
 _MAX_MANIFEST_BYTES = 1 << 30
@@ -77,6 +72,12 @@ class ShardFiles:
                 f"{address} cannot be opened: {error.strerror or error}. Is its disk still mounted, and were the "
                 "shards moved or built again meanwhile?"
             ) from error
+
+    def bring(self, shard: ShardInfo) -> None:
+        """Fetch a shard's tar ahead of its use, unless another process is about it. StorageError where that fails."""
+        address = self.address(shard)
+        if self.cache is not None and is_url(address):
+            self.cache.bring(address, num_bytes=shard.bytes, sha256=shard.sha256)
 
     def cure(self, shard: ShardInfo) -> str:
         """What to do about a tar whose bytes are not what they were."""
@@ -200,34 +201,3 @@ def check_size(path: Path, shard: ShardInfo) -> None:
     if size != shard.bytes:
         state = "cut short" if size < shard.bytes else "longer than written"
         raise DataError(f"{path}: expected {shard.bytes} bytes, got {size}: {state}. {REBUILD}")
-
-
-class Prefetcher:
-    """Fetches shards ahead of their use, in a thread of this process that ends when there is nothing left."""
-
-    def __init__(self, files: ShardFiles) -> None:
-        self._files = files
-        self._wanted: deque[ShardInfo] = deque()
-        self._lock = threading.Lock()
-        self._is_running = False
-
-    def want(self, shards: Iterable[ShardInfo]) -> None:
-        """Begin to fetch these in order, instead of what was wanted before and not begun. Returns at once."""
-        remote = [shard for shard in shards if is_url(self._files.address(shard))]
-        with self._lock:
-            self._wanted = deque(remote)
-            if remote and not self._is_running:
-                self._is_running = True
-                threading.Thread(target=self._run, name="shard-prefetch", daemon=True).start()
-
-    def _run(self) -> None:
-        while (shard := self._next()) is not None:
-            try:
-                self._files.open(shard).close()
-            except StorageError as error:  # whoever reads the shard tries again, and is told
-                logger.warning("not fetched ahead: %s", error)
-
-    def _next(self) -> ShardInfo | None:
-        with self._lock:
-            self._is_running = bool(self._wanted)
-            return self._wanted.popleft() if self._wanted else None

@@ -6,7 +6,7 @@ import bisect
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -16,8 +16,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from arc_ds.data.prefetcher import Prefetcher
 from arc_ds.data.shard_cache import ShardCache
-from arc_ds.data.shard_files import Prefetcher, ShardFiles, check_size, locate
+from arc_ds.data.shard_files import ShardFiles, check_size, locate
 from arc_ds.data.shard_members import BLOCK, decode_member, name_of_header, size_of_header
 from arc_ds.data.shards import INDEX_DTYPE, MANIFEST, ShardInfo, read_index, sha256_of_file
 from arc_ds.data.urls import is_url
@@ -61,7 +62,7 @@ class ShardSet:
     def _open_nothing(self) -> None:
         self._index = lru_cache(maxsize=_max_indexes(self.files))(partial(_index_rows, self.files))
         self._tar = lru_cache(maxsize=_max_mapped(self.files))(partial(_map, self.files))
-        self._prefetcher: tuple[int, Prefetcher] | None = None
+        self._prefetcher: Prefetcher | None = None
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -101,16 +102,21 @@ class ShardSet:
             reason = f"{str(error).rstrip('.')}. {self.files.cure(shard)}"
             raise DataError(f"{place}: {reason} Or set data.on_error: skip.") from error
 
-    def prefetch(self, shard_idxs: Iterable[int]) -> None:
-        """Begin to fetch these shards in order, if they are behind a URL, and return at once.
+    @property
+    def is_remote(self) -> bool:
+        """Whether tars are fetched."""
+        return self.files.cache is not None
+
+    def prefetch(self, shard_idxs: Sequence[int]) -> None:
+        """Begin to fetch these shards in order, where they are behind a URL, and return at once.
 
         They replace what was wanted before and is not begun. A failure is logged; who reads the shard tries again.
         """
-        if self.files.cache is None:
+        if not self.is_remote:
             return
-        if self._prefetcher is None or self._prefetcher[0] != os.getpid():  # threads do not cross a fork
-            self._prefetcher = os.getpid(), Prefetcher(self.files)
-        self._prefetcher[1].want(self.manifest.shards[idx] for idx in shard_idxs)
+        if self._prefetcher is None or not self._prefetcher.is_mine:
+            self._prefetcher = Prefetcher(self.files)
+        self._prefetcher.want(shard_idxs)
 
     def _row(self, idx: int) -> tuple[int, tuple[int, int, int, int]]:
         """The shard of a record, and its row of the index: offset, length, xxh64, tokens."""

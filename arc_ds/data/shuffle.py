@@ -41,10 +41,26 @@ class WindowShuffle:
             records[in_epoch] = self._records_of_epoch(epoch, places[in_epoch])
         return epochs, records
 
-    def shards(self, epoch: int, window: int) -> NDArray[np.int64]:
-        """The shards of one window of an epoch; empty where there is no such window."""
+    def windows_from(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shards that draw number `rank` and those about it are read from, and those of the window behind it."""
+        epoch, place = divmod(rank, self._num_records)
+        _, bounds = self._layout(epoch)
+        window = int(np.searchsorted(bounds, place, side="right")) - 1
+        following = (epoch, window + 1) if window + 1 < len(bounds) else (epoch + 1, 0)
+        return tuple(self._shards(epoch, window).tolist()), tuple(self._shards(*following).tolist())
+
+    def _shards(self, epoch: int, window: int) -> NDArray[np.int64]:
+        """The shards of one window of an epoch."""
         shards, _ = self._layout(epoch)
         return shards[window * self._window_shards : (window + 1) * self._window_shards]
+
+    def shards_ahead(self, rank: int) -> tuple[int, ...]:
+        """The shards of the window that the draw number `rank` falls into, and those of the window after it."""
+        epoch, place = divmod(rank, self._num_records)
+        _, bounds = self._layout(epoch)
+        window = int(np.searchsorted(bounds, place, side="right")) - 1
+        following = (epoch, window + 1) if window + 1 < len(bounds) else (epoch + 1, 0)
+        return (*self.shards(epoch, window).tolist(), *self.shards(*following).tolist())
 
     def _records_of_epoch(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The records at some places (0 … records - 1, rising) of an epoch."""
@@ -64,6 +80,6 @@ class WindowShuffle:
 
     def _make_window(self, epoch: int, window: int) -> NDArray[np.int64]:
         """The records of one window in this epoch's order."""
-        shards = self.shards(epoch, window)
+        shards = self._shards(epoch, window)
         records = np.concatenate([np.arange(self._first[s], self._first[s] + self._sizes[s]) for s in shards])
         return records[permutation(len(records), *self._key, "records", epoch, window)]

@@ -30,12 +30,18 @@ BATCH_BYTES = 1 << 20  # about what a worker gets at once: large against the cos
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputFile:
-    """One file of documents. name: what the manifest calls it, the path inside the folder that was given."""
+    """One file of documents.
+
+    name: what the manifest calls it, the path inside the folder that was given. num_bytes, mtime_ns: its size on disk
+    and time of change when it was found, which must stay so while it is worked on.
+    """
 
     path: Path
     name: str
     kind: InputKind
     compression: Compression
+    num_bytes: int
+    mtime_ns: int
 
     def where(self, number: int) -> str:
         """How a message names a document of this file; `number` counts lines or rows from 1."""
@@ -43,10 +49,13 @@ class InputFile:
             return str(self.path)
         return f"{self.path}, {'line' if self.kind == 'jsonl' else 'row'} {number}"
 
-    def signature(self) -> tuple[int, int]:
-        """Size in bytes and time of change in ns: what must stay as it is while the file is worked on."""
-        status = self.path.stat()
-        return status.st_size, status.st_mtime_ns
+    def has_changed(self) -> bool:
+        """Whether it is another one now than when it was found, or gone."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return True
+        return (status.st_size, status.st_mtime_ns) != (self.num_bytes, self.mtime_ns)
 
 
 class Cursor(NamedTuple):
@@ -115,7 +124,15 @@ def _ending(path: Path) -> str | None:
 
 def _input_file(path: Path, name: str) -> InputFile:
     kind, compression = _ENDINGS[_ending(path) or ""]
-    return InputFile(path=path, name=name, kind=kind, compression=compression)
+    status = path.stat()
+    return InputFile(
+        path=path,
+        name=name,
+        kind=kind,
+        compression=compression,
+        num_bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+    )
 
 
 def read_batches(

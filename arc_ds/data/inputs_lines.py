@@ -26,7 +26,7 @@ def read_text_batch(file: InputFile, max_document_bytes: int) -> Iterator[Batch]
         data = stream.read(max_document_bytes + 1)
         size = len(data) + _discard(stream)
     line = Line(number=1, size=size, data=data if size <= max_document_bytes else None)
-    yield Batch(cursor=Cursor(), content=(line,), position=file.path.stat().st_size)
+    yield Batch(cursor=Cursor(), content=(line,), position=file.num_bytes)
 
 
 def read_line_batches(file: InputFile, max_document_bytes: int, start: Cursor) -> Iterator[Batch]:

@@ -38,7 +38,7 @@ def _row_group(
 ) -> Iterator[Batch]:
     """The batches of a row group behind its first `skipped` rows, which end a batch."""
     size = _rows_at_once(parquet.metadata.row_group(group), columns)
-    share = file.path.stat().st_size / max(parquet.metadata.num_rows, 1)
+    share = file.num_bytes / max(parquet.metadata.num_rows, 1)
     row = 0
     for rows in parquet.iter_batches(batch_size=size, row_groups=[group], columns=columns, use_threads=False):
         if row >= skipped:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import arc_ds
 from arc_ds.data.inputs import Cursor, InputFile
 from arc_ds.data.record_maker import Counts, RecordRules
 from arc_ds.data.shards import ShardInfo, SourceInfo, sha256_of_file
@@ -70,6 +71,8 @@ class BuildFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise DataError(f"another build is writing {self.path}. Wait for it, or give another folder.") from None
+            except OSError as error:
+                logger.warning("%s: this file system has no locks (%s); run one build at a time", self.path, error)
             yield
 
     def keep_only(self, shards: Sequence[ShardInfo]) -> None:
@@ -123,7 +126,7 @@ class BuildFolder:
         try:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if state["version"] != _VERSION:
-                raise ValueError("it is of another version of ARC-DS")
+                raise ValueError("it is of another format")
             checkpoint = _checkpoint_of(state["checkpoint"])
             _check_same(state, plan)
             for shard in checkpoint.shards:
@@ -136,6 +139,7 @@ class BuildFolder:
 
 def _plan_as_json(plan: BuildPlan) -> dict[str, Any]:
     return {
+        "version": arc_ds.__version__,
         "rules": asdict(plan.rules),
         "shard_bytes": plan.shard_bytes,
         "tokenizer_fingerprint": plan.tokenizer_fingerprint,
@@ -143,7 +147,7 @@ def _plan_as_json(plan: BuildPlan) -> dict[str, Any]:
 
 
 def _signatures(files: Sequence[InputFile]) -> list[list[Any]]:
-    return [[str(file.path.absolute()), file.name, *file.signature()] for file in files]
+    return [[str(file.path.absolute()), file.name, file.num_bytes, file.mtime_ns] for file in files]
 
 
 def _check_same(state: dict[str, Any], plan: BuildPlan) -> None:
@@ -152,7 +156,7 @@ def _check_same(state: dict[str, Any], plan: BuildPlan) -> None:
     if plan.rules.on_error == "skip":
         old["rules"]["on_error"] = "skip"  # what a build that stops at faults has done so far, one that skips does too
     if old != new:
-        raise ValueError("its options or its tokenizer were others")
+        raise ValueError("its options, its tokenizer or its version of ARC-DS were others")
     read = state["inputs"]
     if read != _signatures(plan.files[: len(read)]):
         raise ValueError("the inputs that it has read have changed, or others were given")

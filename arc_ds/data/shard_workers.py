@@ -68,7 +68,8 @@ def worker_pool(num_workers: int, begin: Callable[..., None], *args: object) -> 
         yield pool
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process died, most likely for lack of memory. Run the same command again with fewer --workers."
+            "a worker process died, most likely for lack of memory. Run the same command again with fewer --workers. "
+            "(A script of your own that starts workers must do so below `if __name__ == '__main__':`.)"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -10,20 +10,20 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 from tqdm import tqdm
 
+from arc_ds.data.input_digests import InputDigests
 from arc_ds.data.inputs import InputFile, find_inputs, read_batches
 from arc_ds.data.record_maker import Counts, MadeBatch, OnError, RecordRules
 from arc_ds.data.shard_state import BuildFolder, BuildPlan, Checkpoint
 from arc_ds.data.shard_workers import Work, make_in_order
-from arc_ds.data.shards import MANIFEST, Manifest, RecordKind, SourceInfo, sha256_of_file
+from arc_ds.data.shards import MANIFEST, Manifest, RecordKind, SourceInfo
 from arc_ds.data.tar_writer import ShardWriter
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
-from arc_ds.errors import DataError
+from arc_ds.errors import DataError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def build_shards(
     workers: processes that cut. The result does not depend on their number.
     The folder appears whole or not at all. A build that ended early keeps its finished shards in a hidden folder beside
     `out_dir`, and the same call goes on there. DataError on an unusable input or option, or where `out_dir` exists and
-    `overwrite` is not given.
+    `overwrite` is not given; StorageError where nothing can be written.
     """
     out_dir = Path(out_dir)
     rules = RecordRules(
@@ -87,9 +87,12 @@ def build_shards(
         files=tuple(files), rules=rules, shard_bytes=shard_bytes, tokenizer_fingerprint=tokenizer.fingerprint
     )
     folder = BuildFolder(out_dir)
-    with folder.locked():
-        manifest = _build_in(folder, plan, tokenizer, workers, progress)
-        folder.publish(out_dir)
+    try:
+        with folder.locked():
+            manifest = _build_in(folder, plan, tokenizer, workers, progress)
+            folder.publish(out_dir)
+    except OSError as error:
+        raise StorageError(f"{out_dir} cannot be written: {error}. Is its disk full?") from error
     logger.info("%s: %d records in %d shards", out_dir, manifest.samples, len(manifest.shards))
     return manifest
 
@@ -116,12 +119,8 @@ def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, worker
         logger.warning("%s: going on behind %d finished shards", folder.path, len(start.shards))
     build = _Build(folder, plan, start or Checkpoint())
     try:
-        with tqdm(
-            total=sum(file.path.stat().st_size for file in plan.files),
-            unit="B",
-            unit_scale=True,
-            disable=not progress,
-        ) as bar:
+        total = sum(file.num_bytes for file in plan.files)
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
             build.run(tokenizer, workers, bar)
     except BaseException:
         if build.checkpoint.shards:
@@ -164,14 +163,13 @@ class _Build:
         self._first_record = self.writer.num_records - start.file_records
         self._first_token = self.writer.num_tokens - start.file_tokens
         self._to_skip = start.num_records  # of the first batch
-        self._digests: dict[int, Future[str]] = {}
-        self._signatures: dict[int, tuple[int, int]] = {}
+        self._bytes_done = sum(source.bytes for source in start.sources)
 
     def run(self, tokenizer: Tokenizer, workers: int, bar: tqdm[None]) -> None:
         """Read, make and write everything from the checkpoint on. DataError on a fault, or where there is no record."""
-        with ThreadPoolExecutor(1) as hasher:
+        with InputDigests() as digests:
             works = make_in_order(
-                self._works(hasher),
+                self._works(digests),
                 rules=self.plan.rules,
                 tokenizer=tokenizer,
                 tokenizer_folder=self.folder.path / "tokenizer",
@@ -179,24 +177,23 @@ class _Build:
             )
             with self.writer, closing(works):
                 for work, made in works:
-                    self._finish_files(work.file_idx)
+                    self._finish_files(work.file_idx, digests)
                     self._write(work, made)
-                    bar.update(sum(source.bytes for source in self.sources) + work.batch.position - bar.n)
+                    bar.update(self._bytes_done + work.batch.position - bar.n)
                     bar.set_postfix(records=self.writer.num_records, refresh=False)
-                self._finish_files(len(self.plan.files))
+                self._finish_files(len(self.plan.files), digests)
         if not self.writer.shards:
             raise DataError(
                 f"the inputs ({', '.join(file.path.name for file in self.plan.files[:5])}) give no record: "
                 f"{_as_words(self.sources)} left out. Give other inputs, or smaller limits."
             )
 
-    def _works(self, hasher: ThreadPoolExecutor) -> Iterator[Work]:
-        """The batches from the checkpoint on; an input's digest is computed while it is read."""
+    def _works(self, digests: InputDigests) -> Iterator[Work]:
+        """The batches from the checkpoint on."""
         rules, start = self.plan.rules, self.checkpoint
         for idx in range(start.file_idx, len(self.plan.files)):
             file = self.plan.files[idx]
-            self._signatures[idx] = file.signature()
-            self._digests[idx] = hasher.submit(sha256_of_file, file.path)
+            digests.begin(file.path)
             for batch in read_batches(
                 file,
                 columns=rules.columns,
@@ -230,17 +227,16 @@ class _Build:
         )
         self.folder.save(self.plan, self.checkpoint)
 
-    def _finish_files(self, end: int) -> None:
+    def _finish_files(self, end: int, digests: InputDigests) -> None:
         """Note what became of the inputs in front of number `end`. DataError where one changed while it was read."""
         for idx in range(len(self.sources), end):
             file = self.plan.files[idx]
-            digest = self._digests.pop(idx).result()
-            signature = self._signatures.pop(idx)
-            if signature != file.signature():
+            digest = digests.take(file.path)
+            if file.has_changed():
                 raise DataError(f"{file.path} changed while it was read. Build again when it is complete.")
             source = SourceInfo(
                 name=file.name,
-                bytes=signature[0],
+                bytes=file.num_bytes,
                 sha256=digest,
                 documents=self._counts.documents,
                 records=self.writer.num_records - self._first_record,
@@ -249,6 +245,7 @@ class _Build:
                 skipped=dict(sorted(self._counts.skipped.items())),
             )
             self.sources.append(source)
+            self._bytes_done += source.bytes
             self._counts = Counts()
             self._first_record, self._first_token = self.writer.num_records, self.writer.num_tokens
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from arc_ds.data import inputs, inputs_lines
 from arc_ds.data.documents import LeftOutError, read_documents
-from arc_ds.data.inputs import Batch, InputFile, find_inputs, read_batches
+from arc_ds.data.inputs import Batch, find_inputs, read_batches
 from arc_ds.errors import DataError
 
 LIMIT = 1 << 20
@@ -80,7 +80,7 @@ def test_reading_from_any_batch_on_gives_the_same(
 ) -> None:
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     path.write_bytes(b"\n".join(lines))
-    file = InputFile(path=path, name="a", kind="jsonl", compression="")
+    (file,) = find_inputs([path])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs_lines, "BATCH_BYTES", batch_bytes)
         whole = list(inputs_lines.read_line_batches(file, max_bytes, inputs.Cursor()))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from arc_ds.data.shard_writer import build_shards
 from arc_ds.data.shards import Manifest
 from arc_ds.data.tar_writer import ShardWriter
 from arc_ds.data.tokenizers import load_tokenizer
-from arc_ds.errors import DataError
+from arc_ds.errors import DataError, StorageError
 from tests.helpers.tiny_data import TEXT, numbered_texts, write_shards, write_tiktoken
 
 
@@ -364,6 +366,20 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(
 
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was read"):
         build(inputs, tmp_path / "out", meanwhile=grow)
+
+
+def test_a_full_disk_is_an_error_with_the_place_and_a_build_goes_on_when_it_has_room(
+    tmp_path: Path, inputs: list[Path], build: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(record_idx: int) -> None:
+        if record_idx == 150:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageError, match=r"out cannot be written: .*No space left"):
+        build(inputs, tmp_path / "out", meanwhile=full)
+    build(inputs, tmp_path / "out")
+    build(inputs, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_two_builds_of_one_folder_do_not_mix(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from arc_ds.data.dealing import deal
 from arc_ds.data.estimates import Estimate, WorkRates
+from arc_ds.data.fetch_ahead import FetchAhead
 from arc_ds.data.micro_batches import MicroBatchLimits, check_size, pack_share, planned_splits, sample_size
 from arc_ds.data.order import Pick, RunOrder, Task
 from arc_ds.data.packing import PoolingSpec
@@ -69,6 +70,7 @@ class StepData(Dataset[StepBatch]):
         self.micro_batches = micro_batches
         self._rates = tuple(rates) or (WorkRates(),) * order.num_decoders
         self._estimators = tuple(source.estimator(pooling) for source in sources)
+        self._fetch_ahead = FetchAhead(order, sources)
         self._maker = SampleMaker(
             sources,
             encoder_tokenizer=encoder_tokenizer,
@@ -85,7 +87,7 @@ class StepData(Dataset[StepBatch]):
 
     def __getitem__(self, step: int) -> StepBatch:
         """This rank's share of a step; DataError where a record cannot be used and `on_error` does not say to skip."""
-        self._fetch_ahead(step)
+        self._fetch_ahead.at(step)
         picks = self.order.batch(step)
         decoder_idxs = self.order.decoders(step)
         shares, num_splits = self._shares(picks, decoder_idxs)
@@ -101,12 +103,6 @@ class StepData(Dataset[StepBatch]):
             record_ids=tuple(item.record_id for item in everything),
             share=share if self.limits.any else None,
         )
-
-    def _fetch_ahead(self, step: int) -> None:
-        """Begin to fetch what this step and those after it read, where it is not on this host."""
-        if any(source.shards.is_remote for source in self.sources):
-            for source_idx, shard_idxs in self.order.shards_ahead(step).items():
-                self.sources[source_idx].shards.prefetch(shard_idxs)
 
     def _shares(self, picks: Sequence[Pick], decoder_idxs: Sequence[int]) -> tuple[tuple[Parts, ...], int]:
         """Each rank's share, and into how many micro-batches every rank splits its own for each decoder."""

@@ -162,17 +162,6 @@ class RunOrder:
             for place, (source_idx, epoch, record_idx, task, seed, example_idxs) in enumerate(columns)
         )
 
-    def shards_ahead(self, step: int) -> dict[int, tuple[int, ...]]:
-        """For each source in a step: the shards of the window that it has reached there, and of the window after it.
-
-        What a run reads soon, in-context examples apart, so that it can be fetched ahead.
-        """
-        source_idxs, ranks = self._mixture.span(self.seed, step * self.batch_size, self.batch_size)
-        return {
-            source_idx: self._shuffles[source_idx].shards_ahead(int(ranks[source_idxs == source_idx][-1]))
-            for source_idx in np.unique(source_idxs).tolist()
-        }
-
     def windows(self, step: int) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Of each source that a step reads: the shards of the window that it is in at its end, and of the next one."""
         source_idxs, ranks = self._mixture.span(self.seed, step * self.batch_size, self.batch_size)

@@ -54,14 +54,6 @@ class WindowShuffle:
         shards, _ = self._layout(epoch)
         return shards[window * self._window_shards : (window + 1) * self._window_shards]
 
-    def shards_ahead(self, rank: int) -> tuple[int, ...]:
-        """The shards of the window that the draw number `rank` falls into, and those of the window after it."""
-        epoch, place = divmod(rank, self._num_records)
-        _, bounds = self._layout(epoch)
-        window = int(np.searchsorted(bounds, place, side="right")) - 1
-        following = (epoch, window + 1) if window + 1 < len(bounds) else (epoch + 1, 0)
-        return (*self.shards(epoch, window).tolist(), *self.shards(*following).tolist())
-
     def _records_of_epoch(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The records at some places (0 … records - 1, rising) of an epoch."""
         _, bounds = self._layout(epoch)

@@ -169,10 +169,9 @@ def _tell(notice: Notice, classes: Sequence[Tensor], num_classes: int) -> tuple[
     """
     class_L = torch.cat(list(classes))
     labels_C = (class_L[:, None] == torch.arange(num_classes, device=class_L.device)).sum(0)
-    splits = [0] * dist.get_world_size()
-    splits[dist.get_rank()] = notice.num_splits
-    told = torch.tensor([notice.stop, notice.failed, *splits], dtype=torch.int64)
-    message = torch.cat([labels_C, told.to(labels_C.device, non_blocking=True)])
+    told = labels_C.new_zeros(2 + dist.get_world_size())  # filled on the device: a copy to it could wait
+    told[0], told[1], told[2 + dist.get_rank()] = int(notice.stop), int(notice.failed), notice.num_splits
+    message = torch.cat([labels_C, told])
     dist.all_reduce(message)
     read = start_host_copy(message[num_classes:])
 

@@ -11,13 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from arc_ds.data.loader import make_loader
-from arc_ds.data.order import RunOrder, SourceShape
 from arc_ds.data.remote import Retries
 from arc_ds.data.shard_cache import ShardCache, open_cache
 from arc_ds.data.shard_reader import ShardSet, check_shards
@@ -368,41 +364,3 @@ def test_batches_of_remote_sources_are_the_local_ones(
     assert found == sequences(mixture.data()[step] for step in range(8))
     assert sum(path.stat().st_size for path in mixture.folder.glob("*/*.tar")) > 30_000
     assert sum(left for _, left in server.faults.values()) == 0, "the faults happened"
-
-
-def test_a_run_fetches_the_shards_of_the_next_steps_ahead(
-    tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    (tmp_path / "data").mkdir()
-    TinyMixture.write(tmp_path / "data")
-    remote = RemoteMixture(tmp_path / "data")
-    with serve(tmp_path / "data") as server:
-        remote.url, remote.cache = server.url, cache
-        data = remote.data()
-        data[0]
-        expected = {
-            data.sources[source_idx].shards.manifest.shards[shard_idx].sha256
-            for source_idx, shard_idxs in data.order.shards_ahead(0).items()
-            for shard_idx in shard_idxs
-        }
-        deadline = time.monotonic() + 10
-        while not expected <= {path.name for path in kept(cache)}:
-            assert time.monotonic() < deadline, "they are fetched beside the reading"
-            time.sleep(0.01)
-
-
-@settings(max_examples=20)
-@given(seed=st.integers(0, 1000), window_shards=st.integers(1, 4))
-def test_what_is_fetched_ahead_is_what_the_next_step_reads(seed: int, window_shards: int) -> None:
-    """Every window has more records than a step, so that a step reaches no further than into the next one."""
-    sizes = ((60, 50, 70, 40, 55), (30, 44, 51))
-    sources = tuple(SourceShape(shard_sizes=of_source, fingerprint="") for of_source in sizes)
-    order = RunOrder(seed=seed, batch_size=16, sources=sources, window_shards=window_shards)
-    for step in range(40):
-        ahead = order.shards_ahead(step)
-        for pick in order.batch(step + 1):
-            shard_idx = int(np.searchsorted(np.cumsum(sizes[pick.source_idx]), pick.record_idx, "right"))
-            assert pick.source_idx not in ahead or shard_idx in ahead[pick.source_idx]
-        for source_idx, shard_idxs in ahead.items():
-            assert len(shard_idxs) <= 2 * min(window_shards, len(sizes[source_idx]))

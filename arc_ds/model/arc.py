@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from arc_ds.data.packing import PackedBatch, pack
+from arc_ds.data.script import read_together
 from arc_ds.data.segments import Marker, Sample, Segment
 from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.device import usable_device
@@ -40,7 +42,8 @@ class ArcModel:
     """Compress, score and generate. Weights are only read: nothing here trains.
 
     spec: what the compressor is; tokenizers may be None where only ids are used. decoder_bos: whether prompts of texts
-    begin with the decoder's begin-of-text token, as in training (default: where it has one).
+    begin with the decoder's begin-of-text token, as in training (default: where it has one). texts_apart: whether texts
+    behind a context are read as if they began a text (sentencepiece then puts a space in front), as the reference does.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class ArcModel:
         encoder_tokenizer: Tokenizer | None = None,
         decoder_tokenizers: Sequence[Tokenizer | None] = (),
         decoder_bos: Sequence[bool] = (),
+        texts_apart: bool = False,
     ) -> None:
         self.spec = spec
         self.compressor = compressor.eval().requires_grad_(False)
@@ -59,6 +63,7 @@ class ArcModel:
         self.encoder_tokenizer = encoder_tokenizer
         self.decoder_tokenizers = list(decoder_tokenizers) or [None] * len(self.decoders)
         self.decoder_bos = list(decoder_bos) or [True] * len(self.decoders)
+        self.texts_apart = texts_apart
         self.device = next(compressor.parameters()).device
 
     @staticmethod
@@ -207,15 +212,18 @@ class ArcModel:
         tokenizer = self._decoder_tokenizer(decoder)
         bos = tokenizer.bos_id if self.decoder_bos[decoder] else None
         segments = [] if bos is None else [Segment.text([bos])]
-        for part in parts:
+        after_context = False
+        for part in _texts_joined(parts):
             if isinstance(part, Context):
                 segments.append(self._context(part.text, decoder, part.marker))
             elif isinstance(part, str):
-                segments.append(Segment.text(tokenizer.encode(part)))
+                (ids,) = read_together(tokenizer, [part], inside=after_context and not self.texts_apart)
+                segments.append(Segment.text(ids))
             else:
                 raise DataError(
                     f"a prompt is str and Context, or Segment alone; got a {type(part).__name__} among them"
                 )
+            after_context = isinstance(part, Context)
         return segments
 
     def _context(self, context: str | Sequence[int], decoder: int, marker: Marker | None) -> Segment:
@@ -245,6 +253,15 @@ class ArcModel:
         if tokenizer is None:
             raise TokenizerError(f"decoder {decoder} came without a tokenizer: put it in the decoder's folder")
         return tokenizer
+
+
+def _texts_joined(parts: Sequence[object]) -> list[object]:
+    """The parts, texts that stand next to each other as one: where a text was cut must not change its tokens."""
+    joined: list[object] = []
+    for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
+        members = list(group)
+        joined += ["".join(map(str, members))] if is_text else members
+    return joined
 
 
 def _listed(markers: Sequence[Marker]) -> str:

@@ -49,12 +49,16 @@ class DecoderReading:
 
 @dataclass(frozen=True, kw_only=True)
 class ArcSourceFolder:
-    """An opened folder of compressor weights: what it is of, its tensors, its tokenizer, how its decoders were read."""
+    """An opened folder of compressor weights: what it is of, its tensors, its tokenizer, how its decoders were read.
+
+    texts_apart: whether they read the texts around a context each as a text of its own, as the reference does.
+    """
 
     spec: CompressorSpec
     tensors: TensorSource
     tokenizer: Path | None
     decoders: tuple[DecoderReading, ...]
+    texts_apart: bool = False
 
 
 def load_arc_model(
@@ -85,6 +89,7 @@ def load_arc_model(
         encoder_tokenizer=encoder_tokenizer,
         decoder_tokenizers=[_decoder_tokenizer(path, d) for path, d in zip(decoders, loaded, strict=True)],
         decoder_bos=[reading.bos for reading in source.decoders],
+        texts_apart=source.texts_apart,
     )
 
 
@@ -213,13 +218,15 @@ def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcSour
     tensors = checkpoint.source(backbone)
     spec = spec_of_params(checkpoint.params, tensors.backbone, checkpoint.num_ports)
     readings = (DecoderReading(rope_scaling="none"),) * len(spec.decoder_sizes)
-    if (folder / ARC_DECODERS).is_file():
+    is_ours = (folder / ARC_DECODERS).is_file()
+    if is_ours:
         readings = _decoder_readings(Fields.read(folder / ARC_DECODERS), len(spec.decoder_sizes))
     return ArcSourceFolder(
         spec=spec,
         tensors=tensors,
         tokenizer=find_tokenizer(folder) or (None if encoder_backbone is None else find_tokenizer(encoder_backbone)),
         decoders=readings,
+        texts_apart=not is_ours,
     )
 
 

@@ -125,6 +125,17 @@ def test_texts_in_texts_out(golden: Path, tmp_path: Path, name: str) -> None:
     assert [a == b for a, b in zip(texts, case.meta["generated_text"], strict=True)] == equal
 
 
+def test_weights_of_ours_read_a_text_behind_a_context_as_the_middle_of_one(golden: Path, tmp_path: Path) -> None:
+    model = load_pipeline(GoldenCase.read(golden, "gen_pipeline_mistral"), tmp_path)
+    tokenizer, text = model.decoder_tokenizers[0], "Question: who?"
+    prompt = [Context("A passage."), text[:9], text[9:]]
+    apart = list(model._segments(prompt, 0)[-1].ids)
+    model.texts_apart = False
+    within = list(model._segments(prompt, 0)[-1].ids)
+    assert apart == tokenizer.encode(text) != within
+    assert [*tokenizer.encode("a"), *within] == tokenizer.encode(f"a{text}")
+
+
 def test_chunks_as_contexts_of_their_own_each_get_a_marker(golden: Path, tmp_path: Path) -> None:
     case = GoldenCase.read(golden, "gen_pipeline_chunk16")
     model = load_pipeline(case, tmp_path)

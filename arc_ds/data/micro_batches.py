@@ -11,6 +11,7 @@ further, and every rank splits its share into the same number, since ranks meet 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -179,18 +180,31 @@ def _bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int) ->
     return [tuple(sorted(members)) for members in found]
 
 
+class _Bin(NamedTuple):
+    """A micro-batch being filled; the lightest comes first, of equal ones the one with the lower index."""
+
+    work: int
+    idx: int
+    encoder_tokens: int = 0
+    decoder_rows: int = 0
+
+
 def _try_bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int) -> list[list[int]] | None:
     """The heaviest sample first, each into the lightest bin that has room; None where one finds no room."""
     bins: list[list[int]] = [[] for _ in range(number)]
-    totals = [SampleSize(0, 0)] * number
+    heap = [_Bin(0, idx) for idx in range(number)]
     for place in sorted(range(len(sizes)), key=lambda place: (-sizes[place].work, place)):
-        grown = [SampleSize(total[0] + sizes[place][0], total[1] + sizes[place][1]) for total in totals]
-        fitting = [bin_idx for bin_idx in range(number) if limits.allow(*grown[bin_idx])]
-        if not fitting:
+        tokens, rows = sizes[place]
+        full = []
+        while heap and not limits.allow(heap[0].encoder_tokens + tokens, heap[0].decoder_rows + rows):
+            full.append(heapq.heappop(heap))
+        if not heap:
             return None
-        lightest = min(fitting, key=lambda bin_idx: (totals[bin_idx].work, bin_idx))
-        bins[lightest].append(place)
-        totals[lightest] = grown[lightest]
+        work, idx, had_tokens, had_rows = heap[0]
+        bins[idx].append(place)
+        heapq.heapreplace(heap, _Bin(work + tokens + rows, idx, had_tokens + tokens, had_rows + rows))
+        for one in full:
+            heapq.heappush(heap, one)
     return bins
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,12 +32,13 @@ _WORDS = "the of a and to in was on that by stone tower lamp keeper island harbo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What one command took. input_mb: megabytes (10^6 bytes) of JSONL. peak_mib: of all its processes."""
+    """What one command took. input_mb: megabytes (10^6 bytes). cpu_s, peak_mib: of all its processes together."""
 
     command: str
     input_mb: float
     workers: int
     seconds: float
+    cpu_s: float
     peak_mib: float
     num_processes: int
     machine: str
@@ -68,20 +70,20 @@ def main() -> int:
 
 
 def write_jsonl(path: Path, num_bytes: int) -> None:
-    """Documents of 0.2 to 12 KB of words in random order, the same each time."""
+    """Documents of 0.2 to 6 KB of words in random order, the same each time."""
     draw = random.Random(0)
     words = _WORDS.split()
     sentences = [" ".join(draw.choices(words, k=draw.randrange(4, 24))).capitalize() + "." for _ in range(5000)]
     written = 0
     with path.open("w", encoding="utf-8") as file:
         while written < num_bytes:
-            text = " ".join(draw.choices(sentences, k=draw.randrange(3, 180)))
+            text = " ".join(draw.choices(sentences, k=draw.randrange(3, 80)))
             written += file.write(json.dumps({"text": f"{written}. {text}"}) + "\n")
 
 
 def measure(words: list[str], *, input_mb: float, workers: int) -> Row:
     """Run `arc-ds shards …` and watch it. RuntimeError where it fails."""
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), _children_cpu_s()
     process = subprocess.Popen([sys.executable, "-m", "arc_ds.cli", "shards", *words], stdout=subprocess.DEVNULL)
     watch = MemoryWatch(process.pid)
     watch.start()
@@ -94,12 +96,18 @@ def measure(words: list[str], *, input_mb: float, workers: int) -> Row:
         input_mb=input_mb,
         workers=workers,
         seconds=round(time.perf_counter() - start, 1),
+        cpu_s=round(_children_cpu_s() - cpu_start, 1),
         peak_mib=round(watch.peak_bytes / (1 << 20), 1),
         num_processes=watch.num_processes,
         machine=f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         version=arc_ds.__version__,
     )
+
+
+def _children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 class MemoryWatch(threading.Thread):

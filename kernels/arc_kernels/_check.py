@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -59,6 +60,26 @@ def check_indices(name: str, indices: Tensor, size: int) -> None:
         low, high = (int(x) for x in indices.aminmax())
         if low < 0 or high >= size:
             raise ValueError(f"{name} holds {low if low < 0 else high}; expected 0 … {size - 1}")
+
+
+def check_angles(angles: Mapping[str, Tensor], x_TNH: Tensor, *, has_gradient: bool) -> None:
+    """Cosines and sines, by name, are float32 or float64 [T, H / 2] on the device of x [T, N, H], H even.
+
+    has_gradient: they may require one.
+    """
+    num_rows, _, head_dim = x_TNH.shape
+    if head_dim % 2:
+        raise ValueError(f"the head size is {head_dim}; expected an even one: rotary turns pairs (i, i + H / 2)")
+    for name, angle in angles.items():
+        check_shape(name, angle, (num_rows, head_dim // 2))
+        if angle.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {angle.dtype}; expected float32: coarser angles turn far positions wrongly")
+        if angle.requires_grad and not has_gradient:
+            raise ValueError(
+                f"{name} requires a gradient, which the kernel has not; detach it, or call under "
+                "arc_kernels.use('reference')"
+            )
+    check_same_device(x=x_TNH, **angles)
 
 
 def values_are_readable(x: Tensor) -> bool:

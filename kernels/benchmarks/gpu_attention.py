@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_cases import BYTES, Case, Floor, Function, Scale, normal
+from gpu_cases import BYTES, Case, Floor, Function, Scale, angles, normal
 from torch import Tensor
 
 import arc_kernels as ak
@@ -46,10 +46,12 @@ def attention_cases(scale: Scale) -> Iterator[Case]:
     yield attention_case(encoder)
     yield attention_case(replace(encoder, name="pooled", queries=tuple(-(-n // 8) for n in lengths)))
     yield attention_case(replace(encoder, name="decoder", num_heads=32, causal=True))
+    yield _rotary_case(encoder)
 
 
 def attention_case(layer: Layer) -> Case:
     """One layer, ours and what it is measured against."""
+
     def inputs(device: torch.device) -> dict[str, Tensor]:
         rows_q, rows_k = sum(layer.queries), sum(layer.keys)
         kv = (rows_k, layer.num_kv_heads, layer.head_dim)
@@ -84,6 +86,49 @@ def attention_case(layer: Layer) -> Case:
             "FlexAttention": partial(_flex, layer),
         },
     )
+
+
+def _rotary_case(layer: Layer) -> Case:
+    """The same layer with queries and keys that have to be turned first."""
+    plain = attention_case(layer)
+
+    def inputs(device: torch.device) -> dict[str, Tensor]:
+        rotations = {}
+        for side, lengths in (("q", layer.queries), ("k", layer.keys)):
+            cos, sin = angles(_places(lengths, device)[1], layer.head_dim)
+            rotations |= {f"cos_{side}": cos, f"sin_{side}": sin}
+        return plain.inputs(device) | rotations
+
+    return replace(
+        plain,
+        kernel="attention_rotary",
+        function=partial(_turned_inside, plain.function),
+        inputs=inputs,
+        baselines={
+            "rotary before": partial(_turned_before, plain.function),
+            "rotary, FlashAttention": partial(_turned_before, partial(plain.function, backend="flash")),
+        },
+    )
+
+
+def _turned_inside(
+    attention: Function, *, cos_q: Tensor, sin_q: Tensor, cos_k: Tensor, sin_k: Tensor, **inputs: Tensor
+) -> Tensor:
+    return attention(**inputs, rotary_q=(cos_q, sin_q), rotary_k=(cos_k, sin_k))
+
+
+def _turned_before(
+    attention: Function,
+    *,
+    q_TNH: Tensor,
+    k_UKH: Tensor,
+    cos_q: Tensor,
+    sin_q: Tensor,
+    cos_k: Tensor,
+    sin_k: Tensor,
+    **inputs: Tensor,
+) -> Tensor:
+    return attention(q_TNH=ak.rotary(q_TNH, cos_q, sin_q), k_UKH=ak.rotary(k_UKH, cos_k, sin_k), **inputs)
 
 
 def _cu(lengths: tuple[int, ...], device: torch.device) -> Tensor:

@@ -77,6 +77,7 @@ def cases(scale: Scale) -> Iterator[Case]:
         yield _rms_norm(scale.rows, width)
         yield _add_rms_norm(scale.rows, width)
     yield _layer_norm(scale.rows, 4096)
+    yield _add_layer_norm(scale.rows, 4096)
     for num_heads in (24, 32):
         yield _rotary(scale.rows, num_heads)
     for width in (8192, 14336):
@@ -94,6 +95,13 @@ def normal(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Standard normal bfloat16 tensors, the same at every run on a device."""
     generator = torch.Generator(device).manual_seed(0)
     return [torch.randn(shape, generator=generator, device=device).bfloat16() for shape in shapes]
+
+
+def angles(positions_T: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [T, H / 2] of rotary positions, as Llama 3 has them."""
+    frequencies = 500000.0 ** (torch.arange(head_dim // 2, device=positions_T.device) / -(head_dim // 2))
+    angles_TF = positions_T[:, None] * frequencies
+    return angles_TF.cos(), angles_TF.sin()
 
 
 def _rms_norm(rows: int, width: int) -> Case:
@@ -144,12 +152,26 @@ def _layer_norm(rows: int, width: int) -> Case:
     )
 
 
+def _add_layer_norm(rows: int, width: int) -> Case:
+    def inputs(device: torch.device) -> dict[str, Tensor]:
+        x, residual = normal(device, (rows, width), (rows, width))
+        return {"x_TD": x, "residual_TD": residual}
+
+    return Case(
+        kernel="add_layer_norm",
+        shape=f"T={rows} D={width}",
+        function=partial(ak.add_layer_norm, eps=EPS),
+        inputs=inputs,
+        wants_grad=("x_TD", "residual_TD"),
+        floor=Floor(forward_bytes=4 * rows * width * BYTES, backward_bytes=4 * rows * width * BYTES),
+    )
+
+
 def _rotary(rows: int, num_heads: int, head_dim: int = 128) -> Case:
     def inputs(device: torch.device) -> dict[str, Tensor]:
         (x,) = normal(device, (rows, num_heads, head_dim))
-        frequencies = 500000.0 ** (torch.arange(head_dim // 2, device=device) / -(head_dim // 2))
-        angles = torch.arange(rows, device=device)[:, None] * frequencies
-        return {"x_TNH": x, "cos_TF": angles.cos(), "sin_TF": angles.sin()}
+        cos, sin = angles(torch.arange(rows, device=device), head_dim)
+        return {"x_TNH": x, "cos_TF": cos, "sin_TF": sin}
 
     bytes_moved = 2 * rows * num_heads * head_dim * BYTES + rows * head_dim * 4  # cos and sin are float32
     return Case(

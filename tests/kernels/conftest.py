@@ -33,3 +33,12 @@ def poisoned_empty() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def small_attention_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 packed query rows by 32 keys in every kernel."""
+    from arc_kernels.attention import configs, kernels
+
+    config = configs.Config(block_m=16, block_n=32, num_warps=4, num_stages=1)
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: config)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,39 +16,23 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import arc_kernels as ak
-from arc_kernels.attention import attention_varlen_reference
+from tests.kernels.attention_cases import (
+    DTYPES,
+    INPUTS,
+    MODES,
+    RAGGED,
+    Case,
+    boundaries_of,
+    inputs_of,
+    plain_attention,
+    spans_of,
+)
 from tests.kernels.bounds import assert_close_as_torch, assert_kernel_close, outputs_and_gradients
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODES = ("full", "causal", "limits")
-INPUTS = ("q_TNH", "k_UKH", "v_UKH")
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_empty")
 
 
-class Case(NamedTuple):
-    """Lengths of the segments, and sizes of the heads."""
-
-    q_lengths: tuple[int, ...]
-    k_lengths: tuple[int, ...]
-    group: int = 2
-    num_kv_heads: int = 1
-    head_dim: int = 32
-
-
-RAGGED = Case((1, 7, 37, 1, 16), (1, 40, 37, 3, 33), num_kv_heads=2)
-
-
-small_tiles = pytest.mark.usefixtures("_small_tiles")
-
-
-@pytest.fixture
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 packed query rows by 32 keys in every kernel."""
-    from arc_kernels.attention import configs, kernels
-
-    config = configs.Config(block_m=16, block_n=32, num_warps=4, num_stages=1)
-    monkeypatch.setattr(kernels, "choose", lambda *_, **__: config)
+small_tiles = pytest.mark.usefixtures("small_attention_tiles")
 
 
 @small_tiles
@@ -93,7 +76,7 @@ def test_every_shape_is_attended(lengths: list[tuple[int, int]], group: int, mod
 
 @small_tiles
 def test_the_bound_sees_another_scale_mask_or_head(device: torch.device) -> None:
-    inputs, spans = _inputs(RAGGED, torch.bfloat16, device), _spans(RAGGED, "causal", device)
+    inputs, spans = inputs_of(RAGGED, torch.bfloat16, device), spans_of(RAGGED, "causal", device)
     starts = {"causal": False, "k_limits_T": _limits_from_the_start(RAGGED).to(device)}
     wrongs: tuple[Callable[..., Tensor], ...] = (
         partial(ak.attention_varlen, **spans, scale=1.05 * RAGGED.head_dim**-0.5),
@@ -102,12 +85,12 @@ def test_the_bound_sees_another_scale_mask_or_head(device: torch.device) -> None
     )
     for wrong in wrongs:
         with pytest.raises(AssertionError, match="error"):
-            assert_kernel_close(wrong, _reference(spans), inputs, wants_grad=())
+            assert_kernel_close(wrong, plain_attention(spans), inputs, wants_grad=())
 
 
 @small_tiles
 def test_repeated_runs_give_the_same_bits(device: torch.device) -> None:
-    inputs, spans = _inputs(RAGGED, torch.bfloat16, device), _spans(RAGGED, "causal", device)
+    inputs, spans = inputs_of(RAGGED, torch.bfloat16, device), spans_of(RAGGED, "causal", device)
     function = partial(ak.attention_varlen, **spans)
     first, second = (outputs_and_gradients(function, inputs, wants_grad=INPUTS) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -116,27 +99,27 @@ def test_repeated_runs_give_the_same_bits(device: torch.device) -> None:
 def test_tiles_change_nothing_but_rounding(device: torch.device) -> None:
     from arc_kernels.attention import configs, kernels
 
-    inputs, spans = _inputs(RAGGED, torch.float32, device), _launch_spans(RAGGED, "limits", device)
-    reference = _reference(_spans(RAGGED, "limits", device))
+    inputs, spans = inputs_of(RAGGED, torch.float32, device), _launch_spans(RAGGED, "limits", device)
+    reference = plain_attention(spans_of(RAGGED, "limits", device))
     exact = reference(**{name: x.double() for name, x in inputs.items()})
     for block_m, block_n in ((16, 16), (32, 16), (64, 64)):
         config = configs.Config(block_m=block_m, block_n=block_n, num_warps=4, num_stages=1)
-        o, _ = kernels.forward(*inputs.values(), spans, config)
+        o = kernels.forward(*inputs.values(), spans, config).o
         assert_close_as_torch(o, reference(**inputs), exact, f"output with tiles of {block_m} by {block_n}")
 
 
 @small_tiles
 def test_only_the_wanted_gradients_are_made(device: torch.device) -> None:
     case = Case((3, 20), (5, 20))
-    inputs, spans = _inputs(case, torch.bfloat16, device), _spans(case, "full", device)
+    inputs, spans = inputs_of(case, torch.bfloat16, device), spans_of(case, "full", device)
     for wanted in (("q_TNH",), ("k_UKH",), ("v_UKH",)):
-        assert_kernel_close(partial(ak.attention_varlen, **spans), _reference(spans), inputs, wants_grad=wanted)
+        assert_kernel_close(partial(ak.attention_varlen, **spans), plain_attention(spans), inputs, wants_grad=wanted)
 
 
 @small_tiles
 def test_slices_of_a_fused_projection_and_gradients_of_any_stride_are_taken(device: torch.device) -> None:
     case = Case((3, 20), (3, 20), group=2, num_kv_heads=1)
-    spans = _spans(case, "causal", device)
+    spans = spans_of(case, "causal", device)
     fused = torch.randn(23, 4, 32, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     in_place = fused[:, :2], fused[:, 2:3], fused[:, 3:]
     copied = tuple(x.contiguous() for x in in_place)
@@ -152,7 +135,7 @@ def test_slices_of_a_fused_projection_and_gradients_of_any_stride_are_taken(devi
 @small_tiles
 def test_checkpointing_and_compiling_change_nothing(device: torch.device) -> None:
     case = Case((3, 20), (5, 20))
-    inputs, spans = _inputs(case, torch.float32, device), _spans(case, "causal", device)
+    inputs, spans = inputs_of(case, torch.float32, device), spans_of(case, "causal", device)
     block = partial(ak.attention_varlen, **spans)
     plain = outputs_and_gradients(block, inputs, wants_grad=INPUTS)
     variants = {
@@ -169,13 +152,14 @@ def test_operators_pass_torchs_own_checks(device: torch.device) -> None:
     from arc_kernels.attention.autograd import attention_backward, attention_forward
 
     case = Case((3, 20), (5, 20))
-    q, k, v = _inputs(case, torch.float32, device).values()
-    cu_q, cu_k = (_boundaries(lengths, device) for lengths in (case.q_lengths, case.k_lengths))
-    spans = (cu_q, cu_k, None, 20, 20, True, 0.2)
-    o, lse = attention_forward(q, k, v, *spans)
-    torch.library.opcheck(attention_forward, (q, k, v, *spans))
+    q, k, v = inputs_of(case, torch.float32, device).values()
+    cu_q, cu_k = (boundaries_of(lengths, device) for lengths in (case.q_lengths, case.k_lengths))
+    spans, unturned = (cu_q, cu_k, None, 20, 20, True, 0.2), (None, None)
+    o, lse, _ = attention_forward(q, k, v, *unturned, *spans, True)
+    torch.library.opcheck(attention_forward, (q, k, v, *unturned, *spans, True))
     for wants_q, wants_kv in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(attention_backward, (q, k, v, o, o, lse, *spans, wants_q, wants_kv))
+        arguments = (q, k, v, o, o, lse, *unturned, *unturned, *spans, wants_q, wants_kv)
+        torch.library.opcheck(attention_backward, arguments)
 
 
 def test_no_rows_give_no_rows_and_stay_in_the_graph(device: torch.device) -> None:
@@ -192,10 +176,10 @@ def test_a_query_that_sees_no_key_gets_zeros(device: torch.device) -> None:
     from arc_kernels.attention import kernels
 
     case = Case((20, 5), (4, 5))
-    q, k, v = _inputs(case, torch.float32, device).values()
+    q, k, v = inputs_of(case, torch.float32, device).values()
     spans = _launch_spans(case, "causal", device)
     do = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    o, lse = kernels.forward(q, k, v, spans)
+    o, lse, _ = kernels.forward(q, k, v, spans)
     delta = kernels.delta(o, do)
     dq, (dk, dv) = kernels.dq(q, k, v, do, lse, delta, spans), kernels.dkv(q, k, v, do, lse, delta, spans)
     assert not o[:16].any() and not dq[:16].any()
@@ -209,14 +193,14 @@ def test_wrong_boundaries_and_limits_read_nothing_outside_the_tensors(
     from arc_kernels.attention import kernels
 
     case = Case((12, 13), (12, 13))
-    fences = [torch.full((3, *x.shape), torch.nan).to(device) for x in _inputs(case, torch.float32, device).values()]
-    for fence, x in zip(fences, _inputs(case, torch.float32, device).values(), strict=True):
+    fences = [torch.full((3, *x.shape), torch.nan).to(device) for x in inputs_of(case, torch.float32, device).values()]
+    for fence, x in zip(fences, inputs_of(case, torch.float32, device).values(), strict=True):
         fence[1] = x
     q, k, v = (fence[1] for fence in fences)
     cu = torch.tensor(boundaries, dtype=torch.int32, device=device)
     for limits in (None, torch.full((25,), 2**31 - 1, dtype=torch.int32, device=device)):
         spans = kernels.Spans(cu, cu, limits, 13, 13, False, 1.0)
-        o, lse = kernels.forward(q, k, v, spans)
+        o, lse, _ = kernels.forward(q, k, v, spans)
         o, lse = (x.nan_to_num() for x in (o, lse))  # rows of no segment are not written
         delta = kernels.delta(o, q)
         for x in (kernels.dq(q, k, v, q, lse, delta, spans), *kernels.dkv(q, k, v, q, lse, delta, spans)):
@@ -246,14 +230,14 @@ CASE = Case((3, 2), (3, 4))
 )
 def test_wrong_arguments_are_named(change: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARC_KERNELS_CHECK", "1")
-    inputs, spans = _inputs(CASE, torch.float32, torch.device("cpu")), _spans(CASE, "full", torch.device("cpu"))
+    inputs, spans = inputs_of(CASE, torch.float32, torch.device("cpu")), spans_of(CASE, "full", torch.device("cpu"))
     with pytest.raises(ValueError, match=message):
         ak.attention_varlen(**inputs, **{**spans, **change})
 
 
 def test_a_head_that_fits_no_tile_is_refused_with_the_way_out(device: torch.device) -> None:
     case = CASE._replace(head_dim=264)
-    inputs, spans = _inputs(case, torch.float32, device), _spans(case, "full", device)
+    inputs, spans = inputs_of(case, torch.float32, device), spans_of(case, "full", device)
     with pytest.raises(ValueError, match=r"head size of q_TNH is 264.*arc_kernels\.use\('reference'\)"):
         ak.attention_varlen(**inputs, **spans)
     with ak.use("reference"):
@@ -268,8 +252,8 @@ def test_the_backend_overrides_the_choice_in_force(device: torch.device, monkeyp
 
     launches = []
     launch = kernels.forward
-    monkeypatch.setattr(kernels, "forward", lambda *args: launches.append(1) or launch(*args))
-    inputs, spans = _inputs(CASE, torch.float32, device), _spans(CASE, "full", device)
+    monkeypatch.setattr(kernels, "forward", lambda *args, **options: launches.append(1) or launch(*args, **options))
+    inputs, spans = inputs_of(CASE, torch.float32, device), spans_of(CASE, "full", device)
     ak.attention_varlen(**inputs, **spans, backend="reference")
     assert not launches
     with ak.use("reference"):
@@ -283,9 +267,9 @@ def test_the_backend_overrides_the_choice_in_force(device: torch.device, monkeyp
 @pytest.mark.parametrize("mode", ("full", "causal"))
 def test_flash_attends_as_we_do(mode: str, device: torch.device) -> None:
     case = RAGGED._replace(head_dim=64)
-    inputs, spans = _inputs(case, torch.bfloat16, device), _spans(case, mode, device)
+    inputs, spans = inputs_of(case, torch.bfloat16, device), spans_of(case, mode, device)
     flash = partial(ak.attention_varlen, **spans, backend="flash")
-    assert_kernel_close(flash, _reference(spans), inputs, wants_grad=INPUTS)
+    assert_kernel_close(flash, plain_attention(spans), inputs, wants_grad=INPUTS)
 
 
 def test_every_config_is_one_that_triton_takes() -> None:
@@ -316,45 +300,15 @@ def test_specs_of_the_offline_compiler_name_every_argument_once() -> None:
 
 
 def _compare(case: Case, mode: str, dtype: torch.dtype, device: torch.device) -> None:
-    spans = _spans(case, mode, device)
+    spans = spans_of(case, mode, device)
     function = partial(ak.attention_varlen, **spans)
-    assert_kernel_close(function, _reference(spans), _inputs(case, dtype, device), wants_grad=INPUTS)
-
-
-def _reference(spans: dict) -> Callable[..., Tensor]:
-    return partial(attention_varlen_reference, **{"causal": False, "k_limits_T": None, "scale": None, **spans})
-
-
-def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    heads = (case.num_kv_heads * case.group, case.num_kv_heads, case.num_kv_heads)
-    rows = (sum(case.q_lengths), sum(case.k_lengths), sum(case.k_lengths))
-    return {
-        name: torch.randn(num_rows, num_heads, case.head_dim, generator=generator).to(device, dtype)
-        for name, num_rows, num_heads in zip(INPUTS, rows, heads, strict=True)
-    }
-
-
-def _spans(case: Case, mode: str, device: torch.device) -> dict:
-    spans: dict = {
-        "cu_seqlens_q": _boundaries(case.q_lengths, device),
-        "cu_seqlens_k": _boundaries(case.k_lengths, device),
-        "max_seqlen_q": max(case.q_lengths),
-        "max_seqlen_k": max(case.k_lengths),
-    }
-    if mode == "causal":
-        spans["causal"] = True
-    if mode == "limits":
-        pairs = zip(case.q_lengths, case.k_lengths, strict=True)
-        limits = [1 + (5 * i + s + 2) % n for s, (m, n) in enumerate(pairs) for i in range(m)]  # not in rising order
-        spans["k_limits_T"] = torch.tensor(limits, dtype=torch.int32, device=device)
-    return spans
+    assert_kernel_close(function, plain_attention(spans), inputs_of(case, dtype, device), wants_grad=INPUTS)
 
 
 def _launch_spans(case: Case, mode: str, device: torch.device):
     from arc_kernels.attention import kernels
 
-    spans = {"causal": False, "k_limits_T": None, "scale": case.head_dim**-0.5, **_spans(case, mode, device)}
+    spans = {"causal": False, "k_limits_T": None, "scale": case.head_dim**-0.5, **spans_of(case, mode, device)}
     return kernels.Spans(**{"k_limits" if name == "k_limits_T" else name: value for name, value in spans.items()})
 
 
@@ -362,7 +316,3 @@ def _limits_from_the_start(case: Case) -> Tensor:
     """A causal mask aligned to the start instead: int32 [T]."""
     pairs = zip(case.q_lengths, case.k_lengths, strict=True)
     return torch.tensor([min(i + 1, n) for m, n in pairs for i in range(m)], dtype=torch.int32)
-
-
-def _boundaries(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int().to(device)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from arc_kernels._check import (
+    check_angles,
     check_boundaries,
     check_same_device,
     check_same_dtype,
@@ -18,6 +19,9 @@ from arc_kernels._check import (
 from arc_kernels._dispatch import demand_triton
 from arc_kernels.attention.choice import BACKENDS, Backend, chosen_backend, use_attention
 from arc_kernels.attention.reference import attention_varlen_reference
+from arc_kernels.rotary import rotary, rotary_reference
+
+Rotation = tuple[Tensor, Tensor]
 
 
 def attention_varlen(
@@ -32,6 +36,8 @@ def attention_varlen(
     causal: bool = False,
     k_limits_T: Tensor | None = None,
     scale: float | None = None,
+    rotary_q: Rotation | None = None,
+    rotary_k: Rotation | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Attention of every query row over the keys of its own segment: [T, N, H], the dtype of q.
@@ -42,6 +48,8 @@ def attention_varlen(
     causal: query i of a segment of m queries and n keys sees keys 0 … n - m + i (aligned to the end).
     k_limits_T: int32 [T], instead of `causal`: how many keys of its segment each query sees, at least 1.
     scale: positive, default 1 / sqrt(H).
+    rotary_q, rotary_k: (cos, sin) of the angles of each query, [T, H / 2], and of each key, [U, H / 2]: as if q and k
+    had gone through `rotary` first, at fewer bytes. Either may be None: rows that come turned, or are not to be.
     backend: None follows `use_attention` and `arc_kernels.use`; "triton" and "reference" override them; "flash" is
     PyTorch's varlen FlashAttention (bfloat16 and float16 on a CUDA GPU, without k_limits_T; its backward need not
     repeat bit by bit).
@@ -55,11 +63,16 @@ def attention_varlen(
     if not 0.0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; expected a positive number")
     if backend is None:
-        backend = chosen_backend(
-            q_TNH, k_limits_T, causal=causal, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k
-        )
+        backend = chosen_backend(q_TNH, k_limits_T, causal=causal, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     elif backend == "triton":
         demand_triton(q_TNH)
+    rotations = {"rotary_q": rotary_q, "rotary_k": rotary_k}
+    _check_rotations(rotations, q_TNH, k_UKH, has_gradient=backend == "reference")
+    if backend != "triton":
+        turn = rotary_reference if backend == "reference" else rotary
+        q_TNH = q_TNH if rotary_q is None else turn(q_TNH, *rotary_q)
+        k_UKH = k_UKH if rotary_k is None else turn(k_UKH, *rotary_k)
+        rotations = {}
     return _implementation(backend, q_TNH)(
         q_TNH,
         k_UKH,
@@ -71,6 +84,7 @@ def attention_varlen(
         causal=causal,
         k_limits_T=k_limits_T,
         scale=scale,
+        **rotations,
     )
 
 
@@ -119,6 +133,16 @@ def _check_tensors(
         cu_seqlens_k=cu_seqlens_k,
         k_limits_T=k_limits_T,
     )
+
+
+def _check_rotations(
+    rotations: Mapping[str, Rotation | None], q_TNH: Tensor, k_UKH: Tensor, *, has_gradient: bool
+) -> None:
+    for (name, angles), x in zip(rotations.items(), (q_TNH, k_UKH), strict=True):
+        if angles is not None:
+            if len(angles) != 2:
+                raise ValueError(f"{name} has {len(angles)} elements; expected (cos, sin)")
+            check_angles({f"{name}[0]": angles[0], f"{name}[1]": angles[1]}, x, has_gradient=has_gradient)
 
 
 def _check_sight(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, k_limits_T: Tensor | None, *, causal: bool) -> None:

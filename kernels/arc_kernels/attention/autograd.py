@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from arc_kernels.attention import kernels
 from arc_kernels.attention.configs import MAX_HEAD_DIM
+from arc_kernels.rotary.autograd import rotate
+
+Rotation = tuple[Tensor, Tensor]
+"""(cos, sin), each [rows, H / 2]."""
 
 
 @torch.library.custom_op("arc_kernels::attention_forward", mutates_args=())
@@ -16,6 +20,8 @@ def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cos_q: Tensor | None,
+    sin_q: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     k_limits: Tensor | None,
@@ -23,10 +29,11 @@ def attention_forward(
     max_seqlen_k: int,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention [T, N, H] and its log-sum-exp [T, N]; see `kernels.forward`."""
+    keeps_turned: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention [T, N, H], its log-sum-exp [T, N], and the turned queries if they are kept; see `kernels.forward`."""
     spans = kernels.Spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
-    return kernels.forward(q, k, v, spans)
+    return kernels.forward(q, k, v, spans, angles=_angles(cos_q, sin_q), keeps_turned=keeps_turned)
 
 
 @attention_forward.register_fake
@@ -34,6 +41,8 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cos_q: Tensor | None,
+    sin_q: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     k_limits: Tensor | None,
@@ -41,8 +50,10 @@ def _(
     max_seqlen_k: int,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    keeps_turned: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_turned = q.new_empty(q.shape) if keeps_turned and cos_q is not None else q.new_empty(0)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32), q_turned
 
 
 @torch.library.custom_op("arc_kernels::attention_backward", mutates_args=())
@@ -53,6 +64,10 @@ def attention_backward(
     o: Tensor,
     do: Tensor,
     lse: Tensor,
+    cos_q: Tensor | None,
+    sin_q: Tensor | None,
+    cos_k: Tensor | None,
+    sin_k: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     k_limits: Tensor | None,
@@ -63,11 +78,13 @@ def attention_backward(
     wants_q: bool,
     wants_kv: bool,
 ) -> list[Tensor]:
-    """The gradients of q, if wanted, then those of k and v, if wanted; o and do contiguous."""
+    """The gradients of q, if wanted, then those of k and v, if wanted; o and do contiguous, q and k turned."""
     spans = kernels.Spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
     delta = kernels.delta(o, do)
-    gradients = [kernels.dq(q, k, v, do, lse, delta, spans)] if wants_q else []
-    return [*gradients, *kernels.dkv(q, k, v, do, lse, delta, spans)] if wants_kv else gradients
+    gradients = [kernels.dq(q, k, v, do, lse, delta, spans, angles=_angles(cos_q, sin_q))] if wants_q else []
+    if wants_kv:
+        gradients += kernels.dkv(q, k, v, do, lse, delta, spans, angles=_angles(cos_k, sin_k))
+    return gradients
 
 
 @attention_backward.register_fake
@@ -78,6 +95,10 @@ def _(
     o: Tensor,
     do: Tensor,
     lse: Tensor,
+    cos_q: Tensor | None,
+    sin_q: Tensor | None,
+    cos_k: Tensor | None,
+    sin_k: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     k_limits: Tensor | None,
@@ -91,8 +112,17 @@ def _(
     return [x.new_empty(x.shape) for x in ((q,) if wants_q else ()) + ((k, v) if wants_kv else ())]
 
 
+class Settings(NamedTuple):
+    """What of a call is no tensor, as the operators take it."""
+
+    max_seqlen_q: int
+    max_seqlen_k: int
+    causal: bool
+    scale: float
+
+
 class Attention(torch.autograd.Function):
-    """attention_varlen by the kernels; arguments of `apply` as those of `attention_forward`."""
+    """attention_varlen by the kernels."""
 
     @staticmethod
     def forward(
@@ -100,29 +130,34 @@ class Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        cos_q: Tensor | None,
+        sin_q: Tensor | None,
+        cos_k: Tensor | None,
+        sin_k: Tensor | None,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         k_limits: Tensor | None,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        causal: bool,
-        scale: float,
+        settings: Settings,
+        wants_grad: bool,
     ) -> Tensor:
-        settings = (max_seqlen_q, max_seqlen_k, causal, scale)
-        o, lse = attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, k_limits, *settings)
-        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, k_limits)
+        if cos_k is not None and sin_k is not None:
+            k = rotate(k, cos_k, sin_k, False)
+        spans = (cu_seqlens_q, cu_seqlens_k, k_limits)
+        o, lse, q_turned = attention_forward(q, k, v, cos_q, sin_q, *spans, *settings, wants_grad)
+        # Backward reads queries and keys as they were multiplied: what came in is not kept beside that.
+        q = q if cos_q is None else q_turned
+        ctx.save_for_backward(q, k, v, o, lse, cos_q, sin_q, cos_k, sin_k, *spans)
         ctx.settings = settings
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, k_limits = ctx.saved_tensors
+        q, k, v, o, lse, *others = ctx.saved_tensors
         wants_q, wants_kv = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-        spans = (cu_seqlens_q, cu_seqlens_k, k_limits, *ctx.settings)
-        gradients = attention_backward(q, k, v, o, do.contiguous(), lse, *spans, wants_q, wants_kv)
+        gradients = attention_backward(q, k, v, o, do.contiguous(), lse, *others, *ctx.settings, wants_q, wants_kv)
         dq = gradients[0] if wants_q else None
         dk, dv = gradients[-2:] if wants_kv else (None, None)
-        return dq, dk, dv, None, None, None, None, None, None, None
+        return dq, dk, dv, *(None,) * 9
 
 
 def attention_varlen_triton(
@@ -137,6 +172,8 @@ def attention_varlen_triton(
     causal: bool,
     k_limits_T: Tensor | None,
     scale: float,
+    rotary_q: Rotation | None = None,
+    rotary_k: Rotation | None = None,
 ) -> Tensor:
     """See `attention_varlen`; arguments are taken as checked.
 
@@ -148,12 +185,24 @@ def attention_varlen_triton(
             f"the head size of q_TNH is {q_TNH.shape[2]}; the Triton kernels take 1 … {MAX_HEAD_DIM}: call under "
             "arc_kernels.use('reference'), or with backend='reference'"
         )
-    q_TNH, k_UKH, v_UKH = (x if _rows_are_contiguous(x) else x.contiguous() for x in (q_TNH, k_UKH, v_UKH))
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    k_limits_T = None if k_limits_T is None else k_limits_T.contiguous()
+    inputs = tuple(x if _rows_are_contiguous(x) else x.contiguous() for x in (q_TNH, k_UKH, v_UKH))
+    # Asked here: within the Function the gradient mode is off, and requires_grad alone holds under no_grad too.
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return Attention.apply(
-        q_TNH, k_UKH, v_UKH, cu_seqlens_q, cu_seqlens_k, k_limits_T, max_seqlen_q, max_seqlen_k, causal, scale
+        *inputs,
+        *_contiguous(*(rotary_q or (None, None)), *(rotary_k or (None, None))),
+        *_contiguous(cu_seqlens_q, cu_seqlens_k, k_limits_T),
+        Settings(max_seqlen_q, max_seqlen_k, causal, scale),
+        wants_grad,
     )
+
+
+def _angles(cos: Tensor | None, sin: Tensor | None) -> kernels.Angles | None:
+    return None if cos is None or sin is None else kernels.Angles(cos, sin)
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
 def _rows_are_contiguous(x: Tensor) -> bool:

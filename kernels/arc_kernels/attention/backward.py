@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from arc_kernels._interpreter import dot, narrow
+from arc_kernels.attention.rotation import store_turned_back
 from arc_kernels.attention.tiles import bounds, limits, load_tile, segment_of, store_tile, unpack
 
 
@@ -21,8 +22,8 @@ def delta_kernel(o, do, delta, num_rows, H: tl.constexpr, BLOCK_H: tl.constexpr,
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
     o_m = tl.arange(0, BLOCK_M)
     m_m = start + o_m < num_rows
-    b_o = load_tile(o + start * H, o_m * H, m_m, H, BLOCK_H, True).to(tl.float32)
-    b_do = load_tile(do + start * H, o_m * H, m_m, H, BLOCK_H, True).to(tl.float32)
+    b_o = load_tile(o + start * H, o_m * H, m_m, H, BLOCK_H, True, False).to(tl.float32)
+    b_do = load_tile(do + start * H, o_m * H, m_m, H, BLOCK_H, True, False).to(tl.float32)
     tl.store(delta + start + o_m, tl.sum(b_o * b_do, 1), mask=m_m)
 
 
@@ -46,14 +47,15 @@ def _query_gradient(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
     """b_dq [BM, BH] plus what the keys begin … end give, without the factor of the softmax scale."""
     o_n = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         m_n = start + o_n < num_keys
         at = tl.cast(start, tl.int64)
-        b_k = load_tile(k + at * stride_k, o_n * stride_k, m_n, H, BLOCK_H, MASKED)  # [BN, BH]
-        b_v = load_tile(v + at * stride_v, o_n * stride_v, m_n, H, BLOCK_H, MASKED)  # [BN, BH]
+        b_k = load_tile(k + at * stride_k, o_n * stride_k, m_n, H, BLOCK_H, MASKED, TURNS)  # [BN, BH]
+        b_v = load_tile(v + at * stride_v, o_n * stride_v, m_n, H, BLOCK_H, MASKED, False)  # [BN, BH]
         b_s = dot(b_q, tl.trans(b_k))  # [BM, BN]
         b_p = tl.exp2(b_s * scale - b_lse[:, None])
         if MASKED:
@@ -76,6 +78,8 @@ def dq_kernel(
     cu_q,
     cu_k,
     k_limits,
+    cos,
+    sin,
     stride_q,
     stride_k,
     stride_v,
@@ -92,8 +96,12 @@ def dq_kernel(
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     LIMITED: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
-    """dq [T, N, H]; one program per query tile and kv head. do, dq contiguous; scale: softmax_scale times log2(e)."""
+    """dq [T, N, H]; one program per query tile and kv head. do, dq contiguous; scale: softmax_scale times log2(e).
+
+    TURNS: dq is turned back by the queries' angles cos, sin [T, H / 2]; q and k are as they were multiplied.
+    """
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head = tl.program_id(1)
     i_segment, start = segment_of(cu_q, i_tile, num_segments, BLOCK_M, GROUP)
@@ -105,8 +113,9 @@ def dq_kernel(
         q_row = q_start + first
         o_head += i_head * GROUP
         o_out = (o_query * N + o_head) * H
-        b_q = load_tile(q + q_row * stride_q, o_query * stride_q + o_head * H, m_m, H, BLOCK_H, True)  # [BM, BH]
-        b_do = load_tile(do + q_row * N * H, o_out, m_m, H, BLOCK_H, True)  # [BM, BH]
+        o_q = o_query * stride_q + o_head * H
+        b_q = load_tile(q + q_row * stride_q, o_q, m_m, H, BLOCK_H, True, TURNS)  # [BM, BH]
+        b_do = load_tile(do + q_row * N * H, o_out, m_m, H, BLOCK_H, True, False)  # [BM, BH]
         b_lse = tl.load(lse + q_row * N + o_query * N + o_head, mask=m_m, other=0.0)
         b_delta = tl.load(delta + q_row * N + o_query * N + o_head, mask=m_m, other=0.0)
         o_within = tl.minimum(first + o_query, num_queries - 1)
@@ -119,13 +128,18 @@ def dq_kernel(
         b_dq = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
         b_dq = _query_gradient(
             b_dq, b_q, b_do, b_lse, b_delta, b_limit, k, v, stride_k, stride_v, 0, seen_by_all, num_keys, scale,
-            H, BLOCK_H, BLOCK_N, False,
+            H, BLOCK_H, BLOCK_N, False, TURNS,
         )  # fmt: skip
         b_dq = _query_gradient(
             b_dq, b_q, b_do, b_lse, b_delta, b_limit, k, v, stride_k, stride_v, seen_by_all, seen_by_any, num_keys,
-            scale, H, BLOCK_H, BLOCK_N, True,
+            scale, H, BLOCK_H, BLOCK_N, True, TURNS,
         )  # fmt: skip
-        store_tile(dq + q_row * N * H, o_out, m_m, b_dq * softmax_scale, H, BLOCK_H)
+        dq += q_row * N * H
+        if TURNS:
+            at = q_row * (H // 2)
+            store_turned_back(dq, o_out, m_m, b_dq * softmax_scale, cos + at, sin + at, o_query, H, BLOCK_H)
+        else:
+            store_tile(dq, o_out, m_m, b_dq * softmax_scale, H, BLOCK_H)
 
 
 @triton.jit
@@ -155,6 +169,7 @@ def _key_gradients(
     CAUSAL: tl.constexpr,
     LIMITED: tl.constexpr,
     MASKED: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
     """b_dk (without the factor of the softmax scale) and b_dv [BN, BH] plus what packed rows begin … end give.
 
@@ -167,14 +182,14 @@ def _key_gradients(
         m_m = first + o_query < num_queries
         at = tl.cast(first, tl.int64)
         o_stat = o_query * N + o_head
-        b_q = load_tile(q + at * stride_q, o_query * stride_q + o_head * H, m_m, H, BLOCK_H, True)  # [BM, BH]
+        b_q = load_tile(q + at * stride_q, o_query * stride_q + o_head * H, m_m, H, BLOCK_H, True, TURNS)  # [BM, BH]
         b_lse = tl.load(lse + at * N + o_stat, mask=m_m, other=0.0)
         b_st = dot(b_k, tl.trans(b_q))  # [BN, BM]
         b_pt = tl.exp2(b_st * scale - b_lse[None, :])
         if MASKED:
             b_limit = limits(k_limits, first + o_query, num_queries, num_keys, CAUSAL, LIMITED)
             b_pt = tl.where(o_key[:, None] < b_limit[None, :], b_pt, 0.0)
-        b_do = load_tile(do + at * N * H, o_stat * H, m_m, H, BLOCK_H, True)  # [BM, BH]
+        b_do = load_tile(do + at * N * H, o_stat * H, m_m, H, BLOCK_H, True, False)  # [BM, BH]
         b_delta = tl.load(delta + at * N + o_stat, mask=m_m, other=0.0)
         b_dv = dot(narrow(b_pt, b_do.dtype), b_do, b_dv)
         b_dpt = dot(b_v, tl.trans(b_do))  # [BN, BM]
@@ -218,6 +233,8 @@ def dkv_kernel(
     cu_q,
     cu_k,
     k_limits,
+    cos,
+    sin,
     stride_q,
     stride_k,
     stride_v,
@@ -234,8 +251,12 @@ def dkv_kernel(
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     LIMITED: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
-    """dk and dv [U, K, H]; one program per key tile and kv head. do, dk and dv contiguous."""
+    """dk and dv [U, K, H]; one program per key tile and kv head. do, dk and dv contiguous.
+
+    TURNS: dk is turned back by the keys' angles cos, sin [U, H / 2]; q and k are as they were multiplied.
+    """
     i_tile = tl.program_id(0)
     i_head = tl.program_id(1)
     i_segment, start = segment_of(cu_k, i_tile, num_segments, BLOCK_N, 1)
@@ -246,8 +267,8 @@ def dkv_kernel(
         o_n = tl.arange(0, BLOCK_N)
         m_n = key + o_n < num_keys
         row = k_start + key
-        b_k = load_tile(k + row * stride_k + i_head * H, o_n * stride_k, m_n, H, BLOCK_H, True)  # [BN, BH]
-        b_v = load_tile(v + row * stride_v + i_head * H, o_n * stride_v, m_n, H, BLOCK_H, True)  # [BN, BH]
+        b_k = load_tile(k + row * stride_k + i_head * H, o_n * stride_k, m_n, H, BLOCK_H, True, TURNS)  # [BN, BH]
+        b_v = load_tile(v + row * stride_v + i_head * H, o_n * stride_v, m_n, H, BLOCK_H, True, False)  # [BN, BH]
 
         q += q_start * stride_q + i_head * GROUP * H
         do += q_start * N * H + i_head * GROUP * H
@@ -268,14 +289,19 @@ def dkv_kernel(
         if CAUSAL or LIMITED:
             b_dk, b_dv = _key_gradients(
                 b_dk, b_dv, b_k, b_v, q, do, lse, delta, k_limits, stride_q, begin, whole, key, num_queries, num_keys,
-                scale, N, GROUP, H, BLOCK_H, BLOCK_M, BLOCK_N, CAUSAL, LIMITED, True,
+                scale, N, GROUP, H, BLOCK_H, BLOCK_M, BLOCK_N, CAUSAL, LIMITED, True, TURNS,
             )  # fmt: skip
         if not LIMITED:
             b_dk, b_dv = _key_gradients(
                 b_dk, b_dv, b_k, b_v, q, do, lse, delta, k_limits, stride_q, whole, end, key, num_queries, num_keys,
-                scale, N, GROUP, H, BLOCK_H, BLOCK_M, BLOCK_N, CAUSAL, LIMITED, False,
+                scale, N, GROUP, H, BLOCK_H, BLOCK_M, BLOCK_N, CAUSAL, LIMITED, False, TURNS,
             )  # fmt: skip
         num_kv_heads: tl.constexpr = N // GROUP
         o_out = (o_n * num_kv_heads + i_head) * H
-        store_tile(dk + row * num_kv_heads * H, o_out, m_n, b_dk * softmax_scale, H, BLOCK_H)
         store_tile(dv + row * num_kv_heads * H, o_out, m_n, b_dv, H, BLOCK_H)
+        dk += row * num_kv_heads * H
+        if TURNS:
+            at = row * (H // 2)
+            store_turned_back(dk, o_out, m_n, b_dk * softmax_scale, cos + at, sin + at, o_n, H, BLOCK_H)
+        else:
+            store_tile(dk, o_out, m_n, b_dk * softmax_scale, H, BLOCK_H)

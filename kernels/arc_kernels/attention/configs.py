@@ -36,8 +36,8 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Conf
 _Table = dict[int, dict[Kernel, Config]]  # [head size up to][kernel]
 
 # sm_90: tiles of 128 rows and 8 warps, so that each of two warp groups issues 64-row matrix instructions; 128 keys
-# where the registers hold the scores beside the sums (at head size 128 they do not: with three heads per kv head such
-# a forward spilled 104 bytes a thread).
+# where the registers hold the scores beside the sums. (At head size 128 they do not: with three heads per kv head such
+# a forward spilled 104 bytes a thread. At 256, 128 rows of queries that are turned spilled 96.)
 # sm_80: the same rows; fewer keys at a time, as operands pass through registers.
 # sm_86 (and 89, 120): 99 KiB of shared memory; sm_80's registers, fewer stages.
 # gfx942: 64 KiB of shared memory, but twice the registers; copies are not asynchronous, so one stage.
@@ -45,7 +45,7 @@ _SIXTEEN_BITS: dict[Chip, _Table] = {
     "sm_90": {
         64: {"forward": _config(128, 128, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(64, 128, 8, 2)},
         128: {"forward": _config(128, 64, 8, 3), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},
-        256: {"forward": _config(128, 32, 8, 2), "dq": _config(32, 32, 8, 1), "dkv": _config(32, 32, 8, 1)},
+        256: {"forward": _config(64, 32, 8, 2), "dq": _config(32, 32, 8, 1), "dkv": _config(32, 32, 8, 1)},
     },
     "sm_80": {
         64: {"forward": _config(128, 64, 8, 3), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from arc_kernels._interpreter import dot, narrow
+from arc_kernels.attention.rotation import joined, load_turned, store_halves
 from arc_kernels.attention.tiles import bounds, limits, load_tile, segment_of, store_tile, unpack
 
 
@@ -29,13 +30,14 @@ def _attend(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
     """Online softmax over the keys begin … end: [BM, BH] sums of values, [BM] maxima and [BM] sums so far."""
     o_n = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         m_n = start + o_n < num_keys
         at = tl.cast(start, tl.int64)
-        b_k = load_tile(k + at * stride_k, o_n * stride_k, m_n, H, BLOCK_H, MASKED)  # [BN, BH]
+        b_k = load_tile(k + at * stride_k, o_n * stride_k, m_n, H, BLOCK_H, MASKED, TURNS)  # [BN, BH]
         b_s = dot(b_q, tl.trans(b_k))  # [BM, BN]
         if MASKED:
             b_s = tl.where((start + o_n)[None, :] < b_limit[:, None], b_s, float("-inf"))
@@ -45,7 +47,7 @@ def _attend(
             b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.exp2(b_s * scale - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
-        b_v = load_tile(v + at * stride_v, o_n * stride_v, m_n, H, BLOCK_H, MASKED)  # [BN, BH]
+        b_v = load_tile(v + at * stride_v, o_n * stride_v, m_n, H, BLOCK_H, MASKED, False)  # [BN, BH]
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_acc = dot(narrow(b_p, b_v.dtype), b_v, b_acc * b_decay[:, None])
         b_max = b_new
@@ -62,6 +64,9 @@ def forward_kernel(
     cu_q,
     cu_k,
     k_limits,
+    cos,
+    sin,
+    q_turned,
     stride_q,
     stride_k,
     stride_v,
@@ -77,8 +82,13 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     LIMITED: tl.constexpr,
+    TURNS: tl.constexpr,
+    KEEPS_TURNED: tl.constexpr,
 ):
-    """o [T, N, H] and lse [T, N]; one program per query tile and kv head. scale: times log2(e), positive."""
+    """o [T, N, H] and lse [T, N]; one program per query tile and kv head. scale: times log2(e), positive.
+
+    TURNS: the queries are turned by the angles cos, sin [T, H / 2] first, and KEEPS_TURNED: written to q_turned too.
+    """
     # From the last tile to the first: under a causal mask the later tiles of a segment see the most keys.
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head = tl.program_id(1)
@@ -90,7 +100,16 @@ def forward_kernel(
         m_m = first + o_query < num_queries
         q_row = q_start + first
         o_head += i_head * GROUP
-        b_q = load_tile(q + q_row * stride_q, o_query * stride_q + o_head * H, m_m, H, BLOCK_H, True)  # [BM, BH]
+        o_out = (o_query * N + o_head) * H
+        o_q = o_query * stride_q + o_head * H
+        if TURNS:
+            at = q_row * (H // 2)
+            b_first, b_second = load_turned(q + q_row * stride_q, o_q, m_m, cos + at, sin + at, o_query, H, BLOCK_H)
+            if KEEPS_TURNED:
+                store_halves(q_turned + q_row * N * H, o_out, m_m, b_first, b_second, H, BLOCK_H)
+            b_q = joined(narrow(b_first, q.dtype.element_ty), narrow(b_second, q.dtype.element_ty))  # [BM, BH]
+        else:
+            b_q = load_tile(q + q_row * stride_q, o_q, m_m, H, BLOCK_H, True, False)  # [BM, BH]
         # Rows past the segment look where its last query looks, so that they neither widen nor narrow the tile.
         o_within = tl.minimum(first + o_query, num_queries - 1)
         b_limit = limits(k_limits + q_start, o_within, num_queries, num_keys, CAUSAL, LIMITED)  # [BM]
@@ -104,14 +123,14 @@ def forward_kernel(
         b_sum = tl.zeros([BLOCK_M], tl.float32)
         b_acc, b_max, b_sum = _attend(
             b_acc, b_max, b_sum, b_q, b_limit, k, v, stride_k, stride_v, 0, seen_by_all, num_keys, scale,
-            H, BLOCK_H, BLOCK_N, False,
+            H, BLOCK_H, BLOCK_N, False, TURNS,
         )  # fmt: skip
         b_acc, b_max, b_sum = _attend(
             b_acc, b_max, b_sum, b_q, b_limit, k, v, stride_k, stride_v, seen_by_all, seen_by_any, num_keys, scale,
-            H, BLOCK_H, BLOCK_N, True,
+            H, BLOCK_H, BLOCK_N, True, TURNS,
         )  # fmt: skip
         blind = b_sum == 0.0
         b_sum = tl.where(blind, 1.0, b_sum)
         b_lse = tl.where(blind, 0.0, b_max + tl.log2(b_sum))
-        store_tile(o + q_row * N * H, (o_query * N + o_head) * H, m_m, b_acc / b_sum[:, None], H, BLOCK_H)
+        store_tile(o + q_row * N * H, o_out, m_m, b_acc / b_sum[:, None], H, BLOCK_H)
         tl.store(lse + q_row * N + o_query * N + o_head, b_lse, mask=m_m)

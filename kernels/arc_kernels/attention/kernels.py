@@ -30,19 +30,57 @@ class Spans(NamedTuple):
     scale: float
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """Attention [T, N, H] in the dtype of q, and the base-2 log-sum-exp of the scaled scores, fp32 [T, N].
+class Angles(NamedTuple):
+    """By what rows are turned: cos and sin [rows, H / 2], contiguous, float32 or float64."""
 
-    q [T, N, H], k and v [U, K, H]: heads contiguous, rows at any stride.
+    cos: Tensor
+    sin: Tensor
+
+
+class Forward(NamedTuple):
+    """o [T, N, H] in the dtype of q; lse: the base-2 log-sum-exp of the scaled scores, fp32 [T, N].
+
+    q_turned [T, N, H]: the queries as they were multiplied, where that was asked for, else empty.
+    """
+
+    o: Tensor
+    lse: Tensor
+    q_turned: Tensor
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Spans,
+    config: Config | None = None,
+    *,
+    angles: Angles | None = None,
+    keeps_turned: bool = False,
+) -> Forward:
+    """Attention. q [T, N, H], k and v [U, K, H]: heads contiguous, rows at any stride.
+
+    angles: by these the queries are turned first; the keys come turned.
     """
     config = config or _choose("forward", q, k, spans)
+    keeps_turned = keeps_turned and angles is not None
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    q_turned = torch.empty(q.shape if keeps_turned else 0, dtype=q.dtype, device=q.device)
     grid = _grid(spans.cu_seqlens_q, q.shape[0], q.shape[1] // k.shape[1], config.block_m, k.shape[1])
     if grid[0]:
         with torch.cuda.device_of(q):
-            forward_kernel[grid](q, k, v, o, lse, **_arguments(q, k, v, spans, config))
-    return o, lse
+            forward_kernel[grid](
+                q,
+                k,
+                v,
+                o,
+                lse,
+                q_turned=q_turned if keeps_turned else None,
+                KEEPS_TURNED=keeps_turned,
+                **_arguments(q, k, v, spans, config, angles),
+            )
+    return Forward(o, lse, q_turned)
 
 
 def delta(o: Tensor, do: Tensor) -> Tensor:
@@ -67,29 +105,50 @@ def delta(o: Tensor, do: Tensor) -> Tensor:
 
 
 def dq(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, sums: Tensor, spans: Spans, config: Config | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    sums: Tensor,
+    spans: Spans,
+    config: Config | None = None,
+    *,
+    angles: Angles | None = None,
 ) -> Tensor:
-    """Gradient of q, contiguous; do contiguous, sums from `delta`, lse from `forward`."""
+    """Gradient of q, contiguous; do contiguous, sums from `delta`, lse from `forward`.
+
+    q and k as they were multiplied; angles: the gradient is turned back by these, those of the queries.
+    """
     config = config or _choose("dq", q, k, spans)
     gradient = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grid = _grid(spans.cu_seqlens_q, q.shape[0], q.shape[1] // k.shape[1], config.block_m, k.shape[1])
     if grid[0]:
-        arguments = _arguments(q, k, v, spans, config)
+        arguments = _arguments(q, k, v, spans, config, angles)
         with torch.cuda.device_of(q):
             dq_kernel[grid](q, k, v, do, lse, sums, gradient, softmax_scale=spans.scale, **arguments)
     return gradient
 
 
 def dkv(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, sums: Tensor, spans: Spans, config: Config | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    sums: Tensor,
+    spans: Spans,
+    config: Config | None = None,
+    *,
+    angles: Angles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v, contiguous; arguments as in `dq`."""
+    """Gradients of k and v, contiguous; arguments as in `dq`, the angles those of the keys."""
     config = config or _choose("dkv", q, k, spans)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     grid = _grid(spans.cu_seqlens_k, k.shape[0], 1, config.block_n, k.shape[1])
     if grid[0]:
-        arguments = _arguments(q, k, v, spans, config)
+        arguments = _arguments(q, k, v, spans, config, angles)
         with torch.cuda.device_of(q):
             dkv_kernel[grid](q, k, v, do, lse, sums, dk, dv, softmax_scale=spans.scale, **arguments)
     return dk, dv
@@ -113,13 +172,15 @@ def _grid(cu: Tensor, num_rows: int, group: int, block: int, num_kv_heads: int) 
     return (num_rows * group // block + num_segments if num_rows and num_segments else 0, num_kv_heads)
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor, spans: Spans, config: Config) -> dict[str, Any]:
+def _arguments(q: Tensor, k: Tensor, v: Tensor, spans: Spans, config: Config, angles: Angles | None) -> dict[str, Any]:
     """What the forward, dq and dkv kernels take besides their inputs and outputs."""
     limited = spans.k_limits is not None
     return {
         "cu_q": spans.cu_seqlens_q,
         "cu_k": spans.cu_seqlens_k,
         "k_limits": spans.k_limits if limited else spans.cu_seqlens_q,  # not read where there are none
+        "cos": None if angles is None else angles.cos,
+        "sin": None if angles is None else angles.sin,
         "stride_q": q.stride(0),
         "stride_k": k.stride(0),
         "stride_v": v.stride(0),
@@ -135,10 +196,11 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, spans: Spans, config: Config) ->
         "BLOCK_N": config.block_n,
         "CAUSAL": spans.causal,
         "LIMITED": limited,
+        "TURNS": angles is not None,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         **LAUNCH_OPTIONS,
     }
 
 
-__all__ = ["Spans", "compile_specs", "delta", "dkv", "dq", "forward"]
+__all__ = ["Angles", "Forward", "Spans", "compile_specs", "delta", "dkv", "dq", "forward"]

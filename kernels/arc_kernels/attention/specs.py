@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -16,8 +16,9 @@ Mode = Literal["full", "causal", "limits"]
 
 _KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
-_STATISTICS = ("lse", "delta")
+_OPERANDS = ("q", "k", "v", "o", "do", "dq", "dk", "dv", "q_turned")
+_STATISTICS = ("lse", "delta", "cos", "sin")
+_TURNING = ("cos", "sin", "q_turned")
 _INDICES = ("cu_q", "cu_k", "k_limits")
 _STRIDES = ("stride_q", "stride_k", "stride_v")
 _LONG = 4096  # rows: beyond any tile
@@ -33,6 +34,14 @@ _HEADS: tuple[tuple[int, int, tuple[Mode, ...]], ...] = (
     (128, 3, ("full", "causal")),
     (128, 4, _ALL),
     (256, 2, _ALL),
+)
+
+_TURNED_HEADS: tuple[tuple[int, int, Mode], ...] = (
+    (64, 4, "causal"),
+    (80, 1, "full"),
+    (128, 3, "full"),
+    (128, 4, "causal"),
+    (256, 2, "causal"),
 )
 
 
@@ -52,6 +61,11 @@ def compile_specs(chip: Chip = "sm_90") -> list[CompileSpec]:
         for longest in (16, 64)
         for kernel in _names()
     ]
+    specs += [
+        _spec(kernel, chip, "bf16", head_dim, group, mode, turns=True)
+        for head_dim, group, mode in _TURNED_HEADS
+        for kernel in _names()
+    ]
     deltas = (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 128), ("fp32", 256))
     return [*specs, *(_delta_spec(dtype, head_dim) for dtype, head_dim in deltas)]
 
@@ -61,7 +75,15 @@ def _names() -> Iterator[Kernel]:
 
 
 def _spec(
-    kernel: Kernel, chip: Chip, dtype: str, head_dim: int, group: int, mode: Mode, longest: int = _LONG
+    kernel: Kernel,
+    chip: Chip,
+    dtype: str,
+    head_dim: int,
+    group: int,
+    mode: Mode,
+    longest: int = _LONG,
+    *,
+    turns: bool = False,
 ) -> CompileSpec:
     config = choose(kernel, chip=chip, head_dim=head_dim, dtype=_DTYPES[dtype], num_rows=longest, num_keys=longest)
     arguments = _KERNELS[kernel].arg_names
@@ -70,8 +92,15 @@ def _spec(
     divisible = tuple(name for name in arguments if name in types)
     types |= dict.fromkeys(("num_q_rows", "num_k_rows", "num_segments"), "i32")
     types |= {"scale": "fp32", "softmax_scale": "fp32"}
+    constexprs: dict[str, Any] = {"KEEPS_TURNED": turns} if kernel == "forward" else {}
+    if not turns:
+        absent = tuple(name for name in _TURNING if name in arguments)
+        types = {name: kind for name, kind in types.items() if name not in absent}
+        divisible = tuple(name for name in divisible if name not in absent)
+        constexprs |= dict.fromkeys(absent)
+    shape = f"H={head_dim} group={group} {mode} rows={longest}{' turned' if turns else ''}"
     return CompileSpec(
-        name=f"attention_{kernel} {dtype} H={head_dim} group={group} {mode} rows={longest} ({chip})",
+        name=f"attention_{kernel} {dtype} {shape} ({chip})",
         fn=_KERNELS[kernel],
         signature={name: types[name] for name in arguments if name in types},
         constexprs={
@@ -83,6 +112,8 @@ def _spec(
             "BLOCK_N": config.block_n,
             "CAUSAL": mode == "causal",
             "LIMITED": mode == "limits",
+            "TURNS": turns,
+            **constexprs,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -75,17 +75,33 @@ def limits(k_limits, o_query, num_queries, num_keys, CAUSAL: tl.constexpr, LIMIT
 
 
 @triton.jit
-def load_tile(base, o_offset, m_row, H: tl.constexpr, BLOCK_H: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """Rows of H values at base + o_offset: [rows, BLOCK_H], zeros beyond H and, under MASK_ROWS, where m_row is not."""
+def load_tile(
+    base,
+    o_offset,
+    m_row,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """Rows of H values at base + o_offset: [rows, BLOCK_H], zeros beyond H and, under MASK_ROWS, where m_row is not.
+
+    HALVES: the halves of a head stand BLOCK_H / 2 apart, each with its zeros behind it (see `rotation`).
+    """
     o_h = tl.arange(0, BLOCK_H)
+    m_h = o_h < H
+    if HALVES and BLOCK_H != H:
+        o_pair = o_h % (BLOCK_H // 2)
+        m_h = o_pair < H // 2
+        o_h = o_h // (BLOCK_H // 2) * (H // 2) + o_pair
     p = base + o_offset[:, None] + o_h[None, :]
     if MASK_ROWS:
         if BLOCK_H == H:
             return tl.load(p, mask=m_row[:, None], other=0.0)
-        return tl.load(p, mask=m_row[:, None] & (o_h < H)[None, :], other=0.0)
+        return tl.load(p, mask=m_row[:, None] & m_h[None, :], other=0.0)
     if BLOCK_H == H:
         return tl.load(p)
-    return tl.load(p, mask=(o_h < H)[None, :], other=0.0)
+    return tl.load(p, mask=m_h[None, :], other=0.0)
 
 
 @triton.jit

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from arc_kernels._check import check_same_device, check_shape
+from arc_kernels._check import check_angles, check_shape
 from arc_kernels._dispatch import use_triton
 from arc_kernels.rotary.reference import rotary_reference
 
@@ -22,26 +21,15 @@ def rotary(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     check_shape("x_TNH", x_TNH, (None, None, None))
     if x_TNH.shape[-1] % 2 or not x_TNH.is_floating_point():
         raise ValueError(f"x_TNH is {x_TNH.dtype} with head size {x_TNH.shape[-1]}; expected floats and an even size")
-    check_shape("cos_TF", cos_TF, (x_TNH.shape[0], x_TNH.shape[-1] // 2))
-    check_shape("sin_TF", sin_TF, tuple(cos_TF.shape))
-    for name, angles in (("cos_TF", cos_TF), ("sin_TF", sin_TF)):
-        if angles.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name} is {angles.dtype}; expected float32: coarser angles turn far positions wrongly")
-    check_same_device(x_TNH=x_TNH, cos_TF=cos_TF, sin_TF=sin_TF)
-    if not use_triton(x_TNH):
+    triton = use_triton(x_TNH)
+    check_angles({"cos_TF": cos_TF, "sin_TF": sin_TF}, x_TNH, has_gradient=not triton)
+    if not triton:
         return rotary_reference(x_TNH, cos_TF, sin_TF)
     from arc_kernels.rotary.autograd import rotary_triton
 
-    _check_kernel(x_TNH, cos_TF, sin_TF)
-    return rotary_triton(x_TNH, cos_TF, sin_TF)
-
-
-def _check_kernel(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> None:
     if x_TNH.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"x_TNH has head size {x_TNH.shape[-1]}; the kernel takes {MAX_HEAD_DIM}: use 'reference'")
-    for name, angles in (("cos_TF", cos_TF), ("sin_TF", sin_TF)):
-        if angles.requires_grad:
-            raise ValueError(f"{name} requires a gradient, which the kernel has not; detach it or use 'reference'")
+    return rotary_triton(x_TNH, cos_TF, sin_TF)
 
 
 __all__ = ["rotary", "rotary_reference"]

@@ -40,7 +40,7 @@ def test_group_pool_is_as_close_as_torch(
     assert_kernel_close(_group_pool(kind, "triton"), _group_pool(kind, "reference"), inputs, wants_grad=("x_TD",))
 
 
-@pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [200, 3, 1]])
+@pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [40, 3, 1]])
 @pytest.mark.parametrize("kind", ["mean", "fusion"])
 def test_groups_of_one_row_and_of_very_many(
     kind: str, sizes: list[int], device: torch.device, poisoned_empty: None

@@ -158,6 +158,47 @@ def test_in_context_examples_are_other_records_of_the_source_none_twice(seed: in
             assert used <= set(range(source.num_records))
 
 
+@st.composite
+def orders(draw: st.DrawFn) -> RunOrder:
+    """Any run: one to four sources of any sizes, tasks and weights."""
+    sources = []
+    for idx in range(draw(st.integers(1, 4))):
+        sizes = draw(st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(sum))
+        task = draw(st.sampled_from(["pretraining", "few_shot", "long_context"]))
+        most = draw(st.integers(0, min(5, sum(sizes) - 1))) if task == "few_shot" else 0
+        shape = {"task": task, "in_context_examples": most, "weight": draw(st.floats(0.05, 10))}
+        sources.append(SourceShape(shard_sizes=tuple(sizes), fingerprint=str(idx), **shape))
+    return RunOrder(
+        seed=draw(st.integers(0, 2**32)),
+        batch_size=draw(st.integers(1, 100)),
+        sources=tuple(sources),
+        reconstruction_share=((0, draw(st.floats(0, 1))),),
+        window_shards=draw(st.integers(1, 4)),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=orders(), first=st.integers(0, 5000))
+def test_any_order_is_pure_whole_and_valid(order: RunOrder, first: int) -> None:
+    """From any step on: the same picks by a new object; what a source gives in an epoch is each record at most once."""
+    steps = range(first, first + 200 // order.batch_size + 1)
+    picks = [pick for step in steps for pick in order.batch(step)]
+    again = pickle.loads(pickle.dumps(order))
+    assert picks == [pick for step in reversed(steps) for pick in reversed(again.batch(step))][::-1]
+    assert [pick.position for pick in picks] == list(range(picks[0].position, picks[0].position + len(picks)))
+    seen = Counter((pick.source_idx, pick.epoch, pick.record_idx) for pick in picks)
+    assert max(seen.values()) == 1
+    for pick in picks:
+        source = order.sources[pick.source_idx]
+        used = {pick.record_idx, *pick.example_idxs}
+        assert used <= set(range(source.num_records)) and len(used) == 1 + len(pick.example_idxs)
+        assert len(pick.example_idxs) <= source.in_context_examples
+    for source_idx, source in enumerate(order.sources):
+        epochs = [epoch for idx, epoch, _ in seen if idx == source_idx]
+        for epoch in range(min(epochs, default=0) + 1, max(epochs, default=0)):
+            assert epochs.count(epoch) == source.num_records, "an epoch in between is whole"
+
+
 def test_in_context_examples_come_in_all_numbers_from_all_records_alike() -> None:
     sources = (SourceShape(shard_sizes=(5,), fingerprint="a", task="few_shot", in_context_examples=3),)
     order = make_order(sources=sources, batch_size=200)

@@ -16,6 +16,7 @@ from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.data.validation_set import validation_examples
 from arc_ds.errors import DataError
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
+from tests.helpers.tiny_mixture import SIZES, TinyMixture
 
 LIMITS = TaskLimits(max_context=16, max_prefix=16, max_continuation=16)
 
@@ -84,3 +85,36 @@ def test_held_out_records_that_are_all_too_short_are_an_error(setting: Setting, 
     write_shards(tmp_path / "short", setting.encoder_path, ["A sea."] * 8)
     with pytest.raises(DataError, match="too few records can be used"):
         setting.examples([Source(shards=ShardSet(tmp_path / "short"), limits=LIMITS)], 8)
+
+
+def test_held_out_few_shot_samples_have_fixed_examples_from_their_source(tmp_path: Path) -> None:
+    mixture = TinyMixture.write(tmp_path)
+    encoder = load_tokenizer(mixture.encoder)
+
+    def questions() -> list[list[str]]:
+        """The records that each sample asks about, its own last."""
+        (examples,) = validation_examples(
+            mixture.sources()[1:2], SIZES[1], encoder=encoder, readers=[Reader(tokenizer=encoder)]
+        )
+        texts = [
+            encoder.decode([i for part in e.sample.segments if part.kind == "text" for i in part.ids]) for e in examples
+        ]
+        return [re.findall(r"Of what is block (\d+)\?", text) for text in texts]
+
+    found = questions()
+    assert found == questions()
+    assert sorted(int(asked[-1]) for asked in found) == list(range(SIZES[1])), "each record is asked about once"
+    assert all(len(set(asked)) == len(asked) for asked in found)
+    assert {len(asked) for asked in found} == {1, 2, 3, 4}
+
+
+def test_a_task_that_its_records_cannot_serve_is_refused(tmp_path: Path) -> None:
+    mixture = TinyMixture.write(tmp_path)
+    texts, questions, _ = mixture.sources()
+    with pytest.raises(
+        DataError, match="texts holds pretraining records, .* Set its `task` to pretraining or long_con"
+    ):
+        replace(texts, task="few_shot")
+    with pytest.raises(DataError, match="questions holds fine_tuning records, .* Set its `task` to few_shot"):
+        replace(questions, task="pretraining", in_context_examples=0)
+    assert replace(questions, task="long_context", in_context_examples=0).tasks == ("long_context",)

@@ -231,6 +231,11 @@ def test_hash_ignores_where_and_how_often_things_are_written(write):
         "checkpoint.resume=never",
         "tracking.mlflow=false",
         "data.num_workers=0",
+        "data.cache_dir=elsewhere",
+        "data.cache_gib=3",
+        "data.max_encoder_tokens=4096",
+        "data.max_decoder_rows=8192",
+        "data.validation=[{path: held_out, task: few_shot}]",
         "decoders.0.placement=zero3",
         "micro_batches=2",
         "validation.num_samples=4",
@@ -248,6 +253,10 @@ def test_hash_follows_what_changes_the_numbers(write):
         "pooling.factors=[4]",
         "decoders.0.backbone=other",
         "data.batch_size=64",
+        "data.sources.0.task=long_context",
+        "data.max_answer_tokens=8",
+        "decoders.0.chat_template=chatml",
+        "decoder_schedule=same_batch",
         "encoder.causal=true",
     ):
         assert config_hash(load_config(write(), [override])) != config_hash(base), override

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 EVERY = 8
 # The rest is time: equal steps take other times in each run.
-NUMERIC = ("train/", "lr/", "validation/")
+NUMERIC = ("train/", "lr/", "validation/", "data/")
 TIMED = ("validation/seconds",)
 
 

@@ -2,8 +2,8 @@
 
     python tools/bench_shards.py --tokenizer MODEL --mb 100 1000 --workers 2
 
-Prints a CSV row for each size. The memory is the sum over all processes of the command (PSS: pages that processes share
-are counted once), sampled ten times a second; it must not grow with the input. Linux only.
+Prints CSV rows for each size. The memory is the sum over all processes of the command, sampled ten times a second; pages
+that several of them share are counted once. It must not grow with the input. Linux only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import arc_ds
 
@@ -32,7 +33,11 @@ _WORDS = "the of a and to in was on that by stone tower lamp keeper island harbo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What one command took. input_mb: megabytes (10^6 bytes). cpu_s, peak_mib: of all its processes together."""
+    """What one command took, all its processes together. input_mb: megabytes (10^6 bytes).
+
+    peak_mib: memory, with the pages of files that are mapped (of tars: `check` maps one a worker, and the system may
+    drop them); peak_own_mib: without.
+    """
 
     command: str
     input_mb: float
@@ -40,6 +45,7 @@ class Row:
     seconds: float
     cpu_s: float
     peak_mib: float
+    peak_own_mib: float
     num_processes: int
     machine: str
     date: str
@@ -97,7 +103,8 @@ def measure(words: list[str], *, input_mb: float, workers: int) -> Row:
         workers=workers,
         seconds=round(time.perf_counter() - start, 1),
         cpu_s=round(_children_cpu_s() - cpu_start, 1),
-        peak_mib=round(watch.peak_bytes / (1 << 20), 1),
+        peak_mib=round(watch.peak.total / (1 << 20), 1),
+        peak_own_mib=round(watch.peak.own / (1 << 20), 1),
         num_processes=watch.num_processes,
         machine=f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -110,21 +117,29 @@ def _children_cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+class Memory(NamedTuple):
+    """Bytes, with and without the pages of mapped files."""
+
+    total: int = 0
+    own: int = 0
+
+
 class MemoryWatch(threading.Thread):
     """Samples the memory of a process and all its descendants. num_processes: the most that were seen at once."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self.peak_bytes = 0
+        self.peak = Memory()
         self.num_processes = 0
         self._pid = pid
         self._stopped = threading.Event()
 
     def run(self) -> None:
         while not self._stopped.wait(_PERIOD_S):
-            sizes = [_pss_bytes(pid) for pid in _descendants(self._pid)]
-            self.peak_bytes = max(self.peak_bytes, sum(sizes))
-            self.num_processes = max(self.num_processes, len(sizes))
+            found = [_memory_of(pid) for pid in _descendants(self._pid)]
+            total, own = sum(memory.total for memory in found), sum(memory.own for memory in found)
+            self.peak = Memory(max(self.peak.total, total), max(self.peak.own, own))
+            self.num_processes = max(self.num_processes, len(found))
 
     def stop(self) -> None:
         """End sampling and wait for the thread."""
@@ -144,12 +159,13 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _pss_bytes(pid: int) -> int:
+def _memory_of(pid: int) -> Memory:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+        return Memory()
+    sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss")}
+    return Memory(sizes.get("Pss:", 0), sizes.get("Pss_Anon:", 0))
 
 
 if __name__ == "__main__":

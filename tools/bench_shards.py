@@ -2,8 +2,8 @@
 
     python tools/bench_shards.py --tokenizer MODEL --mb 100 1000 --workers 2
 
-Prints CSV rows for each size. The memory is the sum over all processes of the command, sampled ten times a second; pages
-that several of them share are counted once. It must not grow with the input. Linux only.
+Prints CSV rows for each size. The memory is the sum over all processes of the command, sampled ten times a second;
+pages that several of them share are counted once. It must not grow with the input. Linux only.
 """
 
 from __future__ import annotations

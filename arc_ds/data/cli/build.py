@@ -7,6 +7,7 @@ import logging
 import sys
 from typing import Any
 
+from arc_ds.data.cli.tokenize import cache_and_print
 from arc_ds.data.record_maker import REASONS
 from arc_ds.data.shard_workers import num_cores
 from arc_ds.data.shard_writer import build_shards
@@ -30,6 +31,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--shard-mib", type=float, default=128, help="size of a shard (default: %(default)s MiB)")
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument(
+        "--cache-tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKENIZER",
+        help="keep the ids of all texts by these tokenizers beside the shards (or later: shards tokenize)",
+    )
     parser.set_defaults(run=_build)
 
 
@@ -79,6 +87,8 @@ def _build(namespace: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     print(f"{namespace.out}: {summary(manifest)}")
+    if namespace.cache_tokens:
+        cache_and_print(namespace.out, namespace.cache_tokens, workers=namespace.workers)
     return 0
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 
 from arc_ds.data.shard_workers import num_cores
-from arc_ds.data.token_cache_writer import CacheSummary, build_token_caches
+from arc_ds.data.token_cache_writer import build_token_caches
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,15 +33,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _tokenize(namespace: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    made = build_token_caches(
-        namespace.folder, namespace.tokenizer, workers=namespace.workers, progress=sys.stderr.isatty()
-    )
-    for summary in made:
-        print(shown(summary))
+    cache_and_print(namespace.folder, namespace.tokenizer, workers=namespace.workers)
     return 0
 
 
-def shown(summary: CacheSummary) -> str:
-    """A cache in a line."""
-    left_out = f", {summary.left_out} texts left out" if summary.left_out else ""
-    return f"{summary.folder}: {summary.ids} ids of {summary.records} records{left_out}"
+def cache_and_print(folder: str, tokenizers: Sequence[str], *, workers: int) -> None:
+    """Make the token caches of a folder of shards, with progress on a terminal, and print a line for each."""
+    for made in build_token_caches(folder, tokenizers, workers=workers, progress=sys.stderr.isatty()):
+        left_out = f", {made.left_out} texts left out" if made.left_out else ""
+        print(f"{made.folder}: {made.ids} ids of {made.records} records{left_out}")

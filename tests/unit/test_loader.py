@@ -14,7 +14,7 @@ import torch
 from arc_ds.data.loader import StepData, make_loader
 from arc_ds.data.micro_batches import MicroBatchLimits, pack_again
 from arc_ds.data.order import RunOrder
-from arc_ds.data.packing import PoolingSpec
+from arc_ds.data.packing import PackedBatch, PoolingSpec
 from arc_ds.data.reader import ReaderFiles
 from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.source import Source
@@ -240,3 +240,25 @@ def test_decoders_on_the_same_batch_run_one_after_the_other(mixture: TinyMixture
 def test_a_run_names_its_tasks(mixture: TinyMixture, setting: Setting) -> None:
     assert setting.data().tasks == ("reconstruction", "continuation")
     assert mixture.data().tasks == ("reconstruction", "continuation", "few_shot", "long_context")
+
+
+def test_a_sample_too_long_for_a_micro_batch_stops_the_run_or_gives_way_and_is_counted(mixture: TinyMixture) -> None:
+    """In same_batch one decoder's sample may be too long where another's is not: then both take the next record."""
+    limits = MicroBatchLimits(max_decoder_rows=120)
+    whole = [mixture.data(schedule="same_batch")[step] for step in range(6)]
+    longest = max(rows for batch in whole for micro in batch.micro_batches for rows in rows_of(micro.batch))
+    assert longest > 120, "nothing would be too long"
+    with pytest.raises(DataError, match=r"record \d+: .* decoder rows; .* 120 \(data.max_decoder_rows\)"):
+        for step in range(6):
+            mixture.data(schedule="same_batch", limits=limits)[step]
+    data = mixture.data(schedule="same_batch", limits=limits, on_error="skip")
+    batches = [data[step] for step in range(6)]
+    assert sum(batch.skipped for batch in batches) > 0
+    for batch, full in zip(batches, whole, strict=True):
+        assert len(batch.record_ids) == len(full.record_ids)
+        assert max(micro.batch.num_decoder_rows for micro in batch.micro_batches) <= 120
+
+
+def rows_of(packed: PackedBatch) -> list[int]:
+    """Decoder rows of each sequence."""
+    return packed.decoder_cu_seqlens.diff().tolist()

@@ -252,7 +252,8 @@ class LossConfig:
     """How the labels of a batch are averaged."""
 
     normalize: Literal["global", "rank_mean"] = "global"
-    """Sum over the labels of the global batch divided by their number, or the mean of the ranks' means (reference)."""
+    """Sum over the labels of the global batch divided by their number, or the mean of the means of all ranks'
+    `micro_batches` parts (reference), with each of the step's decoders."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from arc_ds.config.schema import RunConfig, ShareSchedule, SourceConfig
-from arc_ds.data.urls import is_url
+from arc_ds.data.urls import is_url, local_path
 from arc_ds.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -54,9 +54,7 @@ def check_paths(config: RunConfig) -> None:
     named += [("encoder.tokenizer", config.encoder.tokenizer), ("encoder.init_from", config.encoder.init_from)]
     for idx, decoder in enumerate(config.decoders):
         named += [(f"decoders.{idx}.backbone", decoder.backbone), (f"decoders.{idx}.tokenizer", decoder.tokenizer)]
-    named += [(f"data.sources.{idx}.path", source.path) for idx, source in enumerate(config.data.sources)]
-    key = "data.validation" if isinstance(config.data.validation, str) else "data.validation.{}.path"
-    named += [(key.format(idx), source.path) for idx, source in enumerate(config.data.held_out)]
+    named += _shards_on_disk(config)
     if config.checkpoint.resume not in ("auto", "never"):
         named.append(("checkpoint.resume", config.checkpoint.resume))
     missing = [f"{key}: {path}" for key, path in named if path is not None and not _exists(path)]
@@ -86,9 +84,16 @@ def _check_can_be_written(folder: Path) -> None:
         ) from error
 
 
+def _shards_on_disk(config: RunConfig) -> list[tuple[str, str]]:
+    """Keys and paths of shards, without those behind URLs: what is there takes the network, and is tried later."""
+    key = "data.validation" if isinstance(config.data.validation, str) else "data.validation.{}.path"
+    named = [(f"data.sources.{idx}.path", source.path) for idx, source in enumerate(config.data.sources)]
+    named += [(key.format(idx), source.path) for idx, source in enumerate(config.data.held_out)]
+    return [(key, str(local_path(path))) for key, path in named if not is_url(path)]
+
+
 def _exists(path: str) -> bool:
-    """URLs are tried when they are opened: what is there needs the network."""
-    return is_url(path) or Path(path).exists()
+    return Path(path).exists()
 
 
 def _at_least(key: str, value: float | None, low: float, cure: str = "") -> Iterator[str]:

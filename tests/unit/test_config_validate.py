@@ -52,6 +52,7 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["data.max_encoder_tokens=255"], ["data.max_encoder_tokens is 255; expected 256", "null sets no limit"]),
         (["data.max_encoder_tokens=256", "pooling.factors=[]", "pooling.memory_tokens=8"], ["expected 264"]),
         (["data.max_encoder_tokens=600", "data.sources.0.task=long_context"], ["expected 1024"]),
+        (["data.cache_gib=0"], ["data.cache_gib is 0", "null for half"]),
         (["data.max_decoder_rows=0"], ["data.max_decoder_rows is 0"]),
         (["data.max_continuation_tokens=1"], ["data.max_continuation_tokens"]),
         (["data.max_answer_tokens=0", "data.max_chunks=0"], ["data.max_answer_tokens is 0", "data.max_chunks is 0"]),
@@ -132,6 +133,16 @@ def test_paths_that_exist_pass(tmp_path, monkeypatch):
         (tmp_path / path).mkdir(parents=True)
     (tmp_path / "ds.json").write_text("{}")
     check_paths(load(tmp_path))
+
+
+def test_shards_behind_urls_are_no_missing_paths_and_other_urls_are(tmp_path, monkeypatch):
+    _with_paths(tmp_path, monkeypatch, "run")
+    shards = f"data.sources=[{{path: s3://bucket/shards}}, {{path: 'pipe:cat /x'}}, {{path: 'file://{tmp_path}'}}]"
+    check_paths(load(tmp_path, shards, "data.validation=https://host/held-out?sig=1"))
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.path: /nowhere\b"):
+        check_paths(load(tmp_path, "data.sources=[{path: 'file:///nowhere'}]"))
+    with pytest.raises(ConfigError, match=r"encoder\.backbone: https://host/weights"):
+        check_paths(load(tmp_path, "encoder.backbone=https://host/weights"))
 
 
 def _with_paths(tmp_path, monkeypatch, run_dir):

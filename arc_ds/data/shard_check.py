@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from arc_ds.data.shard_faults import Fault, check_shard, stray_files
 from arc_ds.data.shard_files import ShardFiles, locate
-from arc_ds.data.shard_reader import Fault, check_shard, stray_files
 from arc_ds.data.shard_workers import worker_pool
 from arc_ds.data.token_cache_writer import check_token_caches
 from arc_ds.data.urls import is_url

@@ -125,7 +125,7 @@ def _works(tars: Sequence[str | Path], out_dir: str | Path | None) -> list[_Work
 
 def _expand(given: str) -> list[str]:
     """The tars that one argument stands for."""
-    from braceexpand import braceexpand
+    from webdataset.shardlists import expand_urls
 
     if given.startswith("pipe:"):
         raise DataError(
@@ -138,8 +138,8 @@ def _expand(given: str) -> list[str]:
             raise DataError(f"{given}: expected files ending in .tar, found none. Check the path.")
         return found
     if is_url(given):
-        return list(braceexpand(given))
-    places = [given] if local_path(given).exists() else list(braceexpand(given))
+        return expand_urls(given)
+    places = [given] if local_path(given).exists() else expand_urls(given)
     for place in places:
         if not local_path(place).is_file():
             raise DataError(f"{place}: expected a tar or a folder of tars, found nothing there. Check the path.")

@@ -1,4 +1,4 @@
-"""Reading shards through their indexes by mmap, and checking them."""
+"""Reading shards through their indexes by mmap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from numpy.typing import NDArray
 
 from arc_ds.data.prefetcher import Prefetcher
 from arc_ds.data.shard_cache import ShardCache
-from arc_ds.data.shard_files import ShardFiles, check_size, locate
-from arc_ds.data.shard_members import BLOCK, decode_member, name_of_header, size_of_header
-from arc_ds.data.shards import INDEX_DTYPE, MANIFEST, ShardInfo, read_index, sha256_of_file
-from arc_ds.data.urls import is_url
+from arc_ds.data.shard_files import ShardFiles, locate
+from arc_ds.data.shard_members import BLOCK, decode_member, name_of_header
+from arc_ds.data.shards import INDEX_DTYPE, read_index
 from arc_ds.errors import DataError, StorageError
 
 # One row of an index. Unpacking from bytes takes a third of the time of reading the fields of a numpy row.
@@ -170,77 +168,3 @@ def _map(files: ShardFiles, shard_idx: int) -> mmap.mmap:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise StorageError(f"{files.shown(shard)} cannot be mapped: {error}. Is its disk still mounted?") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing wrong with a file of a folder of shards; `offset` in bytes, None where it concerns the whole file."""
-
-    file: str
-    offset: int | None
-    what: str
-
-    def __str__(self) -> str:
-        place = "" if self.offset is None else f" at byte {self.offset}"
-        return f"{self.file}{place}: {self.what}"
-
-
-def check_shards(path: str | Path, *, cache: ShardCache | None = None) -> list[Fault]:
-    """Read everything in a folder of shards, or behind its URL, and return every fault, none where all is well.
-
-    Verified: the manifest, files missing or unknown, sizes, sha256 of tars and indexes, that tar headers and index
-    agree, and checksum and content of every record. DataError only where there is no readable manifest; StorageError
-    where a URL cannot be reached.
-    """
-    files = locate(path, cache)
-    faults = [] if is_url(path) else stray_files(files)
-    for shard in files.manifest.shards:
-        faults += check_shard(files, shard)
-    return faults
-
-
-def stray_files(files: ShardFiles) -> list[Fault]:
-    """The files of a local folder that are none of its set's. Folders in it are others' (caches of tokens)."""
-    shards = files.manifest.shards
-    known = {MANIFEST, *(s.name for s in shards), *(s.index_name for s in shards)}
-    strays = sorted(p.name for p in files.folder.iterdir() if p.name not in known and not p.is_dir())
-    return [Fault(name, None, "not in the manifest") for name in strays]
-
-
-def check_shard(files: ShardFiles, shard: ShardInfo) -> list[Fault]:
-    """The faults of one shard of a set, its tar and its index."""
-    faults = []
-    address = files.address(shard)
-    try:
-        if not is_url(address):
-            check_size(Path(address), shard)
-            if sha256_of_file(Path(address)) != shard.sha256:
-                faults.append(Fault(shard.name, None, "its sha256 is not the manifest's"))
-    except DataError as error:
-        faults.append(Fault(shard.name, None, str(error)))
-    try:
-        index = read_index(files.folder, shard)
-    except DataError as error:
-        return [*faults, Fault(shard.index_name, None, str(error))]
-    if is_url(address) or (Path(address).is_file() and Path(address).stat().st_size):
-        with files.open(shard) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            text_field = files.manifest.text_field
-            faults += [fault for row in index if (fault := _check_member(data, shard, row, text_field))]
-    return faults
-
-
-def _check_member(data: mmap.mmap, shard: ShardInfo, row: np.void, text_field: str) -> Fault | None:
-    """What is wrong with one member: its tar header, its checksum or its record."""
-    offset, length = int(row["offset"]), int(row["length"])
-    if not BLOCK <= offset <= offset + length <= len(data):
-        return Fault(shard.name, offset, f"a member of {length} bytes lies beyond the file")
-    if size_of_header(data[offset - BLOCK : offset]) != length:
-        return Fault(shard.name, offset - BLOCK, "the tar header does not agree with the index")
-    payload = data[offset : offset + length]
-    if xxhash.xxh64_intdigest(payload) != int(row["xxh64"]):
-        return Fault(shard.name, offset, "the member's checksum is not the index's")
-    try:
-        decode_member(payload, member=shard.member, text_field=text_field)
-    except DataError as error:
-        return Fault(shard.name, offset, str(error))
-    return None

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import multiprocessing
 import os
-import signal
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,9 @@ import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from arc_ds.data.shard_reader import Fault, ShardSet
+from arc_ds.data.shard_faults import Fault
+from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.shard_workers import worker_pool
 from arc_ds.data.shards import Manifest, sha256_of_file
 from arc_ds.data.token_cache import (
     CACHE_FILE,
@@ -99,7 +98,7 @@ def _build_cache(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
 
 
 def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, CachedShard]:
-    """The shards that a cache already has, as they are now."""
+    """The shards that a cache already has, as they are now, and whole."""
     try:
         index = read_cache_index(folder)
     except DataError:
@@ -110,7 +109,7 @@ def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, C
     return {
         name: cached
         for name, cached in index.shards.items()
-        if now.get(name) == cached.shard_sha256 and wrong_size(folder, name, cached) is None
+        if name in now and _fault_of(folder, name, now[name], cached) is None
     }
 
 
@@ -136,32 +135,17 @@ def _made(jobs: _Jobs, shard_idxs: Sequence[int], workers: int) -> Iterator[tupl
         for shard_idx in shard_idxs:
             yield shard_idx, _tokenize_shard(jobs.shards, shard_idx, jobs.tokenizer, jobs.folder)
         return
-    with ProcessPoolExecutor(
-        min(workers, len(shard_idxs)),
-        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy this process's threads half-way
-        initializer=_begin,
-        initargs=(jobs.path, jobs.tokenizer_path, jobs.folder),
-    ) as pool:
-        try:
-            futures = {pool.submit(_tokenize, shard_idx): shard_idx for shard_idx in shard_idxs}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process died, most likely for lack of memory. Run the same command again with fewer "
-                "--workers: finished shards are kept."
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with worker_pool(min(workers, len(shard_idxs)), _begin, jobs.path, jobs.tokenizer_path, jobs.folder) as pool:
+        futures = {pool.submit(_tokenize, shard_idx): shard_idx for shard_idx in shard_idxs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 _worker: tuple[ShardSet, Tokenizer, Path] | None = None  # of a worker process
 
 
 def _begin(path: str, tokenizer_path: str, folder: Path) -> None:
-    """The first thing that a worker does. Ctrl-C is the parent's to handle."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker = ShardSet(path), load_tokenizer(tokenizer_path), folder
 
 
@@ -298,5 +282,5 @@ def _fault_of(cache: Path, shard_name: str, shard_sha256: str, cached: CachedSha
         return fault
     for name, sha256 in ((ids_name(shard_name), cached.ids_sha256), (texts_name(shard_name), cached.texts_sha256)):
         if sha256_of_file(cache / name) != sha256:
-            return f"the sha256 of {name} is not the one written"
+            return f"the sha256 of {name} is not the one written. Run arc-ds shards tokenize again."
     return None

@@ -16,7 +16,8 @@ import pytest
 from arc_ds.data.loader import make_loader
 from arc_ds.data.remote import Retries
 from arc_ds.data.shard_cache import ShardCache, open_cache
-from arc_ds.data.shard_reader import ShardSet, check_shards
+from arc_ds.data.shard_faults import check_shards
+from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.source import Source
 from arc_ds.errors import ConfigError, DataError, StorageError
 from tests.helpers.batches import sequences
@@ -64,6 +65,10 @@ def test_shards_behind_a_url_are_the_local_ones(local: ShardSet, server: FaultyS
     assert texts_of(again) == TEXTS
     assert {count for name, count in server.requests.items() if name != "manifest.json"} == {1}
     assert check_shards(server.url, cache=cache) == []
+    kept(cache)[0].unlink()
+    server.faults = {".tar": ("404", 9)}
+    (fault,) = check_shards(server.url, cache=cache)
+    assert "404" in fault.what, "a tar that cannot be fetched is a fault like others"
 
 
 @pytest.mark.parametrize("command", ["pipe:cat {folder}", "pipe:cat {folder}/{{}} | cat"])

@@ -16,8 +16,9 @@ import webdataset
 from arc_ds.cli import main
 from arc_ds.data.records import MAX_RECORD_BYTES
 from arc_ds.data.shard_cache import ShardCache
+from arc_ds.data.shard_faults import check_shards
 from arc_ds.data.shard_index import index_shards
-from arc_ds.data.shard_reader import ShardSet, check_shards
+from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.tar_index import RecordForm
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import DataError, StorageError

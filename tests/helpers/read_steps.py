@@ -1,6 +1,6 @@
 """A process that reads steps of a `TinyMixture` and notes each batch's digest; tests kill it.
 
-python -m tests.helpers.read_steps FOLDER OUT FIRST END WORKERS RANK WORLD_SIZE
+python -m tests.helpers.read_steps FOLDER OUT FIRST END HANG_AT WORKERS RANK WORLD_SIZE
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from tests.helpers.tiny_mixture import TinyMixture
 
 
 def main() -> None:
-    """One line a step, each on the disk before the next batch is asked for."""
-    first, end, num_workers, rank, world_size = map(int, sys.argv[3:])
+    """One line a step, each on the disk before the next batch is asked for. In step HANG_AT it waits to be killed."""
+    first, end, hang_at, num_workers, rank, world_size = map(int, sys.argv[3:])
     data = TinyMixture(Path(sys.argv[1])).data(rank, world_size)
     with Path(sys.argv[2]).open("w") as out:
         for batch in make_loader(data, range(first, end), num_workers=num_workers):
             out.write(digest(batch) + "\n")
             out.flush()
-            time.sleep(0.02)  # a step takes some time: the reader is to be killed within the run
+            if batch.step == hang_at:
+                time.sleep(3600)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ fetched to. Tars are opened when they are wanted.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -170,12 +169,9 @@ def _fetch_index(base: str, folder: Path, shard: ShardInfo, cache: ShardCache) -
 
 
 def _write_whole(path: Path, raw: bytes) -> None:
-    """The file appears whole or not at all; who writes it holds the set's lock."""
+    """The file appears whole or not at all; who writes it holds the set's lock. Its sum is checked at each opening."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_bytes(raw)
     partial.rename(path)
 
 

@@ -76,6 +76,18 @@ def test_commands_are_addresses(local: ShardSet, cache: ShardCache, command: str
     assert texts_of(ShardSet(command.format(folder=local.folder), cache=cache)) == TEXTS
 
 
+def test_s3_is_read_by_the_aws_command(
+    local: ShardSet, cache: ShardCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """webdataset itself opens no s3:// address."""
+    command = tmp_path / "bin" / "aws"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\n[ "$1 $2 $5" = "s3 cp -" ] && cat "{local.folder}/${{4#s3://bucket/a folder/}}"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    assert texts_of(ShardSet("s3://bucket/a folder", cache=cache)) == TEXTS
+
+
 def test_file_urls_are_local_paths(local: ShardSet) -> None:
     shards = ShardSet(local.folder.as_uri())
     assert shards.folder == local.folder

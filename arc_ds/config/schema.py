@@ -277,7 +277,7 @@ class ValidationConfig:
     every: int = 0
     """Steps between validations; 0: only at the end."""
     num_samples: int = 64
-    """Held-out samples per decoder, half of them per task, ≥ 4."""
+    """Held-out samples per decoder, ≥ 4; shared out by the sources' weights, and evenly among a source's tasks."""
     batch_size: int = 8
     """Samples per forward on each rank, ≥ 1. Its results do not depend on it."""
 

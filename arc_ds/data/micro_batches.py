@@ -70,7 +70,7 @@ def pack_share(
 
     at_least: micro-batches for each decoder, as in `split`.
     """
-    sizes = [[_largest([sample_size(sample, pooling) for sample in position]) for position in part] for part in share]
+    sizes = [_position_sizes(part, pooling) for part in share]
     splits = split(sizes, limits, at_least)
     return tuple(
         MicroBatch(
@@ -97,13 +97,21 @@ def pack_again(batch: StepBatch, num_splits: int, pooling: PoolingSpec, limits: 
 
 def sample_size(sample: Sample, pooling: PoolingSpec) -> SampleSize:
     """The size of a sample, as `pack` will lay it out."""
-    lengths = [len(segment.ids) for segment in sample.segments if segment.kind == "context"]
-    markers = sum(segment.marker is not None for segment in sample.segments)
-    outputs = int(num_outputs(np.array(lengths, dtype=np.int64), pooling).sum()) if lengths else 0
-    return SampleSize(
-        encoder_tokens=sum(lengths) + pooling.memory_tokens * len(lengths),
-        decoder_rows=sample.num_text_tokens + outputs + markers,
-    )
+    return sample_sizes([sample], pooling)[0]
+
+
+def sample_sizes(samples: Sequence[Sample], pooling: PoolingSpec) -> list[SampleSize]:
+    """The sizes of samples, as `pack` will lay them out."""
+    contexts = [(idx, s) for idx, sample in enumerate(samples) for s in sample.segments if s.kind == "context"]
+    owners = np.array([idx for idx, _ in contexts], dtype=np.int64)
+    lengths = np.array([len(segment.ids) for _, segment in contexts], dtype=np.int64)
+    rows = num_outputs(lengths, pooling) + np.array([s.marker is not None for _, s in contexts], dtype=np.int64)
+    tokens = np.bincount(owners, weights=lengths + pooling.memory_tokens, minlength=len(samples)).astype(np.int64)
+    compressed = np.bincount(owners, weights=rows, minlength=len(samples)).astype(np.int64)
+    return [
+        SampleSize(encoder_tokens=of_context, decoder_rows=sample.num_text_tokens + of_decoder)
+        for sample, of_context, of_decoder in zip(samples, tokens.tolist(), compressed.tolist(), strict=True)
+    ]
 
 
 def check_size(size: SampleSize, limits: MicroBatchLimits) -> None:
@@ -216,9 +224,13 @@ def _within(size: SampleSize, limits: MicroBatchLimits) -> SampleSize:
     )
 
 
-def _largest(sizes: Sequence[SampleSize]) -> SampleSize:
-    """Of one position's samples for several decoders: the most that one of them takes."""
-    return SampleSize(max(size.encoder_tokens for size in sizes), max(size.decoder_rows for size in sizes))
+def _position_sizes(part: Sequence[Sequence[Sample]], pooling: PoolingSpec) -> list[SampleSize]:
+    """The size of each position: the most that one of its samples takes, of which it has one for each decoder."""
+    by_decoder = [sample_sizes(samples, pooling) for samples in zip(*part, strict=True)]
+    return [
+        SampleSize(max(size.encoder_tokens for size in sizes), max(size.decoder_rows for size in sizes))
+        for sizes in zip(*by_decoder, strict=True)
+    ]
 
 
 def _work(sizes: Sequence[SampleSize]) -> int:

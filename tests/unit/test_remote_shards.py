@@ -88,6 +88,13 @@ def test_s3_is_read_by_the_aws_command(
     assert texts_of(ShardSet("s3://bucket/a folder", cache=cache)) == TEXTS
 
 
+def test_addresses_are_rewritten_as_stock_readers_do(
+    server: FaultyServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOPEN_REWRITE", f"store://shards={server.url}")
+    assert texts_of(ShardSet("store://shards", cache=cache)) == TEXTS
+
+
 def test_file_urls_are_local_paths(local: ShardSet) -> None:
     shards = ShardSet(local.folder.as_uri())
     assert shards.folder == local.folder

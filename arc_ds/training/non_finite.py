@@ -62,7 +62,7 @@ def _dump(run: Run, result: StepResult, batches: list[tuple[tuple[int, int], ...
         "decoders": [run.decoder_names[idx] for idx in result.decoder_idxs],
         "loss": float(result.loss),
         "grad_norm": float(result.grad_norm),
-        "sources": [str(source.shards.folder) for source in run.data.sources],
+        "sources": [source.shards.name for source in run.data.sources],
         "ranks": [
             {"rank": rank, "records": [{"source": source, "record": record} for source, record in records]}
             for rank, records in enumerate(batches)

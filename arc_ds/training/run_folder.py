@@ -17,7 +17,8 @@ from pathlib import Path
 from arc_ds import dist
 from arc_ds.config.deepspeed import resolve_deepspeed
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
-from arc_ds.config.schema import RunConfig
+from arc_ds.config.schema import RunConfig, SourceConfig
+from arc_ds.data.urls import shown_url
 from arc_ds.device import describe_device
 from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from arc_ds.export.consolidate import TrainedFor
@@ -180,6 +181,21 @@ def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
     )
 
 
+def without_secrets(config: RunConfig) -> RunConfig:
+    """The config as others may see it: URLs of shards without their passwords and signatures."""
+
+    def shown(source: SourceConfig) -> SourceConfig:
+        return replace(source, path=shown_url(source.path))
+
+    data = config.data
+    held_out = data.validation
+    if isinstance(held_out, str):
+        held_out = shown_url(held_out)
+    elif held_out is not None:
+        held_out = tuple(map(shown, held_out))
+    return replace(config, data=replace(data, sources=tuple(map(shown, data.sources)), validation=held_out))
+
+
 def open_tracker(run: Run, mlflow_run_id: str | None) -> Tracker:
     """The tracker of the run, with MLflow where the config wants it. For rank 0."""
     settings = run.config.tracking
@@ -187,12 +203,13 @@ def open_tracker(run: Run, mlflow_run_id: str | None) -> Tracker:
         return Tracker(run.folder, uri=None, make_server=None, resumed_step=run.step)
     world_size = dist.world_size()
     ds_config = resolve_deepspeed(run.config.deepspeed, run.config, world_size, dist.local_world_size())
+    config = without_secrets(run.config)
     facts = RunFacts(
-        params=flatten(run.config),
-        artifacts={CONFIG_NAME: dump_yaml(run.config), "deepspeed.json": json.dumps(ds_config, indent=2)},
+        params=flatten(config),
+        artifacts={CONFIG_NAME: dump_yaml(config), "deepspeed.json": json.dumps(ds_config, indent=2)},
         tags=environment_tags(device=describe_device(run.device), world_size=world_size),
         datasets=[
-            DatasetFacts(name=Path(shards.folder).name, digest=shards.fingerprint, source=str(shards.folder))
+            DatasetFacts(name=Path(shards.name).name, digest=shards.fingerprint, source=shards.name)
             for shards in (source.shards for source in run.data.sources)
         ],
     )

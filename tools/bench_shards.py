@@ -2,7 +2,7 @@
 
     python tools/bench_shards.py --tokenizer MODEL --mb 100 1000 --workers 2
 
-Prints CSV rows for each size. The memory is the sum over all processes of the command, sampled ten times a second;
+Prints CSV rows for each size. The memory is the sum over all processes of the command, sampled four times a second;
 pages that several of them share are counted once. It must not grow with the input. Linux only.
 """
 
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import arc_ds
 
-_PERIOD_S = 0.1
+_PERIOD_S = 0.25
 _WORDS = "the of a and to in was on that by stone tower lamp keeper island harbour weather winter light built "
 
 

@@ -80,12 +80,9 @@ def build_shards(
     if shard_bytes < 1 or workers < 1:
         raise DataError(f"shard_bytes = {shard_bytes}, workers = {workers}: expected at least 1. Change them.")
     _check_target(out_dir, overwrite)
-    files = find_inputs(inputs)
-    _check_kinds(files, rules)
+    files = _find_files(inputs, rules)
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-    plan = BuildPlan(
-        files=tuple(files), rules=rules, shard_bytes=shard_bytes, tokenizer_fingerprint=tokenizer.fingerprint
-    )
+    plan = BuildPlan(files=files, rules=rules, shard_bytes=shard_bytes, tokenizer_fingerprint=tokenizer.fingerprint)
     folder = BuildFolder(out_dir)
     try:
         with folder.locked():
@@ -104,12 +101,15 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
         raise DataError(f"{out_dir} holds files but no {MANIFEST}: not a folder of shards, so it is not replaced.")
 
 
-def _check_kinds(files: Sequence[InputFile], rules: RecordRules) -> None:
+def _find_files(inputs: Sequence[str | Path], rules: RecordRules) -> tuple[InputFile, ...]:
+    """The input files. DataError also where the rules ask for fields of a text file."""
+    files = tuple(find_inputs(inputs))
     texts = [file.path.name for file in files if file.kind == "text"]
     if texts and rules.kind == "fine_tuning":
         raise DataError(f"fine-tuning records have several fields; {texts[0]} is plain text. Give JSONL or Parquet.")
     if texts and rules.quality_field is not None:
         raise DataError(f"{texts[0]} is plain text and has no field {rules.quality_field!r}. Leave out one of them.")
+    return files
 
 
 def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, workers: int, progress: bool) -> Manifest:

@@ -28,7 +28,7 @@ REASONS = {
     "quality": "of too low quality",
     "too_large": "too large",
 }
-_MAX_NAMED = 20  # faults of one batch that are kept word for word
+MAX_NAMED = 20  # faults that are kept word for word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +131,7 @@ class RecordMaker:
                     fault = f"{file.where(number)}: {left_out.fault}"
                     if rules.on_error == "stop":
                         return MadeBatch(records=(), counts=counts, faults=(), stopped=fault)
-                    faults += [fault] if len(faults) < _MAX_NAMED else []
+                    faults += [fault] if len(faults) < MAX_NAMED else []
                 counts.skipped[left_out.reason] += 1
             else:
                 counts.cut += len(made) > 1

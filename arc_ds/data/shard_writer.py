@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from arc_ds.data.input_digests import InputDigests
 from arc_ds.data.inputs import InputFile, find_inputs, read_batches
-from arc_ds.data.record_maker import Counts, MadeBatch, OnError, RecordRules
+from arc_ds.data.record_maker import MAX_NAMED, Counts, MadeBatch, OnError, RecordRules
 from arc_ds.data.shard_state import BuildFolder, BuildPlan, Checkpoint
 from arc_ds.data.shard_workers import Work, make_in_order
 from arc_ds.data.shards import MANIFEST, Manifest, RecordKind, SourceInfo
@@ -163,6 +163,7 @@ class _Build:
         self._first_record = self.writer.num_records - start.file_records
         self._first_token = self.writer.num_tokens - start.file_tokens
         self._to_skip = start.num_records  # of the first batch
+        self._num_named = 0  # faults in the log
         self._bytes_done = sum(source.bytes for source in start.sources)
 
     def run(self, tokenizer: Tokenizer, workers: int, bar: tqdm[None]) -> None:
@@ -204,8 +205,12 @@ class _Build:
 
     def _write(self, work: Work, made: MadeBatch) -> None:
         """Append the records of one batch, noting where the build stands whenever a shard is finished."""
-        for fault in made.faults:
+        named = made.faults[: MAX_NAMED - self._num_named]
+        for fault in named:
             logger.warning("left out: %s", fault)
+        self._num_named += len(named)
+        if named and self._num_named == MAX_NAMED:
+            logger.warning("further faults are counted, not named")
         if made.stopped is not None:
             raise DataError(made.stopped)
         for number, record in enumerate(made.records[self._to_skip :], start=self._to_skip + 1):

@@ -158,6 +158,17 @@ def test_faults_are_skipped_counted_and_named_where_asked(
         assert any(f"line {number}: {words}" in m or (f"line {number}" in m and words in m) for m in caplog.messages)
 
 
+def test_faults_are_not_named_without_end(
+    tmp_path: Path, tokenizer_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arc_ds.data.inputs_lines.BATCH_BYTES", 10)
+    (tmp_path / "a.jsonl").write_text("{\n" * 50 + json.dumps({"text": TEXT}))
+    manifest = build_shards([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer_path, on_error="skip")
+    assert manifest.skipped == {"not_json": 50}
+    assert [message for message in caplog.messages if "line 20:" in message]
+    assert len(caplog.messages) == 21 and "further faults" in caplog.messages[-1]
+
+
 def test_a_document_of_100_mb_is_a_named_fault(tmp_path: Path, tokenizer_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * 100_000_000 + b'"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl, line 1: a document of 100000013 bytes; the limit is 67108864"):

@@ -278,6 +278,7 @@ def test_dict_of_a_config_is_plain(write):
             "rope_scaling": "checkpoint",
             "placement": "auto",
             "activation_checkpointing": False,
+            "fresh_bridge": False,
             "chat_template": "none",
         }
     ]

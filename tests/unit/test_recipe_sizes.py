@@ -1,4 +1,4 @@
-"""Every recipe at its true size, on the meta device: shapes, parameter counts, what is trained, and at which rates.
+"""Every recipe of pretraining at its true size, on the meta device: shapes, parameter counts, what is trained, and at which rates.
 
 The backbones' published config files are written out here without weights; nothing is allocated.
 """
@@ -28,8 +28,7 @@ from arc_ds.training.engine import set_trained
 from arc_ds.training.optim import make_param_groups
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("demo", "learn")  # the others are the paper's
-RECIPES = sorted(path for path in (ROOT / "ds_configs" / "recipes").glob("*.yaml") if path.stem not in SMALL)
+RECIPES = sorted((ROOT / "ds_configs" / "recipes").glob("pretrain_*.yaml"))
 
 
 def _llama3_scaling(factor: float) -> dict[str, Any]:

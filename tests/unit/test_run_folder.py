@@ -16,7 +16,11 @@ SIGNED = "https://reader:SECRET@host/shards?signature=SECRET"
 
 
 @pytest.mark.parametrize("validation", [SIGNED, (SourceConfig(path=SIGNED),), None])
-def test_passwords_and_signatures_of_urls_are_not_tracked(validation: str | tuple[SourceConfig, ...] | None) -> None:
+def test_passwords_and_signatures_of_urls_are_not_tracked(
+    monkeypatch: pytest.MonkeyPatch, validation: str | tuple[SourceConfig, ...] | None
+) -> None:
+    monkeypatch.setenv("MODELS", "models")
+    monkeypatch.setenv("SHARDS", "shards")
     config = load_config(DEMO)
     sources = (SourceConfig(path=SIGNED, weight=2.0), SourceConfig(path="shards/plain"))
     secret = replace(config, data=replace(config.data, sources=sources, validation=validation))

@@ -24,7 +24,8 @@ _NEW_SCRIPTS = re.compile("[\U00010000-\U0001f0ff]")
 class JsonTokenizer:
     """A tokenizer of the `tokenizers` library.
 
-    definition: the text of tokenizer.json, which `save` writes again; None where the backend was not read from one.
+    definition, spec: the text of tokenizer.json, which `save` writes again, and its content; None where the backend was
+    not read from one.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class JsonTokenizer:
         eos_id: int | None,
         fingerprint: str,
         definition: str | None = None,
+        spec: dict[str, Any] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -50,7 +52,7 @@ class JsonTokenizer:
         self.special_ids: Mapping[str, int] = {
             added.content: idx for idx, added in added_tokens.items() if added.special
         }
-        spec = json.loads(backend.to_str())
+        spec = spec or json.loads(backend.to_str())
         self._normalizes = spec.get("normalizer") is not None  # to NFC, where the tokenizer is byte-level
         self._engine: BytePairEngine | None = None
         self._lengths: NDArray[np.int64] | None = None
@@ -71,13 +73,13 @@ class JsonTokenizer:
                 f"tokenizer {path}: expected the key `model` of a Hugging Face tokenizer.json, got the keys "
                 f"{sorted(spec)[:6]}. Give the folder's tokenizer.json or tokenizer.model."
             )
-        bos_id, eos_id = _special_ids(path.parent, library.Tokenizer.from_str(definition))
-        spec["post_processor"] = None  # it adds specials and trims the offsets of leading spaces
+        backend = library.Tokenizer.from_str(definition)
+        bos_id, eos_id = _special_ids(path.parent, backend)
+        backend.post_processor = spec["post_processor"] = None  # it adds specials and trims offsets of leading spaces
         canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        backend = library.Tokenizer.from_str(json.dumps(spec))
         marks = json.dumps([bos_id, eos_id]).encode()
         fingerprint = sha256_of(b"json", canonical, marks)
-        return cls(backend, bos_id=bos_id, eos_id=eos_id, fingerprint=fingerprint, definition=definition)
+        return cls(backend, bos_id=bos_id, eos_id=eos_id, fingerprint=fingerprint, definition=definition, spec=spec)
 
     def encode(self, text: str) -> list[int]:
         ids = self._fast(text)

@@ -1,14 +1,22 @@
 """Whether tiktoken's merging comes to the ids of a byte-level BPE of the `tokenizers` library, and its engine.
 
 The library merges by a list of pairs, in the list's order; tiktoken merges any neighbours whose joined bytes are a
-token. They agree where (1) each token is made by one pair, (2) of parts that stand earlier in the list, and (3) each
-token, taken alone, comes out as itself. For by (2) merges happen in rising order, so the merges inside a span that no
-merge has crossed are those of the span taken alone; if the span is a token's text and has come down to two parts, by
-(3) the next merge of the span alone must be the pair of (1). So every pair that tiktoken would merge is in the list.
+token. Two kinds of lists come to the same.
+
+Lists that were written from tiktoken's ranks (Llama 3) hold, token after token, every pair that makes it: then both
+choose among the same pairs by the same order. (Where two pairs of one token overlap, as in a·aa·a, the list's order
+would decide in one and the place in the other; the model was trained with tiktoken's.)
+
+Trained lists (GPT-2, OLMo, Qwen, SmolLM) have one pair for each token. They agree where (1) each token is made by one
+pair, (2) of parts that stand earlier in the list, and (3) each token, taken alone, comes out as itself. For by (2)
+merges happen in rising order, so the merges inside a span that no merge has crossed are those of the span taken alone;
+if the span is a token's text and has come down to two parts, by (3) the next merge of the span alone must be the pair
+of (1). So every pair that tiktoken would merge is in the list.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,12 +49,13 @@ def build_engine(backend: Any, spec: dict[str, Any]) -> BytePairEngine | None:
     matched_in_text = any(not token["special"] for token in added.values())
     if library is None or pattern is None or model.get("type") != "BPE" or unknown_rules or matched_in_text:
         return None
-    vocabulary: dict[str, int] = model["vocab"]
-    made = _made_tokens(model["merges"], vocabulary)
-    if made is None or not _come_out_as_themselves(backend, made):
+    vocabulary = {token: idx for token, idx in model["vocab"].items() if token not in added}
+    takes_whole_words = bool(model.get("ignore_merges"))
+    made = _trained(backend, model["merges"], vocabulary, takes_whole_words)
+    if made is None and takes_whole_words:
+        made = _written_from_ranks(model["merges"], vocabulary)
+    if made is None:
         return None
-    if model.get("ignore_merges") and not vocabulary.keys() <= {*byte_characters(), *made, *added}:
-        return None  # the library takes a whole word that is a token without merging, and here not all are merged
     bytes_of = {character: byte for byte, character in enumerate(byte_characters())}
     tokens = [*bytes_of, *made]
     return BytePairEngine(
@@ -86,18 +95,51 @@ def _pattern(splitters: list[dict[str, Any]]) -> str | None:
     return pattern if keeps_matches and pattern in (LLAMA3_PATTERN, QWEN2_PATTERN) else None
 
 
-def _made_tokens(merges: list[Any], vocabulary: dict[str, int]) -> list[str] | None:
-    """The token of each merge; None where conditions (1) or (2) fail or a token has no id."""
+def _trained(
+    backend: Any, merges: Sequence[Any], vocabulary: Mapping[str, int], takes_whole_words: bool
+) -> list[str] | None:
+    """The token of each merge of a trained list; None where one of its conditions fails or a token has no id.
+
+    takes_whole_words: the library takes a word that is a token without merging, as tiktoken does: then every token has
+    to be among the merges.
+    """
     known = dict.fromkeys(byte_characters())
     made = []
-    for merge in merges:
-        first, second = merge.split(" ") if isinstance(merge, str) else merge
+    for first, second in map(_pair, merges):
         token = first + second
         if token in known or token not in vocabulary or not {first, second} <= known.keys():
             return None
         known[token] = None
         made.append(token)
-    return made
+    if takes_whole_words and not vocabulary.keys() <= known.keys():
+        return None
+    return made if _come_out_as_themselves(backend, made) else None
+
+
+def _written_from_ranks(merges: Sequence[Any], vocabulary: Mapping[str, int]) -> list[str] | None:
+    """The tokens of longer than a byte in the order of a list written from ranks; None where the list is another."""
+    pairs: dict[str, set[str]] = {}
+    last = None
+    for first, second in map(_pair, merges):
+        token = first + second
+        if token != last and token in pairs:
+            return None
+        pairs.setdefault(token, set()).add(first)
+        last = token
+    characters = {*byte_characters()}
+    unmade = [token for token in vocabulary if len(token) > 1 and token not in pairs]
+    for token in (*pairs, *unmade):
+        cuts = range(1, len(token))
+        firsts = {token[:cut] for cut in cuts if token[:cut] in vocabulary and token[cut:] in vocabulary}
+        if token not in vocabulary or firsts != pairs.get(token, set()) or not characters.issuperset(token):
+            return None
+    return [*pairs, *unmade]
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    """The two parts of an entry of the list: a pair, or both in one text with a space between."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second
 
 
 def _come_out_as_themselves(backend: Any, tokens: list[str]) -> bool:

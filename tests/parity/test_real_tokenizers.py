@@ -7,6 +7,7 @@ ids of all texts are compared by their recorded digest.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib.util
 import json
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from arc_ds.data.tokenizer_engine import LLAMA3_PATTERN
+from arc_ds.data.tokenizer_json_engine import byte_characters
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import TokenizerError
 
@@ -120,13 +123,17 @@ def test_fingerprints_differ_where_ids_do() -> None:
     assert prints[3] == prints[4], "v7m1 is v7 with another name: the same file"
 
 
-def test_tekken_equals_the_library() -> None:
+def test_tekken_gives_the_recorded_ids() -> None:
     tokenizer = load_tokenizer(package_file("mistral_common", "data/tekken_240911.json"))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (131072, 1, 2)
     assert (tokenizer.special_ids["[INST]"], tokenizer.special_ids["<SPECIAL_999>"]) == (3, 999)
     assert tokenizer.encode("hello world") == [29706, 4304]
     assert digest(tokenizer.encode) == TEKKEN_DIGEST
     assert_boundaries(tokenizer)
+
+
+def test_tekken_digest_is_the_library_s() -> None:
+    tokenizer = load_tokenizer(package_file("mistral_common", "data/tekken_240911.json"))
     tekken = pytest.importorskip("mistral_common.tokens.tokenizers.tekken", exc_type=ImportError)
     oracle = tekken.Tekkenizer.from_file(package_file("mistral_common", "data/tekken_240911.json"))
     assert digest(lambda text: oracle.encode(text, bos=False, eos=False)) == TEKKEN_DIGEST
@@ -156,6 +163,29 @@ def test_llama3_equals_the_library() -> None:
         assert tokenizer.special_ids[name] == oracle.special_tokens[name]
     assert_same(tokenizer, lambda text: oracle.encode(text, bos=False, eos=False), oracle.decode)
     assert_boundaries(tokenizer)
+
+
+@pytest.mark.slow
+def test_llama3_as_tokenizer_json_is_as_fast_and_the_same(tmp_path: Path) -> None:
+    """Written as converters write it: every pair of tokens that makes a token, in the order of the tokens."""
+    library = pytest.importorskip("tokenizers")
+    path = package_file("llama_models", "llama3/tokenizer.model")
+    lines = (line.split() for line in path.read_bytes().splitlines())
+    names = byte_characters()
+    ids = {"".join(names[byte] for byte in base64.b64decode(token)): int(rank) for token, rank in lines}
+    cuts = ((token[:cut], token[cut:]) for token in ids for cut in range(1, len(token)))
+    backend = library.Tokenizer(
+        library.models.BPE(vocab=ids, merges=[(a, b) for a, b in cuts if a in ids and b in ids], ignore_merges=True)
+    )
+    split = library.pre_tokenizers.Split(library.Regex(LLAMA3_PATTERN), behavior="isolated")
+    bytes_only = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = library.pre_tokenizers.Sequence([split, bytes_only])
+    backend.decoder = library.decoders.ByteLevel()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer._engine is not None  # type: ignore[attr-defined]
+    assert_same(tokenizer, lambda text: backend.encode(text).ids, backend.decode)
+    assert tokenizer.fingerprint != load_tokenizer(path).fingerprint
 
 
 def test_llama4_s_file_is_refused_by_name() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arc_ds.data.tokenizer_json import JsonTokenizer
+from arc_ds.data.tokenizer_json_engine import byte_characters
 from arc_ds.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from arc_ds.data.tokenizers import Tokenizer, check_fits, load_tokenizer
 from arc_ds.errors import TokenizerError
@@ -225,6 +226,27 @@ def test_json_engine_is_left_out_where_a_token_does_not_come_out_as_itself(tmp_p
     tokenizer = json_tokenizer(tmp_path / "unreachable", spec)
     assert len(tokenizer.encode("xyz")) == 2
     assert tokenizer._engine is None
+
+
+def spec_from_ranks(tmp_path: Path, longer: list[str]) -> dict[str, Any]:
+    """A tokenizer.json as converters write it from ranks: all pairs of tokens that make a token, token after token."""
+    spec = byte_level_spec(tmp_path)
+    tokens = [*byte_characters(), *longer]
+    cuts = [(token[:cut], token[cut:]) for token in longer for cut in range(1, len(token))]
+    merges = [[first, second] for first, second in cuts if first in tokens and second in tokens]
+    spec["model"] |= {"vocab": {t: 2 + idx for idx, t in enumerate(tokens)}, "merges": merges, "ignore_merges": True}
+    return spec
+
+
+@pytest.mark.parametrize("lost", [None, 0, -1])
+def test_json_engine_of_a_list_written_from_ranks_needs_every_pair(tmp_path: Path, lost: int | None) -> None:
+    spec = spec_from_ranks(tmp_path, ["yz", "xy", "xyz", "zx", "yzx", "unmade"])
+    if lost is not None:
+        del spec["model"]["merges"][lost]
+    tokenizer = json_tokenizer(tmp_path / "ranks", spec)
+    assert (tokenizer._engine is None) == (lost is not None)
+    for text in ("xyzxyyzzx", "yzxyz xyz", "unmade xunmade", "zxyzx" * 9):
+        assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
 
 
 def test_json_text_that_the_normaliser_changes_is_the_library_s(tmp_path: Path) -> None:

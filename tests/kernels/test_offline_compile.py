@@ -7,6 +7,7 @@ triton 3.9.0, an empty cache).
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import subprocess
@@ -18,7 +19,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "arc_kernels"
+BENCHMARKS = KERNELS.parent / "benchmarks"
 ELEMENTWISE = (
     r"^((rms|add_rms)_norm_forward|add_rms_norm_backward_weight|pool_(forward|backward)|splice_forward|gather_rows"
     r"|sum_runs|scale_rows) bf16 D=4096( mean rms)?$|^swiglu_\w+ bf16 F=14336$|^rotary bf16 N=32 H=128$"
@@ -121,6 +123,15 @@ def test_a_kernel_that_a_launch_would_refuse_is_refused(tmp_path: Path) -> None:
     )
     result = _python("-c", program)
     assert result.returncode != 0 and "a launch would refuse the global NAN" in result.stderr
+
+
+@pytest.mark.parametrize("kernel", ["attention", "cross_entropy", "norm", "pooling", "rotary", "splice", "swiglu"])
+def test_every_launch_says_what_triton_would_decide_by_its_version(kernel: str) -> None:
+    """`kernel[grid](…, **LAUNCH_OPTIONS)`, itself or by the arguments that attention's launches share."""
+    tree = ast.parse((KERNELS / kernel / "kernels.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
+    unpacked = [{ast.unparse(k.value).split("(")[0] for k in call.keywords if k.arg is None} for call in calls]
+    assert calls and all(names & {"LAUNCH_OPTIONS", "arguments", "_arguments"} for names in unpacked), unpacked
 
 
 def test_the_interpreter_is_refused() -> None:

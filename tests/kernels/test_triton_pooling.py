@@ -85,7 +85,7 @@ def test_ragged_groups_of_any_shape(
 
 @pytest.mark.parametrize("kind", ak.POOL_KINDS)
 def test_repeated_runs_give_the_same_bits(kind: str, device: torch.device) -> None:
-    inputs = _inputs(RAGGED, 40, torch.bfloat16, device) | {"weight_D": _weight(40, torch.bfloat16, device)}
+    inputs = _inputs([3, 1, 6], 40, torch.bfloat16, device) | {"weight_D": _weight(40, torch.bfloat16, device)}
     first, again = (
         outputs_and_gradients(_pool_norm(kind, "triton"), inputs, wants_grad=("x_TD", "weight_D")) for _ in range(2)
     )
@@ -147,7 +147,7 @@ def test_no_rows_give_empty_outputs_and_gradients(device: torch.device) -> None:
 
 
 def test_checkpointed_and_compiled_blocks_give_the_same_gradients(device: torch.device) -> None:
-    inputs = _inputs(RAGGED, 8, torch.float32, device) | {"weight_D": _weight(8, torch.float32, device)}
+    inputs = _inputs([3, 1, 2], 8, torch.float32, device) | {"weight_D": _weight(8, torch.float32, device)}
     plain = _pool_norm("fusion", "triton")
     expected = outputs_and_gradients(plain, inputs, wants_grad=("x_TD", "weight_D"))
 
@@ -164,7 +164,7 @@ def test_the_operators_are_what_they_declare(dtype: torch.dtype, device: torch.d
     import arc_kernels.pooling.autograd  # noqa: F401  (registers the operators)
 
     ops = torch.ops.arc_kernels
-    inputs = _inputs(RAGGED, 8, dtype, device)
+    inputs = _inputs([3, 1], 8, dtype, device)  # few rows: each of these checks runs its operator many times
     x, cu, weight = inputs["x_TD"], inputs["group_cu"], _weight(8, dtype, device)
     pooled, normed_pooled, normed = ops.pool_norm(x, cu, weight, "mean", EPS)
     torch.library.opcheck(ops.group_pool, (x, cu, "mean"))

@@ -12,11 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arc_ds.cli import main
 from arc_ds.data import token_cache_writer
+from arc_ds.data.loader import StepData
+from arc_ds.data.order import RunOrder
+from arc_ds.data.packing import PoolingSpec
+from arc_ds.data.reader import ReaderFiles
 from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.shard_writer import build_shards
+from arc_ds.data.source import Source
+from arc_ds.data.tasks import TaskLimits
 from arc_ds.data.token_cache import KnownTexts, cache_folder, open_token_cache, texts_of, with_known
 from arc_ds.data.token_cache_writer import build_token_caches, check_token_caches
+from arc_ds.data.tokenizer_tiktoken import RankTokenizer
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_shards, write_tiktoken
 
@@ -255,3 +263,50 @@ def test_boundaries_follow_from_text_and_ids(golden: Path, text: str) -> None:
         assert known is None or np.array_equal(known.ends, direct.ends)
         if "\u2581" not in text:
             assert known is not None
+
+
+def test_command_line_builds_checks_and_mends_caches(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out, other = tmp_path / "in.jsonl", str(tmp_path / "out"), write_json_tokenizer(tmp_path / "json")
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    common = ["--out", out, "--tokenizer", str(tokenizer_path), "--min-tokens", "2", "--workers", "1"]
+    assert main(["shards", "build", str(source), *common, "--cache-tokens", str(tokenizer_path)]) == 0
+    assert main(["shards", "tokenize", out, "--tokenizer", str(other), "--workers", "1"]) == 0
+    assert capsys.readouterr().out.count(" ids of ") == 2
+    assert main(["shards", "check", out, "--workers", "1"]) == 0
+    for path in (tokenizer_path, other):
+        assert_known(ShardSet(out), load_tokenizer(path))
+    flip(next(cache_folder(Path(out), load_tokenizer(other).fingerprint).glob("*.ids")), 3)
+    capsys.readouterr()
+    assert main(["shards", "check", out, "--workers", "1"]) == 1
+    assert "tokenize again" in capsys.readouterr().out
+    assert main(["shards", "tokenize", out, "--tokenizer", str(other), "--workers", "1"]) == 0
+    assert main(["shards", "check", out, "--workers", "1"]) == 0
+
+
+def test_a_run_s_batches_are_the_same_with_a_cache_and_not_tokenised(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_json_tokenizer(tmp_path / "json")
+    texts = [TEXT * (1 + idx % 4) + f" Number {idx}." for idx in range(24)]
+    shards = write_shards(tmp_path / "run", tokenizer_path, texts)
+
+    def batches() -> list[dict[str, list[int]]]:
+        source = Source(shards=ShardSet(shards.folder), limits=TaskLimits(max_context=20, max_prefix=20))
+        data = StepData(
+            order=RunOrder(seed=1, batch_size=4, sources=(source.shape,), num_decoders=2),
+            sources=[source],
+            encoder_tokenizer=tokenizer_path,
+            readers=[ReaderFiles(tokenizer=tokenizer_path), ReaderFiles(tokenizer=other)],
+            pooling=PoolingSpec(),
+        )
+        packed = (micro.batch for step in range(8) for micro in data[step].micro_batches)
+        return [
+            {name: getattr(one, name).tolist() for name in ("encoder_ids", "decoder_ids", "labels")} for one in packed
+        ]
+
+    plain = batches()
+    build_token_caches(shards.folder, [tokenizer_path, other])
+    monkeypatch.setattr(RankTokenizer, "encode_with_ends", lambda *_: pytest.fail("tokenised in spite of the cache"))
+    assert batches() == plain

@@ -7,8 +7,8 @@ memory of a block, and how many matrix (tensor-core) instructions stand in the m
 named, where a kernel does not compile, spills, takes more shared memory than a block of the chip can have, or is a
 matrix kernel without matrix instructions. The tools that read NVIDIA's machine code come with triton.
 
-A whole run takes some ten minutes on two CPU cores that others use too (AMD EPYC, triton 3.9.0, 2026-11-22: the first
-336 of 456 rows in under nine); what triton has in its cache is not compiled again.
+A whole run of 888 rows takes about a quarter of an hour on two CPU cores without other work (AMD EPYC, triton 3.7.1,
+2026-11-22: the first 284 in under four minutes); what triton has in its cache is not compiled again.
 """
 
 from __future__ import annotations

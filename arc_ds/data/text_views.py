@@ -45,7 +45,7 @@ class TextViews:
         if last >= self.num_encoder_tokens:
             return len(self.text)
         reached = max(int(self._encoder_reached[last]), start)
-        if self._are_same:
+        if self._are_same or self._decoder_reached[self._decoder_reached.searchsorted(reached)] == reached:
             return reached
         first = last - min(_MAX_SNAP_TOKENS, num_tokens // 4)
         near = self._encoder_reached[first : last + 1]

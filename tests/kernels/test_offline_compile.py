@@ -1,8 +1,8 @@
 """The kernels compile for chips that are not there, without spills and within the chips' shared memory.
 
 The whole table is `kernels/benchmarks/compile_offline.py`; here is a selection of it: every matrix kernel at one config
-of each chip (with rotary inside, which takes the most registers), and each elementwise kernel at one width. About 70 s of
-two CPU cores (AMD EPYC, an empty cache).
+of each chip (with rotary inside, which takes the most registers), and each elementwise kernel at one width. About 70 s
+of two CPU cores (AMD EPYC, an empty cache).
 """
 
 from __future__ import annotations

@@ -132,22 +132,23 @@ class Attention(nn.Module):
         spans: Spans,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        k_UKH, v_UKH = self.keys_values(kv_UD, rope_k)
-        if cache is not None:
-            k_UKH, v_UKH = cache.update(k_UKH, v_UKH)
-            spans = cache.spans
-        return self.attend(x_TD, k_UKH, v_UKH, rope_q, spans)
+        k_UKH, v_UKH = self._project(kv_UD)
+        if cache is None:
+            return self.attend(x_TD, k_UKH, v_UKH, rope_q, spans, rope_k)
+        keys, values = cache.update(ak.rotary(k_UKH, *rope_k), v_UKH)
+        return self.attend(x_TD, keys, values, rope_q, cache.spans)
 
     def keys_values(self, x_UD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Keys, rotated, and values of the rows: [U, K, H] each."""
-        k_UKH = ak.rotary(self.wk(x_UD).unflatten(-1, (-1, self.head_dim)), *rope)
-        return k_UKH, self.wv(x_UD).unflatten(-1, (-1, self.head_dim))
+        k_UKH, v_UKH = self._project(x_UD)
+        return ak.rotary(k_UKH, *rope), v_UKH
 
-    def attend(self, x_TD: Tensor, k_UKH: Tensor, v_UKH: Tensor, rope: Rope, spans: Spans) -> Tensor:
-        """What the rows read from the given keys and values: [T, D]."""
-        q_TNH = ak.rotary(self.wq(x_TD).unflatten(-1, (-1, self.head_dim)), *rope)
+    def attend(
+        self, x_TD: Tensor, k_UKH: Tensor, v_UKH: Tensor, rope_q: Rope, spans: Spans, rope_k: Rope | None = None
+    ) -> Tensor:
+        """What the rows read from the given keys and values: [T, D]. rope_k: None where the keys are rotated."""
         o_TNH = ak.attention_varlen(
-            q_TNH,
+            self.wq(x_TD).unflatten(-1, (-1, self.head_dim)),
             k_UKH,
             v_UKH,
             cu_seqlens_q=spans.cu_seqlens_q,
@@ -156,8 +157,17 @@ class Attention(nn.Module):
             max_seqlen_k=spans.max_seqlen_k,
             causal=spans.causal,
             k_limits_T=spans.k_limits,
+            rotary_q=rope_q,
+            rotary_k=rope_k,
         )
         return self.wo(o_TNH.flatten(1))
+
+    def _project(self, x_UD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, not yet rotated, and values: [U, K, H] each."""
+        return (
+            self.wk(x_UD).unflatten(-1, (-1, self.head_dim)),
+            self.wv(x_UD).unflatten(-1, (-1, self.head_dim)),
+        )
 
 
 class FeedForward(nn.Module):

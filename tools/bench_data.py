@@ -214,7 +214,8 @@ def measure(shards: Path, pair: Pair, tokenizers: dict[str, Path], args: argpars
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         commit=commit(),
         versions=" ".join(f"{name}={metadata.version(name)}" for name in _VERSIONS),
-        command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=f"python tools/bench_data.py --batch-size {args.batch_size} --steps {args.steps} "
+        f"--repeats {args.repeats} --pair {pair.encoder}:{pair.decoder}",
     )
 
 

@@ -191,11 +191,13 @@ class DataConfig:
     """few_shot and long_context: a longer answer is cut and its end is no target; in decoder tokens, ≥ 1. An
     in-context example with a longer question or answer is left out. All that is cut is counted."""
     max_encoder_tokens: int | None = None
-    """Most encoder tokens (memory tokens included) in one micro-batch; one context of the greatest length has to fit.
-    Where a part of a rank's share has more, all ranks split their shares further, so that memory stays bounded whatever
-    the lengths. None: no limit."""
+    """Most encoder tokens (memory tokens included) in one micro-batch; the largest sample that the sizes allow has to
+    fit. Where a part of a rank's share has more, all ranks split their shares further, so that memory stays bounded
+    whatever the lengths; what is trained on does not depend on it. None: no limit."""
     max_decoder_rows: int | None = None
-    """Most decoder rows (text and compressed tokens) in one micro-batch, ≥ 1, likewise. None: no limit."""
+    """Most decoder rows (text and compressed tokens) in one micro-batch, likewise. A sample whose text has many more
+    tokens for a decoder than for the encoder can exceed it: it has a micro-batch of its own and is counted
+    (data/over_limit). None: no limit."""
     decoder_bos: bool = True
     """Whether a decoder sequence begins with the tokenizer's begin-of-text, where it has one."""
     num_workers: int = 2

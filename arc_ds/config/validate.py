@@ -11,6 +11,7 @@ from pathlib import Path
 from arc_ds.config.schema import RunConfig, ShareSchedule, SourceConfig
 from arc_ds.data.urls import is_url, local_path
 from arc_ds.errors import ConfigError
+from arc_ds.training.lengths import largest_sample
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -26,6 +27,7 @@ def check_ranges(config: RunConfig, source: str = "config") -> None:
         *_optimizer_problems(config),
         *_cadence_problems(config),
     ]
+    problems = problems or [*_limit_problems(config)]  # sizes out of range have no largest sample
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
 
@@ -174,11 +176,6 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     yield from _at_least("data.max_context_tokens", data.max_context_tokens, 1)
     yield from _at_least("data.max_prefix_tokens", data.max_prefix_tokens, 0)
     yield from _at_least("data.max_continuation_tokens", data.max_continuation_tokens, 2)
-    yield from _at_least(
-        "data.max_encoder_tokens", data.max_encoder_tokens, _longest_context(config),
-        "The longest context that the sources allow has to fit; null sets no limit.",
-    )  # fmt: skip
-    yield from _at_least("data.max_decoder_rows", data.max_decoder_rows, 1, "null sets no limit.")
     for name in ("max_documents_tokens", "max_chunks", "max_question_tokens", "max_answer_tokens"):
         yield from _at_least(f"data.{name}", getattr(data, name), 1)
     yield from _at_least("data.num_workers", data.num_workers, 0)
@@ -204,12 +201,27 @@ def _source_problems(key: str, source: SourceConfig) -> Iterator[str]:
             )
 
 
-def _longest_context(config: RunConfig) -> int:
-    """Most encoder tokens of one training context, memory tokens included."""
+_SIZE_KEYS = {
+    "pretraining": "data.max_context_tokens, data.max_prefix_tokens or data.max_continuation_tokens",
+    "few_shot": "data.max_documents_tokens, the source's in_context_examples, data.max_question_tokens or "
+    "data.max_answer_tokens",
+    "long_context": "data.max_chunks or the source's chunk_tokens",
+}
+
+
+def _limit_problems(config: RunConfig) -> Iterator[str]:
+    """A micro-batch has to hold the largest sample of every source."""
     data = config.data
-    limits = {"pretraining": data.max_context_tokens, "few_shot": data.max_documents_tokens}
-    of_sources = (limits.get(source.task, source.chunk_tokens) for source in data.sources)
-    return max(of_sources, default=1) + config.pooling.memory_tokens
+    sizes = {idx: largest_sample(config, source) for idx, source in enumerate(data.sources)}
+    limits = {"data.max_encoder_tokens": data.max_encoder_tokens, "data.max_decoder_rows": data.max_decoder_rows}
+    for which, (key, limit) in enumerate(limits.items()):
+        idx = max(sizes, key=lambda idx: sizes[idx][which])
+        task = data.sources[idx].task
+        yield from _at_least(
+            key, limit, sizes[idx][which],
+            f"A sample of data.sources.{idx} ({task}) can be so large: raise {key}, lower {_SIZE_KEYS[task]}; null "
+            "sets no limit.",
+        )  # fmt: skip
 
 
 def _share_problems(share: float | ShareSchedule) -> Iterator[str]:

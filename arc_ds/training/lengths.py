@@ -22,6 +22,13 @@ def longest_context(config: RunConfig) -> int:
     )
 
 
+def largest_sample(config: RunConfig, source: SourceConfig) -> tuple[int, int]:
+    """Most encoder tokens (memory tokens included) and most decoder rows of one training sample of a source; a token of
+    the encoder's taken for one of the decoder's, as in `longest_sequence`."""
+    contexts, context_tokens = _contexts(config, source)
+    return context_tokens + contexts * config.pooling.memory_tokens, _rows(config, source, is_open=False)
+
+
 def longest_sequence(config: RunConfig) -> int:
     """Most decoder rows of one sequence, a token of the encoder's taken for one of the decoder's.
 
@@ -38,14 +45,22 @@ def _rows(config: RunConfig, source: SourceConfig, *, is_open: bool) -> int:
     if source.task == "pretraining":
         # Reconstruction repeats the context, which can be longer than a prefix and a continuation.
         plain = max(data.max_prefix_tokens + data.max_continuation_tokens, data.max_context_tokens)
-        contexts, context_tokens = 1, data.max_context_tokens
     elif source.task == "few_shot":
         plain = asked * (source.in_context_examples + 1)
-        contexts, context_tokens = source.in_context_examples + 1, data.max_documents_tokens
     else:
         plain = max(data.max_continuation_tokens, asked)
-        contexts, context_tokens = data.max_chunks, data.max_chunks * source.chunk_tokens
+    contexts, context_tokens = _contexts(config, source)
     return 1 + plain + (context_tokens if is_open else _compressed(config, contexts, context_tokens))
+
+
+def _contexts(config: RunConfig, source: SourceConfig) -> tuple[int, int]:
+    """Most contexts of one sample of a source, and most encoder tokens of them together."""
+    data = config.data
+    if source.task == "pretraining":
+        return 1, data.max_context_tokens
+    if source.task == "few_shot":
+        return source.in_context_examples + 1, data.max_documents_tokens
+    return data.max_chunks, data.max_chunks * source.chunk_tokens
 
 
 def _compressed(config: RunConfig, contexts: int, context_tokens: int) -> int:

@@ -51,7 +51,14 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["data.max_context_tokens=0"], ["data.max_context_tokens"]),
         (["data.max_encoder_tokens=255"], ["data.max_encoder_tokens is 255; expected 256", "null sets no limit"]),
         (["data.max_encoder_tokens=256", "pooling.factors=[]", "pooling.memory_tokens=8"], ["expected 264"]),
-        (["data.max_encoder_tokens=600", "data.sources.0.task=long_context"], ["expected 1024"]),
+        (
+            ["data.max_encoder_tokens=9000", "data.sources.0.task=long_context", "data.max_chunks=9"],
+            ["expected 9216", "data.sources.0 (long_context)", "lower data.max_chunks or the source's chunk_tokens"],
+        ),
+        (
+            ["data.max_decoder_rows=546"],
+            ["data.max_decoder_rows is 546; expected 547", "lower data.max_context_tokens"],
+        ),
         (["data.cache_gib=0"], ["data.cache_gib is 0", "null for half"]),
         (["data.max_decoder_rows=0"], ["data.max_decoder_rows is 0"]),
         (["data.max_continuation_tokens=1"], ["data.max_continuation_tokens"]),

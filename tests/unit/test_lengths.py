@@ -8,7 +8,7 @@ import pytest
 
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
-from arc_ds.training.lengths import longest_context, longest_sequence
+from arc_ds.training.lengths import largest_sample, longest_context, longest_sequence
 
 CONFIG = """\
 run_dir: runs/x
@@ -53,3 +53,20 @@ def test_the_longest_sequence_is_that_of_the_longest_task(
     config = load(tmp_path, *overrides)
     assert longest_context(config) == context
     assert longest_sequence(config) == rows
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], (256, 1 + 512 + 32 + 2)),
+        ([FEW_SHOT], (2048, 1 + 4 * ASKED + 2048 // 8 + 4 * 2)),
+        ([LONG], (32 * 512, 1 + 256 + 32 * 512 // 8 + 32 * 2)),
+        ([FEW_SHOT, "pooling.factors=[]", "pooling.memory_tokens=10"], (2048 + 40, 1 + 4 * ASKED + 4 * 11)),
+    ],
+    ids=["pretraining", "few-shot", "long", "memory tokens of each context"],
+)
+def test_the_largest_sample_of_a_source_has_all_its_contexts(
+    tmp_path: Path, overrides: list[str], expected: tuple[int, int]
+) -> None:
+    config = load(tmp_path, *overrides)
+    assert largest_sample(config, config.data.sources[-1]) == expected

@@ -19,28 +19,39 @@ from arc_ds.errors import ConfigError
 
 Scalar = str | int | float | bool | None
 
-# What a run may change between a stop and a resume: where things are written, how often, and how the same
-# mathematics is spread over machines. Prefixes of flat keys; "*" stands for a list index.
-_NOT_NUMERICS = (
-    ("run_dir",),
-    ("device",),
-    ("log_every",),
-    ("stall_limit_s",),
-    ("micro_batches",),
-    ("deepspeed",),
-    ("encoder", "activation_checkpointing"),
-    ("decoders", "*", "placement"),
-    ("decoders", "*", "activation_checkpointing"),
-    ("data", "num_workers"),
-    ("data", "cache_dir"),
-    ("data", "cache_gib"),
-    ("data", "max_encoder_tokens"),
-    ("data", "max_decoder_rows"),
-    ("data", "validation"),
-    ("data", "on_error"),
-    ("checkpoint",),
-    ("validation",),
-    ("tracking",),
+# Where things lie, and how a host does its share: hosts may differ in it. What lies at the paths is compared by
+# fingerprints (`training.build`, `training.run_folder`). Flat keys; "*" stands for a list index.
+_OF_HOSTS = (
+    "run_dir",
+    "device",
+    "stall_limit_s",
+    "deepspeed",
+    "encoder.backbone",
+    "encoder.tokenizer",
+    "encoder.init_from",
+    "decoders.*.backbone",
+    "decoders.*.tokenizer",
+    "data.sources.*.path",
+    "data.validation",
+    "data.validation.*.path",
+    "data.num_workers",
+    "data.cache_dir",
+    "data.cache_gib",
+    "tracking.*",
+)
+# What a run may change between a stop and a resume beside that: what is written and measured, how often, and how the
+# same mathematics is spread over machines.
+_OF_STARTS = (
+    "log_every",
+    "encoder.activation_checkpointing",
+    "decoders.*.placement",
+    "decoders.*.activation_checkpointing",
+    "data.max_encoder_tokens",
+    "data.max_decoder_rows",
+    "data.validation.*.*",
+    "data.on_error",
+    "checkpoint.*",
+    "validation.*",
 )
 
 
@@ -79,9 +90,16 @@ def flatten(config: RunConfig) -> dict[str, Scalar]:
     return _flatten(to_dict(config))
 
 
+def common(config: RunConfig) -> dict[str, Scalar]:
+    """The part of `flatten` that all hosts of a run must share: all but where things lie and how a host works."""
+    return {key: value for key, value in flatten(config).items() if not _matches(key, _OF_HOSTS)}
+
+
 def numerics(config: RunConfig) -> dict[str, Scalar]:
-    """The part of `flatten` that defines what the run computes: not where it writes, nor how it is spread out."""
-    return {key: value for key, value in flatten(config).items() if not _is_excluded(key)}
+    """The part of `common` that defines what the run computes: not how it is spread out, watched and saved."""
+    # A mean of the parts' means depends on the parts.
+    free = (*_OF_STARTS, "micro_batches") if config.loss.normalize == "global" else _OF_STARTS
+    return {key: value for key, value in common(config).items() if not _matches(key, free)}
 
 
 def config_hash(config: RunConfig) -> str:
@@ -118,9 +136,10 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Scalar]:
     return flat
 
 
-def _is_excluded(key: str) -> bool:
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    """Whether a flat key is one of the patterns, in which "*" stands for one part."""
     parts = key.split(".")
     return any(
-        len(parts) >= len(prefix) and all(p in ("*", part) for p, part in zip(prefix, parts, strict=False))
-        for prefix in _NOT_NUMERICS
+        len(parts) == len(pattern) and all(p in ("*", part) for p, part in zip(pattern, parts, strict=True))
+        for pattern in (pattern.split(".") for pattern in patterns)
     )

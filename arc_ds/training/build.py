@@ -11,13 +11,14 @@ import torch
 
 from arc_ds import dist
 from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
+from arc_ds.config.load import common, differences
 from arc_ds.config.schema import RunConfig
 from arc_ds.data.loader import StepData
 from arc_ds.data.tasks import closed, mismatched, open_
 from arc_ds.device import free_memory_bytes
 from arc_ds.errors import ConfigError
 from arc_ds.model.spec import CompressorSpec
-from arc_ds.training.build_data import held_out_examples, step_data
+from arc_ds.training.build_data import held_out_examples, micro_batch_limits, step_data
 from arc_ds.training.build_model import (
     DecoderWeights,
     StartingWeights,
@@ -33,18 +34,20 @@ from arc_ds.training.optim import PortAdamW, make_param_groups
 from arc_ds.training.run import Run
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.validate import ValidationSet, Validator
+from arc_ds.training.weight_digests import weight_digests
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
     """What a run is made of, opened and checked; the values of weights are not read yet.
 
-    tokenizers: fingerprints (see `check_tokenizers`).
+    tokenizers: fingerprints (see `check_tokenizers`). backbones: digests (see `weight_digests`).
     """
 
     ds_config: dict[str, Any]
     spec: CompressorSpec
     tokenizers: dict[str, str]
+    backbones: dict[str, str]
     data: StepData
     validator: Validator | None
     weights: StartingWeights
@@ -53,6 +56,7 @@ class RunParts:
 
 def read_parts(config: RunConfig, device: torch.device) -> RunParts:
     """Open everything that the config names; a collective. ArcError on all ranks where one finds a mistake."""
+    _check_same_config(config)
     local_world_size = _common_local_world_size()
     with dist.fail_together():
         ds_config = resolve_deepspeed(config.deepspeed, config, dist.world_size(), local_world_size)
@@ -72,12 +76,13 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
             ds_config=ds_config,
             spec=spec,
             tokenizers=tokenizers,
+            backbones=weight_digests(config, spec.backbone, [weights.shape.config for weights in decoders]),
             data=step_data(config, spec.packing, rates),
             validator=_validator(config, spec, device),
             weights=open_starting_weights(config, spec),
             decoders=decoders,
         )
-    _check_same(config, parts)
+    _check_same_files(parts)
     return parts
 
 
@@ -104,6 +109,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         device=device,
         spec=parts.spec,
         tokenizers=parts.tokenizers,
+        backbones=parts.backbones,
         engine=engine,
         decoders=_place(config, parts.decoders, device, parts.ds_config),
         data=parts.data,
@@ -141,6 +147,7 @@ def _validator(config: RunConfig, spec: CompressorSpec, device: torch.device) ->
         decoder_names=[decoder.name for decoder in config.decoders],
         packing=spec.packing,
         batch_size=config.validation.batch_size,
+        limits=micro_batch_limits(config),
         device=device,
     )
 
@@ -178,22 +185,30 @@ def _common_local_world_size() -> int:
     return sizes.pop() if len(sizes) == 1 else 1
 
 
-def _check_same(config: RunConfig, parts: RunParts) -> None:
-    """ConfigError where hosts were told or have found different things; a collective.
+def _check_same_config(config: RunConfig) -> None:
+    """ConfigError where hosts were told different things; a collective.
 
     They would wait for each other for ever, or train apart without a word. Paths may differ between hosts.
     """
+    told = dist.gather_objects(common(config))
+    other = next((rank for rank, config_there in enumerate(told) if config_there != told[0]), None)
+    if other is not None:
+        changed = differences(told[0], told[other])
+        raise ConfigError(
+            f"rank {other} (here) was told something else than rank 0 (there): {'; '.join(changed[:8])}. Give every "
+            "host the same command and config."
+        )
+
+
+def _check_same_files(parts: RunParts) -> None:
+    """ConfigError where hosts found different things at the config's paths; a collective."""
     found = {
         "deepspeed": parts.ds_config,
-        "steps, loss, optimizer, validation": (config.steps, config.loss, config.optimizer, config.validation),
-        "the encoder's and bridges' sizes": parts.spec,
-        "decoders": [(d.name, d.placement, d.rope_scaling) for d in config.decoders],
-        "the decoders' sizes": [weights.shape.config for weights in parts.decoders],
+        "backbones": parts.backbones,
         "tokenizers": parts.tokenizers,
-        "shards, seed, batch": parts.data.order.fingerprint,
+        "shards": parts.data.order.fingerprint,
+        "held-out shards": None if parts.validator is None else parts.validator.fingerprint,
     }
     different = [name for name, value in found.items() if not dist.all_ranks_agree(value)]
     if different:
-        raise ConfigError(
-            f"ranks differ in {', '.join(different)}. Give every host the same command, config, weights and shards."
-        )
+        raise ConfigError(f"ranks have found different {', '.join(different)}. Give every host the same files.")

@@ -47,9 +47,7 @@ def step_data(config: RunConfig, packing: PoolingSpec, rates: Sequence[WorkRates
         readers=_readers(config),
         pooling=packing,
         rates=rates,
-        limits=MicroBatchLimits(
-            max_encoder_tokens=config.data.max_encoder_tokens, max_decoder_rows=config.data.max_decoder_rows
-        ),
+        limits=micro_batch_limits(config),
         rank=dist.rank(),
         world_size=dist.world_size(),
         micro_batches=config.micro_batches,
@@ -83,6 +81,13 @@ def open_source(config: RunConfig, wanted: SourceConfig) -> Source:
         task=wanted.task,
         in_context_examples=wanted.in_context_examples,
         limits=task_limits(config, wanted),
+    )
+
+
+def micro_batch_limits(config: RunConfig) -> MicroBatchLimits:
+    """The most that one micro-batch holds, in training and in validation."""
+    return MicroBatchLimits(
+        max_encoder_tokens=config.data.max_encoder_tokens, max_decoder_rows=config.data.max_decoder_rows
     )
 
 

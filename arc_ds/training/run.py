@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Run:
     """A run in memory.
 
-    tokenizers: fingerprints of those in use, by their keys in the config.
+    tokenizers: fingerprints of those in use, by their keys in the config; backbones: digests (`weight_digests`).
     step: optimizer steps done; the next batch is that of step number `step`. skipped_steps: how many of them changed
     nothing because a loss or gradient was not finite; skipped_in_row: of these, the ones since the last that did.
     data_counts: records skipped, cut or changed so far, over all ranks (`meters.COUNTS`), as of the last report.
@@ -47,6 +47,7 @@ class Run:
     validator: Validator | None
     tasks: tuple[str, ...]
     tokenizers: Mapping[str, str] = field(default_factory=dict)
+    backbones: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0

@@ -20,7 +20,7 @@ from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, loa
 from arc_ds.config.schema import RunConfig, SourceConfig
 from arc_ds.data.urls import shown_url
 from arc_ds.device import describe_device
-from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError
+from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
 from arc_ds.export.consolidate import TrainedFor
 from arc_ds.training.build_model import encoder_tokenizer_path
 from arc_ds.training.checkpoint import (
@@ -33,7 +33,7 @@ from arc_ds.training.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from arc_ds.training.manifest import write_durably
+from arc_ds.training.manifest import read_manifest, write_durably
 from arc_ds.training.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.training.mlflow_server import DatasetFacts, RunFacts, environment_tags, package_versions, start_tracker
 from arc_ds.training.run import Run
@@ -71,12 +71,15 @@ def check_run_folder(config: RunConfig) -> None:
         _check_nothing_lies_beyond(folder, Path(config.checkpoint.resume))
 
 
-def find_start(config: RunConfig, data_fingerprint: str, tokenizers: Mapping[str, str]) -> Path | None:
+def find_start(
+    config: RunConfig, data_fingerprint: str, tokenizers: Mapping[str, str], backbones: Mapping[str, str]
+) -> Path | None:
     """The checkpoint that the config asks to resume from, None where the run starts anew; a collective.
 
-    It is whole, and of this config, these data and these tokenizers (fingerprints). CheckpointError where a named one
-    is not whole, or none of the folder's is (the run is not made again from its first step unless asked); ConfigError,
-    DataError or TokenizerError where it is of another config, other data or another tokenizer.
+    It is whole, and of this config, these data, these tokenizers and these backbones (fingerprints). CheckpointError
+    where a named one is not whole, or none of the folder's is (the run is not made again from its first step unless
+    asked); ConfigError, DataError, TokenizerError or WeightsError where it is of another config, other data, another
+    tokenizer or other weights.
     """
     wanted = config.checkpoint.resume
     if wanted == "never":
@@ -90,13 +93,13 @@ def find_start(config: RunConfig, data_fingerprint: str, tokenizers: Mapping[str
                 "start a new run in another run_dir."
             )
         if path is not None:
-            _check_is_of(path, config, data_fingerprint, tokenizers)
+            _check_is_of(path, config, data_fingerprint, tokenizers, backbones)
     return path
 
 
 def resume(run: Run) -> TrainerState | None:
     """Loads what `find_start` finds and sets the run's counts; a collective. None where the run starts anew."""
-    path = find_start(run.config, run.data.order.fingerprint, run.tokenizers)
+    path = find_start(run.config, run.data.order.fingerprint, run.tokenizers, run.backbones)
     if path is None:
         return None
     state = load_checkpoint(run.engine, path)
@@ -174,6 +177,7 @@ def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
             "encoder_tokenizer": str(encoder_tokenizer_path(run.config).resolve()),
             "decoders": [asdict(decoder) for decoder in decoders],
             "tokenizers": dict(run.tokenizers),
+            "backbones": dict(run.backbones),
             "skipped_steps": run.skipped_steps,
             "skipped_in_row": run.skipped_in_row,
             "data_counts": dict(run.data_counts),
@@ -256,22 +260,50 @@ def _named(path: Path) -> Path:
     return path
 
 
-def _check_is_of(path: Path, config: RunConfig, data_fingerprint: str, tokenizers: Mapping[str, str]) -> None:
+def _check_is_of(
+    path: Path,
+    config: RunConfig,
+    data_fingerprint: str,
+    tokenizers: Mapping[str, str],
+    backbones: Mapping[str, str],
+) -> None:
     state = read_trainer_state(path)
     if state.config_hash != config_hash(config):
         raise ConfigError(
             f"{path} was written by a run of another config (compare {CONFIG_NAME} in its run's folder). To start from "
             "its weights, export it and set encoder.init_from."
         )
+    _check_ranks(path, config)
     if state.data_fingerprint != data_fingerprint:
         raise DataError(
             f"the data are not those that {path} was trained on: shards, weights or their order have changed. Restore "
             "them, or start a new run from its weights (export it and set encoder.init_from)."
         )
-    before = state.extra.get("tokenizers", {})
-    changed = [key for key in sorted(before.keys() & tokenizers.keys()) if before[key] != tokenizers[key]]
+    changed = _changed(state.extra.get("tokenizers", {}), tokenizers)
     if changed:
         raise TokenizerError(
-            f"the tokenizer of {', '.join(changed)} is not the one that {path} was trained with: its files have "
-            "changed, and with them what ids or turns mean. Restore them (key `tokenizer`)."
+            f"the tokenizer of {changed} is not the one that {path} was trained with: its files have changed, and with "
+            "them what ids or turns mean. Restore them (key `tokenizer`)."
         )
+    changed = _changed(state.extra.get("backbones", {}), backbones)
+    if changed:
+        raise WeightsError(
+            f"the weights at {changed} are not those that {path} was trained with: the path leads to another model, or "
+            "to the same one in another format or split. Name the files that the run was started with."
+        )
+
+
+def _check_ranks(path: Path, config: RunConfig) -> None:
+    """ConfigError where the loss is a mean over ranks, and there were others; the config says the parts of each."""
+    before, now = read_manifest(path).world_size, dist.world_size()
+    if config.loss.normalize == "rank_mean" and before != now:
+        raise ConfigError(
+            f"{path} was written by {before} ranks, and these are {now}: with loss.normalize=rank_mean each rank's "
+            f"part weighs the same, so the loss would be another. Resume with {before} ranks, or start a new run from "
+            "its weights (export it and set encoder.init_from)."
+        )
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The keys whose values differ, or that one side lacks, in words."""
+    return ", ".join(key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))

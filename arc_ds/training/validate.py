@@ -9,19 +9,19 @@ adaptation to the domain, not information, so the gap counts from the better of 
 
 from __future__ import annotations
 
-import logging
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from arc_ds.data.micro_batches import MicroBatchLimits, sample_sizes
 from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.data.segments import Sample
-
-logger = logging.getLogger(__name__)
 
 Compress = Callable[[PackedBatch, int], Tensor]
 Score = Callable[[PackedBatch, Tensor | None], Tensor]
@@ -35,6 +35,11 @@ class ValidationSet:
     mismatched: tuple[Sample, ...]
     closed: tuple[Sample, ...]
     open: tuple[Sample, ...]
+
+    @property
+    def ways(self) -> tuple[tuple[Sample, ...], ...]:
+        """The four lists."""
+        return (self.compressed, self.mismatched, self.closed, self.open)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,8 @@ class _Sums:
 class Validator:
     """Scores the held-out samples with the compressor as it is now. Closed and open are scored once and kept.
 
-    sets: one for each decoder. batch_size: samples per forward on each rank; the results do not depend on it.
+    sets: one for each decoder. batch_size: most samples per forward on each rank. limits: the most that one forward
+    may hold; a sample that is larger by itself is scored alone. The results depend on neither.
     """
 
     def __init__(
@@ -93,6 +99,7 @@ class Validator:
         decoder_names: Sequence[str],
         packing: PoolingSpec,
         batch_size: int,
+        limits: MicroBatchLimits,
         device: torch.device,
     ) -> None:
         self.sets = list(sets)
@@ -100,6 +107,7 @@ class Validator:
         self.tasks = tuple(sorted({sample.task for each in sets for sample in each.compressed}))
         self._packing = packing
         self._batch_size = batch_size
+        self._limits = limits
         self._device = device
         self._without_compressor: dict[int, tuple[_Sums, _Sums]] = {}
 
@@ -109,13 +117,24 @@ class Validator:
         return sum(len(each.compressed) for each in self.sets)
 
     @property
+    def fingerprint(self) -> str:
+        """sha256 of all held-out samples, which ranks must share."""
+        digest = hashlib.sha256()
+        for sample in (sample for each in self.sets for way in each.ways for sample in way):
+            segments = [(s.kind, len(s.ids), s.in_loss, s.marker) for s in sample.segments]
+            digest.update(repr((sample.task, segments)).encode())
+            for segment in sample.segments:
+                digest.update(np.asarray(segment.ids, dtype=np.int64).tobytes())
+        return digest.hexdigest()
+
+    @property
     def num_forwards(self) -> int:
         """How many batches each rank will score in the next `run`."""
         total = 0
         for idx, samples in enumerate(self.sets):
-            known = (samples.closed, samples.open) if idx not in self._without_compressor else ()
+            known = () if idx in self._without_compressor else (samples.closed, samples.open)
             for each in (samples.compressed, samples.mismatched, *known):
-                total += -(-len(each) // (self._batch_size * dist.get_world_size()))
+                total += -(-len(self._batches(each)) // dist.get_world_size())
         return total
 
     @torch.no_grad()
@@ -158,7 +177,7 @@ class Validator:
         on_forward: Callable[[], None],
     ) -> _Sums:
         """Batches are dealt to ranks in turn; a rank that runs out repeats the last one without counting it."""
-        batches = [samples[i : i + self._batch_size] for i in range(0, len(samples), self._batch_size)]
+        batches = self._batches(samples)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         nll_K = torch.zeros(len(self.tasks), dtype=torch.float64, device=self._device)
         labels_K = torch.zeros(len(self.tasks), dtype=torch.int64, device=self._device)
@@ -175,6 +194,20 @@ class Validator:
         dist.all_reduce(nll_K)
         dist.all_reduce(labels_K)
         return _Sums(nll_K=nll_K, labels_K=labels_K)
+
+    def _batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """The samples in their order, as many together as fit."""
+        batches: list[list[Sample]] = []
+        encoder_tokens = decoder_rows = 0
+        for sample, size in zip(samples, sample_sizes(samples, self._packing), strict=True):
+            encoder_tokens += size.encoder_tokens
+            decoder_rows += size.decoder_rows
+            is_full = not batches or len(batches[-1]) == self._batch_size
+            if is_full or not self._limits.allow(encoder_tokens, decoder_rows):
+                batches.append([])
+                encoder_tokens, decoder_rows = size
+            batches[-1].append(sample)
+        return batches
 
     def _tasks_of(self, samples: Sequence[Sample]) -> Tensor:
         return torch.tensor([self.tasks.index(s.task) for s in samples], dtype=torch.int64, device=self._device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,15 +39,44 @@ def test_equal_hosts_with_other_paths_are_fine(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "named"),
+    "override",
     [
-        ("steps=7", "steps"),
-        ("optimizer.encoder_lr=7e-7", "optimizer"),
-        ("seed=9", "seed"),
-        ("encoder.num_layers=1", "encoder's and bridges' sizes"),
-        ("decoders.0.placement=zero3", "decoders"),
+        "steps=7",
+        "optimizer.encoder_lr=7e-7",
+        "seed=9",
+        "encoder.num_layers=1",
+        "encoder.trained_layers=1",
+        "decoders.0.placement=zero3",
+        "precision=bf16",
+        "micro_batches=1",
+        "data.max_context_tokens=20",
+        "data.decoder_bos=false",
+        "data.on_error=skip",
+        "data.sources.0.task=long_context",
+        "checkpoint.every=3",
     ],
 )
-def test_a_host_that_was_told_something_else_stops_all(config: Path, override: str, named: str) -> None:
+def test_a_host_that_was_told_something_else_stops_all(config: Path, override: str) -> None:
     first, second = run_on_ranks(_read, str(config), [[], [override]])
-    assert first == second and named in first and "every host the same" in first
+    assert first == second and f"{override.partition('=')[0]}: " in first and "every host the same" in first
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("decoders.0.backbone={}/copy", "backbones"),
+        ("data.sources.0.path={}/held_out", "shards"),
+        ("data.validation={}/train", "held-out shards"),
+        ("data.validation=null", "held-out shards"),
+    ],
+)
+def test_a_host_that_found_other_files_stops_all(config: Path, override: str, named: str) -> None:
+    copy = config.parent / "copy"
+    if not copy.exists():
+        shutil.copytree(config.parent / "wide", copy)
+        weights = copy / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    first, second = run_on_ranks(
+        _read, str(config), [["validation.every=0"], ["validation.every=0", override.format(config.parent)]]
+    )
+    assert first == second == f"ranks have found different {named}. Give every host the same files."

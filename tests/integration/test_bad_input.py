@@ -40,7 +40,7 @@ def _start(config: RunConfig) -> Path | None:
     check_paths(config)
     check_run_folder(config)
     parts = read_parts(config, CPU)
-    return find_start(config, parts.data.order.fingerprint, parts.tokenizers)
+    return find_start(config, parts.data.order.fingerprint, parts.tokenizers, parts.backbones)
 
 
 def _refusal(kind: type[ArcError], config: Path, run: Path, overrides: Sequence[str] = ()) -> str:
@@ -184,9 +184,11 @@ def test_texts_without_a_token_make_no_shards(config: Path, tmp_path: Path) -> N
     assert "empty.jsonl" in message and "every document is empty" in message and "Give other inputs" in message
 
 
-def _used_run(config: Path, run: Path, *, steps: Sequence[int] = ()) -> RunConfig:
+def _used_run(
+    config: Path, run: Path, *, steps: Sequence[int] = (), overrides: Sequence[str] = (), num_ranks: int = 1
+) -> RunConfig:
     """A run's folder as a stopped run leaves it: config, metrics, and whole checkpoints without shards."""
-    loaded = load_config(config, [f"run_dir={run}"])
+    loaded = load_config(config, [f"run_dir={run}", *overrides])
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_yaml(loaded))
     (run / "metrics.jsonl").write_text('{"step": 1, "time": 0.0, "metrics": {"train/loss": 2.0}}\n')
@@ -199,11 +201,11 @@ def _used_run(config: Path, run: Path, *, steps: Sequence[int] = ()) -> RunConfi
             "data_position": 8 * step,
             "data_fingerprint": parts.data.order.fingerprint,
             "config_hash": config_hash(loaded),
-            "extra": {"tokenizers": parts.tokenizers},
+            "extra": {"tokenizers": parts.tokenizers, "backbones": parts.backbones},
         }
         (folder / "trainer.json").write_text(json.dumps(state))
         files = (seal_file(folder, folder / "trainer.json"),)
-        write_manifest(folder, Manifest(step=step, world_size=1, files=files))
+        write_manifest(folder, Manifest(step=step, world_size=num_ranks, files=files))
     return loaded
 
 
@@ -239,6 +241,48 @@ def test_data_that_changed_since_the_checkpoint_are_refused(run: Path, tmp_path:
     write_shards(tmp_path / "own" / "train", tmp_path / "own" / "encoder", numbered_texts(40))
     message = _refusal(DataError, config, run)
     assert "step_000008" in message and "have changed" in message and "Restore" in message
+
+
+def test_a_run_goes_on_where_its_models_and_shards_lie_elsewhere(run: Path, tmp_path: Path) -> None:
+    config = write_inputs(tmp_path / "own")
+    _used_run(config, run, steps=(8,))
+    (tmp_path / "own").rename(tmp_path / "moved")
+    config = tmp_path / "moved" / "config.yaml"
+    config.write_text(config.read_text().replace(str(tmp_path / "own"), str(tmp_path / "moved")))
+    assert _start(load_config(config, [f"run_dir={run}"])) == run / "checkpoints" / "step_000008"
+
+
+@pytest.mark.parametrize(("folder", "key"), [("encoder", "encoder.backbone"), ("wide", "decoders.0.backbone")])
+def test_weights_that_changed_since_the_checkpoint_are_refused(
+    run: Path, tmp_path: Path, folder: str, key: str
+) -> None:
+    config = write_inputs(tmp_path / "own")
+    _used_run(config, run, steps=(8,))
+    (weights,) = (tmp_path / "own" / folder).glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors[Q_PROJ][0, 0] += 1
+    save_file(tensors, weights)
+    message = _refusal(WeightsError, config, run)
+    assert f"the weights at {key} are not" in message and "step_000008" in message and "Name the files" in message
+
+
+def test_a_mean_over_parts_is_not_resumed_with_other_parts(config: Path, run: Path) -> None:
+    overrides = ["loss.normalize=rank_mean"]
+    _used_run(config, run, steps=(8,), overrides=overrides)
+    assert _start(load_config(config, [f"run_dir={run}", *overrides])) == run / "checkpoints" / "step_000008"
+    message = _refusal(ConfigError, config, run, [*overrides, "micro_batches=1"])
+    assert "micro_batches: 2 there, 1 here" in message
+
+
+@pytest.mark.parametrize("normalize", ["rank_mean", "global"])
+def test_a_mean_over_ranks_is_not_resumed_with_other_ranks(config: Path, run: Path, normalize: str) -> None:
+    overrides = [f"loss.normalize={normalize}"]
+    _used_run(config, run, steps=(8,), overrides=overrides, num_ranks=2)
+    if normalize == "global":
+        assert _start(load_config(config, [f"run_dir={run}", *overrides])) == run / "checkpoints" / "step_000008"
+    else:
+        message = _refusal(ConfigError, config, run, overrides)
+        assert "written by 2 ranks, and these are 1" in message and "Resume with 2 ranks" in message
 
 
 @pytest.mark.parametrize(("folder", "key"), [("encoder", "encoder"), ("wide", "decoders.0")])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arc_ds.config import schema
-from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics, to_dict
+from arc_ds.config.load import common, config_hash, differences, dump_yaml, flatten, load_config, numerics, to_dict
 from arc_ds.config.schema import EncoderConfig, RunConfig
 from arc_ds.errors import ConfigError
 
@@ -239,6 +239,13 @@ def test_hash_ignores_where_and_how_often_things_are_written(write):
         "decoders.0.placement=zero3",
         "micro_batches=2",
         "validation.num_samples=4",
+        "deepspeed=elsewhere.json",
+        "encoder.backbone=elsewhere",
+        "encoder.tokenizer=elsewhere",
+        "encoder.init_from=elsewhere",
+        "decoders.0.backbone=elsewhere",
+        "decoders.0.tokenizer=elsewhere",
+        "data.sources.0.path=elsewhere",
     ):
         assert config_hash(load_config(write(), [override])) == config_hash(base), override
 
@@ -251,7 +258,6 @@ def test_hash_follows_what_changes_the_numbers(write):
         "precision=fp32",
         "optimizer.bridge_lr=1e-4",
         "pooling.factors=[4]",
-        "decoders.0.backbone=other",
         "data.batch_size=64",
         "data.sources.0.task=long_context",
         "data.max_answer_tokens=8",
@@ -260,6 +266,22 @@ def test_hash_follows_what_changes_the_numbers(write):
         "encoder.causal=true",
     ):
         assert config_hash(load_config(write(), [override])) != config_hash(base), override
+
+
+def test_hash_follows_the_parts_only_where_the_loss_is_a_mean_over_them(write):
+    one, two = (load_config(write(), ["loss.normalize=rank_mean", f"micro_batches={n}"]) for n in (1, 2))
+    assert config_hash(one) != config_hash(two)
+    assert config_hash(load_config(write(), ["micro_batches=2"])) == config_hash(load_config(write()))
+
+
+def test_hosts_share_all_but_where_things_lie(write):
+    own = ["run_dir=x", "data.sources.0.path=x", "encoder.backbone=x", "data.validation=x", "data.num_workers=0"]
+    assert common(load_config(write(), own)) == common(load_config(write()))
+    held_out = [
+        [f"data.validation=[{{path: {path}, task: few_shot, max_passages: {num}}}]"] for path, num in ("a1", "b1", "a2")
+    ]
+    first, elsewhere, other = (common(load_config(write(), overrides)) for overrides in held_out)
+    assert first == elsewhere != other
 
 
 def test_differences_name_what_a_run_folder_of_another_config_changed(write):

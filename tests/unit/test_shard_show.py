@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,11 @@ def sample_of(tokenizer: Tokenizer, other: Tokenizer) -> Example:
     example = make_example(
         [{"text": TEXT}], task="reconstruction", seed=0, encoder=tokenizer, decoder=other, limits=TaskLimits()
     )
-    return Example(
+    return replace(
+        example,
         sample=Sample("continuation", segments),
         contexts=("the sea 🚲 lamp",),
         counts=TaskCounts(cut_contexts=2),
-        variants=example.variants,
     )
 
 

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 
 def random_words(count: int, *key: int | str) -> NDArray[np.uint64]:
-    """`count` random 64-bit words, a pure function of the key (seed, purpose, indices …)."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    """`count` random 64-bit words, a pure function of the key (seed, purpose, indices …); numpy's integers count as
+    Python's."""
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=16).digest()
     return np.random.Philox(key=np.array(struct.unpack("<2Q", digest), dtype=np.uint64)).random_raw(count)
 
 

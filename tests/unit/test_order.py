@@ -42,6 +42,7 @@ def test_random_words_are_the_recorded_ones() -> None:
     """A change here would change the order of every run that is resumed."""
     assert random_words(2, 0, "sample", 5).tolist() == [8710512222159081382, 18055850970814257424]
     assert permutation(6, 7, "x").tolist() == [4, 5, 1, 0, 2, 3]
+    assert random_words(2, np.int64(0), "sample", np.int32(5)).tolist() == random_words(2, 0, "sample", 5).tolist()
 
 
 def test_batch_is_the_same_however_it_is_reached() -> None:

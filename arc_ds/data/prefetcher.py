@@ -45,8 +45,8 @@ class Prefetcher:
         with self._lock:
             self._wanted = deque(self._fitting(shard_idxs))
             if self._wanted and not self._is_running:
-                self._is_running = True
                 threading.Thread(target=self._run, name="shard-prefetch", daemon=True).start()
+                self._is_running = True
 
     def _fitting(self, shard_idxs: Sequence[int]) -> list[int]:
         """The first of the shards, as far as half of the cache reaches."""
@@ -66,6 +66,10 @@ class Prefetcher:
                 self._files.bring(self._files.manifest.shards[shard_idx])
             except StorageError as error:  # whoever reads the shard tries again, and is told
                 logger.warning("not fetched ahead: %s", error)
+            except BaseException:  # ends this thread; the next want begins another
+                with self._lock:
+                    self._is_running = False
+                raise
 
     def _next(self) -> int | None:
         with self._lock:

@@ -128,24 +128,32 @@ def read_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool) -
     inside: they do not begin a text (sentencepiece would put a space in front of one that does). Where a token reaches
     from one text into the next, each is read by itself.
     """
+    return [encoding.ids for encoding in encode_together(tokenizer, texts, inside=inside)]
+
+
+def encode_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool) -> list[Encoding]:
+    """As `read_together`, with the characters that the tokens end at, counted from the beginning of each text."""
     for anchor in _ANCHORS if inside else ("",):
         pieces = _slices(tokenizer.encode_with_ends("".join((anchor, *texts))), [anchor, *texts])
         if pieces is not None:
             return pieces[1:]
     if len(texts) == 1:
-        return [tokenizer.encode_with_ends(texts[0]).ids]
-    return [read_together(tokenizer, [text], inside=inside or place > 0)[0] for place, text in enumerate(texts)]
+        return [tokenizer.encode_with_ends(texts[0])]
+    return [encode_together(tokenizer, [text], inside=inside or place > 0)[0] for place, text in enumerate(texts)]
 
 
-def _slices(encoding: Encoding, texts: Sequence[str]) -> list[NDArray[np.int64]] | None:
-    """The ids of each of the joined texts; None where one of them does not end with a token."""
+def _slices(encoding: Encoding, texts: Sequence[str]) -> list[Encoding] | None:
+    """Each of the joined texts; None where one of them does not end with a token."""
     reached = np.maximum.accumulate(encoding.ends)
     cuts = np.cumsum([0, *(len(text) for text in texts)])
     places = np.searchsorted(reached, cuts)
     places[-1] = len(encoding.ids)
     if not np.array_equal(reached[places], cuts):
         return None
-    return [encoding.ids[first:last] for first, last in pairwise(places.tolist())]
+    return [
+        Encoding(encoding.ids[first:last], np.maximum(encoding.ends[first : last + 1] - cut, -1))
+        for (first, last), cut in zip(pairwise(places.tolist()), cuts[:-1].tolist(), strict=True)
+    ]
 
 
 def _read_words(words: Iterable[Part], decoder: Tokenizer, *, inside: bool) -> Iterator[tuple[Segment, bool]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from arc_ds.data.script import encode_together
 from arc_ds.data.tokenizers import Encoding, Tokenizer
 
 _MAX_SNAP_TOKENS = 16
@@ -61,10 +62,11 @@ class TextViews:
         return self.encoder.ids[self.token_at(start) : self.token_at(end)]
 
     def decoder_piece(self, start: int, end: int) -> Encoding:
-        """The decoder's tokens between two cuts: a slice, or the piece tokenised alone where a cut is not shared."""
+        """The decoder's tokens between two cuts: a slice, or where a cut is not shared the piece read by itself, as the
+        middle of a text unless it begins this one."""
         first, last = int(self._decoder_reached.searchsorted(start)), int(self._decoder_reached.searchsorted(end))
         if self._decoder_reached[first] != start or self._decoder_reached[last] != end:
-            return self._decoder_tokenizer.encode_with_ends(self.text[start:end])
+            return encode_together(self._decoder_tokenizer, [self.text[start:end]], inside=start > 0)[0]
         ends = self.decoder.ends[first : last + 1]
         return Encoding(self.decoder.ids[first:last], np.maximum(ends - start, -1))
 

@@ -47,6 +47,15 @@ def write_json_tokenizer(folder: Path, *, bos: bool = True) -> Path:
     return folder
 
 
+def write_tokenizer_without(folder: Path, byte: int) -> Path:
+    """As `write_json_tokenizer`, but with no token for one control character (< 33), which it leaves out of a text."""
+    path = write_json_tokenizer(folder) / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    del settings["model"]["vocab"][chr(256 + byte)]  # as the byte-level alphabet writes it
+    path.write_text(json.dumps(settings))
+    return folder
+
+
 def numbered_texts(count: int, *, sentences: int = 6) -> list[str]:
     """Different texts, each naming its number in every sentence."""
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.data.packing import PoolingSpec, pack
+from arc_ds.data.records import fine_tuning_record
 from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, mismatched, open_
+from arc_ds.data.tasks.asked import ask
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
 from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken
@@ -178,7 +181,7 @@ def test_text_that_looks_like_the_template_changes_nothing(pair: Pair) -> None:
     kinds = [segment.kind for segment in example.sample.segments]
     assert kinds == ["text", "context", "text", "context", "text", "text"]
     assert example.contexts == (trap, trap)
-    assert pair[1].decode(list(example.sample.segments[-1].ids)) == f" {trap}\n\n"
+    assert pair[1].decode(list(example.sample.segments[-1].ids)) == " x\nDocument: y\nQuestion: z\nAnswer: w\n\n"
 
 
 def test_each_decoder_reads_the_same_text_in_its_own_tokens(pair: Pair, golden: Path) -> None:
@@ -248,7 +251,38 @@ def test_every_label_is_the_next_token_and_variants_share_targets(
 @given(answer=st.text("of stone. é\n🚲1", min_size=1, max_size=16).filter(str.strip))
 def test_labels_spell_the_answer_and_its_end(pair: Pair, answer: str) -> None:
     batch = pack([make(pair, TOWER | {"answer": answer}).sample], PoolingSpec())
-    assert pair[1].decode(batch.labels.tolist()) == f" {answer.strip()}\n\n"
+    written_answer = re.sub(r"\n\s*\n", "\n", answer.strip())
+    assert pair[1].decode(batch.labels.tolist()) == f" {written_answer}\n\n"
+
+
+@pytest.mark.parametrize("lines", ["stone\n\nand wood", "stone\n \t\n\n\nand wood", "stone\r\n\r\nand wood"])
+def test_a_blank_line_within_an_answer_is_not_its_end(pair: Pair, lines: str) -> None:
+    """Generation stops at the first blank line, in targets and as the examples show it."""
+    record = TOWER | {"answer": lines}
+    example = make(pair, record, record)
+    assert written(example.sample, *pair).replace("\r", "").count("Answer: stone\nand wood\n\n") == 1
+    assert pair[1].decode(list(example.sample.segments[-1].ids)).replace("\r", "") == " stone\nand wood\n\n"
+    assert example.counts == TaskCounts()
+    fields = fine_tuning_record(record)
+    assert ask(fields, (0, 0), decoder=pair[1], limits=TaskLimits(), is_chat=True).answer == lines
+
+
+def test_mismatched_shares_no_passage_with_the_record_asked_about(pair: Pair) -> None:
+    """Records of one page share passages, and draw another number of them each."""
+    pages = [[f"Tower {page} is of stone {row}. " for row in range(3)] for page in range(2)]
+    examples = [
+        make(pair, TOWER | {"passages": pages[page][::turn], "passage": None}, seed=seed, max_passages=3)
+        for page in range(2)
+        for seed in range(4)
+        for turn in (1, -1)
+    ]
+    assert len({example.contexts for example in examples}) > 4
+    for example, other in zip(examples, mismatched(examples), strict=True):
+        (given,) = (segment for segment in other.segments if segment.kind == "context")
+        (page,) = (page for page in pages if page[0] in example.passages)
+        assert not any(passage in pair[0].decode(list(given.ids)) for passage in page)
+    with pytest.raises(DataError, match="needs another context"):
+        mismatched(examples[: len(examples) // 2])
 
 
 def test_golden_reference_reads_the_same_blocks_but_for_its_double_spaces(golden: Path) -> None:

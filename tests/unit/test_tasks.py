@@ -6,17 +6,19 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.data.packing import PoolingSpec, pack
+from arc_ds.data.script import read_together
 from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, mismatched, open_
 from arc_ds.data.text_views import TextViews
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
-from tests.helpers.tiny_data import TEXT, numbered_texts, write_json_tokenizer, write_tiktoken
+from tests.helpers.tiny_data import TEXT, numbered_texts, write_json_tokenizer, write_tiktoken, write_tokenizer_without
 
 LIMITS = TaskLimits(max_context=24, max_prefix=24, max_continuation=24)
 TEXTS = st.text(alphabet="the sea of. \n北🚲é", min_size=1, max_size=120)
@@ -164,6 +166,41 @@ def test_too_short_record_becomes_a_reconstruction_or_an_error(pair: tuple[Token
     assert (example.sample.task, example.degraded) == ("reconstruction", True)
     with pytest.raises(DataError, match="fewer than two"):
         make(pair, "x")
+
+
+@pytest.mark.parametrize("task", ["reconstruction", "continuation", "long_context", "few_shot"])
+def test_a_text_without_encoder_tokens_is_a_data_error(
+    pair: tuple[Tokenizer, Tokenizer], task: str, tmp_path: Path
+) -> None:
+    """Some tokenizers have no token for some control characters."""
+    encoder = load_tokenizer(write_tokenizer_without(tmp_path / "json", 0x16))
+    asked = {"question": "q", "answer": "a"}
+    texts = ("the sea of stone", "\x16" * 50)
+    whole, empty = ({"passages": [text], **asked} if task == "few_shot" else {"text": text} for text in texts)
+
+    def made(*records: dict) -> Example:
+        return make_example(records, task=task, seed=0, encoder=encoder, decoder=pair[1], limits=LIMITS)  # type: ignore[arg-type]
+
+    assert made(whole).sample.num_context_tokens
+    for records in [(empty,), (whole, empty)] if task == "few_shot" else [(empty,)]:
+        with pytest.raises(DataError, match="no encoder token|too short for a chunk"):
+            made(*records)
+
+
+def test_a_piece_cut_where_the_decoder_cannot_is_read_as_the_middle_of_its_text(golden: Path, tmp_path: Path) -> None:
+    """As words behind a document are; sentencepiece reads a text alone with a space in front of it."""
+    decoder = load_tokenizer(golden / "tokenizers" / "sp384.model")
+    views = TextViews(TEXT, load_tokenizer(write_tiktoken(tmp_path / "t.model")), decoder)
+    reached = np.maximum.accumulate(views.decoder.ends)
+    cuts = [cut for cut in range(1, len(TEXT)) if cut not in reached]
+    assert len(cuts) > 30
+    for cut in cuts:
+        piece = views.decoder_piece(cut, len(TEXT))
+        (ids,) = read_together(decoder, [TEXT[cut:]], inside=True)
+        assert piece.ids.tolist() == ids.tolist()
+        assert (piece.ends[0], piece.ends[-1]) == (0, len(TEXT) - cut)
+        if TEXT[cut] != " ":
+            assert not decoder.decode([*decoder.encode("a"), *piece.ids.tolist()]).startswith("a ")
 
 
 def test_window_of_a_long_record_moves_with_the_seed(pair: tuple[Tokenizer, Tokenizer]) -> None:

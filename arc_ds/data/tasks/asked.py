@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
 
 _PLACE = "{question}"
+_BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,9 @@ def ask(
 
     draws: two random 64-bit numbers, which choose how many passages (1 to limits.max_passages, the first ones) and
     which of the answers. A question too long loses its beginning, an answer its end. White space around either is left
-    out: the templates say what stands there. DataError where the answer has no tokens.
+    out: the templates say what stands there. So are, in the plain layout, blank lines within an answer: there a blank
+    line is an answer's end, and generation stops at it. Like other white space that is not counted as a cut. DataError
+    where the answer has no tokens.
     """
     num_passages = 1 + draws[0] % min(limits.max_passages, len(record.passages))
     question, prompt = _question(record, is_chat=is_chat)
@@ -51,6 +55,8 @@ def ask(
     if question is not None:
         kept_question = last_tokens(question, decoder.encode_with_ends(question), limits.max_question)
     answer = record.answers[draws[1] % len(record.answers)].strip()
+    if not is_chat:
+        answer = _BLANK_LINES.sub("\n", answer)
     kept_answer = _cut_answer(answer, limits.max_answer, decoder)
     return Asked(
         passages=record.passages[:num_passages],

@@ -49,8 +49,13 @@ def first_boundary(encoding: Encoding, token: int) -> int:
 
 
 def read_passages(passages: Sequence[str], encoder: Tokenizer) -> Reading:
-    """Passages as one text, a line each. Each is read by itself, so that its tokens may come from a cache."""
+    """Passages as one text, a line each. Each is read by itself, so that its tokens may come from a cache.
+
+    DataError where they give no encoder token.
+    """
     readings = [encoder.encode_with_ends(passage) for passage in passages]
+    if not any(len(reading.ids) for reading in readings):
+        raise DataError(f"the passage {passages[0][:40]!r} gives no encoder token. Mend the record, or leave it out.")
     if len(readings) == 1:
         return Reading(passages[0], readings[0])
     (between,) = read_together(encoder, [_BETWEEN_PASSAGES], inside=True)

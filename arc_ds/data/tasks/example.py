@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
@@ -53,11 +54,13 @@ class Variants(Protocol):
 class Example:
     """A sample, and what its contexts say, in their order.
 
+    passages: all texts that the record asked about gives; none of them may stand in a context in their place.
     variants: makes the other segments that validation compares (see `tasks.variants`), when asked.
     """
 
     sample: Sample
     contexts: tuple[str, ...]
+    passages: frozenset[str]
     counts: TaskCounts = TaskCounts()
     variants: Variants = field(repr=False, compare=False)
 
@@ -67,7 +70,9 @@ class Example:
         return self.counts.degraded > 0
 
 
-def written_example(task: str, parts: tuple[Part, ...], counts: TaskCounts, decoder: Tokenizer) -> Example:
+def written_example(
+    task: str, parts: tuple[Part, ...], passages: Iterable[str], counts: TaskCounts, decoder: Tokenizer
+) -> Example:
     """The example that a script makes; DataError where it has no target that a row predicts."""
     parts = with_spaces_in_targets(parts)
     rendered = render(parts, decoder)
@@ -79,6 +84,7 @@ def written_example(task: str, parts: tuple[Part, ...], counts: TaskCounts, deco
     return Example(
         sample=Sample(task, rendered.segments),
         contexts=tuple(part.text for part in parts if isinstance(part, Document)),
+        passages=frozenset(passages),
         counts=counts,
         variants=Written(parts, decoder, rendered.target),
     )

@@ -37,9 +37,10 @@ def few_shot_example(
     question and answer of the kind.
     """
     draws = random_words(2 * len(records), seed, "few-shot").reshape(-1, 2).tolist()
+    fields = [fine_tuning_record(record) for record in records]
     own, *others = (
-        ask(fine_tuning_record(record), draw, decoder=decoder, limits=limits, is_chat=layout.is_chat)
-        for record, draw in zip(records, draws, strict=True)
+        ask(record, draw, decoder=decoder, limits=limits, is_chat=layout.is_chat)
+        for record, draw in zip(fields, draws, strict=True)
     )
     marker = limits.marker("cont")
     reading = read_passages(own.passages, encoder)
@@ -52,7 +53,8 @@ def few_shot_example(
         cut_questions=int(own.question_is_cut),
         cut_answers=int(own.answer_is_cut),
     )
-    return written_example("few_shot", write_blocks(blocks, layout, limits.bos_ids(decoder)), counts, decoder)
+    parts = write_blocks(blocks, layout, limits.bos_ids(decoder))
+    return written_example("few_shot", parts, fields[0].passages, counts, decoder)
 
 
 def _fitting(others: Sequence[Asked], room: int, encoder: Tokenizer, limits: TaskLimits) -> list[Block]:

@@ -53,7 +53,7 @@ def long_context_example(
         cut_answers=int(asked.answer_is_cut),
     )
     parts = write_blocks([Block(chunks, asked)], layout, limits.bos_ids(decoder))
-    return written_example(_TASK, parts, counts, decoder)
+    return written_example(_TASK, parts, fields.passages, counts, decoder)
 
 
 def _text_example(
@@ -74,7 +74,7 @@ def _text_example(
     following = text[reading.encoding.ends[end] : reading.encoding.ends[last]]
     target = first_tokens(following, decoder.encode_with_ends(following), limits.max_continuation)
     parts = write_continuation("", chunks, target, layout, limits.bos_ids(decoder))
-    return written_example(_TASK, parts, TaskCounts(), decoder)
+    return written_example(_TASK, parts, (text,), TaskCounts(), decoder)
 
 
 def _chunks(reading: Reading, first: int, last: int, limits: TaskLimits) -> tuple[tuple[Document, ...], int]:

@@ -59,7 +59,7 @@ def pretraining_example(
     """The example of a text; `seed` (64 bits) chooses the window of a text longer than the task needs.
 
     A text too short for a continuation becomes a reconstruction, counted as degraded. DataError where it is too short
-    for that as well: fewer than two decoder tokens.
+    for that as well: no encoder token, or fewer than two decoder tokens.
     """
     views = TextViews(text, encoder, decoder)
 
@@ -73,8 +73,8 @@ def pretraining_example(
     example = lay_out(_reconstruction(views, seed, limits))
     if example is None:
         raise DataError(
-            f"the text {text[:40]!r} gives fewer than two decoder tokens to repeat. Build the shards with a larger "
-            "min_tokens, or set data.on_error: skip."
+            f"the text {text[:40]!r} gives no encoder token, or fewer than two decoder tokens to repeat. Build the "
+            "shards with a larger min_tokens, or set data.on_error: skip."
         )
     return replace(example, counts=TaskCounts(degraded=1)) if task == "continuation" else example
 
@@ -130,11 +130,10 @@ def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimi
     piece = views.decoder_piece(spans.target, spans.target_end)
     is_continuation = spans.task == "continuation"
     target = keep_first(piece, limits.max_continuation) if is_continuation else piece.ids
-    if spans.context == spans.context_end or len(target) < 2:
+    context_ids = views.encoder_ids(spans.context, spans.context_end)
+    if not len(context_ids) or len(target) < 2:
         return None
-    context = Segment.context(
-        views.encoder_ids(spans.context, spans.context_end), limits.marker(_MARKER_OF[spans.task])
-    )
+    context = Segment.context(context_ids, limits.marker(_MARKER_OF[spans.task]))
     segments = (
         *((Segment.text(head),) if len(head) else ()),
         context,
@@ -144,6 +143,7 @@ def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimi
     return Example(
         sample=Sample(spans.task, segments),
         contexts=(views.text[spans.context : spans.context_end],),
+        passages=frozenset((views.text,)),
         variants=_Sliced(segments, views, (spans.context, spans.context_end)),
     )
 
@@ -162,7 +162,8 @@ def _chat(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimit
     if not len(document.ids) or len(piece.ids) < 2:
         return None
     if spans.task == "reconstruction":
-        return written_example(spans.task, write_reconstruction(document, layout), TaskCounts(), decoder)
+        parts = write_reconstruction(document, layout)
+        return written_example(spans.task, parts, (views.text,), TaskCounts(), decoder)
     target = first_tokens(following, piece, limits.max_continuation)
     parts = write_continuation(prefix, [document], target, layout, ())
-    return written_example(spans.task, parts, TaskCounts(), decoder)
+    return written_example(spans.task, parts, (views.text,), TaskCounts(), decoder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from arc_ds.data.segments import Sample, Segment, TokenIds
+from arc_ds.data.segments import Sample, Segment
 from arc_ds.data.tasks.example import Example
 from arc_ds.errors import DataError
 
@@ -21,24 +21,28 @@ def open_(example: Example) -> Sample:
 
 
 def mismatched(examples: Sequence[Example]) -> tuple[Sample, ...]:
-    """The samples, each with contexts of another one of its task: the next whose contexts differ.
+    """The samples, each with contexts of another one of its task: the next that shares no passage with it.
 
-    In few-shot samples the last document is exchanged, the one that is asked about: their in-context examples still
-    show how a question is answered from its document. DataError where a task has no sample with other contexts.
+    Compared are the passages' whole texts, drawn and used or not. In few-shot samples the last document is exchanged,
+    the one that is asked about: their in-context examples still show how a question is answered from its document.
+    DataError where a task has no such other sample.
     """
-    samples: list[Sample] = []
-    for idx, example in enumerate(examples):
-        own = _asked(example.sample)
-        following = (*examples[idx + 1 :], *examples[:idx])
-        others = (_asked(other.sample) for other in following if other.sample.task == example.sample.task)
-        given = next((other for other in others if _ids(other) != _ids(own)), None)
-        if given is None:
-            raise DataError(
-                f"validation of {example.sample.task} needs another context for each of its samples, and sample {idx} "
-                "has none. Give more held-out records, or leave out repeated ones."
-            )
-        samples.append(replace(example.sample, segments=_exchanged(example.sample.segments, len(own), given)))
-    return tuple(samples)
+    return tuple(
+        replace(example.sample, segments=_exchanged(example.sample, _asked(_other(examples, idx).sample)))
+        for idx, example in enumerate(examples)
+    )
+
+
+def _other(examples: Sequence[Example], idx: int) -> Example:
+    """The next example of the same task that shares no passage with this one."""
+    example = examples[idx]
+    for other in (*examples[idx + 1 :], *examples[:idx]):
+        if other.sample.task == example.sample.task and example.passages.isdisjoint(other.passages):
+            return other
+    raise DataError(
+        f"validation of {example.sample.task} needs another context for each of its samples, and sample {idx} has "
+        "none without a passage of its own. Give more held-out records, or leave out repeated ones."
+    )
 
 
 def _asked(sample: Sample) -> list[Segment]:
@@ -47,11 +51,8 @@ def _asked(sample: Sample) -> list[Segment]:
     return contexts[-1:] if sample.task == "few_shot" else contexts
 
 
-def _ids(contexts: Sequence[Segment]) -> list[TokenIds]:
-    return [context.ids for context in contexts]
-
-
-def _exchanged(segments: Sequence[Segment], num_asked: int, given: Sequence[Segment]) -> tuple[Segment, ...]:
-    """The segments, with those given in place of the last `num_asked` contexts, which stand side by side."""
+def _exchanged(sample: Sample, given: Sequence[Segment]) -> tuple[Segment, ...]:
+    """The segments, with those given in place of the contexts asked about, which stand side by side."""
+    segments, num_asked = sample.segments, len(_asked(sample))
     last = max(place for place, segment in enumerate(segments) if segment.kind == "context")
     return (*segments[: last + 1 - num_asked], *given, *segments[last + 1 :])

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain
+from dataclasses import asdict, dataclass
+from itertools import accumulate, chain, pairwise
 from typing import Any
-
-import numpy as np
 
 from arc_ds.data.order import Task, draw_examples
 from arc_ds.data.randomness import random_words
 from arc_ds.data.reader import Reader
+from arc_ds.data.records import fine_tuning_record
 from arc_ds.data.source import Source
-from arc_ds.data.tasks import Example, make_example
+from arc_ds.data.tasks import Example, TaskCounts, make_example
 from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _MIN_SAMPLES = 2  # of a task: each is compared with another one's context
 
@@ -25,21 +27,31 @@ def validation_examples(
 ) -> tuple[tuple[Example, ...], ...]:
     """The held-out examples of each decoder, of the same records for all of them; a pure function of its arguments.
 
-    num: samples in all, shared out by the sources' weights, and evenly among a source's tasks; spread evenly over its
-    records. Records that cannot be used, or are too short for their task, are passed over. DataError where a source
-    has too few that can.
+    num: samples to share out by the sources' weights, and evenly among a source's tasks, whose shares are rounded down:
+    so for each source with an odd share and two tasks one less comes back. They are spread evenly over its records.
+    Records that cannot be used, or are too short for their task, are passed over; in-context examples that share a
+    passage with the record asked about are left out, since they would give away what it says. What was cut is logged.
+    DataError where a source has too few records that can be used.
     """
     found: list[list[Example]] = []
     for source_idx, (source, share) in enumerate(zip(sources, _shares(sources, num), strict=True)):
         held_out = _HeldOut(source=source, source_idx=source_idx, encoder=encoder, readers=tuple(readers))
         found += held_out.take(share)
+    _log_cuts(found)
     return tuple(tuple(each) for each in zip(*found, strict=True))
 
 
 def _shares(sources: Sequence[Source], num: int) -> list[int]:
     """Samples of each source; they sum to `num`."""
     ends = list(accumulate(source.weight for source in sources))
-    return np.diff([0, *(round(num * end / ends[-1]) for end in ends)]).tolist()
+    return [after - before for before, after in pairwise([0, *(round(num * end / ends[-1]) for end in ends)])]
+
+
+def _log_cuts(found: Sequence[Sequence[Example]]) -> None:
+    counts = sum((example.counts for examples in found for example in examples), start=TaskCounts())
+    if counts:
+        words = ", ".join(f"{name} {count}" for name, count in asdict(counts).items() if count)
+        logger.info("held-out samples, of all decoders: %d, cut to the limits: %s", sum(map(len, found)), words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +74,7 @@ class _HeldOut:
                 f"{_MIN_SAMPLES * len(tasks)} to {num_records} (validation.num_samples, shared out by the sources' "
                 "weights), or hold out more records."
             )
-        starts = np.linspace(0, num_records, num, endpoint=False).astype(np.int64).tolist()
+        starts = [place * num_records // num for place in range(num)]
         used: set[int] = set()
         return [
             self._next_usable(start, task, used)
@@ -88,7 +100,7 @@ class _HeldOut:
         seed, *words = random_words(source.in_context_examples + 2, "validation", self.source_idx, record_idx).tolist()
         idxs = (record_idx, *draw_examples(source.shape, record_idx, words))
         try:
-            records = [source.shards.record(idx) for idx in idxs]
+            records = _without_repeats([source.shards.record(idx) for idx in idxs])
             examples = [self._example(records, task, seed, reader) for reader in self.readers]
         except DataError:
             return None
@@ -104,3 +116,12 @@ class _HeldOut:
             limits=self.source.limits,
             layout=reader.layout,
         )
+
+
+def _without_repeats(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A sample's own record, and those of its in-context examples that have none of its passages."""
+    own, *others = records
+    if not others:
+        return [own]
+    passages = set(fine_tuning_record(own).passages)
+    return [own, *(other for other in others if passages.isdisjoint(fine_tuning_record(other).passages))]

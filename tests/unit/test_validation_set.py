@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,12 @@ import pytest
 from arc_ds.data.reader import Reader
 from arc_ds.data.shard_reader import ShardSet
 from arc_ds.data.source import Source
-from arc_ds.data.tasks import Example, TaskLimits
+from arc_ds.data.tasks import Example, TaskLimits, mismatched
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.data.validation_set import validation_examples
 from arc_ds.errors import DataError
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
-from tests.helpers.tiny_mixture import SIZES, TinyMixture
+from tests.helpers.tiny_mixture import SIZES, TinyMixture, write_question_shards
 
 LIMITS = TaskLimits(max_context=16, max_prefix=16, max_continuation=16)
 
@@ -106,6 +107,33 @@ def test_held_out_few_shot_samples_have_fixed_examples_from_their_source(tmp_pat
     assert sorted(int(asked[-1]) for asked in found) == list(range(SIZES[1])), "each record is asked about once"
     assert all(len(set(asked)) == len(asked) for asked in found)
     assert {len(asked) for asked in found} == {1, 2, 3, 4}
+
+
+def test_no_in_context_example_holds_a_passage_of_the_record_asked_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twelve questions on each page, as question sets have them."""
+    encoder = load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
+    records = [
+        {"passages": [f"Tower {page} stands in the sea.", f"Lamp {page}."], "question": f"q {q}?", "answer": f"a {q}"}
+        for page in range(3)
+        for q in range(12)
+    ]
+    records[0]["answer"] = "a lamp in the sea"
+    shards = write_question_shards(tmp_path / "questions", tmp_path / "tokenizer.model", records)
+    limits = TaskLimits(max_passages=2, max_answer=8)
+    source = Source(shards=shards, task="few_shot", in_context_examples=3, limits=limits)
+    with caplog.at_level(logging.INFO):
+        (examples,) = validation_examples([source], 30, encoder=encoder, readers=[Reader(tokenizer=encoder)])
+    assert len(examples) == 30 and sum(len(example.contexts) > 1 for example in examples) > 10
+    for example, other in zip(examples, mismatched(examples), strict=True):
+        own = example.contexts[-1].split("\n")[0]
+        given = [encoder.decode(list(segment.ids)) for segment in other.segments if segment.kind == "context"]
+        assert not any(own in context for context in (*example.contexts[:-1], *given))
+    (said,) = [record.getMessage() for record in caplog.records if "held-out" in record.getMessage()]
+    assert re.fullmatch(
+        r"held-out samples, of all decoders: 30, cut to the limits: (cut_examples \d+, )?cut_answers 1", said
+    )
 
 
 def test_a_task_that_its_records_cannot_serve_is_refused(tmp_path: Path) -> None:

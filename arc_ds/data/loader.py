@@ -6,6 +6,7 @@ any step, and nothing is saved.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Sequence
@@ -19,16 +20,17 @@ from torch.utils.data import DataLoader, Dataset
 from arc_ds.data.dealing import deal
 from arc_ds.data.estimates import Estimate, WorkRates
 from arc_ds.data.fetch_ahead import FetchAhead
-from arc_ds.data.micro_batches import MicroBatchLimits, check_size, pack_share, planned_splits, sample_size
+from arc_ds.data.micro_batches import MicroBatchLimits, pack_share, planned_splits, sample_sizes
 from arc_ds.data.order import Pick, RunOrder, Task
 from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.reader import ReaderFiles
-from arc_ds.data.sample_maker import OnError, SampleMaker
-from arc_ds.data.segments import Sample
+from arc_ds.data.sample_maker import Made, OnError, SampleMaker
 from arc_ds.data.source import Source
 from arc_ds.data.step_batch import StepBatch
 from arc_ds.data.tasks import TaskCounts
 from arc_ds.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 # One rank's share of a step: the places of its samples in the global batch, by parts of equal size.
 Parts = tuple[tuple[int, ...], ...]
@@ -76,8 +78,8 @@ class StepData(Dataset[StepBatch]):
             encoder_tokenizer=encoder_tokenizer,
             readers=readers,
             on_error=on_error,
-            check=self._check,
         )
+        self._has_warned = False
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -99,6 +101,7 @@ class StepData(Dataset[StepBatch]):
             decoder_idxs=decoder_idxs,
             micro_batches=pack_share(share, decoder_idxs, self.pooling, self.limits, at_least=num_splits),
             skipped=sum(item.skipped for item in everything),
+            over_limit=self._over_limit(everything),
             counts=sum((item.counts for item in everything), start=TaskCounts()),
             record_ids=tuple(item.record_id for item in everything),
             share=share if self.limits.any else None,
@@ -120,9 +123,25 @@ class StepData(Dataset[StepBatch]):
         tokens = self.sources[pick.source_idx].tokens((pick.record_idx, *pick.example_idxs))
         return self._estimators[pick.source_idx].estimate(pick.task, tokens)
 
-    def _check(self, sample: Sample) -> None:
-        if self.limits.any:
-            check_size(sample_size(sample, self.pooling), self.limits)
+    def _over_limit(self, made: Sequence[Made]) -> int:
+        """How many samples exceed a limit by themselves; the first one is named in the log."""
+        if not self.limits.any:
+            return 0
+        samples = [(item.record_id, sample) for item in made for sample in item.samples]
+        sizes = sample_sizes([sample for _, sample in samples], self.pooling)
+        over = [place for place, size in enumerate(sizes) if not self.limits.allow(*size)]
+        if over and not self._has_warned:
+            self._has_warned = True
+            source_idx, record_idx = samples[over[0]][0]
+            logger.warning(
+                "%s, record %d: its sample has %d encoder tokens and %d decoder rows, more than a micro-batch may have "
+                "(data.max_encoder_tokens: %s, data.max_decoder_rows: %s). It is trained on all the same, in a "
+                "micro-batch of its own; others like it are only counted (data/over_limit). Where memory does not "
+                "suffice, ask for shorter contexts.",
+                *(self.sources[source_idx].shards.name, record_idx, *sizes[over[0]]),
+                *(self.limits.max_encoder_tokens, self.limits.max_decoder_rows),
+            )
+        return len(over)
 
 
 def make_loader(

@@ -1,5 +1,7 @@
 """How a rank's share of a step is split into micro-batches, so that memory stays bounded whatever the lengths.
 
+Limits never change what is trained on: a single sample beyond them has a micro-batch of its own, which exceeds them.
+
 A step's share has as many equal parts as the config's `micro_batches`. Where a part exceeds a limit it is split
 further, and every rank splits its share into the same number, since ranks meet in every pass:
 
@@ -21,7 +23,6 @@ import numpy as np
 from arc_ds.data.packing import PoolingSpec, num_outputs, pack
 from arc_ds.data.segments import Sample
 from arc_ds.data.step_batch import MicroBatch, Share, StepBatch
-from arc_ds.errors import DataError
 
 
 class SampleSize(NamedTuple):
@@ -114,46 +115,33 @@ def sample_sizes(samples: Sequence[Sample], pooling: PoolingSpec) -> list[Sample
     ]
 
 
-def check_size(size: SampleSize, limits: MicroBatchLimits) -> None:
-    """DataError where a single sample exceeds a limit: no split can help it."""
-    if not limits.allow(*size):
-        raise DataError(
-            f"the sample has {size.encoder_tokens} encoder tokens and {size.decoder_rows} decoder rows; a micro-batch "
-            f"may have {_or_any(limits.max_encoder_tokens)} (data.max_encoder_tokens) and "
-            f"{_or_any(limits.max_decoder_rows)} (data.max_decoder_rows). Raise the limit, ask for shorter contexts, "
-            "or set data.on_error: skip."
-        )
-
-
 def split(parts: Sequence[Sequence[SampleSize]], limits: MicroBatchLimits, at_least: int = 0) -> tuple[Split, ...]:
     """Split each part of a rank's share so that every micro-batch is under the limits and all are about equal.
 
-    As few as that takes, but one for each part and `at_least` so many in all. Heaviest first: the ranks run their
-    first ones at the same time, their second ones, and so on. ValueError where a single sample exceeds a limit, or
-    more micro-batches are asked for than there are samples.
+    A sample that exceeds a limit by itself is alone in its micro-batch. As few as that takes, but one for each part and
+    `at_least` so many in all. Heaviest first: the ranks run their first ones at the same time, their second ones, and
+    so on. ValueError where more micro-batches are asked for than there are samples.
     """
     if at_least > sum(len(part) for part in parts):
         raise ValueError(f"{at_least} micro-batches of {sum(len(part) for part in parts)} samples were asked for")
-    numbers = [_fewest(part, limits) for part in parts]
+    room = [[_room(size, limits) for size in part] for part in parts]
+    numbers = [_fewest(part, limits) for part in room]
     while sum(numbers) < at_least:
         can_grow = [idx for idx, part in enumerate(parts) if numbers[idx] < len(part)]
         numbers[max(can_grow, key=lambda idx: (_work(parts[idx]) / numbers[idx], -idx))] += 1
     found = [
         (sum(part[place].work for place in members), Split(part_idx=part_idx, members=members))
         for part_idx, (part, number) in enumerate(zip(parts, numbers, strict=True))
-        for members in _bins(part, limits, number)
+        for members in _bins(room[part_idx], limits, number)
     ]
     return tuple(one for _, one in sorted(found, key=lambda pair: (-pair[0], pair[1].part_idx, pair[1].members)))
 
 
 def planned_splits(shares: Sequence[Sequence[Sequence[SampleSize]]], limits: MicroBatchLimits) -> int:
-    """Into how many micro-batches each rank's share is to be split, from estimates of all ranks' shares.
-
-    An estimate above a limit counts as the limit: what such a sample really has is seen when it is made.
-    """
+    """Into how many micro-batches each rank's share is to be split, from estimates of all ranks' shares."""
     if not limits.any:
         return max(len(share) for share in shares)
-    return max(sum(_fewest([_within(size, limits) for size in part], limits) for part in share) for share in shares)
+    return max(sum(_fewest([_room(size, limits) for size in part], limits) for part in share) for share in shares)
 
 
 def _fewest(sizes: Sequence[SampleSize], limits: MicroBatchLimits) -> int:
@@ -179,8 +167,7 @@ def _bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int) ->
     while found is None and fewer > 1:
         fewer -= 1
         found = _try_bins(sizes, limits, fewer)
-    if found is None:
-        raise ValueError("a sample exceeds the limits of a micro-batch; check_size comes before split")
+    assert found is not None, "`_room` lets every sample fit a micro-batch"
     while len(found) < number:
         fullest = max(found, key=lambda members: (len(members) > 1, sum(sizes[place].work for place in members)))
         found.remove(fullest)
@@ -216,11 +203,14 @@ def _try_bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int
     return bins
 
 
-def _within(size: SampleSize, limits: MicroBatchLimits) -> SampleSize:
+def _room(size: SampleSize, limits: MicroBatchLimits) -> SampleSize:
+    """What a sample takes of a micro-batch: all of it where the sample exceeds a limit."""
+    if limits.allow(*size):
+        return size
     tokens, rows = size
     return SampleSize(
-        tokens if limits.max_encoder_tokens is None else min(tokens, limits.max_encoder_tokens),
-        rows if limits.max_decoder_rows is None else min(rows, limits.max_decoder_rows),
+        tokens if limits.max_encoder_tokens is None else limits.max_encoder_tokens,
+        rows if limits.max_decoder_rows is None else limits.max_decoder_rows,
     )
 
 
@@ -235,7 +225,3 @@ def _position_sizes(part: Sequence[Sequence[Sample]], pooling: PoolingSpec) -> l
 
 def _work(sizes: Sequence[SampleSize]) -> int:
     return sum(size.work for size in sizes)
-
-
-def _or_any(limit: int | None) -> str:
-    return "any number" if limit is None else str(limit)

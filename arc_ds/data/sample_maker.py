@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,11 +50,11 @@ class _Entry:
 
 
 class _UnusableError(Exception):
-    """The record at a place among a sample's own and its in-context examples cannot be used; says why."""
+    """A record, a sample's own or an in-context example, cannot be used; says why."""
 
-    def __init__(self, place: int, reason: DataError) -> None:
-        super().__init__(place, reason)
-        self.place = place
+    def __init__(self, idx: int, reason: DataError) -> None:
+        super().__init__(idx, reason)
+        self.idx = idx
         self.reason = reason
 
 
@@ -64,7 +64,7 @@ class SampleMaker:
     encoder_tokenizer: file or folder. readers: of each decoder.
     on_error: what an unusable record does: "stop" raises DataError; "skip" goes on without it: a sample's own record
     gives way to the next one of its source, an in-context example is left out. Both are counted, and each such record
-    is named once in the log. check: raises DataError on a sample that cannot be trained on, for example one too long.
+    is named once in the log.
     """
 
     def __init__(
@@ -74,13 +74,11 @@ class SampleMaker:
         encoder_tokenizer: str | Path,
         readers: Sequence[ReaderFiles],
         on_error: OnError,
-        check: Callable[[Sample], object],
     ) -> None:
         self._sources = tuple(sources)
         self._encoder_path = encoder_tokenizer
         self._reader_files = tuple(readers)
         self._on_error = on_error
-        self._check = check
         self._named: set[RecordId] = set()
 
     @cached_property
@@ -111,42 +109,38 @@ class SampleMaker:
         """The samples of a pick for some decoders; DataError where its record, or too many in a row, cannot be used."""
         source = self._sources[pick.source_idx]
         idxs = [pick.record_idx, *pick.example_idxs]
-        attempts = min(_MAX_REPLACEMENTS, len(source.shards))
-        for skipped in range(attempts):
+        unusable: set[int] = set()
+        while idxs and len(unusable) < _MAX_REPLACEMENTS:
             try:
-                examples = self._examples(source, idxs, pick, decoder_idxs)
+                examples = self._examples([_read(source, idx) for idx in idxs], pick, decoder_idxs)
             except _UnusableError as error:
                 if self._on_error == "stop":
                     raise error.reason from error.reason.__cause__
-                self._name_once((pick.source_idx, idxs[error.place]), error.reason)
-                idxs = _without(idxs, error.place, len(source.shards))
+                self._name_once((pick.source_idx, error.idx), error.reason)
+                unusable.add(error.idx)
+                idxs = _without(idxs, unusable, len(source.shards))
                 continue
             return Made(
                 samples=tuple(example.sample for example in examples),
                 record_id=(pick.source_idx, idxs[0]),
-                skipped=skipped,
+                skipped=len(unusable),
                 counts=sum((example.counts for example in examples), start=TaskCounts()),
             )
         raise DataError(
-            f"{source.shards.name}: {attempts} records in a row from {pick.record_idx} on cannot be used. Run "
+            f"{source.shards.name}: {len(unusable)} records in a row from {pick.record_idx} on cannot be used. Run "
             "`arc-ds shards check` on it and build it again."
         )
 
-    def _examples(self, source: Source, idxs: Sequence[int], pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
-        """The examples of these records, one for each decoder; _UnusableError where one record spoils it."""
-        entries = [self._read(source, idxs, place) for place in range(len(idxs))]
+    def _examples(self, entries: Sequence[_Entry], pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
+        """The examples of these records, one for each decoder; _UnusableError where one record spoils it: the first
+        that cannot be added to those in front of it."""
         try:
             return self._make_examples(entries, pick, decoder_idxs)
         except DataError as error:
-            place = self._culprit(entries, pick, decoder_idxs)
-            reason = DataError(f"{source.shards.name}, record {idxs[place]}: {error}")
-            raise _UnusableError(place, reason) from error
-
-    def _read(self, source: Source, idxs: Sequence[int], place: int) -> _Entry:
-        try:
-            return _Entry(idxs[place], source.shards.record(idxs[place]))
-        except DataError as error:
-            raise _UnusableError(place, error) from error
+            if len(entries) > 1:
+                self._examples(entries[:-1], pick, decoder_idxs)
+            name, idx = self._sources[pick.source_idx].shards.name, entries[-1].idx
+            raise _UnusableError(idx, DataError(f"{name}, record {idx}: {error}")) from error
 
     def _make_examples(self, entries: Sequence[_Entry], pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
         """One for each decoder; DataError where one of them cannot be made."""
@@ -155,16 +149,18 @@ class SampleMaker:
         for reader in (self._readers[decoder_idx] for decoder_idx in decoder_idxs):
             same = reader.tokenizer.fingerprint == encoder.fingerprint
             decoder = encoder if same else self._with_known(reader.tokenizer, entries, pick.source_idx)
-            example = make_example(
-                [entry.record for entry in entries],
-                task=pick.task,
-                seed=pick.seed,
-                encoder=encoder,
-                decoder=decoder,
-                limits=self._sources[pick.source_idx].limits,
-                layout=reader.layout,
-            )
-            self._check(example.sample)
+            try:
+                example = make_example(
+                    [entry.record for entry in entries],
+                    task=pick.task,
+                    seed=pick.seed,
+                    encoder=encoder,
+                    decoder=decoder,
+                    limits=self._sources[pick.source_idx].limits,
+                    layout=reader.layout,
+                )
+            except ValueError as error:  # a text that nobody thought of is the record's fault, not the run's end
+                raise DataError(f"it gives no sample: {error}") from error
             examples.append(example)
         return examples
 
@@ -173,29 +169,27 @@ class SampleMaker:
         cache = self._caches[source_idx, tokenizer.fingerprint]
         return with_known(tokenizer, cache, [entry.idx for entry in entries], [entry.record for entry in entries])
 
-    def _culprit(self, entries: Sequence[_Entry], pick: Pick, decoder_idxs: Sequence[int]) -> int:
-        """Which of the records spoils the sample: the first that gives none by itself.
-
-        Where all of them do, they are too much together, and the first in-context example has to go.
-        """
-        for place, entry in enumerate(entries):
-            try:
-                self._make_examples([entry], pick, decoder_idxs)
-            except DataError:
-                return place
-        return 1
-
     def _name_once(self, record_id: RecordId, error: DataError) -> None:
         if record_id not in self._named:
             self._named.add(record_id)
             logger.warning("record skipped: %s", error)
 
 
-def _without(idxs: Sequence[int], place: int, num_records: int) -> list[int]:
-    """The records of a sample without an unusable one: its own gives way to the next, an example is left out."""
-    if place:
-        return [*idxs[:place], *idxs[place + 1 :]]
-    following = (idxs[0] + 1) % num_records
-    while following in idxs[1:]:
-        following = (following + 1) % num_records
-    return [following, *idxs[1:]]
+def _read(source: Source, idx: int) -> _Entry:
+    try:
+        return _Entry(idx, source.shards.record(idx))
+    except DataError as error:
+        raise _UnusableError(idx, error) from error
+
+
+def _without(idxs: Sequence[int], unusable: Set[int], num_records: int) -> list[int]:
+    """The records of a sample without the unusable ones; none where all of the source's are.
+
+    Its own gives way to the next one that is free, or where none is to its first example; an example is left out.
+    """
+    own, examples = idxs[0], [idx for idx in idxs[1:] if idx not in unusable]
+    if own not in unusable:
+        return [own, *examples]
+    following = ((own + distance) % num_records for distance in range(1, num_records))
+    free = next((idx for idx in following if idx not in unusable and idx not in examples), None)
+    return examples if free is None else [free, *examples]

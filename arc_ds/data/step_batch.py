@@ -37,15 +37,17 @@ class StepBatch:
 
     decoder_idxs: the decoders that the step trains for, the same on all ranks. micro_batches: in the order in which
     they run, as many for each of the decoders, and on every rank the same decoders in the same order.
-    skipped: records of this rank that could not be used and were replaced. counts: what of its records was cut or
-    changed. record_ids: (source, record) of each sample of this rank. share: its samples, from which the batch can be
-    packed again in more micro-batches; None where nothing limits them.
+    skipped: records of this rank that could not be used and were replaced. over_limit: its samples, of all decoders
+    together, that exceed a limit of a micro-batch by themselves; each is alone in one. counts: what of its records was
+    cut or changed. record_ids: (source, record) of each sample of this rank. share: its samples, from which the batch
+    can be packed again in more micro-batches; None where nothing limits them.
     """
 
     step: int
     decoder_idxs: tuple[int, ...]
     micro_batches: tuple[MicroBatch, ...]
     skipped: int = 0
+    over_limit: int = 0
     counts: TaskCounts = field(default_factory=TaskCounts)
     record_ids: tuple[tuple[int, int], ...] = ()
     share: Share | None = None

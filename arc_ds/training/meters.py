@@ -16,8 +16,8 @@ from arc_ds.data.tasks import TaskCounts
 from arc_ds.training.run import DataWait
 
 _SIZES = ("encoder_tokens", "decoder_rows", "labels", "micro_batches")
-# Of records, but `remade`, which is of batches. Each is a metric of its own.
-COUNTS = ("skipped", "remade", *(one.name for one in fields(TaskCounts)))
+# Of records, but `over_limit`, which is of samples, and `remade`, of batches. Each is a metric of its own.
+COUNTS = ("skipped", "over_limit", "remade", *(one.name for one in fields(TaskCounts)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ class Meter:
             labels=batch.num_labels,
             micro_batches=len(batch.micro_batches),
             skipped=batch.skipped,
+            over_limit=batch.over_limit,
             **{one.name: getattr(batch.counts, one.name) for one in fields(TaskCounts)},
         )
 

@@ -173,6 +173,7 @@ BATCH = StepBatch(
         for seed in (0, 1)
     ),
     skipped=3,
+    over_limit=2,
     counts=TaskCounts(cut_answers=1),
 )
 
@@ -210,6 +211,7 @@ def test_metrics_tell_how_full_micro_batches_are_and_what_was_lost_since_the_run
     assert found["data/encoder_tokens_per_micro_batch"] == 9 and found["data/decoder_rows_per_micro_batch"] == rows
     assert found["data/encoder_tokens_limit_use"] == 9 / 36 and "data/decoder_rows_limit_use" not in found
     assert found["data/skipped"] == 2 * 2 * 3 and found["data/remade"] == 2 and found["data/degraded"] == 0
+    assert found["data/over_limit"] == 2 * 2 * 2
     assert found["data/cut_answers"] == 5 + 2 * 2 * 1, "it goes on from where the resumed run was"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 from collections import defaultdict
 from pathlib import Path
@@ -242,21 +243,26 @@ def test_a_run_names_its_tasks(mixture: TinyMixture, setting: Setting) -> None:
     assert mixture.data().tasks == ("reconstruction", "continuation", "few_shot", "long_context")
 
 
-def test_a_sample_too_long_for_a_micro_batch_stops_the_run_or_gives_way_and_is_counted(mixture: TinyMixture) -> None:
-    """In same_batch one decoder's sample may be too long where another's is not: then both take the next record."""
+@pytest.mark.parametrize("schedule", ["sample", "same_batch"])
+def test_limits_change_nothing_of_what_is_trained_on(
+    mixture: TinyMixture, schedule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sample beyond a limit has a micro-batch of its own, is counted, and the first one is named."""
     limits = MicroBatchLimits(max_decoder_rows=120)
-    whole = [mixture.data(schedule="same_batch")[step] for step in range(6)]
-    longest = max(rows for batch in whole for micro in batch.micro_batches for rows in rows_of(micro.batch))
-    assert longest > 120, "nothing would be too long"
-    with pytest.raises(DataError, match=r"record \d+: .* decoder rows; .* 120 \(data.max_decoder_rows\)"):
-        for step in range(6):
-            mixture.data(schedule="same_batch", limits=limits)[step]
-    data = mixture.data(schedule="same_batch", limits=limits, on_error="skip")
-    batches = [data[step] for step in range(6)]
-    assert sum(batch.skipped for batch in batches) > 0
-    for batch, full in zip(batches, whole, strict=True):
-        assert len(batch.record_ids) == len(full.record_ids)
-        assert max(micro.batch.num_decoder_rows for micro in batch.micro_batches) <= 120
+    whole = [mixture.data(schedule=schedule)[step] for step in range(6)]
+    num_over = sum(rows > 120 for batch in whole for micro in batch.micro_batches for rows in rows_of(micro.batch))
+    assert num_over > 1
+    for on_error in ("stop", "skip"):
+        caplog.clear()
+        data = mixture.data(schedule=schedule, limits=limits, on_error=on_error)
+        batches = [data[step] for step in range(6)]
+        assert sequences(batches) == sequences(whole)
+        assert sum(batch.over_limit for batch in batches) == num_over
+        assert sum(batch.skipped for batch in batches) == 0
+        for micro in (micro for batch in batches for micro in batch.micro_batches):
+            assert micro.batch.num_decoder_rows <= 120 or len(micro.batch.tasks) == 1
+        (warning,) = caplog.records
+        assert re.search(r"record \d+: its sample has .* decoder rows, .* own; .*data/over_limit", warning.getMessage())
 
 
 def rows_of(packed: PackedBatch) -> list[int]:

@@ -14,7 +14,6 @@ from arc_ds.data.micro_batches import (
     MicroBatchLimits,
     SampleSize,
     Split,
-    check_size,
     pack_again,
     pack_share,
     planned_splits,
@@ -24,7 +23,6 @@ from arc_ds.data.micro_batches import (
 from arc_ds.data.packing import PoolingSpec, pack
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.data.step_batch import StepBatch
-from arc_ds.errors import DataError
 
 MAX_TOKENS, MAX_ROWS = 40, 60
 LIMITS = st.builds(
@@ -113,12 +111,22 @@ def test_more_micro_batches_than_samples_are_refused() -> None:
         split([[SampleSize(1, 1)] * 2], MicroBatchLimits(), 3)
 
 
-def test_a_sample_that_alone_exceeds_a_limit_is_named() -> None:
-    check_size(SampleSize(10, 20), MicroBatchLimits(max_encoder_tokens=10, max_decoder_rows=20))
-    with pytest.raises(DataError, match=r"11 encoder tokens .* 10 \(data.max_encoder_tokens\) and any number"):
-        check_size(SampleSize(11, 20), MicroBatchLimits(max_encoder_tokens=10))
-    with pytest.raises(DataError, match=r"21 decoder rows.*20 \(data.max_decoder_rows\)"):
-        check_size(SampleSize(1, 21), MicroBatchLimits(max_decoder_rows=20))
+LARGE_SIZES = st.builds(SampleSize, st.integers(1, 6 * MAX_TOKENS), st.integers(1, 6 * MAX_ROWS))
+LARGE_PARTS = st.lists(st.lists(LARGE_SIZES, min_size=1, max_size=9), min_size=1, max_size=3)
+
+
+@given(LARGE_PARTS, LIMITS, st.integers(0, 30))
+def test_a_sample_beyond_a_limit_is_alone_in_its_micro_batch(
+    parts: list[list[SampleSize]], limits: MicroBatchLimits, at_least: int
+) -> None:
+    """None is lost for it, the others keep to the limits, and a plan from true lengths is enough."""
+    assert planned_splits([parts], limits) == len(split(parts, limits))
+    found = split(parts, limits, min(at_least, sum(map(len, parts))))
+    assert len(found) >= min(at_least, sum(map(len, parts)))
+    members = [(one.part_idx, place) for one in found for place in one.members]
+    assert sorted(members) == [(idx, place) for idx, part in enumerate(parts) for place in range(len(part))]
+    for one in found:
+        assert limits.allow(*_total(parts, one)) or len(one.members) == 1
 
 
 IDS = st.lists(st.integers(0, 99), max_size=30)

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from arc_ds.data import sample_maker
 from arc_ds.data.loader import StepData
-from arc_ds.data.micro_batches import MicroBatchLimits
+from arc_ds.data.order import RunOrder
+from arc_ds.data.packing import PoolingSpec
+from arc_ds.data.reader import ReaderFiles
+from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.source import Source
+from arc_ds.data.tasks import Example, make_example
 from arc_ds.data.token_cache_writer import build_token_caches
 from arc_ds.data.tokenizers import Encoding, Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
 from tests.helpers.batches import digest, sequences
-from tests.helpers.tiny_mixture import SIZES, TinyMixture, question_records, write_question_shards
+from tests.helpers.tiny_data import write_tokenizer_without
+from tests.helpers.tiny_mixture import LIMITS, SIZES, TinyMixture, question_records, write_question_shards
 
 # The record of the few-shot source that cannot be used.
 SPOILT = 4
@@ -103,35 +111,86 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
     return TinyMixture.write(tmp_path_factory.mktemp("sound"))
 
 
-def test_a_sample_beyond_a_limit_stops_the_run_by_default(sound: TinyMixture) -> None:
-    data = sound.data(limits=MicroBatchLimits(max_encoder_tokens=70))
-    with pytest.raises(DataError, match=r"questions, record \d+: the sample has \d+ encoder tokens .* 70 \(data\.max"):
+def few_shot_data(mixture: TinyMixture, shards: ShardSet, encoder: Path, *, examples: int, on_error: str) -> StepData:
+    """Steps of a single few-shot source."""
+    source = Source(shards=shards, task="few_shot", in_context_examples=examples, limits=LIMITS)
+    return StepData(
+        order=RunOrder(seed=4, batch_size=8, sources=(source.shape,)),
+        sources=[source],
+        encoder_tokenizer=encoder,
+        readers=[ReaderFiles(tokenizer=mixture.decoder)],
+        pooling=PoolingSpec(),
+        on_error=on_error,  # type: ignore[arg-type]
+    )
+
+
+def test_a_passage_without_encoder_tokens_stops_the_run_or_is_passed_over(sound: TinyMixture, tmp_path: Path) -> None:
+    encoder = write_tokenizer_without(tmp_path / "json", 0x16)
+    records = question_records(12)
+    records[SPOILT]["passages"] = ["\x16"]
+    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
+    data = few_shot_data(sound, shards, encoder, examples=3, on_error="skip")
+    batches = [data[step] for step in STEPS]
+    assert sum(batch.skipped for batch in batches) > 0
+    assert not any(record_id == (0, SPOILT) for batch in batches for record_id in batch.record_ids)
+    data = few_shot_data(sound, shards, encoder, examples=3, on_error="stop")
+    with pytest.raises(DataError, match=f"questions, record {SPOILT}: .* no encoder token"):
         for step in STEPS:
             data[step]
 
 
-@pytest.mark.parametrize("schedule", ["sample", "same_batch"])
-def test_a_record_beyond_a_limit_gives_way_for_all_decoders_of_the_step(sound: TinyMixture, schedule: str) -> None:
-    data = sound.data(limits=MicroBatchLimits(max_encoder_tokens=70), on_error="skip", schedule=schedule)
-    batches = [data[step] for step in STEPS]
-    assert sum(batch.skipped for batch in batches) > 0
-    for batch in batches:
-        assert all(micro.batch.num_encoder_tokens <= 70 for micro in batch.micro_batches)
-        of_decoder = {decoder_idx: Counter[str]() for decoder_idx in batch.decoder_idxs}
-        for micro in batch.micro_batches:
-            of_decoder[micro.decoder_idx].update(micro.batch.tasks)
-        assert all(tasks == of_decoder[batch.decoder_idxs[0]] for tasks in of_decoder.values())
-        assert of_decoder[batch.decoder_idxs[0]].total() == len(batch.record_ids) == 12
+def test_what_no_task_foresaw_is_a_fault_of_the_record(sound: TinyMixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(records: list[dict[str, Any]], **rest: Any) -> Example:
+        if any("block 4?" in record["question"] for record in records):
+            raise ValueError("an odd text")
+        return make_example(records, **rest)
+
+    monkeypatch.setattr(sample_maker, "make_example", failing)
+    shards = ShardSet(sound.folder / "questions")
+    data = few_shot_data(sound, shards, sound.encoder, examples=3, on_error="skip")
+    assert sum(data[step].skipped for step in STEPS) > 0
+    data = few_shot_data(sound, shards, sound.encoder, examples=3, on_error="stop")
+    with pytest.raises(DataError, match="questions, record 4: it gives no sample: an odd text"):
+        for step in STEPS:
+            data[step]
 
 
-def test_of_records_that_are_too_much_together_only_examples_are_left_out(sound: TinyMixture) -> None:
-    """No record exceeds the limit by itself, so each keeps its place in the run."""
-    data = sound.data(limits=MicroBatchLimits(max_encoder_tokens=150), on_error="skip", weights=FEW_SHOT_ONLY)
+@pytest.mark.parametrize("spoilt", [{2}, {0, 3}, {0, 1, 2}])
+def test_where_no_record_is_free_an_example_takes_the_own_records_place(
+    spoilt: set[int], sound: TinyMixture, tmp_path: Path
+) -> None:
+    """Four records and up to three examples: all are in one sample."""
+    records = question_records(4)
+    for idx in spoilt:
+        records[idx]["instruction"] = "say||it"
+    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
+    data = few_shot_data(sound, shards, sound.encoder, examples=3, on_error="skip")
     for step in STEPS:
-        batch = data[step]
-        picked = Counter((pick.source_idx, pick.record_idx) for pick in data.order.batch(step))
-        assert Counter(batch.record_ids) == picked
-        assert batch.skipped > 0
+        assert {idx for _, idx in data[step].record_ids} <= {0, 1, 2, 3} - spoilt
+        assert len(data[step].record_ids) == 8
+
+
+def test_a_source_of_unusable_records_only_ends_the_run(sound: TinyMixture, tmp_path: Path) -> None:
+    records = [record | {"instruction": "say||it"} for record in question_records(4)]
+    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
+    with pytest.raises(DataError, match="4 records in a row"):
+        few_shot_data(sound, shards, sound.encoder, examples=3, on_error="skip")[0]
+
+
+def test_the_record_blamed_is_the_one_whose_drawn_answer_is_at_fault(
+    sound: TinyMixture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of its two answers has no token, so the record alone, with other draws, may well give a sample."""
+    records = question_records(12)
+    records[SPOILT]["answer"] = ["stone", "\x16"]
+    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
+    mixture = copy(sound)
+    mixture.decoder = write_tokenizer_without(tmp_path / "json", 0x16)
+    data = few_shot_data(mixture, shards, sound.encoder, examples=3, on_error="skip")
+    assert sum(data[step].skipped for step in range(40)) > 0
+    assert [record.message.split(": ")[1] for record in caplog.records if "skipped" in record.message] == [
+        f"{shards.name}, record {SPOILT}"
+    ]
 
 
 def test_token_caches_change_no_sample_and_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

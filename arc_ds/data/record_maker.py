@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ OnError = Literal["stop", "skip"]
 _FINE_TUNING_FIELDS = ("passages", "passage", "question", "instruction", "answer")
 # Why a document is left out, as the manifest counts it, and in words.
 REASONS = {
-    "bad_record": "with a field missing or of the wrong kind",
+    "bad_record": "with a field missing, of the wrong kind or without a token",
     "cannot_cut": "with a character of more tokens than a record may have",
     "empty": "empty",
     "min_chars": "of too few characters",
@@ -184,7 +185,21 @@ class RecordMaker:
         payload = encode_record({name: fields[name] for name in _FINE_TUNING_FIELDS if fields.get(name) is not None})
         if len(payload) > MAX_RECORD_BYTES:
             raise too_large(len(payload), MAX_RECORD_BYTES)
-        texts = (*record.passages, *(text for text in (record.instruction, record.question) if text is not None))
-        num_tokens = sum(len(self.tokenizer.encode(text)) for text in texts)
-        num_tokens += max(len(self.tokenizer.encode(answer)) for answer in record.answers)
+        asked = [text for text in (record.instruction, record.question) if text is not None]
+        num_tokens = sum(self._tokens("passages", record.passages)) + sum(len(self.tokenizer.encode(t)) for t in asked)
+        # Training leaves out white space around an answer.
+        num_tokens += max(self._tokens("answer", [answer.strip() for answer in record.answers]))
         return [MadeRecord(payload, num_tokens)]
+
+    def _tokens(self, field: str, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text. A text without any is a fault: it leaves nothing to read or to predict. (Tokenizers may
+        have no token for a control character; a decoder's may lack others than this one, which only training sees.)
+        """
+        lengths = [len(self.tokenizer.encode(text)) for text in texts]
+        if 0 in lengths:
+            text = texts[lengths.index(0)]
+            raise LeftOutError(
+                "bad_record",
+                f"expected text in the field {field!r}, got {text[:40]!r}, which has no token. Mend or remove it.",
+            )
+        return lengths

@@ -89,12 +89,18 @@ def fine_tuning_record(record: dict[str, Any]) -> FineTuningRecord:
     """The fine-tuning record in a JSON object.
 
     DataError that names the field where one is missing, of the wrong type, blank where text is needed, or holds what
-    UTF-8 cannot encode.
+    UTF-8 cannot encode, or an instruction has another number of parts than a prompt has.
     """
+    instruction = _optional_text(record, "instruction")
+    if instruction is not None and (num_parts := len(instruction.split("||"))) not in (1, 3):
+        raise DataError(
+            f"expected an instruction, or `prefix||instruction||suffix`, in the field 'instruction', got {num_parts} "
+            f"parts: {instruction[:60]!r}. Write || twice, or not at all"
+        )
     return FineTuningRecord(
         passages=_passages(record),
         question=_optional_text(record, "question"),
-        instruction=_optional_text(record, "instruction"),
+        instruction=instruction,
         answers=_texts(record, "answer"),
     )
 

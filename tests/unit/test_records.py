@@ -47,6 +47,8 @@ def test_fine_tuning_record_of_every_form() -> None:
         ({"question": 3}, "'question', got int"),
         ({"question": "\udfff?"}, "'question' holds characters"),
         ({"instruction": ["Do."]}, "'instruction', got list"),
+        ({"instruction": "Text:||Do {question}"}, "'instruction', got 2 parts: .* Write || twice"),
+        ({"instruction": "a||b||c||d"}, "'instruction', got 4 parts"),
     ],
 )
 def test_faulty_field_is_named(change: dict, words: str) -> None:

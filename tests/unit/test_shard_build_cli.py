@@ -27,7 +27,7 @@ def test_what_was_left_out_is_printed_by_reason(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out.splitlines()
     assert " of 4 documents (1 cut)" in printed[0]
     assert printed[1:] == [
-        "  left out: 1 with a field missing or of the wrong kind",
+        "  left out: 1 with a field missing, of the wrong kind or without a token",
         "  left out: 1 of too few characters",
         "  left out: 1 of too low quality",
     ]

@@ -19,7 +19,7 @@ from arc_ds.data.shards import Manifest
 from arc_ds.data.tar_writer import ShardWriter
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import DataError, StorageError
-from tests.helpers.tiny_data import TEXT, numbered_texts, write_shards, write_tiktoken
+from tests.helpers.tiny_data import TEXT, numbered_texts, write_shards, write_tiktoken, write_tokenizer_without
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +198,24 @@ def test_fine_tuning_records_keep_their_fields_and_are_never_cut(tmp_path: Path,
     asked = len(tokenizer.encode("What held?"))
     assert shards.tokens(0) == sum(len(tokenizer.encode(text)) for text in QUESTION["passages"]) + asked + longest
     assert shards.tokens(1) > 64
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"instruction": "Text:||Do {question}"}, "'instruction', got 2 parts"),
+        ({"passages": [TEXT, "\x16"]}, r"'passages', got '\\x16', which has no token"),
+        ({"answer": ["it", " \x16\x16\n"]}, r"'answer', got '\\x16\\x16', which has no token"),
+    ],
+    ids=["prompt", "passage", "answer"],
+)
+def test_fine_tuning_record_that_training_would_refuse_is_a_fault(tmp_path: Path, change: dict, words: str) -> None:
+    tokenizer = write_tokenizer_without(tmp_path / "tokenizer", 0x16)
+    source = write_jsonl(tmp_path / "a.jsonl", [QUESTION, QUESTION | change])
+    with pytest.raises(DataError, match=rf"line 2: .*{words}.* Mend or remove it\."):
+        build_shards([source], tmp_path / "out", tokenizer, kind="fine_tuning")
+    manifest = build_shards([source], tmp_path / "out", tokenizer, kind="fine_tuning", on_error="skip")
+    assert (manifest.samples, manifest.skipped) == (1, {"bad_record": 1})
 
 
 def test_fine_tuning_record_that_no_reader_would_take_is_a_fault(tmp_path: Path, tokenizer_path: Path) -> None:

@@ -22,7 +22,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("arc_ds.launch", "train a config on all local devices, or as one rank of a launcher"),
-    "shards": Command("arc_ds.data.cli", "build, check or show webdataset shards"),
+    "shards": Command("arc_ds.data.cli", "build, check, show and measure webdataset shards"),
     "export": Command("arc_ds.export.cli", "turn a run's checkpoint into weights that others can load"),
     "compress": Command("arc_ds.generate_cli", "compress texts into vectors"),
     "generate": Command("arc_ds.generate_cli", "let a decoder continue a prompt with compressed contexts"),

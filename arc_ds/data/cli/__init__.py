@@ -18,7 +18,7 @@ SUBCOMMANDS = (
     "stats",
     "tokenize",
 )
-HELP = "build, check or show webdataset shards"
+HELP = "build, check, show and measure webdataset shards"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -53,6 +53,9 @@ def overrides(config: Path) -> list[str]:
         f"data.sources={json.dumps([pretraining, few_shot, long_context])}",
         f"data.validation={json.dumps([few_shot, long_context])}",
         "data.max_documents_tokens=96",
+        "data.max_question_tokens=32",
+        "data.max_answer_tokens=16",
+        "data.max_chunks=8",
         "data.max_encoder_tokens=160",
         "data.max_decoder_rows=600",
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from arc_ds.data.tokenizer_engine import LLAMA3_PATTERN, QWEN2_PATTERN
-from arc_ds.data.tokenizer_json import JsonTokenizer
+from arc_ds.data.tokenizer_json import JsonTokenizer, is_mark
 from arc_ds.data.tokenizers import require, sha256_of
 from arc_ds.errors import TokenizerError
 from arc_ds.gguf_header import read_gguf_header
@@ -49,7 +49,7 @@ def read_gguf_tokenizer(path: Path) -> JsonTokenizer:
     bos_id = fields.get("bos_token_id")
     eos_id = fields.get("eos_token_id")
     parts = [json.dumps(fields[key], ensure_ascii=False).encode() for key in ("tokens", "merges", "token_type")]
-    marks = json.dumps([pre, bos_id, eos_id]).encode()
+    marks = json.dumps([pre, bos_id, eos_id, *_marks(fields)]).encode()
     return JsonTokenizer(backend, bos_id=bos_id, eos_id=eos_id, fingerprint=sha256_of(b"gguf", *parts, marks))
 
 
@@ -90,10 +90,20 @@ def _build(library: Any, fields: dict[str, Any], pre: str) -> Any:
     splitters.append(library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
     backend.pre_tokenizer = library.pre_tokenizers.Sequence(splitters)
     backend.decoder = library.decoders.ByteLevel()
-    kinds = fields["token_type"]
-    backend.add_special_tokens([_added(library, tokens[i], True) for i, k in enumerate(kinds) if k == _CONTROL])
-    backend.add_tokens([_added(library, tokens[i], False) for i, k in enumerate(kinds) if k == _USER_DEFINED])
+    special = {*_of_kind(fields, _CONTROL), *_marks(fields)}
+    words = [token for token in _of_kind(fields, _USER_DEFINED) if token not in special]
+    backend.add_special_tokens([_added(library, token, True) for token in tokens if token in special])
+    backend.add_tokens([_added(library, token, False) for token in words])
     return backend
+
+
+def _marks(fields: dict[str, Any]) -> list[str]:
+    """The marks that the file lists as user-defined, like words, and not as control tokens."""
+    return [token for token in _of_kind(fields, _USER_DEFINED) if is_mark(token)]
+
+
+def _of_kind(fields: dict[str, Any], kind: int) -> list[str]:
+    return [token for token, its in zip(fields["tokens"], fields["token_type"], strict=True) if its == kind]
 
 
 def _added(library: Any, token: str, special: bool) -> Any:

@@ -19,13 +19,29 @@ from arc_ds.errors import TokenizerError
 
 # Letters and digits are still being assigned here, and the libraries' tables are not of the same Unicode version.
 _NEW_SCRIPTS = re.compile("[\U00010000-\U0001f0ff]")
+_MARK = re.compile(r"<.*[^\W\d_].*>|\[.*[^\W\d_].*\]", re.DOTALL)
+# Tokens of ordinary texts where a tokenizer lists them (Gemma). Not the element s: </s> ends a text.
+_HTML = re.compile(
+    r"</?(a|b|blockquote|br|caption|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|span|strong|su[bp]|t[dhr]|table|tbody|tfoot"
+    r"|thead|u|ul)>"
+)
+
+
+def is_mark(token: str) -> bool:
+    """Whether an added token steers the model by its look, though its file may not list it as special.
+
+    Many files leave that out for the marks of roles and tools (`<|User|>`, `<think>`, `[INST]`), which in somebody's
+    text must stay text. A mark is in angle or square brackets with a letter between them, and no HTML element. All
+    other added tokens are words to the model, such as runs of spaces (GPT-NeoX, OLMo).
+    """
+    return _MARK.fullmatch(token) is not None and _HTML.fullmatch(token) is None
 
 
 class JsonTokenizer:
     """A tokenizer of the `tokenizers` library.
 
-    definition, spec: the text of tokenizer.json, which `save` writes again, and its content; None where the backend was
-    not read from one.
+    backend: with every mark (`is_mark`) a special token. definition, spec: the text of tokenizer.json, which `save`
+    writes again, and its content as the backend has it; None where the backend was not read from one.
     """
 
     def __init__(
@@ -73,7 +89,7 @@ class JsonTokenizer:
                 f"tokenizer {path}: expected the key `model` of a Hugging Face tokenizer.json, got the keys "
                 f"{sorted(spec)[:6]}. Give the folder's tokenizer.json or tokenizer.model."
             )
-        backend = library.Tokenizer.from_str(definition)
+        backend = library.Tokenizer.from_str(json.dumps(spec) if _make_marks_special(spec) else definition)
         bos_id, eos_id = _special_ids(path.parent, backend)
         backend.post_processor = spec["post_processor"] = None  # it adds specials and trims offsets of leading spaces
         canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -144,6 +160,15 @@ def _ends_from_spans(spans: NDArray[np.int64], num_characters: int) -> NDArray[n
         ahead = np.minimum.accumulate(spans[::-1, 0])[::-1]
         ends[1:-1] = np.where(reached[:-1] <= ahead[1:], reached[:-1], -1)
     return settle_ends(ends, num_characters)
+
+
+def _make_marks_special(spec: dict[str, Any]) -> bool:
+    """Make the marks among the added tokens special ones; whether there were any that were not."""
+    ordinary = (added for added in spec.get("added_tokens") or [] if not added.get("special"))
+    marks = [added for added in ordinary if is_mark(added["content"])]
+    for added in marks:
+        added["special"] = True
+    return bool(marks)
 
 
 def _special_ids(folder: Path, backend: Any) -> tuple[int | None, int | None]:

@@ -249,6 +249,77 @@ def test_json_engine_of_a_list_written_from_ranks_needs_every_pair(tmp_path: Pat
         assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
 
 
+MARKS = ["<|Assistant|>", "</think>", "<｜User｜>", "[INST]", "<start_of_turn>"]
+WORDS = ["  ", "   ", "|||IP_ADDRESS|||", "<table>", "</h1>", "<=>", "[]", "New York"]
+
+
+def with_added(spec: dict[str, Any]) -> dict[str, Any]:
+    """Marks and words as files list them that call neither special."""
+    first = max(spec["model"]["vocab"].values()) + 1
+    for idx, token in enumerate([*MARKS, *WORDS], start=first):
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        spec["added_tokens"].append({"id": idx, "content": token, **flags})
+    return spec
+
+
+def assert_marks_are_text(tokenizer: Tokenizer) -> None:
+    for mark in MARKS:
+        text = f"the {mark} sea"
+        for ids in (tokenizer.encode(text), tokenizer.encode_batch([text])[0], tokenizer.encode_with_ends(text).ids):
+            assert tokenizer.special_ids[mark] not in ids
+            assert tokenizer.decode(list(ids)) == text
+        assert_boundaries(tokenizer, text)
+    assert not tokenizer.special_ids.keys() & set(WORDS)
+
+
+def test_json_marks_that_are_not_listed_as_special_are_text_and_words_are_the_library_s(tmp_path: Path) -> None:
+    import tokenizers
+
+    spec = with_added(byte_level_spec(tmp_path))
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    assert library.token_to_id(MARKS[0]) in library.encode(f"the {MARKS[0]} sea").ids, "what this is about"
+    tokenizer = json_tokenizer(tmp_path / "added", spec)
+    assert_marks_are_text(tokenizer)
+    for word in WORDS:
+        ids = library.encode(f"the{word}sea", add_special_tokens=False).ids
+        assert library.token_to_id(word) in ids and tokenizer.encode(f"the{word}sea") == ids
+    plain = json_tokenizer(tmp_path / "plain", byte_level_spec(tmp_path))
+    assert tokenizer.fingerprint != plain.fingerprint
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert (again.fingerprint, again.special_ids) == (tokenizer.fingerprint, tokenizer.special_ids)
+
+
+def test_json_engine_is_there_where_all_added_tokens_are_marks(tmp_path: Path) -> None:
+    spec = with_added(byte_level_spec(tmp_path))
+    spec["added_tokens"] = [added for added in spec["added_tokens"] if added["content"] not in WORDS]
+    tokenizer = json_tokenizer(tmp_path / "marks", spec)
+    assert tokenizer._engine is not None
+    text = " ".join(MARKS)
+    assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
+
+
+def test_gguf_marks_that_are_user_defined_are_text_and_words_are_tokens(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    spec = byte_level_spec(tmp_path)
+    tokens = [*sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get), *MARKS, *WORDS]
+    kinds = [3 if token in ("<s>", "</s>") else 4 if token in (*MARKS, *WORDS) else 1 for token in tokens]
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(merge) for merge in spec["model"]["merges"]])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = load_tokenizer(tmp_path / "model.gguf")
+    assert_marks_are_text(tokenizer)
+    for word in WORDS:
+        assert tokens.index(word) in tokenizer.encode(f"the{word}sea")
+
+
 def test_json_text_that_the_normaliser_changes_is_the_library_s(tmp_path: Path) -> None:
     tokenizer = json_tokenizer(tmp_path / "nfc", {**byte_level_spec(tmp_path), "normalizer": {"type": "NFC"}})
     assert tokenizer._engine is not None

@@ -137,7 +137,7 @@ class StepData(Dataset[StepBatch]):
                 "%s, record %d: its sample has %d encoder tokens and %d decoder rows, more than a micro-batch may have "
                 "(data.max_encoder_tokens: %s, data.max_decoder_rows: %s). It is trained on all the same, in a "
                 "micro-batch of its own; others like it are only counted (data/over_limit). Where memory does not "
-                "suffice, ask for shorter contexts.",
+                "suffice, lower the data section's sizes (data.max_…_tokens, data.max_chunks).",
                 *(self.sources[source_idx].shards.name, record_idx, *sizes[over[0]]),
                 *(self.limits.max_encoder_tokens, self.limits.max_decoder_rows),
             )

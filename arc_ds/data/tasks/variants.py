@@ -40,8 +40,8 @@ def _other(examples: Sequence[Example], idx: int) -> Example:
         if other.sample.task == example.sample.task and example.passages.isdisjoint(other.passages):
             return other
     raise DataError(
-        f"validation of {example.sample.task} needs another context for each of its samples, and sample {idx} has "
-        "none without a passage of its own. Give more held-out records, or leave out repeated ones."
+        f"validation of {example.sample.task} needs another context for each of its samples, and every other one "
+        f"shares a passage with sample {idx}. Give more held-out records, of other passages."
     )
 
 

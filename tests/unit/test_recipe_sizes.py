@@ -1,4 +1,4 @@
-"""Every recipe of pretraining at its true size, on the meta device: shapes, parameters, what is trained, at which rates.
+"""Every recipe of pretraining at its true size, on the meta device: shapes, parameters, what is trained, which rates.
 
 The backbones' published config files are written out here without weights; nothing is allocated.
 """

@@ -28,6 +28,8 @@ from tests.helpers.tiny_mixture import LIMITS, SIZES, TinyMixture, question_reco
 # The record of the few-shot source that cannot be used.
 SPOILT = 4
 STEPS = range(12)
+# Text to the shards' tokenizer, nothing to one without this character.
+UNANSWERABLE = "\x16"
 FEW_SHOT_ONLY = (0.001, 0.998, 0.001)
 
 
@@ -43,13 +45,14 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
 
 @pytest.fixture(scope="module")
 def unaskable(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
-    """The record is whole, but the task cannot make a sample of it: its instruction has two parts."""
+    """The record is whole, but the task cannot make a sample of it: its answer has no token for the decoders."""
     mixture = TinyMixture.write(tmp_path_factory.mktemp("unaskable"))
     records = question_records(SIZES[1])
-    records[SPOILT]["instruction"] = "say||it"
+    records[SPOILT]["answer"] = UNANSWERABLE
     write_question_shards(mixture.folder / "unaskable", mixture.encoder, records)
     (mixture.folder / "questions").rename(mixture.folder / "sound")
     (mixture.folder / "unaskable").rename(mixture.folder / "questions")
+    mixture.encoder = mixture.decoder = write_tokenizer_without(mixture.folder / "poorer", 0x16)
     return mixture
 
 
@@ -96,7 +99,7 @@ def without_spoilt(own: int, examples: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("damaged", "checksum"), ("unaskable", "record 4: expected an instruction")]
+    ("name", "words"), [("damaged", "checksum"), ("unaskable", "record 4: the answer .* gives no decoder token")]
 )
 def test_an_unusable_record_stops_the_run_by_default(name: str, words: str, request: pytest.FixtureRequest) -> None:
     mixture: TinyMixture = request.getfixturevalue(name)
@@ -109,6 +112,14 @@ def test_an_unusable_record_stops_the_run_by_default(name: str, words: str, requ
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
     return TinyMixture.write(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture(scope="module")
+def poorer(sound: TinyMixture) -> TinyMixture:
+    """The same, read by a decoder that has no token for one character."""
+    mixture = copy(sound)
+    mixture.decoder = write_tokenizer_without(sound.folder / "poorer", 0x16)
+    return mixture
 
 
 def few_shot_data(mixture: TinyMixture, shards: ShardSet, encoder: Path, *, examples: int, on_error: str) -> StepData:
@@ -157,36 +168,36 @@ def test_what_no_task_foresaw_is_a_fault_of_the_record(sound: TinyMixture, monke
 
 @pytest.mark.parametrize("spoilt", [{2}, {0, 3}, {0, 1, 2}])
 def test_where_no_record_is_free_an_example_takes_the_own_records_place(
-    spoilt: set[int], sound: TinyMixture, tmp_path: Path
+    spoilt: set[int], sound: TinyMixture, poorer: TinyMixture, tmp_path: Path
 ) -> None:
     """Four records and up to three examples: all are in one sample."""
     records = question_records(4)
     for idx in spoilt:
-        records[idx]["instruction"] = "say||it"
+        records[idx]["answer"] = UNANSWERABLE
     shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
-    data = few_shot_data(sound, shards, sound.encoder, examples=3, on_error="skip")
+    data = few_shot_data(poorer, shards, sound.encoder, examples=3, on_error="skip")
     for step in STEPS:
         assert {idx for _, idx in data[step].record_ids} <= {0, 1, 2, 3} - spoilt
         assert len(data[step].record_ids) == 8
 
 
-def test_a_source_of_unusable_records_only_ends_the_run(sound: TinyMixture, tmp_path: Path) -> None:
-    records = [record | {"instruction": "say||it"} for record in question_records(4)]
+def test_a_source_of_unusable_records_only_ends_the_run(
+    sound: TinyMixture, poorer: TinyMixture, tmp_path: Path
+) -> None:
+    records = [record | {"answer": UNANSWERABLE} for record in question_records(4)]
     shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
     with pytest.raises(DataError, match="4 records in a row"):
-        few_shot_data(sound, shards, sound.encoder, examples=3, on_error="skip")[0]
+        few_shot_data(poorer, shards, sound.encoder, examples=3, on_error="skip")[0]
 
 
 def test_the_record_blamed_is_the_one_whose_drawn_answer_is_at_fault(
-    sound: TinyMixture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sound: TinyMixture, poorer: TinyMixture, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One of its two answers has no token, so the record alone, with other draws, may well give a sample."""
     records = question_records(12)
-    records[SPOILT]["answer"] = ["stone", "\x16"]
+    records[SPOILT]["answer"] = ["stone", UNANSWERABLE]
     shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
-    mixture = copy(sound)
-    mixture.decoder = write_tokenizer_without(tmp_path / "json", 0x16)
-    data = few_shot_data(mixture, shards, sound.encoder, examples=3, on_error="skip")
+    data = few_shot_data(poorer, shards, sound.encoder, examples=3, on_error="skip")
     assert sum(data[step].skipped for step in range(40)) > 0
     assert [record.message.split(": ")[1] for record in caplog.records if "skipped" in record.message] == [
         f"{shards.name}, record {SPOILT}"

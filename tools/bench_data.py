@@ -41,14 +41,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 import arc_ds
-from arc_ds.data.loader import StepData
-from arc_ds.data.order import RunOrder
-from arc_ds.data.packing import PoolingSpec
-from arc_ds.data.reader import ReaderFiles
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.shard_writer import build_shards
-from arc_ds.data.source import Source
-from arc_ds.data.token_cache_writer import build_token_caches
+from arc_ds.data.batches.loader import StepData
+from arc_ds.data.batches.order import RunOrder
+from arc_ds.data.batches.packing import PoolingSpec
+from arc_ds.data.batches.reader import ReaderFiles
+from arc_ds.data.batches.source import Source
+from arc_ds.data.building.writer import build_shards
+from arc_ds.data.shards.reader import ShardSet
+from arc_ds.data.shards.token_cache_writer import build_token_caches
 from arc_ds.errors import ArcError
 
 _SHIPPED = {

@@ -281,7 +281,7 @@ class ValidationConfig:
     num_samples: int = 64
     """Held-out samples per decoder, ≥ 4; shared out by the sources' weights, and evenly among a source's tasks."""
     batch_size: int = 8
-    """Samples per forward on each rank, ≥ 1. Its results do not depend on it."""
+    """Most samples per forward on each rank, ≥ 1; the limits of a micro-batch hold too. Results do not depend on it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from arc_ds.config.lengths import largest_sample
 from arc_ds.config.schema import RunConfig, ShareSchedule, SourceConfig
-from arc_ds.data.urls import is_url, local_path
 from arc_ds.errors import ConfigError
-from arc_ds.training.lengths import largest_sample
+from arc_ds.urls import is_url, local_path
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 

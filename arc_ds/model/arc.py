@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arc_ds.data.packing import PackedBatch, pack
-from arc_ds.data.script import read_together
+from arc_ds.data.batches.packing import PackedBatch, pack
 from arc_ds.data.segments import Marker, Sample, Segment
+from arc_ds.data.tasks.script import read_together
 from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.device import usable_device
 from arc_ds.errors import ConfigError, DataError, TokenizerError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from arc_ds.data.packing import PackedBatch, PrefixSplit
+from arc_ds.data.batches.packing import PackedBatch, PrefixSplit
 from arc_ds.model.backbone import DecoderBlock, Head, LayerCache, PrefixSpans, Spans, Stream, TokenEmbedding, make_norm
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.rope import Rope, rope_at

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arc_ds.data.packing import PackedBatch
+from arc_ds.data.batches.packing import PackedBatch
 from arc_ds.errors import ConfigError
 from arc_ds.model.backbone import LayerCache, Spans
 from arc_ds.model.decoder import Decoder, DecoderRows

@@ -9,8 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from arc_ds.data.batches.packing import PoolingSpec
 from arc_ds.data.groups import GroupRule, RuleKind
-from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.segments import MARKERS, Marker
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling

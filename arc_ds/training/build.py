@@ -13,7 +13,7 @@ from arc_ds import dist
 from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
 from arc_ds.config.load import common, differences
 from arc_ds.config.schema import RunConfig
-from arc_ds.data.loader import StepData
+from arc_ds.data.batches.loader import StepData
 from arc_ds.data.tasks import closed, mismatched, open_
 from arc_ds.device import free_memory_bytes
 from arc_ds.errors import ConfigError

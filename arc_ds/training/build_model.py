@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from arc_ds.config.lengths import longest_context, longest_sequence
 from arc_ds.config.schema import RunConfig
-from arc_ds.data.chat import read_layout
 from arc_ds.data.segments import Marker
+from arc_ds.data.tasks.chat import read_layout
 from arc_ds.data.tokenizers import check_fits, load_tokenizer
 from arc_ds.errors import ConfigError, TokenizerError
 from arc_ds.model.bridge import check_bridge_init, init_bridge
@@ -38,7 +39,6 @@ from arc_ds.model.weights import (
     set_parameter,
 )
 from arc_ds.training.engine import set_trained
-from arc_ds.training.lengths import longest_context, longest_sequence
 
 MARKER_TEXT = "\n"  # the token whose embedding a marker starts from: it ends a passage in most texts
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from arc_ds.data.estimates import WorkRates
-from arc_ds.data.packing import PackedBatch
+from arc_ds.data.batches.estimates import WorkRates
+from arc_ds.data.batches.packing import PackedBatch
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.encoder import group_ends
 from arc_ds.model.spec import CompressorSpec

@@ -10,7 +10,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from arc_ds import dist
-from arc_ds.data.step_batch import StepBatch
+from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.device import GIB, peak_bf16_flops, peak_memory_bytes
 from arc_ds.training.flops import count_flops
 from arc_ds.training.meters import COUNTS, Meter, Totals

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from arc_ds import dist
-from arc_ds.data.step_batch import StepBatch
+from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.errors import ArcError
 from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.training.hooks import Hook

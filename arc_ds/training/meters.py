@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor
 
 from arc_ds import dist
-from arc_ds.data.step_batch import StepBatch
+from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.data.tasks import TaskCounts
 from arc_ds.training.run import DataWait
 

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from arc_ds import dist
-from arc_ds.data.step_batch import StepBatch
+from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.errors import TrainingError
 from arc_ds.training.hooks import MetricsHook
 from arc_ds.training.manifest import write_durably

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from arc_ds.config.schema import RunConfig
-from arc_ds.data.loader import StepData, make_loader
-from arc_ds.data.micro_batches import pack_again
-from arc_ds.data.step_batch import StepBatch
+from arc_ds.data.batches.loader import StepData, make_loader
+from arc_ds.data.batches.micro_batches import pack_again
+from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.errors import ArcError, DataError
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.engine import PlacedDecoder

@@ -18,7 +18,6 @@ from arc_ds import dist
 from arc_ds.config.deepspeed import resolve_deepspeed
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
 from arc_ds.config.schema import RunConfig, SourceConfig
-from arc_ds.data.urls import shown_url
 from arc_ds.device import describe_device
 from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
 from arc_ds.export.consolidate import TrainedFor
@@ -38,6 +37,7 @@ from arc_ds.training.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.training.mlflow_server import DatasetFacts, RunFacts, environment_tags, package_versions, start_tracker
 from arc_ds.training.run import Run
 from arc_ds.training.tracking import Tracker
+from arc_ds.urls import shown_url
 
 logger = logging.getLogger(__name__)
 

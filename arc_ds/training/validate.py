@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arc_ds.data.micro_batches import MicroBatchLimits, sample_sizes
-from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.data.batches.micro_batches import MicroBatchLimits, sample_sizes
+from arc_ds.data.batches.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.data.segments import Sample
 
 Compress = Callable[[PackedBatch, int], Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arc_ds import ArcModel
 from arc_ds.cli import main
-from arc_ds.data.packing import pack
+from arc_ds.data.batches.packing import pack
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.errors import CheckpointError
 from arc_ds.export.consolidate import TrainedCompressor, consolidate, find_checkpoint

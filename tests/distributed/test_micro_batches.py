@@ -12,8 +12,8 @@ import torch
 
 from arc_ds import dist
 from arc_ds.config.load import load_config
-from arc_ds.data.micro_batches import MicroBatchLimits, planned_splits
-from arc_ds.data.step_batch import StepBatch
+from arc_ds.data.batches.micro_batches import MicroBatchLimits, planned_splits
+from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.train import make_hooks
 from arc_ds.training.build import build_run
 from arc_ds.training.loop import fit
@@ -77,7 +77,7 @@ def _train(config: str, overrides: Sequence[str], plan_is_low: bool, max_rows: i
     watch = _Watch()
     plan = (lambda *_: PARTS) if plan_is_low else planned_splits
     try:
-        with mock.patch("arc_ds.data.loader.planned_splits", plan), StopRequest() as stop:
+        with mock.patch("arc_ds.data.batches.loader.planned_splits", plan), StopRequest() as stop:
             with Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
                 fit(run, [*make_hooks(run, folder, watchdog), watch], stop)
             had = tuple(run.data[step].num_splits for step in range(STEPS))

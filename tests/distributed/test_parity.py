@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from arc_ds.data.packing import PackedBatch
+from arc_ds.data.batches.packing import PackedBatch
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.linear import Linear
 from arc_ds.model.weights import set_parameter

@@ -12,8 +12,8 @@ import torch
 
 from arc_ds import dist
 from arc_ds.config.load import load_config
-from arc_ds.data.loader import StepData
-from arc_ds.data.step_batch import StepBatch
+from arc_ds.data.batches.loader import StepData
+from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.errors import ArcError, DataError
 from arc_ds.train import make_hooks
 from arc_ds.training.build import build_run

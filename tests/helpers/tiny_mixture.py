@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arc_ds.data.loader import StepData
-from arc_ds.data.order import RunOrder
-from arc_ds.data.packing import PoolingSpec
-from arc_ds.data.reader import ReaderFiles
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.shard_writer import build_shards
-from arc_ds.data.source import Source
+from arc_ds.data.batches.loader import StepData
+from arc_ds.data.batches.order import RunOrder
+from arc_ds.data.batches.packing import PoolingSpec
+from arc_ds.data.batches.reader import ReaderFiles
+from arc_ds.data.batches.source import Source
+from arc_ds.data.building.writer import build_shards
+from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.tasks import TaskLimits
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from arc_ds.config.load import config_hash, dump_yaml, load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
-from arc_ds.data.shard_writer import build_shards
+from arc_ds.data.building.writer import build_shards
 from arc_ds.errors import ArcError, CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
 from arc_ds.training.build import rate_schedule, read_parts
 from arc_ds.training.exit_codes import EXIT_USER_ERROR

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc_ds.data.loader import StepData, make_loader
-from arc_ds.data.mixture import BLOCK
-from arc_ds.data.step_batch import StepBatch
+from arc_ds.data.batches.loader import StepData, make_loader
+from arc_ds.data.batches.mixture import BLOCK
+from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.training.signals import die_with_parent
 from tests.helpers.batches import digest, sequences

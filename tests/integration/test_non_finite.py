@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arc_ds import dist
 from arc_ds.config.load import load_config
-from arc_ds.data.packing import PackedBatch
+from arc_ds.data.batches.packing import PackedBatch
 from arc_ds.errors import TrainingError
 from arc_ds.train import make_hooks
 from arc_ds.training.build import build_run

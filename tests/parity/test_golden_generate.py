@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from arc_ds import ArcModel, Context
-from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.data.batches.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.data.segments import Sample
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.generate import generate_ids

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arc_ds.data.tokenizer_engine import LLAMA3_PATTERN
-from arc_ds.data.tokenizer_json_engine import byte_characters
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.data.tokenizers.engine import LLAMA3_PATTERN
+from arc_ds.data.tokenizers.json_engine import byte_characters
 from arc_ds.errors import TokenizerError
 
 TEXTS = {

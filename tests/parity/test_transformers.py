@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from arc_ds.data.batches.packing import PoolingSpec, pack
 from arc_ds.data.groups import GroupRule
-from arc_ds.data.packing import PoolingSpec, pack
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.decoder import Decoder

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from arc_ds import Segment
-from arc_ds.data.packing import pack
+from arc_ds.data.batches.packing import pack
 from arc_ds.data.segments import Sample
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.model.decoder import Decoder

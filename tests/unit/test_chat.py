@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.data.chat import PLAIN, Layout, read_layout
-from arc_ds.data.packing import PoolingSpec, pack
+from arc_ds.data.batches.packing import PoolingSpec, pack
 from arc_ds.data.tasks import Example, TaskLimits, closed, make_example, open_
+from arc_ds.data.tasks.chat import PLAIN, Layout, read_layout
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import TokenizerError
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_tiktoken

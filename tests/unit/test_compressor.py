@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from arc_ds.data.batches.packing import PoolingSpec, pack
 from arc_ds.data.groups import GroupRule
-from arc_ds.data.packing import PoolingSpec, pack
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.model.bridge import make_bridge
 from arc_ds.model.compressor import DecoderPort

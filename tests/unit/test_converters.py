@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from arc_ds.cli import main
-from arc_ds.data.converters import ConvertOptions, convert_files
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.shard_writer import build_shards
+from arc_ds.data.building.converters import ConvertOptions, convert_files
+from arc_ds.data.building.writer import build_shards
+from arc_ds.data.shards.reader import ShardSet
 from arc_ds.errors import DataError
 from tests.helpers.tiny_data import write_tiktoken
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import arc_kernels as ak
+from arc_ds.data.batches.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.data.groups import GroupRule
-from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.model.decoder import DecoderRows
 from tests.helpers.tiny_compressor import sample, tiny_decoder
 

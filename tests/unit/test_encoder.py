@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from arc_ds.data.batches.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.data.groups import GroupRule
-from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.model.encoder import Encoder, PoolingLayout, group_ends
 from arc_ds.model.pooling import group_rules, make_strategy

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.data.estimates import Estimate, Estimator, WorkRates
+from arc_ds.data.batches.estimates import Estimate, Estimator, WorkRates
+from arc_ds.data.batches.micro_batches import SampleSize, sample_size
+from arc_ds.data.batches.packing import PoolingSpec
 from arc_ds.data.groups import GroupRule
-from arc_ds.data.micro_batches import SampleSize, sample_size
-from arc_ds.data.packing import PoolingSpec
 from arc_ds.data.tasks import TaskLimits
 from tests.helpers.tiny_mixture import TinyMixture
 

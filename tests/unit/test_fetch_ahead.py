@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.data.loader import StepData
-from arc_ds.data.reader import ReaderFiles
-from arc_ds.data.shard_cache import ShardCache
-from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.batches.loader import StepData
+from arc_ds.data.batches.reader import ReaderFiles
+from arc_ds.data.shards.cache import ShardCache
+from arc_ds.data.shards.reader import ShardSet
 from tests.helpers.batches import digest
 from tests.helpers.tiny_mixture import TinyMixture
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.data.packing import PoolingSpec, pack
+from arc_ds.data.batches.packing import PoolingSpec, pack
 from arc_ds.data.records import fine_tuning_record
 from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, mismatched, open_
 from arc_ds.data.tasks.asked import ask

@@ -12,9 +12,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from arc_ds.data.estimates import Estimate
+from arc_ds.data.batches.estimates import Estimate
+from arc_ds.data.batches.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.data.groups import GroupRule
-from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.decoder import Decoder

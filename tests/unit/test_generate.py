@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from arc_ds.data.batches.packing import PoolingSpec, pack
 from arc_ds.data.groups import GroupRule
-from arc_ds.data.packing import PoolingSpec, pack
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.errors import ConfigError
 from arc_ds.model.generate import Sampling, generate_ids

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from arc_ds.data.packing import pack
-from arc_ds.data.step_batch import MicroBatch, StepBatch
+from arc_ds.data.batches.packing import pack
+from arc_ds.data.batches.step_batch import MicroBatch, StepBatch
 from arc_ds.data.tasks import TaskCounts
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training import hooks, meters

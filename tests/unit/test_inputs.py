@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.data import inputs, inputs_lines
-from arc_ds.data.documents import LeftOutError, read_documents
-from arc_ds.data.inputs import Batch, find_inputs, read_batches
+from arc_ds.data.building import inputs, inputs_lines
+from arc_ds.data.building.documents import LeftOutError, read_documents
+from arc_ds.data.building.inputs import Batch, find_inputs, read_batches
 from arc_ds.errors import DataError
 
 LIMIT = 1 << 20

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from arc_ds.config.lengths import largest_sample, longest_context, longest_sequence
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
-from arc_ds.training.lengths import largest_sample, longest_context, longest_sequence
 
 CONFIG = """\
 run_dir: runs/x

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from arc_ds.data.loader import StepData, make_loader
-from arc_ds.data.micro_batches import MicroBatchLimits, pack_again
-from arc_ds.data.order import RunOrder
-from arc_ds.data.packing import PackedBatch, PoolingSpec
-from arc_ds.data.reader import ReaderFiles
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.source import Source
-from arc_ds.data.step_batch import StepBatch
+from arc_ds.data.batches.loader import StepData, make_loader
+from arc_ds.data.batches.micro_batches import MicroBatchLimits, pack_again
+from arc_ds.data.batches.order import RunOrder
+from arc_ds.data.batches.packing import PackedBatch, PoolingSpec
+from arc_ds.data.batches.reader import ReaderFiles
+from arc_ds.data.batches.source import Source
+from arc_ds.data.batches.step_batch import StepBatch
+from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.tasks import TaskLimits
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import ConfigError, DataError

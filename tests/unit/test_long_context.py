@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.data.packing import PoolingSpec, pack
+from arc_ds.data.batches.packing import PoolingSpec, pack
 from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, mismatched, open_
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError

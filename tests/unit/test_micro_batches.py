@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.data.groups import GroupRule
-from arc_ds.data.micro_batches import (
+from arc_ds.data.batches.micro_batches import (
     MicroBatchLimits,
     SampleSize,
     Split,
@@ -20,9 +19,10 @@ from arc_ds.data.micro_batches import (
     sample_size,
     split,
 )
-from arc_ds.data.packing import PoolingSpec, pack
+from arc_ds.data.batches.packing import PoolingSpec, pack
+from arc_ds.data.batches.step_batch import StepBatch
+from arc_ds.data.groups import GroupRule
 from arc_ds.data.segments import Sample, Segment
-from arc_ds.data.step_batch import StepBatch
 
 MAX_TOKENS, MAX_ROWS = 40, 60
 LIMITS = st.builds(

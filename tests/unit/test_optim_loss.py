@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arc_ds.data.packing import pack
+from arc_ds.data.batches.packing import pack
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.training.loss import class_sums, label_tasks, label_weight, micro_batch_loss
 from tests.helpers.plain_trainer import POOLING, TASKS

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc_ds.data.dealing import deal
-from arc_ds.data.mixture import BLOCK, Mixture
-from arc_ds.data.order import RunOrder, SourceShape
-from arc_ds.data.randomness import permutation, random_words
-from arc_ds.data.shuffle import WindowShuffle
+from arc_ds.data.batches.dealing import deal
+from arc_ds.data.batches.mixture import BLOCK, Mixture
+from arc_ds.data.batches.order import RunOrder, SourceShape
+from arc_ds.data.batches.randomness import permutation, random_words
+from arc_ds.data.batches.shuffle import WindowShuffle
 from arc_ds.errors import ConfigError
 
 SOURCES = (

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arc_ds.data.batches.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.data.groups import GroupRule
-from arc_ds.data.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.data.segments import MARKERS, Sample, Segment
 
 IDS = st.lists(st.integers(0, 99), max_size=9)

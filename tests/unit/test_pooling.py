@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from arc_ds.data.batches.packing import PoolingSpec, PoolLevel, pack
 from arc_ds.data.groups import GroupRule
-from arc_ds.data.packing import PoolingSpec, PoolLevel, pack
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.model.backbone import RMSNorm, Spans
 from arc_ds.model.pooling import STRATEGIES, GroupPooling, KMeansPooling, Pooling, group_rules, make_strategy

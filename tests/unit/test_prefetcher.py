@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from arc_ds.data.prefetcher import Prefetcher
+from arc_ds.data.shards.prefetcher import Prefetcher
 
 
 class _Files:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.data.loader import make_loader
-from arc_ds.data.remote import Retries
-from arc_ds.data.shard_cache import ShardCache, open_cache
-from arc_ds.data.shard_faults import check_shards
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.source import Source
+from arc_ds.data.batches.loader import make_loader
+from arc_ds.data.batches.source import Source
+from arc_ds.data.shards.cache import ShardCache, open_cache
+from arc_ds.data.shards.faults import check_shards
+from arc_ds.data.shards.reader import ShardSet
+from arc_ds.data.shards.remote import Retries
 from arc_ds.errors import ConfigError, DataError, StorageError
 from tests.helpers.batches import sequences
 from tests.helpers.faulty_server import FaultyServer, serve

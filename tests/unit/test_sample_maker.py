@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from arc_ds.data import sample_maker
-from arc_ds.data.loader import StepData
-from arc_ds.data.order import RunOrder
-from arc_ds.data.packing import PoolingSpec
-from arc_ds.data.reader import ReaderFiles
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.source import Source
+from arc_ds.data.batches import sample_maker
+from arc_ds.data.batches.loader import StepData
+from arc_ds.data.batches.order import RunOrder
+from arc_ds.data.batches.packing import PoolingSpec
+from arc_ds.data.batches.reader import ReaderFiles
+from arc_ds.data.batches.source import Source
+from arc_ds.data.shards.reader import ShardSet
+from arc_ds.data.shards.token_cache_writer import build_token_caches
 from arc_ds.data.tasks import Example, make_example
-from arc_ds.data.token_cache_writer import build_token_caches
 from arc_ds.data.tokenizers import Encoding, Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
 from tests.helpers.batches import digest, sequences

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.data.script import Document, Special, Words, Written, read_together, render, with_spaces_in_targets
 from arc_ds.data.segments import Segment, TokenIds
+from arc_ds.data.tasks.script import Document, Special, Words, Written, read_together, render, with_spaces_in_targets
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken
 

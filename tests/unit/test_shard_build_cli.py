@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from arc_ds.cli import main
+from arc_ds.data.building.writer import build_shards
 from arc_ds.data.cli import build as build_command
-from arc_ds.data.shard_writer import build_shards
 from tests.helpers.tiny_data import TEXT, write_tiktoken
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from arc_ds.data.records import MAX_RECORD_BYTES, encode_record
-from arc_ds.data.shard_faults import check_shards
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.shards import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo, read_manifest, sha256_of_file
-from arc_ds.data.tar_writer import ShardWriter
+from arc_ds.data.shards.faults import check_shards
+from arc_ds.data.shards.format import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo, read_manifest, sha256_of_file
+from arc_ds.data.shards.reader import ShardSet
+from arc_ds.data.shards.tar_writer import ShardWriter
 from arc_ds.errors import DataError, StorageError
 from tests.helpers.tiny_data import numbered_texts, write_shards, write_tiktoken
 from tests.helpers.tiny_mixture import TinyMixture

@@ -15,11 +15,11 @@ import webdataset
 
 from arc_ds.cli import main
 from arc_ds.data.records import MAX_RECORD_BYTES
-from arc_ds.data.shard_cache import ShardCache
-from arc_ds.data.shard_faults import check_shards
-from arc_ds.data.shard_index import index_shards
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.tar_index import RecordForm
+from arc_ds.data.shards.cache import ShardCache
+from arc_ds.data.shards.faults import check_shards
+from arc_ds.data.shards.index import index_shards
+from arc_ds.data.shards.reader import ShardSet
+from arc_ds.data.shards.tar_index import RecordForm
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import DataError, StorageError
 from tests.helpers.faulty_server import serve

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.cli import main
+from arc_ds.data.building.writer import build_shards
+from arc_ds.data.cli.sample_view import Look, SampleView, spell
 from arc_ds.data.groups import GroupRule
 from arc_ds.data.segments import Sample, Segment
-from arc_ds.data.shard_show import Look, SampleView, spell
-from arc_ds.data.shard_writer import build_shards
 from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, make_example
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from tests.helpers.tiny_data import TEXT, numbered_texts, write_json_tokenizer, write_shards, write_tiktoken

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.cli import main
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.shard_stats import describe, length_histogram
-from arc_ds.data.shard_writer import build_shards
+from arc_ds.data.building.writer import build_shards
+from arc_ds.data.cli.length_stats import describe, length_histogram
+from arc_ds.data.shards.reader import ShardSet
 from tests.helpers.tiny_data import TEXT, write_tiktoken
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from arc_ds.data.building.writer import build_shards
 from arc_ds.data.records import MAX_RECORD_BYTES
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.shard_writer import build_shards
-from arc_ds.data.shards import Manifest
-from arc_ds.data.tar_writer import ShardWriter
+from arc_ds.data.shards.format import Manifest
+from arc_ds.data.shards.reader import ShardSet
+from arc_ds.data.shards.tar_writer import ShardWriter
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import DataError, StorageError
 from tests.helpers.tiny_data import TEXT, numbered_texts, write_shards, write_tiktoken, write_tokenizer_without
@@ -161,7 +161,7 @@ def test_faults_are_skipped_counted_and_named_where_asked(
 def test_faults_are_not_named_without_end(
     tmp_path: Path, tokenizer_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arc_ds.data.inputs_lines.BATCH_BYTES", 10)
+    monkeypatch.setattr("arc_ds.data.building.inputs_lines.BATCH_BYTES", 10)
     (tmp_path / "a.jsonl").write_text("{\n" * 50 + json.dumps({"text": TEXT}))
     manifest = build_shards([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer_path, on_error="skip")
     assert manifest.skipped == {"not_json": 50}
@@ -277,7 +277,7 @@ def build(tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
     meanwhile: called with the number of each record in front of its writing.
     """
-    monkeypatch.setattr("arc_ds.data.inputs_lines.BATCH_BYTES", 700)
+    monkeypatch.setattr("arc_ds.data.building.inputs_lines.BATCH_BYTES", 700)
     monkeypatch.setattr("os.fsync", lambda _: None)  # the machine does not lose its power here
     write = ShardWriter.write
 

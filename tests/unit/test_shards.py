@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.data.shard_faults import check_shards
-from arc_ds.data.shard_reader import ShardSet
+from arc_ds.data.shards.faults import check_shards
+from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError, StorageError
 from tests.helpers.tiny_data import numbered_texts, write_shards, write_tiktoken

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.data.packing import PoolingSpec, pack
-from arc_ds.data.script import read_together
+from arc_ds.data.batches.packing import PoolingSpec, pack
 from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, mismatched, open_
-from arc_ds.data.text_views import TextViews
+from arc_ds.data.tasks.script import read_together
+from arc_ds.data.tasks.text_views import TextViews
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
 from tests.helpers.tiny_data import TEXT, numbered_texts, write_json_tokenizer, write_tiktoken, write_tokenizer_without

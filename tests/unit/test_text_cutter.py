@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.data.text_cutter import TextCutter
+from arc_ds.data.building.text_cutter import TextCutter
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
 from tests.helpers.tiny_data import TEXT, write_tiktoken

@@ -13,19 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arc_ds.cli import main
-from arc_ds.data import token_cache_writer
-from arc_ds.data.loader import StepData
-from arc_ds.data.order import RunOrder
-from arc_ds.data.packing import PoolingSpec
-from arc_ds.data.reader import ReaderFiles
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.shard_writer import build_shards
-from arc_ds.data.source import Source
+from arc_ds.data.batches.loader import StepData
+from arc_ds.data.batches.order import RunOrder
+from arc_ds.data.batches.packing import PoolingSpec
+from arc_ds.data.batches.reader import ReaderFiles
+from arc_ds.data.batches.source import Source
+from arc_ds.data.building.writer import build_shards
+from arc_ds.data.shards import token_cache_writer
+from arc_ds.data.shards.reader import ShardSet
+from arc_ds.data.shards.token_cache import KnownTexts, cache_folder, open_token_cache, texts_of, with_known
+from arc_ds.data.shards.token_cache_writer import build_token_caches, check_token_caches
 from arc_ds.data.tasks import TaskLimits
-from arc_ds.data.token_cache import KnownTexts, cache_folder, open_token_cache, texts_of, with_known
-from arc_ds.data.token_cache_writer import build_token_caches, check_token_caches
-from arc_ds.data.tokenizer_tiktoken import RankTokenizer
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.data.tokenizers.tiktoken_file import RankTokenizer
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_shards, write_tiktoken
 
 TEXTS = [TEXT, "plain words", "  two  spaces ", "北京\n\n été 🚲", "A " * 90, "\x00 odd"]

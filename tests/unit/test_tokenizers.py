@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc_ds.data.tokenizer_json import JsonTokenizer
-from arc_ds.data.tokenizer_json_engine import byte_characters
-from arc_ds.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from arc_ds.data.tokenizers import Tokenizer, check_fits, load_tokenizer
+from arc_ds.data.tokenizers.json_engine import byte_characters
+from arc_ds.data.tokenizers.json_file import JsonTokenizer
+from arc_ds.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
 from arc_ds.errors import TokenizerError
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_tiktoken
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from arc_ds.data.micro_batches import MicroBatchLimits
-from arc_ds.data.packing import PackedBatch
+from arc_ds.data.batches.micro_batches import MicroBatchLimits
+from arc_ds.data.batches.packing import PackedBatch
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.training import validate
 from arc_ds.training.validate import TaskScores, ValidationSet, Validator

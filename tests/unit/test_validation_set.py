@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.data.reader import Reader
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.source import Source
+from arc_ds.data.batches.reader import Reader
+from arc_ds.data.batches.source import Source
+from arc_ds.data.batches.validation_set import validation_examples
+from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.tasks import Example, TaskLimits, mismatched
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
-from arc_ds.data.validation_set import validation_examples
 from arc_ds.errors import DataError
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 from tests.helpers.tiny_mixture import SIZES, TinyMixture, write_question_shards

@@ -7,11 +7,11 @@ import logging
 import sys
 from typing import Any
 
+from arc_ds.data.building.record_maker import REASONS
+from arc_ds.data.building.workers import num_cores
+from arc_ds.data.building.writer import build_shards
 from arc_ds.data.cli.tokenize import cache_and_print
-from arc_ds.data.record_maker import REASONS
-from arc_ds.data.shard_workers import num_cores
-from arc_ds.data.shard_writer import build_shards
-from arc_ds.data.shards import Manifest
+from arc_ds.data.shards.format import Manifest
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from arc_ds.data.shard_check import check_in_parallel
-from arc_ds.data.shard_workers import num_cores
+from arc_ds.data.building.workers import num_cores
+from arc_ds.data.shards.check import check_in_parallel
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from arc_ds.data.converters import FORMATS, ConvertOptions, convert_files
+from arc_ds.data.building.converters import FORMATS, ConvertOptions, convert_files
 
 _DEFAULTS = ConvertOptions()
 

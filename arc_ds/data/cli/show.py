@@ -7,12 +7,12 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from arc_ds.data.chat import read_layout
+from arc_ds.data.batches.randomness import random_words
+from arc_ds.data.cli.sample_view import Look, SampleView
 from arc_ds.data.groups import GroupRule
-from arc_ds.data.randomness import random_words
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.shard_show import Look, SampleView
+from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.tasks import TaskLimits, make_example
+from arc_ds.data.tasks.chat import read_layout
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import DataError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from arc_ds.data.shard_reader import ShardSet
-from arc_ds.data.shard_stats import describe, draw_lengths
+from arc_ds.data.cli.length_stats import describe, draw_lengths
+from arc_ds.data.shards.reader import ShardSet
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

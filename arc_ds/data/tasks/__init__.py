@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from arc_ds.data.chat import PLAIN, Layout
-from arc_ds.data.order import Task
+from arc_ds.data.batches.order import Task
 from arc_ds.data.records import pretraining_text
+from arc_ds.data.tasks.chat import PLAIN, Layout
 from arc_ds.data.tasks.example import Example, TaskCounts
 from arc_ds.data.tasks.few_shot import few_shot_example
 from arc_ds.data.tasks.limits import TaskLimits

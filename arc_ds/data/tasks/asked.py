@@ -76,11 +76,6 @@ def _question(record: FineTuningRecord, *, is_chat: bool) -> tuple[str | None, C
     pieces = record.instruction.split("||")
     if len(pieces) == 1:
         return _filled(pieces[0], question).strip(), None
-    if len(pieces) != 3:
-        raise DataError(
-            f"expected an instruction, or `prefix||instruction||suffix`, in the field 'instruction', got "
-            f"{len(pieces)} parts: {record.instruction[:60]!r}. Write || twice, or not at all."
-        )
     prefix, instruction, suffix = pieces
     if is_chat:
         return instruction.replace(_PLACE, question) or None, ChatPrompt(prefix=prefix, suffix=suffix)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arc_ds.data.script import Document, read_together
 from arc_ds.data.segments import Marker, TokenIds
+from arc_ds.data.tasks.script import Document, read_together
 from arc_ds.data.tokenizers import Encoding, Tokenizer
 from arc_ds.errors import DataError
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from arc_ds.data.chat import Layout
-from arc_ds.data.randomness import random_words
+from arc_ds.data.batches.randomness import random_words
 from arc_ds.data.records import fine_tuning_record, pretraining_text
-from arc_ds.data.script import Document
 from arc_ds.data.tasks.asked import ask
+from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import Reading, cut_chunks, first_tokens, read_passages
 from arc_ds.data.tasks.example import Example, TaskCounts, written_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.questions import Block, write_blocks
+from arc_ds.data.tasks.script import Document
 from arc_ds.data.tasks.texts import write_continuation
 from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError

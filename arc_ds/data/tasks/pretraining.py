@@ -13,14 +13,14 @@ from typing import Literal
 
 import numpy as np
 
-from arc_ds.data.chat import Layout
-from arc_ds.data.script import Document
 from arc_ds.data.segments import Marker, Sample, Segment, TokenIds
+from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import first_tokens, last_tokens
 from arc_ds.data.tasks.example import Example, TaskCounts, written_example
 from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.data.tasks.script import Document
+from arc_ds.data.tasks.text_views import TextViews, keep_first, keep_last
 from arc_ds.data.tasks.texts import write_continuation, write_reconstruction
-from arc_ds.data.text_views import TextViews, keep_first, keep_last
 from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
 

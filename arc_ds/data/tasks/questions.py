@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from arc_ds.data.chat import Layout, Turn
-from arc_ds.data.script import Document, Part, Special, Words
 from arc_ds.data.tasks.asked import Asked
+from arc_ds.data.tasks.chat import Layout, Turn
+from arc_ds.data.tasks.script import Document, Part, Special, Words
 
 _BLANK_LINE = "\n\n"
 

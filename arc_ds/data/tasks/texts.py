@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from arc_ds.data.chat import Layout, Turn
-from arc_ds.data.script import Document, Part, Special, Words
+from arc_ds.data.tasks.chat import Layout, Turn
+from arc_ds.data.tasks.script import Document, Part, Special, Words
 
 _TEXT = "Text:\n\n"
 

@@ -1,0 +1,195 @@
+"""Picks of the order to samples: records are read, tokenised, and replaced where they cannot be used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from arc_ds.data.batches.order import Pick
+from arc_ds.data.batches.reader import Reader, ReaderFiles
+from arc_ds.data.batches.source import Source
+from arc_ds.data.segments import Sample
+from arc_ds.data.shards.token_cache import TokenCache, open_token_cache, with_known
+from arc_ds.data.tasks import Example, TaskCounts, make_example
+from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["skip", "stop"]
+RecordId = tuple[int, int]
+
+# Records tried in place of an unusable one: more in a row mean that the source is damaged, not one record.
+_MAX_REPLACEMENTS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """One position's samples, one for each decoder asked for, all of the same record.
+
+    record_id: (source, record). skipped: records that could not be used, its in-context examples included. counts: of
+    all decoders' samples.
+    """
+
+    samples: tuple[Sample, ...]
+    record_id: RecordId
+    skipped: int
+    counts: TaskCounts
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A record and its number in its source."""
+
+    idx: int
+    record: dict[str, Any]
+
+
+class _UnusableError(Exception):
+    """A record, a sample's own or an in-context example, cannot be used; says why."""
+
+    def __init__(self, idx: int, reason: DataError) -> None:
+        super().__init__(idx, reason)
+        self.idx = idx
+        self.reason = reason
+
+
+class SampleMaker:
+    """Makes the samples of a run. Tokenizers are loaded when the first one is made, in each process for itself.
+
+    encoder_tokenizer: file or folder. readers: of each decoder.
+    on_error: what an unusable record does: "stop" raises DataError; "skip" goes on without it: a sample's own record
+    gives way to the next one of its source, an in-context example is left out. Both are counted, and each such record
+    is named once in the log.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        encoder_tokenizer: str | Path,
+        readers: Sequence[ReaderFiles],
+        on_error: OnError,
+    ) -> None:
+        self._sources = tuple(sources)
+        self._encoder_path = encoder_tokenizer
+        self._reader_files = tuple(readers)
+        self._on_error = on_error
+        self._named: set[RecordId] = set()
+
+    @cached_property
+    def _encoder(self) -> Tokenizer:
+        return load_tokenizer(self._encoder_path)
+
+    @cached_property
+    def _readers(self) -> tuple[Reader, ...]:
+        return tuple(files.load() for files in self._reader_files)
+
+    @cached_property
+    def _caches(self) -> dict[tuple[int, str], TokenCache | None]:
+        """The token caches by source and tokenizer."""
+        tokenizers = {
+            each.fingerprint: each for each in (self._encoder, *(reader.tokenizer for reader in self._readers))
+        }
+        return {
+            (source_idx, fingerprint): open_token_cache(source.shards, tokenizer)
+            for source_idx, source in enumerate(self._sources)
+            for fingerprint, tokenizer in tokenizers.items()
+        }
+
+    def __getstate__(self) -> dict[str, object]:
+        in_each_process = ("_encoder", "_readers", "_caches")
+        return {key: value for key, value in self.__dict__.items() if key not in in_each_process}
+
+    def make(self, pick: Pick, decoder_idxs: Sequence[int]) -> Made:
+        """The samples of a pick for some decoders; DataError where its record, or too many in a row, cannot be used."""
+        source = self._sources[pick.source_idx]
+        idxs = [pick.record_idx, *pick.example_idxs]
+        unusable: set[int] = set()
+        while idxs and len(unusable) < _MAX_REPLACEMENTS:
+            try:
+                examples = self._examples([_read(source, idx) for idx in idxs], pick, decoder_idxs)
+            except _UnusableError as error:
+                if self._on_error == "stop":
+                    raise error.reason from error.reason.__cause__
+                self._name_once((pick.source_idx, error.idx), error.reason)
+                unusable.add(error.idx)
+                idxs = _without(idxs, unusable, len(source.shards))
+                continue
+            return Made(
+                samples=tuple(example.sample for example in examples),
+                record_id=(pick.source_idx, idxs[0]),
+                skipped=len(unusable),
+                counts=sum((example.counts for example in examples), start=TaskCounts()),
+            )
+        raise DataError(
+            f"{source.shards.name}: {len(unusable)} records in a row from {pick.record_idx} on cannot be used. Run "
+            "`arc-ds shards check` on it and build it again."
+        )
+
+    def _examples(self, entries: Sequence[_Entry], pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
+        """The examples of these records, one for each decoder; _UnusableError where one record spoils it: the first
+        that cannot be added to those in front of it."""
+        try:
+            return self._make_examples(entries, pick, decoder_idxs)
+        except DataError as error:
+            if len(entries) > 1:
+                self._examples(entries[:-1], pick, decoder_idxs)
+            name, idx = self._sources[pick.source_idx].shards.name, entries[-1].idx
+            raise _UnusableError(idx, DataError(f"{name}, record {idx}: {error}")) from error
+
+    def _make_examples(self, entries: Sequence[_Entry], pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
+        """One for each decoder; DataError where one of them cannot be made."""
+        encoder = self._with_known(self._encoder, entries, pick.source_idx)
+        examples = []
+        for reader in (self._readers[decoder_idx] for decoder_idx in decoder_idxs):
+            same = reader.tokenizer.fingerprint == encoder.fingerprint
+            decoder = encoder if same else self._with_known(reader.tokenizer, entries, pick.source_idx)
+            try:
+                example = make_example(
+                    [entry.record for entry in entries],
+                    task=pick.task,
+                    seed=pick.seed,
+                    encoder=encoder,
+                    decoder=decoder,
+                    limits=self._sources[pick.source_idx].limits,
+                    layout=reader.layout,
+                )
+            except ValueError as error:  # a text that nobody thought of is the record's fault, not the run's end
+                raise DataError(f"it gives no sample: {error}") from error
+            examples.append(example)
+        return examples
+
+    def _with_known(self, tokenizer: Tokenizer, entries: Sequence[_Entry], source_idx: int) -> Tokenizer:
+        """The tokenizer, with what the source's token cache knows of these records."""
+        cache = self._caches[source_idx, tokenizer.fingerprint]
+        return with_known(tokenizer, cache, [entry.idx for entry in entries], [entry.record for entry in entries])
+
+    def _name_once(self, record_id: RecordId, error: DataError) -> None:
+        if record_id not in self._named:
+            self._named.add(record_id)
+            logger.warning("record skipped: %s", error)
+
+
+def _read(source: Source, idx: int) -> _Entry:
+    try:
+        return _Entry(idx, source.shards.record(idx))
+    except DataError as error:
+        raise _UnusableError(idx, error) from error
+
+
+def _without(idxs: Sequence[int], unusable: Set[int], num_records: int) -> list[int]:
+    """The records of a sample without the unusable ones; none where all of the source's are.
+
+    Its own gives way to the next one that is free, or where none is to its first example; an example is left out.
+    """
+    own, examples = idxs[0], [idx for idx in idxs[1:] if idx not in unusable]
+    if own not in unusable:
+        return [own, *examples]
+    following = ((own + distance) % num_records for distance in range(1, num_records))
+    free = next((idx for idx in following if idx not in unusable and idx not in examples), None)
+    return examples if free is None else [free, *examples]

@@ -1,0 +1,1 @@
+"""Building shards: texts, JSONL and Parquet to records, cut, filtered and written by several workers."""

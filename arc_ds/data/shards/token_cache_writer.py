@@ -1,0 +1,286 @@
+"""Making token caches (`arc-ds shards tokenize`), shard by shard, and checking them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from arc_ds.data.building.workers import worker_pool
+from arc_ds.data.shards.faults import Fault
+from arc_ds.data.shards.format import Manifest, sha256_of_file
+from arc_ds.data.shards.reader import ShardSet
+from arc_ds.data.shards.token_cache import (
+    CACHE_FILE,
+    PREFIX,
+    RECORD_DTYPE,
+    CachedShard,
+    CacheIndex,
+    ShardTexts,
+    cache_folder,
+    dump_texts,
+    ids_name,
+    read_cache_index,
+    texts_name,
+    texts_of,
+    wrong_size,
+)
+from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSummary:
+    """What one cache holds. left_out: see `CachedShard`. made: shards tokenised by this call, the others were there."""
+
+    folder: Path
+    records: int
+    ids: int
+    left_out: int
+    made: int
+
+
+def build_token_caches(
+    path: str | Path, tokenizers: Sequence[str | Path], *, workers: int = 1, progress: bool = False
+) -> tuple[CacheSummary, ...]:
+    """Write the caches of a set of shards for some tokenizers (files or folders), and say what they hold.
+
+    Shards that a cache already has are not tokenised again unless they have changed, so that a call that was killed
+    goes on; files appear whole or not at all. DataError where the shards cannot be read or a worker dies.
+    """
+    shards = ShardSet(path)
+    loaded = [(str(tokenizer), load_tokenizer(tokenizer)) for tokenizer in tokenizers]
+    jobs = [
+        _Jobs(str(path), shards, tokenizer, tokenizer_path, cache_folder(shards.folder, tokenizer.fingerprint))
+        for tokenizer_path, tokenizer in loaded
+    ]
+    return tuple(_build_cache(job, workers, progress) for job in jobs)
+
+
+def _build_cache(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
+    """Tokenise what one cache lacks. Its index is written anew behind each shard."""
+    infos, folder, fingerprint = jobs.shards.manifest.shards, jobs.folder, jobs.tokenizer.fingerprint
+    folder.mkdir(exist_ok=True)
+    done = _finished(jobs.shards.manifest, folder, fingerprint)
+    for stray in _strays(folder, done):
+        stray.unlink()
+    _write_whole(folder / CACHE_FILE, CacheIndex(fingerprint=fingerprint, shards=done).to_json().encode())
+    missing = [idx for idx, info in enumerate(infos) if info.name not in done]
+    with tqdm(total=len(jobs.shards), unit="record", disable=not progress) as bar:
+        bar.update(sum(cached.records for cached in done.values()))
+        for shard_idx, cached in _made(jobs, missing, workers):
+            done[infos[shard_idx].name] = cached
+            _write_whole(folder / CACHE_FILE, CacheIndex(fingerprint=fingerprint, shards=done).to_json().encode())
+            bar.update(cached.records)
+    left_out = sum(cached.left_out for cached in done.values())
+    if left_out:
+        logger.warning("%s: %d records or texts are not in it and will be tokenised on the fly", folder, left_out)
+    return CacheSummary(
+        folder=folder,
+        records=sum(cached.records for cached in done.values()),
+        ids=sum(cached.ids for cached in done.values()),
+        left_out=left_out,
+        made=len(missing),
+    )
+
+
+def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, CachedShard]:
+    """The shards that a cache already has, as they are now, and whole."""
+    try:
+        index = read_cache_index(folder)
+    except DataError:
+        return {}
+    if index.fingerprint != fingerprint:
+        return {}
+    now = {shard.name: shard.sha256 for shard in manifest.shards}
+    return {
+        name: cached
+        for name, cached in index.shards.items()
+        if name in now and _fault_of(folder, name, now[name], cached) is None
+    }
+
+
+def _strays(folder: Path, done: Mapping[str, CachedShard]) -> list[Path]:
+    """Files in a cache's folder that belong to no finished shard."""
+    known = {CACHE_FILE, *map(ids_name, done), *map(texts_name, done)}
+    return sorted(path for path in folder.iterdir() if path.name not in known)
+
+
+class _Jobs(NamedTuple):
+    """What all shards of one cache have in common."""
+
+    path: str
+    shards: ShardSet
+    tokenizer: Tokenizer
+    tokenizer_path: str
+    folder: Path
+
+
+def _made(jobs: _Jobs, shard_idxs: Sequence[int], workers: int) -> Iterator[tuple[int, CachedShard]]:
+    """Tokenise shards, several at a time; yields each one as it is done."""
+    if min(workers, len(shard_idxs)) <= 1:
+        for shard_idx in shard_idxs:
+            yield shard_idx, _tokenize_shard(jobs.shards, shard_idx, jobs.tokenizer, jobs.folder)
+        return
+    with worker_pool(min(workers, len(shard_idxs)), _begin, jobs.path, jobs.tokenizer_path, jobs.folder) as pool:
+        futures = {pool.submit(_tokenize, shard_idx): shard_idx for shard_idx in shard_idxs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+_worker: tuple[ShardSet, Tokenizer, Path] | None = None  # of a worker process
+
+
+def _begin(path: str, tokenizer_path: str, folder: Path) -> None:
+    global _worker
+    _worker = ShardSet(path), load_tokenizer(tokenizer_path), folder
+
+
+def _tokenize(shard_idx: int) -> CachedShard:
+    assert _worker is not None, "a worker begins before it works"
+    shards, tokenizer, folder = _worker
+    return _tokenize_shard(shards, shard_idx, tokenizer, folder)
+
+
+def _tokenize_shard(shards: ShardSet, shard_idx: int, tokenizer: Tokenizer, folder: Path) -> CachedShard:
+    """Write the two files of one shard."""
+    info = shards.manifest.shards[shard_idx]
+    first = int(shards.shard_sizes[:shard_idx].sum())
+    path = folder / ids_name(info.name)
+    partial = _partial(path)
+    with ExitStack() as stack:
+        file = stack.enter_context(partial.open("wb"))
+        stack.callback(partial.unlink, missing_ok=True)
+        writer = _ShardTokens(file, tokenizer)
+        for record_idx in range(first, first + info.samples):
+            try:
+                writer.add(shards.record(record_idx))
+            except DataError:  # the run that reads the record says what is wrong with it
+                writer.leave_out()
+        file.flush()
+        os.fsync(file.fileno())
+        partial.rename(path)
+    texts = dump_texts(writer.texts())
+    _write_whole(folder / texts_name(info.name), texts)
+    return CachedShard(
+        shard_sha256=info.sha256,
+        records=info.samples,
+        ids=writer.num_ids,
+        left_out=writer.left_out,
+        ids_sha256=writer.digest.hexdigest(),
+        texts_sha256=hashlib.sha256(texts).hexdigest(),
+        texts_bytes=len(texts),
+    )
+
+
+class _ShardTokens:
+    """Appends the ids of records to a file and keeps where each begins."""
+
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer) -> None:
+        self._file = file
+        self._tokenizer = tokenizer
+        self._rows: list[tuple[int, int]] = [(0, 0)]
+        self._checksums: list[int] = []
+        self._lengths: list[int] = []
+        self.digest = hashlib.sha256()
+        self.num_ids = 0
+        self.left_out = 0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append the texts of a record."""
+        pieces = [self._ids(text) for text in texts_of(record)]
+        self._append(pieces)
+
+    def leave_out(self) -> None:
+        """Append a record of which nothing is known."""
+        self.left_out += 1
+        self._append([])
+
+    def texts(self) -> ShardTexts:
+        """What stands in the `.texts` file."""
+        return ShardTexts(
+            np.array(self._rows, dtype=RECORD_DTYPE),
+            np.array(self._checksums, dtype=np.uint64),
+            np.array(self._lengths, dtype=np.uint32),
+        )
+
+    def _ids(self, text: str) -> NDArray[np.int64]:
+        """The ids of a text; none where its boundaries could not be told from text and ids alone."""
+        encoding = self._tokenizer.encode_with_ends(text)
+        known = self._tokenizer.with_ends(text, encoding.ids)
+        if known is not None and np.array_equal(known.ends, encoding.ends):
+            return encoding.ids
+        self.left_out += 1
+        return encoding.ids[:0]
+
+    def _append(self, pieces: Sequence[NDArray[np.int64]]) -> None:
+        payload = b"".join(piece.astype("<u4").tobytes() for piece in pieces)
+        self._file.write(payload)
+        self.digest.update(payload)
+        self._lengths += [len(piece) for piece in pieces]
+        self._checksums.append(xxhash.xxh64_intdigest(payload))
+        self.num_ids += sum(len(piece) for piece in pieces)
+        self._rows.append((self.num_ids, len(self._lengths)))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def _write_whole(path: Path, raw: bytes) -> None:
+    """The file appears whole or not at all."""
+    partial = _partial(path)
+    with partial.open("wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def check_token_caches(folder: Path, manifest: Manifest) -> list[Fault]:
+    """Every fault of the caches in a folder of manifest and indexes, none where all is well or there are none.
+
+    Verified: that each is whole and of these shards, and the sha256 of all its files.
+    """
+    faults = []
+    for cache in sorted(folder.glob(f"{PREFIX}*")):
+        try:
+            index = read_cache_index(cache)
+        except DataError as error:
+            faults.append(Fault(cache.name, None, f"{error}. Remove it or run arc-ds shards tokenize again."))
+            continue
+        faults += [Fault(f"{cache.name}/{p.name}", None, "not in its index") for p in _strays(cache, index.shards)]
+        for shard in manifest.shards:
+            what = _fault_of(cache, shard.name, shard.sha256, index.shards.get(shard.name))
+            if what is not None:
+                faults.append(Fault(f"{cache.name}/{ids_name(shard.name)}", None, what))
+        gone = index.shards.keys() - {shard.name for shard in manifest.shards}
+        faults += [Fault(f"{cache.name}/{ids_name(name)}", None, "of a shard that is gone") for name in sorted(gone)]
+    return faults
+
+
+def _fault_of(cache: Path, shard_name: str, shard_sha256: str, cached: CachedShard | None) -> str | None:
+    """What is wrong with the files of one shard in a cache, None where nothing is."""
+    if cached is None:
+        return "missing: the cache is unfinished"
+    if cached.shard_sha256 != shard_sha256:
+        return "stale: the shard has been built again since"
+    if (fault := wrong_size(cache, shard_name, cached)) is not None:
+        return fault
+    for name, sha256 in ((ids_name(shard_name), cached.ids_sha256), (texts_name(shard_name), cached.texts_sha256)):
+        if sha256_of_file(cache / name) != sha256:
+            return f"the sha256 of {name} is not the one written. Run arc-ds shards tokenize again."
+    return None

@@ -17,6 +17,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from arc_ds import dist
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
@@ -44,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     dist.setup_logging()
     config = _parse(argv)
     device = select_device(config.device, dist.local_rank())
+    check_attention(config, device)
     dist.init_distributed(device)
     with dist.fail_together():
         check_paths(config)
@@ -65,6 +68,15 @@ def main(argv: Sequence[str]) -> int:
     dist.barrier()
     dist.close_distributed()
     return code
+
+
+def check_attention(config: RunConfig, device: torch.device) -> None:
+    """ConfigError where the config demands Triton's attention on a device that cannot run it."""
+    if config.attention_backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "attention_backend is triton, but the run is on the CPU. Set attention_backend=auto (or reference), or run "
+            "on a GPU."
+        )
 
 
 def make_hooks(run: Run, folder: RunFolder, watchdog: Watchdog) -> list[Hook]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from arc_ds import dist
 from arc_ds.config.schema import RunConfig, SourceConfig
+from arc_ds.data.batches.decoder_reader import ReaderFiles
 from arc_ds.data.batches.estimates import WorkRates
 from arc_ds.data.batches.loader import StepData
 from arc_ds.data.batches.micro_batches import MicroBatchLimits
 from arc_ds.data.batches.order import RunOrder
 from arc_ds.data.batches.packing import PoolingSpec
-from arc_ds.data.batches.reader import ReaderFiles
 from arc_ds.data.batches.source import Source
 from arc_ds.data.batches.validation_set import validation_examples
 from arc_ds.data.shards.cache import open_cache

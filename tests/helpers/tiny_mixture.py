@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from arc_ds.data.batches.decoder_reader import ReaderFiles
 from arc_ds.data.batches.loader import StepData
 from arc_ds.data.batches.order import RunOrder
 from arc_ds.data.batches.packing import PoolingSpec
-from arc_ds.data.batches.reader import ReaderFiles
 from arc_ds.data.batches.source import Source
 from arc_ds.data.building.writer import build_shards
 from arc_ds.data.shards.reader import ShardSet

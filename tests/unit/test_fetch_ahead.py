@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from arc_ds.data.batches.decoder_reader import ReaderFiles
 from arc_ds.data.batches.loader import StepData
-from arc_ds.data.batches.reader import ReaderFiles
 from arc_ds.data.shards.cache import ShardCache
 from arc_ds.data.shards.reader import ShardSet
 from tests.helpers.batches import digest

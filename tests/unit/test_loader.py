@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from arc_ds.data.batches.decoder_reader import ReaderFiles
 from arc_ds.data.batches.loader import StepData, make_loader
 from arc_ds.data.batches.micro_batches import MicroBatchLimits, pack_again
 from arc_ds.data.batches.order import RunOrder
 from arc_ds.data.batches.packing import PackedBatch, PoolingSpec
-from arc_ds.data.batches.reader import ReaderFiles
 from arc_ds.data.batches.source import Source
 from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.data.shards.reader import ShardSet

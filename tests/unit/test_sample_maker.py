@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from arc_ds.data.batches import sample_maker
+from arc_ds.data.batches.decoder_reader import ReaderFiles
 from arc_ds.data.batches.loader import StepData
 from arc_ds.data.batches.order import RunOrder
 from arc_ds.data.batches.packing import PoolingSpec
-from arc_ds.data.batches.reader import ReaderFiles
 from arc_ds.data.batches.source import Source
 from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.shards.token_cache_writer import build_token_caches

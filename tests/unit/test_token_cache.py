@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arc_ds.cli import main
+from arc_ds.data.batches.decoder_reader import ReaderFiles
 from arc_ds.data.batches.loader import StepData
 from arc_ds.data.batches.order import RunOrder
 from arc_ds.data.batches.packing import PoolingSpec
-from arc_ds.data.batches.reader import ReaderFiles
 from arc_ds.data.batches.source import Source
 from arc_ds.data.building.writer import build_shards
 from arc_ds.data.shards import token_cache_writer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.data.batches.reader import Reader
+from arc_ds.data.batches.decoder_reader import Reader
 from arc_ds.data.batches.source import Source
 from arc_ds.data.batches.validation_set import validation_examples
 from arc_ds.data.shards.reader import ShardSet

@@ -18,12 +18,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from arc_ds.data.batches.dealing import deal
+from arc_ds.data.batches.decoder_reader import ReaderFiles
 from arc_ds.data.batches.estimates import Estimate, WorkRates
 from arc_ds.data.batches.fetch_ahead import FetchAhead
 from arc_ds.data.batches.micro_batches import MicroBatchLimits, pack_share, planned_splits, sample_sizes
 from arc_ds.data.batches.order import Pick, RunOrder, Task
 from arc_ds.data.batches.packing import PoolingSpec
-from arc_ds.data.batches.reader import ReaderFiles
 from arc_ds.data.batches.sample_maker import Made, OnError, SampleMaker
 from arc_ds.data.batches.source import Source
 from arc_ds.data.batches.step_batch import StepBatch

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from arc_ds.data.batches.decoder_reader import Reader, ReaderFiles
 from arc_ds.data.batches.order import Pick
-from arc_ds.data.batches.reader import Reader, ReaderFiles
 from arc_ds.data.batches.source import Source
 from arc_ds.data.segments import Sample
 from arc_ds.data.shards.token_cache import TokenCache, open_token_cache, with_known

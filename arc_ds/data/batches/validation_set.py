@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
+from arc_ds.data.batches.decoder_reader import Reader
 from arc_ds.data.batches.order import Task, draw_examples
 from arc_ds.data.batches.randomness import random_words
-from arc_ds.data.batches.reader import Reader
 from arc_ds.data.batches.source import Source
 from arc_ds.data.records import fine_tuning_record
 from arc_ds.data.tasks import Example, TaskCounts, make_example

@@ -40,11 +40,13 @@ class GroupLevel(NamedTuple):
     """One pooling of a whole batch: the boundaries of the groups and the lengths that they leave.
 
     group_cu: int32 [G + 1], where each group starts among the tokens that enter the pooling.
+    counts: int64 [C], groups of each context.
     cu_seqlens: int32 [C + 1], where each context starts among the groups.
     max_seqlen: the most groups a context has.
     """
 
     group_cu: NDArray[np.int32]
+    counts: NDArray[np.int64]
     cu_seqlens: NDArray[np.int32]
     max_seqlen: int
 
@@ -52,7 +54,7 @@ class GroupLevel(NamedTuple):
 def cumulative(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
     """Lengths [N] to boundaries [N + 1] from 0, int32 (FlashAttention's `cu_seqlens` convention)."""
     cu = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=cu[1:])
+    lengths.cumsum(out=cu[1:])
     return cu
 
 
@@ -64,10 +66,10 @@ def group_sizes(lengths: NDArray[np.int64], rule: GroupRule) -> tuple[NDArray[np
     """
     counts = rule.num_groups(lengths)
     base, longer = lengths // counts, lengths % counts
-    first = np.cumsum(counts) - counts
-    idx_in_context = np.arange(int(counts.sum())) - np.repeat(first, counts)
-    sizes = np.repeat(base, counts) + (idx_in_context < np.repeat(longer, counts))
-    return sizes, counts
+    ends = counts.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    is_longer = np.arange(total) < (ends - counts + longer).repeat(counts)
+    return base.repeat(counts) + is_longer, counts
 
 
 def group_levels(lengths: NDArray[np.int64], rules: tuple[GroupRule, ...]) -> tuple[GroupLevel, ...]:
@@ -75,6 +77,6 @@ def group_levels(lengths: NDArray[np.int64], rules: tuple[GroupRule, ...]) -> tu
     levels = []
     for rule in rules:
         sizes, counts = group_sizes(lengths, rule)
-        levels.append(GroupLevel(cumulative(sizes), cumulative(counts), int(counts.max(initial=0))))
+        levels.append(GroupLevel(cumulative(sizes), counts, cumulative(counts), int(counts.max(initial=0))))
         lengths = counts
     return tuple(levels)

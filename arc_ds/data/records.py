@@ -15,6 +15,7 @@ from arc_ds.errors import DataError
 # A record is one training sequence: 32 chunks of 1024 tokens are 0.2 MB. Beyond this a file has lost its line ends.
 MAX_RECORD_BYTES = 16 << 20
 _PASSAGES = ("passages", "passage")
+_json = json.JSONDecoder()
 
 
 def encode_record(record: dict[str, Any]) -> bytes:
@@ -37,7 +38,7 @@ def decode_object(payload: bytes) -> dict[str, Any]:
             "Cut it into records."
         )
     try:
-        record = json.loads(str(payload, "utf-8"))
+        record = _json.decode(str(payload, "utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of thousands of digits
         raise DataError(f"expected JSON in UTF-8: {error}") from error
     if not isinstance(record, dict):
@@ -144,6 +145,8 @@ def _optional_text(record: dict[str, Any], field: str) -> str | None:
 
 
 def _checked(text: str, field: str) -> str:
+    if text.isascii():
+        return text
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

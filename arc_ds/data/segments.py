@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -64,8 +64,7 @@ class TokenIds(Sequence[int]):
         return repr(tuple(self))
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """One piece of a decoder sequence.
 
     kind: "text" (ids of the decoder's tokenizer) or "context" (ids of the encoder's tokenizer).

@@ -69,7 +69,7 @@ def test_estimates_are_near_the_samples_that_are_made(tmp_path: Path) -> None:
     ratios = defaultdict(list)
     for step in range(10):
         for pick in data.order.batch(step):
-            made = data._maker.make(pick, (1,))
+            (made,) = data._maker.make([pick], (1,))
             real, expected = sample_size(made.samples[0], data.pooling), data._estimate(pick).size(data.pooling)
             ratios[pick.task].append(
                 (expected.encoder_tokens / real.encoder_tokens, expected.decoder_rows / real.decoder_rows)

@@ -6,7 +6,6 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from arc_ds.data.batches.packing import PoolingSpec, pack
 from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, mismatched, open_
 from arc_ds.data.tasks.script import read_together
-from arc_ds.data.tasks.text_views import TextViews
+from arc_ds.data.tasks.text_views import BEGINNING, Cut, TextViews
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError
 from tests.helpers.tiny_data import TEXT, numbered_texts, write_json_tokenizer, write_tiktoken, write_tokenizer_without
@@ -191,11 +190,10 @@ def test_a_piece_cut_where_the_decoder_cannot_is_read_as_the_middle_of_its_text(
     """As words behind a document are; sentencepiece reads a text alone with a space in front of it."""
     decoder = load_tokenizer(golden / "tokenizers" / "sp384.model")
     views = TextViews(TEXT, load_tokenizer(write_tiktoken(tmp_path / "t.model")), decoder)
-    reached = np.maximum.accumulate(views.decoder.ends)
-    cuts = [cut for cut in range(1, len(TEXT)) if cut not in reached]
+    cuts = [cut for cut in range(1, len(TEXT)) if cut not in views.decoder.ends]
     assert len(cuts) > 30
     for cut in cuts:
-        piece = views.decoder_piece(cut, len(TEXT))
+        piece = views.decoder_piece(Cut(cut, 0, None), views.cut(BEGINNING, len(TEXT)))
         (ids,) = read_together(decoder, [TEXT[cut:]], inside=True)
         assert piece.ids.tolist() == ids.tolist()
         assert (piece.ends[0], piece.ends[-1]) == (0, len(TEXT) - cut)
@@ -212,9 +210,11 @@ def test_cuts_prefer_boundaries_of_both_tokenizers(pair: tuple[Tokenizer, Tokeni
     views = TextViews(TEXT, *pair)
     shared = 0
     for num_tokens in range(16, 60):
-        end = views.cut(0, num_tokens)
-        assert views.token_at(end) <= num_tokens
-        shared += bool((views.decoder.ends == end).any())
+        end = views.cut(BEGINNING, num_tokens)
+        assert end.encoder_token <= num_tokens
+        assert views.encoder.ends[end.encoder_token] == end.character
+        assert (end.decoder_token is not None) == (end.character in views.decoder.ends)
+        shared += end.decoder_token is not None
     assert shared == 44
 
 

@@ -51,12 +51,13 @@ class WorkRates:
 
     def work(self, estimate: Estimate) -> float:
         """The work of one sample."""
-        rows = estimate.prefix_rows + estimate.suffix_rows
+        lengths, prefix_rows, suffix_rows = estimate
+        rows = prefix_rows + suffix_rows
         return (
-            self.encoder_token * sum(estimate.context_lengths)
-            + self.encoder_pair * sum(length * length for length in estimate.context_lengths)
-            + self.prefix_row * estimate.prefix_rows
-            + self.suffix_row * estimate.suffix_rows
+            self.encoder_token * sum(lengths)
+            + self.encoder_pair * sum([length * length for length in lengths])
+            + self.prefix_row * prefix_rows
+            + self.suffix_row * suffix_rows
             + self.decoder_pair * rows * rows
         )
 

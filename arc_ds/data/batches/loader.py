@@ -27,7 +27,7 @@ from arc_ds.data.batches.packing import PoolingSpec
 from arc_ds.data.batches.sample_maker import Made, OnError, SampleMaker
 from arc_ds.data.batches.source import Source
 from arc_ds.data.batches.step_batch import StepBatch
-from arc_ds.data.tasks import TaskCounts
+from arc_ds.data.tasks import NO_COUNTS
 from arc_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class StepData(Dataset[StepBatch]):
         picks = self.order.batch(step)
         decoder_idxs = self.order.decoders(step)
         shares, num_splits = self._shares(picks, decoder_idxs)
-        made = [[self._maker.make(picks[place], decoder_idxs) for place in part] for part in shares[self.rank]]
+        made = [self._maker.make([picks[place] for place in part], decoder_idxs) for part in shares[self.rank]]
         share = tuple(tuple(item.samples for item in part) for part in made)
         everything = [item for part in made for item in part]
         return StepBatch(
@@ -102,7 +102,7 @@ class StepData(Dataset[StepBatch]):
             micro_batches=pack_share(share, decoder_idxs, self.pooling, self.limits, at_least=num_splits),
             skipped=sum(item.skipped for item in everything),
             over_limit=self._over_limit(everything),
-            counts=sum((item.counts for item in everything), start=TaskCounts()),
+            counts=sum((item.counts for item in everything), start=NO_COUNTS),
             record_ids=tuple(item.record_id for item in everything),
             share=share if self.limits.any else None,
         )

@@ -71,8 +71,10 @@ def pack_share(
 
     at_least: micro-batches for each decoder, as in `split`.
     """
-    sizes = [_position_sizes(part, pooling) for part in share]
-    splits = split(sizes, limits, at_least)
+    if len(share) == 1 and at_least <= 1 and not limits.any:
+        splits: tuple[Split, ...] = (Split(part_idx=0, members=tuple(range(len(share[0])))),)
+    else:
+        splits = split([_position_sizes(part, pooling) for part in share], limits, at_least)
     return tuple(
         MicroBatch(
             decoder_idx=decoder_idx,

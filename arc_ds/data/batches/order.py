@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,8 +47,7 @@ class SourceShape:
         object.__setattr__(self, "num_records", sum(self.shard_sizes))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pick:
+class Pick(NamedTuple):
     """What stands at one position of the run. `seed` is a 64-bit number for this position's own random choices.
 
     example_idxs: records of the same source that are in-context examples; none twice, and none is `record_idx`.
@@ -124,7 +123,7 @@ class RunOrder:
 
         "sample" draws that one so that a run of as many steps as decoders uses each once; "alternate" takes turns.
         """
-        if self.decoder_schedule == "same_batch":
+        if self.decoder_schedule == "same_batch" or self.num_decoders == 1:
             return tuple(range(self.num_decoders))
         if self.decoder_schedule == "alternate":
             return (step % self.num_decoders,)
@@ -136,7 +135,7 @@ class RunOrder:
         first = step * self.batch_size
         source_idxs, ranks = self._mixture.span(self.seed, first, self.batch_size)
         epochs, record_idxs = np.empty_like(ranks), np.empty_like(ranks)
-        for source_idx in np.unique(source_idxs).tolist():
+        for source_idx in set(source_idxs.tolist()):
             mine = source_idxs == source_idx
             epochs[mine], record_idxs[mine] = self._shuffles[source_idx].records(ranks[mine])
         examples = self._examples(step, source_idxs, record_idxs)

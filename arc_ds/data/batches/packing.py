@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arc_ds.data.groups import GroupRule, cumulative, group_levels
+from arc_ds.data.groups import GroupLevel, GroupRule, cumulative, group_levels
 from arc_ds.data.segments import MARKERS, Sample
 
 
@@ -119,20 +119,17 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
         raise ValueError("pack() needs at least one sample")
     if spec.rules and spec.memory_tokens:
         raise ValueError(f"pooling rules {spec.rules} and memory_tokens={spec.memory_tokens} exclude each other")
-    contexts = [s for sample in samples for s in sample.segments if s.kind == "context"]
-    lengths = np.fromiter((len(c.ids) for c in contexts), dtype=np.int64, count=len(contexts))
+    pieces = _Pieces.of(samples)
+    lengths = np.array([len(ids) for ids in pieces.context_ids], dtype=np.int64)
     row_lengths = lengths + spec.memory_tokens
     levels = group_levels(lengths, spec.rules) if not spec.memory_tokens else ()
-    outputs = num_outputs(lengths, spec)
-    kinds = np.fromiter(
-        (-1 if c.marker is None else MARKERS.index(c.marker) for c in contexts), dtype=np.int64, count=len(contexts)
-    )
+    outputs = num_outputs(lengths, spec) if spec.memory_tokens else _level_outputs(lengths, levels)
+    kinds = np.array(pieces.markers, dtype=np.int64)
     vectors = outputs + (kinds >= 0)  # compressed vectors of each context, its marker included
-    first = np.cumsum(vectors) - vectors
+    first = vectors.cumsum() - vectors
     slots_token, slots_memory = _split_rows(lengths, row_lengths) if spec.memory_tokens else (None, None)
-    rows = _decoder_rows(samples, vectors)
     return PackedBatch(
-        encoder_ids=torch.from_numpy(_joined([c.ids.array for c in contexts])),
+        encoder_ids=torch.from_numpy(_joined(pieces.context_ids)),
         encoder_cu_seqlens=torch.from_numpy(cumulative(row_lengths)),
         encoder_positions=torch.from_numpy(_ranges(row_lengths)),
         token_rows=slots_token,
@@ -141,7 +138,7 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
             PoolLevel(
                 group_cu=torch.from_numpy(level.group_cu),
                 cu_seqlens=torch.from_numpy(level.cu_seqlens),
-                positions=torch.from_numpy(_ranges(np.diff(level.cu_seqlens).astype(np.int64))),
+                positions=torch.from_numpy(_ranges(level.counts)),
                 max_seqlen=level.max_seqlen,
             )
             for level in levels
@@ -150,8 +147,13 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
         marker_slots=torch.from_numpy((first + outputs)[kinds >= 0]),
         marker_kinds=torch.from_numpy(kinds[kinds >= 0]),
         encoder_max_seqlen=int(row_lengths.max(initial=0)),
-        **rows,
+        **_decoder_rows(samples, pieces, vectors),
     )
+
+
+def _level_outputs(lengths: NDArray[np.int64], levels: Sequence[GroupLevel]) -> NDArray[np.int64]:
+    """What the last pooling leaves of each context, int64 [C]."""
+    return levels[-1].counts if levels else lengths
 
 
 def num_outputs(lengths: NDArray[np.int64], spec: PoolingSpec) -> NDArray[np.int64]:
@@ -163,73 +165,91 @@ def num_outputs(lengths: NDArray[np.int64], spec: PoolingSpec) -> NDArray[np.int
     return lengths
 
 
-def _decoder_rows(samples: Sequence[Sample], vectors: NDArray[np.int64]) -> dict[str, Any]:
+class _Pieces(NamedTuple):
+    """All segments of a batch in reading order, N of them, a list for each thing that is known of them.
+
+    sequences: whose they are. is_text, in_loss: of each. context_ids, markers: of the contexts among them, a marker as
+    its place in MARKERS, -1 for none. text_ids: of the others.
+    """
+
+    sequences: list[int]
+    is_text: list[bool]
+    in_loss: list[bool]
+    context_ids: list[NDArray[np.integer]]
+    markers: list[int]
+    text_ids: list[NDArray[np.integer]]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> _Pieces:
+        pieces = cls([], [], [], [], [], [])
+        sequences, all_is_text, all_in_loss, context_ids, markers, text_ids = pieces
+        for sequence, sample in enumerate(samples):
+            for kind, ids, in_loss, marker in sample.segments:
+                is_text = kind == "text"
+                sequences.append(sequence)
+                all_is_text.append(is_text)
+                all_in_loss.append(in_loss and is_text)
+                if is_text:
+                    text_ids.append(ids.array)
+                else:
+                    context_ids.append(ids.array)
+                    markers.append(-1 if marker is None else MARKERS.index(marker))
+        return pieces
+
+
+def _decoder_rows(samples: Sequence[Sample], pieces: _Pieces, vectors: NDArray[np.int64]) -> dict[str, Any]:
     """The decoder's side of the batch; `vectors` [C] counts the compressed vectors of each context in order."""
-    table = _SegmentTable.of(samples, vectors)
-    texts, contexts = table.is_text, ~table.is_text
-    ids = _joined([s.ids.array for sample in samples for s in sample.segments if s.kind == "text"])
-    first_text = np.cumsum(table.rows[texts]) - table.rows[texts]  # of each text segment, among all text tokens
+    sequences = np.array(pieces.sequences, dtype=np.int64)
+    texts = np.array(pieces.is_text, dtype=bool)
+    contexts = ~texts
+    text_lengths = np.array([len(ids) for ids in pieces.text_ids], dtype=np.int64)
+    rows = np.empty(len(sequences), dtype=np.int64)
+    rows[texts], rows[contexts] = text_lengths, vectors
+    first = rows.cumsum() - rows
     # The first token of a text has no text row before it, unless it goes on with one.
-    skipped = np.where(table.after_text[texts], 0, 1)
-    targets = np.where(table.in_loss[texts], np.maximum(table.rows[texts] - skipped, 0), 0)
-    target_tokens = _rows(first_text + skipped, targets)
-    first_target_rows = table.first[texts] + skipped
-    lengths = np.bincount(table.sequences, weights=table.rows, minlength=len(samples)).astype(np.int64)
+    skipped = np.where(_after_text(sequences, texts, rows)[texts], 0, 1)
+    targets = np.where(np.array(pieces.in_loss, dtype=bool)[texts], np.maximum(text_lengths - skipped, 0), 0)
+    target_tokens = _rows(text_lengths.cumsum() - text_lengths + skipped, targets)
+    first_text_rows = first[texts]
+    lengths = np.bincount(sequences, weights=rows, minlength=len(samples)).astype(np.int64)
+    ids = _joined(pieces.text_ids)
     return {
         "decoder_ids": torch.from_numpy(ids),
         "decoder_cu_seqlens": torch.from_numpy(cumulative(lengths)),
         "decoder_positions": torch.from_numpy(_ranges(lengths)),
-        "text_rows": torch.from_numpy(_rows(table.first[texts], table.rows[texts])),
-        "compressed_rows": torch.from_numpy(_rows(table.first[contexts], table.rows[contexts])),
-        "label_rows": torch.from_numpy(_rows(first_target_rows - 1, targets)),
+        "text_rows": torch.from_numpy(_rows(first_text_rows, text_lengths)),
+        "compressed_rows": torch.from_numpy(_rows(first[contexts], vectors)),
+        "label_rows": torch.from_numpy(_rows(first_text_rows + skipped - 1, targets)),
         "labels": torch.from_numpy(ids[target_tokens]),
-        "label_sequences": torch.from_numpy(table.sequences[texts].repeat(targets)),
-        "prefix": _prefix_split(lengths, table.prefix_lengths(lengths)),
+        "label_sequences": torch.from_numpy(sequences[texts].repeat(targets)),
+        "prefix": _prefix_split(lengths, _prefix_lengths(lengths, sequences[contexts], first[contexts])),
         "tasks": tuple(sample.task for sample in samples),
         "decoder_max_seqlen": int(lengths.max(initial=0)),
     }
 
 
-class _SegmentTable(NamedTuple):
-    """All segments of a batch in reading order, one number each, [N].
+def _after_text(sequences: NDArray[np.int64], is_text: NDArray[np.bool_], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the row before a segment is a text row of the same sequence, for each of them, [N]."""
+    taken = rows.nonzero()[0]  # an empty text stands nowhere, so that nothing stands behind it
+    before, here = taken[:-1], taken[1:]
+    found = np.zeros(len(rows), dtype=bool)
+    found[here] = is_text[before] & (sequences[here] == sequences[before])
+    return found
 
-    sequences: whose they are. rows: how many of the decoder's they take; first: the first of these. after_text: whether
-    the row before is a text row of the same sequence.
+
+def _prefix_lengths(
+    lengths: NDArray[np.int64], sequences: NDArray[np.int64], first: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Rows of each sequence before its first compressed one, 0 where it has none, int64 [S].
+
+    lengths [S]: of the sequences. sequences, first [C]: of each context, its sequence and its first row.
     """
-
-    sequences: NDArray[np.int64]
-    is_text: NDArray[np.bool_]
-    in_loss: NDArray[np.bool_]
-    rows: NDArray[np.int64]
-    first: NDArray[np.int64]
-    after_text: NDArray[np.bool_]
-
-    @staticmethod
-    def of(samples: Sequence[Sample], vectors: NDArray[np.int64]) -> _SegmentTable:
-        segments = [segment for sample in samples for segment in sample.segments]
-        is_text = np.array([segment.kind == "text" for segment in segments], dtype=bool)
-        rows = np.array([len(segment.ids) for segment in segments], dtype=np.int64)
-        rows[~is_text] = vectors
-        sequences = np.arange(len(samples)).repeat([len(sample.segments) for sample in samples])
-        taken = np.flatnonzero(rows)  # an empty text stands nowhere, so that nothing stands behind it
-        after_text = np.zeros(len(segments), dtype=bool)
-        after_text[taken[1:]] = is_text[taken[:-1]] & (sequences[taken[1:]] == sequences[taken[:-1]])
-        return _SegmentTable(
-            sequences=sequences,
-            is_text=is_text,
-            in_loss=np.array([segment.in_loss for segment in segments], dtype=bool) & is_text,
-            rows=rows,
-            first=np.cumsum(rows) - rows,
-            after_text=after_text,
-        )
-
-    def prefix_lengths(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of each sequence before its first compressed one, 0 where it has none; from their lengths, [S] both."""
-        found = np.zeros_like(lengths)
-        of_contexts, places = np.unique(self.sequences[~self.is_text], return_index=True)
-        first_rows = np.cumsum(lengths) - lengths
-        found[of_contexts] = self.first[~self.is_text][places] - first_rows[of_contexts]
-        return found
+    found = np.zeros_like(lengths)
+    is_first = np.ones(len(sequences), dtype=bool)
+    is_first[1:] = sequences[1:] != sequences[:-1]
+    owners = sequences[is_first]
+    found[owners] = first[is_first] - (lengths.cumsum() - lengths)[owners]
+    return found
 
 
 def _prefix_split(lengths: NDArray[np.int64], prefix_lengths: NDArray[np.int64]) -> PrefixSplit | None:
@@ -276,7 +296,9 @@ def _rows(first: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int
 
 def _ranges(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """0 … n-1 for each length, end to end: int64 [sum of lengths]."""
-    return _rows(np.zeros_like(lengths), lengths)
+    ends = lengths.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) - (ends - lengths).repeat(lengths)
 
 
 def _joined(pieces: Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:

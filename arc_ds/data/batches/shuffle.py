@@ -36,8 +36,8 @@ class WindowShuffle:
         """
         epochs, places = np.divmod(ranks, self._num_records)
         records = np.empty_like(ranks)
-        for epoch in np.unique(epochs).tolist():
-            in_epoch = slice(*np.searchsorted(epochs, [epoch, epoch + 1]))
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            in_epoch = slice(*epochs.searchsorted((epoch, epoch + 1)))
             records[in_epoch] = self._records_of_epoch(epoch, places[in_epoch])
         return epochs, records
 
@@ -57,10 +57,10 @@ class WindowShuffle:
     def _records_of_epoch(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The records at some places (0 … records - 1, rising) of an epoch."""
         _, bounds = self._layout(epoch)
-        windows = np.searchsorted(bounds, places, side="right") - 1
+        windows = bounds.searchsorted(places, side="right") - 1
         found = [
             self._window(epoch, window)[places[windows == window] - bounds[window]]
-            for window in np.unique(windows).tolist()
+            for window in range(int(windows[0]), int(windows[-1]) + 1)
         ]
         return np.concatenate(found)
 

@@ -13,7 +13,7 @@ from arc_ds.data.batches.order import Task, draw_examples
 from arc_ds.data.batches.randomness import random_words
 from arc_ds.data.batches.source import Source
 from arc_ds.data.records import fine_tuning_record
-from arc_ds.data.tasks import Example, TaskCounts, make_example
+from arc_ds.data.tasks import NO_COUNTS, Example, make_example
 from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
 
@@ -48,7 +48,7 @@ def _shares(sources: Sequence[Source], num: int) -> list[int]:
 
 
 def _log_cuts(found: Sequence[Sequence[Example]]) -> None:
-    counts = sum((example.counts for examples in found for example in examples), start=TaskCounts())
+    counts = sum((example.counts for examples in found for example in examples), start=NO_COUNTS)
     if counts:
         words = ", ".join(f"{name} {count}" for name, count in asdict(counts).items() if count)
         logger.info("held-out samples, of all decoders: %d, cut to the limits: %s", sum(map(len, found)), words)

@@ -49,7 +49,6 @@ class TextCutter:
     def _cut_block(self, text: str, is_last: bool) -> Iterator[tuple[int, int]]:
         """Ends and token counts of the block's pieces; the tail of a block that is not the last is left uncut."""
         ends = self.tokenizer.encode_with_ends(text).ends
-        reached = np.maximum.accumulate(ends)
         start = token = 0
         while start < len(text):
             is_tail = len(ends) - 1 - token <= self.max_tokens
@@ -57,7 +56,7 @@ class TextCutter:
                 return
             end, num_tokens = self._next_end(text, start, ends[token:])
             yield end, num_tokens
-            start, token = end, int(np.searchsorted(reached, end))
+            start, token = end, int(np.searchsorted(ends, end))
 
     def _next_end(self, text: str, start: int, ends: NDArray[np.int64]) -> tuple[int, int]:
         """Where the piece that begins at `start` (where `ends` begins too) ends, and its tokens when it stands alone.
@@ -84,7 +83,7 @@ class TextCutter:
             return len(text)
         limit = min(budget, max(remaining - self.min_tokens, 1))  # leaves a tail worth having
         allowed = ends[1 : limit + 1]
-        allowed = allowed[allowed > start]  # rising: boundaries inside characters are -1
+        allowed = allowed[allowed > start]
         if len(allowed) == 0:  # a character of more tokens than the budget: taken whole, the caller sees the count
             return int(ends[1:][ends[1:] > start][0])
         furthest = int(allowed[-1])

@@ -1,10 +1,11 @@
 """The token cache: ids of every text of a set of shards, by one tokenizer, beside the shards (design 7).
 
 A cache is the folder `tokens-FINGERPRINT` in the folder of manifest and indexes (the first 16 digits of the tokenizer's
-fingerprint). It holds `cache.json`, and for each shard `NAME.ids`, the ids of all its texts end to end as little-endian
-uint32, and `NAME.texts`, three .npy arrays: RECORD_DTYPE [records + 1], the last row being the end; xxh64 of each
-record's ids, uint64 [records]; and the number of ids of each text, uint32 [texts]. Boundaries of characters are not
-kept: they follow from text and ids in a tenth of the time that tokenising takes.
+fingerprint). It holds `cache.json`, and for each shard `NAME.ids` and `NAME.texts`. The first has for each record the
+ids of all its texts end to end, as little-endian uint32, and behind them for each id, as one byte, how many characters
+end with it (a text's boundaries are their sums). The second is three .npy arrays: the first id and the first text of
+each record, uint64 [records + 1, 2], the last row being the end; xxh64 of what `NAME.ids` has of each record, uint64
+[records]; and the number of ids of each text, uint32 [texts].
 
 A cache never changes a sample: where it is missing, cut, of older shards or of another tokenizer, texts are tokenised
 on the fly, and a warning says so.
@@ -38,18 +39,18 @@ from arc_ds.errors import DataError
 logger = logging.getLogger(__name__)
 
 FORMAT = "arc-ds-token-cache"
-VERSION = 1
+VERSION = 2
 CACHE_FILE = "cache.json"
 PREFIX = "tokens-"
-RECORD_DTYPE = np.dtype([("first_id", "<u8"), ("first_text", "<u8")])
-ID_BYTES = 4
+TOKEN_BYTES = 5  # an id, and the characters that end with it
+MAX_CHARACTERS = 255  # of one token
 _MAX_OPEN = 64  # as for shards: a mapping holds a file descriptor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedShard:
     """One shard of a cache. shard_sha256: of the tar whose texts these are. ids: how many, of all texts together.
-    left_out: records or texts that are not in it, because they cannot be read or their boundaries do not follow."""
+    left_out: records or texts that are not in it, because they cannot be read or a token has too many characters."""
 
     shard_sha256: str
     records: int
@@ -76,7 +77,7 @@ class CacheIndex:
 class ShardTexts(NamedTuple):
     """The `.texts` file of a shard (see above)."""
 
-    records: NDArray[np.void]
+    first: NDArray[np.uint64]
     checksums: NDArray[np.uint64]
     lengths: NDArray[np.uint32]
 
@@ -160,7 +161,7 @@ def open_token_cache(shards: ShardSet, tokenizer: Tokenizer) -> TokenCache | Non
             *(folder, fault),
         )
         return None
-    return TokenCache(shards, folder, index, tokenizer)
+    return TokenCache(shards, folder, index)
 
 
 def mismatch(shards: ShardSet, folder: Path, index: CacheIndex, fingerprint: str) -> str | None:
@@ -180,7 +181,7 @@ def mismatch(shards: ShardSet, folder: Path, index: CacheIndex, fingerprint: str
 
 def wrong_size(folder: Path, shard_name: str, cached: CachedShard) -> str | None:
     """What is wrong with the sizes of a cached shard's files, None where nothing is."""
-    expected = {ids_name(shard_name): cached.ids * ID_BYTES, texts_name(shard_name): cached.texts_bytes}
+    expected = {ids_name(shard_name): cached.ids * TOKEN_BYTES, texts_name(shard_name): cached.texts_bytes}
     for name, size in expected.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
@@ -189,16 +190,22 @@ def wrong_size(folder: Path, shard_name: str, cached: CachedShard) -> str | None
     return None
 
 
+class KnownText(NamedTuple):
+    """A text and its encoding."""
+
+    text: str
+    encoding: Encoding
+
+
 class TokenCache:
     """The ids of the texts of a set of shards by one tokenizer. Opened by `open_token_cache`.
 
     Files are mapped when first needed. Each process opens caches for itself, as it loads tokenizers.
     """
 
-    def __init__(self, shards: ShardSet, folder: Path, index: CacheIndex, tokenizer: Tokenizer) -> None:
+    def __init__(self, shards: ShardSet, folder: Path, index: CacheIndex) -> None:
         self.fingerprint = index.fingerprint
         self._folder = folder
-        self._tokenizer = tokenizer
         self._names = [shard.name for shard in shards.manifest.shards]
         self._cached = [index.shards[name] for name in self._names]
         sizes = np.array([cached.records for cached in self._cached], dtype=np.int64)
@@ -207,23 +214,23 @@ class TokenCache:
         self._is_named = False
         self._shard = lru_cache(maxsize=_MAX_OPEN)(self._open)
 
-    def known(self, record_idx: int, record: Mapping[str, Any]) -> dict[str, Encoding]:
-        """The encodings of the texts of a record, by text; those left out of the cache are missing.
+    def known(self, record_idx: int, record: Mapping[str, Any]) -> list[KnownText]:
+        """The texts of a record with their encodings; those left out of the cache are missing.
 
         All are, and a warning names it once, where the cache's ids of the record turn out to be damaged.
         """
         shard_idx = bisect.bisect_right(self._first, record_idx) - 1
         if shard_idx in self._damaged:
-            return {}
+            return []
         try:
-            pieces = self._read(shard_idx, record_idx - self._first[shard_idx])
             texts = texts_of(record)
-            if len(pieces) != len(texts):
-                if len(pieces) == 0:
-                    return {}
-                raise DataError(f"it has {len(pieces)} texts, the record has {len(texts)}")
-            found = ((text, self._tokenizer.with_ends(text, ids)) for text, ids in zip(texts, pieces, strict=True))
-            return {text: encoding for text, encoding in found if encoding is not None}
+            encodings = self._read(shard_idx, record_idx - self._first[shard_idx])
+            if len(encodings) != len(texts):
+                if not encodings:
+                    return []
+                raise DataError(f"it has {len(encodings)} texts, the record has {len(texts)}")
+            found = zip(texts, encodings, strict=True)
+            return [KnownText(text, encoding) for text, encoding in found if _is_of(encoding, text)]
         except DataError as error:
             if not self._is_named:
                 self._is_named = True
@@ -231,20 +238,22 @@ class TokenCache:
                     "token cache %s, record %d: %s. Such texts are tokenised on the fly. Run arc-ds shards check.",
                     *(self._folder, record_idx, error),
                 )
-            return {}
+            return []
 
-    def _read(self, shard_idx: int, row: int) -> list[NDArray[np.int64]]:
-        """The ids of each text of a record, verified."""
-        ids, texts = self._shard(shard_idx)
-        (first_id, first_text), (end_id, end_text) = texts.records[row].item(), texts.records[row + 1].item()
-        payload = ids[first_id * ID_BYTES : end_id * ID_BYTES]
-        if xxhash.xxh64_intdigest(payload) != int(texts.checksums[row]):
+    def _read(self, shard_idx: int, row: int) -> list[Encoding]:
+        """The encodings of each text of a record, verified; of no id for a text that is left out."""
+        tokens, texts = self._shard(shard_idx)
+        (first, first_text), (end, end_text) = texts.first[row : row + 2].tolist()
+        payload = tokens[first * TOKEN_BYTES : end * TOKEN_BYTES]
+        if xxhash.xxh64_intdigest(payload) != texts.checksums.item(row):
             raise DataError(f"the checksum of its ids in {ids_name(self._names[shard_idx])} is not the one written")
-        all_ids = np.frombuffer(payload, dtype="<u4").astype(np.int64)
+        ids = np.frombuffer(payload, dtype="<u4", count=end - first)
+        characters = np.frombuffer(payload, dtype=np.uint8, offset=4 * (end - first))
         if end_text - first_text == 1:
-            return [all_ids]
-        cuts = np.cumsum(texts.lengths[first_text:end_text])
-        return np.split(all_ids, cuts[:-1]) if len(cuts) else []
+            return [Encoding(ids, _ends(characters))]
+        cuts = np.cumsum(texts.lengths[first_text:end_text], dtype=np.int64)[:-1]
+        pieces = zip(np.split(ids, cuts), np.split(characters, cuts), strict=True)
+        return [Encoding(piece, _ends(of_piece)) for piece, of_piece in pieces] if end_text > first_text else []
 
     def _open(self, shard_idx: int) -> tuple[mmap.mmap | bytes, ShardTexts]:
         name, cached = self._names[shard_idx], self._cached[shard_idx]
@@ -259,12 +268,29 @@ class TokenCache:
         return mapped, texts
 
 
+def _ends(characters: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Boundaries int64 [N + 1] from the characters that end with each token, [N]."""
+    ends = np.zeros(len(characters) + 1, dtype=np.int64)
+    np.add.accumulate(characters, out=ends[1:])
+    return ends
+
+
+def _is_of(encoding: Encoding, text: str) -> bool:
+    """Whether the text is not left out; DataError where the encoding is another text's."""
+    num_characters = encoding.ends.item(-1)
+    if num_characters == len(text):
+        return True
+    if len(encoding.ids):
+        raise DataError(f"its ids have {num_characters} characters, the text has {len(text)}")
+    return False
+
+
 class KnownTexts:
     """A tokenizer that knows the encodings of some texts: the same ids, without the work."""
 
     __slots__ = ("_known", "_tokenizer", "bos_id", "eos_id", "fingerprint", "special_ids", "vocab_size")
 
-    def __init__(self, tokenizer: Tokenizer, known: Mapping[str, Encoding]) -> None:
+    def __init__(self, tokenizer: Tokenizer, known: Sequence[KnownText]) -> None:
         self._tokenizer = tokenizer
         self._known = known
         self.bos_id = tokenizer.bos_id
@@ -274,18 +300,21 @@ class KnownTexts:
         self.special_ids = tokenizer.special_ids
 
     def encode(self, text: str) -> list[int]:
-        known = self._known.get(text)
+        known = self._find(text)
         return self._tokenizer.encode(text) if known is None else known.ids.tolist()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
     def encode_with_ends(self, text: str) -> Encoding:
-        known = self._known.get(text)
-        return self._tokenizer.encode_with_ends(text) if known is None else known
+        return self._find(text) or self._tokenizer.encode_with_ends(text)
 
-    def with_ends(self, text: str, ids: NDArray[np.int64]) -> Encoding | None:
-        return self._tokenizer.with_ends(text, ids)
+    def _find(self, text: str) -> Encoding | None:
+        """By comparison: a record has few texts, and to hash a long one takes longer."""
+        for known in self._known:
+            if known.text == text:
+                return known.encoding
+        return None
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
@@ -300,7 +329,5 @@ def with_known(
     """The tokenizer, with what its cache knows of some records; the tokenizer itself where there is no cache."""
     if cache is None:
         return tokenizer
-    known: dict[str, Encoding] = {}
-    for record_idx, record in zip(record_idxs, records, strict=True):
-        known |= cache.known(record_idx, record)
-    return KnownTexts(tokenizer, known)
+    known = map(cache.known, record_idxs, records)
+    return KnownTexts(tokenizer, [text for of_record in known for text in of_record])

@@ -23,8 +23,8 @@ from arc_ds.data.shards.format import Manifest, sha256_of_file
 from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.shards.token_cache import (
     CACHE_FILE,
+    MAX_CHARACTERS,
     PREFIX,
-    RECORD_DTYPE,
     CachedShard,
     CacheIndex,
     ShardTexts,
@@ -186,6 +186,16 @@ def _tokenize_shard(shards: ShardSet, shard_idx: int, tokenizer: Tokenizer, fold
     )
 
 
+class _TextTokens(NamedTuple):
+    """ids: uint32 [N]. characters: uint8 [N], how many end with each."""
+
+    ids: NDArray[np.uint32]
+    characters: NDArray[np.uint8]
+
+
+_NO_TOKENS = _TextTokens(np.zeros(0, dtype="<u4"), np.zeros(0, dtype=np.uint8))
+
+
 class _ShardTokens:
     """Appends the ids of records to a file and keeps where each begins."""
 
@@ -201,8 +211,7 @@ class _ShardTokens:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append the texts of a record."""
-        pieces = [self._ids(text) for text in texts_of(record)]
-        self._append(pieces)
+        self._append([self._encode(text) for text in texts_of(record)])
 
     def leave_out(self) -> None:
         """Append a record of which nothing is known."""
@@ -212,27 +221,27 @@ class _ShardTokens:
     def texts(self) -> ShardTexts:
         """What stands in the `.texts` file."""
         return ShardTexts(
-            np.array(self._rows, dtype=RECORD_DTYPE),
+            np.array(self._rows, dtype=np.uint64),
             np.array(self._checksums, dtype=np.uint64),
             np.array(self._lengths, dtype=np.uint32),
         )
 
-    def _ids(self, text: str) -> NDArray[np.int64]:
-        """The ids of a text; none where its boundaries could not be told from text and ids alone."""
-        encoding = self._tokenizer.encode_with_ends(text)
-        known = self._tokenizer.with_ends(text, encoding.ids)
-        if known is not None and np.array_equal(known.ends, encoding.ends):
-            return encoding.ids
+    def _encode(self, text: str) -> _TextTokens:
+        """The tokens of a text; none where one has more characters than fit its byte."""
+        ids, ends = self._tokenizer.encode_with_ends(text)
+        characters = np.diff(ends)
+        if len(ids) and characters.max() <= MAX_CHARACTERS:
+            return _TextTokens(ids.astype("<u4"), characters.astype(np.uint8))
         self.left_out += 1
-        return encoding.ids[:0]
+        return _NO_TOKENS
 
-    def _append(self, pieces: Sequence[NDArray[np.int64]]) -> None:
-        payload = b"".join(piece.astype("<u4").tobytes() for piece in pieces)
+    def _append(self, texts: Sequence[_TextTokens]) -> None:
+        payload = b"".join([text.ids.tobytes() for text in texts] + [text.characters.tobytes() for text in texts])
         self._file.write(payload)
         self.digest.update(payload)
-        self._lengths += [len(piece) for piece in pieces]
+        self._lengths += [len(text.ids) for text in texts]
         self._checksums.append(xxhash.xxh64_intdigest(payload))
-        self.num_ids += sum(len(piece) for piece in pieces)
+        self.num_ids += sum(len(text.ids) for text in texts)
         self._rows.append((self.num_ids, len(self._lengths)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from arc_ds.data.batches.order import Task
 from arc_ds.data.records import pretraining_text
 from arc_ds.data.tasks.chat import PLAIN, Layout
-from arc_ds.data.tasks.example import Example, TaskCounts
+from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts
 from arc_ds.data.tasks.few_shot import few_shot_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.long_context import long_context_example
@@ -16,7 +16,7 @@ from arc_ds.data.tasks.pretraining import pretraining_example
 from arc_ds.data.tasks.variants import closed, mismatched, open_
 from arc_ds.data.tokenizers import Tokenizer
 
-__all__ = ["Example", "TaskCounts", "TaskLimits", "closed", "make_example", "mismatched", "open_"]
+__all__ = ["NO_COUNTS", "Example", "TaskCounts", "TaskLimits", "closed", "make_example", "mismatched", "open_"]
 
 
 def make_example(

@@ -33,20 +33,6 @@ class Reading:
         start, end = self.encoding.ends[first], self.encoding.ends[last]
         return Document(TokenIds(self.encoding.ids[first:last]), self.text[start:end], marker)
 
-    def boundary(self, token: int) -> int:
-        """The last boundary of a character at or in front of a token boundary."""
-        return last_boundary(self.encoding, token)
-
-
-def last_boundary(encoding: Encoding, token: int) -> int:
-    """The last boundary of a character at or in front of the token boundary `token`, which may be beyond the end."""
-    return int(np.flatnonzero(encoding.ends[: token + 1] >= 0)[-1])
-
-
-def first_boundary(encoding: Encoding, token: int) -> int:
-    """The first boundary of a character at or behind the token boundary `token`."""
-    return token + int(np.flatnonzero(encoding.ends[token:] >= 0)[0])
-
 
 def read_passages(passages: Sequence[str], encoder: Tokenizer) -> Reading:
     """Passages as one text, a line each. Each is read by itself, so that its tokens may come from a cache.
@@ -61,18 +47,18 @@ def read_passages(passages: Sequence[str], encoder: Tokenizer) -> Reading:
     (between,) = read_together(encoder, [_BETWEEN_PASSAGES], inside=True)
     ids, ends, length = [readings[0].ids], [readings[0].ends], len(passages[0])
     for passage, reading in zip(passages[1:], readings[1:], strict=True):
+        inner = np.full(len(between), length, dtype=np.int64)
         length += len(_BETWEEN_PASSAGES)
-        inner = np.full(len(between), -1, dtype=np.int64)
         inner[-1:] = length
         ids += [between, reading.ids]
-        ends += [inner, np.where(reading.ends >= 0, reading.ends + length, -1)[1:]]
+        ends += [inner, reading.ends[1:] + length]
         length += len(passage)
     return Reading(_BETWEEN_PASSAGES.join(passages), Encoding(np.concatenate(ids), np.concatenate(ends)))
 
 
 def cut_document(reading: Reading, max_tokens: int, marker: Marker | None) -> Document:
     """The beginning of a text as one document; DataError where not one character of it fits."""
-    last = reading.boundary(max_tokens)
+    last = reading.encoding.boundary_before(max_tokens)
     if last == 0:
         raise DataError(
             f"the document {reading.text[:20]!r} has no character that fits {max_tokens} tokens. Raise "
@@ -91,7 +77,7 @@ def cut_chunks(
     """
     chunks: list[Document] = []
     while first < last and len(chunks) < max_chunks:
-        end = reading.boundary(min(first + chunk_tokens, last))
+        end = reading.encoding.boundary_before(min(first + chunk_tokens, last))
         if end <= first:
             raise DataError(
                 f"a character at token {first} has more than chunk_tokens = {chunk_tokens} tokens. Raise chunk_tokens."
@@ -103,10 +89,10 @@ def cut_chunks(
 
 def first_tokens(text: str, encoding: Encoding, max_tokens: int) -> str:
     """The beginning of a text, whole characters of at most `max_tokens` of its tokens."""
-    return text if len(encoding.ids) <= max_tokens else text[: encoding.ends[last_boundary(encoding, max_tokens)]]
+    return text if len(encoding.ids) <= max_tokens else text[: encoding.ends[encoding.boundary_before(max_tokens)]]
 
 
 def last_tokens(text: str, encoding: Encoding, max_tokens: int) -> str:
     """The end of a text, whole characters of at most `max_tokens` of its tokens."""
     spare = len(encoding.ids) - max_tokens
-    return text if spare <= 0 else text[encoding.ends[first_boundary(encoding, spare)] :]
+    return text if spare <= 0 else text[encoding.ends[encoding.boundary_behind(spare)] :]

@@ -29,6 +29,8 @@ class TaskCounts:
     cut_answers: int = 0
 
     def __add__(self, other: TaskCounts) -> TaskCounts:
+        if self is NO_COUNTS or other is NO_COUNTS:
+            return other if self is NO_COUNTS else self
         return TaskCounts(
             degraded=self.degraded + other.degraded,
             cut_contexts=self.cut_contexts + other.cut_contexts,
@@ -40,6 +42,9 @@ class TaskCounts:
 
     def __bool__(self) -> bool:
         return any(astuple(self))
+
+
+NO_COUNTS = TaskCounts()
 
 
 class Variants(Protocol):
@@ -61,7 +66,7 @@ class Example:
     sample: Sample
     contexts: tuple[str, ...]
     passages: frozenset[str]
-    counts: TaskCounts = TaskCounts()
+    counts: TaskCounts = NO_COUNTS
     variants: Variants = field(repr=False, compare=False)
 
     @property

@@ -15,7 +15,7 @@ from arc_ds.data.records import fine_tuning_record, pretraining_text
 from arc_ds.data.tasks.asked import ask
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import Reading, cut_chunks, first_tokens, read_passages
-from arc_ds.data.tasks.example import Example, TaskCounts, written_example
+from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, written_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.questions import Block, write_blocks
 from arc_ds.data.tasks.script import Document
@@ -62,9 +62,9 @@ def _text_example(
     """Chunks of a window of the text, and the text behind them to continue with: at most half of the window."""
     reading = Reading(text, encoder.encode_with_ends(text))
     num_tokens = min(len(reading), limits.max_chunks * limits.chunk_tokens + limits.max_continuation)
-    start = reading.boundary(seed % (len(reading) - num_tokens + 1))
-    last = reading.boundary(start + num_tokens)
-    middle = reading.boundary(last - min(limits.max_continuation, (last - start) // 2))
+    start = reading.encoding.boundary_before(seed % (len(reading) - num_tokens + 1))
+    last = reading.encoding.boundary_before(start + num_tokens)
+    middle = reading.encoding.boundary_before(last - min(limits.max_continuation, (last - start) // 2))
     chunks, end = _chunks(reading, start, middle, limits)
     if not chunks:
         raise DataError(
@@ -74,7 +74,7 @@ def _text_example(
     following = text[reading.encoding.ends[end] : reading.encoding.ends[last]]
     target = first_tokens(following, decoder.encode_with_ends(following), limits.max_continuation)
     parts = write_continuation("", chunks, target, layout, limits.bos_ids(decoder))
-    return written_example(_TASK, parts, (text,), TaskCounts(), decoder)
+    return written_example(_TASK, parts, (text,), NO_COUNTS, decoder)
 
 
 def _chunks(reading: Reading, first: int, last: int, limits: TaskLimits) -> tuple[tuple[Document, ...], int]:

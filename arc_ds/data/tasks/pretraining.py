@@ -16,10 +16,10 @@ import numpy as np
 from arc_ds.data.segments import Marker, Sample, Segment, TokenIds
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import first_tokens, last_tokens
-from arc_ds.data.tasks.example import Example, TaskCounts, written_example
+from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, written_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.script import Document
-from arc_ds.data.tasks.text_views import TextViews, keep_first, keep_last
+from arc_ds.data.tasks.text_views import BEGINNING, Cut, TextViews
 from arc_ds.data.tasks.texts import write_continuation, write_reconstruction
 from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
@@ -36,13 +36,13 @@ class _Spans:
     """
 
     task: PretrainingTask
-    start: int
-    context: int
-    context_end: int
-    target_end: int
+    start: Cut
+    context: Cut
+    context_end: Cut
+    target_end: Cut
 
     @property
-    def target(self) -> int:
+    def target(self) -> Cut:
         return self.context if self.task == "reconstruction" else self.context_end
 
 
@@ -96,14 +96,14 @@ def _continuation(views: TextViews, seed: int, limits: TaskLimits) -> _Spans:
     start = _window_start(views, seed, total)
     middle = views.cut(start, num_tokens * limits.max_prefix // total)
     end = views.cut(middle, max(num_tokens * limits.max_context // total, 1))
-    target_end = views.cut(end, num_tokens - (views.token_at(end) - views.token_at(start)))
+    target_end = views.cut(end, num_tokens - (end.encoder_token - start.encoder_token))
     return _Spans("continuation", start, middle, end, target_end)
 
 
-def _window_start(views: TextViews, seed: int, num_tokens: int) -> int:
+def _window_start(views: TextViews, seed: int, num_tokens: int) -> Cut:
     """Where a window of `num_tokens` encoder tokens begins: anywhere that leaves room for it."""
     spare = views.num_encoder_tokens - num_tokens
-    return views.cut(0, seed % (spare + 1)) if spare > 0 else 0
+    return views.cut(BEGINNING, seed % (spare + 1)) if spare > 0 else BEGINNING
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class _Sliced:
 
     segments: tuple[Segment, ...]
     views: TextViews
-    span: tuple[int, int]
+    span: tuple[Cut, Cut]
 
     def closed(self) -> tuple[Segment, ...]:
         return tuple(segment for segment in self.segments if segment.kind == "text")
@@ -124,25 +124,23 @@ class _Sliced:
 
 def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimits) -> Example | None:
     """The pieces as slices of the text's own tokens; None where there is no context or no target to predict."""
-    prefix = keep_last(views.decoder_piece(spans.start, spans.context), limits.max_prefix)
-    bos = limits.bos_ids(decoder)
-    head = np.concatenate((np.array(bos, dtype=np.int64), prefix)) if bos else prefix
-    piece = views.decoder_piece(spans.target, spans.target_end)
-    is_continuation = spans.task == "continuation"
-    target = keep_first(piece, limits.max_continuation) if is_continuation else piece.ids
     context_ids = views.encoder_ids(spans.context, spans.context_end)
-    if not len(context_ids) or len(target) < 2:
+    target = views.decoder_piece(spans.target, spans.target_end)
+    target_ids = target.first(limits.max_continuation) if spans.task == "continuation" else target.ids
+    if not len(context_ids) or len(target_ids) < 2:
         return None
-    context = Segment.context(context_ids, limits.marker(_MARKER_OF[spans.task]))
+    prefix_ids = views.decoder_piece(spans.start, spans.context).last(limits.max_prefix)
+    bos_ids = limits.bos_ids(decoder)
+    head = np.concatenate((bos_ids, prefix_ids), dtype=np.int64) if bos_ids else prefix_ids
     segments = (
         *((Segment.text(head),) if len(head) else ()),
-        context,
-        Segment.text(target[:1]),
-        Segment.text(target[1:], in_loss=True),
+        Segment.context(context_ids, limits.marker(_MARKER_OF[spans.task])),
+        Segment.text(target_ids[:1]),
+        Segment.text(target_ids[1:], in_loss=True),
     )
     return Example(
         sample=Sample(spans.task, segments),
-        contexts=(views.text[spans.context : spans.context_end],),
+        contexts=(views.between(spans.context, spans.context_end),),
         passages=frozenset((views.text,)),
         variants=_Sliced(segments, views, (spans.context, spans.context_end)),
     )
@@ -152,18 +150,18 @@ def _chat(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimit
     """The pieces as texts in the turns of a chat; None where there is no context or no target to predict."""
     document = Document(
         TokenIds(views.encoder_ids(spans.context, spans.context_end)),
-        views.text[spans.context : spans.context_end],
+        views.between(spans.context, spans.context_end),
         limits.marker(_MARKER_OF[spans.task]),
     )
-    before = views.text[spans.start : spans.context]
+    before = views.between(spans.start, spans.context)
     prefix = last_tokens(before, views.decoder_piece(spans.start, spans.context), limits.max_prefix)
-    following = views.text[spans.target : spans.target_end]
+    following = views.between(spans.target, spans.target_end)
     piece = views.decoder_piece(spans.target, spans.target_end)
     if not len(document.ids) or len(piece.ids) < 2:
         return None
     if spans.task == "reconstruction":
         parts = write_reconstruction(document, layout)
-        return written_example(spans.task, parts, (views.text,), TaskCounts(), decoder)
+        return written_example(spans.task, parts, (views.text,), NO_COUNTS, decoder)
     target = first_tokens(following, piece, limits.max_continuation)
     parts = write_continuation(prefix, [document], target, layout, ())
-    return written_example(spans.task, parts, (views.text,), TaskCounts(), decoder)
+    return written_example(spans.task, parts, (views.text,), NO_COUNTS, decoder)

@@ -122,8 +122,8 @@ class Written:
         return render(texts, self.decoder).prompt + self.target
 
 
-def read_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool) -> list[NDArray[np.int64]]:
-    """The ids of texts that stand one behind the other, as they read as one text: int64, one array a text.
+def read_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool) -> list[NDArray[np.integer]]:
+    """The ids of texts that stand one behind the other, as they read as one text: integers, one array a text.
 
     inside: they do not begin a text (sentencepiece would put a space in front of one that does). Where a token reaches
     from one text into the next, each is read by itself.
@@ -144,14 +144,13 @@ def encode_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool)
 
 def _slices(encoding: Encoding, texts: Sequence[str]) -> list[Encoding] | None:
     """Each of the joined texts; None where one of them does not end with a token."""
-    reached = np.maximum.accumulate(encoding.ends)
     cuts = np.cumsum([0, *(len(text) for text in texts)])
-    places = np.searchsorted(reached, cuts)
+    places = encoding.ends.searchsorted(cuts)
     places[-1] = len(encoding.ids)
-    if not np.array_equal(reached[places], cuts):
+    if not np.array_equal(encoding.ends[places], cuts):
         return None
     return [
-        Encoding(encoding.ids[first:last], np.maximum(encoding.ends[first : last + 1] - cut, -1))
+        Encoding(encoding.ids[first:last], encoding.ends[first : last + 1] - cut)
         for (first, last), cut in zip(pairwise(places.tolist()), cuts[:-1].tolist(), strict=True)
     ]
 

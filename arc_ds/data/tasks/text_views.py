@@ -5,6 +5,8 @@ Shape letters: N tokens.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,11 +16,23 @@ from arc_ds.data.tokenizers import Encoding, Tokenizer
 _MAX_SNAP_TOKENS = 16
 
 
+class Cut(NamedTuple):
+    """A place in a text, between two characters: how many of them stand in front of it, how many of the encoder's
+    tokens, and how many of the decoder's, None where one of these reaches over it."""
+
+    character: int
+    encoder_token: int
+    decoder_token: int | None
+
+
+BEGINNING = Cut(0, 0, 0)
+
+
 class TextViews:
     """A text in the encoder's and the decoder's tokens; tokenised once by each, once in all where they are the same.
 
-    A cut is a character position. Cuts fall where both tokenisations have a boundary, if there is one near; so pieces
-    are slices of both, and the decoder's pieces joined are its own reading of the whole text.
+    Cuts fall where both tokenisations have a boundary, if there is one near; so pieces are slices of both, and the
+    decoder's pieces joined are its own reading of the whole text.
     """
 
     def __init__(self, text: str, encoder: Tokenizer, decoder: Tokenizer) -> None:
@@ -26,62 +40,50 @@ class TextViews:
         self._decoder_tokenizer = decoder
         self._are_same = decoder.fingerprint == encoder.fingerprint
         self.encoder = encoder.encode_with_ends(text)
-        self._encoder_reached = np.maximum.accumulate(self.encoder.ends)
-        self.decoder, self._decoder_reached = self.encoder, self._encoder_reached
-        if not self._are_same:
-            self.decoder = decoder.encode_with_ends(text)
-            self._decoder_reached = np.maximum.accumulate(self.decoder.ends)
+        self.decoder = self.encoder if self._are_same else decoder.encode_with_ends(text)
+        self.num_encoder_tokens = len(self.encoder.ids)
 
-    @property
-    def num_encoder_tokens(self) -> int:
-        return len(self.encoder.ids)
+    def cut(self, start: Cut, num_tokens: int) -> Cut:
+        """Where a piece of at most `num_tokens` encoder tokens ends that begins at `start`.
 
-    def cut(self, start: int, num_tokens: int) -> int:
-        """The character where a piece of at most `num_tokens` encoder tokens that begins at the cut `start` ends.
-
-        Equal to `start` where not even one character fits. The end moves back to a shared boundary if there is one
-        within a quarter of the piece, and at most 16 tokens.
+        At `start` where not even one character fits. The end moves back to a shared boundary if there is one within a
+        quarter of the piece, and at most 16 tokens.
         """
-        last = self.token_at(start) + num_tokens
+        last = start.encoder_token + num_tokens
         if last >= self.num_encoder_tokens:
-            return len(self.text)
-        reached = max(int(self._encoder_reached[last]), start)
-        if self._are_same or self._decoder_reached[self._decoder_reached.searchsorted(reached)] == reached:
-            return reached
-        first = last - min(_MAX_SNAP_TOKENS, num_tokens // 4)
-        near = self._encoder_reached[first : last + 1]
-        shared = near[self._decoder_reached[self._decoder_reached.searchsorted(near)] == near]
-        return int(shared[-1]) if len(shared) and shared[-1] > start else reached
+            return Cut(len(self.text), self.num_encoder_tokens, len(self.decoder.ids))
+        end = self.encoder.boundary_before(last)
+        if end <= start.encoder_token:
+            return start
+        found = self._cut_at(end)
+        if found.decoder_token is not None:
+            return found
+        near = self.encoder.ends[last - min(_MAX_SNAP_TOKENS, num_tokens // 4) : end]
+        shared = near[self.decoder.ends[self.decoder.ends.searchsorted(near)] == near]
+        if len(shared) and shared[-1] > start.character:
+            return self._cut_at(int(self.encoder.ends.searchsorted(shared[-1])))
+        return found
 
-    def token_at(self, cut: int) -> int:
-        """The number of encoder tokens in front of a cut."""
-        return int(self._encoder_reached.searchsorted(cut))
+    def _cut_at(self, token: int) -> Cut:
+        """The cut at a boundary of the encoder's tokens that is one of characters."""
+        character = int(self.encoder.ends[token])
+        if self._are_same:
+            return Cut(character, token, token)
+        place = int(self.decoder.ends.searchsorted(character))
+        return Cut(character, token, place if self.decoder.ends[place] == character else None)
 
-    def encoder_ids(self, start: int, end: int) -> NDArray[np.int64]:
-        """The encoder's tokens between two cuts, int64 [N]. Not to be written to: a slice of the whole text's."""
-        return self.encoder.ids[self.token_at(start) : self.token_at(end)]
+    def between(self, start: Cut, end: Cut) -> str:
+        """The text between two cuts."""
+        return self.text[start.character : end.character]
 
-    def decoder_piece(self, start: int, end: int) -> Encoding:
+    def encoder_ids(self, start: Cut, end: Cut) -> NDArray[np.integer]:
+        """The encoder's tokens between two cuts, integers [N]. Not to be written to: a slice of the whole text's."""
+        return self.encoder.ids[start.encoder_token : end.encoder_token]
+
+    def decoder_piece(self, start: Cut, end: Cut) -> Encoding:
         """The decoder's tokens between two cuts: a slice, or where a cut is not shared the piece read by itself, as the
         middle of a text unless it begins this one."""
-        first, last = int(self._decoder_reached.searchsorted(start)), int(self._decoder_reached.searchsorted(end))
-        if self._decoder_reached[first] != start or self._decoder_reached[last] != end:
-            return encode_together(self._decoder_tokenizer, [self.text[start:end]], inside=start > 0)[0]
-        ends = self.decoder.ends[first : last + 1]
-        return Encoding(self.decoder.ids[first:last], np.maximum(ends - start, -1))
-
-
-def keep_first(piece: Encoding, max_tokens: int) -> NDArray[np.int64]:
-    """The first tokens of a piece, at most `max_tokens` and ending with a whole character."""
-    end = min(max_tokens, len(piece.ids))
-    while piece.ends[end] < 0:
-        end -= 1
-    return piece.ids[:end]
-
-
-def keep_last(piece: Encoding, max_tokens: int) -> NDArray[np.int64]:
-    """The last tokens of a piece, at most `max_tokens` and beginning with a whole character."""
-    start = max(len(piece.ids) - max_tokens, 0)
-    while piece.ends[start] < 0:
-        start += 1
-    return piece.ids[start:]
+        first, last = start.decoder_token, end.decoder_token
+        if first is None or last is None:
+            return encode_together(self._decoder_tokenizer, [self.between(start, end)], inside=start.character > 0)[0]
+        return Encoding(self.decoder.ids[first:last], self.decoder.ends[first : last + 1] - start.character)

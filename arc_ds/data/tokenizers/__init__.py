@@ -32,14 +32,34 @@ _TIKTOKEN_LINE = re.compile(rb"^[A-Za-z0-9+/]+=* \d+\r?$")
 class Encoding(NamedTuple):
     """A tokenised text.
 
-    ids: int64 [N].
-    ends: int64 [N + 1]; `ends[k]` is the number of characters that the first k tokens hold, or -1 where that boundary
-        lies inside a character (or in front of a token without a character). Non-negative ends rise strictly, the
-        first is 0 and the last the length of the text: `ids[:k]` spells `text[:ends[k]]`.
+    ids: int64 [N], or uint32 [N] from a cache.
+    ends: int64 [N + 1]; `ends[k]` rises where the boundary behind k tokens is one of characters too, to their number:
+        there `ids[:k]` spells `text[:ends[k]]`. Inside a character, and behind a token without one, it repeats the
+        number before. The first is 0, and only the last is the length of the text.
     """
 
-    ids: NDArray[np.int64]
+    ids: NDArray[np.integer]
     ends: NDArray[np.int64]
+
+    def boundary_before(self, token: int) -> int:
+        """The last boundary of a character at or before the token boundary `token`, which may be beyond the end."""
+        if token >= len(self.ids):
+            return len(self.ids)
+        return int(self.ends.searchsorted(self.ends[token]))
+
+    def boundary_behind(self, token: int) -> int:
+        """The first boundary of a character at or behind the token boundary `token`."""
+        before = self.boundary_before(token)
+        return before if before == token else int(self.ends.searchsorted(self.ends[token], side="right"))
+
+    def first(self, max_tokens: int) -> NDArray[np.integer]:
+        """The first ids, at most `max_tokens` of whole characters."""
+        return self.ids[: self.boundary_before(max_tokens)]
+
+    def last(self, max_tokens: int) -> NDArray[np.integer]:
+        """The last ids, at most `max_tokens` of whole characters."""
+        spare = len(self.ids) - max_tokens
+        return self.ids[self.boundary_behind(spare) :] if spare > 0 else self.ids
 
 
 @runtime_checkable
@@ -71,13 +91,6 @@ class Tokenizer(Protocol):
 
     def encode_with_ends(self, text: str) -> Encoding:
         """Ids of the text and the character that each token boundary stands at."""
-        ...
-
-    def with_ends(self, text: str, ids: NDArray[np.int64]) -> Encoding | None:
-        """What `encode_with_ends` gives, for ids [N] of the text that are known already.
-
-        None where only tokenising again would tell, or the ids are not this text's.
-        """
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -201,26 +214,25 @@ def ends_of_bytes(
     raw = None if text.isascii() else np.frombuffer(text.encode("utf-8"), dtype=np.int8)
     if int(ends[-1]) != (len(text) if raw is None else len(raw)):
         return None
-    has_empty = some_empty and not spans.all()
-    if lead and len(ids) > 1 and ends[1] <= 0:
-        ends[1] = 0 if has_empty else -1  # the added space alone: no character before this boundary
+    if lead and len(ids) > 1 and ends[1] < 0:  # the added space is none of the text's characters
+        np.maximum(ends, 0, out=ends)
     if raw is not None:
         ends = _characters_before(ends, raw)
-    return Encoding(ids, settle_ends(ends, len(text)) if has_empty else ends)
+    return Encoding(ids, settle_ends(ends, len(text)) if some_empty and not spans.all() else ends)
 
 
 def _characters_before(offsets: NDArray[np.int64], raw: NDArray[np.int8]) -> NDArray[np.int64]:
-    """How many characters of UTF-8 (as signed bytes) begin before each byte, -1 inside a character or at -1."""
+    """How many characters of UTF-8 (as signed bytes) begin before each byte; before the last byte that begins one where
+    this one does not."""
     continues = raw < -64  # 0b10xxxxxx
-    inside = np.append(continues, False)[offsets] | (offsets < 0)
-    return np.where(inside, -1, offsets - continues.nonzero()[0].searchsorted(offsets))
+    inside = np.append(continues, False)[offsets]
+    begun = offsets - continues.nonzero()[0].searchsorted(offsets)
+    return np.maximum.accumulate(np.where(inside, -1, begun))
 
 
 def settle_ends(ends: NDArray[np.int64], num_characters: int) -> NDArray[np.int64]:
-    """Make raw boundaries int64 [N + 1] keep the promise of `Encoding.ends`: rising strictly from 0 to the end."""
+    """Make raw boundaries int64 [N + 1], -1 where one is none, keep the promise of `Encoding.ends`."""
     ends = ends.copy()
     ends[0], ends[-1] = 0, num_characters
-    highest = np.maximum.accumulate(ends)
-    ends[1:-1][ends[1:-1] <= highest[:-2]] = -1
     ends[1:-1][ends[1:-1] >= num_characters] = -1
-    return ends
+    return np.maximum.accumulate(ends)

@@ -112,17 +112,13 @@ class JsonTokenizer:
         if ids is None:
             encoding = self._backend.encode(text, add_special_tokens=False)
             ids = np.array(encoding.ids, dtype=np.int64)
-        with_ends = self.with_ends(text, ids)
-        if with_ends is not None:
-            return with_ends
+        if self._lengths is not None and self._is_normal(text):
+            spelled = ends_of_bytes(text, ids, self._lengths)
+            if spelled is not None:
+                return spelled
         encoding = encoding or self._backend.encode(text, add_special_tokens=False)
         spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return Encoding(ids, _ends_from_spans(spans, len(text)))
-
-    def with_ends(self, text: str, ids: NDArray[np.int64]) -> Encoding | None:
-        if self._lengths is None or not self._is_normal(text):
-            return None
-        return ends_of_bytes(text, ids, self._lengths)
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)

@@ -57,13 +57,10 @@ class SentencePieceTokenizer:
 
     def encode_with_ends(self, text: str) -> Encoding:
         ids = self._ids(text)
-        encoding = self.with_ends(text, ids)
+        encoding = ends_of_bytes(text, ids, self._lengths, self._lead, some_empty=self._merger is None)
         if encoding is None:  # an unknown piece hides how much it covers: nothing but the two ends is sure
             encoding = Encoding(ids, settle_ends(np.full(len(ids) + 1, -1, dtype=np.int64), len(text)))
         return encoding
-
-    def with_ends(self, text: str, ids: NDArray[np.int64]) -> Encoding | None:
-        return ends_of_bytes(text, ids, self._lengths, self._lead, some_empty=self._merger is None)
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode([int(idx) for idx in ids])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from arc_ds.data.tokenizers import Encoding, ends_of_bytes, require, sha256_of
 from arc_ds.data.tokenizers.engine import LLAMA3_PATTERN, BytePairEngine
@@ -95,12 +94,9 @@ class RankTokenizer:
         return [self.encode(text) for text in texts]
 
     def encode_with_ends(self, text: str) -> Encoding:
-        encoding = self.with_ends(text, self._engine.encode(text))
+        encoding = ends_of_bytes(text, self._engine.encode(text), self._lengths)
         assert encoding is not None, "every byte has a token, so the tokens spell the text"
         return encoding
-
-    def with_ends(self, text: str, ids: NDArray[np.int64]) -> Encoding | None:
-        return ends_of_bytes(text, ids, self._lengths)
 
     def decode(self, ids: list[int]) -> str:
         ranks = [int(idx) - self._first_id for idx in ids if self._first_id <= idx < self._end_id]

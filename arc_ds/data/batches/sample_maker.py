@@ -198,14 +198,18 @@ class SampleMaker:
     def _reading(
         self, pick: Pick, idxs: Sequence[int], records: list[dict[str, Any]], decoder_idxs: Sequence[int]
     ) -> _Reading:
-        """Records with their tokenizers; one that several read with is looked up once."""
-        known: dict[str, Tokenizer] = {}
-        for tokenizer in (self._encoder, *(self._readers[decoder_idx].tokenizer for decoder_idx in decoder_idxs)):
-            if tokenizer.fingerprint not in known:
-                cache = self._caches[pick.source_idx, tokenizer.fingerprint]
-                known[tokenizer.fingerprint] = with_known(tokenizer, cache, idxs, records)
-        decoders = [known[self._readers[decoder_idx].tokenizer.fingerprint] for decoder_idx in decoder_idxs]
-        return _Reading(idxs, records, known[self._encoder.fingerprint], decoders)
+        """Records with their tokenizers."""
+        encoder = with_known(self._encoder, self._cache(pick, self._encoder), idxs, records)
+        decoders = [
+            encoder
+            if tokenizer.fingerprint == encoder.fingerprint
+            else with_known(tokenizer, self._cache(pick, tokenizer), idxs, records)
+            for tokenizer in (self._readers[decoder_idx].tokenizer for decoder_idx in decoder_idxs)
+        ]
+        return _Reading(idxs, records, encoder, decoders)
+
+    def _cache(self, pick: Pick, tokenizer: Tokenizer) -> TokenCache | None:
+        return self._caches[pick.source_idx, tokenizer.fingerprint]
 
     def _name_once(self, record_id: RecordId, error: DataError) -> None:
         if record_id not in self._named:

@@ -65,7 +65,7 @@ class Example:
 
     sample: Sample
     contexts: tuple[str, ...]
-    passages: frozenset[str]
+    passages: tuple[str, ...]
     counts: TaskCounts = NO_COUNTS
     variants: Variants = field(repr=False, compare=False)
 
@@ -89,7 +89,7 @@ def written_example(
     return Example(
         sample=Sample(task, rendered.segments),
         contexts=tuple(part.text for part in parts if isinstance(part, Document)),
-        passages=frozenset(passages),
+        passages=tuple(passages),
         counts=counts,
         variants=Written(parts, decoder, rendered.target),
     )

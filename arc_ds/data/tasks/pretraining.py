@@ -118,18 +118,21 @@ class _Sliced:
         return tuple(segment for segment in self.segments if segment.kind == "text")
 
     def open(self) -> tuple[Segment, ...]:
-        text = Segment.text(self.views.decoder_piece(*self.span).ids)
+        text = Segment.text(self.views.decoder_ids(*self.span))
         return tuple(text if segment.kind == "context" else segment for segment in self.segments)
 
 
 def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimits) -> Example | None:
     """The pieces as slices of the text's own tokens; None where there is no context or no target to predict."""
     context_ids = views.encoder_ids(spans.context, spans.context_end)
-    target = views.decoder_piece(spans.target, spans.target_end)
-    target_ids = target.first(limits.max_continuation) if spans.task == "continuation" else target.ids
+    target_ids = views.decoder_ids(spans.target, spans.target_end)
+    if spans.task == "continuation" and len(target_ids) > limits.max_continuation:
+        target_ids = views.decoder_piece(spans.target, spans.target_end).first(limits.max_continuation)
     if not len(context_ids) or len(target_ids) < 2:
         return None
-    prefix_ids = views.decoder_piece(spans.start, spans.context).last(limits.max_prefix)
+    prefix_ids = views.decoder_ids(spans.start, spans.context)
+    if len(prefix_ids) > limits.max_prefix:
+        prefix_ids = views.decoder_piece(spans.start, spans.context).last(limits.max_prefix)
     bos_ids = limits.bos_ids(decoder)
     head = np.concatenate((bos_ids, prefix_ids), dtype=np.int64) if bos_ids else prefix_ids
     segments = (
@@ -141,7 +144,7 @@ def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimi
     return Example(
         sample=Sample(spans.task, segments),
         contexts=(views.between(spans.context, spans.context_end),),
-        passages=frozenset((views.text,)),
+        passages=(views.text,),
         variants=_Sliced(segments, views, (spans.context, spans.context_end)),
     )
 

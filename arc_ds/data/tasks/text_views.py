@@ -80,6 +80,13 @@ class TextViews:
         """The encoder's tokens between two cuts, integers [N]. Not to be written to: a slice of the whole text's."""
         return self.encoder.ids[start.encoder_token : end.encoder_token]
 
+    def decoder_ids(self, start: Cut, end: Cut) -> NDArray[np.integer]:
+        """The ids of `decoder_piece`."""
+        first, last = start.decoder_token, end.decoder_token
+        if first is None or last is None:
+            return self.decoder_piece(start, end).ids
+        return self.decoder.ids[first:last]
+
     def decoder_piece(self, start: Cut, end: Cut) -> Encoding:
         """The decoder's tokens between two cuts: a slice, or where a cut is not shared the piece read by itself, as the
         middle of a text unless it begins this one."""

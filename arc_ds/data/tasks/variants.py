@@ -37,7 +37,7 @@ def _other(examples: Sequence[Example], idx: int) -> Example:
     """The next example of the same task that shares no passage with this one."""
     example = examples[idx]
     for other in (*examples[idx + 1 :], *examples[:idx]):
-        if other.sample.task == example.sample.task and example.passages.isdisjoint(other.passages):
+        if other.sample.task == example.sample.task and set(example.passages).isdisjoint(other.passages):
             return other
     raise DataError(
         f"validation of {example.sample.task} needs another context for each of its samples, and every other one "

@@ -105,15 +105,17 @@ def sample_size(sample: Sample, pooling: PoolingSpec) -> SampleSize:
 
 def sample_sizes(samples: Sequence[Sample], pooling: PoolingSpec) -> list[SampleSize]:
     """The sizes of samples, as `pack` will lay them out."""
-    contexts = [(idx, s) for idx, sample in enumerate(samples) for s in sample.segments if s.kind == "context"]
-    owners = np.array([idx for idx, _ in contexts], dtype=np.int64)
-    lengths = np.array([len(segment.ids) for _, segment in contexts], dtype=np.int64)
-    rows = num_outputs(lengths, pooling) + np.array([s.marker is not None for _, s in contexts], dtype=np.int64)
-    tokens = np.bincount(owners, weights=lengths + pooling.memory_tokens, minlength=len(samples)).astype(np.int64)
-    compressed = np.bincount(owners, weights=rows, minlength=len(samples)).astype(np.int64)
+    segments = [sample.segments for sample in samples]
+    lengths = [[len(s.ids.array) for s in of_sample if s.kind == "context"] for of_sample in segments]
+    flat = [length for of_sample in lengths for length in of_sample]
+    outputs = iter(num_outputs(np.array(flat, dtype=np.int64), pooling).tolist())
     return [
-        SampleSize(encoder_tokens=of_context, decoder_rows=sample.num_text_tokens + of_decoder)
-        for sample, of_context, of_decoder in zip(samples, tokens.tolist(), compressed.tolist(), strict=True)
+        SampleSize(
+            encoder_tokens=sum(of_sample) + pooling.memory_tokens * len(of_sample),
+            decoder_rows=sum([next(outputs) + (s.marker is not None) for s in own if s.kind == "context"])
+            + sum([len(s.ids.array) for s in own if s.kind == "text"]),
+        )
+        for own, of_sample in zip(segments, lengths, strict=True)
     ]
 
 

@@ -23,13 +23,6 @@ def encode_record(record: dict[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
 
 
-def decode_record(payload: bytes) -> dict[str, Any]:
-    """The record of a member's bytes; DataError if it is neither of the two kinds."""
-    record = decode_object(payload)
-    check_record(record)
-    return record
-
-
 def decode_object(payload: bytes) -> dict[str, Any]:
     """The JSON object of some bytes; DataError on anything else, and before parsing on more than MAX_RECORD_BYTES."""
     if len(payload) > MAX_RECORD_BYTES:
@@ -44,18 +37,6 @@ def decode_object(payload: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"expected a JSON object, got {type(record).__name__}")
     return record
-
-
-def check_record(record: dict[str, Any]) -> None:
-    """DataError that names the field if the record is of neither kind. One with a `text` is of pretraining."""
-    if "text" in record:
-        pretraining_text(record)
-    elif "answer" in record or any(field in record for field in _PASSAGES):
-        fine_tuning_record(record)
-    else:
-        raise DataError(
-            f"expected the field `text` (pretraining), or `passages` and `answer` (fine-tuning), got {_fields(record)}"
-        )
 
 
 def pretraining_text(record: dict[str, Any]) -> str:

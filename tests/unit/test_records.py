@@ -7,7 +7,7 @@ import json
 import pytest
 
 from arc_ds.data import records
-from arc_ds.data.records import FineTuningRecord, decode_record, encode_record, fine_tuning_record
+from arc_ds.data.records import FineTuningRecord, decode_object, encode_record, fine_tuning_record, pretraining_text
 from arc_ds.errors import DataError
 
 WHOLE = {"passages": ["One.", "Two."], "question": "Which?", "answer": ["one", "One"], "instruction": "Say {question}"}
@@ -15,7 +15,7 @@ WHOLE = {"passages": ["One.", "Two."], "question": "Which?", "answer": ["one", "
 
 def test_both_kinds_are_read_as_they_were_written() -> None:
     for record in ({"text": "A lamp.\u2028"}, WHOLE):
-        assert decode_record(encode_record(record)) == record
+        assert decode_object(encode_record(record)) == record
 
 
 def test_fine_tuning_record_of_every_form() -> None:
@@ -53,12 +53,12 @@ def test_fine_tuning_record_of_every_form() -> None:
 )
 def test_faulty_field_is_named(change: dict, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        decode_record(json.dumps(WHOLE | change).encode())
+        fine_tuning_record(decode_object(json.dumps(WHOLE | change).encode()))
 
 
 def test_missing_answer_is_named_with_the_fields_there_are() -> None:
     with pytest.raises(DataError, match=r"'answer', got the fields \['passage'\]"):
-        decode_record(b'{"passage": "One."}')
+        fine_tuning_record({"passage": "One."})
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_missing_answer_is_named_with_the_fields_there_are() -> None:
     [
         (b'{"text": ""}', "non-empty string in the field `text`"),
         (b'{"text": 3}', "'text', got int"),
-        (b'{"txt": "a"}', r"`text` \(pretraining\), or .* got the fields \['txt'\]"),
+        (b'{"txt": "a"}', r"'text', got the fields \['txt'\]"),
         (b'["text"]', "a JSON object, got list"),
         (b'{"text": "caf\xe9"}', "JSON in UTF-8"),
         ('{"text": "a"}'.encode("utf-16"), "JSON in UTF-8"),
@@ -78,10 +78,10 @@ def test_missing_answer_is_named_with_the_fields_there_are() -> None:
 )
 def test_faulty_payload_is_named(payload: bytes, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        decode_record(payload)
+        pretraining_text(decode_object(payload))
 
 
 def test_record_of_100_megabytes_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records.json, "loads", lambda _: pytest.fail("parsed"))
     with pytest.raises(DataError, match=r"record of 100000000 bytes; expected at most 16777216.*Cut it"):
-        decode_record(bytes(100_000_000))
+        decode_object(bytes(100_000_000))

@@ -20,6 +20,8 @@ from arc_ds.data.shards.faults import check_shards
 from arc_ds.data.shards.index import index_shards
 from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.shards.tar_index import RecordForm
+from arc_ds.data.shards.token_cache_writer import build_token_caches
+from arc_ds.data.tasks import TaskLimits, make_example
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import DataError, StorageError
 from tests.helpers.faulty_server import serve
@@ -126,6 +128,35 @@ def test_fine_tuning_records_are_counted_by_all_that_is_read(tokenizer: Path, fo
     expected = sum(len(encode(text)) for text in ("one two", "three", "which?", "a longer answer"))
     assert ShardSet(folder).tokens(0) == expected
     assert ShardSet(folder).record(0) == record
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (RecordForm(kind="fine_tuning"), {"text": "Page 17 of a dump."}),
+        (RecordForm(kind="fine_tuning"), {"text": None}),
+        (RecordForm(kind="fine_tuning", text_field="body", member="json.gz"), {"body": "Page 17.", "text": 3}),
+    ],
+)
+def test_a_text_beside_passages_is_no_record_of_pretraining(
+    tokenizer: Path, folder: Path, form: RecordForm, text: dict
+) -> None:
+    """What a record is, its set says; a question is asked, checked and cached without a text that stands beside it."""
+    record = {"passages": ["one two"], "question": "which?", "answer": "one"}
+    payload = json.dumps(record | text).encode()
+    payload = gzip.compress(payload) if form.member.endswith("gz") else payload
+    write_tar(folder / "a.tar", [(f"{idx}.{form.member}", payload) for idx in range(2)])
+    index_shards([folder], tokenizer, form=form)
+    shards = ShardSet(folder)
+    assert shards.record(0) == record | {key: value for key, value in text.items() if key != "text"}
+    assert check_shards(folder) == []
+    (cached,) = build_token_caches(folder, [tokenizer])
+    assert (cached.records, cached.left_out) == (2, 0)
+    read = load_tokenizer(tokenizer)
+    example = make_example(
+        [shards.record(0)], task="long_context", seed=1, encoder=read, decoder=read, limits=TaskLimits()
+    )
+    assert example.contexts == ("one two",)
 
 
 def test_unusable_members_are_counted_by_reason_and_named(

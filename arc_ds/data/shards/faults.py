@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from arc_ds.data.shards.cache import ShardCache
 from arc_ds.data.shards.files import ShardFiles, check_size, locate
-from arc_ds.data.shards.format import INDEX_DTYPE, MANIFEST, ShardInfo, read_index
+from arc_ds.data.shards.format import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo, read_index
 from arc_ds.data.shards.members import BLOCK, decode_member, size_of_header
 from arc_ds.errors import DataError, StorageError
 from arc_ds.urls import is_url
@@ -80,13 +80,12 @@ def _check_tar(files: ShardFiles, shard: ShardInfo, index: NDArray[np.void]) -> 
             faults = []
             if len(data) == shard.bytes and hashlib.sha256(data).hexdigest() != shard.sha256:
                 faults.append(Fault(shard.name, None, "its sha256 is not the manifest's"))
-            text_field = files.manifest.text_field
-            return faults + [fault for row in index if (fault := _check_member(data, shard, row, text_field))]
+            return faults + [fault for row in index if (fault := _check_member(data, files.manifest, shard, row))]
     except StorageError as error:
         return [Fault(shard.name, None, str(error))]
 
 
-def _check_member(data: mmap.mmap, shard: ShardInfo, row: np.void, text_field: str) -> Fault | None:
+def _check_member(data: mmap.mmap, manifest: Manifest, shard: ShardInfo, row: np.void) -> Fault | None:
     """What is wrong with one member: its tar header, its checksum or its record."""
     offset, length = int(row["offset"]), int(row["length"])
     if not BLOCK <= offset <= offset + length <= len(data):
@@ -97,7 +96,7 @@ def _check_member(data: mmap.mmap, shard: ShardInfo, row: np.void, text_field: s
     if xxhash.xxh64_intdigest(payload) != int(row["xxh64"]):
         return Fault(shard.name, offset, "the member's checksum is not the index's")
     try:
-        decode_member(payload, member=shard.member, text_field=text_field)
+        decode_member(payload, member=shard.member, text_field=manifest.text_field, kind=manifest.kind)
     except DataError as error:
         return Fault(shard.name, offset, str(error))
     return None

@@ -6,28 +6,29 @@ import tarfile
 import zlib
 from typing import Any
 
-from arc_ds.data.records import MAX_RECORD_BYTES, check_record, decode_object, decode_record
+from arc_ds.data.records import MAX_RECORD_BYTES, decode_object, fine_tuning_record, pretraining_text
+from arc_ds.data.shards.format import RecordKind
 from arc_ds.errors import DataError
 
 BLOCK = tarfile.BLOCKSIZE
 
 
-def decode_member(payload: bytes, *, member: str = "json", text_field: str = "text") -> dict[str, Any]:
-    """The record in a member's bytes; DataError where there is none.
+def decode_member(payload: bytes, *, member: str, text_field: str, kind: RecordKind) -> dict[str, Any]:
+    """The record of a kind in a member's bytes; DataError where there is none.
 
-    member: what the member's name ends with. text_field: the field that holds the text of a pretraining record.
+    member: what the member's name ends with. text_field: the field that holds the text of a pretraining record. A
+    fine-tuning record comes without a `text`, which others' may have: by this field tasks tell one kind from the other.
     """
-    if member == "json" and text_field == "text":
-        return decode_record(payload)
     if member.endswith(".gz"):
         payload = unzip(payload)
-    if not is_json(member):
-        record: dict[str, Any] = {"text": decode_text(payload)}
+    record = decode_object(payload) if is_json(member) else {"text": decode_text(payload)}
+    if kind == "fine_tuning":
+        record.pop("text", None)
+        fine_tuning_record(record)
     else:
-        record = decode_object(payload)
-        if text_field in record:
+        if text_field != "text" and text_field in record:
             record["text"] = record.pop(text_field)
-    check_record(record)
+        pretraining_text(record)
     return record
 
 

@@ -88,12 +88,13 @@ class ShardSet:
         StorageError where its shard is gone or cannot be fetched.
         """
         shard_idx, (offset, length, checksum, _) = self._row(idx)
-        tar, shard = self._tar(shard_idx), self.manifest.shards[shard_idx]
+        manifest = self.manifest
+        tar, shard = self._tar(shard_idx), manifest.shards[shard_idx]
         payload = tar[offset : offset + length]
         try:
             if len(payload) != length or xxhash.xxh64_intdigest(payload) != checksum:
                 raise DataError("the checksum is not the index's")
-            return decode_member(payload, member=shard.member, text_field=self.manifest.text_field)
+            return decode_member(payload, member=shard.member, text_field=manifest.text_field, kind=manifest.kind)
         except DataError as error:
             name = name_of_header(tar[max(offset - BLOCK, 0) : offset])
             place = f"{self.files.shown(shard)}, member {name} at byte {offset}"

@@ -48,6 +48,7 @@ class Findings:
 
     keys: of webdataset samples, of which with_record have a member of the right name. ends: how many members' names
     end with what. skipped: members that cannot be used, by reason. named: the first of them for each reason.
+    passage_tokens: as in the shard's `ShardInfo`.
     """
 
     keys: set[str] = field(default_factory=set)
@@ -55,6 +56,7 @@ class Findings:
     ends: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)
+    passage_tokens: Counter[str] = field(default_factory=Counter)
 
     def skip(self, reason: str, what: str) -> None:
         self.skipped[reason] += 1
@@ -63,13 +65,15 @@ class Findings:
 
 
 class _Found(NamedTuple):
-    """A record's place in the tar, and its texts, of which all count, and of the alternatives the longest."""
+    """A record's place in the tar, and its texts, of which all count, and of the alternatives the longest. The first
+    num_passages texts are a fine-tuning record's passages."""
 
     offset: int
     length: int
     xxh64: int
     texts: tuple[str, ...]
     alternatives: tuple[str, ...]
+    num_passages: int
 
 
 class _UnusableError(Exception):
@@ -94,9 +98,9 @@ def index_tar(path: Path, tokenizer: Tokenizer, form: RecordForm) -> tuple[NDArr
         for found in _records(path, data, form, findings):
             batch.append(found)
             if len(batch) == _BATCH:
-                rows += _count_tokens(batch, tokenizer)
+                rows += _count_tokens(batch, tokenizer, findings)
                 batch = []
-        rows += _count_tokens(batch, tokenizer)
+        rows += _count_tokens(batch, tokenizer, findings)
     return np.array(rows, dtype=INDEX_DTYPE), findings
 
 
@@ -162,15 +166,16 @@ def _found(data: mmap.mmap, info: tarfile.TarInfo, form: RecordForm) -> _Found:
     payload = data[info.offset_data : info.offset_data + info.size]
     record = _decode(payload, form)
     alternatives: tuple[str, ...] = ()
-    with _unusable_as("bad_record"):
-        if form.kind == "pretraining":
-            texts: tuple[str, ...] = (pretraining_text(record),)
-        else:
-            made = fine_tuning_record(record)
-            texts, alternatives = made.texts[: -len(made.answers)], made.answers
+    num_passages = 0
+    if form.kind == "pretraining":
+        texts: tuple[str, ...] = (pretraining_text(record),)
+    else:
+        made = fine_tuning_record(record)
+        texts, alternatives = made.texts[: -len(made.answers)], made.answers
+        num_passages = len(made.passages)
     if not any(text.strip() for text in texts):
         raise _UnusableError("empty", "nothing but white space")
-    return _Found(info.offset_data, info.size, xxhash.xxh64_intdigest(payload), texts, alternatives)
+    return _Found(info.offset_data, info.size, xxhash.xxh64_intdigest(payload), texts, alternatives, num_passages)
 
 
 def _decode(payload: bytes, form: RecordForm) -> dict[str, Any]:
@@ -185,7 +190,7 @@ def _decode(payload: bytes, form: RecordForm) -> dict[str, Any]:
         with _unusable_as("not_json"):
             decode_object(content)
     with _unusable_as("bad_record"):
-        return decode_member(payload, member=form.member, text_field=form.text_field)
+        return decode_member(payload, member=form.member, text_field=form.text_field, kind=form.kind)
 
 
 @contextmanager
@@ -196,13 +201,16 @@ def _unusable_as(reason: str) -> Iterator[None]:
         raise _UnusableError(reason, error) from error
 
 
-def _count_tokens(batch: list[_Found], tokenizer: Tokenizer) -> list[tuple[int, int, int, int]]:
-    """Rows of an index: all texts of a record count, of the alternatives (answers) the longest."""
+def _count_tokens(batch: list[_Found], tokenizer: Tokenizer, findings: Findings) -> list[tuple[int, int, int, int]]:
+    """Rows of an index: all texts of a record count, of the alternatives (answers) the longest. The passages' tokens
+    are added to the findings."""
     texts = [text for found in batch for text in (*found.texts, *found.alternatives)]
     lengths = iter([len(ids) for ids in tokenizer.encode_batch(texts)] if texts else [])
     rows = []
     for found in batch:
-        tokens = sum(next(lengths) for _ in found.texts)
-        tokens += max((next(lengths) for _ in found.alternatives), default=0)
+        counts = [next(lengths) for _ in found.texts]
+        tokens = sum(counts) + max((next(lengths) for _ in found.alternatives), default=0)
+        if found.num_passages:
+            findings.passage_tokens[str(found.num_passages)] += sum(counts[: found.num_passages])
         rows.append((found.offset, found.length, found.xxh64, tokens))
     return rows

@@ -58,18 +58,21 @@ _SHIPPED = {
 }
 _VERSIONS = ("numpy", "torch", "tiktoken", "tokenizers", "sentencepiece")
 _REST = "the rest"
+# By folder or file of arc_ds/data; the first that fits.
 _STAGES = {
-    **dict.fromkeys(
-        ["order.py", "shuffle.py", "mixture.py", "randomness.py", "dealing.py", "estimates.py", "source.py"],
-        "order and dealing",
-    ),
-    **dict.fromkeys(["shard_reader.py", "shard_members.py", "records.py"], "reading records"),
-    **dict.fromkeys(["tokenizer_engine.py", "tokenizer_json.py", "tokenizer_pieces.py"], "tokenising"),
-    **dict.fromkeys(["tokenizer_sentencepiece.py", "tokenizer_tiktoken.py"], "tokenising"),
-    "tokenizers.py": "boundaries of characters",
-    "token_cache.py": "token cache",
-    **dict.fromkeys(["text_views.py", "pretraining.py", "segments.py", "sample_maker.py"], "making samples"),
-    **dict.fromkeys(["packing.py", "groups.py", "micro_batches.py", "step_batch.py"], "packing"),
+    "shards/token_cache": "token cache",
+    "shards/": "reading records",
+    "records.py": "reading records",
+    "tokenizers/__init__.py": "boundaries of characters",
+    "tokenizers/": "tokenising",
+    "tasks/": "making samples",
+    "segments.py": "making samples",
+    "batches/sample_maker.py": "making samples",
+    "batches/packing.py": "packing",
+    "groups.py": "packing",
+    "batches/micro_batches.py": "packing",
+    "batches/step_batch.py": "packing",
+    "batches/": "order and dealing",
 }
 
 
@@ -279,9 +282,10 @@ def stage_of(file: str) -> str | None:
     """The stage that a file's functions belong to, None where it is that of whoever calls them."""
     if "tiktoken" in file or "sentencepiece" in file:
         return "tokenising"
-    if "arc_ds" in file or "bench_data" in file:
-        return _STAGES.get(Path(file).name, _REST)
-    return None
+    _, is_data, place = file.rpartition("arc_ds/data/")
+    if is_data:
+        return next((stage for beginning, stage in _STAGES.items() if place.startswith(beginning)), _REST)
+    return _REST if "bench_data" in file else None
 
 
 def remove_caches(shards: Path) -> None:

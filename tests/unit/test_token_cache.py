@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
+import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,12 +25,16 @@ from arc_ds.data.batches.packing import PoolingSpec
 from arc_ds.data.batches.source import Source
 from arc_ds.data.building.writer import build_shards
 from arc_ds.data.shards import token_cache_writer
+from arc_ds.data.shards.index import index_shards
 from arc_ds.data.shards.reader import ShardSet
-from arc_ds.data.shards.token_cache import KnownText, KnownTexts, cache_folder, open_token_cache, texts_of, with_known
+from arc_ds.data.shards.tar_index import RecordForm
+from arc_ds.data.shards.token_cache import KnownText, KnownTexts, open_token_cache, with_known
+from arc_ds.data.shards.token_cache_files import cache_name, origin_of, texts_of
 from arc_ds.data.shards.token_cache_writer import build_token_caches, check_token_caches
 from arc_ds.data.tasks import TaskLimits
 from arc_ds.data.tokenizers import Encoding, Tokenizer, load_tokenizer
 from arc_ds.data.tokenizers.tiktoken_file import RankTokenizer
+from arc_ds.errors import DataError, StorageError
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_shards, write_tiktoken
 
 TEXTS = [TEXT, "plain words", "  two  spaces ", "北京\n\n été 🚲", "A " * 90, "\x00 odd"]
@@ -174,6 +182,45 @@ def test_shards_that_were_built_again_make_a_cache_stale(
     assert check_token_caches(again.folder, again.manifest) == []
 
 
+def test_tars_that_were_indexed_by_another_field_make_a_cache_stale(
+    tmp_path: Path, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tar is the same, and so are the numbers of characters."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for key, letter in enumerate("abcde"):
+            payload = json.dumps({"raw": f"the {letter} of stone", "content": f"a tower, {letter} sea"}).encode()
+            info = tarfile.TarInfo(f"{key}.json")
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    index_shards([folder], tokenizer_path, form=RecordForm(text_field="raw"))
+    build_token_caches(folder, [tokenizer_path])
+    index_shards([folder], tokenizer_path, form=RecordForm(text_field="content"), overwrite=True)
+    shards = ShardSet(folder)
+    assert open_token_cache(shards, load_tokenizer(tokenizer_path)) is None
+    assert "indexed again" in warnings_of(caplog)
+    (fault,) = check_token_caches(folder, shards.manifest)
+    assert "stale" in fault.what and "tokenize again" in fault.what
+    (made,) = build_token_caches(folder, [tokenizer_path])
+    assert made.made == 1
+    assert_known(shards, load_tokenizer(tokenizer_path))
+
+
+def test_all_that_decides_the_texts_of_a_shard_is_part_of_their_origin(shards: ShardSet) -> None:
+    manifest, shard = shards.manifest, shards.manifest.shards[0]
+    origins = {
+        origin_of(manifest, shard),
+        origin_of(replace(manifest, text_field="content"), shard),
+        origin_of(replace(manifest, kind="fine_tuning"), shard),
+        origin_of(manifest, replace(shard, member="txt")),
+        origin_of(manifest, replace(shard, sha256="0" * 64)),
+        origin_of(manifest, replace(shard, index_sha256="0" * 64)),
+    }
+    assert len(origins) == 6
+    assert origin_of(manifest, replace(shard, location="elsewhere.tar")) in origins
+
+
 def test_caches_of_other_tokenizers_only_are_named(
     tmp_path: Path, shards: ShardSet, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -243,6 +290,62 @@ def test_a_build_that_was_killed_goes_on_behind_its_finished_shards(
     assert_known(shards, load_tokenizer(tokenizer_path))
 
 
+def test_two_calls_do_not_write_one_cache_at_once(
+    shards: ShardSet, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = token_cache_writer._tokenize_shard
+
+    def tokenize_in_spite_of_another(*args: object) -> object:
+        if not (shards.folder / "begun").exists():
+            (shards.folder / "begun").touch()
+            with pytest.raises(DataError, match="another tokenize is at work in .*tokens-"):
+                build_token_caches(shards.folder, [tokenizer_path])
+        return whole(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(token_cache_writer, "_tokenize_shard", tokenize_in_spite_of_another)
+    build_token_caches(shards.folder, [tokenizer_path])
+    assert (shards.folder / "begun").exists()
+    assert_known(shards, load_tokenizer(tokenizer_path))
+    assert check_token_caches(shards.folder, shards.manifest) == []
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_and_an_index_elsewhere_the_cure(
+    tmp_path: Path, shards: ShardSet, tokenizer_path: Path
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    (shards.folder / cache_name(tokenizer.fingerprint)).write_text("")
+    with pytest.raises(StorageError, match=r"cannot be written: .*arc-ds shards index FOLDER --out OTHER"):
+        build_token_caches(shards.folder, [tokenizer_path])
+    index_shards([shards.folder], tokenizer_path, out_dir=tmp_path / "other")
+    build_token_caches(tmp_path / "other", [tokenizer_path])
+    other = ShardSet(tmp_path / "other")
+    assert [other.record(idx)["text"] for idx in range(len(other))] == TEXTS * 4
+    assert_known(other, tokenizer)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_an_error_and_the_same_call_goes_on(
+    shards: ShardSet, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    synced: list[int] = []
+
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) > 4:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match=r"No space left.*Free some of the disk"):
+            build_token_caches(shards.folder, [tokenizer_path], workers=workers)
+    assert open_token_cache(shards, tokenizer) is None
+    (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    assert made.made < len(shards.manifest.shards)
+    assert_known(shards, tokenizer)
+    assert check_token_caches(shards.folder, shards.manifest) == []
+
+
 def test_caches_are_the_same_bytes_whatever_the_number_of_workers(shards: ShardSet, tokenizer_path: Path) -> None:
     (made,) = build_token_caches(shards.folder, [tokenizer_path])
     once = {path.name: path.read_bytes() for path in made.folder.iterdir()}
@@ -250,7 +353,7 @@ def test_caches_are_the_same_bytes_whatever_the_number_of_workers(shards: ShardS
         path.unlink()
     build_token_caches(shards.folder, [tokenizer_path], workers=2)
     assert {path.name: path.read_bytes() for path in made.folder.iterdir()} == once
-    assert made.folder == cache_folder(shards.folder, load_tokenizer(tokenizer_path).fingerprint)
+    assert made.folder == shards.folder / cache_name(load_tokenizer(tokenizer_path).fingerprint)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -292,7 +395,7 @@ def test_command_line_builds_checks_and_mends_caches(
     assert main(["shards", "check", out, "--workers", "1"]) == 0
     for path in (tokenizer_path, other):
         assert_known(ShardSet(out), load_tokenizer(path))
-    flip(next(cache_folder(Path(out), load_tokenizer(other).fingerprint).glob("*.ids")), 3)
+    flip(next((Path(out) / cache_name(load_tokenizer(other).fingerprint)).glob("*.ids")), 3)
     capsys.readouterr()
     assert main(["shards", "check", out, "--workers", "1"]) == 1
     assert "tokenize again" in capsys.readouterr().out

@@ -93,10 +93,9 @@ class ShardCache:
 
     def storage_error(self, url: str, error: OSError) -> StorageError:
         """What to raise where a fetched file cannot be kept."""
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         cure = (
             "Free some of the disk, lower data.cache_gib, or set data.cache_dir to a folder of a larger disk."
-            if is_full
+            if is_disk_full(error)
             else "Set data.cache_dir to a folder of a local disk that this user may write to."
         )
         return StorageError(
@@ -163,6 +162,11 @@ def open_cache(cache_dir: str | Path | None = None, cache_gib: float | None = No
     folder = Path(os.path.abspath(os.path.expanduser(cache_dir or _default_folder())))
     max_bytes = _half_of_the_free(folder) if cache_gib is None else int(cache_gib * _GIB)
     return ShardCache(folder=folder, max_bytes=max_bytes)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a file could not be written because there is no room for it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def path_of_tars(folder: Path) -> Path:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 from arc_ds.data.shards.cache import ShardCache, open_cache
 from arc_ds.data.shards.format import (
@@ -25,13 +26,21 @@ from arc_ds.data.shards.format import (
     read_manifest,
     sha256_of_file,
 )
-from arc_ds.data.shards.remote import fetch_bytes
+from arc_ds.data.shards.remote import TransferError, fetch_bytes
 from arc_ds.errors import ConfigError, DataError, StorageError
 from arc_ds.urls import is_url, join_url, local_path, shown_url
 
 _THREADS = 16  # for waits, not for work: small files behind a network
 _MAX_MANIFEST_BYTES = 1 << 30
 _T = TypeVar("_T")
+
+
+class SideFile(NamedTuple):
+    """A file that is kept in a folder beside shards."""
+
+    name: str
+    num_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +86,36 @@ class ShardFiles:
         address = self.address(shard)
         if self.cache is not None and is_url(address):
             self.cache.bring(address, num_bytes=shard.bytes, sha256=shard.sha256)
+
+    def fetch_beside(self, name: str, *, max_bytes: int) -> bytes | None:
+        """A small file that may lie with the tars behind a URL, by its path from their folder; None where it does not.
+
+        A command or a bucket that gives nothing does not say why, so that it is asked once and believed. StorageError
+        where a web server fails in another way than by an answer.
+        """
+        assert self.base is not None and self.cache is not None, "what is local is not fetched"
+        address, retries = join_url(self.base, name), self.cache.retries
+        tells_why = urlsplit(address).scheme in ("http", "https")
+        try:
+            return fetch_bytes(
+                address, max_bytes=max_bytes, retries=retries if tells_why else replace(retries, attempts=1)
+            )
+        except StorageError as error:
+            reason = error.__cause__
+            if not tells_why or (isinstance(reason, TransferError) and reason.is_final):
+                return None
+            raise
+
+    def open_beside(self, folder: str, file: SideFile) -> IO[bytes]:
+        """A file of a folder beside the tars behind a URL, fetched into their cache; StorageError as `open`."""
+        assert self.base is not None and self.cache is not None, "what is local is not fetched"
+        address = join_url(self.base, f"{folder}/{file.name}")
+        return self.cache.open(address, num_bytes=file.num_bytes, sha256=file.sha256)
+
+    def kept_path(self, file: SideFile) -> Path:
+        """Where a file that was fetched is kept."""
+        assert self.cache is not None, "what is local is not fetched"
+        return self.cache.tar_path(file.sha256)
 
     def cure(self, shard: ShardInfo) -> str:
         """What to do about a tar whose bytes are not what they were."""

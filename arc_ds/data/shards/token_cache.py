@@ -1,11 +1,4 @@
-"""The token cache: ids of every text of a set of shards, by one tokenizer, beside the shards (design 7).
-
-A cache is the folder `tokens-FINGERPRINT` in the folder of manifest and indexes (the first 16 digits of the tokenizer's
-fingerprint). It holds `cache.json`, and for each shard `NAME.ids` and `NAME.texts`. The first has for each record the
-ids of all its texts end to end, as little-endian uint32, and behind them for each id, as one byte, how many characters
-end with it (a text's boundaries are their sums). The second is three .npy arrays: the first id and the first text of
-each record, uint64 [records + 1, 2], the last row being the end; xxh64 of what `NAME.ids` has of each record, uint64
-[records]; and the number of ids of each text, uint32 [texts].
+"""The token cache: ids of every text of a set of shards, by one tokenizer, from files beside the shards.
 
 A cache never changes a sample: where it is missing, cut, of older shards or of another tokenizer, texts are tokenised
 on the fly, and a warning says so.
@@ -16,178 +9,101 @@ Shape letters: N tokens.
 from __future__ import annotations
 
 import bisect
-import io
-import json
 import logging
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from arc_ds.data.records import fine_tuning_record
-from arc_ds.data.shards.format import sha256_of_file
+from arc_ds.data.shards.files import SideFile
 from arc_ds.data.shards.reader import ShardSet
+from arc_ds.data.shards.token_cache_files import (
+    CACHE_FILE,
+    MAX_INDEX_BYTES,
+    PREFIX,
+    TOKEN_BYTES,
+    CacheIndex,
+    ShardTexts,
+    cache_name,
+    mismatch,
+    parse_cache_index,
+    read_cache_index,
+    read_texts,
+    texts_of,
+    wrong_size,
+)
 from arc_ds.data.tokenizers import Encoding, Tokenizer
-from arc_ds.errors import DataError
+from arc_ds.errors import DataError, StorageError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "arc-ds-token-cache"
-VERSION = 2
-CACHE_FILE = "cache.json"
-PREFIX = "tokens-"
-TOKEN_BYTES = 5  # an id, and the characters that end with it
-MAX_CHARACTERS = 255  # of one token
 _MAX_OPEN = 64  # as for shards: a mapping holds a file descriptor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedShard:
-    """One shard of a cache. shard_sha256: of the tar whose texts these are. ids: how many, of all texts together.
-    left_out: records or texts that are not in it, because they cannot be read or a token has too many characters."""
-
-    shard_sha256: str
-    records: int
-    ids: int
-    left_out: int
-    ids_sha256: str
-    texts_sha256: str
-    texts_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheIndex:
-    """What `cache.json` says: the whole fingerprint of the tokenizer, and the shards that are done, by name."""
-
-    fingerprint: str
-    shards: Mapping[str, CachedShard]
-
-    def to_json(self) -> str:
-        shards = {name: asdict(shard) for name, shard in sorted(self.shards.items())}
-        spec = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint, "shards": shards}
-        return json.dumps(spec, indent=1) + "\n"
-
-
-class ShardTexts(NamedTuple):
-    """The `.texts` file of a shard (see above)."""
-
-    first: NDArray[np.uint64]
-    checksums: NDArray[np.uint64]
-    lengths: NDArray[np.uint32]
-
-
-def cache_folder(shards_folder: Path, fingerprint: str) -> Path:
-    """Where the cache of a tokenizer lies."""
-    return shards_folder / f"{PREFIX}{fingerprint[:16]}"
-
-
-def ids_name(shard_name: str) -> str:
-    return Path(shard_name).stem + ".ids"
-
-
-def texts_name(shard_name: str) -> str:
-    return Path(shard_name).stem + ".texts"
-
-
-def texts_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The texts of a record that are cached, in the order they are cached in; DataError as for `records`."""
-    return (record["text"],) if "text" in record else fine_tuning_record(dict(record)).texts
-
-
-def read_cache_index(folder: Path) -> CacheIndex:
-    """What `cache.json` of a cache's folder says; DataError where it is missing, damaged or of another version."""
-    path = folder / CACHE_FILE
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        if spec["format"] != FORMAT or spec["version"] != VERSION:
-            raise DataError(f"{path}: expected format {FORMAT} version {VERSION}")
-        shards = {str(name): CachedShard(**shard) for name, shard in spec["shards"].items()}
-        return CacheIndex(fingerprint=str(spec["fingerprint"]), shards=shards)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-
-
-def read_texts(path: Path, shard: CachedShard) -> ShardTexts:
-    """The `.texts` file of a shard; DataError where it is missing or not the one that `cache.json` names."""
-    try:
-        if sha256_of_file(path) != shard.texts_sha256:
-            raise DataError(f"{path}: its sha256 is not the one in {CACHE_FILE}")
-        with path.open("rb") as file:
-            return ShardTexts(*(np.load(file, allow_pickle=False) for _ in range(3)))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-
-
-def dump_texts(texts: ShardTexts) -> bytes:
-    """The content of a `.texts` file."""
-    buffer = io.BytesIO()
-    for array in texts:
-        np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def open_token_cache(shards: ShardSet, tokenizer: Tokenizer) -> TokenCache | None:
     """The cache of these shards by this tokenizer, None where there is none that can be used.
 
-    Sizes, the shards' sums and the fingerprint are checked; a cache that does not match is named in a warning, and
-    so is a folder with caches of other tokenizers only. A URL's cache lies where its manifest is kept locally.
+    That of a set behind a URL lies there, or (`arc-ds shards tokenize URL`) where its manifest is kept locally. Sizes,
+    what the texts come from and the fingerprint are checked; a cache that does not match is named in a warning, and so
+    is a local folder with caches of other tokenizers only.
     """
-    folder = cache_folder(shards.folder, tokenizer.fingerprint)
-    if not folder.is_dir():
-        others = sorted(path.name for path in shards.folder.glob(f"{PREFIX}*"))
-        if others:
-            logger.warning(
-                "%s has token caches (%s), but none of the tokenizer %s…: its texts are tokenised on the fly. Run "
-                "arc-ds shards tokenize with that tokenizer.",
-                *(shards.name, ", ".join(others), tokenizer.fingerprint[:16]),
-            )
-        return None
-    try:
-        index = read_cache_index(folder)
-        fault = mismatch(shards, folder, index, tokenizer.fingerprint)
-    except DataError as error:
-        fault = str(error)
-    if fault is not None:
+    fingerprint = tokenizer.fingerprint
+    faults = []
+    for is_fetched, find in ((False, _local_index), (True, _fetched_index)):
+        try:
+            if (index := find(shards, fingerprint)) is not None:
+                return TokenCache(shards, index, is_fetched=is_fetched)
+        except (DataError, StorageError) as error:
+            faults.append(str(error).rstrip("."))
+    if faults:
         logger.warning(
-            "token cache %s is not used: %s. Texts are tokenised on the fly. Run arc-ds shards tokenize again.",
-            *(folder, fault),
+            "%s: its token cache %s is not used: %s. Texts are tokenised on the fly. Run arc-ds shards tokenize again.",
+            *(shards.name, cache_name(fingerprint), "; ".join(faults)),
         )
+    elif others := sorted(path.name for path in shards.folder.glob(f"{PREFIX}*")):
+        logger.warning(
+            "%s has token caches (%s), but none of the tokenizer %s…: its texts are tokenised on the fly. Run "
+            "arc-ds shards tokenize with that tokenizer.",
+            *(shards.name, ", ".join(others), fingerprint[:16]),
+        )
+    return None
+
+
+def _local_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
+    """What the cache beside manifest and indexes holds, None where there is none; DataError where it does not fit."""
+    folder = shards.folder / cache_name(fingerprint)
+    if not folder.is_dir():
         return None
-    return TokenCache(shards, folder, index)
+    index = read_cache_index(folder)
+    fault = mismatch(shards.manifest, index, fingerprint)
+    sizes = (wrong_size(folder, index.shards[shard.name], shard.name) for shard in shards.manifest.shards)
+    if fault := fault or next(filter(None, sizes), None):
+        raise DataError(fault)
+    return index
 
 
-def mismatch(shards: ShardSet, folder: Path, index: CacheIndex, fingerprint: str) -> str | None:
-    """Why a cache is not that of these shards and this tokenizer, None where it is."""
-    if index.fingerprint != fingerprint:
-        return f"it is of the tokenizer {index.fingerprint[:16]}…, not {fingerprint[:16]}…"
-    for shard in shards.manifest.shards:
-        cached = index.shards.get(shard.name)
-        if cached is None:
-            return f"it is unfinished, {shard.name} is not in it"
-        if cached.shard_sha256 != shard.sha256:
-            return f"it is stale, {shard.name} has been built again since"
-        if (fault := wrong_size(folder, shard.name, cached)) is not None:
-            return fault
-    return None
-
-
-def wrong_size(folder: Path, shard_name: str, cached: CachedShard) -> str | None:
-    """What is wrong with the sizes of a cached shard's files, None where nothing is."""
-    expected = {ids_name(shard_name): cached.ids * TOKEN_BYTES, texts_name(shard_name): cached.texts_bytes}
-    for name, size in expected.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            return f"{name} is missing" if found is None else f"{name} has {found} bytes, expected {size}"
-    return None
+def _fetched_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
+    """As `_local_index`, of the cache behind a URL; StorageError where it cannot be fetched, though it is there."""
+    files = shards.files
+    if files.base is None or files.cache is None:
+        return None
+    name = f"{cache_name(fingerprint)}/{CACHE_FILE}"
+    raw = files.fetch_beside(name, max_bytes=MAX_INDEX_BYTES)
+    if raw is None:
+        logger.info("%s: no token cache is there (%s)", shards.name, name)
+        return None
+    index = parse_cache_index(raw, name)
+    if fault := mismatch(shards.manifest, index, fingerprint):
+        raise DataError(fault)
+    largest = max(shard.ids for shard in index.shards.values()) * TOKEN_BYTES
+    if largest > files.cache.max_bytes:
+        raise DataError(f"a file of it has {largest} bytes, more than data.cache_gib allows. Raise it")
+    return index
 
 
 class KnownText(NamedTuple):
@@ -200,12 +116,15 @@ class KnownText(NamedTuple):
 class TokenCache:
     """The ids of the texts of a set of shards by one tokenizer. Opened by `open_token_cache`.
 
-    Files are mapped when first needed. Each process opens caches for itself, as it loads tokenizers.
+    Files are mapped, and those behind a URL fetched, when first needed. Each process opens caches for itself, as it
+    loads tokenizers.
     """
 
-    def __init__(self, shards: ShardSet, folder: Path, index: CacheIndex) -> None:
+    def __init__(self, shards: ShardSet, index: CacheIndex, *, is_fetched: bool = False) -> None:
         self.fingerprint = index.fingerprint
-        self._folder = folder
+        self._name = cache_name(index.fingerprint)
+        self._files = shards.files
+        self._is_fetched = is_fetched
         self._names = [shard.name for shard in shards.manifest.shards]
         self._cached = [index.shards[name] for name in self._names]
         sizes = np.array([cached.records for cached in self._cached], dtype=np.int64)
@@ -235,8 +154,8 @@ class TokenCache:
             if not self._is_named:
                 self._is_named = True
                 logger.warning(
-                    "token cache %s, record %d: %s. Such texts are tokenised on the fly. Run arc-ds shards check.",
-                    *(self._folder, record_idx, error),
+                    "%s, token cache %s, record %d: %s. Such texts are tokenised on the fly.",
+                    *(self._files.name, self._name, record_idx, str(error).rstrip(".")),
                 )
             return []
 
@@ -246,7 +165,9 @@ class TokenCache:
         (first, first_text), (end, end_text) = texts.first[row : row + 2].tolist()
         payload = tokens[first * TOKEN_BYTES : end * TOKEN_BYTES]
         if xxhash.xxh64_intdigest(payload) != texts.checksums.item(row):
-            raise DataError(f"the checksum of its ids in {ids_name(self._names[shard_idx])} is not the one written")
+            file = self._cached[shard_idx].ids_file(self._names[shard_idx])
+            cure = f"Delete {self._files.kept_path(file)}" if self._is_fetched else "Run arc-ds shards check"
+            raise DataError(f"the checksum of its ids in {file.name} is not the one written. {cure}")
         ids = np.frombuffer(payload, dtype="<u4", count=end - first)
         characters = np.frombuffer(payload, dtype=np.uint8, offset=4 * (end - first))
         if end_text - first_text == 1:
@@ -256,16 +177,25 @@ class TokenCache:
         return [Encoding(piece, _ends(of_piece)) for piece, of_piece in pieces] if end_text > first_text else []
 
     def _open(self, shard_idx: int) -> tuple[mmap.mmap | bytes, ShardTexts]:
-        name, cached = self._names[shard_idx], self._cached[shard_idx]
+        name = self._names[shard_idx]
+        ids, table = self._cached[shard_idx].ids_file(name), self._cached[shard_idx].texts_file(name)
         self._damaged.add(shard_idx)  # until it is open
-        texts = read_texts(self._folder / texts_name(name), cached)
         try:
-            with (self._folder / ids_name(name)).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if cached.ids else b""
-        except (OSError, ValueError) as error:
-            raise DataError(f"{ids_name(name)} cannot be mapped: {error}") from error
+            with self._open_file(table) as file:
+                texts = read_texts(file, table)
+            mapped: mmap.mmap | bytes = b""
+            if ids.num_bytes:
+                with self._open_file(ids) as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError, StorageError) as error:
+            raise DataError(f"the ids of {name} cannot be opened: {error}") from error
         self._damaged.discard(shard_idx)
         return mapped, texts
+
+    def _open_file(self, file: SideFile) -> IO[bytes]:
+        if self._is_fetched:
+            return self._files.open_beside(self._name, file)
+        return (self._files.folder / self._name / file.name).open("rb")
 
 
 def _ends(characters: NDArray[np.uint8]) -> NDArray[np.int64]:

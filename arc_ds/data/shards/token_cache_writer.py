@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,26 +19,29 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from arc_ds.data.building.workers import worker_pool
+from arc_ds.data.shards.cache import is_disk_full
 from arc_ds.data.shards.faults import Fault
 from arc_ds.data.shards.format import Manifest, sha256_of_file
 from arc_ds.data.shards.reader import ShardSet
-from arc_ds.data.shards.token_cache import (
+from arc_ds.data.shards.token_cache_files import (
     CACHE_FILE,
+    LOCK_FILE,
     MAX_CHARACTERS,
     PREFIX,
     CachedShard,
     CacheIndex,
     ShardTexts,
-    cache_folder,
+    cache_name,
     dump_texts,
     ids_name,
+    origin_of,
     read_cache_index,
     texts_name,
     texts_of,
     wrong_size,
 )
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
-from arc_ds.errors import DataError
+from arc_ds.errors import DataError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +63,51 @@ def build_token_caches(
     """Write the caches of a set of shards for some tokenizers (files or folders), and say what they hold.
 
     Shards that a cache already has are not tokenised again unless they have changed, so that a call that was killed
-    goes on; files appear whole or not at all. DataError where the shards cannot be read or a worker dies.
+    goes on; files appear whole or not at all. path: a folder; or a URL, the caches of which are then kept where those
+    who train on it from this host look. DataError where the shards cannot be read, a worker dies or another call is at
+    work on the same cache; StorageError where nothing can be written.
     """
     shards = ShardSet(path)
     loaded = [(str(tokenizer), load_tokenizer(tokenizer)) for tokenizer in tokenizers]
     jobs = [
-        _Jobs(str(path), shards, tokenizer, tokenizer_path, cache_folder(shards.folder, tokenizer.fingerprint))
+        _Jobs(str(path), shards, tokenizer, tokenizer_path, shards.folder / cache_name(tokenizer.fingerprint))
         for tokenizer_path, tokenizer in loaded
     ]
-    return tuple(_build_cache(job, workers, progress) for job in jobs)
+    return tuple(_build_or_say_why_not(job, workers, progress) for job in jobs)
+
+
+def _build_or_say_why_not(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
+    """As `_build_cache`, where no other call is at work on the same; StorageError where nothing can be written."""
+    try:
+        with _locked(jobs.folder):
+            return _build_cache(jobs, workers, progress)
+    except OSError as error:
+        cure = (
+            "Free some of the disk; the same command goes on behind the finished shards."
+            if is_disk_full(error)
+            else "A token cache lies beside the manifest. Where that folder cannot be written, make another manifest "
+            "for the same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and name it in data.sources."
+        )
+        raise StorageError(f"{jobs.folder} cannot be written: {error}. {cure}") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder of a cache and keep other calls out of it. DataError where one is at work in it."""
+    folder.mkdir(exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another tokenize is at work in {folder}. Wait for it.") from None
+        except OSError as error:
+            logger.warning("%s: this file system has no locks (%s); run one tokenize at a time", folder, error)
+        yield
 
 
 def _build_cache(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
     """Tokenise what one cache lacks. Its index is written anew behind each shard."""
     infos, folder, fingerprint = jobs.shards.manifest.shards, jobs.folder, jobs.tokenizer.fingerprint
-    folder.mkdir(exist_ok=True)
     done = _finished(jobs.shards.manifest, folder, fingerprint)
     for stray in _strays(folder, done):
         stray.unlink()
@@ -105,17 +139,16 @@ def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, C
         return {}
     if index.fingerprint != fingerprint:
         return {}
-    now = {shard.name: shard.sha256 for shard in manifest.shards}
     return {
-        name: cached
-        for name, cached in index.shards.items()
-        if name in now and _fault_of(folder, name, now[name], cached) is None
+        shard.name: index.shards[shard.name]
+        for shard in manifest.shards
+        if _fault_of(folder, index, shard.name, origin_of(manifest, shard)) is None
     }
 
 
 def _strays(folder: Path, done: Mapping[str, CachedShard]) -> list[Path]:
     """Files in a cache's folder that belong to no finished shard."""
-    known = {CACHE_FILE, *map(ids_name, done), *map(texts_name, done)}
+    known = {CACHE_FILE, LOCK_FILE, *map(ids_name, done), *map(texts_name, done)}
     return sorted(path for path in folder.iterdir() if path.name not in known)
 
 
@@ -176,7 +209,7 @@ def _tokenize_shard(shards: ShardSet, shard_idx: int, tokenizer: Tokenizer, fold
     texts = dump_texts(writer.texts())
     _write_whole(folder / texts_name(info.name), texts)
     return CachedShard(
-        shard_sha256=info.sha256,
+        origin=origin_of(shards.manifest, info),
         records=info.samples,
         ids=writer.num_ids,
         left_out=writer.left_out,
@@ -273,7 +306,7 @@ def check_token_caches(folder: Path, manifest: Manifest) -> list[Fault]:
             continue
         faults += [Fault(f"{cache.name}/{p.name}", None, "not in its index") for p in _strays(cache, index.shards)]
         for shard in manifest.shards:
-            what = _fault_of(cache, shard.name, shard.sha256, index.shards.get(shard.name))
+            what = _fault_of(cache, index, shard.name, origin_of(manifest, shard))
             if what is not None:
                 faults.append(Fault(f"{cache.name}/{ids_name(shard.name)}", None, what))
         gone = index.shards.keys() - {shard.name for shard in manifest.shards}
@@ -281,13 +314,14 @@ def check_token_caches(folder: Path, manifest: Manifest) -> list[Fault]:
     return faults
 
 
-def _fault_of(cache: Path, shard_name: str, shard_sha256: str, cached: CachedShard | None) -> str | None:
+def _fault_of(cache: Path, index: CacheIndex, shard_name: str, origin: str) -> str | None:
     """What is wrong with the files of one shard in a cache, None where nothing is."""
+    cached = index.shards.get(shard_name)
     if cached is None:
         return "missing: the cache is unfinished"
-    if cached.shard_sha256 != shard_sha256:
-        return "stale: the shard has been built again since"
-    if (fault := wrong_size(cache, shard_name, cached)) is not None:
+    if cached.origin != origin:
+        return "stale: the shard has been built or indexed again since. Run arc-ds shards tokenize again."
+    if (fault := wrong_size(cache, cached, shard_name)) is not None:
         return fault
     for name, sha256 in ((ids_name(shard_name), cached.ids_sha256), (texts_name(shard_name), cached.texts_sha256)):
         if sha256_of_file(cache / name) != sha256:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -292,6 +293,25 @@ def test_an_indexed_set_is_not_replaced_unasked(tokenizer: Path, folder: Path) -
     with pytest.raises(DataError, match="unexpected end of data. Copy it again"):
         index_shards([folder], tokenizer, overwrite=True)
     assert (folder / "manifest.json").read_text() == first.to_json(), "a failed one leaves the old"
+
+
+def test_a_folder_that_cannot_be_written_and_a_full_disk_are_errors_with_the_cure(
+    tokenizer: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(folder / "0.tar", [("0.json", as_json(TEXTS[0]))])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"Not a directory.* cannot be written, give another .*--out FOLDER"):
+        index_shards([folder], tokenizer, out_dir=tmp_path / "file" / "out")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match=r"No space left.* give a folder of a larger one: --out FOLDER"):
+            index_shards([folder], tokenizer)
+    assert [path.name for path in folder.iterdir()] == ["0.tar"], "nothing is left behind"
+    assert index_shards([folder], tokenizer).samples == 1
 
 
 def test_what_is_given_must_be_there_and_no_command(tokenizer: Path, folder: Path) -> None:

@@ -20,11 +20,12 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from tqdm import tqdm
 
+from arc_ds.data.shards.cache import is_disk_full
 from arc_ds.data.shards.format import MANIFEST, Manifest, ShardInfo, SourceInfo, read_manifest, sha256_of_file
 from arc_ds.data.shards.remote import Retries, download, with_retries
 from arc_ds.data.shards.tar_index import RecordForm, index_tar
 from arc_ds.data.tokenizers import load_tokenizer
-from arc_ds.errors import DataError
+from arc_ds.errors import DataError, StorageError
 from arc_ds.urls import is_url, local_path
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ def index_shards(
         in one local folder.
     form: how the records lie in the tars. Members that cannot be used are counted by reason in the manifest, and the
         first of each reason named in the log.
-    DataError where a tar is damaged or no record is found; StorageError where a URL cannot be fetched.
+    DataError where a tar is damaged or no record is found; StorageError where a URL cannot be fetched, a tar cannot be
+    read or nothing can be written.
     """
     works = _works(tars, out_dir)
     folder = Path(out_dir) if out_dir is not None else Path(works[0].place).parent
@@ -90,7 +92,7 @@ def index_shards(
         raise DataError(f"{folder} has a {MANIFEST} already. Give another folder, or overwrite=True (--overwrite).")
     form = form or RecordForm()
     fingerprint = _load_tokenizer(Path(tokenizer)).fingerprint
-    with _scratch_in(folder) as scratch:
+    with _storage_errors(folder), _scratch_in(folder) as scratch:
         job = _Job(scratch=scratch, tokenizer=Path(tokenizer), form=form)
         indexed = list(_index_all(works, job, workers, progress))
         (scratch / MANIFEST).write_text(_manifest(indexed, form, fingerprint).to_json(), encoding="utf-8")
@@ -149,6 +151,21 @@ def _expand(given: str) -> list[str]:
 def _name_of(place: str) -> str:
     path = unquote(urlsplit(place).path) if is_url(place) else place
     return _UNSAFE.sub("_", path.rstrip("/").rpartition("/")[2])
+
+
+@contextmanager
+def _storage_errors(folder: Path) -> Iterator[None]:
+    """StorageError where a file cannot be read or written, which says whether there was no room for it."""
+    try:
+        yield
+    except OSError as error:
+        cure = (
+            "Free some of its disk, or give a folder of a larger one: --out FOLDER."
+            if is_disk_full(error)
+            else "The tars must be readable; where their own folder cannot be written, give another one for index and "
+            "manifest: --out FOLDER."
+        )
+        raise StorageError(f"{folder}: the index cannot be made: {error}. {cure}") from error
 
 
 @contextmanager

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import bisect
 import mmap
-import os
 import struct
 from collections.abc import Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from arc_ds.data.shards.cache import ShardCache
 from arc_ds.data.shards.files import ShardFiles, locate
 from arc_ds.data.shards.format import INDEX_DTYPE, read_index
+from arc_ds.data.shards.mappings import Mappings, map_file
 from arc_ds.data.shards.members import BLOCK, decode_member, name_of_header
 from arc_ds.data.shards.prefetcher import Prefetcher
 from arc_ds.errors import DataError, StorageError
@@ -25,18 +25,15 @@ from arc_ds.errors import DataError, StorageError
 # One row of an index. Unpacking from bytes takes a third of the time of reading the fields of a numpy row.
 _ROW = struct.Struct("<qqQi")
 assert _ROW.size == INDEX_DTYPE.itemsize, "the row and the dtype are the same bytes"
-# A mapping holds a file descriptor, of which a process may have as few as 1024 in all.
-_MAX_MAPPED = 64
-_MAX_INDEX_BYTES = 128 << 20
+_MAX_MAPPED_OF_CACHE = 64
 
 
 class ShardSet:
     """A set of shards, its records in one numbering from 0.
 
-    Opening checks the manifest, every index and every local tar's size, and reads no record. Tars are mapped, and
-    those behind a URL fetched, when first needed, in each process for itself: the object may cross a fork or be
-    pickled. Indexes stay on the disk as well, those of a few shards in memory, so that its size does not grow with
-    the number of records.
+    Opening checks the manifest, every index and every local tar's size, and reads no record. Tars and indexes are
+    mapped, and tars behind a URL fetched, when first needed, in each process for itself: the object may cross a fork
+    or be pickled, and its size does not grow with the number of records.
 
     name: path or URL, as messages show it. folder: where manifest and indexes are.
     """
@@ -58,15 +55,16 @@ class ShardSet:
         self._open_nothing()
 
     def _open_nothing(self) -> None:
-        self._index = lru_cache(maxsize=_max_indexes(self.files))(partial(_index_rows, self.files))
-        self._tar = lru_cache(maxsize=_max_mapped(self.files))(partial(_map, self.files))
+        self._indexes = Mappings(partial(_index_rows, self.files))
+        largest_bytes = max(shard.bytes for shard in self.manifest.shards)
+        self._tars = Mappings(partial(_map_tar, self.files), most=max_mapped(self.files.cache, largest_bytes))
         self._prefetcher: Prefetcher | None = None
 
     def __len__(self) -> int:
         return self.manifest.samples
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_index", "_tar", "_prefetcher", "num_tokens")
+        left_out = ("_indexes", "_tars", "_prefetcher", "num_tokens")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -89,7 +87,7 @@ class ShardSet:
         """
         shard_idx, (offset, length, checksum, _) = self._row(idx)
         manifest = self.manifest
-        tar, shard = self._tar(shard_idx), manifest.shards[shard_idx]
+        tar, shard = self._tars[shard_idx], manifest.shards[shard_idx]
         payload = tar[offset : offset + length]
         try:
             if len(payload) != length or xxhash.xxh64_intdigest(payload) != checksum:
@@ -122,21 +120,18 @@ class ShardSet:
         if not 0 <= idx < self.manifest.samples:
             raise DataError(f"{self.name}: record {idx} was asked for; it holds 0 to {len(self) - 1}.")
         shard_idx = bisect.bisect_right(self._first, idx) - 1
-        row = _ROW.unpack_from(self._index(shard_idx), (idx - self._first[shard_idx]) * _ROW.size)
+        row = _ROW.unpack_from(self._indexes[shard_idx], (idx - self._first[shard_idx]) * _ROW.size)
         return shard_idx, row  # type: ignore[return-value]
 
 
-def _max_indexes(files: ShardFiles) -> int:
-    largest = max(shard.samples for shard in files.manifest.shards)
-    return max(_MAX_INDEX_BYTES // (largest * _ROW.size), _MAX_MAPPED)
+def max_mapped(cache: ShardCache | None, largest_bytes: int) -> int | None:
+    """How many files of at most so many bytes may be mapped from a cache at once; None where they are local.
 
-
-def _max_mapped(files: ShardFiles) -> int:
-    """What is mapped cannot make room in the cache, so that a few processes shall not fill it alone."""
-    if files.cache is None:
-        return _MAX_MAPPED
-    largest = max(shard.bytes for shard in files.manifest.shards)
-    return min(max(files.cache.max_bytes // (4 * largest), 1), _MAX_MAPPED)
+    What is mapped cannot make room in the cache, so that a few processes shall not fill it alone.
+    """
+    if cache is None:
+        return None
+    return min(max(cache.max_bytes // (4 * largest_bytes), 1), _MAX_MAPPED_OF_CACHE)
 
 
 def _index_rows(files: ShardFiles, shard_idx: int) -> memoryview:
@@ -144,7 +139,8 @@ def _index_rows(files: ShardFiles, shard_idx: int) -> memoryview:
     shard = files.manifest.shards[shard_idx]
     path = files.folder / shard.index_name
     try:
-        raw = memoryview(path.read_bytes())
+        with path.open("rb") as file:
+            raw = memoryview(map_file(file))
     except OSError as error:
         raise StorageError(f"{path} cannot be opened: {error.strerror}. Is its disk still mounted?") from error
     rows = raw[max(len(raw) - shard.samples * _ROW.size, 0) :]
@@ -155,17 +151,17 @@ def _index_rows(files: ShardFiles, shard_idx: int) -> memoryview:
     return rows
 
 
-def _map(files: ShardFiles, shard_idx: int) -> mmap.mmap:
-    """The mapped tar of a shard. A mapping made before a fork stays valid in the child: it is only read."""
+def _map_tar(files: ShardFiles, shard_idx: int) -> mmap.mmap | bytes:
+    """The mapped tar of a shard."""
     shard = files.manifest.shards[shard_idx]
     with files.open(shard) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != shard.bytes:
-            raise StorageError(
-                f"{files.shown(shard)} has {size} bytes, but had {shard.bytes} before. Was it built again, or is it "
-                "being copied? Start again when that is done."
-            )
         try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
+            tar = map_file(file)
+        except OSError as error:
             raise StorageError(f"{files.shown(shard)} cannot be mapped: {error}. Is its disk still mounted?") from error
+    if len(tar) != shard.bytes:
+        raise StorageError(
+            f"{files.shown(shard)} has {len(tar)} bytes, but had {shard.bytes} before. Was it built again, or is it "
+            "being copied? Start again when that is done."
+        )
+    return tar

@@ -12,7 +12,6 @@ import bisect
 import logging
 import mmap
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,7 +20,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from arc_ds.data.shards.files import SideFile
-from arc_ds.data.shards.reader import ShardSet
+from arc_ds.data.shards.mappings import Mappings, is_out_of_descriptors, map_file
+from arc_ds.data.shards.reader import ShardSet, max_mapped
 from arc_ds.data.shards.token_cache_files import (
     CACHE_FILE,
     MAX_INDEX_BYTES,
@@ -30,10 +30,10 @@ from arc_ds.data.shards.token_cache_files import (
     CacheIndex,
     ShardTexts,
     cache_name,
+    map_texts,
     mismatch,
     parse_cache_index,
     read_cache_index,
-    read_texts,
     texts_of,
     wrong_size,
 )
@@ -41,8 +41,6 @@ from arc_ds.data.tokenizers import Encoding, Tokenizer
 from arc_ds.errors import DataError, StorageError
 
 logger = logging.getLogger(__name__)
-
-_MAX_OPEN = 64  # as for shards: a mapping holds a file descriptor
 
 
 def open_token_cache(shards: ShardSet, tokenizer: Tokenizer) -> TokenCache | None:
@@ -129,9 +127,14 @@ class TokenCache:
         self._cached = [index.shards[name] for name in self._names]
         sizes = np.array([cached.records for cached in self._cached], dtype=np.int64)
         self._first: list[int] = (np.cumsum(sizes) - sizes).tolist()
-        self._damaged: set[int] = set()  # shards whose files cannot be opened
+        self._sound: set[int] = set()  # shards whose files could be opened
+        if is_fetched:  # ahead of its use, with the tar
+            self._files.beside[self._name] = {name: index.shards[name].files(name) for name in self._names}
+        self._damaged: set[int] = set()  # and those whose could not
         self._is_named = False
-        self._shard = lru_cache(maxsize=_MAX_OPEN)(self._open)
+        largest_bytes = max(cached.ids * TOKEN_BYTES + cached.texts_bytes for cached in self._cached)
+        most = max_mapped(shards.files.cache if is_fetched else None, largest_bytes)
+        self._shards = Mappings(self._open, num_files=2, most=most)
 
     def known(self, record_idx: int, record: Mapping[str, Any]) -> list[KnownText]:
         """The texts of a record with their encodings; those left out of the cache are missing.
@@ -161,11 +164,11 @@ class TokenCache:
 
     def _read(self, shard_idx: int, row: int) -> list[Encoding]:
         """The encodings of each text of a record, verified; of no id for a text that is left out."""
-        tokens, texts = self._shard(shard_idx)
+        tokens, texts = self._shards[shard_idx]
         (first, first_text), (end, end_text) = texts.first[row : row + 2].tolist()
         payload = tokens[first * TOKEN_BYTES : end * TOKEN_BYTES]
         if xxhash.xxh64_intdigest(payload) != texts.checksums.item(row):
-            file = self._cached[shard_idx].ids_file(self._names[shard_idx])
+            file, _ = self._cached[shard_idx].files(self._names[shard_idx])
             cure = f"Delete {self._files.kept_path(file)}" if self._is_fetched else "Run arc-ds shards check"
             raise DataError(f"the checksum of its ids in {file.name} is not the one written. {cure}")
         ids = np.frombuffer(payload, dtype="<u4", count=end - first)
@@ -178,19 +181,19 @@ class TokenCache:
 
     def _open(self, shard_idx: int) -> tuple[mmap.mmap | bytes, ShardTexts]:
         name = self._names[shard_idx]
-        ids, table = self._cached[shard_idx].ids_file(name), self._cached[shard_idx].texts_file(name)
-        self._damaged.add(shard_idx)  # until it is open
+        ids, table = self._cached[shard_idx].files(name)
         try:
             with self._open_file(table) as file:
-                texts = read_texts(file, table)
-            mapped: mmap.mmap | bytes = b""
-            if ids.num_bytes:
-                with self._open_file(ids) as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError, StorageError) as error:
+                texts = map_texts(file, table, is_known=shard_idx in self._sound)
+            with self._open_file(ids) as file:
+                tokens = map_file(file)
+        except (OSError, ValueError, DataError, StorageError) as error:
+            if is_out_of_descriptors(error):
+                raise
+            self._damaged.add(shard_idx)
             raise DataError(f"the ids of {name} cannot be opened: {error}") from error
-        self._damaged.discard(shard_idx)
-        return mapped, texts
+        self._sound.add(shard_idx)
+        return tokens, texts
 
     def _open_file(self, file: SideFile) -> IO[bytes]:
         if self._is_fetched:

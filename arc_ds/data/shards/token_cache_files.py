@@ -13,6 +13,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import mmap
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +28,7 @@ from numpy.typing import NDArray
 from arc_ds.data.records import fine_tuning_record
 from arc_ds.data.shards.files import SideFile
 from arc_ds.data.shards.format import Manifest, ShardInfo
+from arc_ds.data.shards.mappings import map_file
 from arc_ds.errors import DataError
 
 FORMAT = "arc-ds-token-cache"
@@ -58,13 +62,12 @@ class CachedShard:
         if any(type(number) is not int or number < 0 for number in (self.records, self.ids, self.texts_bytes)):
             raise ValueError(f"{self}: expected numbers from 0")
 
-    def ids_file(self, shard_name: str) -> SideFile:
-        """The file of the ids, from the folder of the cache."""
-        return SideFile(ids_name(shard_name), self.ids * TOKEN_BYTES, self.ids_sha256)
-
-    def texts_file(self, shard_name: str) -> SideFile:
-        """The file that says where the texts stand, from the folder of the cache."""
-        return SideFile(texts_name(shard_name), self.texts_bytes, self.texts_sha256)
+    def files(self, shard_name: str) -> tuple[SideFile, SideFile]:
+        """The file of the ids, and the one that says where the texts stand in it."""
+        return (
+            SideFile(ids_name(shard_name), self.ids * TOKEN_BYTES, self.ids_sha256),
+            SideFile(texts_name(shard_name), self.texts_bytes, self.texts_sha256),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,16 +138,28 @@ def parse_cache_index(raw: bytes, where: str) -> CacheIndex:
         raise DataError(f"{where}: damaged ({type(error).__name__}: {error})") from error
 
 
-def read_texts(file: IO[bytes], wanted: SideFile) -> ShardTexts:
-    """The `.texts` file of a shard; DataError where it cannot be read or is not the one that `cache.json` names."""
+def map_texts(file: IO[bytes], wanted: SideFile, *, is_known: bool = False) -> ShardTexts:
+    """The `.texts` file of a shard, mapped; DataError where it cannot be read or is not the one of `cache.json`.
+
+    is_known: its sum was found right before, so that its size says enough.
+    """
     try:
-        raw = file.read()
-        if hashlib.sha256(raw).hexdigest() != wanted.sha256:
+        raw = map_file(file)
+        is_right = len(raw) == wanted.num_bytes and (is_known or hashlib.sha256(raw).hexdigest() == wanted.sha256)
+        if not is_right or isinstance(raw, bytes):
             raise DataError(f"the sha256 of {file.name} is not the one in {CACHE_FILE}. Delete it")
-        buffer = io.BytesIO(raw)
-        return ShardTexts(*(np.load(buffer, allow_pickle=False) for _ in range(3)))
+        return ShardTexts(*(_next_array(raw) for _ in range(3)))
     except (OSError, ValueError) as error:
         raise DataError(f"{file.name} cannot be read: {error}") from error
+
+
+def _next_array(raw: mmap.mmap) -> NDArray[Any]:
+    """The .npy array at a mapping's position, as a view of it; the position moves behind it."""
+    np.lib.format.read_magic(raw)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(raw)
+    array = np.frombuffer(raw, dtype=dtype, count=math.prod(shape), offset=raw.tell()).reshape(shape)
+    raw.seek(array.nbytes, os.SEEK_CUR)
+    return array
 
 
 def dump_texts(texts: ShardTexts) -> bytes:
@@ -170,7 +185,7 @@ def mismatch(manifest: Manifest, index: CacheIndex, fingerprint: str) -> str | N
 
 def wrong_size(folder: Path, cached: CachedShard, shard_name: str) -> str | None:
     """What is wrong with the sizes of a cached shard's files in a local folder, None where nothing is."""
-    for file in (cached.ids_file(shard_name), cached.texts_file(shard_name)):
+    for file in cached.files(shard_name):
         path = folder / file.name
         if not path.is_file():
             return f"{file.name} is missing"

@@ -62,6 +62,7 @@ def held_out_examples(config: RunConfig) -> tuple[tuple[Example, ...], ...]:
         config.validation.num_samples,
         encoder=load_tokenizer(encoder_tokenizer_path(config)),
         readers=[files.load() for files in _readers(config)],
+        on_error=config.data.on_error,
     )
 
 

@@ -107,7 +107,8 @@ def test_chunks_and_target_are_one_stretch_of_the_text(
     try:
         example = make(pair, {"text": text}, seed=seed, **sizes)
     except DataError:
-        assert len(pair[0].encode(text)) < 12  # fewer leave half a character for one of the parts
+        window = min(len(pair[0].encode(text)), max_chunks * chunk_tokens + 4)
+        assert window < 12  # fewer leave half a character for one of the parts
         return
     assert example == make(pair, {"text": text}, seed=seed, **sizes)
     behind = [token for s in example.sample.segments[1:] if s.kind == "text" for token in s.ids]

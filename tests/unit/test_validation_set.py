@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from arc_ds.data.batches.decoder_reader import Reader
+from arc_ds.data.batches.sample_maker import OnError
 from arc_ds.data.batches.source import Source
 from arc_ds.data.batches.validation_set import validation_examples
+from arc_ds.data.records import encode_record
 from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.tasks import Example, TaskLimits, mismatched
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
@@ -40,8 +43,12 @@ class Setting:
     def sources(self) -> list[Source]:
         return [Source(shards=ShardSet(folder), limits=LIMITS) for folder in self.folders]
 
-    def examples(self, sources: list[Source], num: int) -> tuple[tuple[Example, ...], ...]:
-        return validation_examples(sources, num, encoder=self.encoder, readers=self.readers)
+    def examples(
+        self, sources: list[Source], num: int, on_error: OnError = "stop"
+    ) -> tuple[tuple[Example, ...], ...]:
+        return validation_examples(
+            sources, num, encoder=self.encoder, readers=self.readers, on_error=on_error
+        )
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +91,59 @@ def test_too_few_held_out_records_are_refused_with_the_source_named(setting: Set
 
 def test_held_out_records_that_are_all_too_short_are_an_error(setting: Setting, tmp_path: Path) -> None:
     write_shards(tmp_path / "short", setting.encoder_path, ["A sea."] * 8)
-    with pytest.raises(DataError, match="too few records can be used"):
+    with pytest.raises(DataError, match=r"too few records .*: 4 are too short for a task, 0 cannot be used"):
         setting.examples([Source(shards=ShardSet(tmp_path / "short"), limits=LIMITS)], 8)
+
+
+def damage(shards: ShardSet, records: Sequence[int]) -> None:
+    """Change a character in each of these records."""
+    payloads = [encode_record(shards.record(idx)) for idx in records]
+    for tar in shards.folder.glob("*.tar"):
+        content = tar.read_bytes()
+        for payload in payloads:
+            content = content.replace(payload, payload.replace(b"sea", b"see", 1))
+        tar.write_bytes(content)
+
+
+def test_a_damaged_held_out_record_stops_the_run_or_is_named(
+    setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [f"Tower {number} of the sea. " * 20 for number in range(100, 140)]
+    shards = write_shards(tmp_path / "own", setting.encoder_path, texts)
+    sound, _ = setting.examples([Source(shards=shards, limits=LIMITS)], 20)
+    damage(shards, [4, 36])  # records 0, 2, ... 38 are asked for
+    source = Source(shards=ShardSet(tmp_path / "own"), limits=LIMITS)
+    with pytest.raises(DataError, match=r"own, held-out record 4: .*own/shard-.* the checksum .*data\.on_error: skip"):
+        setting.examples([source], 20)
+    with caplog.at_level(logging.INFO):
+        found, _ = setting.examples([source], 20, on_error="skip")
+    assert sum(one == other for one, other in zip(sound, found, strict=True)) == 18
+    messages = [record.getMessage() for record in caplog.records]
+    assert sorted(re.findall(r"held-out record (\d+)", " ".join(messages))) == ["36", "4"]
+    assert "held-out records passed over: 0 too short for their task, 2 that cannot be used" in messages
+
+
+def test_a_damaged_in_context_example_is_no_silent_change_either(tmp_path: Path) -> None:
+    encoder = load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
+    records = [{"passage": f"Lamp {n} at sea.", "question": "Which?", "answer": f"{n}"} for n in range(12)]
+    shards = write_question_shards(tmp_path / "questions", tmp_path / "tokenizer.model", records)
+    damage(shards, [11])  # records 0, 2, ... 10 are asked for
+    source = Source(shards=ShardSet(shards.folder), task="few_shot", in_context_examples=5)
+    with pytest.raises(DataError, match=r"record \d+ with the in-context examples .*11.*the checksum"):
+        validation_examples([source], 6, encoder=encoder, readers=[Reader(tokenizer=encoder)], on_error="stop")
+
+
+def test_records_too_short_for_their_task_are_passed_over_and_counted(
+    setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [f"Tower {number} of the sea. " * 20 for number in range(100, 140)]
+    texts[2] = texts[10] = "A sea."  # of records 0, 2, ... 38, in turn, one task is tried
+    write_shards(tmp_path / "some", setting.encoder_path, texts)
+    with caplog.at_level(logging.INFO):
+        examples, _ = setting.examples([Source(shards=ShardSet(tmp_path / "some"), limits=LIMITS)], 20)
+    assert len(examples) == 20
+    (said,) = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert said == "held-out records passed over: 2 too short for their task, 0 that cannot be used"
 
 
 def test_held_out_few_shot_samples_have_fixed_examples_from_their_source(tmp_path: Path) -> None:
@@ -95,7 +153,7 @@ def test_held_out_few_shot_samples_have_fixed_examples_from_their_source(tmp_pat
     def questions() -> list[list[str]]:
         """The records that each sample asks about, its own last."""
         (examples,) = validation_examples(
-            mixture.sources()[1:2], SIZES[1], encoder=encoder, readers=[Reader(tokenizer=encoder)]
+            mixture.sources()[1:2], SIZES[1], encoder=encoder, readers=[Reader(tokenizer=encoder)], on_error="stop"
         )
         texts = [
             encoder.decode([i for part in e.sample.segments if part.kind == "text" for i in part.ids]) for e in examples
@@ -124,7 +182,9 @@ def test_no_in_context_example_holds_a_passage_of_the_record_asked_about(
     limits = TaskLimits(max_passages=2, max_answer=8)
     source = Source(shards=shards, task="few_shot", in_context_examples=3, limits=limits)
     with caplog.at_level(logging.INFO):
-        (examples,) = validation_examples([source], 30, encoder=encoder, readers=[Reader(tokenizer=encoder)])
+        (examples,) = validation_examples(
+            [source], 30, encoder=encoder, readers=[Reader(tokenizer=encoder)], on_error="stop"
+        )
     assert len(examples) == 30 and sum(len(example.contexts) > 1 for example in examples) > 10
     for example, other in zip(examples, mismatched(examples), strict=True):
         own = example.contexts[-1].split("\n")[0]

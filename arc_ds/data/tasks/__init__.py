@@ -8,7 +8,7 @@ from typing import Any
 from arc_ds.data.batches.order import Task
 from arc_ds.data.records import pretraining_text
 from arc_ds.data.tasks.chat import PLAIN, Layout
-from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts
+from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, TooShortError
 from arc_ds.data.tasks.few_shot import few_shot_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.long_context import long_context_example
@@ -16,7 +16,17 @@ from arc_ds.data.tasks.pretraining import pretraining_example
 from arc_ds.data.tasks.variants import closed, mismatched, open_
 from arc_ds.data.tokenizers import Tokenizer
 
-__all__ = ["NO_COUNTS", "Example", "TaskCounts", "TaskLimits", "closed", "make_example", "mismatched", "open_"]
+__all__ = [
+    "NO_COUNTS",
+    "Example",
+    "TaskCounts",
+    "TaskLimits",
+    "TooShortError",
+    "closed",
+    "make_example",
+    "mismatched",
+    "open_",
+]
 
 
 def make_example(
@@ -33,7 +43,7 @@ def make_example(
 
     records: the sample's own first, then its in-context examples. seed: 64 bits for the example's own choices (window,
     number of passages, which answer). layout: how the decoder is spoken to. DataError where the record lacks what the
-    task needs, or gives no target.
+    task needs; TooShortError, which is one, where it is only too short for it.
     """
     if task == "few_shot":
         return few_shot_example(records, seed=seed, encoder=encoder, decoder=decoder, limits=limits, layout=layout)

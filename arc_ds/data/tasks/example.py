@@ -12,6 +12,10 @@ from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
 
 
+class TooShortError(DataError):
+    """A sound record that is too short for its task."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskCounts:
     """What was cut or changed in making samples; counts of several samples add up.
@@ -78,11 +82,11 @@ class Example:
 def written_example(
     task: str, parts: tuple[Part, ...], passages: Iterable[str], counts: TaskCounts, decoder: Tokenizer
 ) -> Example:
-    """The example that a script makes; DataError where it has no target that a row predicts."""
+    """The example that a script makes; TooShortError where it has no target that a row predicts."""
     parts = with_spaces_in_targets(parts)
     rendered = render(parts, decoder)
     if not any(segment.in_loss for segment in rendered.target):
-        raise DataError(
+        raise TooShortError(
             f"a record gives the task {task} nothing to predict: fewer than two decoder tokens. Build the shards with "
             "a larger min_tokens, or set data.on_error: skip."
         )

@@ -15,13 +15,12 @@ from arc_ds.data.records import fine_tuning_record, pretraining_text
 from arc_ds.data.tasks.asked import ask
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import Reading, cut_chunks, first_tokens, read_passages
-from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, written_example
+from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, TooShortError, written_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.questions import Block, write_blocks
 from arc_ds.data.tasks.script import Document
 from arc_ds.data.tasks.texts import write_continuation
 from arc_ds.data.tokenizers import Tokenizer
-from arc_ds.errors import DataError
 
 _TASK = "long_context"
 
@@ -37,8 +36,8 @@ def long_context_example(
 ) -> Example:
     """The example of a record: a text is continued behind its chunks, passages (all of them) are asked about.
 
-    DataError where the record is of neither kind, or its text too short: fewer than two decoder tokens to continue
-    with.
+    DataError where the record is of neither kind, TooShortError where its text has fewer than two decoder tokens to
+    continue with.
     """
     if "text" in record:
         return _text_example(pretraining_text(record), seed, encoder, decoder, limits, layout)
@@ -67,7 +66,7 @@ def _text_example(
     middle = reading.encoding.boundary_before(last - min(limits.max_continuation, (last - start) // 2))
     chunks, end = _chunks(reading, start, middle, limits)
     if not chunks:
-        raise DataError(
+        raise TooShortError(
             f"the text {text[:40]!r} is too short for a chunk and a continuation. Build the shards with a larger "
             "min_tokens, or set data.on_error: skip."
         )

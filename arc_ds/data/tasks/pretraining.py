@@ -16,13 +16,12 @@ import numpy as np
 from arc_ds.data.segments import Marker, Sample, Segment, TokenIds
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import first_tokens, last_tokens
-from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, written_example
+from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, TooShortError, written_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.script import Document
 from arc_ds.data.tasks.text_views import BEGINNING, Cut, TextViews
 from arc_ds.data.tasks.texts import write_continuation, write_reconstruction
 from arc_ds.data.tokenizers import Tokenizer
-from arc_ds.errors import DataError
 
 PretrainingTask = Literal["reconstruction", "continuation"]
 _MARKER_OF: dict[PretrainingTask, Marker] = {"reconstruction": "rec", "continuation": "cont"}
@@ -58,8 +57,8 @@ def pretraining_example(
 ) -> Example:
     """The example of a text; `seed` (64 bits) chooses the window of a text longer than the task needs.
 
-    A text too short for a continuation becomes a reconstruction, counted as degraded. DataError where it is too short
-    for that as well: no encoder token, or fewer than two decoder tokens.
+    A text too short for a continuation becomes a reconstruction, counted as degraded. TooShortError where it is so for
+    that as well: no encoder token, or fewer than two decoder tokens.
     """
     views = TextViews(text, encoder, decoder)
 
@@ -72,7 +71,7 @@ def pretraining_example(
             return example
     example = lay_out(_reconstruction(views, seed, limits))
     if example is None:
-        raise DataError(
+        raise TooShortError(
             f"the text {text[:40]!r} gives no encoder token, or fewer than two decoder tokens to repeat. Build the "
             "shards with a larger min_tokens, or set data.on_error: skip."
         )

@@ -19,7 +19,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Tokenises every text of the shards once and keeps the ids, so that training only reads them. A "
         "call that was killed goes on behind its finished shards. Shards that are built again need a new cache.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="folder of shards")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="folder of shards, or its URL: the ids are then kept on this host"
+    )
     parser.add_argument(
         "--tokenizer",
         required=True,

@@ -6,9 +6,9 @@ fetched to. Tars are opened when they are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -48,7 +48,8 @@ class ShardFiles:
     """The files of one set of shards.
 
     name: path or URL as messages show it. folder: of manifest and indexes. base: URL of the folder of tars, None
-    where it is `folder`. cache: of what is fetched, None where nothing is.
+    where it is `folder`. cache: of what is fetched, None where nothing is. beside: folders beside the tars behind a
+    URL that this process reads as well, with their files for each shard, by its name.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ShardFiles:
     manifest: Manifest
     base: str | None
     cache: ShardCache | None
+    beside: dict[str, Mapping[str, Sequence[SideFile]]] = field(default_factory=dict, compare=False)
 
     def address(self, shard: ShardInfo) -> str:
         """Path or URL of a shard's tar."""
@@ -82,10 +84,20 @@ class ShardFiles:
             ) from error
 
     def bring(self, shard: ShardInfo) -> None:
-        """Fetch a shard's tar ahead of its use, unless another process is about it. StorageError where that fails."""
+        """Fetch what is read of a shard ahead of its use, unless another process is about it.
+
+        StorageError where that fails.
+        """
         address = self.address(shard)
-        if self.cache is not None and is_url(address):
-            self.cache.bring(address, num_bytes=shard.bytes, sha256=shard.sha256)
+        if self.cache is None or not is_url(address):
+            return
+        self.cache.bring(address, num_bytes=shard.bytes, sha256=shard.sha256)
+        for folder, file in self._beside(shard):
+            self.cache.bring(self._address_beside(folder, file), num_bytes=file.num_bytes, sha256=file.sha256)
+
+    def num_bytes(self, shard: ShardInfo) -> int:
+        """How much is read of a shard: its tar, and what lies beside it."""
+        return shard.bytes + sum(file.num_bytes for _, file in self._beside(shard))
 
     def fetch_beside(self, name: str, *, max_bytes: int) -> bytes | None:
         """A small file that may lie with the tars behind a URL, by its path from their folder; None where it does not.
@@ -108,14 +120,21 @@ class ShardFiles:
 
     def open_beside(self, folder: str, file: SideFile) -> IO[bytes]:
         """A file of a folder beside the tars behind a URL, fetched into their cache; StorageError as `open`."""
-        assert self.base is not None and self.cache is not None, "what is local is not fetched"
-        address = join_url(self.base, f"{folder}/{file.name}")
-        return self.cache.open(address, num_bytes=file.num_bytes, sha256=file.sha256)
+        assert self.cache is not None, "what is local is not fetched"
+        return self.cache.open(self._address_beside(folder, file), num_bytes=file.num_bytes, sha256=file.sha256)
 
     def kept_path(self, file: SideFile) -> Path:
         """Where a file that was fetched is kept."""
         assert self.cache is not None, "what is local is not fetched"
         return self.cache.tar_path(file.sha256)
+
+    def _beside(self, shard: ShardInfo) -> list[tuple[str, SideFile]]:
+        """Files of a shard, with their folders. Folders may be added by another thread meanwhile."""
+        return [(folder, file) for folder, files in list(self.beside.items()) for file in files.get(shard.name, ())]
+
+    def _address_beside(self, folder: str, file: SideFile) -> str:
+        assert self.base is not None, "what is local is not fetched"
+        return join_url(self.base, f"{folder}/{file.name}")
 
     def cure(self, shard: ShardInfo) -> str:
         """What to do about a tar whose bytes are not what they were."""

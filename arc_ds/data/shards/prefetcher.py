@@ -54,7 +54,7 @@ class Prefetcher:
             return []
         room, fitting = self._files.cache.max_bytes // 2, []
         for shard_idx in shard_idxs:
-            room -= self._files.manifest.shards[shard_idx].bytes
+            room -= self._files.num_bytes(self._files.manifest.shards[shard_idx])
             if room < 0:
                 break
             fitting.append(shard_idx)

@@ -129,6 +129,7 @@ def test_fine_tuning_records_are_counted_by_all_that_is_read(tokenizer: Path, fo
     expected = sum(len(encode(text)) for text in ("one two", "three", "which?", "a longer answer"))
     assert ShardSet(folder).tokens(0) == expected
     assert ShardSet(folder).record(0) == record
+    assert manifest.passage_tokens == {2: len(encode("one two")) + len(encode("three"))}
 
 
 @pytest.mark.parametrize(

@@ -288,12 +288,12 @@ def build(tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         meanwhile: Callable[[int], None] | None = None,
         **options: object,
     ) -> Manifest:
-        def watched(self: ShardWriter, payload: bytes, num_tokens: int) -> bool:
+        def watched(self: ShardWriter, payload: bytes, num_tokens: int, **passages: int) -> bool:
             if meanwhile is not None:
                 meanwhile(self.num_records)
             if self.num_records == kill_at:
                 raise Killed
-            return write(self, payload, num_tokens)
+            return write(self, payload, num_tokens, **passages)
 
         monkeypatch.setattr(ShardWriter, "write", watched)
         settings = {"max_tokens": 64, "min_tokens": 4, "shard_bytes": 16000, **options}
@@ -322,6 +322,25 @@ def test_a_build_killed_again_and_again_gives_the_same_bytes(
     build(inputs, out)
     assert contents(out) == contents(tmp_path / "whole")
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_passages_are_counted_also_by_a_build_that_was_killed(
+    tmp_path: Path, tokenizer_path: Path, build: Callable[..., Manifest]
+) -> None:
+    texts = numbered_texts(90)
+    records = [
+        {"passages": [text.strip()] * (1 + idx % 3), "question": "Which?", "answer": "two"}
+        for idx, text in enumerate(texts)
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", records)
+    with pytest.raises(Killed):
+        build([source], tmp_path / "out", kill_at=60, kind="fine_tuning")
+    assert (tmp_path / ".out.partial" / "state.json").exists()
+    manifest = build([source], tmp_path / "out", kind="fine_tuning")
+    tokens = [len(load_tokenizer(tokenizer_path).encode(text.strip())) for text in texts]
+    assert manifest.passage_tokens == {number: number * sum(tokens[number - 1 :: 3]) for number in (1, 2, 3)}
+    build([source], tmp_path / "whole", kind="fine_tuning")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_build_goes_on_behind_its_finished_shards(

@@ -82,7 +82,7 @@ def test_damaged_tar_header_is_found_by_check(shards: ShardSet) -> None:
         ("shard-000001.idx", lambda p: damage(p, 140, b"\xff"), "sha256"),
         ("manifest.json", lambda p: p.unlink(), "no manifest.json"),
         ("manifest.json", lambda p: p.write_text("{"), "damaged"),
-        ("manifest.json", lambda p: p.write_text(p.read_text().replace('"version": 2', '"version": 9')), "version 2"),
+        ("manifest.json", lambda p: p.write_text(p.read_text().replace('"version": 3', '"version": 9')), "version 3"),
         ("manifest.json", lambda p: p.write_text(p.read_text().replace('"samples": 40', '"samples": 7')), "7 samples"),
     ],
 )

@@ -12,11 +12,10 @@ import numpy as np
 from arc_ds.data.batches.micro_batches import SampleSize
 from arc_ds.data.batches.order import Task
 from arc_ds.data.batches.packing import PoolingSpec, num_outputs
+from arc_ds.data.shards.format import Manifest
 from arc_ds.data.tasks import TaskLimits
 
-# The index counts a fine-tuning record's tokens in all, so what is asked and the words around it are guessed.
-_ASKED_TOKENS = 24
-_TEMPLATE_TOKENS = 8
+_TEMPLATE_TOKENS = 8  # the words around question and answer
 
 
 class Estimate(NamedTuple):
@@ -62,17 +61,49 @@ class WorkRates:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedMeans:
+    """Means of a source's fine-tuning records, of each of which the index tells the tokens in all.
+
+    other_tokens: those outside its passages. asked_rows: of them, those that a sample keeps. drawn_share: of the
+    passages' tokens, the share that a few-shot sample reads. The defaults are guesses for shards that do not tell how
+    many passages their records have: all of them are read.
+    """
+
+    other_tokens: int = 24
+    asked_rows: int = 24
+    drawn_share: float = 1.0
+
+
+def asked_means(manifest: Manifest, limits: TaskLimits) -> AskedMeans:
+    """The means of fine-tuning shards.
+
+    A sample reads the first 1, 2, … or limits.max_passages passages of a record, each number as often (`tasks.asked`);
+    those of a record count as equally long.
+    """
+    by_number = manifest.passage_tokens
+    in_passages = sum(by_number.values())
+    if not in_passages:
+        return AskedMeans()
+    other_tokens = round((manifest.tokens - in_passages) / manifest.samples)
+    drawn = sum(tokens * (1 + min(number, limits.max_passages)) / (2 * number) for number, tokens in by_number.items())
+    return AskedMeans(
+        other_tokens=other_tokens,
+        asked_rows=min(other_tokens, limits.max_question + limits.max_answer),
+        drawn_share=drawn / in_passages,
+    )
+
+
 class Estimator:
     """Estimates for the samples of one source, which count a decoder's token as one of the encoder's.
 
-    Fine-tuning records are taken with all their passages: the index does not tell how many they have and how many will
-    be drawn. is_asked: whether the records are of that kind.
+    asked: the means of its records where they are fine-tuning records, else None.
     """
 
-    def __init__(self, limits: TaskLimits, pooling: PoolingSpec, *, is_asked: bool) -> None:
+    def __init__(self, limits: TaskLimits, pooling: PoolingSpec, asked: AskedMeans | None = None) -> None:
         self._limits = limits
         self._pooling = pooling
-        self._is_asked = is_asked
+        self._asked = asked
         self._compressed = lru_cache(maxsize=1 << 14)(self._count_compressed)
 
     def __getstate__(self) -> dict[str, object]:
@@ -89,7 +120,7 @@ class Estimator:
         if task == "continuation":
             return self._continuation(tokens[0])
         if task == "few_shot":
-            return self._few_shot(tokens)
+            return self._few_shot(tokens, self._asked or AskedMeans())
         return self._long_context(tokens[0])
 
     def _reconstruction(self, tokens: int) -> Estimate:
@@ -112,8 +143,8 @@ class Estimator:
             suffix_rows=self._compressed(length) + max(tokens - prefix - length, 0),
         )
 
-    def _few_shot(self, tokens: Sequence[int]) -> Estimate:
-        own, *examples = (max(count - _ASKED_TOKENS, 1) for count in tokens)
+    def _few_shot(self, tokens: Sequence[int], asked: AskedMeans) -> Estimate:
+        own, *examples = (max(round((count - asked.other_tokens) * asked.drawn_share), 1) for count in tokens)
         own = min(own, self._limits.max_documents)
         room, kept = self._limits.max_documents - own, 0
         for length in reversed(examples):  # as the task takes them
@@ -125,13 +156,15 @@ class Estimator:
         return Estimate(
             context_lengths=lengths,
             prefix_rows=int(self._limits.bos),
-            suffix_rows=sum(map(self._compressed, lengths)) + (_ASKED_TOKENS + _TEMPLATE_TOKENS) * len(lengths),
+            suffix_rows=sum(map(self._compressed, lengths)) + (asked.asked_rows + _TEMPLATE_TOKENS) * len(lengths),
         )
 
     def _long_context(self, tokens: int) -> Estimate:
         limits = self._limits
-        behind = _ASKED_TOKENS if self._is_asked else min(limits.max_continuation, tokens // 2)
-        in_chunks = min(max(tokens - behind, 1), limits.max_chunks * limits.chunk_tokens)
+        asked = self._asked
+        behind = min(limits.max_continuation, tokens // 2) if asked is None else asked.asked_rows
+        outside = behind if asked is None else asked.other_tokens
+        in_chunks = min(max(tokens - outside, 1), limits.max_chunks * limits.chunk_tokens)
         whole, rest = divmod(in_chunks, limits.chunk_tokens)
         last = (rest,) if rest else ()
         return Estimate(

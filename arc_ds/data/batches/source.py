@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from arc_ds.data.batches.estimates import Estimator
+from arc_ds.data.batches.estimates import Estimator, asked_means
 from arc_ds.data.batches.order import SourceShape, SourceTask, Task
 from arc_ds.data.batches.packing import PoolingSpec
 from arc_ds.data.shards.reader import ShardSet
@@ -52,7 +52,9 @@ class Source:
 
     def estimator(self, pooling: PoolingSpec) -> Estimator:
         """How large its samples will be."""
-        return Estimator(self.limits, pooling, is_asked=self.shards.manifest.kind == "fine_tuning")
+        manifest = self.shards.manifest
+        asked = asked_means(manifest, self.limits) if manifest.kind == "fine_tuning" else None
+        return Estimator(self.limits, pooling, asked)
 
     @property
     def shape(self) -> SourceShape:

@@ -89,10 +89,15 @@ class Counts:
 
 
 class MadeRecord(NamedTuple):
-    """A record's bytes and its tokens by the encoder's tokenizer."""
+    """A record's bytes and its tokens by the encoder's tokenizer.
+
+    num_passages, passage_tokens: of a fine-tuning record, and how many of its tokens are theirs.
+    """
 
     payload: bytes
     num_tokens: int
+    num_passages: int = 0
+    passage_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,10 +191,11 @@ class RecordMaker:
         if len(payload) > MAX_RECORD_BYTES:
             raise too_large(len(payload), MAX_RECORD_BYTES)
         asked = [text for text in (record.instruction, record.question) if text is not None]
-        num_tokens = sum(self._tokens("passages", record.passages)) + sum(len(self.tokenizer.encode(t)) for t in asked)
+        in_passages = sum(self._tokens("passages", record.passages))
+        num_tokens = in_passages + sum(len(self.tokenizer.encode(text)) for text in asked)
         # Training leaves out white space around an answer.
         num_tokens += max(self._tokens("answer", [answer.strip() for answer in record.answers]))
-        return [MadeRecord(payload, num_tokens)]
+        return [MadeRecord(payload, num_tokens, len(record.passages), in_passages)]
 
     def _tokens(self, field: str, texts: Sequence[str]) -> list[int]:
         """Tokens of each text. A text without any is a fault: it leaves nothing to read or to predict. (Tokenizers may

@@ -22,7 +22,7 @@ from arc_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _STATE = "state.json"
 
 

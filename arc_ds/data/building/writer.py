@@ -214,7 +214,13 @@ class _Build:
         if made.stopped is not None:
             raise DataError(made.stopped)
         for number, record in enumerate(made.records[self._to_skip :], start=self._to_skip + 1):
-            if self.writer.write(record.payload, record.num_tokens):
+            is_finished = self.writer.write(
+                record.payload,
+                record.num_tokens,
+                num_passages=record.num_passages,
+                passage_tokens=record.passage_tokens,
+            )
+            if is_finished:
                 self._save(work, number)
         self._to_skip = 0
         self._counts.add(made.counts)

@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +22,15 @@ from numpy.typing import NDArray
 from arc_ds.errors import DataError
 
 FORMAT = "arc-ds-shards"
-VERSION = 2
+VERSION = 3
+_READABLE = (2, VERSION)  # version 2 counts no passages, and is the same in all else
 MANIFEST = "manifest.json"
 RecordKind = Literal["pretraining", "fine_tuning"]
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("xxh64", "<u8"), ("tokens", "<i4")])
 REBUILD = "Build the shards again (arc-ds shards build) or copy them again."
 _NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,8 @@ class ShardInfo:
 
     member: what the names of the members that hold records end with, after KEY and a dot: JSON objects, or plain text
     where it does not end in json; gzipped where it ends in .gz. location: path (absolute, or from the manifest's
-    folder) or URL of the tar; None: beside the manifest.
+    folder) or URL of the tar; None: beside the manifest. passage_tokens: for each number of passages that fine-tuning
+    records have, in digits, the tokens of those passages; empty where they were not counted.
     """
 
     name: str
@@ -48,12 +51,18 @@ class ShardInfo:
     index_sha256: str
     member: str = "json"
     location: str | None = None
+    passage_tokens: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """ValueError where a name or a digest is none: they become paths."""
+        """ValueError where a name or a digest is none, since they become paths, or a count of passages."""
         digests = (self.sha256, self.index_sha256)
         if not _NAME.fullmatch(self.name) or not all(_DIGEST.fullmatch(digest) for digest in digests):
             raise ValueError(f"the shard {self.name!r} has the digests {digests}: expected a file's name, and sha256")
+        counts = self.passage_tokens.values()
+        if not all(map(_NUMBER.fullmatch, self.passage_tokens)) or not all(type(count) is int for count in counts):
+            raise ValueError(f"the shard {self.name!r} has the passage_tokens {self.passage_tokens}: expected numbers")
+        if not 0 <= sum(counts) <= self.tokens or min(counts, default=0) < 0:
+            raise ValueError(f"the shard {self.name!r} of {self.tokens} tokens has {sum(counts)} in its passages")
 
     @property
     def index_name(self) -> str:
@@ -104,14 +113,37 @@ class Manifest:
             total.update(source.skipped)
         return dict(sorted(total.items()))
 
+    @property
+    def passage_tokens(self) -> dict[int, int]:
+        """Tokens of the passages of the records that have so many, over all shards, numbers rising.
+
+        Empty where a shard with records does not tell.
+        """
+        total: Counter[int] = Counter()
+        for shard in self.shards:
+            if shard.samples and not shard.passage_tokens:
+                return {}
+            total.update({int(number): tokens for number, tokens in shard.passage_tokens.items()})
+        return dict(sorted(total.items()))
+
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+        return _as_json({"version": VERSION, **asdict(self)})
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the manifest: the same for the same records in the same shards, wherever they lie."""
-        nowhere = replace(self, shards=tuple(replace(shard, location=None) for shard in self.shards))
-        return hashlib.sha256(nowhere.to_json().encode()).hexdigest()
+        """sha256 of the manifest: the same for the same records in the same shards, wherever they lie.
+
+        What was counted in them decides nothing but who makes which sample, so it is left out, and this is the sum that
+        manifests of version 2 have.
+        """
+        nowhere = asdict(replace(self, shards=tuple(replace(shard, location=None) for shard in self.shards)))
+        for shard in nowhere["shards"]:
+            del shard["passage_tokens"]
+        return hashlib.sha256(_as_json({"version": 2, **nowhere}).encode()).hexdigest()
+
+
+def _as_json(fields: dict[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, **fields}, indent=1, sort_keys=True) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -126,7 +158,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
     """The manifest of some bytes, which errors call `where`; DataError where it is damaged or contradicts itself."""
     try:
         spec: dict[str, Any] = json.loads(str(raw, "utf-8"))
-        if spec.pop("format") != FORMAT or spec.pop("version") != VERSION:
+        if spec.pop("format") != FORMAT or spec.pop("version") not in _READABLE:
             raise DataError(f"{where}: expected format {FORMAT} version {VERSION}. {REBUILD}")
         shards = tuple(ShardInfo(**shard) for shard in spec.pop("shards"))
         sources = tuple(SourceInfo(**source) for source in spec.pop("sources"))

@@ -235,6 +235,7 @@ def _indexed(job: _Job, work: _Work, path: Path) -> _Indexed:
         index_sha256=sha256_of_file(index_path),
         member=job.form.member,
         location=work.location,
+        passage_tokens=dict(findings.passage_tokens),
     )
     skipped = findings.skipped + Counter({"no_record": len(findings.keys - findings.with_record)})
     source = SourceInfo(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class ShardWriter:
         self._stack = ExitStack()
         self._digest = hashlib.sha256()
         self._rows: list[_Row] = []
+        self._passage_tokens: Counter[str] = Counter()
         self._offset = 0
 
     def __enter__(self) -> ShardWriter:
@@ -54,9 +56,10 @@ class ShardWriter:
             self._finish()
         self._stack.close()
 
-    def write(self, payload: bytes, num_tokens: int) -> bool:
+    def write(self, payload: bytes, num_tokens: int, *, num_passages: int = 0, passage_tokens: int = 0) -> bool:
         """Append one record as the member `KEY.json`, KEY being its number among all records.
 
+        num_passages, passage_tokens: of a fine-tuning record, and how many of its tokens are theirs.
         Returns whether its shard is finished by it: on disk with its index.
         """
         if self._tar is None:
@@ -65,6 +68,8 @@ class ShardWriter:
         header.size, header.mode = len(payload), 0o644
         self._append(header.tobuf(tarfile.USTAR_FORMAT))
         self._rows.append(_Row(self._offset, len(payload), xxhash.xxh64_intdigest(payload), num_tokens))
+        if num_passages:
+            self._passage_tokens[str(num_passages)] += passage_tokens
         self._append(payload + b"\0" * (-len(payload) % _BLOCK))
         self.num_records += 1
         self.num_tokens += num_tokens
@@ -76,7 +81,7 @@ class ShardWriter:
     def _begin(self) -> None:
         path = self.folder / f"shard-{len(self.shards):06d}.tar"
         self._tar = self._stack.enter_context(path.open("wb"))
-        self._digest, self._rows, self._offset = hashlib.sha256(), [], 0
+        self._digest, self._rows, self._passage_tokens, self._offset = hashlib.sha256(), [], Counter(), 0
 
     def _append(self, data: bytes) -> None:
         assert self._tar is not None, "a shard is open while members are appended"
@@ -108,5 +113,6 @@ class ShardWriter:
                 bytes=self._offset,
                 sha256=self._digest.hexdigest(),
                 index_sha256=sha256_of_file(index_path),
+                passage_tokens=dict(self._passage_tokens),
             )
         )

@@ -98,7 +98,7 @@ def _fetched_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
     index = parse_cache_index(raw, name)
     if fault := mismatch(shards.manifest, index, fingerprint):
         raise DataError(fault)
-    largest = max(shard.ids for shard in index.shards.values()) * TOKEN_BYTES
+    largest = max(file.num_bytes for name, shard in index.shards.items() for file in shard.files(name))
     if largest > files.cache.max_bytes:
         raise DataError(f"a file of it has {largest} bytes, more than data.cache_gib allows. Raise it")
     return index
@@ -128,10 +128,10 @@ class TokenCache:
         sizes = np.array([cached.records for cached in self._cached], dtype=np.int64)
         self._first: list[int] = (np.cumsum(sizes) - sizes).tolist()
         self._sound: set[int] = set()  # shards whose files could be opened
-        if is_fetched:  # ahead of its use, with the tar
-            self._files.beside[self._name] = {name: index.shards[name].files(name) for name in self._names}
         self._damaged: set[int] = set()  # and those whose could not
         self._is_named = False
+        if is_fetched:  # ahead of its use, with the tar
+            self._files.beside[self._name] = {name: index.shards[name].files(name) for name in self._names}
         largest_bytes = max(cached.ids * TOKEN_BYTES + cached.texts_bytes for cached in self._cached)
         most = max_mapped(shards.files.cache if is_fetched else None, largest_bytes)
         self._shards = Mappings(self._open, num_files=2, most=most)

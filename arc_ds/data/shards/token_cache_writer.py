@@ -323,7 +323,7 @@ def _fault_of(cache: Path, index: CacheIndex, shard_name: str, origin: str) -> s
         return "stale: the shard has been built or indexed again since. Run arc-ds shards tokenize again."
     if (fault := wrong_size(cache, cached, shard_name)) is not None:
         return fault
-    for name, sha256 in ((ids_name(shard_name), cached.ids_sha256), (texts_name(shard_name), cached.texts_sha256)):
-        if sha256_of_file(cache / name) != sha256:
-            return f"the sha256 of {name} is not the one written. Run arc-ds shards tokenize again."
+    for file in cached.files(shard_name):
+        if sha256_of_file(cache / file.name) != file.sha256:
+            return f"the sha256 of {file.name} is not the one written. Run arc-ds shards tokenize again."
     return None

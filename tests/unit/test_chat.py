@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.data.batches.packing import PoolingSpec, pack
-from arc_ds.data.tasks import Example, TaskLimits, closed, make_example, open_
+from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, open_
 from arc_ds.data.tasks.chat import PLAIN, Layout, read_layout
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import TokenizerError
@@ -136,6 +136,26 @@ def test_record_s_own_prompt(setup: Setup, instruction: str, text: str) -> None:
     """prefix⟨context⟩instruction [/INST] suffix, as the reference's records give them (golden chat_instruct)."""
     record = LAMP | {"instruction": instruction}
     assert setup.text(setup.llama2, record, limits=TaskLimits(markers=frozenset())) == f"<s>[INST] {text}"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "size", "text", "is_cut"),
+    [
+        ("xxxx||yyyy||zzzz", 12, "xxxx⟦The lamp held.⟧yyyy [/INST] zzzz‹ The lamp. </s>›", False),
+        ("xxxx||yyyy||zzzz", 10, "xx⟦The lamp held.⟧yyyy [/INST] zzzz‹ The lamp. </s>›", True),
+        ("xxxx||yyyy||zzzz", 6, "⟦The lamp held.⟧yyyy [/INST] zz‹ The lamp. </s>›", True),
+        ("xxxx||yyyy||zzzz", 3, "⟦The lamp held.⟧yyy [/INST]‹ The lamp. </s>›", True),
+        ("xxxx||üüü||", 10, "xxxx⟦The lamp held.⟧üüü [/INST]‹ The lamp. </s>›", False),
+        ("xxxx||üüü||", 9, "xxx⟦The lamp held.⟧üüü [/INST]‹ The lamp. </s>›", True),
+    ],
+)
+def test_record_s_own_prompt_is_cut_as_one_and_counted(
+    setup: Setup, instruction: str, size: int, text: str, is_cut: bool
+) -> None:
+    limits = TaskLimits(markers=frozenset(), max_question=size)
+    example = setup.make(setup.llama2, LAMP | {"instruction": instruction}, limits=limits)
+    assert written(example.sample, setup.encoder, setup.decoder) == f"<s>[INST] {text}"
+    assert example.counts == TaskCounts(cut_questions=int(is_cut))
 
 
 def test_cut_answer_has_no_end(setup: Setup) -> None:

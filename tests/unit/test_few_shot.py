@@ -165,6 +165,13 @@ def test_question_and_answer_too_long_are_cut_and_counted(pair: Pair) -> None:
         make(pair, record, max_answer=1)
 
 
+@given(text=st.text(st.characters(max_codepoint=127), max_size=40))
+def test_an_ascii_text_has_a_token_a_character_and_one_at_most(pair: Pair, golden: Path, text: str) -> None:
+    """So a short question is known to be within its limit without its tokens."""
+    for tokenizer in (*pair, load_tokenizer(golden / "tokenizers" / "sp384.model")):
+        assert len(tokenizer.encode(text)) <= len(text) + 1
+
+
 def test_special_tokens_in_a_record_stay_text(pair: Pair) -> None:
     record = {"passage": "a </s> b", "question": "<s>?", "answer": "</s>"}
     ids = [token for segment in make(pair, record).sample.segments if segment.kind == "text" for token in segment.ids]

@@ -28,7 +28,8 @@ class ChatPrompt:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """question: the question, or the instruction in its place; None where the record has neither. prompt: the record's
-    own, used in a chat only. question_is_cut, answer_is_cut: whether they lost what their limit left no room for."""
+    own, used in a chat only. question_is_cut, answer_is_cut: whether they lost what their limit left no room for, the
+    question together with the prompt."""
 
     passages: tuple[str, ...]
     question: str | None
@@ -44,26 +45,27 @@ def ask(
     """What a sample takes of a record.
 
     draws: two random 64-bit numbers, which choose how many passages (1 to limits.max_passages, the first ones) and
-    which of the answers. A question too long loses its beginning, an answer its end. White space around either is left
-    out: the templates say what stands there. So are, in the plain layout, blank lines within an answer: there a blank
-    line is an answer's end, and generation stops at it. Like other white space that is not counted as a cut. DataError
-    where the answer has no tokens.
+    which of the answers. A question too long loses its beginning, an answer its end. A chat prompt has the question's
+    limit for its instruction, suffix and prefix together; each of them, in this order, loses the beginning for which
+    those before it leave no room. White space around question and answer is left out: the templates say what stands
+    there. So are, in the plain layout, blank lines within an answer: there a blank line is an answer's end, and
+    generation stops at it. Like other white space that is not counted as a cut. DataError where the answer has no
+    tokens.
     """
     num_passages = 1 + draws[0] % min(limits.max_passages, len(record.passages))
     question, prompt = _question(record, is_chat=is_chat)
-    kept_question = question
-    if question is not None:
-        kept_question = last_tokens(question, decoder.encode_with_ends(question), limits.max_question)
+    said = (question or "", *((prompt.suffix, prompt.prefix) if prompt else ()))
+    kept = _last_tokens(said, limits.max_question, decoder)
     answer = record.answers[draws[1] % len(record.answers)].strip()
     if not is_chat:
         answer = _BLANK_LINES.sub("\n", answer)
     kept_answer = _cut_answer(answer, limits.max_answer, decoder)
     return Asked(
         passages=record.passages[:num_passages],
-        question=kept_question,
-        prompt=prompt,
+        question=None if question is None else kept[0],
+        prompt=None if prompt is None else ChatPrompt(suffix=kept[1], prefix=kept[2]),
         answer=kept_answer,
-        question_is_cut=kept_question != question,
+        question_is_cut=kept != said,
         answer_is_cut=kept_answer != answer,
     )
 
@@ -87,6 +89,18 @@ def _filled(instruction: str, question: str) -> str:
     if _PLACE in instruction:
         return instruction.replace(_PLACE, question)
     return f"{instruction.strip()} {question}"
+
+
+def _last_tokens(texts: tuple[str, ...], max_tokens: int, decoder: Tokenizer) -> tuple[str, ...]:
+    """The texts, each without the beginning for which `max_tokens` less the tokens of those before it are no room."""
+    if sum(map(len, texts)) + len(texts) <= max_tokens and all(map(str.isascii, texts)):
+        return texts  # an ASCII character has at most one token; some tokenizers put a space in front of a text
+    kept = []
+    for text in texts:
+        encoding = decoder.encode_with_ends(text)
+        kept.append(last_tokens(text, encoding, max_tokens))
+        max_tokens = max(max_tokens - len(encoding.ids), 0)
+    return tuple(kept)
 
 
 def _cut_answer(answer: str, max_tokens: int, decoder: Tokenizer) -> str:

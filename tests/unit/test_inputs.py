@@ -146,6 +146,19 @@ def test_parquet_row_that_is_too_large_or_no_utf8_is_named(tmp_path: Path) -> No
 
 def test_a_line_of_100_mb_is_passed_over_without_being_held(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
+@pytest.mark.parametrize("kind", ["dictionary", "view", "list of dictionary"])
+def test_a_parquet_row_is_measured_without_the_texts_of_others(tmp_path: Path, kind: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = [f"{idx} " + "x" * 300 for idx in range(50)] + ["x" * 500]
+    column = pyarrow.array(texts, pyarrow.string_view()) if kind == "view" else pyarrow.array(texts).dictionary_encode()
+    if kind.startswith("list"):
+        column = pyarrow.ListArray.from_arrays(list(range(52)), column)
+    path = write_parquet(tmp_path / "a.parquet", {"text": column})
+    found = fields_of(path, max_bytes=400)
+    as_read = [[text] if kind.startswith("list") else text for text in texts]
+    assert found == [*((idx + 1, {"text": text}) for idx, text in enumerate(as_read[:50])), (51, "too_large")]
+
+
     with path.open("wb") as file:
         for _ in range(100):
             file.write(b"x" * 1_000_000)

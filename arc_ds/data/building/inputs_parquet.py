@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arc_ds.data.building.inputs import BATCH_BYTES, Batch, Cursor, InputFile
 from arc_ds.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _MAX_ROWS = 4096
 _READ_AHEAD = 1 << 20  # bytes of a column chunk that are held at once
@@ -43,7 +46,7 @@ def _row_group(
     for rows in parquet.iter_batches(batch_size=size, row_groups=[group], columns=columns, use_threads=False):
         if row >= skipped:
             position = int(share * (first_row - 1 + row + len(rows)))
-            yield Batch(cursor=Cursor(group, row), content=rows, position=position, first_row=first_row + row)
+            yield Batch(cursor=Cursor(group, row), content=_plain(rows), position=position, first_row=first_row + row)
         row += len(rows)
 
 
@@ -52,6 +55,26 @@ def _rows_at_once(group: Any, columns: list[str]) -> int:
     chunks = [group.column(idx) for idx in range(group.num_columns)]
     num_bytes = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
     return max(1, min(_MAX_ROWS, BATCH_BYTES * group.num_rows // max(num_bytes, 1)))
+
+
+def _plain(rows: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """The rows with texts in place of places in a dictionary or in a buffer that all rows of the column share: each row
+    would be measured, and each batch handed over, with the texts of all."""
+    schema = rows.schema
+    for idx, column in enumerate(schema):
+        schema = schema.set(idx, column.with_type(_plain_type(column.type)))
+    return rows if schema == rows.schema else rows.cast(schema)
+
+
+def _plain_type(stored: pyarrow.DataType) -> pyarrow.DataType:
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(stored):
+        return _plain_type(stored.value_type)
+    if pyarrow.types.is_list(stored) or pyarrow.types.is_large_list(stored):
+        inner = _plain_type(stored.value_type)
+        return stored if inner == stored.value_type else pyarrow.large_list(inner)
+    return pyarrow.large_string() if pyarrow.types.is_string_view(stored) else stored
 
 
 def _pyarrow(file: InputFile) -> Any:

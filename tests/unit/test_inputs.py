@@ -20,9 +20,9 @@ LIMIT = 1 << 20
 
 
 def compress(ending: str, data: bytes) -> bytes:
-    if ending.endswith(".gz"):
+    if ending.lower().endswith(".gz"):
         return gzip.compress(data)
-    if ending.endswith(".zst"):
+    if ending.lower().endswith((".zst", ".zstd")):
         zstandard = pytest.importorskip("zstandard")
         half = len(data) // 2  # two frames, as `cat a.zst b.zst` or pzstd make them
         return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
@@ -30,13 +30,13 @@ def compress(ending: str, data: bytes) -> bytes:
 
 
 def batches_of(path: Path, **wanted: object) -> list[Batch]:
-    (file,) = find_inputs([path])
+    (file,) = find_inputs([path]).files
     return list(read_batches(file, **{"columns": ["text"], "max_document_bytes": LIMIT, **wanted}))
 
 
 def fields_of(path: Path, max_bytes: int = LIMIT) -> list[tuple[int, object]]:
     """Numbers and fields of all documents; a fault as its reason."""
-    (file,) = find_inputs([path])
+    (file,) = find_inputs([path]).files
     found = []
     for batch in read_batches(file, columns=["text", "more"], max_document_bytes=max_bytes):
         for number, fields in read_documents(file, batch, text_field="text", max_bytes=max_bytes):
@@ -50,7 +50,9 @@ def write_parquet(path: Path, columns: dict[str, list], **options: object) -> Pa
     return path
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize(
+    "ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd", ".json", ".json.gz", ".Json.ZST", ".NDJSON"]
+)
 def test_lines_are_read_and_numbered(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a{ending}"
     path.write_bytes(compress(ending, b'{"text": "one"}\r\n\n  \n{"text": "t\xc3\xbco", "n": 2}\n{"text": "three"}'))
@@ -80,7 +82,7 @@ def test_reading_from_any_batch_on_gives_the_same(
 ) -> None:
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     path.write_bytes(b"\n".join(lines))
-    (file,) = find_inputs([path])
+    (file,) = find_inputs([path]).files
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs_lines, "BATCH_BYTES", batch_bytes)
         whole = list(inputs_lines.read_line_batches(file, max_bytes, inputs.Cursor()))
@@ -144,8 +146,6 @@ def test_parquet_row_that_is_too_large_or_no_utf8_is_named(tmp_path: Path) -> No
     assert found == [(1, {"text": "one"}), (2, "not_utf8"), (3, "too_large"), (4, {"text": "four"})]
 
 
-def test_a_line_of_100_mb_is_passed_over_without_being_held(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
 @pytest.mark.parametrize("kind", ["dictionary", "view", "list of dictionary"])
 def test_a_parquet_row_is_measured_without_the_texts_of_others(tmp_path: Path, kind: str) -> None:
     pyarrow = pytest.importorskip("pyarrow")
@@ -159,6 +159,8 @@ def test_a_parquet_row_is_measured_without_the_texts_of_others(tmp_path: Path, k
     assert found == [*((idx + 1, {"text": text}) for idx, text in enumerate(as_read[:50])), (51, "too_large")]
 
 
+def test_a_line_of_100_mb_is_passed_over_without_being_held(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         for _ in range(100):
             file.write(b"x" * 1_000_000)
@@ -203,13 +205,67 @@ def test_missing_column_and_missing_library_are_errors_with_the_cure(
 
 
 def test_folders_are_searched_in_order_and_nothing_is_taken_twice(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "b/10.jsonl", "a/1.txt.gz", "a/notes.md"):
+    for name in ("b/2.txt", "b/10.jsonl", "a/1.txt.gz", "a/notes.md", "c.JSON.gz", "_SUCCESS"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert [file.name for file in find_inputs([tmp_path])] == ["a/1.txt.gz", "b/10.jsonl", "b/2.txt"]
+    found = find_inputs([tmp_path])
+    assert [file.name for file in found.files] == ["a/1.txt.gz", "b/10.jsonl", "b/2.txt", "c.JSON.gz"]
+    assert found.passed_over == (tmp_path / "_SUCCESS", tmp_path / "a" / "notes.md")
     with pytest.raises(DataError, match=r"2\.txt is named twice"):
         find_inputs([tmp_path, tmp_path / "b" / "2.txt"])
     with pytest.raises(DataError, match="of another kind"):
         find_inputs([tmp_path / "a" / "notes.md"])
     with pytest.raises(DataError, match="no inputs"):
         find_inputs([])
+
+
+def test_what_is_hidden_or_being_built_is_no_input_unless_named(tmp_path: Path) -> None:
+    for name in ("1.json", "._1.json", ".shards.partial/state.json", "out/manifest.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = find_inputs([tmp_path], without=tmp_path / "out")
+    assert [file.name for file in found.files] == ["1.json"]
+    assert [path.name for path in found.passed_over] == ["._1.json", ".shards.partial", "out"]
+    assert [file.name for file in find_inputs([tmp_path / "._1.json"]).files] == ["._1.json"]
+    assert [file.name for file in find_inputs([tmp_path / ".shards.partial"]).files] == ["state.json"]
+
+
+def test_links_are_followed_but_not_round_and_round(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for path in (folder / "b", elsewhere / "deep"):
+        path.mkdir(parents=True)
+    (folder / "b" / "1.txt").write_bytes(b"")
+    (elsewhere / "deep" / "2.txt").write_bytes(b"")
+    for link, target in {"a": elsewhere, "round": folder, "b/up": folder, "z.txt": tmp_path / "gone.txt"}.items():
+        (folder / link).symlink_to(target)
+    (elsewhere / "back").symlink_to(folder)
+    found = find_inputs([folder])
+    assert [file.name for file in found.files] == ["a/deep/2.txt", "b/1.txt"]
+    assert [str(path.relative_to(folder)) for path in found.passed_over] == ["a/back", "b/up", "round", "z.txt"]
+    (folder / "c").symlink_to(elsewhere)
+    with pytest.raises(DataError, match=r"in/c/deep/2\.txt is the same file as .*in/a/deep/2\.txt"):
+        find_inputs([folder])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'\n[{"text": "one"}, {"text": "two"}]', r"found an array\. .*jq -c '\.\[\]'"),
+        (b"[" + b"1, " * LIMIT + b"1]", "found an array"),
+        (b'\xef\xbb\xbf{\n "data": []\n}\n', "found an object over several lines.*arc-ds shards convert"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".json", ".jsonl.gz"])
+def test_json_that_is_not_in_lines_is_an_error_with_the_cure(
+    tmp_path: Path, ending: str, content: bytes, message: str
+) -> None:
+    (tmp_path / f"a{ending}").write_bytes(compress(ending, content))
+    (file,) = find_inputs([tmp_path]).files
+    with pytest.raises(DataError, match=rf"a{ending}: expected one JSON object a line, {message}"):
+        inputs_lines.check_lines(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b'\xef\xbb\xbf{"text": 1}', b'{\n{"text": "two"}\n', b'{"a":\n'])
+def test_lines_are_not_taken_for_other_json(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    inputs_lines.check_lines(find_inputs([tmp_path]).files[0])

@@ -113,6 +113,32 @@ def write_jsonl(path: Path, documents: list[object]) -> Path:
     return path
 
 
+def test_what_a_folder_holds_beside_inputs_is_named(
+    tmp_path: Path, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    write_jsonl(source / "a.json", [{"text": TEXT}])
+    for name in ("README.md", "_SUCCESS", ".a.json.crc"):
+        (source / name).write_text(TEXT)
+    assert build_shards([source], tmp_path / "out", tokenizer_path).samples == 1
+    assert "passed over as no inputs: 3 files" in caplog.text
+    assert all(str(source / name) in caplog.text for name in ("README.md", "_SUCCESS", ".a.json.crc"))
+
+
+def test_json_that_is_not_in_lines_stops_a_build_before_it_begins(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": TEXT}])
+    (tmp_path / "b.json").write_text(json.dumps([{"text": TEXT}]))
+    monkeypatch.setattr(ShardWriter, "write", lambda *_, **__: pytest.fail("the build has begun"))
+    with pytest.raises(DataError, match=r"b\.json: expected one JSON object a line, found an array"):
+        build_shards([tmp_path], tmp_path / "out", tokenizer_path, on_error="skip", shard_bytes=1)
+    (tmp_path / "b.json").write_text('{"data": [{"paragraphs": []}], "version": "1.1"}')
+    with pytest.raises(DataError, match=r"b\.json, line 1: .*arc-ds shards convert"):
+        build_shards([tmp_path / "b.json"], tmp_path / "out", tokenizer_path, kind="fine_tuning")
+
+
 def test_filters_are_counted_by_reason(tmp_path: Path, tokenizer_path: Path) -> None:
     documents = [
         {"text": TEXT, "score": 0.9},
@@ -354,6 +380,17 @@ def test_a_build_goes_on_behind_its_finished_shards(
         build(inputs, tmp_path / "out", kill_at=101)
     assert (finished.stat().st_mtime_ns, finished.stat().st_ino) == written
     assert "going on behind" in caplog.text
+
+
+def test_a_build_into_its_own_input_folder_goes_on_and_is_replaced(
+    inputs: list[Path], build: Callable[..., Manifest], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = inputs[0].parent
+    with pytest.raises(Killed):
+        build([folder], folder / "shards", kill_at=100)
+    first = build([folder], folder / "shards")
+    assert "going on behind" in caplog.text
+    assert build([folder], folder / "shards", overwrite=True) == first
 
 
 @pytest.mark.parametrize("change", ["option", "input", "shard", "state"])

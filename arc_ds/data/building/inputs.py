@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 InputKind = Literal["text", "jsonl", "parquet"]
 Compression = Literal["", "gz", "zst"]
 
-# What a file's name ends in: its kind and compression.
+_KINDS: dict[str, InputKind] = {".txt": "text", ".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+_COMPRESSIONS: dict[str, Compression] = {"": "", ".gz": "gz", ".zst": "zst", ".zstd": "zst"}
+# What a file's name ends in, in lower case: its kind and compression.
 _ENDINGS: dict[str, tuple[InputKind, Compression]] = {
-    ".txt": ("text", ""),
-    ".txt.gz": ("text", "gz"),
-    ".txt.zst": ("text", "zst"),
-    ".jsonl": ("jsonl", ""),
-    ".jsonl.gz": ("jsonl", "gz"),
-    ".jsonl.zst": ("jsonl", "zst"),
-    ".parquet": ("parquet", ""),
+    first + second: (kind, compression)
+    for first, kind in _KINDS.items()
+    for second, compression in _COMPRESSIONS.items()
 }
+_ENDINGS[".parquet"] = ("parquet", "")
+_EXPECTED = f"{', '.join(_KINDS)} (also {', '.join(filter(None, _COMPRESSIONS))}) or .parquet"
 BATCH_BYTES = 1 << 20  # about what a worker gets at once: large against the cost of handing it over
 
 
@@ -91,35 +91,75 @@ class Batch:
     first_row: int = 1
 
 
-def find_inputs(inputs: Sequence[str | Path]) -> list[InputFile]:
-    """The input files, folders replaced by what they hold in sorted order.
+class FoundInputs(NamedTuple):
+    """The input files, and what else the folders among the inputs hold: files of other kinds, whatever is hidden (its
+    name begins with a dot), links to nowhere or to a folder that they lie in."""
 
-    DataError on a missing or unknown one, on a file named twice, and on a folder without any.
+    files: tuple[InputFile, ...]
+    passed_over: tuple[Path, ...]
+
+
+def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) -> FoundInputs:
+    """The input files, folders replaced by what they and their subfolders hold in sorted order; links are followed.
+
+    without: a folder that is passed over where it lies in another one.
+    DataError on a missing or unknown one, on a file that is there twice, and on a folder that cannot be searched or is
+    without any.
     """
     files: list[InputFile] = []
+    passed_over: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if _ending(file) and file.is_file())
-            if not found:
-                raise DataError(f"{path}: expected files ending in {', '.join(_ENDINGS)}, found none. Check the path.")
-            files += [_input_file(file, str(file.relative_to(path))) for file in found]
+            found = _search(path, without)
+            files += found.files
+            passed_over += found.passed_over
         elif path.is_file() and _ending(path):
             files.append(_input_file(path, path.name))
         else:
             state = "of another kind" if path.exists() else "missing"
-            raise DataError(f"input {path} is {state}; expected a folder or a file ending in {', '.join(_ENDINGS)}.")
+            raise DataError(f"input {path} is {state}; expected a folder or a file ending in {_EXPECTED}.")
     if not files:
         raise DataError("no inputs were given. Name text, JSONL or Parquet files, or folders of them.")
-    seen: set[Path] = set()
+    seen: dict[Path, Path] = {}
     for file in files:
-        if file.path.absolute() in seen:
-            raise DataError(f"input {file.path} is named twice, so its documents would be. Name it once.")
-        seen.add(file.path.absolute())
-    return files
+        first = seen.setdefault(file.path.resolve(), file.path)
+        if first is not file.path:
+            again = "is named twice" if first == file.path else f"is the same file as {first}"
+            raise DataError(f"input {file.path} {again}, so its documents would be there twice. Name it once.")
+    return FoundInputs(tuple(files), tuple(passed_over))
+
+
+def _search(folder: Path, without: Path | None) -> FoundInputs:
+    """What a folder holds. DataError where that is no input, or it cannot be searched."""
+    try:
+        held = sorted(_below(folder, frozenset() if without is None else frozenset((without.resolve(),))))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be searched ({error}). Make it readable, or name its files.") from error
+    found = [path for path in held if _ending(path) and not _is_hidden(path) and path.is_file()]
+    if not found:
+        raise DataError(f"{folder}: expected files ending in {_EXPECTED}, found none. Check the path.")
+    files = tuple(_input_file(path, str(path.relative_to(folder))) for path in found)
+    return FoundInputs(files, tuple(sorted(set(held).difference(found))))
+
+
+def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """Everything in a folder and its subfolders, but for what lies in hidden ones or in `above`: those that the folder
+    lies in itself, so that following links comes to an end."""
+    above |= {folder.resolve()}
+    for path in folder.iterdir():
+        if path.is_dir() and not _is_hidden(path) and path.resolve() not in above:
+            yield from _below(path, above)
+        else:
+            yield path
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether it is some tool's own, such as an unfinished build, a notebook's copies or a file system's notes."""
+    return path.name.startswith(".")
 
 
 def _ending(path: Path) -> str | None:
-    return next((ending for ending in _ENDINGS if path.name.endswith(ending)), None)
+    return next((ending for ending in _ENDINGS if path.name.lower().endswith(ending)), None)
 
 
 def _input_file(path: Path, name: str) -> InputFile:

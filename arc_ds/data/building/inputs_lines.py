@@ -7,6 +7,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 from arc_ds.data.building.inputs import BATCH_BYTES, Batch, Cursor, InputFile, Line
@@ -16,8 +17,27 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _CHUNK = 1 << 20
+_HEAD = 1 << 16
 _ZSTD_CHUNK = 1 << 14  # compressed bytes at once: all that they give is held in memory
 _ZSTD_MAX_WINDOW = 1 << 31  # files written with `zstd --long=31`
+
+
+def check_lines(file: InputFile) -> None:
+    """DataError where a JSONL file cannot be read, or begins as one array or as an object over several lines does."""
+    with _opened(file) as (_, stream):
+        heads = (head.strip() for head in iter(lambda: stream.readline(_HEAD), b""))
+        first, second = [*islice(filter(None, heads), 2), b"", b""][:2]
+    first = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if first.startswith(b"["):
+        what, how = "an array", "'.[]'"
+    elif first == b"{" and second.startswith((b'"', b"}")):
+        what, how = "an object over several lines", "."
+    else:
+        return
+    raise DataError(
+        f"{file.path}: expected one JSON object a line, found {what}. Turn it to lines (jq -c {how} A.json > A.jsonl; "
+        "the files of SQuAD, DROP and TriviaQA with arc-ds shards convert), or leave out the file."
+    )
 
 
 def read_text_batch(file: InputFile, max_document_bytes: int) -> Iterator[Batch]:

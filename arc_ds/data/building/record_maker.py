@@ -166,7 +166,8 @@ class RecordMaker:
         try:
             text = text_of(fields, self.rules.text_field)
         except DataError as error:
-            raise LeftOutError("bad_record", f"{error}. Mend it, or name another field (--text-field).") from error
+            cure = _cure(fields, "Mend it, or name another field (--text-field).")
+            raise LeftOutError("bad_record", f"{error}. {cure}") from error
         if not text.strip():
             raise LeftOutError("empty")
         if len(text) < self.rules.min_chars:
@@ -184,7 +185,7 @@ class RecordMaker:
         try:
             record = fine_tuning_record(fields)
         except DataError as error:
-            raise LeftOutError("bad_record", f"{error}. Mend or remove it.") from error
+            raise LeftOutError("bad_record", f"{error}. {_cure(fields, 'Mend or remove it.')}") from error
         if sum(len(passage) for passage in record.passages) < self.rules.min_chars:
             raise LeftOutError("min_chars")
         payload = encode_record({name: fields[name] for name in _FINE_TUNING_FIELDS if fields.get(name) is not None})
@@ -209,3 +210,10 @@ class RecordMaker:
                 f"expected text in the field {field!r}, got {text[:40]!r}, which has no token. Mend or remove it.",
             )
         return lengths
+
+
+def _cure(fields: dict[str, Any], usual: str) -> str:
+    """What helps where a document has not the fields of a record."""
+    if isinstance(fields.get("data", fields.get("Data")), list):
+        return "A file of SQuAD or TriviaQA becomes records with arc-ds shards convert."
+    return usual

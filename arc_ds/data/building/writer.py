@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from arc_ds.data.building.input_digests import InputDigests
 from arc_ds.data.building.inputs import InputFile, find_inputs, read_batches
+from arc_ds.data.building.inputs_lines import check_lines
 from arc_ds.data.building.record_maker import MAX_NAMED, Counts, MadeBatch, OnError, RecordRules
 from arc_ds.data.building.state import BuildFolder, BuildPlan, Checkpoint
 from arc_ds.data.building.workers import Work, make_in_order
@@ -50,7 +51,8 @@ def build_shards(
     """Write shards of the inputs' documents to the folder `out_dir` and return its manifest.
 
     inputs: text files (one document each), JSONL files (one a line) and Parquet files (one a row), the first two also
-        as .gz or .zst, or folders, which are searched for all of them in sorted order.
+        as .gz or .zst, or folders, which are searched for all of them in sorted order; what else they hold is named in
+        the log.
     tokenizer: the encoder's, or its path.
     kind: of the records. Pretraining documents have their text in `text_field` and are cut, losing nothing, to records
         of at most `max_tokens` tokens; those of fewer than `min_tokens` are left out, and no piece of a longer one is
@@ -80,7 +82,7 @@ def build_shards(
     if shard_bytes < 1 or workers < 1:
         raise DataError(f"shard_bytes = {shard_bytes}, workers = {workers}: expected at least 1. Change them.")
     _check_target(out_dir, overwrite)
-    files = _find_files(inputs, rules)
+    files = _find_files(inputs, rules, out_dir)
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     plan = BuildPlan(files=files, rules=rules, shard_bytes=shard_bytes, tokenizer_fingerprint=tokenizer.fingerprint)
     folder = BuildFolder(out_dir)
@@ -101,14 +103,20 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
         raise DataError(f"{out_dir} holds files but no {MANIFEST}: not a folder of shards, so it is not replaced.")
 
 
-def _find_files(inputs: Sequence[str | Path], rules: RecordRules) -> tuple[InputFile, ...]:
-    """The input files. DataError also where the rules ask for fields of a text file."""
-    files = tuple(find_inputs(inputs))
+def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path) -> tuple[InputFile, ...]:
+    """The input files. DataError also where the rules ask for fields of a text file, or JSON is not in lines."""
+    files, passed_over = find_inputs(inputs, without=out_dir)
+    if passed_over:
+        names = ", ".join(map(str, passed_over[:MAX_NAMED])) + (", …" if len(passed_over) > MAX_NAMED else "")
+        logger.warning("passed over as no inputs: %d files or folders: %s", len(passed_over), names)
     texts = [file.path.name for file in files if file.kind == "text"]
     if texts and rules.kind == "fine_tuning":
         raise DataError(f"fine-tuning records have several fields; {texts[0]} is plain text. Give JSONL or Parquet.")
     if texts and rules.quality_field is not None:
         raise DataError(f"{texts[0]} is plain text and has no field {rules.quality_field!r}. Leave out one of them.")
+    for file in files:
+        if file.kind == "jsonl":
+            check_lines(file)
     return files
 
 

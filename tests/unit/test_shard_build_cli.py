@@ -11,6 +11,7 @@ import pytest
 from arc_ds.cli import main
 from arc_ds.data.building.writer import build_shards
 from arc_ds.data.cli import build as build_command
+from arc_ds.errors import DataError
 from tests.helpers.tiny_data import TEXT, write_tiktoken
 
 
@@ -31,6 +32,35 @@ def test_what_was_left_out_is_printed_by_reason(tmp_path: Path, capsys: pytest.C
         "  left out: 1 of too few characters",
         "  left out: 1 of too low quality",
     ]
+
+
+def test_a_tokenizer_to_cache_that_is_not_there_is_found_before_the_build(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = write_tiktoken(tmp_path / "tokenizer.model")
+    (tmp_path / "a.txt").write_text(TEXT)
+    command = ["shards", "build", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    command += ["--tokenizer", str(tokenizer), "--cache-tokens", str(tokenizer)]
+    assert main([*command, str(tmp_path / "typo.model")]) == 2
+    assert "typo.model: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_whose_tokens_could_not_be_cached_are_said_to_be_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = write_tiktoken(tmp_path / "tokenizer.model")
+    (tmp_path / "a.txt").write_text(TEXT)
+    out = tmp_path / "my shards"
+
+    def fail(*_: object, **__: object) -> None:
+        raise DataError("a worker process died")
+
+    monkeypatch.setattr(build_command, "cache_and_print", fail)
+    command = ["shards", "build", str(tmp_path / "a.txt"), "--out", str(out), "--workers", "1"]
+    assert main([*command, "--tokenizer", str(tokenizer), "--cache-tokens", str(tokenizer)]) == 2
+    assert f"The shards are whole, only their token caches are not: arc-ds shards tokenize '{out}'" in caplog.text
+    assert main(["shards", "check", str(out)]) == 0
 
 
 def test_every_option_of_a_build_is_on_the_command_line_with_the_same_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from typing import Any
 
@@ -12,6 +13,9 @@ from arc_ds.data.building.workers import num_cores
 from arc_ds.data.building.writer import build_shards
 from arc_ds.data.cli.tokenize import cache_and_print
 from arc_ds.data.shards.format import Manifest
+from arc_ds.data.tokenizers import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,7 +27,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "was when the same command is given again; the result is the same, byte by byte, whatever --workers is.",
     )
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help=".txt, .jsonl (both also .gz, .zst), .parquet, or folders of them"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help=".txt, JSONL as .jsonl, .json or .ndjson (all also .gz, .zst), .parquet, or folders of them",
     )
     parser.add_argument("--out", required=True, help="folder to create")
     parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
@@ -76,6 +83,8 @@ def rules_of(namespace: argparse.Namespace) -> dict[str, Any]:
 
 def _build(namespace: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for path in namespace.cache_tokens:
+        load_tokenizer(path)  # one that cannot be read is found now, not behind hours of building
     manifest = build_shards(
         namespace.inputs,
         namespace.out,
@@ -88,8 +97,17 @@ def _build(namespace: argparse.Namespace) -> int:
     )
     print(f"{namespace.out}: {summary(manifest)}")
     if namespace.cache_tokens:
-        cache_and_print(namespace.out, namespace.cache_tokens, workers=namespace.workers)
+        _cache_tokens(namespace.out, namespace.cache_tokens, namespace.workers)
     return 0
+
+
+def _cache_tokens(folder: str, tokenizers: list[str], workers: int) -> None:
+    try:
+        cache_and_print(folder, tokenizers, workers=workers)
+    except BaseException:
+        go_on = shlex.join(["arc-ds", "shards", "tokenize", folder, "--tokenizer", *tokenizers])
+        logger.warning("The shards are whole, only their token caches are not: %s goes on there.", go_on)
+        raise
 
 
 def summary(manifest: Manifest) -> str:

@@ -207,6 +207,8 @@ def _check_same_files(parts: RunParts) -> None:
         "backbones": parts.backbones,
         "tokenizers": parts.tokenizers,
         "shards": parts.data.order.fingerprint,
+        # No part of the fingerprint, but samples are dealt to ranks by them.
+        "passage counts in the shards' manifests": [s.shards.manifest.passage_tokens for s in parts.data.sources],
         "held-out shards": None if parts.validator is None else parts.validator.fingerprint,
     }
     different = [name for name, value in found.items() if not dist.all_ranks_agree(value)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,3 +81,17 @@ def test_a_host_that_found_other_files_stops_all(config: Path, override: str, na
         _read, str(config), [["validation.every=0"], ["validation.every=0", override.format(config.parent)]]
     )
     assert first == second == f"ranks have found different {named}. Give every host the same files."
+
+
+def test_a_host_whose_manifests_count_other_passages_stops_all(config: Path) -> None:
+    """Their fingerprint is the same, but its ranks would deal the samples otherwise."""
+    counted = config.parent / "counted"
+    shutil.copytree(config.parent / "train", counted, dirs_exist_ok=True)
+    manifest = counted / "manifest.json"
+    spec = json.loads(manifest.read_text())
+    for shard in spec["shards"]:
+        shard["passage_tokens"] = {"2": 7}
+    manifest.write_text(json.dumps(spec))
+    first, second = run_on_ranks(_read, str(config), [[], [f"data.sources.0.path={counted}"]])
+    assert first == second and "passage counts in the shards' manifests" in first
+    assert "different shards" not in first

@@ -409,7 +409,7 @@ def test_where_a_url_has_no_token_cache_one_line_says_so_and_it_is_asked_once(
 ) -> None:
     caplog.set_level(logging.INFO)
     tokenizer = load_tokenizer(local.folder.parent / "t.model")
-    for url in (server.url, f"pipe:cat {local.folder}"):
+    for url in (server.url, f"pipe:cat {local.folder}", f"pipe:cat {local.folder}/{{}} | cat"):
         shards = ShardSet(url, cache=cache)
         caplog.clear()
         assert open_token_cache(shards, tokenizer) is None
@@ -529,20 +529,25 @@ class RemoteMixture(TinyMixture):
         ]
 
 
+@pytest.mark.parametrize("has_token_caches", [False, True])
 def test_batches_of_remote_sources_are_the_local_ones(
-    tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch, has_token_caches: bool
 ) -> None:
     """Over workers that share a cache too small for all shards, and a server that fails now and then."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     (tmp_path / "data").mkdir()
     mixture = TinyMixture.write(tmp_path / "data")
+    expected = sequences(mixture.data()[step] for step in range(8))
+    for name in ("texts", "questions", "long") if has_token_caches else ():
+        build_token_caches(tmp_path / "data" / name, [mixture.encoder, mixture.decoder])
     remote = RemoteMixture(tmp_path / "data")
     with serve(tmp_path / "data") as server:
         remote.url = server.url
         remote.cache = replace(cache, max_bytes=30_000, retries=replace(QUICK, attempts=6))
         data = remote.data()
         server.faults = {"0.tar": ("cut", 2), "1.tar": ("500", 3), "2.tar": ("flip", 2)}
-        found = sequences(make_loader(data, range(8), num_workers=2))
-    assert found == sequences(mixture.data()[step] for step in range(8))
+        if has_token_caches:
+            server.faults |= {"0.ids": ("cut", 2), "1.texts": ("500", 3)}
+        assert sequences(make_loader(data, range(8), num_workers=2)) == expected
     assert sum(path.stat().st_size for path in mixture.folder.glob("*/*.tar")) > 30_000
     assert sum(left for _, left in server.faults.values()) == 0, "the faults happened"

@@ -86,7 +86,8 @@ def _build_or_say_why_not(jobs: _Jobs, workers: int, progress: bool) -> CacheSum
             "Free some of the disk; the same command goes on behind the finished shards."
             if is_disk_full(error)
             else "A token cache lies beside the manifest. Where that folder cannot be written, make another manifest "
-            "for the same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and name it in data.sources."
+            "for the same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and name it as the source of a "
+            "new run."
         )
         raise StorageError(f"{jobs.folder} cannot be written: {error}. {cure}") from error
 

@@ -46,7 +46,7 @@ EXTRAS = {
         "transformers>=4.57",
     ],
     # Inputs of `arc-ds shards build` that are Parquet or .zst.
-    "shards": ["pyarrow>=15.0", "zstandard>=0.22"],
+    "shards": ["pyarrow>=16.0", "zstandard>=0.22"],
     # Both need no more than the core so far; the names are fixed.
     "eval": [],
     "store": [],

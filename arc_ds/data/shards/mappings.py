@@ -14,6 +14,7 @@ import resource
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from itertools import islice
 from typing import IO, Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -40,22 +41,22 @@ class Mappings(dict[int, _T]):
         super().__init__()
         self._open_one = open_one
         self._num_files = num_files
-        # The dict itself holds what was used since the last turn, this what was used between the last two. A hit has
-        # nothing to note then, which would cost more than the look-up.
-        self._older: dict[int, _T] = {}
+        # The dict itself holds what was used since the last turn, this what was not: a hit has nothing to note then,
+        # which would cost more than the look-up.
+        self._unused: dict[int, _T] = {}
         self._budgets = [_process] if most is None else [_process, _Budget(lambda: most * num_files)]
         for budget in self._budgets:
             budget.add(self)
 
     def __missing__(self, idx: int) -> _T:
-        found = self._older.pop(idx, None)
-        for budget in self._budgets:
-            budget.take(self._num_files)
+        found = self._unused.pop(idx, None)
         self[idx] = mapping = self._opened(idx) if found is None else found
         return mapping
 
     def _opened(self, idx: int) -> _T:
         """StorageError where the process has no descriptor left though nothing is mapped, or as `open_one`."""
+        for budget in self._budgets:
+            budget.make_room(self._num_files)
         while True:
             try:
                 return self._open_one(idx)
@@ -68,23 +69,28 @@ class Mappings(dict[int, _T]):
                 _warn_of_descriptors()
 
     @property
-    def num_recent(self) -> int:
-        """Files that were used since the last turn."""
-        return len(self) * self._num_files
+    def num_held(self) -> int:
+        """Files that are mapped."""
+        return (len(self) + len(self._unused)) * self._num_files
 
     @property
-    def num_held(self) -> int:
-        """All files that are mapped."""
-        return (len(self) + len(self._older)) * self._num_files
+    def num_unused(self) -> int:
+        """Those of them that were not used since the last turn."""
+        return len(self._unused) * self._num_files
 
     def turn(self) -> None:
-        """Let go what was not used since the last turn."""
-        self._older = dict(self)
+        """Count nothing as used from now on."""
+        self._unused |= self
         self.clear()
 
-    def let_older_go(self) -> None:
-        """Let go what was used last before the last turn."""
-        self._older = {}
+    def let_some_go(self) -> None:
+        """An eighth of what was not used since the last turn: first what was used first before it."""
+        for idx in list(islice(self._unused, -(-len(self._unused) // 8))):
+            self._unused.pop(idx, None)
+
+    def let_all_go(self) -> None:
+        self.clear()
+        self._unused.clear()
 
 
 class _Budget:
@@ -93,32 +99,32 @@ class _Budget:
     def __init__(self, most: Callable[[], int]) -> None:
         self._most = most
         self._sets: WeakValueDictionary[int, Mappings[Any]] = WeakValueDictionary()  # by id: dicts have no hash
-        self._left = 0  # files that may be used anew before they are counted again
+        self._left = 0  # files for which there is room for certain: to count takes time
 
     def add(self, mappings: Mappings[Any]) -> None:
         self._sets[id(mappings)] = mappings
 
-    def take(self, num_files: int) -> None:
-        """Make room for some files more. The half of what may be held that was used last stays."""
+    def make_room(self, num_files: int) -> None:
+        """For some files more, where need be in place of those that were not used for longest."""
         self._left -= num_files
         if self._left >= 0:
             return
-        sets, most = list(self._sets.values()), self._most()
-        if sum(each.num_recent for each in sets) + num_files > most // 2:
+        sets, most = list(self._sets.values()), self._most() - num_files
+        while (num_held := sum(each.num_held for each in sets)) > most and num_held:
             for each in sets:
-                each.turn()
-        if sum(each.num_held for each in sets) + num_files > most:
-            for each in sets:
-                each.let_older_go()
-        self._left = most // 2 - sum(each.num_recent for each in sets) - num_files
+                each.let_some_go()
+            # Well before the last of them is gone: what is in use is then used again before it would be let go.
+            if sum(each.num_unused for each in sets) <= num_held // 2:
+                for each in sets:
+                    each.turn()
+        self._left = most - num_held
 
     def empty(self) -> bool:
         """Let everything go, and tell whether there was anything."""
         sets = list(self._sets.values())
         num_held = sum(each.num_held for each in sets)
         for each in sets:
-            each.clear()
-            each.let_older_go()
+            each.let_all_go()
         self._left = 0
         return num_held > 0
 

@@ -33,7 +33,7 @@ class FetchAhead:
         """Whether the cache holds two windows of every source; else fetching ahead would put out what is being read."""
         needed = 0
         for shards in self._remote.values():
-            largest = sorted((shard.bytes for shard in shards.manifest.shards), reverse=True)
+            largest = sorted(map(shards.files.num_bytes, shards.manifest.shards), reverse=True)
             needed += sum(largest[: 2 * self._order.window_shards])
         return all(
             shards.files.cache is None or needed <= shards.files.cache.max_bytes for shards in self._remote.values()

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from arc_ds.config.lengths import longest_context, longest_sequence
-from arc_ds.config.schema import RunConfig
+from arc_ds.config.lengths import NO_CHAT, ChatRows, longest_context, longest_sequence
+from arc_ds.config.schema import DecoderConfig, RunConfig
 from arc_ds.data.segments import Marker
-from arc_ds.data.tasks.chat import read_layout
+from arc_ds.data.tasks.chat import count_template, read_layout
 from arc_ds.data.tokenizers import check_fits, load_tokenizer
 from arc_ds.errors import ConfigError, TokenizerError
 from arc_ds.model.bridge import check_bridge_init, init_bridge
@@ -190,18 +190,26 @@ class DecoderWeights:
 
 
 def open_decoders(config: RunConfig) -> tuple[DecoderWeights, ...]:
-    """The run's decoders; reads sizes only. WeightsError where a tensor is missing or misshapen."""
+    """The run's decoders; reads sizes, and the tokenizers of those that chat. WeightsError where a tensor is missing or
+    misshapen, or a sequence can be longer than a decoder's attention window; TokenizerError as `read_layout`."""
     opened = []
-    for decoder in config.decoders:
+    for decoder, tokenizer_path in zip(config.decoders, decoder_tokenizer_paths(config), strict=True):
         shape, tensors = open_decoder(
             Path(decoder.backbone),
             decoder.rope_scaling,
             activation_checkpointing=decoder.activation_checkpointing,
-            max_positions=longest_sequence(config),
+            max_positions=longest_sequence(config, _chat_rows(decoder, tokenizer_path)),
         )
         check_fit(shape, tensors)
         opened.append(DecoderWeights(shape=shape, tensors=tensors))
     return tuple(opened)
+
+
+def _chat_rows(decoder: DecoderConfig, tokenizer_path: Path) -> ChatRows:
+    if decoder.chat_template == "none":
+        return NO_CHAT
+    tokenizer = load_tokenizer(tokenizer_path)
+    return ChatRows(*count_template(read_layout(decoder.chat_template, tokenizer, tokenizer_path), tokenizer))
 
 
 def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcSourceFolder) -> None:

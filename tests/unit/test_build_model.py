@@ -10,12 +10,14 @@ import torch
 
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
-from arc_ds.errors import ConfigError
+from arc_ds.errors import ConfigError, WeightsError
 from arc_ds.export.consolidate import TrainedCompressor, TrainedFor
 from arc_ds.export.formats import write_export
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
-from arc_ds.training.build_model import compressor_spec, open_starting_weights, starting_compressor
+from arc_ds.training.build_model import compressor_spec, open_decoders, open_starting_weights, starting_compressor
+from tests.helpers.tiny_data import write_json_tokenizer
+from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf
 from tests.helpers.tiny_run import write_inputs
 
 
@@ -87,6 +89,20 @@ def test_a_bridge_that_cannot_start_as_the_identity_is_refused_before_anything_i
     config = load_config(config_file, ["bridge.init=identity"])
     with pytest.raises(ConfigError, match="equal widths"):
         open_starting_weights(config, compressor_spec(config))
+
+
+def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file: Path, tmp_path: Path) -> None:
+    shape = tiny_config(family="mistral", vocab_size=352)
+    folder = write_hf(tmp_path / "windowed", shape, random_tensors(shape), sliding_window=65)
+    write_json_tokenizer(folder)
+
+    def open_with(template: str) -> None:
+        named = f"decoders=[{{name: windowed, backbone: {folder}, chat_template: {template}}}]"
+        open_decoders(load_config(config_file, [named]))
+
+    open_with("none")
+    with pytest.raises(WeightsError, match="looks back 65 tokens and the run has sequences of 141"):
+        open_with("llama2")
 
 
 def _start(config: RunConfig) -> Compressor:

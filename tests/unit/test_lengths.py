@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.config.lengths import largest_sample, longest_context, longest_sequence
+from arc_ds.config.lengths import NO_CHAT, ChatRows, largest_sample, longest_context, longest_sequence
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
+from arc_ds.data.batches.decoder_reader import Reader
+from arc_ds.data.batches.micro_batches import sample_size
+from arc_ds.data.batches.order import Task
+from arc_ds.data.batches.packing import PoolingSpec
+from arc_ds.data.tasks import make_example
+from arc_ds.data.tasks.chat import LayoutName, count_template, read_layout
+from arc_ds.data.tokenizers import load_tokenizer
+from arc_ds.training.build_data import task_limits
+from tests.helpers.written import write_chat_tokenizer
 
 CONFIG = """\
 run_dir: runs/x
@@ -52,7 +61,7 @@ def test_the_longest_sequence_is_that_of_the_longest_task(
 ) -> None:
     config = load(tmp_path, *overrides)
     assert longest_context(config) == context
-    assert longest_sequence(config) == rows
+    assert longest_sequence(config, NO_CHAT) == rows
 
 
 @pytest.mark.parametrize(
@@ -70,3 +79,52 @@ def test_the_largest_sample_of_a_source_has_all_its_contexts(
 ) -> None:
     config = load(tmp_path, *overrides)
     assert largest_sample(config, config.data.sources[-1]) == expected
+
+
+X = "xyz" * 500  # a letter is a token
+ASKED_ABOUT = {"passage": X[:200], "question": X[:30], "answer": X[:20]}
+PROMPT = {"instruction": f"{X[:10]}||{X[:10]}||{X[:10]}"}
+OWN_TEMPLATE = """{{ bos_token }}{{ "<|im_start|>system\\nYou read what was compressed, and answer.<|im_end|>\\n" }}
+{%- for message in messages %}
+{{- "<|im_start|>" + message["role"] + "\\n" + message["content"] + "<|im_end|>\\n" }}{% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_tokenizer(tmp_path_factory.mktemp("tokenizer") / "json", template=OWN_TEMPLATE)
+
+
+@pytest.mark.parametrize("template", ["none", "llama2", "chatml", "tokenizer"])
+@pytest.mark.parametrize(
+    ("source", "task", "records"),
+    [
+        ("{path: a}", "reconstruction", [{"text": X}]),
+        ("{path: a}", "continuation", [{"text": X}]),
+        ("{path: a, task: few_shot, in_context_examples: 2}", "few_shot", [ASKED_ABOUT] * 3),
+        ("{path: a, task: few_shot, in_context_examples: 2}", "few_shot", [ASKED_ABOUT | PROMPT] * 3),
+        ("{path: a, task: long_context, chunk_tokens: 16}", "long_context", [{"text": X}]),
+        ("{path: a, task: long_context, chunk_tokens: 16}", "long_context", [ASKED_ABOUT]),
+    ],
+    ids=["reconstruction", "continuation", "few-shot", "own prompt", "long text", "long passages"],
+)
+def test_no_sample_has_more_rows_than_its_lengths_allow(
+    tmp_path: Path, chat_tokenizer: Path, source: str, task: Task, records: list[dict], template: LayoutName
+) -> None:
+    sizes = ["data.max_continuation_tokens=300", "data.max_context_tokens=560", "data.max_documents_tokens=600"]
+    decoder = f"decoders=[{{name: a, backbone: b, chat_template: {template}}}]"
+    config = load(tmp_path, f"data.sources=[{source}]", *sizes, decoder, "data.max_chunks=30")
+    tokenizer = load_tokenizer(chat_tokenizer)
+    reader = Reader(tokenizer=tokenizer, layout=read_layout(template, tokenizer, chat_tokenizer))
+    example = make_example(
+        records,
+        task=task,
+        seed=0,
+        encoder=tokenizer,
+        decoder=tokenizer,
+        limits=task_limits(config, config.data.sources[0]),
+        layout=reader.layout,
+    )
+    assert not example.counts
+    rows = sample_size(example.sample, PoolingSpec()).decoder_rows
+    bound = longest_sequence(config, ChatRows(*count_template(reader.layout, tokenizer)))
+    assert rows <= bound <= largest_sample(config, config.data.sources[0])[1]

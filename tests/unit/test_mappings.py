@@ -182,7 +182,7 @@ def test_too_many_open_files_is_an_error_of_its_own_and_no_damage(
     folder: Path, lower_limit: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     shards, cache = open_source(folder)
-    record = shards.record(0)
+    tokenizer, record = load_tokenizer(folder / "tokenizer.model"), shards.record(0)
     limit = num_open() + 50
     lower_limit(limit)
     with no_descriptor_left():
@@ -190,6 +190,8 @@ def test_too_many_open_files_is_an_error_of_its_own_and_no_damage(
             shards.record(0)
         with pytest.raises(StorageError, match=r"shard-000000\.texts cannot be opened: .*ulimit -n"):
             cache.known(0, record)
+        with pytest.raises(StorageError, match=r"cache\.json cannot be opened: .*ulimit -n"):
+            open_token_cache(shards, tokenizer)
     with no_descriptor_left(spare=1), pytest.raises(StorageError, match="cannot be opened: .*ulimit -n"):
         cache.known(0, record)  # no descriptor for the mapping of what is open
     assert not caplog.records

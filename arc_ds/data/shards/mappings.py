@@ -13,7 +13,7 @@ import os
 import resource
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import IO, Any, TypeVar
 from weakref import WeakValueDictionary
@@ -54,19 +54,9 @@ class Mappings(dict[int, _T]):
         return mapping
 
     def _opened(self, idx: int) -> _T:
-        """StorageError where the process has no descriptor left though nothing is mapped, or as `open_one`."""
         for budget in self._budgets:
             budget.make_room(self._num_files)
-        while True:
-            try:
-                return self._open_one(idx)
-            except (ArcError, OSError) as error:
-                reason = _no_descriptor(error)
-                if reason is None:
-                    raise
-                if not _process.empty():
-                    raise _no_descriptor_error(reason) from error
-                _warn_of_descriptors()
+        return with_descriptors(partial(self._open_one, idx))
 
     @property
     def num_held(self) -> int:
@@ -136,6 +126,23 @@ def _most_of_process() -> int:
 
 
 _process = _Budget(_most_of_process)
+
+
+def with_descriptors(open_files: Callable[[], _T]) -> _T:
+    """What a function returns that opens files, for which mapped ones are let go where no descriptor is left.
+
+    StorageError with the cure where there is none though nothing is mapped.
+    """
+    while True:
+        try:
+            return open_files()
+        except (ArcError, OSError) as error:
+            reason = _no_descriptor(error)
+            if reason is None:
+                raise
+            if not _process.empty():
+                raise _no_descriptor_error(reason) from error
+            _warn_of_descriptors()
 
 
 def map_file(file: IO[bytes]) -> mmap.mmap | bytes:

@@ -12,6 +12,7 @@ import bisect
 import logging
 import mmap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -20,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from arc_ds.data.shards.files import SideFile
-from arc_ds.data.shards.mappings import Mappings, is_out_of_descriptors, map_file
+from arc_ds.data.shards.mappings import Mappings, is_out_of_descriptors, map_file, with_descriptors
 from arc_ds.data.shards.reader import ShardSet, max_mapped
 from arc_ds.data.shards.token_cache_files import (
     CACHE_FILE,
@@ -48,15 +49,17 @@ def open_token_cache(shards: ShardSet, tokenizer: Tokenizer) -> TokenCache | Non
 
     That of a set behind a URL lies there, or (`arc-ds shards tokenize URL`) where its manifest is kept locally. Sizes,
     what the texts come from and the fingerprint are checked; a cache that does not match is named in a warning, and so
-    is a local folder with caches of other tokenizers only.
+    is a local folder with caches of other tokenizers only. StorageError where too many files are open.
     """
     fingerprint = tokenizer.fingerprint
     faults = []
     for is_fetched, find in ((False, _local_index), (True, _fetched_index)):
         try:
-            if (index := find(shards, fingerprint)) is not None:
+            if (index := with_descriptors(partial(find, shards, fingerprint))) is not None:
                 return TokenCache(shards, index, is_fetched=is_fetched)
         except (DataError, StorageError) as error:
+            if is_out_of_descriptors(error):
+                raise
             faults.append(str(error).rstrip("."))
     if faults:
         logger.warning(

@@ -23,6 +23,7 @@ from arc_ds import dist
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
+from arc_ds.data.shards.mappings import raise_descriptor_limit
 from arc_ds.device import describe_device, select_device
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.training.build import build_run
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     hold_stop_signals()
     # A DataLoader's worker whose rank is killed would wait for ever to hand over what it has made.
     os.register_at_fork(after_in_child=die_with_parent)
+    raise_descriptor_limit()
     dist.setup_logging()
     config = _parse(argv)
     device = select_device(config.device, dist.local_rank())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
 import signal
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from arc_ds.data.batches.decoder_reader import ReaderFiles
 from arc_ds.data.batches.loader import StepData, make_loader
@@ -268,3 +270,21 @@ def test_limits_change_nothing_of_what_is_trained_on(
 def rows_of(packed: PackedBatch) -> list[int]:
     """Decoder rows of each sequence."""
     return packed.decoder_cu_seqlens.diff().tolist()
+
+
+class OpenFiles(Dataset):
+    """The limit of the process that makes an item."""
+
+    def __getitem__(self, _: int) -> int:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def test_workers_may_open_as_many_files_as_the_system_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowered = min(256, hard - 1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowered, hard))
+    try:
+        (found,) = make_loader(OpenFiles(), range(1), num_workers=1)  # type: ignore[arg-type]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found > lowered

@@ -27,6 +27,7 @@ from arc_ds.data.batches.packing import PoolingSpec
 from arc_ds.data.batches.sample_maker import Made, OnError, SampleMaker
 from arc_ds.data.batches.source import Source
 from arc_ds.data.batches.step_batch import StepBatch
+from arc_ds.data.shards.mappings import raise_descriptor_limit
 from arc_ds.data.tasks import NO_COUNTS
 from arc_ds.errors import DataError
 
@@ -161,7 +162,7 @@ def make_loader(
 
 
 def _begin_worker(_: int) -> None:
-    """One thread a worker: the ranks' workers share the host's cores.
+    """One thread a worker, since the ranks' workers share the host's cores, and as many open files as the system allows.
 
     A scheduler that stops a job signals all of its processes. A rank then saves at the next step boundary, and until
     there it needs its workers: they leave the signals to it, and end with it.
@@ -169,6 +170,7 @@ def _begin_worker(_: int) -> None:
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ignore_once)
+    raise_descriptor_limit()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -162,7 +162,7 @@ def make_loader(
 
 
 def _begin_worker(_: int) -> None:
-    """One thread a worker, since the ranks' workers share the host's cores, and as many open files as the system allows.
+    """One thread a worker: the ranks' workers share the host's cores. As many open files as the system allows.
 
     A scheduler that stops a job signals all of its processes. A rank then saves at the next step boundary, and until
     there it needs its workers: they leave the signals to it, and end with it.

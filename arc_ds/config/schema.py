@@ -196,8 +196,9 @@ class DataConfig:
     whatever the lengths; what is trained on does not depend on it. None: no limit."""
     max_decoder_rows: int | None = None
     """Most decoder rows (text and compressed tokens) in one micro-batch, likewise. A sample whose text has many more
-    tokens for a decoder than for the encoder can exceed it: it has a micro-batch of its own and is counted
-    (data/over_limit). None: no limit."""
+    tokens for a decoder than for the encoder, or whose chat template writes more than 256 tokens around a first turn,
+    or 64 around a further one, can exceed it: it has a micro-batch of its own and is counted (data/over_limit).
+    None: no limit."""
     decoder_bos: bool = True
     """Whether a decoder sequence begins with the tokenizer's begin-of-text, where it has one."""
     num_workers: int = 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -255,17 +256,36 @@ def test_links_are_followed_but_not_round_and_round(tmp_path: Path) -> None:
         (b'\xef\xbb\xbf{\n "data": []\n}\n', "found an object over several lines.*arc-ds shards convert"),
     ],
 )
-@pytest.mark.parametrize("ending", [".json", ".jsonl.gz"])
-def test_json_that_is_not_in_lines_is_an_error_with_the_cure(
+@pytest.mark.parametrize("ending", [".json", ".JSON.gz"])
+def test_json_that_is_not_in_lines_is_named_with_the_cure(
     tmp_path: Path, ending: str, content: bytes, message: str
 ) -> None:
-    (tmp_path / f"a{ending}").write_bytes(compress(ending, content))
-    (file,) = find_inputs([tmp_path]).files
-    with pytest.raises(DataError, match=rf"a{ending}: expected one JSON object a line, {message}"):
-        inputs_lines.check_lines(file)
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(compress(ending.lower(), content))
+    for given in (path, tmp_path):
+        with pytest.raises(DataError, match=rf"a{ending}: expected one JSON object a line, {message}"):
+            find_inputs([given])
+    (tmp_path / "b.jsonl").write_bytes(b"[broken\n")  # one damaged line of many, perhaps: the build tells
+    found = find_inputs([tmp_path])
+    assert [file.name for file in found.files] == ["b.jsonl"]
+    assert found.passed_over == (path,)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b'\xef\xbb\xbf{"text": 1}', b'{\n{"text": "two"}\n', b'{"a":\n'])
 def test_lines_are_not_taken_for_other_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    inputs_lines.check_lines(find_inputs([tmp_path]).files[0])
+    assert [file.name for file in find_inputs([tmp_path]).files] == ["a.json"]
+
+
+def test_shards_and_folders_that_cannot_be_searched_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.json", "shards/tokens-1/cache.json", "lost+found/b.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    (tmp_path / "shards" / "manifest.json").write_text('{\n "format": "arc-ds-shards",')
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "lost+found" and access(path, mode))
+    found = find_inputs([tmp_path])
+    assert [file.name for file in found.files] == ["a.json"]
+    assert [path.name for path in found.passed_over] == ["lost+found", "shards"]

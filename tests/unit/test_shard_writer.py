@@ -133,7 +133,7 @@ def test_json_that_is_not_in_lines_stops_a_build_before_it_begins(
     (tmp_path / "b.json").write_text(json.dumps([{"text": TEXT}]))
     monkeypatch.setattr(ShardWriter, "write", lambda *_, **__: pytest.fail("the build has begun"))
     with pytest.raises(DataError, match=r"b\.json: expected one JSON object a line, found an array"):
-        build_shards([tmp_path], tmp_path / "out", tokenizer_path, on_error="skip", shard_bytes=1)
+        build_shards([tmp_path, tmp_path / "b.json"], tmp_path / "out", tokenizer_path, on_error="skip", shard_bytes=1)
     (tmp_path / "b.json").write_text('{"data": [{"paragraphs": []}], "version": "1.1"}')
     with pytest.raises(DataError, match=r"b\.json, line 1: .*arc-ds shards convert"):
         build_shards([tmp_path / "b.json"], tmp_path / "out", tokenizer_path, kind="fine_tuning")

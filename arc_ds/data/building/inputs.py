@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from arc_ds.data.shards.format import FORMAT, MANIFEST
 from arc_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ _ENDINGS: dict[str, tuple[InputKind, Compression]] = {
 }
 _ENDINGS[".parquet"] = ("parquet", "")
 _EXPECTED = f"{', '.join(_KINDS)} (also {', '.join(filter(None, _COMPRESSIONS))}) or .parquet"
+_JSON_ENDINGS = tuple(f".json{compression}" for compression in _COMPRESSIONS)
 BATCH_BYTES = 1 << 20  # about what a worker gets at once: large against the cost of handing it over
 
 
@@ -92,8 +95,9 @@ class Batch:
 
 
 class FoundInputs(NamedTuple):
-    """The input files, and what else the folders among the inputs hold: files of other kinds, whatever is hidden (its
-    name begins with a dot), links to nowhere or to a folder that they lie in."""
+    """The input files, and what else the folders among the inputs hold: files of other kinds, a .json that is not in
+    lines, whatever is hidden (its name begins with a dot), links to nowhere or to a folder that they lie in, shards,
+    and folders that cannot be searched."""
 
     files: tuple[InputFile, ...]
     passed_over: tuple[Path, ...]
@@ -103,8 +107,8 @@ def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) ->
     """The input files, folders replaced by what they and their subfolders hold in sorted order; links are followed.
 
     without: a folder that is passed over where it lies in another one.
-    DataError on a missing or unknown one, on a file that is there twice, and on a folder that cannot be searched or is
-    without any.
+    DataError on a missing or unknown one, a .json that is not in lines, a file that is there twice, and a folder that
+    cannot be searched or is without any.
     """
     files: list[InputFile] = []
     passed_over: list[Path] = []
@@ -115,6 +119,8 @@ def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) ->
             passed_over += found.passed_over
         elif path.is_file() and _ending(path):
             files.append(_input_file(path, path.name))
+            if (fault := _why_no_lines(files[-1])) is not None:
+                raise DataError(fault)
         else:
             state = "of another kind" if path.exists() else "missing"
             raise DataError(f"input {path} is {state}; expected a folder or a file ending in {_EXPECTED}.")
@@ -135,22 +141,47 @@ def _search(folder: Path, without: Path | None) -> FoundInputs:
         held = sorted(_below(folder, frozenset() if without is None else frozenset((without.resolve(),))))
     except OSError as error:
         raise DataError(f"{folder}: cannot be searched ({error}). Make it readable, or name its files.") from error
-    found = [path for path in held if _ending(path) and not _is_hidden(path) and path.is_file()]
-    if not found:
-        raise DataError(f"{folder}: expected files ending in {_EXPECTED}, found none. Check the path.")
-    files = tuple(_input_file(path, str(path.relative_to(folder))) for path in found)
-    return FoundInputs(files, tuple(sorted(set(held).difference(found))))
+    named = [path for path in held if _ending(path) and not _is_hidden(path) and path.is_file()]
+    found = [_input_file(path, str(path.relative_to(folder))) for path in named]
+    faults = {file.path: fault for file in found if (fault := _why_no_lines(file)) is not None}
+    files = [file for file in found if file.path not in faults]
+    if not files:
+        nothing = f"{folder}: expected files ending in {_EXPECTED}, found none. Check the path."
+        raise DataError(next(iter(faults.values()), nothing))
+    others = set(held).difference(file.path for file in files)
+    return FoundInputs(tuple(files), tuple(sorted(others)))
 
 
 def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """Everything in a folder and its subfolders, but for what lies in hidden ones or in `above`: those that the folder
-    lies in itself, so that following links comes to an end."""
+    """Everything in a folder and its subfolders, but for what lies in those that are passed over: hidden ones, shards,
+    those that cannot be searched, and those in `above`, which the folder lies in itself, so that following links comes
+    to an end. OSError where the folder cannot be searched."""
     above |= {folder.resolve()}
     for path in folder.iterdir():
-        if path.is_dir() and not _is_hidden(path) and path.resolve() not in above:
+        if not path.is_dir() or _is_hidden(path) or path.resolve() in above or _is_shards(path):
+            yield path
+        elif os.access(path, os.R_OK | os.X_OK):
             yield from _below(path, above)
         else:
             yield path
+
+
+def _is_shards(folder: Path) -> bool:
+    """Whether it is a set of shards: its manifest and token caches are no documents."""
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            return FORMAT.encode() in file.read(4096)
+    except OSError:
+        return False
+
+
+def _why_no_lines(file: InputFile) -> str | None:
+    """As `inputs_lines.why_no_lines`; None for files that are not called .json, which may also hold other JSON."""
+    if not file.name.lower().endswith(_JSON_ENDINGS):
+        return None
+    from arc_ds.data.building.inputs_lines import why_no_lines
+
+    return why_no_lines(file)
 
 
 def _is_hidden(path: Path) -> bool:

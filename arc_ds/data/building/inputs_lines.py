@@ -22,8 +22,9 @@ _ZSTD_CHUNK = 1 << 14  # compressed bytes at once: all that they give is held in
 _ZSTD_MAX_WINDOW = 1 << 31  # files written with `zstd --long=31`
 
 
-def check_lines(file: InputFile) -> None:
-    """DataError where a JSONL file cannot be read, or begins as one array or as an object over several lines does."""
+def why_no_lines(file: InputFile) -> str | None:
+    """What a .json file is and what to do, where it begins as one array or as an object over several lines does; None
+    where it is JSONL. DataError where it cannot be read."""
     with _opened(file) as (_, stream):
         heads = (head.strip() for head in iter(lambda: stream.readline(_HEAD), b""))
         first, second = [*islice(filter(None, heads), 2), b"", b""][:2]
@@ -33,8 +34,8 @@ def check_lines(file: InputFile) -> None:
     elif first == b"{" and second.startswith((b'"', b"}")):
         what, how = "an object over several lines", "."
     else:
-        return
-    raise DataError(
+        return None
+    return (
         f"{file.path}: expected one JSON object a line, found {what}. Turn it to lines (jq -c {how} A.json > A.jsonl; "
         "the files of SQuAD, DROP and TriviaQA with arc-ds shards convert), or leave out the file."
     )

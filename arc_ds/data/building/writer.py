@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from arc_ds.data.building.input_digests import InputDigests
 from arc_ds.data.building.inputs import InputFile, find_inputs, read_batches
-from arc_ds.data.building.inputs_lines import check_lines
 from arc_ds.data.building.record_maker import MAX_NAMED, Counts, MadeBatch, OnError, RecordRules
 from arc_ds.data.building.state import BuildFolder, BuildPlan, Checkpoint
 from arc_ds.data.building.workers import Work, make_in_order
@@ -104,7 +103,7 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
 
 
 def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path) -> tuple[InputFile, ...]:
-    """The input files. DataError also where the rules ask for fields of a text file, or JSON is not in lines."""
+    """The input files. DataError also where the rules ask for fields of a text file."""
     files, passed_over = find_inputs(inputs, without=out_dir)
     if passed_over:
         names = ", ".join(map(str, passed_over[:MAX_NAMED])) + (", …" if len(passed_over) > MAX_NAMED else "")
@@ -114,9 +113,6 @@ def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path)
         raise DataError(f"fine-tuning records have several fields; {texts[0]} is plain text. Give JSONL or Parquet.")
     if texts and rules.quality_field is not None:
         raise DataError(f"{texts[0]} is plain text and has no field {rules.quality_field!r}. Leave out one of them.")
-    for file in files:
-        if file.kind == "jsonl":
-            check_lines(file)
     return files
 
 

@@ -186,7 +186,8 @@ class DataConfig:
     max_chunks: int = 32
     """long_context: most chunks of a sample, ≥ 1."""
     max_question_tokens: int = 256
-    """few_shot and long_context: a longer question loses its beginning; in decoder tokens, ≥ 1."""
+    """few_shot and long_context: a longer question loses its beginning; in decoder tokens, ≥ 1. A record's own chat
+    prompt counts as part of it."""
     max_answer_tokens: int = 256
     """few_shot and long_context: a longer answer is cut and its end is no target; in decoder tokens, ≥ 1. An
     in-context example with a longer question or answer is left out. All that is cut is counted."""
@@ -207,10 +208,11 @@ class DataConfig:
     """Where shards from URLs are kept; local to the host. None: ARC_DS_CACHE_DIR, else XDG_CACHE_HOME/arc-ds/shards,
     else ~/.cache/arc-ds/shards. All processes of a host share it, and so may several runs."""
     cache_gib: float | None = None
-    """Most that the shards in `cache_dir` take, in GiB, > 0; the least recently used make room. None: half of what is
-    free on its disk when the run starts, what the cache holds already included."""
+    """Most that shards and token caches in `cache_dir` take, in GiB, > 0; the least recently used make room. None: half
+    of what is free on its disk when the run starts, what the cache holds already included."""
     on_error: Literal["skip", "stop"] = "stop"
-    """A damaged record stops the run, or is replaced by another and counted."""
+    """A record that cannot be used stops the run, or is replaced by another and counted; a held-out one is passed over
+    and named."""
 
     @property
     def held_out(self) -> tuple[SourceConfig, ...]:

@@ -262,9 +262,9 @@ def test_json_that_is_not_in_lines_is_named_with_the_cure(
 ) -> None:
     path = tmp_path / f"a{ending}"
     path.write_bytes(compress(ending.lower(), content))
-    for given in (path, tmp_path):
+    for named in (path, tmp_path):
         with pytest.raises(DataError, match=rf"a{ending}: expected one JSON object a line, {message}"):
-            find_inputs([given])
+            find_inputs([named])
     (tmp_path / "b.jsonl").write_bytes(b"[broken\n")  # one damaged line of many, perhaps: the build tells
     found = find_inputs([tmp_path])
     assert [file.name for file in found.files] == ["b.jsonl"]

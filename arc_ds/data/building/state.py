@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ import arc_ds
 from arc_ds.data.building.inputs import Cursor, InputFile
 from arc_ds.data.building.record_maker import Counts, RecordRules
 from arc_ds.data.shards.format import ShardInfo, SourceInfo, sha256_of_file
-from arc_ds.errors import DataError
+from arc_ds.data.shards.locks import writing
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +65,7 @@ class BuildFolder:
     def locked(self) -> Iterator[None]:
         """Make the folder and keep other builds out of it. DataError where one is at work in it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"another build is writing {self.path}. Wait for it, or give another folder.") from None
-            except OSError as error:
-                logger.warning("%s: this file system has no locks (%s); run one build at a time", self.path, error)
+        with writing(self.path, "build"):
             yield
 
     def keep_only(self, shards: Sequence[ShardInfo]) -> None:

@@ -34,7 +34,6 @@ from arc_ds.errors import DataError
 FORMAT = "arc-ds-token-cache"
 VERSION = 3
 CACHE_FILE = "cache.json"
-LOCK_FILE = "lock"
 PREFIX = "tokens-"
 TOKEN_BYTES = 5  # an id, and the characters that end with it
 MAX_CHARACTERS = 255  # of one token
@@ -95,6 +94,11 @@ def origin_of(manifest: Manifest, shard: ShardInfo) -> str:
     """sha256 of what decides the texts of a shard: its tar, its records' places in it and their form."""
     deciding = (shard.sha256, shard.index_sha256, shard.member, manifest.text_field, manifest.kind)
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
+
+
+def is_of(cached: CachedShard, manifest: Manifest, shard: ShardInfo) -> bool:
+    """Whether this is what is cached of a shard as it is now."""
+    return cached.origin == origin_of(manifest, shard) and cached.records == shard.samples
 
 
 def cache_name(fingerprint: str) -> str:
@@ -178,7 +182,7 @@ def mismatch(manifest: Manifest, index: CacheIndex, fingerprint: str) -> str | N
         cached = index.shards.get(shard.name)
         if cached is None:
             return f"it is unfinished, {shard.name} is not in it"
-        if cached.origin != origin_of(manifest, shard):
+        if not is_of(cached, manifest, shard):
             return f"it is stale, {shard.name} has been built or indexed again since"
     return None
 

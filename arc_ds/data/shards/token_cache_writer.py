@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -21,11 +20,11 @@ from tqdm import tqdm
 from arc_ds.data.building.workers import worker_pool
 from arc_ds.data.shards.cache import is_disk_full
 from arc_ds.data.shards.faults import Fault
-from arc_ds.data.shards.format import Manifest, sha256_of_file
+from arc_ds.data.shards.format import Manifest, ShardInfo, sha256_of_file
+from arc_ds.data.shards.locks import LOCK_FILE, writing
 from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.shards.token_cache_files import (
     CACHE_FILE,
-    LOCK_FILE,
     MAX_CHARACTERS,
     PREFIX,
     CachedShard,
@@ -34,6 +33,7 @@ from arc_ds.data.shards.token_cache_files import (
     cache_name,
     dump_texts,
     ids_name,
+    is_of,
     origin_of,
     read_cache_index,
     texts_name,
@@ -79,7 +79,8 @@ def build_token_caches(
 def _build_or_say_why_not(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
     """As `_build_cache`, where no other call is at work on the same; StorageError where nothing can be written."""
     try:
-        with _locked(jobs.folder):
+        jobs.folder.mkdir(exist_ok=True)
+        with writing(jobs.folder, "tokenize"):
             return _build_cache(jobs, workers, progress)
     except OSError as error:
         cure = (
@@ -90,20 +91,6 @@ def _build_or_say_why_not(jobs: _Jobs, workers: int, progress: bool) -> CacheSum
             "new run."
         )
         raise StorageError(f"{jobs.folder} cannot be written: {error}. {cure}") from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder of a cache and keep other calls out of it. DataError where one is at work in it."""
-    folder.mkdir(exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another tokenize is at work in {folder}. Wait for it.") from None
-        except OSError as error:
-            logger.warning("%s: this file system has no locks (%s); run one tokenize at a time", folder, error)
-        yield
 
 
 def _build_cache(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
@@ -143,7 +130,7 @@ def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, C
     return {
         shard.name: index.shards[shard.name]
         for shard in manifest.shards
-        if _fault_of(folder, index, shard.name, origin_of(manifest, shard)) is None
+        if _fault_of(folder, index, manifest, shard) is None
     }
 
 
@@ -307,7 +294,7 @@ def check_token_caches(folder: Path, manifest: Manifest) -> list[Fault]:
             continue
         faults += [Fault(f"{cache.name}/{p.name}", None, "not in its index") for p in _strays(cache, index.shards)]
         for shard in manifest.shards:
-            what = _fault_of(cache, index, shard.name, origin_of(manifest, shard))
+            what = _fault_of(cache, index, manifest, shard)
             if what is not None:
                 faults.append(Fault(f"{cache.name}/{ids_name(shard.name)}", None, what))
         gone = index.shards.keys() - {shard.name for shard in manifest.shards}
@@ -315,16 +302,16 @@ def check_token_caches(folder: Path, manifest: Manifest) -> list[Fault]:
     return faults
 
 
-def _fault_of(cache: Path, index: CacheIndex, shard_name: str, origin: str) -> str | None:
+def _fault_of(cache: Path, index: CacheIndex, manifest: Manifest, shard: ShardInfo) -> str | None:
     """What is wrong with the files of one shard in a cache, None where nothing is."""
-    cached = index.shards.get(shard_name)
+    cached = index.shards.get(shard.name)
     if cached is None:
         return "missing: the cache is unfinished"
-    if cached.origin != origin:
+    if not is_of(cached, manifest, shard):
         return "stale: the shard has been built or indexed again since. Run arc-ds shards tokenize again."
-    if (fault := wrong_size(cache, cached, shard_name)) is not None:
+    if (fault := wrong_size(cache, cached, shard.name)) is not None:
         return fault
-    for file in cached.files(shard_name):
+    for file in cached.files(shard.name):
         if sha256_of_file(cache / file.name) != file.sha256:
             return f"the sha256 of {file.name} is not the one written. Run arc-ds shards tokenize again."
     return None

@@ -36,7 +36,8 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardCache:
-    """Where fetched shards are kept. max_bytes: of tars; indexes and manifests (about a hundredth) come on top."""
+    """Where fetched shards are kept. max_bytes: of tars and of the files of their token caches; indexes and manifests
+    (about a hundredth) come on top."""
 
     folder: Path
     max_bytes: int
@@ -69,7 +70,7 @@ class ShardCache:
             raise self.storage_error(url, error) from error
 
     def tar_path(self, sha256: str) -> Path:
-        """Where the tar with this sum is kept."""
+        """Where the file with this sum, a tar or one of a token cache, is kept."""
         return self.folder / "tars" / sha256
 
     @contextmanager

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from arc_ds.data.shards import mappings
 from arc_ds.data.shards.cache import ShardCache
 from arc_ds.data.shards.format import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo
 from arc_ds.data.shards.mappings import Mappings, is_out_of_descriptors, raise_descriptor_limit
-from arc_ds.data.shards.reader import ShardSet, max_mapped
+from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.shards.token_cache import TokenCache, open_token_cache
 from arc_ds.data.shards.token_cache_writer import build_token_caches
 from arc_ds.data.tokenizers import load_tokenizer
@@ -102,25 +103,46 @@ class Mapped:
         self.idx = idx
 
 
-@given(
-    idxs=st.lists(st.integers(0, 9), max_size=80),
-    most=st.integers(1, 8),
-    num_files=st.integers(1, 2),
-)
-def test_no_more_are_held_than_may_be(idxs: list[int], most: int, num_files: int) -> None:
-    alive: weakref.WeakSet[Mapped] = weakref.WeakSet()
+def cache_of(max_mapped: int) -> ShardCache:
+    """One of which so many bytes may be mapped."""
+    return ShardCache(folder=Path("/nowhere"), max_bytes=4 * max_mapped)
 
-    def open_one(idx: int) -> Mapped:
-        assert len(alive) < most, "room is made before a file is opened"
+
+@given(
+    wanted=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=80),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    most=st.integers(1, 12),
+)
+def test_sets_of_one_cache_hold_no_more_than_a_quarter_of_it_or_one_each(
+    wanted: list[tuple[int, int]], sizes: tuple[int, int, int], most: int
+) -> None:
+    alive: tuple[weakref.WeakSet[Mapped], ...] = (weakref.WeakSet(), weakref.WeakSet(), weakref.WeakSet())
+
+    def mapped_bytes() -> int:
+        return sum(len(of_set) * size for of_set, size in zip(alive, sizes, strict=True))
+
+    def open_one(set_idx: int, idx: int) -> Mapped:
+        assert mapped_bytes() + sizes[set_idx] <= max(most, sum(sizes)), "room is made before a file is opened"
         mapped = Mapped(idx)
-        alive.add(mapped)
+        alive[set_idx].add(mapped)
         return mapped
 
-    held = Mappings(open_one, num_files=num_files, most=most)
-    for idx in idxs:
-        assert held[idx].idx == idx
-        assert held[idx] is held[idx]
-        assert held.num_held == num_files * len(alive)
+    cache = cache_of(most)
+    held = [Mappings(partial(open_one, nth), num_bytes=size, cache=cache) for nth, size in enumerate(sizes)]
+    for set_idx, idx in wanted:
+        others = [len(of_set) > 0 for of_set in alive]
+        assert held[set_idx][idx].idx == idx
+        assert held[set_idx][idx] is held[set_idx][idx]
+        assert [mappings.num_held for mappings in held] == [len(of_set) for of_set in alive]
+        assert all(had <= (len(of_set) > 0) for had, of_set in zip(others, alive, strict=True)), "each keeps one"
+
+
+def test_sets_of_different_caches_take_no_room_from_each_other() -> None:
+    here, there = cache_of(2), replace(cache_of(2), folder=Path("/nowhere/else"))
+    first, second = (Mappings(Mapped, num_bytes=1, cache=cache) for cache in (here, there))
+    for idx in range(2):
+        assert first[idx] is not second[idx]
+    assert first.num_held == second.num_held == 2
 
 
 def test_what_is_in_use_stays_mapped() -> None:
@@ -135,7 +157,7 @@ def test_what_is_in_use_stays_mapped() -> None:
         opened[idx < 128] += 1
         return object()
 
-    held, rng = Mappings(open_one, most=512), random.Random(0)
+    held, rng = Mappings(open_one, num_bytes=1, cache=cache_of(512)), random.Random(0)
     for idx in range(128, 4128):
         held[idx]
         for _ in range(20):
@@ -145,11 +167,17 @@ def test_what_is_in_use_stays_mapped() -> None:
 
 def test_a_set_that_is_gone_holds_nothing(folder: Path) -> None:
     before = num_open()
-    shards = ShardSet(folder / "shards")
-    shards.record(0)
-    assert num_open() == before + 2
-    del shards
-    assert num_open() == before
+    shards, cache = open_source(folder)
+    assert_reads(shards, cache, 0)
+    assert num_open() == before + 4
+    gc.disable()  # which would close them later
+    try:
+        del cache
+        assert num_open() == before + 2
+        del shards
+        assert num_open() == before
+    finally:
+        gc.enable()
 
 
 def test_what_is_let_go_stays_readable_by_who_holds_it(folder: Path) -> None:
@@ -297,14 +325,6 @@ def test_a_table_of_texts_is_summed_once(folder: Path, monkeypatch: pytest.Monke
     mappings._process.empty()
     monkeypatch.setattr(hashlib, "sha256", lambda *_: pytest.fail("summed again"))
     assert_reads(shards, cache, 0)
-
-
-def test_mapped_files_take_a_quarter_of_a_cache_at_most() -> None:
-    cache = ShardCache(folder=Path("/nowhere"), max_bytes=1000)
-    assert max_mapped(None, 10) is None
-    assert max_mapped(cache, 10) == 25
-    assert max_mapped(cache, 900) == 1
-    assert max_mapped(replace(cache, max_bytes=10**9), 10) == 64
 
 
 def test_the_soft_limit_is_raised_to_the_hard_one(lower_limit: Callable[[int], None]) -> None:

@@ -29,7 +29,7 @@ from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import ConfigError, DataError, StorageError
 from tests.helpers.batches import sequences
 from tests.helpers.faulty_server import FaultyServer, serve
-from tests.helpers.tiny_data import numbered_texts, write_shards, write_tiktoken
+from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 from tests.helpers.tiny_mixture import WEIGHTS, TinyMixture
 
 TEXTS = numbered_texts(60)
@@ -437,6 +437,7 @@ def test_a_token_cache_that_cannot_be_fetched_is_named_and_left_unused(
     assert opened is None or all(opened.known(idx, shards.record(idx)) == [] for idx in range(len(shards)))
     told = [record.getMessage() for record in caplog.records if "on the fly" in record.getMessage()]
     assert len(told) == 1 and message in told[0]
+    assert "Check the address" in told[0] and "shards tokenize" not in told[0], "that would not help"
     requests = {name: count for name, count in server.requests.items() if name.endswith(".ids")}
     assert set(requests.values()) <= {1}, "each is tried once"
 
@@ -449,7 +450,7 @@ def test_a_token_cache_of_other_shards_or_with_damaged_sums_is_left_unused(
     spec["shards"]["shard-000001.tar"]["origin"] = "0" * 64
     index.write_text(json.dumps(spec))
     assert open_token_cache(ShardSet(server.url, cache=cache), tokenizer) is None
-    assert "stale" in caplog.text
+    assert "stale" in caplog.text and caplog.text.rstrip().endswith("Run arc-ds shards tokenize again.")
     spec["shards"]["shard-000001.tar"]["ids_sha256"] = "../../x"
     index.write_text(json.dumps(spec))
     assert open_token_cache(ShardSet(server.url, cache=cache), tokenizer) is None
@@ -464,17 +465,30 @@ def test_a_token_cache_with_a_file_larger_than_the_bound_is_left_unused(
     build_token_caches(long.folder, [path])
     shards = ShardSet(f"pipe:cat {long.folder}", cache=replace(cache, max_bytes=long.manifest.shards[0].bytes))
     assert open_token_cache(shards, load_tokenizer(path)) is None
-    assert "a file of it has 60000 bytes, more than data.cache_gib allows" in caplog.text
+    assert caplog.text.rstrip().endswith("a file of it has 60000 bytes, more than data.cache_gib allows. Raise it.")
 
 
 def test_a_token_cache_counts_towards_the_bound(
-    local: ShardSet, server: FaultyServer, cache: ShardCache, tokenizer: Tokenizer
+    tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    total = sum(path.stat().st_size for path in local.folder.rglob("shard-*") if path.suffix != ".idx")
-    small = replace(cache, max_bytes=total * 3 // 5)
-    shards = ShardSet(server.url, cache=small)
-    assert known_texts(shards, tokenizer) == TEXTS
-    assert sum(path.stat().st_size for path in kept(small)) <= small.max_bytes
+    """Whatever the number of sources and tokenizers: what is mapped cannot make room."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    paths = [write_tiktoken(tmp_path / "t.model"), write_json_tokenizer(tmp_path / "json")]
+    texts = [[f"{text} Of the {name}." for text in TEXTS] for name in ("lamp", "lake")]
+    local = [write_shards(tmp_path / str(nth), paths[0], each, shard_bytes=1 << 12) for nth, each in enumerate(texts)]
+    for shards in local:
+        build_token_caches(shards.folder, paths)
+    sizes = [path.stat().st_size for path in tmp_path.rglob("shard-*") if path.suffix != ".idx"]
+    small = replace(cache, max_bytes=sum(sizes) // 3)
+    with serve(tmp_path) as server:
+        remote = [ShardSet(f"{server.url}/{shards.folder.name}", cache=small) for shards in local]
+        opened = [[open_token_cache(shards, load_tokenizer(path)) for path in paths] for shards in remote]
+        for idx in range(len(TEXTS)):
+            for shards, caches, expected in zip(remote, opened, texts, strict=True):
+                record = shards.record(idx)
+                assert record["text"] == expected[idx]
+                assert all(each is not None and len(each.known(idx, record)) == 1 for each in caches)
+                assert sum(path.stat().st_size for path in kept(small)) <= small.max_bytes
 
 
 def test_a_damaged_token_file_in_the_cache_is_found_and_the_cure_is_named(

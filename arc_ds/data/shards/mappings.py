@@ -1,7 +1,8 @@
-"""Mapped files, within one budget of the whole process.
+"""Mapped files, within budgets of the whole process.
 
 A mapping holds a file descriptor, of which a process may have as few as 1024 in all, and a data worker maps several
-files of each shard of each source. What is mapped stays until others need its place.
+files of each shard of each source. One of a file that was fetched also keeps it from making room in its cache. What is
+mapped stays until others need its place.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from itertools import islice
+from operator import attrgetter
+from pathlib import Path
 from typing import IO, Any, TypeVar
 from weakref import WeakValueDictionary
 
+from arc_ds.data.shards.cache import ShardCache
 from arc_ds.errors import ArcError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -32,19 +36,28 @@ class Mappings(dict[int, _T]):
     """Some files by their number, mapped when first wanted: `mappings[idx]`, which costs a dict's look-up.
 
     All of the process together take at most half of its descriptors: the files that were not used for longest are let
-    go, whoever mapped them. A mapping lives on while somebody holds it or a view of it, and through a fork.
+    go, whoever mapped them. All of the files of one cache take at most a quarter of it, likewise, or one each of these
+    where that is more. A mapping lives on while somebody holds it or a view of it, and through a fork.
     """
 
-    def __init__(self, open_one: Callable[[int], _T], *, num_files: int = 1, most: int | None = None) -> None:
-        """open_one: maps what has a number. num_files: that one of these maps. most: of these that are held at once,
-        None: as many as the process may."""
+    def __init__(
+        self,
+        open_one: Callable[[int], _T],
+        *,
+        num_files: int = 1,
+        num_bytes: int = 0,
+        cache: ShardCache | None = None,
+    ) -> None:
+        """open_one: maps what has a number, and keeps no reference to who holds these. num_files, num_bytes: that one
+        of these maps at most. cache: that the files are fetched into, None where they are local."""
         super().__init__()
+        self.num_files = num_files
+        self.num_bytes = num_bytes
         self._open_one = open_one
-        self._num_files = num_files
         # The dict itself holds what was used since the last turn, this what was not: a hit has nothing to note then,
         # which would cost more than the look-up.
         self._unused: dict[int, _T] = {}
-        self._budgets = [_process] if most is None else [_process, _Budget(lambda: most * num_files)]
+        self._budgets = [_process] if cache is None else [_process, _budget_of(cache)]
         for budget in self._budgets:
             budget.add(self)
 
@@ -55,27 +68,27 @@ class Mappings(dict[int, _T]):
 
     def _opened(self, idx: int) -> _T:
         for budget in self._budgets:
-            budget.make_room(self._num_files)
+            budget.make_room(self)
         return with_descriptors(partial(self._open_one, idx))
 
     @property
     def num_held(self) -> int:
-        """Files that are mapped."""
-        return (len(self) + len(self._unused)) * self._num_files
+        """How many of these are mapped."""
+        return len(self) + len(self._unused)
 
     @property
     def num_unused(self) -> int:
         """Those of them that were not used since the last turn."""
-        return len(self._unused) * self._num_files
+        return len(self._unused)
 
     def turn(self) -> None:
         """Count nothing as used from now on."""
         self._unused |= self
         self.clear()
 
-    def let_some_go(self) -> None:
-        """An eighth of what was not used since the last turn: first what was used first before it."""
-        for idx in list(islice(self._unused, -(-len(self._unused) // 8))):
+    def let_some_go(self, most: int) -> None:
+        """An eighth of what was not used since the last turn, `most` at most: first what was used first before it."""
+        for idx in list(islice(self._unused, min(-(-len(self._unused) // 8), most))):
             self._unused.pop(idx, None)
 
     def let_all_go(self) -> None:
@@ -84,30 +97,41 @@ class Mappings(dict[int, _T]):
 
 
 class _Budget:
-    """How many files some mappings hold among them. Threads need no lock: at worst a file is mapped twice."""
+    """How much some mappings hold among them. Threads need no lock: at worst a file is mapped twice."""
 
-    def __init__(self, most: Callable[[], int]) -> None:
+    def __init__(self, most: Callable[[], int], size: Callable[[Mappings[Any]], int], *, each_keeps: int = 0) -> None:
+        """most: that they may hold. size: of one mapping of a set. each_keeps: how many mappings a set need not let go
+        for another."""
         self._most = most
+        self._size = size
+        self._each_keeps = each_keeps
         self._sets: WeakValueDictionary[int, Mappings[Any]] = WeakValueDictionary()  # by id: dicts have no hash
-        self._left = 0  # files for which there is room for certain: to count takes time
+        self._left = 0  # room that there is for certain: to count takes time
 
     def add(self, mappings: Mappings[Any]) -> None:
         self._sets[id(mappings)] = mappings
 
-    def make_room(self, num_files: int) -> None:
-        """For some files more, where need be in place of those that were not used for longest."""
-        self._left -= num_files
+    def make_room(self, wanting: Mappings[Any]) -> None:
+        """For one mapping more of a set, where need be in place of those that were not used for longest."""
+        self._left -= self._size(wanting)
         if self._left >= 0:
             return
-        sets, most = list(self._sets.values()), self._most() - num_files
-        while (num_held := sum(each.num_held for each in sets)) > most and num_held:
-            for each in sets:
-                each.let_some_go()
+        sets, most = list(self._sets.values()), self._most() - self._size(wanting)
+        while (held := sum(each.num_held * self._size(each) for each in sets)) > most:
+            spare = [(each, num) for each in sets if (num := each.num_held - self._kept(each, wanting)) > 0]
+            if not spare:
+                break
+            for each, num in spare:
+                each.let_some_go(num)
             # Well before the last of them is gone: what is in use is then used again before it would be let go.
-            if sum(each.num_unused for each in sets) <= num_held // 2:
+            if sum(each.num_unused * self._size(each) for each, _ in spare) <= held // 2:
                 for each in sets:
                     each.turn()
-        self._left = most - num_held
+        self._left = most - held
+
+    def _kept(self, mappings: Mappings[Any], wanting: Mappings[Any]) -> int:
+        """Of a set, what stays while another wants room."""
+        return 0 if mappings is wanting else self._each_keeps
 
     def empty(self) -> bool:
         """Let everything go, and tell whether there was anything."""
@@ -125,7 +149,17 @@ def _most_of_process() -> int:
     return _MAX_MAPPED if soft == resource.RLIM_INFINITY else min(soft // 2, _MAX_MAPPED)
 
 
-_process = _Budget(_most_of_process)
+_process = _Budget(_most_of_process, attrgetter("num_files"))
+_caches: WeakValueDictionary[Path, _Budget] = WeakValueDictionary()
+
+
+def _budget_of(cache: ShardCache) -> _Budget:
+    """Of the bytes of a cache's folder that this process keeps there, as it is not the only one that does. While it
+    maps any, its bound is the one that came first."""
+    budget = _caches.get(cache.folder)
+    if budget is None:
+        budget = _caches[cache.folder] = _Budget(lambda: cache.max_bytes // 4, attrgetter("num_bytes"), each_keeps=1)
+    return budget
 
 
 def with_descriptors(open_files: Callable[[], _T]) -> _T:

@@ -25,7 +25,6 @@ from arc_ds.errors import DataError, StorageError
 # One row of an index. Unpacking from bytes takes a third of the time of reading the fields of a numpy row.
 _ROW = struct.Struct("<qqQi")
 assert _ROW.size == INDEX_DTYPE.itemsize, "the row and the dtype are the same bytes"
-_MAX_MAPPED_OF_CACHE = 64
 
 
 class ShardSet:
@@ -57,7 +56,7 @@ class ShardSet:
     def _open_nothing(self) -> None:
         self._indexes = Mappings(partial(_index_rows, self.files))
         largest_bytes = max(shard.bytes for shard in self.manifest.shards)
-        self._tars = Mappings(partial(_map_tar, self.files), most=max_mapped(self.files.cache, largest_bytes))
+        self._tars = Mappings(partial(_map_tar, self.files), num_bytes=largest_bytes, cache=self.files.cache)
         self._prefetcher: Prefetcher | None = None
 
     def __len__(self) -> int:
@@ -122,16 +121,6 @@ class ShardSet:
         shard_idx = bisect.bisect_right(self._first, idx) - 1
         row = _ROW.unpack_from(self._indexes[shard_idx], (idx - self._first[shard_idx]) * _ROW.size)
         return shard_idx, row  # type: ignore[return-value]
-
-
-def max_mapped(cache: ShardCache | None, largest_bytes: int) -> int | None:
-    """How many files of at most so many bytes may be mapped from a cache at once; None where they are local.
-
-    What is mapped cannot make room in the cache, so that a few processes shall not fill it alone.
-    """
-    if cache is None:
-        return None
-    return min(max(cache.max_bytes // (4 * largest_bytes), 1), _MAX_MAPPED_OF_CACHE)
 
 
 def _index_rows(files: ShardFiles, shard_idx: int) -> memoryview:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from arc_ds.data.shards.files import SideFile
 from arc_ds.data.shards.mappings import Mappings, is_out_of_descriptors, map_file, with_descriptors
-from arc_ds.data.shards.reader import ShardSet, max_mapped
+from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.shards.token_cache_files import (
     CACHE_FILE,
     MAX_INDEX_BYTES,
@@ -39,7 +39,7 @@ from arc_ds.data.shards.token_cache_files import (
     wrong_size,
 )
 from arc_ds.data.tokenizers import Encoding, Tokenizer
-from arc_ds.errors import DataError, StorageError
+from arc_ds.errors import ConfigError, DataError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +57,15 @@ def open_token_cache(shards: ShardSet, tokenizer: Tokenizer) -> TokenCache | Non
         try:
             if (index := with_descriptors(partial(find, shards, fingerprint))) is not None:
                 return TokenCache(shards, index, is_fetched=is_fetched)
-        except (DataError, StorageError) as error:
+        except (DataError, StorageError, ConfigError) as error:
             if is_out_of_descriptors(error):
                 raise
-            faults.append(str(error).rstrip("."))
+            fault, is_unfit = str(error).rstrip("."), isinstance(error, DataError)  # stale, cut, unfinished
+            faults.append(f"{fault}. Run arc-ds shards tokenize again." if is_unfit else f"{fault}.")
     if faults:
         logger.warning(
-            "%s: its token cache %s is not used: %s. Texts are tokenised on the fly. Run arc-ds shards tokenize again.",
-            *(shards.name, cache_name(fingerprint), "; ".join(faults)),
+            "%s: texts are tokenised on the fly, because its token cache %s is not used: %s",
+            *(shards.name, cache_name(fingerprint), " ".join(faults)),
         )
     elif others := sorted(path.name for path in shards.folder.glob(f"{PREFIX}*")):
         logger.warning(
@@ -89,7 +90,8 @@ def _local_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
 
 
 def _fetched_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
-    """As `_local_index`, of the cache behind a URL; StorageError where it cannot be fetched, though it is there."""
+    """As `_local_index`, of the cache behind a URL; StorageError where it cannot be fetched, though it is there,
+    ConfigError where a file of it is larger than all that may be kept."""
     files = shards.files
     if files.base is None or files.cache is None:
         return None
@@ -103,7 +105,7 @@ def _fetched_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
         raise DataError(fault)
     largest = max(file.num_bytes for name, shard in index.shards.items() for file in shard.files(name))
     if largest > files.cache.max_bytes:
-        raise DataError(f"a file of it has {largest} bytes, more than data.cache_gib allows. Raise it")
+        raise ConfigError(f"a file of it has {largest} bytes, more than data.cache_gib allows. Raise it.")
     return index
 
 
@@ -123,21 +125,14 @@ class TokenCache:
 
     def __init__(self, shards: ShardSet, index: CacheIndex, *, is_fetched: bool = False) -> None:
         self.fingerprint = index.fingerprint
-        self._name = cache_name(index.fingerprint)
-        self._files = shards.files
-        self._is_fetched = is_fetched
-        self._names = [shard.name for shard in shards.manifest.shards]
-        self._cached = [index.shards[name] for name in self._names]
-        sizes = np.array([cached.records for cached in self._cached], dtype=np.int64)
+        self._files = _CacheFiles(shards, index, is_fetched=is_fetched)
+        self._damaged = self._files.damaged
+        sizes = np.array([index.shards[shard.name].records for shard in shards.manifest.shards], dtype=np.int64)
         self._first: list[int] = (np.cumsum(sizes) - sizes).tolist()
-        self._sound: set[int] = set()  # shards whose files could be opened
-        self._damaged: set[int] = set()  # and those whose could not
         self._is_named = False
-        if is_fetched:  # ahead of its use, with the tar
-            self._files.beside[self._name] = {name: index.shards[name].files(name) for name in self._names}
-        largest_bytes = max(cached.ids * TOKEN_BYTES + cached.texts_bytes for cached in self._cached)
-        most = max_mapped(shards.files.cache if is_fetched else None, largest_bytes)
-        self._shards = Mappings(self._open, num_files=2, most=most)
+        self._shards = Mappings(
+            self._files.open, num_files=2, num_bytes=self._files.largest_bytes, cache=self._files.kept_in
+        )
 
     def known(self, record_idx: int, record: Mapping[str, Any]) -> list[KnownText]:
         """The texts of a record with their encodings; those left out of the cache are missing.
@@ -161,7 +156,7 @@ class TokenCache:
                 self._is_named = True
                 logger.warning(
                     "%s, token cache %s, record %d: %s. Such texts are tokenised on the fly.",
-                    *(self._files.name, self._name, record_idx, str(error).rstrip(".")),
+                    *(self._files.shards.name, self._files.name, record_idx, str(error).rstrip(".")),
                 )
             return []
 
@@ -171,9 +166,7 @@ class TokenCache:
         (first, first_text), (end, end_text) = texts.first[row : row + 2].tolist()
         payload = tokens[first * TOKEN_BYTES : end * TOKEN_BYTES]
         if xxhash.xxh64_intdigest(payload) != texts.checksums.item(row):
-            file, _ = self._cached[shard_idx].files(self._names[shard_idx])
-            cure = f"Delete {self._files.kept_path(file)}" if self._is_fetched else "Run arc-ds shards check"
-            raise DataError(f"the checksum of its ids in {file.name} is not the one written. {cure}")
+            raise self._files.wrong_sum(shard_idx)
         ids = np.frombuffer(payload, dtype="<u4", count=end - first)
         characters = np.frombuffer(payload, dtype=np.uint8, offset=4 * (end - first))
         if end_text - first_text == 1:
@@ -182,9 +175,29 @@ class TokenCache:
         pieces = zip(np.split(ids, cuts), np.split(characters, cuts), strict=True)
         return [Encoding(piece, _ends(of_piece)) for piece, of_piece in pieces] if end_text > first_text else []
 
-    def _open(self, shard_idx: int) -> tuple[mmap.mmap | bytes, ShardTexts]:
-        name = self._names[shard_idx]
-        ids, table = self._cached[shard_idx].files(name)
+
+class _CacheFiles:
+    """The files of a token cache. They know nothing of who maps them, so that what is mapped goes with the cache.
+
+    name: of their folder. shards: the files of the set. kept_in: the cache that these are fetched into, None where they
+    are local. largest_bytes: what one shard takes at most. damaged: shards whose files could not be opened.
+    """
+
+    def __init__(self, shards: ShardSet, index: CacheIndex, *, is_fetched: bool) -> None:
+        self.name = cache_name(index.fingerprint)
+        self.shards = shards.files
+        self.kept_in = shards.files.cache if is_fetched else None
+        of_shards = {shard.name: index.shards[shard.name].files(shard.name) for shard in shards.manifest.shards}
+        self._of_shards = list(of_shards.values())
+        self.largest_bytes = max(ids.num_bytes + table.num_bytes for ids, table in self._of_shards)
+        self.damaged: set[int] = set()
+        self._sound: set[int] = set()  # shards whose files could be opened
+        if is_fetched:  # ahead of their use, with the tar
+            shards.files.beside[self.name] = of_shards
+
+    def open(self, shard_idx: int) -> tuple[mmap.mmap | bytes, ShardTexts]:
+        """The ids of a shard and where its texts stand in them, mapped; DataError where they cannot be, from now on."""
+        ids, table = self._of_shards[shard_idx]
         try:
             with self._open_file(table) as file:
                 texts = map_texts(file, table, is_known=shard_idx in self._sound)
@@ -193,15 +206,22 @@ class TokenCache:
         except (OSError, ValueError, DataError, StorageError) as error:
             if is_out_of_descriptors(error):
                 raise
-            self._damaged.add(shard_idx)
+            self.damaged.add(shard_idx)
+            name = self.shards.manifest.shards[shard_idx].name
             raise DataError(f"the ids of {name} cannot be opened: {error}") from error
         self._sound.add(shard_idx)
         return tokens, texts
 
+    def wrong_sum(self, shard_idx: int) -> DataError:
+        """What to raise where ids of a shard are not what they were, with the cure."""
+        ids, _ = self._of_shards[shard_idx]
+        cure = "Run arc-ds shards check" if self.kept_in is None else f"Delete {self.shards.kept_path(ids)}"
+        return DataError(f"the checksum of its ids in {ids.name} is not the one written. {cure}")
+
     def _open_file(self, file: SideFile) -> IO[bytes]:
-        if self._is_fetched:
-            return self._files.open_beside(self._name, file)
-        return (self._files.folder / self._name / file.name).open("rb")
+        if self.kept_in is not None:
+            return self.shards.open_beside(self.name, file)
+        return (self.shards.folder / self.name / file.name).open("rb")
 
 
 def _ends(characters: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,6 +128,12 @@ def forget_a_shard(cache: Path) -> None:
     (cache / "cache.json").write_text(json.dumps(spec))
 
 
+def count_another_record(cache: Path) -> None:
+    spec = json.loads((cache / "cache.json").read_text())
+    next(iter(spec["shards"].values()))["records"] += 1
+    (cache / "cache.json").write_text(json.dumps(spec))
+
+
 def change_fingerprint(cache: Path) -> None:
     spec = json.loads((cache / "cache.json").read_text())
     spec["fingerprint"] = spec["fingerprint"][:16] + "0" * 48
@@ -140,6 +147,7 @@ def change_fingerprint(cache: Path) -> None:
         (lose_texts, "is missing"),
         (damage_index, "damaged"),
         (forget_a_shard, "unfinished"),
+        (count_another_record, "stale"),
         (change_fingerprint, "of the tokenizer"),
     ],
 )
@@ -298,7 +306,7 @@ def test_two_calls_do_not_write_one_cache_at_once(
     def tokenize_in_spite_of_another(*args: object) -> object:
         if not (shards.folder / "begun").exists():
             (shards.folder / "begun").touch()
-            with pytest.raises(DataError, match="another tokenize is at work in .*tokens-"):
+            with pytest.raises(DataError, match="another tokenize is writing .*tokens-"):
                 build_token_caches(shards.folder, [tokenizer_path])
         return whole(*args)  # type: ignore[arg-type]
 
@@ -428,3 +436,19 @@ def test_a_run_s_batches_are_the_same_with_a_cache_and_not_tokenised(
     build_token_caches(shards.folder, [tokenizer_path, other])
     monkeypatch.setattr(RankTokenizer, "encode_with_ends", lambda *_: pytest.fail("tokenised in spite of the cache"))
     assert batches() == plain
+
+
+def test_a_lock_that_another_user_left_behind_keeps_nobody_out(
+    shards: ShardSet, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    opened = Path.open
+
+    def refuse_writing(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if path.name == "lock" and mode != "rb":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse_writing)
+    (again,) = build_token_caches(shards.folder, [tokenizer_path])
+    assert (made.made, again.made) == (len(shards.manifest.shards), 0)

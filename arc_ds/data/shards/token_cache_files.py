@@ -29,7 +29,7 @@ from arc_ds.data.records import fine_tuning_record
 from arc_ds.data.shards.files import SideFile
 from arc_ds.data.shards.format import Manifest, ShardInfo
 from arc_ds.data.shards.mappings import map_file
-from arc_ds.errors import DataError
+from arc_ds.errors import DataError, StorageError
 
 FORMAT = "arc-ds-token-cache"
 VERSION = 3
@@ -120,14 +120,15 @@ def texts_of(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_cache_index(folder: Path) -> CacheIndex:
-    """What `cache.json` of a cache's folder says; DataError where it is missing, damaged or of another version."""
+    """What `cache.json` of a cache's folder says; DataError where it is missing, damaged or of another version,
+    StorageError where it cannot be read."""
     path = folder / CACHE_FILE
     try:
         return parse_cache_index(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise StorageError(f"{path} cannot be read: {error.strerror}. Make it readable for this user") from error
 
 
 def parse_cache_index(raw: bytes, where: str) -> CacheIndex:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -47,13 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             # `train` hands its words to the launcher as they are: the ranks parse them again.
             return int(import_module(COMMANDS[name].module).main(argv[1:]))
         namespace = _parser(name).parse_args(argv)
-        return int(namespace.run(namespace))
+        code = int(namespace.run(namespace))
+        sys.stdout.flush()
+        return code
     except ArcError as error:
         print(f"arc-ds {name}: {error}", file=sys.stderr)
         return exit_code_of(error)
     except KeyboardInterrupt:
         print(f"arc-ds {name}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Who read the output has enough (| head). Python would complain again when it closes the output at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

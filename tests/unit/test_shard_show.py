@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,3 +122,19 @@ def test_show_prints_samples_of_every_task(
     assert "record 3 gives no sample: expected a string in the field 'text'" in capsys.readouterr().out
     assert main(["shards", "show", str(tmp_path / "texts"), *options, "--chat-template", "chatml"]) == 2
     assert "<|im_start|>" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_lines", [1, 0])
+def test_a_reader_that_has_enough_ends_the_command_in_silence(
+    tmp_path: Path, tokenizer_path: Path, num_lines: int
+) -> None:
+    shards = write_shards(tmp_path / "shards", tokenizer_path, numbered_texts(300))  # more than a pipe holds
+    command = [sys.executable, "-m", "arc_ds.cli", "shards", "show", str(shards.folder)]
+    words = ["--tokenizer", str(tokenizer_path), "--decoder-tokenizer", str(tokenizer_path), "--num", "300"]
+    with subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as show:
+        assert show.stdout is not None and show.stderr is not None
+        for _ in range(num_lines):
+            assert show.stdout.readline()
+        show.stdout.close()
+        assert show.stderr.read() == b""
+    assert show.returncode == 128 + signal.SIGPIPE

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=config.stall_limit_s) as watchdog:
             logger.info("%s", _in_words(run))
             with use_attention(config.attention_backend):
-                code = fit(run, make_hooks(run, folder, watchdog), stop)
+                code = fit(run, make_hooks(run, folder, watchdog, stop), stop)
         status = "FINISHED" if code == EXIT_OK else "KILLED"
     finally:
         folder.close(status)
@@ -81,10 +81,11 @@ def check_attention(config: RunConfig, device: torch.device) -> None:
         )
 
 
-def make_hooks(run: Run, folder: RunFolder, watchdog: Watchdog) -> list[Hook]:
+def make_hooks(run: Run, folder: RunFolder, watchdog: Watchdog, stop: StopRequest) -> list[Hook]:
     """What happens around the steps, in this order; a collective.
 
-    Metrics come first, so that what others log or save lies behind them.
+    Metrics come first, so that what others log or save lies behind them. A step is saved before it is validated, which
+    may take long.
     """
     config = run.config
     show_progress = sys.stderr.isatty()
@@ -93,15 +94,16 @@ def make_hooks(run: Run, folder: RunFolder, watchdog: Watchdog) -> list[Hook]:
         WatchdogHook(watchdog),
         metrics,
         NonFiniteHook(metrics),
+        CheckpointHook(folder.save, metrics, every=config.checkpoint.every),
         ValidationHook(
             folder.log,
             metrics,
             every=config.validation.every,
             done=folder.last_logged(VALIDATION_KEY),
             alive=watchdog.alive,
+            is_stopped=lambda: stop.received is not None,
             show_progress=show_progress,
         ),
-        CheckpointHook(folder.save, metrics, every=config.checkpoint.every),
     ]
 
 

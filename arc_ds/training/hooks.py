@@ -16,7 +16,7 @@ from arc_ds.training.flops import count_flops
 from arc_ds.training.meters import COUNTS, Meter, Totals
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
-from arc_ds.training.validate import TaskScores, Validator
+from arc_ds.training.validate import TaskScores, ValidationStopped, Validator
 from arc_ds.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -138,8 +138,9 @@ class MetricsHook:
 class ValidationHook:
     """Validates every `every` steps and at the end (0: only at the end), and logs the scores.
 
-    done: the last step that an earlier start of the run has validated, None where there is none. alive: told after
-    each batch that this rank has not stalled.
+    A run that is asked to stop may have little time to save: it breaks a validation off or does not begin it, and the
+    next start makes up for it. done: the last step that an earlier start of the run has validated, None where there
+    is none. alive: told after each batch that this rank has not stalled. is_stopped: whether it is asked to stop.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class ValidationHook:
         every: int,
         done: int | None = None,
         alive: Callable[[], None] = lambda: None,
+        is_stopped: Callable[[], bool] = lambda: False,
         show_progress: bool = False,
     ) -> None:
         self._log = log
@@ -157,6 +159,7 @@ class ValidationHook:
         self._every = every
         self._last = done
         self._alive = alive
+        self._is_stopped = is_stopped
         self._show = show_progress
 
     def on_start(self, run: Run) -> None:
@@ -164,21 +167,25 @@ class ValidationHook:
             self._validate(run)
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        # A run that is asked to stop may have little time to save; the next start makes up for the validation.
         if self._every and run.step % self._every == 0 and not result.agreed.ends_run:
             self._validate(run)
 
     def on_end(self, run: Run) -> None:
-        if run.step == run.config.steps and self._last != run.step:
+        if run.step == run.config.steps and self._last != run.step and not run.is_stopping:
             self._validate(run)
 
     def _validate(self, run: Run) -> None:
         if run.validator is None:
             return
-        self._last = run.step
         self._metrics.flush(run)  # steps do not decrease along the log
         started = time.perf_counter()
-        scores = self._scores(run, run.validator)
+        try:
+            scores = self._scores(run, run.validator)
+        except ValidationStopped:
+            logger.info("step %d: the validation is broken off; the next start makes up for it", run.step)
+            run.is_stopping = True
+            return
+        self._last = run.step
         metrics = {VALIDATION_KEY: time.perf_counter() - started}
         for decoder, by_task in scores.items():
             for task, score in by_task.items():
@@ -197,7 +204,7 @@ class ValidationHook:
                 bar.update()
                 self._alive()
 
-            return validator.run(run.engine, run.decoders, on_forward)
+            return validator.run(run.engine, run.decoders, on_forward, self._is_stopped)
 
 
 class CheckpointHook:

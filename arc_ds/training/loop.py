@@ -23,8 +23,8 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
     """
     for hook in hooks:
         hook.on_start(run)
-    ahead = LookAhead(run.batches(), run.make_again)
-    for batch in ahead:
+    ahead = LookAhead(run.batches(), run.make_again, stop)
+    for batch in () if run.is_stopping else ahead:
         result = train_step(
             run.engine,
             run.decoders,
@@ -37,15 +37,13 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
         run.count_step(applied=result.applied)
         for hook in hooks:
             hook.after_step(run, batch, result)
-        if run.step < run.config.steps and result.agreed.ends_run:
-            for hook in hooks:
-                hook.on_end(run)
-            dist.raise_together(ahead.error)
-            return EXIT_PREEMPTED
+        if result.agreed.ends_run or run.is_stopping:
+            break
         ahead.agree(result.agreed.splits)
     for hook in hooks:
         hook.on_end(run)
-    return EXIT_OK
+    dist.raise_together(ahead.error)
+    return EXIT_PREEMPTED if run.step < run.config.steps or run.is_stopping else EXIT_OK
 
 
 class LookAhead:
@@ -53,15 +51,19 @@ class LookAhead:
 
     What a rank knows of its next batch it can still tell the others in time (`step.Notice`): without a batch it could
     not take part in the step, and with more micro-batches than the others it would be left waiting in the last ones.
+    A rank that is asked to stop does not wait for its next batch, which may be minutes away (a server that is slow).
 
-    error: why there is no next batch; None where there is one, and at the end of the run.
+    error: why there is no next batch; None where there is one, at a stop, and at the end of the run.
     """
 
-    def __init__(self, batches: Iterator[StepBatch], make_again: Callable[[StepBatch, int], StepBatch]) -> None:
+    def __init__(
+        self, batches: Iterator[StepBatch], make_again: Callable[[StepBatch, int], StepBatch], stop: StopRequest
+    ) -> None:
         """make_again: a batch's samples in a larger number of micro-batches for each decoder."""
         self.error: ArcError | None = None
         self._batches = batches
         self._make_again = make_again
+        self._stop = stop
         self._next: StepBatch | None = None
 
     @property
@@ -75,17 +77,23 @@ class LookAhead:
             self._next = self._make_again(self._next, max(splits))
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """All batches before the error. Where the first one cannot be made, all ranks raise that; a collective."""
+        """All batches before the error. Where the first one cannot be made, all ranks raise that; a collective.
+
+        None where a rank was asked to stop before it had the first.
+        """
         self._next = self._fetch()
         dist.raise_together(self.error)
-        self.agree(dist.gather_objects(self.num_splits))
+        splits = dist.gather_objects(self.num_splits)
+        if 0 in splits:
+            return
+        self.agree(splits)
         while (batch := self._next) is not None:
             self._next = self._fetch()
             yield batch
 
     def _fetch(self) -> StepBatch | None:
         try:
-            return next(self._batches, None)
+            return self._stop.wait_for(lambda: next(self._batches, None))
         except ArcError as error:
             self.error = error
             return None

@@ -34,6 +34,7 @@ class Run:
     step: optimizer steps done; the next batch is that of step number `step`. skipped_steps: how many of them changed
     nothing because a loss or gradient was not finite; skipped_in_row: of these, the ones since the last that did.
     data_counts: records skipped, cut or changed so far, over all ranks (`meters.COUNTS`), as of the last report.
+    is_stopping: all ranks have agreed, outside a step, that there is to be no further one.
     """
 
     config: RunConfig
@@ -53,6 +54,8 @@ class Run:
     skipped_in_row: int = 0
     data_counts: Counter[str] = field(default_factory=Counter)
     clock: DataClock = field(default_factory=lambda: DataClock())
+    is_stopping: bool = False
+    _loader: Iterator[StepBatch] | None = field(default=None, init=False, repr=False)
 
     @property
     def pin_memory(self) -> bool:
@@ -78,6 +81,8 @@ class Run:
         steps = range(self.step, self.config.steps)
         num_workers = self.config.data.num_workers
         loader = iter(make_loader(self.data, steps, num_workers=num_workers, pin_memory=self.pin_memory))
+        # Its end waits for its workers; where a stop broke off the wait for one of them, the run is saved before.
+        self._loader = loader
         while True:
             with self.clock.waiting():
                 try:

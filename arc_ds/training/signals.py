@@ -11,8 +11,9 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from arc_ds.training.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
 
@@ -32,6 +33,11 @@ logger = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _PR_SET_PDEATHSIG = 1
+_T = TypeVar("_T")
+
+
+class _StopAsked(BaseException):
+    """Raised by the handler inside `StopRequest.wait_for`; no `except Exception` on the way may take it."""
 
 
 class StopRequest:
@@ -48,6 +54,7 @@ class StopRequest:
     def __init__(self, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
         self._signals = signals
         self._received: int | None = None
+        self._is_waiting = False
         self._former: dict[signal.Signals, Any] = {}
         self._former_mask: set[signal.Signals] = set()
 
@@ -68,11 +75,28 @@ class StopRequest:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._received = number
+        if self._is_waiting:
+            self._is_waiting = False
+            raise _StopAsked
 
     @property
     def received(self) -> str | None:
         """Name of the signal that this rank has received, or None."""
         return None if self._received is None else signal.Signals(self._received).name
+
+    def wait_for(self, call: Callable[[], _T]) -> _T | None:
+        """What `call` returns; None where the stop was asked for before it returned, which breaks it off anywhere.
+
+        For what may take long and is of no use to a run that stops. Nothing that it was at is to be used again.
+        """
+        try:
+            try:
+                self._is_waiting = True
+                return call() if self._received is None else None
+            finally:
+                self._is_waiting = False
+        except _StopAsked:
+            return None
 
     def set(self) -> None:
         """Ask for the stop without a signal (a time limit, a test)."""

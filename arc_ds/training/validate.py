@@ -85,6 +85,18 @@ class _Sums:
         return float(self.nll_K[task_idx]) / max(int(self.labels_K[task_idx]), 1)
 
 
+@dataclass(frozen=True)
+class _Progress:
+    """The callbacks of `Validator.run`."""
+
+    on_forward: Callable[[], None]
+    is_stopped: Callable[[], bool]
+
+
+class ValidationStopped(Exception):
+    """A rank has been asked to stop; raised by `Validator.run` on all ranks alike."""
+
+
 class Validator:
     """Scores the held-out samples with the compressor as it is now. Closed and open are scored once and kept.
 
@@ -139,24 +151,30 @@ class Validator:
 
     @torch.no_grad()
     def run(
-        self, compress: Compress, decoders: Sequence[Score], on_forward: Callable[[], None] = lambda: None
+        self,
+        compress: Compress,
+        decoders: Sequence[Score],
+        on_forward: Callable[[], None] = lambda: None,
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, dict[str, TaskScores]]:
         """Scores by decoder name and task; a collective, the same on every rank.
 
         compress: (batch, decoder index) to vectors. decoders: (batch, vectors) to the NLL of each label. on_forward:
-        called after each batch of this rank, `num_forwards` times.
+        called after each batch of this rank, `num_forwards` times. is_stopped: whether this rank has been asked to
+        stop; asked before each batch, and ValidationStopped where one of the ranks has been.
         """
+        progress = _Progress(on_forward, is_stopped)
         scores = {}
         for idx, (name, samples, decoder) in enumerate(zip(self.decoder_names, self.sets, decoders, strict=True)):
             if idx not in self._without_compressor:
                 self._without_compressor[idx] = (
-                    self._sums(samples.closed, decoder, None, on_forward),
-                    self._sums(samples.open, decoder, None, on_forward),
+                    self._sums(samples.closed, decoder, None, progress),
+                    self._sums(samples.open, decoder, None, progress),
                 )
             closed, opened = self._without_compressor[idx]
             for_decoder = partial(_compress_for, compress, idx)
-            compressed = self._sums(samples.compressed, decoder, for_decoder, on_forward)
-            mismatched = self._sums(samples.mismatched, decoder, for_decoder, on_forward)
+            compressed = self._sums(samples.compressed, decoder, for_decoder, progress)
+            mismatched = self._sums(samples.mismatched, decoder, for_decoder, progress)
             scores[name] = {
                 task: TaskScores(
                     compressed=compressed.mean(k),
@@ -174,7 +192,7 @@ class Validator:
         samples: Sequence[Sample],
         decoder: Score,
         compress: Callable[[PackedBatch], Tensor] | None,
-        on_forward: Callable[[], None],
+        progress: _Progress,
     ) -> _Sums:
         """Batches are dealt to ranks in turn; a rank that runs out repeats the last one without counting it."""
         batches = self._batches(samples)
@@ -182,6 +200,7 @@ class Validator:
         nll_K = torch.zeros(len(self.tasks), dtype=torch.float64, device=self._device)
         labels_K = torch.zeros(len(self.tasks), dtype=torch.int64, device=self._device)
         for first in range(0, len(batches), world_size):
+            self._end_where_stopped(progress)
             mine = first + rank
             chunk = batches[min(mine, len(batches) - 1)]
             batch = pack(chunk, self._packing if compress is not None else PoolingSpec(())).to(self._device)
@@ -190,10 +209,16 @@ class Validator:
                 task_L = self._tasks_of(chunk)[batch.label_sequences]
                 nll_K.index_add_(0, task_L, nll_L.double())
                 labels_K.index_add_(0, task_L, torch.ones_like(task_L))
-            on_forward()
+            progress.on_forward()
         dist.all_reduce(nll_K)
         dist.all_reduce(labels_K)
         return _Sums(nll_K=nll_K, labels_K=labels_K)
+
+    def _end_where_stopped(self, progress: _Progress) -> None:
+        stopped = torch.tensor(int(progress.is_stopped()), device=self._device)
+        dist.all_reduce(stopped)
+        if stopped.item():
+            raise ValidationStopped
 
     def _batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """The samples in their order, as many together as fit."""

@@ -79,7 +79,7 @@ def _train(config: str, overrides: Sequence[str], plan_is_low: bool, max_rows: i
     try:
         with mock.patch("arc_ds.data.batches.loader.planned_splits", plan), StopRequest() as stop:
             with Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
-                fit(run, [*make_hooks(run, folder, watchdog), watch], stop)
+                fit(run, [*make_hooks(run, folder, watchdog, stop), watch], stop)
             had = tuple(run.data[step].num_splits for step in range(STEPS))
     finally:
         folder.close("FINISHED")

@@ -1,9 +1,16 @@
-"""What one rank knows stops all ranks at the same step boundary: a stop signal, and a batch that cannot be made."""
+"""What one rank knows stops all ranks at the same step boundary: a stop signal, and a batch that cannot be made.
+
+And what may take long is broken off by a stop: a validation, and the wait for a batch.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +24,15 @@ from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.errors import ArcError, DataError
 from arc_ds.train import make_hooks
 from arc_ds.training.build import build_run
-from arc_ds.training.exit_codes import EXIT_PREEMPTED
+from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.training.hooks import ValidationHook
 from arc_ds.training.loop import fit
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder
 from arc_ds.training.signals import StopRequest
 from arc_ds.training.watchdog import Watchdog
 from tests.helpers.distributed import run_on_ranks
-from tests.helpers.tiny_run import last_saved_step, losses, write_inputs
+from tests.helpers.tiny_run import last_saved_step, losses, numbers_by_step, write_inputs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -62,6 +70,22 @@ class _TornOnRankOne:
         return getattr(self._data, name)
 
 
+class _StuckOnRankOne:
+    """A run's data, of which rank 1 waits long for one step's batch, and is signalled meanwhile."""
+
+    def __init__(self, data: StepData, stuck_step: int) -> None:
+        self._data, self._stuck_step = data, stuck_step
+
+    def __getitem__(self, step: int) -> StepBatch:
+        if step == self._stuck_step and dist.rank() == 1:
+            threading.Timer(0.5, partial(os.kill, os.getpid(), signal.SIGUSR1)).start()
+            time.sleep(150)
+        return self._data[step]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+
 class _SignalToRankOne:
     """Signals rank 1 after a step, as a launcher would."""
 
@@ -86,12 +110,42 @@ def _train(config: str, run_dir: str, torn_step: int, signal_after: int) -> Outc
     code, error = None, None
     try:
         with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
-            code = fit(run, [*make_hooks(run, folder, watchdog), _SignalToRankOne(signal_after)], stop)
+            code = fit(run, [*make_hooks(run, folder, watchdog, stop), _SignalToRankOne(signal_after)], stop)
     except ArcError as caught:
         error = (type(caught), str(caught))
     finally:
         folder.close("FINISHED")
     return Outcome(code, error, run.step)
+
+
+def _wait(config: str, run_dir: str, stuck_step: int) -> Outcome:
+    run = build_run(load_config(config, (f"run_dir={run_dir}", *SMALL)), torch.device("cpu"))
+    folder = RunFolder.open(run)
+    run.data = _StuckOnRankOne(run.data, stuck_step)  # type: ignore[assignment]
+    with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
+        code = fit(run, make_hooks(run, folder, watchdog, stop), stop)
+    folder.close("KILLED")
+    return Outcome(code, None, run.step)
+
+
+def _validate(config: str, run_dir: str, signal_at: int) -> Outcome:
+    """Rank 1 is signalled at its first look whether it has been, where `signal_at` steps are done."""
+    held_out = f"data.validation={Path(config).parent / 'held_out'}"
+    overrides = (f"run_dir={run_dir}", *SMALL, "validation.every=2", "checkpoint.every=2", held_out)
+    run = build_run(load_config(config, overrides), torch.device("cpu"))
+    folder = RunFolder.open(run)
+    with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
+
+        def is_stopped() -> bool:
+            if run.step == signal_at and dist.rank() == 1 and stop.received is None:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return stop.received is not None
+
+        hooks = make_hooks(run, folder, watchdog, stop)
+        next(hook for hook in hooks if isinstance(hook, ValidationHook))._is_stopped = is_stopped
+        code = fit(run, hooks, stop)
+    folder.close("KILLED" if code else "FINISHED")
+    return Outcome(code, None, run.step)
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +169,45 @@ def test_a_batch_that_one_rank_cannot_make_stops_all_before_it_with_one_error(co
 def test_a_first_batch_that_one_rank_cannot_make_is_an_error_of_all(config: Path, tmp_path: Path) -> None:
     outcomes = run_on_ranks(_train, str(config), str(tmp_path / "run"), 0, -1)
     assert outcomes == [Outcome(None, (DataError, "rank 1: record 7 is torn"), 0)] * 2
+
+
+@pytest.mark.parametrize(("stuck_step", "done"), [(0, 0), (3, 3)])
+def test_a_rank_that_waits_for_its_batch_obeys_a_stop_at_once(
+    config: Path, tmp_path: Path, stuck_step: int, done: int
+) -> None:
+    """The others learn of it in the step before the missing batch, in which they wait for this rank."""
+    began = time.monotonic()
+    outcomes = run_on_ranks(_wait, str(config), str(tmp_path / "run"), stuck_step)
+    assert outcomes == [Outcome(EXIT_PREEMPTED, None, done)] * 2
+    assert last_saved_step(tmp_path / "run") == done
+    assert time.monotonic() - began < 120, "it has waited to the end"
+
+
+@pytest.mark.parametrize("signal_at", [0, 2, 6])
+def test_a_signal_in_a_validation_breaks_it_off_and_the_next_start_makes_up_for_it(
+    config: Path, untouched: dict[int, dict[str, float]], signal_at: int
+) -> None:
+    """Before the first step, after one that is saved already, and after the last one."""
+    run = config.parent / f"stopped_at_{signal_at}"
+    outcomes = run_on_ranks(_validate, str(config), str(run), signal_at)
+    assert outcomes == [Outcome(EXIT_PREEMPTED, None, signal_at)] * 2
+    assert last_saved_step(run) == signal_at
+    validated = {step for step, numbers in numbers_by_step(run).items() if any(map(_is_score, numbers))}
+    assert validated == set(range(0, signal_at, 2))
+    outcomes = run_on_ranks(_validate, str(config), str(run), -1)
+    assert outcomes == [Outcome(EXIT_OK, None, 6)] * 2
+    assert json.dumps(numbers_by_step(run), sort_keys=True) == json.dumps(untouched, sort_keys=True)
+
+
+@pytest.fixture(scope="module")
+def untouched(config: Path) -> dict[int, dict[str, float]]:
+    """The numbers of a run that validates and that nobody stops."""
+    run = config.parent / "untouched"
+    assert run_on_ranks(_validate, str(config), str(run), -1) == [Outcome(EXIT_OK, None, 6)] * 2
+    numbers = numbers_by_step(run)
+    assert [step for step in sorted(numbers) if any(map(_is_score, numbers[step]))] == [0, 2, 4, 6]
+    return numbers
+
+
+def _is_score(name: str) -> bool:
+    return name.endswith("/nll_compressed")

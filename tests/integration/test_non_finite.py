@@ -68,7 +68,7 @@ def _train(config: str, overrides: tuple[str, ...], spoilt_steps: tuple[int, ...
     error = None
     try:
         with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
-            fit(run, make_hooks(run, folder, watchdog), stop)
+            fit(run, make_hooks(run, folder, watchdog, stop), stop)
     except TrainingError as caught:
         error = str(caught)
     finally:

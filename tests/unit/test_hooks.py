@@ -20,6 +20,7 @@ from arc_ds.training.flops import count_flops
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, MetricsHook, ValidationHook
 from arc_ds.training.run import DataWait
 from arc_ds.training.step import Agreed, StepResult
+from arc_ds.training.validate import ValidationStopped
 from tests.helpers.tiny_compressor import TINY, sample
 
 STEPS = 10
@@ -44,8 +45,10 @@ class _Validator:
 
     tasks, num_samples, num_forwards = ("continuation",), 24, 3
 
-    def run(self, engine: Any, decoders: Any, on_forward: Any) -> dict[str, Any]:
+    def run(self, engine: Any, decoders: Any, on_forward: Any, is_stopped: Any) -> dict[str, Any]:
         for _ in range(self.num_forwards):
+            if is_stopped():
+                raise ValidationStopped
             on_forward()
         return {}
 
@@ -53,7 +56,7 @@ class _Validator:
 def _run(step: int) -> Any:
     return SimpleNamespace(
         step=step, config=SimpleNamespace(steps=STEPS), validator=_Validator(), engine=None, decoders=(),
-        decoder_names=("wide", "other"),
+        decoder_names=("wide", "other"), is_stopping=False,
     )  # fmt: skip
 
 
@@ -96,6 +99,19 @@ def test_a_run_that_is_asked_to_stop_saves_first() -> None:
     assert logged == []
     hook.after_step(_run(5), None, _result(5))  # type: ignore[arg-type]
     assert logged == [5]
+
+
+@pytest.mark.parametrize("end", [5, STEPS])
+def test_a_stop_breaks_a_validation_off(end: int) -> None:
+    logged: list[int] = []
+    asked = iter([False, True])
+    hook = ValidationHook(
+        lambda step, _: logged.append(step), _Metrics(), every=5, is_stopped=lambda: next(asked)  # type: ignore[arg-type]
+    )  # fmt: skip
+    run = _run(end)
+    hook.after_step(run, None, _result(end))  # type: ignore[arg-type]
+    hook.on_end(run)
+    assert run.is_stopping and logged == []
 
 
 def test_a_long_validation_says_what_it_does_and_is_no_stall(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,10 @@ import os
 import re
 import resource
 import signal
+import threading
+import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.tasks import TaskLimits
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import ConfigError, DataError
+from arc_ds.training.signals import StopRequest
 from tests.helpers.batches import sequences
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 from tests.helpers.tiny_mixture import TinyMixture
@@ -126,6 +130,26 @@ def test_workers_and_resume_change_nothing(setting: Setting, num_workers: int) -
         for left, right in zip(loaded, expected[first:], strict=True):
             assert_equal(left, right)
             assert left.num_labels == right.num_labels > 0
+
+
+class _Stuck(Dataset):
+    """Its second item comes late, as a shard of a server that hangs."""
+
+    def __getitem__(self, step: int) -> int:
+        if step:
+            time.sleep(300)
+        return step
+
+
+def test_a_stop_does_not_wait_for_a_worker_that_is_stuck() -> None:
+    began = time.monotonic()
+    loader = iter(make_loader(_Stuck(), range(4), num_workers=1))  # type: ignore[arg-type]
+    with StopRequest((signal.SIGUSR1,)) as stop:
+        assert stop.wait_for(partial(next, loader)) == 0
+        threading.Timer(0.2, partial(os.kill, os.getpid(), signal.SIGUSR1)).start()
+        assert stop.wait_for(partial(next, loader)) is None
+    del loader  # ends the worker, to which torch gives five seconds
+    assert time.monotonic() - began < 60
 
 
 def test_a_worker_leaves_stop_signals_to_its_rank(setting: Setting) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from arc_ds.errors import DataError
 from arc_ds.training import loop
 from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.training.loop import LookAhead, fit
+from arc_ds.training.signals import StopRequest
 from arc_ds.training.step import Agreed, Notice
 
 STEPS = 4
@@ -28,7 +30,7 @@ class _Run:
     """Stands in for `Run`: batches of step numbers, the one of `torn_step` cannot be made."""
 
     def __init__(self, torn_step: int = STEPS) -> None:
-        self.step, self._torn_step = 0, torn_step
+        self.step, self._torn_step, self.is_stopping = 0, torn_step, False
         self.config = SimpleNamespace(steps=STEPS, loss=SimpleNamespace(normalize="global"))
         self.engine = self.schedule = self.tasks = None
         self.decoders = (None,)
@@ -48,23 +50,27 @@ class _Run:
 
 
 class _Hook:
-    """Notes what it is called for; asks for a stop after a step."""
+    """Notes its calls; asks for a stop after a step, or finds at a call that all ranks have agreed on one."""
 
-    def __init__(self, stop: SimpleNamespace, stop_after: int) -> None:
+    def __init__(self, stop: StopRequest, stop_after: int, agrees_at: str) -> None:
         self.calls: list[str] = []
-        self._stop, self._stop_after = stop, stop_after
+        self._stop, self._stop_after, self._agrees_at = stop, stop_after, agrees_at
 
     def on_start(self, run: Any) -> None:
-        self.calls.append("start")
+        self._note(run, "start")
 
     def after_step(self, run: Any, batch: Any, result: Any) -> None:
         assert batch.step + 1 == run.step
-        self.calls.append(str(run.step))
+        self._note(run, str(run.step))
         if run.step == self._stop_after:
-            self._stop.received = "SIGTERM"
+            self._stop.set()
 
     def on_end(self, run: Any) -> None:
-        self.calls.append("end")
+        self._note(run, "end")
+
+    def _note(self, run: Any, call: str) -> None:
+        self.calls.append(call)
+        run.is_stopping |= call == self._agrees_at
 
 
 class _Fitted(NamedTuple):
@@ -77,9 +83,15 @@ class _Fitted(NamedTuple):
 
 
 def _fit(
-    run: _Run, monkeypatch: pytest.MonkeyPatch, *, stop_after: int = 0, other: Sequence[int] = (1,) * (STEPS + 1)
+    run: _Run,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    stop: StopRequest | None = None,
+    stop_after: int = 0,
+    agrees_at: str = "",
+    other: Sequence[int] = (1,) * (STEPS + 1),
 ) -> _Fitted:
-    """other: into how many micro-batches another rank splits its share of each step."""
+    """other: into how many micro-batches another rank splits its share of each step; 0: it has no batch."""
     told: list[Notice] = []
     batches: list[_Batch] = []
 
@@ -91,8 +103,8 @@ def _fit(
 
     monkeypatch.setattr(loop, "train_step", train_step)
     monkeypatch.setattr(loop.dist, "gather_objects", lambda own: [own, other[0]] if isinstance(own, int) else [own])
-    stop = SimpleNamespace(received=None)
-    hook = _Hook(stop, stop_after)
+    stop = stop or StopRequest()
+    hook = _Hook(stop, stop_after, agrees_at)
     try:
         end: int | str = fit(run, [hook], stop)  # type: ignore[arg-type]
     except DataError as error:
@@ -110,7 +122,52 @@ def test_a_run_that_nothing_stops_does_every_step_once(monkeypatch: pytest.Monke
 def test_a_stop_is_told_with_the_next_step_and_obeyed_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     end, calls, told, _ = _fit(_Run(), monkeypatch, stop_after=1)
     assert (end, calls) == (EXIT_PREEMPTED, ["start", "1", "2", "end"])
-    assert told == [Notice(num_splits=1), Notice(stop=True, num_splits=1)]
+    assert told == [Notice(num_splits=1), Notice(stop=True)], "the batch after it is not waited for"
+
+
+def test_a_stop_breaks_off_the_wait_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest()
+
+    def batches() -> Iterator[Any]:
+        yield _Batch(0)
+        yield _Batch(1)
+        stop._on_signal(signal.SIGTERM, None)
+        pytest.fail("it goes on waiting")
+
+    run = _Run()
+    run.batches = batches  # type: ignore[method-assign]
+    end, calls, told, _ = _fit(run, monkeypatch, stop=stop)
+    assert (end, calls) == (EXIT_PREEMPTED, ["start", "1", "2", "end"])
+    assert told == [Notice(num_splits=1), Notice(stop=True)]
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_a_stop_before_the_first_batch_ends_the_run_before_any_step(
+    other: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this rank (it waits no longer) or on another one (it has none)."""
+    stop = StopRequest()
+    if other:
+        stop.set()
+    found = _fit(_Run(), monkeypatch, stop=stop, other=(other,) * (STEPS + 1))
+    assert found == (EXIT_PREEMPTED, ["start", "end"], [], [])
+
+
+@pytest.mark.parametrize(
+    ("agrees_at", "calls"),
+    [
+        ("start", ["start", "end"]),
+        ("2", ["start", "1", "2", "end"]),
+        (str(STEPS), ["start", "1", "2", "3", "4", "end"]),
+        ("end", ["start", "1", "2", "3", "4", "end"]),
+    ],
+)
+def test_a_stop_that_ranks_agree_on_outside_a_step_is_obeyed_at_once(
+    agrees_at: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a validation; also in the last one, which is then still to come."""
+    found = _fit(_Run(), monkeypatch, agrees_at=agrees_at)
+    assert (found.end, found.calls) == (EXIT_PREEMPTED, calls)
 
 
 def test_a_stop_that_comes_with_the_last_step_leaves_a_finished_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,9 +204,9 @@ def test_an_error_of_our_own_code_is_not_held_back() -> None:
         raise RuntimeError("a worker died")
 
     with pytest.raises(RuntimeError, match="a worker died"):
-        list(LookAhead(batches(), _Run().make_again))  # type: ignore[arg-type]
+        list(LookAhead(batches(), _Run().make_again, StopRequest()))  # type: ignore[arg-type]
 
 
 def test_what_has_no_batches_is_at_its_end() -> None:
-    ahead = LookAhead(iter(()), _Run().make_again)  # type: ignore[arg-type]
+    ahead = LookAhead(iter(()), _Run().make_again, StopRequest())  # type: ignore[arg-type]
     assert list(ahead) == [] and ahead.error is None

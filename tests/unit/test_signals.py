@@ -33,6 +33,45 @@ def test_a_stop_can_be_asked_for_without_a_signal() -> None:
     assert stop.received is not None
 
 
+def test_a_wait_ends_where_a_stop_is_asked_for() -> None:
+    def signalled() -> int:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+        return 7
+
+    began = time.monotonic()
+    with StopRequest((signal.SIGUSR1,)) as stop:
+        assert stop.wait_for(lambda: 7) == 7
+        assert stop.wait_for(signalled) is None and stop.received == "SIGUSR1"
+        assert stop.wait_for(lambda: 7) is None, "a run that stops begins no further wait"
+        os.kill(os.getpid(), signal.SIGUSR1)  # outside a wait it is a flag
+    assert time.monotonic() - began < 30
+
+
+def test_an_error_ends_a_wait_and_a_stop_after_it_is_a_flag() -> None:
+    def torn() -> None:
+        raise OSError("torn")
+
+    with StopRequest((signal.SIGUSR1,)) as stop:
+        with pytest.raises(OSError, match="torn"):
+            stop.wait_for(torn)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.received == "SIGUSR1"
+
+
+def test_no_except_exception_on_the_way_takes_the_stop() -> None:
+    def stubborn() -> int:
+        while True:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(60)
+            except Exception:
+                return 7
+
+    with StopRequest((signal.SIGUSR1,)) as stop:
+        assert stop.wait_for(stubborn) is None
+
+
 def test_a_signal_that_came_before_the_block_is_received_in_it() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))

@@ -12,7 +12,7 @@ from arc_ds.data.batches.micro_batches import MicroBatchLimits
 from arc_ds.data.batches.packing import PackedBatch
 from arc_ds.data.segments import Sample, Segment
 from arc_ds.training import validate
-from arc_ds.training.validate import TaskScores, ValidationSet, Validator
+from arc_ds.training.validate import TaskScores, ValidationSet, ValidationStopped, Validator
 from tests.helpers.plain_trainer import POOLING
 
 TASK = "continuation"
@@ -52,6 +52,27 @@ def test_each_batch_is_told_and_counted_before(
         scores = validator.run(lambda batch, idx: torch.zeros(1), (_score, _score), lambda: told.append(None))
         assert len(told) == expected
     assert scores["b"][TASK].compressed == 1.0 and validator.num_samples == 10
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["this rank", "another rank"])
+def test_a_stop_ends_it_before_the_next_batch_on_all_ranks(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[None] = []
+
+    def all_reduce(tensor: Tensor) -> None:
+        if tensor.ndim == 0 and len(told) == 3 and not own:
+            tensor += 1
+
+    group = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 2, all_reduce=all_reduce)
+    monkeypatch.setattr(validate, "dist", group)
+    compress, progress = (lambda batch, idx: torch.zeros(1)), (lambda: told.append(None))
+    validator = _validator(_set(5), batch_size=1)
+    with pytest.raises(ValidationStopped):
+        validator.run(compress, (_score,), progress, lambda: own and len(told) == 3)
+    assert len(told) == 3
+    told.clear()
+    monkeypatch.setattr(group, "all_reduce", lambda _: None)
+    assert validator.run(compress, (_score,), progress)["a"][TASK].closed == 1.0, "it can be begun again"
+    assert len(told) == 4 * 3
 
 
 def _ragged_set() -> ValidationSet:

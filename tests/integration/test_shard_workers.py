@@ -86,11 +86,10 @@ def test_a_worker_that_dies_ends_the_build_with_the_cure(tmp_path: Path, source:
         text=True,
     )
     children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children")
-    # One that dies while the pool still starts the other makes the standard library wait for ever.
-    wait_for(lambda: len(makers(children)) == 2 and all(has_begun(pid) for pid in makers(children)))
+    wait_for(lambda: bool(makers(children)))  # the other one may still be on its way
     os.kill(makers(children)[0], signal.SIGKILL)
     _, words = builder.communicate(timeout=60)
-    assert builder.returncode == 2
+    assert builder.returncode == 2, words
     assert "a worker process died" in words and "fewer --workers" in words
     assert not (tmp_path / "out").exists()
 
@@ -129,11 +128,6 @@ def makers(children: Path) -> list[int]:
     """Processes that import this program's main module: the workers, without multiprocessing's resource tracker."""
     pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
     return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def has_begun(pid: int) -> bool:
-    """Whether a worker runs its initializer: that thread, and the one that watches the parent."""
-    return len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
 
 
 def alive(pid: int) -> bool:

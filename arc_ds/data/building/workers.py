@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
 from arc_ds.data.building.inputs import Batch, InputFile
 from arc_ds.data.building.record_maker import MadeBatch, RecordMaker, RecordRules
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
-from arc_ds.errors import DataError
+from arc_ds.worker_pool import worker_pool
 
 _AHEAD = 2  # batches under way for each worker: the next one is there when one is done
 
@@ -29,11 +22,6 @@ class Work(NamedTuple):
     file_idx: int
     file: InputFile
     batch: Batch
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_in_order(
@@ -55,33 +43,6 @@ def make_in_order(
         yield from _bounded(pool, works, num_workers * _AHEAD)
 
 
-@contextmanager
-def worker_pool(num_workers: int, begin: Callable[..., None], *args: object) -> Iterator[ProcessPoolExecutor]:
-    """Processes that each call `begin(*args)` first, and end with this one. DataError where one of them dies."""
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy this process's threads half-way
-        initializer=_begin_process,
-        initargs=(begin, args),
-    )
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died, most likely for lack of memory. Run the same command again with fewer --workers. "
-            "(A script of your own that starts workers must do so below `if __name__ == '__main__':`.)"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_process(begin: Callable[..., None], args: tuple[object, ...]) -> None:
-    """Ctrl-C is for the parent to handle; a worker ends with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    begin(*args)
-
-
 def _bounded(pool: ProcessPoolExecutor, works: Iterable[Work], limit: int) -> Iterator[tuple[Work, MadeBatch]]:
     under_way: deque[tuple[Work, Future[MadeBatch]]] = deque()
     for work in works:
@@ -100,13 +61,6 @@ _maker: RecordMaker | None = None  # of a worker process
 def _begin(rules: RecordRules, tokenizer_folder: Path) -> None:
     global _maker
     _maker = RecordMaker(rules, load_tokenizer(tokenizer_folder))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _make(file: InputFile, batch: Batch) -> MadeBatch:

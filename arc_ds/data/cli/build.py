@@ -9,11 +9,11 @@ import sys
 from typing import Any
 
 from arc_ds.data.building.record_maker import REASONS
-from arc_ds.data.building.workers import num_cores
 from arc_ds.data.building.writer import build_shards
 from arc_ds.data.cli.tokenize import cache_and_print
 from arc_ds.data.shards.format import Manifest
 from arc_ds.data.tokenizers import load_tokenizer
+from arc_ds.worker_pool import num_cores
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from arc_ds.data.building.workers import num_cores
 from arc_ds.data.shards.check import check_in_parallel
+from arc_ds.worker_pool import num_cores
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

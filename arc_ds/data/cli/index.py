@@ -6,9 +6,9 @@ import argparse
 import logging
 import sys
 
-from arc_ds.data.building.workers import num_cores
 from arc_ds.data.shards.index import index_shards
 from arc_ds.data.shards.tar_index import RecordForm
+from arc_ds.worker_pool import num_cores
 
 REASONS = {
     "bad_record": "without the fields of a record",

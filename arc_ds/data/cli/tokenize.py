@@ -7,8 +7,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from arc_ds.data.building.workers import num_cores
 from arc_ds.data.shards.token_cache_writer import build_token_caches
+from arc_ds.worker_pool import num_cores
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from arc_ds.data.building.workers import worker_pool
 from arc_ds.data.shards.faults import Fault, check_shard, stray_files
 from arc_ds.data.shards.files import ShardFiles, locate
 from arc_ds.data.shards.token_cache_writer import check_token_caches
 from arc_ds.urls import is_url
+from arc_ds.worker_pool import worker_pool
 
 
 def check_in_parallel(path: str | Path, *, workers: int, progress: bool = False) -> Iterator[Fault]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -27,6 +24,7 @@ from arc_ds.data.shards.tar_index import RecordForm, index_tar
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import DataError, StorageError
 from arc_ds.urls import is_url, local_path
+from arc_ds.worker_pool import worker_pool
 
 logger = logging.getLogger(__name__)
 
@@ -195,14 +193,8 @@ def _map(function: partial[_Indexed], works: Sequence[_Work], workers: int) -> I
     if workers <= 1:
         yield from map(function, works)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads half-way
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        try:
-            yield from pool.map(function, works)
-        except BrokenProcessPool as error:
-            raise DataError("a worker was killed, perhaps for memory. Start again with fewer --workers.") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with worker_pool(workers) as pool:
+        yield from pool.map(function, works)
 
 
 def _index_one(job: _Job, work: _Work) -> _Indexed:

@@ -17,7 +17,6 @@ import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from arc_ds.data.building.workers import worker_pool
 from arc_ds.data.shards.cache import is_disk_full
 from arc_ds.data.shards.faults import Fault
 from arc_ds.data.shards.format import Manifest, ShardInfo, sha256_of_file
@@ -42,6 +41,7 @@ from arc_ds.data.shards.token_cache_files import (
 )
 from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.errors import DataError, StorageError
+from arc_ds.worker_pool import worker_pool
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,86 @@
+"""Worker processes: what they begin with, and that nothing waits for what is left of them when one dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from arc_ds.errors import DataError
+from arc_ds.worker_pool import worker_pool
+
+ROOT = Path(__file__).resolve().parents[2]
+# SIGTERM is how Python ends the workers of a broken pool. One that does not hear it stands for one that it overlooks,
+# since it was just being started.
+LEFT_OVER = """
+import os, signal, sys, time
+from pathlib import Path
+from arc_ds.worker_pool import worker_pool
+
+def deaf():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+def stay(sign):
+    Path(sign).touch()
+    time.sleep(600)
+
+def die(sign):
+    while not Path(sign).exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    with worker_pool(2, deaf) as pool:
+        pool.submit(stay, sys.argv[1])
+        pool.submit(abs, 1).result()  # both are there, and the pool knows of both
+        pool.submit(die, sys.argv[1]).result()
+"""
+_begun_with = ""
+
+
+def _begin(word: str) -> None:
+    global _begun_with
+    _begun_with = word
+
+
+def _tell(idx: int) -> tuple[int, str, bool]:
+    return idx, _begun_with, signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_workers_begin_as_told_and_leave_ctrl_c_to_their_parent() -> None:
+    with worker_pool(2, _begin, "word") as pool:
+        assert list(pool.map(_tell, range(4))) == [(idx, "word", True) for idx in range(4)]
+    with worker_pool(2) as pool:
+        assert list(pool.map(_tell, range(4))) == [(idx, "", True) for idx in range(4)]
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_python_overlooks_does_not_hold_up_the_error(tmp_path: Path) -> None:
+    script = tmp_path / "left_over.py"
+    script.write_text(LEFT_OVER)
+    ended = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "sign")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 1 and "DataError: a worker process died" in ended.stderr
+
+
+def test_children_that_are_not_of_the_pool_are_left_alone() -> None:
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    other.start()
+    try:
+        with pytest.raises(DataError, match="fewer --workers"), worker_pool(2) as pool:
+            pool.submit(os._exit, 1).result()
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()

@@ -83,16 +83,67 @@ def test_commands_are_addresses(local: ShardSet, cache: ShardCache, command: str
     assert texts_of(ShardSet(command.format(folder=local.folder), cache=cache)) == TEXTS
 
 
-def test_s3_is_read_by_the_aws_command(
-    local: ShardSet, cache: ShardCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """webdataset itself opens no s3:// address."""
-    command = tmp_path / "bin" / "aws"
+@pytest.fixture
+def aws(local: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An `aws` command that knows one folder of one bucket; with a file `said` beside it, it fails with these words."""
+    command, said = tmp_path / "bin" / "aws", tmp_path / "bin" / "said"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\n[ "$1 $2 $5" = "s3 cp -" ] && cat "{local.folder}/${{4#s3://bucket/a folder/}}"\n')
+    missing = "(404) when calling the HeadObject operation: Not Found"
+    command.write_text(
+        "#!/bin/sh\n"
+        f"echo >> '{command.parent}/calls'\n"
+        f"[ -e '{said}' ] && {{ cat '{said}' >&2; exit 1; }}\n"
+        f'[ "$1 $2 $5" = "s3 cp -" ] && cat "{local.folder}/${{4#s3://bucket/a folder/}}" 2>/dev/null && exit 0\n'
+        f"echo 'download failed: $4 to - An error occurred {missing}' >&2; exit 1\n"
+    )
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
-    assert texts_of(ShardSet("s3://bucket/a folder", cache=cache)) == TEXTS
+    return command
+
+
+def test_a_check_of_a_url_says_which_copies_it_has_read(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ARC_DS_CACHE_DIR", str(tmp_path / "kept"))
+    assert main(["shards", "check", server.url, "--workers", "1"]) == 0
+    assert f"all records whole (as kept in the cache {tmp_path / 'kept'})" in capsys.readouterr().out
+
+
+def test_s3_is_read_by_the_aws_command(local: ShardSet, cache: ShardCache, aws: Path) -> None:
+    """webdataset itself opens no s3:// address."""
+    shards = ShardSet("s3://bucket/a folder", cache=cache)
+    assert texts_of(shards) == TEXTS
+    assert open_token_cache(shards, load_tokenizer(local.folder.parent / "t.model")) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "message", "calls"),
+    [
+        ("", r"tried once: .*\(404\)", 1),
+        ("An error occurred (AccessDenied) when calling", r"tried once: .*\(AccessDenied\)", 1),
+        ("Unable to locate credentials", "tried once: Unable to locate credentials", 1),
+        ("An error occurred (SlowDown) when calling", r"tried 3 times: .*\(SlowDown\)", 3),
+        ("Could not connect to the endpoint URL", "tried 3 times: Could not connect", 3),
+    ],
+)
+def test_what_s3_answers_is_told_and_tried_again_where_that_may_help(
+    cache: ShardCache, aws: Path, said: str, message: str, calls: int
+) -> None:
+    if said:
+        aws.with_name("said").write_text(f"download failed: {said}" if "(" in said else said)
+    with pytest.raises(StorageError, match=rf"s3://bucket/other/manifest\.json cannot be fetched, {message}"):
+        ShardSet("s3://bucket/other", cache=cache)
+    assert len(aws.with_name("calls").read_text()) == calls
+
+
+def test_a_command_that_is_not_installed_is_not_tried_again(
+    cache: ShardCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StorageError, match="tried once: .*exit code 127.*installed"):
+        ShardSet("pipe:no-such-command", cache=cache)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StorageError, match="tried once: the `aws` command .* is not installed"):
+        ShardSet("s3://bucket/a", cache=cache)
 
 
 def test_addresses_are_rewritten_as_stock_readers_do(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from arc_ds.data.shards.cache import open_cache
 from arc_ds.data.shards.check import check_in_parallel
+from arc_ds.urls import is_url
 from arc_ds.worker_pool import num_cores
 
 
@@ -24,6 +26,7 @@ def _check(namespace: argparse.Namespace) -> int:
         for fault in check_in_parallel(folder, workers=namespace.workers, progress=sys.stderr.isatty()):
             print(f"{folder.rstrip('/')}/{fault}")
             found += 1
-        print(f"{folder}: {f'{found} faults' if found else 'all records whole'}")
+        where = f" (as kept in the cache {open_cache().folder})" if is_url(folder) else ""
+        print(f"{folder}: {f'{found} faults' if found else 'all records whole'}{where}")
         num_faults += found
     return 1 if num_faults else 0

@@ -102,12 +102,12 @@ class ShardFiles:
     def fetch_beside(self, name: str, *, max_bytes: int) -> bytes | None:
         """A small file that may lie with the tars behind a URL, by its path from their folder; None where it does not.
 
-        A command or a bucket that gives nothing does not say why, so that it is asked once and believed, be it by its
-        exit code or by no bytes. StorageError where a web server does not say that it has no such file.
+        A command that gives nothing does not say why, so that it is asked once and believed, be it by its exit code or
+        by no bytes. StorageError where a server (http, s3) does not say that it has no such file.
         """
         assert self.base is not None and self.cache is not None, "what is local is not fetched"
         address, retries = join_url(self.base, name), self.cache.retries
-        tells_why = urlsplit(address).scheme in ("http", "https")
+        tells_why = urlsplit(address).scheme in ("http", "https", "s3")
         try:
             found = fetch_bytes(
                 address, max_bytes=max_bytes, retries=retries if tells_why else replace(retries, attempts=1)

@@ -13,12 +13,14 @@ import itertools
 import logging
 import os
 import random
+import re
 import select
-import shlex
+import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 from typing import IO, Any, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -31,6 +33,12 @@ logger = logging.getLogger(__name__)
 _PIECE = 1 << 20
 _SLOWEST = 10_000  # bytes/s over a whole transfer; below, it is broken off like one that stands still
 _TRANSIENT_4XX = (408, 425, 429)
+_NOT_FOUND = 127  # a shell's exit code where there is no such command
+# What the `aws` command says of a server's answer, in brackets, where another attempt would get the same.
+_FINAL_S3 = re.compile(
+    r"\((403|404|NoSuch\w+|AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidBucketName)\)"
+    r"|credentials"
+)
 _T = TypeVar("_T")
 _failures = itertools.count(1)
 
@@ -181,7 +189,8 @@ def _read_gopen(url: str, timeout_s: float) -> Iterator[bytes]:
     from webdataset.gopen import Pipe, gopen, gopen_schemes
 
     if urlsplit(url).scheme == "s3" and "s3" not in gopen_schemes:
-        url = f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -"
+        yield from _read_s3(url, timeout_s)
+        return
     try:
         stream: Any = gopen(url)
     except ValueError as error:
@@ -196,19 +205,32 @@ def _read_gopen(url: str, timeout_s: float) -> Iterator[bytes]:
             yield piece
 
 
+def _read_s3(url: str, timeout_s: float) -> Iterator[bytes]:
+    command = ["aws", "s3", "cp", "--only-show-errors", url, "-"]
+    with TemporaryFile() as said:
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said)
+        except FileNotFoundError as error:
+            raise TransferError("the `aws` command (package awscli) is not installed", is_final=True) from error
+        assert process.stdout is not None, "it is a pipe"
+        with process:
+            try:
+                yield from _read_descriptor(process.stdout.fileno(), timeout_s)
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            said.seek(0)
+            words = " ".join(said.read().decode(errors="replace").split()) or f"exit code {process.returncode}"
+            raise TransferError(words, is_final=_FINAL_S3.search(words) is not None)
+
+
 def _read_pipe(stream: Any, timeout_s: float) -> Iterator[bytes]:
     """What a command writes. One that is still running when its output is no longer wanted is killed."""
-    descriptor = stream.stream.fileno()
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
     is_whole = False
     try:
-        while poll.poll(timeout_s * 1000):
-            if not (piece := os.read(descriptor, _PIECE)):
-                is_whole = True
-                return
-            yield piece
-        raise TransferError(f"nothing came for {timeout_s:.0f} s")
+        yield from _read_descriptor(stream.stream.fileno(), timeout_s)
+        is_whole = True
     finally:
         if not is_whole:
             stream.ignore_errors = True  # the reason is on its way already
@@ -216,4 +238,17 @@ def _read_pipe(stream: Any, timeout_s: float) -> Iterator[bytes]:
         try:
             stream.close()
         except OSError as error:
-            raise TransferError(f"its command failed (exit code {stream.status})") from error
+            is_missing = stream.status == _NOT_FOUND
+            words = f"its command failed (exit code {stream.status}){': is it installed?' if is_missing else ''}"
+            raise TransferError(words, is_final=is_missing) from error
+
+
+def _read_descriptor(descriptor: int, timeout_s: float) -> Iterator[bytes]:
+    """What comes through a pipe to its end; TransferError where nothing comes for `timeout_s`."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    while poll.poll(timeout_s * 1000):
+        if not (piece := os.read(descriptor, _PIECE)):
+            return
+        yield piece
+    raise TransferError(f"nothing came for {timeout_s:.0f} s")

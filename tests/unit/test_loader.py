@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -150,6 +152,28 @@ def test_a_stop_does_not_wait_for_a_worker_that_is_stuck() -> None:
         assert stop.wait_for(partial(next, loader)) is None
     del loader  # ends the worker, to which torch gives five seconds
     assert time.monotonic() - began < 60
+
+
+def test_an_error_that_nobody_expects_ends_a_process_with_busy_workers() -> None:
+    """Out of memory, say: what the traceback holds, the loader too, is there until the process exits."""
+    program = (
+        "from torch.utils.data import Dataset\n"
+        "from arc_ds.data.batches.loader import make_loader\n"
+        "class Large(Dataset):\n"
+        "    def __getitem__(self, step): return 'x' * (1 << 20)\n"
+        "def main():\n"
+        "    batches = iter(make_loader(Large(), range(1000), num_workers=2))\n"
+        "    next(batches)\n"
+        "    raise RuntimeError('out of memory')\n"
+        "main()\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=root, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("RuntimeError: out of memory\n"), ended.stderr
 
 
 def test_a_worker_leaves_stop_signals_to_its_rank(setting: Setting) -> None:

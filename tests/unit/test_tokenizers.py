@@ -110,6 +110,19 @@ def test_fingerprint_tells_tokenizers_apart_and_ignores_where_they_lie(tmp_path:
     assert load_tokenizer(write_json_tokenizer(tmp_path / "json")).fingerprint != first
 
 
+def test_a_file_is_read_again_only_where_it_or_what_lies_beside_it_has_changed(tmp_path: Path) -> None:
+    folder = write_json_tokenizer(tmp_path)
+    before = load_tokenizer(folder)
+    assert load_tokenizer(folder) is load_tokenizer(folder / "tokenizer.json") is before
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": False}))
+    without = load_tokenizer(folder)
+    assert before.bos_id is not None and without.bos_id is None
+    raw = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(raw.replace('"<s>"', '"<S>"'))
+    assert load_tokenizer(folder).fingerprint != without.fingerprint
+
+
 def test_llama3_specials_stand_behind_the_ranks(tiny: dict[str, Tokenizer]) -> None:
     tokenizer = tiny["tiktoken"]
     assert tokenizer.bos_id == tokenizer.vocab_size - 256

@@ -6,10 +6,13 @@ any step, and nothing is saved.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import get_args
@@ -149,6 +152,7 @@ def make_loader(
     data: StepData, steps: range, *, num_workers: int, prefetch: int = 4, pin_memory: bool = False
 ) -> DataLoader[StepBatch]:
     """A DataLoader that yields the batches of `steps` in order. 0 workers: made in this process."""
+    _end_workers_at_exit()
     return DataLoader(
         data,
         batch_size=None,
@@ -173,6 +177,19 @@ def _begin_worker(_: int) -> None:
     raise_descriptor_limit()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@cache
+def _end_workers_at_exit() -> None:
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    """Where an error ends this process, Python sends its workers a SIGTERM, which they ignore once, and waits."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an error
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def _ignore_once(number: int, _frame: FrameType | None) -> None:

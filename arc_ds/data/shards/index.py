@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
@@ -28,7 +28,6 @@ from arc_ds.worker_pool import worker_pool
 
 logger = logging.getLogger(__name__)
 
-_load_tokenizer = lru_cache(maxsize=1)(load_tokenizer)  # once a process, for all of its tars
 _UNSAFE = re.compile(r"[/\\\0]")
 
 
@@ -89,7 +88,7 @@ def index_shards(
     if (folder / MANIFEST).exists() and not overwrite:
         raise DataError(f"{folder} has a {MANIFEST} already. Give another folder, or overwrite=True (--overwrite).")
     form = form or RecordForm()
-    fingerprint = _load_tokenizer(Path(tokenizer)).fingerprint
+    fingerprint = load_tokenizer(Path(tokenizer)).fingerprint
     with _storage_errors(folder), _scratch_in(folder) as scratch:
         job = _Job(scratch=scratch, tokenizer=Path(tokenizer), form=form)
         indexed = list(_index_all(works, job, workers, progress))
@@ -213,7 +212,7 @@ def _index_one(job: _Job, work: _Work) -> _Indexed:
 
 def _indexed(job: _Job, work: _Work, path: Path) -> _Indexed:
     """Write the index of a tar and say what became of it."""
-    rows, findings = index_tar(path, _load_tokenizer(job.tokenizer), job.form)
+    rows, findings = index_tar(path, load_tokenizer(job.tokenizer), job.form)
     index_path = job.scratch / (Path(work.name).stem + ".idx")
     with index_path.open("wb") as file:
         np.save(file, rows, allow_pickle=False)

@@ -13,6 +13,7 @@ import importlib
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -106,14 +107,31 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a file or folder, recognised by content.
 
     A folder is searched for tokenizer.json, then tekken.json, then a sentencepiece or tiktoken file, then a single
-    .gguf file. TokenizerError where there is nothing usable, the file is damaged, or the library that reads it is
-    missing.
+    .gguf file. Those used last are kept, so that a file that has not changed is read once, and a process that is forked
+    has them at its start. TokenizerError where there is nothing usable, the file is damaged, or the library that reads
+    it is missing.
     """
     path = Path(path)
     if path.is_dir():
         path = _find_in_folder(path)
     if not path.is_file():
         raise TokenizerError(f"tokenizer {path}: no such file or folder. Expected {SUPPORTED}. Check the path.")
+    return _read(path, tuple(map(_state_of, (path, *sorted(path.parent.glob("*.json"))))))
+
+
+def _state_of(path: Path) -> tuple[str, int, int, int, int] | None:
+    """What changes with a file; None where a link leads nowhere."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return path.name, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, _states: tuple[object, ...]) -> Tokenizer:
+    """The tokenizer of a file; it, and the JSON files beside it, which may say what its special tokens are, are in
+    these states."""
     with path.open("rb") as file:
         head = file.read(4096)
     if head[:4] == b"GGUF":

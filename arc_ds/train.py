@@ -23,6 +23,7 @@ from arc_ds import dist
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
+from arc_ds.data.batches.loader import end_workers
 from arc_ds.data.shards.mappings import raise_descriptor_limit
 from arc_ds.device import describe_device, select_device
 from arc_ds.errors import ArcError, ConfigError
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         status = "FINISHED" if code == EXIT_OK else "KILLED"
     finally:
         folder.close(status)
+        end_workers()
     if code == EXIT_PREEMPTED:
         logger.info("stopped and saved at step %d, as asked; the same command goes on from there", run.step)
     # DeepSpeed's launcher kills the others when one ends with a code: rank 0 may still be sending metrics.

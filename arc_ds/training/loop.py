@@ -23,7 +23,7 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
     """
     for hook in hooks:
         hook.on_start(run)
-    ahead = LookAhead(run.batches(), run.make_again, stop)
+    ahead = LookAhead(run.batches(stop), run.make_again)
     for batch in () if run.is_stopping else ahead:
         result = train_step(
             run.engine,
@@ -51,19 +51,15 @@ class LookAhead:
 
     What a rank knows of its next batch it can still tell the others in time (`step.Notice`): without a batch it could
     not take part in the step, and with more micro-batches than the others it would be left waiting in the last ones.
-    A rank that is asked to stop does not wait for its next batch, which may be minutes away (a server that is slow).
 
     error: why there is no next batch; None where there is one, at a stop, and at the end of the run.
     """
 
-    def __init__(
-        self, batches: Iterator[StepBatch], make_again: Callable[[StepBatch, int], StepBatch], stop: StopRequest
-    ) -> None:
+    def __init__(self, batches: Iterator[StepBatch], make_again: Callable[[StepBatch, int], StepBatch]) -> None:
         """make_again: a batch's samples in a larger number of micro-batches for each decoder."""
         self.error: ArcError | None = None
         self._batches = batches
         self._make_again = make_again
-        self._stop = stop
         self._next: StepBatch | None = None
 
     @property
@@ -93,7 +89,7 @@ class LookAhead:
 
     def _fetch(self) -> StepBatch | None:
         try:
-            return self._stop.wait_for(lambda: next(self._batches, None))
+            return next(self._batches, None)
         except ArcError as error:
             self.error = error
             return None

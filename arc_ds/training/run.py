@@ -7,19 +7,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from arc_ds.config.schema import RunConfig
-from arc_ds.data.batches.loader import StepData, make_loader
+from arc_ds.data.batches.loader import StepData, leave_open, make_loader
 from arc_ds.data.batches.micro_batches import pack_again
 from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.errors import ArcError, DataError
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.engine import PlacedDecoder
 from arc_ds.training.schedule import RateSchedule
+from arc_ds.training.signals import StopRequest
 from arc_ds.training.validate import Validator
 
 if TYPE_CHECKING:
@@ -55,7 +57,6 @@ class Run:
     data_counts: Counter[str] = field(default_factory=Counter)
     clock: DataClock = field(default_factory=lambda: DataClock())
     is_stopping: bool = False
-    _loader: Iterator[StepBatch] | None = field(default=None, init=False, repr=False)
 
     @property
     def pin_memory(self) -> bool:
@@ -73,20 +74,20 @@ class Run:
         self.skipped_steps += not applied
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
 
-    def batches(self) -> Iterator[StepBatch]:
+    def batches(self, stop: StopRequest) -> Iterator[StepBatch]:
         """This rank's batches from the current step to the last; the time spent waiting goes to `clock`.
 
-        DataError where a record cannot be used and the config does not say to skip it, or a worker was killed.
+        They end where the stop is asked for: no worker is waited for then, which may be at a server that hangs. (A
+        batch that no worker makes is made to its end.) DataError where a record cannot be used and the config does not
+        say to skip it, or a worker was killed.
         """
         steps = range(self.step, self.config.steps)
         num_workers = self.config.data.num_workers
         loader = iter(make_loader(self.data, steps, num_workers=num_workers, pin_memory=self.pin_memory))
-        # Its end waits for its workers; where a stop broke off the wait for one of them, the run is saved before.
-        self._loader = loader
         while True:
             with self.clock.waiting():
                 try:
-                    batch = next(loader, None)
+                    batch = next(loader, None) if num_workers == 0 else stop.wait_for(partial(next, loader, None))
                 except ArcError as error:
                     raise type(error)(_own_words(error)) from None
                 except RuntimeError as error:  # of torch's DataLoader, which has no class of its own for it
@@ -97,6 +98,8 @@ class Run:
                         "the number of ranks of the host."
                     ) from error
             if batch is None:
+                if stop.received is not None:
+                    leave_open(loader)
                 return
             yield batch
 

@@ -11,7 +11,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -33,28 +35,23 @@ logger = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _PR_SET_PDEATHSIG = 1
+_POLL_S = 0.1
 _T = TypeVar("_T")
-
-
-class _StopAsked(BaseException):
-    """Raised by the handler inside `StopRequest.wait_for`; no `except Exception` on the way may take it."""
 
 
 class StopRequest:
     """Whether this run has been asked to save and stop.
 
     Use as a context manager around the training loop; the former handlers come back at its end, unless signals were
-    held. Only the main thread
-    may enter it (Python's rule for signal handlers). A rank holds the signals outside the block (`hold_stop_signals`):
-    one that came while the weights were loading is received at its start, and one that comes while the run closes
-    does not cut that short. The ranks agree on what one of them has received with the count of a step's labels
-    (`step.train_step`).
+    held. Only the main thread may enter it (Python's rule for signal handlers). A rank holds the signals outside the
+    block (`hold_stop_signals`): one that came while the weights were loading is received at its start, and one that
+    comes while the run closes does not cut that short. The ranks agree on what one of them has received with the count
+    of a step's labels (`step.train_step`).
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
         self._signals = signals
         self._received: int | None = None
-        self._is_waiting = False
         self._former: dict[signal.Signals, Any] = {}
         self._former_mask: set[signal.Signals] = set()
 
@@ -75,9 +72,6 @@ class StopRequest:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._received = number
-        if self._is_waiting:
-            self._is_waiting = False
-            raise _StopAsked
 
     @property
     def received(self) -> str | None:
@@ -85,22 +79,29 @@ class StopRequest:
         return None if self._received is None else signal.Signals(self._received).name
 
     def wait_for(self, call: Callable[[], _T]) -> _T | None:
-        """What `call` returns; None where the stop was asked for before it returned, which breaks it off anywhere.
+        """What `call` returns or raises, in a thread of its own; None where the stop is asked for before that.
 
-        For what may take long and is of no use to a run that stops. Nothing that it was at is to be used again.
+        For what may take long and is of no use to a run that stops. The thread is then left behind, with whatever it
+        is at: it must hold nothing that the rest of the run needs, and it does not keep the process from ending.
         """
-        try:
-            try:
-                self._is_waiting = True
-                return call() if self._received is None else None
-            finally:
-                self._is_waiting = False
-        except _StopAsked:
-            return None
+        outcome: Future[_T] = Future()
+        if self._received is None:
+            threading.Thread(target=_settle, args=(outcome, call), daemon=True).start()
+        while self._received is None:
+            if wait([outcome], timeout=_POLL_S).done:
+                return outcome.result()
+        return None
 
     def set(self) -> None:
         """Ask for the stop without a signal (a time limit, a test)."""
         self._received = int(signal.SIGUSR1)
+
+
+def _settle(outcome: Future[_T], call: Callable[[], _T]) -> None:
+    try:
+        outcome.set_result(call())
+    except BaseException as error:  # the caller's to handle
+        outcome.set_exception(error)
 
 
 def hold_stop_signals() -> None:

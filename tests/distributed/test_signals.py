@@ -1,6 +1,6 @@
 """What one rank knows stops all ranks at the same step boundary: a stop signal, and a batch that cannot be made.
 
-And what may take long is broken off by a stop: a validation, and the wait for a batch.
+And a validation, which may take long, is broken off by a stop.
 """
 
 from __future__ import annotations
@@ -8,9 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
-import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,22 +67,6 @@ class _TornOnRankOne:
         return getattr(self._data, name)
 
 
-class _StuckOnRankOne:
-    """A run's data, of which rank 1 waits long for one step's batch, and is signalled meanwhile."""
-
-    def __init__(self, data: StepData, stuck_step: int) -> None:
-        self._data, self._stuck_step = data, stuck_step
-
-    def __getitem__(self, step: int) -> StepBatch:
-        if step == self._stuck_step and dist.rank() == 1:
-            threading.Timer(0.5, partial(os.kill, os.getpid(), signal.SIGUSR1)).start()
-            time.sleep(150)
-        return self._data[step]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._data, name)
-
-
 class _SignalToRankOne:
     """Signals rank 1 after a step, as a launcher would."""
 
@@ -116,16 +97,6 @@ def _train(config: str, run_dir: str, torn_step: int, signal_after: int) -> Outc
     finally:
         folder.close("FINISHED")
     return Outcome(code, error, run.step)
-
-
-def _wait(config: str, run_dir: str, stuck_step: int) -> Outcome:
-    run = build_run(load_config(config, (f"run_dir={run_dir}", *SMALL)), torch.device("cpu"))
-    folder = RunFolder.open(run)
-    run.data = _StuckOnRankOne(run.data, stuck_step)  # type: ignore[assignment]
-    with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
-        code = fit(run, make_hooks(run, folder, watchdog, stop), stop)
-    folder.close("KILLED")
-    return Outcome(code, None, run.step)
 
 
 def _validate(config: str, run_dir: str, signal_at: int) -> Outcome:
@@ -169,18 +140,6 @@ def test_a_batch_that_one_rank_cannot_make_stops_all_before_it_with_one_error(co
 def test_a_first_batch_that_one_rank_cannot_make_is_an_error_of_all(config: Path, tmp_path: Path) -> None:
     outcomes = run_on_ranks(_train, str(config), str(tmp_path / "run"), 0, -1)
     assert outcomes == [Outcome(None, (DataError, "rank 1: record 7 is torn"), 0)] * 2
-
-
-@pytest.mark.parametrize(("stuck_step", "done"), [(0, 0), (3, 3)])
-def test_a_rank_that_waits_for_its_batch_obeys_a_stop_at_once(
-    config: Path, tmp_path: Path, stuck_step: int, done: int
-) -> None:
-    """The others learn of it in the step before the missing batch, in which they wait for this rank."""
-    began = time.monotonic()
-    outcomes = run_on_ranks(_wait, str(config), str(tmp_path / "run"), stuck_step)
-    assert outcomes == [Outcome(EXIT_PREEMPTED, None, done)] * 2
-    assert last_saved_step(tmp_path / "run") == done
-    assert time.monotonic() - began < 120, "it has waited to the end"
 
 
 @pytest.mark.parametrize("signal_at", [0, 2, 6])

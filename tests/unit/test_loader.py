@@ -9,10 +9,8 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +28,6 @@ from arc_ds.data.shards.reader import ShardSet
 from arc_ds.data.tasks import TaskLimits
 from arc_ds.data.tokenizers import load_tokenizer
 from arc_ds.errors import ConfigError, DataError
-from arc_ds.training.signals import StopRequest
 from tests.helpers.batches import sequences
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 from tests.helpers.tiny_mixture import TinyMixture
@@ -134,46 +131,74 @@ def test_workers_and_resume_change_nothing(setting: Setting, num_workers: int) -
             assert left.num_labels == right.num_labels > 0
 
 
-class _Stuck(Dataset):
-    """Its second item comes late, as a shard of a server that hangs."""
+STUCK = """
+import os, signal, threading, time
+from functools import partial
+from torch.utils.data import Dataset
+from arc_ds.data.batches.loader import leave_open, make_loader
+from arc_ds.training.signals import StopRequest
 
-    def __getitem__(self, step: int) -> int:
-        if step:
-            time.sleep(300)
+class Stuck(Dataset):
+    def __getitem__(self, step):
+        time.sleep(600 if step > 2 else 0)
         return step
 
+def main():
+    batches = iter(make_loader(Stuck(), range(9), num_workers=3))
+    with StopRequest() as stop:
+        assert [stop.wait_for(partial(next, batches)) for _ in range(3)] == [0, 1, 2]
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        print("asked", flush=True)
+        assert stop.wait_for(partial(next, batches)) is None
+        assert stop.wait_for(partial(next, batches)) is None
+    leave_open(batches)
 
-def test_a_stop_does_not_wait_for_a_worker_that_is_stuck() -> None:
-    began = time.monotonic()
-    loader = iter(make_loader(_Stuck(), range(4), num_workers=1))  # type: ignore[arg-type]
-    with StopRequest((signal.SIGUSR1,)) as stop:
-        assert stop.wait_for(partial(next, loader)) == 0
-        threading.Timer(0.2, partial(os.kill, os.getpid(), signal.SIGUSR1)).start()
-        assert stop.wait_for(partial(next, loader)) is None
-    del loader  # ends the worker, to which torch gives five seconds
-    assert time.monotonic() - began < 60
+main()
+"""
+OUT_OF_MEMORY = """
+from torch.utils.data import Dataset
+from arc_ds.data.batches.loader import make_loader
+
+class Large(Dataset):
+    def __getitem__(self, step):
+        return "x" * (1 << 20)
+
+def main():
+    batches = iter(make_loader(Large(), range(1000), num_workers=2))
+    next(batches)
+    raise RuntimeError("out of memory")
+
+main()
+"""
+
+
+def _program(text: str) -> subprocess.Popen[str]:
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(
+        [sys.executable, "-c", text],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_stop_waits_for_no_worker_that_is_stuck() -> None:
+    """As one is whose shards lie on a server that hangs. Torch alone would wait ten seconds for each."""
+    process = _program(STUCK)
+    assert process.stdout is not None and process.stdout.readline() == "asked\n", process.communicate()
+    asked = time.monotonic()
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in words, words
+    assert time.monotonic() - asked < 10
 
 
 def test_an_error_that_nobody_expects_ends_a_process_with_busy_workers() -> None:
-    """Out of memory, say: what the traceback holds, the loader too, is there until the process exits."""
-    program = (
-        "from torch.utils.data import Dataset\n"
-        "from arc_ds.data.batches.loader import make_loader\n"
-        "class Large(Dataset):\n"
-        "    def __getitem__(self, step): return 'x' * (1 << 20)\n"
-        "def main():\n"
-        "    batches = iter(make_loader(Large(), range(1000), num_workers=2))\n"
-        "    next(batches)\n"
-        "    raise RuntimeError('out of memory')\n"
-        "main()\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    ended = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=root, stderr=subprocess.PIPE, text=True, timeout=60
-    )
-    assert ended.returncode == 1
-    assert ended.stderr.endswith("RuntimeError: out of memory\n"), ended.stderr
+    """What the traceback holds, the loader too, is there until the process exits."""
+    process = _program(OUT_OF_MEMORY)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert words.endswith("RuntimeError: out of memory\n"), words
 
 
 def test_a_worker_leaves_stop_signals_to_its_rank(setting: Setting) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -35,10 +34,12 @@ class _Run:
         self.engine = self.schedule = self.tasks = None
         self.decoders = (None,)
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self, stop: StopRequest) -> Iterator[Any]:
         for step in range(self.config.steps):
             if step == self._torn_step:
                 raise DataError("torn")
+            if stop.received is not None:
+                return
             yield _Batch(step)
 
     def make_again(self, batch: _Batch, num_splits: int) -> _Batch:
@@ -125,22 +126,6 @@ def test_a_stop_is_told_with_the_next_step_and_obeyed_at_its_end(monkeypatch: py
     assert told == [Notice(num_splits=1), Notice(stop=True)], "the batch after it is not waited for"
 
 
-def test_a_stop_breaks_off_the_wait_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop = StopRequest()
-
-    def batches() -> Iterator[Any]:
-        yield _Batch(0)
-        yield _Batch(1)
-        stop._on_signal(signal.SIGTERM, None)
-        pytest.fail("it goes on waiting")
-
-    run = _Run()
-    run.batches = batches  # type: ignore[method-assign]
-    end, calls, told, _ = _fit(run, monkeypatch, stop=stop)
-    assert (end, calls) == (EXIT_PREEMPTED, ["start", "1", "2", "end"])
-    assert told == [Notice(num_splits=1), Notice(stop=True)]
-
-
 @pytest.mark.parametrize("other", [0, 1])
 def test_a_stop_before_the_first_batch_ends_the_run_before_any_step(
     other: int, monkeypatch: pytest.MonkeyPatch
@@ -194,7 +179,7 @@ def test_a_batch_is_made_again_where_another_rank_needs_more_micro_batches(monke
 
 def test_a_rank_that_needs_the_most_makes_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     run = _Run()
-    run.batches = lambda: iter([_Batch(step, 2) for step in range(STEPS)])  # type: ignore[method-assign]
+    run.batches = lambda _stop: iter([_Batch(step, 2) for step in range(STEPS)])  # type: ignore[method-assign]
     assert _fit(run, monkeypatch, other=(1, 2, 1, 1, 1)).batches == [_Batch(step, 2) for step in range(STEPS)]
 
 
@@ -204,9 +189,9 @@ def test_an_error_of_our_own_code_is_not_held_back() -> None:
         raise RuntimeError("a worker died")
 
     with pytest.raises(RuntimeError, match="a worker died"):
-        list(LookAhead(batches(), _Run().make_again, StopRequest()))  # type: ignore[arg-type]
+        list(LookAhead(batches(), _Run().make_again))  # type: ignore[arg-type]
 
 
 def test_what_has_no_batches_is_at_its_end() -> None:
-    ahead = LookAhead(iter(()), _Run().make_again, StopRequest())  # type: ignore[arg-type]
+    ahead = LookAhead(iter(()), _Run().make_again)  # type: ignore[arg-type]
     assert list(ahead) == [] and ahead.error is None

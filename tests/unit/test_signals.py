@@ -59,19 +59,6 @@ def test_an_error_ends_a_wait_and_a_stop_after_it_is_a_flag() -> None:
         assert stop.received == "SIGUSR1"
 
 
-def test_no_except_exception_on_the_way_takes_the_stop() -> None:
-    def stubborn() -> int:
-        while True:
-            try:
-                os.kill(os.getpid(), signal.SIGUSR1)
-                time.sleep(60)
-            except Exception:
-                return 7
-
-    with StopRequest((signal.SIGUSR1,)) as stop:
-        assert stop.wait_for(stubborn) is None
-
-
 def test_a_signal_that_came_before_the_block_is_received_in_it() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))

@@ -11,7 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,8 @@ from arc_ds.data.tasks import NO_COUNTS
 from arc_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+_left_open: list[Iterator[StepBatch]] = []
 
 # One rank's share of a step: the places of its samples in the global batch, by parts of equal size.
 Parts = tuple[tuple[int, ...], ...]
@@ -179,17 +181,25 @@ def _begin_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-@cache
-def _end_workers_at_exit() -> None:
-    atexit.register(_end_workers)
+def leave_open(batches: Iterator[StepBatch]) -> None:
+    """Keep a loader's iterator for good: its end waits up to ten seconds for each worker that is stuck."""
+    _left_open.append(batches)
 
 
-def _end_workers() -> None:
-    """Where an error ends this process, Python sends its workers a SIGTERM, which they ignore once, and waits."""
+def end_workers() -> None:
+    """Kill the workers of all loaders, busy or stuck; for the end of a process, which registers it at its first loader.
+
+    Otherwise Python would send them a SIGTERM, which they ignore once, and wait for them.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an error
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
+
+
+@cache
+def _end_workers_at_exit() -> None:
+    atexit.register(end_workers)
 
 
 def _ignore_once(number: int, _frame: FrameType | None) -> None:

@@ -1,0 +1,77 @@
+"""A stop that comes while a rank waits for its batch, as long as for a server that hangs: two ranks as processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from arc_ds.dist import free_port
+from arc_ds.training.exit_codes import EXIT_PREEMPTED
+from arc_ds.training.signals import die_with_parent
+from tests.helpers.tiny_run import ROOT, last_saved_step, losses
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+# A rank one of whose workers is stuck at a step: rank 1's, which signals it when all steps that can be done are. Rank 0
+# is never signalled.
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from arc_ds import train
+from arc_ds.data.batches.loader import StepData
+from arc_ds.training import build_data
+
+class Stuck(StepData):
+    def __getitem__(self, step):
+        if step == int(sys.argv[1]) and self.rank == 1:
+            log = Path(sys.argv[3].removeprefix("run_dir=")) / "metrics.jsonl"
+            while step and (not log.exists() or log.read_text().count("train/grad_norm") < step - 1):
+                time.sleep(0.05)
+            time.sleep(0.5)
+            os.kill(os.getppid(), signal.SIGUSR1)
+            time.sleep(600)
+        return super().__getitem__(step)
+
+build_data.StepData = Stuck
+sys.exit(train._as_rank(sys.argv[2:]))
+"""
+SHORT = ("data.num_workers=2", "checkpoint.every=0", "data.validation=null", "validation.every=0")
+
+
+def _start(stuck_step: int, config: Path, run: Path) -> list[subprocess.Popen[str]]:
+    port, processes = free_port(), []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, str(stuck_step), str(config), f"run_dir={run}", *SHORT],
+                env={**environment, **{name: str(value) for name, value in place.items()}},
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=die_with_parent,
+            )
+        )
+    return processes
+
+
+@pytest.mark.parametrize("stuck_step", [0, 3])
+def test_a_rank_that_waits_for_its_batch_obeys_a_stop_at_once(config: Path, tmp_path: Path, stuck_step: int) -> None:
+    """The other learns of it in the step before the missing batch, in which it waits for this one.
+
+    Before the first step there is nothing to save.
+    """
+    began = time.monotonic()
+    run = tmp_path / "run"
+    for process in _start(stuck_step, config, run):
+        _, words = process.communicate(timeout=300)
+        assert process.returncode == EXIT_PREEMPTED, words
+    assert last_saved_step(run) == stuck_step
+    assert stuck_step == 0 or len(losses(run)) == stuck_step
+    assert time.monotonic() - began < 240, "it has waited for the worker"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
 
-from arc_ds.errors import DataError
+from arc_ds.errors import DataError, StorageError
 from arc_ds.worker_pool import worker_pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +42,22 @@ if __name__ == "__main__":
         pool.submit(stay, sys.argv[1])
         pool.submit(abs, 1).result()  # both are there, and the pool knows of both
         pool.submit(die, sys.argv[1]).result()
+"""
+INTERRUPTED = """
+import os, signal, threading, time
+from pathlib import Path
+from arc_ds.worker_pool import worker_pool
+
+def interrupt():
+    children = Path(f"/proc/{os.getpid()}/task/{threading.main_thread().native_id}/children")
+    while children.read_text().count(" ") < 4:  # three of twelve, and the resource tracker
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGINT)
+
+if __name__ == "__main__":
+    threading.Thread(target=interrupt).start()
+    with worker_pool(12) as pool:
+        pool.submit(time.sleep, 1).result()
 """
 _begun_with = ""
 
@@ -72,6 +90,45 @@ def test_a_worker_that_python_overlooks_does_not_hold_up_the_error(tmp_path: Pat
         timeout=60,
     )
     assert ended.returncode == 1 and "DataError: a worker process died" in ended.stderr
+
+
+def test_ctrl_c_while_workers_start_ends_them_and_the_program(tmp_path: Path) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == -signal.SIGINT and ended.stderr.rstrip().endswith("KeyboardInterrupt"), ended.stderr
+
+
+def _cannot_begin() -> None:
+    raise StorageError("the server is gone")
+
+
+def test_what_a_worker_cannot_begin_for_is_the_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StorageError, match="the server is gone"), worker_pool(2, _cannot_begin) as pool:
+        pool.submit(abs, 1).result()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_workers_that_cannot_be_started_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third one cannot; the first two wait for it."""
+    start, started = SpawnProcess.start, []
+
+    def start_two(process: SpawnProcess) -> None:
+        if len(started) == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_two)
+    with pytest.raises(DataError, match="4 workers cannot be started: .*Too many open files.*fewer"), worker_pool(4):
+        pytest.fail("they have started")
+    assert len(started) == 2 and not any(process.is_alive() for process in started)
 
 
 def test_children_that_are_not_of_the_pool_are_left_alone() -> None:

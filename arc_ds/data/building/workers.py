@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,17 +30,20 @@ def make_in_order(
 ) -> Generator[tuple[Work, MadeBatch], None, None]:
     """The works with what was made of them, in their order; the same for any number of workers.
 
-    tokenizer_folder: where the workers find the tokenizer; it is written there for them. With one worker everything
-    happens in this process. DataError where a worker dies.
+    tokenizer_folder: where the workers find the tokenizer; it is written there for them. No more workers are started
+    than there are works, and with one everything happens in this process. DataError where a worker dies.
     """
-    if num_workers == 1:
+    works = iter(works)
+    first = list(islice(works, num_workers))
+    works = chain(first, works)
+    if len(first) <= 1:
         maker = RecordMaker(rules, tokenizer)
         for work in works:
             yield work, maker.make(work.file, work.batch)
         return
     tokenizer_folder.mkdir(exist_ok=True)
     tokenizer.save(tokenizer_folder)
-    with worker_pool(num_workers, _begin, rules, tokenizer_folder) as pool:
+    with worker_pool(len(first), _begin, rules, tokenizer_folder) as pool:
         yield from _bounded(pool, works, num_workers * _AHEAD)
 
 

@@ -28,6 +28,7 @@ from arc_ds.training.exit_codes import EXIT_USER_ERROR
 from arc_ds.training.manifest import Manifest, seal_file, write_manifest
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import check_run_folder, find_start
+from arc_ds.training.signals import StopRequest
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards
 from tests.helpers.tiny_run import train, write_inputs
 
@@ -140,7 +141,7 @@ def test_a_damaged_record_met_in_training_is_one_message(
         tar.write_bytes(tar.read_bytes().replace(b"Tower", b"Tover"))
     loaded = load_config(config, [f"run_dir={run}", f"data.sources.0.path={shards}", f"data.num_workers={num_workers}"])
     with pytest.raises(DataError) as caught:
-        next(_begun(loaded).batches())
+        next(_begun(loaded).batches(StopRequest()))
     message = str(caught.value)
     assert message.startswith(f"{shards}/shard-") and "checksum" in message and "data.on_error: skip" in message
     assert len(message.splitlines()) == 1
@@ -165,7 +166,7 @@ def _begun(config: RunConfig) -> Run:
 
 def test_a_data_worker_that_is_killed_is_an_error_of_this_run_and_no_hang(config: Path, run: Path) -> None:
     others = set(multiprocessing.active_children())
-    batches = _begun(load_config(config, [f"run_dir={run}", "data.num_workers=1"])).batches()
+    batches = _begun(load_config(config, [f"run_dir={run}", "data.num_workers=1"])).batches(StopRequest())
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - others
     os.kill(worker.pid, signal.SIGKILL)

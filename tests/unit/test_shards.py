@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from arc_ds.data.shards.faults import check_shards
@@ -106,3 +109,23 @@ def test_check_names_every_fault_at_once(shards: ShardSet) -> None:
     (shards.folder / "stray").write_text("x")
     files = {fault.file for fault in check_shards(shards.folder)}
     assert files == {"shard-000001.tar", "shard-000002.idx", "stray"}
+
+
+def test_headers_of_indexes_are_read_one_at_a_time(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many shards are opened by several threads, in which CPython may fail at it (gh-106905)."""
+    folder = write_shards(tmp_path / "many", tokenizer_path, numbered_texts(60), shard_bytes=1 << 10).folder
+    load, inside, most = np.load, [], []
+
+    def slow_load(*args: Any, **options: Any) -> Any:
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.001)
+        inside.pop()
+        return load(*args, **options)
+
+    monkeypatch.setattr(np, "load", slow_load)
+    opened = ShardSet(folder)
+    assert len(most) == len(opened.manifest.shards) >= 16, "as many as threads are used for"
+    assert set(most) == {1}

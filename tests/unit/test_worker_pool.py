@@ -72,11 +72,12 @@ def _tell(idx: int) -> tuple[int, str, bool]:
 
 
 def test_workers_begin_as_told_and_leave_ctrl_c_to_their_parent() -> None:
+    others = set(multiprocessing.active_children())
     with worker_pool(2, _begin, "word") as pool:
         assert list(pool.map(_tell, range(4))) == [(idx, "word", True) for idx in range(4)]
     with worker_pool(2) as pool:
         assert list(pool.map(_tell, range(4))) == [(idx, "", True) for idx in range(4)]
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_a_worker_that_python_overlooks_does_not_hold_up_the_error(tmp_path: Path) -> None:

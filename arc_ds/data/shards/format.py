@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import threading
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,9 @@ _READABLE = (2, VERSION)  # version 2 counts no passages, and is the same in all
 MANIFEST = "manifest.json"
 RecordKind = Literal["pretraining", "fine_tuning"]
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("xxh64", "<u8"), ("tokens", "<i4")])
+# numpy reads a header of .npy through Python's syntax trees, which CPython before 3.11.8 and 3.12.2 can fail to make in
+# several threads at once (SystemError).
+NPY_HEADERS = threading.Lock()
 REBUILD = "Build the shards again (arc-ds shards build) or copy them again."
 _NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -187,7 +191,8 @@ def parse_index(raw: bytes, shard: ShardInfo, where: str) -> NDArray[np.void]:
     if digest != shard.index_sha256:
         raise DataError(f"{where}: expected sha256 {shard.index_sha256[:16]}…, got {digest[:16]}…. {REBUILD}")
     try:
-        index = np.load(io.BytesIO(raw), allow_pickle=False)
+        with NPY_HEADERS:
+            index = np.load(io.BytesIO(raw), allow_pickle=False)
     except ValueError as error:
         raise DataError(f"{where}: expected an .npy array ({error}). {REBUILD}") from error
     if index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from arc_ds.data.records import fine_tuning_record
 from arc_ds.data.shards.files import SideFile
-from arc_ds.data.shards.format import Manifest, ShardInfo
+from arc_ds.data.shards.format import NPY_HEADERS, Manifest, ShardInfo
 from arc_ds.data.shards.mappings import map_file
 from arc_ds.errors import DataError, StorageError
 
@@ -160,8 +160,9 @@ def map_texts(file: IO[bytes], wanted: SideFile, *, is_known: bool = False) -> S
 
 def _next_array(raw: mmap.mmap) -> NDArray[Any]:
     """The .npy array at a mapping's position, as a view of it; the position moves behind it."""
-    np.lib.format.read_magic(raw)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(raw)
+    with NPY_HEADERS:
+        np.lib.format.read_magic(raw)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(raw)
     array = np.frombuffer(raw, dtype=dtype, count=math.prod(shape), offset=raw.tell()).reshape(shape)
     raw.seek(array.nbytes, os.SEEK_CUR)
     return array

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from arc_ds.config.schema import RunConfig
-from arc_ds.data.batches.loader import StepData, leave_open, make_loader
+from arc_ds.data.batches.loader import StepData, hold_open, let_go, make_loader
 from arc_ds.data.batches.micro_batches import pack_again
 from arc_ds.data.batches.step_batch import StepBatch
 from arc_ds.errors import ArcError, DataError
@@ -84,6 +84,7 @@ class Run:
         steps = range(self.step, self.config.steps)
         num_workers = self.config.data.num_workers
         loader = iter(make_loader(self.data, steps, num_workers=num_workers, pin_memory=self.pin_memory))
+        hold_open(loader)
         while True:
             with self.clock.waiting():
                 try:
@@ -98,8 +99,8 @@ class Run:
                         "the number of ranks of the host."
                     ) from error
             if batch is None:
-                if stop.received is not None:
-                    leave_open(loader)
+                if stop.received is None:
+                    let_go(loader)
                 return
             yield batch
 

@@ -135,7 +135,7 @@ STUCK = """
 import os, signal, threading, time
 from functools import partial
 from torch.utils.data import Dataset
-from arc_ds.data.batches.loader import leave_open, make_loader
+from arc_ds.data.batches.loader import end_workers, hold_open, make_loader
 from arc_ds.training.signals import StopRequest
 
 class Stuck(Dataset):
@@ -145,13 +145,14 @@ class Stuck(Dataset):
 
 def main():
     batches = iter(make_loader(Stuck(), range(9), num_workers=3))
+    hold_open(batches)
     with StopRequest() as stop:
         assert [stop.wait_for(partial(next, batches)) for _ in range(3)] == [0, 1, 2]
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
         print("asked", flush=True)
         assert stop.wait_for(partial(next, batches)) is None
         assert stop.wait_for(partial(next, batches)) is None
-    leave_open(batches)
+    end_workers()
 
 main()
 """

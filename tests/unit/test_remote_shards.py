@@ -114,6 +114,10 @@ def test_s3_is_read_by_the_aws_command(local: ShardSet, cache: ShardCache, aws: 
     shards = ShardSet("s3://bucket/a folder", cache=cache)
     assert texts_of(shards) == TEXTS
     assert open_token_cache(shards, load_tokenizer(local.folder.parent / "t.model")) is None
+    assert shards.files.fetch_beside("tokens/cache.json", max_bytes=99) is None
+    aws.with_name("said").write_text("An error occurred (ExpiredToken) when calling")
+    with pytest.raises(StorageError, match="ExpiredToken"):
+        shards.files.fetch_beside("tokens/cache.json", max_bytes=99)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,8 @@ def test_s3_is_read_by_the_aws_command(local: ShardSet, cache: ShardCache, aws: 
     [
         ("", r"tried once: .*\(404\)", 1),
         ("An error occurred (AccessDenied) when calling", r"tried once: .*\(AccessDenied\)", 1),
-        ("Unable to locate credentials", "tried once: Unable to locate credentials", 1),
+        ("Unable to locate credentials", "tried 3 times: Unable to locate credentials", 3),
+        ("(404) is in the address", r"tried 3 times: .*\(404\)", 3),
         ("An error occurred (SlowDown) when calling", r"tried 3 times: .*\(SlowDown\)", 3),
         ("Could not connect to the endpoint URL", "tried 3 times: Could not connect", 3),
     ],

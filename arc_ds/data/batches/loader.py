@@ -36,7 +36,7 @@ from arc_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_left_open: list[Iterator[StepBatch]] = []
+_held_open: list[Iterator[StepBatch]] = []
 
 # One rank's share of a step: the places of its samples in the global batch, by parts of equal size.
 Parts = tuple[tuple[int, ...], ...]
@@ -181,9 +181,17 @@ def _begin_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def leave_open(batches: Iterator[StepBatch]) -> None:
-    """Keep a loader's iterator for good: its end waits up to ten seconds for each worker that is stuck."""
-    _left_open.append(batches)
+def hold_open(batches: Iterator[StepBatch]) -> None:
+    """Keep a loader's iterator to the end of the process, or until it is let go.
+
+    Its own end waits up to ten seconds for each worker that is stuck; `end_workers` does not.
+    """
+    _held_open.append(batches)
+
+
+def let_go(batches: Iterator[StepBatch]) -> None:
+    """Undo `hold_open`: the iterator has come to its end, and its workers with it."""
+    _held_open.remove(batches)
 
 
 def end_workers() -> None:
@@ -191,6 +199,9 @@ def end_workers() -> None:
 
     Otherwise Python would send them a SIGTERM, which they ignore once, and wait for them.
     """
+    for batches in _held_open:
+        # Torch would end it by waiting for its thread, and that for the rest of what a killed worker was sending.
+        batches._shutdown = True  # type: ignore[attr-defined]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an error
     for worker in multiprocessing.active_children():
         if worker.daemon:

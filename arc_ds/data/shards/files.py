@@ -115,7 +115,7 @@ class ShardFiles:
             return found or None
         except StorageError as error:
             reason = error.__cause__
-            if not tells_why or (isinstance(reason, TransferError) and reason.is_final):
+            if not tells_why or (isinstance(reason, TransferError) and reason.is_absent):
                 return None
             raise
 

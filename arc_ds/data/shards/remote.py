@@ -33,22 +33,26 @@ logger = logging.getLogger(__name__)
 _PIECE = 1 << 20
 _SLOWEST = 10_000  # bytes/s over a whole transfer; below, it is broken off like one that stands still
 _TRANSIENT_4XX = (408, 425, 429)
+_ABSENT_HTTP = (403, 404, 410)
 _NOT_FOUND = 127  # a shell's exit code where there is no such command
-# What the `aws` command says of a server's answer, in brackets, where another attempt would get the same.
-_FINAL_S3 = re.compile(
-    r"\((403|404|NoSuch\w+|AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidBucketName)\)"
-    r"|credentials"
-)
+# How the `aws` command words a server's answer; those that another attempt would get again.
+_S3_ANSWER = re.compile(r"An error occurred \((\w+)\)")
+_ABSENT_S3 = ("403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket")
+_FINAL_S3 = (*_ABSENT_S3, "ExpiredToken", "InvalidAccessKeyId", "InvalidBucketName", "SignatureDoesNotMatch")
 _T = TypeVar("_T")
 _failures = itertools.count(1)
 
 
 class TransferError(Exception):
-    """One attempt to read a URL failed. is_final: another attempt would fail alike."""
+    """One attempt to read a URL failed. is_final: another attempt would fail alike.
 
-    def __init__(self, message: str, *, is_final: bool = False) -> None:
+    is_absent: the server knows of no such file (some answer 403 to who may not ask what there is).
+    """
+
+    def __init__(self, message: str, *, is_final: bool = False, is_absent: bool = False) -> None:
         super().__init__(message)
         self.is_final = is_final
+        self.is_absent = is_absent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +152,9 @@ def read_pieces(url: str, timeout_s: float) -> Iterator[bytes]:
             yield piece
     except HTTPError as error:
         is_final = 400 <= error.code < 500 and error.code not in _TRANSIENT_4XX
-        raise TransferError(f"the server answered {error.code} {error.reason}", is_final=is_final) from error
+        is_absent = error.code in _ABSENT_HTTP
+        words = f"the server answered {error.code} {error.reason}"
+        raise TransferError(words, is_final=is_final, is_absent=is_absent) from error
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = error.reason if isinstance(error, URLError) else error
         raise TransferError(f"{type(error).__name__}: {reason}") from error
@@ -222,7 +228,9 @@ def _read_s3(url: str, timeout_s: float) -> Iterator[bytes]:
         if process.returncode:
             said.seek(0)
             words = " ".join(said.read().decode(errors="replace").split()) or f"exit code {process.returncode}"
-            raise TransferError(words, is_final=_FINAL_S3.search(words) is not None)
+            found = _S3_ANSWER.search(words)
+            answer = found.group(1) if found else ""
+            raise TransferError(words, is_final=answer in _FINAL_S3, is_absent=answer in _ABSENT_S3)
 
 
 def _read_pipe(stream: Any, timeout_s: float) -> Iterator[bytes]:

@@ -1,69 +1,45 @@
-"""Times the Triton kernels on a GPU against plain torch, torch.compile and what other libraries have.
+"""Times the Triton kernels on a GPU against plain torch, torch.compile and the kernels of other libraries.
 
     python kernels/benchmarks/bench_kernels.py [--kernel NAME …] [--quick] [--csv FILE]
     python kernels/benchmarks/bench_kernels.py --check        # small cases, results only; any device
 
 Each case is first compared with the reference: outputs and gradients may err at most twice as much as torch does in
 bfloat16, both against float32. A case that fails is not timed, and the exit code is 1. Then forward, backward and both
-together are timed (median, caches flushed; `gpu_timing`), ours and the others in one run; floors are those of
-`gpu_cases`, the copy bandwidth is measured in the same run. Rows are appended to kernels/benchmarks/results.csv.
-Without a GPU nothing is measured; under TRITON_INTERPRET=1 `--check` runs on the CPU.
+together are timed: all implementations in turn, round after round, with the L2 cache overwritten before each call
+(`gpu_timing.interleaved`). Floors are those of `gpu_cases`; the copy bandwidth and the matrix rate are measured in the
+same run. Rows are appended to kernels/benchmarks/measured/. Without a GPU nothing is measured; under
+TRITON_INTERPRET=1 `--check` runs on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from checkout import commit
 from gpu_attention import attention_cases
-from gpu_cases import FULL, QUICK, TINY, Case, Function, cases
+from gpu_cases import FULL, QUICK, TINY, Case, Function, Scale, cases
 from gpu_checks import check_case, same_result
-from gpu_timing import copy_bandwidth, median_ms, peak_extra_bytes
+from gpu_timing import Ceilings, Timing, interleaved, measure_ceilings, peak_extra_bytes
+from rows import MEASURED, Row, RowFile, file_name, machine_name
 from torch import Tensor
 
 import arc_kernels as ak
 
 Mode = Literal["forward", "backward", "both"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "both")
-RESULTS = Path(__file__).resolve().parent / "results.csv"
+STAGE = "fast"
 OURS = "arc_kernels"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One measurement of one implementation."""
-
-    kernel: str
-    shape: str
-    mode: str
-    implementation: str
-    ms: float
-    times_ours: float
-    """Its time over ours in the same mode: above 1 ours is faster."""
-
-    gb_per_s: float | str
-    """Bytes of the floor over the time, 10^9 a second; empty for kernels bound by arithmetic."""
-
-    share_of_copy: float | str
-    tflops: float | str
-    peak_extra_mib: float
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit code is 1 where a case is wrong."""
+    """Runs the command line; the exit code is 1 if a case is wrong."""
     arguments = _parser().parse_args(argv)
-    scale = TINY if arguments.check else QUICK if arguments.quick else FULL
-    every = [*cases(scale), *attention_cases(scale)]
+    every = all_cases(TINY if arguments.check else QUICK if arguments.quick else FULL)
     known = sorted({case.kernel for case in every})
     if unknown := sorted(set(arguments.kernel) - set(known)):
         print(f"no kernel is called {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
@@ -74,7 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no GPU: nothing measured")
         return 0
-    return _measure(chosen, arguments.csv)
+    return _measure(chosen, arguments.csv or MEASURED / f"{file_name(machine_name())}.csv")
+
+
+def all_cases(scale: Scale) -> list[Case]:
+    """All cases: the first one of each kernel, then the second ones, and so on, so that a cut leaves no kernel out."""
+    every = [*attention_cases(scale), *cases(scale)]
+    kernels = [case.kernel for case in every]
+    order = sorted(range(len(every)), key=lambda i: kernels[:i].count(kernels[i]))
+    return [every[i] for i in order]
 
 
 def _check(chosen: list[Case]) -> int:
@@ -92,62 +76,111 @@ def _check(chosen: list[Case]) -> int:
 
 def _measure(chosen: list[Case], path: Path) -> int:
     device = torch.device("cuda")
-    copied = copy_bandwidth(device)
-    print(f"{torch.cuda.get_device_name(device)}: copies {copied / 1e9:.0f} GB/s (read and written)")
+    ceilings = measure_ceilings(device)
+    print(f"{machine_name()}: copies {ceilings.copy / 1e9:.0f} GB/s, products {ceilings.matrix / 1e12:.0f} TFLOP/s")
+    file = RowFile(path, "kernels/benchmarks/bench_kernels.py")
     wrong = 0
     for case in chosen:
         print(f"\n{case.kernel} {case.shape}", flush=True)
-        try:
-            findings = check_case(case, device)
-        except torch.OutOfMemoryError:
-            print("  not timed: the reference, which it is compared with, does not fit this GPU; try --quick")
-            continue
-        if findings:
-            wrong += 1
-            print(f"  not timed, results are wrong: {'; '.join(findings)}")
-            continue
-        rows = _time_case(case, device, copied)
-        _append(path, rows)
-        torch.compiler.reset()  # or the variants of earlier cases would count against its limit of recompilations
-        torch.cuda.empty_cache()
+        rows = measure_case(case, device, ceilings)
+        file.append(rows)
+        wrong += any(row.value == "wrong" for row in rows)
     return 1 if wrong else 0
 
 
-def _time_case(case: Case, device: torch.device, copied: float) -> list[Row]:
-    """Measures ours and then the others; one that cannot run is named and left out."""
-    from triton.errors import TritonError
+def measure_case(
+    case: Case, device: torch.device, ceilings: Ceilings, *, compiles: bool = True, budget_ms: float = 250.0
+) -> list[Row]:
+    """Check one case, then time ours and the others; an implementation that cannot run is a row that says why.
 
+    case: the kernel and its shape.
+    device: where it runs.
+    ceilings: of the device, for the shares.
+    compiles: whether torch.compile is among the others.
+    budget_ms: about how long one implementation is timed in one mode.
+    """
+    try:
+        findings = check_case(case, device)
+    except torch.OutOfMemoryError:
+        return [_word(case, OURS, "not timed", "the reference does not fit this GPU; try --quick")]
+    if findings:
+        return [_word(case, OURS, "wrong", "; ".join(findings))]
+    inputs = _leaves(case, device)
     rows: list[Row] = []
-    ours: dict[Mode, float] = {}
-    print(_line("", "mode", "ms", "x ours", "GB/s", "of copy", "TFLOP/s", "MiB"))
-    for name, function in _implementations(case):
-        inputs = _leaves(case, device)
-        try:
-            if name != OURS and not same_result(function(**inputs), _ours(case)(**inputs)):
-                print(f"  {name}: left out, it computes something else")
-                continue
-            for mode in MODES:
-                run = _runner(function, inputs, case.wants_grad, mode)
-                ms = median_ms(run)
-                if name == OURS:
-                    ours[mode] = ms
-                rows.append(_row(case, mode, name, ms, ours[mode], copied, peak_extra_bytes(run)))
-                print(_table_line(rows[-1]), flush=True)
-        except (RuntimeError, ValueError, TypeError, ImportError, TritonError) as error:  # of others' libraries
-            if name == OURS:
-                raise
-            reason = (str(error).strip().splitlines() or [""])[0]
-            print(f"  {name}: left out, {type(error).__name__}: {reason[:120]}")
+    functions: dict[str, Function] = {}
+    ours = _tuple(_ours(case)(**inputs))
+    for name, function in _implementations(case, compiles=compiles):
+        reason = "" if name == OURS else _unfit(function, inputs, ours)
+        if reason:
+            rows.append(_word(case, name, "left out", reason))
+        else:
+            functions[name] = function
+    for mode in MODES:
+        runners = {}
+        for name, function in functions.items():
+            runner = _runner(function, inputs, case.wants_grad, mode)
+            reason = "" if name == OURS else _cannot_run(runner)
+            if reason:
+                rows.append(_word(case, name, "left out", f"{mode}: {reason}"))
+            else:
+                runners[name] = runner
+        rows += _time_mode(case, mode, runners, device, ceilings, budget_ms)
+    torch.compiler.reset()  # or the variants of earlier cases would count against its limit of recompilations
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return rows
 
 
-def _implementations(case: Case) -> Iterator[tuple[str, Function]]:
+def _time_mode(
+    case: Case,
+    mode: Mode,
+    runners: dict[str, Callable[[], Any]],
+    device: torch.device,
+    ceilings: Ceilings,
+    budget_ms: float,
+) -> list[Row]:
+    rows = []
+    timings = dict(zip(runners, interleaved(list(runners.values()), device, budget_ms=budget_ms), strict=True))
+    print(_line("", "mode", "ms", "±", "x ours", "of ceiling", "MiB"))
+    for name, runner in runners.items():
+        extra_bytes = peak_extra_bytes(runner) if device.type == "cuda" else 0
+        row = _row(case, mode, name, timings[name], timings[OURS].median_ms, ceilings, extra_bytes)
+        print(_line(name, mode, row.value, row.spread, row.ratio, row.share, f"{extra_bytes / 2**20:.1f}"), flush=True)
+        rows.append(row)
+    return rows
+
+
+def _unfit(function: Function, inputs: dict[str, Tensor], ours: tuple[Tensor, ...]) -> str:
+    """The reason why another implementation is left out; nothing if it computes the same as ours."""
+    results: list[Any] = []
+    reason = _cannot_run(lambda: results.append(function(**inputs)))
+    return reason or ("" if same_result(results[0], ours) else "it computes something else")
+
+
+def _cannot_run(run: Callable[[], Any]) -> str:
+    """The error of a call, in one line; nothing if it runs. An error of a GPU may only show when it is waited for."""
+    from triton.errors import TritonError
+
+    try:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, TritonError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return f"{type(error).__name__}: {reason[:120]}"
+    return ""
+
+
+def _implementations(case: Case, *, compiles: bool) -> Iterator[tuple[str, Function]]:
     yield OURS, _ours(case)
     eager = case.eager or case.function
     yield "torch eager", _under("reference", eager)
-    # Compiled for these very shapes, which is the best case for it.
-    yield "torch.compile", _under("reference", torch.compile(eager, dynamic=False))
-    yield from case.baselines.items()
+    if compiles:
+        # Compiled for these very shapes, which is the best case for it.
+        yield "torch.compile", _under("reference", torch.compile(eager, dynamic=False))
+    for name, function in case.baselines.items():
+        if compiles or name not in case.compiled_baselines:
+            yield name, function
 
 
 def _ours(case: Case) -> Function:
@@ -169,12 +202,11 @@ def _leaves(case: Case, device: torch.device) -> dict[str, Tensor]:
 def _runner(
     function: Function, inputs: dict[str, Tensor], wants_grad: tuple[str, ...], mode: Mode
 ) -> Callable[[], Any]:
-    """What is timed: forward keeps what backward needs; backward runs over a kept graph."""
+    """The call that is timed: forward keeps what backward needs; backward runs over a kept graph."""
     leaves = [inputs[name] for name in wants_grad]
 
     def forward() -> tuple[Tensor, ...]:
-        result = function(**inputs)
-        return (result,) if isinstance(result, Tensor) else tuple(result)
+        return _tuple(function(**inputs))
 
     if mode == "forward":
         return forward
@@ -185,63 +217,45 @@ def _runner(
     return lambda: torch.autograd.grad(outputs, leaves, seeds, retain_graph=True)
 
 
-def _row(case: Case, mode: Mode, name: str, ms: float, ours_ms: float, copied: float, extra_bytes: int) -> Row:
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _row(
+    case: Case, mode: Mode, name: str, timing: Timing, ours_ms: float, ceilings: Ceilings, extra_bytes: int
+) -> Row:
     floor = case.floor
-    floor_bytes = {"forward": floor.forward_bytes, "backward": floor.backward_bytes}
-    floor_flops = {"forward": floor.forward_flops, "backward": floor.backward_flops}
-    num_bytes = floor_bytes[mode] if mode != "both" else sum(floor_bytes.values())
-    flops = floor_flops[mode] if mode != "both" else sum(floor_flops.values())
-    is_matrix = flops > 0
-    rate = num_bytes / (ms * 1e-3)
+    num_bytes = {"forward": floor.forward_bytes, "backward": floor.backward_bytes}
+    flops = {"forward": floor.forward_flops, "backward": floor.backward_flops}
+    work, ceiling = (flops, ceilings.matrix) if any(flops.values()) else (num_bytes, ceilings.copy)
+    total = sum(work.values()) if mode == "both" else work[mode]
+    rate = total / (timing.median_ms * 1e-3)
+    unit = "TFLOP/s" if work is flops else "GB/s"
+    rate_in_unit = rate / (1e12 if work is flops else 1e9)
     return Row(
-        kernel=case.kernel,
-        shape=case.shape,
-        mode=mode,
-        implementation=name,
-        ms=round(ms, 5),
-        times_ours=round(ms / ours_ms, 3),
-        gb_per_s="" if is_matrix else round(rate / 1e9, 1),
-        share_of_copy="" if is_matrix else round(rate / copied, 3),
-        tflops=round(flops / (ms * 1e-3) / 1e12, 1) if is_matrix else "",
-        peak_extra_mib=round(extra_bytes / 2**20, 1),
+        stage=STAGE,
+        subject=case.kernel,
+        case=case.shape,
+        variant=name,
+        metric=mode,
+        value=round(timing.median_ms, 5),
+        unit="ms",
+        spread=round(timing.spread_ms, 5),
+        ratio=round(timing.median_ms / ours_ms, 3),
+        share=round(rate / ceiling, 3),
+        note=f"{rate_in_unit:.1f} {unit}; {timing.rounds} rounds; peak {extra_bytes / 2**20:.1f} MiB",
     )
 
 
-def _append(path: Path, rows: list[Row]) -> None:
-    import triton
-
-    stamp = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit(),
-        "command": shlex.join(["kernels/benchmarks/bench_kernels.py", *sys.argv[1:]]),
-    }
-    lines = [stamp | asdict(row) for row in rows]
-    is_new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(lines)
-
-
-def _table_line(row: Row) -> str:
-    return _line(
-        row.implementation,
-        row.mode,
-        f"{row.ms:.4f}",
-        f"{row.times_ours:.2f}",
-        row.gb_per_s,
-        f"{row.share_of_copy:.0%}" if isinstance(row.share_of_copy, float) else "",
-        row.tflops,
-        row.peak_extra_mib,
+def _word(case: Case, name: str, word: str, note: str) -> Row:
+    print(f"  {name}: {word}: {note}", flush=True)
+    return Row(
+        stage=STAGE, subject=case.kernel, case=case.shape, variant=name, metric="result", value=word, note=note
     )
 
 
 def _line(name: str, mode: str, *figures: object) -> str:
-    return f"  {name:<24} {mode:<9}" + "".join(f"{figure!s:>10}" for figure in figures)
+    return f"  {name:<24} {mode:<9}" + "".join(f"{figure!s:>12}" for figure in figures)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="only these, such as swiglu attention")
     parser.add_argument("--quick", action="store_true", help="fewer rows and shorter segments")
     parser.add_argument("--check", action="store_true", help="small cases, compared with the reference, not timed")
-    parser.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE", help="where rows are appended")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where rows are appended")
     return parser
 
 

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_attention import Layer, attention_case
 from gpu_cases import Case, Function
 from gpu_checks import same_result
-from gpu_timing import median_ms
+from gpu_timing import interleaved
 
 from arc_kernels.attention import measured
 from arc_kernels.attention.measured import Measured
@@ -83,7 +84,9 @@ def _measure(layer: Layer) -> Measured | None:
     if not same_result(flash(**inputs), ours(**inputs)):
         print(f"{shape}: FlashAttention and ours differ; run bench_kernels.py --kernel attention")
         return None
-    ratio = _forward_backward_ms(case, flash, inputs) / _forward_backward_ms(case, ours, inputs)
+    runners = [_forward_backward(case, function, inputs) for function in (flash, ours)]
+    theirs, own = interleaved(runners, device, budget_ms=100.0)
+    ratio = theirs.median_ms / own.median_ms
     print(f"{shape}: FlashAttention takes {ratio:.2f} of our time", flush=True)
     return Measured(
         gpu=torch.cuda.get_device_name(),
@@ -96,10 +99,10 @@ def _measure(layer: Layer) -> Measured | None:
     )
 
 
-def _forward_backward_ms(case: Case, function: Function, inputs: dict[str, torch.Tensor]) -> float:
+def _forward_backward(case: Case, function: Function, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
     leaves = [inputs[name] for name in case.wants_grad]
     seed = torch.randn_like(inputs["q_TNH"])
-    return median_ms(lambda: torch.autograd.grad(function(**inputs), leaves, seed))
+    return lambda: torch.autograd.grad(function(**inputs), leaves, seed)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
@@ -39,14 +40,16 @@ class Layer:
 
 def attention_cases(scale: Scale) -> Iterator[Case]:
     """Llama 3.2 3B as encoder, whose last layer has pooled queries (factor 8), and Llama 3.1 8B as decoder."""
-    lengths = scale.lengths
-    encoder = Layer(
-        name="encoder", num_heads=24, num_kv_heads=8, head_dim=128, queries=lengths, keys=lengths, causal=False
-    )
-    yield attention_case(encoder)
-    yield attention_case(replace(encoder, name="pooled", queries=tuple(-(-n // 8) for n in lengths)))
-    yield attention_case(replace(encoder, name="decoder", num_heads=32, causal=True))
-    yield _rotary_case(encoder)
+    encoders = [
+        Layer(name="encoder", num_heads=24, num_kv_heads=8, head_dim=128, queries=lengths, keys=lengths, causal=False)
+        for lengths in scale.lengths
+    ]
+    for encoder in encoders:
+        yield attention_case(replace(encoder, name="decoder", num_heads=32, causal=True))
+        yield attention_case(encoder)
+    for encoder in encoders:
+        yield attention_case(replace(encoder, name="pooled", queries=tuple(-(-n // 8) for n in encoder.keys)))
+    yield _rotary_case(encoders[-1])
 
 
 def attention_case(layer: Layer) -> Case:
@@ -81,10 +84,12 @@ def attention_case(layer: Layer) -> Case:
             backward_flops=5 * product,
         ),
         baselines={
-            "FlashAttention (torch)": partial(function, backend="flash"),
+            "varlen_attn (torch)": partial(function, backend="flash"),
             "SDPA, a loop": partial(_sdpa_loop, layer),
             "FlexAttention": partial(_flex, layer),
-        },
+        }
+        | ({"FlashAttention-3": partial(_flash3, layer)} if find_spec("flash_attn_interface") else {}),
+        compiled_baselines=frozenset({"FlexAttention"}),
     )
 
 
@@ -106,8 +111,9 @@ def _rotary_case(layer: Layer) -> Case:
         inputs=inputs,
         baselines={
             "rotary before": partial(_turned_before, plain.function),
-            "rotary, FlashAttention": partial(_turned_before, partial(plain.function, backend="flash")),
+            "rotary, varlen_attn (torch)": partial(_turned_before, partial(plain.function, backend="flash")),
         },
+        compiled_baselines=frozenset(),
     )
 
 
@@ -144,6 +150,25 @@ def _sdpa_loop(layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, **_: T
         o = F.scaled_dot_product_attention(q, k, v, is_causal=layer.causal, enable_gqa=True)
         outputs.append(o[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _flash3(
+    layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> Tensor:
+    """FlashAttention-3 as its own package has it."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    result = flash_attn_varlen_func(
+        q_TNH,
+        k_UKH,
+        v_UKH,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q=max(layer.queries),
+        max_seqlen_k=max(layer.keys),
+        causal=layer.causal,
+    )
+    return result if isinstance(result, Tensor) else result[0]
 
 
 def _flex(layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, **_: Tensor) -> Tensor:

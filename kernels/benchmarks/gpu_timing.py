@@ -1,35 +1,76 @@
-"""Time, memory and copy bandwidth on a GPU."""
+"""Time, memory, copy bandwidth and matrix rate of a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 COPY_BYTES = 1 << 30
+MATRIX_SIZE = 8192
+FLUSH_BYTES = 1 << 28
+"""More than four times the L2 cache of an H200 (60 MB)."""
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 
-def median_ms(function: Callable[[], Any]) -> float:
-    """Median time of a call on the GPU, milliseconds: warmed up, caches flushed before each call (triton's do_bench).
+class Timing(NamedTuple):
+    """Times of one function over the rounds.
 
-    Calls are queued ahead of the GPU while it flushes the cache, so the host's share is hidden as long as it is the
-    smaller one: cases are chosen to take more than about 100 microseconds.
+    median_ms: their median.
+    spread_ms: half the distance between their quartiles.
+    rounds: their number.
     """
-    from triton.testing import do_bench
 
-    return float(do_bench(function, warmup=50, rep=200, return_mode="median"))
+    median_ms: float
+    spread_ms: float
+    rounds: int
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written together, of a copy of 1 GiB within the GPU's memory."""
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+class Ceilings(NamedTuple):
+    """What the device can do, measured in the same run.
+
+    copy: bytes a second of a copy within its memory, read and written together.
+    matrix: FLOP a second of a bfloat16 matrix product on random numbers.
+    """
+
+    copy: float
+    matrix: float
+
+
+def interleaved(
+    functions: Sequence[Callable[[], Any]], device: torch.device, *, budget_ms: float = 250.0
+) -> list[Timing]:
+    """Time all functions in turn, round after round, so that a drift of the clocks meets all of them.
+
+    The L2 cache is overwritten before each call. On a GPU all rounds are queued before the host waits, so the host's
+    share is hidden if it is the smaller one: cases take more than about 100 microseconds.
+
+    functions: each is called with no arguments.
+    device: where their work runs; the CPU is timed by its clock.
+    budget_ms: about how long one function is timed, in at least 5 and at most 100 rounds.
+    """
+    clock = _gpu_times if device.type == "cuda" else _cpu_times
+    clock(functions, 2, device)  # compiles and tunes
+    longest_ms = max(statistics.median(times) for times in clock(functions, 3, device))
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget_ms / max(longest_ms, 1e-3))))
+    return [_timing(times) for times in clock(functions, rounds, device)]
+
+
+def measure_ceilings(device: torch.device, *, copy_bytes: int = COPY_BYTES, matrix_size: int = MATRIX_SIZE) -> Ceilings:
+    """The device's copy bandwidth and matrix rate; the matrices are random, since zeros run faster than data."""
+    source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / (median_ms(lambda: target.copy_(source)) * 1e-3)
+    a, b = (torch.randn(matrix_size, matrix_size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    copy, matrix = interleaved([lambda: target.copy_(source), lambda: a @ b], device)
+    return Ceilings(2 * copy_bytes / (copy.median_ms * 1e-3), 2 * matrix_size**3 / (matrix.median_ms * 1e-3))
 
 
 def peak_extra_bytes(function: Callable[[], Any]) -> int:
-    """The most memory that a call holds above what was allocated before it, its results included."""
+    """The most GPU memory that a call holds above what was allocated before it, its results included."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -37,3 +78,35 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
     torch.cuda.synchronize()
     del result
     return torch.cuda.max_memory_allocated() - before
+
+
+def _gpu_times(functions: Sequence[Callable[[], Any]], rounds: int, device: torch.device) -> list[list[float]]:
+    """Milliseconds of each function in each round."""
+    cache = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    events = []
+    for _ in range(rounds):
+        for function in functions:
+            cache.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            events.append((start, end))
+    torch.cuda.synchronize(device)
+    times = [start.elapsed_time(end) for start, end in events]
+    return [times[idx :: len(functions)] for idx in range(len(functions))]
+
+
+def _cpu_times(functions: Sequence[Callable[[], Any]], rounds: int, _: torch.device) -> list[list[float]]:
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for mine, function in zip(times, functions, strict=True):
+            started = time.perf_counter()
+            function()
+            mine.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+def _timing(times: Sequence[float]) -> Timing:
+    low, _, high = statistics.quantiles(times, n=4)
+    return Timing(statistics.median(times), (high - low) / 2, len(times))

@@ -23,16 +23,21 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The runner; its clock and its memory meter call the function once and give fixed figures."""
+    """The runner; its clock calls each function once and gives 2 ms to the first, 4 ms to the second, and so on."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     module = importlib.import_module("bench_kernels")
-    monkeypatch.setattr(module, "median_ms", lambda function: (function(), 2.0)[1])
-    monkeypatch.setattr(module, "peak_extra_bytes", lambda function: (function(), 3 << 20)[1])
+
+    def clock(functions: list[Callable[[], Any]], *_: Any, **__: Any) -> list[Any]:
+        for function in functions:
+            function()
+        return [module.Timing(2.0 * (1 + i), 0.25, 7) for i in range(len(functions))]
+
+    monkeypatch.setattr(module, "interleaved", clock)
     return module
 
 
 def _case(bench: ModuleType, kernel: str, rows: int = 8) -> Any:
-    tiny = replace(bench.TINY, rows=rows, labels=4, vocab_size=64, lengths=(3, 5))
+    tiny = replace(bench.TINY, rows=rows, labels=4, vocab_size=64, lengths=((3, 5),))
     return next(case for case in (*bench.cases(tiny), *bench.attention_cases(tiny)) if case.kernel == kernel)
 
 
@@ -64,8 +69,8 @@ def test_a_wrong_kernel_is_found_before_it_is_timed(bench: ModuleType, device: t
     assert any(finding.startswith("gradient of gate_TF") for finding in findings), findings
 
 
-def test_a_baseline_that_computes_something_else_or_fails_has_no_row(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_baseline_that_computes_something_else_or_fails_is_a_row_that_says_so(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(**_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("not on this GPU")
@@ -73,25 +78,75 @@ def test_a_baseline_that_computes_something_else_or_fails_has_no_row(
     def right(x_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
         return ak.rms_norm(x_TD, weight_D, eps=1e-5)
 
-    baselines = {"right": right, "other": lambda **inputs: 2 * right(**inputs), "fails": fails}
+    def without_gradient(x_TD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
+        return right(x_TD.detach(), weight_D.detach())
+
+    baselines = {
+        "right": right,
+        "other": lambda **inputs: 2 * right(**inputs),
+        "fails": fails,
+        "half": without_gradient,
+    }
     rows = _time(bench, replace(_case(bench, "rms_norm"), baselines=baselines), monkeypatch)
-    assert [row.implementation for row in rows[::3]] == ["arc_kernels", "torch eager", "torch.compile", "right"]
-    printed = capsys.readouterr().out
-    assert "other: left out" in printed and "not on this GPU" in printed
+    timed = [row.variant for row in rows if row.metric == "both"]
+    assert timed == ["arc_kernels", "torch eager", "torch.compile", "right"]
+    notes = {(row.variant, row.value): row.note for row in rows if row.metric == "result"}
+    assert "something else" in notes["other", "left out"] and "not on this GPU" in notes["fails", "left out"]
+    assert "backward" in notes["half", "left out"] or "both" in notes["half", "left out"]
+
+
+def test_what_has_to_be_compiled_is_left_out_if_asked(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(_case(bench, "rms_norm"), compiled_baselines=frozenset({"F.rms_norm"}))
+    rows = _time(bench, case, monkeypatch, compiles=False)
+    assert {row.variant for row in rows} == {"arc_kernels", "torch eager"}
 
 
 def test_rates_are_floors_over_times(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, backward, both = _time(bench, _case(bench, "rms_norm"), monkeypatch)[:3]
+    rows = [row for row in _time(bench, _case(bench, "rms_norm"), monkeypatch) if row.variant == "arc_kernels"]
     moved = 8 * 3072 * 2  # one tensor, bfloat16
-    assert [row.mode for row in (forward, backward, both)] == ["forward", "backward", "both"]
-    assert forward.gb_per_s == round(2 * moved / 2e-3 / 1e9, 1)
-    assert both.share_of_copy == round(5 * moved / 2e-3 / 1e6, 3)  # the copy moves 1 MB/s here
-    assert (forward.tflops, forward.peak_extra_mib, forward.times_ours) == ("", 3.0, 1.0)
+    assert [row.metric for row in rows] == ["forward", "backward", "both"]
+    assert [row.value for row in rows] == [2.0] * 3 and rows[0].spread == 0.25
+    assert rows[2].share == round(5 * moved / 2e-3 / 1e6, 3)  # the copy moves 1 MB/s here
+    assert f"{5 * moved / 2e-3 / 1e9:.1f} GB/s" in rows[2].note
+
+
+def test_times_of_others_are_given_as_multiples_of_ours(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _time(bench, _case(bench, "rms_norm"), monkeypatch)
+    assert [row.ratio for row in rows if row.metric == "both"] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_matrix_kernels_are_compared_with_the_matrix_rate(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = next(row for row in _time(bench, _case(bench, "linear_cross_entropy"), monkeypatch) if row.metric == "both")
+    assert row.share == round(2 * 2 * 4 * 3072 * 64 / 2e-3 / 1e9, 3)  # products run at 1 GFLOP/s here
+
+
+def test_the_first_case_of_each_kernel_comes_before_any_second_one(bench: ModuleType) -> None:
+    kernels = [case.kernel for case in bench.all_cases(bench.FULL)]
+    num_kernels = len(set(kernels))
+    assert len(set(kernels[:num_kernels])) == num_kernels < len(kernels)
+
+
+def test_all_functions_are_timed_in_turn_and_the_median_is_robust(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    timing = importlib.import_module("gpu_timing")
+    durations = iter([0.0, 0.0] * 5 + [2e-3, 5e-3] * 4 + [900e-3, 5e-3])
+    calls: list[str] = []
+    clock = {"t": 0.0}
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["t"])
+
+    def call(name: str) -> None:
+        calls.append(name)
+        clock["t"] += next(durations)
+
+    fast, slow = timing.interleaved([lambda: call("a"), lambda: call("b")], CPU, budget_ms=1e-9)
+    assert calls == ["a", "b"] * 10  # two rounds of warm-up, three that estimate, five that count
+    assert fast.median_ms == pytest.approx(2.0) and slow.median_ms == pytest.approx(5.0)
+    assert slow.spread_ms == pytest.approx(0.0) and fast.rounds == 5
 
 
 @pytest.mark.parametrize(("name", "pairs"), [("encoder", 9 + 25), ("pooled", 3 + 5), ("decoder", 6 + 15)])
 def test_attention_counts_the_pairs_that_are_seen(bench: ModuleType, name: str, pairs: int) -> None:
-    tiny = replace(bench.TINY, lengths=(3, 5))
+    tiny = replace(bench.TINY, lengths=((3, 5),))
     case = next(case for case in bench.attention_cases(tiny) if case.shape.startswith(name))
     num_heads = 32 if name == "decoder" else 24
     assert case.floor.forward_flops == 4 * 128 * num_heads * pairs
@@ -104,7 +159,7 @@ def test_flex_attention_gets_the_mask_of_the_segments(bench: ModuleType, monkeyp
     from torch.nn.attention.flex_attention import flex_attention
 
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
-    cases = bench.attention_cases(replace(bench.TINY, lengths=(3, 5)))
+    cases = bench.attention_cases(replace(bench.TINY, lengths=((3, 5),)))
     for case in (case for case in cases if case.kernel == "attention"):
         inputs = case.inputs(CPU)  # without gradients, which FlexAttention has on a GPU only
         with ak.use("reference"):
@@ -115,24 +170,30 @@ def test_rows_are_appended_with_where_they_come_from(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    path = tmp_path / "rows.csv"
-    rows = _time(bench, _case(bench, "swiglu"), monkeypatch)
-    bench._append(path, rows)
-    bench._append(path, rows)
-    with path.open() as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 2 * len(rows)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    path = tmp_path / "new" / "rows.csv"
+    file = bench.RowFile(path, "bench_kernels.py")
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    rows = [bench.Row(stage="fast", subject="norm", value=1.5), bench.Row(stage="fast", subject="swiglu", note="a, b")]
+    file.append(rows)
+    file.append(rows)
+    with path.open() as opened:
+        lines = list(csv.DictReader(opened))
+    assert [line["subject"] for line in lines] == ["norm", "swiglu"] * 2 and lines[1]["note"] == "a, b"
     assert {line["gpu"] for line in lines} == {"a GPU"}
     assert all(line["date"] and line["torch"] and line["triton"] and line["commit"] for line in lines)
     assert all("bench_kernels.py" in line["command"] for line in lines)
+    assert bench.file_name("NVIDIA H200") == "nvidia_h200"
 
 
-def _time(bench: ModuleType, case: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Rows of a case on the CPU, "compiled" by nothing, against a copy of 1 MB a second."""
+def _time(bench: ModuleType, case: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
+    """Rows of a case on the CPU, "compiled" by nothing, on a device that copies 1 MB/s and multiplies at 1 GFLOP/s."""
 
     def uncompiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         return function
 
     monkeypatch.setattr(torch, "compile", uncompiled)
+    monkeypatch.setattr(bench, "check_case", lambda *_: [])
     monkeypatch.setattr(bench, "_ours", lambda case: bench._under("reference", case.function))
-    return bench._time_case(case, CPU, 1e6)
+    return bench.measure_case(case, CPU, bench.Ceilings(copy=1e6, matrix=1e9), **options)

@@ -1,0 +1,104 @@
+"""Rows of measurements: one number each, with the machine, the versions and the command that it comes from."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from checkout import commit
+
+MEASURED = Path(__file__).resolve().parent / "measured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number.
+
+    stage: the program that measured it, such as "fast" or "step".
+    subject: the kernel, or the part of the program.
+    case: the shape, or the size.
+    variant: the implementation or the setting.
+    metric: the quantity, such as "forward" or "peak memory".
+    value: a number, or a word such as "passed".
+    unit: of value and spread, such as "ms" or "GiB".
+    spread: half the distance between the quartiles of the repeats.
+    ratio: value over the value of ours; for times, above 1 ours is faster.
+    share: achieved rate over the rate that was measured in the same run (copies, or matrix products).
+    note: what a reader must know, such as a size that was reduced.
+    """
+
+    stage: str
+    subject: str
+    case: str = ""
+    variant: str = ""
+    metric: str = ""
+    value: float | str = ""
+    unit: str = ""
+    spread: float | str = ""
+    ratio: float | str = ""
+    share: float | str = ""
+    note: str = ""
+
+
+ROW_FIELDS = tuple(field.name for field in fields(Row))
+
+
+def stamp(program: str) -> dict[str, str]:
+    """Date, machine, commit, versions and command of all rows of one process."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "gpu": machine_name(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda or torch.version.hip or ""),
+        "triton": _version("triton"),
+        "deepspeed": _version("deepspeed"),
+        "command": shlex.join([program, *sys.argv[1:]]),
+    }
+
+
+def machine_name() -> str:
+    """The GPU's name, or "CPU"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def file_name(machine: str) -> str:
+    """A machine's name as the stem of its files, such as "nvidia_h200"."""
+    return re.sub(r"\W+", "_", machine.lower()).strip("_")
+
+
+class RowFile:
+    """A CSV file to which rows are appended at once, so that a run that is cut off keeps what it has measured."""
+
+    def __init__(self, path: Path, program: str) -> None:
+        """program: how the command is written in the rows, such as "tools/gpu_day.py"."""
+        self.path = path
+        self._stamp = stamp(program)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Write the rows to the end of the file; a new file gets a header."""
+        lines = [self._stamp | asdict(row) for row in rows]
+        if not lines:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists() or self.path.stat().st_size == 0
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerows(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -6,14 +6,14 @@ sequences. Shape letters: T rows that ask, U rows that are asked, D width, N hea
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import arc_kernels as ak
 from arc_ds.model.backbone_config import BackboneConfig
-from arc_ds.model.linear import Linear
+from arc_ds.model.linear import Linear, joint_linear
 from arc_ds.model.rope import Rope
 
 
@@ -49,8 +49,22 @@ class PrefixSpans(NamedTuple):
 
     def join(self, prefix: Tensor, suffix: Tensor) -> Tensor:
         """Both parts' rows in the packed order."""
-        whole = suffix.new_empty(prefix.shape[0] + suffix.shape[0], *suffix.shape[1:])
-        return whole.index_put((self.prefix_rows,), prefix).index_put((self.suffix_rows,), suffix)
+        return _Join.apply(prefix, suffix, self.prefix_rows, self.suffix_rows)
+
+
+class _Join(torch.autograd.Function):
+    """Rows written to their places in one pass; `index_put` without autograd's help would copy the whole first."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor, first_rows: Tensor, second_rows: Tensor) -> Tensor:
+        ctx.save_for_backward(first_rows, second_rows)
+        whole = second.new_empty(first.shape[0] + second.shape[0], *second.shape[1:])
+        return whole.index_copy_(0, first_rows, first).index_copy_(0, second_rows, second)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = zip(ctx.needs_input_grad[:2], ctx.saved_tensors, strict=True)
+        return *(grads[0].index_select(0, rows) if is_wanted else None for is_wanted, rows in wanted), None, None
 
 
 class LayerCache(NamedTuple):
@@ -132,23 +146,30 @@ class Attention(nn.Module):
         spans: Spans,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        k_UKH, v_UKH = self._project(kv_UD)
+        if x_TD is kv_UD:
+            q_TNH, k_UKH, v_UKH = self.project(x_TD)
+        else:
+            (q_TNH,) = self._heads(x_TD, self.wq)
+            k_UKH, v_UKH = self._heads(kv_UD, self.wk, self.wv)
         if cache is None:
-            return self.attend(x_TD, k_UKH, v_UKH, rope_q, spans, rope_k)
+            return self.attend(q_TNH, k_UKH, v_UKH, rope_q, spans, rope_k)
         keys, values = cache.update(ak.rotary(k_UKH, *rope_k), v_UKH)
-        return self.attend(x_TD, keys, values, rope_q, cache.spans)
+        return self.attend(q_TNH, keys, values, rope_q, cache.spans)
 
-    def keys_values(self, x_UD: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Keys, rotated, and values of the rows: [U, K, H] each."""
-        k_UKH, v_UKH = self._project(x_UD)
-        return ak.rotary(k_UKH, *rope), v_UKH
+    def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+        """Queries [T, N, H], keys and values [T, K, H] of the rows, none of them rotated."""
+        return self._heads(x_TD, self.wq, self.wk, self.wv)
 
     def attend(
-        self, x_TD: Tensor, k_UKH: Tensor, v_UKH: Tensor, rope_q: Rope, spans: Spans, rope_k: Rope | None = None
+        self, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, rope_q: Rope, spans: Spans, rope_k: Rope | None = None
     ) -> Tensor:
-        """What the rows read from the given keys and values: [T, D]. rope_k: None where the keys are rotated."""
+        """The output of the attention: [T, D].
+
+        rope_q: by which the queries are to be rotated.
+        rope_k: by which the keys are to be rotated; None if they are.
+        """
         o_TNH = ak.attention_varlen(
-            self.wq(x_TD).unflatten(-1, (-1, self.head_dim)),
+            q_TNH,
             k_UKH,
             v_UKH,
             cu_seqlens_q=spans.cu_seqlens_q,
@@ -162,12 +183,8 @@ class Attention(nn.Module):
         )
         return self.wo(o_TNH.flatten(1))
 
-    def _project(self, x_UD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys, not yet rotated, and values: [U, K, H] each."""
-        return (
-            self.wk(x_UD).unflatten(-1, (-1, self.head_dim)),
-            self.wv(x_UD).unflatten(-1, (-1, self.head_dim)),
-        )
+    def _heads(self, x_TD: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+        return tuple(y_TD.unflatten(-1, (-1, self.head_dim)) for y_TD in joint_linear(x_TD, linears))
 
 
 class FeedForward(nn.Module):
@@ -180,7 +197,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.hidden_size, config.ffn_size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.w2(ak.swiglu(self.w1(x_TD), self.w3(x_TD)))
+        return self.w2(ak.swiglu(*joint_linear(x_TD, (self.w1, self.w3))))
 
 
 class Stream(NamedTuple):
@@ -243,13 +260,15 @@ class DecoderBlock(Block):
             return super().forward(x_TD, update_TD, rope, spans, cache)
         with torch.no_grad():
             normed_PD, prefix_PD = self._enter(*prefix)
-            k_PKH, v_PKH = self.attention.keys_values(normed_PD, split.prefix_rope)
-            attended_PD = self.attention.attend(normed_PD, k_PKH, v_PKH, split.prefix_rope, split.prefix_spans)
+            q_PNH, k_PKH, v_PKH = self.attention.project(normed_PD)
+            k_PKH = ak.rotary(k_PKH, *split.prefix_rope)
+            attended_PD = self.attention.attend(q_PNH, k_PKH, v_PKH, split.prefix_rope, split.prefix_spans)
             prefix = self._finish(attended_PD, prefix_PD)
         normed_QD, x_QD = self._enter(x_TD, update_TD)
-        k_QKH, v_QKH = self.attention.keys_values(normed_QD, split.suffix_rope)
+        q_QNH, k_QKH, v_QKH = self.attention.project(normed_QD)
+        k_QKH = ak.rotary(k_QKH, *split.suffix_rope)
         k_RKH, v_RKH = split.join(k_PKH, k_QKH), split.join(v_PKH, v_QKH)
-        attended_QD = self.attention.attend(normed_QD, k_RKH, v_RKH, split.suffix_rope, split.suffix_spans)
+        attended_QD = self.attention.attend(q_QNH, k_RKH, v_RKH, split.suffix_rope, split.suffix_spans)
         return prefix, self._finish(attended_QD, x_QD)
 
 

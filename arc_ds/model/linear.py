@@ -8,6 +8,7 @@ backward, and the input only where the weight is trained.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,41 @@ class _LinearFunction(torch.autograd.Function):
         grad_x = grads[0] @ ctx.weight if ctx.needs_input_grad[0] else None
         grad_weight = grads[0].T @ x if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight
+
+
+class _JointFunction(torch.autograd.Function):
+    """Several weights on one input: the gradient of the input is summed inside the products.
+
+    Autograd would write one gradient for each weight and add them up in passes of their own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.weights = weights
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None)
+        return tuple(x @ weight.T for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        wants_x, *wants_weights = ctx.needs_input_grad
+        grad_x = None
+        if wants_x:
+            grad_x = grads[0] @ ctx.weights[0]
+            for grad, weight in zip(grads[1:], ctx.weights[1:], strict=True):
+                grad_x.addmm_(grad, weight)
+        grad_weights = (grad.T @ x if wanted else None for grad, wanted in zip(grads, wants_weights, strict=True))
+        return grad_x, *grad_weights
+
+
+def joint_linear(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+    """`[linear(x) for linear in linears]`, whose backward writes the gradient of x once.
+
+    x: [rows, in].
+    linears: of one input size. Their own hooks do not run: under ZeRO-3 they are part of a module that is gathered
+        whole (`Block`).
+    """
+    return _JointFunction.apply(x, *(linear.weight for linear in linears))
 
 
 class Linear(nn.Module):

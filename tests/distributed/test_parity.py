@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -23,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from arc_ds.data.batches.packing import PackedBatch
+from arc_ds.model import backbone
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.linear import Linear
 from arc_ds.model.weights import set_parameter
@@ -405,8 +407,17 @@ def _weights_kept_for_backward(own_linear: bool) -> dict[str, int]:
         saved += tensor.untyped_storage().data_ptr() in gathered
         return tensor
 
-    forward = Linear.forward if own_linear else lambda self, x: functional.linear(x, self.weight)
-    with mock.patch.object(Linear, "forward", forward), saved_tensors_hooks(count, lambda tensor: tensor):
+    def torchs_linear(self: Linear, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight)
+
+    def torchs_joint(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+        return tuple(torchs_linear(linear, x) for linear in linears)
+
+    with ExitStack() as stack:
+        if not own_linear:
+            stack.enter_context(mock.patch.object(Linear, "forward", torchs_linear))
+            stack.enter_context(mock.patch.object(backbone, "joint_linear", torchs_joint))
+        stack.enter_context(saved_tensors_hooks(count, lambda tensor: tensor))
         loss = decoders[0](batch, engine(batch, 0)).mean()
     alive = sum(weight.numel() > 0 for weight in weights)
     engine.backward(loss)

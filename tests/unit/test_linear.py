@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arc_ds.model.linear import Linear
+from arc_ds.model.linear import Linear, joint_linear
 
 
 def test_output_and_gradients_are_those_of_torchs_linear() -> None:
@@ -53,6 +53,47 @@ def test_no_rows_give_no_rows_and_a_zero_gradient() -> None:
     y = linear(torch.zeros(0, 4, dtype=torch.float64))
     y.sum().backward()
     assert y.shape == (0, 3) and not linear.weight.grad.any()
+
+
+def test_joint_linears_are_the_single_ones() -> None:
+    """Outputs and gradients; a joint one that forgot to add a product would halve the input's gradient."""
+    x, first = _inputs()
+    second = Linear(4, 2).double()
+    second.weight.data = first.weight.detach()[:2] * 3.0 + 1.0
+    towards = [torch.randn(5, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (3, 2)]
+
+    def gradients(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        loss = sum((y * t).sum() for y, t in zip(outputs, towards, strict=True))
+        return torch.autograd.grad(loss, (x, first.weight, second.weight))
+
+    apart, joint = (first(x), second(x)), joint_linear(x, (first, second))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(joint, apart, strict=True))
+    wanted = gradients(apart)
+    for got, expected in zip(gradients(joint), wanted, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
+    alone = torch.autograd.grad((first(x) * towards[0]).sum(), x)[0]
+    assert not torch.allclose(wanted[0], alone)
+
+
+def test_joint_linears_of_which_one_is_frozen_or_unused() -> None:
+    x, first = _inputs()
+    second = Linear(4, 2).double()
+    second.weight.data = torch.ones(2, 4, dtype=torch.float64)
+    second.requires_grad_(False)
+    y, unused = joint_linear(x, (first, second))
+    y.sum().backward()
+    assert unused.requires_grad and second.weight.grad is None
+    assert torch.equal(x.grad, torch.ones(5, 3, dtype=torch.float64) @ first.weight)
+
+
+def test_frozen_joint_linears_keep_no_input() -> None:
+    x, first = _inputs()
+    first.requires_grad_(False)
+    packed: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        joint_linear(x, (first, first))
+    assert packed == []
 
 
 def _inputs() -> tuple[Tensor, Linear]:

@@ -6,6 +6,7 @@ sequences. Shape letters: T rows that ask, U rows that are asked, D width, N hea
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -240,6 +241,25 @@ class Block(nn.Module):
         return Stream(total_TD, self.feed_forward(normed_TD))
 
 
+@dataclass
+class PrefixPass:
+    """The prefix's way through one frozen layer.
+
+    stream: the prefix as it enters the layer; after the layer's forward, as it leaves it; None once it is taken.
+    keys_values: the prefix's keys (rotated) and values, [P, K, H] each, once they are made. If activation checkpointing
+        runs the layer again, it finds them here: the suffix needs nothing else of the prefix.
+    """
+
+    stream: Stream | None
+    keys_values: tuple[Tensor, Tensor] | None = None
+
+    def take(self) -> Stream:
+        """The prefix's stream, which is no longer held here."""
+        assert self.stream is not None, "a prefix is taken once"
+        stream, self.stream = self.stream, None
+        return stream
+
+
 class DecoderBlock(Block):
     """A frozen layer, which can also run over a prefix without gradient and a suffix with one."""
 
@@ -251,25 +271,32 @@ class DecoderBlock(Block):
         spans: Spans | None = None,
         cache: LayerCache | None = None,
         *,
-        prefix: Stream | None = None,
+        prefix: PrefixPass | None = None,
         split: PrefixSpans | None = None,
-    ) -> Stream | tuple[Stream, Stream]:
-        """A stream in, a stream out; with a prefix and a split, `x` is the suffix and (prefix, suffix) come back."""
+    ) -> Stream:
+        """A stream in, a stream out. With a prefix and a split, both are the suffix, and the prefix moves on too."""
         if prefix is None or split is None:
             assert rope is not None and spans is not None, "a whole pass needs angles and spans"
             return super().forward(x_TD, update_TD, rope, spans, cache)
-        with torch.no_grad():
-            normed_PD, prefix_PD = self._enter(*prefix)
-            q_PNH, k_PKH, v_PKH = self.attention.project(normed_PD)
-            k_PKH = ak.rotary(k_PKH, *split.prefix_rope)
-            attended_PD = self.attention.attend(q_PNH, k_PKH, v_PKH, split.prefix_rope, split.prefix_spans)
-            prefix = self._finish(attended_PD, prefix_PD)
+        if prefix.keys_values is None:
+            prefix.keys_values = self._run_prefix(prefix, split)
+        k_PKH, v_PKH = prefix.keys_values
         normed_QD, x_QD = self._enter(x_TD, update_TD)
         q_QNH, k_QKH, v_QKH = self.attention.project(normed_QD)
         k_QKH = ak.rotary(k_QKH, *split.suffix_rope)
         k_RKH, v_RKH = split.join(k_PKH, k_QKH), split.join(v_PKH, v_QKH)
         attended_QD = self.attention.attend(q_QNH, k_RKH, v_RKH, split.suffix_rope, split.suffix_spans)
-        return prefix, self._finish(attended_QD, x_QD)
+        return self._finish(attended_QD, x_QD)
+
+    @torch.no_grad()
+    def _run_prefix(self, prefix: PrefixPass, split: PrefixSpans) -> tuple[Tensor, Tensor]:
+        """Move the prefix on; its keys and values."""
+        normed_PD, x_PD = self._enter(*prefix.take())
+        q_PNH, k_PKH, v_PKH = self.attention.project(normed_PD)
+        k_PKH = ak.rotary(k_PKH, *split.prefix_rope)
+        attended_PD = self.attention.attend(q_PNH, k_PKH, v_PKH, split.prefix_rope, split.prefix_spans)
+        prefix.stream = self._finish(attended_PD, x_PD)
+        return k_PKH, v_PKH
 
 
 class TokenEmbedding(nn.Module):

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from arc_ds.data.batches.packing import PackedBatch, PrefixSplit
-from arc_ds.model.backbone import DecoderBlock, Head, LayerCache, PrefixSpans, Spans, Stream, TokenEmbedding, make_norm
+from arc_ds.model.backbone import (
+    DecoderBlock,
+    Head,
+    LayerCache,
+    PrefixPass,
+    PrefixSpans,
+    Spans,
+    Stream,
+    TokenEmbedding,
+    make_norm,
+)
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.rope import Rope, rope_at
 
@@ -96,12 +106,13 @@ class Decoder(nn.Module):
         )
         before, after = Stream(x_RD[prefix.prefix_rows].detach()), Stream(x_RD[prefix.suffix_rows])
         for layer in self.layers:
-            before, after = self._run(layer, after, prefix=before, split=split)
+            passing = PrefixPass(before)
+            after = self._run(layer, after, prefix=passing, split=split)
+            before = passing.take()  # a layer that is to be recomputed holds `passing` until backward
         return split.join(before.total_TD, after.total_TD)
 
-    def _run(self, layer: nn.Module, stream: Stream, *args: Any, prefix: Stream | None = None, **kwargs: Any) -> Any:
+    def _run(self, layer: nn.Module, stream: Stream, *args: Any, **kwargs: Any) -> Stream:
         if self.activation_checkpointing and torch.is_grad_enabled() and stream.x_TD.requires_grad:
             # A layer's input is what is kept: summed, it is one tensor and not two.
-            prefix = None if prefix is None else Stream(prefix.total_TD)
-            return checkpoint(layer, stream.total_TD, None, *args, prefix=prefix, use_reentrant=False, **kwargs)
-        return layer(*stream, *args, prefix=prefix, **kwargs)
+            return checkpoint(layer, stream.total_TD, None, *args, use_reentrant=False, **kwargs)
+        return layer(*stream, *args, **kwargs)

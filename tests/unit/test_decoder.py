@@ -169,6 +169,23 @@ def test_prefix_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [(3, False), (batch.num_decoder_rows - 3, True)] * 3
 
 
+def test_the_prefix_is_not_run_again_in_a_recomputed_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward needs its keys and values alone; the suffix does run twice."""
+    decoder, batch = tiny_decoder(), pack([sample(3, -9, 4)], SPEC)
+    decoder.activation_checkpointing = True
+    rows: list[int] = []
+    attend = type(decoder.layers[0].attention).attend
+
+    def spy(self: Any, q_TNH: Tensor, *args: Any) -> Tensor:
+        rows.append(q_TNH.shape[0])
+        return attend(self, q_TNH, *args)
+
+    monkeypatch.setattr(type(decoder.layers[0].attention), "attend", spy)
+    decoder(batch, _vectors(batch)).sum().backward()
+    num_layers, num_suffix = len(decoder.layers), batch.num_decoder_rows - 3
+    assert rows.count(3) == num_layers and rows.count(num_suffix) == 2 * num_layers
+
+
 def test_what_a_layer_adds_last_is_summed_by_the_next_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for name in ("rms_norm", "add_rms_norm"):

@@ -28,7 +28,8 @@ class CompileSpec:
     """Value of each `tl.constexpr` argument."""
 
     num_warps: int
-    num_stages: int = 2
+    num_stages: int = 3
+    """The default is Triton's own, which launches take that do not set it."""
 
     hip_num_warps: int | None = None
     """Warps on AMD, where one has 64 lanes and a program at most 1024 threads; None: as many as elsewhere."""

@@ -48,6 +48,7 @@ def use_triton(x: Tensor) -> bool:
     """Whether a call on `x` takes the Triton kernels.
 
     Under "triton" a ValueError where they cannot run: float64 or integers, or a CPU tensor without TRITON_INTERPRET=1.
+    A tensor on "meta" takes them under "triton": their operators then only compute shapes.
     """
     choice = choice_in_force()
     if choice == "reference":
@@ -56,7 +57,7 @@ def use_triton(x: Tensor) -> bool:
         return x.is_cuda and x.dtype in KERNEL_DTYPES and _gpu_is_supported(x.device.index)
     if x.dtype not in KERNEL_DTYPES:
         raise ValueError(f"Triton kernels take float32, float16 and bfloat16, not {x.dtype}; use 'auto' or 'reference'")
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not (x.is_cuda or x.is_meta or _cpu_tensors_are_taken()):
         raise ValueError(
             f"Triton kernels were asked for, but the tensor is on {x.device}; move it to a GPU, use 'auto' or "
             "'reference', or set TRITON_INTERPRET=1 before triton is imported (slow: for tests)"
@@ -85,6 +86,11 @@ def _checked(choice: str, name: str) -> Choice:
         if choice == known:
             return known
     raise ValueError(f"{name} is {choice!r}; expected one of {', '.join(CHOICES)}")
+
+
+def _cpu_tensors_are_taken() -> bool:
+    """Whether Triton takes CPU tensors: under its interpreter. benchmarks/dry_launch.py replaces this function."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _gpu_is_supported(index: int) -> bool:

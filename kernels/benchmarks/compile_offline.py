@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -27,7 +27,7 @@ from functools import cache
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from checkout import commit
 from machine_code import (
@@ -42,6 +42,9 @@ from machine_code import (
 
 KERNELS = ("attention", "cross_entropy", "norm", "pooling", "rotary", "splice", "swiglu")
 TARGETS = tuple(SHARED_LIMIT)
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,21 +88,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     stamp = _stamp() if arguments.csv else {}
     rows: list[Row] = []
-    for row in _run(jobs, arguments.jobs):
+    for row in in_processes(compile_row, jobs, arguments.jobs):
         if not rows:
             print(_line("kernel", "target", "warps", "registers", "spill B", "shared B", "matrix instructions"))
         rows.append(row)
         if arguments.csv:
             _append(arguments.csv, stamp | asdict(row))
-        _clear_progress()
+        clear_progress()
         matrix = f"{row.matrix_instructions} {row.matrix_opcode}" if row.matrix_opcode else "-"
         print(
             _line(row.name, row.target, row.num_warps, row.registers, row.spill_bytes, row.shared_bytes, matrix)
             + (f"  {row.problems}" if row.problems else ""),
             flush=True,
         )
-        _show_progress(len(rows), len(jobs))
-    _clear_progress()
+        show_progress(len(rows), len(jobs))
+    clear_progress()
     wrong = [row for row in rows if row.problems]
     print(f"{len(rows)} compiled for {', '.join(arguments.target)}: {len(wrong)} with problems")
     for row in wrong:
@@ -171,14 +174,15 @@ def _jobs(kernel: str, target: str) -> Iterator[Job]:
         yield Job(kernel=kernel, target=target, name=name)
 
 
-def _run(jobs: list[Job], num_workers: int) -> Iterator[Row]:
-    _show_progress(0, len(jobs))
+def in_processes(function: Callable[[_Job], _Result], jobs: list[_Job], num_workers: int) -> Iterator[_Result]:
+    """The results of all jobs, in their order, as they come in."""
+    show_progress(0, len(jobs))
     if num_workers == 1:
-        yield from map(compile_row, jobs)
+        yield from map(function, jobs)
         return
     # Fresh processes: LLVM's and torch's threads do not survive a fork.
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(compile_row, jobs)
+        yield from pool.map(function, jobs)
 
 
 def _stamp() -> dict[str, str]:
@@ -204,12 +208,14 @@ def _line(*cells: object) -> str:
     return " ".join([f"{name:<58} {target:<7}", *(f"{number:>9}" for number in numbers), f"  {matrix:<12}"])
 
 
-def _show_progress(done: int, total: int) -> None:
+def show_progress(done: int, total: int) -> None:
+    """On a terminal, how many rows there are; `clear_progress` takes the line away before the next row."""
     if sys.stderr.isatty():
         print(f"\r{done} of {total}", end="", file=sys.stderr, flush=True)
 
 
-def _clear_progress() -> None:
+def clear_progress() -> None:
+    """See `show_progress`."""
     if sys.stderr.isatty():
         print("\r" + " " * 20 + "\r", end="", file=sys.stderr, flush=True)
 
@@ -220,11 +226,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS, help="which chips (default: all)")
     parser.add_argument("--select", default="", metavar="REGEX", help="only specs whose name matches")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to this file")
-    parser.add_argument("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of processes, as argparse wants it."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.kernels.programs import BENCHMARKS, run_python
+
 pytest.importorskip("triton")
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "arc_kernels"
-BENCHMARKS = KERNELS.parent / "benchmarks"
+KERNELS = BENCHMARKS.parent / "arc_kernels"
 ELEMENTWISE = (
     r"^((rms|add_rms)_norm_forward|add_rms_norm_backward_weight|pool_(forward|backward)|splice_forward|gather_rows"
     r"|sum_runs|scale_rows) bf16 D=4096( mean rms)?$|^swiglu_\w+ bf16 F=14336$|^rotary bf16 N=32 H=128$"
@@ -69,7 +67,7 @@ def machine_code(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ids=["matrix", "elementwise"],
 )
 def test_no_kernel_spills_or_outgrows_its_chip(select: str, num_rows: int, targets: list[str]) -> None:
-    result = _python(str(BENCHMARKS / "compile_offline.py"), "--select", select, "--target", *targets)
+    result = run_python(str(BENCHMARKS / "compile_offline.py"), "--select", select, "--target", *targets)
     assert result.returncode == 0, result.stdout + result.stderr
     summary = f"{len(targets) * num_rows} compiled for {', '.join(targets)}: 0 with problems"
     assert summary in result.stdout, result.stdout
@@ -85,7 +83,7 @@ def test_a_kernel_with_too_few_threads_spills_and_is_reported() -> None:
         "spec = replace(specs_of('norm', 'sm_80')['rms_norm_forward bf16 D=8192'], num_warps=1)\n"
         "print(problems(resources_of(spec, 'sm_80'), target='sm_80', needs='HMMA'))\n"
     )
-    result = _python("-c", program)
+    result = run_python("-c", program)
     assert result.returncode == 0, result.stderr
     assert "spills" in result.stdout and "has no HMMA instruction" in result.stdout
 
@@ -100,7 +98,7 @@ def test_a_spec_that_does_not_compile_is_a_row_and_the_exit_code_is_1() -> None:
         "arguments = ['--kernel', 'swiglu', '--target', 'sm_80', '--select', name, '--jobs', '1']\n"
         "raise SystemExit(compile_offline.main(arguments))\n"
     )
-    result = _python("-c", program)
+    result = run_python("-c", program)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "does not compile" in result.stdout and "1 with problems" in result.stdout
 
@@ -121,7 +119,7 @@ def test_a_kernel_that_a_launch_would_refuse_is_refused(tmp_path: Path) -> None:
         "spec = CompileSpec(name='fill', fn=fill, signature={'p': '*fp32'}, constexprs={'BLOCK': 64}, num_warps=1)\n"
         "compile_spec(spec, GPUTarget('cuda', 90, 32))\n"
     )
-    result = _python("-c", program)
+    result = run_python("-c", program)
     assert result.returncode != 0 and "a launch would refuse the global NAN" in result.stderr
 
 
@@ -135,7 +133,7 @@ def test_every_launch_says_what_triton_would_decide_by_its_version(kernel: str) 
 
 
 def test_the_interpreter_is_refused() -> None:
-    result = _python(str(BENCHMARKS / "compile_offline.py"), interpret=True)
+    result = run_python(str(BENCHMARKS / "compile_offline.py"), interpret=True)
     assert result.returncode == 2
     assert "TRITON_INTERPRET" in result.stderr
 
@@ -219,12 +217,3 @@ def test_output_without_figures_is_an_error(machine_code: ModuleType) -> None:
         machine_code.nvidia_resources("cuobjdump fatal: nothing", target="sm_80", launch_shared=0)
     with pytest.raises(ValueError, match="vgpr_count|private_segment"):
         machine_code.amd_resources("some_kernel:\n", launch_shared=0)
-
-
-def _python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
-    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=600, check=False
-    )

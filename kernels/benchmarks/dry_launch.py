@@ -1,0 +1,321 @@
+"""Launches every kernel through Triton's JIT without a GPU: everything happens except the launch itself.
+
+    python kernels/benchmarks/dry_launch.py [--kernel NAME …] [--select REGEX] [--jobs N]
+
+Each case of `dry_cases` calls one public function on CPU tensors, forward and backward. Triton binds and specialises
+the arguments, compiles the kernel for sm_90, compares the globals that the kernel reads with those of its compilation,
+and evaluates the grid. Then it calls the launcher of `DryDriver`, which checks the grid and records the launch.
+Nothing runs, so outputs hold whatever was in memory.
+
+A case fails if it raises, if its forward or its backward launches nothing, if a grid is not made of integers from 1 to
+CUDA's limits, or if a block needs more threads or shared memory than the chip has. A run without --select also fails
+if a kernel of the chosen `compile_specs()` is never launched, if no launch equals one of these specs (argument types,
+alignment, constants, warps, stages), or if a launched kernel has no spec. So the offline compile compiles the kernels
+as they are launched. Exit code 1: something failed. Exit code 2: an unknown kernel, a --select without a match, or
+TRITON_INTERPRET=1.
+
+A dry launch shows neither results nor races, accesses outside the tensors, or speed. It does not show registers that
+spill (`compile_offline.py` does), nor what only the real driver refuses, such as pointers that the GPU cannot reach or
+too little memory. It tests no choice that depends on a measurement: the kernels have no autotuning, and attention never
+takes FlashAttention here. The tensors have few rows, so the grids are small.
+
+A whole run of 326 cases and 833 launches takes two to three minutes on two CPU cores (AMD EPYC, triton 3.7.1, an empty
+cache, 2026-11-30).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+from compile_offline import KERNELS, clear_progress, in_processes, positive, show_progress, specs_of
+from dry_cases import DryCase, cases_of
+from machine_code import SHARED_LIMIT
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+import arc_kernels as ak
+from arc_kernels._compile import CompileSpec
+
+Target = Literal["sm_80", "sm_86", "sm_90"]
+TARGET: Target = "sm_90"
+"""The chip of the program."""
+
+PROCESSORS: Mapping[Target, int] = {"sm_80": 108, "sm_86": 84, "sm_90": 132}
+"""Multiprocessors of an A100, an A40 and an H100."""
+
+MAX_THREADS = 1024  # of a block
+MAX_GRID = (2**31 - 1, 65535, 65535)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One launch, as the launcher got it."""
+
+    kernel: str
+    """Name of the `@triton.jit` function."""
+
+    signature: Mapping[str, str]
+    """Type of each argument that is no constant."""
+
+    constants: Mapping[str, Any]
+    """Value of each `tl.constexpr` argument, and of each other argument that is a constant to Triton: None, or 1."""
+
+    divisible_by_16: frozenset[str]
+    num_warps: int
+    num_stages: int
+    grid: tuple[int, int, int]
+
+    def is_of(self, spec: CompileSpec) -> bool:
+        """Whether the offline compiler compiles for `spec` exactly this launch."""
+        return (
+            self.kernel == spec.fn.__name__
+            and self.signature == spec.signature
+            and self.constants == spec.constexprs
+            and self.divisible_by_16 == frozenset(spec.divisible_by_16)
+            and self.num_warps == spec.num_warps
+            and self.num_stages == spec.num_stages
+        )
+
+
+class DryDriver(DriverBase):
+    """A driver of Triton whose device is the CPU and whose launcher only records. Made for Triton 3.6 and 3.7.1."""
+
+    def __init__(self, target: Target = TARGET) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self._target = target
+
+    @property
+    def utils(self) -> DryDriver:
+        """Triton calls `get_device_properties` and `load_binary` on `driver.utils`."""
+        return self
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False  # Triton does not find this driver by itself
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(self._target.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> DryDriver:
+        """A key of Triton's caches: a compiled kernel keeps its launcher, so drivers must not share kernels."""
+        return self
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_properties(self, device: Any) -> dict[str, int]:
+        """The shared memory that Triton lets a block have."""
+        return {"max_shared_mem": SHARED_LIMIT[self._target], "multiprocessor_count": PROCESSORS[self._target]}
+
+    def load_binary(
+        self, name: str, binary: bytes, shared_bytes: int, device: Any
+    ) -> tuple[object, object, int, int, int]:
+        """Module, function, registers, spills and the threads that Triton lets a block have."""
+        return object(), object(), 0, 0, MAX_THREADS
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """The launcher of one compiled kernel; Triton calls it with the grid first."""
+        return partial(self._launch, source, metadata)
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError("a dry launch compiles no C++")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("a dry launch has no times")
+
+    def _launch(self, source: Any, metadata: Any, grid_x: int, grid_y: int, grid_z: int, *_: Any) -> None:
+        """Records a launch instead of doing it. ValueError if CUDA would refuse the grid or start no program."""
+        kernel, grid = source.fn.__name__, (grid_x, grid_y, grid_z)
+        for size, limit in zip(grid, MAX_GRID, strict=True):
+            if type(size) is not int or not 1 <= size <= limit:
+                raise ValueError(f"the grid of {kernel} is {grid}; expected integers from 1 to {MAX_GRID}")
+        names = source.fn.arg_names
+        self.launches.append(
+            Launch(
+                kernel=kernel,
+                signature={name: kind for name, kind in source.signature.items() if kind != "constexpr"},
+                constants={names[place]: value for (place,), value in source.constants.items()},
+                divisible_by_16=frozenset(
+                    names[place]
+                    for (place,), attributes in source.attrs.items()
+                    if ["tt.divisibility", 16] in attributes
+                ),
+                num_warps=metadata.num_warps,
+                num_stages=metadata.num_stages,
+                grid=grid,
+            )
+        )
+
+
+@contextmanager
+def dry_launches(target: Target = TARGET) -> Iterator[DryDriver]:
+    """Within the context all functions of `arc_kernels` launch their kernels on CPU tensors, and nothing runs.
+
+    The context gives the driver that records the launches. It changes the whole process, not this thread alone.
+    target: the chip to compile for. Attention takes this chip's tiles, and the norms its number of multiprocessors.
+    RuntimeError under TRITON_INTERPRET=1: the interpreter launches nothing.
+    """
+    from arc_kernels import _dispatch
+    from arc_kernels.attention import kernels as attention_kernels
+    from arc_kernels.norm import kernels as norm_kernels
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("unset TRITON_INTERPRET: under the interpreter nothing is launched")
+    driver, config = DryDriver(target), triton.runtime.driver
+    before = config._active  # `config.active` would look for a GPU
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(_dispatch, "_cpu_tensors_are_taken", lambda: True))
+        stack.enter_context(patch.object(attention_kernels, "chip_of", lambda device: target))
+        stack.enter_context(patch.object(norm_kernels, "num_processors", lambda device: PROCESSORS[target]))
+        stack.enter_context(ak.use("triton"))
+        stack.enter_context(ak.use_attention("triton"))
+        stack.callback(config.set_active, before)
+        config.set_active(driver)
+        yield driver
+
+
+class Job(NamedTuple):
+    """One case. Its function cannot be pickled, so a worker finds its own by name."""
+
+    kernel: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One line of the program's output."""
+
+    job: Job
+    launches: tuple[Launch, ...] = ()
+    problem: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit code is 1 after a failure."""
+    arguments = _parser().parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("unset TRITON_INTERPRET: under the interpreter nothing is launched", file=sys.stderr)
+        return 2
+    every = [Job(kernel, name) for kernel in arguments.kernel for name in cases_of(kernel)]
+    jobs = [job for job in every if re.search(arguments.select, job.name)]
+    if not jobs:
+        print(f"no case's name matches {arguments.select!r}", file=sys.stderr)
+        return 2
+    outcomes: list[Outcome] = []
+    for outcome in in_processes(run_job, jobs, arguments.jobs):
+        outcomes.append(outcome)
+        clear_progress()
+        result = f"FAILED: {outcome.problem}" if outcome.problem else ", ".join(x.kernel for x in outcome.launches)
+        print(f"{outcome.job.kernel}: {outcome.job.name}: {result}", flush=True)
+        show_progress(len(outcomes), len(jobs))
+    clear_progress()
+    return _conclude(outcomes, arguments.kernel if len(jobs) == len(every) else ())
+
+
+def run_job(job: Job) -> Outcome:
+    """Runs one case. An exception becomes the outcome's problem."""
+    # A notice about the next triton's default, once a process: not about the kernel at hand.
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    with dry_launches() as driver:
+        try:
+            launch_case(cases_of(job.kernel)[job.name], driver)
+        except Exception as error:  # the other cases are wanted all the same
+            problem = f"{type(error).__name__}: {_shortened(str(error))}"
+            return Outcome(job=job, launches=tuple(driver.launches), problem=problem)
+    return Outcome(job=job, launches=tuple(driver.launches))
+
+
+def launch_case(case: DryCase, driver: DryDriver) -> None:
+    """Calls a case's function and, if it wants gradients, its backward. ValueError if either launches nothing."""
+    inputs = case.inputs()
+    leaves = [inputs[name].requires_grad_() for name in case.wants_grad]
+    outputs = case.function(**inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    num_forward = len(driver.launches)
+    if num_forward == 0:
+        raise ValueError("forward launched nothing")
+    if leaves:
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
+        if len(driver.launches) == num_forward:
+            raise ValueError("backward launched nothing")
+
+
+def missing_launches(launches: Iterable[Launch], kernels: Iterable[str]) -> list[str]:
+    """The kernels and specs without a launch, and the launched kernels without a spec, in words.
+
+    launches: those of all cases of the kernels.
+    kernels: folders of `arc_kernels`.
+    """
+    every = [spec for kernel in KERNELS for spec in specs_of(kernel, TARGET).values()]
+    expected = [spec for kernel in kernels for spec in specs_of(kernel, TARGET).values()]
+    by_kernel: dict[str, list[Launch]] = {}
+    for launch in launches:
+        by_kernel.setdefault(launch.kernel, []).append(launch)
+    found = []
+    for name in dict.fromkeys(spec.fn.__name__ for spec in expected):
+        if name not in by_kernel:
+            found.append(f"{name} was never launched")
+    for spec in expected:
+        candidates = by_kernel.get(spec.fn.__name__, [])
+        if candidates and not any(launch.is_of(spec) for launch in candidates):
+            found.append(f"no launch equals the spec {spec.name!r}")
+    known = {spec.fn.__name__ for spec in every}
+    return found + [f"{name} was launched, but has no spec" for name in by_kernel if name not in known]
+
+
+def _shortened(message: str) -> str:
+    """A message on one line. A compile error begins with the place and ends with the reason, so both ends stay."""
+    line = " ".join(message.split())
+    return line if len(line) <= 300 else f"{line[:100]} … {line[-200:]}"
+
+
+def _conclude(outcomes: list[Outcome], whole_kernels: Sequence[str]) -> int:
+    """Prints the sums and the failures, and returns the exit code.
+
+    outcomes: of all cases that ran.
+    whole_kernels: the kernels whose cases all ran, which are checked against their specs.
+    """
+    launches = [launch for outcome in outcomes for launch in outcome.launches]
+    counts = Counter(launch.kernel for launch in launches)
+    problems = [
+        f"{outcome.job.kernel}: {outcome.job.name}: {outcome.problem}" for outcome in outcomes if outcome.problem
+    ]
+    missing = missing_launches(launches, whole_kernels)
+    print("launches: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+    print(
+        f"{len(outcomes)} cases, {len(launches)} launches of {len(counts)} kernels for {TARGET}: "
+        f"{len(problems)} failed, {len(missing)} missing"
+    )
+    for line in (*problems, *missing):
+        print(f"  {line}")
+    return 1 if problems or missing else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Launch the Triton kernels without a GPU; see the file's docstring.")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="which kernels (default: all)")
+    parser.add_argument("--select", default="", metavar="REGEX", help="only cases whose name matches")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

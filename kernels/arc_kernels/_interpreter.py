@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from packaging import version
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -33,3 +34,21 @@ def narrow(b_x, dtype: tl.constexpr):
         return tl.where(b_x == b_x, rounded, quiet_nan).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return b_x.to(dtype)
+
+
+def _let_loops_run() -> None:
+    """Mend bounds of loops under Triton 3.5 and 3.6: their interpreter calls `int` on arrays of one element, which
+    NumPy 2.5 refuses. Triton 3.7 squeezes them first."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if INTERPRETED.value and version.parse(triton.__version__) < version.parse("3.7"):
+    _let_loops_run()

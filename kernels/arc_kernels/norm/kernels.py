@@ -22,6 +22,7 @@ from torch import Tensor
 
 from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
 from arc_kernels._dispatch import num_processors, warp_size
+from arc_kernels._interpreter import narrow
 from arc_kernels.norm import MAX_WIDTH
 
 # Up to here the weight's gradient is summed in registers while the rows pass by; wider rows leave no room for it.
@@ -89,7 +90,7 @@ def norm_forward_kernel(
     if ADDS:
         b_residual = tl.load(p_residual + o_t[:, None] * residual_stride + o_d, mask=m_td, other=0.0)
         # Rounded before the norm, as backward will read it.
-        b_x = (b_x.to(tl.float32) + b_residual.to(tl.float32)).to(p_total.dtype.element_ty)
+        b_x = narrow(b_x.to(tl.float32) + b_residual.to(tl.float32), p_total.dtype.element_ty)
         tl.store(p_total + o_td, b_x, mask=m_td)
     b_x = b_x.to(tl.float32)
     if LAYER_NORM:
@@ -101,7 +102,7 @@ def norm_forward_kernel(
     b_normed = b_x * b_rstd[:, None]
     if not LAYER_NORM:
         b_normed *= tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    tl.store(p_normed + o_td, b_normed.to(p_normed.dtype.element_ty), mask=m_td)
+    tl.store(p_normed + o_td, narrow(b_normed, p_normed.dtype.element_ty), mask=m_td)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -150,7 +151,7 @@ def norm_backward_kernel(
         b_dx = (b_g - b_n * b_projection) * b_rstd
         if ADDS:
             b_dx += tl.load(p_dtotal + o_t[:, None] * dtotal_stride + o_d, mask=m_td, other=0.0).to(tl.float32)
-        tl.store(p_dx + o_t[:, None] * D + o_d, b_dx.to(p_dx.dtype.element_ty), mask=m_td)
+        tl.store(p_dx + o_t[:, None] * D + o_d, narrow(b_dx, p_dx.dtype.element_ty), mask=m_td)
         if WEIGHT_GRAD:
             b_dweight += b_dy * b_n
     if WEIGHT_GRAD:

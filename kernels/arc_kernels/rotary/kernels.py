@@ -20,6 +20,7 @@ from torch import Tensor
 
 from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
 from arc_kernels._dispatch import warp_size
+from arc_kernels._interpreter import narrow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,8 @@ def rotary_kernel(
     b_first = tl.load(p_first, mask=m_nf, other=0.0).to(tl.float32)  # [BN, BF]
     b_second = tl.load(p_first + F, mask=m_nf, other=0.0).to(tl.float32)
     p_out = p_y + (i_t * N + o_n) * (2 * F) + o_f
-    tl.store(p_out, (b_first * b_cos - b_second * b_sin).to(p_y.dtype.element_ty), mask=m_nf)
-    tl.store(p_out + F, (b_second * b_cos + b_first * b_sin).to(p_y.dtype.element_ty), mask=m_nf)
+    tl.store(p_out, narrow(b_first * b_cos - b_second * b_sin, p_y.dtype.element_ty), mask=m_nf)
+    tl.store(p_out + F, narrow(b_second * b_cos + b_first * b_sin, p_y.dtype.element_ty), mask=m_nf)
 
 
 def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool, config: Config | None = None) -> Tensor:

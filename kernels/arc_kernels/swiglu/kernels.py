@@ -19,6 +19,7 @@ from torch import Tensor
 
 from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
 from arc_kernels._dispatch import warp_size
+from arc_kernels._interpreter import narrow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def swiglu_forward_kernel(p_gate, p_up, p_y, gate_stride, up_stride, F: tl.const
     b_gate = tl.load(p_gate + i_t * gate_stride + o_f, mask=m_f, other=0.0).to(tl.float32)  # [BF]
     b_up = tl.load(p_up + i_t * up_stride + o_f, mask=m_f, other=0.0).to(tl.float32)
     b_y = b_gate * tl.sigmoid(b_gate) * b_up
-    tl.store(p_y + i_t * F + o_f, b_y.to(p_y.dtype.element_ty), mask=m_f)
+    tl.store(p_y + i_t * F + o_f, narrow(b_y, p_y.dtype.element_ty), mask=m_f)
 
 
 @triton.jit
@@ -73,8 +74,8 @@ def swiglu_backward_kernel(
     b_sigmoid = tl.sigmoid(b_gate)
     b_silu = b_gate * b_sigmoid
     b_dgate = b_dy * b_up * (b_sigmoid + b_silu * (1.0 - b_sigmoid))
-    tl.store(p_dgate + i_t * F + o_f, b_dgate.to(p_dgate.dtype.element_ty), mask=m_f)
-    tl.store(p_dup + i_t * F + o_f, (b_dy * b_silu).to(p_dup.dtype.element_ty), mask=m_f)
+    tl.store(p_dgate + i_t * F + o_f, narrow(b_dgate, p_dgate.dtype.element_ty), mask=m_f)
+    tl.store(p_dup + i_t * F + o_f, narrow(b_dy * b_silu, p_dup.dtype.element_ty), mask=m_f)
 
 
 def swiglu_forward(gate_TF: Tensor, up_TF: Tensor, *, config: Config | None = None) -> Tensor:

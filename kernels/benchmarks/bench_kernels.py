@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ import torch
 from gpu_attention import attention_cases
 from gpu_cases import FULL, QUICK, TINY, Case, Function, Scale, cases
 from gpu_checks import check_case, same_result
-from gpu_timing import Ceilings, Timing, interleaved, measure_ceilings, peak_extra_bytes
+from gpu_timing import MAX_ROUNDS, Ceilings, Timing, interleaved, measure_ceilings, peak_extra_bytes
 from rows import MEASURED, Row, RowFile, file_name, machine_name
 from torch import Tensor
 
@@ -39,14 +40,14 @@ OURS = "arc_kernels"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit code is 1 if a case is wrong."""
     arguments = _parser().parse_args(argv)
-    every = all_cases(TINY if arguments.check else QUICK if arguments.quick else FULL)
+    every = all_cases(_scale(arguments))
     known = sorted({case.kernel for case in every})
     if unknown := sorted(set(arguments.kernel) - set(known)):
         print(f"no kernel is called {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
         return 2
     chosen = [case for case in every if not arguments.kernel or case.kernel in arguments.kernel]
     if arguments.check:
-        return _check(chosen)
+        return _check(chosen, warms=arguments.warm)
     if not torch.cuda.is_available():
         print("no GPU: nothing measured")
         return 0
@@ -61,17 +62,40 @@ def all_cases(scale: Scale) -> list[Case]:
     return [every[i] for i in order]
 
 
-def _check(chosen: list[Case]) -> int:
+def _scale(arguments: argparse.Namespace) -> Scale:
+    if arguments.quick:
+        return QUICK
+    return TINY if arguments.check and not arguments.full else FULL
+
+
+def _check(chosen: list[Case], *, warms: bool) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         print("no GPU: set TRITON_INTERPRET=1 to check the kernels under Triton's interpreter", file=sys.stderr)
         return 2
     wrong = 0
     for case in chosen:
-        findings = check_case(case, device)
-        wrong += bool(findings)
-        print(f"{case.kernel} {case.shape}: {'; '.join(findings) or 'right'}", flush=True)
+        try:
+            findings = check_case(case, device)
+            verdict = f"wrong: {'; '.join(findings)}" if findings else "right"
+        except Exception as error:  # a kernel that does not compile must not hide the others
+            traceback.print_exc()
+            verdict = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        wrong += verdict != "right"
+        print(f"result: {case.kernel} {case.shape}: {verdict}", flush=True)
+    if warms:
+        for case in chosen:
+            _warm(case, device)
     return 1 if wrong else 0
+
+
+def _warm(case: Case, device: torch.device) -> None:
+    """Run all implementations once, forward and backward, so that the compilers' caches hold them."""
+    inputs = _leaves(case, device)
+    for name, function in _implementations(case, compiles=True):
+        reason = _cannot_run(lambda f=function: _runner(f, inputs, case.wants_grad, "both")())
+        print(f"warm: {case.kernel} {name} {reason}", flush=True)
+    torch.compiler.reset()
 
 
 def _measure(chosen: list[Case], path: Path) -> int:
@@ -89,7 +113,12 @@ def _measure(chosen: list[Case], path: Path) -> int:
 
 
 def measure_case(
-    case: Case, device: torch.device, ceilings: Ceilings, *, compiles: bool = True, budget_ms: float = 250.0
+    case: Case,
+    device: torch.device,
+    ceilings: Ceilings,
+    *,
+    compiles: bool = True,
+    max_rounds: int = MAX_ROUNDS,
 ) -> list[Row]:
     """Check one case, then time ours and the others; an implementation that cannot run is a row that says why.
 
@@ -97,7 +126,7 @@ def measure_case(
     device: where it runs.
     ceilings: of the device, for the shares.
     compiles: whether torch.compile is among the others.
-    budget_ms: about how long one implementation is timed in one mode.
+    max_rounds: see `gpu_timing.interleaved`.
     """
     try:
         findings = check_case(case, device)
@@ -124,7 +153,7 @@ def measure_case(
                 rows.append(_word(case, name, "left out", f"{mode}: {reason}"))
             else:
                 runners[name] = runner
-        rows += _time_mode(case, mode, runners, device, ceilings, budget_ms)
+        rows += _time_mode(case, mode, runners, device, ceilings, max_rounds)
     torch.compiler.reset()  # or the variants of earlier cases would count against its limit of recompilations
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -137,10 +166,10 @@ def _time_mode(
     runners: dict[str, Callable[[], Any]],
     device: torch.device,
     ceilings: Ceilings,
-    budget_ms: float,
+    max_rounds: int,
 ) -> list[Row]:
     rows = []
-    timings = dict(zip(runners, interleaved(list(runners.values()), device, budget_ms=budget_ms), strict=True))
+    timings = dict(zip(runners, interleaved(list(runners.values()), device, max_rounds=max_rounds), strict=True))
     print(_line("", "mode", "ms", "±", "x ours", "of ceiling", "MiB"))
     for name, runner in runners.items():
         extra_bytes = peak_extra_bytes(runner) if device.type == "cuda" else 0
@@ -263,6 +292,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="only these, such as swiglu attention")
     parser.add_argument("--quick", action="store_true", help="fewer rows and shorter segments")
     parser.add_argument("--check", action="store_true", help="small cases, compared with the reference, not timed")
+    parser.add_argument("--full", action="store_true", help="with --check: cases as large as the timed ones")
+    parser.add_argument("--warm", action="store_true", help="with --check: then run all implementations once")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="where rows are appended")
     return parser
 

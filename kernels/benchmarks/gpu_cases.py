@@ -41,7 +41,7 @@ FULL = Scale(
     lengths=((512,) * 16, (8192, 256, 5120, 1111, 2048, 3333, 640, 4096)),
 )
 QUICK = Scale(rows=4096, labels=1024, vocab_size=128256, lengths=((2048, 256, 700, 1500),))
-TINY = Scale(rows=24, labels=8, vocab_size=500, lengths=((20, 37),))
+TINY = Scale(rows=24, labels=8, vocab_size=500, lengths=((7, 12),))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,11 @@ class Ceilings(NamedTuple):
 
 
 def interleaved(
-    functions: Sequence[Callable[[], Any]], device: torch.device, *, budget_ms: float = 250.0
+    functions: Sequence[Callable[[], Any]],
+    device: torch.device,
+    *,
+    budget_ms: float = 250.0,
+    max_rounds: int = MAX_ROUNDS,
 ) -> list[Timing]:
     """Time all functions in turn, round after round, so that a drift of the clocks meets all of them.
 
@@ -51,12 +55,15 @@ def interleaved(
 
     functions: each is called with no arguments.
     device: where their work runs; the CPU is timed by its clock.
-    budget_ms: about how long one function is timed, in at least 5 and at most 100 rounds.
+    budget_ms: about how long one function is timed, in at least 5 rounds.
+    max_rounds: the most rounds, at least 2; below 5 there is no warm-up either: a rehearsal.
     """
     clock = _gpu_times if device.type == "cuda" else _cpu_times
-    clock(functions, 2, device)  # compiles and tunes
-    longest_ms = max(statistics.median(times) for times in clock(functions, 3, device))
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget_ms / max(longest_ms, 1e-3))))
+    rounds = max_rounds
+    if max_rounds >= MIN_ROUNDS:
+        clock(functions, 2, device)  # compiles and tunes
+        longest_ms = max(statistics.median(times) for times in clock(functions, 3, device))
+        rounds = min(max_rounds, max(MIN_ROUNDS, int(budget_ms / max(longest_ms, 1e-3))))
     return [_timing(times) for times in clock(functions, rounds, device)]
 
 

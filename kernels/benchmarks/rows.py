@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import shlex
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -51,7 +49,7 @@ class Row:
 ROW_FIELDS = tuple(field.name for field in fields(Row))
 
 
-def stamp(program: str) -> dict[str, str]:
+def stamp(command: str) -> dict[str, str]:
     """Date, machine, commit, versions and command of all rows of one process."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -61,7 +59,7 @@ def stamp(program: str) -> dict[str, str]:
         "cuda": str(torch.version.cuda or torch.version.hip or ""),
         "triton": _version("triton"),
         "deepspeed": _version("deepspeed"),
-        "command": shlex.join([program, *sys.argv[1:]]),
+        "command": command,
     }
 
 
@@ -78,10 +76,10 @@ def file_name(machine: str) -> str:
 class RowFile:
     """A CSV file to which rows are appended at once, so that a run that is cut off keeps what it has measured."""
 
-    def __init__(self, path: Path, program: str) -> None:
-        """program: how the command is written in the rows, such as "tools/gpu_day.py"."""
+    def __init__(self, path: Path, command: str) -> None:
+        """command: as the rows name it, without paths of this machine, such as "tools/gpu_day.py --stages fast"."""
         self.path = path
-        self._stamp = stamp(program)
+        self._stamp = stamp(command)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Write the rows to the end of the file; a new file gets a header."""

@@ -1,0 +1,96 @@
+"""What every stage is given."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gpu_timing import Ceilings
+from rows import Row, RowFile, file_name, machine_name
+
+ROOT = Path(__file__).resolve().parents[2]
+TRACEBACKS = "tracebacks.txt"
+CEILINGS = "ceilings.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext:
+    """One stage of one day.
+
+    stage: its name, which its rows carry.
+    device: where it measures.
+    rehearse: whether everything is of toy size, on the CPU.
+    out: the folder of the results.
+    rows: the file to which rows are appended.
+    deadline: on `time.monotonic`'s clock; a stage begins nothing new after it.
+    """
+
+    stage: str
+    device: torch.device
+    rehearse: bool
+    out: Path
+    rows: RowFile
+    deadline: float
+
+    @staticmethod
+    def of(stage: str, *, rehearse: bool, out: Path, seconds: float) -> StageContext:
+        """The context of a stage that has `seconds` from now on."""
+        return StageContext(
+            stage=stage,
+            device=torch.device("cpu" if rehearse else "cuda"),
+            rehearse=rehearse,
+            out=out,
+            rows=RowFile(rows_path(out), f"tools/gpu_day.py --stages {stage}{' --rehearse' if rehearse else ''}"),
+            deadline=time.monotonic() + seconds,
+        )
+
+    def seconds_left(self) -> float:
+        """Time until the deadline; negative after it."""
+        return self.deadline - time.monotonic()
+
+    def add(self, *rows: Row) -> None:
+        """Append rows to the file and print them."""
+        self.rows.append(rows)
+        for row in rows:
+            words = (row.subject, row.case, row.variant, row.metric, f"{row.value} {row.unit}".strip(), row.note)
+            print(" | ".join(filter(None, words)), flush=True)
+
+    def result(self, subject: str, value: str, note: str = "", *, case: str = "", variant: str = "") -> None:
+        """Append a row whose value is a word, such as "passed"."""
+        self.add(
+            Row(
+                stage=self.stage,
+                subject=subject,
+                case=case,
+                variant=variant,
+                metric="result",
+                value=value,
+                note=one_line(note),
+            )
+        )
+
+    def failure(self, subject: str, error: BaseException) -> None:
+        """Append one row for an exception, and its traceback to a file."""
+        with (self.out / TRACEBACKS).open("a", encoding="utf-8") as file:
+            file.write(f"== {self.stage}: {subject}\n{''.join(traceback.format_exception(error))}\n")
+        self.result(subject, "failed", f"{type(error).__name__}: {error}")
+
+    def ceilings(self) -> Ceilings | None:
+        """Copy bandwidth and matrix rate as the environment stage has measured them; None without that stage."""
+        path = self.out / CEILINGS
+        return Ceilings(**json.loads(path.read_text())) if path.exists() else None
+
+
+def rows_path(out: Path) -> Path:
+    """The file of this machine's rows in a folder of results."""
+    return out / f"{file_name(machine_name())}.csv"
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """A text without line breaks, cut to a length that a table can hold."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else f"{flat[: limit - 1]}…"

@@ -1,0 +1,55 @@
+"""Stage "fast": every kernel at the paper's shapes against what else computes the same."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+
+import torch
+from bench_kernels import all_cases, measure_case
+from gpu_cases import FULL, TINY
+from gpu_timing import measure_ceilings
+
+from gpu_stages.context import ROOT, StageContext
+
+TABLE = ROOT / "kernels" / "arc_kernels" / "attention" / "measured.py"
+TABLE_SECONDS = 60.0
+"""What the table of attention backends takes, compilation included; a guess until a GPU has shown it."""
+
+
+def run(context: StageContext) -> None:
+    """Append the rows of case after case until the time is up, then fill attention's table if time is left."""
+    sizes = {"copy_bytes": 1 << 20, "matrix_size": 64} if context.rehearse else {}
+    ceilings = context.ceilings() or measure_ceilings(context.device, **sizes)
+    measure = partial(measure_case, device=context.device, ceilings=ceilings)
+    if context.rehearse:  # Inductor would compile for minutes on a CPU
+        torch.compile = partial(torch.compile, backend="eager")  # type: ignore[assignment]
+        measure = partial(measure, max_rounds=2)
+    cases = all_cases(TINY if context.rehearse else FULL)
+    if context.rehearse:
+        cases = list({case.kernel: case for case in reversed(cases)}.values())
+    left_out = []
+    for case in cases:
+        if context.seconds_left() < 0:
+            left_out.append(f"{case.kernel} {case.shape}")
+            continue
+        try:
+            context.rows.append(measure(case))
+        except Exception as error:  # the other kernels' rows are wanted all the same
+            context.failure(f"{case.kernel} {case.shape}", error)
+    if left_out:
+        context.result("cases", "left out", f"no time for {len(left_out)}: {'; '.join(left_out)}")
+    _choose_attention(context)
+
+
+def _choose_attention(context: StageContext) -> None:
+    """Fill the table by which `auto` chooses attention, and leave a copy of it with the results."""
+    if context.rehearse or context.seconds_left() < TABLE_SECONDS:
+        reason = "a rehearsal measures no backend" if context.rehearse else "no time left"
+        context.result("choose_attention", "left out", f"{reason}; run choose_attention.py --write")
+        return
+    import choose_attention
+
+    code = choose_attention.main(["--write"])
+    shutil.copy(TABLE, context.out / "attention_measured.py")
+    context.result("choose_attention", "written" if code == 0 else "backends differ", f"copy it to {TABLE}")

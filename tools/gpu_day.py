@@ -38,6 +38,13 @@ from rows import MEASURED  # noqa: E402
 BUDGETS_S = {"environment": 25, "right": 150, "step": 130, "fast": 150, "program": 85}
 """540 s together; a stage also gets what those before it have left over."""
 
+README = ROOT / "kernels" / "README.md"
+MEASURED_HEADING = "## Measured\n"
+NOT_MEASURED = """\
+Not measured: no GPU so far. Nothing above says how fast the kernels are, nor that they compute on a GPU what they
+compute under the interpreter. `make gpu-day` measures both and writes this section (`tools/gpu_day.md`).
+"""
+
 BAD_WORDS = ("failed", "wrong", "different", "ended early")
 GRACE_S = 10.0
 """What a stage may take after its deadline to end what it has begun."""
@@ -64,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.run_stage:
         return run_stage(arguments.run_stage, arguments.rehearse, arguments.out, arguments.seconds)
+    if arguments.readme:
+        README.write_text(with_measured(README.read_text(encoding="utf-8")), encoding="utf-8")
+        return 0
     if unknown := [name for name in arguments.stages.split(",") if name not in BUDGETS_S]:
         print(f"no stage is called {', '.join(unknown)}; there are {', '.join(BUDGETS_S)}", file=sys.stderr)
         return 2
@@ -113,6 +123,15 @@ def run_stage(name: str, rehearse: bool, out: Path, seconds: float) -> int:
         context.failure("stage", error)
         return 1
     return 0
+
+
+def with_measured(text: str) -> str:
+    """The text of kernels/README.md with the summaries of the measured GPUs as its last section."""
+    before, heading, _ = text.partition(MEASURED_HEADING)
+    if not heading:
+        raise ValueError(f"{README} has no section {MEASURED_HEADING.strip()!r}; add it at its end")
+    summaries = [path.read_text(encoding="utf-8") for path in sorted(MEASURED.glob("*.md"))]
+    return f"{before}{heading}\n" + ("\n".join(summaries) or NOT_MEASURED)
 
 
 def is_bad(word: str) -> bool:
@@ -202,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rehearse", action="store_true", help="every stage at toy size, on the CPU")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the results go")
     parser.add_argument("--wheels", type=Path, default=ROOT / ".wheels", metavar="FOLDER", help="packages to use")
+    parser.add_argument("--readme", action="store_true", help="only put the summaries into kernels/README.md")
     parser.add_argument("--run-stage", choices=BUDGETS_S, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     return parser

@@ -78,10 +78,12 @@ def _check(chosen: list[Case], *, warms: bool) -> int:
         try:
             findings = check_case(case, device)
             verdict = f"wrong: {'; '.join(findings)}" if findings else "right"
+        except torch.OutOfMemoryError:
+            verdict = "not checked: the reference does not fit this GPU"
         except Exception as error:  # a kernel that does not compile must not hide the others
             traceback.print_exc()
             verdict = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        wrong += verdict != "right"
+        wrong += verdict.startswith(("wrong", "failed"))
         print(f"result: {case.kernel} {case.shape}: {verdict}", flush=True)
     if warms:
         for case in chosen:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from functools import partial
 
 import torch
@@ -15,6 +17,9 @@ from gpu_stages.context import ROOT, StageContext
 TABLE = ROOT / "kernels" / "arc_kernels" / "attention" / "measured.py"
 TABLE_SECONDS = 60.0
 """What the table of attention backends takes, compilation included; a guess until a GPU has shown it."""
+
+FIRST_CASE = "GPU_DAY_FIRST_CASE"
+"""In the environment of a process that was started anew: how many cases were done before."""
 
 
 def run(context: StageContext) -> None:
@@ -29,7 +34,7 @@ def run(context: StageContext) -> None:
     if context.rehearse:
         cases = list({case.kernel: case for case in reversed(cases)}.values())
     left_out = []
-    for case in cases:
+    for idx, case in enumerate(cases[int(os.environ.get(FIRST_CASE, 0)) :]):
         if context.seconds_left() < 0:
             left_out.append(f"{case.kernel} {case.shape}")
             continue
@@ -37,9 +42,20 @@ def run(context: StageContext) -> None:
             context.rows.append(measure(case))
         except Exception as error:  # the other kernels' rows are wanted all the same
             context.failure(f"{case.kernel} {case.shape}", error)
+            _go_on_if_unusable(context, idx + 1)
     if left_out:
         context.result("cases", "left out", f"no time for {len(left_out)}: {'; '.join(left_out)}")
     _choose_attention(context)
+
+
+def _go_on_if_unusable(context: StageContext, num_done: int) -> None:
+    """Start this process anew with the next case if the GPU refuses all further work, as after a bad memory access."""
+    try:
+        torch.zeros(1, device=context.device).item()
+    except RuntimeError:
+        os.environ[FIRST_CASE] = str(int(os.environ.get(FIRST_CASE, 0)) + num_done)
+        options = [option for option in sys.argv if not option.startswith("--seconds")]
+        os.execv(sys.executable, [sys.executable, *options, f"--seconds={max(context.seconds_left(), 0):.1f}"])
 
 
 def _choose_attention(context: StageContext) -> None:

@@ -101,7 +101,7 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> None:
 def _report_check(context: StageContext, check: _Check) -> None:
     """One row for each line `kernel shape: right` or `kernel shape: findings`; one if the process died."""
     text = check.words.read_text(encoding="utf-8", errors="replace")
-    found = re.findall(r"^result: (\w+) (.*?): (right|wrong: .*|failed: .*)$", text, re.MULTILINE)
+    found = re.findall(r"^result: (\w+) (.*?): (right|(?:wrong|failed|not checked): .*)$", text, re.MULTILINE)
     for kernel, shape, verdict in found:
         word, _, note = verdict.partition(": ")
         context.result(kernel, word, note, case=shape, variant="check")
@@ -134,3 +134,5 @@ def _report_tests(context: StageContext, log: Path, code: int | None) -> None:
         why = "the time was up" if code == -9 else f"pytest ended with code {code}"
         words = (context.out / "tests.log").read_text(encoding="utf-8", errors="replace").strip()
         context.result("tests", "ended early", f"{why}; {one_line(words[-200:])}", variant="tests")
+    for path in (log, context.out / "tests.log"):
+        path.unlink(missing_ok=True)

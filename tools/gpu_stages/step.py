@@ -267,8 +267,8 @@ def _family_times(step: Callable[[], Outcome], device: torch.device, step_ms: fl
     times: Counter[str] = Counter()
     names: Counter[str] = Counter()
     for event in profiled.events():
-        is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
-        if is_kernel != on_gpu:
+        is_on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if is_on_gpu != on_gpu or getattr(event, "is_user_annotation", False):
             continue
         ms = (event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total) / 1e3
         times[family_of(event.name)] += ms

@@ -1,0 +1,166 @@
+"""`tools/gpu_day.py`: it says so without a GPU, its rehearsal writes every row, and no stage can spoil another one."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.helpers.tiny_run import ROOT
+
+pytest.importorskip("triton")
+
+PROGRAM = ROOT / "tools" / "gpu_day.py"
+VARIANTS = ("kernels", "plain torch", "kernels, recomputed")
+KERNELS = {
+    *("attention", "attention_rotary", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rotary"),
+    *("swiglu", "pool_norm", "group_pool", "splice", "linear_cross_entropy"),
+}
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    for folder in (ROOT / "tools", ROOT / "kernels" / "benchmarks"):
+        monkeypatch.syspath_prepend(folder)
+    return importlib.import_module("gpu_day")
+
+
+def _gpu_day(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        timeout=600,
+        check=False,
+    )
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "cpu.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_without_a_gpu_it_says_so_and_counts_the_step() -> None:
+    result = _gpu_day()
+    assert result.returncode == 2
+    assert "No GPU" in result.stdout and "nothing was measured" in result.stderr
+    assert "our kernels" in result.stdout and "forward and backward" in result.stdout  # the roofline
+
+
+def test_an_unknown_stage_is_named() -> None:
+    result = _gpu_day("--stages", "step,fats", "--rehearse")
+    assert result.returncode == 2 and "fats" in result.stderr and "fast" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_rehearsal_writes_the_rows_of_every_stage(tmp_path: Path) -> None:
+    result = _gpu_day("--rehearse", "--out", str(tmp_path), TRITON_INTERPRET="1")
+    log = (tmp_path / "gpu_day.log").read_text()
+    assert result.returncode == 0, result.stdout + log
+    rows = _rows(tmp_path)
+    assert all(row["date"] and row["torch"] and row["triton"] and row["commit"] for row in rows)
+    assert not any(str(tmp_path) in cell for row in rows for cell in row.values()), "a path of this machine in a row"
+    right = [row for row in rows if row["stage"] == "right"]
+    assert {row["subject"] for row in right if (row["variant"], row["value"]) == ("check", "right")} == KERNELS
+    assert any(row["subject"] == "triton_swiglu" and "passed" in row["value"] for row in right)
+    both = {(row["subject"], row["variant"]) for row in rows if row["stage"] == "fast" and row["metric"] == "both"}
+    assert {kernel for kernel, variant in both if variant == "arc_kernels"} == KERNELS
+    assert {kernel for kernel, variant in both if variant == "torch eager"} == KERNELS
+    step = {(row["metric"], row["variant"]): row for row in rows if row["stage"] == "step"}
+    for variant in VARIANTS:
+        assert float(step["step time", variant]["value"]) > 0 and step["step time", variant]["note"] == "ZeRO-3"
+        assert float(step["loss", variant]["ratio"]) == pytest.approx(1, abs=1e-4)
+        assert float(step["gradient norm", variant]["ratio"]) == pytest.approx(1, abs=1e-4)
+        assert float(step["time in products", variant]["value"]) > 0 and step["floor of all", variant]["value"]
+    program = {row["subject"]: row["value"] for row in rows if row["stage"] == "program"}
+    assert program["losses"] == "bit-equal" and program["stopped run"] == "exit code 75"
+    summary = (tmp_path / "cpu.md").read_text()
+    assert all(f"### {stage}" in summary for stage in ("environment", "right", "step", "fast", "program"))
+
+
+def test_a_stage_that_raises_or_hangs_leaves_one_row_and_the_next_one_runs(
+    tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = {
+        "right": "raise RuntimeError('no such kernel')",
+        "step": "import os; os.kill(os.getpid(), 11)",
+        "fast": "import time; time.sleep(60)",
+        "program": "context.result('program', 'ran')",
+    }
+    (tmp_path / "fake").mkdir()
+    for name, body in stages.items():
+        (tmp_path / "fake" / f"{name}.py").write_text(f"def run(context):\n    {body}\n")
+    runner = tmp_path / "runner.py"
+    runner.write_text(
+        f"import sys\nsys.path.insert(0, {str(PROGRAM.parent)!r})\nimport gpu_day, gpu_stages\n"
+        f"gpu_stages.__path__.insert(0, {str(tmp_path / 'fake')!r})\nraise SystemExit(gpu_day.main())\n"
+    )
+    monkeypatch.setattr(tools, "__file__", str(runner))
+    monkeypatch.setattr(tools, "GRACE_S", 1.0)
+    day = tools.Day(stages=tuple(stages), minutes=1 / 6, rehearse=True, out=tmp_path / "out")
+    monkeypatch.setattr(tools, "BUDGETS_S", dict.fromkeys(stages, 10.0))
+    assert tools.run_day(day, None) == 1
+    found = {row["stage"]: (row["value"], row["note"]) for row in _rows(tmp_path / "out")}
+    assert found["right"] == ("failed", "RuntimeError: no such kernel")
+    assert found["step"][0] == "ended early" and "exit code -11" in found["step"][1]
+    assert found["fast"][0] == "ended early" and "the time was up" in found["fast"][1]
+    assert found["program"][0] == "ran"
+    assert "no such kernel" in (tmp_path / "out" / "tracebacks.txt").read_text()
+
+
+def test_a_later_run_replaces_the_rows_of_its_stages_alone(tools: ModuleType, tmp_path: Path) -> None:
+    summary, rows = importlib.import_module("gpu_stages.summary"), importlib.import_module("rows")
+    path = tmp_path / "cpu.csv"
+    file = rows.RowFile(path, "x")
+    file.append([rows.Row(stage=stage, subject="one") for stage in ("step", "fast", "step")])
+    summary.drop_stages(path, ["step"])
+    assert [row["stage"] for row in summary.read_rows(path)] == ["fast"]
+    summary.drop_stages(path, ["fast"])
+    assert not path.exists() and summary.summarize([]) == "not measured\n"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "family"),
+    [
+        ("norm_forward_kernel", "norms"),
+        ("forward_kernel", "attention"),
+        ("swiglu_backward_kernel", "SwiGLU"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32", "products"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("void at::native::index_elementwise_kernel<128, 4>", "by index"),
+        ("ncclDevKernel_AllGather_RING_LL", "collectives"),
+        ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>", "other"),
+    ],
+)
+def test_kernels_are_put_into_families_by_their_names(tools: ModuleType, kernel: str, family: str) -> None:
+    assert importlib.import_module("gpu_stages.step").family_of(kernel) == family
+
+
+def test_a_smaller_gpu_gets_a_smaller_step(tools: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = importlib.import_module("gpu_stages.step")
+
+    def sizes(gib: float) -> list[Any]:
+        monkeypatch.setattr(step, "free_memory_bytes", lambda _: gib * 2**30)
+        return step._sizes_that_fit("cuda")
+
+    assert sizes(139)[0] == step.PAPER
+    assert sizes(78)[0] != step.PAPER and step.estimated_bytes(sizes(78)[0]) < 78 * 2**30
+    assert sizes(2) == []
+    # The paper's models alone: weights, float32 master weights, gradients and moments, and the decoder.
+    assert step.estimated_bytes(step.PAPER) > 20 * 3.0e9 + 2 * 8.0e9
+
+
+def test_the_readme_shows_the_summary_of_the_measured_folder(tools: ModuleType) -> None:
+    text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    assert tools.with_measured(text) == text, "run python tools/gpu_day.py --readme"
+    assert tools.with_measured(text.replace("no GPU so far", "")) == text

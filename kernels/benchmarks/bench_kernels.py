@@ -18,6 +18,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no kernel is called {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
         return 2
     chosen = [case for case in every if not arguments.kernel or case.kernel in arguments.kernel]
+    chosen = [case for case in chosen if arguments.shape in (None, case.shape)]
     if arguments.check:
         return _check(chosen, warms=arguments.warm)
     if not torch.cuda.is_available():
@@ -94,9 +96,10 @@ def _check(chosen: list[Case], *, warms: bool) -> int:
 def _warm(case: Case, device: torch.device) -> None:
     """Run all implementations once, forward and backward, so that the compilers' caches hold them."""
     inputs = _leaves(case, device)
-    for name, function in _implementations(case, compiles=True):
-        reason = _cannot_run(lambda f=function: _runner(f, inputs, case.wants_grad, "both")())
-        print(f"warm: {case.kernel} {name} {reason}", flush=True)
+    with _graphs_can_be_kept():
+        for name, function in _implementations(case, compiles=True):
+            reason = _cannot_run(lambda f=function: _runner(f, inputs, case.wants_grad, "both")())
+            print(f"warm: {case.kernel} {name} {reason}", flush=True)
     torch.compiler.reset()
 
 
@@ -136,19 +139,30 @@ def measure_case(
         return [_word(case, OURS, "not timed", "the reference does not fit this GPU; try --quick")]
     if findings:
         return [_word(case, OURS, "wrong", "; ".join(findings))]
-    inputs = _leaves(case, device)
+    with _graphs_can_be_kept():
+        rows = _time_case(case, device, ceilings, compiles=compiles, max_rounds=max_rounds)
+    torch.compiler.reset()  # or the variants of earlier cases would count against its limit of recompilations
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _time_case(case: Case, device: torch.device, ceilings: Ceilings, *, compiles: bool, max_rounds: int) -> list[Row]:
+    """The rows of a case that is right."""
     rows: list[Row] = []
-    functions: dict[str, Function] = {}
-    ours = _tuple(_ours(case)(**inputs))
+    # Each has inputs of its own: Liger's SwiGLU writes the gradients over them.
+    fit: dict[str, tuple[Function, dict[str, Tensor]]] = {}
+    ours = _tuple(_ours(case)(**_leaves(case, device)))
     for name, function in _implementations(case, compiles=compiles):
+        inputs = _leaves(case, device)
         reason = "" if name == OURS else _unfit(function, inputs, ours)
         if reason:
             rows.append(_word(case, name, "left out", reason))
         else:
-            functions[name] = function
+            fit[name] = function, inputs
     for mode in MODES:
         runners = {}
-        for name, function in functions.items():
+        for name, (function, inputs) in fit.items():
             runner = _runner(function, inputs, case.wants_grad, mode)
             reason = "" if name == OURS else _cannot_run(runner)
             if reason:
@@ -156,10 +170,18 @@ def measure_case(
             else:
                 runners[name] = runner
         rows += _time_mode(case, mode, runners, device, ceilings, max_rounds)
-    torch.compiler.reset()  # or the variants of earlier cases would count against its limit of recompilations
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return rows
+
+
+@contextmanager
+def _graphs_can_be_kept() -> Iterator[None]:
+    """Compiled backwards do not take over what forward has saved: one that does, as in the cache after `_warm`, refuses
+    a graph that is kept, and backward alone is timed over such a graph.
+    """
+    from torch._functorch import config
+
+    with config.patch(donated_buffer=False):
+        yield
 
 
 def _time_mode(
@@ -190,15 +212,12 @@ def _unfit(function: Function, inputs: dict[str, Tensor], ours: tuple[Tensor, ..
 
 def _cannot_run(run: Callable[[], Any]) -> str:
     """The error of a call, in one line; nothing if it runs. An error of a GPU may only show when it is waited for."""
-    from triton.errors import TritonError
-
     try:
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, TritonError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return f"{type(error).__name__}: {reason[:120]}"
+    except Exception as error:  # of any library: what it cannot do is a row, and the others go on
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
 
 
@@ -206,7 +225,7 @@ def _implementations(case: Case, *, compiles: bool) -> Iterator[tuple[str, Funct
     yield OURS, _ours(case)
     eager = case.eager or case.function
     yield "torch eager", _under("reference", eager)
-    if compiles:
+    if compiles and case.is_compiled:
         # Compiled for these very shapes, which is the best case for it.
         yield "torch.compile", _under("reference", torch.compile(eager, dynamic=False))
     for name, function in case.baselines.items():
@@ -280,9 +299,7 @@ def _row(
 
 def _word(case: Case, name: str, word: str, note: str) -> Row:
     print(f"  {name}: {word}: {note}", flush=True)
-    return Row(
-        stage=STAGE, subject=case.kernel, case=case.shape, variant=name, metric="result", value=word, note=note
-    )
+    return Row(stage=STAGE, subject=case.kernel, case=case.shape, variant=name, metric="result", value=word, note=note)
 
 
 def _line(name: str, mode: str, *figures: object) -> str:
@@ -292,6 +309,7 @@ def _line(name: str, mode: str, *figures: object) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Time the Triton kernels on a GPU; see the file's docstring.")
     parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="only these, such as swiglu attention")
+    parser.add_argument("--shape", metavar="TEXT", help="only the cases of this shape, as the output names it")
     parser.add_argument("--quick", action="store_true", help="fewer rows and shorter segments")
     parser.add_argument("--check", action="store_true", help="small cases, compared with the reference, not timed")
     parser.add_argument("--full", action="store_true", help="with --check: cases as large as the timed ones")

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
+
+COMMIT_VARIABLE = "ARC_DS_COMMIT"
+"""In the environment: what `commit` says, for a copy of the files without git's folder."""
 
 _HERE = Path(__file__).resolve().parent
 
 
 def commit() -> str:
-    """The commit of this checkout, with "-changed" where the kernels differ from it; "unknown" outside a checkout."""
+    """The commit of this checkout, with "-changed" where the kernels differ from it; "unknown" outside a checkout.
+
+    COMMIT_VARIABLE overrides it.
+    """
+    if given := os.environ.get(COMMIT_VARIABLE):
+        return given
     try:
         head = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "--", "../arc_kernels")

@@ -1,24 +1,27 @@
 """Times our attention against PyTorch's FlashAttention over head sizes, masks and lengths, and keeps who is faster.
 
-    python kernels/benchmarks/choose_attention.py [--write]
+    python kernels/benchmarks/choose_attention.py [--write] [--table FILE] [--seconds S]
 
 Forward and backward together, bfloat16, 32 query heads on 8 kv heads, about 16,384 rows of segments of one length; the
 encoder's mask (both directions), the pooled layer (one query for eight keys) and the decoder's (causal). `--write`
-replaces this GPU's rows in kernels/arc_kernels/attention/measured.py, which `auto` decides by; commit it. Both sides
-are compared before they are timed.
+replaces this GPU's rows in kernels/arc_kernels/attention/measured.py, which `auto` decides by, or in a copy of it that
+`--table` names; commit it. Both sides are compared before they are timed. After S seconds no further shape is begun,
+and the table holds those that are done.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_attention import Layer, attention_case
+from gpu_attention import Layer, attention_case, varlen
 from gpu_cases import Case, Function
 from gpu_checks import same_result
 from gpu_timing import interleaved
@@ -27,7 +30,7 @@ from arc_kernels.attention import measured
 from arc_kernels.attention.measured import Measured
 
 ROWS = 16_384
-HEAD_DIMS = (64, 80, 128)
+HEAD_DIMS = (128, 64, 80)  # the most common one first
 LENGTHS = (256, 1024, 4096, 16_384)
 NUM_HEADS, NUM_KV_HEADS, FACTOR = 32, 8, 8
 TABLE = Path(measured.__file__)
@@ -39,12 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no GPU: nothing measured")
         return 0
-    rows = [row for layer in layers() if (row := _measure(layer)) is not None]
-    if arguments.write:
+    ends = time.monotonic() + arguments.seconds
+    results = [_measure(layer) for layer in layers() if time.monotonic() < ends]
+    rows = [row for row in results if row is not None]
+    if arguments.write and rows:
         others = [row for row in measured.MEASURED if row.gpu != torch.cuda.get_device_name()]
-        write_table(TABLE, [*others, *rows])
-        print(f"{TABLE.name}: {len(rows)} rows of {torch.cuda.get_device_name()}")
-    return 0 if len(rows) == len(list(layers())) else 1
+        write_table(arguments.table, [*others, *rows])
+        print(f"{arguments.table.name}: {len(rows)} of {len(list(layers()))} rows of {torch.cuda.get_device_name()}")
+    return 0 if len(rows) == len(results) else 1
 
 
 def layers() -> Iterator[Layer]:
@@ -79,7 +84,7 @@ def _measure(layer: Layer) -> Measured | None:
     case = attention_case(layer)
     device = torch.device("cuda")
     inputs = {name: x.requires_grad_(name in case.wants_grad) for name, x in case.inputs(device).items()}
-    ours, flash = (partial(case.function, backend=backend) for backend in ("triton", "flash"))
+    ours, flash = partial(case.function, backend="triton"), partial(varlen, layer)
     shape = f"{layer.name} H={layer.head_dim} {max(layer.queries)} x {max(layer.keys)}"
     if not same_result(flash(**inputs), ours(**inputs)):
         print(f"{shape}: FlashAttention and ours differ; run bench_kernels.py --kernel attention")
@@ -108,6 +113,8 @@ def _forward_backward(case: Case, function: Function, inputs: dict[str, torch.Te
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Which attention is faster on this GPU; see the file's docstring.")
     parser.add_argument("--write", action="store_true", help="replace this GPU's rows in the table that auto reads")
+    parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="where (default: the table itself)")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="for all (default: no limit)")
     return parser
 
 

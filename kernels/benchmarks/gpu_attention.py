@@ -5,6 +5,7 @@ Shape letters: T query rows, U key rows, N heads, K kv heads, H head size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -18,6 +19,8 @@ from gpu_cases import BYTES, Case, Floor, Function, Scale, angles, normal
 from torch import Tensor
 
 import arc_kernels as ak
+
+VARLEN = "varlen_attn (torch)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +87,12 @@ def attention_case(layer: Layer) -> Case:
             backward_flops=5 * product,
         ),
         baselines={
-            "varlen_attn (torch)": partial(function, backend="flash"),
+            VARLEN: partial(varlen, layer),
             "SDPA, a loop": partial(_sdpa_loop, layer),
             "FlexAttention": partial(_flex, layer),
         }
         | ({"FlashAttention-3": partial(_flash3, layer)} if find_spec("flash_attn_interface") else {}),
+        is_compiled=False,  # nearly all of its time is that of scaled_dot_product_attention, which stays as it is
         compiled_baselines=frozenset({"FlexAttention"}),
     )
 
@@ -111,7 +115,7 @@ def _rotary_case(layer: Layer) -> Case:
         inputs=inputs,
         baselines={
             "rotary before": partial(_turned_before, plain.function),
-            "rotary, varlen_attn (torch)": partial(_turned_before, partial(plain.function, backend="flash")),
+            f"rotary, {VARLEN}": partial(_turned_before, partial(varlen, layer)),
         },
         compiled_baselines=frozenset(),
     )
@@ -139,6 +143,22 @@ def _turned_before(
 
 def _cu(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def varlen(
+    layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> Tensor:
+    """FlashAttention as PyTorch has it.
+
+    Not through our backend "flash", which wants a later torch. Up to 2.11 `varlen_attn` has no word for grouped heads;
+    its kernels take them all the same.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    window = (-1, 0) if layer.causal else (-1, -1)
+    longest = max(layer.queries), max(layer.keys)
+    return varlen_attn(q_TNH, k_UKH, v_UKH, cu_seqlens_q, cu_seqlens_k, *longest, window_size=window, **grouped)
 
 
 def _sdpa_loop(layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, **_: Tensor) -> Tensor:
@@ -190,8 +210,8 @@ def _block_mask(layer: Layer, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     mask = _segment_mask(layer, device)
-    rows_q, rows_k = sum(layer.queries), sum(layer.keys)
-    return create_block_mask(mask, None, None, rows_q, rows_k, device=device, _compile=device.type == "cuda")
+    # Eagerly: a few GB for a moment, where compiling it would take seconds for each shape.
+    return create_block_mask(mask, None, None, sum(layer.queries), sum(layer.keys), device=device)
 
 
 def _segment_mask(layer: Layer, device: torch.device) -> Callable[..., Tensor]:

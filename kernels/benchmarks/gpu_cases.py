@@ -74,6 +74,10 @@ class Case:
     """Plain torch where it is not the reference; torch.compile compiles it too."""
 
     baselines: Mapping[str, Function] = field(default_factory=dict)
+    """They import what they need when they are called: a library that cannot be imported costs its own rows alone."""
+
+    is_compiled: bool = True
+    """Whether torch.compile of the plain torch function is measured too."""
 
     compiled_baselines: frozenset[str] = frozenset()
     """Those of the baselines that torch.compile compiles, which takes seconds."""
@@ -117,15 +121,19 @@ def _rms_norm(rows: int, width: int) -> Case:
         x, weight = normal(device, (rows, width), (width,))
         return {"x_TD": x, "weight_D": weight}
 
-    baselines: dict[str, Function] = {"F.rms_norm": lambda x_TD, weight_D: F.rms_norm(x_TD, (width,), weight_D, EPS)}
-    if find_spec("liger_kernel"):
+    def liger(x_TD: Tensor, weight_D: Tensor) -> Tensor:
         from liger_kernel.transformers.functional import liger_rms_norm
 
-        baselines["Liger"] = lambda x_TD, weight_D: liger_rms_norm(x_TD, weight_D, EPS, in_place=False)
-    if find_spec("quack"):
+        return liger_rms_norm(x_TD, weight_D, EPS, in_place=False)
+
+    def quack(x_TD: Tensor, weight_D: Tensor) -> Tensor:
         from quack import rmsnorm
 
-        baselines["quack"] = lambda x_TD, weight_D: rmsnorm(x_TD, weight_D, eps=EPS)
+        return rmsnorm(x_TD, weight_D, eps=EPS)
+
+    baselines: dict[str, Function] = {"F.rms_norm": lambda x_TD, weight_D: F.rms_norm(x_TD, (width,), weight_D, EPS)}
+    baselines |= {"Liger": liger} if find_spec("liger_kernel") else {}
+    baselines |= {"quack": quack} if find_spec("quack") else {}
     return Case(
         kernel="rms_norm",
         shape=f"T={rows} D={width}",
@@ -201,11 +209,11 @@ def _swiglu(rows: int, width: int) -> Case:
         gate, up = normal(device, (rows, width), (rows, width))
         return {"gate_TF": gate, "up_TF": up}
 
-    baselines: dict[str, Function] = {}
-    if find_spec("liger_kernel"):
+    def liger(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
         from liger_kernel.transformers.functional import liger_swiglu
 
-        baselines["Liger"] = lambda gate_TF, up_TF: liger_swiglu(gate_TF, up_TF)
+        return liger_swiglu(gate_TF, up_TF)  # backward writes the gradients over gate and up
+
     return Case(
         kernel="swiglu",
         shape=f"T={rows} F={width}",
@@ -213,7 +221,7 @@ def _swiglu(rows: int, width: int) -> Case:
         inputs=inputs,
         wants_grad=("gate_TF", "up_TF"),
         floor=Floor(forward_bytes=3 * rows * width * BYTES, backward_bytes=5 * rows * width * BYTES),
-        baselines=baselines,
+        baselines={"Liger": liger} if find_spec("liger_kernel") else {},
     )
 
 
@@ -336,9 +344,10 @@ def _cross_entropy_baselines() -> Iterator[tuple[str, Function]]:
 
         yield "F.linear_cross_entropy", torch_chunked
     if find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         def liger(h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
             return liger_fused_linear_cross_entropy(h_LD, weight_VD, labels_L, reduction="sum")
 
         yield "Liger", liger

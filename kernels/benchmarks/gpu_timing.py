@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,12 @@ FLUSH_BYTES = 1 << 28
 """More than four times the L2 cache of an H200 (60 MB)."""
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
+
+CYCLES_PER_MS = 2_000_000
+"""Of an H200 at its highest clock; at a lower one the GPU waits longer, which does no harm."""
+
+MAX_HEAD_START_MS = 5.0
+"""More is needed by calls alone that wait for the GPU themselves: these cannot be queued ahead."""
 
 
 class Timing(NamedTuple):
@@ -50,18 +57,20 @@ def interleaved(
 ) -> list[Timing]:
     """Time all functions in turn, round after round, so that a drift of the clocks meets all of them.
 
-    The L2 cache is overwritten before each call. On a GPU all rounds are queued before the host waits, so the host's
-    share is hidden if it is the smaller one: cases take more than about 100 microseconds.
+    The L2 cache is overwritten before each call. On a GPU the time is that of the kernels alone: before each call the
+    GPU idles for longer than the host takes to queue the call. Else a norm of 25 microseconds would be timed by the 100
+    that Python takes to launch it.
 
     functions: each is called with no arguments.
     device: where their work runs; the CPU is timed by its clock.
     budget_ms: about how long one function is timed, in at least 5 rounds.
     max_rounds: the most rounds, at least 2; below 5 there is no warm-up either: a rehearsal.
     """
-    clock = _gpu_times if device.type == "cuda" else _cpu_times
+    clock = partial(_gpu_times, _head_starts(functions)) if device.type == "cuda" else _cpu_times
     rounds = max_rounds
     if max_rounds >= MIN_ROUNDS:
-        clock(functions, 2, device)  # compiles and tunes
+        if device.type != "cuda":
+            clock(functions, 2, device)  # compiles and tunes, as `_head_starts` has done on a GPU
         longest_ms = max(statistics.median(times) for times in clock(functions, 3, device))
         rounds = min(max_rounds, max(MIN_ROUNDS, int(budget_ms / max(longest_ms, 1e-3))))
     return [_timing(times) for times in clock(functions, rounds, device)]
@@ -87,12 +96,33 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _gpu_times(functions: Sequence[Callable[[], Any]], rounds: int, device: torch.device) -> list[list[float]]:
-    """Milliseconds of each function in each round."""
+def _head_starts(functions: Sequence[Callable[[], Any]]) -> list[int]:
+    """For each function the cycles in which the host surely queues it. The first call compiles and tunes."""
+    cycles = []
+    for function in functions:
+        times_ms = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            function()
+            times_ms.append(1e3 * (time.perf_counter() - started))
+        cycles.append(int(CYCLES_PER_MS * min(1.5 * min(times_ms) + 0.05, MAX_HEAD_START_MS)))
+    torch.cuda.synchronize()
+    return cycles
+
+
+def _gpu_times(
+    head_starts: Sequence[int], functions: Sequence[Callable[[], Any]], rounds: int, device: torch.device
+) -> list[list[float]]:
+    """Milliseconds of each function in each round.
+
+    head_starts: of each function, the cycles for which the GPU waits before it.
+    """
     cache = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
     events = []
     for _ in range(rounds):
-        for function in functions:
+        for function, cycles in zip(functions, head_starts, strict=True):
+            torch.cuda._sleep(cycles)
             cache.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -7,11 +7,13 @@ import importlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.tiny_run import ROOT
 
@@ -116,6 +118,141 @@ def test_a_stage_that_raises_or_hangs_leaves_one_row_and_the_next_one_runs(
     assert found["fast"][0] == "ended early" and "the time was up" in found["fast"][1]
     assert found["program"][0] == "ran"
     assert "no such kernel" in (tmp_path / "out" / "tracebacks.txt").read_text()
+
+
+def test_every_case_is_checked_by_one_process(
+    tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, bench = importlib.import_module("gpu_stages.right"), importlib.import_module("bench_kernels")
+    checked: list[tuple[str, str]] = []
+
+    def start(_folder: Path, kernel: str, num_cases: int, *options: str) -> None:
+        arguments = bench._parser().parse_args(options)
+        assert arguments.check and arguments.full and arguments.warm and arguments.kernel == [kernel]
+        of_kernel = [case for case in bench.all_cases(bench.FULL) if case.kernel == kernel]
+        found = [case for case in of_kernel if arguments.shape in (None, case.shape)]
+        assert len(found) == num_cases
+        checked.extend((case.kernel, case.shape) for case in found)
+
+    monkeypatch.setattr(right, "_start_check", start)
+    _, context = _step_stage(tmp_path, monkeypatch)
+    list(right._start_checks(replace(context, rehearse=False), tmp_path))
+    assert sorted(checked) == sorted((case.kernel, case.shape) for case in bench.all_cases(bench.FULL))
+
+
+def test_a_test_that_kills_its_worker_counts_once_and_a_half_written_line_not_at_all(
+    tools: ModuleType, tmp_path: Path
+) -> None:
+    right = importlib.import_module("gpu_stages.right")
+    log = tmp_path / "tests.jsonl"
+    reports = [("a", "passed"), ("b", "failed"), ("b", "failed"), ("c", "passed"), ("c", "failed")]
+    lines = [f'{{"test": "{test}", "outcome": "{outcome}", "words": ""}}\n' for test, outcome in reports]
+    log.write_text("".join(lines) + '{"test": "d", "out')
+    found = {entry["test"]: entry["outcome"] for entry in right._read_entries(log)}
+    assert found == {"a": "passed", "b": "failed", "c": "failed"}
+    assert right._read_entries(tmp_path / "absent") == []
+
+
+def test_a_file_of_tests_that_cannot_be_imported_is_in_the_log(tools: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "test_good.py").write_text("def test_one():\n    pass\n")
+    (tmp_path / "test_bad.py").write_text("import no_such_package\n")
+    log, right = tmp_path / "log", importlib.import_module("gpu_stages.right")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_stages.report_plugin", "--test-log", str(log)]
+    command += ["--continue-on-collection-errors", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parent)}
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False)
+    outcomes = {Path(entry["test"].split("::")[0]).stem: entry for entry in right._read_entries(log)}
+    assert {name: entry["outcome"] for name, entry in outcomes.items()} == {"test_good": "passed", "test_bad": "failed"}
+    assert "no_such_package" in outcomes["test_bad"]["words"]
+
+
+def test_without_deepspeeds_engine_the_step_is_that_of_plain_torch(
+    tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, context = _step_stage(tmp_path, monkeypatch)
+    calls: list[str] = []
+
+    def measure(_context: Any, _size: Any, engine_name: str) -> None:
+        calls.append(engine_name)
+        if engine_name == "ZeRO-3":
+            raise RuntimeError("NCCL does not start")
+
+    monkeypatch.setattr(step, "find_spec", lambda _: True)
+    monkeypatch.setattr(step, "_measure", measure)
+    step.run(context)
+    assert calls == ["ZeRO-3", "plain PyTorch"]
+    (row,) = _rows(tmp_path)
+    assert (row["subject"], row["value"]) == ("step by ZeRO-3", "failed") and "NCCL does not start" in row["note"]
+
+
+def test_a_size_that_does_not_fit_is_followed_by_a_smaller_one(
+    tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, context = _step_stage(tmp_path, monkeypatch)
+    calls: list[tuple[int, str]] = []
+
+    def measure(_context: Any, size: Any, engine_name: str) -> None:
+        calls.append((size.batch_size, engine_name))
+        if size.batch_size > 4:
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(step, "find_spec", lambda _: True)
+    monkeypatch.setattr(step, "_measure", measure)
+    monkeypatch.setattr(step, "_sizes_that_fit", lambda _: [replace(step.PAPER, batch_size=n) for n in (16, 8, 4, 2)])
+    step.run(replace(context, rehearse=False))
+    assert calls == [(16, "ZeRO-3"), (8, "ZeRO-3"), (4, "ZeRO-3")]
+
+
+TWO_ENGINES = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from gpu_stages import step
+from gpu_stages.context import StageContext
+
+context = StageContext.of("step", rehearse=True, out=Path(sys.argv[1]), seconds=300)
+measure_variant, calls = step._measure_variant, []
+
+def measure(*arguments):
+    calls.append(1)
+    if len(calls) == 1:
+        raise torch.OutOfMemoryError("no room")
+    measure_variant(*arguments)
+
+step._measure_variant = measure
+assert not step._measure_if_it_fits(context, step.TOY, ["ZeRO-3"])
+step._free_memory()
+assert step._measure_if_it_fits(context, replace(step.TOY, batch_size=1), ["ZeRO-3"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_engine_starts_where_a_first_one_ran_out_of_memory(tmp_path: Path) -> None:
+    folders = (ROOT, ROOT / "kernels", ROOT / "kernels" / "benchmarks", ROOT / "tools")
+    result = subprocess.run(
+        [sys.executable, "-c", TWO_ENGINES, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, folders)),
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = _rows(tmp_path)
+    assert {row["variant"] for row in rows if row["metric"] == "step time"} == set(VARIANTS)
+
+
+def _step_stage(out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, Any]:
+    """The module of the stage, and its context for a rehearsal without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    context = importlib.import_module("gpu_stages.context").StageContext.of("step", rehearse=True, out=out, seconds=60)
+    return importlib.import_module("gpu_stages.step"), context
 
 
 def test_a_later_run_replaces_the_rows_of_its_stages_alone(tools: ModuleType, tmp_path: Path) -> None:

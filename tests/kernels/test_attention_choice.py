@@ -104,3 +104,19 @@ def test_the_table_is_written_so_that_it_reads_back(monkeypatch: pytest.MonkeyPa
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         assert [tuple(row) for row in module.MEASURED] == sorted(tuple(row) for row in rows)
+
+
+def test_a_table_that_runs_out_of_time_holds_what_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    program = importlib.import_module("choose_attention")
+    clock = iter([0.0, 1.0, 2.0, *[9.0] * 99])
+    monkeypatch.setattr(program.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "G")
+    monkeypatch.setattr(program, "_measure", lambda layer: _row(max(layer.keys), 1.5, head_dim=layer.head_dim))
+    table, before = tmp_path / "measured.py", program.TABLE.read_text(encoding="utf-8")
+    table.write_text(before, encoding="utf-8")
+    assert program.main(["--write", f"--table={table}", "--seconds=5"]) == 0
+    assert table.read_text(encoding="utf-8").count("flash_over_ours=1.5") == 2
+    assert program.TABLE.read_text(encoding="utf-8") == before

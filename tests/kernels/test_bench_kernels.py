@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,6 +97,54 @@ def test_a_baseline_that_computes_something_else_or_fails_is_a_row_that_says_so(
     assert "backward" in notes["half", "left out"] or "both" in notes["half", "left out"]
 
 
+def test_a_baseline_that_writes_over_its_inputs_spoils_nothing(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[float]] = {"before": [], "after": []}
+
+    class WritesOverGate(torch.autograd.Function):  # as Liger's SwiGLU does
+        @staticmethod
+        def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(gate, up)
+            return torch.nn.functional.silu(gate) * up
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            gate, up = (x.data for x in ctx.saved_tensors)
+            return gate.fill_(1e6), up.fill_(1e6)
+
+    def watches(name: str, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
+        seen[name].append(float(gate_TF.detach().abs().max()))
+        return ak.swiglu(gate_TF, up_TF)
+
+    baselines = {
+        "before": partial(watches, "before"),
+        "overwriting": lambda gate_TF, up_TF: WritesOverGate.apply(gate_TF, up_TF),
+        "after": partial(watches, "after"),
+    }
+    rows = _time(bench, replace(_case(bench, "swiglu"), baselines=baselines), monkeypatch)
+    assert [row.variant for row in rows if row.metric == "backward"][-2:] == ["overwriting", "after"]
+    assert len(set(seen["before"] + seen["after"])) == 1, "all see the same inputs at every call"
+
+
+def test_a_compiled_backward_can_be_repeated_after_one_that_was_not(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As after the stage "right", which compiles forward and backward together and leaves both in the cache.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    case = _case(bench, "rms_norm")
+    reasons = []
+    for kept in (bench._graphs_can_be_kept(), nullcontext()):
+        torch.compiler.reset()
+        inputs, functions = bench._leaves(case, CPU), dict(bench._implementations(case, compiles=True))
+        with kept:
+            bench._runner(functions["torch.compile"], inputs, case.wants_grad, "both")()
+            reasons.append(
+                bench._cannot_run(bench._runner(functions["torch.compile"], inputs, case.wants_grad, "backward"))
+            )
+    assert reasons[0] == "" and "donated" in reasons[1]
+
+
 def test_what_has_to_be_compiled_is_left_out_if_asked(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(_case(bench, "rms_norm"), compiled_baselines=frozenset({"F.rms_norm"}))
     rows = _time(bench, case, monkeypatch, compiles=False)
@@ -142,6 +192,22 @@ def test_all_functions_are_timed_in_turn_and_the_median_is_robust(monkeypatch: p
     assert calls == ["a", "b"] * 10  # two rounds of warm-up, three that estimate, five that count
     assert fast.median_ms == pytest.approx(2.0) and slow.median_ms == pytest.approx(5.0)
     assert slow.spread_ms == pytest.approx(0.0) and fast.rounds == 5
+
+
+def test_the_gpu_waits_longer_than_the_host_takes_to_queue_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    timing = importlib.import_module("gpu_timing")
+    clock = {"t": 0.0}
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["t"])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    durations = {"quick": iter([3.0, 2e-4, 1e-4]), "waiting": iter([3.0, 0.5, 0.5])}  # the first call compiles
+
+    def call(name: str) -> None:
+        clock["t"] += next(durations[name])
+
+    quick, waiting = timing._head_starts([lambda: call("quick"), lambda: call("waiting")])
+    assert 1e-4 < quick / timing.CYCLES_PER_MS / 1e3 < 5e-4
+    assert waiting == timing.MAX_HEAD_START_MS * timing.CYCLES_PER_MS
 
 
 @pytest.mark.parametrize(("name", "pairs"), [("encoder", 9 + 25), ("pooled", 3 + 5), ("decoder", 6 + 15)])

@@ -269,8 +269,12 @@ def test_the_backend_overrides_the_choice_in_force(device: torch.device, monkeyp
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's varlen FlashAttention needs a GPU")
 @pytest.mark.parametrize("mode", ("full", "causal"))
 def test_flash_attends_as_we_do(mode: str, device: torch.device) -> None:
+    from arc_kernels.attention.flash import flash_serves
+
     case = RAGGED._replace(head_dim=64)
     inputs, spans = inputs_of(case, torch.bfloat16, device), spans_of(case, mode, device)
+    if not flash_serves(inputs["q_TNH"], None):
+        pytest.skip(f"torch {torch.__version__} has no varlen_attn that our backend takes")
     flash = partial(ak.attention_varlen, **spans, backend="flash")
     assert_kernel_close(flash, plain_attention(spans), inputs, wants_grad=INPUTS)
 

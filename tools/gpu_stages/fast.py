@@ -15,8 +15,12 @@ from gpu_timing import measure_ceilings
 from gpu_stages.context import ROOT, StageContext
 
 TABLE = ROOT / "kernels" / "arc_kernels" / "attention" / "measured.py"
-TABLE_SECONDS = 60.0
-"""What the table of attention backends takes, compilation included; a guess until a GPU has shown it."""
+TABLE_SECONDS = 20.0
+"""The least for which the table of attention backends is begun: a third of it, or so; a guess until a GPU has shown it.
+"""
+
+CASE_SECONDS = 10.0
+"""The least for which a case is begun: its rows come together at its end."""
 
 FIRST_CASE = "GPU_DAY_FIRST_CASE"
 """In the environment of a process that was started anew: how many cases were done before."""
@@ -35,7 +39,7 @@ def run(context: StageContext) -> None:
         cases = list({case.kernel: case for case in reversed(cases)}.values())
     left_out = []
     for idx, case in enumerate(cases[int(os.environ.get(FIRST_CASE, 0)) :]):
-        if context.seconds_left() < 0:
+        if context.seconds_left() < (0.0 if context.rehearse else CASE_SECONDS):
             left_out.append(f"{case.kernel} {case.shape}")
             continue
         try:
@@ -59,13 +63,15 @@ def _go_on_if_unusable(context: StageContext, num_done: int) -> None:
 
 
 def _choose_attention(context: StageContext) -> None:
-    """Fill the table by which `auto` chooses attention, and leave a copy of it with the results."""
+    """Fill a copy of the table by which `auto` chooses attention, with the results."""
     if context.rehearse or context.seconds_left() < TABLE_SECONDS:
         reason = "a rehearsal measures no backend" if context.rehearse else "no time left"
         context.result("choose_attention", "left out", f"{reason}; run choose_attention.py --write")
         return
     import choose_attention
 
-    code = choose_attention.main(["--write"])
-    shutil.copy(TABLE, context.out / "attention_measured.py")
-    context.result("choose_attention", "written" if code == 0 else "backends differ", f"copy it to {TABLE}")
+    # A copy: the stage that follows runs the code as it is committed.
+    table = shutil.copy(TABLE, context.out / "attention_measured.py")
+    code = choose_attention.main(["--write", f"--table={table}", f"--seconds={context.seconds_left() - 5:.1f}"])
+    word = "written" if code == 0 else "backends differ"
+    context.result("choose_attention", word, f"copy it to {TABLE.relative_to(ROOT)}")

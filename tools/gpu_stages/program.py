@@ -40,8 +40,10 @@ def run(context: StageContext) -> None:
         whole, stopped = folder / "whole", folder / "stopped"
         other = _start(context, config, whole)
         try:
-            _stop_and_resume(context, config, stopped)
-            _end(context, other, "uninterrupted run", 0)
+            try:
+                _stop_and_resume(context, config, stopped)
+            finally:  # however the stopped run ends, this one shows whether the program trains
+                _end(context, other, "uninterrupted run", 0)
         finally:
             other.kill()
         _compare(context, losses(whole), losses(stopped))

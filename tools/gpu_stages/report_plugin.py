@@ -30,6 +30,13 @@ class _Log:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when != "call" and report.passed:
             return
+        self._write(report)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:  # a file that cannot be imported: its tests are not there to fail
+            self._write(report)
+
+    def _write(self, report: Any) -> None:
         entry = {"test": report.nodeid, "outcome": report.outcome, "words": report.longreprtext[-4000:]}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

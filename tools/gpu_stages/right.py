@@ -1,7 +1,8 @@
-"""Stage "right": are the kernels right? First one process for each kernel, then the tests, many at a time.
+"""Stage "right": are the kernels right? One process for each kernel, and beside them the tests, many at a time.
 
-The first processes compare each kernel with the reference at the paper's shapes, and then run what it will be timed
-against, so that the compilers' caches are full before anything is timed.
+These processes compare each kernel with the reference at the paper's shapes, and then run what it will be timed
+against, so that the compilers' caches are full before anything is timed. A kernel with an alternative that takes long
+to compile has one process for each shape.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -19,11 +22,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bench_kernels import all_cases
-from gpu_cases import TINY
+from gpu_cases import FULL, TINY
 
 from gpu_stages.context import ROOT, TRACEBACKS, StageContext, one_line
 
 BENCH = ROOT / "kernels" / "benchmarks" / "bench_kernels.py"
+TEST_LOG, TEST_WORDS = "tests.jsonl", "tests.log"
 MAX_TEST_PROCESSES = 8
 # Tests that launch nothing on a GPU: they compile for chips that are not there, or start the interpreter.
 WITHOUT_GPU = ("test_offline_compile", "test_dry_launch", "test_bench_kernels", "test_chosen_in_a_run")
@@ -33,21 +37,25 @@ REHEARSED = ("tests/kernels/test_triton_swiglu.py",)
 
 @dataclass(frozen=True, kw_only=True)
 class _Check:
-    """A process that checks one kernel, and the file of its words."""
+    """A process that checks one kernel.
+
+    kernel: its name; "all" for all kernels.
+    num_cases: how many verdicts are to be expected.
+    process: with `words`, the file of its output.
+    """
 
     kernel: str
+    num_cases: int
     process: subprocess.Popen[bytes]
     words: Path
 
 
 def run(context: StageContext) -> None:
     """Append one row for each case of each kernel, and one for each file of tests."""
-    checks = [] if context.rehearse else list(_start_checks(context))
-    if context.rehearse:  # one process: it would import torch a dozen times on two cores
-        checks = [_start_check(context, None)]
-    log = context.out / "tests.jsonl"
-    log.unlink(missing_ok=True)
-    tests = _start_tests(context, log)
+    # Not among the results: a stage that is killed would leave two dozen files there.
+    folder = Path(tempfile.mkdtemp(prefix="gpu_day_right_"))
+    checks = list(_start_checks(context, folder))
+    tests = _start_tests(context, folder)
     try:
         for check in checks:
             _wait(check.process, context.deadline)
@@ -58,32 +66,47 @@ def run(context: StageContext) -> None:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    _report_tests(context, log, tests.returncode)
+    _report_tests(context, folder, tests.returncode)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_checks(context: StageContext) -> Iterator[_Check]:
-    for kernel in sorted({case.kernel for case in all_cases(TINY)}):
-        yield _start_check(context, kernel)
+def _start_checks(context: StageContext, folder: Path) -> Iterator[_Check]:
+    """One process for each kernel, or for each case of a kernel that has alternatives which are compiled."""
+    if context.rehearse:  # one process: it would import torch a dozen times on two cores
+        yield _start_check(folder, "all", len(all_cases(TINY)), "--check")
+        return
+    options = ("--check", "--full", "--warm", "--kernel")
+    cases = all_cases(FULL)
+    for kernel in sorted({case.kernel for case in cases}):
+        of_kernel = [case for case in cases if case.kernel == kernel]
+        if any(case.compiled_baselines for case in of_kernel):
+            for case in of_kernel:
+                yield _start_check(folder, kernel, 1, *options, kernel, "--shape", case.shape)
+        else:
+            yield _start_check(folder, kernel, len(of_kernel), *options, kernel)
 
 
-def _start_check(context: StageContext, kernel: str | None) -> _Check:
-    words = context.out / f"check_{kernel or 'all'}.log"
-    options = ["--check"] if context.rehearse else ["--check", "--full", "--warm"]
-    options += ["--kernel", kernel] if kernel else []
-    with words.open("wb") as file:
-        process = subprocess.Popen([sys.executable, str(BENCH), *options], stdout=file, stderr=subprocess.STDOUT)
-    return _Check(kernel=kernel or "all", process=process, words=words)
+def _start_check(folder: Path, kernel: str, num_cases: int, *options: str) -> _Check:
+    handle, words = tempfile.mkstemp(prefix=f"check_{kernel}_", suffix=".log", dir=folder)
+    # Two dozen processes share the cores: without pools of compiling processes of their own.
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    with os.fdopen(handle, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(BENCH), *options], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+    return _Check(kernel=kernel, num_cases=num_cases, process=process, words=Path(words))
 
 
-def _start_tests(context: StageContext, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_stages.report_plugin", "--test-log", str(log)]
+def _start_tests(context: StageContext, folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_stages.report_plugin"]
+    command += ["--test-log", str(folder / TEST_LOG), "--continue-on-collection-errors"]
     if not context.rehearse and find_spec("xdist"):
         num_processes = min(MAX_TEST_PROCESSES, max(1, len(os.sched_getaffinity(0)) // 2))
         command += ["--numprocesses", str(num_processes), "--dist", "worksteal", "--max-worker-restart", "50"]
     files = sorted(path for path in (ROOT / "tests" / "kernels").glob("test_*.py") if path.stem not in WITHOUT_GPU)
     command += ["-p", "no:cacheprovider", *(REHEARSED if context.rehearse else map(str, files))]
     path = os.pathsep.join([str(ROOT / "tools"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    with (context.out / "tests.log").open("wb") as words:
+    with (folder / TEST_WORDS).open("wb") as words:
         return subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=words, stderr=subprocess.STDOUT
         )
@@ -108,15 +131,31 @@ def _report_check(context: StageContext, check: _Check) -> None:
     if check.process.returncode not in (0, 1):
         cause = "the time was up" if check.process.returncode == -9 else f"exit code {check.process.returncode}"
         last = text.strip().splitlines()[-1:] or [""]
-        context.result(check.kernel, "ended early", f"{cause}: {last[0]}", variant="check")
+        # After the verdicts it only fills caches.
+        word = "ended early" if len(found) < check.num_cases else "not all compiled"
+        context.result(check.kernel, word, f"{cause}: {last[0]}", variant="check")
     if any("Traceback" in line for line in text.splitlines()):
         with (context.out / TRACEBACKS).open("a", encoding="utf-8") as file:
             file.write(f"== right: check of {check.kernel}\n{text}\n")
-    check.words.unlink()
 
 
-def _report_tests(context: StageContext, log: Path, code: int | None) -> None:
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+def _read_entries(log: Path) -> list[dict[str, str]]:
+    """What the plugin has written, one entry for each test: a worker that a test has killed is a second report of it.
+
+    The last line may be half written.
+    """
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    by_test: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        before = by_test.get(entry["test"])
+        if before is None or before["outcome"] != "failed":
+            by_test[entry["test"]] = entry
+    return list(by_test.values())
+
+
+def _report_tests(context: StageContext, folder: Path, code: int | None) -> None:
+    entries = _read_entries(folder / TEST_LOG)
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
     failures: dict[str, list[str]] = defaultdict(list)
     for entry in entries:
@@ -132,7 +171,5 @@ def _report_tests(context: StageContext, log: Path, code: int | None) -> None:
         context.result(subject, value, ", ".join(failures[subject]), variant="tests")
     if code not in (0, 1):
         why = "the time was up" if code == -9 else f"pytest ended with code {code}"
-        words = (context.out / "tests.log").read_text(encoding="utf-8", errors="replace").strip()
+        words = (folder / TEST_WORDS).read_text(encoding="utf-8", errors="replace").strip()
         context.result("tests", "ended early", f"{why}; {one_line(words[-200:])}", variant="tests")
-    for path in (log, context.out / "tests.log"):
-        path.unlink(missing_ok=True)

@@ -99,17 +99,36 @@ VARIANTS = (
 
 def run(context: StageContext) -> None:
     """Append the rows of all variants at the largest size that fits."""
-    engine_name = "ZeRO-3" if find_spec("deepspeed") else "plain PyTorch"
-    sizes = [TOY] if context.rehearse else _sizes_that_fit(context.device)
-    for size in sizes:
+    engines = ["ZeRO-3", "plain PyTorch"] if find_spec("deepspeed") else ["plain PyTorch"]
+    try:
+        for size in [TOY] if context.rehearse else _sizes_that_fit(context.device):
+            if _measure_if_it_fits(context, size, engines):
+                return
+            _free_memory()
+    finally:
+        dist.close_distributed()  # not before: DeepSpeed keeps the first process group, and cannot take another
+    context.result("step", "not measured", "no size fits this GPU; its memory is taken, or under 12 GiB")
+
+
+def _measure_if_it_fits(context: StageContext, size: StepSize, engines: Sequence[str]) -> bool:
+    """Measure by the first engine that starts; False if the GPU's memory is too small for this size."""
+    for engine_name in engines:
         try:
             _measure(context, size, engine_name)
-            return
+            return True
         except torch.OutOfMemoryError as error:
             context.failure(f"{size}", error)
-        gc.collect()
-        torch.cuda.empty_cache()
-    context.result("step", "not measured", "no size fits this GPU; its memory is taken, or under 12 GiB")
+            return False
+        except Exception as error:  # without DeepSpeed or NCCL there is still the step of plain PyTorch
+            context.failure(f"step by {engine_name}", error)
+        _free_memory()
+    return True
+
+
+def _free_memory() -> None:
+    """Give back what a failed step has left: engines refer to themselves."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _sizes_that_fit(device: torch.device) -> list[StepSize]:
@@ -158,9 +177,11 @@ def _measure(context: StageContext, size: StepSize, engine_name: str) -> None:
                 if variant is VARIANTS[0]:
                     raise
                 context.failure(f"step, {variant.name}", error)
-                torch.cuda.empty_cache()
             except Exception as error:
                 context.failure(f"step, {variant.name}", error)
+            else:
+                continue
+            _free_memory()  # after the exception, whose frames hold the step's tensors
 
 
 def _measure_variant(
@@ -332,7 +353,6 @@ def _zero3_step(
         yield step
     finally:
         engine.destroy()
-        dist.close_distributed()
 
 
 @contextmanager

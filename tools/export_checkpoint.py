@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from arc_ds.commands.export import add_arguments, run
 from arc_ds.errors import ArcError
-from arc_ds.export.cli import add_arguments, run
 
 
 def main() -> int:

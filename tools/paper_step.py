@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from arc_ds.data.batches.packing import PackedBatch, pack
-from arc_ds.data.segments import Sample, Segment
+from arc_ds.batch.packing import PackedBatch, pack
+from arc_ds.batch.segments import Sample, Segment
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder

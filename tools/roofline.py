@@ -29,7 +29,7 @@ from paper_step import PAPER, TOY, StepSize, build_models, make_batch
 from roofline_counter import ATTENTION, CROSS_ENTROPY, FAMILIES, PRODUCTS, Row, StepCounter, fused_attention
 
 import arc_kernels as ak
-from arc_ds.training.flops import StepFlops, Work, count_flops
+from arc_ds.planning.flops import StepFlops, Work, count_flops
 from arc_ds.training.loss import micro_batch_loss
 
 Implementation = Literal["ours", "torch"]
@@ -55,7 +55,7 @@ class Count:
     rows: all launches of forward and backward.
     size, implementation, recompute: of the step.
     num_trained: parameters that the optimizer updates.
-    analytic: the products as `arc_ds.training.flops` counts them.
+    analytic: the products as `arc_ds.planning.flops` counts them.
     """
 
     rows: tuple[Row, ...]
@@ -158,7 +158,7 @@ def table(count: Count, *, tflops: float = H200_TFLOPS, gbps: float = H200_GBPS,
 
 
 def check_lines(count: Count) -> list[str]:
-    """Bytes outside products, and the counted products next to those of `arc_ds.training.flops`, a sentence each."""
+    """Bytes outside products, and the counted products next to those of `arc_ds.planning.flops`, a sentence each."""
     analytic = analytic_flops(count)
     weights = count.of(PRODUCTS, CROSS_ENTROPY, phases=("forward", "backward")).flops
     attention = count.of(ATTENTION, phases=("forward", "backward")).flops
@@ -169,14 +169,14 @@ def check_lines(count: Count) -> list[str]:
     return [
         f"Launches without a product move {count.bytes_outside_products / 1e9:.1f} GB.",
         f"Products with weights: {weights / 1e12:.2f} TFLOP here, "
-        f"{analytic.linear / 1e12:.2f} by arc_ds.training.flops.",
+        f"{analytic.linear / 1e12:.2f} by arc_ds.planning.flops.",
         f"Attention: {attention / 1e12:.2f} TFLOP here, "
-        f"{analytic.attention / 1e12:.2f} by arc_ds.training.flops, {reason[count.implementation]}",
+        f"{analytic.attention / 1e12:.2f} by arc_ds.planning.flops, {reason[count.implementation]}",
     ]
 
 
 def analytic_flops(count: Count) -> Work:
-    """The step's products as `arc_ds.training.flops` counts them: with weights, and of attention."""
+    """The step's products as `arc_ds.planning.flops` counts them: with weights, and of attention."""
     flops = count.analytic
     passes = (flops.encoder_forward, flops.encoder_backward, flops.decoder_forward, flops.decoder_backward)
     linear = sum(part.linear for part in passes) + flops.bridge + flops.head

@@ -11,7 +11,7 @@ from pathlib import Path
 from arc_ds.config.lengths import largest_sample
 from arc_ds.config.schema import RunConfig, ShareSchedule, SourceConfig
 from arc_ds.errors import ConfigError
-from arc_ds.urls import is_url, local_path
+from arc_ds.system.urls import is_url, local_path
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 

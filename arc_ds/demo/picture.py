@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from arc_ds.training.metrics_log import read_metrics
+from arc_ds.tracking.metrics_log import read_metrics
 
 LOSS = re.compile(r"^train/loss/(?P<decoder>[^/]+)/(?P<task>[^/]+)$")
 GAP = re.compile(r"^validation/(?P<decoder>[^/]+)/(?P<task>[^/]+)/gap_closed$")

@@ -14,10 +14,10 @@ from pathlib import Path
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.demo import inputs, picture
-from arc_ds.device import num_local_devices
 from arc_ds.errors import ArcError, ConfigError
-from arc_ds.training.exit_codes import EXIT_PREEMPTED
-from arc_ds.training.metrics_log import METRICS_NAME, read_metrics
+from arc_ds.launch.exit_codes import EXIT_PREEMPTED
+from arc_ds.system.device import num_local_devices
+from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 
 RECIPE = Path("ds_configs") / "recipes" / "demo.yaml"
 DEEPSPEED = Path("ds_configs") / "cpu.json"
@@ -120,7 +120,7 @@ def _rows(metrics: Path) -> list[dict[str, float]]:
 
 def _use(export: Path) -> None:
     """A passage of the newest speech: compressed, repeated and continued."""
-    from arc_ds.model.arc import ArcModel, Context
+    from arc_ds.inference.arc import ArcModel, Context
 
     text = inputs.speeches()[1][-1].read_text(encoding="utf-8")
     start = text.find(". ", len(text) // 2) + 2

@@ -9,29 +9,17 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from arc_ds.checkpoints.checkpoint import TrainerState, list_checkpoints, read_trainer_state
+from arc_ds.checkpoints.manifest import find_faults, read_manifest
+from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.errors import CheckpointError
 from arc_ds.model.spec import CompressorSpec
-from arc_ds.training.checkpoint import TrainerState, list_checkpoints, read_trainer_state
-from arc_ds.training.manifest import find_faults, read_manifest
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedFor:
-    """A decoder that a compressor was trained for, and how it was read.
-
-    name: in the run. rope_scaling: whether its rotary scaling was heeded. bos: whether its sequences began with its
-    begin-of-text token.
-    """
-
-    name: str
-    rope_scaling: Literal["checkpoint", "none"]
-    bos: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

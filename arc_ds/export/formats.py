@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from arc_ds.data.tokenizers import check_fits, load_tokenizer
 from arc_ds.errors import WeightsError
 from arc_ds.export.consolidate import TrainedCompressor
-from arc_ds.model.load import ARC_DECODERS, EXPORT_CONFIG, EXPORT_FORMAT, EXPORT_VERSION, EXPORT_WEIGHTS
+from arc_ds.inference.load import ARC_DECODERS, EXPORT_CONFIG, EXPORT_FORMAT, EXPORT_VERSION, EXPORT_WEIGHTS
 from arc_ds.model.weights import write_arc_checkpoint
 from arc_ds.model.weights.arc_spec import params_of_spec
+from arc_ds.tokenizers import check_fits, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

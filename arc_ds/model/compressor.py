@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from arc_ds.data.batches.packing import PackedBatch
-from arc_ds.data.segments import MARKERS, Marker
+from arc_ds.batch.packing import PackedBatch
+from arc_ds.batch.segments import MARKERS, Marker
 from arc_ds.model.encoder import Encoder
 
 

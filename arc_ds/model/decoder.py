@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from arc_ds.data.batches.packing import PackedBatch, PrefixSplit
+from arc_ds.batch.packing import PackedBatch, PrefixSplit
 from arc_ds.model.backbone import (
     DecoderBlock,
     Head,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from arc_ds.data.batches.packing import PackedBatch, PoolLevel
+from arc_ds.batch.packing import PackedBatch, PoolLevel
 from arc_ds.model.backbone import Block, Spans, Stream, TokenEmbedding
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.pooling import Pooling

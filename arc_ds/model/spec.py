@@ -9,9 +9,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from arc_ds.data.batches.packing import PoolingSpec
-from arc_ds.data.groups import GroupRule, RuleKind
-from arc_ds.data.segments import MARKERS, Marker
+from arc_ds.batch.groups import GroupRule, RuleKind
+from arc_ds.batch.packing import PoolingSpec
+from arc_ds.batch.segments import MARKERS, Marker
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
 from arc_ds.model.bridge import BridgeKind, make_bridge

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
-from arc_ds import dist
+from arc_ds.checkpoints.weight_digests import weight_digests
 from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
 from arc_ds.config.load import common, differences
 from arc_ds.config.schema import RunConfig
-from arc_ds.data.batches.loader import StepData
+from arc_ds.data.loading.loader import StepData
 from arc_ds.data.tasks import closed, mismatched, open_
-from arc_ds.device import free_memory_bytes
 from arc_ds.errors import ConfigError
 from arc_ds.model.spec import CompressorSpec
+from arc_ds.planning.flops import work_rates
+from arc_ds.system import dist
+from arc_ds.system.device import free_memory_bytes
 from arc_ds.training.build_data import held_out_examples, micro_batch_limits, step_data
 from arc_ds.training.build_model import (
     DecoderWeights,
@@ -29,12 +31,10 @@ from arc_ds.training.build_model import (
     starting_compressor,
 )
 from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, partitioned, place_decoder
-from arc_ds.training.flops import work_rates
 from arc_ds.training.optim import PortAdamW, make_param_groups
 from arc_ds.training.run import Run
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.validate import ValidationSet, Validator
-from arc_ds.training.weight_digests import weight_digests
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from arc_ds import dist
+from arc_ds.batch.packing import PoolingSpec
 from arc_ds.config.schema import RunConfig, SourceConfig
-from arc_ds.data.batches.decoder_reader import ReaderFiles
-from arc_ds.data.batches.estimates import WorkRates
-from arc_ds.data.batches.loader import StepData
-from arc_ds.data.batches.micro_batches import MicroBatchLimits
-from arc_ds.data.batches.order import RunOrder
-from arc_ds.data.batches.packing import PoolingSpec
-from arc_ds.data.batches.source import Source
-from arc_ds.data.batches.validation_set import validation_examples
-from arc_ds.data.shards.cache import open_cache
-from arc_ds.data.shards.reader import ShardSet
+from arc_ds.data.loading.decoder_reader import ReaderFiles
+from arc_ds.data.loading.estimates import WorkRates
+from arc_ds.data.loading.loader import StepData
+from arc_ds.data.loading.micro_batches import MicroBatchLimits
+from arc_ds.data.loading.source import Source
+from arc_ds.data.loading.validation_set import validation_examples
+from arc_ds.data.order.order import RunOrder
 from arc_ds.data.tasks import Example, TaskLimits
-from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.shards.reader import ShardSet
+from arc_ds.shards.storage.cache import open_cache
+from arc_ds.system import dist
+from arc_ds.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.training.build_model import decoder_tokenizer_paths, encoder_tokenizer_path
 
 logger = logging.getLogger(__name__)

@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 
+from arc_ds.batch.segments import Marker
 from arc_ds.config.lengths import NO_CHAT, ChatRows, longest_context, longest_sequence
 from arc_ds.config.schema import DecoderConfig, RunConfig
-from arc_ds.data.segments import Marker
 from arc_ds.data.tasks.chat import count_template, read_layout
-from arc_ds.data.tokenizers import check_fits, load_tokenizer
 from arc_ds.errors import ConfigError, TokenizerError
+from arc_ds.inference.load import ArcSourceFolder, open_arc_folder, open_decoder
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.encoder import Encoder
-from arc_ds.model.load import ArcSourceFolder, open_arc_folder, open_decoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor, build_port
 from arc_ds.model.weights import (
@@ -38,6 +37,7 @@ from arc_ds.model.weights import (
     read_backbone_config,
     set_parameter,
 )
+from arc_ds.tokenizers import check_fits, load_tokenizer
 from arc_ds.training.engine import set_trained
 
 MARKER_TEXT = "\n"  # the token whose embedding a marker starts from: it ends a passage in most texts

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from arc_ds.data.batches.packing import PackedBatch
+from arc_ds.batch.packing import PackedBatch
 from arc_ds.model.backbone import Block
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder

@@ -9,10 +9,10 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from arc_ds import dist
-from arc_ds.data.batches.step_batch import StepBatch
-from arc_ds.device import GIB, peak_bf16_flops, peak_memory_bytes
-from arc_ds.training.flops import count_flops
+from arc_ds.data.loading.step_batch import StepBatch
+from arc_ds.planning.flops import count_flops
+from arc_ds.system import dist
+from arc_ds.system.device import GIB, peak_bf16_flops, peak_memory_bytes
 from arc_ds.training.meters import COUNTS, Meter, Totals
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from arc_ds import dist
-from arc_ds.data.batches.step_batch import StepBatch
+from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.errors import ArcError
-from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.signals import StopRequest
+from arc_ds.system import dist
 from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
-from arc_ds.training.signals import StopRequest
 from arc_ds.training.step import Notice, train_step
 
 

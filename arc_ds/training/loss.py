@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from arc_ds.data.batches.packing import PackedBatch
+from arc_ds.batch.packing import PackedBatch
 
 Normalize = Literal["global", "rank_mean"]
 

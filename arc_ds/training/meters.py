@@ -10,9 +10,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from arc_ds import dist
-from arc_ds.data.batches.step_batch import StepBatch
+from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.data.tasks import TaskCounts
+from arc_ds.system import dist
 from arc_ds.training.run import DataWait
 
 _SIZES = ("encoder_tokens", "decoder_rows", "labels", "micro_batches")

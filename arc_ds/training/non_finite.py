@@ -6,11 +6,11 @@ import json
 import logging
 from typing import Any
 
-from arc_ds import dist
-from arc_ds.data.batches.step_batch import StepBatch
+from arc_ds.checkpoints.manifest import write_durably
+from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.errors import TrainingError
+from arc_ds.system import dist
 from arc_ds.training.hooks import MetricsHook
-from arc_ds.training.manifest import write_durably
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from arc_ds.config.schema import RunConfig
-from arc_ds.data.batches.loader import StepData, hold_open, let_go, make_loader
-from arc_ds.data.batches.micro_batches import pack_again
-from arc_ds.data.batches.step_batch import StepBatch
+from arc_ds.data.loading.loader import StepData, hold_open, let_go, make_loader
+from arc_ds.data.loading.micro_batches import pack_again
+from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.errors import ArcError, DataError
+from arc_ds.launch.signals import StopRequest
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.engine import PlacedDecoder
 from arc_ds.training.schedule import RateSchedule
-from arc_ds.training.signals import StopRequest
 from arc_ds.training.validate import Validator
 
 if TYPE_CHECKING:

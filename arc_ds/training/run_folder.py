@@ -14,15 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from arc_ds import dist
-from arc_ds.config.deepspeed import resolve_deepspeed
-from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
-from arc_ds.config.schema import RunConfig, SourceConfig
-from arc_ds.device import describe_device
-from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
-from arc_ds.export.consolidate import TrainedFor
-from arc_ds.training.build_model import encoder_tokenizer_path
-from arc_ds.training.checkpoint import (
+from arc_ds.checkpoints.checkpoint import (
     TrainerState,
     check_checkpoint,
     find_resumable,
@@ -32,12 +24,20 @@ from arc_ds.training.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from arc_ds.training.manifest import read_manifest, write_durably
-from arc_ds.training.metrics_log import METRICS_NAME, read_metrics
-from arc_ds.training.mlflow_server import DatasetFacts, RunFacts, environment_tags, package_versions, start_tracker
+from arc_ds.checkpoints.manifest import read_manifest, write_durably
+from arc_ds.checkpoints.trained_for import TrainedFor
+from arc_ds.config.deepspeed import resolve_deepspeed
+from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
+from arc_ds.config.schema import RunConfig, SourceConfig
+from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
+from arc_ds.system import dist
+from arc_ds.system.device import describe_device
+from arc_ds.system.urls import shown_url
+from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
+from arc_ds.tracking.mlflow_server import DatasetFacts, RunFacts, environment_tags, package_versions, start_tracker
+from arc_ds.tracking.tracking import Tracker
+from arc_ds.training.build_model import encoder_tokenizer_path
 from arc_ds.training.run import Run
-from arc_ds.training.tracking import Tracker
-from arc_ds.urls import shown_url
 
 logger = logging.getLogger(__name__)
 

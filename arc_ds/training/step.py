@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arc_ds.data.batches.packing import PackedBatch
-from arc_ds.data.batches.step_batch import MicroBatch, StepBatch
-from arc_ds.device import start_host_copy
+from arc_ds.batch.packing import PackedBatch
+from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
+from arc_ds.system.device import start_host_copy
 from arc_ds.training.engine import port_optimizer
 from arc_ds.training.loss import Normalize, class_sums, label_tasks, label_weight, micro_batch_loss
 from arc_ds.training.schedule import RateSchedule

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arc_ds.data.batches.micro_batches import MicroBatchLimits, sample_sizes
-from arc_ds.data.batches.packing import PackedBatch, PoolingSpec, pack
-from arc_ds.data.segments import Sample
+from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.batch.segments import Sample
+from arc_ds.data.loading.micro_batches import MicroBatchLimits, sample_sizes
 
 Compress = Callable[[PackedBatch, int], Tensor]
 Score = Callable[[PackedBatch, Tensor | None], Tensor]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from arc_ds import dist
 from arc_ds.config.load import load_config
 from arc_ds.errors import ConfigError
+from arc_ds.system import dist
 from arc_ds.training.build import read_parts
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.tiny_run import write_inputs

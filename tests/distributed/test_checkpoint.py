@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from arc_ds.training import checkpoint
-from arc_ds.training.checkpoint import TrainerState, find_resumable, load_checkpoint, save_checkpoint
+from arc_ds.checkpoints import checkpoint
+from arc_ds.checkpoints.checkpoint import TrainerState, find_resumable, load_checkpoint, save_checkpoint
 from tests.helpers.distributed import RankError, run_on_ranks
 
 GLOBAL_BATCH = 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from arc_ds import dist
 from arc_ds.errors import ArcError, DataError
+from arc_ds.system import dist
 from tests.helpers.distributed import run_on_ranks
 
 pytestmark = pytest.mark.distributed

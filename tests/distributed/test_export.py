@@ -11,17 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from arc_ds import ArcModel
+from arc_ds.batch.packing import pack
+from arc_ds.batch.segments import Sample, Segment
+from arc_ds.checkpoints.checkpoint import TrainerState, save_checkpoint
 from arc_ds.cli import main
-from arc_ds.data.batches.packing import pack
-from arc_ds.data.segments import Sample, Segment
 from arc_ds.errors import CheckpointError
 from arc_ds.export.consolidate import TrainedCompressor, consolidate, find_checkpoint
+from arc_ds.inference.load import open_arc_folder
+from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from arc_ds.model.compressor import Compressor
-from arc_ds.model.load import open_arc_folder
 from arc_ds.model.spec import build_compressor
-from arc_ds.training.checkpoint import TrainerState, save_checkpoint
 from arc_ds.training.engine import build_engine, set_trained
-from arc_ds.training.exit_codes import EXIT_USER_ERROR
 from arc_ds.training.optim import PortAdamW, make_param_groups
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.tiny_export import tiny_trained

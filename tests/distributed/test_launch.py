@@ -12,23 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.training.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 ROOT = Path(__file__).resolve().parents[2]
 # Against a hang only: a start takes some 10 s, and several times that on a busy machine.
 LIMIT_S = 240.0
 PROGRAM = """
 import sys
-import arc_ds.launch
+import arc_ds.launch.wrapper
 from arc_ds.errors import ArcError
 
 launcher, *arguments = sys.argv[1:]
 if launcher == "light":
-    arc_ds.launch._command = lambda module, arguments, num_procs, environment: [
-        sys.executable, "tests/helpers/light_launcher.py", str(num_procs), "-m", "arc_ds.rank", module, *arguments
+    arc_ds.launch.wrapper._command = lambda module, arguments, num_procs, environment: [
+        sys.executable, "tests/helpers/light_launcher.py", str(num_procs),
+        "-m", "arc_ds.launch.rank", module, *arguments
     ]
 try:
-    code = arc_ds.launch.launch("tests.helpers.fake_train", arguments, num_procs=2, device_request="cpu")
+    code = arc_ds.launch.wrapper.launch("tests.helpers.fake_train", arguments, num_procs=2, device_request="cpu")
 except ArcError as error:
     print("said:", error)
     code = 2

@@ -10,16 +10,16 @@ from unittest import mock
 import pytest
 import torch
 
-from arc_ds import dist
 from arc_ds.config.load import load_config
-from arc_ds.data.batches.micro_batches import MicroBatchLimits, planned_splits
-from arc_ds.data.batches.step_batch import StepBatch
+from arc_ds.data.loading.micro_batches import MicroBatchLimits, planned_splits
+from arc_ds.data.loading.step_batch import StepBatch
+from arc_ds.launch.signals import StopRequest
+from arc_ds.system import dist
 from arc_ds.train import make_hooks
 from arc_ds.training.build import build_run
 from arc_ds.training.loop import fit
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder
-from arc_ds.training.signals import StopRequest
 from arc_ds.training.watchdog import Watchdog
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.tiny_run import numbers_by_step, write_inputs
@@ -77,7 +77,7 @@ def _train(config: str, overrides: Sequence[str], plan_is_low: bool, max_rows: i
     watch = _Watch()
     plan = (lambda *_: PARTS) if plan_is_low else planned_splits
     try:
-        with mock.patch("arc_ds.data.batches.loader.planned_splits", plan), StopRequest() as stop:
+        with mock.patch("arc_ds.data.loading.loader.planned_splits", plan), StopRequest() as stop:
             with Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
                 fit(run, [*make_hooks(run, folder, watchdog, stop), watch], stop)
             had = tuple(run.data[step].num_splits for step in range(STEPS))

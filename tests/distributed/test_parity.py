@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from arc_ds.data.batches.packing import PackedBatch
+from arc_ds.batch.packing import PackedBatch
 from arc_ds.model import backbone
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.linear import Linear

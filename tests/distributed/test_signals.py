@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from arc_ds import dist
 from arc_ds.config.load import load_config
-from arc_ds.data.batches.loader import StepData
-from arc_ds.data.batches.step_batch import StepBatch
+from arc_ds.data.loading.loader import StepData
+from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.errors import ArcError, DataError
+from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.signals import StopRequest
+from arc_ds.system import dist
 from arc_ds.train import make_hooks
 from arc_ds.training.build import build_run
-from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.training.hooks import ValidationHook
 from arc_ds.training.loop import fit
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder
-from arc_ds.training.signals import StopRequest
 from arc_ds.training.watchdog import Watchdog
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.tiny_run import last_saved_step, losses, numbers_by_step, write_inputs

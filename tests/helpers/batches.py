@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from arc_ds.data.batches.packing import PackedBatch
-from arc_ds.data.batches.step_batch import StepBatch
+from arc_ds.batch.packing import PackedBatch
+from arc_ds.data.loading.step_batch import StepBatch
 
 
 def sequences(batches: Iterable[StepBatch]) -> dict[int, Counter[tuple[Any, ...]]]:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from arc_ds.errors import ConfigError
-from arc_ds.training.signals import EXIT_OK, EXIT_PREEMPTED, StopRequest
+from arc_ds.launch.signals import EXIT_OK, EXIT_PREEMPTED, StopRequest
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Stands in for deepspeed's launcher where only `arc_ds.launch` around it is tested: no imports, and always code 0."""
+"""Stands in for deepspeed's launcher in tests of `arc_ds.launch.wrapper`: it imports nothing and always ends with 0."""
 
 from __future__ import annotations
 

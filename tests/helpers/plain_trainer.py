@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from arc_ds.data.batches.micro_batches import MicroBatchLimits, planned_splits, sample_size, split
-from arc_ds.data.batches.packing import PoolingSpec, pack
-from arc_ds.data.batches.step_batch import MicroBatch, StepBatch
-from arc_ds.data.groups import GroupRule
-from arc_ds.data.segments import Sample, Segment
+from arc_ds.batch.groups import GroupRule
+from arc_ds.batch.packing import PoolingSpec, pack
+from arc_ds.batch.segments import Sample, Segment
+from arc_ds.data.loading.micro_batches import MicroBatchLimits, planned_splits, sample_size, split
+from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import make_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from arc_ds.data.batches.loader import make_loader
+from arc_ds.data.loading.loader import make_loader
 from tests.helpers.batches import digest
 from tests.helpers.tiny_mixture import TinyMixture
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from arc_ds.data.groups import GroupRule
-from arc_ds.data.segments import Sample, Segment
+from arc_ds.batch.groups import GroupRule
+from arc_ds.batch.segments import Sample, Segment
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder

@@ -6,8 +6,8 @@ import base64
 import json
 from pathlib import Path
 
-from arc_ds.data.building.writer import build_shards
-from arc_ds.data.shards.reader import ShardSet
+from arc_ds.shards.building.writer import build_shards
+from arc_ds.shards.reader import ShardSet
 
 WORDS = ["the ", "of ", "tower ", "a ", "lamp", "Each ", "block ", "stone", " sea", "wind ", "\n\n", ". "]
 TEXT = (

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from arc_ds.data.groups import GroupRule
-from arc_ds.export.consolidate import TrainedCompressor, TrainedFor
+from arc_ds.batch.groups import GroupRule
+from arc_ds.checkpoints.trained_for import TrainedFor
+from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from tests.helpers import tiny_models as tiny
 from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken

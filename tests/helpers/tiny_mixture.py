@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arc_ds.data.batches.decoder_reader import ReaderFiles
-from arc_ds.data.batches.loader import StepData
-from arc_ds.data.batches.order import RunOrder
-from arc_ds.data.batches.packing import PoolingSpec
-from arc_ds.data.batches.source import Source
-from arc_ds.data.building.writer import build_shards
-from arc_ds.data.shards.reader import ShardSet
+from arc_ds.batch.packing import PoolingSpec
+from arc_ds.data.loading.decoder_reader import ReaderFiles
+from arc_ds.data.loading.loader import StepData
+from arc_ds.data.loading.source import Source
+from arc_ds.data.order.order import RunOrder
 from arc_ds.data.tasks import TaskLimits
+from arc_ds.shards.building.writer import build_shards
+from arc_ds.shards.reader import ShardSet
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 
 LIMITS = TaskLimits(

@@ -6,8 +6,8 @@ import json
 from itertools import groupby
 from pathlib import Path
 
-from arc_ds.data.segments import Sample, Segment
-from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.batch.segments import Sample, Segment
+from arc_ds.tokenizers import Tokenizer
 from tests.helpers.tiny_data import write_json_tokenizer
 
 IM_TOKENS = ("<|im_start|>", "<|im_end|>")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.data.building.writer import build_shards
-from arc_ds.training.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.shards.building.writer import build_shards
 from tests.helpers.tiny_data import numbered_texts
 from tests.helpers.tiny_run import last_logged_step, losses, numbers_by_step, start_training, train
 

@@ -18,17 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from arc_ds.checkpoints.manifest import Manifest, seal_file, write_manifest
 from arc_ds.config.load import config_hash, dump_yaml, load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
-from arc_ds.data.building.writer import build_shards
 from arc_ds.errors import ArcError, CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
+from arc_ds.launch.exit_codes import EXIT_USER_ERROR
+from arc_ds.launch.signals import StopRequest
+from arc_ds.shards.building.writer import build_shards
 from arc_ds.training.build import rate_schedule, read_parts
-from arc_ds.training.exit_codes import EXIT_USER_ERROR
-from arc_ds.training.manifest import Manifest, seal_file, write_manifest
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import check_run_folder, find_start
-from arc_ds.training.signals import StopRequest
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards
 from tests.helpers.tiny_run import train, write_inputs
 

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc_ds.data.batches.loader import StepData, make_loader
-from arc_ds.data.batches.mixture import BLOCK
-from arc_ds.data.batches.step_batch import StepBatch
-from arc_ds.data.tokenizers import load_tokenizer
-from arc_ds.training.signals import die_with_parent
+from arc_ds.data.loading.loader import StepData, make_loader
+from arc_ds.data.loading.step_batch import StepBatch
+from arc_ds.data.order.mixture import BLOCK
+from arc_ds.launch.signals import die_with_parent
+from arc_ds.tokenizers import load_tokenizer
 from tests.helpers.batches import digest, sequences
 from tests.helpers.tiny_mixture import IN_CONTEXT_EXAMPLES, SIZES, WEIGHTS, TinyMixture
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.rank import read_statuses
-from arc_ds.training.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED
-from arc_ds.training.metrics_log import METRICS_NAME, read_metrics
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.rank import read_statuses
+from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from tests.helpers.tiny_run import (
     EVERY,
     STEPS,

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from arc_ds import dist
+from arc_ds.batch.packing import PackedBatch
 from arc_ds.config.load import load_config
-from arc_ds.data.batches.packing import PackedBatch
 from arc_ds.errors import TrainingError
+from arc_ds.launch.signals import StopRequest
+from arc_ds.system import dist
 from arc_ds.train import make_hooks
 from arc_ds.training.build import build_run
 from arc_ds.training.engine import PlacedDecoder
 from arc_ds.training.loop import fit
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder
-from arc_ds.training.signals import StopRequest
 from arc_ds.training.watchdog import Watchdog
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.tiny_run import losses, numbers_by_step, read_json

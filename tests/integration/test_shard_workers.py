@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 
 from arc_ds.cli import main
-from arc_ds.data.building.writer import build_shards
-from arc_ds.data.shards.check import check_in_parallel
-from arc_ds.data.shards.faults import check_shards
 from arc_ds.errors import DataError
+from arc_ds.shards.building.writer import build_shards
+from arc_ds.shards.check import check_in_parallel
+from arc_ds.shards.faults import check_shards
 from tests.helpers.tiny_data import TEXT, write_tiktoken
 
 OPTIONS = {"max_tokens": 200, "min_tokens": 4, "shard_bytes": 1 << 19}
 BUILD = """
 import sys
-from arc_ds.data.building.writer import build_shards
+from arc_ds.shards.building.writer import build_shards
 if __name__ == "__main__":
     build_shards([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2, max_tokens=200, min_tokens=4, shard_bytes=1 << 19)
 """

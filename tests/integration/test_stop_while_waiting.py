@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.dist import free_port
-from arc_ds.training.exit_codes import EXIT_PREEMPTED
-from arc_ds.training.signals import die_with_parent
+from arc_ds.launch.exit_codes import EXIT_PREEMPTED
+from arc_ds.launch.signals import die_with_parent
+from arc_ds.system.dist import free_port
 from tests.helpers.tiny_run import ROOT, last_saved_step, losses
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -23,7 +23,7 @@ RANK = """
 import os, signal, sys, time
 from pathlib import Path
 from arc_ds import train
-from arc_ds.data.batches.loader import StepData
+from arc_ds.data.loading.loader import StepData
 from arc_ds.training import build_data
 
 class Stuck(StepData):

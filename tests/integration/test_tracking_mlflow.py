@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from arc_ds.training.mlflow_server import DatasetFacts, MlflowServer, RunFacts, start_tracker
-from arc_ds.training.tracking import Tracker
+from arc_ds.tracking.mlflow_server import DatasetFacts, MlflowServer, RunFacts, start_tracker
+from arc_ds.tracking.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS_UNTIL_KILLED = """
 import sys, time
 from pathlib import Path
-from arc_ds.training.mlflow_server import RunFacts, start_tracker
+from arc_ds.tracking.mlflow_server import RunFacts, start_tracker
 tracker = start_tracker(Path(sys.argv[1]), uri=None, experiment="tests", run_name=None,
                         facts=RunFacts(params={"seed": 0}), resumed_step=0)
 for step in range(1, 10_000):

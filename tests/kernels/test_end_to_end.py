@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import arc_kernels
-from arc_ds.data.batches.packing import pack
+from arc_ds.batch.packing import pack
 from tests.helpers.plain_trainer import POOLING, decoder_of_step, samples_of_step, tiny_compressor, tiny_decoders
 
 TOLERANCE = 1e-5  # issue 3; each run rounds in float32 on its own

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from arc_ds.data.batches.packing import PackedBatch, PoolingSpec, pack
-from arc_ds.data.segments import Marker, Sample, Segment
+from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.batch.segments import Marker, Sample, Segment
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder

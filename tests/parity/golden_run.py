@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arc_ds.data.batches.packing import PackedBatch
+from arc_ds.batch.packing import PackedBatch
 from arc_ds.model.backbone import Stream
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.compressor import Compressor

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from arc_ds import ArcModel, Context
-from arc_ds.data.batches.packing import PackedBatch, PoolingSpec, pack
-from arc_ds.data.segments import Sample
+from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.batch.segments import Sample
+from arc_ds.inference.generate import generate_ids
 from arc_ds.model.decoder import Decoder
-from arc_ds.model.generate import generate_ids
 from tests.parity.golden import GoldenCase, build_case_compressor, build_case_decoder, prompts_of, spec_of
 from tests.parity.golden_run import relative_error
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import arc_ds.model.encoder as encoder_module
-from arc_ds.data.batches.packing import PoolLevel
+from arc_ds.batch.packing import PoolLevel
 from arc_ds.model.backbone import Spans
 from arc_ds.model.pooling.base import ContentPooling, ContextGrid
 from tests.parity.golden import GoldenCase, build_case_compressor, internal_name

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arc_ds.data.batches.packing import PackedBatch, PoolLevel
+from arc_ds.batch.packing import PackedBatch, PoolLevel
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.weights import permute_rotary
 from tests.parity.golden import GoldenCase, build_case_compressor, pack_case

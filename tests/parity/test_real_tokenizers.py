@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arc_ds.data.tokenizers import Tokenizer, load_tokenizer
-from arc_ds.data.tokenizers.engine import LLAMA3_PATTERN
-from arc_ds.data.tokenizers.json_engine import byte_characters
 from arc_ds.errors import TokenizerError
+from arc_ds.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.tokenizers.engine import LLAMA3_PATTERN
+from arc_ds.tokenizers.json_engine import byte_characters
 
 TEXTS = {
     "empty": "",

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from arc_ds.data.batches.packing import PoolingSpec, pack
-from arc_ds.data.groups import GroupRule
-from arc_ds.data.segments import Sample, Segment
+from arc_ds.batch.groups import GroupRule
+from arc_ds.batch.packing import PoolingSpec, pack
+from arc_ds.batch.segments import Sample, Segment
+from arc_ds.inference.generate import generate_ids
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.decoder import Decoder
-from arc_ds.model.generate import generate_ids
 from arc_ds.model.weights import BackboneSource, load_backbone, open_backbone, permute_rotary
 from tests.helpers import tiny_models as tiny
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from arc_ds import Segment
-from arc_ds.data.batches.packing import pack
-from arc_ds.data.segments import Sample
-from arc_ds.data.tokenizers import load_tokenizer
+from arc_ds.batch.packing import pack
+from arc_ds.batch.segments import Sample
+from arc_ds.inference.generate import generate_ids
 from arc_ds.model.decoder import Decoder
-from arc_ds.model.generate import generate_ids
 from arc_ds.model.weights import open_backbone
+from arc_ds.tokenizers import load_tokenizer
 from tests.parity.test_transformers import CASES, SPEC, load_decoder, make_model, random_sequences
 
 NUM_TOKENS = 64

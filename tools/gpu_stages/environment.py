@@ -12,7 +12,7 @@ import torch
 from gpu_timing import measure_ceilings
 from rows import Row, machine_name
 
-from arc_ds.device import peak_bf16_flops
+from arc_ds.system.device import peak_bf16_flops
 from gpu_stages.context import CEILINGS, StageContext
 
 # What a stage or a comparison wants; all but the first line can be absent.

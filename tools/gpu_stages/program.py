@@ -22,7 +22,7 @@ NUM_STEPS, STOP_AFTER = 150, 10
 REHEARSED_STEPS, REHEARSED_STOP = 80, 2
 """A tiny step takes some 40 ms, and a run must still be under way when the stop reaches it."""
 
-EXIT_PREEMPTED = 75  # `arc_ds.training.exit_codes`, as users see it
+EXIT_PREEMPTED = 75  # `arc_ds.launch.exit_codes`, as users see it
 BF16_NOISE = 2.0**-8
 """Relative: half a unit in the last place of bfloat16. Equal steps in another order of sums differ by about so much."""
 

@@ -25,14 +25,14 @@ from rows import Row
 from torch import Tensor, nn
 
 import arc_kernels as ak
-from arc_ds import dist
-from arc_ds.data.batches.packing import PackedBatch
-from arc_ds.data.batches.step_batch import MicroBatch, StepBatch
-from arc_ds.device import free_memory_bytes, peak_bf16_flops, peak_memory_bytes, synchronize
+from arc_ds.batch.packing import PackedBatch
+from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
+from arc_ds.planning.flops import count_flops
+from arc_ds.system import dist
+from arc_ds.system.device import free_memory_bytes, peak_bf16_flops, peak_memory_bytes, synchronize
 from arc_ds.training.engine import PlacedDecoder, build_engine
-from arc_ds.training.flops import count_flops
 from arc_ds.training.optim import PortAdamW, make_param_groups
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.step import train_step

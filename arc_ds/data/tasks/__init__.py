@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from arc_ds.data.batches.order import Task
-from arc_ds.data.records import pretraining_text
+from arc_ds.data.order.order import Task
 from arc_ds.data.tasks.chat import PLAIN, Layout
 from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, TooShortError
 from arc_ds.data.tasks.few_shot import few_shot_example
@@ -14,7 +13,8 @@ from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.long_context import long_context_example
 from arc_ds.data.tasks.pretraining import pretraining_example
 from arc_ds.data.tasks.variants import closed, mismatched, open_
-from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.shards.records import pretraining_text
+from arc_ds.tokenizers import Tokenizer
 
 __all__ = [
     "NO_COUNTS",

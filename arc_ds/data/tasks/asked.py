@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from arc_ds.data.records import FineTuningRecord
 from arc_ds.data.tasks.contexts import first_tokens, last_tokens
 from arc_ds.data.tasks.limits import TaskLimits
-from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
+from arc_ds.shards.records import FineTuningRecord
+from arc_ds.tokenizers import Tokenizer
 
 _PLACE = "{question}"
 _BLANK_LINES = re.compile(r"\n\s*\n")

@@ -15,8 +15,8 @@ from typing import Literal
 
 from arc_ds.data.tasks.chat_template import ANSWERS, QUESTIONS, render_template
 from arc_ds.data.tasks.script import Part, Special, Words
-from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import TokenizerError
+from arc_ds.tokenizers import Tokenizer
 
 LayoutName = Literal["none", "llama2", "chatml", "tokenizer"]
 Fixed = tuple[Words | Special, ...]

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import TokenizerError
-from arc_ds.gguf_header import read_gguf_header
+from arc_ds.tokenizers import Tokenizer
+from arc_ds.tokenizers.gguf_header import read_gguf_header
 
 QUESTIONS = ("ArcDsFirstQuestion", "ArcDsLastQuestion")
 ANSWERS = ("ArcDsFirstAnswer", "ArcDsLastAnswer")

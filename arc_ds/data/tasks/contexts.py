@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arc_ds.data.segments import Marker, TokenIds
-from arc_ds.data.tasks.script import Document, read_together
-from arc_ds.data.tokenizers import Encoding, Tokenizer
+from arc_ds.batch.segments import Marker, TokenIds
+from arc_ds.data.tasks.script import Document
 from arc_ds.errors import DataError
+from arc_ds.tokenizers import Encoding, Tokenizer, read_together
 
 _BETWEEN_PASSAGES = "\n"
 

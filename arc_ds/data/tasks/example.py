@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
-from arc_ds.data.segments import Sample, Segment
+from arc_ds.batch.segments import Sample, Segment
 from arc_ds.data.tasks.script import Document, Part, Written, render, with_spaces_in_targets
-from arc_ds.data.tokenizers import Tokenizer
 from arc_ds.errors import DataError
+from arc_ds.tokenizers import Tokenizer
 
 
 class TooShortError(DataError):

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from arc_ds.data.batches.randomness import random_words
-from arc_ds.data.records import fine_tuning_record
+from arc_ds.data.order.randomness import random_words
 from arc_ds.data.tasks.asked import Asked, ask
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import cut_document, read_passages
 from arc_ds.data.tasks.example import Example, TaskCounts, written_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.questions import Block, write_blocks
-from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.shards.records import fine_tuning_record
+from arc_ds.tokenizers import Tokenizer
 
 
 def few_shot_example(

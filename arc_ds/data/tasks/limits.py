@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arc_ds.data.segments import MARKERS, Marker
-from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.batch.segments import MARKERS, Marker
 from arc_ds.errors import DataError
+from arc_ds.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arc_ds.data.batches.randomness import random_words
-from arc_ds.data.records import fine_tuning_record, pretraining_text
+from arc_ds.data.order.randomness import random_words
 from arc_ds.data.tasks.asked import ask
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import Reading, cut_chunks, first_tokens, read_passages
@@ -20,7 +19,8 @@ from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.questions import Block, write_blocks
 from arc_ds.data.tasks.script import Document
 from arc_ds.data.tasks.texts import write_continuation
-from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.shards.records import fine_tuning_record, pretraining_text
+from arc_ds.tokenizers import Tokenizer
 
 _TASK = "long_context"
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from arc_ds.data.segments import Marker, Sample, Segment, TokenIds
+from arc_ds.batch.segments import Marker, Sample, Segment, TokenIds
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import first_tokens, last_tokens
 from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, TooShortError, written_example
@@ -21,7 +21,7 @@ from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.script import Document
 from arc_ds.data.tasks.text_views import BEGINNING, Cut, TextViews
 from arc_ds.data.tasks.texts import write_continuation, write_reconstruction
-from arc_ds.data.tokenizers import Tokenizer
+from arc_ds.tokenizers import Tokenizer
 
 PretrainingTask = Literal["reconstruction", "continuation"]
 _MARKER_OF: dict[PretrainingTask, Marker] = {"reconstruction": "rec", "continuation": "cont"}

@@ -8,16 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import groupby
 
-import numpy as np
-from numpy.typing import NDArray
-
-from arc_ds.data.segments import Marker, Segment, TokenIds
-from arc_ds.data.tokenizers import Encoding, Tokenizer
-
-# Texts that a following text can be told from: by the second where it begins with white space, else by the first.
-_ANCHORS = ("\n", "a")
+from arc_ds.batch.segments import Marker, Segment, TokenIds
+from arc_ds.tokenizers import Tokenizer, read_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,39 +114,6 @@ class Written:
         """The documents' text in their place, read together with the words around it."""
         texts = [Words(part.text) if isinstance(part, Document) else part for part in self.parts]
         return render(texts, self.decoder).prompt + self.target
-
-
-def read_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool) -> list[NDArray[np.integer]]:
-    """The ids of texts that stand one behind the other, as they read as one text: integers, one array a text.
-
-    inside: they do not begin a text (sentencepiece would put a space in front of one that does). Where a token reaches
-    from one text into the next, each is read by itself.
-    """
-    return [encoding.ids for encoding in encode_together(tokenizer, texts, inside=inside)]
-
-
-def encode_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool) -> list[Encoding]:
-    """As `read_together`, with the characters that the tokens end at, counted from the beginning of each text."""
-    for anchor in _ANCHORS if inside else ("",):
-        pieces = _slices(tokenizer.encode_with_ends("".join((anchor, *texts))), [anchor, *texts])
-        if pieces is not None:
-            return pieces[1:]
-    if len(texts) == 1:
-        return [tokenizer.encode_with_ends(texts[0])]
-    return [encode_together(tokenizer, [text], inside=inside or place > 0)[0] for place, text in enumerate(texts)]
-
-
-def _slices(encoding: Encoding, texts: Sequence[str]) -> list[Encoding] | None:
-    """Each of the joined texts; None where one of them does not end with a token."""
-    cuts = np.cumsum([0, *(len(text) for text in texts)])
-    places = encoding.ends.searchsorted(cuts)
-    places[-1] = len(encoding.ids)
-    if not np.array_equal(encoding.ends[places], cuts):
-        return None
-    return [
-        Encoding(encoding.ids[first:last], encoding.ends[first : last + 1] - cut)
-        for (first, last), cut in zip(pairwise(places.tolist()), cuts[:-1].tolist(), strict=True)
-    ]
 
 
 def _read_words(words: Iterable[Part], decoder: Tokenizer, *, inside: bool) -> Iterator[tuple[Segment, bool]]:

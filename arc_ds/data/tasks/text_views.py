@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from arc_ds.data.tasks.script import encode_together
-from arc_ds.data.tokenizers import Encoding, Tokenizer
+from arc_ds.tokenizers import Encoding, Tokenizer, encode_together
 
 _MAX_SNAP_TOKENS = 16
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from arc_ds.data.segments import Sample, Segment
+from arc_ds.batch.segments import Sample, Segment
 from arc_ds.data.tasks.example import Example
 from arc_ds.errors import DataError
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import arc_kernels as ak
-from arc_ds.data.groups import GroupRule
+from arc_ds.batch.groups import GroupRule
 from arc_ds.model.pooling.base import ContentPooling, Pooling
 from arc_ds.model.pooling.clustering import KMEANS_METRICS, KMeansPooling
 from arc_ds.model.pooling.consecutive import GroupPooling

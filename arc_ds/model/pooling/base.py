@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import arc_kernels as ak
-from arc_ds.data.batches.packing import PoolLevel
+from arc_ds.batch.packing import PoolLevel
 from arc_ds.model.backbone import Norm, Spans
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import arc_kernels as ak
-from arc_ds.data.batches.packing import PoolLevel
+from arc_ds.batch.packing import PoolLevel
 from arc_ds.model.backbone import Spans
 from arc_ds.model.pooling.base import ContentPooling, ContextGrid, weighted_groups, widen
 

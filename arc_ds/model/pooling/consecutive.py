@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import arc_kernels as ak
-from arc_ds.data.batches.packing import PoolLevel
+from arc_ds.batch.packing import PoolLevel
 from arc_ds.model.backbone import Norm, Spans
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arc_ds.data.batches.packing import PoolLevel
+from arc_ds.batch.packing import PoolLevel
 from arc_ds.model.backbone import Spans
 from arc_ds.model.pooling.base import ContentPooling, ContextGrid, weighted_groups, widen
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from arc_ds.data.groups import GroupRule
-from arc_ds.data.segments import Marker
+from arc_ds.batch.groups import GroupRule
+from arc_ds.batch.segments import Marker
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.pooling import STRATEGIES

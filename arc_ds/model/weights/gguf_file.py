@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from arc_ds.errors import WeightsError
-from arc_ds.gguf_header import GgufTensor, read_gguf_header
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
 from arc_ds.model.weights.fields import Fields, checked
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
 from arc_ds.model.weights.stores import ALL_ROWS, Shape
+from arc_ds.tokenizers.gguf_header import GgufTensor, read_gguf_header
 
 _PLAIN: Mapping[int, Any] = MappingProxyType({0: np.float32, 1: np.float16})
 _ROPE_FACTORS = "rope_freqs.weight"

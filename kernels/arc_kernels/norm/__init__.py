@@ -6,14 +6,13 @@ from torch import Tensor
 
 from arc_kernels._check import check_same_device, check_same_dtype, check_shape
 from arc_kernels._dispatch import use_triton
+from arc_kernels._limits import MAX_NORM_WIDTH
 from arc_kernels.norm.reference import (
     add_layer_norm_reference,
     add_rms_norm_reference,
     layer_norm_reference,
     rms_norm_reference,
 )
-
-MAX_WIDTH = 16384  # of the Triton kernels: a row is held in registers
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -87,8 +86,10 @@ def _check_row(x_TD: Tensor) -> None:
 
 
 def _check_width(x_TD: Tensor) -> None:
-    if not 1 <= x_TD.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"x_TD has rows of {x_TD.shape[-1]}; the Triton kernels take 1 … {MAX_WIDTH}: use 'reference'")
+    if not 1 <= x_TD.shape[-1] <= MAX_NORM_WIDTH:
+        raise ValueError(
+            f"x_TD has rows of {x_TD.shape[-1]}; the Triton kernels take 1 … {MAX_NORM_WIDTH}: use 'reference'"
+        )
 
 
 __all__ = [

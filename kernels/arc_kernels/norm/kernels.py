@@ -23,7 +23,7 @@ from torch import Tensor
 from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
 from arc_kernels._dispatch import num_processors, warp_size
 from arc_kernels._interpreter import narrow
-from arc_kernels.norm import MAX_WIDTH
+from arc_kernels._limits import MAX_NORM_WIDTH
 
 # Up to here the weight's gradient is summed in registers while the rows pass by; wider rows leave no room for it.
 MAX_FUSED_WIDTH = 8192
@@ -309,7 +309,7 @@ def _weight_partials(dnormed_TD: Tensor, x_TD: Tensor, rstd_T: Tensor) -> Tensor
 def compile_specs() -> list[CompileSpec]:
     """Every kernel at the widths of the paper's models in bfloat16, and at the widest in both dtypes."""
     shapes = [(2048, "bf16"), (3072, "bf16"), (4096, "bf16"), (4096, "fp32"), (MAX_FUSED_WIDTH, "bf16")]
-    shapes += [(MAX_WIDTH, "bf16"), (MAX_WIDTH, "fp32")]
+    shapes += [(MAX_NORM_WIDTH, "bf16"), (MAX_NORM_WIDTH, "fp32")]
     return [spec for width, dtype in shapes for spec in _specs(width, dtype)]
 
 

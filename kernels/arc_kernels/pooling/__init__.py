@@ -8,9 +8,8 @@ from torch import Tensor
 
 from arc_kernels._check import check_boundaries, check_same_device, check_shape
 from arc_kernels._dispatch import use_triton
+from arc_kernels._limits import MAX_POOL_WIDTH
 from arc_kernels.pooling.reference import POOL_KINDS, group_pool_reference, pool_norm_reference
-
-MAX_WIDTH = 8192  # backward holds seven float32 values a column: of this width they fill a processor's registers
 
 
 class PoolNorm(NamedTuple):
@@ -69,9 +68,9 @@ def _check(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> None:
 
 
 def _check_width(x_TD: Tensor) -> None:
-    if x_TD.shape[1] > MAX_WIDTH:
+    if x_TD.shape[1] > MAX_POOL_WIDTH:
         raise ValueError(
-            f"x_TD has {x_TD.shape[1]} columns; the Triton kernels take at most {MAX_WIDTH}: "
+            f"x_TD has {x_TD.shape[1]} columns; the Triton kernels take at most {MAX_POOL_WIDTH}: "
             "call under arc_kernels.use('reference')"
         )
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
-from arc_kernels.pooling import MAX_WIDTH
+from arc_kernels._limits import MAX_POOL_WIDTH
 from arc_kernels.pooling.programs import pool_backward_kernel, pool_forward_kernel
 
 WEIGHT_PROGRAMS = 256  # two for each processor of an H100; their partial sums are 4 MiB at D 4096, and ever the same
@@ -63,7 +63,7 @@ def pool_forward(
     """(pooled rows [G, D], their norms [G, D], the norm of every row [T, D]), in the dtype of x.
 
     norm: "none" (the last two are empty), "rms" (wants the weight) or "layer". x and weight are contiguous, rows at
-    most MAX_WIDTH wide.
+    most MAX_POOL_WIDTH wide.
     """
     (num_rows, width), num_groups = x_TD.shape, group_cu.numel() - 1
     config = config or choose(width)
@@ -151,7 +151,8 @@ def pool_backward(
 
 def compile_specs() -> list[CompileSpec]:
     """The kernels as the models at hand launch them, for the offline compiler."""
-    shapes = [("bf16", 576), ("bf16", 2048), ("bf16", 4096), ("bf16", MAX_WIDTH), ("fp32", 3072), ("fp32", MAX_WIDTH)]
+    shapes = [("bf16", 576), ("bf16", 2048), ("bf16", 4096), ("bf16", MAX_POOL_WIDTH)]
+    shapes += [("fp32", 3072), ("fp32", MAX_POOL_WIDTH)]
     variants = [("mean", "rms"), ("mean", "layer"), ("last", "rms"), ("fusion", "rms"), ("mean", "none")]
     return [
         make(dtype=dtype, width=width, kind=kind, norm=norm)

@@ -1,0 +1,305 @@
+"""Packing: samples become one batch of flat tensors, in the DataLoader's workers (design 4).
+
+Everything that follows from lengths is decided here, on the host: where each group starts, which decoder row holds
+which token or compressed vector, which rows are labelled. The step itself then never looks at a length.
+
+Shape letters: T encoder tokens, U encoder rows (tokens and memory slots), G final groups, C contexts, S sequences,
+N text tokens, Z compressed vectors (groups, or memory outputs, and markers), M markers, R decoder rows, L labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from arc_ds.batch.groups import GroupLevel, GroupRule, cumulative, group_levels
+from arc_ds.batch.segments import MARKERS, Sample
+
+
+class PoolingSpec(NamedTuple):
+    """What packing must know of the encoder: one rule for each of its last layers, or a number of memory tokens.
+
+    ValueError (from `pack`) where both are asked for: memory tokens replace pooling.
+    """
+
+    rules: tuple[GroupRule, ...] = (GroupRule("factor", 8),)
+    memory_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolLevel:
+    """One pooling of the batch, as tensors (see `groups.GroupLevel`); `positions` restart at 0 in each context."""
+
+    group_cu: Tensor  # int32 [G_level + 1]
+    cu_seqlens: Tensor  # int32 [C + 1]
+    positions: Tensor  # int64 [G_level]
+    max_seqlen: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixSplit:
+    """The decoder's rows in two parts: those before the first compressed row of their sequence, and all others.
+
+    Nothing that precedes a compressed row depends on it, so in a frozen decoder the prefix needs no gradient (design
+    8.8). Every sequence has a suffix; a sequence without compressed rows is all suffix.
+    """
+
+    prefix_rows: Tensor  # int64 [P], ascending
+    prefix_cu_seqlens: Tensor  # int32, boundaries of the prefixes that have a row
+    suffix_rows: Tensor  # int64 [Q], ascending
+    suffix_cu_seqlens: Tensor  # int32 [S + 1]
+    prefix_max_seqlen: int
+    suffix_max_seqlen: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """One micro-batch as flat tensors; the decoder is given its sequences end to end, without padding."""
+
+    encoder_ids: Tensor  # int64 [T]
+    encoder_cu_seqlens: Tensor  # int32 [C + 1], over encoder rows U
+    encoder_positions: Tensor  # int64 [U]
+    token_rows: Tensor | None  # int64 [T], rows of the tokens where there are memory slots, else None
+    memory_rows: Tensor | None  # int64 [C * memory_tokens], else None
+    levels: tuple[PoolLevel, ...]
+    output_slots: Tensor  # int64 [G], place of each encoder output among the Z compressed vectors
+    marker_slots: Tensor  # int64 [M], place of each marker among the Z compressed vectors
+    marker_kinds: Tensor  # int64 [M], index into segments.MARKERS
+    decoder_ids: Tensor  # int64 [N]
+    decoder_cu_seqlens: Tensor  # int32 [S + 1], over decoder rows R
+    decoder_positions: Tensor  # int64 [R]
+    text_rows: Tensor  # int64 [N]
+    compressed_rows: Tensor  # int64 [Z]
+    label_rows: Tensor  # int64 [L]
+    labels: Tensor  # int64 [L]
+    label_sequences: Tensor  # int64 [L], the sequence of each label
+    prefix: PrefixSplit | None  # None where no row precedes a compressed one
+    tasks: tuple[str, ...]  # [S]
+    encoder_max_seqlen: int
+    decoder_max_seqlen: int
+
+    @property
+    def num_encoder_tokens(self) -> int:
+        return self.encoder_ids.numel()
+
+    @property
+    def num_decoder_rows(self) -> int:
+        return self.decoder_positions.numel()
+
+    @property
+    def num_labels(self) -> int:
+        return self.labels.numel()
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+        """The same batch on `device`; asynchronous from pinned memory."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory (called by torch's DataLoader)."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
+        return _map_tensors(self, move)
+
+
+def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
+    """Lay samples out as one `PackedBatch` (CPU tensors).
+
+    A target is a token of a text segment with `in_loss` whose preceding row is a text row of the same sample; the
+    preceding row carries it as its label (rows of compressed tokens predict nothing). ValueError on an empty list.
+    """
+    if not samples:
+        raise ValueError("pack() needs at least one sample")
+    if spec.rules and spec.memory_tokens:
+        raise ValueError(f"pooling rules {spec.rules} and memory_tokens={spec.memory_tokens} exclude each other")
+    pieces = _Pieces.of(samples)
+    lengths = np.array([len(ids) for ids in pieces.context_ids], dtype=np.int64)
+    row_lengths = lengths + spec.memory_tokens
+    levels = group_levels(lengths, spec.rules) if not spec.memory_tokens else ()
+    outputs = num_outputs(lengths, spec) if spec.memory_tokens else _level_outputs(lengths, levels)
+    kinds = np.array(pieces.markers, dtype=np.int64)
+    vectors = outputs + (kinds >= 0)  # compressed vectors of each context, its marker included
+    first = vectors.cumsum() - vectors
+    slots_token, slots_memory = _split_rows(lengths, row_lengths) if spec.memory_tokens else (None, None)
+    return PackedBatch(
+        encoder_ids=torch.from_numpy(_joined(pieces.context_ids)),
+        encoder_cu_seqlens=torch.from_numpy(cumulative(row_lengths)),
+        encoder_positions=torch.from_numpy(_ranges(row_lengths)),
+        token_rows=slots_token,
+        memory_rows=slots_memory,
+        levels=tuple(
+            PoolLevel(
+                group_cu=torch.from_numpy(level.group_cu),
+                cu_seqlens=torch.from_numpy(level.cu_seqlens),
+                positions=torch.from_numpy(_ranges(level.counts)),
+                max_seqlen=level.max_seqlen,
+            )
+            for level in levels
+        ),
+        output_slots=torch.from_numpy(_rows(first, outputs)),
+        marker_slots=torch.from_numpy((first + outputs)[kinds >= 0]),
+        marker_kinds=torch.from_numpy(kinds[kinds >= 0]),
+        encoder_max_seqlen=int(row_lengths.max(initial=0)),
+        **_decoder_rows(samples, pieces, vectors),
+    )
+
+
+def _level_outputs(lengths: NDArray[np.int64], levels: Sequence[GroupLevel]) -> NDArray[np.int64]:
+    """What the last pooling leaves of each context, int64 [C]."""
+    return levels[-1].counts if levels else lengths
+
+
+def num_outputs(lengths: NDArray[np.int64], spec: PoolingSpec) -> NDArray[np.int64]:
+    """Encoder outputs of contexts of the given lengths (their markers not included), int64 [C] both."""
+    if spec.memory_tokens:
+        return np.full_like(lengths, spec.memory_tokens)
+    for rule in spec.rules:
+        lengths = rule.num_groups(lengths)
+    return lengths
+
+
+class _Pieces(NamedTuple):
+    """All segments of a batch in reading order, N of them, a list for each thing that is known of them.
+
+    sequences: whose they are. is_text, in_loss: of each. context_ids, markers: of the contexts among them, a marker as
+    its place in MARKERS, -1 for none. text_ids: of the others.
+    """
+
+    sequences: list[int]
+    is_text: list[bool]
+    in_loss: list[bool]
+    context_ids: list[NDArray[np.integer]]
+    markers: list[int]
+    text_ids: list[NDArray[np.integer]]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> _Pieces:
+        pieces = cls([], [], [], [], [], [])
+        sequences, all_is_text, all_in_loss, context_ids, markers, text_ids = pieces
+        for sequence, sample in enumerate(samples):
+            for kind, ids, in_loss, marker in sample.segments:
+                is_text = kind == "text"
+                sequences.append(sequence)
+                all_is_text.append(is_text)
+                all_in_loss.append(in_loss and is_text)
+                if is_text:
+                    text_ids.append(ids.array)
+                else:
+                    context_ids.append(ids.array)
+                    markers.append(-1 if marker is None else MARKERS.index(marker))
+        return pieces
+
+
+def _decoder_rows(samples: Sequence[Sample], pieces: _Pieces, vectors: NDArray[np.int64]) -> dict[str, Any]:
+    """The decoder's side of the batch; `vectors` [C] counts the compressed vectors of each context in order."""
+    sequences = np.array(pieces.sequences, dtype=np.int64)
+    texts = np.array(pieces.is_text, dtype=bool)
+    contexts = ~texts
+    text_lengths = np.array([len(ids) for ids in pieces.text_ids], dtype=np.int64)
+    rows = np.empty(len(sequences), dtype=np.int64)
+    rows[texts], rows[contexts] = text_lengths, vectors
+    first = rows.cumsum() - rows
+    # The first token of a text has no text row before it, unless it goes on with one.
+    skipped = np.where(_after_text(sequences, texts, rows)[texts], 0, 1)
+    targets = np.where(np.array(pieces.in_loss, dtype=bool)[texts], np.maximum(text_lengths - skipped, 0), 0)
+    target_tokens = _rows(text_lengths.cumsum() - text_lengths + skipped, targets)
+    first_text_rows = first[texts]
+    lengths = np.bincount(sequences, weights=rows, minlength=len(samples)).astype(np.int64)
+    ids = _joined(pieces.text_ids)
+    return {
+        "decoder_ids": torch.from_numpy(ids),
+        "decoder_cu_seqlens": torch.from_numpy(cumulative(lengths)),
+        "decoder_positions": torch.from_numpy(_ranges(lengths)),
+        "text_rows": torch.from_numpy(_rows(first_text_rows, text_lengths)),
+        "compressed_rows": torch.from_numpy(_rows(first[contexts], vectors)),
+        "label_rows": torch.from_numpy(_rows(first_text_rows + skipped - 1, targets)),
+        "labels": torch.from_numpy(ids[target_tokens]),
+        "label_sequences": torch.from_numpy(sequences[texts].repeat(targets)),
+        "prefix": _prefix_split(lengths, _prefix_lengths(lengths, sequences[contexts], first[contexts])),
+        "tasks": tuple(sample.task for sample in samples),
+        "decoder_max_seqlen": int(lengths.max(initial=0)),
+    }
+
+
+def _after_text(sequences: NDArray[np.int64], is_text: NDArray[np.bool_], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the row before a segment is a text row of the same sequence, for each of them, [N]."""
+    taken = rows.nonzero()[0]  # an empty text stands nowhere, so that nothing stands behind it
+    before, here = taken[:-1], taken[1:]
+    found = np.zeros(len(rows), dtype=bool)
+    found[here] = is_text[before] & (sequences[here] == sequences[before])
+    return found
+
+
+def _prefix_lengths(
+    lengths: NDArray[np.int64], sequences: NDArray[np.int64], first: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Rows of each sequence before its first compressed one, 0 where it has none, int64 [S].
+
+    lengths [S]: of the sequences. sequences, first [C]: of each context, its sequence and its first row.
+    """
+    found = np.zeros_like(lengths)
+    is_first = np.ones(len(sequences), dtype=bool)
+    is_first[1:] = sequences[1:] != sequences[:-1]
+    owners = sequences[is_first]
+    found[owners] = first[is_first] - (lengths.cumsum() - lengths)[owners]
+    return found
+
+
+def _prefix_split(lengths: NDArray[np.int64], prefix_lengths: NDArray[np.int64]) -> PrefixSplit | None:
+    """The two parts of the rows, from the lengths of the sequences and of their prefixes, int64 [S] each."""
+    if not prefix_lengths.any():
+        return None
+    suffix_lengths = lengths - prefix_lengths
+    first = np.cumsum(lengths) - lengths
+    return PrefixSplit(
+        prefix_rows=torch.from_numpy(_rows(first, prefix_lengths)),
+        prefix_cu_seqlens=torch.from_numpy(cumulative(prefix_lengths[prefix_lengths > 0])),
+        suffix_rows=torch.from_numpy(_rows(first + prefix_lengths, suffix_lengths)),
+        suffix_cu_seqlens=torch.from_numpy(cumulative(suffix_lengths)),
+        prefix_max_seqlen=int(prefix_lengths.max()),
+        suffix_max_seqlen=int(suffix_lengths.max()),
+    )
+
+
+def _map_tensors(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor in it moved; follows dataclasses and tuples."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(item, move) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: _map_tensors(getattr(value, f.name), move) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changed)
+    return value
+
+
+def _split_rows(lengths: NDArray[np.int64], row_lengths: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Rows of the tokens and rows of the memory slots behind them, context by context."""
+    memory = row_lengths - lengths
+    first = np.cumsum(row_lengths) - row_lengths
+    return torch.from_numpy(_rows(first, lengths)), torch.from_numpy(_rows(first + lengths, memory))
+
+
+def _rows(first: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`counts[i]` rows from `first[i]` on, for each i in turn: int64 [sum of counts]."""
+    ends = counts.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + (first + counts - ends).repeat(counts)
+
+
+def _ranges(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0 … n-1 for each length, end to end: int64 [sum of lengths]."""
+    ends = lengths.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) - (ends - lengths).repeat(lengths)
+
+
+def _joined(pieces: Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:
+    return np.concatenate(pieces, dtype=np.int64) if pieces else np.zeros(0, dtype=np.int64)

@@ -1,0 +1,136 @@
+"""`arc-ds compress` and `arc-ds generate`: an exported encoder at work."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from arc_ds.batch.segments import MARKERS, Marker
+from arc_ds.errors import DataError
+from arc_ds.export.formats import DTYPES
+from arc_ds.inference.arc import ArcModel, Context
+from arc_ds.system.device import REQUESTS, select_device
+
+CONTEXT_TAG = re.compile(r"<context>(.*?)</context>", re.DOTALL)
+_LONE_TAG = re.compile(r"</?context>")
+NO_MARKER = "none"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds both commands to the command line's parser."""
+    compress = subparsers.add_parser(
+        "compress",
+        help="compress texts into vectors",
+        description="Writes each text's vectors as safetensors (context_0, context_1, ...). No decoder is loaded.",
+    )
+    _add_model(compress)
+    compress.add_argument("texts", type=Path, nargs="+", help="text files, one context each; - reads standard input")
+    compress.add_argument("--out", type=Path, required=True, help="safetensors file to write; must not exist")
+    compress.set_defaults(run=run_compress)
+    generate = subparsers.add_parser(
+        "generate",
+        help="let a decoder continue a prompt with compressed contexts",
+        description="The prompt's <context>...</context> parts are read compressed, the rest as text.",
+    )
+    _add_model(generate)
+    generate.add_argument(
+        "--decoder", type=Path, action="append", required=True, help="weights of each decoder, in the export's order"
+    )
+    generate.add_argument("prompt", help="the prompt; - reads it from standard input")
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="at most so many (default 64)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    generate.set_defaults(run=run_generate)
+
+
+def parse_prompt(text: str, marker: Marker | None = "cont") -> list[str | Context]:
+    """A prompt's parts: `<context>…</context>` becomes a `Context`, all else stays text; empty text is left out.
+
+    DataError on a tag without its other half, or nothing between them.
+    """
+    parts = CONTEXT_TAG.split(text)  # text, context, text, context, …, text
+    for idx, part in enumerate(parts):
+        if tag := _LONE_TAG.search(part):
+            raise DataError(f"the prompt has a {tag.group()} without its other half: write <context>TEXT</context>")
+        if idx % 2 and not part:
+            raise DataError("the prompt has an empty <context></context>: leave it out or give it text")
+    return [Context(part, marker) if idx % 2 else part for idx, part in enumerate(parts) if part]
+
+
+def run_compress(args: argparse.Namespace) -> int:
+    """Runs `arc-ds compress`; 0 on success."""
+    from safetensors.torch import save_file
+
+    if args.out.exists():
+        raise DataError(f"{args.out} exists already: choose another file")
+    texts = [_read(path) for path in args.texts]
+    model = _load(args, [])
+    vectors = model.compress(texts, decoder=args.decoder_idx, marker=_marker(args.marker, model))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"context_{i}": v.clone() for i, v in enumerate(vectors)}, args.out)
+    assert model.encoder_tokenizer is not None, "compress() of texts raises without one"
+    tokens = model.encoder_tokenizer.encode_batch(texts)
+    for path, ids, v in zip(args.texts, tokens, vectors, strict=True):
+        print(f"{path}: {len(ids)} tokens -> {v.shape[0]} vectors of {v.shape[1]}")
+    return 0
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Runs `arc-ds generate`; 0 on success."""
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    parse_prompt(prompt)  # a mistake in it should show before the models are read
+    model = _load(args, args.decoder)
+    (text,) = model.generate(
+        [parse_prompt(prompt, _marker(args.marker, model))],
+        decoder=args.decoder_idx,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    print(text)
+    return 0
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="an export, or a checkpoint in the ARC format")
+    parser.add_argument("--decoder-idx", type=int, default=0, help="which of its decoders to use (default 0)")
+    parser.add_argument("--encoder-backbone", type=Path, help="sizes and tokenizer, for the reference's checkpoints")
+    parser.add_argument("--pooling-factor", type=int, help="another factor than the trained one")
+    parser.add_argument("--device", default="auto", choices=REQUESTS, help="default: a GPU if there is one")
+    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of all weights (default float32)")
+    parser.add_argument(
+        "--marker",
+        choices=(*MARKERS, NO_MARKER),
+        help="what ends each context (default: cont where the model has it, else none)",
+    )
+
+
+def _marker(chosen: str | None, model: ArcModel) -> Marker | None:
+    if chosen is None:
+        return "cont" if "cont" in model.spec.markers else None
+    return None if chosen == NO_MARKER else MARKERS[MARKERS.index(chosen)]  # type: ignore[arg-type]
+
+
+def _load(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
+    return ArcModel.from_checkpoint(
+        args.model,
+        decoders=decoders,
+        encoder_backbone=args.encoder_backbone,
+        device=select_device(args.device),
+        dtype=DTYPES[args.dtype],
+        pooling_factor=args.pooling_factor,
+    )
+
+
+def _read(path: Path) -> str:
+    if str(path) == "-":
+        return sys.stdin.read()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}. Give the path of a text file.") from error

@@ -1,0 +1,122 @@
+"""`arc-ds shards build`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from typing import Any
+
+from arc_ds.commands.shards.tokenize import cache_and_print
+from arc_ds.shards.building.record_maker import REASONS
+from arc_ds.shards.building.writer import build_shards
+from arc_ds.shards.format import Manifest
+from arc_ds.system.processes import num_cores
+from arc_ds.tokenizers import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand `build`."""
+    parser = commands.add_parser(
+        "build",
+        help="turn text, JSONL or Parquet files into shards",
+        description="Cuts documents to records and writes them as shards. A build that was killed goes on where it "
+        "was when the same command is given again; the result is the same, byte by byte, whatever --workers is.",
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help=".txt, JSONL as .jsonl, .json or .ndjson (all also .gz, .zst), .parquet, or folders of them",
+    )
+    parser.add_argument("--out", required=True, help="folder to create")
+    parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
+    add_rules(parser)
+    parser.add_argument("--shard-mib", type=float, default=128, help="size of a shard (default: %(default)s MiB)")
+    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument(
+        "--cache-tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKENIZER",
+        help="keep the ids of all texts by these tokenizers beside the shards (or later: shards tokenize)",
+    )
+    parser.set_defaults(run=_build)
+
+
+def add_rules(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what becomes of a document."""
+    rules = parser.add_argument_group("what becomes of a document")
+    rules.add_argument(
+        "--kind",
+        choices=("pretraining", "fine_tuning"),
+        default="pretraining",
+        help="pretraining: a text, cut to records (default); fine_tuning: passages, question and answer, never cut",
+    )
+    rules.add_argument("--text-field", default="text", help="field with the text (default: %(default)s)")
+    rules.add_argument("--max-tokens", type=int, default=768, help="longest record (default: %(default)s)")
+    rules.add_argument("--min-tokens", type=int, default=16, help="shortest record (default: %(default)s)")
+    rules.add_argument("--min-chars", type=int, default=0, help="leave out shorter documents (default: %(default)s)")
+    rules.add_argument("--quality-field", metavar="NAME", help="field with a number that says how good a document is")
+    rules.add_argument("--min-quality", type=float, metavar="X", help="leave out documents with a lower number there")
+    rules.add_argument(
+        "--max-document-mib", type=float, default=64, help="a larger document is a fault (default: %(default)s MiB)"
+    )
+    rules.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what a damaged document does: stop the build (default), or be left out, counted and named",
+    )
+
+
+def rules_of(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `build_shards` that `add_rules` asks for."""
+    names = ("kind", "text_field", "max_tokens", "min_tokens", "min_chars", "quality_field", "min_quality", "on_error")
+    rules = {name: getattr(namespace, name) for name in names}
+    return {**rules, "max_document_bytes": int(namespace.max_document_mib * (1 << 20))}
+
+
+def _build(namespace: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for path in namespace.cache_tokens:
+        load_tokenizer(path)  # one that cannot be read is found now, not behind hours of building
+    manifest = build_shards(
+        namespace.inputs,
+        namespace.out,
+        namespace.tokenizer,
+        **rules_of(namespace),
+        shard_bytes=int(namespace.shard_mib * (1 << 20)),
+        workers=namespace.workers,
+        overwrite=namespace.overwrite,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"{namespace.out}: {summary(manifest)}")
+    if namespace.cache_tokens:
+        _cache_tokens(namespace.out, namespace.cache_tokens, namespace.workers)
+    return 0
+
+
+def _cache_tokens(folder: str, tokenizers: list[str], workers: int) -> None:
+    try:
+        cache_and_print(folder, tokenizers, workers=workers)
+    except BaseException:
+        go_on = shlex.join(["arc-ds", "shards", "tokenize", folder, "--tokenizer", *tokenizers])
+        logger.warning("The shards are whole, only their token caches are not: %s goes on there.", go_on)
+        raise
+
+
+def summary(manifest: Manifest) -> str:
+    """What was built, and what was left out for which reason."""
+    documents = sum(source.documents for source in manifest.sources)
+    cut = sum(source.cut for source in manifest.sources)
+    lines = [
+        f"{manifest.samples} records of {documents} documents ({cut} cut), {manifest.tokens} tokens, "
+        f"{len(manifest.shards)} shards, {sum(shard.bytes for shard in manifest.shards)} bytes"
+    ]
+    lines += [f"  left out: {count} {REASONS.get(reason, reason)}" for reason, count in manifest.skipped.items()]
+    return "\n".join(lines)

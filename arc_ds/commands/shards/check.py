@@ -1,0 +1,32 @@
+"""`arc-ds shards check`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from arc_ds.shards.check import check_in_parallel
+from arc_ds.shards.storage.cache import open_cache
+from arc_ds.system.processes import num_cores
+from arc_ds.system.urls import is_url
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand `check`."""
+    parser = commands.add_parser("check", help="read everything in folders of shards and name every fault")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
+    parser.set_defaults(run=_check)
+
+
+def _check(namespace: argparse.Namespace) -> int:
+    num_faults = 0
+    for folder in namespace.folders:
+        found = 0
+        for fault in check_in_parallel(folder, workers=namespace.workers, progress=sys.stderr.isatty()):
+            print(f"{folder.rstrip('/')}/{fault}")
+            found += 1
+        where = f" (as kept in the cache {open_cache().folder})" if is_url(folder) else ""
+        print(f"{folder}: {f'{found} faults' if found else 'all records whole'}{where}")
+        num_faults += found
+    return 1 if num_faults else 0

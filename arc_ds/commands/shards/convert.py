@@ -1,0 +1,49 @@
+"""`arc-ds shards convert`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from arc_ds.shards.building.converters import FORMATS, ConvertOptions, convert_files
+
+_DEFAULTS = ConvertOptions()
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand `convert`."""
+    parser = commands.add_parser(
+        "convert",
+        help="turn the original files of SQuAD, DROP or TriviaQA into JSONL for `build --kind fine_tuning`",
+    )
+    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the set's own JSON files")
+    parser.add_argument("--out", required=True, type=Path, help=".jsonl file to write")
+    parser.add_argument(
+        "--first-answer", action="store_true", help="keep the main answer only (training); default: all (evaluation)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    trivia = parser.add_argument_group("TriviaQA")
+    trivia.add_argument(
+        "--evidence", type=Path, metavar="FOLDER", help="its documents (default: ../evidence, seen from the file)"
+    )
+    trivia.add_argument(
+        "--passage-words", type=int, default=_DEFAULTS.passage_words, help="of a passage (default: %(default)s)"
+    )
+    trivia.add_argument(
+        "--max-passages", type=int, default=_DEFAULTS.max_passages, help="of a question (default: %(default)s)"
+    )
+    parser.set_defaults(run=_convert)
+
+
+def _convert(namespace: argparse.Namespace) -> int:
+    options = ConvertOptions(
+        first_answer=namespace.first_answer,
+        evidence=namespace.evidence,
+        passage_words=namespace.passage_words,
+        max_passages=namespace.max_passages,
+    )
+    done = convert_files(namespace.format, namespace.files, namespace.out, options, overwrite=namespace.overwrite)
+    left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in done.skipped.items()) or "none"
+    print(f"{namespace.out}: {done.records} records; questions left out: {left_out}")
+    return 0

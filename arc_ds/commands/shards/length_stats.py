@@ -1,0 +1,126 @@
+"""What is in sets of shards: lengths of records, tokens of sources, what was cut and left out; as text and picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arc_ds.errors import DataError
+from arc_ds.shards.building.record_maker import REASONS
+from arc_ds.shards.format import Manifest, SourceInfo
+
+_MAX_BINS = 16
+_BAR = 40  # characters
+_PERCENTILES = (5, 50, 95)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthHistogram:
+    """Lengths of records in bins of equal width: bin i holds those of i · width + 1 to (i + 1) · width tokens."""
+
+    width: int
+    records: NDArray[np.int64]
+
+
+def length_histogram(num_tokens: NDArray[np.int32]) -> LengthHistogram:
+    """The histogram of the lengths int32 [records], in at most 16 bins; their width is a power of two."""
+    width = 1
+    while width * _MAX_BINS < num_tokens.max(initial=1):
+        width *= 2
+    records = np.bincount(np.maximum(num_tokens - 1, 0) // width)
+    return LengthHistogram(width=width, records=records)
+
+
+def describe(name: str, manifest: Manifest, num_tokens: NDArray[np.int32], *, max_sources: int) -> str:
+    """Everything about one set, in lines. num_tokens: int32 [records]; max_sources: how many sources are listed."""
+    num_bytes = sum(shard.bytes for shard in manifest.shards)
+    kind = manifest.kind.replace("_", "-")
+    lines = [
+        f"{name}: {len(num_tokens)} {kind} records, {int(num_tokens.sum(dtype=np.int64))} tokens, "
+        f"{len(manifest.shards)} shards, {num_bytes / 1e6:.1f} MB",
+        *_documents(manifest),
+        *_lengths(num_tokens),
+        *_sources(manifest.sources, max_sources),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _documents(manifest: Manifest) -> list[str]:
+    """How many documents there were, and what became of them."""
+    documents = sum(source.documents for source in manifest.sources)
+    if not documents:
+        return []
+    lines = [f"documents: {documents}"]
+    if manifest.kind == "pretraining":
+        cut = sum(source.cut for source in manifest.sources)
+        lines.append(f"  cut to records of at most {manifest.max_tokens} tokens: {_share(cut, documents)}")
+    lines += [f"  left out, {REASONS.get(why, why)}: {_share(n, documents)}" for why, n in manifest.skipped.items()]
+    return lines
+
+
+def _lengths(num_tokens: NDArray[np.int32]) -> list[str]:
+    """Mean, percentiles and histogram."""
+    points = [f"{share} % {value:.0f}" for share, value in zip(_PERCENTILES, _percentiles(num_tokens), strict=True)]
+    lines = [f"tokens of a record: mean {num_tokens.mean():.1f}, {', '.join(points)}, longest {num_tokens.max()}"]
+    histogram = length_histogram(num_tokens)
+    most = int(histogram.records.max())
+    digits = len(str(len(histogram.records) * histogram.width))
+    for idx, count in enumerate(histogram.records.tolist()):
+        first = idx * histogram.width + 1
+        bar = "█" * round(count / most * _BAR) or ("▏" if count else "")
+        lines.append(
+            f"  {first:{digits}} – {first + histogram.width - 1:{digits}} {bar:{_BAR}} {_share(count, len(num_tokens))}"
+        )
+    return lines
+
+
+def _percentiles(num_tokens: NDArray[np.int32]) -> NDArray[np.float64]:
+    return np.percentile(num_tokens, _PERCENTILES)
+
+
+def _sources(sources: Sequence[SourceInfo], max_sources: int) -> list[str]:
+    """The sources with most tokens, and all others together."""
+    if not sources:
+        return []
+    total = sum(source.tokens for source in sources)
+    ordered = sorted(sources, key=lambda source: (-source.tokens, source.name))
+    listed, others = ordered[:max_sources], ordered[max_sources:]
+    lines = [f"sources: {len(sources)}"]
+    for source in listed:
+        documents = f"{source.records} records of {source.documents} documents, {source.cut} cut"
+        left_out = sum(source.skipped.values())
+        lines.append(f"  {source.name}: {_share(source.tokens, total)} tokens, {documents}, {left_out} left out")
+    if others:
+        tokens = sum(source.tokens for source in others)
+        lines.append(f"  {len(others)} others: {_share(tokens, total)} tokens")
+    return lines
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} ({count / max(total, 1):.1%})"
+
+
+def draw_lengths(path: Path, lengths: dict[str, NDArray[np.int32]]) -> None:
+    """A PNG with the lengths of the records of some sets, int32 [records] each, as shares of their tokens.
+
+    DataError where the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    longest = max(int(num_tokens.max(initial=1)) for num_tokens in lengths.values())
+    edges = np.linspace(0, longest + 1, min(longest + 2, 61))
+    for name, num_tokens in lengths.items():
+        shares = num_tokens / num_tokens.sum(dtype=np.int64)
+        axes.hist(num_tokens, bins=edges.tolist(), weights=shares.tolist(), histtype="step", label=name)
+    axes.set(xlabel="tokens of a record", ylabel="share of the tokens", xlim=(0, longest + 1))
+    axes.legend()
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise DataError(f"{path}: the picture cannot be written ({error}). Name another place.") from error

@@ -1,0 +1,75 @@
+"""`arc-ds shards show`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from typing import Any
+
+from arc_ds.batch.groups import GroupRule
+from arc_ds.commands.shards.sample_view import Look, SampleView
+from arc_ds.data.order.randomness import random_words
+from arc_ds.data.tasks import TaskLimits, make_example
+from arc_ds.data.tasks.chat import read_layout
+from arc_ds.errors import DataError
+from arc_ds.shards.reader import ShardSet
+from arc_ds.tokenizers import load_tokenizer
+
+_TASKS = ("reconstruction", "continuation", "few_shot", "long_context")
+_LIMITS = {field.name: field.default for field in fields(TaskLimits) if isinstance(field.default, int | float)}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand `show`."""
+    parser = commands.add_parser("show", help="print samples: contexts coloured, groups marked, targets underlined")
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
+    parser.add_argument("--decoder-tokenizer", help="the decoder's (default: the encoder's)")
+    parser.add_argument("--task", choices=_TASKS, help="default: continuation or, of fine-tuning records, few_shot")
+    parser.add_argument(
+        "--chat-template", choices=("none", "llama2", "chatml", "tokenizer"), default="none", help="default: none"
+    )
+    parser.add_argument("--in-context-examples", type=int, default=0, metavar="N", help="in front of each sample")
+    parser.add_argument("--first", type=int, default=0, help="first record (default: %(default)s)")
+    parser.add_argument("--num", type=int, default=3, help="records to show (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of windows, examples, answers (default: %(default)s)")
+    parser.add_argument("--pooling-factor", type=int, default=8, help="marks groups; 0: none (default: %(default)s)")
+    parser.add_argument("--tokens", action="store_true", help="mark tokens, and show contexts in decoder tokens too")
+    limits = parser.add_argument_group("limits, as in the data section of a config")
+    for name, default in _LIMITS.items():
+        if not isinstance(default, bool):
+            option = f"--{name.replace('_', '-')}"
+            limits.add_argument(option, type=int, default=default, metavar="N", help="default: %(default)s")
+    parser.set_defaults(run=_show)
+
+
+def _show(namespace: argparse.Namespace) -> int:
+    if namespace.pooling_factor < 0 or namespace.first < 0 or namespace.in_context_examples < 0:
+        raise DataError("--pooling-factor, --first and --in-context-examples are counts: expected 0 or more.")
+    source = ShardSet(namespace.folder)
+    encoder = load_tokenizer(namespace.tokenizer)
+    decoder = load_tokenizer(namespace.decoder_tokenizer) if namespace.decoder_tokenizer else encoder
+    layout = read_layout(namespace.chat_template, decoder, namespace.decoder_tokenizer or namespace.tokenizer)
+    limits = TaskLimits(**{name: getattr(namespace, name) for name in _LIMITS if hasattr(namespace, name)})
+    groups = GroupRule("factor", namespace.pooling_factor) if namespace.pooling_factor else None
+    look = Look(colour=sys.stdout.isatty(), groups=groups, tokens=namespace.tokens)
+    view = SampleView(encoder, decoder, look)
+    task = namespace.task or ("few_shot" if source.manifest.kind == "fine_tuning" else "continuation")
+    common: dict[str, Any] = {"task": task, "encoder": encoder, "decoder": decoder, "limits": limits, "layout": layout}
+    for idx in range(namespace.first, min(namespace.first + namespace.num, len(source))):
+        seed = int(random_words(1, namespace.seed, "show", idx)[0])
+        examples = _in_context_examples(len(source), idx, namespace.in_context_examples, seed)
+        try:
+            records = [source.record(record_idx) for record_idx in (idx, *examples)]
+            print(view.render(make_example(records, seed=seed, **common), f"record {idx}"))
+        except DataError as error:
+            print(f"── record {idx} gives no sample: {error}\n")
+    return 0
+
+
+def _in_context_examples(num_records: int, record_idx: int, wanted: int, seed: int) -> list[int]:
+    """Other records of the folder, none twice, at most `wanted`."""
+    others = min(wanted, num_records - 1)
+    step = seed % max(num_records - 1, 1)
+    return [(record_idx + 1 + (step + place) % (num_records - 1)) % num_records for place in range(others)]

@@ -1,0 +1,46 @@
+"""`arc-ds shards tokenize`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from arc_ds.shards.token_cache.writer import build_token_caches
+from arc_ds.system.processes import num_cores
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand `tokenize`."""
+    parser = commands.add_parser(
+        "tokenize",
+        help="keep the token ids of shards beside them",
+        description="Tokenises every text of the shards once and keeps the ids, so that training only reads them. A "
+        "call that was killed goes on behind its finished shards. Shards that are built again need a new cache.",
+    )
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="folder of shards, or its URL: the ids are then kept on this host"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        nargs="+",
+        metavar="TOKENIZER",
+        help="the run's encoder's and decoders' tokenizers",
+    )
+    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
+    parser.set_defaults(run=_tokenize)
+
+
+def _tokenize(namespace: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    cache_and_print(namespace.folder, namespace.tokenizer, workers=namespace.workers)
+    return 0
+
+
+def cache_and_print(folder: str, tokenizers: Sequence[str], *, workers: int) -> None:
+    """Make the token caches of a folder of shards, with progress on a terminal, and print a line for each."""
+    for made in build_token_caches(folder, tokenizers, workers=workers, progress=sys.stderr.isatty()):
+        left_out = f", {made.left_out} texts left out" if made.left_out else ""
+        print(f"{made.folder}: {made.ids} ids of {made.records} records{left_out}")

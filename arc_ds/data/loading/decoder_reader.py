@@ -1,0 +1,30 @@
+"""How a decoder is given its text: its tokenizer, and what stands around the turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from arc_ds.data.tasks.chat import PLAIN, Layout, LayoutName, read_layout
+from arc_ds.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """One decoder's tokenizer and layout, loaded."""
+
+    tokenizer: Tokenizer
+    layout: Layout = PLAIN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReaderFiles:
+    """Where a decoder's tokenizer is (file or folder), and which chat template it is spoken to with."""
+
+    tokenizer: str | Path
+    chat_template: LayoutName = "none"
+
+    def load(self) -> Reader:
+        """Read the files; TokenizerError where the tokenizer or the template cannot be used."""
+        tokenizer = load_tokenizer(self.tokenizer)
+        return Reader(tokenizer=tokenizer, layout=read_layout(self.chat_template, tokenizer, self.tokenizer))

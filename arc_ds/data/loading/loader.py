@@ -1,0 +1,218 @@
+"""The steps of a run as a dataset: step number in, this rank's packed micro-batches out.
+
+A step's batch follows from its number alone, so any number of workers gives the same batches, a resumed run begins at
+any step, and nothing is saved.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import get_args
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from arc_ds.batch.packing import PoolingSpec
+from arc_ds.data.loading.decoder_reader import ReaderFiles
+from arc_ds.data.loading.estimates import Estimate, WorkRates
+from arc_ds.data.loading.fetch_ahead import FetchAhead
+from arc_ds.data.loading.micro_batches import MicroBatchLimits, pack_share, planned_splits, sample_sizes
+from arc_ds.data.loading.sample_maker import Made, OnError, SampleMaker
+from arc_ds.data.loading.source import Source
+from arc_ds.data.loading.step_batch import StepBatch
+from arc_ds.data.order.dealing import deal
+from arc_ds.data.order.order import Pick, RunOrder, Task
+from arc_ds.data.tasks import NO_COUNTS
+from arc_ds.errors import DataError
+from arc_ds.shards.mappings import raise_descriptor_limit
+
+logger = logging.getLogger(__name__)
+
+_held_open: list[Iterator[StepBatch]] = []
+
+# One rank's share of a step: the places of its samples in the global batch, by parts of equal size.
+Parts = tuple[tuple[int, ...], ...]
+
+
+class StepData(Dataset[StepBatch]):
+    """A map-style dataset over the steps of a run, for one rank. Tokenizers are loaded when the first step is made.
+
+    order: of the same sources, in the same order, as `sources`. readers: of each decoder. rates: the work of each
+    decoder's samples, by which they are dealt to ranks. limits: of one micro-batch. micro_batches: parts of this rank's
+    share, split further where the limits ask for it.
+    """
+
+    def __init__(
+        self,
+        *,
+        order: RunOrder,
+        sources: Sequence[Source],
+        encoder_tokenizer: str | Path,
+        readers: Sequence[ReaderFiles],
+        pooling: PoolingSpec,
+        rates: Sequence[WorkRates] = (),
+        limits: MicroBatchLimits | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batches: int = 1,
+        on_error: OnError = "stop",
+    ) -> None:
+        """ConfigError where ranks × micro_batches does not divide the batch; DataError on an order of other sources."""
+        if [source.shape for source in sources] != list(order.sources):
+            raise DataError("the run's order was made of other shards than these. Make the order of these sources.")
+        deal([0.0] * order.batch_size, world_size * micro_batches)
+        self.order = order
+        self.sources = tuple(sources)
+        self.pooling = pooling
+        self.limits = limits or MicroBatchLimits()
+        self.rank = rank
+        self.world_size = world_size
+        self.micro_batches = micro_batches
+        self._rates = tuple(rates) or (WorkRates(),) * order.num_decoders
+        self._estimators = tuple(source.estimator(pooling) for source in sources)
+        self._fetch_ahead = FetchAhead(order, sources)
+        self._maker = SampleMaker(
+            sources,
+            encoder_tokenizer=encoder_tokenizer,
+            readers=readers,
+            on_error=on_error,
+        )
+        self._has_warned = False
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks of the run's samples, in a fixed order."""
+        present = {task for source in self.sources for task in source.tasks}
+        return tuple(task for task in get_args(Task) if task in present)
+
+    def __getitem__(self, step: int) -> StepBatch:
+        """This rank's share of a step; DataError where a record cannot be used and `on_error` does not say to skip."""
+        self._fetch_ahead.at(step)
+        picks = self.order.batch(step)
+        decoder_idxs = self.order.decoders(step)
+        shares, num_splits = self._shares(picks, decoder_idxs)
+        made = [self._maker.make([picks[place] for place in part], decoder_idxs) for part in shares[self.rank]]
+        share = tuple(tuple(item.samples for item in part) for part in made)
+        everything = [item for part in made for item in part]
+        return StepBatch(
+            step=step,
+            decoder_idxs=decoder_idxs,
+            micro_batches=pack_share(share, decoder_idxs, self.pooling, self.limits, at_least=num_splits),
+            skipped=sum(item.skipped for item in everything),
+            over_limit=self._over_limit(everything),
+            counts=sum((item.counts for item in everything), start=NO_COUNTS),
+            record_ids=tuple(item.record_id for item in everything),
+            share=share if self.limits.any else None,
+        )
+
+    def _shares(self, picks: Sequence[Pick], decoder_idxs: Sequence[int]) -> tuple[tuple[Parts, ...], int]:
+        """Each rank's share, and into how many micro-batches every rank splits its own for each decoder."""
+        estimates = [self._estimate(pick) for pick in picks]
+        rates = [self._rates[decoder_idx] for decoder_idx in decoder_idxs]
+        work = [sum(each.work(estimate) for each in rates) for estimate in estimates]
+        bins = deal(work, self.world_size * self.micro_batches)
+        shares = tuple(bins[first : first + self.micro_batches] for first in range(0, len(bins), self.micro_batches))
+        if not self.limits.any:
+            return shares, self.micro_batches
+        sizes = [[[estimates[place].size(self.pooling) for place in part] for part in share] for share in shares]
+        return shares, planned_splits(sizes, self.limits)
+
+    def _estimate(self, pick: Pick) -> Estimate:
+        tokens = self.sources[pick.source_idx].tokens((pick.record_idx, *pick.example_idxs))
+        return self._estimators[pick.source_idx].estimate(pick.task, tokens)
+
+    def _over_limit(self, made: Sequence[Made]) -> int:
+        """How many samples exceed a limit by themselves; the first one is named in the log."""
+        if not self.limits.any:
+            return 0
+        samples = [(item.record_id, sample) for item in made for sample in item.samples]
+        sizes = sample_sizes([sample for _, sample in samples], self.pooling)
+        over = [place for place, size in enumerate(sizes) if not self.limits.allow(*size)]
+        if over and not self._has_warned:
+            self._has_warned = True
+            source_idx, record_idx = samples[over[0]][0]
+            logger.warning(
+                "%s, record %d: its sample has %d encoder tokens and %d decoder rows, more than a micro-batch may have "
+                "(data.max_encoder_tokens: %s, data.max_decoder_rows: %s). It is trained on all the same, in a "
+                "micro-batch of its own; others like it are only counted (data/over_limit). Where memory does not "
+                "suffice, lower the data section's sizes (data.max_…_tokens, data.max_chunks).",
+                *(self.sources[source_idx].shards.name, record_idx, *sizes[over[0]]),
+                *(self.limits.max_encoder_tokens, self.limits.max_decoder_rows),
+            )
+        return len(over)
+
+
+def make_loader(
+    data: StepData, steps: range, *, num_workers: int, prefetch: int = 4, pin_memory: bool = False
+) -> DataLoader[StepBatch]:
+    """A DataLoader that yields the batches of `steps` in order. 0 workers: made in this process."""
+    _end_workers_at_exit()
+    return DataLoader(
+        data,
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=_begin_worker,
+    )
+
+
+def _begin_worker(_: int) -> None:
+    """One thread a worker: the ranks' workers share the host's cores. As many open files as the system allows.
+
+    A scheduler that stops a job signals all of its processes. A rank then saves at the next step boundary, and until
+    there it needs its workers: they leave the signals to it, and end with it.
+    """
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ignore_once)
+    raise_descriptor_limit()
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def hold_open(batches: Iterator[StepBatch]) -> None:
+    """Keep a loader's iterator to the end of the process, or until it is let go.
+
+    Its own end waits up to ten seconds for each worker that is stuck; `end_workers` does not.
+    """
+    _held_open.append(batches)
+
+
+def let_go(batches: Iterator[StepBatch]) -> None:
+    """Undo `hold_open`: the iterator has come to its end, and its workers with it."""
+    _held_open.remove(batches)
+
+
+def end_workers() -> None:
+    """Kill the workers of all loaders, busy or stuck; for the end of a process, which registers it at its first loader.
+
+    Otherwise Python would send them a SIGTERM, which they ignore once, and wait for them.
+    """
+    for batches in _held_open:
+        # Torch would end it by waiting for its thread, and that for the rest of what a killed worker was sending.
+        batches._shutdown = True  # type: ignore[attr-defined]
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an error
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
+
+
+@cache
+def _end_workers_at_exit() -> None:
+    atexit.register(end_workers)
+
+
+def _ignore_once(number: int, _frame: FrameType | None) -> None:
+    """The second one ends the worker: it is how Python ends children that an abandoned loader has left behind."""
+    signal.signal(number, signal.SIG_DFL)

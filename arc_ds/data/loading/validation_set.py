@@ -1,0 +1,161 @@
+"""Held-out examples: fixed lists, the same on any number of machines (design 12)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, chain, pairwise
+from typing import Any
+
+from arc_ds.data.loading.decoder_reader import Reader
+from arc_ds.data.loading.sample_maker import OnError
+from arc_ds.data.loading.source import Source
+from arc_ds.data.order.order import Task, draw_examples
+from arc_ds.data.order.randomness import random_words
+from arc_ds.data.tasks import NO_COUNTS, Example, TooShortError, make_example
+from arc_ds.errors import DataError
+from arc_ds.shards.records import fine_tuning_record
+from arc_ds.tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_MIN_SAMPLES = 2  # of a task: each is compared with another one's context
+
+
+def validation_examples(
+    sources: Sequence[Source], num: int, *, encoder: Tokenizer, readers: Sequence[Reader], on_error: OnError
+) -> tuple[tuple[Example, ...], ...]:
+    """The held-out examples of each decoder, of the same records for all of them; a pure function of its arguments.
+
+    num: samples to share out by the sources' weights, and evenly among a source's tasks, whose shares are rounded down:
+    so for each source with an odd share and two tasks one less comes back. They are spread evenly over its records.
+    Records too short for their task are passed over; in-context examples that share a passage with the record asked
+    about are left out, since they would give away what it says. on_error: what a record that cannot be used does, its
+    own or an in-context example: "stop" raises DataError, "skip" passes over the sample, which is named in the log. How
+    many were passed over and what was cut is logged. DataError where a source has too few records that can be used.
+    """
+    held_out = [
+        _HeldOut(source=source, source_idx=source_idx, encoder=encoder, readers=tuple(readers), on_error=on_error)
+        for source_idx, source in enumerate(sources)
+    ]
+    shares = _shares(sources, num)
+    found = [examples for each, share in zip(held_out, shares, strict=True) for examples in each.take(share)]
+    _log_passed_over(held_out)
+    _log_cuts(found)
+    return tuple(tuple(each) for each in zip(*found, strict=True))
+
+
+def _shares(sources: Sequence[Source], num: int) -> list[int]:
+    """Samples of each source; they sum to `num`."""
+    ends = list(accumulate(source.weight for source in sources))
+    return [after - before for before, after in pairwise([0, *(round(num * end / ends[-1]) for end in ends)])]
+
+
+def _log_passed_over(held_out: Sequence[_HeldOut]) -> None:
+    too_short = sum(len(each.too_short) for each in held_out)
+    unusable = sum(len(each.unusable) for each in held_out)
+    if too_short or unusable:
+        logger.info(
+            "held-out records passed over: %d too short for their task, %d that cannot be used", too_short, unusable
+        )
+
+
+def _log_cuts(found: Sequence[Sequence[Example]]) -> None:
+    counts = sum((example.counts for examples in found for example in examples), start=NO_COUNTS)
+    if counts:
+        words = ", ".join(f"{name} {count}" for name, count in asdict(counts).items() if count)
+        logger.info("held-out samples, of all decoders: %d, cut to the limits: %s", sum(map(len, found)), words)
+
+
+@dataclass(kw_only=True)
+class _HeldOut:
+    """One source, who reads it, and what became of its records by their numbers.
+
+    too_short: for a task that they were tried for. unusable: as the record asked about, with its in-context examples.
+    """
+
+    source: Source
+    source_idx: int
+    encoder: Tokenizer
+    readers: tuple[Reader, ...]
+    on_error: OnError
+    used: set[int] = field(default_factory=set)
+    too_short: set[int] = field(default_factory=set)
+    unusable: set[int] = field(default_factory=set)
+
+    def take(self, num: int) -> list[list[Example]]:
+        """`num` samples, task by task, each for all decoders."""
+        num_records, tasks, most = len(self.source.shards), self.source.tasks, self.source.in_context_examples
+        per_task = num // len(tasks)
+        if per_task < _MIN_SAMPLES or num_records < num or num_records <= most:
+            raise DataError(
+                f"{self.source.shards.name}: {num} validation samples ({', '.join(tasks)}) with up to {most} "
+                f"in-context examples were asked for; it holds {num_records} records. Ask for "
+                f"{_MIN_SAMPLES * len(tasks)} to {num_records} (validation.num_samples, shared out by the sources' "
+                "weights), or hold out more records."
+            )
+        starts = [place * num_records // num for place in range(num)]
+        return [
+            self._next_usable(start, task)
+            for task_idx, task in enumerate(tasks)
+            for start in starts[task_idx :: len(tasks)][:per_task]
+        ]
+
+    def _next_usable(self, start: int, task: Task) -> list[Example]:
+        """The sample of the first record from `start` on that is not used yet and gives one."""
+        for record_idx in chain(range(start, len(self.source.shards)), range(start)):
+            if record_idx in self.used or record_idx in self.unusable:
+                continue
+            examples = self._examples(record_idx, task)
+            if examples is not None:
+                self.used.add(record_idx)
+                return examples
+        raise DataError(
+            f"{self.source.shards.name}: too few records can be used and are long enough for so many validation "
+            f"samples: {len(self.too_short)} are too short for a task, {len(self.unusable)} cannot be used. Lower "
+            "validation.num_samples or hold out more records."
+        )
+
+    def _examples(self, record_idx: int, task: Task) -> list[Example] | None:
+        """A record's example for each decoder, None where it is passed over."""
+        source = self.source
+        seed, *words = random_words(source.in_context_examples + 2, "validation", self.source_idx, record_idx).tolist()
+        idxs = (record_idx, *draw_examples(source.shape, record_idx, words))
+        try:
+            records = _without_repeats([source.shards.record(idx) for idx in idxs])
+            examples = [self._example(records, task, seed, reader) for reader in self.readers]
+            if not any(example.degraded for example in examples):
+                return examples
+        except TooShortError:
+            pass
+        except (DataError, ValueError) as error:  # a text that nobody thought of is the record's fault, not the run's
+            others = f" with the in-context examples {', '.join(map(str, idxs[1:]))}" if idxs[1:] else ""
+            fault = DataError(f"{source.shards.name}, held-out record {record_idx}{others}: {error}")
+            if self.on_error == "stop":
+                raise fault from error
+            logger.warning("held-out sample passed over: %s", fault)
+            self.unusable.add(record_idx)
+            return None
+        self.too_short.add(record_idx)
+        return None
+
+    def _example(self, records: Sequence[dict[str, Any]], task: Task, seed: int, reader: Reader) -> Example:
+        return make_example(
+            records,
+            task=task,
+            seed=seed,
+            encoder=self.encoder,
+            decoder=reader.tokenizer,
+            limits=self.source.limits,
+            layout=reader.layout,
+        )
+
+
+def _without_repeats(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A sample's own record, and those of its in-context examples that have none of its passages."""
+    own, *others = records
+    if not others:
+        return [own]
+    passages = set(fine_tuning_record(own).passages)
+    return [own, *(other for other in others if passages.isdisjoint(fine_tuning_record(other).passages))]

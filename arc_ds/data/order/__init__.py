@@ -1,0 +1,1 @@
+"""The order of the data as pure functions of seed and position."""

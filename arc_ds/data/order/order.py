@@ -1,0 +1,233 @@
+"""The order of the run's samples as a pure function of (seed, position): nothing is consumed, nothing need be saved.
+
+Position j of the run belongs to step j // batch_size. Its source, record, task, in-context examples and private
+randomness follow from (seed, j) alone, and the step's decoders from (seed, step). The resume state is one integer and
+`RunOrder.fingerprint`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arc_ds.data.order.mixture import Mixture
+from arc_ds.data.order.randomness import permutation, random_words
+from arc_ds.data.order.shuffle import WindowShuffle
+from arc_ds.errors import ConfigError
+
+Task = Literal["reconstruction", "continuation", "few_shot", "long_context"]
+SourceTask = Literal["pretraining", "few_shot", "long_context"]
+DecoderSchedule = Literal["sample", "alternate", "same_batch"]
+_GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly however many are taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceShape:
+    """What the order must know of one source: the records in each of its shards, its fingerprint, and its use.
+
+    task: "pretraining" gives samples of reconstruction and continuation, the others samples of that task.
+    in_context_examples: the most that a few-shot sample has. name: for messages; no part of the order.
+    """
+
+    shard_sizes: tuple[int, ...]
+    fingerprint: str
+    weight: float = 1.0
+    task: SourceTask = "pretraining"
+    in_context_examples: int = 0
+    name: str = field(default="", compare=False)
+    num_records: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_records", sum(self.shard_sizes))
+
+
+class Pick(NamedTuple):
+    """What stands at one position of the run. `seed` is a 64-bit number for this position's own random choices.
+
+    example_idxs: records of the same source that are in-context examples; none twice, and none is `record_idx`.
+    """
+
+    position: int
+    source_idx: int
+    epoch: int
+    record_idx: int
+    task: Task
+    seed: int
+    example_idxs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOrder:
+    """The samples of every step of a run.
+
+    batch_size: sequences of a global batch. reconstruction_share: (from_step, share) pairs in rising steps; the share
+    of the last pair begun holds, among the samples of pretraining sources. window_shards: shards whose records are
+    shuffled together. ConfigError on a value out of range.
+    """
+
+    seed: int
+    batch_size: int
+    sources: tuple[SourceShape, ...]
+    reconstruction_share: tuple[tuple[int, float], ...] = ((0, 0.2),)
+    num_decoders: int = 1
+    decoder_schedule: DecoderSchedule = "sample"
+    window_shards: int = 16
+    _mixture: Mixture = field(init=False, repr=False, compare=False)
+    _shuffles: tuple[WindowShuffle, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+        shuffles = tuple(
+            WindowShuffle(source.shard_sizes, self.window_shards, (self.seed, idx))
+            for idx, source in enumerate(self.sources)
+        )
+        object.__setattr__(self, "_mixture", Mixture([source.weight for source in self.sources]))
+        object.__setattr__(self, "_shuffles", shuffles)
+
+    def _check(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"data.batch_size is {self.batch_size}; expected at least 1. Set it to the global batch.")
+        if not self.sources:
+            raise ConfigError("data.sources is empty; expected at least one source. Name a folder of shards.")
+        for idx, source in enumerate(self.sources):
+            _check_source(idx, source)
+        steps = [step for step, _ in self.reconstruction_share]
+        shares = [share for _, share in self.reconstruction_share]
+        if not steps or steps[0] != 0 or steps != sorted(set(steps)) or not all(0 <= share <= 1 for share in shares):
+            raise ConfigError(
+                f"data.reconstruction_share is {self.reconstruction_share}; expected (step, share) pairs, steps rising "
+                "from 0 and shares from 0 to 1. Write one share, or a list such as [[0, 1.0], [500, 0.5]]."
+            )
+        if self.num_decoders < 1 or self.window_shards < 1:
+            raise ConfigError("a run needs at least one decoder, and a shuffle window of at least one shard.")
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that the order follows from; a resumed run must have the same."""
+        spec = [self.seed, self.batch_size, self.reconstruction_share, self.num_decoders, self.decoder_schedule]
+        sources = [[s.fingerprint, s.shard_sizes, s.weight, s.task, s.in_context_examples] for s in self.sources]
+        return hashlib.sha256(json.dumps([2, spec, self.window_shards, sources]).encode()).hexdigest()
+
+    def share(self, step: int) -> float:
+        """The share of reconstruction among the pretraining samples of a step."""
+        return [share for from_step, share in self.reconstruction_share if from_step <= step][-1]
+
+    def decoders(self, step: int) -> tuple[int, ...]:
+        """Indices of the decoders that all ranks use in a step: all of them ("same_batch"), or one.
+
+        "sample" draws that one so that a run of as many steps as decoders uses each once; "alternate" takes turns.
+        """
+        if self.decoder_schedule == "same_batch" or self.num_decoders == 1:
+            return tuple(range(self.num_decoders))
+        if self.decoder_schedule == "alternate":
+            return (step % self.num_decoders,)
+        turn, place = divmod(step, self.num_decoders)
+        return (int(permutation(self.num_decoders, self.seed, "decoder", turn)[place]),)
+
+    def batch(self, step: int) -> tuple[Pick, ...]:
+        """The global batch of a step: positions step * batch_size up to (step + 1) * batch_size."""
+        first = step * self.batch_size
+        source_idxs, ranks = self._mixture.span(self.seed, first, self.batch_size)
+        epochs, record_idxs = np.empty_like(ranks), np.empty_like(ranks)
+        for source_idx in set(source_idxs.tolist()):
+            mine = source_idxs == source_idx
+            epochs[mine], record_idxs[mine] = self._shuffles[source_idx].records(ranks[mine])
+        examples = self._examples(step, source_idxs, record_idxs)
+        columns = zip(
+            source_idxs.tolist(),
+            epochs.tolist(),
+            record_idxs.tolist(),
+            self._tasks(step, source_idxs),
+            random_words(self.batch_size, self.seed, "sample", step).tolist(),
+            examples,
+            strict=True,
+        )
+        return tuple(
+            Pick(
+                position=first + place,
+                source_idx=source_idx,
+                epoch=epoch,
+                record_idx=record_idx,
+                task=task,
+                seed=seed,
+                example_idxs=example_idxs,
+            )
+            for place, (source_idx, epoch, record_idx, task, seed, example_idxs) in enumerate(columns)
+        )
+
+    def windows(self, step: int) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Of each source that a step reads: the shards of the window that it is in at its end, and of the next one."""
+        source_idxs, ranks = self._mixture.span(self.seed, step * self.batch_size, self.batch_size)
+        return {
+            source_idx: self._shuffles[source_idx].windows_from(int(ranks[source_idxs == source_idx][-1]))
+            for source_idx in np.unique(source_idxs).tolist()
+        }
+
+    def _tasks(self, step: int, source_idxs: NDArray[np.int64]) -> list[Task]:
+        """The task at each place of the step, whose sources are given.
+
+        Among its pretraining samples the share of reconstruction holds to within one sample, and exactly over many
+        steps.
+        """
+        kinds = [self.sources[source_idx].task for source_idx in source_idxs.tolist()]
+        num_pretraining = kinds.count("pretraining")
+        order = permutation(num_pretraining, self.seed, "task", step)
+        quantiles = iter(((order + (step + 1) * _GOLDEN % 1.0) / max(num_pretraining, 1)).tolist())
+        share = self.share(step)
+        return [
+            kind if kind != "pretraining" else "reconstruction" if next(quantiles) < share else "continuation"
+            for kind in kinds
+        ]
+
+    def _examples(
+        self, step: int, source_idxs: NDArray[np.int64], record_idxs: NDArray[np.int64]
+    ) -> list[tuple[int, ...]]:
+        """The in-context examples at each place of the step: 0 to the source's most of them, all numbers alike."""
+        most = max(source.in_context_examples for source in self.sources)
+        if most == 0:
+            return [()] * self.batch_size
+        words = random_words(self.batch_size * (most + 1), self.seed, "examples", step).reshape(self.batch_size, -1)
+        return [
+            draw_examples(self.sources[source_idx], record_idx, row)
+            for row, source_idx, record_idx in zip(
+                words.tolist(), source_idxs.tolist(), record_idxs.tolist(), strict=True
+            )
+        ]
+
+
+def _check_source(idx: int, source: SourceShape) -> None:
+    where = f"data.sources.{idx}" + (f" ({source.name})" if source.name else "")
+    if source.num_records < 1:
+        raise ConfigError(f"{where} holds no record; expected at least one. Remove it or build its shards again.")
+    if source.in_context_examples < 0 or (source.in_context_examples and source.task != "few_shot"):
+        raise ConfigError(
+            f"{where}: in_context_examples is {source.in_context_examples} with task {source.task}; expected 0 or "
+            "more, and 0 where the task is not few_shot. Set `task: few_shot` or leave it out."
+        )
+    if source.num_records <= source.in_context_examples:
+        raise ConfigError(
+            f"{where} holds {source.num_records} records; a sample with {source.in_context_examples} in-context "
+            f"examples needs at least {source.in_context_examples + 1}, all different. Lower in_context_examples or "
+            "give more records."
+        )
+
+
+def draw_examples(source: SourceShape, record_idx: int, words: Sequence[int]) -> tuple[int, ...]:
+    """The in-context examples of a record of a source, none twice: 0 to `in_context_examples`, all numbers alike.
+
+    words: random 64-bit words, one more than the most examples.
+    """
+    count = words[0] % (source.in_context_examples + 1)
+    taken = [record_idx]
+    for word in words[1 : count + 1]:
+        drawn = word % (source.num_records - len(taken))
+        for other in sorted(taken):  # the drawn-th of those not taken
+            drawn += drawn >= other
+        taken.append(drawn)
+    return tuple(taken[1:])

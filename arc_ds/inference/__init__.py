@@ -1,0 +1,1 @@
+"""The trained compressor in use: load, compress, generate. Imports nothing of training."""

@@ -1,0 +1,281 @@
+"""ArcModel: a trained compressor and its frozen decoders, for use (design 11).
+
+    model = ArcModel.from_checkpoint("exports/demo", decoders=["models/llama"])
+    vectors = model.compress(["A long text ..."])
+    texts = model.generate([["Summarise: ", Context("A long text ..."), "\\nSummary:"]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arc_ds.batch.packing import PackedBatch, pack
+from arc_ds.batch.segments import Marker, Sample, Segment
+from arc_ds.errors import ConfigError, DataError, TokenizerError
+from arc_ds.inference.generate import Sampling, generate_ids
+from arc_ds.model.compressor import Compressor
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.spec import CompressorSpec
+from arc_ds.system.device import usable_device
+from arc_ds.tokenizers import Tokenizer, read_together
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A text of a prompt that the decoder shall read compressed."""
+
+    text: str
+    marker: Marker | None = "cont"
+
+
+Prompt = str | Context | Sequence[str | Context]
+
+
+class ArcModel:
+    """Compress, score and generate. Weights are only read: nothing here trains.
+
+    spec: what the compressor is; tokenizers may be None where only ids are used. decoder_bos: whether prompts of texts
+    begin with the decoder's begin-of-text token, as in training (default: where it has one). texts_apart: whether texts
+    behind a context are read as if they began a text (sentencepiece then puts a space in front), as the reference does.
+    """
+
+    def __init__(
+        self,
+        spec: CompressorSpec,
+        compressor: Compressor,
+        decoders: Sequence[Decoder],
+        *,
+        encoder_tokenizer: Tokenizer | None = None,
+        decoder_tokenizers: Sequence[Tokenizer | None] = (),
+        decoder_bos: Sequence[bool] = (),
+        texts_apart: bool = False,
+    ) -> None:
+        self.spec = spec
+        self.compressor = compressor.eval().requires_grad_(False)
+        self.decoders = list(decoders)
+        self.encoder_tokenizer = encoder_tokenizer
+        self.decoder_tokenizers = list(decoder_tokenizers) or [None] * len(self.decoders)
+        self.decoder_bos = list(decoder_bos) or [True] * len(self.decoders)
+        self.texts_apart = texts_apart
+        self.device = next(compressor.parameters()).device
+
+    @staticmethod
+    def from_checkpoint(
+        arc_dir: str | Path,
+        decoders: Sequence[str | Path],
+        encoder_backbone: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        pooling_factor: int | None = None,
+    ) -> ArcModel:
+        """Reads an export of ARC-DS or a checkpoint in the reference's ARC format, and the decoders it was trained for.
+
+        decoders: a weights folder or .gguf file for each port, in their order; the last ones, or all where nothing but
+            `compress` is wanted, may be left out. None of them is changed.
+        encoder_backbone: folder with the sizes and the tokenizer of the encoder's backbone (weights are not needed);
+            wanted only for the reference's checkpoints, which do not carry them.
+        pooling_factor: replaces the factor of the last layer that pools; the paper advises the trained one or a lower.
+        WeightsError where files are missing, tensors do not fit, or a decoder's width is not its port's; ConfigError
+        for a pooling factor that cannot be, or a device that is not there.
+        """
+        from arc_ds.inference.load import load_arc_model
+
+        return load_arc_model(
+            Path(arc_dir),
+            [Path(d) for d in decoders],
+            encoder_backbone=None if encoder_backbone is None else Path(encoder_backbone),
+            device=usable_device(device),
+            dtype=dtype,
+            pooling_factor=pooling_factor,
+        )
+
+    @torch.no_grad()
+    def compress(
+        self, contexts: Sequence[str] | Sequence[Sequence[int]], decoder: int = 0, marker: Marker | None = "cont"
+    ) -> list[Tensor]:
+        """The vectors that stand for each context in the decoder: a list of [m, D_decoder], marker last where given.
+
+        contexts: texts, or encoder token ids. The decoder itself need not be loaded. DataError on an empty context or
+        an id outside of the vocabulary; ConfigError on a marker that the port lacks; TokenizerError for texts where the
+        encoder came without a tokenizer.
+        """
+        _check_is_list("contexts", contexts)
+        samples = [Sample("compress", (self._context(c, decoder, marker),)) for c in contexts]
+        if not samples:
+            return []
+        batch = self._pack(samples)
+        z_ZD = self.compressor(batch, decoder)
+        return list(z_ZD.split((batch.decoder_cu_seqlens[1:] - batch.decoder_cu_seqlens[:-1]).tolist()))
+
+    @torch.no_grad()
+    def logits(self, sequences: Sequence[Sequence[Segment]], decoder: int = 0) -> list[Tensor]:
+        """Next-token logits at every text token of each sequence: a list of float32 [text tokens, V].
+
+        No begin-of-text token is added. DataError on an empty sequence or an id outside of the vocabulary.
+        """
+        reader = self._reader(decoder)
+        samples = [Sample("logits", tuple(segments)) for segments in sequences]
+        if not samples:
+            return []
+        batch = self._pack(samples, reader)
+        logits_NV = reader.logits(batch, self._vectors(batch, decoder), batch.text_rows)
+        return list(logits_NV.split([sample.num_text_tokens for sample in samples]))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt | Sequence[Segment]],
+        decoder: int = 0,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continues each prompt, a mixture of text and `Context`, and returns the new text of each.
+
+        The decoder's begin-of-text token is put first where its tokenizer has one, and its end-of-text token ends a
+        continuation. Greedy at temperature 0; else drawn from the smallest set of tokens whose probability reaches
+        `top_p`, by `seed`. (Sentencepiece drops the space that a continuation may begin with.)
+        TokenizerError where the decoder came without a tokenizer; DataError on a prompt without a token, unless the
+        tokenizer has a begin-of-text; ConfigError on a number that cannot be.
+        """
+        _check_is_list("prompts", prompts)
+        tokenizer = self._decoder_tokenizer(decoder)
+        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        ids = self.generate_ids(
+            [self._segments(prompt, decoder) for prompt in prompts],
+            decoder,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop,
+            sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+        )
+        return [tokenizer.decode(line) for line in ids]
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[Segment]],
+        decoder: int = 0,
+        *,
+        max_new_tokens: int = 64,
+        stop_ids: Sequence[int] = (),
+        sampling: Sampling | None = None,
+    ) -> list[list[int]]:
+        """`generate` on token ids: no tokenizer, no begin-of-text token."""
+        reader = self._reader(decoder)
+        if not prompts:
+            return []
+        batch = self._pack([Sample("generate", tuple(segments)) for segments in prompts], reader)
+        return generate_ids(
+            reader,
+            batch,
+            self._vectors(batch, decoder),
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            sampling=sampling,
+        )
+
+    def _vectors(self, batch: PackedBatch, decoder: int) -> Tensor | None:
+        """Compressed vectors of a batch's contexts; None for text only, which is the decoder as it is."""
+        return self.compressor(batch, decoder) if batch.num_encoder_tokens else None
+
+    def _reader(self, decoder: int) -> Decoder:
+        if not 0 <= decoder < len(self.decoders):
+            raise ConfigError(
+                f"decoder {decoder} was asked for; the model was loaded with {len(self.decoders)} of the "
+                f"{len(self.spec.decoder_sizes)} that it serves, counted from 0. Name its weights in `decoders`."
+            )
+        return self.decoders[decoder]
+
+    def _pack(self, samples: Sequence[Sample], reader: Decoder | None = None) -> PackedBatch:
+        for idx, sample in enumerate(samples):
+            if not any(segment.ids for segment in sample.segments):
+                raise DataError(f"sequence {idx} is empty: give it a text token or a context to start from")
+        batch = pack(samples, self.spec.packing)
+        _check_ids("encoder", batch.encoder_ids, self.spec.backbone.vocab_size)
+        if reader is not None:
+            _check_ids("decoder", batch.decoder_ids, reader.config.vocab_size)
+        return batch.to(self.device)
+
+    def _segments(self, prompt: Prompt | Sequence[Segment], decoder: int) -> list[Segment]:
+        parts = [prompt] if isinstance(prompt, str | Context) else list(prompt)
+        given = [part for part in parts if isinstance(part, Segment)]
+        if given and len(given) == len(parts):
+            return given
+        tokenizer = self._decoder_tokenizer(decoder)
+        bos = tokenizer.bos_id if self.decoder_bos[decoder] else None
+        segments = [] if bos is None else [Segment.text([bos])]
+        after_context = False
+        for part in _texts_joined(parts):
+            if isinstance(part, Context):
+                segments.append(self._context(part.text, decoder, part.marker))
+            elif isinstance(part, str):
+                (ids,) = read_together(tokenizer, [part], inside=after_context and not self.texts_apart)
+                segments.append(Segment.text(ids))
+            else:
+                raise DataError(
+                    f"a prompt is str and Context, or Segment alone; got a {type(part).__name__} among them"
+                )
+            after_context = isinstance(part, Context)
+        return segments
+
+    def _context(self, context: str | Sequence[int], decoder: int, marker: Marker | None) -> Segment:
+        self._check_marker(decoder, marker)
+        ids = self._encode(context) if isinstance(context, str) else [int(token) for token in context]
+        if not ids:
+            raise DataError("a context is empty, so there is nothing to compress: leave it out or give it text")
+        return Segment.context(ids, marker)
+
+    def _check_marker(self, decoder: int, marker: Marker | None) -> None:
+        if not 0 <= decoder < len(self.compressor.ports):
+            raise ConfigError(f"decoder {decoder} was asked for; the compressor serves {len(self.compressor.ports)}")
+        if marker is not None and marker not in self.spec.markers:
+            raise ConfigError(f"marker is {marker!r}; this compressor has {_listed(self.spec.markers)}")
+
+    def _encode(self, text: str) -> list[int]:
+        if self.encoder_tokenizer is None:
+            raise TokenizerError(
+                "the encoder has no tokenizer, so it takes ids only: give from_checkpoint an encoder_backbone folder "
+                "that holds one"
+            )
+        return self.encoder_tokenizer.encode(text)
+
+    def _decoder_tokenizer(self, decoder: int) -> Tokenizer:
+        self._reader(decoder)
+        tokenizer = self.decoder_tokenizers[decoder]
+        if tokenizer is None:
+            raise TokenizerError(f"decoder {decoder} came without a tokenizer: put it in the decoder's folder")
+        return tokenizer
+
+
+def _texts_joined(parts: Sequence[object]) -> list[object]:
+    """The parts, texts that stand next to each other as one: where a text was cut must not change its tokens."""
+    joined: list[object] = []
+    for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
+        members = list(group)
+        joined += ["".join(map(str, members))] if is_text else members
+    return joined
+
+
+def _listed(markers: Sequence[Marker]) -> str:
+    return f"{' and '.join(markers)}: take one of them or None" if markers else "no marker: take None"
+
+
+def _check_is_list(what: str, given: object) -> None:
+    """One text would be taken for a list of its characters."""
+    if isinstance(given, str | Context):
+        raise DataError(f"{what} is one {type(given).__name__}; expected a list: write [{what[:-1]}]")
+
+
+def _check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise DataError(
+            f"token ids {int(ids.min())} to {int(ids.max())} for the {what}; expected 0 to {vocab_size - 1}: take ids "
+            f"of the {what}'s own tokenizer"
+        )

@@ -1,0 +1,129 @@
+"""Generation with a KV cache: prompts of text and compressed contexts in, continuations out, as one batch.
+
+The cache is one rectangle a layer; rows are written at sequence * max_len + position, and each query's limit says how
+much of its own line it sees, so prefill (packed, ragged) and decoding (one row a sequence) are the same forward.
+Shape letters: B prompts, R rows of the prefill, Z compressed vectors, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arc_ds.batch.packing import PackedBatch
+from arc_ds.errors import ConfigError
+from arc_ds.model.backbone import LayerCache, Spans
+from arc_ds.model.decoder import Decoder, DecoderRows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: greedily at temperature 0, else from the smallest set of tokens whose probability
+    reaches `top_p`, with the given seed. ConfigError on a negative temperature or a top_p outside of (0, 1]."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"temperature is {self.temperature} and top_p {self.top_p}; expected at least 0 and more than 0 up to 1"
+            )
+
+
+class KVCache:
+    """Keys and values of all layers for B sequences of at most `max_len` rows."""
+
+    def __init__(self, decoder: Decoder, num_sequences: int, max_len: int) -> None:
+        config, table = decoder.config, decoder.tok_embeddings.weight
+        shape = (num_sequences, max_len, config.num_kv_heads, config.head_dim)
+        self.max_len = max_len
+        self._layers = [(table.new_zeros(shape), table.new_zeros(shape)) for _ in range(config.num_layers)]
+        self._cu_keys = torch.arange(num_sequences + 1, device=table.device, dtype=torch.int32) * max_len
+
+    def at(self, sequences: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[LayerCache]:
+        """Each layer's cache for a forward over rows of the given sequences and positions, int64 [rows]."""
+        spans = Spans(cu_seqlens, self._cu_keys, max_seqlen, self.max_len, k_limits=(positions + 1).to(torch.int32))
+        rows = sequences * self.max_len + positions
+        return [LayerCache(keys, values, rows, spans) for keys, values in self._layers]
+
+
+@torch.no_grad()
+def generate_ids(
+    decoder: Decoder,
+    batch: PackedBatch,
+    z_ZD: Tensor | None,
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    sampling: Sampling | None = None,
+    on_logits: Callable[[int, Tensor], None] | None = None,
+) -> list[list[int]]:
+    """Continues every sequence of the batch by at most `max_new_tokens` tokens; a stop id ends it and is left out.
+
+    The first token comes from the sequence's last row, be it a text token, a compressed vector or a marker.
+    on_logits: called with (step, float32 logits [B, V]) before each choice, to look at them.
+    ConfigError on a negative number of new tokens.
+    """
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 0")
+    num_sequences, device = batch.decoder_cu_seqlens.numel() - 1, batch.decoder_ids.device
+    cache = KVCache(decoder, num_sequences, batch.decoder_max_seqlen + max_new_tokens)
+    choose = _Chooser(sampling or Sampling(), device)
+    stop = torch.tensor(sorted(stop_ids), device=device, dtype=torch.int64)
+    logits_BV, lengths_B = _prefill(decoder, batch, z_ZD, cache)
+    done_B = torch.zeros(num_sequences, dtype=torch.bool, device=device)
+    chosen: list[Tensor] = []
+    for step in range(max_new_tokens):
+        if on_logits is not None:
+            on_logits(step, logits_BV)
+        ids_B = choose(logits_BV)
+        done_B = done_B | torch.isin(ids_B, stop)
+        chosen.append(torch.where(done_B, -1, ids_B))
+        if step + 1 == max_new_tokens or bool(done_B.all()):
+            break
+        logits_BV = _advance(decoder, ids_B, lengths_B + step, cache)
+    if not chosen:
+        return [[] for _ in range(num_sequences)]
+    return [[token for token in line if token >= 0] for line in torch.stack(chosen, dim=1).tolist()]
+
+
+def _prefill(decoder: Decoder, batch: PackedBatch, z_ZD: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
+    """Logits [B, V] of each sequence's last row, and the sequences' lengths [B]."""
+    cu = batch.decoder_cu_seqlens.long()
+    lengths_B = cu[1:] - cu[:-1]
+    sequences_R = torch.repeat_interleave(
+        torch.arange(lengths_B.numel(), device=cu.device), lengths_B, output_size=batch.num_decoder_rows
+    )
+    caches = cache.at(sequences_R, batch.decoder_positions, batch.decoder_cu_seqlens, batch.decoder_max_seqlen)
+    h_RD = decoder.hidden(DecoderRows.of(batch), z_ZD, caches)
+    return decoder.output(decoder.norm(h_RD[cu[1:] - 1])), lengths_B
+
+
+def _advance(decoder: Decoder, ids_B: Tensor, positions_B: Tensor, cache: KVCache) -> Tensor:
+    """Logits [B, V] after one more token of each sequence."""
+    sequences = torch.arange(ids_B.numel(), device=ids_B.device)
+    cu = torch.arange(ids_B.numel() + 1, device=ids_B.device, dtype=torch.int32)
+    rows = DecoderRows(ids_B, sequences, sequences[:0], cu, positions_B, 1)
+    h_BD = decoder.hidden(rows, None, cache.at(sequences, positions_B, cu, 1))
+    return decoder.output(decoder.norm(h_BD))
+
+
+class _Chooser:
+    """Chooses the next token of each sequence; keeps the random state between steps."""
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self.sampling = sampling
+        self.generator = torch.Generator(device).manual_seed(sampling.seed)
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        if self.sampling.temperature == 0:
+            return logits_BV.argmax(dim=-1)
+        probs, order = torch.softmax(logits_BV / self.sampling.temperature, dim=-1).sort(dim=-1, descending=True)
+        beyond = probs.cumsum(dim=-1) - probs >= self.sampling.top_p  # the token that crosses top_p still counts
+        drawn = torch.multinomial(probs.masked_fill(beyond, 0.0), 1, generator=self.generator)
+        return order.gather(1, drawn).squeeze(1)

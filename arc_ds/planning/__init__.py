@@ -1,0 +1,1 @@
+"""What a run costs, counted before it starts: floating-point operations."""

@@ -1,0 +1,188 @@
+"""Floating-point operations of a training step, counted from the shapes of its batch (design 8.13).
+
+Counted are the products of a step that computes nothing twice: forward everywhere; backward to the inputs where a
+gradient has to pass, and to the weights where they are trained. Attention's backward counts five products to its
+forward's two, since a fused one makes the scores again (Dao, arXiv 2307.08691); other recomputation, norms, rotary and
+the like are not counted. A product of [m, k] and [k, n] has 2mkn operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from arc_ds.batch.packing import PackedBatch
+from arc_ds.data.loading.estimates import WorkRates
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.encoder import group_ends
+from arc_ds.model.spec import CompressorSpec
+
+
+class Work(NamedTuple):
+    """Operations with weights, and those of attention: scores, and values weighed by them."""
+
+    linear: int = 0
+    attention: int = 0
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.linear + self.attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFlops:
+    """Operations of one micro-batch. bridge, head: forward and backward together."""
+
+    encoder_forward: Work
+    encoder_backward: Work
+    bridge: int
+    decoder_forward: Work
+    decoder_backward: Work
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        parts = (self.encoder_forward, self.encoder_backward, self.decoder_forward, self.decoder_backward)
+        return sum(part.total for part in parts) + self.bridge + self.head
+
+
+class _LayerRows(NamedTuple):
+    """What one layer runs over: rows of queries (and outputs), of keys and values, of the FFN; pairs that attend."""
+
+    queries: int
+    keys: int
+    ffn: int
+    pairs: int
+
+    def work(self, config: BackboneConfig) -> Work:
+        """The layer's forward."""
+        width, heads = config.hidden_size, config.num_heads * config.head_dim
+        kv_heads = config.num_kv_heads * config.head_dim
+        of_attention = 2 * width * (self.queries * heads + self.keys * kv_heads)
+        of_ffn = 3 * width * config.ffn_size * self.ffn
+        return Work(2 * (of_attention + of_ffn), 4 * self.pairs * heads)
+
+
+def count_flops(
+    batch: PackedBatch,
+    spec: CompressorSpec,
+    decoder: BackboneConfig,
+    *,
+    trained_layers: int | None = None,
+    train_embeddings: bool = True,
+) -> StepFlops:
+    """The operations of forward and backward over one micro-batch with one decoder.
+
+    batch: on the host, where it is packed; lengths are read from it, so one on a GPU would be waited for.
+    trained_layers, train_embeddings: what of the encoder is trained (see `engine.set_trained`).
+    """
+    layers = [rows.work(spec.backbone) for rows in _encoder_rows(batch, spec)]
+    all_rows, suffix_rows = _decoder_rows(batch)
+    one_forward, one_suffix = all_rows.work(decoder), suffix_rows.work(decoder)
+    return StepFlops(
+        encoder_forward=_sum(layers),
+        encoder_backward=_sum(_encoder_backward(layers, spec, trained_layers, train_embeddings)),
+        bridge=3 * 2 * batch.compressed_rows.numel() * _bridge_weights(spec, decoder.hidden_size),
+        decoder_forward=_sum([one_forward] * decoder.num_layers),
+        decoder_backward=_sum([_backward(one_suffix, trains=False)] * decoder.num_layers),
+        head=2 * 2 * batch.num_labels * decoder.hidden_size * decoder.vocab_size,
+    )
+
+
+def work_rates(
+    spec: CompressorSpec, decoder: BackboneConfig, *, trained_layers: int | None = None, train_embeddings: bool = True
+) -> WorkRates:
+    """What one token, row and pair of a sample adds to a step with one decoder, in these same operations.
+
+    For dealing samples before they are made: bridge and head are left out, and every row counts as attending to half
+    of its sequence, with a gradient.
+    """
+    token, pair = _LayerRows(1, 1, 1, 0), _LayerRows(0, 0, 0, 1)
+    of_token, of_pair = (
+        _sum([*layers, *_encoder_backward(layers, spec, trained_layers, train_embeddings)])
+        for layers in ([rows.work(spec.backbone)] * spec.num_layers for rows in (token, pair))
+    )
+    row = _sum([token.work(decoder)] * decoder.num_layers)
+    attending = _sum([pair.work(decoder)] * decoder.num_layers)
+    return WorkRates(
+        encoder_token=of_token.linear,
+        encoder_pair=of_pair.attention / (2 if spec.causal else 1),
+        prefix_row=row.linear,
+        suffix_row=row.linear + _backward(row, trains=False).linear,
+        decoder_pair=(attending.attention + _backward(attending, trains=False).attention) / 2,
+    )
+
+
+def _encoder_rows(batch: PackedBatch, spec: CompressorSpec) -> list[_LayerRows]:
+    """Layer by layer, as `Encoder.forward` runs them."""
+    cu_seqlens = batch.encoder_cu_seqlens
+    num_rows = batch.encoder_positions.numel()
+    plain = _LayerRows(num_rows, num_rows, num_rows, _pairs(cu_seqlens, causal=spec.causal))
+    layers = [plain] * (spec.num_layers - len(batch.levels))
+    for level in batch.levels:
+        num_groups = level.positions.numel()
+        if spec.where == "between":
+            layers.append(_LayerRows(num_rows, num_rows, num_groups, _pairs(cu_seqlens, causal=spec.causal)))
+        elif not spec.pooled_queries:
+            pairs = _pairs(level.cu_seqlens, causal=spec.causal)
+            layers.append(_LayerRows(num_groups, num_groups, num_groups, pairs))
+        else:
+            seen = group_ends(cu_seqlens, level) if spec.causal else _lengths(cu_seqlens) * _lengths(level.cu_seqlens)
+            layers.append(_LayerRows(num_groups, num_rows, num_groups, int(seen.sum())))
+        cu_seqlens, num_rows = level.cu_seqlens, num_groups
+    return layers
+
+
+def _encoder_backward(
+    layers: list[Work], spec: CompressorSpec, trained_layers: int | None, train_embeddings: bool
+) -> list[Work]:
+    """The backward of those of the encoder's layers that a gradient reaches."""
+    first_trained = 0 if trained_layers is None else max(len(layers) - trained_layers, 0)
+    reaches_below = train_embeddings or spec.memory_tokens > 0
+    return [
+        _backward(layer, trains=idx >= first_trained)
+        for idx, layer in enumerate(layers)
+        if reaches_below or idx >= first_trained
+    ]
+
+
+def _decoder_rows(batch: PackedBatch) -> tuple[_LayerRows, _LayerRows]:
+    """What each decoder layer runs over: all rows, and those among them that a gradient passes through."""
+    num_rows, pairs = batch.num_decoder_rows, _pairs(batch.decoder_cu_seqlens, causal=True)
+    everything = _LayerRows(num_rows, num_rows, num_rows, pairs)
+    if batch.prefix is None:
+        return everything, everything
+    num_suffix = batch.prefix.suffix_rows.numel()
+    suffix_pairs = pairs - _pairs(batch.prefix.prefix_cu_seqlens, causal=True)
+    return everything, _LayerRows(num_suffix, num_suffix, num_suffix, suffix_pairs)
+
+
+def _bridge_weights(spec: CompressorSpec, out_size: int) -> int:
+    in_size = spec.backbone.hidden_size
+    if spec.bridge == "none":
+        return 0
+    if spec.bridge == "linear":
+        return in_size * out_size
+    return (spec.bridge_hidden_size or out_size) * (in_size + out_size)
+
+
+def _backward(forward: Work, *, trains: bool) -> Work:
+    return Work(forward.linear * (2 if trains else 1), forward.attention * 5 // 2)
+
+
+def _sum(works: list[Work]) -> Work:
+    return Work(sum(work.linear for work in works), sum(work.attention for work in works))
+
+
+def _lengths(cu_seqlens: Tensor) -> Tensor:
+    return (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+
+
+def _pairs(cu_seqlens: Tensor, *, causal: bool) -> int:
+    """How many pairs of query and key attend within segments."""
+    lengths = _lengths(cu_seqlens)
+    return int((lengths * (lengths + 1) // 2 if causal else lengths * lengths).sum())

@@ -1,0 +1,116 @@
+"""From the original files of question-answering sets to fine-tuning records as JSONL (design 7)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arc_ds.errors import DataError
+from arc_ds.shards.building.converters_qa import read_drop, read_squad
+from arc_ds.shards.building.converters_triviaqa import TriviaQaReader
+from arc_ds.shards.building.question import Question
+from arc_ds.shards.records import encode_record, fine_tuning_record
+
+FORMATS = ("squad", "drop", "triviaqa")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """first_answer: keep the main answer only, for training; the others are for evaluation.
+
+    TriviaQA: evidence is its folder of documents (None: `evidence` beside the folder of the file), of which passages of
+    about `passage_words` words are made; at most `max_passages` are kept.
+    """
+
+    first_answer: bool = False
+    evidence: Path | None = None
+    passage_words: int = 150
+    max_passages: int = 4
+
+    def __post_init__(self) -> None:
+        if self.passage_words < 1 or self.max_passages < 1:
+            raise DataError(
+                f"passage_words = {self.passage_words}, max_passages = {self.max_passages}: expected at least 1."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted:
+    """How many records were written, and how many questions were left out for each reason."""
+
+    records: int
+    skipped: dict[str, int]
+
+
+def convert_files(
+    format_name: str,
+    paths: Sequence[Path],
+    out: Path,
+    options: ConvertOptions | None = None,
+    *,
+    overwrite: bool = False,
+) -> Converted:
+    """Write a JSONL of the questions of files of one format, in their order; whole or not at all.
+
+    DataError where a file is not of the format, or `out` exists and `overwrite` is not given.
+    """
+    options = options or ConvertOptions()
+    if format_name not in FORMATS:
+        raise DataError(f"the format is {format_name!r}; expected one of {', '.join(FORMATS)}.")
+    if out.exists() and not overwrite:
+        raise DataError(f"{out} exists. Give another file, or overwrite=True (--overwrite) to replace it.")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    records = 0
+    skipped: Counter[str] = Counter()
+    try:
+        with partial.open("wb") as file:
+            for path in paths:
+                for question in _questions(format_name, path, options):
+                    if question.reason is not None:
+                        skipped[question.reason] += 1
+                        continue
+                    file.write(_encoded(question, path, options) + b"\n")
+                    records += 1
+        partial.replace(out)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error}. Free its place or name another one.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return Converted(records=records, skipped=dict(sorted(skipped.items())))
+
+
+def _questions(format_name: str, path: Path, options: ConvertOptions) -> Iterator[Question]:
+    """The questions of a file. DataError where it cannot be read, or is of another format."""
+    readers: dict[str, Callable[[Any], Iterator[Question]]] = {
+        "squad": read_squad,
+        "drop": read_drop,
+        "triviaqa": TriviaQaReader(
+            evidence=options.evidence or path.absolute().parent.parent / "evidence",
+            passage_words=options.passage_words,
+            max_passages=options.max_passages,
+        ).read,
+    }
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}). Give the original file, unpacked.") from error
+    try:
+        yield from readers[format_name](content)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path}: not of the format {format_name} ({what}). Name the format that it has.") from error
+
+
+def _encoded(question: Question, path: Path, options: ConvertOptions) -> bytes:
+    answers = question.answers[:1] if options.first_answer else question.answers
+    record = {"passages": list(question.passages), "question": question.text, "answer": list(answers)}
+    try:
+        fine_tuning_record(record)
+    except DataError as error:
+        raise DataError(f"{path}, question {question.name}: {error}. Mend or remove it.") from error
+    return encode_record(record)

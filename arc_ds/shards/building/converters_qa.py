@@ -1,0 +1,48 @@
+"""Readers of SQuAD (1.1 and 2.0) and DROP, whose questions stand below their passage in one JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from arc_ds.shards.building.question import Question, distinct
+
+
+def read_squad(content: Any) -> Iterator[Question]:
+    """The questions of a SQuAD file; those without an answer (2.0) are left out as `unanswerable`."""
+    for article in content["data"]:
+        for paragraph in article["paragraphs"]:
+            for entry in paragraph["qas"]:
+                answers = distinct(answer["text"] for answer in entry["answers"])
+                yield Question(
+                    name=entry["id"],
+                    text=entry["question"].strip(),
+                    passages=(paragraph["context"],),
+                    answers=answers,
+                    reason=None if answers else "unanswerable",
+                )
+
+
+def read_drop(content: Any) -> Iterator[Question]:
+    """The questions of a DROP file; the answers of other annotators stand behind the main one."""
+    for passage in content.values():
+        for entry in passage["qa_pairs"]:
+            given = [entry["answer"], *entry.get("validated_answers", [])]
+            answers = distinct(_drop_answer(answer) for answer in given)
+            yield Question(
+                name=entry["query_id"],
+                text=entry["question"].strip(),
+                passages=(passage["passage"],),
+                answers=answers,
+                reason=None if answers else "unanswerable",
+            )
+
+
+def _drop_answer(answer: Any) -> str:
+    """A number, a date (day, month and year, as far as they are given), or spans, which together are one answer."""
+    if answer["number"]:
+        return str(answer["number"])
+    if answer["spans"]:
+        return ", ".join(answer["spans"])
+    date = answer.get("date") or {}
+    return " ".join(date[part] for part in ("day", "month", "year") if date.get(part))

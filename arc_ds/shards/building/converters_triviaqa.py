@@ -1,0 +1,78 @@
+"""Reader of TriviaQA, whose questions come with whole documents, of which passages that hold the answer are cut."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arc_ds.errors import DataError
+from arc_ds.shards.building.question import Question, distinct
+
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TriviaQaReader:
+    """evidence: the folder with `wikipedia` and `web`. passage_words, max_passages: see `converters.ConvertOptions`."""
+
+    evidence: Path
+    passage_words: int
+    max_passages: int
+
+    def read(self, content: Any) -> Iterator[Question]:
+        """The questions of a file of the reading-comprehension set.
+
+        Passages that hold the answer or an alias of it are kept, those that share most words with the question first;
+        a question without one is left out as `no_evidence`. DataError where a document is not there.
+        """
+        for entry in content["Data"]:
+            answer = entry["Answer"]
+            answers = distinct([answer["Value"], *answer.get("Aliases", []), *answer.get("HumanAnswers", [])])
+            question = entry["Question"].strip()
+            passages = self._best(
+                [p for path in self._documents(entry) for p in self._passages(path)], question, answers
+            )
+            yield Question(
+                name=entry["QuestionId"],
+                text=question,
+                passages=passages,
+                answers=answers,
+                reason=None if passages else "no_evidence",
+            )
+
+    def _documents(self, entry: Any) -> Iterator[Path]:
+        for kind, folder in (("EntityPages", "wikipedia"), ("SearchResults", "web")):
+            for page in entry.get(kind) or []:
+                yield self.evidence / folder / page["Filename"]
+
+    def _passages(self, path: Path) -> list[str]:
+        """A document's lines, joined to passages of about `passage_words` words; a longer line is cut."""
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise DataError(
+                f"{path}: {error.strerror}. Unpack TriviaQA's evidence, and name its folder (--evidence)."
+            ) from error
+        passages: list[list[str]] = [[]]
+        for line in text.splitlines():
+            words = line.split()
+            for start in range(0, len(words), self.passage_words):
+                piece = words[start : start + self.passage_words]
+                if passages[-1] and sum(len(part.split()) for part in passages[-1]) + len(piece) > self.passage_words:
+                    passages.append([])
+                passages[-1].append(" ".join(piece))
+        return ["\n".join(parts) for parts in passages if parts]
+
+    def _best(self, passages: Sequence[str], question: str, answers: Sequence[str]) -> tuple[str, ...]:
+        holds_answer = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, answers))})(?!\w)", re.IGNORECASE)
+        fitting = [passage for passage in dict.fromkeys(passages) if answers and holds_answer.search(passage)]
+        asked = _words(question)
+        fitting.sort(key=lambda passage: -len(asked & _words(passage)))  # stable: the first document's first
+        return tuple(fitting[: self.max_passages])
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD.findall(text.casefold()))

@@ -1,0 +1,152 @@
+"""The inputs of a build: which files, and their documents in batches that are the same however they are worked on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from arc_ds.errors import DataError
+from arc_ds.shards.building.batches import Batch, Compression, Cursor, InputFile, InputKind
+from arc_ds.shards.building.inputs_lines import read_line_batches, read_text_batch, why_no_lines
+from arc_ds.shards.building.inputs_parquet import read_row_batches
+from arc_ds.shards.format import FORMAT, MANIFEST
+
+_KINDS: dict[str, InputKind] = {".txt": "text", ".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+_COMPRESSIONS: dict[str, Compression] = {"": "", ".gz": "gz", ".zst": "zst", ".zstd": "zst"}
+# What a file's name ends in, in lower case: its kind and compression.
+_ENDINGS: dict[str, tuple[InputKind, Compression]] = {
+    first + second: (kind, compression)
+    for first, kind in _KINDS.items()
+    for second, compression in _COMPRESSIONS.items()
+}
+_ENDINGS[".parquet"] = ("parquet", "")
+_EXPECTED = f"{', '.join(_KINDS)} (also {', '.join(filter(None, _COMPRESSIONS))}) or .parquet"
+_JSON_ENDINGS = tuple(f".json{compression}" for compression in _COMPRESSIONS)
+
+
+class FoundInputs(NamedTuple):
+    """The input files, and what else the folders among the inputs hold: files of other kinds, a .json that is not in
+    lines, whatever is hidden (its name begins with a dot), links to nowhere or to a folder that they lie in, shards,
+    and folders that cannot be searched."""
+
+    files: tuple[InputFile, ...]
+    passed_over: tuple[Path, ...]
+
+
+def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) -> FoundInputs:
+    """The input files, folders replaced by what they and their subfolders hold in sorted order; links are followed.
+
+    without: a folder that is passed over where it lies in another one.
+    DataError on a missing or unknown one, a .json that is not in lines, a file that is there twice, and a folder that
+    cannot be searched or is without any.
+    """
+    files: list[InputFile] = []
+    passed_over: list[Path] = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            found = _search(path, without)
+            files += found.files
+            passed_over += found.passed_over
+        elif path.is_file() and _ending(path):
+            files.append(_input_file(path, path.name))
+            if (fault := _why_no_lines(files[-1])) is not None:
+                raise DataError(fault)
+        else:
+            state = "of another kind" if path.exists() else "missing"
+            raise DataError(f"input {path} is {state}; expected a folder or a file ending in {_EXPECTED}.")
+    if not files:
+        raise DataError("no inputs were given. Name text, JSONL or Parquet files, or folders of them.")
+    seen: dict[Path, Path] = {}
+    for file in files:
+        first = seen.setdefault(file.path.resolve(), file.path)
+        if first is not file.path:
+            again = "is named twice" if first == file.path else f"is the same file as {first}"
+            raise DataError(f"input {file.path} {again}, so its documents would be there twice. Name it once.")
+    return FoundInputs(tuple(files), tuple(passed_over))
+
+
+def _search(folder: Path, without: Path | None) -> FoundInputs:
+    """What a folder holds. DataError where that is no input, or it cannot be searched."""
+    try:
+        held = sorted(_below(folder, frozenset() if without is None else frozenset((without.resolve(),))))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be searched ({error}). Make it readable, or name its files.") from error
+    named = [path for path in held if _ending(path) and not _is_hidden(path) and path.is_file()]
+    found = [_input_file(path, str(path.relative_to(folder))) for path in named]
+    faults = {file.path: fault for file in found if (fault := _why_no_lines(file)) is not None}
+    files = [file for file in found if file.path not in faults]
+    if not files:
+        nothing = f"{folder}: expected files ending in {_EXPECTED}, found none. Check the path."
+        raise DataError(next(iter(faults.values()), nothing))
+    others = set(held).difference(file.path for file in files)
+    return FoundInputs(tuple(files), tuple(sorted(others)))
+
+
+def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """Everything in a folder and its subfolders, but for what lies in those that are passed over: hidden ones, shards,
+    those that cannot be searched, and those in `above`, which the folder lies in itself, so that following links comes
+    to an end. OSError where the folder cannot be searched."""
+    above |= {folder.resolve()}
+    for path in folder.iterdir():
+        if not path.is_dir() or _is_hidden(path) or path.resolve() in above or _is_shards(path):
+            yield path
+        elif os.access(path, os.R_OK | os.X_OK):
+            yield from _below(path, above)
+        else:
+            yield path
+
+
+def _is_shards(folder: Path) -> bool:
+    """Whether it is a set of shards: its manifest and token caches are no documents."""
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            return FORMAT.encode() in file.read(4096)
+    except OSError:
+        return False
+
+
+def _why_no_lines(file: InputFile) -> str | None:
+    """As `inputs_lines.why_no_lines`; None for files that are not called .json, which may also hold other JSON."""
+    if not file.name.lower().endswith(_JSON_ENDINGS):
+        return None
+    return why_no_lines(file)
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether it is some tool's own, such as an unfinished build, a notebook's copies or a file system's notes."""
+    return path.name.startswith(".")
+
+
+def _ending(path: Path) -> str | None:
+    return next((ending for ending in _ENDINGS if path.name.lower().endswith(ending)), None)
+
+
+def _input_file(path: Path, name: str) -> InputFile:
+    kind, compression = _ENDINGS[_ending(path) or ""]
+    status = path.stat()
+    return InputFile(
+        path=path,
+        name=name,
+        kind=kind,
+        compression=compression,
+        num_bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+    )
+
+
+def read_batches(
+    file: InputFile, *, columns: Sequence[str], max_document_bytes: int, start: Cursor | None = None
+) -> Iterator[Batch]:
+    """The documents of a file from the batch that begins at `start`; memory does not grow with the file.
+
+    columns: those of a Parquet file that are read, where it has them.
+    DataError where the file cannot be read: missing, cut short, damaged, or the library that reads it is not there.
+    """
+    start = start or Cursor()
+    if file.kind == "parquet":
+        return read_row_batches(file, columns, start)
+    if file.kind == "text":
+        return read_text_batch(file, max_document_bytes)
+    return read_line_batches(file, max_document_bytes, start)

@@ -1,0 +1,168 @@
+"""Reading text and JSONL files, plain or compressed, in bounded memory."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+
+from arc_ds.errors import DataError
+from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile, Line
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+_CHUNK = 1 << 20
+_HEAD = 1 << 16
+_ZSTD_CHUNK = 1 << 14  # compressed bytes at once: all that they give is held in memory
+_ZSTD_MAX_WINDOW = 1 << 31  # files written with `zstd --long=31`
+
+
+def why_no_lines(file: InputFile) -> str | None:
+    """What a .json file is and what to do, where it begins as one array or as an object over several lines does; None
+    where it is JSONL. DataError where it cannot be read."""
+    with _opened(file) as (_, stream):
+        heads = (head.strip() for head in iter(lambda: stream.readline(_HEAD), b""))
+        first, second = [*islice(filter(None, heads), 2), b"", b""][:2]
+    first = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if first.startswith(b"["):
+        what, how = "an array", "'.[]'"
+    elif first == b"{" and second.startswith((b'"', b"}")):
+        what, how = "an object over several lines", "."
+    else:
+        return None
+    return (
+        f"{file.path}: expected one JSON object a line, found {what}. Turn it to lines (jq -c {how} A.json > A.jsonl; "
+        "the files of SQuAD, DROP and TriviaQA with arc-ds shards convert), or leave out the file."
+    )
+
+
+def read_text_batch(file: InputFile, max_document_bytes: int) -> Iterator[Batch]:
+    """The whole file as one document."""
+    with _opened(file) as (_, stream):
+        data = stream.read(max_document_bytes + 1)
+        size = len(data) + _discard(stream)
+    line = Line(number=1, size=size, data=data if size <= max_document_bytes else None)
+    yield Batch(cursor=Cursor(), content=(line,), position=file.num_bytes)
+
+
+def read_line_batches(file: InputFile, max_document_bytes: int, start: Cursor) -> Iterator[Batch]:
+    """The lines that are not blank; one longer than `max_document_bytes` is passed over without being kept."""
+    with _opened(file) as (raw, stream):
+        if file.compression:
+            _discard(stream, start.place)
+        else:
+            stream.seek(start.place)
+        offset, number = start
+        while lines := _next_lines(stream, number, max_document_bytes):
+            content = tuple(line for line in lines if line.data is None or line.data.strip())
+            yield Batch(cursor=Cursor(offset, number), content=content, position=raw.tell())
+            offset += sum(line.size for line in lines)
+            number = lines[-1].number
+
+
+def _next_lines(stream: IO[bytes], number: int, max_document_bytes: int) -> list[Line]:
+    """Lines of about `BATCH_BYTES` together, the first of which has the number `number` + 1; none at the end."""
+    lines: list[Line] = []
+    total = 0
+    while total < BATCH_BYTES:
+        data = stream.readline(max_document_bytes + 2)  # one for the line's end, one to see that it goes on
+        if not data:
+            break
+        number += 1
+        if len(data.rstrip(b"\r\n")) <= max_document_bytes:
+            lines.append(Line(number, len(data), data))
+        else:
+            lines.append(Line(number, len(data) + _discard_line(stream, data), None))
+        total += len(data)
+    return lines
+
+
+def _discard_line(stream: IO[bytes], begun: bytes) -> int:
+    """Pass over the rest of a line that begins with `begun`; returns its bytes."""
+    size = 0
+    while not begun.endswith(b"\n") and (begun := stream.readline(_CHUNK)):
+        size += len(begun)
+    return size
+
+
+def _discard(stream: IO[bytes], num_bytes: int | None = None) -> int:
+    """Pass over so many bytes, or all that are left; returns how many there were."""
+    passed = 0
+    while num_bytes is None or passed < num_bytes:
+        wanted = _CHUNK if num_bytes is None else min(_CHUNK, num_bytes - passed)
+        chunk = stream.read(wanted)
+        if not chunk:
+            break
+        passed += len(chunk)
+    return passed
+
+
+@contextmanager
+def _opened(file: InputFile) -> Iterator[tuple[BinaryIO, IO[bytes]]]:
+    """The file and the stream of its decompressed bytes; whatever goes wrong while it is read is a DataError."""
+    broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+    zstandard = _zstandard(file) if file.compression == "zst" else None
+    if zstandard is not None:
+        broken = (*broken, zstandard.ZstdError)
+    try:
+        with file.path.open("rb") as raw:
+            if file.compression == "gz":
+                yield raw, io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), _CHUNK)
+            elif zstandard is not None:
+                yield raw, io.BufferedReader(_ZstdStream(raw, zstandard), _CHUNK)
+            else:
+                yield raw, raw
+    except broken as error:
+        raise DataError(f"{file.path}: cannot be read ({error}). Mend, replace or leave out the file.") from error
+
+
+def _zstandard(file: InputFile) -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError(f"{file.path}: .zst files need the package zstandard. Run: pip install zstandard") from error
+    return zstandard
+
+
+class _ZstdStream(io.RawIOBase):
+    """The decompressed bytes of all frames of a file; EOFError where the last one is cut short.
+
+    zstandard's own stream reader takes a cut file for a shorter one.
+    """
+
+    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
+        self._raw = raw
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        while not self._ready:
+            if not self._fill():
+                return 0
+        target = memoryview(buffer).cast("B")
+        size = min(len(target), len(self._ready))
+        target[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def _fill(self) -> bool:
+        """Decompress some more; False at the end of the file."""
+        left_over = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+        data = left_over or self._raw.read(_ZSTD_CHUNK)
+        if not data:
+            if self._frame is not None and not self._frame.eof:
+                raise EOFError("the last zstd frame is cut short")
+            return False
+        if self._frame is None or self._frame.eof:
+            self._frame = self._decompressor.decompressobj()
+        self._ready = memoryview(self._frame.decompress(data))
+        return True

@@ -1,0 +1,86 @@
+"""Reading Parquet files, a few rows of the wanted columns at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from arc_ds.errors import DataError
+from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_MAX_ROWS = 4096
+_READ_AHEAD = 1 << 20  # bytes of a column chunk that are held at once
+
+
+def read_row_batches(file: InputFile, columns: Sequence[str], start: Cursor) -> Iterator[Batch]:
+    """The rows of a Parquet file; a batch does not cross row groups.
+
+    columns: those that are read. DataError where the file has none of them, is damaged, or pyarrow is missing.
+    """
+    pyarrow = _pyarrow(file)
+    try:
+        with pyarrow.parquet.ParquetFile(file.path, buffer_size=_READ_AHEAD, pre_buffer=False) as parquet:
+            names = parquet.schema_arrow.names
+            wanted = [name for name in columns if name in names]
+            if not wanted:
+                raise DataError(f"{file.path}: expected the columns {', '.join(columns)}; it has {', '.join(names)}.")
+            first_row = 1 + sum(parquet.metadata.row_group(idx).num_rows for idx in range(start.place))
+            for group in range(start.place, parquet.num_row_groups):
+                skipped = start.number if group == start.place else 0
+                yield from _row_group(parquet, file, group, wanted, skipped, first_row)
+                first_row += parquet.metadata.row_group(group).num_rows
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{file.path}: cannot be read as Parquet ({error}). Mend or leave out the file.") from error
+
+
+def _row_group(
+    parquet: Any, file: InputFile, group: int, columns: list[str], skipped: int, first_row: int
+) -> Iterator[Batch]:
+    """The batches of a row group behind its first `skipped` rows, which end a batch."""
+    size = _rows_at_once(parquet.metadata.row_group(group), columns)
+    share = file.num_bytes / max(parquet.metadata.num_rows, 1)
+    row = 0
+    for rows in parquet.iter_batches(batch_size=size, row_groups=[group], columns=columns, use_threads=False):
+        if row >= skipped:
+            position = int(share * (first_row - 1 + row + len(rows)))
+            yield Batch(cursor=Cursor(group, row), content=_plain(rows), position=position, first_row=first_row + row)
+        row += len(rows)
+
+
+def _rows_at_once(group: Any, columns: list[str]) -> int:
+    """Rows of about `BATCH_BYTES`, by the average of the group's wanted columns."""
+    chunks = [group.column(idx) for idx in range(group.num_columns)]
+    num_bytes = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
+    return max(1, min(_MAX_ROWS, BATCH_BYTES * group.num_rows // max(num_bytes, 1)))
+
+
+def _plain(rows: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """The rows with texts in place of places in a dictionary or in a buffer that all rows of the column share: each row
+    would be measured, and each batch handed over, with the texts of all."""
+    schema = rows.schema
+    for idx, column in enumerate(schema):
+        schema = schema.set(idx, column.with_type(_plain_type(column.type)))
+    return rows if schema == rows.schema else rows.cast(schema)
+
+
+def _plain_type(stored: pyarrow.DataType) -> pyarrow.DataType:
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(stored):
+        return _plain_type(stored.value_type)
+    if pyarrow.types.is_list(stored) or pyarrow.types.is_large_list(stored):
+        inner = _plain_type(stored.value_type)
+        return stored if inner == stored.value_type else pyarrow.large_list(inner)
+    return pyarrow.large_string() if pyarrow.types.is_string_view(stored) else stored
+
+
+def _pyarrow(file: InputFile) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{file.path}: Parquet files need the package pyarrow. Run: pip install pyarrow") from error
+    return pyarrow

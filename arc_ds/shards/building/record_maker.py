@@ -1,0 +1,219 @@
+"""From documents to records: what a worker of a build does with a batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from arc_ds.errors import DataError
+from arc_ds.shards.building.batches import Batch, InputFile
+from arc_ds.shards.building.documents import LeftOutError, read_documents, too_large
+from arc_ds.shards.building.text_cutter import TextCutter
+from arc_ds.shards.format import RecordKind
+from arc_ds.shards.records import MAX_RECORD_BYTES, encode_record, fine_tuning_record, text_of
+from arc_ds.tokenizers import Tokenizer
+
+OnError = Literal["stop", "skip"]
+_FINE_TUNING_FIELDS = ("passages", "passage", "question", "instruction", "answer")
+# Why a document is left out, as the manifest counts it, and in words.
+REASONS = {
+    "bad_record": "with a field missing, of the wrong kind or without a token",
+    "cannot_cut": "with a character of more tokens than a record may have",
+    "empty": "empty",
+    "min_chars": "of too few characters",
+    "min_tokens": "of too few tokens",
+    "not_json": "that are no JSON object",
+    "not_utf8": "that are not UTF-8",
+    "quality": "of too low quality",
+    "too_large": "too large",
+}
+MAX_NAMED = 20  # faults that are kept word for word
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordRules:
+    """What becomes of a document.
+
+    kind: of the records. text_field: of a pretraining document. max_tokens: pretraining documents are cut to records of
+    at most so many; min_tokens: those with fewer are left out, and no piece of a longer one is shorter.
+    min_chars: documents of fewer characters are left out (fine-tuning: in the passages). quality_field, min_quality: so
+    are those whose number in this field is lower. max_document_bytes: a longer one is a fault. on_error: whether a
+    fault stops the build, or leaves the document out and is counted.
+    """
+
+    kind: RecordKind
+    text_field: str
+    max_tokens: int
+    min_tokens: int
+    min_chars: int
+    quality_field: str | None
+    min_quality: float | None
+    max_document_bytes: int
+    on_error: OnError
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_tokens <= self.max_tokens // 2:
+            limit = self.max_tokens // 2
+            raise DataError(
+                f"min_tokens = {self.min_tokens}: expected 1 to max_tokens / 2 = {limit}. Change either of them."
+            )
+        if self.max_document_bytes < 1:
+            raise DataError(f"max_document_bytes = {self.max_document_bytes}: expected at least 1. Raise it.")
+        if (self.quality_field is None) != (self.min_quality is None):
+            raise DataError("a quality threshold needs its field, and the field a threshold. Give both or none.")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields of a document that are looked at."""
+        fields = (self.text_field,) if self.kind == "pretraining" else _FINE_TUNING_FIELDS
+        return fields if self.quality_field is None else (*fields, self.quality_field)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Documents, how many of them were cut into several records, and how many were left out for each reason."""
+
+    documents: int = 0
+    cut: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Counts) -> None:
+        self.documents += other.documents
+        self.cut += other.cut
+        self.skipped.update(other.skipped)
+
+    def copy(self) -> Counts:
+        return Counts(documents=self.documents, cut=self.cut, skipped=self.skipped.copy())
+
+
+class MadeRecord(NamedTuple):
+    """A record's bytes and its tokens by the encoder's tokenizer.
+
+    num_passages, passage_tokens: of a fine-tuning record, and how many of its tokens are theirs.
+    """
+
+    payload: bytes
+    num_tokens: int
+    num_passages: int = 0
+    passage_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeBatch:
+    """The records of a batch. faults: the first ones found, with their places.
+
+    stopped: the fault at which the build ends.
+    """
+
+    records: tuple[MadeRecord, ...]
+    counts: Counts
+    faults: tuple[str, ...]
+    stopped: str | None = None
+
+
+class RecordMaker:
+    """Makes the records of batches, the same for the same batch in any process."""
+
+    def __init__(self, rules: RecordRules, tokenizer: Tokenizer) -> None:
+        self.rules = rules
+        self.tokenizer = tokenizer
+        self._cutter = TextCutter(tokenizer=tokenizer, max_tokens=rules.max_tokens, min_tokens=rules.min_tokens)
+
+    def make(self, file: InputFile, batch: Batch) -> MadeBatch:
+        """The records of a batch of a file's documents."""
+        records: list[MadeRecord] = []
+        counts = Counts()
+        faults: list[str] = []
+        rules = self.rules
+        documents = read_documents(file, batch, text_field=rules.text_field, max_bytes=rules.max_document_bytes)
+        for number, fields in documents:
+            counts.documents += 1
+            try:
+                made = self._records_of(fields)
+            except LeftOutError as left_out:
+                if left_out.fault is not None:
+                    fault = f"{file.where(number)}: {left_out.fault}"
+                    if rules.on_error == "stop":
+                        return MadeBatch(records=(), counts=counts, faults=(), stopped=fault)
+                    faults += [fault] if len(faults) < MAX_NAMED else []
+                counts.skipped[left_out.reason] += 1
+            else:
+                counts.cut += len(made) > 1
+                records += made
+        return MadeBatch(records=tuple(records), counts=counts, faults=tuple(faults))
+
+    def _records_of(self, fields: dict[str, Any] | LeftOutError) -> list[MadeRecord]:
+        if isinstance(fields, LeftOutError):
+            raise fields
+        self._check_quality(fields)
+        return self._fine_tuning(fields) if self.rules.kind == "fine_tuning" else self._pretraining(fields)
+
+    def _check_quality(self, fields: dict[str, Any]) -> None:
+        name = self.rules.quality_field
+        if name is None:
+            return
+        quality = fields.get(name)
+        if isinstance(quality, bool) or not isinstance(quality, int | float):
+            got = type(quality).__name__ if name in fields else f"the fields {sorted(fields)}"
+            raise LeftOutError("bad_record", f"expected a number in the field {name!r}, got {got}.")
+        if self.rules.min_quality is not None and not quality >= self.rules.min_quality:  # this way round for NaN
+            raise LeftOutError("quality")
+
+    def _pretraining(self, fields: dict[str, Any]) -> list[MadeRecord]:
+        """The text's pieces."""
+        try:
+            text = text_of(fields, self.rules.text_field)
+        except DataError as error:
+            cure = _cure(fields, "Mend it, or name another field (--text-field).")
+            raise LeftOutError("bad_record", f"{error}. {cure}") from error
+        if not text.strip():
+            raise LeftOutError("empty")
+        if len(text) < self.rules.min_chars:
+            raise LeftOutError("min_chars")
+        try:
+            pieces = list(self._cutter.cut(text))
+        except DataError as error:
+            raise LeftOutError("cannot_cut", str(error)) from error
+        if len(pieces) == 1 and pieces[0][1] < self.rules.min_tokens:
+            raise LeftOutError("min_tokens")
+        return [MadeRecord(encode_record({"text": piece}), num_tokens) for piece, num_tokens in pieces]
+
+    def _fine_tuning(self, fields: dict[str, Any]) -> list[MadeRecord]:
+        """The record itself; its tokens are those of all passages, of what is asked, and of the longest answer."""
+        try:
+            record = fine_tuning_record(fields)
+        except DataError as error:
+            raise LeftOutError("bad_record", f"{error}. {_cure(fields, 'Mend or remove it.')}") from error
+        if sum(len(passage) for passage in record.passages) < self.rules.min_chars:
+            raise LeftOutError("min_chars")
+        payload = encode_record({name: fields[name] for name in _FINE_TUNING_FIELDS if fields.get(name) is not None})
+        if len(payload) > MAX_RECORD_BYTES:
+            raise too_large(len(payload), MAX_RECORD_BYTES)
+        asked = [text for text in (record.instruction, record.question) if text is not None]
+        in_passages = sum(self._tokens("passages", record.passages))
+        num_tokens = in_passages + sum(len(self.tokenizer.encode(text)) for text in asked)
+        # Training leaves out white space around an answer.
+        num_tokens += max(self._tokens("answer", [answer.strip() for answer in record.answers]))
+        return [MadeRecord(payload, num_tokens, len(record.passages), in_passages)]
+
+    def _tokens(self, field: str, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text. A text without any is a fault: it leaves nothing to read or to predict. (Tokenizers may
+        have no token for a control character; a decoder's may lack others than this one, which only training sees.)
+        """
+        lengths = [len(self.tokenizer.encode(text)) for text in texts]
+        if 0 in lengths:
+            text = texts[lengths.index(0)]
+            raise LeftOutError(
+                "bad_record",
+                f"expected text in the field {field!r}, got {text[:40]!r}, which has no token. Mend or remove it.",
+            )
+        return lengths
+
+
+def _cure(fields: dict[str, Any], usual: str) -> str:
+    """What helps where a document has not the fields of a record."""
+    if isinstance(fields.get("data", fields.get("Data")), list):
+        return "A file of SQuAD or TriviaQA becomes records with arc-ds shards convert."
+    return usual

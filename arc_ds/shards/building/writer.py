@@ -1,0 +1,272 @@
+"""Building shards: documents become webdataset tars with an index and a manifest, the same bytes each time.
+
+The inputs are read here, batch by batch; workers cut and serialise; here again the records are written in order. At the
+end of each shard it is noted where the build stands, so that one that was killed goes on there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from tqdm import tqdm
+
+from arc_ds.errors import DataError, StorageError
+from arc_ds.shards.building.batches import InputFile
+from arc_ds.shards.building.input_digests import InputDigests
+from arc_ds.shards.building.inputs import find_inputs, read_batches
+from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, MadeBatch, OnError, RecordRules
+from arc_ds.shards.building.state import BuildFolder, BuildPlan, Checkpoint
+from arc_ds.shards.building.workers import Work, make_in_order
+from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo
+from arc_ds.shards.tar_writer import ShardWriter
+from arc_ds.tokenizers import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def build_shards(
+    inputs: Sequence[str | Path],
+    out_dir: str | Path,
+    tokenizer: Tokenizer | str | Path,
+    *,
+    kind: RecordKind = "pretraining",
+    max_tokens: int = 768,
+    min_tokens: int = 16,
+    shard_bytes: int = 128 << 20,
+    text_field: str = "text",
+    min_chars: int = 0,
+    quality_field: str | None = None,
+    min_quality: float | None = None,
+    max_document_bytes: int = 64 << 20,
+    on_error: OnError = "stop",
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Manifest:
+    """Write shards of the inputs' documents to the folder `out_dir` and return its manifest.
+
+    inputs: text files (one document each), JSONL files (one a line) and Parquet files (one a row), the first two also
+        as .gz or .zst, or folders, which are searched for all of them in sorted order; what else they hold is named in
+        the log.
+    tokenizer: the encoder's, or its path.
+    kind: of the records. Pretraining documents have their text in `text_field` and are cut, losing nothing, to records
+        of at most `max_tokens` tokens; those of fewer than `min_tokens` are left out, and no piece of a longer one is
+        shorter. Fine-tuning documents have the fields of design 7 and are never cut.
+    shard_bytes: a shard ends with the member that reaches this size.
+    min_chars, quality_field, min_quality: documents of fewer characters, or whose number in that field is lower, are
+        left out. All that is left out is counted by reason in the manifest.
+    max_document_bytes, on_error: a longer document is a fault as one that is damaged is; faults stop the build, or are
+        skipped, counted, and the first ones named in the log.
+    workers: processes that cut. The result does not depend on their number.
+    The folder appears whole or not at all. A build that ended early keeps its finished shards in a hidden folder beside
+    `out_dir`, and the same call goes on there. DataError on an unusable input or option, or where `out_dir` exists and
+    `overwrite` is not given; StorageError where nothing can be written.
+    """
+    out_dir = Path(out_dir)
+    rules = RecordRules(
+        kind=kind,
+        text_field=text_field,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        min_chars=min_chars,
+        quality_field=quality_field,
+        min_quality=min_quality,
+        max_document_bytes=max_document_bytes,
+        on_error=on_error,
+    )
+    if shard_bytes < 1 or workers < 1:
+        raise DataError(f"shard_bytes = {shard_bytes}, workers = {workers}: expected at least 1. Change them.")
+    _check_target(out_dir, overwrite)
+    files = _find_files(inputs, rules, out_dir)
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    plan = BuildPlan(files=files, rules=rules, shard_bytes=shard_bytes, tokenizer_fingerprint=tokenizer.fingerprint)
+    folder = BuildFolder(out_dir)
+    try:
+        with folder.locked():
+            manifest = _build_in(folder, plan, tokenizer, workers, progress)
+            folder.publish(out_dir)
+    except OSError as error:
+        raise StorageError(f"{out_dir} cannot be written: {error}. Is its disk full?") from error
+    logger.info("%s: %d records in %d shards", out_dir, manifest.samples, len(manifest.shards))
+    return manifest
+
+
+def _check_target(out_dir: Path, overwrite: bool) -> None:
+    if out_dir.exists() and not overwrite:
+        raise DataError(f"{out_dir} exists. Give another folder, or overwrite=True (--overwrite) to replace it.")
+    if overwrite and out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / MANIFEST).is_file():
+        raise DataError(f"{out_dir} holds files but no {MANIFEST}: not a folder of shards, so it is not replaced.")
+
+
+def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path) -> tuple[InputFile, ...]:
+    """The input files. DataError also where the rules ask for fields of a text file."""
+    files, passed_over = find_inputs(inputs, without=out_dir)
+    if passed_over:
+        names = ", ".join(map(str, passed_over[:MAX_NAMED])) + (", …" if len(passed_over) > MAX_NAMED else "")
+        logger.warning("passed over as no inputs: %d files or folders: %s", len(passed_over), names)
+    texts = [file.path.name for file in files if file.kind == "text"]
+    if texts and rules.kind == "fine_tuning":
+        raise DataError(f"fine-tuning records have several fields; {texts[0]} is plain text. Give JSONL or Parquet.")
+    if texts and rules.quality_field is not None:
+        raise DataError(f"{texts[0]} is plain text and has no field {rules.quality_field!r}. Leave out one of them.")
+    return files
+
+
+def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, workers: int, progress: bool) -> Manifest:
+    """Write all shards and the manifest to the build's folder; what is finished stays there if it fails."""
+    start = folder.load(plan)
+    if start is not None:
+        logger.warning("%s: going on behind %d finished shards", folder.path, len(start.shards))
+    build = _Build(folder, plan, start or Checkpoint())
+    try:
+        total = sum(file.num_bytes for file in plan.files)
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+            build.run(tokenizer, workers, bar)
+    except BaseException:
+        if build.checkpoint.shards:
+            logger.warning(
+                "%d finished shards are kept in %s: the same command goes on there",
+                len(build.checkpoint.shards),
+                folder.path,
+            )
+        else:
+            folder.remove()
+        raise
+    manifest = Manifest(
+        samples=build.writer.num_records,
+        tokens=build.writer.num_tokens,
+        max_tokens=plan.rules.max_tokens,
+        min_tokens=plan.rules.min_tokens,
+        tokenizer_fingerprint=plan.tokenizer_fingerprint,
+        shards=tuple(build.writer.shards),
+        sources=tuple(build.sources),
+        kind=plan.rules.kind,
+    )
+    with (folder.shards / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(manifest.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    return manifest
+
+
+class _Build:
+    """A build under way: what it has written, and what it has seen of the input that it is at."""
+
+    def __init__(self, folder: BuildFolder, plan: BuildPlan, start: Checkpoint) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.checkpoint = start
+        folder.keep_only(start.shards)
+        self.writer = ShardWriter(folder.shards, plan.shard_bytes, start.shards)
+        self.sources = list(start.sources)
+        self._counts = start.counts.copy()
+        self._first_record = self.writer.num_records - start.file_records
+        self._first_token = self.writer.num_tokens - start.file_tokens
+        self._to_skip = start.num_records  # of the first batch
+        self._num_named = 0  # faults in the log
+        self._bytes_done = sum(source.bytes for source in start.sources)
+
+    def run(self, tokenizer: Tokenizer, workers: int, bar: tqdm[None]) -> None:
+        """Read, make and write everything from the checkpoint on. DataError on a fault, or where there is no record."""
+        with InputDigests() as digests:
+            works = make_in_order(
+                self._works(digests),
+                rules=self.plan.rules,
+                tokenizer=tokenizer,
+                tokenizer_folder=self.folder.path / "tokenizer",
+                num_workers=workers,
+            )
+            with self.writer, closing(works):
+                for work, made in works:
+                    self._finish_files(work.file_idx, digests)
+                    self._write(work, made)
+                    bar.update(self._bytes_done + work.batch.position - bar.n)
+                    bar.set_postfix(records=self.writer.num_records, refresh=False)
+                self._finish_files(len(self.plan.files), digests)
+        if not self.writer.shards:
+            raise DataError(
+                f"the inputs ({', '.join(file.path.name for file in self.plan.files[:5])}) give no record: "
+                f"{_as_words(self.sources)} left out. Give other inputs, or smaller limits."
+            )
+
+    def _works(self, digests: InputDigests) -> Iterator[Work]:
+        """The batches from the checkpoint on."""
+        rules, start = self.plan.rules, self.checkpoint
+        for idx in range(start.file_idx, len(self.plan.files)):
+            file = self.plan.files[idx]
+            digests.begin(file.path)
+            for batch in read_batches(
+                file,
+                columns=rules.columns,
+                max_document_bytes=rules.max_document_bytes,
+                start=start.cursor if idx == start.file_idx else None,
+            ):
+                yield Work(idx, file, batch)
+
+    def _write(self, work: Work, made: MadeBatch) -> None:
+        """Append the records of one batch, noting where the build stands whenever a shard is finished."""
+        named = made.faults[: MAX_NAMED - self._num_named]
+        for fault in named:
+            logger.warning("left out: %s", fault)
+        self._num_named += len(named)
+        if named and self._num_named == MAX_NAMED:
+            logger.warning("further faults are counted, not named")
+        if made.stopped is not None:
+            raise DataError(made.stopped)
+        for number, record in enumerate(made.records[self._to_skip :], start=self._to_skip + 1):
+            is_finished = self.writer.write(
+                record.payload,
+                record.num_tokens,
+                num_passages=record.num_passages,
+                passage_tokens=record.passage_tokens,
+            )
+            if is_finished:
+                self._save(work, number)
+        self._to_skip = 0
+        self._counts.add(made.counts)
+
+    def _save(self, work: Work, num_records: int) -> None:
+        self.checkpoint = Checkpoint(
+            shards=tuple(self.writer.shards),
+            sources=tuple(self.sources),
+            file_idx=work.file_idx,
+            cursor=work.batch.cursor,
+            num_records=num_records,
+            counts=self._counts.copy(),
+            file_records=self.writer.num_records - self._first_record,
+            file_tokens=self.writer.num_tokens - self._first_token,
+        )
+        self.folder.save(self.plan, self.checkpoint)
+
+    def _finish_files(self, end: int, digests: InputDigests) -> None:
+        """Note what became of the inputs in front of number `end`. DataError where one changed while it was read."""
+        for idx in range(len(self.sources), end):
+            file = self.plan.files[idx]
+            digest = digests.take(file.path)
+            if file.has_changed():
+                raise DataError(f"{file.path} changed while it was read. Build again when it is complete.")
+            source = SourceInfo(
+                name=file.name,
+                bytes=file.num_bytes,
+                sha256=digest,
+                documents=self._counts.documents,
+                records=self.writer.num_records - self._first_record,
+                tokens=self.writer.num_tokens - self._first_token,
+                cut=self._counts.cut,
+                skipped=dict(sorted(self._counts.skipped.items())),
+            )
+            self.sources.append(source)
+            self._bytes_done += source.bytes
+            self._counts = Counts()
+            self._first_record, self._first_token = self.writer.num_records, self.writer.num_tokens
+
+
+def _as_words(sources: Sequence[SourceInfo]) -> str:
+    """How many documents were left out, and why."""
+    total = sum((Counter(source.skipped) for source in sources), Counter[str]())
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(total.items())) or "no document"

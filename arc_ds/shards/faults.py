@@ -1,0 +1,102 @@
+"""Checking sets of shards: everything is read, and every fault named."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from arc_ds.errors import DataError, StorageError
+from arc_ds.shards.files import ShardFiles, check_size, locate
+from arc_ds.shards.format import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo, read_index
+from arc_ds.shards.members import BLOCK, decode_member, size_of_header
+from arc_ds.shards.storage.cache import ShardCache
+from arc_ds.system.urls import is_url
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong with a file of a folder of shards; `offset` in bytes, None where it concerns the whole file."""
+
+    file: str
+    offset: int | None
+    what: str
+
+    def __str__(self) -> str:
+        place = "" if self.offset is None else f" at byte {self.offset}"
+        return f"{self.file}{place}: {self.what}"
+
+
+def check_shards(path: str | Path, *, cache: ShardCache | None = None) -> list[Fault]:
+    """Read everything in a folder of shards, or behind its URL, and return every fault, none where all is well.
+
+    Verified: the manifest, files missing or unknown, sizes, sha256 of tars and indexes, that tar headers and index
+    agree, and checksum and content of every record. DataError only where there is no readable manifest; StorageError
+    where that of a URL, or its indexes, cannot be fetched.
+    """
+    files = locate(path, cache)
+    faults = [] if is_url(path) else stray_files(files)
+    for shard in files.manifest.shards:
+        faults += check_shard(files, shard)
+    return faults
+
+
+def stray_files(files: ShardFiles) -> list[Fault]:
+    """The files of a local folder that are none of its set's. Folders in it are others' (caches of tokens)."""
+    shards = files.manifest.shards
+    known = {MANIFEST, *(s.name for s in shards), *(s.index_name for s in shards)}
+    strays = sorted(p.name for p in files.folder.iterdir() if p.name not in known and not p.is_dir())
+    return [Fault(name, None, "not in the manifest") for name in strays]
+
+
+def check_shard(files: ShardFiles, shard: ShardInfo) -> list[Fault]:
+    """The faults of one shard of a set, its tar and its index."""
+    faults = []
+    address = files.address(shard)
+    try:
+        if not is_url(address):
+            check_size(Path(address), shard)
+    except DataError as error:
+        faults.append(Fault(shard.name, None, str(error)))
+    try:
+        index = read_index(files.folder, shard)
+    except DataError as error:
+        faults.append(Fault(shard.index_name, None, str(error)))
+        index = np.empty(0, dtype=INDEX_DTYPE)
+    if is_url(address) or (Path(address).is_file() and Path(address).stat().st_size):
+        faults += _check_tar(files, shard, index)
+    return faults
+
+
+def _check_tar(files: ShardFiles, shard: ShardInfo, index: NDArray[np.void]) -> list[Fault]:
+    """What is wrong with a tar that is not empty: its sum, and the members that the index knows."""
+    try:
+        with files.open(shard) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            faults = []
+            if len(data) == shard.bytes and hashlib.sha256(data).hexdigest() != shard.sha256:
+                faults.append(Fault(shard.name, None, "its sha256 is not the manifest's"))
+            return faults + [fault for row in index if (fault := _check_member(data, files.manifest, shard, row))]
+    except StorageError as error:
+        return [Fault(shard.name, None, str(error))]
+
+
+def _check_member(data: mmap.mmap, manifest: Manifest, shard: ShardInfo, row: np.void) -> Fault | None:
+    """What is wrong with one member: its tar header, its checksum or its record."""
+    offset, length = int(row["offset"]), int(row["length"])
+    if not BLOCK <= offset <= offset + length <= len(data):
+        return Fault(shard.name, offset, f"a member of {length} bytes lies beyond the file")
+    if size_of_header(data[offset - BLOCK : offset]) != length:
+        return Fault(shard.name, offset - BLOCK, "the tar header does not agree with the index")
+    payload = data[offset : offset + length]
+    if xxhash.xxh64_intdigest(payload) != int(row["xxh64"]):
+        return Fault(shard.name, offset, "the member's checksum is not the index's")
+    try:
+        decode_member(payload, member=shard.member, text_field=manifest.text_field, kind=manifest.kind)
+    except DataError as error:
+        return Fault(shard.name, offset, str(error))
+    return None

@@ -1,0 +1,277 @@
+"""Making tars that others wrote usable: an index for each and a manifest; the tars themselves stay as they are."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from tqdm import tqdm
+
+from arc_ds.errors import DataError, StorageError
+from arc_ds.shards.format import MANIFEST, Manifest, ShardInfo, SourceInfo, read_manifest, sha256_of_file
+from arc_ds.shards.storage.cache import is_disk_full
+from arc_ds.shards.storage.remote import Retries, download, with_retries
+from arc_ds.shards.tar_index import RecordForm, index_tar
+from arc_ds.system.processes import worker_pool
+from arc_ds.system.urls import is_url, local_path
+from arc_ds.tokenizers import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_UNSAFE = re.compile(r"[/\\\0]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """A tar to index: its place, the name of its shard, and whether the manifest must say where it is."""
+
+    place: str
+    name: str
+    location: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What is the same for all tars. scratch: a folder that is there until all are done."""
+
+    scratch: Path
+    tokenizer: Path
+    form: RecordForm
+    retries: Retries = field(default_factory=Retries)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Indexed:
+    """What became of a tar. shortest, longest: tokens of its records, None where it has none."""
+
+    shard: ShardInfo
+    source: SourceInfo
+    shortest: int | None
+    longest: int | None
+    ends: Counter[str]
+    named: tuple[str, ...]
+
+
+def index_shards(
+    tars: Sequence[str | Path],
+    tokenizer: str | Path,
+    *,
+    out_dir: str | Path | None = None,
+    form: RecordForm | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Manifest:
+    """Write an index for each tar, and their manifest, and return it; the same bytes whatever `workers` is.
+
+    tars: a folder of them, or tars and URLs of tars, in which {000..127} stands for many.
+    tokenizer: path of the encoder's.
+    out_dir: folder for indexes and manifest, which then says where the tars are. None: beside the tars, where all are
+        in one local folder.
+    form: how the records lie in the tars. Members that cannot be used are counted by reason in the manifest, and the
+        first of each reason named in the log.
+    DataError where a tar is damaged or no record is found; StorageError where a URL cannot be fetched, a tar cannot be
+    read or nothing can be written.
+    """
+    works = _works(tars, out_dir)
+    folder = Path(out_dir) if out_dir is not None else Path(works[0].place).parent
+    if (folder / MANIFEST).exists() and not overwrite:
+        raise DataError(f"{folder} has a {MANIFEST} already. Give another folder, or overwrite=True (--overwrite).")
+    form = form or RecordForm()
+    fingerprint = load_tokenizer(Path(tokenizer)).fingerprint
+    with _storage_errors(folder), _scratch_in(folder) as scratch:
+        job = _Job(scratch=scratch, tokenizer=Path(tokenizer), form=form)
+        indexed = list(_index_all(works, job, workers, progress))
+        (scratch / MANIFEST).write_text(_manifest(indexed, form, fingerprint).to_json(), encoding="utf-8")
+        for name in (*(tar.shard.index_name for tar in indexed), MANIFEST):  # without a manifest there is no set yet
+            _sync(scratch / name)
+            (scratch / name).replace(folder / name)
+    for what in [what for tar in indexed for what in tar.named]:
+        logger.warning("left out: %s", what)
+    return read_manifest(folder)
+
+
+def _works(tars: Sequence[str | Path], out_dir: str | Path | None) -> list[_Work]:
+    """The tars in order, folders replaced by what they hold, each with a name of its own."""
+    places = [place for given in tars for place in _expand(str(given))]
+    if not places:
+        raise DataError("no tars were given. Name a folder of them, tars, or URLs of tars.")
+    names = [_name_of(place) for place in places]
+    if len(set(names)) < len(names) or any(name.startswith(".") for name in names):
+        names = [f"{idx:06d}-{name.lstrip('.')}" for idx, name in enumerate(names)]
+    folders = {Path(place).parent.absolute() for place in places}
+    is_beside = not any(map(is_url, places)) and len(folders) == 1 and names[0] == _name_of(places[0])
+    if out_dir is None and not is_beside:
+        raise DataError("the tars are not all in one local folder. Give a folder for index and manifest: --out FOLDER.")
+    if is_beside and (out_dir is None or Path(out_dir).absolute() in folders):
+        return [_Work(place=place, name=name, location=None) for place, name in zip(places, names, strict=True)]
+    locations = [place if is_url(place) else str(Path(place).absolute()) for place in places]
+    return [
+        _Work(place=place, name=name, location=location)
+        for place, name, location in zip(places, names, locations, strict=True)
+    ]
+
+
+def _expand(given: str) -> list[str]:
+    """The tars that one argument stands for."""
+    from webdataset.shardlists import expand_urls
+
+    if given.startswith("pipe:"):
+        raise DataError(
+            f"{given}: a manifest names no commands, since it may come from anyone. Give http(s), s3 or gs URLs, or "
+            "local tars."
+        )
+    if not is_url(given) and local_path(given).is_dir():
+        found = sorted(str(path) for path in local_path(given).glob("*.tar"))
+        if not found:
+            raise DataError(f"{given}: expected files ending in .tar, found none. Check the path.")
+        return found
+    if is_url(given):
+        return expand_urls(given)
+    places = [given] if local_path(given).exists() else expand_urls(given)
+    for place in places:
+        if not local_path(place).is_file():
+            raise DataError(f"{place}: expected a tar or a folder of tars, found nothing there. Check the path.")
+    return [str(local_path(place)) for place in places]
+
+
+def _name_of(place: str) -> str:
+    path = unquote(urlsplit(place).path) if is_url(place) else place
+    return _UNSAFE.sub("_", path.rstrip("/").rpartition("/")[2])
+
+
+@contextmanager
+def _storage_errors(folder: Path) -> Iterator[None]:
+    """StorageError where a file cannot be read or written, which says whether there was no room for it."""
+    try:
+        yield
+    except OSError as error:
+        cure = (
+            "Free some of its disk, or give a folder of a larger one: --out FOLDER."
+            if is_disk_full(error)
+            else "The tars must be readable; where their own folder cannot be written, give another one for index and "
+            "manifest: --out FOLDER."
+        )
+        raise StorageError(f"{folder}: the index cannot be made: {error}. {cure}") from error
+
+
+@contextmanager
+def _scratch_in(folder: Path) -> Iterator[Path]:
+    """A folder inside another for the time of the work, which leaves nothing that is new where it fails."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(dir=folder, prefix=".indexing-") as scratch:
+            yield Path(scratch)
+    except BaseException:
+        if is_new:
+            folder.rmdir()
+        raise
+
+
+def _index_all(works: Sequence[_Work], job: _Job, workers: int, progress: bool) -> Iterator[_Indexed]:
+    """Each tar indexed, in order; several at once where there are workers."""
+    function = partial(_index_one, job)
+    with tqdm(total=len(works), unit="tar", disable=not progress) as bar:
+        for indexed in _map(function, works, min(workers, len(works))):
+            bar.update()
+            yield indexed
+
+
+def _map(function: partial[_Indexed], works: Sequence[_Work], workers: int) -> Iterable[_Indexed]:
+    if workers <= 1:
+        yield from map(function, works)
+        return
+    with worker_pool(workers) as pool:
+        yield from pool.map(function, works)
+
+
+def _index_one(job: _Job, work: _Work) -> _Indexed:
+    """Index one tar; one from a URL is here only meanwhile."""
+    if not is_url(work.place):
+        return _indexed(job, work, Path(work.place))
+    path = job.scratch / work.name
+    with path.open("w+b") as file:
+        attempt = partial(download, work.place, file, timeout_s=job.retries.timeout_s)
+        with_retries(work.place, attempt, job.retries)
+    try:
+        return _indexed(job, work, path)
+    finally:
+        path.unlink()
+
+
+def _indexed(job: _Job, work: _Work, path: Path) -> _Indexed:
+    """Write the index of a tar and say what became of it."""
+    rows, findings = index_tar(path, load_tokenizer(job.tokenizer), job.form)
+    index_path = job.scratch / (Path(work.name).stem + ".idx")
+    with index_path.open("wb") as file:
+        np.save(file, rows, allow_pickle=False)
+    size, digest, tokens = path.stat().st_size, sha256_of_file(path), rows["tokens"]
+    shard = ShardInfo(
+        name=work.name,
+        samples=len(rows),
+        tokens=int(tokens.sum()),
+        bytes=size,
+        sha256=digest,
+        index_sha256=sha256_of_file(index_path),
+        member=job.form.member,
+        location=work.location,
+        passage_tokens=dict(findings.passage_tokens),
+    )
+    skipped = findings.skipped + Counter({"no_record": len(findings.keys - findings.with_record)})
+    source = SourceInfo(
+        name=work.name,
+        bytes=size,
+        sha256=digest,
+        documents=len(findings.keys),
+        records=len(rows),
+        tokens=shard.tokens,
+        cut=0,
+        skipped=dict(sorted(skipped.items())),
+    )
+    return _Indexed(
+        shard=shard,
+        source=source,
+        shortest=int(tokens.min()) if len(rows) else None,
+        longest=int(tokens.max()) if len(rows) else None,
+        ends=findings.ends,
+        named=tuple(findings.named),
+    )
+
+
+def _manifest(indexed: Sequence[_Indexed], form: RecordForm, fingerprint: str) -> Manifest:
+    if all(tar.longest is None for tar in indexed):
+        ends = sum((tar.ends for tar in indexed), Counter[str]())
+        found = ", ".join(f".{end} ({count})" for end, count in ends.most_common(8)) or "none"
+        reasons = [what for tar in indexed for what in tar.named]
+        raise DataError(
+            f"{indexed[0].source.name} and {len(indexed) - 1} more hold no record in members ending in .{form.member}. "
+            f"Members found: {found}. {'For example ' + reasons[0] + '. ' if reasons else ''}"
+            "Name the right ones (--member), their field (--text-field) or their kind (--kind)."
+        )
+    return Manifest(
+        samples=sum(tar.shard.samples for tar in indexed),
+        tokens=sum(tar.shard.tokens for tar in indexed),
+        max_tokens=max(tar.longest for tar in indexed if tar.longest is not None),
+        min_tokens=min(tar.shortest for tar in indexed if tar.shortest is not None),
+        tokenizer_fingerprint=fingerprint,
+        shards=tuple(tar.shard for tar in indexed),
+        sources=tuple(tar.source for tar in indexed),
+        kind=form.kind,
+        text_field=form.text_field,
+    )
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,156 @@
+"""Reading shards through their indexes by mmap."""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import struct
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from arc_ds.errors import DataError, StorageError
+from arc_ds.shards.files import ShardFiles, locate
+from arc_ds.shards.format import INDEX_DTYPE, read_index
+from arc_ds.shards.mappings import Mappings, map_file
+from arc_ds.shards.members import BLOCK, decode_member, name_of_header
+from arc_ds.shards.prefetcher import Prefetcher
+from arc_ds.shards.storage.cache import ShardCache
+
+# One row of an index. Unpacking from bytes takes a third of the time of reading the fields of a numpy row.
+_ROW = struct.Struct("<qqQi")
+assert _ROW.size == INDEX_DTYPE.itemsize, "the row and the dtype are the same bytes"
+
+
+class ShardSet:
+    """A set of shards, its records in one numbering from 0.
+
+    Opening checks the manifest, every index and every local tar's size, and reads no record. Tars and indexes are
+    mapped, and tars behind a URL fetched, when first needed, in each process for itself: the object may cross a fork
+    or be pickled, and its size does not grow with the number of records.
+
+    name: path or URL, as messages show it. folder: where manifest and indexes are.
+    """
+
+    def __init__(self, path: str | Path, *, cache: ShardCache | None = None) -> None:
+        """path: a folder, or its URL, whose tars are kept in `cache` (None: that of an empty config).
+
+        DataError where it is no whole set of shards: missing or cut files, or another index. StorageError where it
+        cannot be reached, ConfigError where a shard is larger than the cache.
+        """
+        self.files = locate(path, cache)
+        self.files.check()
+        self.name = self.files.name
+        self.folder = self.files.folder
+        self.manifest = self.files.manifest
+        self.fingerprint = self.manifest.fingerprint
+        self.shard_sizes = np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
+        self._first = (np.cumsum(self.shard_sizes) - self.shard_sizes).tolist()
+        self._open_nothing()
+
+    def _open_nothing(self) -> None:
+        self._indexes = Mappings(partial(_index_rows, self.files))
+        largest_bytes = max(shard.bytes for shard in self.manifest.shards)
+        self._tars = Mappings(partial(_map_tar, self.files), num_bytes=largest_bytes, cache=self.files.cache)
+        self._prefetcher: Prefetcher | None = None
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_indexes", "_tars", "_prefetcher", "num_tokens")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open_nothing()
+
+    @cached_property
+    def num_tokens(self) -> NDArray[np.int32]:
+        """Tokens of every record, int32 [records], read when first wanted: `tokens` is for a few of many."""
+        return np.concatenate([read_index(self.folder, shard)["tokens"] for shard in self.manifest.shards])
+
+    def tokens(self, idx: int) -> int:
+        """Tokens of one record, by the tokenizer that the shards were built with."""
+        return self._row(idx)[1][3]
+
+    def record(self, idx: int) -> dict[str, Any]:
+        """Record `idx`, its checksum verified; DataError naming shard, member and offset where it is damaged.
+
+        StorageError where its shard is gone or cannot be fetched.
+        """
+        shard_idx, (offset, length, checksum, _) = self._row(idx)
+        manifest = self.manifest
+        tar, shard = self._tars[shard_idx], manifest.shards[shard_idx]
+        payload = tar[offset : offset + length]
+        try:
+            if len(payload) != length or xxhash.xxh64_intdigest(payload) != checksum:
+                raise DataError("the checksum is not the index's")
+            return decode_member(payload, member=shard.member, text_field=manifest.text_field, kind=manifest.kind)
+        except DataError as error:
+            name = name_of_header(tar[max(offset - BLOCK, 0) : offset])
+            place = f"{self.files.shown(shard)}, member {name} at byte {offset}"
+            reason = f"{str(error).rstrip('.')}. {self.files.cure(shard)}"
+            raise DataError(f"{place}: {reason} Or set data.on_error: skip.") from error
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether tars are fetched."""
+        return self.files.cache is not None
+
+    def prefetch(self, shard_idxs: Sequence[int]) -> None:
+        """Begin to fetch these shards in order, where they are behind a URL, and return at once.
+
+        They replace what was wanted before and is not begun. A failure is logged; who reads the shard tries again.
+        """
+        if not self.is_remote:
+            return
+        if self._prefetcher is None or not self._prefetcher.is_mine:
+            self._prefetcher = Prefetcher(self.files)
+        self._prefetcher.want(shard_idxs)
+
+    def _row(self, idx: int) -> tuple[int, tuple[int, int, int, int]]:
+        """The shard of a record, and its row of the index: offset, length, xxh64, tokens."""
+        if not 0 <= idx < self.manifest.samples:
+            raise DataError(f"{self.name}: record {idx} was asked for; it holds 0 to {len(self) - 1}.")
+        shard_idx = bisect.bisect_right(self._first, idx) - 1
+        row = _ROW.unpack_from(self._indexes[shard_idx], (idx - self._first[shard_idx]) * _ROW.size)
+        return shard_idx, row  # type: ignore[return-value]
+
+
+def _index_rows(files: ShardFiles, shard_idx: int) -> memoryview:
+    """The rows of an index, as bytes. Its sum was checked when the set was opened."""
+    shard = files.manifest.shards[shard_idx]
+    path = files.folder / shard.index_name
+    try:
+        with path.open("rb") as file:
+            raw = memoryview(map_file(file))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be opened: {error.strerror}. Is its disk still mounted?") from error
+    rows = raw[max(len(raw) - shard.samples * _ROW.size, 0) :]
+    if len(rows) != shard.samples * _ROW.size:
+        raise StorageError(
+            f"{path} has {len(raw)} bytes, more before. Was it built again? Start again when it is whole."
+        )
+    return rows
+
+
+def _map_tar(files: ShardFiles, shard_idx: int) -> mmap.mmap | bytes:
+    """The mapped tar of a shard."""
+    shard = files.manifest.shards[shard_idx]
+    with files.open(shard) as file:
+        try:
+            tar = map_file(file)
+        except OSError as error:
+            raise StorageError(f"{files.shown(shard)} cannot be mapped: {error}. Is its disk still mounted?") from error
+    if len(tar) != shard.bytes:
+        raise StorageError(
+            f"{files.shown(shard)} has {len(tar)} bytes, but had {shard.bytes} before. Was it built again, or is it "
+            "being copied? Start again when that is done."
+        )
+    return tar

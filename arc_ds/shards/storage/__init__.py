@@ -1,0 +1,1 @@
+"""Shards elsewhere: URLs, and the bounded cache on each host."""

@@ -1,0 +1,118 @@
+"""Writing the files of shards: tars of about one size, each with its index beside it, the same bytes each time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+
+from arc_ds.shards.format import INDEX_DTYPE, ShardInfo, sha256_of_file
+
+_BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    offset: int
+    length: int
+    xxh64: int
+    tokens: int
+
+
+class ShardWriter:
+    """Writes members to tars of about `shard_bytes` in a folder, with an index beside each; a context manager.
+
+    The bytes follow from the members alone: no times, owners or random names are written. finished: shards that are
+    already there, behind which it goes on.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int, finished: Sequence[ShardInfo] = ()) -> None:
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self.shards: list[ShardInfo] = list(finished)
+        self.num_records = sum(shard.samples for shard in finished)
+        self.num_tokens = sum(shard.tokens for shard in finished)
+        self._tar: BinaryIO | None = None
+        self._stack = ExitStack()
+        self._digest = hashlib.sha256()
+        self._rows: list[_Row] = []
+        self._passage_tokens: Counter[str] = Counter()
+        self._offset = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._tar is not None:
+            self._finish()
+        self._stack.close()
+
+    def write(self, payload: bytes, num_tokens: int, *, num_passages: int = 0, passage_tokens: int = 0) -> bool:
+        """Append one record as the member `KEY.json`, KEY being its number among all records.
+
+        num_passages, passage_tokens: of a fine-tuning record, and how many of its tokens are theirs.
+        Returns whether its shard is finished by it: on disk with its index.
+        """
+        if self._tar is None:
+            self._begin()
+        header = tarfile.TarInfo(f"{self.num_records:09d}.json")
+        header.size, header.mode = len(payload), 0o644
+        self._append(header.tobuf(tarfile.USTAR_FORMAT))
+        self._rows.append(_Row(self._offset, len(payload), xxhash.xxh64_intdigest(payload), num_tokens))
+        if num_passages:
+            self._passage_tokens[str(num_passages)] += passage_tokens
+        self._append(payload + b"\0" * (-len(payload) % _BLOCK))
+        self.num_records += 1
+        self.num_tokens += num_tokens
+        if self._offset < self.shard_bytes:
+            return False
+        self._finish()
+        return True
+
+    def _begin(self) -> None:
+        path = self.folder / f"shard-{len(self.shards):06d}.tar"
+        self._tar = self._stack.enter_context(path.open("wb"))
+        self._digest, self._rows, self._passage_tokens, self._offset = hashlib.sha256(), [], Counter(), 0
+
+    def _append(self, data: bytes) -> None:
+        assert self._tar is not None, "a shard is open while members are appended"
+        self._tar.write(data)
+        self._digest.update(data)
+        self._offset += len(data)
+
+    def _finish(self) -> None:
+        """End the tar, write its index, and note both for the manifest."""
+        end = 2 * _BLOCK
+        self._append(b"\0" * (end + -(self._offset + end) % tarfile.RECORDSIZE))
+        assert self._tar is not None, "a shard is open when it is finished"
+        self._tar.flush()
+        os.fsync(self._tar.fileno())
+        name = Path(self._tar.name).name
+        self._stack.close()
+        self._tar = None
+        index = np.array([(r.offset, r.length, r.xxh64, r.tokens) for r in self._rows], dtype=INDEX_DTYPE)
+        index_path = self.folder / (Path(name).stem + ".idx")
+        with index_path.open("wb") as file:
+            np.save(file, index, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        self.shards.append(
+            ShardInfo(
+                name=name,
+                samples=len(index),
+                tokens=int(index["tokens"].sum()),
+                bytes=self._offset,
+                sha256=self._digest.hexdigest(),
+                index_sha256=sha256_of_file(index_path),
+                passage_tokens=dict(self._passage_tokens),
+            )
+        )

@@ -1,0 +1,1 @@
+"""The token cache: every record's ids, next to the shards."""

@@ -1,0 +1,1 @@
+"""Device, ranks, processes and files: everything that depends on the machine."""

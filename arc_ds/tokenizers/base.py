@@ -1,0 +1,163 @@
+"""The interface of every tokenizer, and what their implementations share.
+
+Shape letters: N tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arc_ds.errors import TokenizerError
+
+SUPPORTED = (
+    "tokenizer.json (Hugging Face tokenizers), tekken.json (Mistral), tokenizer.model (sentencepiece, or tiktoken's "
+    "lines as Llama 3 ships them), or a .gguf file"
+)
+
+
+class Encoding(NamedTuple):
+    """A tokenised text.
+
+    ids: int64 [N], or uint32 [N] from a cache.
+    ends: int64 [N + 1]; `ends[k]` rises where the boundary behind k tokens is one of characters too, to their number:
+        there `ids[:k]` spells `text[:ends[k]]`. Inside a character, and behind a token without one, it repeats the
+        number before. The first is 0, and only the last is the length of the text.
+    """
+
+    ids: NDArray[np.integer]
+    ends: NDArray[np.int64]
+
+    def boundary_before(self, token: int) -> int:
+        """The last boundary of a character at or before the token boundary `token`, which may be beyond the end."""
+        if token >= len(self.ids):
+            return len(self.ids)
+        return int(self.ends.searchsorted(self.ends[token]))
+
+    def boundary_behind(self, token: int) -> int:
+        """The first boundary of a character at or behind the token boundary `token`."""
+        before = self.boundary_before(token)
+        return before if before == token else int(self.ends.searchsorted(self.ends[token], side="right"))
+
+    def first(self, max_tokens: int) -> NDArray[np.integer]:
+        """The first ids, at most `max_tokens` of whole characters."""
+        return self.ids[: self.boundary_before(max_tokens)]
+
+    def last(self, max_tokens: int) -> NDArray[np.integer]:
+        """The last ids, at most `max_tokens` of whole characters."""
+        spare = len(self.ids) - max_tokens
+        return self.ids[self.boundary_behind(spare) :] if spare > 0 else self.ids
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What ARC-DS asks of a tokenizer. Text that looks like a special token is ordinary text to `encode`.
+
+    bos_id: the id that sequences of this model begin with, None where the model is used without one.
+    eos_id: the id that ends a text, None where there is none.
+    vocab_size: one more than the largest id.
+    fingerprint: sha256 of what defines the tokenizer's ids, as hex digits, wherever its files lie. Shards, token caches
+        and checkpoints are of one tokenizer, and are known by it: what was made with another is refused or left unused.
+        The same vocabulary in another format has another fingerprint.
+    special_ids: id of each special token by its text, such as `<|im_end|>`; what chat templates are made of.
+    """
+
+    bos_id: int | None
+    eos_id: int | None
+    vocab_size: int
+    fingerprint: str
+    special_ids: Mapping[str, int]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without special tokens."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+        ...
+
+    def encode_with_ends(self, text: str) -> Encoding:
+        """Ids of the text and the character that each token boundary stands at."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids; special tokens give no text, broken UTF-8 gives U+FFFD."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the files from which `load_tokenizer(folder)` makes an equal tokenizer. The folder must exist."""
+        ...
+
+
+def parse_json(raw: bytes, path: Path) -> Any:
+    """The content of a JSON file; TokenizerError naming the file where it is none."""
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TokenizerError(f"tokenizer file {path} is not JSON ({error}). Copy the file again.") from error
+
+
+def require(module: str, path: Path) -> ModuleType:
+    """Import the library that reads `path`; TokenizerError with the pip command where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise TokenizerError(f"tokenizer {path} is read by the package {module}: pip install {module}") from error
+
+
+def sha256_of(*parts: bytes) -> str:
+    """sha256 of the parts, each with its length in front, as hex digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def ends_of_bytes(
+    text: str, ids: NDArray[np.int64], lengths: NDArray[np.int64], lead: int = 0, *, some_empty: bool = False
+) -> Encoding | None:
+    """The Encoding of ids [N] that spell the text's UTF-8 byte for byte.
+
+    lengths: int64 [vocab_size], bytes of each id. lead: bytes in front of the text that the tokenizer added (the dummy
+    space of sentencepiece). some_empty: whether ids of no bytes may be among them. None where the ids do not add up to
+    the text.
+    """
+    spans = lengths[ids]
+    ends = np.zeros(len(ids) + 1, dtype=np.int64)
+    spans.cumsum(out=ends[1:])
+    if lead and len(ids):
+        ends[1:] -= lead
+    raw = None if text.isascii() else np.frombuffer(text.encode("utf-8"), dtype=np.int8)
+    if int(ends[-1]) != (len(text) if raw is None else len(raw)):
+        return None
+    if lead and len(ids) > 1 and ends[1] < 0:  # the added space is none of the text's characters
+        np.maximum(ends, 0, out=ends)
+    if raw is not None:
+        ends = _characters_before(ends, raw)
+    return Encoding(ids, settle_ends(ends, len(text)) if some_empty and not spans.all() else ends)
+
+
+def _characters_before(offsets: NDArray[np.int64], raw: NDArray[np.int8]) -> NDArray[np.int64]:
+    """How many characters of UTF-8 (as signed bytes) begin before each byte; before the last byte that begins one where
+    this one does not."""
+    continues = raw < -64  # 0b10xxxxxx
+    inside = np.append(continues, False)[offsets]
+    begun = offsets - continues.nonzero()[0].searchsorted(offsets)
+    return np.maximum.accumulate(np.where(inside, -1, begun))
+
+
+def settle_ends(ends: NDArray[np.int64], num_characters: int) -> NDArray[np.int64]:
+    """Make raw boundaries int64 [N + 1], -1 where one is none, keep the promise of `Encoding.ends`."""
+    ends = ends.copy()
+    ends[0], ends[-1] = 0, num_characters
+    ends[1:-1][ends[1:-1] >= num_characters] = -1
+    return np.maximum.accumulate(ends)

@@ -1,0 +1,192 @@
+"""Tokenizers of the Hugging Face `tokenizers` library (tokenizer.json), behind `data.tokenizers.Tokenizer`."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arc_ds.errors import TokenizerError
+from arc_ds.tokenizers.base import Encoding, ends_of_bytes, parse_json, require, settle_ends, sha256_of
+from arc_ds.tokenizers.engine import BytePairEngine, has_long_run
+from arc_ds.tokenizers.json_engine import build_engine, is_byte_level
+
+# Letters and digits are still being assigned here, and the libraries' tables are not of the same Unicode version.
+_NEW_SCRIPTS = re.compile("[\U00010000-\U0001f0ff]")
+_MARK = re.compile(r"<.*[^\W\d_].*>|\[.*[^\W\d_].*\]", re.DOTALL)
+# Tokens of ordinary texts where a tokenizer lists them (Gemma). Not the element s: </s> ends a text.
+_HTML = re.compile(
+    r"</?(a|b|blockquote|br|caption|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|span|strong|su[bp]|t[dhr]|table|tbody|tfoot"
+    r"|thead|u|ul)>"
+)
+
+
+def is_mark(token: str) -> bool:
+    """Whether an added token steers the model by its look, though its file may not list it as special.
+
+    Many files leave that out for the marks of roles and tools (`<|User|>`, `<think>`, `[INST]`), which in somebody's
+    text must stay text. A mark is in angle or square brackets with a letter between them, and no HTML element. All
+    other added tokens are words to the model, such as runs of spaces (GPT-NeoX, OLMo).
+    """
+    return _MARK.fullmatch(token) is not None and _HTML.fullmatch(token) is None
+
+
+class JsonTokenizer:
+    """A tokenizer of the `tokenizers` library.
+
+    backend: with every mark (`is_mark`) a special token. definition, spec: the text of tokenizer.json, which `save`
+    writes again, and its content as the backend has it; None where the backend was not read from one.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        fingerprint: str,
+        definition: str | None = None,
+        spec: dict[str, Any] | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # "<|im_end|>" in somebody's text is text
+        self._backend = backend
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        self.fingerprint = fingerprint
+        self._definition = definition
+        added_tokens = backend.get_added_tokens_decoder()
+        self.special_ids: Mapping[str, int] = {
+            added.content: idx for idx, added in added_tokens.items() if added.special
+        }
+        spec = spec or json.loads(backend.to_str())
+        self._normalizes = spec.get("normalizer") is not None  # to NFC, where the tokenizer is byte-level
+        self._engine: BytePairEngine | None = None
+        self._lengths: NDArray[np.int64] | None = None
+        if is_byte_level(spec):
+            self._engine = build_engine(backend, spec)
+            self._lengths = np.zeros(self.vocab_size, dtype=np.int64)
+            for token, idx in vocabulary.items():  # each character of a byte-level token stands for one byte
+                self._lengths[idx] = len(token)
+            for idx, added in added_tokens.items():
+                self._lengths[idx] = len(added.content.encode("utf-8"))
+
+    @classmethod
+    def from_spec(cls, path: Path, definition: str, spec: Any) -> JsonTokenizer:
+        """Read the content of tokenizer.json; bos and eos come from the files beside it. TokenizerError if damaged."""
+        library = require("tokenizers", path)
+        if not isinstance(spec, dict) or "model" not in spec:
+            raise TokenizerError(
+                f"tokenizer {path}: expected the key `model` of a Hugging Face tokenizer.json, got the keys "
+                f"{sorted(spec)[:6]}. Give the folder's tokenizer.json or tokenizer.model."
+            )
+        backend = library.Tokenizer.from_str(json.dumps(spec) if _make_marks_special(spec) else definition)
+        bos_id, eos_id = _special_ids(path.parent, backend)
+        backend.post_processor = spec["post_processor"] = None  # it adds specials and trims offsets of leading spaces
+        canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        marks = json.dumps([bos_id, eos_id]).encode()
+        fingerprint = sha256_of(b"json", canonical, marks)
+        return cls(backend, bos_id=bos_id, eos_id=eos_id, fingerprint=fingerprint, definition=definition, spec=spec)
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._fast(text)
+        return self._backend.encode(text, add_special_tokens=False).ids if ids is None else ids.tolist()
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if self._engine is not None:
+            return [self.encode(text) for text in texts]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_ends(self, text: str) -> Encoding:
+        ids = self._fast(text)
+        encoding = None
+        if ids is None:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            ids = np.array(encoding.ids, dtype=np.int64)
+        if self._lengths is not None and self._is_normal(text):
+            spelled = ends_of_bytes(text, ids, self._lengths)
+            if spelled is not None:
+                return spelled
+        encoding = encoding or self._backend.encode(text, add_special_tokens=False)
+        spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return Encoding(ids, _ends_from_spans(spans, len(text)))
+
+    def decode(self, ids: list[int]) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text(self._definition or self._backend.to_str(), encoding="utf-8")
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{name: None if idx is None else self._backend.id_to_token(idx) for name, idx in ids.items()},
+            "add_bos_token": self.bos_id is not None,
+        }
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    def _fast(self, text: str) -> NDArray[np.int64] | None:
+        """Ids by the engine, None where there is none for this text."""
+        if self._engine is None or not self._is_normal(text) or has_long_run(text):
+            return None
+        if not text.isascii() and _NEW_SCRIPTS.search(text):
+            return None
+        ids = self._engine.encode(text)
+        return None if len(ids) and ids.min() < 0 else ids
+
+    def _is_normal(self, text: str) -> bool:
+        """Whether the tokenizer's normaliser leaves the text as it is."""
+        return not self._normalizes or text.isascii() or unicodedata.is_normalized("NFC", text)
+
+
+def _ends_from_spans(spans: NDArray[np.int64], num_characters: int) -> NDArray[np.int64]:
+    """Boundaries [N + 1] from character spans [N, 2]; several tokens of one character share its span."""
+    ends = np.zeros(len(spans) + 1, dtype=np.int64)
+    if len(spans):
+        reached = np.maximum.accumulate(spans[:, 1])
+        ahead = np.minimum.accumulate(spans[::-1, 0])[::-1]
+        ends[1:-1] = np.where(reached[:-1] <= ahead[1:], reached[:-1], -1)
+    return settle_ends(ends, num_characters)
+
+
+def _make_marks_special(spec: dict[str, Any]) -> bool:
+    """Make the marks among the added tokens special ones; whether there were any that were not."""
+    ordinary = (added for added in spec.get("added_tokens") or [] if not added.get("special"))
+    marks = [added for added in ordinary if is_mark(added["content"])]
+    for added in marks:
+        added["special"] = True
+    return bool(marks)
+
+
+def _special_ids(folder: Path, backend: Any) -> tuple[int | None, int | None]:
+    """(bos, eos) of a Hugging Face folder. bos is None where the model's own texts do not begin with it."""
+    settings = _read_json(folder / "tokenizer_config.json")
+    config = _read_json(folder / "config.json")
+
+    def id_of(name: str) -> int | None:
+        token = settings.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            return backend.token_to_id(token)
+        value = config.get(f"{name}_token_id")
+        return value[0] if isinstance(value, list) else value
+
+    bos_id, eos_id = id_of("bos"), id_of("eos")
+    added = backend.encode("", add_special_tokens=True).ids
+    begins_with_bos = settings.get("add_bos_token")
+    if begins_with_bos is None:
+        begins_with_bos = bos_id in added[:1]
+    return (bos_id if begins_with_bos else None), eos_id
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return parse_json(path.read_bytes(), path) if path.is_file() else {}

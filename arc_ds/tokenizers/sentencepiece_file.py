@@ -1,0 +1,84 @@
+"""Tokenizers of the sentencepiece library (Llama 2, Mistral v1 to v7), behind `data.tokenizers.Tokenizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arc_ds.errors import TokenizerError
+from arc_ds.tokenizers.base import SUPPORTED, Encoding, ends_of_bytes, require, settle_ends, sha256_of
+from arc_ds.tokenizers.pieces import build_merger
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model that keeps every character. The fingerprint is of the model file's bytes."""
+
+    def __init__(self, processor: Any, raw: bytes) -> None:
+        self._processor = processor
+        self._raw = raw
+        self.vocab_size = int(processor.vocab_size())
+        self.bos_id = _id_or_none(processor.bos_id())
+        self.eos_id = _id_or_none(processor.eos_id())
+        self.fingerprint = sha256_of(b"sentencepiece", raw)
+        controls = (idx for idx in range(self.vocab_size) if processor.is_control(idx))
+        self.special_ids: Mapping[str, int] = {processor.id_to_piece(idx): idx for idx in controls}
+        self._lengths = np.array([self._num_bytes(idx) for idx in range(self.vocab_size)], dtype=np.int64)
+        probe = processor.encode("a")
+        self._lead = max(int(self._lengths[probe].sum()) - 1, 0)
+        self._merger = build_merger(processor, raw)
+
+    @classmethod
+    def from_file(cls, path: Path) -> SentencePieceTokenizer:
+        """Read a model file. TokenizerError where it is none, or where its normaliser rewrites text."""
+        library = require("sentencepiece", path)
+        raw = path.read_bytes()
+        processor = library.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(raw)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise TokenizerError(f"tokenizer {path} is of no kind that ARC-DS knows: expected {SUPPORTED}.") from error
+        probe = "two  spaces \n"
+        if processor.decode(processor.encode(probe)) != probe:
+            raise TokenizerError(
+                f"tokenizer {path}: its normaliser rewrites text (two spaces or line ends are lost), so texts could "
+                "not be cut and joined without loss. Use a model with identity normalisation, such as Llama 2's."
+            )
+        return cls(processor, raw)
+
+    def encode(self, text: str) -> list[int]:
+        return self._ids(text).tolist()
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def encode_with_ends(self, text: str) -> Encoding:
+        ids = self._ids(text)
+        encoding = ends_of_bytes(text, ids, self._lengths, self._lead, some_empty=self._merger is None)
+        if encoding is None:  # an unknown piece hides how much it covers: nothing but the two ends is sure
+            encoding = Encoding(ids, settle_ends(np.full(len(ids) + 1, -1, dtype=np.int64), len(text)))
+        return encoding
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode([int(idx) for idx in ids])
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.model").write_bytes(self._raw)
+
+    def _ids(self, text: str) -> NDArray[np.int64]:
+        ids = None if self._merger is None else self._merger.encode(text)
+        return np.array(self._processor.encode(text), dtype=np.int64) if ids is None else ids
+
+    def _num_bytes(self, idx: int) -> int:
+        if self._processor.is_byte(idx):
+            return 1
+        if self._processor.is_control(idx) or self._processor.is_unknown(idx):
+            return 0
+        return len(self._processor.id_to_piece(idx).replace("\u2581", " ").encode("utf-8"))
+
+
+def _id_or_none(idx: int) -> int | None:
+    return int(idx) if idx >= 0 else None

@@ -1,0 +1,200 @@
+"""Tokenizers that are a list of byte sequences in rank order: Llama 3's (tiktoken's lines) and Mistral's Tekken."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arc_ds.errors import TokenizerError
+from arc_ds.tokenizers.base import Encoding, ends_of_bytes, require, sha256_of
+from arc_ds.tokenizers.engine import LLAMA3_PATTERN, BytePairEngine
+
+NUM_LLAMA3_SPECIALS = 256
+_LLAMA3_NAMED = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    5: "<|step_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+}
+# Files of the same format that split text by another pattern; their ids would come out wrong without a word.
+_OTHER_FAMILIES = {50256: "GPT-2", 100256: "GPT-4", 151643: "Qwen", 199998: "GPT-4o", 200000: "Llama 4"}
+# Tekken files up to version 7 may leave their special tokens unsaid; these stand first then (mistral-common).
+_TEKKEN_NAMED = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "[SUFFIX]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[TOOL_CONTENT]",
+]
+
+
+class RankTokenizer:
+    """A tokenizer of byte sequences in rank order, with special tokens in front of the ranks or behind them.
+
+    tokens: the bytes of each rank. first_id: the id of rank 0. specials: id of each special token; those named `bos`
+    and `eos` begin and end texts. file_name, raw: what `save` writes.
+    """
+
+    def __init__(
+        self,
+        engine: BytePairEngine,
+        tokens: list[bytes],
+        *,
+        first_id: int,
+        specials: Mapping[str, int],
+        bos: str,
+        eos: str,
+        fingerprint: str,
+        file_name: str,
+        raw: bytes,
+    ) -> None:
+        self._engine = engine
+        self._first_id = first_id
+        self._end_id = first_id + len(tokens)
+        self._file_name = file_name
+        self._raw = raw
+        self.vocab_size = len(tokens) + len(specials)
+        self.bos_id: int | None = specials.get(bos)
+        self.eos_id: int | None = specials.get(eos)
+        self.special_ids = specials
+        self.fingerprint = fingerprint
+        self._lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        self._lengths[first_id : self._end_id] = [len(token) for token in tokens]
+
+    def encode(self, text: str) -> list[int]:
+        return self._engine.encode(text).tolist()
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def encode_with_ends(self, text: str) -> Encoding:
+        encoding = ends_of_bytes(text, self._engine.encode(text), self._lengths)
+        assert encoding is not None, "every byte has a token, so the tokens spell the text"
+        return encoding
+
+    def decode(self, ids: list[int]) -> str:
+        ranks = [int(idx) - self._first_id for idx in ids if self._first_id <= idx < self._end_id]
+        return self._engine.decode_ranks(ranks)
+
+    def save(self, folder: Path) -> None:
+        (folder / self._file_name).write_bytes(self._raw)
+
+
+def read_tiktoken(path: Path) -> RankTokenizer:
+    """Llama 3's tokenizer: lines of base64 token and rank, 256 special tokens behind them.
+
+    TokenizerError naming the line that cannot be read, or the other model family whose file this is.
+    """
+    library = require("tiktoken", path)
+    raw = path.read_bytes()
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(raw.splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise TokenizerError(
+                f"tokenizer {path}, line {number}: expected `BASE64 RANK`, got {line[:60]!r}. Copy the file again."
+            ) from error
+    if len(ranks) in _OTHER_FAMILIES:
+        raise TokenizerError(
+            f"tokenizer {path}: its {len(ranks)} ranks are those of {_OTHER_FAMILIES[len(ranks)]}, which splits text "
+            "otherwise than Llama 3, whose files of this kind ARC-DS reads. Give the model's tokenizer.json instead."
+        )
+    tokens = _in_rank_order(ranks, path)
+    specials = {_llama3_special(idx): len(tokens) + idx for idx in range(NUM_LLAMA3_SPECIALS)}
+    return RankTokenizer(
+        BytePairEngine(library, pattern=LLAMA3_PATTERN, ranks=ranks, ids=np.arange(len(tokens))),
+        tokens,
+        first_id=0,
+        specials=specials,
+        bos="<|begin_of_text|>",
+        eos="<|end_of_text|>",
+        fingerprint=sha256_of(b"tiktoken", LLAMA3_PATTERN.encode(), raw),
+        file_name="tokenizer.model",
+        raw=raw,
+    )
+
+
+def _in_rank_order(ranks: dict[bytes, int], path: Path) -> list[bytes]:
+    """The tokens by rank; TokenizerError where a rank or a single byte is missing."""
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise TokenizerError(f"tokenizer {path}: its ranks are not 0 … {len(ranks) - 1}, each once. Copy it again.")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise TokenizerError(f"tokenizer {path}: byte {missing[0]} has no token, so not every text can be encoded.")
+    return sorted(ranks, key=ranks.__getitem__)
+
+
+def _llama3_special(idx: int) -> str:
+    """Name of the special token that stands `idx` places behind the last rank (Llama 3.1's names)."""
+    if idx in _LLAMA3_NAMED:
+        return _LLAMA3_NAMED[idx]
+    unnamed = idx - sum(1 for named in _LLAMA3_NAMED if named < idx)
+    return f"<|reserved_special_token_{unnamed}|>"
+
+
+def is_tekken(spec: Any) -> bool:
+    """Whether the JSON of a file is a Tekken tokenizer's."""
+    return isinstance(spec, dict) and isinstance(spec.get("vocab"), list) and isinstance(spec.get("config"), dict)
+
+
+def read_tekken(path: Path, raw: bytes, spec: dict[str, Any]) -> RankTokenizer:
+    """Mistral's Tekken (tekken.json): special tokens first, then the first ranks of its vocabulary.
+
+    The fingerprint covers what decides ids: pattern, ranks in use and special tokens; not image or audio settings.
+    TokenizerError where the file is damaged.
+    """
+    library = require("tiktoken", path)
+    try:
+        pattern, num_specials = str(spec["config"]["pattern"]), int(spec["config"]["default_num_special_tokens"])
+        num_ranks = int(spec["config"]["default_vocab_size"]) - num_specials
+        entries = spec["vocab"][:num_ranks]
+        ranks = {base64.b64decode(entry["token_bytes"], validate=True): int(entry["rank"]) for entry in entries}
+        listed = spec.get("special_tokens") or [{"rank": i, "token_str": name} for i, name in enumerate(_TEKKEN_NAMED)]
+        named = {int(token["rank"]): str(token["token_str"]) for token in listed}
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise TokenizerError(
+            f"tokenizer {path}: expected Mistral's Tekken format, but {type(error).__name__}: {error}. Copy it again."
+        ) from error
+    if len(ranks) != num_ranks:
+        raise TokenizerError(f"tokenizer {path}: expected {num_ranks} ranks, got {len(ranks)}. Copy the file again.")
+    tokens = _in_rank_order(ranks, path)
+    specials = {named.get(idx, f"<SPECIAL_{idx}>"): idx for idx in range(num_specials)}
+    return RankTokenizer(
+        BytePairEngine(library, pattern=pattern, ranks=ranks, ids=np.arange(num_ranks) + num_specials),
+        tokens,
+        first_id=num_specials,
+        specials=specials,
+        bos="<s>",
+        eos="</s>",
+        fingerprint=sha256_of(b"tekken", pattern.encode(), json.dumps(list(specials)).encode(), *tokens),
+        file_name="tekken.json",
+        raw=raw,
+    )

@@ -1,0 +1,1 @@
+"""Metrics of a run: `metrics.jsonl`, and MLflow, which never slows a run."""

@@ -1,0 +1,268 @@
+"""MLflow as the server of a `Tracker`. It is slow to import, so that happens in the tracker's thread."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from arc_ds.tracking.metrics_log import MetricsEntry
+from arc_ds.tracking.tracking import Tracker
+from arc_ds.version import __version__
+
+T = TypeVar("T")
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_SQLITE = "sqlite:///"
+_KEY_TAG = "arc_ds.run_key"
+# MLflow's limits: of a request, of a parameter's value, of a tag's value, of a digest.
+_PARAMS_PER_BATCH = 100
+_METRICS_PER_BATCH = 1000
+_PARAM_CHARS = 6000
+_TAG_CHARS = 5000
+_DIGEST_CHARS = 36
+_VERSIONS_OF = ("torch", "deepspeed", "triton", "mlflow", "webdataset", "numpy")
+# Its defaults wait 120 s and try 8 times: a dead server would hold the thread for a quarter of an hour. And MLflow
+# reports its use to the internet unless it is told not to.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """The training data as an MLflow input. digest: of the shards' manifests; source: their folders."""
+
+    name: str
+    digest: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is written about a run beside its metrics.
+
+    params: the resolved config, flattened. artifacts: file name → text (config.yaml, deepspeed.json). tags: as of
+    `environment_tags`.
+    """
+
+    params: Mapping[str, Any]
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    datasets: Sequence[DatasetFacts] = ()
+
+
+def start_tracker(
+    folder: Path,
+    *,
+    uri: str | None,
+    experiment: str,
+    run_name: str | None,
+    facts: RunFacts,
+    resumed_step: int,
+    run_id: str | None = None,
+) -> Tracker:
+    """A tracker of a run's folder that sends to MLflow. For rank 0; returns at once.
+
+    uri: of the config, or None for sqlite in the folder; MLFLOW_TRACKING_URI wins over both. run_name: None for the
+    folder's name. resumed_step, run_id: as of the checkpoint (0 and None for a new run). Without MLflow make a
+    `Tracker(folder, uri=None, make_server=None, resumed_step=...)`.
+    """
+    uri = resolve_uri(folder, uri)
+    name = run_name or folder.resolve().name
+    make = partial(MlflowServer, uri, experiment=experiment, run_name=name, facts=facts, folder=folder.resolve())
+    return Tracker(folder, uri=without_secret(uri), make_server=make, resumed_step=resumed_step, run_id=run_id)
+
+
+def resolve_uri(folder: Path, configured: str | None) -> str:
+    """The tracking URI: the environment's, the config's, or sqlite in the run's folder."""
+    return os.environ.get(URI_VARIABLE) or configured or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+
+
+def without_secret(uri: str) -> str:
+    """The URI without user and password, for logs and files."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def environment_tags(*, device: str, world_size: int) -> dict[str, str]:
+    """Where and with what a run is made: host, device in words, world size, git commit, versions."""
+    tags = {"host": socket.gethostname(), "device": device, "world_size": str(world_size)}
+    if (commit := _git_commit()) is not None:
+        tags["mlflow.source.git.commit"] = commit
+    return {**tags, **{f"version.{name}": found for name, found in package_versions().items()}}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python, of ARC-DS and of what it computes with."""
+    found = {"python": platform.python_version(), "arc-ds": __version__}
+    for package in _VERSIONS_OF:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this program runs from, with `-dirty` where files differ; None elsewhere."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
+
+
+class MlflowServer:
+    """The `TrackingServer` of MLflow: one experiment of a tracking URI (http, sqlite or a folder)."""
+
+    def __init__(self, uri: str, *, experiment: str, run_name: str, facts: RunFacts, folder: Path) -> None:
+        """Import MLflow and connect. folder: the run's, where artifacts go if the URI is a local database."""
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+
+        if uri.startswith(_SQLITE) and "?" not in uri:
+            database = Path(uri.removeprefix(_SQLITE))
+            if database.parent == folder:  # elsewhere another run may be making one
+                for leftover in folder.glob(f".{database.name}-*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            _make_database(database)
+        self._client = MlflowClient(tracking_uri=uri)
+        self._experiment = experiment
+        self._run_name = run_name
+        self._facts = facts
+        # Otherwise artifacts of a database go to ./mlruns of whatever folder the run was started in.
+        self._artifacts = (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+
+    def open_run(self, run_key: str, run_id: str | None) -> str:
+        """The run's id, active again; found by id or by key, or created."""
+        experiment_id = self._experiment_id()
+        found = self._find_run(experiment_id, run_key, run_id)
+        if found is None:
+            tags = {_KEY_TAG: run_key, **self._tags()}
+            return str(self._client.create_run(experiment_id, run_name=self._run_name, tags=tags).info.run_id)
+        self._client.update_run(found, status="RUNNING")
+        return found
+
+    def describe(self, run_id: str) -> None:
+        """Parameters, tags, data and artifacts. A parameter that changed since the first start becomes a tag.
+
+        MLflow's parameters cannot be changed, and a resumed run may well save more often or have other workers.
+        """
+        from mlflow.entities import Param, RunTag
+
+        params = {key: str(value)[:_PARAM_CHARS] for key, value in self._facts.params.items()}
+        known = self._client.get_run(run_id).data.params
+        new = [Param(key, value) for key, value in params.items() if key not in known]
+        changed = {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
+        for part in _parts(new, _PARAMS_PER_BATCH):
+            self._client.log_batch(run_id, params=part)
+        tags = [RunTag(key, value[:_TAG_CHARS]) for key, value in {**self._tags(), **changed}.items()]
+        for tag_part in _parts(tags, _PARAMS_PER_BATCH):
+            self._client.log_batch(run_id, tags=tag_part)
+        self._log_datasets(run_id)
+        for name, text in self._facts.artifacts.items():
+            self._client.log_text(run_id, text, name)
+
+    def steps_of(self, run_id: str, key: str, from_step: int) -> set[int]:
+        """Steps from `from_step` on for which the run has a point of the key."""
+        return {point.step for point in self._client.get_metric_history(run_id, key) if point.step >= from_step}
+
+    def send(self, run_id: str, entries: list[MetricsEntry]) -> None:
+        """Store metrics. Sent twice, the same entry makes one point where the store is a database."""
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(key, value, round(entry.time * 1000), entry.step)
+            for entry in entries
+            for key, value in entry.metrics.items()
+        ]
+        for part in _parts(points, _METRICS_PER_BATCH):
+            self._client.log_batch(run_id, metrics=part)
+
+    def end_run(self, run_id: str, status: str) -> None:
+        """Mark the run as ended."""
+        self._client.set_terminated(run_id, status=status)
+
+    def _tags(self) -> dict[str, str]:
+        return {key: str(value) for key, value in self._facts.tags.items()}
+
+    def _experiment_id(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(self._experiment, artifact_location=self._artifacts))
+            except MlflowException:
+                # Another run has created it meanwhile; if not, the next line says what is wrong.
+                found = self._client.get_experiment_by_name(self._experiment)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
+
+    def _find_run(self, experiment_id: str, run_key: str, run_id: str | None) -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        if run_id is not None:
+            try:
+                if self._client.get_run(run_id).info.lifecycle_stage == "active":
+                    return run_id
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        runs = self._client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{run_key}'", max_results=1)
+        return str(runs[0].info.run_id) if runs else None
+
+    def _log_datasets(self, run_id: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(facts.name, facts.digest[:_DIGEST_CHARS], "local", facts.source),
+                tags=[InputTag("mlflow.data.context", "training")],
+            )
+            for facts in self._facts.datasets
+        ]
+        if inputs:
+            self._client.log_inputs(run_id, datasets=inputs)
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's database file, whole or not at all, where there is none.
+
+    MLflow takes seconds over its tables, and what a kill leaves of them it can neither use nor mend.
+    """
+    from mlflow import MlflowClient
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        MlflowClient(tracking_uri=f"{_SQLITE}{made}").search_experiments(max_results=1)
+        with suppress(FileExistsError):  # another run has made it meanwhile
+            os.link(made, path)
+
+
+def _parts(items: list[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

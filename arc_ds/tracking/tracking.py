@@ -1,0 +1,244 @@
+"""Metrics and facts of a run, to `metrics.jsonl` and to MLflow (design 12).
+
+The file is the queue. `Tracker.log` appends a line and returns; a thread follows the file and sends what is new in
+batches. So memory is bounded, a server that is slow or down costs the step nothing, and what it missed is sent when
+it answers again, at the latest at the run's next start.
+
+One point for each step and key, after any kill: MLflow keeps what it gets, and two points with different times are
+two. A resumed run makes the steps after its checkpoint again, and a request whose answer was lost may have arrived.
+So at a key's first appearance in a start of the run, and after every failure, the thread asks the server which steps
+the key already has from `sent_step` on, and leaves those out. The resumed values are the same to the bit where the
+hardware is deterministic; elsewhere the server keeps the first, the file the second.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from arc_ds.tracking.metrics_log import METRICS_NAME, MetricsEntry, MetricsLog, read_metrics
+from arc_ds.tracking.tracking_state import TrackingState, load_state, save_state
+
+logger = logging.getLogger(__name__)
+
+_ENTRIES_PER_BATCH = 200
+_IDLE_S = 1.0
+_LONGEST_PAUSE_S = 60.0
+
+
+class TrackingServer(Protocol):
+    """What the tracker needs of a server; `mlflow_server.MlflowServer` is the real one. Any method may raise."""
+
+    def open_run(self, run_key: str, run_id: str | None) -> str:
+        """Make the run of that key active, creating it where there is none; returns the server's id for it."""
+
+    def describe(self, run_id: str) -> None:
+        """Write the run's parameters, tags, inputs and artifacts. May be repeated."""
+
+    def steps_of(self, run_id: str, key: str, from_step: int) -> set[int]:
+        """The steps >= `from_step` for which the server has a point of `key`."""
+
+    def send(self, run_id: str, entries: list[MetricsEntry]) -> None:
+        """Store the metrics of the entries."""
+
+    def end_run(self, run_id: str, status: str) -> None:
+        """Mark the run as ended: FINISHED, FAILED or KILLED."""
+
+
+class Tracker:
+    """Logs to `metrics.jsonl`, and to a server from a thread. For rank 0 alone; one for each run folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        uri: str | None,
+        make_server: Callable[[], TrackingServer] | None,
+        resumed_step: int,
+        run_id: str | None = None,
+        first_pause_s: float = 1.0,
+    ) -> None:
+        """Start a tracker in a run's folder.
+
+        uri, make_server: where to send metrics and how to reach it (called in the thread, since importing MLflow and
+        preparing its database takes seconds); None keeps the file alone. resumed_step: steps that the run already
+        has behind it (0: from the start); run_id: MLflow's run as the checkpoint knows it. first_pause_s: how long to
+        wait after a failure, doubled at each further one up to a minute.
+        """
+        self._folder = folder
+        self._log = MetricsLog(folder / METRICS_NAME, resumed_step=resumed_step)
+        self._hurry = threading.Event()
+        self._stop = threading.Event()
+        self._sender: _Sender | None = None
+        self._thread: threading.Thread | None = None
+        if make_server is not None and uri is not None:
+            state = load_state(folder, uri=uri, resumed_step=resumed_step, run_id=run_id)
+            save_state(folder, state)
+            self._sender = _Sender(folder=folder, state=state, make_server=make_server)
+            self._first_pause_s = first_pause_s
+            self._thread = threading.Thread(target=self._follow, daemon=True, name="tracking")
+            self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None without MLflow, and until the server has answered for the first time."""
+        return None if self._sender is None else self._sender.state.run_id
+
+    @property
+    def num_failures(self) -> int:
+        """How many times the server did not do what it was asked; also the metric `tracking/failures` to log."""
+        return 0 if self._sender is None else self._sender.num_failures
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a step. Steps do not decrease; a key comes once a step. Never waits for a server."""
+        self._log.append(step, metrics)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that is logged has been sent; whether it has. True without a server.
+
+        Waits `timeout_s` at most, and no longer once the server has failed twice meanwhile.
+        """
+        if self._sender is None:
+            return True
+        size = self._log.path.stat().st_size
+        deadline, failures = time.monotonic() + timeout_s, self.num_failures
+        while not self._sender.has_sent(size):
+            if time.monotonic() > deadline or self.num_failures >= failures + 2:
+                return False
+            self._hurry.set()
+            time.sleep(0.02)
+        return True
+
+    def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> bool:
+        """Send the rest, mark the run as ended, and stop; returns whether the server has everything.
+
+        status: FINISHED, FAILED or KILLED (stopped on purpose, to be resumed). A server that does not answer in
+        `timeout_s` is left behind with a warning: the next start of the run sends what it missed.
+        """
+        self._log.close()
+        if self._sender is None or self._thread is None or self._stop.is_set():
+            return True
+        complete = self.flush(timeout_s)
+        self._sender.final_status = status
+        self._stop.set()
+        self._hurry.set()
+        self._thread.join(timeout=max(1.0, timeout_s if complete else 1.0))
+        if not complete:
+            logger.warning(
+                "%s did not get all metrics (%d failures); they are in %s and are sent at the next start of this run",
+                self._sender.state.uri, self._sender.num_failures, self._log.path,
+            )  # fmt: skip
+        return complete
+
+    def _follow(self) -> None:
+        """The thread: send what is new, and wait longer after each failure in a row."""
+        assert self._sender is not None
+        pause_s = 0.0
+        while not self._stop.is_set():
+            if self._sender.advance(self._log.path):
+                pause_s = 0.0
+            else:
+                pause_s = min(max(2 * pause_s, self._first_pause_s), _LONGEST_PAUSE_S)
+            if pause_s or self._sender.has_sent(self._log.path.stat().st_size):
+                self._hurry.wait(pause_s or _IDLE_S)
+                self._hurry.clear()
+        self._sender.finish()
+
+
+class _Sender:
+    """Brings a server up to date with a metrics file. Used by the thread alone, but for reading its attributes."""
+
+    def __init__(self, *, folder: Path, state: TrackingState, make_server: Callable[[], TrackingServer]) -> None:
+        self.state = state
+        self.num_failures = 0
+        self.final_status = "FINISHED"
+        self._folder = folder
+        self._make_server = make_server
+        self._server: TrackingServer | None = None
+        self._position: int | None = None
+        # What the server had beyond `sent_step` when its answers were last in doubt: key → steps.
+        self._known: dict[str, set[int]] = {}
+
+    def has_sent(self, size: int) -> bool:
+        """Whether the first `size` bytes of the file, and the run's description, have been sent."""
+        return self.state.described and self._position is not None and self._position >= size
+
+    def advance(self, path: Path) -> bool:
+        """Connect where needed and send one batch. False after a failure, which is counted and warned about once."""
+        try:
+            self._connect()
+            self._send_batch(path)
+            return True
+        except Exception as error:  # whatever a server, a driver or a network raises must not reach the training
+            self.num_failures += 1
+            self._known = {}
+            if self.num_failures == 1:
+                logger.warning(
+                    "%s does not take the metrics (%s: %s). The run goes on; %s has them all, and they are sent later.",
+                    self.state.uri, type(error).__name__, str(error)[:200], path,
+                )  # fmt: skip
+            return False
+
+    def finish(self) -> None:
+        """Mark the run as ended, if it has been opened; a failure is counted only."""
+        if self._server is None or self.state.run_id is None:
+            return
+        try:
+            self._server.end_run(self.state.run_id, self.final_status)
+        except Exception as error:
+            self.num_failures += 1
+            logger.warning("the run could not be marked as ended: %s", error)
+
+    def _connect(self) -> None:
+        if self.state.described and self._server is not None:
+            return
+        if self._server is None:
+            self._server = self._make_server()
+        run_id = self._server.open_run(self.state.run_key, self.state.run_id)
+        if run_id != self.state.run_id:
+            self._remember(replace(self.state, run_id=run_id))
+        self._server.describe(run_id)
+        self._remember(replace(self.state, described=True))
+
+    def _send_batch(self, path: Path) -> None:
+        assert self._server is not None and self.state.run_id is not None
+        if self._position is None:
+            self._position = self._first_unsent(path)
+        entries = list(islice(read_metrics(path, self._position), _ENTRIES_PER_BATCH))
+        if not entries:
+            return
+        missing = [left for entry in entries if (left := self._without_known(entry)).metrics]
+        if missing:
+            self._server.send(self.state.run_id, missing)
+        self._position = entries[-1].end
+        self._remember(replace(self.state, sent_step=max(self.state.sent_step, entries[-1].step)))
+
+    def _first_unsent(self, path: Path) -> int:
+        """Where the entries of `sent_step` begin: of that step itself more may come, so it is looked at again."""
+        position = 0
+        for entry in read_metrics(path):
+            if entry.step >= self.state.sent_step:
+                break
+            position = entry.end
+        return position
+
+    def _without_known(self, entry: MetricsEntry) -> MetricsEntry:
+        left = {key: value for key, value in entry.metrics.items() if entry.step not in self._known_steps(key)}
+        return replace(entry, metrics=left)
+
+    def _known_steps(self, key: str) -> set[int]:
+        """The key's steps on the server, asked for once a key and again after a failure."""
+        assert self._server is not None and self.state.run_id is not None
+        if key not in self._known:
+            self._known[key] = self._server.steps_of(self.state.run_id, key, self.state.sent_step)
+        return self._known[key]
+
+    def _remember(self, state: TrackingState) -> None:
+        save_state(self._folder, state)
+        self.state = state

@@ -1,0 +1,173 @@
+"""Packing: what stands in which row of encoder and decoder, and which rows carry a label."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arc_ds.batch.groups import GroupRule
+from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.batch.segments import MARKERS, Sample, Segment
+
+IDS = st.lists(st.integers(0, 99), max_size=9)
+SEGMENTS = st.one_of(
+    st.builds(Segment.text, IDS, st.booleans()),
+    st.builds(Segment.context, IDS.filter(len), st.sampled_from([*MARKERS, None])),
+)
+SAMPLES = st.lists(
+    st.lists(SEGMENTS, max_size=6).map(lambda segments: Sample("task", tuple(segments))), min_size=1, max_size=4
+)
+SPECS = st.one_of(
+    st.lists(st.integers(1, 9).map(lambda factor: GroupRule("factor", factor)), max_size=2).map(
+        lambda rules: PoolingSpec(tuple(rules))
+    ),
+    st.integers(1, 3).map(lambda slots: PoolingSpec((), slots)),
+)
+
+
+def _rows_by_hand(samples: list[Sample], spec: PoolingSpec) -> list[list[tuple[str, int]]]:
+    """For each sequence its rows: ("text", id), ("output", running number) or ("marker", kind)."""
+    outputs, sequences = 0, []
+    for one in samples:
+        rows: list[tuple[str, int]] = []
+        for segment in one.segments:
+            if segment.kind == "text":
+                rows += [("text", token) for token in segment.ids]
+                continue
+            count = spec.memory_tokens or len(segment.ids)
+            for rule in spec.rules:
+                count = -(-count // rule.value)
+            rows += [("output", outputs + i) for i in range(count)]
+            outputs += count
+            if segment.marker is not None:
+                rows.append(("marker", MARKERS.index(segment.marker)))
+        sequences.append(rows)
+    return sequences
+
+
+def _rows_of(batch: PackedBatch) -> list[tuple[str, int]]:
+    """The rows as the batch describes them; fails where one is written twice or never."""
+    rows: list[tuple[str, int] | None] = [None] * batch.num_decoder_rows
+    compressed = batch.compressed_rows.tolist()
+    written = [
+        (row, ("text", token)) for row, token in zip(batch.text_rows.tolist(), batch.decoder_ids.tolist(), strict=True)
+    ]
+    written += [(compressed[slot], ("output", i)) for i, slot in enumerate(batch.output_slots.tolist())]
+    kinds = batch.marker_kinds.tolist()
+    written += [(compressed[slot], ("marker", kinds[i])) for i, slot in enumerate(batch.marker_slots.tolist())]
+    assert len(written) == len(rows)
+    for row, what in written:
+        assert rows[row] is None, f"row {row} is written twice"
+        rows[row] = what
+    return rows  # type: ignore[return-value]
+
+
+@given(SAMPLES, SPECS)
+def test_every_decoder_row_is_written_once_in_reading_order(samples: list[Sample], spec: PoolingSpec) -> None:
+    batch, by_hand = pack(samples, spec), _rows_by_hand(samples, spec)
+    assert _rows_of(batch) == [row for rows in by_hand for row in rows]
+    assert batch.decoder_cu_seqlens.diff().tolist() == [len(rows) for rows in by_hand]
+    assert batch.decoder_positions.tolist() == [i for rows in by_hand for i in range(len(rows))]
+    assert batch.decoder_max_seqlen == max(len(rows) for rows in by_hand)
+    assert batch.decoder_cu_seqlens.dtype == batch.encoder_cu_seqlens.dtype == torch.int32
+
+
+@given(SAMPLES, SPECS)
+def test_a_label_is_the_next_text_token_of_its_row_and_no_target_is_lost(
+    samples: list[Sample], spec: PoolingSpec
+) -> None:
+    batch = pack(samples, spec)
+    wanted, row = [], 0
+    for seq_idx, (one, rows) in enumerate(zip(samples, _rows_by_hand(samples, spec), strict=True)):
+        in_loss = [flag for s in one.segments if s.kind == "text" for flag in [s.in_loss] * len(s.ids)]
+        flags = iter(in_loss)
+        for i, (kind, value) in enumerate(rows):
+            is_target = kind == "text" and next(flags)
+            if is_target and i > 0 and rows[i - 1][0] == "text":
+                wanted.append((row + i - 1, value, seq_idx))
+        row += len(rows)
+    got = zip(batch.label_rows.tolist(), batch.labels.tolist(), batch.label_sequences.tolist(), strict=True)
+    assert list(got) == wanted
+    assert batch.num_labels == len(wanted)
+
+
+@given(SAMPLES, SPECS)
+def test_encoder_rows_are_the_contexts_and_their_memory_slots(samples: list[Sample], spec: PoolingSpec) -> None:
+    batch = pack(samples, spec)
+    contexts = [s for one in samples for s in one.segments if s.kind == "context"]
+    lengths = [len(c.ids) + spec.memory_tokens for c in contexts]
+    assert batch.encoder_ids.tolist() == [token for c in contexts for token in c.ids]
+    assert batch.encoder_cu_seqlens.diff().tolist() == lengths
+    assert batch.encoder_positions.tolist() == [i for n in lengths for i in range(n)]
+    assert batch.encoder_max_seqlen == max(lengths, default=0)
+    if not spec.memory_tokens:
+        assert batch.token_rows is None and batch.memory_rows is None
+        return
+    rows = torch.cat((batch.token_rows, batch.memory_rows)).sort().values
+    assert rows.tolist() == list(range(sum(lengths)))
+    last = np.cumsum(lengths)
+    assert batch.memory_rows.tolist() == [
+        int(end) - spec.memory_tokens + i for end in last for i in range(spec.memory_tokens)
+    ]
+
+
+def test_the_first_token_after_a_context_is_no_target() -> None:
+    one = Sample("t", (Segment.text([1]), Segment.context([7, 8]), Segment.text([2, 3], in_loss=True)))
+    batch = pack([one], PoolingSpec((GroupRule("factor", 2),)))
+    assert batch.labels.tolist() == [3]
+    assert batch.label_rows.tolist() == [3]  # 0 text, 1 group, 2 marker, 3 text
+
+
+def test_an_empty_text_between_two_texts_does_not_hide_the_row_before() -> None:
+    one = Sample("t", (Segment.text([1]), Segment.text([]), Segment.text([2], in_loss=True)))
+    batch = pack([one], PoolingSpec())
+    assert (batch.labels.tolist(), batch.label_rows.tolist()) == ([2], [0])
+
+
+def test_the_first_token_of_a_sequence_is_not_predicted_from_its_neighbour() -> None:
+    samples = [Sample("t", (Segment.text([1, 2], in_loss=True),)), Sample("t", (Segment.text([3, 4], in_loss=True),))]
+    batch = pack(samples, PoolingSpec())
+    assert batch.labels.tolist() == [2, 4]
+    assert batch.label_sequences.tolist() == [0, 1]
+
+
+def test_samples_without_text_or_without_contexts_are_packed() -> None:
+    context_alone = pack([Sample("t", (Segment.context([1, 2, 3]),))], PoolingSpec())
+    assert context_alone.decoder_ids.numel() == 0 and context_alone.num_labels == 0
+    assert context_alone.compressed_rows.tolist() == [0, 1]
+    text_alone = pack([Sample("t", (Segment.text([1, 2], in_loss=True),))], PoolingSpec())
+    assert text_alone.encoder_ids.numel() == 0 and text_alone.levels[0].group_cu.tolist() == [0]
+    assert text_alone.compressed_rows.numel() == 0 and text_alone.labels.tolist() == [2]
+
+
+def test_tasks_keep_their_order() -> None:
+    samples = [Sample("reconstruction", (Segment.text([1]),)), Sample("continuation", (Segment.text([1]),))]
+    assert pack(samples, PoolingSpec()).tasks == ("reconstruction", "continuation")
+
+
+def test_every_tensor_moves_with_the_batch() -> None:
+    one = Sample("t", (Segment.text([1, 2]), Segment.context([7, 8])))
+    moved = pack([one], PoolingSpec((), memory_tokens=2)).to("meta")
+    levelled = pack([one], PoolingSpec()).to("meta")
+    for batch in (moved, levelled):
+        tensors = [v for name in batch.__slots__ if isinstance(v := getattr(batch, name), torch.Tensor)]
+        tensors += [t for level in batch.levels for t in (level.group_cu, level.cu_seqlens, level.positions)]
+        assert len(tensors) >= 14
+        assert all(t.device.type == "meta" for t in tensors)
+
+
+def test_no_samples_and_contradictory_specs_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one sample"):
+        pack([], PoolingSpec())
+    with pytest.raises(ValueError, match="exclude each other"):
+        pack([Sample("t", ())], PoolingSpec((GroupRule("factor", 8),), memory_tokens=2))
+
+
+def test_contexts_without_tokens_and_unknown_markers_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        Segment.context([])
+    with pytest.raises(ValueError, match="'end'; expected one of"):
+        Segment.context([1], marker="end")  # type: ignore[arg-type]

@@ -1,0 +1,150 @@
+"""The parts of a checkpoint that need no engine: manifest, pruning, random states, cutting pieces anew."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arc_ds.checkpoints.checkpoint import (
+    check_checkpoint,
+    find_resumable,
+    list_checkpoints,
+    prune_checkpoints,
+    read_trainer_state,
+    step_of,
+)
+from arc_ds.checkpoints.manifest import Manifest, read_manifest, seal_file, write_durably, write_manifest
+from arc_ds.checkpoints.reshard import cut_anew
+from arc_ds.checkpoints.rng import capture_rng, restore_rng
+from arc_ds.errors import CheckpointError
+
+
+def _make(directory: Path, step: int) -> Path:
+    folder = directory / f"step_{step:06d}"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "weights.pt").write_bytes(bytes(range(256)) * 8)
+    (folder / "sub" / "trainer.json").write_text("{}")
+    files = tuple(seal_file(folder, path) for path in sorted(folder.rglob("*")) if path.is_file())
+    write_manifest(folder, Manifest(step=step, world_size=2, files=files))
+    return folder
+
+
+def test_manifest_reads_back_as_written(tmp_path: Path) -> None:
+    folder = _make(tmp_path, 7)
+    manifest = read_manifest(folder)
+    assert (manifest.step, manifest.world_size) == (7, 2)
+    assert [entry.path for entry in manifest.files] == ["sub/trainer.json", "weights.pt"]
+    assert check_checkpoint(folder) == []
+
+
+@pytest.mark.parametrize("position", [0, 1000, 2047])
+def test_a_flipped_byte_is_found(tmp_path: Path, position: int) -> None:
+    folder = _make(tmp_path, 1)
+    content = bytearray((folder / "weights.pt").read_bytes())
+    content[position] ^= 4
+    (folder / "weights.pt").write_bytes(content)
+    (fault,) = check_checkpoint(folder)
+    assert "weights.pt" in fault and "checksum" in fault
+
+
+def test_a_short_and_a_missing_file_are_found(tmp_path: Path) -> None:
+    folder = _make(tmp_path, 1)
+    (folder / "weights.pt").write_bytes(b"short")
+    (folder / "sub" / "trainer.json").unlink()
+    faults = check_checkpoint(folder)
+    assert len(faults) == 2 and "5 bytes" in "".join(faults) and "trainer.json" in "".join(faults)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_text(path.read_text()[:40]),
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_text(path.read_text().replace('"step": 2', '"step": 3')),
+    ],
+    ids=["missing", "torn", "no object", "altered"],
+)
+def test_a_damaged_manifest_makes_the_checkpoint_unfit(tmp_path: Path, damage, caplog) -> None:  # type: ignore[no-untyped-def]
+    whole, newer = _make(tmp_path, 1), _make(tmp_path, 2)
+    damage(newer / "manifest.json")
+    assert find_resumable(tmp_path) == whole
+    assert str(newer) in caplog.text
+
+
+def test_a_manifest_of_another_version_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arc_ds.checkpoints.manifest.MANIFEST_VERSION", 9)
+    folder = _make(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="version 9"):
+        read_manifest(folder)
+
+
+def test_nothing_to_resume_is_none(tmp_path: Path) -> None:
+    assert find_resumable(tmp_path / "absent") is None
+    (tmp_path / ".tmp-step_000001").mkdir()
+    (tmp_path / "step_x").mkdir()
+    assert find_resumable(tmp_path) is None
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for step in (999999, 1000000, 5):
+        (tmp_path / f"step_{step:06d}").mkdir()
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [5, 999999, 1000000]
+    with pytest.raises(CheckpointError, match="not a checkpoint folder"):
+        step_of(tmp_path / "elsewhere")
+
+
+def test_pruning_keeps_the_last_ones_and_every_nth_and_does_not_count_torn_ones(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        _make(tmp_path, step)
+    (tmp_path / "step_000007" / "weights.pt").unlink()
+    prune_checkpoints(tmp_path, keep_last=2, keep_every=3)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [3, 5, 6, 7]
+
+
+def test_a_durable_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    write_durably(tmp_path / "latest", "a")
+    write_durably(tmp_path / "latest", "b")
+    assert (tmp_path / "latest").read_text() == "b"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_trainer_state_that_cannot_be_read_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "trainer.json").write_text('{"step": 1, "unknown": 2}')
+    with pytest.raises(CheckpointError, match=r"trainer\.json"):
+        read_trainer_state(tmp_path)
+
+
+def test_random_states_survive_json() -> None:
+    random.gauss(0, 1)
+    state = json.loads(json.dumps(capture_rng()))
+    wanted = (random.gauss(0, 1), np.random.rand(), torch.rand(3).tolist())
+    assert (random.gauss(0, 1), np.random.rand(), torch.rand(3).tolist()) != wanted
+    restore_rng(state)
+    assert (random.gauss(0, 1), np.random.rand(), torch.rand(3).tolist()) == wanted
+
+
+def test_random_states_of_another_program_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="random states"):
+        restore_rng({"python": [3, [1, 2], None]})
+
+
+@given(numel=st.integers(1, 60), before=st.integers(1, 9), after=st.integers(1, 9))
+def test_pieces_cut_anew_hold_every_element_once(numel: int, before: int, after: int) -> None:
+    def deal(ranks: int) -> list[torch.Tensor]:
+        size = -(-numel // ranks)
+        padded = torch.zeros(size * ranks, dtype=torch.int64)
+        padded[:numel] = torch.arange(1, numel + 1)
+        return list(padded.chunk(ranks))
+
+    pieces = deal(before)
+    found = [cut_anew(pieces, numel, rank=rank, world_size=after) for rank in range(after)]
+    assert all(torch.equal(left, right) for left, right in zip(found, deal(after), strict=True))

@@ -1,0 +1,136 @@
+"""`arc-ds compress` and `arc-ds generate` on a tiny model; a mistake is one message and exit code 2.
+
+`arc-ds export` of real shards: `tests/distributed/test_export.py`.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from arc_ds import ArcModel, Context
+from arc_ds.cli import main
+from arc_ds.commands.generate import parse_prompt
+from arc_ds.errors import DataError
+from arc_ds.export.formats import write_export
+from arc_ds.launch.exit_codes import EXIT_USER_ERROR
+from tests.helpers.tiny_export import tiny_trained, write_decoder
+
+TEXTS = {"a.txt": "The wind came from the sea.", "b.txt": "A lamp."}
+PROMPT = "Document: <context>The wind came from the sea.</context>\nSummary:"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exports with both markers and with none, a decoder, and texts."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_export(tiny_trained(folder / "run"), folder / "export")
+    write_export(tiny_trained(folder / "run", markers=()), folder / "bare")
+    write_decoder(folder / "decoder")
+    for name, text in TEXTS.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def arguments(folders: Path, export: str = "export") -> list[str]:
+    return ["--model", str(folders / export)]
+
+
+def test_compress_writes_what_compress_gives(folders: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "new" / "vectors.safetensors"
+    files = [str(folders / name) for name in TEXTS]
+    assert main(["compress", *arguments(folders), "--out", str(out), *files]) == 0
+    expected = ArcModel.from_checkpoint(folders / "export", decoders=[]).compress(list(TEXTS.values()))
+    found = load_file(out)
+    assert set(found) == {"context_0", "context_1"}
+    for idx, vectors in enumerate(expected):
+        assert torch.equal(found[f"context_{idx}"], vectors)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"{files[0]}: ")
+    assert lines[0].endswith(f"-> {expected[0].shape[0]} vectors of 48")
+
+
+def test_compress_reads_standard_input_and_its_options(folders: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(TEXTS["a.txt"]))
+    options = ["--pooling-factor", "2", "--marker", "none"]
+    assert main(["compress", *arguments(folders), *options, "--out", str(tmp_path / "v.safetensors"), "-"]) == 0
+    model = ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=2)
+    (expected,) = model.compress([TEXTS["a.txt"]], marker=None)
+    assert torch.equal(load_file(tmp_path / "v.safetensors")["context_0"], expected)
+
+
+@pytest.mark.parametrize("export", ["export", "bare"])
+def test_generate_prints_what_generate_gives(folders: Path, capsys, export: str) -> None:
+    options = ["--decoder", str(folders / "decoder"), "--max-new-tokens", "7"]
+    assert main(["generate", *arguments(folders, export), *options, PROMPT]) == 0
+    model = ArcModel.from_checkpoint(folders / export, decoders=[folders / "decoder"])
+    context = Context("The wind came from the sea.", "cont" if export == "export" else None)
+    (expected,) = model.generate([["Document: ", context, "\nSummary:"]], max_new_tokens=7)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_drawing_follows_the_seed(folders: Path, capsys) -> None:
+    def printed(seed: str) -> str:
+        drawing = ["--temperature", "2", "--top-p", "0.95", "--seed", seed, "--max-new-tokens", "12"]
+        options = ["--decoder", str(folders / "decoder"), *drawing]
+        assert main(["generate", *arguments(folders), *options, PROMPT]) == 0
+        return capsys.readouterr().out
+
+    assert printed("1") == printed("1") != printed("2")
+
+
+def test_a_prompt_is_cut_at_its_tags() -> None:
+    assert parse_prompt("plain") == ["plain"]
+    assert parse_prompt("a<context>b\nc</context>d<context>e</context>") == ["a", Context("b\nc"), "d", Context("e")]
+    assert parse_prompt("<context>b</context>", None) == [Context("b", None)]
+
+
+@pytest.mark.parametrize("prompt", ["a <context>b", "a</context>", "<context>a<context>b</context>c</context>"])
+def test_a_tag_without_its_other_half_is_not_read_as_text(prompt: str) -> None:
+    with pytest.raises(DataError, match="without its other half"):
+        parse_prompt(prompt)
+
+
+MISTAKES = [
+    (["--model", "gone", "--decoder", "decoder", "x"], "is neither an export"),
+    (["--model", "export", "--decoder", "gone", "x"], "does not exist"),
+    (["--model", "export", "--decoder", "decoder", "--decoder-idx", "1", "x"], "decoder 1 was asked for"),
+    (["--model", "export", "--decoder", "decoder", "--pooling-factor", "0", "x"], "pooling_factor is 0"),
+    (["--model", "export", "--decoder", "decoder", "--temperature", "-1", "x"], "temperature is -1.0"),
+    (["--model", "export", "--decoder", "decoder", "--max-new-tokens", "-1", "x"], "max_new_tokens is -1"),
+    (["--model", "export", "--decoder", "decoder", "a<context>"], "without its other half"),
+    (["--model", "export", "--decoder", "decoder", "<context></context>"], "empty <context>"),
+    (["--model", "bare", "--decoder", "decoder", "--marker", "rec", "<context>a</context>"], "has no marker"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[m for _, m in MISTAKES])
+def test_a_mistake_is_one_message_and_exit_code_2(folders: Path, monkeypatch, capsys, options, message) -> None:
+    monkeypatch.chdir(folders)
+    assert main(["generate", *options]) == EXIT_USER_ERROR
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("arc-ds generate: ") and message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_compress_overwrites_nothing_and_names_what_it_cannot_read(folders: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "there"
+    out.write_text("mine")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty").write_text("")
+    wrong = [(out, folders / "a.txt", "exists already"), (tmp_path / "o", tmp_path / "binary", "as UTF-8 text")]
+    wrong += [(tmp_path / "o", tmp_path / "gone", "gone cannot be read"), (tmp_path / "o", tmp_path / "empty", "empty")]
+    for target, text, message in wrong:
+        assert main(["compress", *arguments(folders), "--out", str(target), str(text)]) == EXIT_USER_ERROR
+        assert message in capsys.readouterr().err
+    assert out.read_text() == "mine" and not (tmp_path / "o").exists()
+
+
+def test_export_of_a_folder_without_checkpoints_is_a_user_error(tmp_path: Path, capsys) -> None:
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == EXIT_USER_ERROR
+    assert "holds no checkpoint" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""`arc-ds shards build`: every option reaches the build, and what was left out is printed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+from arc_ds.cli import main
+from arc_ds.commands.shards import build as build_command
+from arc_ds.errors import DataError
+from arc_ds.shards.building.writer import build_shards
+from tests.helpers.tiny_data import TEXT, write_tiktoken
+
+
+def test_what_was_left_out_is_printed_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = write_tiktoken(tmp_path / "tokenizer.model")
+    documents = [{"body": TEXT * 30, "score": 2}, {"body": TEXT, "score": 0}, {"body": "A lamp.", "score": 1}, {}]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    command = ["shards", "build", str(source), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
+    command += ["--text-field", "body", "--quality-field", "score", "--min-quality", "1", "--min-chars", "10"]
+    assert main([*command, "--workers", "1"]) == 2
+    assert "line 4: expected a number in the field 'score'" in capsys.readouterr().err
+    assert main([*command, "--workers", "1", "--on-error", "skip", "--max-tokens", "300"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert " of 4 documents (1 cut)" in printed[0]
+    assert printed[1:] == [
+        "  left out: 1 with a field missing, of the wrong kind or without a token",
+        "  left out: 1 of too few characters",
+        "  left out: 1 of too low quality",
+    ]
+
+
+def test_a_tokenizer_to_cache_that_is_not_there_is_found_before_the_build(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = write_tiktoken(tmp_path / "tokenizer.model")
+    (tmp_path / "a.txt").write_text(TEXT)
+    command = ["shards", "build", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    command += ["--tokenizer", str(tokenizer), "--cache-tokens", str(tokenizer)]
+    assert main([*command, str(tmp_path / "typo.model")]) == 2
+    assert "typo.model: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_whose_tokens_could_not_be_cached_are_said_to_be_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = write_tiktoken(tmp_path / "tokenizer.model")
+    (tmp_path / "a.txt").write_text(TEXT)
+    out = tmp_path / "my shards"
+
+    def fail(*_: object, **__: object) -> None:
+        raise DataError("a worker process died")
+
+    monkeypatch.setattr(build_command, "cache_and_print", fail)
+    command = ["shards", "build", str(tmp_path / "a.txt"), "--out", str(out), "--workers", "1"]
+    assert main([*command, "--tokenizer", str(tokenizer), "--cache-tokens", str(tokenizer)]) == 2
+    assert f"The shards are whole, only their token caches are not: arc-ds shards tokenize '{out}'" in caplog.text
+    assert main(["shards", "check", str(out)]) == 0
+
+
+def test_every_option_of_a_build_is_on_the_command_line_with_the_same_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    class Called(Exception):
+        """Ends the command where the build would begin."""
+
+    def record(*_: object, **options: object) -> None:
+        given.update(options)
+        raise Called
+
+    monkeypatch.setattr(build_command, "build_shards", record)
+    with pytest.raises(Called):
+        main(["shards", "build", "in", "--out", "out", "--tokenizer", "t"])
+    expected = {
+        name: parameter.default
+        for name, parameter in inspect.signature(build_shards).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("workers", "progress")
+    }
+    assert {name: given[name] for name in expected} == expected
+    assert given["workers"] >= 1

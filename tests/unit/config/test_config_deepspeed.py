@@ -1,0 +1,146 @@
+"""DeepSpeed's JSON takes its numbers from the run's config and from nowhere else."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
+from arc_ds.config.load import load_config
+from arc_ds.errors import ConfigError
+
+DS_CONFIGS = Path(__file__).parents[3] / "ds_configs"
+MINIMAL = """\
+run_dir: runs/x
+steps: 2000
+micro_batches: 4
+encoder: {backbone: models/enc}
+decoders: [{name: a, backbone: models/dec}]
+data: {batch_size: 64, sources: [{path: shards/train}]}
+optimizer: {max_grad_norm: 0.5}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    return load_config(path)
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload", "zero3_hpz", "cpu"])
+def test_shipped_file_resolves_to_the_runs_numbers(config, name):
+    resolved = resolve_deepspeed(DS_CONFIGS / f"{name}.json", config, 8, local_world_size=4)
+    assert resolved["train_batch_size"] == 64
+    assert resolved["train_micro_batch_size_per_gpu"] == 2
+    assert resolved["gradient_accumulation_steps"] == 4
+    assert resolved["gradient_clipping"] == 0.5
+    assert resolved["bf16"]["enabled"] is True
+    assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
+    assert resolved["zero_optimization"]["stage"] == 3
+    assert '"auto"' not in json.dumps(resolved)
+    assert resolved["zero_optimization"].get("zero_hpz_partition_size") == (4 if name == "zero3_hpz" else None)
+
+
+def test_what_the_json_leaves_out_is_filled_in(config):
+    resolved = resolve_deepspeed({}, config, 1)
+    assert resolved["train_micro_batch_size_per_gpu"] == 16
+    assert resolved["zero_optimization"] == {"stage": 3}
+    assert resolved["zero_allow_untested_optimizer"] is True
+
+
+def test_the_given_dict_is_not_changed(config):
+    given = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
+    before = copy.deepcopy(given)
+    resolve_deepspeed(given, config, 1)
+    assert given == before
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"gradient_clipping": 1.0}, ["gradient_clipping is 1.0", "0.5"]),
+        ({"train_batch_size": 32}, ["train_batch_size is 32", "64"]),
+        ({"zero_optimization": {"stage": 2}}, ["stage is 2", "3"]),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, ["grad_accum_dtype", "'fp32'"]),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size"]),
+        ({"optimizer": {"type": "AdamW"}}, ["'optimizer'", "Remove"]),
+        ({"fp16": {"enabled": True}}, ["'fp16'"]),
+        ({"bf16": True}, ["bf16 is True", "'enabled'"]),
+    ],
+)
+def test_json_that_contradicts_the_run_is_an_error(config, given, words):
+    with pytest.raises(ConfigError) as caught:
+        resolve_deepspeed(given, config, 1)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"train_batchsize": 64}, ["unknown key train_batchsize.", "Did you mean train_batch_size?"]),
+        ({"zero_optimisation": {}}, ["unknown key zero_optimisation.", "Did you mean zero_optimization?"]),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_max_live_parameter": 1}},
+            ["unknown key zero_optimization.stage3_max_live_parameter.", "stage3_max_live_parameters?"],
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            ["unknown key zero_optimization.offload_optimizer.devise.", "Did you mean device?"],
+        ),
+        ({"zero_optimization": {"offload_param": {"pin_memry": True}}}, ["offload_param.pin_memry.", "pin_memory?"]),
+        ({"bf16": {"enable": True}}, ["unknown key bf16.enable.", "Did you mean enabled?"]),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, ["unknown key data_types.grad_acum_dtype", "grad_accum_dtype?"]),
+        (
+            {"activation_checkpointing": {"cpu_checkpoint": True}},
+            ["unknown key activation_checkpointing.cpu_checkpoint.", "cpu_checkpointing?"],
+        ),
+        ({"zzz": 1}, ["unknown key zzz. Known: ", "zero_optimization"]),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "big"}},
+            ["zero_optimization.reduce_bucket_size is 'big'", "integer"],
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "gpu"}}},
+            ["zero_optimization.offload_optimizer.device is 'gpu'", "'nvme'"],
+        ),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_garble_is_an_error_before_it_is_asked(config, given, words):
+    with pytest.raises(ConfigError) as caught:
+        resolve_deepspeed(given, config, 1)
+    for word in ("the DeepSpeed config: ", *words):
+        assert word in str(caught.value)
+
+
+def test_names_and_other_names_of_deepspeeds_fields_are_known(config):
+    zero = {"prefetch_bucket_size": 7, "stage3_max_reuse_distance": 8, "leaf_module": {"classes": ["a.B"]}}
+    others = {"comms_logger": {"enabled": False}, "data_types": {"grad_accum_dtype": "fp32"}, "checkpoint": {}}
+    resolved = resolve_deepspeed({"zero_optimization": zero, **others}, config, 1)
+    assert resolved["zero_optimization"] == {**zero, "stage": 3}
+
+
+def test_unreadable_json_names_file_and_line(config, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{\n"a": 1,\n}', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"ds\.json:3"):
+        resolve_deepspeed(path, config, 1)
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(ConfigError, match="JSON object"):
+        resolve_deepspeed(path, config, 1)
+    with pytest.raises(ConfigError, match="cannot read"):
+        resolve_deepspeed(tmp_path / "none.json", config, 1)
+
+
+def test_frozen_decoder_gets_no_clipping_and_no_offloaded_optimizer(config):
+    resolved = resolve_deepspeed(DS_CONFIGS / "zero3_offload.json", config, 8)
+    decoder = resolve_decoder_deepspeed(resolved, "zero3+hpz", 4)
+    assert "gradient_clipping" not in decoder
+    assert "offload_optimizer" not in decoder["zero_optimization"]
+    assert decoder["zero_optimization"]["zero_hpz_partition_size"] == 4
+    assert resolve_decoder_deepspeed(resolved, "zero3", 4)["zero_optimization"]["zero_hpz_partition_size"] == 1
+    assert "offload_optimizer" in resolved["zero_optimization"]

@@ -1,0 +1,99 @@
+"""Every recipe loads, and says what the paper says (design 13)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arc_ds.config.deepspeed import resolve_deepspeed
+from arc_ds.config.load import load_config
+from arc_ds.config.schema import RunConfig
+
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml"))
+PRETRAINING = [path for path in RECIPES if path.stem.startswith("pretrain_")]
+
+
+def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.setenv("MODELS", "/models")
+    monkeypatch.setenv("SHARDS", "/shards")
+    monkeypatch.setenv("START", "/exports/start")
+    monkeypatch.delenv("RUNS", raising=False)
+    return load_config(path)
+
+
+def test_the_recipes_of_the_paper_and_the_demo_are_there():
+    assert {path.stem for path in RECIPES} >= {
+        "demo",
+        "pretrain_llama2_7b_chat",
+        "pretrain_llama31_8b",
+        "pretrain_mistral_7b",
+        "pretrain_olmo_7b",
+        "pretrain_two_decoders",
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_loads_with_its_deepspeed_json(path, monkeypatch):
+    config = load(path, monkeypatch)
+    resolved = resolve_deepspeed(ROOT / config.deepspeed, config, world_size=1)
+    assert resolved["train_batch_size"] == config.data.batch_size
+    assert config.run_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda p: p.stem)
+def test_pretraining_recipe_has_the_papers_numbers(path, monkeypatch):
+    config = load(path, monkeypatch)
+    optimizer = config.optimizer
+    assert (config.steps, config.seed, config.data.batch_size) == (80_000, 0, 16 * 8)
+    assert (optimizer.encoder_lr, optimizer.markers_lr, optimizer.bridge_lr) == (1e-5, 1e-5, 5e-5)
+    assert (optimizer.initial_lr, optimizer.final_lr, optimizer.warmup_steps) == (1e-20, 1e-10, 1000)
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.max_grad_norm) == ((0.9, 0.95), 0.1, 1.0)
+    assert config.pooling.factors == (8,)
+    assert config.encoder.kept_layers(28) == 26
+    assert config.bridge.hidden_size == 2048
+    assert config.data.reconstruction_share == 0.2
+    assert (config.data.max_context_tokens, config.data.max_prefix_tokens) == (256, 256)
+    assert (config.bridge.init, config.markers.init) == ("kaiming", "ones")
+
+
+def test_two_decoders_differ(monkeypatch):
+    config = load(ROOT / "ds_configs" / "recipes" / "pretrain_two_decoders.yaml", monkeypatch)
+    assert len({decoder.backbone for decoder in config.decoders}) == 2
+
+
+def test_recipes_name_no_absolute_path():
+    for path in RECIPES:
+        assert ": /" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "markers_lr"), [("finetune_llama31_8b", 4000, 2e-6), ("finetune_two_decoders", 8000, 3e-5)]
+)
+def test_fine_tuning_recipe_has_the_papers_numbers(name, steps, markers_lr, monkeypatch):
+    config = load(ROOT / "ds_configs" / "recipes" / f"{name}.yaml", monkeypatch)
+    optimizer = config.optimizer
+    assert (config.steps, config.data.batch_size, config.pooling.factors) == (steps, 8 * 8, (4,))
+    assert (optimizer.encoder_lr, optimizer.markers_lr, optimizer.bridge_lr) == (2e-6, markers_lr, 3e-5)
+    assert (optimizer.final_lr, optimizer.warmup_steps, optimizer.weight_decay) == (1e-8, 50, 0.05)
+    assert config.data.max_documents_tokens == 2048
+    sources = config.data.sources
+    assert sum(source.weight for source in sources) == 100 and len(sources) == 12
+    assert all(source.task == "few_shot" for source in sources)
+    by_weight = {source.weight: source for source in sources}
+    assert (by_weight[27].in_context_examples, by_weight[27].max_passages) == (5, 4)
+    assert (by_weight[20].in_context_examples, by_weight[20].max_passages) == (5, 1)
+
+
+def test_a_new_decoder_trains_nothing_of_the_encoder(monkeypatch):
+    config = load(ROOT / "ds_configs" / "recipes" / "new_decoder_olmo_7b.yaml", monkeypatch)
+    assert (config.encoder.trained_layers, config.encoder.train_embeddings) == (0, False)
+    assert (config.steps, config.optimizer.warmup_steps, config.optimizer.bridge_lr) == (8000, 100, 1e-4)
+
+
+def test_long_contexts_are_chunks_without_markers_in_a_chat(monkeypatch):
+    config = load(ROOT / "ds_configs" / "recipes" / "long_context_llama2_7b_chat.yaml", monkeypatch)
+    assert (config.steps, config.data.batch_size, config.micro_batches) == (8000, 2 * 4 * 8, 4)
+    assert (config.data.max_chunks, config.data.sources[0].chunk_tokens) == (32, 1024)
+    assert (config.markers.rec, config.markers.cont, config.decoders[0].chat_template) == (False, False, "llama2")

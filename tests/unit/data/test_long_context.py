@@ -1,0 +1,139 @@
+"""Long context: a text in equal chunks, each a context of its own, whatever its length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arc_ds.batch.packing import PoolingSpec, pack
+from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, mismatched, open_
+from arc_ds.errors import DataError
+from arc_ds.tokenizers import Tokenizer, load_tokenizer
+from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken
+from tests.helpers.written import written
+
+Pair = tuple[Tokenizer, Tokenizer]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """(encoder's, decoder's) tokenizer, of different kinds; a letter is a token to the encoder."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return load_tokenizer(write_tiktoken(folder / "t.model")), load_tokenizer(write_json_tokenizer(folder / "json"))
+
+
+def make(pair: Pair, record: dict, *, seed: int = 0, **sizes: object) -> Example:
+    limits = TaskLimits(**{"chunk_tokens": 4, "max_continuation": 4} | sizes)  # type: ignore[arg-type]
+    return make_example([record], task="long_context", seed=seed, encoder=pair[0], decoder=pair[1], limits=limits)
+
+
+def test_text_is_continued_behind_its_chunks(pair: Pair) -> None:
+    """The first token of the continuation is input only: no row predicts it."""
+    example = make(pair, {"text": "abcdefghijklmnop"})
+    assert written(example.sample, *pair) == "<s>⟦abcd<cont>⟧⟦efgh<cont>⟧⟦ijkl<cont>⟧m‹nop›"
+    assert written(closed(example), *pair) == "<s>m‹nop›"
+    assert written(open_(example), *pair) == "<s>abcdefghijklm‹nop›"
+    assert (example.contexts, example.counts) == (("abcd", "efgh", "ijkl"), TaskCounts())
+
+
+def test_markers_are_optional(pair: Pair) -> None:
+    example = make(pair, {"text": "abcdefghijkl"}, markers=frozenset(), bos=False)
+    assert written(example.sample, *pair) == "⟦abcd⟧⟦efgh⟧i‹jkl›"
+
+
+def test_short_text_is_halved(pair: Pair) -> None:
+    assert written(make(pair, {"text": "abcdefg"}).sample, *pair) == "<s>⟦abcd<cont>⟧e‹fg›"
+    assert written(make(pair, {"text": "abcd"}).sample, *pair) == "<s>⟦ab<cont>⟧c‹d›"
+    for text in ("abc", "a"):
+        with pytest.raises(DataError, match="min_tokens"):
+            make(pair, {"text": text})
+
+
+def test_window_of_a_long_text_moves_with_the_seed(pair: Pair) -> None:
+    text = "ABCDFGHIJKLMNOPQRSTUVWXYZ01"
+    windows = {make(pair, {"text": text}, seed=seed, max_chunks=2).contexts for seed in range(40)}
+    assert windows == {(text[i : i + 4], text[i + 4 : i + 8]) for i in range(len(text) - 12 + 1)}
+
+
+def test_passages_are_asked_about_in_chunks(pair: Pair) -> None:
+    record = {"passages": ["abcdef", "ghi"], "question": "Which?", "answer": "x"}
+    asked = "Question: Which?\nAnswer:‹ x\n\n›"
+    example = make(pair, record, max_passages=1)
+    assert written(example.sample, *pair) == f"<s>Document: ⟦abcd<cont>⟧⟦ef\ng<cont>⟧⟦hi<cont>⟧\n{asked}"
+    assert written(closed(example), *pair) == f"<s>{asked}"
+    assert written(open_(example), *pair) == f"<s>Document: abcdef\nghi\n{asked}"
+    cut = make(pair, record, max_chunks=1)
+    assert written(cut.sample, *pair) == f"<s>Document: ⟦abcd<cont>⟧\n{asked}"
+    assert cut.counts == TaskCounts(cut_chunks=2)
+
+
+def test_mismatched_takes_all_chunks_of_another(pair: Pair) -> None:
+    record = {"question": "Which?", "answer": "x"}
+    examples = [make(pair, record | {"passage": text}) for text in ("abcdef", "ghi")]
+    others = [written(sample, *pair) for sample in mismatched(examples)]
+    asked = "Question: Which?\nAnswer:‹ x\n\n›"
+    assert others[0] == f"<s>Document: ⟦ghi<cont>⟧\n{asked}"
+    assert others[1] == f"<s>Document: ⟦abcd<cont>⟧⟦ef<cont>⟧\n{asked}"
+
+
+def test_chunks_end_at_characters(pair: Pair) -> None:
+    example = make(pair, {"text": "aé北é" * 4}, chunk_tokens=4)
+    assert all(len(pair[0].encode(chunk)) <= 4 for chunk in example.contexts)
+    assert "aé北é".startswith(example.contexts[0])
+    with pytest.raises(DataError, match=r"more than chunk_tokens = 2 tokens\. Raise chunk_tokens"):
+        make(pair, {"text": "北" * 9}, chunk_tokens=2)
+
+
+def test_record_of_neither_kind_is_refused(pair: Pair) -> None:
+    with pytest.raises(DataError, match="`passages`"):
+        make(pair, {"question": "a"})
+
+
+@given(
+    text=st.text("the sea. \n北é", min_size=1, max_size=120),
+    seed=st.integers(0, 2**64 - 1),
+    max_chunks=st.integers(1, 5),
+    chunk_tokens=st.integers(3, 9),
+)
+def test_chunks_and_target_are_one_stretch_of_the_text(
+    pair: Pair, text: str, seed: int, max_chunks: int, chunk_tokens: int
+) -> None:
+    sizes = {"max_chunks": max_chunks, "chunk_tokens": chunk_tokens}
+    try:
+        example = make(pair, {"text": text}, seed=seed, **sizes)
+    except DataError:
+        window = min(len(pair[0].encode(text)), max_chunks * chunk_tokens + 4)
+        assert window < 12  # fewer leave half a character for one of the parts
+        return
+    assert example == make(pair, {"text": text}, seed=seed, **sizes)
+    behind = [token for s in example.sample.segments[1:] if s.kind == "text" for token in s.ids]
+    assert "".join(example.contexts) + pair[1].decode(behind) in text
+    contexts = [segment for segment in example.sample.segments if segment.kind == "context"]
+    assert 1 <= len(contexts) <= max_chunks
+    assert all(len(context.ids) <= chunk_tokens for context in contexts)
+    assert all(len(context.ids) > chunk_tokens - 3 for context in contexts[:-1])  # 北 has three tokens
+    assert [pair[0].decode(list(context.ids)) for context in contexts] == list(example.contexts)
+    opened = [token for segment in open_(example).segments for token in segment.ids]
+    assert pair[1].decode(opened) == "".join(example.contexts) + pair[1].decode(behind)
+    batch = pack([example.sample], PoolingSpec())
+    for variant in (closed(example), open_(example)):
+        assert torch.equal(pack([variant], PoolingSpec()).labels, batch.labels)
+
+
+def test_golden_chunks_of_the_reference_are_segments_of_their_own(golden: Path) -> None:
+    """Its chunks are the same tokens in the same place; the last one kept is cut off there as here."""
+    case = json.loads((golden / "data" / "instruct_chunk32.json").read_text())
+    encoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["embed"])
+    decoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["llm"])
+    record = json.loads((golden / "data" / "inputs" / "instruct.jsonl").read_text().splitlines()[0])
+    example = make((encoder, decoder), record, chunk_tokens=32, max_chunks=3)
+    contexts = [list(segment.ids) for segment in example.sample.segments if segment.kind == "context"]
+    assert contexts == case["items"][0]["to_embed"][0]["tokens"]
+    assert example.counts == TaskCounts(cut_chunks=4)
+    kinds = [segment.kind for segment in example.sample.segments]
+    assert kinds == ["text", "context", "context", "context", "text", "text"]

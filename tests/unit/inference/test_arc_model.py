@@ -1,0 +1,252 @@
+"""ArcModel: from folders to vectors, logits and text, and every mistake of its user as one clear error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from arc_ds import ArcModel, Context, Segment
+from arc_ds.batch.groups import GroupRule
+from arc_ds.errors import ConfigError, DataError, TokenizerError, WeightsError
+from arc_ds.export.formats import write_export
+from arc_ds.model.weights import open_backbone
+from arc_ds.tokenizers import Tokenizer
+from tests.helpers.tiny_export import DECODER, tiny_trained, write_decoder
+
+TEXT = "The wind came from the sea."
+OTHER = "A lamp of stone."
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export for two decoders, and the decoders."""
+    folder = tmp_path_factory.mktemp("arc")
+    write_export(tiny_trained(folder / "run", decoder_sizes=(48, 48)), folder / "export")
+    write_decoder(folder / "a")
+    write_decoder(folder / "b", seed=2, bos=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folders: Path) -> ArcModel:
+    return ArcModel.from_checkpoint(folders / "export", decoders=[str(folders / "a"), folders / "b"])
+
+
+def test_texts_and_their_ids_give_the_same_vectors(model: ArcModel) -> None:
+    ids = [tokenizer_of(model).encode(text) for text in (TEXT, OTHER)]
+    for ours, expected in zip(model.compress([TEXT, OTHER]), model.compress(ids), strict=True):
+        assert torch.equal(ours, expected)
+    assert [v.shape for v in model.compress(ids)] == [(-(-len(line) // 4) + 1, 48) for line in ids]
+    assert model.compress([]) == []
+
+
+def tokenizer_of(model: ArcModel) -> Tokenizer:
+    assert model.encoder_tokenizer is not None
+    return model.encoder_tokenizer
+
+
+def test_only_the_last_vector_depends_on_the_marker(model: ArcModel) -> None:
+    (cont,), (rec,), (bare,) = (model.compress([TEXT], marker=marker) for marker in ("cont", "rec", None))
+    assert torch.equal(cont[:-1], rec[:-1]) and torch.equal(cont[:-1], bare)
+    assert (cont[-1] - rec[-1]).abs().max() > 0.01
+
+
+def test_each_decoder_has_its_own_bridge(model: ArcModel) -> None:
+    (first,), (second,) = model.compress([TEXT], 0), model.compress([TEXT], 1)
+    assert (first - second).abs().max() > 0.01
+
+
+def test_a_context_does_not_see_its_neighbours(folders: Path) -> None:
+    # In float64, since matrix products of other row counts round otherwise: 1e-6 in float32, 1e-15 here.
+    model = ArcModel.from_checkpoint(folders / "export", decoders=[], dtype=torch.float64)
+    alone = [model.compress([text])[0] for text in (TEXT, OTHER)]
+    for ours, expected in zip(model.compress([TEXT, OTHER]), alone, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_a_lower_pooling_factor_gives_more_vectors(folders: Path) -> None:
+    model = ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=2)
+    (vectors,) = model.compress([list(range(20))], marker=None)
+    assert vectors.shape == (10, 48)
+
+
+def test_another_factor_keeps_the_rule_of_merging(tmp_path: Path) -> None:
+    changes = {"strategy": "similarity", "rules": (GroupRule("floor_factor", 4),)}
+    write_export(tiny_trained(tmp_path / "run", **changes), tmp_path / "export")
+    model = ArcModel.from_checkpoint(tmp_path / "export", decoders=[], pooling_factor=3)
+    assert model.spec.rules == (GroupRule("floor_factor", 3),)
+
+
+def test_logits_are_float32_at_text_tokens_and_see_the_context(model: ArcModel) -> None:
+    context, other = Segment.context([4, 8, 15, 16, 23]), Segment.context([42, 1, 2, 3, 4])
+    text = [Segment.text([7, 8]), Segment.text([9])]
+    found = model.logits([[text[0], context, text[1]], [text[0], other, text[1]], [context, text[1]]])
+    assert [tuple(logits.shape) for logits in found] == [(3, 350), (3, 350), (1, 350)]
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found[0][:2], found[1][:2], rtol=0, atol=1e-5)
+    assert (found[0][2] - found[1][2]).abs().max() > 1e-3
+    assert model.logits([]) == []
+
+
+def test_text_alone_is_the_decoder_as_it_is(model: ArcModel) -> None:
+    (alone,) = model.logits([[Segment.text([7, 8, 9])]])
+    beside, _ = model.logits([[Segment.text([7, 8, 9])], [Segment.context([1, 2]), Segment.text([3])]])
+    torch.testing.assert_close(alone, beside, rtol=0, atol=1e-5)
+
+
+def test_a_decoder_trained_without_begin_of_text_is_prompted_without_it(folders: Path, model: ArcModel) -> None:
+    config = folders / "export" / "config.json"
+    described = json.loads(config.read_text())
+    described["decoders"][0]["bos"] = False
+    without = shutil.copytree(folders / "export", folders / "without_bos", dirs_exist_ok=True)
+    (without / "config.json").write_text(json.dumps(described))
+    other = ArcModel.from_checkpoint(without, decoders=[folders / "a"])
+    (tokenizer,) = other.decoder_tokenizers
+    assert tokenizer is not None and tokenizer.bos_id == 0
+    (ids,) = other.generate_ids([[Segment.text(tokenizer.encode("Text: "))]], max_new_tokens=9)
+    assert other.generate(["Text: "], max_new_tokens=9) == [tokenizer.decode(ids)]
+    assert other.generate(["Text: "], max_new_tokens=9) != model.generate(["Text: "], max_new_tokens=9)
+
+
+def test_generated_text_is_that_of_the_ids_with_begin_of_text(model: ArcModel) -> None:
+    tokenizer = model.decoder_tokenizers[0]
+    assert tokenizer is not None and tokenizer.bos_id == 0
+    context = Segment.context(tokenizer_of(model).encode(OTHER))
+    prompt = [Segment.text([0]), Segment.text(tokenizer.encode("Text: ")), context]
+    (ids,) = model.generate_ids([prompt], max_new_tokens=9, stop_ids=[tokenizer.eos_id or -1])
+    assert model.generate([["Text: ", Context(OTHER)]], max_new_tokens=9) == [tokenizer.decode(ids)]
+    assert model.generate([prompt], max_new_tokens=9) == [tokenizer.decode(ids)]
+
+
+def test_a_decoder_without_begin_of_text_gets_none(model: ArcModel) -> None:
+    tokenizer = model.decoder_tokenizers[1]
+    assert tokenizer is not None and tokenizer.bos_id is None
+    prompt = [Segment.text(tokenizer.encode("Text: "))]
+    (ids,) = model.generate_ids([prompt], 1, max_new_tokens=5)
+    assert model.generate(["Text: "], 1, max_new_tokens=5) == [tokenizer.decode(ids)]
+
+
+def test_prompts_of_every_kind_share_a_batch(model: ArcModel) -> None:
+    prompts = ["Text: ", Context(OTHER), ["The ", Context(TEXT, "rec"), " sea"], [Segment.text([5, 6])]]
+    together = model.generate(prompts, max_new_tokens=6)
+    assert together == [model.generate([prompt], max_new_tokens=6)[0] for prompt in prompts]
+    assert len(set(together)) == 4
+    assert model.generate([]) == [] and model.generate_ids([]) == []
+
+
+def test_drawing_follows_the_seed(model: ArcModel) -> None:
+    def drawn(seed: int) -> list[str]:
+        return model.generate(["Text: "], max_new_tokens=12, temperature=2.0, top_p=0.95, seed=seed)
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_bfloat16_is_close_and_gives_float32_logits(folders: Path, model: ArcModel) -> None:
+    half = ArcModel.from_checkpoint(folders / "export", decoders=[folders / "a"], dtype=torch.bfloat16)
+    (ours,), (expected,) = half.compress([TEXT]), model.compress([TEXT])
+    assert ours.dtype == torch.bfloat16
+    assert 0 < (ours.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    assert half.logits([[Segment.text([7, 8])]])[0].dtype == torch.float32
+
+
+def test_loading_changes_nothing_and_trains_nothing(folders: Path, model: ArcModel) -> None:
+    source = open_backbone(folders / "a")
+    for name, parameter in model.decoders[0].named_parameters():
+        assert torch.equal(parameter, source.tensor(name)) and not parameter.requires_grad, name
+    assert not any(p.requires_grad for p in model.compressor.parameters())
+    assert not model.compress([TEXT])[0].requires_grad
+
+
+WRONG_CALLS = [
+    (lambda m: m.compress("one text"), DataError, r"contexts is one str; expected a list"),
+    (lambda m: m.compress([""]), DataError, "a context is empty"),
+    (lambda m: m.compress([[]]), DataError, "a context is empty"),
+    (lambda m: m.compress([[600]]), DataError, "token ids 600 to 600 for the encoder; expected 0 to 599"),
+    (lambda m: m.compress([[-1, 5]]), DataError, "token ids -1 to 5 for the encoder"),
+    (lambda m: m.compress([TEXT], decoder=2), ConfigError, "decoder 2 was asked for; the compressor serves 2"),
+    (lambda m: m.compress([TEXT], decoder=-1), ConfigError, "decoder -1 was asked for"),
+    (lambda m: m.compress([TEXT], marker="mid"), ConfigError, "marker is 'mid'; this compressor has cont and rec"),
+    (lambda m: m.logits([[]]), DataError, "sequence 0 is empty"),
+    (lambda m: m.logits([[Segment.text([350])]]), DataError, "for the decoder; expected 0 to 349"),
+    (lambda m: m.logits([[Segment.text([1])]], decoder=2), ConfigError, "loaded with 2 of the 2"),
+    (lambda m: m.generate("one prompt"), DataError, "prompts is one str"),
+    (lambda m: m.generate([""], decoder=1), DataError, "sequence 0 is empty"),
+    (lambda m: m.generate([["a", Segment.text([1])]]), DataError, "got a Segment among them"),
+    (lambda m: m.generate([Context("")]), DataError, "a context is empty"),
+    (lambda m: m.generate(["a"], temperature=-1.0), ConfigError, "temperature is -1.0"),
+    (lambda m: m.generate(["a"], max_new_tokens=-1), ConfigError, "max_new_tokens is -1"),
+    (lambda m: m.generate(["a"], decoder=5), ConfigError, "decoder 5 was asked for"),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), WRONG_CALLS)
+def test_a_wrong_call_is_one_clear_error(model: ArcModel, call, kind, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        call(model)
+
+
+def test_decoders_that_are_not_its_own_are_refused(folders: Path, tmp_path: Path) -> None:
+    wide = write_decoder(tmp_path / "wide", hidden_size=32, head_dim=8)
+    with pytest.raises(WeightsError, match=r"wide is 32 wide; the bridge in .* leads to 48"):
+        ArcModel.from_checkpoint(folders / "export", decoders=[wide])
+    with pytest.raises(WeightsError, match="serves 2 decoders; 3 were given"):
+        ArcModel.from_checkpoint(folders / "export", decoders=[folders / "a"] * 3)
+    small = write_decoder(tmp_path / "small", vocab_size=300)
+    with pytest.raises(TokenizerError, match="do not belong together"):
+        ArcModel.from_checkpoint(folders / "export", decoders=[small])
+
+
+@pytest.mark.parametrize("factor", [0, -2])
+def test_a_pooling_factor_that_cannot_be_is_refused(folders: Path, factor: int) -> None:
+    with pytest.raises(ConfigError, match=f"pooling_factor is {factor}; expected at least 1"):
+        ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=factor)
+
+
+def test_memory_tokens_have_no_pooling_factor(tmp_path: Path) -> None:
+    write_export(tiny_trained(tmp_path / "run", rules=(), memory_tokens=3), tmp_path / "export")
+    with pytest.raises(ConfigError, match="this one has 3 memory tokens"):
+        ArcModel.from_checkpoint(tmp_path / "export", decoders=[], pooling_factor=4)
+    assert ArcModel.from_checkpoint(tmp_path / "export", decoders=[]).compress([TEXT])[0].shape == (4, 48)
+
+
+def test_without_tokenizers_ids_still_work(folders: Path, tmp_path: Path) -> None:
+    decoder = write_decoder(tmp_path / "decoder")
+    (decoder / "tokenizer.json").unlink()
+    write_export(tiny_trained(tmp_path / "run"), tmp_path / "export")
+    (tmp_path / "export" / "tokenizer.model").unlink()
+    model = ArcModel.from_checkpoint(tmp_path / "export", decoders=[decoder])
+    assert len(model.generate_ids([[Segment.context([1, 2, 3])]], max_new_tokens=3)[0]) == 3
+    with pytest.raises(TokenizerError, match="the encoder has no tokenizer"):
+        model.compress([TEXT])
+    with pytest.raises(TokenizerError, match="decoder 0 came without a tokenizer"):
+        model.generate([TEXT])
+
+
+def test_only_the_decoders_that_are_wanted_need_be_given(folders: Path) -> None:
+    model = ArcModel.from_checkpoint(folders / "export", decoders=[folders / "a"])
+    assert model.compress([TEXT], decoder=1)[0].shape[1] == DECODER.hidden_size
+    with pytest.raises(ConfigError, match="loaded with 1 of the 2"):
+        model.logits([[Segment.text([1])]], decoder=1)
+
+
+def test_the_references_checkpoint_wants_the_encoders_sizes(golden: Path) -> None:
+    folder = golden / "arc_checkpoints" / "arc_mlp" / "checkpoints" / "checkpoint_000010"
+    with pytest.raises(WeightsError, match="encoder_backbone"):
+        ArcModel.from_checkpoint(folder, decoders=[])
+    model = ArcModel.from_checkpoint(folder, decoders=[], encoder_backbone=golden / "models" / "enc")
+    assert model.compress([[1, 2, 3, 4, 5]])[0].shape == (3, 96)
+    with pytest.raises(WeightsError):
+        ArcModel.from_checkpoint(folder, decoders=[], encoder_backbone=golden / "models" / "decM")
+
+
+def test_a_folder_of_something_else_is_named(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="is neither an export of ARC-DS"):
+        ArcModel.from_checkpoint(tmp_path, decoders=[])
+    with pytest.raises(WeightsError, match=r"is no export of ARC-DS: `format` in config\.json is None"):
+        ArcModel.from_checkpoint(folders / "a", decoders=[])
+    with pytest.raises(WeightsError, match="does not exist"):
+        ArcModel.from_checkpoint(folders / "export", decoders=[tmp_path / "gone"])

@@ -1,0 +1,147 @@
+"""Generation with a KV cache: equal to a forward without one, whatever shares the batch; stopping and sampling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from arc_ds.batch.groups import GroupRule
+from arc_ds.batch.packing import PoolingSpec, pack
+from arc_ds.batch.segments import Sample, Segment
+from arc_ds.errors import ConfigError
+from arc_ds.inference.generate import Sampling, generate_ids
+from tests.helpers.tiny_compressor import sample, tiny_compressor, tiny_decoder
+
+SPEC = PoolingSpec((GroupRule("factor", 4),))
+COMPRESSOR, DECODER = tiny_compressor(), tiny_decoder()
+# The models are float64 and logits, of order 1, float32: a rounding of 1e-7. A row too many or too few in the cache
+# is 1e-2 or more.
+ATOL = 1e-6
+pieces = st.lists(st.integers(-9, 6).filter(bool), min_size=1, max_size=4)
+
+
+@torch.no_grad()
+def vectors(samples: list[Sample]) -> Tensor:
+    return COMPRESSOR(pack(samples, SPEC))
+
+
+def run(samples: list[Sample], num_tokens: int = 5, **options) -> tuple[list[list[int]], list[Tensor]]:
+    """New tokens and the logits of every step."""
+    seen: list[Tensor] = []
+    lines = generate_ids(
+        DECODER,
+        pack(samples, SPEC),
+        vectors(samples),
+        max_new_tokens=num_tokens,
+        on_logits=lambda step, logits_BV: seen.append(logits_BV.clone()),
+        **options,
+    )
+    return lines, seen
+
+
+@torch.no_grad()
+def without_cache(prompts: list[Sample], lines: list[list[int]]) -> Tensor:
+    """Logits [B, steps, V] of each prompt's last row and of every new token but the last, in one forward."""
+    longer = [
+        Sample("test", (*prompt.segments, Segment.text(line[:-1]))) for prompt, line in zip(prompts, lines, strict=True)
+    ]
+    batch = pack(longer, SPEC)
+    rows = batch.decoder_cu_seqlens[1:, None] + torch.arange(-len(lines[0]), 0)
+    return DECODER.logits(batch, vectors(longer), rows.flatten()).unflatten(0, rows.shape)
+
+
+@given(prompts=st.lists(pieces, min_size=1, max_size=4))
+@settings(max_examples=10)
+def test_every_step_has_the_logits_of_a_forward_without_cache(prompts: list[list[int]]) -> None:
+    samples = [sample(*sizes, seed=idx) for idx, sizes in enumerate(prompts)]
+    lines, seen = run(samples, 4)
+    expected = without_cache(samples, lines)
+    torch.testing.assert_close(torch.stack(seen, dim=1), expected, rtol=0, atol=ATOL)
+    assert lines == expected.argmax(dim=-1).tolist()
+
+
+def test_a_prompt_does_not_see_what_shares_its_batch() -> None:
+    samples = [sample(5), sample(-7, seed=1), sample(2, -9, 1, seed=2), sample(1, seed=3)]
+    together, _ = run(samples, 9)
+    alone = [run([one], 9)[0][0] for one in samples]
+    assert together == alone
+    assert len({tuple(line) for line in together}) == len(samples)
+
+
+def test_the_first_token_of_a_prompt_that_ends_with_a_context_sees_it() -> None:
+    prompt = sample(3, -8)
+    other_context = Sample("test", (prompt.segments[0], sample(3, -8, seed=5).segments[1]))
+    ((first, second),) = run([prompt, other_context], 1)[1]
+    assert (first - second).abs().max() > 1e-3
+    torch.testing.assert_close(first, without_cache([prompt], [[0]])[0, 0], rtol=0, atol=ATOL)
+
+
+def test_a_stop_id_ends_its_own_line_and_is_left_out() -> None:
+    samples = [sample(5), sample(-7, 2, seed=1), sample(3, seed=2)]
+    free, _ = run(samples, 8)
+    stop = next(token for token in free[1] if token not in (free[0][0], free[1][0], free[2][0]))
+    lines, _ = run(samples, 8, stop_ids=[stop])
+    assert lines == [line[: line.index(stop)] if stop in line else line for line in free]
+    assert len(lines[1]) < 8 == max(len(line) for line in free)
+
+
+def test_generation_stops_when_all_lines_have_ended() -> None:
+    lines, seen = run([sample(5)], 50, stop_ids=range(30))
+    assert (lines, len(seen)) == ([[]], 1)
+
+
+def test_no_new_tokens_are_an_empty_line_for_each_prompt() -> None:
+    assert run([sample(5), sample(2)], 0)[0] == [[], []]
+    with pytest.raises(ConfigError, match="max_new_tokens is -1"):
+        run([sample(5)], -1)
+
+
+def test_drawn_tokens_follow_the_seed() -> None:
+    samples = [sample(5), sample(-7, 2, seed=1)]
+
+    def drawn(seed: int) -> list[list[int]]:
+        return run(samples, 12, sampling=Sampling(temperature=1.5, seed=seed))[0]
+
+    assert drawn(3) == drawn(3)
+    assert drawn(3) != drawn(4)
+    assert drawn(3) != run(samples, 12)[0]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.4), (2.0, 0.8), (0.5, 0.9)])
+def test_drawn_tokens_come_from_the_smallest_set_that_reaches_top_p(temperature: float, top_p: float) -> None:
+    samples = [sample(4, seed=seed) for seed in range(20)]
+    lines, seen = run(samples, 10, sampling=Sampling(temperature=temperature, top_p=top_p, seed=1))
+    beyond_greedy = 0
+    for step, logits_BV in enumerate(seen):
+        for idx, logits_V in enumerate(logits_BV):
+            probs = torch.softmax(logits_V.double() / temperature, dim=-1)
+            token = lines[idx][step]
+            likelier = probs[probs > probs[token]].sum()
+            assert likelier < top_p + 1e-6
+            beyond_greedy += int(likelier > 0)
+    assert beyond_greedy > 10, "greedy would pass"
+
+
+def test_a_small_top_p_is_greedy_and_all_of_it_draws_by_probability() -> None:
+    samples = [sample(4)] * 400
+    greedy, seen = run(samples[:1], 1)
+    assert run(samples[:1], 6, sampling=Sampling(temperature=1.0, top_p=1e-9))[0] == run(samples[:1], 6)[0]
+    lines, _ = run(samples, 1, sampling=Sampling(temperature=1.0, seed=0))
+    share = sum(line == greedy[0] for line in lines) / len(lines)
+    expected = torch.softmax(seen[0][0], dim=-1).max().item()
+    assert abs(share - expected) < 4 * (expected * (1 - expected) / len(lines)) ** 0.5
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 1.0), (float("nan"), 1.0), (1.0, 0.0), (1.0, 1.1)])
+def test_sampling_that_cannot_be_is_refused(temperature: float, top_p: float) -> None:
+    with pytest.raises(ConfigError, match="temperature is"):
+        Sampling(temperature=temperature, top_p=top_p)
+
+
+def test_a_text_only_batch_needs_no_vectors() -> None:
+    batch = pack([sample(5)], SPEC)
+    with_none = generate_ids(DECODER, batch, None, max_new_tokens=4)
+    assert with_none == run([sample(5)], 4)[0]

@@ -1,0 +1,41 @@
+"""Which error ends a run with which code: schedulers try a failure again, and leave a user's mistake to the user."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from arc_ds import cli, train
+from arc_ds.errors import ArcError, CheckpointError, ConfigError, DataError, TrainingError
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_USER_ERROR, exit_code_of
+from arc_ds.launch.wrapper import rank
+
+CODES = [(TrainingError, EXIT_FAILED), (ConfigError, EXIT_USER_ERROR), (DataError, EXIT_USER_ERROR)]
+
+
+@pytest.mark.parametrize(("kind", "code"), [*CODES, (CheckpointError, EXIT_USER_ERROR), (ArcError, EXIT_USER_ERROR)])
+def test_a_run_that_cannot_go_on_is_a_failure_and_all_else_a_users_mistake(kind: type[ArcError], code: int) -> None:
+    assert exit_code_of(kind("words")) == code
+
+
+def _raising(error: ArcError) -> ModuleType:
+    def main(_arguments: object) -> int:
+        raise error
+
+    return SimpleNamespace(main=main)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("kind", "code"), CODES)
+def test_every_way_to_start_a_rank_gives_the_same_code(
+    kind: type[ArcError], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = _raising(kind("words of the error"))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(rank, "import_module", lambda _name: program)
+    assert rank._run("a.module", []) == (code, "words of the error")
+    monkeypatch.setattr(cli, "import_module", lambda _name: program)
+    assert cli.main(["train"]) == code
+    assert "words of the error" in capsys.readouterr().err
+    monkeypatch.setattr(train, "main", program.main)
+    assert train._as_rank([]) == code

@@ -1,0 +1,215 @@
+"""The frozen decoder: causal over its own sequence, losses at labelled rows, gradients to the vectors alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import arc_kernels as ak
+from arc_ds.batch.groups import GroupRule
+from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.model.decoder import DecoderRows
+from tests.helpers.tiny_compressor import sample, tiny_decoder
+
+SPEC = PoolingSpec((GroupRule("factor", 4),))
+EXACT = 1e-13  # measured worst 4e-15; losses are of order ten
+
+
+def test_no_parameter_wants_a_gradient() -> None:
+    assert not any(p.requires_grad for p in tiny_decoder().parameters())
+
+
+def test_losses_are_the_cross_entropy_of_the_logits_at_the_labelled_rows() -> None:
+    decoder, batch = tiny_decoder(), pack([sample(3, -9, 5), sample(6, seed=1)], SPEC)
+    z = _vectors(batch)
+    logits = decoder.logits(batch, z, batch.label_rows)
+    expected = F.cross_entropy(logits.double(), batch.labels, reduction="none")
+    nll = decoder(batch, z)
+    assert nll.shape == (batch.num_labels,) and batch.num_labels == 2 + 4 + 5
+    # `logits` are float32 by contract: rounding of values of order one; measured 5e-8.
+    assert torch.allclose(nll, expected, rtol=0, atol=2e-7)
+
+
+def test_gradients_reach_every_vector_that_a_later_label_sees_and_no_weight() -> None:
+    decoder, batch = tiny_decoder(), pack([sample(2, -9, 3, -4), sample(-3, 1, seed=1)], SPEC)
+    z = _vectors(batch)
+    decoder(batch, z).sum().backward()
+    read, unread = z.grad[:4], z.grad[4:]  # nothing labelled follows the second context, nor the third
+    assert read.abs().amax(dim=1).min() > 0 and not unread.any()
+    assert all(p.grad is None for p in decoder.parameters())
+
+
+def test_a_row_sees_itself_and_what_precedes_it_in_its_own_sequence() -> None:
+    decoder, batch = tiny_decoder(), pack([sample(4), sample(3, -4, 4, seed=1), sample(2)], SPEC)
+    z = _vectors(batch)
+    rows = torch.arange(batch.num_decoder_rows)
+    before = decoder.logits(batch, z, rows)
+    in_second = (batch.text_rows >= 4) & (batch.text_rows < 13)
+    for idx in in_second.nonzero().flatten().tolist():
+        row = int(batch.text_rows[idx])
+        ids = batch.decoder_ids.clone()
+        ids[idx] = (ids[idx] + 1) % decoder.config.vocab_size
+        change = (decoder.logits(dataclasses.replace(batch, decoder_ids=ids), z, rows) - before).abs().amax(1)
+        assert not change[:row].any() and not change[13:].any()
+        assert change[row:13].min() > 1e-6
+    moved = z.detach().clone()
+    moved[0] += 1.0
+    change = (decoder.logits(batch, moved, rows) - before).abs().amax(1)
+    assert not change[:7].any() and change[7:13].min() > 1e-6 and not change[13:].any()
+
+
+def test_a_pack_of_sequences_gives_what_each_gives_alone() -> None:
+    decoder = tiny_decoder()
+    samples = [sample(3, -9, 5), sample(2, seed=1), sample(-4, -1, 30, seed=2)]
+    batch = pack(samples, SPEC)
+    z = _vectors(batch)
+    parts, start = [], 0
+    for one in samples:
+        alone = pack([one], SPEC)
+        count = alone.compressed_rows.numel()
+        parts.append(decoder(alone, z[start : start + count]))
+        start += count
+    assert torch.allclose(decoder(batch, z), torch.cat(parts), rtol=0, atol=EXACT)
+
+
+def test_a_vector_equal_to_a_token_embedding_is_that_token() -> None:
+    decoder = tiny_decoder()
+    batch, z_batch = pack([sample(6)], SPEC), pack([sample(2, -1, 3, marker=None)], SPEC)
+    text = batch.decoder_ids
+    z = decoder.tok_embeddings.weight[text[2:3]]
+    spliced = dataclasses.replace(z_batch, decoder_ids=text[[0, 1, 3, 4, 5]])
+    nothing = torch.zeros(0, 12, dtype=torch.float64)
+    rows = torch.arange(6)
+    assert torch.equal(decoder.logits(spliced, z, rows), decoder.logits(batch, nothing, rows))
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    decoder = tiny_decoder(tie_embeddings=True)
+    assert decoder.output.weight is decoder.tok_embeddings.weight
+    assert "output.weight" not in dict(decoder.named_parameters())
+    assert tiny_decoder().output.weight is not tiny_decoder().tok_embeddings.weight
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    batch = pack([sample(3, -9, 5)], SPEC)
+    gradients = []
+    for recompute in (False, True):
+        decoder = tiny_decoder()
+        decoder.activation_checkpointing = recompute
+        z = _vectors(batch)
+        decoder(batch, z).sum().backward()
+        gradients.append(z.grad)
+    assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_the_norm_is_that_of_the_family(norm: str) -> None:
+    decoder = tiny_decoder(norm=norm)
+    has_weight = any("norm" in name for name, _ in decoder.named_parameters())
+    assert has_weight == (norm == "rms")
+
+
+def test_rotary_positions_restart_with_each_sequence() -> None:
+    decoder, batch = tiny_decoder(), pack([sample(5), sample(5)], SPEC)
+    nothing = torch.zeros(0, 12, dtype=torch.float64)
+    nll = decoder(batch, nothing)
+    assert torch.allclose(nll[:4], nll[4:], rtol=0, atol=EXACT)
+    running_on = dataclasses.replace(batch, decoder_positions=torch.arange(10))
+    assert torch.allclose(decoder(running_on, nothing), nll, rtol=0, atol=1e-7)  # float32 angles; measured 2e-8
+    stretched = dataclasses.replace(batch, decoder_positions=batch.decoder_positions * 2)
+    assert (decoder(stretched, nothing) - nll).abs().max() > 1e-3  # distances count
+
+
+def test_the_decoders_side_of_a_batch_is_taken_over() -> None:
+    batch = pack([sample(3, -9, 5)], SPEC)
+    rows = DecoderRows.of(batch)
+    assert rows.ids is batch.decoder_ids and rows.max_seqlen == 3 + 4 + 5
+
+
+def _vectors(batch: PackedBatch) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    shape = (batch.compressed_rows.numel(), 12)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_prefix_without_gradient_changes_neither_losses_nor_gradients(activation_checkpointing: bool) -> None:
+    decoder = tiny_decoder()
+    decoder.activation_checkpointing = activation_checkpointing
+    batch = pack([sample(3, -9, 4), sample(-5, 3, seed=1), sample(4, seed=2), sample(1, -2, 3, -1, 2, seed=3)], SPEC)
+    assert batch.prefix is not None and batch.prefix.prefix_rows.tolist() == [0, 1, 2, 21]
+    by_parts, whole = _vectors(batch), _vectors(batch)
+    nll_by_parts = decoder(batch, by_parts)
+    nll_whole = decoder(dataclasses.replace(batch, prefix=None), whole)
+    nll_by_parts.sum().backward()
+    nll_whole.sum().backward()
+    assert whole.grad.abs().max() > 1e-2
+    assert torch.allclose(nll_by_parts, nll_whole, rtol=0, atol=EXACT)
+    assert torch.allclose(by_parts.grad, whole.grad, rtol=0, atol=EXACT)
+
+
+def test_prefix_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the split the prefix's rows run with gradients off: nothing of them is kept for backward."""
+    decoder, batch = tiny_decoder(), pack([sample(3, -9, 4)], SPEC)
+    seen = []
+    attend = type(decoder.layers[0].attention).attend
+
+    def spy(self, x_TD, *args):
+        seen.append((x_TD.shape[0], torch.is_grad_enabled()))
+        return attend(self, x_TD, *args)
+
+    monkeypatch.setattr(type(decoder.layers[0].attention), "attend", spy)
+    decoder(batch, _vectors(batch))
+    assert seen == [(3, False), (batch.num_decoder_rows - 3, True)] * 3
+
+
+def test_the_prefix_is_not_run_again_in_a_recomputed_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward needs its keys and values alone; the suffix does run twice."""
+    decoder, batch = tiny_decoder(), pack([sample(3, -9, 4)], SPEC)
+    decoder.activation_checkpointing = True
+    rows: list[int] = []
+    attend = type(decoder.layers[0].attention).attend
+
+    def spy(self: Any, q_TNH: Tensor, *args: Any) -> Tensor:
+        rows.append(q_TNH.shape[0])
+        return attend(self, q_TNH, *args)
+
+    monkeypatch.setattr(type(decoder.layers[0].attention), "attend", spy)
+    decoder(batch, _vectors(batch)).sum().backward()
+    num_layers, num_suffix = len(decoder.layers), batch.num_decoder_rows - 3
+    assert rows.count(3) == num_layers and rows.count(num_suffix) == 2 * num_layers
+
+
+def test_what_a_layer_adds_last_is_summed_by_the_next_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("rms_norm", "add_rms_norm"):
+        monkeypatch.setattr(ak, name, _recorded(calls, name, getattr(ak, name)))
+    decoder = tiny_decoder()
+    decoder(pack([sample(6)], SPEC), None)
+    assert calls == ["rms_norm", *["add_rms_norm"] * (2 * len(decoder.layers) - 1), "rms_norm"]
+
+
+@pytest.mark.parametrize("sizes", [(-9, 5), (4, -9, 5)], ids=["whole", "prefix and suffix"])
+def test_a_layer_that_is_recomputed_keeps_its_input_as_one_tensor(sizes: tuple[int, ...]) -> None:
+    decoder, batch = tiny_decoder(), pack([sample(*sizes)], SPEC)
+    decoder.activation_checkpointing = True
+    kept: list[tuple[int, ...]] = []
+    z = _vectors(batch)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
+        decoder.hidden(DecoderRows.of(batch), z)
+    rows = batch.num_decoder_rows if batch.prefix is None else batch.prefix.suffix_rows.numel()
+    assert kept.count((rows, decoder.config.hidden_size)) == len(decoder.layers)
+
+
+def _recorded(calls: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(*args: Any) -> Any:
+        calls.append(name)
+        return function(*args)
+
+    return record

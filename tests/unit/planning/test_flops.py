@@ -1,0 +1,174 @@
+"""The count of operations against torch's own count, and against the design's figures for the paper's setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from arc_ds.batch.groups import GroupRule
+from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.batch.segments import Sample, Segment
+from arc_ds.data.loading.estimates import Estimate
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.spec import CompressorSpec
+from arc_ds.planning.flops import StepFlops, count_flops, work_rates
+from arc_ds.training.engine import set_trained
+from tests.helpers.tiny_compressor import TINY, sample, tiny_compressor, tiny_decoder
+
+TERA = 10**12
+LLAMA_3_2_3B = BackboneConfig(
+    family="llama", hidden_size=3072, num_layers=28, num_heads=24, num_kv_heads=8, head_dim=128, ffn_size=8192,
+    vocab_size=128256, rope_theta=5e5, norm_eps=1e-5, tie_embeddings=True,
+)  # fmt: skip
+LLAMA_3_1_8B = BackboneConfig(
+    family="llama", hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=14336,
+    vocab_size=128256, rope_theta=5e5, norm_eps=1e-5,
+)  # fmt: skip
+PAPER = CompressorSpec(backbone=LLAMA_3_2_3B, num_layers=26, markers=(), decoder_sizes=(4096,))
+
+
+def test_the_papers_step_is_counted_as_in_the_design() -> None:
+    """Design 13: encoder 21 TFLOP forward and 42 backward, decoder 121 and 67, head 9 at 4096 labelled rows.
+
+    These figures imply 16 continuations of full length: 256 tokens of prefix, 256 compressed to 32 without a marker
+    (4096 encoder tokens), 256 to continue with, so 544 rows each (8704), of which 288 are suffix (4608). All are given
+    in whole TFLOP. The decoder's 121 is its linear part; its attention (1.2) stands apart there ("with attention ...").
+    """
+    ids = range(256)
+    continuation = Sample("continuation", (Segment.text(ids), Segment.context(ids, None), Segment.text(ids, True)))
+    batch = pack([continuation] * 16, PAPER.packing)
+    assert (batch.num_encoder_tokens, batch.num_decoder_rows, batch.num_labels) == (4096, 8704, 4080)
+    flops = count_flops(batch, PAPER, LLAMA_3_1_8B)
+    found = [
+        flops.encoder_forward.total,
+        flops.encoder_backward.total,
+        flops.decoder_forward.linear,
+        flops.decoder_backward.total,
+        flops.head,
+    ]
+    assert [each / TERA for each in found] == pytest.approx([21, 42, 121, 67, 9], abs=0.5)
+    assert flops.decoder_forward.attention / TERA == pytest.approx(1.2, abs=0.05)
+    assert flops.total / TERA == pytest.approx(260, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "bound"),
+    [
+        # The layer that pools does less (1/26 of the encoder's linears at most), which rates do not know.
+        pytest.param(Estimate(context_lengths=(256,), prefix_rows=256, suffix_rows=288), 0.03, id="continuation"),
+        pytest.param(Estimate(context_lengths=(1024,) * 32, prefix_rows=0, suffix_rows=4352), 0.04, id="long context"),
+        # A fifth of the decoder's rows have no gradient, but their attention counts as if they had one.
+        pytest.param(Estimate(context_lengths=(2048,), prefix_rows=256, suffix_rows=1024), 0.04, id="one document"),
+    ],
+)
+def test_work_is_dealt_by_these_operations(estimate: Estimate, bound: float) -> None:
+    contexts = [Segment.context(range(length), None) for length in estimate.context_lengths]
+    compressed = sum(length // 8 for length in estimate.context_lengths)
+    prefix, suffix = range(estimate.prefix_rows), range(estimate.suffix_rows - compressed)
+    laid_out = Sample("continuation", (Segment.text(prefix), *contexts, Segment.text(suffix, True)))
+    flops = count_flops(pack([laid_out], PAPER.packing), PAPER, LLAMA_3_1_8B)
+    parts = (flops.encoder_forward, flops.encoder_backward, flops.decoder_forward, flops.decoder_backward)
+    counted = sum(part.total for part in parts)
+    assert work_rates(PAPER, LLAMA_3_1_8B).work(estimate) == pytest.approx(counted, rel=bound)
+    linear = replace(work_rates(PAPER, LLAMA_3_1_8B), encoder_pair=0.0, decoder_pair=0.0).work(estimate)
+    attention = sum(part.attention for part in parts) / counted
+    assert linear / counted == pytest.approx(1 - attention, abs=bound)
+
+
+def _batch(spec: PoolingSpec) -> PackedBatch:
+    """Ragged sequences, two of them with a prefix, one without a context, one of two contexts."""
+    return pack([sample(3, -9, 5), sample(-7, 2, -4, 6, seed=1), sample(4, seed=2), sample(1, -5, 1, seed=3)], spec)
+
+
+def _measured(batch: PackedBatch, compressor: Any, decoder: Decoder) -> dict[str, int]:
+    """What torch counts of a whole pass, by operation. Attention unfused, so that it is seen."""
+    in_place = {torch.ops.aten.addmm_: _added_product}  # the sum of input gradients, which torch does not know
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
+        decoder(batch, compressor(batch)).sum().backward()
+    return {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
+
+
+def _added_product(_: Any, a: Any, b: Any, **__: Any) -> int:
+    """Operations of a product by the shapes of its factors, [m, k] and [k, n]."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def _linear(flops: StepFlops) -> int:
+    parts = (flops.encoder_forward, flops.encoder_backward, flops.decoder_forward, flops.decoder_backward)
+    return sum(part.linear for part in parts) + flops.bridge + flops.head
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained_layers", "train_embeddings"),
+    [
+        pytest.param({}, None, True, id="all trained"),
+        pytest.param({}, 1, True, id="a gradient passes through frozen layers"),
+        pytest.param({}, 1, False, id="no gradient below the trained layers"),
+        pytest.param({}, 0, False, id="bridge and markers only"),
+        pytest.param({"pooled_queries": False}, None, True, id="keys are pooled too"),
+        pytest.param({"where": "between"}, None, True, id="pooled after attention"),
+        pytest.param({"rules": (GroupRule("factor", 2),) * 2, "causal": True}, None, True, id="two poolings, causal"),
+        pytest.param({"rules": (), "memory_tokens": 2}, 1, False, id="memory tokens below frozen layers"),
+        pytest.param({"bridge": "linear"}, None, True, id="a bridge of one linear"),
+        pytest.param({"bridge_hidden_size": None}, None, True, id="a bridge of the decoder's width"),
+    ],
+)
+def test_products_with_weights_are_those_that_torch_counts(
+    changes: dict[str, Any], trained_layers: int | None, train_embeddings: bool
+) -> None:
+    spec = CompressorSpec(**{
+        "backbone": TINY, "num_layers": 3, "rules": (GroupRule("factor", 4),), "bridge_hidden_size": 20,
+        "decoder_sizes": (12,), **changes,
+    })  # fmt: skip
+    compressor, decoder = tiny_compressor(**changes), tiny_decoder()
+    set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
+    batch = _batch(spec.packing)
+    flops = count_flops(batch, spec, decoder.config, trained_layers=trained_layers, train_embeddings=train_embeddings)
+    measured = _measured(batch, compressor, decoder)
+    assert measured["aten.addmm_"] > 0
+    assert _linear(flops) == measured["aten.mm"] + measured["aten.addmm_"]
+
+
+def test_attention_is_what_torch_counts_where_nothing_is_masked() -> None:
+    """Encoder contexts of one length. torch keeps the scores for backward: four products, not five."""
+    compressor = tiny_compressor()
+    batch = pack([sample(-8), sample(-8, seed=1)], PoolingSpec(rules=(GroupRule("factor", 4),)))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        states = compressor.encoder(batch)
+    forward = counter.get_flop_counts()["Global"]
+    with FlopCounterMode(display=False) as counter:
+        states.sum().backward()
+    backward = counter.get_flop_counts()["Global"]
+    spec = CompressorSpec(backbone=TINY, num_layers=3, rules=(GroupRule("factor", 4),), decoder_sizes=(12,))
+    flops = count_flops(batch, spec, tiny_decoder().config)
+    assert flops.encoder_forward.attention == forward[torch.ops.aten.bmm]
+    assert flops.encoder_backward.attention == backward[torch.ops.aten.bmm] * 5 // 4
+
+
+def test_masked_pairs_are_not_counted() -> None:
+    """The decoder's rows see themselves and what precedes them; in backward only suffix rows ask."""
+    batch = _batch(PoolingSpec(rules=(GroupRule("factor", 4),)))
+    spec = CompressorSpec(backbone=TINY, num_layers=3, rules=(GroupRule("factor", 4),), decoder_sizes=(12,))
+    flops = count_flops(batch, spec, tiny_decoder().config)
+    assert batch.prefix is not None
+    suffix = set(batch.prefix.suffix_rows.tolist())
+    bounds = batch.decoder_cu_seqlens.tolist()
+    pairs = [
+        (row, key)
+        for start, end in itertools.pairwise(bounds)
+        for row in range(start, end)
+        for key in range(start, row + 1)
+    ]
+    a_pair = 4 * TINY.num_heads * TINY.head_dim * TINY.num_layers
+    assert flops.decoder_forward.attention == len(pairs) * a_pair
+    assert flops.decoder_backward.attention == sum(row in suffix for row, _ in pairs) * a_pair * 5 // 2
+    causal = count_flops(batch, dataclasses.replace(spec, causal=True), tiny_decoder().config)
+    assert causal.encoder_forward.attention < flops.encoder_forward.attention

@@ -1,0 +1,292 @@
+"""Inputs of a build: every kind is read, damage is named, and a batch is the same when reading begins there."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arc_ds.errors import DataError
+from arc_ds.shards.building import inputs, inputs_lines
+from arc_ds.shards.building.batches import Batch
+from arc_ds.shards.building.documents import LeftOutError, read_documents
+from arc_ds.shards.building.inputs import find_inputs, read_batches
+
+LIMIT = 1 << 20
+
+
+def compress(ending: str, data: bytes) -> bytes:
+    if ending.lower().endswith(".gz"):
+        return gzip.compress(data)
+    if ending.lower().endswith((".zst", ".zstd")):
+        zstandard = pytest.importorskip("zstandard")
+        half = len(data) // 2  # two frames, as `cat a.zst b.zst` or pzstd make them
+        return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+    return data
+
+
+def batches_of(path: Path, **wanted: object) -> list[Batch]:
+    (file,) = find_inputs([path]).files
+    return list(read_batches(file, **{"columns": ["text"], "max_document_bytes": LIMIT, **wanted}))
+
+
+def fields_of(path: Path, max_bytes: int = LIMIT) -> list[tuple[int, object]]:
+    """Numbers and fields of all documents; a fault as its reason."""
+    (file,) = find_inputs([path]).files
+    found = []
+    for batch in read_batches(file, columns=["text", "more"], max_document_bytes=max_bytes):
+        for number, fields in read_documents(file, batch, text_field="text", max_bytes=max_bytes):
+            found.append((number, fields.reason if isinstance(fields, LeftOutError) else fields))
+    return found
+
+
+def write_parquet(path: Path, columns: dict[str, list], **options: object) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    "ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd", ".json", ".json.gz", ".Json.ZST", ".NDJSON"]
+)
+def test_lines_are_read_and_numbered(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(compress(ending, b'{"text": "one"}\r\n\n  \n{"text": "t\xc3\xbco", "n": 2}\n{"text": "three"}'))
+    assert fields_of(path) == [(1, {"text": "one"}), (4, {"text": "tüo", "n": 2}), (5, {"text": "three"})]
+
+
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".txt.zst"])
+def test_a_text_file_is_one_document(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(compress(ending, "\ufeffFirst.\n\nSecond: é.\n".encode()))
+    assert fields_of(path) == [(1, {"text": "First.\n\nSecond: é.\n"})]
+
+
+def test_parquet_rows_are_read_and_a_null_is_a_missing_field(tmp_path: Path) -> None:
+    rows = {"text": ["one", None, "three"], "more": [["a", "b"], [], None], "other": [1, 2, 3]}
+    path = write_parquet(tmp_path / "a.parquet", rows, row_group_size=2)
+    assert fields_of(path) == [(1, {"text": "one", "more": ["a", "b"]}), (2, {"more": []}), (3, {"text": "three"})]
+
+
+@given(
+    lines=st.lists(st.binary(max_size=60).map(lambda line: line.replace(b"\n", b"")), max_size=40),
+    batch_bytes=st.integers(1, 200),
+    max_bytes=st.integers(1, 50),
+)
+def test_reading_from_any_batch_on_gives_the_same(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], batch_bytes: int, max_bytes: int
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    (file,) = find_inputs([path]).files
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs_lines, "BATCH_BYTES", batch_bytes)
+        whole = list(inputs_lines.read_line_batches(file, max_bytes, inputs.Cursor()))
+        for idx, batch in enumerate(whole):
+            assert list(inputs_lines.read_line_batches(file, max_bytes, batch.cursor)) == whole[idx:]
+    found = [line for batch in whole for line in batch.content]
+    kept = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+    assert [line.number for line in found] == [n for n, line in kept]
+    for line, (_, expected) in zip(found, kept, strict=True):
+        too_long = len(expected.rstrip(b"\r")) > max_bytes
+        assert line.data is None if too_long else line.data is not None and line.data.rstrip(b"\n") == expected
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst"])
+def test_reading_on_in_a_compressed_file_and_in_parquet(tmp_path: Path, ending: str) -> None:
+    texts = [f"{idx} " * (idx % 50) + "x" * 9000 for idx in range(400)]
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(compress(ending, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+    whole = batches_of(path)
+    assert len(whole) > 2
+    assert batches_of(path, start=whole[2].cursor) == whole[2:]
+    path = write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=150)
+    whole = batches_of(path)
+    assert len({batch.cursor.place for batch in whole}) == 3
+    assert any(batch.cursor.number for batch in whole)
+    for start in (1, len(whole) - 1):
+        assert batches_of(path, start=whole[start].cursor) == whole[start:]
+    assert whole[-1].position == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "a"', "not_json"),
+        (b'["text"]', "not_json"),
+        (b"7", "not_json"),
+        (b"[" * 100_000, "not_json"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "not_json"),
+        (b'{"text": "\xff"}', "not_utf8"),
+        (b'{"text": "' + b"x" * LIMIT + b'"}', "too_large"),
+    ],
+)
+def test_a_bad_line_is_named_and_does_not_spoil_the_next(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "three"}\n')
+    assert fields_of(path) == [(1, {"text": "one"}), (2, reason), (3, {"text": "three"})]
+
+
+def test_a_document_of_just_the_limit_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * 100)
+    assert fields_of(path, max_bytes=100) == [(1, {"text": "x" * 100})]
+    assert fields_of(path, max_bytes=99) == [(1, "too_large")]
+
+
+def test_parquet_row_that_is_too_large_or_no_utf8_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    broken = pyarrow.array([b"one", b"\xff", b"x" * 500, b"four"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    path = write_parquet(tmp_path / "a.parquet", {"text": broken})
+    found = fields_of(path, max_bytes=400)
+    assert found == [(1, {"text": "one"}), (2, "not_utf8"), (3, "too_large"), (4, {"text": "four"})]
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "view", "list of dictionary"])
+def test_a_parquet_row_is_measured_without_the_texts_of_others(tmp_path: Path, kind: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = [f"{idx} " + "x" * 300 for idx in range(50)] + ["x" * 500]
+    column = pyarrow.array(texts, pyarrow.string_view()) if kind == "view" else pyarrow.array(texts).dictionary_encode()
+    if kind.startswith("list"):
+        column = pyarrow.ListArray.from_arrays(list(range(52)), column)
+    path = write_parquet(tmp_path / "a.parquet", {"text": column})
+    found = fields_of(path, max_bytes=400)
+    as_read = [[text] if kind.startswith("list") else text for text in texts]
+    assert found == [*((idx + 1, {"text": text}) for idx, text in enumerate(as_read[:50])), (51, "too_large")]
+
+
+def test_a_line_of_100_mb_is_passed_over_without_being_held(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        for _ in range(100):
+            file.write(b"x" * 1_000_000)
+        file.write(b'\n{"text": "two"}\n')
+    tracemalloc.start()
+    try:
+        assert fields_of(path) == [(1, "too_large"), (2, {"text": "two"})]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * LIMIT
+
+
+@pytest.mark.parametrize("ending", [".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_file_is_an_error_with_its_path(tmp_path: Path, ending: str, damage: str) -> None:
+    path = tmp_path / f"a{ending}"
+    texts = [f"{idx * idx} of {idx}" for idx in range(2000)]
+    if ending == ".parquet":
+        write_parquet(path, {"text": texts})
+    else:
+        path.write_bytes(compress(ending, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+    raw = bytearray(path.read_bytes())
+    path.write_bytes(raw[: len(raw) * 2 // 3] if damage == "cut" else b"\x00\x01" + raw[2:-4] + b"\x00\x01\x02\x03")
+    with pytest.raises(DataError, match=rf"a{ending}: cannot be read"):
+        batches_of(path)
+
+
+def test_missing_column_and_missing_library_are_errors_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"body": ["x"]})
+    with pytest.raises(DataError, match="expected the columns text; it has body"):
+        batches_of(path)
+    (tmp_path / "a.txt.zst").write_bytes(b"")
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    with pytest.raises(DataError, match="pip install zstandard"):
+        batches_of(tmp_path / "a.txt.zst")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        batches_of(path)
+
+
+def test_folders_are_searched_in_order_and_nothing_is_taken_twice(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/10.jsonl", "a/1.txt.gz", "a/notes.md", "c.JSON.gz", "_SUCCESS"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = find_inputs([tmp_path])
+    assert [file.name for file in found.files] == ["a/1.txt.gz", "b/10.jsonl", "b/2.txt", "c.JSON.gz"]
+    assert found.passed_over == (tmp_path / "_SUCCESS", tmp_path / "a" / "notes.md")
+    with pytest.raises(DataError, match=r"2\.txt is named twice"):
+        find_inputs([tmp_path, tmp_path / "b" / "2.txt"])
+    with pytest.raises(DataError, match="of another kind"):
+        find_inputs([tmp_path / "a" / "notes.md"])
+    with pytest.raises(DataError, match="no inputs"):
+        find_inputs([])
+
+
+def test_what_is_hidden_or_being_built_is_no_input_unless_named(tmp_path: Path) -> None:
+    for name in ("1.json", "._1.json", ".shards.partial/state.json", "out/manifest.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = find_inputs([tmp_path], without=tmp_path / "out")
+    assert [file.name for file in found.files] == ["1.json"]
+    assert [path.name for path in found.passed_over] == ["._1.json", ".shards.partial", "out"]
+    assert [file.name for file in find_inputs([tmp_path / "._1.json"]).files] == ["._1.json"]
+    assert [file.name for file in find_inputs([tmp_path / ".shards.partial"]).files] == ["state.json"]
+
+
+def test_links_are_followed_but_not_round_and_round(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for path in (folder / "b", elsewhere / "deep"):
+        path.mkdir(parents=True)
+    (folder / "b" / "1.txt").write_bytes(b"")
+    (elsewhere / "deep" / "2.txt").write_bytes(b"")
+    for link, target in {"a": elsewhere, "round": folder, "b/up": folder, "z.txt": tmp_path / "gone.txt"}.items():
+        (folder / link).symlink_to(target)
+    (elsewhere / "back").symlink_to(folder)
+    found = find_inputs([folder])
+    assert [file.name for file in found.files] == ["a/deep/2.txt", "b/1.txt"]
+    assert [str(path.relative_to(folder)) for path in found.passed_over] == ["a/back", "b/up", "round", "z.txt"]
+    (folder / "c").symlink_to(elsewhere)
+    with pytest.raises(DataError, match=r"in/c/deep/2\.txt is the same file as .*in/a/deep/2\.txt"):
+        find_inputs([folder])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'\n[{"text": "one"}, {"text": "two"}]', r"found an array\. .*jq -c '\.\[\]'"),
+        (b"[" + b"1, " * LIMIT + b"1]", "found an array"),
+        (b'\xef\xbb\xbf{\n "data": []\n}\n', "found an object over several lines.*arc-ds shards convert"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".json", ".JSON.gz"])
+def test_json_that_is_not_in_lines_is_named_with_the_cure(
+    tmp_path: Path, ending: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(compress(ending.lower(), content))
+    for named in (path, tmp_path):
+        with pytest.raises(DataError, match=rf"a{ending}: expected one JSON object a line, {message}"):
+            find_inputs([named])
+    (tmp_path / "b.jsonl").write_bytes(b"[broken\n")  # one damaged line of many, perhaps: the build tells
+    found = find_inputs([tmp_path])
+    assert [file.name for file in found.files] == ["b.jsonl"]
+    assert found.passed_over == (path,)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b'\xef\xbb\xbf{"text": 1}', b'{\n{"text": "two"}\n', b'{"a":\n'])
+def test_lines_are_not_taken_for_other_json(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    assert [file.name for file in find_inputs([tmp_path]).files] == ["a.json"]
+
+
+def test_shards_and_folders_that_cannot_be_searched_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.json", "shards/tokens-1/cache.json", "lost+found/b.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    (tmp_path / "shards" / "manifest.json").write_text('{\n "format": "arc-ds-shards",')
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "lost+found" and access(path, mode))
+    found = find_inputs([tmp_path])
+    assert [file.name for file in found.files] == ["a.json"]
+    assert [path.name for path in found.passed_over] == ["lost+found", "shards"]

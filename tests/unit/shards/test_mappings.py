@@ -1,0 +1,336 @@
+"""Mapped files: all of a process together stay within its descriptors, and what is in use stays mapped."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import io
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import tracemalloc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arc_ds.errors import StorageError
+from arc_ds.shards import mappings
+from arc_ds.shards.format import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo
+from arc_ds.shards.mappings import Mappings, is_out_of_descriptors, raise_descriptor_limit
+from arc_ds.shards.reader import ShardSet
+from arc_ds.shards.storage.cache import ShardCache
+from arc_ds.shards.token_cache.cache import TokenCache, open_token_cache
+from arc_ds.shards.token_cache.writer import build_token_caches
+from arc_ds.tokenizers import load_tokenizer
+from tests.helpers.tiny_data import numbered_texts, write_shards, write_tiktoken
+
+TEXTS = numbered_texts(60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards with a token cache."""
+    folder = tmp_path_factory.mktemp("data")
+    tokenizer = write_tiktoken(folder / "tokenizer.model")
+    shards = write_shards(folder / "shards", tokenizer, TEXTS, shard_bytes=1 << 11)
+    assert len(shards.manifest.shards) > 10
+    build_token_caches(shards.folder, [tokenizer])
+    return folder
+
+
+@pytest.fixture
+def lower_limit() -> Iterator[Callable[[int], None]]:
+    """Sets how many files this process may have open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def lower(limit: int) -> None:
+        mappings._process.empty()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+
+    yield lower
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    mappings._process.empty()
+
+
+def num_open() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def open_source(folder: Path) -> tuple[ShardSet, TokenCache]:
+    shards = ShardSet(folder / "shards")
+    cache = open_token_cache(shards, load_tokenizer(folder / "tokenizer.model"))
+    assert cache is not None
+    return shards, cache
+
+
+def assert_reads(shards: ShardSet, cache: TokenCache, idx: int) -> None:
+    record = shards.record(idx)
+    assert record["text"] == TEXTS[idx]
+    assert [known.text for known in cache.known(idx, record)] == [TEXTS[idx]]
+
+
+def test_many_sources_stay_within_the_descriptors_of_a_process(
+    folder: Path, lower_limit: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = [open_source(folder) for _ in range(6)]
+    num_files = sum(4 * len(shards.manifest.shards) for shards, _ in sources)
+    gc.collect()
+    before = num_open()
+    lower_limit(2 * before + 40)
+    assert num_files > 2 * before + 40, "or they would fit anyway"
+    for idx in [*range(60), *random.Random(0).sample(range(60), 60)]:
+        for shards, cache in sources:
+            assert_reads(shards, cache, idx)
+            assert num_open() <= before + before + 20
+    assert not caplog.records
+
+
+class Mapped:
+    """Stands for a mapping."""
+
+    def __init__(self, idx: int) -> None:
+        self.idx = idx
+
+
+def cache_of(max_mapped: int) -> ShardCache:
+    """One of which so many bytes may be mapped."""
+    return ShardCache(folder=Path("/nowhere"), max_bytes=4 * max_mapped)
+
+
+@given(
+    wanted=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=80),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    most=st.integers(1, 12),
+)
+def test_sets_of_one_cache_hold_no_more_than_a_quarter_of_it_or_one_each(
+    wanted: list[tuple[int, int]], sizes: tuple[int, int, int], most: int
+) -> None:
+    alive: tuple[weakref.WeakSet[Mapped], ...] = (weakref.WeakSet(), weakref.WeakSet(), weakref.WeakSet())
+
+    def mapped_bytes() -> int:
+        return sum(len(of_set) * size for of_set, size in zip(alive, sizes, strict=True))
+
+    def open_one(set_idx: int, idx: int) -> Mapped:
+        assert mapped_bytes() + sizes[set_idx] <= max(most, sum(sizes)), "room is made before a file is opened"
+        mapped = Mapped(idx)
+        alive[set_idx].add(mapped)
+        return mapped
+
+    cache = cache_of(most)
+    held = [Mappings(partial(open_one, nth), num_bytes=size, cache=cache) for nth, size in enumerate(sizes)]
+    for set_idx, idx in wanted:
+        others = [len(of_set) > 0 for of_set in alive]
+        assert held[set_idx][idx].idx == idx
+        assert held[set_idx][idx] is held[set_idx][idx]
+        assert [mappings.num_held for mappings in held] == [len(of_set) for of_set in alive]
+        assert all(had <= (len(of_set) > 0) for had, of_set in zip(others, alive, strict=True)), "each keeps one"
+
+
+def test_sets_of_different_caches_take_no_room_from_each_other() -> None:
+    here, there = cache_of(2), replace(cache_of(2), folder=Path("/nowhere/else"))
+    first, second = (Mappings(Mapped, num_bytes=1, cache=cache) for cache in (here, there))
+    for idx in range(2):
+        assert first[idx] is not second[idx]
+    assert first.num_held == second.num_held == 2
+
+
+def test_what_is_in_use_stays_mapped() -> None:
+    """As of the files of two shuffle windows while the next ones come: 128 in use of 512 that are held.
+
+    To let go what was opened first would open each of them again whenever 512 were opened: 128 / (512 - 128) = 0.33
+    for each new one. Least recently used: 0.03 (the first opening of each); here 0.05.
+    """
+    opened: Counter[bool] = Counter()
+
+    def open_one(idx: int) -> object:
+        opened[idx < 128] += 1
+        return object()
+
+    held, rng = Mappings(open_one, num_bytes=1, cache=cache_of(512)), random.Random(0)
+    for idx in range(128, 4128):
+        held[idx]
+        for _ in range(20):
+            held[rng.randrange(128)]
+    assert opened[True] < 0.1 * opened[False]
+
+
+def test_a_set_that_is_gone_holds_nothing(folder: Path) -> None:
+    before = num_open()
+    shards, cache = open_source(folder)
+    assert_reads(shards, cache, 0)
+    assert num_open() == before + 4
+    gc.disable()  # which would close them later
+    try:
+        del cache
+        assert num_open() == before + 2
+        del shards
+        assert num_open() == before
+    finally:
+        gc.enable()
+
+
+def test_what_is_let_go_stays_readable_by_who_holds_it(folder: Path) -> None:
+    shards = ShardSet(folder / "shards")
+    tar, rows = shards._tars[0], shards._indexes[0]
+    whole = bytes(tar), bytes(rows)
+    mappings._process.empty()
+    assert (bytes(tar), bytes(rows)) == whole
+    assert shards._tars[0] is not tar
+
+
+@contextmanager
+def no_descriptor_left(spare: int = 0) -> Iterator[None]:
+    """Takes all descriptors but some, and gives them back."""
+    taken = []
+    try:
+        while True:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        for _ in range(spare):
+            os.close(taken.pop())
+    try:
+        yield
+    finally:
+        for each in taken:
+            os.close(each)
+
+
+def test_too_many_open_files_is_an_error_of_its_own_and_no_damage(
+    folder: Path, lower_limit: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    shards, cache = open_source(folder)
+    tokenizer, record = load_tokenizer(folder / "tokenizer.model"), shards.record(0)
+    limit = num_open() + 50
+    lower_limit(limit)
+    with no_descriptor_left():
+        with pytest.raises(StorageError, match=rf"0\.idx cannot be opened: all {limit} files .*ulimit -n 4096;"):
+            shards.record(0)
+        with pytest.raises(StorageError, match=r"shard-000000\.texts cannot be opened: .*ulimit -n"):
+            cache.known(0, record)
+        with pytest.raises(StorageError, match=r"cache\.json cannot be opened: .*ulimit -n"):
+            open_token_cache(shards, tokenizer)
+    with no_descriptor_left(spare=1), pytest.raises(StorageError, match="cannot be opened: .*ulimit -n"):
+        cache.known(0, record)  # no descriptor for the mapping of what is open
+    assert not caplog.records
+    assert_reads(shards, cache, 0)
+
+
+def test_mappings_are_let_go_where_others_took_the_descriptors(
+    folder: Path, lower_limit: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    mappings._warn_of_descriptors.cache_clear()
+    shards, cache = open_source(folder)
+    lower_limit(num_open() + 60)
+    for idx in range(20):
+        assert_reads(shards, cache, idx)
+    with no_descriptor_left():
+        for idx in range(60):
+            assert_reads(shards, cache, idx)
+    (warning,) = caplog.records
+    assert "ulimit -n" in warning.getMessage()
+    assert warning.levelno == logging.WARNING
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    assert not is_out_of_descriptors(FileNotFoundError(2, "No such file"))
+    assert not is_out_of_descriptors(StorageError("Too many open files"))
+
+
+def _reads_in_child(shards: ShardSet, cache: TokenCache, result: multiprocessing.Queue[bool]) -> None:
+    for idx in range(60):
+        assert_reads(shards, cache, idx)
+    result.put(True)
+
+
+def test_mappings_cross_a_fork(folder: Path) -> None:
+    shards, cache = open_source(folder)
+    assert_reads(shards, cache, 0)
+    context = multiprocessing.get_context("fork")
+    result: multiprocessing.Queue[bool] = context.Queue()
+    child = context.Process(target=_reads_in_child, args=(shards, cache, result))
+    child.start()
+    assert result.get(timeout=30)
+    child.join()
+    assert_reads(shards, cache, 1)
+
+
+def write_large_index(folder: Path, samples: int) -> ShardSet:
+    """A set of one shard whose records are nowhere."""
+    index = np.zeros(samples, dtype=INDEX_DTYPE)
+    index["tokens"] = np.arange(samples)
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    shard = ShardInfo(
+        name="shard-000000.tar",
+        samples=samples,
+        tokens=int(index["tokens"].sum()),
+        bytes=1024,
+        sha256="0" * 64,
+        index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+    )
+    manifest = Manifest(
+        samples=samples,
+        tokens=shard.tokens,
+        max_tokens=1,
+        min_tokens=1,
+        tokenizer_fingerprint="0" * 64,
+        shards=(shard,),
+        sources=(),
+    )
+    (folder / shard.index_name).write_bytes(buffer.getvalue())
+    (folder / shard.name).write_bytes(bytes(1024))
+    (folder / MANIFEST).write_text(manifest.to_json())
+    return ShardSet(folder)
+
+
+def test_indexes_and_text_tables_are_not_copied_to_the_heap(tmp_path: Path, folder: Path) -> None:
+    """Each worker would have a copy of its own."""
+    shards = write_large_index(tmp_path, 100_000)
+    tracemalloc.start()
+    try:
+        assert [shards.tokens(idx) for idx in range(0, 100_000, 1000)] == list(range(0, 100_000, 1000))
+        assert tracemalloc.get_traced_memory()[1] < 100_000 * INDEX_DTYPE.itemsize / 10
+    finally:
+        tracemalloc.stop()
+    shards, cache = open_source(folder)
+    assert_reads(shards, cache, 0)
+    _, texts = cache._shards[0]
+    assert not any(array.flags.owndata or array.flags.writeable for array in texts)
+
+
+def test_an_index_of_another_size_than_when_it_was_opened_is_an_error(tmp_path: Path) -> None:
+    shards = write_large_index(tmp_path, 1000)
+    path = tmp_path / "shard-000000.idx"
+    for size in (10_000, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(StorageError, match=rf"shard-000000\.idx has {size} bytes, more before"):
+            shards.tokens(0)
+
+
+def test_a_table_of_texts_is_summed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To sum it whenever it is mapped again takes longer than to tokenise a record's text."""
+    shards, cache = open_source(folder)
+    assert_reads(shards, cache, 0)
+    mappings._process.empty()
+    monkeypatch.setattr(hashlib, "sha256", lambda *_: pytest.fail("summed again"))
+    assert_reads(shards, cache, 0)
+
+
+def test_the_soft_limit_is_raised_to_the_hard_one(lower_limit: Callable[[int], None]) -> None:
+    lower_limit(200)
+    raise_descriptor_limit()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft == min(hard, 65536) if hard != resource.RLIM_INFINITY else soft == 65536
+    raise_descriptor_limit()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)

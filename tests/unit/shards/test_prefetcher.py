@@ -1,0 +1,62 @@
+"""The thread that fetches shards ahead: no fault of it keeps later shards from being fetched."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from arc_ds.shards.prefetcher import Prefetcher
+
+
+class _Files:
+    """Three shards, of which the first cannot be brought, for a reason that nobody foresaw."""
+
+    def __init__(self) -> None:
+        self.cache = SimpleNamespace(max_bytes=100)
+        self.manifest = SimpleNamespace(shards=[SimpleNamespace(bytes=1, number=number) for number in range(3)])
+        self.brought: list[int] = []
+
+    def num_bytes(self, shard: Any) -> int:
+        return int(shard.bytes)
+
+    def bring(self, shard: Any) -> None:
+        if shard.number == 0:
+            raise KeyError("unforeseen")
+        self.brought.append(shard.number)
+
+
+def _wait_for_threads() -> None:
+    deadline = time.monotonic() + 10
+    while any(thread.name == "shard-prefetch" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_after_an_error_that_nobody_foresaw_the_next_shards_are_fetched_all_the_same() -> None:
+    files = _Files()
+    prefetcher = Prefetcher(files)  # type: ignore[arg-type]
+    prefetcher.want([0])
+    _wait_for_threads()
+    prefetcher.want([1, 2])
+    _wait_for_threads()
+    assert files.brought == [1, 2]
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = _Files()
+    prefetcher = Prefetcher(files)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="new thread"):
+        patch.setattr(threading.Thread, "start", _cannot_start)
+        prefetcher.want([1])
+    prefetcher.want([2])
+    _wait_for_threads()
+    assert files.brought == [2]
+
+
+def _cannot_start(_thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")

@@ -1,0 +1,144 @@
+"""Worker processes: what they begin with, and that nothing waits for what is left of them when one dies."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+import pytest
+
+from arc_ds.errors import DataError, StorageError
+from arc_ds.system.processes import worker_pool
+
+ROOT = Path(__file__).resolve().parents[3]
+# SIGTERM is how Python ends the workers of a broken pool. One that does not hear it stands for one that it overlooks,
+# since it was just being started.
+LEFT_OVER = """
+import os, signal, sys, time
+from pathlib import Path
+from arc_ds.system.processes import worker_pool
+
+def deaf():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+def stay(sign):
+    Path(sign).touch()
+    time.sleep(600)
+
+def die(sign):
+    while not Path(sign).exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    with worker_pool(2, deaf) as pool:
+        pool.submit(stay, sys.argv[1])
+        pool.submit(abs, 1).result()  # both are there, and the pool knows of both
+        pool.submit(die, sys.argv[1]).result()
+"""
+INTERRUPTED = """
+import os, signal, threading, time
+from pathlib import Path
+from arc_ds.system.processes import worker_pool
+
+def interrupt():
+    children = Path(f"/proc/{os.getpid()}/task/{threading.main_thread().native_id}/children")
+    while children.read_text().count(" ") < 4:  # three of twelve, and the resource tracker
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGINT)
+
+if __name__ == "__main__":
+    threading.Thread(target=interrupt).start()
+    with worker_pool(12) as pool:
+        pool.submit(time.sleep, 1).result()
+"""
+_begun_with = ""
+
+
+def _begin(word: str) -> None:
+    global _begun_with
+    _begun_with = word
+
+
+def _tell(idx: int) -> tuple[int, str, bool]:
+    return idx, _begun_with, signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_workers_begin_as_told_and_leave_ctrl_c_to_their_parent() -> None:
+    others = set(multiprocessing.active_children())
+    with worker_pool(2, _begin, "word") as pool:
+        assert list(pool.map(_tell, range(4))) == [(idx, "word", True) for idx in range(4)]
+    with worker_pool(2) as pool:
+        assert list(pool.map(_tell, range(4))) == [(idx, "", True) for idx in range(4)]
+    assert set(multiprocessing.active_children()) <= others
+
+
+def test_a_worker_that_python_overlooks_does_not_hold_up_the_error(tmp_path: Path) -> None:
+    script = tmp_path / "left_over.py"
+    script.write_text(LEFT_OVER)
+    ended = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "sign")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 1 and "DataError: a worker process died" in ended.stderr
+
+
+def test_ctrl_c_while_workers_start_ends_them_and_the_program(tmp_path: Path) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == -signal.SIGINT and ended.stderr.rstrip().endswith("KeyboardInterrupt"), ended.stderr
+
+
+def _cannot_begin() -> None:
+    raise StorageError("the server is gone")
+
+
+def test_what_a_worker_cannot_begin_for_is_the_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StorageError, match="the server is gone"), worker_pool(2, _cannot_begin) as pool:
+        pool.submit(abs, 1).result()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_workers_that_cannot_be_started_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third one cannot; the first two wait for it."""
+    start, started = SpawnProcess.start, []
+
+    def start_two(process: SpawnProcess) -> None:
+        if len(started) == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_two)
+    with pytest.raises(DataError, match="4 workers cannot be started: .*Too many open files.*fewer"), worker_pool(4):
+        pytest.fail("they have started")
+    assert len(started) == 2 and not any(process.is_alive() for process in started)
+
+
+def test_children_that_are_not_of_the_pool_are_left_alone() -> None:
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    other.start()
+    try:
+        with pytest.raises(DataError, match="fewer --workers"), worker_pool(2) as pool:
+            pool.submit(os._exit, 1).result()
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()

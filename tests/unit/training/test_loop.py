@@ -1,0 +1,197 @@
+"""The loop's ends: when it stops early, what it has told the other ranks by then, and what is left to the hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+
+from arc_ds.errors import DataError
+from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.signals import StopRequest
+from arc_ds.training import loop
+from arc_ds.training.loop import LookAhead, fit
+from arc_ds.training.step import Agreed, Notice
+
+STEPS = 4
+
+
+class _Batch(NamedTuple):
+    """Stands in for `StepBatch`."""
+
+    step: int
+    num_splits: int = 1
+
+
+class _Run:
+    """Stands in for `Run`: batches of step numbers, the one of `torn_step` cannot be made."""
+
+    def __init__(self, torn_step: int = STEPS) -> None:
+        self.step, self._torn_step, self.is_stopping = 0, torn_step, False
+        self.config = SimpleNamespace(steps=STEPS, loss=SimpleNamespace(normalize="global"))
+        self.engine = self.schedule = self.tasks = None
+        self.decoders = (None,)
+
+    def batches(self, stop: StopRequest) -> Iterator[Any]:
+        for step in range(self.config.steps):
+            if step == self._torn_step:
+                raise DataError("torn")
+            if stop.received is not None:
+                return
+            yield _Batch(step)
+
+    def make_again(self, batch: _Batch, num_splits: int) -> _Batch:
+        assert num_splits > batch.num_splits
+        return _Batch(batch.step, num_splits)
+
+    def count_step(self, *, applied: bool) -> None:
+        self.step += 1
+
+
+class _Hook:
+    """Notes its calls; asks for a stop after a step, or finds at a call that all ranks have agreed on one."""
+
+    def __init__(self, stop: StopRequest, stop_after: int, agrees_at: str) -> None:
+        self.calls: list[str] = []
+        self._stop, self._stop_after, self._agrees_at = stop, stop_after, agrees_at
+
+    def on_start(self, run: Any) -> None:
+        self._note(run, "start")
+
+    def after_step(self, run: Any, batch: Any, result: Any) -> None:
+        assert batch.step + 1 == run.step
+        self._note(run, str(run.step))
+        if run.step == self._stop_after:
+            self._stop.set()
+
+    def on_end(self, run: Any) -> None:
+        self._note(run, "end")
+
+    def _note(self, run: Any, call: str) -> None:
+        self.calls.append(call)
+        run.is_stopping |= call == self._agrees_at
+
+
+class _Fitted(NamedTuple):
+    """How a run went: exit code or error, the calls of a hook, what each step told the other ranks, the batches."""
+
+    end: int | str
+    calls: list[str]
+    told: list[Notice]
+    batches: list[_Batch]
+
+
+def _fit(
+    run: _Run,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    stop: StopRequest | None = None,
+    stop_after: int = 0,
+    agrees_at: str = "",
+    other: Sequence[int] = (1,) * (STEPS + 1),
+) -> _Fitted:
+    """other: into how many micro-batches another rank splits its share of each step; 0: it has no batch."""
+    told: list[Notice] = []
+    batches: list[_Batch] = []
+
+    def train_step(_engine: Any, _decoders: Any, batch: _Batch, *, notice: Notice, **__: Any) -> Any:
+        told.append(notice)
+        batches.append(batch)
+        splits = (notice.num_splits, other[batch.step + 1] if notice.num_splits else 0)
+        return SimpleNamespace(applied=True, agreed=Agreed(stop=notice.stop, failed=notice.failed, splits=splits))
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop.dist, "gather_objects", lambda own: [own, other[0]] if isinstance(own, int) else [own])
+    stop = stop or StopRequest()
+    hook = _Hook(stop, stop_after, agrees_at)
+    try:
+        end: int | str = fit(run, [hook], stop)  # type: ignore[arg-type]
+    except DataError as error:
+        end = str(error)
+    return _Fitted(end, hook.calls, told, batches)
+
+
+def test_a_run_that_nothing_stops_does_every_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, calls, told, batches = _fit(_Run(), monkeypatch)
+    assert (end, calls) == (EXIT_OK, ["start", "1", "2", "3", "4", "end"])
+    assert told == [Notice(num_splits=1)] * (STEPS - 1) + [Notice()]
+    assert batches == [_Batch(step) for step in range(STEPS)]
+
+
+def test_a_stop_is_told_with_the_next_step_and_obeyed_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, calls, told, _ = _fit(_Run(), monkeypatch, stop_after=1)
+    assert (end, calls) == (EXIT_PREEMPTED, ["start", "1", "2", "end"])
+    assert told == [Notice(num_splits=1), Notice(stop=True)], "the batch after it is not waited for"
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_a_stop_before_the_first_batch_ends_the_run_before_any_step(
+    other: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this rank (it waits no longer) or on another one (it has none)."""
+    stop = StopRequest()
+    if other:
+        stop.set()
+    found = _fit(_Run(), monkeypatch, stop=stop, other=(other,) * (STEPS + 1))
+    assert found == (EXIT_PREEMPTED, ["start", "end"], [], [])
+
+
+@pytest.mark.parametrize(
+    ("agrees_at", "calls"),
+    [
+        ("start", ["start", "end"]),
+        ("2", ["start", "1", "2", "end"]),
+        (str(STEPS), ["start", "1", "2", "3", "4", "end"]),
+        ("end", ["start", "1", "2", "3", "4", "end"]),
+    ],
+)
+def test_a_stop_that_ranks_agree_on_outside_a_step_is_obeyed_at_once(
+    agrees_at: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a validation; also in the last one, which is then still to come."""
+    found = _fit(_Run(), monkeypatch, agrees_at=agrees_at)
+    assert (found.end, found.calls) == (EXIT_PREEMPTED, calls)
+
+
+def test_a_stop_that_comes_with_the_last_step_leaves_a_finished_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _fit(_Run(), monkeypatch, stop_after=STEPS - 1).end == EXIT_OK
+    assert _fit(_Run(), monkeypatch, stop_after=STEPS).end == EXIT_OK
+
+
+def test_a_batch_that_cannot_be_made_is_told_one_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, calls, told, _ = _fit(_Run(torn_step=2), monkeypatch)
+    assert (end, calls) == ("torn", ["start", "1", "2", "end"])
+    assert told == [Notice(num_splits=1), Notice(failed=True)]
+
+
+def test_a_first_batch_that_cannot_be_made_ends_the_run_before_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _fit(_Run(torn_step=0), monkeypatch) == ("torn", ["start"], [], [])
+
+
+def test_a_batch_is_made_again_where_another_rank_needs_more_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known one step ahead, and before the first step by a word of its own; what this rank tells stays its own need."""
+    found = _fit(_Run(), monkeypatch, other=(3, 1, 2, 1, 1))
+    assert found.batches == [_Batch(0, 3), _Batch(1, 1), _Batch(2, 2), _Batch(3, 1)]
+    assert [notice.num_splits for notice in found.told] == [1, 1, 1, 0]
+
+
+def test_a_rank_that_needs_the_most_makes_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _Run()
+    run.batches = lambda _stop: iter([_Batch(step, 2) for step in range(STEPS)])  # type: ignore[method-assign]
+    assert _fit(run, monkeypatch, other=(1, 2, 1, 1, 1)).batches == [_Batch(step, 2) for step in range(STEPS)]
+
+
+def test_an_error_of_our_own_code_is_not_held_back() -> None:
+    def batches() -> Iterator[Any]:
+        yield _Batch(0)
+        raise RuntimeError("a worker died")
+
+    with pytest.raises(RuntimeError, match="a worker died"):
+        list(LookAhead(batches(), _Run().make_again))  # type: ignore[arg-type]
+
+
+def test_what_has_no_batches_is_at_its_end() -> None:
+    ahead = LookAhead(iter(()), _Run().make_again)  # type: ignore[arg-type]
+    assert list(ahead) == [] and ahead.error is None

@@ -1,0 +1,32 @@
+"""What of a run's config others may see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from arc_ds.config.load import dump_yaml, load_config
+from arc_ds.config.schema import SourceConfig
+from arc_ds.training.run_folder import without_secrets
+
+DEMO = Path(__file__).parents[3] / "ds_configs" / "recipes" / "demo.yaml"
+SIGNED = "https://reader:SECRET@host/shards?signature=SECRET"
+
+
+@pytest.mark.parametrize("validation", [SIGNED, (SourceConfig(path=SIGNED),), None])
+def test_passwords_and_signatures_of_urls_are_not_tracked(
+    monkeypatch: pytest.MonkeyPatch, validation: str | tuple[SourceConfig, ...] | None
+) -> None:
+    monkeypatch.setenv("MODELS", "models")
+    monkeypatch.setenv("SHARDS", "shards")
+    config = load_config(DEMO)
+    sources = (SourceConfig(path=SIGNED, weight=2.0), SourceConfig(path="shards/plain"))
+    secret = replace(config, data=replace(config.data, sources=sources, validation=validation))
+    shown = without_secrets(secret)
+    assert "SECRET" in dump_yaml(secret) and "SECRET" not in dump_yaml(shown)
+    assert shown.data.sources[0].path.startswith("https://reader:…@host/shards") and shown.data.sources[0].weight == 2.0
+    assert shown.data.sources[1] == sources[1]
+    assert type(shown.data.validation) is type(validation)
+    assert without_secrets(config) == config

@@ -1,7 +1,7 @@
 """Imports run one way, from commands down to errors, and no two modules import each other.
 
-A room is a folder or file directly under `arc_ds`. It may import the rooms of lower layers, and within its own layer only
-as ALLOWED says.
+A room is a folder or file directly under `arc_ds`. It may import the rooms of lower layers, and those of its own layer
+that ALLOWED names.
 """
 
 from __future__ import annotations

@@ -30,14 +30,13 @@ from arc_ds.checkpoints.manifest import (
     find_faults,
     read_manifest,
     seal_file,
-    sync_folder,
-    write_durably,
     write_manifest,
 )
 from arc_ds.checkpoints.reshard import load_resharded
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
 from arc_ds.errors import CheckpointError
 from arc_ds.system import dist
+from arc_ds.system.files import sync_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +236,7 @@ def _publish(temporary: Path, final: Path, manifest: Manifest) -> None:
     os.replace(temporary, final)
     sync_folder(final.parent)
     _at_phase("folder renamed")
-    write_durably(final.parent / LATEST_NAME, final.name + "\n")
+    write_whole(final.parent / LATEST_NAME, final.name + "\n")
     _at_phase("latest moved")
 
 

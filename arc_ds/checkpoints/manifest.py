@@ -8,7 +8,6 @@ without a word otherwise.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import xxhash
 
 from arc_ds.errors import CheckpointError
+from arc_ds.system.files import sync_file, write_whole
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -50,39 +50,15 @@ def hash_file(path: Path) -> str:
 
 
 def seal_file(folder: Path, path: Path) -> FileEntry:
-    """Bring a file to the disk and describe it. To be called by the process that wrote it.
-
-    On a shared file system fsync answers for what its own host has written, not for others' caches.
-    """
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Bring a file to the disk and describe it. To be called by the process that wrote it."""
+    sync_file(path)
     return FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, xxh128=hash_file(path))
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries (new names, renames) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file so that a kill at any instant leaves the old content or the new, and nothing between."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, durably and last: a folder without one is not a checkpoint."""
     content = {"version": MANIFEST_VERSION, **asdict(manifest)}
-    write_durably(folder / MANIFEST_NAME, json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n")
+    write_whole(folder / MANIFEST_NAME, json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.inference.load import ARC_DECODERS, EXPORT_CONFIG, EXPORT_FORMAT, EXPORT_VERSION, EXPORT_WEIGHTS
 from arc_ds.model.weights import write_arc_checkpoint
 from arc_ds.model.weights.arc_spec import params_of_spec
+from arc_ds.system.files import whole_folder
 from arc_ds.tokenizers import check_fits, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -49,17 +49,12 @@ def write_export(
     encoder_tokenizer = load_tokenizer(tokenizer or trained.encoder_tokenizer)
     check_fits(encoder_tokenizer, trained.spec.backbone.vocab_size, "the encoder")
     tensors = {name: t.to(DTYPES[dtype]).contiguous() for name, t in trained.tensors.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    try:
+    with whole_folder(out) as folder:
         if export_format == "arc":
-            _write_arc(trained, tensors, dtype, temporary)
+            _write_arc(trained, tensors, dtype, folder)
         else:
-            _write_folder(trained, tensors, temporary)
-        encoder_tokenizer.save(temporary)
-        _put_in_place(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _write_folder(trained, tensors, folder)
+        encoder_tokenizer.save(folder)
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -81,17 +76,6 @@ def _is_export(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(plain, dict) and plain.get("format") == EXPORT_FORMAT
-
-
-def _put_in_place(temporary: Path, out: Path) -> None:
-    """Renames, and removes what was there only once the new folder has its name."""
-    if not out.exists():
-        temporary.rename(out)
-        return
-    old = out.with_name(f".old-{out.name}-{os.getpid()}")
-    out.rename(old)
-    temporary.rename(out)
-    shutil.rmtree(old)
 
 
 def _write_arc(trained: TrainedCompressor, tensors: Mapping[str, Tensor], dtype: str, folder: Path) -> None:

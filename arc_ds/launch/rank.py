@@ -21,6 +21,7 @@ from pathlib import Path
 from arc_ds.errors import ArcError
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, exit_code_of
 from arc_ds.launch.signals import die_with_parent, hold_stop_signals
+from arc_ds.system.files import write_whole
 
 STATUS_FOLDER_VARIABLE = "ARC_DS_STATUS_FOLDER"
 WRAPPER_PID_VARIABLE = "ARC_DS_WRAPPER_PID"
@@ -64,9 +65,7 @@ def _run(module: str, arguments: list[str]) -> tuple[int, str | None]:
 def write_status(status: RankStatus) -> None:
     """Leave this rank's status for the wrapper, whole or not at all."""
     path = Path(os.environ[STATUS_FOLDER_VARIABLE]) / f"rank_{int(os.environ['RANK']):05d}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(status)), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(asdict(status)))
 
 
 def read_statuses(folder: Path) -> dict[int, RankStatus]:

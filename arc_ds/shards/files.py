@@ -28,6 +28,7 @@ from arc_ds.shards.format import (
 )
 from arc_ds.shards.storage.cache import ShardCache, open_cache
 from arc_ds.shards.storage.remote import TransferError, fetch_bytes
+from arc_ds.system.files import write_whole
 from arc_ds.system.urls import is_url, join_url, local_path, shown_url
 
 _THREADS = 16  # for waits, not for work: small files behind a network
@@ -210,7 +211,7 @@ def _fetch_set(base: str, cache: ShardCache) -> tuple[Path, Manifest]:
         folder.mkdir(parents=True, exist_ok=True)
         with cache.lock(f"sets-{manifest.fingerprint[:2]}"):
             for_each(lambda shard: _fetch_index(base, folder, shard, cache), manifest.shards)
-            _write_whole(folder / MANIFEST, raw)
+            write_whole(folder / MANIFEST, raw)
     except OSError as error:
         raise cache.storage_error(base, error) from error
     return folder, manifest
@@ -224,14 +225,7 @@ def _fetch_index(base: str, folder: Path, shard: ShardInfo, cache: ShardCache) -
     most = 4096 + shard.samples * INDEX_DTYPE.itemsize
     raw = fetch_bytes(address, max_bytes=most, retries=cache.retries, sha256=shard.index_sha256)
     parse_index(raw, shard, shown_url(address))
-    _write_whole(path, raw)
-
-
-def _write_whole(path: Path, raw: bytes) -> None:
-    """The file appears whole or not at all; who writes it holds the set's lock. Its sum is checked at each opening."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(raw)
-    partial.rename(path)
+    write_whole(path, raw)
 
 
 def for_each(function: Callable[[_T], None], items: Sequence[_T]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from arc_ds.shards.format import MANIFEST, Manifest, ShardInfo, SourceInfo, read
 from arc_ds.shards.storage.cache import is_disk_full
 from arc_ds.shards.storage.remote import Retries, download, with_retries
 from arc_ds.shards.tar_index import RecordForm, index_tar
+from arc_ds.system.files import sync_file
 from arc_ds.system.processes import worker_pool
 from arc_ds.system.urls import is_url, local_path
 from arc_ds.tokenizers import load_tokenizer
@@ -94,7 +94,7 @@ def index_shards(
         indexed = list(_index_all(works, job, workers, progress))
         (scratch / MANIFEST).write_text(_manifest(indexed, form, fingerprint).to_json(), encoding="utf-8")
         for name in (*(tar.shard.index_name for tar in indexed), MANIFEST):  # without a manifest there is no set yet
-            _sync(scratch / name)
+            sync_file(scratch / name)
             (scratch / name).replace(folder / name)
     for what in [what for tar in indexed for what in tar.named]:
         logger.warning("left out: %s", what)
@@ -270,8 +270,3 @@ def _manifest(indexed: Sequence[_Indexed], form: RecordForm, fingerprint: str) -
         kind=form.kind,
         text_field=form.text_field,
     )
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from arc_ds.checkpoints.manifest import write_durably
+from arc_ds.system.files import write_whole
 
 STATE_NAME = "tracking_state.json"
 
@@ -44,4 +44,4 @@ def load_state(folder: Path, *, uri: str, resumed_step: int, run_id: str | None)
 
 def save_state(folder: Path, state: TrackingState) -> None:
     """Write the state durably."""
-    write_durably(folder / STATE_NAME, json.dumps(asdict(state), indent=1) + "\n")
+    write_whole(folder / STATE_NAME, json.dumps(asdict(state), indent=1) + "\n")

@@ -6,10 +6,10 @@ import json
 import logging
 from typing import Any
 
-from arc_ds.checkpoints.manifest import write_durably
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.errors import TrainingError
 from arc_ds.system import dist
+from arc_ds.system.files import write_whole
 from arc_ds.training.hooks import MetricsHook
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
@@ -40,7 +40,7 @@ class NonFiniteHook:
         batches = dist.gather_objects(batch.record_ids)
         path = run.folder / f"non_finite_step_{run.step:06d}.json"
         if dist.is_main():
-            write_durably(path, json.dumps(_dump(run, result, batches), indent=1) + "\n")
+            write_whole(path, json.dumps(_dump(run, result, batches), indent=1) + "\n")
             logger.warning("step %d: loss or gradient is not finite; left out, records in %s", run.step, path)
         limit = run.config.optimizer.max_skipped_steps
         if run.skipped_in_row > limit:

@@ -24,7 +24,7 @@ from arc_ds.checkpoints.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from arc_ds.checkpoints.manifest import read_manifest, write_durably
+from arc_ds.checkpoints.manifest import read_manifest
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.deepspeed import resolve_deepspeed
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
@@ -32,6 +32,7 @@ from arc_ds.config.schema import RunConfig, SourceConfig
 from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device
+from arc_ds.system.files import write_whole
 from arc_ds.system.urls import shown_url
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.tracking.mlflow_server import DatasetFacts, RunFacts, environment_tags, package_versions, start_tracker
@@ -127,7 +128,7 @@ class RunFolder:
         tracker = None
         if dist.is_main():
             run.folder.mkdir(parents=True, exist_ok=True)
-            write_durably(run.folder / CONFIG_NAME, dump_yaml(run.config))
+            write_whole(run.folder / CONFIG_NAME, dump_yaml(run.config))
             tracker = open_tracker(run, None if state is None else state.mlflow_run_id)
         dist.barrier()
         return RunFolder(run, tracker)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +23,7 @@ from arc_ds.model.weights.arc_params import MULTI, ArcParams
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.names import Shape, layer_shapes, permute_rotary, rotary_heads
 from arc_ds.model.weights.stores import SafetensorsStore
+from arc_ds.system.files import whole_folder
 
 PARAMS = "params.json"
 SIZES = "encoder_backbone.json"
@@ -183,29 +182,14 @@ def write_arc_checkpoint(
     if folder.exists() and not (folder / PARAMS).is_file():
         raise WeightsError(f"{folder} is no ARC checkpoint, so it is not overwritten. Choose another folder.")
     embedder, bridge = _reference_tensors(params, tensors, backbone)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    try:
+    with whole_folder(folder) as new:
         for target, content in ((EMBEDDER, embedder), (BRIDGE, bridge)):
             if content:
-                (temporary / target).parent.mkdir(parents=True)
-                save_file(content, temporary / target)
-        (temporary / PARAMS).write_text(params.to_json(), encoding="utf-8")
+                (new / target).parent.mkdir(parents=True)
+                save_file(content, new / target)
+        (new / PARAMS).write_text(params.to_json(), encoding="utf-8")
         sizes = json.dumps(dataclasses.asdict(backbone), indent=4)
-        (temporary / SIZES).write_text(sizes + "\n", encoding="utf-8")
-        _put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    old = folder.with_name(f".old-{folder.name}-{os.getpid()}")
-    folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old)
+        (new / SIZES).write_text(sizes + "\n", encoding="utf-8")
 
 
 def _reference_tensors(

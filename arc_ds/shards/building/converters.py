@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from arc_ds.shards.building.converters_qa import read_drop, read_squad
 from arc_ds.shards.building.converters_triviaqa import TriviaQaReader
 from arc_ds.shards.building.question import Question
 from arc_ds.shards.records import encode_record, fine_tuning_record
+from arc_ds.system.files import whole_file
 
 FORMATS = ("squad", "drop", "triviaqa")
 
@@ -64,11 +64,10 @@ def convert_files(
         raise DataError(f"the format is {format_name!r}; expected one of {', '.join(FORMATS)}.")
     if out.exists() and not overwrite:
         raise DataError(f"{out} exists. Give another file, or overwrite=True (--overwrite) to replace it.")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     records = 0
     skipped: Counter[str] = Counter()
     try:
-        with partial.open("wb") as file:
+        with whole_file(out) as file:
             for path in paths:
                 for question in _questions(format_name, path, options):
                     if question.reason is not None:
@@ -76,11 +75,8 @@ def convert_files(
                         continue
                     file.write(_encoded(question, path, options) + b"\n")
                     records += 1
-        partial.replace(out)
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error}. Free its place or name another one.") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return Converted(records=records, skipped=dict(sorted(skipped.items())))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from arc_ds.shards.building.batches import Cursor, InputFile
 from arc_ds.shards.building.record_maker import Counts, RecordRules
 from arc_ds.shards.format import ShardInfo, SourceInfo, sha256_of_file
 from arc_ds.shards.locks import writing
+from arc_ds.system.files import replace_folder, write_whole
 from arc_ds.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -77,20 +77,9 @@ class BuildFolder:
                 path.unlink()
 
     def publish(self, target: Path) -> None:
-        """Rename the finished folder of shards to `target`; what is there is moved aside first and removed last."""
-        old = None
-        if target.exists():
-            old = target.with_name(f".{target.name}.old-{os.getpid()}")
-            target.rename(old)
-        self.shards.rename(target)
-        descriptor = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        """Rename the finished folder of shards to `target`; a folder that is there is moved aside and removed last."""
+        replace_folder(self.shards, target)
         self.remove()
-        if old is not None:
-            shutil.rmtree(old)
 
     def remove(self) -> None:
         """Remove everything, and with it where the build stands."""
@@ -104,12 +93,8 @@ class BuildFolder:
             "inputs": _signatures(plan.files[: checkpoint.file_idx + 1]),
             "checkpoint": asdict(checkpoint),
         }
-        new = self.path / f"{_STATE}.new"
-        with new.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(state))  # json.dump is many times slower, and ten thousand shards make megabytes
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path / _STATE)
+        # json.dump is many times slower, and ten thousand shards make megabytes.
+        write_whole(self.path / _STATE, json.dumps(state))
 
     def load(self, plan: BuildPlan) -> Checkpoint | None:
         """Where the same build stood, its shards verified by their sums; None where there is nothing to go on from."""

@@ -7,7 +7,6 @@ end of each shard it is noted where the build stands, so that one that was kille
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -24,6 +23,7 @@ from arc_ds.shards.building.state import BuildFolder, BuildPlan, Checkpoint
 from arc_ds.shards.building.workers import Work, make_in_order
 from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo
 from arc_ds.shards.tar_writer import ShardWriter
+from arc_ds.system.files import write_whole
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -147,10 +147,7 @@ def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, worker
         sources=tuple(build.sources),
         kind=plan.rules.kind,
     )
-    with (folder.shards / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(folder.shards / MANIFEST, manifest.to_json())
     return manifest
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -40,6 +38,7 @@ from arc_ds.shards.token_cache.files import (
     texts_of,
     wrong_size,
 )
+from arc_ds.system.files import whole_file, write_whole
 from arc_ds.system.processes import worker_pool
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
@@ -99,13 +98,13 @@ def _build_cache(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
     done = _finished(jobs.shards.manifest, folder, fingerprint)
     for stray in _strays(folder, done):
         stray.unlink()
-    _write_whole(folder / CACHE_FILE, CacheIndex(fingerprint=fingerprint, shards=done).to_json().encode())
+    write_whole(folder / CACHE_FILE, CacheIndex(fingerprint=fingerprint, shards=done).to_json().encode())
     missing = [idx for idx, info in enumerate(infos) if info.name not in done]
     with tqdm(total=len(jobs.shards), unit="record", disable=not progress) as bar:
         bar.update(sum(cached.records for cached in done.values()))
         for shard_idx, cached in _made(jobs, missing, workers):
             done[infos[shard_idx].name] = cached
-            _write_whole(folder / CACHE_FILE, CacheIndex(fingerprint=fingerprint, shards=done).to_json().encode())
+            write_whole(folder / CACHE_FILE, CacheIndex(fingerprint=fingerprint, shards=done).to_json().encode())
             bar.update(cached.records)
     left_out = sum(cached.left_out for cached in done.values())
     if left_out:
@@ -181,21 +180,15 @@ def _tokenize_shard(shards: ShardSet, shard_idx: int, tokenizer: Tokenizer, fold
     info = shards.manifest.shards[shard_idx]
     first = int(shards.shard_sizes[:shard_idx].sum())
     path = folder / ids_name(info.name)
-    partial = _partial(path)
-    with ExitStack() as stack:
-        file = stack.enter_context(partial.open("wb"))
-        stack.callback(partial.unlink, missing_ok=True)
+    with whole_file(path) as file:
         writer = _ShardTokens(file, tokenizer)
         for record_idx in range(first, first + info.samples):
             try:
                 writer.add(shards.record(record_idx))
             except DataError:  # the run that reads the record says what is wrong with it
                 writer.leave_out()
-        file.flush()
-        os.fsync(file.fileno())
-        partial.rename(path)
     texts = dump_texts(writer.texts())
-    _write_whole(folder / texts_name(info.name), texts)
+    write_whole(folder / texts_name(info.name), texts)
     return CachedShard(
         origin=origin_of(shards.manifest, info),
         records=info.samples,
@@ -264,20 +257,6 @@ class _ShardTokens:
         self._checksums.append(xxhash.xxh64_intdigest(payload))
         self.num_ids += sum(len(text.ids) for text in texts)
         self._rows.append((self.num_ids, len(self._lengths)))
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")
-
-
-def _write_whole(path: Path, raw: bytes) -> None:
-    """The file appears whole or not at all."""
-    partial = _partial(path)
-    with partial.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def check_token_caches(folder: Path, manifest: Manifest) -> list[Fault]:

@@ -20,7 +20,7 @@ from arc_ds.checkpoints.checkpoint import (
     read_trainer_state,
     step_of,
 )
-from arc_ds.checkpoints.manifest import Manifest, read_manifest, seal_file, write_durably, write_manifest
+from arc_ds.checkpoints.manifest import Manifest, read_manifest, seal_file, write_manifest
 from arc_ds.checkpoints.reshard import cut_anew
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
 from arc_ds.errors import CheckpointError
@@ -108,13 +108,6 @@ def test_pruning_keeps_the_last_ones_and_every_nth_and_does_not_count_torn_ones(
     (tmp_path / "step_000007" / "weights.pt").unlink()
     prune_checkpoints(tmp_path, keep_last=2, keep_every=3)
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [3, 5, 6, 7]
-
-
-def test_a_durable_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
-    write_durably(tmp_path / "latest", "a")
-    write_durably(tmp_path / "latest", "b")
-    assert (tmp_path / "latest").read_text() == "b"
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_trainer_state_that_cannot_be_read_names_the_file(tmp_path: Path) -> None:

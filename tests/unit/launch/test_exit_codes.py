@@ -8,8 +8,8 @@ import pytest
 
 from arc_ds import cli, train
 from arc_ds.errors import ArcError, CheckpointError, ConfigError, DataError, TrainingError
-from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_USER_ERROR, exit_code_of
 from arc_ds.launch import rank
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_USER_ERROR, exit_code_of
 
 CODES = [(TrainingError, EXIT_FAILED), (ConfigError, EXIT_USER_ERROR), (DataError, EXIT_USER_ERROR)]
 

@@ -91,7 +91,6 @@ def _write_arc(trained: TrainedCompressor, tensors: Mapping[str, Tensor], dtype:
 
 
 def _write_folder(trained: TrainedCompressor, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    folder.mkdir()
     save_file(dict(tensors), folder / EXPORT_WEIGHTS, metadata={"format": "pt"})
     config = {
         "format": EXPORT_FORMAT,

@@ -55,7 +55,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Rename the folder `new`, whose files are on the disk, to `path`. A folder that is there already is removed last."""
+    """Rename the folder `new`, whose files are on the disk, to `path`. A folder that is there is removed last."""
     old = path.with_name(f".{path.name}.old-{os.getpid()}") if path.exists() else None
     if old is not None:
         path.rename(old)

@@ -173,13 +173,14 @@ def write_arc_checkpoint(
     tensors: under our names (`Compressor.named_parameters()`), kept in their own dtype, which `params` should name.
     backbone: sizes of the encoder's whole backbone.
     All files are written under a temporary name first, so that a folder called `path` is always whole.
-    WeightsError where `path` exists and `overwrite` is False, where it is something else than an ARC checkpoint, or
-    where a tensor has no place in the format.
+    WeightsError if `path` is not an empty folder and `overwrite` is False, if it holds something else than an ARC
+    checkpoint, or if a tensor has no place in the format.
     """
     folder = Path(path)
-    if folder.exists() and not overwrite:
+    is_taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if is_taken and not overwrite:
         raise WeightsError(f"{folder} exists already. Choose another folder, or ask for it to be overwritten.")
-    if folder.exists() and not (folder / PARAMS).is_file():
+    if is_taken and not (folder / PARAMS).is_file():
         raise WeightsError(f"{folder} is no ARC checkpoint, so it is not overwritten. Choose another folder.")
     embedder, bridge = _reference_tensors(params, tensors, backbone)
     with whole_folder(folder) as new:

@@ -195,6 +195,7 @@ def test_nothing_is_overwritten_unasked_and_a_failed_write_leaves_no_trace(tmp_p
     with pytest.raises(WeightsError, match="`decoder.norm.weight` has no place"):
         write_arc_checkpoint(tmp_path / "b", params, {"decoder.norm.weight": torch.ones(2)}, spec.backbone)
     (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "notes").write_text("")
     with pytest.raises(WeightsError, match="is no ARC checkpoint, so it is not overwritten"):
         write(tmp_path / "home", spec, first, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "home"]

@@ -25,6 +25,7 @@ from arc_ds.config.validate import check_paths
 from arc_ds.data.loading.loader import end_workers
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED, exit_code_of
+from arc_ds.planning.sizes import check_tasks
 from arc_ds.shards.mappings import raise_descriptor_limit
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device, select_device
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     check_attention(config, device)
     dist.init_distributed(device)
     with dist.fail_together():
+        check_tasks(config)
         check_paths(config)
         check_run_folder(config)
     run = build_run(config, device)

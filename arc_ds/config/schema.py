@@ -148,7 +148,7 @@ class SourceConfig:
     or `pipe:COMMAND`, in which {} stands for the file's name (without {}, a slash and the name are appended)."""
     weight: float = 1.0
     """Its share of the samples, > 0, relative to the other sources."""
-    task: Literal["pretraining", "few_shot", "long_context"] = "pretraining"
+    task: str = "pretraining"
     """What its records become: reconstruction and continuation of a text; questions on documents with in-context
     examples; or a text or passages in chunks that are compressed in parallel."""
     in_context_examples: int = 0

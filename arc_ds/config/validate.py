@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from arc_ds.config.lengths import largest_sample
 from arc_ds.config.schema import RunConfig, ShareSchedule, SourceConfig
 from arc_ds.errors import ConfigError
 from arc_ds.system.urls import is_url, local_path
@@ -27,7 +26,6 @@ def check_ranges(config: RunConfig, source: str = "config") -> None:
         *_optimizer_problems(config),
         *_cadence_problems(config),
     ]
-    problems = problems or [*_limit_problems(config)]  # sizes out of range have no largest sample
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
 
@@ -190,38 +188,6 @@ def _source_problems(key: str, source: SourceConfig) -> Iterator[str]:
     yield from _at_least(f"{key}.in_context_examples", source.in_context_examples, 0)
     yield from _at_least(f"{key}.max_passages", source.max_passages, 1)
     yield from _at_least(f"{key}.chunk_tokens", source.chunk_tokens, 1)
-    defaults = SourceConfig(path=source.path)
-    owners = {"in_context_examples": "few_shot", "max_passages": "few_shot", "chunk_tokens": "long_context"}
-    for name, task in owners.items():
-        value = getattr(source, name)
-        if source.task != task and value != getattr(defaults, name):
-            yield (
-                f"{key}.{name} is {value}, but only sources of the task {task} use it, and this one's is "
-                f"{source.task}. Set task: {task}, or remove it."
-            )
-
-
-_SIZE_KEYS = {
-    "pretraining": "data.max_context_tokens, data.max_prefix_tokens or data.max_continuation_tokens",
-    "few_shot": "data.max_documents_tokens, the source's in_context_examples, data.max_question_tokens or "
-    "data.max_answer_tokens",
-    "long_context": "data.max_chunks or the source's chunk_tokens",
-}
-
-
-def _limit_problems(config: RunConfig) -> Iterator[str]:
-    """A micro-batch has to hold the largest sample of every source."""
-    data = config.data
-    sizes = {idx: largest_sample(config, source) for idx, source in enumerate(data.sources)}
-    limits = {"data.max_encoder_tokens": data.max_encoder_tokens, "data.max_decoder_rows": data.max_decoder_rows}
-    for which, (key, limit) in enumerate(limits.items()):
-        idx = max(sizes, key=lambda idx: sizes[idx][which])
-        task = data.sources[idx].task
-        yield from _at_least(
-            key, limit, sizes[idx][which],
-            f"A sample of data.sources.{idx} ({task}) can be so large: raise {key}, lower {_SIZE_KEYS[task]}; null "
-            "sets no limit.",
-        )  # fmt: skip
 
 
 def _share_problems(share: float | ShareSchedule) -> Iterator[str]:

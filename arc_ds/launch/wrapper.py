@@ -55,8 +55,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(list(argv))
     from arc_ds.config.load import load_config
     from arc_ds.config.validate import check_paths
+    from arc_ds.planning.sizes import check_tasks
 
     config = load_config(arguments.config, arguments.overrides)
+    check_tasks(config)
     check_paths(config)
     num_procs = choose_num_procs(arguments.num_procs, config.device)
     return launch(

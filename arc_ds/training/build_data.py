@@ -14,7 +14,8 @@ from arc_ds.data.loading.micro_batches import MicroBatchLimits
 from arc_ds.data.loading.source import Source
 from arc_ds.data.loading.validation_set import validation_examples
 from arc_ds.data.order.order import RunOrder
-from arc_ds.data.tasks import Example, TaskLimits
+from arc_ds.data.tasks import Example
+from arc_ds.planning.sizes import task_limits
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import open_cache
 from arc_ds.system import dist
@@ -89,24 +90,6 @@ def micro_batch_limits(config: RunConfig) -> MicroBatchLimits:
     """The most that one micro-batch holds, in training and in validation."""
     return MicroBatchLimits(
         max_encoder_tokens=config.data.max_encoder_tokens, max_decoder_rows=config.data.max_decoder_rows
-    )
-
-
-def task_limits(config: RunConfig, source: SourceConfig) -> TaskLimits:
-    """Sizes and layout of the tasks of a source."""
-    markers = {"cont": config.markers.cont, "rec": config.markers.rec}
-    return TaskLimits(
-        max_context=config.data.max_context_tokens,
-        max_prefix=config.data.max_prefix_tokens,
-        max_continuation=config.data.max_continuation_tokens,
-        max_documents=config.data.max_documents_tokens,
-        max_passages=source.max_passages,
-        max_question=config.data.max_question_tokens,
-        max_answer=config.data.max_answer_tokens,
-        chunk_tokens=source.chunk_tokens,
-        max_chunks=config.data.max_chunks,
-        bos=config.data.decoder_bos,
-        markers=frozenset(marker for marker, is_kept in markers.items() if is_kept),  # type: ignore[misc]
     )
 
 

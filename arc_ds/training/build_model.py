@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from arc_ds.batch.segments import Marker
-from arc_ds.config.lengths import NO_CHAT, ChatRows, longest_context, longest_sequence
 from arc_ds.config.schema import DecoderConfig, RunConfig
 from arc_ds.data.tasks.chat import count_template, read_layout
+from arc_ds.data.tasks.task import NO_CHAT, ChatRows
 from arc_ds.errors import ConfigError, TokenizerError
 from arc_ds.inference.load import ArcSourceFolder, open_arc_folder, open_decoder
 from arc_ds.model.bridge import check_bridge_init, init_bridge
@@ -37,6 +37,7 @@ from arc_ds.model.weights import (
     read_backbone_config,
     set_parameter,
 )
+from arc_ds.planning.sizes import TEXT_WORDS, longest_context, longest_sequence
 from arc_ds.tokenizers import check_fits, load_tokenizer
 from arc_ds.training.engine import set_trained
 
@@ -209,7 +210,8 @@ def _chat_rows(decoder: DecoderConfig, tokenizer_path: Path) -> ChatRows:
     if decoder.chat_template == "none":
         return NO_CHAT
     tokenizer = load_tokenizer(tokenizer_path)
-    return ChatRows(*count_template(read_layout(decoder.chat_template, tokenizer, tokenizer_path), tokenizer))
+    layout = read_layout(decoder.chat_template, tokenizer, tokenizer_path)
+    return ChatRows(*count_template(layout, tokenizer), TEXT_WORDS)
 
 
 def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcSourceFolder) -> None:

@@ -24,7 +24,7 @@ LAYERS = (
     ("commands",),
     ("cli", "train", "arc_ds"),
 )
-ALLOWED = {("data", "shards")}
+ALLOWED = {("data", "shards"), ("launch", "planning")}
 FORBIDDEN = {("inference", "training"), ("inference", "checkpoints"), ("batch", "tokenizers")}
 # `ArcModel.from_checkpoint` and its loader make each other.
 CIRCLES = [["arc_ds.inference.arc", "arc_ds.inference.load"]]

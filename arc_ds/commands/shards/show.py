@@ -12,11 +12,11 @@ from arc_ds.commands.shards.sample_view import Look, SampleView
 from arc_ds.data.order.randomness import random_words
 from arc_ds.data.tasks import TaskLimits, make_example
 from arc_ds.data.tasks.chat import read_layout
+from arc_ds.data.tasks.registry import all_samples, all_tasks
 from arc_ds.errors import DataError
 from arc_ds.shards.reader import ShardSet
 from arc_ds.tokenizers import load_tokenizer
 
-_TASKS = ("reconstruction", "continuation", "few_shot", "long_context")
 _LIMITS = {field.name: field.default for field in fields(TaskLimits) if isinstance(field.default, int | float)}
 
 
@@ -26,7 +26,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
     parser.add_argument("--decoder-tokenizer", help="the decoder's (default: the encoder's)")
-    parser.add_argument("--task", choices=_TASKS, help="default: continuation or, of fine-tuning records, few_shot")
+    own = "default: continuation or, of fine-tuning records, few_shot"
+    parser.add_argument("--task", choices=all_samples(), help=own)
     parser.add_argument(
         "--chat-template", choices=("none", "llama2", "chatml", "tokenizer"), default="none", help="default: none"
     )
@@ -55,7 +56,8 @@ def _show(namespace: argparse.Namespace) -> int:
     groups = GroupRule("factor", namespace.pooling_factor) if namespace.pooling_factor else None
     look = Look(colour=sys.stdout.isatty(), groups=groups, tokens=namespace.tokens)
     view = SampleView(encoder, decoder, look)
-    task = namespace.task or ("few_shot" if source.manifest.kind == "fine_tuning" else "continuation")
+    own = next(task for task in all_tasks().values() if task.record_kinds == (source.manifest.kind,))
+    task = namespace.task or own.samples[-1]
     common: dict[str, Any] = {"task": task, "encoder": encoder, "decoder": decoder, "limits": limits, "layout": layout}
     for idx in range(namespace.first, min(namespace.first + namespace.num, len(source))):
         seed = int(random_words(1, namespace.seed, "show", idx)[0])

@@ -15,21 +15,20 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import get_args
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from arc_ds.batch.packing import PoolingSpec
 from arc_ds.data.loading.decoder_reader import ReaderFiles
-from arc_ds.data.loading.estimates import Estimate, WorkRates
+from arc_ds.data.loading.estimates import Estimate, WorkRates, estimated_size
 from arc_ds.data.loading.fetch_ahead import FetchAhead
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, pack_share, planned_splits, sample_sizes
 from arc_ds.data.loading.sample_maker import Made, OnError, SampleMaker
 from arc_ds.data.loading.source import Source
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.data.order.dealing import deal
-from arc_ds.data.order.order import Pick, RunOrder, Task
+from arc_ds.data.order.order import Pick, RunOrder
 from arc_ds.data.tasks import NO_COUNTS
 from arc_ds.errors import DataError
 from arc_ds.shards.mappings import raise_descriptor_limit
@@ -88,10 +87,9 @@ class StepData(Dataset[StepBatch]):
         self._has_warned = False
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
-        """The tasks of the run's samples, in a fixed order."""
-        present = {task for source in self.sources for task in source.tasks}
-        return tuple(task for task in get_args(Task) if task in present)
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the run's samples, in the order of its sources."""
+        return tuple(dict.fromkeys(name for source in self.sources for name in source.tasks))
 
     def __getitem__(self, step: int) -> StepBatch:
         """This rank's share of a step; DataError where a record cannot be used and `on_error` does not say to skip."""
@@ -122,8 +120,9 @@ class StepData(Dataset[StepBatch]):
         shares = tuple(bins[first : first + self.micro_batches] for first in range(0, len(bins), self.micro_batches))
         if not self.limits.any:
             return shares, self.micro_batches
-        sizes = [[[estimates[place].size(self.pooling) for place in part] for part in share] for share in shares]
-        return shares, planned_splits(sizes, self.limits)
+        sizes = [estimated_size(estimate, self.pooling) for estimate in estimates]
+        of_shares = [[[sizes[place] for place in part] for part in share] for share in shares]
+        return shares, planned_splits(of_shares, self.limits)
 
     def _estimate(self, pick: Pick) -> Estimate:
         tokens = self.sources[pick.source_idx].tokens((pick.record_idx, *pick.example_idxs))

@@ -7,16 +7,11 @@ from dataclasses import dataclass, field
 
 from arc_ds.batch.packing import PoolingSpec
 from arc_ds.data.loading.estimates import Estimator, asked_means
-from arc_ds.data.order.order import SourceShape, SourceTask, Task
+from arc_ds.data.order.order import SourceShape
 from arc_ds.data.tasks import TaskLimits
+from arc_ds.data.tasks.registry import all_tasks, find_task
 from arc_ds.errors import DataError
 from arc_ds.shards.reader import ShardSet
-
-_TASKS: dict[SourceTask, tuple[Task, ...]] = {
-    "pretraining": ("reconstruction", "continuation"),
-    "few_shot": ("few_shot",),
-    "long_context": ("long_context",),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,23 +21,23 @@ class Source:
 
     shards: ShardSet
     weight: float = 1.0
-    task: SourceTask = "pretraining"
+    task: str = "pretraining"
     in_context_examples: int = 0
     limits: TaskLimits = field(default_factory=TaskLimits)
 
     def __post_init__(self) -> None:
         kind = self.shards.manifest.kind
-        if {"pretraining": "fine_tuning", "few_shot": "pretraining"}.get(self.task) == kind:
+        if kind not in find_task(self.task).record_kinds:
+            fitting = [task.name for task in all_tasks().values() if kind in task.record_kinds]
             raise DataError(
                 f"{self.shards.name} holds {kind} records, which give no sample of the task {self.task}. Set its "
-                f"`task` to {'few_shot' if kind == 'fine_tuning' else 'pretraining'} or long_context, or name other "
-                "shards."
+                f"`task` to {' or '.join(fitting)}, or name other shards."
             )
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
-        """The tasks of its samples."""
-        return _TASKS[self.task]
+    def tasks(self) -> tuple[str, ...]:
+        """The names of its samples."""
+        return find_task(self.task).samples
 
     def tokens(self, record_idxs: Sequence[int]) -> list[int]:
         """Tokens of some records, by the tokenizer that the shards were built with."""
@@ -64,6 +59,7 @@ class Source:
             fingerprint=self.shards.fingerprint,
             weight=self.weight,
             task=self.task,
+            samples=self.tasks,
             in_context_examples=self.in_context_examples,
             name=self.shards.name,
         )

@@ -11,7 +11,7 @@ from typing import Any
 from arc_ds.data.loading.decoder_reader import Reader
 from arc_ds.data.loading.sample_maker import OnError
 from arc_ds.data.loading.source import Source
-from arc_ds.data.order.order import Task, draw_examples
+from arc_ds.data.order.order import draw_examples
 from arc_ds.data.order.randomness import random_words
 from arc_ds.data.tasks import NO_COUNTS, Example, TooShortError, make_example
 from arc_ds.errors import DataError
@@ -102,7 +102,7 @@ class _HeldOut:
             for start in starts[task_idx :: len(tasks)][:per_task]
         ]
 
-    def _next_usable(self, start: int, task: Task) -> list[Example]:
+    def _next_usable(self, start: int, task: str) -> list[Example]:
         """The sample of the first record from `start` on that is not used yet and gives one."""
         for record_idx in chain(range(start, len(self.source.shards)), range(start)):
             if record_idx in self.used or record_idx in self.unusable:
@@ -117,7 +117,7 @@ class _HeldOut:
             "validation.num_samples or hold out more records."
         )
 
-    def _examples(self, record_idx: int, task: Task) -> list[Example] | None:
+    def _examples(self, record_idx: int, task: str) -> list[Example] | None:
         """A record's example for each decoder, None where it is passed over."""
         source = self.source
         seed, *words = random_words(source.in_context_examples + 2, "validation", self.source_idx, record_idx).tolist()
@@ -140,7 +140,7 @@ class _HeldOut:
         self.too_short.add(record_idx)
         return None
 
-    def _example(self, records: Sequence[dict[str, Any]], task: Task, seed: int, reader: Reader) -> Example:
+    def _example(self, records: Sequence[dict[str, Any]], task: str, seed: int, reader: Reader) -> Example:
         return make_example(
             records,
             task=task,

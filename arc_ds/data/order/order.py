@@ -21,8 +21,6 @@ from arc_ds.data.order.randomness import permutation, random_words
 from arc_ds.data.order.shuffle import WindowShuffle
 from arc_ds.errors import ConfigError
 
-Task = Literal["reconstruction", "continuation", "few_shot", "long_context"]
-SourceTask = Literal["pretraining", "few_shot", "long_context"]
 DecoderSchedule = Literal["sample", "alternate", "same_batch"]
 _GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly however many are taken
 
@@ -31,14 +29,15 @@ _GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly however many ar
 class SourceShape:
     """What the order must know of one source: the records in each of its shards, its fingerprint, and its use.
 
-    task: "pretraining" gives samples of reconstruction and continuation, the others samples of that task.
-    in_context_examples: the most that a few-shot sample has. name: for messages; no part of the order.
+    task: its name in the config. samples: names of the task's samples, one or two.
+    in_context_examples: the most that a sample has. name: for messages; no part of the order.
     """
 
     shard_sizes: tuple[int, ...]
     fingerprint: str
     weight: float = 1.0
-    task: SourceTask = "pretraining"
+    task: str = "pretraining"
+    samples: tuple[str, ...] = field(default=("reconstruction", "continuation"), compare=False)
     in_context_examples: int = 0
     name: str = field(default="", compare=False)
     num_records: int = field(init=False, compare=False)
@@ -57,7 +56,7 @@ class Pick(NamedTuple):
     source_idx: int
     epoch: int
     record_idx: int
-    task: Task
+    task: str
     seed: int
     example_idxs: tuple[int, ...] = ()
 
@@ -169,21 +168,18 @@ class RunOrder:
             for source_idx in np.unique(source_idxs).tolist()
         }
 
-    def _tasks(self, step: int, source_idxs: NDArray[np.int64]) -> list[Task]:
-        """The task at each place of the step, whose sources are given.
+    def _tasks(self, step: int, source_idxs: NDArray[np.int64]) -> list[str]:
+        """The name of the sample at each place of the step, whose sources are given.
 
-        Among its pretraining samples the share of reconstruction holds to within one sample, and exactly over many
-        steps.
+        Among the samples of sources with two names the share of the first (reconstruction) holds to within one sample,
+        and exactly over many steps.
         """
-        kinds = [self.sources[source_idx].task for source_idx in source_idxs.tolist()]
-        num_pretraining = kinds.count("pretraining")
-        order = permutation(num_pretraining, self.seed, "task", step)
-        quantiles = iter(((order + (step + 1) * _GOLDEN % 1.0) / max(num_pretraining, 1)).tolist())
+        names = [self.sources[source_idx].samples for source_idx in source_idxs.tolist()]
+        num_mixed = sum(len(each) == 2 for each in names)
+        order = permutation(num_mixed, self.seed, "task", step)
+        quantiles = iter(((order + (step + 1) * _GOLDEN % 1.0) / max(num_mixed, 1)).tolist())
         share = self.share(step)
-        return [
-            kind if kind != "pretraining" else "reconstruction" if next(quantiles) < share else "continuation"
-            for kind in kinds
-        ]
+        return [each[0] if len(each) == 1 or next(quantiles) < share else each[1] for each in names]
 
     def _examples(
         self, step: int, source_idxs: NDArray[np.int64], record_idxs: NDArray[np.int64]
@@ -205,11 +201,8 @@ def _check_source(idx: int, source: SourceShape) -> None:
     where = f"data.sources.{idx}" + (f" ({source.name})" if source.name else "")
     if source.num_records < 1:
         raise ConfigError(f"{where} holds no record; expected at least one. Remove it or build its shards again.")
-    if source.in_context_examples < 0 or (source.in_context_examples and source.task != "few_shot"):
-        raise ConfigError(
-            f"{where}: in_context_examples is {source.in_context_examples} with task {source.task}; expected 0 or "
-            "more, and 0 where the task is not few_shot. Set `task: few_shot` or leave it out."
-        )
+    if source.in_context_examples < 0:
+        raise ConfigError(f"{where}: in_context_examples is {source.in_context_examples}; expected 0 or more.")
     if source.num_records <= source.in_context_examples:
         raise ConfigError(
             f"{where} holds {source.num_records} records; a sample with {source.in_context_examples} in-context "

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.data.tasks.example import Example
+from arc_ds.data.tasks.registry import task_of_sample
 from arc_ds.errors import DataError
 
 
@@ -48,7 +49,7 @@ def _other(examples: Sequence[Example], idx: int) -> Example:
 def _asked(sample: Sample) -> list[Segment]:
     """The contexts that the target is about, not those of in-context examples."""
     contexts = [segment for segment in sample.segments if segment.kind == "context"]
-    return contexts[-1:] if sample.task == "few_shot" else contexts
+    return contexts[-1:] if task_of_sample(sample.task).asks_about_last else contexts
 
 
 def _exchanged(sample: Sample, given: Sequence[Segment]) -> tuple[Segment, ...]:

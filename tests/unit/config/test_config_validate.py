@@ -10,6 +10,7 @@ from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths, check_world_size
 from arc_ds.errors import ConfigError
+from arc_ds.planning.sizes import check_tasks
 
 MINIMAL = """\
 run_dir: runs/x
@@ -24,7 +25,9 @@ data: {sources: [{path: shards/train}]}
 def load(tmp_path: Path, *overrides: str) -> RunConfig:
     path = tmp_path / "run.yaml"
     path.write_text(MINIMAL, encoding="utf-8")
-    return load_config(path, overrides)
+    config = load_config(path, overrides)
+    check_tasks(config)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,8 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["data.sources.0.task=long_context", "data.sources.0.chunk_tokens=0"], ["data.sources.0.chunk_tokens is 0"]),
         (["data.sources.0.in_context_examples=5"], ["in_context_examples is 5", "few_shot use it", "is pretraining"]),
         (["data.sources.0.task=few_shot", "data.sources.0.chunk_tokens=512"], ["chunk_tokens is 512", "long_context"]),
+        (["data.sources.0.task=fewshot"], ["data.sources.0.task: the task is 'fewshot'", "Did you mean few_shot"]),
+        (["data.validation=[{path: v, task: x}]"], ["data.validation.0.task", "one of few_shot, long_context"]),
         (["data.reconstruction_share=1.2"], ["from 0 to 1"]),
         (["data.reconstruction_share=[]"], ["rising steps"]),
         (["data.reconstruction_share=[[1, 0.5]]"], ["first from step 0"]),

@@ -11,7 +11,7 @@ import pytest
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PoolingSpec
 from arc_ds.data.loading.decoder_reader import ReaderFiles
-from arc_ds.data.loading.estimates import AskedMeans, Estimate, Estimator, WorkRates, asked_means
+from arc_ds.data.loading.estimates import AskedMeans, Estimate, Estimator, WorkRates, asked_means, estimated_size
 from arc_ds.data.loading.loader import StepData
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, SampleSize, pack_share, sample_size
 from arc_ds.data.loading.source import Source
@@ -63,8 +63,8 @@ def test_long_contexts_are_chunks() -> None:
 
 def test_memory_tokens_are_encoder_tokens_of_each_context() -> None:
     found = Estimate((100, 30), 1, 50)
-    assert found.size(FOURS) == SampleSize(130, 51)
-    assert found.size(PoolingSpec((), memory_tokens=7)) == SampleSize(144, 51)
+    assert estimated_size(found, FOURS) == SampleSize(130, 51)
+    assert estimated_size(found, PoolingSpec((), memory_tokens=7)) == SampleSize(144, 51)
 
 
 def test_attention_makes_one_long_context_dearer_than_many_short_ones() -> None:
@@ -82,7 +82,8 @@ def test_estimates_are_near_the_samples_that_are_made(tmp_path: Path) -> None:
     for step in range(10):
         for pick in data.order.batch(step):
             (made,) = data._maker.make([pick], (1,))
-            real, expected = sample_size(made.samples[0], data.pooling), data._estimate(pick).size(data.pooling)
+            real = sample_size(made.samples[0], data.pooling)
+            expected = estimated_size(data._estimate(pick), data.pooling)
             ratios[pick.task].append(
                 (expected.encoder_tokens / real.encoder_tokens, expected.decoder_rows / real.decoder_rows)
             )

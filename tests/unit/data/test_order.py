@@ -25,11 +25,12 @@ SOURCES = (
 )
 
 
+FEW_SHOT = {"task": "few_shot", "samples": ("few_shot",)}
 # The same, but the second gives few-shot samples and the third long contexts.
 MIXED = (
     SOURCES[0],
-    SourceShape(shard_sizes=(3, 2, 6), fingerprint="b", weight=0.4, task="few_shot", in_context_examples=4),
-    SourceShape(shard_sizes=(199,), fingerprint="c", weight=0.2, task="long_context"),
+    SourceShape(shard_sizes=(3, 2, 6), fingerprint="b", weight=0.4, **FEW_SHOT, in_context_examples=4),
+    SourceShape(shard_sizes=(199,), fingerprint="c", weight=0.2, task="long_context", samples=("long_context",)),
 )
 
 
@@ -201,7 +202,7 @@ def test_any_order_is_pure_whole_and_valid(order: RunOrder, first: int) -> None:
 
 
 def test_in_context_examples_come_in_all_numbers_from_all_records_alike() -> None:
-    sources = (SourceShape(shard_sizes=(5,), fingerprint="a", task="few_shot", in_context_examples=3),)
+    sources = (SourceShape(shard_sizes=(5,), fingerprint="a", **FEW_SHOT, in_context_examples=3),)
     order = make_order(sources=sources, batch_size=200)
     picks = [pick for step in range(50) for pick in order.batch(step)]
     numbers = Counter(len(pick.example_idxs) for pick in picks)
@@ -234,7 +235,7 @@ def test_the_order_is_the_recorded_one() -> None:
     ("source", "message"),
     [
         ({"shard_sizes": (2, 1), "task": "few_shot", "in_context_examples": 3}, "holds 3 records.*at least 4"),
-        ({"in_context_examples": 2}, "expected 0 or more, and 0 where the task is not few_shot"),
+        ({"in_context_examples": -1}, "in_context_examples is -1; expected 0 or more"),
         ({"task": "few_shot", "in_context_examples": -1}, "expected 0 or more"),
         ({"shard_sizes": (0, 0)}, "holds no record"),
     ],

@@ -200,7 +200,7 @@ def test_a_task_that_its_records_cannot_serve_is_refused(tmp_path: Path) -> None
     mixture = TinyMixture.write(tmp_path)
     texts, questions, _ = mixture.sources()
     with pytest.raises(
-        DataError, match="texts holds pretraining records, .* Set its `task` to pretraining or long_con"
+        DataError, match="texts holds pretraining records, .* Set its `task` to long_context or pretraining"
     ):
         replace(texts, task="few_shot")
     with pytest.raises(DataError, match="questions holds fine_tuning records, .* Set its `task` to few_shot"):

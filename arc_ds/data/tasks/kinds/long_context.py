@@ -8,26 +8,28 @@ Each chunk's positions begin at 0, so a context of any length is no longer than 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from arc_ds.data.order.randomness import random_words
 from arc_ds.data.tasks.asked import ask
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import Reading, cut_chunks, first_tokens, read_passages
+from arc_ds.data.tasks.estimate import Estimate
 from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, TooShortError, written_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.questions import Block, write_blocks
 from arc_ds.data.tasks.script import Document
+from arc_ds.data.tasks.task import ChatRows, Largest, Sizing, Task, asked_rows
 from arc_ds.data.tasks.texts import write_continuation
 from arc_ds.shards.records import fine_tuning_record, pretraining_text
 from arc_ds.tokenizers import Tokenizer
 
-_TASK = "long_context"
-
 
 def long_context_example(
-    record: dict[str, Any],
+    records: Sequence[dict[str, Any]],
     *,
+    sample: str,
     seed: int,
     encoder: Tokenizer,
     decoder: Tokenizer,
@@ -39,6 +41,7 @@ def long_context_example(
     DataError where the record is of neither kind, TooShortError where its text has fewer than two decoder tokens to
     continue with.
     """
+    record = records[0]
     if "text" in record:
         return _text_example(pretraining_text(record), seed, encoder, decoder, limits, layout)
     fields = fine_tuning_record(record)
@@ -52,7 +55,7 @@ def long_context_example(
         cut_answers=int(asked.answer_is_cut),
     )
     parts = write_blocks([Block(chunks, asked)], layout, limits.bos_ids(decoder))
-    return written_example(_TASK, parts, fields.passages, counts, decoder)
+    return written_example(sample, parts, fields.passages, counts, decoder)
 
 
 def _text_example(
@@ -73,7 +76,7 @@ def _text_example(
     following = text[reading.encoding.ends[end] : reading.encoding.ends[last]]
     target = first_tokens(following, decoder.encode_with_ends(following), limits.max_continuation)
     parts = write_continuation("", chunks, target, layout, limits.bos_ids(decoder))
-    return written_example(_TASK, parts, (text,), NO_COUNTS, decoder)
+    return written_example("long_context", parts, (text,), NO_COUNTS, decoder)
 
 
 def _chunks(reading: Reading, first: int, last: int, limits: TaskLimits) -> tuple[tuple[Document, ...], int]:
@@ -85,3 +88,38 @@ def _chunks(reading: Reading, first: int, last: int, limits: TaskLimits) -> tupl
         max_chunks=limits.max_chunks,
         marker=limits.marker("cont"),
     )
+
+
+def _estimate(_: str, tokens: Sequence[int], sizing: Sizing) -> Estimate:
+    limits, asked = sizing.limits, sizing.asked
+    behind = min(limits.max_continuation, tokens[0] // 2) if asked is None else asked.asked_rows
+    outside = behind if asked is None else asked.other_tokens
+    in_chunks = min(max(tokens[0] - outside, 1), limits.max_chunks * limits.chunk_tokens)
+    whole, rest = divmod(in_chunks, limits.chunk_tokens)
+    last = (rest,) if rest else ()
+    return Estimate(
+        context_lengths=(limits.chunk_tokens,) * whole + last,
+        prefix_rows=int(limits.bos),
+        suffix_rows=whole * sizing.compressed(limits.chunk_tokens) + sum(map(sizing.compressed, last)) + behind,
+    )
+
+
+def _largest(limits: TaskLimits, _: int, chat: ChatRows) -> Largest:
+    return Largest(
+        contexts=limits.max_chunks,
+        context_tokens=limits.max_chunks * limits.chunk_tokens,
+        longest_context=limits.chunk_tokens,
+        said_rows=max(limits.max_continuation + chat.text, asked_rows(limits)),
+    )
+
+
+TASK = Task(
+    name="long_context",
+    record_kinds=("pretraining", "fine_tuning"),
+    samples=("long_context",),
+    example=long_context_example,
+    estimate=_estimate,
+    largest=_largest,
+    own_keys=("chunk_tokens",),
+    size_keys="data.max_chunks or the source's chunk_tokens",
+)

@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 
 from arc_ds.batch.packing import PoolingSpec
-from arc_ds.config.lengths import NO_CHAT, ChatRows, largest_sample, longest_context, longest_sequence
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.data.loading.decoder_reader import Reader
 from arc_ds.data.loading.micro_batches import sample_size
-from arc_ds.data.order.order import Task
 from arc_ds.data.tasks import make_example
 from arc_ds.data.tasks.chat import LayoutName, count_template, read_layout
+from arc_ds.data.tasks.task import NO_CHAT, ChatRows
+from arc_ds.planning.sizes import TEXT_WORDS, largest_sample, longest_context, longest_sequence, task_limits
 from arc_ds.tokenizers import load_tokenizer
-from arc_ds.training.build_data import task_limits
 from tests.helpers.written import write_chat_tokenizer
 
 CONFIG = """\
@@ -108,7 +107,7 @@ def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["reconstruction", "continuation", "few-shot", "own prompt", "long text", "long passages"],
 )
 def test_no_sample_has_more_rows_than_its_lengths_allow(
-    tmp_path: Path, chat_tokenizer: Path, source: str, task: Task, records: list[dict], template: LayoutName
+    tmp_path: Path, chat_tokenizer: Path, source: str, task: str, records: list[dict], template: LayoutName
 ) -> None:
     sizes = ["data.max_continuation_tokens=300", "data.max_context_tokens=560", "data.max_documents_tokens=600"]
     decoder = f"decoders=[{{name: a, backbone: b, chat_template: {template}}}]"
@@ -126,5 +125,6 @@ def test_no_sample_has_more_rows_than_its_lengths_allow(
     )
     assert not example.counts
     rows = sample_size(example.sample, PoolingSpec()).decoder_rows
-    bound = longest_sequence(config, ChatRows(*count_template(reader.layout, tokenizer)))
+    chat = ChatRows(*count_template(reader.layout, tokenizer), TEXT_WORDS) if reader.layout.is_chat else NO_CHAT
+    bound = longest_sequence(config, chat)
     assert rows <= bound <= largest_sample(config, config.data.sources[0])[1]

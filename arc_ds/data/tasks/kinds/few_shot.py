@@ -14,9 +14,11 @@ from arc_ds.data.order.randomness import random_words
 from arc_ds.data.tasks.asked import Asked, ask
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import cut_document, read_passages
+from arc_ds.data.tasks.estimate import TEMPLATE_TOKENS, AskedMeans, Estimate
 from arc_ds.data.tasks.example import Example, TaskCounts, written_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.questions import Block, write_blocks
+from arc_ds.data.tasks.task import ChatRows, Largest, Sizing, Task, asked_rows
 from arc_ds.shards.records import fine_tuning_record
 from arc_ds.tokenizers import Tokenizer
 
@@ -24,6 +26,7 @@ from arc_ds.tokenizers import Tokenizer
 def few_shot_example(
     records: Sequence[dict[str, Any]],
     *,
+    sample: str,
     seed: int,
     encoder: Tokenizer,
     decoder: Tokenizer,
@@ -54,7 +57,7 @@ def few_shot_example(
         cut_answers=int(own.answer_is_cut),
     )
     parts = write_blocks(blocks, layout, limits.bos_ids(decoder))
-    return written_example("few_shot", parts, fields[0].passages, counts, decoder)
+    return written_example(sample, parts, fields[0].passages, counts, decoder)
 
 
 def _fitting(others: Sequence[Asked], room: int, encoder: Tokenizer, limits: TaskLimits) -> list[Block]:
@@ -69,3 +72,45 @@ def _fitting(others: Sequence[Asked], room: int, encoder: Tokenizer, limits: Tas
             break
         blocks.append(Block((reading.document(0, len(reading), limits.marker("cont")),), asked))
     return blocks[::-1]
+
+
+def estimate_few_shot(_: str, tokens: Sequence[int], sizing: Sizing) -> Estimate:
+    """Documents have the mean length of the records' own; examples are kept while they fit, the last ones first."""
+    limits, asked = sizing.limits, sizing.asked or AskedMeans()
+    own, *examples = (max(round((count - asked.other_tokens) * asked.drawn_share), 1) for count in tokens)
+    own = min(own, limits.max_documents)
+    room, kept = limits.max_documents - own, 0
+    for length in reversed(examples):
+        room -= length
+        if room < 0:
+            break
+        kept += 1
+    lengths = (*examples[len(examples) - kept :], own)
+    return Estimate(
+        context_lengths=lengths,
+        prefix_rows=int(limits.bos),
+        suffix_rows=sum(map(sizing.compressed, lengths)) + (asked.asked_rows + TEMPLATE_TOKENS) * len(lengths),
+    )
+
+
+def _largest(limits: TaskLimits, max_examples: int, chat: ChatRows) -> Largest:
+    return Largest(
+        contexts=max_examples + 1,
+        context_tokens=limits.max_documents,
+        longest_context=limits.max_documents,
+        said_rows=asked_rows(limits) * (max_examples + 1) + chat.further * max_examples,
+    )
+
+
+TASK = Task(
+    name="few_shot",
+    record_kinds=("fine_tuning",),
+    samples=("few_shot",),
+    example=few_shot_example,
+    estimate=estimate_few_shot,
+    largest=_largest,
+    own_keys=("in_context_examples", "max_passages"),
+    size_keys="data.max_documents_tokens, the source's in_context_examples, data.max_question_tokens or "
+    "data.max_answer_tokens",
+    asks_about_last=True,
+)

@@ -8,19 +8,23 @@ compare the same targets it is left out where a row could.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from arc_ds.batch.segments import Marker, Sample, Segment, TokenIds
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import first_tokens, last_tokens
+from arc_ds.data.tasks.estimate import Estimate
 from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, TooShortError, written_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.script import Document
+from arc_ds.data.tasks.task import ChatRows, Largest, Sizing, Task
 from arc_ds.data.tasks.text_views import BEGINNING, Cut, TextViews
 from arc_ds.data.tasks.texts import write_continuation, write_reconstruction
+from arc_ds.shards.records import pretraining_text
 from arc_ds.tokenizers import Tokenizer
 
 PretrainingTask = Literal["reconstruction", "continuation"]
@@ -46,26 +50,27 @@ class _Spans:
 
 
 def pretraining_example(
-    text: str,
+    records: Sequence[dict[str, Any]],
     *,
-    task: PretrainingTask,
+    sample: str,
     seed: int,
     encoder: Tokenizer,
     decoder: Tokenizer,
     limits: TaskLimits,
     layout: Layout,
 ) -> Example:
-    """The example of a text; `seed` (64 bits) chooses the window of a text longer than the task needs.
+    """The example of a record's text; `seed` (64 bits) chooses the window of a text longer than the task needs.
 
     A text too short for a continuation becomes a reconstruction, counted as degraded. TooShortError where it is so for
     that as well: no encoder token, or fewer than two decoder tokens.
     """
+    text = pretraining_text(records[0])
     views = TextViews(text, encoder, decoder)
 
     def lay_out(spans: _Spans) -> Example | None:
         return _chat(views, spans, decoder, limits, layout) if layout.is_chat else _plain(views, spans, decoder, limits)
 
-    if task == "continuation":
+    if sample == "continuation":
         example = lay_out(_continuation(views, seed, limits))
         if example is not None:
             return example
@@ -75,7 +80,7 @@ def pretraining_example(
             f"the text {text[:40]!r} gives no encoder token, or fewer than two decoder tokens to repeat. Build the "
             "shards with a larger min_tokens, or set data.on_error: skip."
         )
-    return replace(example, counts=TaskCounts(degraded=1)) if task == "continuation" else example
+    return replace(example, counts=TaskCounts(degraded=1)) if sample == "continuation" else example
 
 
 def _reconstruction(views: TextViews, seed: int, limits: TaskLimits) -> _Spans:
@@ -167,3 +172,44 @@ def _chat(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimit
     target = first_tokens(following, piece, limits.max_continuation)
     parts = write_continuation(prefix, [document], target, layout, ())
     return written_example(spans.task, parts, (views.text,), NO_COUNTS, decoder)
+
+
+def _estimate(sample: str, tokens: Sequence[int], sizing: Sizing) -> Estimate:
+    limits = sizing.limits
+    if sample == "reconstruction":
+        length = max(min(tokens[0], limits.max_context), 1)
+        return Estimate(
+            context_lengths=(length,),
+            prefix_rows=int(limits.bos),
+            suffix_rows=sizing.compressed(length) + length,
+        )
+    total = limits.max_prefix + limits.max_context + limits.max_continuation
+    num_tokens = min(tokens[0], total)
+    prefix = num_tokens * limits.max_prefix // total
+    length = max(num_tokens * limits.max_context // total, 1)
+    return Estimate(
+        context_lengths=(length,),
+        prefix_rows=prefix + int(limits.bos),
+        suffix_rows=sizing.compressed(length) + max(num_tokens - prefix - length, 0),
+    )
+
+
+def _largest(limits: TaskLimits, _: int, chat: ChatRows) -> Largest:
+    # A reconstruction repeats the context, which can be longer than a prefix and a continuation.
+    return Largest(
+        contexts=1,
+        context_tokens=limits.max_context,
+        longest_context=limits.max_context,
+        said_rows=max(limits.max_prefix + limits.max_continuation, limits.max_context) + chat.text,
+    )
+
+
+TASK = Task(
+    name="pretraining",
+    record_kinds=("pretraining",),
+    samples=("reconstruction", "continuation"),
+    example=pretraining_example,
+    estimate=_estimate,
+    largest=_largest,
+    size_keys="data.max_context_tokens, data.max_prefix_tokens or data.max_continuation_tokens",
+)

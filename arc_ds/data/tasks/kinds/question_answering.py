@@ -1,0 +1,87 @@
+r"""Question-answering pretraining: one passage, a question on it, and the answer, closed to the few-shot format.
+
+    Document: ⟨context⟩\nQuestion: …\nAnswer: …
+
+A warm-up before few-shot fine-tuning (CLaRa, arXiv 2511.18659, pretrains its compressor so). Each sample reads one
+passage, drawn from the record's, and has no in-context example: the loss depends on what the vectors of that passage
+say. A record without a question gives a paraphrase: the passage, then the answer. Build such records so that every
+passage of a record answers its question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from arc_ds.data.order.randomness import random_words
+from arc_ds.data.tasks.asked import ask
+from arc_ds.data.tasks.chat import Layout
+from arc_ds.data.tasks.contexts import cut_document, read_passages
+from arc_ds.data.tasks.estimate import TEMPLATE_TOKENS, AskedMeans, Estimate
+from arc_ds.data.tasks.example import Example, TaskCounts, written_example
+from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.data.tasks.questions import Block, write_blocks
+from arc_ds.data.tasks.task import ChatRows, Largest, Sizing, Task, asked_rows
+from arc_ds.shards.records import fine_tuning_record
+from arc_ds.tokenizers import Tokenizer
+
+
+def question_answering_example(
+    records: Sequence[dict[str, Any]],
+    *,
+    sample: str,
+    seed: int,
+    encoder: Tokenizer,
+    decoder: Tokenizer,
+    limits: TaskLimits,
+    layout: Layout,
+) -> Example:
+    """The example of one record. `seed` chooses the passage and, of several answers, the answer.
+
+    DataError if the record has no answer, or its passage gives no encoder token.
+    """
+    fields = fine_tuning_record(records[0])
+    passage_draw, *draws = random_words(3, seed, "question-answering").tolist()
+    passage = fields.passages[passage_draw % len(fields.passages)]
+    one_passage = replace(fields, passages=(passage,))
+    asked = ask(one_passage, draws, decoder=decoder, limits=limits, is_chat=layout.is_chat)
+    reading = read_passages(asked.passages, encoder)
+    document = cut_document(reading, limits.max_context, limits.marker("cont"))
+    counts = TaskCounts(
+        cut_contexts=int(len(document.ids) < len(reading)),
+        cut_questions=int(asked.question_is_cut),
+        cut_answers=int(asked.answer_is_cut),
+    )
+    parts = write_blocks([Block((document,), asked)], layout, limits.bos_ids(decoder))
+    return written_example(sample, parts, fields.passages, counts, decoder)
+
+
+def _estimate(_: str, tokens: Sequence[int], sizing: Sizing) -> Estimate:
+    limits, asked = sizing.limits, sizing.asked or AskedMeans()
+    length = min(max(tokens[0] - asked.other_tokens, 1), limits.max_context)
+    return Estimate(
+        context_lengths=(length,),
+        prefix_rows=int(limits.bos),
+        suffix_rows=sizing.compressed(length) + asked.asked_rows + TEMPLATE_TOKENS,
+    )
+
+
+def _largest(limits: TaskLimits, _: int, chat: ChatRows) -> Largest:
+    return Largest(
+        contexts=1,
+        context_tokens=limits.max_context,
+        longest_context=limits.max_context,
+        said_rows=asked_rows(limits),
+    )
+
+
+TASK = Task(
+    name="question_answering",
+    record_kinds=("fine_tuning",),
+    samples=("question_answering",),
+    example=question_answering_example,
+    estimate=_estimate,
+    largest=_largest,
+    size_keys="data.max_context_tokens, data.max_question_tokens or data.max_answer_tokens",
+)

@@ -1,0 +1,107 @@
+"""What a task is: one object that says everything that the rest of the program must know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from arc_ds.data.tasks.chat import Layout
+from arc_ds.data.tasks.estimate import AskedMeans, Estimate
+from arc_ds.data.tasks.example import Example
+from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.shards.format import RecordKind
+from arc_ds.tokenizers import Tokenizer
+
+
+class ExampleMaker(Protocol):
+    """Makes the example of some records, a pure function of its arguments; see `registry.make_example`."""
+
+    def __call__(
+        self,
+        records: Sequence[dict[str, Any]],
+        *,
+        sample: str,
+        seed: int,
+        encoder: Tokenizer,
+        decoder: Tokenizer,
+        limits: TaskLimits,
+        layout: Layout,
+    ) -> Example: ...
+
+
+class Sizing(NamedTuple):
+    """What an estimate follows from.
+
+    limits: of the source.
+    compressed: how many rows a context of so many encoder tokens becomes, its marker included.
+    asked: means of the source's records if they are fine-tuning records, else None.
+    """
+
+    limits: TaskLimits
+    compressed: Callable[[int], int]
+    asked: AskedMeans | None
+
+
+class ChatRows(NamedTuple):
+    """Decoder rows that a chat template writes itself: around the first turn, and around each further one.
+
+    text: rows of the words around a text.
+    """
+
+    first: int
+    further: int
+    text: int
+
+
+NO_CHAT = ChatRows(0, 0, 0)
+
+
+class Largest(NamedTuple):
+    """Bounds of one sample of a task.
+
+    contexts: their number.
+    context_tokens: encoder tokens of all of them together.
+    longest_context: encoder tokens of one.
+    said_rows: decoder rows of everything else but begin-of-text and a chat's first turn.
+    """
+
+    contexts: int
+    context_tokens: int
+    longest_context: int
+    said_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task of `data.sources`.
+
+    name: as the config calls it.
+    record_kinds: the kinds of records that it can read.
+    samples: names of its samples in metrics. Of two, `data.reconstruction_share` is the share of the first.
+    example: makes an example.
+    estimate: how large the sample of that name of records of so many encoder tokens will be (its own record first).
+    largest: bounds of one sample, by the limits, the most in-context examples, and the chat template's rows.
+    own_keys: keys of a source that no other task uses.
+    size_keys: the keys that bound a sample, for messages.
+    asks_about_last: whether the target is about the last context alone, and the others belong to examples.
+    """
+
+    name: str
+    record_kinds: tuple[RecordKind, ...]
+    samples: tuple[str, ...]
+    example: ExampleMaker
+    estimate: Callable[[str, Sequence[int], Sizing], Estimate]
+    largest: Callable[[TaskLimits, int, ChatRows], Largest]
+    size_keys: str
+    own_keys: tuple[str, ...] = ()
+    asks_about_last: bool = False
+
+
+# Bytes, of which none has two tokens, of the words around a question and an answer.
+ASKED_WORDS = 32
+
+
+def asked_rows(limits: TaskLimits) -> int:
+    """Most decoder rows of a question, its answer and the words around them."""
+    return limits.max_question + limits.max_answer + ASKED_WORDS

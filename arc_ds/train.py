@@ -86,22 +86,16 @@ def check_attention(config: RunConfig, device: torch.device) -> None:
 
 
 def make_hooks(run: Run, folder: RunFolder, watchdog: Watchdog, stop: StopRequest) -> list[Hook]:
-    """What happens around the steps, in this order; a collective.
-
-    Metrics come first, so that what others log or save lies behind them. A step is saved before it is validated, which
-    may take long.
-    """
+    """The hooks of a run; a collective."""
     config = run.config
     show_progress = sys.stderr.isatty()
-    metrics = MetricsHook(folder.log, show_progress=show_progress)
     return [
         WatchdogHook(watchdog),
-        metrics,
-        NonFiniteHook(metrics),
-        CheckpointHook(folder.save, metrics, every=config.checkpoint.every),
+        MetricsHook(folder.log, show_progress=show_progress),
+        NonFiniteHook(),
+        CheckpointHook(folder.save, every=config.checkpoint.every),
         ValidationHook(
             folder.log,
-            metrics,
             every=config.validation.every,
             done=folder.last_logged(VALIDATION_KEY),
             alive=watchdog.alive,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 from torch import Tensor
 
 from arc_ds.errors import CheckpointError
@@ -84,8 +84,8 @@ def load_resharded(engine: Any, path: Path, written_by: int) -> None:
     """
     if engine.zero_optimization_stage() != 3:
         raise CheckpointError(
-            f"{path} was written by {written_by} ranks, this run has {dist.get_world_size()}; only ZeRO stage 3 can "
-            f"change their number (this engine has stage {engine.zero_optimization_stage()}). "
+            f"{path} was written by {written_by} ranks, this run has {torch_dist.get_world_size()}; only ZeRO stage 3 "
+            f"can change their number (this engine has stage {engine.zero_optimization_stage()}). "
             f"Start {written_by} ranks, or take a stage-3 DeepSpeed config from the start."
         )
     model_states = [_read(path, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(written_by)]
@@ -95,8 +95,8 @@ def load_resharded(engine: Any, path: Path, written_by: int) -> None:
     optimizer = engine.optimizer
     optimizer.checkpoint_event_prologue()
     # DeepSpeed picks its own rank's entry out of a list over ranks.
-    states: list[Any] = [None] * dist.get_world_size()
-    states[dist.get_rank()] = _state_of_rank(path, engine, shards)
+    states: list[Any] = [None] * torch_dist.get_world_size()
+    states[torch_dist.get_rank()] = _state_of_rank(path, engine, shards)
     optimizer.load_state_dict(state_dict_list=states)
     _load_frozen(engine, model_states)
     optimizer.checkpoint_event_epilogue()
@@ -167,14 +167,14 @@ def _state_of_rank(path: Path, engine: Any, shards: _Shards) -> dict[str, Any]:
     param_groups = _param_groups(path, engine, saved["optimizer_state_dict"]["param_groups"])
     return {
         **saved,
-        "partition_count": dist.get_world_size(),
+        "partition_count": torch_dist.get_world_size(),
         "optimizer_state_dict": {"state": states, "param_groups": param_groups},
         "fp32_flat_groups": masters,
     }
 
 
 def _joined(shards: _Shards, names: list[str], key: str) -> Tensor:
-    place = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+    place = {"rank": torch_dist.get_rank(), "world_size": torch_dist.get_world_size()}
     return torch.cat([cut_anew(shards.pieces(name, key), shards.places[name].numel, **place) for name in names])
 
 
@@ -202,7 +202,7 @@ def _named(engine: Any, params: Iterable[Any]) -> list[tuple[str, Any]]:
 
 def _load_frozen(engine: Any, model_states: Sequence[Mapping[str, Any]]) -> None:
     """Parameters that do not train stand beside the module's state, cut in the same way."""
-    place = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+    place = {"rank": torch_dist.get_rank(), "world_size": torch_dist.get_world_size()}
     params = {engine.param_names[param]: param for param in engine.module.parameters()}
     for name in model_states[0]["frozen_param_fragments"] or {}:
         pieces = [state["frozen_param_fragments"][name] for state in model_states]

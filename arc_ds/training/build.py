@@ -111,6 +111,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         tokenizers=parts.tokenizers,
         backbones=parts.backbones,
         engine=engine,
+        ds_config=parts.ds_config,
         decoders=_place(config, parts.decoders, device, parts.ds_config),
         data=parts.data,
         schedule=rate_schedule(config),

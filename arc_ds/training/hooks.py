@@ -28,7 +28,13 @@ VALIDATION_KEY = "validation/seconds"
 
 
 class Hook(Protocol):
-    """Called by the loop on every rank, in the order of the list; may hold collectives."""
+    """Called by the loop on every rank, in the order of priorities; may hold collectives.
+
+    priority: hooks of a lower number come first. Metrics come before everything that writes, and a step is saved before
+        it is validated, which may take long.
+    """
+
+    priority: int
 
     def on_start(self, run: Run) -> None:
         """Before the first step of this process."""
@@ -42,6 +48,8 @@ class Hook(Protocol):
 
 class WatchdogHook:
     """Tells the watchdog that the run is alive."""
+
+    priority = 0
 
     def __init__(self, watchdog: Watchdog) -> None:
         self._watchdog = watchdog
@@ -63,6 +71,8 @@ class MetricsHook:
     Results stay on the device until a report is due, so that the step itself never waits for them.
     """
 
+    priority = 10
+
     def __init__(self, log: LogMetrics, *, show_progress: bool) -> None:
         self._log = log
         self._show = show_progress
@@ -74,6 +84,7 @@ class MetricsHook:
 
     def on_start(self, run: Run) -> None:
         self._started = time.perf_counter()
+        run.pauses.add(self.flush, self._restart_clock)
         self._peak_flops = peak_bf16_flops(run.device) if run.config.precision == "bf16" else None
         if self._show and dist.is_main():
             self._bar = tqdm(total=run.config.steps, initial=run.step, unit="step", desc="train", dynamic_ncols=True)
@@ -105,8 +116,7 @@ class MetricsHook:
         self._report(run, rows[-1][1], elapsed / len(rows))
         self._pending, self._started = [], time.perf_counter()
 
-    def restart_clock(self) -> None:
-        """What follows is timed from now; call it after `flush` and whatever is not a step."""
+    def _restart_clock(self) -> None:
         self._started = time.perf_counter()
 
     def _speed(self, run: Run, totals: Totals, elapsed: float) -> dict[str, float]:
@@ -143,10 +153,11 @@ class ValidationHook:
     is none. alive: told after each batch that this rank has not stalled. is_stopped: whether it is asked to stop.
     """
 
+    priority = 40
+
     def __init__(
         self,
         log: LogMetrics,
-        metrics: MetricsHook,
         *,
         every: int,
         done: int | None = None,
@@ -155,7 +166,6 @@ class ValidationHook:
         show_progress: bool = False,
     ) -> None:
         self._log = log
-        self._metrics = metrics
         self._every = every
         self._last = done
         self._alive = alive
@@ -175,12 +185,14 @@ class ValidationHook:
             self._validate(run)
 
     def _validate(self, run: Run) -> None:
-        if run.validator is None:
-            return
-        self._metrics.flush(run)  # steps do not decrease along the log
+        if run.validator is not None:
+            with run.pauses.pause(run):  # steps do not decrease along the log
+                self._score(run, run.validator)
+
+    def _score(self, run: Run, validator: Validator) -> None:
         started = time.perf_counter()
         try:
-            scores = self._scores(run, run.validator)
+            scores = self._scores(run, validator)
         except ValidationStopped:
             logger.info("step %d: the validation is broken off; the next start makes up for it", run.step)
             run.is_stopping = True
@@ -192,7 +204,6 @@ class ValidationHook:
                 metrics.update(score.as_metrics(f"validation/{decoder}/{task}"))
                 logger.info("step %d, %s, %s: %s", run.step, decoder, task, _in_words(score))
         self._log(run.step, metrics)
-        self._metrics.restart_clock()
 
     def _scores(self, run: Run, validator: Validator) -> dict[str, dict[str, TaskScores]]:
         tasks, names = ", ".join(validator.tasks), ", ".join(run.decoder_names)
@@ -210,9 +221,10 @@ class ValidationHook:
 class CheckpointHook:
     """Saves every `every` steps (0: only at the end or when asked to stop), after what is pending has been logged."""
 
-    def __init__(self, save: Callable[[Run], None], metrics: MetricsHook, *, every: int) -> None:
+    priority = 30
+
+    def __init__(self, save: Callable[[Run], None], *, every: int) -> None:
         self._save = save
-        self._metrics = metrics
         self._every = every
         self._last = -1
 
@@ -229,9 +241,8 @@ class CheckpointHook:
     def _save_once(self, run: Run) -> None:
         if self._last == run.step:
             return
-        self._metrics.flush(run)
-        self._save(run)
-        self._metrics.restart_clock()
+        with run.pauses.pause(run):
+            self._save(run)
         self._last = run.step
 
 

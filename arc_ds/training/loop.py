@@ -21,6 +21,7 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
     that cannot make its next batch (DataError) stops all ranks before that step, saved likewise, with one error. What
     a hook raises (TrainingError) ends the run.
     """
+    hooks = sorted(hooks, key=lambda hook: hook.priority)
     for hook in hooks:
         hook.on_start(run)
     ahead = LookAhead(run.batches(stop), run.make_again)

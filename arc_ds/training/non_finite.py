@@ -10,7 +10,6 @@ from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.errors import TrainingError
 from arc_ds.system import dist
 from arc_ds.system.files import write_whole
-from arc_ds.training.hooks import MetricsHook
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
 
@@ -23,12 +22,10 @@ _NAMED_RECORDS = 8
 class NonFiniteHook:
     """Writes down the records of steps that were left out, and ends the run at too many in a row.
 
-    RUN/non_finite_step_NNNNNN.json: what each rank read in that step. Comes after `metrics`, whose pending results it
-    writes before it ends the run.
+    RUN/non_finite_step_NNNNNN.json holds what each rank read in that step.
     """
 
-    def __init__(self, metrics: MetricsHook) -> None:
-        self._metrics = metrics
+    priority = 20
 
     def on_start(self, run: Run) -> None:
         """Nothing: the counts come with the checkpoint."""
@@ -44,13 +41,13 @@ class NonFiniteHook:
             logger.warning("step %d: loss or gradient is not finite; left out, records in %s", run.step, path)
         limit = run.config.optimizer.max_skipped_steps
         if run.skipped_in_row > limit:
-            self._metrics.flush(run)
-            raise TrainingError(
-                f"{run.skipped_in_row} steps in a row, up to step {run.step}, had a loss or gradient that is not "
-                f"finite; the limit is optimizer.max_skipped_steps = {limit}. The last batch held {_named(batches)} "
-                f"(all in {path}). Look at these records, lower the learning rates, or start again from an earlier "
-                "checkpoint."
-            )
+            with run.pauses.pause(run):
+                raise TrainingError(
+                    f"{run.skipped_in_row} steps in a row, up to step {run.step}, had a loss or gradient that is not "
+                    f"finite; the limit is optimizer.max_skipped_steps = {limit}. The last batch held "
+                    f"{_named(batches)} (all in {path}). Look at these records, lower the learning rates, or start "
+                    "again from an earlier checkpoint."
+                )
 
     def on_end(self, run: Run) -> None:
         """Nothing is left to do."""

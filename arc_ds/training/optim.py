@@ -88,8 +88,8 @@ class PortAdamW(torch.optim.AdamW):
     def prepare(self, schedule: RateSchedule, step: int, decoder_idxs: Collection[int]) -> dict[str, float]:
         """Set rates and active groups for a step; returns the rates of the active groups by name.
 
-        Everything that differs between groups is set, because loading DeepSpeed's universal checkpoint gives all
-        groups the hyperparameters of the first.
+        Everything that differs between groups is set in every step, so a resumed run needs nothing of the optimizer's
+        hyperparameters in the checkpoint.
         """
         rates = {}
         for group, torch_group in zip(self.groups, self.param_groups, strict=True):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 class Run:
     """A run in memory.
 
+    ds_config: of the engine that trains, resolved.
     tokenizers: fingerprints of those in use, by their keys in the config; backbones: digests (`weight_digests`).
     step: optimizer steps done; the next batch is that of step number `step`. skipped_steps: how many of them changed
     nothing because a loss or gradient was not finite; skipped_in_row: of these, the ones since the last that did.
     data_counts: records skipped, cut or changed so far, over all ranks (`meters.COUNTS`), as of the last report.
     is_stopping: all ranks have agreed, outside a step, that there is to be no further one.
+    pauses: everything that has to be done around work that is not a step.
     """
 
     config: RunConfig
@@ -49,6 +51,7 @@ class Run:
     schedule: RateSchedule
     validator: Validator | None
     tasks: tuple[str, ...]
+    ds_config: Mapping[str, Any] = field(default_factory=dict)
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     backbones: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
@@ -57,6 +60,7 @@ class Run:
     data_counts: Counter[str] = field(default_factory=Counter)
     clock: DataClock = field(default_factory=lambda: DataClock())
     is_stopping: bool = False
+    pauses: Pauses = field(default_factory=lambda: Pauses())
 
     @property
     def pin_memory(self) -> bool:
@@ -114,6 +118,26 @@ class Run:
 def _own_words(error: ArcError) -> str:
     """The message without the worker's traceback, which torch's DataLoader writes in front of it."""
     return str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()
+
+
+class Pauses:
+    """Work between steps, such as a save: others may have to finish something before it and begin anew after it."""
+
+    def __init__(self) -> None:
+        self._around: list[tuple[Callable[[Run], None], Callable[[], None]]] = []
+
+    def add(self, before: Callable[[Run], None], after: Callable[[], None]) -> None:
+        """Call `before` at the beginning of each pause, on all ranks, and `after` at its end."""
+        self._around.append((before, after))
+
+    @contextmanager
+    def pause(self, run: Run) -> Iterator[None]:
+        """The block is no step; a collective."""
+        for before, _ in self._around:
+            before(run)
+        yield
+        for _, after in self._around:
+            after()
 
 
 class DataWait(NamedTuple):

@@ -26,7 +26,6 @@ from arc_ds.checkpoints.checkpoint import (
 )
 from arc_ds.checkpoints.manifest import read_manifest
 from arc_ds.checkpoints.trained_for import TrainedFor
-from arc_ds.config.deepspeed import resolve_deepspeed
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
 from arc_ds.config.schema import RunConfig, SourceConfig
 from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
@@ -206,13 +205,11 @@ def open_tracker(run: Run, mlflow_run_id: str | None) -> Tracker:
     settings = run.config.tracking
     if not settings.mlflow:
         return Tracker(run.folder, uri=None, make_server=None, resumed_step=run.step)
-    world_size = dist.world_size()
-    ds_config = resolve_deepspeed(run.config.deepspeed, run.config, world_size, dist.local_world_size())
     config = without_secrets(run.config)
     facts = RunFacts(
         params=flatten(config),
-        artifacts={CONFIG_NAME: dump_yaml(config), "deepspeed.json": json.dumps(ds_config, indent=2)},
-        tags=environment_tags(device=describe_device(run.device), world_size=world_size),
+        artifacts={CONFIG_NAME: dump_yaml(config), "deepspeed.json": json.dumps(run.ds_config, indent=2)},
+        tags=environment_tags(device=describe_device(run.device), world_size=dist.world_size()),
         datasets=[
             DatasetFacts(name=Path(shards.name).name, digest=shards.fingerprint, source=shards.name)
             for shards in (source.shards for source in run.data.sources)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 from torch import Tensor
 
 from arc_ds.batch.packing import PackedBatch
@@ -119,12 +119,12 @@ def train_step(
             global_labels=labels_C.sum(),
             part_labels=labels_of_part[one.part],
             num_parts=len(labels_of_part),
-            world_size=dist.get_world_size(),
+            world_size=torch_dist.get_world_size(),
         )
         engine.backward(micro_batch_loss(nll_L, weight), scale_wrt_gas=False)
         nll_C += class_sums(nll_L, one.class_L, num_classes)
     engine.step()
-    dist.all_reduce(nll_C)
+    torch_dist.all_reduce(nll_C)
     return StepResult(
         step=batch.step,
         decoder_idxs=batch.decoder_idxs,
@@ -169,10 +169,10 @@ def _tell(notice: Notice, classes: Sequence[Tensor], num_classes: int) -> tuple[
     """
     class_L = torch.cat(list(classes))
     labels_C = (class_L[:, None] == torch.arange(num_classes, device=class_L.device)).sum(0)
-    told = labels_C.new_zeros(2 + dist.get_world_size())  # filled on the device: a copy to it could wait
-    told[0], told[1], told[2 + dist.get_rank()] = int(notice.stop), int(notice.failed), notice.num_splits
+    told = labels_C.new_zeros(2 + torch_dist.get_world_size())  # filled on the device: a copy to it could wait
+    told[0], told[1], told[2 + torch_dist.get_rank()] = int(notice.stop), int(notice.failed), notice.num_splits
     message = torch.cat([labels_C, told])
-    dist.all_reduce(message)
+    torch_dist.all_reduce(message)
     read = start_host_copy(message[num_classes:])
 
     def agreed() -> Agreed:

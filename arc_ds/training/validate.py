@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 from torch import Tensor
 
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
@@ -146,7 +146,7 @@ class Validator:
         for idx, samples in enumerate(self.sets):
             known = () if idx in self._without_compressor else (samples.closed, samples.open)
             for each in (samples.compressed, samples.mismatched, *known):
-                total += -(-len(self._batches(each)) // dist.get_world_size())
+                total += -(-len(self._batches(each)) // torch_dist.get_world_size())
         return total
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ class Validator:
     ) -> _Sums:
         """Batches are dealt to ranks in turn; a rank that runs out repeats the last one without counting it."""
         batches = self._batches(samples)
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rank, world_size = torch_dist.get_rank(), torch_dist.get_world_size()
         nll_K = torch.zeros(len(self.tasks), dtype=torch.float64, device=self._device)
         labels_K = torch.zeros(len(self.tasks), dtype=torch.int64, device=self._device)
         for first in range(0, len(batches), world_size):
@@ -210,13 +210,13 @@ class Validator:
                 nll_K.index_add_(0, task_L, nll_L.double())
                 labels_K.index_add_(0, task_L, torch.ones_like(task_L))
             progress.on_forward()
-        dist.all_reduce(nll_K)
-        dist.all_reduce(labels_K)
+        torch_dist.all_reduce(nll_K)
+        torch_dist.all_reduce(labels_K)
         return _Sums(nll_K=nll_K, labels_K=labels_K)
 
     def _end_where_stopped(self, progress: _Progress) -> None:
         stopped = torch.tensor(int(progress.is_stopped()), device=self._device)
-        dist.all_reduce(stopped)
+        torch_dist.all_reduce(stopped)
         if stopped.item():
             raise ValidationStopped
 

@@ -55,6 +55,8 @@ class Outcome(NamedTuple):
 class _Watch:
     """Notes the batches that a run trains on."""
 
+    priority = 99
+
     def __init__(self) -> None:
         self.batches: list[StepBatch] = []
 

@@ -70,6 +70,8 @@ class _TornOnRankOne:
 class _SignalToRankOne:
     """Signals rank 1 after a step, as a launcher would."""
 
+    priority = 99
+
     def __init__(self, step: int) -> None:
         self._step = step
 

@@ -168,10 +168,10 @@ def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 
 def _fill_partitioned(parameter: nn.Parameter, source: TensorSource, name: str) -> Exception | None:
     """Fill one gathered parameter; a failure to read is returned, since the other ranks wait in the gather."""
-    import torch.distributed as dist
+    import torch.distributed as torch_dist
 
     with gathered([parameter]):
-        if dist.get_rank() != 0:
+        if torch_dist.get_rank() != 0:
             return None
         try:
             copy_into(parameter, source.tensor(name))
@@ -182,10 +182,10 @@ def _fill_partitioned(parameter: nn.Parameter, source: TensorSource, name: str) 
 
 def _raise_everywhere(failure: Exception | None) -> None:
     """Rank 0's failure as a WeightsError on every rank."""
-    import torch.distributed as dist
+    import torch.distributed as torch_dist
 
     message: list[Any] = [None if failure is None else str(failure)]
-    dist.broadcast_object_list(message, src=0)
+    torch_dist.broadcast_object_list(message, src=0)
     if message[0] is not None:
         raise WeightsError(message[0]) from failure
 

@@ -18,26 +18,13 @@ from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import count_flops
 from arc_ds.training import hooks, meters
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, MetricsHook, ValidationHook
-from arc_ds.training.run import DataWait
+from arc_ds.training.run import DataWait, Pauses
 from arc_ds.training.step import Agreed, StepResult
 from arc_ds.training.validate import ValidationStopped
 from tests.helpers.tiny_compressor import TINY, sample
 
 STEPS = 10
 AGREED = Agreed(stop=False, failed=False, splits=(0,))
-
-
-class _Metrics:
-    """Stands in for `MetricsHook`: notes when it is asked to write what is pending."""
-
-    def __init__(self) -> None:
-        self.flushed = 0
-
-    def flush(self, run: Any) -> None:
-        self.flushed += 1
-
-    def restart_clock(self) -> None:
-        pass
 
 
 class _Validator:
@@ -56,14 +43,14 @@ class _Validator:
 def _run(step: int) -> Any:
     return SimpleNamespace(
         step=step, config=SimpleNamespace(steps=STEPS), validator=_Validator(), engine=None, decoders=(),
-        decoder_names=("wide", "other"), is_stopping=False,
+        decoder_names=("wide", "other"), is_stopping=False, pauses=Pauses(),
     )  # fmt: skip
 
 
 def _validated_steps(*, every: int, done: int | None, start: int, end: int) -> list[int]:
     """The steps after which a hook validates a run that goes from `start` to `end`."""
     logged: list[tuple[int, dict[str, float]]] = []
-    hook = ValidationHook(lambda step, found: logged.append((step, found)), _Metrics(), every=every, done=done)  # type: ignore[arg-type]
+    hook = ValidationHook(lambda step, found: logged.append((step, found)), every=every, done=done)  # type: ignore[arg-type]
     hook.on_start(_run(start))
     for step in range(start + 1, end + 1):
         hook.after_step(_run(step), None, _result(step))  # type: ignore[arg-type]
@@ -92,7 +79,7 @@ def test_validation_comes_once_a_step(every: int, done: int | None, start: int, 
 
 def test_a_run_that_is_asked_to_stop_saves_first() -> None:
     logged: list[int] = []
-    hook = ValidationHook(lambda step, _: logged.append(step), _Metrics(), every=5)  # type: ignore[arg-type]
+    hook = ValidationHook(lambda step, _: logged.append(step), every=5)  # type: ignore[arg-type]
     asked = dataclasses.replace(_result(5), agreed=dataclasses.replace(AGREED, stop=True))
     hook.after_step(_run(5), None, asked)  # type: ignore[arg-type]
     hook.on_end(_run(5))
@@ -106,7 +93,7 @@ def test_a_stop_breaks_a_validation_off(end: int) -> None:
     logged: list[int] = []
     asked = iter([False, True])
     hook = ValidationHook(
-        lambda step, _: logged.append(step), _Metrics(), every=5, is_stopped=lambda: next(asked)  # type: ignore[arg-type]
+        lambda step, _: logged.append(step), every=5, is_stopped=lambda: next(asked)  # type: ignore[arg-type]
     )  # fmt: skip
     run = _run(end)
     hook.after_step(run, None, _result(end))  # type: ignore[arg-type]
@@ -116,7 +103,7 @@ def test_a_stop_breaks_a_validation_off(end: int) -> None:
 
 def test_a_long_validation_says_what_it_does_and_is_no_stall(caplog: pytest.LogCaptureFixture) -> None:
     alive: list[None] = []
-    hook = ValidationHook(lambda *_: None, _Metrics(), every=5, alive=lambda: alive.append(None))  # type: ignore[arg-type]
+    hook = ValidationHook(lambda *_: None, every=5, alive=lambda: alive.append(None))  # type: ignore[arg-type]
     with caplog.at_level("INFO"):
         hook.after_step(_run(5), None, _result(5))  # type: ignore[arg-type]
     assert len(alive) == 3
@@ -129,17 +116,23 @@ def test_a_long_validation_says_what_it_does_and_is_no_stall(caplog: pytest.LogC
 )
 def test_each_step_is_saved_once_after_its_metrics(every: int, start: int, end: int, expected: list[int]) -> None:
     """A second save of a step would be an error: nothing saved is overwritten."""
-    saved, metrics = [], _Metrics()
+    saved: list[int] = []
+    flushed: list[int] = []
 
     def save(run: Any) -> None:
-        assert metrics.flushed == len(saved) + 1, "metrics of a saved step must stand in the log before it is saved"
+        assert flushed[-1] == run.step, "metrics of a saved step must stand in the log before it is saved"
         saved.append(run.step)
 
-    hook = CheckpointHook(save, metrics, every=every)  # type: ignore[arg-type]
-    hook.on_start(_run(start))
+    def run_at(step: int) -> Any:
+        run = _run(step)
+        run.pauses.add(lambda run: flushed.append(run.step), lambda: None)
+        return run
+
+    hook = CheckpointHook(save, every=every)
+    hook.on_start(run_at(start))
     for step in range(start + 1, end + 1):
-        hook.after_step(_run(step), None, _result(step))  # type: ignore[arg-type]
-    hook.on_end(_run(end))
+        hook.after_step(run_at(step), None, _result(step))  # type: ignore[arg-type]
+    hook.on_end(run_at(end))
     assert saved == expected
 
 
@@ -170,7 +163,7 @@ def _speed_of_two_steps(
         step=0, config=SimpleNamespace(steps=9, log_every=2, precision=precision, encoder=encoder, data=data),
         spec=SPEC, device=torch.device("cpu"), decoders=(SimpleNamespace(module=SimpleNamespace(config=TINY)),),
         decoder_names=("a",), tasks=("continuation",), skipped_steps=0, data_counts=Counter(cut_answers=5),
-        clock=SimpleNamespace(read=lambda: DataWait(waited_s=1.0, remade=1)),
+        clock=SimpleNamespace(read=lambda: DataWait(waited_s=1.0, remade=1)), pauses=Pauses(),
     )  # fmt: skip
     logged: dict[str, float] = {}
     hook = MetricsHook(lambda _step, found: logged.update(found), show_progress=False)

@@ -53,6 +53,8 @@ class _Run:
 class _Hook:
     """Notes its calls; asks for a stop after a step, or finds at a call that all ranks have agreed on one."""
 
+    priority = 0
+
     def __init__(self, stop: StopRequest, stop_after: int, agrees_at: str) -> None:
         self.calls: list[str] = []
         self._stop, self._stop_after, self._agrees_at = stop, stop_after, agrees_at
@@ -195,3 +197,21 @@ def test_an_error_of_our_own_code_is_not_held_back() -> None:
 def test_what_has_no_batches_is_at_its_end() -> None:
     ahead = LookAhead(iter(()), _Run().make_again)  # type: ignore[arg-type]
     assert list(ahead) == [] and ahead.error is None
+
+
+def test_hooks_are_called_by_priority_whatever_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Named(_Hook):
+        def __init__(self, name: str, priority: int) -> None:
+            super().__init__(StopRequest(), 0, "")
+            self.name, self.priority = name, priority
+
+        def _note(self, run: Any, call: str) -> None:
+            calls.append(f"{self.name} {call}")
+
+    last = SimpleNamespace(applied=True, agreed=Agreed(stop=True, failed=False, splits=(0,)))
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: last)
+    monkeypatch.setattr(loop.dist, "gather_objects", lambda own: [own])
+    fit(_Run(), [Named("late", 5), Named("early", 1)], StopRequest())  # type: ignore[arg-type, list-item]
+    assert calls[:4] == ["early start", "late start", "early 1", "late 1"]

@@ -36,7 +36,7 @@ def test_each_batch_is_told_and_counted_before(
 ) -> None:
     """Two decoders, four ways, five samples in batches of two; closed and open are scored once."""
     group = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: world_size, all_reduce=lambda _: None)
-    monkeypatch.setattr(validate, "dist", group)
+    monkeypatch.setattr(validate, "torch_dist", group)
     validator = Validator(
         [_set(5), _set(5)],
         decoder_names=["a", "b"],
@@ -63,7 +63,7 @@ def test_a_stop_ends_it_before_the_next_batch_on_all_ranks(own: bool, monkeypatc
             tensor += 1
 
     group = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 2, all_reduce=all_reduce)
-    monkeypatch.setattr(validate, "dist", group)
+    monkeypatch.setattr(validate, "torch_dist", group)
     compress, progress = (lambda batch, idx: torch.zeros(1)), (lambda: told.append(None))
     validator = _validator(_set(5), batch_size=1)
     with pytest.raises(ValidationStopped):
@@ -94,7 +94,7 @@ def test_large_samples_are_scored_within_the_limits_with_the_same_result(
     limits: MicroBatchLimits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1, all_reduce=lambda _: None)
-    monkeypatch.setattr(validate, "dist", group)
+    monkeypatch.setattr(validate, "torch_dist", group)
     batches: list[PackedBatch] = []
 
     def score(batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:

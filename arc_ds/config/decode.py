@@ -7,8 +7,9 @@ import difflib
 import math
 import types
 from collections.abc import Iterable
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from arc_ds.config.ranges import Range
 from arc_ds.config.tree import Entry
 from arc_ds.errors import ConfigError
 
@@ -18,25 +19,42 @@ T = TypeVar("T")
 def decode(entry: Entry, cls: type[T]) -> T:
     """Build the dataclass `cls` from a mapping.
 
-    Field types: str, int, float, bool, None, Literal of strings, unions, tuples, dataclasses and tuples of them.
-    ConfigError on an unknown key (with the nearest one), a missing key, or a value of another type.
+    Field types: str, int, float, bool, None, Literal of strings, unions, tuples, dataclasses and tuples of them, and
+    numbers annotated with a `Range`.
+    ConfigError on an unknown key (with the nearest one), a missing key, or a value of another type; and one that lists
+    all numbers out of range.
     """
-    return _dataclass(entry, cls, "")
+    out_of_range: list[str] = []
+    decoded = _dataclass(entry, cls, "", out_of_range)
+    if out_of_range:
+        raise ConfigError("\n".join(out_of_range))
+    return decoded
 
 
-def _value(entry: Entry, kind: Any, path: str) -> Any:
+def _value(entry: Entry, kind: Any, path: str, out_of_range: list[str]) -> Any:
     origin = get_origin(kind)
+    if origin is Annotated:
+        number, allowed = get_args(kind)
+        return _number(entry, number, allowed, path, out_of_range)
     if origin in (Union, types.UnionType):
-        return _union(entry, get_args(kind), path)
+        return _union(entry, get_args(kind), path, out_of_range)
     if kind is type(None):
         return None if entry.is_null else _mismatch(entry, path, "null")
     if origin is tuple:
-        return _tuple(entry, get_args(kind), path)
+        return _tuple(entry, get_args(kind), path, out_of_range)
     if dataclasses.is_dataclass(kind):
-        return _dataclass(entry, kind, path)  # type: ignore[arg-type]
+        return _dataclass(entry, kind, path, out_of_range)  # type: ignore[arg-type]
     if origin is Literal:
         return _literal(entry, get_args(kind), path)
     return _SCALARS[kind](entry, path)
+
+
+def _number(entry: Entry, kind: Any, allowed: Range, path: str, out_of_range: list[str]) -> Any:
+    value: Any = _SCALARS[kind](entry, path)
+    if not allowed.holds(value):
+        cure = f" {allowed.cure}" if allowed.cure else ""
+        out_of_range.append(f"{entry.where}: {path} is {value}; expected {allowed}.{cure}")
+    return value
 
 
 def _literal(entry: Entry, allowed: tuple[str, ...], path: str) -> str:
@@ -45,7 +63,7 @@ def _literal(entry: Entry, allowed: tuple[str, ...], path: str) -> str:
     return text if text in allowed else _mismatch(entry, path, expected, _nearest(text, allowed))
 
 
-def _union(entry: Entry, members: tuple[Any, ...], path: str) -> Any:
+def _union(entry: Entry, members: tuple[Any, ...], path: str, out_of_range: list[str]) -> Any:
     """The member that fits the shape of what came: null, a list, or a scalar."""
     if type(None) in members and entry.is_null:
         return None
@@ -53,24 +71,25 @@ def _union(entry: Entry, members: tuple[Any, ...], path: str) -> Any:
     wants_list = [m for m in members if get_origin(m) is tuple]
     rest = [m for m in members if get_origin(m) is not tuple]
     chosen = wants_list if entry.kind == "sequence" and wants_list else rest or wants_list
-    return _value(entry, chosen[0], path)
+    return _value(entry, chosen[0], path, out_of_range)
 
 
-def _tuple(entry: Entry, members: tuple[Any, ...], path: str) -> tuple[Any, ...]:
+def _tuple(entry: Entry, members: tuple[Any, ...], path: str, out_of_range: list[str]) -> tuple[Any, ...]:
     if entry.kind != "sequence":
         return _mismatch(entry, path, "a list, for example [8]")
     if len(members) == 2 and members[1] is Ellipsis:
         members = (members[0],) * len(entry.sequence)
     if len(members) != len(entry.sequence):
         return _mismatch(entry, path, f"a list of {len(members)}")
-    return tuple(_value(e, m, f"{path}.{i}") for i, (e, m) in enumerate(zip(entry.sequence, members, strict=True)))
+    pairs = zip(entry.sequence, members, strict=True)
+    return tuple(_value(child, kind, f"{path}.{i}", out_of_range) for i, (child, kind) in enumerate(pairs))
 
 
-def _dataclass(entry: Entry, cls: type[T], path: str) -> T:
+def _dataclass(entry: Entry, cls: type[T], path: str, out_of_range: list[str]) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if entry.kind != "mapping":
         return _mismatch(entry, path or "the config", f"a mapping with keys of {', '.join(fields)}")
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     prefix = f"{path}." if path else ""
     for key, child in entry.mapping.items():
         if key not in fields:
@@ -81,7 +100,8 @@ def _dataclass(entry: Entry, cls: type[T], path: str) -> T:
             f"{entry.where}: missing {', '.join(prefix + name for name in missing)}. "
             f"Add it there, or on the command line ({prefix}{missing[0]}=…)."
         )
-    return cls(**{key: _value(child, hints[key], prefix + key) for key, child in entry.mapping.items()})
+    values = {key: _value(child, hints[key], prefix + key, out_of_range) for key, child in entry.mapping.items()}
+    return cls(**values)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

@@ -14,7 +14,7 @@ import yaml
 from arc_ds.config.decode import decode
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.tree import apply_override, parse_yaml
-from arc_ds.config.validate import check_ranges
+from arc_ds.config.validate import check_exclusions
 from arc_ds.errors import ConfigError
 
 Scalar = str | int | float | bool | None
@@ -71,7 +71,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         apply_override(root, override)
     config = decode(root, RunConfig)
-    check_ranges(config, str(path))
+    check_exclusions(config, str(path))
     return config
 
 

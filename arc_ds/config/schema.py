@@ -2,14 +2,15 @@
 
 The docstring under a field is its documentation. Defaults are the paper's pretraining (arXiv 2510.20535, appendix B;
 design 13) unless a field says otherwise. Loading, overrides and the types that a value may have: `load.py` and
-`decode.py`; ranges and what excludes what: `validate.py`.
+`decode.py`; what excludes what: `validate.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from arc_ds.config.ranges import Count, NonNegativeFloat, Positive, PositiveFloat, Range
 from arc_ds.errors import ConfigError
 
 RopeScalingChoice = Literal["checkpoint", "none"]
@@ -23,6 +24,10 @@ PoolingStrategy = Literal[
     "prune_norm",
 ]  # fmt: skip
 ShareSchedule = tuple[tuple[int, float], ...]
+Factor = Annotated[
+    int, Range(at_least=1, cure="A factor is tokens per group: 1 keeps every token, 8 is the paper's.")
+]
+Decay = Annotated[float, Range(at_least=0, below=1)]
 DEFAULT_TRUNCATED_LAYERS = 2
 
 
@@ -34,15 +39,15 @@ class EncoderConfig:
     """Where the backbone's weights and sizes are: a Hugging Face folder, a Meta/Mistral folder, or a .gguf file."""
     tokenizer: str | None = None
     """Tokenizer file or folder. None: the one beside the backbone (or inside the .gguf)."""
-    num_layers: int | None = None
-    """How many of the backbone's layers to keep, from the first, ≥ 1. Excludes `num_truncated_layers`."""
-    num_truncated_layers: int | None = None
-    """How many of the backbone's last layers to drop, ≥ 0. None: 2 (the paper's) unless `num_layers` is given."""
+    num_layers: Positive | None = None
+    """How many of the backbone's layers to keep, from the first. Excludes `num_truncated_layers`."""
+    num_truncated_layers: Count | None = None
+    """How many of the backbone's last layers to drop. None: 2 (the paper's) unless `num_layers` is given."""
     rope_scaling: RopeScalingChoice = "checkpoint"
     """Rotary scaling: the checkpoint's own, or none. Weights released by the paper's authors were trained with none."""
     causal: bool = False
     """Whether a token sees only what precedes it. False: the whole context in both directions, as in the paper."""
-    trained_layers: int | None = None
+    trained_layers: Annotated[int, Range(at_least=0, cure="0 freezes the encoder's layers.")] | None = None
     """How many of the last kept layers are trained. None: all; 0: the encoder is frozen (a new decoder's bridge)."""
     train_embeddings: bool = True
     """Whether the token embeddings are trained."""
@@ -81,11 +86,11 @@ class PoolingConfig:
     """Pool residual stream and queries only, keys and values stay unpooled. Without effect where `where: between`."""
     where: Literal["before", "between"] = "before"
     """Pool the states that enter the layer, or those between its attention and its FFN."""
-    factors: tuple[int, ...] = (8,)
-    """Tokens per group, ≥ 1, one factor for each of the last layers: [8] pools in the last, [2, 2] in the last two."""
-    num_groups: int | None = None
-    """A fixed number of groups for every context, ≥ 1, in place of factors (then set `factors: []`)."""
-    memory_tokens: int = 0
+    factors: tuple[Factor, ...] = (8,)
+    """Tokens per group, one factor for each of the last layers: [8] pools in the last, [2, 2] in the last two."""
+    num_groups: Positive | None = None
+    """A fixed number of groups for every context, in place of factors (then set `factors: []`)."""
+    memory_tokens: Count = 0
     """Learned vectors appended to each context, whose outputs replace pooling (then set `factors: []`); 0: none."""
 
 
@@ -107,8 +112,8 @@ class BridgeConfig:
 
     kind: Literal["mlp", "linear", "rms", "none"] = "mlp"
     """Two linears without bias or activation; one linear; RMSNorm and two linears; nothing (widths must be equal)."""
-    hidden_size: int | None = 2048
-    """Width between the two linears, ≥ 1. None: the decoder's width. Without effect for `linear` and `none`."""
+    hidden_size: Annotated[int, Range(at_least=1, cure="null takes the decoder's width.")] | None = 2048
+    """Width between the two linears. None: the decoder's width. Without effect for `linear` and `none`."""
     init: Literal["kaiming", "identity"] = "kaiming"
     """Kaiming-uniform with a = √5 (paper), or the identity, a warm start where all widths are equal (design 14)."""
 
@@ -146,18 +151,18 @@ class SourceConfig:
     path: str
     """A folder of shards (`arc-ds shards build` or `index`), or the URL of one: http(s)://, s3://, gs://, hf://, sftp://
     or `pipe:COMMAND`, in which {} stands for the file's name (without {}, a slash and the name are appended)."""
-    weight: float = 1.0
-    """Its share of the samples, > 0, relative to the other sources."""
+    weight: Annotated[float, Range(above=0, cure="Remove a source not wanted.")] = 1.0
+    """Its share of the samples, relative to the other sources."""
     task: str = "pretraining"
     """What its records become: reconstruction and continuation of a text; questions on documents with in-context
     examples; or a text or passages in chunks that are compressed in parallel."""
-    in_context_examples: int = 0
-    """few_shot only: most examples in front of the question, ≥ 0; their number is drawn from 0 to this (paper: 5)."""
-    max_passages: int = 1
-    """few_shot only: most passages of a record joined to one document, ≥ 1; drawn from 1 to this, the first of the
+    in_context_examples: Count = 0
+    """few_shot only: most examples before the question; their number is drawn from 0 to this (paper: 5)."""
+    max_passages: Positive = 1
+    """few_shot only: most passages of a record joined to one document; drawn from 1 to this, the first of the
     record are taken (paper: 4 or 5)."""
-    chunk_tokens: int = 1024
-    """long_context only: encoder tokens of a chunk, ≥ 1."""
+    chunk_tokens: Positive = 1024
+    """long_context only: encoder tokens of a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,27 +174,27 @@ class DataConfig:
     validation: str | tuple[SourceConfig, ...] | None = None
     """Held-out shards: a folder (or URL) of pretraining records, or a list of sources, whose weights share out
     `validation.num_samples`. None: no validation."""
-    batch_size: int = 128
+    batch_size: Positive = 128
     """Sequences in a global batch, over all ranks and micro-batches (the paper's 16 × 8 GPUs)."""
     reconstruction_share: float | ShareSchedule = 0.2
     """Share of reconstruction among the samples, 0 to 1, the rest is continuation; or [from_step, share] pairs that
     change it over time, the first from step 0."""
-    max_context_tokens: int = 256
-    """Longest context to compress, in encoder tokens, ≥ 1."""
-    max_prefix_tokens: int = 256
-    """Longest plain text before the context of a continuation, in decoder tokens, ≥ 0."""
-    max_continuation_tokens: int = 256
-    """Longest text to continue with, in decoder tokens, ≥ 2 (the first has no row that predicts it)."""
-    max_documents_tokens: int = 2048
-    """few_shot: most encoder tokens that a sample compresses, its in-context examples' included, ≥ 1. The question's
+    max_context_tokens: Positive = 256
+    """Longest context to compress, in encoder tokens."""
+    max_prefix_tokens: Count = 256
+    """Longest plain text before the context of a continuation, in decoder tokens."""
+    max_continuation_tokens: Annotated[int, Range(at_least=2)] = 256
+    """Longest text to continue with, in decoder tokens (the first has no row that predicts it)."""
+    max_documents_tokens: Positive = 2048
+    """few_shot: most encoder tokens that a sample compresses, its in-context examples' included. The question's
     own document is cut to it; examples for which there is no room are left out, the first ones first."""
-    max_chunks: int = 32
-    """long_context: most chunks of a sample, ≥ 1."""
-    max_question_tokens: int = 256
-    """few_shot and long_context: a longer question loses its beginning; in decoder tokens, ≥ 1. A record's own chat
+    max_chunks: Positive = 32
+    """long_context: most chunks of a sample."""
+    max_question_tokens: Positive = 256
+    """Questions: a longer one loses its beginning; in decoder tokens. A record's own chat
     prompt counts as part of it."""
-    max_answer_tokens: int = 256
-    """few_shot and long_context: a longer answer is cut and its end is no target; in decoder tokens, ≥ 1. An
+    max_answer_tokens: Positive = 256
+    """Questions: a longer answer is cut and its end is no target; in decoder tokens. An
     in-context example with a longer question or answer is left out. All that is cut is counted."""
     max_encoder_tokens: int | None = None
     """Most encoder tokens (memory tokens included) in one micro-batch; the largest sample that the sizes allow has to
@@ -202,13 +207,13 @@ class DataConfig:
     None: no limit."""
     decoder_bos: bool = True
     """Whether a decoder sequence begins with the tokenizer's begin-of-text, where it has one."""
-    num_workers: int = 2
+    num_workers: Count = 2
     """Processes per rank that prepare batches; 0: in the training process. Batches do not depend on it."""
     cache_dir: str | None = None
     """Where shards from URLs are kept; local to the host. None: ARC_DS_CACHE_DIR, else XDG_CACHE_HOME/arc-ds/shards,
     else ~/.cache/arc-ds/shards. All processes of a host share it, and so may several runs."""
-    cache_gib: float | None = None
-    """Most that shards and token caches in `cache_dir` take, in GiB, > 0; the least recently used make room. None: half
+    cache_gib: Annotated[float, Range(above=0, cure="Write null for half of what is free.")] | None = None
+    """Most that shards and token caches in `cache_dir` take, in GiB; the least recently used make room. None: half
     of what is free on its disk when the run starts, what the cache holds already included."""
     on_error: Literal["skip", "stop"] = "stop"
     """A record that cannot be used stops the run, or is replaced by another and counted; a held-out one is passed over
@@ -226,30 +231,30 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its schedule. Learning rates are per step; each group has its own peak."""
 
-    encoder_lr: float = 1e-5
-    """Peak rate of the encoder, ≥ 0."""
-    markers_lr: float = 1e-5
-    """Peak rate of the markers, ≥ 0."""
-    bridge_lr: float = 5e-5
-    """Peak rate of the bridges, ≥ 0; higher, because they start from nothing."""
+    encoder_lr: NonNegativeFloat = 1e-5
+    """Peak rate of the encoder."""
+    markers_lr: NonNegativeFloat = 1e-5
+    """Peak rate of the markers."""
+    bridge_lr: NonNegativeFloat = 5e-5
+    """Peak rate of the bridges; higher, because they start from nothing."""
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
     """Warm-up to the peak and cosine to `final_lr` (paper), or warm-up and then the peak."""
     warmup_steps: int = 1000
     """Steps from `initial_lr` to the peak, 0 to steps - 1."""
-    initial_lr: float = 1e-20
-    """Rate of the first step, ≥ 0."""
-    final_lr: float = 1e-10
-    """Rate of the last step, ≥ 0."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay of the first and second moment, each in [0, 1)."""
-    eps: float = 1e-8
-    """AdamW's ε, > 0."""
-    weight_decay: float = 0.1
-    """AdamW's decoupled decay, ≥ 0."""
-    max_grad_norm: float = 1.0
+    initial_lr: NonNegativeFloat = 1e-20
+    """Rate of the first step."""
+    final_lr: NonNegativeFloat = 1e-10
+    """Rate of the last step."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """AdamW's decay of the first and second moment."""
+    eps: Annotated[float, Range(above=0, cure="For example 1e-8.")] = 1e-8
+    """AdamW's ε."""
+    weight_decay: NonNegativeFloat = 0.1
+    """AdamW's decoupled decay."""
+    max_grad_norm: NonNegativeFloat = 1.0
     """The global gradient norm is clipped to this; 0: no clipping."""
-    max_skipped_steps: int = 10
-    """A step with a non-finite loss or gradient is skipped; more than this many in a row stop the run, ≥ 0."""
+    max_skipped_steps: Count = 10
+    """A step with a non-finite loss or gradient is skipped; more than this many in a row stop the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,12 +270,12 @@ class LossConfig:
 class CheckpointConfig:
     """When the run is saved, what is kept, and where a run starts from."""
 
-    every: int = 500
+    every: Annotated[int, Range(at_least=0, cure="0 saves only at the end.")] = 500
     """Steps between checkpoints; 0: only at the end and when asked to stop."""
-    keep_last: int = 2
-    """How many of the newest checkpoints stay, ≥ 1."""
-    keep_every: int | None = None
-    """Checkpoints whose step is a multiple of this stay for good, ≥ 1; None: none do."""
+    keep_last: Positive = 2
+    """How many of the newest checkpoints stay."""
+    keep_every: Annotated[int, Range(at_least=1, cure="null keeps none for good.")] | None = None
+    """Checkpoints whose step is a multiple of this stay for good; None: none do."""
     resume: str = "auto"
     """auto: the newest whole checkpoint of `run_dir`, if there is one; never: a new run; else a checkpoint's folder."""
 
@@ -279,12 +284,12 @@ class CheckpointConfig:
 class ValidationConfig:
     """When and on how much held-out text the run is measured (design 12)."""
 
-    every: int = 0
+    every: Annotated[int, Range(at_least=0, cure="0 validates only at the end.")] = 0
     """Steps between validations; 0: only at the end."""
-    num_samples: int = 64
-    """Held-out samples per decoder, ≥ 4; shared out by the sources' weights, and evenly among a source's tasks."""
-    batch_size: int = 8
-    """Most samples per forward on each rank, ≥ 1; the limits of a micro-batch hold too. Results do not depend on it."""
+    num_samples: Annotated[int, Range(at_least=4, cure="Each task needs two of them.")] = 64
+    """Held-out samples per decoder; shared out by the sources' weights, and evenly among a source's tasks."""
+    batch_size: Positive = 8
+    """Most samples per forward on each rank; the limits of a micro-batch hold too. Results do not depend on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,10 +312,10 @@ class RunConfig:
 
     run_dir: str
     """Folder of everything that the run writes; made where it does not exist."""
-    steps: int
-    """Optimizer steps of the run, ≥ 1."""
-    seed: int = 0
-    """Seed of the data's order, of the decoder of each step and of fresh weights, ≥ 0."""
+    steps: Positive
+    """Optimizer steps of the run."""
+    seed: Count = 0
+    """Seed of the data's order, of the decoder of each step and of fresh weights."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of weights in forward and backward; master weights, gradients' sums and optimizer states are fp32 always."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -318,13 +323,13 @@ class RunConfig:
     attention_backend: Literal["auto", "triton", "flash", "reference"] = "auto"
     """auto: on a GPU our kernels, or PyTorch's FlashAttention at shapes where it was measured to be faster; flash:
     FlashAttention wherever it can serve; triton, reference (plain torch): those alone."""
-    micro_batches: int = 1
-    """Equal parts of each rank's share of a step, run one after the other (gradient accumulation), ≥ 1; divides the
+    micro_batches: Annotated[int, Range(at_least=1, cure="1 means no accumulation.")] = 1
+    """Equal parts of each rank's share of a step, run one after the other (gradient accumulation); divides the
     rank's batch. Limits in `data` may split them further."""
-    log_every: int = 10
-    """Steps between progress lines, ≥ 1. Metrics are kept for every step."""
-    stall_limit_s: float = 1800.0
-    """Seconds without a finished step after which every rank's stacks are written to the run's folder, > 0."""
+    log_every: Positive = 10
+    """Steps between progress lines. Metrics are kept for every step."""
+    stall_limit_s: PositiveFloat = 1800.0
+    """Seconds without a finished step after which every rank's stacks are written to the run's folder."""
     decoder_schedule: Literal["sample", "alternate", "same_batch"] = "sample"
     """With several decoders: the step's decoder is drawn from (seed, step), or they take turns, or every step trains
     for all of them on the same samples."""

@@ -1,4 +1,4 @@
-"""Ranges and exclusions of a config, and whether the files that it names are there: before anything is loaded."""
+"""What excludes what in a config, and whether the files that it names are there: before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from arc_ds.config.schema import RunConfig, ShareSchedule, SourceConfig
+from arc_ds.config.schema import RunConfig, ShareSchedule
 from arc_ds.errors import ConfigError
 from arc_ds.system.urls import is_url, local_path
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
-def check_ranges(config: RunConfig, source: str = "config") -> None:
-    """ConfigError that lists every value out of range and every pair that excludes each other, with the cure."""
+def check_exclusions(config: RunConfig, source: str = "config") -> None:
+    """ConfigError that lists everything in a config that excludes something else there, with the cure."""
     problems = [
-        *_run_problems(config),
         *_encoder_problems(config),
         *_pooling_problems(config),
         *_decoder_problems(config),
@@ -96,20 +95,6 @@ def _exists(path: str) -> bool:
     return Path(path).exists()
 
 
-def _at_least(key: str, value: float | None, low: float, cure: str = "") -> Iterator[str]:
-    if value is not None and value < low:
-        yield f"{key} is {value}; expected {low} or more.{' ' if cure else ''}{cure}"
-
-
-def _run_problems(config: RunConfig) -> Iterator[str]:
-    yield from _at_least("steps", config.steps, 1)
-    yield from _at_least("seed", config.seed, 0)
-    yield from _at_least("log_every", config.log_every, 1)
-    if config.stall_limit_s <= 0:
-        yield f"stall_limit_s is {config.stall_limit_s}; expected seconds above 0."
-    yield from _at_least("micro_batches", config.micro_batches, 1, "1 means no accumulation.")
-
-
 def _encoder_problems(config: RunConfig) -> Iterator[str]:
     encoder = config.encoder
     if encoder.num_layers is not None and encoder.num_truncated_layers is not None:
@@ -117,20 +102,10 @@ def _encoder_problems(config: RunConfig) -> Iterator[str]:
             f"encoder.num_layers={encoder.num_layers} and encoder.num_truncated_layers="
             f"{encoder.num_truncated_layers} both say where the encoder ends; remove one of them."
         )
-    yield from _at_least("encoder.num_layers", encoder.num_layers, 1)
-    yield from _at_least("encoder.num_truncated_layers", encoder.num_truncated_layers, 0)
-    yield from _at_least("encoder.trained_layers", encoder.trained_layers, 0, "0 freezes the encoder's layers.")
-    yield from _at_least("bridge.hidden_size", config.bridge.hidden_size, 1, "null takes the decoder's width.")
 
 
 def _pooling_problems(config: RunConfig) -> Iterator[str]:
     pooling = config.pooling
-    for idx, factor in enumerate(pooling.factors):
-        yield from _at_least(
-            f"pooling.factors.{idx}", factor, 1, "A factor is tokens per group: 1 keeps every token, 8 is the paper's."
-        )
-    yield from _at_least("pooling.num_groups", pooling.num_groups, 1)
-    yield from _at_least("pooling.memory_tokens", pooling.memory_tokens, 0)
     chosen = {
         "factors": bool(pooling.factors),
         "num_groups": pooling.num_groups is not None,
@@ -159,35 +134,14 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     data = config.data
     if not data.sources:
         yield "data.sources is an empty list; expected at least one folder of shards ({path: …})."
-    for idx, source in enumerate(data.sources):
-        yield from _source_problems(f"data.sources.{idx}", source)
     if data.validation == ():
         yield "data.validation is an empty list; expected at least one source ({path: …}), or null for no validation."
-    for idx, source in enumerate(data.held_out):
-        yield from _source_problems(f"data.validation.{idx}", source)
-    yield from _at_least("data.batch_size", data.batch_size, 1)
-    if data.batch_size >= 1 and config.micro_batches >= 1 and data.batch_size % config.micro_batches:
+    if data.batch_size % config.micro_batches:
         yield (
             f"data.batch_size is {data.batch_size}; expected a multiple of micro_batches={config.micro_batches}. "
             "Change one of them."
         )
-    yield from _at_least("data.max_context_tokens", data.max_context_tokens, 1)
-    yield from _at_least("data.max_prefix_tokens", data.max_prefix_tokens, 0)
-    yield from _at_least("data.max_continuation_tokens", data.max_continuation_tokens, 2)
-    for name in ("max_documents_tokens", "max_chunks", "max_question_tokens", "max_answer_tokens"):
-        yield from _at_least(f"data.{name}", getattr(data, name), 1)
-    yield from _at_least("data.num_workers", data.num_workers, 0)
-    if data.cache_gib is not None and data.cache_gib <= 0:
-        yield f"data.cache_gib is {data.cache_gib}; expected GiB above 0, or null for half of what is free."
     yield from _share_problems(data.reconstruction_share)
-
-
-def _source_problems(key: str, source: SourceConfig) -> Iterator[str]:
-    if source.weight <= 0:
-        yield f"{key}.weight is {source.weight}; expected more than 0. Remove a source not wanted."
-    yield from _at_least(f"{key}.in_context_examples", source.in_context_examples, 0)
-    yield from _at_least(f"{key}.max_passages", source.max_passages, 1)
-    yield from _at_least(f"{key}.chunk_tokens", source.chunk_tokens, 1)
 
 
 def _share_problems(share: float | ShareSchedule) -> Iterator[str]:
@@ -203,14 +157,6 @@ def _share_problems(share: float | ShareSchedule) -> Iterator[str]:
 
 def _optimizer_problems(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
-    rates = ("encoder_lr", "markers_lr", "bridge_lr", "initial_lr", "final_lr", "weight_decay", "max_grad_norm")
-    for name in (*rates, "max_skipped_steps"):
-        yield from _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
-    if optimizer.eps <= 0:
-        yield f"optimizer.eps is {optimizer.eps}; expected more than 0, for example 1e-8."
-    for idx, beta in enumerate(optimizer.betas):
-        if not 0 <= beta < 1:
-            yield f"optimizer.betas.{idx} is {beta}; expected at least 0 and less than 1."
     if not 0 <= optimizer.warmup_steps < max(config.steps, 1):
         yield (
             f"optimizer.warmup_steps is {optimizer.warmup_steps}; expected 0 to steps - 1 = {config.steps - 1}. "
@@ -219,13 +165,7 @@ def _optimizer_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _cadence_problems(config: RunConfig) -> Iterator[str]:
-    checkpoint, validation = config.checkpoint, config.validation
-    yield from _at_least("checkpoint.every", checkpoint.every, 0, "0 saves only at the end.")
-    yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
-    yield from _at_least("checkpoint.keep_every", checkpoint.keep_every, 1, "null keeps none for good.")
-    yield from _at_least("validation.every", validation.every, 0, "0 validates only at the end.")
-    yield from _at_least("validation.num_samples", validation.num_samples, 4, "Each task needs two of them.")
-    yield from _at_least("validation.batch_size", validation.batch_size, 1)
+    validation = config.validation
     if validation.every > 0 and not config.data.held_out:
         yield (
             f"validation.every is {validation.every}, but data.validation names no held-out shards. "

@@ -52,6 +52,10 @@ def main(argv: Sequence[str]) -> int:
     """
     if dist.under_launcher():
         return int(import_module(TRAIN_MODULE).main(list(argv)))
+    if "--keys" in argv:
+        from arc_ds.config.keys import print_keys
+
+        return print_keys([word for word in argv if word != "--keys"])
     arguments = _parser().parse_intermixed_args(list(argv))
     from arc_ds.config.load import load_config
     from arc_ds.config.validate import check_paths
@@ -72,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes of the config")
+    parser.add_argument("--keys", nargs="?", metavar="PATTERN", help="only list the config's keys that match (*data*)")
     parser.add_argument("--num-procs", type=int, help="processes (default: one a GPU, or one on the CPU)")
     return parser
 

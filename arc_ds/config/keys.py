@@ -1,0 +1,117 @@
+"""Every key of a config with its type, range, default and documentation: what `arc-ds train --keys` prints."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+import types
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from arc_ds.config import schema
+from arc_ds.config.schema import RunConfig
+
+_WIDTH = 100
+
+
+class Key(NamedTuple):
+    """One key.
+
+    path: as an override names it; "*" stands for the index in a list.
+    type: in words, with the range.
+    default: as YAML writes it, "required" without one.
+    doc: what the schema says.
+    """
+
+    path: str
+    type: str
+    default: str
+    doc: str
+
+    def __str__(self) -> str:
+        doc = textwrap.fill(" ".join(self.doc.split()), _WIDTH, initial_indent="    ", subsequent_indent="    ")
+        return f"{self.path}: {self.type} ({self.default})\n{doc}"
+
+
+def all_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[Key]:
+    """The keys of a dataclass of the schema, those of its sections after its own."""
+    docs = _docs()[cls.__name__]
+    hints = get_type_hints(cls, include_extras=True)
+    sections = []
+    for field in dataclasses.fields(cls):
+        path, kind = prefix + field.name, hints[field.name]
+        section = _section(kind)
+        if section is None:
+            yield Key(path, _in_words(kind), _default(field), docs[field.name])
+        else:
+            sections.append((section, path + (".*." if get_origin(kind) else ".")))
+            if get_origin(kind):
+                yield Key(path, "a list of sections", _default(field), docs[field.name])
+    for section, inner in sections:
+        yield from all_keys(section, inner)
+
+
+def print_keys(patterns: Sequence[str]) -> int:
+    """Write the keys that match one of the patterns (shell style, or a part of the path); all without any. Exit code 1
+    if none matches."""
+    found = [key for key in all_keys() if not patterns or any(_matches(key.path, pattern) for pattern in patterns)]
+    if not found:
+        print(f"no key matches {', '.join(patterns)}. `arc-ds train --keys` lists all.", file=sys.stderr)
+        return 1
+    sys.stdout.write("\n".join(map(str, found)) + "\n")
+    return 0
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return pattern in path or fnmatch(path, pattern)
+
+
+def _section(kind: Any) -> type | None:
+    """The dataclass that a field is, or is a list of."""
+    members = [kind, *(member for outer in (kind, *get_args(kind)) for member in get_args(outer))]
+    return next((one for one in members if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+
+
+def _in_words(kind: Any) -> str:
+    origin, members = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return f"{_in_words(members[0])}, {members[1]}"
+    if origin is Literal:
+        return " | ".join(map(str, members))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_in_words(member) for member in members)
+    if origin is tuple:
+        inner = [_in_words(member) for member in members if member is not Ellipsis]
+        return f"a list of ({inner[0]})" if Ellipsis in members else f"a list [{', '.join(inner)}]"
+    return {str: "text", int: "whole number", float: "number", bool: "true | false", type(None): "null"}[kind]
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    value = field.default
+    if value is dataclasses.MISSING:
+        return "required"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _docs() -> dict[str, dict[str, str]]:
+    """The docstring under each field, by class and field."""
+    classes = (node for node in ast.parse(inspect.getsource(schema)).body if isinstance(node, ast.ClassDef))
+    return {
+        node.name: {
+            statement.target.id: str(following.value.value)
+            for statement, following in zip(node.body, node.body[1:], strict=False)
+            if isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        }
+        for node in classes
+    }

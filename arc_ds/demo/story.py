@@ -14,15 +14,17 @@ from pathlib import Path
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.demo import inputs, picture
+from arc_ds.demo.passage import read_passage
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED
 from arc_ds.system.device import num_local_devices
+from arc_ds.tokenizers import Tokenizer
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 
 RECIPE = Path("ds_configs") / "recipes" / "demo.yaml"
 DEEPSPEED = Path("ds_configs") / "cpu.json"
 INTERRUPT_AT = 0.4  # of the steps
-SENTENCE_CHARACTERS = 100
+PASSAGE_TOKENS = range(12, 25)
 
 
 def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, overrides: Sequence[str]) -> int:
@@ -119,22 +121,33 @@ def _rows(metrics: Path) -> list[dict[str, float]]:
 
 
 def _use(export: Path) -> None:
-    """A passage of the newest speech: compressed, repeated and continued."""
+    """A short passage of the newest speech: how likely its vectors make it, and what the decoder repeats of it."""
     from arc_ds.inference.arc import ArcModel, Context
 
-    text = inputs.speeches()[1][-1].read_text(encoding="utf-8")
-    start = text.find(". ", len(text) // 2) + 2
-    passage = " ".join(text[start : text.find(". ", start + SENTENCE_CHARACTERS) + 1].split())
     model = ArcModel.from_checkpoint(export, decoders=[inputs.model_file()])
-    (vectors,) = model.compress([passage], marker="rec")
     assert model.encoder_tokenizer is not None, "an export carries its tokenizer"
-    tokens = len(model.encoder_tokenizer.encode(passage))
-    repeated, continued = model.generate(
-        [[Context(passage, "rec")], [Context(passage, "cont")]], max_new_tokens=tokens
-    )
-    print(f"   the passage ({tokens} tokens):\n      {passage}")
-    print(f"   read as {vectors.shape[0]} vectors (its marker counted), the decoder repeats:\n      {_line(repeated)}")
-    print(f"   and continues:\n      {_line(continued)}")
+    passage, other = _short_passages(model.encoder_tokenizer)
+    reading = read_passage(model, passage, other)
+    (vectors,) = model.compress([passage], marker="rec")
+    (repeated,) = model.generate([[Context(passage, "rec")]], max_new_tokens=len(reading.tokens))
+    print(f"   The passage, {len(reading.tokens)} tokens, as {vectors.shape[0]} vectors (one is the marker):")
+    print(f"      {passage}")
+    print("   NLL of the passage in nats a token, if the decoder is given")
+    for name, nll in reading.nll.items():
+        print(f"      {name:18}{float(nll.mean()):6.2f}")
+    learned, shown = sum(reading.learned), reading.line(colour=sys.stdout.isatty())
+    print(f"   {learned} of its tokens are likely with the vectors and not without (marked):")
+    print(f"      {shown}")
+    print("   Greedy repetition from the vectors alone (few steps teach it words and names, not whole sentences):")
+    print(f"      {_line(repeated)}")
+
+
+def _short_passages(tokenizer: Tokenizer) -> list[str]:
+    """Two sentences of the newest speech, from its middle on, no longer than the contexts that the recipe trains on."""
+    text = inputs.speeches()[1][-1].read_text(encoding="utf-8")
+    sentences = [" ".join(sentence.split()) + "." for sentence in text[len(text) // 2 :].split(". ")[1:]]
+    fitting = [sentence for sentence in sentences if len(tokenizer.encode(sentence)) in PASSAGE_TOKENS]
+    return fitting[:2]
 
 
 def _line(text: str) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from arc_ds.checkpoints.checkpoint import TrainerState, list_checkpoints, read_trainer_state
@@ -18,6 +20,7 @@ from arc_ds.checkpoints.manifest import find_faults, read_manifest
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.errors import CheckpointError
 from arc_ds.model.spec import CompressorSpec
+from arc_ds.system.device import accelerator_name
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +79,15 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
 
 
 def _join_shards(checkpoint: Path) -> Mapping[str, Tensor]:
+    # No GPU is needed. Without this variable DeepSpeed looks for one at its import, and says what it has found.
+    os.environ.setdefault("DS_ACCELERATOR", accelerator_name(torch.device("cpu")))
     # Standard output is the command line's own. DeepSpeed prints its progress there, and its logger keeps the stream
     # that it finds at the first import.
     with redirect_stdout(sys.stderr):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     said = io.StringIO()
-    with redirect_stdout(said):
+    with redirect_stdout(said), redirect_stderr(said):  # its bar, too: without a terminal it would print line by line
         tensors = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     logger.debug("%s", said.getvalue().rstrip())
     return tensors

@@ -1,0 +1,77 @@
+"""What the vectors of one held-out passage say: its NLL under four readings, token by token, and in colour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arc_ds.batch.segments import Segment
+from arc_ds.inference.arc import ArcModel
+from arc_ds.tokenizers import Tokenizer
+
+LIKELY = 0.5
+_GREEN, _DIM, _END = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How likely the decoder finds a passage.
+
+    tokens: the text of each of its tokens.
+    nll: by name of what the decoder was given ("nothing", "another's vectors", "its vectors", "its text"), NLL in nats
+        of each token but the first, [N - 1].
+    """
+
+    tokens: list[str]
+    nll: dict[str, Tensor]
+
+    @property
+    def learned(self) -> list[bool]:
+        """Of each token: whether the vectors make it likely (probability of at least a half) and nothing does not."""
+        with_vectors, without = (self.nll[name].neg().exp() for name in ("its vectors", "nothing"))
+        return [False, *((with_vectors >= LIKELY) & (without < LIKELY)).tolist()]
+
+    def line(self, *, colour: bool) -> str:
+        """The passage with the learned tokens in green, or in [brackets] without colours."""
+        words = []
+        for token, is_learned in zip(self.tokens, self.learned, strict=True):
+            if colour:
+                words.append(f"{_GREEN if is_learned else _DIM}{token}{_END}")
+            else:
+                words.append(f"[{token}]" if is_learned and token.strip() else token)
+        return "".join(words).strip()
+
+
+def read_passage(model: ArcModel, passage: str, other: str) -> Reading:
+    """How likely the decoder finds a passage, given nothing, another passage's vectors, its own, and its text.
+
+    model: with its tokenizers and one decoder.
+    passage: at least two tokens of the decoder.
+    other: another passage.
+    """
+    encoder, decoder = model.encoder_tokenizer, model.decoder_tokenizers[0]
+    assert encoder is not None and decoder is not None, "an export carries its tokenizer"
+    ids = decoder.encode(passage)
+    begin = [Segment.text([decoder.bos_id])] if model.decoder_bos[0] and decoder.bos_id is not None else []
+    given = {
+        "nothing": [],
+        "another's vectors": [Segment.context(encoder.encode(other), "rec")],
+        "its vectors": [Segment.context(encoder.encode(passage), "rec")],
+        "its text": [Segment.text(ids)],
+    }
+    logits = model.logits([[*begin, *before, Segment.text(ids)] for before in given.values()])
+    target = torch.tensor(ids[1:])
+    nll = {
+        name: F.cross_entropy(rows[-len(ids) : -1].cpu(), target, reduction="none")
+        for name, rows in zip(given, logits, strict=True)
+    }
+    return Reading(tokens=_pieces(decoder, ids), nll=nll)
+
+
+def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """The text that each id adds to the text of those before it."""
+    texts = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
+    return [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)]

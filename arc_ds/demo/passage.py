@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -74,4 +75,4 @@ def read_passage(model: ArcModel, passage: str, other: str) -> Reading:
 def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """The text that each id adds to the text of those before it."""
     texts = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
-    return [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)]
+    return [after[len(before) :] for before, after in pairwise(texts)]

@@ -113,6 +113,12 @@ def require(module: str, path: Path) -> ModuleType:
         raise TokenizerError(f"tokenizer {path} is read by the package {module}: pip install {module}") from error
 
 
+def checked(text: str) -> str:
+    """The text. A lone surrogate raises the UnicodeEncodeError that names it; libraries raise errors of other types."""
+    text.encode("utf-8")
+    return text
+
+
 def sha256_of(*parts: bytes) -> str:
     """sha256 of the parts, each with its length in front, as hex digits."""
     digest = hashlib.sha256()
@@ -122,41 +128,33 @@ def sha256_of(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def ends_of_bytes(
-    text: str, ids: NDArray[np.int64], lengths: NDArray[np.int64], lead: int = 0, *, some_empty: bool = False
-) -> Encoding | None:
-    """The Encoding of ids [N] that spell the text's UTF-8 byte for byte.
+def ends_of_bytes(text: str, lengths: NDArray[np.int64], lead: int = 0) -> NDArray[np.int64]:
+    """`Encoding.ends` of tokens that spell the text's UTF-8 byte for byte.
 
-    lengths: int64 [vocab_size], bytes of each id. lead: bytes in front of the text that the tokenizer added (the dummy
-    space of sentencepiece). some_empty: whether ids of no bytes may be among them. None where the ids do not add up to
-    the text.
+    text: the tokenised text.
+    lengths: int64 [N], bytes of each token. If they do not add up to the text, only its two ends are boundaries.
+    lead: bytes that the tokenizer added before the text (sentencepiece's dummy space).
     """
-    spans = lengths[ids]
-    ends = np.zeros(len(ids) + 1, dtype=np.int64)
-    spans.cumsum(out=ends[1:])
-    if lead and len(ids):
-        ends[1:] -= lead
-    raw = None if text.isascii() else np.frombuffer(text.encode("utf-8"), dtype=np.int8)
-    if int(ends[-1]) != (len(text) if raw is None else len(raw)):
-        return None
-    if lead and len(ids) > 1 and ends[1] < 0:  # the added space is none of the text's characters
-        np.maximum(ends, 0, out=ends)
-    if raw is not None:
-        ends = _characters_before(ends, raw)
-    return Encoding(ids, settle_ends(ends, len(text)) if some_empty and not spans.all() else ends)
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    lengths.cumsum(out=offsets[1:])
+    offsets -= lead
+    raw = np.frombuffer(text.encode("utf-8"), dtype=np.int8)
+    if offsets[-1] != len(raw):
+        offsets[:] = -1
+    elif len(raw) > len(text):
+        offsets = _characters_before(offsets, raw)
+    return settle_ends(offsets, len(text))
 
 
 def _characters_before(offsets: NDArray[np.int64], raw: NDArray[np.int8]) -> NDArray[np.int64]:
-    """How many characters of UTF-8 (as signed bytes) begin before each byte; before the last byte that begins one where
-    this one does not."""
-    continues = raw < -64  # 0b10xxxxxx
-    inside = np.append(continues, False)[offsets]
+    """Number of characters of UTF-8 (as signed bytes) before each byte offset; negative if it is inside a character."""
+    continues = np.append(raw < -64, False)  # 0b10xxxxxx
     begun = offsets - continues.nonzero()[0].searchsorted(offsets)
-    return np.maximum.accumulate(np.where(inside, -1, begun))
+    return np.where(continues[offsets], -1, begun)
 
 
 def settle_ends(ends: NDArray[np.int64], num_characters: int) -> NDArray[np.int64]:
-    """Make raw boundaries int64 [N + 1], -1 where one is none, keep the promise of `Encoding.ends`."""
+    """Make raw boundaries int64 [N + 1], negative inside a character, keep the promise of `Encoding.ends`."""
     ends = ends.copy()
     ends[0], ends[-1] = 0, num_characters
     ends[1:-1][ends[1:-1] >= num_characters] = -1

@@ -8,9 +8,9 @@ from typing import Any
 
 from arc_ds.errors import TokenizerError
 from arc_ds.tokenizers.base import require, sha256_of
-from arc_ds.tokenizers.engine import LLAMA3_PATTERN, QWEN2_PATTERN
 from arc_ds.tokenizers.gguf_header import read_gguf_header
 from arc_ds.tokenizers.json_file import JsonTokenizer, is_mark
+from arc_ds.tokenizers.tiktoken_file import LLAMA3_PATTERN
 
 _CONTROL, _USER_DEFINED = 3, 4
 # How each `tokenizer.ggml.pre` splits text before merging (llama.cpp, llama-vocab.cpp): a pattern of its own, or
@@ -22,7 +22,7 @@ _PRE_TOKENIZERS: dict[str, tuple[str | None, bool]] = {
     "smollm": (None, True),
     "llama-bpe": (LLAMA3_PATTERN, False),
     "llama3": (LLAMA3_PATTERN, False),
-    "qwen2": (QWEN2_PATTERN, False),
+    "qwen2": (LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"), False),
 }
 
 

@@ -1,10 +1,9 @@
-"""Tokenizers of the Hugging Face `tokenizers` library (tokenizer.json), behind `data.tokenizers.Tokenizer`."""
+"""Tokenizers of the Hugging Face `tokenizers` library (tokenizer.json)."""
 
 from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers.base import Encoding, ends_of_bytes, parse_json, require, settle_ends, sha256_of
-from arc_ds.tokenizers.engine import BytePairEngine, has_long_run
-from arc_ds.tokenizers.json_engine import build_engine, is_byte_level
+from arc_ds.tokenizers.base import Encoding, checked, parse_json, require, settle_ends, sha256_of
 
-# Letters and digits are still being assigned here, and the libraries' tables are not of the same Unicode version.
-_NEW_SCRIPTS = re.compile("[\U00010000-\U0001f0ff]")
 _MARK = re.compile(r"<.*[^\W\d_].*>|\[.*[^\W\d_].*\]", re.DOTALL)
 # Tokens of ordinary texts where a tokenizer lists them (Gemma). Not the element s: </s> ends a text.
 _HTML = re.compile(
@@ -40,8 +35,8 @@ def is_mark(token: str) -> bool:
 class JsonTokenizer:
     """A tokenizer of the `tokenizers` library.
 
-    backend: with every mark (`is_mark`) a special token. definition, spec: the text of tokenizer.json, which `save`
-    writes again, and its content as the backend has it; None where the backend was not read from one.
+    backend: a `tokenizers.Tokenizer` in which every mark (`is_mark`) is a special token.
+    definition: the text of tokenizer.json, which `save` writes again; None if the backend was not read from one.
     """
 
     def __init__(
@@ -52,7 +47,6 @@ class JsonTokenizer:
         eos_id: int | None,
         fingerprint: str,
         definition: str | None = None,
-        spec: dict[str, Any] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -60,25 +54,11 @@ class JsonTokenizer:
         self._backend = backend
         self.bos_id = bos_id
         self.eos_id = eos_id
-        vocabulary = backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.fingerprint = fingerprint
         self._definition = definition
-        added_tokens = backend.get_added_tokens_decoder()
-        self.special_ids: Mapping[str, int] = {
-            added.content: idx for idx, added in added_tokens.items() if added.special
-        }
-        spec = spec or json.loads(backend.to_str())
-        self._normalizes = spec.get("normalizer") is not None  # to NFC, where the tokenizer is byte-level
-        self._engine: BytePairEngine | None = None
-        self._lengths: NDArray[np.int64] | None = None
-        if is_byte_level(spec):
-            self._engine = build_engine(backend, spec)
-            self._lengths = np.zeros(self.vocab_size, dtype=np.int64)
-            for token, idx in vocabulary.items():  # each character of a byte-level token stands for one byte
-                self._lengths[idx] = len(token)
-            for idx, added in added_tokens.items():
-                self._lengths[idx] = len(added.content.encode("utf-8"))
+        added_tokens = backend.get_added_tokens_decoder().items()
+        self.special_ids: Mapping[str, int] = {added.content: idx for idx, added in added_tokens if added.special}
 
     @classmethod
     def from_spec(cls, path: Path, definition: str, spec: Any) -> JsonTokenizer:
@@ -95,30 +75,19 @@ class JsonTokenizer:
         canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
         marks = json.dumps([bos_id, eos_id]).encode()
         fingerprint = sha256_of(b"json", canonical, marks)
-        return cls(backend, bos_id=bos_id, eos_id=eos_id, fingerprint=fingerprint, definition=definition, spec=spec)
+        return cls(backend, bos_id=bos_id, eos_id=eos_id, fingerprint=fingerprint, definition=definition)
 
     def encode(self, text: str) -> list[int]:
-        ids = self._fast(text)
-        return self._backend.encode(text, add_special_tokens=False).ids if ids is None else ids.tolist()
+        return self._backend.encode(checked(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        if self._engine is not None:
-            return [self.encode(text) for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        encodings = self._backend.encode_batch_fast([checked(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_with_ends(self, text: str) -> Encoding:
-        ids = self._fast(text)
-        encoding = None
-        if ids is None:
-            encoding = self._backend.encode(text, add_special_tokens=False)
-            ids = np.array(encoding.ids, dtype=np.int64)
-        if self._lengths is not None and self._is_normal(text):
-            spelled = ends_of_bytes(text, ids, self._lengths)
-            if spelled is not None:
-                return spelled
-        encoding = encoding or self._backend.encode(text, add_special_tokens=False)
+        encoding = self._backend.encode(checked(text), add_special_tokens=False)
         spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        return Encoding(ids, _ends_from_spans(spans, len(text)))
+        return Encoding(np.array(encoding.ids, dtype=np.int64), _ends_from_spans(spans, len(text)))
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
@@ -133,19 +102,6 @@ class JsonTokenizer:
         }
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-
-    def _fast(self, text: str) -> NDArray[np.int64] | None:
-        """Ids by the engine, None where there is none for this text."""
-        if self._engine is None or not self._is_normal(text) or has_long_run(text):
-            return None
-        if not text.isascii() and _NEW_SCRIPTS.search(text):
-            return None
-        ids = self._engine.encode(text)
-        return None if len(ids) and ids.min() < 0 else ids
-
-    def _is_normal(self, text: str) -> bool:
-        """Whether the tokenizer's normaliser leaves the text as it is."""
-        return not self._normalizes or text.isascii() or unicodedata.is_normalized("NFC", text)
 
 
 def _ends_from_spans(spans: NDArray[np.int64], num_characters: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Tokenizers of the sentencepiece library (Llama 2, Mistral v1 to v7), behind `data.tokenizers.Tokenizer`."""
+"""Tokenizers of the sentencepiece library (Llama 2, Mistral v1 to v7)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers.base import SUPPORTED, Encoding, ends_of_bytes, require, settle_ends, sha256_of
-from arc_ds.tokenizers.pieces import build_merger
+from arc_ds.tokenizers.base import SUPPORTED, Encoding, checked, ends_of_bytes, require, sha256_of
 
 
 class SentencePieceTokenizer:
@@ -29,7 +27,6 @@ class SentencePieceTokenizer:
         self._lengths = np.array([self._num_bytes(idx) for idx in range(self.vocab_size)], dtype=np.int64)
         probe = processor.encode("a")
         self._lead = max(int(self._lengths[probe].sum()) - 1, 0)
-        self._merger = build_merger(processor, raw)
 
     @classmethod
     def from_file(cls, path: Path) -> SentencePieceTokenizer:
@@ -50,27 +47,21 @@ class SentencePieceTokenizer:
         return cls(processor, raw)
 
     def encode(self, text: str) -> list[int]:
-        return self._ids(text).tolist()
+        return self._processor.encode(checked(text))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
     def encode_with_ends(self, text: str) -> Encoding:
-        ids = self._ids(text)
-        encoding = ends_of_bytes(text, ids, self._lengths, self._lead, some_empty=self._merger is None)
-        if encoding is None:  # an unknown piece hides how much it covers: nothing but the two ends is sure
-            encoding = Encoding(ids, settle_ends(np.full(len(ids) + 1, -1, dtype=np.int64), len(text)))
-        return encoding
+        ids = np.array(self.encode(text), dtype=np.int64)
+        # An unknown piece hides how much it covers: the lengths do not add up then.
+        return Encoding(ids, ends_of_bytes(text, self._lengths[ids], self._lead))
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode([int(idx) for idx in ids])
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(self._raw)
-
-    def _ids(self, text: str) -> NDArray[np.int64]:
-        ids = None if self._merger is None else self._merger.encode(text)
-        return np.array(self._processor.encode(text), dtype=np.int64) if ids is None else ids
 
     def _num_bytes(self, idx: int) -> int:
         if self._processor.is_byte(idx):

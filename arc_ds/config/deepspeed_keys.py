@@ -1,4 +1,7 @@
-"""The keys that DeepSpeed's JSON may have, asked of the installed DeepSpeed, which is silent or unclear about typos."""
+"""The keys that DeepSpeed's JSON may have, read from the installed DeepSpeed.
+
+DeepSpeed itself ignores typos, or reports them badly.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,23 @@ from arc_ds.errors import ConfigError
 
 # Sections that DeepSpeed reads key by key, without a class that lists their fields.
 _PLAIN_SECTIONS = ("data_types", "activation_checkpointing")
-# A section's keys, by name; None where any value may stand.
+# A section's keys by name. None: any value is allowed.
 Known = Mapping[str, "Known | None"]
 
 
 def check_keys(config: Mapping[str, Any], name: str) -> None:
-    """ConfigError on a key that DeepSpeed does not know, with the nearest that it knows; `name` is the file's.
+    """Raise ConfigError on a key that DeepSpeed does not know, with the nearest known one.
 
-    Looks at the top level and into zero_optimization (with what is inside of it), bf16, fp16, data_types and
-    activation_checkpointing.
+    Checks the top level, zero_optimization with its own sections, bf16, fp16, data_types and activation_checkpointing.
+
+    config: the JSON's content.
+    name: the file's name, for messages.
     """
     _check_section(config, known_keys(), name, "")
 
 
 def check_values(config: Mapping[str, Any], name: str) -> None:
-    """ConfigError on a value in zero_optimization or bf16 that DeepSpeed cannot take; after `check_keys`."""
+    """Raise ConfigError on a value in zero_optimization or bf16 that DeepSpeed rejects. Call `check_keys` first."""
     from pydantic import ValidationError
 
     for section, model in _models().items():
@@ -34,7 +39,7 @@ def check_values(config: Mapping[str, Any], name: str) -> None:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             path = ".".join((section, *map(str, first["loc"])))
-            raise ConfigError(f"{name}: {path} is {first['input']!r}: {first['msg']}. Mend that value.") from None
+            raise ConfigError(f"{name}: {path} is {first['input']!r}: {first['msg']}. Fix that value.") from None
 
 
 @cache
@@ -44,7 +49,7 @@ def known_keys() -> Known:
 
     plain = {section: _Asked() for section in _PLAIN_SECTIONS}
     asked = _Asked(plain)
-    # Its reader, given an almost empty config, looks up every key there can be.
+    # DeepSpeed's reader looks up every possible key, even in an almost empty config.
     DeepSpeedConfig.__new__(DeepSpeedConfig)._initialize_params(asked)
     known: dict[str, Known | None] = dict.fromkeys(sorted(asked.names))
     known |= {section: dict.fromkeys(sorted(keys.names)) for section, keys in plain.items()}
@@ -52,7 +57,7 @@ def known_keys() -> Known:
 
 
 def _models() -> dict[str, Any]:
-    """DeepSpeed's classes of sections (pydantic)."""
+    """DeepSpeed's pydantic classes, by section."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -60,7 +65,7 @@ def _models() -> dict[str, Any]:
 
 
 def _fields(model: Any) -> Known:
-    """The keys of a section: its fields' names and other names; deeper where a field is a section itself."""
+    """The keys of a section: names and aliases of its fields. A field that is a section has keys of its own."""
     known: dict[str, Known | None] = {}
     for name, field in model.model_fields.items():
         inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if hasattr(kind, "model_fields")]
@@ -84,7 +89,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 
 class _Asked(dict[str, Any]):
-    """A dict that remembers the keys it has been asked for."""
+    """A dict that records every key lookup."""
 
     def __init__(self, content: Mapping[str, Any] | None = None) -> None:
         super().__init__(content or {})
@@ -103,4 +108,4 @@ class _Asked(dict[str, Any]):
         return super().get(key, default)
 
     def keys(self) -> KeysView[str]:  # type: ignore[override]
-        return KeysView(self)  # whose `in` asks this dict, where dict's own would not
+        return KeysView(self)  # its `in` calls our __contains__; that of dict's own keys() does not

@@ -1,4 +1,4 @@
-"""Every key of a config with its type, range, default and documentation: what `arc-ds train --keys` prints."""
+"""Every key of a config with its type, range, default and documentation, for `arc-ds train --keys`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _WIDTH = 100
 class Key(NamedTuple):
     """One key.
 
-    path: as an override names it; "*" stands for the index in a list.
+    path: as in an override; "*" stands for the index in a list.
     type: in words, with the range.
-    default: as YAML writes it, "required" without one.
-    doc: what the schema says.
+    default: in YAML's spelling; "required" if there is none.
+    doc: the docstring of the field in the schema.
     """
 
     path: str
@@ -38,7 +38,7 @@ class Key(NamedTuple):
 
 
 def all_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[Key]:
-    """The keys of a dataclass of the schema, those of its sections after its own."""
+    """The keys of a dataclass of the schema. Its own keys come before those of its sections."""
     docs = _docs()[cls.__name__]
     hints = get_type_hints(cls, include_extras=True)
     sections = []
@@ -56,8 +56,10 @@ def all_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[Key]:
 
 
 def print_keys(patterns: Sequence[str]) -> int:
-    """Write the keys that match one of the patterns (shell style, or a part of the path); all without any. Exit code 1
-    if none matches."""
+    """Print the keys that match one of the patterns, or all keys if there is no pattern. Returns the exit code.
+
+    patterns: shell patterns, or parts of a path.
+    """
     found = [key for key in all_keys() if not patterns or any(_matches(key.path, pattern) for pattern in patterns)]
     if not found:
         print(f"no key matches {', '.join(patterns)}. `arc-ds train --keys` lists all.", file=sys.stderr)
@@ -71,7 +73,7 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _section(kind: Any) -> type | None:
-    """The dataclass that a field is, or is a list of."""
+    """The dataclass of a field, or of the items of its list."""
     members = [kind, *(member for outer in (kind, *get_args(kind)) for member in get_args(outer))]
     return next((one for one in members if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
 

@@ -1,4 +1,4 @@
-"""Load a run's config, and write it out again: as YAML, as flat parameters, and as a hash of what defines the run."""
+"""Load a run's config, and write it as YAML, as flat parameters, or as a hash of the keys that define the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from arc_ds.errors import ConfigError
 
 Scalar = str | int | float | bool | None
 
-# Where things lie, and how a host does its share: hosts may differ in it. What lies at the paths is compared by
+# Keys in which hosts may differ: paths, and how a host does its share. The content at the paths is compared by
 # fingerprints (`training.build`, `training.run_folder`). Flat keys; "*" stands for a list index.
 _OF_HOSTS = (
     "run_dir",
@@ -39,8 +39,8 @@ _OF_HOSTS = (
     "data.cache_gib",
     "tracking.*",
 )
-# What a run may change between a stop and a resume beside that: what is written and measured, how often, and how the
-# same mathematics is spread over machines.
+# Further keys that a run may change between a stop and a resume: outputs, measurements, their frequency, and the way
+# in which the same mathematics is distributed over machines.
 _OF_STARTS = (
     "log_every",
     "encoder.activation_checkpointing",
@@ -58,8 +58,8 @@ _OF_STARTS = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML config, apply `key.path=value` overrides in order, decode it by type and check its ranges.
 
-    `${VAR}` and `${VAR:-default}` are filled in from the environment. Relative paths stay as written. ConfigError
-    where anything does not fit, with the file and line or the override, what was expected, and the cure.
+    `${VAR}` and `${VAR:-default}` are filled in from the environment. Relative paths stay as written. Raises
+    ConfigError that names the file and line or the override, the expected value, and the remedy.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -76,39 +76,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The whole tree, defaults included, as dicts, lists and scalars; what YAML and JSON can hold."""
+    """The whole tree, including defaults, as dicts, lists and scalars that YAML and JSON can hold."""
     return _plain(dataclasses.asdict(config))
 
 
 def dump_yaml(config: RunConfig) -> str:
-    """The resolved tree as YAML; `load_config` of it gives an equal config."""
+    """The resolved tree as YAML. `load_config` reads it back as an equal config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def flatten(config: RunConfig) -> dict[str, Scalar]:
-    """Dotted key to scalar (`decoders.0.backbone`), for trackers. A list of numbers is one JSON text (`[2, 2]`)."""
+    """Scalars by dotted key (`decoders.0.backbone`), for trackers. A list of numbers is one JSON text (`[2, 2]`)."""
     return _flatten(to_dict(config))
 
 
 def common(config: RunConfig) -> dict[str, Scalar]:
-    """The part of `flatten` that all hosts of a run must share: all but where things lie and how a host works."""
+    """The part of `flatten` that all hosts of a run must share: everything except paths and how a host works."""
     return {key: value for key, value in flatten(config).items() if not _matches(key, _OF_HOSTS)}
 
 
 def numerics(config: RunConfig) -> dict[str, Scalar]:
-    """The part of `common` that defines what the run computes: not how it is spread out, watched and saved."""
-    # A mean of the parts' means depends on the parts.
+    """The part of `common` that defines the run's results, without how it is distributed, watched and saved."""
+    # With rank_mean, the loss is a mean of the parts' means, so it depends on the number of parts.
     free = (*_OF_STARTS, "micro_batches") if config.loss.normalize == "global" else _OF_STARTS
     return {key: value for key, value in common(config).items() if not _matches(key, free)}
 
 
 def config_hash(config: RunConfig) -> str:
-    """16 hex digits that two configs share exactly when `numerics` does (the world size is no part of a config)."""
+    """16 hex digits, equal for two configs exactly if their `numerics` are equal. The world size is not in a config."""
     return hashlib.sha256(json.dumps(numerics(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(old: Mapping[str, Scalar], new: Mapping[str, Scalar]) -> tuple[str, ...]:
-    """One line for each key where two flat configs differ, for the message about a run folder of another config."""
+    """One line for each key in which two flat configs differ, for the message about a run folder of another config."""
     absent = "(absent)"
     keys = sorted(old.keys() | new.keys())
     pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in keys]
@@ -137,7 +137,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Scalar]:
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:
-    """Whether a flat key is one of the patterns, in which "*" stands for one part."""
+    """Whether a flat key matches one of the patterns. "*" stands for one part."""
     parts = key.split(".")
     return any(
         len(parts) == len(pattern) and all(p in ("*", part) for p, part in zip(pattern, parts, strict=True))

@@ -8,12 +8,12 @@ from typing import Annotated
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers that a field takes.
+    """The numbers that a field accepts.
 
-    at_least: the smallest.
+    at_least: inclusive lower bound.
     above: exclusive lower bound.
     below: exclusive upper bound.
-    cure: a sentence for the message, such as the meaning of 0.
+    cure: a sentence for the error message, such as the meaning of 0.
     """
 
     at_least: float | None = None

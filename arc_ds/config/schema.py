@@ -1,8 +1,8 @@
-"""The configuration of a run: every number that a run owns, with its unit, range and the reason of its default.
+"""The configuration of a run: every number that a run owns, with its unit, its range and the reason for its default.
 
-The docstring under a field is its documentation. Defaults are the paper's pretraining (arXiv 2510.20535, appendix B;
-design 13) unless a field says otherwise. Loading, overrides and the types that a value may have: `load.py` and
-`decode.py`; what excludes what: `validate.py`.
+The docstring under a field is its documentation (`arc-ds train --keys` prints it). Defaults are those of the paper's
+pretraining (arXiv 2510.20535, appendix B) unless a field says otherwise. `load.py` and `decode.py` load configs and
+check types and ranges. `validate.py` checks keys that exclude each other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from arc_ds.config.ranges import Count, NonNegativeFloat, Positive, PositiveFloa
 from arc_ds.errors import ConfigError
 
 RopeScalingChoice = Literal["checkpoint", "none"]
-# The names of `arc_ds.model.pooling.STRATEGIES`, which a config must not import; a test holds the two together.
+# The names of `arc_ds.model.pooling.STRATEGIES`, which a config must not import. A test compares the two.
 PoolingStrategy = Literal[
     "mean", "last", "sum", "fusion",
     "kmeans", "kmeans_euclidean", "kmeans_cosine",
@@ -36,30 +36,31 @@ class EncoderConfig:
     """The text encoder: the first layers of a pretrained backbone, and which of them are trained."""
 
     backbone: str
-    """Where the backbone's weights and sizes are: a Hugging Face folder, a Meta/Mistral folder, or a .gguf file."""
+    """Weights and sizes of the backbone: a Hugging Face folder, a Meta/Mistral folder, or a .gguf file."""
     tokenizer: str | None = None
-    """Tokenizer file or folder. None: the one beside the backbone (or inside the .gguf)."""
+    """Tokenizer file or folder. None: the one next to the backbone (or inside the .gguf)."""
     num_layers: Positive | None = None
     """How many of the backbone's layers to keep, from the first. Excludes `num_truncated_layers`."""
     num_truncated_layers: Count | None = None
-    """How many of the backbone's last layers to drop. None: 2 (the paper's) unless `num_layers` is given."""
+    """How many of the backbone's last layers to drop. None: 2 (the paper's) unless `num_layers` is set."""
     rope_scaling: RopeScalingChoice = "checkpoint"
     """Rotary scaling: the checkpoint's own, or none. Weights released by the paper's authors were trained with none."""
     causal: bool = False
-    """Whether a token sees only what precedes it. False: the whole context in both directions, as in the paper."""
+    """Whether a token sees only the tokens before it. False: it sees the whole context, as in the paper."""
     trained_layers: Annotated[int, Range(at_least=0, cure="0 freezes the encoder's layers.")] | None = None
-    """How many of the last kept layers are trained. None: all; 0: the encoder is frozen (a new decoder's bridge)."""
+    """How many of the last kept layers are trained. None: all. 0: the encoder is frozen (to train a new bridge)."""
     train_embeddings: bool = True
     """Whether the token embeddings are trained."""
     activation_checkpointing: bool = False
-    """Recompute each layer in backward instead of keeping it: less memory, one more forward of the encoder."""
+    """Recompute each layer in backward instead of keeping its activations: less memory, one more encoder forward."""
     init_from: str | None = None
-    """An ARC checkpoint to start encoder, markers and bridges from. None: the backbone's weights and fresh bridges."""
+    """An export or ARC checkpoint with initial encoder, markers and bridges. None: the backbone's weights and fresh
+    bridges."""
 
     def kept_layers(self, num_backbone_layers: int) -> int:
-        """How many layers the encoder keeps of a backbone of `num_backbone_layers`.
+        """How many layers the encoder keeps of a backbone with `num_backbone_layers`.
 
-        ConfigError where none would be left or more are asked for than there are.
+        Raises ConfigError if no layer would remain, or if more are requested than exist.
         """
         key = "num_layers" if self.num_layers is not None else "num_truncated_layers"
         if self.num_layers is not None:
@@ -77,21 +78,22 @@ class EncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolingConfig:
-    """How the tokens of a context become compressed tokens. One of factors, num_groups, memory_tokens is in force."""
+    """How the tokens of a context become compressed tokens. Set exactly one of factors, num_groups, memory_tokens."""
 
     strategy: PoolingStrategy = "mean"
-    """What a group becomes: mean (paper), last token, sum, mean rescaled to the group's largest norm (fusion). Or
-    groups by content: means of k-means clusters, neighbours merged or pruned by similarity, rows of largest norm."""
+    """The vector of a group: mean (paper), last token, sum, or mean rescaled to the group's largest norm (fusion). The
+    others choose groups by content: means of k-means clusters, neighbours merged or pruned by similarity, or rows of
+    largest norm."""
     pooled_queries: bool = True
-    """Pool residual stream and queries only, keys and values stay unpooled. Without effect where `where: between`."""
+    """Pool the residual stream and the queries only; keys and values stay unpooled. No effect with `where: between`."""
     where: Literal["before", "between"] = "before"
     """Pool the states that enter the layer, or those between its attention and its FFN."""
     factors: tuple[Factor, ...] = (8,)
-    """Tokens per group, one factor for each of the last layers: [8] pools in the last, [2, 2] in the last two."""
+    """Tokens per group, one factor for each of the last layers: [8] pools in the last layer, [2, 2] in the last two."""
     num_groups: Positive | None = None
     """A fixed number of groups for every context, in place of factors (then set `factors: []`)."""
     memory_tokens: Count = 0
-    """Learned vectors appended to each context, whose outputs replace pooling (then set `factors: []`); 0: none."""
+    """Learned vectors appended to each context. Their outputs replace pooling (then set `factors: []`). 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ class MarkersConfig:
     cont: bool = True
     """Whether contexts of every other task end with `<Cont>`."""
     init: Literal["ones", "embedding"] = "ones"
-    """Start as ones (paper), or as a token's embedding, whose norm fits a small model better (design 14)."""
+    """Start as ones (paper), or as a token's embedding, whose norm suits a small model better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +113,12 @@ class BridgeConfig:
     """The map from encoder width to decoder width, one per decoder."""
 
     kind: Literal["mlp", "linear", "rms", "none"] = "mlp"
-    """Two linears without bias or activation; one linear; RMSNorm and two linears; nothing (widths must be equal)."""
+    """mlp: two linears without bias or activation. linear: one linear. rms: RMSNorm and two linears. none: no map (the
+    widths must be equal)."""
     hidden_size: Annotated[int, Range(at_least=1, cure="null takes the decoder's width.")] | None = 2048
-    """Width between the two linears. None: the decoder's width. Without effect for `linear` and `none`."""
+    """Width between the two linears. None: the decoder's width. No effect for `linear` and `none`."""
     init: Literal["kaiming", "identity"] = "kaiming"
-    """Kaiming-uniform with a = √5 (paper), or the identity, a warm start where all widths are equal (design 14)."""
+    """Kaiming-uniform with a = √5 (paper), or the identity: a warm start if all widths are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,25 +126,24 @@ class DecoderConfig:
     """One frozen decoder."""
 
     name: str
-    """Its name in metrics and in `generate`; letters, digits, `_`, `-`, `.`; differs between decoders."""
+    """Unique name in metrics and in `generate`: letters, digits, `_`, `-`, `.`."""
     backbone: str
-    """Where its weights and sizes are: a Hugging Face folder, a Meta/Mistral folder, or a .gguf file."""
+    """Weights and sizes: a Hugging Face folder, a Meta/Mistral folder, or a .gguf file."""
     tokenizer: str | None = None
-    """Tokenizer file or folder. None: the one beside the backbone (or inside the .gguf)."""
+    """Tokenizer file or folder. None: the one next to the backbone (or inside the .gguf)."""
     rope_scaling: RopeScalingChoice = "checkpoint"
     """Rotary scaling: the checkpoint's own, or none."""
     placement: Literal["auto", "replicated", "zero3", "zero3+hpz"] = "auto"
-    """Whole on every rank, sharded over all ranks, or sharded within each host. auto: whole where it fits, else
-    sharded, within each host where there are several and a host can hold a copy."""
+    """replicated: whole on every rank. zero3: sharded over all ranks. zero3+hpz: sharded within each host. auto: whole
+    if it fits; otherwise sharded, within each host if there are several hosts and a host can hold a copy."""
     activation_checkpointing: bool = False
-    """Recompute each of its layers in backward instead of keeping it: less memory, one more forward of the decoder."""
+    """Recompute each layer in backward instead of keeping its activations: less memory, one more decoder forward."""
     fresh_bridge: bool = False
-    """Whether its bridge and markers start fresh though `encoder.init_from` has some at its place in the list: for a
-    decoder that comes in the place of another. Decoders behind the last one there start fresh in any case."""
+    """Start with a fresh bridge and markers even if `encoder.init_from` has some at this place of the list. Use it if
+    this decoder replaces another one. Decoders beyond the list of `encoder.init_from` always start fresh."""
     chat_template: Literal["none", "llama2", "chatml", "tokenizer"] = "none"
-    """How it is spoken to: as one running text (a base model), in the turns of Llama 2 Chat or of ChatML, or by the
-    template that its tokenizer's files carry. In a chat the template says what the sequence begins with, not
-    `data.decoder_bos`."""
+    """none: one running text (a base model). llama2, chatml: the turns of Llama 2 Chat or ChatML. tokenizer: the
+    template in its tokenizer's files. In a chat the template decides how the sequence begins, not `decoder_bos`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,79 +151,80 @@ class SourceConfig:
     """One folder of shards in the mixture."""
 
     path: str
-    """A folder of shards (`arc-ds shards build` or `index`), or the URL of one: http(s)://, s3://, gs://, hf://, sftp://
-    or `pipe:COMMAND`, in which {} stands for the file's name (without {}, a slash and the name are appended)."""
-    weight: Annotated[float, Range(above=0, cure="Remove a source not wanted.")] = 1.0
+    """A folder of shards (`arc-ds shards build` or `index`), or its URL: http(s)://, s3://, gs://, hf://, sftp:// or
+    `pipe:COMMAND`. In a command, {} stands for the file's name; without {}, a slash and the name are appended."""
+    weight: Annotated[float, Range(above=0, cure="Remove a source that you do not want.")] = 1.0
     """Its share of the samples, relative to the other sources."""
     task: str = "pretraining"
-    """What its records become: reconstruction and continuation of a text; questions on documents with in-context
-    examples; or a text or passages in chunks that are compressed in parallel."""
+    """The samples that its records become. pretraining: reconstruction and continuation of a text. few_shot,
+    question_answering: questions on documents, with or without in-context examples. long_context: a text or passages
+    in chunks that are compressed in parallel."""
     in_context_examples: Count = 0
-    """few_shot only: most examples before the question; their number is drawn from 0 to this (paper: 5)."""
+    """few_shot only: maximum number of examples before the question. The number is drawn from 0 to this (paper: 5)."""
     max_passages: Positive = 1
-    """few_shot only: most passages of a record joined to one document; drawn from 1 to this, the first of the
-    record are taken (paper: 4 or 5)."""
+    """few_shot only: maximum number of passages joined into one document. The number is drawn from 1 to this, and the
+    first passages of the record are used (paper: 4 or 5)."""
     chunk_tokens: Positive = 1024
     """long_context only: encoder tokens of a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read and how a record becomes a training sequence."""
+    """The sources, and how a record becomes a training sequence."""
 
     sources: tuple[SourceConfig, ...]
     """The mixture; at least one source."""
     validation: str | tuple[SourceConfig, ...] | None = None
-    """Held-out shards: a folder (or URL) of pretraining records, or a list of sources, whose weights share out
-    `validation.num_samples`. None: no validation."""
+    """Held-out shards: a folder (or URL) of pretraining records, or a list of sources. The weights of the sources
+    divide `validation.num_samples` among them. None: no validation."""
     batch_size: Positive = 128
     """Sequences in a global batch, over all ranks and micro-batches (the paper's 16 × 8 GPUs)."""
     reconstruction_share: float | ShareSchedule = 0.2
-    """Share of reconstruction among the samples, 0 to 1, the rest is continuation; or [from_step, share] pairs that
-    change it over time, the first from step 0."""
+    """Share of reconstruction among the pretraining samples, 0 to 1; the rest is continuation. Or a list of [from_step,
+    share] pairs that change it over time; the first pair starts at step 0."""
     max_context_tokens: Positive = 256
     """Longest context to compress, in encoder tokens."""
     max_prefix_tokens: Count = 256
     """Longest plain text before the context of a continuation, in decoder tokens."""
     max_continuation_tokens: Annotated[int, Range(at_least=2)] = 256
-    """Longest text to continue with, in decoder tokens (the first has no row that predicts it)."""
+    """Longest text to continue with, in decoder tokens (no row predicts the first one)."""
     max_documents_tokens: Positive = 2048
-    """few_shot: most encoder tokens that a sample compresses, its in-context examples' included. The question's
-    own document is cut to it; examples for which there is no room are left out, the first ones first."""
+    """few_shot: maximum encoder tokens that a sample compresses, including its in-context examples. The question's own
+    document is cut to it. Examples that do not fit are left out, the first ones first."""
     max_chunks: Positive = 32
-    """long_context: most chunks of a sample."""
+    """long_context: maximum number of chunks of a sample."""
     max_question_tokens: Positive = 256
-    """Questions: a longer one loses its beginning; in decoder tokens. A record's own chat
-    prompt counts as part of it."""
+    """Longest question, in decoder tokens. A longer one loses its beginning. A record's own chat prompt counts as part
+    of the question."""
     max_answer_tokens: Positive = 256
-    """Questions: a longer answer is cut and its end is no target; in decoder tokens. An
-    in-context example with a longer question or answer is left out. All that is cut is counted."""
+    """Longest answer, in decoder tokens. A longer one loses its end, and then its end is no target. An in-context
+    example with a longer question or answer is left out. All cuts are counted."""
     max_encoder_tokens: int | None = None
-    """Most encoder tokens (memory tokens included) in one micro-batch; the largest sample that the sizes allow has to
-    fit. Where a part of a rank's share has more, all ranks split their shares further, so that memory stays bounded
-    whatever the lengths; what is trained on does not depend on it. None: no limit."""
+    """Maximum encoder tokens (including memory tokens) in one micro-batch. The largest sample that the sizes allow must
+    fit. If a part of a rank's share has more, all ranks split their shares further, so memory stays bounded at any
+    lengths. The trained samples do not depend on it. None: no limit."""
     max_decoder_rows: int | None = None
-    """Most decoder rows (text and compressed tokens) in one micro-batch, likewise. A sample whose text has many more
-    tokens for a decoder than for the encoder, or whose chat template writes more than 256 tokens around a first turn,
-    or 64 around a further one, can exceed it: it has a micro-batch of its own and is counted (data/over_limit).
-    None: no limit."""
+    """Maximum decoder rows (text and compressed tokens) in one micro-batch; works like `max_encoder_tokens`. Two kinds
+    of sample can exceed it: a text with many more tokens for the decoder than for the encoder, and a chat template with
+    more than 256 tokens around the first turn or 64 around a further one. Such a sample runs in a micro-batch of its
+    own and is counted (data/over_limit). None: no limit."""
     decoder_bos: bool = True
-    """Whether a decoder sequence begins with the tokenizer's begin-of-text, where it has one."""
+    """Whether a decoder sequence begins with the tokenizer's begin-of-text, if it has one."""
     num_workers: Count = 2
-    """Processes per rank that prepare batches; 0: in the training process. Batches do not depend on it."""
+    """Processes per rank that prepare batches. 0: the training process prepares them. Batches do not depend on it."""
     cache_dir: str | None = None
-    """Where shards from URLs are kept; local to the host. None: ARC_DS_CACHE_DIR, else XDG_CACHE_HOME/arc-ds/shards,
-    else ~/.cache/arc-ds/shards. All processes of a host share it, and so may several runs."""
-    cache_gib: Annotated[float, Range(above=0, cure="Write null for half of what is free.")] | None = None
-    """Most that shards and token caches in `cache_dir` take, in GiB; the least recently used make room. None: half
-    of what is free on its disk when the run starts, what the cache holds already included."""
+    """Folder for shards from URLs, local to the host. None: ARC_DS_CACHE_DIR, else XDG_CACHE_HOME/arc-ds/shards, else
+    ~/.cache/arc-ds/shards. All processes of a host share it, and several runs may."""
+    cache_gib: Annotated[float, Range(above=0, cure="Write null for half of the free space.")] | None = None
+    """Maximum size of the shards and token caches in `cache_dir`, in GiB. The least recently used are evicted. None:
+    half of the free space on its disk at the start of the run, counting the cache's current content as free."""
     on_error: Literal["skip", "stop"] = "stop"
-    """A record that cannot be used stops the run, or is replaced by another and counted; a held-out one is passed over
-    and named."""
+    """stop: a record that cannot be used stops the run. skip: another record replaces it, and it is counted. A held-out
+    record is skipped and named."""
 
     @property
     def held_out(self) -> tuple[SourceConfig, ...]:
-        """The held-out sources; none where there is no validation."""
+        """The held-out sources; empty without validation."""
         if isinstance(self.validation, str):
             return (SourceConfig(path=self.validation),)
         return self.validation or ()
@@ -229,16 +232,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule. Learning rates are per step; each group has its own peak."""
+    """AdamW and its schedule. Learning rates change per step; each group has its own peak."""
 
     encoder_lr: NonNegativeFloat = 1e-5
     """Peak rate of the encoder."""
     markers_lr: NonNegativeFloat = 1e-5
     """Peak rate of the markers."""
     bridge_lr: NonNegativeFloat = 5e-5
-    """Peak rate of the bridges; higher, because they start from nothing."""
+    """Peak rate of the bridges; higher, because they start from random weights."""
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
-    """Warm-up to the peak and cosine to `final_lr` (paper), or warm-up and then the peak."""
+    """one_cycle: warm-up to the peak, then cosine to `final_lr` (paper). constant: warm-up, then the peak."""
     warmup_steps: int = 1000
     """Steps from `initial_lr` to the peak, 0 to steps - 1."""
     initial_lr: NonNegativeFloat = 1e-20
@@ -252,9 +255,9 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.1
     """AdamW's decoupled decay."""
     max_grad_norm: NonNegativeFloat = 1.0
-    """The global gradient norm is clipped to this; 0: no clipping."""
+    """Maximum global gradient norm; larger gradients are clipped to it. 0: no clipping."""
     max_skipped_steps: Count = 10
-    """A step with a non-finite loss or gradient is skipped; more than this many in a row stop the run."""
+    """A step with a non-finite loss or gradient is skipped. More than this many in a row stop the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,39 +265,40 @@ class LossConfig:
     """How the labels of a batch are averaged."""
 
     normalize: Literal["global", "rank_mean"] = "global"
-    """Sum over the labels of the global batch divided by their number, or the mean of the means of all ranks'
-    `micro_batches` parts (reference), with each of the step's decoders."""
+    """global: sum over the labels of the global batch, divided by their number. rank_mean: mean of the means of all
+    ranks' `micro_batches` parts (reference). Both per decoder of the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the run is saved, what is kept, and where a run starts from."""
+    """When to save, which checkpoints to keep, and from which one to resume."""
 
     every: Annotated[int, Range(at_least=0, cure="0 saves only at the end.")] = 500
-    """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    """Steps between checkpoints. 0: only at the end and at a stop signal."""
     keep_last: Positive = 2
-    """How many of the newest checkpoints stay."""
-    keep_every: Annotated[int, Range(at_least=1, cure="null keeps none for good.")] | None = None
-    """Checkpoints whose step is a multiple of this stay for good; None: none do."""
+    """How many of the newest checkpoints to keep."""
+    keep_every: Annotated[int, Range(at_least=1, cure="null keeps none permanently.")] | None = None
+    """Checkpoints whose step is a multiple of this are kept permanently. None: no checkpoint is."""
     resume: str = "auto"
-    """auto: the newest whole checkpoint of `run_dir`, if there is one; never: a new run; else a checkpoint's folder."""
+    """auto: the newest complete checkpoint of `run_dir`, if any. never: a new run. Otherwise: the folder of a
+    checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """When and on how much held-out text the run is measured (design 12)."""
+    """When to validate, and on how many held-out samples (arc_ds/data/README.md)."""
 
     every: Annotated[int, Range(at_least=0, cure="0 validates only at the end.")] = 0
-    """Steps between validations; 0: only at the end."""
-    num_samples: Annotated[int, Range(at_least=4, cure="Each task needs two of them.")] = 64
-    """Held-out samples per decoder; shared out by the sources' weights, and evenly among a source's tasks."""
+    """Steps between validations. 0: only at the end."""
+    num_samples: Annotated[int, Range(at_least=4, cure="Each task needs two samples.")] = 64
+    """Held-out samples per decoder. They are divided by the sources' weights, and evenly among a source's tasks."""
     batch_size: Positive = 8
-    """Most samples per forward on each rank; the limits of a micro-batch hold too. Results do not depend on it."""
+    """Maximum samples per forward on each rank. The limits of a micro-batch apply too. Results do not depend on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """MLflow. `metrics.jsonl` in the run's folder is written in any case."""
+    """MLflow. The run always writes `metrics.jsonl` to its folder."""
 
     mlflow: bool = True
     """Whether to track the run in MLflow."""
@@ -303,38 +307,39 @@ class TrackingConfig:
     run_name: str | None = None
     """The MLflow run's name. None: the name of the run's folder."""
     uri: str | None = None
-    """Tracking server. None: sqlite in the run's folder. The environment's MLFLOW_TRACKING_URI wins over both."""
+    """Tracking server. None: sqlite in the run's folder. MLFLOW_TRACKING_URI in the environment overrides both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. Relative paths are relative to the folder that the command is started in."""
+    """A whole run. Relative paths start at the folder in which the command runs."""
 
     run_dir: str
-    """Folder of everything that the run writes; made where it does not exist."""
+    """Folder for everything that the run writes. It is created if it does not exist."""
     steps: Positive
     """Optimizer steps of the run."""
     seed: Count = 0
     """Seed of the data's order, of the decoder of each step and of fresh weights."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of weights in forward and backward; master weights, gradients' sums and optimizer states are fp32 always."""
+    """Precision of weights in forward and backward. Master weights, gradient sums and optimizer states are always
+    fp32."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: GPUs where there are any."""
+    """auto: GPUs if there are any, otherwise the CPU."""
     attention_backend: Literal["auto", "triton", "flash", "reference"] = "auto"
-    """auto: on a GPU our kernels, or PyTorch's FlashAttention at shapes where it was measured to be faster; flash:
-    FlashAttention wherever it can serve; triton, reference (plain torch): those alone."""
+    """auto: our kernels on a GPU, or PyTorch's FlashAttention at shapes at which it was measured to be faster. flash:
+    FlashAttention for all shapes that it supports. triton, reference (plain torch): only that backend."""
     micro_batches: Annotated[int, Range(at_least=1, cure="1 means no accumulation.")] = 1
-    """Equal parts of each rank's share of a step, run one after the other (gradient accumulation); divides the
-    rank's batch. Limits in `data` may split them further."""
+    """Equal parts of each rank's share of a step, run one after the other (gradient accumulation). Must divide the
+    rank's batch. Limits in `data` may split the parts further."""
     log_every: Positive = 10
     """Steps between progress lines. Metrics are kept for every step."""
     stall_limit_s: PositiveFloat = 1800.0
     """Seconds without a finished step after which every rank's stacks are written to the run's folder."""
     decoder_schedule: Literal["sample", "alternate", "same_batch"] = "sample"
-    """With several decoders: the step's decoder is drawn from (seed, step), or they take turns, or every step trains
-    for all of them on the same samples."""
+    """With several decoders. sample: each step's decoder is drawn from (seed, step). alternate: they take turns.
+    same_batch: every step trains for all of them on the same samples."""
     deepspeed: str = "ds_configs/zero3.json"
-    """DeepSpeed's JSON; "auto" in it takes the number from here."""
+    """DeepSpeed's JSON. "auto" in it takes the number from this config."""
     encoder: EncoderConfig
     """The encoder."""
     pooling: PoolingConfig = PoolingConfig()
@@ -342,7 +347,7 @@ class RunConfig:
     markers: MarkersConfig = MarkersConfig()
     """Its markers."""
     bridge: BridgeConfig = BridgeConfig()
-    """The bridges' form; each decoder has one of its own."""
+    """The form of the bridges; each decoder has its own."""
     decoders: tuple[DecoderConfig, ...]
     """The frozen decoders; at least one."""
     data: DataConfig

@@ -1,6 +1,6 @@
-"""YAML text to a tree that remembers where each value stands, with `${VAR}` filled in and overrides applied.
+"""Parse YAML into a tree that knows the file and line of each value. Fills in `${VAR}` and applies overrides.
 
-Scalars stay text until the type of their field is known (`decode.py`), so YAML 1.1's guesses (`no` is False, `1e-5`
+Scalars stay text until the type of their field is known (`decode.py`). So YAML 1.1's guesses (`no` is False, `1e-5`
 is a string, `010` is 8) never reach a run.
 """
 
@@ -21,7 +21,12 @@ _INDEX = re.compile(r"[0-9]+")
 
 @dataclass
 class Entry:
-    """One value of the tree: exactly one of scalar, mapping or sequence. `where` is a file and line, or an override."""
+    """One value of the tree: a scalar, a mapping or a sequence.
+
+    where: a file and line, or an override.
+    scalar, mapping, sequence: the value; only the field of its `kind` is used.
+    quoted: whether the scalar has quotes in the YAML.
+    """
 
     where: str
     scalar: str | None = None
@@ -32,11 +37,11 @@ class Entry:
 
     @property
     def is_null(self) -> bool:
-        """Whether this is YAML's null, written plainly."""
+        """Whether this is YAML's null without quotes."""
         return self.kind == "scalar" and not self.quoted and self.scalar in ("", "~", "null", "Null", "NULL")
 
     def describe(self) -> str:
-        """What came, for a message."""
+        """The value in words, for an error message."""
         if self.kind == "mapping":
             return f"a mapping with the keys {', '.join(self.mapping) or '(none)'}"
         if self.kind == "sequence":
@@ -45,9 +50,13 @@ class Entry:
 
 
 def parse_yaml(text: str, source: str, environ: Mapping[str, str] | None = None) -> Entry:
-    """Parse YAML `text`; `source` names it in errors. An empty document is a null scalar.
+    """Parse YAML. An empty document is a null scalar.
 
-    ConfigError on bad YAML, a key given twice, a key that is not a plain word, or a missing variable.
+    text: the YAML.
+    source: its name in errors.
+    environ: the variables for `${VAR}` (default: the environment).
+
+    Raises ConfigError on bad YAML, a duplicate key, a key that is not a plain word, or a missing variable.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -62,9 +71,10 @@ def parse_yaml(text: str, source: str, environ: Mapping[str, str] | None = None)
 
 
 def apply_override(root: Entry, override: str, environ: Mapping[str, str] | None = None) -> None:
-    """Set one `key.path=value` in the tree; list items by number (`decoders.0.backbone=…`, the next number appends).
+    """Set one `key.path=value` in the tree. The value is YAML.
 
-    The value is YAML. ConfigError where there is no `=`, or the path leads through a value that has no keys.
+    A number selects an item of a list (`decoders.0.backbone=…`), and the next free number appends one. Raises
+    ConfigError if there is no `=`, or if the path goes through a value that has no keys.
     """
     path, equals, value_text = override.partition("=")
     keys = path.strip().split(".")
@@ -107,7 +117,7 @@ def _expand(text: str, where: str, environ: Mapping[str, str]) -> str:
         if default is not None:
             return default
         raise ConfigError(
-            f"{where}: the environment has no variable {name}, which {text!r} wants. "
+            f"{where}: the environment has no variable {name}, which {text!r} needs. "
             f"Set it (export {name}=…), or write ${{{name}:-default}}."
         )
 
@@ -115,7 +125,7 @@ def _expand(text: str, where: str, environ: Mapping[str, str]) -> str:
 
 
 def _child(entry: Entry, key: str, path: str, where: str) -> Entry:
-    """The entry under `key`, made as an empty mapping where a mapping or the end of a list has none."""
+    """The entry under `key`. A missing key, or the next number of a list, becomes an empty mapping."""
     if entry.kind == "sequence":
         idx = _list_idx(entry, key, path, where)
         if idx == len(entry.sequence):

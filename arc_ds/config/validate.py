@@ -1,4 +1,4 @@
-"""What excludes what in a config, and whether the files that it names are there: before anything is loaded."""
+"""Checks of a config before anything is loaded: keys that exclude each other, and paths that must exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 def check_exclusions(config: RunConfig, source: str = "config") -> None:
-    """ConfigError that lists everything in a config that excludes something else there, with the cure."""
+    """Raise one ConfigError that lists all keys that contradict each other, with the remedy."""
     problems = [
         *_encoder_problems(config),
         *_pooling_problems(config),
@@ -30,7 +30,7 @@ def check_exclusions(config: RunConfig, source: str = "config") -> None:
 
 
 def check_world_size(config: RunConfig, world_size: int) -> int:
-    """Sequences of a micro-batch on one rank. ConfigError where ranks × micro_batches does not divide the batch."""
+    """Sequences of a micro-batch on one rank. Raises ConfigError if ranks × micro_batches does not divide the batch."""
     parts = world_size * config.micro_batches
     if config.data.batch_size % parts:
         raise ConfigError(
@@ -42,9 +42,10 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
 
 
 def check_paths(config: RunConfig) -> None:
-    """ConfigError that lists every path of the config that does not exist, so that none is found an hour later.
+    """Raise one ConfigError that lists every path of the config that does not exist.
 
-    Or, where all do, one that says why `run_dir` cannot be made or written to. It is not made here.
+    A missing path would otherwise stop the run an hour later. If all paths exist, check that `run_dir` can be created
+    and written to. This function does not create it.
     """
     named: list[tuple[str, str | None]] = [
         ("deepspeed", config.deepspeed),
@@ -61,16 +62,16 @@ def check_paths(config: RunConfig) -> None:
         lines = "\n  ".join(missing)
         raise ConfigError(
             f"these paths of the config do not exist (relative ones start at {Path.cwd()}):\n  {lines}\n"
-            "Correct them, or give them as key=path on the command line."
+            "Correct them, or set them as key=path on the command line."
         )
     _check_can_be_written(Path(config.run_dir))
 
 
 def _check_can_be_written(folder: Path) -> None:
-    """Tried with a file in the folder, or in the nearest one above that is there: where that works, so does mkdir.
+    """Create and delete a temporary file in the folder or its nearest existing parent. If that works, so will mkdir.
 
-    Only the file is made, and is gone again: ranks of one host try at the same time, and a start that is refused for
-    another reason leaves nothing behind.
+    The folder itself is not created. The ranks of a host check at the same time, and a start that is refused for
+    another reason must not leave a folder.
     """
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -78,13 +79,13 @@ def _check_can_be_written(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"run_dir={folder} cannot be made or written to on this host: {error.strerror} ({error.filename}). Choose "
-            "another run_dir, or have its permissions, or what its path leads through, mended."
+            f"run_dir={folder} cannot be created or written to on this host: {error.strerror} ({error.filename}). "
+            "Choose another run_dir, or have the permissions of this path corrected."
         ) from error
 
 
 def _shards_on_disk(config: RunConfig) -> list[tuple[str, str]]:
-    """Keys and paths of shards, without those behind URLs: what is there takes the network, and is tried later."""
+    """Keys and paths of local shards. Remote ones need the network and are checked later."""
     key = "data.validation" if isinstance(config.data.validation, str) else "data.validation.{}.path"
     named = [(f"data.sources.{idx}.path", source.path) for idx, source in enumerate(config.data.sources)]
     named += [(key.format(idx), source.path) for idx, source in enumerate(config.data.held_out)]
@@ -100,7 +101,7 @@ def _encoder_problems(config: RunConfig) -> Iterator[str]:
     if encoder.num_layers is not None and encoder.num_truncated_layers is not None:
         yield (
             f"encoder.num_layers={encoder.num_layers} and encoder.num_truncated_layers="
-            f"{encoder.num_truncated_layers} both say where the encoder ends; remove one of them."
+            f"{encoder.num_truncated_layers} both set the number of layers; remove one of them."
         )
 
 
@@ -114,7 +115,7 @@ def _pooling_problems(config: RunConfig) -> Iterator[str]:
     if sum(chosen.values()) != 1:
         given = " and ".join(name for name, is_set in chosen.items() if is_set) or "none"
         yield (
-            f"pooling: exactly one of factors, num_groups and memory_tokens says how much is kept; got {given}. "
+            f"pooling: expected exactly one of factors, num_groups and memory_tokens; got {given}. "
             "With num_groups or memory_tokens write `factors: []`; to keep every token write `factors: [1]`."
         )
 
@@ -127,7 +128,7 @@ def _decoder_problems(config: RunConfig) -> Iterator[str]:
         if not _NAME.fullmatch(name):
             yield f"decoders.{idx}.name is {name!r}; expected letters, digits, '_', '-' and '.' (it names metrics)."
         if name in names[:idx]:
-            yield f"decoders.{idx}.name is {name!r}, the name of decoder {names.index(name)} too; give it another."
+            yield f"decoders.{idx}.name is {name!r}, like that of decoder {names.index(name)}; give it another name."
 
 
 def _data_problems(config: RunConfig) -> Iterator[str]:
@@ -149,7 +150,7 @@ def _share_problems(share: float | ShareSchedule) -> Iterator[str]:
     pairs = share if isinstance(share, tuple) else ((0, share),)
     starts = [start for start, _ in pairs]
     if not pairs or starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
-        yield f"{key} has steps {starts}; expected [from_step, share] pairs of rising steps, the first from step 0."
+        yield f"{key} has steps {starts}; expected [from_step, share] pairs with increasing steps from 0."
     for start, value in pairs:
         if not 0 <= value <= 1:
             yield f"{key} is {value} from step {start}; expected a share from 0 to 1."
@@ -160,7 +161,7 @@ def _optimizer_problems(config: RunConfig) -> Iterator[str]:
     if not 0 <= optimizer.warmup_steps < max(config.steps, 1):
         yield (
             f"optimizer.warmup_steps is {optimizer.warmup_steps}; expected 0 to steps - 1 = {config.steps - 1}. "
-            f"For a run this long set for example optimizer.warmup_steps={config.steps // 20}."
+            f"For a run of this length, set for example optimizer.warmup_steps={config.steps // 20}."
         )
 
 

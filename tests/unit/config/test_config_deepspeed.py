@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON takes its numbers from the run's config and from nowhere else."""
+"""DeepSpeed's JSON takes its numbers from the run's config alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a config: decoding by type, overrides, variables, and errors that say where and what to do."""
+"""Loading a config: decoding by type, overrides, variables, and errors that name the place and the remedy."""
 
 from __future__ import annotations
 

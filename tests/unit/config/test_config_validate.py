@@ -78,12 +78,12 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["data.sources.0.task=fewshot"], ["data.sources.0.task: the task is 'fewshot'", "Did you mean few_shot"]),
         (["data.validation=[{path: v, task: x}]"], ["data.validation.0.task", "one of few_shot, long_context"]),
         (["data.reconstruction_share=1.2"], ["from 0 to 1"]),
-        (["data.reconstruction_share=[]"], ["rising steps"]),
-        (["data.reconstruction_share=[[1, 0.5]]"], ["first from step 0"]),
-        (["data.reconstruction_share=[[0, 0.5], [0, 0.2]]"], ["rising steps"]),
+        (["data.reconstruction_share=[]"], ["increasing steps"]),
+        (["data.reconstruction_share=[[1, 0.5]]"], ["increasing steps from 0"]),
+        (["data.reconstruction_share=[[0, 0.5], [0, 0.2]]"], ["increasing steps"]),
         (["decoders=[]"], ["at least one decoder"]),
         (["decoders.0.name=a b"], ["decoders.0.name"]),
-        (["decoders.1.name=a", "decoders.1.backbone=b"], ["the name of decoder 0 too"]),
+        (["decoders.1.name=a", "decoders.1.backbone=b"], ["like that of decoder 0"]),
         (["optimizer.encoder_lr=-1e-5"], ["optimizer.encoder_lr"]),
         (["optimizer.eps=0"], ["optimizer.eps"]),
         (["optimizer.betas=[0.9, 1.0]"], ["optimizer.betas.1"]),
@@ -166,10 +166,10 @@ def _with_paths(tmp_path, monkeypatch, run_dir):
 
 
 def test_a_run_folder_that_cannot_be_is_an_error_before_the_start(tmp_path, monkeypatch):
-    """A file stands in its way: permissions do not stop root, who may run the tests."""
+    """A file blocks the path. Permissions would not stop root, and root may run the tests."""
     config = _with_paths(tmp_path, monkeypatch, "notes/runs/1")
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(ConfigError, match=r"run_dir=notes/runs/1 cannot be made or written to.*Not a directory"):
+    with pytest.raises(ConfigError, match=r"run_dir=notes/runs/1 cannot be created or written to.*Not a directory"):
         check_paths(config)
     (tmp_path / "notes").unlink()
     check_paths(config)

@@ -1,4 +1,4 @@
-"""Every recipe loads, and says what the paper says (design 13)."""
+"""Every recipe loads and has the numbers of the paper (arXiv 2510.20535, appendix B)."""
 
 from __future__ import annotations
 

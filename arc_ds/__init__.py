@@ -16,7 +16,7 @@ _PUBLIC = {"ArcModel": "arc_ds.inference.arc", "Context": "arc_ds.inference.arc"
 
 
 def __getattr__(name: str) -> Any:
-    """The public classes, imported when first asked for: `import arc_ds` alone must not load torch."""
+    """Import the public classes at their first use, because `import arc_ds` alone must not load torch."""
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,1 +1,1 @@
-"""The contract between data and model: segments, groups, and the packed batch. Needs torch and numpy alone."""
+"""The contract between data and model: segments, groups, and the packed batch. Needs torch and numpy only."""

@@ -1,6 +1,6 @@
-"""Group arithmetic: how the n tokens of a context become m groups (design 5).
+"""Group arithmetic: how the n tokens of a context become m groups (arc_ds/README.md).
 
-The boundaries are data, computed here once for a batch; the model and the kernels only follow them.
+Boundaries are data. They are computed here once per batch; the model and the kernels only follow them.
 
 Shape letters: T tokens, G groups, C contexts.
 """
@@ -16,17 +16,21 @@ RuleKind = Literal["factor", "count", "none", "floor_factor"]
 
 
 class GroupRule(NamedTuple):
-    """How many groups a context of n tokens gets.
+    """The number of groups of a context with n tokens.
 
-    "factor": ceil(n / value) groups (the paper's pooling factor); "count": min(n, value) groups; "none": n groups of
-    one token; "floor_factor": n // value groups, or n where n < value (similarity merging).
+    kind:
+        "factor": ceil(n / value) groups (the paper's pooling factor).
+        "count": min(n, value) groups.
+        "none": n groups of one token.
+        "floor_factor": n // value groups, or n groups if n < value (similarity merging).
+    value: see kind.
     """
 
     kind: RuleKind
     value: int = 1
 
     def num_groups(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Number of groups for each context length, int64 [C]. Lengths are at least 1."""
+        """The number of groups for each context length, int64 [C]. Lengths are at least 1."""
         if self.kind == "factor":
             return -(-lengths // self.value)
         if self.kind == "count":
@@ -37,12 +41,12 @@ class GroupRule(NamedTuple):
 
 
 class GroupLevel(NamedTuple):
-    """One pooling of a whole batch: the boundaries of the groups and the lengths that they leave.
+    """One pooling of a whole batch: the boundaries of the groups, and the lengths after pooling.
 
-    group_cu: int32 [G + 1], where each group starts among the tokens that enter the pooling.
+    group_cu: int32 [G + 1], start of each group among the tokens that enter the pooling.
     counts: int64 [C], groups of each context.
-    cu_seqlens: int32 [C + 1], where each context starts among the groups.
-    max_seqlen: the most groups a context has.
+    cu_seqlens: int32 [C + 1], start of each context among the groups.
+    max_seqlen: maximum number of groups of a context.
     """
 
     group_cu: NDArray[np.int32]
@@ -59,10 +63,11 @@ def cumulative(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
 
 
 def group_sizes(lengths: NDArray[np.int64], rule: GroupRule) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Balanced groups of each context (paper, section 3; design 5).
+    """Balanced groups of each context (paper, section 3).
 
     n tokens make m groups of n // m or n // m + 1 tokens, the longer ones first.
-    Returns (sizes of all groups, context by context, int64 [G]; groups of each context, int64 [C]).
+
+    Returns the sizes of all groups, context by context, int64 [G], and the number of groups of each context, int64 [C].
     """
     counts = rule.num_groups(lengths)
     base, longer = lengths // counts, lengths % counts
@@ -73,7 +78,7 @@ def group_sizes(lengths: NDArray[np.int64], rule: GroupRule) -> tuple[NDArray[np
 
 
 def group_levels(lengths: NDArray[np.int64], rules: tuple[GroupRule, ...]) -> tuple[GroupLevel, ...]:
-    """The boundaries of each pooling in turn; the groups of one are the tokens of the next. `lengths` int64 [C]."""
+    """The boundaries of successive poolings: the groups of one are the tokens of the next. `lengths`: int64 [C]."""
     levels = []
     for rule in rules:
         sizes, counts = group_sizes(lengths, rule)

@@ -1,7 +1,7 @@
-"""Packing: samples become one batch of flat tensors, in the DataLoader's workers (design 4).
+"""Packing: samples become one batch of flat tensors, in the DataLoader's workers.
 
-Everything that follows from lengths is decided here, on the host: where each group starts, which decoder row holds
-which token or compressed vector, which rows are labelled. The step itself then never looks at a length.
+Everything that follows from lengths is decided here, on the host: the start of each group, the decoder row of each
+token and compressed vector, and the labelled rows. The training step never reads a length.
 
 Shape letters: T encoder tokens, U encoder rows (tokens and memory slots), G final groups, C contexts, S sequences,
 N text tokens, Z compressed vectors (groups, or memory outputs, and markers), M markers, R decoder rows, L labels.
@@ -24,9 +24,10 @@ from arc_ds.batch.segments import MARKERS, Sample
 
 
 class PoolingSpec(NamedTuple):
-    """What packing must know of the encoder: one rule for each of its last layers, or a number of memory tokens.
+    """The encoder's pooling. Memory tokens replace pooling, so `pack` raises ValueError if both are set.
 
-    ValueError (from `pack`) where both are asked for: memory tokens replace pooling.
+    rules: one rule for each of the last layers.
+    memory_tokens: number of memory tokens; 0: none.
     """
 
     rules: tuple[GroupRule, ...] = (GroupRule("factor", 8),)
@@ -47,8 +48,8 @@ class PoolLevel:
 class PrefixSplit:
     """The decoder's rows in two parts: those before the first compressed row of their sequence, and all others.
 
-    Nothing that precedes a compressed row depends on it, so in a frozen decoder the prefix needs no gradient (design
-    8.8). Every sequence has a suffix; a sequence without compressed rows is all suffix.
+    Rows before a compressed row do not depend on it, so in a frozen decoder the prefix needs no gradient. Every
+    sequence has a suffix. A sequence without compressed rows is all suffix.
     """
 
     prefix_rows: Tensor  # int64 [P], ascending
@@ -61,12 +62,12 @@ class PrefixSplit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch as flat tensors; the decoder is given its sequences end to end, without padding."""
+    """One micro-batch as flat tensors. The decoder reads its sequences end to end, without padding."""
 
     encoder_ids: Tensor  # int64 [T]
     encoder_cu_seqlens: Tensor  # int32 [C + 1], over encoder rows U
     encoder_positions: Tensor  # int64 [U]
-    token_rows: Tensor | None  # int64 [T], rows of the tokens where there are memory slots, else None
+    token_rows: Tensor | None  # int64 [T], rows of the tokens if there are memory slots, else None
     memory_rows: Tensor | None  # int64 [C * memory_tokens], else None
     levels: tuple[PoolLevel, ...]
     output_slots: Tensor  # int64 [G], place of each encoder output among the Z compressed vectors
@@ -80,7 +81,7 @@ class PackedBatch:
     label_rows: Tensor  # int64 [L]
     labels: Tensor  # int64 [L]
     label_sequences: Tensor  # int64 [L], the sequence of each label
-    prefix: PrefixSplit | None  # None where no row precedes a compressed one
+    prefix: PrefixSplit | None  # None if no sequence has a row before its first compressed one
     tasks: tuple[str, ...]  # [S]
     encoder_max_seqlen: int
     decoder_max_seqlen: int
@@ -112,8 +113,8 @@ class PackedBatch:
 def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
     """Lay samples out as one `PackedBatch` (CPU tensors).
 
-    A target is a token of a text segment with `in_loss` whose preceding row is a text row of the same sample; the
-    preceding row carries it as its label (rows of compressed tokens predict nothing). ValueError on an empty list.
+    A target is a token of a text segment with `in_loss` if the row before it is a text row of the same sample. That row
+    has the token as its label. Rows of compressed tokens predict nothing. Raises ValueError on an empty list.
     """
     if not samples:
         raise ValueError("pack() needs at least one sample")
@@ -152,12 +153,12 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
 
 
 def _level_outputs(lengths: NDArray[np.int64], levels: Sequence[GroupLevel]) -> NDArray[np.int64]:
-    """What the last pooling leaves of each context, int64 [C]."""
+    """Encoder outputs of each context after the last pooling, int64 [C]."""
     return levels[-1].counts if levels else lengths
 
 
 def num_outputs(lengths: NDArray[np.int64], spec: PoolingSpec) -> NDArray[np.int64]:
-    """Encoder outputs of contexts of the given lengths (their markers not included), int64 [C] both."""
+    """Encoder outputs, without markers, of contexts of the given lengths. Both int64 [C]."""
     if spec.memory_tokens:
         return np.full_like(lengths, spec.memory_tokens)
     for rule in spec.rules:
@@ -166,10 +167,14 @@ def num_outputs(lengths: NDArray[np.int64], spec: PoolingSpec) -> NDArray[np.int
 
 
 class _Pieces(NamedTuple):
-    """All segments of a batch in reading order, N of them, a list for each thing that is known of them.
+    """All N segments of a batch in reading order, by column.
 
-    sequences: whose they are. is_text, in_loss: of each. context_ids, markers: of the contexts among them, a marker as
-    its place in MARKERS, -1 for none. text_ids: of the others.
+    sequences: the sequence of each segment.
+    is_text: whether each is text.
+    in_loss: whether each is a target.
+    context_ids: ids of the context segments.
+    markers: markers of the context segments, as indices into MARKERS; -1 for none.
+    text_ids: ids of the text segments.
     """
 
     sequences: list[int]
@@ -198,7 +203,7 @@ class _Pieces(NamedTuple):
 
 
 def _decoder_rows(samples: Sequence[Sample], pieces: _Pieces, vectors: NDArray[np.int64]) -> dict[str, Any]:
-    """The decoder's side of the batch; `vectors` [C] counts the compressed vectors of each context in order."""
+    """The decoder's fields of the batch. `vectors`: number of compressed vectors of each context, int64 [C]."""
     sequences = np.array(pieces.sequences, dtype=np.int64)
     texts = np.array(pieces.is_text, dtype=bool)
     contexts = ~texts
@@ -206,7 +211,7 @@ def _decoder_rows(samples: Sequence[Sample], pieces: _Pieces, vectors: NDArray[n
     rows = np.empty(len(sequences), dtype=np.int64)
     rows[texts], rows[contexts] = text_lengths, vectors
     first = rows.cumsum() - rows
-    # The first token of a text has no text row before it, unless it goes on with one.
+    # The first token of a text has no text row before it, unless the text continues another one.
     skipped = np.where(_after_text(sequences, texts, rows)[texts], 0, 1)
     targets = np.where(np.array(pieces.in_loss, dtype=bool)[texts], np.maximum(text_lengths - skipped, 0), 0)
     target_tokens = _rows(text_lengths.cumsum() - text_lengths + skipped, targets)
@@ -229,8 +234,8 @@ def _decoder_rows(samples: Sequence[Sample], pieces: _Pieces, vectors: NDArray[n
 
 
 def _after_text(sequences: NDArray[np.int64], is_text: NDArray[np.bool_], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether the row before a segment is a text row of the same sequence, for each of them, [N]."""
-    taken = rows.nonzero()[0]  # an empty text stands nowhere, so that nothing stands behind it
+    """Whether the row before each segment is a text row of the same sequence, bool [N]."""
+    taken = rows.nonzero()[0]  # an empty text has no row, so no segment follows it
     before, here = taken[:-1], taken[1:]
     found = np.zeros(len(rows), dtype=bool)
     found[here] = is_text[before] & (sequences[here] == sequences[before])
@@ -240,9 +245,11 @@ def _after_text(sequences: NDArray[np.int64], is_text: NDArray[np.bool_], rows: 
 def _prefix_lengths(
     lengths: NDArray[np.int64], sequences: NDArray[np.int64], first: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Rows of each sequence before its first compressed one, 0 where it has none, int64 [S].
+    """Number of rows of each sequence before its first compressed one, 0 if it has none, int64 [S].
 
-    lengths [S]: of the sequences. sequences, first [C]: of each context, its sequence and its first row.
+    lengths: of the sequences, [S].
+    sequences: the sequence of each context, [C].
+    first: the first row of each context, [C].
     """
     found = np.zeros_like(lengths)
     is_first = np.ones(len(sequences), dtype=bool)
@@ -253,7 +260,7 @@ def _prefix_lengths(
 
 
 def _prefix_split(lengths: NDArray[np.int64], prefix_lengths: NDArray[np.int64]) -> PrefixSplit | None:
-    """The two parts of the rows, from the lengths of the sequences and of their prefixes, int64 [S] each."""
+    """Split the rows in two parts, by the lengths of the sequences and of their prefixes, int64 [S] each."""
     if not prefix_lengths.any():
         return None
     suffix_lengths = lengths - prefix_lengths
@@ -269,7 +276,7 @@ def _prefix_split(lengths: NDArray[np.int64], prefix_lengths: NDArray[np.int64])
 
 
 def _map_tensors(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor in it moved; follows dataclasses and tuples."""
+    """Apply `move` to every tensor in `value`, also within dataclasses and tuples."""
     if isinstance(value, Tensor):
         return move(value)
     if isinstance(value, tuple):
@@ -281,21 +288,21 @@ def _map_tensors(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _split_rows(lengths: NDArray[np.int64], row_lengths: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """Rows of the tokens and rows of the memory slots behind them, context by context."""
+    """Rows of the tokens and rows of the memory slots after them, context by context."""
     memory = row_lengths - lengths
     first = np.cumsum(row_lengths) - row_lengths
     return torch.from_numpy(_rows(first, lengths)), torch.from_numpy(_rows(first + lengths, memory))
 
 
 def _rows(first: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`counts[i]` rows from `first[i]` on, for each i in turn: int64 [sum of counts]."""
+    """For each i, `counts[i]` consecutive rows from `first[i]`: int64 [sum of counts]."""
     ends = counts.cumsum()
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total) + (first + counts - ends).repeat(counts)
 
 
 def _ranges(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0 … n-1 for each length, end to end: int64 [sum of lengths]."""
+    """0 … n-1 for each length n, end to end: int64 [sum of lengths]."""
     ends = lengths.cumsum()
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total) - (ends - lengths).repeat(lengths)

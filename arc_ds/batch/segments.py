@@ -1,8 +1,8 @@
-"""Segment and Sample: what the decoder reads, before it is packed.
+"""Segment and Sample: a decoder sequence before packing.
 
-A sample is one decoder sequence, written as a list of segments in reading order. A *text* segment is decoder
-tokens; a *context* segment is encoder tokens, which the decoder reads as compressed vectors. There are no parallel
-lists: what belongs to a piece of the sequence stands in the piece.
+A sample is one decoder sequence: a list of segments in reading order. A *text* segment holds decoder tokens. A
+*context* segment holds encoder tokens, which the decoder reads as compressed vectors. There are no parallel lists: a
+segment holds everything that belongs to it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ MARKERS: tuple[Marker, ...] = ("cont", "rec")
 
 
 class TokenIds(Sequence[int]):
-    """Token ids that never change, kept as an array and read as a tuple: equal to any sequence of the same numbers.
+    """Immutable token ids, stored as an array. They behave like a tuple and equal any sequence of the same numbers.
 
-    Tokenizers give arrays and `pack` joins arrays, and between them a sample's thousands of ids need not become
+    Tokenizers return arrays and `pack` joins arrays. Between the two, a sample's thousands of ids need not become
     thousands of objects.
     """
 
     __slots__ = ("array",)
 
     def __init__(self, ids: Sequence[int] | NDArray[np.integer]) -> None:
-        """An array of integers is kept as it is, without a copy; it must not be written to later."""
-        # A tuple of no number would become an array of floats.
+        """Keeps an array of integers without a copy. The array must not be written to later."""
+        # Without the dtype, an empty tuple would become an array of floats.
         self.array: NDArray[np.integer] = ids if isinstance(ids, np.ndarray) else np.array(ids, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -68,9 +68,10 @@ class Segment(NamedTuple):
     """One piece of a decoder sequence.
 
     kind: "text" (ids of the decoder's tokenizer) or "context" (ids of the encoder's tokenizer).
-    in_loss: text only; whether the tokens of this segment are targets. Each such token is predicted from the row
-        before it, provided that row is a text row (rows of compressed tokens predict nothing).
-    marker: context only; the learned vector appended after the context's groups, None for no marker.
+    ids: token ids.
+    in_loss: text only; whether the tokens of this segment are targets. The row before a target predicts it if that row
+        is a text row (rows of compressed tokens predict nothing).
+    marker: context only; the learned vector appended after the context's groups. None: no marker.
     """
 
     kind: Kind
@@ -80,12 +81,12 @@ class Segment(NamedTuple):
 
     @staticmethod
     def text(ids: Sequence[int] | NDArray[np.integer], in_loss: bool = False) -> Segment:
-        """A piece of plain text; `ids` are decoder token ids and may be empty."""
+        """A text segment. `ids`: decoder token ids, possibly none."""
         return Segment("text", _token_ids(ids), in_loss=in_loss)
 
     @staticmethod
     def context(ids: Sequence[int] | NDArray[np.integer], marker: Marker | None = "cont") -> Segment:
-        """A context to compress; `ids` are encoder token ids, at least one. ValueError on none or an unknown marker."""
+        """A context to compress, of at least one encoder token id. Raises ValueError on none or an unknown marker."""
         if len(ids) == 0:
             raise ValueError("a context segment needs at least one token: an empty context has no groups to pool")
         if marker is not None and marker not in MARKERS:
@@ -95,7 +96,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One decoder sequence and the task it came from ("reconstruction", "continuation", ...)."""
+    """One decoder sequence, and its task ("reconstruction", "continuation", ...)."""
 
     task: str
     segments: tuple[Segment, ...]

@@ -61,7 +61,7 @@ def test_the_groups_of_one_level_are_the_rows_of_the_next(lengths: list[int], ru
     assert len(levels) == len(rules)
     for level in levels:
         assert level.group_cu.dtype == level.cu_seqlens.dtype == np.int32
-        # Groups do not cross contexts: each context starts where one of its groups starts.
+        # Groups do not cross contexts: the start of each context is also the start of a group.
         assert level.group_cu[level.cu_seqlens].tolist() == rows.tolist()
         assert level.max_seqlen == np.diff(level.cu_seqlens).max(initial=0)
         rows = level.cu_seqlens

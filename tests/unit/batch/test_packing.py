@@ -1,4 +1,4 @@
-"""Packing: what stands in which row of encoder and decoder, and which rows carry a label."""
+"""Packing: the content of each row of encoder and decoder, and the labelled rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPECS = st.one_of(
 
 
 def _rows_by_hand(samples: list[Sample], spec: PoolingSpec) -> list[list[tuple[str, int]]]:
-    """For each sequence its rows: ("text", id), ("output", running number) or ("marker", kind)."""
+    """The expected rows of each sequence: ("text", id), ("output", running number) or ("marker", kind)."""
     outputs, sequences = 0, []
     for one in samples:
         rows: list[tuple[str, int]] = []
@@ -49,7 +49,7 @@ def _rows_by_hand(samples: list[Sample], spec: PoolingSpec) -> list[list[tuple[s
 
 
 def _rows_of(batch: PackedBatch) -> list[tuple[str, int]]:
-    """The rows as the batch describes them; fails where one is written twice or never."""
+    """The rows according to the batch. Fails if a row is written twice or never."""
     rows: list[tuple[str, int] | None] = [None] * batch.num_decoder_rows
     compressed = batch.compressed_rows.tolist()
     written = [

@@ -1,4 +1,4 @@
-"""Token ids: an array that reads as the tuple of its numbers."""
+"""Token ids: an array that behaves like the tuple of its numbers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Data: records, tokenizers, shards, their order, the tasks made of them, and packing."""
+"""Data: the order of the run's samples, tasks, and loading (README.md)."""

@@ -1,1 +1,1 @@
-"""From the order of the run's samples to packed batches: what the DataLoader's workers do."""
+"""The work of the DataLoader's workers: from the order of the run's samples to packed batches."""

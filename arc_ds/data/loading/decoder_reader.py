@@ -1,4 +1,4 @@
-"""How a decoder is given its text: its tokenizer, and what stands around the turns."""
+"""A decoder's tokenizer, and the chat layout around its turns."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ class Reader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReaderFiles:
-    """Where a decoder's tokenizer is (file or folder), and which chat template it is spoken to with."""
+    """A decoder's files, before they are loaded.
+
+    tokenizer: file or folder of the tokenizer.
+    chat_template: name of the layout.
+    """
 
     tokenizer: str | Path
     chat_template: LayoutName = "none"
 
     def load(self) -> Reader:
-        """Read the files; TokenizerError where the tokenizer or the template cannot be used."""
+        """Read the files. Raises TokenizerError if the tokenizer or the template cannot be used."""
         tokenizer = load_tokenizer(self.tokenizer)
         return Reader(tokenizer=tokenizer, layout=read_layout(self.chat_template, tokenizer, self.tokenizer))

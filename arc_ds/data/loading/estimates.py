@@ -1,4 +1,4 @@
-"""How large a sample will be, from the token counts in the index: known to every rank without making the sample."""
+"""Estimated sizes of samples, from the token counts in the index. Every rank knows them without making the samples."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ def estimated_size(estimate: Estimate, pooling: PoolingSpec) -> SampleSize:
 class WorkRates:
     """The work of a step in one unit, such as FLOPs, forward and backward together.
 
-    encoder_token, prefix_row, suffix_row: one of each through the linears of all layers. encoder_pair, decoder_pair:
-    two tokens that attend to each other within a context, two rows within a sequence. The defaults are those of an
-    encoder and a frozen decoder of one size with attention left out: what is trained costs three forwards, what a
-    gradient passes through two.
+    The defaults are for an encoder and a frozen decoder of equal size, without attention: trained linears cost three
+    forwards, and frozen linears with a gradient cost two.
+
+    encoder_token: one encoder token through the linears of all layers.
+    prefix_row: one decoder row without a gradient through the linears of all layers.
+    suffix_row: one decoder row with a gradient through the linears of all layers.
+    encoder_pair: attention between two tokens of a context.
+    decoder_pair: attention between two rows of a sequence.
     """
 
     encoder_token: float = 3.0
@@ -55,8 +59,8 @@ class WorkRates:
 def asked_means(manifest: Manifest, limits: TaskLimits) -> AskedMeans:
     """The means of fine-tuning shards.
 
-    A sample reads the first 1, 2, … or limits.max_passages passages of a record, each number as often (`tasks.asked`);
-    those of a record count as equally long.
+    A sample reads the first 1, 2, … or limits.max_passages passages of a record, with equal probability
+    (`tasks.asked`). The passages of a record are assumed to be equally long.
     """
     by_number = manifest.passage_tokens
     in_passages = sum(by_number.values())
@@ -72,9 +76,11 @@ def asked_means(manifest: Manifest, limits: TaskLimits) -> AskedMeans:
 
 
 class Estimator:
-    """Estimates for the samples of one source, which count a decoder's token as one of the encoder's.
+    """Estimates for the samples of one source. A decoder token counts as one encoder token.
 
-    asked: the means of its records where they are fine-tuning records, else None.
+    limits: sizes of the source.
+    pooling: the encoder's pooling.
+    asked: means of the source's records if they are fine-tuning records, else None.
     """
 
     def __init__(self, limits: TaskLimits, pooling: PoolingSpec, asked: AskedMeans | None = None) -> None:
@@ -91,9 +97,13 @@ class Estimator:
         self._compressed = lru_cache(maxsize=1 << 14)(self._count_compressed)
 
     def estimate(self, sample: str, tokens: Sequence[int]) -> Estimate:
-        """Of a sample of that name; tokens: of its own record, then of its in-context examples."""
+        """The estimate of one sample.
+
+        sample: its name, such as "reconstruction".
+        tokens: tokens of its own record, then of its in-context examples.
+        """
         return task_of_sample(sample).estimate(sample, tokens, Sizing(self._limits, self._compressed, self._asked))
 
     def _count_compressed(self, length: int) -> int:
-        """Compressed rows of a context, its marker included."""
+        """Compressed rows of a context, including its marker."""
         return int(num_outputs(np.array([length]), self._pooling)[0]) + bool(self._limits.markers)

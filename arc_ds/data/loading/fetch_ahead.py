@@ -1,4 +1,4 @@
-"""Shards behind URLs are fetched before they are read: the order tells which ones come."""
+"""Fetch remote shards before they are read. The order tells which shards come next."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from arc_ds.data.order.order import RunOrder
 
 
 class FetchAhead:
-    """Asks the sources behind URLs for the shards that a run reads soon: this shuffle window's, then the next one's."""
+    """Asks remote sources for the shards of the current shuffle window, and then for those of the next one."""
 
     def __init__(self, order: RunOrder, sources: Sequence[Source]) -> None:
         self._order = order
@@ -19,7 +19,10 @@ class FetchAhead:
         self._asked: dict[int, object] = {}
 
     def at(self, step: int) -> None:
-        """To be called before the step is read; returns at once. Does nothing where all shards are on the disk."""
+        """Request the shards for a step, without waiting. Call it before the step is read.
+
+        It does nothing if all shards are local.
+        """
         if not self._remote:
             return
         windows = self._order.windows(step)
@@ -30,7 +33,7 @@ class FetchAhead:
                 self._remote[source_idx].prefetch([*current, *(following if self._fits() else ())])
 
     def _fits(self) -> bool:
-        """Whether the cache holds two windows of every source; else fetching ahead would put out what is being read."""
+        """Whether the cache holds two windows of every source. Otherwise, prefetching would evict shards in use."""
         needed = 0
         for shards in self._remote.values():
             largest = sorted(map(shards.files.num_bytes, shards.manifest.shards), reverse=True)

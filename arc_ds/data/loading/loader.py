@@ -1,7 +1,7 @@
-"""The steps of a run as a dataset: step number in, this rank's packed micro-batches out.
+"""The steps of a run as a dataset: from the number of a step to this rank's packed micro-batches.
 
-A step's batch follows from its number alone, so any number of workers gives the same batches, a resumed run begins at
-any step, and nothing is saved.
+A step's batch follows from its number alone. So any number of workers gives the same batches, a run can resume at any
+step, and the loader has no state to save.
 """
 
 from __future__ import annotations
@@ -37,16 +37,23 @@ logger = logging.getLogger(__name__)
 
 _held_open: list[Iterator[StepBatch]] = []
 
-# One rank's share of a step: the places of its samples in the global batch, by parts of equal size.
+# One rank's share of a step: places in the global batch, in parts of equal size.
 Parts = tuple[tuple[int, ...], ...]
 
 
 class StepData(Dataset[StepBatch]):
-    """A map-style dataset over the steps of a run, for one rank. Tokenizers are loaded when the first step is made.
+    """A map-style dataset over the steps of a run, for one rank. The first step loads the tokenizers.
 
-    order: of the same sources, in the same order, as `sources`. readers: of each decoder. rates: the work of each
-    decoder's samples, by which they are dealt to ranks. limits: of one micro-batch. micro_batches: parts of this rank's
-    share, split further where the limits ask for it.
+    order: order of the run, for these sources in this sequence.
+    sources: the mixture.
+    encoder_tokenizer: file or folder.
+    readers: tokenizer and layout of each decoder.
+    pooling: the encoder's pooling.
+    rates: work rates of each decoder; samples are dealt to ranks by them.
+    limits: of one micro-batch.
+    rank, world_size: this rank, and the number of ranks.
+    micro_batches: parts of this rank's share; limits may split them further.
+    on_error: see `SampleMaker`.
     """
 
     def __init__(
@@ -64,9 +71,10 @@ class StepData(Dataset[StepBatch]):
         micro_batches: int = 1,
         on_error: OnError = "stop",
     ) -> None:
-        """ConfigError where ranks × micro_batches does not divide the batch; DataError on an order of other sources."""
+        """Raises ConfigError if ranks × micro_batches does not divide the batch, and DataError if `order` has other
+        sources."""
         if [source.shape for source in sources] != list(order.sources):
-            raise DataError("the run's order was made of other shards than these. Make the order of these sources.")
+            raise DataError("the run's order was made for other shards than these. Make the order for these sources.")
         deal([0.0] * order.batch_size, world_size * micro_batches)
         self.order = order
         self.sources = tuple(sources)
@@ -88,11 +96,11 @@ class StepData(Dataset[StepBatch]):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The names of the run's samples, in the order of its sources."""
+        """Names of the run's kinds of sample, in the order of its sources."""
         return tuple(dict.fromkeys(name for source in self.sources for name in source.tasks))
 
     def __getitem__(self, step: int) -> StepBatch:
-        """This rank's share of a step; DataError where a record cannot be used and `on_error` does not say to skip."""
+        """This rank's share of a step. Raises DataError if a record cannot be used and `on_error` is "stop"."""
         self._fetch_ahead.at(step)
         picks = self.order.batch(step)
         decoder_idxs = self.order.decoders(step)
@@ -112,7 +120,7 @@ class StepData(Dataset[StepBatch]):
         )
 
     def _shares(self, picks: Sequence[Pick], decoder_idxs: Sequence[int]) -> tuple[tuple[Parts, ...], int]:
-        """Each rank's share, and into how many micro-batches every rank splits its own for each decoder."""
+        """The share of each rank, and the number of micro-batches per rank and decoder."""
         estimates = [self._estimate(pick) for pick in picks]
         rates = [self._rates[decoder_idx] for decoder_idx in decoder_idxs]
         work = [sum(each.work(estimate) for each in rates) for estimate in estimates]
@@ -129,7 +137,7 @@ class StepData(Dataset[StepBatch]):
         return self._estimators[pick.source_idx].estimate(pick.task, tokens)
 
     def _over_limit(self, made: Sequence[Made]) -> int:
-        """How many samples exceed a limit by themselves; the first one is named in the log."""
+        """How many samples exceed a limit by themselves. The log names the first one."""
         if not self.limits.any:
             return 0
         samples = [(item.record_id, sample) for item in made for sample in item.samples]
@@ -140,9 +148,9 @@ class StepData(Dataset[StepBatch]):
             source_idx, record_idx = samples[over[0]][0]
             logger.warning(
                 "%s, record %d: its sample has %d encoder tokens and %d decoder rows, more than a micro-batch may have "
-                "(data.max_encoder_tokens: %s, data.max_decoder_rows: %s). It is trained on all the same, in a "
-                "micro-batch of its own; others like it are only counted (data/over_limit). Where memory does not "
-                "suffice, lower the data section's sizes (data.max_…_tokens, data.max_chunks).",
+                "(data.max_encoder_tokens: %s, data.max_decoder_rows: %s). It is still trained on, in a micro-batch of "
+                "its own; others like it are only counted (data/over_limit). If memory runs out, lower the data "
+                "section's sizes (data.max_…_tokens, data.max_chunks).",
                 *(self.sources[source_idx].shards.name, record_idx, *sizes[over[0]]),
                 *(self.limits.max_encoder_tokens, self.limits.max_decoder_rows),
             )
@@ -152,7 +160,7 @@ class StepData(Dataset[StepBatch]):
 def make_loader(
     data: StepData, steps: range, *, num_workers: int, prefetch: int = 4, pin_memory: bool = False
 ) -> DataLoader[StepBatch]:
-    """A DataLoader that yields the batches of `steps` in order. 0 workers: made in this process."""
+    """A DataLoader that yields the batches of `steps` in order. With 0 workers, this process makes them."""
     _end_workers_at_exit()
     return DataLoader(
         data,
@@ -167,10 +175,10 @@ def make_loader(
 
 
 def _begin_worker(_: int) -> None:
-    """One thread a worker: the ranks' workers share the host's cores. As many open files as the system allows.
+    """Set up a worker: one thread, because all workers share the host's cores, and as many open files as allowed.
 
-    A scheduler that stops a job signals all of its processes. A rank then saves at the next step boundary, and until
-    there it needs its workers: they leave the signals to it, and end with it.
+    A scheduler that stops a job signals all of its processes. A rank then saves at the next step boundary, and needs
+    its workers until then. So workers ignore the signals, and end with their rank.
     """
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -181,27 +189,27 @@ def _begin_worker(_: int) -> None:
 
 
 def hold_open(batches: Iterator[StepBatch]) -> None:
-    """Keep a loader's iterator to the end of the process, or until it is let go.
+    """Keep a loader's iterator alive until the process ends or `let_go` is called.
 
-    Its own end waits up to ten seconds for each worker that is stuck; `end_workers` does not.
+    The iterator's own shutdown waits up to ten seconds for each stuck worker; `end_workers` does not.
     """
     _held_open.append(batches)
 
 
 def let_go(batches: Iterator[StepBatch]) -> None:
-    """Undo `hold_open`: the iterator has come to its end, and its workers with it."""
+    """Undo `hold_open`, when the iterator and its workers have ended."""
     _held_open.remove(batches)
 
 
 def end_workers() -> None:
-    """Kill the workers of all loaders, busy or stuck; for the end of a process, which registers it at its first loader.
+    """Kill the workers of all loaders, busy or stuck. The first loader of a process registers this for its exit.
 
-    Otherwise Python would send them a SIGTERM, which they ignore once, and wait for them.
+    Otherwise Python would send each worker a SIGTERM, which it ignores once, and wait for it.
     """
     for batches in _held_open:
-        # Torch would end it by waiting for its thread, and that for the rest of what a killed worker was sending.
+        # Torch's own shutdown would wait for its thread, which waits for the rest of a killed worker's message.
         batches._shutdown = True  # type: ignore[attr-defined]
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an error
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler treats the end of a worker as an error
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
@@ -213,5 +221,5 @@ def _end_workers_at_exit() -> None:
 
 
 def _ignore_once(number: int, _frame: FrameType | None) -> None:
-    """The second one ends the worker: it is how Python ends children that an abandoned loader has left behind."""
+    """Ignore the first SIGTERM. The second one ends the worker: Python sends it to children of an abandoned loader."""
     signal.signal(number, signal.SIG_DFL)

@@ -1,14 +1,14 @@
-"""How a rank's share of a step is split into micro-batches, so that memory stays bounded whatever the lengths.
+"""Split a rank's share of a step into micro-batches, to bound the memory at any lengths.
 
-Limits never change what is trained on: a single sample beyond them has a micro-batch of its own, which exceeds them.
+Limits never change a sample. A single sample beyond them gets a micro-batch of its own, which exceeds them.
 
-A step's share has as many equal parts as the config's `micro_batches`. Where a part exceeds a limit it is split
-further, and every rank splits its share into the same number, since ranks meet in every pass:
+A step's share has as many equal parts as the config's `micro_batches`. A part that exceeds a limit is split further.
+Every rank splits its share into the same number of micro-batches, because ranks meet in every pass:
 
-1. `planned_splits`, from the index's lengths of the whole global batch: every rank finds the same number.
-2. `pack_share`, by the real lengths of the rank's own samples, makes at least that many.
-3. Where some rank needed more after all, the ranks agree on the largest number before the step (`training.loop`), and
-   the others pack their samples again in that number.
+1. `planned_splits` computes the number from the index's lengths of the whole global batch, equally on every rank.
+2. `pack_share` makes at least that many, by the real lengths of the rank's own samples.
+3. If a rank needs more, the ranks agree on the largest number before the step (`training.loop`), and the other ranks
+   pack their samples again.
 """
 
 from __future__ import annotations
@@ -26,31 +26,35 @@ from arc_ds.data.loading.step_batch import MicroBatch, Share, StepBatch
 
 
 class SampleSize(NamedTuple):
-    """What a sample takes in a micro-batch. encoder_tokens: with memory tokens; decoder_rows: text and compressed."""
+    """The size of a sample in a micro-batch.
+
+    encoder_tokens: including memory tokens.
+    decoder_rows: text and compressed rows.
+    """
 
     encoder_tokens: int
     decoder_rows: int
 
     @property
     def work(self) -> int:
-        """About how long it takes; only for balance."""
+        """A rough measure of its time; only for balance."""
         return self.encoder_tokens + self.decoder_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatchLimits:
-    """The most that one micro-batch may hold; None: no limit."""
+    """The maximum size of one micro-batch. None: no limit."""
 
     max_encoder_tokens: int | None = None
     max_decoder_rows: int | None = None
 
     @property
     def any(self) -> bool:
-        """Whether there is a limit at all."""
+        """Whether any limit is set."""
         return self.max_encoder_tokens is not None or self.max_decoder_rows is not None
 
     def allow(self, encoder_tokens: int, decoder_rows: int) -> bool:
-        """Whether a micro-batch may be of this size."""
+        """Whether a micro-batch may have this size."""
         return (self.max_encoder_tokens is None or encoder_tokens <= self.max_encoder_tokens) and (
             self.max_decoder_rows is None or decoder_rows <= self.max_decoder_rows
         )
@@ -58,7 +62,11 @@ class MicroBatchLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """The samples of one micro-batch: places within a part of the share, ascending."""
+    """The samples of one micro-batch.
+
+    part_idx: the part of the share.
+    members: places within that part, ascending.
+    """
 
     part_idx: int
     members: tuple[int, ...]
@@ -67,9 +75,11 @@ class Split:
 def pack_share(
     share: Share, decoder_idxs: Sequence[int], pooling: PoolingSpec, limits: MicroBatchLimits, at_least: int = 0
 ) -> tuple[MicroBatch, ...]:
-    """A rank's samples as micro-batches, one decoder after the other, split alike for all of them.
+    """A rank's samples as micro-batches, one decoder after the other. All decoders have the same split.
 
-    at_least: micro-batches for each decoder, as in `split`.
+    share: the rank's samples.
+    decoder_idxs: the decoders of the step.
+    at_least: minimum number of micro-batches per decoder, as in `split`.
     """
     if len(share) == 1 and at_least <= 1 and not limits.any:
         splits: tuple[Split, ...] = (Split(part_idx=0, members=tuple(range(len(share[0])))),)
@@ -87,24 +97,24 @@ def pack_share(
 
 
 def pack_again(batch: StepBatch, num_splits: int, pooling: PoolingSpec, limits: MicroBatchLimits) -> StepBatch:
-    """The same samples in more micro-batches: `num_splits` for each decoder.
+    """The same samples in more micro-batches: `num_splits` per decoder.
 
-    ValueError where the batch came without its samples: nothing limits it, so no rank can need more than its plan.
+    Raises ValueError if the batch has no `share`. It then has no limits, and no rank can need more than planned.
     """
     if batch.share is None:
-        raise ValueError(f"{num_splits} micro-batches were asked of a batch that nothing limits to {batch.num_splits}")
+        raise ValueError(f"{num_splits} micro-batches were requested of a batch of {batch.num_splits} without limits")
     return replace(
         batch, micro_batches=pack_share(batch.share, batch.decoder_idxs, pooling, limits, at_least=num_splits)
     )
 
 
 def sample_size(sample: Sample, pooling: PoolingSpec) -> SampleSize:
-    """The size of a sample, as `pack` will lay it out."""
+    """The size of a sample in the layout of `pack`."""
     return sample_sizes([sample], pooling)[0]
 
 
 def sample_sizes(samples: Sequence[Sample], pooling: PoolingSpec) -> list[SampleSize]:
-    """The sizes of samples, as `pack` will lay them out."""
+    """The sizes of samples in the layout of `pack`."""
     segments = [sample.segments for sample in samples]
     lengths = [[len(s.ids.array) for s in of_sample if s.kind == "context"] for of_sample in segments]
     flat = [length for of_sample in lengths for length in of_sample]
@@ -120,14 +130,15 @@ def sample_sizes(samples: Sequence[Sample], pooling: PoolingSpec) -> list[Sample
 
 
 def split(parts: Sequence[Sequence[SampleSize]], limits: MicroBatchLimits, at_least: int = 0) -> tuple[Split, ...]:
-    """Split each part of a rank's share so that every micro-batch is under the limits and all are about equal.
+    """Split each part of a rank's share into micro-batches under the limits, of about equal work.
 
-    A sample that exceeds a limit by itself is alone in its micro-batch. As few as that takes, but one for each part and
-    `at_least` so many in all. Heaviest first: the ranks run their first ones at the same time, their second ones, and
-    so on. ValueError where more micro-batches are asked for than there are samples.
+    A sample that exceeds a limit by itself is alone in its micro-batch. The number of micro-batches is the smallest
+    possible, but at least one per part and `at_least` in total. They are sorted by work, the heaviest first, because
+    all ranks run their first ones at the same time, then their second ones, and so on. Raises ValueError if more
+    micro-batches than samples are requested.
     """
     if at_least > sum(len(part) for part in parts):
-        raise ValueError(f"{at_least} micro-batches of {sum(len(part) for part in parts)} samples were asked for")
+        raise ValueError(f"{at_least} micro-batches of {sum(len(part) for part in parts)} samples were requested")
     room = [[_room(size, limits) for size in part] for part in parts]
     numbers = [_fewest(part, limits) for part in room]
     while sum(numbers) < at_least:
@@ -142,14 +153,14 @@ def split(parts: Sequence[Sequence[SampleSize]], limits: MicroBatchLimits, at_le
 
 
 def planned_splits(shares: Sequence[Sequence[Sequence[SampleSize]]], limits: MicroBatchLimits) -> int:
-    """Into how many micro-batches each rank's share is to be split, from estimates of all ranks' shares."""
+    """The number of micro-batches of each rank's share, from estimates of all ranks' shares."""
     if not limits.any:
         return max(len(share) for share in shares)
     return max(sum(_fewest([_room(size, limits) for size in part], limits) for part in share) for share in shares)
 
 
 def _fewest(sizes: Sequence[SampleSize], limits: MicroBatchLimits) -> int:
-    """The smallest number of micro-batches that `_try_bins` finds room in."""
+    """The smallest number of micro-batches with which `_try_bins` succeeds."""
     if not limits.any:
         return 1
     number = 1
@@ -164,9 +175,9 @@ def _fewest(sizes: Sequence[SampleSize], limits: MicroBatchLimits) -> int:
 
 
 def _bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int) -> list[tuple[int, ...]]:
-    """Exactly `number` bins under the limits, at least as many as `_fewest`."""
+    """Exactly `number` bins under the limits. `number` is at least `_fewest`."""
     found = _try_bins(sizes, limits, number)
-    # Greedy dealing can fail in more bins than it managed with: then the fuller bins of that are halved.
+    # Greedy dealing may fail with `number` bins although it succeeded with fewer. Then halve the fullest of the fewer.
     fewer = number
     while found is None and fewer > 1:
         fewer -= 1
@@ -180,7 +191,7 @@ def _bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int) ->
 
 
 class _Bin(NamedTuple):
-    """A micro-batch being filled; the lightest comes first, of equal ones the one with the lower index."""
+    """A partly filled micro-batch. Bins sort by work, then by index."""
 
     work: int
     idx: int
@@ -189,7 +200,7 @@ class _Bin(NamedTuple):
 
 
 def _try_bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int) -> list[list[int]] | None:
-    """The heaviest sample first, each into the lightest bin that has room; None where one finds no room."""
+    """Put each sample, the heaviest first, into the lightest bin with room. None if a sample finds no room."""
     bins: list[list[int]] = [[] for _ in range(number)]
     heap = [_Bin(0, idx) for idx in range(number)]
     for place in sorted(range(len(sizes)), key=lambda place: (-sizes[place].work, place)):
@@ -208,7 +219,7 @@ def _try_bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int
 
 
 def _room(size: SampleSize, limits: MicroBatchLimits) -> SampleSize:
-    """What a sample takes of a micro-batch: all of it where the sample exceeds a limit."""
+    """The room that a sample needs in a micro-batch: all of it if the sample exceeds a limit."""
     if limits.allow(*size):
         return size
     tokens, rows = size
@@ -219,7 +230,7 @@ def _room(size: SampleSize, limits: MicroBatchLimits) -> SampleSize:
 
 
 def _position_sizes(part: Sequence[Sequence[Sample]], pooling: PoolingSpec) -> list[SampleSize]:
-    """The size of each position: the most that one of its samples takes, of which it has one for each decoder."""
+    """The size of each position of a part. A position has one sample per decoder, and the largest counts."""
     by_decoder = [sample_sizes(samples, pooling) for samples in zip(*part, strict=True)]
     return [
         SampleSize(max(size.encoder_tokens for size in sizes), max(size.decoder_rows for size in sizes))

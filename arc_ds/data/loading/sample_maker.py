@@ -1,4 +1,4 @@
-"""Picks of the order to samples: records are read, tokenised, and replaced where they cannot be used."""
+"""From picks of the order to samples: read records, tokenise them, and replace those that cannot be used."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ logger = logging.getLogger(__name__)
 OnError = Literal["skip", "stop"]
 RecordId = tuple[int, int]
 
-# Records tried in place of an unusable one: more in a row mean that the source is damaged, not one record.
+# Replacements tried for an unusable record. More failures in a row mean that the whole source is damaged.
 _MAX_REPLACEMENTS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """One position's samples, one for each decoder asked for, all of the same record.
+    """The samples of one position: one per decoder, all of the same record.
 
-    record_id: (source, record). skipped: records that could not be used, its in-context examples included. counts: of
-    all decoders' samples.
+    samples: one per decoder.
+    record_id: (source, record).
+    skipped: number of records that could not be used, including in-context examples.
+    counts: cuts and changes in the samples of all decoders.
     """
 
     samples: tuple[Sample, ...]
@@ -42,9 +44,12 @@ class Made:
 
 
 class _Reading(NamedTuple):
-    """A sample's records, its own first, and how they are read: tokenizers with what their caches know of these.
+    """A sample's records, its own first, with tokenizers that know the cached ids of these records.
 
-    idxs: of the records in their source. decoders: of those asked for.
+    idxs: indices of the records in their source.
+    records: the records.
+    encoder: the encoder's tokenizer.
+    decoders: the tokenizers of the step's decoders.
     """
 
     idxs: Sequence[int]
@@ -54,7 +59,11 @@ class _Reading(NamedTuple):
 
 
 class _UnusableError(Exception):
-    """A record, a sample's own or an in-context example, cannot be used; says why."""
+    """A record cannot be used, either a sample's own or an in-context example.
+
+    idx: the record.
+    reason: the error.
+    """
 
     def __init__(self, idx: int, reason: DataError) -> None:
         super().__init__(idx, reason)
@@ -63,12 +72,13 @@ class _UnusableError(Exception):
 
 
 class SampleMaker:
-    """Makes the samples of a run. Tokenizers are loaded when the first one is made, in each process for itself.
+    """Makes the samples of a run. Each process loads the tokenizers at its first sample.
 
-    encoder_tokenizer: file or folder. readers: of each decoder.
-    on_error: what an unusable record does: "stop" raises DataError; "skip" goes on without it: a sample's own record
-    gives way to the next one of its source, an in-context example is left out. Both are counted, and each such record
-    is named once in the log.
+    sources: the mixture.
+    encoder_tokenizer: file or folder.
+    readers: tokenizer and layout of each decoder.
+    on_error: "stop" raises DataError on an unusable record. "skip" replaces a sample's own record by the next one of
+        its source, and leaves out an in-context example. Both are counted, and the log names each such record once.
     """
 
     def __init__(
@@ -110,10 +120,10 @@ class SampleMaker:
         return {key: value for key, value in self.__dict__.items() if key not in in_each_process}
 
     def make(self, picks: Sequence[Pick], decoder_idxs: Sequence[int]) -> list[Made]:
-        """The samples of picks for some decoders; DataError where a record, or too many in a row, cannot be used.
+        """The samples of some picks for some decoders. Raises DataError on unusable records (see `on_error`).
 
-        Each kind of work is done for all picks before the next kind: in turns they take a quarter longer, since none
-        finds its code in the processor's caches.
+        Each kind of work is done for all picks before the next kind. Pick by pick it takes a quarter longer, because
+        the code is then evicted from the processor's caches.
         """
         records = [self._records(pick) for pick in picks]
         readings = [
@@ -127,7 +137,7 @@ class SampleMaker:
         return [self._made(pick, decoder_idxs) if one is None else one for pick, one in zip(picks, made, strict=True)]
 
     def _records(self, pick: Pick) -> list[dict[str, Any]] | None:
-        """The records of a pick, None where one cannot be read."""
+        """The records of a pick. None if one cannot be read."""
         shards = self._sources[pick.source_idx].shards
         try:
             return [shards.record(idx) for idx in _idxs(pick)]
@@ -135,7 +145,7 @@ class SampleMaker:
             return None
 
     def _made_at_once(self, pick: Pick, reading: _Reading, decoder_idxs: Sequence[int]) -> Made | None:
-        """The samples of a pick, None where one of its records cannot be used."""
+        """The samples of a pick. None if one of its records cannot be used."""
         try:
             examples = self._make_examples(reading, pick, decoder_idxs)
         except DataError:
@@ -143,7 +153,7 @@ class SampleMaker:
         return _made_of(examples, pick, reading.idxs, skipped=0)
 
     def _made(self, pick: Pick, decoder_idxs: Sequence[int]) -> Made:
-        """The samples of a pick of which a record cannot be used: without it, or the error that says why."""
+        """The samples of a pick without its unusable record. With "stop", raises the reason."""
         source = self._sources[pick.source_idx]
         idxs = _idxs(pick)
         unusable: set[int] = set()
@@ -165,8 +175,8 @@ class SampleMaker:
         )
 
     def _examples(self, reading: _Reading, pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
-        """The examples of these records, one for each decoder; _UnusableError where one record spoils it: the first
-        that cannot be added to those in front of it."""
+        """The examples of these records, one per decoder. _UnusableError names the first record that cannot be added
+        to those before it."""
         try:
             return self._make_examples(reading, pick, decoder_idxs)
         except DataError as error:
@@ -177,7 +187,7 @@ class SampleMaker:
             raise _UnusableError(idx, DataError(f"{name}, record {idx}: {error}")) from error
 
     def _make_examples(self, reading: _Reading, pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
-        """One for each decoder; DataError where one of them cannot be made."""
+        """One example per decoder. Raises DataError if one cannot be made."""
         limits = self._sources[pick.source_idx].limits
         try:
             return [
@@ -192,13 +202,13 @@ class SampleMaker:
                 )
                 for decoder_idx, decoder in zip(decoder_idxs, reading.decoders, strict=True)
             ]
-        except ValueError as error:  # a text that nobody thought of is the record's fault, not the run's end
+        except ValueError as error:  # an unforeseen text is a fault of the record and must not end the run
             raise DataError(f"it gives no sample: {error}") from error
 
     def _reading(
         self, pick: Pick, idxs: Sequence[int], records: list[dict[str, Any]], decoder_idxs: Sequence[int]
     ) -> _Reading:
-        """Records with their tokenizers."""
+        """Combine records with tokenizers that know their cached ids."""
         encoder = with_known(self._encoder, self._cache(pick, self._encoder), idxs, records)
         decoders = [
             encoder
@@ -239,9 +249,10 @@ def _read(source: Source, idx: int) -> dict[str, Any]:
 
 
 def _without(idxs: Sequence[int], unusable: Set[int], num_records: int) -> list[int]:
-    """The records of a sample without the unusable ones; none where all of the source's are.
+    """The records of a sample without the unusable ones. Empty if the source has no usable record.
 
-    Its own gives way to the next one that is free, or where none is to its first example; an example is left out.
+    The next free record replaces the sample's own. If there is none, its first example does. Unusable examples are left
+    out.
     """
     own, examples = idxs[0], [idx for idx in idxs[1:] if idx not in unusable]
     if own not in unusable:

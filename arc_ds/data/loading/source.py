@@ -1,4 +1,4 @@
-"""A source of the mixture: opened shards, and how their records become samples."""
+"""A source of the mixture: open shards, and the task of their records."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from arc_ds.shards.reader import ShardSet
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One source. weight: its share of the samples, relative to the others'. in_context_examples: at most, few-shot
-    only. DataError where the shards hold records of another kind than the task needs."""
+    """One source. Raises DataError if the task cannot use the kind of records in the shards.
+
+    shards: the opened shards.
+    weight: share of the samples, relative to the other sources.
+    task: name of the task.
+    in_context_examples: maximum number (few-shot only).
+    limits: sizes of the samples.
+    """
 
     shards: ShardSet
     weight: float = 1.0
@@ -30,8 +36,8 @@ class Source:
         if kind not in find_task(self.task).record_kinds:
             fitting = [task.name for task in all_tasks().values() if kind in task.record_kinds]
             raise DataError(
-                f"{self.shards.name} holds {kind} records, which give no sample of the task {self.task}. Set its "
-                f"`task` to {' or '.join(fitting)}, or name other shards."
+                f"{self.shards.name} holds {kind} records, which the task {self.task} cannot use. Set its `task` to "
+                f"{' or '.join(fitting)}, or use other shards."
             )
 
     @property
@@ -40,20 +46,20 @@ class Source:
         return find_task(self.task).samples
 
     def tokens(self, record_idxs: Sequence[int]) -> list[int]:
-        """Tokens of some records, by the tokenizer that the shards were built with."""
-        if self.in_context_examples:  # drawn from everywhere: an index read for each of them would be slow
+        """Token counts of some records, by the tokenizer of the shards' build."""
+        if self.in_context_examples:  # they come from all over the source: reading an index for each would be slow
             return [int(self.shards.num_tokens[record_idx]) for record_idx in record_idxs]
         return [self.shards.tokens(record_idx) for record_idx in record_idxs]
 
     def estimator(self, pooling: PoolingSpec) -> Estimator:
-        """How large its samples will be."""
+        """Estimates the sizes of its samples."""
         manifest = self.shards.manifest
         asked = asked_means(manifest, self.limits) if manifest.kind == "fine_tuning" else None
         return Estimator(self.limits, pooling, asked)
 
     @property
     def shape(self) -> SourceShape:
-        """What the order must know of it."""
+        """The properties that the order depends on."""
         return SourceShape(
             shard_sizes=tuple(self.shards.shard_sizes.tolist()),
             fingerprint=self.shards.fingerprint,

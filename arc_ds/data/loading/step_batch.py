@@ -1,4 +1,4 @@
-"""What one rank does in one step, as the DataLoader's workers hand it over."""
+"""One rank's work in one step, as the DataLoader's workers deliver it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arc_ds.batch.packing import PackedBatch
 from arc_ds.batch.segments import Sample
 from arc_ds.data.tasks import TaskCounts
 
-# A rank's samples: the equal parts of its share, the positions of each part, and for each decoder of the step a sample.
+# A rank's samples, by the equal parts of its share, the positions of each part, and the decoders of the step.
 Share = tuple[tuple[tuple[Sample, ...], ...], ...]
 
 
@@ -22,8 +22,10 @@ Share = tuple[tuple[tuple[Sample, ...], ...], ...]
 class MicroBatch:
     """One forward and backward pass.
 
-    decoder_idx: which of the run's decoders reads it. part_idx: to which of the equal parts of the rank's share
-    (`micro_batches` in the config) its samples belong; what is split to stay under a limit keeps its part.
+    decoder_idx: the decoder that reads it.
+    batch: the packed samples.
+    part_idx: the part of the rank's share (`micro_batches` in the config) to which its samples belong. Splits of a part
+        keep its number.
     """
 
     decoder_idx: int
@@ -33,14 +35,18 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """What one rank does in one step.
+    """One rank's work in one step.
 
-    decoder_idxs: the decoders that the step trains for, the same on all ranks. micro_batches: in the order in which
-    they run, as many for each of the decoders, and on every rank the same decoders in the same order.
-    skipped: records of this rank that could not be used and were replaced. over_limit: its samples, of all decoders
-    together, that exceed a limit of a micro-batch by themselves; each is alone in one. counts: what of its records was
-    cut or changed. record_ids: (source, record) of each sample of this rank. share: its samples, from which the batch
-    can be packed again in more micro-batches; None where nothing limits them.
+    step: number of the step.
+    decoder_idxs: the decoders that the step trains for, the same on all ranks.
+    micro_batches: in the order in which they run. Each decoder has equally many, and all ranks have the same decoders
+        in the same order.
+    skipped: number of this rank's records that could not be used and were replaced.
+    over_limit: number of its samples, of all decoders, that exceed a micro-batch limit by themselves. Each is alone in
+        one.
+    counts: cuts and changes in its samples.
+    record_ids: (source, record) of each of its samples.
+    share: its samples, to pack them again in more micro-batches. None without limits.
     """
 
     step: int
@@ -59,7 +65,7 @@ class StepBatch:
 
     @property
     def num_splits(self) -> int:
-        """Micro-batches for each decoder: into how many this rank's share is split."""
+        """Micro-batches per decoder."""
         return len(self.micro_batches) // len(self.decoder_idxs)
 
     def pin_memory(self) -> StepBatch:
@@ -68,8 +74,8 @@ class StepBatch:
         return replace(self, micro_batches=pinned)
 
     def __reduce__(self) -> tuple[Callable[[bytes], StepBatch], tuple[bytes]]:
-        """Cross from a worker as plain bytes: torch would hand over each small tensor by a file descriptor of its own,
-        and a few prefetched steps of many micro-batches would use up the process's limit."""
+        """Leave a worker as plain bytes. Torch would pass each small tensor in a file descriptor of its own, and a few
+        prefetched steps of many micro-batches would exceed the process's limit."""
         buffer = io.BytesIO()
         _ArrayPickler(buffer, protocol=5).dump([getattr(self, one.name) for one in fields(self)])
         return _restore, (buffer.getvalue(),)

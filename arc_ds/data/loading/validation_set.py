@@ -1,4 +1,4 @@
-"""Held-out examples: fixed lists, the same on any number of machines (design 12)."""
+"""Held-out examples: fixed lists, the same on any number of machines."""
 
 from __future__ import annotations
 
@@ -20,20 +20,27 @@ from arc_ds.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_MIN_SAMPLES = 2  # of a task: each is compared with another one's context
+_MIN_SAMPLES = 2  # per task: each sample is also compared with another one's context
 
 
 def validation_examples(
     sources: Sequence[Source], num: int, *, encoder: Tokenizer, readers: Sequence[Reader], on_error: OnError
 ) -> tuple[tuple[Example, ...], ...]:
-    """The held-out examples of each decoder, of the same records for all of them; a pure function of its arguments.
+    """The held-out examples of each decoder, from the same records for all decoders. A pure function.
 
-    num: samples to share out by the sources' weights, and evenly among a source's tasks, whose shares are rounded down:
-    so for each source with an odd share and two tasks one less comes back. They are spread evenly over its records.
-    Records too short for their task are passed over; in-context examples that share a passage with the record asked
-    about are left out, since they would give away what it says. on_error: what a record that cannot be used does, its
-    own or an in-context example: "stop" raises DataError, "skip" passes over the sample, which is named in the log. How
-    many were passed over and what was cut is logged. DataError where a source has too few records that can be used.
+    Samples are spread evenly over the records of a source. Records too short for their task are skipped. In-context
+    examples that share a passage with the sample's own record are left out, because they would reveal its content. The
+    log reports skipped records and cuts.
+
+    sources: the held-out sources.
+    num: number of samples. They are divided by the sources' weights, and evenly among a source's tasks. Shares of tasks
+        are rounded down, so a source with two tasks and an odd share gives one sample less.
+    encoder: the encoder's tokenizer.
+    readers: tokenizer and layout of each decoder.
+    on_error: "stop" raises DataError if a sample's own record or an in-context example cannot be used. "skip" skips the
+        sample and names it in the log.
+
+    Raises DataError if a source has too few usable records.
     """
     held_out = [
         _HeldOut(source=source, source_idx=source_idx, encoder=encoder, readers=tuple(readers), on_error=on_error)
@@ -47,7 +54,7 @@ def validation_examples(
 
 
 def _shares(sources: Sequence[Source], num: int) -> list[int]:
-    """Samples of each source; they sum to `num`."""
+    """The number of samples of each source. They sum to `num`."""
     ends = list(accumulate(source.weight for source in sources))
     return [after - before for before, after in pairwise([0, *(round(num * end / ends[-1]) for end in ends)])]
 
@@ -57,7 +64,7 @@ def _log_passed_over(held_out: Sequence[_HeldOut]) -> None:
     unusable = sum(len(each.unusable) for each in held_out)
     if too_short or unusable:
         logger.info(
-            "held-out records passed over: %d too short for their task, %d that cannot be used", too_short, unusable
+            "held-out records skipped: %d too short for their task, %d that cannot be used", too_short, unusable
         )
 
 
@@ -70,9 +77,11 @@ def _log_cuts(found: Sequence[Sequence[Example]]) -> None:
 
 @dataclass(kw_only=True)
 class _HeldOut:
-    """One source, who reads it, and what became of its records by their numbers.
+    """One source, its readers, and the fate of its records.
 
-    too_short: for a task that they were tried for. unusable: as the record asked about, with its in-context examples.
+    used: records of samples.
+    too_short: records that were too short for a task.
+    unusable: records whose sample could not be made, with their in-context examples.
     """
 
     source: Source
@@ -85,14 +94,14 @@ class _HeldOut:
     unusable: set[int] = field(default_factory=set)
 
     def take(self, num: int) -> list[list[Example]]:
-        """`num` samples, task by task, each for all decoders."""
+        """`num` samples, task by task, each with one example per decoder."""
         num_records, tasks, most = len(self.source.shards), self.source.tasks, self.source.in_context_examples
         per_task = num // len(tasks)
         if per_task < _MIN_SAMPLES or num_records < num or num_records <= most:
             raise DataError(
                 f"{self.source.shards.name}: {num} validation samples ({', '.join(tasks)}) with up to {most} "
-                f"in-context examples were asked for; it holds {num_records} records. Ask for "
-                f"{_MIN_SAMPLES * len(tasks)} to {num_records} (validation.num_samples, shared out by the sources' "
+                f"in-context examples were requested; it holds {num_records} records. Request "
+                f"{_MIN_SAMPLES * len(tasks)} to {num_records} (validation.num_samples, divided by the sources' "
                 "weights), or hold out more records."
             )
         starts = [place * num_records // num for place in range(num)]
@@ -103,7 +112,7 @@ class _HeldOut:
         ]
 
     def _next_usable(self, start: int, task: str) -> list[Example]:
-        """The sample of the first record from `start` on that is not used yet and gives one."""
+        """The sample of the first unused record from `start` on that gives one."""
         for record_idx in chain(range(start, len(self.source.shards)), range(start)):
             if record_idx in self.used or record_idx in self.unusable:
                 continue
@@ -112,13 +121,13 @@ class _HeldOut:
                 self.used.add(record_idx)
                 return examples
         raise DataError(
-            f"{self.source.shards.name}: too few records can be used and are long enough for so many validation "
-            f"samples: {len(self.too_short)} are too short for a task, {len(self.unusable)} cannot be used. Lower "
+            f"{self.source.shards.name}: too few usable records for this number of validation samples: "
+            f"{len(self.too_short)} are too short for a task, {len(self.unusable)} cannot be used. Lower "
             "validation.num_samples or hold out more records."
         )
 
     def _examples(self, record_idx: int, task: str) -> list[Example] | None:
-        """A record's example for each decoder, None where it is passed over."""
+        """A record's example for each decoder. None if the record is skipped."""
         source = self.source
         seed, *words = random_words(source.in_context_examples + 2, "validation", self.source_idx, record_idx).tolist()
         idxs = (record_idx, *draw_examples(source.shape, record_idx, words))
@@ -129,12 +138,12 @@ class _HeldOut:
                 return examples
         except TooShortError:
             pass
-        except (DataError, ValueError) as error:  # a text that nobody thought of is the record's fault, not the run's
+        except (DataError, ValueError) as error:  # ValueError: an unforeseen text is a fault of the record
             others = f" with the in-context examples {', '.join(map(str, idxs[1:]))}" if idxs[1:] else ""
             fault = DataError(f"{source.shards.name}, held-out record {record_idx}{others}: {error}")
             if self.on_error == "stop":
                 raise fault from error
-            logger.warning("held-out sample passed over: %s", fault)
+            logger.warning("held-out sample skipped: %s", fault)
             self.unusable.add(record_idx)
             return None
         self.too_short.add(record_idx)
@@ -153,7 +162,7 @@ class _HeldOut:
 
 
 def _without_repeats(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A sample's own record, and those of its in-context examples that have none of its passages."""
+    """A sample's own record, and its in-context examples that share no passage with it."""
     own, *others = records
     if not others:
         return [own]

@@ -198,5 +198,5 @@ def test_a_batch_packed_again_has_the_same_samples_in_more_micro_batches() -> No
 
 def test_a_batch_that_nothing_limits_cannot_be_packed_again() -> None:
     batch = replace(_batch(MicroBatchLimits()), share=None)
-    with pytest.raises(ValueError, match="5 micro-batches were asked of a batch that nothing limits to 2"):
+    with pytest.raises(ValueError, match="5 micro-batches were requested of a batch of 2 without limits"):
         pack_again(batch, 5, POOLING, MicroBatchLimits())

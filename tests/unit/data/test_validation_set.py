@@ -120,7 +120,7 @@ def test_a_damaged_held_out_record_stops_the_run_or_is_named(
     assert sum(one == other for one, other in zip(sound, found, strict=True)) == 18
     messages = [record.getMessage() for record in caplog.records]
     assert sorted(re.findall(r"held-out record (\d+)", " ".join(messages))) == ["36", "4"]
-    assert "held-out records passed over: 0 too short for their task, 2 that cannot be used" in messages
+    assert "held-out records skipped: 0 too short for their task, 2 that cannot be used" in messages
 
 
 def test_a_damaged_in_context_example_is_no_silent_change_either(tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_records_too_short_for_their_task_are_passed_over_and_counted(
     with caplog.at_level(logging.INFO):
         examples, _ = setting.examples([Source(shards=ShardSet(tmp_path / "some"), limits=LIMITS)], 20)
     assert len(examples) == 20
-    (said,) = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
-    assert said == "held-out records passed over: 2 too short for their task, 0 that cannot be used"
+    (said,) = [record.getMessage() for record in caplog.records if "records skipped" in record.getMessage()]
+    assert said == "held-out records skipped: 2 too short for their task, 0 that cannot be used"
 
 
 def test_held_out_few_shot_samples_have_fixed_examples_from_their_source(tmp_path: Path) -> None:

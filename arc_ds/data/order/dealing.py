@@ -1,4 +1,4 @@
-"""How the samples of a global batch are dealt to ranks and micro-batches."""
+"""Deal the samples of a global batch to ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from arc_ds.errors import ConfigError
 
 
 def deal(costs: Sequence[float], num_bins: int) -> tuple[tuple[int, ...], ...]:
-    """Deal samples to `num_bins` bins of equal size and about equal cost; returns the samples of each, rising.
+    """Deal samples to `num_bins` bins of equal size and about equal cost. Returns the samples of each bin, ascending.
 
-    Greedy: the costliest sample goes to the cheapest bin that still has room. Deterministic, so that every rank deals
-    alike. ConfigError where the number of samples is no multiple of `num_bins`.
+    Greedy: the costliest sample goes to the cheapest bin that still has room. It is deterministic, so all ranks compute
+    the same bins. Raises ConfigError if the number of samples is not a multiple of `num_bins`.
     """
     if num_bins < 1 or len(costs) % num_bins:
         raise ConfigError(
@@ -21,7 +21,7 @@ def deal(costs: Sequence[float], num_bins: int) -> tuple[tuple[int, ...], ...]:
         )
     room = len(costs) // num_bins
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    cheapest = [(0.0, bin_idx) for bin_idx in range(num_bins)]  # a heap: all alike, so in order
+    cheapest = [(0.0, bin_idx) for bin_idx in range(num_bins)]  # a heap already: equal costs, ascending indices
     for sample in sorted(range(len(costs)), key=lambda idx: (-costs[idx], idx)):
         total, bin_idx = cheapest[0]
         bins[bin_idx].append(sample)

@@ -1,4 +1,4 @@
-"""Which source each position of the run takes its record from: exact quotas in every block of positions."""
+"""The source of each position of the run: exact quotas in every block of positions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _PERIOD = 256  # blocks after which the quotas repeat; a power of two
 
 
 class Mixture:
-    """Weighted sources without chance in the counts.
+    """Weighted sources with exact counts, not random ones.
 
-    In every block of 256 positions a source gets its exact share rounded up or down, and which of the two alternates
-    so that over 256 blocks the share is exact to one part in 65,536. Within a block the places are permuted.
+    In every block of 256 positions a source gets its exact share, rounded up or down. The roundings balance: over 256
+    blocks the share is exact to one part in 65,536. The places within a block are permuted.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """ConfigError where a weight is negative or not finite, all are zero, or one is too small to be drawn."""
+        """Raises ConfigError if a weight is negative, not finite or too small to be drawn, or if all are zero."""
         total = math.fsum(weights)
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or total <= 0:
             raise ConfigError(f"data.sources: weights are {list(weights)}; expected numbers ≥ 0, at least one above 0.")
@@ -46,15 +46,15 @@ class Mixture:
         return Mixture, (self._weights,)
 
     def _quota(self, idx: int, total: float) -> int:
-        """Samples of sources 0 … idx in one period, rounded; the last is the whole period."""
+        """Samples of sources 0 … idx in one period, rounded. All sources together fill the period."""
         if idx == len(self._weights) - 1:
             return BLOCK * _PERIOD
         return round(math.fsum(self._weights[: idx + 1]) / total * BLOCK * _PERIOD)
 
     def span(self, seed: int, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of positions `first` … `first + count - 1`, int64 [count] each: (source, earlier positions of that source).
+        """The source and rank of positions `first` … `first + count - 1`, int64 [count] each.
 
-        The second counts over the whole run: a source's positions are numbered from 0 without a gap.
+        The rank of a position is the number of earlier positions of the same source in the whole run.
         """
         blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
         begin = first - blocks.start * BLOCK
@@ -78,9 +78,9 @@ class Mixture:
 def _counts(quotas: NDArray[np.object_]) -> NDArray[np.int64]:
     """Samples of each source in each block of a period, int64 [_PERIOD, sources]; every row sums to BLOCK.
 
-    Systematic sampling: the sources' fractional shares lie end to end on a line, and a comb of unit pitch takes one
-    sample for each tooth that falls into a share, so a share is rounded down or up. The comb's offset runs through all
-    multiples of 1 / _PERIOD in bit-reversed order, which spreads the roundings evenly.
+    Systematic sampling: the sources' fractional shares lie end to end on a line. A comb of unit pitch gives one sample
+    for each tooth in a share, so a share is rounded down or up. The comb's offset runs through all multiples of
+    1 / _PERIOD in bit-reversed order, which spreads the roundings evenly.
     """
     shares = np.diff(np.concatenate([[0], quotas])).astype(np.int64)  # of a period
     whole, rest = shares // _PERIOD, shares % _PERIOD  # rest in 1 / _PERIOD samples a block

@@ -1,8 +1,8 @@
-"""The order of the run's samples as a pure function of (seed, position): nothing is consumed, nothing need be saved.
+"""The order of the run's samples as a pure function of (seed, position), without state.
 
 Position j of the run belongs to step j // batch_size. Its source, record, task, in-context examples and private
-randomness follow from (seed, j) alone, and the step's decoders from (seed, step). The resume state is one integer and
-`RunOrder.fingerprint`.
+randomness follow from (seed, j) alone. The step's decoders follow from (seed, step). The resume state is one integer
+and `RunOrder.fingerprint`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ from arc_ds.data.order.shuffle import WindowShuffle
 from arc_ds.errors import ConfigError
 
 DecoderSchedule = Literal["sample", "alternate", "same_batch"]
-_GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly however many are taken
+_GOLDEN = 0.6180339887498949  # any number of its multiples fills [0, 1) evenly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceShape:
-    """What the order must know of one source: the records in each of its shards, its fingerprint, and its use.
+    """The properties of a source that the order depends on.
 
-    task: its name in the config. samples: names of the task's samples, one or two.
-    in_context_examples: the most that a sample has. name: for messages; no part of the order.
+    shard_sizes: records in each shard.
+    fingerprint: of the shards.
+    weight: share of the samples, relative to the other sources.
+    task: name of the task in the config.
+    samples: names of the task's samples, one or two.
+    in_context_examples: maximum number per sample.
+    name: for messages; not part of the order.
+    num_records: in all shards.
     """
 
     shard_sizes: tuple[int, ...]
@@ -47,9 +53,15 @@ class SourceShape:
 
 
 class Pick(NamedTuple):
-    """What stands at one position of the run. `seed` is a 64-bit number for this position's own random choices.
+    """The sample at one position of the run.
 
-    example_idxs: records of the same source that are in-context examples; none twice, and none is `record_idx`.
+    position: global index in the run.
+    source_idx: its source.
+    epoch: epoch of the source.
+    record_idx: its record in the source.
+    task: name of the sample.
+    seed: 64-bit number for this position's own random choices.
+    example_idxs: other records of the source that are its in-context examples, all different.
     """
 
     position: int
@@ -63,11 +75,16 @@ class Pick(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOrder:
-    """The samples of every step of a run.
+    """The samples of every step of a run. Raises ConfigError on a value out of range.
 
-    batch_size: sequences of a global batch. reconstruction_share: (from_step, share) pairs in rising steps; the share
-    of the last pair begun holds, among the samples of pretraining sources. window_shards: shards whose records are
-    shuffled together. ConfigError on a value out of range.
+    seed: the run's seed.
+    batch_size: sequences of a global batch.
+    sources: the mixture.
+    reconstruction_share: (from_step, share) pairs with increasing steps. The last pair with from_step <= step sets the
+        share of reconstruction among the samples of pretraining sources.
+    num_decoders: of the run.
+    decoder_schedule: see `decoders`.
+    window_shards: number of shards whose records are shuffled together.
     """
 
     seed: int
@@ -91,7 +108,7 @@ class RunOrder:
 
     def _check(self) -> None:
         if self.batch_size < 1:
-            raise ConfigError(f"data.batch_size is {self.batch_size}; expected at least 1. Set it to the global batch.")
+            raise ConfigError(f"data.batch_size is {self.batch_size}; expected 1 or more. Set it to the global batch.")
         if not self.sources:
             raise ConfigError("data.sources is empty; expected at least one source. Name a folder of shards.")
         for idx, source in enumerate(self.sources):
@@ -100,15 +117,16 @@ class RunOrder:
         shares = [share for _, share in self.reconstruction_share]
         if not steps or steps[0] != 0 or steps != sorted(set(steps)) or not all(0 <= share <= 1 for share in shares):
             raise ConfigError(
-                f"data.reconstruction_share is {self.reconstruction_share}; expected (step, share) pairs, steps rising "
-                "from 0 and shares from 0 to 1. Write one share, or a list such as [[0, 1.0], [500, 0.5]]."
+                f"data.reconstruction_share is {self.reconstruction_share}; expected (step, share) pairs with "
+                "increasing steps from 0 and shares from 0 to 1. Write one share, or a list such as [[0, 1.0], "
+                "[500, 0.5]]."
             )
         if self.num_decoders < 1 or self.window_shards < 1:
             raise ConfigError("a run needs at least one decoder, and a shuffle window of at least one shard.")
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of everything that the order follows from; a resumed run must have the same."""
+        """sha256 of everything that the order depends on. A resumed run must have the same."""
         spec = [self.seed, self.batch_size, self.reconstruction_share, self.num_decoders, self.decoder_schedule]
         sources = [[s.fingerprint, s.shard_sizes, s.weight, s.task, s.in_context_examples] for s in self.sources]
         return hashlib.sha256(json.dumps([2, spec, self.window_shards, sources]).encode()).hexdigest()
@@ -118,9 +136,10 @@ class RunOrder:
         return [share for from_step, share in self.reconstruction_share if from_step <= step][-1]
 
     def decoders(self, step: int) -> tuple[int, ...]:
-        """Indices of the decoders that all ranks use in a step: all of them ("same_batch"), or one.
+        """Indices of the decoders that all ranks use in a step.
 
-        "sample" draws that one so that a run of as many steps as decoders uses each once; "alternate" takes turns.
+        "same_batch": all of them. "alternate": one, in turns. "sample": one, drawn without replacement in every group
+        of as many steps as there are decoders.
         """
         if self.decoder_schedule == "same_batch" or self.num_decoders == 1:
             return tuple(range(self.num_decoders))
@@ -130,7 +149,7 @@ class RunOrder:
         return (int(permutation(self.num_decoders, self.seed, "decoder", turn)[place]),)
 
     def batch(self, step: int) -> tuple[Pick, ...]:
-        """The global batch of a step: positions step * batch_size up to (step + 1) * batch_size."""
+        """The global batch of a step: positions step * batch_size to (step + 1) * batch_size - 1."""
         first = step * self.batch_size
         source_idxs, ranks = self._mixture.span(self.seed, first, self.batch_size)
         epochs, record_idxs = np.empty_like(ranks), np.empty_like(ranks)
@@ -161,7 +180,7 @@ class RunOrder:
         )
 
     def windows(self, step: int) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Of each source that a step reads: the shards of the window that it is in at its end, and of the next one."""
+        """For each source of a step, the shards of its window at the end of the step, and those of the next window."""
         source_idxs, ranks = self._mixture.span(self.seed, step * self.batch_size, self.batch_size)
         return {
             source_idx: self._shuffles[source_idx].windows_from(int(ranks[source_idxs == source_idx][-1]))
@@ -169,10 +188,10 @@ class RunOrder:
         }
 
     def _tasks(self, step: int, source_idxs: NDArray[np.int64]) -> list[str]:
-        """The name of the sample at each place of the step, whose sources are given.
+        """The name of the sample at each place of the step, from the sources of the places.
 
-        Among the samples of sources with two names the share of the first (reconstruction) holds to within one sample,
-        and exactly over many steps.
+        Among samples of sources with two names, the share of the first (reconstruction) is exact to within one sample
+        per step, and exact over many steps.
         """
         names = [self.sources[source_idx].samples for source_idx in source_idxs.tolist()]
         num_mixed = sum(len(each) == 2 for each in names)
@@ -184,7 +203,7 @@ class RunOrder:
     def _examples(
         self, step: int, source_idxs: NDArray[np.int64], record_idxs: NDArray[np.int64]
     ) -> list[tuple[int, ...]]:
-        """The in-context examples at each place of the step: 0 to the source's most of them, all numbers alike."""
+        """The in-context examples at each place of the step: 0 to the source's maximum, all numbers equally likely."""
         most = max(source.in_context_examples for source in self.sources)
         if most == 0:
             return [()] * self.batch_size
@@ -212,15 +231,17 @@ def _check_source(idx: int, source: SourceShape) -> None:
 
 
 def draw_examples(source: SourceShape, record_idx: int, words: Sequence[int]) -> tuple[int, ...]:
-    """The in-context examples of a record of a source, none twice: 0 to `in_context_examples`, all numbers alike.
+    """Draw the in-context examples of a record, all different. Numbers from 0 to the maximum are equally likely.
 
-    words: random 64-bit words, one more than the most examples.
+    source: the record's source.
+    record_idx: the record; it is never its own example.
+    words: random 64-bit words, one more than the maximum number of examples.
     """
     count = words[0] % (source.in_context_examples + 1)
     taken = [record_idx]
     for word in words[1 : count + 1]:
         drawn = word % (source.num_records - len(taken))
-        for other in sorted(taken):  # the drawn-th of those not taken
+        for other in sorted(taken):  # count only records that are still free
             drawn += drawn >= other
         taken.append(drawn)
     return tuple(taken[1:])

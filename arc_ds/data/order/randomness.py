@@ -1,7 +1,7 @@
 """Random numbers as pure functions of a key.
 
-They are raw Philox output, ordered by a stable sort: both are fixed by definition, unlike the methods of numpy's
-Generator, which may change between releases and would then change the order of a resumed run.
+They are raw Philox output, and permutations use a stable sort. Both are fixed by definition. Methods of numpy's
+Generator may change between releases, which would change the order of a resumed run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _NO_WORDS = np.zeros(4, dtype=np.uint64)
 
 
 class _Generator(threading.local):
-    """A generator for each thread: to make a new one takes ten times as long as to give it another key."""
+    """One generator per thread. Creating a generator takes ten times as long as setting a new key."""
 
     def __init__(self) -> None:
         self.philox = np.random.Philox(key=0)
 
     def restart(self, key: NDArray[np.uint64]) -> np.random.Philox:
-        """The generator at the beginning of a key, uint64 [2]."""
+        """The generator at the start of a key, uint64 [2]."""
         self.philox.state = {
             "bit_generator": "Philox",
             "state": {"counter": _NO_WORDS, "key": key},
@@ -39,8 +39,8 @@ _generator = _Generator()
 
 
 def random_words(count: int, *key: int | str) -> NDArray[np.uint64]:
-    """`count` random 64-bit words, a pure function of the key (seed, purpose, indices …); numpy's integers count as
-    Python's."""
+    """`count` random 64-bit words, a pure function of the key (seed, purpose, indices …). numpy integers and Python
+    integers give the same words."""
     plain = tuple(part if isinstance(part, str) else int(part) for part in key)
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=16).digest()
     return _generator.restart(np.array(struct.unpack("<2Q", digest), dtype=np.uint64)).random_raw(count)

@@ -1,4 +1,4 @@
-"""Each epoch's order of one source's records, as a pure function of (key, epoch)."""
+"""The order of one source's records in each epoch, as a pure function of (key, epoch)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from arc_ds.data.order.randomness import permutation
 
 
 class WindowShuffle:
-    """Shards permuted, and records permuted within windows of shards; every epoch anew.
+    """Permutes the shards, and the records within windows of shards, anew in every epoch.
 
-    Reading stays near: at any time only the shards of one window (two at its end) are read.
+    Reads stay local: at any time, only the shards of one window (two at its end) are read.
     """
 
     def __init__(self, shard_sizes: Sequence[int], window_shards: int, key: tuple[int, ...]) -> None:
@@ -30,9 +30,9 @@ class WindowShuffle:
         return WindowShuffle, (self._sizes.tolist(), self._window_shards, self._key)
 
     def records(self, ranks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(epoch, record) of the source's draws number `ranks`, int64 [N] each; `ranks` rise.
+        """The epoch and the record of the source's draws number `ranks`, int64 [N] each. `ranks` must be ascending.
 
-        Epoch e is the draws e * records up to (e + 1) * records, and in it every record is drawn once.
+        Epoch e consists of draws e * records to (e + 1) * records - 1. It draws every record once.
         """
         epochs, places = np.divmod(ranks, self._num_records)
         records = np.empty_like(ranks)
@@ -42,7 +42,7 @@ class WindowShuffle:
         return epochs, records
 
     def windows_from(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shards that draw number `rank` and those about it are read from, and those of the window behind it."""
+        """The shards of the window of draw number `rank`, and the shards of the next window."""
         epoch, place = divmod(rank, self._num_records)
         _, bounds = self._layout(epoch)
         window = int(np.searchsorted(bounds, place, side="right")) - 1
@@ -55,7 +55,7 @@ class WindowShuffle:
         return shards[window * self._window_shards : (window + 1) * self._window_shards]
 
     def _records_of_epoch(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The records at some places (0 … records - 1, rising) of an epoch."""
+        """The records at some places (0 … records - 1, ascending) of an epoch."""
         _, bounds = self._layout(epoch)
         windows = bounds.searchsorted(places, side="right") - 1
         found = [
@@ -65,7 +65,7 @@ class WindowShuffle:
         return np.concatenate(found)
 
     def _make_layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(shards in this epoch's order, the place where each window begins)."""
+        """The shards in this epoch's order, and the first place of each window."""
         shards = permutation(len(self._sizes), *self._key, "shards", epoch)
         window_sizes = np.add.reduceat(self._sizes[shards], np.arange(0, len(shards), self._window_shards))
         return shards, np.cumsum(window_sizes) - window_sizes

@@ -83,15 +83,15 @@ def test_sources_share_the_held_out_samples_by_weight(setting: Setting) -> None:
 
 def test_too_few_held_out_records_are_refused_with_the_source_named(setting: Setting) -> None:
     first, second = setting.sources()
-    with pytest.raises(DataError, match=r"/b: 31 validation samples .* holds 30 records\. Ask for 4 to 30"):
+    with pytest.raises(DataError, match=r"/b: 31 validation samples .* holds 30 records\. Request 4 to 30"):
         setting.examples([second], 31)
-    with pytest.raises(DataError, match="/a: 2 validation samples .* Ask for 4 to 60"):
+    with pytest.raises(DataError, match="/a: 2 validation samples .* Request 4 to 60"):
         setting.examples([first, second], 4)
 
 
 def test_held_out_records_that_are_all_too_short_are_an_error(setting: Setting, tmp_path: Path) -> None:
     write_shards(tmp_path / "short", setting.encoder_path, ["A sea."] * 8)
-    with pytest.raises(DataError, match=r"too few records .*: 4 are too short for a task, 0 cannot be used"):
+    with pytest.raises(DataError, match=r"too few usable records .*: 4 are too short for a task, 0 cannot be used"):
         setting.examples([Source(shards=ShardSet(tmp_path / "short"), limits=LIMITS)], 8)
 
 

@@ -1,4 +1,4 @@
-"""A fine-tuning record as one sample asks it: this many passages, this answer, question and answer within limits."""
+"""A fine-tuning record in one sample: drawn passages and answer, with question and answer cut to their limits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
-    """What a record's own prompt, "prefix||instruction||suffix", puts in front of and behind the document and in front
-    of the answer; the instruction stands in `Asked.question`."""
+    """A record's own prompt, "prefix||instruction||suffix". Its instruction is in `Asked.question`.
+
+    prefix: text before the document.
+    suffix: text before the answer.
+    """
 
     prefix: str
     suffix: str
@@ -27,9 +30,15 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """question: the question, or the instruction in its place; None where the record has neither. prompt: the record's
-    own, used in a chat only. question_is_cut, answer_is_cut: whether they lost what their limit left no room for, the
-    question together with the prompt."""
+    """A record's passages, question and answer in one sample.
+
+    passages: those of this sample.
+    question: the question, or the instruction in its place. None if the record has neither.
+    prompt: the record's own, for chats only.
+    answer: the answer of this sample.
+    question_is_cut: whether the question or the prompt was cut to its limit.
+    answer_is_cut: whether the answer was cut to its limit.
+    """
 
     passages: tuple[str, ...]
     question: str | None
@@ -42,15 +51,24 @@ class Asked:
 def ask(
     record: FineTuningRecord, draws: Sequence[int], *, decoder: Tokenizer, limits: TaskLimits, is_chat: bool
 ) -> Asked:
-    """What a sample takes of a record.
+    """Draw passages and answer of a record for one sample, and cut its question and answer to their limits.
 
-    draws: two random 64-bit numbers, which choose how many passages (1 to limits.max_passages, the first ones) and
-    which of the answers. A question too long loses its beginning, an answer its end. A chat prompt has the question's
-    limit for its instruction, suffix and prefix together; each of them, in this order, loses the beginning for which
-    those before it leave no room. White space around question and answer is left out: the templates say what stands
-    there. So are, in the plain layout, blank lines within an answer: there a blank line is an answer's end, and
-    generation stops at it. Like other white space that is not counted as a cut. DataError where the answer has no
-    tokens.
+    A question that is too long loses its beginning, and an answer its end. Instruction, suffix and prefix of a chat
+    prompt share the question's limit. Each of them, in this order, gets the room that the ones before it leave, and
+    loses its beginning if that is too little.
+
+    White space around question and answer is removed, because the templates define it. The plain layout also removes
+    blank lines within an answer: there a blank line ends an answer, and generation stops at it. Removed white space
+    does not count as a cut.
+
+    record: the record.
+    draws: two random 64-bit numbers. The first chooses how many passages to use (1 to limits.max_passages, the first
+        ones), and the second chooses the answer.
+    decoder: its tokenizer.
+    limits: sizes.
+    is_chat: whether the layout is a chat.
+
+    Raises DataError if the answer has no tokens.
     """
     num_passages = 1 + draws[0] % min(limits.max_passages, len(record.passages))
     question, prompt = _question(record, is_chat=is_chat)
@@ -71,7 +89,7 @@ def ask(
 
 
 def _question(record: FineTuningRecord, *, is_chat: bool) -> tuple[str | None, ChatPrompt | None]:
-    """What is asked, and the record's own prompt where it has one and a chat can use it."""
+    """The question, and the record's own prompt if it has one and the layout is a chat."""
     question = (record.question or "").strip()
     if record.instruction is None:
         return question or None, None
@@ -85,16 +103,16 @@ def _question(record: FineTuningRecord, *, is_chat: bool) -> tuple[str | None, C
 
 
 def _filled(instruction: str, question: str) -> str:
-    """An instruction with the question where it says, else behind it."""
+    """An instruction with the question at its {question}, or after it without one."""
     if _PLACE in instruction:
         return instruction.replace(_PLACE, question)
     return f"{instruction.strip()} {question}"
 
 
 def _last_tokens(texts: tuple[str, ...], max_tokens: int, decoder: Tokenizer) -> tuple[str, ...]:
-    """The texts, each without the beginning for which `max_tokens` less the tokens of those before it are no room."""
+    """Cut the texts to `max_tokens` together. Earlier texts have priority, and a text loses its beginning."""
     if sum(map(len, texts)) + len(texts) <= max_tokens and all(map(str.isascii, texts)):
-        return texts  # an ASCII character has at most one token; some tokenizers put a space in front of a text
+        return texts  # an ASCII character has at most one token; + len(texts): some tokenizers prepend a space
     kept = []
     for text in texts:
         encoding = decoder.encode_with_ends(text)
@@ -106,7 +124,7 @@ def _last_tokens(texts: tuple[str, ...], max_tokens: int, decoder: Tokenizer) ->
 def _cut_answer(answer: str, max_tokens: int, decoder: Tokenizer) -> str:
     encoding = decoder.encode_with_ends(answer)
     if len(encoding.ids) == 0:
-        raise DataError(f"the answer {answer[:40]!r} gives no decoder token. Mend the record, or leave it out.")
+        raise DataError(f"the answer {answer[:40]!r} gives no decoder token. Correct the record, or leave it out.")
     kept = first_tokens(answer, encoding, max_tokens).rstrip()
     if not kept:
         raise DataError(

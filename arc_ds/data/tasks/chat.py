@@ -1,8 +1,8 @@
-"""How a decoder is spoken to: one running text, or the turns of a chat (design 7; paper, appendix D).
+"""The layout of a decoder's text: one running text, or the turns of a chat (paper, appendix D).
 
-A layout is what a chat template puts around the turns, in the decoder's own special tokens. It is found once, by
-rendering the template around placeholders; texts never pass through a template, so nothing in them can be taken for a
-special token, and no template can trim them.
+A layout holds the text and special tokens that a chat template writes around the turns. It is found once, by rendering
+the template around placeholders. Texts never pass through a template, so nothing in them can become a special token,
+and no template can trim them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Fixed = tuple[Words | Special, ...]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the user says, documents included, and what the assistant answers."""
+    """The user's part of a turn, including documents, and the assistant's answer."""
 
     user: tuple[Part, ...]
     assistant: tuple[Part, ...]
@@ -32,10 +32,14 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What stands around the turns of a chat; nothing in the plain layout, where a sequence is one running text.
+    """The template's text around the turns of a chat. The plain layout has none: a sequence is one running text.
 
-    head, then for each turn the user's words, `middle`, the answer, and `between` in front of the next turn. The last
-    turn has `last_middle` and `end`, which goes no further than the token that ends the turn.
+    name: of the layout.
+    head: before the first turn.
+    middle: between the user's words and the answer.
+    between: between an answer and the next turn.
+    last_middle: `middle` of the last turn.
+    end: after the last answer, up to the token that ends the turn.
     """
 
     name: LayoutName = "none"
@@ -50,7 +54,7 @@ class Layout:
         return self.name != "none"
 
     def chat(self, turns: Sequence[Turn], *, is_whole: bool) -> tuple[Part, ...]:
-        """The turns, at least one, as a script. is_whole: the last answer is, so its end is a target too."""
+        """The turns, at least one, as a script. If the last answer `is_whole`, its end is a target too."""
         parts: list[Part] = [*self.head]
         for turn in turns[:-1]:
             parts += [*turn.user, *self.middle, *turn.assistant, *self.between]
@@ -62,11 +66,15 @@ PLAIN = Layout()
 
 
 def read_layout(name: LayoutName, tokenizer: Tokenizer, path: str | Path) -> Layout:
-    """The layout of a decoder whose tokenizer was read from `path`.
+    """The layout of a decoder.
 
-    llama2: `<s>[INST] user [/INST] assistant </s>`. chatml: `<|im_start|>user\\n…<|im_end|>`. tokenizer: the template
-    in the tokenizer's files (see `chat_template`). TokenizerError where there is no template, the tokenizer lacks its
-    special tokens, or the template cannot be rendered.
+    name: "none"; "llama2": `<s>[INST] user [/INST] assistant </s>`; "chatml": `<|im_start|>user\\n…<|im_end|>`;
+        "tokenizer": the template in the tokenizer's files (see `chat_template`).
+    tokenizer: the decoder's.
+    path: its file or folder.
+
+    Raises TokenizerError if there is no template, the tokenizer lacks the template's special tokens, or the template
+    cannot be rendered.
     """
     if name == "none":
         return PLAIN
@@ -80,7 +88,7 @@ def read_layout(name: LayoutName, tokenizer: Tokenizer, path: str | Path) -> Lay
 
 
 def count_template(layout: Layout, decoder: Tokenizer) -> tuple[int, int]:
-    """Decoder tokens that a layout puts around the first turn, and around each further one."""
+    """Decoder tokens that a layout adds to the first turn, and to each further one."""
 
     def count(parts: Fixed) -> int:
         return sum(len(part.ids if isinstance(part, Special) else decoder.encode(part.text)) for part in parts)
@@ -91,8 +99,8 @@ def count_template(layout: Layout, decoder: Tokenizer) -> tuple[int, int]:
 def _llama2(tokenizer: Tokenizer) -> Layout:
     if tokenizer.bos_id is None or tokenizer.eos_id is None:
         raise TokenizerError(
-            "chat_template llama2 begins and ends its turns with the tokenizer's begin- and end-of-text, of which this "
-            "one lacks one. Set chat_template to tokenizer or chatml, or give the tokenizer of Llama 2."
+            "chat_template llama2 begins and ends its turns with the tokenizer's begin- and end-of-text, and this "
+            "tokenizer lacks one of them. Set chat_template to tokenizer or chatml, or use the tokenizer of Llama 2."
         )
     marks = {"<s>": tokenizer.bos_id, "</s>": tokenizer.eos_id}
     pieces = ("<s>[INST] ", " [/INST] ", " </s><s>[INST] ", " [/INST] ", " </s>")
@@ -115,18 +123,18 @@ def _chatml(tokenizer: Tokenizer) -> Layout:
 def _layout(
     name: LayoutName, marks: Mapping[str, int], pieces: tuple[str, str, str, str, str], eos_id: int | None
 ) -> Layout:
-    """The layout of what stands in front of, between and behind two turns; `marks` are the special tokens in it."""
+    """The layout from a template's five pieces of text around two turns. `marks`: the special tokens in them."""
     head, middle, between, last_middle, end = (_fixed(piece, marks) for piece in pieces)
     first_mark = next((place for place, part in enumerate(end) if isinstance(part, Special)), None)
     if first_mark is not None:
         end = end[: first_mark + 1]
-    elif eos_id is not None:  # a template may leave the end of the last turn to who generates
+    elif eos_id is not None:  # a template may leave the end of the last turn to generation
         end = (*end, Special((eos_id,)))
     return Layout(name=name, head=head, middle=middle, between=between, last_middle=last_middle, end=end)
 
 
 def _fixed(text: str, marks: Mapping[str, int]) -> Fixed:
-    """A template's text, its special tokens as such."""
+    """A template's text, split at its special tokens."""
     names = sorted(marks, key=len, reverse=True)
     pieces = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
     return tuple(Special((marks[piece],)) if piece in marks else Words(piece) for piece in pieces if piece)

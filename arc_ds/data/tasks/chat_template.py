@@ -1,4 +1,4 @@
-"""The chat template that a tokenizer's files carry, rendered around placeholders."""
+"""The chat template in a tokenizer's files, rendered around placeholders."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ QUESTIONS = ("ArcDsFirstQuestion", "ArcDsLastQuestion")
 ANSWERS = ("ArcDsFirstAnswer", "ArcDsLastAnswer")
 _CURE = "Set the decoder's chat_template to llama2, chatml or none."
 _GGUF_KEY = "tokenizer.chat_template"
-# Templates that write a date take this one where none is given; today's would make samples depend on the day.
+# The date for templates that write one. Today's date would make samples depend on the day.
 _DATE = "26 Jul 2024"
 
 
 def render_template(tokenizer: Tokenizer, path: Path) -> str:
-    """Two turns of placeholders as the template writes them: QUESTIONS and ANSWERS in turn, each once.
+    """The template's text of two turns of placeholders: QUESTIONS and ANSWERS in turn, each once.
 
-    TokenizerError where there is no template, jinja2 is missing, or the template fails or does not keep the turns.
+    Raises TokenizerError if there is no template, jinja2 is missing, or the template fails or does not keep the turns.
     """
     template, names = _find_template(path)
     by_id: dict[int | None, str] = {idx: name for name, idx in tokenizer.special_ids.items()}
@@ -36,16 +36,16 @@ def render_template(tokenizer: Tokenizer, path: Path) -> str:
     places = [written.find(mark) for mark in marks]
     if -1 in places or places != sorted(places) or any(written.count(mark) != 1 for mark in marks):
         raise TokenizerError(
-            f"the chat template of {path} does not write two turns of user and assistant one behind the other, each "
-            f"text once. {_CURE}"
+            f"the chat template of {path} does not write two turns of user and assistant one after the other, with "
+            f"each text once. {_CURE}"
         )
     return written
 
 
 def _find_template(path: Path) -> tuple[str, dict[str, str]]:
-    """The template beside or inside a tokenizer, and the special tokens that the files name.
+    """The template next to or inside a tokenizer, and the special tokens that the files name.
 
-    Looked for in chat_template.jinja, in tokenizer_config.json, and in a GGUF file's metadata.
+    It may be in chat_template.jinja, in tokenizer_config.json, or in a GGUF file's metadata.
     """
     folder = path if path.is_dir() else path.parent
     settings = _settings(folder / "tokenizer_config.json")
@@ -60,7 +60,7 @@ def _find_template(path: Path) -> tuple[str, dict[str, str]]:
         template = read_gguf_header(gguf_files[0]).metadata.get(_GGUF_KEY)
     if not isinstance(template, str):
         raise TokenizerError(
-            f"chat_template is tokenizer, but {path} carries none: expected chat_template.jinja, the key chat_template "
+            f"chat_template is tokenizer, but {path} has none: expected chat_template.jinja, the key chat_template "
             f"of tokenizer_config.json, or the metadata {_GGUF_KEY} of a GGUF file. {_CURE}"
         )
     return template, names
@@ -72,7 +72,7 @@ def _render(template: str, messages: list[dict[str, str]], names: dict[str, str]
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise TokenizerError(
-            f"the chat template of {path} is read by the package jinja2: pip install jinja2"
+            f"reading the chat template of {path} needs the package jinja2: pip install jinja2"
         ) from error
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -88,7 +88,7 @@ def _render(template: str, messages: list[dict[str, str]], names: dict[str, str]
 
 
 def _raise(message: str) -> NoReturn:
-    """What templates call to refuse their messages."""
+    """The function that templates call to reject messages."""
     raise ValueError(message)
 
 
@@ -98,11 +98,11 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise TokenizerError(f"{path} beside the tokenizer is not JSON ({error}). Copy the file again.") from error
+        raise TokenizerError(f"{path} next to the tokenizer is not JSON ({error}). Copy the file again.") from error
     return settings if isinstance(settings, dict) else {}
 
 
 def _content(token: object) -> str:
-    """A special token's text: given as such, or as an object with `content`."""
+    """A special token's text, from a string or an object with `content`."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else ""

@@ -1,4 +1,4 @@
-"""Texts to compress: passages joined, cut to a size, split into chunks; always at characters.
+"""Texts to compress: join passages, cut to a size, split into chunks. All cuts are between characters.
 
 Shape letters: N tokens.
 """
@@ -20,7 +20,7 @@ _BETWEEN_PASSAGES = "\n"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A text as the encoder reads it."""
+    """A text with its encoder tokens."""
 
     text: str
     encoding: Encoding
@@ -29,19 +29,21 @@ class Reading:
         return len(self.encoding.ids)
 
     def document(self, first: int, last: int, marker: Marker | None) -> Document:
-        """The tokens from `first` up to `last`, both boundaries of characters, as a document."""
+        """The tokens from `first` to `last` as a document. Both must be boundaries of characters."""
         start, end = self.encoding.ends[first], self.encoding.ends[last]
         return Document(TokenIds(self.encoding.ids[first:last]), self.text[start:end], marker)
 
 
 def read_passages(passages: Sequence[str], encoder: Tokenizer) -> Reading:
-    """Passages as one text, a line each. Each is read by itself, so that its tokens may come from a cache.
+    """Join passages into one text, one per line. Each is tokenised separately, so its tokens can come from a cache.
 
-    DataError where they give no encoder token.
+    Raises DataError if they give no encoder token.
     """
     readings = [encoder.encode_with_ends(passage) for passage in passages]
     if not any(len(reading.ids) for reading in readings):
-        raise DataError(f"the passage {passages[0][:40]!r} gives no encoder token. Mend the record, or leave it out.")
+        raise DataError(
+            f"the passage {passages[0][:40]!r} gives no encoder token. Correct the record, or leave it out."
+        )
     if len(readings) == 1:
         return Reading(passages[0], readings[0])
     (between,) = read_together(encoder, [_BETWEEN_PASSAGES], inside=True)
@@ -57,7 +59,7 @@ def read_passages(passages: Sequence[str], encoder: Tokenizer) -> Reading:
 
 
 def cut_document(reading: Reading, max_tokens: int, marker: Marker | None) -> Document:
-    """The beginning of a text as one document; DataError where not one character of it fits."""
+    """The beginning of a text as one document. Raises DataError if not even one character fits."""
     last = reading.encoding.boundary_before(max_tokens)
     if last == 0:
         raise DataError(
@@ -70,10 +72,17 @@ def cut_document(reading: Reading, max_tokens: int, marker: Marker | None) -> Do
 def cut_chunks(
     reading: Reading, first: int, last: int, *, chunk_tokens: int, max_chunks: int, marker: Marker | None
 ) -> tuple[tuple[Document, ...], int]:
-    """The tokens from `first` towards `last`, both boundaries of characters, in chunks; and the token they end at.
+    """Split the tokens from `first` to `last` into chunks. Also returns the token at which the last chunk ends.
 
-    A chunk has `chunk_tokens` tokens less those of a character that it would break; the last one has what is left.
-    DataError where a character has more tokens than a chunk.
+    A chunk has `chunk_tokens` tokens, or slightly fewer to avoid breaking a character. The last one has the rest.
+
+    reading: the text.
+    first, last: boundaries of characters.
+    chunk_tokens: size of a chunk.
+    max_chunks: maximum number of chunks.
+    marker: marker of each chunk.
+
+    Raises DataError if a character has more tokens than a chunk.
     """
     chunks: list[Document] = []
     while first < last and len(chunks) < max_chunks:
@@ -88,11 +97,11 @@ def cut_chunks(
 
 
 def first_tokens(text: str, encoding: Encoding, max_tokens: int) -> str:
-    """The beginning of a text, whole characters of at most `max_tokens` of its tokens."""
+    """The beginning of a text: whole characters with at most `max_tokens` tokens."""
     return text if len(encoding.ids) <= max_tokens else text[: encoding.ends[encoding.boundary_before(max_tokens)]]
 
 
 def last_tokens(text: str, encoding: Encoding, max_tokens: int) -> str:
-    """The end of a text, whole characters of at most `max_tokens` of its tokens."""
+    """The end of a text: whole characters with at most `max_tokens` tokens."""
     spare = len(encoding.ids) - max_tokens
     return text if spare <= 0 else text[encoding.ends[encoding.boundary_behind(spare)] :]

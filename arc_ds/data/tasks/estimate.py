@@ -1,4 +1,4 @@
-"""How large a sample will be, before it is made."""
+"""The estimated size of a sample, before it is made."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ TEMPLATE_TOKENS = 8
 
 
 class Estimate(NamedTuple):
-    """What a sample will take. context_lengths: encoder tokens of each context. prefix_rows: decoder rows before the
-    first compressed one, which no gradient passes through; suffix_rows: all others."""
+    """The estimated size of a sample.
+
+    context_lengths: encoder tokens of each context.
+    prefix_rows: decoder rows before the first compressed one; they have no gradient.
+    suffix_rows: all other decoder rows.
+    """
 
     context_lengths: tuple[int, ...]
     prefix_rows: int
@@ -20,11 +24,13 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedMeans:
-    """Means of a source's fine-tuning records, of each of which the index tells the tokens in all.
+    """Means of a source's fine-tuning records. The index has only the total number of tokens of each record.
 
-    other_tokens: those outside its passages. asked_rows: of them, those that a sample keeps. drawn_share: of the
-    passages' tokens, the share that a few-shot sample reads. The defaults are guesses for shards that do not tell how
-    many passages their records have: all of them are read.
+    The defaults are guesses for shards that do not record the number of passages: a sample then reads all of them.
+
+    other_tokens: tokens of a record outside its passages.
+    asked_rows: decoder rows of these that a sample keeps.
+    drawn_share: share of the passages' tokens that a few-shot sample reads.
     """
 
     other_tokens: int = 24

@@ -1,4 +1,4 @@
-"""What a task makes of a record: the sample, what its contexts say, and what was cut or changed on the way."""
+"""The result of a task: the sample, the text of its contexts, and counts of cuts and changes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from arc_ds.tokenizers import Tokenizer
 
 
 class TooShortError(DataError):
-    """A sound record that is too short for its task."""
+    """A valid record that is too short for its task."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskCounts:
-    """What was cut or changed in making samples; counts of several samples add up.
+    """Counts of cuts and changes in making samples. Counts of several samples add up.
 
-    degraded: records too short for a continuation, which became reconstructions. cut_contexts: contexts, and
-    cut_chunks: chunks of a long context that the limits left no room for. cut_examples: in-context examples left out.
-    cut_questions, cut_answers: those cut at their limit.
+    degraded: records too short for a continuation, which became reconstructions.
+    cut_contexts: contexts cut to their limit.
+    cut_chunks: chunks of long contexts beyond the limits.
+    cut_examples: in-context examples left out.
+    cut_questions: questions cut to their limit.
+    cut_answers: answers cut to their limit.
     """
 
     degraded: int = 0
@@ -52,7 +55,7 @@ NO_COUNTS = TaskCounts()
 
 
 class Variants(Protocol):
-    """How a sample reads without its contexts, and with their text in their place."""
+    """The segments of a sample without its contexts (`closed`), and with their text in their place (`open`)."""
 
     def closed(self) -> tuple[Segment, ...]: ...
 
@@ -61,10 +64,13 @@ class Variants(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A sample, and what its contexts say, in their order.
+    """A sample and the text of its contexts.
 
-    passages: all texts that the record asked about gives; none of them may stand in a context in their place.
-    variants: makes the other segments that validation compares (see `tasks.variants`), when asked.
+    sample: the sample.
+    contexts: the text of each context, in order.
+    passages: all texts of the sample's own record. A mismatched context must not contain any of them.
+    counts: cuts and changes.
+    variants: makes the segments that validation compares (see `tasks.variants`) on demand.
     """
 
     sample: Sample
@@ -75,19 +81,19 @@ class Example:
 
     @property
     def degraded(self) -> bool:
-        """Whether the record was too short for the continuation asked for and became a reconstruction."""
+        """Whether the record was too short for a continuation and became a reconstruction."""
         return self.counts.degraded > 0
 
 
 def written_example(
     task: str, parts: tuple[Part, ...], passages: Iterable[str], counts: TaskCounts, decoder: Tokenizer
 ) -> Example:
-    """The example that a script makes; TooShortError where it has no target that a row predicts."""
+    """The example of a script. Raises TooShortError if no row predicts a target."""
     parts = with_spaces_in_targets(parts)
     rendered = render(parts, decoder)
     if not any(segment.in_loss for segment in rendered.target):
         raise TooShortError(
-            f"a record gives the task {task} nothing to predict: fewer than two decoder tokens. Build the shards with "
+            f"the task {task} has nothing to predict in a record: fewer than two decoder tokens. Build the shards with "
             "a larger min_tokens, or set data.on_error: skip."
         )
     return Example(

@@ -315,7 +315,7 @@ def test_template_without_an_end_of_turn_ends_with_end_of_text(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (None, "carries none: expected chat_template.jinja"),
+        (None, "has none: expected chat_template.jinja"),
         ("{{ messages[0]['content'] }}", "does not write two turns"),
         ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "does not write two turns"),
         ("{% for m in messages %}", "cannot be rendered"),

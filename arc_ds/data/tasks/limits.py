@@ -1,4 +1,4 @@
-"""The sizes that tasks keep to."""
+"""The sizes that tasks obey."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from arc_ds.tokenizers import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskLimits:
-    """Sizes of the samples of one source, and what stands around a decoder's sequence.
+    """Sizes of the samples of one source. Raises DataError on a size out of range.
 
-    Pretraining: max_context encoder tokens, at least 1; max_prefix and max_continuation (of long context too) decoder
-    tokens, at least 0 and 2.
-    Few-shot: max_documents encoder tokens of all documents of a sample; max_passages joined to one document.
-    Long context: at most max_chunks chunks of chunk_tokens encoder tokens.
-    Both: max_question and max_answer decoder tokens. All of these at least 1.
-    bos: whether a plain sequence begins with the tokenizer's begin-of-text where it has one (a chat's template says so
-    for itself). markers: those in use; the contexts of another task get none. DataError on a size out of range.
+    max_context: encoder tokens of a context (pretraining, question answering); at least 1.
+    max_prefix: decoder tokens before a continuation's context; at least 0.
+    max_continuation: decoder tokens of a continuation (pretraining, long context); at least 2.
+    max_documents: encoder tokens of all documents of a few-shot sample; at least 1.
+    max_passages: passages joined into one document of a few-shot sample; at least 1.
+    max_question: decoder tokens of a question; at least 1.
+    max_answer: decoder tokens of an answer; at least 1.
+    chunk_tokens: encoder tokens of a chunk of a long context; at least 1.
+    max_chunks: chunks of a long context; at least 1.
+    bos: whether a plain sequence begins with the tokenizer's begin-of-text, if it has one. A chat's template decides
+        this itself.
+    markers: the markers in use. Contexts of other tasks have none.
     """
 
     max_context: int = 256
@@ -38,16 +43,16 @@ class TaskLimits:
         if self.max_context < 1 or self.max_prefix < 0 or self.max_continuation < 2:
             raise DataError(
                 f"context, prefix and continuation of {self.max_context}, {self.max_prefix} and "
-                f"{self.max_continuation} tokens were asked for; expected at least 1, 0 and 2. Change the data section."
+                f"{self.max_continuation} tokens were requested; expected at least 1, 0 and 2. Change the data section."
             )
         for name in ("max_documents", "max_passages", "max_question", "max_answer", "chunk_tokens", "max_chunks"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name} is {getattr(self, name)}; expected at least 1. Change the data section.")
 
     def bos_ids(self, decoder: Tokenizer) -> tuple[int, ...]:
-        """What a plain sequence begins with: begin-of-text, or nothing."""
+        """The ids at the beginning of a plain sequence: begin-of-text, or nothing."""
         return (decoder.bos_id,) if self.bos and decoder.bos_id is not None else ()
 
     def marker(self, name: Marker) -> Marker | None:
-        """The marker if it is in use."""
+        """The marker if it is in use, else None."""
         return name if name in self.markers else None

@@ -1,4 +1,4 @@
-"""Questions on documents as scripts, plain or in a chat (design 7; paper, appendices C and D)."""
+"""Questions on documents as scripts, plain or in a chat (paper, appendices C and D)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ _BLANK_LINE = "\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Documents (chunks of one text, or a single one), what is asked about them, and the answer."""
+    """Documents with a question and its answer.
+
+    documents: the chunks of one text, or a single document.
+    asked: question and answer.
+    """
 
     documents: tuple[Document, ...]
     asked: Asked
 
 
 def write_blocks(blocks: Sequence[Block], layout: Layout, bos: tuple[int, ...]) -> tuple[Part, ...]:
-    """The blocks, at least one, as a script whose target is the last answer and its end.
+    """Write the blocks, at least one, as a script. The target is the last answer and its end.
 
-    An answer that was cut has no end: nothing behind it is a target. bos: what a plain sequence begins with.
+    An answer that was cut has no end, so nothing after it is a target.
+
+    blocks: the last one is the question; the others are in-context examples.
+    layout: of the decoder.
+    bos: ids at the beginning of a plain sequence.
     """
     is_whole = not blocks[-1].asked.answer_is_cut
     turns = [_turn(block, layout, is_last=place == len(blocks) - 1) for place, block in enumerate(blocks)]
@@ -32,8 +40,8 @@ def write_blocks(blocks: Sequence[Block], layout: Layout, bos: tuple[int, ...]) 
     parts: list[Part] = [Special(bos)] if bos else []
     for turn in turns[:-1]:
         parts += [*turn.user, *turn.assistant, Words(_BLANK_LINE)]
-    # What ends an answer is the blank line in front of a next block: generation stops there (design 7), and the
-    # examples in front of the question have shown it, while an end-of-text would be new to the decoder.
+    # The blank line before a next block ends an answer, and generation stops there. The in-context examples show this
+    # pattern to the decoder; an end-of-text would be new to it.
     end = (Words(_BLANK_LINE, in_loss=True),) if is_whole else ()
     return (*parts, *turns[-1].user, *turns[-1].assistant, *end)
 

@@ -1,4 +1,4 @@
-"""All tasks, found by their files: a module of `kinds` with a `TASK` is a task of the program."""
+"""All tasks, found by their files: each module of `kinds` defines one as `TASK`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def all_tasks() -> Mapping[str, Task]:
 
 
 def find_task(name: str) -> Task:
-    """The task of that name. ConfigError with the nearest name on any other."""
+    """The task with that name. Raises ConfigError with the nearest name if there is none."""
     tasks = all_tasks()
     if name not in tasks:
         nearest = difflib.get_close_matches(name, tasks, n=1, cutoff=0.0)[0]
@@ -39,7 +39,7 @@ def find_task(name: str) -> Task:
 
 @cache
 def task_of_sample(sample: str) -> Task:
-    """The task that has samples of that name. ValueError if none has."""
+    """The task that has samples of that name. Raises ValueError if there is none."""
     for task in all_tasks().values():
         if sample in task.samples:
             return task
@@ -70,8 +70,9 @@ def make_example(
     encoder, decoder: their tokenizers.
     limits: sizes.
     layout: the turns of the decoder's chat.
-    Raises DataError if the record lacks what the task needs, and TooShortError, which is a DataError, if it is only too
-    short.
+
+    Raises DataError if the record lacks something that the task needs. It is a TooShortError, which is a DataError, if
+    the record is only too short.
     """
     return task_of_sample(task).example(
         records, sample=task, seed=seed, encoder=encoder, decoder=decoder, limits=limits, layout=layout

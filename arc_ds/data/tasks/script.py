@@ -1,7 +1,7 @@
-"""A sequence as it is written, before it has tokens: words, special tokens and documents; and how a decoder reads it.
+"""A script is a sequence before tokenising: words, special tokens and documents. `render` turns it into segments.
 
-Words that stand next to each other are read as one text, so nothing of it depends on how a task put it together. A
-special token ends a text: what follows is read as a new one. Words behind a document are read as the middle of a text.
+Adjacent words are tokenised as one text, so the tokens do not depend on how a task composed it. A special token ends a
+text: the words after it are tokenised as a new one. Words after a document are tokenised as the middle of a text.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from arc_ds.tokenizers import Tokenizer, read_together
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Text of any source; what looks like a special token in it is text.
+    """Text from any source. A special token's name in it is plain text.
 
-    in_loss: whether it is to be predicted. with_context: whether it only makes sense beside the document, so that it
-    goes where the document goes ("Document: ").
+    text: the text.
+    in_loss: whether it is a target.
+    with_context: whether it only makes sense with the document ("Document: "). It is then left out with it.
     """
 
     text: str
@@ -37,7 +38,12 @@ class Special:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A context to compress: its encoder tokens, at least one, the text that they spell, and its marker."""
+    """A context to compress.
+
+    ids: encoder tokens, at least one.
+    text: the text of these tokens.
+    marker: its marker, or None.
+    """
 
     ids: TokenIds
     text: str
@@ -49,7 +55,11 @@ Part = Words | Special | Document
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A script in tokens: the segments in front of the first target, and those from there on."""
+    """A tokenised script.
+
+    prompt: the segments before the first target.
+    target: the segments from the first target on.
+    """
 
     prompt: tuple[Segment, ...]
     target: tuple[Segment, ...]
@@ -60,8 +70,10 @@ class Rendered:
 
 
 def with_spaces_in_targets(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """The script with each space that words have in front of a target moved into the target: tokenizers join it to the
-    word behind, and a prompt that ends with a space reads badly."""
+    """Move a space before a target into the target.
+
+    Tokenizers join a space to the next word, and a prompt that ends with a space is unusual for a decoder.
+    """
     moved: list[Part] = []
     for part in parts:
         if isinstance(part, Words) and not part.text:
@@ -76,8 +88,7 @@ def with_spaces_in_targets(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def render(parts: Sequence[Part], decoder: Tokenizer) -> Rendered:
-    """The segments of a script. The first token of a target that stands behind a document is input only: no row
-    predicts it."""
+    """The segments of a script. If a target follows a document, its first token is input only: no row predicts it."""
     segments: list[Segment] = []
     num_prompt: int | None = None
     after_document = False
@@ -99,25 +110,30 @@ def render(parts: Sequence[Part], decoder: Tokenizer) -> Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The variants of a rendered script: without its documents, or with their text; always the same target."""
+    """The variants of a rendered script: without its documents, or with their text. All have the same target.
+
+    parts: the script.
+    decoder: its tokenizer.
+    target: the target segments of the rendered script.
+    """
 
     parts: tuple[Part, ...]
     decoder: Tokenizer
     target: tuple[Segment, ...]
 
     def closed(self) -> tuple[Segment, ...]:
-        """The documents left out, and the words that go with them."""
+        """The segments without the documents and the words that belong to them."""
         kept = [part for part in self.parts if not (isinstance(part, Document) or _goes_with_context(part))]
         return render(kept, self.decoder).prompt + self.target
 
     def open(self) -> tuple[Segment, ...]:
-        """The documents' text in their place, read together with the words around it."""
+        """The segments with the documents' text in their place, tokenised together with the words around it."""
         texts = [Words(part.text) if isinstance(part, Document) else part for part in self.parts]
         return render(texts, self.decoder).prompt + self.target
 
 
 def _read_words(words: Iterable[Part], decoder: Tokenizer, *, inside: bool) -> Iterator[tuple[Segment, bool]]:
-    """Segments of words that stand together, each with whether it belongs to a target."""
+    """Segments of adjacent words. The flag says whether a segment belongs to a target."""
     texts = (part for part in words if isinstance(part, Words) and part.text)
     stretches = [
         (in_loss, "".join(part.text for part in group))
@@ -132,10 +148,10 @@ def _read_words(words: Iterable[Part], decoder: Tokenizer, *, inside: bool) -> I
 
 
 def _fixed(part: Part) -> tuple[Segment, bool]:
-    """The segment of a document or of special tokens, with whether it belongs to a target."""
+    """The segment of a document or of special tokens. The flag says whether it belongs to a target."""
     if isinstance(part, Document):
         return Segment.context(part.ids, part.marker), False
-    assert isinstance(part, Special), "words are read together"
+    assert isinstance(part, Special), "words are tokenised together"
     return Segment.text(part.ids, in_loss=part.in_loss), part.in_loss
 
 

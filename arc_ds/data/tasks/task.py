@@ -1,4 +1,4 @@
-"""What a task is: one object that says everything that the rest of the program must know of it."""
+"""The interface of a task: one object with everything that the rest of the program needs to know about it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from arc_ds.tokenizers import Tokenizer
 
 
 class ExampleMaker(Protocol):
-    """Makes the example of some records, a pure function of its arguments; see `registry.make_example`."""
+    """Makes the example of some records. A pure function of its arguments; see `registry.make_example`."""
 
     def __call__(
         self,
@@ -31,10 +31,10 @@ class ExampleMaker(Protocol):
 
 
 class Sizing(NamedTuple):
-    """What an estimate follows from.
+    """The inputs of an estimate.
 
     limits: of the source.
-    compressed: how many rows a context of so many encoder tokens becomes, its marker included.
+    compressed: number of compressed rows, including the marker, of a context with that many encoder tokens.
     asked: means of the source's records if they are fine-tuning records, else None.
     """
 
@@ -44,9 +44,11 @@ class Sizing(NamedTuple):
 
 
 class ChatRows(NamedTuple):
-    """Decoder rows that a chat template writes itself: around the first turn, and around each further one.
+    """Decoder rows that a chat template adds.
 
-    text: rows of the words around a text.
+    first: around the first turn.
+    further: around each further turn.
+    text: the words around a text.
     """
 
     first: int
@@ -60,10 +62,10 @@ NO_CHAT = ChatRows(0, 0, 0)
 class Largest(NamedTuple):
     """Bounds of one sample of a task.
 
-    contexts: their number.
-    context_tokens: encoder tokens of all of them together.
-    longest_context: encoder tokens of one.
-    said_rows: decoder rows of everything else but begin-of-text and a chat's first turn.
+    contexts: number of contexts.
+    context_tokens: encoder tokens of all contexts together.
+    longest_context: encoder tokens of one context.
+    said_rows: all other decoder rows, except begin-of-text and a chat's first turn.
     """
 
     contexts: int
@@ -76,12 +78,13 @@ class Largest(NamedTuple):
 class Task:
     """A task of `data.sources`.
 
-    name: as the config calls it.
+    name: its name in the config.
     record_kinds: the kinds of records that it can read.
-    samples: names of its samples in metrics. Of two, `data.reconstruction_share` is the share of the first.
+    samples: one or two names of its samples in metrics. `data.reconstruction_share` is the share of the first of two.
     example: makes an example.
-    estimate: how large the sample of that name of records of so many encoder tokens will be (its own record first).
-    largest: bounds of one sample, by the limits, the most in-context examples, and the chat template's rows.
+    estimate: the estimated size of a sample, from its name and the encoder tokens of its records (its own first).
+    largest: bounds of one sample, from the limits, the maximum number of in-context examples, and the chat template's
+        rows.
     own_keys: keys of a source that no other task uses.
     size_keys: the keys that bound a sample, for messages.
     asks_about_last: whether the target is about the last context alone, and the others belong to examples.
@@ -98,10 +101,10 @@ class Task:
     asks_about_last: bool = False
 
 
-# Bytes, of which none has two tokens, of the words around a question and an answer.
+# Bytes of the words around a question and an answer. A byte has at most one token.
 ASKED_WORDS = 32
 
 
 def asked_rows(limits: TaskLimits) -> int:
-    """Most decoder rows of a question, its answer and the words around them."""
+    """Maximum decoder rows of a question, its answer and the words around them."""
     return limits.max_question + limits.max_answer + ASKED_WORDS

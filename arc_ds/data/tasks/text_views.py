@@ -1,4 +1,4 @@
-"""One text as two tokenizers read it, and where both can cut it.
+"""One text in the tokens of two tokenizers, and the places at which both can cut it.
 
 Shape letters: N tokens.
 """
@@ -16,8 +16,12 @@ _MAX_SNAP_TOKENS = 16
 
 
 class Cut(NamedTuple):
-    """A place in a text, between two characters: how many of them stand in front of it, how many of the encoder's
-    tokens, and how many of the decoder's, None where one of these reaches over it."""
+    """A place in a text, between two characters.
+
+    character: number of characters before it.
+    encoder_token: number of encoder tokens before it.
+    decoder_token: number of decoder tokens before it. None if a decoder token spans the place.
+    """
 
     character: int
     encoder_token: int
@@ -28,10 +32,10 @@ BEGINNING = Cut(0, 0, 0)
 
 
 class TextViews:
-    """A text in the encoder's and the decoder's tokens; tokenised once by each, once in all where they are the same.
+    """A text in the encoder's and the decoder's tokens. If both tokenizers are the same, it is tokenised only once.
 
-    Cuts fall where both tokenisations have a boundary, if there is one near; so pieces are slices of both, and the
-    decoder's pieces joined are its own reading of the whole text.
+    A cut is a boundary of both tokenisations if there is one nearby. Pieces are then slices of both, and the decoder's
+    pieces together are its tokens of the whole text.
     """
 
     def __init__(self, text: str, encoder: Tokenizer, decoder: Tokenizer) -> None:
@@ -43,10 +47,10 @@ class TextViews:
         self.num_encoder_tokens = len(self.encoder.ids)
 
     def cut(self, start: Cut, num_tokens: int) -> Cut:
-        """Where a piece of at most `num_tokens` encoder tokens ends that begins at `start`.
+        """The end of a piece that begins at `start` and has at most `num_tokens` encoder tokens.
 
-        At `start` where not even one character fits. The end moves back to a shared boundary if there is one within a
-        quarter of the piece, and at most 16 tokens.
+        The end moves back to a shared boundary if there is one within a quarter of the piece, and at most 16 tokens.
+        If not even one character fits, the end is `start`.
         """
         last = start.encoder_token + num_tokens
         if last >= self.num_encoder_tokens:
@@ -64,7 +68,7 @@ class TextViews:
         return found
 
     def _cut_at(self, token: int) -> Cut:
-        """The cut at a boundary of the encoder's tokens that is one of characters."""
+        """The cut at a boundary of encoder tokens that is also a boundary of characters."""
         character = int(self.encoder.ends[token])
         if self._are_same:
             return Cut(character, token, token)
@@ -76,7 +80,7 @@ class TextViews:
         return self.text[start.character : end.character]
 
     def encoder_ids(self, start: Cut, end: Cut) -> NDArray[np.integer]:
-        """The encoder's tokens between two cuts, integers [N]. Not to be written to: a slice of the whole text's."""
+        """The encoder's tokens between two cuts, integers [N]: a slice of the whole text's. Do not write to it."""
         return self.encoder.ids[start.encoder_token : end.encoder_token]
 
     def decoder_ids(self, start: Cut, end: Cut) -> NDArray[np.integer]:
@@ -87,8 +91,11 @@ class TextViews:
         return self.decoder.ids[first:last]
 
     def decoder_piece(self, start: Cut, end: Cut) -> Encoding:
-        """The decoder's tokens between two cuts: a slice, or where a cut is not shared the piece read by itself, as the
-        middle of a text unless it begins this one."""
+        """The decoder's tokens between two cuts, as a slice of the whole text's.
+
+        If a cut is inside a decoder token, the piece is tokenised by itself, as the middle of a text unless it begins
+        this text.
+        """
         first, last = start.decoder_token, end.decoder_token
         if first is None or last is None:
             return encode_together(self._decoder_tokenizer, [self.between(start, end)], inside=start.character > 0)[0]

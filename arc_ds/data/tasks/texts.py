@@ -1,4 +1,4 @@
-r"""Reconstruction and continuation as scripts (design 7; paper, appendix D).
+r"""Reconstruction and continuation as scripts (paper, appendix D).
 
 In a chat:  Text:\n\n⟨context⟩\nReplicate the input text.          Replicated text:\nthe same text
             Text:\n\nprefix⟨context⟩\nContinue the previous text.  Text continuation:\n...continuation
@@ -15,7 +15,7 @@ _TEXT = "Text:\n\n"
 
 
 def write_reconstruction(document: Document, layout: Layout) -> tuple[Part, ...]:
-    """A chat in which the document is to be repeated; its end is a target, since the text ends there."""
+    """A chat that asks for a repetition of the document. The end of the turn is a target, because the text ends."""
     user = (
         Words(_TEXT, with_context=True),
         document,
@@ -29,9 +29,13 @@ def write_reconstruction(document: Document, layout: Layout) -> tuple[Part, ...]
 def write_continuation(
     prefix: str, documents: Sequence[Document], target: str, layout: Layout, bos: tuple[int, ...]
 ) -> tuple[Part, ...]:
-    """Prefix (may be empty), documents and the text behind them.
+    """A text of prefix, documents and target. The text continues after its target, so a chat's end is no target.
 
-    The text goes on behind its target, so the end of a chat's turn is none. bos: what a plain sequence begins with.
+    prefix: plain text before the documents; may be empty.
+    documents: the contexts.
+    target: the text after them.
+    layout: of the decoder.
+    bos: ids at the beginning of a plain sequence.
     """
     continuation = Words(target, in_loss=True)
     if not layout.is_chat:

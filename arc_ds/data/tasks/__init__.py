@@ -1,4 +1,4 @@
-"""Training tasks as pure functions: records become an Example for one decoder (paper, section 4)."""
+"""Training tasks as pure functions: records become an example for one decoder (paper, section 4)."""
 
 from arc_ds.data.tasks.example import NO_COUNTS, Example, TaskCounts, TooShortError
 from arc_ds.data.tasks.limits import TaskLimits

@@ -1,1 +1,1 @@
-"""The tasks: each module defines one as its `TASK`, and `registry` finds it here. README.md says how to add one."""
+"""The tasks. Each module defines one as `TASK`, and `registry` finds it. tasks/README.md explains how to add one."""

@@ -1,8 +1,8 @@
-r"""Few-shot fine-tuning: blocks of document, question and answer, of which the last answer is to be given.
+r"""Few-shot fine-tuning: blocks of document, question and answer. The target is the last answer.
 
     Document: ⟨context⟩\nQuestion: …\nAnswer: …\n\nDocument: ⟨context⟩\nQuestion: …\nAnswer: …
 
-Each document is compressed, and the loss is on the last answer only (paper, section 4 and appendix C; design 7).
+Each document is compressed, and the loss is on the last answer only (paper, section 4 and appendix C).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def few_shot_example(
     limits: TaskLimits,
     layout: Layout,
 ) -> Example:
-    """The example of a record (the first) with others as its in-context examples, in their order, in front of it.
+    """The example of the first record. The other records are its in-context examples and come before it, in order.
 
-    The record's own document is cut to limits.max_documents; then examples are taken from the last one backwards while
-    their whole documents fit. One with a question or answer too long is left out. DataError where a record has no
-    question and answer of the kind.
+    The record's own document is cut to limits.max_documents. In-context examples are then added from the last one
+    backwards, while their whole documents fit. An in-context example with a question or answer that is too long is left
+    out. Raises DataError if a record is not a valid fine-tuning record.
     """
     draws = random_words(2 * len(records), seed, "few-shot").reshape(-1, 2).tolist()
     fields = [fine_tuning_record(record) for record in records]
@@ -61,7 +61,7 @@ def few_shot_example(
 
 
 def _fitting(others: Sequence[Asked], room: int, encoder: Tokenizer, limits: TaskLimits) -> list[Block]:
-    """Blocks of the last in-context examples whose documents fit `room` encoder tokens together."""
+    """Blocks of the last in-context examples whose documents together fit in `room` encoder tokens."""
     blocks: list[Block] = []
     for asked in reversed(others):
         if asked.question_is_cut or asked.answer_is_cut:
@@ -75,7 +75,7 @@ def _fitting(others: Sequence[Asked], room: int, encoder: Tokenizer, limits: Tas
 
 
 def estimate_few_shot(_: str, tokens: Sequence[int], sizing: Sizing) -> Estimate:
-    """Documents have the mean length of the records' own; examples are kept while they fit, the last ones first."""
+    """Estimate documents by the source's means. In-context examples are added while they fit, the last ones first."""
     limits, asked = sizing.limits, sizing.asked or AskedMeans()
     own, *examples = (max(round((count - asked.other_tokens) * asked.drawn_share), 1) for count in tokens)
     own = min(own, limits.max_documents)

@@ -1,9 +1,10 @@
-r"""Long context: a text in chunks of one size, compressed in parallel, each a context of its own (paper, section 5).
+r"""Long context: a text in chunks of equal size. Each chunk is a context, and all are compressed in parallel (paper,
+section 5).
 
 Text:       [bos] ⟨chunk⟩⟨chunk⟩… continuation.
 Passages:   Document: ⟨chunk⟩⟨chunk⟩…\nQuestion: …\nAnswer: …
 
-Each chunk's positions begin at 0, so a context of any length is no longer than a chunk to the encoder.
+Each chunk's positions begin at 0, so the encoder never sees more positions than one chunk has.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def long_context_example(
     limits: TaskLimits,
     layout: Layout,
 ) -> Example:
-    """The example of a record: a text is continued behind its chunks, passages (all of them) are asked about.
+    """The example of a record: chunks of a text and its continuation, or all passages with their question.
 
-    DataError where the record is of neither kind, TooShortError where its text has fewer than two decoder tokens to
+    Raises DataError if the record is of neither kind, and TooShortError if fewer than two decoder tokens remain to
     continue with.
     """
     record = records[0]
@@ -61,7 +62,7 @@ def long_context_example(
 def _text_example(
     text: str, seed: int, encoder: Tokenizer, decoder: Tokenizer, limits: TaskLimits, layout: Layout
 ) -> Example:
-    """Chunks of a window of the text, and the text behind them to continue with: at most half of the window."""
+    """Chunks of a window of the text, and the text after them to continue with: at most half of the window."""
     reading = Reading(text, encoder.encode_with_ends(text))
     num_tokens = min(len(reading), limits.max_chunks * limits.chunk_tokens + limits.max_continuation)
     start = reading.encoding.boundary_before(seed % (len(reading) - num_tokens + 1))

@@ -1,9 +1,9 @@
-"""Reconstruction and continuation: a record's text, cut at characters (paper, section 4; design 7).
+"""Reconstruction and continuation: a record's text, cut between characters (paper, section 4).
 
 Reconstruction:  [bos] ⟨context⟩ the same text.      Continuation:  [bos] prefix ⟨context⟩ continuation.
 
-The first token of a target is input only: behind a context no row predicts it, and so that the validation variants
-compare the same targets it is left out where a row could.
+The first token of a target is input only, because no row after a context predicts it. In the validation variants a row
+could predict it, but they must have the same targets.
 """
 
 from __future__ import annotations
@@ -33,9 +33,15 @@ _MARKER_OF: dict[PretrainingTask, Marker] = {"reconstruction": "rec", "continuat
 
 @dataclass(frozen=True, slots=True)
 class _Spans:
-    """Where prefix, context and target of a sample stand in its text: four rising cuts.
+    """The prefix, context and target of a sample in its text, as four ascending cuts.
 
     A reconstruction has no prefix, and its target is its context.
+
+    task: reconstruction or continuation.
+    start: start of the prefix.
+    context: end of the prefix and start of the context.
+    context_end: end of the context.
+    target_end: end of the target.
     """
 
     task: PretrainingTask
@@ -59,10 +65,10 @@ def pretraining_example(
     limits: TaskLimits,
     layout: Layout,
 ) -> Example:
-    """The example of a record's text; `seed` (64 bits) chooses the window of a text longer than the task needs.
+    """The example of a record's text. If the text is longer than needed, `seed` (64 bits) chooses a window.
 
-    A text too short for a continuation becomes a reconstruction, counted as degraded. TooShortError where it is so for
-    that as well: no encoder token, or fewer than two decoder tokens.
+    A text that is too short for a continuation becomes a reconstruction, and counts as degraded. Raises TooShortError
+    if it is too short for that as well: no encoder token, or fewer than two decoder tokens.
     """
     text = pretraining_text(records[0])
     views = TextViews(text, encoder, decoder)
@@ -84,16 +90,16 @@ def pretraining_example(
 
 
 def _reconstruction(views: TextViews, seed: int, limits: TaskLimits) -> _Spans:
-    """A window of the text, to compress and repeat."""
+    """A window of the text to compress and repeat."""
     start = _window_start(views, seed, limits.max_context)
     end = views.cut(start, limits.max_context)
     return _Spans("reconstruction", start, start, end, end)
 
 
 def _continuation(views: TextViews, seed: int, limits: TaskLimits) -> _Spans:
-    """Plain prefix, compressed context, and the text behind it to continue with.
+    """Plain prefix, compressed context, and the text after it to continue with.
 
-    A text shorter than all three together is shared out in their proportion.
+    A text shorter than all three together is divided in proportion to their limits.
     """
     total = limits.max_prefix + limits.max_context + limits.max_continuation
     num_tokens = min(views.num_encoder_tokens, total)
@@ -105,14 +111,19 @@ def _continuation(views: TextViews, seed: int, limits: TaskLimits) -> _Spans:
 
 
 def _window_start(views: TextViews, seed: int, num_tokens: int) -> Cut:
-    """Where a window of `num_tokens` encoder tokens begins: anywhere that leaves room for it."""
+    """The start of a window of `num_tokens` encoder tokens: any place that leaves enough room."""
     spare = views.num_encoder_tokens - num_tokens
     return views.cut(BEGINNING, seed % (spare + 1)) if spare > 0 else BEGINNING
 
 
 @dataclass(frozen=True, slots=True)
 class _Sliced:
-    """The variants of a sample that is one stretch of a text: the context's own slice, or nothing, in its place."""
+    """The variants of a sample that is one stretch of a text.
+
+    segments: of the sample.
+    views: the text.
+    span: start and end of the context.
+    """
 
     segments: tuple[Segment, ...]
     views: TextViews
@@ -127,7 +138,7 @@ class _Sliced:
 
 
 def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimits) -> Example | None:
-    """The pieces as slices of the text's own tokens; None where there is no context or no target to predict."""
+    """The pieces as slices of the text's tokens. None if there is no context or no target to predict."""
     context_ids = views.encoder_ids(spans.context, spans.context_end)
     target_ids = views.decoder_ids(spans.target, spans.target_end)
     if spans.task == "continuation" and len(target_ids) > limits.max_continuation:
@@ -154,7 +165,7 @@ def _plain(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimi
 
 
 def _chat(views: TextViews, spans: _Spans, decoder: Tokenizer, limits: TaskLimits, layout: Layout) -> Example | None:
-    """The pieces as texts in the turns of a chat; None where there is no context or no target to predict."""
+    """The pieces as texts in the turns of a chat. None if there is no context or no target to predict."""
     document = Document(
         TokenIds(views.encoder_ids(spans.context, spans.context_end)),
         views.between(spans.context, spans.context_end),

@@ -1,11 +1,11 @@
-r"""Question-answering pretraining: one passage, a question on it, and the answer, closed to the few-shot format.
+r"""Question-answering pretraining: one passage, a question about it, and the answer, in the few-shot format.
 
     Document: ⟨context⟩\nQuestion: …\nAnswer: …
 
-A warm-up before few-shot fine-tuning (CLaRa, arXiv 2511.18659, pretrains its compressor so). Each sample reads one
-passage, drawn from the record's, and has no in-context example: the loss depends on what the vectors of that passage
-say. A record without a question gives a paraphrase: the passage, then the answer. Build such records so that every
-passage of a record answers its question.
+This is a warm-up before few-shot fine-tuning; CLaRa (arXiv 2511.18659) pretrains its compressor in this way. Each
+sample reads one passage, drawn from the record's, without in-context examples. So the loss depends on the content of
+that passage's vectors. A record without a question gives a paraphrase: the passage, then the answer. Build the records so
+that every passage of a record answers its question.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def question_answering_example(
     limits: TaskLimits,
     layout: Layout,
 ) -> Example:
-    """The example of one record. `seed` chooses the passage and, of several answers, the answer.
+    """The example of one record. `seed` chooses the passage, and the answer if there are several.
 
-    DataError if the record has no answer, or its passage gives no encoder token.
+    Raises DataError if the record has no answer, or if its passage gives no encoder token.
     """
     fields = fine_tuning_record(records[0])
     passage_draw, *draws = random_words(3, seed, "question-answering").tolist()

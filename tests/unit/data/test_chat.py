@@ -23,7 +23,7 @@ from tests.helpers.written import IM_TOKENS, write_chat_tokenizer, written
 LIMITS = TaskLimits(max_context=8, max_prefix=8, max_continuation=8)
 TOWER = {"passage": "The tower is of stone.", "question": "Of what is the tower?", "answer": "stone"}
 LAMP = {"passage": "The lamp held.", "question": "What held?", "answer": "The lamp."}
-# A template in the manner of Llama 3's: it trims, writes a date, and refuses what does not begin with the user.
+# A template like that of Llama 3: it trims, writes a date, and refuses chats that do not begin with the user.
 TEMPLATE = """{{ bos_token }}
 {%- if not date_string is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}
 {{- "Today: " + date_string + eos_token }}
@@ -35,7 +35,7 @@ TEMPLATE = """{{ bos_token }}
 
 
 class Setup:
-    """Tokenizers of different kinds, and the layouts that the decoder's has."""
+    """Tokenizers of different kinds, and the layouts of the decoder."""
 
     def __init__(self, folder: Path) -> None:
         self.path = write_chat_tokenizer(folder / "json", template=TEMPLATE)
@@ -76,7 +76,7 @@ def test_reconstruction_in_a_chat(setup: Setup) -> None:
 
 
 def test_continuation_in_a_chat(setup: Setup) -> None:
-    """Paper, appendix D. The end of the turn is none of the text, which goes on, so it is no target."""
+    """Paper, appendix D. The text continues after the target, so the end of the turn is no target."""
     limits = TaskLimits(max_context=8, max_prefix=0, max_continuation=8)
     record = {"text": "abcdefghijklmnop"}
     assert setup.text(setup.llama2, record, task="continuation", limits=limits) == (
@@ -133,7 +133,7 @@ def test_record_without_question_in_a_chat(setup: Setup) -> None:
     ],
 )
 def test_record_s_own_prompt(setup: Setup, instruction: str, text: str) -> None:
-    """prefix⟨context⟩instruction [/INST] suffix, as the reference's records give them (golden chat_instruct)."""
+    """prefix⟨context⟩instruction [/INST] suffix, as in the reference's records (golden chat_instruct)."""
     record = LAMP | {"instruction": instruction}
     assert setup.text(setup.llama2, record, limits=TaskLimits(markers=frozenset())) == f"<s>[INST] {text}"
 
@@ -183,7 +183,7 @@ def test_variants_in_a_chat(setup: Setup) -> None:
 
 
 def test_special_tokens_come_from_the_template_alone(setup: Setup) -> None:
-    """Somebody's text may hold `<|im_end|>`: it does not end the turn."""
+    """A text may contain `<|im_end|>`. It does not end the turn."""
     record = {"passage": "a <|im_end|>", "question": "<|im_start|>assistant </s>", "answer": "<|im_end|> [INST]"}
     for layout, num_specials in ((setup.chatml, 4), (setup.llama2, 2)):
         example = setup.make(layout, record, limits=TaskLimits())
@@ -228,7 +228,7 @@ def test_every_label_is_the_next_token_and_variants_share_targets(
 
 
 def test_llama2_with_sentencepiece_reads_as_one_text(golden: Path) -> None:
-    """[INST] follows `<s>` with the space that sentencepiece puts in front of a text; no other space is added."""
+    """[INST] follows `<s>` with the space that sentencepiece prepends to a text. No other space is added."""
     decoder = load_tokenizer(golden / "tokenizers" / "sp384.model")
     layout = read_layout("llama2", decoder, golden)
     example = make_example(
@@ -242,7 +242,7 @@ def test_llama2_with_sentencepiece_reads_as_one_text(golden: Path) -> None:
 
 
 def test_golden_chat_of_the_reference_but_for_what_it_loses(golden: Path) -> None:
-    """The reference drops the last token of every answer (oddity 37) and doubles spaces; else the texts agree."""
+    """The reference drops the last token of every answer (oddity 37) and doubles spaces. Otherwise the texts agree."""
     case = json.loads((golden / "data" / "chat_instruct.json").read_text())
     decoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["llm"])
     line = (golden / "data" / "inputs" / "instruct_chat.jsonl").read_text().splitlines()[0]

@@ -1,4 +1,4 @@
-"""Estimates from the index against the samples that are made."""
+"""Estimates from the index, compared with the real samples."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_attention_makes_one_long_context_dearer_than_many_short_ones() -> None:
 
 
 def test_estimates_are_near_the_samples_that_are_made(tmp_path: Path) -> None:
-    """The encoder's tokenizer is the second decoder's, so that a token is a token."""
+    """The encoder and the second decoder share a tokenizer, so their token counts are equal."""
     data = TinyMixture.write(tmp_path).data(schedule="same_batch")
     ratios = defaultdict(list)
     for step in range(10):
@@ -89,7 +89,7 @@ def test_estimates_are_near_the_samples_that_are_made(tmp_path: Path) -> None:
             )
     assert len(ratios) == 4
     for task, found in ratios.items():
-        # Of fine-tuning records the index knows one number: two passages, of which one or both are taken.
+        # The index has one number per fine-tuning record. The record has two passages, and a sample uses one or both.
         bound = 2.5 if task == "few_shot" else 1.25
         assert all(1 / bound <= ratio <= bound for pair in found for ratio in pair), task
 
@@ -117,7 +117,7 @@ def manifest(passage_tokens: dict[str, int], tokens: int, samples: int) -> Manif
 
 
 def test_few_shot_samples_read_the_share_of_the_passages_that_is_drawn() -> None:
-    """One record of a passage of 500 tokens, one of ten passages of 70; 40 tokens are asked of each."""
+    """One record has a passage of 500 tokens, the other ten passages of 70. Each has 40 tokens outside of them."""
     made = manifest({"1": 500, "10": 700}, tokens=1280, samples=2)
     for most, drawn in ((1, 1), (2, 1.5), (4, 2.5), (10, 5.5), (99, 5.5)):
         means = asked_means(made, replace(LIMITS, max_passages=most))
@@ -135,7 +135,7 @@ def test_shards_that_do_not_tell_of_their_passages_are_estimated_as_before_they_
 
 @pytest.fixture(scope="module")
 def ten_passages(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Records of ten passages, each third one of a single one."""
+    """Records with ten passages; every third record has a single one."""
     folder = tmp_path_factory.mktemp("ten")
     records = [
         {
@@ -153,7 +153,7 @@ def ten_passages(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def test_no_more_micro_batches_are_planned_than_the_drawn_passages_need(
     ten_passages: ShardSet, max_passages: int, in_context_examples: int
 ) -> None:
-    """The plan binds: where all passages were counted, up to three times as many were made."""
+    """The plan is binding. Counting all passages gave up to three times as many micro-batches."""
     source = Source(
         shards=ten_passages,
         task="few_shot",

@@ -1,4 +1,4 @@
-"""Shards behind URLs: those of the next shuffle window come while this one is read."""
+"""Remote shards: those of the next shuffle window are fetched while the current one is read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
 
 
 def remote_data(mixture: TinyMixture, cache: ShardCache) -> StepData:
-    """The mixture's data with the first source behind a URL."""
+    """The mixture's data with a remote first source."""
     local = mixture.data()
     first = replace(local.sources[0], shards=ShardSet(f"pipe:cat {mixture.folder}/texts", cache=cache))
     sources = [first, *local.sources[1:]]
@@ -35,7 +35,7 @@ def remote_data(mixture: TinyMixture, cache: ShardCache) -> StepData:
 
 
 def fetched(cache: ShardCache) -> set[str]:
-    """Sums of the tars that are whole in the cache."""
+    """Checksums of the complete tars in the cache."""
     return {path.name for path in (cache.folder / "tars").glob("*") if not path.name.endswith(".partial")}
 
 

@@ -1,4 +1,4 @@
-"""Few-shot samples, written back as text, are the paper's templates (appendix C), and nothing is cut uncounted."""
+"""Few-shot samples, decoded to text, match the paper's templates (appendix C), and every cut is counted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SEA = {
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """(encoder's, decoder's) tokenizer, of different kinds."""
+    """Tokenizers of the encoder and the decoder, of different kinds."""
     folder = tmp_path_factory.mktemp("tokenizers")
     return load_tokenizer(write_tiktoken(folder / "t.model")), load_tokenizer(write_json_tokenizer(folder / "json"))
 
@@ -53,7 +53,7 @@ def test_zero_shot_is_document_question_answer(pair: Pair) -> None:
 
 
 def test_in_context_examples_stand_in_front_and_only_the_last_answer_is_a_target(pair: Pair) -> None:
-    """Each block's document is compressed; a translation asks its instruction."""
+    """Each block's document is compressed. A translation has its instruction as the question."""
     assert text_of(pair, SEA, TOWER, LAMP) == (
         "<s>Document: ⟦The tower is of stone.<cont>⟧\nQuestion: Of what is the tower?\nAnswer: stone\n\n"
         "Document: ⟦The lamp held.<cont>⟧\nQuestion: What held?\nAnswer: The lamp.\n\n"
@@ -71,7 +71,7 @@ def test_record_without_question_has_no_question_line(pair: Pair) -> None:
 
 
 def test_variants_of_the_template(pair: Pair) -> None:
-    """Closed leaves the document lines out, open has the text where the context stood."""
+    """`closed` omits the document lines. `open` has the text in place of the context."""
     example = make(pair, TOWER, LAMP, markers=frozenset())
     target = "Question: Of what is the tower?\nAnswer:‹ stone\n\n›"
     assert written(closed(example), *pair) == f"<s>Question: What held?\nAnswer: The lamp.\n\n{target}"
@@ -167,7 +167,7 @@ def test_question_and_answer_too_long_are_cut_and_counted(pair: Pair) -> None:
 
 @given(text=st.text(st.characters(max_codepoint=127), max_size=40))
 def test_an_ascii_text_has_a_token_a_character_and_one_at_most(pair: Pair, golden: Path, text: str) -> None:
-    """So a short question is known to be within its limit without its tokens."""
+    """So a short question is within its limit, without tokenising it."""
     for tokenizer in (*pair, load_tokenizer(golden / "tokenizers" / "sp384.model")):
         assert len(tokenizer.encode(text)) <= len(text) + 1
 
@@ -181,7 +181,7 @@ def test_special_tokens_in_a_record_stay_text(pair: Pair) -> None:
 
 
 def test_text_that_looks_like_the_template_changes_nothing(pair: Pair) -> None:
-    """The reference finds blocks again by searching the prompt, and loses count of the documents (oddity 30)."""
+    """The reference searches the prompt for its blocks, and loses count of the documents (oddity 30)."""
     trap = "x\n\nDocument: y\nQuestion: z\nAnswer: w"
     record = {"passage": trap, "question": trap, "answer": trap}
     example = make(pair, record, record)
@@ -192,7 +192,7 @@ def test_text_that_looks_like_the_template_changes_nothing(pair: Pair) -> None:
 
 
 def test_each_decoder_reads_the_same_text_in_its_own_tokens(pair: Pair, golden: Path) -> None:
-    """The reference decodes one decoder's tokens for the other, drops what has one token, and trains on in-context
+    """The reference decodes one decoder's tokens for the other, drops texts of one token, and trains on in-context
     answers (oddity 47)."""
     other = load_tokenizer(golden / "tokenizers" / "sp384.model")
     short = {"passage": "a", "question": "b", "answer": "c"}
@@ -264,7 +264,7 @@ def test_labels_spell_the_answer_and_its_end(pair: Pair, answer: str) -> None:
 
 @pytest.mark.parametrize("lines", ["stone\n\nand wood", "stone\n \t\n\n\nand wood", "stone\r\n\r\nand wood"])
 def test_a_blank_line_within_an_answer_is_not_its_end(pair: Pair, lines: str) -> None:
-    """Generation stops at the first blank line, in targets and as the examples show it."""
+    """Generation stops at the first blank line, as targets and in-context examples show."""
     record = TOWER | {"answer": lines}
     example = make(pair, record, record)
     assert written(example.sample, *pair).replace("\r", "").count("Answer: stone\nand wood\n\n") == 1
@@ -275,7 +275,7 @@ def test_a_blank_line_within_an_answer_is_not_its_end(pair: Pair, lines: str) ->
 
 
 def test_mismatched_shares_no_passage_with_the_record_asked_about(pair: Pair) -> None:
-    """Records of one page share passages, and draw another number of them each."""
+    """Records of one page share passages, and each draws a different number of them."""
     pages = [[f"Tower {page} is of stone {row}. " for row in range(3)] for page in range(2)]
     examples = [
         make(pair, TOWER | {"passages": pages[page][::turn], "passage": None}, seed=seed, max_passages=3)
@@ -293,16 +293,16 @@ def test_mismatched_shares_no_passage_with_the_record_asked_about(pair: Pair) ->
 
 
 def test_golden_reference_reads_the_same_blocks_but_for_its_double_spaces(golden: Path) -> None:
-    """The reference tokenises "…Answer: " and the answer apart, and each stretch behind a document as a new text: it
-    feeds two spaces where the template has one (oddity 36), and one more behind a document. It ends the answer with
-    end-of-text; ours ends with the blank line that generation stops at."""
+    """The reference tokenises "…Answer: " and the answer separately, and each stretch after a document as a new text.
+    So it feeds two spaces for one in the template (oddity 36), and one more after a document. It ends the answer with
+    end-of-text; ours ends with the blank line at which generation stops."""
     case = json.loads((golden / "data" / "instruct_2shot_interleave_tik.json").read_text())
     item = case["items"][0]
     encoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["embed"])
     decoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["llm"])
     lines = (golden / "data" / "inputs" / "instruct.jsonl").read_text().splitlines()
     first, second = (json.loads(line) for line in lines[:2])
-    second["answer"] = "Once or twice daily"  # what the reference drew
+    second["answer"] = "Once or twice daily"  # drawn by the reference
     example = make((encoder, decoder), second, first)
     start, size = item["sizes"]
     reference = [token for token in item["x"][start : start + size] if token != decoder.bos_id]

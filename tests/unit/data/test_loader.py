@@ -1,4 +1,4 @@
-"""The loader: the same global batches for any ranks and workers, from any step; damaged records named and counted."""
+"""The loader: any ranks and workers give the same batches from any step. Damaged records are named and counted."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 def contents(batches: list[StepBatch]) -> dict[int, tuple]:
-    """Of each step: the records, and the labels of all sequences in a canonical order."""
+    """For each step, the records, and the labels of all sequences in a canonical order."""
     found: dict[int, tuple] = {}
     records, labels = defaultdict(list), defaultdict(list)
     for batch in batches:
@@ -185,7 +185,7 @@ def _program(text: str) -> subprocess.Popen[str]:
 
 
 def test_a_stop_waits_for_no_worker_that_is_stuck() -> None:
-    """As one is whose shards lie on a server that hangs. Torch alone would wait ten seconds for each."""
+    """A worker is stuck if its shards are on a hanging server. Torch alone would wait ten seconds for each."""
     process = _program(STUCK)
     assert process.stdout is not None and process.stdout.readline() == "asked\n", process.communicate()
     asked = time.monotonic()
@@ -195,7 +195,7 @@ def test_a_stop_waits_for_no_worker_that_is_stuck() -> None:
 
 
 def test_an_error_that_nobody_expects_ends_a_process_with_busy_workers() -> None:
-    """What the traceback holds, the loader too, is there until the process exits."""
+    """The traceback keeps its objects, including the loader, alive until the process exits."""
     process = _program(OUT_OF_MEMORY)
     _, words = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -203,7 +203,7 @@ def test_an_error_that_nobody_expects_ends_a_process_with_busy_workers() -> None
 
 
 def test_a_worker_leaves_stop_signals_to_its_rank(setting: Setting) -> None:
-    """A scheduler signals every process of a job; the rank still needs its worker up to the next step boundary."""
+    """A scheduler signals every process of a job. The rank needs its worker until the next step boundary."""
     batches = iter(make_loader(setting.data(), range(12), num_workers=1, prefetch=2))
     steps = [next(batches).step]
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -294,7 +294,7 @@ def test_shares_are_split_under_the_limits_alike_on_all_ranks(mixture: TinyMixtu
     for step in range(6):
         ranks = [mixture.data(rank, 2, schedule=schedule, limits=limits) for rank in range(2)]
         batches = [data[step] for data in ranks]
-        # Where the index's lengths promised too little, the ranks agree on the larger number and make theirs again.
+        # If the index's lengths were too low, the ranks agree on the larger number and pack again.
         agreed = max(batch.num_splits for batch in batches)
         batches = [pack_again(batch, agreed, data.pooling, limits) for data, batch in zip(ranks, batches, strict=True)]
         assert {batch.num_splits for batch in batches} == {agreed}
@@ -323,7 +323,7 @@ def test_a_run_names_its_tasks(mixture: TinyMixture, setting: Setting) -> None:
 def test_limits_change_nothing_of_what_is_trained_on(
     mixture: TinyMixture, schedule: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A sample beyond a limit has a micro-batch of its own, is counted, and the first one is named."""
+    """A sample beyond a limit has a micro-batch of its own and is counted. The log names the first one."""
     limits = MicroBatchLimits(max_decoder_rows=120)
     whole = [mixture.data(schedule=schedule)[step] for step in range(6)]
     num_over = sum(rows > 120 for batch in whole for micro in batch.micro_batches for rows in rows_of(micro.batch))
@@ -342,12 +342,12 @@ def test_limits_change_nothing_of_what_is_trained_on(
 
 
 def rows_of(packed: PackedBatch) -> list[int]:
-    """Decoder rows of each sequence."""
+    """The number of decoder rows of each sequence."""
     return packed.decoder_cu_seqlens.diff().tolist()
 
 
 class OpenFiles(Dataset):
-    """The limit of the process that makes an item."""
+    """The limit of open files of the process that makes an item."""
 
     def __getitem__(self, _: int) -> int:
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

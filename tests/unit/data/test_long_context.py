@@ -1,4 +1,4 @@
-"""Long context: a text in equal chunks, each a context of its own, whatever its length."""
+"""Long context: a text of any length in equal chunks, each a context of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Pair = tuple[Tokenizer, Tokenizer]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """(encoder's, decoder's) tokenizer, of different kinds; a letter is a token to the encoder."""
+    """Tokenizers of the encoder and the decoder, of different kinds. For the encoder, a letter is a token."""
     folder = tmp_path_factory.mktemp("tokenizers")
     return load_tokenizer(write_tiktoken(folder / "t.model")), load_tokenizer(write_json_tokenizer(folder / "json"))
 
@@ -108,7 +108,7 @@ def test_chunks_and_target_are_one_stretch_of_the_text(
         example = make(pair, {"text": text}, seed=seed, **sizes)
     except DataError:
         window = min(len(pair[0].encode(text)), max_chunks * chunk_tokens + 4)
-        assert window < 12  # fewer leave half a character for one of the parts
+        assert window < 12  # with fewer, a part may get only half a character
         return
     assert example == make(pair, {"text": text}, seed=seed, **sizes)
     behind = [token for s in example.sample.segments[1:] if s.kind == "text" for token in s.ids]
@@ -126,7 +126,7 @@ def test_chunks_and_target_are_one_stretch_of_the_text(
 
 
 def test_golden_chunks_of_the_reference_are_segments_of_their_own(golden: Path) -> None:
-    """Its chunks are the same tokens in the same place; the last one kept is cut off there as here."""
+    """The reference's chunks have the same tokens in the same places. Both cut off the last one at the limit."""
     case = json.loads((golden / "data" / "instruct_chunk32.json").read_text())
     encoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["embed"])
     decoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["llm"])

@@ -1,4 +1,4 @@
-"""Splitting a rank's share: every micro-batch under the limits, nothing lost, and never fewer than asked for."""
+"""Splitting a rank's share: every micro-batch is under the limits, no sample is lost, and there are never too few."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_sample_is_in_one_micro_batch_and_none_exceeds_a_limit(
 def test_what_one_rank_needed_the_same_rank_can_be_asked_for(
     parts: list[list[SampleSize]], limits: MicroBatchLimits
 ) -> None:
-    """A batch that is made again with a number gets that number exactly, whatever it took before."""
+    """Packing again with a number of micro-batches gives exactly that number."""
     needed = len(split(parts, limits))
     for number in range(needed, sum(len(part) for part in parts) + 1):
         assert len(split(parts, limits, number)) == number
@@ -96,7 +96,7 @@ def test_heavier_micro_batches_come_first_so_that_ranks_run_them_together() -> N
 
 
 def test_where_greedy_dealing_fails_in_more_bins_than_it_managed_with() -> None:
-    """Found by search: four bins do, five do not, and five are asked for."""
+    """Found by search: the greedy method succeeds with four bins and fails with five, and five are requested."""
     pairs = [(5, 2), (20, 5), (12, 5), (1, 2), (12, 1), (9, 1), (20, 12), (1, 15), (9, 5), (20, 12), (1, 15)]
     sizes = [SampleSize(*pair) for pair in pairs]
     limits = MicroBatchLimits(max_encoder_tokens=30, max_decoder_rows=30)
@@ -119,7 +119,7 @@ LARGE_PARTS = st.lists(st.lists(LARGE_SIZES, min_size=1, max_size=9), min_size=1
 def test_a_sample_beyond_a_limit_is_alone_in_its_micro_batch(
     parts: list[list[SampleSize]], limits: MicroBatchLimits, at_least: int
 ) -> None:
-    """None is lost for it, the others keep to the limits, and a plan from true lengths is enough."""
+    """No sample is lost, the other micro-batches obey the limits, and a plan from true lengths suffices."""
     assert planned_splits([parts], limits) == len(split(parts, limits))
     found = split(parts, limits, min(at_least, sum(map(len, parts))))
     assert len(found) >= min(at_least, sum(map(len, parts)))
@@ -150,7 +150,7 @@ def test_the_size_is_what_packing_makes_of_the_sample(segments: list[Segment], p
 
 
 def _position(place: int) -> tuple[Sample, Sample]:
-    """One sample for each of two decoders, of which the second takes more tokens for its text."""
+    """One sample for each of two decoders. The second decoder has more tokens for the text."""
     context = Segment.context([place] * (2 + place), "rec")
     texts = [Segment.text([100 * (which + 1) + place] * (3 + 4 * which), in_loss=True) for which in range(2)]
     return tuple(Sample("t", (context, text)) for text in texts)  # type: ignore[return-value]
@@ -162,7 +162,7 @@ def _batch(limits: MicroBatchLimits) -> StepBatch:
 
 
 def _places(batch: StepBatch) -> list[tuple[int, int, list[int]]]:
-    """Of each micro-batch its decoder, its part and the samples in it."""
+    """The decoder, the part and the samples of each micro-batch."""
     return [
         (micro.decoder_idx, micro.part_idx, sorted(set(micro.batch.encoder_ids.tolist())))
         for micro in batch.micro_batches

@@ -1,4 +1,4 @@
-"""The order: a pure function of seed and position, nothing lost or repeated in an epoch, quotas exact."""
+"""The order is a pure function of seed and position. Epochs lose or repeat no record, and quotas are exact."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOURCES = (
 
 
 FEW_SHOT = {"task": "few_shot", "samples": ("few_shot",)}
-# The same, but the second gives few-shot samples and the third long contexts.
+# The same sources, but the second has few-shot samples and the third has long contexts.
 MIXED = (
     SOURCES[0],
     SourceShape(shard_sizes=(3, 2, 6), fingerprint="b", weight=0.4, **FEW_SHOT, in_context_examples=4),
@@ -40,7 +40,7 @@ def make_order(**changes) -> RunOrder:
 
 
 def test_random_words_are_the_recorded_ones() -> None:
-    """A change here would change the order of every run that is resumed."""
+    """A change here would change the order of every resumed run."""
     assert random_words(2, 0, "sample", 5).tolist() == [8710512222159081382, 18055850970814257424]
     assert permutation(6, 7, "x").tolist() == [4, 5, 1, 0, 2, 3]
     assert random_words(2, np.int64(0), "sample", np.int32(5)).tolist() == random_words(2, 0, "sample", 5).tolist()
@@ -88,7 +88,7 @@ def test_every_block_has_its_quota_to_one_sample(weights: list[float], block: in
     mixture = Mixture(weights)
     counts = Counter(mixture.span(3, block * BLOCK, BLOCK)[0].tolist())
     for source, weight in enumerate(weights):
-        # The weight itself is rounded to 1 / 65,536, which is 1/256 sample in a block.
+        # The weight itself is rounded to 1 / 65,536, which is 1/256 of a sample per block.
         assert abs(counts[source] - weight / sum(weights) * BLOCK) < 1 + 1 / 256
 
 
@@ -182,7 +182,7 @@ def orders(draw: st.DrawFn) -> RunOrder:
 @settings(max_examples=40, deadline=None)
 @given(order=orders(), first=st.integers(0, 5000))
 def test_any_order_is_pure_whole_and_valid(order: RunOrder, first: int) -> None:
-    """From any step on: the same picks by a new object; what a source gives in an epoch is each record at most once."""
+    """From any step on, a new object gives the same picks. A source gives each record at most once per epoch."""
     steps = range(first, first + 200 // order.batch_size + 1)
     picks = [pick for step in steps for pick in order.batch(step)]
     again = pickle.loads(pickle.dumps(order))
@@ -206,7 +206,7 @@ def test_in_context_examples_come_in_all_numbers_from_all_records_alike() -> Non
     order = make_order(sources=sources, batch_size=200)
     picks = [pick for step in range(50) for pick in order.batch(step)]
     numbers = Counter(len(pick.example_idxs) for pick in picks)
-    # 10,000 draws of four equal chances: 2,500 each with a deviation of 43; six of them are allowed.
+    # 10,000 draws of four equally likely numbers: 2,500 each with a deviation of 43. Six deviations are allowed.
     assert sorted(numbers) == [0, 1, 2, 3] and all(abs(count - 2500) < 6 * 43 for count in numbers.values())
     firsts = Counter((pick.record_idx, pick.example_idxs[0]) for pick in picks if pick.example_idxs)
     # 20 ordered pairs share 7,500 draws: 375 each, deviation 19.
@@ -223,7 +223,7 @@ def test_a_source_gives_samples_of_its_task_only() -> None:
 
 
 def test_the_order_is_the_recorded_one() -> None:
-    """A change here would change the data of every run that is resumed."""
+    """A change here would change the data of every resumed run."""
     picks = make_order().batch(3)
     records = [(0, 92), (0, 96), (2, 147), (0, 90), (1, 1), (2, 49), (2, 128), (2, 188)]
     assert [(pick.source_idx, pick.record_idx) for pick in picks] == records
@@ -261,7 +261,7 @@ def test_a_source_that_cannot_serve_is_named(source: dict, message: str) -> None
     ],
 )
 def test_fingerprint_tells_every_other_order(changes: dict) -> None:
-    """What the order follows from, but not a source's name, which may be another on another machine."""
+    """The fingerprint covers everything that the order depends on. A source's name may differ between machines."""
     assert make_order(sources=tuple(replace(s, name="x") for s in SOURCES)).fingerprint == make_order().fingerprint
     assert make_order().fingerprint == make_order().fingerprint
     assert make_order(**changes).fingerprint != make_order().fingerprint

@@ -1,4 +1,4 @@
-"""Question-answering pretraining: one passage, its question and answer; nothing is cut uncounted."""
+"""Question-answering pretraining: one passage, its question and answer. Every cut is counted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAMP = {"passage": "The lamp held.", "answer": ["It held.", "Held."]}
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """(encoder's, decoder's) tokenizer, of different kinds."""
+    """Tokenizers of the encoder and the decoder, of different kinds."""
     folder = tmp_path_factory.mktemp("tokenizers")
     return load_tokenizer(write_tiktoken(folder / "t.model")), load_tokenizer(write_json_tokenizer(folder / "json"))
 

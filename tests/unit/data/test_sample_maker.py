@@ -1,4 +1,4 @@
-"""Samples that cannot be made: what stops the run, what is passed over and counted, and which record is to blame."""
+"""Unusable records: some stop the run, others are skipped and counted, and the right record is blamed."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from tests.helpers.batches import digest, sequences
 from tests.helpers.tiny_data import write_tokenizer_without
 from tests.helpers.tiny_mixture import LIMITS, SIZES, TinyMixture, question_records, write_question_shards
 
-# The record of the few-shot source that cannot be used.
+# The unusable record of the few-shot source.
 SPOILT = 4
 STEPS = range(12)
-# Text to the shards' tokenizer, nothing to one without this character.
+# The shards' tokenizer has a token for this character. Another tokenizer has none.
 UNANSWERABLE = "\x16"
 FEW_SHOT_ONLY = (0.001, 0.998, 0.001)
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
-    """One byte of the record is not what was written."""
+    """One byte of the record is damaged."""
     mixture = TinyMixture.write(tmp_path_factory.mktemp("damaged"))
     for tar in (mixture.folder / "questions").glob("*.tar"):
         tar.write_bytes(tar.read_bytes().replace(b"of what is block 4?", b"of what is block 5?"))
@@ -45,7 +45,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
 
 @pytest.fixture(scope="module")
 def unaskable(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
-    """The record is whole, but the task cannot make a sample of it: its answer has no token for the decoders."""
+    """The record is intact, but its answer has no decoder token, so the task cannot make a sample."""
     mixture = TinyMixture.write(tmp_path_factory.mktemp("unaskable"))
     records = question_records(SIZES[1])
     records[SPOILT]["answer"] = UNANSWERABLE
@@ -57,7 +57,7 @@ def unaskable(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
 
 
 def numbers_asked(data: StepData, mixture: TinyMixture) -> dict[int, Counter[tuple[int, ...]]]:
-    """Of each step: the records named in each few-shot sample, its own last."""
+    """For each step, the records named in each few-shot sample, its own last."""
     tokenizers = [load_tokenizer(mixture.decoder), load_tokenizer(mixture.encoder)]
     found = {}
     for step in STEPS:
@@ -91,7 +91,7 @@ def test_an_unusable_record_gives_way_and_an_unusable_example_is_left_out(
 
 
 def without_spoilt(own: int, examples: tuple[int, ...]) -> tuple[int, ...]:
-    """The records of a sample as they are to be, its own last."""
+    """The expected records of a sample, its own last."""
     examples = tuple(idx for idx in examples if idx != SPOILT)
     while own == SPOILT or own in examples:
         own = (own + 1) % SIZES[1]
@@ -116,7 +116,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
 
 @pytest.fixture(scope="module")
 def poorer(sound: TinyMixture) -> TinyMixture:
-    """The same, read by a decoder that has no token for one character."""
+    """The same mixture with a decoder that has no token for one character."""
     mixture = copy(sound)
     mixture.decoder = write_tokenizer_without(sound.folder / "poorer", 0x16)
     return mixture
@@ -170,7 +170,7 @@ def test_what_no_task_foresaw_is_a_fault_of_the_record(sound: TinyMixture, monke
 def test_where_no_record_is_free_an_example_takes_the_own_records_place(
     spoilt: set[int], sound: TinyMixture, poorer: TinyMixture, tmp_path: Path
 ) -> None:
-    """Four records and up to three examples: all are in one sample."""
+    """With four records and up to three examples, one sample can contain all of them."""
     records = question_records(4)
     for idx in spoilt:
         records[idx]["answer"] = UNANSWERABLE
@@ -193,7 +193,7 @@ def test_a_source_of_unusable_records_only_ends_the_run(
 def test_the_record_blamed_is_the_one_whose_drawn_answer_is_at_fault(
     sound: TinyMixture, poorer: TinyMixture, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One of its two answers has no token, so the record alone, with other draws, may well give a sample."""
+    """One of its two answers has no token. The record alone, with other draws, may still give a sample."""
     records = question_records(12)
     records[SPOILT]["answer"] = ["stone", UNANSWERABLE]
     shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
@@ -218,7 +218,7 @@ def test_token_caches_change_no_sample_and_are_used(tmp_path: Path, monkeypatch:
 
 
 def record_texts(monkeypatch: pytest.MonkeyPatch, mixture: TinyMixture) -> set[str]:
-    """All texts that will be tokenised, as they come."""
+    """All texts that are tokenised from now on, in order."""
     found: set[str] = set()
     for kind in {type(load_tokenizer(path)) for path in (mixture.encoder, mixture.decoder)}:
         original = kind.encode_with_ends

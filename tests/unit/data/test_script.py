@@ -1,4 +1,4 @@
-"""Scripts: what stands together is read together, and variants keep the target."""
+"""Scripts: adjacent words are tokenised together, and variants keep the target."""
 
 from __future__ import annotations
 

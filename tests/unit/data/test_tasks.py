@@ -1,4 +1,4 @@
-"""Tasks: prefix, context and target are the record's text, split at characters, with the layout of the reference."""
+"""Tasks: prefix, context and target are pieces of the record's text, with the layout of the reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = st.text(alphabet="the sea of. \n北🚲é", min_size=1, max_size=120)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
-    """(encoder's, decoder's) tokenizer, of different kinds."""
+    """Tokenizers of the encoder and the decoder, of different kinds."""
     folder = tmp_path_factory.mktemp("tokenizers")
     return load_tokenizer(write_tiktoken(folder / "t.model")), load_tokenizer(write_json_tokenizer(folder / "json"))
 
@@ -34,7 +34,7 @@ def make(pair: tuple[Tokenizer, Tokenizer], text: str, task="continuation", seed
 
 
 def parts(example: Example, pair: tuple[Tokenizer, Tokenizer]) -> tuple[str, str, str]:
-    """(text in front of the context, the context, the text behind it) as strings."""
+    """The text before the context, the context, and the text after it, as strings."""
     segments = example.sample.segments
     place = next(idx for idx, segment in enumerate(segments) if segment.kind == "context")
     before = [token for segment in segments[:place] for token in segment.ids]
@@ -186,7 +186,7 @@ def test_a_text_without_encoder_tokens_is_a_data_error(
 
 
 def test_a_piece_cut_where_the_decoder_cannot_is_read_as_the_middle_of_its_text(golden: Path, tmp_path: Path) -> None:
-    """As words behind a document are; sentencepiece reads a text alone with a space in front of it."""
+    """Words after a document are the middle of a text. sentencepiece prepends a space to a separate text."""
     decoder = load_tokenizer(golden / "tokenizers" / "sp384.model")
     views = TextViews(TEXT, load_tokenizer(write_tiktoken(tmp_path / "t.model")), decoder)
     cuts = [cut for cut in range(1, len(TEXT)) if cut not in views.decoder.ends]
@@ -237,10 +237,10 @@ def _texts_of(golden: Path, case: str) -> tuple[dict, list[dict]]:
 
 
 def test_golden_layout_of_the_reference_reconstruction(golden: Path) -> None:
-    """The reference packs: context at offset 0, then its text, whose first token is input only.
+    """The reference packs the context at offset 0, then its text. The first token of the text is input only.
 
-    Our sequence of the same record: begin-of-text stands in front of the context (there it is inside the text), and the
-    last target is the last token of the context's text (there it is one token beyond, oddity 34).
+    Our sequence of the same record has begin-of-text before the context; the reference has it inside the text. Our last
+    target is the last token of the context's text; the reference's is one token beyond (oddity 34).
     """
     spec, items = _texts_of(golden, "recon")
     encoder = load_tokenizer(golden / "tokenizers" / spec["tokenizers"]["embed"])
@@ -264,9 +264,9 @@ def test_golden_layout_of_the_reference_reconstruction(golden: Path) -> None:
 
 
 def test_golden_layout_of_the_reference_continuation(golden: Path) -> None:
-    """The reference packs begin-of-text and prefix, context, continuation; the continuation's first token is no target.
+    """The reference packs begin-of-text and prefix, context, continuation. The continuation's first token is no target.
 
-    The cuts differ (the reference shares out another way), so this compares what stands where and what is a target.
+    The cuts differ because the reference divides a text in another way. So this compares the layout and the targets.
     """
     spec, items = _texts_of(golden, "cont_interleave")
     encoder = load_tokenizer(golden / "tokenizers" / spec["tokenizers"]["embed"])

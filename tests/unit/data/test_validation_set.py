@@ -1,4 +1,4 @@
-"""Held-out examples: fixed, spread over their sources, of the same records for every decoder."""
+"""Held-out examples are fixed, spread over their sources, and from the same records for every decoder."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_held_out_records_that_are_all_too_short_are_an_error(setting: Setting, 
 
 
 def damage(shards: ShardSet, records: Sequence[int]) -> None:
-    """Change a character in each of these records."""
+    """Damage one character in each of these records."""
     payloads = [encode_record(shards.record(idx)) for idx in records]
     for tar in shards.folder.glob("*.tar"):
         content = tar.read_bytes()
@@ -111,7 +111,7 @@ def test_a_damaged_held_out_record_stops_the_run_or_is_named(
     texts = [f"Tower {number} of the sea. " * 20 for number in range(100, 140)]
     shards = write_shards(tmp_path / "own", setting.encoder_path, texts)
     sound, _ = setting.examples([Source(shards=shards, limits=LIMITS)], 20)
-    damage(shards, [4, 36])  # records 0, 2, ... 38 are asked for
+    damage(shards, [4, 36])  # records 0, 2, ... 38 are used
     source = Source(shards=ShardSet(tmp_path / "own"), limits=LIMITS)
     with pytest.raises(DataError, match=r"own, held-out record 4: .*own/shard-.* the checksum .*data\.on_error: skip"):
         setting.examples([source], 20)
@@ -127,7 +127,7 @@ def test_a_damaged_in_context_example_is_no_silent_change_either(tmp_path: Path)
     encoder = load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
     records = [{"passage": f"Lamp {n} at sea.", "question": "Which?", "answer": f"{n}"} for n in range(12)]
     shards = write_question_shards(tmp_path / "questions", tmp_path / "tokenizer.model", records)
-    damage(shards, [11])  # records 0, 2, ... 10 are asked for
+    damage(shards, [11])  # records 0, 2, ... 10 are used
     source = Source(shards=ShardSet(shards.folder), task="few_shot", in_context_examples=5)
     with pytest.raises(DataError, match=r"record \d+ with the in-context examples .*11.*the checksum"):
         validation_examples([source], 6, encoder=encoder, readers=[Reader(tokenizer=encoder)], on_error="stop")
@@ -137,7 +137,7 @@ def test_records_too_short_for_their_task_are_passed_over_and_counted(
     setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = [f"Tower {number} of the sea. " * 20 for number in range(100, 140)]
-    texts[2] = texts[10] = "A sea."  # of records 0, 2, ... 38, in turn, one task is tried
+    texts[2] = texts[10] = "A sea."  # records 0, 2, ... 38 alternate between the two tasks
     write_shards(tmp_path / "some", setting.encoder_path, texts)
     with caplog.at_level(logging.INFO):
         examples, _ = setting.examples([Source(shards=ShardSet(tmp_path / "some"), limits=LIMITS)], 20)
@@ -151,7 +151,7 @@ def test_held_out_few_shot_samples_have_fixed_examples_from_their_source(tmp_pat
     encoder = load_tokenizer(mixture.encoder)
 
     def questions() -> list[list[str]]:
-        """The records that each sample asks about, its own last."""
+        """The records of each sample, its own last."""
         (examples,) = validation_examples(
             mixture.sources()[1:2], SIZES[1], encoder=encoder, readers=[Reader(tokenizer=encoder)], on_error="stop"
         )
@@ -170,7 +170,7 @@ def test_held_out_few_shot_samples_have_fixed_examples_from_their_source(tmp_pat
 def test_no_in_context_example_holds_a_passage_of_the_record_asked_about(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Twelve questions on each page, as question sets have them."""
+    """Twelve questions per page, as in question sets."""
     encoder = load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
     records = [
         {"passages": [f"Tower {page} stands in the sea.", f"Lamp {page}."], "question": f"q {q}?", "answer": f"a {q}"}

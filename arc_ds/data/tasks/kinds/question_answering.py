@@ -4,8 +4,8 @@ r"""Question-answering pretraining: one passage, a question about it, and the an
 
 This is a warm-up before few-shot fine-tuning; CLaRa (arXiv 2511.18659) pretrains its compressor in this way. Each
 sample reads one passage, drawn from the record's, without in-context examples. So the loss depends on the content of
-that passage's vectors. A record without a question gives a paraphrase: the passage, then the answer. Build the records so
-that every passage of a record answers its question.
+that passage's vectors. A record without a question gives a paraphrase: the passage, then the answer. Build the
+records so that every passage of a record answers its question.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What happens around steps: metrics, progress, validation, checkpoints, the watchdog. Each is a hook of the loop."""
+"""Hooks of the training loop: metrics, progress, validation, checkpoints and the watchdog."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ logger = logging.getLogger(__name__)
 
 LogMetrics = Callable[[int, dict[str, float]], None]
 
-# Logged with every validation, whatever decoders and tasks there are.
+# Logged with every validation, independent of decoders and tasks.
 VALIDATION_KEY = "validation/seconds"
 
 
 class Hook(Protocol):
-    """Called by the loop on every rank, in the order of priorities; may hold collectives.
+    """A hook of the training loop, called on every rank. Hooks may contain collectives.
 
-    priority: hooks of a lower number come first. Metrics come before everything that writes, and a step is saved before
-        it is validated, which may take long.
+    priority: hooks with lower numbers run first. Metrics run before all hooks that write. The checkpoint is saved
+        before validation because validation may take long.
     """
 
     priority: int
 
     def on_start(self, run: Run) -> None:
-        """Before the first step of this process."""
+        """Called before the first step of this process."""
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        """After each step; `run.step` counts it already."""
+        """Called after each step; `run.step` already includes it."""
 
     def on_end(self, run: Run) -> None:
-        """After the last step, or when the run is asked to stop."""
+        """Called after the last step, also if a stop was requested."""
 
 
 class WatchdogHook:
-    """Tells the watchdog that the run is alive."""
+    """Resets the watchdog after each step."""
 
     priority = 0
 
@@ -65,10 +65,10 @@ class WatchdogHook:
 
 
 class MetricsHook:
-    """Every step's loss, gradient norm and rates; every `log_every` steps speed, memory and how the data came.
+    """Logs loss, gradient norm and learning rates of every step, and speed, memory and data metrics at `log_every`.
 
-    And MFU, in bf16 on a device whose peak is known: the operations that the steps need as a share of it (`flops.py`).
-    Results stay on the device until a report is due, so that the step itself never waits for them.
+    MFU is logged for bf16 on devices with a known peak: required operations as a share of the peak (`flops.py`).
+    Step results stay on the device until the next report, so the step itself never synchronizes for them.
     """
 
     priority = 10
@@ -103,7 +103,7 @@ class MetricsHook:
             self._bar.close()
 
     def flush(self, run: Run) -> None:
-        """Writes what is pending; a collective."""
+        """Log all pending step results. Collective."""
         if not self._pending:
             return
         elapsed = time.perf_counter() - self._started
@@ -146,11 +146,14 @@ class MetricsHook:
 
 
 class ValidationHook:
-    """Validates every `every` steps and at the end (0: only at the end), and logs the scores.
+    """Validates every `every` steps and at the end of the run (0: only at the end), and logs the scores.
 
-    A run that is asked to stop may have little time to save: it breaks a validation off or does not begin it, and the
-    next start makes up for it. done: the last step that an earlier start of the run has validated, None where there
-    is none. alive: told after each batch that this rank has not stalled. is_stopped: whether it is asked to stop.
+    After a stop request there may be little time left to save. The hook then aborts or skips the validation, and the
+    next start of the run catches up on it.
+
+    done: last step validated by an earlier start of the run; None if there is none.
+    alive: called after each batch to reset the watchdog.
+    is_stopped: whether this rank has received a stop request.
     """
 
     priority = 40
@@ -186,7 +189,7 @@ class ValidationHook:
 
     def _validate(self, run: Run) -> None:
         if run.validator is not None:
-            with run.pauses.pause(run):  # steps do not decrease along the log
+            with run.pauses.pause(run):  # flushes earlier steps, so step numbers in the log never decrease
                 self._score(run, run.validator)
 
     def _score(self, run: Run, validator: Validator) -> None:
@@ -194,7 +197,7 @@ class ValidationHook:
         try:
             scores = self._scores(run, validator)
         except ValidationStopped:
-            logger.info("step %d: the validation is broken off; the next start makes up for it", run.step)
+            logger.info("step %d: validation aborted; the next start of the run catches up on it", run.step)
             run.is_stopping = True
             return
         self._last = run.step
@@ -219,7 +222,7 @@ class ValidationHook:
 
 
 class CheckpointHook:
-    """Saves every `every` steps (0: only at the end or when asked to stop), after what is pending has been logged."""
+    """Saves a checkpoint every `every` steps (0: only at the end or at a stop), after pending metrics are logged."""
 
     priority = 30
 
@@ -229,7 +232,7 @@ class CheckpointHook:
         self._last = -1
 
     def on_start(self, run: Run) -> None:
-        self._last = run.step  # what a run resumes from is already saved
+        self._last = run.step  # the checkpoint that the run resumed from already exists
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         if self._every and run.step % self._every == 0:
@@ -247,7 +250,7 @@ class CheckpointHook:
 
 
 def _step_metrics(run: Run, result: StepResult) -> dict[str, float]:
-    """One step's own metrics; here the device is waited for."""
+    """Metrics of one step. Synchronizes with the device."""
     metrics = {
         "train/loss": float(result.loss),
         "train/grad_norm": float(result.grad_norm),
@@ -263,9 +266,9 @@ def _step_metrics(run: Run, result: StepResult) -> dict[str, float]:
 
 
 def _data_metrics(run: Run, totals: Totals) -> dict[str, float]:
-    """How well the data fill and share out the work, and what was lost of the records since the run began.
+    """Balance and fill of the micro-batches, and counts of skipped, cut or changed records since the run began.
 
-    A limit's use is the mean micro-batch over it, where there is one.
+    The use of a limit is the mean micro-batch size divided by that limit; limits of None have no such metric.
     """
     num_passes = totals.micro_batches
     metrics = {
@@ -285,7 +288,7 @@ def _data_metrics(run: Run, totals: Totals) -> dict[str, float]:
 
 
 def _flops(run: Run, batch: StepBatch) -> list[int]:
-    """Operations of each of this rank's micro-batches, from their lengths, which are on the host."""
+    """Operations of each micro-batch of this rank, computed from sequence lengths on the host."""
     encoder = run.config.encoder
     return [
         count_flops(

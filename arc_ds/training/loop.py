@@ -15,11 +15,11 @@ from arc_ds.training.step import Notice, train_step
 
 
 def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
-    """Trains from `run.step` to the last step; returns the exit code. A collective.
+    """Train from `run.step` to the last step and return the exit code. Collective.
 
-    EXIT_PREEMPTED where a signal asked for the stop: hooks have then saved what the next start goes on from. A rank
-    that cannot make its next batch (DataError) stops all ranks before that step, saved likewise, with one error. What
-    a hook raises (TrainingError) ends the run.
+    If a signal requested the stop, the exit code is EXIT_PREEMPTED and the hooks have saved a checkpoint to resume
+    from. If a rank cannot build its next batch (DataError), all ranks save, stop before that step and raise the same
+    error. A TrainingError raised by a hook ends the run.
     """
     hooks = sorted(hooks, key=lambda hook: hook.priority)
     for hook in hooks:
@@ -48,16 +48,17 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
 
 
 class LookAhead:
-    """This rank's batches, each handed out when the next one is here, or known not to come.
+    """Iterates over this rank's batches, one batch ahead.
 
-    What a rank knows of its next batch it can still tell the others in time (`step.Notice`): without a batch it could
-    not take part in the step, and with more micro-batches than the others it would be left waiting in the last ones.
+    It yields a batch only after it has fetched the next one or found that there is none. The rank can then announce its
+    next batch to the other ranks in the current step (`step.Notice`). A rank without a batch could not take part in the
+    next step, and a rank with more micro-batches than the others would block in the surplus ones.
 
-    error: why there is no next batch; None where there is one, at a stop, and at the end of the run.
+    error: the reason why there is no next batch. None if there is one, after a stop, and at the end of the run.
     """
 
     def __init__(self, batches: Iterator[StepBatch], make_again: Callable[[StepBatch, int], StepBatch]) -> None:
-        """make_again: a batch's samples in a larger number of micro-batches for each decoder."""
+        """make_again: repacks the samples of a batch into a larger number of micro-batches per decoder."""
         self.error: ArcError | None = None
         self._batches = batches
         self._make_again = make_again
@@ -65,18 +66,19 @@ class LookAhead:
 
     @property
     def num_splits(self) -> int:
-        """Micro-batches for each decoder in this rank's next batch; 0 where there is none."""
+        """Micro-batches per decoder in this rank's next batch; 0 if there is no next batch."""
         return 0 if self._next is None else self._next.num_splits
 
     def agree(self, splits: Sequence[int]) -> None:
-        """Bring the next batch to the largest of all ranks' `num_splits`."""
+        """Repack the next batch to the largest `num_splits` of all ranks."""
         if self._next is not None and self.num_splits < max(splits):
             self._next = self._make_again(self._next, max(splits))
 
     def __iter__(self) -> Iterator[StepBatch]:
-        """All batches before the error. Where the first one cannot be made, all ranks raise that; a collective.
+        """Yield all batches before the error. Collective.
 
-        None where a rank was asked to stop before it had the first.
+        If a rank cannot build its first batch, all ranks raise that error. If a stop was requested before a rank had
+        its first batch, no rank yields anything.
         """
         self._next = self._fetch()
         dist.raise_together(self.error)

@@ -1,4 +1,4 @@
-"""Run: everything with a lifetime that a training run holds, built by `build.py`, driven by `loop.py`."""
+"""Run: the state of a training run. `build.py` builds it and `loop.py` drives it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 class Run:
     """A run in memory.
 
-    ds_config: of the engine that trains, resolved.
-    tokenizers: fingerprints of those in use, by their keys in the config; backbones: digests (`weight_digests`).
-    step: optimizer steps done; the next batch is that of step number `step`. skipped_steps: how many of them changed
-    nothing because a loss or gradient was not finite; skipped_in_row: of these, the ones since the last that did.
-    data_counts: records skipped, cut or changed so far, over all ranks (`meters.COUNTS`), as of the last report.
-    is_stopping: all ranks have agreed, outside a step, that there is to be no further one.
-    pauses: everything that has to be done around work that is not a step.
+    ds_config: resolved DeepSpeed config of the training engine.
+    tokenizers: tokenizer fingerprints by config key.
+    backbones: weight digests (`weight_digests`).
+    step: number of optimizer steps done, and zero-based number of the next step.
+    skipped_steps: steps without an update because the loss or a gradient was not finite.
+    skipped_in_row: skipped steps since the last update.
+    data_counts: records skipped, cut or changed, over all ranks (`meters.COUNTS`), as of the last report.
+    clock: time that this rank waited for data.
+    is_stopping: all ranks agreed, outside a step, to stop.
+    pauses: callbacks around work between steps.
     """
 
     config: RunConfig
@@ -64,26 +67,26 @@ class Run:
 
     @property
     def pin_memory(self) -> bool:
-        """Whether batches are made in page-locked memory, for copies to the device that nothing waits for."""
+        """Whether batches use page-locked memory, which allows asynchronous copies to the device."""
         return self.device.type != "cpu"
 
     @property
     def decoder_names(self) -> tuple[str, ...]:
-        """Names of the decoders, in the order of the ports."""
+        """Names of the decoders, in port order."""
         return tuple(decoder.name for decoder in self.config.decoders)
 
     def count_step(self, *, applied: bool) -> None:
-        """One more optimizer step is done; applied: whether it changed anything."""
+        """Count one optimizer step. applied: whether it updated the weights."""
         self.step += 1
         self.skipped_steps += not applied
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
 
     def batches(self, stop: StopRequest) -> Iterator[StepBatch]:
-        """This rank's batches from the current step to the last; the time spent waiting goes to `clock`.
+        """Yield this rank's batches from the current step to the last one; `clock` records the waiting time.
 
-        They end where the stop is asked for: no worker is waited for then, which may be at a server that hangs. (A
-        batch that no worker makes is made to its end.) DataError where a record cannot be used and the config does not
-        say to skip it, or a worker was killed.
+        Iteration stops as soon as a stop is requested, without waiting for workers: one may be blocked on a dead
+        server. Without workers, the batch in progress is completed first. Raises DataError if a worker was killed, or
+        if a record is invalid and the config does not skip such records.
         """
         steps = range(self.step, self.config.steps)
         num_workers = self.config.data.num_workers
@@ -95,12 +98,12 @@ class Run:
                     batch = next(loader, None) if num_workers == 0 else stop.wait_for(partial(next, loader, None))
                 except ArcError as error:
                     raise type(error)(_own_words(error)) from None
-                except RuntimeError as error:  # of torch's DataLoader, which has no class of its own for it
+                except RuntimeError as error:  # torch's DataLoader has no exception class for killed workers
                     if not str(error).startswith("DataLoader worker"):
                         raise
                     raise DataError(
-                        f"{error}. It was killed, mostly for want of memory on this host: lower data.num_workers or "
-                        "the number of ranks of the host."
+                        f"{error}. The worker was killed, most likely because the host ran out of memory. Lower "
+                        "data.num_workers or the number of ranks on this host."
                     ) from error
             if batch is None:
                 if stop.received is None:
@@ -109,30 +112,30 @@ class Run:
             yield batch
 
     def make_again(self, batch: StepBatch, num_splits: int) -> StepBatch:
-        """The same samples in `num_splits` micro-batches for each decoder; packed here, while the run waits."""
+        """Repack the samples of a batch into `num_splits` micro-batches per decoder, in this process."""
         with self.clock.waiting(remade=1):
             again = pack_again(batch, num_splits, self.data.pooling, self.data.limits)
             return again.pin_memory() if self.pin_memory else again
 
 
 def _own_words(error: ArcError) -> str:
-    """The message without the worker's traceback, which torch's DataLoader writes in front of it."""
+    """The message without the worker's traceback that torch's DataLoader prepends to it."""
     return str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()
 
 
 class Pauses:
-    """Work between steps, such as a save: others may have to finish something before it and begin anew after it."""
+    """Callbacks around work between steps such as a save. They flush state before it and restart timers after it."""
 
     def __init__(self) -> None:
         self._around: list[tuple[Callable[[Run], None], Callable[[], None]]] = []
 
     def add(self, before: Callable[[Run], None], after: Callable[[], None]) -> None:
-        """Call `before` at the beginning of each pause, on all ranks, and `after` at its end."""
+        """Call `before` on all ranks at the start of each pause, and `after` at its end."""
         self._around.append((before, after))
 
     @contextmanager
     def pause(self, run: Run) -> Iterator[None]:
-        """The block is no step; a collective."""
+        """Context for work between steps. Collective."""
         for before, _ in self._around:
             before(run)
         yield
@@ -141,14 +144,18 @@ class Pauses:
 
 
 class DataWait(NamedTuple):
-    """What data have cost this rank. waited_s: seconds; remade: batches that were made again while it waited."""
+    """Data waits of this rank.
+
+    waited_s: seconds spent waiting for data.
+    remade: batches repacked during that time.
+    """
 
     waited_s: float = 0.0
     remade: int = 0
 
 
 class DataClock:
-    """Adds up what this rank waits for data."""
+    """Adds up the time that this rank waits for data."""
 
     def __init__(self) -> None:
         self._so_far = DataWait()
@@ -162,6 +169,6 @@ class DataClock:
         self._so_far = DataWait(waited_s, self._so_far.remade + remade)
 
     def read(self) -> DataWait:
-        """What has come together since the last reading."""
+        """Return the sums since the last call and reset them."""
         read, self._so_far = self._so_far, DataWait()
         return read

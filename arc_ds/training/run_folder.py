@@ -1,9 +1,9 @@
-"""The run's folder: what is written there, what a run resumes from, and what it refuses to overwrite.
+"""The run's folder: its contents, the checkpoint to resume from, and checks against overwriting saved work.
 
 RUN/config.yaml         the resolved config of the last start
 RUN/checkpoints/        see `checkpoint.py`
 RUN/metrics.jsonl       every metric of every step
-RUN/mlflow.db           MLflow's tracking store, where the config names no other
+RUN/mlflow.db           MLflow's tracking store, unless the config names another one
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ CHECKPOINTS = "checkpoints"
 
 
 def check_run_folder(config: RunConfig) -> None:
-    """ConfigError where the folder holds a run of another config, or a run that must not be resumed.
+    """Raise ConfigError if this start would overwrite saved work or continue a run that it must not continue.
 
-    Also where the start would write over something saved. Looks at files only, so it can be asked before anything is
-    built.
+    It must not continue a run with a different config, or any run if `checkpoint.resume` is "never". The check reads
+    files only, so it can run before anything is built.
     """
     folder = Path(config.run_dir)
     if not _is_used(folder):
@@ -59,13 +59,13 @@ def check_run_folder(config: RunConfig) -> None:
         changed = differences(numerics(load_config(folder / CONFIG_NAME)), numerics(config))
         if changed:
             raise ConfigError(
-                f"{folder} holds a run of another config; different are: {'; '.join(changed[:8])}. Give this one a "
-                "run_dir of its own, or the old values to go on with the old run."
+                f"{folder} holds a run with another config. Different values: {'; '.join(changed[:8])}. Choose another "
+                "run_dir, or restore the old values to continue the old run."
             )
     if config.checkpoint.resume == "never":
         raise ConfigError(
-            f"{folder} already holds a run, and checkpoint.resume is never: nothing saved is overwritten. Choose "
-            "another run_dir, or checkpoint.resume=auto."
+            f"{folder} already holds a run, and checkpoint.resume is never; saved work is not overwritten. Choose "
+            "another run_dir, or set checkpoint.resume=auto."
         )
     if config.checkpoint.resume != "auto":
         _check_nothing_lies_beyond(folder, Path(config.checkpoint.resume))
@@ -74,12 +74,12 @@ def check_run_folder(config: RunConfig) -> None:
 def find_start(
     config: RunConfig, data_fingerprint: str, tokenizers: Mapping[str, str], backbones: Mapping[str, str]
 ) -> Path | None:
-    """The checkpoint that the config asks to resume from, None where the run starts anew; a collective.
+    """Find the checkpoint to resume from; None if the run starts from step 0. Collective.
 
-    It is whole, and of this config, these data, these tokenizers and these backbones (fingerprints). CheckpointError
-    where a named one is not whole, or none of the folder's is (the run is not made again from its first step unless
-    asked); ConfigError, DataError, TokenizerError or WeightsError where it is of another config, other data, another
-    tokenizer or other weights.
+    The returned checkpoint is complete and matches the config and the given fingerprints. Raises CheckpointError if
+    the named checkpoint is incomplete, or if the folder has checkpoints but no complete one (the run never silently
+    restarts from its first step). Raises ConfigError, DataError, TokenizerError or WeightsError if the checkpoint has
+    a different config, data, tokenizer or backbone.
     """
     wanted = config.checkpoint.resume
     if wanted == "never":
@@ -89,7 +89,7 @@ def find_start(
     with dist.fail_together():
         if path is None and list_checkpoints(folder):
             raise CheckpointError(
-                f"none of the checkpoints in {folder} is whole; the warnings above say why. Restore one of them, or "
+                f"none of the checkpoints in {folder} is complete; see the warnings above. Restore one of them, or "
                 "start a new run in another run_dir."
             )
         if path is not None:
@@ -98,7 +98,7 @@ def find_start(
 
 
 def resume(run: Run) -> TrainerState | None:
-    """Loads what `find_start` finds and sets the run's counts; a collective. None where the run starts anew."""
+    """Load the checkpoint from `find_start` and restore the run's counters. Collective. None without a checkpoint."""
     path = find_start(run.config, run.data.order.fingerprint, run.tokenizers, run.backbones)
     if path is None:
         return None
@@ -109,12 +109,12 @@ def resume(run: Run) -> TrainerState | None:
     run.data_counts.update(state.extra.get("data_counts", {}))
     logger.info("resumed from %s at step %d", path, state.step)
     if path.parent.resolve() != (run.folder / CHECKPOINTS).resolve():
-        return replace(state, mlflow_run_id=None)  # a branch of another run is a run of its own
+        return replace(state, mlflow_run_id=None)  # a branch of another run gets its own MLflow run
     return state
 
 
 class RunFolder:
-    """Writes a run's folder: metrics, checkpoints, and on rank 0 the tracker's feed."""
+    """Writes metrics and checkpoints to a run's folder; rank 0 also feeds the tracker."""
 
     def __init__(self, run: Run, tracker: Tracker | None) -> None:
         self._run = run
@@ -122,7 +122,7 @@ class RunFolder:
 
     @staticmethod
     def open(run: Run) -> RunFolder:
-        """Resumes where there is something to resume from and opens the tracker; a collective."""
+        """Resume the run if there is a checkpoint, and open the tracker. Collective."""
         state = resume(run)
         tracker = None
         if dist.is_main():
@@ -133,17 +133,17 @@ class RunFolder:
         return RunFolder(run, tracker)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics of a step, on rank 0 (elsewhere nothing happens)."""
+        """Log the metrics of a step on rank 0; does nothing on other ranks."""
         if self._tracker is not None:
             self._tracker.log(step, metrics)
 
     def last_logged(self, key: str) -> int | None:
-        """The newest step of which `metrics.jsonl` has `key`, None where there is none; a collective."""
+        """The last step with `key` in `metrics.jsonl`; None if there is none. Collective."""
         entries = read_metrics(self._run.folder / METRICS_NAME) if dist.is_main() else ()
         return dist.broadcast_object(max((entry.step for entry in entries if key in entry.metrics), default=None))
 
     def save(self, run: Run) -> None:
-        """A checkpoint of the run as it is; a collective."""
+        """Save a checkpoint of the run. Collective."""
         settings = run.config.checkpoint
         path = save_checkpoint(
             run.engine,
@@ -156,13 +156,13 @@ class RunFolder:
         logger.info("saved %s", path)
 
     def close(self, status: str) -> None:
-        """Sends what is left to the tracker. status: FINISHED, FAILED or KILLED (stopped, to be resumed)."""
+        """Send the remaining metrics to the tracker. status: FINISHED, FAILED or KILLED (stopped, can be resumed)."""
         if self._tracker is not None:
             self._tracker.close(status)
 
 
 def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
-    """What goes into a checkpoint beside weights and optimizer; `export` reads `extra`."""
+    """The state that a checkpoint stores in addition to weights and optimizer; `export` reads `extra`."""
     bos = run.config.data.decoder_bos
     decoders = [TrainedFor(name=d.name, rope_scaling=d.rope_scaling, bos=bos) for d in run.config.decoders]
     return TrainerState(
@@ -186,7 +186,7 @@ def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
 
 
 def without_secrets(config: RunConfig) -> RunConfig:
-    """The config as others may see it: URLs of shards without their passwords and signatures."""
+    """The config with passwords and signatures removed from shard URLs."""
 
     def shown(source: SourceConfig) -> SourceConfig:
         return replace(source, path=shown_url(source.path))
@@ -201,7 +201,7 @@ def without_secrets(config: RunConfig) -> RunConfig:
 
 
 def open_tracker(run: Run, mlflow_run_id: str | None) -> Tracker:
-    """The tracker of the run, with MLflow where the config wants it. For rank 0."""
+    """The tracker of the run, with MLflow if the config enables it. For rank 0."""
     settings = run.config.tracking
     if not settings.mlflow:
         return Tracker(run.folder, uri=None, make_server=None, resumed_step=run.step)
@@ -227,18 +227,18 @@ def open_tracker(run: Run, mlflow_run_id: str | None) -> Tracker:
 
 
 def _is_used(folder: Path) -> bool:
-    """Whether a run has left steps there."""
+    """Whether the folder contains steps of a run."""
     metrics = folder / METRICS_NAME
     return bool(list_checkpoints(folder / CHECKPOINTS)) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def _check_foreign_config(folder: Path, config: RunConfig) -> None:
-    """The config that a person keeps in the folder would be written over by the resolved one."""
+    """Raise ConfigError if the resolved config would overwrite a config file that a user keeps in the folder."""
     path = folder / CONFIG_NAME
     if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != dump_yaml(config):
         raise ConfigError(
-            f"run_dir={folder} holds no run, but a {CONFIG_NAME} that the run's own would overwrite. Choose another "
-            "run_dir, or give that file another name."
+            f"run_dir={folder} holds no run but contains a {CONFIG_NAME} that this run would overwrite. Choose another "
+            "run_dir, or rename that file."
         )
 
 
@@ -246,15 +246,15 @@ def _check_nothing_lies_beyond(folder: Path, start: Path) -> None:
     later = [path for path in list_checkpoints(folder / CHECKPOINTS) if step_of(path) > step_of(start)]
     if later:
         raise ConfigError(
-            f"checkpoint.resume={start}: {folder} holds later steps ({', '.join(path.name for path in later)}), which "
-            "would be made again; nothing saved is overwritten. Choose another run_dir, or move them away."
+            f"checkpoint.resume={start}: {folder} holds later checkpoints ({', '.join(path.name for path in later)}); "
+            "saved work is not overwritten. Choose another run_dir, or move the later checkpoints elsewhere."
         )
 
 
 def _named(path: Path) -> Path:
-    faults = check_checkpoint(path) if path.is_dir() else [f"there is no folder {path}"]
+    faults = check_checkpoint(path) if path.is_dir() else [f"folder {path} does not exist"]
     if faults:
-        raise CheckpointError(f"checkpoint.resume={path}: {'; '.join(faults)}. Name a whole step_NNNNNN, or auto.")
+        raise CheckpointError(f"checkpoint.resume={path}: {'; '.join(faults)}. Name a complete step_NNNNNN, or auto.")
     return path
 
 
@@ -268,40 +268,40 @@ def _check_is_of(
     state = read_trainer_state(path)
     if state.config_hash != config_hash(config):
         raise ConfigError(
-            f"{path} was written by a run of another config (compare {CONFIG_NAME} in its run's folder). To start from "
-            "its weights, export it and set encoder.init_from."
+            f"{path} was written by a run with another config (compare {CONFIG_NAME} in that run's folder). To start "
+            "from its weights, export it and set encoder.init_from."
         )
     _check_ranks(path, config)
     if state.data_fingerprint != data_fingerprint:
         raise DataError(
-            f"the data are not those that {path} was trained on: shards, weights or their order have changed. Restore "
-            "them, or start a new run from its weights (export it and set encoder.init_from)."
+            f"the data differ from the data that {path} was trained on: shards, source weights or their order have "
+            "changed. Restore them, or start a new run from its weights (export it and set encoder.init_from)."
         )
     changed = _changed(state.extra.get("tokenizers", {}), tokenizers)
     if changed:
         raise TokenizerError(
-            f"the tokenizer of {changed} is not the one that {path} was trained with: its files have changed, and with "
-            "them what ids or turns mean. Restore them (key `tokenizer`)."
+            f"the tokenizer of {changed} differs from the one that {path} was trained with: its files have changed, so "
+            "token ids or chat turns have another meaning. Restore the files (key `tokenizer`)."
         )
     changed = _changed(state.extra.get("backbones", {}), backbones)
     if changed:
         raise WeightsError(
-            f"the weights at {changed} are not those that {path} was trained with: the path leads to another model, or "
-            "to the same one in another format or split. Name the files that the run was started with."
+            f"the weights at {changed} differ from those that {path} was trained with: the path leads to another "
+            "model, or to the same model in another format or split. Name the files that the run was started with."
         )
 
 
 def _check_ranks(path: Path, config: RunConfig) -> None:
-    """ConfigError where the loss is a mean over ranks, and there were others; the config says the parts of each."""
+    """Raise ConfigError if the loss is a mean over ranks and the number of ranks has changed."""
     before, now = read_manifest(path).world_size, dist.world_size()
     if config.loss.normalize == "rank_mean" and before != now:
         raise ConfigError(
-            f"{path} was written by {before} ranks, and these are {now}: with loss.normalize=rank_mean each rank's "
-            f"part weighs the same, so the loss would be another. Resume with {before} ranks, or start a new run from "
+            f"{path} was written by {before} ranks, but this run has {now}: with loss.normalize=rank_mean every rank "
+            f"has the same weight, so the loss would change. Resume with {before} ranks, or start a new run from "
             "its weights (export it and set encoder.init_from)."
         )
 
 
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The keys whose values differ, or that one side lacks, in words."""
+    """Comma-separated keys whose values differ or exist on one side only."""
     return ", ".join(key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))

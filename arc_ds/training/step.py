@@ -1,4 +1,4 @@
-"""One training step: micro-batches forward and backward, then the update (design 4, 8).
+"""One training step: forward and backward of every micro-batch, then the optimizer update.
 
 Shape letters: L labels, D decoders of the step, K tasks, Z compressed vectors, E decoder width.
 """
@@ -29,10 +29,11 @@ FrozenDecoder = Callable[[PackedBatch, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """What one rank knows and all must act on together, after the step: it travels with the count of labels.
+    """A message from one rank to all ranks. It travels with the label counts, and all ranks act on it after the step.
 
-    stop: it has been asked to save and stop. failed: it has no batch for the next step. num_splits: into how many
-    micro-batches its share of the next step is split, 0 where there is no next step.
+    stop: this rank received a signal to save and stop.
+    failed: this rank has no batch for the next step.
+    num_splits: number of micro-batches that this rank splits its share of the next step into; 0 if there is none.
     """
 
     stop: bool = False
@@ -45,9 +46,11 @@ NOTHING_TO_TELL = Notice()
 
 @dataclass(frozen=True, kw_only=True)
 class Agreed:
-    """The notices of all ranks, the same on each of them.
+    """The combined notices of all ranks; identical on every rank.
 
-    stop, failed: true where they are on one rank. splits: each rank's `num_splits`, in rank order.
+    stop: at least one rank set `stop`.
+    failed: at least one rank set `failed`.
+    splits: `num_splits` of every rank, in rank order.
     """
 
     stop: bool
@@ -56,19 +59,20 @@ class Agreed:
 
     @property
     def ends_run(self) -> bool:
-        """Whether there is to be no further step."""
+        """Whether this step is the last one."""
         return self.stop or self.failed
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step tells of itself. Tensors stay on the device, so that reading them is the reader's choice.
+    """The result of one step. Tensors stay on the device; the caller decides when to synchronize.
 
-    nll_DK: float64, NLL in nats summed over the labels of the global batch, by decoder (those of `decoder_idxs`) and
-    task. labels_DK: int64, their number.
-    grad_norm: float32 scalar, of the global batch before clipping; infinite where it is not a number.
-    applied: False where the loss or a gradient was not finite on some rank: then no rank has changed anything.
-    learning_rates: of the groups that this step trained, by name.
+    nll_DK: float64, NLL in nats summed over the labels of the global batch, per decoder of `decoder_idxs` and task.
+    labels_DK: int64, number of labels in each of these sums.
+    grad_norm: float32 scalar, gradient norm of the global batch before clipping; infinity instead of NaN.
+    applied: False if the loss or a gradient was not finite on any rank. In that case no rank updated anything.
+    learning_rates: learning rate of every parameter group that this step trained, by name.
+    agreed: the combined notices of all ranks.
     """
 
     step: int
@@ -96,11 +100,16 @@ def train_step(
     normalize: Normalize = "global",
     notice: Notice = NOTHING_TO_TELL,
 ) -> StepResult:
-    """Train on one global batch; a collective, to which all ranks come with the same step, decoders and micro-batches.
+    """Train on one global batch. Collective.
 
-    engine: of `build_engine`. decoders: all placed decoders of the run. tasks: names of all tasks of the run.
-    notice: what this rank has to tell the others. A rank may have no label; its passes run all the same, since the
-    other ranks wait for them. The host waits for the device once, in DeepSpeed's look at the gradient norm.
+    All ranks must call it with the same step, the same decoders and the same number of micro-batches. A rank without
+    labels still runs its passes because the other ranks wait for them. The host synchronizes with the device once,
+    when DeepSpeed checks the gradient norm.
+
+    engine: from `build_engine`.
+    decoders: all placed decoders of the run.
+    tasks: names of all tasks of the run.
+    notice: this rank's message to the other ranks.
     """
     rates = port_optimizer(engine).prepare(schedule, batch.step, batch.decoder_idxs)
     passes = [_Pass.of(micro, batch.decoder_idxs, tasks, engine.device) for micro in batch.micro_batches]
@@ -111,7 +120,7 @@ def train_step(
         labels_of_part[one.part] += one.batch.num_labels
     nll_C = torch.zeros(num_classes, dtype=torch.float64, device=labels_C.device)
     for pass_idx, one in enumerate(passes):
-        # The boundary is said here, not counted by the engine, which would lose count after an interrupted step.
+        # Set the boundary explicitly: the engine's own counter would be off after an interrupted step.
         engine.set_gradient_accumulation_boundary(pass_idx == len(passes) - 1)
         nll_L = decoders[one.decoder_idx](one.batch, engine(one.batch, one.decoder_idx))
         weight = label_weight(
@@ -139,9 +148,10 @@ def train_step(
 
 @dataclass(frozen=True, kw_only=True)
 class _Pass:
-    """A micro-batch on the device. class_L: each label's decoder and task as one index, int64 [L].
+    """A micro-batch on the device.
 
-    part: the decoder and the part of the rank's share that it belongs to.
+    class_L: int64 [L], decoder and task of each label as a single index.
+    part: decoder index, and index of the part of the rank's share that the micro-batch belongs to.
     """
 
     decoder_idx: int
@@ -162,14 +172,15 @@ class _Pass:
 
 
 def _tell(notice: Notice, classes: Sequence[Tensor], num_classes: int) -> tuple[Tensor, Callable[[], Agreed]]:
-    """One all-reduce: the labels of the global batch by class, int64 [C], on the device; and how to read all notices.
+    """Sum the label counts and exchange the notices of all ranks in one all-reduce.
 
-    Their copy to the host runs beside the step, so that reading them after it waits for nothing. Each rank writes its
-    `num_splits` in a place of its own, so that their sum is the list of all.
+    Returns the labels of the global batch by class (int64 [C], on the device) and a function that reads the notices.
+    The notices are copied to the host during the step, so reading them after the step does not block. Each rank writes
+    its `num_splits` to its own slot; the sum over ranks is therefore the list of all of them.
     """
     class_L = torch.cat(list(classes))
     labels_C = (class_L[:, None] == torch.arange(num_classes, device=class_L.device)).sum(0)
-    told = labels_C.new_zeros(2 + torch_dist.get_world_size())  # filled on the device: a copy to it could wait
+    told = labels_C.new_zeros(2 + torch_dist.get_world_size())  # filled on the device: a host copy could block
     told[0], told[1], told[2 + torch_dist.get_rank()] = int(notice.stop), int(notice.failed), notice.num_splits
     message = torch.cat([labels_C, told])
     torch_dist.all_reduce(message)

@@ -1,4 +1,4 @@
-"""The command line: one table of commands, each in a module that is imported only when its command is asked for."""
+"""The command line: a table of commands. A command's module is imported only when that command runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMANDS = {
     "export": Command("arc_ds.commands.export", "turn a run's checkpoint into weights that others can load"),
     "compress": Command("arc_ds.commands.generate", "compress texts into vectors"),
     "generate": Command("arc_ds.commands.generate", "let a decoder continue a prompt with compressed contexts"),
-    "doctor": Command("arc_ds.commands.doctor", "show what this machine has, what is missing, and the cure"),
+    "doctor": Command("arc_ds.commands.doctor", "check this machine and say how to fix what is missing"),
     "demo": Command("arc_ds.commands.demo", "build shards, train, resume, export and use a small ARC-Encoder"),
 }
 
@@ -36,8 +36,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    An `ArcError` is printed as one message without a traceback; a user's mistake gives exit code 2, a run that cannot
-    go on gives 1.
+    An `ArcError` is printed without a traceback. The exit code is 2 for a user's mistake and 1 for a run that cannot
+    continue.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else ""
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     try:
         if name == "train":
-            # `train` hands its words to the launcher as they are: the ranks parse them again.
+            # `train` passes its arguments to the launcher unparsed; the ranks parse them.
             return int(import_module(COMMANDS[name].module).main(argv[1:]))
         namespace = _parser(name).parse_args(argv)
         code = int(namespace.run(namespace))
@@ -59,22 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"arc-ds {name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Who read the output has enough (| head). Python would complain again when it closes the output at its end.
+        # The reader closed the pipe early (| head). Without the redirect Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    """The parser of one command, whose module is imported here."""
+    """Import the module of one command and build its parser."""
     parser = argparse.ArgumentParser(prog="arc-ds")
     import_module(COMMANDS[name].module).add_parser(parser.add_subparsers(dest="command", required=True))
     return parser
 
 
 def _overview() -> argparse.ArgumentParser:
-    """Lists the commands for `--help` and for an unknown one, without importing any of them."""
+    """A parser that lists all commands without importing them, for `--help` and unknown commands."""
     parser = argparse.ArgumentParser(
-        prog="arc-ds", description="Train, export and use ARC-Encoders. `arc-ds COMMAND --help` tells more."
+        prog="arc-ds", description="Train, export and use ARC-Encoders. See `arc-ds COMMAND --help`."
     )
     parser.add_argument("--version", action="version", version=f"arc-ds {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -1,42 +1,43 @@
-"""The errors a user can meet, one class for each thing that can be wrong.
+"""Errors for users, one class per kind of problem.
 
-Every message says what was expected, what came, where, and the cure. Code that finds a user's mistake
-raises one of these; an `assert` is for what our own code guarantees.
+Every message states the expected value, the actual value, the place and the remedy. Code that detects a user's mistake
+raises one of these errors. An `assert` is only for invariants of our own code.
 """
 
 from __future__ import annotations
 
 
 class ArcError(Exception):
-    """Base of all errors that ARC-DS raises on purpose; the command line prints them without a traceback."""
+    """Base class of all errors that ARC-DS raises on purpose. The command line prints them without a traceback."""
 
 
 class ConfigError(ArcError):
-    """A config file or override that cannot be used: unknown key, wrong type, value out of range."""
+    """Invalid config file or override: unknown key, wrong type, value out of range."""
 
 
 class WeightsError(ArcError):
-    """A weights folder that cannot be read: missing file, missing or misshapen tensor, unknown format."""
+    """Unreadable weights folder: missing file, missing tensor, wrong tensor shape, unknown format."""
 
 
 class TokenizerError(ArcError):
-    """A tokenizer that cannot be read or does not fit the weights it comes with."""
+    """A tokenizer that cannot be read or does not match its weights."""
 
 
 class DataError(ArcError):
-    """Shards, records or samples that cannot be used: damaged tar, missing field, empty text."""
+    """Invalid shards, records or samples: damaged tar, missing field, empty text."""
 
 
 class StorageError(ArcError):
-    """Files that cannot be reached: a server that does not answer, a full disk, a shard that is gone.
+    """Unreachable files: a server that does not answer, a full disk, a deleted shard.
 
-    No error of the data, so `data.on_error: skip` does not pass over it: what a run reads must not depend on weather.
+    This is not a data error, so `data.on_error: skip` does not skip it: a temporary outage must not change the data
+    that a run reads.
     """
 
 
 class CheckpointError(ArcError):
-    """A checkpoint that cannot be written or read: torn, corrupted, or of another run."""
+    """A checkpoint that cannot be written or read: incomplete, corrupted, or from another run."""
 
 
 class TrainingError(ArcError):
-    """A run that cannot go on: too many non-finite steps, a world size that does not divide the batch."""
+    """A run that cannot continue: too many non-finite steps, or a world size that does not divide the batch."""

@@ -1,4 +1,4 @@
-"""One rank of a training run: parse, build, fit, close. Started by a launcher:
+"""One rank of a training run: parse, build, fit, close. A launcher starts it:
 
     arc-ds train CONFIG.yaml [key.path=value ...]
     deepspeed --hostfile hosts --module arc_ds.train CONFIG.yaml [key.path=value ...]
@@ -9,7 +9,7 @@ from __future__ import annotations
 from arc_ds.launch.signals import StopRequest, die_with_parent, hold_stop_signals
 
 if __name__ == "__main__":
-    # Before the imports below, which take seconds: a launcher's stop that comes meanwhile must wait, not kill.
+    # The imports below take seconds. A stop signal from the launcher during that time must be deferred, not kill us.
     hold_stop_signals()
 
 import logging
@@ -42,9 +42,9 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
-    """`CONFIG.yaml [key.path=value ...]` → exit code of this rank (`training.exit_codes`)."""
+    """Train with the arguments `CONFIG.yaml [key.path=value ...]`; return the exit code (`launch.exit_codes`)."""
     hold_stop_signals()
-    # A DataLoader's worker whose rank is killed would wait for ever to hand over what it has made.
+    # If a rank is killed, its DataLoader workers would block forever while handing over their batches.
     os.register_at_fork(after_in_child=die_with_parent)
     raise_descriptor_limit()
     dist.setup_logging()
@@ -69,15 +69,15 @@ def main(argv: Sequence[str]) -> int:
         folder.close(status)
         end_workers()
     if code == EXIT_PREEMPTED:
-        logger.info("stopped and saved at step %d, as asked; the same command goes on from there", run.step)
-    # DeepSpeed's launcher kills the others when one ends with a code: rank 0 may still be sending metrics.
+        logger.info("stopped and saved at step %d as requested; the same command resumes from there", run.step)
+    # DeepSpeed's launcher kills all ranks when one exits with a nonzero code. Wait: rank 0 may still send metrics.
     dist.barrier()
     dist.close_distributed()
     return code
 
 
 def check_attention(config: RunConfig, device: torch.device) -> None:
-    """ConfigError where the config demands Triton's attention on a device that cannot run it."""
+    """Raise ConfigError if the config requires Triton attention on a device that cannot run it."""
     if config.attention_backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
             "attention_backend is triton, but the run is on the CPU. Set attention_backend=auto (or reference), or run "
@@ -86,7 +86,7 @@ def check_attention(config: RunConfig, device: torch.device) -> None:
 
 
 def make_hooks(run: Run, folder: RunFolder, watchdog: Watchdog, stop: StopRequest) -> list[Hook]:
-    """The hooks of a run; a collective."""
+    """The hooks of a run. Collective."""
     config = run.config
     show_progress = sys.stderr.isatty()
     return [
@@ -106,15 +106,15 @@ def make_hooks(run: Run, folder: RunFolder, watchdog: Watchdog, stop: StopReques
 
 
 def _parse(argv: Sequence[str]) -> RunConfig:
-    # A launcher may add an option of its own; ours are a path and overrides.
+    # A launcher may add its own option. Our arguments are a path and overrides.
     words = [word for word in argv if not word.startswith("--local_rank")]
     if not words:
-        raise ConfigError("no config was given. Usage: arc_ds.train CONFIG.yaml [key.path=value ...]")
+        raise ConfigError("no config given. Usage: arc_ds.train CONFIG.yaml [key.path=value ...]")
     return load_config(words[0], words[1:])
 
 
 def _in_words(run: Run) -> str:
-    """What begins, for the console."""
+    """Console message at the start of the run."""
     trained = sum(param.ds_numel for param in run.engine.module.parameters() if param.requires_grad)
     if run.step >= run.config.steps:
         return f"{run.folder}: all {run.config.steps} steps are done"
@@ -125,7 +125,7 @@ def _in_words(run: Run) -> str:
 
 
 def _as_rank(argv: Sequence[str]) -> int:
-    """`main` for a launcher that is not ours: an error with a cure is words and an exit code, not a traceback."""
+    """`main` for external launchers: report an ArcError as a message and an exit code, without a traceback."""
     if dist.under_launcher():
         die_with_parent()
     try:

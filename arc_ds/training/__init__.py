@@ -1,1 +1,1 @@
-"""Training: engines, optimizer, the step and the loop, checkpoints, validation, tracking."""
+"""Training: engines, optimizer, step, loop, checkpoints, validation and tracking."""

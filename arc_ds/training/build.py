@@ -1,4 +1,4 @@
-"""From a run's config to a `Run`: what a user can have got wrong is found here, before any training starts."""
+"""Build a `Run` from a config. All user mistakes are detected here, before training starts."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ from arc_ds.training.validate import ValidationSet, Validator
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
-    """What a run is made of, opened and checked; the values of weights are not read yet.
+    """The parts of a run, opened and checked. The weights themselves are not read yet.
 
-    tokenizers: fingerprints (see `check_tokenizers`). backbones: digests (see `weight_digests`).
+    tokenizers: fingerprints (see `check_tokenizers`).
+    backbones: digests (see `weight_digests`).
     """
 
     ds_config: dict[str, Any]
@@ -55,7 +56,7 @@ class RunParts:
 
 
 def read_parts(config: RunConfig, device: torch.device) -> RunParts:
-    """Open everything that the config names; a collective. ArcError on all ranks where one finds a mistake."""
+    """Open everything that the config names. Collective. If one rank finds a mistake, all ranks raise ArcError."""
     _check_same_config(config)
     local_world_size = _common_local_world_size()
     with dist.fail_together():
@@ -87,7 +88,7 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
 
 
 def build_run(config: RunConfig, device: torch.device) -> Run:
-    """Everything that the run needs, on this rank; a collective. ArcError on all ranks where one finds a mistake."""
+    """Build the run on this rank. Collective. If one rank finds a mistake, all ranks raise ArcError."""
     parts = read_parts(config, device)
     compressor = starting_compressor(config, parts.spec, parts.weights, partitioned(parts.ds_config))
     optimizer = PortAdamW(
@@ -121,7 +122,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
 
 
 def rate_schedule(config: RunConfig) -> RateSchedule:
-    """The shape of the learning rates over the run."""
+    """The learning rate schedule of the run."""
     return RateSchedule(
         total_steps=config.steps,
         warmup_steps=config.optimizer.warmup_steps,
@@ -156,7 +157,7 @@ def _validator(config: RunConfig, spec: CompressorSpec, device: torch.device) ->
 def _place(
     config: RunConfig, decoders: Sequence[DecoderWeights], device: torch.device, ds_config: dict[str, Any]
 ) -> tuple[PlacedDecoder, ...]:
-    """The frozen decoders where the config wants them, one after the other."""
+    """Place the frozen decoders as configured, one after another."""
     placed = []
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     local_world_size = _common_local_world_size()
@@ -181,37 +182,37 @@ def _place(
 
 
 def _common_local_world_size() -> int:
-    """Ranks on each host, 1 where hosts differ: groups within hosts have to be of one size. A collective."""
+    """Number of ranks per host, or 1 if hosts differ (groups within hosts must have equal sizes). Collective."""
     sizes = set(dist.gather_objects(dist.local_world_size()))
     return sizes.pop() if len(sizes) == 1 else 1
 
 
 def _check_same_config(config: RunConfig) -> None:
-    """ConfigError where hosts were told different things; a collective.
+    """Raise ConfigError if ranks have different configs. Collective.
 
-    They would wait for each other for ever, or train apart without a word. Paths may differ between hosts.
+    Such ranks would deadlock or silently train different models. Paths may differ between hosts.
     """
     told = dist.gather_objects(common(config))
     other = next((rank for rank, config_there in enumerate(told) if config_there != told[0]), None)
     if other is not None:
         changed = differences(told[0], told[other])
         raise ConfigError(
-            f"rank {other} (here) was told something else than rank 0 (there): {'; '.join(changed[:8])}. Give every "
-            "host the same command and config."
+            f"rank {other} (here) has another config than rank 0 (there): {'; '.join(changed[:8])}. Start every host "
+            "with the same command and config."
         )
 
 
 def _check_same_files(parts: RunParts) -> None:
-    """ConfigError where hosts found different things at the config's paths; a collective."""
+    """Raise ConfigError if hosts found different files at the config's paths. Collective."""
     found = {
         "deepspeed": parts.ds_config,
         "backbones": parts.backbones,
         "tokenizers": parts.tokenizers,
         "shards": parts.data.order.fingerprint,
-        # No part of the fingerprint, but samples are dealt to ranks by them.
+        # Not part of the fingerprint, but they determine how samples are distributed to ranks.
         "passage counts in the shards' manifests": [s.shards.manifest.passage_tokens for s in parts.data.sources],
         "held-out shards": None if parts.validator is None else parts.validator.fingerprint,
     }
     different = [name for name, value in found.items() if not dist.all_ranks_agree(value)]
     if different:
-        raise ConfigError(f"ranks have found different {', '.join(different)}. Give every host the same files.")
+        raise ConfigError(f"ranks found different {', '.join(different)}. Provide the same files on every host.")

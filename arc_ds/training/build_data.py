@@ -1,4 +1,4 @@
-"""From a run's config to its data: the sources, this rank's steps, and the held-out examples."""
+"""Build the data of a run from its config: sources, this rank's steps and held-out examples."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 def step_data(config: RunConfig, packing: PoolingSpec, rates: Sequence[WorkRates]) -> StepData:
-    """This rank's view of the run's data. DataError where shards, ConfigError where numbers cannot be used.
+    """This rank's view of the run's data. Raises DataError for unusable shards and ConfigError for unusable values.
 
-    rates: the work of samples with each decoder, by which they are dealt to the ranks.
+    rates: work per sample with each decoder; used to distribute samples evenly over ranks.
     """
     sources = [open_source(config, source) for source in config.data.sources]
     _warn_of_other_cuts(load_tokenizer(encoder_tokenizer_path(config)), sources)
@@ -57,7 +57,7 @@ def step_data(config: RunConfig, packing: PoolingSpec, rates: Sequence[WorkRates
 
 
 def held_out_examples(config: RunConfig) -> tuple[tuple[Example, ...], ...]:
-    """The held-out examples of each decoder, of a config that names held-out shards."""
+    """The held-out examples for each decoder. The config must name held-out shards."""
     return validation_examples(
         [open_source(config, source) for source in config.data.held_out],
         config.validation.num_samples,
@@ -68,7 +68,7 @@ def held_out_examples(config: RunConfig) -> tuple[tuple[Example, ...], ...]:
 
 
 def _readers(config: RunConfig) -> list[ReaderFiles]:
-    """How each decoder is given its text."""
+    """Tokenizer and chat template of each decoder."""
     return [
         ReaderFiles(tokenizer=path, chat_template=decoder.chat_template)
         for decoder, path in zip(config.decoders, decoder_tokenizer_paths(config), strict=True)
@@ -76,7 +76,7 @@ def _readers(config: RunConfig) -> list[ReaderFiles]:
 
 
 def open_source(config: RunConfig, wanted: SourceConfig) -> Source:
-    """A source of the config, opened."""
+    """Open a source of the config."""
     return Source(
         shards=ShardSet(wanted.path, cache=open_cache(config.data.cache_dir, config.data.cache_gib)),
         weight=wanted.weight,
@@ -87,19 +87,19 @@ def open_source(config: RunConfig, wanted: SourceConfig) -> Source:
 
 
 def micro_batch_limits(config: RunConfig) -> MicroBatchLimits:
-    """The most that one micro-batch holds, in training and in validation."""
+    """Size limits of a micro-batch, in training and in validation."""
     return MicroBatchLimits(
         max_encoder_tokens=config.data.max_encoder_tokens, max_decoder_rows=config.data.max_decoder_rows
     )
 
 
 def _warn_of_other_cuts(tokenizer: Tokenizer, sources: Sequence[Source]) -> None:
-    """Records cut by another tokenizer can be used, but work is dealt by their lengths, which are not the encoder's."""
+    """Warn about shards cut with another tokenizer: they work, but their lengths are only estimates of the work."""
     for source in sources:
         if source.shards.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
             logger.warning(
-                "the shards in %s were cut by another tokenizer than the encoder's: records may be longer than a "
-                "sequence, and work is dealt less evenly. Build them with the encoder's: arc-ds shards build "
-                "--tokenizer.",
+                "the shards in %s were cut with another tokenizer than the encoder's: records may exceed the sequence "
+                "length, and work is balanced less evenly. Rebuild them with the encoder's tokenizer: arc-ds shards "
+                "build --tokenizer.",
                 source.shards.name,
             )

@@ -1,7 +1,7 @@
-"""From a run's config to its model: sizes, a compressor with its starting weights, frozen decoders.
+"""Build the model of a run from its config: sizes, a compressor with its starting weights, and frozen decoders.
 
-What is wrong with files or sizes is found by the `open_…` functions, which read no tensor; then values go one tensor at
-a time to where they are used, so that no host ever holds a whole model for each of its ranks.
+The `open_…` functions check files and sizes without reading any tensor. Weights are then loaded one tensor at a time,
+so a host never holds a whole model for each of its ranks.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from arc_ds.planning.sizes import TEXT_WORDS, longest_context, longest_sequence
 from arc_ds.tokenizers import check_fits, load_tokenizer
 from arc_ds.training.engine import set_trained
 
-MARKER_TEXT = "\n"  # the token whose embedding a marker starts from: it ends a passage in most texts
+MARKER_TEXT = "\n"  # markers start from this token's embedding because it ends a passage in most texts
 
 
 def compressor_spec(config: RunConfig) -> CompressorSpec:
-    """The compressor that the config asks for; reads the sizes of all backbones, no weights.
+    """The specification of the configured compressor. Reads the sizes of all backbones but no weights.
 
-    WeightsError where a backbone cannot be read, ConfigError where sizes do not fit each other.
+    Raises WeightsError if a backbone cannot be read, and ConfigError if sizes do not match.
     """
     backbone = read_backbone_config(config.encoder.backbone, config.encoder.rope_scaling)
     sizes = [read_backbone_config(d.backbone, d.rope_scaling).hidden_size for d in config.decoders]
@@ -70,19 +70,19 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
 
 
 def encoder_tokenizer_path(config: RunConfig) -> Path:
-    """Where the encoder's tokenizer is; TokenizerError where there is none."""
+    """Path of the encoder's tokenizer. Raises TokenizerError if there is none."""
     return _tokenizer_path(config.encoder.tokenizer, config.encoder.backbone, "encoder")
 
 
 def decoder_tokenizer_paths(config: RunConfig) -> tuple[Path, ...]:
-    """Where each decoder's tokenizer is; TokenizerError where one is missing."""
+    """Path of each decoder's tokenizer. Raises TokenizerError if one is missing."""
     return tuple(_tokenizer_path(d.tokenizer, d.backbone, f"decoder {d.name}") for d in config.decoders)
 
 
 def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> dict[str, str]:
-    """Fingerprints of the encoder's and the decoders' tokenizers, and of chat templates, by their keys in the config.
+    """Check all tokenizers; return the fingerprints of tokenizers and chat templates by config key.
 
-    TokenizerError where one has ids that its model's embedding does not have, or lacks the template asked for.
+    Raises TokenizerError if a tokenizer has ids beyond its model's embedding or lacks the requested chat template.
     """
     tokenizer = load_tokenizer(encoder_tokenizer_path(config))
     check_fits(tokenizer, spec.backbone.vocab_size, config.encoder.backbone)
@@ -100,10 +100,11 @@ def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class StartingWeights:
-    """Where a run's compressor gets its values from, opened and found to fit.
+    """The opened and checked weights that a run's compressor starts from.
 
-    tensors: the encoder's backbone, or another run's export. names: which parameters they fill (see
-    `weights.check_fit`). fresh_ports: decoders whose ports are not among them, or are not wanted.
+    tensors: the encoder's backbone, or the export of another run.
+    names: arguments of `weights.check_fit` that say which parameters the tensors fill.
+    fresh_ports: indices of decoders whose ports are freshly initialized.
     """
 
     tensors: TensorSource
@@ -112,10 +113,10 @@ class StartingWeights:
 
 
 def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWeights:
-    """The encoder's backbone or `encoder.init_from`; reads sizes only.
+    """Open the encoder's backbone or `encoder.init_from`. Reads sizes only.
 
-    WeightsError where a tensor is missing or misshapen, ConfigError where the weights to start from mean something
-    else than what the config asks for, or its sizes do not fit each other.
+    Raises WeightsError if a tensor is missing or has the wrong shape. Raises ConfigError if the weights were trained
+    with incompatible settings, or if the config's sizes do not match.
     """
     names: dict[str, Any]
     tensors: TensorSource
@@ -149,10 +150,11 @@ def starting_compressor(
     weights: StartingWeights,
     within: AbstractContextManager[Any] | None = None,
 ) -> Compressor:
-    """A compressor with the values that the run starts from, frozen parts marked.
+    """A compressor with its starting weights, and with `requires_grad` set to False on frozen parts.
 
-    Fresh markers and bridges follow from the config's seed. within: `engine.partitioned`, and then a collective;
-    default whole, float32 on the CPU.
+    Fresh markers and bridges are functions of the config's seed.
+
+    within: `engine.partitioned`, which makes this a collective. By default the compressor is whole, float32 on the CPU.
     """
     with torch.device("meta") if within is None else within:
         compressor = _build(config, spec)
@@ -168,20 +170,24 @@ def starting_compressor(
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderWeights:
-    """A decoder of the run, on "meta", and the tensors that fill it."""
+    """A decoder of the run.
+
+    shape: the decoder on the "meta" device.
+    tensors: source of its weights.
+    """
 
     shape: Decoder
     tensors: TensorSource
 
     @property
     def num_parameters(self) -> int:
-        """How many it has."""
+        """Number of parameters of the decoder."""
         return sum(parameter.numel() for parameter in self.shape.parameters())
 
     def load(
         self, device: torch.device, dtype: torch.dtype, within: AbstractContextManager[Any] | None = None
     ) -> Decoder:
-        """The decoder with its values, frozen. within: `engine.partitioned`; default whole on the device."""
+        """Load the decoder, frozen. within: `engine.partitioned`; by default the decoder is whole on the device."""
         decoder = self.shape
         if within is not None:
             with within:
@@ -191,8 +197,11 @@ class DecoderWeights:
 
 
 def open_decoders(config: RunConfig) -> tuple[DecoderWeights, ...]:
-    """The run's decoders; reads sizes, and the tokenizers of those that chat. WeightsError where a tensor is missing or
-    misshapen, or a sequence can be longer than a decoder's attention window; TokenizerError as `read_layout`."""
+    """Open the run's decoders. Reads sizes, and the tokenizers of decoders with a chat template.
+
+    Raises WeightsError if a tensor is missing or has the wrong shape, or if a sequence can exceed a decoder's attention
+    window. Raises TokenizerError under the conditions of `read_layout`.
+    """
     opened = []
     for decoder, tokenizer_path in zip(config.decoders, decoder_tokenizer_paths(config), strict=True):
         shape, tensors = open_decoder(
@@ -215,9 +224,9 @@ def _chat_rows(decoder: DecoderConfig, tokenizer_path: Path) -> ChatRows:
 
 
 def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcSourceFolder) -> None:
-    """ConfigError where the weights to start from were trained as something else than what the config asks for.
+    """Raise ConfigError if the starting weights were trained with settings that contradict the config.
 
-    Pooling factors may differ (the paper fine-tunes to a lower one), and so may decoders that get fresh ports.
+    Pooling factors may differ (the paper fine-tunes to a lower one). Decoders with fresh ports may differ too.
     """
     ours, theirs = spec, folder.spec
     pairs = {
@@ -240,8 +249,8 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcSour
     different = [f"{name}: {mine} here, {other} there" for name, (mine, other) in pairs.items() if mine != other]
     if different:
         raise ConfigError(
-            f"encoder.init_from={config.encoder.init_from} holds weights of another meaning: {'; '.join(different)}. "
-            "Set the config to what they were trained as (weights of the paper's authors: rope_scaling none)."
+            f"encoder.init_from={config.encoder.init_from} was trained with other settings: {'; '.join(different)}. "
+            "Set the config to the settings of these weights (weights of the paper's authors: rope_scaling none)."
         )
 
 
@@ -249,7 +258,7 @@ def _build(config: RunConfig, spec: CompressorSpec) -> Compressor:
     try:
         return build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
     except ValueError as error:
-        raise ConfigError(f"the config's sizes do not fit each other: {error}") from error
+        raise ConfigError(f"the config's sizes do not match: {error}") from error
 
 
 def _check_bridge(port: DecoderPort, config: RunConfig) -> None:
@@ -260,7 +269,7 @@ def _check_bridge(port: DecoderPort, config: RunConfig) -> None:
 
 
 def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, fresh_ports: tuple[int, ...]) -> None:
-    """Fresh values where none were loaded; the same on all ranks."""
+    """Initialize the parameters that were not loaded; identical on all ranks."""
     generator = torch.Generator().manual_seed(config.seed)
     encoder = compressor.encoder
     if spec.memory_tokens and config.encoder.init_from is None:
@@ -277,7 +286,7 @@ def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, 
 
 
 def _marker_start(config: RunConfig, encoder: Encoder) -> torch.Tensor:
-    """What a fresh marker starts as, float32 [1, D]."""
+    """Initial value of a fresh marker, float32 [1, D]."""
     if config.markers.init == "ones":
         return torch.ones(1, encoder.config.hidden_size)
     tokenizer = load_tokenizer(encoder_tokenizer_path(config))
@@ -296,5 +305,5 @@ def _tokenizer_path(named: str | None, backbone: str, what: str) -> Path:
         return Path(named)
     found = find_tokenizer(Path(backbone))
     if found is None:
-        raise TokenizerError(f"{what}: no tokenizer beside {backbone}; copy it there or set the `tokenizer` key")
+        raise TokenizerError(f"{what}: no tokenizer next to {backbone}; copy one there or set the `tokenizer` key")
     return found

@@ -1,6 +1,6 @@
-"""Engines: ZeRO-3 for what is trained, and the placement of a frozen decoder (design 8.1).
+"""The ZeRO-3 engine of the trained modules, and the placement of frozen decoders.
 
-DeepSpeed is imported where it is used: inference and export do without it.
+DeepSpeed is imported inside the functions that use it because inference and export do not need it.
 """
 
 from __future__ import annotations
@@ -25,30 +25,32 @@ if TYPE_CHECKING:
 
 Placement = Literal["replicated", "zero3", "zero3+hpz"]
 
-# Of a device's free memory that a whole decoder may take: encoder shards, optimizer and activations want the rest.
+# Share of a device's free memory that a whole decoder may use. Encoder shards, optimizer and activations need the rest.
 REPLICATED_SHARE = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedDecoder:
-    """A frozen decoder where it is used; call it as the `Decoder` itself.
+    """A frozen decoder on its devices. Call it like the `Decoder` itself.
 
-    engine: the ZeRO-3 engine that holds its shards, None where every rank has it whole. It must live as long as the
-    module: DeepSpeed takes its hooks off the module when the engine is collected.
+    module: the decoder.
+    engine: the ZeRO-3 engine that holds the decoder's shards; None if every rank has the whole decoder. It must live
+        as long as the module because DeepSpeed removes its hooks when the engine is garbage-collected.
     """
 
     module: Decoder
     engine: DeepSpeedEngine | None = None
 
     def __call__(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
-        # Not through the engine: its forward hooks raise in backward where there is no optimizer.
+        # Bypass the engine: without an optimizer its forward hooks raise an error in backward.
         return self.module(batch, z_ZD)
 
 
 def set_trained(encoder: Encoder, *, trained_layers: int | None, train_embeddings: bool) -> None:
-    """Freeze all of the encoder but its last `trained_layers` layers (None: all) and, if asked, its embeddings.
+    """Set which parts of the encoder are trained. Call it before `make_param_groups`. Memory tokens are always trained.
 
-    Memory tokens are always trained. Before `make_param_groups`.
+    trained_layers: number of last layers to train; None for all.
+    train_embeddings: whether to train the token embeddings.
     """
     encoder.tok_embeddings.requires_grad_(train_embeddings)
     num_frozen = 0 if trained_layers is None else max(len(encoder.layers) - trained_layers, 0)
@@ -57,24 +59,24 @@ def set_trained(encoder: Encoder, *, trained_layers: int | None, train_embedding
 
 
 def build_engine(compressor: Compressor, optimizer: PortAdamW, ds_config: Mapping[str, Any]) -> DeepSpeedEngine:
-    """The ZeRO-3 engine of everything trained; a collective.
+    """Build the ZeRO-3 engine of the compressor. Collective.
 
-    optimizer: over `make_param_groups` of this compressor. ds_config: resolved, nothing "auto", and with
-    `zero_allow_untested_optimizer`.
+    optimizer: its groups come from `make_param_groups` of this compressor.
+    ds_config: resolved, without "auto" values and with `zero_allow_untested_optimizer`.
     """
     _open_first_trained_layer(compressor.encoder)
     return _initialize(compressor, ds_config, optimizer)
 
 
 def port_optimizer(engine: DeepSpeedEngine) -> PortAdamW:
-    """The client optimizer inside of ZeRO's."""
+    """The client optimizer inside DeepSpeed's ZeRO optimizer."""
     return engine.optimizer.optimizer
 
 
 def prefetch_is_traced(engine: DeepSpeedEngine) -> bool:
-    """Whether ZeRO-3 knows the order of modules by now, and so gathers ahead (design 8.5).
+    """Whether ZeRO-3 has recorded the module order and therefore prefetches parameters.
 
-    It records the order in the second pass and loses it for good when a later one differs.
+    It records the order in the second pass and discards it permanently if a later pass differs.
     """
     zero = engine.optimizer
     offload = getattr(zero, "parameter_offload", zero)
@@ -84,36 +86,39 @@ def prefetch_is_traced(engine: DeepSpeedEngine) -> bool:
 def choose_placement(
     choice: str, *, decoder_bytes: int, free_bytes: int | None, world_size: int, local_world_size: int | None = None
 ) -> Placement:
-    """What "auto" means: whole on every rank where a copy takes at most 0.4 of the device's free memory.
+    """Resolve the placement "auto"; any other choice is returned unchanged.
 
-    Where it does not fit: sharded over all ranks of one host; on several hosts within each host, where a rank's part
-    of that copy takes at most the same share, since gathers between hosts are some ten times slower (design 8.1).
+    "replicated": if a copy of the decoder takes at most 0.4 of the device's free memory.
+    "zero3+hpz": on several hosts, if each rank's shard of one copy per host takes at most that share. Gathers between
+        hosts are about ten times slower than gathers within a host.
+    "zero3": otherwise; sharded over all ranks.
 
-    free_bytes: None for a device whose memory is not counted, such as the CPU. local_world_size: ranks on this host;
-    default `world_size`. Any other choice is returned as it is.
+    free_bytes: free memory of the device; None for devices such as the CPU that do not report it.
+    local_world_size: number of ranks on this host; default `world_size`.
     """
     if choice != "auto":
         return choice  # type: ignore[return-value]
     if world_size == 1 or free_bytes is None or decoder_bytes <= REPLICATED_SHARE * free_bytes:
         return "replicated"
     local = local_world_size or world_size
-    # Groups of another size than 1, and as many ranks in each: what hpZ can be.
+    # hpZ needs groups of equal size with more than one rank, and more than one group.
     can_be_hpz = 1 < local < world_size and world_size % local == 0
     return "zero3+hpz" if can_be_hpz and decoder_bytes <= REPLICATED_SHARE * free_bytes * local else "zero3"
 
 
 @contextmanager
 def partitioned(ds_config: Mapping[str, Any]) -> Iterator[None]:
-    """Modules built while it lasts never are whole: each rank makes and keeps its shards; a collective.
+    """Context in which new modules are built partitioned: each rank creates and keeps only its shards. Collective.
 
-    ds_config: of the engine that will hold them. Their values are those that the modules are born with; fill them with
-    `weights.load_backbone` and `weights.set_parameter`.
+    The modules keep their default initialization; fill them with `weights.load_backbone` and `weights.set_parameter`.
+
+    ds_config: config of the engine that will hold the modules.
     """
     import deepspeed
     from deepspeed.utils import groups
 
     with _hpz_groups(_hpz_ranks(ds_config)):
-        # The config, not `dtype`, which would give bfloat16 on the CPU whatever it says (DeepSpeed 0.19.8).
+        # Pass the config instead of `dtype`: with `dtype`, DeepSpeed 0.19.8 always builds bfloat16 on the CPU.
         group = groups._get_zero_param_intra_parallel_group()
         with deepspeed.zero.Init(config_dict_or_path=dict(ds_config), zero_param_parallel_group=group):
             yield
@@ -122,10 +127,10 @@ def partitioned(ds_config: Mapping[str, Any]) -> Iterator[None]:
 def place_decoder(
     decoder: Decoder, placement: Placement, *, device: torch.device | str, ds_config: Mapping[str, Any] | None = None
 ) -> PlacedDecoder:
-    """Put a frozen decoder, whole or built under `partitioned`, where steps use it; a collective.
+    """Place a frozen decoder, whole or built under `partitioned`, for use in steps. Collective.
 
-    ds_config: for the sharded placements, from `config.deepspeed.resolve_decoder_deepspeed` (it says how far hpz goes).
-    ValueError where it is missing.
+    ds_config: required for sharded placements (ValueError if missing), from
+        `config.deepspeed.resolve_decoder_deepspeed`; it contains the size of hpZ groups.
     """
     decoder.requires_grad_(False)
     if placement == "replicated":
@@ -139,7 +144,7 @@ def place_decoder(
 def _initialize(module: nn.Module, ds_config: Mapping[str, Any], optimizer: PortAdamW | None = None) -> DeepSpeedEngine:
     import deepspeed
 
-    # One gather for each layer; and a norm's weight is used by methods that ZeRO-3's hooks do not see.
+    # One gather per layer. Also, some methods use a norm's weight without triggering ZeRO-3's hooks.
     deepspeed.utils.set_z3_leaf_modules(module, [Block])
     with _hpz_groups(_hpz_ranks(ds_config)):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
@@ -152,10 +157,10 @@ def _hpz_ranks(ds_config: Mapping[str, Any]) -> int:
 
 @contextmanager
 def _hpz_groups(num_ranks: int) -> Iterator[None]:
-    """Give one engine hpZ groups of `num_ranks` ranks (1: none), whatever engines were built before.
+    """Give one engine hpZ groups of `num_ranks` ranks (1: none), independent of engines built before.
 
-    DeepSpeed 0.19 keeps these groups in a global: it shards every engine by what stands there, whatever its config
-    says, and cannot make them for an engine without an optimizer (AttributeError).
+    DeepSpeed 0.19 keeps these groups in a global variable. It shards every engine by that variable regardless of the
+    engine's config, and it cannot create the groups for an engine without an optimizer (AttributeError).
     """
     from deepspeed.utils import groups
 
@@ -170,11 +175,11 @@ def _hpz_groups(num_ranks: int) -> Iterator[None]:
 
 
 def _open_first_trained_layer(encoder: Encoder) -> None:
-    """Let the first trained layer have an input with a gradient, also where all before it is frozen.
+    """Make the input of the first trained layer require a gradient, even if everything before it is frozen.
 
-    ZeRO-3 reduces a leaf module's gradients and frees its weights when the gradient of its input is done; without one
-    it does so before the weights' gradients are made, and backward fails.
-    Must come before `deepspeed.initialize`: hooks run in the order of their registration.
+    ZeRO-3 reduces a leaf module's gradients and frees its weights once the gradient of its input is computed. Without
+    an input gradient it does so before the weight gradients are computed, and backward fails. Call this before
+    `deepspeed.initialize` because hooks run in registration order.
     """
     for layer in encoder.layers:
         if any(param.requires_grad for param in layer.parameters()):

@@ -1,4 +1,4 @@
-"""From the NLL of labels to the loss of a batch. Shape letters: L labels, C classes of labels (decoder and task)."""
+"""The loss of a batch from the NLL of its labels. Shape letters: L labels, C label classes (decoder and task)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Normalize = Literal["global", "rank_mean"]
 
 
 def label_tasks(batch: PackedBatch, tasks: Sequence[str]) -> Tensor:
-    """The task of each label as an index into `tasks`: int64 [L] on the batch's device.
+    """Task of each label as an index into `tasks`: int64 [L] on the batch's device.
 
-    ValueError where the batch has a task that `tasks` lacks.
+    Raises ValueError if the batch has a task that is not in `tasks`.
     """
     unknown = sorted(set(batch.tasks) - set(tasks))
     if unknown:
@@ -26,7 +26,7 @@ def label_tasks(batch: PackedBatch, tasks: Sequence[str]) -> Tensor:
 
 
 def class_sums(values_L: Tensor, class_L: Tensor, num_classes: int) -> Tensor:
-    """Sums of the labels' values by class, float64 [C]. Not differentiable, and in a fixed order of addition."""
+    """Sums of the labels' values by class, float64 [C]. Not differentiable. The order of addition is fixed."""
     is_class_LC = class_L[:, None] == torch.arange(num_classes, device=class_L.device)
     return torch.where(is_class_LC, values_L.detach().double()[:, None], 0.0).sum(0)
 
@@ -34,13 +34,17 @@ def class_sums(values_L: Tensor, class_L: Tensor, num_classes: int) -> Tensor:
 def label_weight(
     normalize: Normalize, *, global_labels: Tensor, part_labels: int, num_parts: int, world_size: int
 ) -> Tensor:
-    """What a micro-batch's summed NLL is multiplied by before backward: float32 scalar.
+    """Factor for a micro-batch's summed NLL before backward: float32 scalar.
 
-    DeepSpeed adds the gradients of micro-batches and averages those of ranks. "global": every label of the global
-    batch weighs the same, 1 / `global_labels` (scalar) after that average. "rank_mean": every part of every rank's
-    share (with each of its decoders) weighs the same, whatever labels it has; the reference's micro-batches are such
-    parts. `part_labels` counts the whole part, so that splitting it further changes nothing. A part without labels has
-    a loss of 0.
+    DeepSpeed sums gradients over micro-batches and averages them over ranks.
+
+    "global": every label of the global batch has the same weight, 1 / `global_labels` after averaging over ranks.
+    "rank_mean": every part of every rank's share (per decoder) has the same weight, independent of its number of
+        labels. The reference's micro-batches are such parts. A part without labels has a loss of 0.
+
+    global_labels: scalar tensor, number of labels of the global batch.
+    part_labels: number of labels of the whole part, so splitting it further does not change the loss.
+    num_parts: number of parts of this rank's share.
     """
     if normalize == "global":
         return world_size / global_labels.clamp(min=1).float()
@@ -48,10 +52,10 @@ def label_weight(
 
 
 def micro_batch_loss(nll_L: Tensor, weight: Tensor) -> Tensor:
-    """The loss whose gradients DeepSpeed sums and averages: float32 scalar.
+    """The loss whose gradients DeepSpeed sums over micro-batches and averages over ranks: float32 scalar.
 
-    Where the NLL is not finite the gradients become NaN, though they may have been finite (a label of probability 0
-    has an infinite NLL and a finite gradient): so all ranks find it in the gradient norm and leave the step out.
+    If the NLL is not finite, all gradients become NaN, even if they would be finite (a label of probability 0 has an
+    infinite NLL but a finite gradient). All ranks then see a non-finite gradient norm and skip the step.
     """
     total = nll_L.sum()
     return total * torch.where(total.detach().isfinite(), weight, torch.nan)

@@ -1,4 +1,4 @@
-"""Meters: what all ranks have done since the last report, added up when one is due."""
+"""Meters: work of all ranks since the last report."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from arc_ds.system import dist
 from arc_ds.training.run import DataWait
 
 _SIZES = ("encoder_tokens", "decoder_rows", "labels", "micro_batches")
-# Of records, but `over_limit`, which is of samples, and `remade`, of batches. Each is a metric of its own.
+# `over_limit` counts samples, `remade` counts batches, all others count records. Each one is a separate metric.
 COUNTS = ("skipped", "over_limit", "remade", *(one.name for one in fields(TaskCounts)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Of all ranks together.
+    """Totals over all ranks.
 
-    flops: operations of the steps. balance: the slowest rank's work over the ranks' mean, 1 at best; ranks wait for
-    each other in every pass, so it is taken pass by pass. waited_s: of the rank that waited longest for data.
+    flops: operations of the steps.
+    balance: work of the slowest rank divided by the mean over ranks, 1 at best. It is computed per pass because ranks
+        wait for each other in every pass.
+    waited_s: seconds that the slowest rank waited for data.
     counts: records skipped, cut or changed (`COUNTS`).
     """
 
@@ -41,7 +43,7 @@ class Totals:
 
 
 class Meter:
-    """Adds up this rank's steps; all ranks read theirs at the same step."""
+    """Adds up this rank's steps. All ranks must call `read` at the same step."""
 
     def __init__(self) -> None:
         self._num_steps = 0
@@ -49,7 +51,7 @@ class Meter:
         self._flops: list[int] = []
 
     def add(self, batch: StepBatch, flops: Sequence[int]) -> None:
-        """One more step of this rank; flops: operations of each of its micro-batches."""
+        """Add one step of this rank. flops: operations of each micro-batch."""
         self._num_steps += 1
         self._flops += flops
         self._sums.update(
@@ -63,7 +65,7 @@ class Meter:
         )
 
     def read(self, wait: DataWait, device: torch.device) -> Totals:
-        """The totals so far, and a new start; a collective. wait: this rank's, since the last reading."""
+        """Return the totals since the last call and reset them. Collective. wait: this rank's data waits since then."""
         self._sums["remade"] += wait.remade
         names = (*_SIZES, *COUNTS)
         own = [self._sums[name] for name in names]
@@ -84,7 +86,7 @@ class Meter:
 
 
 def _reduced(own: Sequence[float], device: torch.device, how: torch.distributed.ReduceOp.RedOpType) -> list[float]:
-    """Each number's sum, or largest value, over the ranks."""
+    """Sum or maximum of each number over the ranks."""
     reduced: Tensor = torch.tensor(own, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(reduced, op=how)
     return reduced.tolist()

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: left out on all ranks by the step itself, explained here."""
+"""Reports steps with a non-finite loss or gradient. The step itself skips the update on all ranks."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from arc_ds.training.step import StepResult
 
 logger = logging.getLogger(__name__)
 
-# Of a batch's records that the error names; the dump has all of them.
+# Number of records that the error names; the dump file has all of them.
 _NAMED_RECORDS = 8
 
 
 class NonFiniteHook:
-    """Writes down the records of steps that were left out, and ends the run at too many in a row.
+    """Writes the records of skipped steps to a file, and ends the run after too many skipped steps in a row.
 
-    RUN/non_finite_step_NNNNNN.json holds what each rank read in that step.
+    RUN/non_finite_step_NNNNNN.json lists the records that each rank read in that step.
     """
 
     priority = 20
 
     def on_start(self, run: Run) -> None:
-        """Nothing: the counts come with the checkpoint."""
+        """Does nothing: the counts are restored from the checkpoint."""
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        """TrainingError on all ranks where more steps in a row than `optimizer.max_skipped_steps` were left out."""
+        """Raise TrainingError on all ranks after more than `optimizer.max_skipped_steps` skipped steps in a row."""
         if result.applied:
             return
         batches = dist.gather_objects(batch.record_ids)
         path = run.folder / f"non_finite_step_{run.step:06d}.json"
         if dist.is_main():
             write_whole(path, json.dumps(_dump(run, result, batches), indent=1) + "\n")
-            logger.warning("step %d: loss or gradient is not finite; left out, records in %s", run.step, path)
+            logger.warning("step %d skipped: loss or gradient is not finite; its records are in %s", run.step, path)
         limit = run.config.optimizer.max_skipped_steps
         if run.skipped_in_row > limit:
             with run.pauses.pause(run):
                 raise TrainingError(
-                    f"{run.skipped_in_row} steps in a row, up to step {run.step}, had a loss or gradient that is not "
-                    f"finite; the limit is optimizer.max_skipped_steps = {limit}. The last batch held "
-                    f"{_named(batches)} (all in {path}). Look at these records, lower the learning rates, or start "
-                    "again from an earlier checkpoint."
+                    f"{run.skipped_in_row} steps in a row, up to step {run.step}, had a non-finite loss or gradient; "
+                    f"the limit is optimizer.max_skipped_steps = {limit}. The last batch contained {_named(batches)} "
+                    f"(full list in {path}). Inspect these records, lower the learning rates, or restart from an "
+                    "earlier checkpoint."
                 )
 
     def on_end(self, run: Run) -> None:
-        """Nothing is left to do."""
+        """Does nothing."""
 
 
 def _dump(run: Run, result: StepResult, batches: list[tuple[tuple[int, int], ...]]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _dump(run: Run, result: StepResult, batches: list[tuple[tuple[int, int], ...
 
 
 def _named(batches: list[tuple[tuple[int, int], ...]]) -> str:
-    """The batch in words: its first records, as source:record."""
+    """The first records of a batch, as source:record."""
     records = [f"{source}:{record}" for rank in batches for source, record in rank]
     rest = len(records) - _NAMED_RECORDS
     more = f" and {rest} more" if rest > 0 else ""

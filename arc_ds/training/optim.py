@@ -1,8 +1,8 @@
-"""AdamW over the compressor's groups: the encoder, and for each decoder its bridge and its markers.
+"""AdamW with separate parameter groups for the encoder and for the bridge and markers of each decoder.
 
-A step trains the encoder and the ports of its decoders. The ports at rest must not move, but AdamW moves even a
-parameter of zero gradient, by momentum and decay. So `PortAdamW` leaves the groups of other ports out of its step:
-weights, moments and step counts stay as they are, as where torch finds `grad=None` (design 8.3).
+A step trains the encoder and the ports of its decoders; other ports must not change. AdamW, however, updates even
+parameters with a zero gradient, through momentum and weight decay. `PortAdamW` therefore excludes the groups of other
+ports from its step. Their weights, moments and step counts stay unchanged, as for `grad=None` in torch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from arc_ds.training.schedule import RateSchedule
 class ParamGroup:
     """Parameters that share a learning rate.
 
-    name: "encoder", "bridge.N" or "markers.N" for decoder N. port: the decoder whose steps train the group, None for
-    all steps. peak_lr: learning rate at the schedule's peak. weight_decay: AdamW's decoupled decay.
+    name: "encoder", "bridge.N" or "markers.N" for decoder N.
+    port: index of the decoder whose steps train the group; None for all steps.
+    peak_lr: learning rate at the schedule's peak.
+    weight_decay: AdamW's decoupled decay.
     """
 
     name: str
@@ -41,9 +43,9 @@ class ParamGroup:
 def make_param_groups(
     compressor: Compressor, *, encoder_lr: float, bridge_lr: float, markers_lr: float, weight_decay: float
 ) -> tuple[ParamGroup, ...]:
-    """The groups of all parameters that require a gradient; a part without any has no group.
+    """Groups of all parameters that require a gradient. A part without such parameters has no group.
 
-    Memory tokens belong to the encoder. ConfigError where nothing is trained.
+    Memory tokens belong to the encoder. Raises ConfigError if nothing is trained.
     """
     parts: list[tuple[str, int | None, float, list[nn.Parameter]]] = [
         ("encoder", None, encoder_lr, list(compressor.encoder.parameters()))
@@ -67,11 +69,12 @@ def make_param_groups(
 
 
 class PortAdamW(torch.optim.AdamW):
-    """AdamW that leaves out the groups which the step's decoders do not train.
+    """AdamW that skips the groups that the step's decoders do not train.
 
-    ZeRO-3 steps its flat sub-groups one at a time: it puts one of them into the group that it was cut from, empties
-    all others, and calls `step` (stage3.py, `_optimizer_step`). A group's flag thus holds for all of its sub-groups.
-    fused: one kernel for each flat tensor; for parameters on a GPU.
+    ZeRO-3 updates its flat sub-groups one at a time: it puts one sub-group into its original group, empties all other
+    groups and calls `step` (stage3.py, `_optimizer_step`). A group's "active" flag therefore covers all its sub-groups.
+
+    fused: use one kernel per flat tensor; for parameters on a GPU.
     """
 
     def __init__(
@@ -82,14 +85,14 @@ class PortAdamW(torch.optim.AdamW):
             {"params": list(group.params), "lr": group.peak_lr, "weight_decay": group.weight_decay, "active": True}
             for group in groups
         ]
-        # The flat tensors come one at a time: there is nothing for `foreach` to join.
+        # Flat tensors are updated one at a time, so `foreach` has nothing to combine.
         super().__init__(torch_groups, betas=betas, eps=eps, foreach=False, fused=fused)
 
     def prepare(self, schedule: RateSchedule, step: int, decoder_idxs: Collection[int]) -> dict[str, float]:
-        """Set rates and active groups for a step; returns the rates of the active groups by name.
+        """Set learning rates and active groups for a step; return the rates of the active groups by name.
 
-        Everything that differs between groups is set in every step, so a resumed run needs nothing of the optimizer's
-        hyperparameters in the checkpoint.
+        All per-group values are set in every step, so a resumed run needs no optimizer hyperparameters from the
+        checkpoint.
         """
         rates = {}
         for group, torch_group in zip(self.groups, self.param_groups, strict=True):
@@ -102,7 +105,7 @@ class PortAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        """AdamW's step of the active groups."""
+        """Update the active groups with AdamW."""
         all_groups = self.param_groups
         self.param_groups = [group for group in all_groups if group["active"]]
         try:

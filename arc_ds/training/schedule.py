@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step, so that a resumed run needs no scheduler state (design 8.7)."""
+"""Learning rates as pure functions of the step; a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class RateSchedule:
-    """The shape of a learning rate over a run; each parameter group brings its own peak.
+    """The shape of a learning rate over a run. Each parameter group has its own peak.
 
-    one_cycle: cosine from `initial_lr` to the peak over the first `warmup_steps` steps, the last of which is at the
-    peak, then cosine to `final_lr` at the last step. constant: the same warm-up, then the peak.
+    one_cycle: cosine from `initial_lr` to the peak over the first `warmup_steps` steps (the last of them is at the
+        peak), then cosine to `final_lr` at the last step.
+    constant: the same warm-up, then the peak.
 
-    This is torch's OneCycleLR as the reference sets it up, but for two of its oddities (design 5; ODDITIES 44): there
-    `final_lr` is divided by peak / initial_lr, so that the run ends far below it, and groups with another peak start
-    and end in proportion to it. Here both ends are the rates that they say.
+    The one_cycle schedule is torch's OneCycleLR as in the reference code, with two differences. The reference divides
+    `final_lr` by peak / initial_lr, so its runs end far below `final_lr`. Its start and end rates also scale with the
+    peak of each group. Here, `initial_lr` and `final_lr` are the actual rates at both ends.
     """
 
     total_steps: int
@@ -26,12 +27,12 @@ class RateSchedule:
     kind: Literal["one_cycle", "constant"] = "one_cycle"
 
     def lr(self, step: int, peak_lr: float) -> float:
-        """The rate used in `step` (0 to total_steps - 1) by a group of this peak; 0 for a peak of 0.
+        """Learning rate in `step` (0 to total_steps - 1) for a group with this peak; 0 for a peak of 0.
 
-        ValueError where the step lies outside of the run.
+        Raises ValueError if the step is outside the run.
         """
         if not 0 <= step < self.total_steps:
-            raise ValueError(f"step {step} lies outside of a run of {self.total_steps} steps")
+            raise ValueError(f"step {step} is outside a run of {self.total_steps} steps")
         if peak_lr == 0:
             return 0.0
         peak_step = max(self.warmup_steps - 1, 0)

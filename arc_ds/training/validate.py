@@ -1,8 +1,8 @@
-"""Validation: how much of what a text would tell the decoder its compressed form tells (design 12).
+"""Validation: the share of a text's information for the decoder that its compressed form retains.
 
-Each held-out sample is scored four ways with the same targets: given its compressed context, none ("closed"), the full
-text ("open"), and another sample's compressed context ("mismatched"). What a mismatched context gains over none is
-adaptation to the domain, not information, so the gap counts from the better of the two:
+Each held-out sample is scored four ways with the same targets: with its compressed context, with no context
+("closed"), with the full text ("open"), and with another sample's compressed context ("mismatched"). The gain of a
+mismatched context over no context is domain adaptation, not information, so the baseline is the better of the two:
 
     gap closed = (b - compressed) / (b - open),  b = min(closed, mismatched)
 """
@@ -29,7 +29,7 @@ Score = Callable[[PackedBatch, Tensor | None], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSet:
-    """The held-out samples of one decoder, four ways; sample i of each list has the same targets."""
+    """The held-out samples of one decoder in four forms. Sample i of each list has the same targets."""
 
     compressed: tuple[Sample, ...]
     mismatched: tuple[Sample, ...]
@@ -44,7 +44,7 @@ class ValidationSet:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """NLL per target token in nats, of one task with one decoder."""
+    """NLL per target token in nats for one task with one decoder."""
 
     compressed: float
     mismatched: float
@@ -54,12 +54,12 @@ class TaskScores:
 
     @property
     def baseline(self) -> float:
-        """What the compressed context has to beat."""
+        """NLL that the compressed context has to beat."""
         return min(self.closed, self.mismatched)
 
     @property
     def gap_closed(self) -> float:
-        """1 where the compressed context is worth the text, 0 where it is worth nothing; NaN where the text is not."""
+        """1: the context is as good as the text; 0: it is useless. NaN if the text itself does not help."""
         room = self.baseline - self.open
         return (self.baseline - self.compressed) / room if room > 0 else float("nan")
 
@@ -76,7 +76,11 @@ class TaskScores:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sums:
-    """Summed NLL in nats (float64 [K]) and number of labels (int64 [K]) by task, over all ranks."""
+    """Sums over all ranks, by task.
+
+    nll_K: float64 [K], NLL in nats.
+    labels_K: int64 [K], number of labels.
+    """
 
     nll_K: Tensor
     labels_K: Tensor
@@ -94,14 +98,17 @@ class _Progress:
 
 
 class ValidationStopped(Exception):
-    """A rank has been asked to stop; raised by `Validator.run` on all ranks alike."""
+    """At least one rank received a stop request. `Validator.run` raises this on all ranks."""
 
 
 class Validator:
-    """Scores the held-out samples with the compressor as it is now. Closed and open are scored once and kept.
+    """Scores the held-out samples with the current compressor. Closed and open scores are computed once and cached.
 
-    sets: one for each decoder. batch_size: most samples per forward on each rank. limits: the most that one forward
-    may hold; a sample that is larger by itself is scored alone. The results depend on neither.
+    Results do not depend on `batch_size` and `limits`.
+
+    sets: one per decoder.
+    batch_size: maximum number of samples per forward pass on each rank.
+    limits: maximum size of a forward pass; a sample that exceeds it is scored alone.
     """
 
     def __init__(
@@ -125,12 +132,12 @@ class Validator:
 
     @property
     def num_samples(self) -> int:
-        """Held-out samples of all decoders; each is scored in more than one way."""
+        """Number of held-out samples over all decoders. Each sample is scored in several ways."""
         return sum(len(each.compressed) for each in self.sets)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all held-out samples, which ranks must share."""
+        """sha256 of all held-out samples; must be equal on all ranks."""
         digest = hashlib.sha256()
         for sample in (sample for each in self.sets for way in each.ways for sample in way):
             segments = [(s.kind, len(s.ids), s.in_loss, s.marker) for s in sample.segments]
@@ -141,7 +148,7 @@ class Validator:
 
     @property
     def num_forwards(self) -> int:
-        """How many batches each rank will score in the next `run`."""
+        """Number of batches that each rank scores in the next `run`."""
         total = 0
         for idx, samples in enumerate(self.sets):
             known = () if idx in self._without_compressor else (samples.closed, samples.open)
@@ -157,11 +164,14 @@ class Validator:
         on_forward: Callable[[], None] = lambda: None,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, dict[str, TaskScores]]:
-        """Scores by decoder name and task; a collective, the same on every rank.
+        """Return scores by decoder name and task, identical on every rank. Collective.
 
-        compress: (batch, decoder index) to vectors. decoders: (batch, vectors) to the NLL of each label. on_forward:
-        called after each batch of this rank, `num_forwards` times. is_stopped: whether this rank has been asked to
-        stop; asked before each batch, and ValidationStopped where one of the ranks has been.
+        Raises ValidationStopped on all ranks if one of them received a stop request.
+
+        compress: maps (batch, decoder index) to compressed vectors.
+        decoders: each maps (batch, vectors) to the NLL of each label.
+        on_forward: called after each batch of this rank, `num_forwards` times in total.
+        is_stopped: whether this rank received a stop request; called before each batch.
         """
         progress = _Progress(on_forward, is_stopped)
         scores = {}
@@ -194,7 +204,7 @@ class Validator:
         compress: Callable[[PackedBatch], Tensor] | None,
         progress: _Progress,
     ) -> _Sums:
-        """Batches are dealt to ranks in turn; a rank that runs out repeats the last one without counting it."""
+        """Score batches, distributed round-robin. A rank without a batch repeats the last one without counting it."""
         batches = self._batches(samples)
         rank, world_size = torch_dist.get_rank(), torch_dist.get_world_size()
         nll_K = torch.zeros(len(self.tasks), dtype=torch.float64, device=self._device)
@@ -221,7 +231,7 @@ class Validator:
             raise ValidationStopped
 
     def _batches(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        """The samples in their order, as many together as fit."""
+        """Group the samples, in order, into batches as large as the limits allow."""
         batches: list[list[Sample]] = []
         encoder_tokens = decoder_rows = 0
         for sample, size in zip(samples, sample_sizes(samples, self._packing), strict=True):

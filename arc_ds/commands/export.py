@@ -1,4 +1,4 @@
-"""`arc-ds export`: a run's checkpoint as weights that others can load."""
+"""`arc-ds export`: converts a run's checkpoint to weights that other programs can load."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from arc_ds.export.formats import DTYPES, check_target, write_export
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the command line's parser."""
+    """Register `arc-ds export`."""
     parser = subparsers.add_parser(
         "export",
-        help="turn a run's checkpoint into weights that others can load",
-        description="Joins the ZeRO shards of a checkpoint, without GPU or process group, and writes safetensors.",
+        help="convert a run's checkpoint to weights that other programs can load",
+        description="Joins the ZeRO shards of a checkpoint and writes safetensors. Needs no GPU or process group.",
     )
     add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of the command (also of tools/export_checkpoint.py)."""
-    parser.add_argument("source", type=Path, help="a run's folder (its newest checkpoint) or one step_NNNNNN folder")
+    """Add the arguments of the command, which tools/export_checkpoint.py shares."""
+    parser.add_argument("source", type=Path, help="a run's folder (uses its newest checkpoint) or a step_NNNNNN folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument(
         "--format",
         choices=("arc-ds", "arc"),
         default="arc-ds",
-        help="arc-ds: one self-describing folder (default); arc: what the reference reads (params.json ...)",
+        help="arc-ds: one self-describing folder (default); arc: the reference's format (params.json ...)",
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="dtype of the tensors")
-    parser.add_argument("--tokenizer", type=Path, help="the encoder's tokenizer, where it has moved since the run")
-    parser.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
+    parser.add_argument("--tokenizer", type=Path, help="the encoder's tokenizer, if it has moved since the run")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; 0 on success."""
+    """Run the command; return 0 on success."""
     checkpoint = find_checkpoint(args.source)
-    check_target(args.out, overwrite=args.overwrite)  # before the shards are joined, which may take minutes
+    check_target(args.out, overwrite=args.overwrite)  # check first: joining the shards may take minutes
     trained = consolidate(checkpoint)
     write_export(
         trained,

@@ -1,4 +1,4 @@
-"""`arc-ds compress` and `arc-ds generate`: an exported encoder at work."""
+"""`arc-ds compress` and `arc-ds generate`: use an exported encoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_MARKER = "none"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds both commands to the command line's parser."""
+    """Register `arc-ds compress` and `arc-ds generate`."""
     compress = subparsers.add_parser(
         "compress",
         help="compress texts into vectors",
@@ -33,40 +33,40 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     generate = subparsers.add_parser(
         "generate",
         help="let a decoder continue a prompt with compressed contexts",
-        description="The prompt's <context>...</context> parts are read compressed, the rest as text.",
+        description="Compresses the <context>...</context> parts of the prompt; the decoder reads the rest as text.",
     )
     _add_model(generate)
     generate.add_argument(
         "--decoder", type=Path, action="append", required=True, help="weights of each decoder, in the export's order"
     )
     generate.add_argument("prompt", help="the prompt; - reads it from standard input")
-    generate.add_argument("--max-new-tokens", type=int, default=64, help="at most so many (default 64)")
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="maximum number of new tokens (default 64)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    generate.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
-    generate.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="total probability of the tokens to sample from")
+    generate.add_argument("--seed", type=int, default=0, help="seed for sampling (default 0)")
     generate.set_defaults(run=run_generate)
 
 
 def parse_prompt(text: str, marker: Marker | None = "cont") -> list[str | Context]:
-    """A prompt's parts: `<context>…</context>` becomes a `Context`, all else stays text; empty text is left out.
+    """Split a prompt into parts. `<context>…</context>` becomes a `Context`; other non-empty text stays text.
 
-    DataError on a tag without its other half, or nothing between them.
+    Raises DataError for an unmatched tag or an empty context.
     """
     parts = CONTEXT_TAG.split(text)  # text, context, text, context, …, text
     for idx, part in enumerate(parts):
         if tag := _LONE_TAG.search(part):
-            raise DataError(f"the prompt has a {tag.group()} without its other half: write <context>TEXT</context>")
+            raise DataError(f"the prompt has an unmatched {tag.group()}: write <context>TEXT</context>")
         if idx % 2 and not part:
-            raise DataError("the prompt has an empty <context></context>: leave it out or give it text")
+            raise DataError("the prompt has an empty <context></context>: remove it or add text")
     return [Context(part, marker) if idx % 2 else part for idx, part in enumerate(parts) if part]
 
 
 def run_compress(args: argparse.Namespace) -> int:
-    """Runs `arc-ds compress`; 0 on success."""
+    """Run `arc-ds compress`; return 0 on success."""
     from safetensors.torch import save_file
 
     if args.out.exists():
-        raise DataError(f"{args.out} exists already: choose another file")
+        raise DataError(f"{args.out} already exists: choose another file")
     texts = [_read(path) for path in args.texts]
     model = _load(args, [])
     vectors = model.compress(texts, decoder=args.decoder_idx, marker=_marker(args.marker, model))
@@ -80,9 +80,9 @@ def run_compress(args: argparse.Namespace) -> int:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Runs `arc-ds generate`; 0 on success."""
+    """Run `arc-ds generate`; return 0 on success."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    parse_prompt(prompt)  # a mistake in it should show before the models are read
+    parse_prompt(prompt)  # report mistakes in the prompt before loading models
     model = _load(args, args.decoder)
     (text,) = model.generate(
         [parse_prompt(prompt, _marker(args.marker, model))],
@@ -98,15 +98,15 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="an export, or a checkpoint in the ARC format")
-    parser.add_argument("--decoder-idx", type=int, default=0, help="which of its decoders to use (default 0)")
+    parser.add_argument("--decoder-idx", type=int, default=0, help="index of the decoder to use (default 0)")
     parser.add_argument("--encoder-backbone", type=Path, help="sizes and tokenizer, for the reference's checkpoints")
-    parser.add_argument("--pooling-factor", type=int, help="another factor than the trained one")
+    parser.add_argument("--pooling-factor", type=int, help="use this factor instead of the trained one")
     parser.add_argument("--device", default="auto", choices=REQUESTS, help="default: a GPU if there is one")
-    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of all weights (default float32)")
+    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="dtype of weights (default float32)")
     parser.add_argument(
         "--marker",
         choices=(*MARKERS, NO_MARKER),
-        help="what ends each context (default: cont where the model has it, else none)",
+        help="marker at the end of each context (default: cont if the model has it, else none)",
     )
 
 

@@ -1,1 +1,1 @@
-"""The demo: the whole chain on real input, and what it shows at its end."""
+"""The demo: the complete pipeline on real input, and a summary of its results."""

@@ -1,4 +1,4 @@
-"""What the vectors of one held-out passage say: its NLL under four readings, token by token, and in colour."""
+"""Information in the vectors of a held-out passage: its NLL in four settings, token by token, with colours."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _GREEN, _DIM, _END = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How likely the decoder finds a passage.
+    """The decoder's NLL of a passage in four settings.
 
-    tokens: the text of each of its tokens.
-    nll: by name of what the decoder was given ("nothing", "another's vectors", "its vectors", "its text"), NLL in nats
-        of each token but the first, [N - 1].
+    tokens: text of each token.
+    nll: NLL in nats of each token except the first, [N - 1], by decoder input ("nothing", "another's vectors",
+        "its vectors", "its text").
     """
 
     tokens: list[str]
@@ -31,12 +31,12 @@ class Reading:
 
     @property
     def learned(self) -> list[bool]:
-        """Of each token: whether the vectors make it likely (probability of at least a half) and nothing does not."""
+        """For each token, whether its probability is at least 0.5 with the vectors and below 0.5 without context."""
         with_vectors, without = (self.nll[name].neg().exp() for name in ("its vectors", "nothing"))
         return [False, *((with_vectors >= LIKELY) & (without < LIKELY)).tolist()]
 
     def line(self, *, colour: bool) -> str:
-        """The passage with the learned tokens in green, or in [brackets] without colours."""
+        """The passage with learned tokens in green, or in [brackets] if `colour` is False."""
         words = []
         for token, is_learned in zip(self.tokens, self.learned, strict=True):
             if colour:
@@ -47,10 +47,10 @@ class Reading:
 
 
 def read_passage(model: ArcModel, passage: str, other: str) -> Reading:
-    """How likely the decoder finds a passage, given nothing, another passage's vectors, its own, and its text.
+    """Score a passage with no context, with another passage's vectors, with its own vectors, and with its text.
 
-    model: with its tokenizers and one decoder.
-    passage: at least two tokens of the decoder.
+    model: an export with its tokenizers and one decoder.
+    passage: text of at least two decoder tokens.
     other: another passage.
     """
     encoder, decoder = model.encoder_tokenizer, model.decoder_tokenizers[0]
@@ -73,6 +73,6 @@ def read_passage(model: ArcModel, passage: str, other: str) -> Reading:
 
 
 def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The text that each id adds to the text of those before it."""
+    """The text that each id adds to the text of the preceding ids."""
     texts = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
     return [after[len(before) :] for before, after in pairwise(texts)]

@@ -1,4 +1,4 @@
-"""One picture of a run: the loss, and how much of the gap is closed, by task."""
+"""A plot of a run: loss and gap closed by task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Curve = list[tuple[int, float]]
 
 
 def read_curves(metrics_file: Path, pattern: re.Pattern[str]) -> dict[str, Curve]:
-    """The (step, value) points of every metric whose name matches, by task (and decoder where there are several)."""
+    """(step, value) points of all metrics that match `pattern`, by task (and by decoder if there are several)."""
     curves: dict[tuple[str, str], Curve] = defaultdict(list)
     for entry in read_metrics(metrics_file):
         for name, value in entry.metrics.items():
@@ -27,7 +27,7 @@ def read_curves(metrics_file: Path, pattern: re.Pattern[str]) -> dict[str, Curve
 
 
 def draw(metrics_file: Path, picture: Path, *, title: str, interrupted_at: int | None = None) -> None:
-    """Writes a PNG with two panels, loss and gap closed over the steps. interrupted_at: a step to mark."""
+    """Write a PNG with two panels, loss and gap closed over steps. interrupted_at: a step to mark."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -42,8 +42,8 @@ def draw(metrics_file: Path, picture: Path, *, title: str, interrupted_at: int |
         gap_axes.plot([step for step, _ in curve], [value for _, value in curve], marker="o", label=task)
     gap_axes.axhline(0.0, color="grey", linewidth=0.8)
     gap_axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
-    loss_axes.set(title="training loss", xlabel="step", ylabel="NLL, nats a token")
-    gap_axes.set(title="gap closed on held-out text", xlabel="step", ylabel="0: no better than no text, 1: as the text")
+    loss_axes.set(title="training loss", xlabel="step", ylabel="NLL, nats per token")
+    gap_axes.set(title="gap closed on held-out text", xlabel="step", ylabel="0: as without text, 1: as with full text")
     for axes in (loss_axes, gap_axes):
         if interrupted_at is not None:
             axes.axvline(interrupted_at, color="black", linewidth=0.8, linestyle="--", label="interrupted, resumed")
@@ -54,7 +54,7 @@ def draw(metrics_file: Path, picture: Path, *, title: str, interrupted_at: int |
 
 
 def smooth(curve: Curve) -> list[float]:
-    """Exponential moving average of a curve's values, corrected for its start."""
+    """Exponential moving average of a curve's values with bias correction."""
     average, weight, out = 0.0, 0.0, []
     for _, value in curve:
         average = SMOOTHING * average + (1 - SMOOTHING) * value

@@ -1,4 +1,4 @@
-"""The demo's story: each chapter is a function; what a person would type is run as that very command."""
+"""The steps of the demo, one function per chapter. It runs the same commands that a user would type."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 
 RECIPE = Path("ds_configs") / "recipes" / "demo.yaml"
 DEEPSPEED = Path("ds_configs") / "cpu.json"
-INTERRUPT_AT = 0.4  # of the steps
+INTERRUPT_AT = 0.4  # share of the steps
 PASSAGE_TOKENS = range(12, 25)
 
 
 def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, overrides: Sequence[str]) -> int:
-    """Runs the demo into `out`; returns 0. ArcError where a chapter fails, with the command that failed.
+    """Run the demo and return 0. Raises ArcError with the failed command if a chapter fails.
 
-    Started again on the same folder it goes on where it was: shards and finished training are not made twice.
+    A second call with the same folder continues the demo. It does not rebuild shards or repeat finished training.
+
+    out: folder to write.
+    config: another recipe than the demo's; None for the demo's.
+    num_procs: number of processes; None for one per GPU, or one on the CPU.
+    fresh: delete an earlier demo in `out` first.
+    overrides: config overrides, as key.path=value.
     """
     started = time.monotonic()
     recipe = config or _beside_package(RECIPE)
@@ -38,7 +44,7 @@ def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, 
         _delete(out)
     out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "MODELS": str(inputs.model_file().parent), "SHARDS": str(out / "shards")}
-    _say(f"1. Shards: State of the Union speeches, those from {inputs.FIRST_HELD_OUT_YEAR} on held out")
+    _say(f"1. Shards: State of the Union speeches; those since {inputs.FIRST_HELD_OUT_YEAR} are held out")
     _build_shards(out, environment)
     _say("2. Training by the deepspeed launcher, interrupted once on purpose")
     run_dir = out / "run"
@@ -64,7 +70,7 @@ def _build_shards(out: Path, environment: dict[str, str]) -> None:
     for name, files in (("train", training), ("validation", held_out)):
         target = out / "shards" / name
         if (target / "manifest.json").is_file():
-            print(f"   {target} is there already")
+            print(f"   {target} already exists")
             continue
         texts = [str(path) for path in files]
         _command(
@@ -75,7 +81,7 @@ def _build_shards(out: Path, environment: dict[str, str]) -> None:
 
 
 def _train(run_dir: Path, options: list[str], environment: dict[str, str]) -> int | None:
-    """Trains to the end; returns the step at which the run was interrupted (None where it was not)."""
+    """Train to the end; return the step of the interruption (None if the run was not interrupted)."""
     note = run_dir / "interrupted_at"
     metrics = run_dir / METRICS_NAME
     command = [sys.executable, "-m", "arc_ds.cli", "train", *options]
@@ -88,7 +94,7 @@ def _train(run_dir: Path, options: list[str], environment: dict[str, str]) -> in
         code = process.wait()
         if code == EXIT_PREEMPTED:
             note.write_text(f"{_last_step(metrics)}\n", encoding="utf-8")
-            print("   saved and stopped; the same command again:", flush=True)
+            print("   saved and stopped; running the same command again:", flush=True)
         elif code != 0:
             raise ArcError(f"training ended with code {code}: {' '.join(command)}")
     _run(command, environment)
@@ -100,7 +106,7 @@ def _interrupt_step(options: list[str], environment: dict[str, str]) -> int:
 
 
 def _wait_for_step(metrics: Path, process: subprocess.Popen[bytes], step: int) -> int | None:
-    """The run's step once it has reached `step`; None where it ended before."""
+    """Wait until the run reaches `step` and return its current step; None if it ended before."""
     while process.poll() is None:
         reached = _last_step(metrics)
         if reached >= step:
@@ -121,7 +127,7 @@ def _rows(metrics: Path) -> list[dict[str, float]]:
 
 
 def _use(export: Path) -> None:
-    """A short passage of the newest speech: how likely its vectors make it, and what the decoder repeats of it."""
+    """Show a short passage of the newest speech: its NLL with its vectors, and the decoder's repetition of it."""
     from arc_ds.inference.arc import ArcModel, Context
 
     model = ArcModel.from_checkpoint(export, decoders=[inputs.model_file()])
@@ -132,7 +138,7 @@ def _use(export: Path) -> None:
     (repeated,) = model.generate([[Context(passage, "rec")]], max_new_tokens=len(reading.tokens))
     print(f"   The passage, {len(reading.tokens)} tokens, as {vectors.shape[0]} vectors (one is the marker):")
     print(f"      {passage}")
-    print("   NLL of the passage in nats a token, if the decoder is given")
+    print("   NLL of the passage in nats per token, if the decoder is given")
     for name, nll in reading.nll.items():
         print(f"      {name:18}{float(nll.mean()):6.2f}")
     learned, shown = sum(reading.learned), reading.line(colour=sys.stdout.isatty())
@@ -143,7 +149,7 @@ def _use(export: Path) -> None:
 
 
 def _short_passages(tokenizer: Tokenizer) -> list[str]:
-    """Two sentences of the newest speech, from its middle on, no longer than the contexts that the recipe trains on."""
+    """Two sentences from the second half of the newest speech, no longer than the recipe's training contexts."""
     text = inputs.speeches()[1][-1].read_text(encoding="utf-8")
     sentences = [" ".join(sentence.split()) + "." for sentence in text[len(text) // 2 :].split(". ")[1:]]
     fitting = [sentence for sentence in sentences if len(tokenizer.encode(sentence)) in PASSAGE_TOKENS]
@@ -151,7 +157,7 @@ def _short_passages(tokenizer: Tokenizer) -> list[str]:
 
 
 def _line(text: str) -> str:
-    """Generated text as one line."""
+    """Join generated text into one line."""
     return " ".join(text.split()) or "(nothing but line breaks)"
 
 
@@ -161,12 +167,12 @@ def _close(run_dir: Path, image: Path, export: Path, *, minutes: float) -> None:
     speed = [row["speed/encoder_tokens_per_s"] for row in rows if "speed/encoder_tokens_per_s" in row]
     memory = max(row["memory/peak_gib"] for row in rows if "memory/peak_gib" in row)
     last = [row for row in rows if any(name.endswith("gap_closed") for name in row)][-1]
-    _say("What happened")
+    _say("Results")
     print(
-        f"   {len(losses)} steps: the loss went from {losses[0]:.2f} to {losses[-1]:.2f} nats a token, at "
-        f"{sum(speed) / len(speed):,.0f} encoder tokens/s and at most {memory:.1f} GiB."
+        f"   {len(losses)} steps: the loss went from {losses[0]:.2f} to {losses[-1]:.2f} nats per token, at "
+        f"{sum(speed) / len(speed):,.0f} encoder tokens/s with a peak memory of {memory:.1f} GiB."
     )
-    print("   On held-out speeches, NLL of the text in nats a token when the decoder is given")
+    print("   Held-out speeches: NLL of the text in nats per token, if the decoder is given")
     print(f"   {'':32}{'nothing':>9}{'another':>9}{'compressed':>12}{'full text':>11}{'gap closed':>12}")
     for name in sorted(name for name in last if name.endswith("/gap_closed")):
         prefix = name.rsplit("/", 1)[0]
@@ -175,7 +181,7 @@ def _close(run_dir: Path, image: Path, export: Path, *, minutes: float) -> None:
         print(
             f"   {label:32}{values[0]:>9.3f}{values[1]:>9.3f}{values[2]:>12.3f}{values[3]:>11.3f}{last[name]:>12.3f}"
         )
-    print("   Gap closed: 0 where the compressed text is worth nothing, 1 where it is worth the text itself.")
+    print("   Gap closed: 0 if the compressed text is useless, 1 if it is as good as the full text.")
     print(f"   Picture: {image}   Weights: {export}   Minutes: {minutes:.1f}")
     print(f"   The run in MLflow: mlflow ui --backend-store-uri sqlite:///{(run_dir / 'mlflow.db').resolve()}")
 
@@ -191,30 +197,30 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 
 
 def _beside_package(name: Path) -> Path:
-    """A file of the repository that this package is installed from."""
+    """Path of a file in the repository that contains this package."""
     path = Path(__file__).resolve().parents[2] / name
     if not path.is_file():
-        raise ConfigError(f"no {name} beside the package: run the demo from a clone")
+        raise ConfigError(f"{name} not found next to the package: run the demo from a clone of the repository")
     return path
 
 
 def _num_procs(options: list[str], environment: dict[str, str]) -> int:
-    """As many processes as there are GPUs and the recipe's batch can be dealt to evenly; one on the CPU."""
+    """The largest number of processes that divides the recipe's batch, at most one per GPU; one on the CPU."""
     config = _config(options, environment)
     batch = config.data.batch_size // config.micro_batches
     return max(n for n in range(1, num_local_devices(config.device) + 1) if batch % n == 0)
 
 
 def _config(options: list[str], environment: dict[str, str]) -> RunConfig:
-    """The run's config, with the environment that its recipe is read in."""
+    """Load the run's config with the environment variables that its recipe refers to."""
     os.environ.update({name: environment[name] for name in ("MODELS", "SHARDS")})
     return load_config(options[0], [option for option in options[1:] if not option.startswith("--")])
 
 
 def _delete(out: Path) -> None:
-    """Removes an earlier demo; ConfigError where the folder does not look like one."""
+    """Delete an earlier demo. Raises ConfigError if the folder does not look like one."""
     if not (out / "shards").is_dir() and any(out.iterdir()):
-        raise ConfigError(f"{out} holds something else than a demo, so it is not deleted: choose another --out")
+        raise ConfigError(f"{out} does not look like a demo folder, so it is not deleted: choose another --out")
     shutil.rmtree(out)
 
 

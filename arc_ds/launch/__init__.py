@@ -1,1 +1,1 @@
-"""How the processes of a run start, stop and end."""
+"""Start, stop and end of a run's processes."""

@@ -1,7 +1,7 @@
-"""One rank's life under the wrapper: `python -m arc_ds.launch.rank MODULE ARGUMENTS...` runs `MODULE.main(arguments)`.
+"""One rank under the wrapper: `python -m arc_ds.launch.rank MODULE ARGUMENTS...` runs `MODULE.main(arguments)`.
 
-What `deepspeed.launcher` does not do (design 8.12): a rank ends with its launcher, waits with a stop signal until the
-training can obey it, and leaves its true exit code in a file, since the launcher's own can be 0 after a death.
+It adds three things to `deepspeed.launcher`. A rank ends when its launcher ends. It defers stop signals until training
+can handle them. It writes its actual exit code to a file because the launcher can return 0 after a rank was killed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ WRAPPER_PID_VARIABLE = "ARC_DS_WRAPPER_PID"
 
 @dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """What a rank says about itself. exit_code is None while it runs; message: a user's mistake in words."""
+    """Status of a rank.
+
+    pid: process id.
+    exit_code: None while the rank is running.
+    message: error message of a user's mistake; None if there is none.
+    """
 
     pid: int
     exit_code: int | None = None
@@ -37,14 +42,14 @@ class RankStatus:
 
 
 def main(argv: list[str]) -> int:
-    """Run `argv[0].main(argv[1:])`, whose result is the exit code, as the rank that the environment says."""
+    """Run `argv[0].main(argv[1:])` as the rank given by the environment; its return value is the exit code."""
     hold_stop_signals()
     die_with_parent()
     _die_with_wrapper()
     write_status(RankStatus(pid=os.getpid()))
     code, message = _run(argv[0], argv[1:])
     write_status(RankStatus(pid=os.getpid(), exit_code=code, message=message))
-    # To the launcher a stop on purpose is a success: at any other code it would turn on the ranks that still close.
+    # Report an intended stop as success: on any other code the launcher would kill ranks that are still closing.
     return EXIT_OK if code == EXIT_PREEMPTED else code
 
 
@@ -63,19 +68,19 @@ def _run(module: str, arguments: list[str]) -> tuple[int, str | None]:
 
 
 def write_status(status: RankStatus) -> None:
-    """Leave this rank's status for the wrapper, whole or not at all."""
+    """Write this rank's status atomically for the wrapper."""
     path = Path(os.environ[STATUS_FOLDER_VARIABLE]) / f"rank_{int(os.environ['RANK']):05d}.json"
     write_whole(path, json.dumps(asdict(status)))
 
 
 def read_statuses(folder: Path) -> dict[int, RankStatus]:
-    """The statuses that the ranks have left so far: rank → status."""
+    """The statuses written so far, by rank."""
     found = sorted(folder.glob("rank_*.json"))
     return {int(path.stem.removeprefix("rank_")): RankStatus(**json.loads(path.read_text())) for path in found}
 
 
 def _die_with_wrapper() -> None:
-    """End this process when the wrapper is gone: between them stand the launcher's two, which need not notice."""
+    """End this process when the wrapper dies. The launcher's processes in between may not notice that."""
     wrapper = int(os.environ[WRAPPER_PID_VARIABLE])
     threading.Thread(target=_wait_and_die, args=(wrapper,), daemon=True, name="wait-for-wrapper").start()
 
@@ -86,7 +91,7 @@ def _wait_and_die(pid: int) -> None:
 
 
 def _wait_for_end(pid: int) -> None:
-    """Returns when there is no process `pid` any more (a dead one that nobody has waited for counts as gone)."""
+    """Return when process `pid` no longer exists. With pidfd, an unreaped zombie counts as gone."""
     try:
         if hasattr(os, "pidfd_open"):
             waiting = select.poll()

@@ -1,7 +1,7 @@
-"""Stopping a run on purpose: a signal sets a flag, and all ranks agree on it at a step boundary (design 8.12).
+"""Stopping a run on purpose: a signal sets a flag, and all ranks agree on it at a step boundary.
 
-A handler does nothing else. The DeepSpeed launcher signals ranks one after the other, so a rank that saved inside its
-handler would wait in a collective for ranks that are still training, and the run would hang.
+The signal handler only sets the flag. The DeepSpeed launcher signals ranks one after another; if a rank saved inside
+its handler, it would wait in a collective for ranks that are still training, and the run would hang.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _T = TypeVar("_T")
 
 
 class StopRequest:
-    """Whether this run has been asked to save and stop.
+    """A request to save and stop the run, set by a signal.
 
-    Use as a context manager around the training loop; the former handlers come back at its end, unless signals were
-    held. Only the main thread may enter it (Python's rule for signal handlers). A rank holds the signals outside the
-    block (`hold_stop_signals`): one that came while the weights were loading is received at its start, and one that
-    comes while the run closes does not cut that short. The ranks agree on what one of them has received with the count
-    of a step's labels (`step.train_step`).
+    Use it as a context manager around the training loop, in the main thread only (Python's rule for signal handlers).
+    At its end it restores the previous handlers unless signals were held before. A rank holds stop signals outside the
+    block (`hold_stop_signals`). A signal that arrives while weights are loading is delivered at the start of the block,
+    and a signal that arrives while the run closes does not interrupt that. Ranks exchange their received signals
+    together with the label counts of a step (`step.train_step`).
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
@@ -64,8 +64,8 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._former_mask)
         for number, handler in self._former.items():
-            # Threads made meanwhile (autograd's, the loader's) do not hold the signals: the default action would still
-            # end the process through one of them, so our handler stays where signals were held.
+            # Threads started inside the block (autograd, data loader) do not block the signals. The default action
+            # could still end the process through one of them, so our handler stays if signals were held.
             if number not in self._former_mask:
                 signal.signal(number, handler)
         self._former.clear()
@@ -79,10 +79,10 @@ class StopRequest:
         return None if self._received is None else signal.Signals(self._received).name
 
     def wait_for(self, call: Callable[[], _T]) -> _T | None:
-        """What `call` returns or raises, in a thread of its own; None where the stop is asked for before that.
+        """Run `call` in a separate thread and return or raise its outcome; return None as soon as a stop is requested.
 
-        For what may take long and is of no use to a run that stops. The thread is then left behind, with whatever it
-        is at: it must hold nothing that the rest of the run needs, and it does not keep the process from ending.
+        Use it for slow calls whose result a stopping run does not need. After a stop the thread continues in the
+        background. It must not hold anything that the rest of the run needs. It does not keep the process alive.
         """
         outcome: Future[_T] = Future()
         if self._received is None:
@@ -93,30 +93,30 @@ class StopRequest:
         return None
 
     def set(self) -> None:
-        """Ask for the stop without a signal (a time limit, a test)."""
+        """Request the stop without a signal (time limit, test)."""
         self._received = int(signal.SIGUSR1)
 
 
 def _settle(outcome: Future[_T], call: Callable[[], _T]) -> None:
     try:
         outcome.set_result(call())
-    except BaseException as error:  # the caller's to handle
+    except BaseException as error:  # the caller handles it
         outcome.set_exception(error)
 
 
 def hold_stop_signals() -> None:
-    """Let stop signals wait until a `StopRequest` opens; without it one would end the process by its default action.
+    """Defer stop signals until a `StopRequest` opens; otherwise their default action would end the process.
 
-    For the first lines of a rank, before other threads: they inherit the mask, and so does what the rank starts.
+    Call it first in a rank, before other threads start: threads and child processes inherit the signal mask.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> bool:
-    """Have the kernel signal this process when its parent dies, so that no rank outlives its launcher (Linux only).
+    """Make the kernel signal this process when its parent dies, so no rank outlives its launcher. Linux only.
 
-    Returns whether it is set. Where the parent is already gone the process ends itself at once: the kernel's rule
-    holds for deaths to come only. Note that "parent" is the *thread* that started this process (prctl(2)).
+    Returns whether the kernel accepted the request. If the parent is already dead, the process kills itself because
+    the kernel only reports future deaths. "Parent" means the *thread* that started this process (prctl(2)).
     """
     if not sys.platform.startswith("linux"):
         return False

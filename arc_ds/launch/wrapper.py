@@ -1,10 +1,9 @@
-"""`arc-ds train`: the deepspeed launcher on all local devices, wrapped so that signals and exit codes come through.
+"""`arc-ds train`: DeepSpeed's launcher on all local devices, with reliable signals and exit codes.
 
-SIGTERM to `deepspeed` orphans the ranks or kills them while they save, and a killed rank can end in exit code 0
-(design 8.12).
-Here the launcher runs in its own session, out of reach of the terminal's signals; SIGTERM, SIGUSR1 and the first
-Ctrl-C go to the ranks, which save at the next step boundary and stop; and the exit code is made of what each rank
-has left in a file (`arc_ds.launch.rank`), or has not left because it was killed.
+SIGTERM to `deepspeed` orphans the ranks or kills them while they save, and a killed rank can result in exit code 0.
+This wrapper starts the launcher in its own session, isolated from the terminal's signals. It forwards SIGTERM, SIGUSR1
+and the first Ctrl-C to the ranks, which save at the next step boundary and stop. It computes the exit code from the
+status files of the ranks (`arc_ds.launch.rank`); a rank that was killed has no exit code in its file.
 """
 
 from __future__ import annotations
@@ -37,18 +36,19 @@ from arc_ds.system.processes import num_cores
 logger = logging.getLogger(__name__)
 
 TRAIN_MODULE = "arc_ds.train"
-# How long the other ranks may take to end after one has failed: time to report the same error, not to train on.
+# Time for the other ranks to end after one rank failed: enough to report the same error.
 GRACE_S = 10.0
 _POLL_S = 0.1
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# DeepSpeed's launcher sets it from the devices that it is told, so what the user has chosen must be told to it.
+# DeepSpeed's launcher overwrites this variable with its device list, so that list must contain the user's choice.
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`CONFIG.yaml [--num-procs N] [key.path=value ...]` → exit code. Under a launcher: this rank's training.
+    """Run with the arguments `CONFIG.yaml [--num-procs N] [key.path=value ...]`; return the exit code.
 
-    ConfigError for what is wrong with the config or the number of processes, before anything is started.
+    Under an external launcher this trains as one rank. Raises ConfigError for an invalid config or number of processes
+    before it starts any process.
     """
     if dist.under_launcher():
         return int(import_module(TRAIN_MODULE).main(list(argv)))
@@ -75,14 +75,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="arc-ds train", description="Train a config with the deepspeed launcher on this host's devices."
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes of the config")
-    parser.add_argument("--keys", nargs="?", metavar="PATTERN", help="only list the config's keys that match (*data*)")
-    parser.add_argument("--num-procs", type=int, help="processes (default: one a GPU, or one on the CPU)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="config overrides")
+    parser.add_argument("--keys", nargs="?", metavar="PATTERN", help="only list config keys that match (*data*)")
+    parser.add_argument("--num-procs", type=int, help="number of processes (default: one per GPU, or one on the CPU)")
     return parser
 
 
 def choose_num_procs(asked: int | None, device_request: str) -> int:
-    """How many ranks to start on this host; ConfigError for a number below 1 or above that of the GPUs."""
+    """Number of ranks to start on this host. Raises ConfigError if it is below 1 or above the number of GPUs."""
     if asked is None:
         return num_local_devices(device_request)
     if asked < 1:
@@ -92,7 +92,7 @@ def choose_num_procs(asked: int | None, device_request: str) -> int:
     if asked > num_local_devices(device_request):
         raise ConfigError(
             f"--num-procs is {asked}, but this host has {num_local_devices(device_request)} devices. "
-            "Ask for at most that many, or run on the CPU with device=cpu."
+            "Request at most that many, or run on the CPU with device=cpu."
         )
     return asked
 
@@ -100,9 +100,9 @@ def choose_num_procs(asked: int | None, device_request: str) -> int:
 def launch(module: str, arguments: Sequence[str], *, num_procs: int, device_request: str = "auto") -> int:
     """Run `module.main(arguments)` on `num_procs` ranks of this host and return the run's exit code.
 
-    0: all ranks returned 0. EXIT_PREEMPTED: all obeyed a stop signal. Otherwise the first failing rank's code, or
-    EXIT_FAILED where a rank was killed or never started. What all failing ranks call a user's mistake is raised as
-    ArcError with their words.
+    The code is 0 if all ranks returned 0, and EXIT_PREEMPTED if they stopped after a signal. Otherwise it is the code
+    of the first failing rank, or EXIT_FAILED if a rank was killed or never started. If all failing ranks report a
+    user's mistake, their messages are raised as ArcError.
     """
     with tempfile.TemporaryDirectory(prefix="arc_ds_launch_") as folder:
         environment = _environment(folder, num_procs, device_request)
@@ -110,7 +110,7 @@ def launch(module: str, arguments: Sequence[str], *, num_procs: int, device_requ
         watch = _Watch(folder=Path(folder), num_procs=num_procs)
         former = {number: signal.signal(number, watch.on_signal) for number in _FORWARDED}
         try:
-            # Its own session: Ctrl-C in the terminal reaches this process alone, which passes it on.
+            # Own session: Ctrl-C in the terminal reaches only this process, which forwards it.
             launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
             watch.until_end(launcher)
         finally:
@@ -120,22 +120,24 @@ def launch(module: str, arguments: Sequence[str], *, num_procs: int, device_requ
 
 
 def _command(module: str, arguments: Sequence[str], num_procs: int, environment: Mapping[str, str]) -> list[str]:
-    """DeepSpeed's launcher of one node. The `deepspeed` command would start this same one, after 5 s of imports for
-    reading a hostfile, and would take /job/hostfile and thus other hosts where there is one.
+    """Command line of DeepSpeed's launcher for one node.
+
+    The `deepspeed` command would start the same launcher, but only after 5 s of imports for reading a hostfile. If
+    /job/hostfile exists, it would also use the hosts listed there.
     """
     visible = [name for name in environment.get(_VISIBLE_DEVICES, "").split(",") if name]
     on_cpu = environment.get("DS_ACCELERATOR") == "cpu"
     devices = list(range(num_procs)) if on_cpu or not visible else visible[:num_procs]
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={dist.free_port()}"]
-    # Its one message says which command failed with which code, after the rank itself has said why.
+    # The launcher only logs the failed command and its code; the rank itself has already reported the cause.
     options += ["--no_local_rank", "--log_level=critical", "--module"]
     return [sys.executable, "-m", "deepspeed.launcher.launch", *options, "arc_ds.launch.rank", module, *arguments]
 
 
 def _environment(folder: str, num_procs: int, device_request: str) -> dict[str, str]:
     environment = {**os.environ, STATUS_FOLDER_VARIABLE: folder, WRAPPER_PID_VARIABLE: str(os.getpid())}
-    # torch's default is all cores for every process, which then fight for them.
+    # By default torch uses all cores in every process, so processes would compete for them.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_procs)))
     if _on_cpu(device_request):
         environment["DS_ACCELERATOR"] = "cpu"
@@ -152,7 +154,7 @@ def _end_with_parent() -> None:
 
 @dataclass(kw_only=True)
 class _Watch:
-    """Stands between the caller's signals and the ranks while they run."""
+    """Forwards signals to the ranks while they run."""
 
     folder: Path
     num_procs: int
@@ -164,22 +166,22 @@ class _Watch:
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             self._interrupts += 1
-        # For the ranks Ctrl-C is a stop like any other: save, then end.
+        # Ranks handle Ctrl-C like any other stop: save, then end.
         self._asked = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
 
     def until_end(self, launcher: subprocess.Popen[bytes]) -> None:
-        """Pass signals on until the launcher has ended; end what should not live on."""
+        """Forward signals until the launcher has ended, and kill processes that should have ended."""
         while launcher.poll() is None:
             statuses = read_statuses(self.folder)
             self._pass_on(statuses)
             if self._should_be_over(statuses) or self._interrupts > 1:
                 _kill_session(launcher.pid, statuses)
             time.sleep(_POLL_S)
-        # The launcher's death does not prove the ranks'.
+        # Ranks may outlive the launcher.
         _kill_session(launcher.pid, read_statuses(self.folder))
 
     def _pass_on(self, statuses: Mapping[int, RankStatus]) -> None:
-        """Each rank is told once, those that start later too."""
+        """Signal each rank once, including ranks that start later."""
         if self._asked is None:
             return
         for rank, status in statuses.items():
@@ -189,7 +191,7 @@ class _Watch:
                 self._told.add(rank)
 
     def _should_be_over(self, statuses: Mapping[int, RankStatus]) -> bool:
-        """Whether a rank has failed, or all have ended, and the others' or the launcher's grace has passed."""
+        """Whether the grace period since the first failure, or since the end of all ranks, has expired."""
         codes = [_code(status) for status in statuses.values()]
         failed = any(code not in (None, EXIT_OK, EXIT_PREEMPTED) for code in codes)
         if not failed and not (len(codes) == self.num_procs and None not in codes):
@@ -199,7 +201,7 @@ class _Watch:
 
 
 def _code(status: RankStatus) -> int | None:
-    """A rank's exit code; EXIT_FAILED where it is gone without a word (killed); None while it runs."""
+    """Exit code of a rank: EXIT_FAILED if it was killed, None while it is running."""
     if status.exit_code is not None:
         return status.exit_code
     return None if _is_running(status.pid) else EXIT_FAILED
@@ -214,7 +216,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _kill_session(leader: int, statuses: Mapping[int, RankStatus]) -> None:
-    """End the launcher's process group; ranks are in it, unless something between has moved them."""
+    """Kill the launcher's process group and all running ranks, which may have left that group."""
     with suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
     for status in statuses.values():
@@ -237,6 +239,6 @@ def _result(statuses: Mapping[int, RankStatus], num_procs: int, launcher_code: i
             logger.error("%s", words)
         return next(code for code in failed if code is not None)
     if killed:
-        logger.error("ranks %s were killed; the run goes on from its last checkpoint at the next start", killed)
+        logger.error("ranks %s were killed; the next start resumes from the last checkpoint", killed)
         return EXIT_FAILED
     return EXIT_PREEMPTED if EXIT_PREEMPTED in codes.values() else EXIT_OK

@@ -1,1 +1,1 @@
-"""What a run costs, counted before it starts: floating-point operations."""
+"""Sizes and floating-point operations of a run, computed before it starts."""

@@ -1,9 +1,9 @@
-"""Floating-point operations of a training step, counted from the shapes of its batch (design 8.13).
+"""Floating-point operations of a training step, counted from the shapes of its batch.
 
-Counted are the products of a step that computes nothing twice: forward everywhere; backward to the inputs where a
-gradient has to pass, and to the weights where they are trained. Attention's backward counts five products to its
-forward's two, since a fused one makes the scores again (Dao, arXiv 2307.08691); other recomputation, norms, rotary and
-the like are not counted. A product of [m, k] and [k, n] has 2mkn operations.
+The count covers the matrix products of a step without recomputation: all forward products, backward products to inputs
+that need a gradient, and backward products to weights that are trained. Attention counts two products forward and five
+backward because a fused backward recomputes the scores (Dao, arXiv 2307.08691). Other recomputation, norms, rotary
+embeddings and similar operations are not counted. A product of [m, k] and [k, n] has 2mkn operations.
 """
 
 from __future__ import annotations
@@ -21,20 +21,24 @@ from arc_ds.model.spec import CompressorSpec
 
 
 class Work(NamedTuple):
-    """Operations with weights, and those of attention: scores, and values weighed by them."""
+    """Number of operations.
+
+    linear: products with weights.
+    attention: attention scores and weighted sums of values.
+    """
 
     linear: int = 0
     attention: int = 0
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Sum of linear and attention operations."""
         return self.linear + self.attention
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """Operations of one micro-batch. bridge, head: forward and backward together."""
+    """Operations of one micro-batch. `bridge` and `head` include forward and backward."""
 
     encoder_forward: Work
     encoder_backward: Work
@@ -45,13 +49,19 @@ class StepFlops:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all operations."""
         parts = (self.encoder_forward, self.encoder_backward, self.decoder_forward, self.decoder_backward)
         return sum(part.total for part in parts) + self.bridge + self.head
 
 
 class _LayerRows(NamedTuple):
-    """What one layer runs over: rows of queries (and outputs), of keys and values, of the FFN; pairs that attend."""
+    """Number of rows that one layer processes.
+
+    queries: rows of queries and outputs.
+    keys: rows of keys and values.
+    ffn: rows of the FFN.
+    pairs: query-key pairs in attention.
+    """
 
     queries: int
     keys: int
@@ -59,7 +69,7 @@ class _LayerRows(NamedTuple):
     pairs: int
 
     def work(self, config: BackboneConfig) -> Work:
-        """The layer's forward."""
+        """Operations of the layer's forward."""
         width, heads = config.hidden_size, config.num_heads * config.head_dim
         kv_heads = config.num_kv_heads * config.head_dim
         of_attention = 2 * width * (self.queries * heads + self.keys * kv_heads)
@@ -75,10 +85,13 @@ def count_flops(
     trained_layers: int | None = None,
     train_embeddings: bool = True,
 ) -> StepFlops:
-    """The operations of forward and backward over one micro-batch with one decoder.
+    """Operations of forward and backward of one micro-batch with one decoder.
 
-    batch: on the host, where it is packed; lengths are read from it, so one on a GPU would be waited for.
-    trained_layers, train_embeddings: what of the encoder is trained (see `engine.set_trained`).
+    batch: must be on the host. Reading lengths from a batch on a GPU would synchronize with the device.
+    spec: the compressor.
+    decoder: config of the decoder.
+    trained_layers: number of trained encoder layers (see `engine.set_trained`).
+    train_embeddings: whether the encoder's embeddings are trained.
     """
     layers = [rows.work(spec.backbone) for rows in _encoder_rows(batch, spec)]
     all_rows, suffix_rows = _decoder_rows(batch)
@@ -96,10 +109,10 @@ def count_flops(
 def work_rates(
     spec: CompressorSpec, decoder: BackboneConfig, *, trained_layers: int | None = None, train_embeddings: bool = True
 ) -> WorkRates:
-    """What one token, row and pair of a sample adds to a step with one decoder, in these same operations.
+    """Operations that one token, row and query-key pair of a sample add to a step with one decoder.
 
-    For dealing samples before they are made: bridge and head are left out, and every row counts as attending to half
-    of its sequence, with a gradient.
+    The rates are used to distribute samples over ranks before they are built. They ignore bridge and head, and they
+    assume that every row attends to half of its sequence and has a gradient.
     """
     token, pair = _LayerRows(1, 1, 1, 0), _LayerRows(0, 0, 0, 1)
     of_token, of_pair = (
@@ -118,7 +131,7 @@ def work_rates(
 
 
 def _encoder_rows(batch: PackedBatch, spec: CompressorSpec) -> list[_LayerRows]:
-    """Layer by layer, as `Encoder.forward` runs them."""
+    """Rows of each encoder layer, as in `Encoder.forward`."""
     cu_seqlens = batch.encoder_cu_seqlens
     num_rows = batch.encoder_positions.numel()
     plain = _LayerRows(num_rows, num_rows, num_rows, _pairs(cu_seqlens, causal=spec.causal))
@@ -140,7 +153,7 @@ def _encoder_rows(batch: PackedBatch, spec: CompressorSpec) -> list[_LayerRows]:
 def _encoder_backward(
     layers: list[Work], spec: CompressorSpec, trained_layers: int | None, train_embeddings: bool
 ) -> list[Work]:
-    """The backward of those of the encoder's layers that a gradient reaches."""
+    """Backward operations of the encoder layers that a gradient reaches."""
     first_trained = 0 if trained_layers is None else max(len(layers) - trained_layers, 0)
     reaches_below = train_embeddings or spec.memory_tokens > 0
     return [
@@ -151,7 +164,7 @@ def _encoder_backward(
 
 
 def _decoder_rows(batch: PackedBatch) -> tuple[_LayerRows, _LayerRows]:
-    """What each decoder layer runs over: all rows, and those among them that a gradient passes through."""
+    """Rows of each decoder layer: all rows, and only the rows with a gradient."""
     num_rows, pairs = batch.num_decoder_rows, _pairs(batch.decoder_cu_seqlens, causal=True)
     everything = _LayerRows(num_rows, num_rows, num_rows, pairs)
     if batch.prefix is None:
@@ -183,6 +196,6 @@ def _lengths(cu_seqlens: Tensor) -> Tensor:
 
 
 def _pairs(cu_seqlens: Tensor, *, causal: bool) -> int:
-    """How many pairs of query and key attend within segments."""
+    """Number of query-key pairs in attention within segments."""
     lengths = _lengths(cu_seqlens)
     return int((lengths * (lengths + 1) // 2 if causal else lengths * lengths).sum())

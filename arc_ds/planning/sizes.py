@@ -1,4 +1,7 @@
-"""The largest samples of a run, from its config: what memory, attention windows and limits have to hold."""
+"""Sizes of the largest samples of a run, computed from its config.
+
+Memory, attention windows and micro-batch limits must fit these samples.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from arc_ds.data.tasks.registry import all_tasks, find_task
 from arc_ds.data.tasks.task import NO_CHAT, ChatRows, Largest
 from arc_ds.errors import ConfigError
 
-# Bytes, of which none has two tokens, of the words that tasks write around a text in a chat.
+# Bytes of the words that tasks write around a text in a chat. A byte is at most one token, so this bounds their tokens.
 TEXT_WORDS = 57
-# If the tokenizer is not read: the bytes of the two known templates, and of others the rows of a system prompt.
+# Bounds without reading the tokenizer: bytes of the two known templates; for other templates, rows of a system prompt.
 _UNREAD = {
     "none": NO_CHAT,
     "llama2": ChatRows(24, 24, TEXT_WORDS),
@@ -23,8 +26,11 @@ _UNREAD = {
 
 
 def check_tasks(config: RunConfig) -> None:
-    """ConfigError that lists every source whose task is unknown, every key that its task does not use, and every limit
-    of a micro-batch that its largest sample exceeds."""
+    """Raise a ConfigError that lists all problems with the tasks of sources.
+
+    Problems are unknown tasks, keys that the source's task does not use, and micro-batch limits that are smaller than
+    the largest sample.
+    """
     named = [(f"data.sources.{idx}", source) for idx, source in enumerate(config.data.sources)]
     named += [(f"data.validation.{idx}", source) for idx, source in enumerate(config.data.held_out)]
     problems = [problem for key, source in named for problem in _source_problems(key, source)]
@@ -52,16 +58,16 @@ def task_limits(config: RunConfig, source: SourceConfig) -> TaskLimits:
 
 
 def longest_context(config: RunConfig) -> int:
-    """Most encoder tokens of one context."""
+    """Maximum number of encoder tokens of one context."""
     sources = (*config.data.sources, *config.data.held_out)
     return max(_largest(config, source, NO_CHAT).longest_context for source in sources)
 
 
 def largest_sample(config: RunConfig, source: SourceConfig) -> tuple[int, int]:
-    """Most encoder tokens (memory tokens included) and most decoder rows of one training sample of a source.
+    """Maximum number of encoder tokens (including memory tokens) and of decoder rows of a source's training samples.
 
-    A token of the encoder's is taken for one of the decoder's, as in `longest_sequence`. No file is read: a chat
-    template of a tokenizer's own is taken to write at most 256 tokens around a first turn, and 64 around another.
+    As in `longest_sequence`, one encoder token counts as one decoder token. No file is read: a chat template from a
+    tokenizer is assumed to add at most 256 tokens around the first turn and 64 around each other turn.
     """
     largest = _largest(config, source, NO_CHAT)
     rows = (_rows(config, source, _UNREAD[decoder.chat_template], is_open=False) for decoder in config.decoders)
@@ -69,9 +75,11 @@ def largest_sample(config: RunConfig, source: SourceConfig) -> tuple[int, int]:
 
 
 def longest_sequence(config: RunConfig, chat: ChatRows) -> int:
-    """Most decoder rows of one sequence, a token of the encoder's taken for one of the decoder's.
+    """Maximum number of decoder rows of one sequence. One encoder token counts as one decoder token.
 
-    chat: of the decoder's template. In validation the text of the contexts stands in their place too.
+    Validation also scores sequences that contain the text of the contexts instead of their vectors.
+
+    chat: rows that the decoder's chat template adds.
     """
     trained = (_rows(config, source, chat, is_open=False) for source in config.data.sources)
     held_out = (_rows(config, source, chat, is_open=True) for source in config.data.held_out)
@@ -89,7 +97,7 @@ def _rows(config: RunConfig, source: SourceConfig, chat: ChatRows, *, is_open: b
 
 
 def _compressed(config: RunConfig, largest: Largest) -> int:
-    """Most compressed rows of the contexts of a sample, their markers included."""
+    """Maximum number of compressed rows of a sample's contexts, including markers."""
     pooling, contexts = config.pooling, largest.contexts
     if pooling.memory_tokens or pooling.num_groups:
         return contexts * (max(pooling.memory_tokens, pooling.num_groups or 0) + 1)
@@ -108,13 +116,13 @@ def _source_problems(key: str, source: SourceConfig) -> Iterator[str]:
         value = getattr(source, name)
         if source.task != owner and value != getattr(defaults, name):
             yield (
-                f"{key}.{name} is {value}, but only sources of the task {owner} use it, and this one's is "
-                f"{source.task}. Set task: {owner}, or remove it."
+                f"{key}.{name} is {value}, but only the task {owner} uses this key, and the task of this source is "
+                f"{source.task}. Set task: {owner}, or remove the key."
             )
 
 
 def _limit_problems(config: RunConfig) -> Iterator[str]:
-    """A micro-batch has to hold the largest sample of every source."""
+    """Problems with micro-batch limits: a micro-batch must fit the largest sample of every source."""
     data = config.data
     sizes = [largest_sample(config, source) for source in data.sources]
     limits = {"data.max_encoder_tokens": data.max_encoder_tokens, "data.max_decoder_rows": data.max_decoder_rows}
@@ -123,6 +131,6 @@ def _limit_problems(config: RunConfig) -> Iterator[str]:
         task = find_task(data.sources[idx].task)
         if limit is not None and limit < sizes[idx][which]:
             yield (
-                f"{key} is {limit}; expected {sizes[idx][which]} or more. A sample of data.sources.{idx} ({task.name}) "
-                f"can be so large: raise {key}, lower {task.size_keys}; null sets no limit."
+                f"{key} is {limit}; expected at least {sizes[idx][which]}, the size of the largest sample of "
+                f"data.sources.{idx} ({task.name}). Raise {key} (null: no limit) or lower {task.size_keys}."
             )

@@ -1,1 +1,1 @@
-"""Device, ranks, processes and files: everything that depends on the machine."""
+"""Device, ranks, processes and files: code that depends on the machine."""

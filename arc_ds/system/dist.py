@@ -1,6 +1,6 @@
-"""Ranks: who this process is, how it joins the others, and how an error found by one becomes an error of all.
+"""Ranks: identity of this process, process group, collectives for small objects, and errors shared by all ranks.
 
-A run fails on all ranks or on none: a rank that raises alone leaves the others waiting in a collective for ever.
+A run fails on all ranks or on none. If a single rank raised an error, the others would wait in a collective forever.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from arc_ds.system.device import accelerator_name, backend_name
 
 logger = logging.getLogger(__name__)
 
-# What libraries say about a run that is as it should be: logger and phrase. Our AdamW is one that DeepSpeed has not
-# tested; our tests have.
+# Harmless library messages that are suppressed: logger and phrase. DeepSpeed has not tested our AdamW; our tests do.
 _CHATTER = (
     ("DeepSpeed", "untested optimizer"),
     ("mlflow.store.db.utils", "database tables"),
@@ -34,27 +33,27 @@ _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def under_launcher() -> bool:
-    """Whether a launcher (deepspeed, torchrun) started this process and told it its place."""
+    """Whether a launcher (deepspeed, torchrun) started this process and set its rank in the environment."""
     return all(name in os.environ for name in _PLACE)
 
 
 def rank() -> int:
-    """This process's number in the run; 0 where there is only one."""
+    """Rank of this process in the run; 0 without a launcher."""
     return torch_dist.get_rank() if _is_joined() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes the run has."""
+    """Number of processes of the run."""
     return torch_dist.get_world_size() if _is_joined() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
-    """This process's number on its host."""
+    """Rank of this process on its host."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
-    """How many processes the run has on this host (torchrun and DeepSpeed name it differently)."""
+    """Number of processes of the run on this host (torchrun and DeepSpeed use different variables)."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if name in os.environ:
             return int(os.environ[name])
@@ -62,7 +61,7 @@ def local_world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which alone writes what there is one of."""
+    """Whether this is rank 0, the only rank that writes files shared by the run."""
     return rank() == 0
 
 
@@ -73,33 +72,33 @@ def barrier() -> None:
 
 
 def init_distributed(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the process group through DeepSpeed; a process without a launcher becomes a group of one.
+    """Join the process group through DeepSpeed. A process without a launcher forms a group of one. Safe to call again.
 
-    timeout: how long a collective may wait. Safe to call again.
+    timeout: maximum waiting time of a collective.
     """
     if not under_launcher():
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         os.environ.update({name: str(value) for name, value in alone.items()})
-    # DeepSpeed reads its accelerator from the environment at its import, and would take a GPU that is not wanted.
+    # DeepSpeed selects its accelerator at import time; without this variable it would use a GPU even for device=cpu.
     os.environ.setdefault("DS_ACCELERATOR", accelerator_name(device))
     import deepspeed
 
-    # Torch renamed collectives that DeepSpeed 0.19 calls; it would say so at every step.
+    # Torch renamed collectives that DeepSpeed 0.19 still calls; the warning would appear at every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":
-        # Otherwise a C++ build of about 90 s runs at the first start, and fails without a compiler (design 8.10).
+        # Otherwise the first start compiles a C++ extension for about 90 s, and fails without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend_name(device), timeout=timeout, verbose=False)
 
 
 def close_distributed() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group if this process has joined one."""
     if _is_joined():
         torch_dist.destroy_process_group()
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The value of every rank, in rank order, on every rank; values must be picklable and small. A collective."""
+    """Return the values of all ranks, in rank order, on every rank. Values must be picklable and small. Collective."""
     if not _is_joined() or world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -108,7 +107,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank. A collective."""
+    """Return rank 0's value on every rank. Collective."""
     if not _is_joined() or world_size() == 1:
         return value
     values = [value]
@@ -117,16 +116,16 @@ def broadcast_object(value: Any) -> Any:
 
 
 def all_ranks_agree(value: Any) -> bool:
-    """Whether every rank has an equal value (a config's hash, a data fingerprint). A collective."""
+    """Whether all ranks have equal values (e.g. a config hash or a data fingerprint). Collective."""
     values = gather_objects(value)
     return all(other == values[0] for other in values)
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise on every rank as soon as one rank has an error; nothing where none has. A collective.
+    """If at least one rank has an error, raise it on every rank. Collective.
 
-    All ranks raise the same: the error of the first rank that has one, `ArcError` where its class is none of ours.
-    Where not all ranks have found it, the message begins with that rank's number.
+    All ranks raise the error of the first rank that has one. Errors outside the `ArcError` hierarchy are raised as
+    `ArcError`. If not all ranks have the same error, the message starts with the number of that rank.
     """
     cls = type(error) if isinstance(error, ArcError) else ArcError
     found = gather_objects(None if error is None else (cls, str(error)))
@@ -141,10 +140,10 @@ def raise_together(error: Exception | None) -> None:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Run a block in which a rank may find a user's mistake (an `ArcError`): it then fails on all ranks at once.
+    """Context in which an `ArcError` on one rank is raised on all ranks at the end of the block.
 
-    The block holds no collective. Every rank enters it the same number of times. Other exceptions pass through as
-    they are: the launcher ends the remaining ranks.
+    The block must not contain a collective, and every rank must enter it the same number of times. Other exceptions
+    propagate unchanged; the launcher then ends the remaining ranks.
     """
     error: ArcError | None = None
     try:
@@ -155,7 +154,7 @@ def fail_together() -> Iterator[None]:
 
 
 class RankFilter(logging.Filter):
-    """Lets rank 0 speak, and every rank warn; adds `rank` to each record."""
+    """Passes all records of rank 0 and warnings of every rank; adds `rank` to each record."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.__dict__["rank"] = number = rank()
@@ -163,7 +162,7 @@ class RankFilter(logging.Filter):
 
 
 class _WithoutPhrase(logging.Filter):
-    """Drops the records that hold a phrase."""
+    """Drops records that contain a phrase."""
 
     def __init__(self, phrase: str) -> None:
         super().__init__()
@@ -174,7 +173,7 @@ class _WithoutPhrase(logging.Filter):
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Send log records to stderr, one line each, through `RankFilter`. Calling it again changes the level only."""
+    """Log to stderr through `RankFilter`, one line per record. A second call only changes the level."""
     root = logging.getLogger()
     root.setLevel(level)
     logging.getLogger("DeepSpeed").setLevel(max(level, logging.WARNING))
@@ -192,7 +191,7 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that is free on this host now."""
+    """A TCP port that is currently free on this host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

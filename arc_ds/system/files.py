@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, and stay after a power cut once they are there.
+"""Atomic and durable writes of files and folders.
 
-Everything is written under another name next to its place, brought to the disk, and renamed. A kill at any instant
-leaves the old content or the new one.
+Content is written under a temporary name in the same folder, synced to disk and renamed. A kill at any time leaves
+either the old or the new content. After the rename the new content survives a power failure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file open for writing. It gets its name, and replaces an older file, if the block ends without an error."""
+    """A file open for writing. If the block ends without an error, it is renamed to `path`, replacing an older file."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
@@ -31,16 +31,16 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, or replace it."""
+    """Write or replace a file atomically."""
     with whole_file(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `path` when the block ends without an error; its parent is made.
+    """An empty folder. If the block ends without an error, it is renamed to `path`.
 
-    A folder that is there already is moved aside before and removed last.
+    The parent folder is created if missing. An existing folder at `path` is first moved aside and finally deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -55,7 +55,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Rename the folder `new`, whose files are on the disk, to `path`. A folder that is there is removed last."""
+    """Rename the folder `new`, whose files must be synced, to `path`. An existing folder there is finally deleted."""
     old = path.with_name(f".{path.name}.old-{os.getpid()}") if path.exists() else None
     if old is not None:
         path.rename(old)
@@ -67,13 +67,13 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Bring a file to the disk. On a shared file system that covers what this host has written."""
+    """Sync a file to disk. On a shared file system this covers only writes of this host."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Bring the entries of a folder (new names, renames) to the disk."""
+    """Sync the entries of a folder (new names, renames) to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Addresses of shards: what is a URL, and the URL of one file of a folder. Nothing is opened here."""
+"""Shard addresses: recognizing, joining and displaying URLs. Nothing is opened here."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether a path is to be fetched. `file:///…` is a local path written as a URL, so it is not."""
+    """Whether a path must be fetched. False for `file:///…`, which is a local path written as a URL."""
     return _URL.match(str(path)) is not None and urlsplit(str(path)).scheme != "file"
 
 
 def local_path(path: str | Path) -> Path:
-    """The local path, `file:///…` undone."""
+    """The local path; converts `file:///…` to a plain path."""
     parts = urlsplit(str(path))
     return Path(unquote(parts.path)) if parts.scheme == "file" else Path(path)
 
@@ -25,8 +25,8 @@ def local_path(path: str | Path) -> Path:
 def join_url(base: str, name: str) -> str:
     """The URL of the file `name` in the folder `base`.
 
-    `pipe:` commands get the name, quoted for the shell, in place of every {}, or else behind a slash at their end. A
-    query (a signed address) stays behind the name.
+    In a `pipe:` command the shell-quoted name replaces every {}. If there is no {}, a slash and the name are appended
+    to the command. The query of a signed URL stays after the name.
     """
     if base.startswith(_PIPE):
         word = shlex.quote(name)
@@ -37,7 +37,7 @@ def join_url(base: str, name: str) -> str:
 
 
 def shown_url(url: str | Path) -> str:
-    """The URL as messages may show it: without the password and the query, which hold secrets. Paths as they are."""
+    """The URL for messages, without password and query because they may contain secrets. Paths are unchanged."""
     if not is_url(url) or str(url).startswith(_PIPE):
         return str(url)
     parts = urlsplit(str(url))

@@ -1,1 +1,1 @@
-"""Metrics of a run: `metrics.jsonl`, and MLflow, which never slows a run."""
+"""Metrics of a run: `metrics.jsonl` and MLflow. Tracking never slows down a run."""

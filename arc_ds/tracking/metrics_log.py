@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: one JSON object a line, `{"step": 10, "time": 1700000000.5, "metrics": {"loss": 2.5}}`.
+"""`metrics.jsonl`: one JSON object per line, `{"step": 10, "time": 1700000000.5, "metrics": {"loss": 2.5}}`.
 
-The run's own record of its metrics, complete whatever becomes of a tracking server, and the queue from which the
-server is fed (`tracking`). Steps never decrease along the file.
+The file is the complete record of a run's metrics, independent of the tracking server. It is also the queue that feeds
+the server (`tracking`). Step numbers in the file never decrease.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ METRICS_NAME = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsEntry:
-    """What was logged at once. step: optimizer steps done; time: seconds since the epoch; end: byte after the line."""
+    """One line of the file.
+
+    step: number of optimizer steps done.
+    time: seconds since the epoch.
+    metrics: values by metric name.
+    end: byte offset after the line.
+    """
 
     step: int
     time: float
@@ -30,12 +36,12 @@ class MetricsEntry:
 
 
 class MetricsLog:
-    """Appends to a metrics file; a line is on its way to the disk before `append` returns."""
+    """Appends to a metrics file. `append` flushes each line to the operating system before it returns."""
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
-        """Open the file, without what lies beyond the step that the run resumes from (0: all of it goes).
+        """Open the file and remove all entries after the step that the run resumes from (0: remove everything).
 
-        Those steps are made again. A torn last line, as a kill leaves it, goes too.
+        The run repeats these steps. An incomplete last line, left by a kill, is removed as well.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,19 +49,19 @@ class MetricsLog:
         self._file: BinaryIO = path.open("ab")
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the metrics of a step. Values are floats; NaN and infinities are kept (as Python's JSON writes them)."""
+        """Append the metrics of a step. NaN and infinities are written as Python's JSON encodes them."""
         values = {key: float(value) for key, value in metrics.items()}
         line = json.dumps({"step": step, "time": time.time(), "metrics": values}) + "\n"
         self._file.write(line.encode("utf-8"))
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file; may be called again."""
+        """Close the file. Safe to call more than once."""
         self._file.close()
 
 
 def read_metrics(path: Path, start: int = 0) -> Iterator[MetricsEntry]:
-    """The whole entries from byte `start` on, up to the first line that is torn or no entry."""
+    """Read entries from byte `start`, up to the first incomplete or invalid line."""
     with path.open("rb") as file:
         file.seek(start)
         end = start
@@ -87,6 +93,6 @@ def _cut_after(path: Path, step: int) -> None:
         keep = entry.end
     size = path.stat().st_size
     if size > keep:
-        logger.info("%s: the last %d bytes lie beyond step %d and are made again", path, size - keep, step)
+        logger.info("%s: removed the last %d bytes; the run repeats all steps after step %d", path, size - keep, step)
         with path.open("r+b") as file:
             file.truncate(keep)

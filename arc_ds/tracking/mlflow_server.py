@@ -1,4 +1,4 @@
-"""MLflow as the server of a `Tracker`. It is slow to import, so that happens in the tracker's thread."""
+"""MLflow as the server of a `Tracker`. Importing it is slow, so the tracker's thread does that."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ T = TypeVar("T")
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _SQLITE = "sqlite:///"
 _KEY_TAG = "arc_ds.run_key"
-# MLflow's limits: of a request, of a parameter's value, of a tag's value, of a digest.
+# MLflow's limits: items per request, and characters of a parameter value, a tag value and a digest.
 _PARAMS_PER_BATCH = 100
 _METRICS_PER_BATCH = 1000
 _PARAM_CHARS = 6000
 _TAG_CHARS = 5000
 _DIGEST_CHARS = 36
 _VERSIONS_OF = ("torch", "deepspeed", "triton", "mlflow", "webdataset", "numpy")
-# Its defaults wait 120 s and try 8 times: a dead server would hold the thread for a quarter of an hour. And MLflow
-# reports its use to the internet unless it is told not to.
+# By default MLflow waits 120 s and tries 8 times; a dead server would block the thread for a quarter of an hour. It
+# also sends usage telemetry by default.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -45,7 +45,11 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFacts:
-    """The training data as an MLflow input. digest: of the shards' manifests; source: their folders."""
+    """The training data as an MLflow input.
+
+    digest: digest of the shards' manifest.
+    source: folder of the shards.
+    """
 
     name: str
     digest: str
@@ -54,10 +58,12 @@ class DatasetFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What is written about a run beside its metrics.
+    """Description of a run, in addition to its metrics.
 
-    params: the resolved config, flattened. artifacts: file name → text (config.yaml, deepspeed.json). tags: as of
-    `environment_tags`.
+    params: the resolved config, flattened.
+    artifacts: text by file name (config.yaml, deepspeed.json).
+    tags: from `environment_tags`.
+    datasets: the training data.
     """
 
     params: Mapping[str, Any]
@@ -76,11 +82,14 @@ def start_tracker(
     resumed_step: int,
     run_id: str | None = None,
 ) -> Tracker:
-    """A tracker of a run's folder that sends to MLflow. For rank 0; returns at once.
+    """Start a tracker that sends a run's metrics to MLflow. For rank 0. Returns immediately.
 
-    uri: of the config, or None for sqlite in the folder; MLFLOW_TRACKING_URI wins over both. run_name: None for the
-    folder's name. resumed_step, run_id: as of the checkpoint (0 and None for a new run). Without MLflow make a
-    `Tracker(folder, uri=None, make_server=None, resumed_step=...)`.
+    To track without MLflow, create `Tracker(folder, uri=None, make_server=None, resumed_step=...)` instead.
+
+    uri: tracking URI of the config; None for sqlite in the folder. MLFLOW_TRACKING_URI overrides both.
+    run_name: None for the folder's name.
+    resumed_step: step of the checkpoint; 0 for a new run.
+    run_id: MLflow run id of the checkpoint; None for a new run.
     """
     uri = resolve_uri(folder, uri)
     name = run_name or folder.resolve().name
@@ -89,7 +98,7 @@ def start_tracker(
 
 
 def resolve_uri(folder: Path, configured: str | None) -> str:
-    """The tracking URI: the environment's, the config's, or sqlite in the run's folder."""
+    """The tracking URI from the environment, else from the config, else sqlite in the run's folder."""
     return os.environ.get(URI_VARIABLE) or configured or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
 
 
@@ -102,7 +111,7 @@ def without_secret(uri: str) -> str:
 
 
 def environment_tags(*, device: str, world_size: int) -> dict[str, str]:
-    """Where and with what a run is made: host, device in words, world size, git commit, versions."""
+    """Tags for the environment of a run: host, device description, world size, git commit, versions."""
     tags = {"host": socket.gethostname(), "device": device, "world_size": str(world_size)}
     if (commit := _git_commit()) is not None:
         tags["mlflow.source.git.commit"] = commit
@@ -110,7 +119,7 @@ def environment_tags(*, device: str, world_size: int) -> dict[str, str]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python, of ARC-DS and of what it computes with."""
+    """Versions of Python, ARC-DS and its main dependencies."""
     found = {"python": platform.python_version(), "arc-ds": __version__}
     for package in _VERSIONS_OF:
         try:
@@ -121,7 +130,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that this program runs from, with `-dirty` where files differ; None elsewhere."""
+    """Git commit of this code's checkout, with `-dirty` if files were changed; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -134,14 +143,14 @@ class MlflowServer:
     """The `TrackingServer` of MLflow: one experiment of a tracking URI (http, sqlite or a folder)."""
 
     def __init__(self, uri: str, *, experiment: str, run_name: str, facts: RunFacts, folder: Path) -> None:
-        """Import MLflow and connect. folder: the run's, where artifacts go if the URI is a local database."""
+        """Import MLflow and connect. folder: the run's folder; it stores artifacts if the URI is a local database."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
         if uri.startswith(_SQLITE) and "?" not in uri:
             database = Path(uri.removeprefix(_SQLITE))
-            if database.parent == folder:  # elsewhere another run may be making one
+            if database.parent == folder:  # in any other folder the leftovers may belong to a running process
                 for leftover in folder.glob(f".{database.name}-*"):
                     shutil.rmtree(leftover, ignore_errors=True)
             _make_database(database)
@@ -149,11 +158,11 @@ class MlflowServer:
         self._experiment = experiment
         self._run_name = run_name
         self._facts = facts
-        # Otherwise artifacts of a database go to ./mlruns of whatever folder the run was started in.
+        # With a database, MLflow would otherwise store artifacts in ./mlruns of the current folder.
         self._artifacts = (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
 
     def open_run(self, run_key: str, run_id: str | None) -> str:
-        """The run's id, active again; found by id or by key, or created."""
+        """Find a run by id or by key, or create it; mark it as running and return its id."""
         experiment_id = self._experiment_id()
         found = self._find_run(experiment_id, run_key, run_id)
         if found is None:
@@ -163,9 +172,9 @@ class MlflowServer:
         return found
 
     def describe(self, run_id: str) -> None:
-        """Parameters, tags, data and artifacts. A parameter that changed since the first start becomes a tag.
+        """Write parameters, tags, datasets and artifacts. Parameters changed since the first start become tags.
 
-        MLflow's parameters cannot be changed, and a resumed run may well save more often or have other workers.
+        MLflow parameters are immutable, but a resumed run may, for example, save more often or use other workers.
         """
         from mlflow.entities import Param, RunTag
 
@@ -183,11 +192,11 @@ class MlflowServer:
             self._client.log_text(run_id, text, name)
 
     def steps_of(self, run_id: str, key: str, from_step: int) -> set[int]:
-        """Steps from `from_step` on for which the run has a point of the key."""
+        """Steps >= `from_step` for which the run has a point of `key`."""
         return {point.step for point in self._client.get_metric_history(run_id, key) if point.step >= from_step}
 
     def send(self, run_id: str, entries: list[MetricsEntry]) -> None:
-        """Store metrics. Sent twice, the same entry makes one point where the store is a database."""
+        """Store metrics. If the store is a database, sending the same entry twice yields a single point."""
         from mlflow.entities import Metric
 
         points = [
@@ -213,7 +222,7 @@ class MlflowServer:
             try:
                 return str(self._client.create_experiment(self._experiment, artifact_location=self._artifacts))
             except MlflowException:
-                # Another run has created it meanwhile; if not, the next line says what is wrong.
+                # Another run may have created it in the meantime. If not, the next line raises the actual error.
                 found = self._client.get_experiment_by_name(self._experiment)
                 if found is None:
                     raise
@@ -247,9 +256,9 @@ class MlflowServer:
 
 
 def _make_database(path: Path) -> None:
-    """Make MLflow's database file, whole or not at all, where there is none.
+    """Create MLflow's database file atomically if it does not exist.
 
-    MLflow takes seconds over its tables, and what a kill leaves of them it can neither use nor mend.
+    MLflow needs seconds to create its tables, and it can neither use nor repair a database left by a kill.
     """
     from mlflow import MlflowClient
 
@@ -259,7 +268,7 @@ def _make_database(path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         made = Path(folder) / path.name
         MlflowClient(tracking_uri=f"{_SQLITE}{made}").search_experiments(max_results=1)
-        with suppress(FileExistsError):  # another run has made it meanwhile
+        with suppress(FileExistsError):  # another run created it in the meantime
             os.link(made, path)
 
 

@@ -1,14 +1,14 @@
-"""Metrics and facts of a run, to `metrics.jsonl` and to MLflow (design 12).
+"""Sends metrics and metadata of a run to `metrics.jsonl` and to MLflow.
 
-The file is the queue. `Tracker.log` appends a line and returns; a thread follows the file and sends what is new in
-batches. So memory is bounded, a server that is slow or down costs the step nothing, and what it missed is sent when
-it answers again, at the latest at the run's next start.
+The file is the queue. `Tracker.log` appends a line and returns. A thread follows the file and sends new entries in
+batches. Memory is therefore bounded, and a slow or dead server does not delay a step. Entries that the server missed
+are sent when it answers again, at the latest at the run's next start.
 
-One point for each step and key, after any kill: MLflow keeps what it gets, and two points with different times are
-two. A resumed run makes the steps after its checkpoint again, and a request whose answer was lost may have arrived.
-So at a key's first appearance in a start of the run, and after every failure, the thread asks the server which steps
-the key already has from `sent_step` on, and leaves those out. The resumed values are the same to the bit where the
-hardware is deterministic; elsewhere the server keeps the first, the file the second.
+The server gets exactly one point per step and key, even after a kill. Duplicates have two causes: a resumed run repeats
+the steps after its checkpoint, and a request may have arrived although its response was lost. MLflow would keep both
+points because their times differ. When a key first appears in a start of the run, and after every failure, the thread
+therefore asks the server which steps >= `sent_step` the key already has, and skips those. On deterministic hardware the
+repeated values are bit-identical. Otherwise the server keeps the first value and the file keeps the second.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _LONGEST_PAUSE_S = 60.0
 
 
 class TrackingServer(Protocol):
-    """What the tracker needs of a server; `mlflow_server.MlflowServer` is the real one. Any method may raise."""
+    """Interface of a tracking server, implemented by `mlflow_server.MlflowServer`. Any method may raise."""
 
     def open_run(self, run_key: str, run_id: str | None) -> str:
-        """Make the run of that key active, creating it where there is none; returns the server's id for it."""
+        """Activate the run with this key, or create it; return the server's id of the run."""
 
     def describe(self, run_id: str) -> None:
-        """Write the run's parameters, tags, inputs and artifacts. May be repeated."""
+        """Write the run's parameters, tags, inputs and artifacts. Safe to repeat."""
 
     def steps_of(self, run_id: str, key: str, from_step: int) -> set[int]:
-        """The steps >= `from_step` for which the server has a point of `key`."""
+        """Steps >= `from_step` for which the server has a point of `key`."""
 
     def send(self, run_id: str, entries: list[MetricsEntry]) -> None:
         """Store the metrics of the entries."""
@@ -52,7 +52,7 @@ class TrackingServer(Protocol):
 
 
 class Tracker:
-    """Logs to `metrics.jsonl`, and to a server from a thread. For rank 0 alone; one for each run folder."""
+    """Logs to `metrics.jsonl` and, from a thread, to a server. For rank 0 only; one per run folder."""
 
     def __init__(
         self,
@@ -66,10 +66,12 @@ class Tracker:
     ) -> None:
         """Start a tracker in a run's folder.
 
-        uri, make_server: where to send metrics and how to reach it (called in the thread, since importing MLflow and
-        preparing its database takes seconds); None keeps the file alone. resumed_step: steps that the run already
-        has behind it (0: from the start); run_id: MLflow's run as the checkpoint knows it. first_pause_s: how long to
-        wait after a failure, doubled at each further one up to a minute.
+        uri: address of the server; None to write only the file.
+        make_server: creates the server; None to write only the file. The thread calls it because importing MLflow and
+            preparing its database takes seconds.
+        resumed_step: number of steps that the run has already done; 0 for a new run.
+        run_id: MLflow run id of the checkpoint.
+        first_pause_s: pause after a failure; doubled after each further failure, up to a minute.
         """
         self._folder = folder
         self._log = MetricsLog(folder / METRICS_NAME, resumed_step=resumed_step)
@@ -87,22 +89,25 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None without MLflow, and until the server has answered for the first time."""
+        """MLflow's id of the run; None without MLflow and before the first answer of the server."""
         return None if self._sender is None else self._sender.state.run_id
 
     @property
     def num_failures(self) -> int:
-        """How many times the server did not do what it was asked; also the metric `tracking/failures` to log."""
+        """Number of failed server operations; suitable for a metric `tracking/failures`."""
         return 0 if self._sender is None else self._sender.num_failures
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a step. Steps do not decrease; a key comes once a step. Never waits for a server."""
+        """Record the metrics of a step without waiting for a server.
+
+        Steps must not decrease, and each key may be logged once per step.
+        """
         self._log.append(step, metrics)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that is logged has been sent; whether it has. True without a server.
+        """Wait until all logged entries have been sent; return whether they have. True without a server.
 
-        Waits `timeout_s` at most, and no longer once the server has failed twice meanwhile.
+        Waits at most `timeout_s` and gives up early after two failures of the server.
         """
         if self._sender is None:
             return True
@@ -116,10 +121,12 @@ class Tracker:
         return True
 
     def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> bool:
-        """Send the rest, mark the run as ended, and stop; returns whether the server has everything.
+        """Send the remaining entries, mark the run as ended and stop; return whether the server has everything.
 
-        status: FINISHED, FAILED or KILLED (stopped on purpose, to be resumed). A server that does not answer in
-        `timeout_s` is left behind with a warning: the next start of the run sends what it missed.
+        If the server does not answer within `timeout_s`, this logs a warning and returns. The next start of the run
+        sends the missing entries.
+
+        status: FINISHED, FAILED or KILLED (stopped on purpose, can be resumed).
         """
         self._log.close()
         if self._sender is None or self._thread is None or self._stop.is_set():
@@ -131,13 +138,13 @@ class Tracker:
         self._thread.join(timeout=max(1.0, timeout_s if complete else 1.0))
         if not complete:
             logger.warning(
-                "%s did not get all metrics (%d failures); they are in %s and are sent at the next start of this run",
+                "%s did not receive all metrics (%d failures); the next start of this run sends the rest from %s",
                 self._sender.state.uri, self._sender.num_failures, self._log.path,
             )  # fmt: skip
         return complete
 
     def _follow(self) -> None:
-        """The thread: send what is new, and wait longer after each failure in a row."""
+        """Body of the thread: send new entries; after each consecutive failure, wait longer."""
         assert self._sender is not None
         pause_s = 0.0
         while not self._stop.is_set():
@@ -152,7 +159,7 @@ class Tracker:
 
 
 class _Sender:
-    """Brings a server up to date with a metrics file. Used by the thread alone, but for reading its attributes."""
+    """Brings a server up to date with a metrics file. Only the thread calls its methods; others read its attributes."""
 
     def __init__(self, *, folder: Path, state: TrackingState, make_server: Callable[[], TrackingServer]) -> None:
         self.state = state
@@ -162,31 +169,31 @@ class _Sender:
         self._make_server = make_server
         self._server: TrackingServer | None = None
         self._position: int | None = None
-        # What the server had beyond `sent_step` when its answers were last in doubt: key → steps.
+        # Steps >= `sent_step` that the server already has, by key; reset after every failure.
         self._known: dict[str, set[int]] = {}
 
     def has_sent(self, size: int) -> bool:
-        """Whether the first `size` bytes of the file, and the run's description, have been sent."""
+        """Whether the first `size` bytes of the file and the run's description have been sent."""
         return self.state.described and self._position is not None and self._position >= size
 
     def advance(self, path: Path) -> bool:
-        """Connect where needed and send one batch. False after a failure, which is counted and warned about once."""
+        """Connect if needed and send one batch. Returns False on failure; only the first failure logs a warning."""
         try:
             self._connect()
             self._send_batch(path)
             return True
-        except Exception as error:  # whatever a server, a driver or a network raises must not reach the training
+        except Exception as error:  # errors of a server, driver or network must not reach training
             self.num_failures += 1
             self._known = {}
             if self.num_failures == 1:
                 logger.warning(
-                    "%s does not take the metrics (%s: %s). The run goes on; %s has them all, and they are sent later.",
+                    "%s does not accept metrics (%s: %s). The run continues; all metrics are in %s and are sent later.",
                     self.state.uri, type(error).__name__, str(error)[:200], path,
                 )  # fmt: skip
             return False
 
     def finish(self) -> None:
-        """Mark the run as ended, if it has been opened; a failure is counted only."""
+        """Mark the run as ended if it was opened. A failure is only counted and logged."""
         if self._server is None or self.state.run_id is None:
             return
         try:
@@ -220,7 +227,7 @@ class _Sender:
         self._remember(replace(self.state, sent_step=max(self.state.sent_step, entries[-1].step)))
 
     def _first_unsent(self, path: Path) -> int:
-        """Where the entries of `sent_step` begin: of that step itself more may come, so it is looked at again."""
+        """Byte offset of the first entry of `sent_step`. That step is read again because it may get more entries."""
         position = 0
         for entry in read_metrics(path):
             if entry.step >= self.state.sent_step:
@@ -233,7 +240,7 @@ class _Sender:
         return replace(entry, metrics=left)
 
     def _known_steps(self, key: str) -> set[int]:
-        """The key's steps on the server, asked for once a key and again after a failure."""
+        """Steps of the key on the server, requested once per key and again after a failure."""
         assert self._server is not None and self.state.run_id is not None
         if key not in self._known:
             self._known[key] = self._server.steps_of(self.state.run_id, key, self.state.sent_step)

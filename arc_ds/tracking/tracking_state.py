@@ -1,4 +1,4 @@
-"""What a run remembers about its tracking between starts: `tracking_state.json` in the run's folder."""
+"""The tracking state that a run keeps between starts: `tracking_state.json` in the run's folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ STATE_NAME = "tracking_state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingState:
-    """run_key: this run's own name for itself, written before a server is asked to make a run, so that a run made
-    in the instant of a kill is found again. run_id: MLflow's name, once there is one. uri: where the run lives.
-    sent_step: every metric below this step is on the server for certain. described: parameters, tags and artifacts are.
+    """The tracking state of a run.
+
+    run_key: the run's own key. It is saved before the server creates a run, so a later start finds that run even if
+        this process is killed right after its creation.
+    uri: tracking server of the run.
+    run_id: MLflow's id of the run; None before the server has created it.
+    sent_step: all metrics below this step are known to be on the server.
+    described: whether parameters, tags and artifacts are on the server.
     """
 
     run_key: str
@@ -27,10 +32,11 @@ class TrackingState:
 
 
 def load_state(folder: Path, *, uri: str, resumed_step: int, run_id: str | None) -> TrackingState:
-    """The state to go on from, and a new one where there is none, it is damaged, or the server is another one.
+    """Load the state. Returns a new state if the file is missing or damaged, or if the server has changed.
 
-    uri: the server of this start. resumed_step: later steps are made again, so nothing is certain about them.
-    run_id: what the checkpoint knows, used where the file is lost.
+    uri: server of this start.
+    resumed_step: upper bound of `sent_step`, because the run repeats later steps.
+    run_id: MLflow run id of the checkpoint, used if the file is missing or damaged.
     """
     try:
         found = TrackingState(**json.loads((folder / STATE_NAME).read_text(encoding="utf-8")))
@@ -38,7 +44,7 @@ def load_state(folder: Path, *, uri: str, resumed_step: int, run_id: str | None)
         found = TrackingState(run_key=uuid.uuid4().hex, uri=uri, run_id=run_id)
     if found.uri != uri:
         found = TrackingState(run_key=found.run_key, uri=uri)
-    # Described anew at each start: a resumed run may have other hosts or overrides.
+    # Describe the run again at each start: a resumed run may have other hosts or overrides.
     return replace(found, sent_step=min(found.sent_step, resumed_step), described=False)
 
 

@@ -72,7 +72,7 @@ def wanted_kind(request: str) -> str:
         return "cpu"
     if not torch.cuda.is_available():
         raise ConfigError(
-            "device is cuda, but torch sees no GPU. `arc-ds doctor` lists the devices it finds; device=cpu uses the CPU."
+            "device is cuda, but torch sees no GPU. `arc-ds doctor` lists the devices it finds; device=cpu uses a CPU."
         )
     return "cuda"
 

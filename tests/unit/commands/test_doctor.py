@@ -1,4 +1,4 @@
-"""The report on this machine, and the command line around it."""
+"""The report of `arc-ds doctor`, and the command line."""
 
 from __future__ import annotations
 

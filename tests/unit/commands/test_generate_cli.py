@@ -1,6 +1,6 @@
-"""`arc-ds compress` and `arc-ds generate` on a tiny model; a mistake is one message and exit code 2.
+"""`arc-ds compress` and `arc-ds generate` on a tiny model. A user's mistake gives one message and exit code 2.
 
-`arc-ds export` of real shards: `tests/distributed/test_export.py`.
+`tests/distributed/test_export.py` covers `arc-ds export` of real shards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROMPT = "Document: <context>The wind came from the sea.</context>\nSummary:"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Exports with both markers and with none, a decoder, and texts."""
+    """Exports with both markers and without markers, a decoder, and texts."""
     folder = tmp_path_factory.mktemp("cli")
     write_export(tiny_trained(folder / "run"), folder / "export")
     write_export(tiny_trained(folder / "run", markers=()), folder / "bare")

@@ -1,4 +1,4 @@
-"""`arc-ds shards build`: every option reaches the build, and what was left out is printed."""
+"""`arc-ds shards build`: every option reaches the build, and skipped records are printed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_option_of_a_build_is_on_the_command_line_with_the_same_default(mo
     given: dict[str, object] = {}
 
     class Called(Exception):
-        """Ends the command where the build would begin."""
+        """Ends the command before the build starts."""
 
     def record(*_: object, **options: object) -> None:
         given.update(options)

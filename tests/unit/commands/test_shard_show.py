@@ -1,4 +1,4 @@
-"""Showing samples: every text is spelled whole, groups and tokens are marked where they end, targets are told apart."""
+"""Showing samples: texts are complete, the ends of groups and tokens are marked, and targets are distinguished."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_show_prints_samples_of_every_task(
 def test_a_reader_that_has_enough_ends_the_command_in_silence(
     tmp_path: Path, tokenizer_path: Path, num_lines: int
 ) -> None:
-    shards = write_shards(tmp_path / "shards", tokenizer_path, numbered_texts(300))  # more than a pipe holds
+    shards = write_shards(tmp_path / "shards", tokenizer_path, numbered_texts(300))  # more than the capacity of a pipe
     command = [sys.executable, "-m", "arc_ds.cli", "shards", "show", str(shards.folder)]
     words = ["--tokenizer", str(tokenizer_path), "--decoder-tokenizer", str(tokenizer_path), "--num", "300"]
     with subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as show:

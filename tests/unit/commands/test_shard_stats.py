@@ -1,4 +1,4 @@
-"""Statistics of shards: every record is in one bin, shares are those of the manifest, and a picture comes of it."""
+"""Statistics of shards: every record is in one bin, shares match the manifest, and a picture is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which error ends a run with which code: schedulers try a failure again, and leave a user's mistake to the user."""
+"""Exit codes by error class: schedulers retry a failed run but not a user's mistake."""
 
 from __future__ import annotations
 

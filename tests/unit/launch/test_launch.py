@@ -1,4 +1,4 @@
-"""What the launch wrapper decides: how many ranks, which command, which exit code."""
+"""Decisions of the launch wrapper: number of ranks, command line and exit code."""
 
 from __future__ import annotations
 

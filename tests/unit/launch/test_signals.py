@@ -1,4 +1,4 @@
-"""Stop requests, ties to the parent, and the watchdog."""
+"""Stop requests, the parent-death signal, and the watchdog."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_wait_ends_where_a_stop_is_asked_for() -> None:
         assert stop.wait_for(lambda: 7) == 7
         assert stop.wait_for(signalled) is None and stop.received == "SIGUSR1"
         assert stop.wait_for(lambda: 7) is None, "a run that stops begins no further wait"
-        os.kill(os.getpid(), signal.SIGUSR1)  # outside a wait it is a flag
+        os.kill(os.getpid(), signal.SIGUSR1)  # outside `wait_for` a signal only sets the flag
     assert time.monotonic() - began < 30
 
 
@@ -63,7 +63,7 @@ def test_a_signal_that_came_before_the_block_is_received_in_it() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
     try:
-        # To this thread alone: a rank blocks signals before it has others, but this process may have some by now.
+        # Signal only this thread: a rank blocks signals before it starts threads, but this process may already have some.
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
         with StopRequest((signal.SIGUSR1,)) as stop:
             assert stop.received == "SIGUSR1"
@@ -74,7 +74,7 @@ def test_a_signal_that_came_before_the_block_is_received_in_it() -> None:
 
 
 def test_a_signal_to_a_thread_of_the_loop_does_not_cut_the_closing_short() -> None:
-    """Threads that start within the block, such as autograd's for a GPU, do not hold signals."""
+    """Threads that start inside the block, such as autograd's for a GPU, do not block the signals."""
     program = (
         "import os, signal, threading, time\n"
         "from arc_ds.launch.signals import StopRequest, hold_stop_signals\n"
@@ -92,7 +92,7 @@ def test_a_signal_to_a_thread_of_the_loop_does_not_cut_the_closing_short() -> No
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_during_the_imports_of_a_rank_does_not_kill_it(tmp_path: Path, number: signal.Signals) -> None:
-    """Under a launcher that is not ours; `torch` stands for the seconds before there is a `StopRequest`."""
+    """Under an external launcher. A fake `torch` module stands for the seconds before a `StopRequest` opens."""
     (tmp_path / "torch.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\nos._exit(7)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     ended = subprocess.run([sys.executable, "-m", "arc_ds.train"], env=environment, cwd=ROOT, timeout=60)

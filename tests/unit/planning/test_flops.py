@@ -1,4 +1,4 @@
-"""The count of operations against torch's own count, and against the design's figures for the paper's setting."""
+"""The count of operations against torch's own count, and against figures for the paper's setting."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ PAPER = CompressorSpec(backbone=LLAMA_3_2_3B, num_layers=26, markers=(), decoder
 
 
 def test_the_papers_step_is_counted_as_in_the_design() -> None:
-    """Design 13: encoder 21 TFLOP forward and 42 backward, decoder 121 and 67, head 9 at 4096 labelled rows.
+    """Encoder 21 TFLOP forward and 42 backward, decoder 121 and 67, head 9 at 4096 labelled rows; rounded to TFLOP.
 
-    These figures imply 16 continuations of full length: 256 tokens of prefix, 256 compressed to 32 without a marker
-    (4096 encoder tokens), 256 to continue with, so 544 rows each (8704), of which 288 are suffix (4608). All are given
-    in whole TFLOP. The decoder's 121 is its linear part; its attention (1.2) stands apart there ("with attention ...").
+    The figures assume 16 continuations of full length. Each has 256 prefix tokens, 256 context tokens compressed to 32
+    vectors without a marker, and 256 continuation tokens. This gives 4096 encoder tokens in total and 544 decoder rows
+    per sample (8704 in total); 288 rows per sample (4608) are suffix. The decoder's 121 covers only its linear part;
+    its attention (1.2) is stated separately.
     """
     ids = range(256)
     continuation = Sample("continuation", (Segment.text(ids), Segment.context(ids, None), Segment.text(ids, True)))
@@ -62,10 +63,10 @@ def test_the_papers_step_is_counted_as_in_the_design() -> None:
 @pytest.mark.parametrize(
     ("estimate", "bound"),
     [
-        # The layer that pools does less (1/26 of the encoder's linears at most), which rates do not know.
+        # The pooling layer has less work (at most 1/26 of the encoder's linear operations); the rates ignore that.
         pytest.param(Estimate(context_lengths=(256,), prefix_rows=256, suffix_rows=288), 0.03, id="continuation"),
         pytest.param(Estimate(context_lengths=(1024,) * 32, prefix_rows=0, suffix_rows=4352), 0.04, id="long context"),
-        # A fifth of the decoder's rows have no gradient, but their attention counts as if they had one.
+        # A fifth of the decoder's rows have no gradient, but their attention is counted as if they did.
         pytest.param(Estimate(context_lengths=(2048,), prefix_rows=256, suffix_rows=1024), 0.04, id="one document"),
     ],
 )
@@ -84,20 +85,20 @@ def test_work_is_dealt_by_these_operations(estimate: Estimate, bound: float) -> 
 
 
 def _batch(spec: PoolingSpec) -> PackedBatch:
-    """Ragged sequences, two of them with a prefix, one without a context, one of two contexts."""
+    """Ragged sequences: two with a prefix, one without a context, one with two contexts."""
     return pack([sample(3, -9, 5), sample(-7, 2, -4, 6, seed=1), sample(4, seed=2), sample(1, -5, 1, seed=3)], spec)
 
 
 def _measured(batch: PackedBatch, compressor: Any, decoder: Decoder) -> dict[str, int]:
-    """What torch counts of a whole pass, by operation. Attention unfused, so that it is seen."""
-    in_place = {torch.ops.aten.addmm_: _added_product}  # the sum of input gradients, which torch does not know
+    """torch's count for a whole pass, by operation. Attention is unfused so that torch counts it."""
+    in_place = {torch.ops.aten.addmm_: _added_product}  # torch does not count the sum of input gradients
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
         decoder(batch, compressor(batch)).sum().backward()
     return {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
 
 
 def _added_product(_: Any, a: Any, b: Any, **__: Any) -> int:
-    """Operations of a product by the shapes of its factors, [m, k] and [k, n]."""
+    """Operations of a matrix product with factors of shapes [m, k] and [k, n]."""
     return 2 * a[0] * a[1] * b[1]
 
 
@@ -138,7 +139,7 @@ def test_products_with_weights_are_those_that_torch_counts(
 
 
 def test_attention_is_what_torch_counts_where_nothing_is_masked() -> None:
-    """Encoder contexts of one length. torch keeps the scores for backward: four products, not five."""
+    """Encoder contexts of equal length. torch keeps the scores for backward, so it counts four products, not five."""
     compressor = tiny_compressor()
     batch = pack([sample(-8), sample(-8, seed=1)], PoolingSpec(rules=(GroupRule("factor", 4),)))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -154,7 +155,7 @@ def test_attention_is_what_torch_counts_where_nothing_is_masked() -> None:
 
 
 def test_masked_pairs_are_not_counted() -> None:
-    """The decoder's rows see themselves and what precedes them; in backward only suffix rows ask."""
+    """Each decoder row attends to itself and to all preceding rows. In backward only suffix rows are queries."""
     batch = _batch(PoolingSpec(rules=(GroupRule("factor", 4),)))
     spec = CompressorSpec(backbone=TINY, num_layers=3, rules=(GroupRule("factor", 4),), decoder_sizes=(12,))
     flops = count_flops(batch, spec, tiny_decoder().config)

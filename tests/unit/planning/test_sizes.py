@@ -1,4 +1,4 @@
-"""The longest sequences of a config, task by task."""
+"""The longest sequences of a config, by task."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ data:
   max_question_tokens: 30
   max_answer_tokens: 20
 """
-ASKED = 30 + 20 + 32  # question, answer, and the words around them
+ASKED = 30 + 20 + 32  # question, answer and surrounding words
 
 
 def load(tmp_path: Path, *overrides: str) -> RunConfig:
@@ -80,7 +80,7 @@ def test_the_largest_sample_of_a_source_has_all_its_contexts(
     assert largest_sample(config, config.data.sources[-1]) == expected
 
 
-X = "xyz" * 500  # a letter is a token
+X = "xyz" * 500  # each letter is one token
 ASKED_ABOUT = {"passage": X[:200], "question": X[:30], "answer": X[:20]}
 PROMPT = {"instruction": f"{X[:10]}||{X[:10]}||{X[:10]}"}
 OWN_TEMPLATE = """{{ bos_token }}{{ "<|im_start|>system\\nYou read what was compressed, and answer.<|im_end|>\\n" }}

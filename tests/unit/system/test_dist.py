@@ -1,4 +1,4 @@
-"""One process is a group of one; an error of one rank is an error of all."""
+"""A single process forms a group of one. An error on one rank is raised on all ranks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_gpu_that_is_not_there_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:97", torch.device("cuda", 97)])
 def test_device_that_torch_cannot_use_is_an_error_in_words(name):
-    """Whether torch lacks CUDA, the machine a GPU, or only that one: each has another exception in torch."""
+    """torch raises different exceptions for a build without CUDA, a machine without a GPU, and a missing GPU index."""
     with pytest.raises(ConfigError, match=f"device is '{name}', which torch cannot use here: .*arc-ds doctor"):
         device.usable_device(name)
 

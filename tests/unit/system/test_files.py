@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes of files and folders."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_content_is_on_the_disk_before_the_file_has_its_name(
     monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("fsync"), fsync(descriptor)))
     monkeypatch.setattr(Path, "replace", lambda self, target: (events.append("rename"), replace(self, target)))
     write_whole(tmp_path / "latest", "a")
-    assert events == ["fsync", "rename", "fsync"]  # the file, its name, the folder
+    assert events == ["fsync", "rename", "fsync"]  # file, file name, folder
 
 
 def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:

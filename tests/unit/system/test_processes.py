@@ -1,4 +1,4 @@
-"""Worker processes: what they begin with, and that nothing waits for what is left of them when one dies."""
+"""Worker processes: their initial state, and no waiting for the remaining workers after one dies."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from arc_ds.errors import DataError, StorageError
 from arc_ds.system.processes import worker_pool
 
 ROOT = Path(__file__).resolve().parents[3]
-# SIGTERM is how Python ends the workers of a broken pool. One that does not hear it stands for one that it overlooks,
-# since it was just being started.
+# Python ends the workers of a broken pool with SIGTERM. A worker that ignores SIGTERM stands for one that Python misses
+# because it was still starting.
 LEFT_OVER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_what_a_worker_cannot_begin_for_is_the_error(capfd: pytest.CaptureFixtur
 
 
 def test_workers_that_cannot_be_started_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third one cannot; the first two wait for it."""
+    """The third worker cannot start; the first two wait for it."""
     start, started = SpawnProcess.start, []
 
     def start_two(process: SpawnProcess) -> None:

@@ -1,4 +1,4 @@
-"""The throughput program measures both ways of getting ids, and leaves no cache behind for the next measurement."""
+"""The throughput benchmark measures both ways of getting ids, and removes its caches before the next measurement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_rows_of_both_ways_are_appended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
-        monkeypatch.setenv(name, "")  # the program sets them: put back afterwards
+        monkeypatch.setenv(name, "")  # the program sets these variables; restore them afterwards
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     (tmp_path / "text.txt").write_text(TEXT * 200)
     tokenizer, out = write_tiktoken(tmp_path / "tokenizer.model"), tmp_path / "rows.csv"

@@ -1,4 +1,4 @@
-"""The benchmark of the shard tools measures what it says: all processes, and an input of the size asked for."""
+"""The benchmark of the shard tools measures all processes, and its input has the requested size."""
 
 from __future__ import annotations
 

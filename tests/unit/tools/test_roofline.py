@@ -1,4 +1,4 @@
-"""The roofline's count: against operations counted by hand, the analytic count, and the launches of real operators."""
+"""The roofline's count against manual counts, the analytic count, and the launches of real operators."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def launches(roofline: ModuleType) -> ModuleType:
 
 
 def _counted(roofline: ModuleType, run: Callable[[], Any]) -> list[tuple[str, int, int, int]]:
-    """Kernel, launches, FLOPs and bytes of each kind of launch."""
+    """Kernel name, number of launches, FLOPs and bytes, by kind of launch."""
     counter = roofline.StepCounter()
     with counter:
         run()
@@ -60,13 +60,13 @@ def _few_operations() -> None:
 BY_HAND = [
     ("mm", 1, 2 * 4 * 6 * 5, 4 * (24 + 30 + 20)),
     ("add", 1, 0, 4 * (24 + 24)),  # one input, read once
-    ("add", 1, 0, 4 * (12 + 84)),  # the twelve elements behind the expanded view
+    ("add", 1, 0, 4 * (12 + 84)),  # the twelve elements that the expanded view refers to
     ("add", 1, 0, 4 * (24 + 6 + 24)),
     ("index_select", 1, 0, 4 * (18 + 18) + 8 * 3),  # three rows of the table
     ("index", 1, 0, 4 * (18 + 18) + 8 * 3),
     ("index_put: clone", 1, 0, 4 * (24 + 24)),
     ("index_put", 1, 0, 4 * (18 + 18) + 8 * 3),
-    ("index_put_", 1, 0, 4 * (18 + 2 * 18) + 8 * 3),  # added to: read too
+    ("index_put_", 1, 0, 4 * (18 + 2 * 18) + 8 * 3),  # read as well, because values are added to it
     ("add_", 1, 0, 4 * (24 + 24)),
     ("copy_", 1, 0, 4 * (24 + 24)),  # the target is not read
 ]
@@ -94,7 +94,7 @@ def test_a_wrong_rule_changes_the_count_by_hand(
 
 @pytest.mark.parametrize("size", ["toy", "paper"])
 def test_products_are_those_of_the_analytic_count(roofline: ModuleType, size: str) -> None:
-    """To the operation, no tolerance. Attention's backward makes 7 products here, 5 there."""
+    """Exact equality without tolerance. Attention's backward has 7 products here and 5 in the analytic count."""
     count = roofline.count(roofline.find_size(size))
     analytic = count.analytic
     passes = (analytic.encoder_forward, analytic.encoder_backward, analytic.decoder_forward, analytic.decoder_backward)
@@ -121,11 +121,11 @@ def test_plain_torch_makes_the_same_products_with_more_launches_and_bytes(roofli
 
 @pytest.mark.parametrize("implementation", ["ours", "torch"])
 def test_recomputation_adds_the_forward_of_layers_once(roofline: ModuleType, implementation: str) -> None:
-    """A layer may stop at the last tensor that backward reads, so that its last product is left out."""
+    """Recomputation of a layer may stop at the last tensor that backward needs, and so omit the last product."""
     kept, again = (roofline.count(roofline.TOY, implementation=implementation, recompute=r) for r in (False, True))
     analytic, sizes = kept.analytic, (roofline.TOY.encoder, roofline.TOY.decoder)
     forward = analytic.encoder_forward.linear + analytic.decoder_forward.linear
-    last_products = sum(2 * 100 * 2 * each.hidden_size * each.ffn_size for each in sizes)  # of at most 100 rows
+    last_products = sum(2 * 100 * 2 * each.hidden_size * each.ffn_size for each in sizes)  # chunks of at most 100 rows
     recomputed = again.of("products", phases=("recompute",)).flops
     assert forward - last_products <= recomputed <= forward
     for phase in ("forward", "backward"):
@@ -154,7 +154,7 @@ def test_additions_of_gradients_are_those_that_autograd_makes(roofline: ModuleTy
 
 
 class _RealLaunches(TorchDispatchMode):
-    """Compares the launches predicted for each operator of `arc_kernels` with those of its body, which it also runs."""
+    """Runs each operator of `arc_kernels` and compares its launches with the predicted ones."""
 
     def __init__(self, launches: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _RealLaunches(TorchDispatchMode):
 
         def counted(*args: Any, **kwargs: Any) -> None:
             self._launched += 1
-            with _disable_current_modes():  # the interpreter copies tensors about
+            with _disable_current_modes():  # the interpreter makes additional copies
                 launch(*args, **kwargs)
 
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)

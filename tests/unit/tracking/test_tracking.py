@@ -1,4 +1,4 @@
-"""The tracker against a server in memory that can be slow, dead, lose answers, and come back."""
+"""The tracker with an in-memory server that can be slow or dead, lose responses and recover."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from arc_ds.tracking.tracking_state import STATE_NAME, load_state, save_state
 
 
 class _FakeServer:
-    """Keeps every point it is sent, as MLflow does. `trouble` is called before and after each method's work."""
+    """Keeps every point it receives, as MLflow does. Each method calls `trouble` before and after its work."""
 
     def __init__(self) -> None:
         self.points: list[tuple[str, int]] = []
@@ -153,7 +153,7 @@ def test_an_answer_that_got_lost_makes_no_double_point(tmp_path: Path) -> None:
 def test_one_point_a_step_after_any_kills(
     tmp_path_factory: pytest.TempPathFactory, starts: list[tuple[int, int, bool]], lose_state: bool
 ) -> None:
-    """Each start goes `ahead` steps beyond its checkpoint, sends them or not, and is killed; then one ends well."""
+    """Each start runs `ahead` steps past its checkpoint, may or may not send them, and is killed. The last one completes."""
     folder, server, saved, known_id = tmp_path_factory.mktemp("run"), _FakeServer(), 0, None
     for ahead, checkpoint, sends in starts:
         tracker = _tracker(folder, server, resumed_step=saved, run_id=known_id)
@@ -174,7 +174,7 @@ def test_one_point_a_step_after_any_kills(
 
 
 def _kill(tracker: Tracker) -> None:
-    """The thread ends where it is, and a line is torn, as by kill -9."""
+    """Simulates kill -9: the thread stops at once, and the last line of the file is incomplete."""
     assert tracker._sender is not None and tracker._thread is not None
     tracker._sender.advance = lambda _path: True  # type: ignore[method-assign]
     tracker._sender.finish = lambda: None  # type: ignore[method-assign]

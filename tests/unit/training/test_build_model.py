@@ -1,4 +1,4 @@
-"""What a run's compressor starts from: its backbone, or the weights of another run."""
+"""Starting weights of a run's compressor: its backbone, or the weights of another run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(config_file: Path) -> TrainedCompressor:
-    """An export for the first decoder alone, beside the config."""
+    """An export for the first decoder only, next to the config."""
     both = compressor_spec(load_config(config_file))
     spec = dataclasses.replace(both, decoder_sizes=both.decoder_sizes[:1])
     result = TrainedCompressor(

@@ -1,4 +1,4 @@
-"""Hooks of the loop that are called around a run's end and start: what must happen once happens once."""
+"""Hooks at the start and end of a run: validation and saving happen exactly once per due step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AGREED = Agreed(stop=False, failed=False, splits=(0,))
 
 
 class _Validator:
-    """Stands in for `Validator`: three batches, no scores."""
+    """Fake `Validator`: three batches, no scores."""
 
     tasks, num_samples, num_forwards = ("continuation",), 24, 3
 
@@ -48,7 +48,7 @@ def _run(step: int) -> Any:
 
 
 def _validated_steps(*, every: int, done: int | None, start: int, end: int) -> list[int]:
-    """The steps after which a hook validates a run that goes from `start` to `end`."""
+    """Steps after which the hook validates a run from `start` to `end`."""
     logged: list[tuple[int, dict[str, float]]] = []
     hook = ValidationHook(lambda step, found: logged.append((step, found)), every=every, done=done)  # type: ignore[arg-type]
     hook.on_start(_run(start))
@@ -115,12 +115,12 @@ def test_a_long_validation_says_what_it_does_and_is_no_stall(caplog: pytest.LogC
     [(5, 0, STEPS, [5, 10]), (4, 0, STEPS, [4, 8, 10]), (0, 0, STEPS, [10]), (4, 4, 6, [6]), (4, 10, 10, [])],
 )
 def test_each_step_is_saved_once_after_its_metrics(every: int, start: int, end: int, expected: list[int]) -> None:
-    """A second save of a step would be an error: nothing saved is overwritten."""
+    """A second save of the same step would be an error because checkpoints are never overwritten."""
     saved: list[int] = []
     flushed: list[int] = []
 
     def save(run: Any) -> None:
-        assert flushed[-1] == run.step, "metrics of a saved step must stand in the log before it is saved"
+        assert flushed[-1] == run.step, "metrics of a step must be logged before the step is saved"
         saved.append(run.step)
 
     def run_at(step: int) -> Any:
@@ -140,7 +140,7 @@ SPEC = CompressorSpec(backbone=TINY, num_layers=3, decoder_sizes=(TINY.hidden_si
 
 
 def _reduced_over(*loads: float) -> Any:
-    """Stands in for the collective: rank r has done `loads[r]` times what this one has."""
+    """Fake collective: rank r has `loads[r]` times the values of this rank."""
 
     def reduced(own: Sequence[float], _device: torch.device, how: Any) -> list[float]:
         factor = sum(loads) if how == torch.distributed.ReduceOp.SUM else max(loads)
@@ -152,7 +152,7 @@ def _reduced_over(*loads: float) -> Any:
 def _speed_of_two_steps(
     monkeypatch: pytest.MonkeyPatch, *, peak: float | None = None, precision: str = "fp32", loads: Any = (1, 1)
 ) -> dict[str, float]:
-    """What `MetricsHook` logs after two steps of a batch by two ranks, in 4 s of which this one waited for 1 s."""
+    """Metrics that `MetricsHook` logs after two steps on two ranks. They took 4 s, and this rank waited for 1 s."""
     monkeypatch.setattr(hooks, "peak_bf16_flops", lambda _device: peak)
     monkeypatch.setattr(meters, "_reduced", _reduced_over(*loads))
     monkeypatch.setattr(hooks.dist, "world_size", lambda: 2)
@@ -221,7 +221,7 @@ def test_metrics_tell_how_full_micro_batches_are_and_what_was_lost_since_the_run
     assert found["data/encoder_tokens_limit_use"] == 9 / 36 and "data/decoder_rows_limit_use" not in found
     assert found["data/skipped"] == 2 * 2 * 3 and found["data/remade"] == 2 and found["data/degraded"] == 0
     assert found["data/over_limit"] == 2 * 2 * 2
-    assert found["data/cut_answers"] == 5 + 2 * 2 * 1, "it goes on from where the resumed run was"
+    assert found["data/cut_answers"] == 5 + 2 * 2 * 1, "counts continue from the resumed run"
 
 
 def test_balance_is_the_slowest_rank_over_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:

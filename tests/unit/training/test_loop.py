@@ -1,4 +1,4 @@
-"""The loop's ends: when it stops early, what it has told the other ranks by then, and what is left to the hooks."""
+"""The end of the loop: early stops, notices to the other ranks, and calls of the hooks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ STEPS = 4
 
 
 class _Batch(NamedTuple):
-    """Stands in for `StepBatch`."""
+    """Fake `StepBatch`."""
 
     step: int
     num_splits: int = 1
 
 
 class _Run:
-    """Stands in for `Run`: batches of step numbers, the one of `torn_step` cannot be made."""
+    """Fake `Run`: its batches are step numbers, and the batch of `torn_step` raises an error."""
 
     def __init__(self, torn_step: int = STEPS) -> None:
         self.step, self._torn_step, self.is_stopping = 0, torn_step, False
@@ -51,7 +51,7 @@ class _Run:
 
 
 class _Hook:
-    """Notes its calls; asks for a stop after a step, or finds at a call that all ranks have agreed on one."""
+    """Records its calls. Requests a stop after a given step, or sets `is_stopping` as if all ranks had agreed on a stop."""
 
     priority = 0
 
@@ -77,7 +77,7 @@ class _Hook:
 
 
 class _Fitted(NamedTuple):
-    """How a run went: exit code or error, the calls of a hook, what each step told the other ranks, the batches."""
+    """Outcome of a run: exit code or error, calls of a hook, notice of each step, and batches."""
 
     end: int | str
     calls: list[str]
@@ -94,7 +94,7 @@ def _fit(
     agrees_at: str = "",
     other: Sequence[int] = (1,) * (STEPS + 1),
 ) -> _Fitted:
-    """other: into how many micro-batches another rank splits its share of each step; 0: it has no batch."""
+    """Run `fit` with a fake step. other: `num_splits` of another rank in each step; 0 if that rank has no batch."""
     told: list[Notice] = []
     batches: list[_Batch] = []
 
@@ -125,14 +125,14 @@ def test_a_run_that_nothing_stops_does_every_step_once(monkeypatch: pytest.Monke
 def test_a_stop_is_told_with_the_next_step_and_obeyed_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     end, calls, told, _ = _fit(_Run(), monkeypatch, stop_after=1)
     assert (end, calls) == (EXIT_PREEMPTED, ["start", "1", "2", "end"])
-    assert told == [Notice(num_splits=1), Notice(stop=True)], "the batch after it is not waited for"
+    assert told == [Notice(num_splits=1), Notice(stop=True)], "the loop must not wait for the batch after the stop"
 
 
 @pytest.mark.parametrize("other", [0, 1])
 def test_a_stop_before_the_first_batch_ends_the_run_before_any_step(
     other: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On this rank (it waits no longer) or on another one (it has none)."""
+    """The stop arrives on this rank, which stops waiting, or on another rank, which then has no batch."""
     stop = StopRequest()
     if other:
         stop.set()
@@ -152,7 +152,7 @@ def test_a_stop_before_the_first_batch_ends_the_run_before_any_step(
 def test_a_stop_that_ranks_agree_on_outside_a_step_is_obeyed_at_once(
     agrees_at: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a validation; also in the last one, which is then still to come."""
+    """Ranks agree during a validation; if it was the last one, it is still pending."""
     found = _fit(_Run(), monkeypatch, agrees_at=agrees_at)
     assert (found.end, found.calls) == (EXIT_PREEMPTED, calls)
 
@@ -173,7 +173,7 @@ def test_a_first_batch_that_cannot_be_made_ends_the_run_before_any_step(monkeypa
 
 
 def test_a_batch_is_made_again_where_another_rank_needs_more_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known one step ahead, and before the first step by a word of its own; what this rank tells stays its own need."""
+    """Ranks learn it one step ahead, or from a separate collective before the first step. Notices keep this rank's own number."""
     found = _fit(_Run(), monkeypatch, other=(3, 1, 2, 1, 1))
     assert found.batches == [_Batch(0, 3), _Batch(1, 1), _Batch(2, 2), _Batch(3, 1)]
     assert [notice.num_splits for notice in found.told] == [1, 1, 1, 0]

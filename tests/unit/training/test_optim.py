@@ -1,4 +1,4 @@
-"""Parameter groups, and the optimizer that leaves ports at rest alone."""
+"""Parameter groups, and the optimizer that does not change ports at rest."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _params(groups: tuple[ParamGroup, ...]) -> Iterator[nn.Parameter]:
 
 
 def _gradients(groups: tuple[ParamGroup, ...], step: int, decoder_idx: int, idle: float | None) -> None:
-    """Random gradients; those of groups at rest are `idle` everywhere, or None."""
+    """Random gradients. Gradients of groups at rest are filled with `idle`, or None."""
     generator = torch.Generator().manual_seed(step)
     for group in groups:
         for param in group.params:
@@ -82,7 +82,7 @@ def test_a_zero_gradient_alone_would_move_a_port_at_rest() -> None:
 
 
 def test_sub_groups_stepped_one_at_a_time_take_their_groups_flag() -> None:
-    """As ZeRO-3 does it: one flat tensor in the group that it was cut from, all other groups empty."""
+    """As in ZeRO-3: one flat tensor in its original group, all other groups empty."""
     groups = _groups()
     optimizer = PortAdamW(groups, **HYPER)
     flats = {idx: [param.detach().clone().requires_grad_() for param in g.params] for idx, g in enumerate(groups)}

@@ -1,4 +1,4 @@
-"""The loss of a step: how labels weigh, and what happens to one that is not finite."""
+"""The loss of a step: weights of labels, and handling of non-finite losses."""
 
 from __future__ import annotations
 

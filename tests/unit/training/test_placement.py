@@ -1,4 +1,4 @@
-"""Where "auto" puts a frozen decoder: whole where it fits, else no further apart than it must be (design 8.1)."""
+"""Placement "auto" of a frozen decoder: replicated if it fits, else sharded over as few ranks as possible."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Every recipe of pretraining at its true size, on the meta device: shapes, parameters, what is trained, which rates.
+"""All pretraining recipes at full size on the meta device: shapes, parameter counts, trained parts and learning rates.
 
-The backbones' published config files are written out here without weights; nothing is allocated.
+This file contains the published configs of the backbones. No weights are read and no memory is allocated.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _llama(**sizes: Any) -> dict[str, Any]:
     return {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, **sizes}
 
 
-# The models' own config.json, as published, as far as sizes go.
+# The sizes in the models' published config.json files.
 MODELS: Mapping[str, dict[str, Any]] = {
     "Llama-3.2-3B": _llama(
         hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128,
@@ -70,7 +70,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
         "activation_type": "swiglu", "rope": True, "include_bias": False, "weight_tying": False,
     },
 }  # fmt: skip
-# Parameters by the models' cards: Llama 3.1 8B 8.03 B, Mistral 7B v0.3 7.25 B, Llama 2 7B 6.74 B, OLMo 7B 6.89 B.
+# Parameters according to the model cards: Llama 3.1 8B 8.03 B, Mistral 7B v0.3 7.25 B, Llama 2 7B 6.74 B, OLMo 7B 6.89 B.
 DECODER_PARAMETERS = {
     "Llama-3.1-8B": 8_030_261_248,
     "Mistral-7B-v0.3": 7_248_023_552,
@@ -85,7 +85,7 @@ WORLD_SIZES = (8, 64)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders with sizes and no weights."""
+    """Model folders with a config but no weights."""
     folder = tmp_path_factory.mktemp("models")
     for name, plain in MODELS.items():
         (folder / name).mkdir()
@@ -95,7 +95,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
 def config(request: pytest.FixtureRequest, models: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """Each recipe, loaded with its models and shards named by the environment."""
+    """Each recipe, loaded with model and shard paths from the environment."""
     monkeypatch.setenv("MODELS", str(models))
     monkeypatch.setenv("SHARDS", "shards")
     monkeypatch.delenv("RUNS", raising=False)
@@ -103,7 +103,7 @@ def config(request: pytest.FixtureRequest, models: Path, monkeypatch: pytest.Mon
 
 
 def on_meta(config: RunConfig) -> tuple[CompressorSpec, Compressor]:
-    """The recipe's compressor, without storage, its frozen parts marked."""
+    """The recipe's compressor on the meta device, with its frozen parts marked."""
     spec = compressor_spec(config)
     with torch.device("meta"):
         compressor = build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
@@ -126,7 +126,7 @@ def test_the_encoder_is_llama_3_2_3b_without_its_last_two_layers(config: RunConf
     assert (spec.strategy, spec.pooled_queries, spec.where, spec.memory_tokens) == ("mean", True, "before", 0)
     assert num_parameters(compressor.encoder) == ENCODER_PARAMETERS
     assert round(ENCODER_PARAMETERS / 1e9, 1) == 3.0
-    # 28 layers and the final norm are the 3.21 B of the model's card; the head is tied.
+    # With 28 layers, the final norm and a tied head, this is the 3.21 B of the model card.
     layer = num_parameters(compressor.encoder.layers[0])
     assert ENCODER_PARAMETERS + 2 * layer + 3072 == 3_212_749_824
 
@@ -203,12 +203,12 @@ def test_rates_rise_to_the_papers_peaks_and_fall_to_its_end(config: RunConfig) -
         assert math.isclose(schedule.lr(79_999, peak), 1e-10, rel_tol=1e-9)
         rates = [schedule.lr(step, peak) for step in (0, 250, 500, 999)]
         assert rates == sorted(rates) and schedule.lr(40_000, peak) < peak
-    # Half way up the cosine.
+    # Halfway up the cosine.
     assert schedule.lr(500, 1e-5) == pytest.approx(0.5e-5, rel=2e-3)
 
 
 def test_a_backbone_of_another_width_would_be_noticed(models: Path, tmp_path: Path, config: RunConfig) -> None:
-    """The counts above come from the folders: another size in one of them changes them."""
+    """The counts above depend on the config files: changing a size in one of them changes the counts."""
     for name, plain in MODELS.items():
         (tmp_path / name).mkdir()
         smaller = {**plain, "intermediate_size": 8064} if name == "Llama-3.2-3B" else plain

@@ -1,4 +1,4 @@
-"""What of a run's config others may see."""
+"""Secrets are removed from a run's config before it is shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning rates: torch's shape where it is right, the ends that the config says, and the reference's own tables."""
+"""Learning rates: torch's schedule, the configured start and end rates, and the reference's tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_shape_is_that_of_torch_where_the_final_rate_is_torchs_own(total: int, w
 
 
 def test_reference_tables_follow_with_their_own_ends(golden: Path) -> None:
-    """The reference's final rate is divided by peak / initial, its bridge starts in proportion, its beta1 cycles."""
+    """The reference divides its final rate by peak / initial, scales the bridge's initial rate, and cycles beta1."""
     tables = [table for table in _tables(golden) if table["type"] == "cycle"]
     assert len(tables) == 2
     for table in tables:
@@ -92,5 +92,5 @@ def test_a_group_with_a_peak_of_zero_is_never_moved() -> None:
 
 @pytest.mark.parametrize("step", [-1, 80_000])
 def test_a_step_outside_of_the_run_is_an_error(step: int) -> None:
-    with pytest.raises(ValueError, match=f"step {step} lies outside of a run of 80000 steps"):
+    with pytest.raises(ValueError, match=f"step {step} is outside a run of 80000 steps"):
         PAPER.lr(step, 1e-5)

@@ -1,4 +1,4 @@
-"""What a rank checks before anything is opened."""
+"""Checks of a rank before it opens any file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation tells how far it is: a rank that scores for an hour must not be taken for a stalled one."""
+"""Validation reports its progress, so the watchdog does not mistake a long validation for a stall."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _score(batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
 def test_each_batch_is_told_and_counted_before(
     world_size: int, first: int, later: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two decoders, four ways, five samples in batches of two; closed and open are scored once."""
+    """Two decoders, four forms, five samples in batches of two. Closed and open are scored once."""
     group = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: world_size, all_reduce=lambda _: None)
     monkeypatch.setattr(validate, "torch_dist", group)
     validator = Validator(
@@ -71,12 +71,12 @@ def test_a_stop_ends_it_before_the_next_batch_on_all_ranks(own: bool, monkeypatc
     assert len(told) == 3
     told.clear()
     monkeypatch.setattr(group, "all_reduce", lambda _: None)
-    assert validator.run(compress, (_score,), progress)["a"][TASK].closed == 1.0, "it can be begun again"
+    assert validator.run(compress, (_score,), progress)["a"][TASK].closed == 1.0, "validation can be restarted"
     assert len(told) == 4 * 3
 
 
 def _ragged_set() -> ValidationSet:
-    """Samples of 3 to 8 labels, the open ones with up to 40 rows more."""
+    """Samples with 3 to 8 labels; open samples have up to 40 additional rows."""
     texts = [Segment.text(range(10, 13 + num), in_loss=True) for num in range(6)]
     compressed = tuple(
         Sample(TASK, (Segment.text([1]), Segment.context(range(1, 5 + 6 * num)), text))
@@ -115,7 +115,7 @@ def test_large_samples_are_scored_within_the_limits_with_the_same_result(
     sizes = [(len(batch.tasks), batch.num_encoder_tokens, batch.num_decoder_rows) for batch in batches]
     assert all(num == 1 or limits.allow(tokens, rows) for num, tokens, rows in sizes)
     assert len(sizes) > 4 and any(num > 1 for num, _, _ in sizes)
-    assert not all(limits.allow(tokens, rows) for _, tokens, rows in sizes), "the largest fits by itself only"
+    assert not all(limits.allow(tokens, rows) for _, tokens, rows in sizes), "the largest sample must exceed the limits"
 
 
 def test_other_held_out_samples_have_another_fingerprint() -> None:

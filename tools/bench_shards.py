@@ -1,9 +1,9 @@
-"""Time and memory of building and checking shards of synthetic JSONL, for several sizes of the input.
+"""Time and memory of building and checking shards from synthetic JSONL of several sizes.
 
     python tools/bench_shards.py --tokenizer MODEL --mb 100 1000 --workers 2
 
-Prints CSV rows for each size. The memory is the sum over all processes of the command, sampled four times a second;
-pages that several of them share are counted once. It must not grow with the input. Linux only.
+Prints CSV rows for each size. Memory is the sum over all processes of the command, sampled four times per second.
+Pages shared by several processes count once. Memory must not grow with the input. Linux only.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ _WORDS = "the of a and to in was on that by stone tower lamp keeper island harbo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What one command took, all its processes together. input_mb: megabytes (10^6 bytes).
+    """Time and memory of one command, summed over its processes.
 
-    peak_mib: memory, with the pages of files that are mapped (of tars: `check` maps one a worker, and the system may
-    drop them); peak_own_mib: without.
+    input_mb: size of the input in megabytes (10^6 bytes).
+    peak_mib: peak memory including pages of mapped files. `check` maps one tar per worker; the system may drop these
+        pages.
+    peak_own_mib: peak memory without pages of mapped files.
     """
 
     command: str
@@ -53,12 +55,12 @@ class Row:
 
 
 def main() -> int:
-    """Run the benchmark; 0 on success."""
+    """Run the benchmark; return 0 on success."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True, help="a file or folder")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer file or folder")
     parser.add_argument("--mb", type=float, nargs="+", default=[100.0, 1000.0], help="sizes of the inputs")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--folder", type=Path, help="for inputs and shards, which are removed again")
+    parser.add_argument("--folder", type=Path, help="folder for inputs and shards; both are removed at the end")
     args = parser.parse_args()
     writer = csv.DictWriter(sys.stdout, [field.name for field in fields(Row)])
     writer.writeheader()
@@ -76,7 +78,7 @@ def main() -> int:
 
 
 def write_jsonl(path: Path, num_bytes: int) -> None:
-    """Documents of 0.2 to 6 KB of words in random order, the same each time."""
+    """Write documents of 0.2 to 6 KB with words in random order. The output is deterministic."""
     draw = random.Random(0)
     words = _WORDS.split()
     sentences = [" ".join(draw.choices(words, k=draw.randrange(4, 24))).capitalize() + "." for _ in range(5000)]
@@ -88,7 +90,7 @@ def write_jsonl(path: Path, num_bytes: int) -> None:
 
 
 def measure(words: list[str], *, input_mb: float, workers: int) -> Row:
-    """Run `arc-ds shards …` and watch it. RuntimeError where it fails."""
+    """Run `arc-ds shards …` and measure it. Raises RuntimeError if the command fails."""
     start, cpu_start = time.perf_counter(), _children_cpu_s()
     process = subprocess.Popen([sys.executable, "-m", "arc_ds.cli", "shards", *words], stdout=subprocess.DEVNULL)
     watch = MemoryWatch(process.pid)
@@ -118,14 +120,14 @@ def _children_cpu_s() -> float:
 
 
 class Memory(NamedTuple):
-    """Bytes, with and without the pages of mapped files."""
+    """Memory in bytes, with and without pages of mapped files."""
 
     total: int = 0
     own: int = 0
 
 
 class MemoryWatch(threading.Thread):
-    """Samples the memory of a process and all its descendants. num_processes: the most that were seen at once."""
+    """Samples the memory of a process and its descendants. num_processes: maximum number of concurrent processes."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -142,19 +144,19 @@ class MemoryWatch(threading.Thread):
             self.num_processes = max(self.num_processes, len(found))
 
     def stop(self) -> None:
-        """End sampling and wait for the thread."""
+        """Stop sampling and wait for the thread."""
         self._stopped.set()
         self.join()
 
 
 def _descendants(pid: int) -> list[int]:
-    """A process and all below it that still run."""
+    """A process and its running descendants."""
     found = [pid]
-    for parent in found:  # grows while it is walked
+    for parent in found:  # grows during iteration
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
             try:
                 found += [int(child) for child in task.read_text().split()]
-            except OSError:  # it has ended meanwhile
+            except OSError:  # the process has ended in the meantime
                 continue
     return found
 

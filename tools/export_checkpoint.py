@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A run's ZeRO shards as safetensors: the same as `arc-ds export`, without GPU or process group.
+"""Export a run's ZeRO shards as safetensors, like `arc-ds export`. Needs no GPU or process group.
 
     python tools/export_checkpoint.py RUN_OR_CHECKPOINT OUT [--format arc]
 """
@@ -14,7 +14,7 @@ from arc_ds.errors import ArcError
 
 
 def main() -> int:
-    """Parses the command line and exports; 0 on success, 2 where the input cannot be used."""
+    """Parse the command line and export; return 0 on success, 2 if the input cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     try:

@@ -1,4 +1,4 @@
-"""Hosts that were told different things, or that found different files, are one error before anything is loaded."""
+"""Different configs or files on hosts: all ranks raise the same error before anything is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _read(path: str, overrides_of_rank: Sequence[Sequence[str]]) -> str:
-    """The error that this rank gets, empty where it gets none."""
+    """Error message on this rank; empty if there is none."""
     overrides = overrides_of_rank[dist.rank()]
     try:
         read_parts(load_config(path, [*overrides, f"run_dir=run_of_{dist.rank()}"]), torch.device("cpu"))
@@ -80,11 +80,11 @@ def test_a_host_that_found_other_files_stops_all(config: Path, override: str, na
     first, second = run_on_ranks(
         _read, str(config), [["validation.every=0"], ["validation.every=0", override.format(config.parent)]]
     )
-    assert first == second == f"ranks have found different {named}. Give every host the same files."
+    assert first == second == f"ranks found different {named}. Provide the same files on every host."
 
 
 def test_a_host_whose_manifests_count_other_passages_stops_all(config: Path) -> None:
-    """Their fingerprint is the same, but its ranks would deal the samples otherwise."""
+    """The fingerprints are equal, but the ranks of that host would distribute samples differently."""
     counted = config.parent / "counted"
     shutil.copytree(config.parent / "train", counted, dirs_exist_ok=True)
     manifest = counted / "manifest.json"

@@ -23,7 +23,7 @@ GLOBAL_BATCH = 4
 
 
 class _SkippingAdamW(torch.optim.AdamW):
-    """Steps a group only where it is active, as the trainer's optimizer does with bridges."""
+    """Updates only active groups, like the trainer's optimizer."""
 
     def step(self, closure: Any = None) -> None:
         groups = self.param_groups
@@ -33,7 +33,7 @@ class _SkippingAdamW(torch.optim.AdamW):
 
 
 class _Net(nn.Module):
-    """Odd sizes, so that pieces are padded; a frozen weight; a buffer; two bridges of which each step uses one."""
+    """Odd sizes (so shards are padded), a frozen weight, a buffer, and two bridges used in different steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def _engine(seed: int = 0, zero_stage: int = 3) -> Any:
 
 
 def _train(engine: Any, first: int, last: int) -> list[float]:
-    """Steps [first, last); the batch of a step is a function of the step. Returns the loss of this rank's part."""
+    """Run steps [first, last) and return the losses of this rank. The batch is a function of the step."""
     losses = []
     for step in range(first, last):
         which = int(step % 3 == 2)
@@ -96,7 +96,7 @@ def _weights(engine: Any) -> dict[str, Tensor]:
 
 
 def _moments(engine: Any) -> list[dict[str, Any]]:
-    """State and hyperparameters of each sub-group as this rank holds them."""
+    """Optimizer state and hyperparameters of each sub-group on this rank."""
     optimizer = engine.optimizer
     found = []
     for sub_group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
@@ -159,7 +159,7 @@ def test_resume_continues_bit_for_bit(tmp_path: Path) -> None:
 
 
 class _Killed(BaseException):
-    """Stands for kill -9: nothing catches it, and a save has no clean-up that would run."""
+    """Stands for kill -9: no code catches it, and a save runs no clean-up."""
 
 
 def _fail_in_each_phase(directory: Path) -> list[tuple[str, str | None, int]]:
@@ -184,13 +184,13 @@ def _fail_in_each_phase(directory: Path) -> list[tuple[str, str | None, int]]:
 
 
 def _raise_at(name: str, phase: str) -> None:
-    """On all ranks at the same instant: rank 1 has left the save by the phases that only rank 0 has."""
+    """Raise on all ranks at the same point. In phases of rank 0 only, rank 1 has already left the save."""
     if name == phase:
         raise _Killed
 
 
 def _rank_one_leaves_too(directory: Path) -> list[tuple[str, str | None, int]]:
-    """Rank 1 waits at the save's closing barrier while rank 0 fails before it; pair that barrier off."""
+    """Rank 1 waits at the save's final barrier, but rank 0 fails before it. Let rank 0 enter a matching barrier."""
     if dist.get_rank() == 1:
         return _fail_in_each_phase(directory)
     original = checkpoint._publish
@@ -307,7 +307,7 @@ def _load_and_train(directory: Path) -> tuple[dict[str, Tensor], list[dict[str, 
 
 
 def test_another_world_size_keeps_every_bit_of_weights_and_optimizer(tmp_path: Path) -> None:
-    """2 → 1 → 2: back on two ranks everything is as it was, group by group, and one rank's losses are two ranks'."""
+    """2 → 1 → 2: back on two ranks, every group is unchanged. The losses of one rank equal those of two ranks."""
     saved = run_on_ranks(_train_and_save, tmp_path / "two")
     ((one_weights, one_moments, _),) = run_on_ranks(
         _load_resharded_and_save, tmp_path / "two", tmp_path / "one", num_ranks=1

@@ -1,4 +1,4 @@
-"""An error that one rank finds is raised on all of them."""
+"""An error on one rank is raised on all ranks."""
 
 from __future__ import annotations
 

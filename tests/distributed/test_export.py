@@ -1,4 +1,4 @@
-"""`arc-ds export` of real ZeRO-3 shards: two ranks train and save, one process without them joins and writes."""
+"""`arc-ds export` of real ZeRO-3 shards: two ranks train and save, a single process exports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHANGES = {"num_layers": 2, "decoder_sizes": (48, 48)}
 
 
 def filled_compressor(trained: TrainedCompressor) -> Compressor:
-    """With the trained one's tensors; its first layer and its embeddings are frozen."""
+    """A compressor with the tensors to train; its first layer and its embeddings are frozen."""
     compressor = build_compressor(trained.spec)
     compressor.load_state_dict(dict(trained.tensors))
     set_trained(compressor.encoder, trained_layers=1, train_embeddings=False)
@@ -43,7 +43,7 @@ def filled_compressor(trained: TrainedCompressor) -> Compressor:
 
 
 def train_and_save(run: Path) -> dict[str, Tensor]:
-    """Two steps and a checkpoint; returns the whole parameters as the engine has them."""
+    """Train two steps and save a checkpoint; return the engine's gathered parameters."""
     import deepspeed
 
     trained = tiny_trained(run / f"rank{dist.get_rank()}", **CHANGES)
@@ -72,7 +72,7 @@ def train_and_save(run: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """A run's folder with one checkpoint of two ranks, and the parameters that they had."""
+    """A run's folder with one checkpoint from two ranks, and the parameters at that step."""
     run = tmp_path_factory.mktemp("run")
     return run, run_on_ranks(train_and_save, run)[0]
 

@@ -1,4 +1,4 @@
-"""The launch wrapper around the real deepspeed launcher, with a stand-in for the training."""
+"""The launch wrapper with the real deepspeed launcher and a fake training module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 ROOT = Path(__file__).resolve().parents[2]
-# Against a hang only: a start takes some 10 s, and several times that on a busy machine.
+# Only a guard against hangs: a start takes about 10 s, and several times as long on a busy machine.
 LIMIT_S = 240.0
 PROGRAM = """
 import sys
@@ -50,7 +50,7 @@ def _end_what_a_failed_test_left() -> Iterator[None]:
 
 
 def _start(mode: str, folder: Path, launcher: str = "light") -> subprocess.Popen[str]:
-    """The wrapper in a process of its own. deepspeed's launcher takes 5 s of a CPU, so few tests use it."""
+    """Start the wrapper in a separate process. DeepSpeed's launcher takes 5 s of CPU time, so few tests use it."""
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     process = subprocess.Popen(
@@ -115,7 +115,7 @@ def test_all_ranks_end_well_and_share_the_cores(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_a_stop_signal_while_the_ranks_load_is_not_lost(tmp_path: Path, number: signal.Signals) -> None:
-    """The stand-in opens its StopRequest half a second after the signal."""
+    """The fake training module opens its StopRequest half a second after the signal."""
     assert _stop(tmp_path, number, "light") == EXIT_PREEMPTED
 
 

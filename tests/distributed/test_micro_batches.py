@@ -1,4 +1,4 @@
-"""Whole runs on two ranks whose shares are split under limits: the same losses, whatever the plan had promised."""
+"""Whole runs on two ranks with micro-batch limits: the losses do not depend on the splits or on the planned numbers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,14 @@ SMALL = (
 
 
 class Outcome(NamedTuple):
-    """What one rank saw: micro-batches for each decoder by step, as it had them and as it ran them; the fullest one."""
+    """Results of one rank.
+
+    had: micro-batches per decoder in each step as first built by this rank.
+    ran: micro-batches per decoder in each step as executed.
+    largest: maximum encoder tokens and maximum decoder rows of a micro-batch.
+    remade: number of repacked batches.
+    over_limit: number of samples that exceed a limit.
+    """
 
     had: tuple[int, ...] = ()
     ran: tuple[int, ...] = ()
@@ -53,7 +60,7 @@ class Outcome(NamedTuple):
 
 
 class _Watch:
-    """Notes the batches that a run trains on."""
+    """Records the batches that a run trains on."""
 
     priority = 99
 
@@ -71,8 +78,12 @@ class _Watch:
 
 
 def _train(config: str, overrides: Sequence[str], plan_is_low: bool, max_rows: int | None) -> Outcome:
-    """plan_is_low: the index's lengths promise that no part need be split. max_rows: a limit that samples exceed, as
-    those do whose text is denser in the decoder's tokens than the config can know."""
+    """Train a run on this rank.
+
+    plan_is_low: replace the plan from indexed lengths by one without splits.
+    max_rows: a row limit that some samples exceed. In practice this happens if a text has more decoder tokens than the
+        config can predict.
+    """
     run = build_run(load_config(config, overrides), torch.device("cpu"))
     run.data.limits = run.data.limits if max_rows is None else MicroBatchLimits(max_decoder_rows=max_rows)
     folder = RunFolder.open(run)
@@ -138,7 +149,7 @@ def _of_training(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def _assert_one_rank_followed_the_other(outcomes: list[Outcome]) -> None:
-    """In some steps, among them the first, the ranks' own numbers differed, and the smaller was made again."""
+    """In some steps, including the first, the ranks first built different numbers, and the smaller one was raised."""
     first, second = outcomes
     assert first.ran == tuple(max(pair) for pair in zip(first.had, second.had, strict=True))
     followed = [abs(a - b) > 0 for a, b in zip(first.had, second.had, strict=True)]

@@ -1,9 +1,9 @@
-"""Two ranks of ZeRO-3 against plain PyTorch on the joined batch, and wrong trainers that must not pass (design 8).
+"""Two ranks of ZeRO-3 against plain PyTorch on the joined batch, and wrong trainers that must fail.
 
-The metric: losses and gradient norms of each of ten steps by their relative difference, parameters by the norm of the
-difference over the norm of the plain trainer's tensor, the worst of all. Measured with DeepSpeed 0.19.8 and torch 2.13:
-1.3e-7, 6.7e-7 and 3.3e-7 (the last with the eps of `plain_trainer`), while trained tensors move by 2e-3 to 2e-2 in
-these ten steps.
+The metrics are maxima over ten steps: the relative difference of losses and of gradient norms, and for parameters the
+norm of the difference divided by the norm of the plain trainer's tensor. With DeepSpeed 0.19.8 and torch 2.13 they are
+1.3e-7, 6.7e-7 and 3.3e-7 (the last with the eps of `plain_trainer`). Trained tensors move by 2e-3 to 2e-2 in these ten
+steps.
 """
 
 from __future__ import annotations
@@ -64,11 +64,14 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One way to train: the recommended one, or wrong in one respect.
+    """A training set-up: the recommended one, or one with a single mistake.
 
-    idle_ports_run, idle_ports_rest: right where they are True. spoilt: what is not finite on rank 1 in step
-    `SPOILT_STEP`, None for nothing. born_partitioned: no rank ever holds a whole model, as in a run. same_batch: each
-    step trains for both decoders. max_encoder_tokens: of a micro-batch; ranks split their two parts under it.
+    born_partitioned: build modules partitioned, as in a run, so no rank ever holds a whole model.
+    same_batch: each step trains for both decoders.
+    max_encoder_tokens: limit of a micro-batch; ranks split their two parts to satisfy it.
+    idle_ports_run: False is a mistake: ports at rest are not part of the graph.
+    idle_ports_rest: False is a mistake: ports at rest are updated.
+    spoilt: the quantity that is not finite on rank 1 in step `SPOILT_STEP`; None for none.
     """
 
     placement: str = "replicated"
@@ -88,7 +91,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one rank saw of a run."""
+    """Results of a run on one rank."""
 
     trajectory: Trajectory
     results: tuple[StepResult, ...]
@@ -118,7 +121,7 @@ def _ds_config(case: Case) -> dict[str, Any]:
 
 
 class _AlwaysActive(PortAdamW):
-    """The wrong optimizer: it steps ports at rest, too."""
+    """The wrong optimizer: it also updates ports at rest."""
 
     def prepare(self, *args: Any) -> dict[str, float]:
         rates = super().prepare(*args)
@@ -128,7 +131,7 @@ class _AlwaysActive(PortAdamW):
 
 
 class _WithoutIdleRun(Compressor):
-    """The wrong compressor: ports at rest stay out of the graph."""
+    """The wrong compressor: ports at rest are not part of the graph."""
 
     def forward(self, batch: PackedBatch, decoder_idx: int = 0) -> Tensor:
         return self.ports[decoder_idx](self.encoder(batch), batch)
@@ -214,12 +217,12 @@ def _train(case: Case) -> Run:
 
 
 def _infinite_nll(decoder: Callable[[PackedBatch, Tensor], Tensor], batch: PackedBatch, z_ZD: Tensor) -> Tensor:
-    """An infinite loss whose own gradient is finite: only the loss can tell."""
+    """An infinite loss with a finite gradient: only the loss shows the problem."""
     return decoder(batch, z_ZD) + torch.inf
 
 
 def _nan_gradient(decoder: Callable[[PackedBatch, Tensor], Tensor], batch: PackedBatch, z_ZD: Tensor) -> Tensor:
-    """A finite loss and one gradient that is not a number: only the gradient can tell."""
+    """A finite loss with one NaN gradient: only the gradient shows the problem."""
     z_ZD.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), torch.nan))
     return decoder(batch, z_ZD)
 
@@ -254,7 +257,7 @@ def _plain(
     mean_of_parts: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Trajectory:
-    """The plain trainer's run; `without` one step."""
+    """Run of the plain trainer. without: a step to skip."""
     compressor = tiny_compressor(trained_layers=trained_layers, train_embeddings=train_embeddings).to(dtype)
     decoders = [decoder.to(dtype) for decoder in tiny_decoders()]
     steps = [step for step in range(NUM_STEPS) if step != without]
@@ -262,9 +265,9 @@ def _plain(
 
 
 def _bound(**oracle: Any) -> float:
-    """How far two ranks may be from a plain run: `TOLERANCE`, or as far as that itself is from float64.
+    """Error bound of two ranks against a plain run: the larger of `TOLERANCE` and the plain run's error against float64.
 
-    Two decoders' gradients cancel in part, and the norm of what is left has more of their noise: 2.6e-6 here.
+    Gradients of two decoders partly cancel, so the norm of their sum has a larger relative error: 2.6e-6 here.
     """
     return max(TOLERANCE, *_errors(_plain(**oracle), _plain(**oracle, dtype=torch.float64)).values())
 
@@ -331,7 +334,7 @@ def _assert_both_ranks_agree(runs: list[Run]) -> None:
 
 
 def _assert_moved(case: Case, trajectory: Trajectory) -> None:
-    """Every trained tensor has moved by more than the tolerance could hide, and no other has."""
+    """Every trained tensor has moved by more than the tolerance; no other tensor has moved."""
     start = tiny_compressor(trained_layers=case.trained_layers, train_embeddings=case.train_embeddings)
     for name, param in start.named_parameters():
         distance = float((trajectory.params[name] - param).norm() / param.norm())
@@ -353,7 +356,7 @@ def test_rank_means_are_the_mean_of_all_parts_means_however_they_are_split(
 
 
 def test_a_split_is_one_and_alone_a_rank_makes_the_same_of_it() -> None:
-    """More passes than parts in some steps, the same number on both ranks; and one rank alone finds the same."""
+    """Some steps have more passes than parts, in equal number on both ranks. A single rank gives the same results."""
     case = Case(max_encoder_tokens=14)
     runs = run_on_ranks(_train, case)
     assert runs[0].num_passes == runs[1].num_passes and len({*runs[0].num_passes, NUM_PARTS}) > 2
@@ -393,7 +396,7 @@ def _without(trajectory: Trajectory, step: int) -> Trajectory:
 
 
 def _weights_kept_for_backward(own_linear: bool) -> dict[str, int]:
-    """Linears, their gathered weights that the graph saves, and those that are alive between the passes."""
+    """Number of linears, of gathered weights saved in the graph, and of weights alive between forward and backward."""
     case = Case(placement="zero3", persistence_threshold=0)
     engine, decoders = _build(case), _place(case)
     batch = step_of_rank(0, rank=dist.get_rank(), world_size=2, num_parts=1).micro_batches[0].batch

@@ -1,4 +1,4 @@
-"""The rank pool itself: what a test can rely on when it runs a function on two ranks."""
+"""Guarantees of the rank pool for tests that run a function on two ranks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What one rank knows stops all ranks at the same step boundary: a stop signal, and a batch that cannot be made.
+"""A stop signal or an invalid batch on one rank stops all ranks at the same step boundary.
 
-And a validation, which may take long, is broken off by a stop.
+A stop also aborts a validation, which may take long.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SMALL = (
 
 
 class Outcome(NamedTuple):
-    """What one rank saw."""
+    """Results of one rank."""
 
     code: int | None
     error: tuple[type, str] | None
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 class _TornOnRankOne:
-    """A run's data, of which rank 1 cannot make one step's batch."""
+    """Data of a run. On rank 1 the batch of one step raises an error."""
 
     def __init__(self, data: StepData, torn_step: int) -> None:
         self._data, self._torn_step = data, torn_step
@@ -68,7 +68,7 @@ class _TornOnRankOne:
 
 
 class _SignalToRankOne:
-    """Signals rank 1 after a step, as a launcher would."""
+    """Signals rank 1 after a step, like a launcher."""
 
     priority = 99
 
@@ -102,7 +102,7 @@ def _train(config: str, run_dir: str, torn_step: int, signal_after: int) -> Outc
 
 
 def _validate(config: str, run_dir: str, signal_at: int) -> Outcome:
-    """Rank 1 is signalled at its first look whether it has been, where `signal_at` steps are done."""
+    """Run with validation. After `signal_at` steps, rank 1 gets a signal when validation first checks for a stop."""
     held_out = f"data.validation={Path(config).parent / 'held_out'}"
     overrides = (f"run_dir={run_dir}", *SMALL, "validation.every=2", "checkpoint.every=2", held_out)
     run = build_run(load_config(config, overrides), torch.device("cpu"))
@@ -127,7 +127,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(config: Path, tmp_path: Path) -> None:
-    """It is told with the next step, and obeyed at that step's end."""
+    """The signal is exchanged in the next step, and all ranks stop after it."""
     outcomes = run_on_ranks(_train, str(config), str(tmp_path / "run"), -1, 2)
     assert outcomes == [Outcome(EXIT_PREEMPTED, None, 3)] * 2
     assert last_saved_step(tmp_path / "run") == len(losses(tmp_path / "run")) == 3
@@ -148,7 +148,7 @@ def test_a_first_batch_that_one_rank_cannot_make_is_an_error_of_all(config: Path
 def test_a_signal_in_a_validation_breaks_it_off_and_the_next_start_makes_up_for_it(
     config: Path, untouched: dict[int, dict[str, float]], signal_at: int
 ) -> None:
-    """Before the first step, after one that is saved already, and after the last one."""
+    """Signals before the first step, after a saved step, and after the last step."""
     run = config.parent / f"stopped_at_{signal_at}"
     outcomes = run_on_ranks(_validate, str(config), str(run), signal_at)
     assert outcomes == [Outcome(EXIT_PREEMPTED, None, signal_at)] * 2
@@ -162,7 +162,7 @@ def test_a_signal_in_a_validation_breaks_it_off_and_the_next_start_makes_up_for_
 
 @pytest.fixture(scope="module")
 def untouched(config: Path) -> dict[int, dict[str, float]]:
-    """The numbers of a run that validates and that nobody stops."""
+    """Metrics of a run with validation and without a stop."""
     run = config.parent / "untouched"
     assert run_on_ranks(_validate, str(config), str(run), -1) == [Outcome(EXIT_OK, None, 6)] * 2
     numbers = numbers_by_step(run)

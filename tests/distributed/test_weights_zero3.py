@@ -1,4 +1,4 @@
-"""Weights go into ZeRO-3 partitions one tensor at a time; rank 0 alone reads, and its failure is everybody's."""
+"""Loading weights into ZeRO-3 partitions one tensor at a time. Only rank 0 reads; if it fails, all ranks fail."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ZERO3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": STAGE}
 
 
 class _Counting:
-    """Passes through, counts reads, and can fail at one of them."""
+    """Forwards reads to another source, counts them, and can fail at one of them."""
 
     def __init__(self, source, fail_at: int | None) -> None:
         self.source, self.path, self.fail_at, self.num_reads = source, source.path, fail_at, 0
@@ -39,11 +39,11 @@ class _Counting:
 
 
 def _load(folder: str, fail_at: int | None) -> tuple[int, int, list[str]]:
-    """(tensors read here, values kept here before gathering, parameters that differ once gathered)."""
+    """Returns (tensors read on this rank, values kept before gathering, parameters that differ afterwards)."""
     import deepspeed
 
     source = open_backbone(folder)
-    # The config gives the dtype: Init's own argument is read as bfloat16 on CPU (DeepSpeed 0.19.8).
+    # The config sets the dtype: with Init's own argument, DeepSpeed 0.19.8 always uses bfloat16 on the CPU.
     with deepspeed.zero.Init(config_dict_or_path=ZERO3):
         decoder = Decoder(source.config)
     counting = _Counting(source, fail_at)
@@ -64,7 +64,7 @@ def test_partitions_hold_the_file_and_rank_zero_alone_reads(tmp_path: Path):
     num_tensors = len(tiny.random_tensors(config))
     num_values = sum(t.numel() for t in tiny.random_tensors(config).values())
     assert (first[0], second[0]) == (num_tensors, 0)
-    assert first[1] + second[1] == num_values  # each rank keeps its half and no more
+    assert first[1] + second[1] == num_values  # each rank keeps only its half
     assert first[2] == second[2] == []
 
 

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: the inputs, and runs that nobody has interrupted."""
+"""Fixtures shared by tests of whole runs: inputs and uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from tests.helpers.tiny_run import write_inputs
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a tiny run, with everything that it reads beside it."""
+    """The config of a tiny run, next to all files that it reads."""
     return write_inputs(tmp_path_factory.mktemp("tiny"))

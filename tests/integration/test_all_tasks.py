@@ -1,6 +1,6 @@
-"""A run on a mixture of all tasks for two decoders at once, one of them in a chat: whole processes, two ranks.
+"""A run on a mixture of all tasks for two decoders, one with a chat template: real processes, two ranks.
 
-Memory is bounded by limits that split the shares, and the run stops half way and goes on.
+Micro-batch limits split the ranks' shares, and the run is stopped halfway and resumed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DECODERS = ("wide", "other")
 
 @pytest.fixture(scope="module")
 def overrides(config: Path) -> list[str]:
-    """The tiny run's config, turned to a mixture."""
+    """Overrides that change the tiny run to a mixture of tasks."""
     folder = config.parent
     questions = folder / "questions.jsonl"
     with questions.open("w", encoding="utf-8") as file:
@@ -63,7 +63,7 @@ def overrides(config: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(config: Path, overrides: list[str]) -> tuple[Path, Path]:
-    """Two runs at the same time: one left alone, one stopped after its third step."""
+    """Two concurrent runs: one uninterrupted, one stopped after its third step."""
     whole, stopped = config.parent / "all_tasks", config.parent / "all_tasks_stopped"
     alone = start_training(config, [*overrides, f"run_dir={whole}"], num_ranks=2)
     process = start_training(config, [*overrides, f"run_dir={stopped}"], num_ranks=2)

@@ -1,7 +1,6 @@
-"""What a user can get wrong: one clear error with the cure before any training starts (issue 2, "Bad input").
+"""Mistakes of a user: each gives one clear error with a remedy before training starts (issue 2, "Bad input").
 
-Most mistakes are made in this process, on the way that `arc_ds.train.main` goes up to its first engine; two through
-the real command.
+Most tests run the code of `arc_ds.train.main` before its first engine in this process. Two tests run the real command.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
 def _start(config: RunConfig) -> Path | None:
-    """What `arc_ds.train.main` does before there is an engine; where the run would resume from."""
+    """Run the part of `arc_ds.train.main` before the engine; return the checkpoint that the run would resume from."""
     check_paths(config)
     check_run_folder(config)
     parts = read_parts(config, CPU)
@@ -45,7 +44,7 @@ def _start(config: RunConfig) -> Path | None:
 
 
 def _refusal(kind: type[ArcError], config: Path, run: Path, overrides: Sequence[str] = ()) -> str:
-    """The message of the one error that stops this start; the run's folder stays as it is."""
+    """Message of the error that stops this start. The run's folder must stay unchanged."""
     before = _content(run)
     with pytest.raises(kind) as caught:
         _start(load_config(config, [f"run_dir={run}", *overrides]))
@@ -92,7 +91,7 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(
 
 
 def _broken_backbone(config: Path, folder: Path, name: str, tensor: torch.Tensor | None) -> Path:
-    """A copy of the encoder's backbone with one tensor replaced, or gone."""
+    """A copy of the encoder's backbone with one tensor replaced or removed."""
     shutil.copytree(config.parent / "encoder", folder)
     tensors = load_file(folder / "model.safetensors")
     del tensors[name]
@@ -148,7 +147,7 @@ def test_a_damaged_record_met_in_training_is_one_message(
 
 
 def _begun(config: RunConfig) -> Run:
-    """A run as its data see it: without an engine."""
+    """A run without an engine, sufficient for reading its data."""
     parts = read_parts(config, CPU)
     return Run(
         config=config,
@@ -188,7 +187,7 @@ def test_texts_without_a_token_make_no_shards(config: Path, tmp_path: Path) -> N
 def _used_run(
     config: Path, run: Path, *, steps: Sequence[int] = (), overrides: Sequence[str] = (), num_ranks: int = 1
 ) -> RunConfig:
-    """A run's folder as a stopped run leaves it: config, metrics, and whole checkpoints without shards."""
+    """Folder of a stopped run: config, metrics, and complete checkpoints without shards."""
     loaded = load_config(config, [f"run_dir={run}", *overrides])
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_yaml(loaded))
@@ -211,7 +210,7 @@ def _used_run(
 
 
 def test_a_used_folder_is_resumed_from_its_newest_checkpoint(config: Path, run: Path) -> None:
-    """The others of these tests would pass if no folder were ever accepted."""
+    """Control: without this test, the others would pass even if every folder were refused."""
     assert _start(_used_run(config, run, steps=(8, 16))) == run / "checkpoints" / "step_000016"
 
 
@@ -226,7 +225,7 @@ def test_the_folder_of_another_config_is_refused(config: Path, run: Path, steps:
 def test_a_new_run_in_a_used_folder_is_refused(config: Path, run: Path, steps: tuple[int, ...]) -> None:
     _used_run(config, run, steps=steps)
     message = _refusal(ConfigError, config, run, ["checkpoint.resume=never"])
-    assert "nothing saved is overwritten" in message and "resume=auto" in message
+    assert "saved work is not overwritten" in message and "resume=auto" in message
 
 
 def test_a_checkpoint_of_another_config_is_refused_though_the_config_file_is_gone(config: Path, run: Path) -> None:
@@ -283,7 +282,7 @@ def test_a_mean_over_ranks_is_not_resumed_with_other_ranks(config: Path, run: Pa
         assert _start(load_config(config, [f"run_dir={run}", *overrides])) == run / "checkpoints" / "step_000008"
     else:
         message = _refusal(ConfigError, config, run, overrides)
-        assert "written by 2 ranks, and these are 1" in message and "Resume with 2 ranks" in message
+        assert "written by 2 ranks, but this run has 1" in message and "Resume with 2 ranks" in message
 
 
 @pytest.mark.parametrize(("folder", "key"), [("encoder", "encoder"), ("wide", "decoders.0")])

@@ -1,4 +1,4 @@
-"""From a config to data of all tasks, for training and validation (nothing is trained)."""
+"""Building the data of all tasks from a config, for training and validation. Nothing is trained."""
 
 from __future__ import annotations
 

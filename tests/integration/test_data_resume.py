@@ -1,4 +1,4 @@
-"""The data of a run do not depend on how it is spread over machines, stopped and resumed (design 7)."""
+"""The data of a run do not depend on the number of ranks and workers, or on stops and resumes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
     return TinyMixture.write(tmp_path_factory.mktemp("mixture"))
 
 
-# One leg of a run between two stops: ranks, workers of each, steps.
+# One leg of a run between two stops: ranks, workers per rank, steps.
 LEGS = st.lists(
     st.tuples(st.sampled_from([1, 2, 3, 4]), st.sampled_from([0, 1, 2]), st.integers(1, 3)), min_size=2, max_size=3
 )
@@ -74,7 +74,7 @@ def test_global_batches_do_not_depend_on_ranks_workers_or_stops(
 
 
 def counts_after_each_step(data: StepData, num_steps: int) -> Iterator[dict[int, Counter]]:
-    """How often each record of each source has been used, step by step; the same dictionary, growing."""
+    """Yield after each step how often each record of each source was used. Yields the same, updated dictionary."""
     seen = {source_idx: Counter(dict.fromkeys(range(size), 0)) for source_idx, size in enumerate(SIZES)}
     for step in range(num_steps):
         for source_idx, record_idx in data[step].record_ids:
@@ -83,7 +83,7 @@ def counts_after_each_step(data: StepData, num_steps: int) -> Iterator[dict[int,
 
 
 def test_no_record_is_lost_or_repeated_within_an_epoch(mixture: TinyMixture) -> None:
-    """At every step a source's records have been used equally often, but for those already used in the open epoch."""
+    """At every step all records of a source were used equally often, except those already used in the current epoch."""
     for seen in counts_after_each_step(mixture.data(), 30):
         for source_idx, size in enumerate(SIZES):
             epochs, in_epoch = divmod(seen[source_idx].total(), size)
@@ -101,7 +101,7 @@ def test_the_realised_mixture_is_within_one_sample_of_its_weights_in_every_block
 
 
 def test_few_shot_samples_have_other_records_of_their_source_as_examples(mixture: TinyMixture) -> None:
-    """Read from the text: each block names its record's number in the question."""
+    """The test reads this from the text: the question of each block contains its record's number."""
     data = mixture.data(weights=(0.1, 0.8, 0.1), schedule="alternate")
     tokenizers = [load_tokenizer(mixture.decoder), load_tokenizer(mixture.encoder)]
     numbers: list[int] = []
@@ -125,7 +125,7 @@ KILLED_AT = 17
 def start_reading(
     mixture: TinyMixture, out: Path, first: int, *, hang_at: int, num_workers: int, rank: int, world_size: int
 ) -> subprocess.Popen:
-    """Another process that goes through the steps and notes each batch's digest."""
+    """Start a process that reads all steps and records the digest of each batch."""
     command = [sys.executable, "-m", "tests.helpers.read_steps", str(mixture.folder), str(out)]
     numbers = [first, STEPS, hang_at, num_workers, rank, world_size]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
@@ -136,7 +136,7 @@ def start_reading(
 def test_killed_and_resumed_inside_an_epoch_the_batches_are_bit_equal(
     mixture: TinyMixture, tmp_path: Path, rank: int, world_size: int
 ) -> None:
-    """kill -9 falls into a step, while two workers are some steps ahead; the resumed process has one."""
+    """kill -9 hits the process during a step while two workers are ahead. The resumed process has one worker."""
     data = mixture.data(rank, world_size)
     expected = [digest(data[step]) for step in range(STEPS)]
     assert len(set(expected)) == STEPS

@@ -1,6 +1,6 @@
-"""A run that is killed or stopped and started again by the same command is the run that nobody touched.
+"""A run that is killed or stopped and then restarted by the same command equals an uninterrupted run.
 
-Whole processes, as a user starts them: `arc-ds train`, kill -9 of its ranks, SIGTERM to the command.
+The tests use real processes, as a user starts them: `arc-ds train`, kill -9 of its ranks, SIGTERM to the command.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 @pytest.fixture(scope="module")
 def one_rank(config: Path) -> tuple[Path, Path]:
-    """Two runs on one rank: one left alone, one killed."""
+    """Two runs on one rank: one uninterrupted, one killed."""
     return _whole_and_killed(config, num_ranks=1)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(config: Path) -> tuple[Path, Path]:
-    """Two runs on two ranks: one left alone, one killed."""
+    """Two runs on two ranks: one uninterrupted, one killed."""
     return _whole_and_killed(config, num_ranks=2)
 
 
 def test_losses_are_those_of_the_golden_file(one_rank: tuple[Path, Path]) -> None:
-    """Other CPUs and other builds of torch add in other orders: hence not to the last bit.
+    """Not bit-exact, because the order of additions differs between CPUs and builds of torch.
 
-    1e-6 is 8 units in the last place of float32; between one and two ranks on one machine 9e-9 was measured.
+    1e-6 is 8 units in the last place of float32. On one machine, one and two ranks differ by 9e-9 (measured).
     """
     whole, _ = one_rank
     golden = read_json(GOLDEN)["losses"]
@@ -75,7 +75,7 @@ def test_one_rank_killed_and_resumed_repeats_the_run_to_the_last_bit(config: Pat
 def test_two_ranks_killed_and_stopped_repeat_the_run_to_the_last_bit(
     config: Path, two_ranks: tuple[Path, Path]
 ) -> None:
-    """kill -9, resumed; SIGTERM, resumed on two ranks to the same bits, and on one rank to the same data."""
+    """kill -9 and resume; SIGTERM and resume, bit-exact on two ranks and with the same data on one rank."""
     whole, run = two_ranks
     stopped_at = _train_and_stop(config, run)
     on_one_rank = config.parent / "on_one_rank"
@@ -91,13 +91,13 @@ def test_two_ranks_killed_and_stopped_repeat_the_run_to_the_last_bit(
     assert alone.returncode == EXIT_OK and "was written by 2 ranks and is read by 1" in console, console
     assert _labels(on_one_rank) == _labels(whole)
     assert losses(on_one_rank)[:stopped_at] == losses(whole)[:stopped_at]
-    # The orders of addition differ: 1e-8 was measured.
+    # The order of additions differs; measured difference 1e-8.
     assert losses(on_one_rank) == pytest.approx(losses(whole), rel=1e-6, abs=0)
     _assert_one_point_a_step(on_one_rank)
 
 
 def _whole_and_killed(config: Path, *, num_ranks: int) -> tuple[Path, Path]:
-    """A run that nobody touches and a killed one, at the same time: much of a start keeps one core busy only."""
+    """An uninterrupted run and a killed one. They run concurrently because much of a start uses only one core."""
     whole, killed = (config.parent / f"{name}_{num_ranks}" for name in ("whole", "killed"))
     process = start_training(config, [f"run_dir={whole}"], num_ranks=num_ranks)
     _train_and_kill(config, killed, num_ranks=num_ranks)
@@ -127,7 +127,7 @@ def _train_and_kill(config: Path, run: Path, *, num_ranks: int) -> None:
 
 
 def _processes_of(run: Path) -> list[str]:
-    """The processes that have the run in their command line, after a few seconds in which they may end."""
+    """Processes with the run in their command line, after a few seconds for them to end."""
     deadline = time.monotonic() + 8
     while True:
         found = []
@@ -141,7 +141,7 @@ def _processes_of(run: Path) -> list[str]:
 
 
 def _train_and_stop(config: Path, run: Path) -> int:
-    """Go on with a run on two ranks, and stop it by SIGTERM; returns the step that it was saved at."""
+    """Resume a run on two ranks and stop it by SIGTERM; return the saved step."""
     process = start_training(config, [f"run_dir={run}"], num_ranks=2)
     _wait_for_step(process, run, EVERY + 5, beyond=last_logged_step(run))
     process.send_signal(signal.SIGTERM)
@@ -152,7 +152,7 @@ def _train_and_stop(config: Path, run: Path) -> int:
 
 
 def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int, *, beyond: int = 0) -> None:
-    """Return as soon as the run has logged a step. beyond: what the file holds before it is cut at the resume."""
+    """Return as soon as the run has logged a step. beyond: steps in the file before the resumed run truncates it."""
     deadline = time.monotonic() + 240
     was_cut = beyond == 0
     while not (was_cut and last_logged_step(run) >= step):
@@ -164,7 +164,7 @@ def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int, *, beyo
 
 
 def _assert_same_run(run: Path, whole: Path) -> None:
-    """Every number of every step, the validations' too, is the same to the last bit (NaN is NaN)."""
+    """All metrics of all steps, including validation, are bit-identical (NaN equals NaN)."""
     assert len(losses(run)) == STEPS
     own, others = numbers_by_step(run), numbers_by_step(whole)
     assert json.dumps(own, sort_keys=True) == json.dumps(others, sort_keys=True)
@@ -177,7 +177,7 @@ def _labels(run: Path) -> list[float]:
 
 
 def _assert_one_point_a_step(run: Path) -> None:
-    """MLflow holds one run, and of every metric the steps that `metrics.jsonl` has, each once."""
+    """MLflow has a single run, and for every metric exactly one point for each step in `metrics.jsonl`."""
     assert not list(run.glob(".mlflow*")), "what a kill has left of a database goes with the next start"
     database = sqlite3.connect(run / "mlflow.db")
     assert database.execute("select count(*), min(status) from runs").fetchall() == [(1, "FINISHED")]

@@ -1,4 +1,4 @@
-"""Steps whose loss is not finite on one rank, in whole runs on two ranks: left out everywhere, counted, explained."""
+"""Steps with a non-finite loss on one rank, in whole runs on two ranks: skipped on all ranks, counted and reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SMALL = (
 
 
 class Outcome(NamedTuple):
-    """What one rank saw. skipped: `run.skipped_steps` at the end, and that of the run resumed from there."""
+    """Results of one rank. skipped: `run.skipped_steps` at the end of the run and after resuming it."""
 
     error: str | None
     skipped: tuple[int, int | None]
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
 
 
 class _Spoilt:
-    """A decoder whose losses are infinite on rank 1 in some steps, though their gradients would be finite."""
+    """A decoder with infinite losses on rank 1 in some steps; the gradients alone would be finite."""
 
     def __init__(self, decoder: PlacedDecoder, run: Run, steps: Collection[int]) -> None:
         self.module, self._decoder, self._run, self._steps = decoder.module, decoder, run, steps
@@ -60,7 +60,7 @@ class _Spoilt:
 
 
 def _train(config: str, overrides: tuple[str, ...], spoilt_steps: tuple[int, ...]) -> Outcome:
-    """Runs on each rank: a run whose steps with these numbers (from 0) are spoilt, then a look at resuming it."""
+    """Train on this rank with a non-finite loss in the given steps (from 0), then resume the run."""
     loaded = load_config(config, overrides)
     run = build_run(loaded, torch.device("cpu"))
     folder = RunFolder.open(run)

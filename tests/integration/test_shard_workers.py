@@ -1,4 +1,4 @@
-"""Builds with real worker processes: the same bytes for any number of them and after kill -9, and none is left over."""
+"""Builds with real worker processes: identical bytes for any number of workers and after kill -9; none is left."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 5 MB in several batches; documents of one to some hundred records."""
+    """About 5 MB in several batches. Documents have between one and a few hundred records."""
     path = tmp_path_factory.mktemp("in") / "a.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for idx in range(400):
@@ -86,7 +86,7 @@ def test_a_worker_that_dies_ends_the_build_with_the_cure(tmp_path: Path, source:
         text=True,
     )
     children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children")
-    wait_for(lambda: bool(makers(children)))  # the other one may still be on its way
+    wait_for(lambda: bool(makers(children)))  # the other one may still be starting
     os.kill(makers(children)[0], signal.SIGKILL)
     _, words = builder.communicate(timeout=60)
     assert builder.returncode == 2, words
@@ -125,7 +125,7 @@ def test_checking_in_parallel_finds_the_same_faults(
 
 
 def makers(children: Path) -> list[int]:
-    """Processes that import this program's main module: the workers, without multiprocessing's resource tracker."""
+    """Processes that import this program's main module: the workers, but not multiprocessing's resource tracker."""
     pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
     return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 

@@ -1,4 +1,4 @@
-"""A stop that comes while a rank waits for its batch, as long as for a server that hangs: two ranks as processes."""
+"""A stop while a rank waits for its batch, as for a server that hangs. Two ranks as real processes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.helpers.tiny_run import ROOT, last_saved_step, losses
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-# A rank whose workers are stuck from a step on: rank 1's at that one, and they signal it when all steps that can be
-# done are; rank 0's at the next, and it is never signalled.
+# A rank with workers that hang. Those of rank 1 hang from `stuck_step` on and signal their rank once all possible steps
+# are done. Those of rank 0 hang from the next step on, and that rank never gets a signal.
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
@@ -66,7 +66,7 @@ def _start(stuck_step: int, config: Path, run: Path) -> list[subprocess.Popen[st
 
 @pytest.mark.parametrize("stuck_step", [0, 3])
 def test_a_rank_that_waits_for_its_batch_obeys_a_stop_at_once(config: Path, tmp_path: Path, stuck_step: int) -> None:
-    """The other learns of it in the step before the missing batch, in which it waits for this one.
+    """The other rank waits for this one in the step before the missing batch, and learns of the stop there.
 
     Before the first step there is nothing to save.
     """

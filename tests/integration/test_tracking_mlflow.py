@@ -1,4 +1,4 @@
-"""The tracker with the real MLflow: sqlite beside the run, kill -9 and resume, and a server that is not there."""
+"""The tracker with the real MLflow: sqlite in the run's folder, kill -9 and resume, and an unreachable server."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_kill_9_and_resume_leave_one_run_with_one_point_a_step(tmp_path: Path) -
 
 
 def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow can neither use nor mend a database of which it has made half the tables."""
+    """MLflow can neither use nor repair a database with only half of its tables."""
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -122,7 +122,7 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
 
 
 def test_a_server_that_is_not_there_does_not_hold_the_run(tmp_path: Path) -> None:
-    """Port 9 (discard) refuses. What is bounded is the time of `log` and `close`, not that of the background thread."""
+    """Port 9 (discard) refuses connections. `log` and `close` have bounded times; the background thread does not."""
     tracker = _start(tmp_path, {"seed": 0}, uri="http://127.0.0.1:9")
     start = time.perf_counter()
     for step in range(1, 101):

@@ -91,7 +91,7 @@ def test_a_prompt_is_cut_at_its_tags() -> None:
 
 @pytest.mark.parametrize("prompt", ["a <context>b", "a</context>", "<context>a<context>b</context>c</context>"])
 def test_a_tag_without_its_other_half_is_not_read_as_text(prompt: str) -> None:
-    with pytest.raises(DataError, match="without its other half"):
+    with pytest.raises(DataError, match="unmatched"):
         parse_prompt(prompt)
 
 
@@ -102,7 +102,7 @@ MISTAKES = [
     (["--model", "export", "--decoder", "decoder", "--pooling-factor", "0", "x"], "pooling_factor is 0"),
     (["--model", "export", "--decoder", "decoder", "--temperature", "-1", "x"], "temperature is -1.0"),
     (["--model", "export", "--decoder", "decoder", "--max-new-tokens", "-1", "x"], "max_new_tokens is -1"),
-    (["--model", "export", "--decoder", "decoder", "a<context>"], "without its other half"),
+    (["--model", "export", "--decoder", "decoder", "a<context>"], "unmatched"),
     (["--model", "export", "--decoder", "decoder", "<context></context>"], "empty <context>"),
     (["--model", "bare", "--decoder", "decoder", "--marker", "rec", "<context>a</context>"], "has no marker"),
 ]
@@ -123,7 +123,7 @@ def test_compress_overwrites_nothing_and_names_what_it_cannot_read(folders: Path
     out.write_text("mine")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty").write_text("")
-    wrong = [(out, folders / "a.txt", "exists already"), (tmp_path / "o", tmp_path / "binary", "as UTF-8 text")]
+    wrong = [(out, folders / "a.txt", "already exists"), (tmp_path / "o", tmp_path / "binary", "as UTF-8 text")]
     wrong += [(tmp_path / "o", tmp_path / "gone", "gone cannot be read"), (tmp_path / "o", tmp_path / "empty", "empty")]
     for target, text, message in wrong:
         assert main(["compress", *arguments(folders), "--out", str(target), str(text)]) == EXIT_USER_ERROR

@@ -63,7 +63,7 @@ def test_a_signal_that_came_before_the_block_is_received_in_it() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
     try:
-        # Signal only this thread: a rank blocks signals before it starts threads, but this process may already have some.
+        # Signal only this thread: a rank blocks signals before it starts threads; this process may already have some.
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
         with StopRequest((signal.SIGUSR1,)) as stop:
             assert stop.received == "SIGUSR1"

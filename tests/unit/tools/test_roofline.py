@@ -125,7 +125,7 @@ def test_recomputation_adds_the_forward_of_layers_once(roofline: ModuleType, imp
     kept, again = (roofline.count(roofline.TOY, implementation=implementation, recompute=r) for r in (False, True))
     analytic, sizes = kept.analytic, (roofline.TOY.encoder, roofline.TOY.decoder)
     forward = analytic.encoder_forward.linear + analytic.decoder_forward.linear
-    last_products = sum(2 * 100 * 2 * each.hidden_size * each.ffn_size for each in sizes)  # chunks of at most 100 rows
+    last_products = sum(2 * 100 * 2 * each.hidden_size * each.ffn_size for each in sizes)  # at most 100 rows
     recomputed = again.of("products", phases=("recompute",)).flops
     assert forward - last_products <= recomputed <= forward
     for phase in ("forward", "backward"):

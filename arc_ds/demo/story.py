@@ -46,7 +46,7 @@ def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, 
     environment = {**os.environ, "MODELS": str(inputs.model_file().parent), "SHARDS": str(out / "shards")}
     _say(f"1. Shards: State of the Union speeches; those since {inputs.FIRST_HELD_OUT_YEAR} are held out")
     _build_shards(out, environment)
-    _say("2. Training by the deepspeed launcher, interrupted once on purpose")
+    _say("2. Training with the deepspeed launcher, interrupted once on purpose")
     run_dir = out / "run"
     options = [str(recipe), f"run_dir={run_dir}", f"deepspeed={_beside_package(DEEPSPEED)}", *overrides]
     options.append(f"--num-procs={num_procs or _num_procs(options, environment)}")
@@ -142,9 +142,9 @@ def _use(export: Path) -> None:
     for name, nll in reading.nll.items():
         print(f"      {name:18}{float(nll.mean()):6.2f}")
     learned, shown = sum(reading.learned), reading.line(colour=sys.stdout.isatty())
-    print(f"   {learned} of its tokens are likely with the vectors and not without (marked):")
+    print(f"   {learned} of its tokens are likely only with the vectors (marked):")
     print(f"      {shown}")
-    print("   Greedy repetition from the vectors alone (few steps teach it words and names, not whole sentences):")
+    print("   Greedy repetition from the vectors alone (after few steps, words and names but no whole sentences):")
     print(f"      {_line(repeated)}")
 
 

@@ -123,7 +123,7 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> bool:
     parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
-        logger.warning("cannot tie this process to its parent: %s", os.strerror(ctypes.get_errno()))
+        logger.warning("cannot request a signal when the parent dies: %s", os.strerror(ctypes.get_errno()))
         return False
     if os.getppid() != parent:
         os.kill(os.getpid(), number)

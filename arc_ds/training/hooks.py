@@ -139,7 +139,7 @@ class MetricsHook:
             return
         remaining = (run.config.steps - run.step) * step_s
         logger.info(
-            "step %d of %d: loss %.4f, gradient norm %.2f, %s encoder tokens/s, %.2f s a step, %s left",
+            "step %d of %d: loss %.4f, gradient norm %.2f, %s encoder tokens/s, %.2f s/step, %s left",
             *(run.step, run.config.steps, loss, metrics["train/grad_norm"], f"{tokens:,.0f}", step_s),
             _clock(remaining),
         )
@@ -305,7 +305,7 @@ def _flops(run: Run, batch: StepBatch) -> list[int]:
 def _in_words(score: TaskScores) -> str:
     return (
         f"compressed {score.compressed:.3f}, mismatched {score.mismatched:.3f}, closed {score.closed:.3f}, "
-        f"open {score.open:.3f} nats a token; gap closed {score.gap_closed:.3f}"
+        f"open {score.open:.3f} nats per token; gap closed {score.gap_closed:.3f}"
     )
 
 

@@ -213,7 +213,7 @@ def test_a_kill_in_any_phase_leaves_a_loadable_checkpoint(tmp_path: Path) -> Non
     first, second = run_on_ranks(_rank_one_leaves_too, tmp_path)
     assert first == second
     assert [row[1] for row in first] == ["step_000001"] * 4 + ["step_000006", "step_000007"]
-    assert [row[2] for row in first] == [1, 1, 1, 1, 0, 0], "the next save removes what a kill has left"
+    assert [row[2] for row in first] == [1, 1, 1, 1, 0, 0], "the next save must remove leftovers of a kill"
 
 
 def _save_and_be_killed(directory: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_flipped_byte_is_named_and_passed_over(tmp_path: Path) -> None:
     (name, messages), (other, silent) = run_on_ranks(_find_with_warnings, tmp_path)
     assert name == other == "step_000001"
     assert len(messages) == 1 and str(damaged) in messages[0] and "checksum" in messages[0]
-    assert silent == [], "one rank speaks"
+    assert silent == [], "only one rank may log"
     with pytest.raises(RankError, match=r"(?s)rank 0.*CheckpointError.*rank 1.*not a whole checkpoint"):
         run_on_ranks(_load_this, tmp_path / "step_000002")
 
@@ -321,7 +321,7 @@ def test_another_world_size_keeps_every_bit_of_weights_and_optimizer(tmp_path: P
             assert old.keys() == new.keys()
             assert all(torch.equal(torch.as_tensor(old[key]), torch.as_tensor(new[key])) for key in old)
     steps = {int(moment["index"]): float(moment["step"]) for moment in one_moments}
-    assert steps[0] > steps[1] > steps[2], "each group keeps its own step count"
+    assert steps[0] > steps[1] > steps[2], "each group must keep its own step count"
     assert {int(moment["index"]): moment["weight_decay"] for moment in one_moments} == {0: 0.1, 1: 0.0, 2: 0.3}
 
 

@@ -89,7 +89,7 @@ def test_joined_shards_are_the_engines_parameters(run_folder: tuple[Path, dict[s
     moved = {name for name in expected if not torch.equal(expected[name], start[name])}
     assert "encoder.layers.1.attention.wq.weight" in moved and "ports.1.bridge.layer1.weight" in moved
     assert "encoder.layers.0.attention.wq.weight" not in moved and "encoder.tok_embeddings.weight" not in moved
-    assert capsys.readouterr().out == "", "DeepSpeed's own words would mix with the command's output"
+    assert capsys.readouterr().out == "", "DeepSpeed's messages would mix with the command's output"
 
 
 @pytest.mark.parametrize("export_format", ["arc-ds", "arc"])

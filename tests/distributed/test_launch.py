@@ -64,7 +64,7 @@ def _start(mode: str, folder: Path, launcher: str = "light") -> subprocess.Popen
 def _wait_for(what: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
     deadline = time.monotonic() + limit_s
     while not what():
-        assert time.monotonic() < deadline, "the ranks did not get that far"
+        assert time.monotonic() < deadline, "the ranks did not start in time"
         time.sleep(0.05)
 
 

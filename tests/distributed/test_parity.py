@@ -265,7 +265,7 @@ def _plain(
 
 
 def _bound(**oracle: Any) -> float:
-    """Error bound of two ranks against a plain run: the larger of `TOLERANCE` and the plain run's error against float64.
+    """Error bound of two ranks against a plain run: `TOLERANCE`, or the plain run's error against float64 if larger.
 
     Gradients of two decoders partly cancel, so the norm of their sum has a larger relative error: 2.6e-6 here.
     """

@@ -49,7 +49,7 @@ def _refusal(kind: type[ArcError], config: Path, run: Path, overrides: Sequence[
     with pytest.raises(kind) as caught:
         _start(load_config(config, [f"run_dir={run}", *overrides]))
     assert type(caught.value) is kind
-    assert _content(run) == before, "a start that is refused leaves nothing behind"
+    assert _content(run) == before, "a refused start must not leave files"
     return str(caught.value)
 
 

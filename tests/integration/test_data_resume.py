@@ -88,7 +88,7 @@ def test_no_record_is_lost_or_repeated_within_an_epoch(mixture: TinyMixture) -> 
         for source_idx, size in enumerate(SIZES):
             epochs, in_epoch = divmod(seen[source_idx].total(), size)
             assert sorted(seen[source_idx].values()) == [epochs] * (size - in_epoch) + [epochs + 1] * in_epoch
-    assert all(seen[source_idx].total() > 2 * size for source_idx, size in enumerate(SIZES)), "epochs were crossed"
+    assert all(seen[source_idx].total() > 2 * size for source_idx, size in enumerate(SIZES)), "too few epochs"
 
 
 def test_the_realised_mixture_is_within_one_sample_of_its_weights_in_every_block(mixture: TinyMixture) -> None:
@@ -145,7 +145,7 @@ def test_killed_and_resumed_inside_an_epoch_the_batches_are_bit_equal(
     killed = start_reading(mixture, out, 0, hang_at=KILLED_AT, num_workers=2, **place)
     deadline = time.monotonic() + 120
     while not (out.exists() and out.read_text().count("\n") == KILLED_AT + 1):
-        assert killed.poll() is None and time.monotonic() < deadline, "the reader ended by itself or is stuck"
+        assert killed.poll() is None and time.monotonic() < deadline, "the reader ended early or hangs"
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL

@@ -61,7 +61,7 @@ def test_losses_are_those_of_the_golden_file(one_rank: tuple[Path, Path]) -> Non
     golden = read_json(GOLDEN)["losses"]
     assert losses(whole) == pytest.approx(golden, rel=1e-6, abs=0)
     wrong = golden[:3] + golden[4:5] + golden[3:4] + golden[5:]
-    assert losses(whole) != pytest.approx(wrong, rel=1e-6, abs=0), "the file tells steps apart"
+    assert losses(whole) != pytest.approx(wrong, rel=1e-6, abs=0), "losses of different steps must differ"
 
 
 def test_one_rank_killed_and_resumed_repeats_the_run_to_the_last_bit(config: Path, one_rank: tuple[Path, Path]) -> None:
@@ -122,8 +122,8 @@ def _train_and_kill(config: Path, run: Path, *, num_ranks: int) -> None:
         os.kill(pid, signal.SIGKILL)
     console, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_FAILED and "were killed" in console, console
-    assert _processes_of(run) == [], "something of the run has outlived it"
-    assert last_saved_step(run) == EVERY < last_logged_step(run), "the kill did not fall between two checkpoints"
+    assert _processes_of(run) == [], "a process of the run is still running"
+    assert last_saved_step(run) == EVERY < last_logged_step(run), "the kill was not between two checkpoints"
 
 
 def _processes_of(run: Path) -> list[str]:
@@ -159,7 +159,7 @@ def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int, *, beyo
         was_cut = was_cut or last_logged_step(run) < beyond
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            pytest.fail(f"step {step} did not come: {process.communicate()[0]}")
+            pytest.fail(f"the run did not reach step {step}: {process.communicate()[0]}")
         time.sleep(0.005)
 
 
@@ -178,7 +178,7 @@ def _labels(run: Path) -> list[float]:
 
 def _assert_one_point_a_step(run: Path) -> None:
     """MLflow has a single run, and for every metric exactly one point for each step in `metrics.jsonl`."""
-    assert not list(run.glob(".mlflow*")), "what a kill has left of a database goes with the next start"
+    assert not list(run.glob(".mlflow*")), "the next start must remove database leftovers of a kill"
     database = sqlite3.connect(run / "mlflow.db")
     assert database.execute("select count(*), min(status) from runs").fetchall() == [(1, "FINISHED")]
     points = Counter(database.execute("select key, step from metrics").fetchall())

@@ -89,7 +89,7 @@ def test_steps_with_an_infinite_loss_are_left_out_and_counted(config: Path, tmp_
     run = tmp_path / "run"
     outcomes = _run(config, run, (1, 2, 4))
     assert [outcome.error for outcome in outcomes] == [None, None]
-    assert [outcome.skipped for outcome in outcomes] == [(3, 3), (3, 3)], "the count comes back with the checkpoint"
+    assert [outcome.skipped for outcome in outcomes] == [(3, 3), (3, 3)], "the checkpoint must restore the count"
     found = losses(run)
     assert [step for step in range(STEPS) if found[step] == float("inf")] == [1, 2, 4]
     counts = [numbers["train/skipped_steps"] for _, numbers in sorted(numbers_by_step(run).items())]
@@ -104,7 +104,7 @@ def test_too_many_in_a_row_end_the_run_on_all_ranks_and_name_the_records(config:
     outcomes = _run(config, run, (1, 2, 3))
     assert outcomes[0].error == outcomes[1].error is not None
     assert "3 steps in a row, up to step 4" in outcomes[0].error and f"max_skipped_steps = {LIMIT}" in outcomes[0].error
-    assert len(losses(run)) == 4, "what led there is written down"
+    assert len(losses(run)) == 4, "the preceding skipped steps must be logged"
     dump = read_json(run / "non_finite_step_000004.json")
     for rank, outcome in enumerate(outcomes):
         records = [(entry["source"], entry["record"]) for entry in dump["ranks"][rank]["records"]]
@@ -112,4 +112,4 @@ def test_too_many_in_a_row_end_the_run_on_all_ranks_and_name_the_records(config:
         for source, record in records:
             assert f"{source}:{record}" in outcomes[0].error
     assert dump["sources"] == [str(config.parent / "train")] and dump["decoders"] == ["other"]
-    assert not list((run / "checkpoints").glob("step_000004")), "a run that ends so saves nothing"
+    assert not list((run / "checkpoints").glob("step_000004")), "a run that fails this way must not save"

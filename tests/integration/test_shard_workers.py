@@ -70,7 +70,7 @@ def test_workers_and_a_kill_do_not_change_the_bytes(
         builder.kill()
         builder.wait()
     assert len(workers) >= 2
-    assert not out.exists(), "killed too late to show anything"
+    assert not out.exists(), "killed too late for a meaningful test"
     wait_for(lambda: not any(alive(pid) for pid in workers))
     finished = (state.parent / "shards" / "shard-000000.tar").stat().st_mtime_ns
     build_shards([source], out, tokenizer, workers=2, **OPTIONS)
@@ -140,5 +140,5 @@ def alive(pid: int) -> bool:
 def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)

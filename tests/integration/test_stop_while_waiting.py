@@ -77,4 +77,4 @@ def test_a_rank_that_waits_for_its_batch_obeys_a_stop_at_once(config: Path, tmp_
     assert last_saved_step(run) == stuck_step
     assert stuck_step == 0 or len(losses(run)) == stuck_step
     waited_s = time.time() - (tmp_path / "signalled").stat().st_mtime
-    assert waited_s < 45, "torch alone gives each stuck worker ten seconds, and each rank has six"
+    assert waited_s < 45, "torch alone waits ten seconds per hanging worker, and each rank has six"

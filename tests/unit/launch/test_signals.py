@@ -43,7 +43,7 @@ def test_a_wait_ends_where_a_stop_is_asked_for() -> None:
     with StopRequest((signal.SIGUSR1,)) as stop:
         assert stop.wait_for(lambda: 7) == 7
         assert stop.wait_for(signalled) is None and stop.received == "SIGUSR1"
-        assert stop.wait_for(lambda: 7) is None, "a run that stops begins no further wait"
+        assert stop.wait_for(lambda: 7) is None, "a stopping run must not start another wait"
         os.kill(os.getpid(), signal.SIGUSR1)  # outside `wait_for` a signal only sets the flag
     assert time.monotonic() - began < 30
 
@@ -67,7 +67,7 @@ def test_a_signal_that_came_before_the_block_is_received_in_it() -> None:
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
         with StopRequest((signal.SIGUSR1,)) as stop:
             assert stop.received == "SIGUSR1"
-        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "blocked again while the run closes"
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "not blocked while the run closes"
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGUSR1, before)
@@ -99,7 +99,7 @@ def test_a_stop_during_the_imports_of_a_rank_does_not_kill_it(tmp_path: Path, nu
     assert ended.returncode == 7
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl exists only on Linux")
 def test_a_child_that_is_tied_dies_with_its_parent() -> None:
     child = (
         "import ctypes, sys, time; from importlib.util import spec_from_loader\n"
@@ -117,7 +117,7 @@ def test_a_child_that_is_tied_dies_with_its_parent() -> None:
     process.wait()
     deadline = time.monotonic() + 5
     while Path(f"/proc/{words[1]}/cmdline").exists() and Path(f"/proc/{words[1]}/cmdline").read_bytes():
-        assert time.monotonic() < deadline, "the child lives on"
+        assert time.monotonic() < deadline, "the child is still running"
         time.sleep(0.02)
 
 

@@ -107,7 +107,7 @@ def test_peak_is_that_of_the_very_device_or_not_known(name, tera):
     assert device.peak_bf16_flops(torch.device("cpu")) is None
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is compared with Linux's own figure")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is compared with a figure from Linux")
 def test_peak_memory_is_counted_in_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()
     peak_kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

@@ -128,7 +128,7 @@ def test_workers_that_cannot_be_started_are_named_with_the_reason(monkeypatch: p
 
     monkeypatch.setattr(SpawnProcess, "start", start_two)
     with pytest.raises(DataError, match="4 workers cannot be started: .*Too many open files.*fewer"), worker_pool(4):
-        pytest.fail("they have started")
+        pytest.fail("the workers started")
     assert len(started) == 2 and not any(process.is_alive() for process in started)
 
 

@@ -14,7 +14,7 @@ from tests.helpers.tiny_data import write_tiktoken
 TOOL = Path(__file__).parents[3] / "tools" / "bench_shards.py"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the benchmark reads /proc")
 def test_rows_of_build_and_check(tmp_path: Path) -> None:
     tokenizer = write_tiktoken(tmp_path / "tokenizer.model")
     words = [sys.executable, str(TOOL), "--tokenizer", str(tokenizer), "--mb", "0.3", "--folder", str(tmp_path)]

@@ -71,7 +71,7 @@ def test_a_stop_ends_it_before_the_next_batch_on_all_ranks(own: bool, monkeypatc
     assert len(told) == 3
     told.clear()
     monkeypatch.setattr(group, "all_reduce", lambda _: None)
-    assert validator.run(compress, (_score,), progress)["a"][TASK].closed == 1.0, "validation can be restarted"
+    assert validator.run(compress, (_score,), progress)["a"][TASK].closed == 1.0, "validation must be restartable"
     assert len(told) == 4 * 3
 
 

@@ -131,6 +131,6 @@ def _limit_problems(config: RunConfig) -> Iterator[str]:
         task = find_task(data.sources[idx].task)
         if limit is not None and limit < sizes[idx][which]:
             yield (
-                f"{key} is {limit}; expected at least {sizes[idx][which]}, the size of the largest sample of "
+                f"{key} is {limit}; expected {sizes[idx][which]} or more, the size of the largest sample of "
                 f"data.sources.{idx} ({task.name}). Raise {key} (null: no limit) or lower {task.size_keys}."
             )

@@ -59,7 +59,7 @@ def test_equal_hosts_with_other_paths_are_fine(config: Path) -> None:
 )
 def test_a_host_that_was_told_something_else_stops_all(config: Path, override: str) -> None:
     first, second = run_on_ranks(_read, str(config), [[], [override]])
-    assert first == second and f"{override.partition('=')[0]}: " in first and "every host the same" in first
+    assert first == second and f"{override.partition('=')[0]}: " in first and "Start every host with the same" in first
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Checkpoints: written whole or not at all, verified before they are read, cut anew for another world size."""
+"""Checkpoints: written atomically, verified before loading, resharded for another world size."""

@@ -1,15 +1,18 @@
-"""Checkpoints: all of a run's state or nothing of it (design 9).
+"""Atomic checkpoints of the whole state of a run.
 
-    RUN/checkpoints/step_000100/   ZeRO shards of DeepSpeed, trainer.json, rng_00000.json ..., manifest.json
-    RUN/checkpoints/latest         name of the newest one
+    RUN/checkpoints/step_000100/   DeepSpeed's ZeRO shards, trainer.json, rng_00000.json ..., manifest.json
+    RUN/checkpoints/latest         name of the newest checkpoint
 
-DeepSpeed publishes `latest` before all shards exist, overwrites in place and has no checksums, so this wraps it. All
-ranks write under a temporary name; each rank brings its own files to the disk and sums them; rank 0 gathers the sums,
-writes the manifest, renames the folder, and moves `latest` last. A kill at any instant leaves the checkpoint before
-it loadable. There is no clean-up in the error paths, so that an exception leaves what a kill leaves: a temporary
-folder, which the next save removes.
+DeepSpeed publishes `latest` before all shards exist, overwrites in place and has no checksums. This module wraps it:
 
-All ranks must see the same file system under the run folder; several hosts need a shared one.
+1. All ranks write into a temporary folder.
+2. Each rank syncs its own files to disk and computes their checksums.
+3. Rank 0 gathers the checksums, writes the manifest, renames the folder and finally updates `latest`.
+
+If the run is killed at any point, the previous checkpoint can still be loaded. The error paths do not clean up: an
+exception leaves a temporary folder, exactly as a kill does, and the next save removes it.
+
+All ranks must see the same file system under the run folder. A run on several hosts needs a shared file system.
 """
 
 from __future__ import annotations
@@ -48,11 +51,15 @@ _RANK_IN_NAME = re.compile(r"(?:pp_rank_|rng_|offloaded_tensors/rank)(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerState:
-    """What a run needs beside weights and optimizer to go on where it was.
+    """The state that a run needs to continue, apart from weights and optimizer.
 
-    step: optimizer steps done. data_position: global index of the next sample (design 7). data_fingerprint,
-    config_hash: what the run was, to refuse another one. mlflow_run_id: the run to continue. versions: of the programs
-    that wrote it. extra: anything that JSON holds (counters, windows of a hook).
+    step: number of optimizer steps done.
+    data_position: global index of the next sample.
+    data_fingerprint: identifies the data; a run with other data is refused.
+    config_hash: identifies the config; a run with another config is refused.
+    mlflow_run_id: the MLflow run to continue.
+    versions: versions of the programs that wrote the checkpoint.
+    extra: any JSON values (counters, windows of a hook).
     """
 
     step: int
@@ -67,11 +74,13 @@ class TrainerState:
 def save_checkpoint(
     engine: Any, directory: Path, step: int, trainer_state: TrainerState, keep_last: int, keep_every: int
 ) -> Path:
-    """Save the engine and the trainer's state as `directory/step_NNNNNN`; a collective. Returns that folder.
+    """Save the engine and the trainer's state as `directory/step_NNNNNN` and return that folder. A collective.
 
-    engine: a DeepSpeed engine. keep_last (>= 1): how many of the newest whole ones stay; keep_every: those whose step
-    it divides stay too (0: none). CheckpointError where a whole checkpoint of that step is already there; a damaged
-    one is set aside under another name.
+    engine: a DeepSpeed engine.
+    keep_last: number of newest valid checkpoints to keep, at least 1.
+    keep_every: also keep checkpoints whose step is a multiple of this number (0: none).
+
+    Raises CheckpointError if a valid checkpoint of this step exists. A damaged one is renamed and kept.
     """
     if step != trainer_state.step:
         raise ValueError(f"the state of step {trainer_state.step} cannot be saved as step {step}")
@@ -94,22 +103,22 @@ def save_checkpoint(
 
 
 def find_resumable(directory: Path) -> Path | None:
-    """The newest whole checkpoint in `directory`, the same on every rank, or None; a collective.
+    """Return the newest valid checkpoint in `directory`, or None; the same on every rank. A collective.
 
-    The files are checked by all ranks, each a part. One that is torn or corrupted is named in a warning, with the
-    file, and passed over. The order is that of the steps: `latest` is a note for people and other programs.
+    Each rank verifies a part of the files. A warning names every incomplete or corrupted checkpoint that is skipped,
+    with the file at fault. Checkpoints are ordered by step; `latest` is only information for people and other programs.
     """
     for path in _everywhere(lambda: list_checkpoints(directory)[::-1]):
         faults = check_checkpoint(path)
         if not faults:
             return path
         if dist.is_main():
-            logger.warning("passing over the checkpoint %s: %s", path, "; ".join(faults))
+            logger.warning("skipping the checkpoint %s: %s", path, "; ".join(faults))
     return None
 
 
 def check_checkpoint(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, the same list on every rank, empty where it is whole; a collective."""
+    """List the faults of a checkpoint; the same list on every rank, empty if it is valid. A collective."""
     try:
         files = read_manifest(path).files
         faults = find_faults(path, files[dist.rank() :: dist.world_size()])
@@ -119,17 +128,18 @@ def check_checkpoint(path: Path) -> list[str]:
 
 
 def load_checkpoint(engine: Any, path: Path) -> TrainerState:
-    """Load weights, optimizer and random states into a fresh engine; a collective. Returns the trainer's state.
+    """Load weights, optimizer and random states into a fresh engine and return the trainer's state. A collective.
 
-    The sums are checked first. Written by another number of ranks, the ZeRO-3 shards are cut anew (bit-exact values);
-    the random states then stay as they are, since they belong to ranks. Frozen parameters of the engine are loaded too.
-    CheckpointError where the checkpoint is not whole or of another model. The engine must not have saved or trained
-    before: DeepSpeed wants a pristine one.
+    Checksums are verified first. If another number of ranks wrote the checkpoint, the ZeRO-3 shards are resharded
+    (values stay bit-exact) and the random states are left unchanged, because they belong to ranks. Frozen parameters
+    of the engine are loaded too. DeepSpeed requires an engine that has neither saved nor trained yet.
+
+    Raises CheckpointError if the checkpoint is not valid or belongs to another model.
     """
     faults = check_checkpoint(path)
     if faults:
         raise CheckpointError(
-            f"{path} is not a whole checkpoint: {'; '.join(faults)}. Resume from another one (checkpoint.resume=PATH)."
+            f"{path} is not a valid checkpoint: {'; '.join(faults)}. Resume from another one (checkpoint.resume=PATH)."
         )
     manifest = read_manifest(path)
     if manifest.world_size == dist.world_size():
@@ -142,7 +152,7 @@ def load_checkpoint(engine: Any, path: Path) -> TrainerState:
 
 
 def read_trainer_state(path: Path) -> TrainerState:
-    """The trainer's state in a checkpoint; for a look before there is an engine. Checks no sums."""
+    """Read the trainer's state of a checkpoint, without an engine. Does not verify checksums."""
     try:
         return TrainerState(**json.loads((path / _TRAINER_NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -150,7 +160,7 @@ def read_trainer_state(path: Path) -> TrainerState:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The step folders in a directory, oldest step first, whole or not; empty where there is no directory."""
+    """List the step folders in a directory, oldest step first, valid or not. Empty if the directory does not exist."""
     found = [path for path in directory.glob("step_*") if path.is_dir() and _STEP_FOLDER.fullmatch(path.name)]
     return sorted(found, key=step_of)
 
@@ -161,7 +171,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint folder's name; CheckpointError where it is none."""
+    """Return the step in a checkpoint folder's name. Raises CheckpointError for any other name."""
     match = _STEP_FOLDER.fullmatch(path.name)
     if match is None:
         raise CheckpointError(f"{path} is not a checkpoint folder: expected a name like {step_name(100)}.")
@@ -169,15 +179,15 @@ def step_of(path: Path) -> int:
 
 
 def prune_checkpoints(directory: Path, *, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete whole checkpoints beyond the `keep_last` newest, but those whose step `keep_every` divides. One process.
+    """Delete old checkpoints and return the deleted folders. Call it in one process only.
 
-    What has no manifest or files of other sizes than it says is neither counted nor deleted: it is not ours to judge.
-    Returns what was deleted.
+    Keeps the `keep_last` newest ones and those whose step is a multiple of `keep_every`. A folder without a manifest,
+    or with a file of another size than its manifest says, is neither counted nor deleted: it may not be ours.
     """
     whole = [path for path in list_checkpoints(directory) if _sizes_match(path)]
     doomed = [path for path in whole[:-keep_last] if not (keep_every and step_of(path) % keep_every == 0)]
     for path in doomed:
-        # First out of sight by one rename: a kill within the deletion must not leave a torn step folder.
+        # Rename first: a kill during the deletion must not leave an incomplete step folder.
         trash = path.with_name(f".trash-{path.name}")
         os.replace(path, trash)
         shutil.rmtree(trash)
@@ -185,10 +195,10 @@ def prune_checkpoints(directory: Path, *, keep_last: int, keep_every: int) -> li
 
 
 def _make_room(directory: Path, final: Path, temporary: Path) -> None:
-    """Rank 0 prepares the directory for a save; what it finds wrong is raised on all ranks."""
+    """Prepare the directory for a save on rank 0; errors are raised on all ranks."""
     if _everywhere(final.exists) and not check_checkpoint(final):
         raise CheckpointError(
-            f"{final} already holds a whole checkpoint and is not overwritten. "
+            f"{final} already holds a valid checkpoint and is not overwritten. "
             "Resume from it (checkpoint.resume=auto), or choose another run_dir."
         )
     if dist.is_main():
@@ -217,7 +227,7 @@ def _write_own_state(folder: Path, trainer_state: TrainerState) -> None:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    """The files that this rank has written: those with its number in their name, and on rank 0 all others."""
+    """The files that this rank wrote: those with its number in the name. Rank 0 also owns all files without one."""
     rank = dist.rank()
     mine = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -245,7 +255,7 @@ def _load_shards(engine: Any, path: Path) -> None:
         loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{path} does not fit this run's model or optimizer: {error}. Give the run the config that wrote the "
+            f"{path} does not fit this run's model or optimizer: {error}. Use the config that wrote the "
             "checkpoint, or another run_dir."
         ) from error
     if loaded is None:
@@ -265,9 +275,9 @@ def _rng_name(rank: int) -> str:
 
 
 def _at_phase(_name: str) -> None:
-    """Called between the phases of a save; tests put a fault here."""
+    """Called between the phases of a save, as a hook for fault injection in tests."""
 
 
 def _everywhere(decide: Callable[[], Any]) -> Any:
-    """Rank 0's answer on all ranks: what is looked up in a folder must not differ between hosts."""
+    """Run `decide` on rank 0 and return its result on all ranks, because hosts may see a folder differently."""
     return dist.broadcast_object(decide() if dist.is_main() else None)

@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: name, size and checksum of every file in its folder (design 9).
+"""The manifest of a checkpoint: name, size and checksum of every file in its folder.
 
-A folder is *whole* when its manifest can be read, carries its own right digest, and every file in it has the size and
-checksum that stand there. DeepSpeed's pickles are loaded from whole folders only: a flipped byte in a shard loads
-without a word otherwise.
+A checkpoint is *valid* if its manifest can be read and matches its own digest, and every listed file has the recorded
+size and checksum. DeepSpeed's pickles are loaded from valid checkpoints only. Without this check, a flipped byte in a
+shard would be loaded silently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ _CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """One file: path relative to the checkpoint's folder (with /), size in bytes, xxh128 of the content in hex."""
+    """One file of a checkpoint.
+
+    path: relative to the checkpoint's folder, with /.
+    size: in bytes.
+    xxh128: checksum of the content, in hex.
+    """
 
     path: str
     size: int
@@ -33,7 +38,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint consists of, and how many ranks wrote it."""
+    """The files of a checkpoint, its step and the number of ranks that wrote it."""
 
     step: int
     world_size: int
@@ -41,7 +46,7 @@ class Manifest:
 
 
 def hash_file(path: Path) -> str:
-    """xxh128 of a file's content in hex. A checksum against accidents (about 10 GB/s), not against an attacker."""
+    """xxh128 of a file's content in hex (about 10 GB/s). Detects accidental damage, not tampering."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -50,39 +55,39 @@ def hash_file(path: Path) -> str:
 
 
 def seal_file(folder: Path, path: Path) -> FileEntry:
-    """Bring a file to the disk and describe it. To be called by the process that wrote it."""
+    """Sync a file to disk and return its entry. Call it in the process that wrote the file."""
     sync_file(path)
     return FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, xxh128=hash_file(path))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, durably and last: a folder without one is not a checkpoint."""
+    """Write `manifest.json` durably. Call it last: a folder without a manifest is not a checkpoint."""
     content = {"version": MANIFEST_VERSION, **asdict(manifest)}
     write_whole(folder / MANIFEST_NAME, json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json`. CheckpointError where it is missing, torn, altered or of an unknown version."""
+    """Read `manifest.json`. Raises CheckpointError if it is missing, truncated, altered or of an unknown version."""
     path = folder / MANIFEST_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {MANIFEST_NAME}.") from None
+        raise CheckpointError(f"{folder} is not a valid checkpoint: it has no {MANIFEST_NAME}.") from None
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): the checkpoint is damaged.") from error
     if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
-        raise CheckpointError(f"{path} does not carry the digest of its own content: the checkpoint is damaged.")
+        raise CheckpointError(f"{path} does not match its own digest: the checkpoint is damaged.")
     if content["version"] != MANIFEST_VERSION:
         raise CheckpointError(
-            f"{path} has version {content['version']}, this program reads version {MANIFEST_VERSION}: "
-            "resume with the release that wrote it."
+            f"{path} has version {content['version']}, but this program reads version {MANIFEST_VERSION}. "
+            "Resume with the release that wrote it."
         )
     files = tuple(FileEntry(**entry) for entry in content["files"])
     return Manifest(step=content["step"], world_size=content["world_size"], files=files)
 
 
 def find_faults(folder: Path, entries: tuple[FileEntry, ...]) -> list[str]:
-    """What is wrong with these files, one sentence each; empty where they are as the manifest says."""
+    """List the faults of these files, one sentence each. Empty if all files match the manifest."""
     return [fault for entry in entries if (fault := _fault(folder / entry.path, entry)) is not None]
 
 
@@ -90,11 +95,11 @@ def _fault(path: Path, entry: FileEntry) -> str | None:
     try:
         size = path.stat().st_size
         if size != entry.size:
-            return f"{path} has {size} bytes, its manifest says {entry.size}"
+            return f"{path} has {size} bytes, but its manifest says {entry.size}"
         found = hash_file(path)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
-    return None if found == entry.xxh128 else f"{path} has checksum {found}, its manifest says {entry.xxh128}"
+    return None if found == entry.xxh128 else f"{path} has checksum {found}, but its manifest says {entry.xxh128}"
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -1,10 +1,12 @@
-"""Reading a ZeRO-3 checkpoint with another number of ranks than wrote it (design 8.13).
+"""Load a ZeRO-3 checkpoint on another number of ranks than wrote it.
 
-DeepSpeed's way is its universal checkpoint, a conversion on disk. Its ZeRO-3 reader gives every parameter group the
-hyperparameters of the first one and every state the step count of the first one, which is wrong here: groups differ
-in weight decay, and a bridge that is not used every step has counted fewer of them. So the shards are cut anew in
-memory. ZeRO-3 deals each parameter of n elements to w ranks in pieces of ceil(n / w), the last one padded; a rank's
-file holds, for each sub-group, the pieces of its parameters end to end.
+DeepSpeed offers its universal checkpoint for this, a conversion on disk. Its ZeRO-3 reader copies the hyperparameters
+of the first parameter group to all groups, and the step count of the first state to all states. Both are wrong here:
+parameter groups differ in weight decay, and a bridge that some steps do not use has a lower step count. This module
+therefore reshards in memory.
+
+ZeRO-3 splits each parameter of n elements over w ranks into pieces of ceil(n / w) and pads the last one. The file of a
+rank holds the concatenated pieces of each sub-group.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ _MASTER = "master"
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Where a parameter's pieces stand in the shards: sub-group, first element within it, elements in all."""
+    """The location of a parameter in the shards.
+
+    sub_group: index of the sub-group.
+    offset: first element of the parameter's piece within the sub-group.
+    numel: number of elements of the whole parameter.
+    """
 
     sub_group: int
     offset: int
@@ -35,7 +42,7 @@ class _Place:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shards:
-    """The optimizer files of all ranks that wrote the checkpoint, opened but not read (memory-mapped)."""
+    """The optimizer files of all ranks that wrote the checkpoint, memory-mapped."""
 
     per_rank: tuple[Mapping[str, Any], ...]
     places: Mapping[str, _Place]
@@ -48,7 +55,7 @@ class _Shards:
         return file["optimizer_state_dict"]["state"][sub_group][key]
 
     def pieces(self, name: str, key: str) -> list[Tensor]:
-        """One state of a parameter as the old ranks hold it, padding included; views, not read yet."""
+        """The pieces of one state of a parameter on the old ranks, with padding, as unread views."""
         place = self.places[name]
         size = _piece_numel(place.numel, len(self.per_rank))
         ranks = range(len(self.per_rank))
@@ -56,9 +63,11 @@ class _Shards:
 
 
 def cut_anew(pieces: Sequence[Tensor], numel: int, *, rank: int, world_size: int) -> Tensor:
-    """The piece of `rank` among `world_size` ranks, out of the pieces [ceil(numel / w)] of the w ranks before.
+    """Build the piece of `rank` for a world of `world_size` ranks.
 
-    A new tensor [ceil(numel / world_size)]; what lies beyond `numel` is zero.
+    pieces: the pieces of the old ranks, [ceil(numel / old world size)] each.
+
+    Returns a new tensor [ceil(numel / world_size)]; padding after `numel` is zero.
     """
     old, new = _piece_numel(numel, len(pieces)), _piece_numel(numel, world_size)
     result = pieces[0].new_zeros(new)
@@ -77,16 +86,17 @@ def _piece_numel(numel: int, world_size: int) -> int:
 
 
 def load_resharded(engine: Any, path: Path, written_by: int) -> None:
-    """Load a whole ZeRO-3 checkpoint of `written_by` ranks into an engine of another world size; a collective.
+    """Load a valid ZeRO-3 checkpoint of `written_by` ranks into an engine of another world size. A collective.
 
-    Weights and optimizer states keep every bit; each parameter group keeps its own hyperparameters and step count.
-    CheckpointError where engine or checkpoint is not ZeRO-3, or names, shapes or groups differ.
+    Weights and optimizer states stay bit-exact. Each parameter group keeps its own hyperparameters and step count.
+
+    Raises CheckpointError if engine or checkpoint is not ZeRO-3, or if names, shapes or groups differ.
     """
     if engine.zero_optimization_stage() != 3:
         raise CheckpointError(
-            f"{path} was written by {written_by} ranks, this run has {torch_dist.get_world_size()}; only ZeRO stage 3 "
-            f"can change their number (this engine has stage {engine.zero_optimization_stage()}). "
-            f"Start {written_by} ranks, or take a stage-3 DeepSpeed config from the start."
+            f"{path} was written by {written_by} ranks, but this run has {torch_dist.get_world_size()}; only ZeRO "
+            f"stage 3 can change the number of ranks (this engine has stage {engine.zero_optimization_stage()}). "
+            f"Start {written_by} ranks, or use a stage-3 DeepSpeed config from the start."
         )
     model_states = [_read(path, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(written_by)]
     model_state = model_states[0]
@@ -94,7 +104,7 @@ def load_resharded(engine: Any, path: Path, written_by: int) -> None:
     _check_same_parameters(path, engine, shards)
     optimizer = engine.optimizer
     optimizer.checkpoint_event_prologue()
-    # DeepSpeed picks its own rank's entry out of a list over ranks.
+    # DeepSpeed reads its own rank's entry from a list over all ranks.
     states: list[Any] = [None] * torch_dist.get_world_size()
     states[torch_dist.get_rank()] = _state_of_rank(path, engine, shards)
     optimizer.load_state_dict(state_dict_list=states)
@@ -131,7 +141,7 @@ def _optimizer_file(path: Path, rank: int) -> str:
 
 def _read(path: Path, name: str) -> Any:
     try:
-        # A pickle, from a folder whose manifest has been verified by the caller.
+        # This is a pickle. The caller has verified the folder's manifest.
         return torch.load(path / name, map_location="cpu", mmap=True, weights_only=False)
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {name}: it was not written by a ZeRO-3 engine.") from None
@@ -144,14 +154,14 @@ def _check_same_parameters(path: Path, engine: Any, shards: _Shards) -> None:
     if wrong:
         name = wrong[0]
         raise CheckpointError(
-            f"{path} does not fit this run's model: {len(wrong)} trained parameters differ, first {name}: expected "
-            f"{expected.get(name, 'none')} elements, found {found.get(name, 'none')}. Give the run the config that "
+            f"{path} does not fit this run's model: {len(wrong)} trained parameters differ. The first is {name}: "
+            f"expected {expected.get(name, 'none')} elements, found {found.get(name, 'none')}. Use the config that "
             "wrote the checkpoint, or another run_dir."
         )
 
 
 def _state_of_rank(path: Path, engine: Any, shards: _Shards) -> dict[str, Any]:
-    """What DeepSpeed would have written for this rank of this world size, in its own layout."""
+    """The optimizer state of this rank, in the layout that DeepSpeed would have written for this world size."""
     saved = shards.per_rank[0]
     masters: list[Tensor] = []
     states: dict[int, dict[str, Any]] = {}
@@ -179,16 +189,16 @@ def _joined(shards: _Shards, names: list[str], key: str) -> Tensor:
 
 
 def _is_flat(value: Any, saved: Mapping[str, Any], sub_group: int) -> bool:
-    """Whether an optimizer state is one value for each element (a moment), not one for all (a step count)."""
+    """Whether an optimizer state has one value per element (a moment) rather than one for all (a step count)."""
     return torch.is_tensor(value) and value.dim() > 0 and value.numel() == saved["fp32_flat_groups"][sub_group].numel()
 
 
 def _param_groups(path: Path, engine: Any, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The saved groups' hyperparameters over this engine's sub-groups."""
+    """The hyperparameters of the saved groups, assigned to this engine's sub-groups."""
     group_of = engine.optimizer.sub_group_to_group_id
     num_groups = len(engine.optimizer.optimizer.param_groups)
     if num_groups != len(saved_groups):
-        raise CheckpointError(f"{path} has {len(saved_groups)} parameter groups, this run's optimizer {num_groups}.")
+        raise CheckpointError(f"{path} has {len(saved_groups)} parameter groups, but the optimizer has {num_groups}.")
     sub_groups = range(len(engine.optimizer.fp16_groups))
     return [
         {**group, "params": [sub_group for sub_group in sub_groups if group_of[sub_group] == index]}
@@ -201,7 +211,7 @@ def _named(engine: Any, params: Iterable[Any]) -> list[tuple[str, Any]]:
 
 
 def _load_frozen(engine: Any, model_states: Sequence[Mapping[str, Any]]) -> None:
-    """Parameters that do not train stand beside the module's state, cut in the same way."""
+    """Load frozen parameters. They are stored next to the module's state and are split in the same way."""
     place = {"rank": torch_dist.get_rank(), "world_size": torch_dist.get_world_size()}
     params = {engine.param_names[param]: param for param in engine.module.parameters()}
     for name in model_states[0]["frozen_param_fragments"] or {}:

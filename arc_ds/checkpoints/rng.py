@@ -1,4 +1,4 @@
-"""The state of this process's random generators as JSON, so that a resumed run draws what it would have drawn."""
+"""States of this process's random generators as JSON. A resumed run continues the same random sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arc_ds.errors import CheckpointError
 
 
 def capture_rng() -> dict[str, Any]:
-    """States of Python's, numpy's and torch's generators (the current accelerator's too, where it is in use)."""
+    """States of the generators of Python, numpy and torch, and of the current accelerator if it is in use."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     state: dict[str, Any] = {
@@ -27,7 +27,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Set the generators to states of `capture_rng`. CheckpointError where they do not fit this program."""
+    """Restore the states that `capture_rng` returned. Raises CheckpointError if they do not fit this program."""
     try:
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
@@ -41,7 +41,7 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 
 def _accelerator_in_use() -> Any | None:
-    """torch's module of this process's accelerator (`torch.cuda`, ...), or None where none has been used."""
+    """The torch module of this process's accelerator (`torch.cuda`, ...), or None if none has been used."""
     device = torch.accelerator.current_accelerator(check_available=True)
     module = None if device is None else torch.get_device_module(device)
     return module if module is not None and module.is_initialized() else None

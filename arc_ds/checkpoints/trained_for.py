@@ -1,4 +1,4 @@
-"""What a checkpoint says of the decoders that its compressor was trained for."""
+"""The record of a checkpoint about the decoders that its compressor was trained for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedFor:
-    """A decoder that a compressor was trained for, and how it was read.
+    """A decoder that a compressor was trained for, and its settings in training.
 
-    name: in the run. rope_scaling: whether its rotary scaling was heeded. bos: whether its sequences began with its
-    begin-of-text token.
+    name: the decoder's name in the run.
+    rope_scaling: "checkpoint" if the decoder's rotary scaling was applied, "none" if it was ignored.
+    bos: whether sequences began with the decoder's begin-of-text token.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the weights of a run are, wherever their files lie: cheap digests that hosts and a resume compare."""
+"""Cheap digests of a run's weights, independent of file paths. Hosts compare them, and so does a resumed run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ _SUFFIXES = (".safetensors", ".pth", ".gguf", ".bin")
 
 
 def weight_digests(config: RunConfig, encoder: BackboneConfig, decoders: Sequence[BackboneConfig]) -> dict[str, str]:
-    """sha256 of each backbone, and of `encoder.init_from` where it is set, by their keys in the config.
+    """sha256 of each backbone, and of `encoder.init_from` if it is set, by config key.
 
-    encoder, decoders: their sizes as read, which are part of the digests. Of the files counts what `files_digest`
-    reads; of the encoder's only where training starts from them. WeightsError where a file cannot be read.
+    encoder: sizes of the encoder's backbone, included in its digest.
+    decoders: sizes of each decoder's backbone, included in its digest.
+
+    Files are hashed by `files_digest`. The encoder backbone's files are hashed only if training starts from them.
+    Raises WeightsError if a file cannot be read.
     """
     init_from = config.encoder.init_from
     digests = {"encoder.backbone": _digest(encoder, config.encoder.backbone if init_from is None else None)}
@@ -36,12 +39,11 @@ def weight_digests(config: RunConfig, encoder: BackboneConfig, decoders: Sequenc
 
 
 def files_digest(files: Sequence[Path]) -> str:
-    """sha256 of each file's size, its first MiB, and 64 blocks of 4 KiB at even distances up to its end.
+    """sha256 over each file's size, its first MiB, and 64 blocks of 4 KiB at even distances up to its end.
 
-    So it takes milliseconds a file, and tells another model, another training or another precision, which differ
-    nearly everywhere. It cannot see a change between the blocks (single rows edited in place); and it takes the same
-    tensors in another split or format for others. Names and folders do not count. WeightsError where a file cannot be
-    read.
+    This takes milliseconds per file. It detects another model, training or precision, because these differ nearly
+    everywhere. It misses changes between the blocks (single rows edited in place). The same tensors in another split or
+    format have another digest. File and folder names are not hashed. Raises WeightsError if a file cannot be read.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -61,7 +63,7 @@ def files_digest(files: Sequence[Path]) -> str:
 
 
 def _digest(sizes: BackboneConfig, path: str | None) -> str:
-    """Of sizes, and of the files at a path where there is one."""
+    """Digest of sizes, and of the files at `path` if it is given."""
     files = () if path is None else locate(Path(path)).files
     content = json.dumps([asdict(sizes), files_digest(files)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""Export: ZeRO shards to weights that others can load."""
+"""Export: convert ZeRO shards to weights that other programs can load."""

@@ -1,4 +1,4 @@
-"""From the ZeRO shards of a checkpoint to whole tensors, without a GPU and without a process group."""
+"""Join the ZeRO shards of a checkpoint into whole tensors, without a GPU and without a process group."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedCompressor:
-    """What a checkpoint holds for use: the compressor's tensors by their names in `Compressor`, float32, and its spec.
+    """A trained compressor, read from a checkpoint.
 
-    encoder_tokenizer: path of the tokenizer that the run's encoder used, as the config gave it.
-    decoders: in the order of the ports.
+    spec: sizes and semantics of the compressor.
+    tensors: float32 tensors by their names in `Compressor`.
+    step: number of optimizer steps done.
+    encoder_tokenizer: path of the encoder's tokenizer, as given in the run's config.
+    decoders: the decoders it was trained for, in the order of the ports.
     """
 
     spec: CompressorSpec
@@ -41,31 +44,31 @@ class TrainedCompressor:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: a step folder itself, or the newest one of a run or of its checkpoints folder.
+    """Resolve `path` to a checkpoint: a step folder itself, or the newest one of a run or of its checkpoints folder.
 
-    CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder: expected a run's folder or one of its checkpoints/step_NNNNNN")
+        raise CheckpointError(f"{path} is not a folder: expected a run's folder or one of its checkpoints/step_NNNNNN")
     if (path / "trainer.json").is_file():
         return path
     for folder in (path / "checkpoints", path):
         found = list_checkpoints(folder)
         if found:
             return found[-1]
-    raise CheckpointError(f"{path} holds no checkpoint: expected a run's folder or one of its checkpoints/step_NNNNNN")
+    raise CheckpointError(f"{path} holds no checkpoint. Expected a run's folder or one of its checkpoints/step_NNNNNN")
 
 
 def consolidate(checkpoint: Path) -> TrainedCompressor:
-    """Joins the shards of a checkpoint into whole float32 tensors, frozen ones included; all of them in memory at once.
+    """Join the shards of a checkpoint into whole float32 tensors, including frozen ones. Holds all of them in memory.
 
-    Every file's sum is checked first, because DeepSpeed's shards are pickles. CheckpointError where a file is missing
-    or differs, or where the checkpoint does not say what it is of.
+    Checksums of all files are verified first, because DeepSpeed's shards are pickles. Raises CheckpointError if a file
+    is missing or differs, or if the checkpoint does not describe its compressor.
     """
     faults = find_faults(checkpoint, read_manifest(checkpoint).files)
     if faults:
         raise CheckpointError(
-            f"{checkpoint} is not whole: {'; '.join(faults)}. Export an earlier checkpoint of the run, or save again."
+            f"{checkpoint} is not valid: {'; '.join(faults)}. Export an earlier checkpoint of the run, or save again."
         )
     state = read_trainer_state(checkpoint)
     described = _described(state, checkpoint)
@@ -79,15 +82,15 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
 
 
 def _join_shards(checkpoint: Path) -> Mapping[str, Tensor]:
-    # No GPU is needed. Without this variable DeepSpeed looks for one at its import, and says what it has found.
+    # No GPU is needed. Without this variable DeepSpeed detects an accelerator at import and logs the result.
     os.environ.setdefault("DS_ACCELERATOR", accelerator_name(torch.device("cpu")))
-    # Standard output is the command line's own. DeepSpeed prints its progress there, and its logger keeps the stream
-    # that it finds at the first import.
+    # Standard output is reserved for the command's own output. DeepSpeed prints its progress there, and its logger
+    # keeps the stream that it sees at the first import.
     with redirect_stdout(sys.stderr):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     said = io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said):  # its bar, too: without a terminal it would print line by line
+    with redirect_stdout(said), redirect_stderr(said):  # also its progress bar, which fills logs
         tensors = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     logger.debug("%s", said.getvalue().rstrip())
     return tensors
@@ -97,7 +100,7 @@ def _described(state: TrainerState, checkpoint: Path) -> Mapping[str, Any]:
     missing = {"compressor", "encoder_tokenizer", "decoders"} - set(state.extra)
     if missing:
         raise CheckpointError(
-            f"{checkpoint}/trainer.json lacks {', '.join(sorted(missing))}, which `arc-ds train` writes there: give a "
+            f"{checkpoint}/trainer.json lacks {', '.join(sorted(missing))}. `arc-ds train` writes these keys: use a "
             "checkpoint of a run that it trained."
         )
     return state.extra

@@ -1,4 +1,4 @@
-"""What an export is written as: one self-describing folder, or the reference's ARC checkpoint (design 6)."""
+"""Export formats: one self-describing folder, or an ARC checkpoint of the reference implementation."""
 
 from __future__ import annotations
 
@@ -36,13 +36,18 @@ def write_export(
     overwrite: bool = False,
     tokenizer: Path | None = None,
 ) -> None:
-    """Writes a trained compressor to `out`; the folder appears whole or not at all.
+    """Write a trained compressor to the folder `out`, atomically.
 
-    "arc-ds": config.json, model.safetensors, the encoder's tokenizer and a model card; `ArcModel.from_checkpoint` needs
-    nothing else but the decoders. "arc": what the reference reads, and beside it the tokenizer and decoders.json.
-    tokenizer: the encoder's, where it is no longer at the path that the run read it from.
-    WeightsError where `out` may not be written (`check_target`), or the format cannot say what the compressor is;
-    TokenizerError where there is no tokenizer, or another one's.
+    export_format: one of
+        "arc-ds": config.json, model.safetensors, the encoder's tokenizer and a model card. Apart from the decoders,
+            `ArcModel.from_checkpoint` needs nothing else.
+        "arc": the files that the reference reads, plus the tokenizer and decoders.json.
+    dtype: dtype of the written tensors, a key of `DTYPES`.
+    overwrite: replace an earlier export.
+    tokenizer: the encoder's tokenizer, if it has moved from the path in the run's config.
+
+    Raises WeightsError if `out` must not be written (`check_target`) or the format cannot represent the compressor, and
+    TokenizerError if the tokenizer is missing or does not fit the encoder.
     """
     out = Path(os.path.abspath(out))
     check_target(out, overwrite=overwrite)
@@ -58,17 +63,17 @@ def write_export(
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-    """WeightsError where `out` exists already, unless `overwrite` is asked for and it is an earlier export or empty."""
+    """Raise WeightsError if `out` exists, unless `overwrite` is set and `out` is empty or an earlier export."""
     if not out.exists():
         return
     if not overwrite:
         raise WeightsError(f"{out} exists already. Choose another folder, or add --overwrite.")
     if not out.is_dir() or (any(out.iterdir()) and not _is_export(out)):
-        raise WeightsError(f"{out} holds something else than an export and is not overwritten. Choose another folder.")
+        raise WeightsError(f"{out} is not an export and is not overwritten. Choose another folder.")
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether it is of either format. A config.json or params.json alone may be somebody's model."""
+    """Whether the folder is an export of either format. config.json or params.json alone may be another model."""
     if (folder / "params.json").is_file() and (folder / "embedder").is_dir():
         return True
     try:
@@ -82,8 +87,8 @@ def _write_arc(trained: TrainedCompressor, tensors: Mapping[str, Tensor], dtype:
     spec = trained.spec
     if spec.backbone.rope_scaling is not None:
         logger.warning(
-            "the encoder was trained with its backbone's rotary scaling, which the reference ignores: ARC-DS reads "
-            "this export as it was trained, the reference does not"
+            "the encoder was trained with its backbone's rotary scaling. ARC-DS applies it when it reads this export; "
+            "the reference ignores it"
         )
     params = params_of_spec(spec, param_dtype=dtype, trained_layers=spec.num_layers, train_embeddings=True)
     write_arc_checkpoint(folder, params, tensors, spec.backbone)

@@ -1,1 +1,1 @@
-"""The trained compressor in use: load, compress, generate. Imports nothing of training."""
+"""Inference with a trained compressor: load, compress, generate. Imports no training code."""

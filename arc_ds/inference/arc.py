@@ -1,4 +1,4 @@
-"""ArcModel: a trained compressor and its frozen decoders, for use (design 11).
+"""ArcModel: inference with a trained compressor and its frozen decoders.
 
     model = ArcModel.from_checkpoint("exports/demo", decoders=["models/llama"])
     vectors = model.compress(["A long text ..."])
@@ -28,7 +28,11 @@ from arc_ds.tokenizers import Tokenizer, read_together
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A text of a prompt that the decoder shall read compressed."""
+    """A part of a prompt that the decoder reads in compressed form.
+
+    text: the text to compress.
+    marker: marker appended to the compressed vectors, or None.
+    """
 
     text: str
     marker: Marker | None = "cont"
@@ -38,11 +42,17 @@ Prompt = str | Context | Sequence[str | Context]
 
 
 class ArcModel:
-    """Compress, score and generate. Weights are only read: nothing here trains.
+    """Compress, score and generate. Nothing here trains.
 
-    spec: what the compressor is; tokenizers may be None where only ids are used. decoder_bos: whether prompts of texts
-    begin with the decoder's begin-of-text token, as in training (default: where it has one). texts_apart: whether texts
-    behind a context are read as if they began a text (sentencepiece then puts a space in front), as the reference does.
+    spec: sizes and semantics of the compressor.
+    compressor: the compressor with its weights.
+    decoders: the frozen decoders, in the order of the ports.
+    encoder_tokenizer: None if contexts come as token ids.
+    decoder_tokenizers: one per decoder; None if prompts come as token ids.
+    decoder_bos: for each decoder, whether text prompts begin with its begin-of-text token, as in training. The default
+        is yes if its tokenizer has one.
+    texts_apart: tokenize the text after a context as if it started a new text, as the reference does. Sentencepiece
+        then prepends a space.
     """
 
     def __init__(
@@ -74,15 +84,16 @@ class ArcModel:
         dtype: torch.dtype = torch.float32,
         pooling_factor: int | None = None,
     ) -> ArcModel:
-        """Reads an export of ARC-DS or a checkpoint in the reference's ARC format, and the decoders it was trained for.
+        """Load an export of ARC-DS or a checkpoint in the reference's ARC format, and the decoders it was trained for.
 
-        decoders: a weights folder or .gguf file for each port, in their order; the last ones, or all where nothing but
-            `compress` is wanted, may be left out. None of them is changed.
-        encoder_backbone: folder with the sizes and the tokenizer of the encoder's backbone (weights are not needed);
-            wanted only for the reference's checkpoints, which do not carry them.
-        pooling_factor: replaces the factor of the last layer that pools; the paper advises the trained one or a lower.
-        WeightsError where files are missing, tensors do not fit, or a decoder's width is not its port's; ConfigError
-        for a pooling factor that cannot be, or a device that is not there.
+        decoders: a weights folder or .gguf file for each port, in port order. The list may be shorter; `compress` alone
+            needs no decoder. Decoder weights are never changed.
+        encoder_backbone: folder with config and tokenizer of the encoder's backbone (weights are not needed). Only
+            checkpoints of the reference need it, because they do not contain these.
+        pooling_factor: replaces the factor of the last pooled layer. The paper advises at most the trained factor.
+
+        Raises WeightsError if files are missing, tensors do not fit, or a decoder's width differs from its port's.
+        Raises ConfigError if the pooling factor is invalid or the device is not available.
         """
         from arc_ds.inference.load import load_arc_model
 
@@ -99,11 +110,14 @@ class ArcModel:
     def compress(
         self, contexts: Sequence[str] | Sequence[Sequence[int]], decoder: int = 0, marker: Marker | None = "cont"
     ) -> list[Tensor]:
-        """The vectors that stand for each context in the decoder: a list of [m, D_decoder], marker last where given.
+        """Compress each context into vectors for the decoder: a list of [m, D_decoder]; the marker, if any, is last.
 
-        contexts: texts, or encoder token ids. The decoder itself need not be loaded. DataError on an empty context or
-        an id outside of the vocabulary; ConfigError on a marker that the port lacks; TokenizerError for texts where the
-        encoder came without a tokenizer.
+        contexts: texts, or encoder token ids.
+        decoder: index of the port. The decoder itself need not be loaded.
+        marker: marker appended to each context, or None.
+
+        Raises DataError on an empty context or an id outside the vocabulary, ConfigError on a marker that the port
+        lacks, and TokenizerError on texts if the encoder was loaded without a tokenizer.
         """
         _check_is_list("contexts", contexts)
         samples = [Sample("compress", (self._context(c, decoder, marker),)) for c in contexts]
@@ -117,7 +131,7 @@ class ArcModel:
     def logits(self, sequences: Sequence[Sequence[Segment]], decoder: int = 0) -> list[Tensor]:
         """Next-token logits at every text token of each sequence: a list of float32 [text tokens, V].
 
-        No begin-of-text token is added. DataError on an empty sequence or an id outside of the vocabulary.
+        Adds no begin-of-text token. Raises DataError on an empty sequence or an id outside the vocabulary.
         """
         reader = self._reader(decoder)
         samples = [Sample("logits", tuple(segments)) for segments in sequences]
@@ -137,13 +151,14 @@ class ArcModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[str]:
-        """Continues each prompt, a mixture of text and `Context`, and returns the new text of each.
+        """Continue each prompt, a mixture of text and `Context`, and return the new texts.
 
-        The decoder's begin-of-text token is put first where its tokenizer has one, and its end-of-text token ends a
-        continuation. Greedy at temperature 0; else drawn from the smallest set of tokens whose probability reaches
-        `top_p`, by `seed`. (Sentencepiece drops the space that a continuation may begin with.)
-        TokenizerError where the decoder came without a tokenizer; DataError on a prompt without a token, unless the
-        tokenizer has a begin-of-text; ConfigError on a number that cannot be.
+        A prompt starts with the decoder's begin-of-text token if its tokenizer has one. The end-of-text token ends a
+        continuation. Temperature 0 is greedy; otherwise tokens are sampled with `seed` from the smallest set whose
+        probability reaches `top_p`. Sentencepiece drops a leading space of a continuation.
+
+        Raises TokenizerError if the decoder was loaded without a tokenizer, DataError on a prompt without tokens
+        (unless the tokenizer has a begin-of-text token), and ConfigError on an invalid number.
         """
         _check_is_list("prompts", prompts)
         tokenizer = self._decoder_tokenizer(decoder)
@@ -182,21 +197,21 @@ class ArcModel:
         )
 
     def _vectors(self, batch: PackedBatch, decoder: int) -> Tensor | None:
-        """Compressed vectors of a batch's contexts; None for text only, which is the decoder as it is."""
+        """Compressed vectors of a batch's contexts; None if the batch has text only."""
         return self.compressor(batch, decoder) if batch.num_encoder_tokens else None
 
     def _reader(self, decoder: int) -> Decoder:
         if not 0 <= decoder < len(self.decoders):
             raise ConfigError(
-                f"decoder {decoder} was asked for; the model was loaded with {len(self.decoders)} of the "
-                f"{len(self.spec.decoder_sizes)} that it serves, counted from 0. Name its weights in `decoders`."
+                f"decoder {decoder} was requested, but the model was loaded with {len(self.decoders)} of its "
+                f"{len(self.spec.decoder_sizes)} decoders (indices start at 0). Add its weights to `decoders`."
             )
         return self.decoders[decoder]
 
     def _pack(self, samples: Sequence[Sample], reader: Decoder | None = None) -> PackedBatch:
         for idx, sample in enumerate(samples):
             if not any(segment.ids for segment in sample.segments):
-                raise DataError(f"sequence {idx} is empty: give it a text token or a context to start from")
+                raise DataError(f"sequence {idx} is empty: it needs at least one text token or context")
         batch = pack(samples, self.spec.packing)
         _check_ids("encoder", batch.encoder_ids, self.spec.backbone.vocab_size)
         if reader is not None:
@@ -220,7 +235,7 @@ class ArcModel:
                 segments.append(Segment.text(ids))
             else:
                 raise DataError(
-                    f"a prompt is str and Context, or Segment alone; got a {type(part).__name__} among them"
+                    f"a prompt consists of str and Context, or of Segment only; got a {type(part).__name__}"
                 )
             after_context = isinstance(part, Context)
         return segments
@@ -229,20 +244,20 @@ class ArcModel:
         self._check_marker(decoder, marker)
         ids = self._encode(context) if isinstance(context, str) else [int(token) for token in context]
         if not ids:
-            raise DataError("a context is empty, so there is nothing to compress: leave it out or give it text")
+            raise DataError("a context is empty, so there is nothing to compress: omit it or give it text")
         return Segment.context(ids, marker)
 
     def _check_marker(self, decoder: int, marker: Marker | None) -> None:
         if not 0 <= decoder < len(self.compressor.ports):
-            raise ConfigError(f"decoder {decoder} was asked for; the compressor serves {len(self.compressor.ports)}")
+            raise ConfigError(f"decoder {decoder} was requested; the compressor serves {len(self.compressor.ports)}")
         if marker is not None and marker not in self.spec.markers:
             raise ConfigError(f"marker is {marker!r}; this compressor has {_listed(self.spec.markers)}")
 
     def _encode(self, text: str) -> list[int]:
         if self.encoder_tokenizer is None:
             raise TokenizerError(
-                "the encoder has no tokenizer, so it takes ids only: give from_checkpoint an encoder_backbone folder "
-                "that holds one"
+                "the encoder has no tokenizer, so it accepts ids only: pass an encoder_backbone folder with a "
+                "tokenizer to from_checkpoint"
             )
         return self.encoder_tokenizer.encode(text)
 
@@ -250,12 +265,12 @@ class ArcModel:
         self._reader(decoder)
         tokenizer = self.decoder_tokenizers[decoder]
         if tokenizer is None:
-            raise TokenizerError(f"decoder {decoder} came without a tokenizer: put it in the decoder's folder")
+            raise TokenizerError(f"decoder {decoder} was loaded without a tokenizer: add one to the decoder's folder")
         return tokenizer
 
 
 def _texts_joined(parts: Sequence[object]) -> list[object]:
-    """The parts, texts that stand next to each other as one: where a text was cut must not change its tokens."""
+    """Join adjacent texts, so that the way a text is split does not change its tokens."""
     joined: list[object] = []
     for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
         members = list(group)
@@ -264,11 +279,11 @@ def _texts_joined(parts: Sequence[object]) -> list[object]:
 
 
 def _listed(markers: Sequence[Marker]) -> str:
-    return f"{' and '.join(markers)}: take one of them or None" if markers else "no marker: take None"
+    return f"{' and '.join(markers)}: use one of them or None" if markers else "no marker: use None"
 
 
 def _check_is_list(what: str, given: object) -> None:
-    """One text would be taken for a list of its characters."""
+    """Raise DataError on a single text, which would be read as a list of its characters."""
     if isinstance(given, str | Context):
         raise DataError(f"{what} is one {type(given).__name__}; expected a list: write [{what[:-1]}]")
 
@@ -276,6 +291,6 @@ def _check_is_list(what: str, given: object) -> None:
 def _check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise DataError(
-            f"token ids {int(ids.min())} to {int(ids.max())} for the {what}; expected 0 to {vocab_size - 1}: take ids "
+            f"token ids {int(ids.min())} to {int(ids.max())} for the {what}; expected 0 to {vocab_size - 1}: use ids "
             f"of the {what}'s own tokenizer"
         )

@@ -1,7 +1,9 @@
-"""Generation with a KV cache: prompts of text and compressed contexts in, continuations out, as one batch.
+"""Batched generation with a KV cache from prompts of text and compressed contexts.
 
-The cache is one rectangle a layer; rows are written at sequence * max_len + position, and each query's limit says how
-much of its own line it sees, so prefill (packed, ragged) and decoding (one row a sequence) are the same forward.
+Each layer has one rectangular cache. A row is written at sequence * max_len + position, and a limit per query restricts
+it to the filled part of its own sequence. Prefill (packed, ragged) and decoding (one row per sequence) therefore share
+one forward.
+
 Shape letters: B prompts, R rows of the prefill, Z compressed vectors, V vocabulary.
 """
 
@@ -21,8 +23,14 @@ from arc_ds.model.decoder import Decoder, DecoderRows
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: greedily at temperature 0, else from the smallest set of tokens whose probability
-    reaches `top_p`, with the given seed. ConfigError on a negative temperature or a top_p outside of (0, 1]."""
+    """How the next token is chosen.
+
+    temperature: 0 is greedy; otherwise at least 0.
+    top_p: sample from the smallest set of tokens whose probability reaches this value, in (0, 1].
+    seed: seed of the random generator.
+
+    Raises ConfigError on a negative temperature or a top_p outside (0, 1].
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -31,7 +39,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
-                f"temperature is {self.temperature} and top_p {self.top_p}; expected at least 0 and more than 0 up to 1"
+                f"temperature is {self.temperature} and top_p {self.top_p}; expected temperature >= 0 and 0 < top_p <= 1"
             )
 
 
@@ -46,7 +54,13 @@ class KVCache:
         self._cu_keys = torch.arange(num_sequences + 1, device=table.device, dtype=torch.int32) * max_len
 
     def at(self, sequences: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[LayerCache]:
-        """Each layer's cache for a forward over rows of the given sequences and positions, int64 [rows]."""
+        """The cache of each layer for a forward over rows.
+
+        sequences: sequence of each row, int64 [rows].
+        positions: position of each row in its sequence, int64 [rows].
+        cu_seqlens: boundaries of the sequences among the rows.
+        max_seqlen: length of the longest sequence among the rows.
+        """
         spans = Spans(cu_seqlens, self._cu_keys, max_seqlen, self.max_len, k_limits=(positions + 1).to(torch.int32))
         rows = sequences * self.max_len + positions
         return [LayerCache(keys, values, rows, spans) for keys, values in self._layers]
@@ -63,11 +77,16 @@ def generate_ids(
     sampling: Sampling | None = None,
     on_logits: Callable[[int, Tensor], None] | None = None,
 ) -> list[list[int]]:
-    """Continues every sequence of the batch by at most `max_new_tokens` tokens; a stop id ends it and is left out.
+    """Continue every sequence of the batch by at most `max_new_tokens` tokens.
 
-    The first token comes from the sequence's last row, be it a text token, a compressed vector or a marker.
-    on_logits: called with (step, float32 logits [B, V]) before each choice, to look at them.
-    ConfigError on a negative number of new tokens.
+    The first token is predicted from the last row of a sequence, which may be a text token, a compressed vector or a
+    marker.
+
+    z_ZD: compressed vectors of the batch; None for text only.
+    stop_ids: tokens that end a sequence. They are not returned.
+    on_logits: called with (step, float32 logits [B, V]) before each choice, for inspection.
+
+    Raises ConfigError on a negative number of new tokens.
     """
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 0")
@@ -93,7 +112,7 @@ def generate_ids(
 
 
 def _prefill(decoder: Decoder, batch: PackedBatch, z_ZD: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """Logits [B, V] of each sequence's last row, and the sequences' lengths [B]."""
+    """Logits [B, V] of the last row of each sequence, and the lengths [B] of the sequences."""
     cu = batch.decoder_cu_seqlens.long()
     lengths_B = cu[1:] - cu[:-1]
     sequences_R = torch.repeat_interleave(
@@ -105,7 +124,7 @@ def _prefill(decoder: Decoder, batch: PackedBatch, z_ZD: Tensor | None, cache: K
 
 
 def _advance(decoder: Decoder, ids_B: Tensor, positions_B: Tensor, cache: KVCache) -> Tensor:
-    """Logits [B, V] after one more token of each sequence."""
+    """Logits [B, V] after one more token per sequence."""
     sequences = torch.arange(ids_B.numel(), device=ids_B.device)
     cu = torch.arange(ids_B.numel() + 1, device=ids_B.device, dtype=torch.int32)
     rows = DecoderRows(ids_B, sequences, sequences[:0], cu, positions_B, 1)
@@ -114,7 +133,7 @@ def _advance(decoder: Decoder, ids_B: Tensor, positions_B: Tensor, cache: KVCach
 
 
 class _Chooser:
-    """Chooses the next token of each sequence; keeps the random state between steps."""
+    """Choose the next token of each sequence. Keeps the random state between steps."""
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self.sampling = sampling
@@ -124,6 +143,6 @@ class _Chooser:
         if self.sampling.temperature == 0:
             return logits_BV.argmax(dim=-1)
         probs, order = torch.softmax(logits_BV / self.sampling.temperature, dim=-1).sort(dim=-1, descending=True)
-        beyond = probs.cumsum(dim=-1) - probs >= self.sampling.top_p  # the token that crosses top_p still counts
+        beyond = probs.cumsum(dim=-1) - probs >= self.sampling.top_p  # keeps the token that crosses top_p
         drawn = torch.multinomial(probs.masked_fill(beyond, 0.0), 1, generator=self.generator)
         return order.gather(1, drawn).squeeze(1)

@@ -1,4 +1,4 @@
-"""From folders to a model: exports of ARC-DS, checkpoints in the reference's ARC format, and decoders."""
+"""Load a model from folders: exports of ARC-DS, checkpoints in the reference's ARC format, and decoders."""
 
 from __future__ import annotations
 
@@ -35,13 +35,17 @@ EXPORT_FORMAT = "arc-ds"
 EXPORT_CONFIG = "config.json"
 EXPORT_WEIGHTS = "model.safetensors"
 EXPORT_VERSION = 1
-ARC_DECODERS = "decoders.json"  # ours beside the files of the ARC format, which does not say how decoders were read
+ARC_DECODERS = "decoders.json"  # our addition: the ARC format does not record the decoders' settings
 RopeScalingChoice = Literal["checkpoint", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderReading:
-    """How a decoder was read in training: with its rotary scaling or without, with begin-of-text first or without."""
+    """Settings of a decoder in training.
+
+    rope_scaling: "checkpoint" if its rotary scaling was applied, "none" if it was ignored.
+    bos: whether sequences began with its begin-of-text token.
+    """
 
     rope_scaling: RopeScalingChoice
     bos: bool = True
@@ -49,9 +53,13 @@ class DecoderReading:
 
 @dataclass(frozen=True, kw_only=True)
 class ArcSourceFolder:
-    """An opened folder of compressor weights: what it is of, its tensors, its tokenizer, how its decoders were read.
+    """An opened folder of compressor weights.
 
-    texts_apart: whether they read the texts around a context each as a text of its own, as the reference does.
+    spec: sizes and semantics of the compressor.
+    tensors: the compressor's tensors.
+    tokenizer: path of the encoder's tokenizer, or None.
+    decoders: settings of each decoder in training.
+    texts_apart: whether training tokenized the texts around a context separately, as the reference does.
     """
 
     spec: CompressorSpec
@@ -94,11 +102,14 @@ def load_arc_model(
 
 
 def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcSourceFolder:
-    """Opens an export of ARC-DS, or a checkpoint in the ARC format.
+    """Open an export of ARC-DS or a checkpoint in the ARC format.
 
-    Checkpoints of the reference were trained without rotary scaling whatever the backbone says, and are read so; what
-    ARC-DS wrote says how it was trained. encoder_backbone: what a checkpoint of the reference does not carry, sizes
-    and tokenizer. WeightsError where the folder is neither, or sizes are wanting.
+    The reference trains without rotary scaling even if the backbone has one, so its checkpoints are read without
+    scaling. Folders written by ARC-DS record the setting.
+
+    encoder_backbone: folder with sizes and tokenizer, which checkpoints of the reference do not contain.
+
+    Raises WeightsError if the folder is neither, or if sizes are missing.
     """
     config_file = arc_dir / EXPORT_CONFIG
     if config_file.is_file():
@@ -112,12 +123,12 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcS
 
 
 def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Compressor:
-    """A compressor of the given spec with the source's tensors. WeightsError where they do not fit."""
+    """Build a compressor of the given spec with the source's tensors. Raises WeightsError if they do not fit."""
     try:
         with torch.device("meta"):
             compressor = build_compressor(spec)
     except ValueError as error:
-        raise WeightsError(f"{source.path} describes a compressor that cannot be: {error}. Export it again.") from error
+        raise WeightsError(f"{source.path} describes an invalid compressor: {error}. Export it again.") from error
     load_backbone(compressor, source, dtype=dtype, device=device, allow_unused=_is_marker_left_out(spec))
     return compressor
 
@@ -125,9 +136,11 @@ def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.de
 def load_decoder(
     path: Path, rope_scaling: RopeScalingChoice, device: torch.device, dtype: torch.dtype, **options: Any
 ) -> Decoder:
-    """A whole frozen decoder from a weights folder or a .gguf file, read one tensor at a time.
+    """Load a frozen decoder from a weights folder or a .gguf file, one tensor at a time.
 
-    options: those of `open_decoder`. WeightsError where a tensor is missing or misshapen.
+    options: those of `open_decoder`.
+
+    Raises WeightsError if a tensor is missing or has the wrong shape.
     """
     decoder, source = open_decoder(path, rope_scaling, **options)
     load_backbone(decoder, source, dtype=dtype, device=device)
@@ -141,9 +154,11 @@ def open_decoder(
     activation_checkpointing: bool = False,
     max_positions: int | None = None,
 ) -> tuple[Decoder, TensorSource]:
-    """A decoder of the sizes that a weights folder or a .gguf file names, on "meta", and its tensors.
+    """Build a decoder on "meta" with the sizes of a weights folder or a .gguf file, and open its tensors.
 
-    max_positions: the longest sequence it will read. WeightsError where the sizes cannot be read.
+    max_positions: length of the longest sequence that it will read.
+
+    Raises WeightsError if the sizes cannot be read.
     """
     source = open_backbone(path, rope_scaling, max_positions=max_positions)
     with torch.device("meta"):
@@ -151,7 +166,7 @@ def open_decoder(
 
 
 def _is_marker_left_out(spec: CompressorSpec) -> Callable[[str], bool]:
-    """Markers that the spec does not use may stand in the file (the reference keeps them)."""
+    """Predicate for markers that the spec does not use. The reference writes them to the file."""
     left_out = [marker for marker in MARKERS if marker not in spec.markers]
     return frozenset(f"ports.{n}.{marker}" for n in range(len(spec.decoder_sizes)) for marker in left_out).__contains__
 
@@ -168,31 +183,31 @@ def _decoder_tokenizer(path: Path, decoder: Decoder) -> Tokenizer | None:
 def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
     if factor < 1 or not spec.rules:
         raise ConfigError(
-            f"pooling_factor is {factor}; expected at least 1, and a compressor that pools (this one has "
+            f"pooling_factor is {factor}; expected at least 1 and a compressor with pooled layers (this one has "
             f"{spec.memory_tokens} memory tokens)"
         )
     return dataclasses.replace(spec, rules=(*spec.rules[:-1], *group_rules(spec.strategy, (factor,))))
 
 
 def _check_widths(decoders: Sequence[Path], source: ArcSourceFolder, arc_dir: Path) -> None:
-    """Before anything large is read."""
+    """Compare the decoders' widths with the ports' before any weights are read."""
     widths, readings = source.spec.decoder_sizes, source.decoders
     if len(decoders) > len(widths):
-        raise WeightsError(f"{arc_dir} serves {len(widths)} decoders; {len(decoders)} were given. Leave out the rest.")
+        raise WeightsError(f"{arc_dir} serves {len(widths)} decoders; {len(decoders)} were given. Remove the rest.")
     for path, width, reading in zip(decoders, widths, readings, strict=False):
         found = read_backbone_config(path, reading.rope_scaling).hidden_size
         if found != width:
             raise WeightsError(
-                f"decoder {path} is {found} wide; the bridge in {arc_dir} leads to {width}. Give the decoders that it "
-                "was trained for, in their order."
+                f"decoder {path} has width {found}; the bridge in {arc_dir} maps to width {width}. Use the decoders "
+                "that it was trained for, in the same order."
             )
 
 
 def _open_export(folder: Path, config: Fields) -> ArcSourceFolder:
     if config.get("format") != EXPORT_FORMAT:
         raise WeightsError(
-            f"{folder} is no export of ARC-DS: `format` in {EXPORT_CONFIG} is {config.get('format')!r}, expected "
-            f"{EXPORT_FORMAT!r}. Give the folder that `arc-ds export` wrote."
+            f"{folder} is not an export of ARC-DS: `format` in {EXPORT_CONFIG} is {config.get('format')!r}, expected "
+            f"{EXPORT_FORMAT!r}. Use a folder that `arc-ds export` wrote."
         )
     if config.get("version") != EXPORT_VERSION:
         raise WeightsError(
@@ -210,7 +225,7 @@ def _open_export(folder: Path, config: Fields) -> ArcSourceFolder:
 
 
 def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcSourceFolder:
-    """The sizes that a checkpoint carries go before those of `encoder_backbone`: they say how it was trained."""
+    """Sizes in the checkpoint take precedence over `encoder_backbone`, because they describe the training."""
     checkpoint = read_arc_checkpoint(folder)
     backbone = checkpoint.backbone
     if backbone is None and encoder_backbone is not None:
@@ -231,7 +246,7 @@ def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcSour
 
 
 def _decoder_readings(plain: Fields, num_decoders: int) -> tuple[DecoderReading, ...]:
-    """How each decoder was read when the compressor was trained, from the list `decoders` of an export's file."""
+    """Read each decoder's settings in training from the list `decoders` of an export's file."""
     decoders = plain.get("decoders")
     entries = [entry for entry in decoders if isinstance(entry, dict)] if isinstance(decoders, list) else []
     readings = [
@@ -248,11 +263,11 @@ def _decoder_readings(plain: Fields, num_decoders: int) -> tuple[DecoderReading,
 
 
 class _ExportSource:
-    """The tensors of an export under our names."""
+    """The tensors of an export, by internal name."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / EXPORT_WEIGHTS).is_file():
-            raise WeightsError(f"{folder} has no {EXPORT_WEIGHTS}: the export was copied in part; copy it again")
+            raise WeightsError(f"{folder} has no {EXPORT_WEIGHTS}: the export was copied incompletely; copy it again")
         self.path = folder
         self._store = SafetensorsStore(folder / EXPORT_WEIGHTS)
 

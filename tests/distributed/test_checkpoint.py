@@ -267,7 +267,7 @@ def test_a_flipped_byte_is_named_and_passed_over(tmp_path: Path) -> None:
     assert name == other == "step_000001"
     assert len(messages) == 1 and str(damaged) in messages[0] and "checksum" in messages[0]
     assert silent == [], "only one rank may log"
-    with pytest.raises(RankError, match=r"(?s)rank 0.*CheckpointError.*rank 1.*not a whole checkpoint"):
+    with pytest.raises(RankError, match=r"(?s)rank 0.*CheckpointError.*rank 1.*not a valid checkpoint"):
         run_on_ranks(_load_this, tmp_path / "step_000002")
 
 

@@ -98,7 +98,7 @@ def test_a_tag_without_its_other_half_is_not_read_as_text(prompt: str) -> None:
 MISTAKES = [
     (["--model", "gone", "--decoder", "decoder", "x"], "is neither an export"),
     (["--model", "export", "--decoder", "gone", "x"], "does not exist"),
-    (["--model", "export", "--decoder", "decoder", "--decoder-idx", "1", "x"], "decoder 1 was asked for"),
+    (["--model", "export", "--decoder", "decoder", "--decoder-idx", "1", "x"], "decoder 1 was requested"),
     (["--model", "export", "--decoder", "decoder", "--pooling-factor", "0", "x"], "pooling_factor is 0"),
     (["--model", "export", "--decoder", "decoder", "--temperature", "-1", "x"], "temperature is -1.0"),
     (["--model", "export", "--decoder", "decoder", "--max-new-tokens", "-1", "x"], "max_new_tokens is -1"),

@@ -167,19 +167,19 @@ WRONG_CALLS = [
     (lambda m: m.compress([[]]), DataError, "a context is empty"),
     (lambda m: m.compress([[600]]), DataError, "token ids 600 to 600 for the encoder; expected 0 to 599"),
     (lambda m: m.compress([[-1, 5]]), DataError, "token ids -1 to 5 for the encoder"),
-    (lambda m: m.compress([TEXT], decoder=2), ConfigError, "decoder 2 was asked for; the compressor serves 2"),
-    (lambda m: m.compress([TEXT], decoder=-1), ConfigError, "decoder -1 was asked for"),
+    (lambda m: m.compress([TEXT], decoder=2), ConfigError, "decoder 2 was requested; the compressor serves 2"),
+    (lambda m: m.compress([TEXT], decoder=-1), ConfigError, "decoder -1 was requested"),
     (lambda m: m.compress([TEXT], marker="mid"), ConfigError, "marker is 'mid'; this compressor has cont and rec"),
     (lambda m: m.logits([[]]), DataError, "sequence 0 is empty"),
     (lambda m: m.logits([[Segment.text([350])]]), DataError, "for the decoder; expected 0 to 349"),
     (lambda m: m.logits([[Segment.text([1])]], decoder=2), ConfigError, "loaded with 2 of the 2"),
     (lambda m: m.generate("one prompt"), DataError, "prompts is one str"),
     (lambda m: m.generate([""], decoder=1), DataError, "sequence 0 is empty"),
-    (lambda m: m.generate([["a", Segment.text([1])]]), DataError, "got a Segment among them"),
+    (lambda m: m.generate([["a", Segment.text([1])]]), DataError, "of Segment only; got a Segment"),
     (lambda m: m.generate([Context("")]), DataError, "a context is empty"),
     (lambda m: m.generate(["a"], temperature=-1.0), ConfigError, "temperature is -1.0"),
     (lambda m: m.generate(["a"], max_new_tokens=-1), ConfigError, "max_new_tokens is -1"),
-    (lambda m: m.generate(["a"], decoder=5), ConfigError, "decoder 5 was asked for"),
+    (lambda m: m.generate(["a"], decoder=5), ConfigError, "decoder 5 was requested"),
 ]
 
 
@@ -191,7 +191,7 @@ def test_a_wrong_call_is_one_clear_error(model: ArcModel, call, kind, message: s
 
 def test_decoders_that_are_not_its_own_are_refused(folders: Path, tmp_path: Path) -> None:
     wide = write_decoder(tmp_path / "wide", hidden_size=32, head_dim=8)
-    with pytest.raises(WeightsError, match=r"wide is 32 wide; the bridge in .* leads to 48"):
+    with pytest.raises(WeightsError, match=r"wide has width 32; the bridge in .* maps to width 48"):
         ArcModel.from_checkpoint(folders / "export", decoders=[wide])
     with pytest.raises(WeightsError, match="serves 2 decoders; 3 were given"):
         ArcModel.from_checkpoint(folders / "export", decoders=[folders / "a"] * 3)
@@ -222,7 +222,7 @@ def test_without_tokenizers_ids_still_work(folders: Path, tmp_path: Path) -> Non
     assert len(model.generate_ids([[Segment.context([1, 2, 3])]], max_new_tokens=3)[0]) == 3
     with pytest.raises(TokenizerError, match="the encoder has no tokenizer"):
         model.compress([TEXT])
-    with pytest.raises(TokenizerError, match="decoder 0 came without a tokenizer"):
+    with pytest.raises(TokenizerError, match="decoder 0 was loaded without a tokenizer"):
         model.generate([TEXT])
 
 
@@ -246,7 +246,7 @@ def test_the_references_checkpoint_wants_the_encoders_sizes(golden: Path) -> Non
 def test_a_folder_of_something_else_is_named(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is neither an export of ARC-DS"):
         ArcModel.from_checkpoint(tmp_path, decoders=[])
-    with pytest.raises(WeightsError, match=r"is no export of ARC-DS: `format` in config\.json is None"):
+    with pytest.raises(WeightsError, match=r"is not an export of ARC-DS: `format` in config\.json is None"):
         ArcModel.from_checkpoint(folders / "a", decoders=[])
     with pytest.raises(WeightsError, match="does not exist"):
         ArcModel.from_checkpoint(folders / "export", decoders=[tmp_path / "gone"])

@@ -39,7 +39,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
-                f"temperature is {self.temperature} and top_p {self.top_p}; expected temperature >= 0 and 0 < top_p <= 1"
+                f"temperature is {self.temperature} and top_p {self.top_p}; expected temperature >= 0, 0 < top_p <= 1"
             )
 
 

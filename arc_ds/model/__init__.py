@@ -1,1 +1,1 @@
-"""The ARC model: backbone, encoder, pooling, markers, bridges, frozen decoders, and how they are wired."""
+"""The ARC model: backbone, encoder, pooling, markers, bridges and frozen decoders."""

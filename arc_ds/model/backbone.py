@@ -1,7 +1,9 @@
-"""The packed transformer: what encoder and decoder are made of.
+"""The packed transformer: building blocks of encoder and decoder.
 
-Rows of many sequences lie end to end; attention follows `cu_seqlens`, nothing is padded and nothing loops over
-sequences. Shape letters: T rows that ask, U rows that are asked, D width, N heads, K kv heads, H head size.
+Sequences are concatenated along dimension 0 and attention follows `cu_seqlens`. There is no padding and no loop over
+sequences.
+
+Shape letters: T query rows, U key rows, D width, N heads, K kv heads, H head size.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from arc_ds.model.rope import Rope
 
 
 class Spans(NamedTuple):
-    """Which rows attend to which: segment boundaries of queries and keys (see `arc_kernels.attention_varlen`)."""
+    """Segment boundaries of queries and keys; see `arc_kernels.attention_varlen`."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
@@ -35,10 +37,14 @@ class Spans(NamedTuple):
 
 
 class PrefixSpans(NamedTuple):
-    """Rows of a causal sequence in two parts, the first of which needs no gradient (see `packing.PrefixSplit`).
+    """Causal sequences split into a prefix, which needs no gradient, and a suffix (see `packing.PrefixSplit`).
 
-    prefix, suffix: each part's own rows in the packed order, int64; ropes and spans of each part. The suffix's keys
-    are those of all rows.
+    prefix_rows: rows of the prefix in the packed order, int64.
+    suffix_rows: rows of the suffix in the packed order, int64.
+    prefix_rope: rotary angles of the prefix.
+    suffix_rope: rotary angles of the suffix.
+    prefix_spans: spans of the prefix.
+    suffix_spans: spans of the suffix; its keys are the keys of all rows.
     """
 
     prefix_rows: Tensor
@@ -49,12 +55,12 @@ class PrefixSpans(NamedTuple):
     suffix_spans: Spans
 
     def join(self, prefix: Tensor, suffix: Tensor) -> Tensor:
-        """Both parts' rows in the packed order."""
+        """The rows of both parts in the packed order."""
         return _Join.apply(prefix, suffix, self.prefix_rows, self.suffix_rows)
 
 
 class _Join(torch.autograd.Function):
-    """Rows written to their places in one pass; `index_put` without autograd's help would copy the whole first."""
+    """Write two sets of rows into one tensor in one pass. `index_put` under autograd would first copy the tensor."""
 
     @staticmethod
     def forward(ctx: Any, first: Tensor, second: Tensor, first_rows: Tensor, second_rows: Tensor) -> Tensor:
@@ -69,9 +75,12 @@ class _Join(torch.autograd.Function):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer during generation, and where the rows at hand are written.
+    """Keys and values of one layer during generation, and the places of the new rows.
 
-    keys, values: [B, max_len, K, H]; rows int64 [T]: sequence * max_len + position of each row; spans: over the cache.
+    keys: [B, max_len, K, H].
+    values: [B, max_len, K, H].
+    rows: place of each new row in the cache, sequence * max_len + position, int64 [T].
+    spans: spans of the new rows over the cache.
     """
 
     keys: Tensor
@@ -80,7 +89,7 @@ class LayerCache(NamedTuple):
     spans: Spans
 
     def update(self, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the new rows and returns all keys and values, [B * max_len, K, H] each."""
+        """Write the new rows and return all keys and values, [B * max_len, K, H] each."""
         keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
         keys[self.rows], values[self.rows] = k_TKH, v_TKH
         return keys, values
@@ -123,12 +132,12 @@ Norm = RMSNorm | LayerNorm
 
 
 def make_norm(config: BackboneConfig) -> Norm:
-    """The norm of the config's family."""
+    """The kind of norm that the config names."""
     return RMSNorm(config.hidden_size, config.norm_eps) if config.norm == "rms" else LayerNorm(config.norm_eps)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; queries may come from other rows than keys and values."""
+    """Grouped-query attention. Queries may come from different rows than keys and values."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -158,7 +167,7 @@ class Attention(nn.Module):
         return self.attend(q_TNH, keys, values, rope_q, cache.spans)
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
-        """Queries [T, N, H], keys and values [T, K, H] of the rows, none of them rotated."""
+        """Queries [T, N, H], keys and values [T, K, H] of the rows, before rotation."""
         return self._heads(x_TD, self.wq, self.wk, self.wv)
 
     def attend(
@@ -166,8 +175,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The output of the attention: [T, D].
 
-        rope_q: by which the queries are to be rotated.
-        rope_k: by which the keys are to be rotated; None if they are.
+        rope_q: angles that rotate the queries.
+        rope_k: angles that rotate the keys; None if the keys are already rotated.
         """
         o_TNH = ak.attention_varlen(
             q_TNH,
@@ -202,9 +211,10 @@ class FeedForward(nn.Module):
 
 
 class Stream(NamedTuple):
-    """The residual stream between two layers: the sum of both, which is left to the next norm, as it reads them anyway.
+    """The residual stream between two layers, as two terms. The next norm adds them, because it reads both anyway.
 
-    x, update: [T, D] each; no update: x is the sum.
+    x_TD: residual [T, D].
+    update_TD: output of the last sublayer [T, D]; None if it is already added to x_TD.
     """
 
     x_TD: Tensor
@@ -228,12 +238,12 @@ class Block(nn.Module):
     def forward(
         self, x_TD: Tensor, update_TD: Tensor | None, rope: Rope, spans: Spans, cache: LayerCache | None = None
     ) -> Stream:
-        """A stream's two parts in, a stream out. They come one by one: ZeRO-3's hooks and checkpoints see tensors."""
+        """Run the layer on a stream. Its terms are separate arguments: ZeRO-3 hooks and checkpointing need tensors."""
         normed_TD, x_TD = self._enter(x_TD, update_TD)
         return self._finish(self.attention(normed_TD, normed_TD, rope, rope, spans, cache), x_TD)
 
     def _enter(self, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm of the stream, the stream's sum)."""
+        """(norm of the sum, the sum of the stream's terms)."""
         return (self.attention_norm(x_TD), x_TD) if update_TD is None else self.attention_norm.add(update_TD, x_TD)
 
     def _finish(self, attended_TD: Tensor, residual_TD: Tensor) -> Stream:
@@ -243,25 +253,25 @@ class Block(nn.Module):
 
 @dataclass
 class PrefixPass:
-    """The prefix's way through one frozen layer.
+    """The state of the prefix in one frozen layer.
 
-    stream: the prefix as it enters the layer; after the layer's forward, as it leaves it; None once it is taken.
-    keys_values: the prefix's keys (rotated) and values, [P, K, H] each, once they are made. If activation checkpointing
-        runs the layer again, it finds them here: the suffix needs nothing else of the prefix.
+    stream: input of the layer before its forward, output after it; None after `take`.
+    keys_values: rotated keys and values of the prefix, [P, K, H] each; None before the first forward. If activation
+        checkpointing reruns the layer, it reuses them: the suffix needs nothing else of the prefix.
     """
 
     stream: Stream | None
     keys_values: tuple[Tensor, Tensor] | None = None
 
     def take(self) -> Stream:
-        """The prefix's stream, which is no longer held here."""
-        assert self.stream is not None, "a prefix is taken once"
+        """Return the prefix's stream and drop the reference to it."""
+        assert self.stream is not None, "a prefix can be taken only once"
         stream, self.stream = self.stream, None
         return stream
 
 
 class DecoderBlock(Block):
-    """A frozen layer, which can also run over a prefix without gradient and a suffix with one."""
+    """A frozen layer that can also run a prefix without gradient and a suffix with gradient."""
 
     def forward(  # type: ignore[override]
         self,
@@ -274,9 +284,9 @@ class DecoderBlock(Block):
         prefix: PrefixPass | None = None,
         split: PrefixSpans | None = None,
     ) -> Stream:
-        """A stream in, a stream out. With a prefix and a split, both are the suffix, and the prefix moves on too."""
+        """Run the layer on a stream. With `prefix` and `split` the stream is the suffix; the prefix advances too."""
         if prefix is None or split is None:
-            assert rope is not None and spans is not None, "a whole pass needs angles and spans"
+            assert rope is not None and spans is not None, "a pass without prefix needs rope and spans"
             return super().forward(x_TD, update_TD, rope, spans, cache)
         if prefix.keys_values is None:
             prefix.keys_values = self._run_prefix(prefix, split)
@@ -290,7 +300,7 @@ class DecoderBlock(Block):
 
     @torch.no_grad()
     def _run_prefix(self, prefix: PrefixPass, split: PrefixSpans) -> tuple[Tensor, Tensor]:
-        """Move the prefix on; its keys and values."""
+        """Run the layer on the prefix and return its keys and values."""
         normed_PD, x_PD = self._enter(*prefix.take())
         q_PNH, k_PKH, v_PKH = self.attention.project(normed_PD)
         k_PKH = ak.rotary(k_PKH, *split.prefix_rope)
@@ -300,7 +310,7 @@ class DecoderBlock(Block):
 
 
 class TokenEmbedding(nn.Module):
-    """The embedding table [V, D]; its forward also writes other rows among the tokens' (the splice)."""
+    """The embedding table [V, D]. Its forward can splice other rows between the token embeddings."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
@@ -314,14 +324,14 @@ class TokenEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The frozen output layer. Its forward makes the loss, so that ZeRO-3 gathers the weight for it (design 8.9)."""
+    """The frozen output layer. The loss is computed in its forward, because ZeRO-3 gathers the weight only there."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, h_LD: Tensor, labels_L: Tensor | None = None) -> Tensor:
-        """NLL of each label, float32 [L]; without labels the logits, float32 [L, V]."""
+        """NLL of each label, float32 [L]. Without labels: logits, float32 [L, V]."""
         if labels_L is not None:
             return ak.linear_cross_entropy(h_LD, self.weight, labels_L)
         return (h_LD @ self.weight.T).float()

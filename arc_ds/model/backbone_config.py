@@ -1,4 +1,4 @@
-"""The sizes of a backbone: what every reader of weights fills in and the transformer is built from."""
+"""The sizes of a backbone. Every weights reader returns them and the transformer is built from them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class RopeScaling:
 class BackboneConfig:
     """Sizes and constants of a pre-norm decoder-only transformer of the Llama kind.
 
-    family: "llama" | "mistral" | "olmo" | ...; the name of the mapping table that its weights are read with.
+    family: "llama" | "mistral" | "olmo" | ...; selects the table of tensor names for its weights.
     norm: "rms" (weight, no mean) or "layer" (OLMo-1: mean and variance, no parameters).
-    rope_scaling: None where positions are not scaled, or where the run asks to ignore the checkpoint's scaling.
-    Rotary pairs are always (i, i + head_dim / 2) inside ARC-DS; readers permute weights that pair (2i, 2i + 1).
+    rope_scaling: None if positions are not scaled, or if the run ignores the checkpoint's scaling.
+
+    Rotary pairs are always (i, i + head_dim / 2) inside ARC-DS. Readers permute weights that pair (2i, 2i + 1).
     """
 
     family: str

@@ -1,4 +1,4 @@
-"""Bridges: from the encoder's width to a decoder's, one for each decoder (paper, section 3; design 5)."""
+"""Bridges: map the encoder's width to a decoder's width. Each decoder has one (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ RMS_EPS = 1e-5  # the released weights' value; not a setting
 
 
 class Bridge(nn.Module):
-    """Two linears without bias and without activation ("mlp"), one ("linear"), or a norm before two ("rms").
+    """A map from [Z, in_size] to [Z, out_size] without bias and without activation.
 
-    hidden_size: width between the two linears, None for the decoder's width. [Z, in] to [Z, out].
+    kind: "mlp" (two linears), "linear" (one linear) or "rms" (RMSNorm, then two linears).
+    hidden_size: width between the two linears; None for the decoder's width.
     """
 
     def __init__(self, kind: BridgeKind, in_size: int, out_size: int, hidden_size: int | None) -> None:
@@ -36,7 +37,7 @@ class Bridge(nn.Module):
 
 
 def make_bridge(kind: BridgeKind, in_size: int, out_size: int, hidden_size: int | None) -> nn.Module:
-    """The bridge of the given kind. ValueError where "none" is asked for and the widths differ."""
+    """Build a bridge of the given kind. Raises ValueError if the kind is "none" and the widths differ."""
     if kind != "none":
         return Bridge(kind, in_size, out_size, hidden_size)
     if in_size != out_size:
@@ -45,10 +46,10 @@ def make_bridge(kind: BridgeKind, in_size: int, out_size: int, hidden_size: int 
 
 
 def init_bridge(bridge: nn.Module, how: BridgeInit, generator: torch.Generator | None) -> None:
-    """Fills a new bridge: Kaiming-uniform with a = sqrt(5) (torch's default for linears), or the identity map.
+    """Initialise a bridge: Kaiming-uniform with a = sqrt(5) (torch's default for linears), or the identity map.
 
-    The identity start puts encoder states where the decoder's embeddings are, which is of use where the encoder is made
-    of the decoder's own backbone. ValueError as in `check_bridge_init`.
+    The identity map places encoder states in the decoder's embedding space. This helps if the encoder is built from the
+    decoder's own backbone. Raises ValueError like `check_bridge_init`.
     """
     check_bridge_init(bridge, how)
     linears = [m for m in bridge.modules() if isinstance(m, Linear)]
@@ -62,9 +63,10 @@ def init_bridge(bridge: nn.Module, how: BridgeInit, generator: torch.Generator |
 
 
 def check_bridge_init(bridge: nn.Module, how: BridgeInit) -> None:
-    """ValueError where the bridge cannot start so: the identity needs equal widths and a hidden size of at least that.
+    """Raise ValueError if the sizes do not allow this initialisation.
 
-    Reads sizes only; the bridge may be on "meta".
+    The identity needs equal widths and a hidden size of at least that width. Reads sizes only, so the bridge may be on
+    "meta".
     """
     linears = [m for m in bridge.modules() if isinstance(m, Linear)]
     if how == "identity" and linears:

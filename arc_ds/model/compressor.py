@@ -1,4 +1,4 @@
-"""Compressor: everything that is trained. Contexts go in, vectors in a decoder's embedding space come out.
+"""Compressor: all trained modules. It maps contexts to vectors in a decoder's embedding space.
 
 Shape letters: Z compressed vectors (groups and markers), M markers, D encoder width, E decoder width.
 """
@@ -14,7 +14,7 @@ from arc_ds.model.encoder import Encoder
 
 
 class DecoderPort(nn.Module):
-    """What one decoder has of its own: the markers <Cont> and <Rec> (in encoder width) and the bridge."""
+    """The modules of one decoder: the markers <Cont> and <Rec> (in encoder width) and the bridge."""
 
     def __init__(self, width: int, bridge: nn.Module, markers: tuple[Marker, ...] = MARKERS) -> None:
         super().__init__()
@@ -28,9 +28,9 @@ class DecoderPort(nn.Module):
         return tuple(name for name in MARKERS if getattr(self, name) is not None)
 
     def forward(self, states_GD: Tensor, batch: PackedBatch | None) -> Tensor:
-        """Encoder outputs [G, D] and markers, in reading order, through the bridge: [Z, E].
+        """Arrange encoder outputs [G, D] and markers in reading order and apply the bridge: [Z, E].
 
-        Without a batch the port rests and gives a zero that runs through all of its parameters, [].
+        Without a batch the port is idle: it returns a zero scalar that depends on all of its parameters.
         """
         if batch is None:
             return self._rest(states_GD)
@@ -42,11 +42,11 @@ class DecoderPort(nn.Module):
         return self.bridge(z_ZD)
 
     def _rest(self, states_GD: Tensor) -> Tensor:
-        """A zero that runs through every parameter of this port, [].
+        """A zero scalar that depends on every parameter of this port.
 
-        A port that a step does not use runs all the same, on a detached sliver and times zero: under ZeRO-3 a parameter
-        outside the graph would keep its previous gradient. And it is called as a module like the port in use, since
-        modules must run in one order, and markers are gathered for a module's call only (design 8.3, 8.5).
+        A port that a step does not use still runs, on one detached row and multiplied by zero: under ZeRO-3 a parameter
+        outside the graph would keep its previous gradient. It is called as a module, like the port in use, because all
+        ranks must run modules in the same order and ZeRO-3 gathers markers only during a module's call.
         """
         sliver = states_GD[:1].detach()
         if self.markers:
@@ -54,14 +54,14 @@ class DecoderPort(nn.Module):
         return self.bridge(sliver).sum() * 0.0
 
     def _table(self) -> Tensor:
-        """Markers by kind [2, D]; a kind that this port lacks is a row of zeros that no batch asks for."""
+        """Markers by kind [2, D]. A kind that this port lacks is a row of zeros, which no batch uses."""
         have = [m for m in (self.cont, self.rec) if m is not None]
         rows = [m if m is not None else torch.zeros_like(have[0]) for m in (self.cont, self.rec)]
         return torch.cat(rows)
 
 
 class Compressor(nn.Module):
-    """The encoder and one port for each decoder."""
+    """The encoder and one port per decoder."""
 
     def __init__(self, encoder: Encoder, ports: list[DecoderPort]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Compressor(nn.Module):
         self.ports = nn.ModuleList(ports)
 
     def forward(self, batch: PackedBatch, decoder_idx: int = 0) -> Tensor:
-        """Compressed vectors [Z, E] of all contexts of the batch, for the decoder `decoder_idx`."""
+        """Compress all contexts of the batch into vectors [Z, E] for the decoder `decoder_idx`."""
         states_GD = self.encoder(batch)
         z_ZE, idle = None, None
         for port_idx, port in enumerate(self.ports):

@@ -1,4 +1,4 @@
-"""The frozen decoder: a causal language model that reads compressed vectors among its token embeddings.
+"""The frozen decoder: a causal language model that reads compressed vectors between its token embeddings.
 
 Shape letters: N text tokens, Z compressed vectors, R rows, L labels, D width, V vocabulary, S sequences.
 """
@@ -28,7 +28,7 @@ from arc_ds.model.rope import Rope, rope_at
 
 
 class DecoderRows(NamedTuple):
-    """What stands in which row of the decoder's packed input."""
+    """The layout of the decoder's packed input."""
 
     ids: Tensor  # int64 [N]
     text_rows: Tensor  # int64 [N]
@@ -40,7 +40,7 @@ class DecoderRows(NamedTuple):
 
     @staticmethod
     def of(batch: PackedBatch) -> DecoderRows:
-        """The decoder's side of a batch."""
+        """The decoder's part of a batch."""
         return DecoderRows(
             batch.decoder_ids,
             batch.text_rows,
@@ -53,7 +53,7 @@ class DecoderRows(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """A causal LM whose parameters never change; gradients pass through it to the compressed vectors."""
+    """A causal LM with frozen parameters. Gradients flow through it to the compressed vectors."""
 
     def __init__(self, config: BackboneConfig, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
-        """NLL in nats of each label of the batch given the compressed vectors [Z, D] (None: text only): float32 [L]."""
+        """NLL in nats of each label of the batch, float32 [L]; `z_ZD` are the compressed vectors (None: text only)."""
         h_RD = self.hidden(DecoderRows.of(batch), z_ZD)
         return self.output(self.norm(h_RD[batch.label_rows]), batch.labels)
 
@@ -77,7 +77,10 @@ class Decoder(nn.Module):
         return self.output(self.norm(self.hidden(DecoderRows.of(batch), z_ZD)[rows]))
 
     def hidden(self, rows: DecoderRows, z_ZD: Tensor | None, caches: list[LayerCache] | None = None) -> Tensor:
-        """Last hidden states before the final norm, [R, D]. `caches`: one a layer, during generation.
+        """Last hidden states before the final norm, [R, D].
+
+        z_ZD: compressed vectors; None for text only.
+        caches: one cache per layer, during generation only.
 
         In training, rows before a sequence's first compressed row run without gradient (`packing.PrefixSplit`).
         """
@@ -94,7 +97,7 @@ class Decoder(nn.Module):
         return stream.total_TD
 
     def _hidden_by_parts(self, x_RD: Tensor, rope: Rope, rows: DecoderRows, prefix: PrefixSplit) -> Tensor:
-        """Layer by layer, prefixes first and without gradient, then suffixes, which read both."""
+        """Run each layer on the prefixes without gradient, then on the suffixes, which attend to both."""
         prefix_cu, suffix_cu = prefix.prefix_cu_seqlens, prefix.suffix_cu_seqlens
         split = PrefixSpans(
             prefix_rows=prefix.prefix_rows,
@@ -108,11 +111,11 @@ class Decoder(nn.Module):
         for layer in self.layers:
             passing = PrefixPass(before)
             after = self._run(layer, after, prefix=passing, split=split)
-            before = passing.take()  # a layer that is to be recomputed holds `passing` until backward
+            before = passing.take()  # a layer that backward recomputes keeps `passing` alive
         return split.join(before.total_TD, after.total_TD)
 
     def _run(self, layer: nn.Module, stream: Stream, *args: Any, **kwargs: Any) -> Stream:
         if self.activation_checkpointing and torch.is_grad_enabled() and stream.x_TD.requires_grad:
-            # A layer's input is what is kept: summed, it is one tensor and not two.
+            # Checkpointing saves the layer's input. The sum is one tensor instead of two.
             return checkpoint(layer, stream.total_TD, None, *args, use_reentrant=False, **kwargs)
         return layer(*stream, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The encoder: a truncated backbone whose last layers pool (paper, section 3; design 5).
+"""The encoder: a truncated backbone whose last layers pool (paper, section 3).
 
 Shape letters: T tokens, U rows (tokens and memory slots), G groups, C contexts, D width.
 """
@@ -25,10 +25,11 @@ Where = Literal["before", "between"]
 class PoolingLayout:
     """How the last layers pool.
 
-    num_pooled_layers: how many of the last layers pool, one `PoolLevel` of the batch for each.
-    pooled_queries: queries and residual from the pooled rows, keys and values from the unpooled ones; else all from
-        the pooled rows. Without meaning where `where` is "between".
-    where: "before" the attention, or "between" attention and feed-forward.
+    strategy: the pooling strategy.
+    num_pooled_layers: number of last layers that pool. The batch has one `PoolLevel` for each of them.
+    pooled_queries: if True, queries and residual come from the pooled rows, keys and values from the unpooled rows. If
+        False, all come from the pooled rows. Ignored if `where` is "between".
+    where: pool "before" the attention, or "between" attention and feed-forward.
     """
 
     strategy: Pooling
@@ -38,7 +39,7 @@ class PoolingLayout:
 
 
 class PooledBlock(Block):
-    """A layer that reads the rows of one level and leaves those of the next."""
+    """A layer that reads the rows of one pooling level and returns the rows of the next."""
 
     def __init__(self, config: BackboneConfig, layout: PoolingLayout, *, causal: bool) -> None:
         super().__init__(config)
@@ -48,7 +49,7 @@ class PooledBlock(Block):
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, update_TD: Tensor | None, rope_T: Rope, rope_G: Rope, spans: Spans, level: PoolLevel
     ) -> Stream:
-        """A stream of rows T to one of pooled rows G; `spans` are those of the rows that enter."""
+        """Map a stream of T rows to a stream of G pooled rows. `spans` belong to the input rows."""
         layout = self.layout
         if layout.where == "between":
             normed_TD, x_TD = self._enter(x_TD, update_TD)
@@ -73,9 +74,9 @@ class PooledBlock(Block):
 
 
 def group_ends(cu_seqlens: Tensor, level: PoolLevel) -> Tensor:
-    """How many rows of its context each group sees when pooling is causal: up to its own last row. int32 [G].
+    """Number of rows of its context that each group sees in a causal encoder: up to its own last row. int32 [G].
 
-    (The reference lets pooled query j see rows 0 … j only; design 5, deviations.)
+    In the reference, pooled query j sees rows 0 … j only.
     """
     num_groups = level.positions.numel()
     counts_C = (level.cu_seqlens[1:] - level.cu_seqlens[:-1]).long()
@@ -84,10 +85,17 @@ def group_ends(cu_seqlens: Tensor, level: PoolLevel) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Token ids of packed contexts to pooled hidden states; no final norm, no head, bidirectional unless `causal`.
+    """Map token ids of packed contexts to pooled hidden states. It has no final norm and no head.
 
-    config: sizes of the backbone, of which the first `num_layers` layers are kept.
-    memory_tokens: learned vectors appended to each context; with them only their outputs are kept and nothing pools.
+    config: sizes of the backbone.
+    num_layers: number of first layers to keep.
+    pooling: how the last layers pool.
+    causal: causal instead of bidirectional attention.
+    memory_tokens: number of learned vectors appended to each context. If positive, no layer pools and only the outputs
+        of these vectors are returned.
+    activation_checkpointing: recompute layers in backward.
+
+    Raises ValueError on inconsistent arguments.
     """
 
     def __init__(
@@ -105,7 +113,7 @@ class Encoder(nn.Module):
         if not 0 < num_layers <= config.num_layers:
             raise ValueError(f"num_layers is {num_layers}; the backbone has {config.num_layers} layers")
         if num_pooled > num_layers:
-            raise ValueError(f"{num_pooled} layers shall pool but only {num_layers} are kept: give fewer factors")
+            raise ValueError(f"{num_pooled} layers must pool but only {num_layers} are kept: use fewer factors")
         if causal and not pooling.strategy.contiguous and not memory_tokens:
             raise ValueError("a causal encoder needs contiguous groups: choose mean, last, sum or fusion pooling")
         self.config = dataclasses.replace(config, num_layers=num_layers)
@@ -122,8 +130,8 @@ class Encoder(nn.Module):
         """Hidden states [G, D] of all groups (or [C * memory_tokens, D]), context by context."""
         if len(batch.levels) != self.num_pooled_layers:
             raise ValueError(
-                f"the batch is packed for {len(batch.levels)} pooled layers, the encoder has {self.num_pooled_layers}: "
-                "pack with the encoder's own PoolingSpec"
+                f"the batch is packed for {len(batch.levels)} pooled layers, but the encoder has "
+                f"{self.num_pooled_layers}: pack with the encoder's own PoolingSpec"
             )
         stream = Stream(self._embed(batch))
         rope = rope_at(batch.encoder_positions, self.config)
@@ -141,7 +149,7 @@ class Encoder(nn.Module):
         if self.memory is None:
             rows = torch.arange(batch.encoder_ids.numel(), device=batch.encoder_ids.device)
             return self.tok_embeddings(batch.encoder_ids, rows)
-        assert batch.memory_rows is not None, "pack() makes memory rows where the spec asks for memory tokens"
+        assert batch.memory_rows is not None, "pack() makes memory rows if the spec has memory tokens"
         num_contexts = batch.encoder_cu_seqlens.numel() - 1
         return self.tok_embeddings(
             batch.encoder_ids, batch.token_rows, self.memory.repeat(num_contexts, 1), batch.memory_rows
@@ -149,6 +157,6 @@ class Encoder(nn.Module):
 
     def _run(self, layer: nn.Module, stream: Stream, *args: object) -> Stream:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            # A layer's input is what is kept: summed, it is one tensor and not two.
+            # Checkpointing saves the layer's input. The sum is one tensor instead of two.
             return checkpoint(layer, stream.total_TD, None, *args, use_reentrant=False)
         return layer(*stream, *args)

@@ -1,9 +1,9 @@
-"""A linear layer that keeps as little as possible for backward.
+"""A linear layer that saves as little as possible for backward.
 
-Under ZeRO-3 a parameter's data exist only while its module runs. `F.linear` saves a view of the gathered weight and so
-keeps every gathered weight alive until backward; DeepSpeed's own replacement keeps the input even of frozen weights and
-is patched into the whole process (design 8.6). This one keeps the parameter itself, whose data are gathered anew for
-backward, and the input only where the weight is trained.
+Under ZeRO-3 the data of a parameter exist only while its module runs. `F.linear` saves a view of the gathered weight,
+which keeps every gathered weight alive until backward. DeepSpeed's own replacement saves the input even if the weight
+is frozen, and it patches the whole process. This layer saves the parameter itself, whose data ZeRO-3 gathers again for
+backward. It saves the input only if the weight is trained.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class _JointFunction(torch.autograd.Function):
-    """Several weights on one input: the gradient of the input is summed inside the products.
+    """Several weights on one input. The matrix products accumulate the gradient of the input.
 
-    Autograd would write one gradient for each weight and add them up in passes of their own.
+    Autograd would write one gradient per weight and add them in separate passes.
     """
 
     @staticmethod
@@ -56,21 +56,21 @@ class _JointFunction(torch.autograd.Function):
 
 
 def joint_linear(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
-    """`[linear(x) for linear in linears]`, whose backward writes the gradient of x once.
+    """`[linear(x) for linear in linears]`, with a backward that writes the gradient of x once.
 
     x: [rows, in].
-    linears: of one input size. Their own hooks do not run: under ZeRO-3 they are part of a module that is gathered
-        whole (`Block`).
+    linears: layers with the same input size. Their own hooks do not run: under ZeRO-3 they belong to a module that is
+        gathered as a whole (`Block`).
     """
     return _JointFunction.apply(x, *(linear.weight for linear in linears))
 
 
 class Linear(nn.Module):
-    """y = x W' without bias, x [rows, in], W [out, in]; the weight is left uninitialised for a reader to fill."""
+    """y = x W' without bias, x [rows, in], W [out, in]. The weight is uninitialised until a reader fills it."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features  # a partitioned weight has no shape of its own
+        self.in_features, self.out_features = in_features, out_features  # a partitioned weight loses its shape
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rotary angles: positions to cosines and sines, with or without the `llama3` scaling of frequencies."""
+"""Rotary angles: cosines and sines of positions, with or without the `llama3` scaling of frequencies."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Rope(NamedTuple):
 
 
 def rope_frequencies(config: BackboneConfig, device: torch.device) -> Tensor:
-    """theta^(-2i / head_dim) for i in 0 … head_dim / 2 - 1, scaled where the config says so: float32 [head_dim / 2]."""
+    """theta^(-2i / head_dim) for i in 0 … head_dim / 2 - 1, scaled if the config says so: float32 [head_dim / 2]."""
     exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     freqs = 1.0 / config.rope_theta**exponent
     return freqs if config.rope_scaling is None else _scale_llama3(freqs, config.rope_scaling)
 
 
 def rope_at(positions: Tensor, config: BackboneConfig) -> Rope:
-    """Angles position * frequency of each row; `positions` int64 [rows]."""
+    """Angles of each row, position * frequency. `positions`: int64 [rows]."""
     angles = positions.float()[:, None] * rope_frequencies(config, positions.device)[None, :]
     return Rope(angles.cos(), angles.sin())
 
 
 def _scale_llama3(freqs: Tensor, scaling: RopeScaling) -> Tensor:
-    """Long wavelengths are divided by the factor, short ones kept, those between interpolated (Llama 3.1)."""
+    """Divide low frequencies by the factor, keep high ones and interpolate between them (Llama 3.1)."""
     wavelength = 2 * math.pi / freqs
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((scaling.original_max_positions / wavelength - low) / (high - low)).clamp(0.0, 1.0)

@@ -1,6 +1,6 @@
-"""CompressorSpec: everything that fixes the shape and the meaning of a compressor, and the builder that follows it.
+"""CompressorSpec: sizes and semantics of a compressor, and its builder.
 
-A run makes one from its config, a checkpoint carries one, an export writes one: the same numbers in all three.
+A run creates the spec from its config. Checkpoints and exports store the same spec.
 """
 
 from __future__ import annotations
@@ -24,8 +24,17 @@ from arc_ds.model.pooling import make_strategy
 class CompressorSpec:
     """Sizes and semantics of encoder, markers and bridges.
 
-    backbone: sizes of the encoder's backbone, all its layers counted; num_layers: how many of the first are kept.
-    rules: one for each of the last layers, empty with memory tokens. strategy, pooled_queries, where: see `encoder`.
+    backbone: sizes of the encoder's backbone, with all its layers.
+    num_layers: number of first layers that the encoder keeps.
+    rules: one grouping rule per pooled layer; empty with memory tokens.
+    memory_tokens: number of memory tokens; 0 to pool.
+    strategy: name of the pooling strategy, see `pooling`.
+    pooled_queries: see `encoder.PoolingLayout`.
+    where: see `encoder.PoolingLayout`.
+    causal: whether the encoder's attention is causal.
+    markers: markers of each port.
+    bridge: kind of the bridges.
+    bridge_hidden_size: width inside the bridges; None for the decoder's width.
     decoder_sizes: width of each decoder, in the order of the ports.
     """
 
@@ -44,20 +53,20 @@ class CompressorSpec:
 
     @property
     def packing(self) -> PoolingSpec:
-        """What packing must know of this compressor."""
+        """The part of this spec that packing needs."""
         return PoolingSpec(self.rules, self.memory_tokens)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON file; `from_json` is its inverse."""
+        """Plain values for a JSON file; the inverse of `from_json`."""
         plain = dataclasses.asdict(self)
         plain["rules"] = [{"kind": rule.kind, "value": rule.value} for rule in self.rules]
         return plain
 
     @staticmethod
     def from_json(plain: dict[str, Any]) -> CompressorSpec:
-        """The spec of a JSON object made by `to_json`. WeightsError on a missing or unknown field or kind.
+        """Read a JSON object that `to_json` returned. Raises WeightsError on a missing or unknown field or kind.
 
-        A field that is missing is not filled with this version's default: it would change what the weights mean.
+        Missing fields are not filled with defaults, because that could change the meaning of the weights.
         """
         try:
             values = {field.name: plain[field.name] for field in dataclasses.fields(CompressorSpec)} | plain
@@ -73,8 +82,8 @@ class CompressorSpec:
             return CompressorSpec(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(
-                f"the description of the compressor is not one that this version writes ({error}); export the "
-                "checkpoint again with the version that reads it"
+                f"the description of the compressor does not match this version ({error}); export the "
+                "checkpoint again with the version that can read it"
             ) from error
 
 
@@ -85,7 +94,7 @@ def _rule(kind: str, value: int) -> GroupRule:
 
 
 def build_compressor(spec: CompressorSpec, *, activation_checkpointing: bool = False) -> Compressor:
-    """An uninitialised compressor on torch's current default device and dtype. ValueError where sizes do not fit."""
+    """Build an uninitialised compressor on torch's default device and dtype. Raises ValueError if sizes do not fit."""
     layout = PoolingLayout(
         strategy=make_strategy(spec.strategy),
         num_pooled_layers=len(spec.rules),
@@ -104,7 +113,7 @@ def build_compressor(spec: CompressorSpec, *, activation_checkpointing: bool = F
 
 
 def build_port(spec: CompressorSpec, port_idx: int) -> DecoderPort:
-    """The port of one decoder, its bridge uninitialised. ValueError where sizes do not fit."""
+    """Build the port of one decoder with an uninitialised bridge. Raises ValueError if sizes do not fit."""
     width = spec.backbone.hidden_size
     bridge = make_bridge(spec.bridge, width, spec.decoder_sizes[port_idx], spec.bridge_hidden_size)
     return DecoderPort(width, bridge, spec.markers)

@@ -1,13 +1,13 @@
-"""Pooling strategies: how the rows of a context become one row a group (design 5; paper, section 3 and ablations).
+"""Pooling strategies: reduce the rows of a context to one row per group (paper, section 3 and ablations).
 
-By name:
+Names:
 
     mean, last, sum, fusion                       consecutive rows in balanced groups (`GroupPooling`)
-    kmeans, kmeans_METRIC                         means of clusters; METRIC euclidean (default) or cosine
-    similarity, similarity_METRIC                 the most similar neighbours merge, round by round; METRIC cosine
+    kmeans, kmeans_METRIC                         means of clusters; METRIC: euclidean (default) or cosine
+    similarity, similarity_METRIC                 merge the most similar neighbours in each round; METRIC: cosine
                                                   (default), dot, euclidean, manhattan or chebyshev
-    prune, prune_METRIC                           the same, but the later of the two stays in place of their mean
-    prune_norm                                    the rows of largest norm stay
+    prune, prune_METRIC                           like similarity, but keep the later row of a pair, not the mean
+    prune_norm                                    keep the rows with the largest norms
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STRATEGIES: tuple[str, ...] = (
 
 
 def make_strategy(name: str) -> Pooling:
-    """The strategy of one of the names in `STRATEGIES`. ValueError on any other."""
+    """Build the strategy with a name from `STRATEGIES`. Raises ValueError on any other name."""
     _check_name(name)
     if name in ak.POOL_KINDS:
         return GroupPooling(name)
@@ -46,15 +46,18 @@ def make_strategy(name: str) -> Pooling:
 
 
 def group_rules(strategy: str, factors: Sequence[int], num_groups: int | None = None) -> tuple[GroupRule, ...]:
-    """One rule for each of the last layers: how many rows a context leaves there under the strategy.
+    """One rule per pooled layer that gives the number of rows of a context after pooling.
 
-    factors: rows per group of each pooled layer, ≥ 1; num_groups: instead, a fixed number of groups, ≥ 1, in the last
-    layer. A context of n rows leaves ceil(n / factor) groups; merging and pruning leave n // factor rows, or all n
-    where n < factor, as in the reference. ValueError on a number below 1, or where both or none are given.
+    strategy: name of the pooling strategy.
+    factors: rows per group in each pooled layer, ≥ 1.
+    num_groups: fixed number of groups in the last layer, ≥ 1; instead of `factors`.
+
+    A context of n rows is pooled to ceil(n / factor) groups. Merging and pruning keep n // factor rows, or all n if
+    n < factor, as in the reference. Raises ValueError on a number below 1, or if both or neither are given.
     """
     _check_name(strategy)
     if bool(factors) == (num_groups is not None):
-        raise ValueError(f"expected factors or num_groups, one of the two; got {list(factors)} and {num_groups}")
+        raise ValueError(f"expected either factors or num_groups; got {list(factors)} and {num_groups}")
     for value in (*factors, *(() if num_groups is None else (num_groups,))):
         if value < 1:
             raise ValueError(f"a pooling factor or number of groups is {value}; expected at least 1")

@@ -1,4 +1,4 @@
-"""What a pooled layer asks of a strategy, and the rows of a batch laid out context by context.
+"""The interface of pooling strategies, and the rows of a batch as a grid of contexts.
 
 Shape letters: T rows, G groups, C contexts, L rows of the longest context, D width.
 """
@@ -19,23 +19,23 @@ from arc_ds.model.backbone import Norm, Spans
 class Pooling(Protocol):
     """A pure function of the rows and the level's boundaries.
 
-    How many rows a context leaves follows from its length alone (`data.groups.GroupRule`); which rows merge may follow
-    from their content.
+    The number of pooled rows of a context depends only on its length (`batch.groups.GroupRule`). The choice of rows may
+    depend on their content.
     """
 
     contiguous: bool  # whether group g holds the rows group_cu[g] … group_cu[g + 1] - 1 (causal pooling needs it)
 
     def pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> Tensor:
-        """Pooled rows [G, D] of rows [T, D], the dtype of x; `spans` say which rows are one context."""
+        """Pool rows [T, D] to [G, D] in the dtype of x. `spans` delimit the contexts."""
         ...
 
     def pool_norm(self, x_TD: Tensor, spans: Spans, level: PoolLevel, norm: Norm) -> ak.PoolNorm:
-        """Pooled rows, their norm, and the norm of all rows."""
+        """Pooled rows, norm of the pooled rows, and norm of all rows."""
         ...
 
 
 class ContentPooling(ABC):
-    """A strategy whose groups follow from the rows' content. Choosing is no part of the graph; combining is."""
+    """A strategy that groups rows by content. Gradients flow through the combined rows, not through the choice."""
 
     contiguous = False
 
@@ -54,7 +54,15 @@ class ContentPooling(ABC):
 
 
 class ContextGrid(NamedTuple):
-    """Packed rows as a grid [C, L], one context a line: `context_T` and `index_T` (int64) are the place of each row."""
+    """Packed rows as a grid [C, L] with one context per line.
+
+    context_T: context of each row, int64.
+    index_T: index of each row in its context, int64.
+    num_rows_C: number of rows of each context.
+    num_groups_C: number of groups of each context.
+    first_group_C: index of the first group of each context.
+    shape: (C, L).
+    """
 
     context_T: Tensor
     index_T: Tensor
@@ -65,7 +73,7 @@ class ContextGrid(NamedTuple):
 
     @staticmethod
     def of(num_rows: int, spans: Spans, level: PoolLevel) -> ContextGrid:
-        """The grid of `num_rows` packed rows. No value is read on the host."""
+        """Build the grid of `num_rows` packed rows without a host sync."""
         cu, group_cu = spans.cu_seqlens_k.long(), level.cu_seqlens.long()
         num_contexts = cu.numel() - 1
         contexts_C = torch.arange(num_contexts, device=cu.device)
@@ -75,7 +83,7 @@ class ContextGrid(NamedTuple):
         return ContextGrid(context_T, index_T, cu.diff(), group_cu.diff(), group_cu[:-1], shape)
 
     def spread(self, x_T: Tensor, fill: float = 0.0) -> Tensor:
-        """Packed rows [T, ...] to [C, L, ...]; places without a row hold `fill`."""
+        """Scatter packed rows [T, ...] to [C, L, ...]. Places without a row hold `fill`."""
         grid = x_T.new_full((*self.shape, *x_T.shape[1:]), fill)
         grid[self.context_T, self.index_T] = x_T
         return grid
@@ -86,9 +94,10 @@ class ContextGrid(NamedTuple):
 
 
 def weighted_groups(x_TD: Tensor, group_T: Tensor, weight_T: Tensor, num_groups: int) -> Tensor:
-    """Sum of weight * row over the rows of each group: [G, D], the dtype of x, accumulated in float32 at least.
+    """Sum of weight * row over the rows of each group: [G, D] in the dtype of x, accumulated at least in float32.
 
-    group_T int64 [T] in 0 … G - 1; weight_T float [T], constants for the gradient.
+    group_T: group of each row, int64 [T] in 0 … G - 1.
+    weight_T: weight of each row, float [T], constant for the gradient.
     """
     x = widen(x_TD)
     total_GD = x.new_zeros(num_groups, x.shape[1]).index_add(0, group_T, x * weight_T[:, None])
@@ -96,5 +105,5 @@ def weighted_groups(x_TD: Tensor, group_T: Tensor, weight_T: Tensor, num_groups:
 
 
 def widen(x: Tensor) -> Tensor:
-    """float32, or float64 where x is."""
+    """x in float32, or in float64 if x is float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,4 +1,4 @@
-"""k-means pooling: the rows of a context become the means of its clusters (paper, ablations).
+"""k-means pooling: replace the rows of a context by the means of its clusters (paper, ablations).
 
 Shape letters: T rows, C contexts, L rows of the longest context, M most groups of a context, G groups, D width.
 """
@@ -20,11 +20,14 @@ KMEANS_METRICS = ("euclidean", "cosine")
 class KMeansPooling(ContentPooling):
     """Lloyd's algorithm within each context, started from the means of its balanced groups.
 
-    The start makes it deterministic and gives the clusters an order: that of the groups they grew from. A cluster that
-    loses all its rows keeps its centre while the others move and in the end is its balanced group's mean, so that a
-    context always leaves as many rows as its length says. Gradients go through the means, not through the choice.
-    metric: "euclidean", or "cosine" (rows and centres at length one). num_rounds: how often the centres move, ≥ 1.
-    ValueError on an unknown metric or no round.
+    This start makes the result deterministic and orders the clusters like the groups. A cluster that loses all its rows
+    keeps its centre while the others move, and its result is the mean of its balanced group. The number of pooled rows
+    therefore depends only on the context's length. Gradients flow through the means, not through the assignment.
+
+    metric: "euclidean", or "cosine" (rows and centres are normalised to length one).
+    num_rounds: number of updates of the centres, ≥ 1.
+
+    Raises ValueError on an unknown metric or fewer than one round.
     """
 
     def __init__(self, metric: str = "euclidean", *, num_rounds: int = 10) -> None:
@@ -58,13 +61,13 @@ class KMeansPooling(ContentPooling):
         return cluster_T
 
     def _nearest(self, x_TD: Tensor, centres_GD: Tensor, grid: ContextGrid, level: PoolLevel) -> Tensor:
-        """The nearest centre of its own context for each row, the first of equals: int64 [T]."""
+        """The nearest centre in its own context for each row, int64 [T]. The first one wins a tie."""
         num_contexts, _ = grid.shape
         contexts_C = torch.arange(num_contexts, device=x_TD.device)
         context_G = torch.repeat_interleave(contexts_C, grid.num_groups_C, output_size=level.positions.numel())
         centres_CMD = centres_GD.new_zeros(num_contexts, level.max_seqlen, centres_GD.shape[1])
         centres_CMD[context_G, level.positions] = centres_GD
-        # x·c - |c|²/2 orders centres as -|x - c|² does.
+        # x·c - |c|²/2 ranks centres like -|x - c|².
         closeness_CLM = grid.spread(x_TD) @ centres_CMD.mT - centres_CMD.square().sum(-1)[:, None, :] / 2
         missing_CM = torch.arange(level.max_seqlen, device=x_TD.device) >= grid.num_groups_C[:, None]
         nearest_CL = closeness_CLM.masked_fill(missing_CM[:, None, :], float("-inf")).argmax(dim=2)
@@ -75,6 +78,6 @@ class KMeansPooling(ContentPooling):
 
 
 def _sizes(cluster_T: Tensor, num_groups: int, dtype: torch.dtype) -> Tensor:
-    """Rows of each cluster, as numbers to divide by: [G]."""
+    """Number of rows of each cluster, as floats [G]."""
     ones_T = torch.ones(cluster_T.shape[0], dtype=dtype, device=cluster_T.device)
     return ones_T.new_zeros(num_groups).index_add(0, cluster_T, ones_T)

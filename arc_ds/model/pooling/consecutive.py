@@ -1,4 +1,4 @@
-"""Pooling of consecutive rows, in groups that follow from lengths alone (paper, section 3 and ablations)."""
+"""Pooling of consecutive rows in groups that depend only on lengths (paper, section 3 and ablations)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from arc_ds.model.backbone import Norm, Spans
 
 
 class GroupPooling:
-    """Consecutive rows to their mean, sum, last row, or mean at the group's largest norm ("fusion")."""
+    """Reduce consecutive rows to their mean, sum, last row, or mean rescaled to the group's largest norm ("fusion")."""
 
     contiguous = True
 

@@ -1,12 +1,11 @@
-"""Merging and pruning: the most similar neighbours become one row until a context has as many as it should.
+"""Merging and pruning: combine the most similar neighbours until a context has its target number of rows.
 
-Every round merges, in every context that still has too many rows, the one pair of neighbouring runs that is most
-alike; the pair's row is the plain mean of the two (or, when pruning, the later of the two), as in the reference.
-Runs that have been merged stay consecutive, so they are kept as a doubly linked list over the grid [C, L] and a round
-costs a few small operations for all contexts together.
+In every context with too many rows, each round merges the most similar pair of neighbouring runs. The row of the pair
+is the mean of the two, or the later one when pruning, as in the reference. Merged runs stay consecutive. They form a
+doubly linked list over the grid [C, L], so a round takes a few small operations for all contexts together.
 
-Shape letters: T rows, C contexts, L rows of the longest context, G groups, D width. A *slot* is a place of the grid,
-numbered c * L + i; one more slot stands for "nothing", so that no round needs a branch.
+Shape letters: T rows, C contexts, L rows of the longest context, G groups, D width. A *slot* is a place of the grid;
+its number is c * L + i. One additional slot represents "nothing", so no round needs a branch.
 """
 
 from __future__ import annotations
@@ -34,11 +33,15 @@ _NEVER = float("-inf")
 
 
 class MergePooling(ContentPooling):
-    """Neighbours merge, the most similar first; `prune` keeps the later row of a pair in place of the mean.
+    """Merge neighbouring rows, the most similar ones first.
 
-    Gradients reach each row with the weight that it has in its group.
-    metric: one of `SIMILARITIES`. Meant for `GroupRule("floor_factor", ...)`, the reference's target length.
-    ValueError on an unknown metric.
+    Each row receives a gradient according to its weight in its group. Use it with `GroupRule("floor_factor", ...)`, the
+    target length of the reference.
+
+    metric: one of `SIMILARITIES`.
+    prune: keep the later row of a pair instead of the mean.
+
+    Raises ValueError on an unknown metric.
     """
 
     def __init__(self, metric: str = "cosine", *, prune: bool = False) -> None:
@@ -56,9 +59,9 @@ class MergePooling(ContentPooling):
 
 
 class NormPruning(ContentPooling):
-    """The rows of largest L2 norm stay, in their order; the others are dropped.
+    """Keep the rows with the largest L2 norms, in their original order, and drop the others.
 
-    (The reference keeps those of smallest norm and sorts them by it, against its own documentation.)
+    The reference keeps the smallest norms and sorts the rows by norm, contrary to its own documentation.
     """
 
     def _pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> Tensor:
@@ -67,14 +70,14 @@ class NormPruning(ContentPooling):
         order_CL = norms_CL.argsort(dim=1, descending=True, stable=True)
         rank_CL = torch.empty_like(order_CL).scatter_(1, order_CL, _columns(grid).expand(grid.shape))
         kept_CL = rank_CL < grid.num_groups_C[:, None]
-        # A dropped row counts for the group before it, with weight zero; rows before the first kept one for the first.
+        # A dropped row joins the previous group with weight zero. Rows before the first kept row join the first group.
         group_CL = grid.first_group_C[:, None] + (kept_CL.cumsum(1) - 1).clamp(min=0)
         weight_T = grid.gather(kept_CL).to(widen(x_TD).dtype)
         return weighted_groups(x_TD, grid.gather(group_CL), weight_T, level.positions.numel())
 
 
 class _Runs:
-    """The runs of merged rows of all contexts, each named by the slot of its first row (its leader)."""
+    """The runs of merged rows of all contexts. The slot of its first row (its leader) identifies a run."""
 
     def __init__(self, x_TD: Tensor, grid: ContextGrid, similarity: Similarity, *, prune: bool) -> None:
         self.grid, self.similarity, self.prune = grid, similarity, prune
@@ -94,7 +97,7 @@ class _Runs:
         self.alike = self._alike(slots, self.next)
 
     def merge_best(self) -> None:
-        """One round: in each context that has too many rows the most similar neighbours become one run."""
+        """Run one round: merge the most similar neighbours of each context that has too many rows."""
         best_C = self.alike[:-1].view(self.grid.shape).argmax(dim=1) + self.first_C
         left_C = torch.where(self.too_many_C > 0, best_C, self.nothing)
         right_C = self.next[left_C]
@@ -109,13 +112,13 @@ class _Runs:
         self.alike[before_C] = self._alike(before_C, left_C)
 
     def groups(self) -> Tensor:
-        """The group of each row when all merging is done: int64 [T]."""
+        """The group of each row after the last round: int64 [T]."""
         slot_CL = torch.arange(self.nothing, device=self.leader_CL.device).view(self.grid.shape)
         group_CL = (self.leader_CL == slot_CL).cumsum(dim=1) - 1 + self.grid.first_group_C[:, None]
         return self.grid.gather(group_CL)
 
     def _join(self, left_C: Tensor, right_C: Tensor) -> None:
-        """The rows of the right run go to the left one."""
+        """Move the rows of the right run to the left one."""
         in_left_CL, in_right_CL = self.leader_CL == left_C[:, None], self.leader_CL == right_C[:, None]
         if self.prune:
             self.value[left_C] = self.value[right_C]
@@ -126,7 +129,7 @@ class _Runs:
         self.leader_CL = torch.where(in_right_CL, left_C[:, None], self.leader_CL)
 
     def _alike(self, left: Tensor, right: Tensor) -> Tensor:
-        """Similarity of two runs, -inf where one of them is none."""
+        """Similarity of two runs; -inf if one of them is "nothing"."""
         similarity = self.similarity(self.value[left], self.value[right])
         return similarity.masked_fill((left == self.nothing) | (right == self.nothing), _NEVER)
 

@@ -1,4 +1,4 @@
-"""Weights in and out: backbones of several families, and the ARC checkpoint that the reference reads and writes."""
+"""Read and write weights: backbones of several families, and ARC checkpoints of the reference implementation."""
 
 from arc_ds.model.weights.arc_format import ArcCheckpoint, read_arc_checkpoint, write_arc_checkpoint
 from arc_ds.model.weights.load import TensorSource, check_fit, copy_into, gathered, load_backbone, set_parameter

@@ -1,7 +1,7 @@
-"""The ARC checkpoint, which the reference reads and writes: `params.json`, `embedder/` and `bridge_module/`.
+"""The ARC checkpoint format of the reference implementation: `params.json`, `embedder/` and `bridge_module/`.
 
-In the files, rotary dimensions are paired (2i, 2i + 1) and names are the reference's; here they are ours. Beside the
-reference's files ours carry `encoder_backbone.json`: the sizes of the encoder's backbone, which it leaves out.
+The files use the reference's tensor names and pair rotary dimensions (2i, 2i + 1). This module converts both. Our
+checkpoints also contain `encoder_backbone.json` with the sizes of the encoder's backbone, which the format omits.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ _PORT = re.compile(r"^ports\.(\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class ArcCheckpoint:
-    """An ARC checkpoint in files; headers are read, tensors are not.
+    """An opened ARC checkpoint. Only headers have been read.
 
-    params: the reference's settings; backbone: sizes of the encoder's backbone, where the checkpoint carries them.
-    file_names: our name of each tensor -> (its file, its name there).
+    path: the checkpoint's folder.
+    params: the settings in `params.json`.
+    backbone: sizes of the encoder's backbone; None if the checkpoint does not contain them.
+    file_names: for each internal tensor name, its file and its name there.
     """
 
     path: Path
@@ -54,20 +56,21 @@ class ArcCheckpoint:
 
     @property
     def num_ports(self) -> int:
-        """Number of decoders that it holds a bridge or markers for."""
+        """Number of decoders for which it has a bridge or markers."""
         ports = [int(match.group(1)) for name in self.file_names if (match := _PORT.match(name))]
         return max(ports, default=-1) + 1
 
     def source(self, backbone: BackboneConfig | None = None) -> ArcSource:
-        """Its tensors under our names, for `load_backbone(compressor, ...)`.
+        """Its tensors by internal name, for `load_backbone(compressor, ...)`.
 
-        backbone: sizes of the encoder's whole backbone; None takes those that the checkpoint carries.
-        WeightsError where neither gives sizes, or a tensor does not fit them.
+        backbone: sizes of the encoder's whole backbone; None to use the sizes in the checkpoint.
+
+        Raises WeightsError if sizes are missing or a tensor does not fit them.
         """
         sizes = backbone or self.backbone
         if sizes is None:
             raise WeightsError(
-                f"{self.path} does not carry the sizes of its encoder's backbone; give the backbone's folder as "
+                f"{self.path} does not contain the sizes of its encoder's backbone; pass the backbone's folder as "
                 "encoder_backbone (its config.json or params.json is enough)."
             )
         source = ArcSource(checkpoint=self, backbone=sizes)
@@ -77,7 +80,7 @@ class ArcCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ArcSource:
-    """The tensors of an ARC checkpoint under our names, rotary rows in the half-split order."""
+    """The tensors of an ARC checkpoint by internal name, with rotary rows in half-split order."""
 
     checkpoint: ArcCheckpoint
     backbone: BackboneConfig
@@ -88,21 +91,21 @@ class ArcSource:
         return self.checkpoint.path
 
     def names(self) -> tuple[str, ...]:
-        """Our names: `encoder.*`, `ports.{n}.rec`, `ports.{n}.cont`, `ports.{n}.bridge.*`."""
+        """Internal names: `encoder.*`, `ports.{n}.rec`, `ports.{n}.cont`, `ports.{n}.bridge.*`."""
         return tuple(self.checkpoint.file_names)
 
     def shape(self, name: str) -> Shape:
-        """Shape, without reading."""
+        """Shape of a tensor, without reading it."""
         store, file_name = self.checkpoint.file_names[name]
         return store.shape(file_name)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor on the CPU in the file's dtype."""
+        """Read one tensor to the CPU in the file's dtype."""
         store, file_name = self.checkpoint.file_names[name]
         return _turned(name, store.read(file_name), self.backbone, to_file=False)
 
     def check(self) -> None:
-        """WeightsError where tensors do not have the shapes that the backbone and the params give them."""
+        """Raise WeightsError if a tensor's shape differs from the one that backbone and params imply."""
         expected = self._expected
         faults = [
             f"`{self.checkpoint.file_names[name][1]}` is {list(self.shape(name))}, expected "
@@ -112,7 +115,7 @@ class ArcSource:
         ]
         if faults:
             raise WeightsError(
-                f"{self.path} does not fit the backbone that it is read with: {'; '.join(faults[:8])}. "
+                f"{self.path} does not fit the given backbone: {'; '.join(faults[:8])}. "
                 "Check that encoder_backbone is the backbone that it was trained from."
             )
 
@@ -133,14 +136,14 @@ class ArcSource:
 
 
 def read_arc_checkpoint(path: str | Path) -> ArcCheckpoint:
-    """Open an ARC checkpoint, the reference's or ours. Old markers without a decoder's number belong to decoder 0.
+    """Open an ARC checkpoint of the reference or of ARC-DS. Old markers without a decoder number belong to decoder 0.
 
-    WeightsError where a file is missing, damaged or holds a tensor that no ARC checkpoint has.
+    Raises WeightsError if a file is missing, damaged or contains a tensor that is not part of the format.
     """
     folder = Path(path)
     if not (folder / PARAMS).is_file() or not (folder / EMBEDDER).is_file():
         raise WeightsError(
-            f"{folder} is no ARC checkpoint; expected {PARAMS} and {EMBEDDER} in it. Give the folder of one "
+            f"{folder} is not an ARC checkpoint; expected {PARAMS} and {EMBEDDER} in it. Pass the folder of one "
             "checkpoint, such as checkpoints/checkpoint_080000."
         )
     params = ArcParams.of(Fields.read(folder / PARAMS))
@@ -148,7 +151,7 @@ def read_arc_checkpoint(path: str | Path) -> ArcCheckpoint:
     names = {_internal(name, _embedder_name, folder / EMBEDDER): (embedder, name) for name in sorted(embedder.names())}
     if params.bridge is not None and params.bridge.bridge_type is not None:
         if not (folder / BRIDGE).is_file():
-            raise WeightsError(f"{folder} has no {BRIDGE}, but {PARAMS} asks for a bridge. Copy the whole checkpoint.")
+            raise WeightsError(f"{folder} has no {BRIDGE}, but {PARAMS} names a bridge. Copy the whole checkpoint.")
         bridge = SafetensorsStore(folder / BRIDGE)
         names.update({_internal(n, _bridge_name, folder / BRIDGE): (bridge, n) for n in sorted(bridge.names())})
     sizes = folder / SIZES
@@ -168,20 +171,22 @@ def write_arc_checkpoint(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write an ARC checkpoint that the reference reads.
+    """Write an ARC checkpoint that the reference can read. The folder `path` appears atomically.
 
-    tensors: under our names (`Compressor.named_parameters()`), kept in their own dtype, which `params` should name.
+    params: the content of `params.json`. Its param_dtype should name the dtype of the tensors.
+    tensors: tensors by internal name (`Compressor.named_parameters()`), written in their own dtype.
     backbone: sizes of the encoder's whole backbone.
-    All files are written under a temporary name first, so that a folder called `path` is always whole.
-    WeightsError if `path` is not an empty folder and `overwrite` is False, if it holds something else than an ARC
-    checkpoint, or if a tensor has no place in the format.
+    overwrite: replace an earlier ARC checkpoint.
+
+    Raises WeightsError if `path` is not an empty folder and `overwrite` is False, if `path` is not an ARC checkpoint,
+    or if a tensor has no place in the format.
     """
     folder = Path(path)
     is_taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if is_taken and not overwrite:
-        raise WeightsError(f"{folder} exists already. Choose another folder, or ask for it to be overwritten.")
+        raise WeightsError(f"{folder} exists already. Choose another folder, or pass overwrite=True.")
     if is_taken and not (folder / PARAMS).is_file():
-        raise WeightsError(f"{folder} is no ARC checkpoint, so it is not overwritten. Choose another folder.")
+        raise WeightsError(f"{folder} is not an ARC checkpoint, so it is not overwritten. Choose another folder.")
     embedder, bridge = _reference_tensors(params, tensors, backbone)
     with whole_folder(folder) as new:
         for target, content in ((EMBEDDER, embedder), (BRIDGE, bridge)):
@@ -196,7 +201,7 @@ def write_arc_checkpoint(
 def _reference_tensors(
     params: ArcParams, tensors: Mapping[str, Tensor], backbone: BackboneConfig
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors under the reference's names: those of the embedder and those of the bridge."""
+    """The tensors of embedder and bridge, by the reference's names."""
     multi = params.bridge is not None and params.bridge.bridge_type == MULTI
     embedder: dict[str, Tensor] = {}
     bridge: dict[str, Tensor] = {}
@@ -213,7 +218,7 @@ def _reference_tensors(
         elif name.startswith("encoder.") and _BACKBONE_IN_FILE.match(name.removeprefix("encoder.")):
             embedder[name.removeprefix("encoder.")] = stored
         else:
-            raise WeightsError(f"tensor `{name}` has no place in an ARC checkpoint; give a compressor's parameters.")
+            raise WeightsError(f"tensor `{name}` has no place in an ARC checkpoint; pass a compressor's parameters.")
     return embedder, bridge
 
 
@@ -227,7 +232,7 @@ def _turned(name: str, tensor: Tensor, backbone: BackboneConfig, *, to_file: boo
 def _internal(file_name: str, rename: Callable[[str], str | None], file: Path) -> str:
     internal = rename(file_name)
     if internal is None:
-        raise WeightsError(f"{file}: tensor `{file_name}` belongs to no ARC checkpoint. Check that the file is one's.")
+        raise WeightsError(f"{file}: tensor `{file_name}` is not part of the ARC format. Check the file.")
     return internal
 
 
@@ -264,4 +269,4 @@ def _backbone_of(fields: Fields) -> BackboneConfig:
         scaling = values.pop("rope_scaling", None)
         return BackboneConfig(**values, rope_scaling=None if scaling is None else RopeScaling(**scaling))
     except TypeError as error:
-        raise WeightsError(f"{fields.where} does not hold a backbone's sizes: {error}. Export again.") from error
+        raise WeightsError(f"{fields.where} does not contain a backbone's sizes: {error}. Export again.") from error

@@ -1,6 +1,6 @@
-"""`params.json` of an ARC checkpoint, typed: the reference's fields, in its words and its order.
+"""Typed `params.json` of an ARC checkpoint, with the reference's field names and order.
 
-Keys that this version does not know are kept and written back, so that a round trip loses nothing.
+Unknown keys are kept and written back, so a round trip loses nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ BRIDGE_TYPES = ("mlp", "linear", "rms", MULTI, None)
 
 @dataclass(frozen=True, kw_only=True)
 class ArcPooling:
-    """pool_type is matched by what it contains: last, sum, mean or fusion, pooled_queries, metric_*."""
+    """The pooling settings.
+
+    pool_type: matched by substring: last, sum, mean or fusion, pooled_queries, metric_*.
+    where: "before" the attention or "between" attention and feed-forward.
+    extra: keys that this version does not know.
+    """
 
     pool_type: str
     where: str
@@ -28,7 +33,12 @@ class ArcPooling:
 
 @dataclass(frozen=True, kw_only=True)
 class ArcEmbedder:
-    """The encoder. compress_rates: -N pools by the factor N, 0 to one group, -1 not at all, +N to N groups."""
+    """The encoder settings.
+
+    compress_rates: one rate per pooled layer. -N pools by the factor N, 0 pools to one group, -1 does not pool, +N
+        pools to N groups.
+    extra: keys that this version does not know.
+    """
 
     n_truncated_layers: int
     pooling: ArcPooling | None
@@ -44,7 +54,12 @@ class ArcEmbedder:
 
 @dataclass(frozen=True, kw_only=True)
 class ArcBridge:
-    """The bridge. hidden_dim None stands for out_dim; bridge_type None for no bridge."""
+    """The bridge settings.
+
+    bridge_type: None for no bridge.
+    hidden_dim: None for out_dim.
+    extra: keys that this version does not know.
+    """
 
     bridge_type: str | None
     in_dim: int
@@ -55,7 +70,11 @@ class ArcBridge:
 
 @dataclass(frozen=True, kw_only=True)
 class ArcParams:
-    """The whole `params.json`. param_dtype: "float32", "bfloat16", ..., what the weights are kept in."""
+    """The whole `params.json`.
+
+    param_dtype: dtype of the stored weights, "float32", "bfloat16", ...
+    extra: keys that this version does not know.
+    """
 
     param_dtype: str
     embedder: ArcEmbedder
@@ -74,7 +93,7 @@ class ArcParams:
 
     @staticmethod
     def of(fields: Fields) -> ArcParams:
-        """The params of a read file. WeightsError on a missing field or one of the wrong kind."""
+        """Parse the fields of a file. Raises WeightsError on a missing field or a wrong type."""
         embedder = fields.get("embedder_params")
         if not isinstance(embedder, dict):
             raise fields.wrong("embedder_params", "an object", embedder)

@@ -1,4 +1,4 @@
-"""From the settings of an ARC checkpoint to a `CompressorSpec`, and back."""
+"""Convert the settings of an ARC checkpoint to a `CompressorSpec` and back."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from arc_ds.model.pooling import STRATEGIES
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights.arc_params import MULTI, ArcBridge, ArcEmbedder, ArcParams, ArcPooling
 
-_REDUCTIONS = ("last", "sum", "fusion", "mean")  # the reference looks for them in the name, in this order
+_REDUCTIONS = ("last", "sum", "fusion", "mean")  # the reference searches pool_type for them in this order
 _METRIC = re.compile(r"metric_(\w+)$")
-_METRICS = {"scalar_product": "dot"}  # the reference's name -> ours, where they differ
-_PRUNE_NORM = "prune_norm"  # in the reference it means something else (its oddity 10)
+_METRICS = {"scalar_product": "dot"}  # the reference's name -> ours, if they differ
+_PRUNE_NORM = "prune_norm"  # differs from the reference's norm pruning (its oddity 10)
 
 
 def group_rule(compress_rate: int, *, merging: bool = False) -> GroupRule:
-    """The reference's rate: -N is the factor N, 0 one group, -1 no pooling, +N a fixed number of N groups.
+    """The grouping rule of a compress rate: -N is the factor N, 0 is one group, -1 is no pooling, +N is N groups.
 
-    merging: the strategy merges or prunes by similarity; the reference then leaves n // N rows and not ceil(n / N).
+    merging: whether the strategy merges or prunes by similarity. The reference then keeps n // N rows instead of
+        ceil(n / N).
     """
     if compress_rate == -1:
         return GroupRule("none")
@@ -31,7 +32,7 @@ def group_rule(compress_rate: int, *, merging: bool = False) -> GroupRule:
 
 
 def compress_rate(rule: GroupRule) -> int:
-    """Inverse of `group_rule`. WeightsError for a rule that the reference has no rate for."""
+    """The inverse of `group_rule`. Raises WeightsError if the reference has no rate for the rule."""
     if rule.kind == "none" or (rule.kind == "factor" and rule.value == 1):
         return -1
     if rule.kind in ("factor", "floor_factor"):
@@ -42,22 +43,27 @@ def compress_rate(rule: GroupRule) -> int:
 
 
 def spec_of_params(params: ArcParams, backbone: BackboneConfig, num_ports: int) -> CompressorSpec:
-    """What an ARC checkpoint's settings say of a compressor on `backbone` (all its layers counted).
+    """Convert the settings of an ARC checkpoint to a spec.
 
-    WeightsError for a pool_type of unknown or other meaning, and where the checkpoint's width is not the backbone's.
+    params: the settings of the checkpoint.
+    backbone: sizes of the encoder's backbone, with all its layers.
+    num_ports: number of decoders in the checkpoint.
+
+    Raises WeightsError if the pool_type is unknown or has another meaning in ARC-DS, or if the checkpoint's width
+    differs from the backbone's.
     """
     embedder, bridge = params.embedder, params.bridge
     pooling = embedder.pooling or ArcPooling(pool_type="mean", where="before")
     width = backbone.hidden_size
     if bridge is not None and bridge.in_dim != width:
         raise WeightsError(
-            f"the checkpoint's bridge reads vectors of {bridge.in_dim}, the backbone is {width} wide. Give the "
+            f"the checkpoint's bridge reads vectors of {bridge.in_dim}, but the backbone has width {width}. Use the "
             "backbone that the checkpoint was trained from."
         )
     if embedder.n_truncated_layers >= backbone.num_layers:
         raise WeightsError(
-            f"the checkpoint drops {embedder.n_truncated_layers} layers and the backbone has {backbone.num_layers}. "
-            "Give the backbone that the checkpoint was trained from."
+            f"the checkpoint drops {embedder.n_truncated_layers} layers, but the backbone has {backbone.num_layers}. "
+            "Use the backbone that the checkpoint was trained from."
         )
     strategy = _strategy(pooling.pool_type)
     merging = strategy not in _REDUCTIONS
@@ -84,11 +90,14 @@ def spec_of_params(params: ArcParams, backbone: BackboneConfig, num_ports: int) 
 def params_of_spec(
     spec: CompressorSpec, *, param_dtype: str, trained_layers: int, train_embeddings: bool
 ) -> ArcParams:
-    """The settings of an ARC checkpoint that holds a compressor of this spec.
+    """The settings of an ARC checkpoint for a compressor of this spec.
 
     param_dtype: "float32" or "bfloat16", the dtype of the tensors that will be written.
-    WeightsError for what the reference cannot say: other strategies, several decoders of different width or with
-    another bridge than mlp.
+    trained_layers: number of encoder layers that were trained.
+    train_embeddings: whether the embedding table was trained.
+
+    Raises WeightsError if the format cannot represent the spec: other strategies, or several decoders with different
+    widths or with another bridge than mlp.
     """
     several = len(spec.decoder_sizes) > 1
     if several and (len(set(spec.decoder_sizes)) > 1 or spec.bridge != "mlp"):
@@ -121,13 +130,13 @@ def params_of_spec(
 
 
 def _strategy(pool_type: str) -> str:
-    """Our name of the strategy that a pool_type asks for."""
+    """Our name for the strategy of a pool_type."""
     if match := _METRIC.search(pool_type):
         metric = match.group(1)
         if metric == "pruning_norm":
             raise WeightsError(
-                f"`pool_type` is {pool_type!r}: the reference keeps the rows of smallest norm, sorted by norm, and "
-                f"ARC-DS those of largest norm in their order ({_PRUNE_NORM}), so it would mean something else. "
+                f"`pool_type` is {pool_type!r}: the reference keeps the rows of smallest norm, sorted by norm, but "
+                f"ARC-DS keeps those of largest norm in their original order ({_PRUNE_NORM}). "
                 "Use a checkpoint trained with another pooling."
             )
         name = f"{'prune' if 'pruning' in pool_type else 'similarity'}_{_METRICS.get(metric, metric)}"
@@ -136,22 +145,22 @@ def _strategy(pool_type: str) -> str:
         found = [reduction for reduction in _REDUCTIONS if reduction in pool_type]
     if not found:
         raise WeightsError(
-            f"`pool_type` is {pool_type!r}; expected one that names {', '.join(_REDUCTIONS)} or metric_ with a measure "
-            "of similarity. Set it in params.json to the one that the checkpoint was trained with."
+            f"`pool_type` is {pool_type!r}; expected a name with {', '.join(_REDUCTIONS)}, or metric_ and a similarity "
+            "measure. Set it in params.json to the one that the checkpoint was trained with."
         )
     return found[0]
 
 
 def _pool_type(spec: CompressorSpec) -> str:
-    """The reference's name of a spec's strategy; it understands only what stands before `metric_`."""
+    """The reference's name for a spec's strategy. The reference reads modifiers only before `metric_`."""
     pooled_queries = spec.pooled_queries and not spec.memory_tokens
     if spec.strategy in _REDUCTIONS:
         return spec.strategy + ("_pooled_queries" if pooled_queries else "")
     prefix = "pooled_queries_" if pooled_queries else ""
     if spec.strategy == _PRUNE_NORM:
         raise WeightsError(
-            f"the ARC format's pruning by norm keeps the rows of smallest norm, sorted by norm; {_PRUNE_NORM} keeps "
-            "the largest in their order. Use our own export format."
+            f"pruning by norm in the ARC format keeps the rows of smallest norm, sorted by norm; {_PRUNE_NORM} keeps "
+            "the largest in their original order. Use our own export format."
         )
     kind, _, metric = spec.strategy.partition("_")
     if kind not in ("similarity", "prune"):

@@ -1,4 +1,4 @@
-"""Typed access to the JSON files that describe weights: an error names the file, the key, what came and the cure."""
+"""Typed access to the JSON files that describe weights. Errors name the file, the key, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arc_ds.model.backbone_config import BackboneConfig
 
 
 class Fields:
-    """A JSON object and where it came from. A key that is absent or null takes the default, where there is one."""
+    """A JSON object and its origin. A missing or null key takes the default, if there is one."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values = values
@@ -20,7 +20,7 @@ class Fields:
 
     @classmethod
     def read(cls, path: Path) -> Fields:
-        """The object in a JSON file. WeightsError where it cannot be read or is no object."""
+        """Read the object in a JSON file. Raises WeightsError if it cannot be read or is not an object."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -30,7 +30,7 @@ class Fields:
         return cls(values, str(path))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The raw value; the default where the key is absent or null."""
+        """The raw value, or the default if the key is missing or null."""
         value = self.values.get(key)
         return default if value is None else value
 
@@ -42,7 +42,7 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above 0, as float."""
+        """A number above 0, as a float."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise self.wrong(key, "a number above 0", value)
@@ -56,24 +56,24 @@ class Fields:
         return value
 
     def refuse(self, key: str, *harmless: Any) -> None:
-        """WeightsError where `key` holds anything but null, false or one of `harmless`: we do not compute it."""
+        """Raise WeightsError for an unsupported setting: any value but null, false or one of `harmless`."""
         value = self.values.get(key)
         if value is None or value is False or value in harmless:
             return
         expected = " or ".join(repr(h) for h in harmless) or "none"
         raise WeightsError(
             f"{self.where}: `{key}` is {value!r}; ARC-DS reads backbones with {expected} here. "
-            "Choose another checkpoint of the family, one without it."
+            "Choose another checkpoint of the family without this setting."
         )
 
     def wrong(self, key: str, expected: str, got: Any) -> WeightsError:
-        """The error of a value that is missing or of the wrong kind."""
+        """The error for a missing value or one of the wrong type."""
         found = f"it is {got!r}" if key in self.values else "it is missing"
         return WeightsError(f"{self.where}: expected `{key}` to be {expected}; {found}. Copy the file from its source.")
 
 
 def checked(config: BackboneConfig, where: str) -> BackboneConfig:
-    """The same config. WeightsError where its sizes do not fit each other."""
+    """Return the config unchanged. Raises WeightsError if its sizes are inconsistent."""
     if config.num_heads % config.num_kv_heads:
         raise WeightsError(
             f"{where}: {config.num_heads} query heads cannot share {config.num_kv_heads} key heads evenly; "

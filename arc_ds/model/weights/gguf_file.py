@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture: sizes, and tensors dequantised one at a time by the `gguf` package."""
+"""GGUF files of the llama architecture: sizes and tensors. The `gguf` package dequantises one tensor at a time."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufStore:
-    """One GGUF file: `metadata` by key (lists left out, a tokenizer's are long) and its tensors.
+    """The metadata and tensors of one GGUF file.
 
-    `read` gives float32, or float16 where the file keeps plain float16.
-    WeightsError where the file is no GGUF, cut short, or of a version or block format that cannot be read.
+    `metadata` omits lists, because those of a tokenizer are long. `read` returns float32, or float16 if the file stores
+    plain float16.
+
+    Raises WeightsError if the file is not GGUF, is truncated, or has an unsupported version or block format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +37,7 @@ class GgufStore:
         try:
             self.metadata, self._tensors, self._data_start = read_gguf_header(path)
         except (OSError, ValueError) as error:
-            raise WeightsError(f"{path} is no whole GGUF file: {error}. Copy it again.") from error
+            raise WeightsError(f"{path} is not a complete GGUF file: {error}. Copy it again.") from error
         self._quants = _quants(path)
         self._check_size()
 
@@ -56,7 +58,7 @@ class GgufStore:
         return torch.from_numpy(np.ascontiguousarray(self._quants.dequantize(block[rows], kind), dtype=np.float32))
 
     def _stored_shape(self, entry: GgufTensor) -> Shape:
-        """The bytes of a quantised tensor: rows of whole blocks."""
+        """Shape in bytes of a quantised tensor. Each row consists of whole blocks."""
         kind = self._quants.GGMLQuantizationType(entry.kind)
         block_size, block_bytes = self._quants.GGML_QUANT_SIZES[kind]
         return (*entry.shape[:-1], entry.shape[-1] // block_size * block_bytes)
@@ -69,7 +71,7 @@ class GgufStore:
             except ValueError as error:
                 raise WeightsError(
                     f"{self.path}: tensor `{name}` has the block format {entry.kind}, which this version of the gguf "
-                    "package does not know. Update gguf, or take a file of another quantisation."
+                    "package does not know. Update gguf, or use a file with another quantisation."
                 ) from error
             end = self._data_start + entry.offset + math.prod(stored)
             if end > size:
@@ -81,15 +83,15 @@ class GgufStore:
 def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Sizes:
     """Sizes from the metadata of a GGUF file of the llama architecture (Llama, Mistral, SmolLM).
 
-    A `rope_freqs.weight` tensor holds the llama3 scaling of rotary frequencies.
-    WeightsError for another architecture, for experts, partly rotary heads, other rotary scalings and split files.
+    A `rope_freqs.weight` tensor stores the llama3 scaling of rotary frequencies. Raises WeightsError for another
+    architecture, experts, partly rotary heads, other rotary scalings and split files.
     """
     fields = Fields(store.metadata, str(store.path))
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise WeightsError(
             f"{store.path}: `general.architecture` is {architecture!r}; ARC-DS reads GGUF files of llama (Llama, "
-            "Mistral, SmolLM). Choose another file, or the Hugging Face folder of the model."
+            "Mistral, SmolLM). Choose another file, or the model's Hugging Face folder."
         )
     fields.refuse("llama.expert_count", 0)
     fields.refuse("split.count", 0, 1)
@@ -121,7 +123,7 @@ def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Sizes:
 
 
 def _rope_scaling(store: GgufStore, theta: float, head_dim: int) -> RopeScaling | None:
-    """The scaling whose divisors of the rotary frequencies the file holds; its other constants are Llama 3.1's."""
+    """The rotary scaling whose frequency divisors the file stores. Its other constants are those of Llama 3.1."""
     if _ROPE_FACTORS not in store.names():
         return None
     divisors = store.read(_ROPE_FACTORS).double().numpy()
@@ -131,14 +133,14 @@ def _rope_scaling(store: GgufStore, theta: float, head_dim: int) -> RopeScaling 
     expected = llama3_divisors(scaling, theta, head_dim)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
         raise WeightsError(
-            f"{store.path}: `{_ROPE_FACTORS}` is not the llama3 scaling with low 1, high 4 and 8192 positions, the one "
-            "that ARC-DS computes. Take the Hugging Face folder of the model, or set rope_scaling: none."
+            f"{store.path}: `{_ROPE_FACTORS}` is not the llama3 scaling with low 1, high 4 and 8192 positions. "
+            "ARC-DS supports no other scaling. Use the model's Hugging Face folder, or set rope_scaling: none."
         )
     return scaling
 
 
 def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-    """What llama3 scaling divides each rotary frequency by, float64 [head_dim / 2] (Llama 3.1's reference code)."""
+    """Divisor of each rotary frequency under llama3 scaling, float64 [head_dim / 2] (Llama 3.1's reference code)."""
     wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     turns = scaling.original_max_positions / wavelength
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -150,5 +152,5 @@ def _quants(path: Path) -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise WeightsError(f"{path} needs the gguf package to be read. Run: pip install 'arc-ds[backbones]'") from error
+        raise WeightsError(f"{path} needs the gguf package. Run: pip install 'arc-ds[backbones]'") from error
     return gguf

@@ -15,7 +15,11 @@ RopeScalingChoice = Literal["checkpoint", "none"]
 
 
 class Sizes(NamedTuple):
-    """A backbone's sizes, and the longest sequence on which its attention is full attention (None: any)."""
+    """The sizes of a backbone.
+
+    config: its sizes and constants.
+    sliding_window: length of the longest sequence that it attends to fully; None for any length.
+    """
 
     config: BackboneConfig
     sliding_window: int | None
@@ -31,15 +35,15 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
 )
 SUPPORTED_MODEL_TYPES = (*_FAMILIES, "hf_olmo")
 _SILU = ("silu", "swish")
-_OLMO_EPS = 1e-5  # a constant of OLMo-1's code, in no config
+_OLMO_EPS = 1e-5  # a constant in OLMo-1's code, absent from its configs
 
 
 def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Sizes:
-    """Sizes from the `config.json` of a Llama (SmolLM too), Mistral or OLMo-1 folder.
+    """Sizes from the `config.json` of a Llama (including SmolLM), Mistral or OLMo-1 folder.
 
-    Reads `rope_theta` and `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
-    WeightsError for an unknown `model_type` and for parts that ARC-DS does not compute: biases, other activations,
-    clipped or partly rotary attention, quantised weights, rotary scalings other than llama3.
+    Reads `rope_theta` and `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). Raises WeightsError
+    for an unknown `model_type` and for unsupported features: biases, other activations, clipped or partly rotary
+    attention, quantised weights, and rotary scalings other than llama3.
     """
     model_type = fields.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
@@ -91,7 +95,7 @@ def _rope(fields: Fields, choice: RopeScalingChoice) -> tuple[float, RopeScaling
     if kind != "llama3":
         raise WeightsError(
             f"{fields.where}: the rotary scaling is {kind!r}; ARC-DS computes llama3 and none. Choose another "
-            "backbone, or set rope_scaling: none where its contexts stay short."
+            "backbone, or set rope_scaling: none if its contexts are short."
         )
     return theta, RopeScaling(
         factor=rope.number("factor"),
@@ -109,7 +113,7 @@ def _object(fields: Fields, key: str) -> Mapping[str, Any]:
 
 
 def _sizes_of_olmo(fields: Fields) -> Sizes:
-    """OLMo-1's own config. Its `mlp_hidden_size` counts up and gate together; rotary base and epsilon are constants."""
+    """Read OLMo-1's own config. `mlp_hidden_size` is the sum of up and gate; epsilon is a constant of OLMo's code."""
     fields.refuse("layer_norm_type", "default")
     fields.refuse("activation_type", "swiglu")
     for key in ("layer_norm_with_affine", "attention_layer_norm", "include_bias", "alibi", "multi_query_attention"):

@@ -1,4 +1,4 @@
-"""How files name what the backbone calls its parameters: one mapping table a family of files."""
+"""Tables that map internal parameter names to tensor names in files, one table per family of files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _OLMO = "model.transformer."
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Where one internal parameter lies.
+    """The location of one internal parameter in a file.
 
-    file_name: name in the file, `{i}` for the layer.
-    stacked: where the file keeps several parameters as one tensor, stacked on dimension 0: their internal names in
-        the order of the stack (`{i}` for the layer). Empty where the file's tensor is the parameter.
+    file_name: tensor name in the file, with `{i}` for the layer.
+    stacked: if the file's tensor stacks several parameters along dimension 0, their internal names in that order, with
+        `{i}` for the layer. Otherwise empty.
     """
 
     file_name: str
@@ -25,14 +25,19 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The names of one family of files. interleaved: its wq and wk pair rotary dimensions (2i, 2i + 1)."""
+    """The tensor names of one family of files.
+
+    name: name of the family, for messages.
+    rules: rule of each internal parameter.
+    interleaved: whether wq and wk pair rotary dimensions (2i, 2i + 1).
+    """
 
     name: str
     rules: Mapping[str, Rule]
     interleaved: bool
 
     def rule(self, internal_name: str) -> Rule:
-        """The rule of a parameter with the layer's number filled in. KeyError for a name that no backbone has."""
+        """The rule of a parameter, with the layer number filled in. Raises KeyError for an unknown name."""
         match = _LAYER.match(internal_name)
         if match is None:
             return self.rules[internal_name]
@@ -85,7 +90,7 @@ HUGGING_FACE = Layout(
     interleaved=False,
 )
 
-# llama.cpp's converter of the llama architecture permutes wq and wk back to Meta's pairs.
+# For the llama architecture, llama.cpp's converter permutes wq and wk back to Meta's pairs.
 GGUF_LLAMA = Layout(
     name="GGUF llama",
     rules=_plain(

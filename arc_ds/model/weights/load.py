@@ -1,4 +1,4 @@
-"""From files into a module's parameters, one tensor at a time, partitioned parameters (ZeRO-3) included."""
+"""Load files into a module's parameters one tensor at a time, including parameters partitioned by ZeRO-3."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ NamePredicate = Callable[[str], bool]
 
 
 class TensorSource(Protocol):
-    """Tensors by internal name: a backbone's files, or an ARC checkpoint."""
+    """Tensors by internal name, from a backbone's files or an ARC checkpoint."""
 
     @property
     def path(self) -> Path:
-        """Where they come from, for messages."""
+        """Origin of the tensors, for messages."""
 
     def names(self) -> tuple[str, ...]:
         """All names."""
 
     def shape(self, name: str) -> Shape:
-        """Shape, without reading."""
+        """Shape of a tensor, without reading it."""
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor on the CPU."""
+        """Read one tensor to the CPU."""
 
 
 def no_name(name: str) -> bool:
-    """The predicate of no name."""
+    """A predicate that is false for every name."""
     del name
     return False
 
@@ -49,13 +49,16 @@ def load_backbone(
     skip: NamePredicate = no_name,
     allow_unused: NamePredicate = no_name,
 ) -> None:
-    """Copy tensors into the parameters of `module` by name, one tensor at a time.
+    """Copy tensors into the parameters of `module` by name, one tensor at a time. Calls `check_fit` first.
 
-    prefix, skip, allow_unused: as in `check_fit`, which is done first.
-    dtype: the dtype that the parameters end in; None keeps each parameter's own. device: where parameters on the meta
-        device are made, which loaded ones replace; default the CPU.
-    Under ZeRO-3 every rank calls this; parameters are gathered one at a time and rank 0 alone reads. Their dtype was
-    settled when they were partitioned.
+    dtype: final dtype of the parameters; None keeps each parameter's dtype.
+    device: device of the tensors that replace parameters on "meta"; None for the CPU.
+    prefix: see `check_fit`.
+    skip: see `check_fit`.
+    allow_unused: see `check_fit`.
+
+    Under ZeRO-3 all ranks must call this. Parameters are gathered one at a time and only rank 0 reads files. Parameters
+    keep the dtype in which they were partitioned.
     """
     check_fit(module, source, prefix=prefix, skip=skip, allow_unused=allow_unused)
     wanted = _wanted(module, prefix, skip)
@@ -78,12 +81,14 @@ def check_fit(
     skip: NamePredicate = no_name,
     allow_unused: NamePredicate = no_name,
 ) -> None:
-    """Whether `load_backbone` could fill the module; reads names and shapes only, and the module may be on "meta".
+    """Check that `load_backbone` can fill the module. Reads names and shapes only; the module may be on "meta".
 
-    prefix: only parameters whose names begin with it are filled; what follows it is the name in the source.
-    skip: names (after the prefix) of parameters that keep their values, such as an encoder's memory tokens.
-    allow_unused: names in the source that no parameter need take, such as `names.beyond_layers(n)` for an encoder.
-    WeightsError that lists parameters without a tensor or of another shape, and tensors left over.
+    prefix: only parameters whose names start with it are filled. The rest of the name is the name in the source.
+    skip: predicate on names without prefix; matching parameters keep their values, such as an encoder's memory tokens.
+    allow_unused: predicate on names in the source that may remain unused, such as `names.beyond_layers(n)` for an
+        encoder.
+
+    Raises WeightsError that lists parameters without a tensor or with another shape, and unused tensors.
     """
     available = frozenset(source.names())
     wanted = {short: module.get_parameter(name) for name, short in _wanted(module, prefix, skip).items()}
@@ -104,7 +109,7 @@ def check_fit(
 
 
 def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Give one parameter its values, wherever it is: on "meta" (replaced), partitioned (rank 0's values), or whole."""
+    """Set the values of one parameter. It may be on "meta" (it is replaced), partitioned (rank 0's values) or whole."""
     parameter = module.get_parameter(name)
     if parameter.is_meta:
         _fill(module, name, tensor, None, None)
@@ -115,9 +120,9 @@ def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Parameters whole while it lasts, also those that ZeRO-3 has partitioned; changes by rank 0 are kept everywhere.
+    """Gather parameters that ZeRO-3 has partitioned, within the context. Changes by rank 0 reach all ranks.
 
-    A collective where one of them is partitioned.
+    A collective if one of the parameters is partitioned.
     """
     partitioned = [parameter for parameter in parameters if _is_partitioned(parameter)]
     if not partitioned:
@@ -130,15 +135,15 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def copy_into(parameter: Tensor, tensor: Tensor) -> None:
-    """Copy values, casting to the parameter's dtype. ValueError where the shapes differ (copy_ would broadcast)."""
+    """Copy values and cast to the parameter's dtype. Raises ValueError if the shapes differ (copy_ would broadcast)."""
     if parameter.shape != tensor.shape:
-        raise ValueError(f"parameter {list(parameter.shape)} cannot take a tensor {list(tensor.shape)}")
+        raise ValueError(f"a parameter of shape {list(parameter.shape)} cannot hold a tensor {list(tensor.shape)}")
     with torch.no_grad():
         parameter.copy_(tensor)
 
 
 def _wanted(module: nn.Module, prefix: str, skip: NamePredicate) -> dict[str, str]:
-    """Names of the parameters to fill, and what each is called in the source."""
+    """Names of the parameters to fill, and their names in the source."""
     names = [name for name, _ in module.named_parameters() if name.startswith(prefix)]
     return {name: name[len(prefix) :] for name in names if not skip(name[len(prefix) :])}
 
@@ -149,7 +154,7 @@ def _fill(
     parameter = module.get_parameter(name)
     target = dtype or parameter.dtype
     if parameter.is_meta:
-        # A copy, because a tensor of a mapped file would keep the file open and change with it.
+        # Copy: a tensor of a memory-mapped file would keep the file open and change with it.
         values = tensor.to(device=device or "cpu", dtype=target, copy=True).contiguous()
         _replace(module, parameter, nn.Parameter(values, requires_grad=parameter.requires_grad))
         return
@@ -159,7 +164,7 @@ def _fill(
 
 
 def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put `new` wherever `old` stands: a tied head shares the embedding's parameter."""
+    """Replace `old` by `new` in all modules, because a tied head shares the embedding's parameter."""
     for owner in module.modules():
         for leaf, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter is old:
@@ -167,7 +172,7 @@ def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 
 
 def _fill_partitioned(parameter: nn.Parameter, source: TensorSource, name: str) -> Exception | None:
-    """Fill one gathered parameter; a failure to read is returned, since the other ranks wait in the gather."""
+    """Fill one gathered parameter. Returns a read error instead of raising it: the other ranks wait in the gather."""
     import torch.distributed as torch_dist
 
     with gathered([parameter]):
@@ -175,13 +180,13 @@ def _fill_partitioned(parameter: nn.Parameter, source: TensorSource, name: str) 
             return None
         try:
             copy_into(parameter, source.tensor(name))
-        except Exception as error:  # raised on all ranks by the caller: the others would wait for ever
+        except Exception as error:  # the caller raises it on all ranks, which would otherwise hang
             return error
     return None
 
 
 def _raise_everywhere(failure: Exception | None) -> None:
-    """Rank 0's failure as a WeightsError on every rank."""
+    """Raise rank 0's failure as a WeightsError on every rank."""
     import torch.distributed as torch_dist
 
     message: list[Any] = [None if failure is None else str(failure)]
@@ -195,5 +200,5 @@ def _is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def _full_shape(parameter: nn.Parameter) -> Shape:
-    """The whole parameter's shape (a ZeRO-3 partition looks empty)."""
+    """Shape of the whole parameter (a ZeRO-3 partition looks empty)."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

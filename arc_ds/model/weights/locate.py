@@ -1,4 +1,4 @@
-"""What a path holds: which kind of weights, and which files carry them. Decided by content, never by a setting."""
+"""Detect the kind of weights at a path and their files. The content decides, never a setting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """kind of weights, the folder or file that the user named, and the files of tensors (empty: sizes only)."""
+    """Weights at a path.
+
+    kind: kind of weights.
+    path: the folder or file that the user named.
+    files: files with tensors; empty if there are only sizes.
+    """
 
     kind: Literal["hugging_face", "native", "gguf"]
     path: Path
@@ -28,21 +33,21 @@ class Found:
 
 
 def locate(path: Path) -> Found:
-    """Find out what `path` holds.
+    """Detect the weights at `path`.
 
-    WeightsError where it does not exist or holds nothing that can be read, and for shards of a set that are missing.
+    Raises WeightsError if it does not exist, contains nothing readable, or lacks some shards of a set.
     """
     if path.is_file():
         if _is_gguf(path):
             return Found(kind="gguf", path=path, files=(path,))
-        raise WeightsError(f"{path} is a file and no GGUF; expected {_EXPECTED}. Give the folder that it lies in.")
+        raise WeightsError(f"{path} is a file but not GGUF; expected {_EXPECTED}. Pass the folder that contains it.")
     if not path.is_dir():
         raise WeightsError(f"{path} does not exist; expected {_EXPECTED}. Check the path and its mounts.")
     return _locate_in_folder(path)
 
 
 def find_tokenizer(path: Path) -> Path | None:
-    """The tokenizer's file that came with a backbone: in a GGUF file itself, or beside the weights; None without."""
+    """The tokenizer file of a backbone: the GGUF file itself, or a file next to the weights. None if there is none."""
     if path.is_file():
         return path if _is_gguf(path) else None
     candidates = [path / name for name in _TOKENIZERS] + sorted(path.glob("*.tiktoken"))
@@ -65,7 +70,7 @@ def _locate_in_folder(folder: Path) -> Found:
     if len(ggufs) == 1:
         return Found(kind="gguf", path=ggufs[0], files=(ggufs[0],))
     if len(ggufs) > 1:
-        raise WeightsError(f"{folder} holds {len(ggufs)} .gguf files; expected one. Give the path of the one you mean.")
+        raise WeightsError(f"{folder} holds {len(ggufs)} .gguf files; expected one. Pass the path of one file.")
     if has_config or has_params:
         return Found(kind="hugging_face" if has_config else "native", path=folder, files=())
     listing = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
@@ -78,13 +83,13 @@ def _hugging_face_files(folder: Path) -> tuple[Path, ...]:
     index = Fields.read(folder / _INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise index.wrong("weight_map", "an object from tensors to files", weight_map)
+        raise index.wrong("weight_map", "an object that maps tensors to files", weight_map)
     files = [folder / str(name) for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise WeightsError(
-            f"{folder}: {_INDEX} names {len(files)} files, of which {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing. Copy what is missing from the source."
+            f"{folder}: {_INDEX} names {len(files)} files, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Copy the missing files from the source."
         )
     return tuple(files)
 
@@ -97,8 +102,8 @@ def _native_files(folder: Path) -> tuple[Path, ...]:
     numbers = [int(match.group(1)) for p in pickles if (match := re.search(r"\.(\d+)\.pth$", p.name))]
     if numbers != list(range(len(pickles))):
         raise WeightsError(
-            f"{folder} holds {', '.join(p.name for p in pickles)}; expected consolidated.00.pth and on without a gap. "
-            "Copy what is missing from the source."
+            f"{folder} holds {', '.join(p.name for p in pickles)}; expected consolidated.00.pth, ... without gaps. "
+            "Copy the missing files from the source."
         )
     return tuple(pickles)
 

@@ -1,6 +1,6 @@
 """Internal names and shapes of a backbone's parameters, and the exact permutation between the two rotary layouts.
 
-Every linear weight is [out, in] and has no bias; w1 is the gate, w3 the up and w2 the down projection.
+Every linear weight is [out, in] without bias. w1 is the gate projection, w3 the up and w2 the down projection.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RotaryPairs = Literal["half", "interleaved"]
 
 
 def layer_shapes(config: BackboneConfig) -> dict[str, Shape]:
-    """Shapes of the parameters of one layer, by the name that follows `layers.{i}.`."""
+    """Shapes of the parameters of one layer, by name without `layers.{i}.`."""
     hidden, ffn = config.hidden_size, config.ffn_size
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, Shape] = {
@@ -36,9 +36,9 @@ def layer_shapes(config: BackboneConfig) -> dict[str, Shape]:
 
 
 def backbone_shapes(config: BackboneConfig) -> dict[str, Shape]:
-    """Shapes of all parameters of a backbone by internal name, in the order in which the forward uses them.
+    """Shapes of all parameters of a backbone by internal name, in forward order.
 
-    `output.weight` is absent where the head is tied to the embedding, norm weights where the norm has none.
+    `output.weight` is absent if the head is tied to the embedding. Norm weights are absent if the norm has none.
     """
     shapes: dict[str, Shape] = {"tok_embeddings.weight": (config.vocab_size, config.hidden_size)}
     for i in range(config.num_layers):
@@ -51,7 +51,7 @@ def backbone_shapes(config: BackboneConfig) -> dict[str, Shape]:
 
 
 def beyond_layers(num_layers: int) -> Callable[[str], bool]:
-    """Predicate: names of parts that an encoder of the first `num_layers` layers lacks (norm and head too)."""
+    """Predicate for parameters that an encoder of the first `num_layers` layers lacks, including norm and head."""
 
     def is_beyond(name: str) -> bool:
         if name in ("norm.weight", "output.weight"):
@@ -63,7 +63,7 @@ def beyond_layers(num_layers: int) -> Callable[[str], bool]:
 
 
 def rotary_heads(name: str, config: BackboneConfig) -> int | None:
-    """Number of heads whose rows rotary positions turn in the parameter `name`; None where they do not touch it."""
+    """Number of heads in the parameter `name` that rotary positions rotate; None if it is not rotated."""
     if name.endswith("attention.wq.weight"):
         return config.num_heads
     if name.endswith("attention.wk.weight"):
@@ -72,11 +72,14 @@ def rotary_heads(name: str, config: BackboneConfig) -> int | None:
 
 
 def permute_rotary(weight: Tensor, num_heads: int, *, to: RotaryPairs) -> Tensor:
-    """The rows of a query or key projection reordered, head by head, for the other way of pairing rotary dimensions.
+    """Reorder the rows of a query or key projection, head by head, for the other pairing of rotary dimensions.
 
-    weight: [num_heads * head_dim, in]. "half" pairs (i, i + head_dim / 2), "interleaved" pairs (2i, 2i + 1); the two
-    directions are exact inverses. Source: the converters of Llama weights to Hugging Face and to GGUF.
-    ValueError where the rows are not num_heads heads of an even size.
+    weight: [num_heads * head_dim, in].
+    num_heads: number of heads among the rows.
+    to: "half" pairs (i, i + head_dim / 2), "interleaved" pairs (2i, 2i + 1). The two directions are exact inverses.
+
+    Raises ValueError if the rows are not num_heads heads of an even size. Source: the converters of Llama weights to
+    Hugging Face and to GGUF.
     """
     rows = weight.shape[0]
     if rows % (2 * num_heads):

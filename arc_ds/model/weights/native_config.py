@@ -1,4 +1,4 @@
-"""Sizes from a `params.json`: Meta (Llama), Mistral, and OLMo as the reference of ARC-Encoder keeps it."""
+"""Sizes from a `params.json` of Meta (Llama), Mistral, or OLMo in the layout of the ARC-Encoder reference."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ _LLAMA_32_WIDEST = 3072  # Llama 3.2 3B; the narrowest Llama 3.1 is 4096 wide
 
 
 def is_olmo(store: TensorStore | None) -> bool:
-    """Whether the tensors are named as OLMo-1 names them (its `params.json` alone does not tell)."""
+    """Whether the tensors have OLMo-1's names. Its `params.json` alone does not identify it."""
     return store is not None and any(name.startswith(_OLMO_PREFIX) for name in store.names())
 
 
 def sizes_of_native(fields: Fields, store: TensorStore | None, rope_scaling: RopeScalingChoice) -> Sizes:
-    """Sizes from `params.json`. Three dialects: Mistral's gives head_dim and hidden_dim; Llama's derives them; OLMo's
-    leaves the FFN's size to the tensors, which `store` therefore must give (None: sizes only, Llama and Mistral).
+    """Sizes from `params.json`.
 
-    WeightsError for what ARC-DS does not compute: experts, quantised weights, vision parts.
+    There are three dialects. Mistral's file has head_dim and hidden_dim. Llama's file implies them. OLMo's file omits
+    the size of the feed-forward layer, which is read from the tensors.
+
+    store: the tensors. May be None for Llama and Mistral, but not for OLMo.
+
+    Raises WeightsError for unsupported features: experts, quantised weights, vision modules.
     """
     for key in ("moe", "moe_args", "quantization", "quantization_args", "vision_encoder"):
         fields.refuse(key)
@@ -64,8 +68,10 @@ def _llama_ffn_size(fields: Fields, dim: int) -> int:
 
 
 def _llama3_scaling(fields: Fields, dim: int) -> RopeScaling:
-    """Meta's file says only that positions are scaled. Llama 3.1 scales by 8 and 3.2 by 32 (their published Hugging
-    Face configs); the two are told apart by width. A `rope_scaling_factor` in the file wins.
+    """The llama3 scaling of a Meta folder, whose file says only that positions are scaled.
+
+    Llama 3.1 scales by 8 and Llama 3.2 by 32 (their published Hugging Face configs). The width distinguishes the two. A
+    `rope_scaling_factor` in the file takes precedence.
     """
     by_width = 32.0 if dim <= _LLAMA_32_WIDEST else 8.0
     return RopeScaling(
@@ -92,7 +98,7 @@ def _mistral(fields: Fields, store: TensorStore | None) -> Sizes:
         head_dim=fields.integer("head_dim", dim // num_heads),
         ffn_size=fields.integer("hidden_dim"),
         vocab_size=_vocab_size(fields, store),
-        # Mistral's own code: without a base in the file, windowed models (v0.1) have 1e4 and the others 1e6.
+        # As in Mistral's code: if the file has no base, it is 1e4 for windowed models (v0.1) and 1e6 for the others.
         rope_theta=fields.number("rope_theta", 1e6 if window is None else 1e4),
         norm_eps=fields.number("norm_eps", 1e-5),
         tie_embeddings=fields.flag("tied_embeddings", False),
@@ -120,7 +126,7 @@ def _olmo(fields: Fields, store: TensorStore | None) -> Sizes:
 
 
 def _vocab_size(fields: Fields, store: TensorStore | None) -> int:
-    """Llama 2 writes -1 and leaves the number to the tokenizer; the embedding has it too."""
+    """Vocabulary size. Llama 2 writes -1 and relies on the tokenizer; the embedding has the size too."""
     if fields.get("vocab_size") == -1:
         return _shape(fields, store, "tok_embeddings.weight")[0]
     return fields.integer("vocab_size")
@@ -129,16 +135,19 @@ def _vocab_size(fields: Fields, store: TensorStore | None) -> int:
 def _shape(fields: Fields, store: TensorStore | None, name: str) -> Shape:
     if store is None or name not in store.names() or len(store.shape(name)) != 2:
         raise WeightsError(
-            f"{fields.where} leaves a size to the tensor `{name}`, which is missing or no matrix. "
-            "Put the weights beside it, or write the size into the file."
+            f"{fields.where} omits a size that the tensor `{name}` would give, but this tensor is missing or not a "
+            "matrix. Put the weights next to the file, or write the size into the file."
         )
     return store.shape(name)
 
 
 def shard_axis(dim: int) -> Callable[[str, Shape], int | None]:
-    """How Meta's `consolidated.00.pth, consolidated.01.pth, ...` of a model `dim` wide are split (its model-parallel
-    layers): wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns, the embedding by columns in Llama 1 and 2 and
-    by rows in Llama 3, which its width tells; vectors are copies.
+    """The split axis of each tensor in Meta's `consolidated.00.pth, consolidated.01.pth, ...` (model-parallel layers).
+
+    dim: width of the model.
+
+    wq, wk, wv, w1, w3 and output are split by rows, wo and w2 by columns. The embedding is split by columns in Llama 1
+    and 2 and by rows in Llama 3; its width distinguishes the two. Vectors are copies (axis None).
     """
 
     def axis(name: str, shape: Shape) -> int | None:

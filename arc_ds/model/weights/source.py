@@ -1,4 +1,4 @@
-"""Backbones read from files: `open_backbone` finds out what a path holds and checks it before anything is loaded."""
+"""Read backbones from files. `open_backbone` detects the format of a path and checks it before loading anything."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ _MAX_LISTED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSource:
-    """A backbone in files. Nothing but headers is read until `tensor` is called.
+    """A backbone in files. Only headers are read before `tensor` is called.
 
-    config: its sizes; path: the folder or file; sliding_window: the longest sequence on which its attention is full
-    attention, None for any.
+    config: sizes of the backbone.
+    path: the folder or file.
+    sliding_window: length of the longest sequence that it attends to fully; None for any length.
+    layout: tensor names in the files.
+    store: the files.
     """
 
     config: BackboneConfig
@@ -43,7 +46,7 @@ class BackboneSource:
         return backbone_shapes(self.config)
 
     def names(self) -> tuple[str, ...]:
-        """Internal names of all parameters, in the order in which the forward uses them."""
+        """Internal names of all parameters, in forward order."""
         return tuple(self.shapes)
 
     def shape(self, name: str) -> Shape:
@@ -51,8 +54,10 @@ class BackboneSource:
         return self.shapes[name]
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter by internal name, on the CPU, in the file's own dtype (float32 where it was quantised), with
-        rotary rows in the half-split order. Reads this tensor and no other. KeyError for a name that is not there.
+        """Read one parameter by internal name, and no other.
+
+        Returns a CPU tensor in the file's dtype (float32 if it was quantised), with rotary rows in half-split order.
+        Raises KeyError for an unknown name.
         """
         rows, file_name = self._rows_in_file(name)
         weight = self.store.read(file_name, rows)
@@ -62,7 +67,7 @@ class BackboneSource:
         return weight
 
     def check(self) -> None:
-        """WeightsError that lists every tensor that is missing or has another shape than the sizes say."""
+        """Raise WeightsError with all tensors that are missing or whose shape contradicts the sizes."""
         present = self.store.names()
         faults = []
         for file_name, expected in self._file_shapes().items():
@@ -75,7 +80,7 @@ class BackboneSource:
         listed = "; ".join(faults[:_MAX_LISTED])
         more = f"; and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
         raise WeightsError(
-            f"{self.path} does not hold the tensors that its sizes ask for ({self.layout.name} names): {listed}{more}. "
+            f"{self.path} does not hold the tensors that its sizes require ({self.layout.name} names): {listed}{more}. "
             "Copy the weights and their config or params file again from one source."
         )
 
@@ -90,7 +95,7 @@ class BackboneSource:
         return slice(start, start + self.shapes[name][0]), rule.file_name
 
     def _file_shapes(self) -> dict[str, Shape]:
-        """Shape of every tensor that must lie in the files, by the files' names."""
+        """Shape of every tensor that the files must contain, by its name in the files."""
         expected: dict[str, Shape] = {}
         for name, shape in self.shapes.items():
             rule = self.layout.rule(name)
@@ -102,19 +107,20 @@ class BackboneSource:
 def open_backbone(
     path: str | Path, rope_scaling: RopeScalingChoice = "checkpoint", *, max_positions: int | None = None
 ) -> BackboneSource:
-    """Open a backbone's weights, whatever the path holds: a Hugging Face folder, a Meta or Mistral folder, OLMo-1 in
-    either of its layouts, or a GGUF file.
+    """Open a backbone's weights and detect their format.
 
-    rope_scaling: "checkpoint" scales rotary positions as the files say, "none" leaves them unscaled.
-    max_positions: the longest sequence in tokens that will be run, where known.
-    WeightsError where the path cannot be read, a tensor is missing or misshapen, the family is unknown, or the model's
-    attention window is shorter than `max_positions` (attention here is always over the whole sequence).
+    path: a Hugging Face folder, a Meta or Mistral folder, OLMo-1 in either of its layouts, or a GGUF file.
+    rope_scaling: "checkpoint" applies the rotary scaling of the files, "none" ignores it.
+    max_positions: length in tokens of the longest sequence that will be run, if known.
+
+    Raises WeightsError if the path cannot be read, a tensor is missing or has the wrong shape, the family is unknown,
+    or the model's attention window is shorter than `max_positions`. ARC-DS always attends to whole sequences.
     """
     found = locate(Path(path))
     if not found.files:
         raise WeightsError(
-            f"{found.path} holds sizes but no weights that ARC-DS reads; expected .safetensors files, Meta's "
-            "consolidated.00.pth, or a .gguf file. Copy the weights there; turn .bin files into safetensors first."
+            f"{found.path} holds sizes but no weights that ARC-DS can read; expected .safetensors files, Meta's "
+            "consolidated.00.pth, or a .gguf file. Copy the weights there; convert .bin files to safetensors first."
         )
     store = _open_store(found)
     sizes = _sizes(found, store, rope_scaling)
@@ -131,9 +137,9 @@ def open_backbone(
 
 
 def read_backbone_config(path: str | Path, rope_scaling: RopeScalingChoice = "checkpoint") -> BackboneConfig:
-    """A backbone's sizes alone; its folder need not hold the weights (OLMo-1's `params.json` needs them).
+    """Read only the sizes of a backbone. The folder need not contain weights, except for OLMo-1 with `params.json`.
 
-    WeightsError as of `open_backbone`, except that tensors are not checked.
+    Raises WeightsError like `open_backbone`, but does not check tensors.
     """
     found = locate(Path(path))
     store = _open_store(found) if found.files and found.kind != "hugging_face" else None
@@ -172,6 +178,6 @@ def _check_window(source: BackboneSource, max_positions: int | None) -> None:
     if window is None or max_positions is None or max_positions <= window:
         return
     raise WeightsError(
-        f"{source.path}: its attention looks back {window} tokens and the run has sequences of {max_positions}; ARC-DS "
-        f"attends over whole sequences. Keep sequences within {window} tokens, or take a model without a window."
+        f"{source.path}: its attention looks back {window} tokens, but the run has sequences of {max_positions}. "
+        f"ARC-DS attends to whole sequences. Limit sequences to {window} tokens, or use a model without a window."
     )

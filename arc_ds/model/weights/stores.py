@@ -1,4 +1,4 @@
-"""Where tensors lie: files that give names and shapes at once and one tensor (or some of its rows) at a time."""
+"""Tensor files. Names and shapes are available immediately; tensors, or some of their rows, are read one at a time."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class TensorStore(Protocol):
     """Named tensors in files. Only `read` touches the data."""
 
     def names(self) -> frozenset[str]:
-        """Names of all tensors, as the file spells them."""
+        """Names of all tensors in the file."""
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor, from the header."""
 
     def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
-        """A tensor, or some rows of its dimension 0, on the CPU in the file's own dtype."""
+        """Read a tensor, or a slice of its dimension 0, to the CPU in the file's dtype."""
 
 
 class SafetensorsStore:
-    """One safetensors file. WeightsError where it is damaged or cut short (the header gives the size it must have)."""
+    """One safetensors file. Raises WeightsError if it is damaged or truncated (the header gives the expected size)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,7 +40,7 @@ class SafetensorsStore:
             self._shapes = {n: tuple(self._file.get_slice(n).get_shape()) for n in self._file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise WeightsError(
-                f"{path} is no whole safetensors file: {error}. It was cut short or damaged; copy it again."
+                f"{path} is not a complete safetensors file: {error}. It was cut short or damaged; copy it again."
             ) from error
 
     def names(self) -> frozenset[str]:
@@ -56,9 +56,9 @@ class SafetensorsStore:
 
 
 class PickleStore:
-    """One .pth file, read as plain tensors only (`weights_only`) and mapped, not loaded.
+    """One .pth file, memory-mapped and restricted to plain tensors (`weights_only`).
 
-    WeightsError where it is damaged, too old to be mapped, or holds anything but tensors: a pickle can run code.
+    Raises WeightsError if it is damaged, too old to be mapped, or contains anything but tensors: a pickle can run code.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,13 +67,13 @@ class PickleStore:
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
             raise WeightsError(
-                f"{path} holds more than tensors, and a pickle can run code, so it is not opened "
+                f"{path} holds more than tensors. It is not opened, because a pickle can run code "
                 f"({_first_line(error)}). Get the weights as safetensors."
             ) from error
         except (RuntimeError, OSError, EOFError, ValueError) as error:
             raise WeightsError(
                 f"{path} cannot be mapped as a PyTorch checkpoint: {_first_line(error)}. Copy it again; a file from "
-                "before PyTorch 1.6 must be saved anew."
+                "before PyTorch 1.6 must be saved again."
             ) from error
         if not isinstance(loaded, dict):
             raise WeightsError(f"{path}: expected a dict of tensors, got {type(loaded).__name__}")
@@ -90,10 +90,10 @@ class PickleStore:
 
 
 class JoinedStore:
-    """Several files read as one.
+    """Several files, read as one.
 
-    A tensor that lies in one file is taken from it. One that lies in several is joined along
-    `axis_of(name, shape of a part)`; None means that the files hold copies.
+    A tensor in several files is concatenated along `axis_of(name, shape of a part)`. If the axis is None, the files
+    hold copies.
     """
 
     def __init__(self, parts: Sequence[TensorStore], axis_of: Callable[[str, Shape], int | None]) -> None:
@@ -124,7 +124,7 @@ class JoinedStore:
 
 
 def one_file_each(name: str, shape: Shape) -> int | None:
-    """Axis rule of files that share no tensor: where two hold the same name they hold copies."""
+    """Axis rule for files without shared tensors: a name in two files is a copy."""
     del name, shape
     return None
 

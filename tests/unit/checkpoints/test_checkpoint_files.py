@@ -1,4 +1,4 @@
-"""The parts of a checkpoint that need no engine: manifest, pruning, random states, cutting pieces anew."""
+"""The parts of a checkpoint that need no engine: manifest, pruning, random states, resharding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A digest of weights that is cheap must still tell one model from another, and not care where they lie."""
+"""Cheap digests of weights must distinguish models and must not depend on file paths."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_another_length_changes_the_digest(weights: Path) -> None:
 
 def test_little_of_a_large_file_is_read(weights: Path) -> None:
     with weights.open("r+b") as file:
-        file.truncate(1 << 36)  # sparse; to read all of it would take a minute
+        file.truncate(1 << 36)  # sparse; reading the whole file would take a minute
     assert files_digest([weights])
 
 

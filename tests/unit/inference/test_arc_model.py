@@ -1,4 +1,4 @@
-"""ArcModel: from folders to vectors, logits and text, and every mistake of its user as one clear error."""
+"""ArcModel: load folders, compute vectors, logits and text; each misuse raises one clear error."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_each_decoder_has_its_own_bridge(model: ArcModel) -> None:
 
 
 def test_a_context_does_not_see_its_neighbours(folders: Path) -> None:
-    # In float64, since matrix products of other row counts round otherwise: 1e-6 in float32, 1e-15 here.
+    # float64, because matrix products with another number of rows round differently: 1e-6 in float32, 1e-15 here.
     model = ArcModel.from_checkpoint(folders / "export", decoders=[], dtype=torch.float64)
     alone = [model.compress([text])[0] for text in (TEXT, OTHER)]
     for ours, expected in zip(model.compress([TEXT, OTHER]), alone, strict=True):
@@ -172,7 +172,7 @@ WRONG_CALLS = [
     (lambda m: m.compress([TEXT], marker="mid"), ConfigError, "marker is 'mid'; this compressor has cont and rec"),
     (lambda m: m.logits([[]]), DataError, "sequence 0 is empty"),
     (lambda m: m.logits([[Segment.text([350])]]), DataError, "for the decoder; expected 0 to 349"),
-    (lambda m: m.logits([[Segment.text([1])]], decoder=2), ConfigError, "loaded with 2 of the 2"),
+    (lambda m: m.logits([[Segment.text([1])]], decoder=2), ConfigError, "loaded with 2 of its 2"),
     (lambda m: m.generate("one prompt"), DataError, "prompts is one str"),
     (lambda m: m.generate([""], decoder=1), DataError, "sequence 0 is empty"),
     (lambda m: m.generate([["a", Segment.text([1])]]), DataError, "of Segment only; got a Segment"),
@@ -229,7 +229,7 @@ def test_without_tokenizers_ids_still_work(folders: Path, tmp_path: Path) -> Non
 def test_only_the_decoders_that_are_wanted_need_be_given(folders: Path) -> None:
     model = ArcModel.from_checkpoint(folders / "export", decoders=[folders / "a"])
     assert model.compress([TEXT], decoder=1)[0].shape[1] == DECODER.hidden_size
-    with pytest.raises(ConfigError, match="loaded with 1 of the 2"):
+    with pytest.raises(ConfigError, match="loaded with 1 of its 2"):
         model.logits([[Segment.text([1])]], decoder=1)
 
 

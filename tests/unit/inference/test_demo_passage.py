@@ -1,4 +1,4 @@
-"""The demo's passage: NLL of its tokens under four readings, and which of them the vectors made likely."""
+"""The demo's passage: NLL of its tokens under four conditions, and the tokens that the vectors made likely."""
 
 from __future__ import annotations
 

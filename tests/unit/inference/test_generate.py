@@ -1,4 +1,4 @@
-"""Generation with a KV cache: equal to a forward without one, whatever shares the batch; stopping and sampling."""
+"""Generation with a KV cache: equal to a forward without it and independent of the batch; stopping and sampling."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.helpers.tiny_compressor import sample, tiny_compressor, tiny_decoder
 
 SPEC = PoolingSpec((GroupRule("factor", 4),))
 COMPRESSOR, DECODER = tiny_compressor(), tiny_decoder()
-# The models are float64 and logits, of order 1, float32: a rounding of 1e-7. A row too many or too few in the cache
-# is 1e-2 or more.
+# Models are float64; logits are float32 and of order 1, so rounding is 1e-7. One row too many or too few in the cache
+# changes them by 1e-2 or more.
 ATOL = 1e-6
 pieces = st.lists(st.integers(-9, 6).filter(bool), min_size=1, max_size=4)
 
@@ -29,7 +29,7 @@ def vectors(samples: list[Sample]) -> Tensor:
 
 
 def run(samples: list[Sample], num_tokens: int = 5, **options) -> tuple[list[list[int]], list[Tensor]]:
-    """New tokens and the logits of every step."""
+    """Return the new tokens and the logits of every step."""
     seen: list[Tensor] = []
     lines = generate_ids(
         DECODER,

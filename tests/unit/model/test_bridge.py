@@ -1,4 +1,4 @@
-"""Bridges: what each kind computes, and how they start."""
+"""Bridges: the function of each kind, and initialisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ports: markers go through the bridge behind their context, and a port that does not read gets zero gradients."""
+"""Ports: markers pass through the bridge after their context, and an idle port gets zero gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frozen decoder: causal over its own sequence, losses at labelled rows, gradients to the vectors alone."""
+"""The frozen decoder: causal within a sequence, losses at labelled rows, gradients only to the vectors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_losses_are_the_cross_entropy_of_the_logits_at_the_labelled_rows() -> No
     expected = F.cross_entropy(logits.double(), batch.labels, reduction="none")
     nll = decoder(batch, z)
     assert nll.shape == (batch.num_labels,) and batch.num_labels == 2 + 4 + 5
-    # `logits` are float32 by contract: rounding of values of order one; measured 5e-8.
+    # `logits` are float32 by contract. Rounding of values of order one: measured 5e-8.
     assert torch.allclose(nll, expected, rtol=0, atol=2e-7)
 
 
@@ -40,7 +40,7 @@ def test_gradients_reach_every_vector_that_a_later_label_sees_and_no_weight() ->
     decoder, batch = tiny_decoder(), pack([sample(2, -9, 3, -4), sample(-3, 1, seed=1)], SPEC)
     z = _vectors(batch)
     decoder(batch, z).sum().backward()
-    read, unread = z.grad[:4], z.grad[4:]  # nothing labelled follows the second context, nor the third
+    read, unread = z.grad[:4], z.grad[4:]  # no label follows the second or third context
     assert read.abs().amax(dim=1).min() > 0 and not unread.any()
     assert all(p.grad is None for p in decoder.parameters())
 
@@ -155,7 +155,7 @@ def test_prefix_without_gradient_changes_neither_losses_nor_gradients(activation
 
 
 def test_prefix_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the split the prefix's rows run with gradients off: nothing of them is kept for backward."""
+    """With the split, prefix rows run without gradient, so nothing is saved for their backward."""
     decoder, batch = tiny_decoder(), pack([sample(3, -9, 4)], SPEC)
     seen = []
     attend = type(decoder.layers[0].attention).attend
@@ -170,7 +170,7 @@ def test_prefix_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_prefix_is_not_run_again_in_a_recomputed_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward needs its keys and values alone; the suffix does run twice."""
+    """Backward needs only the keys and values of the prefix. The suffix does run twice."""
     decoder, batch = tiny_decoder(), pack([sample(3, -9, 4)], SPEC)
     decoder.activation_checkpointing = True
     rows: list[int] = []

@@ -1,4 +1,4 @@
-"""The encoder: what sees what, and that a pack changes nothing. Tiny random weights in float64."""
+"""The encoder: visibility between tokens, and independence of packing. Tiny random weights in float64."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_batch_without_contexts_gives_no_rows() -> None:
     ("changes", "message"),
     [
         ({"num_layers": 4}, "the backbone has 3 layers"),
-        ({"num_layers": 1, "rules": (GroupRule("factor", 2),) * 2}, "2 layers shall pool but only 1"),
+        ({"num_layers": 1, "rules": (GroupRule("factor", 2),) * 2}, "2 layers must pool but only 1"),
         ({"causal": True, "strategy": "kmeans"}, "contiguous groups"),
     ],
 )
@@ -135,7 +135,7 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
 
 def test_a_batch_packed_for_another_encoder_is_refused() -> None:
     encoder, _ = _encoder()
-    with pytest.raises(ValueError, match="packed for 0 pooled layers, the encoder has 1"):
+    with pytest.raises(ValueError, match="packed for 0 pooled layers, but the encoder has 1"):
         encoder(pack([sample(-4)], PoolingSpec(())))
 
 
@@ -154,7 +154,7 @@ def _encoder(**changes: Any) -> tuple[Encoder, PoolingSpec]:
 
 
 def _change_of_each_group(encoder: Encoder, spec: PoolingSpec, length: int) -> Tensor:
-    """How far each group moves (second axis) when each token of the middle one of three contexts changes (first)."""
+    """Change of each group (second axis) if one token (first axis) of the middle one of three contexts changes."""
     batch = pack([sample(-5), sample(-length, seed=7), sample(-6)], spec)
     before = _middle(encoder(batch), batch)
     rows = []

@@ -1,4 +1,4 @@
-"""The linear layer: torch's gradients, and nothing kept for backward that is not needed."""
+"""The linear layer: same gradients as torch, and no unneeded tensors saved for backward."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_input_is_kept_only_for_a_trained_weight(trained: bool, kept: int) -
     packed: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         y = linear(x)
-    assert [t.shape for t in packed] == [x.shape] * kept  # and the weight never
+    assert [t.shape for t in packed] == [x.shape] * kept  # the weight is never saved
     y.sum().backward()
     assert x.grad is not None and (linear.weight.grad is not None) == trained
 
@@ -56,7 +56,7 @@ def test_no_rows_give_no_rows_and_a_zero_gradient() -> None:
 
 
 def test_joint_linears_are_the_single_ones() -> None:
-    """Outputs and gradients; a joint one that forgot to add a product would halve the input's gradient."""
+    """Compare outputs and gradients. An implementation that omits one product would halve the input's gradient."""
     x, first = _inputs()
     second = Linear(4, 2).double()
     second.weight.data = first.weight.detach()[:2] * 3.0 + 1.0

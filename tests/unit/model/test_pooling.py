@@ -118,7 +118,7 @@ def test_rows_keep_their_dtype_and_a_batch_without_contexts_is_empty(name: str) 
 
 def test_merging_does_not_ask_for_the_lengths_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     x, spans, level = _batch([9, 3], GroupRule("floor_factor", 4))
-    monkeypatch.setenv("ARC_KERNELS_CHECK", "0")  # on the CPU boundaries are looked at, since it costs no wait
+    monkeypatch.setenv("ARC_KERNELS_CHECK", "0")  # on the CPU, boundaries are checked, because this needs no sync
 
     def refuse(*args: object) -> None:
         raise AssertionError("a value was read on the host")
@@ -144,8 +144,8 @@ def test_group_rules_of_each_kind() -> None:
         (lambda: group_rules("median", [8]), "'median'; expected one of"),
         (lambda: group_rules("mean", [0]), "is 0; expected at least 1"),
         (lambda: group_rules("mean", [], 0), "is 0; expected at least 1"),
-        (lambda: group_rules("mean", [], None), "one of the two"),
-        (lambda: group_rules("mean", [8], 16), "one of the two"),
+        (lambda: group_rules("mean", [], None), "either factors or num_groups"),
+        (lambda: group_rules("mean", [8], 16), "either factors or num_groups"),
         (lambda: KMeansPooling(num_rounds=0), "num_rounds is 0"),
     ],
 )
@@ -155,7 +155,7 @@ def test_unknown_names_and_numbers_below_one_are_refused(call: Callable[[], obje
 
 
 def _compare(name: str, lengths: list[int], factor: int, by_hand: Callable[[Tensor, int], Tensor]) -> None:
-    """Pooled rows and gradients equal `by_hand(rows of a context, number of groups)` on each context."""
+    """Check that pooled rows and gradients equal `by_hand(rows of a context, number of groups)` on each context."""
     (rule,) = group_rules(name, [factor])
     strategy: Pooling = make_strategy(name)
     assert not strategy.contiguous

@@ -1,4 +1,4 @@
-"""CompressorSpec: what a checkpoint and an export carry is what was built, and the config knows every strategy."""
+"""CompressorSpec: checkpoints and exports store the spec that was built, and the config accepts every strategy."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_json_carries_every_field(spec: CompressorSpec) -> None:
 def test_a_json_of_another_version_is_refused() -> None:
     plain = tiny_spec().to_json()
     for change in ({"new": 1}, {"backbone": {**plain["backbone"], "new": 1}}, {"rules": [{"kind": "factor"}]}):
-        with pytest.raises(WeightsError, match="is not one that this version writes"):
+        with pytest.raises(WeightsError, match="does not match this version"):
             CompressorSpec.from_json({**plain, **change})
 
 

@@ -1,4 +1,4 @@
-"""The ARC exchange format: what is read is written back byte for byte, and means what the reference means."""
+"""The ARC format: a round trip is byte-identical, and settings have the same meaning as in the reference."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_nothing_is_overwritten_unasked_and_a_failed_write_leaves_no_trace(tmp_p
         write_arc_checkpoint(tmp_path / "b", params, {"decoder.norm.weight": torch.ones(2)}, spec.backbone)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "notes").write_text("")
-    with pytest.raises(WeightsError, match="is no ARC checkpoint, so it is not overwritten"):
+    with pytest.raises(WeightsError, match="is not an ARC checkpoint, so it is not overwritten"):
         write(tmp_path / "home", spec, first, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "home"]
 
@@ -204,7 +204,7 @@ def test_nothing_is_overwritten_unasked_and_a_failed_write_leaves_no_trace(tmp_p
 def test_checkpoint_of_another_backbone_is_refused(golden: Path, tmp_path: Path):
     folder = golden / "arc_checkpoints/arc_mlp/checkpoints/checkpoint_000010"
     checkpoint = read_arc_checkpoint(folder)
-    with pytest.raises(WeightsError, match="give the backbone's folder as encoder_backbone"):
+    with pytest.raises(WeightsError, match="pass the backbone's folder as encoder_backbone"):
         checkpoint.source()
     with pytest.raises(WeightsError, match=r"`cont_tok.0.weight` is \[1, 64\], expected \[1, 96\]"):
         checkpoint.source(open_backbone(golden / "models/decM").config)
@@ -224,7 +224,7 @@ def test_checkpoint_of_another_backbone_is_refused(golden: Path, tmp_path: Path)
         ('"n_truncated_layers": 1,', "", "n_truncated_layers` to be .*; it is missing"),
         ("mean_pooled_queries", "attention", "`pool_type` is 'attention'"),
         ("mean_pooled_queries", "metric_pruning_norm", "keeps the rows of smallest norm"),
-        ('"in_dim": 32', '"in_dim": 33', "reads vectors of 33, the backbone is 32"),
+        ('"in_dim": 32', '"in_dim": 33', "reads vectors of 33, but the backbone has width 32"),
     ],
 )
 def test_settings_that_cannot_be_are_named(tmp_path: Path, old: str, new: str, message: str):

@@ -1,4 +1,4 @@
-"""From a source into a module: by name, one tensor at a time, and nothing where something does not fit."""
+"""Load a source into a module: by name, one tensor at a time, and nothing at all if something does not fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def opened(tmp_path: Path):
 
 
 class CountingSource:
-    """Passes through, and notes what was read."""
+    """Forwards to another source and records the tensors that were read."""
 
     def __init__(self, source) -> None:
         self.source, self.path, self.read = source, source.path, []
@@ -64,7 +64,7 @@ def test_tied_head_stays_tied(tmp_path: Path, device: str):
 
 
 class Truncated(nn.Module):
-    """The names of an encoder of one layer, with memory tokens, under a prefix."""
+    """The parameter names of a one-layer encoder with memory tokens, under a prefix."""
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def test_model_of_another_size_is_an_error(opened):
 
 def test_copy_does_not_broadcast():
     parameter = nn.Parameter(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="cannot take"):
+    with pytest.raises(ValueError, match="cannot hold a tensor"):
         copy_into(parameter, torch.ones(2))
     copy_into(parameter, torch.ones(3, 2, dtype=torch.bfloat16))
     assert torch.equal(parameter, torch.ones(3, 2))

@@ -1,4 +1,4 @@
-"""Every layout gives back the tensors that were written, under internal names, with half-split rotary rows."""
+"""Every layout returns the tensors that were written, by internal name, with half-split rotary rows."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_gguf_blocks_are_dequantised_row_for_row(tmp_path: Path):
 def test_gguf_rope_factors_become_llama3_scaling(tmp_path: Path):
     config = tiny.tiny_config(norm_eps=2.0**-16, rope_theta=500000.0, rope_scaling=LLAMA3)
     divisors = torch.from_numpy(llama3_divisors(LLAMA3, config.rope_theta, config.head_dim))
-    assert divisors.max() == 32.0 and divisors.min() == 1.0  # else the test says nothing
+    assert divisors.max() == 32.0 and divisors.min() == 1.0  # otherwise the test proves nothing
     file = tiny.write_gguf(tmp_path / "a.gguf", config, tiny.random_tensors(config), rope_divisors=divisors)
     assert open_backbone(file).config == config
     assert open_backbone(file, "none").config.rope_scaling is None

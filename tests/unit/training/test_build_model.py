@@ -102,7 +102,7 @@ def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file
         open_decoders(load_config(config_file, [named]))
 
     open_with("none")
-    with pytest.raises(WeightsError, match="looks back 65 tokens and the run has sequences of 141"):
+    with pytest.raises(WeightsError, match="looks back 65 tokens, but the run has sequences of 141"):
         open_with("llama2")
 
 

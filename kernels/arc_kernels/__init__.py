@@ -1,20 +1,20 @@
 """arc_kernels: the hot path of a context compressor, as functions on packed tensors.
 
-Needs torch; knows nothing of `arc_ds`. Each function stands in a folder of its own: `reference` in plain torch (the
-oracle, and the path on CPU) and the public function that checks its arguments and dispatches.
+Requires torch and does not depend on `arc_ds`. Each function has its own folder with a public function, which checks
+its arguments and dispatches, and a `reference` in plain torch, which serves as test oracle and runs on the CPU.
 
-    attention_varlen       softmax attention over packed segments, q and k of different lengths, GQA
-    group_pool, pool_norm  ragged groups of rows to one row each; with the norms that follow
-    rms_norm, layer_norm   and, with the residual addition before them, add_rms_norm, add_layer_norm
+    attention_varlen       softmax attention over packed segments, with GQA; lengths of q and k may differ
+    group_pool, pool_norm  reduce ragged groups of rows to one row each; pool_norm also computes the following norms
+    rms_norm, layer_norm   norms; add_rms_norm and add_layer_norm add a residual first
     rotary, swiglu
-    splice                 token embeddings and given rows into one sequence
-    linear_cross_entropy   NLL of labelled rows against a frozen head
+    splice                 place token embeddings and given rows in one sequence
+    linear_cross_entropy   NLL of labelled rows with a frozen head
     use                    context that chooses the implementation: "auto", "triton" or "reference"
-    use_attention          context that chooses attention's alone, among them PyTorch's FlashAttention: "flash"
+    use_attention          context that chooses attention's implementation, such as PyTorch's FlashAttention ("flash")
 
-ARC_KERNELS and ARC_ATTENTION in the environment are the choices outside any context; importing this package does not
-import triton.
-ARC_KERNELS_CHECK=1 has the values of boundaries, ids and labels checked on a GPU too (it synchronises); 0: nowhere.
+Outside any context, the environment variables ARC_KERNELS and ARC_ATTENTION decide. Importing this package does not
+import triton. ARC_KERNELS_CHECK=1 checks the values of boundaries, ids and labels on a GPU too, which synchronises;
+ARC_KERNELS_CHECK=0 disables these checks.
 """
 
 from arc_kernels._dispatch import use

@@ -1,4 +1,4 @@
-"""Compiling kernels without a GPU: what is compiled is listed by each kernel's `compile_specs`."""
+"""Compile kernels without a GPU. Each kernel lists its variants in `compile_specs`."""
 
 from __future__ import annotations
 
@@ -7,47 +7,49 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LAUNCH_OPTIONS: Mapping[str, Any] = {"enable_fp_fusion": True}
-"""Of every launch and every compilation. a * b + c is rounded once: what Triton does by itself up to 3.9 and no longer
-from 3.10 on. Scores, rotations and norms are both closer and cheaper so, and their bits do not hang on the version."""
+"""Options of every launch and every compilation. a * b + c is rounded once, which is Triton's default up to 3.9 but not
+from 3.10 on. Scores, rotations and norms are then more accurate and cheaper, and do not depend on the version."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileSpec:
-    """One kernel with one config and one set of argument types, as the offline compiler takes it."""
+    """One kernel with one config and one set of argument types, for the offline compiler."""
 
     name: str
-    """Unique among all specs; says kernel, dtype and shape, such as "rms_norm_forward bf16 D=3072"."""
+    """Unique name with kernel, dtype and shape, such as "rms_norm_forward bf16 D=3072"."""
 
     fn: Any
     """The `@triton.jit` function."""
 
     signature: Mapping[str, str]
-    """Type of each argument that is no constant: "*bf16", "*fp32", "*i32", "i32", "i64", "fp32"; in any order."""
+    """Type of each argument that is not a constant, in any order: "*bf16", "*fp32", "*i32", "i32", "i64", "fp32"."""
 
     constexprs: Mapping[str, Any]
     """Value of each `tl.constexpr` argument."""
 
     num_warps: int
     num_stages: int = 3
-    """The default is Triton's own, which launches take that do not set it."""
+    """The default is Triton's own default for launches."""
 
     hip_num_warps: int | None = None
-    """Warps on AMD, where one has 64 lanes and a program at most 1024 threads; None: as many as elsewhere."""
+    """Warps on AMD, where a warp has 64 lanes and a program at most 1024 threads. None: same as num_warps."""
 
     divisible_by_16: tuple[str, ...] = ()
-    """Arguments known to be multiples of 16 (pointers: aligned to 16 bytes), as a launch finds out by itself."""
+    """Arguments that are multiples of 16 (pointers: aligned to 16 bytes). A launch detects this itself."""
 
     uses_dot: bool = False
-    """Whether tensor-core instructions are expected in the machine code."""
+    """Whether the machine code must contain tensor-core instructions."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further options of the backend."""
 
 
 def compile_spec(spec: CompileSpec, target: Any) -> Any:
-    """The compiled kernel for a `triton.backends.compiler.GPUTarget`, such as GPUTarget("cuda", 90, 32); no GPU needed.
+    """Compile a kernel without a GPU.
 
-    ValueError where signature and constants are not the kernel's arguments, or under TRITON_INTERPRET=1.
+    target: a `triton.backends.compiler.GPUTarget`, such as GPUTarget("cuda", 90, 32).
+
+    Raises ValueError if signature and constants do not match the kernel's arguments, or under TRITON_INTERPRET=1.
     """
     import triton
     from triton.compiler import ASTSource
@@ -69,8 +71,8 @@ def compile_spec(spec: CompileSpec, target: Any) -> Any:
 
 
 def _check_globals(spec: CompileSpec) -> None:
-    """ValueError where a launch would take a global of the kernel for changed, as NaN, which differs from itself."""
+    """Raise ValueError if a launch would consider a global of the kernel changed. NaN differs from itself."""
     _ = spec.fn.cache_key  # collects the globals
     for (name, _), (seen, scope) in spec.fn.used_global_vals.items():
         if scope.get(name) != seen:
-            raise ValueError(f"{spec.name}: a launch would refuse the global {name} = {seen}; write it in the kernel")
+            raise ValueError(f"{spec.name}: a launch would refuse the global {name} = {seen}; move it into the kernel")

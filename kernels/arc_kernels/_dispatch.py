@@ -1,4 +1,4 @@
-"""Which implementation a call takes: the Triton kernels or plain torch. Decided at call time."""
+"""The choice between Triton kernels and plain torch, made at every call."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from torch import Tensor
 Choice = Literal["auto", "triton", "reference"]
 CHOICES: tuple[Choice, ...] = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MIN_CUDA_CAPABILITY = (8, 0)  # bfloat16 in tl.dot and asynchronous copies begin with Ampere
+MIN_CUDA_CAPABILITY = (8, 0)  # Ampere introduced bfloat16 in tl.dot and asynchronous copies
 
-# Not a ContextVar: autograd runs backward, and with it the recomputation of a checkpointed block, on threads of its
-# own, which would not see the caller's context and would save other tensors than the first pass did.
+# Not a ContextVar: autograd runs backward on its own threads, and with it the recomputation of checkpointed blocks.
+# These threads would not see the caller's context and would save other tensors than the first pass.
 _forced: Choice | None = None
 
 
 @contextmanager
 def use(choice: Choice) -> Iterator[None]:
-    """Within the context every function takes the given implementation, on all threads.
+    """Context in which every function uses the given implementation, on all threads.
 
-    "auto": Triton on a supported GPU (CUDA from sm_80 on, or ROCm), plain torch elsewhere; "triton"; "reference".
-    Outside any context the environment's ARC_KERNELS decides ("auto" where it is unset). Forward and backward of one
-    graph belong in one context. A compiled function follows a change of context; it keeps what the environment said
-    when it was traced. ValueError on any other choice.
+    choice: "auto" (Triton on a supported GPU, i.e. CUDA from sm_80 on or ROCm, and plain torch elsewhere), "triton" or
+        "reference".
+
+    Outside any context the environment variable ARC_KERNELS decides (default "auto"). Forward and backward of one graph
+    must run in the same context. A compiled function follows a change of context, but keeps the value of the
+    environment variable from its tracing. Raises ValueError on any other choice.
     """
     global _forced
     before, _forced = _forced, _checked(choice, "choice")
@@ -40,15 +42,15 @@ def use(choice: Choice) -> Iterator[None]:
 
 
 def choice_in_force() -> Choice:
-    """The context's choice, else the environment's. ValueError where ARC_KERNELS is none."""
+    """The choice of the context, or else of the environment. Raises ValueError if ARC_KERNELS is invalid."""
     return _forced or _checked(os.environ.get("ARC_KERNELS") or "auto", "ARC_KERNELS")
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether a call on `x` takes the Triton kernels.
+    """Whether a call on `x` uses the Triton kernels.
 
-    Under "triton" a ValueError where they cannot run: float64 or integers, or a CPU tensor without TRITON_INTERPRET=1.
-    A tensor on "meta" takes them under "triton": their operators then only compute shapes.
+    Under "triton", raises ValueError if they cannot run: for float64 and integers, or for a CPU tensor without
+    TRITON_INTERPRET=1. A tensor on "meta" uses the kernels' operators under "triton"; they only compute shapes.
     """
     choice = choice_in_force()
     if choice == "reference":
@@ -59,20 +61,20 @@ def use_triton(x: Tensor) -> bool:
         raise ValueError(f"Triton kernels take float32, float16 and bfloat16, not {x.dtype}; use 'auto' or 'reference'")
     if not (x.is_cuda or x.is_meta or _cpu_tensors_are_taken()):
         raise ValueError(
-            f"Triton kernels were asked for, but the tensor is on {x.device}; move it to a GPU, use 'auto' or "
+            f"Triton kernels were requested, but the tensor is on {x.device}; move it to a GPU, use 'auto' or "
             "'reference', or set TRITON_INTERPRET=1 before triton is imported (slow: for tests)"
         )
     return True
 
 
 def demand_triton(x: Tensor) -> None:
-    """ValueError where the kernels cannot run on `x`, whatever the choice in force is."""
+    """Raise ValueError if the kernels cannot run on `x`, independent of the current choice."""
     with use("triton"):
         use_triton(x)
 
 
 def warp_size() -> int:
-    """Lanes of a warp: 64 on AMD's server GPUs, 32 elsewhere (and under the interpreter, which has none)."""
+    """Lanes of a warp: 64 on AMD's server GPUs, 32 elsewhere, including the interpreter."""
     return 64 if torch.version.hip is not None else 32
 
 
@@ -89,13 +91,13 @@ def _checked(choice: str, name: str) -> Choice:
 
 
 def _cpu_tensors_are_taken() -> bool:
-    """Whether Triton takes CPU tensors: under its interpreter. benchmarks/dry_launch.py replaces this function."""
+    """Whether Triton accepts CPU tensors, as its interpreter does. benchmarks/dry_launch.py replaces this function."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _gpu_is_supported(index: int) -> bool:
-    # Written for torch.compile too, which folds get_device_properties but not get_device_capability, and looks through
-    # caches: so the cheap question comes first.
+    # torch.compile can fold get_device_properties but not get_device_capability, and it traces through caches. The
+    # cheap check therefore comes first.
     if "triton" not in sys.modules and find_spec("triton") is None:
         return False
     properties = torch.cuda.get_device_properties(index)

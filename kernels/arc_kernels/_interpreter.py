@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
-"""bfloat16 as a GPU has it, also under Triton's interpreter.
+"""Correct bfloat16 under Triton's interpreter.
 
-The interpreter (Triton 3.9) keeps bfloat16 as the integers of its bits: `tl.dot` multiplies those integers, and a cast
-from float32 cuts bits off where a GPU rounds to the nearest even. `dot` and `narrow` are plain Triton on a GPU and go
-through float32 under the interpreter, where products of bfloat16 are exact.
+The interpreter (Triton 3.9) represents bfloat16 by the integers of its bits. `tl.dot` multiplies these integers, and a
+cast from float32 truncates, although a GPU rounds to nearest even. `dot` and `narrow` are plain Triton on a GPU. Under
+the interpreter they compute in float32, where products of bfloat16 are exact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def dot(b_a, b_b, b_acc=None):
-    """b_a @ b_b, plus b_acc if given, in float32; float32 operands are multiplied as such, not as TF32."""
+    """b_a @ b_b, plus b_acc if given, in float32. float32 operands are not reduced to TF32."""
     if INTERPRETED and b_a.dtype == tl.bfloat16:
         return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, input_precision="ieee")
     else:
@@ -26,7 +26,7 @@ def dot(b_a, b_b, b_acc=None):
 
 @triton.jit
 def narrow(b_x, dtype: tl.constexpr):
-    """float32 values rounded to the nearest of `dtype`, ties to even."""
+    """Round float32 values to the nearest value of `dtype`, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = b_x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -37,8 +37,8 @@ def narrow(b_x, dtype: tl.constexpr):
 
 
 def _let_loops_run() -> None:
-    """Mend bounds of loops under Triton 3.5 and 3.6: their interpreter calls `int` on arrays of one element, which
-    NumPy 2.5 refuses. Triton 3.7 squeezes them first."""
+    """Fix loop bounds under Triton 3.5 and 3.6. Their interpreter calls `int` on one-element arrays, which NumPy 2.5
+    rejects. Triton 3.7 squeezes them first."""
     from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor

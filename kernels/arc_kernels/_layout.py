@@ -1,4 +1,4 @@
-"""How tensors of any number of dimensions and any strides become what the kernels take."""
+"""Convert tensors of any shape and strides to the layout of the kernels."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def rows(x: Tensor) -> Tensor:
-    """[..., D] as [T, D] with columns next to each other; a copy only where the strides forbid a view."""
+    """Reshape [..., D] to [T, D] with contiguous rows. Copies only if the strides do not allow a view."""
     return unit_stride(x.flatten(0, -2) if x.dim() > 1 else x[None])
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x`, or a contiguous copy where the elements of its last dimension are not next to each other."""
+    """`x`, or a contiguous copy if the stride of its last dimension is not 1."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""What the Triton kernels take at most; public functions check it before they import triton."""
+"""Size limits of the Triton kernels. Public functions check them before they import triton."""
 
-MAX_NORM_WIDTH = 16384  # a row is held in registers
-MAX_POOL_WIDTH = 8192  # backward holds seven float32 values a column: of this width they fill a processor's registers
+MAX_NORM_WIDTH = 16384  # a program keeps a whole row in registers
+MAX_POOL_WIDTH = 8192  # backward keeps 7 float32 values per column, which fill all registers

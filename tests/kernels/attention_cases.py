@@ -1,4 +1,4 @@
-"""Segments and heads that the tests of attention's kernels share, and their inputs."""
+"""Segments, heads and inputs for the tests of the attention kernels."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ RAGGED = Case((1, 7, 37, 1, 16), (1, 40, 37, 3, 33), num_kv_heads=2)
 
 
 def plain_attention(spans: dict) -> Callable[..., Tensor]:
-    """Plain torch on the given spans, as `ak.attention_varlen` takes them."""
+    """Attention in plain torch on the given spans, which are keywords of `ak.attention_varlen`."""
     return partial(attention_varlen_reference, **{"causal": False, "k_limits_T": None, "scale": None, **spans})
 
 
 def inputs_of(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """q, k and v of standard normal numbers, by name."""
+    """Standard normal q, k and v, by name."""
     generator = torch.Generator().manual_seed(0)
     heads = (case.num_kv_heads * case.group, case.num_kv_heads, case.num_kv_heads)
     rows = (sum(case.q_lengths), sum(case.k_lengths), sum(case.k_lengths))
@@ -57,7 +57,7 @@ def spans_of(case: Case, mode: str, device: torch.device) -> dict:
         spans["causal"] = True
     if mode == "limits":
         pairs = zip(case.q_lengths, case.k_lengths, strict=True)
-        limits = [1 + (5 * i + s + 2) % n for s, (m, n) in enumerate(pairs) for i in range(m)]  # not in rising order
+        limits = [1 + (5 * i + s + 2) % n for s, (m, n) in enumerate(pairs) for i in range(m)]  # not in ascending order
         spans["k_limits_T"] = torch.tensor(limits, dtype=torch.int32, device=device)
     return spans
 

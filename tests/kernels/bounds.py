@@ -1,4 +1,4 @@
-"""How far a kernel may be off: at most twice as far as torch in the same dtype, both against float64."""
+"""Error bound of kernels: at most twice the error of torch in the same dtype, both against float64."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def assert_close_as_torch(ours: Tensor, torch_same_dtype: Tensor, exact: Tensor, name: str) -> None:
-    """`ours` errs at most twice as much as torch plus one rounding of the dtype, in the largest and in the mean square.
+    """Check the largest error and the root mean square error of `ours`.
 
-    ours and torch_same_dtype have one shape and dtype; exact is float64 of that shape. The rounding (half of eps, times
-    the largest or the root mean square value) is there because torch may happen to be exact where any fair
-    implementation rounds once.
+    Each may be at most twice torch's error plus one rounding of the dtype: half of eps times the largest or the root
+    mean square value. The rounding is added because torch may happen to be exact if a fair implementation rounds once.
+
+    ours: the result of the kernel.
+    torch_same_dtype: the result of torch, with the same shape and dtype.
+    exact: the exact result, float64 with the same shape.
+    name: name of the tensor, for messages.
     """
     assert ours.dtype == torch_same_dtype.dtype, f"{name}: dtype {ours.dtype}, torch's is {torch_same_dtype.dtype}"
     assert ours.shape == exact.shape == torch_same_dtype.shape, f"{name}: shape {ours.shape}, exact {exact.shape}"
@@ -34,10 +38,12 @@ def assert_close_as_torch(ours: Tensor, torch_same_dtype: Tensor, exact: Tensor,
 def assert_kernel_close(
     kernel: Function, reference: Function, inputs: Mapping[str, Tensor], *, wants_grad: tuple[str, ...]
 ) -> None:
-    """Outputs and the gradients of the inputs named in `wants_grad`, of `kernel` against `reference`.
+    """Compare outputs and gradients of `kernel` with `reference`.
 
-    Both are called with the inputs by keyword; the exact values are `reference` on the same numbers in float64. The
-    gradients of the outputs are random numbers of the outputs' dtype, equal in all three runs.
+    Both are called with the inputs by keyword. The exact values come from `reference` on the same numbers in float64.
+    The gradients of the outputs are random numbers in the outputs' dtype, equal in all three runs.
+
+    wants_grad: names of the inputs whose gradients are compared.
     """
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     ours = outputs_and_gradients(kernel, inputs, wants_grad=wants_grad)
@@ -55,9 +61,9 @@ def outputs_and_gradients(
     wants_grad: tuple[str, ...],
     seed_dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Tensor]:
-    """{"output 0": …, "gradient of x": …}: outputs for the inputs, and gradients for fixed random output gradients.
+    """{"output 0": …, "gradient of x": …}: outputs, and input gradients for fixed random output gradients.
 
-    seed_dtypes: for "output i" the dtype to which its gradient is rounded before use (default: that of the output).
+    seed_dtypes: for "output i", the dtype to which its gradient is rounded first (default: the output's dtype).
     """
     leaves = {name: x.detach().clone().requires_grad_(name in wants_grad) for name, x in inputs.items()}
     result = function(**leaves)

@@ -1,4 +1,4 @@
-"""The kernel tests run on the GPU where there is one, elsewhere on the CPU under Triton's interpreter."""
+"""Fixtures of the kernel tests. They run on a GPU if there is one, and otherwise under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import arc_kernels
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the kernels run: the GPU, or the CPU under the interpreter."""
+    """The device of the kernels: the GPU, or the CPU under the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
 def triton_kernels() -> Iterator[None]:
-    """All public functions take their Triton kernels (not the plain torch ones) within the test."""
+    """Make all public functions use their Triton kernels during the test."""
     with arc_kernels.use("triton"):
         yield
 
 
 @pytest.fixture
 def poisoned_empty() -> Iterator[None]:
-    """torch.empty and its kin hand out NaN (integers: the largest), so that an element never written shows."""
+    """Fill torch.empty and similar tensors with NaN (integers: the maximum), so that unwritten elements are visible."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -37,7 +37,7 @@ def poisoned_empty() -> Iterator[None]:
 
 @pytest.fixture
 def small_attention_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 packed query rows by 32 keys in every kernel."""
+    """Use tiles of 16 packed query rows by 32 keys in every kernel."""
     from arc_kernels.attention import configs, kernels
 
     config = configs.Config(block_m=16, block_n=32, num_warps=4, num_stages=1)

@@ -1,4 +1,4 @@
-"""Runs Python without Triton's interpreter, which the test session sets: what compiles needs a process of its own."""
+"""Run Python without Triton's interpreter. The test session enables it, so compilation needs a separate process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
 
 def run_python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
-    """Python with the given arguments, its output caught; `arc_kernels` and the benchmarks can be imported.
+    """Run Python with the given arguments and capture its output. It can import `arc_kernels` and the benchmarks.
 
-    interpret: sets TRITON_INTERPRET=1, which is unset otherwise.
+    interpret: set TRITON_INTERPRET=1; otherwise it is unset.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}

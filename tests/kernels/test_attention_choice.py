@@ -1,4 +1,4 @@
-"""Which attention a call takes: what was said first, then what was measured, and never one that cannot serve it."""
+"""The choice of attention: explicit settings first, then measurements, and never a backend that cannot run the call."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _chosen(**changes: object) -> str:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose GPU "G" runs both, with rows that favour each at some length."""
+    """A machine whose GPU "G" supports both backends, with measurements that favour each of them at some length."""
     monkeypatch.setattr(choice, "flash_serves", lambda q, limits: limits is None)
     monkeypatch.setattr(choice, "use_triton", lambda q: choice.choice_in_force() != "reference")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="G"))
@@ -87,7 +87,7 @@ def test_an_unknown_choice_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_triton_without_a_gpu_or_the_interpreter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with ak.use_attention("triton"), pytest.raises(ValueError, match="Triton kernels were asked for"):
+    with ak.use_attention("triton"), pytest.raises(ValueError, match="Triton kernels were requested"):
         _chosen()
 
 

@@ -1,4 +1,4 @@
-"""The benchmark runner, without a GPU: no time counts on a wrong result, and no figure is made up."""
+"""The benchmark runner without a GPU: wrong results are not timed, and every number is measured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The runner; its clock calls each function once and gives 2 ms to the first, 4 ms to the second, and so on."""
+    """The runner with a fake clock: it calls each function once and reports 2 ms for the first, 4 ms for the second."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     module = importlib.import_module("bench_kernels")
 
@@ -227,7 +227,7 @@ def test_flex_attention_gets_the_mask_of_the_segments(bench: ModuleType, monkeyp
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
     cases = bench.attention_cases(replace(bench.TINY, lengths=((3, 5),)))
     for case in (case for case in cases if case.kernel == "attention"):
-        inputs = case.inputs(CPU)  # without gradients, which FlexAttention has on a GPU only
+        inputs = case.inputs(CPU)  # no gradients: FlexAttention has them only on a GPU
         with ak.use("reference"):
             assert checks.same_result(case.baselines["FlexAttention"](**inputs), case.function(**inputs)), case.shape
 
@@ -254,7 +254,7 @@ def test_rows_are_appended_with_where_they_come_from(
 
 
 def _time(bench: ModuleType, case: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
-    """Rows of a case on the CPU, "compiled" by nothing, on a device that copies 1 MB/s and multiplies at 1 GFLOP/s."""
+    """Rows of a case on the CPU with a no-op compiler, on a device that copies 1 MB/s and multiplies at 1 GFLOP/s."""
 
     def uncompiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         return function

@@ -1,4 +1,4 @@
-"""What a run's config says about attention is what its steps launch: `arc-ds train` as a process, interpreted."""
+"""The attention setting in a run's config decides the launched kernels: `arc-ds train` as a process, interpreted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT = (
     "checkpoint.every=0",
     "tracking.mlflow=false",
 )
-# A rank that writes down the names of the arc_kernels operators that it has run.
+# A rank that records the names of the arc_kernels operators that it runs.
 RANK = """
 import json, sys
 from pathlib import Path

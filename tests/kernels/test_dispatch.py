@@ -1,4 +1,4 @@
-"""Which implementation a call takes, and the checks of boundaries that all kernels share."""
+"""The choice of implementation, and the boundary checks of all kernels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The kernels go through Triton's JIT without a GPU, and the dry launch finds what would fail there.
+"""The kernels pass Triton's JIT without a GPU, and the dry launch detects launches that would fail on a GPU.
 
 `kernels/benchmarks/dry_launch.py` has the whole list; this file launches one configuration of each kernel. It takes
-about half a minute on two CPU cores (AMD EPYC, an empty cache).
+about half a minute on two CPU cores (AMD EPYC, empty cache).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LAUNCHES = {
 
 TWO = "swiglu bf16 F=(8192|14336)"  # cases of swiglu; the first fails in some of the tests
 
-# The first line of programs that call cases by themselves.
+# The imports of programs that launch cases themselves.
 CASES = "import dry_launch\nfrom dry_cases import cases_of\nfrom dry_launch import dry_launches, launch_case\n"
 
 
@@ -65,7 +65,7 @@ def test_each_kernel_is_launched_forward_and_backward() -> None:
 
 @pytest.mark.slow
 def test_a_global_that_is_nan_fails_every_launch(tmp_path: Path) -> None:
-    """Triton compares the globals that a kernel reads with those of its compilation, and NaN differs from itself."""
+    """Triton compares the globals that a kernel reads with their values at compilation. NaN differs from itself."""
     (tmp_path / "fill.py").write_text(
         "import triton\nimport triton.language as tl\n"
         "VALUE = tl.constexpr(float('nan'))\n\n"
@@ -220,7 +220,7 @@ def test_what_the_chip_does_not_have_is_refused_and_nothing_stays_behind() -> No
     assert threads.startswith("OutOfResources") and "threads" in threads and threads.endswith(" 0")
     assert shared.startswith("OutOfResources") and "shared memory" in shared and shared.endswith(" 0")
     assert active == "None"
-    assert "Triton kernels were asked for, but the tensor is on cpu" in result.stderr  # as before the context
+    assert "Triton kernels were requested, but the tensor is on cpu" in result.stderr  # as before the context
 
 
 @pytest.mark.parametrize("grid", [(0, 1, 1), (2, -1, 1), (2.0, 1, 1), (True, 1, 1), (1, 65536, 1), (2**31, 1, 1)])
@@ -253,14 +253,14 @@ def test_the_interpreter_is_refused() -> None:
 
 
 def _launch(driver: Any, *grid: Any) -> None:
-    """Calls the launcher of a kernel without arguments, as Triton does."""
+    """Call the launcher of a kernel without arguments, like Triton."""
     source = SimpleNamespace(fn=SimpleNamespace(__name__="fill", arg_names=[]), signature={}, constants={}, attrs={})
     metadata = SimpleNamespace(num_warps=4, num_stages=3)
     driver.launcher_cls(source, metadata)(*grid, 0, object(), (), None, None, None)
 
 
 def _counts(output: str) -> dict[str, int]:
-    """How often each kernel was launched, by the program's last lines."""
+    """Number of launches of each kernel, from the program's last lines."""
     found = re.search(r"^launches: (.*)$", output, re.MULTILINE)
     assert found, output
     return {name: int(count) for name, count in (item.split() for item in found[1].split(", "))}

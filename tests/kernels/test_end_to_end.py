@@ -1,4 +1,4 @@
-"""A tiny model's step with every kernel Triton's, against the same step in plain torch: loss and all gradients."""
+"""A step of a tiny model with all Triton kernels against the same step in plain torch: loss and all gradients."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.helpers.plain_trainer import POOLING, decoder_of_step, samples_of_ste
 TOLERANCE = 1e-5  # issue 3; each run rounds in float32 on its own
 STEP, NUM_SEQUENCES = 4, 2
 
-# What the step must have launched, forward and backward.
+# The operators that the step must launch in forward and backward.
 OPERATORS = {"attention", "pool_norm", "norm", "rotary", "swiglu", "splice", "linear_cross_entropy"}
 
 
 class _Operators(TorchDispatchMode):
-    """Names of the arc_kernels operators that run while it lasts."""
+    """Records the names of the arc_kernels operators that run in its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _Operators(TorchDispatchMode):
 def _loss_and_gradients(
     choice: Literal["triton", "reference"], device: torch.device, *, activation_checkpointing: bool
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """{"loss": …, parameter's name: its gradient}, and the operators that made them."""
+    """{"loss": …, parameter name: gradient}, and the operators that ran."""
     decoder_idx = decoder_of_step(STEP)
     compressor = tiny_compressor(activation_checkpointing=activation_checkpointing).to(device)
     decoder = tiny_decoders(activation_checkpointing=activation_checkpointing)[decoder_idx].to(device)
@@ -59,4 +59,4 @@ def test_a_step_with_kernels_is_a_step_without(device: torch.device, activation_
     for name, value in wanted.items():
         error, size = float((found[name] - value).norm()), float(value.norm())
         assert error <= TOLERANCE * size, (name, error, size)
-    assert sum(float(value.norm()) > 0 for value in wanted.values()) > 20, "no gradient has reached the encoder"
+    assert sum(float(value.norm()) > 0 for value in wanted.values()) > 20, "no gradient reached the encoder"

@@ -1,8 +1,8 @@
-"""The kernels compile for chips that are not there, without spills and within the chips' shared memory.
+"""The kernels compile without the target chips, without spills and within the chips' shared memory.
 
-The whole table is `kernels/benchmarks/compile_offline.py`; here is a selection of it: every matrix kernel at one config
-of each chip (with rotary inside, which takes the most registers), and each elementwise kernel at one width. About 70 s
-of two CPU cores (AMD EPYC, an empty cache).
+`kernels/benchmarks/compile_offline.py` compiles the whole table. This test compiles a selection: every matrix kernel at
+one config per chip (with rotary inside, which takes the most registers), and every elementwise kernel at one width. It
+takes about 70 s on two CPU cores (AMD EPYC, empty cache).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_no_kernel_spills_or_outgrows_its_chip(select: str, num_rows: int, targe
 
 @pytest.mark.slow
 def test_a_kernel_with_too_few_threads_spills_and_is_reported() -> None:
-    # One warp for a row of 8192: 256 values a thread, where a thread has 255 registers.
+    # One warp for a row of 8192: 256 values per thread, but a thread has only 255 registers.
     program = (
         "from dataclasses import replace\n"
         "from compile_offline import resources_of, specs_of\n"
@@ -104,7 +104,7 @@ def test_a_spec_that_does_not_compile_is_a_row_and_the_exit_code_is_1() -> None:
 
 
 def test_a_kernel_that_a_launch_would_refuse_is_refused(tmp_path: Path) -> None:
-    """A launch compares the globals that a kernel reads with those of its compilation, and NaN differs from itself."""
+    """A launch compares the globals that a kernel reads with their values at compilation. NaN differs from itself."""
     (tmp_path / "bad_kernel.py").write_text(
         "import triton\nimport triton.language as tl\n"
         "NAN = tl.constexpr(float('nan'))\n\n"
@@ -125,7 +125,7 @@ def test_a_kernel_that_a_launch_would_refuse_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kernel", ["attention", "cross_entropy", "norm", "pooling", "rotary", "splice", "swiglu"])
 def test_every_launch_says_what_triton_would_decide_by_its_version(kernel: str) -> None:
-    """`kernel[grid](…, **LAUNCH_OPTIONS)`, itself or by the arguments that attention's launches share."""
+    """Every launch passes LAUNCH_OPTIONS, directly or through the shared arguments of attention's launches."""
     tree = ast.parse((KERNELS / kernel / "kernels.py").read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
     unpacked = [{ast.unparse(k.value).split("(")[0] for k in call.keywords if k.arg is None} for call in calls]

@@ -10,7 +10,7 @@ import arc_kernels as ak
 import arc_kernels.attention.reference as reference
 
 HEAD_DIM = 4
-# Measured worst against the loop, both in float64, outputs and gradients: 4e-15 (values of order one).
+# Worst measured error against the loop, both in float64, outputs and gradients: 4e-15 (values of order one).
 EXACT = 2e-14
 LENGTHS = [([3, 1, 5], [4, 2, 5]), ([7], [7]), ([1, 1], [6, 1]), ([2, 30, 1, 1, 1], [3, 31, 1, 2, 1])]
 
@@ -59,7 +59,7 @@ def test_no_rows_give_no_rows_and_stay_in_the_graph() -> None:
     out = ak.attention_varlen(*inputs, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=0, max_seqlen_k=0, causal=True)
     assert out.shape == (0, 2, HEAD_DIM)
     out.sum().backward()
-    assert all(x.grad is not None for x in inputs), "without rows the graph must still reach q, k and v"
+    assert all(x.grad is not None for x in inputs), "the graph must reach q, k and v even without rows"
 
 
 def test_keys_of_another_segment_have_no_influence() -> None:
@@ -93,7 +93,7 @@ def test_arguments_that_do_not_fit_are_refused(change: dict, message: str) -> No
 def test_heads_that_do_not_divide_are_refused() -> None:
     q, k, v = _random([3], [3], 4, 3)
     sizes = {"cu_seqlens_q": _cu([3]), "cu_seqlens_k": _cu([3]), "max_seqlen_q": 3, "max_seqlen_k": 3}
-    with pytest.raises(ValueError, match="4 query heads are no multiple of 3"):
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         ak.attention_varlen(q, k, v, **sizes)
 
 
@@ -107,7 +107,7 @@ def _compare(
     limits: list[int] | None = None,
     scale: float | None = None,
 ) -> None:
-    """Outputs and gradients of q, k and v equal those of the loop."""
+    """Check that outputs and gradients of q, k and v equal those of the loop."""
     inputs = _random(q_lengths, k_lengths, num_heads, kv_heads)
     ours = ak.attention_varlen(
         *inputs,

@@ -1,4 +1,4 @@
-"""linear_cross_entropy in plain torch against torch's cross-entropy of whole logits in float64."""
+"""linear_cross_entropy in plain torch against torch's cross-entropy on whole logits in float64."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_fusion_has_the_largest_norm_of_the_group_as_a_constant_of_the_gradient(
     x = _rows(5)
     fused = ak.group_pool(x, _cu([5]), "fusion", 1)
     assert torch.allclose(fused.norm(), x.norm(dim=-1).max(), rtol=0, atol=EXACT)
-    # That norm is the constant, so it has no gradient; one through the largest row would be of order one.
+    # The norm is a constant and has no gradient. A gradient through the largest row would be of order one.
     (grad,) = torch.autograd.grad(fused.norm(), x)
     assert grad.abs().max() < EXACT
 

@@ -1,6 +1,7 @@
-"""Varlen attention's kernels against plain torch: output and every gradient, in three dtypes, against float64.
+"""Varlen attention kernels against plain torch: output and all gradients, in three dtypes, against float64.
 
-Tiles are small here (`small_tiles`) so that short segments have several of them; one test keeps the real ones.
+The tests use small tiles (`small_attention_tiles`), so that short segments span several tiles. One test uses the real
+tiles.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ def test_every_head_size_errs_no_more_than_torch(head_dim: int, device: torch.de
 
 
 def test_one_long_segment_beside_many_short_ones_with_the_real_tiles(device: torch.device) -> None:
-    # Its last 400 queries: all of them would take the interpreter half a minute.
+    # Only the last 400 queries: all of them would take half a minute under the interpreter.
     short = (3,) * 9
     case = Case((*short, 400, *short), (*short, 2050, *short), group=1)
     _compare(case, "causal", torch.bfloat16, device)
 
 
-# In bfloat16, where rounding hides the luck of a few numbers, and with one fixed segment of several keys: with one key
-# the gradients of q and k are zero but for rounding.
+# bfloat16, because its rounding dominates chance effects in few numbers. One fixed segment has several keys: with one
+# key, the gradients of q and k are zero except for rounding.
 @small_tiles
 @settings(max_examples=6)
 @given(
@@ -130,7 +131,7 @@ def test_slices_of_a_fused_projection_and_gradients_of_any_stride_are_taken(devi
     gradients = []
     for q, k, v in (in_place, copied, transposed):
         out = ak.attention_varlen(q, k, v, **spans)
-        gradients.append(torch.autograd.grad(out.sum(), fused, retain_graph=True)[0])  # of strides 0, 0, 0
+        gradients.append(torch.autograd.grad(out.sum(), fused, retain_graph=True)[0])  # with strides 0, 0, 0
     assert gradients[0].abs().sum() > 0
     assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
 
@@ -171,11 +172,11 @@ def test_no_rows_give_no_rows_and_stay_in_the_graph(device: torch.device) -> Non
     out = ak.attention_varlen(*inputs, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=0, max_seqlen_k=0, causal=True)
     assert out.shape == (0, 2, 32)
     out.sum().backward()
-    assert all(x.grad is not None for x in inputs), "without rows the graph must still reach q, k and v"
+    assert all(x.grad is not None for x in inputs), "the graph must reach q, k and v even without rows"
 
 
 def test_a_query_that_sees_no_key_gets_zeros(device: torch.device) -> None:
-    # The public function refuses this where it may read the boundaries; on a GPU the kernels must live with it.
+    # The public function refuses this if it can read the boundaries. On a GPU the kernels must handle it.
     from arc_kernels.attention import kernels
 
     case = Case((20, 5), (4, 5))
@@ -208,7 +209,7 @@ def test_wrong_boundaries_and_limits_read_nothing_outside_the_tensors(
         delta = kernels.delta(o, q)
         for x in (kernels.dq(q, k, v, q, lse, delta, spans), *kernels.dkv(q, k, v, q, lse, delta, spans)):
             written = x.isfinite().flatten(1).all(1)
-            assert bool((written | x.isnan().flatten(1).all(1)).all()), "a row is written whole or not at all"
+            assert bool((written | x.isnan().flatten(1).all(1)).all()), "a row is written completely or not at all"
 
 
 CASE = Case((3, 2), (3, 4))
@@ -320,6 +321,6 @@ def _launch_spans(case: Case, mode: str, device: torch.device):
 
 
 def _limits_from_the_start(case: Case) -> Tensor:
-    """A causal mask aligned to the start instead: int32 [T]."""
+    """Limits of a causal mask that is aligned to the start: int32 [T]."""
     pairs = zip(case.q_lengths, case.k_lengths, strict=True)
     return torch.tensor([min(i + 1, n) for m, n in pairs for i in range(m)], dtype=torch.int32)

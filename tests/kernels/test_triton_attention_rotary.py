@@ -1,4 +1,4 @@
-"""Attention that turns its queries and keys by itself, against rotary and attention in plain torch, against float64."""
+"""Attention with rotary inside against rotary and attention in plain torch, both against float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.kernels.attention_cases import (
 from tests.kernels.bounds import assert_kernel_close, outputs_and_gradients
 
 Rotation = tuple[Tensor, Tensor]
-POOLED = Case((2, 5), (9, 18), group=3)  # fewer queries than keys, at positions of their own
+POOLED = Case((2, 5), (9, 18), group=3)  # fewer queries than keys, at different positions
 SQUARE = Case((3, 20), (3, 20))
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_empty")
@@ -39,7 +39,7 @@ def test_ragged_segments_err_no_more_than_torch(mode: str, dtype: torch.dtype, d
     _compare(RAGGED._replace(num_kv_heads=1), mode, dtype, device)
 
 
-# 80 is padded: the halves of a head then stand apart in the tiles.
+# Head size 80 is padded: the halves of a head are then apart in the tiles.
 @small_tiles
 @pytest.mark.parametrize(("head_dim", "group"), [(8, 1), (64, 3), (80, 4), (128, 3), (256, 1)])
 def test_head_sizes_and_pooled_positions_err_no_more_than_torch(
@@ -64,7 +64,7 @@ def test_the_bound_sees_exchanged_angles_and_gradients_that_are_not_turned_back(
     exchanged = {"rotary_q": angles["rotary_k"], "rotary_k": angles["rotary_q"]}
 
     def keeps_the_turn(turned: str, **x: Tensor) -> Tensor:
-        """Right outputs, but what reaches q (or k) is the gradient of the turned rows."""
+        """Correct outputs, but q (or k) receives the gradient of the rotated rows."""
         name = "q_TNH" if turned == "rotary_q" else "k_UKH"
         rows = ak.rotary(x[name], *angles[turned]).detach() + x[name] - x[name].detach()
         return ak.attention_varlen(**(x | {name: rows}), **spans, **(angles | {turned: None}))
@@ -189,7 +189,7 @@ def _compare(
 
 
 def _plain(spans: dict, angles: dict[str, Rotation]) -> Callable[..., Tensor]:
-    """Rotary and attention one after the other, in plain torch."""
+    """Rotary followed by attention, in plain torch."""
     attention = plain_attention(spans)
 
     def attend(q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def _plain(spans: dict, angles: dict[str, Rotation]) -> Callable[..., Tensor]:
 
 
 def _angles_of(case: Case, device: torch.device) -> dict[str, Rotation]:
-    """Keys at their places, queries as pooled ones: in the middle of their groups, which are of 2.5 rows."""
+    """Keys at their own positions, queries like pooled ones: in the middle of their groups of 2.5 rows."""
     frequencies = 100.0 ** -torch.linspace(0, 1, case.head_dim // 2)
 
     def of(positions: list[float]) -> Rotation:

@@ -1,7 +1,7 @@
 """linear_cross_entropy with its Triton kernel against plain torch.
 
-The logits are rounded to the dtype of the rows, in torch as in the kernel: the bound of the loss, twice torch's own
-error in that dtype, contains it.
+Both torch and the kernel round logits to the dtype of the rows. The bound of the loss, twice torch's own error in that
+dtype, includes this rounding.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def test_the_chunks_do_not_change_the_result(
     import arc_kernels.cross_entropy.kernels as kernels
 
     inputs = _inputs(num_rows, 8, 70, torch.float32, device)
-    monkeypatch.setattr(kernels, "CHUNK_BYTES", chunk * 128 * 4)  # 70 logits stand in rows of 128
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", chunk * 128 * 4)  # rows of 70 logits are padded to 128
     assert kernels.chunk_rows(num_rows, row_bytes=128 * 4) == chunk
     _compare(inputs)
 
@@ -105,7 +105,7 @@ def test_confident_rows_have_no_negative_loss(device: torch.device) -> None:
     sure = inputs["weight_VD"][inputs["labels_L"]] * 8
     nll_L = _call("triton", **(inputs | {"h_LD": sure}))
     assert (nll_L < 0.5).all()  # they are confident
-    assert (nll_L >= 0).all()  # label and sum are of the same rounded logits
+    assert (nll_L >= 0).all()  # label and sum use the same rounded logits
 
 
 def test_the_gradient_follows_the_weight_of_each_row(device: torch.device) -> None:
@@ -182,7 +182,7 @@ def test_the_operators_are_what_they_declare(device: torch.device) -> None:
 def test_a_label_outside_the_vocabulary_is_refused_or_makes_its_row_nan(
     label: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ARC_KERNELS_CHECK", "0")  # as on a GPU, where labels are not looked at
+    monkeypatch.setenv("ARC_KERNELS_CHECK", "0")  # as on a GPU, which does not check labels
     inputs = _inputs(3, 8, 70, torch.float32, device)
     right = outputs_and_gradients(_kernel, inputs, wants_grad=("h_LD",))
     inputs["labels_L"][1] = label

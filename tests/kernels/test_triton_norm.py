@@ -1,4 +1,4 @@
-"""The norms' kernels against plain torch: outputs and every gradient, in three dtypes, against float64."""
+"""The norm kernels against plain torch: outputs and all gradients, in three dtypes, against float64."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.kernels.bounds import assert_kernel_close, outputs_and_gradients
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# More rows than programs share them (4, 4, 2, 1, 1 under the interpreter); the last: the weight's gradient in a kernel
-# of its own.
+# More rows than programs (4, 4, 2, 1, 1 under the interpreter). The last case computes the weight's gradient in a
+# separate kernel.
 SHAPES = ((150, 64), (80, 80), (5, 3072), (2, 8192), (9, 9000))
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_empty")
@@ -97,8 +97,8 @@ def test_the_bound_sees_a_wrong_eps_and_a_mean_that_is_taken_away(device: torch.
 @settings(max_examples=12)
 @given(num_rows=st.integers(0, 40), width=st.integers(2, 200), seed=st.integers(0, 99))
 def test_every_shape_is_normed(num_rows: int, width: int, seed: int, device: torch.device) -> None:
-    # In bfloat16, where one rounding at the end is all that a few numbers may differ by: in float32 torch may be exact
-    # on them by luck. Not a width of 1: there the gradient is zero but for eps, and rounding is all there is to see.
+    # bfloat16, in which a few numbers may differ only by one final rounding: in float32, torch may be exact by chance.
+    # No width of 1: its gradient is zero except for eps, so only rounding would be visible.
     inputs = _inputs((num_rows, width), torch.bfloat16, device, "x_TD", "residual_TD", "weight_D", seed=seed)
     assert_kernel_close(
         partial(ak.add_rms_norm, eps=EPS),
@@ -133,7 +133,7 @@ def test_repeated_runs_give_the_same_bits(shape: tuple[int, int], device: torch.
 
 
 def test_backward_reads_the_weight_that_is_there_then(device: torch.device) -> None:
-    """ZeRO-3 frees a weight after forward and gathers it anew, into other memory, before backward."""
+    """ZeRO-3 frees a weight after forward and gathers it again into other memory before backward."""
     inputs = _inputs((4, 48), torch.float32, device, "x_TD", "weight_D")
     x, weight = inputs["x_TD"].requires_grad_(), torch.nn.Parameter(inputs["weight_D"])
     gathered = weight.detach().clone()
@@ -216,7 +216,7 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
 def _inputs(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *names: str, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Rows with a mean and with sizes that differ from row to row; weights around one."""
+    """Rows with nonzero mean and with scales that differ between rows; weights around one."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for name in names:

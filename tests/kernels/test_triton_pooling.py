@@ -1,4 +1,4 @@
-"""The Triton kernels of group_pool and pool_norm against the plain torch ones."""
+"""The Triton kernels of group_pool and pool_norm against plain torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary's kernel against plain torch: output and gradient, in three dtypes, against float64."""
+"""The rotary kernel against plain torch: output and gradient, in three dtypes, against float64."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_bound_sees_neighbouring_pairs_and_the_wrong_direction(device: torch
 @settings(max_examples=10)
 @given(num_rows=st.integers(0, 6), num_heads=st.integers(1, 20), half=st.integers(1, 70), seed=st.integers(0, 99))
 def test_every_shape_is_rotated(num_rows: int, num_heads: int, half: int, seed: int, device: torch.device) -> None:
-    # In bfloat16, where one rounding at the end is all that a few numbers may differ by.
+    # bfloat16, in which a few numbers may differ only by one final rounding.
     inputs = _inputs((num_rows, num_heads, 2 * half), torch.bfloat16, device, seed=seed)
     assert_kernel_close(ak.rotary, rotary_reference, inputs, wants_grad=("x_TNH",))
 

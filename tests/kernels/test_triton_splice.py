@@ -191,7 +191,7 @@ def test_arguments_that_do_not_fit_are_refused(device: torch.device, monkeypatch
         ({"text_rows_N": rows[:1].expand(4)}, "more than once"),
         ({"text_rows_N": rows[1:]}, "text_rows_N has shape"),
         ({"given_ZD": inputs["given_ZD"][:, 1:]}, "given_ZD has shape"),
-        ({"given_ZD": None}, "come together"),
+        ({"given_ZD": None}, "must be given together"),
         ({"table_VD": inputs["table_VD"].double()}, "float64"),
     ]
     for change, message in wrong:

@@ -1,4 +1,4 @@
-"""SwiGLU's kernels against plain torch: output and both gradients, in three dtypes, against float64."""
+"""The SwiGLU kernels against plain torch: output and both gradients, in three dtypes, against float64."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_bound_sees_another_activation_and_a_swap(device: torch.device) -> N
 @settings(max_examples=10)
 @given(num_rows=st.integers(0, 9), width=st.integers(1, 1100), seed=st.integers(0, 99))
 def test_every_shape_is_written(num_rows: int, width: int, seed: int, device: torch.device) -> None:
-    # In bfloat16, where one rounding at the end is all that a few numbers may differ by.
+    # bfloat16, in which a few numbers may differ only by one final rounding.
     inputs = _inputs((num_rows, width), torch.bfloat16, device, seed=seed)
     assert_kernel_close(ak.swiglu, swiglu_reference, inputs, wants_grad=BOTH)
 

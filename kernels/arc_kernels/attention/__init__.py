@@ -40,21 +40,27 @@ def attention_varlen(
     rotary_k: Rotation | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Attention of every query row over the keys of its own segment: [T, N, H], the dtype of q.
+    """Attention of every query row over the keys of its own segment: [T, N, H] in the dtype of q.
 
-    q [T, N, H]; k, v [U, K, H] with N a multiple of K (grouped-query attention: head n reads kv head n // (N / K)).
-    cu_seqlens_q, cu_seqlens_k: int32 [S + 1], boundaries of the segments among the rows of q and of k; every segment
-    has at least one row of each. max_seqlen_*: the longest segment, known on the host.
+    q_TNH: queries [T, N, H].
+    k_UKH: keys [U, K, H]; N is a multiple of K (grouped-query attention: head n reads kv head n // (N / K)).
+    v_UKH: values [U, K, H].
+    cu_seqlens_q: segment boundaries among the rows of q, int32 [S + 1]; every segment has at least one query.
+    cu_seqlens_k: segment boundaries among the rows of k, int32 [S + 1]; every segment has at least one key.
+    max_seqlen_q: number of queries of the longest segment, known on the host.
+    max_seqlen_k: number of keys of the longest segment, known on the host.
     causal: query i of a segment of m queries and n keys sees keys 0 … n - m + i (aligned to the end).
-    k_limits_T: int32 [T], instead of `causal`: how many keys of its segment each query sees, at least 1.
-    scale: positive, default 1 / sqrt(H).
-    rotary_q, rotary_k: (cos, sin) of the angles of each query, [T, H / 2], and of each key, [U, H / 2]: as if q and k
-    had gone through `rotary` first, at fewer bytes. Either may be None: rows that come turned, or are not to be.
-    backend: None follows `use_attention` and `arc_kernels.use`; "triton" and "reference" override them; "flash" is
-    PyTorch's varlen FlashAttention (bfloat16 and float16 on a CUDA GPU, without k_limits_T; its backward need not
-    repeat bit by bit).
-    Raises ValueError on arguments that do not fit, and on a backend that cannot serve them. Where limits or boundaries
-    are on a GPU their values are not read (see `arc_kernels`); a query that sees no key then gets 0 from the kernels.
+    k_limits_T: number of keys of its segment that each query sees, int32 [T], at least 1; instead of `causal`.
+    scale: positive; default 1 / sqrt(H).
+    rotary_q: (cos, sin) of each query's angles, [T, H / 2] each. Equivalent to `rotary` before, with less memory
+        traffic. None: do not rotate.
+    rotary_k: the same for keys, [U, H / 2] each.
+    backend: None follows `use_attention` and `arc_kernels.use`; "triton" and "reference" override them. "flash" is
+        PyTorch's varlen FlashAttention (bfloat16 and float16 on a CUDA GPU, without k_limits_T; its backward may not be
+        reproducible bit by bit).
+
+    Raises ValueError if arguments are inconsistent or the backend cannot handle them. Limits and boundaries on a GPU
+    are not read (see `arc_kernels`). The kernels then return 0 for a query that sees no key.
     """
     if scale is None:
         scale = 1.0 / math.sqrt(max(q_TNH.shape[-1], 1))
@@ -89,7 +95,7 @@ def attention_varlen(
 
 
 def _implementation(backend: Backend, q_TNH: Tensor) -> Callable[..., Tensor]:
-    """The function behind a backend; all take the arguments of `attention_varlen_reference`."""
+    """The function of a backend. All take the arguments of `attention_varlen_reference`."""
     if backend == "reference":
         return attention_varlen_reference
     if backend == "flash":
@@ -116,7 +122,7 @@ def _check_tensors(
     check_shape("k_UKH", k_UKH, (None, None, head_dim))
     check_shape("v_UKH", v_UKH, tuple(k_UKH.shape))
     if not 0 < k_UKH.shape[1] <= q_TNH.shape[1] or q_TNH.shape[1] % k_UKH.shape[1]:
-        raise ValueError(f"{q_TNH.shape[1]} query heads are no multiple of {k_UKH.shape[1]} kv heads")
+        raise ValueError(f"{q_TNH.shape[1]} query heads are not a multiple of {k_UKH.shape[1]} kv heads")
     check_same_dtype(q_TNH=q_TNH, k_UKH=k_UKH, v_UKH=v_UKH)
     check_boundaries("cu_seqlens_q", cu_seqlens_q, total=num_rows)
     check_boundaries("cu_seqlens_k", cu_seqlens_k, total=k_UKH.shape[0])
@@ -146,17 +152,17 @@ def _check_rotations(
 
 
 def _check_sight(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, k_limits_T: Tensor | None, *, causal: bool) -> None:
-    """Every query sees a key: read from the values where `check_boundaries` reads them."""
+    """Check that every query sees a key, if values can be read."""
     if causal and k_limits_T is not None:
-        raise ValueError("causal=True and k_limits_T exclude each other: the limits already say what is seen")
+        raise ValueError("causal=True and k_limits_T exclude each other: the limits already define the visible keys")
     if not values_are_readable(cu_seqlens_q):
         return
     queries_S, keys_S = cu_seqlens_q.diff(), cu_seqlens_k.diff()
     if causal and bool((keys_S < queries_S).any()):
         i = int((keys_S < queries_S).nonzero()[0])
         raise ValueError(
-            f"segment {i} has {int(queries_S[i])} queries and {int(keys_S[i])} keys: under causal=True, aligned to the "
-            "end, its first queries would see nothing; give at least as many keys as queries"
+            f"segment {i} has {int(queries_S[i])} queries and {int(keys_S[i])} keys. With causal=True, aligned to the "
+            "end, its first queries would see no key; provide at least as many keys as queries"
         )
     if k_limits_T is not None:
         wrong_T = (k_limits_T < 1) | (k_limits_T > torch.repeat_interleave(keys_S, queries_S))

@@ -1,4 +1,4 @@
-"""Varlen attention as opaque operators with their gradient: what torch.compile and checkpointing see of the kernels."""
+"""Varlen attention as opaque operators with gradients, for torch.compile and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def attention_forward(
     scale: float,
     keeps_turned: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention [T, N, H], its log-sum-exp [T, N], and the turned queries if they are kept; see `kernels.forward`."""
+    """Attention [T, N, H], its log-sum-exp [T, N], and the rotated queries if requested; see `kernels.forward`."""
     spans = kernels.Spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
     return kernels.forward(q, k, v, spans, angles=_angles(cos_q, sin_q), keeps_turned=keeps_turned)
 
@@ -78,7 +78,7 @@ def attention_backward(
     wants_q: bool,
     wants_kv: bool,
 ) -> list[Tensor]:
-    """The gradients of q, if wanted, then those of k and v, if wanted; o and do contiguous, q and k turned."""
+    """The requested gradients: of q, then of k and v. o and do are contiguous; q and k are rotated."""
     spans = kernels.Spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
     delta = kernels.delta(o, do)
     gradients = [kernels.dq(q, k, v, do, lse, delta, spans, angles=_angles(cos_q, sin_q))] if wants_q else []
@@ -113,7 +113,7 @@ def _(
 
 
 class Settings(NamedTuple):
-    """What of a call is no tensor, as the operators take it."""
+    """The arguments of the operators that are not tensors."""
 
     max_seqlen_q: int
     max_seqlen_k: int
@@ -122,7 +122,7 @@ class Settings(NamedTuple):
 
 
 class Attention(torch.autograd.Function):
-    """attention_varlen by the kernels."""
+    """attention_varlen with the Triton kernels."""
 
     @staticmethod
     def forward(
@@ -144,7 +144,7 @@ class Attention(torch.autograd.Function):
             k = rotate(k, cos_k, sin_k, False)
         spans = (cu_seqlens_q, cu_seqlens_k, k_limits)
         o, lse, q_turned = attention_forward(q, k, v, cos_q, sin_q, *spans, *settings, wants_grad)
-        # Backward reads queries and keys as they were multiplied: what came in is not kept beside that.
+        # Backward reads the rotated queries and keys, so the original ones are not saved.
         q = q if cos_q is None else q_turned
         ctx.save_for_backward(q, k, v, o, lse, cos_q, sin_q, cos_k, sin_k, *spans)
         ctx.settings = settings
@@ -175,18 +175,18 @@ def attention_varlen_triton(
     rotary_q: Rotation | None = None,
     rotary_k: Rotation | None = None,
 ) -> Tensor:
-    """See `attention_varlen`; arguments are taken as checked.
+    """See `attention_varlen`. Does not check arguments again.
 
-    Rows of q, k and v may lie at any distance (a slice of a fused projection is read in place) as long as each row is
-    contiguous; anything else is copied. ValueError on a head size of 0 or above 256.
+    Rows of q, k and v may have any stride if each row is contiguous: a slice of a fused projection is read in place.
+    Other layouts are copied. Raises ValueError on a head size of 0 or above 256.
     """
     if not 1 <= q_TNH.shape[2] <= MAX_HEAD_DIM:
         raise ValueError(
-            f"the head size of q_TNH is {q_TNH.shape[2]}; the Triton kernels take 1 … {MAX_HEAD_DIM}: call under "
+            f"the head size of q_TNH is {q_TNH.shape[2]}; the Triton kernels support 1 … {MAX_HEAD_DIM}: call under "
             "arc_kernels.use('reference'), or with backend='reference'"
         )
     inputs = tuple(x if _rows_are_contiguous(x) else x.contiguous() for x in (q_TNH, k_UKH, v_UKH))
-    # Asked here: within the Function the gradient mode is off, and requires_grad alone holds under no_grad too.
+    # Decide this here: gradients are disabled inside the Function, and requires_grad is also True under no_grad.
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return Attention.apply(
         *inputs,

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
-"""Backward kernels of varlen attention: delta, the gradient of the queries, those of keys and values. See `tiles`.
+"""Backward kernels of varlen attention: delta, gradient of queries, gradients of keys and values. See `tiles`.
 
 With P = softmax(scale q k'), dP = do v' and delta = rowsum(o do): dS = P (dP - delta), dq = scale dS k,
-dk = scale dS' q, dv = P' do. P is computed anew from the saved log-sum-exp, once on the query side and once on the key
-side: five products would do with atomics on dq, seven give the same bits every run.
+dk = scale dS' q, dv = P' do. P is recomputed from the saved log-sum-exp, once in the query kernel and once in the key
+kernel. Five products would suffice with atomics on dq; seven make every run bit-identical.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from arc_kernels.attention.tiles import bounds, limits, load_tile, segment_of, s
 
 @triton.jit(do_not_specialize=["num_rows"])
 def delta_kernel(o, do, delta, num_rows, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr):
-    """delta [rows]: the sum of o * do over each row of H values, in fp32."""
+    """delta [rows]: sum of o * do over each row of H values, in fp32."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
     o_m = tl.arange(0, BLOCK_M)
     m_m = start + o_m < num_rows
@@ -49,7 +49,7 @@ def _query_gradient(
     MASKED: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """b_dq [BM, BH] plus what the keys begin … end give, without the factor of the softmax scale."""
+    """Add the contribution of keys begin … end to b_dq [BM, BH], without the factor of the softmax scale."""
     o_n = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         m_n = start + o_n < num_keys
@@ -98,9 +98,10 @@ def dq_kernel(
     LIMITED: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """dq [T, N, H]; one program per query tile and kv head. do, dq contiguous; scale: softmax_scale times log2(e).
+    """dq [T, N, H]; one program per query tile and kv head.
 
-    TURNS: dq is turned back by the queries' angles cos, sin [T, H / 2]; q and k are as they were multiplied.
+    do and dq are contiguous. scale is softmax_scale times log2(e). q and k are already rotated. TURNS: dq is rotated
+    back by the queries' angles cos, sin [T, H / 2].
     """
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head = tl.program_id(1)
@@ -171,10 +172,10 @@ def _key_gradients(
     MASKED: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """b_dk (without the factor of the softmax scale) and b_dv [BN, BH] plus what packed rows begin … end give.
+    """Add the contribution of packed rows begin … end to b_dk (without the softmax scale) and b_dv [BN, BH].
 
-    Rows past the segment load q, do, lse and delta as 0 and so give 0. Keys past it need no mask: a key's gradient
-    depends on no other key, and theirs are not stored.
+    Rows past the segment load q, do, lse and delta as 0 and contribute 0. Keys past the segment need no mask: a key's
+    gradient depends on no other key, and their own gradients are not stored.
     """
     o_key = key + tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_M):
@@ -203,13 +204,13 @@ def _first_row_that_sees(
     key, k_limits, num_queries, num_keys, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, LIMITED: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Packed row, a multiple of BLOCK_M, before which no query sees the given key or any after it."""
+    """First packed row, a multiple of BLOCK_M, that can see the given key or a later one."""
     start = num_queries * 0
     if CAUSAL:
         start = tl.minimum(tl.maximum(key - num_keys + num_queries, 0), num_queries) * GROUP // BLOCK_M * BLOCK_M
     if LIMITED:
-        # Limits usually grow within a segment. Leading blocks are skipped only after a look at each of their limits,
-        # so that the result does not hang on it.
+        # Limits usually grow within a segment. The result does not rely on it, because leading blocks are skipped only
+        # after checking each of their limits.
         looking = start < num_queries * GROUP
         while looking:
             first, o_query, _ = unpack(start, BLOCK_M, GROUP)
@@ -253,9 +254,10 @@ def dkv_kernel(
     LIMITED: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """dk and dv [U, K, H]; one program per key tile and kv head. do, dk and dv contiguous.
+    """dk and dv [U, K, H]; one program per key tile and kv head.
 
-    TURNS: dk is turned back by the keys' angles cos, sin [U, H / 2]; q and k are as they were multiplied.
+    do, dk and dv are contiguous. q and k are already rotated. TURNS: dk is rotated back by the keys' angles cos, sin
+    [U, H / 2].
     """
     i_tile = tl.program_id(0)
     i_head = tl.program_id(1)

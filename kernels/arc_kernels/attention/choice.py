@@ -1,4 +1,4 @@
-"""Which attention a call takes where it does not say: the kernels, PyTorch's FlashAttention, or plain torch."""
+"""The default attention backend of a call: our kernels, PyTorch's FlashAttention, or plain torch."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ Backend = Literal["triton", "flash", "reference"]
 BACKENDS: tuple[Backend, ...] = ("triton", "flash", "reference")
 AttentionChoice = Literal["auto", "triton", "flash", "reference"]
 
-# Equal speed is no reason to leave our own backward, which repeats bit by bit.
+# At equal speed we prefer our own backward, which is reproducible bit by bit.
 WORTHWHILE = 0.95
 
-_forced: AttentionChoice | None = None  # not a ContextVar, for the reason given in `_dispatch`
+_forced: AttentionChoice | None = None  # not a ContextVar; see `_dispatch`
 
 
 @contextmanager
 def use_attention(choice: AttentionChoice) -> Iterator[None]:
-    """Within the context `attention_varlen` takes the given backend wherever a call does not name one, on all threads.
+    """Context that sets the backend of `attention_varlen` for calls that do not name one, on all threads.
 
-    "auto": as `arc_kernels.use` says; and where that is "auto" too, on a GPU, PyTorch's FlashAttention for shapes at
-    which it was measured to be faster (`measured.py`). "flash": FlashAttention for every call that it can serve, the
-    rest as "auto". "triton", "reference". Outside any context the environment's ARC_ATTENTION decides ("auto" where it
-    is unset). ValueError on any other choice.
+    choice: one of
+        "auto": as `arc_kernels.use`. If that is "auto" too, a GPU uses PyTorch's FlashAttention for shapes at which it
+            was measured to be faster (`measured.py`).
+        "flash": FlashAttention for every call that it supports, "auto" for the others.
+        "triton", "reference": always this one.
+
+    Outside any context the environment variable ARC_ATTENTION decides (default "auto"). Raises ValueError on any other
+    choice.
     """
     global _forced
     before, _forced = _forced, _checked(choice, "choice")
@@ -45,7 +49,7 @@ def use_attention(choice: AttentionChoice) -> Iterator[None]:
 def chosen_backend(
     q_TNH: Tensor, k_limits_T: Tensor | None, *, causal: bool, max_seqlen_q: int, max_seqlen_k: int
 ) -> Backend:
-    """The backend of a call that names none; it can serve that call."""
+    """The backend of a call that names none. It supports that call."""
     choice = _forced or _checked(os.environ.get("ARC_ATTENTION") or "auto", "ARC_ATTENTION")
     if choice == "reference":
         return "reference"
@@ -66,7 +70,7 @@ def chosen_backend(
 def flash_was_faster(rows: Sequence[Measured], *, max_seqlen_q: int, max_seqlen_k: int) -> bool:
     """Whether FlashAttention was faster at the measured lengths nearest to these (on a logarithmic scale).
 
-    rows: of the GPU, dtype, head size and mask at hand; none: no.
+    rows: measurements with this GPU, dtype, head size and mask. Without rows the result is False.
     """
     if not rows:
         return False

@@ -1,7 +1,7 @@
-"""Block sizes of the attention kernels, by chip, head size and dtype. Plain tables: no search at run time.
+"""Block sizes of the attention kernels by chip, head size and dtype. Plain tables, without a search at run time.
 
-The tables hold what compiles without spills and fits the chip's shared memory with room for a second program per
-multiprocessor where that is to be had (`specs` and the offline compiler check it).
+All entries compile without spills and fit the chip's shared memory, if possible twice per multiprocessor. `specs` and
+the offline compiler check this.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ Kernel = Literal["forward", "dq", "dkv"]
 Chip = Literal["sm_90", "sm_80", "sm_86", "gfx942"]
 CHIPS: tuple[Chip, ...] = ("sm_90", "sm_80", "sm_86", "gfx942")
 MAX_HEAD_DIM = 256
-DELTA_BLOCK = 64  # rows of a program of the delta kernel: 16 KiB of each tensor in flight at head size 128
+DELTA_BLOCK = 64  # rows per program of the delta kernel: 16 KiB of each tensor in flight at head size 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """block_m: packed query rows of a tile; block_n: keys of a tile; both powers of two, at least 16."""
+    """The launch parameters of one kernel.
+
+    block_m: packed query rows per tile, a power of two, at least 16.
+    block_n: keys per tile, a power of two, at least 16.
+    """
 
     block_m: int
     block_n: int
@@ -33,14 +37,14 @@ def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Conf
     return Config(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
 
 
-_Table = dict[int, dict[Kernel, Config]]  # [head size up to][kernel]
+_Table = dict[int, dict[Kernel, Config]]  # [largest head size][kernel]
 
-# sm_90: tiles of 128 rows and 8 warps, so that each of two warp groups issues 64-row matrix instructions; 128 keys
-# where the registers hold the scores beside the sums. (At head size 128 they do not: with three heads per kv head such
-# a forward spilled 104 bytes a thread. At 256, 128 rows of queries that are turned spilled 96.)
-# sm_80: the same rows; fewer keys at a time, as operands pass through registers.
-# sm_86 (and 89, 120): 99 KiB of shared memory; sm_80's registers, fewer stages.
-# gfx942: 64 KiB of shared memory, but twice the registers; copies are not asynchronous, so one stage.
+# sm_90: tiles of 128 rows and 8 warps: each of two warp groups issues 64-row matrix instructions. 128 keys if the
+# registers can hold both scores and sums. At head size 128 they cannot: with three heads per kv head such a forward
+# spilled 104 bytes per thread. At head size 256, 128 rows of rotated queries spilled 96 bytes.
+# sm_80: the same rows, but fewer keys at a time, because operands pass through registers.
+# sm_86 (also sm_89 and sm_120): 99 KiB of shared memory; registers as on sm_80, but fewer stages.
+# gfx942: 64 KiB of shared memory, but twice the registers; one stage, because copies are not asynchronous.
 _SIXTEEN_BITS: dict[Chip, _Table] = {
     "sm_90": {
         64: {"forward": _config(128, 128, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(64, 128, 8, 2)},
@@ -64,8 +68,8 @@ _SIXTEEN_BITS: dict[Chip, _Table] = {
     },
 }
 
-# float32 is multiplied without tensor cores, operands in registers: tiles are small on every chip. (Larger ones run out
-# of registers on one chip or another.)
+# float32 is multiplied without tensor cores, with operands in registers. Tiles are small on every chip, because larger
+# ones exceed the registers of some chip.
 _THIRTY_TWO_BITS: _Table = {
     128: {"forward": _config(32, 32, 8, 1), "dq": _config(16, 16, 4, 1), "dkv": _config(16, 32, 8, 1)},
     256: {"forward": _config(16, 16, 8, 1), "dq": _config(16, 16, 8, 1), "dkv": _config(16, 16, 8, 1)},
@@ -74,7 +78,7 @@ _THIRTY_TWO_BITS: _Table = {
 
 @cache
 def chip_of(device: torch.device) -> Chip:
-    """The table that fits a device; the interpreter on the CPU takes that of sm_80."""
+    """The table for a device. The interpreter on the CPU uses that of sm_80."""
     if device.type != "cuda":
         return "sm_80"
     if torch.version.hip is not None:
@@ -88,15 +92,17 @@ def chip_of(device: torch.device) -> Chip:
 def choose(kernel: Kernel, *, chip: Chip, head_dim: int, dtype: torch.dtype, num_rows: int, num_keys: int) -> Config:
     """The config of a kernel.
 
-    num_rows: packed query rows (queries times heads per kv head) of the longest segment; num_keys: keys of the longest.
-    Where all segments are short, the side that is cut into programs is cut smaller, as most of a tile would be empty:
-    to 16 or 64, so that there are few variants to compile. The warps stay, and at most 64 keys are taken at a time:
-    fewer warps or more keys ran out of registers on sm_90.
+    num_rows: packed query rows (queries times heads per kv head) of the longest segment.
+    num_keys: keys of the longest segment.
+
+    If all segments are short, most of a tile would be empty. The dimension that is split into programs then uses tiles
+    of 16 or 64; only these two sizes, to compile few variants. The number of warps stays, and a program reads at most
+    64 keys at a time: fewer warps or more keys exceeded the registers on sm_90.
     """
     table = _THIRTY_TWO_BITS if dtype == torch.float32 else _SIXTEEN_BITS[chip]
     config = table[min(width for width in table if width >= head_dim)][kernel]
     if table is _THIRTY_TWO_BITS and chip == "gfx942":
-        config = replace(config, num_warps=config.num_warps // 2)  # of 64 lanes each
+        config = replace(config, num_warps=config.num_warps // 2)  # with 64 lanes each
     longest, block = (num_keys, config.block_n) if kernel == "dkv" else (num_rows, config.block_m)
     small = next((size for size in (16, 64) if longest <= size < block), None)
     if small is None:
@@ -107,5 +113,5 @@ def choose(kernel: Kernel, *, chip: Chip, head_dim: int, dtype: torch.dtype, num
 
 
 def block_h(head_dim: int) -> int:
-    """Width of a tile that holds a head: a power of two, and 16 at least because tl.dot wants it."""
+    """Width of a tile that holds a head: a power of two, at least 16 as tl.dot requires."""
     return max(16, 1 << (head_dim - 1).bit_length())

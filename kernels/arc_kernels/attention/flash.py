@@ -26,16 +26,16 @@ def attention_varlen_flash(
     k_limits_T: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """See `attention_varlen`; arguments are taken as checked. ValueError on what FlashAttention does not serve.
+    """See `attention_varlen`. Does not check arguments again.
 
-    FlashAttention (from its version 2.1 on; PyTorch ships a later one) aligns the causal border of segments with fewer
-    queries than keys to the end, as we do. Its backward adds up dq with atomics unless
-    `torch.use_deterministic_algorithms(True)` is set.
+    Like our kernels, FlashAttention aligns a causal mask to the end if a segment has fewer queries than keys (since
+    version 2.1; PyTorch ships a later one). Its backward sums dq with atomics unless
+    `torch.use_deterministic_algorithms(True)` is set. Raises ValueError if FlashAttention does not support the call.
     """
     varlen_attn = _varlen_attn()
     reason = _unsupported(q_TNH, k_limits_T)
     if reason or varlen_attn is None:
-        reason = reason or f"wants a torch whose varlen_attn knows windows; this is torch {torch.__version__}"
+        reason = reason or f"needs a torch whose varlen_attn supports windows; this is torch {torch.__version__}"
         raise ValueError(f"backend 'flash' {reason}; use 'triton' or 'reference'")
     return varlen_attn(
         q_TNH,
@@ -52,21 +52,21 @@ def attention_varlen_flash(
 
 
 def flash_serves(q_TNH: Tensor, k_limits_T: Tensor | None) -> bool:
-    """Whether this torch's FlashAttention can serve a call."""
+    """Whether this torch's FlashAttention supports a call."""
     return not _unsupported(q_TNH, k_limits_T) and _varlen_attn() is not None
 
 
 def _unsupported(q_TNH: Tensor, k_limits_T: Tensor | None) -> str:
-    """What of a call FlashAttention cannot serve, or nothing."""
+    """The reason why FlashAttention does not support a call, or an empty string."""
     head_dim = q_TNH.shape[2]
     if k_limits_T is not None:
         return "has no k_limits_T"
     if q_TNH.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {q_TNH.dtype}"
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
-        return f"takes head sizes that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
+        return f"supports head sizes that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
     if not q_TNH.is_cuda:
-        return f"runs on a GPU only, and the tensors are on {q_TNH.device}"
+        return f"runs only on a GPU, but the tensors are on {q_TNH.device}"
     return ""
 
 

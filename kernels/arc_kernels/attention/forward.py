@@ -32,7 +32,7 @@ def _attend(
     MASKED: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """Online softmax over the keys begin … end: [BM, BH] sums of values, [BM] maxima and [BM] sums so far."""
+    """Online softmax over keys begin … end: running sums of values [BM, BH], maxima [BM] and sums [BM]."""
     o_n = tl.arange(0, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         m_n = start + o_n < num_keys
@@ -43,7 +43,7 @@ def _attend(
             b_s = tl.where((start + o_n)[None, :] < b_limit[:, None], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
         b_shift = b_new
-        if MASKED:  # a row that has seen no key yet would make inf - inf
+        if MASKED:  # a row without any key so far would compute inf - inf
             b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.exp2(b_s * scale - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
@@ -85,11 +85,13 @@ def forward_kernel(
     TURNS: tl.constexpr,
     KEEPS_TURNED: tl.constexpr,
 ):
-    """o [T, N, H] and lse [T, N]; one program per query tile and kv head. scale: times log2(e), positive.
+    """o [T, N, H] and lse [T, N]; one program per query tile and kv head.
 
-    TURNS: the queries are turned by the angles cos, sin [T, H / 2] first, and KEEPS_TURNED: written to q_turned too.
+    scale: softmax scale times log2(e), positive.
+    TURNS: rotate the queries by the angles cos, sin [T, H / 2] first.
+    KEEPS_TURNED: also write the rotated queries to q_turned.
     """
-    # From the last tile to the first: under a causal mask the later tiles of a segment see the most keys.
+    # Start with the last tile: under a causal mask, later tiles of a segment see the most keys.
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head = tl.program_id(1)
     i_segment, start = segment_of(cu_q, i_tile, num_segments, BLOCK_M, GROUP)
@@ -110,7 +112,7 @@ def forward_kernel(
             b_q = joined(narrow(b_first, q.dtype.element_ty), narrow(b_second, q.dtype.element_ty))  # [BM, BH]
         else:
             b_q = load_tile(q + q_row * stride_q, o_q, m_m, H, BLOCK_H, True, False)  # [BM, BH]
-        # Rows past the segment look where its last query looks, so that they neither widen nor narrow the tile.
+        # Rows past the segment get the limit of its last query, so they do not change the key range of the tile.
         o_within = tl.minimum(first + o_query, num_queries - 1)
         b_limit = limits(k_limits + q_start, o_within, num_queries, num_keys, CAUSAL, LIMITED)  # [BM]
         seen_by_all = tl.maximum(tl.min(b_limit, 0), 0) // BLOCK_N * BLOCK_N

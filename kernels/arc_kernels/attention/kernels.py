@@ -1,4 +1,4 @@
-"""Launchers of the attention kernels: outputs and grids from plain tensors. Imports triton; see `tiles` for the cut."""
+"""Launchers of the attention kernels: allocate outputs and compute grids. Imports triton. See `tiles` for tiling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOG2_E = math.log2(math.e)
 
 
 class Spans(NamedTuple):
-    """Which rows attend to which, as `attention_varlen` takes it; scale: the softmax scale, positive."""
+    """Segments, mask and scale, as in `attention_varlen`. scale: the softmax scale, positive."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
@@ -31,16 +31,18 @@ class Spans(NamedTuple):
 
 
 class Angles(NamedTuple):
-    """By what rows are turned: cos and sin [rows, H / 2], contiguous, float32 or float64."""
+    """Rotary angles of rows: cos and sin [rows, H / 2], contiguous, float32 or float64."""
 
     cos: Tensor
     sin: Tensor
 
 
 class Forward(NamedTuple):
-    """o [T, N, H] in the dtype of q; lse: the base-2 log-sum-exp of the scaled scores, fp32 [T, N].
+    """The results of the forward kernel.
 
-    q_turned [T, N, H]: the queries as they were multiplied, where that was asked for, else empty.
+    o: output [T, N, H] in the dtype of q.
+    lse: base-2 log-sum-exp of the scaled scores, fp32 [T, N].
+    q_turned: rotated queries [T, N, H] if requested, else empty.
     """
 
     o: Tensor
@@ -58,9 +60,12 @@ def forward(
     angles: Angles | None = None,
     keeps_turned: bool = False,
 ) -> Forward:
-    """Attention. q [T, N, H], k and v [U, K, H]: heads contiguous, rows at any stride.
+    """Run attention.
 
-    angles: by these the queries are turned first; the keys come turned.
+    q: queries [T, N, H]; heads contiguous, any row stride.
+    k: keys [U, K, H], already rotated; heads contiguous, any row stride.
+    v: values [U, K, H]; heads contiguous, any row stride.
+    angles: rotate the queries by these angles first.
     """
     config = config or _choose("forward", q, k, spans)
     keeps_turned = keeps_turned and angles is not None
@@ -84,7 +89,7 @@ def forward(
 
 
 def delta(o: Tensor, do: Tensor) -> Tensor:
-    """The sum of o * do over each head: fp32 [T, N]; o and do contiguous."""
+    """Sum of o * do over each head: fp32 [T, N]. o and do are contiguous."""
     sums = torch.empty(o.shape[:2], dtype=torch.float32, device=o.device)
     head_dim = o.shape[2]
     if sums.numel():
@@ -116,9 +121,10 @@ def dq(
     *,
     angles: Angles | None = None,
 ) -> Tensor:
-    """Gradient of q, contiguous; do contiguous, sums from `delta`, lse from `forward`.
+    """Gradient of q, contiguous.
 
-    q and k as they were multiplied; angles: the gradient is turned back by these, those of the queries.
+    do is contiguous, sums come from `delta` and lse from `forward`. q and k are already rotated. The gradient is
+    rotated back by `angles`, which are those of the queries.
     """
     config = config or _choose("dq", q, k, spans)
     gradient = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -142,7 +148,7 @@ def dkv(
     *,
     angles: Angles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v, contiguous; arguments as in `dq`, the angles those of the keys."""
+    """Gradients of k and v, contiguous. Arguments as in `dq`, but with the keys' angles."""
     config = config or _choose("dkv", q, k, spans)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -167,18 +173,18 @@ def _choose(kernel: Kernel, q: Tensor, k: Tensor, spans: Spans) -> Config:
 
 
 def _grid(cu: Tensor, num_rows: int, group: int, block: int, num_kv_heads: int) -> tuple[int, int]:
-    """Flat tiles of all segments (see `tiles`) by kv heads; no tile where there is nothing to write."""
+    """The grid: flat tiles of all segments (see `tiles`) by kv heads. No tiles if there is nothing to write."""
     num_segments = cu.numel() - 1
     return (num_rows * group // block + num_segments if num_rows and num_segments else 0, num_kv_heads)
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, spans: Spans, config: Config, angles: Angles | None) -> dict[str, Any]:
-    """What the forward, dq and dkv kernels take besides their inputs and outputs."""
+    """Arguments of the forward, dq and dkv kernels besides inputs and outputs."""
     limited = spans.k_limits is not None
     return {
         "cu_q": spans.cu_seqlens_q,
         "cu_k": spans.cu_seqlens_k,
-        "k_limits": spans.k_limits if limited else spans.cu_seqlens_q,  # not read where there are none
+        "k_limits": spans.k_limits if limited else spans.cu_seqlens_q,  # not read without limits
         "cos": None if angles is None else angles.cos,
         "sin": None if angles is None else angles.sin,
         "stride_q": q.stride(0),

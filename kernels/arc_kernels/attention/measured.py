@@ -1,6 +1,6 @@
-"""Where PyTorch's FlashAttention and ours were timed against each other; `choice.py` reads it.
+"""Measured times of PyTorch's FlashAttention relative to ours, for `choice.py`.
 
-Rows are written by `kernels/benchmarks/choose_attention.py --write`, on the GPU that they are of.
+`kernels/benchmarks/choose_attention.py --write` adds the rows of the GPU on which it runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 
 class Measured(NamedTuple):
-    """One shape. flash_over_ours: time of FlashAttention over ours, forward and backward; below 1 it is faster."""
+    """The measurement of one shape.
+
+    flash_over_ours: time of FlashAttention divided by ours, forward and backward. Below 1, FlashAttention is faster.
+    """
 
     gpu: str
     dtype: str

@@ -1,7 +1,9 @@
 """Varlen attention in plain torch, without a loop over segments and without a host sync.
 
-Segments are either padded to the longest and attended as a batch, or attended as one sequence under a dense mask,
-whichever makes fewer scores. Shape letters: T query rows, U key rows, S segments, N heads, K kv heads, H head size.
+Segments are either padded to the longest one and processed as a batch, or processed as one sequence with a dense mask.
+The variant with fewer scores is used.
+
+Shape letters: T query rows, U key rows, S segments, N heads, K kv heads, H head size.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 
 class _Places(NamedTuple):
-    """Where each packed row stands: its segment, and its index there, int64 [rows]."""
+    """Segment of each packed row and its index in that segment, int64 [rows] each."""
 
     segment: Tensor
     place: Tensor
@@ -33,10 +35,10 @@ def attention_varlen_reference(
     k_limits_T: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """See `attention_varlen`; arguments are taken as checked."""
+    """See `attention_varlen`. Does not check arguments again."""
     num_segments = cu_seqlens_q.numel() - 1
     if q_TNH.shape[0] == 0:
-        # q, k and v stay in the graph all the same: under ZeRO-3 a parameter outside it keeps an old gradient.
+        # Keep q, k and v in the graph: under ZeRO-3 a parameter outside the graph would keep its old gradient.
         return q_TNH + 0.0 * (k_UKH.sum() + v_UKH.sum())
     q_places = _places(cu_seqlens_q, q_TNH.shape[0])
     limits_T = _limits(cu_seqlens_q, cu_seqlens_k, q_places, causal=causal, k_limits_T=k_limits_T)
@@ -47,7 +49,7 @@ def attention_varlen_reference(
     k_places = _places(cu_seqlens_k, k_UKH.shape[0])
     k_SVKH = _pad(k_UKH, k_places, num_segments, max_seqlen_k)
     v_SVKH = _pad(v_UKH, k_places, num_segments, max_seqlen_k)
-    limits_SQ = limits_T.new_ones(num_segments, max_seqlen_q)  # padding rows look at one key, so no row is empty
+    limits_SQ = limits_T.new_ones(num_segments, max_seqlen_q)  # padding rows see one key, so no row is empty
     limits_SQ[q_places.segment, q_places.place] = limits_T
     mask = torch.arange(max_seqlen_k, device=q_TNH.device) < limits_SQ[:, None, :, None]
     o_SQNH = _sdpa(q_SQNH, k_SVKH, v_SVKH, mask, scale)
@@ -91,7 +93,7 @@ def _places(cu_seqlens: Tensor, num_rows: int) -> _Places:
 def _limits(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_places: _Places, *, causal: bool, k_limits_T: Tensor | None
 ) -> Tensor:
-    """How many keys of its segment each query sees: int64 [T]."""
+    """Number of keys of its segment that each query sees: int64 [T]."""
     if k_limits_T is not None:
         return k_limits_T.long()
     num_keys_S = (cu_seqlens_k[1:] - cu_seqlens_k[:-1]).long()
@@ -103,7 +105,7 @@ def _limits(
 
 
 def _pad(x: Tensor, places: _Places, num_segments: int, length: int) -> Tensor:
-    """[rows, heads, H] to [S, length, heads, H]; a view where nothing has to be padded."""
+    """Pad [rows, heads, H] to [S, length, heads, H]. Returns a view if no padding is needed."""
     if x.shape[0] == num_segments * length:
         return x.view(num_segments, length, *x.shape[1:])
     return x.new_zeros(num_segments, length, *x.shape[1:]).index_put((places.segment, places.place), x)

@@ -1,4 +1,4 @@
-"""What the offline compiler compiles of the attention kernels: the tables of `configs` at the heads of known models."""
+"""The attention kernels for the offline compiler: the tables of `configs` with the heads of known models."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _STATISTICS = ("lse", "delta", "cos", "sin")
 _TURNING = ("cos", "sin", "q_turned")
 _INDICES = ("cu_q", "cu_k", "k_limits")
 _STRIDES = ("stride_q", "stride_k", "stride_v")
-_LONG = 4096  # rows: beyond any tile
+_LONG = 4096  # rows; longer than any tile
 
 _ALL: tuple[Mode, ...] = ("full", "causal", "limits")
 
-# Head size, heads per kv head, masks: the smallest tiles; Llama 3.2 1B; a head that is no power of two; Llama 3.2 3B,
-# whose three heads a tile of a power of two does not divide; Llama 3 8B and Mistral 7B; the widest tiles (Gemma 2 9B).
+# Head size, heads per kv head, masks: the smallest tiles; Llama 3.2 1B; a head size that is not a power of two; Llama
+# 3.2 3B, whose three heads do not divide a tile; Llama 3 8B and Mistral 7B; the widest tiles (Gemma 2 9B).
 _HEADS: tuple[tuple[int, int, tuple[Mode, ...]], ...] = (
     (32, 1, ("causal",)),
     (64, 4, ("full", "causal")),
@@ -46,7 +46,7 @@ _TURNED_HEADS: tuple[tuple[int, int, Mode], ...] = (
 
 
 def compile_specs(chip: Chip = "sm_90") -> list[CompileSpec]:
-    """All kernels with the configs of one chip (block sizes differ, as shared memory does): compile for that chip."""
+    """All kernels with the configs of one chip. Compile them for that chip: block sizes depend on its shared memory."""
     specs = [
         _spec(kernel, chip, "bf16", head_dim, group, mode)
         for head_dim, group, modes in _HEADS
@@ -118,7 +118,7 @@ def _spec(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         divisible_by_16=divisible,
-        uses_dot=dtype != "fp32",  # float32 is multiplied as such, without tensor cores
+        uses_dot=dtype != "fp32",  # float32 is multiplied without tensor cores
     )
 
 

@@ -1,22 +1,23 @@
 # mypy: allow-untyped-defs
-"""How the attention kernels cut packed segments into tiles: what forward and backward share.
+"""Tiling of packed segments in the attention kernels, shared by forward and backward.
 
-Three decisions shape all kernels (what they compute: kernels/README.md):
+Three decisions shape all kernels (kernels/README.md has the maths):
 
-*Packed heads.* The GROUP query heads that share one kv head are laid into the rows of one tile: packed row r of a
-segment is query r // GROUP, head r % GROUP of the group. So K and V are read once for the whole group, a segment of
-three queries still fills a tile, and the key side sums its group's gradients in one loop, without atomics.
+*Packed heads.* The GROUP query heads that share one kv head are rows of one tile. Packed row r of a segment is query
+r // GROUP, head r % GROUP of the group. K and V are therefore read once for the whole group, a segment of three queries
+still fills a tile, and the key kernel sums the gradients of its group in one loop without atomics.
 
-*Flat tiles.* The grid is one-dimensional over all segments. Segment s, whose rows begin at cu[s], owns the tiles from
-cu[s] // BLOCK + s on: floors can only lose what the added s gives back, so every segment has at least the tiles it
-needs and at most one too many. This needs no table of tiles, no host sync and no length of the longest segment; the
-grid is rows // BLOCK + segments, and a program finds its segment by bisection over cu.
+*Flat tiles.* The grid is one-dimensional over all segments. Segment s starts at row cu[s] and owns the tiles from
+cu[s] // BLOCK + s on. The added s compensates for the floors, so every segment has at least the tiles that it needs and
+at most one more. This needs no table of tiles, no host sync and no length of the longest segment. The grid has
+rows // BLOCK + segments tiles, and a program finds its segment by bisection over cu.
 
-*Limits.* Full, causal and limited attention differ only in how many of its segment's keys a query sees. Key blocks
-that all queries of a tile see are attended without a mask, the blocks after them with one, the rest not at all.
+*Limits.* Full, causal and limited attention differ only in the number of keys of its segment that a query sees. Key
+blocks that all queries of a tile see need no mask. The following blocks are masked. Blocks that no query sees are
+skipped.
 
-Boundaries and limits are clamped to the tensors, so that wrong values cannot reach other memory. A query that sees no
-key gets output 0 and gradient 0. Scores are kept times log2(e), for exp2; so is the log-sum-exp, [T, N].
+Boundaries and limits are clamped to the tensors, so wrong values cannot access other memory. A query that sees no key
+gets output 0 and gradient 0. Scores and the log-sum-exp [T, N] are multiplied by log2(e), because the kernels use exp2.
 
 Shape letters: T query rows, U key rows, N heads, K kv heads, H head size; M packed query rows and N key rows of a tile.
 """
@@ -31,9 +32,10 @@ from arc_kernels._interpreter import narrow
 
 @triton.jit
 def segment_of(cu, tile, num_segments, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """The segment that owns a tile, the last s with cu[s] * GROUP // BLOCK + s <= tile; the tile's first row in it.
+    """The segment that owns a tile, and the first row of the tile in that segment.
 
-    The row, int64, is below 0 or past the segment's end where the tile holds nothing.
+    The segment is the last s with cu[s] * GROUP // BLOCK + s <= tile. The row is int64. For an empty tile, it is
+    negative or past the end of the segment.
     """
     low = num_segments * 0
     high = num_segments - 1
@@ -47,7 +49,7 @@ def segment_of(cu, tile, num_segments, BLOCK: tl.constexpr, GROUP: tl.constexpr)
 
 @triton.jit
 def bounds(cu, segment, num_rows):
-    """First row and number of rows of a segment, within the tensor whatever cu holds."""
+    """First row and number of rows of a segment, clamped to the tensor for any values of cu."""
     start = tl.minimum(tl.maximum(tl.load(cu + segment), 0), num_rows)
     end = tl.minimum(tl.maximum(tl.load(cu + segment + 1), start), num_rows)
     return start.to(tl.int64), end - start
@@ -55,16 +57,16 @@ def bounds(cu, segment, num_rows):
 
 @triton.jit
 def unpack(start, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
-    """Packed rows start … start + BLOCK_M: the first one's query, each one's query after it, and head in the group."""
+    """For packed rows start … start + BLOCK_M: query of the first row; query offset and head in group of each row."""
     o_m = tl.arange(0, BLOCK_M)
-    if BLOCK_M % GROUP != 0:  # else a tile begins with the first head of a query
+    if BLOCK_M % GROUP != 0:  # otherwise each tile starts with the first head of a query
         o_m += start % GROUP
     return start // GROUP, o_m // GROUP, o_m % GROUP
 
 
 @triton.jit
 def limits(k_limits, o_query, num_queries, num_keys, CAUSAL: tl.constexpr, LIMITED: tl.constexpr):
-    """How many keys of the segment each query sees (not above num_keys). k_limits points at the segment's first."""
+    """Number of keys that each query sees, at most num_keys. k_limits points to the segment's first limit."""
     if LIMITED:
         inside = (o_query >= 0) & (o_query < num_queries)
         return tl.minimum(tl.load(k_limits + o_query, mask=inside, other=0), num_keys)
@@ -84,9 +86,10 @@ def load_tile(
     MASK_ROWS: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """Rows of H values at base + o_offset: [rows, BLOCK_H], zeros beyond H and, under MASK_ROWS, where m_row is not.
+    """Load rows of H values at base + o_offset: [rows, BLOCK_H], with zeros past H.
 
-    HALVES: the halves of a head stand BLOCK_H / 2 apart, each with its zeros behind it (see `rotation`).
+    MASK_ROWS: rows with false m_row are zero too.
+    HALVES: the halves of a head are BLOCK_H / 2 apart, each followed by its zeros (see `rotation`).
     """
     o_h = tl.arange(0, BLOCK_H)
     m_h = o_h < H

@@ -1,4 +1,4 @@
-"""Linear cross-entropy: the NLL of labelled rows against a frozen head, without keeping the logits."""
+"""Linear cross-entropy: the NLL of labelled rows with a frozen head, without storing the logits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from arc_kernels.cross_entropy.reference import linear_cross_entropy_reference
 def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:
     """-log softmax(h @ weight.T)[label] of each row: float32 [L] (float64 for float64 input).
 
-    h [L, D], weight [V, D] (frozen: it gets no gradient), labels int64 [L] in 0 … V - 1. The gradient of h is made in
-    the forward pass, chunk by chunk, so neither logits nor the weight are kept for backward. Logits are rounded to the
-    dtype of h (those of size a by up to a / 512 in bfloat16), and so is the loss; sums are float32.
-    Raises ValueError where shapes, dtypes or devices do not fit, the weight wants a gradient, the vocabulary is empty
-    or a label outside of it; labels on a GPU are read only under ARC_KERNELS_CHECK=1, and a wrong one makes its row's
-    loss NaN there.
+    h_LD: rows [L, D].
+    weight_VD: the head [V, D], frozen: it gets no gradient.
+    labels_L: int64 [L] in 0 … V - 1.
+
+    The forward pass computes the gradient of h chunk by chunk, so backward needs neither logits nor the weight. Logits
+    and loss are rounded to the dtype of h; in bfloat16, a logit of size a is rounded by up to a / 512. Sums are
+    float32.
+
+    Raises ValueError if shapes, dtypes or devices do not fit, the weight requires a gradient, the vocabulary is empty,
+    or a label is outside the vocabulary. Labels on a GPU are read only under ARC_KERNELS_CHECK=1; otherwise an invalid
+    label gives a NaN loss.
     """
     check_shape("h_LD", h_LD, (None, None))
     check_shape("weight_VD", weight_VD, (None, h_LD.shape[-1]))

@@ -1,6 +1,8 @@
-"""Linear cross-entropy by the kernels as torch operators with a gradient. Shape letters: L rows, V vocabulary, D width.
+"""Linear cross-entropy as torch operators with a gradient.
 
-The gradient of the rows is made in forward; backward scales it, so that neither logits nor weight are kept.
+Forward computes the gradient of the rows and backward only scales it, so neither logits nor weight are saved.
+
+Shape letters: L rows, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from arc_kernels.cross_entropy.kernels import losses_and_gradient, scale_rows
 
 def linear_cross_entropy_triton(h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:
     """See `linear_cross_entropy`."""
-    # Asked here: within the Function the gradient mode is off, and requires_grad alone holds under no_grad too.
+    # Decide this here: gradients are disabled inside the Function, and requires_grad is also True under no_grad.
     wants_grad = torch.is_grad_enabled() and h_LD.requires_grad
     return _LinearCrossEntropy.apply(h_LD, weight_VD, labels_L, wants_grad)
 

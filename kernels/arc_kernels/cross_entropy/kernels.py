@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs
-"""Linear cross-entropy: two matrix products of the library and one Triton kernel between them, chunk by chunk.
+"""Linear cross-entropy: for each chunk of rows, two library matrix products with one Triton kernel between them.
 
-The logits of a chunk of rows are made by the library's product, turned in place into the gradient of the loss with
-respect to them, and multiplied by the weight again. A kernel that fused the products would make the logits twice:
-once for the sums, once for the gradient. Between the products the logits are in the dtype of the rows, as they are
-in a plain bfloat16 model; sums and differences are float32.
+The first product computes the logits of a chunk. The kernel replaces them in place by the gradient of the loss, which
+the second product multiplies by the weight. A kernel that fused the products would compute the logits twice: once for
+the sums and once for the gradient. Logits are stored in the dtype of the rows, as in a plain bfloat16 model. Sums and
+differences are float32.
 
 Shape letters: L rows, C rows of a chunk, V vocabulary, D width; in the kernels BV and BD columns of one block.
 """
@@ -22,11 +22,11 @@ from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
 from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
-# 1024 rows of 128256 bfloat16 logits: enough rows to fill a GPU with the tiles of both products, and with the rows'
-# gradients a tenth of what whole logits, their softmax and its gradient take at 4096 rows.
+# 1024 rows of 128256 bfloat16 logits. The tiles of both products then fill a GPU. Together with the rows' gradients
+# this is a tenth of the memory of whole logits, their softmax and its gradient at 4096 rows.
 CHUNK_BYTES = 1 << 28
-ROW_TILE = 128  # of the library's matrix products: chunks are multiples of it
-VOCAB_ALIGNMENT = 64  # elements: an odd vocabulary would put the logits' rows off the 16 bytes that fast products want
+ROW_TILE = 128  # tile of the library's matrix products; chunks are multiples of it
+VOCAB_ALIGNMENT = 64  # elements; fast products need rows of logits aligned to 16 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +38,17 @@ class Config:
 
 
 def choose_softmax(vocab_size: int, *, warp_size: int = 32) -> Config:
-    """16 columns a thread, at most 1024 threads.
+    """16 columns per thread, at most 1024 threads.
 
-    A row is read twice. Of 1024 threads with some 50 registers one program fits a processor, so that most of its row is
-    still in the L2 cache the second time: 132 rows of 128256 in bfloat16 are 34 MB, the L2 cache of an H100 is 50 MB.
+    A row is read twice. Only one program of 1024 threads with about 50 registers fits a processor, so most of its row
+    is still in the L2 cache for the second read: 132 rows of 128256 in bfloat16 take 34 MB; an H100 has 50 MB of L2.
     """
     block = min(16384, max(16 * warp_size, triton.next_power_of_2(vocab_size)))
     return Config(block=block, num_warps=block // (16 * warp_size))
 
 
 def choose_scale(width: int, *, warp_size: int = 32) -> Config:
-    """16 columns a thread: two loads of 16 bytes in bfloat16."""
+    """16 columns per thread: two loads of 16 bytes in bfloat16."""
     block = min(4096, max(16 * warp_size, triton.next_power_of_2(width)))
     return Config(block=block, num_warps=block // (16 * warp_size))
 
@@ -57,18 +57,18 @@ def choose_scale(width: int, *, warp_size: int = 32) -> Config:
 def _softmax_minus_label(
     p_logits, p_labels, p_nll, row_stride, vocab_size, WRITES_GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """NLL of one row; with WRITES_GRADIENT its logits become softmax - onehot(label).
+    """NLL of one row. WRITES_GRADIENT: overwrite its logits with softmax - onehot(label).
 
-    A label outside the vocabulary reads nothing and makes loss and gradient NaN.
+    For a label outside the vocabulary, nothing is read and loss and gradient are NaN.
     """
     i_l = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_l * row_stride
     label = tl.load(p_labels + i_l)
     known = (label >= 0) & (label < vocab_size)
-    # Read before any thread of the program can have overwritten it.
+    # Read the label's logit before any thread of the program can overwrite it.
     b_label = tl.load(p_row + label, mask=known, other=float("nan")).to(tl.float32)
     largest = float("-inf")
-    b_sum = tl.zeros([BLOCK_V], tl.float32)  # one sum a column, added up once at the end
+    b_sum = tl.zeros([BLOCK_V], tl.float32)  # one sum per column, reduced once at the end
     for start in range(0, vocab_size, BLOCK_V):
         o_v = start + tl.arange(0, BLOCK_V)
         b_a = tl.load(p_row + o_v, mask=o_v < vocab_size, other=float("-inf")).to(tl.float32)  # [BV]
@@ -98,9 +98,9 @@ def _scale_rows(p_x, p_scale, p_out, width, BLOCK_D: tl.constexpr):
 def losses_and_gradient(
     h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, *, wants_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """(NLL float32 [L], its gradient with respect to each row of h [L, D] in the dtype of h; empty unless wanted).
+    """(NLL, gradient): float32 [L], and [L, D] in the dtype of h, or empty if not requested.
 
-    h and labels are contiguous. One buffer of at most CHUNK_BYTES (at least one row of logits) is all it needs more.
+    h and labels are contiguous. Temporary memory is one buffer of at most CHUNK_BYTES (at least one row of logits).
     """
     (num_rows, width), vocab_size = h_LD.shape, weight_VD.shape[0]
     nll_L = h_LD.new_empty(num_rows, dtype=torch.float32)
@@ -121,7 +121,7 @@ def losses_and_gradient(
 
 
 def chunk_rows(num_rows: int, *, row_bytes: int) -> int:
-    """Rows of a chunk: as even as whole tiles allow, and no more than CHUNK_BYTES hold (but one)."""
+    """Rows per chunk: as even as whole tiles allow, within CHUNK_BYTES but at least one."""
     most = max(1, CHUNK_BYTES // row_bytes)
     if most >= ROW_TILE:
         most -= most % ROW_TILE
@@ -132,7 +132,7 @@ def chunk_rows(num_rows: int, *, row_bytes: int) -> int:
 def softmax_minus_label(
     logits_CV: Tensor, labels_C: Tensor, nll_C: Tensor, *, writes_gradient: bool, config: Config | None = None
 ) -> None:
-    """Writes the NLL of each row to `nll` and, in place, the gradient to the logits; rows may have a stride."""
+    """Write the NLL of each row to `nll` and the gradient to the logits, in place. Rows may have any stride."""
     config = config or choose_softmax(logits_CV.shape[1], warp_size=warp_size())
     with torch.cuda.device_of(logits_CV):
         _softmax_minus_label[(logits_CV.shape[0],)](
@@ -149,7 +149,7 @@ def softmax_minus_label(
 
 
 def scale_rows(x_LD: Tensor, scale_L: Tensor, *, config: Config | None = None) -> Tensor:
-    """x * scale[:, None] in the dtype of x, rounded once; both contiguous."""
+    """x * scale[:, None] in the dtype of x, rounded once. Both are contiguous."""
     num_rows, width = x_LD.shape
     config = config or choose_scale(width, warp_size=warp_size())
     out_LD = torch.empty_like(x_LD)
@@ -162,7 +162,7 @@ def scale_rows(x_LD: Tensor, scale_L: Tensor, *, config: Config | None = None) -
 
 
 def compile_specs() -> list[CompileSpec]:
-    """The kernels as the models at hand launch them, for the offline compiler. (The products are the library's.)"""
+    """The kernels as launched by the paper's models, for the offline compiler. The library does the products."""
     vocabularies = [("bf16", 128256), ("bf16", 32000), ("bf16", 49152), ("fp16", 128256), ("fp32", 128256)]
     widths = [("bf16", 4096), ("bf16", 3072), ("bf16", 576), ("fp32", 4096)]
     return [

@@ -1,7 +1,7 @@
-"""Linear cross-entropy in plain torch: loss and hidden gradient of one chunk of rows at a time.
+"""Linear cross-entropy in plain torch: loss and gradient of h for one chunk of rows at a time.
 
 With logits a = h W', the loss of a row is logsumexp(a) - a[label] and its gradient with respect to h is
-(softmax(a) - onehot(label)) W. Each row's gradient is scaled by one number in backward, so it can be made in forward.
+(softmax(a) - onehot(label)) W. Backward scales the gradient of each row by one number, so forward can compute it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 28  # of logits: 256 MiB
+CHUNK_BYTES = 1 << 28  # logits per chunk: 256 MiB
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

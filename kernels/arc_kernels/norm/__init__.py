@@ -18,8 +18,10 @@ from arc_kernels.norm.reference import (
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019), in the dtype of x.
 
-    x [..., D], weight [D]; statistics in float32 (float64 for float64 input). The Triton kernels take rows at any
-    distance from each other without a copy, up to D = 16384. ValueError on shapes or devices that do not fit.
+    x_TD: [..., D]. The Triton kernels read rows of any stride without a copy, up to D = 16384.
+    weight_D: [D].
+
+    Statistics are float32 (float64 for float64 input). Raises ValueError if shapes or devices do not fit.
     """
     _check_row(x_TD)
     check_shape("weight_D", weight_D, (x_TD.shape[-1],))
@@ -35,7 +37,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual), both in the dtype of x. Shapes and errors as in `rms_norm`.
 
-    x and residual are of one dtype; the norm is that of the sum as it is returned, rounded to that dtype.
+    x and residual have the same dtype. The norm is computed from the returned sum, which is rounded to that dtype.
     """
     _check_sum(x_TD, residual_TD)
     check_shape("weight_D", weight_D, (x_TD.shape[-1],))
@@ -63,7 +65,7 @@ def layer_norm(x_TD: Tensor, eps: float) -> Tensor:
 
 
 def add_layer_norm(x_TD: Tensor, residual_TD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(layer_norm(x + residual), x + residual), both in the dtype of x, as `add_rms_norm` is to `rms_norm`."""
+    """(layer_norm(x + residual), x + residual), both in the dtype of x. See `add_rms_norm`."""
     _check_sum(x_TD, residual_TD)
     if not use_triton(x_TD):
         return add_layer_norm_reference(x_TD, residual_TD, eps)
@@ -88,7 +90,7 @@ def _check_row(x_TD: Tensor) -> None:
 def _check_width(x_TD: Tensor) -> None:
     if not 1 <= x_TD.shape[-1] <= MAX_NORM_WIDTH:
         raise ValueError(
-            f"x_TD has rows of {x_TD.shape[-1]}; the Triton kernels take 1 … {MAX_NORM_WIDTH}: use 'reference'"
+            f"x_TD has rows of {x_TD.shape[-1]}; the Triton kernels support 1 … {MAX_NORM_WIDTH}: use 'reference'"
         )
 
 

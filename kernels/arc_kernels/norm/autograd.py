@@ -1,4 +1,4 @@
-"""The norms as opaque operators with gradients: what torch.compile and autograd see of the kernels."""
+"""The norms as opaque operators with gradients, for torch.compile and autograd."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _(
 
 
 class _Norm(torch.autograd.Function):
-    """RMSNorm, or LayerNorm where the weight is None."""
+    """RMSNorm, or LayerNorm if the weight is None."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
@@ -85,7 +85,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _AddNorm(torch.autograd.Function):
-    """RMSNorm of a sum (LayerNorm where the weight is None), and the sum; one backward takes the gradients of both."""
+    """RMSNorm of a sum (LayerNorm if the weight is None), and the sum. One backward handles the gradients of both."""
 
     @staticmethod
     def forward(
@@ -108,12 +108,12 @@ class _AddNorm(torch.autograd.Function):
 
 
 def norm_triton(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, LayerNorm without parameters where weight is None."""
+    """RMSNorm over the last dimension; LayerNorm without parameters if the weight is None."""
     return _Norm.apply(rows(x), _contiguous(weight_D), eps).view(x.shape)
 
 
 def add_norm_triton(x: Tensor, residual: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """See `add_rms_norm`, and `add_layer_norm` where weight is None."""
+    """See `add_rms_norm`, or `add_layer_norm` if the weight is None."""
     normed_TD, total_TD = _AddNorm.apply(rows(x), rows(residual), _contiguous(weight_D), eps)
     return normed_TD.view(x.shape), total_TD.view(x.shape)
 

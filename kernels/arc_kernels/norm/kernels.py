@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs
-"""Triton kernels of the norms: RMSNorm and the parameter-free LayerNorm, of rows or of the sum of two.
+"""Triton kernels of the norms: RMSNorm and the parameter-free LayerNorm, of rows or of the sum of two rows.
 
 A program holds whole rows, so each tensor is read once and written once. With r = 1 / sqrt(mean(x^2) + eps), n = x r
-and g = w dy, the gradient of a row is dx = r (g - n mean(g n)), plus the gradient of the sum where there is one;
-LayerNorm takes the mean of g away too. Kept for backward: the row itself and r (and the mean), never the normed row.
+and g = w dy, the gradient of a row is dx = r (g - n mean(g n)), plus the gradient of the sum if there is a residual.
+LayerNorm also subtracts the mean of g. Backward needs the row itself and r (for LayerNorm also the mean), but not the
+normalised row.
 
 Shape letters: T rows, D width, P programs; in the kernels BT rows and BD >= D columns of one tile.
 """
@@ -25,22 +26,28 @@ from arc_kernels._dispatch import num_processors, warp_size
 from arc_kernels._interpreter import narrow
 from arc_kernels._limits import MAX_NORM_WIDTH
 
-# Up to here the weight's gradient is summed in registers while the rows pass by; wider rows leave no room for it.
+# Up to this width, the main kernel sums the weight's gradient in registers. Wider rows leave no room for it.
 MAX_FUSED_WIDTH = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How rows are laid out over programs."""
+    """The distribution of rows over programs."""
 
     block_rows: int
     num_warps: int
     partial_sums: int
-    """Programs on one multiprocessor that share the rows when the weight's gradient is summed."""
+    """Programs per multiprocessor that share the rows if the weight's gradient is summed."""
 
 
 class NormForward(NamedTuple):
-    """normed, total [T, D] in the dtype of x (total: empty without a residual); mean (LayerNorm), rstd float32 [T]."""
+    """The results of the forward kernel.
+
+    normed: [T, D] in the dtype of x.
+    total: sum with the residual, [T, D] in the dtype of x; empty without a residual.
+    mean: float32 [T]; LayerNorm only.
+    rstd: float32 [T].
+    """
 
     normed_TD: Tensor
     total_TD: Tensor
@@ -49,11 +56,11 @@ class NormForward(NamedTuple):
 
 
 def choose(width: int, *, warp_size: int = 32) -> Config:
-    """Tiles of at least 2048 elements, 16 elements a thread: two 16-byte loads of each stream in flight in bfloat16.
+    """Tiles of at least 2048 elements, 16 elements per thread: two 16-byte loads in flight per stream in bfloat16.
 
-    More elements a thread run out of registers in backward (x, dy, w and the weight's gradient are held in float32);
-    fewer leave too little in flight to cover the memory's latency. Summing the weight's gradient takes about 100
-    registers a thread, so that 16 warps fill a multiprocessor; more programs would only make more partial sums.
+    With more elements per thread, backward exceeds the registers (x, dy, w and the weight's gradient are float32). With
+    fewer, too few loads are in flight to hide memory latency. Summing the weight's gradient takes about 100 registers
+    per thread, so 16 warps fill a multiprocessor. More programs would only produce more partial sums.
     """
     block_width = triton.next_power_of_2(width)
     block_rows = max(1, 2048 // block_width)
@@ -80,7 +87,7 @@ def norm_forward_kernel(
     ADDS: tl.constexpr,
     LAYER_NORM: tl.constexpr,
 ):
-    """A tile of whole rows: sum with the residual where there is one, norm, and the statistics that backward reads."""
+    """One tile of whole rows: sum with the residual if there is one, norm, and statistics for backward."""
     o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     o_d = tl.arange(0, BD)[None, :]
     m_t = o_t < num_rows
@@ -89,7 +96,7 @@ def norm_forward_kernel(
     b_x = tl.load(p_x + o_t[:, None] * x_stride + o_d, mask=m_td, other=0.0)  # [BT, BD]
     if ADDS:
         b_residual = tl.load(p_residual + o_t[:, None] * residual_stride + o_d, mask=m_td, other=0.0)
-        # Rounded before the norm, as backward will read it.
+        # Round before the norm, because backward reads the rounded sum.
         b_x = narrow(b_x.to(tl.float32) + b_residual.to(tl.float32), p_total.dtype.element_ty)
         tl.store(p_total + o_td, b_x, mask=m_td)
     b_x = b_x.to(tl.float32)
@@ -126,7 +133,7 @@ def norm_backward_kernel(
     LAYER_NORM: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
 ):
-    """Gradient of a tile of whole rows at a time, over the tiles of this program; its part of the weight's gradient."""
+    """Gradients of the row tiles of this program, and its partial sum of the weight's gradient."""
     i_p = tl.program_id(0)
     o_d = tl.arange(0, BD)[None, :]
     m_d = o_d < D
@@ -171,7 +178,7 @@ def weight_gradient_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """This program's part of the weight's gradient, for rows too wide to make it with their own."""
+    """This program's partial sum of the weight's gradient, for rows that are too wide to sum it in the main kernel."""
     i_p = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
     m_d = o_d < D
@@ -190,7 +197,7 @@ def weight_gradient_kernel(
 def norm_forward(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, eps: float, *, config: Config | None = None
 ) -> NormForward:
-    """RMSNorm of x, or of x + residual; LayerNorm without parameters where weight is None. Last stride of x is 1."""
+    """RMSNorm of x or x + residual; LayerNorm without parameters if the weight is None. The last stride of x is 1."""
     num_rows, width = x_TD.shape
     config = config or choose(width, warp_size=warp_size())
     no_rows = x_TD.new_empty(0)
@@ -237,10 +244,12 @@ def norm_backward(
     wants_weight: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of x [T, D], of the weight [D] in its dtype); the second is empty where it is not wanted.
+    """(gradient of x [T, D], gradient of the weight [D] in its dtype, or empty if not requested).
 
-    x: the row that was normed, the sum where there was one. Last strides are 1. The same bits at every run: each of a
-    fixed number of programs sums its rows in order, and the partial sums are added by torch.
+    x: the normalised input; with a residual, the sum. Last strides are 1.
+
+    Results are bit-identical in every run: a fixed number of programs sum their rows in order, and torch adds the
+    partial sums.
     """
     num_rows, width = x_TD.shape
     config = config or choose(width, warp_size=warp_size())
@@ -283,7 +292,7 @@ def norm_backward(
 
 
 def _weight_partials(dnormed_TD: Tensor, x_TD: Tensor, rstd_T: Tensor) -> Tensor:
-    """Partial sums [P, D] of the weight's gradient, for rows too wide to do it on the way."""
+    """Partial sums [P, D] of the weight's gradient, for rows that are too wide for the main kernel."""
     num_rows, width = x_TD.shape
     block_rows, block_width = 4, 512
     num_programs = min(triton.cdiv(num_rows, block_rows), max(1, num_processors(x_TD.device) // 4))
@@ -307,7 +316,7 @@ def _weight_partials(dnormed_TD: Tensor, x_TD: Tensor, rstd_T: Tensor) -> Tensor
 
 
 def compile_specs() -> list[CompileSpec]:
-    """Every kernel at the widths of the paper's models in bfloat16, and at the widest in both dtypes."""
+    """All kernels at the widths of the paper's models in bfloat16, and at the maximum width in both dtypes."""
     shapes = [(2048, "bf16"), (3072, "bf16"), (4096, "bf16"), (4096, "fp32"), (MAX_FUSED_WIDTH, "bf16")]
     shapes += [(MAX_NORM_WIDTH, "bf16"), (MAX_NORM_WIDTH, "fp32")]
     return [spec for width, dtype in shapes for spec in _specs(width, dtype)]

@@ -1,4 +1,4 @@
-"""Group pooling: ragged runs of rows to one row each, and the norms of the pooled layer."""
+"""Group pooling: reduce ragged groups of rows to one row each, and compute the norms of the pooled layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arc_kernels.pooling.reference import POOL_KINDS, group_pool_reference, pool
 
 
 class PoolNorm(NamedTuple):
-    """What a pooled layer reads: the residual [G, D], the queries' input [G, D] and the keys' input [T, D]."""
+    """The inputs of a pooled layer: residual [G, D], input of the queries [G, D] and input of the keys [T, D]."""
 
     pooled_GD: Tensor
     normed_pooled_GD: Tensor
@@ -21,12 +21,15 @@ class PoolNorm(NamedTuple):
 
 
 def group_pool(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> Tensor:
-    """One row for each group of consecutive rows: [G, D], the dtype of x, accumulated in float32.
+    """Reduce each group of consecutive rows to one row: [G, D] in the dtype of x, accumulated in float32.
 
-    group_cu: int32 [G + 1], boundaries of the groups, each of at least one row; num_groups = G, known on the host.
-    kind: "mean"; "sum"; "last" row of the group; "fusion", the mean rescaled to the largest L2 norm in the group, that
-    norm being a constant for the gradient (ARC-Encoder paper, ablations). ValueError on an unknown kind, on arguments
-    that do not fit, and on rows wider than the Triton kernel takes.
+    x_TD: rows [T, D].
+    group_cu: boundaries of the groups, int32 [G + 1]; each group has at least one row.
+    kind: "mean", "sum", "last" (row of the group), or "fusion": the mean rescaled to the largest L2 norm in the group.
+        That norm is a constant for the gradient (ARC-Encoder paper, ablations).
+    num_groups: G, known on the host.
+
+    Raises ValueError on an unknown kind, inconsistent arguments, and rows that are too wide for the Triton kernel.
     """
     _check(x_TD, group_cu, kind, num_groups)
     if use_triton(x_TD):
@@ -40,9 +43,11 @@ def group_pool(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> Te
 def pool_norm(
     x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int, *, weight_D: Tensor | None, eps: float
 ) -> PoolNorm:
-    """Pooled residual, its norm and the norm of every row, from one reading of x (design 5, "pooling").
+    """Pooled residual, its norm and the norm of every row. Reads x once.
 
-    weight_D: RMSNorm's weight [D], or None for the parameter-free LayerNorm. Other arguments as in `group_pool`.
+    weight_D: RMSNorm's weight [D], or None for the parameter-free LayerNorm.
+
+    Other arguments as in `group_pool`.
     """
     _check(x_TD, group_cu, kind, num_groups)
     if weight_D is not None:
@@ -61,7 +66,7 @@ def _check(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> None:
     check_same_device(x_TD=x_TD, group_cu=group_cu)
     check_shape("group_cu", group_cu, (num_groups + 1,))
     if num_groups == 0 and x_TD.shape[0] > 0:
-        raise ValueError(f"group_cu has no group, but x_TD {x_TD.shape[0]} rows; expected every row to be in a group")
+        raise ValueError(f"group_cu has no group, but x_TD has {x_TD.shape[0]} rows; every row must be in a group")
     check_boundaries("group_cu", group_cu, total=x_TD.shape[0])
     if kind not in POOL_KINDS:
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(POOL_KINDS)}")
@@ -70,7 +75,7 @@ def _check(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> None:
 def _check_width(x_TD: Tensor) -> None:
     if x_TD.shape[1] > MAX_POOL_WIDTH:
         raise ValueError(
-            f"x_TD has {x_TD.shape[1]} columns; the Triton kernels take at most {MAX_POOL_WIDTH}: "
+            f"x_TD has {x_TD.shape[1]} columns; the Triton kernels support at most {MAX_POOL_WIDTH}: "
             "call under arc_kernels.use('reference')"
         )
 

@@ -1,8 +1,10 @@
-"""The pooling kernels as torch operators with gradients. Shape letters: T rows, G groups, D width.
+"""The pooling kernels as torch operators with gradients.
 
-The launches are opaque operators (torch.library), so that torch.compile leaves them whole; the gradient is an
-autograd.Function over them, so that the weight is kept as the caller's own tensor: under ZeRO-3 its data are gathered
-anew for backward.
+The launches are opaque operators (torch.library), so torch.compile does not trace into them. The gradient is an
+autograd.Function over them, which saves the weight as the caller's own tensor: ZeRO-3 gathers its data again for
+backward.
+
+Shape letters: T rows, G groups, D width.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def pool_norm_triton(
 class _GroupPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, group_cu: Tensor, kind: str) -> Tensor:
-        # Only the norms in "fusion" need the rows again.
+        # Without a norm, only "fusion" needs the rows again, for their norms.
         ctx.save_for_backward(group_cu, x_TD if kind == "fusion" else None)
         ctx.num_rows, ctx.kind = x_TD.shape[0], kind
         return _group_pool(x_TD, group_cu, kind)

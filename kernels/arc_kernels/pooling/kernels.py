@@ -15,12 +15,12 @@ from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
 from arc_kernels._limits import MAX_POOL_WIDTH
 from arc_kernels.pooling.programs import pool_backward_kernel, pool_forward_kernel
 
-WEIGHT_PROGRAMS = 256  # two for each processor of an H100; their partial sums are 4 MiB at D 4096, and ever the same
+WEIGHT_PROGRAMS = 256  # two per processor of an H100; partial sums take 4 MiB at D = 4096; fixed for determinism
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How a program reads a group: rows at once, warps (of 32 threads), and tiles in flight (1: no prefetch)."""
+    """How a program reads a group: rows per tile, warps (of 32 threads), and tiles in flight (1: no prefetch)."""
 
     block_rows: int
     num_warps: int
@@ -29,7 +29,7 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolGradients:
-    """Gradients of what `pool_forward` returned, contiguous; the last two are None where there was no norm."""
+    """Gradients of the outputs of `pool_forward`, contiguous. The last two are None without a norm."""
 
     dpooled_GD: Tensor
     dnormed_pooled_GD: Tensor | None = None
@@ -39,10 +39,10 @@ class PoolGradients:
 def choose(width: int) -> Config:
     """The config for rows of `width` columns.
 
-    16 columns a thread (8 on AMD, whose warps have 64 threads): backward then takes at most 128 registers in half
-    precision, which leaves room for two programs of 256 threads on a processor (forward for four). The next tile is
-    fetched while this one is reduced, as the rows of a group come one after the other. Narrow rows come two at a time,
-    or a program would have too few bytes in flight.
+    16 columns per thread (8 on AMD, whose warps have 64 threads). Backward then takes at most 128 registers in half
+    precision, so two programs of 256 threads fit a processor (four in forward). The rows of a group are read one after
+    another, and the next tile is fetched while the current one is reduced. Narrow rows are read in pairs; otherwise a
+    program would have too few bytes in flight.
     """
     block = triton.next_power_of_2(width)
     if block <= 1024:
@@ -60,10 +60,11 @@ def pool_forward(
     eps: float = 0.0,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(pooled rows [G, D], their norms [G, D], the norm of every row [T, D]), in the dtype of x.
+    """(pooled rows [G, D], their norms [G, D], norm of every row [T, D]), in the dtype of x.
 
-    norm: "none" (the last two are empty), "rms" (wants the weight) or "layer". x and weight are contiguous, rows at
-    most MAX_POOL_WIDTH wide.
+    norm: "none" (the last two outputs are empty), "rms" (needs the weight) or "layer".
+
+    x and weight are contiguous. Rows are at most MAX_POOL_WIDTH wide.
     """
     (num_rows, width), num_groups = x_TD.shape, group_cu.numel() - 1
     config = config or choose(width)
@@ -107,10 +108,12 @@ def pool_backward(
     wants_weight: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of x [T, D], gradient of the weight [D] in its dtype, empty where it is not wanted).
+    """(gradient of x [T, D], gradient of the weight [D] in its dtype, or empty if not requested).
 
-    x and pooled are the input and the first output of `pool_forward`; without a norm pooled may be None, and x too
-    unless kind is "fusion". The rest as there.
+    x: input of `pool_forward`; may be None without a norm, unless kind is "fusion".
+    pooled: first output of `pool_forward`; may be None without a norm.
+
+    Other arguments as in `pool_forward`.
     """
     dpooled_GD = gradients.dpooled_GD
     num_groups, width = dpooled_GD.shape
@@ -119,7 +122,7 @@ def pool_backward(
     num_programs = min(WEIGHT_PROGRAMS, num_groups) if wants_weight else num_groups
     dweight_PD = dpooled_GD.new_empty(num_programs if wants_weight else 0, width, dtype=torch.float32)
     if dx_TD.numel() > 0:
-        # An argument that the kernel does not read under this norm and kind still has to be a tensor: dpooled.
+        # Arguments that the kernel does not read under this norm and kind must still be tensors; dpooled serves as one.
         with torch.cuda.device_of(dpooled_GD):
             pool_backward_kernel[(num_programs,)](
                 dpooled_GD if x_TD is None else x_TD,
@@ -150,7 +153,7 @@ def pool_backward(
 
 
 def compile_specs() -> list[CompileSpec]:
-    """The kernels as the models at hand launch them, for the offline compiler."""
+    """The kernels as launched by the paper's models, for the offline compiler."""
     shapes = [("bf16", 576), ("bf16", 2048), ("bf16", 4096), ("bf16", MAX_POOL_WIDTH)]
     shapes += [("fp32", 3072), ("fp32", MAX_POOL_WIDTH)]
     variants = [("mean", "rms"), ("mean", "layer"), ("last", "rms"), ("fusion", "rms"), ("mean", "none")]

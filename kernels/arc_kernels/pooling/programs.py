@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
 """Triton kernels of group pooling and of the norms of a pooled layer.
 
-Forward: one program per group reads the group's rows once, writes their norms and, at the end, the pooled row and its
-norm. Backward: one program per group makes the gradient of the pooled row and then reads the rows and writes theirs;
-statistics are made again from the rows, which are there, so that nothing but inputs and the pooled rows is kept.
+Forward: one program per group reads the group's rows once and writes their norms. At the end it writes the pooled row
+and its norm. Backward: one program per group computes the gradient of the pooled row, then reads the rows and writes
+their gradients. Statistics are recomputed from the rows, so only inputs and pooled rows are saved.
 
 Shape letters: T rows, G groups, P programs, D width; BR and BD are the rows and columns of a tile, BD at least D.
 """
@@ -18,7 +18,7 @@ from arc_kernels._interpreter import narrow
 
 @triton.jit
 def _bounds(p_cu, i_g, num_rows):
-    # Boundaries that are wrong must not lead outside x: the rows are cut to 0 … num_rows.
+    # Clamp to 0 … num_rows: wrong boundaries must not access memory outside x.
     lo = tl.minimum(tl.maximum(tl.load(p_cu + i_g), 0), num_rows)
     hi = tl.minimum(tl.load(p_cu + i_g + 1), num_rows)
     return lo.to(tl.int64), tl.maximum(hi, lo).to(tl.int64)
@@ -46,7 +46,7 @@ def _store_rows(p_x, b_x, o_r, hi, width, BLOCK_R: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def _normalize(b_x, m_x, width, eps, NORM: tl.constexpr, AXIS: tl.constexpr):
-    """(x normalised without weight, 1 / its scale); columns beyond the width hold zeros before and after."""
+    """(x normalised without weight, 1 / its scale). Columns past the width are zero before and after."""
     if NORM == "layer":
         b_mean = tl.sum(b_x, axis=AXIS, keep_dims=True) / width
         b_x = tl.where(m_x, b_x - b_mean, 0.0)
@@ -56,7 +56,7 @@ def _normalize(b_x, m_x, width, eps, NORM: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def _normalize_gradient(b_x, b_g, b_weight, m_x, width, eps, NORM: tl.constexpr, AXIS: tl.constexpr):
-    """(gradient of x, x normalised without weight) for the gradient `b_g` of the norm."""
+    """(gradient of x, x normalised without weight), given the gradient `b_g` of the norm."""
     b_unit, b_rstd = _normalize(b_x, m_x, width, eps, NORM, AXIS)
     if NORM == "rms":
         b_g = b_g * b_weight
@@ -68,7 +68,7 @@ def _normalize_gradient(b_x, b_g, b_weight, m_x, width, eps, NORM: tl.constexpr,
 
 @triton.jit
 def _add_tile(b_total, b_largest, b_x, o_r, hi, KIND: tl.constexpr):
-    """The group's sum so far (of "last", its last row) and, for "fusion", its largest squared norm so far."""
+    """Running sum of the group (for "last", its last row) and, for "fusion", its largest squared norm so far."""
     if KIND == "last":
         b_total += tl.sum(tl.where((o_r == hi - 1)[:, None], b_x, 0.0), axis=0)
     else:
@@ -80,7 +80,7 @@ def _add_tile(b_total, b_largest, b_x, o_r, hi, KIND: tl.constexpr):
 
 @triton.jit
 def _add_compensated(b_sum, b_lost, b_x, COMPENSATED: tl.constexpr):
-    """(sum, by how much it is too large so far): Kahan's summation, or a plain one."""
+    """(sum, its error so far), by Kahan summation or plain addition."""
     if COMPENSATED:
         b_x -= b_lost
         b_new = b_sum + b_x
@@ -93,7 +93,7 @@ def _add_compensated(b_sum, b_lost, b_x, COMPENSATED: tl.constexpr):
 
 @triton.jit
 def _fusion_scale(b_total, b_largest):
-    """(direction of the mean, largest norm of the group over the norm of the sum)."""
+    """(direction of the mean, largest norm of the group divided by the norm of the sum)."""
     b_norm = tl.sqrt(tl.sum(b_total * b_total, axis=0))
     return b_total / b_norm, tl.sqrt(b_largest) / b_norm
 
@@ -147,7 +147,7 @@ def pool_forward_kernel(
     b_stored = narrow(b_pooled, p_pooled.dtype.element_ty)
     tl.store(p_pooled + i_g * width + o_d, b_stored, mask=m_d)
     if NORM != "none":
-        # Of the pooled row as it is stored: the layer's residual and its norm are then one row's.
+        # Normalise the pooled row as stored, so residual and norm belong to the same row.
         b_normed, _ = _normalize(b_stored.to(tl.float32), m_d, width, eps, NORM, 0)
         if NORM == "rms":
             b_normed *= b_weight
@@ -156,7 +156,7 @@ def pool_forward_kernel(
 
 @triton.jit
 def _row_gradient(p_x, b_g, lo, hi, width, KIND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What each row of the group (of "last", the last) gets of the gradient `b_g` of the pooled row: [BD]."""
+    """Gradient [BD] of each row of the group (for "last", of the last row), given that of the pooled row, `b_g`."""
     if KIND == "mean":
         b_g = b_g / tl.maximum(hi - lo, 1).to(tl.float32)
     if KIND == "fusion":
@@ -193,19 +193,19 @@ def pool_backward_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradient of the rows of a group at a time, over the groups of this program; its part of the weight's gradient."""
+    """Gradients of the rows in the groups of this program, and its partial sum of the weight's gradient."""
     i_p = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < width
     b_dweight = tl.zeros([BLOCK_D], tl.float32)
     b_lost = b_dweight
-    # One program may add up thousands of rows: in float32 that shows; half precision rounds far more at the end. Wider
-    # rows leave no registers for it.
+    # One program may sum thousands of rows. The error is visible in float32, whereas half precision rounds much more at
+    # the end. Wider rows leave no registers for the compensation.
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty == tl.float32 and BLOCK_D <= 4096
     b_weight = b_dweight
     if NORM == "rms":
         b_weight = _load_row(p_weight, 0, width, BLOCK_D)
-    # One group where no gradient of the weight is wanted: then there are as many programs as groups.
+    # Without the weight's gradient this loop runs once, because there are as many programs as groups.
     for i_g in range(i_p, num_groups, tl.num_programs(0)):
         lo, hi = _bounds(p_cu, i_g, num_rows)
         b_g = _load_row(p_dpooled, i_g, width, BLOCK_D)  # [BD]
@@ -230,7 +230,7 @@ def pool_backward_kernel(
                 )
                 b_dx += b_norm_dx
                 if WEIGHT_GRAD:
-                    # A row beyond the group is 0 times the infinite scale of a row of zeros where eps is 0.
+                    # Rows past the group are masked: if eps is 0, they are 0 times the infinite scale of a zero row.
                     b_tile = tl.sum(tl.where((o_r < hi)[:, None], b_rows_g * b_rows, 0.0), axis=0)
                     b_dweight, b_lost = _add_compensated(b_dweight, b_lost, b_tile, COMPENSATED)
             _store_rows(p_dx, b_dx, o_r, hi, width, BLOCK_R, BLOCK_D)

@@ -8,15 +8,18 @@ from arc_kernels._check import check_angles, check_shape
 from arc_kernels._dispatch import use_triton
 from arc_kernels.rotary.reference import rotary_reference
 
-MAX_HEAD_DIM = 512  # of the Triton kernel
+MAX_HEAD_DIM = 512  # limit of the Triton kernel
 
 
 def rotary(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + H / 2) of each head by the angle of its row: [T, N, H], the dtype of x.
+    """Rotate the pairs (i, i + H / 2) of each head by the angles of its row: [T, N, H] in the dtype of x.
 
-    cos_TF, sin_TF: float32 (or float64) [T, H / 2], of position times frequency; the Triton kernel gives them no
-    gradient. x may be a view into a fused projection: the kernel takes rows and heads at any distance.
-    ValueError on an odd H, or shapes, dtypes or devices that do not fit.
+    x_TNH: [T, N, H], possibly a view into a fused projection: the kernel accepts any row and head strides.
+    cos_TF: cosines of position times frequency, float32 or float64 [T, H / 2].
+    sin_TF: sines of position times frequency, float32 or float64 [T, H / 2].
+
+    The Triton kernel computes no gradient of the angles. Raises ValueError on an odd H, or if shapes, dtypes or devices
+    do not fit.
     """
     check_shape("x_TNH", x_TNH, (None, None, None))
     if x_TNH.shape[-1] % 2 or not x_TNH.is_floating_point():
@@ -28,7 +31,7 @@ def rotary(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     from arc_kernels.rotary.autograd import rotary_triton
 
     if x_TNH.shape[-1] > MAX_HEAD_DIM:
-        raise ValueError(f"x_TNH has head size {x_TNH.shape[-1]}; the kernel takes {MAX_HEAD_DIM}: use 'reference'")
+        raise ValueError(f"x_TNH has head size {x_TNH.shape[-1]}; the kernel supports {MAX_HEAD_DIM}: use 'reference'")
     return rotary_triton(x_TNH, cos_TF, sin_TF)
 
 

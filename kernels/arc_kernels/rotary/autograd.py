@@ -1,4 +1,4 @@
-"""Rotary as an opaque operator with a gradient: what torch.compile and autograd see of the kernel."""
+"""Rotary as an opaque operator with a gradient, for torch.compile and autograd."""
 
 from __future__ import annotations
 

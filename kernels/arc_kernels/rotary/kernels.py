@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs
-"""Triton kernel of the rotary embedding: the pairs (i, i + H / 2) of a head turn by the angle of the row.
+"""Triton kernel of the rotary embedding, which rotates the pairs (i, i + H / 2) of a head by the angles of the row.
 
-The gradient turns back: the same kernel with the angle negated. Neither is done in place. The bytes moved would be the
-same; and in forward the projection's output may be held by somebody else, in backward autograd may hand the same
-gradient tensor to other consumers.
+The gradient uses the same kernel with negated angles. Neither works in place, because this would not save any memory
+traffic. In forward, other code may hold the projection's output. In backward, autograd may pass the same gradient
+tensor to other consumers.
 
-Shape letters: T rows, N heads, H head size, F = H / 2 pairs; a program has one row, BN of its heads and BF >= F pairs.
+Shape letters: T rows, N heads, H head size, F = H / 2 pairs. A program has one row, BN of its heads and BF >= F pairs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from arc_kernels._interpreter import narrow
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Heads of a program and its warps."""
+    """Heads and warps of a program."""
 
     block_heads: int
     num_warps: int
 
 
 def choose(num_heads: int, num_pairs: int, *, warp_size: int = 32) -> Config:
-    """About 1024 pairs a program in heads that divide the row's (24 heads: by 8), eight pairs a thread.
+    """About 1024 pairs per program, eight pairs per thread. If possible, heads per program divide num_heads (24: by 8).
 
     Other numbers of heads are padded, at most to a multiple of 8.
     """
@@ -56,12 +56,12 @@ def rotary_kernel(
     BF: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """Some heads of one row, their pairs turned by the row's angles, or back."""
+    """Rotate the pairs in some heads of one row by the row's angles, or back."""
     i_t = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)[:, None]
     o_f = tl.broadcast_to(tl.arange(0, BF)[None, :], (BN, BF))
     m_nf = (o_n < N) & (o_f < F)
-    # Read once for each head, from L1: a thread has one head, so a single row would only have to go round through
+    # Read the angles once per head, from L1. A thread has one head, so a single read would need an exchange through
     # shared memory.
     b_cos = tl.load(p_cos + i_t * F + o_f, mask=m_nf, other=0.0).to(tl.float32)  # [BN, BF]
     b_sin = tl.load(p_sin + i_t * F + o_f, mask=m_nf, other=0.0).to(tl.float32)
@@ -76,9 +76,11 @@ def rotary_kernel(
 
 
 def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool, config: Config | None = None) -> Tensor:
-    """Each pair turned by its row's angle, or back [T, N, H].
+    """Rotate each pair by the angle of its row, or back if `inverse`: [T, N, H].
 
-    The last stride of x is 1, rows and heads may be apart; the angles are contiguous.
+    x_TNH: last stride 1, any row and head strides.
+    cos_TF: contiguous.
+    sin_TF: contiguous.
     """
     y_TNH = x_TNH.new_empty(x_TNH.shape)
     if y_TNH.numel() == 0:
@@ -106,7 +108,7 @@ def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool, conf
 
 
 def compile_specs() -> list[CompileSpec]:
-    """Heads of the paper's models (24 and 32 query heads, 8 kv heads) and every head size, both directions."""
+    """Heads of the paper's models (24 and 32 query heads, 8 kv heads) and all head sizes, in both directions."""
     shapes = [(24, 128, "bf16"), (32, 128, "bf16"), (8, 128, "bf16"), (32, 80, "bf16"), (9, 64, "bf16")]
     shapes += [(24, 128, "fp32")]
     return [_spec(*shape, inverse=inverse) for shape in shapes for inverse in (False, True)]

@@ -1,4 +1,4 @@
-"""Rotary embedding in plain torch, in float32 at least."""
+"""Rotary embedding in plain torch, in at least float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splice: token embeddings and given rows written into one sequence."""
+"""Splice: place token embeddings and given rows in one sequence."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ from arc_kernels.splice.reference import splice_reference
 def splice(
     table_VD: Tensor, ids_N: Tensor, text_rows_N: Tensor, given_ZD: Tensor | None, given_rows_Z: Tensor | None
 ) -> Tensor:
-    """The decoder's input rows [R, D], R = N + Z: table[ids] at `text_rows`, `given` at `given_rows`.
+    """The decoder's input rows [R, D] with R = N + Z: table[ids] at text_rows, given at given_rows.
 
-    table [V, D]; ids, text_rows int64 [N]; given [Z, D], given_rows int64 [Z] (both None where nothing is spliced).
-    The rows together are a permutation of 0 … R - 1. The result has the dtype of the table; gradients go to `given`
-    and, where it wants one, to the table. ValueError on shapes, dtypes or devices that do not fit, ids outside the
-    table, or rows that are no permutation. Ids and rows on a GPU are read only under ARC_KERNELS_CHECK=1; there the
-    kernel makes the row of a wrong id NaN and writes nothing to a wrong row. It takes table rows at any distance from
-    each other; a table whose values of a row are apart (a transposed one) is a ValueError there: every call would have
-    to copy it.
+    table_VD: embedding table [V, D]. The Triton kernel accepts any row stride.
+    ids_N: token ids, int64 [N].
+    text_rows_N: output row of each token, int64 [N].
+    given_ZD: other rows [Z, D]; None to splice nothing.
+    given_rows_Z: output row of each given row, int64 [Z]; None to splice nothing. text_rows and given_rows together are
+        a permutation of 0 … R - 1.
+
+    The result has the dtype of the table. Gradients flow to `given` and, if it requires one, to the table.
+
+    Raises ValueError if shapes, dtypes or devices do not fit, ids are outside the table, or the rows are not a
+    permutation. Ids and rows on a GPU are read only under ARC_KERNELS_CHECK=1. Otherwise the kernel writes NaN for an
+    invalid id and does not write to an invalid row. The kernel also raises ValueError for a table whose rows are not
+    contiguous (a transposed one), because every call would have to copy it.
     """
     check_shape("table_VD", table_VD, (None, None))
     check_shape("ids_N", ids_N, (None,))
     check_shape("text_rows_N", text_rows_N, (ids_N.numel(),))
     if (given_ZD is None) != (given_rows_Z is None):
-        raise ValueError("given_ZD and given_rows_Z come together: one of them is None")
+        raise ValueError("given_ZD and given_rows_Z must be given together: one of them is None")
     if given_ZD is not None and given_rows_Z is not None:
         check_shape("given_ZD", given_ZD, (given_rows_Z.numel(), table_VD.shape[1]))
     check_same_device(
@@ -46,7 +52,7 @@ def splice(
 def _check_table(table_VD: Tensor) -> None:
     if table_VD.shape[1] > 1 and table_VD.stride(1) != 1:
         raise ValueError(
-            f"table_VD has strides {table_VD.stride()}; the Triton kernel wants each row's values side by side: "
+            f"table_VD has strides {table_VD.stride()}; the Triton kernel needs contiguous rows: "
             "make the table contiguous once, or call under arc_kernels.use('reference')"
         )
 

@@ -31,7 +31,7 @@ class _Splice(torch.autograd.Function):
         given_rows_Z: Tensor | None,
     ) -> Tensor:
         wants_table, _, _, wants_given, _ = ctx.needs_input_grad
-        # A frozen table's gradient needs no ids; neither data nor values are needed in backward.
+        # Only the gradient of a trained table needs ids. Backward never needs the values of table or given rows.
         ctx.save_for_backward(
             ids_N if wants_table else None, text_rows_N if wants_table else None, given_rows_Z if wants_given else None
         )

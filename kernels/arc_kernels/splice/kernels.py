@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
-"""Triton kernels of the splice: rows of a table and given rows into one sequence, and its gradients.
+"""Triton kernels of the splice and its gradients: rows of a table and given rows in one sequence.
 
-Each output row is read once and written once. The table's gradient adds up the rows of one token by one program, in
-the order of the sequence (ids are sorted first, stably), so that it has the same bits every time.
+Each output row is read once and written once. For the table's gradient, ids are sorted stably and one program sums the
+rows of a token in sequence order. The result is therefore bit-identical in every run.
 
 Shape letters: R rows, N text rows, Z given rows, V vocabulary, D width; BJ and BD are rows and columns of a tile.
 """
@@ -31,15 +31,15 @@ class Config:
 
 
 def choose_copy(width: int, *, warp_size: int = 32) -> Config:
-    """One row, 16 columns a thread (two loads of 16 bytes in bfloat16), up to 4096 columns a program."""
+    """One row, 16 columns per thread (two loads of 16 bytes in bfloat16), up to 4096 columns per program."""
     block = min(4096, max(16 * warp_size, triton.next_power_of_2(width)))
     return Config(block_rows=1, block_columns=block, num_warps=block // (16 * warp_size))
 
 
 def choose_sum(width: int, *, warp_size: int = 32) -> Config:
-    """16 rows of 256 columns: a token of hundreds of rows is added up in tens of steps, by D / 256 programs.
+    """Tiles of 16 rows by 256 columns: D / 256 programs sum a token with hundreds of rows in tens of steps.
 
-    Most tokens stand in one row: their programs read no more than that one, the rest of the tile is masked.
+    Most tokens occur in one row. Their programs read only that row; the rest of the tile is masked.
     """
     block = min(256, max(16, triton.next_power_of_2(width)))
     return Config(block_rows=16, block_columns=block, num_warps=4 * 32 // warp_size)
@@ -47,7 +47,7 @@ def choose_sum(width: int, *, warp_size: int = 32) -> Config:
 
 @triton.jit
 def _columns(i_r, num_rows, width):
-    """How many columns of row `i_r` may be touched: none of a row that there is not."""
+    """Number of columns of row `i_r` that may be accessed: 0 if the row does not exist."""
     return tl.where((i_r >= 0) & (i_r < num_rows), width, 0)
 
 
@@ -66,7 +66,7 @@ def _splice_forward(
     table_stride,
     BLOCK_D: tl.constexpr,
 ):
-    """Row i of the text and the given rows together; a token outside the table reads nothing and makes its row NaN."""
+    """Write row i of the text rows and given rows. A token outside the table reads nothing and gives a row of NaN."""
     i_n = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if i_n < num_text:
@@ -85,7 +85,7 @@ def _splice_forward(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _gather_rows(p_x, p_rows, p_out, num_rows, width, BLOCK_D: tl.constexpr):
-    """out[i] = x[rows[i]] in the dtype of out; NaN for a row outside x."""
+    """out[i] = x[rows[i]] in the dtype of out; NaN for rows outside x."""
     i_z = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.load(p_rows + i_z)
@@ -107,7 +107,7 @@ def _sum_runs(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[ids[i]] = the sum of x[rows[i]] … x[rows[ends[i] - 1]] where i begins a run of one id; ids are sorted."""
+    """For each i that starts a run of equal ids: out[ids[i]] = sum of x[rows[i]] … x[rows[ends[i] - 1]]. Sorted ids."""
     i_n = tl.program_id(0).to(tl.int64)
     token = tl.load(p_ids + i_n)
     before = tl.load(p_ids + i_n - 1, mask=i_n > 0, other=-1)
@@ -133,7 +133,7 @@ def splice_forward(
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """See `splice`; all contiguous but for the table, whose rows may be apart."""
+    """See `splice`. All tensors are contiguous, except that the table may have any row stride."""
     (vocab_size, width), num_text = table_VD.shape, ids_N.shape[0]
     num_rows = num_text + (0 if given_ZD is None else given_ZD.shape[0])
     config = config or choose_copy(width, warp_size=warp_size())
@@ -160,7 +160,7 @@ def splice_forward(
 
 
 def gather_rows(x_RD: Tensor, rows_Z: Tensor, dtype: torch.dtype, *, config: Config | None = None) -> Tensor:
-    """x[rows] in the given dtype: the gradient of the given rows; both contiguous."""
+    """x[rows] in the given dtype: the gradient of the given rows. Both are contiguous."""
     num_rows, width = x_RD.shape
     config = config or choose_copy(width, warp_size=warp_size())
     out_ZD = x_RD.new_empty(rows_Z.shape[0], width, dtype=dtype)
@@ -188,7 +188,7 @@ def sum_rows_by_id(
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """out[v] = the sum of x[rows[i]] over i with ids[i] = v: the gradient of the table [V, D], added up in float32."""
+    """out[v] = sum of x[rows[i]] over i with ids[i] = v: the gradient of the table [V, D], summed in float32."""
     num_rows, width = x_RD.shape
     config = config or choose_sum(width, warp_size=warp_size())
     out_VD = x_RD.new_zeros(vocab_size, width, dtype=dtype)
@@ -214,7 +214,7 @@ def sum_rows_by_id(
 
 
 def compile_specs() -> list[CompileSpec]:
-    """The kernels as the models at hand launch them, for the offline compiler."""
+    """The kernels as launched by the paper's models, for the offline compiler."""
     shapes = [("bf16", 4096), ("bf16", 3072), ("bf16", 576), ("fp32", 4096)]
     return [make(dtype, width) for make in (_forward_spec, _gather_spec, _sum_spec) for dtype, width in shapes]
 

@@ -12,8 +12,10 @@ from arc_kernels.swiglu.reference import swiglu_reference
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """silu(gate) * up, elementwise, in the dtype of the inputs.
 
-    gate, up: [..., F] of one dtype; rows may be apart, such as the halves of one fused projection. ValueError where
-    shapes, dtypes or devices differ.
+    gate_TF: [..., F], any row stride, such as one half of a fused projection.
+    up_TF: same shape and dtype, any row stride.
+
+    Raises ValueError if shapes, dtypes or devices differ.
     """
     if gate_TF.dim() == 0 or not gate_TF.is_floating_point():
         raise ValueError(f"gate_TF is {gate_TF.dtype} of shape {tuple(gate_TF.shape)}; expected floats [..., F]")

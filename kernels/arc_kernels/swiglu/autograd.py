@@ -1,4 +1,4 @@
-"""SwiGLU as opaque operators with gradients: what torch.compile and autograd see of the kernels."""
+"""SwiGLU as opaque operators with gradients, for torch.compile and autograd."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         wants_gate, wants_up = ctx.needs_input_grad
-        # One pass makes both: a layer whose gate and up are not both in the graph is not worth a second kernel.
+        # One pass computes both gradients. A graph with only gate or only up does not justify a second kernel.
         dgate_TF, dup_TF = swiglu_backward(grads[0], *ctx.saved_tensors)
         return dgate_TF if wants_gate else None, dup_TF if wants_up else None
 

@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs
 """Triton kernels of SwiGLU: y = silu(g) u, and both gradients in one pass.
 
-With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s. s is made again in backward: reading it would cost more.
-The gradients are not written over g and u, though nothing of the layer reads these again: autograd may run a graph
-twice, and a caller may hold the projections.
+With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s. Backward recomputes s; reading it would cost more. The
+gradients do not overwrite g and u, although the layer does not read these again: autograd may run a graph twice, and a
+caller may hold the projections.
 
-Shape letters: T rows, F width; a program has one row and BF of its columns.
+Shape letters: T rows, F width. A program has one row and BF of its columns.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from arc_kernels._interpreter import narrow
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Columns of a program and its warps."""
+    """Columns and warps of a program."""
 
     block_width: int
     num_warps: int
 
 
 def choose(width: int, *, warp_size: int = 32) -> Config:
-    """Eight elements a thread, one 16-byte load of each stream in 16-bit types; 1024 columns divide the usual widths.
+    """Eight elements per thread: one 16-byte load per stream in 16-bit types.
 
-    (8192, 14336, 11264; 11008 wastes 2%.) Small programs fill a multiprocessor to its last thread.
+    1024 columns divide the usual widths (8192, 14336, 11264); 11008 wastes 2%. Small programs use all threads of a
+    multiprocessor.
     """
     block_width = min(1024, triton.next_power_of_2(width))
     return Config(block_width=block_width, num_warps=max(1, block_width // (8 * warp_size)))
@@ -64,7 +65,7 @@ def swiglu_backward_kernel(
     F: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """Both gradients for some columns of one row; the sigmoid is made anew."""
+    """Both gradients for some columns of one row. Recomputes the sigmoid."""
     i_t = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * BF + tl.arange(0, BF)
     m_f = o_f < F
@@ -79,7 +80,7 @@ def swiglu_backward_kernel(
 
 
 def swiglu_forward(gate_TF: Tensor, up_TF: Tensor, *, config: Config | None = None) -> Tensor:
-    """silu(gate) * up [T, F]; the last strides are 1, rows may be apart."""
+    """silu(gate) * up [T, F]. The last strides are 1; row strides are arbitrary."""
     y_TF = gate_TF.new_empty(gate_TF.shape)
     if y_TF.numel() == 0:
         return y_TF
@@ -103,7 +104,7 @@ def swiglu_forward(gate_TF: Tensor, up_TF: Tensor, *, config: Config | None = No
 def swiglu_backward(
     dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, *, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up [T, F]; the last strides are 1, rows may be apart."""
+    """Gradients of gate and up [T, F]. The last strides are 1; row strides are arbitrary."""
     dgate_TF, dup_TF = gate_TF.new_empty(gate_TF.shape), up_TF.new_empty(up_TF.shape)
     if dgate_TF.numel() == 0:
         return dgate_TF, dup_TF

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from arc_ds.errors import DataError, StorageError
 from arc_ds.shards.files import ShardFiles, locate
 from arc_ds.shards.format import INDEX_DTYPE, read_index
-from arc_ds.shards.mappings import Mappings, map_file
+from arc_ds.shards.mappings import MappedFiles, map_file
 from arc_ds.shards.members import BLOCK, decode_member, name_of_header
 from arc_ds.shards.prefetcher import Prefetcher
 from arc_ds.shards.storage.cache import ShardCache
@@ -54,9 +54,9 @@ class ShardSet:
         self._open_nothing()
 
     def _open_nothing(self) -> None:
-        self._indexes = Mappings(partial(_index_rows, self.files))
+        self._indexes = MappedFiles(partial(_index_rows, self.files))
         largest_bytes = max(shard.bytes for shard in self.manifest.shards)
-        self._tars = Mappings(partial(_map_tar, self.files), num_bytes=largest_bytes, cache=self.files.cache)
+        self._tars = MappedFiles(partial(_map_tar, self.files), num_bytes=largest_bytes, cache=self.files.cache)
         self._prefetcher: Prefetcher | None = None
 
     def __len__(self) -> int:

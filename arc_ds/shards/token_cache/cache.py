@@ -21,8 +21,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from arc_ds.errors import ConfigError, DataError, StorageError
+from arc_ds.shards.descriptors import descriptor_shortage
 from arc_ds.shards.files import SideFile
-from arc_ds.shards.mappings import Mappings, is_out_of_descriptors, map_file, with_descriptors
+from arc_ds.shards.mappings import MappedFiles, map_file, with_descriptors
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.token_cache.files import (
     CACHE_FILE,
@@ -58,7 +59,7 @@ def open_token_cache(shards: ShardSet, tokenizer: Tokenizer) -> TokenCache | Non
             if (index := with_descriptors(partial(find, shards, fingerprint))) is not None:
                 return TokenCache(shards, index, is_fetched=is_fetched)
         except (DataError, StorageError, ConfigError) as error:
-            if is_out_of_descriptors(error):
+            if descriptor_shortage(error) is not None:
                 raise
             fault, is_unfit = str(error).rstrip("."), isinstance(error, DataError)  # stale, cut, unfinished
             faults.append(f"{fault}. Run arc-ds shards tokenize again." if is_unfit else f"{fault}.")
@@ -130,7 +131,7 @@ class TokenCache:
         sizes = np.array([index.shards[shard.name].records for shard in shards.manifest.shards], dtype=np.int64)
         self._first: list[int] = (np.cumsum(sizes) - sizes).tolist()
         self._is_named = False
-        self._shards = Mappings(
+        self._shards = MappedFiles(
             self._files.open, num_files=2, num_bytes=self._files.largest_bytes, cache=self._files.kept_in
         )
 
@@ -204,7 +205,7 @@ class _CacheFiles:
             with self._open_file(ids) as file:
                 tokens = map_file(file)
         except (OSError, ValueError, DataError, StorageError) as error:
-            if is_out_of_descriptors(error):
+            if descriptor_shortage(error) is not None:
                 raise
             self.damaged.add(shard_idx)
             name = self.shards.manifest.shards[shard_idx].name

@@ -1,4 +1,4 @@
-"""Mapped files: all of a process together stay within its descriptors, and what is in use stays mapped."""
+"""Mapped files: a process keeps its bounds, and closes the least recently used files first."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import tracemalloc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +25,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.errors import StorageError
-from arc_ds.shards import mappings
+from arc_ds.shards import descriptors
+from arc_ds.shards.descriptors import descriptor_shortage, raise_descriptor_limit
 from arc_ds.shards.format import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo
-from arc_ds.shards.mappings import Mappings, is_out_of_descriptors, raise_descriptor_limit
+from arc_ds.shards.mappings import MappedFiles, close_all
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import ShardCache
 from arc_ds.shards.token_cache.cache import TokenCache, open_token_cache
@@ -55,12 +56,12 @@ def lower_limit() -> Iterator[Callable[[int], None]]:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def lower(limit: int) -> None:
-        mappings._process.empty()
+        close_all()
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
 
     yield lower
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    mappings._process.empty()
+    close_all()
 
 
 def num_open() -> int:
@@ -128,41 +129,44 @@ def test_sets_of_one_cache_hold_no_more_than_a_quarter_of_it_or_one_each(
         return mapped
 
     cache = cache_of(most)
-    held = [Mappings(partial(open_one, nth), num_bytes=size, cache=cache) for nth, size in enumerate(sizes)]
+    held = [MappedFiles(partial(open_one, nth), num_bytes=size, cache=cache) for nth, size in enumerate(sizes)]
     for set_idx, idx in wanted:
         others = [len(of_set) > 0 for of_set in alive]
         assert held[set_idx][idx].idx == idx
         assert held[set_idx][idx] is held[set_idx][idx]
-        assert [mappings.num_held for mappings in held] == [len(of_set) for of_set in alive]
         assert all(had <= (len(of_set) > 0) for had, of_set in zip(others, alive, strict=True)), "each keeps one"
 
 
-def test_sets_of_different_caches_take_no_room_from_each_other() -> None:
-    here, there = cache_of(2), replace(cache_of(2), folder=Path("/nowhere/else"))
-    first, second = (Mappings(Mapped, num_bytes=1, cache=cache) for cache in (here, there))
-    for idx in range(2):
-        assert first[idx] is not second[idx]
-    assert first.num_held == second.num_held == 2
-
-
-def test_what_is_in_use_stays_mapped() -> None:
-    """As of the files of two shuffle windows while the next ones come: 128 in use of 512 that are held.
-
-    To let go what was opened first would open each of them again whenever 512 were opened: 128 / (512 - 128) = 0.33
-    for each new one. Least recently used: 0.03 (the first opening of each); here 0.05.
-    """
-    opened: Counter[bool] = Counter()
+def test_the_least_recently_used_file_is_closed_first() -> None:
+    """As of the files of two shuffle windows while the next ones come: 128 in use of 512 that are held."""
+    opened: Counter[int] = Counter()
 
     def open_one(idx: int) -> object:
-        opened[idx < 128] += 1
+        opened[idx] += 1
         return object()
 
-    held, rng = Mappings(open_one, num_bytes=1, cache=cache_of(512)), random.Random(0)
-    for idx in range(128, 4128):
+    held, rng = MappedFiles(open_one, num_bytes=1, cache=cache_of(512)), random.Random(0)
+    for idx in range(128, 1128):
         held[idx]
         for _ in range(20):
             held[rng.randrange(128)]
-    assert opened[True] < 0.1 * opened[False]
+    assert set(opened.values()) == {1}, "what is in use stays"
+    held[1127 - (512 - 128) + 1]
+    held[1127 - (512 - 128)]
+    assert opened[1127 - (512 - 128) + 1] == 1 and opened[1127 - (512 - 128)] == 2
+
+
+def test_threads_read_what_others_close(folder: Path, lower_limit: Callable[[int], None]) -> None:
+    sources = [open_source(folder) for _ in range(3)]
+    lower_limit(2 * num_open() + 20)
+
+    def read(seed: int) -> None:
+        for idx in random.Random(seed).choices(range(60), k=150):
+            for shards, cache in sources:
+                assert_reads(shards, cache, idx)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
 
 
 def test_a_set_that_is_gone_holds_nothing(folder: Path) -> None:
@@ -184,7 +188,7 @@ def test_what_is_let_go_stays_readable_by_who_holds_it(folder: Path) -> None:
     shards = ShardSet(folder / "shards")
     tar, rows = shards._tars[0], shards._indexes[0]
     whole = bytes(tar), bytes(rows)
-    mappings._process.empty()
+    close_all()
     assert (bytes(tar), bytes(rows)) == whole
     assert shards._tars[0] is not tar
 
@@ -229,7 +233,7 @@ def test_too_many_open_files_is_an_error_of_its_own_and_no_damage(
 def test_mappings_are_let_go_where_others_took_the_descriptors(
     folder: Path, lower_limit: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    mappings._warn_of_descriptors.cache_clear()
+    descriptors.warn_of_shortage.cache_clear()
     shards, cache = open_source(folder)
     lower_limit(num_open() + 60)
     for idx in range(20):
@@ -243,8 +247,8 @@ def test_mappings_are_let_go_where_others_took_the_descriptors(
 
 
 def test_other_errors_are_not_taken_for_it() -> None:
-    assert not is_out_of_descriptors(FileNotFoundError(2, "No such file"))
-    assert not is_out_of_descriptors(StorageError("Too many open files"))
+    assert descriptor_shortage(FileNotFoundError(2, "No such file")) is None
+    assert descriptor_shortage(StorageError("Too many open files")) is None
 
 
 def _reads_in_child(shards: ShardSet, cache: TokenCache, result: multiprocessing.Queue[bool]) -> None:
@@ -322,7 +326,7 @@ def test_a_table_of_texts_is_summed_once(folder: Path, monkeypatch: pytest.Monke
     """To sum it whenever it is mapped again takes longer than to tokenise a record's text."""
     shards, cache = open_source(folder)
     assert_reads(shards, cache, 0)
-    mappings._process.empty()
+    close_all()
     monkeypatch.setattr(hashlib, "sha256", lambda *_: pytest.fail("summed again"))
     assert_reads(shards, cache, 0)
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from arc_ds.launch.signals import StopRequest, die_with_parent, hold_stop_signals
+from arc_ds.launch.signals import StopRequest, hold_stop_signals
 
 if __name__ == "__main__":
     # The imports below take seconds. A stop signal from the launcher during that time must be deferred, not kill us.
@@ -29,6 +29,7 @@ from arc_ds.planning.sizes import check_tasks
 from arc_ds.shards.descriptors import raise_descriptor_limit
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device, select_device
+from arc_ds.system.processes import die_with_parent
 from arc_ds.training.build import build_run
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
 from arc_ds.training.loop import fit

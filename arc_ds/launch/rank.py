@@ -20,8 +20,9 @@ from pathlib import Path
 
 from arc_ds.errors import ArcError
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, exit_code_of
-from arc_ds.launch.signals import die_with_parent, hold_stop_signals
+from arc_ds.launch.signals import hold_stop_signals
 from arc_ds.system.files import write_whole
+from arc_ds.system.processes import die_with_parent
 
 STATUS_FOLDER_VARIABLE = "ARC_DS_STATUS_FOLDER"
 WRAPPER_PID_VARIABLE = "ARC_DS_WRAPPER_PID"

@@ -6,35 +6,15 @@ its handler, it would wait in a collective for ranks that are still training, an
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from types import FrameType
 from typing import Any, TypeVar
 
-from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
-
-__all__ = [
-    "EXIT_FAILED",
-    "EXIT_OK",
-    "EXIT_PREEMPTED",
-    "EXIT_USER_ERROR",
-    "STOP_SIGNALS",
-    "StopRequest",
-    "die_with_parent",
-    "hold_stop_signals",
-]
-
-logger = logging.getLogger(__name__)
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-_PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
 _T = TypeVar("_T")
 
@@ -110,21 +90,3 @@ def hold_stop_signals() -> None:
     Call it first in a rank, before other threads start: threads and child processes inherit the signal mask.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
-def die_with_parent(number: signal.Signals = signal.SIGKILL) -> bool:
-    """Make the kernel signal this process when its parent dies, so no rank outlives its launcher. Linux only.
-
-    Returns whether the kernel accepted the request. If the parent is already dead, the process kills itself because
-    the kernel only reports future deaths. "Parent" means the *thread* that started this process (prctl(2)).
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
-        logger.warning("cannot request a signal when the parent dies: %s", os.strerror(ctypes.get_errno()))
-        return False
-    if os.getppid() != parent:
-        os.kill(os.getpid(), number)
-    return True

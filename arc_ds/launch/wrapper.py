@@ -28,10 +28,9 @@ from types import FrameType
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
 from arc_ds.launch.rank import STATUS_FOLDER_VARIABLE, WRAPPER_PID_VARIABLE, RankStatus, read_statuses
-from arc_ds.launch.signals import die_with_parent
 from arc_ds.system import dist
 from arc_ds.system.device import num_local_devices, wanted_kind
-from arc_ds.system.processes import num_cores
+from arc_ds.system.processes import die_with_parent, num_cores
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +110,7 @@ def launch(module: str, arguments: Sequence[str], *, num_procs: int, device_requ
         former = {number: signal.signal(number, watch.on_signal) for number in _FORWARDED}
         try:
             # Own session: Ctrl-C in the terminal reaches only this process, which forwards it.
-            launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+            launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
             watch.until_end(launcher)
         finally:
             for number, handler in former.items():
@@ -146,10 +145,6 @@ def _environment(folder: str, num_procs: int, device_request: str) -> dict[str, 
 
 def _on_cpu(device_request: str) -> bool:
     return wanted_kind(device_request) == "cpu"
-
-
-def _end_with_parent() -> None:
-    die_with_parent()
 
 
 @dataclass(kw_only=True)

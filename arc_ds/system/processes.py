@@ -1,44 +1,56 @@
-"""Processes that share the work of the shard tools. They end with their parent, and the death of one ends the work."""
+"""Worker processes of the shard tools, and processes that end with their parent."""
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import multiprocessing
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
-from multiprocessing.synchronize import Barrier
 
 from arc_ds.errors import ArcError, DataError
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
 def worker_pool(
     num_workers: int, begin: Callable[..., None] | None = None, *args: object
 ) -> Iterator[ProcessPoolExecutor]:
-    """Processes that each call `begin(*args)` first, and end with this one.
+    """Processes that each call `begin(*args)` first. They ignore Ctrl-C and end with this process.
 
-    DataError where one of them dies or cannot be started; what `begin` raises of `arc_ds.errors`.
+    An error of `arc_ds.errors` that `begin` raises arrives as itself. DataError if a worker dies or cannot be started.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads half-way
-    all_begin, told = context.Barrier(num_workers), context.SimpleQueue()
+    if num_workers < 1:
+        raise DataError(f"{num_workers} workers cannot do anything. Give at least 1 (--workers).")
+    failures = context.SimpleQueue()
     pool = ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_begin_process, initargs=(all_begin, told, begin, args)
+        num_workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(), failures, begin, args)
     )
-    workers: list[BaseProcess] = []
+    workers: set[BaseProcess] = set()
+    others = set(multiprocessing.active_children())
     try:
-        workers = _start_all(pool, num_workers)
+        try:
+            _start_workers(pool, num_workers)
+        finally:
+            workers = set(multiprocessing.active_children()) - others
         yield pool
     except BrokenProcessPool as error:
-        _kill(workers)
-        if not told.empty():
-            raise told.get() from error
+        # Python ends the workers of a broken pool, except one that it was just starting: it waits for that one forever.
+        for worker in workers:
+            worker.kill()
+        if not failures.empty():
+            raise failures.get() from error
         raise DataError(
             "a worker process died, most likely for lack of memory. Run the same command again with fewer --workers. "
             "(A script of your own that starts workers must do so below `if __name__ == '__main__':`.)"
@@ -47,74 +59,53 @@ def worker_pool(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_all(pool: ProcessPoolExecutor, num_workers: int) -> list[BaseProcess]:
-    """Start every worker now, not when there is work for it: later Python would miss that another one dies meanwhile.
+def _start_workers(pool: ProcessPoolExecutor, num_workers: int) -> None:
+    """Start every worker now: Python may miss the death of one that it starts later, for a task.
 
-    BrokenProcessPool where that happens here. Where they do not all come to be, none is left: those that are there
-    wait for the others.
+    SIGINT is blocked meanwhile, so that a worker never hears of it: it inherits the mask.
     """
-    others = set(multiprocessing.active_children())
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
-        with _without_ctrl_c():  # nor do the workers hear of it, from their first moment on
-            for _ in range(num_workers):
-                pool.submit(abs, 0)  # none is idle before all begin, so each starts another one
-    except BaseException as error:
-        _kill(set(multiprocessing.active_children()) - others)
-        if isinstance(error, OSError) and error.errno is not None:
-            raise DataError(f"{num_workers} workers cannot be started: {error}. Give fewer --workers.") from error
-        if isinstance(error, OSError | ValueError):  # of pipes that Python has closed, since a worker died
+        for _ in range(num_workers):
+            pool.submit(abs, 0)  # a worker takes longer to start than all of these
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) is None:  # Python has closed the pipes, because a worker died
             raise BrokenProcessPool(str(error)) from error
-        raise
-    return [worker for worker in multiprocessing.active_children() if worker not in others]
-
-
-def _kill(workers: Iterable[BaseProcess]) -> None:
-    """Python ends a broken pool's workers, but for one that it was just starting, which it would wait for for ever."""
-    for worker in workers:
-        worker.kill()
-
-
-@contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """SIGINT waits for the end of the block, and for ever in processes that start in it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))  # what new processes inherit
-    received: list[int] = []
-    is_main = threading.current_thread() is threading.main_thread()  # Python handles signals there, whoever gets them
-    former = signal.signal(signal.SIGINT, lambda number, _: received.append(number)) if is_main else None
-    try:
-        yield
+        raise DataError(f"{num_workers} workers cannot be started: {error}. Give fewer --workers.") from error
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if is_main:
-            signal.signal(signal.SIGINT, former)
-    if received and callable(former):
-        former(signal.SIGINT, None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _begin_worker(
+    parent: int, failures: SimpleQueue[ArcError], begin: Callable[..., None] | None, args: tuple[object, ...]
+) -> None:
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers share the host's cores
+    try:
+        if begin is not None:
+            begin(*args)
+    except ArcError as error:
+        failures.put(error)
+        os._exit(1)
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when its parent dies (Linux only).
+
+    parent: its process number, for a process that may be called after that one has died; it ends itself then. Note that
+        the kernel takes the *thread* that started this process for the parent (prctl(2)).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = parent or os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+        logger.warning("cannot tie this process to its parent: %s", os.strerror(ctypes.get_errno()))
+    elif os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _begin_process(
-    all_begin: Barrier, told: SimpleQueue[ArcError], begin: Callable[..., None] | None, args: tuple[object, ...]
-) -> None:
-    """Ctrl-C is for the parent to handle; a worker ends with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers share the host's cores
-    all_begin.wait()
-    if begin is None:
-        return
-    try:
-        begin(*args)
-    except ArcError as error:
-        told.put(error)
-        os._exit(1)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
-    wait([parent.sentinel])
-    os._exit(1)

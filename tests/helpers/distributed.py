@@ -142,7 +142,7 @@ def _free_port() -> int:
 
 def _serve(pipe: Connection, rank: int, num_ranks: int, port: int, stack_file: str) -> None:
     """A rank's life: join the group, then run what comes until the pipe closes."""
-    from arc_ds.launch.signals import die_with_parent
+    from arc_ds.system.processes import die_with_parent
 
     die_with_parent()
     stacks = open(stack_file, "w")  # noqa: SIM115 - open as long as the process lives

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from arc_ds.errors import ConfigError
-from arc_ds.launch.signals import EXIT_OK, EXIT_PREEMPTED, StopRequest
+from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.signals import StopRequest
 
 
 def main(arguments: list[str]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from arc_ds.checkpoints.checkpoint import list_checkpoints, step_of
-from arc_ds.launch.signals import die_with_parent
+from arc_ds.system.processes import die_with_parent
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf

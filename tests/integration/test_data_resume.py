@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from arc_ds.data.loading.loader import StepData, make_loader
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.data.order.mixture import BLOCK
-from arc_ds.launch.signals import die_with_parent
+from arc_ds.system.processes import die_with_parent
 from arc_ds.tokenizers import load_tokenizer
 from tests.helpers.batches import digest, sequences
 from tests.helpers.tiny_mixture import IN_CONTEXT_EXAMPLES, SIZES, WEIGHTS, TinyMixture

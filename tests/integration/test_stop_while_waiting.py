@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED
-from arc_ds.launch.signals import die_with_parent
 from arc_ds.system.dist import free_port
+from arc_ds.system.processes import die_with_parent
 from tests.helpers.tiny_run import ROOT, last_saved_step, losses
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -59,6 +59,17 @@ if __name__ == "__main__":
     with worker_pool(12) as pool:
         pool.submit(time.sleep, 1).result()
 """
+KILLED = """
+import multiprocessing, os, signal, time
+from arc_ds.system.processes import worker_pool
+
+if __name__ == "__main__":
+    with worker_pool(2) as pool:
+        pool.submit(time.sleep, 600)
+        pool.submit(abs, 1).result()
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
 _begun_with = ""
 
 
@@ -80,30 +91,30 @@ def test_workers_begin_as_told_and_leave_ctrl_c_to_their_parent() -> None:
     assert set(multiprocessing.active_children()) <= others
 
 
+def _run(script: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(path), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
 def test_a_worker_that_python_overlooks_does_not_hold_up_the_error(tmp_path: Path) -> None:
-    script = tmp_path / "left_over.py"
-    script.write_text(LEFT_OVER)
-    ended = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "sign")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-    )
+    ended = _run(LEFT_OVER, tmp_path, str(tmp_path / "sign"))
     assert ended.returncode == 1 and "DataError: a worker process died" in ended.stderr
 
 
 def test_ctrl_c_while_workers_start_ends_them_and_the_program(tmp_path: Path) -> None:
-    script = tmp_path / "interrupted.py"
-    script.write_text(INTERRUPTED)
-    ended = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-    )
-    assert ended.returncode == -signal.SIGINT and ended.stderr.rstrip().endswith("KeyboardInterrupt"), ended.stderr
+    ended = _run(INTERRUPTED, tmp_path)
+    assert ended.returncode == -signal.SIGINT and "KeyboardInterrupt" in ended.stderr, ended.stderr
+
+
+def test_workers_end_with_a_killed_parent_idle_or_busy(tmp_path: Path) -> None:
+    workers = [int(word) for word in _run(KILLED, tmp_path).stdout.split()]
+    deadline = time.monotonic() + 10
+    while len(workers) < 2 or any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, workers
+        time.sleep(0.01)
 
 
 def _cannot_begin() -> None:
@@ -130,6 +141,8 @@ def test_workers_that_cannot_be_started_are_named_with_the_reason(monkeypatch: p
     with pytest.raises(DataError, match="4 workers cannot be started: .*Too many open files.*fewer"), worker_pool(4):
         pytest.fail("the workers started")
     assert len(started) == 2 and not any(process.is_alive() for process in started)
+    with pytest.raises(DataError, match="at least 1"), worker_pool(0):
+        pytest.fail("there are none")
 
 
 def test_children_that_are_not_of_the_pool_are_left_alone() -> None:

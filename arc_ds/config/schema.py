@@ -24,9 +24,7 @@ PoolingStrategy = Literal[
     "prune_norm",
 ]  # fmt: skip
 ShareSchedule = tuple[tuple[int, float], ...]
-Factor = Annotated[
-    int, Range(at_least=1, cure="A factor is tokens per group: 1 keeps every token, 8 is the paper's.")
-]
+Factor = Annotated[int, Range(at_least=1, cure="A factor is tokens per group: 1 keeps every token, 8 is the paper's.")]
 Decay = Annotated[float, Range(at_least=0, below=1)]
 DEFAULT_TRUNCATED_LAYERS = 2
 

@@ -58,9 +58,7 @@ def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, 
     _say("4. A held-out passage, compressed and read by the decoder")
     _use(export)
     image = out / "demo.png"
-    picture.draw(
-        run_dir / METRICS_NAME, image, title="ARC-Encoder for SmolLM2-135M", interrupted_at=interrupted_at
-    )
+    picture.draw(run_dir / METRICS_NAME, image, title="ARC-Encoder for SmolLM2-135M", interrupted_at=interrupted_at)
     _close(run_dir, image, export, minutes=(time.monotonic() - started) / 60)
     return 0
 
@@ -178,9 +176,7 @@ def _close(run_dir: Path, image: Path, export: Path, *, minutes: float) -> None:
         prefix = name.rsplit("/", 1)[0]
         values = [last[f"{prefix}/nll_{kind}"] for kind in ("closed", "mismatched", "compressed", "open")]
         label = "/".join(prefix.split("/")[1:])
-        print(
-            f"   {label:32}{values[0]:>9.3f}{values[1]:>9.3f}{values[2]:>12.3f}{values[3]:>11.3f}{last[name]:>12.3f}"
-        )
+        print(f"   {label:32}{values[0]:>9.3f}{values[1]:>9.3f}{values[2]:>12.3f}{values[3]:>11.3f}{last[name]:>12.3f}")
     print("   Gap closed: 0 if the compressed text is useless, 1 if it is as good as the full text.")
     print(f"   Picture: {image}   Weights: {export}   Minutes: {minutes:.1f}")
     print(f"   The run in MLflow: mlflow ui --backend-store-uri sqlite:///{(run_dir / 'mlflow.db').resolve()}")

@@ -84,9 +84,7 @@ class Decoder(nn.Module):
 
         In training, rows before a sequence's first compressed row run without gradient (`packing.PrefixSplit`).
         """
-        x_RD = self.tok_embeddings(
-            rows.ids, rows.text_rows, z_ZD, None if z_ZD is None else rows.compressed_rows
-        )
+        x_RD = self.tok_embeddings(rows.ids, rows.text_rows, z_ZD, None if z_ZD is None else rows.compressed_rows)
         rope = rope_at(rows.positions, self.config)
         spans = Spans.within(rows.cu_seqlens, rows.max_seqlen, causal=True)
         if rows.prefix is not None and caches is None and torch.is_grad_enabled() and x_RD.requires_grad:

@@ -75,7 +75,9 @@ def check_angles(angles: Mapping[str, Tensor], x_TNH: Tensor, *, has_gradient: b
     for name, angle in angles.items():
         check_shape(name, angle, (num_rows, head_dim // 2))
         if angle.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name} is {angle.dtype}; expected float32: coarser angles rotate distant positions wrongly")
+            raise ValueError(
+                f"{name} is {angle.dtype}; expected float32: coarser angles rotate distant positions wrongly"
+            )
         if angle.requires_grad and not has_gradient:
             raise ValueError(
                 f"{name} requires a gradient, but the kernel has none; detach it, or call under "

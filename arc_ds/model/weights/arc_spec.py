@@ -87,9 +87,7 @@ def spec_of_params(params: ArcParams, backbone: BackboneConfig, num_ports: int) 
     )
 
 
-def params_of_spec(
-    spec: CompressorSpec, *, param_dtype: str, trained_layers: int, train_embeddings: bool
-) -> ArcParams:
+def params_of_spec(spec: CompressorSpec, *, param_dtype: str, trained_layers: int, train_embeddings: bool) -> ArcParams:
     """The settings of an ARC checkpoint for a compressor of this spec.
 
     param_dtype: "float32" or "bfloat16", the dtype of the tensors that will be written.

@@ -148,9 +148,7 @@ def _wanted(module: nn.Module, prefix: str, skip: NamePredicate) -> dict[str, st
     return {name: name[len(prefix) :] for name in names if not skip(name[len(prefix) :])}
 
 
-def _fill(
-    module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None
-) -> None:
+def _fill(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> None:
     parameter = module.get_parameter(name)
     target = dtype or parameter.dtype
     if parameter.is_meta:

@@ -52,7 +52,7 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["data.sources=[]"], ["data.sources"]),
         (["data.sources.0.weight=0"], ["data.sources.0.weight"]),
         (["data.max_context_tokens=0"], ["data.max_context_tokens"]),
-        (["data.max_encoder_tokens=255"], ["data.max_encoder_tokens is 255; expected 256", "null sets no limit"]),
+        (["data.max_encoder_tokens=255"], ["data.max_encoder_tokens is 255; expected 256", "null: no limit"]),
         (["data.max_encoder_tokens=256", "pooling.factors=[]", "pooling.memory_tokens=8"], ["expected 264"]),
         (
             ["data.max_encoder_tokens=9000", "data.sources.0.task=long_context", "data.max_chunks=9"],
@@ -73,7 +73,10 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["data.sources.0.task=few_shot", "data.sources.0.in_context_examples=-1"], ["0.in_context_examples is -1"]),
         (["data.sources.0.task=few_shot", "data.sources.0.max_passages=0"], ["data.sources.0.max_passages is 0"]),
         (["data.sources.0.task=long_context", "data.sources.0.chunk_tokens=0"], ["data.sources.0.chunk_tokens is 0"]),
-        (["data.sources.0.in_context_examples=5"], ["in_context_examples is 5", "few_shot uses this key", "is pretraining"]),
+        (
+            ["data.sources.0.in_context_examples=5"],
+            ["in_context_examples is 5", "few_shot uses this key", "is pretraining"],
+        ),
         (["data.sources.0.task=few_shot", "data.sources.0.chunk_tokens=512"], ["chunk_tokens is 512", "long_context"]),
         (["data.sources.0.task=fewshot"], ["data.sources.0.task: the task is 'fewshot'", "Did you mean few_shot"]),
         (["data.validation=[{path: v, task: x}]"], ["data.validation.0.task", "one of few_shot, long_context"]),

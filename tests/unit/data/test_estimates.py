@@ -26,9 +26,7 @@ LIMITS = TaskLimits(bos=False, markers=frozenset())
 FOURS = PoolingSpec((GroupRule("factor", 4),))
 
 
-def estimate(
-    task: str, tokens: list[int], *, limits: TaskLimits = LIMITS, asked: AskedMeans | None = None
-) -> Estimate:
+def estimate(task: str, tokens: list[int], *, limits: TaskLimits = LIMITS, asked: AskedMeans | None = None) -> Estimate:
     return Estimator(limits, FOURS, asked).estimate(task, tokens)  # type: ignore[arg-type]
 
 

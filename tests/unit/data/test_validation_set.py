@@ -43,12 +43,8 @@ class Setting:
     def sources(self) -> list[Source]:
         return [Source(shards=ShardSet(folder), limits=LIMITS) for folder in self.folders]
 
-    def examples(
-        self, sources: list[Source], num: int, on_error: OnError = "stop"
-    ) -> tuple[tuple[Example, ...], ...]:
-        return validation_examples(
-            sources, num, encoder=self.encoder, readers=self.readers, on_error=on_error
-        )
+    def examples(self, sources: list[Source], num: int, on_error: OnError = "stop") -> tuple[tuple[Example, ...], ...]:
+        return validation_examples(sources, num, encoder=self.encoder, readers=self.readers, on_error=on_error)
 
 
 @pytest.fixture(scope="module")

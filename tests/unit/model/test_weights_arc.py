@@ -67,9 +67,7 @@ def test_query_rows_are_turned_and_others_are_not(golden: Path):
         found = source.tensor(f"encoder.layers.1.attention.{name}.weight")
         assert torch.equal(tiny.interleaved(found, heads), stored)
         assert not torch.equal(found, stored)
-    assert torch.equal(
-        source.tensor("encoder.layers.1.attention.wv.weight"), file["layers.1.attention.wv.weight"]
-    )
+    assert torch.equal(source.tensor("encoder.layers.1.attention.wv.weight"), file["layers.1.attention.wv.weight"])
 
 
 @pytest.mark.parametrize("name", ["arc_mlp", "arc_multi"])

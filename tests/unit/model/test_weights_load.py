@@ -78,9 +78,7 @@ class Truncated(nn.Module):
 def test_truncated_encoder_takes_its_layers_and_reads_no_other(opened):
     source, tensors = opened
     model, counting = Truncated(source.config), CountingSource(source)
-    load_backbone(
-        model, counting, prefix="encoder.", skip=lambda name: name == "memory", allow_unused=beyond_layers(1)
-    )
+    load_backbone(model, counting, prefix="encoder.", skip=lambda name: name == "memory", allow_unused=beyond_layers(1))
     assert torch.equal(model.encoder.layers[0].attention.wq.weight, tensors["layers.0.attention.wq.weight"].float())
     assert torch.equal(model.encoder.memory, torch.ones(2, 32))
     assert not any(name.startswith(("layers.1", "norm", "output")) for name in counting.read)

@@ -20,7 +20,7 @@ class RopeScaling:
 class BackboneConfig:
     """Sizes and constants of a pre-norm decoder-only transformer of the Llama kind.
 
-    family: "llama" | "mistral" | "olmo" | ...; selects the table of tensor names for its weights.
+    family: "llama" | "mistral" | "olmo" | ...; the origin of the weights. Exports record it; nothing computes with it.
     norm: "rms" (weight, no mean) or "layer" (OLMo-1: mean and variance, no parameters).
     rope_scaling: None if positions are not scaled, or if the run ignores the checkpoint's scaling.
 

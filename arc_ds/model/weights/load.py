@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from arc_ds.errors import WeightsError
+from arc_ds.errors import ArcError, WeightsError
 from arc_ds.model.weights.names import Shape
+from arc_ds.system import dist
 
 NamePredicate = Callable[[str], bool]
 
@@ -70,7 +71,7 @@ def load_backbone(
         else:
             _fill(module, name, source.tensor(source_name), dtype, device)
     if any(_is_partitioned(parameter) for parameter in module.parameters()):
-        _raise_everywhere(failure)
+        dist.raise_together(failure)
 
 
 def check_fit(
@@ -171,26 +172,16 @@ def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 
 def _fill_partitioned(parameter: nn.Parameter, source: TensorSource, name: str) -> Exception | None:
     """Fill one gathered parameter. Returns a read error instead of raising it: the other ranks wait in the gather."""
-    import torch.distributed as torch_dist
-
     with gathered([parameter]):
-        if torch_dist.get_rank() != 0:
+        if dist.rank() != 0:
             return None
         try:
             copy_into(parameter, source.tensor(name))
-        except Exception as error:  # the caller raises it on all ranks, which would otherwise hang
+        except ArcError as error:  # the caller raises it on all ranks, which would otherwise hang
             return error
+        except Exception as error:
+            return WeightsError(str(error))
     return None
-
-
-def _raise_everywhere(failure: Exception | None) -> None:
-    """Raise rank 0's failure as a WeightsError on every rank."""
-    import torch.distributed as torch_dist
-
-    message: list[Any] = [None if failure is None else str(failure)]
-    torch_dist.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise WeightsError(message[0]) from failure
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:

@@ -41,8 +41,8 @@ BUDGETS_S = {"environment": 25, "right": 145, "step": 130, "fast": 140, "program
 README = ROOT / "kernels" / "README.md"
 MEASURED_HEADING = "## Measured\n"
 NOT_MEASURED = """\
-Not measured: no GPU so far. Nothing above says how fast the kernels are, nor that they compute on a GPU what they
-compute under the interpreter. `make gpu-day` measures both and writes this section (`tools/gpu_day.md`).
+Not measured yet, for lack of a GPU. Nothing above shows how fast the kernels are, or that they compute the same on a
+GPU as under the interpreter. `make gpu-day` measures both and writes this section (`tools/gpu_day.md`).
 """
 
 BAD_WORDS = ("failed", "wrong", "different", "ended early")

@@ -32,7 +32,7 @@ class CompileSpec:
     """The default is Triton's own default for launches."""
 
     hip_num_warps: int | None = None
-    """Warps on AMD, where a warp has 64 lanes and a program at most 1024 threads. None: same as num_warps."""
+    """Warps on AMD. A warp has 64 lanes there, and a program at most 1024 threads. None: same as num_warps."""
 
     divisible_by_16: tuple[str, ...] = ()
     """Arguments that are multiples of 16 (pointers: aligned to 16 bytes). A launch detects this itself."""

@@ -1,14 +1,14 @@
-"""Compiles every kernel for sm_80, sm_86, sm_90 and gfx942 without a GPU and prints what each takes of the chip.
+"""Compile every kernel for sm_80, sm_86, sm_90 and gfx942 without a GPU and print its resource usage.
 
     python kernels/benchmarks/compile_offline.py [--kernel NAME …] [--target NAME …] [--select REGEX] [--csv FILE]
 
-One row for each entry of the kernels' `compile_specs()` and target: registers and spilled bytes of a thread, shared
-memory of a block, and how many matrix (tensor-core) instructions stand in the machine code. Exit code 1, with the rows
-named, where a kernel does not compile, spills, takes more shared memory than a block of the chip can have, or is a
-matrix kernel without matrix instructions. The tools that read NVIDIA's machine code come with triton.
+There is one row per entry of the kernels' `compile_specs()` and target. It has registers and spilled bytes per thread,
+shared memory per block, and the number of matrix (tensor-core) instructions in the machine code. The exit code is 1 if
+a kernel does not compile, spills, exceeds the chip's shared memory per block, or is a matrix kernel without matrix
+instructions; these rows are listed. The tools that read NVIDIA's machine code come with triton.
 
-A whole run of 888 rows takes about a quarter of an hour on two CPU cores without other work (AMD EPYC, triton 3.7.1,
-2026-11-22: the first 284 in under four minutes); what triton has in its cache is not compiled again.
+A complete run of 888 rows takes about a quarter of an hour on two idle CPU cores (AMD EPYC, triton 3.7.1, 2026-11-22:
+the first 284 in under four minutes). Kernels in triton's cache are not compiled again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One compilation. Specs hold functions that cannot be pickled, so a worker finds its own by name."""
+    """One compilation. A worker finds its spec by name, because specs contain functions that cannot be pickled."""
 
     kernel: str
     target: str
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table; figures are empty where the kernel did not compile."""
+    """One line of the table. Figures are empty if the kernel did not compile."""
 
     kernel: str
     name: str
@@ -69,14 +69,14 @@ class Row:
     spill_bytes: int | str = ""
     shared_bytes: int | str = ""
     matrix_opcode: str = ""
-    """The instruction that a matrix kernel must have; empty for the other kernels."""
+    """The instruction that a matrix kernel must contain; empty for other kernels."""
 
     matrix_instructions: int | str = ""
     problems: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit code is 1 where a row has a problem."""
+    """Run the command line. The exit code is 1 if a row has a problem."""
     arguments = _parser().parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("unset TRITON_INTERPRET: under the interpreter there is nothing to compile", file=sys.stderr)
@@ -111,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compile_row(job: Job) -> Row:
-    """Compiles one kernel and reads its machine code. A failure to compile is a row with that problem."""
-    # A notice about the next triton's default, once a process: not about the kernel at hand.
+    """Compile one kernel and read its machine code. A compile error gives a row with that problem."""
+    # A notice about the next triton's default, once per process. It does not concern this kernel.
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     spec = specs_of(job.kernel, job.target)[job.name]
     warps = spec.hip_num_warps if job.target.startswith("gfx") and spec.hip_num_warps else spec.num_warps
@@ -126,7 +126,7 @@ def compile_row(job: Job) -> Row:
     )
     try:
         resources = resources_of(spec, job.target)
-    except Exception as error:  # whatever the compiler's passes raise: the other kernels' rows are wanted all the same
+    except Exception as error:  # compiler passes raise any type; the other kernels still need rows
         return replace(row, problems=f"does not compile: {type(error).__name__}: {str(error).strip()[:300]}")
     return replace(
         row,
@@ -139,7 +139,7 @@ def compile_row(job: Job) -> Row:
 
 
 def resources_of(spec: Any, target: str) -> Resources:
-    """Compiles one spec for a target and reads its machine code."""
+    """Compile one spec for a target and read its machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -154,18 +154,18 @@ def resources_of(spec: Any, target: str) -> Resources:
 
 
 def _tile_rows(spec: Any) -> int:
-    """Rows of the products of an attention kernel: keys in the one that makes their gradients, else queries."""
+    """Rows of an attention kernel's matrix products: keys in the kernel of their gradients, otherwise queries."""
     return spec.constexprs["BLOCK_N" if spec.name.startswith("attention_dkv") else "BLOCK_M"]
 
 
 @cache
 def specs_of(kernel: str, target: str) -> dict[str, Any]:
-    """A kernel's specs by name. Attention's tiles differ by chip, the others' do not."""
+    """The specs of a kernel by name. Only attention's tiles depend on the chip."""
     module = import_module(f"arc_kernels.{kernel}.kernels")
     specs = module.compile_specs(target) if kernel == "attention" else module.compile_specs()
     by_name = {spec.name: spec for spec in specs}
     if len(by_name) < len(specs):
-        raise ValueError(f"names of {kernel}'s compile_specs() repeat; expected each to be unique")
+        raise ValueError(f"names in {kernel}'s compile_specs() repeat; expected unique names")
     return by_name
 
 
@@ -175,12 +175,12 @@ def _jobs(kernel: str, target: str) -> Iterator[Job]:
 
 
 def in_processes(function: Callable[[_Job], _Result], jobs: list[_Job], num_workers: int) -> Iterator[_Result]:
-    """The results of all jobs, in their order, as they come in."""
+    """Yield the results of all jobs in order, as soon as they are available."""
     show_progress(0, len(jobs))
     if num_workers == 1:
         yield from map(function, jobs)
         return
-    # Fresh processes: LLVM's and torch's threads do not survive a fork.
+    # Spawn processes: LLVM's and torch's threads do not survive a fork.
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(function, jobs)
 
@@ -193,7 +193,7 @@ def _stamp() -> dict[str, str]:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
-    """One line at a time: what a run has compiled before it is stopped is kept."""
+    """Append one line. An interrupted run keeps its rows."""
     is_new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(line), lineterminator="\n")
@@ -209,7 +209,7 @@ def _line(*cells: object) -> str:
 
 
 def show_progress(done: int, total: int) -> None:
-    """On a terminal, how many rows there are; `clear_progress` takes the line away before the next row."""
+    """Show the number of rows on a terminal. `clear_progress` removes the line before the next row."""
     if sys.stderr.isatty():
         print(f"\r{done} of {total}", end="", file=sys.stderr, flush=True)
 
@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """A number of processes, as argparse wants it."""
+    """Parse a number of processes for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")

@@ -1,8 +1,8 @@
 """The cases of `dry_launch.py`: every public function at every configuration, on few rows.
 
-They come from three places: the benchmark's cases (the widths of the paper's models) in each dtype, the kernels'
-`compile_specs()` (each spec turned back into a call that launches it), and `_variants`, which add the arguments and
-shapes that neither has.
+The cases have three sources: the benchmark's cases (the widths of the paper's models) in each dtype, the kernels'
+`compile_specs()` (each spec converted back to a call that launches it), and `_variants`, which add arguments and shapes
+that neither source has.
 
 Shape letters: T rows, U keys, N heads, K kv heads, H head size, D width, F feed-forward width, V vocabulary.
 """
@@ -28,10 +28,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("full", "causal", "limits")
 NORMS = ("none", "rms", "layer")
 CHIP: Chip = "sm_90"
-NUM_KV_HEADS = 8  # as the specs have
-LONG = 130  # keys: beyond any tile
+NUM_KV_HEADS = 8  # same as in the specs
+LONG = 130  # keys; longer than any tile
 SHORT = (64, 16)
-"""Lengths up to which attention cuts its tiles smaller."""
+"""Lengths up to which attention uses smaller tiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,14 @@ class DryCase:
 
     function: Function
     inputs: Callable[[], dict[str, Any]]
-    """The tensors, by keyword, made anew at each call; their values do not matter but for indices."""
+    """Create the tensors, by keyword. Their values do not matter, except for indices."""
 
     wants_grad: tuple[str, ...]
 
 
 @cache
 def cases_of(kernel: str) -> dict[str, DryCase]:
-    """All cases of one folder of `arc_kernels`, by name. A case that two sources have comes once."""
+    """All cases of one folder of `arc_kernels`, by name, without duplicates."""
     by_name: dict[str, DryCase] = {}
     for case in (*_from_benchmark(kernel), *_from_specs(kernel), *_VARIANTS[kernel]()):
         by_name.setdefault(case.name, case)
@@ -74,7 +74,7 @@ _FOLDERS = {
     "splice": "splice",
     "swiglu": "swiglu",
 }
-"""Where the functions of the benchmark's cases are."""
+"""The folder of each function in the benchmark's cases."""
 
 
 def _from_benchmark(kernel: str) -> Iterator[DryCase]:
@@ -90,13 +90,13 @@ def _from_benchmark(kernel: str) -> Iterator[DryCase]:
 
 
 def _benchmark_inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The inputs of a benchmark's case in another dtype than bfloat16."""
+    """The inputs of a benchmark case in another dtype than bfloat16."""
     inputs = case.inputs(torch.device("cpu"))
     return {name: x.to(dtype) if x.dtype == torch.bfloat16 else x for name, x in inputs.items()}
 
 
 def _from_specs(kernel: str) -> Iterator[DryCase]:
-    """A call for each spec; several specs of one call (forward and backward) give equal cases."""
+    """One call per spec. Several specs of one call (forward and backward) give equal cases."""
     specs = specs_of(kernel, CHIP).values()
     if kernel == "attention":
         yield from _attention_from_specs(specs)
@@ -106,7 +106,7 @@ def _from_specs(kernel: str) -> Iterator[DryCase]:
 
 
 def _dtype_of(spec: Any) -> str:
-    """The dtype of the data. Kernels of 16 bits have statistics of 32 beside them."""
+    """The dtype of the data. 16-bit kernels also have 32-bit statistics."""
     kinds = spec.signature.values()
     return next((dtype for dtype in ("bf16", "fp16") if f"*{dtype}" in kinds), "fp32")
 
@@ -262,7 +262,7 @@ def _splice_from_spec(constants: dict[str, Any], dtype: str) -> DryCase:
 
 
 def _splice(dtype: str, width: int) -> DryCase:
-    """Four tokens of a table of 33 (the specs take the vocabulary for no multiple of 16), and two rows between them."""
+    """Four tokens from a table of 33, and two rows between them. (In the specs, V is not a multiple of 16.)"""
 
     def inputs() -> dict[str, Tensor]:
         return {
@@ -304,7 +304,7 @@ def _splice_variants() -> Iterator[DryCase]:
 
 
 def _cross_entropy_from_spec(constants: dict[str, Any], dtype: str) -> DryCase:
-    """The vocabulary is cut down to one block: the number of blocks is no constant."""
+    """Reduce the vocabulary to one block, because the number of blocks is not a constant of the kernel."""
     trains = constants.get("WRITES_GRADIENT", True)
     return _cross_entropy(dtype, constants.get("BLOCK_V", 64), constants.get("BLOCK_D", 64), trains=trains)
 
@@ -327,7 +327,7 @@ def _cross_entropy(dtype: str, vocab_size: int, width: int, *, trains: bool = Tr
 
 
 def _cross_entropy_variants() -> Iterator[DryCase]:
-    # An odd vocabulary, whose logits have rows of 64 more; one that takes two blocks; one token.
+    # An odd vocabulary, whose rows of logits are padded to a multiple of 64; one with two blocks; one token.
     for dtype, vocab_size in product(DTYPES, (1, 101, 32000)):
         yield _cross_entropy(dtype, vocab_size, 100)
     yield _cross_entropy("bf16", 64, 1)
@@ -342,7 +342,7 @@ def _attention_from_specs(specs: Iterable[Any]) -> Iterator[DryCase]:
     for spec in specs:
         constants, dtype = spec.constexprs, _dtype_of(spec)
         heads.append((dtype, constants["H"]))
-        if "TURNS" in constants:  # not delta, which knows heads alone
+        if "TURNS" in constants:  # skip delta, which depends only on heads
             mode = "causal" if constants["CAUSAL"] else "limits" if constants["LIMITED"] else "full"
             yield _attention(dtype, constants["H"], constants["GROUP"], mode, turns=constants["TURNS"])
     for (dtype, head_dim), longest in product(dict.fromkeys(heads), SHORT):
@@ -366,7 +366,7 @@ def _attention(
     longest: int = LONG,
     num_kv_heads: int = NUM_KV_HEADS,
 ) -> DryCase:
-    """Two segments. The longer has `longest` keys, and queries that make as many rows with the heads of a group."""
+    """Two segments. The longer one has `longest` keys and, with the heads of a group, as many packed query rows."""
     queries = (max(1, longest // group), max(1, longest // group // 2))
     keys = (longest, longest // 2 + 1)
 
@@ -426,7 +426,7 @@ def _attention_variants() -> Iterator[DryCase]:
 
 
 def _fused_attention() -> DryCase:
-    """q, k and v as slices of one projection: their rows are apart."""
+    """q, k and v as slices of one projection, so their rows are not adjacent."""
     plain = _attention("bf16", 128, 1, "full")
 
     def inputs() -> dict[str, Any]:
@@ -439,7 +439,7 @@ def _fused_attention() -> DryCase:
 
 
 def _changed(case: DryCase, words: str, **changes: Callable[[], Any]) -> DryCase:
-    """The case with other inputs, each made by a function."""
+    """The case with some inputs replaced. Each replacement is a function that creates the input."""
 
     def inputs() -> dict[str, Any]:
         return case.inputs() | {name: make() for name, make in changes.items()}

@@ -1,25 +1,25 @@
-"""Launches every kernel through Triton's JIT without a GPU: everything happens except the launch itself.
+"""Run every kernel launch through Triton's JIT without a GPU, except for the launch itself.
 
     python kernels/benchmarks/dry_launch.py [--kernel NAME …] [--select REGEX] [--jobs N]
 
 Each case of `dry_cases` calls one public function on CPU tensors, forward and backward. Triton binds and specialises
-the arguments, compiles the kernel for sm_90, compares the globals that the kernel reads with those of its compilation,
-and evaluates the grid. Then it calls the launcher of `DryDriver`, which checks the grid and records the launch.
-Nothing runs, so outputs hold whatever was in memory.
+the arguments, compiles the kernel for sm_90, compares the globals that the kernel reads with their values at
+compilation, and evaluates the grid. Then it calls the launcher of `DryDriver`, which checks the grid and records the
+launch. No kernel runs, so outputs are uninitialised.
 
 A case fails if it raises, if its forward or its backward launches nothing, if a grid is not made of integers from 1 to
 CUDA's limits, or if a block needs more threads or shared memory than the chip has. A run without --select also fails
 if a kernel of the chosen `compile_specs()` is never launched, if no launch equals one of these specs (argument types,
-alignment, constants, warps, stages), or if a launched kernel has no spec. So the offline compile compiles the kernels
-as they are launched. Exit code 1: something failed. Exit code 2: an unknown kernel, a --select without a match, or
-TRITON_INTERPRET=1.
+alignment, constants, warps, stages), or if a launched kernel has no spec. The offline compile therefore compiles the
+kernels as they are launched. Exit code 1: something failed. Exit code 2: an unknown kernel, a --select without a
+match, or TRITON_INTERPRET=1.
 
-A dry launch shows neither results nor races, accesses outside the tensors, or speed. It does not show registers that
-spill (`compile_offline.py` does), nor what only the real driver refuses, such as pointers that the GPU cannot reach or
-too little memory. It tests no choice that depends on a measurement: the kernels have no autotuning, and attention never
-takes FlashAttention here. The tensors have few rows, so the grids are small.
+A dry launch does not show results, races, accesses outside the tensors, or speed. It does not show register spills
+(`compile_offline.py` does), or errors of the real driver, such as inaccessible pointers or insufficient memory. It does
+not test choices that depend on measurements: the kernels have no autotuning, and attention never uses FlashAttention
+here. The tensors have few rows, so the grids are small.
 
-A whole run of 326 cases and 833 launches takes two to three minutes on two CPU cores (AMD EPYC, triton 3.7.1, an empty
+A complete run of 326 cases and 833 launches takes two to three minutes on two CPU cores (AMD EPYC, triton 3.7.1, empty
 cache, 2026-11-30).
 """
 
@@ -57,22 +57,22 @@ TARGET: Target = "sm_90"
 PROCESSORS: Mapping[Target, int] = {"sm_80": 108, "sm_86": 84, "sm_90": 132}
 """Multiprocessors of an A100, an A40 and an H100."""
 
-MAX_THREADS = 1024  # of a block
+MAX_THREADS = 1024  # per block
 MAX_GRID = (2**31 - 1, 65535, 65535)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One launch, as the launcher got it."""
+    """One launch, as received by the launcher."""
 
     kernel: str
     """Name of the `@triton.jit` function."""
 
     signature: Mapping[str, str]
-    """Type of each argument that is no constant."""
+    """Type of each argument that is not a constant."""
 
     constants: Mapping[str, Any]
-    """Value of each `tl.constexpr` argument, and of each other argument that is a constant to Triton: None, or 1."""
+    """Value of each `tl.constexpr` argument, and of each other argument that Triton treats as constant: None or 1."""
 
     divisible_by_16: frozenset[str]
     num_warps: int
@@ -80,7 +80,7 @@ class Launch:
     grid: tuple[int, int, int]
 
     def is_of(self, spec: CompileSpec) -> bool:
-        """Whether the offline compiler compiles for `spec` exactly this launch."""
+        """Whether the offline compiler compiles exactly this launch for `spec`."""
         return (
             self.kernel == spec.fn.__name__
             and self.signature == spec.signature
@@ -92,7 +92,7 @@ class Launch:
 
 
 class DryDriver(DriverBase):
-    """A driver of Triton whose device is the CPU and whose launcher only records. Made for Triton 3.6 and 3.7.1."""
+    """A Triton driver whose device is the CPU and whose launcher only records. Written for Triton 3.6 and 3.7.1."""
 
     def __init__(self, target: Target = TARGET) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class DryDriver(DriverBase):
 
     @classmethod
     def is_active(cls) -> bool:
-        return False  # Triton does not find this driver by itself
+        return False  # Triton must not select this driver itself
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", int(self._target.removeprefix("sm_")), 32)
@@ -122,17 +122,17 @@ class DryDriver(DriverBase):
         return torch.device("cpu")
 
     def get_device_properties(self, device: Any) -> dict[str, int]:
-        """The shared memory that Triton lets a block have."""
+        """The shared memory that Triton allows per block."""
         return {"max_shared_mem": SHARED_LIMIT[self._target], "multiprocessor_count": PROCESSORS[self._target]}
 
     def load_binary(
         self, name: str, binary: bytes, shared_bytes: int, device: Any
     ) -> tuple[object, object, int, int, int]:
-        """Module, function, registers, spills and the threads that Triton lets a block have."""
+        """Module, function, registers, spills and the threads that Triton allows per block."""
         return object(), object(), 0, 0, MAX_THREADS
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """The launcher of one compiled kernel; Triton calls it with the grid first."""
+        """The launcher of one compiled kernel. Triton passes the grid as its first arguments."""
         return partial(self._launch, source, metadata)
 
     def map_python_to_cpp_type(self, ty: str) -> str:
@@ -142,7 +142,7 @@ class DryDriver(DriverBase):
         raise NotImplementedError("a dry launch has no times")
 
     def _launch(self, source: Any, metadata: Any, grid_x: int, grid_y: int, grid_z: int, *_: Any) -> None:
-        """Records a launch instead of doing it. ValueError if CUDA would refuse the grid or start no program."""
+        """Record a launch instead of doing it. Raises ValueError if CUDA would reject the grid or start no program."""
         kernel, grid = source.fn.__name__, (grid_x, grid_y, grid_z)
         for size, limit in zip(grid, MAX_GRID, strict=True):
             if type(size) is not int or not 1 <= size <= limit:
@@ -167,11 +167,13 @@ class DryDriver(DriverBase):
 
 @contextmanager
 def dry_launches(target: Target = TARGET) -> Iterator[DryDriver]:
-    """Within the context all functions of `arc_kernels` launch their kernels on CPU tensors, and nothing runs.
+    """Context in which all functions of `arc_kernels` launch their kernels on CPU tensors without running them.
 
-    The context gives the driver that records the launches. It changes the whole process, not this thread alone.
-    target: the chip to compile for. Attention takes this chip's tiles, and the norms its number of multiprocessors.
-    RuntimeError under TRITON_INTERPRET=1: the interpreter launches nothing.
+    The context yields the driver that records the launches. It affects the whole process, not only this thread.
+
+    target: the chip to compile for. Attention uses this chip's tiles, and the norms its number of multiprocessors.
+
+    Raises RuntimeError under TRITON_INTERPRET=1, because the interpreter does not launch kernels.
     """
     from arc_kernels import _dispatch
     from arc_kernels.attention import kernels as attention_kernels
@@ -193,7 +195,7 @@ def dry_launches(target: Target = TARGET) -> Iterator[DryDriver]:
 
 
 class Job(NamedTuple):
-    """One case. Its function cannot be pickled, so a worker finds its own by name."""
+    """One case. A worker finds it by name, because its function cannot be pickled."""
 
     kernel: str
     name: str
@@ -209,7 +211,7 @@ class Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit code is 1 after a failure."""
+    """Run the command line. The exit code is 1 after a failure."""
     arguments = _parser().parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("unset TRITON_INTERPRET: under the interpreter nothing is launched", file=sys.stderr)
@@ -231,20 +233,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_job(job: Job) -> Outcome:
-    """Runs one case. An exception becomes the outcome's problem."""
-    # A notice about the next triton's default, once a process: not about the kernel at hand.
+    """Run one case. An exception becomes the problem of the outcome."""
+    # A notice about the next triton's default, once per process. It does not concern this kernel.
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     with dry_launches() as driver:
         try:
             launch_case(cases_of(job.kernel)[job.name], driver)
-        except Exception as error:  # the other cases are wanted all the same
+        except Exception as error:  # continue with the other cases
             problem = f"{type(error).__name__}: {_shortened(str(error))}"
             return Outcome(job=job, launches=tuple(driver.launches), problem=problem)
     return Outcome(job=job, launches=tuple(driver.launches))
 
 
 def launch_case(case: DryCase, driver: DryDriver) -> None:
-    """Calls a case's function and, if it wants gradients, its backward. ValueError if either launches nothing."""
+    """Run forward and, if the case has gradients, backward. Raises ValueError if either launches nothing."""
     inputs = case.inputs()
     leaves = [inputs[name].requires_grad_() for name in case.wants_grad]
     outputs = case.function(**inputs)
@@ -259,9 +261,9 @@ def launch_case(case: DryCase, driver: DryDriver) -> None:
 
 
 def missing_launches(launches: Iterable[Launch], kernels: Iterable[str]) -> list[str]:
-    """The kernels and specs without a launch, and the launched kernels without a spec, in words.
+    """Messages about kernels and specs without a launch, and launched kernels without a spec.
 
-    launches: those of all cases of the kernels.
+    launches: launches of all cases of the kernels.
     kernels: folders of `arc_kernels`.
     """
     every = [spec for kernel in KERNELS for spec in specs_of(kernel, TARGET).values()]
@@ -282,16 +284,16 @@ def missing_launches(launches: Iterable[Launch], kernels: Iterable[str]) -> list
 
 
 def _shortened(message: str) -> str:
-    """A message on one line. A compile error begins with the place and ends with the reason, so both ends stay."""
+    """Shorten a message to one line. Keeps both ends: a compile error starts with a place and ends with the reason."""
     line = " ".join(message.split())
     return line if len(line) <= 300 else f"{line[:100]} … {line[-200:]}"
 
 
 def _conclude(outcomes: list[Outcome], whole_kernels: Sequence[str]) -> int:
-    """Prints the sums and the failures, and returns the exit code.
+    """Print totals and failures, and return the exit code.
 
-    outcomes: of all cases that ran.
-    whole_kernels: the kernels whose cases all ran, which are checked against their specs.
+    outcomes: outcomes of all cases that ran.
+    whole_kernels: kernels whose cases all ran. They are checked against their specs.
     """
     launches = [launch for outcome in outcomes for launch in outcome.launches]
     counts = Counter(launch.kernel for launch in launches)

@@ -1,4 +1,4 @@
-"""The cases of attention: an encoder's layer, its pooled layer and a decoder's layer, on ragged segments.
+"""The attention cases: an encoder layer, its pooled layer and a decoder layer, on ragged segments.
 
 Shape letters: T query rows, U key rows, N heads, K kv heads, H head size.
 """
@@ -25,7 +25,7 @@ VARLEN = "varlen_attn (torch)"
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """The attention of one layer: heads, and how long the segments of queries and keys are."""
+    """The attention of one layer: heads, and lengths of the segments of queries and keys."""
 
     name: str
     num_heads: int
@@ -36,7 +36,7 @@ class Layer:
     causal: bool
 
     def pairs(self) -> int:
-        """How many keys all queries of one head see together."""
+        """Number of visible (query, key) pairs of one head."""
         triangles = sum(m * (m - 1) // 2 for m in self.queries) if self.causal else 0
         return sum(m * n for m, n in zip(self.queries, self.keys, strict=True)) - triangles
 
@@ -56,7 +56,7 @@ def attention_cases(scale: Scale) -> Iterator[Case]:
 
 
 def attention_case(layer: Layer) -> Case:
-    """One layer, ours and what it is measured against."""
+    """One layer with our kernel and the baselines."""
 
     def inputs(device: torch.device) -> dict[str, Tensor]:
         rows_q, rows_k = sum(layer.queries), sum(layer.keys)
@@ -79,7 +79,7 @@ def attention_case(layer: Layer) -> Case:
         function=function,
         inputs=inputs,
         wants_grad=("q_TNH", "k_UKH", "v_UKH"),
-        # Two products forward; five backward, as FlashAttention counts them.
+        # Two products in forward and five in backward, as FlashAttention counts them.
         floor=Floor(
             forward_bytes=rows * layer.head_dim * BYTES,
             backward_bytes=2 * rows * layer.head_dim * BYTES,
@@ -98,7 +98,7 @@ def attention_case(layer: Layer) -> Case:
 
 
 def _rotary_case(layer: Layer) -> Case:
-    """The same layer with queries and keys that have to be turned first."""
+    """The same layer with rotary embedding of queries and keys."""
     plain = attention_case(layer)
 
     def inputs(device: torch.device) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ def varlen(
 
 
 def _sdpa_loop(layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, **_: Tensor) -> Tensor:
-    """One call of scaled_dot_product_attention a segment."""
+    """One call of scaled_dot_product_attention per segment."""
     outputs = []
     split = zip(q_TNH.split(layer.queries), k_UKH.split(layer.keys), v_UKH.split(layer.keys), strict=True)
     for segment in split:
@@ -175,7 +175,7 @@ def _sdpa_loop(layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, **_: T
 def _flash3(
     layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> Tensor:
-    """FlashAttention-3 as its own package has it."""
+    """FlashAttention-3 from its own package."""
     from flash_attn_interface import flash_attn_varlen_func
 
     result = flash_attn_varlen_func(
@@ -192,7 +192,7 @@ def _flash3(
 
 
 def _flex(layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, **_: Tensor) -> Tensor:
-    """FlexAttention, compiled, over all segments as one sequence; its block mask is made at the first call."""
+    """Compiled FlexAttention over all segments as one sequence. The first call creates its block mask."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_UKH, v_UKH))
     o = _compiled_flex()(q, k, v, block_mask=_block_mask(layer, q.device), enable_gqa=True)
     return o[0].transpose(0, 1)
@@ -215,7 +215,7 @@ def _block_mask(layer: Layer, device: torch.device) -> Any:
 
 
 def _segment_mask(layer: Layer, device: torch.device) -> Callable[..., Tensor]:
-    """Whether a query sees a key, by their rows, as FlexAttention asks."""
+    """FlexAttention's mask function: whether a query row sees a key row."""
     query_segment, query_place = _places(layer.queries, device)
     key_segment, key_place = _places(layer.keys, device)
 
@@ -227,7 +227,7 @@ def _segment_mask(layer: Layer, device: torch.device) -> Callable[..., Tensor]:
 
 
 def _places(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Segment of each row, and its index there."""
+    """Segment of each row and its index in that segment."""
     sizes = torch.tensor(lengths, device=device)
     segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), sizes)
     starts = sizes.cumsum(0) - sizes

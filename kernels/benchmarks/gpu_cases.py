@@ -1,4 +1,4 @@
-"""What is measured: each kernel at the widths of Llama 3.2 3B and Llama 3.1 8B, what else computes the same, floors.
+"""Benchmark cases: each kernel at the widths of Llama 3.2 3B and Llama 3.1 8B, with baselines and floors.
 
 Shape letters: T rows, G groups, N heads, H head size, D width, F feed-forward width, V vocabulary, L labelled rows.
 """
@@ -18,22 +18,22 @@ from torch import Tensor
 import arc_kernels as ak
 
 Function = Callable[..., Any]
-BYTES = 2  # of a bfloat16: all cases are in that dtype
+BYTES = 2  # per element: all cases are bfloat16
 EPS = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large the cases are."""
+    """The size of the cases."""
 
     rows: int
     labels: int
     vocab_size: int
     lengths: tuple[tuple[int, ...], ...]
-    """Of the attention's segments, one tuple for each batch."""
+    """Lengths of attention's segments, one tuple per batch."""
 
 
-# 16 sequences of 512, as the paper's step has them; then ragged from 256 to 8192, so that tiles rarely fit a length.
+# 16 sequences of 512, as in the paper's step; then ragged lengths from 256 to 8192, which tiles rarely divide.
 FULL = Scale(
     rows=8192,
     labels=4096,
@@ -46,10 +46,10 @@ TINY = Scale(rows=24, labels=8, vocab_size=500, lengths=((7, 12),))
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """The least that has to be moved, bytes (each input read once, each output written once), and multiplied, FLOPs.
+    """The minimum memory traffic in bytes (each input read once, each output written once) and the minimum FLOPs.
 
-    FLOPs are those of the algorithm as the baselines count them, not what a kernel makes anew; nought where a kernel is
-    bound by memory.
+    FLOPs are those of the algorithm as the baselines count them, without recomputation. They are 0 for memory-bound
+    kernels.
     """
 
     forward_bytes: int = 0
@@ -65,13 +65,13 @@ class Case:
     kernel: str
     shape: str
     function: Function
-    """The public function: under `use("triton")` the kernel, under `use("reference")` the oracle."""
+    """The public function. It runs the kernel under `use("triton")` and the oracle under `use("reference")`."""
 
     inputs: Callable[[torch.device], dict[str, Tensor]]
     wants_grad: tuple[str, ...]
     floor: Floor
     eager: Function | None = None
-    """Plain torch where it is not the reference; torch.compile compiles it too."""
+    """Plain torch, if it differs from the reference. torch.compile compiles it too."""
 
     baselines: Mapping[str, Function] = field(default_factory=dict)
     """They import what they need when they are called: a library that cannot be imported costs its own rows alone."""
@@ -80,11 +80,11 @@ class Case:
     """Whether torch.compile of the plain torch function is measured too."""
 
     compiled_baselines: frozenset[str] = frozenset()
-    """Those of the baselines that torch.compile compiles, which takes seconds."""
+    """The baselines that torch.compile compiles, which takes seconds."""
 
 
 def cases(scale: Scale) -> Iterator[Case]:
-    """All cases but attention's (see `gpu_attention`)."""
+    """All cases except attention's (see `gpu_attention`)."""
     for width in (3072, 4096):
         yield _rms_norm(scale.rows, width)
         yield _add_rms_norm(scale.rows, width)
@@ -104,13 +104,13 @@ def cases(scale: Scale) -> Iterator[Case]:
 
 
 def normal(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Standard normal bfloat16 tensors, the same at every run on a device."""
+    """Standard normal bfloat16 tensors, identical in every run on a device."""
     generator = torch.Generator(device).manual_seed(0)
     return [torch.randn(shape, generator=generator, device=device).bfloat16() for shape in shapes]
 
 
 def angles(positions_T: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [T, H / 2] of rotary positions, as Llama 3 has them."""
+    """(cos, sin) [T, H / 2] of rotary positions, as in Llama 3."""
     frequencies = 500000.0 ** (torch.arange(head_dim // 2, device=positions_T.device) / -(head_dim // 2))
     angles_TF = positions_T[:, None] * frequencies
     return angles_TF.cos(), angles_TF.sin()
@@ -262,7 +262,7 @@ def _pool_norm(rows: int, width: int, factor: int) -> Case:
 
 
 def _group_cu(rows: int, num_groups: int, device: torch.device) -> Tensor:
-    """Groups of factor - 1, factor and factor + 1 rows in turn: ragged, as at the ends of contexts."""
+    """Boundaries of groups with factor - 1, factor and factor + 1 rows in turn: ragged, as at the ends of contexts."""
     factor = rows // num_groups
     sizes = torch.full((num_groups,), factor, dtype=torch.int32)
     pairs = num_groups // 3
@@ -290,7 +290,7 @@ def _splice(scale: Scale, width: int, *, trains_table: bool) -> Case:
         }
 
     given_bytes = 2 * num_given * width * BYTES
-    table_bytes = (num_text + scale.vocab_size) * width * BYTES  # a dense gradient has to be written, zeros too
+    table_bytes = (num_text + scale.vocab_size) * width * BYTES  # a dense gradient is written, including zeros
     return Case(
         kernel="splice",
         shape=f"R={scale.rows} Z={num_given} D={width} V={scale.vocab_size} {'trained' if trains_table else 'frozen'}",
@@ -319,7 +319,7 @@ def _cross_entropy(scale: Scale, width: int) -> Case:
         eager=_whole_logits,
         inputs=inputs,
         wants_grad=("h_LD",),
-        # The hidden gradient is made in forward here, in backward by others: what counts is both together.
+        # We compute the gradient of h in forward, others in backward. Only the sum of both is comparable.
         floor=Floor(forward_flops=product, backward_flops=product),
         baselines=dict(_cross_entropy_baselines()),
     )
@@ -336,7 +336,7 @@ def _cross_entropy_baselines() -> Iterator[tuple[str, Function]]:
 
     yield "reference, chunked", chunked
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-        # The graph is kept where backward alone is timed.
+        # Keep the graph: backward alone is timed.
         options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
 
         def torch_chunked(h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a case is right: no time counts on a wrong result."""
+"""Correctness checks of the cases. A wrong result is not timed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import arc_kernels as ak
 
 
 def check_case(case: Case, device: torch.device) -> list[str]:
-    """What is wrong with the kernel's outputs and gradients, in words; empty where nothing is.
+    """List the faults in the kernel's outputs and gradients.
 
-    Each may err, at its largest and in the mean square, at most twice as much as the reference in bfloat16, both
-    against the reference in float32, and half a unit of the last place of its size where the reference happens to be
-    exact.
+    The largest error and the mean square error of each may be at most twice those of the reference in bfloat16, both
+    against the reference in float32. Half a unit in the last place is added, in case the reference happens to be exact.
     """
     inputs = case.inputs(device)
     exact = _results(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}, "reference")
@@ -34,7 +33,7 @@ def check_case(case: Case, device: torch.device) -> list[str]:
 
 
 def same_result(theirs: Any, ours: Any) -> bool:
-    """Whether another implementation computes the same, but for rounding; a sum may stand for its terms."""
+    """Whether another implementation computes the same up to rounding. It may return a sum instead of its terms."""
     theirs, ours = _tuple(theirs), _tuple(ours)
     if len(theirs) != len(ours):
         return False
@@ -55,7 +54,7 @@ def _results(case: Case, inputs: dict[str, Tensor], choice: Literal["triton", "r
         outputs = _tuple(case.function(**leaves))
         seeds = []
         for i, output in enumerate(outputs):
-            generator = torch.Generator(output.device).manual_seed(1000 + i)  # not that of the inputs
+            generator = torch.Generator(output.device).manual_seed(1000 + i)  # not the generator of the inputs
             seed = torch.randn(output.shape, generator=generator, device=output.device)
             seeds.append(seed.bfloat16().to(output.dtype))
         gradients = torch.autograd.grad(outputs, [leaves[name] for name in case.wants_grad], seeds)

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a processor, read from the tools' output. Imports neither torch nor triton."""
+"""Resource usage of a compiled kernel, parsed from the output of tools. Imports neither torch nor triton."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 KIB = 1024
 
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_86": 99 * KIB, "sm_90": 227 * KIB, "gfx942": 64 * KIB}
-"""Shared memory that one block may have, bytes (CUDA C++ programming guide, compute capabilities; CDNA3 ISA)."""
+"""Maximum shared memory per block in bytes (CUDA C++ programming guide, compute capabilities; CDNA3 ISA)."""
 
 _WARP_GROUP_ROWS = 64
 
-# On sm_90 the cubin counts the 1 KiB that the system keeps of each block; the limit above is without it.
+# On sm_90 the cubin includes the 1 KiB per block that the system reserves. The limit above excludes it.
 _RESERVED_SHARED = {"sm_80": 0, "sm_86": 0, "sm_90": KIB}
 
 _SASS_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", re.MULTILINE)
@@ -26,9 +26,9 @@ _AMD_OPCODE = re.compile(r"^\s+([a-z]+_[a-z0-9]+)", re.MULTILINE)
 
 
 def matrix_opcode(target: str, tile_rows: int) -> str:
-    """What the matrix instructions begin with that a product of so many rows has on a chip.
+    """Prefix of the matrix instructions for a product with `tile_rows` rows on a chip.
 
-    Hopper's warp-group instructions take 64 rows; smaller tiles have those of Ampere.
+    Hopper's warp-group instructions need 64 rows. Smaller tiles use Ampere's instructions.
     """
     if target == "sm_90":
         return "HGMMA" if tile_rows >= _WARP_GROUP_ROWS else "HMMA"
@@ -37,7 +37,7 @@ def matrix_opcode(target: str, tile_rows: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Of one compiled kernel; registers and spills are those of one thread."""
+    """Resource usage of one compiled kernel. Registers and spills are per thread."""
 
     registers: int
     spill_bytes: int
@@ -48,14 +48,16 @@ class Resources:
 
     shared_bytes: int
     matrix_instructions: Mapping[str, int]
-    """How many of each, by what they begin with."""
+    """Number of matrix instructions by prefix."""
 
 
 def nvidia_resources(text: str, *, target: str, launch_shared: int) -> Resources:
-    """From the output of `cuobjdump --dump-resource-usage -sass`, and the shared memory that a launch asks for.
+    """Parse the output of `cuobjdump --dump-resource-usage -sass`.
 
-    A register that is spilled goes to local memory: the cubin's STACK and LOCAL bytes, and the LDL and STL
-    instructions, are all nought in a kernel without spills. ValueError where the output has no figures.
+    launch_shared: shared memory that a launch requests.
+
+    Registers spill to local memory. In a kernel without spills, the cubin's STACK and LOCAL bytes and the number of LDL
+    and STL instructions are all 0. Raises ValueError if the output has no figures.
     """
     usage = _CUBIN_USAGE.search(text)
     opcodes = Counter(_SASS_OPCODE.findall(text))
@@ -71,11 +73,13 @@ def nvidia_resources(text: str, *, target: str, launch_shared: int) -> Resources
 
 
 def amd_resources(assembly: str, *, launch_shared: int) -> Resources:
-    """From the assembly of the AMDGPU backend and the metadata at its end.
+    """Parse the assembly of the AMDGPU backend and the metadata at its end.
 
-    Registers are vector registers, accumulators included. A scalar register that is spilled goes to a lane of a vector
-    register, and to scratch memory where there is none left: so scratch memory counts all that leaves the registers.
-    ValueError where the metadata is missing.
+    launch_shared: shared memory that a launch requests.
+
+    Registers are vector registers, including accumulators. A scalar register spills to a lane of a vector register, or
+    to scratch memory if no lane is left. Scratch memory therefore counts everything that leaves the registers. Raises
+    ValueError if the metadata is missing.
     """
     scratch = _amd_metadata(assembly, "private_segment_fixed_size")
     opcodes = Counter(_AMD_OPCODE.findall(assembly))
@@ -89,9 +93,9 @@ def amd_resources(assembly: str, *, launch_shared: int) -> Resources:
 
 
 def problems(resources: Resources, *, target: str, needs: str | None) -> list[str]:
-    """What is wrong with a kernel on a target, in words; empty where nothing is.
+    """List the problems of a kernel on a target.
 
-    needs: the `matrix_opcode` of a matrix kernel.
+    needs: the `matrix_opcode` of a matrix kernel, or None.
     """
     found = []
     if resources.spill_bytes or resources.spill_instructions:
@@ -104,7 +108,7 @@ def problems(resources: Resources, *, target: str, needs: str | None) -> list[st
 
 
 def disassemble(cubin: bytes, cuobjdump: str) -> str:
-    """Resource usage and machine code of a cubin, as `cuobjdump` prints them."""
+    """Resource usage and machine code of a cubin, as printed by `cuobjdump`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,4 +1,4 @@
-"""Rows of measurements: one number each, with the machine, the versions and the command that it comes from."""
+"""Rows of measurements: one number each, with its machine, versions and command."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Row:
     spread: half the distance between the quartiles of the repeats.
     ratio: value over the value of ours; for times, above 1 ours is faster.
     share: achieved rate over the rate that was measured in the same run (copies, or matrix products).
-    note: what a reader must know, such as a size that was reduced.
+    note: remarks for the reader, such as a reduced size.
     """
 
     stage: str
@@ -74,15 +74,15 @@ def file_name(machine: str) -> str:
 
 
 class RowFile:
-    """A CSV file to which rows are appended at once, so that a run that is cut off keeps what it has measured."""
+    """A CSV file. Rows are appended immediately, so an interrupted run keeps its measurements."""
 
     def __init__(self, path: Path, command: str) -> None:
-        """command: as the rows name it, without paths of this machine, such as "tools/gpu_day.py --stages fast"."""
+        """command: the command in the rows, without local paths, such as "tools/gpu_day.py --stages fast"."""
         self.path = path
         self._stamp = stamp(command)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Write the rows to the end of the file; a new file gets a header."""
+        """Append rows to the file. A new file gets a header."""
         lines = [self._stamp | asdict(row) for row in rows]
         if not lines:
             return

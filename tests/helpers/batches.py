@@ -1,4 +1,4 @@
-"""What is in a step's batches, sequence by sequence, to compare batches that were dealt and packed differently."""
+"""The sequences in a step's batches, to compare batches with different distribution and packing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from arc_ds.data.loading.step_batch import StepBatch
 
 
 def sequences(batches: Iterable[StepBatch]) -> dict[int, Counter[tuple[Any, ...]]]:
-    """Of each step, over all ranks and micro-batches: every sequence's decoder, task, ids, contexts and labels."""
+    """Decoder, task, ids, contexts and labels of every sequence of each step, over all ranks and micro-batches."""
     found: dict[int, Counter[tuple[Any, ...]]] = {}
     for batch in batches:
         of_step = found.setdefault(batch.step, Counter())
@@ -26,7 +26,7 @@ def sequences(batches: Iterable[StepBatch]) -> dict[int, Counter[tuple[Any, ...]
 
 
 def digest(batch: StepBatch) -> str:
-    """sha256 of every number in a batch, in its place."""
+    """sha256 over all numbers of a batch and their positions."""
     state = hashlib.sha256()
     _feed(state, batch)
     return state.hexdigest()

@@ -1,4 +1,4 @@
-"""Stands in for `arc_ds.train` where only the launching is tested: `main([MODE, FOLDER])`, on every rank."""
+"""A replacement of `arc_ds.train` for tests of launching: `main([MODE, FOLDER])` runs on every rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arc_ds.launch.signals import StopRequest
 
 
 def main(arguments: list[str]) -> int:
-    """Note this rank's pid and threads in FOLDER, then do what MODE says."""
+    """Write this rank's pid and threads to FOLDER, then act according to MODE."""
     mode, folder = arguments
     rank = os.environ["RANK"]
     note = Path(folder) / f"pid_{rank}"
@@ -28,7 +28,7 @@ def _end_well(_rank: str) -> int:
 
 
 def _train(_rank: str) -> int:
-    """Up to a minute of steps; a stop is obeyed at the next one, and closing takes longer than the launcher's poll."""
+    """Run steps for up to a minute. Stops take effect at the next step; closing exceeds the launcher's poll interval."""
     time.sleep(0.5)
     with StopRequest() as stop:
         for _ in range(600):

@@ -1,4 +1,4 @@
-"""A web server over a folder that misbehaves on request."""
+"""A web server for a folder, with faults on demand."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ Kind = Literal["cut", "500", "404", "stall", "flip"]
 
 
 class FaultyServer:
-    """What a test asks of the server, and what was asked of it.
+    """The settings and statistics of the server.
 
-    faults: for the end of a path, what goes wrong with it and how many times. requests: how often each file was asked
-    for. delay_s: before each answer.
+    faults: for a path suffix, the kind of fault and its number of occurrences.
+    requests: number of requests for each file.
+    delay_s: delay before each answer.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,7 @@ class FaultyServer:
         self._lock = threading.Lock()
 
     def next_fault(self, path: str) -> Kind | None:
-        """Counts a request, and says what shall go wrong with it."""
+        """Count a request and return its fault, if any."""
         with self._lock:
             self.requests[path.rpartition("/")[2]] += 1
             for end, (kind, left) in self.faults.items():

@@ -1,4 +1,4 @@
-"""Stands in for deepspeed's launcher in tests of `arc_ds.launch.wrapper`: it imports nothing and always ends with 0."""
+"""A replacement of DeepSpeed's launcher for tests of `arc_ds.launch.wrapper`. Imports nothing and exits with 0."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The training step in plain PyTorch on one process and the joined batch: what DeepSpeed's ranks must agree with.
+"""The training step in plain PyTorch, on one process with the joined batch, as a reference for DeepSpeed's ranks.
 
-And the small random models and ragged samples that such comparisons run on; every rank makes the same ones.
+Also contains the small random models and ragged samples of these comparisons. Every rank creates the same ones.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from arc_ds.training.schedule import RateSchedule
 TASKS = ("reconstruction", "continuation")
 POOLING = PoolingSpec(rules=(GroupRule("factor", 3),))
 MAX_GRAD_NORM = 0.05  # far below the norms of these models, so that every step is clipped
-# Clipped gradients are of order 3e-4 an element, and summing in another order leaves noise of up to 5e-10. AdamW
-# divides by |g| + eps: with eps 1e-8 an element whose gradient happens to be nil moves by its noise (seen: one of 768
-# off by 6e-6, all others by 4e-8), which says nothing of a trainer. At 1e-6 noise moves an element by
-# 3e-3 * 5e-10 / 1e-6 at most, 3e-7 of a tensor's norm.
+# Clipped gradients are of order 3e-4 per element, and another order of summation causes noise of up to 5e-10. AdamW
+# divides by |g| + eps. With eps 1e-8, an element whose gradient happens to be zero moves by its noise (observed: one of
+# 768 elements differs by 6e-6, all others by 4e-8). This does not indicate a wrong trainer. With eps 1e-6, noise moves
+# an element by at most 3e-3 * 5e-10 / 1e-6, 3e-7 of a tensor's norm.
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-6, 0.1
 NUM_STEPS = 10
 SCHEDULE = RateSchedule(total_steps=NUM_STEPS, warmup_steps=3, initial_lr=1e-6, final_lr=1e-5)
@@ -55,7 +55,7 @@ _DECODERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """What a run leaves: the loss and the gradient norm of each step, and the parameters after the last."""
+    """The result of a run: loss and gradient norm of each step, and the final parameters."""
 
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
@@ -68,7 +68,7 @@ def tiny_compressor(
     trained_layers: int | None = None,
     train_embeddings: bool = True,
 ) -> Compressor:
-    """Three encoder layers of width 32 and a port for each tiny decoder."""
+    """Three encoder layers of width 32 and one port per tiny decoder."""
     compressor = bare_compressor(activation_checkpointing=activation_checkpointing)
     _fill(compressor.parameters(), seed=1)
     set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
@@ -76,7 +76,7 @@ def tiny_compressor(
 
 
 def bare_compressor(*, activation_checkpointing: bool = False) -> Compressor:
-    """The modules of `tiny_compressor` without its values."""
+    """The modules of `tiny_compressor` without weights."""
     encoder = Encoder(
         _ENCODER, num_layers=3, pooling=PoolingLayout(strategy=GroupPooling("mean")),
         activation_checkpointing=activation_checkpointing,
@@ -89,7 +89,7 @@ def bare_compressor(*, activation_checkpointing: bool = False) -> Compressor:
 
 
 def tiny_decoders(*, activation_checkpointing: bool = False) -> list[Decoder]:
-    """Two decoders of other widths and vocabularies, one with a tied head."""
+    """Two decoders with different widths and vocabularies, one with a tied head."""
     decoders = bare_decoders(activation_checkpointing=activation_checkpointing)
     for seed, decoder in enumerate(decoders):
         _fill(decoder.parameters(), seed=10 + seed)
@@ -97,25 +97,27 @@ def tiny_decoders(*, activation_checkpointing: bool = False) -> list[Decoder]:
 
 
 def bare_decoders(*, activation_checkpointing: bool = False) -> list[Decoder]:
-    """The modules of `tiny_decoders` without their values."""
+    """The modules of `tiny_decoders` without weights."""
     return [Decoder(config, activation_checkpointing=activation_checkpointing) for config in _DECODERS]
 
 
 def tiny_groups(compressor: Compressor) -> tuple[ParamGroup, ...]:
-    """The groups of a tiny compressor, each kind with a rate of its own."""
+    """The parameter groups of a tiny compressor; each kind has its own learning rate."""
     return make_param_groups(compressor, encoder_lr=1e-3, bridge_lr=3e-3, markers_lr=2e-3, weight_decay=WEIGHT_DECAY)
 
 
 def decoder_of_step(step: int) -> int:
-    """Which decoder a step takes: one for three steps, then they alternate."""
+    """The decoder of a step: the same one for three steps, then they alternate."""
     return 0 if step < 3 else step % 2
 
 
 def samples_of_step(step: int, num_sequences: int = 8, *, decoder_idx: int | None = None) -> list[Sample]:
     """Ragged samples of both tasks, with few labels at the start of the batch and many at its end.
 
-    decoder_idx: whose tokens their texts are, of other lengths for each decoder; default the step's own. Contexts are
-    the same for all. The first half of every fourth step's batch has no label at all.
+    decoder_idx: the decoder whose tokens the texts have; default: the decoder of the step. Text lengths depend on it,
+        but contexts do not.
+
+    In every fourth step, the first half of the batch has no labels.
     """
     decoder_idx = decoder_of_step(step) if decoder_idx is None else decoder_idx
     vocab_size = _DECODERS[decoder_idx].vocab_size
@@ -139,7 +141,7 @@ def samples_of_step(step: int, num_sequences: int = 8, *, decoder_idx: int | Non
 
 
 def decoders_of_step(step: int, *, same_batch: bool = False) -> tuple[int, ...]:
-    """The decoders of a step: all of them on the same batch, or the one of `decoder_of_step`."""
+    """The decoders of a step: all of them if `same_batch`, otherwise that of `decoder_of_step`."""
     return tuple(range(len(_DECODERS))) if same_batch else (decoder_of_step(step),)
 
 
@@ -152,7 +154,7 @@ def step_of_rank(
     same_batch: bool = False,
     max_encoder_tokens: int | None = None,
 ) -> StepBatch:
-    """A rank's share of a step's samples: consecutive parts, split further, alike on all ranks, under the limit."""
+    """A rank's consecutive share of a step's samples, split in the same way on all ranks to stay within the limit."""
     limits = MicroBatchLimits(max_encoder_tokens=max_encoder_tokens)
     decoder_idxs = decoders_of_step(step, same_batch=same_batch)
     parts = {
@@ -190,7 +192,7 @@ def train_plainly(
     same_batch: bool = False,
     mean_of_parts: int = 1,
 ) -> Trajectory:
-    """Train on the joined batch of each step; a port at rest is not run and its gradients are None."""
+    """Train on the joined batch of each step. Idle ports do not run and have no gradients (None)."""
     groups = tiny_groups(compressor)
     optimizer = torch.optim.AdamW(
         [{"params": list(group.params), "weight_decay": group.weight_decay} for group in groups],
@@ -219,9 +221,10 @@ def plain_loss(
     same_batch: bool = False,
     mean_of_parts: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """The mean NLL over the labels of a step's joined batch, of all of its decoders; and what is minimised, scalars.
+    """(mean NLL over the labels of a step's joined batch and all of its decoders, minimised loss), both scalars.
 
-    mean_of_parts: that is the mean of so many parts' means, for each decoder; 1 with one decoder: the mean over labels.
+    mean_of_parts: for each decoder, the minimised loss is the mean of the means of this many parts. With 1 and one
+        decoder it is the mean over labels.
     """
     nll = []
     for decoder_idx in decoders_of_step(step, same_batch=same_batch):
@@ -236,7 +239,7 @@ def plain_loss(
 
 
 def _fill(params: Iterable[nn.Parameter], *, seed: int) -> None:
-    """Matrices by their fan-in, vectors around one."""
+    """Fill matrices with random values scaled by fan-in, and vectors with values around one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in params:

@@ -1,4 +1,4 @@
-"""A process that reads steps of a `TinyMixture` and notes each batch's digest; tests kill it.
+"""A process that reads steps of a `TinyMixture` and writes the digest of each batch. Tests kill it.
 
 python -m tests.helpers.read_steps FOLDER OUT FIRST END HANG_AT WORKERS RANK WORLD_SIZE
 """
@@ -15,7 +15,7 @@ from tests.helpers.tiny_mixture import TinyMixture
 
 
 def main() -> None:
-    """One line a step, each on the disk before the next batch is asked for. In step HANG_AT it waits to be killed."""
+    """Write one line per step and sync it to disk before requesting the next batch. Step HANG_AT waits to be killed."""
     first, end, hang_at, num_workers, rank, world_size = map(int, sys.argv[3:])
     data = TinyMixture(Path(sys.argv[1])).data(rank, world_size)
     with Path(sys.argv[2]).open("w") as out:

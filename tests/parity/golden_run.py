@@ -1,4 +1,4 @@
-"""One training step of a golden case with our modules, and how far every golden number is from ours."""
+"""One training step of a golden case with our modules, and the error of every golden number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ NOT_COMPARED = ("in.", "param.", "logits_rows")
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Forward and backward of a case. outputs: by golden names; gradients: by ours, None where there is none."""
+    """The results of forward and backward of a case.
+
+    outputs: outputs by golden name.
+    gradients: gradients by our name; None for a parameter without gradient.
+    """
 
     outputs: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor | None]
@@ -43,7 +47,7 @@ def run_case(
     batch: PackedBatch | None = None,
     port_idx: int | None = None,
 ) -> Step:
-    """Runs a case; what is given replaces the case's own (for deliberately wrong variants)."""
+    """Run a case. Arguments replace parts of the case, for deliberately wrong variants."""
     compressor = compressor or build_case_compressor(case)
     decoder = decoder or build_case_decoder(case)
     batch = batch or pack_case(case)
@@ -72,7 +76,7 @@ def run_case(
 
 
 def errors_of(step: Step, case: GoldenCase) -> dict[str, float]:
-    """For each golden tensor and statistic of the case, the largest difference relative to the largest value."""
+    """The largest difference of each golden tensor and statistic, relative to its largest value."""
     errors: dict[str, float] = {}
     for name, expected in case.tensors.items():
         if not name.startswith(NOT_COMPARED):
@@ -87,21 +91,21 @@ def errors_of(step: Step, case: GoldenCase) -> dict[str, float]:
 
 
 def relative_error(ours: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected value; the shapes must be equal and something must be there."""
+    """Largest difference divided by the largest expected value. Shapes must be equal and `expected` nonzero."""
     assert ours.shape == expected.shape, f"shape {tuple(ours.shape)}, expected {tuple(expected.shape)}"
     assert expected.abs().max() > 0, "the golden tensor is all zero: nothing moved"
     return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
 def _watch(compressor: Compressor, decoder: Decoder, port_idx: int) -> dict[str, Tensor]:
-    """Fills the returned dict, during the next forward, with the hidden states that the golden files hold."""
+    """Return a dict that the next forward fills with the hidden states that are in the golden files."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> object:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(output, Stream):
                 output = output.total_TD
-            if kwargs.get("prefix") is not None:  # a decoder layer that ran prefix and suffix apart
+            if kwargs.get("prefix") is not None:  # a decoder layer that ran prefix and suffix separately
                 output = kwargs["split"].join(kwargs["prefix"].stream.total_TD, output)
             if name == "enc.pooled":
                 output.retain_grad()
@@ -126,7 +130,7 @@ def _ours(step: Step, name: str) -> Tensor:
         return step.outputs[name]
     kind, _, parameter = name.partition(".")
     gradient = step.gradients[internal_name(parameter)]
-    assert gradient is not None, f"{parameter} has a golden gradient and got none"
+    assert gradient is not None, f"{parameter} has a golden gradient but got none"
     return gradient.norm(dim=-1) if kind == "grad_rownorm" else gradient
 
 
@@ -138,12 +142,12 @@ def _golden(step: Step, name: str, expected: Tensor) -> Tensor:
 
 
 def _stats_errors(name: str, gradient: Tensor | None, stats: Mapping[str, float] | None) -> dict[str, float]:
-    if stats is None:  # no gradient at all: an unused port of ours runs idle and gets exactly zero
+    if stats is None:  # no gradient: our unused port runs idle and gets exactly zero
         idle = gradient is None or not gradient.any()
         return {f"stats.{name}": 0.0 if idle else float("inf")}
     assert gradient is not None and gradient.numel() == stats["numel"], name
     g = gradient.double()
-    # A sum of n values of both signs is known to the noise of its terms, not of its own value.
+    # The error of a sum of n values of both signs scales with its terms, not with its own value.
     scale = stats["l2"] * stats["numel"] ** 0.5
     return {
         f"stats.{name}.sum": abs(g.sum().item() - stats["sum"]) / scale,

@@ -13,7 +13,7 @@ from arc_ds.model.weights import permute_rotary
 from tests.parity.golden import GoldenCase, build_case_decoder, pack_case
 from tests.parity.golden_run import relative_error
 
-BOUND = 1e-5  # of the largest value; measured worst 9e-7
+BOUND = 1e-5  # relative to the largest value; worst measured 9e-7
 CASES = ["plain_decM", "plain_decO"]
 
 

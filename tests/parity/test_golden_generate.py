@@ -1,7 +1,7 @@
-"""Generation against the golden files: tokens, the logits of every step, and prompts that are given as text.
+"""Generation against the golden files: tokens, logits of every step, and text prompts.
 
-Cases of kind generate give token ids and go through `generate_ids`; those of kind generate_pipeline give texts and go
-through `ArcModel.from_checkpoint` and `ArcModel.generate`, with the reference's checkpoints and tokenizers.
+Cases of kind generate contain token ids and test `generate_ids`. Cases of kind generate_pipeline contain texts and test
+`ArcModel.from_checkpoint` and `ArcModel.generate` with the reference's checkpoints and tokenizers.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from arc_ds.model.decoder import Decoder
 from tests.parity.golden import GoldenCase, build_case_compressor, build_case_decoder, prompts_of, spec_of
 from tests.parity.golden_run import relative_error
 
-# Of the largest value. Measured worst (float32, one thread): 1.3e-6, the step logits of gen_adjacent.
+# Relative to the largest value. Worst measured (float32, one thread): 1.3e-6, the step logits of gen_adjacent.
 BOUND = 1e-5
 CASES = ["gen_adjacent", "gen_eos", "gen_mem8", "gen_nocomp", "gen_olmo"]
 PIPELINE_CASES = ["gen_pipeline_llama_multi1", "gen_pipeline_mistral", "gen_pipeline_notext"]
 
-# Cases that encode a fault of the reference (numbers of its list of oddities), with what holds instead.
-# (22 also concerns the third prompt of each pipeline case.)
+# Cases that encode a fault of the reference (by number in the list of its oddities), with our behaviour.
+# Oddity 22 also affects the third prompt of each pipeline case.
 FAULTY_CASES = {
-    "gen_end": "22: the first token of a prompt that ends with a context comes from the text before it, blind to it; "
+    "gen_end": "22: if a prompt ends with a context, the reference predicts the first token from the text before it; "
     "ours comes from the marker's row",
-    "gen_pipeline_chunk16": "24: chunks of a text become one segment with one marker, in training each has its own; we "
-    "know no chunks in a prompt but several contexts, each with its marker",
+    "gen_pipeline_chunk16": "24: chunks of a text share one segment and one marker, but in training each has its own; our "
+    "prompts have no chunks but several contexts, each with its marker",
 }
 
 
 def read_case(golden: Path, name: str) -> tuple[GoldenCase, Decoder, PackedBatch, Tensor | None]:
-    """A generation case, its decoder, its prompts as a batch, and their compressed vectors."""
+    """Read a generation case: the case, its decoder, its prompts as a batch, and their compressed vectors."""
     case = GoldenCase.read(golden, name)
     has_contexts = case.meta["arc_checkpoint"] is not None
     samples = [Sample("generate", tuple(prompt)) for prompt in prompts_of(case)]
@@ -51,7 +51,7 @@ def read_case(golden: Path, name: str) -> tuple[GoldenCase, Decoder, PackedBatch
 def generate(
     case: GoldenCase, decoder: Decoder, batch: PackedBatch, z_ZD: Tensor | None
 ) -> tuple[list[list[int]], Tensor]:
-    """The new tokens, and the logits [steps, B, V] that they were chosen from."""
+    """Return the new tokens and the logits [steps, B, V] from which they were chosen."""
     seen: list[Tensor] = []
     eos = case.meta["eos_id"]
     tokens = generate_ids(
@@ -82,7 +82,7 @@ def test_tokens_and_logits_of_every_step_are_reproduced(golden: Path, name: str)
 
 
 def test_contexts_of_another_text_change_the_tokens(golden: Path) -> None:
-    """The tokens above would be no proof if the contexts did not matter."""
+    """The test above would prove nothing if the contexts did not affect the tokens."""
     case, decoder, batch, z_ZD = read_case(golden, "gen_adjacent")
     assert z_ZD is not None
     tokens, logits = generate(case, decoder, batch, z_ZD.flip(0))
@@ -113,7 +113,7 @@ def test_every_golden_case_of_generation_is_listed(golden: Path) -> None:
 
 @pytest.mark.parametrize("name", PIPELINE_CASES)
 def test_texts_in_texts_out(golden: Path, tmp_path: Path, name: str) -> None:
-    """Prompts that end with a context go on from their marker and so differ (oddity 22); the others are equal."""
+    """Prompts that end with a context continue from its marker and therefore differ (oddity 22). Others are equal."""
     case = GoldenCase.read(golden, name)
     model = load_pipeline(case, tmp_path)
     prompts = text_prompts(case)
@@ -152,7 +152,7 @@ def test_chunks_as_contexts_of_their_own_each_get_a_marker(golden: Path, tmp_pat
 
 
 def load_pipeline(case: GoldenCase, folder: Path) -> ArcModel:
-    """The case's checkpoint with its tokenizers put beside the backbones, as a user has them."""
+    """Load the case's checkpoint, with its tokenizers next to the backbones as in a user's folders."""
     meta = case.meta
     encoder = _with_tokenizer(case, "models/enc", "llama_tiny.tiktoken", folder)
     names = {"models/decM": "sp384.model", "models/decL": "llama_tiny.tiktoken"}

@@ -1,9 +1,9 @@
 """Encoder, pooling, markers, bridges, splice, decoder, loss and all gradients against the golden files.
 
-Every case of kinds forward_backward and end_to_end (with its token ids) is here; decoder_only ones are in
-`test_golden_decoder.py`, deliberately wrong variants in `test_golden_variants.py`. Golden folders that belong to other
-parts: `gen_*` (generation), `data/` and the text side of `e2e_*` (tasks and loaders), `train/*` (optimizer, schedule,
-metrics), `tables/{eval_prompts,eval_shuffle,metrics}` (evaluation), `tables/onecycle_lr` (schedule).
+This file has all cases of the kinds forward_backward and end_to_end (with their token ids). `test_golden_decoder.py`
+has the decoder_only cases, and `test_golden_variants.py` has deliberately wrong variants. Other parts use the remaining
+golden folders: `gen_*` (generation), `data/` and the texts of `e2e_*` (tasks and loaders), `train/*` (optimizer,
+schedule, metrics), `tables/{eval_prompts,eval_shuffle,metrics}` (evaluation), `tables/onecycle_lr` (schedule).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from arc_ds.model.pooling.base import ContentPooling, ContextGrid
 from tests.parity.golden import GoldenCase, build_case_compressor, internal_name
 from tests.parity.golden_run import errors_of, run_case
 
-# Relative to the largest value of each tensor. Measured worst over all cases (float32, one thread): outputs 1.6e-6
+# Relative to the largest value of each tensor. Worst measured over all cases (float32, one thread): outputs 1.6e-6
 # (logits of pq_mean_none), gradients 5.5e-6 (grad.enc.pooled of pq_mean_cr0), statistics of gradients 4.8e-6.
 BOUND = 1e-5
 
@@ -69,12 +69,12 @@ CASES = [
     "sum_cr4",
 ]
 
-# Cases that encode a fault of the reference (numbers of its list of oddities). ARC-DS does the right thing, which unit
-# tests show; with the fault put in, everything else of the case must agree.
+# Cases that encode a fault of the reference (by number in the list of its oddities). ARC-DS behaves correctly, as unit
+# tests show. If the test injects the fault, all other numbers of the case must agree.
 FAULTY_CASES = {
     "pq_mean_cr4_causal": "4: pooled query j sees keys 0 … j only, not all up to the end of its group",
     "pq_mean_crp4_causal": "4: pooled query j sees keys 0 … j only, not all up to the end of its group",
-    "metric_pruning_norm": "10: keeps the smallest norms, sorted by norm, where the largest were meant",
+    "metric_pruning_norm": "10: keeps the smallest norms, sorted by norm, instead of the largest",
 }
 
 

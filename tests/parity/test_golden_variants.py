@@ -1,7 +1,7 @@
-"""Deliberately wrong variants of golden cases: each must miss the golden numbers by far, or parity proves nothing.
+"""Deliberately wrong variants of golden cases. Each must clearly differ from the golden numbers.
 
-What parity holds to is 1e-5 of the largest value (`test_golden_model.py`); every variant here is off by at least 1e-2
-in the numbers it concerns.
+Otherwise the parity tests would prove nothing. Their bound is 1e-5 of the largest value (`test_golden_model.py`). The
+numbers that a variant affects differ by at least 1e-2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FAR = 1e-2
 
 
 def _full_groups_and_remainder(batch: PackedBatch) -> PackedBatch:
-    """Groups of 8 and what is left, where balanced ones are meant."""
+    """Groups of 8 plus a remainder instead of balanced groups."""
     sizes = []
     for length in batch.encoder_cu_seqlens.diff().tolist():
         sizes += [8] * (length // 8) + ([length % 8] if length % 8 else [])
@@ -31,14 +31,14 @@ def _full_groups_and_remainder(batch: PackedBatch) -> PackedBatch:
 
 
 def _positions_of_the_first_token(batch: PackedBatch) -> PackedBatch:
-    """Pooled queries at the place of their group among the tokens, where 0 … m-1 are meant."""
+    """Pooled queries at the position of their group's first token instead of 0 … m-1."""
     (level,) = batch.levels
     starts = batch.encoder_cu_seqlens[:-1].repeat_interleave(level.cu_seqlens.diff())
     return _with_level(batch, positions=(level.group_cu[:-1] - starts).long())
 
 
 def _context_after_the_next_token(batch: PackedBatch) -> PackedBatch:
-    """The first sequence's first context one token late (it has one at its fourth row)."""
+    """Move the first context of the first sequence one token later (it is at the fourth row)."""
     first_rows = batch.compressed_rows[:4]
     assert first_rows.tolist() == [3, 4, 5, 6]
     text_rows, compressed_rows = batch.text_rows.clone(), batch.compressed_rows.clone()

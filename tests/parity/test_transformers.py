@@ -1,6 +1,6 @@
 """Our decoder against `transformers`, both reading the same files: logits within 1e-4 in fp32 (issue 2, show 4).
 
-Tests also break one thing on purpose and see the logits leave the bound, so that none can pass by saying nothing.
+Tests also break one thing deliberately and check that the logits exceed the bound.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tests.helpers import tiny_models as tiny
 
 transformers = pytest.importorskip("transformers")
 
-ATOL = 1e-4  # measured worst on SmolLM2, whose logits reach 30: 4.8e-5
-TINY_ATOL = 2e-5  # measured worst on the tiny models: 7.5e-6
+ATOL = 1e-4  # worst measured on SmolLM2, whose logits reach 30: 4.8e-5
+TINY_ATOL = 2e-5  # worst measured on the tiny models: 7.5e-6
 SPEC = PoolingSpec((GroupRule("factor", 4),))
 LLAMA3 = {
     "rope_type": "llama3",
@@ -49,7 +49,7 @@ def text_batch(sequences: list[list[int]]):
 
 @torch.no_grad()
 def our_logits(decoder: Decoder, sequences: list[list[int]]) -> list[Tensor]:
-    """All sequences packed into one batch; logits at each token of each."""
+    """Logits at every token of each sequence, with all sequences packed into one batch."""
     batch = text_batch(sequences)
     logits = decoder.logits(batch, torch.empty(0, decoder.config.hidden_size), batch.text_rows)
     return list(logits.split([len(ids) for ids in sequences]))
@@ -57,7 +57,7 @@ def our_logits(decoder: Decoder, sequences: list[list[int]]) -> list[Tensor]:
 
 @torch.no_grad()
 def their_logits(model, sequences: list[list[int]]) -> list[Tensor]:
-    """One sequence at a time, without padding."""
+    """Logits of transformers, one sequence at a time without padding."""
     return [model(torch.tensor([ids])).logits[0].float() for ids in sequences]
 
 
@@ -71,7 +71,7 @@ def random_sequences(vocab_size: int, lengths: tuple[int, ...], seed: int = 0) -
 
 
 def make_model(family: str, folder: Path, **sizes):
-    """A tiny random model of transformers, saved to `folder`; weights large enough that every part matters."""
+    """Save a tiny random model of transformers to `folder`. Its weights are large, so every part matters."""
     base = {
         "vocab_size": 96,
         "hidden_size": 64,
@@ -160,9 +160,10 @@ def test_tiny_models_generate_what_transformers_generates(tmp_path: Path, case: 
 
 @torch.no_grad()
 def check_greedy(model, decoder: Decoder, prompts: list[list[int]], num_tokens: int) -> None:
-    """Greedy tokens of ours (one batch, KV cache) are those that transformers would choose after the same prefix.
+    """Check that our greedy tokens (one batch, KV cache) are those of transformers after the same prefix.
 
-    By induction over the prefix that is its greedy continuation; one forward of it replaces `num_tokens`.
+    By induction over the prefix, they are the greedy continuation of transformers. One forward replaces `num_tokens`
+    forwards.
     """
     batch = text_batch(prompts)
     ours = generate_ids(decoder, batch, torch.empty(0, decoder.config.hidden_size), max_new_tokens=num_tokens)
@@ -182,5 +183,5 @@ def test_smollm2_has_the_logits_and_the_greedy_text_of_transformers(smollm2):
     check_greedy(model, decoder, [[504, 260, 1977, 282, 4649], [28, 338, 1028]], 64)
     for name, heads in (("wq", source.config.num_heads), ("wk", source.config.num_kv_heads)):
         weight = getattr(decoder.layers[0].attention, name).weight
-        weight.data = permute_rotary(weight.data, heads, to="interleaved")  # as they lie in the file
+        weight.data = permute_rotary(weight.data, heads, to="interleaved")  # as stored in the file
     assert largest_difference(our_logits(decoder, sequences), theirs) > 1.0

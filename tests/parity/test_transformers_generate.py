@@ -1,6 +1,6 @@
 """Greedy generation against `transformers`' own `generate(do_sample=False)`: the same tokens (issue 2, show 4).
 
-`test_transformers.py` compares logits, and tokens after the same prefix; here each side runs on its own cache alone.
+`test_transformers.py` compares logits, and tokens after the same prefix. Here each side uses only its own cache.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ TEXTS = ["The capital of France is", "Mr. Speaker, Mr. Vice President, members o
 
 
 def our_tokens(decoder: Decoder, prompts: list[list[int]], stop_ids: tuple[int, ...] = ()) -> list[list[int]]:
-    """All prompts as one batch."""
+    """Generate from all prompts as one batch."""
     batch = pack([Sample("parity", (Segment.text(ids),)) for ids in prompts], SPEC)
     return generate_ids(decoder, batch, None, max_new_tokens=NUM_TOKENS, stop_ids=stop_ids)
 
 
 @torch.no_grad()
 def their_tokens(model, prompts: list[list[int]], eos: int | None = None) -> list[list[int]]:
-    """One prompt at a time; without the end token."""
+    """Generate from one prompt at a time, without the end token."""
     lines = []
     for ids in prompts:
         given = torch.tensor([ids])
@@ -57,7 +57,7 @@ def test_tiny_models_generate_the_same_tokens(tmp_path: Path, case: str) -> None
     prompts = random_sequences(96, (5, 17))
     ours = our_tokens(decoder, prompts)
     assert ours == their_tokens(model, prompts)
-    assert all(len(set(line)) > 3 for line in ours), "one token again and again would prove little"
+    assert all(len(set(line)) > 3 for line in ours), "a repeated single token would prove little"
     eos = ours[0][NUM_TOKENS // 2]
     assert our_tokens(decoder, prompts, (eos,)) == their_tokens(model, prompts, eos)
 

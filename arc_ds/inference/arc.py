@@ -270,7 +270,7 @@ class ArcModel:
 
 
 def _texts_joined(parts: Sequence[object]) -> list[object]:
-    """Join adjacent texts, so that the way a text is split does not change its tokens."""
+    """Join adjacent texts, because splitting a text must not change its tokens."""
     joined: list[object] = []
     for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
         members = list(group)

@@ -28,7 +28,7 @@ def _end_well(_rank: str) -> int:
 
 
 def _train(_rank: str) -> int:
-    """Run steps for up to a minute. Stops take effect at the next step; closing exceeds the launcher's poll interval."""
+    """Run steps for up to a minute. A stop takes effect at the next step; closing exceeds the launcher's poll time."""
     time.sleep(0.5)
     with StopRequest() as stop:
         for _ in range(600):

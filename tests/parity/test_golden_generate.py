@@ -32,7 +32,7 @@ PIPELINE_CASES = ["gen_pipeline_llama_multi1", "gen_pipeline_mistral", "gen_pipe
 FAULTY_CASES = {
     "gen_end": "22: if a prompt ends with a context, the reference predicts the first token from the text before it; "
     "ours comes from the marker's row",
-    "gen_pipeline_chunk16": "24: chunks of a text share one segment and one marker, but in training each has its own; our "
+    "gen_pipeline_chunk16": "24: chunks of a text share one segment and marker, but in training each has its own; our "
     "prompts have no chunks but several contexts, each with its marker",
 }
 

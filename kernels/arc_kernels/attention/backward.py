@@ -204,7 +204,7 @@ def _first_row_that_sees(
     key, k_limits, num_queries, num_keys, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, LIMITED: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """First packed row, a multiple of BLOCK_M, that can see the given key or a later one."""
+    """A packed row, a multiple of BLOCK_M. No earlier row sees the given key or a later one."""
     start = num_queries * 0
     if CAUSAL:
         start = tl.minimum(tl.maximum(key - num_keys + num_queries, 0), num_queries) * GROUP // BLOCK_M * BLOCK_M

@@ -1,4 +1,4 @@
-"""`tools/gpu_day.py`: it says so without a GPU, its rehearsal writes every row, and no stage can spoil another one."""
+"""`tools/gpu_day.py`: it reports a missing GPU, its rehearsal writes every row, and stages do not affect each other."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_rehearsal_writes_the_rows_of_every_stage(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + log
     rows = _rows(tmp_path)
     assert all(row["date"] and row["torch"] and row["triton"] and row["commit"] for row in rows)
-    assert not any(str(tmp_path) in cell for row in rows for cell in row.values()), "a path of this machine in a row"
+    assert not any(str(tmp_path) in cell for row in rows for cell in row.values()), "a local path in a row"
     right = [row for row in rows if row["stage"] == "right"]
     assert {row["subject"] for row in right if (row["variant"], row["value"]) == ("check", "right")} == KERNELS
     assert any(row["subject"] == "triton_swiglu" and "passed" in row["value"] for row in right)
@@ -295,7 +295,7 @@ def test_a_smaller_gpu_gets_a_smaller_step(tools: ModuleType, monkeypatch: pytes
     assert sizes(139)[0] == step.PAPER
     assert sizes(78)[0] != step.PAPER and step.estimated_bytes(sizes(78)[0]) < 78 * 2**30
     assert sizes(2) == []
-    # The paper's models alone: weights, float32 master weights, gradients and moments, and the decoder.
+    # Only the paper's models: weights, float32 master weights, gradients and moments, and the decoder.
     assert step.estimated_bytes(step.PAPER) > 20 * 3.0e9 + 2 * 8.0e9
 
 

@@ -62,19 +62,17 @@ _VERSIONS = ("numpy", "torch", "tiktoken", "tokenizers", "sentencepiece")
 _REST = "the rest"
 # Stage by folder or file of arc_ds/data; the first match counts.
 _STAGES = {
-    "shards/token_cache": "token cache",
+    "shards/token_cache/": "token cache",
     "shards/": "reading records",
-    "records.py": "reading records",
-    "tokenizers/__init__.py": "boundaries of characters",
+    "tokenizers/base.py": "boundaries of characters",
     "tokenizers/": "tokenising",
-    "tasks/": "making samples",
-    "segments.py": "making samples",
-    "batches/sample_maker.py": "making samples",
-    "batches/packing.py": "packing",
-    "groups.py": "packing",
-    "batches/micro_batches.py": "packing",
-    "batches/step_batch.py": "packing",
-    "batches/": "order and dealing",
+    "batch/segments.py": "making samples",
+    "batch/": "packing",
+    "data/tasks/": "making samples",
+    "data/loading/sample_maker.py": "making samples",
+    "data/loading/micro_batches.py": "packing",
+    "data/loading/step_batch.py": "packing",
+    "data/": "order and dealing",
 }
 
 
@@ -289,11 +287,11 @@ def time_by_stage(stats: Any) -> dict[str, float]:
 
 def stage_of(file: str) -> str | None:
     """Stage of a file's functions; None if their time belongs to their callers."""
+    _, is_ours, place = file.rpartition("arc_ds/")
+    if is_ours:
+        return next((stage for beginning, stage in _STAGES.items() if place.startswith(beginning)), _REST)
     if "tiktoken" in file or "sentencepiece" in file:
         return "tokenising"
-    _, is_data, place = file.rpartition("arc_ds/data/")
-    if is_data:
-        return next((stage for beginning, stage in _STAGES.items() if place.startswith(beginning)), _REST)
     return _REST if "bench_data" in file else None
 
 

@@ -38,5 +38,8 @@ def test_rows_of_both_ways_are_appended(
     for row in rows:
         assert float(row["encoder_tokens_per_s"]) > float(row["records_per_s"]) > 0
         assert float(row["decoder_rows_per_s"]) > 0
-    assert "encoder tokens/s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "encoder tokens/s" in printed
+    for stage in ("token cache", "tokenising", "making samples", "packing", "order and dealing"):
+        assert stage in printed
     assert not list((tmp_path / "shards").glob("*/tokens-*"))

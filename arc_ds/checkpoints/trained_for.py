@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+
+from arc_ds.model.weights.hf_config import RopeScalingChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,5 +17,5 @@ class TrainedFor:
     """
 
     name: str
-    rope_scaling: Literal["checkpoint", "none"]
+    rope_scaling: RopeScalingChoice
     bos: bool = True

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from arc_ds.model.weights import (
 )
 from arc_ds.model.weights.arc_spec import spec_of_params
 from arc_ds.model.weights.fields import Fields
+from arc_ds.model.weights.hf_config import RopeScalingChoice
 from arc_ds.model.weights.stores import SafetensorsStore
 from arc_ds.tokenizers import Tokenizer, check_fits, load_tokenizer
 
@@ -36,7 +37,6 @@ EXPORT_CONFIG = "config.json"
 EXPORT_WEIGHTS = "model.safetensors"
 EXPORT_VERSION = 1
 ARC_DECODERS = "decoders.json"  # our addition: the ARC format does not record the decoders' settings
-RopeScalingChoice = Literal["checkpoint", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)

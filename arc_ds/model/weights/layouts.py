@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
-_OLMO = "model.transformer."
+OLMO_PREFIX = "model.transformer."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,27 +113,27 @@ GGUF_LLAMA = Layout(
 )
 
 _OLMO_ATTENTION = Rule(
-    file_name=_OLMO + "blocks.{i}.att_proj.weight",
+    file_name=OLMO_PREFIX + "blocks.{i}.att_proj.weight",
     stacked=tuple("layers.{i}.attention." + w + ".weight" for w in ("wq", "wk", "wv")),
 )
 # The first half of ff_proj is the up projection: OLMo's SwiGLU takes the gate from the second half.
 _OLMO_FFN = Rule(
-    file_name=_OLMO + "blocks.{i}.ff_proj.weight",
+    file_name=OLMO_PREFIX + "blocks.{i}.ff_proj.weight",
     stacked=("layers.{i}.feed_forward.w3.weight", "layers.{i}.feed_forward.w1.weight"),
 )
 
 OLMO_NATIVE = Layout(
     name="OLMo native",
     rules={
-        "tok_embeddings.weight": Rule(file_name=_OLMO + "wte.weight"),
+        "tok_embeddings.weight": Rule(file_name=OLMO_PREFIX + "wte.weight"),
         "layers.{i}.attention.wq.weight": _OLMO_ATTENTION,
         "layers.{i}.attention.wk.weight": _OLMO_ATTENTION,
         "layers.{i}.attention.wv.weight": _OLMO_ATTENTION,
-        "layers.{i}.attention.wo.weight": Rule(file_name=_OLMO + "blocks.{i}.attn_out.weight"),
+        "layers.{i}.attention.wo.weight": Rule(file_name=OLMO_PREFIX + "blocks.{i}.attn_out.weight"),
         "layers.{i}.feed_forward.w1.weight": _OLMO_FFN,
-        "layers.{i}.feed_forward.w2.weight": Rule(file_name=_OLMO + "blocks.{i}.ff_out.weight"),
+        "layers.{i}.feed_forward.w2.weight": Rule(file_name=OLMO_PREFIX + "blocks.{i}.ff_out.weight"),
         "layers.{i}.feed_forward.w3.weight": _OLMO_FFN,
-        "output.weight": Rule(file_name=_OLMO + "ff_out.weight"),
+        "output.weight": Rule(file_name=OLMO_PREFIX + "ff_out.weight"),
     },
     interleaved=False,
 )

@@ -8,15 +8,16 @@ from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
 from arc_ds.model.weights.fields import Fields, checked
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
-from arc_ds.model.weights.stores import Shape, TensorStore
+from arc_ds.model.weights.layouts import OLMO_PREFIX
+from arc_ds.model.weights.names import Shape
+from arc_ds.model.weights.stores import TensorStore
 
-_OLMO_PREFIX = "model.transformer."
 _LLAMA_32_WIDEST = 3072  # Llama 3.2 3B; the narrowest Llama 3.1 is 4096 wide
 
 
 def is_olmo(store: TensorStore | None) -> bool:
     """Whether the tensors have OLMo-1's names. Its `params.json` alone does not identify it."""
-    return store is not None and any(name.startswith(_OLMO_PREFIX) for name in store.names())
+    return store is not None and any(name.startswith(OLMO_PREFIX) for name in store.names())
 
 
 def sizes_of_native(fields: Fields, store: TensorStore | None, rope_scaling: RopeScalingChoice) -> Sizes:
@@ -115,8 +116,8 @@ def _olmo(fields: Fields, store: TensorStore | None) -> Sizes:
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=dim // num_heads,
-        ffn_size=_shape(fields, store, _OLMO_PREFIX + "blocks.0.ff_out.weight")[1],
-        vocab_size=_shape(fields, store, _OLMO_PREFIX + "wte.weight")[0],
+        ffn_size=_shape(fields, store, OLMO_PREFIX + "blocks.0.ff_out.weight")[1],
+        vocab_size=_shape(fields, store, OLMO_PREFIX + "wte.weight")[0],
         rope_theta=fields.number("rope_theta", 10000.0),
         norm_eps=fields.number("norm_eps", 1e-5),
         norm="layer",

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arc_ds.errors import WeightsError
+from arc_ds.model.weights.names import Shape
 
-Shape = tuple[int, ...]
 ALL_ROWS = slice(None)
 
 

@@ -21,6 +21,7 @@ def read_version() -> str:
 
 CORE = [
     "deepspeed>=0.19.6",
+    "fsspec[http]>=2024.6",
     "matplotlib>=3.8",
     "mlflow>=3.0",
     "numpy>=1.26",
@@ -45,6 +46,8 @@ EXTRAS = {
         "ruff>=0.8",
         "transformers>=4.57",
     ],
+    # Shards behind s3://, gs://, abfs://, hf:// and sftp://, one package each. http(s) and `pipe:` need none of them.
+    "remote": ["s3fs>=2024.6", "gcsfs>=2024.6", "adlfs>=2024.4", "huggingface_hub>=0.23", "paramiko>=3.4"],
     # Inputs of `arc-ds shards build` that are Parquet or .zst.
     "shards": ["pyarrow>=16.0", "zstandard>=0.22"],
     # Both need no more than the core so far; the names are fixed.

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 from arc_ds.errors import ConfigError, DataError, StorageError
 from arc_ds.shards.format import (
@@ -103,12 +102,12 @@ class ShardFiles:
     def fetch_beside(self, name: str, *, max_bytes: int) -> bytes | None:
         """A small file that may lie with the tars behind a URL, by its path from their folder; None where it does not.
 
-        A command that gives nothing does not say why, so that it is asked once and believed, be it by its exit code or
-        by no bytes. StorageError where a server (http, s3) does not say that it has no such file.
+        A `pipe:` command does not say why it failed. It is run once, and a failure or empty output means that there is
+        no such file. StorageError if a server does not say that it has no such file.
         """
         assert self.base is not None and self.cache is not None, "what is local is not fetched"
         address, retries = join_url(self.base, name), self.cache.retries
-        tells_why = urlsplit(address).scheme in ("http", "https", "s3")
+        tells_why = not address.startswith("pipe:")
         try:
             found = fetch_bytes(
                 address, max_bytes=max_bytes, retries=retries if tells_why else replace(retries, attempts=1)

@@ -12,7 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["cut", "500", "404", "stall", "flip"]
+Kind = Literal["cut", "stall", "flip", "401", "403", "404", "410", "429", "500"]
 
 
 class FaultyServer:
@@ -52,7 +52,7 @@ class _Handler(SimpleHTTPRequestHandler):
         path = self.path.partition("?")[0]
         fault = self.state.next_fault(path)
         time.sleep(self.state.delay_s)
-        if fault in ("500", "404"):
+        if fault is not None and fault.isdigit():
             self.send_error(int(fault))
             return
         if fault is None:

@@ -1,29 +1,23 @@
-"""Fetching what a URL holds: http(s) by the standard library, all else by webdataset's `gopen`, with retries.
+"""Fetching what URLs hold, with retries: `pipe:` commands by webdataset, every other protocol by fsspec.
 
-http(s) does not go through `gopen`, whose `curl` retries silently for minutes and tells a wrong address from a busy
-server by no word.
+An error's type, errno or HTTP status decides whether another attempt may help.
 """
 
 from __future__ import annotations
 
-import base64
+import errno
 import hashlib
-import http.client
 import itertools
 import logging
 import os
 import random
-import re
 import select
-import subprocess
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from tempfile import TemporaryFile
+from functools import cache
 from typing import IO, Any, TypeVar
-from urllib.error import HTTPError, URLError
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from arc_ds.errors import StorageError
 from arc_ds.system.urls import shown_url
@@ -31,14 +25,23 @@ from arc_ds.system.urls import shown_url
 logger = logging.getLogger(__name__)
 
 _PIECE = 1 << 20
-_SLOWEST = 10_000  # bytes/s over a whole transfer; below, it is broken off like one that stands still
+_BLOCK = 16 << 20  # bytes of one request, if a protocol reads a file in several
+_SLOWEST = 10_000  # bytes/s over a whole transfer; a slower one is broken off like one that stands still
+_NOT_FOUND = 127  # a shell's exit code if there is no such command
 _TRANSIENT_4XX = (408, 425, 429)
 _ABSENT_HTTP = (403, 404, 410)
-_NOT_FOUND = 127  # a shell's exit code where there is no such command
-# How the `aws` command words a server's answer; those that another attempt would get again.
-_S3_ANSWER = re.compile(r"An error occurred \((\w+)\)")
-_ABSENT_S3 = ("403", "404", "AccessDenied", "NoSuchKey", "NoSuchBucket")
-_FINAL_S3 = (*_ABSENT_S3, "ExpiredToken", "InvalidAccessKeyId", "InvalidBucketName", "SignatureDoesNotMatch")
+_FINAL_ERRNOS = (errno.EINVAL, errno.EISDIR)  # s3fs raises the first for a server's "bad request"
+_STREAMS = ("http", "https", "hf")  # read by one request
+# The package of each protocol. fsspec knows more, and reads local files by some: a manifest may come from anyone.
+_PACKAGES = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "hf": "huggingface_hub",
+    "abfs": "adlfs",
+    "sftp": "paramiko",
+}
 _T = TypeVar("_T")
 _failures = itertools.count(1)
 
@@ -139,29 +142,19 @@ def _check_digest(found: str, expected: str) -> None:
 
 
 def read_pieces(url: str, timeout_s: float) -> Iterator[bytes]:
-    """Yields what a URL holds, once. TransferError where it cannot be read, stands still or hardly moves."""
-    try:
-        url = _rewritten(url)
-        read = _read_http if urlsplit(url).scheme in ("http", "https") else _read_gopen
-        begin, total = time.monotonic(), 0
-        for piece in read(url, timeout_s):
-            total += len(piece)
-            taken_s = time.monotonic() - begin
-            if taken_s > timeout_s and total < _SLOWEST * taken_s:
-                raise TransferError(f"only {total} bytes came in {taken_s:.0f} s")
-            yield piece
-    except HTTPError as error:
-        is_final = 400 <= error.code < 500 and error.code not in _TRANSIENT_4XX
-        is_absent = error.code in _ABSENT_HTTP
-        words = f"the server answered {error.code} {error.reason}"
-        raise TransferError(words, is_final=is_final, is_absent=is_absent) from error
-    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        reason = error.reason if isinstance(error, URLError) else error
-        raise TransferError(f"{type(error).__name__}: {reason}") from error
+    """Yields what a URL holds, once. TransferError if it cannot be read, stands still or hardly moves."""
+    url = _rewritten(url)
+    begin, total = time.monotonic(), 0
+    for piece in (_read_command if url.startswith("pipe:") else _read_file)(url, timeout_s):
+        total += len(piece)
+        taken_s = time.monotonic() - begin
+        if taken_s > timeout_s and total < _SLOWEST * taken_s:
+            raise TransferError(f"only {total} bytes came in {taken_s:.0f} s")
+        yield piece
 
 
 def _rewritten(url: str) -> str:
-    """The URL as stock readers rewrite it where GOPEN_REWRITE says so. webdataset takes seconds to import."""
+    """The URL as stock readers rewrite it if GOPEN_REWRITE says so. webdataset takes seconds to import."""
     if "GOPEN_REWRITE" not in os.environ:
         return url
     from webdataset.gopen import rewrite_url
@@ -169,72 +162,92 @@ def _rewritten(url: str) -> str:
     return rewrite_url(url)
 
 
-def _read_http(url: str, timeout_s: float) -> Iterator[bytes]:
-    with urllib.request.urlopen(_request(url), timeout=timeout_s) as response:
-        expected = response.headers.get("Content-Length")
-        total = 0
-        while piece := response.read1(_PIECE):
-            total += len(piece)
-            yield piece
-        if expected is not None and total != int(expected):  # urllib says nothing when a body is cut short
-            raise TransferError(f"the server broke off after {total} of {expected} bytes")
-
-
-def _request(url: str) -> urllib.request.Request:
-    """The request, with a user and password of the URL in its header."""
-    parts = urlsplit(url)
-    user, _, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(urlunsplit(parts._replace(netloc=host)), headers={"User-Agent": "arc-ds"})
-    if user:
-        request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(unquote(user).encode()).decode())
-    return request
-
-
-def _read_gopen(url: str, timeout_s: float) -> Iterator[bytes]:
-    """Through webdataset; s3://, which it does not know, by the `aws` command."""
-    from webdataset.gopen import Pipe, gopen, gopen_schemes
-
-    if urlsplit(url).scheme == "s3" and "s3" not in gopen_schemes:
-        yield from _read_s3(url, timeout_s)
-        return
+def _read_file(url: str, timeout_s: float) -> Iterator[bytes]:
+    """What a file holds that fsspec can open."""
     try:
-        stream: Any = gopen(url)
-    except ValueError as error:
-        raise TransferError(f"webdataset cannot open such an address ({error})", is_final=True) from error
-    except FileNotFoundError as error:
-        raise TransferError(f"the program that opens it is not installed ({error.filename})", is_final=True) from error
-    if isinstance(stream, Pipe):
-        yield from _read_pipe(stream, timeout_s)
-        return
-    with stream:
-        while piece := stream.read(_PIECE):
-            yield piece
+        system = _file_system(url, timeout_s)
+        # Any size will do for a stream. fsspec would ask for it before, and take each error for a missing file.
+        is_stream = urlsplit(url).scheme in _STREAMS
+        options = {"block_size": 0, "size": 1} if is_stream else {"block_size": _BLOCK}
+        with system.open(url, **options) as file:
+            if hasattr(file, "prefetch"):  # of paramiko, which otherwise waits for each 32 KiB
+                file.prefetch()
+            while piece := file.read(_PIECE):
+                yield piece
+    except TransferError:
+        raise
+    except Exception as error:  # the packages' own errors have no base in common
+        raise _transfer_error(error, url, timeout_s) from None  # its words may hold the URL's password
 
 
-def _read_s3(url: str, timeout_s: float) -> Iterator[bytes]:
-    command = ["aws", "s3", "cp", "--only-show-errors", url, "-"]
-    with TemporaryFile() as said:
-        try:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said)
-        except FileNotFoundError as error:
-            raise TransferError("the `aws` command (package awscli) is not installed", is_final=True) from error
-        assert process.stdout is not None, "it is a pipe"
-        with process:
-            try:
-                yield from _read_descriptor(process.stdout.fileno(), timeout_s)
-            except BaseException:
-                process.kill()
-                raise
-        if process.returncode:
-            said.seek(0)
-            words = " ".join(said.read().decode(errors="replace").split()) or f"exit code {process.returncode}"
-            found = _S3_ANSWER.search(words)
-            answer = found.group(1) if found else ""
-            raise TransferError(words, is_final=answer in _FINAL_S3, is_absent=answer in _ABSENT_S3)
+def _file_system(url: str, timeout_s: float) -> Any:
+    """fsspec's file system for a URL. Its timeouts are its package's own (s3fs: 15 s), except for http and sftp."""
+    import fsspec
+
+    protocol = urlsplit(url).scheme
+    if protocol not in _PACKAGES:
+        raise TransferError(f"expected {'://, '.join(_PACKAGES)}:// or pipe:COMMAND", is_final=True)
+    try:
+        kind = fsspec.get_filesystem_class(protocol)
+    except ImportError:
+        words = f"{protocol}:// needs a package that is not installed. Run pip install {_PACKAGES[protocol]}"
+        raise TransferError(words, is_final=True) from None
+    place = kind._get_kwargs_from_urls(url)
+    if kind.async_impl:
+        return _async_file_system(kind, timeout_s, os.getpid(), **place)
+    system = kind(**place, skip_instance_cache=True)  # another one may have lost its connection
+    if protocol == "sftp":
+        system.ftp.get_channel().settimeout(timeout_s)
+    return system
 
 
-def _read_pipe(stream: Any, timeout_s: float) -> Iterator[bytes]:
-    """What a command writes. One that is still running when its output is no longer wanted is killed."""
+@cache
+def _async_file_system(kind: Any, timeout_s: float, _process: int, **place: str) -> Any:
+    """A file system of this process.
+
+    It is never freed: fsspec would then close its sessions, in a forked child too, where the loop that does it is its
+    parent's.
+    """
+    if "http" not in kind.protocol:
+        return kind(**place)
+    from aiohttp import ClientTimeout
+
+    timeout = ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+    headers = {"User-Agent": "arc-ds", "Accept-Encoding": "identity"}
+    # trust_env: for proxies. encoded: a URL is sent as it was given, since it may be signed.
+    return kind(encoded=True, client_kwargs={"timeout": timeout, "headers": headers, "trust_env": True})
+
+
+def _transfer_error(error: Exception, url: str, timeout_s: float) -> TransferError:
+    """The failure that an error of fsspec or of a protocol's package stands for."""
+    from fsspec.exceptions import FSTimeoutError
+
+    response = getattr(error, "response", None)
+    status = (  # of errors by aiohttp, huggingface_hub and gcsfs
+        getattr(error, "status", None) or getattr(response, "status_code", None) or getattr(error, "code", None)
+    )
+    status = status if isinstance(status, int) else 0
+    is_absent = isinstance(error, FileNotFoundError | PermissionError) or status in _ABSENT_HTTP
+    is_final = is_absent or isinstance(error, ValueError) or getattr(error, "errno", None) in _FINAL_ERRNOS
+    is_final |= 400 <= status < 500 and status not in _TRANSIENT_4XX
+    if isinstance(error, FileNotFoundError):
+        words = "there is no such file"
+    elif status:  # whose own words hold the URL, and that of a redirect
+        words = f"the server answered {status} {getattr(error, 'message', '')}"
+    elif isinstance(error, TimeoutError | FSTimeoutError):
+        words = f"nothing came for {timeout_s:.0f} s"
+    else:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        for secret in filter(None, (urlsplit(url).query, urlsplit(url).password)):
+            words = words.replace(secret, "…")
+    return TransferError(words, is_final=is_final, is_absent=is_absent)
+
+
+def _read_command(url: str, timeout_s: float) -> Iterator[bytes]:
+    """What a `pipe:` command writes. One that is still running when its output is no longer wanted is killed."""
+    from webdataset.gopen import gopen
+
+    stream: Any = gopen(url)
     is_whole = False
     try:
         yield from _read_descriptor(stream.stream.fileno(), timeout_s)

@@ -278,7 +278,7 @@ def test_tars_behind_urls_are_indexed_and_read(
         cache = ShardCache(folder=tmp_path / "cache", max_bytes=1 << 20)
         assert texts_of(ShardSet(out, cache=cache)) == TEXTS[:2]
         server.faults = {"1.tar": ("404", 9)}
-        with pytest.raises(StorageError, match="404"):
+        with pytest.raises(StorageError, match="no such file"):
             index_shards([url], tokenizer, out_dir=tmp_path / "failed")
     assert not (tmp_path / "failed").exists()
     assert index_shards([folder], tokenizer).fingerprint == manifest.fingerprint

@@ -1,0 +1,21 @@
+"""What the tests of shards behind URLs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arc_ds.shards.reader import ShardSet
+from arc_ds.shards.storage.cache import ShardCache
+from arc_ds.shards.storage.remote import Retries
+from tests.helpers.tiny_data import numbered_texts
+
+TEXTS = numbered_texts(60)
+QUICK = Retries(attempts=3, first_wait_s=0.01, timeout_s=0.3)
+
+
+def texts_of(shards: ShardSet) -> list[str]:
+    return [shards.record(idx)["text"] for idx in range(len(shards))]
+
+
+def kept(cache: ShardCache) -> list[Path]:
+    return sorted((cache.folder / "tars").iterdir())

@@ -150,7 +150,8 @@ class SourceConfig:
 
     path: str
     """A folder of shards (`arc-ds shards build` or `index`), or its URL: http(s)://, s3://, gs://, abfs://, hf://,
-    sftp:// or `pipe:COMMAND`. In a command, {} stands for the file's name; without {}, a slash and the name are appended."""
+    sftp:// or `pipe:COMMAND`. In a command, {} stands for the file's name; without {}, a slash and the name are
+    appended."""
     weight: Annotated[float, Range(above=0, cure="Remove a source that you do not want.")] = 1.0
     """Its share of the samples, relative to the other sources."""
     task: str = "pretraining"

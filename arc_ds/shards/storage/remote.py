@@ -1,4 +1,4 @@
-"""Fetching what URLs hold, with retries: `pipe:` commands by webdataset, every other protocol by fsspec.
+"""Fetch files from URLs with retries: `pipe:` commands by webdataset, every other protocol by fsspec.
 
 An error's type, errno or HTTP status decides whether another attempt may help.
 """
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 _PIECE = 1 << 20
 _BLOCK = 16 << 20  # bytes of one request, if a protocol reads a file in several
-_SLOWEST = 10_000  # bytes/s over a whole transfer; a slower one is broken off like one that stands still
+_SLOWEST = 10_000  # bytes/s over a whole transfer; a slower one is aborted like a stalled one
 _NOT_FOUND = 127  # a shell's exit code if there is no such command
 _TRANSIENT_4XX = (408, 425, 429)
 _ABSENT_HTTP = (403, 404, 410)
 _FINAL_ERRNOS = (errno.EINVAL, errno.EISDIR)  # s3fs raises the first for a server's "bad request"
 _STREAMS = ("http", "https", "hf")  # read by one request
-# The package of each protocol. fsspec knows more, and reads local files by some: a manifest may come from anyone.
+# The package of each protocol. fsspec has more, and some read local files, which a foreign manifest must not name.
 _PACKAGES = {
     "http": "aiohttp",
     "https": "aiohttp",
@@ -47,9 +47,10 @@ _failures = itertools.count(1)
 
 
 class TransferError(Exception):
-    """One attempt to read a URL failed. is_final: another attempt would fail alike.
+    """One attempt to read a URL failed.
 
-    is_absent: the server knows of no such file (some answer 403 to who may not ask what there is).
+    is_final: another attempt would fail in the same way.
+    is_absent: the server has no such file. Some servers answer 403 instead of 404 to clients that may not list files.
     """
 
     def __init__(self, message: str, *, is_final: bool = False, is_absent: bool = False) -> None:
@@ -60,7 +61,12 @@ class TransferError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retries:
-    """How often a transfer is tried. The wait doubles after each failure. timeout_s: without a byte."""
+    """How often a transfer is tried. The wait doubles after each failure.
+
+    attempts: number of attempts.
+    first_wait_s: seconds before the second attempt.
+    timeout_s: seconds without a byte until an attempt fails.
+    """
 
     attempts: int = 6
     first_wait_s: float = 1.0
@@ -68,9 +74,9 @@ class Retries:
 
 
 def with_retries(url: str, attempt: Callable[[], _T], retries: Retries) -> _T:
-    """What `attempt` returns, tried again while it raises TransferErrors that are not final.
+    """Return the result of `attempt`; try again if it raises a TransferError that is not final.
 
-    Each failure is a warning that counts those of this process. StorageError, with the last reason, at the end.
+    Each failure logs a warning with this process's number of failures. Raises StorageError with the last reason.
     """
     for number in range(1, retries.attempts + 1):
         try:
@@ -80,9 +86,9 @@ def with_retries(url: str, attempt: Callable[[], _T], retries: Retries) -> _T:
                 tried = "once" if number == 1 else f"{number} times"
                 raise StorageError(
                     f"{shown_url(url)} cannot be fetched, tried {tried}: {error}. Check the address, the rights to it "
-                    "and its server from this host, then start again: a run goes on where it stopped."
+                    "and its server from this host, then start again: a run continues where it stopped."
                 ) from error
-            # hosts that failed together shall not come back together
+            # hosts that failed together must not retry together
             wait_s = retries.first_wait_s * 2 ** (number - 1) * random.uniform(0.75, 1.25)
             logger.warning(
                 "%s: attempt %d of %d failed (%s); the next in %.1f s (failed transfers in this process: %d)",
@@ -93,7 +99,7 @@ def with_retries(url: str, attempt: Callable[[], _T], retries: Retries) -> _T:
 
 
 def fetch_bytes(url: str, *, max_bytes: int, retries: Retries, sha256: str | None = None) -> bytes:
-    """All that a URL holds, for small files; StorageError where it cannot be had, is longer, or has another sum."""
+    """Return a small file's content. Raises StorageError if it is unreachable, too long, or has another sha256."""
 
     def attempt() -> bytes:
         pieces, total = [], 0
@@ -113,10 +119,12 @@ def fetch_bytes(url: str, *, max_bytes: int, retries: Retries, sha256: str | Non
 def download(
     url: str, file: IO[bytes], *, timeout_s: float, num_bytes: int | None = None, sha256: str | None = None
 ) -> None:
-    """One attempt to write what a URL holds to the beginning of an open file and on to the disk.
+    """Make one attempt to write a URL's content to the beginning of an open file, and sync it to the disk.
 
-    TransferError where it cannot be had, or is not `num_bytes` long or of this sum (None: unknown); OSError where it
-    cannot be written.
+    num_bytes: expected size, None if unknown.
+    sha256: expected checksum, None if unknown.
+
+    Raises TransferError if the URL is unreachable or its content is not as expected, OSError if it cannot be written.
     """
     digest = hashlib.sha256()
     total = 0
@@ -124,7 +132,7 @@ def download(
     for piece in read_pieces(url, timeout_s):
         total += len(piece)
         if num_bytes is not None and total > num_bytes:
-            raise TransferError(f"it is longer than the manifest's {num_bytes} bytes: another file lies there")
+            raise TransferError(f"it is longer than the manifest's {num_bytes} bytes: it is another file")
         digest.update(piece)
         file.write(piece)
     if num_bytes is not None and total != num_bytes:
@@ -142,7 +150,7 @@ def _check_digest(found: str, expected: str) -> None:
 
 
 def read_pieces(url: str, timeout_s: float) -> Iterator[bytes]:
-    """Yields what a URL holds, once. TransferError if it cannot be read, stands still or hardly moves."""
+    """Yield a URL's content once. Raises TransferError if it is unreachable, or the transfer stalls or is too slow."""
     url = _rewritten(url)
     begin, total = time.monotonic(), 0
     for piece in (_read_command if url.startswith("pipe:") else _read_file)(url, timeout_s):
@@ -154,7 +162,7 @@ def read_pieces(url: str, timeout_s: float) -> Iterator[bytes]:
 
 
 def _rewritten(url: str) -> str:
-    """The URL as stock readers rewrite it if GOPEN_REWRITE says so. webdataset takes seconds to import."""
+    """Rewrite the URL by GOPEN_REWRITE, as webdataset does. Importing webdataset takes seconds: only if set."""
     if "GOPEN_REWRITE" not in os.environ:
         return url
     from webdataset.gopen import rewrite_url
@@ -163,25 +171,25 @@ def _rewritten(url: str) -> str:
 
 
 def _read_file(url: str, timeout_s: float) -> Iterator[bytes]:
-    """What a file holds that fsspec can open."""
+    """Yield the content of a file that fsspec can open."""
     try:
         system = _file_system(url, timeout_s)
-        # Any size will do for a stream. fsspec would ask for it before, and take each error for a missing file.
+        # A stream needs no true size. Without one, fsspec would request it and report any error as a missing file.
         is_stream = urlsplit(url).scheme in _STREAMS
         options = {"block_size": 0, "size": 1} if is_stream else {"block_size": _BLOCK}
         with system.open(url, **options) as file:
-            if hasattr(file, "prefetch"):  # of paramiko, which otherwise waits for each 32 KiB
+            if hasattr(file, "prefetch"):  # paramiko, which otherwise waits for each 32 KiB
                 file.prefetch()
             while piece := file.read(_PIECE):
                 yield piece
     except TransferError:
         raise
-    except Exception as error:  # the packages' own errors have no base in common
-        raise _transfer_error(error, url, timeout_s) from None  # its words may hold the URL's password
+    except Exception as error:  # the packages' errors share no base class
+        raise _transfer_error(error, url, timeout_s) from None  # its message may contain the URL's password
 
 
 def _file_system(url: str, timeout_s: float) -> Any:
-    """fsspec's file system for a URL. Its timeouts are its package's own (s3fs: 15 s), except for http and sftp."""
+    """Return fsspec's file system for a URL. Timeouts are the package's own (s3fs: 15 s), except for http and sftp."""
     import fsspec
 
     protocol = urlsplit(url).scheme
@@ -195,7 +203,7 @@ def _file_system(url: str, timeout_s: float) -> Any:
     place = kind._get_kwargs_from_urls(url)
     if kind.async_impl:
         return _async_file_system(kind, timeout_s, os.getpid(), **place)
-    system = kind(**place, skip_instance_cache=True)  # another one may have lost its connection
+    system = kind(**place, skip_instance_cache=True)  # a cached one may have lost its connection
     if protocol == "sftp":
         system.ftp.get_channel().settimeout(timeout_s)
     return system
@@ -203,10 +211,9 @@ def _file_system(url: str, timeout_s: float) -> Any:
 
 @cache
 def _async_file_system(kind: Any, timeout_s: float, _process: int, **place: str) -> Any:
-    """A file system of this process.
+    """Return this process's file system of a kind.
 
-    It is never freed: fsspec would then close its sessions, in a forked child too, where the loop that does it is its
-    parent's.
+    It is never freed: fsspec would then close its sessions, even in a forked child, whose event loop is the parent's.
     """
     if "http" not in kind.protocol:
         return kind(**place)
@@ -214,12 +221,12 @@ def _async_file_system(kind: Any, timeout_s: float, _process: int, **place: str)
 
     timeout = ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
     headers = {"User-Agent": "arc-ds", "Accept-Encoding": "identity"}
-    # trust_env: for proxies. encoded: a URL is sent as it was given, since it may be signed.
+    # trust_env: use proxies. encoded: send the URL unchanged, because it may be signed.
     return kind(encoded=True, client_kwargs={"timeout": timeout, "headers": headers, "trust_env": True})
 
 
 def _transfer_error(error: Exception, url: str, timeout_s: float) -> TransferError:
-    """The failure that an error of fsspec or of a protocol's package stands for."""
+    """Convert an error of fsspec or of a protocol's package."""
     from fsspec.exceptions import FSTimeoutError
 
     response = getattr(error, "response", None)
@@ -232,7 +239,7 @@ def _transfer_error(error: Exception, url: str, timeout_s: float) -> TransferErr
     is_final |= 400 <= status < 500 and status not in _TRANSIENT_4XX
     if isinstance(error, FileNotFoundError):
         words = "there is no such file"
-    elif status:  # whose own words hold the URL, and that of a redirect
+    elif status:  # the error's own message contains the URL
         words = f"the server answered {status} {getattr(error, 'message', '')}"
     elif isinstance(error, TimeoutError | FSTimeoutError):
         words = f"nothing came for {timeout_s:.0f} s"
@@ -244,7 +251,7 @@ def _transfer_error(error: Exception, url: str, timeout_s: float) -> TransferErr
 
 
 def _read_command(url: str, timeout_s: float) -> Iterator[bytes]:
-    """What a `pipe:` command writes. One that is still running when its output is no longer wanted is killed."""
+    """Yield the output of a `pipe:` command. Kill the command if its output is no longer needed."""
     from webdataset.gopen import gopen
 
     stream: Any = gopen(url)
@@ -254,7 +261,7 @@ def _read_command(url: str, timeout_s: float) -> Iterator[bytes]:
         is_whole = True
     finally:
         if not is_whole:
-            stream.ignore_errors = True  # the reason is on its way already
+            stream.ignore_errors = True  # another error is already being raised
             stream.proc.kill()
         try:
             stream.close()
@@ -265,7 +272,7 @@ def _read_command(url: str, timeout_s: float) -> Iterator[bytes]:
 
 
 def _read_descriptor(descriptor: int, timeout_s: float) -> Iterator[bytes]:
-    """What comes through a pipe to its end; TransferError where nothing comes for `timeout_s`."""
+    """Yield the bytes of a pipe until its end. Raises TransferError if no byte arrives for `timeout_s`."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     while poll.poll(timeout_s * 1000):

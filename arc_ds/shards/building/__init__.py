@@ -1,1 +1,1 @@
-"""Building shards: texts, JSONL and Parquet to records, cut, filtered and written by several workers."""
+"""Builds shards from text, JSONL and Parquet files: several workers cut and filter documents into records."""

@@ -1,4 +1,4 @@
-"""Files of documents, and batches of their documents that are the same however they are worked on."""
+"""Input files, and batches of their documents. Batches do not depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ if TYPE_CHECKING:
 
 InputKind = Literal["text", "jsonl", "parquet"]
 Compression = Literal["", "gz", "zst"]
-BATCH_BYTES = 1 << 20  # about what a worker gets at once: large against the cost of handing it over
+BATCH_BYTES = 1 << 20  # approximate size of one worker task; large compared with the cost of sending it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputFile:
     """One file of documents.
 
-    name: what the manifest calls it, the path inside the folder that was given. num_bytes, mtime_ns: its size on disk
-    and time of change when it was found, which must stay so while it is worked on.
+    name: its name in the manifest: the path relative to the input folder, or the file name of an input file.
+    num_bytes: size on disk when the file was found. It must not change during the build.
+    mtime_ns: modification time when the file was found. It must not change during the build.
     """
 
     path: Path
@@ -30,13 +31,13 @@ class InputFile:
     mtime_ns: int
 
     def where(self, number: int) -> str:
-        """How a message names a document of this file; `number` counts lines or rows from 1."""
+        """The location of a document for messages; `number` counts lines or rows from 1."""
         if self.kind == "text":
             return str(self.path)
         return f"{self.path}, {'line' if self.kind == 'jsonl' else 'row'} {number}"
 
     def has_changed(self) -> bool:
-        """Whether it is another one now than when it was found, or gone."""
+        """Whether the file is gone, or its size or modification time differs from when it was found."""
         try:
             status = self.path.stat()
         except OSError:
@@ -45,10 +46,10 @@ class InputFile:
 
 
 class Cursor(NamedTuple):
-    """Where a batch begins.
+    """The start of a batch.
 
-    place: for lines their offset in the decompressed bytes, for Parquet the row group.
-    number: lines of the file, or rows of the row group, in front of the batch.
+    place: for lines, the offset in the decompressed bytes; for Parquet, the index of the row group.
+    number: how many lines of the file, or rows of the row group, come before the batch.
     """
 
     place: int = 0
@@ -56,7 +57,12 @@ class Cursor(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of a JSONL file, or a whole text file, of `size` bytes. data: None where that is more than allowed."""
+    """A line of a JSONL file, or a whole text file.
+
+    number: line number, from 1.
+    size: size in bytes.
+    data: the bytes; None if the size exceeds the limit.
+    """
 
     number: int
     size: int
@@ -65,10 +71,12 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Documents that one worker handles together, about `BATCH_BYTES` or a single larger one.
+    """Documents that one worker handles together: about `BATCH_BYTES`, or a single larger document.
 
-    content: lines, or Parquet rows of which the first has the number `first_row` in its file, from 1.
-    position: bytes of the file on disk that were read up to its end.
+    cursor: the start of the batch.
+    content: lines, or Parquet rows.
+    position: how many bytes of the file on disk have been read at the end of the batch.
+    first_row: number of the first Parquet row in its file, from 1.
     """
 
     cursor: Cursor

@@ -1,4 +1,4 @@
-"""From the original files of question-answering sets to fine-tuning records as JSONL (design 7)."""
+"""Converts the original files of question-answering data sets to fine-tuning records in JSONL (design 7)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ FORMATS = ("squad", "drop", "triviaqa")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
-    """first_answer: keep the main answer only, for training; the others are for evaluation.
+    """Options of `convert_files`; all but `first_answer` apply to TriviaQA only.
 
-    TriviaQA: evidence is its folder of documents (None: `evidence` beside the folder of the file), of which passages of
-    about `passage_words` words are made; at most `max_passages` are kept.
+    first_answer: keep only the main answer, for training. The other answers are for evaluation.
+    evidence: folder of the documents. None: the folder `evidence` next to the folder of the file.
+    passage_words: approximate number of words of the passages that documents are split into.
+    max_passages: maximum number of passages of a question.
     """
 
     first_answer: bool = False
@@ -41,7 +43,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
-    """How many records were written, and how many questions were left out for each reason."""
+    """The number of records written, and the number of questions left out for each reason."""
 
     records: int
     skipped: dict[str, int]
@@ -55,9 +57,10 @@ def convert_files(
     *,
     overwrite: bool = False,
 ) -> Converted:
-    """Write a JSONL of the questions of files of one format, in their order; whole or not at all.
+    """Convert files of one format to one JSONL file, with the questions in their original order.
 
-    DataError where a file is not of the format, or `out` exists and `overwrite` is not given.
+    The write is atomic. Raises DataError if a file does not have the format, or if `out` exists and `overwrite` is
+    false.
     """
     options = options or ConvertOptions()
     if format_name not in FORMATS:
@@ -76,12 +79,12 @@ def convert_files(
                     file.write(_encoded(question, path, options) + b"\n")
                     records += 1
     except OSError as error:
-        raise DataError(f"{out} cannot be written: {error}. Free its place or name another one.") from error
+        raise DataError(f"{out} cannot be written: {error}. Free disk space or choose another path.") from error
     return Converted(records=records, skipped=dict(sorted(skipped.items())))
 
 
 def _questions(format_name: str, path: Path, options: ConvertOptions) -> Iterator[Question]:
-    """The questions of a file. DataError where it cannot be read, or is of another format."""
+    """The questions of a file. Raises DataError if the file cannot be read or has another format."""
     readers: dict[str, Callable[[Any], Iterator[Question]]] = {
         "squad": read_squad,
         "drop": read_drop,
@@ -94,12 +97,12 @@ def _questions(format_name: str, path: Path, options: ConvertOptions) -> Iterato
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}). Give the original file, unpacked.") from error
+        raise DataError(f"{path}: cannot be read as JSON ({error}). Pass the original file, unpacked.") from error
     try:
         yield from readers[format_name](content)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         what = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path}: not of the format {format_name} ({what}). Name the format that it has.") from error
+        raise DataError(f"{path}: not of the format {format_name} ({what}). Pass its actual format.") from error
 
 
 def _encoded(question: Question, path: Path, options: ConvertOptions) -> bytes:
@@ -108,5 +111,5 @@ def _encoded(question: Question, path: Path, options: ConvertOptions) -> bytes:
     try:
         fine_tuning_record(record)
     except DataError as error:
-        raise DataError(f"{path}, question {question.name}: {error}. Mend or remove it.") from error
+        raise DataError(f"{path}, question {question.name}: {error}. Fix or remove it.") from error
     return encode_record(record)

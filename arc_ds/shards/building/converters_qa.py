@@ -1,4 +1,4 @@
-"""Readers of SQuAD (1.1 and 2.0) and DROP, whose questions stand below their passage in one JSON file."""
+"""Readers of SQuAD (1.1 and 2.0) and DROP: a single JSON file, with the questions nested under their passage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from arc_ds.shards.building.question import Question, distinct
 
 
 def read_squad(content: Any) -> Iterator[Question]:
-    """The questions of a SQuAD file; those without an answer (2.0) are left out as `unanswerable`."""
+    """The questions of a SQuAD file. Questions without an answer (2.0) get the reason `unanswerable`."""
     for article in content["data"]:
         for paragraph in article["paragraphs"]:
             for entry in paragraph["qas"]:
@@ -24,7 +24,7 @@ def read_squad(content: Any) -> Iterator[Question]:
 
 
 def read_drop(content: Any) -> Iterator[Question]:
-    """The questions of a DROP file; the answers of other annotators stand behind the main one."""
+    """The questions of a DROP file. The other annotators' answers follow the main one."""
     for passage in content.values():
         for entry in passage["qa_pairs"]:
             given = [entry["answer"], *entry.get("validated_answers", [])]
@@ -39,7 +39,7 @@ def read_drop(content: Any) -> Iterator[Question]:
 
 
 def _drop_answer(answer: Any) -> str:
-    """A number, a date (day, month and year, as far as they are given), or spans, which together are one answer."""
+    """A number, a date (the given ones of day, month and year), or all spans joined into one answer."""
     if answer["number"]:
         return str(answer["number"])
     if answer["spans"]:

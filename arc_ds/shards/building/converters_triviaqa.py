@@ -1,4 +1,4 @@
-"""Reader of TriviaQA, whose questions come with whole documents, of which passages that hold the answer are cut."""
+"""Reader of TriviaQA. Its questions come with whole documents; the reader cuts passages that contain the answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TriviaQaReader:
-    """evidence: the folder with `wikipedia` and `web`. passage_words, max_passages: see `converters.ConvertOptions`."""
+    """Reads the questions of a TriviaQA file with passages of its documents.
+
+    evidence: the folder with `wikipedia` and `web`.
+    passage_words: see `converters.ConvertOptions`.
+    max_passages: see `converters.ConvertOptions`.
+    """
 
     evidence: Path
     passage_words: int
@@ -25,8 +30,9 @@ class TriviaQaReader:
     def read(self, content: Any) -> Iterator[Question]:
         """The questions of a file of the reading-comprehension set.
 
-        Passages that hold the answer or an alias of it are kept, those that share most words with the question first;
-        a question without one is left out as `no_evidence`. DataError where a document is not there.
+        A question keeps the passages that contain its answer or an alias. Passages that share the most words with the
+        question come first. A question without such a passage gets the reason `no_evidence`. Raises DataError if a
+        document is missing.
         """
         for entry in content["Data"]:
             answer = entry["Answer"]
@@ -49,12 +55,12 @@ class TriviaQaReader:
                 yield self.evidence / folder / page["Filename"]
 
     def _passages(self, path: Path) -> list[str]:
-        """A document's lines, joined to passages of about `passage_words` words; a longer line is cut."""
+        """The lines of a document, joined into passages of about `passage_words` words; longer lines are cut."""
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise DataError(
-                f"{path}: {error.strerror}. Unpack TriviaQA's evidence, and name its folder (--evidence)."
+                f"{path}: {error.strerror}. Unpack TriviaQA's evidence and pass its folder (--evidence)."
             ) from error
         passages: list[list[str]] = [[]]
         for line in text.splitlines():
@@ -70,7 +76,9 @@ class TriviaQaReader:
         holds_answer = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, answers))})(?!\w)", re.IGNORECASE)
         fitting = [passage for passage in dict.fromkeys(passages) if answers and holds_answer.search(passage)]
         asked = _words(question)
-        fitting.sort(key=lambda passage: -len(asked & _words(passage)))  # stable: the first document's first
+        fitting.sort(
+            key=lambda passage: -len(asked & _words(passage))
+        )  # stable sort: on a tie, earlier documents come first
         return tuple(fitting[: self.max_passages])
 
 

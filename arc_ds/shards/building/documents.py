@@ -1,4 +1,4 @@
-"""The documents of a batch of an input file, as fields; what cannot be read is named."""
+"""Parses the documents of a batch of an input file into fields, and reports documents that cannot be read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 class LeftOutError(Exception):
-    """A document gives no record. reason: the word it is counted under.
+    """A document yields no record.
 
-    fault: what is wrong with the document, None where it was merely filtered out.
+    reason: the key under which the document is counted.
+    fault: the error in the document; None if a filter dropped it.
     """
 
     def __init__(self, reason: str, fault: str | None = None) -> None:
@@ -27,9 +28,9 @@ class LeftOutError(Exception):
 def read_documents(
     file: InputFile, batch: Batch, *, text_field: str, max_bytes: int
 ) -> Iterator[tuple[int, dict[str, Any] | LeftOutError]]:
-    """Number (line or row) and fields of each document, or why it has none. A text file has the one field `text_field`.
+    """Yield the number (line or row) and the fields of each document, or the reason why it has none.
 
-    Reasons: too_large (than `max_bytes`), not_utf8, not_json.
+    A text file has a single field, `text_field`. Reasons: too_large (more than `max_bytes`), not_utf8, not_json.
     """
     if not isinstance(batch.content, tuple):
         yield from _read_rows(batch.content, batch.first_row, max_bytes)
@@ -46,7 +47,7 @@ def read_documents(
 
 
 def too_large(size: int, max_bytes: int) -> LeftOutError:
-    """The fault of a document of `size` bytes."""
+    """The fault of a document of `size` bytes that exceeds the limit of `max_bytes`."""
     fault = f"a document of {size} bytes; the limit is {max_bytes}. Split it, or raise the limit (--max-document-mib)."
     return LeftOutError("too_large", fault)
 
@@ -55,24 +56,27 @@ def _decoded(data: bytes) -> str:
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise LeftOutError("not_utf8", f"expected UTF-8: {error}. Mend it, or leave it out.") from error
+        raise LeftOutError("not_utf8", f"expected UTF-8: {error}. Fix or remove it.") from error
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(_decoded(data))
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and objects nested too deep
-        raise LeftOutError("not_json", f"expected JSON: {error}. Mend or remove the line.") from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also for numbers of thousands of digits and for objects nested too deeply
+        raise LeftOutError("not_json", f"expected JSON: {error}. Fix or remove the line.") from error
     if not isinstance(fields, dict):
         got = type(fields).__name__
-        raise LeftOutError("not_json", f"expected a JSON object, got {got}. Mend or remove the line.")
+        raise LeftOutError("not_json", f"expected a JSON object, got {got}. Fix or remove the line.")
     return fields
 
 
 def _read_rows(
     rows: pyarrow.RecordBatch, first_row: int, max_bytes: int
 ) -> Iterator[tuple[int, dict[str, Any] | LeftOutError]]:
-    """Rows one by one: one that is no UTF-8 does not spoil the others, and a null is a field that is missing."""
+    """Convert rows one by one, so that a row with invalid UTF-8 does not affect the others. A null is a missing field."""
     columns = dict(zip(rows.schema.names, rows.columns, strict=True))
     for idx in range(rows.num_rows):
         try:
@@ -81,7 +85,7 @@ def _read_rows(
                 raise too_large(size, max_bytes)
             values = {name: column[idx].as_py() for name, column in columns.items()}
         except UnicodeDecodeError as error:
-            yield first_row + idx, LeftOutError("not_utf8", f"expected UTF-8: {error}. Mend or remove the row.")
+            yield first_row + idx, LeftOutError("not_utf8", f"expected UTF-8: {error}. Fix or remove the row.")
         except LeftOutError as left_out:
             yield first_row + idx, left_out
         else:

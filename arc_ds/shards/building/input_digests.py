@@ -1,4 +1,4 @@
-"""Digests of the inputs of a build, computed while they are read."""
+"""Digests of a build's inputs, computed in the background while the build reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _CHUNK = 1 << 20
 
 
 class InputDigests:
-    """Computes sha256 of files in a thread, one after the other; a context manager, which drops what is not done."""
+    """Computes the sha256 of files in a background thread, one file at a time.
+
+    A context manager; on exit it cancels unfinished computations.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
@@ -28,15 +31,15 @@ class InputDigests:
         self._thread.shutdown(cancel_futures=True)
 
     def begin(self, path: Path) -> None:
-        """Have a file's digest computed."""
+        """Start to compute the digest of a file."""
         self._under_way[path] = self._thread.submit(self._digest, path)
 
     def take(self, path: Path) -> str:
-        """The digest of a file that was begun, as hex digits; waits for it. DataError where it cannot be read."""
+        """Wait for the digest of a file passed to `begin`, and return it in hex. DataError if the file is unreadable."""
         try:
             return self._under_way.pop(path).result()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error}). Mend, replace or leave out the file.") from error
+            raise DataError(f"{path}: cannot be read ({error}). Repair, replace or leave out the file.") from error
 
     def _digest(self, path: Path) -> str:
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""A question of a data set, before it is a record."""
+"""A question of a data set, before its conversion to a record."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A question with its passages and its answers, the main one first.
+    """A question with its passages and answers.
 
-    name: what the data set calls it. reason: why it gives no record, None where it does.
+    name: its id in the data set.
+    answers: the main answer first.
+    reason: why the question yields no record; None if it yields one.
     """
 
     name: str
@@ -21,5 +23,5 @@ class Question:
 
 
 def distinct(answers: Iterable[str]) -> tuple[str, ...]:
-    """The answers without blank ones and repetitions, white space around them removed, in their order."""
+    """The answers in their order, stripped of surrounding white space, without blanks and duplicates."""
     return tuple(dict.fromkeys(stripped for answer in answers if (stripped := answer.strip())))

@@ -76,7 +76,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
 def _read_rows(
     rows: pyarrow.RecordBatch, first_row: int, max_bytes: int
 ) -> Iterator[tuple[int, dict[str, Any] | LeftOutError]]:
-    """Convert rows one by one, so that a row with invalid UTF-8 does not affect the others. A null is a missing field."""
+    """Convert rows one by one, so that a row with invalid UTF-8 does not affect the others. Nulls count as missing."""
     columns = dict(zip(rows.schema.names, rows.columns, strict=True))
     for idx in range(rows.num_rows):
         try:

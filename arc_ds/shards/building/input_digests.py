@@ -35,7 +35,7 @@ class InputDigests:
         self._under_way[path] = self._thread.submit(self._digest, path)
 
     def take(self, path: Path) -> str:
-        """Wait for the digest of a file passed to `begin`, and return it in hex. DataError if the file is unreadable."""
+        """Wait for the digest of a file passed to `begin`; return it in hex. DataError if the file cannot be read."""
         try:
             return self._under_way.pop(path).result()
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The inputs of a build: which files, and their documents in batches that are the same however they are worked on."""
+"""The inputs of a build: finds the files and reads them in batches that do not depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from arc_ds.shards.format import FORMAT, MANIFEST
 
 _KINDS: dict[str, InputKind] = {".txt": "text", ".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _COMPRESSIONS: dict[str, Compression] = {"": "", ".gz": "gz", ".zst": "zst", ".zstd": "zst"}
-# What a file's name ends in, in lower case: its kind and compression.
+# Lower-case file name suffix -> kind and compression.
 _ENDINGS: dict[str, tuple[InputKind, Compression]] = {
     first + second: (kind, compression)
     for first, kind in _KINDS.items()
@@ -27,20 +27,24 @@ _JSON_ENDINGS = tuple(f".json{compression}" for compression in _COMPRESSIONS)
 
 
 class FoundInputs(NamedTuple):
-    """The input files, and what else the folders among the inputs hold: files of other kinds, a .json that is not in
-    lines, whatever is hidden (its name begins with a dot), links to nowhere or to a folder that they lie in, shards,
-    and folders that cannot be searched."""
+    """The input files, and the entries of input folders that are skipped.
+
+    passed_over: files of other kinds, .json files that are not JSON lines, hidden entries (the name begins with a dot),
+        broken links, links to an enclosing folder, folders of shards, and folders that cannot be searched.
+    """
 
     files: tuple[InputFile, ...]
     passed_over: tuple[Path, ...]
 
 
 def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) -> FoundInputs:
-    """The input files, folders replaced by what they and their subfolders hold in sorted order; links are followed.
+    """Expand folders to the input files in them and in their subfolders, in sorted order. Links are followed.
 
-    without: a folder that is passed over where it lies in another one.
-    DataError on a missing or unknown one, a .json that is not in lines, a file that is there twice, and a folder that
-    cannot be searched or is without any.
+    inputs: files and folders.
+    without: a folder to skip if it lies inside an input folder.
+
+    Raises DataError if an input is missing or of an unknown kind, a .json file is not JSON lines, a file is given
+    twice, or a folder cannot be searched or contains no input file.
     """
     files: list[InputFile] = []
     passed_over: list[Path] = []
@@ -55,24 +59,26 @@ def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) ->
                 raise DataError(fault)
         else:
             state = "of another kind" if path.exists() else "missing"
-            raise DataError(f"input {path} is {state}; expected a folder or a file ending in {_EXPECTED}.")
+            raise DataError(f"input {path} is {state}; expected a folder, or a file ending in {_EXPECTED}.")
     if not files:
-        raise DataError("no inputs were given. Name text, JSONL or Parquet files, or folders of them.")
+        raise DataError("no inputs were given. Pass text, JSONL or Parquet files, or folders of them.")
     seen: dict[Path, Path] = {}
     for file in files:
         first = seen.setdefault(file.path.resolve(), file.path)
         if first is not file.path:
             again = "is named twice" if first == file.path else f"is the same file as {first}"
-            raise DataError(f"input {file.path} {again}, so its documents would be there twice. Name it once.")
+            raise DataError(
+                f"input {file.path} {again}, so the shards would contain its documents twice. Pass it once."
+            )
     return FoundInputs(tuple(files), tuple(passed_over))
 
 
 def _search(folder: Path, without: Path | None) -> FoundInputs:
-    """What a folder holds. DataError where that is no input, or it cannot be searched."""
+    """The inputs in a folder. Raises DataError if there are none or the folder cannot be searched."""
     try:
         held = sorted(_below(folder, frozenset() if without is None else frozenset((without.resolve(),))))
     except OSError as error:
-        raise DataError(f"{folder}: cannot be searched ({error}). Make it readable, or name its files.") from error
+        raise DataError(f"{folder}: cannot be searched ({error}). Make it readable, or pass its files.") from error
     named = [path for path in held if _ending(path) and not _is_hidden(path) and path.is_file()]
     found = [_input_file(path, str(path.relative_to(folder))) for path in named]
     faults = {file.path: fault for file in found if (fault := _why_no_lines(file)) is not None}
@@ -85,9 +91,14 @@ def _search(folder: Path, without: Path | None) -> FoundInputs:
 
 
 def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """Everything in a folder and its subfolders, but for what lies in those that are passed over: hidden ones, shards,
-    those that cannot be searched, and those in `above`, which the folder lies in itself, so that following links comes
-    to an end. OSError where the folder cannot be searched."""
+    """Yield the entries of a folder and its subfolders, without descending into subfolders that are skipped.
+
+    Skipped are hidden folders, folders of shards, folders that cannot be searched, and folders in `above`.
+
+    above: the enclosing folders. Skipping them ends the recursion on links that form a cycle.
+
+    Raises OSError if the folder cannot be searched.
+    """
     above |= {folder.resolve()}
     for path in folder.iterdir():
         if not path.is_dir() or _is_hidden(path) or path.resolve() in above or _is_shards(path):
@@ -99,7 +110,7 @@ def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
 
 
 def _is_shards(folder: Path) -> bool:
-    """Whether it is a set of shards: its manifest and token caches are no documents."""
+    """Whether a folder is a set of shards. Its manifest and token caches are not documents."""
     try:
         with (folder / MANIFEST).open("rb") as file:
             return FORMAT.encode() in file.read(4096)
@@ -108,14 +119,14 @@ def _is_shards(folder: Path) -> bool:
 
 
 def _why_no_lines(file: InputFile) -> str | None:
-    """As `inputs_lines.why_no_lines`; None for files that are not called .json, which may also hold other JSON."""
+    """Like `inputs_lines.why_no_lines`, but only for .json files, because only these may hold other JSON than lines."""
     if not file.name.lower().endswith(_JSON_ENDINGS):
         return None
     return why_no_lines(file)
 
 
 def _is_hidden(path: Path) -> bool:
-    """Whether it is some tool's own, such as an unfinished build, a notebook's copies or a file system's notes."""
+    """Whether a file or folder is hidden, such as unfinished builds, notebook checkpoints and file system metadata."""
     return path.name.startswith(".")
 
 
@@ -139,10 +150,13 @@ def _input_file(path: Path, name: str) -> InputFile:
 def read_batches(
     file: InputFile, *, columns: Sequence[str], max_document_bytes: int, start: Cursor | None = None
 ) -> Iterator[Batch]:
-    """The documents of a file from the batch that begins at `start`; memory does not grow with the file.
+    """Read the documents of a file in batches. Memory use does not grow with the file size.
 
-    columns: those of a Parquet file that are read, where it has them.
-    DataError where the file cannot be read: missing, cut short, damaged, or the library that reads it is not there.
+    columns: columns to read from a Parquet file. Columns that the file lacks are ignored.
+    max_document_bytes: longer documents are not kept in memory.
+    start: the first batch to read; None: the beginning of the file.
+
+    Raises DataError if the file cannot be read: it is missing, truncated or damaged, or its library is not installed.
     """
     start = start or Cursor()
     if file.kind == "parquet":

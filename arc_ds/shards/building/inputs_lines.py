@@ -1,4 +1,4 @@
-"""Reading text and JSONL files, plain or compressed, in bounded memory."""
+"""Reads text and JSONL files, plain or compressed, in bounded memory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 20
 _HEAD = 1 << 16
-_ZSTD_CHUNK = 1 << 14  # compressed bytes at once: all that they give is held in memory
+_ZSTD_CHUNK = 1 << 14  # compressed bytes per step; their entire output is held in memory
 _ZSTD_MAX_WINDOW = 1 << 31  # files written with `zstd --long=31`
 
 
 def why_no_lines(file: InputFile) -> str | None:
-    """What a .json file is and what to do, where it begins as one array or as an object over several lines does; None
-    where it is JSONL. DataError where it cannot be read."""
+    """The fault and remedy of a .json file that begins like an array or a multi-line object; None if it is JSONL.
+
+    Raises DataError if the file cannot be read.
+    """
     with _opened(file) as (_, stream):
         heads = (head.strip() for head in iter(lambda: stream.readline(_HEAD), b""))
         first, second = [*islice(filter(None, heads), 2), b"", b""][:2]
@@ -36,13 +38,13 @@ def why_no_lines(file: InputFile) -> str | None:
     else:
         return None
     return (
-        f"{file.path}: expected one JSON object a line, found {what}. Turn it to lines (jq -c {how} A.json > A.jsonl; "
-        "the files of SQuAD, DROP and TriviaQA with arc-ds shards convert), or leave out the file."
+        f"{file.path}: expected one JSON object a line, found {what}. Convert it (jq -c {how} A.json > A.jsonl; "
+        "for SQuAD, DROP and TriviaQA: arc-ds shards convert), or leave out the file."
     )
 
 
 def read_text_batch(file: InputFile, max_document_bytes: int) -> Iterator[Batch]:
-    """The whole file as one document."""
+    """Read the whole file as one document."""
     with _opened(file) as (_, stream):
         data = stream.read(max_document_bytes + 1)
         size = len(data) + _discard(stream)
@@ -51,7 +53,7 @@ def read_text_batch(file: InputFile, max_document_bytes: int) -> Iterator[Batch]
 
 
 def read_line_batches(file: InputFile, max_document_bytes: int, start: Cursor) -> Iterator[Batch]:
-    """The lines that are not blank; one longer than `max_document_bytes` is passed over without being kept."""
+    """Read the non-blank lines. The bytes of a line longer than `max_document_bytes` are discarded."""
     with _opened(file) as (raw, stream):
         if file.compression:
             _discard(stream, start.place)
@@ -66,11 +68,14 @@ def read_line_batches(file: InputFile, max_document_bytes: int, start: Cursor) -
 
 
 def _next_lines(stream: IO[bytes], number: int, max_document_bytes: int) -> list[Line]:
-    """Lines of about `BATCH_BYTES` together, the first of which has the number `number` + 1; none at the end."""
+    """Read lines of about `BATCH_BYTES` in total; an empty list at the end of the file.
+
+    number: the number of the line before the first one.
+    """
     lines: list[Line] = []
     total = 0
     while total < BATCH_BYTES:
-        data = stream.readline(max_document_bytes + 2)  # one for the line's end, one to see that it goes on
+        data = stream.readline(max_document_bytes + 2)  # one for the newline, one to detect a longer line
         if not data:
             break
         number += 1
@@ -83,7 +88,7 @@ def _next_lines(stream: IO[bytes], number: int, max_document_bytes: int) -> list
 
 
 def _discard_line(stream: IO[bytes], begun: bytes) -> int:
-    """Pass over the rest of a line that begins with `begun`; returns its bytes."""
+    """Skip the rest of a line that begins with `begun`; return the number of bytes skipped."""
     size = 0
     while not begun.endswith(b"\n") and (begun := stream.readline(_CHUNK)):
         size += len(begun)
@@ -91,7 +96,7 @@ def _discard_line(stream: IO[bytes], begun: bytes) -> int:
 
 
 def _discard(stream: IO[bytes], num_bytes: int | None = None) -> int:
-    """Pass over so many bytes, or all that are left; returns how many there were."""
+    """Skip `num_bytes` bytes (None: all remaining ones); return the number of bytes skipped."""
     passed = 0
     while num_bytes is None or passed < num_bytes:
         wanted = _CHUNK if num_bytes is None else min(_CHUNK, num_bytes - passed)
@@ -104,7 +109,7 @@ def _discard(stream: IO[bytes], num_bytes: int | None = None) -> int:
 
 @contextmanager
 def _opened(file: InputFile) -> Iterator[tuple[BinaryIO, IO[bytes]]]:
-    """The file and the stream of its decompressed bytes; whatever goes wrong while it is read is a DataError."""
+    """Open a file; yield it and the stream of its decompressed bytes. Every read error becomes a DataError."""
     broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     zstandard = _zstandard(file) if file.compression == "zst" else None
     if zstandard is not None:
@@ -118,7 +123,7 @@ def _opened(file: InputFile) -> Iterator[tuple[BinaryIO, IO[bytes]]]:
             else:
                 yield raw, raw
     except broken as error:
-        raise DataError(f"{file.path}: cannot be read ({error}). Mend, replace or leave out the file.") from error
+        raise DataError(f"{file.path}: cannot be read ({error}). Repair, replace or leave out the file.") from error
 
 
 def _zstandard(file: InputFile) -> Any:
@@ -130,9 +135,9 @@ def _zstandard(file: InputFile) -> Any:
 
 
 class _ZstdStream(io.RawIOBase):
-    """The decompressed bytes of all frames of a file; EOFError where the last one is cut short.
+    """The decompressed bytes of all zstd frames of a file. Raises EOFError if the last frame is truncated.
 
-    zstandard's own stream reader takes a cut file for a shorter one.
+    zstandard's own stream reader does not report a truncated file; it returns fewer bytes.
     """
 
     def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
@@ -155,12 +160,12 @@ class _ZstdStream(io.RawIOBase):
         return size
 
     def _fill(self) -> bool:
-        """Decompress some more; False at the end of the file."""
+        """Decompress the next bytes; return False at the end of the file."""
         left_over = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
         data = left_over or self._raw.read(_ZSTD_CHUNK)
         if not data:
             if self._frame is not None and not self._frame.eof:
-                raise EOFError("the last zstd frame is cut short")
+                raise EOFError("the last zstd frame is truncated")
             return False
         if self._frame is None or self._frame.eof:
             self._frame = self._decompressor.decompressobj()

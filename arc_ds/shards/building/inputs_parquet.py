@@ -1,4 +1,4 @@
-"""Reading Parquet files, a few rows of the wanted columns at a time."""
+"""Reads the wanted columns of Parquet files, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     import pyarrow
 
 _MAX_ROWS = 4096
-_READ_AHEAD = 1 << 20  # bytes of a column chunk that are held at once
+_READ_AHEAD = 1 << 20  # bytes of a column chunk that are buffered at once
 
 
 def read_row_batches(file: InputFile, columns: Sequence[str], start: Cursor) -> Iterator[Batch]:
-    """The rows of a Parquet file; a batch does not cross row groups.
+    """Read the rows of a Parquet file. A batch does not cross row groups.
 
-    columns: those that are read. DataError where the file has none of them, is damaged, or pyarrow is missing.
+    columns: the columns to read. Columns that the file lacks are ignored.
+    start: the first batch to read.
+
+    Raises DataError if the file has none of the columns or is damaged, or if pyarrow is not installed.
     """
     pyarrow = _pyarrow(file)
     try:
@@ -33,13 +36,13 @@ def read_row_batches(file: InputFile, columns: Sequence[str], start: Cursor) -> 
                 yield from _row_group(parquet, file, group, wanted, skipped, first_row)
                 first_row += parquet.metadata.row_group(group).num_rows
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file.path}: cannot be read as Parquet ({error}). Mend or leave out the file.") from error
+        raise DataError(f"{file.path}: cannot be read as Parquet ({error}). Repair or leave out the file.") from error
 
 
 def _row_group(
     parquet: Any, file: InputFile, group: int, columns: list[str], skipped: int, first_row: int
 ) -> Iterator[Batch]:
-    """The batches of a row group behind its first `skipped` rows, which end a batch."""
+    """The batches of a row group after its first `skipped` rows, which must end at a batch boundary."""
     size = _rows_at_once(parquet.metadata.row_group(group), columns)
     share = file.num_bytes / max(parquet.metadata.num_rows, 1)
     row = 0
@@ -51,15 +54,18 @@ def _row_group(
 
 
 def _rows_at_once(group: Any, columns: list[str]) -> int:
-    """Rows of about `BATCH_BYTES`, by the average of the group's wanted columns."""
+    """The number of rows that take about `BATCH_BYTES`, given the average row size in the wanted columns."""
     chunks = [group.column(idx) for idx in range(group.num_columns)]
     num_bytes = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
     return max(1, min(_MAX_ROWS, BATCH_BYTES * group.num_rows // max(num_bytes, 1)))
 
 
 def _plain(rows: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """The rows with texts in place of places in a dictionary or in a buffer that all rows of the column share: each row
-    would be measured, and each batch handed over, with the texts of all."""
+    """Convert dictionary and string-view columns to plain strings.
+
+    The rows of such a column share one dictionary or buffer. Without the conversion, the measured size of each row and
+    the serialised batch would include the texts of all rows.
+    """
     schema = rows.schema
     for idx, column in enumerate(schema):
         schema = schema.set(idx, column.with_type(_plain_type(column.type)))

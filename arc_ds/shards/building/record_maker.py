@@ -1,4 +1,4 @@
-"""From documents to records: what a worker of a build does with a batch."""
+"""Turns the documents of a batch into records. Each worker of a build runs one `RecordMaker`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from arc_ds.tokenizers import Tokenizer
 
 OnError = Literal["stop", "skip"]
 _FINE_TUNING_FIELDS = ("passages", "passage", "question", "instruction", "answer")
-# Why a document is left out, as the manifest counts it, and in words.
+# Reasons to leave out a document: key in the manifest -> words for the user.
 REASONS = {
     "bad_record": "with a field missing, of the wrong kind or without a token",
     "cannot_cut": "with a character of more tokens than a record may have",
@@ -29,18 +29,22 @@ REASONS = {
     "quality": "of too low quality",
     "too_large": "too large",
 }
-MAX_NAMED = 20  # faults that are kept word for word
+MAX_NAMED = 20  # faults that are logged in full; further ones are only counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordRules:
-    """What becomes of a document.
+    """Rules for cutting, filtering and rejecting documents.
 
-    kind: of the records. text_field: of a pretraining document. max_tokens: pretraining documents are cut to records of
-    at most so many; min_tokens: those with fewer are left out, and no piece of a longer one is shorter.
-    min_chars: documents of fewer characters are left out (fine-tuning: in the passages). quality_field, min_quality: so
-    are those whose number in this field is lower. max_document_bytes: a longer one is a fault. on_error: whether a
-    fault stops the build, or leaves the document out and is counted.
+    kind: kind of the records.
+    text_field: field with the text of a pretraining document.
+    max_tokens: maximum length of a pretraining record; longer documents are cut into several.
+    min_tokens: minimum length of a pretraining record. Shorter documents are left out; pieces are never shorter.
+    min_chars: documents with fewer characters are left out (fine-tuning: characters of the passages).
+    quality_field: field with the quality score of a document; None: no quality filter.
+    min_quality: documents with a lower score are left out.
+    max_document_bytes: a larger document is a fault.
+    on_error: a fault stops the build ("stop"), or the document is left out and counted ("skip").
     """
 
     kind: RecordKind
@@ -66,14 +70,19 @@ class RecordRules:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The fields of a document that are looked at."""
+        """The fields of a document that the build reads."""
         fields = (self.text_field,) if self.kind == "pretraining" else _FINE_TUNING_FIELDS
         return fields if self.quality_field is None else (*fields, self.quality_field)
 
 
 @dataclass(slots=True)
 class Counts:
-    """Documents, how many of them were cut into several records, and how many were left out for each reason."""
+    """Counts of documents.
+
+    documents: all documents.
+    cut: documents that were cut into several records.
+    skipped: documents that were left out, by reason.
+    """
 
     documents: int = 0
     cut: int = 0
@@ -89,9 +98,12 @@ class Counts:
 
 
 class MadeRecord(NamedTuple):
-    """A record's bytes and its tokens by the encoder's tokenizer.
+    """A serialised record.
 
-    num_passages, passage_tokens: of a fine-tuning record, and how many of its tokens are theirs.
+    payload: its bytes.
+    num_tokens: its number of tokens by the encoder's tokenizer.
+    num_passages: number of passages of a fine-tuning record.
+    passage_tokens: number of tokens in these passages.
     """
 
     payload: bytes
@@ -102,9 +114,12 @@ class MadeRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MadeBatch:
-    """The records of a batch. faults: the first ones found, with their places.
+    """The records of a batch.
 
-    stopped: the fault at which the build ends.
+    records: none if `stopped` is set.
+    counts: the documents of the batch.
+    faults: the first `MAX_NAMED` faults, each with file and line or row.
+    stopped: the fault that stops the build; None if there is none.
     """
 
     records: tuple[MadeRecord, ...]
@@ -114,7 +129,7 @@ class MadeBatch:
 
 
 class RecordMaker:
-    """Makes the records of batches, the same for the same batch in any process."""
+    """Makes the records of batches. Equal batches give equal records in every process."""
 
     def __init__(self, rules: RecordRules, tokenizer: Tokenizer) -> None:
         self.rules = rules
@@ -122,7 +137,7 @@ class RecordMaker:
         self._cutter = TextCutter(tokenizer=tokenizer, max_tokens=rules.max_tokens, min_tokens=rules.min_tokens)
 
     def make(self, file: InputFile, batch: Batch) -> MadeBatch:
-        """The records of a batch of a file's documents."""
+        """Make the records of a batch of documents of a file."""
         records: list[MadeRecord] = []
         counts = Counts()
         faults: list[str] = []
@@ -158,15 +173,15 @@ class RecordMaker:
         if isinstance(quality, bool) or not isinstance(quality, int | float):
             got = type(quality).__name__ if name in fields else f"the fields {sorted(fields)}"
             raise LeftOutError("bad_record", f"expected a number in the field {name!r}, got {got}.")
-        if self.rules.min_quality is not None and not quality >= self.rules.min_quality:  # this way round for NaN
+        if self.rules.min_quality is not None and not quality >= self.rules.min_quality:  # `not >=` also rejects NaN
             raise LeftOutError("quality")
 
     def _pretraining(self, fields: dict[str, Any]) -> list[MadeRecord]:
-        """The text's pieces."""
+        """Cut the text of a document into records."""
         try:
             text = text_of(fields, self.rules.text_field)
         except DataError as error:
-            cure = _cure(fields, "Mend it, or name another field (--text-field).")
+            cure = _cure(fields, "Fix it, or choose another field (--text-field).")
             raise LeftOutError("bad_record", f"{error}. {cure}") from error
         if not text.strip():
             raise LeftOutError("empty")
@@ -181,11 +196,11 @@ class RecordMaker:
         return [MadeRecord(encode_record({"text": piece}), num_tokens) for piece, num_tokens in pieces]
 
     def _fine_tuning(self, fields: dict[str, Any]) -> list[MadeRecord]:
-        """The record itself; its tokens are those of all passages, of what is asked, and of the longest answer."""
+        """Make one record. Its token count covers all passages, the instruction and question, and the longest answer."""
         try:
             record = fine_tuning_record(fields)
         except DataError as error:
-            raise LeftOutError("bad_record", f"{error}. {_cure(fields, 'Mend or remove it.')}") from error
+            raise LeftOutError("bad_record", f"{error}. {_cure(fields, 'Fix or remove it.')}") from error
         if sum(len(passage) for passage in record.passages) < self.rules.min_chars:
             raise LeftOutError("min_chars")
         payload = encode_record({name: fields[name] for name in _FINE_TUNING_FIELDS if fields.get(name) is not None})
@@ -194,26 +209,28 @@ class RecordMaker:
         asked = [text for text in (record.instruction, record.question) if text is not None]
         in_passages = sum(self._tokens("passages", record.passages))
         num_tokens = in_passages + sum(len(self.tokenizer.encode(text)) for text in asked)
-        # Training leaves out white space around an answer.
+        # Training strips white space around an answer.
         num_tokens += max(self._tokens("answer", [answer.strip() for answer in record.answers]))
         return [MadeRecord(payload, num_tokens, len(record.passages), in_passages)]
 
     def _tokens(self, field: str, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text. A text without any is a fault: it leaves nothing to read or to predict. (Tokenizers may
-        have no token for a control character; a decoder's may lack others than this one, which only training sees.)
+        """The number of tokens of each text. A text without tokens is a fault: it leaves nothing to read or predict.
+
+        A tokenizer may lack tokens for control characters. A decoder's tokenizer may lack different ones than this
+        (encoder's) tokenizer; only training can detect that.
         """
         lengths = [len(self.tokenizer.encode(text)) for text in texts]
         if 0 in lengths:
             text = texts[lengths.index(0)]
             raise LeftOutError(
                 "bad_record",
-                f"expected text in the field {field!r}, got {text[:40]!r}, which has no token. Mend or remove it.",
+                f"expected text in the field {field!r}, got {text[:40]!r}, which has no token. Fix or remove it.",
             )
         return lengths
 
 
 def _cure(fields: dict[str, Any], usual: str) -> str:
-    """What helps where a document has not the fields of a record."""
+    """The remedy for a document that lacks the fields of a record."""
     if isinstance(fields.get("data", fields.get("Data")), list):
         return "A file of SQuAD or TriviaQA becomes records with arc-ds shards convert."
     return usual

@@ -1,4 +1,4 @@
-"""How far an unfinished build has come, kept beside its shards, so that the same build goes on there."""
+"""Saves the progress of an unfinished build next to its shards, so that the same build can resume."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STATE = "state.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildPlan:
-    """What a build makes of what: two builds with equal plans and unchanged inputs give the same bytes."""
+    """Inputs and options of a build. Equal plans over unchanged inputs produce identical bytes."""
 
     files: tuple[InputFile, ...]
     rules: RecordRules
@@ -37,11 +37,16 @@ class BuildPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Where a build stood when its last shard was finished.
+    """The progress of a build when it finished its last shard.
 
-    sources: the inputs that are done. file_idx, cursor, num_records: the shards end with so many records of the batch
-    that begins at `cursor` of this input. counts, file_records, file_tokens: of this input, the batch left out of
-    `counts` and counted in the others.
+    shards: the finished shards.
+    sources: the inputs that have been read completely.
+    file_idx: index of the current input.
+    cursor: start of the current batch of this input.
+    num_records: how many records of the current batch the shards contain.
+    counts: document counts of the current input, without the current batch.
+    file_records: how many records of the current input the shards contain, including the current batch.
+    file_tokens: how many tokens of the current input the shards contain, including the current batch.
     """
 
     shards: tuple[ShardInfo, ...] = ()
@@ -55,7 +60,7 @@ class Checkpoint:
 
 
 class BuildFolder:
-    """The hidden folder beside the target in which a build works; one build at a time."""
+    """The hidden working folder of a build, next to the target folder. Only one build at a time can use it."""
 
     def __init__(self, target: Path) -> None:
         self.path = target.with_name(f".{target.name}.partial")
@@ -63,13 +68,13 @@ class BuildFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and keep other builds out of it. DataError where one is at work in it."""
+        """Create the folder and lock it against other builds. Raises DataError if another build holds the lock."""
         self.path.mkdir(parents=True, exist_ok=True)
         with writing(self.path, "build"):
             yield
 
     def keep_only(self, shards: Sequence[ShardInfo]) -> None:
-        """Make the folder of the shards and remove everything else from it."""
+        """Create the folder of shards and remove everything except `shards` from it."""
         self.shards.mkdir(exist_ok=True)
         kept = {name for shard in shards for name in (shard.name, shard.index_name)}
         for path in self.shards.iterdir():
@@ -77,40 +82,42 @@ class BuildFolder:
                 path.unlink()
 
     def publish(self, target: Path) -> None:
-        """Rename the finished folder of shards to `target`; a folder that is there is moved aside and removed last."""
+        """Rename the finished folder of shards to `target`. An existing target is moved aside and removed last."""
         replace_folder(self.shards, target)
         self.remove()
 
     def remove(self) -> None:
-        """Remove everything, and with it where the build stands."""
+        """Remove the working folder, including the saved progress."""
         shutil.rmtree(self.path)
 
     def save(self, plan: BuildPlan, checkpoint: Checkpoint) -> None:
-        """Write where the build stands; whole or not at all."""
+        """Save the progress of the build with an atomic write."""
         state = {
             "version": _VERSION,
             "plan": _plan_as_json(plan),
             "inputs": _signatures(plan.files[: checkpoint.file_idx + 1]),
             "checkpoint": asdict(checkpoint),
         }
-        # json.dump is many times slower, and ten thousand shards make megabytes.
+        # json.dump is many times slower, and the state of ten thousand shards takes megabytes.
         write_whole(self.path / _STATE, json.dumps(state))
 
     def load(self, plan: BuildPlan) -> Checkpoint | None:
-        """Where the same build stood, its shards verified by their sums; None where there is nothing to go on from."""
+        """Load the progress of the same build and verify its shards' checksums; None if the build cannot resume."""
         path = self.path / _STATE
         if not path.is_file():
             return None
         try:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if state["version"] != _VERSION:
-                raise ValueError("it is of another format")
+                raise ValueError("its format version is different")
             checkpoint = _checkpoint_of(state["checkpoint"])
             _check_same(state, plan)
             for shard in checkpoint.shards:
                 _check_whole(self.shards, shard)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s: an unfinished build is not continued but begun anew: %s", self.path, error)
+            logger.warning(
+                "%s: the build starts from scratch, because it cannot resume an unfinished one: %s", self.path, error
+            )
             return None
         return checkpoint
 
@@ -129,15 +136,15 @@ def _signatures(files: Sequence[InputFile]) -> list[list[Any]]:
 
 
 def _check_same(state: dict[str, Any], plan: BuildPlan) -> None:
-    """ValueError where the build that was begun is not this one, or an input that it has read is another now."""
+    """Raise ValueError if the unfinished build differs from this one, or if an input that it read has changed."""
     old, new = state["plan"], _plan_as_json(plan)
     if plan.rules.on_error == "skip":
-        old["rules"]["on_error"] = "skip"  # what a build that stops at faults has done so far, one that skips does too
+        old["rules"]["on_error"] = "skip"  # up to here no fault occurred, so both settings give the same shards
     if old != new:
-        raise ValueError("its options, its tokenizer or its version of ARC-DS were others")
+        raise ValueError("its options, its tokenizer or its version of ARC-DS were different")
     read = state["inputs"]
     if read != _signatures(plan.files[: len(read)]):
-        raise ValueError("the inputs that it has read have changed, or others were given")
+        raise ValueError("the inputs that it has read have changed, or different inputs were given")
 
 
 def _checkpoint_of(fields: dict[str, Any]) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Cuts a long text into sequence-sized pieces, at the end of a paragraph or sentence where there is one (design 7)."""
+"""Cuts a long text into sequence-sized pieces, preferably at the end of a paragraph or sentence (design 7)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from numpy.typing import NDArray
 from arc_ds.errors import DataError
 from arc_ds.tokenizers import Tokenizer
 
-# A record ends at a paragraph, sentence or word if one ends in the last part of what may be taken.
+# Patterns of paragraph, sentence and word ends, in order of preference. The cutter uses a pattern if it matches in the
+# last part of the longest possible piece; that part begins at the given share of the piece.
 _BREAKS = (
     (re.compile(r"\n[ \t]*\n\s*"), 0.75),
     (re.compile(r"[.!?][\"'\u201d\u2019)\]]*\s+|\n+"), 0.5),
     (re.compile(r"\s+"), 0.9),
 )
-_BLOCK_CHARS = 100_000  # longest stretch that is tokenised at once while cutting
+_BLOCK_CHARS = 100_000  # longest block of text that the cutter tokenises at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextCutter:
     """Cuts texts into pieces of at most `max_tokens` tokens of `tokenizer`.
 
-    No piece has fewer than `min_tokens` tokens, unless the text itself has fewer or its characters leave no choice.
+    No piece has fewer than `min_tokens` tokens, unless the whole text has fewer or its characters leave no choice.
     """
 
     tokenizer: Tokenizer
@@ -33,9 +34,9 @@ class TextCutter:
     min_tokens: int
 
     def cut(self, text: str) -> Iterator[tuple[str, int]]:
-        """Yields (piece, its number of tokens); the pieces joined are the text.
+        """Yield (piece, its number of tokens). The concatenated pieces equal the text.
 
-        DataError where a single character has more than `max_tokens` tokens.
+        Raises DataError if a single character has more than `max_tokens` tokens.
         """
         begin = 0
         while begin < len(text):
@@ -47,7 +48,7 @@ class TextCutter:
             begin += start
 
     def _cut_block(self, text: str, is_last: bool) -> Iterator[tuple[int, int]]:
-        """Ends and token counts of the block's pieces; the tail of a block that is not the last is left uncut."""
+        """Yield the end and token count of each piece of a block; only the last block yields its tail."""
         ends = self.tokenizer.encode_with_ends(text).ends
         start = token = 0
         while start < len(text):
@@ -59,14 +60,17 @@ class TextCutter:
             start, token = end, int(np.searchsorted(ends, end))
 
     def _next_end(self, text: str, start: int, ends: NDArray[np.int64]) -> tuple[int, int]:
-        """Where the piece that begins at `start` (where `ends` begins too) ends, and its tokens when it stands alone.
+        """The end of the piece that begins at `start`, and the number of its tokens when tokenised alone.
 
-        Alone it may have a token or two more than inside the text, so the budget shrinks until the count is right.
+        Tokenised alone, a piece may have a token or two more than inside the text. The budget therefore shrinks until
+        the count fits.
+
+        start: character position in `text`; `ends` begins at the same position.
         """
         budget = self.max_tokens
         while budget > 0:
             end = self._best_end(text, start, ends, budget)
-            is_whole = start == 0 and end == len(text)  # most documents: they need not be tokenised again
+            is_whole = start == 0 and end == len(text)  # true for most documents; avoids tokenising them again
             num_tokens = len(ends) - 1 if is_whole else len(self.tokenizer.encode(text[start:end]))
             if num_tokens <= self.max_tokens:
                 return end, num_tokens
@@ -77,14 +81,14 @@ class TextCutter:
         )
 
     def _best_end(self, text: str, start: int, ends: NDArray[np.int64], budget: int) -> int:
-        """The whole rest if it fits, else the last good break among the boundaries that the budget reaches."""
+        """The end of the text if the rest fits the budget, else the last good break within the budget."""
         remaining = len(ends) - 1
         if remaining <= budget:
             return len(text)
-        limit = min(budget, max(remaining - self.min_tokens, 1))  # leaves a tail worth having
+        limit = min(budget, max(remaining - self.min_tokens, 1))  # leaves at least min_tokens for the tail
         allowed = ends[1 : limit + 1]
         allowed = allowed[allowed > start]
-        if len(allowed) == 0:  # a character of more tokens than the budget: taken whole, the caller sees the count
+        if len(allowed) == 0:  # the next character exceeds the budget: return it whole, the caller checks the count
             return int(ends[1:][ends[1:] > start][0])
         furthest = int(allowed[-1])
         for pattern, share in _BREAKS:
@@ -99,7 +103,7 @@ class TextCutter:
 
 
 def _break_positions(text: str, pattern: re.Pattern[str], first: int, last: int) -> list[int]:
-    """Character positions in front of and behind the white space of each match from `first` on, about to `last`."""
+    """Character positions before and after the trailing white space of each match between `first` and about `last`."""
     positions = []
     for match in pattern.finditer(text, first, last + 2):
         positions += [match.end(), match.start() + len(match.group().rstrip())]

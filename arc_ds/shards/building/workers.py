@@ -1,4 +1,4 @@
-"""Worker processes of the shard tools: batches become records, in order, with few of them under way at a time."""
+"""Worker processes of a build: they turn batches into records, in order, with a bounded number in flight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arc_ds.shards.building.record_maker import MadeBatch, RecordMaker, RecordRu
 from arc_ds.system.processes import worker_pool
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
-_AHEAD = 2  # batches under way for each worker: the next one is there when one is done
+_AHEAD = 2  # batches in flight per worker, so that a worker never waits for its next batch
 
 
 class Work(NamedTuple):
@@ -28,10 +28,16 @@ class Work(NamedTuple):
 def make_in_order(
     works: Iterable[Work], *, rules: RecordRules, tokenizer: Tokenizer, tokenizer_folder: Path, num_workers: int
 ) -> Generator[tuple[Work, MadeBatch], None, None]:
-    """The works with what was made of them, in their order; the same for any number of workers.
+    """Yield each work with its records, in order. The result does not depend on the number of workers.
 
-    tokenizer_folder: where the workers find the tokenizer; it is written there for them. No more workers are started
-    than there are works, and with one everything happens in this process. DataError where a worker dies.
+    works: the batches to process.
+    rules: rules for the records.
+    tokenizer: the encoder's tokenizer.
+    tokenizer_folder: folder to which the tokenizer is saved for the workers.
+    num_workers: maximum number of worker processes. At most one is started per work; a single worker runs in this
+        process.
+
+    Raises DataError if a worker dies.
     """
     works = iter(works)
     first = list(islice(works, num_workers))
@@ -68,5 +74,5 @@ def _begin(rules: RecordRules, tokenizer_folder: Path) -> None:
 
 
 def _make(file: InputFile, batch: Batch) -> MadeBatch:
-    assert _maker is not None, "a worker begins before it works"
+    assert _maker is not None, "a worker calls _begin before _make"
     return _maker.make(file, batch)

@@ -238,7 +238,7 @@ def test_fine_tuning_records_keep_their_fields_and_are_never_cut(tmp_path: Path,
 def test_fine_tuning_record_that_training_would_refuse_is_a_fault(tmp_path: Path, change: dict, words: str) -> None:
     tokenizer = write_tokenizer_without(tmp_path / "tokenizer", 0x16)
     source = write_jsonl(tmp_path / "a.jsonl", [QUESTION, QUESTION | change])
-    with pytest.raises(DataError, match=rf"line 2: .*{words}.* Mend or remove it\."):
+    with pytest.raises(DataError, match=rf"line 2: .*{words}.* Fix or remove it\."):
         build_shards([source], tmp_path / "out", tokenizer, kind="fine_tuning")
     manifest = build_shards([source], tmp_path / "out", tokenizer, kind="fine_tuning", on_error="skip")
     assert (manifest.samples, manifest.skipped) == (1, {"bad_record": 1})
@@ -410,7 +410,7 @@ def test_what_has_changed_since_is_not_built_upon(
     if change == "state":
         (partial / "state.json").write_text("{")
     build(inputs, out, **options)
-    assert "begun anew" in caplog.text
+    assert "starts from scratch" in caplog.text
     build(inputs, tmp_path / "whole", **options)
     assert contents(out) == contents(tmp_path / "whole")
 

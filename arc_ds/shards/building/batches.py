@@ -37,7 +37,7 @@ class InputFile:
         return f"{self.path}, {'line' if self.kind == 'jsonl' else 'row'} {number}"
 
     def has_changed(self) -> bool:
-        """Whether the file is gone, or its size or modification time differs from when it was found."""
+        """Whether the file is gone, or its size or modification time is no longer the recorded one."""
         try:
             status = self.path.stat()
         except OSError:

@@ -196,7 +196,7 @@ class RecordMaker:
         return [MadeRecord(encode_record({"text": piece}), num_tokens) for piece, num_tokens in pieces]
 
     def _fine_tuning(self, fields: dict[str, Any]) -> list[MadeRecord]:
-        """Make one record. Its token count covers all passages, the instruction and question, and the longest answer."""
+        """Make one record. Its token count covers all passages, instruction and question, and the longest answer."""
         try:
             record = fine_tuning_record(fields)
         except DataError as error:

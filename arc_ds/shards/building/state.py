@@ -139,7 +139,7 @@ def _check_same(state: dict[str, Any], plan: BuildPlan) -> None:
     """Raise ValueError if the unfinished build differs from this one, or if an input that it read has changed."""
     old, new = state["plan"], _plan_as_json(plan)
     if plan.rules.on_error == "skip":
-        old["rules"]["on_error"] = "skip"  # up to here no fault occurred, so both settings give the same shards
+        old["rules"]["on_error"] = "skip"  # the old build has met no fault yet, so `skip` would give the same shards
     if old != new:
         raise ValueError("its options, its tokenizer or its version of ARC-DS were different")
     read = state["inputs"]

@@ -1,7 +1,7 @@
-"""Building shards: documents become webdataset tars with an index and a manifest, the same bytes each time.
+"""Builds shards: webdataset tars with an index and a manifest. Every build of the same inputs gives identical bytes.
 
-The inputs are read here, batch by batch; workers cut and serialise; here again the records are written in order. At the
-end of each shard it is noted where the build stands, so that one that was killed goes on there.
+The main process reads the inputs batch by batch, workers cut and serialise the records, and the main process writes
+them in order. At the end of each shard the build saves its progress, so that a killed build can resume.
 """
 
 from __future__ import annotations
@@ -50,22 +50,32 @@ def build_shards(
 ) -> Manifest:
     """Write shards of the inputs' documents to the folder `out_dir` and return its manifest.
 
-    inputs: text files (one document each), JSONL files (one a line) and Parquet files (one a row), the first two also
-        as .gz or .zst, or folders, which are searched for all of them in sorted order; what else they hold is named in
-        the log.
-    tokenizer: the encoder's, or its path.
-    kind: of the records. Pretraining documents have their text in `text_field` and are cut, losing nothing, to records
-        of at most `max_tokens` tokens; those of fewer than `min_tokens` are left out, and no piece of a longer one is
-        shorter. Fine-tuning documents have the fields of design 7 and are never cut.
+    The folder appears atomically. A build that ends early keeps its finished shards in a hidden folder next to
+    `out_dir`, and the same call resumes there. The manifest counts all documents that were left out, by reason.
+
+    inputs: text files (one document each), JSONL files (one document a line) and Parquet files (one document a row).
+        Text and JSONL files may be compressed (.gz, .zst). Folders are searched for such files in sorted order; their
+        other contents are listed in the log.
+    out_dir: folder to create.
+    tokenizer: the encoder's tokenizer, or its path.
+    kind: kind of the records. Pretraining documents are cut, without losing text, into records. Fine-tuning documents
+        have the fields of design 7 and are never cut.
+    max_tokens: maximum length of a pretraining record.
+    min_tokens: minimum length of a pretraining record. Shorter documents are left out; pieces are never shorter.
     shard_bytes: a shard ends with the member that reaches this size.
-    min_chars, quality_field, min_quality: documents of fewer characters, or whose number in that field is lower, are
-        left out. All that is left out is counted by reason in the manifest.
-    max_document_bytes, on_error: a longer document is a fault as one that is damaged is; faults stop the build, or are
-        skipped, counted, and the first ones named in the log.
-    workers: processes that cut. The result does not depend on their number.
-    The folder appears whole or not at all. A build that ended early keeps its finished shards in a hidden folder beside
-    `out_dir`, and the same call goes on there. DataError on an unusable input or option, or where `out_dir` exists and
-    `overwrite` is not given; StorageError where nothing can be written.
+    text_field: field with the text of a pretraining document.
+    min_chars: documents with fewer characters are left out.
+    quality_field: field with the quality score of a document.
+    min_quality: documents with a lower score are left out.
+    max_document_bytes: a larger document is a fault, as a damaged one is.
+    on_error: "stop": a fault stops the build. "skip": faulty documents are left out and counted, and the first ones
+        are logged.
+    workers: number of processes that cut documents. The result does not depend on it.
+    overwrite: replace `out_dir` if it exists.
+    progress: show a progress bar.
+
+    Raises DataError if an input or option is unusable, or if `out_dir` exists and `overwrite` is false. Raises
+    StorageError if the shards cannot be written.
     """
     out_dir = Path(out_dir)
     rules = RecordRules(
@@ -104,24 +114,26 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
 
 
 def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path) -> tuple[InputFile, ...]:
-    """The input files. DataError also where the rules ask for fields of a text file."""
+    """Find the input files. Raises DataError also if the rules need fields that a text file does not have."""
     files, passed_over = find_inputs(inputs, without=out_dir)
     if passed_over:
         names = ", ".join(map(str, passed_over[:MAX_NAMED])) + (", …" if len(passed_over) > MAX_NAMED else "")
-        logger.warning("passed over as no inputs: %d files or folders: %s", len(passed_over), names)
+        logger.warning("skipped %d files or folders that are not inputs: %s", len(passed_over), names)
     texts = [file.path.name for file in files if file.kind == "text"]
     if texts and rules.kind == "fine_tuning":
-        raise DataError(f"fine-tuning records have several fields; {texts[0]} is plain text. Give JSONL or Parquet.")
+        raise DataError(f"fine-tuning records have several fields; {texts[0]} is plain text. Pass JSONL or Parquet.")
     if texts and rules.quality_field is not None:
-        raise DataError(f"{texts[0]} is plain text and has no field {rules.quality_field!r}. Leave out one of them.")
+        raise DataError(
+            f"{texts[0]} is plain text and has no field {rules.quality_field!r}. Drop the file or the filter."
+        )
     return files
 
 
 def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, workers: int, progress: bool) -> Manifest:
-    """Write all shards and the manifest to the build's folder; what is finished stays there if it fails."""
+    """Write all shards and the manifest to the build's folder. If the build fails, its finished shards stay there."""
     start = folder.load(plan)
     if start is not None:
-        logger.warning("%s: going on behind %d finished shards", folder.path, len(start.shards))
+        logger.warning("%s: resuming after %d finished shards", folder.path, len(start.shards))
     build = _Build(folder, plan, start or Checkpoint())
     try:
         total = sum(file.num_bytes for file in plan.files)
@@ -130,7 +142,7 @@ def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, worker
     except BaseException:
         if build.checkpoint.shards:
             logger.warning(
-                "%d finished shards are kept in %s: the same command goes on there",
+                "%d finished shards are kept in %s: the same command resumes the build",
                 len(build.checkpoint.shards),
                 folder.path,
             )
@@ -152,7 +164,7 @@ def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, worker
 
 
 class _Build:
-    """A build under way: what it has written, and what it has seen of the input that it is at."""
+    """A build in progress: its output so far, and its counts for the current input."""
 
     def __init__(self, folder: BuildFolder, plan: BuildPlan, start: Checkpoint) -> None:
         self.folder = folder
@@ -164,12 +176,15 @@ class _Build:
         self._counts = start.counts.copy()
         self._first_record = self.writer.num_records - start.file_records
         self._first_token = self.writer.num_tokens - start.file_tokens
-        self._to_skip = start.num_records  # of the first batch
-        self._num_named = 0  # faults in the log
+        self._to_skip = start.num_records  # records of the first batch
+        self._num_named = 0  # faults logged so far
         self._bytes_done = sum(source.bytes for source in start.sources)
 
     def run(self, tokenizer: Tokenizer, workers: int, bar: tqdm[None]) -> None:
-        """Read, make and write everything from the checkpoint on. DataError on a fault, or where there is no record."""
+        """Read the inputs from the checkpoint on and write their records.
+
+        Raises DataError on a fault that stops the build, or if the inputs yield no record.
+        """
         with InputDigests() as digests:
             works = make_in_order(
                 self._works(digests),
@@ -187,12 +202,12 @@ class _Build:
                 self._finish_files(len(self.plan.files), digests)
         if not self.writer.shards:
             raise DataError(
-                f"the inputs ({', '.join(file.path.name for file in self.plan.files[:5])}) give no record: "
-                f"{_as_words(self.sources)} left out. Give other inputs, or smaller limits."
+                f"the inputs ({', '.join(file.path.name for file in self.plan.files[:5])}) yield no record: "
+                f"{_as_words(self.sources)} left out. Pass other inputs, or lower the limits."
             )
 
     def _works(self, digests: InputDigests) -> Iterator[Work]:
-        """The batches from the checkpoint on."""
+        """Yield the batches from the checkpoint on."""
         rules, start = self.plan.rules, self.checkpoint
         for idx in range(start.file_idx, len(self.plan.files)):
             file = self.plan.files[idx]
@@ -206,13 +221,13 @@ class _Build:
                 yield Work(idx, file, batch)
 
     def _write(self, work: Work, made: MadeBatch) -> None:
-        """Append the records of one batch, noting where the build stands whenever a shard is finished."""
+        """Append the records of one batch, and save the progress whenever a shard is finished."""
         named = made.faults[: MAX_NAMED - self._num_named]
         for fault in named:
             logger.warning("left out: %s", fault)
         self._num_named += len(named)
         if named and self._num_named == MAX_NAMED:
-            logger.warning("further faults are counted, not named")
+            logger.warning("further faults are counted, but not logged")
         if made.stopped is not None:
             raise DataError(made.stopped)
         for number, record in enumerate(made.records[self._to_skip :], start=self._to_skip + 1):
@@ -241,7 +256,7 @@ class _Build:
         self.folder.save(self.plan, self.checkpoint)
 
     def _finish_files(self, end: int, digests: InputDigests) -> None:
-        """Note what became of the inputs in front of number `end`. DataError where one changed while it was read."""
+        """Record the results of the inputs before index `end`. Raises DataError if one changed while it was read."""
         for idx in range(len(self.sources), end):
             file = self.plan.files[idx]
             digest = digests.take(file.path)
@@ -264,6 +279,6 @@ class _Build:
 
 
 def _as_words(sources: Sequence[SourceInfo]) -> str:
-    """How many documents were left out, and why."""
+    """The number of documents left out for each reason, as text."""
     total = sum((Counter(source.skipped) for source in sources), Counter[str]())
     return ", ".join(f"{count} {reason}" for reason, count in sorted(total.items())) or "no document"

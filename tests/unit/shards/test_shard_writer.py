@@ -122,7 +122,7 @@ def test_what_a_folder_holds_beside_inputs_is_named(
     for name in ("README.md", "_SUCCESS", ".a.json.crc"):
         (source / name).write_text(TEXT)
     assert build_shards([source], tmp_path / "out", tokenizer_path).samples == 1
-    assert "passed over as no inputs: 3 files" in caplog.text
+    assert "skipped 3 files or folders that are not inputs" in caplog.text
     assert all(str(source / name) in caplog.text for name in ("README.md", "_SUCCESS", ".a.json.crc"))
 
 
@@ -379,7 +379,7 @@ def test_a_build_goes_on_behind_its_finished_shards(
     with pytest.raises(Killed):
         build(inputs, tmp_path / "out", kill_at=101)
     assert (finished.stat().st_mtime_ns, finished.stat().st_ino) == written
-    assert "going on behind" in caplog.text
+    assert "resuming after" in caplog.text
 
 
 def test_a_build_into_its_own_input_folder_goes_on_and_is_replaced(
@@ -389,7 +389,7 @@ def test_a_build_into_its_own_input_folder_goes_on_and_is_replaced(
     with pytest.raises(Killed):
         build([folder], folder / "shards", kill_at=100)
     first = build([folder], folder / "shards")
-    assert "going on behind" in caplog.text
+    assert "resuming after" in caplog.text
     assert build([folder], folder / "shards", overwrite=True) == first
 
 
@@ -425,7 +425,7 @@ def test_a_later_input_may_be_mended_before_a_build_goes_on(
     assert "finished shards are kept" in caplog.text
     inputs[1].write_text(good)
     build(inputs, tmp_path / "out")
-    assert "going on behind" in caplog.text
+    assert "resuming after" in caplog.text
     build(inputs, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -438,7 +438,7 @@ def test_faults_may_be_skipped_from_where_a_build_stopped(
     with pytest.raises(DataError, match="line 61"):
         build(inputs, tmp_path / "out")
     manifest = build(inputs, tmp_path / "out", on_error="skip")
-    assert "going on behind" in caplog.text
+    assert "resuming after" in caplog.text
     assert manifest.skipped == {"min_tokens": 1, "not_json": 1}
 
 

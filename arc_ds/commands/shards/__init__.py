@@ -1,7 +1,7 @@
-"""`arc-ds shards …`: one module a subcommand.
+"""`arc-ds shards …`: one module per subcommand.
 
 A subcommand is a module of this package with `add_parser(commands)`, which adds its parser and sets
-`run=function(namespace) -> exit code`. It joins the command line by its name in `SUBCOMMANDS`.
+`run=function(namespace) -> exit code`. To register it, add its name to `SUBCOMMANDS`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HELP = "build, check, show and measure webdataset shards"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command `shards` with its subcommands."""
+    """Add the command `shards` and its subcommands."""
     parser = subparsers.add_parser("shards", help=HELP)
     commands = parser.add_subparsers(dest="shards_command", required=True)
     for name in SUBCOMMANDS:

@@ -23,8 +23,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "build",
         help="turn text, JSONL or Parquet files into shards",
-        description="Cuts documents to records and writes them as shards. A build that was killed goes on where it "
-        "was when the same command is given again; the result is the same, byte by byte, whatever --workers is.",
+        description="Cuts documents into records and writes them as shards. Repeat the same command to resume a killed "
+        "build. The result is identical, byte for byte, for any number of --workers.",
     )
     parser.add_argument(
         "inputs",
@@ -43,26 +43,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         nargs="+",
         default=[],
         metavar="TOKENIZER",
-        help="keep the ids of all texts by these tokenizers beside the shards (or later: shards tokenize)",
+        help="also store the token ids of all texts by these tokenizers next to the shards (or later: shards tokenize)",
     )
     parser.set_defaults(run=_build)
 
 
 def add_rules(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what becomes of a document."""
-    rules = parser.add_argument_group("what becomes of a document")
+    """Add the options that control how documents are cut, filtered and rejected."""
+    rules = parser.add_argument_group("rules for documents")
     rules.add_argument(
         "--kind",
         choices=("pretraining", "fine_tuning"),
         default="pretraining",
-        help="pretraining: a text, cut to records (default); fine_tuning: passages, question and answer, never cut",
+        help="pretraining: a text, cut into records (default); fine_tuning: passages, question and answer, never cut",
     )
     rules.add_argument("--text-field", default="text", help="field with the text (default: %(default)s)")
-    rules.add_argument("--max-tokens", type=int, default=768, help="longest record (default: %(default)s)")
-    rules.add_argument("--min-tokens", type=int, default=16, help="shortest record (default: %(default)s)")
+    rules.add_argument("--max-tokens", type=int, default=768, help="maximum length of a record (default: %(default)s)")
+    rules.add_argument("--min-tokens", type=int, default=16, help="minimum length of a record (default: %(default)s)")
     rules.add_argument("--min-chars", type=int, default=0, help="leave out shorter documents (default: %(default)s)")
-    rules.add_argument("--quality-field", metavar="NAME", help="field with a number that says how good a document is")
-    rules.add_argument("--min-quality", type=float, metavar="X", help="leave out documents with a lower number there")
+    rules.add_argument("--quality-field", metavar="NAME", help="field with the quality score of a document")
+    rules.add_argument("--min-quality", type=float, metavar="X", help="leave out documents with a lower score")
     rules.add_argument(
         "--max-document-mib", type=float, default=64, help="a larger document is a fault (default: %(default)s MiB)"
     )
@@ -70,12 +70,12 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="what a damaged document does: stop the build (default), or be left out, counted and named",
+        help="on a faulty document: stop the build (default), or leave the document out, count it and log it",
     )
 
 
 def rules_of(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `build_shards` that `add_rules` asks for."""
+    """The arguments of `build_shards` from the options that `add_rules` adds."""
     names = ("kind", "text_field", "max_tokens", "min_tokens", "min_chars", "quality_field", "min_quality", "on_error")
     rules = {name: getattr(namespace, name) for name in names}
     return {**rules, "max_document_bytes": int(namespace.max_document_mib * (1 << 20))}
@@ -84,7 +84,7 @@ def rules_of(namespace: argparse.Namespace) -> dict[str, Any]:
 def _build(namespace: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for path in namespace.cache_tokens:
-        load_tokenizer(path)  # one that cannot be read is found now, not behind hours of building
+        load_tokenizer(path)  # fails now, not after hours of building, if a tokenizer cannot be read
     manifest = build_shards(
         namespace.inputs,
         namespace.out,
@@ -106,12 +106,12 @@ def _cache_tokens(folder: str, tokenizers: list[str], workers: int) -> None:
         cache_and_print(folder, tokenizers, workers=workers)
     except BaseException:
         go_on = shlex.join(["arc-ds", "shards", "tokenize", folder, "--tokenizer", *tokenizers])
-        logger.warning("The shards are whole, only their token caches are not: %s goes on there.", go_on)
+        logger.warning("The shards are complete, but their token caches are not. To resume: %s", go_on)
         raise
 
 
 def summary(manifest: Manifest) -> str:
-    """What was built, and what was left out for which reason."""
+    """The size of a build, and the number of documents left out for each reason, as text."""
     documents = sum(source.documents for source in manifest.sources)
     cut = sum(source.cut for source in manifest.sources)
     lines = [

@@ -13,7 +13,7 @@ from arc_ds.system.urls import is_url
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand `check`."""
-    parser = commands.add_parser("check", help="read everything in folders of shards and name every fault")
+    parser = commands.add_parser("check", help="read folders of shards completely and report every fault")
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
     parser.set_defaults(run=_check)

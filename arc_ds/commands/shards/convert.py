@@ -14,24 +14,35 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the subcommand `convert`."""
     parser = commands.add_parser(
         "convert",
-        help="turn the original files of SQuAD, DROP or TriviaQA into JSONL for `build --kind fine_tuning`",
+        help="convert the original files of SQuAD, DROP or TriviaQA to JSONL for `build --kind fine_tuning`",
     )
     parser.add_argument("format", choices=FORMATS)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the set's own JSON files")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="original JSON files of the data set")
     parser.add_argument("--out", required=True, type=Path, help=".jsonl file to write")
     parser.add_argument(
-        "--first-answer", action="store_true", help="keep the main answer only (training); default: all (evaluation)"
+        "--first-answer",
+        action="store_true",
+        help="keep only the main answer, for training (default: all answers, for evaluation)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     trivia = parser.add_argument_group("TriviaQA")
     trivia.add_argument(
-        "--evidence", type=Path, metavar="FOLDER", help="its documents (default: ../evidence, seen from the file)"
+        "--evidence",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of its documents (default: ../evidence, relative to the folder of the file)",
     )
     trivia.add_argument(
-        "--passage-words", type=int, default=_DEFAULTS.passage_words, help="of a passage (default: %(default)s)"
+        "--passage-words",
+        type=int,
+        default=_DEFAULTS.passage_words,
+        help="approximate words per passage (default: %(default)s)",
     )
     trivia.add_argument(
-        "--max-passages", type=int, default=_DEFAULTS.max_passages, help="of a question (default: %(default)s)"
+        "--max-passages",
+        type=int,
+        default=_DEFAULTS.max_passages,
+        help="maximum passages per question (default: %(default)s)",
     )
     parser.set_defaults(run=_convert)
 

@@ -11,14 +11,14 @@ from arc_ds.shards.tar_index import RecordForm
 from arc_ds.system.processes import num_cores
 
 REASONS = {
-    "bad_record": "without the fields of a record",
+    "bad_record": "that lack the fields of a record",
     "empty": "empty",
     "no_file": "links or sparse files",
     "no_record": "samples without such a member",
     "not_gzip": "damaged gzip",
-    "not_json": "no JSON object",
+    "not_json": "not a JSON object",
     "not_utf8": "not UTF-8",
-    "repeated": "of a key that had one already",
+    "repeated": "of a key that already had one",
     "too_large": "too large",
 }
 
@@ -27,30 +27,33 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the subcommand `index`."""
     parser = commands.add_parser(
         "index",
-        help="make webdataset tars that others wrote usable as they are",
-        description="Writes an index for each tar, and a manifest. Texts are not cut: of a record longer than a "
-        "training sequence a part is used. To cut them, extract them and use `build`.",
+        help="make existing webdataset tars usable without changing them",
+        description="Writes an index for each tar, and a manifest. Texts are not cut: training uses only a part of a "
+        "record that is longer than a training sequence. To cut texts, extract them and use `build`.",
     )
     parser.add_argument(
-        "tars", nargs="+", metavar="TARS", help="a folder of tars, or tars and their URLs; {000..127} stands for many"
+        "tars",
+        nargs="+",
+        metavar="TARS",
+        help="a folder of tars, or paths and URLs of tars; {000..127} expands to a range",
     )
     parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
-    parser.add_argument("--out", help="folder for indexes and manifest (default: beside the tars)")
+    parser.add_argument("--out", help="folder for indexes and manifest (default: next to the tars)")
     parser.add_argument(
         "--member",
         default="json",
-        help="what the names of members with records end with: json or json.gz (objects), txt or txt.gz (plain text) "
-        "and the like (default: %(default)s)",
+        help="suffix of the members that hold records, such as json or json.gz (objects), txt or txt.gz (plain text) "
+        "(default: %(default)s)",
     )
     parser.add_argument("--text-field", default="text", help="field with the text (default: %(default)s)")
     parser.add_argument(
         "--kind",
         choices=("pretraining", "fine_tuning"),
         default="pretraining",
-        help="records with a text (default), or with passages, question and answer",
+        help="pretraining: records with a text (default); fine_tuning: records with passages, question and answer",
     )
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
     parser.set_defaults(run=_index)
 
 

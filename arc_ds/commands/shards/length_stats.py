@@ -1,4 +1,7 @@
-"""What is in sets of shards: lengths of records, tokens of sources, what was cut and left out; as text and picture."""
+"""Statistics of sets of shards, as text and as a plot.
+
+They cover the lengths of records, the tokens of sources, and the documents that were cut or left out.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,21 @@ _PERCENTILES = (5, 50, 95)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthHistogram:
-    """Lengths of records in bins of equal width: bin i holds those of i · width + 1 to (i + 1) · width tokens."""
+    """A histogram of record lengths with bins of equal width.
+
+    width: width of a bin in tokens.
+    records: int64 [bins]; bin i counts the records of i · width + 1 to (i + 1) · width tokens.
+    """
 
     width: int
     records: NDArray[np.int64]
 
 
 def length_histogram(num_tokens: NDArray[np.int32]) -> LengthHistogram:
-    """The histogram of the lengths int32 [records], in at most 16 bins; their width is a power of two."""
+    """Compute a histogram of record lengths with at most 16 bins; their width is a power of two.
+
+    num_tokens: int32 [records], the number of tokens of each record.
+    """
     width = 1
     while width * _MAX_BINS < num_tokens.max(initial=1):
         width *= 2
@@ -36,7 +46,13 @@ def length_histogram(num_tokens: NDArray[np.int32]) -> LengthHistogram:
 
 
 def describe(name: str, manifest: Manifest, num_tokens: NDArray[np.int32], *, max_sources: int) -> str:
-    """Everything about one set, in lines. num_tokens: int32 [records]; max_sources: how many sources are listed."""
+    """All statistics of one set of shards, as lines of text.
+
+    name: name of the set.
+    manifest: its manifest.
+    num_tokens: int32 [records], the number of tokens of each record.
+    max_sources: maximum number of sources to list one by one.
+    """
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     kind = manifest.kind.replace("_", "-")
     lines = [
@@ -50,7 +66,7 @@ def describe(name: str, manifest: Manifest, num_tokens: NDArray[np.int32], *, ma
 
 
 def _documents(manifest: Manifest) -> list[str]:
-    """How many documents there were, and what became of them."""
+    """The number of documents, and how many were cut or left out."""
     documents = sum(source.documents for source in manifest.sources)
     if not documents:
         return []
@@ -83,7 +99,7 @@ def _percentiles(num_tokens: NDArray[np.int32]) -> NDArray[np.float64]:
 
 
 def _sources(sources: Sequence[SourceInfo], max_sources: int) -> list[str]:
-    """The sources with most tokens, and all others together."""
+    """The sources with the most tokens, and the total of all others."""
     if not sources:
         return []
     total = sum(source.tokens for source in sources)
@@ -105,9 +121,12 @@ def _share(count: int, total: int) -> str:
 
 
 def draw_lengths(path: Path, lengths: dict[str, NDArray[np.int32]]) -> None:
-    """A PNG with the lengths of the records of some sets, int32 [records] each, as shares of their tokens.
+    """Plot the distribution of record lengths of several sets, weighted by tokens, to a PNG file.
 
-    DataError where the file cannot be written.
+    path: file to write.
+    lengths: for each set, by name, int32 [records], the number of tokens of each record.
+
+    Raises DataError if the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -123,4 +142,4 @@ def draw_lengths(path: Path, lengths: dict[str, NDArray[np.int32]]) -> None:
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
-        raise DataError(f"{path}: the picture cannot be written ({error}). Name another place.") from error
+        raise DataError(f"{path}: the plot cannot be written ({error}). Choose another path.") from error

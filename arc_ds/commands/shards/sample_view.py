@@ -1,4 +1,4 @@
-"""A sample as a person reads it: contexts coloured, groups marked, targets underlined, tokens parted where asked."""
+"""Renders samples for people: contexts coloured, groups marked, targets underlined, tokens separated on request."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _GROUP, _TOKEN = "│", "·"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text of one style. A context is one piece, its marks inside."""
+    """Text of one style. A context, with its group and token marks, is one piece."""
 
     text: str
     style: Style
@@ -45,11 +45,11 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """How samples are shown.
+    """Options for the rendering of samples.
 
-    colour: by the terminal's colours; else contexts stand in ⟦…⟧ and targets in __…__. groups: where groups end is
-    marked by │, by this rule. tokens: where tokens end is marked by ·, and each context is shown in the decoder's
-    tokens too.
+    colour: use terminal colours. Without them, contexts appear in ⟦…⟧ and targets in __…__.
+    groups: mark the end of each group by │, with groups formed by this rule; None: no marks.
+    tokens: mark the end of each token by ·, and also show each context in the decoder's tokens.
     """
 
     colour: bool = False
@@ -58,7 +58,7 @@ class Look:
 
 
 class SampleView:
-    """Shows the samples that an encoder and a decoder with these tokenizers would get."""
+    """Renders samples as an encoder and a decoder with these tokenizers receive them."""
 
     def __init__(self, encoder: Tokenizer, decoder: Tokenizer, look: Look) -> None:
         self.encoder = encoder
@@ -70,7 +70,7 @@ class SampleView:
                 self._special_names.setdefault(idx, name)
 
     def render(self, example: Example, title: str) -> str:
-        """The sample under a line with its sizes and what was cut of it."""
+        """The sample, below a header line with its sizes and the counts of cut text."""
         sample = example.sample
         cut = [f"{count} {name.replace('_', ' ')}" for name, count in asdict(example.counts).items() if count]
         sizes = f"{sample.num_context_tokens} encoder tokens, {sample.num_text_tokens} decoder tokens"
@@ -79,7 +79,7 @@ class SampleView:
         return "\n".join([head, body, *(self._decoder_readings(example) if self.look.tokens else ()), ""])
 
     def _pieces(self, segments: Sequence[Segment]) -> Iterator[Piece]:
-        """The decoder's tokens are spelled as one text, whatever stands between them."""
+        """Yield the pieces of a sample. All tokens of the decoder are decoded as one text, skipping the contexts."""
         runs = [run for segment in segments if segment.kind == "text" for run, _ in self._runs(segment)]
         spelled = iter(spell(self.decoder, [piece for run in runs for piece in self._split(run)]))
         for segment in segments:
@@ -92,7 +92,7 @@ class SampleView:
                 yield Piece(self._special_names.get(run[0], text), style)
 
     def _runs(self, segment: Segment) -> list[tuple[list[int], Style]]:
-        """The ids of a text segment in stretches of one style, special tokens by themselves."""
+        """Split the ids of a text segment into runs of one style. Each special token is its own run."""
         style: Style = "target" if segment.in_loss else "plain"
         special: Style = "special target" if segment.in_loss else "special"
         runs: list[tuple[list[int], Style]] = []
@@ -109,7 +109,7 @@ class SampleView:
         return [[idx] for idx in run] if self.look.tokens else [run]
 
     def _marked(self, ids: Sequence[int]) -> str:
-        """A context with its groups, and its tokens, marked."""
+        """The text of a context with its groups, and on request its tokens, marked."""
         group_starts = self._group_starts(len(ids))
         starts = range(len(ids)) if self.look.tokens else sorted(group_starts)
         pieces = [ids[start:end] for start, end in pairwise([*starts, len(ids)])]
@@ -123,7 +123,7 @@ class SampleView:
         return {0, *np.cumsum(sizes)[:-1].tolist()}
 
     def _decoder_readings(self, example: Example) -> Iterator[str]:
-        """Each context in the decoder's tokens, below the sample."""
+        """Yield each context in the decoder's tokens, to print below the sample."""
         for number, text in enumerate(example.contexts, start=1):
             ids = self.decoder.encode(text)
             spelled = _TOKEN.join(spell(self.decoder, [[idx] for idx in ids]))
@@ -136,9 +136,9 @@ class SampleView:
 
 
 def spell(tokenizer: Tokenizer, pieces: Sequence[Sequence[int]]) -> list[str]:
-    """The text of each of some consecutive pieces of ids, as they read together.
+    """Decode consecutive pieces of ids to text, so that the texts join to the text of all ids.
 
-    A character that several pieces share the bytes of belongs to the last of them.
+    If several pieces share the bytes of a character, the character belongs to the last of them.
     """
     texts: list[str] = []
     ids: list[int] = []

@@ -25,18 +25,24 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("show", help="print samples: contexts coloured, groups marked, targets underlined")
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
-    parser.add_argument("--decoder-tokenizer", help="the decoder's (default: the encoder's)")
-    own = "default: continuation or, of fine-tuning records, few_shot"
+    parser.add_argument("--decoder-tokenizer", help="the decoder's tokenizer (default: the encoder's)")
+    own = "default: continuation; few_shot for fine-tuning records"
     parser.add_argument("--task", choices=all_samples(), help=own)
     parser.add_argument(
         "--chat-template", choices=("none", "llama2", "chatml", "tokenizer"), default="none", help="default: none"
     )
-    parser.add_argument("--in-context-examples", type=int, default=0, metavar="N", help="in front of each sample")
+    parser.add_argument(
+        "--in-context-examples", type=int, default=0, metavar="N", help="before each sample (default: 0)"
+    )
     parser.add_argument("--first", type=int, default=0, help="first record (default: %(default)s)")
     parser.add_argument("--num", type=int, default=3, help="records to show (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of windows, examples, answers (default: %(default)s)")
-    parser.add_argument("--pooling-factor", type=int, default=8, help="marks groups; 0: none (default: %(default)s)")
-    parser.add_argument("--tokens", action="store_true", help="mark tokens, and show contexts in decoder tokens too")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed for windows, examples, answers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pooling-factor", type=int, default=8, help="mark groups of this size; 0: none (default: %(default)s)"
+    )
+    parser.add_argument("--tokens", action="store_true", help="mark tokens, and also show contexts in decoder tokens")
     limits = parser.add_argument_group("limits, as in the data section of a config")
     for name, default in _LIMITS.items():
         if not isinstance(default, bool):
@@ -71,7 +77,7 @@ def _show(namespace: argparse.Namespace) -> int:
 
 
 def _in_context_examples(num_records: int, record_idx: int, wanted: int, seed: int) -> list[int]:
-    """Other records of the folder, none twice, at most `wanted`."""
+    """Choose at most `wanted` distinct other records of the folder."""
     others = min(wanted, num_records - 1)
     step = seed % max(num_records - 1, 1)
     return [(record_idx + 1 + (step + place) % (num_records - 1)) % num_records for place in range(others)]

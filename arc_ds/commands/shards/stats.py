@@ -13,12 +13,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the subcommand `stats`."""
     parser = commands.add_parser(
         "stats",
-        help="print lengths of records, tokens of sources, and what was cut or left out",
+        help="print lengths of records, tokens of sources, and counts of cut and left-out documents",
         description="Reads manifests and indexes only.",
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
-    parser.add_argument("--sources", type=int, default=20, help="largest ones that are listed (default: %(default)s)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the lengths of all folders there")
+    parser.add_argument(
+        "--sources", type=int, default=20, help="number of largest sources to list (default: %(default)s)"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="plot the record lengths of all folders to this file")
     parser.set_defaults(run=_stats)
 
 
@@ -30,5 +32,5 @@ def _stats(namespace: argparse.Namespace) -> int:
         print(describe(folder, shards.manifest, shards.num_tokens, max_sources=max(namespace.sources, 0)))
     if namespace.png is not None:
         draw_lengths(namespace.png, lengths)
-        print(f"drawn: {namespace.png}")
+        print(f"plot: {namespace.png}")
     return 0

@@ -15,19 +15,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the subcommand `tokenize`."""
     parser = commands.add_parser(
         "tokenize",
-        help="keep the token ids of shards beside them",
-        description="Tokenises every text of the shards once and keeps the ids, so that training only reads them. A "
-        "call that was killed goes on behind its finished shards. Shards that are built again need a new cache.",
+        help="store the token ids of shards next to them",
+        description="Tokenises every text of the shards once and stores the ids, so that training only reads them. A "
+        "killed call resumes after its finished shards. Shards that are rebuilt need a new cache.",
     )
     parser.add_argument(
-        "folder", metavar="FOLDER", help="folder of shards, or its URL: the ids are then kept on this host"
+        "folder", metavar="FOLDER", help="folder of shards, or its URL (the ids of a URL are kept on this host)"
     )
     parser.add_argument(
         "--tokenizer",
         required=True,
         nargs="+",
         metavar="TOKENIZER",
-        help="the run's encoder's and decoders' tokenizers",
+        help="tokenizers of the run's encoder and decoders",
     )
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
     parser.set_defaults(run=_tokenize)
@@ -40,7 +40,7 @@ def _tokenize(namespace: argparse.Namespace) -> int:
 
 
 def cache_and_print(folder: str, tokenizers: Sequence[str], *, workers: int) -> None:
-    """Make the token caches of a folder of shards, with progress on a terminal, and print a line for each."""
+    """Build the token caches of a folder of shards, and print a line for each. A terminal shows a progress bar."""
     for made in build_token_caches(folder, tokenizers, workers=workers, progress=sys.stderr.isatty()):
         left_out = f", {made.left_out} texts left out" if made.left_out else ""
         print(f"{made.folder}: {made.ids} ids of {made.records} records{left_out}")

@@ -37,7 +37,7 @@ class InputFile:
         return f"{self.path}, {'line' if self.kind == 'jsonl' else 'row'} {number}"
 
     def has_changed(self) -> bool:
-        """Whether the file is gone, or its size or modification time is no longer the recorded one."""
+        """Whether the file was deleted, or its size or modification time changed, since it was found."""
         try:
             status = self.path.stat()
         except OSError:

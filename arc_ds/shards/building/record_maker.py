@@ -19,12 +19,12 @@ OnError = Literal["stop", "skip"]
 _FINE_TUNING_FIELDS = ("passages", "passage", "question", "instruction", "answer")
 # Reasons to leave out a document: key in the manifest -> words for the user.
 REASONS = {
-    "bad_record": "with a field missing, of the wrong kind or without a token",
+    "bad_record": "with a field that is missing, of the wrong type or without tokens",
     "cannot_cut": "with a character of more tokens than a record may have",
     "empty": "empty",
     "min_chars": "of too few characters",
     "min_tokens": "of too few tokens",
-    "not_json": "that are no JSON object",
+    "not_json": "that are not JSON objects",
     "not_utf8": "that are not UTF-8",
     "quality": "of too low quality",
     "too_large": "too large",

@@ -176,7 +176,7 @@ class _Build:
         self._counts = start.counts.copy()
         self._first_record = self.writer.num_records - start.file_records
         self._first_token = self.writer.num_tokens - start.file_tokens
-        self._to_skip = start.num_records  # records of the first batch
+        self._to_skip = start.num_records  # records of the first batch that the shards already contain
         self._num_named = 0  # faults logged so far
         self._bytes_done = sum(source.bytes for source in start.sources)
 

@@ -1,1 +1,1 @@
-"""The token cache: every record's ids, next to the shards."""
+"""The token cache: the token ids of every record, in files next to the shards."""

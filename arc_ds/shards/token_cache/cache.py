@@ -1,7 +1,7 @@
-"""The token cache: ids of every text of a set of shards, by one tokenizer, from files beside the shards.
+"""Reads token caches: files next to a set of shards with the ids of every text by one tokenizer.
 
-A cache never changes a sample: where it is missing, cut, of older shards or of another tokenizer, texts are tokenised
-on the fly, and a warning says so.
+A cache never changes a sample. If it is missing, truncated, or belongs to older shards or another tokenizer, texts are
+tokenised on the fly and a warning says so.
 
 Shape letters: N tokens.
 """
@@ -46,11 +46,13 @@ logger = logging.getLogger(__name__)
 
 
 def open_token_cache(shards: ShardSet, tokenizer: Tokenizer) -> TokenCache | None:
-    """The cache of these shards by this tokenizer, None where there is none that can be used.
+    """Open the cache of these shards for this tokenizer; None if there is no usable cache.
 
-    That of a set behind a URL lies there, or (`arc-ds shards tokenize URL`) where its manifest is kept locally. Sizes,
-    what the texts come from and the fingerprint are checked; a cache that does not match is named in a warning, and so
-    is a local folder with caches of other tokenizers only. StorageError where too many files are open.
+    The cache of shards at a URL is either at that URL, or next to the local copy of the manifest if
+    `arc-ds shards tokenize URL` made it. The function checks file sizes, the origin of the texts and the tokenizer's
+    fingerprint. It logs a warning if a cache does not match, or if a local folder has caches of other tokenizers only.
+
+    Raises StorageError if too many files are open.
     """
     fingerprint = tokenizer.fingerprint
     faults = []
@@ -78,7 +80,7 @@ def open_token_cache(shards: ShardSet, tokenizer: Tokenizer) -> TokenCache | Non
 
 
 def _local_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
-    """What the cache beside manifest and indexes holds, None where there is none; DataError where it does not fit."""
+    """The index of the cache next to the manifest; None if there is no cache. DataError if the cache does not match."""
     folder = shards.folder / cache_name(fingerprint)
     if not folder.is_dir():
         return None
@@ -91,22 +93,25 @@ def _local_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
 
 
 def _fetched_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
-    """As `_local_index`, of the cache behind a URL; StorageError where it cannot be fetched, though it is there,
-    ConfigError where a file of it is larger than all that may be kept."""
+    """Like `_local_index`, but for a cache at a URL.
+
+    Raises StorageError if the cache exists but cannot be fetched, and ConfigError if one of its files alone exceeds
+    data.cache_gib.
+    """
     files = shards.files
     if files.base is None or files.cache is None:
         return None
     name = f"{cache_name(fingerprint)}/{CACHE_FILE}"
     raw = files.fetch_beside(name, max_bytes=MAX_INDEX_BYTES)
     if raw is None:
-        logger.info("%s: no token cache is there (%s)", shards.name, name)
+        logger.info("%s: no token cache found (%s)", shards.name, name)
         return None
     index = parse_cache_index(raw, name)
     if fault := mismatch(shards.manifest, index, fingerprint):
         raise DataError(fault)
     largest = max(file.num_bytes for name, shard in index.shards.items() for file in shard.files(name))
     if largest > files.cache.max_bytes:
-        raise ConfigError(f"a file of it has {largest} bytes, more than data.cache_gib allows. Raise it.")
+        raise ConfigError(f"one of its files has {largest} bytes, more than data.cache_gib allows. Raise it.")
     return index
 
 
@@ -118,10 +123,10 @@ class KnownText(NamedTuple):
 
 
 class TokenCache:
-    """The ids of the texts of a set of shards by one tokenizer. Opened by `open_token_cache`.
+    """The token ids of the texts of a set of shards by one tokenizer. `open_token_cache` opens it.
 
-    Files are mapped, and those behind a URL fetched, when first needed. Each process opens caches for itself, as it
-    loads tokenizers.
+    Files are memory-mapped on first use; files at a URL are fetched first. Each process opens its own caches, as it
+    loads its own tokenizers.
     """
 
     def __init__(self, shards: ShardSet, index: CacheIndex, *, is_fetched: bool = False) -> None:
@@ -136,9 +141,9 @@ class TokenCache:
         )
 
     def known(self, record_idx: int, record: Mapping[str, Any]) -> list[KnownText]:
-        """The texts of a record with their encodings; those left out of the cache are missing.
+        """The texts of a record with their encodings, except texts that were left out of the cache.
 
-        All are, and a warning names it once, where the cache's ids of the record turn out to be damaged.
+        If the cached ids of the record are damaged, the result is empty. The first such record is logged as a warning.
         """
         shard_idx = bisect.bisect_right(self._first, record_idx) - 1
         if shard_idx in self._damaged:
@@ -149,7 +154,7 @@ class TokenCache:
             if len(encodings) != len(texts):
                 if not encodings:
                     return []
-                raise DataError(f"it has {len(encodings)} texts, the record has {len(texts)}")
+                raise DataError(f"the cache has {len(encodings)} texts, the record has {len(texts)}")
             found = zip(texts, encodings, strict=True)
             return [KnownText(text, encoding) for text, encoding in found if _is_of(encoding, text)]
         except DataError as error:
@@ -162,7 +167,7 @@ class TokenCache:
             return []
 
     def _read(self, shard_idx: int, row: int) -> list[Encoding]:
-        """The encodings of each text of a record, verified; of no id for a text that is left out."""
+        """The encodings of the texts of a record, checksum verified. A text that was left out has no ids."""
         tokens, texts = self._shards[shard_idx]
         (first, first_text), (end, end_text) = texts.first[row : row + 2].tolist()
         payload = tokens[first * TOKEN_BYTES : end * TOKEN_BYTES]
@@ -178,10 +183,15 @@ class TokenCache:
 
 
 class _CacheFiles:
-    """The files of a token cache. They know nothing of who maps them, so that what is mapped goes with the cache.
+    """The files of a token cache.
 
-    name: of their folder. shards: the files of the set. kept_in: the cache that these are fetched into, None where they
-    are local. largest_bytes: what one shard takes at most. damaged: shards whose files could not be opened.
+    The object holds no reference to `TokenCache`, so that its memory maps are closed together with the `TokenCache`.
+
+    name: name of their folder.
+    shards: the files of the set of shards.
+    kept_in: the local cache that the files are fetched into; None if they are local.
+    largest_bytes: the largest size of one shard's files.
+    damaged: indices of the shards whose files could not be opened.
     """
 
     def __init__(self, shards: ShardSet, index: CacheIndex, *, is_fetched: bool) -> None:
@@ -192,12 +202,15 @@ class _CacheFiles:
         self._of_shards = list(of_shards.values())
         self.largest_bytes = max(ids.num_bytes + table.num_bytes for ids, table in self._of_shards)
         self.damaged: set[int] = set()
-        self._sound: set[int] = set()  # shards whose files could be opened
-        if is_fetched:  # ahead of their use, with the tar
+        self._sound: set[int] = set()  # shards whose files have been opened and verified
+        if is_fetched:  # prefetched together with the tar
             shards.files.beside[self.name] = of_shards
 
     def open(self, shard_idx: int) -> tuple[mmap.mmap | bytes, ShardTexts]:
-        """The ids of a shard and where its texts stand in them, mapped; DataError where they cannot be, from now on."""
+        """Memory-map the ids of a shard and the positions of its texts.
+
+        If this fails, it raises DataError and adds the shard to `damaged`.
+        """
         ids, table = self._of_shards[shard_idx]
         try:
             with self._open_file(table) as file:
@@ -214,10 +227,10 @@ class _CacheFiles:
         return tokens, texts
 
     def wrong_sum(self, shard_idx: int) -> DataError:
-        """What to raise where ids of a shard are not what they were, with the cure."""
+        """The error, with the remedy, for ids of a shard that do not match their checksum."""
         ids, _ = self._of_shards[shard_idx]
         cure = "Run arc-ds shards check" if self.kept_in is None else f"Delete {self.shards.kept_path(ids)}"
-        return DataError(f"the checksum of its ids in {ids.name} is not the one written. {cure}")
+        return DataError(f"the checksum of its ids in {ids.name} does not match. {cure}")
 
     def _open_file(self, file: SideFile) -> IO[bytes]:
         if self.kept_in is not None:
@@ -226,14 +239,14 @@ class _CacheFiles:
 
 
 def _ends(characters: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Boundaries int64 [N + 1] from the characters that end with each token, [N]."""
+    """Token boundaries, int64 [N + 1], from the number of characters that end with each token, [N]."""
     ends = np.zeros(len(characters) + 1, dtype=np.int64)
     np.add.accumulate(characters, out=ends[1:])
     return ends
 
 
 def _is_of(encoding: Encoding, text: str) -> bool:
-    """Whether the text is not left out; DataError where the encoding is another text's."""
+    """Whether the cache contains the text. Raises DataError if the encoding belongs to another text."""
     num_characters = encoding.ends.item(-1)
     if num_characters == len(text):
         return True
@@ -243,7 +256,7 @@ def _is_of(encoding: Encoding, text: str) -> bool:
 
 
 class KnownTexts:
-    """A tokenizer that knows the encodings of some texts: the same ids, without the work."""
+    """A tokenizer that looks up the encodings of some texts: the same ids without tokenising again."""
 
     __slots__ = ("_known", "_tokenizer", "bos_id", "eos_id", "fingerprint", "special_ids", "vocab_size")
 
@@ -267,7 +280,7 @@ class KnownTexts:
         return self._find(text) or self._tokenizer.encode_with_ends(text)
 
     def _find(self, text: str) -> Encoding | None:
-        """By comparison: a record has few texts, and to hash a long one takes longer."""
+        """Find a text by comparison: a record has few texts, and hashing a long one takes longer."""
         for known in self._known:
             if known.text == text:
                 return known.encoding
@@ -283,7 +296,7 @@ class KnownTexts:
 def with_known(
     tokenizer: Tokenizer, cache: TokenCache | None, record_idxs: Sequence[int], records: Sequence[Mapping[str, Any]]
 ) -> Tokenizer:
-    """The tokenizer, with what its cache knows of some records; the tokenizer itself where there is no cache."""
+    """The tokenizer with the cached encodings of some records; the tokenizer itself if there is no cache."""
     if cache is None:
         return tokenizer
     known = map(cache.known, record_idxs, records)

@@ -1,11 +1,15 @@
-"""The files of a token cache: their names, what they hold, and whether they are those of a set of shards (design 7).
+"""The files of a token cache: names, formats, and checks that they belong to a set of shards (design 7).
 
-A cache is the folder `tokens-FINGERPRINT` in the folder of manifest and indexes (the first 16 digits of the tokenizer's
-fingerprint). It holds `cache.json`, and for each shard `NAME.ids` and `NAME.texts`. The first has for each record the
-ids of all its texts end to end, as little-endian uint32, and behind them for each id, as one byte, how many characters
-end with it (a text's boundaries are their sums). The second is three .npy arrays: the first id and the first text of
-each record, uint64 [records + 1, 2], the last row being the end; xxh64 of what `NAME.ids` has of each record, uint64
-[records]; and the number of ids of each text, uint32 [texts]. A `lock` is held by who writes the folder.
+A cache is the folder `tokens-FINGERPRINT` in the folder of manifest and indexes; FINGERPRINT stands for the first 16
+digits of the tokenizer's fingerprint. The folder contains `cache.json`, a `lock` that a writer holds, and for each
+shard two files:
+
+- `NAME.ids`: for each record, the concatenated ids of all its texts (little-endian uint32), followed by one byte per
+  id: the number of characters that end with it. The cumulative sums of these bytes are the token boundaries of a text.
+- `NAME.texts`: three .npy arrays.
+  1. uint64 [records + 1, 2]: index of the first id and of the first text of each record; the last row is the end.
+  2. uint64 [records]: xxh64 of each record's bytes in `NAME.ids`.
+  3. uint32 [texts]: number of ids of each text.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ FORMAT = "arc-ds-token-cache"
 VERSION = 3
 CACHE_FILE = "cache.json"
 PREFIX = "tokens-"
-TOKEN_BYTES = 5  # an id, and the characters that end with it
+TOKEN_BYTES = 5  # a 4-byte id and the 1-byte count of characters that end with it
 MAX_CHARACTERS = 255  # of one token
 MAX_INDEX_BYTES = 1 << 28
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -43,8 +47,17 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedShard:
-    """One shard of a cache. origin: see `origin_of`. ids: how many, of all texts together.
-    left_out: records or texts that are not in it, because they cannot be read or a token has too many characters."""
+    """One shard of a cache.
+
+    origin: see `origin_of`.
+    records: number of records.
+    ids: number of ids of all texts.
+    left_out: number of unreadable records and of texts with a token of more than `MAX_CHARACTERS` characters. The
+        cache does not contain them.
+    ids_sha256: sha256 of the `.ids` file.
+    texts_sha256: sha256 of the `.texts` file.
+    texts_bytes: size of the `.texts` file in bytes.
+    """
 
     origin: str
     records: int
@@ -55,14 +68,14 @@ class CachedShard:
     texts_bytes: int
 
     def __post_init__(self) -> None:
-        """ValueError where a digest or a number is none: digests become paths."""
+        """Raise ValueError if a digest or number is invalid. Digests must be valid because they become paths."""
         if not all(_DIGEST.fullmatch(digest) for digest in (self.origin, self.ids_sha256, self.texts_sha256)):
-            raise ValueError(f"{self}: expected digests by sha256")
+            raise ValueError(f"{self}: expected sha256 digests")
         if any(type(number) is not int or number < 0 for number in (self.records, self.ids, self.texts_bytes)):
-            raise ValueError(f"{self}: expected numbers from 0")
+            raise ValueError(f"{self}: expected non-negative integers")
 
     def files(self, shard_name: str) -> tuple[SideFile, SideFile]:
-        """The file of the ids, and the one that says where the texts stand in it."""
+        """The `.ids` file, and the `.texts` file with the positions of the texts in it."""
         return (
             SideFile(ids_name(shard_name), self.ids * TOKEN_BYTES, self.ids_sha256),
             SideFile(texts_name(shard_name), self.texts_bytes, self.texts_sha256),
@@ -71,7 +84,11 @@ class CachedShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheIndex:
-    """What `cache.json` says: the whole fingerprint of the tokenizer, and the shards that are done, by name."""
+    """The content of `cache.json`.
+
+    fingerprint: the complete fingerprint of the tokenizer.
+    shards: the finished shards, by name.
+    """
 
     fingerprint: str
     shards: Mapping[str, CachedShard]
@@ -83,7 +100,7 @@ class CacheIndex:
 
 
 class ShardTexts(NamedTuple):
-    """The `.texts` file of a shard (see above)."""
+    """The three arrays of the `.texts` file of a shard (see the module's docstring)."""
 
     first: NDArray[np.uint64]
     checksums: NDArray[np.uint64]
@@ -91,18 +108,18 @@ class ShardTexts(NamedTuple):
 
 
 def origin_of(manifest: Manifest, shard: ShardInfo) -> str:
-    """sha256 of what decides the texts of a shard: its tar, its records' places in it and their form."""
+    """sha256 of everything that determines the texts of a shard: its tar, its index and the form of its records."""
     deciding = (shard.sha256, shard.index_sha256, shard.member, manifest.text_field, manifest.kind)
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
 
 
 def is_of(cached: CachedShard, manifest: Manifest, shard: ShardInfo) -> bool:
-    """Whether this is what is cached of a shard as it is now."""
+    """Whether the cached shard belongs to the current version of the shard."""
     return cached.origin == origin_of(manifest, shard) and cached.records == shard.samples
 
 
 def cache_name(fingerprint: str) -> str:
-    """The name of the folder of a tokenizer's cache."""
+    """The name of the cache folder of a tokenizer."""
     return PREFIX + fingerprint[:16]
 
 
@@ -115,13 +132,15 @@ def texts_name(shard_name: str) -> str:
 
 
 def texts_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The texts of a record that are cached, in the order they are cached in; DataError as for `records`."""
+    """The texts of a record, in the order of the cache. Raises DataError like `fine_tuning_record`."""
     return (record["text"],) if "text" in record else fine_tuning_record(dict(record)).texts
 
 
 def read_cache_index(folder: Path) -> CacheIndex:
-    """What `cache.json` of a cache's folder says; DataError where it is missing, damaged or of another version,
-    StorageError where it cannot be read."""
+    """Read `cache.json` from a cache folder.
+
+    Raises DataError if it is missing, damaged or of another version, and StorageError if it cannot be read.
+    """
     path = folder / CACHE_FILE
     try:
         return parse_cache_index(path.read_bytes(), str(path))
@@ -132,7 +151,10 @@ def read_cache_index(folder: Path) -> CacheIndex:
 
 
 def parse_cache_index(raw: bytes, where: str) -> CacheIndex:
-    """What the bytes of a `cache.json`, which errors call `where`, say; DataError as `read_cache_index`."""
+    """Parse the bytes of a `cache.json`. Raises DataError like `read_cache_index`.
+
+    where: name of the file for error messages.
+    """
     try:
         spec = json.loads(str(raw, "utf-8"))
         if spec["format"] != FORMAT or spec["version"] != VERSION:
@@ -144,22 +166,26 @@ def parse_cache_index(raw: bytes, where: str) -> CacheIndex:
 
 
 def map_texts(file: IO[bytes], wanted: SideFile, *, is_known: bool = False) -> ShardTexts:
-    """The `.texts` file of a shard, mapped; DataError where it cannot be read or is not the one of `cache.json`.
+    """Memory-map the `.texts` file of a shard.
 
-    is_known: its sum was found right before, so that its size says enough.
+    file: the open file.
+    wanted: its expected size and checksum, from `cache.json`.
+    is_known: the checksum was verified before, so only the size is checked.
+
+    Raises DataError if the file cannot be read or does not match `wanted`.
     """
     try:
         raw = map_file(file)
         is_right = len(raw) == wanted.num_bytes and (is_known or hashlib.sha256(raw).hexdigest() == wanted.sha256)
         if not is_right or isinstance(raw, bytes):
-            raise DataError(f"the sha256 of {file.name} is not the one in {CACHE_FILE}. Delete it")
+            raise DataError(f"the size or sha256 of {file.name} does not match {CACHE_FILE}. Delete the file")
         return ShardTexts(*(_next_array(raw) for _ in range(3)))
     except (OSError, ValueError) as error:
         raise DataError(f"{file.name} cannot be read: {error}") from error
 
 
 def _next_array(raw: mmap.mmap) -> NDArray[Any]:
-    """The .npy array at a mapping's position, as a view of it; the position moves behind it."""
+    """The .npy array at the current position of a memory map, as a view; moves the position past the array."""
     with NPY_HEADERS:
         np.lib.format.read_magic(raw)
         shape, _, dtype = np.lib.format.read_array_header_1_0(raw)
@@ -177,20 +203,20 @@ def dump_texts(texts: ShardTexts) -> bytes:
 
 
 def mismatch(manifest: Manifest, index: CacheIndex, fingerprint: str) -> str | None:
-    """Why a cache is not that of these shards and this tokenizer, None where it is."""
+    """The reason why a cache does not belong to these shards and this tokenizer; None if it does."""
     if index.fingerprint != fingerprint:
-        return f"it is of the tokenizer {index.fingerprint[:16]}…, not {fingerprint[:16]}…"
+        return f"it belongs to the tokenizer {index.fingerprint[:16]}…, not {fingerprint[:16]}…"
     for shard in manifest.shards:
         cached = index.shards.get(shard.name)
         if cached is None:
-            return f"it is unfinished, {shard.name} is not in it"
+            return f"it is unfinished: it lacks {shard.name}"
         if not is_of(cached, manifest, shard):
-            return f"it is stale, {shard.name} has been built or indexed again since"
+            return f"it is stale: {shard.name} has since been built or indexed again"
     return None
 
 
 def wrong_size(folder: Path, cached: CachedShard, shard_name: str) -> str | None:
-    """What is wrong with the sizes of a cached shard's files in a local folder, None where nothing is."""
+    """Describe a missing file or wrong file size of a cached shard in a local folder; None if all sizes match."""
     for file in cached.files(shard_name):
         path = folder / file.name
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Making token caches (`arc-ds shards tokenize`), shard by shard, and checking them."""
+"""Writes token caches shard by shard (`arc-ds shards tokenize`), and checks them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSummary:
-    """What one cache holds. left_out: see `CachedShard`. made: shards tokenised by this call, the others were there."""
+    """Summary of one cache.
+
+    folder: its folder.
+    records: number of records.
+    ids: number of ids of all texts.
+    left_out: see `CachedShard`.
+    made: number of shards that this call tokenised; the others existed already.
+    """
 
     folder: Path
     records: int
@@ -59,12 +66,19 @@ class CacheSummary:
 def build_token_caches(
     path: str | Path, tokenizers: Sequence[str | Path], *, workers: int = 1, progress: bool = False
 ) -> tuple[CacheSummary, ...]:
-    """Write the caches of a set of shards for some tokenizers (files or folders), and say what they hold.
+    """Write the caches of a set of shards for some tokenizers, and return their summaries.
 
-    Shards that a cache already has are not tokenised again unless they have changed, so that a call that was killed
-    goes on; files appear whole or not at all. path: a folder; or a URL, the caches of which are then kept where those
-    who train on it from this host look. DataError where the shards cannot be read, a worker dies or another call is at
-    work on the same cache; StorageError where nothing can be written.
+    Shards that a cache already contains are not tokenised again unless they have changed, so a killed call resumes.
+    All files are written atomically.
+
+    path: folder of the shards, or a URL. For a URL the caches are kept on this host, and training runs on this host
+        find them.
+    tokenizers: files or folders of tokenizers.
+    workers: number of worker processes.
+    progress: show a progress bar.
+
+    Raises DataError if the shards cannot be read, a worker dies or another call is writing the same cache, and
+    StorageError if the caches cannot be written.
     """
     shards = ShardSet(path)
     loaded = [(str(tokenizer), load_tokenizer(tokenizer)) for tokenizer in tokenizers]
@@ -76,24 +90,24 @@ def build_token_caches(
 
 
 def _build_or_say_why_not(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
-    """As `_build_cache`, where no other call is at work on the same; StorageError where nothing can be written."""
+    """Run `_build_cache` with the cache locked. Raises StorageError, with the remedy, if it cannot be written."""
     try:
         jobs.folder.mkdir(exist_ok=True)
         with writing(jobs.folder, "tokenize"):
             return _build_cache(jobs, workers, progress)
     except OSError as error:
         cure = (
-            "Free some of the disk; the same command goes on behind the finished shards."
+            "Free some disk space; the same command resumes after the finished shards."
             if is_disk_full(error)
-            else "A token cache lies beside the manifest. Where that folder cannot be written, make another manifest "
-            "for the same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and name it as the source of a "
+            else "A token cache is stored next to the manifest. If that folder is not writable, make another manifest "
+            "for the same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and use it as the source of a "
             "new run."
         )
         raise StorageError(f"{jobs.folder} cannot be written: {error}. {cure}") from error
 
 
 def _build_cache(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
-    """Tokenise what one cache lacks. Its index is written anew behind each shard."""
+    """Tokenise the shards that a cache lacks. Rewrites the index of the cache after each shard."""
     infos, folder, fingerprint = jobs.shards.manifest.shards, jobs.folder, jobs.tokenizer.fingerprint
     done = _finished(jobs.shards.manifest, folder, fingerprint)
     for stray in _strays(folder, done):
@@ -108,7 +122,9 @@ def _build_cache(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
             bar.update(cached.records)
     left_out = sum(cached.left_out for cached in done.values())
     if left_out:
-        logger.warning("%s: %d records or texts are not in it and will be tokenised on the fly", folder, left_out)
+        logger.warning(
+            "%s: %d records or texts are not in this cache and will be tokenised on the fly", folder, left_out
+        )
     return CacheSummary(
         folder=folder,
         records=sum(cached.records for cached in done.values()),
@@ -119,7 +135,7 @@ def _build_cache(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
 
 
 def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, CachedShard]:
-    """The shards that a cache already has, as they are now, and whole."""
+    """The shards in a cache that are up to date and undamaged."""
     try:
         index = read_cache_index(folder)
     except DataError:
@@ -134,13 +150,13 @@ def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, C
 
 
 def _strays(folder: Path, done: Mapping[str, CachedShard]) -> list[Path]:
-    """Files in a cache's folder that belong to no finished shard."""
+    """The files in a cache folder that belong to no finished shard."""
     known = {CACHE_FILE, LOCK_FILE, *map(ids_name, done), *map(texts_name, done)}
     return sorted(path for path in folder.iterdir() if path.name not in known)
 
 
 class _Jobs(NamedTuple):
-    """What all shards of one cache have in common."""
+    """The inputs and target that all shards of one cache share."""
 
     path: str
     shards: ShardSet
@@ -150,7 +166,7 @@ class _Jobs(NamedTuple):
 
 
 def _made(jobs: _Jobs, shard_idxs: Sequence[int], workers: int) -> Iterator[tuple[int, CachedShard]]:
-    """Tokenise shards, several at a time; yields each one as it is done."""
+    """Tokenise shards in parallel; yield each one when it is finished."""
     if min(workers, len(shard_idxs)) <= 1:
         for shard_idx in shard_idxs:
             yield shard_idx, _tokenize_shard(jobs.shards, shard_idx, jobs.tokenizer, jobs.folder)
@@ -170,13 +186,13 @@ def _begin(path: str, tokenizer_path: str, folder: Path) -> None:
 
 
 def _tokenize(shard_idx: int) -> CachedShard:
-    assert _worker is not None, "a worker begins before it works"
+    assert _worker is not None, "a worker calls _begin before _tokenize"
     shards, tokenizer, folder = _worker
     return _tokenize_shard(shards, shard_idx, tokenizer, folder)
 
 
 def _tokenize_shard(shards: ShardSet, shard_idx: int, tokenizer: Tokenizer, folder: Path) -> CachedShard:
-    """Write the two files of one shard."""
+    """Write the `.ids` and `.texts` files of one shard."""
     info = shards.manifest.shards[shard_idx]
     first = int(shards.shard_sizes[:shard_idx].sum())
     path = folder / ids_name(info.name)
@@ -185,7 +201,7 @@ def _tokenize_shard(shards: ShardSet, shard_idx: int, tokenizer: Tokenizer, fold
         for record_idx in range(first, first + info.samples):
             try:
                 writer.add(shards.record(record_idx))
-            except DataError:  # the run that reads the record says what is wrong with it
+            except DataError:  # a training run that reads the record reports the fault
                 writer.leave_out()
     texts = dump_texts(writer.texts())
     write_whole(folder / texts_name(info.name), texts)
@@ -201,7 +217,11 @@ def _tokenize_shard(shards: ShardSet, shard_idx: int, tokenizer: Tokenizer, fold
 
 
 class _TextTokens(NamedTuple):
-    """ids: uint32 [N]. characters: uint8 [N], how many end with each."""
+    """The tokens of a text.
+
+    ids: uint32 [N].
+    characters: uint8 [N], the number of characters that end with each token.
+    """
 
     ids: NDArray[np.uint32]
     characters: NDArray[np.uint8]
@@ -211,7 +231,7 @@ _NO_TOKENS = _TextTokens(np.zeros(0, dtype="<u4"), np.zeros(0, dtype=np.uint8))
 
 
 class _ShardTokens:
-    """Appends the ids of records to a file and keeps where each begins."""
+    """Appends the ids of records to a file and collects the content of the `.texts` file."""
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer) -> None:
         self._file = file
@@ -228,12 +248,12 @@ class _ShardTokens:
         self._append([self._encode(text) for text in texts_of(record)])
 
     def leave_out(self) -> None:
-        """Append a record of which nothing is known."""
+        """Append an unreadable record, without texts."""
         self.left_out += 1
         self._append([])
 
     def texts(self) -> ShardTexts:
-        """What stands in the `.texts` file."""
+        """The content of the `.texts` file."""
         return ShardTexts(
             np.array(self._rows, dtype=np.uint64),
             np.array(self._checksums, dtype=np.uint64),
@@ -241,7 +261,7 @@ class _ShardTokens:
         )
 
     def _encode(self, text: str) -> _TextTokens:
-        """The tokens of a text; none where one has more characters than fit its byte."""
+        """The tokens of a text; none if a token has more than `MAX_CHARACTERS` characters."""
         ids, ends = self._tokenizer.encode_with_ends(text)
         characters = np.diff(ends)
         if len(ids) and characters.max() <= MAX_CHARACTERS:
@@ -260,16 +280,17 @@ class _ShardTokens:
 
 
 def check_token_caches(folder: Path, manifest: Manifest) -> list[Fault]:
-    """Every fault of the caches in a folder of manifest and indexes, none where all is well or there are none.
+    """Find every fault of the caches in a folder of manifest and indexes.
 
-    Verified: that each is whole and of these shards, and the sha256 of all its files.
+    Verifies that each cache is complete and belongs to these shards, and the sha256 of all its files. No cache is no
+    fault.
     """
     faults = []
     for cache in sorted(folder.glob(f"{PREFIX}*")):
         try:
             index = read_cache_index(cache)
         except DataError as error:
-            faults.append(Fault(cache.name, None, f"{error}. Remove it or run arc-ds shards tokenize again."))
+            faults.append(Fault(cache.name, None, f"{error}. Remove the cache or run arc-ds shards tokenize again."))
             continue
         faults += [Fault(f"{cache.name}/{p.name}", None, "not in its index") for p in _strays(cache, index.shards)]
         for shard in manifest.shards:
@@ -277,20 +298,20 @@ def check_token_caches(folder: Path, manifest: Manifest) -> list[Fault]:
             if what is not None:
                 faults.append(Fault(f"{cache.name}/{ids_name(shard.name)}", None, what))
         gone = index.shards.keys() - {shard.name for shard in manifest.shards}
-        faults += [Fault(f"{cache.name}/{ids_name(name)}", None, "of a shard that is gone") for name in sorted(gone)]
+        faults += [Fault(f"{cache.name}/{ids_name(name)}", None, "its shard no longer exists") for name in sorted(gone)]
     return faults
 
 
 def _fault_of(cache: Path, index: CacheIndex, manifest: Manifest, shard: ShardInfo) -> str | None:
-    """What is wrong with the files of one shard in a cache, None where nothing is."""
+    """The fault of one shard's files in a cache; None if there is none."""
     cached = index.shards.get(shard.name)
     if cached is None:
         return "missing: the cache is unfinished"
     if not is_of(cached, manifest, shard):
-        return "stale: the shard has been built or indexed again since. Run arc-ds shards tokenize again."
+        return "stale: the shard has since been built or indexed again. Run arc-ds shards tokenize again."
     if (fault := wrong_size(cache, cached, shard.name)) is not None:
         return fault
     for file in cached.files(shard.name):
         if sha256_of_file(cache / file.name) != file.sha256:
-            return f"the sha256 of {file.name} is not the one written. Run arc-ds shards tokenize again."
+            return f"the sha256 of {file.name} does not match. Run arc-ds shards tokenize again."
     return None

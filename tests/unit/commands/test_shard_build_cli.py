@@ -28,7 +28,7 @@ def test_what_was_left_out_is_printed_by_reason(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out.splitlines()
     assert " of 4 documents (1 cut)" in printed[0]
     assert printed[1:] == [
-        "  left out: 1 with a field missing, of the wrong kind or without a token",
+        "  left out: 1 with a field that is missing, of the wrong type or without tokens",
         "  left out: 1 of too few characters",
         "  left out: 1 of too low quality",
     ]
@@ -59,7 +59,10 @@ def test_shards_whose_tokens_could_not_be_cached_are_said_to_be_whole(
     monkeypatch.setattr(build_command, "cache_and_print", fail)
     command = ["shards", "build", str(tmp_path / "a.txt"), "--out", str(out), "--workers", "1"]
     assert main([*command, "--tokenizer", str(tokenizer), "--cache-tokens", str(tokenizer)]) == 2
-    assert f"The shards are whole, only their token caches are not: arc-ds shards tokenize '{out}'" in caplog.text
+    assert (
+        f"The shards are complete, but their token caches are not. To resume: arc-ds shards tokenize '{out}'"
+        in caplog.text
+    )
     assert main(["shards", "check", str(out)]) == 0
 
 

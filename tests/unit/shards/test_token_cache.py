@@ -148,7 +148,7 @@ def change_fingerprint(cache: Path) -> None:
         (damage_index, "damaged"),
         (forget_a_shard, "unfinished"),
         (count_another_record, "stale"),
-        (change_fingerprint, "of the tokenizer"),
+        (change_fingerprint, "belongs to the tokenizer"),
     ],
 )
 def test_a_cache_that_does_not_fit_is_named_unused_and_made_again(
@@ -345,7 +345,7 @@ def test_a_full_disk_is_an_error_and_the_same_call_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(StorageError, match=r"No space left.*Free some of the disk"):
+        with pytest.raises(StorageError, match=r"No space left.*Free some disk space"):
             build_token_caches(shards.folder, [tokenizer_path], workers=workers)
     assert open_token_cache(shards, tokenizer) is None
     (made,) = build_token_caches(shards.folder, [tokenizer_path])

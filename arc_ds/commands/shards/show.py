@@ -32,7 +32,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--chat-template", choices=("none", "llama2", "chatml", "tokenizer"), default="none", help="default: none"
     )
     parser.add_argument(
-        "--in-context-examples", type=int, default=0, metavar="N", help="before each sample (default: 0)"
+        "--in-context-examples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number before each sample (default: %(default)s)",
     )
     parser.add_argument("--first", type=int, default=0, help="first record (default: %(default)s)")
     parser.add_argument("--num", type=int, default=3, help="records to show (default: %(default)s)")

@@ -66,7 +66,7 @@ class RecordRules:
         if self.max_document_bytes < 1:
             raise DataError(f"max_document_bytes = {self.max_document_bytes}: expected at least 1. Raise it.")
         if (self.quality_field is None) != (self.min_quality is None):
-            raise DataError("a quality threshold needs its field, and the field a threshold. Give both or none.")
+            raise DataError("a quality threshold needs a quality field, and vice versa. Pass both or neither.")
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -268,7 +268,7 @@ def test_parquet_gives_the_same_records_as_jsonl(tmp_path: Path, tokenizer_path:
     [
         ({"kind": "fine_tuning"}, "several fields; a.txt is plain text"),
         ({"quality_field": "score", "min_quality": 1}, "has no field 'score'"),
-        ({"min_quality": 1.0}, "a quality threshold needs its field"),
+        ({"min_quality": 1.0}, "a quality threshold needs a quality field"),
         ({"workers": 0}, "workers = 0"),
         ({"max_document_bytes": 0}, "max_document_bytes"),
     ],

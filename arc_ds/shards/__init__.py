@@ -1,1 +1,1 @@
-"""Shards: the format, reading them from anywhere, checking and indexing them, and the token caches beside them."""
+"""Shards: format, reading (local or remote), checking, indexing, and the token caches stored next to them."""

@@ -15,9 +15,9 @@ from arc_ds.system.urls import is_url
 
 
 def check_in_parallel(path: str | Path, *, workers: int, progress: bool = False) -> Iterator[Fault]:
-    """Yields what `check_shards` finds, in the same order, each shard checked by one of `workers` processes.
+    """Yield the faults that `check_shards` finds, in the same order, with shards distributed over `workers` processes.
 
-    Behind it come the faults of the token caches beside the shards.
+    The faults of the token caches next to the shards come last.
     """
     files = locate(path)
     if not is_url(path):
@@ -39,7 +39,7 @@ def _faults_by_shard(files: ShardFiles, workers: int) -> Iterator[list[Fault]]:
         yield from pool.map(_check, range(len(shards)))
 
 
-_files: ShardFiles | None = None  # of a worker process
+_files: ShardFiles | None = None  # set in each worker process
 
 
 def _begin(files: ShardFiles) -> None:
@@ -48,5 +48,5 @@ def _begin(files: ShardFiles) -> None:
 
 
 def _check(shard_idx: int) -> list[Fault]:
-    assert _files is not None, "a worker begins before it works"
+    assert _files is not None, "the initializer runs before the first task"
     return check_shard(_files, _files.manifest.shards[shard_idx])

@@ -1,4 +1,4 @@
-"""File descriptors, of which a process may have as few as 1024: their limit, and the error if none is left."""
+"""The limit on open file descriptors (often only 1024 per process), and the error raised when none is left."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from arc_ds.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
-_MAX_LIMIT = 65536  # more is of no use, and programs that close every descriptor there may be would take minutes
+_MAX_LIMIT = 65536  # more does not help, and a child that closes every possible descriptor would take minutes
 
 
 def descriptor_limit() -> int:
-    """How many files this process may have open."""
+    """The number of files that this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MAX_LIMIT if soft == resource.RLIM_INFINITY else soft
 
 
 def raise_descriptor_limit() -> None:
-    """Raise that number, for this process and its children, to what the system allows, at most 65536.
+    """Raise the descriptor limit of this process and its children to the hard limit, at most 65536.
 
-    If the system forbids that, all stays as it was.
+    If the system forbids that, the limit stays unchanged.
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = _MAX_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _MAX_LIMIT)
@@ -34,9 +34,9 @@ def raise_descriptor_limit() -> None:
 
 
 def descriptor_shortage(error: BaseException | None) -> OSError | None:
-    """The error among this one and its causes that says that too many files are open, None if none does.
+    """Find "too many open files" (EMFILE) among an error and its causes; None if it is not there.
 
-    Such an error says nothing about the file that was to be opened.
+    Such an error says nothing about the file that could not be opened.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
@@ -46,20 +46,20 @@ def descriptor_shortage(error: BaseException | None) -> OSError | None:
 
 
 def no_descriptor_error(shortage: OSError) -> StorageError:
-    """The error to raise if all descriptors are taken, none of them by shards."""
+    """The error to raise if the process has no descriptor left and no shard is mapped."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return StorageError(
-        f"{shortage.filename or 'A shard'} cannot be opened: all {soft} files that this process may have open are "
-        f"taken, none of them by shards. Raise the limit (as by ulimit -n {max(4 * soft, 4096)}; without an "
-        f"administrator up to {hard}) and start again: a run goes on where it stopped."
+        f"{shortage.filename or 'A shard'} cannot be opened: this process has reached its limit of {soft} open "
+        f"files, and none of them is a shard. Raise the limit (for example ulimit -n {max(4 * soft, 4096)}; up to "
+        f"{hard} without administrator rights) and start again: a run resumes where it stopped."
     )
 
 
 @cache
 def warn_of_shortage() -> None:
-    """Warn once a process that it goes on, slower: others in it will meet the same."""
+    """Warn once per process that it continues, but slower: every later shortage would repeat the message."""
     logger.warning(
-        "%d files are open, which is all that this process may have: mapped shards were closed to go on. Raise the "
-        "limit (ulimit -n).",
+        "this process has reached its limit of %d open files and closed mapped shards to continue. Raise the limit "
+        "(ulimit -n).",
         descriptor_limit(),
     )

@@ -1,4 +1,4 @@
-"""Checking sets of shards: everything is read, and every fault named."""
+"""Checking sets of shards: reads everything and reports every fault."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from arc_ds.system.urls import is_url
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing wrong with a file of a folder of shards; `offset` in bytes, None where it concerns the whole file."""
+    """A fault in one file of a folder of shards.
+
+    file: name of the file.
+    offset: position of the fault in bytes, None if it concerns the whole file.
+    what: description of the fault.
+    """
 
     file: str
     offset: int | None
@@ -33,11 +38,13 @@ class Fault:
 
 
 def check_shards(path: str | Path, *, cache: ShardCache | None = None) -> list[Fault]:
-    """Read everything in a folder of shards, or behind its URL, and return every fault, none where all is well.
+    """Read a whole set of shards, in a local folder or at a URL, and return every fault (an empty list if sound).
 
-    Verified: the manifest, files missing or unknown, sizes, sha256 of tars and indexes, that tar headers and index
-    agree, and checksum and content of every record. DataError only where there is no readable manifest; StorageError
-    where that of a URL, or its indexes, cannot be fetched.
+    Verifies the manifest, missing and unknown files, sizes, sha256 of tars and indexes, agreement of tar headers with
+    the index, and the checksum and content of every record.
+
+    Raises DataError only if there is no readable manifest, and StorageError if the manifest or the indexes of a URL
+    cannot be fetched.
     """
     files = locate(path, cache)
     faults = [] if is_url(path) else stray_files(files)
@@ -47,7 +54,7 @@ def check_shards(path: str | Path, *, cache: ShardCache | None = None) -> list[F
 
 
 def stray_files(files: ShardFiles) -> list[Fault]:
-    """The files of a local folder that are none of its set's. Folders in it are others' (caches of tokens)."""
+    """Files in a local folder that do not belong to its set. Subfolders are ignored: token caches live there."""
     shards = files.manifest.shards
     known = {MANIFEST, *(s.name for s in shards), *(s.index_name for s in shards)}
     strays = sorted(p.name for p in files.folder.iterdir() if p.name not in known and not p.is_dir())
@@ -55,7 +62,7 @@ def stray_files(files: ShardFiles) -> list[Fault]:
 
 
 def check_shard(files: ShardFiles, shard: ShardInfo) -> list[Fault]:
-    """The faults of one shard of a set, its tar and its index."""
+    """The faults of one shard: those of its tar and of its index."""
     faults = []
     address = files.address(shard)
     try:
@@ -74,19 +81,19 @@ def check_shard(files: ShardFiles, shard: ShardInfo) -> list[Fault]:
 
 
 def _check_tar(files: ShardFiles, shard: ShardInfo, index: NDArray[np.void]) -> list[Fault]:
-    """What is wrong with a tar that is not empty: its sum, and the members that the index knows."""
+    """The faults of a non-empty tar: its sha256, and every member that the index lists."""
     try:
         with files.open(shard) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             faults = []
             if len(data) == shard.bytes and hashlib.sha256(data).hexdigest() != shard.sha256:
-                faults.append(Fault(shard.name, None, "its sha256 is not the manifest's"))
+                faults.append(Fault(shard.name, None, "its sha256 does not match the manifest"))
             return faults + [fault for row in index if (fault := _check_member(data, files.manifest, shard, row))]
     except StorageError as error:
         return [Fault(shard.name, None, str(error))]
 
 
 def _check_member(data: mmap.mmap, manifest: Manifest, shard: ShardInfo, row: np.void) -> Fault | None:
-    """What is wrong with one member: its tar header, its checksum or its record."""
+    """The fault of one member (tar header, checksum or record), None if it is sound."""
     offset, length = int(row["offset"]), int(row["length"])
     if not BLOCK <= offset <= offset + length <= len(data):
         return Fault(shard.name, offset, f"a member of {length} bytes lies beyond the file")
@@ -94,7 +101,7 @@ def _check_member(data: mmap.mmap, manifest: Manifest, shard: ShardInfo, row: np
         return Fault(shard.name, offset - BLOCK, "the tar header does not agree with the index")
     payload = data[offset : offset + length]
     if xxhash.xxh64_intdigest(payload) != int(row["xxh64"]):
-        return Fault(shard.name, offset, "the member's checksum is not the index's")
+        return Fault(shard.name, offset, "the member's checksum does not match the index")
     try:
         decode_member(payload, member=shard.member, text_field=manifest.text_field, kind=manifest.kind)
     except DataError as error:

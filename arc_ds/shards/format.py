@@ -1,8 +1,8 @@
-"""The shard format: names, the index beside each tar, and the manifest of a folder of shards (design 7).
+"""The shard format: file names, the index of each tar, and the manifest of a folder of shards (design 7).
 
 A folder holds `shard-000000.tar` (a standard webdataset tar of `KEY.json` members), `shard-000000.idx` (an .npy array
-of `INDEX_DTYPE`, one row a record) and so on, and one `manifest.json`. Tars that others wrote may lie elsewhere and
-hold their records in other members (`arc-ds shards index`): the manifest says where and which.
+of `INDEX_DTYPE`, one row per record) and so on, and one `manifest.json`. Third-party tars may be stored elsewhere and
+keep their records in other members (`arc-ds shards index`); the manifest then records the location and the member name.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from arc_ds.errors import DataError
 
 FORMAT = "arc-ds-shards"
 VERSION = 3
-_READABLE = (2, VERSION)  # version 2 counts no passages, and is the same in all else
+_READABLE = (2, VERSION)  # version 2 lacks passage counts and is otherwise identical
 MANIFEST = "manifest.json"
 RecordKind = Literal["pretraining", "fine_tuning"]
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("xxh64", "<u8"), ("tokens", "<i4")])
-# numpy reads a header of .npy through Python's syntax trees, which CPython before 3.11.8 and 3.12.2 can fail to make in
-# several threads at once (SystemError).
+# numpy parses .npy headers with Python's `ast`, which can raise SystemError in concurrent threads before CPython 3.11.8
+# and 3.12.2.
 NPY_HEADERS = threading.Lock()
 REBUILD = "Build the shards again (arc-ds shards build) or copy them again."
 _NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
@@ -39,12 +39,20 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInfo:
-    """One shard of the manifest. bytes and sha256 are of the tar, index_sha256 of the index beside it.
+    """One shard of the manifest.
 
-    member: what the names of the members that hold records end with, after KEY and a dot: JSON objects, or plain text
-    where it does not end in json; gzipped where it ends in .gz. location: path (absolute, or from the manifest's
-    folder) or URL of the tar; None: beside the manifest. passage_tokens: for each number of passages that fine-tuning
-    records have, in digits, the tokens of those passages; empty where they were not counted.
+    name: file name of the tar.
+    samples: number of records.
+    tokens: number of tokens of all records.
+    bytes: size of the tar.
+    sha256: digest of the tar.
+    index_sha256: digest of its index.
+    member: suffix of the members that hold records, after KEY and a dot. The members are JSON objects if it ends in
+        json and plain text otherwise; they are gzipped if it ends in .gz.
+    location: path (absolute, or relative to the manifest's folder) or URL of the tar; None if the tar is next to the
+        manifest.
+    passage_tokens: passage tokens of the fine-tuning records, keyed by their number of passages (in digits); empty if
+        they were not counted.
     """
 
     name: str
@@ -58,15 +66,15 @@ class ShardInfo:
     passage_tokens: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """ValueError where a name or a digest is none, since they become paths, or a count of passages."""
+        """Raise ValueError for an invalid name or digest (both become paths) or invalid passage counts."""
         digests = (self.sha256, self.index_sha256)
         if not _NAME.fullmatch(self.name) or not all(_DIGEST.fullmatch(digest) for digest in digests):
-            raise ValueError(f"the shard {self.name!r} has the digests {digests}: expected a file's name, and sha256")
+            raise ValueError(f"the shard {self.name!r} has the digests {digests}: expected a file name and sha256")
         counts = self.passage_tokens.values()
         if not all(map(_NUMBER.fullmatch, self.passage_tokens)) or not all(type(count) is int for count in counts):
             raise ValueError(f"the shard {self.name!r} has the passage_tokens {self.passage_tokens}: expected numbers")
         if not 0 <= sum(counts) <= self.tokens or min(counts, default=0) < 0:
-            raise ValueError(f"the shard {self.name!r} of {self.tokens} tokens has {sum(counts)} in its passages")
+            raise ValueError(f"the shard {self.name!r} of {self.tokens} tokens has {sum(counts)} passage tokens")
 
     @property
     def index_name(self) -> str:
@@ -75,10 +83,16 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceInfo:
-    """One input file: its digest, and what became of its documents.
+    """One input file of a build, with counts of its documents.
 
-    name: the path inside the folder that was given, or the file's name. records, tokens: what it gave. cut: documents
-    that became several records. skipped: how many documents were left out for each reason, in sorted order.
+    name: path relative to the input folder, or the file's name.
+    bytes: size of the file.
+    sha256: digest of the file.
+    documents: number of documents read.
+    records: number of records made from them.
+    tokens: number of tokens of these records.
+    cut: number of documents that were cut into several records.
+    skipped: number of documents left out, by reason, in sorted order.
     """
 
     name: str
@@ -93,10 +107,17 @@ class SourceInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a folder of shards holds. Token counts are of the tokenizer with this fingerprint.
+    """Contents of a folder of shards.
 
-    kind: of its records. max_tokens, min_tokens: of pretraining records; fine-tuning records are never cut.
-    text_field: the field of a pretraining record that holds its text (others' shards may call it something else).
+    samples: number of records.
+    tokens: number of tokens of all records.
+    max_tokens: upper bound on the tokens of a pretraining record; fine-tuning records are never cut.
+    min_tokens: lower bound on the tokens of a pretraining record.
+    tokenizer_fingerprint: fingerprint of the tokenizer that counted all tokens.
+    shards: the shards, in the order of their records.
+    sources: the input files.
+    kind: kind of the records.
+    text_field: field of a pretraining record that holds its text (third-party shards may use another name).
     """
 
     samples: int
@@ -111,7 +132,7 @@ class Manifest:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Documents left out, by reason, over all sources."""
+        """Number of documents left out, by reason, over all sources."""
         total: Counter[str] = Counter()
         for source in self.sources:
             total.update(source.skipped)
@@ -119,9 +140,9 @@ class Manifest:
 
     @property
     def passage_tokens(self) -> dict[int, int]:
-        """Tokens of the passages of the records that have so many, over all shards, numbers rising.
+        """Passage tokens over all shards, keyed by the number of passages of a record, in ascending order.
 
-        Empty where a shard with records does not tell.
+        Empty if any shard with records has no such counts.
         """
         total: Counter[int] = Counter()
         for shard in self.shards:
@@ -135,10 +156,10 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the manifest: the same for the same records in the same shards, wherever they lie.
+        """sha256 of the manifest, equal for the same records in the same shards regardless of their location.
 
-        What was counted in them decides nothing but who makes which sample, so it is left out, and this is the sum that
-        manifests of version 2 have.
+        It omits the passage counts, which affect only which worker makes which sample. It therefore equals the digest
+        of a version 2 manifest.
         """
         nowhere = asdict(replace(self, shards=tuple(replace(shard, location=None) for shard in self.shards)))
         for shard in nowhere["shards"]:
@@ -151,7 +172,7 @@ def _as_json(fields: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards; DataError where it is missing, damaged or contradicts itself."""
+    """Read the manifest of a folder of shards; DataError if it is missing, damaged or inconsistent."""
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"{folder}: expected a folder of shards, found no {MANIFEST} in it. Check the path. {REBUILD}")
@@ -159,7 +180,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:
-    """The manifest of some bytes, which errors call `where`; DataError where it is damaged or contradicts itself."""
+    """Parse a manifest; DataError if it is damaged or inconsistent. where: the name used in error messages."""
     try:
         spec: dict[str, Any] = json.loads(str(raw, "utf-8"))
         if spec.pop("format") != FORMAT or spec.pop("version") not in _READABLE:
@@ -171,12 +192,12 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         raise DataError(f"{where}: damaged ({type(error).__name__}: {error}). {REBUILD}") from error
     total = sum(shard.samples for shard in manifest.shards)
     if total != manifest.samples or total == 0:
-        raise DataError(f"{where}: says {manifest.samples} samples, its shards say {total}. {REBUILD}")
+        raise DataError(f"{where}: has {manifest.samples} samples, but its shards have {total}. {REBUILD}")
     return manifest
 
 
 def read_index(folder: Path, shard: ShardInfo) -> NDArray[np.void]:
-    """The index of a shard, INDEX_DTYPE [samples]; DataError where it is missing or not the manifest's."""
+    """Read the index of a shard, INDEX_DTYPE [samples]; DataError if it is missing or does not match the manifest."""
     path = folder / shard.index_name
     try:
         raw = path.read_bytes()
@@ -186,7 +207,7 @@ def read_index(folder: Path, shard: ShardInfo) -> NDArray[np.void]:
 
 
 def parse_index(raw: bytes, shard: ShardInfo, where: str) -> NDArray[np.void]:
-    """The index of some bytes, which errors call `where`; DataError where it is not the manifest's."""
+    """Parse an index; DataError if it does not match the manifest. where: the name used in error messages."""
     digest = hashlib.sha256(raw).hexdigest()
     if digest != shard.index_sha256:
         raise DataError(f"{where}: expected sha256 {shard.index_sha256[:16]}…, got {digest[:16]}…. {REBUILD}")
@@ -201,7 +222,7 @@ def parse_index(raw: bytes, shard: ShardInfo, where: str) -> NDArray[np.void]:
 
 
 def sha256_of_file(path: Path) -> str:
-    """sha256 of a file as hex digits, read in pieces."""
+    """sha256 of a file as hex digits. Reads the file in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""Making tars that others wrote usable: an index for each and a manifest; the tars themselves stay as they are."""
+"""Indexing third-party tars: writes an index for each and a manifest, and leaves the tars unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ _UNSAFE = re.compile(r"[/\\\0]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
-    """A tar to index: its place, the name of its shard, and whether the manifest must say where it is."""
+    """A tar to index.
+
+    place: path or URL of the tar.
+    name: name of its shard.
+    location: its location in the manifest, None if the tar is next to the manifest.
+    """
 
     place: str
     name: str
@@ -42,7 +47,13 @@ class _Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """What is the same for all tars. scratch: a folder that is there until all are done."""
+    """Settings shared by all tars.
+
+    scratch: temporary folder that exists until all tars are indexed.
+    tokenizer: path of the tokenizer.
+    form: how the tars store their records.
+    retries: how often and for how long a download is retried.
+    """
 
     scratch: Path
     tokenizer: Path
@@ -52,7 +63,15 @@ class _Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Indexed:
-    """What became of a tar. shortest, longest: tokens of its records, None where it has none."""
+    """The result of indexing one tar.
+
+    shard: its entry in the manifest.
+    source: its counts in the manifest.
+    shortest: tokens of its shortest record, None if it has no records.
+    longest: tokens of its longest record, None if it has no records.
+    ends: number of its members by suffix.
+    named: descriptions of the first unusable members of each reason.
+    """
 
     shard: ShardInfo
     source: SourceInfo
@@ -72,16 +91,21 @@ def index_shards(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Manifest:
-    """Write an index for each tar, and their manifest, and return it; the same bytes whatever `workers` is.
+    """Write an index for each tar and a manifest for all of them. Returns the manifest.
 
-    tars: a folder of them, or tars and URLs of tars, in which {000..127} stands for many.
-    tokenizer: path of the encoder's.
-    out_dir: folder for indexes and manifest, which then says where the tars are. None: beside the tars, where all are
-        in one local folder.
-    form: how the records lie in the tars. Members that cannot be used are counted by reason in the manifest, and the
-        first of each reason named in the log.
-    DataError where a tar is damaged or no record is found; StorageError where a URL cannot be fetched, a tar cannot be
-    read or nothing can be written.
+    The output is identical for any number of workers. Unusable members are counted by reason in the manifest, and the
+    first ones of each reason are logged.
+
+    tars: folders of tars, paths and URLs of tars. A pattern such as {000..127} expands to many names.
+    tokenizer: path of the encoder's tokenizer.
+    out_dir: folder for indexes and manifest; the manifest then records the location of each tar. None writes them next
+        to the tars, which must all be in one local folder.
+    form: how the tars store their records.
+    workers: number of processes.
+    overwrite: whether to replace an existing manifest.
+    progress: whether to show a progress bar.
+    Raises DataError if a tar is damaged or no record is found, and StorageError if a URL cannot be fetched, a tar
+    cannot be read or the output cannot be written.
     """
     works = _works(tars, out_dir)
     folder = Path(out_dir) if out_dir is not None else Path(works[0].place).parent
@@ -93,7 +117,10 @@ def index_shards(
         job = _Job(scratch=scratch, tokenizer=Path(tokenizer), form=form)
         indexed = list(_index_all(works, job, workers, progress))
         (scratch / MANIFEST).write_text(_manifest(indexed, form, fingerprint).to_json(), encoding="utf-8")
-        for name in (*(tar.shard.index_name for tar in indexed), MANIFEST):  # without a manifest there is no set yet
+        for name in (
+            *(tar.shard.index_name for tar in indexed),
+            MANIFEST,
+        ):  # the manifest last: it completes the set
             sync_file(scratch / name)
             (scratch / name).replace(folder / name)
     for what in [what for tar in indexed for what in tar.named]:
@@ -102,7 +129,7 @@ def index_shards(
 
 
 def _works(tars: Sequence[str | Path], out_dir: str | Path | None) -> list[_Work]:
-    """The tars in order, folders replaced by what they hold, each with a name of its own."""
+    """The tars in order, each with a unique name. Folders are replaced by the tars in them."""
     places = [place for given in tars for place in _expand(str(given))]
     if not places:
         raise DataError("no tars were given. Name a folder of them, tars, or URLs of tars.")
@@ -123,7 +150,7 @@ def _works(tars: Sequence[str | Path], out_dir: str | Path | None) -> list[_Work
 
 
 def _expand(given: str) -> list[str]:
-    """The tars that one argument stands for."""
+    """Paths or URLs of the tars that one argument denotes."""
     from webdataset.shardlists import expand_urls
 
     if given.startswith("pipe:"):
@@ -152,22 +179,22 @@ def _name_of(place: str) -> str:
 
 @contextmanager
 def _storage_errors(folder: Path) -> Iterator[None]:
-    """StorageError where a file cannot be read or written, which says whether there was no room for it."""
+    """Turn an OSError into a StorageError whose remedy depends on whether the disk is full."""
     try:
         yield
     except OSError as error:
         cure = (
             "Free some of its disk, or give a folder of a larger one: --out FOLDER."
             if is_disk_full(error)
-            else "The tars must be readable; where their own folder cannot be written, give another one for index and "
+            else "The tars must be readable. If their own folder cannot be written, give another one for index and "
             "manifest: --out FOLDER."
         )
-        raise StorageError(f"{folder}: the index cannot be made: {error}. {cure}") from error
+        raise StorageError(f"{folder}: the index cannot be written: {error}. {cure}") from error
 
 
 @contextmanager
 def _scratch_in(folder: Path) -> Iterator[Path]:
-    """A folder inside another for the time of the work, which leaves nothing that is new where it fails."""
+    """A temporary folder inside `folder`. If the work fails, `folder` is removed too if it is new."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -180,7 +207,7 @@ def _scratch_in(folder: Path) -> Iterator[Path]:
 
 
 def _index_all(works: Sequence[_Work], job: _Job, workers: int, progress: bool) -> Iterator[_Indexed]:
-    """Each tar indexed, in order; several at once where there are workers."""
+    """Index the tars in parallel, and yield the results in order."""
     function = partial(_index_one, job)
     with tqdm(total=len(works), unit="tar", disable=not progress) as bar:
         for indexed in _map(function, works, min(workers, len(works))):
@@ -197,7 +224,7 @@ def _map(function: partial[_Indexed], works: Sequence[_Work], workers: int) -> I
 
 
 def _index_one(job: _Job, work: _Work) -> _Indexed:
-    """Index one tar; one from a URL is here only meanwhile."""
+    """Index one tar. The tar of a URL is downloaded first and deleted afterwards."""
     if not is_url(work.place):
         return _indexed(job, work, Path(work.place))
     path = job.scratch / work.name
@@ -211,7 +238,7 @@ def _index_one(job: _Job, work: _Work) -> _Indexed:
 
 
 def _indexed(job: _Job, work: _Work, path: Path) -> _Indexed:
-    """Write the index of a tar and say what became of it."""
+    """Write the index of a tar and return its manifest entries and counts."""
     rows, findings = index_tar(path, load_tokenizer(job.tokenizer), job.form)
     index_path = job.scratch / (Path(work.name).stem + ".idx")
     with index_path.open("wb") as file:

@@ -1,4 +1,4 @@
-"""A folder that one process writes at a time."""
+"""A lock on a folder, so that only one process writes to it at a time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ LOCK_FILE = "lock"
 
 @contextmanager
 def writing(folder: Path, what: str) -> Iterator[None]:
-    """Keep others out of a folder that is written, by the file `lock` in it, which stays.
+    """Hold an exclusive lock on a folder while writing to it. The lock is the file `lock` in the folder, which stays.
 
-    what: what writes it, for messages ("build"). DataError where another one does.
+    folder: the folder to lock.
+    what: name of the writing operation in messages ("build").
+    Raises DataError if another process holds the lock.
     """
     with _opened(folder / LOCK_FILE) as lock:
         try:
@@ -33,7 +35,7 @@ def writing(folder: Path, what: str) -> Iterator[None]:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """One that another user has left behind can be locked without being written, though not on every file system."""
+    """Open a lock file. Another user's is opened read-only, which suffices for flock on most file systems."""
     try:
         return path.open("ab")
     except PermissionError:

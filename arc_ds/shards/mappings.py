@@ -1,11 +1,11 @@
-"""Mapped files of shards, the least recently used of which are closed first.
+"""Memory maps of shard files, closed in least-recently-used order.
 
-A mapping holds a file descriptor, and a mapped file of a fetched shard cannot be removed from the cache on disk. A
+A memory map holds a file descriptor, and a mapped file of a fetched shard cannot be evicted from the cache on disk. A
 process therefore maps at most
 
-- as many files as half of its descriptors, and 4096: the page tables of a shard that was read all over take 1/512 of
-  its size in each process;
-- a quarter of `data.cache_gib` of fetched files, or one shard of each source if that is more.
+- half as many files as it may open, and never more than 4096: the page tables of a fully read shard take 1/512 of its
+  size in each process;
+- a quarter of `data.cache_gib` of fetched files, or one shard per source if that is more.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MAX_MAPPED = 4096
 _T = TypeVar("_T")
 
 _clock = itertools.count()
-_sources: WeakSet[MappedFiles[Any]] = WeakSet()  # of this process; a fork copies them with their mappings
+_sources: WeakSet[MappedFiles[Any]] = WeakSet()  # of this process; a fork copies them and their maps
 
 
 class MappedFiles(Generic[_T]):
-    """The files of one source by the number of their shard, each mapped when it is first needed.
+    """The files of one source by shard number, each mapped on first use.
 
-    Whoever holds a mapping, or a view of it, may go on reading it after it was closed here. Threads need no lock: at
-    worst two of them map a file twice. No mapping outlives this object.
+    A caller that still holds a mapping, or a view of it, may keep reading it after it was closed here. Threads need no
+    lock: at worst, two of them map the same file twice. Deleting this object releases its mappings.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class MappedFiles(Generic[_T]):
         cache: ShardCache | None = None,
     ) -> None:
         """
-        open_files: maps the files of a shard; it must not refer to this object.
-        num_files: files of a shard.
-        num_bytes: size of the files of the largest shard.
-        cache: folder that the files are fetched into, None if they are local.
+        open_files: maps the files of a shard; it must not hold a reference to this object.
+        num_files: number of files per shard.
+        num_bytes: total size of the files of the largest shard.
+        cache: cache that the files are fetched into, None if they are local.
         """
         self.num_files = num_files
         self.fetched_bytes = num_bytes if cache is not None else 0
-        self.entries: dict[int, list[Any]] = {}  # by shard: time of the last use, mapping
+        self.entries: dict[int, list[Any]] = {}  # by shard: [time of last use, mapping]
         self._open_files = open_files
         self._max_bytes = cache.max_bytes // 4 if cache is not None else 0
         _sources.add(self)
@@ -72,11 +72,13 @@ class MappedFiles(Generic[_T]):
 def _make_room(
     wanting: MappedFiles[Any], size: Callable[[MappedFiles[Any]], int], bound: int, *, spare: int = 0, num_kept: int = 0
 ) -> None:
-    """Close the least recently used mappings until one more of a source is within a bound of the process.
+    """Close the least recently used mappings until the process stays within `bound` with one more of `wanting`.
 
-    size: of one mapping of a source.
-    spare: room to leave if any is made. To sort thousands of mappings takes longer than to map a file.
-    num_kept: mappings that each other source keeps.
+    wanting: source that is about to map a file.
+    size: returns the size of one mapping of a source.
+    bound: limit on the sum of these sizes.
+    spare: extra room to free once any is freed, because sorting thousands of mappings takes longer than mapping a file.
+    num_kept: number of mappings that every other source keeps.
     """
     sources = [source for source in list(_sources) if size(source)]
     excess = size(wanting) + sum(len(source.entries) * size(source) for source in sources) - bound
@@ -91,7 +93,7 @@ def _make_room(
 
 
 def close_all() -> bool:
-    """Close every mapping of this process, and return whether there was any."""
+    """Close every mapping of this process. Returns whether there was any."""
     sources = [source for source in list(_sources) if source.entries]
     for source in sources:
         source.entries.clear()
@@ -99,9 +101,9 @@ def close_all() -> bool:
 
 
 def with_descriptors(open_files: Callable[[], _T]) -> _T:
-    """The result of a function that opens files. If no descriptor is left, mappings are closed and it is called again.
+    """Call a function that opens files. If no descriptor is left, close all mappings and call it again.
 
-    StorageError with the cure if no descriptor is left though nothing is mapped.
+    Raises StorageError, with the remedy, if no descriptor is left although nothing is mapped.
     """
     while True:
         try:
@@ -116,7 +118,7 @@ def with_descriptors(open_files: Callable[[], _T]) -> _T:
 
 
 def map_file(file: IO[bytes]) -> mmap.mmap | bytes:
-    """All bytes of an open file, mapped for reading; it may be closed then. An empty one cannot be mapped: b""."""
+    """Memory-map an open file for reading; the caller may then close it. Returns b"" for an empty file."""
     if not os.fstat(file.fileno()).st_size:
         return b""
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,4 +1,4 @@
-"""Members of tars: how one that holds a record is decoded, and what its tar header says."""
+"""Tar members: decoding the record that a member holds, and reading its tar header."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ BLOCK = tarfile.BLOCKSIZE
 
 
 def decode_member(payload: bytes, *, member: str, text_field: str, kind: RecordKind) -> dict[str, Any]:
-    """The record of a kind in a member's bytes; DataError where there is none.
+    """Decode the record in a member; DataError if it holds no record of this kind.
 
-    member: what the member's name ends with. text_field: the field that holds the text of a pretraining record. A
-    fine-tuning record comes without a `text`, which others' may have: by this field tasks tell one kind from the other.
+    A field `text` of a fine-tuning record (third-party records may have one) is dropped, because tasks distinguish the
+    two kinds of records by this field.
+
+    payload: bytes of the member.
+    member: suffix of the member's name.
+    text_field: field that holds the text of a pretraining record.
+    kind: kind of the record.
     """
     if member.endswith(".gz"):
         payload = unzip(payload)
@@ -33,12 +38,12 @@ def decode_member(payload: bytes, *, member: str, text_field: str, kind: RecordK
 
 
 def is_json(member: str) -> bool:
-    """Whether members whose names end with this hold JSON; else they hold text."""
+    """Whether members with this suffix hold JSON; otherwise they hold plain text."""
     return member.removesuffix(".gz").rpartition(".")[2] == "json"
 
 
 def decode_text(payload: bytes) -> str:
-    """UTF-8, of no more bytes than a record may have; DataError on anything else."""
+    """Decode UTF-8; DataError if it is invalid or longer than MAX_RECORD_BYTES."""
     if len(payload) > MAX_RECORD_BYTES:
         raise DataError(f"a text of {len(payload)} bytes; expected at most {MAX_RECORD_BYTES}. Cut it into records")
     try:
@@ -48,7 +53,7 @@ def decode_text(payload: bytes) -> str:
 
 
 def unzip(payload: bytes) -> bytes:
-    """The content of a gzip file, which ends where it is larger than a record may be; DataError where it is damaged."""
+    """Decompress gzip, at most MAX_RECORD_BYTES + 1 bytes; DataError if it is damaged."""
     stream = zlib.decompressobj(wbits=31)
     try:
         content = stream.decompress(payload, MAX_RECORD_BYTES + 1)
@@ -60,14 +65,14 @@ def unzip(payload: bytes) -> bytes:
 
 
 def name_of_header(header: bytes) -> str:
-    """The name in a tar header of 512 bytes, of which an extended one in front may give the rest."""
+    """The member name in a tar header of 512 bytes. A long name may continue in an extended header before it."""
     prefix = header[345:500] if header[257:263] == b"ustar\0" else b""
     parts = [part.split(b"\0")[0].decode("utf-8", "replace") for part in (prefix, header[:100])]
     return "/".join(part for part in parts if part) or "?"
 
 
 def size_of_header(header: bytes) -> int | None:
-    """The size in a tar header of 512 bytes; None where the header is none (its own checksum does not agree)."""
+    """The member size in a tar header of 512 bytes; None if the header is invalid (wrong header checksum)."""
     try:
         return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
     except tarfile.HeaderError:

@@ -1,4 +1,4 @@
-"""Fetching shards ahead of their use, beside the reading."""
+"""Fetching shards ahead of use, in a background thread."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class Prefetcher:
-    """Fetches shards of a set, one after the other, in a thread that ends when there is nothing left.
+    """Fetches shards of a set one by one in a thread, which ends when the queue is empty.
 
-    What is wanted at once is bounded by half of the cache, so that nothing is fetched in place of what is read now.
-    Each process has a thread of its own: they share the work, because each passes over what another is fetching.
+    The queue holds at most half of the cache, so that prefetching does not evict the shards being read. Each process
+    has its own thread. The threads share the work: each skips the shards that another one is fetching.
     """
 
     def __init__(self, files: ShardFiles) -> None:
@@ -31,13 +31,13 @@ class Prefetcher:
 
     @property
     def is_mine(self) -> bool:
-        """Whether it was made in this process: a thread does not cross a fork."""
+        """Whether this process created the object. A thread does not survive a fork."""
         return self._process == os.getpid()
 
     def want(self, shard_idxs: Sequence[int]) -> None:
-        """Begin to fetch these in order, instead of what was wanted before and not begun. Returns at once.
+        """Start fetching these shards in order and return at once. They replace the shards that are still queued.
 
-        The same again does nothing.
+        Repeating the same request does nothing.
         """
         if tuple(shard_idxs) == self._last:
             return
@@ -49,7 +49,7 @@ class Prefetcher:
                 self._is_running = True
 
     def _fitting(self, shard_idxs: Sequence[int]) -> list[int]:
-        """The first of the shards, as far as half of the cache reaches."""
+        """The longest prefix of the shards that fits in half of the cache."""
         if self._files.cache is None:
             return []
         room, fitting = self._files.cache.max_bytes // 2, []
@@ -64,9 +64,9 @@ class Prefetcher:
         while (shard_idx := self._next()) is not None:
             try:
                 self._files.bring(self._files.manifest.shards[shard_idx])
-            except StorageError as error:  # whoever reads the shard tries again, and is told
+            except StorageError as error:  # the reader of the shard retries and sees the error
                 logger.warning("not fetched ahead: %s", error)
-            except BaseException:  # ends this thread; the next want begins another
+            except BaseException:  # ends this thread; the next call of `want` starts another
                 with self._lock:
                     self._is_running = False
                 raise

@@ -1,4 +1,4 @@
-"""Reading shards through their indexes by mmap."""
+"""Reading shards through their indexes, memory-mapped."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ from arc_ds.shards.members import BLOCK, decode_member, name_of_header
 from arc_ds.shards.prefetcher import Prefetcher
 from arc_ds.shards.storage.cache import ShardCache
 
-# One row of an index. Unpacking from bytes takes a third of the time of reading the fields of a numpy row.
+# One row of an index. Unpacking it from bytes is three times as fast as reading the fields of a numpy row.
 _ROW = struct.Struct("<qqQi")
-assert _ROW.size == INDEX_DTYPE.itemsize, "the row and the dtype are the same bytes"
+assert _ROW.size == INDEX_DTYPE.itemsize, "the row and the dtype have the same layout"
 
 
 class ShardSet:
-    """A set of shards, its records in one numbering from 0.
+    """A set of shards whose records are numbered from 0 across all shards.
 
-    Opening checks the manifest, every index and every local tar's size, and reads no record. Tars and indexes are
-    mapped, and tars behind a URL fetched, when first needed, in each process for itself: the object may cross a fork
-    or be pickled, and its size does not grow with the number of records.
+    Opening it checks the manifest, every index and the size of every local tar, and reads no record. Each process maps
+    tars and indexes, and fetches remote tars, on first use. The object can therefore be forked or pickled, and its size
+    does not grow with the number of records.
 
-    name: path or URL, as messages show it. folder: where manifest and indexes are.
+    name: path or URL, as shown in messages.
+    folder: local folder of the manifest and the indexes.
     """
 
     def __init__(self, path: str | Path, *, cache: ShardCache | None = None) -> None:
-        """path: a folder, or its URL, whose tars are kept in `cache` (None: that of an empty config).
+        """
+        path: a folder of shards or its URL.
+        cache: cache for the tars of a URL; None for the cache of an empty config.
 
-        DataError where it is no whole set of shards: missing or cut files, or another index. StorageError where it
-        cannot be reached, ConfigError where a shard is larger than the cache.
+        Raises DataError if the set is incomplete (missing or truncated files, or a wrong index), StorageError if it
+        cannot be reached, and ConfigError if a shard is larger than the cache.
         """
         self.files = locate(path, cache)
         self.files.check()
@@ -72,17 +75,18 @@ class ShardSet:
 
     @cached_property
     def num_tokens(self) -> NDArray[np.int32]:
-        """Tokens of every record, int32 [records], read when first wanted: `tokens` is for a few of many."""
+        """Tokens of every record, int32 [records], read on first use. For a few records, use `tokens`."""
         return np.concatenate([read_index(self.folder, shard)["tokens"] for shard in self.manifest.shards])
 
     def tokens(self, idx: int) -> int:
-        """Tokens of one record, by the tokenizer that the shards were built with."""
+        """Tokens of one record, counted by the tokenizer that the shards were built with."""
         return self._row(idx)[1][3]
 
     def record(self, idx: int) -> dict[str, Any]:
-        """Record `idx`, its checksum verified; DataError naming shard, member and offset where it is damaged.
+        """Read record `idx` and verify its checksum.
 
-        StorageError where its shard is gone or cannot be fetched.
+        Raises DataError with shard, member and offset if the record is damaged, and StorageError if its shard was
+        deleted or cannot be fetched.
         """
         shard_idx, (offset, length, checksum, _) = self._row(idx)
         manifest = self.manifest
@@ -90,7 +94,7 @@ class ShardSet:
         payload = tar[offset : offset + length]
         try:
             if len(payload) != length or xxhash.xxh64_intdigest(payload) != checksum:
-                raise DataError("the checksum is not the index's")
+                raise DataError("the checksum does not match the index")
             return decode_member(payload, member=shard.member, text_field=manifest.text_field, kind=manifest.kind)
         except DataError as error:
             name = name_of_header(tar[max(offset - BLOCK, 0) : offset])
@@ -100,13 +104,13 @@ class ShardSet:
 
     @property
     def is_remote(self) -> bool:
-        """Whether tars are fetched."""
+        """Whether the tars are fetched from a URL."""
         return self.files.cache is not None
 
     def prefetch(self, shard_idxs: Sequence[int]) -> None:
-        """Begin to fetch these shards in order, where they are behind a URL, and return at once.
+        """Start fetching these shards in order, if the set is remote, and return at once.
 
-        They replace what was wanted before and is not begun. A failure is logged; who reads the shard tries again.
+        They replace the shards that are still queued. A failure is only logged: the reader of the shard retries.
         """
         if not self.is_remote:
             return
@@ -115,16 +119,16 @@ class ShardSet:
         self._prefetcher.want(shard_idxs)
 
     def _row(self, idx: int) -> tuple[int, tuple[int, int, int, int]]:
-        """The shard of a record, and its row of the index: offset, length, xxh64, tokens."""
+        """The shard of a record, and its index row: offset, length, xxh64, tokens."""
         if not 0 <= idx < self.manifest.samples:
-            raise DataError(f"{self.name}: record {idx} was asked for; it holds 0 to {len(self) - 1}.")
+            raise DataError(f"{self.name}: record {idx} does not exist; expected 0 to {len(self) - 1}.")
         shard_idx = bisect.bisect_right(self._first, idx) - 1
         row = _ROW.unpack_from(self._indexes[shard_idx], (idx - self._first[shard_idx]) * _ROW.size)
         return shard_idx, row  # type: ignore[return-value]
 
 
 def _index_rows(files: ShardFiles, shard_idx: int) -> memoryview:
-    """The rows of an index, as bytes. Its sum was checked when the set was opened."""
+    """The rows of an index, as bytes. Opening the set has verified its checksum."""
     shard = files.manifest.shards[shard_idx]
     path = files.folder / shard.index_name
     try:
@@ -135,13 +139,13 @@ def _index_rows(files: ShardFiles, shard_idx: int) -> memoryview:
     rows = raw[max(len(raw) - shard.samples * _ROW.size, 0) :]
     if len(rows) != shard.samples * _ROW.size:
         raise StorageError(
-            f"{path} has {len(raw)} bytes, more before. Was it built again? Start again when it is whole."
+            f"{path} has {len(raw)} bytes, fewer than before. Was it rebuilt? Start again when it is complete."
         )
     return rows
 
 
 def _map_tar(files: ShardFiles, shard_idx: int) -> mmap.mmap | bytes:
-    """The mapped tar of a shard."""
+    """Memory-map the tar of a shard."""
     shard = files.manifest.shards[shard_idx]
     with files.open(shard) as file:
         try:
@@ -150,7 +154,7 @@ def _map_tar(files: ShardFiles, shard_idx: int) -> mmap.mmap | bytes:
             raise StorageError(f"{files.shown(shard)} cannot be mapped: {error}. Is its disk still mounted?") from error
     if len(tar) != shard.bytes:
         raise StorageError(
-            f"{files.shown(shard)} has {len(tar)} bytes, but had {shard.bytes} before. Was it built again, or is it "
-            "being copied? Start again when that is done."
+            f"{files.shown(shard)} has {len(tar)} bytes, but had {shard.bytes} before. Was it rebuilt, or is it being "
+            "copied? Start again when that is done."
         )
     return tar

@@ -1,7 +1,7 @@
-"""Records: what one member of a shard holds (design 7).
+"""Records: the contents of one member of a shard (design 7).
 
 A record is a JSON object of one of two kinds. Pretraining: {"text"}. Fine-tuning: {"passages": [str] or "passage": str,
-"question"?: str, "instruction"?: str, "answer": str or [str]}. Other fields are carried along and ignored.
+"question"?: str, "instruction"?: str, "answer": str or [str]}. Other fields are kept and ignored.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 
 from arc_ds.errors import DataError
 
-# A record is one training sequence: 32 chunks of 1024 tokens are 0.2 MB. Beyond this a file has lost its line ends.
+# A record is one training sequence: 32 chunks of 1024 tokens are 0.2 MB. A larger one is a file without line ends.
 MAX_RECORD_BYTES = 16 << 20
 _PASSAGES = ("passages", "passage")
 _json = json.JSONDecoder()
 
 
 def encode_record(record: dict[str, Any]) -> bytes:
-    """A record as UTF-8 JSON, always the same bytes for the same record."""
+    """Encode a record as UTF-8 JSON. Equal records give identical bytes."""
     return json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
 
 
 def decode_object(payload: bytes) -> dict[str, Any]:
-    """The JSON object of some bytes; DataError on anything else, and before parsing on more than MAX_RECORD_BYTES."""
+    """Parse a JSON object; DataError on anything else. More than MAX_RECORD_BYTES are refused before parsing."""
     if len(payload) > MAX_RECORD_BYTES:
         raise DataError(
             f"a record of {len(payload)} bytes; expected at most {MAX_RECORD_BYTES}. Is it a whole file on one line? "
@@ -40,7 +40,7 @@ def decode_object(payload: bytes) -> dict[str, Any]:
 
 
 def pretraining_text(record: dict[str, Any]) -> str:
-    """The text of a pretraining record; DataError where it is missing, no string or empty."""
+    """The text of a pretraining record; DataError if it is missing, not a string, or empty."""
     text = text_of(record, "text")
     if not text:
         raise DataError("expected a non-empty string in the field `text`, got an empty one")
@@ -49,10 +49,13 @@ def pretraining_text(record: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FineTuningRecord:
-    """Passages (at least one, the most relevant first), what is asked about them, and every right answer.
+    """Passages, a question about them, and its answers.
 
-    question, instruction: None where there is none. instruction: what to do in place of a question, with `{question}`
-    where that stands; "prefix||instruction||suffix" is a whole chat prompt (see `tasks.few_shot`).
+    passages: at least one, the most relevant first.
+    question: the question, None if there is none.
+    instruction: replaces the question, None if there is none. `{question}` in it is a placeholder for the question.
+        "prefix||instruction||suffix" is a whole chat prompt (see `tasks.few_shot`).
+    answers: every correct answer.
     """
 
     passages: tuple[str, ...]
@@ -68,10 +71,10 @@ class FineTuningRecord:
 
 
 def fine_tuning_record(record: dict[str, Any]) -> FineTuningRecord:
-    """The fine-tuning record in a JSON object.
+    """Parse the fine-tuning record in a JSON object.
 
-    DataError that names the field where one is missing, of the wrong type, blank where text is needed, or holds what
-    UTF-8 cannot encode, or an instruction has another number of parts than a prompt has.
+    Raises DataError, naming the field, if a field is missing, has the wrong type, is blank although text is required,
+    or cannot be encoded as UTF-8, or if an instruction does not have one or three parts.
     """
     instruction = _optional_text(record, "instruction")
     if instruction is not None and (num_parts := len(instruction.split("||"))) not in (1, 3):
@@ -88,7 +91,7 @@ def fine_tuning_record(record: dict[str, Any]) -> FineTuningRecord:
 
 
 def text_of(record: dict[str, Any], field: str) -> str:
-    """A field's text; DataError where it is missing, no string, or holds lone surrogates (JSON's \\ud800 can)."""
+    """The text of a field; DataError if it is missing, not a string, or holds lone surrogates (JSON allows \\ud800)."""
     text = record.get(field)
     if not isinstance(text, str):
         got = type(text).__name__ if field in record else _fields(record)
@@ -105,7 +108,7 @@ def _passages(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _texts(record: dict[str, Any], field: str) -> tuple[str, ...]:
-    """A field that holds one text or a list of them, none blank."""
+    """The texts of a field that holds one text or a list of texts, none of them blank."""
     value = record.get(field)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
@@ -118,7 +121,7 @@ def _texts(record: dict[str, Any], field: str) -> tuple[str, ...]:
 
 
 def _optional_text(record: dict[str, Any], field: str) -> str | None:
-    """A field's text, None where it is missing, null or blank."""
+    """The text of a field, None if it is missing, null or blank."""
     if record.get(field) is None:
         return None
     text = text_of(record, field)
@@ -136,7 +139,7 @@ def _checked(text: str, field: str) -> str:
 
 
 def _kind(value: object) -> str:
-    """What a faulty list of strings is, in words."""
+    """Describe the type of a value that is not a list of strings."""
     if not isinstance(value, list):
         return type(value).__name__
     kinds = sorted({type(item).__name__ for item in value})

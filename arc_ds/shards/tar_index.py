@@ -1,4 +1,4 @@
-"""Finding the records in a tar that others wrote: any webdataset tar, whatever wrote it and whatever else it holds."""
+"""Finding the records in a third-party tar. It can be any webdataset tar, with any other members."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from arc_ds.tokenizers import Tokenizer
 _KEY_AND_END = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # as webdataset splits a member's name
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _CURE = "Copy it again, or leave it out."
-_BATCH = 256  # texts that are tokenised at once
-_MAX_NAMED = 5  # members that are named for each reason
+_BATCH = 256  # texts per tokenizer call
+_MAX_NAMED = 5  # members logged per reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordForm:
-    """How records lie in tars.
+    """How a tar stores its records.
 
-    member: what the names of their members end with, after KEY and a dot. text_field: the field with the text of a
-    pretraining record.
+    member: suffix of the names of their members, after KEY and a dot.
+    text_field: field that holds the text of a pretraining record.
+    kind: kind of the records.
     """
 
     member: str = "json"
@@ -44,10 +45,13 @@ class RecordForm:
 
 @dataclass(slots=True, kw_only=True)
 class Findings:
-    """What is in a tar beside its records.
+    """Contents of a tar other than its records.
 
-    keys: of webdataset samples, of which with_record have a member of the right name. ends: how many members' names
-    end with what. skipped: members that cannot be used, by reason. named: the first of them for each reason.
+    keys: keys of the webdataset samples.
+    with_record: keys that have a member with the right suffix.
+    ends: number of members by suffix.
+    skipped: number of unusable members by reason.
+    named: descriptions of the first unusable members of each reason.
     passage_tokens: as in the shard's `ShardInfo`.
     """
 
@@ -65,8 +69,15 @@ class Findings:
 
 
 class _Found(NamedTuple):
-    """A record's place in the tar, and its texts, of which all count, and of the alternatives the longest. The first
-    num_passages texts are a fine-tuning record's passages."""
+    """A record in the tar.
+
+    offset: position of its bytes in the tar.
+    length: number of its bytes.
+    xxh64: checksum of its bytes.
+    texts: texts that all count towards its tokens.
+    alternatives: texts of which only the longest counts (answers).
+    num_passages: number of leading `texts` that are passages of a fine-tuning record.
+    """
 
     offset: int
     length: int
@@ -77,7 +88,7 @@ class _Found(NamedTuple):
 
 
 class _UnusableError(Exception):
-    """A member that is no record, for one of the counted reasons."""
+    """A member is not a usable record, for one of the counted reasons."""
 
     def __init__(self, reason: str, what: object) -> None:
         super().__init__(str(what))
@@ -85,9 +96,10 @@ class _UnusableError(Exception):
 
 
 def index_tar(path: Path, tokenizer: Tokenizer, form: RecordForm) -> tuple[NDArray[np.void], Findings]:
-    """The index of a tar, INDEX_DTYPE [records], in the order of the tar, and what else was found.
+    """Index a tar. Returns its rows, INDEX_DTYPE [records], in the order of the tar, and the findings.
 
-    DataError where it is no whole, uncompressed tar: what stands behind the damage would be lost without a word.
+    Raises DataError if the tar is damaged, truncated or compressed: otherwise records after the damage would be lost
+    silently.
     """
     findings = Findings()
     rows: list[tuple[int, int, int, int]] = []
@@ -126,9 +138,9 @@ def _records(path: Path, data: mmap.mmap, form: RecordForm, findings: Findings) 
 
 
 def _members(path: Path, data: mmap.mmap) -> Iterator[tarfile.TarInfo]:
-    """All members of a tar. DataError, at the end, where it does not end as tars do.
+    """All members of a tar. Raises DataError after the last one if data follow the end of the archive.
 
-    `tarfile` takes a damaged header, or a hole of zeros, for the end of the archive.
+    `tarfile` treats a damaged header, or a hole of zeros, as the end of the archive.
     """
     try:
         with tarfile.open(path, "r:") as tar:
@@ -138,7 +150,7 @@ def _members(path: Path, data: mmap.mmap) -> Iterator[tarfile.TarInfo]:
                         f"{path} is cut short: its member {info.name} should end at byte "
                         f"{info.offset_data + info.size}, the file ends at {len(data)}. {_CURE}"
                     )
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every member in memory
                 yield info
             end = tar.offset
     except tarfile.TarError as error:
@@ -152,9 +164,9 @@ def _members(path: Path, data: mmap.mmap) -> Iterator[tarfile.TarInfo]:
         piece = data[begin : begin + (1 << 20)]
         if rest := piece.lstrip(b"\0"):
             raise DataError(
-                f"{path} is damaged: behind its last readable member, at byte {end}, more data follow at byte "
-                f"{begin + len(piece) - len(rest)}. {_CURE} (Tars that were appended with cat: write them as one with "
-                "tar --concatenate.)"
+                f"{path} is damaged: after its last readable member, at byte {end}, more data follow at byte "
+                f"{begin + len(piece) - len(rest)}. {_CURE} (If it was joined with cat, join the tars with "
+                "tar --concatenate instead.)"
             )
 
 
@@ -174,12 +186,12 @@ def _found(data: mmap.mmap, info: tarfile.TarInfo, form: RecordForm) -> _Found:
         texts, alternatives = made.texts[: -len(made.answers)], made.answers
         num_passages = len(made.passages)
     if not any(text.strip() for text in texts):
-        raise _UnusableError("empty", "nothing but white space")
+        raise _UnusableError("empty", "only white space")
     return _Found(info.offset_data, info.size, xxhash.xxh64_intdigest(payload), texts, alternatives, num_passages)
 
 
 def _decode(payload: bytes, form: RecordForm) -> dict[str, Any]:
-    """The record of a member's bytes, step by step, so that each fault has its reason."""
+    """Decode a member step by step, so that each fault gets its own reason."""
     if not payload:
         raise _UnusableError("empty", "no bytes")
     with _unusable_as("not_gzip"):
@@ -202,8 +214,10 @@ def _unusable_as(reason: str) -> Iterator[None]:
 
 
 def _count_tokens(batch: list[_Found], tokenizer: Tokenizer, findings: Findings) -> list[tuple[int, int, int, int]]:
-    """Rows of an index: all texts of a record count, of the alternatives (answers) the longest. The passages' tokens
-    are added to the findings."""
+    """Index rows of a batch. A record's tokens are those of all its texts plus those of its longest alternative.
+
+    Adds the tokens of the passages to the findings.
+    """
     texts = [text for found in batch for text in (*found.texts, *found.alternatives)]
     lengths = iter([len(ids) for ids in tokenizer.encode_batch(texts)] if texts else [])
     rows = []

@@ -1,4 +1,4 @@
-"""Writing the files of shards: tars of about one size, each with its index beside it, the same bytes each time."""
+"""Writing shards: tars of about equal size, each with an index. Equal records give identical bytes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ class _Row:
 
 
 class ShardWriter:
-    """Writes members to tars of about `shard_bytes` in a folder, with an index beside each; a context manager.
+    """Writes records to tars in a folder, each with an index. Use it as a context manager.
 
-    The bytes follow from the members alone: no times, owners or random names are written. finished: shards that are
-    already there, behind which it goes on.
+    The output depends only on the records: it contains no times, owners or random names.
+
+    folder: folder for tars and indexes.
+    shard_bytes: approximate size of a tar.
+    finished: shards that already exist; writing continues after them.
     """
 
     def __init__(self, folder: Path, shard_bytes: int, finished: Sequence[ShardInfo] = ()) -> None:
@@ -57,10 +60,13 @@ class ShardWriter:
         self._stack.close()
 
     def write(self, payload: bytes, num_tokens: int, *, num_passages: int = 0, passage_tokens: int = 0) -> bool:
-        """Append one record as the member `KEY.json`, KEY being its number among all records.
+        """Append one record as the member `KEY.json`, where KEY is its number among all records.
 
-        num_passages, passage_tokens: of a fine-tuning record, and how many of its tokens are theirs.
-        Returns whether its shard is finished by it: on disk with its index.
+        payload: the encoded record.
+        num_tokens: number of its tokens.
+        num_passages: number of passages of a fine-tuning record.
+        passage_tokens: number of tokens of these passages.
+        Returns whether this record completes its shard, which is then on disk with its index.
         """
         if self._tar is None:
             self._begin()
@@ -90,7 +96,7 @@ class ShardWriter:
         self._offset += len(data)
 
     def _finish(self) -> None:
-        """End the tar, write its index, and note both for the manifest."""
+        """Finish the tar, write its index, and record both for the manifest."""
         end = 2 * _BLOCK
         self._append(b"\0" * (end + -(self._offset + end) % tarfile.RECORDSIZE))
         assert self._tar is not None, "a shard is open when it is finished"

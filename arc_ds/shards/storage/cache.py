@@ -1,13 +1,14 @@
-"""A bounded folder of fetched shards that all processes of a host share.
+"""A bounded cache folder of fetched shards, shared by all processes of a host.
 
-A file is named by its sha256, so it is never stale. Advisory locks (flock) order the processes:
+A file is named by its sha256, so it is never stale. Advisory locks (flock) coordinate the processes:
 
-- `locks/XX` (the sum's first two digits): held while a file is fetched, so that each is fetched once.
-- `locks/room`: held while room is made and reserved, so that the bound holds whatever is fetched at once.
-- the file itself: shared by who reads or maps it, exclusive by who writes it. What is locked is in use, and stays.
+- `locks/XX` (first two digits of the sha256): held while a file is fetched, so that each file is fetched once.
+- `locks/room`: held while space is freed and reserved, so that concurrent fetches stay within the bound.
+- the file itself: readers (also through a memory map) hold a shared lock, the writer an exclusive one. A locked file is
+  in use and is not evicted.
 
-Locks end with the process that holds them, so a killed one leaves nothing but a partial file, which is used up or
-removed like any other.
+The system releases a process's locks when it ends. A killed process therefore leaves only a partial file, which is
+overwritten or evicted like any other.
 """
 
 from __future__ import annotations
@@ -36,18 +37,22 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardCache:
-    """Where fetched shards are kept. max_bytes: of tars and of the files of their token caches; indexes and manifests
-    (about a hundredth) come on top."""
+    """The cache folder of fetched shards.
+
+    folder: root of the cache.
+    max_bytes: limit on the size of tars and token cache files. Indexes and manifests (about 1%) are not counted.
+    retries: how often and for how long a fetch is retried.
+    """
 
     folder: Path
     max_bytes: int
     retries: Retries = field(default_factory=Retries)
 
     def open(self, url: str, *, num_bytes: int, sha256: str) -> IO[bytes]:
-        """The file with this sum, open for reading; fetched where it is not here.
+        """Open the file with this sha256 for reading, and fetch it first if the cache does not hold it.
 
-        It stays while the file or a mapping of it is open, in any process. StorageError where it cannot be fetched or
-        kept.
+        The file is not evicted while it or a mapping of it is open in any process. Raises StorageError if it cannot be
+        fetched or stored.
         """
         path = self.tar_path(sha256)
         try:
@@ -60,7 +65,7 @@ class ShardCache:
             raise self.storage_error(url, error) from error
 
     def bring(self, url: str, *, num_bytes: int, sha256: str) -> None:
-        """Fetch the file with this sum, unless it is here or another process is about it. StorageError as `open`."""
+        """Fetch the file with this sha256 unless it is cached or being fetched elsewhere. Errors as in `open`."""
         path = self.tar_path(sha256)
         try:
             with self.lock(sha256[:2], wait=False) as is_held:
@@ -70,14 +75,14 @@ class ShardCache:
             raise self.storage_error(url, error) from error
 
     def tar_path(self, sha256: str) -> Path:
-        """Where the file with this sum, a tar or one of a token cache, is kept."""
+        """Path of the cached file (a tar or a token cache file) with this sha256."""
         return self.folder / "tars" / sha256
 
     @contextmanager
     def lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock of a name among all processes and threads of the host, and give whether it is held.
+        """Hold the named lock, which is shared by all processes and threads of the host. Yields whether it is held.
 
-        Without `wait` it is not, where another holds it.
+        wait: whether to wait for the lock. Otherwise yields False if another process or thread holds it.
         """
         path = self.folder / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +95,10 @@ class ShardCache:
             try:
                 yield True
             finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # a child forked meanwhile has the descriptor too
+                fcntl.flock(file, fcntl.LOCK_UN)  # a child forked meanwhile also holds the descriptor
 
     def storage_error(self, url: str, error: OSError) -> StorageError:
-        """What to raise where a fetched file cannot be kept."""
+        """The error to raise if a fetched file cannot be stored."""
         cure = (
             "Free some of the disk, lower data.cache_gib, or set data.cache_dir to a folder of a larger disk."
             if is_disk_full(error)
@@ -109,7 +114,7 @@ class ShardCache:
         except FileNotFoundError:
             return None
         if os.fstat(file.fileno()).st_size != num_bytes:
-            logger.warning("%s has another size than written: it is fetched again", path)
+            logger.warning("%s does not have the expected size; fetching it again", path)
             file.close()
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -117,7 +122,7 @@ class ShardCache:
         return file
 
     def _fetch(self, url: str, path: Path, num_bytes: int, sha256: str) -> IO[bytes]:
-        """Fetch a file, its name's lock being held, and return it open and in use."""
+        """Fetch a file and return it open, with a shared lock. The caller holds the lock of its name."""
         partial_path = path.with_name(path.name + _PARTIAL)
         file = self._reserve(partial_path, num_bytes)
         with ExitStack() as undo:
@@ -136,7 +141,7 @@ class ShardCache:
         return file
 
     def _reserve(self, path: Path, num_bytes: int) -> IO[bytes]:
-        """A new file that counts as `num_bytes`, open and locked, after room for it was made."""
+        """Make room for `num_bytes`, and return a new open and locked file of that size."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.lock("room"):
             self._make_room(num_bytes)
@@ -146,7 +151,7 @@ class ShardCache:
         return file
 
     def _make_room(self, num_bytes: int) -> None:
-        """Remove the least recently used files that no process uses, until `num_bytes` more are within the bound."""
+        """Evict the least recently used files that no process uses until `num_bytes` more fit within the bound."""
         found = _files(path_of_tars(self.folder))
         too_many = sum(stat.st_size for stat, _ in found) + num_bytes - self.max_bytes
         for stat, path in sorted(found, key=lambda item: item[0].st_mtime_ns):
@@ -159,19 +164,19 @@ class ShardCache:
 
 
 def open_cache(cache_dir: str | Path | None = None, cache_gib: float | None = None) -> ShardCache:
-    """The cache of a config's `data.cache_dir` and `data.cache_gib`, None being their defaults. Nothing is made yet."""
+    """The cache for `data.cache_dir` and `data.cache_gib` of a config; None means the default. Creates no files."""
     folder = Path(os.path.abspath(os.path.expanduser(cache_dir or _default_folder())))
     max_bytes = _half_of_the_free(folder) if cache_gib is None else int(cache_gib * _GIB)
     return ShardCache(folder=folder, max_bytes=max_bytes)
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether a file could not be written because there is no room for it."""
+    """Whether a write failed because the disk, the quota or the file size limit is exhausted."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def path_of_tars(folder: Path) -> Path:
-    """Where a cache keeps tars."""
+    """Path of the tars in a cache folder."""
     return folder / "tars"
 
 
@@ -189,7 +194,7 @@ def _half_of_the_free(folder: Path) -> int:
 
 
 def _files(folder: Path) -> list[tuple[os.stat_result, str]]:
-    """Sizes, times and paths of the files of a folder; one that vanishes meanwhile is left out."""
+    """`stat` results and paths of the files in a folder. Skips a file that is deleted meanwhile."""
     found = []
     for entry in os.scandir(folder):
         with suppress(FileNotFoundError):
@@ -199,16 +204,16 @@ def _files(folder: Path) -> list[tuple[os.stat_result, str]]:
 
 @cache
 def _warn_of_bound(folder: Path, max_bytes: int) -> None:
-    """Once a process: each further fetch would say the same."""
+    """Warn once per process, because every later fetch would repeat the message."""
     logger.warning(
-        "%s: the shards in use at once take more than the cache's bound of %.3g GiB, and stay while they are. "
+        "%s: the shards in use exceed the cache limit of %.3g GiB and cannot be evicted until they are closed. "
         "Raise data.cache_gib.",
         folder, max_bytes / _GIB,
     )  # fmt: skip
 
 
 def _remove_unused(path: str) -> bool:
-    """Whether a file is gone: it is not removed where a process reads, maps or writes it."""
+    """Remove a file unless a process reads, maps or writes it. Returns whether the file no longer exists."""
     with suppress(FileNotFoundError), open(path, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Converters: every question of the original files becomes a record that a build takes, or is counted by reason."""
+"""Converters: every question of the original files becomes a record that a build accepts, or is counted by reason."""
 
 from __future__ import annotations
 

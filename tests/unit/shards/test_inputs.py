@@ -1,4 +1,4 @@
-"""Inputs of a build: every kind is read, damage is named, and a batch is the same when reading begins there."""
+"""Inputs of a build: every kind is read, damage is reported, and a batch is the same if reading starts at it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def compress(ending: str, data: bytes) -> bytes:
         return gzip.compress(data)
     if ending.lower().endswith((".zst", ".zstd")):
         zstandard = pytest.importorskip("zstandard")
-        half = len(data) // 2  # two frames, as `cat a.zst b.zst` or pzstd make them
+        half = len(data) // 2  # two frames, as written by `cat a.zst b.zst` or pzstd
         return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
     return data
 
@@ -37,7 +37,7 @@ def batches_of(path: Path, **wanted: object) -> list[Batch]:
 
 
 def fields_of(path: Path, max_bytes: int = LIMIT) -> list[tuple[int, object]]:
-    """Numbers and fields of all documents; a fault as its reason."""
+    """Number and fields of every document, or the reason of its fault."""
     (file,) = find_inputs([path]).files
     found = []
     for batch in read_batches(file, columns=["text", "more"], max_document_bytes=max_bytes):
@@ -266,7 +266,7 @@ def test_json_that_is_not_in_lines_is_named_with_the_cure(
     for named in (path, tmp_path):
         with pytest.raises(DataError, match=rf"a{ending}: expected one JSON object a line, {message}"):
             find_inputs([named])
-    (tmp_path / "b.jsonl").write_bytes(b"[broken\n")  # one damaged line of many, perhaps: the build tells
+    (tmp_path / "b.jsonl").write_bytes(b"[broken\n")  # possibly one damaged line of many; the build reports it
     found = find_inputs([tmp_path])
     assert [file.name for file in found.files] == ["b.jsonl"]
     assert found.passed_over == (path,)

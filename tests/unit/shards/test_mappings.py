@@ -1,4 +1,4 @@
-"""Mapped files: a process keeps its bounds, and closes the least recently used files first."""
+"""Mapped files: a process stays within its bounds and closes the least recently used files first."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lower_limit() -> Iterator[Callable[[int], None]]:
-    """Sets how many files this process may have open."""
+    """A function that sets the limit on open files of this process."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def lower(limit: int) -> None:
@@ -89,7 +89,7 @@ def test_many_sources_stay_within_the_descriptors_of_a_process(
     gc.collect()
     before = num_open()
     lower_limit(2 * before + 40)
-    assert num_files > 2 * before + 40, "or they would fit anyway"
+    assert num_files > 2 * before + 40, "the files must exceed the limit"
     for idx in [*range(60), *random.Random(0).sample(range(60), 60)]:
         for shards, cache in sources:
             assert_reads(shards, cache, idx)
@@ -98,14 +98,14 @@ def test_many_sources_stay_within_the_descriptors_of_a_process(
 
 
 class Mapped:
-    """Stands for a mapping."""
+    """Stand-in for a mapping."""
 
     def __init__(self, idx: int) -> None:
         self.idx = idx
 
 
 def cache_of(max_mapped: int) -> ShardCache:
-    """One of which so many bytes may be mapped."""
+    """A cache that allows this many bytes to be mapped."""
     return ShardCache(folder=Path("/nowhere"), max_bytes=4 * max_mapped)
 
 
@@ -123,7 +123,7 @@ def test_sets_of_one_cache_hold_no_more_than_a_quarter_of_it_or_one_each(
         return sum(len(of_set) * size for of_set, size in zip(alive, sizes, strict=True))
 
     def open_one(set_idx: int, idx: int) -> Mapped:
-        assert mapped_bytes() + sizes[set_idx] <= max(most, sum(sizes)), "room is made before a file is opened"
+        assert mapped_bytes() + sizes[set_idx] <= max(most, sum(sizes)), "room must be made before a file is opened"
         mapped = Mapped(idx)
         alive[set_idx].add(mapped)
         return mapped
@@ -134,11 +134,13 @@ def test_sets_of_one_cache_hold_no_more_than_a_quarter_of_it_or_one_each(
         others = [len(of_set) > 0 for of_set in alive]
         assert held[set_idx][idx].idx == idx
         assert held[set_idx][idx] is held[set_idx][idx]
-        assert all(had <= (len(of_set) > 0) for had, of_set in zip(others, alive, strict=True)), "each keeps one"
+        assert all(had <= (len(of_set) > 0) for had, of_set in zip(others, alive, strict=True)), (
+            "every other source keeps one"
+        )
 
 
 def test_the_least_recently_used_file_is_closed_first() -> None:
-    """As of the files of two shuffle windows while the next ones come: 128 in use of 512 that are held."""
+    """Like the files of two shuffle windows while the next ones arrive: 128 of 512 open files are in use."""
     opened: Counter[int] = Counter()
 
     def open_one(idx: int) -> object:
@@ -150,7 +152,7 @@ def test_the_least_recently_used_file_is_closed_first() -> None:
         held[idx]
         for _ in range(20):
             held[rng.randrange(128)]
-    assert set(opened.values()) == {1}, "what is in use stays"
+    assert set(opened.values()) == {1}, "files in use stay mapped"
     held[1127 - (512 - 128) + 1]
     held[1127 - (512 - 128)]
     assert opened[1127 - (512 - 128) + 1] == 1 and opened[1127 - (512 - 128)] == 2
@@ -195,7 +197,7 @@ def test_what_is_let_go_stays_readable_by_who_holds_it(folder: Path) -> None:
 
 @contextmanager
 def no_descriptor_left(spare: int = 0) -> Iterator[None]:
-    """Takes all descriptors but some, and gives them back."""
+    """Occupy all descriptors except `spare`, and release them afterwards."""
     taken = []
     try:
         while True:
@@ -218,14 +220,14 @@ def test_too_many_open_files_is_an_error_of_its_own_and_no_damage(
     limit = num_open() + 50
     lower_limit(limit)
     with no_descriptor_left():
-        with pytest.raises(StorageError, match=rf"0\.idx cannot be opened: all {limit} files .*ulimit -n 4096;"):
+        with pytest.raises(StorageError, match=rf"0\.idx cannot be opened: .* {limit} open files.*ulimit -n 4096;"):
             shards.record(0)
         with pytest.raises(StorageError, match=r"shard-000000\.texts cannot be opened: .*ulimit -n"):
             cache.known(0, record)
         with pytest.raises(StorageError, match=r"cache\.json cannot be opened: .*ulimit -n"):
             open_token_cache(shards, tokenizer)
     with no_descriptor_left(spare=1), pytest.raises(StorageError, match="cannot be opened: .*ulimit -n"):
-        cache.known(0, record)  # no descriptor for the mapping of what is open
+        cache.known(0, record)  # no descriptor is left to map the open file
     assert not caplog.records
     assert_reads(shards, cache, 0)
 
@@ -270,7 +272,7 @@ def test_mappings_cross_a_fork(folder: Path) -> None:
 
 
 def write_large_index(folder: Path, samples: int) -> ShardSet:
-    """A set of one shard whose records are nowhere."""
+    """A set of one shard without any record data."""
     index = np.zeros(samples, dtype=INDEX_DTYPE)
     index["tokens"] = np.arange(samples)
     buffer = io.BytesIO()
@@ -299,7 +301,7 @@ def write_large_index(folder: Path, samples: int) -> ShardSet:
 
 
 def test_indexes_and_text_tables_are_not_copied_to_the_heap(tmp_path: Path, folder: Path) -> None:
-    """Each worker would have a copy of its own."""
+    """Otherwise each worker would hold its own copy."""
     shards = write_large_index(tmp_path, 100_000)
     tracemalloc.start()
     try:
@@ -318,12 +320,12 @@ def test_an_index_of_another_size_than_when_it_was_opened_is_an_error(tmp_path: 
     path = tmp_path / "shard-000000.idx"
     for size in (10_000, 0):
         path.write_bytes(path.read_bytes()[:size])
-        with pytest.raises(StorageError, match=rf"shard-000000\.idx has {size} bytes, more before"):
+        with pytest.raises(StorageError, match=rf"shard-000000\.idx has {size} bytes, fewer than before"):
             shards.tokens(0)
 
 
 def test_a_table_of_texts_is_summed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To sum it whenever it is mapped again takes longer than to tokenise a record's text."""
+    """Verifying the checksum at every mapping would take longer than tokenising the text of a record."""
     shards, cache = open_source(folder)
     assert_reads(shards, cache, 0)
     close_all()

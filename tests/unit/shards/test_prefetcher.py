@@ -1,4 +1,4 @@
-"""The thread that fetches shards ahead: no fault of it keeps later shards from being fetched."""
+"""The prefetch thread: an error never stops it from fetching later shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arc_ds.shards.prefetcher import Prefetcher
 
 
 class _Files:
-    """Three shards, of which the first cannot be brought, for a reason that nobody foresaw."""
+    """Three shards; fetching the first raises an unexpected error."""
 
     def __init__(self) -> None:
         self.cache = SimpleNamespace(max_bytes=100)

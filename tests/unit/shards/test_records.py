@@ -1,4 +1,4 @@
-"""Records: the two kinds, and every fault by name."""
+"""Records: both kinds, and a specific error for every fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every fault of a shard is a named error, and none is taken for data, for the end, or for a fault of one record."""
+"""Every fault of a shard raises a specific error. No fault passes as data, end of file or a fault of one record."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(whole: ShardSet, tmp_path: Path) -> Path:
 
 
 def write_raw(folder: Path, payloads: list[bytes]) -> ShardSet:
-    """A set of one shard with these payloads, whatever they are, all sums being right."""
+    """A set of one shard with arbitrary payloads and correct checksums."""
     folder.mkdir()
     with ShardWriter(folder, 1 << 40) as writer:
         for payload in payloads:
@@ -54,7 +54,7 @@ def write_raw(folder: Path, payloads: list[bytes]) -> ShardSet:
 
 
 def change_manifest(folder: Path, shard_idx: int, **changes: object) -> None:
-    """Let the manifest say something else of a shard, and agree with itself."""
+    """Change a shard's entry in the manifest and keep the manifest consistent."""
     manifest = read_manifest(folder)
     shards: list[ShardInfo] = list(manifest.shards)
     shards[shard_idx] = replace(shards[shard_idx], **changes)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def wipe(path: Path, begin: int, length: int) -> None:
 
 
 def test_a_missing_member_is_one_damaged_record_and_its_neighbours_are_read(folder: Path) -> None:
-    """Stock readers end at a hole of zeros, without a word."""
+    """Stock readers stop silently at a hole of zeros."""
     shards = ShardSet(folder)
     offset = 512 + -(-len(encode_record({"text": TEXTS[0]})) // 512) * 512 + 512
     wipe(folder / "shard-000000.tar", offset - 512, 512 + len(encode_record({"text": TEXTS[1]})))
@@ -112,17 +112,19 @@ def test_a_manifest_that_disagrees_is_refused_when_opened(
 
 def test_a_wrong_sum_of_a_tar_is_found_by_check(folder: Path) -> None:
     change_manifest(folder, 1, sha256="0" * 64)
-    assert [str(fault) for fault in check_shards(folder)] == ["shard-000001.tar: its sha256 is not the manifest's"]
+    assert [str(fault) for fault in check_shards(folder)] == [
+        "shard-000001.tar: its sha256 does not match the manifest"
+    ]
 
 
 def test_an_index_of_another_shard_gives_no_wrong_record(folder: Path) -> None:
-    """Even where the manifest was made to agree with it."""
+    """Even if the manifest was changed to match."""
     shutil.copy(folder / "shard-000000.idx", folder / "shard-000001.idx")
     first = read_manifest(folder).shards[0]
     change_manifest(folder, 1, samples=first.samples, index_sha256=sha256_of_file(folder / "shard-000001.idx"))
     shards = ShardSet(folder)
     for idx in range(first.samples, 2 * first.samples):
-        with pytest.raises(DataError, match=r"shard-000001\.tar, member .* the checksum is not the index's"):
+        with pytest.raises(DataError, match=r"shard-000001\.tar, member .* the checksum does not match the index"):
             shards.record(idx)
     assert len(check_shards(folder)) == first.samples
 
@@ -180,7 +182,7 @@ def test_an_empty_shard_holds_no_record_and_shifts_none(tmp_path: Path) -> None:
     made = ShardSet(folder)
     assert [made.record(idx)["text"] for idx in range(len(made))] == ["a", "c"]
     (folder / MANIFEST).write_text(replace(manifest, samples=0, shards=()).to_json())
-    with pytest.raises(DataError, match="says 0 samples"):
+    with pytest.raises(DataError, match="has 0 samples"):
         ShardSet(folder)
 
 
@@ -202,12 +204,12 @@ def test_files_built_again_under_a_reader_are_not_mixed_with_the_old(folder: Pat
     with pytest.raises(StorageError, match=r"shard-000001\.tar has 100 bytes, but had \d+ before"):
         shards.record(first)
     (folder / "shard-000002.idx").write_bytes(b"x" * 100)
-    with pytest.raises(StorageError, match=r"shard-000002\.idx has 100 bytes, more before"):
+    with pytest.raises(StorageError, match=r"shard-000002\.idx has 100 bytes, fewer than before"):
         shards.record(first + int(shards.shard_sizes[1]))
 
 
 def test_a_lost_shard_stops_a_run_that_skips_damaged_records(tmp_path: Path) -> None:
-    """It is no damaged record: what a run reads must not depend on whether a disk or a server was there."""
+    """It must not count as a damaged record: a run must read the same records even if a disk or server fails."""
     mixture = TinyMixture.write(tmp_path)
     data = mixture.data(on_error="skip")
     data[0]

@@ -1,4 +1,4 @@
-"""The manifest: which versions are read, what the fingerprint covers, what is counted of passages."""
+"""The manifest: readable versions, coverage of the fingerprint, and passage counts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COUNTED = manifest(
 
 
 def as_version_2(made: Manifest) -> bytes:
-    """The manifest as it was written before passages were counted."""
+    """A manifest of version 2, which has no passage counts."""
     spec = json.loads(made.to_json())
     for one in spec["shards"]:
         del one["passage_tokens"]
@@ -54,7 +54,7 @@ def test_a_manifest_comes_back() -> None:
 
 
 def test_manifests_without_counts_are_read_and_name_the_same_records() -> None:
-    """Otherwise no run could be resumed on shards that were built again."""
+    """Otherwise a run could not resume on rebuilt shards."""
     old = parse_manifest(as_version_2(COUNTED), "here")
     assert old.passage_tokens == {}
     assert [one.name for one in old.shards] == ["a.tar", "b.tar"]

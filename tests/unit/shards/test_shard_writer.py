@@ -1,4 +1,4 @@
-"""Building shards: every input is read, nothing is lost, the bytes are deterministic, faults are named."""
+"""Building shards: every input is read, no text is lost, the bytes are deterministic, faults are reported."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def test_options_that_do_not_fit_are_errors(
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing of ours handles it."""
+    """Stand-in for a kill: no code of ours catches it."""
 
 
 @pytest.fixture
@@ -299,12 +299,13 @@ def inputs(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def build(tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Manifest]:
-    """Builds with batches of a few documents; `kill_at` ends it in front of that record, as a kill would.
+    """Build shards in batches of a few documents.
 
-    meanwhile: called with the number of each record in front of its writing.
+    kill_at: number of the record before which the build stops as if killed.
+    meanwhile: called with the number of each record before it is written.
     """
     monkeypatch.setattr("arc_ds.shards.building.inputs_lines.BATCH_BYTES", 700)
-    monkeypatch.setattr("os.fsync", lambda _: None)  # the machine does not lose its power here
+    monkeypatch.setattr("os.fsync", lambda _: None)  # no power failure in this test
     write = ShardWriter.write
 
     def run(

@@ -1,4 +1,4 @@
-"""Shards: nothing of a text is lost, bytes are deterministic, stock webdataset reads them, every fault is found."""
+"""Shards: no text is lost, bytes are deterministic, stock webdataset reads them, and every fault is found."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_check_names_every_fault_at_once(shards: ShardSet) -> None:
 def test_headers_of_indexes_are_read_one_at_a_time(
     tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many shards are opened by several threads, in which CPython may fail at it (gh-106905)."""
+    """Several threads open many shards at once, where CPython may raise an error (gh-106905)."""
     folder = write_shards(tmp_path / "many", tokenizer_path, numbered_texts(60), shard_bytes=1 << 10).folder
     load, inside, most = np.load, [], []
 
@@ -127,5 +127,5 @@ def test_headers_of_indexes_are_read_one_at_a_time(
 
     monkeypatch.setattr(np, "load", slow_load)
     opened = ShardSet(folder)
-    assert len(most) == len(opened.manifest.shards) >= 16, "as many as threads are used for"
+    assert len(most) == len(opened.manifest.shards) >= 16, "enough shards to use several threads"
     assert set(most) == {1}

@@ -1,4 +1,4 @@
-"""Cutting texts: nothing is lost, every piece fits, cuts fall where a reader would cut."""
+"""Cutting texts: no text is lost, every piece fits, and cuts are at natural breaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token cache gives the same encodings as the tokenizer, and what does not fit it is named and left unused."""
+"""The token cache gives the same encodings as the tokenizer. A cache that does not match is reported and unused."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_shards_that_were_built_again_make_a_cache_stale(
 def test_tars_that_were_indexed_by_another_field_make_a_cache_stale(
     tmp_path: Path, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The tar is the same, and so are the numbers of characters."""
+    """The tar is unchanged, and so are the numbers of characters."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     with tarfile.open(folder / "a.tar", "w") as tar:
@@ -340,7 +340,7 @@ def test_a_full_disk_is_an_error_and_the_same_call_goes_on(
 
     def full(descriptor: int) -> None:
         synced.append(descriptor)
-        if len(synced) > 8:  # six for the first shard: each file and its folder
+        if len(synced) > 8:  # six for the first shard: each of its files, and the folder after each
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
@@ -367,7 +367,7 @@ def test_caches_are_the_same_bytes_whatever_the_number_of_workers(shards: ShardS
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), min_size=1))
 def test_any_text_comes_out_of_the_cache_as_it_is_read(golden: Path, texts: list[str]) -> None:
-    """Boundaries too, of a byte-level tokenizer and of one that puts a space in front and hides some pieces."""
+    """Also the boundaries, for a byte-level tokenizer and for one that adds a leading space and hides some pieces."""
     for name in ("llama_tiny.tiktoken", "sp384.model"):
         tokenizer_path = golden / "tokenizers" / name
         with TemporaryDirectory() as folder:
@@ -378,7 +378,7 @@ def test_any_text_comes_out_of_the_cache_as_it_is_read(golden: Path, texts: list
 
 def test_a_token_of_too_many_characters_is_left_out(tmp_path: Path, tokenizer_path: Path) -> None:
     class OneToken:
-        """All of a text is one token."""
+        """A whole text is one token."""
 
         def encode_with_ends(self, text: str) -> Encoding:
             return Encoding(np.zeros(1, dtype=np.int64), np.array([0, len(text)]))

@@ -47,7 +47,7 @@ GPU as under the interpreter. `make gpu-day` measures both and writes this secti
 
 BAD_WORDS = ("failed", "wrong", "different", "ended early")
 GRACE_S = 10.0
-"""What a stage may take after its deadline to end what it has begun."""
+"""Time that a stage may use after its deadline to finish work in progress."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The launches of one operator on a GPU, with the bytes and the matrix products of each, from shapes alone.
 
-A launch reads every distinct input once and writes every output once. Counted are the elements that it touches: those
-of an expanded tensor once, of a table the rows that are looked up. A view launches nothing, nor does an allocation.
+A launch reads every distinct input once and writes every output once. Only the elements that it touches count: those of
+an expanded tensor once, and of a table only the selected rows. Views and allocations launch nothing.
 One operator of aten is one launch, unless it is known to be several (below); each operator of `arc_kernels` has an
 entry in `OPERATORS`, next to which `tests/unit/test_roofline.py` counts the launches of the real one.
 """
@@ -138,7 +138,7 @@ def _plain_bytes(operator: OpOverload, arguments: Arguments, outputs: list[Tenso
 
 
 def _lookup_bytes(table: Tensor, a: Arguments, outputs: list[Tensor]) -> int:
-    """The rows that are looked up, no more than there are, the indices, and the output."""
+    """Bytes of the selected rows (at most the whole table), the indices and the output."""
     indices = _tensors([a.get(key) for key in ("index", "indices")])
     return min(extent(*outputs), extent(table)) + extent(*indices) + extent(*outputs)
 
@@ -307,7 +307,7 @@ def _with_weight_sum(name: str, a: Arguments, outputs: list[Tensor], num_partial
 
 
 def _splice(a: Arguments, outputs: list[Tensor]) -> list[Launch]:
-    """Rows of the table, no more than there are, and given rows into the output."""
+    """Selected rows of the table (at most the whole table), and the given rows, written to the output."""
     table, ids = a["table_VD"], a["ids_N"]
     rows = min(ids.numel() * table.shape[1] * table.element_size(), extent(table))
     return [Launch("splice", rows + extent(ids, a["text_rows_N"], a["given_ZD"], a["given_rows_Z"], *outputs))]

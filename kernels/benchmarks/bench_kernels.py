@@ -125,12 +125,12 @@ def measure_case(
     compiles: bool = True,
     max_rounds: int = MAX_ROUNDS,
 ) -> list[Row]:
-    """Check one case, then time ours and the others; an implementation that cannot run is a row that says why.
+    """Check one case, then time our kernel and the others. If one cannot run, its row gives the reason.
 
     case: the kernel and its shape.
-    device: where it runs.
-    ceilings: of the device, for the shares.
-    compiles: whether torch.compile is among the others.
+    device: device to run on.
+    ceilings: ceilings of the device, from which the shares are computed.
+    compiles: whether the others include torch.compile.
     max_rounds: see `gpu_timing.interleaved`.
     """
     try:
@@ -211,12 +211,12 @@ def _unfit(function: Function, inputs: dict[str, Tensor], ours: tuple[Tensor, ..
 
 
 def _cannot_run(run: Callable[[], Any]) -> str:
-    """The error of a call, in one line; nothing if it runs. An error of a GPU may only show when it is waited for."""
+    """The error of a call, in one line; empty if it runs. A GPU error may appear only after synchronisation."""
     try:
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    except Exception as error:  # of any library: what it cannot do is a row, and the others go on
+    except Exception as error:  # from any library: report it as a row and continue with the others
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
 

@@ -38,10 +38,10 @@ class Timing(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What the device can do, measured in the same run.
+    """Peak rates of the device, measured in the same run.
 
-    copy: bytes a second of a copy within its memory, read and written together.
-    matrix: FLOP a second of a bfloat16 matrix product on random numbers.
+    copy: bytes per second (read plus written) of a copy within its memory.
+    matrix: FLOP per second of a bfloat16 matrix product on random numbers.
     """
 
     copy: float

@@ -19,14 +19,14 @@ CEILINGS = "ceilings.json"
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
-    """One stage of one day.
+    """The context of one stage.
 
-    stage: its name, which its rows carry.
-    device: where it measures.
-    rehearse: whether everything is of toy size, on the CPU.
-    out: the folder of the results.
-    rows: the file to which rows are appended.
-    deadline: on `time.monotonic`'s clock; a stage begins nothing new after it.
+    stage: name of the stage, written to its rows.
+    device: device that the stage measures.
+    rehearse: whether to run everything at toy size, on the CPU.
+    out: folder of the results.
+    rows: file to which rows are appended.
+    deadline: time on the clock of `time.monotonic` after which the stage starts no new work.
     """
 
     stage: str

@@ -15,7 +15,7 @@ from rows import Row, machine_name
 from arc_ds.system.device import peak_bf16_flops
 from gpu_stages.context import CEILINGS, StageContext
 
-# What a stage or a comparison wants; all but the first line can be absent.
+# Packages that stages and comparisons use. Only those of the first line are required.
 PACKAGES = {
     "torch triton numpy pyyaml safetensors tokenizers xxhash pytest hypothesis": "every stage",
     "pytest-xdist": "the tests run in one process without it",

@@ -1,4 +1,4 @@
-"""Stage "right": are the kernels right? One process for each kernel, and beside them the tests, many at a time.
+"""Stage "right": are the kernels right? Runs one process per kernel and, at the same time, the tests in parallel.
 
 These processes compare each kernel with the reference at the paper's shapes, and then run what it will be timed
 against, so that the compilers' caches are full before anything is timed. A kernel with an alternative that takes long
@@ -140,9 +140,9 @@ def _report_check(context: StageContext, check: _Check) -> None:
 
 
 def _read_entries(log: Path) -> list[dict[str, str]]:
-    """What the plugin has written, one entry for each test: a worker that a test has killed is a second report of it.
+    """The plugin's entries, one per test. A test that kills its worker is reported twice; the failure counts.
 
-    The last line may be half written.
+    The last line may be incomplete.
     """
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("\n")]

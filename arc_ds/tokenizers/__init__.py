@@ -1,7 +1,7 @@
-"""One small interface over every tokenizer, and where a text may be cut.
+"""One small interface for every tokenizer, which also gives the positions at which a text may be cut.
 
-The encoder and each decoder have tokenizers of their own. A sample is split in its *text*; `Encoding.ends` says which
-token boundaries are character boundaries, so that a cut can be carried from one tokenizer to another.
+The encoder and each decoder have their own tokenizers. A sample is split in its *text*; `Encoding.ends` tells which
+token boundaries are character boundaries, so that a cut can be transferred from one tokenizer to another.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _TIKTOKEN_LINE = re.compile(rb"^[A-Za-z0-9+/]+=* \d+\r?$")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a file or folder, recognised by content.
+    """Load the tokenizer of a file or folder. The format is detected from the content.
 
     A folder is searched for tokenizer.json, then tekken.json, then a sentencepiece or tiktoken file, then a single
-    .gguf file. Those used last are kept, so that a file that has not changed is read once, and a process that is forked
-    has them at its start. TokenizerError where there is nothing usable, the file is damaged, or the library that reads
+    .gguf file. The most recently used tokenizers are cached: an unchanged file is read once, and a forked process
+    inherits them. Raises TokenizerError if there is no usable tokenizer, the file is damaged, or the library that reads
     it is missing.
     """
     path = Path(path)
@@ -34,7 +34,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _state_of(path: Path) -> tuple[str, int, int, int, int] | None:
-    """What changes with a file; None where a link leads nowhere."""
+    """Name, inode, size and times of a file, which change if it does; None for a dangling link."""
     try:
         state = path.stat()
     except OSError:
@@ -44,8 +44,11 @@ def _state_of(path: Path) -> tuple[str, int, int, int, int] | None:
 
 @lru_cache(maxsize=8)
 def _read(path: Path, _states: tuple[object, ...]) -> Tokenizer:
-    """The tokenizer of a file; it, and the JSON files beside it, which may say what its special tokens are, are in
-    these states."""
+    """Read the tokenizer of a file.
+
+    _states: states of the file and of the JSON files next to it, which may define its special tokens. They are part of
+        the cache key only.
+    """
     with path.open("rb") as file:
         head = file.read(4096)
     if head[:4] == b"GGUF":
@@ -64,7 +67,7 @@ def _read(path: Path, _states: tuple[object, ...]) -> Tokenizer:
 
 
 def _read_json_kind(path: Path) -> Tokenizer:
-    """The tokenizer of a JSON file: Tekken's format or that of Hugging Face."""
+    """Read the tokenizer of a JSON file, in the format of Tekken or of Hugging Face."""
     from arc_ds.tokenizers.json_file import JsonTokenizer
     from arc_ds.tokenizers.tiktoken_file import is_tekken, read_tekken
 
@@ -74,7 +77,7 @@ def _read_json_kind(path: Path) -> Tokenizer:
 
 
 def _find_in_folder(folder: Path) -> Path:
-    """The tokenizer file of a folder of weights; TokenizerError where there is none, or several that differ."""
+    """Find the tokenizer file in a folder of weights; TokenizerError if there is none, or several that differ."""
     if (folder / "tokenizer.json").is_file():
         return folder / "tokenizer.json"
     for pattern in ("tekken*.json", "tokenizer.model*", "*.tiktoken", "*.model", "*.gguf"):
@@ -93,14 +96,14 @@ def _find_in_folder(folder: Path) -> Path:
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
-    """TokenizerError where the tokenizer has ids for which the weights of `what` have no embedding row.
+    """Raise TokenizerError if the tokenizer has ids without an embedding row in the weights of `what`.
 
-    More rows than ids are fine: embeddings are often padded.
+    More rows than ids are allowed, because embeddings are often padded.
     """
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
-            f"{what}: its tokenizer has {tokenizer.vocab_size} ids, the embedding only {vocab_size} rows, so they do "
-            "not belong together. Give the tokenizer that came with these weights (key `tokenizer`)."
+            f"{what}: its tokenizer has {tokenizer.vocab_size} ids, but the embedding has only {vocab_size} rows, so "
+            "they do not belong together. Give the tokenizer that came with these weights (key `tokenizer`)."
         )
 
 

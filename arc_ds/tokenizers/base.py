@@ -1,4 +1,4 @@
-"""The interface of every tokenizer, and what their implementations share.
+"""The interface of every tokenizer, and helpers shared by the implementations.
 
 Shape letters: N tokens.
 """
@@ -28,46 +28,46 @@ class Encoding(NamedTuple):
     """A tokenised text.
 
     ids: int64 [N], or uint32 [N] from a cache.
-    ends: int64 [N + 1]; `ends[k]` rises where the boundary behind k tokens is one of characters too, to their number:
-        there `ids[:k]` spells `text[:ends[k]]`. Inside a character, and behind a token without one, it repeats the
-        number before. The first is 0, and only the last is the length of the text.
+    ends: int64 [N + 1], never decreasing. If the boundary after k tokens is a character boundary, `ends[k]` is its
+        position in characters and `ids[:k]` spells `text[:ends[k]]`. Inside a character, and after a token without
+        characters, `ends[k]` repeats `ends[k - 1]`. `ends[0]` is 0, and only `ends[N]` is the length of the text.
     """
 
     ids: NDArray[np.integer]
     ends: NDArray[np.int64]
 
     def boundary_before(self, token: int) -> int:
-        """The last boundary of a character at or before the token boundary `token`, which may be beyond the end."""
+        """The last character boundary at or before the token boundary `token`, which may be beyond the end."""
         if token >= len(self.ids):
             return len(self.ids)
         return int(self.ends.searchsorted(self.ends[token]))
 
     def boundary_behind(self, token: int) -> int:
-        """The first boundary of a character at or behind the token boundary `token`."""
+        """The first character boundary at or after the token boundary `token`."""
         before = self.boundary_before(token)
         return before if before == token else int(self.ends.searchsorted(self.ends[token], side="right"))
 
     def first(self, max_tokens: int) -> NDArray[np.integer]:
-        """The first ids, at most `max_tokens` of whole characters."""
+        """The first ids: at most `max_tokens`, without a partial character."""
         return self.ids[: self.boundary_before(max_tokens)]
 
     def last(self, max_tokens: int) -> NDArray[np.integer]:
-        """The last ids, at most `max_tokens` of whole characters."""
+        """The last ids: at most `max_tokens`, without a partial character."""
         spare = len(self.ids) - max_tokens
         return self.ids[self.boundary_behind(spare) :] if spare > 0 else self.ids
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What ARC-DS asks of a tokenizer. Text that looks like a special token is ordinary text to `encode`.
+    """The interface that ARC-DS needs. `encode` treats text that looks like a special token as ordinary text.
 
-    bos_id: the id that sequences of this model begin with, None where the model is used without one.
-    eos_id: the id that ends a text, None where there is none.
+    bos_id: the id that starts the sequences of this model, None if the model uses none.
+    eos_id: the id that ends a text, None if there is none.
     vocab_size: one more than the largest id.
-    fingerprint: sha256 of what defines the tokenizer's ids, as hex digits, wherever its files lie. Shards, token caches
-        and checkpoints are of one tokenizer, and are known by it: what was made with another is refused or left unused.
-        The same vocabulary in another format has another fingerprint.
-    special_ids: id of each special token by its text, such as `<|im_end|>`; what chat templates are made of.
+    fingerprint: sha256 of everything that determines the ids, as hex digits; independent of the path. It ties shards,
+        token caches and checkpoints to one tokenizer: those of another tokenizer are refused or ignored. The same
+        vocabulary in another format has another fingerprint.
+    special_ids: id of each special token by its text, such as `<|im_end|>`. Chat templates are built from them.
     """
 
     bos_id: int | None
@@ -85,20 +85,20 @@ class Tokenizer(Protocol):
         ...
 
     def encode_with_ends(self, text: str) -> Encoding:
-        """Ids of the text and the character that each token boundary stands at."""
+        """Ids of the text, with the character position of each token boundary."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of the ids; special tokens give no text, broken UTF-8 gives U+FFFD."""
+        """The text of the ids. Special tokens yield no text, invalid UTF-8 yields U+FFFD."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the files from which `load_tokenizer(folder)` makes an equal tokenizer. The folder must exist."""
+        """Write the files from which `load_tokenizer(folder)` loads an equal tokenizer. The folder must exist."""
         ...
 
 
 def parse_json(raw: bytes, path: Path) -> Any:
-    """The content of a JSON file; TokenizerError naming the file where it is none."""
+    """Parse a JSON file; TokenizerError with its path if it is not JSON."""
     try:
         return json.loads(raw.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -106,21 +106,21 @@ def parse_json(raw: bytes, path: Path) -> Any:
 
 
 def require(module: str, path: Path) -> ModuleType:
-    """Import the library that reads `path`; TokenizerError with the pip command where it is missing."""
+    """Import the library that reads `path`; TokenizerError with the pip command if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise TokenizerError(f"tokenizer {path} is read by the package {module}: pip install {module}") from error
+        raise TokenizerError(f"tokenizer {path} requires the package {module}: pip install {module}") from error
 
 
 def checked(text: str) -> str:
-    """The text. A lone surrogate raises the UnicodeEncodeError that names it; libraries raise errors of other types."""
+    """The text itself. A lone surrogate raises UnicodeEncodeError; the libraries would raise errors of other types."""
     text.encode("utf-8")
     return text
 
 
 def sha256_of(*parts: bytes) -> str:
-    """sha256 of the parts, each with its length in front, as hex digits."""
+    """sha256 of the parts, each prefixed with its length, as hex digits."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -154,7 +154,7 @@ def _characters_before(offsets: NDArray[np.int64], raw: NDArray[np.int8]) -> NDA
 
 
 def settle_ends(ends: NDArray[np.int64], num_characters: int) -> NDArray[np.int64]:
-    """Make raw boundaries int64 [N + 1], negative inside a character, keep the promise of `Encoding.ends`."""
+    """Convert raw boundaries, int64 [N + 1] and negative inside a character, to `Encoding.ends`."""
     ends = ends.copy()
     ends[0], ends[-1] = 0, num_characters
     ends[1:-1][ends[1:-1] >= num_characters] = -1

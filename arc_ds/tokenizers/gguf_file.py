@@ -13,8 +13,8 @@ from arc_ds.tokenizers.json_file import JsonTokenizer, is_mark
 from arc_ds.tokenizers.tiktoken_file import LLAMA3_PATTERN
 
 _CONTROL, _USER_DEFINED = 3, 4
-# How each `tokenizer.ggml.pre` splits text before merging (llama.cpp, llama-vocab.cpp): a pattern of its own, or
-# None for GPT-2's; and whether each digit stands alone first.
+# How each `tokenizer.ggml.pre` splits text before merging (llama.cpp, llama-vocab.cpp): its pattern (None for GPT-2's),
+# and whether digits are first split into single digits.
 _PRE_TOKENIZERS: dict[str, tuple[str | None, bool]] = {
     "default": (None, False),
     "gpt-2": (None, False),
@@ -27,9 +27,9 @@ _PRE_TOKENIZERS: dict[str, tuple[str | None, bool]] = {
 
 
 def read_gguf_tokenizer(path: Path) -> JsonTokenizer:
-    """The tokenizer of a GGUF file.
+    """Read the tokenizer of a GGUF file.
 
-    TokenizerError where the file holds none, or one of another kind than byte-level BPE with a known pre-tokenizer.
+    Raises TokenizerError if the file has no tokenizer, or one other than byte-level BPE with a known pre-tokenizer.
     """
     library = require("tokenizers", path)
     fields = _fields(path)
@@ -45,7 +45,7 @@ def read_gguf_tokenizer(path: Path) -> JsonTokenizer:
             "`tokenizer` key to the tokenizer.json of the original model."
         )
     backend = _build(library, fields, pre)
-    # `add_bos_token` is what llama.cpp does unasked; whether a sequence begins with it here is the run's to say.
+    # `add_bos_token` is a default of llama.cpp and is ignored here: the run decides whether sequences start with bos.
     bos_id = fields.get("bos_token_id")
     eos_id = fields.get("eos_token_id")
     parts = [json.dumps(fields[key], ensure_ascii=False).encode() for key in ("tokens", "merges", "token_type")]
@@ -54,7 +54,7 @@ def read_gguf_tokenizer(path: Path) -> JsonTokenizer:
 
 
 def _fields(path: Path) -> dict[str, Any]:
-    """The `tokenizer.ggml.*` metadata, keys without that prefix."""
+    """The `tokenizer.ggml.*` metadata, with that prefix removed from the keys."""
     prefix = "tokenizer.ggml."
     try:
         metadata = read_gguf_header(path, lists_under=prefix).metadata
@@ -71,7 +71,7 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def _build(library: Any, fields: dict[str, Any], pre: str) -> Any:
-    """A `tokenizers.Tokenizer` of the metadata."""
+    """Build a `tokenizers.Tokenizer` from the metadata."""
     pattern, digits_alone = _PRE_TOKENIZERS[pre]
     tokens: list[str] = fields["tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
@@ -79,7 +79,7 @@ def _build(library: Any, fields: dict[str, Any], pre: str) -> Any:
         library.models.BPE(
             vocab={token: idx for idx, token in enumerate(tokens)},
             merges=merges,
-            ignore_merges=pattern is LLAMA3_PATTERN,  # Llama 3 takes a word that is a token whole
+            ignore_merges=pattern is LLAMA3_PATTERN,  # Llama 3 keeps a word that is a token whole
         )
     )
     splitters = []
@@ -98,7 +98,7 @@ def _build(library: Any, fields: dict[str, Any], pre: str) -> Any:
 
 
 def _marks(fields: dict[str, Any]) -> list[str]:
-    """The marks that the file lists as user-defined, like words, and not as control tokens."""
+    """Marks that the file lists as user-defined tokens, like words, instead of control tokens."""
     return [token for token in _of_kind(fields, _USER_DEFINED) if is_mark(token)]
 
 

@@ -1,7 +1,8 @@
-"""The header of a GGUF file: its metadata, and where its tensors lie.
+"""The header of a GGUF file: its metadata and the positions of its tensors.
 
-Read here and not by the `gguf` package, whose reader makes numpy views of every string of every list: five seconds for
-a vocabulary of 49k tokens, in every process. Format: the GGUF specification of ggml (docs/gguf.md), versions 2 and 3.
+The reader of the `gguf` package makes numpy views of every string of every list, which takes five seconds for a
+vocabulary of 49k tokens, in every process. This module therefore parses the header itself. Format: the GGUF
+specification of ggml (docs/gguf.md), versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ _DEFAULT_ALIGNMENT = 32
 
 
 class GgufTensor(NamedTuple):
-    """One tensor of the file. shape is in PyTorch's order; kind is ggml's number of the block format; offset counts
-    from the start of the data, in bytes."""
+    """One tensor of the file.
+
+    shape: in PyTorch's order.
+    kind: ggml's number of the block format.
+    offset: in bytes, from the start of the tensor data.
+    """
 
     shape: tuple[int, ...]
     kind: int
@@ -30,7 +35,12 @@ class GgufTensor(NamedTuple):
 
 
 class GgufHeader(NamedTuple):
-    """What a file says of itself. data_start: byte where the tensors' data begin."""
+    """The parsed header.
+
+    metadata: values by key.
+    tensors: tensors by name.
+    data_start: byte position of the tensor data.
+    """
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
@@ -38,10 +48,11 @@ class GgufHeader(NamedTuple):
 
 
 def read_gguf_header(path: Path, *, lists_under: str | None = None) -> GgufHeader:
-    """The header of a GGUF file. Metadata are str, int, float and bool; lists (a tokenizer's are long) only under keys
-    that begin with `lists_under`.
+    """Read the header of a GGUF file. Metadata values are str, int, float, bool and lists.
 
-    ValueError where the file is no little-endian GGUF of version 2 or 3, or is cut short in the header.
+    path: the file.
+    lists_under: prefix of the keys whose lists are read (those of a tokenizer are long). Other lists are skipped.
+    Raises ValueError if the file is not little-endian GGUF of version 2 or 3, or ends within the header.
     """
     with path.open("rb") as file:
         if len(head := file.read(24)) < 24 or head[:4] != b"GGUF":
@@ -57,7 +68,7 @@ def read_gguf_header(path: Path, *, lists_under: str | None = None) -> GgufHeade
 
 
 class _Cursor:
-    """A place in the file that moves on as values are read."""
+    """A position in the file that advances as values are read."""
 
     def __init__(self, data: mmap.mmap, offset: int) -> None:
         self.data = data

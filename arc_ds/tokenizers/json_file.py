@@ -15,7 +15,7 @@ from arc_ds.errors import TokenizerError
 from arc_ds.tokenizers.base import Encoding, checked, parse_json, require, settle_ends, sha256_of
 
 _MARK = re.compile(r"<.*[^\W\d_].*>|\[.*[^\W\d_].*\]", re.DOTALL)
-# Tokens of ordinary texts where a tokenizer lists them (Gemma). Not the element s: </s> ends a text.
+# HTML tags, which some tokenizers (Gemma) list as tokens for ordinary text. <s> is not one of them: </s> ends a text.
 _HTML = re.compile(
     r"</?(a|b|blockquote|br|caption|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|span|strong|su[bp]|t[dhr]|table|tbody|tfoot"
     r"|thead|u|ul)>"
@@ -23,11 +23,11 @@ _HTML = re.compile(
 
 
 def is_mark(token: str) -> bool:
-    """Whether an added token steers the model by its look, though its file may not list it as special.
+    """Whether an added token looks like a control token, even if its file does not list it as special.
 
-    Many files leave that out for the marks of roles and tools (`<|User|>`, `<think>`, `[INST]`), which in somebody's
-    text must stay text. A mark is in angle or square brackets with a letter between them, and no HTML element. All
-    other added tokens are words to the model, such as runs of spaces (GPT-NeoX, OLMo).
+    Many files do not list the marks of roles and tools as special (`<|User|>`, `<think>`, `[INST]`), yet inside a
+    user's text these must remain text. A mark has angle or square brackets with a letter between them, and is not an
+    HTML tag. All other added tokens are words to the model, such as runs of spaces (GPT-NeoX, OLMo).
     """
     return _MARK.fullmatch(token) is not None and _HTML.fullmatch(token) is None
 
@@ -36,7 +36,7 @@ class JsonTokenizer:
     """A tokenizer of the `tokenizers` library.
 
     backend: a `tokenizers.Tokenizer` in which every mark (`is_mark`) is a special token.
-    definition: the text of tokenizer.json, which `save` writes again; None if the backend was not read from one.
+    definition: the text of tokenizer.json, which `save` writes; None if the backend was not read from one.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class JsonTokenizer:
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # "<|im_end|>" in somebody's text is text
+        backend.encode_special_tokens = True  # "<|im_end|>" in a user's text is text
         self._backend = backend
         self.bos_id = bos_id
         self.eos_id = eos_id
@@ -62,7 +62,7 @@ class JsonTokenizer:
 
     @classmethod
     def from_spec(cls, path: Path, definition: str, spec: Any) -> JsonTokenizer:
-        """Read the content of tokenizer.json; bos and eos come from the files beside it. TokenizerError if damaged."""
+        """Read the content of tokenizer.json; bos and eos come from the files next to it. TokenizerError if damaged."""
         library = require("tokenizers", path)
         if not isinstance(spec, dict) or "model" not in spec:
             raise TokenizerError(
@@ -71,7 +71,7 @@ class JsonTokenizer:
             )
         backend = library.Tokenizer.from_str(json.dumps(spec) if _make_marks_special(spec) else definition)
         bos_id, eos_id = _special_ids(path.parent, backend)
-        backend.post_processor = spec["post_processor"] = None  # it adds specials and trims offsets of leading spaces
+        backend.post_processor = spec["post_processor"] = None  # it adds specials and trims spaces from offsets
         canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
         marks = json.dumps([bos_id, eos_id]).encode()
         fingerprint = sha256_of(b"json", canonical, marks)
@@ -115,7 +115,7 @@ def _ends_from_spans(spans: NDArray[np.int64], num_characters: int) -> NDArray[n
 
 
 def _make_marks_special(spec: dict[str, Any]) -> bool:
-    """Make the marks among the added tokens special ones; whether there were any that were not."""
+    """Turn the marks among the added tokens into special tokens. Returns whether any was changed."""
     ordinary = (added for added in spec.get("added_tokens") or [] if not added.get("special"))
     marks = [added for added in ordinary if is_mark(added["content"])]
     for added in marks:
@@ -124,7 +124,7 @@ def _make_marks_special(spec: dict[str, Any]) -> bool:
 
 
 def _special_ids(folder: Path, backend: Any) -> tuple[int | None, int | None]:
-    """(bos, eos) of a Hugging Face folder. bos is None where the model's own texts do not begin with it."""
+    """(bos, eos) of a Hugging Face folder. bos is None if the model's own texts do not start with it."""
     settings = _read_json(folder / "tokenizer_config.json")
     config = _read_json(folder / "config.json")
 

@@ -13,7 +13,7 @@ from arc_ds.tokenizers.base import SUPPORTED, Encoding, checked, ends_of_bytes, 
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model that keeps every character. The fingerprint is of the model file's bytes."""
+    """A sentencepiece model that preserves every character. Its fingerprint covers the bytes of the model file."""
 
     def __init__(self, processor: Any, raw: bytes) -> None:
         self._processor = processor
@@ -30,14 +30,14 @@ class SentencePieceTokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> SentencePieceTokenizer:
-        """Read a model file. TokenizerError where it is none, or where its normaliser rewrites text."""
+        """Read a model file. Raises TokenizerError if it is not one, or if its normaliser rewrites text."""
         library = require("sentencepiece", path)
         raw = path.read_bytes()
         processor = library.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(raw)
         except (RuntimeError, OSError, ValueError) as error:
-            raise TokenizerError(f"tokenizer {path} is of no kind that ARC-DS knows: expected {SUPPORTED}.") from error
+            raise TokenizerError(f"tokenizer {path} has an unknown format: expected {SUPPORTED}.") from error
         probe = "two  spaces \n"
         if processor.decode(processor.encode(probe)) != probe:
             raise TokenizerError(
@@ -54,7 +54,7 @@ class SentencePieceTokenizer:
 
     def encode_with_ends(self, text: str) -> Encoding:
         ids = np.array(self.encode(text), dtype=np.int64)
-        # An unknown piece hides how much it covers: the lengths do not add up then.
+        # The length of an unknown piece is not known, so the lengths do not add up if there is one.
         return Encoding(ids, ends_of_bytes(text, self._lengths[ids], self._lead))
 
     def decode(self, ids: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Tokenizers that are a list of byte sequences in rank order: Llama 3's (tiktoken's lines) and Mistral's Tekken."""
+"""Tokenizers defined by byte sequences in rank order: Llama 3's (tiktoken lines) and Mistral's Tekken."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# tiktoken's regular expressions overflow their stack on runs of some hundred thousand characters without a break, so
-# runs are broken here, as the reference code of Llama 3 does.
+# tiktoken's regular expressions overflow their stack on runs of several hundred thousand characters without a break.
+# As in the reference code of Llama 3, longer runs are split.
 _MAX_RUN = 25_000
 _RUNS = re.compile(rf"\s{{1,{_MAX_RUN}}}|\S{{1,{_MAX_RUN}}}")
 NUM_LLAMA3_SPECIALS = 256
@@ -39,9 +39,9 @@ _LLAMA3_NAMED = {
     9: "<|eot_id|>",
     10: "<|python_tag|>",
 }
-# Files of the same format that split text by another pattern; their ids would come out wrong without a word.
+# Model families with files of the same format but another split pattern: their ids would be silently wrong.
 _OTHER_FAMILIES = {50256: "GPT-2", 100256: "GPT-4", 151643: "Qwen", 199998: "GPT-4o", 200000: "Llama 4"}
-# Tekken files up to version 7 may leave their special tokens unsaid; these stand first then (mistral-common).
+# Tekken files up to version 7 may omit their special tokens; the first ones are then these (mistral-common).
 _TEKKEN_NAMED = [
     "<unk>",
     "<s>",
@@ -70,8 +70,8 @@ class RankTokenizer:
     """A tokenizer of byte sequences in rank order, with special tokens before the ranks or after them.
 
     library: tiktoken.
-    pattern: the regular expression of the words that are merged apart.
-    tokens: the bytes of each rank, all single bytes among them.
+    pattern: the regular expression that splits a text into words; merges do not cross words.
+    tokens: the bytes of each rank, including all single bytes.
     first_id: the id of rank 0.
     specials: id of each special token.
     bos, eos: names of the special tokens that begin and end texts.
@@ -129,7 +129,7 @@ class RankTokenizer:
 
 
 def _break_points(text: str) -> list[int]:
-    """Places at which a run of white space, or of anything else, has reached the longest length and goes on."""
+    """Positions that split runs (of white space, or of anything else) longer than `_MAX_RUN` characters."""
     if len(text) <= _MAX_RUN:
         return []
     ends = (match.end() for match in _RUNS.finditer(text) if len(match.group()) == _MAX_RUN)
@@ -137,9 +137,9 @@ def _break_points(text: str) -> list[int]:
 
 
 def read_tiktoken(path: Path) -> RankTokenizer:
-    """Llama 3's tokenizer: lines of base64 token and rank, 256 special tokens after them.
+    """Read Llama 3's tokenizer: lines of base64 token and rank. Its 256 special tokens follow the ranks.
 
-    TokenizerError naming the line that cannot be read, or the other model family whose file this is.
+    Raises TokenizerError with the number of an invalid line, or with the model family if the file is not Llama 3's.
     """
     library = require("tiktoken", path)
     raw = path.read_bytes()
@@ -155,7 +155,7 @@ def read_tiktoken(path: Path) -> RankTokenizer:
     if len(ranks) in _OTHER_FAMILIES:
         raise TokenizerError(
             f"tokenizer {path}: its {len(ranks)} ranks are those of {_OTHER_FAMILIES[len(ranks)]}, which splits text "
-            "otherwise than Llama 3, whose files of this kind ARC-DS reads. Give the model's tokenizer.json instead."
+            "differently. ARC-DS reads only Llama 3's files of this format. Give the model's tokenizer.json instead."
         )
     tokens = _in_rank_order(ranks, path)
     specials = {_llama3_special(idx): len(tokens) + idx for idx in range(NUM_LLAMA3_SPECIALS)}
@@ -174,9 +174,9 @@ def read_tiktoken(path: Path) -> RankTokenizer:
 
 
 def _in_rank_order(ranks: dict[bytes, int], path: Path) -> list[bytes]:
-    """The tokens by rank; TokenizerError where a rank or a single byte is missing."""
+    """The tokens by rank; TokenizerError if a rank or a single byte is missing."""
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise TokenizerError(f"tokenizer {path}: its ranks are not 0 … {len(ranks) - 1}, each once. Copy it again.")
+        raise TokenizerError(f"tokenizer {path}: its ranks are not exactly 0 … {len(ranks) - 1}. Copy it again.")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise TokenizerError(f"tokenizer {path}: byte {missing[0]} has no token, so not every text can be encoded.")
@@ -184,7 +184,7 @@ def _in_rank_order(ranks: dict[bytes, int], path: Path) -> list[bytes]:
 
 
 def _llama3_special(idx: int) -> str:
-    """Name of the special token that stands `idx` places behind the last rank (Llama 3.1's names)."""
+    """Name of special token number `idx`, counted from the end of the ranks (Llama 3.1's names)."""
     if idx in _LLAMA3_NAMED:
         return _LLAMA3_NAMED[idx]
     unnamed = idx - sum(1 for named in _LLAMA3_NAMED if named < idx)
@@ -197,10 +197,10 @@ def is_tekken(spec: Any) -> bool:
 
 
 def read_tekken(path: Path, raw: bytes, spec: dict[str, Any]) -> RankTokenizer:
-    """Mistral's Tekken (tekken.json): special tokens first, then the first ranks of its vocabulary.
+    """Read Mistral's Tekken (tekken.json): special tokens first, then the first ranks of its vocabulary.
 
-    The fingerprint covers what decides ids: pattern, ranks in use and special tokens; not image or audio settings.
-    TokenizerError where the file is damaged.
+    The fingerprint covers everything that determines ids (pattern, used ranks, special tokens), but not the image and
+    audio settings. Raises TokenizerError if the file is damaged.
     """
     library = require("tiktoken", path)
     try:

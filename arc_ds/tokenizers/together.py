@@ -1,4 +1,4 @@
-"""Texts that stand one after the other, read as the one text that they make."""
+"""Tokenising consecutive texts as one joined text."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from numpy.typing import NDArray
 
 from arc_ds.tokenizers.base import Encoding, Tokenizer
 
-# Texts that a following text can be told from: by the second where it begins with white space, else by the first.
+# Texts placed before the first text so that its start is a token boundary: "\n" works unless it begins with white
+# space, and then "a" does.
 _ANCHORS = ("\n", "a")
 
 
 def read_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool) -> list[NDArray[np.integer]]:
-    """The ids of texts that stand one behind the other, as they read as one text: integers, one array a text.
+    """Tokenise consecutive texts as one joined text. Returns the ids, one integer array per text.
 
-    inside: they do not begin a text (sentencepiece would put a space in front of one that does). Where a token reaches
-    from one text into the next, each is read by itself.
+    If a token spans two texts, each text is tokenised separately.
+
+    inside: whether the texts continue an earlier text (sentencepiece adds a space before a text that starts one).
     """
     return [encoding.ids for encoding in encode_together(tokenizer, texts, inside=inside)]
 
 
 def encode_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool) -> list[Encoding]:
-    """As `read_together`, with the characters that the tokens end at, counted from the beginning of each text."""
+    """As `read_together`, but returns encodings. Their `ends` count from the beginning of each text."""
     for anchor in _ANCHORS if inside else ("",):
         pieces = _slices(tokenizer.encode_with_ends("".join((anchor, *texts))), [anchor, *texts])
         if pieces is not None:
@@ -35,7 +37,7 @@ def encode_together(tokenizer: Tokenizer, texts: Sequence[str], *, inside: bool)
 
 
 def _slices(encoding: Encoding, texts: Sequence[str]) -> list[Encoding] | None:
-    """Each of the joined texts; None where one of them does not end with a token."""
+    """Split an encoding into those of the joined texts; None if the end of a text is not a token boundary."""
     cuts = np.cumsum([0, *(len(text) for text in texts)])
     places = encoding.ends.searchsorted(cuts)
     places[-1] = len(encoding.ids)

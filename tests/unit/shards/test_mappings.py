@@ -134,9 +134,7 @@ def test_sets_of_one_cache_hold_no_more_than_a_quarter_of_it_or_one_each(
         others = [len(of_set) > 0 for of_set in alive]
         assert held[set_idx][idx].idx == idx
         assert held[set_idx][idx] is held[set_idx][idx]
-        assert all(had <= (len(of_set) > 0) for had, of_set in zip(others, alive, strict=True)), (
-            "every other source keeps one"
-        )
+        assert all(had <= (len(of_set) > 0) for had, of_set in zip(others, alive, strict=True)), "the others keep one"
 
 
 def test_the_least_recently_used_file_is_closed_first() -> None:

@@ -382,7 +382,7 @@ def test_folder_with_two_candidates_asks_for_one_unless_they_are_the_same_file(t
         ("tokenizer.model", b"YQ== 0\nYg== 2\n", "ranks are not"),
         ("tokenizer.model", b"YQ== 0\nYg==\n", "line 2"),
         ("tokenizer.model", b"YQ== 0\nYg== 1\n", "byte 0 has no token"),
-        ("tokenizer.model", b"\x00\x01nonsense", "of no kind"),
+        ("tokenizer.model", b"\x00\x01nonsense", "has an unknown format"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -74,7 +74,7 @@ def test_where_a_url_has_no_token_cache_one_line_says_so_and_it_is_asked_once(
         assert open_token_cache(shards, tokenizer) is None
         (record,) = caplog.records
         assert record.levelno == logging.INFO
-        assert f"no token cache is there (tokens-{tokenizer.fingerprint[:16]}/cache.json)" in record.getMessage()
+        assert f"no token cache found (tokens-{tokenizer.fingerprint[:16]}/cache.json)" in record.getMessage()
     assert server.requests["cache.json"] == 1
 
 
@@ -113,7 +113,7 @@ def test_a_token_cache_of_other_shards_or_with_damaged_sums_is_left_unused(
     spec["shards"]["shard-000001.tar"]["ids_sha256"] = "../../x"
     index.write_text(json.dumps(spec))
     assert open_token_cache(ShardSet(server.url, cache=cache), tokenizer) is None
-    assert "expected digests" in caplog.text
+    assert "expected sha256 digests" in caplog.text
 
 
 def test_a_token_cache_with_a_file_larger_than_the_bound_is_left_unused(
@@ -124,7 +124,7 @@ def test_a_token_cache_with_a_file_larger_than_the_bound_is_left_unused(
     build_token_caches(long.folder, [path])
     shards = ShardSet(f"pipe:cat {long.folder}", cache=replace(cache, max_bytes=long.manifest.shards[0].bytes))
     assert open_token_cache(shards, load_tokenizer(path)) is None
-    assert caplog.text.rstrip().endswith("a file of it has 60000 bytes, more than data.cache_gib allows. Raise it.")
+    assert caplog.text.rstrip().endswith("one of its files has 60000 bytes, more than data.cache_gib allows. Raise it.")
 
 
 def test_a_token_cache_counts_towards_the_bound(

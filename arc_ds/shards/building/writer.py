@@ -203,7 +203,7 @@ class _Build:
         if not self.writer.shards:
             raise DataError(
                 f"the inputs ({', '.join(file.path.name for file in self.plan.files[:5])}) yield no record: "
-                f"{_as_words(self.sources)} left out. Pass other inputs, or lower the limits."
+                f"{_as_words(self.sources)} left out. Give other inputs, or lower the limits."
             )
 
     def _works(self, digests: InputDigests) -> Iterator[Work]:

@@ -28,7 +28,7 @@ def writing(folder: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"another {what} is writing {folder}. Wait for it.") from None
+            raise DataError(f"another {what} is writing {folder}. Wait until it has finished.") from None
         except OSError as error:
             logger.warning("%s: this file system has no locks (%s); run one %s at a time", folder, error, what)
         yield

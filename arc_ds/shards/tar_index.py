@@ -25,7 +25,7 @@ from arc_ds.tokenizers import Tokenizer
 _KEY_AND_END = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # as webdataset splits a member's name
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _CURE = "Copy it again, or leave it out."
-_BATCH = 256  # texts per tokenizer call
+_BATCH = 256  # records per tokenizer call
 _MAX_NAMED = 5  # members logged per reason
 
 

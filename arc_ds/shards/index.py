@@ -32,7 +32,7 @@ _UNSAFE = re.compile(r"[/\\\0]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
+class _TarSource:
     """A tar to index.
 
     place: path or URL of the tar.
@@ -46,7 +46,7 @@ class _Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
+class _IndexJob:
     """Settings shared by all tars.
 
     scratch: temporary folder that exists until all tars are indexed.
@@ -62,7 +62,7 @@ class _Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Indexed:
+class _TarIndex:
     """The result of indexing one tar.
 
     shard: its entry in the manifest.
@@ -107,15 +107,15 @@ def index_shards(
     Raises DataError if a tar is damaged or no record is found, and StorageError if a URL cannot be fetched, a tar
     cannot be read or the output cannot be written.
     """
-    works = _works(tars, out_dir)
-    folder = Path(out_dir) if out_dir is not None else Path(works[0].place).parent
+    sources = _sources(tars, out_dir)
+    folder = Path(out_dir) if out_dir is not None else Path(sources[0].place).parent
     if (folder / MANIFEST).exists() and not overwrite:
         raise DataError(f"{folder} has a {MANIFEST} already. Give another folder, or overwrite=True (--overwrite).")
     form = form or RecordForm()
     fingerprint = load_tokenizer(Path(tokenizer)).fingerprint
     with _storage_errors(folder), _scratch_in(folder) as scratch:
-        job = _Job(scratch=scratch, tokenizer=Path(tokenizer), form=form)
-        indexed = list(_index_all(works, job, workers, progress))
+        job = _IndexJob(scratch=scratch, tokenizer=Path(tokenizer), form=form)
+        indexed = list(_index_all(sources, job, workers, progress))
         (scratch / MANIFEST).write_text(_manifest(indexed, form, fingerprint).to_json(), encoding="utf-8")
         for name in (
             *(tar.shard.index_name for tar in indexed),
@@ -128,7 +128,7 @@ def index_shards(
     return read_manifest(folder)
 
 
-def _works(tars: Sequence[str | Path], out_dir: str | Path | None) -> list[_Work]:
+def _sources(tars: Sequence[str | Path], out_dir: str | Path | None) -> list[_TarSource]:
     """The tars in order, each with a unique name. Folders are replaced by the tars in them."""
     places = [place for given in tars for place in _expand(str(given))]
     if not places:
@@ -141,10 +141,10 @@ def _works(tars: Sequence[str | Path], out_dir: str | Path | None) -> list[_Work
     if out_dir is None and not is_beside:
         raise DataError("the tars are not all in one local folder. Give a folder for index and manifest: --out FOLDER.")
     if is_beside and (out_dir is None or Path(out_dir).absolute() in folders):
-        return [_Work(place=place, name=name, location=None) for place, name in zip(places, names, strict=True)]
+        return [_TarSource(place=place, name=name, location=None) for place, name in zip(places, names, strict=True)]
     locations = [place if is_url(place) else str(Path(place).absolute()) for place in places]
     return [
-        _Work(place=place, name=name, location=location)
+        _TarSource(place=place, name=name, location=location)
         for place, name, location in zip(places, names, locations, strict=True)
     ]
 
@@ -206,58 +206,58 @@ def _scratch_in(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _index_all(works: Sequence[_Work], job: _Job, workers: int, progress: bool) -> Iterator[_Indexed]:
+def _index_all(sources: Sequence[_TarSource], job: _IndexJob, workers: int, progress: bool) -> Iterator[_TarIndex]:
     """Index the tars in parallel, and yield the results in order."""
     function = partial(_index_one, job)
-    with tqdm(total=len(works), unit="tar", disable=not progress) as bar:
-        for indexed in _map(function, works, min(workers, len(works))):
+    with tqdm(total=len(sources), unit="tar", disable=not progress) as bar:
+        for indexed in _map(function, sources, min(workers, len(sources))):
             bar.update()
             yield indexed
 
 
-def _map(function: partial[_Indexed], works: Sequence[_Work], workers: int) -> Iterable[_Indexed]:
+def _map(function: partial[_TarIndex], sources: Sequence[_TarSource], workers: int) -> Iterable[_TarIndex]:
     if workers <= 1:
-        yield from map(function, works)
+        yield from map(function, sources)
         return
     with worker_pool(workers) as pool:
-        yield from pool.map(function, works)
+        yield from pool.map(function, sources)
 
 
-def _index_one(job: _Job, work: _Work) -> _Indexed:
+def _index_one(job: _IndexJob, source: _TarSource) -> _TarIndex:
     """Index one tar. The tar of a URL is downloaded first and deleted afterwards."""
-    if not is_url(work.place):
-        return _indexed(job, work, Path(work.place))
-    path = job.scratch / work.name
+    if not is_url(source.place):
+        return _indexed(job, source, Path(source.place))
+    path = job.scratch / source.name
     with path.open("w+b") as file:
-        attempt = partial(download, work.place, file, timeout_s=job.retries.timeout_s)
-        with_retries(work.place, attempt, job.retries)
+        attempt = partial(download, source.place, file, timeout_s=job.retries.timeout_s)
+        with_retries(source.place, attempt, job.retries)
     try:
-        return _indexed(job, work, path)
+        return _indexed(job, source, path)
     finally:
         path.unlink()
 
 
-def _indexed(job: _Job, work: _Work, path: Path) -> _Indexed:
+def _indexed(job: _IndexJob, source: _TarSource, path: Path) -> _TarIndex:
     """Write the index of a tar and return its manifest entries and counts."""
     rows, findings = index_tar(path, load_tokenizer(job.tokenizer), job.form)
-    index_path = job.scratch / (Path(work.name).stem + ".idx")
+    index_path = job.scratch / (Path(source.name).stem + ".idx")
     with index_path.open("wb") as file:
         np.save(file, rows, allow_pickle=False)
     size, digest, tokens = path.stat().st_size, sha256_of_file(path), rows["tokens"]
     shard = ShardInfo(
-        name=work.name,
+        name=source.name,
         samples=len(rows),
         tokens=int(tokens.sum()),
         bytes=size,
         sha256=digest,
         index_sha256=sha256_of_file(index_path),
         member=job.form.member,
-        location=work.location,
+        location=source.location,
         passage_tokens=dict(findings.passage_tokens),
     )
     skipped = findings.skipped + Counter({"no_record": len(findings.keys - findings.with_record)})
-    source = SourceInfo(
-        name=work.name,
+    info = SourceInfo(
+        name=source.name,
         bytes=size,
         sha256=digest,
         documents=len(findings.keys),
@@ -266,9 +266,9 @@ def _indexed(job: _Job, work: _Work, path: Path) -> _Indexed:
         cut=0,
         skipped=dict(sorted(skipped.items())),
     )
-    return _Indexed(
+    return _TarIndex(
         shard=shard,
-        source=source,
+        source=info,
         shortest=int(tokens.min()) if len(rows) else None,
         longest=int(tokens.max()) if len(rows) else None,
         ends=findings.ends,
@@ -276,7 +276,7 @@ def _indexed(job: _Job, work: _Work, path: Path) -> _Indexed:
     )
 
 
-def _manifest(indexed: Sequence[_Indexed], form: RecordForm, fingerprint: str) -> Manifest:
+def _manifest(indexed: Sequence[_TarIndex], form: RecordForm, fingerprint: str) -> Manifest:
     if all(tar.longest is None for tar in indexed):
         ends = sum((tar.ends for tar in indexed), Counter[str]())
         found = ", ".join(f".{end} ({count})" for end, count in ends.most_common(8)) or "none"

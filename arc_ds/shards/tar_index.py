@@ -44,7 +44,7 @@ class RecordForm:
 
 
 @dataclass(slots=True, kw_only=True)
-class Findings:
+class TarContents:
     """Contents of a tar other than its records.
 
     keys: keys of the webdataset samples.
@@ -68,7 +68,7 @@ class Findings:
             self.named.append(what)
 
 
-class _Found(NamedTuple):
+class _RecordEntry(NamedTuple):
     """A record in the tar.
 
     offset: position of its bytes in the tar.
@@ -95,18 +95,18 @@ class _UnusableError(Exception):
         self.reason = reason
 
 
-def index_tar(path: Path, tokenizer: Tokenizer, form: RecordForm) -> tuple[NDArray[np.void], Findings]:
+def index_tar(path: Path, tokenizer: Tokenizer, form: RecordForm) -> tuple[NDArray[np.void], TarContents]:
     """Index a tar. Returns its rows, INDEX_DTYPE [records], in the order of the tar, and the findings.
 
     Raises DataError if the tar is damaged, truncated or compressed: otherwise records after the damage would be lost
     silently.
     """
-    findings = Findings()
+    findings = TarContents()
     rows: list[tuple[int, int, int, int]] = []
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty. {_CURE}")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        batch: list[_Found] = []
+        batch: list[_RecordEntry] = []
         for found in _records(path, data, form, findings):
             batch.append(found)
             if len(batch) == _BATCH:
@@ -116,7 +116,7 @@ def index_tar(path: Path, tokenizer: Tokenizer, form: RecordForm) -> tuple[NDArr
     return np.array(rows, dtype=INDEX_DTYPE), findings
 
 
-def _records(path: Path, data: mmap.mmap, form: RecordForm, findings: Findings) -> Iterator[_Found]:
+def _records(path: Path, data: mmap.mmap, form: RecordForm, findings: TarContents) -> Iterator[_RecordEntry]:
     """The usable records of a tar."""
     for info in _members(path, data):
         parts = _KEY_AND_END.fullmatch(info.name)
@@ -170,7 +170,7 @@ def _members(path: Path, data: mmap.mmap) -> Iterator[tarfile.TarInfo]:
             )
 
 
-def _found(data: mmap.mmap, info: tarfile.TarInfo, form: RecordForm) -> _Found:
+def _found(data: mmap.mmap, info: tarfile.TarInfo, form: RecordForm) -> _RecordEntry:
     if not info.isreg() or info.issparse():
         raise _UnusableError("no_file", "a link or a sparse file")
     if info.size > MAX_RECORD_BYTES:
@@ -187,7 +187,7 @@ def _found(data: mmap.mmap, info: tarfile.TarInfo, form: RecordForm) -> _Found:
         num_passages = len(made.passages)
     if not any(text.strip() for text in texts):
         raise _UnusableError("empty", "only white space")
-    return _Found(info.offset_data, info.size, xxhash.xxh64_intdigest(payload), texts, alternatives, num_passages)
+    return _RecordEntry(info.offset_data, info.size, xxhash.xxh64_intdigest(payload), texts, alternatives, num_passages)
 
 
 def _decode(payload: bytes, form: RecordForm) -> dict[str, Any]:
@@ -213,7 +213,9 @@ def _unusable_as(reason: str) -> Iterator[None]:
         raise _UnusableError(reason, error) from error
 
 
-def _count_tokens(batch: list[_Found], tokenizer: Tokenizer, findings: Findings) -> list[tuple[int, int, int, int]]:
+def _count_tokens(
+    batch: list[_RecordEntry], tokenizer: Tokenizer, findings: TarContents
+) -> list[tuple[int, int, int, int]]:
     """Index rows of a batch. A record's tokens are those of all its texts plus those of its longest alternative.
 
     Adds the tokens of the passages to the findings.

@@ -10,7 +10,7 @@ from arc_ds.shards.storage.remote import Retries
 from tests.helpers.tiny_data import numbered_texts
 
 TEXTS = numbered_texts(60)
-QUICK = Retries(attempts=3, first_wait_s=0.01, timeout_s=0.3)
+QUICK = Retries(attempts=3, first_wait_s=0.01, timeout_s=0.5)
 
 
 def texts_of(shards: ShardSet) -> list[str]:

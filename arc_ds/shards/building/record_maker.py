@@ -97,7 +97,7 @@ class Counts:
         return Counts(documents=self.documents, cut=self.cut, skipped=self.skipped.copy())
 
 
-class MadeRecord(NamedTuple):
+class EncodedRecord(NamedTuple):
     """A serialised record.
 
     payload: its bytes.
@@ -113,7 +113,7 @@ class MadeRecord(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MadeBatch:
+class EncodedBatch:
     """The records of a batch.
 
     records: none if `stopped` is set.
@@ -122,7 +122,7 @@ class MadeBatch:
     stopped: the fault that stops the build; None if there is none.
     """
 
-    records: tuple[MadeRecord, ...]
+    records: tuple[EncodedRecord, ...]
     counts: Counts
     faults: tuple[str, ...]
     stopped: str | None = None
@@ -136,9 +136,9 @@ class RecordMaker:
         self.tokenizer = tokenizer
         self._cutter = TextCutter(tokenizer=tokenizer, max_tokens=rules.max_tokens, min_tokens=rules.min_tokens)
 
-    def make(self, file: InputFile, batch: Batch) -> MadeBatch:
+    def make(self, file: InputFile, batch: Batch) -> EncodedBatch:
         """Make the records of a batch of documents of a file."""
-        records: list[MadeRecord] = []
+        records: list[EncodedRecord] = []
         counts = Counts()
         faults: list[str] = []
         rules = self.rules
@@ -151,15 +151,15 @@ class RecordMaker:
                 if left_out.fault is not None:
                     fault = f"{file.where(number)}: {left_out.fault}"
                     if rules.on_error == "stop":
-                        return MadeBatch(records=(), counts=counts, faults=(), stopped=fault)
+                        return EncodedBatch(records=(), counts=counts, faults=(), stopped=fault)
                     faults += [fault] if len(faults) < MAX_NAMED else []
                 counts.skipped[left_out.reason] += 1
             else:
                 counts.cut += len(made) > 1
                 records += made
-        return MadeBatch(records=tuple(records), counts=counts, faults=tuple(faults))
+        return EncodedBatch(records=tuple(records), counts=counts, faults=tuple(faults))
 
-    def _records_of(self, fields: dict[str, Any] | LeftOutError) -> list[MadeRecord]:
+    def _records_of(self, fields: dict[str, Any] | LeftOutError) -> list[EncodedRecord]:
         if isinstance(fields, LeftOutError):
             raise fields
         self._check_quality(fields)
@@ -176,7 +176,7 @@ class RecordMaker:
         if self.rules.min_quality is not None and not quality >= self.rules.min_quality:  # `not >=` also rejects NaN
             raise LeftOutError("quality")
 
-    def _pretraining(self, fields: dict[str, Any]) -> list[MadeRecord]:
+    def _pretraining(self, fields: dict[str, Any]) -> list[EncodedRecord]:
         """Cut the text of a document into records."""
         try:
             text = text_of(fields, self.rules.text_field)
@@ -193,9 +193,9 @@ class RecordMaker:
             raise LeftOutError("cannot_cut", str(error)) from error
         if len(pieces) == 1 and pieces[0][1] < self.rules.min_tokens:
             raise LeftOutError("min_tokens")
-        return [MadeRecord(encode_record({"text": piece}), num_tokens) for piece, num_tokens in pieces]
+        return [EncodedRecord(encode_record({"text": piece}), num_tokens) for piece, num_tokens in pieces]
 
-    def _fine_tuning(self, fields: dict[str, Any]) -> list[MadeRecord]:
+    def _fine_tuning(self, fields: dict[str, Any]) -> list[EncodedRecord]:
         """Make one record. Its token count covers all passages, instruction and question, and the longest answer."""
         try:
             record = fine_tuning_record(fields)
@@ -211,7 +211,7 @@ class RecordMaker:
         num_tokens = in_passages + sum(len(self.tokenizer.encode(text)) for text in asked)
         # Training strips white space around an answer.
         num_tokens += max(self._tokens("answer", [answer.strip() for answer in record.answers]))
-        return [MadeRecord(payload, num_tokens, len(record.passages), in_passages)]
+        return [EncodedRecord(payload, num_tokens, len(record.passages), in_passages)]
 
     def _tokens(self, field: str, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text. A text without tokens is a fault: it leaves nothing to read or predict.

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arc_ds.shards.building.batches import Batch, InputFile
-from arc_ds.shards.building.record_maker import MadeBatch, RecordMaker, RecordRules
+from arc_ds.shards.building.record_maker import EncodedBatch, RecordMaker, RecordRules
 from arc_ds.system.processes import worker_pool
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
 _AHEAD = 2  # batches in flight per worker, so that a worker never waits for its next batch
 
 
-class Work(NamedTuple):
+class BatchJob(NamedTuple):
     """A batch of the input number `file_idx`."""
 
     file_idx: int
@@ -26,37 +26,39 @@ class Work(NamedTuple):
 
 
 def make_in_order(
-    works: Iterable[Work], *, rules: RecordRules, tokenizer: Tokenizer, tokenizer_folder: Path, num_workers: int
-) -> Generator[tuple[Work, MadeBatch], None, None]:
-    """Yield each work with its records, in order. The result does not depend on the number of workers.
+    jobs: Iterable[BatchJob], *, rules: RecordRules, tokenizer: Tokenizer, tokenizer_folder: Path, num_workers: int
+) -> Generator[tuple[BatchJob, EncodedBatch], None, None]:
+    """Yield each job with its records, in order. The result does not depend on the number of workers.
 
-    works: the batches to process.
+    jobs: the batches to process.
     rules: rules for the records.
     tokenizer: the encoder's tokenizer.
     tokenizer_folder: folder to which the tokenizer is saved for the workers.
-    num_workers: maximum number of worker processes. At most one is started per work; a single worker runs in this
+    num_workers: maximum number of worker processes. At most one is started per job; a single worker runs in this
         process.
 
     Raises DataError if a worker dies.
     """
-    works = iter(works)
-    first = list(islice(works, num_workers))
-    works = chain(first, works)
+    jobs = iter(jobs)
+    first = list(islice(jobs, num_workers))
+    jobs = chain(first, jobs)
     if len(first) <= 1:
         maker = RecordMaker(rules, tokenizer)
-        for work in works:
-            yield work, maker.make(work.file, work.batch)
+        for job in jobs:
+            yield job, maker.make(job.file, job.batch)
         return
     tokenizer_folder.mkdir(exist_ok=True)
     tokenizer.save(tokenizer_folder)
     with worker_pool(len(first), _begin, rules, tokenizer_folder) as pool:
-        yield from _bounded(pool, works, num_workers * _AHEAD)
+        yield from _bounded(pool, jobs, num_workers * _AHEAD)
 
 
-def _bounded(pool: ProcessPoolExecutor, works: Iterable[Work], limit: int) -> Iterator[tuple[Work, MadeBatch]]:
-    under_way: deque[tuple[Work, Future[MadeBatch]]] = deque()
-    for work in works:
-        under_way.append((work, pool.submit(_make, work.file, work.batch)))
+def _bounded(
+    pool: ProcessPoolExecutor, jobs: Iterable[BatchJob], limit: int
+) -> Iterator[tuple[BatchJob, EncodedBatch]]:
+    under_way: deque[tuple[BatchJob, Future[EncodedBatch]]] = deque()
+    for job in jobs:
+        under_way.append((job, pool.submit(_make, job.file, job.batch)))
         if len(under_way) == limit:
             first, made = under_way.popleft()
             yield first, made.result()
@@ -73,6 +75,6 @@ def _begin(rules: RecordRules, tokenizer_folder: Path) -> None:
     _maker = RecordMaker(rules, load_tokenizer(tokenizer_folder))
 
 
-def _make(file: InputFile, batch: Batch) -> MadeBatch:
+def _make(file: InputFile, batch: Batch) -> EncodedBatch:
     assert _maker is not None, "a worker calls _begin before _make"
     return _maker.make(file, batch)

@@ -18,9 +18,9 @@ from arc_ds.errors import DataError, StorageError
 from arc_ds.shards.building.batches import InputFile
 from arc_ds.shards.building.input_digests import InputDigests
 from arc_ds.shards.building.inputs import find_inputs, read_batches
-from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, MadeBatch, OnError, RecordRules
+from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordRules
 from arc_ds.shards.building.state import BuildFolder, BuildPlan, Checkpoint
-from arc_ds.shards.building.workers import Work, make_in_order
+from arc_ds.shards.building.workers import BatchJob, make_in_order
 from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo
 from arc_ds.shards.tar_writer import ShardWriter
 from arc_ds.system.files import write_whole
@@ -186,18 +186,18 @@ class _Build:
         Raises DataError on a fault that stops the build, or if the inputs yield no record.
         """
         with InputDigests() as digests:
-            works = make_in_order(
-                self._works(digests),
+            jobs = make_in_order(
+                self._jobs(digests),
                 rules=self.plan.rules,
                 tokenizer=tokenizer,
                 tokenizer_folder=self.folder.path / "tokenizer",
                 num_workers=workers,
             )
-            with self.writer, closing(works):
-                for work, made in works:
-                    self._finish_files(work.file_idx, digests)
-                    self._write(work, made)
-                    bar.update(self._bytes_done + work.batch.position - bar.n)
+            with self.writer, closing(jobs):
+                for job, made in jobs:
+                    self._finish_files(job.file_idx, digests)
+                    self._write(job, made)
+                    bar.update(self._bytes_done + job.batch.position - bar.n)
                     bar.set_postfix(records=self.writer.num_records, refresh=False)
                 self._finish_files(len(self.plan.files), digests)
         if not self.writer.shards:
@@ -206,7 +206,7 @@ class _Build:
                 f"{_as_words(self.sources)} left out. Give other inputs, or lower the limits."
             )
 
-    def _works(self, digests: InputDigests) -> Iterator[Work]:
+    def _jobs(self, digests: InputDigests) -> Iterator[BatchJob]:
         """Yield the batches from the checkpoint on."""
         rules, start = self.plan.rules, self.checkpoint
         for idx in range(start.file_idx, len(self.plan.files)):
@@ -218,9 +218,9 @@ class _Build:
                 max_document_bytes=rules.max_document_bytes,
                 start=start.cursor if idx == start.file_idx else None,
             ):
-                yield Work(idx, file, batch)
+                yield BatchJob(idx, file, batch)
 
-    def _write(self, work: Work, made: MadeBatch) -> None:
+    def _write(self, job: BatchJob, made: EncodedBatch) -> None:
         """Append the records of one batch, and save the progress whenever a shard is finished."""
         named = made.faults[: MAX_NAMED - self._num_named]
         for fault in named:
@@ -238,16 +238,16 @@ class _Build:
                 passage_tokens=record.passage_tokens,
             )
             if is_finished:
-                self._save(work, number)
+                self._save(job, number)
         self._to_skip = 0
         self._counts.add(made.counts)
 
-    def _save(self, work: Work, num_records: int) -> None:
+    def _save(self, job: BatchJob, num_records: int) -> None:
         self.checkpoint = Checkpoint(
             shards=tuple(self.writer.shards),
             sources=tuple(self.sources),
-            file_idx=work.file_idx,
-            cursor=work.batch.cursor,
+            file_idx=job.file_idx,
+            cursor=job.batch.cursor,
             num_records=num_records,
             counts=self._counts.copy(),
             file_records=self.writer.num_records - self._first_record,

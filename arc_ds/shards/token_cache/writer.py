@@ -83,18 +83,18 @@ def build_token_caches(
     shards = ShardSet(path)
     loaded = [(str(tokenizer), load_tokenizer(tokenizer)) for tokenizer in tokenizers]
     jobs = [
-        _Jobs(str(path), shards, tokenizer, tokenizer_path, shards.folder / cache_name(tokenizer.fingerprint))
+        _CacheJob(str(path), shards, tokenizer, tokenizer_path, shards.folder / cache_name(tokenizer.fingerprint))
         for tokenizer_path, tokenizer in loaded
     ]
     return tuple(_build_or_say_why_not(job, workers, progress) for job in jobs)
 
 
-def _build_or_say_why_not(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
+def _build_or_say_why_not(job: _CacheJob, workers: int, progress: bool) -> CacheSummary:
     """Run `_build_cache` with the cache locked. Raises StorageError, with the remedy, if it cannot be written."""
     try:
-        jobs.folder.mkdir(exist_ok=True)
-        with writing(jobs.folder, "tokenize"):
-            return _build_cache(jobs, workers, progress)
+        job.folder.mkdir(exist_ok=True)
+        with writing(job.folder, "tokenize"):
+            return _build_cache(job, workers, progress)
     except OSError as error:
         cure = (
             "Free some disk space; the same command resumes after the finished shards."
@@ -103,20 +103,20 @@ def _build_or_say_why_not(jobs: _Jobs, workers: int, progress: bool) -> CacheSum
             "for the same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and use it as the source of a "
             "new run."
         )
-        raise StorageError(f"{jobs.folder} cannot be written: {error}. {cure}") from error
+        raise StorageError(f"{job.folder} cannot be written: {error}. {cure}") from error
 
 
-def _build_cache(jobs: _Jobs, workers: int, progress: bool) -> CacheSummary:
+def _build_cache(job: _CacheJob, workers: int, progress: bool) -> CacheSummary:
     """Tokenise the shards that a cache lacks. Rewrites the index of the cache after each shard."""
-    infos, folder, fingerprint = jobs.shards.manifest.shards, jobs.folder, jobs.tokenizer.fingerprint
-    done = _finished(jobs.shards.manifest, folder, fingerprint)
+    infos, folder, fingerprint = job.shards.manifest.shards, job.folder, job.tokenizer.fingerprint
+    done = _finished(job.shards.manifest, folder, fingerprint)
     for stray in _strays(folder, done):
         stray.unlink()
     write_whole(folder / CACHE_FILE, CacheIndex(fingerprint=fingerprint, shards=done).to_json().encode())
     missing = [idx for idx, info in enumerate(infos) if info.name not in done]
-    with tqdm(total=len(jobs.shards), unit="record", disable=not progress) as bar:
+    with tqdm(total=len(job.shards), unit="record", disable=not progress) as bar:
         bar.update(sum(cached.records for cached in done.values()))
-        for shard_idx, cached in _made(jobs, missing, workers):
+        for shard_idx, cached in _made(job, missing, workers):
             done[infos[shard_idx].name] = cached
             write_whole(folder / CACHE_FILE, CacheIndex(fingerprint=fingerprint, shards=done).to_json().encode())
             bar.update(cached.records)
@@ -155,7 +155,7 @@ def _strays(folder: Path, done: Mapping[str, CachedShard]) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name not in known)
 
 
-class _Jobs(NamedTuple):
+class _CacheJob(NamedTuple):
     """The inputs and target that all shards of one cache share."""
 
     path: str
@@ -165,13 +165,13 @@ class _Jobs(NamedTuple):
     folder: Path
 
 
-def _made(jobs: _Jobs, shard_idxs: Sequence[int], workers: int) -> Iterator[tuple[int, CachedShard]]:
+def _made(job: _CacheJob, shard_idxs: Sequence[int], workers: int) -> Iterator[tuple[int, CachedShard]]:
     """Tokenise shards in parallel; yield each one when it is finished."""
     if min(workers, len(shard_idxs)) <= 1:
         for shard_idx in shard_idxs:
-            yield shard_idx, _tokenize_shard(jobs.shards, shard_idx, jobs.tokenizer, jobs.folder)
+            yield shard_idx, _tokenize_shard(job.shards, shard_idx, job.tokenizer, job.folder)
         return
-    with worker_pool(min(workers, len(shard_idxs)), _begin, jobs.path, jobs.tokenizer_path, jobs.folder) as pool:
+    with worker_pool(min(workers, len(shard_idxs)), _begin, job.path, job.tokenizer_path, job.folder) as pool:
         futures = {pool.submit(_tokenize, shard_idx): shard_idx for shard_idx in shard_idxs}
         for future in as_completed(futures):
             yield futures[future], future.result()

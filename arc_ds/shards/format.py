@@ -1,4 +1,4 @@
-"""The shard format: file names, the index of each tar, and the manifest of a folder of shards (design 7).
+"""The shard format: file names, the index of each tar, and the manifest of a folder of shards.
 
 A folder holds `shard-000000.tar` (a standard webdataset tar of `KEY.json` members), `shard-000000.idx` (an .npy array
 of `INDEX_DTYPE`, one row per record) and so on, and one `manifest.json`. Third-party tars may be stored elsewhere and

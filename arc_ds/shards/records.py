@@ -1,4 +1,4 @@
-"""Records: the contents of one member of a shard (design 7).
+"""Records: the contents of one member of a shard.
 
 A record is a JSON object of one of two kinds. Pretraining: {"text"}. Fine-tuning: {"passages": [str] or "passage": str,
 "question"?: str, "instruction"?: str, "answer": str or [str]}. Other fields are kept and ignored.

@@ -1,4 +1,4 @@
-"""Converts the original files of question-answering data sets to fine-tuning records in JSONL (design 7)."""
+"""Converts the original files of question-answering data sets to fine-tuning records in JSONL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cuts a long text into sequence-sized pieces, preferably at the end of a paragraph or sentence (design 7)."""
+"""Cuts a long text into sequence-sized pieces, preferably at the end of a paragraph or sentence."""
 
 from __future__ import annotations
 

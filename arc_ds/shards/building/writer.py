@@ -59,7 +59,7 @@ def build_shards(
     out_dir: folder to create.
     tokenizer: the encoder's tokenizer, or its path.
     kind: kind of the records. Pretraining documents are cut, without losing text, into records. Fine-tuning documents
-        have the fields of design 7 and are never cut.
+        have the fields listed in `arc_ds/shards/README.md` and are never cut.
     max_tokens: maximum length of a pretraining record.
     min_tokens: minimum length of a pretraining record. Shorter documents are left out; pieces are never shorter.
     shard_bytes: a shard ends with the member that reaches this size.

@@ -1,4 +1,4 @@
-"""The files of a token cache: names, formats, and checks that they belong to a set of shards (design 7).
+"""The files of a token cache: names, formats, and checks that they belong to a set of shards.
 
 A cache is the folder `tokens-FINGERPRINT` in the folder of manifest and indexes; FINGERPRINT stands for the first 16
 digits of the tokenizer's fingerprint. The folder contains `cache.json`, a `lock` that a writer holds, and for each

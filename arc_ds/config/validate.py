@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ def _shards_on_disk(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def _exists(path: str) -> bool:
-    return Path(path).exists()
+    return os.path.exists(path)  # false for names that are too long and folders that cannot be searched
 
 
 def _encoder_problems(config: RunConfig) -> Iterator[str]:

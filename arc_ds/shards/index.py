@@ -21,7 +21,7 @@ from arc_ds.shards.format import MANIFEST, Manifest, ShardInfo, SourceInfo, read
 from arc_ds.shards.storage.cache import is_disk_full
 from arc_ds.shards.storage.remote import Retries, download, with_retries
 from arc_ds.shards.tar_index import RecordForm, index_tar
-from arc_ds.system.files import sync_file
+from arc_ds.system.files import sync_file, sync_folder
 from arc_ds.system.processes import worker_pool
 from arc_ds.system.urls import is_url, local_path
 from arc_ds.tokenizers import load_tokenizer
@@ -117,12 +117,12 @@ def index_shards(
         job = _IndexJob(scratch=scratch, tokenizer=Path(tokenizer), form=form)
         indexed = list(_index_all(sources, job, workers, progress))
         (scratch / MANIFEST).write_text(_manifest(indexed, form, fingerprint).to_json(), encoding="utf-8")
-        for name in (
-            *(tar.shard.index_name for tar in indexed),
-            MANIFEST,
-        ):  # the manifest last: it completes the set
-            sync_file(scratch / name)
-            (scratch / name).replace(folder / name)
+        # The manifest last: it completes the set.
+        for names in ([tar.shard.index_name for tar in indexed], [MANIFEST]):
+            for name in names:
+                sync_file(scratch / name)
+                (scratch / name).replace(folder / name)
+            sync_folder(folder)
     for what in [what for tar in indexed for what in tar.named]:
         logger.warning("left out: %s", what)
     return read_manifest(folder)

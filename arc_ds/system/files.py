@@ -1,7 +1,8 @@
 """Atomic and durable writes of files and folders.
 
 Content is written under a temporary name in the same folder, synced to disk and renamed. A kill at any time leaves
-either the old or the new content. After the rename the new content survives a power failure.
+either the old or the new file. After the rename the new content survives a power failure. Replacing a folder takes two
+renames: a kill between them leaves the old folder as `.NAME.old-PID`, and an error restores it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number, as in containers
     partial.mkdir()
     try:
         yield partial
@@ -55,12 +57,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Rename the folder `new`, whose files must be synced, to `path`. An existing folder there is finally deleted."""
+    """Rename the folder `new`, whose files must be synced, to `path`.
+
+    An existing folder there is finally deleted. If `new` cannot be renamed, it is restored.
+    """
+    sync_folder(new)
     old = path.with_name(f".{path.name}.old-{os.getpid()}") if path.exists() else None
     if old is not None:
         path.rename(old)
-    sync_folder(new)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except BaseException:
+        if old is not None:
+            old.rename(path)
+        raise
     sync_folder(path.parent)
     if old is not None:
         shutil.rmtree(old)

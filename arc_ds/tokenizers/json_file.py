@@ -69,7 +69,10 @@ class JsonTokenizer:
                 f"tokenizer {path}: expected the key `model` of a Hugging Face tokenizer.json, got the keys "
                 f"{sorted(spec)[:6]}. Give the folder's tokenizer.json or tokenizer.model."
             )
-        backend = library.Tokenizer.from_str(json.dumps(spec) if _make_marks_special(spec) else definition)
+        try:
+            backend = library.Tokenizer.from_str(json.dumps(spec) if _make_marks_special(spec) else definition)
+        except Exception as error:  # the library raises nothing more specific
+            raise TokenizerError(f"tokenizer {path} is damaged: {error}. Copy or download it again.") from error
         bos_id, eos_id = _special_ids(path.parent, backend)
         backend.post_processor = spec["post_processor"] = None  # it adds specials and trims spaces from offsets
         canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -145,4 +148,9 @@ def _special_ids(folder: Path, backend: Any) -> tuple[int | None, int | None]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return parse_json(path.read_bytes(), path) if path.is_file() else {}
+    content = parse_json(path.read_bytes(), path) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise TokenizerError(
+            f"{path}: expected a JSON object, got a {type(content).__name__}. Copy or download it again."
+        )
+    return content

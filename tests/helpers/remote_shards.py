@@ -1,4 +1,4 @@
-"""What the tests of shards behind URLs share."""
+"""Texts, retries and readers for the tests of remote shards."""
 
 from __future__ import annotations
 

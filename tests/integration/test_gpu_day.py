@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -302,4 +302,22 @@ def test_a_smaller_gpu_gets_a_smaller_step(tools: ModuleType, monkeypatch: pytes
 def test_the_readme_shows_the_summary_of_the_measured_folder(tools: ModuleType) -> None:
     text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
     assert tools.with_measured(text) == text, "run python tools/gpu_day.py --readme"
-    assert tools.with_measured(text.replace("no GPU so far", "")) == text
+    other = text.replace("for lack of a GPU", "")
+    assert other != text and tools.with_measured(other) == text
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "word"), [(1, "ImportError: no such module", "ended early"), (0, None, "right")]
+)
+def test_a_check_that_ends_without_its_verdicts_is_bad(
+    tools: ModuleType, tmp_path: Path, code: int, text: str | None, word: str
+) -> None:
+    right = importlib.import_module("gpu_stages.right")
+    context = importlib.import_module("gpu_stages.context").StageContext.of(
+        "right", rehearse=True, out=tmp_path, seconds=9.0
+    )
+    (tmp_path / "words").write_text(text or "result: splice R=1: right")
+    process = SimpleNamespace(returncode=code)
+    right._report_check(context, right._Check(kernel="splice", num_cases=1, process=process, words=tmp_path / "words"))
+    (row,) = _rows(tmp_path)
+    assert row["value"] == word and tools.is_bad(row["value"]) == (code == 1)

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "arc_ds").rglob("*.py"), *(ROOT / "kernels" / "arc_kernels").rglob("*.py")])
-# Who may import whom (`arc_ds/README.md`): the package on the left never imports those on the right.
+# The package on the left never imports those on the right (`arc_ds/README.md`).
 FORBIDDEN = {
     "arc_ds/data": ("arc_ds.model", "arc_ds.training", "arc_ds.export", "arc_ds.cli"),
     "arc_ds/model": ("arc_ds.training", "arc_ds.export", "arc_ds.cli"),

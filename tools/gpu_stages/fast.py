@@ -73,5 +73,5 @@ def _choose_attention(context: StageContext) -> None:
     # A copy: the stage that follows runs the code as it is committed.
     table = shutil.copy(TABLE, context.out / "attention_measured.py")
     code = choose_attention.main(["--write", f"--table={table}", f"--seconds={context.seconds_left() - 5:.1f}"])
-    word = "written" if code == 0 else "backends differ"
+    word = "written" if code == 0 else "backends give different results"
     context.result("choose_attention", word, f"copy it to {TABLE.relative_to(ROOT)}")

@@ -20,11 +20,18 @@ from arc_ds.tokenizers import Tokenizer
 
 @cache
 def all_tasks() -> Mapping[str, Task]:
-    """The tasks by name, in alphabetical order."""
+    """The tasks by name, in alphabetical order. Raises ConfigError if two tasks share a sample name."""
     names = sorted(module.name for module in pkgutil.iter_modules(kinds.__path__))
     found: list[Task] = [import_module(f"{kinds.__name__}.{name}").TASK for name in names]
-    samples = [sample for task in found for sample in task.samples]
-    assert len(set(samples)) == len(samples), f"two tasks have samples of one name: {samples}"
+    owners: dict[str, str] = {}
+    for task in found:
+        for sample in task.samples:
+            if sample in owners:
+                raise ConfigError(
+                    f"the tasks {owners[sample]} and {task.name} both have samples named {sample!r}. Rename one "
+                    f"of them in {kinds.__name__}."
+                )
+            owners[sample] = task.name
     return {task.name: task for task in found}
 
 

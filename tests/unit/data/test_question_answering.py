@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
 from arc_ds.batch.packing import PoolingSpec, pack
 from arc_ds.data.loading.estimates import Estimator
 from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, mismatched, open_
 from arc_ds.data.tasks.registry import all_tasks, find_task
-from arc_ds.errors import DataError
+from arc_ds.errors import ConfigError, DataError
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken
 from tests.helpers.written import written
@@ -80,3 +83,13 @@ def test_the_estimate_is_near_the_sample_and_within_the_largest(pair: Pair) -> N
 
 def test_it_is_in_the_registry_by_its_file_alone() -> None:
     assert list(all_tasks()) == ["few_shot", "long_context", "pretraining", NAME]
+
+
+def test_two_tasks_with_one_sample_name_are_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = find_task("long_context")
+    monkeypatch.setattr(
+        "arc_ds.data.tasks.registry.import_module",
+        lambda path: SimpleNamespace(TASK=replace(task, name=path.rpartition(".")[2])),
+    )
+    with pytest.raises(ConfigError, match="few_shot and long_context both have samples named 'long_context'. Rename"):
+        all_tasks.__wrapped__()

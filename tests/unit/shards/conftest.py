@@ -1,4 +1,4 @@
-"""Shards behind a server that misbehaves on request, for the tests of this folder."""
+"""Fixtures of this folder: shards on a server that misbehaves on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transfers: what is tried again, what is final, and what an error says."""
+"""Transfers: transient faults are retried, final faults are not, and errors name the reason."""
 
 from __future__ import annotations
 

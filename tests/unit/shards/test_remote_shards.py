@@ -1,4 +1,4 @@
-"""Sets of shards behind URLs are the local ones."""
+"""Remote shards give the same records as local ones."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_fetched_manifest_names_no_command_and_no_local_file(
 
 
 class RemoteMixture(TinyMixture):
-    """The sources of a mixture behind a server."""
+    """The sources of a mixture, served by a server."""
 
     url: str
     cache: ShardCache

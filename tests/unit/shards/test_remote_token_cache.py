@@ -1,4 +1,4 @@
-"""Token caches behind URLs: fetched like the tars, or left unused and named."""
+"""Remote token caches are fetched like the tars. A warning names those that are not used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.tiny_data import write_json_tokenizer, write_shards, write_ti
 
 @pytest.fixture
 def tokenizer(local: ShardSet) -> Iterator[Tokenizer]:
-    """Its cache lies beside the local shards while a test runs."""
+    """A tokenizer whose token cache is next to the local shards."""
     path = local.folder.parent / "t.model"
     (made,) = build_token_caches(local.folder, [path])
     yield load_tokenizer(path)
@@ -130,7 +130,7 @@ def test_a_token_cache_with_a_file_larger_than_the_bound_is_left_unused(
 def test_a_token_cache_counts_towards_the_bound(
     tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the number of sources and tokenizers: what is mapped cannot make room."""
+    """Mapped files cannot be evicted, for any number of sources and tokenizers."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     paths = [write_tiktoken(tmp_path / "t.model"), write_json_tokenizer(tmp_path / "json")]
     texts = [[f"{text} Of the {name}." for text in TEXTS] for name in ("lamp", "lake")]

@@ -58,7 +58,7 @@ def _read_all(url: str, cache: ShardCache, turn: int, results: multiprocessing.Q
 def test_processes_that_share_a_cache_fetch_each_shard_once(
     local: ShardSet, server: FaultyServer, cache: ShardCache, share: float
 ) -> None:
-    """Or, where the cache is too small for all, agree on what makes room, and read nothing wrong."""
+    """If the cache is too small for all shards, the processes agree on evictions and still read the right records."""
     server.delay_s = 0.01
     total = sum(shard.bytes for shard in local.manifest.shards)
     cache = replace(cache, max_bytes=int(total * share), retries=replace(QUICK, timeout_s=10.0))

@@ -50,3 +50,30 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
         (new / "two").write_text("2")
     assert [path.name for path in out.iterdir()] == ["two"]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_the_old_folder_is_restored_if_the_new_one_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with whole_folder(out) as new:
+        (new / "old").write_text("1")
+    rename = Path.rename
+
+    def fail_for_new(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError("no space")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(OSError, match="no space"), whole_folder(out) as new:
+        (new / "new").write_text("2")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/old"]
+
+
+def test_a_folder_left_by_a_killed_process_of_the_same_number_is_replaced(tmp_path: Path) -> None:
+    left = tmp_path / f".out.partial-{os.getpid()}"
+    left.mkdir()
+    (left / "half").write_text("1")
+    with whole_folder(tmp_path / "out") as new:
+        assert not list(new.iterdir())

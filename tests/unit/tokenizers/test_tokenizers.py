@@ -395,3 +395,16 @@ def test_tokenizer_larger_than_the_embedding_is_refused(tiny: dict[str, Tokenize
     check_fits(tiny["json"], tiny["json"].vocab_size, "decoder tiny")
     with pytest.raises(TokenizerError, match="decoder tiny"):
         check_fits(tiny["json"], tiny["json"].vocab_size - 1, "decoder tiny")
+
+
+def test_a_damaged_model_or_config_of_a_tokenizer_json_is_named(tmp_path: Path) -> None:
+    path = write_json_tokenizer(tmp_path / "json")
+    file = path / "tokenizer.json" if path.is_dir() else path
+    spec = json.loads(file.read_text())
+    file.write_text(json.dumps({**spec, "model": {"type": "BPE", "vocab": 3}}))
+    with pytest.raises(TokenizerError, match="tokenizer.json is damaged: .*again"):
+        load_tokenizer(path)
+    file.write_text(json.dumps(spec))
+    (file.parent / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(TokenizerError, match="tokenizer_config.json: expected a JSON object, got a list"):
+        load_tokenizer(path)

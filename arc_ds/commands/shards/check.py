@@ -27,6 +27,7 @@ def _check(namespace: argparse.Namespace) -> int:
             print(f"{folder.rstrip('/')}/{fault}")
             found += 1
         where = f" (as kept in the cache {open_cache().folder})" if is_url(folder) else ""
-        print(f"{folder}: {f'{found} faults' if found else 'all records whole'}{where}")
+        verdict = f"{found} faults. Copy the damaged files again or rebuild them" if found else "all records whole"
+        print(f"{folder}: {verdict}{where}")
         num_faults += found
     return 1 if num_faults else 0

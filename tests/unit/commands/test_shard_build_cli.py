@@ -66,6 +66,18 @@ def test_shards_whose_tokens_could_not_be_cached_are_said_to_be_whole(
     assert main(["shards", "check", str(out)]) == 0
 
 
+def test_check_names_damaged_files_and_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    out = tmp_path / "out"
+    build_shards([tmp_path / "a.txt"], out, write_tiktoken(tmp_path / "tokenizer.model"))
+    assert main(["shards", "check", str(out)]) == 0
+    (tar,) = out.glob("*.tar")
+    tar.write_bytes(tar.read_bytes().replace(b"e", b"f"))
+    assert main(["shards", "check", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert tar.name in printed and "Copy the damaged files again or rebuild them" in printed
+
+
 def test_every_option_of_a_build_is_on_the_command_line_with_the_same_default(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, object] = {}
 

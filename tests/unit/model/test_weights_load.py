@@ -87,6 +87,7 @@ def test_truncated_encoder_takes_its_layers_and_reads_no_other(opened):
 def test_parameter_without_a_tensor_is_an_error_before_anything_is_copied(opened):
     source, _ = opened
     model = Truncated(source.config)
+    nn.init.ones_(model.encoder.layers[0].attention.wq.weight)  # uninitialised memory may hold NaN, unequal to itself
     before = model.encoder.layers[0].attention.wq.weight.clone()
     with pytest.raises(WeightsError, match=r"`memory` is missing, expected \[2, 32\]"):
         load_backbone(model, source, prefix="encoder.", allow_unused=beyond_layers(1))

@@ -139,7 +139,7 @@ def test_wrong_pairing_of_rotary_rows_would_be_seen(tmp_path: Path):
 def test_other_layouts_of_the_same_weights_have_the_same_logits(tmp_path: Path, layout: str):
     model = make_model("Llama", tmp_path / "hf", num_key_value_heads=2, intermediate_size=192)
     source = open_backbone(tmp_path / "hf")
-    tensors = {name: source.tensor(name) for name in source.names()}
+    tensors = {name: source.tensor(name) for name in source.shapes}
     if layout == "gguf":
         path = tiny.write_gguf(tmp_path / "model.gguf", source.config, tensors)
     elif layout == "meta":

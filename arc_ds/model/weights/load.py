@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from arc_ds.errors import ArcError, WeightsError
-from arc_ds.model.weights.names import Shape
+from arc_ds.model.weights.names import Shape, listed, shape_faults
 from arc_ds.system import dist
 
 NamePredicate = Callable[[str], bool]
@@ -24,11 +24,9 @@ class TensorSource(Protocol):
     def path(self) -> Path:
         """Origin of the tensors, for messages."""
 
-    def names(self) -> tuple[str, ...]:
-        """All names."""
-
-    def shape(self, name: str) -> Shape:
-        """Shape of a tensor, without reading it."""
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shape of every tensor, without reading it."""
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor to the CPU."""
@@ -91,21 +89,13 @@ def check_fit(
 
     Raises WeightsError that lists parameters without a tensor or with another shape, and unused tensors.
     """
-    available = frozenset(source.names())
-    wanted = {short: module.get_parameter(name) for name, short in _wanted(module, prefix, skip).items()}
-    faults = []
-    for name, parameter in wanted.items():
-        expected = _full_shape(parameter)
-        if name not in available:
-            faults.append(f"`{name}` is missing, expected {list(expected)}")
-        elif source.shape(name) != expected:
-            faults.append(f"`{name}` is {list(source.shape(name))}, expected {list(expected)}")
-    faults += [f"`{n}` has no place in the model" for n in sorted(available - wanted.keys()) if not allow_unused(n)]
+    expected = {short: _full_shape(module.get_parameter(name)) for name, short in _wanted(module, prefix, skip).items()}
+    unused = sorted(name for name in source.shapes.keys() - expected.keys() if not allow_unused(name))
+    faults = shape_faults(expected, source.shapes) + [f"`{name}` has no place in the model" for name in unused]
     if faults:
         raise WeightsError(
-            f"{source.path} does not fit the model: {'; '.join(faults[:8])}"
-            f"{f'; and {len(faults) - 8} more' if len(faults) > 8 else ''}. "
-            "Check that the model was built from the sizes of these weights."
+            f"{source.path} does not fit the model: {listed(faults)}. Check that the model was built from the sizes of "
+            "these weights; for an ARC checkpoint, that encoder_backbone is the backbone that it was trained from."
         )
 
 
@@ -177,10 +167,8 @@ def _fill_partitioned(parameter: nn.Parameter, source: TensorSource, name: str) 
             return None
         try:
             copy_into(parameter, source.tensor(name))
-        except ArcError as error:  # the caller raises it on all ranks, which would otherwise hang
-            return error
-        except Exception as error:
-            return WeightsError(str(error))
+        except Exception as error:  # the caller raises it on all ranks, which would otherwise hang
+            return error if isinstance(error, ArcError) else WeightsError(str(error))
     return None
 
 

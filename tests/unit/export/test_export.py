@@ -61,16 +61,8 @@ class Tensors:
 
     def __init__(self, trained: TrainedCompressor) -> None:
         self.path = Path("memory")
-        self._tensors = trained.tensors
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in trained.tensors.items()}
+        self.tensor = trained.tensors.__getitem__
 
 
 def check_same(model: ArcModel, trained: TrainedCompressor) -> None:

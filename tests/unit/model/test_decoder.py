@@ -14,7 +14,6 @@ from torch import Tensor
 import arc_kernels as ak
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
-from arc_ds.model.decoder import DecoderRows
 from tests.helpers.tiny_compressor import sample, tiny_decoder
 
 SPEC = PoolingSpec((GroupRule("factor", 4),))
@@ -126,12 +125,6 @@ def test_rotary_positions_restart_with_each_sequence() -> None:
     assert (decoder(stretched, nothing) - nll).abs().max() > 1e-3  # distances count
 
 
-def test_the_decoders_side_of_a_batch_is_taken_over() -> None:
-    batch = pack([sample(3, -9, 5)], SPEC)
-    rows = DecoderRows.of(batch)
-    assert rows.ids is batch.decoder_ids and rows.max_seqlen == 3 + 4 + 5
-
-
 def _vectors(batch: PackedBatch) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     shape = (batch.compressed_rows.numel(), 12)
@@ -202,7 +195,7 @@ def test_a_layer_that_is_recomputed_keeps_its_input_as_one_tensor(sizes: tuple[i
     kept: list[tuple[int, ...]] = []
     z = _vectors(batch)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
-        decoder.hidden(DecoderRows.of(batch), z)
+        decoder.hidden(batch, z)
     rows = batch.num_decoder_rows if batch.prefix is None else batch.prefix.suffix_rows.numel()
     assert kept.count((rows, decoder.config.hidden_size)) == len(decoder.layers)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import arc_ds.model.encoder as encoder_module
 from arc_ds.batch.packing import PoolLevel
 from arc_ds.model.backbone import Spans
-from arc_ds.model.pooling.base import ContentPooling, ContextGrid
+from arc_ds.model.pooling.base import ContextGrid, Pooling
 from tests.parity.golden import GoldenCase, build_case_compressor, internal_name
 from tests.parity.golden_run import errors_of, run_case
 
@@ -138,7 +138,7 @@ def _limits_of_the_reference(cu_seqlens: Tensor, level: PoolLevel) -> Tensor:
     return (level.positions + 1).int()
 
 
-class _SmallestNorms(ContentPooling):
+class _SmallestNorms(Pooling):
     def _pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> Tensor:
         grid = ContextGrid.of(x_TD.shape[0], spans, level)
         order_CL = grid.spread(x_TD.norm(dim=-1), fill=float("inf")).argsort(dim=1)

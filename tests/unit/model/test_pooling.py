@@ -43,18 +43,6 @@ def test_kmeans_equals_lloyd_on_each_context_alone(metric: str, lengths: list[in
     _compare(f"kmeans_{metric}", lengths, 4, lambda x, m: _lloyd_by_hand(x, m, metric))
 
 
-@pytest.mark.parametrize("kind", ["mean", "last", "sum", "fusion"])
-def test_consecutive_groups_are_pooled_one_by_one(kind: str) -> None:
-    x, spans, level = _batch([9, 3], GroupRule("factor", 4))
-    whole = get_strategy(kind).pool(x, spans, level)
-    start = 0
-    for i, size in enumerate(level.group_cu.diff().tolist()):
-        alone, alone_spans, alone_level = _batch([size], GroupRule("count", 1))
-        alone = x[start : start + size]
-        start += size
-        assert torch.allclose(whole[i : i + 1], get_strategy(kind).pool(alone, alone_spans, alone_level), atol=EXACT)
-
-
 def test_kmeans_finds_clusters_that_are_not_neighbours() -> None:
     x = torch.tensor([[0.0], [10.0], [0.2], [10.2], [0.4], [9.8]], dtype=torch.float64)
     _, spans, level = _batch([6], GroupRule("count", 2))

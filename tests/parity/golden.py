@@ -67,11 +67,6 @@ class GoldenCase:
         return wanted if self.meta["embedder_params"][f"{wanted}_tok"] else None
 
 
-def backbone_config(case: GoldenCase) -> BackboneConfig:
-    """Sizes of the encoder's backbone, without rotary scaling, as in the reference."""
-    return open_backbone(_encoder_folder(case), "none").config
-
-
 def _encoder_folder(case: GoldenCase) -> Path:
     return case.root / case.meta.get("encoder", "models/enc")
 
@@ -85,7 +80,9 @@ def spec_of(case: GoldenCase) -> CompressorSpec:
         embedder["pooling_module"] = {**pooling, "pool_type": "mean"}
     plain = {"embedder_params": embedder, "bridge_module": case.meta["bridge_module"]}
     num_ports = max(len(case.meta["decoders"]), case.decoder_idx + 1)
-    spec = spec_of_params(Fields(plain, case.name), backbone_config(case), num_ports)
+    # Without rotary scaling, as in the reference.
+    backbone = open_backbone(_encoder_folder(case), "none").config
+    spec = spec_of_params(Fields(plain, case.name), backbone, num_ports)
     if pooling["pool_type"] != PRUNING_NORM:
         return spec
     rules = group_rules("prune_norm", [-rate for rate in embedder["compress_rates"]])

@@ -121,13 +121,9 @@ def test_the_port_that_does_not_read_gets_a_gradient_of_exactly_zero(golden: Pat
 
 
 def test_every_golden_case_of_this_kind_is_listed(golden: Path) -> None:
-    kinds = {p.parent.name: _kind(p) for p in golden.glob("*/meta.json")}
+    kinds = {p.parent.name: json.loads(p.read_text(encoding="utf-8"))["kind"] for p in golden.glob("*/meta.json")}
     ours = {name for name, kind in kinds.items() if kind in ("forward_backward", "end_to_end")}
     assert ours == {*CASES, *FAULTY_CASES}
-
-
-def _kind(meta: Path) -> str:
-    return json.loads(meta.read_text(encoding="utf-8"))["kind"]
 
 
 def _beyond(errors: dict[str, float], bound: float) -> dict[str, float]:

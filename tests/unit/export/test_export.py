@@ -6,11 +6,12 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from arc_ds import ArcModel
 from arc_ds.batch.groups import GroupRule
@@ -50,43 +51,28 @@ OURS_ALONE = {
 }
 
 
-def expected_vectors(trained: TrainedCompressor, decoder: int) -> list[Tensor]:
-    """Vectors of the contexts, computed by the trained compressor directly, without files."""
-    compressor = load_compressor(trained.spec, Tensors(trained), torch.device("cpu"), torch.float32)
-    model = ArcModel(trained.spec, compressor, [])
-    return model.compress(CONTEXTS, decoder, marker=next(iter(trained.spec.markers), None))
-
-
-class Tensors:
-    """A tensor source over a dict."""
-
-    def __init__(self, trained: TrainedCompressor) -> None:
-        self.path = Path("memory")
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in trained.tensors.items()}
-        self.tensor = trained.tensors.__getitem__
+def trained_model(trained: TrainedCompressor) -> ArcModel:
+    """The compressor as it was trained, without files."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in trained.tensors.items()}
+    source = SimpleNamespace(path=Path("memory"), shapes=shapes, tensor=trained.tensors.__getitem__)
+    return ArcModel(trained.spec, load_compressor(trained.spec, source, torch.device("cpu"), torch.float32), [])
 
 
 def check_same(model: ArcModel, trained: TrainedCompressor) -> None:
+    marker = next(iter(trained.spec.markers), None)
     for decoder in range(len(trained.spec.decoder_sizes)):
-        found = model.compress(CONTEXTS, decoder, marker=next(iter(trained.spec.markers), None))
-        for ours, expected in zip(found, expected_vectors(trained, decoder), strict=True):
+        found = model.compress(CONTEXTS, decoder, marker)
+        for ours, expected in zip(found, trained_model(trained).compress(CONTEXTS, decoder, marker), strict=True):
             assert torch.equal(ours, expected)
             assert ours.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", [*SPECS, *OURS_ALONE])
-def test_own_format_gives_the_same_vectors_to_the_last_bit(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("export_format", "name"), [*product(FORMATS, SPECS), *(("arc-ds", name) for name in OURS_ALONE)]
+)
+def test_an_export_gives_the_same_vectors_to_the_last_bit(tmp_path: Path, export_format: str, name: str) -> None:
     trained = tiny_trained(tmp_path / "run", **{**SPECS, **OURS_ALONE}[name])
-    write_export(trained, tmp_path / "out")
-    model = ArcModel.from_checkpoint(tmp_path / "out", decoders=[])
-    assert model.spec == trained.spec
-    check_same(model, trained)
-
-
-@pytest.mark.parametrize("name", SPECS)
-def test_arc_format_gives_the_same_vectors_to_the_last_bit(tmp_path: Path, name: str) -> None:
-    trained = tiny_trained(tmp_path / "run", **SPECS[name])
-    write_export(trained, tmp_path / "out", export_format="arc")
+    write_export(trained, tmp_path / "out", export_format=export_format)
     model = ArcModel.from_checkpoint(tmp_path / "out", decoders=[])
     assert model.spec == trained.spec
     check_same(model, trained)

@@ -32,14 +32,10 @@ def test_the_input_is_kept_only_for_a_trained_weight(trained: bool, kept: int) -
     assert x.grad is not None and (linear.weight.grad is not None) == trained
 
 
-def test_an_input_without_gradient_gets_none() -> None:
+def test_an_input_without_gradient_gets_none_and_makes_no_graph_if_the_layer_is_frozen() -> None:
     x, linear = _inputs()
     linear(x.detach()).sum().backward()
     assert x.grad is None and linear.weight.grad.abs().max() > 0
-
-
-def test_a_frozen_layer_on_an_input_without_gradient_makes_no_graph() -> None:
-    x, linear = _inputs()
     assert not linear.requires_grad_(False)(x.detach()).requires_grad
 
 

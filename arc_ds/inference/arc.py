@@ -238,7 +238,7 @@ class ArcModel:
         bos = tokenizer.bos_id if self.decoder_bos[decoder] else None
         segments = [] if bos is None else [Segment.text([bos])]
         after_context = False
-        for part in _texts_joined(parts):
+        for part in _join_texts(parts):
             if isinstance(part, Context):
                 segments.append(self._context(part.text, decoder, part.marker))
             elif isinstance(part, str):
@@ -287,7 +287,7 @@ def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
     return dataclasses.replace(spec, rules=(*spec.rules[:-1], *group_rules(spec.strategy, (factor,))))
 
 
-def _texts_joined(parts: Sequence[object]) -> list[object]:
+def _join_texts(parts: Sequence[object]) -> list[object]:
     """Join adjacent texts, because splitting a text must not change its tokens."""
     joined: list[object] = []
     for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):

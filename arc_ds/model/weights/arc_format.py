@@ -73,7 +73,7 @@ class ArcCheckpoint:
     def tensor(self, name: str) -> Tensor:
         """Read one tensor to the CPU in the file's dtype."""
         store, file_name = self.file_names[name]
-        return _turned(name, store.tensor(file_name), self.backbone, to="half")
+        return _permute(name, store.tensor(file_name), self.backbone, to="half")
 
 
 def read_arc_checkpoint(path: str | Path, encoder_backbone: str | Path | None = None) -> ArcCheckpoint:
@@ -138,7 +138,7 @@ def _reference_tensors(
     embedder: dict[str, Tensor] = {}
     bridge: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        stored = _turned(name, tensor.detach().cpu(), backbone, to="interleaved").contiguous()
+        stored = _permute(name, tensor.detach().cpu(), backbone, to="interleaved").contiguous()
         if match := _BRIDGE.match(name):
             if not multi and int(match.group(1)) > 0:
                 raise WeightsError(f"`{name}` belongs to a second decoder; bridge_type must be {MULTI} to hold it.")
@@ -154,7 +154,7 @@ def _reference_tensors(
     return embedder, bridge
 
 
-def _turned(name: str, tensor: Tensor, backbone: BackboneConfig, *, to: RotaryPairs) -> Tensor:
+def _permute(name: str, tensor: Tensor, backbone: BackboneConfig, *, to: RotaryPairs) -> Tensor:
     heads = rotary_heads(name, backbone) if name.startswith("encoder.") else None
     return tensor if heads is None else permute_rotary(tensor, heads, to=to)
 

@@ -60,7 +60,7 @@ def shape_faults(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> l
     ]
 
 
-def listed(faults: Sequence[str]) -> str:
+def join_faults(faults: Sequence[str]) -> str:
     """The first faults in one phrase, and the number of the others."""
     more = f"; and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
     return "; ".join(faults[:_MAX_LISTED]) + more

@@ -16,7 +16,7 @@ from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.gguf_file import GgufStore, sizes_of_gguf
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes, sizes_of_hugging_face
 from arc_ds.model.weights.locate import WeightFiles, locate
-from arc_ds.model.weights.names import Shape, backbone_shapes, listed, permute_rotary, rotary_heads, shape_faults
+from arc_ds.model.weights.names import Shape, backbone_shapes, join_faults, permute_rotary, rotary_heads, shape_faults
 from arc_ds.model.weights.native_config import is_olmo, shard_axis, sizes_of_native
 from arc_ds.model.weights.stores import ALL_ROWS, JoinedStore, PickleStore, SafetensorsStore, TensorStore
 
@@ -70,7 +70,7 @@ class BackboneSource:
         if faults:
             raise WeightsError(
                 f"{self.path} does not hold the tensors that its sizes require ({self.tensor_names.name} names): "
-                f"{listed(faults)}. Copy the weights and their config or params file again from one source."
+                f"{join_faults(faults)}. Copy the weights and their config or params file again from one source."
             )
 
 

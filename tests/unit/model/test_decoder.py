@@ -150,11 +150,8 @@ def test_what_a_layer_adds_last_is_summed_by_the_next_norm(monkeypatch: pytest.M
         monkeypatch.setattr(ak, name, getattr(calls, name))
     decoder = tiny_decoder()
     decoder(pack([sample(6)], SPEC), None)
-    assert [name for name, *_ in calls.mock_calls] == [
-        "rms_norm",
-        *["add_rms_norm"] * (2 * len(decoder.layers) - 1),
-        "rms_norm",
-    ]
+    names = [name for name, *_ in calls.mock_calls]
+    assert names == ["rms_norm", *["add_rms_norm"] * (2 * len(decoder.layers) - 1), "rms_norm"]
 
 
 @pytest.mark.parametrize("sizes", [(-9, 5), (4, -9, 5)], ids=["whole", "prefix and suffix"])

@@ -133,9 +133,10 @@ class ArcModel:
         lacks, and TokenizerError on texts if the encoder was loaded without a tokenizer.
         """
         _check_is_list("contexts", contexts)
-        if not contexts:
+        samples = [Sample("compress", (self._context(c, decoder, marker),)) for c in contexts]
+        if not samples:
             return []
-        batch = self._pack([Sample("compress", (self._context(c, decoder, marker),)) for c in contexts])
+        batch = self._pack(samples)
         return list(self.compressor(batch, decoder).split(batch.decoder_cu_seqlens.diff().tolist()))
 
     @torch.no_grad()

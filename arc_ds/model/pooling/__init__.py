@@ -26,8 +26,8 @@ STRATEGIES: Mapping[str, Pooling] = {
     "kmeans": KMeansPooling("euclidean"),
     **{f"kmeans_{metric}": KMeansPooling(metric) for metric in KMEANS_METRICS},
     "similarity": MergePooling("cosine"),
-    **{f"similarity_{metric}": MergePooling(metric) for metric in SIMILARITIES},
     "prune": MergePooling("cosine", prune=True),
+    **{f"similarity_{metric}": MergePooling(metric) for metric in SIMILARITIES},
     **{f"prune_{metric}": MergePooling(metric, prune=True) for metric in SIMILARITIES},
     "prune_norm": NormPruning(),
 }

@@ -107,17 +107,11 @@ def test_group_rules_of_each_kind() -> None:
     assert group_rules("similarity", [], 16) == group_rules("mean", [], 16) == (GroupRule("count", 16),)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: get_strategy("median"), "'median'; expected one of mean, last"),
-        (lambda: get_strategy("kmeans_dot"), "'kmeans_dot'; expected one of"),
-        (lambda: group_rules("median", [8]), "'median'; expected one of"),
-    ],
-)
-def test_unknown_names_are_refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
+@pytest.mark.parametrize("name", ["median", "kmeans_dot"])
+def test_unknown_names_are_refused(name: str) -> None:
+    for call in (lambda: get_strategy(name), lambda: group_rules(name, [8])):
+        with pytest.raises(ValueError, match=f"'{name}'; expected one of mean, last"):
+            call()
 
 
 def _compare(name: str, lengths: list[int], factor: int, by_hand: Callable[[Tensor, int], Tensor]) -> None:

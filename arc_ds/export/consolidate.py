@@ -71,13 +71,13 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
             f"{checkpoint} is not valid: {'; '.join(faults)}. Export an earlier checkpoint of the run, or save again."
         )
     state = read_trainer_state(checkpoint)
-    described = _described(state, checkpoint)
+    description = _description(state, checkpoint)
     return TrainedCompressor(
-        spec=CompressorSpec.from_json(described["compressor"]),
+        spec=CompressorSpec.from_json(description["compressor"]),
         tensors=_join_shards(checkpoint),
         step=state.step,
-        encoder_tokenizer=described["encoder_tokenizer"],
-        decoders=tuple(TrainedFor(**d) for d in described["decoders"]),
+        encoder_tokenizer=description["encoder_tokenizer"],
+        decoders=tuple(TrainedFor(**d) for d in description["decoders"]),
     )
 
 
@@ -96,7 +96,7 @@ def _join_shards(checkpoint: Path) -> Mapping[str, Tensor]:
     return tensors
 
 
-def _described(state: TrainerState, checkpoint: Path) -> Mapping[str, Any]:
+def _description(state: TrainerState, checkpoint: Path) -> Mapping[str, Any]:
     missing = {"compressor", "encoder_tokenizer", "decoders"} - set(state.extra)
     if missing:
         raise CheckpointError(

@@ -90,8 +90,7 @@ def _write_arc(trained: TrainedCompressor, tensors: Mapping[str, Tensor], dtype:
             "the encoder was trained with its backbone's rotary scaling. ARC-DS applies it when it reads this export; "
             "the reference ignores it"
         )
-    params = params_of_spec(spec, param_dtype=dtype, trained_layers=spec.num_layers, train_embeddings=True)
-    write_arc_checkpoint(folder, params, tensors, spec.backbone)
+    write_arc_checkpoint(folder, params_of_spec(spec, dtype), tensors, spec.backbone)
     _write_json(folder / ARC_DECODERS, {"decoders": _decoders(trained)})
 
 

@@ -1,12 +1,13 @@
 """ArcModel: inference with a trained compressor and its frozen decoders.
 
-    model = ArcModel.from_checkpoint("exports/demo", decoders=["models/llama"])
-    vectors = model.compress(["A long text ..."])
-    texts = model.generate([["Summarise: ", Context("A long text ..."), "\\nSummary:"]])
+model = ArcModel.from_checkpoint("exports/demo", decoders=["models/llama"])
+vectors = model.compress(["A long text ..."])
+texts = model.generate([["Summarise: ", Context("A long text ..."), "\\nSummary:"]])
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,11 +20,14 @@ from arc_ds.batch.packing import PackedBatch, pack
 from arc_ds.batch.segments import Marker, Sample, Segment
 from arc_ds.errors import ConfigError, DataError, TokenizerError
 from arc_ds.inference.generate import Sampling, generate_ids
+from arc_ds.inference.load import load_compressor, load_decoder_tokenizer, open_arc_folder, open_trained_decoders
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
+from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec
+from arc_ds.model.weights import load_backbone
 from arc_ds.system.device import usable_device
-from arc_ds.tokenizers import Tokenizer, read_together
+from arc_ds.tokenizers import Tokenizer, check_fits, load_tokenizer, read_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +99,24 @@ class ArcModel:
         Raises WeightsError if files are missing, tensors do not fit, or a decoder's width differs from its port's.
         Raises ConfigError if the pooling factor is invalid or the device is not available.
         """
-        from arc_ds.inference.load import load_arc_model
-
-        return load_arc_model(
-            Path(arc_dir),
-            [Path(d) for d in decoders],
-            encoder_backbone=None if encoder_backbone is None else Path(encoder_backbone),
-            device=usable_device(device),
-            dtype=dtype,
-            pooling_factor=pooling_factor,
+        device, paths = usable_device(device), [Path(path) for path in decoders]
+        folder = open_arc_folder(Path(arc_dir), None if encoder_backbone is None else Path(encoder_backbone))
+        spec = folder.spec if pooling_factor is None else _with_factor(folder.spec, pooling_factor)
+        opened = open_trained_decoders(paths, folder, arc_dir)
+        compressor = load_compressor(spec, folder.tensors, device, dtype)
+        for decoder, tensors in opened:
+            load_backbone(decoder, tensors, dtype=dtype, device=device)
+        encoder_tokenizer = None if folder.tokenizer is None else load_tokenizer(folder.tokenizer)
+        if encoder_tokenizer is not None:
+            check_fits(encoder_tokenizer, spec.backbone.vocab_size, f"the encoder in {arc_dir}")
+        return ArcModel(
+            spec,
+            compressor,
+            [decoder.eval() for decoder, _ in opened],
+            encoder_tokenizer=encoder_tokenizer,
+            decoder_tokenizers=[load_decoder_tokenizer(path, d) for path, (d, _) in zip(paths, opened, strict=True)],
+            decoder_bos=[settings.bos for settings in folder.decoders],
+            texts_apart=folder.texts_apart,
         )
 
     @torch.no_grad()
@@ -124,8 +137,7 @@ class ArcModel:
         if not samples:
             return []
         batch = self._pack(samples)
-        z_ZD = self.compressor(batch, decoder)
-        return list(z_ZD.split((batch.decoder_cu_seqlens[1:] - batch.decoder_cu_seqlens[:-1]).tolist()))
+        return list(self.compressor(batch, decoder).split(batch.decoder_cu_seqlens.diff().tolist()))
 
     @torch.no_grad()
     def logits(self, sequences: Sequence[Sequence[Segment]], decoder: int = 0) -> list[Tensor]:
@@ -134,9 +146,9 @@ class ArcModel:
         Adds no begin-of-text token. Raises DataError on an empty sequence or an id outside the vocabulary.
         """
         reader = self._reader(decoder)
-        samples = [Sample("logits", tuple(segments)) for segments in sequences]
-        if not samples:
+        if not sequences:
             return []
+        samples = [Sample("logits", tuple(segments)) for segments in sequences]
         batch = self._pack(samples, reader)
         logits_NV = reader.logits(batch, self._vectors(batch, decoder), batch.text_rows)
         return list(logits_NV.split([sample.num_text_tokens for sample in samples]))
@@ -227,7 +239,7 @@ class ArcModel:
         bos = tokenizer.bos_id if self.decoder_bos[decoder] else None
         segments = [] if bos is None else [Segment.text([bos])]
         after_context = False
-        for part in _texts_joined(parts):
+        for part in _join_texts(parts):
             if isinstance(part, Context):
                 segments.append(self._context(part.text, decoder, part.marker))
             elif isinstance(part, str):
@@ -241,25 +253,23 @@ class ArcModel:
         return segments
 
     def _context(self, context: str | Sequence[int], decoder: int, marker: Marker | None) -> Segment:
-        self._check_marker(decoder, marker)
-        ids = self._encode(context) if isinstance(context, str) else [int(token) for token in context]
-        if not ids:
-            raise DataError("a context is empty, so there is nothing to compress: omit it or give it text")
-        return Segment.context(ids, marker)
-
-    def _check_marker(self, decoder: int, marker: Marker | None) -> None:
         if not 0 <= decoder < len(self.compressor.ports):
             raise ConfigError(f"decoder {decoder} was requested; the compressor serves {len(self.compressor.ports)}")
         if marker is not None and marker not in self.spec.markers:
-            raise ConfigError(f"marker is {marker!r}; this compressor has {_listed(self.spec.markers)}")
-
-    def _encode(self, text: str) -> list[int]:
-        if self.encoder_tokenizer is None:
+            have = " and ".join(self.spec.markers) or "no marker"
+            raise ConfigError(f"marker is {marker!r}; this compressor has {have}: use one that it has, or None")
+        if not isinstance(context, str):
+            ids = [int(token) for token in context]
+        elif self.encoder_tokenizer is None:
             raise TokenizerError(
                 "the encoder has no tokenizer, so it accepts ids only: pass an encoder_backbone folder with a "
                 "tokenizer to from_checkpoint"
             )
-        return self.encoder_tokenizer.encode(text)
+        else:
+            ids = self.encoder_tokenizer.encode(context)
+        if not ids:
+            raise DataError("a context is empty, so there is nothing to compress: omit it or give it text")
+        return Segment.context(ids, marker)
 
     def _decoder_tokenizer(self, decoder: int) -> Tokenizer:
         self._reader(decoder)
@@ -269,17 +279,22 @@ class ArcModel:
         return tokenizer
 
 
-def _texts_joined(parts: Sequence[object]) -> list[object]:
+def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
+    if factor < 1 or not spec.rules:
+        raise ConfigError(
+            f"pooling_factor is {factor}; expected at least 1 and a compressor with pooled layers (this one has "
+            f"{spec.memory_tokens} memory tokens)"
+        )
+    return dataclasses.replace(spec, rules=(*spec.rules[:-1], *group_rules(spec.strategy, (factor,))))
+
+
+def _join_texts(parts: Sequence[object]) -> list[object]:
     """Join adjacent texts, because splitting a text must not change its tokens."""
     joined: list[object] = []
     for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
         members = list(group)
         joined += ["".join(map(str, members))] if is_text else members
     return joined
-
-
-def _listed(markers: Sequence[Marker]) -> str:
-    return f"{' and '.join(markers)}: use one of them or None" if markers else "no marker: use None"
 
 
 def _check_is_list(what: str, given: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.errors import ConfigError
 from arc_ds.model.backbone import LayerCache, Spans
-from arc_ds.model.decoder import Decoder, DecoderRows
+from arc_ds.model.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,10 @@ class KVCache:
         self._layers = [(table.new_zeros(shape), table.new_zeros(shape)) for _ in range(config.num_layers)]
         self._cu_keys = torch.arange(num_sequences + 1, device=table.device, dtype=torch.int32) * max_len
 
-    def at(self, sequences: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[LayerCache]:
-        """The cache of each layer for a forward over rows.
+    def at(
+        self, sequences: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> tuple[Spans, list[LayerCache]]:
+        """The spans of a forward over rows, and the cache of each layer.
 
         sequences: sequence of each row, int64 [rows].
         positions: position of each row in its sequence, int64 [rows].
@@ -63,7 +65,7 @@ class KVCache:
         """
         spans = Spans(cu_seqlens, self._cu_keys, max_seqlen, self.max_len, k_limits=(positions + 1).to(torch.int32))
         rows = sequences * self.max_len + positions
-        return [LayerCache(keys, values, rows, spans) for keys, values in self._layers]
+        return spans, [LayerCache(keys, values, rows) for keys, values in self._layers]
 
 
 @torch.no_grad()
@@ -118,8 +120,8 @@ def _prefill(decoder: Decoder, batch: PackedBatch, z_ZD: Tensor | None, cache: K
     sequences_R = torch.repeat_interleave(
         torch.arange(lengths_B.numel(), device=cu.device), lengths_B, output_size=batch.num_decoder_rows
     )
-    caches = cache.at(sequences_R, batch.decoder_positions, batch.decoder_cu_seqlens, batch.decoder_max_seqlen)
-    h_RD = decoder.hidden(DecoderRows.of(batch), z_ZD, caches)
+    places = cache.at(sequences_R, batch.decoder_positions, batch.decoder_cu_seqlens, batch.decoder_max_seqlen)
+    h_RD = decoder.run_layers(decoder.embed(batch, z_ZD), batch.decoder_positions, *places)
     return decoder.output(decoder.norm(h_RD[cu[1:] - 1])), lengths_B
 
 
@@ -127,8 +129,8 @@ def _advance(decoder: Decoder, ids_B: Tensor, positions_B: Tensor, cache: KVCach
     """Logits [B, V] after one more token per sequence."""
     sequences = torch.arange(ids_B.numel(), device=ids_B.device)
     cu = torch.arange(ids_B.numel() + 1, device=ids_B.device, dtype=torch.int32)
-    rows = DecoderRows(ids_B, sequences, sequences[:0], cu, positions_B, 1)
-    h_BD = decoder.hidden(rows, None, cache.at(sequences, positions_B, cu, 1))
+    x_BD = decoder.tok_embeddings(ids_B, sequences)
+    h_BD = decoder.run_layers(x_BD, positions_B, *cache.at(sequences, positions_B, cu, 1))
     return decoder.output(decoder.norm(h_BD))
 
 

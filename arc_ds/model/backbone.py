@@ -36,27 +36,23 @@ class Spans(NamedTuple):
         return Spans(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal)
 
 
-class PrefixSpans(NamedTuple):
-    """Causal sequences split into a prefix, which needs no gradient, and a suffix (see `packing.PrefixSplit`).
+class Prefix(NamedTuple):
+    """The first rows of causal sequences, which need no gradient; all others are the suffix (`packing.PrefixSplit`).
 
-    prefix_rows: rows of the prefix in the packed order, int64.
+    rows: rows of the prefix in the packed order, int64.
     suffix_rows: rows of the suffix in the packed order, int64.
-    prefix_rope: rotary angles of the prefix.
-    suffix_rope: rotary angles of the suffix.
-    prefix_spans: spans of the prefix.
-    suffix_spans: spans of the suffix; its keys are the keys of all rows.
+    rope: rotary angles of the prefix.
+    spans: spans of the prefix.
     """
 
-    prefix_rows: Tensor
+    rows: Tensor
     suffix_rows: Tensor
-    prefix_rope: Rope
-    suffix_rope: Rope
-    prefix_spans: Spans
-    suffix_spans: Spans
+    rope: Rope
+    spans: Spans
 
     def join(self, prefix: Tensor, suffix: Tensor) -> Tensor:
         """The rows of both parts in the packed order."""
-        return _Join.apply(prefix, suffix, self.prefix_rows, self.suffix_rows)
+        return _Join.apply(prefix, suffix, self.rows, self.suffix_rows)
 
 
 class _Join(torch.autograd.Function):
@@ -80,19 +76,62 @@ class LayerCache(NamedTuple):
     keys: [B, max_len, K, H].
     values: [B, max_len, K, H].
     rows: place of each new row in the cache, sequence * max_len + position, int64 [T].
-    spans: spans of the new rows over the cache.
     """
 
     keys: Tensor
     values: Tensor
     rows: Tensor
-    spans: Spans
 
     def update(self, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new rows and return all keys and values, [B * max_len, K, H] each."""
         keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
         keys[self.rows], values[self.rows] = k_TKH, v_TKH
         return keys, values
+
+
+class Stream(NamedTuple):
+    """The residual stream between two layers, as two terms. The next norm adds them, because it reads both anyway.
+
+    x_TD: residual [T, D].
+    update_TD: output of the last sublayer [T, D]; None if it is already added to x_TD.
+    """
+
+    x_TD: Tensor
+    update_TD: Tensor | None = None
+
+    @property
+    def total_TD(self) -> Tensor:
+        return self.x_TD if self.update_TD is None else self.x_TD + self.update_TD
+
+
+@dataclass
+class PrefixPass:
+    """The state of the prefix in one frozen layer. The suffix reads its keys and values like a cache.
+
+    prefix: the rows of the prefix.
+    stream: input of the layer before its forward, output after it; None after `take`.
+    keys_values: rotated keys and values of the prefix, [P, K, H] each; None before the first forward. If activation
+        checkpointing reruns the layer, it reuses them: the suffix needs nothing else of the prefix.
+    """
+
+    prefix: Prefix
+    stream: Stream | None
+    keys_values: tuple[Tensor, Tensor] | None = None
+
+    def take(self) -> Stream:
+        """Return the prefix's stream and drop the reference to it."""
+        assert self.stream is not None, "a prefix can be taken only once"
+        stream, self.stream = self.stream, None
+        return stream
+
+    def update(self, k_QKH: Tensor, v_QKH: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all rows, from those of the suffix."""
+        assert self.keys_values is not None, "the prefix runs before the suffix"
+        k_PKH, v_PKH = self.keys_values
+        return self.prefix.join(k_PKH, k_QKH), self.prefix.join(v_PKH, v_QKH)
+
+
+Cache = LayerCache | PrefixPass
 
 
 class RMSNorm(nn.Module):
@@ -148,14 +187,9 @@ class Attention(nn.Module):
         self.wo = Linear(config.num_heads * config.head_dim, config.hidden_size)
 
     def forward(
-        self,
-        x_TD: Tensor,
-        kv_UD: Tensor,
-        rope_q: Rope,
-        rope_k: Rope,
-        spans: Spans,
-        cache: LayerCache | None = None,
+        self, x_TD: Tensor, kv_UD: Tensor, rope_q: Rope, rope_k: Rope, spans: Spans, cache: Cache | None = None
     ) -> Tensor:
+        """The output [T, D]. The keys of `spans` are the rows of `kv_UD`, or those of the cache."""
         if x_TD is kv_UD:
             q_TNH, k_UKH, v_UKH = self.project(x_TD)
         else:
@@ -164,7 +198,7 @@ class Attention(nn.Module):
         if cache is None:
             return self.attend(q_TNH, k_UKH, v_UKH, rope_q, spans, rope_k)
         keys, values = cache.update(ak.rotary(k_UKH, *rope_k), v_UKH)
-        return self.attend(q_TNH, keys, values, rope_q, cache.spans)
+        return self.attend(q_TNH, keys, values, rope_q, spans)
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         """Queries [T, N, H], keys and values [T, K, H] of the rows, before rotation."""
@@ -210,21 +244,6 @@ class FeedForward(nn.Module):
         return self.w2(ak.swiglu(*joint_linear(x_TD, (self.w1, self.w3))))
 
 
-class Stream(NamedTuple):
-    """The residual stream between two layers, as two terms. The next norm adds them, because it reads both anyway.
-
-    x_TD: residual [T, D].
-    update_TD: output of the last sublayer [T, D]; None if it is already added to x_TD.
-    """
-
-    x_TD: Tensor
-    update_TD: Tensor | None = None
-
-    @property
-    def total_TD(self) -> Tensor:
-        return self.x_TD if self.update_TD is None else self.x_TD + self.update_TD
-
-
 class Block(nn.Module):
     """One pre-norm layer: x + attention(norm x), then + feed-forward(norm)."""
 
@@ -236,7 +255,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, x_TD: Tensor, update_TD: Tensor | None, rope: Rope, spans: Spans, cache: LayerCache | None = None
+        self, x_TD: Tensor, update_TD: Tensor | None, rope: Rope, spans: Spans, cache: Cache | None = None
     ) -> Stream:
         """Run the layer on a stream. Its terms are separate arguments: ZeRO-3 hooks and checkpointing need tensors."""
         normed_TD, x_TD = self._enter(x_TD, update_TD)
@@ -251,61 +270,28 @@ class Block(nn.Module):
         return Stream(total_TD, self.feed_forward(normed_TD))
 
 
-@dataclass
-class PrefixPass:
-    """The state of the prefix in one frozen layer.
-
-    stream: input of the layer before its forward, output after it; None after `take`.
-    keys_values: rotated keys and values of the prefix, [P, K, H] each; None before the first forward. If activation
-        checkpointing reruns the layer, it reuses them: the suffix needs nothing else of the prefix.
-    """
-
-    stream: Stream | None
-    keys_values: tuple[Tensor, Tensor] | None = None
-
-    def take(self) -> Stream:
-        """Return the prefix's stream and drop the reference to it."""
-        assert self.stream is not None, "a prefix can be taken only once"
-        stream, self.stream = self.stream, None
-        return stream
-
-
 class DecoderBlock(Block):
     """A frozen layer that can also run a prefix without gradient and a suffix with gradient."""
 
-    def forward(  # type: ignore[override]
-        self,
-        x_TD: Tensor,
-        update_TD: Tensor | None,
-        rope: Rope | None = None,
-        spans: Spans | None = None,
-        cache: LayerCache | None = None,
-        *,
-        prefix: PrefixPass | None = None,
-        split: PrefixSpans | None = None,
+    def forward(
+        self, x_TD: Tensor, update_TD: Tensor | None, rope: Rope, spans: Spans, cache: Cache | None = None
     ) -> Stream:
-        """Run the layer on a stream. With `prefix` and `split` the stream is the suffix; the prefix advances too."""
-        if prefix is None or split is None:
-            assert rope is not None and spans is not None, "a pass without prefix needs rope and spans"
-            return super().forward(x_TD, update_TD, rope, spans, cache)
-        if prefix.keys_values is None:
-            prefix.keys_values = self._run_prefix(prefix, split)
-        k_PKH, v_PKH = prefix.keys_values
-        normed_QD, x_QD = self._enter(x_TD, update_TD)
-        q_QNH, k_QKH, v_QKH = self.attention.project(normed_QD)
-        k_QKH = ak.rotary(k_QKH, *split.suffix_rope)
-        k_RKH, v_RKH = split.join(k_PKH, k_QKH), split.join(v_PKH, v_QKH)
-        attended_QD = self.attention.attend(q_QNH, k_RKH, v_RKH, split.suffix_rope, split.suffix_spans)
-        return self._finish(attended_QD, x_QD)
+        """Run the layer on a stream. If the cache is a `PrefixPass`, the stream is the suffix; the prefix advances too.
+
+        The keys of `spans` are then those of all rows.
+        """
+        if isinstance(cache, PrefixPass) and cache.keys_values is None:
+            cache.keys_values = self._run_prefix(cache)
+        return super().forward(x_TD, update_TD, rope, spans, cache)
 
     @torch.no_grad()
-    def _run_prefix(self, prefix: PrefixPass, split: PrefixSpans) -> tuple[Tensor, Tensor]:
+    def _run_prefix(self, cache: PrefixPass) -> tuple[Tensor, Tensor]:
         """Run the layer on the prefix and return its keys and values."""
-        normed_PD, x_PD = self._enter(*prefix.take())
+        rope, spans = cache.prefix.rope, cache.prefix.spans
+        normed_PD, x_PD = self._enter(*cache.take())
         q_PNH, k_PKH, v_PKH = self.attention.project(normed_PD)
-        k_PKH = ak.rotary(k_PKH, *split.prefix_rope)
-        attended_PD = self.attention.attend(q_PNH, k_PKH, v_PKH, split.prefix_rope, split.prefix_spans)
-        prefix.stream = self._finish(attended_PD, x_PD)
+        k_PKH = ak.rotary(k_PKH, *rope)
+        cache.stream = self._finish(self.attention.attend(q_PNH, k_PKH, v_PKH, rope, spans), x_PD)
         return k_PKH, v_PKH
 
 

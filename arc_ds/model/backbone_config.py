@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +42,14 @@ class BackboneConfig:
     norm: Literal["rms", "layer"] = "rms"
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+
+    @staticmethod
+    def from_json(plain: Mapping[str, Any]) -> BackboneConfig:
+        """The inverse of `dataclasses.asdict`. Raises KeyError or TypeError on a missing or unknown field.
+
+        Missing fields are not filled with defaults, because that could change the meaning of the weights.
+        """
+        values = {field.name: plain[field.name] for field in dataclasses.fields(BackboneConfig)} | dict(plain)
+        if values["rope_scaling"] is not None:
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        return BackboneConfig(**values)

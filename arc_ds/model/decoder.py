@@ -5,7 +5,8 @@ Shape letters: N text tokens, Z compressed vectors, R rows, L labels, D width, V
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,40 +17,15 @@ from arc_ds.model.backbone import (
     DecoderBlock,
     Head,
     LayerCache,
+    Prefix,
     PrefixPass,
-    PrefixSpans,
     Spans,
     Stream,
     TokenEmbedding,
     make_norm,
 )
 from arc_ds.model.backbone_config import BackboneConfig
-from arc_ds.model.rope import Rope, rope_at
-
-
-class DecoderRows(NamedTuple):
-    """The layout of the decoder's packed input."""
-
-    ids: Tensor  # int64 [N]
-    text_rows: Tensor  # int64 [N]
-    compressed_rows: Tensor  # int64 [Z]
-    cu_seqlens: Tensor  # int32 [S + 1]
-    positions: Tensor  # int64 [R]
-    max_seqlen: int
-    prefix: PrefixSplit | None = None
-
-    @staticmethod
-    def of(batch: PackedBatch) -> DecoderRows:
-        """The decoder's part of a batch."""
-        return DecoderRows(
-            batch.decoder_ids,
-            batch.text_rows,
-            batch.compressed_rows,
-            batch.decoder_cu_seqlens,
-            batch.decoder_positions,
-            batch.decoder_max_seqlen,
-            batch.prefix,
-        )
+from arc_ds.model.rope import rope_at
 
 
 class Decoder(nn.Module):
@@ -69,48 +45,66 @@ class Decoder(nn.Module):
 
     def forward(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
         """NLL in nats of each label of the batch, float32 [L]; `z_ZD` are the compressed vectors (None: text only)."""
-        h_RD = self.hidden(DecoderRows.of(batch), z_ZD)
-        return self.output(self.norm(h_RD[batch.label_rows]), batch.labels)
+        return self.output(self.norm(self.hidden(batch, z_ZD)[batch.label_rows]), batch.labels)
 
     def logits(self, batch: PackedBatch, z_ZD: Tensor | None, rows: Tensor) -> Tensor:
         """Logits of the given rows (int64 [n]): float32 [n, V]."""
-        return self.output(self.norm(self.hidden(DecoderRows.of(batch), z_ZD)[rows]))
+        return self.output(self.norm(self.hidden(batch, z_ZD)[rows]))
 
-    def hidden(self, rows: DecoderRows, z_ZD: Tensor | None, caches: list[LayerCache] | None = None) -> Tensor:
-        """Last hidden states before the final norm, [R, D].
-
-        z_ZD: compressed vectors; None for text only.
-        caches: one cache per layer, during generation only.
+    def hidden(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
+        """Last hidden states before the final norm, [R, D]; `z_ZD` are the compressed vectors (None: text only).
 
         In training, rows before a sequence's first compressed row run without gradient (`packing.PrefixSplit`).
         """
-        x_RD = self.tok_embeddings(rows.ids, rows.text_rows, z_ZD, None if z_ZD is None else rows.compressed_rows)
-        rope = rope_at(rows.positions, self.config)
-        spans = Spans.within(rows.cu_seqlens, rows.max_seqlen, causal=True)
-        if rows.prefix is not None and caches is None and torch.is_grad_enabled() and x_RD.requires_grad:
-            return self._hidden_by_parts(x_RD, rope, rows, rows.prefix)
+        x_RD, split = self.embed(batch, z_ZD), batch.prefix
+        if split is not None and torch.is_grad_enabled() and x_RD.requires_grad:
+            return self._hidden_by_parts(x_RD, batch, split)
+        spans = Spans.within(batch.decoder_cu_seqlens, batch.decoder_max_seqlen, causal=True)
+        return self.run_layers(x_RD, batch.decoder_positions, spans)
+
+    def embed(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
+        """Token embeddings with the compressed vectors between them, [R, D]."""
+        rows_Z = None if z_ZD is None else batch.compressed_rows
+        return self.tok_embeddings(batch.decoder_ids, batch.text_rows, z_ZD, rows_Z)
+
+    def run_layers(
+        self, x_RD: Tensor, positions_R: Tensor, spans: Spans, caches: Sequence[LayerCache] | None = None
+    ) -> Tensor:
+        """Run all layers on embedded rows: the last hidden states before the final norm, [R, D].
+
+        positions_R: position of each row in its sequence, int64.
+        caches: one cache per layer, during generation only. The keys of `spans` are then those of the cache.
+        """
+        rope = rope_at(positions_R, self.config)
         stream = Stream(x_RD)
         for layer_idx, layer in enumerate(self.layers):
             stream = self._run(layer, stream, rope, spans, None if caches is None else caches[layer_idx])
         return stream.total_TD
 
-    def _hidden_by_parts(self, x_RD: Tensor, rope: Rope, rows: DecoderRows, prefix: PrefixSplit) -> Tensor:
+    def _hidden_by_parts(self, x_RD: Tensor, batch: PackedBatch, split: PrefixSplit) -> Tensor:
         """Run each layer on the prefixes without gradient, then on the suffixes, which attend to both."""
-        prefix_cu, suffix_cu = prefix.prefix_cu_seqlens, prefix.suffix_cu_seqlens
-        split = PrefixSpans(
-            prefix_rows=prefix.prefix_rows,
-            suffix_rows=prefix.suffix_rows,
-            prefix_rope=rope.at(prefix.prefix_rows),
-            suffix_rope=rope.at(prefix.suffix_rows),
-            prefix_spans=Spans.within(prefix_cu, prefix.prefix_max_seqlen, causal=True),
-            suffix_spans=Spans(suffix_cu, rows.cu_seqlens, prefix.suffix_max_seqlen, rows.max_seqlen, causal=True),
+        rope = rope_at(batch.decoder_positions, self.config)
+        prefix = Prefix(
+            rows=split.prefix_rows,
+            suffix_rows=split.suffix_rows,
+            rope=rope.at(split.prefix_rows),
+            spans=Spans.within(split.prefix_cu_seqlens, split.prefix_max_seqlen, causal=True),
         )
-        before, after = Stream(x_RD[prefix.prefix_rows].detach()), Stream(x_RD[prefix.suffix_rows])
+        suffix_rope = rope.at(split.suffix_rows)
+        suffix_spans = Spans(
+            cu_seqlens_q=split.suffix_cu_seqlens,
+            cu_seqlens_k=batch.decoder_cu_seqlens,
+            max_seqlen_q=split.suffix_max_seqlen,
+            max_seqlen_k=batch.decoder_max_seqlen,
+            causal=True,
+        )
+        before, after = Stream(x_RD[split.prefix_rows].detach()), Stream(x_RD[split.suffix_rows])
         for layer in self.layers:
-            passing = PrefixPass(before)
-            after = self._run(layer, after, prefix=passing, split=split)
+            passing = PrefixPass(prefix, before)
+            # As keywords: DeepSpeed's hooks search positional arguments for tensors.
+            after = self._run(layer, after, rope=suffix_rope, spans=suffix_spans, cache=passing)
             before = passing.take()  # a layer that backward recomputes keeps `passing` alive
-        return split.join(before.total_TD, after.total_TD)
+        return prefix.join(before.total_TD, after.total_TD)
 
     def _run(self, layer: nn.Module, stream: Stream, *args: Any, **kwargs: Any) -> Stream:
         if self.activation_checkpointing and torch.is_grad_enabled() and stream.x_TD.requires_grad:

@@ -16,22 +16,7 @@ from torch import Tensor, nn
 
 
 class _LinearFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.weight = weight
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        return x @ weight.T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x,) = ctx.saved_tensors
-        grad_x = grads[0] @ ctx.weight if ctx.needs_input_grad[0] else None
-        grad_weight = grads[0].T @ x if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
-
-
-class _JointFunction(torch.autograd.Function):
-    """Several weights on one input. The matrix products accumulate the gradient of the input.
+    """One or several weights on one input. The matrix products accumulate the gradient of the input.
 
     Autograd would write one gradient per weight and add them in separate passes.
     """
@@ -62,7 +47,7 @@ def joint_linear(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
     linears: layers with the same input size. Their own hooks do not run: under ZeRO-3 they belong to a module that is
         gathered as a whole (`Block`).
     """
-    return _JointFunction.apply(x, *(linear.weight for linear in linears))
+    return _LinearFunction.apply(x, *(linear.weight for linear in linears))
 
 
 class Linear(nn.Module):
@@ -74,7 +59,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _LinearFunction.apply(x, self.weight)
+        (y,) = _LinearFunction.apply(x, self.weight)
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"

@@ -13,11 +13,11 @@ from arc_ds.batch.groups import GroupRule, RuleKind
 from arc_ds.batch.packing import PoolingSpec
 from arc_ds.batch.segments import MARKERS, Marker
 from arc_ds.errors import WeightsError
-from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
+from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import BridgeKind, make_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.encoder import Encoder, PoolingLayout, Where
-from arc_ds.model.pooling import make_strategy
+from arc_ds.model.pooling import get_strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +70,11 @@ class CompressorSpec:
         """
         try:
             values = {field.name: plain[field.name] for field in dataclasses.fields(CompressorSpec)} | plain
-            backbone = {f.name: values["backbone"][f.name] for f in dataclasses.fields(BackboneConfig)}
-            backbone |= values["backbone"]
-            scaling = backbone.get("rope_scaling")
-            backbone["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
-            values["backbone"] = BackboneConfig(**backbone)
+            values["backbone"] = BackboneConfig.from_json(values["backbone"])
             values["rules"] = tuple(_rule(rule["kind"], rule["value"]) for rule in values["rules"])
             values["markers"] = tuple(MARKERS[MARKERS.index(marker)] for marker in values["markers"])
             values["decoder_sizes"] = tuple(int(size) for size in values["decoder_sizes"])
-            make_strategy(values["strategy"])
+            get_strategy(values["strategy"])
             return CompressorSpec(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(
@@ -96,7 +92,7 @@ def _rule(kind: str, value: int) -> GroupRule:
 def build_compressor(spec: CompressorSpec, *, activation_checkpointing: bool = False) -> Compressor:
     """Build an uninitialised compressor on torch's default device and dtype. Raises ValueError if sizes do not fit."""
     layout = PoolingLayout(
-        strategy=make_strategy(spec.strategy),
+        strategy=get_strategy(spec.strategy),
         num_pooled_layers=len(spec.rules),
         pooled_queries=spec.pooled_queries,
         where=spec.where,

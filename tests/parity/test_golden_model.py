@@ -19,7 +19,7 @@ from torch import Tensor
 import arc_ds.model.encoder as encoder_module
 from arc_ds.batch.packing import PoolLevel
 from arc_ds.model.backbone import Spans
-from arc_ds.model.pooling.base import ContentPooling, ContextGrid
+from arc_ds.model.pooling.base import ContextGrid, Pooling
 from tests.parity.golden import GoldenCase, build_case_compressor, internal_name
 from tests.parity.golden_run import errors_of, run_case
 
@@ -121,13 +121,9 @@ def test_the_port_that_does_not_read_gets_a_gradient_of_exactly_zero(golden: Pat
 
 
 def test_every_golden_case_of_this_kind_is_listed(golden: Path) -> None:
-    kinds = {p.parent.name: _kind(p) for p in golden.glob("*/meta.json")}
+    kinds = {p.parent.name: json.loads(p.read_text(encoding="utf-8"))["kind"] for p in golden.glob("*/meta.json")}
     ours = {name for name, kind in kinds.items() if kind in ("forward_backward", "end_to_end")}
     assert ours == {*CASES, *FAULTY_CASES}
-
-
-def _kind(meta: Path) -> str:
-    return json.loads(meta.read_text(encoding="utf-8"))["kind"]
 
 
 def _beyond(errors: dict[str, float], bound: float) -> dict[str, float]:
@@ -138,7 +134,7 @@ def _limits_of_the_reference(cu_seqlens: Tensor, level: PoolLevel) -> Tensor:
     return (level.positions + 1).int()
 
 
-class _SmallestNorms(ContentPooling):
+class _SmallestNorms(Pooling):
     def _pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> Tensor:
         grid = ContextGrid.of(x_TD.shape[0], spans, level)
         order_CL = grid.spread(x_TD.norm(dim=-1), fill=float("inf")).argsort(dim=1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from arc_ds.errors import TokenizerError
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.tokenizers.tiktoken_file import LLAMA3_PATTERN
 from tests.helpers.tokenizer_files import byte_characters
+from tests.parity.conftest import package_file
 
 TEXTS = {
     "empty": "",
@@ -43,17 +43,6 @@ TEXTS = {
 # sha256 of the ids of all texts but "runs", by mistral-common 1.13.1.
 TEKKEN_DIGEST = "2b7f68c30233886bfb5611597047b525ed6c6f8ca9040933942fc9b6b6719d0c"
 MISTRAL_MODELS = ["model.v1", "240216.model.v2", "240323.model.v3", "241114.model.v7", "241114.model.v7m1"]
-
-
-def package_file(package: str, place: str) -> Path:
-    """The one file of an installed package that a pattern finds; the test is skipped where there is none."""
-    spec = importlib.util.find_spec(package)
-    found = (
-        sorted(Path(spec.submodule_search_locations[0]).glob(place)) if spec and spec.submodule_search_locations else []
-    )
-    if not found:
-        pytest.skip(f"{package} is not installed with {place} (pip install --no-deps {package.replace('_', '-')})")
-    return found[0]
 
 
 def sentencepiece_case(name: str) -> tuple[Path, Callable[[str], list[int]], Callable[[list[int]], str]]:
@@ -136,16 +125,11 @@ def test_tekken_digest_is_the_library_s() -> None:
     assert_same(tokenizer, lambda text: oracle.encode(text, bos=False, eos=False), oracle.decode, runs=False)
 
 
-def test_tekken_of_another_date_has_the_same_ids_and_fingerprint() -> None:
-    first = load_tokenizer(package_file("mistral_common", "data/tekken_240718.json"))
-    second = load_tokenizer(package_file("mistral_common", "data/tekken_240911.json"))
+def test_tekken_of_another_date_or_saved_again_has_the_same_fingerprint(tmp_path: Path) -> None:
+    first, second = (load_tokenizer(package_file("mistral_common", f"data/tekken_{d}.json")) for d in (240718, 240911))
+    first.save(tmp_path)
     assert first.fingerprint == second.fingerprint, "they differ in image settings only"
-
-
-def test_tekken_saves_itself(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(package_file("mistral_common", "data/tekken_240911.json"))
-    tokenizer.save(tmp_path)
-    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+    assert load_tokenizer(tmp_path).fingerprint == first.fingerprint
 
 
 def test_llama3_equals_the_library() -> None:
@@ -198,5 +182,6 @@ def test_smollm2_equals_the_tokenizers_library(tmp_path: Path) -> None:
     oracle.encode_special_tokens = True
     assert_same(tokenizer, lambda text: oracle.encode(text, add_special_tokens=False).ids, oracle.decode)
     again = load_tokenizer(tmp_path)
-    assert again.encode(TEXTS["scripts"]) == tokenizer.encode(TEXTS["scripts"])
-    assert again.bos_id == tokenizer.bos_id
+    for name in ("scripts", "typography", "marks"):
+        assert again.encode(TEXTS[name]) == tokenizer.encode(TEXTS[name])
+    assert (again.bos_id, again.eos_id, again.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)

@@ -12,37 +12,32 @@ Names:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import arc_kernels as ak
 from arc_ds.batch.groups import GroupRule
-from arc_ds.model.pooling.base import ContentPooling, Pooling
+from arc_ds.model.pooling.base import Pooling
 from arc_ds.model.pooling.clustering import KMEANS_METRICS, KMeansPooling
 from arc_ds.model.pooling.consecutive import GroupPooling
 from arc_ds.model.pooling.merging import SIMILARITIES, MergePooling, NormPruning
 
-_NEIGHBOUR_KINDS = ("similarity", "prune")
+STRATEGIES: Mapping[str, Pooling] = {
+    **{kind: GroupPooling(kind) for kind in ak.POOL_KINDS},
+    "kmeans": KMeansPooling("euclidean"),
+    **{f"kmeans_{metric}": KMeansPooling(metric) for metric in KMEANS_METRICS},
+    "similarity": MergePooling("cosine"),
+    "prune": MergePooling("cosine", prune=True),
+    **{f"similarity_{metric}": MergePooling(metric) for metric in SIMILARITIES},
+    **{f"prune_{metric}": MergePooling(metric, prune=True) for metric in SIMILARITIES},
+    "prune_norm": NormPruning(),
+}
 
-STRATEGIES: tuple[str, ...] = (
-    *ak.POOL_KINDS,
-    *("kmeans", *(f"kmeans_{metric}" for metric in KMEANS_METRICS)),
-    *_NEIGHBOUR_KINDS,
-    *(f"{kind}_{metric}" for kind in _NEIGHBOUR_KINDS for metric in SIMILARITIES),
-    "prune_norm",
-)
 
-
-def make_strategy(name: str) -> Pooling:
-    """Build the strategy with a name from `STRATEGIES`. Raises ValueError on any other name."""
-    _check_name(name)
-    if name in ak.POOL_KINDS:
-        return GroupPooling(name)
-    if name == "prune_norm":
-        return NormPruning()
-    kind, _, metric = name.partition("_")
-    if kind == "kmeans":
-        return KMeansPooling(metric or "euclidean")
-    return MergePooling(metric or "cosine", prune=kind == "prune")
+def get_strategy(name: str) -> Pooling:
+    """The strategy with a name from `STRATEGIES`. Raises ValueError on any other name."""
+    if name not in STRATEGIES:
+        raise ValueError(f"pooling strategy is {name!r}; expected one of {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]
 
 
 def group_rules(strategy: str, factors: Sequence[int], num_groups: int | None = None) -> tuple[GroupRule, ...]:
@@ -53,33 +48,11 @@ def group_rules(strategy: str, factors: Sequence[int], num_groups: int | None = 
     num_groups: fixed number of groups in the last layer, ≥ 1; instead of `factors`.
 
     A context of n rows is pooled to ceil(n / factor) groups. Merging and pruning keep n // factor rows, or all n if
-    n < factor, as in the reference. Raises ValueError on a number below 1, or if both or neither are given.
+    n < factor, as in the reference. Raises ValueError on an unknown strategy.
     """
-    _check_name(strategy)
-    if bool(factors) == (num_groups is not None):
-        raise ValueError(f"expected either factors or num_groups; got {list(factors)} and {num_groups}")
-    for value in (*factors, *(() if num_groups is None else (num_groups,))):
-        if value < 1:
-            raise ValueError(f"a pooling factor or number of groups is {value}; expected at least 1")
     if num_groups is not None:
         return (GroupRule("count", num_groups),)
-    kind = strategy.partition("_")[0]
-    return tuple(GroupRule("floor_factor" if kind in _NEIGHBOUR_KINDS else "factor", factor) for factor in factors)
+    return tuple(GroupRule(get_strategy(strategy).rule_kind, factor) for factor in factors)
 
 
-def _check_name(name: str) -> None:
-    if name not in STRATEGIES:
-        raise ValueError(f"pooling strategy is {name!r}; expected one of {', '.join(STRATEGIES)}")
-
-
-__all__ = [
-    "STRATEGIES",
-    "ContentPooling",
-    "GroupPooling",
-    "KMeansPooling",
-    "MergePooling",
-    "NormPruning",
-    "Pooling",
-    "group_rules",
-    "make_strategy",
-]
+__all__ = ["STRATEGIES", "GroupPooling", "KMeansPooling", "Pooling", "get_strategy", "group_rules"]

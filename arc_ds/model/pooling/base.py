@@ -6,41 +6,32 @@ Shape letters: T rows, G groups, C contexts, L rows of the longest context, D wi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import arc_kernels as ak
+from arc_ds.batch.groups import RuleKind
 from arc_ds.batch.packing import PoolLevel
 from arc_ds.model.backbone import Norm, Spans
 
 
-class Pooling(Protocol):
-    """A pure function of the rows and the level's boundaries.
+class Pooling(ABC):
+    """A pure function of the rows and the level's boundaries. By default it groups rows by content.
 
     The number of pooled rows of a context depends only on its length (`batch.groups.GroupRule`). The choice of rows may
-    depend on their content.
+    depend on their content. Gradients flow through the combined rows, not through the choice.
+
+    contiguous: whether group g holds the rows group_cu[g] … group_cu[g + 1] - 1. Causal pooling needs it.
+    rule_kind: the kind of rule that a pooling factor means.
     """
 
-    contiguous: bool  # whether group g holds the rows group_cu[g] … group_cu[g + 1] - 1 (causal pooling needs it)
+    contiguous: bool = False
+    rule_kind: RuleKind = "factor"
 
     def pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> Tensor:
         """Pool rows [T, D] to [G, D] in the dtype of x. `spans` delimit the contexts."""
-        ...
-
-    def pool_norm(self, x_TD: Tensor, spans: Spans, level: PoolLevel, norm: Norm) -> ak.PoolNorm:
-        """Pooled rows, norm of the pooled rows, and norm of all rows."""
-        ...
-
-
-class ContentPooling(ABC):
-    """A strategy that groups rows by content. Gradients flow through the combined rows, not through the choice."""
-
-    contiguous = False
-
-    def pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> Tensor:
-        """See `Pooling.pool`."""
         return self._pool(x_TD, spans, level) if x_TD.shape[0] else x_TD
 
     @abstractmethod
@@ -48,7 +39,7 @@ class ContentPooling(ABC):
         """`pool` for a batch with at least one row."""
 
     def pool_norm(self, x_TD: Tensor, spans: Spans, level: PoolLevel, norm: Norm) -> ak.PoolNorm:
-        """See `Pooling.pool_norm`."""
+        """Pooled rows, norm of the pooled rows, and norm of all rows."""
         pooled_GD = self.pool(x_TD, spans, level)
         return ak.PoolNorm(pooled_GD, norm(pooled_GD), norm(x_TD))
 

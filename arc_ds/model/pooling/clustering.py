@@ -12,12 +12,13 @@ from torch import Tensor
 import arc_kernels as ak
 from arc_ds.batch.packing import PoolLevel
 from arc_ds.model.backbone import Spans
-from arc_ds.model.pooling.base import ContentPooling, ContextGrid, weighted_groups, widen
+from arc_ds.model.pooling.base import ContextGrid, Pooling, weighted_groups, widen
 
 KMEANS_METRICS = ("euclidean", "cosine")
+_NUM_ROUNDS = 10  # updates of the centres
 
 
-class KMeansPooling(ContentPooling):
+class KMeansPooling(Pooling):
     """Lloyd's algorithm within each context, started from the means of its balanced groups.
 
     This start makes the result deterministic and orders the clusters like the groups. A cluster that loses all its rows
@@ -25,18 +26,10 @@ class KMeansPooling(ContentPooling):
     therefore depends only on the context's length. Gradients flow through the means, not through the assignment.
 
     metric: "euclidean", or "cosine" (rows and centres are normalised to length one).
-    num_rounds: number of updates of the centres, ≥ 1.
-
-    Raises ValueError on an unknown metric or fewer than one round.
     """
 
-    def __init__(self, metric: str = "euclidean", *, num_rounds: int = 10) -> None:
-        if metric not in KMEANS_METRICS:
-            raise ValueError(f"metric is {metric!r}; expected one of {', '.join(KMEANS_METRICS)}")
-        if num_rounds < 1:
-            raise ValueError(f"num_rounds is {num_rounds}; k-means needs at least one")
+    def __init__(self, metric: str) -> None:
         self.metric = metric
-        self.num_rounds = num_rounds
 
     def _pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> Tensor:
         num_groups = level.positions.numel()
@@ -53,7 +46,7 @@ class KMeansPooling(ContentPooling):
         grid = ContextGrid.of(x_TD.shape[0], spans, level)
         num_groups = level.positions.numel()
         cluster_T = self._nearest(x_TD, centres_GD, grid, level)
-        for _ in range(self.num_rounds):
+        for _ in range(_NUM_ROUNDS):
             sizes_G = _sizes(cluster_T, num_groups, x_TD.dtype)
             means_GD = torch.zeros_like(centres_GD).index_add(0, cluster_T, x_TD) / sizes_G.clamp(min=1.0)[:, None]
             centres_GD = torch.where(sizes_G[:, None] > 0, self._features(means_GD), centres_GD)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arc_ds.batch.packing import PoolLevel
 from arc_ds.model.backbone import Spans
-from arc_ds.model.pooling.base import ContentPooling, ContextGrid, weighted_groups, widen
+from arc_ds.model.pooling.base import ContextGrid, Pooling, weighted_groups, widen
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,21 +32,18 @@ SIMILARITIES: dict[str, Similarity] = {
 _NEVER = float("-inf")
 
 
-class MergePooling(ContentPooling):
+class MergePooling(Pooling):
     """Merge neighbouring rows, the most similar ones first.
 
-    Each row receives a gradient according to its weight in its group. Use it with `GroupRule("floor_factor", ...)`, the
-    target length of the reference.
+    Each row receives a gradient according to its weight in its group.
 
     metric: one of `SIMILARITIES`.
     prune: keep the later row of a pair instead of the mean.
-
-    Raises ValueError on an unknown metric.
     """
 
-    def __init__(self, metric: str = "cosine", *, prune: bool = False) -> None:
-        if metric not in SIMILARITIES:
-            raise ValueError(f"metric is {metric!r}; expected one of {', '.join(SIMILARITIES)}")
+    rule_kind = "floor_factor"
+
+    def __init__(self, metric: str, *, prune: bool = False) -> None:
         self.metric = metric
         self.prune = prune
 
@@ -58,11 +55,13 @@ class MergePooling(ContentPooling):
         return weighted_groups(x_TD, runs.groups(), grid.gather(runs.weight_CL), level.positions.numel())
 
 
-class NormPruning(ContentPooling):
+class NormPruning(Pooling):
     """Keep the rows with the largest L2 norms, in their original order, and drop the others.
 
     The reference keeps the smallest norms and sorts the rows by norm, contrary to its own documentation.
     """
+
+    rule_kind = "floor_factor"
 
     def _pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> Tensor:
         grid = ContextGrid.of(x_TD.shape[0], spans, level)

@@ -1,16 +1,14 @@
 """Read and write weights: backbones of several families, and ARC checkpoints of the reference implementation."""
 
-from arc_ds.model.weights.arc_format import ArcCheckpoint, read_arc_checkpoint, write_arc_checkpoint
+from arc_ds.model.weights.arc_format import read_arc_checkpoint, write_arc_checkpoint
 from arc_ds.model.weights.load import TensorSource, check_fit, copy_into, gathered, load_backbone, set_parameter
 from arc_ds.model.weights.locate import find_tokenizer
-from arc_ds.model.weights.names import backbone_shapes, beyond_layers, permute_rotary
+from arc_ds.model.weights.names import beyond_layers, permute_rotary
 from arc_ds.model.weights.source import BackboneSource, open_backbone, read_backbone_config
 
 __all__ = [
-    "ArcCheckpoint",
     "BackboneSource",
     "TensorSource",
-    "backbone_shapes",
     "beyond_layers",
     "check_fit",
     "copy_into",

@@ -13,17 +13,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from arc_ds.errors import WeightsError
-from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
-from arc_ds.model.weights.arc_params import MULTI, ArcParams
+from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.names import Shape, layer_shapes, permute_rotary, rotary_heads
+from arc_ds.model.weights.names import RotaryPairs, Shape, permute_rotary, rotary_heads
+from arc_ds.model.weights.source import read_backbone_config
 from arc_ds.model.weights.stores import SafetensorsStore
-from arc_ds.system.files import whole_folder
+
+MULTI = "multi_module"  # the bridge_type of several decoders
 
 PARAMS = "params.json"
 SIZES = "encoder_backbone.json"
@@ -41,17 +43,20 @@ _PORT = re.compile(r"^ports\.(\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class ArcCheckpoint:
-    """An opened ARC checkpoint. Only headers have been read.
+    """An opened ARC checkpoint: its tensors by internal name, with rotary rows in half-split order.
+
+    Only headers have been read. The internal names are those of a `Compressor`: `encoder.*`, `ports.{n}.rec`,
+    `ports.{n}.cont`, `ports.{n}.bridge.*`. The shapes are those of the file; `check_fit` compares them with a model.
 
     path: the checkpoint's folder.
     params: the settings in `params.json`.
-    backbone: sizes of the encoder's backbone; None if the checkpoint does not contain them.
+    backbone: sizes of the encoder's whole backbone.
     file_names: for each internal tensor name, its file and its name there.
     """
 
     path: Path
-    params: ArcParams
-    backbone: BackboneConfig | None
+    params: Fields
+    backbone: BackboneConfig
     file_names: Mapping[str, tuple[SafetensorsStore, str]]
 
     @property
@@ -60,85 +65,25 @@ class ArcCheckpoint:
         ports = [int(match.group(1)) for name in self.file_names if (match := _PORT.match(name))]
         return max(ports, default=-1) + 1
 
-    def source(self, backbone: BackboneConfig | None = None) -> ArcSource:
-        """Its tensors by internal name, for `load_backbone(compressor, ...)`.
-
-        backbone: sizes of the encoder's whole backbone; None to use the sizes in the checkpoint.
-
-        Raises WeightsError if sizes are missing or a tensor does not fit them.
-        """
-        sizes = backbone or self.backbone
-        if sizes is None:
-            raise WeightsError(
-                f"{self.path} does not contain the sizes of its encoder's backbone; pass the backbone's folder as "
-                "encoder_backbone (its config.json or params.json is enough)."
-            )
-        source = ArcSource(checkpoint=self, backbone=sizes)
-        source.check()
-        return source
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArcSource:
-    """The tensors of an ARC checkpoint by internal name, with rotary rows in half-split order."""
-
-    checkpoint: ArcCheckpoint
-    backbone: BackboneConfig
-
-    @property
-    def path(self) -> Path:
-        """The checkpoint's folder."""
-        return self.checkpoint.path
-
-    def names(self) -> tuple[str, ...]:
-        """Internal names: `encoder.*`, `ports.{n}.rec`, `ports.{n}.cont`, `ports.{n}.bridge.*`."""
-        return tuple(self.checkpoint.file_names)
-
-    def shape(self, name: str) -> Shape:
-        """Shape of a tensor, without reading it."""
-        store, file_name = self.checkpoint.file_names[name]
-        return store.shape(file_name)
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shape of every tensor, without reading it."""
+        return {name: store.shapes[file_name] for name, (store, file_name) in self.file_names.items()}
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor to the CPU in the file's dtype."""
-        store, file_name = self.checkpoint.file_names[name]
-        return _turned(name, store.read(file_name), self.backbone, to_file=False)
-
-    def check(self) -> None:
-        """Raise WeightsError if a tensor's shape differs from the one that backbone and params imply."""
-        expected = self._expected
-        faults = [
-            f"`{self.checkpoint.file_names[name][1]}` is {list(self.shape(name))}, expected "
-            f"{list(expected[name]) if name in expected else 'no such tensor'}"
-            for name in self.names()
-            if expected.get(name) != self.shape(name)
-        ]
-        if faults:
-            raise WeightsError(
-                f"{self.path} does not fit the given backbone: {'; '.join(faults[:8])}. "
-                "Check that encoder_backbone is the backbone that it was trained from."
-            )
-
-    @cached_property
-    def _expected(self) -> dict[str, Shape]:
-        sizes, params = self.backbone, self.checkpoint.params
-        width = sizes.hidden_size
-        shapes: dict[str, Shape] = {
-            "encoder.tok_embeddings.weight": (sizes.vocab_size, width),
-            "encoder.memory": (params.embedder.memory_tokens, width),
-        }
-        for i in range(sizes.num_layers - params.embedder.n_truncated_layers):
-            shapes.update({f"encoder.layers.{i}.{n}": shape for n, shape in layer_shapes(sizes).items()})
-        for port in range(self.checkpoint.num_ports):
-            shapes[f"ports.{port}.rec"] = shapes[f"ports.{port}.cont"] = (1, width)
-            shapes.update({f"ports.{port}.bridge.{n}": shape for n, shape in _bridge_shapes(params).items()})
-        return shapes
+        store, file_name = self.file_names[name]
+        return _permute(name, store.tensor(file_name), self.backbone, to="half")
 
 
-def read_arc_checkpoint(path: str | Path) -> ArcCheckpoint:
+def read_arc_checkpoint(path: str | Path, encoder_backbone: str | Path | None = None) -> ArcCheckpoint:
     """Open an ARC checkpoint of the reference or of ARC-DS. Old markers without a decoder number belong to decoder 0.
 
-    Raises WeightsError if a file is missing, damaged or contains a tensor that is not part of the format.
+    encoder_backbone: folder with the sizes of the encoder's backbone. Checkpoints of the reference do not contain them.
+        Sizes in the checkpoint take precedence, because they describe the training.
+
+    Raises WeightsError if a file is missing, damaged or contains a tensor that is not part of the format, or if sizes
+    are missing.
     """
     folder = Path(path)
     if not (folder / PARAMS).is_file() or not (folder / EMBEDDER).is_file():
@@ -146,67 +91,54 @@ def read_arc_checkpoint(path: str | Path) -> ArcCheckpoint:
             f"{folder} is not an ARC checkpoint; expected {PARAMS} and {EMBEDDER} in it. Pass the folder of one "
             "checkpoint, such as checkpoints/checkpoint_080000."
         )
-    params = ArcParams.of(Fields.read(folder / PARAMS))
-    embedder = SafetensorsStore(folder / EMBEDDER)
-    names = {_internal(name, _embedder_name, folder / EMBEDDER): (embedder, name) for name in sorted(embedder.names())}
-    if params.bridge is not None and params.bridge.bridge_type is not None:
+    params = Fields.read(folder / PARAMS)
+    names = _internal_names(folder / EMBEDDER, _embedder_name)
+    if params.object("bridge_module", {}).get("bridge_type") is not None:
         if not (folder / BRIDGE).is_file():
             raise WeightsError(f"{folder} has no {BRIDGE}, but {PARAMS} names a bridge. Copy the whole checkpoint.")
-        bridge = SafetensorsStore(folder / BRIDGE)
-        names.update({_internal(n, _bridge_name, folder / BRIDGE): (bridge, n) for n in sorted(bridge.names())})
-    sizes = folder / SIZES
-    return ArcCheckpoint(
-        path=folder,
-        params=params,
-        backbone=_backbone_of(Fields.read(sizes)) if sizes.is_file() else None,
-        file_names=names,
-    )
+        names.update(_internal_names(folder / BRIDGE, _bridge_name))
+    if (folder / SIZES).is_file():
+        backbone = _read_sizes(folder / SIZES)
+    elif encoder_backbone is not None:
+        backbone = read_backbone_config(encoder_backbone, "none")
+    else:
+        raise WeightsError(
+            f"{folder} does not contain the sizes of its encoder's backbone; pass the backbone's folder as "
+            "encoder_backbone (its config.json or params.json is enough)."
+        )
+    return ArcCheckpoint(path=folder, params=params, backbone=backbone, file_names=names)
 
 
 def write_arc_checkpoint(
-    path: str | Path,
-    params: ArcParams,
-    tensors: Mapping[str, Tensor],
-    backbone: BackboneConfig,
-    *,
-    overwrite: bool = False,
+    folder: Path, params: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: BackboneConfig
 ) -> None:
-    """Write an ARC checkpoint that the reference can read. The folder `path` appears atomically.
+    """Write the files of an ARC checkpoint, which the reference can read, to an existing folder.
 
     params: the content of `params.json`. Its param_dtype should name the dtype of the tensors.
     tensors: tensors by internal name (`Compressor.named_parameters()`), written in their own dtype.
     backbone: sizes of the encoder's whole backbone.
-    overwrite: replace an earlier ARC checkpoint.
 
-    Raises WeightsError if `path` is not an empty folder and `overwrite` is False, if `path` is not an ARC checkpoint,
-    or if a tensor has no place in the format.
+    Raises WeightsError if a tensor has no place in the format.
     """
-    folder = Path(path)
-    is_taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-    if is_taken and not overwrite:
-        raise WeightsError(f"{folder} exists already. Choose another folder, or pass overwrite=True.")
-    if is_taken and not (folder / PARAMS).is_file():
-        raise WeightsError(f"{folder} is not an ARC checkpoint, so it is not overwritten. Choose another folder.")
     embedder, bridge = _reference_tensors(params, tensors, backbone)
-    with whole_folder(folder) as new:
-        for target, content in ((EMBEDDER, embedder), (BRIDGE, bridge)):
-            if content:
-                (new / target).parent.mkdir(parents=True)
-                save_file(content, new / target)
-        (new / PARAMS).write_text(params.to_json(), encoding="utf-8")
-        sizes = json.dumps(dataclasses.asdict(backbone), indent=4)
-        (new / SIZES).write_text(sizes + "\n", encoding="utf-8")
+    for target, content in ((EMBEDDER, embedder), (BRIDGE, bridge)):
+        if content:
+            (folder / target).parent.mkdir(parents=True)
+            save_file(content, folder / target)
+    (folder / PARAMS).write_text(json.dumps(params, indent=4), encoding="utf-8")
+    sizes = json.dumps(dataclasses.asdict(backbone), indent=4)
+    (folder / SIZES).write_text(sizes + "\n", encoding="utf-8")
 
 
 def _reference_tensors(
-    params: ArcParams, tensors: Mapping[str, Tensor], backbone: BackboneConfig
+    params: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: BackboneConfig
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of embedder and bridge, by the reference's names."""
-    multi = params.bridge is not None and params.bridge.bridge_type == MULTI
+    multi = (params["bridge_module"] or {}).get("bridge_type") == MULTI
     embedder: dict[str, Tensor] = {}
     bridge: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        stored = _turned(name, tensor.detach().cpu(), backbone, to_file=True).contiguous()
+        stored = _permute(name, tensor.detach().cpu(), backbone, to="interleaved").contiguous()
         if match := _BRIDGE.match(name):
             if not multi and int(match.group(1)) > 0:
                 raise WeightsError(f"`{name}` belongs to a second decoder; bridge_type must be {MULTI} to hold it.")
@@ -222,18 +154,21 @@ def _reference_tensors(
     return embedder, bridge
 
 
-def _turned(name: str, tensor: Tensor, backbone: BackboneConfig, *, to_file: bool) -> Tensor:
+def _permute(name: str, tensor: Tensor, backbone: BackboneConfig, *, to: RotaryPairs) -> Tensor:
     heads = rotary_heads(name, backbone) if name.startswith("encoder.") else None
-    if heads is None:
-        return tensor
-    return permute_rotary(tensor, heads, to="interleaved" if to_file else "half")
+    return tensor if heads is None else permute_rotary(tensor, heads, to=to)
 
 
-def _internal(file_name: str, rename: Callable[[str], str | None], file: Path) -> str:
-    internal = rename(file_name)
-    if internal is None:
-        raise WeightsError(f"{file}: tensor `{file_name}` is not part of the ARC format. Check the file.")
-    return internal
+def _internal_names(file: Path, rename: Callable[[str], str | None]) -> dict[str, tuple[SafetensorsStore, str]]:
+    """The tensors of a file by internal name. `rename` returns None for a name that is not part of the format."""
+    store = SafetensorsStore(file)
+    names: dict[str, tuple[SafetensorsStore, str]] = {}
+    for file_name in sorted(store.shapes):
+        internal = rename(file_name)
+        if internal is None:
+            raise WeightsError(f"{file}: tensor `{file_name}` is not part of the ARC format. Check the file.")
+        names[internal] = store, file_name
+    return names
 
 
 def _embedder_name(file_name: str) -> str | None:
@@ -249,24 +184,9 @@ def _bridge_name(file_name: str) -> str | None:
     return f"ports.{match.group(1) or 0}.bridge.{match.group(2)}" if match else None
 
 
-def _bridge_shapes(params: ArcParams) -> dict[str, Shape]:
-    bridge = params.bridge
-    if bridge is None or bridge.bridge_type is None:
-        return {}
-    if bridge.bridge_type == "linear":
-        return {"layer1.weight": (bridge.out_dim, bridge.in_dim)}
-    hidden = bridge.hidden_dim or bridge.out_dim
-    shapes: dict[str, Shape] = {
-        "layer1.weight": (hidden, bridge.in_dim),
-        "layer2.weight": (bridge.out_dim, hidden),
-    }
-    return {**shapes, "norm.weight": (bridge.in_dim,)} if bridge.bridge_type == "rms" else shapes
-
-
-def _backbone_of(fields: Fields) -> BackboneConfig:
+def _read_sizes(file: Path) -> BackboneConfig:
+    fields = Fields.read(file)
     try:
-        values = dict(fields.values)
-        scaling = values.pop("rope_scaling", None)
-        return BackboneConfig(**values, rope_scaling=None if scaling is None else RopeScaling(**scaling))
-    except TypeError as error:
-        raise WeightsError(f"{fields.where} does not contain a backbone's sizes: {error}. Export again.") from error
+        return BackboneConfig.from_json(fields.values)
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"{file} does not contain a backbone's sizes: {error}. Export again.") from error

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from arc_ds.errors import WeightsError
-from arc_ds.model.backbone_config import BackboneConfig
 
 
 class Fields:
@@ -34,11 +33,18 @@ class Fields:
         value = self.values.get(key)
         return default if value is None else value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+    def object(self, key: str, default: Mapping[str, Any] | None = None) -> Fields:
+        """The object under a key."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.wrong(key, "a whole number of at least 1", value)
+        if not isinstance(value, Mapping):
+            raise self.wrong(key, "an object", value)
+        return Fields(value, f"{self.where}: {key}")
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        """A whole number of at least `minimum`."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.wrong(key, f"a whole number of at least {minimum}", value)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -70,15 +76,3 @@ class Fields:
         """The error for a missing value or one of the wrong type."""
         found = f"it is {got!r}" if key in self.values else "it is missing"
         return WeightsError(f"{self.where}: expected `{key}` to be {expected}; {found}. Copy the file from its source.")
-
-
-def checked(config: BackboneConfig, where: str) -> BackboneConfig:
-    """Return the config unchanged. Raises WeightsError if its sizes are inconsistent."""
-    if config.num_heads % config.num_kv_heads:
-        raise WeightsError(
-            f"{where}: {config.num_heads} query heads cannot share {config.num_kv_heads} key heads evenly; "
-            "expected a multiple. Copy the file from its source."
-        )
-    if config.head_dim % 2:
-        raise WeightsError(f"{where}: head_dim is {config.head_dim}; rotary positions need an even one.")
-    return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
-from arc_ds.model.weights.fields import Fields, checked
+from arc_ds.model.rope import rope_frequencies
+from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
 from arc_ds.model.weights.stores import ALL_ROWS, Shape
 from arc_ds.tokenizers.gguf_header import GgufTensor, read_gguf_header
@@ -26,8 +28,8 @@ _ROPE_FACTORS = "rope_freqs.weight"
 class GgufStore:
     """The metadata and tensors of one GGUF file.
 
-    `metadata` omits lists, because those of a tokenizer are long. `read` returns float32, or float16 if the file stores
-    plain float16.
+    `metadata` omits lists, because those of a tokenizer are long. `tensor` returns float32, or float16 if the file
+    stores plain float16.
 
     Raises WeightsError if the file is not GGUF, is truncated, or has an unsupported version or block format.
     """
@@ -38,16 +40,11 @@ class GgufStore:
             self.metadata, self._tensors, self._data_start = read_gguf_header(path)
         except (OSError, ValueError) as error:
             raise WeightsError(f"{path} is not a complete GGUF file: {error}. Copy it again.") from error
+        self.shapes: Mapping[str, Shape] = {name: entry.shape for name, entry in self._tensors.items()}
         self._quants = _quants(path)
         self._check_size()
 
-    def names(self) -> frozenset[str]:
-        return frozenset(self._tensors)
-
-    def shape(self, name: str) -> Shape:
-        return self._tensors[name].shape
-
-    def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         entry = self._tensors[name]
         start = self._data_start + entry.offset
         if entry.kind in _PLAIN:
@@ -90,7 +87,7 @@ def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Sizes:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise WeightsError(
-            f"{store.path}: `general.architecture` is {architecture!r}; ARC-DS reads GGUF files of llama (Llama, "
+            f"{fields.where}: `general.architecture` is {architecture!r}; ARC-DS reads GGUF files of llama (Llama, "
             "Mistral, SmolLM). Choose another file, or the model's Hugging Face folder."
         )
     fields.refuse("llama.expert_count", 0)
@@ -101,9 +98,8 @@ def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Sizes:
     if rope_scaling == "checkpoint":
         fields.refuse("llama.rope.scaling.type", "none")
     embedding = "token_embd.weight"
-    if embedding not in store.names():
-        raise WeightsError(f"{store.path}: tensor `{embedding}` is missing. Copy the file again.")
-    theta = fields.number("llama.rope.freq_base", 10000.0)
+    if embedding not in store.shapes:
+        raise WeightsError(f"{fields.where}: tensor `{embedding}` is missing. Copy the file again.")
     config = BackboneConfig(
         family="llama",
         hidden_size=hidden,
@@ -112,40 +108,29 @@ def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Sizes:
         num_kv_heads=fields.integer("llama.attention.head_count_kv", num_heads),
         head_dim=head_dim,
         ffn_size=fields.integer("llama.feed_forward_length"),
-        vocab_size=store.shape(embedding)[0],
-        rope_theta=theta,
+        vocab_size=store.shapes[embedding][0],
+        rope_theta=fields.number("llama.rope.freq_base", 10000.0),
         norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
-        rope_scaling=_rope_scaling(store, theta, head_dim) if rope_scaling == "checkpoint" else None,
-        tie_embeddings="output.weight" not in store.names(),
+        tie_embeddings="output.weight" not in store.shapes,
     )
+    if rope_scaling == "checkpoint" and _ROPE_FACTORS in store.shapes:
+        config = _with_scaling(config, store.tensor(_ROPE_FACTORS), fields.where)
     window = fields.integer("llama.attention.sliding_window") if fields.get("llama.attention.sliding_window") else None
-    return Sizes(checked(config, fields.where), window)
+    return Sizes(config, window)
 
 
-def _rope_scaling(store: GgufStore, theta: float, head_dim: int) -> RopeScaling | None:
-    """The rotary scaling whose frequency divisors the file stores. Its other constants are those of Llama 3.1."""
-    if _ROPE_FACTORS not in store.names():
-        return None
-    divisors = store.read(_ROPE_FACTORS).double().numpy()
-    scaling = RopeScaling(
-        factor=round(float(divisors.max()), 4), low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
-    )
-    expected = llama3_divisors(scaling, theta, head_dim)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+def _with_scaling(config: BackboneConfig, divisors: Tensor, where: str) -> BackboneConfig:
+    """Add the rotary scaling that has these divisors of frequencies. Its other constants are those of Llama 3.1."""
+    factor = round(float(divisors.max()), 4)
+    scaling = RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+    scaled = dataclasses.replace(config, rope_scaling=scaling)
+    frequencies, expected = (rope_frequencies(c, divisors.device) for c in (config, scaled))
+    if divisors.shape != frequencies.shape or not torch.allclose(frequencies / divisors, expected, rtol=1e-4, atol=0):
         raise WeightsError(
-            f"{store.path}: `{_ROPE_FACTORS}` is not the llama3 scaling with low 1, high 4 and 8192 positions. "
+            f"{where}: `{_ROPE_FACTORS}` is not the llama3 scaling with low 1, high 4 and 8192 positions. "
             "ARC-DS supports no other scaling. Use the model's Hugging Face folder, or set rope_scaling: none."
         )
-    return scaling
-
-
-def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-    """Divisor of each rotary frequency under llama3 scaling, float64 [head_dim / 2] (Llama 3.1's reference code)."""
-    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling.original_max_positions / wavelength
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1 - smooth) / scaling.factor + smooth)
+    return scaled
 
 
 def _quants(path: Path) -> Any:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
-from arc_ds.model.weights.fields import Fields, checked
+from arc_ds.model.weights.families import FAMILIES, OLMO_EPS
+from arc_ds.model.weights.fields import Fields
 
 RopeScalingChoice = Literal["checkpoint", "none"]
 
@@ -25,17 +23,8 @@ class Sizes(NamedTuple):
     sliding_window: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Family:
-    norm: Literal["rms", "layer"] = "rms"
-
-
-_FAMILIES: Mapping[str, _Family] = MappingProxyType(
-    {"llama": _Family(), "mistral": _Family(), "olmo": _Family(norm="layer")}
-)
-SUPPORTED_MODEL_TYPES = (*_FAMILIES, "hf_olmo")
+SUPPORTED_MODEL_TYPES = (*FAMILIES, "hf_olmo")
 _SILU = ("silu", "swish")
-_OLMO_EPS = 1e-5  # a constant in OLMo-1's code, absent from its configs
 
 
 def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Sizes:
@@ -56,7 +45,7 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Si
     if model_type == "hf_olmo":
         return _sizes_of_olmo(fields)
     fields.refuse("hidden_act", *_SILU)
-    family = _FAMILIES[model_type]
+    family = FAMILIES[model_type]
     hidden, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     theta, scaling = _rope(fields, rope_scaling)
     config = BackboneConfig(
@@ -69,12 +58,12 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Si
         ffn_size=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         rope_theta=theta,
-        norm_eps=_OLMO_EPS if family.norm == "layer" else fields.number("rms_norm_eps", 1e-6),
+        norm_eps=family.norm_eps or fields.number("rms_norm_eps", 1e-6),
         norm=family.norm,
         rope_scaling=scaling,
         tie_embeddings=fields.flag("tie_word_embeddings", False),
     )
-    return Sizes(checked(config, fields.where), _sliding_window(fields))
+    return Sizes(config, _sliding_window(fields))
 
 
 def _sliding_window(fields: Fields) -> int | None:
@@ -84,10 +73,10 @@ def _sliding_window(fields: Fields) -> int | None:
 
 
 def _rope(fields: Fields, choice: RopeScalingChoice) -> tuple[float, RopeScaling | None]:
-    parameters = _object(fields, "rope_parameters")
+    parameters = fields.object("rope_parameters", {}).values
     theta = fields.number("rope_theta", parameters.get("rope_theta", 10000.0))
     fields.refuse("partial_rotary_factor", 1)
-    rope = Fields({**_object(fields, "rope_scaling"), **parameters}, fields.where)
+    rope = Fields({**fields.object("rope_scaling", {}).values, **parameters}, fields.where)
     rope.refuse("partial_rotary_factor", 1)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if choice == "none" or kind == "default":
@@ -103,13 +92,6 @@ def _rope(fields: Fields, choice: RopeScalingChoice) -> tuple[float, RopeScaling
         high_freq_factor=rope.number("high_freq_factor"),
         original_max_positions=rope.integer("original_max_position_embeddings"),
     )
-
-
-def _object(fields: Fields, key: str) -> Mapping[str, Any]:
-    value = fields.get(key, {})
-    if not isinstance(value, dict):
-        raise fields.wrong(key, "an object", value)
-    return value
 
 
 def _sizes_of_olmo(fields: Fields) -> Sizes:
@@ -132,8 +114,8 @@ def _sizes_of_olmo(fields: Fields) -> Sizes:
         ffn_size=both_halves // 2,
         vocab_size=fields.integer("embedding_size", fields.integer("vocab_size")),
         rope_theta=fields.number("rope_theta", 10000.0),
-        norm_eps=_OLMO_EPS,
+        norm_eps=OLMO_EPS,
         norm="layer",
         tie_embeddings=fields.flag("weight_tying", False),
     )
-    return Sizes(checked(config, fields.where), None)
+    return Sizes(config, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from arc_ds.errors import ArcError, WeightsError
-from arc_ds.model.weights.names import Shape
+from arc_ds.model.weights.names import Shape, join_faults, shape_faults
 from arc_ds.system import dist
 
 NamePredicate = Callable[[str], bool]
@@ -24,11 +24,9 @@ class TensorSource(Protocol):
     def path(self) -> Path:
         """Origin of the tensors, for messages."""
 
-    def names(self) -> tuple[str, ...]:
-        """All names."""
-
-    def shape(self, name: str) -> Shape:
-        """Shape of a tensor, without reading it."""
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shape of every tensor, without reading it."""
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor to the CPU."""
@@ -62,9 +60,9 @@ def load_backbone(
     keep the dtype in which they were partitioned.
     """
     check_fit(module, source, prefix=prefix, skip=skip, allow_unused=allow_unused)
-    wanted = _wanted(module, prefix, skip)
+    names = _parameter_names(module, prefix, skip)
     failure: Exception | None = None
-    for name, source_name in wanted.items():
+    for name, source_name in names.items():
         parameter = module.get_parameter(name)
         if _is_partitioned(parameter):
             failure = _fill_partitioned(parameter, source, source_name) or failure
@@ -91,21 +89,15 @@ def check_fit(
 
     Raises WeightsError that lists parameters without a tensor or with another shape, and unused tensors.
     """
-    available = frozenset(source.names())
-    wanted = {short: module.get_parameter(name) for name, short in _wanted(module, prefix, skip).items()}
-    faults = []
-    for name, parameter in wanted.items():
-        expected = _full_shape(parameter)
-        if name not in available:
-            faults.append(f"`{name}` is missing, expected {list(expected)}")
-        elif source.shape(name) != expected:
-            faults.append(f"`{name}` is {list(source.shape(name))}, expected {list(expected)}")
-    faults += [f"`{n}` has no place in the model" for n in sorted(available - wanted.keys()) if not allow_unused(n)]
+    names = _parameter_names(module, prefix, skip)
+    expected = {in_source: _full_shape(module.get_parameter(name)) for name, in_source in names.items()}
+    unused = sorted(name for name in source.shapes.keys() - expected.keys() if not allow_unused(name))
+    faults = shape_faults(expected, source.shapes) + [f"`{name}` has no place in the model" for name in unused]
     if faults:
         raise WeightsError(
-            f"{source.path} does not fit the model: {'; '.join(faults[:8])}"
-            f"{f'; and {len(faults) - 8} more' if len(faults) > 8 else ''}. "
-            "Check that the model was built from the sizes of these weights."
+            f"{source.path} does not fit the model: {join_faults(faults)}. Check that the model was built from the "
+            "sizes of these weights; for an ARC checkpoint, that encoder_backbone is the backbone that it was trained "
+            "from."
         )
 
 
@@ -143,7 +135,7 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> None:
         parameter.copy_(tensor)
 
 
-def _wanted(module: nn.Module, prefix: str, skip: NamePredicate) -> dict[str, str]:
+def _parameter_names(module: nn.Module, prefix: str, skip: NamePredicate) -> dict[str, str]:
     """Names of the parameters to fill, and their names in the source."""
     names = [name for name, _ in module.named_parameters() if name.startswith(prefix)]
     return {name: name[len(prefix) :] for name in names if not skip(name[len(prefix) :])}
@@ -177,10 +169,8 @@ def _fill_partitioned(parameter: nn.Parameter, source: TensorSource, name: str) 
             return None
         try:
             copy_into(parameter, source.tensor(name))
-        except ArcError as error:  # the caller raises it on all ranks, which would otherwise hang
-            return error
-        except Exception as error:
-            return WeightsError(str(error))
+        except Exception as error:  # the caller raises it on all ranks, which would otherwise hang
+            return error if isinstance(error, ArcError) else WeightsError(str(error))
     return None
 
 

@@ -19,7 +19,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class WeightFiles:
     """Weights at a path.
 
     kind: kind of weights.
@@ -31,15 +31,21 @@ class Found:
     path: Path
     files: tuple[Path, ...]
 
+    @property
+    def config_file(self) -> Path:
+        """The file with the sizes."""
+        names = {"hugging_face": "config.json", "native": "params.json"}
+        return self.path / names[self.kind] if self.kind in names else self.path
 
-def locate(path: Path) -> Found:
+
+def locate(path: Path) -> WeightFiles:
     """Detect the weights at `path`.
 
     Raises WeightsError if it does not exist, contains nothing readable, or lacks some shards of a set.
     """
     if path.is_file():
         if _is_gguf(path):
-            return Found(kind="gguf", path=path, files=(path,))
+            return WeightFiles(kind="gguf", path=path, files=(path,))
         raise WeightsError(f"{path} is a file but not GGUF; expected {_EXPECTED}. Pass the folder that contains it.")
     if not path.is_dir():
         raise WeightsError(f"{path} does not exist; expected {_EXPECTED}. Check the path and its mounts.")
@@ -58,21 +64,21 @@ def find_tokenizer(path: Path) -> Path | None:
     return ggufs[0] if len(ggufs) == 1 else None
 
 
-def _locate_in_folder(folder: Path) -> Found:
+def _locate_in_folder(folder: Path) -> WeightFiles:
     has_config, has_params = (folder / "config.json").is_file(), (folder / "params.json").is_file()
     hugging_face = _hugging_face_files(folder) if has_config else ()
     if hugging_face:
-        return Found(kind="hugging_face", path=folder, files=hugging_face)
+        return WeightFiles(kind="hugging_face", path=folder, files=hugging_face)
     native = _native_files(folder) if has_params else ()
     if native:
-        return Found(kind="native", path=folder, files=native)
+        return WeightFiles(kind="native", path=folder, files=native)
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
-        return Found(kind="gguf", path=ggufs[0], files=(ggufs[0],))
+        return WeightFiles(kind="gguf", path=ggufs[0], files=(ggufs[0],))
     if len(ggufs) > 1:
         raise WeightsError(f"{folder} holds {len(ggufs)} .gguf files; expected one. Pass the path of one file.")
     if has_config or has_params:
-        return Found(kind="hugging_face" if has_config else "native", path=folder, files=())
+        return WeightFiles(kind="hugging_face" if has_config else "native", path=folder, files=())
     listing = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise WeightsError(f"{folder} holds {listing}; expected {_EXPECTED}. Check the path.")
 

@@ -5,7 +5,7 @@ Every linear weight is [out, in] without bias. w1 is the gate projection, w3 the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from arc_ds.model.backbone_config import BackboneConfig
 
 Shape = tuple[int, ...]
 RotaryPairs = Literal["half", "interleaved"]
+_MAX_LISTED = 8
 
 
 def layer_shapes(config: BackboneConfig) -> dict[str, Shape]:
@@ -48,6 +49,21 @@ def backbone_shapes(config: BackboneConfig) -> dict[str, Shape]:
     if not config.tie_embeddings:
         shapes["output.weight"] = (config.vocab_size, config.hidden_size)
     return shapes
+
+
+def shape_faults(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
+    """Phrases that name each expected tensor that is missing or has another shape."""
+    return [
+        f"`{name}` is {'missing' if name not in found else list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if found.get(name) != shape
+    ]
+
+
+def join_faults(faults: Sequence[str]) -> str:
+    """The first faults in one phrase, and the number of the others."""
+    more = f"; and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
+    return "; ".join(faults[:_MAX_LISTED]) + more
 
 
 def beyond_layers(num_layers: int) -> Callable[[str], bool]:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
-from arc_ds.model.weights.fields import Fields, checked
+from arc_ds.model.weights.families import FAMILIES, OLMO_PREFIX
+from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
-from arc_ds.model.weights.layouts import OLMO_PREFIX
 from arc_ds.model.weights.names import Shape
 from arc_ds.model.weights.stores import TensorStore
 
@@ -17,7 +17,7 @@ _LLAMA_32_WIDEST = 3072  # Llama 3.2 3B; the narrowest Llama 3.1 is 4096 wide
 
 def is_olmo(store: TensorStore | None) -> bool:
     """Whether the tensors have OLMo-1's names. Its `params.json` alone does not identify it."""
-    return store is not None and any(name.startswith(OLMO_PREFIX) for name in store.names())
+    return store is not None and any(name.startswith(OLMO_PREFIX) for name in store.shapes)
 
 
 def sizes_of_native(fields: Fields, store: TensorStore | None, rope_scaling: RopeScalingChoice) -> Sizes:
@@ -32,32 +32,49 @@ def sizes_of_native(fields: Fields, store: TensorStore | None, rope_scaling: Rop
     """
     for key in ("moe", "moe_args", "quantization", "quantization_args", "vision_encoder"):
         fields.refuse(key)
-    if is_olmo(store):
-        return _olmo(fields, store)
-    if "hidden_dim" in fields.values or "head_dim" in fields.values:
-        return _mistral(fields, store)
-    return _llama(fields, store, rope_scaling)
-
-
-def _llama(fields: Fields, store: TensorStore | None, rope_scaling: RopeScalingChoice) -> Sizes:
     dim, num_heads = fields.integer("dim"), fields.integer("n_heads")
-    scaling = None
-    if rope_scaling == "checkpoint" and fields.flag("use_scaled_rope", False):
-        scaling = _llama3_scaling(fields, dim)
+    window, scaling, theta, tied = None, None, 10000.0, False
+    if is_olmo(store):
+        family = "olmo"
+        ffn_size = _shape(fields, store, OLMO_PREFIX + "blocks.0.ff_out.weight")[1]
+        vocab_size = _shape(fields, store, OLMO_PREFIX + "wte.weight")[0]
+        tied = fields.flag("weight_tying", False)
+    elif "hidden_dim" in fields.values or "head_dim" in fields.values:
+        family = "mistral"
+        ffn_size, vocab_size = fields.integer("hidden_dim"), _vocab_size(fields, store)
+        window = _window(fields)
+        # As in Mistral's code: if the file has no base, it is 1e4 for windowed models (v0.1) and 1e6 for the others.
+        theta = 1e6 if window is None else 1e4
+        tied = fields.flag("tied_embeddings", False)
+    else:
+        family = "llama"
+        ffn_size, vocab_size = _llama_ffn_size(fields, dim), _vocab_size(fields, store)
+        if rope_scaling == "checkpoint" and fields.flag("use_scaled_rope", False):
+            scaling = _llama3_scaling(fields, dim)
     config = BackboneConfig(
-        family="llama",
+        family=family,
         hidden_size=dim,
         num_layers=fields.integer("n_layers"),
         num_heads=num_heads,
         num_kv_heads=fields.integer("n_kv_heads", num_heads),
-        head_dim=dim // num_heads,
-        ffn_size=_llama_ffn_size(fields, dim),
-        vocab_size=_vocab_size(fields, store),
-        rope_theta=fields.number("rope_theta", 10000.0),
+        head_dim=fields.integer("head_dim", dim // num_heads),
+        ffn_size=ffn_size,
+        vocab_size=vocab_size,
+        rope_theta=fields.number("rope_theta", theta),
         norm_eps=fields.number("norm_eps", 1e-5),
+        norm=FAMILIES[family].norm,
         rope_scaling=scaling,
+        tie_embeddings=tied,
     )
-    return Sizes(checked(config, fields.where), None)
+    return Sizes(config, window)
+
+
+def _window(fields: Fields) -> int | None:
+    keys = ("sliding_window", "_sliding_window")
+    for key in keys:
+        if isinstance(fields.get(key), list):
+            raise fields.wrong(key, "one number for all layers", fields.get(key))
+    return next((fields.integer(key) for key in keys if fields.get(key) is not None), None)
 
 
 def _llama_ffn_size(fields: Fields, dim: int) -> int:
@@ -83,49 +100,6 @@ def _llama3_scaling(fields: Fields, dim: int) -> RopeScaling:
     )
 
 
-def _mistral(fields: Fields, store: TensorStore | None) -> Sizes:
-    dim, num_heads = fields.integer("dim"), fields.integer("n_heads")
-    for key in ("sliding_window", "_sliding_window"):
-        if isinstance(fields.get(key), list):
-            raise fields.wrong(key, "one number for all layers", fields.get(key))
-    key = "sliding_window" if fields.get("sliding_window") is not None else "_sliding_window"
-    window = fields.integer(key) if fields.get(key) is not None else None
-    config = BackboneConfig(
-        family="mistral",
-        hidden_size=dim,
-        num_layers=fields.integer("n_layers"),
-        num_heads=num_heads,
-        num_kv_heads=fields.integer("n_kv_heads", num_heads),
-        head_dim=fields.integer("head_dim", dim // num_heads),
-        ffn_size=fields.integer("hidden_dim"),
-        vocab_size=_vocab_size(fields, store),
-        # As in Mistral's code: if the file has no base, it is 1e4 for windowed models (v0.1) and 1e6 for the others.
-        rope_theta=fields.number("rope_theta", 1e6 if window is None else 1e4),
-        norm_eps=fields.number("norm_eps", 1e-5),
-        tie_embeddings=fields.flag("tied_embeddings", False),
-    )
-    return Sizes(checked(config, fields.where), window)
-
-
-def _olmo(fields: Fields, store: TensorStore | None) -> Sizes:
-    dim, num_heads = fields.integer("dim"), fields.integer("n_heads")
-    config = BackboneConfig(
-        family="olmo",
-        hidden_size=dim,
-        num_layers=fields.integer("n_layers"),
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=dim // num_heads,
-        ffn_size=_shape(fields, store, OLMO_PREFIX + "blocks.0.ff_out.weight")[1],
-        vocab_size=_shape(fields, store, OLMO_PREFIX + "wte.weight")[0],
-        rope_theta=fields.number("rope_theta", 10000.0),
-        norm_eps=fields.number("norm_eps", 1e-5),
-        norm="layer",
-        tie_embeddings=fields.flag("weight_tying", False),
-    )
-    return Sizes(checked(config, fields.where), None)
-
-
 def _vocab_size(fields: Fields, store: TensorStore | None) -> int:
     """Vocabulary size. Llama 2 writes -1 and relies on the tokenizer; the embedding has the size too."""
     if fields.get("vocab_size") == -1:
@@ -134,12 +108,13 @@ def _vocab_size(fields: Fields, store: TensorStore | None) -> int:
 
 
 def _shape(fields: Fields, store: TensorStore | None, name: str) -> Shape:
-    if store is None or name not in store.names() or len(store.shape(name)) != 2:
+    shape = () if store is None else store.shapes.get(name, ())
+    if len(shape) != 2:
         raise WeightsError(
             f"{fields.where} omits a size that the tensor `{name}` would give, but this tensor is missing or not a "
             "matrix. Put the weights next to the file, or write the size into the file."
         )
-    return store.shape(name)
+    return shape
 
 
 def shard_axis(dim: int) -> Callable[[str, Shape], int | None]:

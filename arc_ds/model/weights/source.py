@@ -11,16 +11,16 @@ from torch import Tensor
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.weights.families import GGUF_LLAMA, HUGGING_FACE, NATIVE, OLMO_NATIVE, TensorNames
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.gguf_file import GgufStore, sizes_of_gguf
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes, sizes_of_hugging_face
-from arc_ds.model.weights.layouts import GGUF_LLAMA, HUGGING_FACE, NATIVE, OLMO_NATIVE, Layout
-from arc_ds.model.weights.locate import Found, locate
-from arc_ds.model.weights.names import Shape, backbone_shapes, permute_rotary, rotary_heads
+from arc_ds.model.weights.locate import WeightFiles, locate
+from arc_ds.model.weights.names import Shape, backbone_shapes, join_faults, permute_rotary, rotary_heads, shape_faults
 from arc_ds.model.weights.native_config import is_olmo, shard_axis, sizes_of_native
-from arc_ds.model.weights.stores import JoinedStore, PickleStore, SafetensorsStore, TensorStore, one_file_each
+from arc_ds.model.weights.stores import ALL_ROWS, JoinedStore, PickleStore, SafetensorsStore, TensorStore
 
-_MAX_LISTED = 8
+_NAMES = {"hugging_face": HUGGING_FACE, "native": NATIVE, "gguf": GGUF_LLAMA}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,28 +30,20 @@ class BackboneSource:
     config: sizes of the backbone.
     path: the folder or file.
     sliding_window: length of the longest sequence that it attends to fully; None for any length.
-    layout: tensor names in the files.
+    tensor_names: tensor names in the files.
     store: the files.
     """
 
     config: BackboneConfig
     path: Path
     sliding_window: int | None
-    layout: Layout
+    tensor_names: TensorNames
     store: TensorStore
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
-        """Shape of every parameter by internal name."""
+        """Shape of every parameter by internal name, in forward order."""
         return backbone_shapes(self.config)
-
-    def names(self) -> tuple[str, ...]:
-        """Internal names of all parameters, in forward order."""
-        return tuple(self.shapes)
-
-    def shape(self, name: str) -> Shape:
-        """Shape of a parameter, without reading it."""
-        return self.shapes[name]
 
     def tensor(self, name: str) -> Tensor:
         """Read one parameter by internal name, and no other.
@@ -59,49 +51,27 @@ class BackboneSource:
         Returns a CPU tensor in the file's dtype (float32 if it was quantised), with rotary rows in half-split order.
         Raises KeyError for an unknown name.
         """
-        rows, file_name = self._rows_in_file(name)
-        weight = self.store.read(file_name, rows)
+        num_rows = self.shapes[name][0]
+        file_name, held = self.tensor_names.find(name)
+        start = sum(self.shapes[other][0] for other in held[: held.index(name)])
+        weight = self.store.tensor(file_name, ALL_ROWS if len(held) == 1 else slice(start, start + num_rows))
         heads = rotary_heads(name, self.config)
-        if heads is not None and self.layout.interleaved:
+        if heads is not None and self.tensor_names.interleaved:
             weight = permute_rotary(weight, heads, to="half")
         return weight
 
     def check(self) -> None:
         """Raise WeightsError with all tensors that are missing or whose shape contradicts the sizes."""
-        present = self.store.names()
-        faults = []
-        for file_name, expected in self._file_shapes().items():
-            if file_name not in present:
-                faults.append(f"`{file_name}` is missing, expected {list(expected)}")
-            elif self.store.shape(file_name) != expected:
-                faults.append(f"`{file_name}` is {list(self.store.shape(file_name))}, expected {list(expected)}")
-        if not faults:
-            return
-        listed = "; ".join(faults[:_MAX_LISTED])
-        more = f"; and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
-        raise WeightsError(
-            f"{self.path} does not hold the tensors that its sizes require ({self.layout.name} names): {listed}{more}. "
-            "Copy the weights and their config or params file again from one source."
-        )
-
-    def _rows_in_file(self, name: str) -> tuple[slice, str]:
-        if name not in self.shapes:
-            raise KeyError(name)
-        rule = self.layout.rule(name)
-        if not rule.stacked:
-            return slice(None), rule.file_name
-        before = rule.stacked[: rule.stacked.index(name)]
-        start = sum(self.shapes[other][0] for other in before)
-        return slice(start, start + self.shapes[name][0]), rule.file_name
-
-    def _file_shapes(self) -> dict[str, Shape]:
-        """Shape of every tensor that the files must contain, by its name in the files."""
         expected: dict[str, Shape] = {}
         for name, shape in self.shapes.items():
-            rule = self.layout.rule(name)
-            rows = sum(self.shapes[other][0] for other in rule.stacked) if rule.stacked else shape[0]
-            expected[rule.file_name] = (rows, *shape[1:])
-        return expected
+            file_name, held = self.tensor_names.find(name)
+            expected[file_name] = (sum(self.shapes[other][0] for other in held), *shape[1:])
+        faults = shape_faults(expected, self.store.shapes)
+        if faults:
+            raise WeightsError(
+                f"{self.path} does not hold the tensors that its sizes require ({self.tensor_names.name} names): "
+                f"{join_faults(faults)}. Copy the weights and their config or params file again from one source."
+            )
 
 
 def open_backbone(
@@ -109,7 +79,7 @@ def open_backbone(
 ) -> BackboneSource:
     """Open a backbone's weights and detect their format.
 
-    path: a Hugging Face folder, a Meta or Mistral folder, OLMo-1 in either of its layouts, or a GGUF file.
+    path: a Hugging Face folder, a Meta or Mistral folder, OLMo-1 in either of its formats, or a GGUF file.
     rope_scaling: "checkpoint" applies the rotary scaling of the files, "none" ignores it.
     max_positions: length in tokens of the longest sequence that will be run, if known.
 
@@ -123,16 +93,20 @@ def open_backbone(
             "consolidated.00.pth, or a .gguf file. Copy the weights there; convert .bin files to safetensors first."
         )
     store = _open_store(found)
-    sizes = _sizes(found, store, rope_scaling)
+    config, window = _sizes(found, store, rope_scaling)
     source = BackboneSource(
-        config=sizes.config,
+        config=config,
         path=found.path,
-        sliding_window=sizes.sliding_window,
-        layout=_layout(found, store),
+        sliding_window=window,
+        tensor_names=OLMO_NATIVE if is_olmo(store) else _NAMES[found.kind],
         store=store,
     )
     source.check()
-    _check_window(source, max_positions)
+    if window is not None and max_positions is not None and max_positions > window:
+        raise WeightsError(
+            f"{source.path}: its attention looks back {window} tokens, but the run has sequences of {max_positions}. "
+            f"ARC-DS attends to whole sequences. Limit sequences to {window} tokens, or use a model without a window."
+        )
     return source
 
 
@@ -146,38 +120,32 @@ def read_backbone_config(path: str | Path, rope_scaling: RopeScalingChoice = "ch
     return _sizes(found, store, rope_scaling).config
 
 
-def _open_store(found: Found) -> TensorStore:
+def _open_store(found: WeightFiles) -> TensorStore:
     if found.kind == "gguf":
         return GgufStore(found.path)
     parts = [PickleStore(file) if file.suffix == ".pth" else SafetensorsStore(file) for file in found.files]
     if len(parts) == 1:
         return parts[0]
     if found.kind == "native":
-        return JoinedStore(parts, shard_axis(Fields.read(found.path / "params.json").integer("dim")))
-    return JoinedStore(parts, one_file_each)
+        return JoinedStore(parts, shard_axis(Fields.read(found.config_file).integer("dim")))
+    return JoinedStore(parts)
 
 
-def _sizes(found: Found, store: TensorStore | None, rope_scaling: RopeScalingChoice) -> Sizes:
+def _sizes(found: WeightFiles, store: TensorStore | None, rope_scaling: RopeScalingChoice) -> Sizes:
     if isinstance(store, GgufStore):
-        return sizes_of_gguf(store, rope_scaling)
-    if found.kind == "native":
-        return sizes_of_native(Fields.read(found.path / "params.json"), store, rope_scaling)
-    return sizes_of_hugging_face(Fields.read(found.path / "config.json"), rope_scaling)
-
-
-def _layout(found: Found, store: TensorStore) -> Layout:
-    if found.kind == "gguf":
-        return GGUF_LLAMA
-    if is_olmo(store):
-        return OLMO_NATIVE
-    return NATIVE if found.kind == "native" else HUGGING_FACE
-
-
-def _check_window(source: BackboneSource, max_positions: int | None) -> None:
-    window = source.sliding_window
-    if window is None or max_positions is None or max_positions <= window:
-        return
-    raise WeightsError(
-        f"{source.path}: its attention looks back {window} tokens, but the run has sequences of {max_positions}. "
-        f"ARC-DS attends to whole sequences. Limit sequences to {window} tokens, or use a model without a window."
-    )
+        sizes = sizes_of_gguf(store, rope_scaling)
+    elif found.kind == "native":
+        sizes = sizes_of_native(Fields.read(found.config_file), store, rope_scaling)
+    else:
+        sizes = sizes_of_hugging_face(Fields.read(found.config_file), rope_scaling)
+    num_heads, num_kv_heads = sizes.config.num_heads, sizes.config.num_kv_heads
+    if num_heads % num_kv_heads:
+        raise WeightsError(
+            f"{found.config_file}: {num_heads} query heads cannot share {num_kv_heads} key heads evenly; "
+            "expected a multiple. Copy the file from its source."
+        )
+    if sizes.config.head_dim % 2:
+        raise WeightsError(
+            f"{found.config_file}: head_dim is {sizes.config.head_dim}; rotary positions need an even one."
+        )
+    return sizes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,15 +18,13 @@ ALL_ROWS = slice(None)
 
 
 class TensorStore(Protocol):
-    """Named tensors in files. Only `read` touches the data."""
+    """Named tensors in files. Only `tensor` touches the data."""
 
-    def names(self) -> frozenset[str]:
-        """Names of all tensors in the file."""
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shape of every tensor, from the headers."""
 
-    def shape(self, name: str) -> Shape:
-        """Shape of a tensor, from the header."""
-
-    def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         """Read a tensor, or a slice of its dimension 0, to the CPU in the file's dtype."""
 
 
@@ -37,19 +35,14 @@ class SafetensorsStore:
         self.path = path
         try:
             self._file: Any = safe_open(path, framework="pt")
-            self._shapes = {n: tuple(self._file.get_slice(n).get_shape()) for n in self._file.keys()}  # noqa: SIM118
+            names = self._file.keys()
+            self.shapes: Mapping[str, Shape] = {n: tuple(self._file.get_slice(n).get_shape()) for n in names}
         except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"{path} is not a complete safetensors file: {error}. It was cut short or damaged; copy it again."
             ) from error
 
-    def names(self) -> frozenset[str]:
-        return frozenset(self._shapes)
-
-    def shape(self, name: str) -> Shape:
-        return self._shapes[name]
-
-    def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         if rows == ALL_ROWS:
             return self._file.get_tensor(name)
         return self._file.get_slice(name)[rows]
@@ -78,14 +71,9 @@ class PickleStore:
         if not isinstance(loaded, dict):
             raise WeightsError(f"{path}: expected a dict of tensors, got {type(loaded).__name__}")
         self._tensors = {n: t for n, t in loaded.items() if isinstance(t, Tensor)}
+        self.shapes: Mapping[str, Shape] = {n: tuple(t.shape) for n, t in self._tensors.items()}
 
-    def names(self) -> frozenset[str]:
-        return frozenset(self._tensors)
-
-    def shape(self, name: str) -> Shape:
-        return tuple(self._tensors[name].shape)
-
-    def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         return self._tensors[name][rows]
 
 
@@ -96,37 +84,28 @@ class JoinedStore:
     hold copies.
     """
 
-    def __init__(self, parts: Sequence[TensorStore], axis_of: Callable[[str, Shape], int | None]) -> None:
-        self._axis_of = axis_of
-        self._holders: dict[str, list[TensorStore]] = {}
-        for part in parts:
-            for name in part.names():
-                self._holders.setdefault(name, []).append(part)
+    def __init__(
+        self, files: Sequence[TensorStore], axis_of: Callable[[str, Shape], int | None] = lambda name, shape: None
+    ) -> None:
+        self._parts: dict[str, list[TensorStore]] = {}
+        for file in files:
+            for name in file.shapes:
+                self._parts.setdefault(name, []).append(file)
+        self._axes: dict[str, int | None] = {}
+        shapes: dict[str, Shape] = {}
+        for name, parts in self._parts.items():
+            shape = parts[0].shapes[name]
+            axis = axis_of(name, shape) if len(parts) > 1 else None
+            if axis is not None:
+                shape = (*shape[:axis], sum(part.shapes[name][axis] for part in parts), *shape[axis + 1 :])
+            shapes[name], self._axes[name] = shape, axis
+        self.shapes: Mapping[str, Shape] = shapes
 
-    def names(self) -> frozenset[str]:
-        return frozenset(self._holders)
-
-    def shape(self, name: str) -> Shape:
-        holders = self._holders[name]
-        first = holders[0].shape(name)
-        axis = self._axis_of(name, first) if len(holders) > 1 else None
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        parts, axis = self._parts[name], self._axes[name]
         if axis is None:
-            return first
-        total = sum(holder.shape(name)[axis] for holder in holders)
-        return (*first[:axis], total, *first[axis + 1 :])
-
-    def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
-        holders = self._holders[name]
-        axis = self._axis_of(name, holders[0].shape(name)) if len(holders) > 1 else None
-        if axis is None:
-            return holders[0].read(name, rows)
-        return torch.cat([holder.read(name) for holder in holders], dim=axis)[rows]
-
-
-def one_file_each(name: str, shape: Shape) -> int | None:
-    """Axis rule for files without shared tensors: a name in two files is a copy."""
-    del name, shape
-    return None
+            return parts[0].tensor(name, rows)
+        return torch.cat([part.tensor(name) for part in parts], dim=axis)[rows]
 
 
 def _first_line(error: Exception) -> str:

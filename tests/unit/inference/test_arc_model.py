@@ -49,29 +49,19 @@ def tokenizer_of(model: ArcModel) -> Tokenizer:
     return model.encoder_tokenizer
 
 
-def test_only_the_last_vector_depends_on_the_marker(model: ArcModel) -> None:
+def test_only_the_last_vector_depends_on_the_marker_and_all_on_the_decoder(model: ArcModel) -> None:
     (cont,), (rec,), (bare,) = (model.compress([TEXT], marker=marker) for marker in ("cont", "rec", None))
     assert torch.equal(cont[:-1], rec[:-1]) and torch.equal(cont[:-1], bare)
     assert (cont[-1] - rec[-1]).abs().max() > 0.01
-
-
-def test_each_decoder_has_its_own_bridge(model: ArcModel) -> None:
-    (first,), (second,) = model.compress([TEXT], 0), model.compress([TEXT], 1)
-    assert (first - second).abs().max() > 0.01
-
-
-def test_a_context_does_not_see_its_neighbours(folders: Path) -> None:
-    # float64, because matrix products with another number of rows round differently: 1e-6 in float32, 1e-15 here.
-    model = ArcModel.from_checkpoint(folders / "export", decoders=[], dtype=torch.float64)
-    alone = [model.compress([text])[0] for text in (TEXT, OTHER)]
-    for ours, expected in zip(model.compress([TEXT, OTHER]), alone, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    assert (cont - model.compress([TEXT], 1)[0]).abs().amax(dim=1).min() > 0.01
 
 
 def test_a_lower_pooling_factor_gives_more_vectors(folders: Path) -> None:
     model = ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=2)
     (vectors,) = model.compress([list(range(20))], marker=None)
     assert vectors.shape == (10, 48)
+    with pytest.raises(ConfigError, match="pooling_factor is 0; expected at least 1"):
+        ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=0)
 
 
 def test_another_factor_keeps_the_rule_of_merging(tmp_path: Path) -> None:
@@ -112,22 +102,16 @@ def test_a_decoder_trained_without_begin_of_text_is_prompted_without_it(folders:
     assert other.generate(["Text: "], max_new_tokens=9) != model.generate(["Text: "], max_new_tokens=9)
 
 
-def test_generated_text_is_that_of_the_ids_with_begin_of_text(model: ArcModel) -> None:
-    tokenizer = model.decoder_tokenizers[0]
-    assert tokenizer is not None and tokenizer.bos_id == 0
-    context = Segment.context(tokenizer_of(model).encode(OTHER))
-    prompt = [Segment.text([0]), Segment.text(tokenizer.encode("Text: ")), context]
-    (ids,) = model.generate_ids([prompt], max_new_tokens=9, stop_ids=[tokenizer.eos_id or -1])
-    assert model.generate([["Text: ", Context(OTHER)]], max_new_tokens=9) == [tokenizer.decode(ids)]
-    assert model.generate([prompt], max_new_tokens=9) == [tokenizer.decode(ids)]
-
-
-def test_a_decoder_without_begin_of_text_gets_none(model: ArcModel) -> None:
-    tokenizer = model.decoder_tokenizers[1]
-    assert tokenizer is not None and tokenizer.bos_id is None
-    prompt = [Segment.text(tokenizer.encode("Text: "))]
-    (ids,) = model.generate_ids([prompt], 1, max_new_tokens=5)
-    assert model.generate(["Text: "], 1, max_new_tokens=5) == [tokenizer.decode(ids)]
+@pytest.mark.parametrize(("decoder", "bos"), [(0, [0]), (1, [])])
+def test_generated_text_is_that_of_the_ids_with_begin_of_text_if_there_is_one(
+    model: ArcModel, decoder: int, bos: list[int]
+) -> None:
+    tokenizer = model.decoder_tokenizers[decoder]
+    assert tokenizer is not None and tokenizer.bos_id == (0 if bos else None)
+    prompt = [Segment.text([*bos, *tokenizer.encode("Text: ")]), Segment.context(tokenizer_of(model).encode(OTHER))]
+    (ids,) = model.generate_ids([prompt], decoder, max_new_tokens=9, stop_ids=[tokenizer.eos_id or -1])
+    assert model.generate([["Text: ", Context(OTHER)]], decoder, max_new_tokens=9) == [tokenizer.decode(ids)]
+    assert model.generate([prompt], decoder, max_new_tokens=9) == [tokenizer.decode(ids)]
 
 
 def test_prompts_of_every_kind_share_a_batch(model: ArcModel) -> None:
@@ -164,7 +148,6 @@ def test_loading_changes_nothing_and_trains_nothing(folders: Path, model: ArcMod
 WRONG_CALLS = [
     (lambda m: m.compress("one text"), DataError, r"contexts is one str; expected a list"),
     (lambda m: m.compress([""]), DataError, "a context is empty"),
-    (lambda m: m.compress([[]]), DataError, "a context is empty"),
     (lambda m: m.compress([[600]]), DataError, "token ids 600 to 600 for the encoder; expected 0 to 599"),
     (lambda m: m.compress([[-1, 5]]), DataError, "token ids -1 to 5 for the encoder"),
     (lambda m: m.compress([TEXT], decoder=2), ConfigError, "decoder 2 was requested; the compressor serves 2"),
@@ -176,10 +159,8 @@ WRONG_CALLS = [
     (lambda m: m.generate("one prompt"), DataError, "prompts is one str"),
     (lambda m: m.generate([""], decoder=1), DataError, "sequence 0 is empty"),
     (lambda m: m.generate([["a", Segment.text([1])]]), DataError, "of Segment only; got a Segment"),
-    (lambda m: m.generate([Context("")]), DataError, "a context is empty"),
     (lambda m: m.generate(["a"], temperature=-1.0), ConfigError, "temperature is -1.0"),
     (lambda m: m.generate(["a"], max_new_tokens=-1), ConfigError, "max_new_tokens is -1"),
-    (lambda m: m.generate(["a"], decoder=5), ConfigError, "decoder 5 was requested"),
 ]
 
 
@@ -195,15 +176,11 @@ def test_decoders_that_are_not_its_own_are_refused(folders: Path, tmp_path: Path
         ArcModel.from_checkpoint(folders / "export", decoders=[wide])
     with pytest.raises(WeightsError, match="serves 2 decoders; 3 were given"):
         ArcModel.from_checkpoint(folders / "export", decoders=[folders / "a"] * 3)
+    with pytest.raises(WeightsError, match="does not exist"):
+        ArcModel.from_checkpoint(folders / "export", decoders=[tmp_path / "gone"])
     small = write_decoder(tmp_path / "small", vocab_size=300)
     with pytest.raises(TokenizerError, match="do not belong together"):
         ArcModel.from_checkpoint(folders / "export", decoders=[small])
-
-
-@pytest.mark.parametrize("factor", [0, -2])
-def test_a_pooling_factor_that_cannot_be_is_refused(folders: Path, factor: int) -> None:
-    with pytest.raises(ConfigError, match=f"pooling_factor is {factor}; expected at least 1"):
-        ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=factor)
 
 
 def test_memory_tokens_have_no_pooling_factor(tmp_path: Path) -> None:
@@ -241,12 +218,3 @@ def test_the_references_checkpoint_wants_the_encoders_sizes(golden: Path) -> Non
     assert model.compress([[1, 2, 3, 4, 5]])[0].shape == (3, 96)
     with pytest.raises(WeightsError):
         ArcModel.from_checkpoint(folder, decoders=[], encoder_backbone=golden / "models" / "decM")
-
-
-def test_a_folder_of_something_else_is_named(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="is neither an export of ARC-DS"):
-        ArcModel.from_checkpoint(tmp_path, decoders=[])
-    with pytest.raises(WeightsError, match=r"is not an export of ARC-DS: `format` in config\.json is None"):
-        ArcModel.from_checkpoint(folders / "a", decoders=[])
-    with pytest.raises(WeightsError, match="does not exist"):
-        ArcModel.from_checkpoint(folders / "export", decoders=[tmp_path / "gone"])

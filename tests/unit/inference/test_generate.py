@@ -63,14 +63,6 @@ def test_every_step_has_the_logits_of_a_forward_without_cache(prompts: list[list
     assert lines == expected.argmax(dim=-1).tolist()
 
 
-def test_a_prompt_does_not_see_what_shares_its_batch() -> None:
-    samples = [sample(5), sample(-7, seed=1), sample(2, -9, 1, seed=2), sample(1, seed=3)]
-    together, _ = run(samples, 9)
-    alone = [run([one], 9)[0][0] for one in samples]
-    assert together == alone
-    assert len({tuple(line) for line in together}) == len(samples)
-
-
 def test_the_first_token_of_a_prompt_that_ends_with_a_context_sees_it() -> None:
     prompt = sample(3, -8)
     other_context = Sample("test", (prompt.segments[0], sample(3, -8, seed=5).segments[1]))

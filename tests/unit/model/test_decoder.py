@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,15 +14,11 @@ from torch import Tensor
 import arc_kernels as ak
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
-from arc_ds.model.decoder import DecoderRows
+from arc_ds.model.backbone import Attention
 from tests.helpers.tiny_compressor import sample, tiny_decoder
 
 SPEC = PoolingSpec((GroupRule("factor", 4),))
 EXACT = 1e-13  # measured worst 4e-15; losses are of order ten
-
-
-def test_no_parameter_wants_a_gradient() -> None:
-    assert not any(p.requires_grad for p in tiny_decoder().parameters())
 
 
 def test_losses_are_the_cross_entropy_of_the_logits_at_the_labelled_rows() -> None:
@@ -96,25 +92,6 @@ def test_a_tied_head_is_the_embedding() -> None:
     assert tiny_decoder().output.weight is not tiny_decoder().tok_embeddings.weight
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
-    batch = pack([sample(3, -9, 5)], SPEC)
-    gradients = []
-    for recompute in (False, True):
-        decoder = tiny_decoder()
-        decoder.activation_checkpointing = recompute
-        z = _vectors(batch)
-        decoder(batch, z).sum().backward()
-        gradients.append(z.grad)
-    assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
-
-
-@pytest.mark.parametrize("norm", ["rms", "layer"])
-def test_the_norm_is_that_of_the_family(norm: str) -> None:
-    decoder = tiny_decoder(norm=norm)
-    has_weight = any("norm" in name for name, _ in decoder.named_parameters())
-    assert has_weight == (norm == "rms")
-
-
 def test_rotary_positions_restart_with_each_sequence() -> None:
     decoder, batch = tiny_decoder(), pack([sample(5), sample(5)], SPEC)
     nothing = torch.zeros(0, 12, dtype=torch.float64)
@@ -126,73 +103,55 @@ def test_rotary_positions_restart_with_each_sequence() -> None:
     assert (decoder(stretched, nothing) - nll).abs().max() > 1e-3  # distances count
 
 
-def test_the_decoders_side_of_a_batch_is_taken_over() -> None:
-    batch = pack([sample(3, -9, 5)], SPEC)
-    rows = DecoderRows.of(batch)
-    assert rows.ids is batch.decoder_ids and rows.max_seqlen == 3 + 4 + 5
-
-
 def _vectors(batch: PackedBatch) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     shape = (batch.compressed_rows.numel(), 12)
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_prefix_without_gradient_changes_neither_losses_nor_gradients(activation_checkpointing: bool) -> None:
-    decoder = tiny_decoder()
-    decoder.activation_checkpointing = activation_checkpointing
+@pytest.mark.parametrize(("split", "recompute"), [(True, False), (False, True), (True, True)])
+def test_neither_the_split_nor_recomputation_changes_losses_or_gradients(split: bool, recompute: bool) -> None:
     batch = pack([sample(3, -9, 4), sample(-5, 3, seed=1), sample(4, seed=2), sample(1, -2, 3, -1, 2, seed=3)], SPEC)
     assert batch.prefix is not None and batch.prefix.prefix_rows.tolist() == [0, 1, 2, 21]
-    by_parts, whole = _vectors(batch), _vectors(batch)
-    nll_by_parts = decoder(batch, by_parts)
-    nll_whole = decoder(dataclasses.replace(batch, prefix=None), whole)
-    nll_by_parts.sum().backward()
-    nll_whole.sum().backward()
-    assert whole.grad.abs().max() > 1e-2
-    assert torch.allclose(nll_by_parts, nll_whole, rtol=0, atol=EXACT)
-    assert torch.allclose(by_parts.grad, whole.grad, rtol=0, atol=EXACT)
+    whole = dataclasses.replace(batch, prefix=None)
+    decoder, z, expected_z = tiny_decoder(), _vectors(batch), _vectors(batch)
+    expected = decoder(whole, expected_z)
+    expected.sum().backward()
+    decoder.activation_checkpointing = recompute
+    nll = decoder(batch if split else whole, z)
+    nll.sum().backward()
+    assert expected_z.grad.abs().max() > 1e-2
+    assert torch.allclose(nll, expected, rtol=0, atol=EXACT)
+    assert torch.allclose(z.grad, expected_z.grad, rtol=0, atol=EXACT)
 
 
-def test_prefix_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the split, prefix rows run without gradient, so nothing is saved for their backward."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_prefix_runs_once_and_keeps_no_graph(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+    """Backward needs only the keys and values of the prefix. If layers are recomputed, the suffix runs twice."""
     decoder, batch = tiny_decoder(), pack([sample(3, -9, 4)], SPEC)
-    seen = []
-    attend = type(decoder.layers[0].attention).attend
-
-    def spy(self, x_TD, *args):
-        seen.append((x_TD.shape[0], torch.is_grad_enabled()))
-        return attend(self, x_TD, *args)
-
-    monkeypatch.setattr(type(decoder.layers[0].attention), "attend", spy)
-    decoder(batch, _vectors(batch))
-    assert seen == [(3, False), (batch.num_decoder_rows - 3, True)] * 3
-
-
-def test_the_prefix_is_not_run_again_in_a_recomputed_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward needs only the keys and values of the prefix. The suffix does run twice."""
-    decoder, batch = tiny_decoder(), pack([sample(3, -9, 4)], SPEC)
-    decoder.activation_checkpointing = True
-    rows: list[int] = []
-    attend = type(decoder.layers[0].attention).attend
+    decoder.activation_checkpointing = recompute
+    seen: list[tuple[int, bool]] = []
+    attend = Attention.attend
 
     def spy(self: Any, q_TNH: Tensor, *args: Any) -> Tensor:
-        rows.append(q_TNH.shape[0])
+        seen.append((q_TNH.shape[0], torch.is_grad_enabled()))
         return attend(self, q_TNH, *args)
 
-    monkeypatch.setattr(type(decoder.layers[0].attention), "attend", spy)
+    monkeypatch.setattr(Attention, "attend", spy)
     decoder(batch, _vectors(batch)).sum().backward()
-    num_layers, num_suffix = len(decoder.layers), batch.num_decoder_rows - 3
-    assert rows.count(3) == num_layers and rows.count(num_suffix) == 2 * num_layers
+    one_layer = [(3, False), (batch.num_decoder_rows - 3, True)]
+    assert seen == one_layer * 3 + one_layer[1:] * (3 if recompute else 0)
 
 
 def test_what_a_layer_adds_last_is_summed_by_the_next_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
+    calls = Mock()
     for name in ("rms_norm", "add_rms_norm"):
-        monkeypatch.setattr(ak, name, _recorded(calls, name, getattr(ak, name)))
+        calls.attach_mock(Mock(wraps=getattr(ak, name)), name)
+        monkeypatch.setattr(ak, name, getattr(calls, name))
     decoder = tiny_decoder()
     decoder(pack([sample(6)], SPEC), None)
-    assert calls == ["rms_norm", *["add_rms_norm"] * (2 * len(decoder.layers) - 1), "rms_norm"]
+    names = [name for name, *_ in calls.mock_calls]
+    assert names == ["rms_norm", *["add_rms_norm"] * (2 * len(decoder.layers) - 1), "rms_norm"]
 
 
 @pytest.mark.parametrize("sizes", [(-9, 5), (4, -9, 5)], ids=["whole", "prefix and suffix"])
@@ -202,14 +161,6 @@ def test_a_layer_that_is_recomputed_keeps_its_input_as_one_tensor(sizes: tuple[i
     kept: list[tuple[int, ...]] = []
     z = _vectors(batch)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
-        decoder.hidden(DecoderRows.of(batch), z)
+        decoder.hidden(batch, z)
     rows = batch.num_decoder_rows if batch.prefix is None else batch.prefix.suffix_rows.numel()
     assert kept.count((rows, decoder.config.hidden_size)) == len(decoder.layers)
-
-
-def _recorded(calls: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def record(*args: Any) -> Any:
-        calls.append(name)
-        return function(*args)
-
-    return record

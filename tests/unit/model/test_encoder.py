@@ -13,8 +13,8 @@ from torch import Tensor
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
-from arc_ds.model.encoder import Encoder, PoolingLayout, group_ends
-from arc_ds.model.pooling import group_rules, make_strategy
+from arc_ds.model.encoder import Encoder, group_ends
+from arc_ds.model.pooling import group_rules
 from tests.helpers.tiny_compressor import TINY, fill, sample, tiny_compressor
 
 EXACT = 2e-13  # measured worst 2e-14; states are of order ten
@@ -137,14 +137,6 @@ def test_a_batch_packed_for_another_encoder_is_refused() -> None:
     encoder, _ = _encoder()
     with pytest.raises(ValueError, match="packed for 0 pooled layers, but the encoder has 1"):
         encoder(pack([sample(-4)], PoolingSpec(())))
-
-
-def test_layers_that_pool_follow_their_layout_alone() -> None:
-    layout = PoolingLayout(strategy=make_strategy("mean"), num_pooled_layers=2)
-    encoder = fill(Encoder(TINY, num_layers=3, pooling=layout), seed=0)
-    same, spec = _encoder(rules=(GroupRule("factor", 2),) * 2)
-    batch = pack([sample(-9)], spec)
-    assert torch.equal(encoder(batch), same(batch))
 
 
 def _encoder(**changes: Any) -> tuple[Encoder, PoolingSpec]:

@@ -16,7 +16,7 @@ from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PoolingSpec, PoolLevel, pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.model.backbone import RMSNorm, Spans
-from arc_ds.model.pooling import STRATEGIES, GroupPooling, KMeansPooling, Pooling, group_rules, make_strategy
+from arc_ds.model.pooling import STRATEGIES, Pooling, get_strategy, group_rules
 from arc_ds.model.pooling.merging import SIMILARITIES
 
 WIDTH = 5
@@ -43,49 +43,20 @@ def test_kmeans_equals_lloyd_on_each_context_alone(metric: str, lengths: list[in
     _compare(f"kmeans_{metric}", lengths, 4, lambda x, m: _lloyd_by_hand(x, m, metric))
 
 
-@pytest.mark.parametrize("kind", ["mean", "last", "sum", "fusion"])
-def test_consecutive_groups_are_pooled_one_by_one(kind: str) -> None:
-    x, spans, level = _batch([9, 3], GroupRule("factor", 4))
-    whole = make_strategy(kind).pool(x, spans, level)
-    start = 0
-    for i, size in enumerate(level.group_cu.diff().tolist()):
-        alone, alone_spans, alone_level = _batch([size], GroupRule("count", 1))
-        alone = x[start : start + size]
-        start += size
-        assert torch.allclose(whole[i : i + 1], make_strategy(kind).pool(alone, alone_spans, alone_level), atol=EXACT)
-
-
-def test_kmeans_finds_clusters_that_are_not_neighbours() -> None:
-    x = torch.tensor([[0.0], [10.0], [0.2], [10.2], [0.4], [9.8]], dtype=torch.float64)
-    _, spans, level = _batch([6], GroupRule("count", 2))
-    pooled = KMeansPooling().pool(x, spans, level)
-    assert torch.allclose(pooled.sort(dim=0).values, torch.tensor([[0.2], [10.0]], dtype=torch.float64), atol=EXACT)
-    balanced = GroupPooling("mean").pool(x, spans, level)
-    assert (pooled - balanced).abs().max() > 3.0
-
-
 def test_a_cluster_without_rows_is_its_balanced_group() -> None:
     x = torch.ones(6, WIDTH, dtype=torch.float64, requires_grad=True)
     _, spans, level = _batch([6], GroupRule("count", 3))
-    pooled = KMeansPooling().pool(x, spans, level)
+    pooled = get_strategy("kmeans").pool(x, spans, level)
     assert torch.allclose(pooled, torch.ones(3, WIDTH, dtype=torch.float64), rtol=0, atol=EXACT)
     (grad,) = torch.autograd.grad(pooled.sum(), x)
     assert torch.isfinite(grad).all() and grad.sum() == pytest.approx(pooled.numel())
 
 
-def test_pruned_rows_get_no_gradient_and_merged_rows_share_it() -> None:
-    x, spans, level = _batch([8], GroupRule("floor_factor", 4))
-    for name, zero_rows in (("prune_norm", 6), ("prune", 6), ("similarity", 0)):
-        (grad,) = torch.autograd.grad(make_strategy(name).pool(x, spans, level).sum(), x)
-        assert (grad.abs().sum(-1) == 0).sum() == zero_rows, name
-        assert grad.sum() == pytest.approx(2 * WIDTH), name  # the weights of a group add up to one
-
-
 @settings(max_examples=40)
-@given(st.lists(st.integers(1, 14), min_size=1, max_size=4), st.sampled_from(STRATEGIES), st.integers(1, 6))
+@given(st.lists(st.integers(1, 14), min_size=1, max_size=4), st.sampled_from(list(STRATEGIES)), st.integers(1, 6))
 def test_a_context_is_pooled_as_if_it_were_alone(lengths: list[int], name: str, factor: int) -> None:
     (rule,) = group_rules(name, [factor])
-    strategy = make_strategy(name)
+    strategy = get_strategy(name)
     x, spans, level = _batch(lengths, rule)
     whole = strategy.pool(x, spans, level)
     parts = []
@@ -101,8 +72,8 @@ def test_pool_norm_is_pooling_and_the_norm_of_both(name: str) -> None:
     x, spans, level = _batch([9, 3], group_rules(name, [4])[0])
     norm = RMSNorm(WIDTH, 1e-5).double()
     norm.weight.data = torch.linspace(0.5, 1.5, WIDTH, dtype=torch.float64)
-    out = make_strategy(name).pool_norm(x, spans, level, norm)
-    pooled = make_strategy(name).pool(x, spans, level)
+    out = get_strategy(name).pool_norm(x, spans, level, norm)
+    pooled = get_strategy(name).pool(x, spans, level)
     assert torch.equal(out.pooled_GD, pooled)
     assert torch.equal(out.normed_pooled_GD, norm(pooled)) and torch.equal(out.normed_TD, norm(x))
 
@@ -111,9 +82,9 @@ def test_pool_norm_is_pooling_and_the_norm_of_both(name: str) -> None:
 def test_rows_keep_their_dtype_and_a_batch_without_contexts_is_empty(name: str) -> None:
     rule = group_rules(name, [4])[0]
     x, spans, level = _batch([9, 3], rule)
-    assert make_strategy(name).pool(x.bfloat16(), spans, level).dtype == torch.bfloat16
+    assert get_strategy(name).pool(x.bfloat16(), spans, level).dtype == torch.bfloat16
     x, spans, level = _batch([], rule)
-    assert make_strategy(name).pool(x, spans, level).shape == (0, WIDTH)
+    assert get_strategy(name).pool(x, spans, level).shape == (0, WIDTH)
 
 
 def test_merging_does_not_ask_for_the_lengths_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +97,7 @@ def test_merging_does_not_ask_for_the_lengths_on_the_host(monkeypatch: pytest.Mo
     for reader in ("item", "tolist", "__bool__", "__int__", "__index__"):
         monkeypatch.setattr(Tensor, reader, refuse)
     for name in ("similarity", "prune", "prune_norm", "kmeans"):
-        make_strategy(name).pool(x, spans, level)
+        get_strategy(name).pool(x, spans, level)
 
 
 def test_group_rules_of_each_kind() -> None:
@@ -136,28 +107,17 @@ def test_group_rules_of_each_kind() -> None:
     assert group_rules("similarity", [], 16) == group_rules("mean", [], 16) == (GroupRule("count", 16),)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: make_strategy("median"), "'median'; expected one of mean, last"),
-        (lambda: make_strategy("kmeans_dot"), "'kmeans_dot'; expected one of"),
-        (lambda: group_rules("median", [8]), "'median'; expected one of"),
-        (lambda: group_rules("mean", [0]), "is 0; expected at least 1"),
-        (lambda: group_rules("mean", [], 0), "is 0; expected at least 1"),
-        (lambda: group_rules("mean", [], None), "either factors or num_groups"),
-        (lambda: group_rules("mean", [8], 16), "either factors or num_groups"),
-        (lambda: KMeansPooling(num_rounds=0), "num_rounds is 0"),
-    ],
-)
-def test_unknown_names_and_numbers_below_one_are_refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
+@pytest.mark.parametrize("name", ["median", "kmeans_dot"])
+def test_unknown_names_are_refused(name: str) -> None:
+    for call in (lambda: get_strategy(name), lambda: group_rules(name, [8])):
+        with pytest.raises(ValueError, match=f"'{name}'; expected one of mean, last"):
+            call()
 
 
 def _compare(name: str, lengths: list[int], factor: int, by_hand: Callable[[Tensor, int], Tensor]) -> None:
     """Check that pooled rows and gradients equal `by_hand(rows of a context, number of groups)` on each context."""
     (rule,) = group_rules(name, [factor])
-    strategy: Pooling = make_strategy(name)
+    strategy: Pooling = get_strategy(name)
     assert not strategy.contiguous
     x, spans, level = _batch(lengths, rule)
     ours = strategy.pool(x, spans, level)

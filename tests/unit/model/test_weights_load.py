@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from arc_ds.errors import WeightsError
+from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
+from arc_ds.model.spec import build_compressor
 from arc_ds.model.weights import beyond_layers, copy_into, load_backbone, open_backbone
 from tests.helpers import tiny_models as tiny
+from tests.helpers.tiny_export import tiny_spec
 
 
 @pytest.fixture
@@ -25,13 +28,7 @@ class CountingSource:
     """Forwards to another source and records the tensors that were read."""
 
     def __init__(self, source) -> None:
-        self.source, self.path, self.read = source, source.path, []
-
-    def names(self):
-        return self.source.names()
-
-    def shape(self, name):
-        return self.source.shape(name)
+        self.source, self.path, self.shapes, self.read = source, source.path, source.shapes, []
 
     def tensor(self, name):
         self.read.append(name)
@@ -63,21 +60,13 @@ def test_tied_head_stays_tied(tmp_path: Path, device: str):
     assert torch.equal(decoder.output.weight, source.tensor("tok_embeddings.weight"))
 
 
-class Truncated(nn.Module):
-    """The parameter names of a one-layer encoder with memory tokens, under a prefix."""
-
-    def __init__(self, config) -> None:
-        super().__init__()
-        whole = Decoder(config)
-        self.encoder = nn.Module()
-        self.encoder.tok_embeddings = whole.tok_embeddings
-        self.encoder.layers = whole.layers[:1]
-        self.encoder.memory = nn.Parameter(torch.ones(2, config.hidden_size))
+def one_layer_compressor(config) -> Compressor:
+    return build_compressor(tiny_spec(backbone=config, num_layers=1, rules=(), memory_tokens=2))
 
 
 def test_truncated_encoder_takes_its_layers_and_reads_no_other(opened):
     source, tensors = opened
-    model, counting = Truncated(source.config), CountingSource(source)
+    model, counting = one_layer_compressor(source.config), CountingSource(source)
     load_backbone(model, counting, prefix="encoder.", skip=lambda name: name == "memory", allow_unused=beyond_layers(1))
     assert torch.equal(model.encoder.layers[0].attention.wq.weight, tensors["layers.0.attention.wq.weight"].float())
     assert torch.equal(model.encoder.memory, torch.ones(2, 32))
@@ -86,7 +75,7 @@ def test_truncated_encoder_takes_its_layers_and_reads_no_other(opened):
 
 def test_parameter_without_a_tensor_is_an_error_before_anything_is_copied(opened):
     source, _ = opened
-    model = Truncated(source.config)
+    model = one_layer_compressor(source.config)
     nn.init.ones_(model.encoder.layers[0].attention.wq.weight)  # uninitialised memory may hold NaN, unequal to itself
     before = model.encoder.layers[0].attention.wq.weight.clone()
     with pytest.raises(WeightsError, match=r"`memory` is missing, expected \[2, 32\]"):
@@ -97,7 +86,9 @@ def test_parameter_without_a_tensor_is_an_error_before_anything_is_copied(opened
 def test_tensor_without_a_parameter_is_an_error_unless_allowed(opened):
     source, _ = opened
     with pytest.raises(WeightsError, match=r"`layers.1.attention.wk.weight` has no place in the model"):
-        load_backbone(Truncated(source.config), source, prefix="encoder.", skip=lambda name: name == "memory")
+        load_backbone(
+            one_layer_compressor(source.config), source, prefix="encoder.", skip=lambda name: name == "memory"
+        )
 
 
 def test_model_of_another_size_is_an_error(opened):

@@ -1,0 +1,120 @@
+"""Families of backbones as data: their differences from Llama, and the tensor names of each kind of file.
+
+A new family is one entry of `FAMILIES`, and a `TensorNames` if its files use other names or stack other parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+_LAYER = re.compile(r"^layers\.(\d+)\.")
+OLMO_PREFIX = "model.transformer."
+OLMO_EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The differences of a family from Llama.
+
+    norm: see `BackboneConfig`.
+    norm_eps: epsilon of the norms if it is a constant in the family's code, absent from its configs; None otherwise.
+    """
+
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float | None = None
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "olmo": Family(norm="layer", norm_eps=OLMO_EPS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorNames:
+    """The tensor names of one family of files.
+
+    name: name of the family of files, for messages.
+    table: name in the file by internal name, both without `.weight` and with `{i}` for the layer. Parameters with the
+        same name in the file are stacked there along dimension 0, in the order of the table.
+    interleaved: whether wq and wk pair rotary dimensions (2i, 2i + 1).
+    """
+
+    name: str
+    table: Mapping[str, str]
+    interleaved: bool
+
+    def find(self, parameter: str) -> tuple[str, list[str]]:
+        """The tensor in the file that holds a parameter, and the internal names of all parameters that it holds.
+
+        Raises KeyError for an unknown name.
+        """
+        match = _LAYER.match(parameter)
+        layer = match.group(1) if match else ""
+        in_file = self.table[_LAYER.sub("layers.{i}.", parameter).removesuffix(".weight")]
+        held = [internal for internal, other in self.table.items() if other == in_file]
+        name, *held = (f"{n}.weight".replace("{i}", layer) for n in (in_file, *held))
+        return name, held
+
+
+HUGGING_FACE = TensorNames(
+    name="Hugging Face",
+    table={
+        "tok_embeddings": "model.embed_tokens",
+        "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm",
+        "layers.{i}.attention.wq": "model.layers.{i}.self_attn.q_proj",
+        "layers.{i}.attention.wk": "model.layers.{i}.self_attn.k_proj",
+        "layers.{i}.attention.wv": "model.layers.{i}.self_attn.v_proj",
+        "layers.{i}.attention.wo": "model.layers.{i}.self_attn.o_proj",
+        "layers.{i}.ffn_norm": "model.layers.{i}.post_attention_layernorm",
+        "layers.{i}.feed_forward.w1": "model.layers.{i}.mlp.gate_proj",
+        "layers.{i}.feed_forward.w2": "model.layers.{i}.mlp.down_proj",
+        "layers.{i}.feed_forward.w3": "model.layers.{i}.mlp.up_proj",
+        "norm": "model.norm",
+        "output": "lm_head",
+    },
+    interleaved=False,
+)
+
+NATIVE = TensorNames(name="Meta/Mistral native", table={n: n for n in HUGGING_FACE.table}, interleaved=True)
+
+# For the llama architecture, llama.cpp's converter permutes wq and wk back to Meta's pairs.
+GGUF_LLAMA = TensorNames(
+    name="GGUF llama",
+    table={
+        "tok_embeddings": "token_embd",
+        "layers.{i}.attention_norm": "blk.{i}.attn_norm",
+        "layers.{i}.attention.wq": "blk.{i}.attn_q",
+        "layers.{i}.attention.wk": "blk.{i}.attn_k",
+        "layers.{i}.attention.wv": "blk.{i}.attn_v",
+        "layers.{i}.attention.wo": "blk.{i}.attn_output",
+        "layers.{i}.ffn_norm": "blk.{i}.ffn_norm",
+        "layers.{i}.feed_forward.w1": "blk.{i}.ffn_gate",
+        "layers.{i}.feed_forward.w2": "blk.{i}.ffn_down",
+        "layers.{i}.feed_forward.w3": "blk.{i}.ffn_up",
+        "norm": "output_norm",
+        "output": "output",
+    },
+    interleaved=True,
+)
+
+# The first half of ff_proj is the up projection: OLMo's SwiGLU takes the gate from the second half.
+OLMO_NATIVE = TensorNames(
+    name="OLMo native",
+    table={
+        "tok_embeddings": OLMO_PREFIX + "wte",
+        "layers.{i}.attention.wq": OLMO_PREFIX + "blocks.{i}.att_proj",
+        "layers.{i}.attention.wk": OLMO_PREFIX + "blocks.{i}.att_proj",
+        "layers.{i}.attention.wv": OLMO_PREFIX + "blocks.{i}.att_proj",
+        "layers.{i}.attention.wo": OLMO_PREFIX + "blocks.{i}.attn_out",
+        "layers.{i}.feed_forward.w3": OLMO_PREFIX + "blocks.{i}.ff_proj",
+        "layers.{i}.feed_forward.w1": OLMO_PREFIX + "blocks.{i}.ff_proj",
+        "layers.{i}.feed_forward.w2": OLMO_PREFIX + "blocks.{i}.ff_out",
+        "output": OLMO_PREFIX + "ff_out",
+    },
+    interleaved=False,
+)

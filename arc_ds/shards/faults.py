@@ -1,4 +1,4 @@
-"""Checking sets of shards: reads everything and reports every fault."""
+"""The faults of a set of shards: of its folder, and of each tar and index."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.files import ShardFiles, check_size, locate
+from arc_ds.shards.files import ShardFiles, check_size
 from arc_ds.shards.format import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo, read_index
 from arc_ds.shards.members import BLOCK, decode_member, size_of_header
-from arc_ds.shards.storage.cache import ShardCache
 from arc_ds.system.urls import is_url
 
 
@@ -35,22 +34,6 @@ class Fault:
     def __str__(self) -> str:
         place = "" if self.offset is None else f" at byte {self.offset}"
         return f"{self.file}{place}: {self.what}"
-
-
-def check_shards(path: str | Path, *, cache: ShardCache | None = None) -> list[Fault]:
-    """Read a whole set of shards, in a local folder or at a URL, and return every fault (an empty list if sound).
-
-    Verifies the manifest, missing and unknown files, sizes, sha256 of tars and indexes, agreement of tar headers with
-    the index, and the checksum and content of every record.
-
-    Raises DataError only if there is no readable manifest, and StorageError if the manifest or the indexes of a URL
-    cannot be fetched.
-    """
-    files = locate(path, cache)
-    faults = [] if is_url(path) else stray_files(files)
-    for shard in files.manifest.shards:
-        faults += check_shard(files, shard)
-    return faults
 
 
 def stray_files(files: ShardFiles) -> list[Fault]:

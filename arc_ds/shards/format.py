@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -204,6 +206,15 @@ def read_index(folder: Path, shard: ShardInfo) -> NDArray[np.void]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: the index of {shard.name} is missing. {REBUILD}") from error
     return parse_index(raw, shard, str(path))
+
+
+def write_index(path: Path, rows: Sequence[tuple[int, int, int, int]] | NDArray[np.void]) -> str:
+    """Write an index and sync it to the disk. Returns its sha256."""
+    with path.open("wb") as file:
+        np.save(file, np.asarray(rows, dtype=INDEX_DTYPE), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    return sha256_of_file(path)
 
 
 def parse_index(raw: bytes, shard: ShardInfo, where: str) -> NDArray[np.void]:

@@ -18,12 +18,13 @@ LOCK_FILE = "lock"
 
 @contextmanager
 def writing(folder: Path, what: str) -> Iterator[None]:
-    """Hold an exclusive lock on a folder while writing to it. The lock is the file `lock` in the folder, which stays.
+    """Create a folder and hold an exclusive lock on it. The lock is the file `lock` in the folder, which stays.
 
     folder: the folder to lock.
     what: name of the writing operation in messages ("build").
     Raises DataError if another process holds the lock.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with _opened(folder / LOCK_FILE) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -36,16 +36,8 @@ class MappedFiles(Generic[_T]):
     lock: at worst, two of them map the same file twice. Deleting this object releases its mappings.
     """
 
-    def __init__(
-        self,
-        open_files: Callable[[int], _T],
-        *,
-        num_files: int = 1,
-        num_bytes: int = 0,
-        cache: ShardCache | None = None,
-    ) -> None:
+    def __init__(self, *, num_files: int = 1, num_bytes: int = 0, cache: ShardCache | None = None) -> None:
         """
-        open_files: maps the files of a shard; it must not hold a reference to this object.
         num_files: number of files per shard.
         num_bytes: total size of the files of the largest shard.
         cache: cache that the files are fetched into, None if they are local.
@@ -53,17 +45,17 @@ class MappedFiles(Generic[_T]):
         self.num_files = num_files
         self.fetched_bytes = num_bytes if cache is not None else 0
         self.entries: dict[int, list[Any]] = {}  # by shard: [time of last use, mapping]
-        self._open_files = open_files
         self._max_bytes = cache.max_bytes // 4 if cache is not None else 0
         _sources.add(self)
 
-    def __getitem__(self, shard_idx: int) -> _T:
+    def get(self, shard_idx: int, open_files: Callable[[int], _T]) -> _T:
+        """The mapping of a shard; `open_files` makes it if there is none."""
         entry = self.entries.get(shard_idx)
         if entry is None:
             max_files = min(descriptor_limit() // 2, _MAX_MAPPED)
             _make_room(self, attrgetter("num_files"), max_files, spare=max_files // 8)
             _make_room(self, attrgetter("fetched_bytes"), self._max_bytes, num_kept=1)
-            entry = self.entries[shard_idx] = [0, with_descriptors(lambda: self._open_files(shard_idx))]
+            entry = self.entries[shard_idx] = [0, with_descriptors(lambda: open_files(shard_idx))]
         entry[0] = next(_clock)
         mapping: _T = entry[1]
         return mapping

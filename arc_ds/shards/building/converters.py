@@ -6,12 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from arc_ds.errors import DataError
 from arc_ds.shards.building.converters_qa import read_drop, read_squad
-from arc_ds.shards.building.converters_triviaqa import TriviaQaReader
+from arc_ds.shards.building.converters_triviaqa import read_triviaqa
 from arc_ds.shards.building.question import Question
 from arc_ds.shards.records import encode_record, fine_tuning_record
 from arc_ds.system.files import whole_file
@@ -88,11 +89,12 @@ def _questions(format_name: str, path: Path, options: ConvertOptions) -> Iterato
     readers: dict[str, Callable[[Any], Iterator[Question]]] = {
         "squad": read_squad,
         "drop": read_drop,
-        "triviaqa": TriviaQaReader(
+        "triviaqa": partial(
+            read_triviaqa,
             evidence=options.evidence or path.absolute().parent.parent / "evidence",
             passage_words=options.passage_words,
             max_passages=options.max_passages,
-        ).read,
+        ),
     }
     try:
         content = json.loads(path.read_bytes())

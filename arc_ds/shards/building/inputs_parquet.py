@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from arc_ds.errors import DataError
-from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile
+from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile, import_library
 
 if TYPE_CHECKING:
     import pyarrow
@@ -23,9 +23,10 @@ def read_row_batches(file: InputFile, columns: Sequence[str], start: Cursor) -> 
 
     Raises DataError if the file has none of the columns or is damaged, or if pyarrow is not installed.
     """
-    pyarrow = _pyarrow(file)
+    pyarrow = import_library(file, "pyarrow")
+    pyarrow_parquet = import_library(file, "pyarrow.parquet")
     try:
-        with pyarrow.parquet.ParquetFile(file.path, buffer_size=_READ_AHEAD, pre_buffer=False) as parquet:
+        with pyarrow_parquet.ParquetFile(file.path, buffer_size=_READ_AHEAD, pre_buffer=False) as parquet:
             names = parquet.schema_arrow.names
             wanted = [name for name in columns if name in names]
             if not wanted:
@@ -81,12 +82,3 @@ def _plain_type(stored: pyarrow.DataType) -> pyarrow.DataType:
         inner = _plain_type(stored.value_type)
         return stored if inner == stored.value_type else pyarrow.large_list(inner)
     return pyarrow.large_string() if pyarrow.types.is_string_view(stored) else stored
-
-
-def _pyarrow(file: InputFile) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{file.path}: Parquet files need the package pyarrow. Run: pip install pyarrow") from error
-    return pyarrow

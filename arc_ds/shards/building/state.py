@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,7 @@ from typing import Any
 from arc_ds.shards.building.batches import Cursor, InputFile
 from arc_ds.shards.building.record_maker import Counts, RecordRules
 from arc_ds.shards.format import ShardInfo, SourceInfo, sha256_of_file
-from arc_ds.shards.locks import writing
-from arc_ds.system.files import replace_folder, write_whole
+from arc_ds.system.files import write_whole
 from arc_ds.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -60,18 +57,11 @@ class Checkpoint:
 
 
 class BuildFolder:
-    """The hidden working folder of a build, next to the target folder. Only one build at a time can use it."""
+    """The hidden working folder of a build, next to the target folder. A lock lets only one build at a time use it."""
 
     def __init__(self, target: Path) -> None:
         self.path = target.with_name(f".{target.name}.partial")
         self.shards = self.path / "shards"
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Create the folder and lock it against other builds. Raises DataError if another build holds the lock."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with writing(self.path, "build"):
-            yield
 
     def keep_only(self, shards: Sequence[ShardInfo]) -> None:
         """Create the folder of shards and remove everything except `shards` from it."""
@@ -80,11 +70,6 @@ class BuildFolder:
         for path in self.shards.iterdir():
             if path.name not in kept:
                 path.unlink()
-
-    def publish(self, target: Path) -> None:
-        """Rename the finished folder of shards to `target`. An existing target is moved aside and removed last."""
-        replace_folder(self.shards, target)
-        self.remove()
 
     def remove(self) -> None:
         """Remove the working folder, including the saved progress."""
@@ -148,12 +133,11 @@ def _check_same(state: dict[str, Any], plan: BuildPlan) -> None:
 
 
 def _checkpoint_of(fields: dict[str, Any]) -> Checkpoint:
-    counts = fields.pop("counts")
     return Checkpoint(
         shards=tuple(ShardInfo(**shard) for shard in fields.pop("shards")),
         sources=tuple(SourceInfo(**source) for source in fields.pop("sources")),
         cursor=Cursor(*fields.pop("cursor")),
-        counts=Counts(documents=counts["documents"], cut=counts["cut"], skipped=Counter(counts["skipped"])),
+        counts=Counts(**fields.pop("counts")),
         **fields,
     )
 

@@ -10,20 +10,23 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.building.batches import InputFile
+from arc_ds.shards.building.batches import Batch, Cursor, InputFile
 from arc_ds.shards.building.input_digests import InputDigests
 from arc_ds.shards.building.inputs import find_inputs, read_batches
-from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordRules
+from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordMaker, RecordRules
 from arc_ds.shards.building.state import BuildFolder, BuildPlan, Checkpoint
-from arc_ds.shards.building.workers import BatchJob, make_in_order
 from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo
+from arc_ds.shards.locks import writing
+from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.tar_writer import ShardWriter
-from arc_ds.system.files import write_whole
+from arc_ds.system.files import replace_folder, write_whole
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -97,9 +100,10 @@ def build_shards(
     plan = BuildPlan(files=files, rules=rules, shard_bytes=shard_bytes, tokenizer_fingerprint=tokenizer.fingerprint)
     folder = BuildFolder(out_dir)
     try:
-        with folder.locked():
+        with writing(folder.path, "build"):
             manifest = _build_in(folder, plan, tokenizer, workers, progress)
-            folder.publish(out_dir)
+            replace_folder(folder.shards, out_dir)
+            folder.remove()
     except OSError as error:
         raise StorageError(f"{out_dir} cannot be written: {error}. Is its disk full?") from error
     logger.info("%s: %d records in %d shards", out_dir, manifest.samples, len(manifest.shards))
@@ -131,20 +135,18 @@ def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path)
 
 def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, workers: int, progress: bool) -> Manifest:
     """Write all shards and the manifest to the build's folder. If the build fails, its finished shards stay there."""
-    start = folder.load(plan)
-    if start is not None:
+    start = folder.load(plan) or Checkpoint()
+    if start.shards:
         logger.warning("%s: resuming after %d finished shards", folder.path, len(start.shards))
-    build = _Build(folder, plan, start or Checkpoint())
+    build = _Build(folder, plan, start)
     try:
         total = sum(file.num_bytes for file in plan.files)
         with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
             build.run(tokenizer, workers, bar)
     except BaseException:
-        if build.checkpoint.shards:
+        if build.num_saved:
             logger.warning(
-                "%d finished shards are kept in %s: the same command resumes the build",
-                len(build.checkpoint.shards),
-                folder.path,
+                "%d finished shards are kept in %s: the same command resumes the build", build.num_saved, folder.path
             )
         else:
             folder.remove()
@@ -163,17 +165,35 @@ def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, worker
     return manifest
 
 
+class _BatchJob(NamedTuple):
+    """A batch of the input number `file_idx`."""
+
+    file_idx: int
+    file: InputFile
+    batch: Batch
+
+
+def _encode(rules: RecordRules, tokenizer: Tokenizer | Path, job: _BatchJob) -> EncodedBatch:
+    """Make the records of a batch. The workers load the tokenizer from a path."""
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    return RecordMaker(rules, tokenizer).make(job.file, job.batch)
+
+
 class _Build:
-    """A build in progress: its output so far, and its counts for the current input."""
+    """A build in progress: its output so far, and its counts for the current input.
+
+    num_saved: number of shards in the saved progress.
+    """
 
     def __init__(self, folder: BuildFolder, plan: BuildPlan, start: Checkpoint) -> None:
         self.folder = folder
         self.plan = plan
-        self.checkpoint = start
+        self.num_saved = len(start.shards)
         folder.keep_only(start.shards)
         self.writer = ShardWriter(folder.shards, plan.shard_bytes, start.shards)
         self.sources = list(start.sources)
-        self._counts = start.counts.copy()
+        self._start = start
+        self._counts = start.counts
         self._first_record = self.writer.num_records - start.file_records
         self._first_token = self.writer.num_tokens - start.file_tokens
         self._to_skip = start.num_records  # records of the first batch that the shards already contain
@@ -185,18 +205,17 @@ class _Build:
 
         Raises DataError on a fault that stops the build, or if the inputs yield no record.
         """
+        saved = self.folder.path / "tokenizer"
+        if workers > 1:
+            saved.mkdir(exist_ok=True)
+            tokenizer.save(saved)
+        encode = partial(_encode, self.plan.rules, saved if workers > 1 else tokenizer)
         with InputDigests() as digests:
-            jobs = make_in_order(
-                self._jobs(digests),
-                rules=self.plan.rules,
-                tokenizer=tokenizer,
-                tokenizer_folder=self.folder.path / "tokenizer",
-                num_workers=workers,
-            )
+            jobs = map_in_order(encode, self._jobs(digests), workers)
             with self.writer, closing(jobs):
-                for job, made in jobs:
+                for job, encoded in jobs:
                     self._finish_files(job.file_idx, digests)
-                    self._write(job, made)
+                    self._write(job, encoded)
                     bar.update(self._bytes_done + job.batch.position - bar.n)
                     bar.set_postfix(records=self.writer.num_records, refresh=False)
                 self._finish_files(len(self.plan.files), digests)
@@ -206,59 +225,50 @@ class _Build:
                 f"{_as_words(self.sources)} left out. Give other inputs, or lower the limits."
             )
 
-    def _jobs(self, digests: InputDigests) -> Iterator[BatchJob]:
+    def _jobs(self, digests: InputDigests) -> Iterator[_BatchJob]:
         """Yield the batches from the checkpoint on."""
-        rules, start = self.plan.rules, self.checkpoint
-        for idx in range(start.file_idx, len(self.plan.files)):
-            file = self.plan.files[idx]
+        rules, cursor = self.plan.rules, self._start.cursor
+        for idx, file in enumerate(self.plan.files[self._start.file_idx :], start=self._start.file_idx):
             digests.begin(file.path)
-            for batch in read_batches(
-                file,
-                columns=rules.columns,
-                max_document_bytes=rules.max_document_bytes,
-                start=start.cursor if idx == start.file_idx else None,
-            ):
-                yield BatchJob(idx, file, batch)
+            batches = read_batches(
+                file, columns=rules.columns, max_document_bytes=rules.max_document_bytes, start=cursor
+            )
+            yield from (_BatchJob(idx, file, batch) for batch in batches)
+            cursor = Cursor()
 
-    def _write(self, job: BatchJob, made: EncodedBatch) -> None:
+    def _write(self, job: _BatchJob, encoded: EncodedBatch) -> None:
         """Append the records of one batch, and save the progress whenever a shard is finished."""
-        named = made.faults[: MAX_NAMED - self._num_named]
+        named = encoded.faults[: MAX_NAMED - self._num_named]
         for fault in named:
             logger.warning("left out: %s", fault)
         self._num_named += len(named)
         if named and self._num_named == MAX_NAMED:
             logger.warning("further faults are counted, but not logged")
-        if made.stopped is not None:
-            raise DataError(made.stopped)
-        for number, record in enumerate(made.records[self._to_skip :], start=self._to_skip + 1):
-            is_finished = self.writer.write(
-                record.payload,
-                record.num_tokens,
-                num_passages=record.num_passages,
-                passage_tokens=record.passage_tokens,
-            )
-            if is_finished:
+        if encoded.stopped is not None:
+            raise DataError(encoded.stopped)
+        for number, record in enumerate(encoded.records[self._to_skip :], start=self._to_skip + 1):
+            if self.writer.write(record):
                 self._save(job, number)
         self._to_skip = 0
-        self._counts.add(made.counts)
+        self._counts.add(encoded.counts)
 
-    def _save(self, job: BatchJob, num_records: int) -> None:
-        self.checkpoint = Checkpoint(
+    def _save(self, job: _BatchJob, num_records: int) -> None:
+        checkpoint = Checkpoint(
             shards=tuple(self.writer.shards),
             sources=tuple(self.sources),
             file_idx=job.file_idx,
             cursor=job.batch.cursor,
             num_records=num_records,
-            counts=self._counts.copy(),
+            counts=self._counts,
             file_records=self.writer.num_records - self._first_record,
             file_tokens=self.writer.num_tokens - self._first_token,
         )
-        self.folder.save(self.plan, self.checkpoint)
+        self.folder.save(self.plan, checkpoint)
+        self.num_saved = len(checkpoint.shards)
 
     def _finish_files(self, end: int, digests: InputDigests) -> None:
         """Record the results of the inputs before index `end`. Raises DataError if one changed while it was read."""
-        for idx in range(len(self.sources), end):
-            file = self.plan.files[idx]
+        for file in self.plan.files[len(self.sources) : end]:
             digest = digests.take(file.path)
             if file.has_changed():
                 raise DataError(f"{file.path} changed while it was read. Build again when it is complete.")

@@ -129,11 +129,13 @@ def test_sets_of_one_cache_hold_no_more_than_a_quarter_of_it_or_one_each(
         return mapped
 
     cache = cache_of(most)
-    held = [MappedFiles(partial(open_one, nth), num_bytes=size, cache=cache) for nth, size in enumerate(sizes)]
+    held = [MappedFiles(num_bytes=size, cache=cache) for size in sizes]
     for set_idx, idx in wanted:
         others = [len(of_set) > 0 for of_set in alive]
-        assert held[set_idx][idx].idx == idx
-        assert held[set_idx][idx] is held[set_idx][idx]
+        mapped = held[set_idx].get(idx, partial(open_one, set_idx))
+        assert mapped.idx == idx
+        assert held[set_idx].get(idx, pytest.fail) is mapped
+        del mapped
         assert all(had <= (len(of_set) > 0) for had, of_set in zip(others, alive, strict=True)), "the others keep one"
 
 
@@ -145,14 +147,14 @@ def test_the_least_recently_used_file_is_closed_first() -> None:
         opened[idx] += 1
         return object()
 
-    held, rng = MappedFiles(open_one, num_bytes=1, cache=cache_of(512)), random.Random(0)
+    held, rng = MappedFiles(num_bytes=1, cache=cache_of(512)), random.Random(0)
     for idx in range(128, 1128):
-        held[idx]
+        held.get(idx, open_one)
         for _ in range(20):
-            held[rng.randrange(128)]
+            held.get(rng.randrange(128), open_one)
     assert set(opened.values()) == {1}, "files in use stay mapped"
-    held[1127 - (512 - 128) + 1]
-    held[1127 - (512 - 128)]
+    held.get(1127 - (512 - 128) + 1, open_one)
+    held.get(1127 - (512 - 128), open_one)
     assert opened[1127 - (512 - 128) + 1] == 1 and opened[1127 - (512 - 128)] == 2
 
 
@@ -186,11 +188,11 @@ def test_a_set_that_is_gone_holds_nothing(folder: Path) -> None:
 
 def test_what_is_let_go_stays_readable_by_who_holds_it(folder: Path) -> None:
     shards = ShardSet(folder / "shards")
-    tar, rows = shards._tars[0], shards._indexes[0]
+    tar, rows = shards._tars.get(0, shards._map_tar), shards._indexes.get(0, shards._index_rows)
     whole = bytes(tar), bytes(rows)
     close_all()
     assert (bytes(tar), bytes(rows)) == whole
-    assert shards._tars[0] is not tar
+    assert shards._tars.get(0, shards._map_tar) is not tar
 
 
 @contextmanager
@@ -309,7 +311,7 @@ def test_indexes_and_text_tables_are_not_copied_to_the_heap(tmp_path: Path, fold
         tracemalloc.stop()
     shards, cache = open_source(folder)
     assert_reads(shards, cache, 0)
-    _, texts = cache._shards[0]
+    _, texts = cache._shards.get(0, cache._open)
     assert not any(array.flags.owndata or array.flags.writeable for array in texts)
 
 

@@ -14,7 +14,7 @@ from arc_ds.cli import main
 from arc_ds.data.loading.loader import make_loader
 from arc_ds.data.loading.source import Source
 from arc_ds.errors import DataError
-from arc_ds.shards.faults import check_shards
+from arc_ds.shards.check import check_shards
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import ShardCache
 from arc_ds.shards.token_cache.writer import build_token_caches
@@ -33,7 +33,7 @@ def test_shards_behind_a_url_are_the_local_ones(local: ShardSet, server: FaultyS
     again = ShardSet(server.url + "/", cache=cache)
     assert texts_of(again) == TEXTS
     assert {count for name, count in server.requests.items() if name != "manifest.json"} == {1}
-    assert check_shards(server.url, cache=cache) == []
+    assert list(check_shards(server.url, cache=cache)) == []
     kept(cache)[0].unlink()
     server.faults = {".tar": ("404", 9)}
     (fault,) = check_shards(server.url, cache=cache)

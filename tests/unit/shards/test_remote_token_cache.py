@@ -156,7 +156,7 @@ def test_a_damaged_token_file_in_the_cache_is_found_and_the_cure_is_named(
     shards = ShardSet(server.url, cache=cache)
     known_texts(shards, tokenizer)
     (ids, _) = shards.files.beside[cache_name(tokenizer.fingerprint)]["shard-000000.tar"]
-    path = cache.tar_path(ids.sha256)
+    path = cache.path(ids)
     path.write_bytes(b"x" * ids.num_bytes)
     opened = open_token_cache(shards, tokenizer)
     assert opened is not None and opened.known(0, shards.record(0)) == []

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.faults import check_shards
+from arc_ds.shards.check import check_shards
 from arc_ds.shards.format import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo, read_manifest, sha256_of_file
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.records import MAX_RECORD_BYTES, encode_record
-from arc_ds.shards.tar_writer import ShardWriter
+from arc_ds.shards.tar_writer import EncodedRecord, ShardWriter
 from tests.helpers.tiny_data import numbered_texts, write_shards, write_tiktoken
 from tests.helpers.tiny_mixture import TinyMixture
 
@@ -39,7 +39,7 @@ def write_raw(folder: Path, payloads: list[bytes]) -> ShardSet:
     folder.mkdir()
     with ShardWriter(folder, 1 << 40) as writer:
         for payload in payloads:
-            writer.write(payload, 1)
+            writer.write(EncodedRecord(payload, 1))
     manifest = Manifest(
         samples=len(payloads),
         tokens=len(payloads),
@@ -126,7 +126,7 @@ def test_an_index_of_another_shard_gives_no_wrong_record(folder: Path) -> None:
     for idx in range(first.samples, 2 * first.samples):
         with pytest.raises(DataError, match=r"shard-000001\.tar, member .* the checksum does not match the index"):
             shards.record(idx)
-    assert len(check_shards(folder)) == first.samples
+    assert len(list(check_shards(folder))) == first.samples
 
 
 def test_an_index_that_is_no_array_is_refused(folder: Path) -> None:

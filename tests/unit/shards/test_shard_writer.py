@@ -17,7 +17,7 @@ from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.format import Manifest
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.records import MAX_RECORD_BYTES
-from arc_ds.shards.tar_writer import ShardWriter
+from arc_ds.shards.tar_writer import EncodedRecord, ShardWriter
 from arc_ds.tokenizers import load_tokenizer
 from tests.helpers.tiny_data import TEXT, numbered_texts, write_shards, write_tiktoken, write_tokenizer_without
 
@@ -288,11 +288,14 @@ class Killed(BaseException):
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[Path]:
-    """Two files of long and short documents, so that shards end inside documents, batches and files."""
+    """Two files of long and short documents, so that shards end inside documents, batches and files.
+
+    One document of each file is left out: of the first before a shard ends, of the second after the last one.
+    """
     folder = tmp_path / "in"
     folder.mkdir()
     texts = [text * (1 + idx % 5) for idx, text in enumerate(numbered_texts(60))]
-    first = write_jsonl(folder / "a.jsonl", [{"text": text} for text in texts])
+    first = write_jsonl(folder / "a.jsonl", [{"text": text} for text in ["x", *texts]])
     second = write_jsonl(folder / "b.jsonl", [{"text": text} for text in [*texts[::-1], "x"]])
     return [first, second]
 
@@ -315,12 +318,12 @@ def build(tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         meanwhile: Callable[[int], None] | None = None,
         **options: object,
     ) -> Manifest:
-        def watched(self: ShardWriter, payload: bytes, num_tokens: int, **passages: int) -> bool:
+        def watched(self: ShardWriter, record: EncodedRecord) -> bool:
             if meanwhile is not None:
                 meanwhile(self.num_records)
             if self.num_records == kill_at:
                 raise Killed
-            return write(self, payload, num_tokens, **passages)
+            return write(self, record)
 
         monkeypatch.setattr(ShardWriter, "write", watched)
         settings = {"max_tokens": 64, "min_tokens": 4, "shard_bytes": 16000, **options}
@@ -436,11 +439,11 @@ def test_faults_may_be_skipped_from_where_a_build_stopped(
 ) -> None:
     with inputs[0].open("a") as file:
         file.write("{\n")
-    with pytest.raises(DataError, match="line 61"):
+    with pytest.raises(DataError, match="line 62"):
         build(inputs, tmp_path / "out")
     manifest = build(inputs, tmp_path / "out", on_error="skip")
     assert "resuming after" in caplog.text
-    assert manifest.skipped == {"min_tokens": 1, "not_json": 1}
+    assert manifest.skipped == {"min_tokens": 2, "not_json": 1}
 
 
 def test_an_input_that_changes_while_it_is_read_is_an_error(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.faults import check_shards
+from arc_ds.shards.check import check_shards
 from arc_ds.shards.reader import ShardSet
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 from tests.helpers.tiny_data import numbered_texts, write_shards, write_tiktoken
@@ -38,7 +38,7 @@ def test_records_come_back_with_their_token_counts(shards: ShardSet, tokenizer: 
     assert len(shards.manifest.shards) > 2
     assert [shards.record(idx)["text"] for idx in range(len(shards))] == texts
     assert [shards.tokens(idx) for idx in range(len(shards))] == [len(tokenizer.encode(text)) for text in texts]
-    assert check_shards(shards.folder) == []
+    assert list(check_shards(shards.folder)) == []
 
 
 def test_stock_webdataset_reads_the_shards(shards: ShardSet) -> None:

@@ -284,7 +284,7 @@ def test_a_build_that_was_killed_goes_on_behind_its_finished_shards(
     whole = token_cache_writer._tokenize_shard
 
     def stop_at_the_third(*args: object) -> object:
-        calls.append(args[1])  # type: ignore[arg-type]
+        calls.append(args[-1])  # type: ignore[arg-type]
         if len(calls) == 3:
             raise KeyboardInterrupt
         return whole(*args)  # type: ignore[arg-type]
@@ -376,19 +376,19 @@ def test_any_text_comes_out_of_the_cache_as_it_is_read(golden: Path, texts: list
             assert_known(shards, load_tokenizer(tokenizer_path), may_lack=True)
 
 
-def test_a_token_of_too_many_characters_is_left_out(tmp_path: Path, tokenizer_path: Path) -> None:
-    class OneToken:
-        """A whole text is one token."""
+def test_a_token_of_too_many_characters_is_left_out(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_token(_: RankTokenizer, text: str) -> Encoding:
+        return Encoding(np.zeros(1, dtype=np.int64), np.array([0, len(text)]))
 
-        def encode_with_ends(self, text: str) -> Encoding:
-            return Encoding(np.zeros(1, dtype=np.int64), np.array([0, len(text)]))
-
-    with (tmp_path / "ids").open("wb") as file:
-        writer = token_cache_writer._ShardTokens(file, OneToken())  # type: ignore[arg-type]
-        for length in (255, 256, 3):
-            writer.add({"text": "a" * length})
-    assert (writer.left_out, writer.num_ids) == (1, 2)
-    assert writer.texts().lengths.tolist() == [1, 0, 1]
+    shards = write_shards(tmp_path / "shards", tokenizer_path, ["a" * length for length in (255, 256, 3)])
+    monkeypatch.setattr(RankTokenizer, "encode_with_ends", one_token)
+    (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    assert (made.left_out, made.ids) == (1, 2)
+    cache = open_token_cache(shards, load_tokenizer(tokenizer_path))
+    assert cache is not None
+    assert [len(cache.known(idx, shards.record(idx))) for idx in range(3)] == [1, 0, 1]
 
 
 def test_command_line_builds_checks_and_mends_caches(

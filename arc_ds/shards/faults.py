@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from arc_ds.errors import DataError, StorageError
 from arc_ds.shards.files import ShardFiles, check_size
 from arc_ds.shards.format import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo, read_index
-from arc_ds.shards.members import BLOCK, decode_member, size_of_header
+from arc_ds.shards.members import BLOCK, decode_member, parse_header
 from arc_ds.system.urls import is_url
 
 
@@ -80,7 +80,8 @@ def _check_member(data: mmap.mmap, manifest: Manifest, shard: ShardInfo, row: np
     offset, length = int(row["offset"]), int(row["length"])
     if not BLOCK <= offset <= offset + length <= len(data):
         return Fault(shard.name, offset, f"a member of {length} bytes lies beyond the file")
-    if size_of_header(data[offset - BLOCK : offset]) != length:
+    header = parse_header(data[offset - BLOCK : offset])
+    if header is None or header.size != length:
         return Fault(shard.name, offset - BLOCK, "the tar header does not agree with the index")
     payload = data[offset : offset + length]
     if xxhash.xxh64_intdigest(payload) != int(row["xxh64"]):

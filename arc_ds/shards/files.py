@@ -212,8 +212,8 @@ def _fetch_index(base: str, folder: Path, shard: ShardInfo, cache: ShardCache) -
 
 
 def for_each(function: Callable[[ShardInfo], None], shards: Sequence[ShardInfo]) -> None:
-    """Call a function that waits for files, for several shards at a time. The first error ends it."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    """Call a function that waits for files, for several shards at a time if there are many. The first error ends it."""
+    with ThreadPoolExecutor(_THREADS if len(shards) >= _THREADS else 1) as pool:
         for _ in pool.map(function, shards):
             pass
 

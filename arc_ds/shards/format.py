@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -135,10 +135,7 @@ class Manifest:
     @property
     def skipped(self) -> dict[str, int]:
         """Number of documents left out, by reason, over all sources."""
-        total: Counter[str] = Counter()
-        for source in self.sources:
-            total.update(source.skipped)
-        return dict(sorted(total.items()))
+        return total_skipped(self.sources)
 
     @property
     def passage_tokens(self) -> dict[int, int]:
@@ -167,6 +164,12 @@ class Manifest:
         for shard in nowhere["shards"]:
             del shard["passage_tokens"]
         return hashlib.sha256(_as_json({"version": 2, **nowhere}).encode()).hexdigest()
+
+
+def total_skipped(sources: Iterable[SourceInfo]) -> dict[str, int]:
+    """Number of documents left out, by reason, over some sources."""
+    total = sum((Counter(source.skipped) for source in sources), Counter[str]())
+    return dict(sorted(total.items()))
 
 
 def _as_json(fields: dict[str, Any]) -> str:

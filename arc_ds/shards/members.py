@@ -60,16 +60,12 @@ def _unzip(payload: bytes) -> bytes:
     return content
 
 
-def name_of_header(header: bytes) -> str:
-    """The member name in a tar header of 512 bytes. A long name may continue in an extended header before it."""
-    prefix = header[345:500] if header[257:263] == b"ustar\0" else b""
-    parts = [part.split(b"\0")[0].decode("utf-8", "replace") for part in (prefix, header[:100])]
-    return "/".join(part for part in parts if part) or "?"
+def parse_header(header: bytes) -> tarfile.TarInfo | None:
+    """Name and size of a member from its tar header of 512 bytes; None if the header is damaged.
 
-
-def size_of_header(header: bytes) -> int | None:
-    """The member size in a tar header of 512 bytes; None if the header is invalid (wrong header checksum)."""
+    A long name may continue in an extended header before it.
+    """
     try:
-        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+        return tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.HeaderError:
         return None

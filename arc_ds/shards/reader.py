@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import mmap
+import os
 import struct
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,7 +19,7 @@ from arc_ds.errors import DataError, StorageError
 from arc_ds.shards.files import locate
 from arc_ds.shards.format import INDEX_DTYPE, read_index
 from arc_ds.shards.mappings import MappedFiles, map_file
-from arc_ds.shards.members import BLOCK, decode_member, name_of_header
+from arc_ds.shards.members import BLOCK, decode_member, parse_header
 from arc_ds.shards.prefetcher import Prefetcher
 from arc_ds.shards.storage.cache import ShardCache
 
@@ -97,8 +98,8 @@ class ShardSet:
                 raise DataError("the checksum does not match the index")
             return decode_member(payload, member=shard.member, text_field=manifest.text_field, kind=manifest.kind)
         except DataError as error:
-            name = name_of_header(tar[max(offset - BLOCK, 0) : offset])
-            place = f"{self.files.shown(shard)}, member {name} at byte {offset}"
+            header = parse_header(tar[max(offset - BLOCK, 0) : offset])
+            place = f"{self.files.shown(shard)}, member {header.name if header else '?'} at byte {offset}"
             reason = f"{str(error).rstrip('.')}. {self.files.cure(shard)}"
             raise DataError(f"{place}: {reason} Or set data.on_error: skip.") from error
 
@@ -109,18 +110,21 @@ class ShardSet:
         """
         if self.files.cache is None:
             return
-        if self._prefetcher is None or not self._prefetcher.is_mine:
+        if self._prefetcher is None or self._prefetcher.process != os.getpid():
             self._prefetcher = Prefetcher(self.files)
         self._prefetcher.want(shard_idxs)
 
-    def _row(self, idx: int) -> tuple[int, tuple[int, int, int, int]]:
-        """The shard of a record, and its index row: offset, length, xxh64, tokens."""
+    def place(self, idx: int) -> tuple[int, int]:
+        """The shard of a record, and its number in the shard."""
         if not 0 <= idx < self.manifest.samples:
             raise DataError(f"{self.name}: record {idx} does not exist; expected 0 to {len(self) - 1}.")
         shard_idx = bisect.bisect_right(self._first, idx) - 1
-        row = _ROW.unpack_from(
-            self._indexes.get(shard_idx, self._index_rows), (idx - self._first[shard_idx]) * _ROW.size
-        )
+        return shard_idx, idx - self._first[shard_idx]
+
+    def _row(self, idx: int) -> tuple[int, tuple[int, int, int, int]]:
+        """The shard of a record, and its index row: offset, length, xxh64, tokens."""
+        shard_idx, number = self.place(idx)
+        row = _ROW.unpack_from(self._indexes.get(shard_idx, self._index_rows), number * _ROW.size)
         return shard_idx, row  # type: ignore[return-value]
 
     def _index_rows(self, shard_idx: int) -> memoryview:

@@ -32,26 +32,20 @@ def read_row_batches(file: InputFile, columns: Sequence[str], start: Cursor) -> 
             if not wanted:
                 raise DataError(f"{file.path}: expected the columns {', '.join(columns)}; it has {', '.join(names)}.")
             first_row = 1 + sum(parquet.metadata.row_group(idx).num_rows for idx in range(start.place))
-            for group in range(start.place, parquet.num_row_groups):
-                skipped = start.number if group == start.place else 0
-                yield from _row_group(parquet, file, group, wanted, skipped, first_row)
-                first_row += parquet.metadata.row_group(group).num_rows
+            bytes_per_row = file.num_bytes / max(parquet.metadata.num_rows, 1)
+            for idx in range(start.place, parquet.num_row_groups):
+                group = parquet.metadata.row_group(idx)
+                size, row = _rows_at_once(group, wanted), 0
+                for rows in parquet.iter_batches(size, row_groups=[idx], columns=wanted, use_threads=False):
+                    if idx > start.place or row >= start.number:  # `start` is at a batch boundary
+                        position = int(bytes_per_row * (first_row - 1 + row + len(rows)))
+                        yield Batch(
+                            cursor=Cursor(idx, row), content=_plain(rows), position=position, first_row=first_row + row
+                        )
+                    row += len(rows)
+                first_row += group.num_rows
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{file.path}: cannot be read as Parquet ({error}). Repair or leave out the file.") from error
-
-
-def _row_group(
-    parquet: Any, file: InputFile, group: int, columns: list[str], skipped: int, first_row: int
-) -> Iterator[Batch]:
-    """The batches of a row group after its first `skipped` rows, which must end at a batch boundary."""
-    size = _rows_at_once(parquet.metadata.row_group(group), columns)
-    share = file.num_bytes / max(parquet.metadata.num_rows, 1)
-    row = 0
-    for rows in parquet.iter_batches(batch_size=size, row_groups=[group], columns=columns, use_threads=False):
-        if row >= skipped:
-            position = int(share * (first_row - 1 + row + len(rows)))
-            yield Batch(cursor=Cursor(group, row), content=_plain(rows), position=position, first_row=first_row + row)
-        row += len(rows)
 
 
 def _rows_at_once(group: Any, columns: list[str]) -> int:

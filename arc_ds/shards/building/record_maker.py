@@ -102,16 +102,14 @@ class Counts:
 class EncodedBatch:
     """The records of a batch.
 
-    records: none if `stopped` is set.
+    records: the records of its documents.
     counts: the documents of the batch.
     faults: the first `MAX_NAMED` faults, each with file and line or row.
-    stopped: the fault that stops the build; None if there is none.
     """
 
     records: tuple[EncodedRecord, ...]
     counts: Counts
     faults: tuple[str, ...]
-    stopped: str | None = None
 
 
 class RecordMaker:
@@ -123,7 +121,7 @@ class RecordMaker:
         self._cutter = TextCutter(tokenizer=tokenizer, max_tokens=rules.max_tokens, min_tokens=rules.min_tokens)
 
     def make(self, file: InputFile, batch: Batch) -> EncodedBatch:
-        """Make the records of a batch of documents of a file."""
+        """Make the records of a batch of documents of a file. Raises DataError for a fault that stops the build."""
         records: list[EncodedRecord] = []
         counts = Counts()
         faults: list[str] = []
@@ -139,7 +137,7 @@ class RecordMaker:
                 if left_out.fault is not None:
                     fault = f"{file.where(number)}: {left_out.fault}"
                     if rules.on_error == "stop":
-                        return EncodedBatch(records=(), counts=counts, faults=(), stopped=fault)
+                        raise DataError(fault) from left_out
                     faults += [fault] if len(faults) < MAX_NAMED else []
                 counts.skip(left_out.reason)
             else:

@@ -7,7 +7,6 @@ them in order. At the end of each shard the build saves its progress, so that a 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -22,7 +21,7 @@ from arc_ds.shards.building.input_digests import InputDigests
 from arc_ds.shards.building.inputs import find_inputs, read_batches
 from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordMaker, RecordRules
 from arc_ds.shards.building.state import BuildFolder, BuildPlan, Checkpoint
-from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo
+from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo, total_skipped
 from arc_ds.shards.locks import writing
 from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.tar_writer import ShardWriter
@@ -220,9 +219,10 @@ class _Build:
                     bar.set_postfix(records=self.writer.num_records, refresh=False)
                 self._finish_files(len(self.plan.files), digests)
         if not self.writer.shards:
+            left_out = ", ".join(f"{count} {reason}" for reason, count in total_skipped(self.sources).items())
             raise DataError(
                 f"the inputs ({', '.join(file.path.name for file in self.plan.files[:5])}) yield no record: "
-                f"{_as_words(self.sources)} left out. Give other inputs, or lower the limits."
+                f"{left_out or 'no document'} left out. Give other inputs, or lower the limits."
             )
 
     def _jobs(self, digests: InputDigests) -> Iterator[_BatchJob]:
@@ -244,8 +244,6 @@ class _Build:
         self._num_named += len(named)
         if named and self._num_named == MAX_NAMED:
             logger.warning("further faults are counted, but not logged")
-        if encoded.stopped is not None:
-            raise DataError(encoded.stopped)
         for number, record in enumerate(encoded.records[self._to_skip :], start=self._to_skip + 1):
             if self.writer.write(record):
                 self._save(job, number)
@@ -286,9 +284,3 @@ class _Build:
             self._bytes_done += source.bytes
             self._counts = Counts()
             self._first_record, self._first_token = self.writer.num_records, self.writer.num_tokens
-
-
-def _as_words(sources: Sequence[SourceInfo]) -> str:
-    """The number of documents left out for each reason, as text."""
-    total = sum((Counter(source.skipped) for source in sources), Counter[str]())
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(total.items())) or "no document"

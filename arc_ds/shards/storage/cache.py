@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -137,14 +137,15 @@ class ShardCache:
         path = self.path(wanted)
         partial_path = path.with_name(path.name + _PARTIAL)
         file = self._reserve(partial_path, wanted.num_bytes)
-        with ExitStack() as undo:
-            undo.callback(file.close)
-            undo.callback(fcntl.flock, file, fcntl.LOCK_UN)
-            undo.callback(partial_path.unlink, missing_ok=True)
+        try:
             download(wanted.address, file, num_bytes=wanted.num_bytes, sha256=wanted.sha256, retries=self.retries)
             with self.lock("room"):
                 partial_path.rename(path)
-            undo.pop_all()
+        except BaseException:
+            partial_path.unlink(missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_UN)
+            file.close()
+            raise
         fcntl.flock(file, fcntl.LOCK_SH)
         file.seek(0)
         return file

@@ -35,16 +35,8 @@ _TRANSIENT_4XX = (408, 425, 429)
 _ABSENT_HTTP = (403, 404, 410)
 _FINAL_ERRNOS = (errno.EINVAL, errno.EISDIR)  # s3fs raises the first for a server's "bad request"
 _STREAMS = ("http", "https", "hf")  # read by one request
-# The package of each protocol. fsspec has more, and some read local files, which a foreign manifest must not name.
-_PACKAGES = {
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "s3": "s3fs",
-    "gs": "gcsfs",
-    "hf": "huggingface_hub",
-    "abfs": "adlfs",
-    "sftp": "paramiko",
-}
+# fsspec has more protocols, and some read local files, which a foreign manifest must not name.
+_PROTOCOLS = ("http", "https", "s3", "gs", "hf", "abfs", "sftp")
 _T = TypeVar("_T")
 _failures = itertools.count(1)
 
@@ -196,12 +188,12 @@ def _file_system(url: str, timeout_s: float) -> Any:
     import fsspec
 
     protocol = urlsplit(url).scheme
-    if protocol not in _PACKAGES:
-        raise TransferError(f"expected {'://, '.join(_PACKAGES)}:// or pipe:COMMAND", is_final=True)
+    if protocol not in _PROTOCOLS:
+        raise TransferError(f"expected {'://, '.join(_PROTOCOLS)}:// or pipe:COMMAND", is_final=True)
     try:
         kind = fsspec.get_filesystem_class(protocol)
-    except ImportError:
-        words = f"{protocol}:// needs a package that is not installed. Run pip install {_PACKAGES[protocol]}"
+    except ImportError as error:  # fsspec's message names the package
+        words = f"{protocol}:// needs a package that is not installed ({error}). Run pip install '.[remote]'"
         raise TransferError(words, is_final=True) from None
     place = kind._get_kwargs_from_urls(url)
     if kind.async_impl:

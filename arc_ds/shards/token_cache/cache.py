@@ -8,7 +8,6 @@ Shape letters: N tokens.
 
 from __future__ import annotations
 
-import bisect
 import logging
 import mmap
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from arc_ds.errors import ConfigError, DataError, StorageError
-from arc_ds.shards.descriptors import descriptor_shortage
-from arc_ds.shards.mappings import MappedFiles, map_file, with_descriptors
+from arc_ds.shards.mappings import MappedFiles, descriptor_shortage, map_file, with_descriptors
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import KnownFile
 from arc_ds.shards.token_cache.files import (
@@ -136,13 +134,12 @@ class TokenCache:
         self._set = shards.files
         self._name = cache_name(index.fingerprint)
         self._cache = shards.files.cache if is_fetched else None  # that the files are fetched into
-        cached = {shard.name: index.shards[shard.name] for shard in shards.manifest.shards}
-        files = {name: [self._located(file) for file in shard.files(name)] for name, shard in cached.items()}
+        names = [shard.name for shard in shards.manifest.shards]
+        files = {name: [self._located(file) for file in index.shards[name].files(name)] for name in names}
         if is_fetched:  # prefetched together with the tar
             shards.files.beside[self._name] = files
         self._files = list(files.values())  # [ids, texts] of each shard
-        sizes = np.array([shard.records for shard in cached.values()], dtype=np.int64)
-        self._first: list[int] = (np.cumsum(sizes) - sizes).tolist()
+        self._place = shards.place
         self._damaged: set[int] = set()  # shards whose files could not be opened
         self._sound: set[int] = set()  # shards whose files have been opened and verified
         self._is_named = False
@@ -163,12 +160,12 @@ class TokenCache:
 
         If the cached ids of the record are damaged, the result is empty. The first such record is logged as a warning.
         """
-        shard_idx = bisect.bisect_right(self._first, record_idx) - 1
+        shard_idx, row = self._place(record_idx)
         if shard_idx in self._damaged:
             return []
         try:
             texts = texts_of(record)
-            encodings = self._read(shard_idx, record_idx - self._first[shard_idx])
+            encodings = self._read(shard_idx, row)
             if len(encodings) != len(texts):
                 if not encodings:
                     return []

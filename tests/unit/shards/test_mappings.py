@@ -25,10 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.errors import StorageError
-from arc_ds.shards import descriptors
-from arc_ds.shards.descriptors import descriptor_shortage, raise_descriptor_limit
+from arc_ds.shards import mappings
 from arc_ds.shards.format import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo
-from arc_ds.shards.mappings import MappedFiles, close_all
+from arc_ds.shards.mappings import MappedFiles, close_all, descriptor_shortage, raise_descriptor_limit
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import ShardCache
 from arc_ds.shards.token_cache.cache import TokenCache, open_token_cache
@@ -235,7 +234,7 @@ def test_too_many_open_files_is_an_error_of_its_own_and_no_damage(
 def test_mappings_are_let_go_where_others_took_the_descriptors(
     folder: Path, lower_limit: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    descriptors.warn_of_shortage.cache_clear()
+    mappings._warn_of_shortage.cache_clear()
     shards, cache = open_source(folder)
     lower_limit(num_open() + 60)
     for idx in range(20):

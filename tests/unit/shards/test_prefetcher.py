@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from arc_ds.shards.prefetcher import Prefetcher
+from tests.helpers.remote_shards import wait_for
 
 
 class _Files:
@@ -30,10 +30,7 @@ class _Files:
 
 
 def _wait_for_threads() -> None:
-    deadline = time.monotonic() + 10
-    while any(thread.name == "shard-prefetch" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_for(lambda: all(thread.name != "shard-prefetch" for thread in threading.enumerate()))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -12,10 +12,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.files import ShardFiles, check_size
+from arc_ds.shards.files import ShardFiles
 from arc_ds.shards.format import INDEX_DTYPE, MANIFEST, Manifest, ShardInfo, read_index
 from arc_ds.shards.members import BLOCK, decode_member, parse_header
-from arc_ds.system.urls import is_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +46,8 @@ def stray_files(files: ShardFiles) -> list[Fault]:
 def check_shard(files: ShardFiles, shard: ShardInfo) -> list[Fault]:
     """The faults of one shard: those of its tar and of its index."""
     faults = []
-    address = files.address(shard)
     try:
-        if not is_url(address):
-            check_size(Path(address), shard)
+        files.check_tar(shard)
     except DataError as error:
         faults.append(Fault(shard.name, None, str(error)))
     try:
@@ -58,7 +55,8 @@ def check_shard(files: ShardFiles, shard: ShardInfo) -> list[Fault]:
     except DataError as error:
         faults.append(Fault(shard.index_name, None, str(error)))
         index = np.empty(0, dtype=INDEX_DTYPE)
-    if is_url(address) or (Path(address).is_file() and Path(address).stat().st_size):
+    tar = Path(files.address(shard))
+    if files.is_fetched(shard) or (tar.is_file() and tar.stat().st_size):
         faults += _check_tar(files, shard, index)
     return faults
 

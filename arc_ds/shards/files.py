@@ -82,14 +82,14 @@ class ShardFiles:
         """Whether the tar of a shard is behind a URL."""
         return is_url(self.address(shard))
 
-    def bring(self, shard: ShardInfo) -> None:
+    def prefetch(self, shard: ShardInfo) -> None:
         """Fetch a shard's files ahead of their use, except files that another process is fetching.
 
         Raises StorageError if that fails.
         """
         if self.is_fetched(shard):
             for file in self._fetched_with(shard):
-                self._required_cache().bring(file)
+                self._required_cache().prefetch(file)
 
     def num_bytes(self, shard: ShardInfo) -> int:
         """Size of a shard's tar and of the token cache files that are fetched with it."""
@@ -146,10 +146,21 @@ class ShardFiles:
         for_each(self._check_shard, self.manifest.shards)
 
     def _check_shard(self, shard: ShardInfo) -> None:
-        if not self.is_fetched(shard):
-            check_size(Path(self.address(shard)), shard)
+        self.check_tar(shard)
         if self.base is None:
             read_index(self.folder, shard)
+
+    def check_tar(self, shard: ShardInfo) -> None:
+        """Raise DataError if the tar of a shard is local and missing, or does not have the manifest's size."""
+        path = Path(self.address(shard))
+        if self.is_fetched(shard):
+            return
+        if not path.is_file():
+            raise DataError(f"{path}: the manifest names this shard, but it is missing. {REBUILD}")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            state = "cut short" if size < shard.bytes else "longer than written"
+            raise DataError(f"{path}: expected {shard.bytes} bytes, got {size}: {state}. {REBUILD}")
 
 
 def locate(path: str | Path, cache: ShardCache | None = None) -> ShardFiles:
@@ -216,13 +227,3 @@ def for_each(function: Callable[[ShardInfo], None], shards: Sequence[ShardInfo])
     with ThreadPoolExecutor(_THREADS if len(shards) >= _THREADS else 1) as pool:
         for _ in pool.map(function, shards):
             pass
-
-
-def check_size(path: Path, shard: ShardInfo) -> None:
-    """Raise DataError if a local tar is missing or does not have the manifest's size."""
-    if not path.is_file():
-        raise DataError(f"{path}: the manifest names this shard, but it is missing. {REBUILD}")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        state = "cut short" if size < shard.bytes else "longer than written"
-        raise DataError(f"{path}: expected {shard.bytes} bytes, got {size}: {state}. {REBUILD}")

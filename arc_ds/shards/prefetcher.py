@@ -23,8 +23,9 @@ class Prefetcher:
     process: the process that created the object. A thread does not survive a fork.
     """
 
-    def __init__(self, files: ShardFiles) -> None:
+    def __init__(self, files: ShardFiles, cache_bytes: int) -> None:
         self._files = files
+        self._max_bytes = cache_bytes // 2
         self._last: tuple[int, ...] = ()
         self._wanted: deque[int] = deque()
         self._lock = threading.Lock()
@@ -47,9 +48,7 @@ class Prefetcher:
 
     def _fitting(self, shard_idxs: Sequence[int]) -> list[int]:
         """The longest prefix of the shards that fits in half of the cache."""
-        if self._files.cache is None:
-            return []
-        room, fitting = self._files.cache.max_bytes // 2, []
+        room, fitting = self._max_bytes, []
         for shard_idx in shard_idxs:
             room -= self._files.num_bytes(self._files.manifest.shards[shard_idx])
             if room < 0:
@@ -60,7 +59,7 @@ class Prefetcher:
     def _run(self) -> None:
         while (shard_idx := self._next()) is not None:
             try:
-                self._files.bring(self._files.manifest.shards[shard_idx])
+                self._files.prefetch(self._files.manifest.shards[shard_idx])
             except StorageError as error:  # the reader of the shard retries and sees the error
                 logger.warning("not fetched ahead: %s", error)
 

@@ -111,7 +111,7 @@ class ShardSet:
         if self.files.cache is None:
             return
         if self._prefetcher is None or self._prefetcher.process != os.getpid():
-            self._prefetcher = Prefetcher(self.files)
+            self._prefetcher = Prefetcher(self.files, self.files.cache.max_bytes)
         self._prefetcher.want(shard_idxs)
 
     def place(self, idx: int) -> tuple[int, int]:

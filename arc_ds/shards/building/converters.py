@@ -43,7 +43,7 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Converted:
+class Conversion:
     """The number of records written, and the number of questions left out for each reason."""
 
     records: int
@@ -57,7 +57,7 @@ def convert_files(
     options: ConvertOptions | None = None,
     *,
     overwrite: bool = False,
-) -> Converted:
+) -> Conversion:
     """Convert files of one format to one JSONL file, with the questions in their original order.
 
     The write is atomic. Raises DataError if a file does not have the format, or if `out` exists and `overwrite` is
@@ -81,7 +81,7 @@ def convert_files(
                     records += 1
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error}. Free disk space or choose another path.") from error
-    return Converted(records=records, skipped=dict(sorted(skipped.items())))
+    return Conversion(records=records, skipped=dict(sorted(skipped.items())))
 
 
 def _questions(format_name: str, path: Path, options: ConvertOptions) -> Iterator[Question]:

@@ -26,7 +26,7 @@ _EXPECTED = f"{', '.join(_KINDS)} (also {', '.join(filter(None, _COMPRESSIONS))}
 _JSON_ENDINGS = tuple(f".json{compression}" for compression in _COMPRESSIONS)
 
 
-class FoundInputs(NamedTuple):
+class Inputs(NamedTuple):
     """The input files, and the entries of input folders that are skipped.
 
     passed_over: files of other kinds, .json files that are not JSON lines, hidden entries (the name begins with a dot),
@@ -37,7 +37,7 @@ class FoundInputs(NamedTuple):
     passed_over: tuple[Path, ...]
 
 
-def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) -> FoundInputs:
+def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) -> Inputs:
     """Expand folders to the input files in them and in their subfolders, in sorted order. Links are followed.
 
     inputs: files and folders.
@@ -70,10 +70,10 @@ def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) ->
             raise DataError(
                 f"input {file.path} {again}, so the shards would contain its documents twice. Pass it once."
             )
-    return FoundInputs(tuple(files), tuple(passed_over))
+    return Inputs(tuple(files), tuple(passed_over))
 
 
-def _search(folder: Path, without: Path | None) -> FoundInputs:
+def _search(folder: Path, without: Path | None) -> Inputs:
     """The inputs in a folder. Raises DataError if there are none or the folder cannot be searched."""
     try:
         held = sorted(_below(folder, frozenset() if without is None else frozenset((without.resolve(),))))
@@ -87,7 +87,7 @@ def _search(folder: Path, without: Path | None) -> FoundInputs:
         nothing = f"{folder}: expected files ending in {_EXPECTED}, found none. Check the path."
         raise DataError(next(iter(faults.values()), nothing))
     others = set(held).difference(file.path for file in files)
-    return FoundInputs(tuple(files), tuple(sorted(others)))
+    return Inputs(tuple(files), tuple(sorted(others)))
 
 
 def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:

@@ -74,7 +74,7 @@ class ShardCache:
         except OSError as error:
             raise self.storage_error(file.address, error) from error
 
-    def bring(self, file: KnownFile) -> None:
+    def prefetch(self, file: KnownFile) -> None:
         """Fetch a file at a URL unless it is cached or being fetched elsewhere. Errors as in `open`."""
         path = self.path(file)
         try:

@@ -249,8 +249,15 @@ def _read_command(url: str, timeout_s: float) -> Iterator[bytes]:
     """Yield the output of a `pipe:` command. Kill the command if its output is no longer needed."""
     with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as command:
         assert command.stdout is not None, "the output is a pipe"
+        descriptor, poll = command.stdout.fileno(), select.poll()
+        poll.register(descriptor, select.POLLIN)
         try:
-            yield from _read_descriptor(command.stdout.fileno(), timeout_s)
+            while True:
+                if not poll.poll(timeout_s * 1000):
+                    raise TransferError(f"nothing came for {timeout_s:.0f} s")
+                if not (piece := os.read(descriptor, _PIECE)):
+                    break
+                yield piece
         except BaseException:
             command.kill()
             raise
@@ -258,14 +265,3 @@ def _read_command(url: str, timeout_s: float) -> Iterator[bytes]:
         is_missing = command.returncode == _NOT_FOUND
         words = f"its command failed (exit code {command.returncode}){': is it installed?' if is_missing else ''}"
         raise TransferError(words, is_final=is_missing)
-
-
-def _read_descriptor(descriptor: int, timeout_s: float) -> Iterator[bytes]:
-    """Yield the bytes of a pipe until its end. Raises TransferError if no byte arrives for `timeout_s`."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    while poll.poll(timeout_s * 1000):
-        if not (piece := os.read(descriptor, _PIECE)):
-            return
-        yield piece
-    raise TransferError(f"nothing came for {timeout_s:.0f} s")

@@ -32,9 +32,9 @@ class BuildPlan:
     tokenizer_fingerprint: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """The progress of a build when it finished its last shard.
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """The progress of a build. It is saved at the end of each shard.
 
     shards: the finished shards.
     sources: the inputs that have been read completely.
@@ -46,8 +46,8 @@ class Checkpoint:
     file_tokens: how many tokens of the current input the shards contain, including the current batch.
     """
 
-    shards: tuple[ShardInfo, ...] = ()
-    sources: tuple[SourceInfo, ...] = ()
+    shards: list[ShardInfo] = field(default_factory=list)
+    sources: list[SourceInfo] = field(default_factory=list)
     file_idx: int = 0
     cursor: Cursor = field(default_factory=Cursor)
     num_records: int = 0
@@ -75,18 +75,18 @@ class BuildFolder:
         """Remove the working folder, including the saved progress."""
         shutil.rmtree(self.path)
 
-    def save(self, plan: BuildPlan, checkpoint: Checkpoint) -> None:
+    def save(self, plan: BuildPlan, progress: Progress) -> None:
         """Save the progress of the build with an atomic write."""
         state = {
             "version": _VERSION,
             "plan": _plan_as_json(plan),
-            "inputs": _signatures(plan.files[: checkpoint.file_idx + 1]),
-            "checkpoint": asdict(checkpoint),
+            "inputs": _signatures(plan.files[: progress.file_idx + 1]),
+            "checkpoint": asdict(progress),
         }
         # json.dump is many times slower, and the state of ten thousand shards takes megabytes.
         write_whole(self.path / _STATE, json.dumps(state))
 
-    def load(self, plan: BuildPlan) -> Checkpoint | None:
+    def load(self, plan: BuildPlan) -> Progress | None:
         """Load the progress of the same build and verify its shards' checksums; None if the build cannot resume."""
         path = self.path / _STATE
         if not path.is_file():
@@ -95,16 +95,16 @@ class BuildFolder:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if state["version"] != _VERSION:
                 raise ValueError("its format version is different")
-            checkpoint = _checkpoint_of(state["checkpoint"])
+            progress = _progress_of(state["checkpoint"])
             _check_same(state, plan)
-            for shard in checkpoint.shards:
+            for shard in progress.shards:
                 _check_whole(self.shards, shard)
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning(
                 "%s: the build starts from scratch, because it cannot resume an unfinished one: %s", self.path, error
             )
             return None
-        return checkpoint
+        return progress
 
 
 def _plan_as_json(plan: BuildPlan) -> dict[str, Any]:
@@ -132,10 +132,10 @@ def _check_same(state: dict[str, Any], plan: BuildPlan) -> None:
         raise ValueError("the inputs that it has read have changed, or different inputs were given")
 
 
-def _checkpoint_of(fields: dict[str, Any]) -> Checkpoint:
-    return Checkpoint(
-        shards=tuple(ShardInfo(**shard) for shard in fields.pop("shards")),
-        sources=tuple(SourceInfo(**source) for source in fields.pop("sources")),
+def _progress_of(fields: dict[str, Any]) -> Progress:
+    return Progress(
+        shards=[ShardInfo(**shard) for shard in fields.pop("shards")],
+        sources=[SourceInfo(**source) for source in fields.pop("sources")],
         cursor=Cursor(*fields.pop("cursor")),
         counts=Counts(**fields.pop("counts")),
         **fields,

@@ -20,7 +20,7 @@ from arc_ds.shards.building.batches import Batch, Cursor, InputFile
 from arc_ds.shards.building.input_digests import InputDigests
 from arc_ds.shards.building.inputs import find_inputs, read_batches
 from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordMaker, RecordRules
-from arc_ds.shards.building.state import BuildFolder, BuildPlan, Checkpoint
+from arc_ds.shards.building.state import BuildFolder, BuildPlan, Progress
 from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo, total_skipped
 from arc_ds.shards.locks import writing
 from arc_ds.shards.parallel import map_in_order
@@ -132,15 +132,15 @@ def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path)
     return files
 
 
-def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, workers: int, progress: bool) -> Manifest:
+def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, workers: int, show_bar: bool) -> Manifest:
     """Write all shards and the manifest to the build's folder. If the build fails, its finished shards stay there."""
-    start = folder.load(plan) or Checkpoint()
-    if start.shards:
-        logger.warning("%s: resuming after %d finished shards", folder.path, len(start.shards))
-    build = _Build(folder, plan, start)
+    progress = folder.load(plan) or Progress()
+    if progress.shards:
+        logger.warning("%s: resuming after %d finished shards", folder.path, len(progress.shards))
+    build = _Build(folder, plan, progress)
     try:
         total = sum(file.num_bytes for file in plan.files)
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not show_bar) as bar:
             build.run(tokenizer, workers, bar)
     except BaseException:
         if build.num_saved:
@@ -157,7 +157,7 @@ def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, worker
         min_tokens=plan.rules.min_tokens,
         tokenizer_fingerprint=plan.tokenizer_fingerprint,
         shards=tuple(build.writer.shards),
-        sources=tuple(build.sources),
+        sources=tuple(progress.sources),
         kind=plan.rules.kind,
     )
     write_whole(folder.shards / MANIFEST, manifest.to_json())
@@ -179,25 +179,21 @@ def _encode(rules: RecordRules, tokenizer: Tokenizer | Path, job: _BatchJob) -> 
 
 
 class _Build:
-    """A build in progress: its output so far, and its counts for the current input.
+    """A build in progress.
 
     num_saved: number of shards in the saved progress.
     """
 
-    def __init__(self, folder: BuildFolder, plan: BuildPlan, start: Checkpoint) -> None:
+    def __init__(self, folder: BuildFolder, plan: BuildPlan, progress: Progress) -> None:
         self.folder = folder
         self.plan = plan
-        self.num_saved = len(start.shards)
-        folder.keep_only(start.shards)
-        self.writer = ShardWriter(folder.shards, plan.shard_bytes, start.shards)
-        self.sources = list(start.sources)
-        self._start = start
-        self._counts = start.counts
-        self._first_record = self.writer.num_records - start.file_records
-        self._first_token = self.writer.num_tokens - start.file_tokens
-        self._to_skip = start.num_records  # records of the first batch that the shards already contain
+        self.num_saved = len(progress.shards)
+        folder.keep_only(progress.shards)
+        self.writer = ShardWriter(folder.shards, plan.shard_bytes, progress.shards)
+        self._progress = progress
+        self._to_skip = progress.num_records  # records of the first batch that the shards already contain
         self._num_named = 0  # faults logged so far
-        self._bytes_done = sum(source.bytes for source in start.sources)
+        self._bytes_done = sum(source.bytes for source in progress.sources)
 
     def run(self, tokenizer: Tokenizer, workers: int, bar: tqdm[None]) -> None:
         """Read the inputs from the checkpoint on and write their records.
@@ -219,16 +215,16 @@ class _Build:
                     bar.set_postfix(records=self.writer.num_records, refresh=False)
                 self._finish_files(len(self.plan.files), digests)
         if not self.writer.shards:
-            left_out = ", ".join(f"{count} {reason}" for reason, count in total_skipped(self.sources).items())
+            left_out = ", ".join(f"{count} {reason}" for reason, count in total_skipped(self._progress.sources).items())
             raise DataError(
                 f"the inputs ({', '.join(file.path.name for file in self.plan.files[:5])}) yield no record: "
                 f"{left_out or 'no document'} left out. Give other inputs, or lower the limits."
             )
 
     def _jobs(self, digests: InputDigests) -> Iterator[_BatchJob]:
-        """Yield the batches from the checkpoint on."""
-        rules, cursor = self.plan.rules, self._start.cursor
-        for idx, file in enumerate(self.plan.files[self._start.file_idx :], start=self._start.file_idx):
+        """Yield the batches from the current one on."""
+        rules, first, cursor = self.plan.rules, self._progress.file_idx, self._progress.cursor
+        for idx, file in enumerate(self.plan.files[first:], start=first):
             digests.begin(file.path)
             batches = read_batches(
                 file, columns=rules.columns, max_document_bytes=rules.max_document_bytes, start=cursor
@@ -245,28 +241,25 @@ class _Build:
         if named and self._num_named == MAX_NAMED:
             logger.warning("further faults are counted, but not logged")
         for number, record in enumerate(encoded.records[self._to_skip :], start=self._to_skip + 1):
-            if self.writer.write(record):
+            is_finished = self.writer.write(record)
+            self._progress.file_records += 1
+            self._progress.file_tokens += record.num_tokens
+            if is_finished:
                 self._save(job, number)
         self._to_skip = 0
-        self._counts.add(encoded.counts)
+        self._progress.counts.add(encoded.counts)
 
     def _save(self, job: _BatchJob, num_records: int) -> None:
-        checkpoint = Checkpoint(
-            shards=tuple(self.writer.shards),
-            sources=tuple(self.sources),
-            file_idx=job.file_idx,
-            cursor=job.batch.cursor,
-            num_records=num_records,
-            counts=self._counts,
-            file_records=self.writer.num_records - self._first_record,
-            file_tokens=self.writer.num_tokens - self._first_token,
-        )
-        self.folder.save(self.plan, checkpoint)
-        self.num_saved = len(checkpoint.shards)
+        progress = self._progress
+        progress.shards = self.writer.shards
+        progress.file_idx, progress.cursor, progress.num_records = job.file_idx, job.batch.cursor, num_records
+        self.folder.save(self.plan, progress)
+        self.num_saved = len(progress.shards)
 
     def _finish_files(self, end: int, digests: InputDigests) -> None:
         """Record the results of the inputs before index `end`. Raises DataError if one changed while it was read."""
-        for file in self.plan.files[len(self.sources) : end]:
+        progress = self._progress
+        for file in self.plan.files[len(progress.sources) : end]:
             digest = digests.take(file.path)
             if file.has_changed():
                 raise DataError(f"{file.path} changed while it was read. Build again when it is complete.")
@@ -274,13 +267,12 @@ class _Build:
                 name=file.name,
                 bytes=file.num_bytes,
                 sha256=digest,
-                documents=self._counts.documents,
-                records=self.writer.num_records - self._first_record,
-                tokens=self.writer.num_tokens - self._first_token,
-                cut=self._counts.cut,
-                skipped=dict(sorted(self._counts.skipped.items())),
+                documents=progress.counts.documents,
+                records=progress.file_records,
+                tokens=progress.file_tokens,
+                cut=progress.counts.cut,
+                skipped=dict(sorted(progress.counts.skipped.items())),
             )
-            self.sources.append(source)
+            progress.sources.append(source)
             self._bytes_done += source.bytes
-            self._counts = Counts()
-            self._first_record, self._first_token = self.writer.num_records, self.writer.num_tokens
+            progress.counts, progress.file_records, progress.file_tokens = Counts(), 0, 0

@@ -30,7 +30,7 @@ from arc_ds.shards.storage.cache import is_disk_full
 from arc_ds.shards.storage.remote import Retries, download
 from arc_ds.shards.tar_index import RecordForm, TarContents, index_tar
 from arc_ds.system.files import sync_file, sync_folder
-from arc_ds.system.urls import is_url, local_path
+from arc_ds.system.urls import is_url, local_path, shown_url
 from arc_ds.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -102,11 +102,8 @@ def index_shards(
     fingerprint = load_tokenizer(Path(tokenizer)).fingerprint
     with _scratch_in(folder) as scratch:
         index_one = partial(_index_one, scratch, Path(tokenizer), form)
-        with tqdm(total=len(sources), unit="tar", disable=not progress) as bar:
-            indexed = []
-            for _, tar in map_in_order(index_one, sources, workers):
-                indexed.append(tar)
-                bar.update()
+        results = map_in_order(index_one, sources, workers)
+        indexed = [tar for _, tar in tqdm(results, total=len(sources), unit="tar", disable=not progress)]
         manifest = scratch / MANIFEST
         manifest.write_text(_manifest(indexed, form, fingerprint).to_json(), encoding="utf-8")
         sync_file(manifest)
@@ -135,7 +132,8 @@ def _sources(tars: Sequence[str | Path], out_dir: str | Path | None) -> list[_Ta
     stems: dict[str, str] = {}
     for place, name in zip(places, names, strict=True):
         if (other := stems.setdefault(Path(name).stem, place)) != place:
-            raise DataError(f"{other} and {place} would share one index, {Path(name).stem}.idx. Rename one of them.")
+            both = f"{shown_url(other)} and {shown_url(place)}"
+            raise DataError(f"{both} would share one index, {Path(name).stem}.idx. Rename one of them.")
     if is_beside and (out_dir is None or Path(out_dir).absolute() in folders):
         locations: list[str | None] = [None] * len(places)
     else:

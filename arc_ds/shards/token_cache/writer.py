@@ -1,4 +1,4 @@
-"""Writes token caches shard by shard (`arc-ds shards tokenize`), and checks them.
+"""Writes token caches shard by shard (`arc-ds shards tokenize`).
 
 Shape letters: N tokens of a text.
 """
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.faults import Fault
 from arc_ds.shards.format import Manifest, ShardInfo, sha256_of_file
 from arc_ds.shards.locks import LOCK_FILE, writing
 from arc_ds.shards.parallel import map_in_order
@@ -27,7 +26,6 @@ from arc_ds.shards.storage.cache import is_disk_full
 from arc_ds.shards.token_cache.files import (
     CACHE_FILE,
     MAX_CHARACTERS,
-    PREFIX,
     TOKEN_BYTES,
     CachedShard,
     CacheIndex,
@@ -110,7 +108,7 @@ def _fill_cache(shards: ShardSet, tokenizer: Path, folder: Path, workers: int, p
     """Tokenise the shards that a cache lacks. Rewrites the index of the cache after each shard."""
     fingerprint, infos = load_tokenizer(tokenizer).fingerprint, shards.manifest.shards
     done = _finished(shards.manifest, folder, fingerprint)
-    for stray in _strays(folder, done):
+    for stray in stray_files(folder, done):
         stray.unlink()
     missing = [idx for idx, info in enumerate(infos) if info.name not in done]
     made = map_in_order(partial(_tokenize_shard, shards, tokenizer, folder), missing, workers)
@@ -150,11 +148,11 @@ def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, C
     return {
         shard.name: index.shards[shard.name]
         for shard in manifest.shards
-        if _fault_of(folder, index, manifest, shard) is None
+        if fault_of(folder, index, manifest, shard) is None
     }
 
 
-def _strays(folder: Path, done: Mapping[str, CachedShard]) -> list[Path]:
+def stray_files(folder: Path, done: Mapping[str, CachedShard]) -> list[Path]:
     """The files in a cache folder that belong to no finished shard."""
     known = {CACHE_FILE, LOCK_FILE, *map(ids_name, done), *map(texts_name, done)}
     return sorted(path for path in folder.iterdir() if path.name not in known)
@@ -210,31 +208,8 @@ def _tokens_of(text: str, tokenizer: Tokenizer) -> tuple[NDArray[np.uint32], NDA
     return ids.astype("<u4"), characters.astype(np.uint8)
 
 
-def check_token_caches(folder: Path, manifest: Manifest) -> list[Fault]:
-    """Find every fault of the caches in a folder of manifest and indexes.
-
-    Verifies that each cache is complete and belongs to these shards, and the sha256 of all its files. No cache is no
-    fault.
-    """
-    faults = []
-    for cache in sorted(folder.glob(f"{PREFIX}*")):
-        try:
-            index = read_cache_index(cache)
-        except DataError as error:
-            faults.append(Fault(cache.name, None, f"{error}. Remove the cache or run arc-ds shards tokenize again."))
-            continue
-        faults += [Fault(f"{cache.name}/{p.name}", None, "not in its index") for p in _strays(cache, index.shards)]
-        for shard in manifest.shards:
-            if (what := _fault_of(cache, index, manifest, shard)) is not None:
-                what += ". Run arc-ds shards tokenize again."
-                faults.append(Fault(f"{cache.name}/{ids_name(shard.name)}", None, what))
-        gone = index.shards.keys() - {shard.name for shard in manifest.shards}
-        faults += [Fault(f"{cache.name}/{ids_name(name)}", None, "its shard no longer exists") for name in sorted(gone)]
-    return faults
-
-
-def _fault_of(cache: Path, index: CacheIndex, manifest: Manifest, shard: ShardInfo) -> str | None:
-    """The fault of one shard's files in a cache, whose checksums are verified; None if there is none."""
+def fault_of(cache: Path, index: CacheIndex, manifest: Manifest, shard: ShardInfo) -> str | None:
+    """The fault of one shard in a local cache; None if there is none. Verifies the checksums of its files."""
     if (fault := find_fault(index, manifest, shard, cache)) is not None:
         return fault
     files = index.shards[shard.name].files(shard.name)

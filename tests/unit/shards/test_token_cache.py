@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from arc_ds.cli import main
 from arc_ds.errors import DataError, StorageError
 from arc_ds.shards.building.writer import build_shards
+from arc_ds.shards.check import check_token_caches
 from arc_ds.shards.index import index_shards
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.tar_index import RecordForm
 from arc_ds.shards.token_cache import writer as token_cache_writer
 from arc_ds.shards.token_cache.cache import KnownText, KnownTexts, open_token_cache, with_known
 from arc_ds.shards.token_cache.files import cache_name, origin_of, texts_of
-from arc_ds.shards.token_cache.writer import build_token_caches, check_token_caches
+from arc_ds.shards.token_cache.writer import build_token_caches
 from arc_ds.tokenizers import Encoding, Tokenizer, load_tokenizer
 from arc_ds.tokenizers.tiktoken_file import RankTokenizer
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_shards

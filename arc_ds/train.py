@@ -26,7 +26,7 @@ from arc_ds.data.loading.loader import end_workers
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED, exit_code_of
 from arc_ds.planning.sizes import check_tasks
-from arc_ds.shards.descriptors import raise_descriptor_limit
+from arc_ds.shards.mappings import raise_descriptor_limit
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device, select_device
 from arc_ds.system.processes import die_with_parent

@@ -1,7 +1,7 @@
-"""Where the files of a set of shards are: in a local folder, elsewhere, or behind a URL and its cache.
+"""The location of the files of a set of shards: in a local folder, elsewhere, or behind a URL and its cache.
 
-Manifest and indexes are always in a local folder: the set's own, or the place in the cache that those of a URL were
-fetched to. Tars are opened when they are wanted.
+Manifest and indexes are always in a local folder: the set's own, or the folder in the cache that they were fetched to.
+Tars are opened on demand.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
+from typing import IO
 
 from arc_ds.errors import ConfigError, DataError, StorageError
 from arc_ds.shards.format import (
@@ -25,31 +25,24 @@ from arc_ds.shards.format import (
     read_manifest,
     sha256_of_file,
 )
-from arc_ds.shards.storage.cache import ShardCache, open_cache
+from arc_ds.shards.storage.cache import KnownFile, ShardCache, open_cache
 from arc_ds.shards.storage.remote import TransferError, fetch_bytes
 from arc_ds.system.files import write_whole
 from arc_ds.system.urls import is_url, join_url, local_path, shown_url
 
-_THREADS = 16  # for waits, not for work: small files behind a network
+_THREADS = 16  # they wait for small files behind a network
 _MAX_MANIFEST_BYTES = 1 << 30
-_T = TypeVar("_T")
-
-
-class SideFile(NamedTuple):
-    """A file that is kept in a folder beside shards."""
-
-    name: str
-    num_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardFiles:
     """The files of one set of shards.
 
-    name: path or URL as messages show it. folder: of manifest and indexes. base: URL of the folder of tars, None
-    where it is `folder`. cache: of what is fetched, None where nothing is. beside: folders beside the tars behind a
-    URL that this process reads as well, with their files for each shard, by its name.
+    name: path or URL, as shown in messages.
+    folder: local folder of manifest and indexes.
+    base: URL of the folder of tars; None if it is `folder`.
+    cache: cache for the tars behind URLs; None if all tars are local.
+    beside: files of token caches that are fetched together with a tar, by cache name and shard name.
     """
 
     name: str
@@ -57,7 +50,7 @@ class ShardFiles:
     manifest: Manifest
     base: str | None
     cache: ShardCache | None
-    beside: dict[str, Mapping[str, Sequence[SideFile]]] = field(default_factory=dict, compare=False)
+    beside: dict[str, Mapping[str, Sequence[KnownFile]]] = field(default_factory=dict, compare=False)
 
     def address(self, shard: ShardInfo) -> str:
         """Path or URL of a shard's tar."""
@@ -70,11 +63,13 @@ class ShardFiles:
         return shown_url(self.address(shard))
 
     def open(self, shard: ShardInfo) -> IO[bytes]:
-        """A shard's tar, fetched where it is behind a URL. StorageError where it is gone or cannot be fetched."""
+        """Open a shard's tar, and fetch it first if it is behind a URL.
+
+        Raises StorageError if it is gone or cannot be fetched.
+        """
+        if self.is_fetched(shard):
+            return self._required_cache().open(self._tar(shard))
         address = self.address(shard)
-        if is_url(address):
-            assert self.cache is not None, "a set with tars behind URLs is opened with a cache"
-            return self.cache.open(address, num_bytes=shard.bytes, sha256=shard.sha256)
         try:
             return open(address, "rb")
         except OSError as error:
@@ -83,125 +78,125 @@ class ShardFiles:
                 "shards moved or built again meanwhile?"
             ) from error
 
-    def bring(self, shard: ShardInfo) -> None:
-        """Fetch what is read of a shard ahead of its use, unless another process is about it.
+    def is_fetched(self, shard: ShardInfo) -> bool:
+        """Whether the tar of a shard is behind a URL."""
+        return is_url(self.address(shard))
 
-        StorageError where that fails.
+    def prefetch(self, shard: ShardInfo) -> None:
+        """Fetch a shard's files ahead of their use, except files that another process is fetching.
+
+        Raises StorageError if that fails.
         """
-        address = self.address(shard)
-        if self.cache is None or not is_url(address):
-            return
-        self.cache.bring(address, num_bytes=shard.bytes, sha256=shard.sha256)
-        for folder, file in self._beside(shard):
-            self.cache.bring(self._address_beside(folder, file), num_bytes=file.num_bytes, sha256=file.sha256)
+        if self.is_fetched(shard):
+            for file in self._fetched_with(shard):
+                self._required_cache().prefetch(file)
 
     def num_bytes(self, shard: ShardInfo) -> int:
-        """How much is read of a shard: its tar, and what lies beside it."""
-        return shard.bytes + sum(file.num_bytes for _, file in self._beside(shard))
+        """Size of a shard's tar and of the token cache files that are fetched with it."""
+        return sum(file.num_bytes for file in self._fetched_with(shard))
 
     def fetch_beside(self, name: str, *, max_bytes: int) -> bytes | None:
-        """A small file that may lie with the tars behind a URL, by its path from their folder; None where it does not.
+        """Fetch a small file that may be next to the tars behind a URL; None if it does not exist.
 
         A `pipe:` command does not say why it failed. It is run once, and a failure or empty output means that there is
-        no such file. StorageError if a server does not say that it has no such file.
+        no such file. Raises StorageError if a server does not say that it has no such file.
+
+        name: path of the file from the folder of the tars.
         """
-        assert self.base is not None and self.cache is not None, "what is local is not fetched"
-        address, retries = join_url(self.base, name), self.cache.retries
-        tells_why = not address.startswith("pipe:")
+        address, retries = self.address_beside(name), self._required_cache().retries
+        is_command = address.startswith("pipe:")
+        if is_command:
+            retries = replace(retries, attempts=1)
         try:
-            found = fetch_bytes(
-                address, max_bytes=max_bytes, retries=retries if tells_why else replace(retries, attempts=1)
-            )
-            return found or None
+            return fetch_bytes(address, max_bytes=max_bytes, retries=retries) or None
         except StorageError as error:
             reason = error.__cause__
-            if not tells_why or (isinstance(reason, TransferError) and reason.is_absent):
+            if is_command or (isinstance(reason, TransferError) and reason.is_absent):
                 return None
             raise
 
-    def open_beside(self, folder: str, file: SideFile) -> IO[bytes]:
-        """A file of a folder beside the tars behind a URL, fetched into their cache; StorageError as `open`."""
-        assert self.cache is not None, "what is local is not fetched"
-        return self.cache.open(self._address_beside(folder, file), num_bytes=file.num_bytes, sha256=file.sha256)
+    def address_beside(self, name: str) -> str:
+        """URL of a file next to the tars behind a URL."""
+        assert self.base is not None, "local files are not fetched"
+        return join_url(self.base, name)
 
-    def kept_path(self, file: SideFile) -> Path:
-        """Where a file that was fetched is kept."""
-        assert self.cache is not None, "what is local is not fetched"
-        return self.cache.tar_path(file.sha256)
+    def _required_cache(self) -> ShardCache:
+        """The cache for the tars behind URLs."""
+        assert self.cache is not None, "a set with tars behind URLs is opened with a cache"
+        return self.cache
 
-    def _beside(self, shard: ShardInfo) -> list[tuple[str, SideFile]]:
-        """Files of a shard, with their folders. Folders may be added by another thread meanwhile."""
-        return [(folder, file) for folder, files in list(self.beside.items()) for file in files.get(shard.name, ())]
+    def _tar(self, shard: ShardInfo) -> KnownFile:
+        return KnownFile(self.address(shard), shard.bytes, shard.sha256)
 
-    def _address_beside(self, folder: str, file: SideFile) -> str:
-        assert self.base is not None, "what is local is not fetched"
-        return join_url(self.base, f"{folder}/{file.name}")
+    def _fetched_with(self, shard: ShardInfo) -> list[KnownFile]:
+        """The tar of a shard and its token cache files. Another thread may add token caches meanwhile."""
+        return [self._tar(shard), *(file for files in list(self.beside.values()) for file in files.get(shard.name, ()))]
 
     def cure(self, shard: ShardInfo) -> str:
-        """What to do about a tar whose bytes are not what they were."""
-        if self.cache is not None and is_url(self.address(shard)):
-            return f"Delete {self.cache.tar_path(shard.sha256)}, so that it is fetched again."
+        """The remedy for a tar with changed bytes."""
+        if self.is_fetched(shard):
+            return f"Delete {self._required_cache().path(self._tar(shard))}, so that it is fetched again."
         return REBUILD
 
     def check(self) -> None:
-        """DataError where an index or a tar of a local folder is missing or not the manifest's.
+        """Raise DataError if a local index or tar is missing or does not match the manifest.
 
-        What was fetched was checked then.
+        Fetched files were checked when they were fetched.
         """
         for_each(self._check_shard, self.manifest.shards)
 
     def _check_shard(self, shard: ShardInfo) -> None:
-        address = self.address(shard)
-        if not is_url(address):
-            check_size(Path(address), shard)
+        self.check_tar(shard)
         if self.base is None:
             read_index(self.folder, shard)
 
+    def check_tar(self, shard: ShardInfo) -> None:
+        """Raise DataError if the tar of a shard is local and missing, or does not have the manifest's size."""
+        path = Path(self.address(shard))
+        if self.is_fetched(shard):
+            return
+        if not path.is_file():
+            raise DataError(f"{path}: the manifest names this shard, but it is missing. {REBUILD}")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            state = "cut short" if size < shard.bytes else "longer than written"
+            raise DataError(f"{path}: expected {shard.bytes} bytes, got {size}: {state}. {REBUILD}")
+
 
 def locate(path: str | Path, cache: ShardCache | None = None) -> ShardFiles:
-    """The files of the set of shards at a path or URL. Manifest and indexes of a URL are fetched; nothing is checked.
+    """The files of the set of shards at a path or URL. Fetches manifest and indexes of a URL; checks no files.
 
-    DataError where there is no manifest that can be used, StorageError where it cannot be reached, ConfigError where
-    the cache is smaller than a shard.
+    Raises DataError if there is no usable manifest, StorageError if it cannot be reached, and ConfigError if the cache
+    is smaller than a shard.
     """
-    base = str(path) if is_url(path) else None
-    if base is None:
+    name, base = shown_url(path), None
+    if is_url(path):
+        base, cache = str(path), cache or open_cache()
+        folder, manifest = _fetch_set(base, cache)
+    else:
         folder = local_path(path)
         manifest = read_manifest(folder)
-    else:
-        cache = cache or open_cache()
-        folder, manifest = _fetch_set(base, cache)
     places = [shard.location for shard in manifest.shards if shard.location is not None]
-    _check_places(shown_url(path), places, is_fetched=base is not None)
-    if base is None:
-        cache = (cache or open_cache()) if any(map(is_url, places)) else None
-    files = ShardFiles(name=shown_url(path), folder=folder, manifest=manifest, base=base, cache=cache)
-    if cache is not None:
-        _check_bound(files, cache)
-    return files
-
-
-def _check_places(name: str, places: Sequence[str], *, is_fetched: bool) -> None:
-    """A manifest comes with the data, from whoever made them: it names no commands, and from afar no local files."""
-    for place in places:
-        if place.startswith("pipe:") or (is_fetched and not is_url(place)):
+    for place in places:  # the manifest may come from anyone
+        if place.startswith("pipe:") or (base is not None and not is_url(place)):
             raise DataError(
                 f"{name}: its manifest says that a tar is at {place}. Commands in a manifest, and local paths in one "
                 "that was fetched, are not followed. Put the tars beside the manifest, or behind http(s), s3 or gs."
             )
-
-
-def _check_bound(files: ShardFiles, cache: ShardCache) -> None:
-    for shard in files.manifest.shards:
-        if shard.bytes > cache.max_bytes and is_url(files.address(shard)):
+    if base is None:
+        cache = (cache or open_cache()) if any(map(is_url, places)) else None
+    files = ShardFiles(name=name, folder=folder, manifest=manifest, base=base, cache=cache)
+    for shard in manifest.shards:
+        if cache is not None and shard.bytes > cache.max_bytes and files.is_fetched(shard):
             raise ConfigError(
                 f"data.cache_gib: the cache {cache.folder} may take {cache.max_bytes} bytes, but {shard.name} of "
-                f"{files.name} has {shard.bytes}. Raise it, or set data.cache_dir to a folder of a larger disk."
+                f"{name} has {shard.bytes}. Raise it, or set data.cache_dir to a folder of a larger disk."
             )
+    return files
 
 
 def _fetch_set(base: str, cache: ShardCache) -> tuple[Path, Manifest]:
-    """Fetch the manifest, and the indexes that the cache does not have, to the cache's folder of this manifest."""
+    """Fetch a manifest, and the indexes that the cache lacks, to the cache's folder of this manifest."""
     address = join_url(base, MANIFEST)
     raw = fetch_bytes(address, max_bytes=_MAX_MANIFEST_BYTES, retries=cache.retries)
     manifest = parse_manifest(raw, shown_url(address))
@@ -221,31 +216,14 @@ def _fetch_index(base: str, folder: Path, shard: ShardInfo, cache: ShardCache) -
     if path.is_file() and sha256_of_file(path) == shard.index_sha256:
         return
     address = join_url(base, shard.index_name)
-    most = 4096 + shard.samples * INDEX_DTYPE.itemsize
-    raw = fetch_bytes(address, max_bytes=most, retries=cache.retries, sha256=shard.index_sha256)
+    max_bytes = 4096 + shard.samples * INDEX_DTYPE.itemsize
+    raw = fetch_bytes(address, max_bytes=max_bytes, retries=cache.retries, sha256=shard.index_sha256)
     parse_index(raw, shard, shown_url(address))
     write_whole(path, raw)
 
 
-def for_each(function: Callable[[_T], None], items: Sequence[_T]) -> None:
-    """Apply a function that waits for files, several at a time; the first error ends it."""
-    if len(items) < _THREADS:
-        for item in items:
-            function(item)
-        return
-    pool = ThreadPoolExecutor(_THREADS)
-    try:
-        for future in [pool.submit(function, item) for item in items]:
-            future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def check_size(path: Path, shard: ShardInfo) -> None:
-    """DataError where a local tar is missing or has another size than the manifest says."""
-    if not path.is_file():
-        raise DataError(f"{path}: the manifest names this shard, but it is missing. {REBUILD}")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        state = "cut short" if size < shard.bytes else "longer than written"
-        raise DataError(f"{path}: expected {shard.bytes} bytes, got {size}: {state}. {REBUILD}")
+def for_each(function: Callable[[ShardInfo], None], shards: Sequence[ShardInfo]) -> None:
+    """Call a function that waits for files, for several shards at a time if there are many. The first error ends it."""
+    with ThreadPoolExecutor(_THREADS if len(shards) >= _THREADS else 1) as pool:
+        for _ in pool.map(function, shards):
+            pass

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import threading
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -133,10 +135,7 @@ class Manifest:
     @property
     def skipped(self) -> dict[str, int]:
         """Number of documents left out, by reason, over all sources."""
-        total: Counter[str] = Counter()
-        for source in self.sources:
-            total.update(source.skipped)
-        return dict(sorted(total.items()))
+        return total_skipped(self.sources)
 
     @property
     def passage_tokens(self) -> dict[int, int]:
@@ -165,6 +164,12 @@ class Manifest:
         for shard in nowhere["shards"]:
             del shard["passage_tokens"]
         return hashlib.sha256(_as_json({"version": 2, **nowhere}).encode()).hexdigest()
+
+
+def total_skipped(sources: Iterable[SourceInfo]) -> dict[str, int]:
+    """Number of documents left out, by reason, over some sources."""
+    total = sum((Counter(source.skipped) for source in sources), Counter[str]())
+    return dict(sorted(total.items()))
 
 
 def _as_json(fields: dict[str, Any]) -> str:
@@ -204,6 +209,15 @@ def read_index(folder: Path, shard: ShardInfo) -> NDArray[np.void]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: the index of {shard.name} is missing. {REBUILD}") from error
     return parse_index(raw, shard, str(path))
+
+
+def write_index(path: Path, rows: Sequence[tuple[int, int, int, int]] | NDArray[np.void]) -> str:
+    """Write an index and sync it to the disk. Returns its sha256."""
+    with path.open("wb") as file:
+        np.save(file, np.asarray(rows, dtype=INDEX_DTYPE), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    return sha256_of_file(path)
 
 
 def parse_index(raw: bytes, shard: ShardInfo, where: str) -> NDArray[np.void]:

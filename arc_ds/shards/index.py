@@ -5,25 +5,32 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
 from tqdm import tqdm
 
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.format import MANIFEST, Manifest, ShardInfo, SourceInfo, read_manifest, sha256_of_file
+from arc_ds.shards.format import (
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    SourceInfo,
+    read_manifest,
+    sha256_of_file,
+    write_index,
+)
+from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.storage.cache import is_disk_full
-from arc_ds.shards.storage.remote import Retries, download, with_retries
-from arc_ds.shards.tar_index import RecordForm, index_tar
+from arc_ds.shards.storage.remote import Retries, download
+from arc_ds.shards.tar_index import RecordForm, TarContents, index_tar
 from arc_ds.system.files import sync_file, sync_folder
-from arc_ds.system.processes import worker_pool
-from arc_ds.system.urls import is_url, local_path
+from arc_ds.system.urls import is_url, local_path, shown_url
 from arc_ds.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -31,8 +38,7 @@ logger = logging.getLogger(__name__)
 _UNSAFE = re.compile(r"[/\\\0]")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _TarSource:
+class _TarSource(NamedTuple):
     """A tar to index.
 
     place: path or URL of the tar.
@@ -45,40 +51,21 @@ class _TarSource:
     location: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _IndexJob:
-    """Settings shared by all tars.
-
-    scratch: temporary folder that exists until all tars are indexed.
-    tokenizer: path of the tokenizer.
-    form: how the tars store their records.
-    retries: how often and for how long a download is retried.
-    """
-
-    scratch: Path
-    tokenizer: Path
-    form: RecordForm
-    retries: Retries = field(default_factory=Retries)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _TarIndex:
+class _TarIndex(NamedTuple):
     """The result of indexing one tar.
 
     shard: its entry in the manifest.
     source: its counts in the manifest.
     shortest: tokens of its shortest record, None if it has no records.
     longest: tokens of its longest record, None if it has no records.
-    ends: number of its members by suffix.
-    named: descriptions of the first unusable members of each reason.
+    contents: its other contents.
     """
 
     shard: ShardInfo
     source: SourceInfo
     shortest: int | None
     longest: int | None
-    ends: Counter[str]
-    named: tuple[str, ...]
+    contents: TarContents
 
 
 def index_shards(
@@ -113,17 +100,19 @@ def index_shards(
         raise DataError(f"{folder} has a {MANIFEST} already. Give another folder, or overwrite=True (--overwrite).")
     form = form or RecordForm()
     fingerprint = load_tokenizer(Path(tokenizer)).fingerprint
-    with _storage_errors(folder), _scratch_in(folder) as scratch:
-        job = _IndexJob(scratch=scratch, tokenizer=Path(tokenizer), form=form)
-        indexed = list(_index_all(sources, job, workers, progress))
-        (scratch / MANIFEST).write_text(_manifest(indexed, form, fingerprint).to_json(), encoding="utf-8")
-        # The manifest last: it completes the set.
-        for names in ([tar.shard.index_name for tar in indexed], [MANIFEST]):
-            for name in names:
-                sync_file(scratch / name)
-                (scratch / name).replace(folder / name)
-            sync_folder(folder)
-    for what in [what for tar in indexed for what in tar.named]:
+    with _scratch_in(folder) as scratch:
+        index_one = partial(_index_one, scratch, Path(tokenizer), form)
+        results = map_in_order(index_one, sources, workers)
+        indexed = [tar for _, tar in tqdm(results, total=len(sources), unit="tar", disable=not progress)]
+        manifest = scratch / MANIFEST
+        manifest.write_text(_manifest(indexed, form, fingerprint).to_json(), encoding="utf-8")
+        sync_file(manifest)
+        for tar in indexed:
+            (scratch / tar.shard.index_name).replace(folder / tar.shard.index_name)
+        sync_folder(folder)
+        manifest.replace(folder / MANIFEST)  # last: it completes the set
+        sync_folder(folder)
+    for what in [what for tar in indexed for what in tar.contents.named]:
         logger.warning("left out: %s", what)
     return read_manifest(folder)
 
@@ -140,13 +129,16 @@ def _sources(tars: Sequence[str | Path], out_dir: str | Path | None) -> list[_Ta
     is_beside = not any(map(is_url, places)) and len(folders) == 1 and names[0] == _name_of(places[0])
     if out_dir is None and not is_beside:
         raise DataError("the tars are not all in one local folder. Give a folder for index and manifest: --out FOLDER.")
+    stems: dict[str, str] = {}
+    for place, name in zip(places, names, strict=True):
+        if (other := stems.setdefault(Path(name).stem, place)) != place:
+            both = f"{shown_url(other)} and {shown_url(place)}"
+            raise DataError(f"{both} would share one index, {Path(name).stem}.idx. Rename one of them.")
     if is_beside and (out_dir is None or Path(out_dir).absolute() in folders):
-        return [_TarSource(place=place, name=name, location=None) for place, name in zip(places, names, strict=True)]
-    locations = [place if is_url(place) else str(Path(place).absolute()) for place in places]
-    return [
-        _TarSource(place=place, name=name, location=location)
-        for place, name, location in zip(places, names, locations, strict=True)
-    ]
+        locations: list[str | None] = [None] * len(places)
+    else:
+        locations = [place if is_url(place) else str(Path(place).absolute()) for place in places]
+    return list(map(_TarSource, places, names, locations))
 
 
 def _expand(given: str) -> list[str]:
@@ -178,11 +170,21 @@ def _name_of(place: str) -> str:
 
 
 @contextmanager
-def _storage_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError into a StorageError whose remedy depends on whether the disk is full."""
+def _scratch_in(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder`. If the work fails, `folder` is removed too if it is new.
+
+    An OSError becomes a StorageError whose remedy depends on whether the disk is full.
+    """
+    is_new = not folder.exists()
     try:
-        yield
-    except OSError as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".indexing-") as scratch:
+            yield Path(scratch)
+    except BaseException as error:
+        if is_new and folder.is_dir():
+            folder.rmdir()
+        if not isinstance(error, OSError):
+            raise
         cure = (
             "Free some of its disk, or give a folder of a larger one: --out FOLDER."
             if is_disk_full(error)
@@ -192,95 +194,51 @@ def _storage_errors(folder: Path) -> Iterator[None]:
         raise StorageError(f"{folder}: the index cannot be written: {error}. {cure}") from error
 
 
-@contextmanager
-def _scratch_in(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`. If the work fails, `folder` is removed too if it is new."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with TemporaryDirectory(dir=folder, prefix=".indexing-") as scratch:
-            yield Path(scratch)
-    except BaseException:
-        if is_new:
-            folder.rmdir()
-        raise
+def _index_one(scratch: Path, tokenizer: Path, form: RecordForm, source: _TarSource) -> _TarIndex:
+    """Write the index of a tar to `scratch`, and return its manifest entries and counts.
 
-
-def _index_all(sources: Sequence[_TarSource], job: _IndexJob, workers: int, progress: bool) -> Iterator[_TarIndex]:
-    """Index the tars in parallel, and yield the results in order."""
-    function = partial(_index_one, job)
-    with tqdm(total=len(sources), unit="tar", disable=not progress) as bar:
-        for indexed in _map(function, sources, min(workers, len(sources))):
-            bar.update()
-            yield indexed
-
-
-def _map(function: partial[_TarIndex], sources: Sequence[_TarSource], workers: int) -> Iterable[_TarIndex]:
-    if workers <= 1:
-        yield from map(function, sources)
-        return
-    with worker_pool(workers) as pool:
-        yield from pool.map(function, sources)
-
-
-def _index_one(job: _IndexJob, source: _TarSource) -> _TarIndex:
-    """Index one tar. The tar of a URL is downloaded first and deleted afterwards."""
-    if not is_url(source.place):
-        return _indexed(job, source, Path(source.place))
-    path = job.scratch / source.name
-    with path.open("w+b") as file:
-        attempt = partial(download, source.place, file, timeout_s=job.retries.timeout_s)
-        with_retries(source.place, attempt, job.retries)
-    try:
-        return _indexed(job, source, path)
-    finally:
-        path.unlink()
-
-
-def _indexed(job: _IndexJob, source: _TarSource, path: Path) -> _TarIndex:
-    """Write the index of a tar and return its manifest entries and counts."""
-    rows, findings = index_tar(path, load_tokenizer(job.tokenizer), job.form)
-    index_path = job.scratch / (Path(source.name).stem + ".idx")
-    with index_path.open("wb") as file:
-        np.save(file, rows, allow_pickle=False)
+    The tar of a URL is downloaded to `scratch` and deleted afterwards.
+    """
+    path = Path(source.place)
+    if is_url(source.place):
+        path = scratch / source.name
+        with path.open("w+b") as file:
+            download(source.place, file, retries=Retries())
+    rows, contents = index_tar(path, load_tokenizer(tokenizer), form)
+    index_sha256 = write_index(scratch / (Path(source.name).stem + ".idx"), rows)
     size, digest, tokens = path.stat().st_size, sha256_of_file(path), rows["tokens"]
+    if is_url(source.place):
+        path.unlink()
     shard = ShardInfo(
         name=source.name,
         samples=len(rows),
         tokens=int(tokens.sum()),
         bytes=size,
         sha256=digest,
-        index_sha256=sha256_of_file(index_path),
-        member=job.form.member,
+        index_sha256=index_sha256,
+        member=form.member,
         location=source.location,
-        passage_tokens=dict(findings.passage_tokens),
+        passage_tokens=dict(contents.passage_tokens),
     )
-    skipped = findings.skipped + Counter({"no_record": len(findings.keys - findings.with_record)})
     info = SourceInfo(
         name=source.name,
         bytes=size,
         sha256=digest,
-        documents=len(findings.keys),
+        documents=contents.num_keys,
         records=len(rows),
         tokens=shard.tokens,
         cut=0,
-        skipped=dict(sorted(skipped.items())),
+        skipped=dict(sorted(contents.skipped.items())),
     )
-    return _TarIndex(
-        shard=shard,
-        source=info,
-        shortest=int(tokens.min()) if len(rows) else None,
-        longest=int(tokens.max()) if len(rows) else None,
-        ends=findings.ends,
-        named=tuple(findings.named),
-    )
+    shortest, longest = (int(tokens.min()), int(tokens.max())) if len(rows) else (None, None)
+    return _TarIndex(shard, info, shortest, longest, contents)
 
 
 def _manifest(indexed: Sequence[_TarIndex], form: RecordForm, fingerprint: str) -> Manifest:
     if all(tar.longest is None for tar in indexed):
-        ends = sum((tar.ends for tar in indexed), Counter[str]())
+        ends = sum((tar.contents.ends for tar in indexed), Counter[str]())
         found = ", ".join(f".{end} ({count})" for end, count in ends.most_common(8)) or "none"
-        reasons = [what for tar in indexed for what in tar.named]
+        reasons = [what for tar in indexed for what in tar.contents.named]
         raise DataError(
             f"{indexed[0].source.name} and {len(indexed) - 1} more hold no record in members ending in .{form.member}. "
             f"Members found: {found}. {'For example ' + reasons[0] + '. ' if reasons else ''}"

@@ -18,25 +18,23 @@ LOCK_FILE = "lock"
 
 @contextmanager
 def writing(folder: Path, what: str) -> Iterator[None]:
-    """Hold an exclusive lock on a folder while writing to it. The lock is the file `lock` in the folder, which stays.
+    """Create a folder and hold an exclusive lock on it. The lock is the file `lock` in the folder, which stays.
 
     folder: the folder to lock.
     what: name of the writing operation in messages ("build").
     Raises DataError if another process holds the lock.
     """
-    with _opened(folder / LOCK_FILE) as lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    try:
+        file: IO[bytes] = path.open("ab")
+    except PermissionError:  # another user's; reading suffices for flock on most file systems
+        file = path.open("rb")
+    with file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"another {what} is writing {folder}. Wait until it has finished.") from None
         except OSError as error:
             logger.warning("%s: this file system has no locks (%s); run one %s at a time", folder, error, what)
         yield
-
-
-def _opened(path: Path) -> IO[bytes]:
-    """Open a lock file. Another user's is opened read-only, which suffices for flock on most file systems."""
-    try:
-        return path.open("ab")
-    except PermissionError:
-        return path.open("rb")

@@ -10,19 +10,26 @@ process therefore maps at most
 
 from __future__ import annotations
 
+import errno
 import itertools
+import logging
 import mmap
 import os
+import resource
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from operator import attrgetter
 from typing import IO, Any, Generic, TypeVar
 from weakref import WeakSet
 
-from arc_ds.errors import ArcError
-from arc_ds.shards.descriptors import descriptor_limit, descriptor_shortage, no_descriptor_error, warn_of_shortage
+from arc_ds.errors import ArcError, StorageError
 from arc_ds.shards.storage.cache import ShardCache
 
+logger = logging.getLogger(__name__)
+
 _MAX_MAPPED = 4096
+_MAX_LIMIT = 65536  # more does not help, and a child that closes every possible descriptor would take minutes
 _T = TypeVar("_T")
 
 _clock = itertools.count()
@@ -36,16 +43,8 @@ class MappedFiles(Generic[_T]):
     lock: at worst, two of them map the same file twice. Deleting this object releases its mappings.
     """
 
-    def __init__(
-        self,
-        open_files: Callable[[int], _T],
-        *,
-        num_files: int = 1,
-        num_bytes: int = 0,
-        cache: ShardCache | None = None,
-    ) -> None:
+    def __init__(self, *, num_files: int = 1, num_bytes: int = 0, cache: ShardCache | None = None) -> None:
         """
-        open_files: maps the files of a shard; it must not hold a reference to this object.
         num_files: number of files per shard.
         num_bytes: total size of the files of the largest shard.
         cache: cache that the files are fetched into, None if they are local.
@@ -53,17 +52,17 @@ class MappedFiles(Generic[_T]):
         self.num_files = num_files
         self.fetched_bytes = num_bytes if cache is not None else 0
         self.entries: dict[int, list[Any]] = {}  # by shard: [time of last use, mapping]
-        self._open_files = open_files
         self._max_bytes = cache.max_bytes // 4 if cache is not None else 0
         _sources.add(self)
 
-    def __getitem__(self, shard_idx: int) -> _T:
+    def get(self, shard_idx: int, open_files: Callable[[int], _T]) -> _T:
+        """The mapping of a shard; `open_files` makes it if there is none."""
         entry = self.entries.get(shard_idx)
         if entry is None:
-            max_files = min(descriptor_limit() // 2, _MAX_MAPPED)
+            max_files = min(_descriptor_limit() // 2, _MAX_MAPPED)
             _make_room(self, attrgetter("num_files"), max_files, spare=max_files // 8)
             _make_room(self, attrgetter("fetched_bytes"), self._max_bytes, num_kept=1)
-            entry = self.entries[shard_idx] = [0, with_descriptors(lambda: self._open_files(shard_idx))]
+            entry = self.entries[shard_idx] = [0, with_descriptors(lambda: open_files(shard_idx))]
         entry[0] = next(_clock)
         mapping: _T = entry[1]
         return mapping
@@ -100,6 +99,24 @@ def close_all() -> bool:
     return bool(sources)
 
 
+def _descriptor_limit() -> int:
+    """The number of files that this process may have open (often only 1024)."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_LIMIT if soft == resource.RLIM_INFINITY else soft
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the descriptor limit of this process and its children to the hard limit, at most 65536.
+
+    If the system forbids that, the limit stays unchanged.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    wanted = _MAX_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _MAX_LIMIT)
+    if _descriptor_limit() < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def with_descriptors(open_files: Callable[[], _T]) -> _T:
     """Call a function that opens files. If no descriptor is left, close all mappings and call it again.
 
@@ -112,9 +129,37 @@ def with_descriptors(open_files: Callable[[], _T]) -> _T:
             shortage = descriptor_shortage(error)
             if shortage is None:
                 raise
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             if not close_all():
-                raise no_descriptor_error(shortage) from error
-            warn_of_shortage()
+                raise StorageError(
+                    f"{shortage.filename or 'A shard'} cannot be opened: this process has reached its limit of {soft} "
+                    f"open files, and none of them is a shard. Raise the limit (for example ulimit -n "
+                    f"{max(4 * soft, 4096)}; up to {hard} without administrator rights) and start again: a run resumes "
+                    "where it stopped."
+                ) from error
+            _warn_of_shortage(soft)
+
+
+def descriptor_shortage(error: BaseException | None) -> OSError | None:
+    """Find "too many open files" (EMFILE) among an error and its causes; None if it is not there.
+
+    Such an error says nothing about the file that could not be opened.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@cache
+def _warn_of_shortage(limit: int) -> None:
+    """Warn once per process that it continues, but slower: every later shortage would repeat the message."""
+    logger.warning(
+        "this process has reached its limit of %d open files and closed mapped shards to continue. Raise the limit "
+        "(ulimit -n).",
+        limit,
+    )
 
 
 def map_file(file: IO[bytes]) -> mmap.mmap | bytes:

@@ -6,27 +6,27 @@ import tarfile
 import zlib
 from typing import Any
 
-from arc_ds.errors import DataError
 from arc_ds.shards.format import RecordKind
-from arc_ds.shards.records import MAX_RECORD_BYTES, decode_object, fine_tuning_record, pretraining_text
+from arc_ds.shards.records import MAX_RECORD_BYTES, RecordError, decode_object, fine_tuning_record, pretraining_text
 
 BLOCK = tarfile.BLOCKSIZE
 
 
 def decode_member(payload: bytes, *, member: str, text_field: str, kind: RecordKind) -> dict[str, Any]:
-    """Decode the record in a member; DataError if it holds no record of this kind.
+    """Decode the record in a member. Raises DataError if it holds no record of this kind.
 
     A field `text` of a fine-tuning record (third-party records may have one) is dropped, because tasks distinguish the
     two kinds of records by this field.
 
     payload: bytes of the member.
-    member: suffix of the member's name.
+    member: suffix of the member's name. The member is JSON if it ends in json or json.gz, and plain text otherwise.
     text_field: field that holds the text of a pretraining record.
     kind: kind of the record.
     """
     if member.endswith(".gz"):
-        payload = unzip(payload)
-    record = decode_object(payload) if is_json(member) else {"text": decode_text(payload)}
+        payload = _unzip(payload)
+    is_json = member.removesuffix(".gz").rpartition(".")[2] == "json"
+    record = decode_object(payload) if is_json else {"text": _decode_text(payload)}
     if kind == "fine_tuning":
         record.pop("text", None)
         fine_tuning_record(record)
@@ -37,43 +37,35 @@ def decode_member(payload: bytes, *, member: str, text_field: str, kind: RecordK
     return record
 
 
-def is_json(member: str) -> bool:
-    """Whether members with this suffix hold JSON; otherwise they hold plain text."""
-    return member.removesuffix(".gz").rpartition(".")[2] == "json"
-
-
-def decode_text(payload: bytes) -> str:
-    """Decode UTF-8; DataError if it is invalid or longer than MAX_RECORD_BYTES."""
+def _decode_text(payload: bytes) -> str:
+    """Decode UTF-8; RecordError if it is invalid or longer than MAX_RECORD_BYTES."""
     if len(payload) > MAX_RECORD_BYTES:
-        raise DataError(f"a text of {len(payload)} bytes; expected at most {MAX_RECORD_BYTES}. Cut it into records")
+        words = f"a text of {len(payload)} bytes; expected at most {MAX_RECORD_BYTES}. Cut it into records"
+        raise RecordError(words, "too_large")
     try:
         return payload.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"expected text in UTF-8: {error}") from error
+        raise RecordError(f"expected text in UTF-8: {error}", "not_utf8") from error
 
 
-def unzip(payload: bytes) -> bytes:
-    """Decompress gzip, at most MAX_RECORD_BYTES + 1 bytes; DataError if it is damaged."""
+def _unzip(payload: bytes) -> bytes:
+    """Decompress gzip, at most MAX_RECORD_BYTES + 1 bytes; RecordError if it is damaged."""
     stream = zlib.decompressobj(wbits=31)
     try:
         content = stream.decompress(payload, MAX_RECORD_BYTES + 1)
     except zlib.error as error:
-        raise DataError(f"expected gzip: {error}") from error
+        raise RecordError(f"expected gzip: {error}", "not_gzip") from error
     if len(content) <= MAX_RECORD_BYTES and not stream.eof:
-        raise DataError("expected gzip: it ends too early")
+        raise RecordError("expected gzip: it ends too early", "not_gzip")
     return content
 
 
-def name_of_header(header: bytes) -> str:
-    """The member name in a tar header of 512 bytes. A long name may continue in an extended header before it."""
-    prefix = header[345:500] if header[257:263] == b"ustar\0" else b""
-    parts = [part.split(b"\0")[0].decode("utf-8", "replace") for part in (prefix, header[:100])]
-    return "/".join(part for part in parts if part) or "?"
+def parse_header(header: bytes) -> tarfile.TarInfo | None:
+    """Name and size of a member from its tar header of 512 bytes; None if the header is damaged.
 
-
-def size_of_header(header: bytes) -> int | None:
-    """The member size in a tar header of 512 bytes; None if the header is invalid (wrong header checksum)."""
+    A long name may continue in an extended header before it.
+    """
     try:
-        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+        return tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.HeaderError:
         return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import bisect
 import mmap
+import os
 import struct
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.files import ShardFiles, locate
+from arc_ds.shards.files import locate
 from arc_ds.shards.format import INDEX_DTYPE, read_index
 from arc_ds.shards.mappings import MappedFiles, map_file
-from arc_ds.shards.members import BLOCK, decode_member, name_of_header
+from arc_ds.shards.members import BLOCK, decode_member, parse_header
 from arc_ds.shards.prefetcher import Prefetcher
 from arc_ds.shards.storage.cache import ShardCache
 
@@ -57,9 +58,9 @@ class ShardSet:
         self._open_nothing()
 
     def _open_nothing(self) -> None:
-        self._indexes = MappedFiles(partial(_index_rows, self.files))
+        self._indexes = MappedFiles[memoryview]()
         largest_bytes = max(shard.bytes for shard in self.manifest.shards)
-        self._tars = MappedFiles(partial(_map_tar, self.files), num_bytes=largest_bytes, cache=self.files.cache)
+        self._tars = MappedFiles[mmap.mmap | bytes](num_bytes=largest_bytes, cache=self.files.cache)
         self._prefetcher: Prefetcher | None = None
 
     def __len__(self) -> int:
@@ -90,71 +91,70 @@ class ShardSet:
         """
         shard_idx, (offset, length, checksum, _) = self._row(idx)
         manifest = self.manifest
-        tar, shard = self._tars[shard_idx], manifest.shards[shard_idx]
+        tar, shard = self._tars.get(shard_idx, self._map_tar), manifest.shards[shard_idx]
         payload = tar[offset : offset + length]
         try:
             if len(payload) != length or xxhash.xxh64_intdigest(payload) != checksum:
                 raise DataError("the checksum does not match the index")
             return decode_member(payload, member=shard.member, text_field=manifest.text_field, kind=manifest.kind)
         except DataError as error:
-            name = name_of_header(tar[max(offset - BLOCK, 0) : offset])
-            place = f"{self.files.shown(shard)}, member {name} at byte {offset}"
+            header = parse_header(tar[max(offset - BLOCK, 0) : offset])
+            place = f"{self.files.shown(shard)}, member {header.name if header else '?'} at byte {offset}"
             reason = f"{str(error).rstrip('.')}. {self.files.cure(shard)}"
             raise DataError(f"{place}: {reason} Or set data.on_error: skip.") from error
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the tars are fetched from a URL."""
-        return self.files.cache is not None
 
     def prefetch(self, shard_idxs: Sequence[int]) -> None:
         """Start fetching these shards in order, if the set is remote, and return at once.
 
         They replace the shards that are still queued. A failure is only logged: the reader of the shard retries.
         """
-        if not self.is_remote:
+        if self.files.cache is None:
             return
-        if self._prefetcher is None or not self._prefetcher.is_mine:
-            self._prefetcher = Prefetcher(self.files)
+        if self._prefetcher is None or self._prefetcher.process != os.getpid():
+            self._prefetcher = Prefetcher(self.files, self.files.cache.max_bytes)
         self._prefetcher.want(shard_idxs)
 
-    def _row(self, idx: int) -> tuple[int, tuple[int, int, int, int]]:
-        """The shard of a record, and its index row: offset, length, xxh64, tokens."""
+    def place(self, idx: int) -> tuple[int, int]:
+        """The shard of a record, and its number in the shard."""
         if not 0 <= idx < self.manifest.samples:
             raise DataError(f"{self.name}: record {idx} does not exist; expected 0 to {len(self) - 1}.")
         shard_idx = bisect.bisect_right(self._first, idx) - 1
-        row = _ROW.unpack_from(self._indexes[shard_idx], (idx - self._first[shard_idx]) * _ROW.size)
+        return shard_idx, idx - self._first[shard_idx]
+
+    def _row(self, idx: int) -> tuple[int, tuple[int, int, int, int]]:
+        """The shard of a record, and its index row: offset, length, xxh64, tokens."""
+        shard_idx, number = self.place(idx)
+        row = _ROW.unpack_from(self._indexes.get(shard_idx, self._index_rows), number * _ROW.size)
         return shard_idx, row  # type: ignore[return-value]
 
-
-def _index_rows(files: ShardFiles, shard_idx: int) -> memoryview:
-    """The rows of an index, as bytes. Opening the set has verified its checksum."""
-    shard = files.manifest.shards[shard_idx]
-    path = files.folder / shard.index_name
-    try:
-        with path.open("rb") as file:
-            raw = memoryview(map_file(file))
-    except OSError as error:
-        raise StorageError(f"{path} cannot be opened: {error.strerror}. Is its disk still mounted?") from error
-    rows = raw[max(len(raw) - shard.samples * _ROW.size, 0) :]
-    if len(rows) != shard.samples * _ROW.size:
-        raise StorageError(
-            f"{path} has {len(raw)} bytes, fewer than before. Was it rebuilt? Start again when it is complete."
-        )
-    return rows
-
-
-def _map_tar(files: ShardFiles, shard_idx: int) -> mmap.mmap | bytes:
-    """Memory-map the tar of a shard."""
-    shard = files.manifest.shards[shard_idx]
-    with files.open(shard) as file:
+    def _index_rows(self, shard_idx: int) -> memoryview:
+        """The rows of an index, as bytes. Opening the set has verified its checksum."""
+        shard = self.manifest.shards[shard_idx]
+        path = self.folder / shard.index_name
         try:
-            tar = map_file(file)
+            with path.open("rb") as file:
+                raw = memoryview(map_file(file))
         except OSError as error:
-            raise StorageError(f"{files.shown(shard)} cannot be mapped: {error}. Is its disk still mounted?") from error
-    if len(tar) != shard.bytes:
-        raise StorageError(
-            f"{files.shown(shard)} has {len(tar)} bytes, but had {shard.bytes} before. Was it rebuilt, or is it being "
-            "copied? Start again when that is done."
-        )
-    return tar
+            raise StorageError(f"{path} cannot be opened: {error.strerror}. Is its disk still mounted?") from error
+        rows = raw[max(len(raw) - shard.samples * _ROW.size, 0) :]
+        if len(rows) != shard.samples * _ROW.size:
+            raise StorageError(
+                f"{path} has {len(raw)} bytes, fewer than before. Was it rebuilt? Start again when it is complete."
+            )
+        return rows
+
+    def _map_tar(self, shard_idx: int) -> mmap.mmap | bytes:
+        """Memory-map the tar of a shard."""
+        shard = self.manifest.shards[shard_idx]
+        shown = self.files.shown(shard)
+        with self.files.open(shard) as file:
+            try:
+                tar = map_file(file)
+            except OSError as error:
+                raise StorageError(f"{shown} cannot be mapped: {error}. Is its disk still mounted?") from error
+        if len(tar) != shard.bytes:
+            raise StorageError(
+                f"{shown} has {len(tar)} bytes, but had {shard.bytes} before. Was it rebuilt, or is it being copied? "
+                "Start again when that is done."
+            )
+        return tar

@@ -18,24 +18,35 @@ _PASSAGES = ("passages", "passage")
 _json = json.JSONDecoder()
 
 
+class RecordError(DataError):
+    """A record that cannot be decoded. `arc-ds shards index` counts such records by `reason`."""
+
+    def __init__(self, message: str, reason: str = "bad_record") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def encode_record(record: dict[str, Any]) -> bytes:
     """Encode a record as UTF-8 JSON. Equal records give identical bytes."""
     return json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
 
 
 def decode_object(payload: bytes) -> dict[str, Any]:
-    """Parse a JSON object; DataError on anything else. More than MAX_RECORD_BYTES are refused before parsing."""
+    """Parse a JSON object; RecordError on anything else. More than MAX_RECORD_BYTES are refused before parsing."""
     if len(payload) > MAX_RECORD_BYTES:
-        raise DataError(
+        raise RecordError(
             f"a record of {len(payload)} bytes; expected at most {MAX_RECORD_BYTES}. Is it a whole file on one line? "
-            "Cut it into records."
+            "Cut it into records.",
+            "too_large",
         )
     try:
         record = _json.decode(str(payload, "utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of thousands of digits
-        raise DataError(f"expected JSON in UTF-8: {error}") from error
+    except UnicodeDecodeError as error:
+        raise RecordError(f"expected JSON in UTF-8: {error}", "not_utf8") from error
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
+        raise RecordError(f"expected JSON in UTF-8: {error}", "not_json") from error
     if not isinstance(record, dict):
-        raise DataError(f"expected a JSON object, got {type(record).__name__}")
+        raise RecordError(f"expected a JSON object, got {type(record).__name__}", "not_json")
     return record
 
 

@@ -7,10 +7,10 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from arc_ds.errors import DataError
 from arc_ds.shards.format import INDEX_DTYPE, RecordKind
-from arc_ds.shards.members import decode_member, decode_text, is_json, unzip
-from arc_ds.shards.records import MAX_RECORD_BYTES, decode_object, fine_tuning_record, pretraining_text
+from arc_ds.shards.members import decode_member
+from arc_ds.shards.records import MAX_RECORD_BYTES, RecordError, fine_tuning_record
 from arc_ds.tokenizers import Tokenizer
 
 _KEY_AND_END = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # as webdataset splits a member's name
@@ -43,29 +43,22 @@ class RecordForm:
     kind: RecordKind = "pretraining"
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class TarContents:
     """Contents of a tar other than its records.
 
-    keys: keys of the webdataset samples.
-    with_record: keys that have a member with the right suffix.
+    num_keys: number of webdataset samples.
     ends: number of members by suffix.
-    skipped: number of unusable members by reason.
+    skipped: number of unusable samples by reason.
     named: descriptions of the first unusable members of each reason.
     passage_tokens: as in the shard's `ShardInfo`.
     """
 
-    keys: set[str] = field(default_factory=set)
-    with_record: set[str] = field(default_factory=set)
+    num_keys: int = 0
     ends: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)
     passage_tokens: Counter[str] = field(default_factory=Counter)
-
-    def skip(self, reason: str, what: str) -> None:
-        self.skipped[reason] += 1
-        if self.skipped[reason] <= _MAX_NAMED:
-            self.named.append(what)
 
 
 class _RecordEntry(NamedTuple):
@@ -87,54 +80,49 @@ class _RecordEntry(NamedTuple):
     num_passages: int
 
 
-class _UnusableError(Exception):
-    """A member is not a usable record, for one of the counted reasons."""
-
-    def __init__(self, reason: str, what: object) -> None:
-        super().__init__(str(what))
-        self.reason = reason
-
-
 def index_tar(path: Path, tokenizer: Tokenizer, form: RecordForm) -> tuple[NDArray[np.void], TarContents]:
-    """Index a tar. Returns its rows, INDEX_DTYPE [records], in the order of the tar, and the findings.
+    """Index a tar. Returns its rows, INDEX_DTYPE [records], in the order of the tar, and its other contents.
 
     Raises DataError if the tar is damaged, truncated or compressed: otherwise records after the damage would be lost
     silently.
     """
-    findings = TarContents()
+    contents = TarContents()
     rows: list[tuple[int, int, int, int]] = []
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty. {_CURE}")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        batch: list[_RecordEntry] = []
-        for found in _records(path, data, form, findings):
-            batch.append(found)
-            if len(batch) == _BATCH:
-                rows += _count_tokens(batch, tokenizer, findings)
-                batch = []
-        rows += _count_tokens(batch, tokenizer, findings)
-    return np.array(rows, dtype=INDEX_DTYPE), findings
+        entries = _records(path, data, form, contents)
+        while batch := list(islice(entries, _BATCH)):
+            rows += _count_tokens(batch, tokenizer, contents)
+    return np.array(rows, dtype=INDEX_DTYPE), contents
 
 
-def _records(path: Path, data: mmap.mmap, form: RecordForm, findings: TarContents) -> Iterator[_RecordEntry]:
-    """The usable records of a tar."""
+def _records(path: Path, data: mmap.mmap, form: RecordForm, contents: TarContents) -> Iterator[_RecordEntry]:
+    """The usable records of a tar. Adds everything else that is found to the contents."""
+    keys: set[str] = set()
+    with_record: set[str] = set()
     for info in _members(path, data):
         parts = _KEY_AND_END.fullmatch(info.name)
         if not parts or info.isdir():
             continue
         key, end = parts.groups()
-        findings.keys.add(key)
-        findings.ends[end.lower()] += 1
+        keys.add(key)
+        contents.ends[end.lower()] += 1
         if end.lower() != form.member:
             continue
-        what = f"{path.name}, member {info.name} at byte {info.offset_data}"
         try:
-            if key in findings.with_record:
-                raise _UnusableError("repeated", "a second record of this key")
-            findings.with_record.add(key)
-            yield _found(data, info, form)
-        except _UnusableError as error:
-            findings.skip(error.reason, f"{what}: {error}")
+            if key in with_record:
+                raise RecordError("a second record of this key", "repeated")
+            with_record.add(key)
+            yield _read_record(data, info, form)
+        except DataError as error:
+            reason = error.reason if isinstance(error, RecordError) else "bad_record"
+            contents.skipped[reason] += 1
+            if contents.skipped[reason] <= _MAX_NAMED:
+                contents.named.append(f"{path.name}, member {info.name} at byte {info.offset_data}: {error}")
+    contents.num_keys = len(keys)
+    if without := keys - with_record:
+        contents.skipped["no_record"] = len(without)
 
 
 def _members(path: Path, data: mmap.mmap) -> Iterator[tarfile.TarInfo]:
@@ -170,63 +158,41 @@ def _members(path: Path, data: mmap.mmap) -> Iterator[tarfile.TarInfo]:
             )
 
 
-def _found(data: mmap.mmap, info: tarfile.TarInfo, form: RecordForm) -> _RecordEntry:
+def _read_record(data: mmap.mmap, info: tarfile.TarInfo, form: RecordForm) -> _RecordEntry:
+    """Read the record of a member. Raises DataError if it is unusable."""
     if not info.isreg() or info.issparse():
-        raise _UnusableError("no_file", "a link or a sparse file")
+        raise RecordError("a link or a sparse file", "no_file")
     if info.size > MAX_RECORD_BYTES:
-        raise _UnusableError("too_large", f"a member of {info.size} bytes; expected at most {MAX_RECORD_BYTES}")
+        raise RecordError(f"a member of {info.size} bytes; expected at most {MAX_RECORD_BYTES}", "too_large")
+    if not info.size:
+        raise RecordError("no bytes", "empty")
     payload = data[info.offset_data : info.offset_data + info.size]
-    record = _decode(payload, form)
+    record = decode_member(payload, member=form.member, text_field=form.text_field, kind=form.kind)
     alternatives: tuple[str, ...] = ()
     num_passages = 0
     if form.kind == "pretraining":
-        texts: tuple[str, ...] = (pretraining_text(record),)
+        texts: tuple[str, ...] = (record["text"],)
     else:
-        made = fine_tuning_record(record)
-        texts, alternatives = made.texts[: -len(made.answers)], made.answers
-        num_passages = len(made.passages)
+        question = fine_tuning_record(record)
+        texts, alternatives = question.texts[: -len(question.answers)], question.answers
+        num_passages = len(question.passages)
     if not any(text.strip() for text in texts):
-        raise _UnusableError("empty", "only white space")
+        raise RecordError("only white space", "empty")
     return _RecordEntry(info.offset_data, info.size, xxhash.xxh64_intdigest(payload), texts, alternatives, num_passages)
 
 
-def _decode(payload: bytes, form: RecordForm) -> dict[str, Any]:
-    """Decode a member step by step, so that each fault gets its own reason."""
-    if not payload:
-        raise _UnusableError("empty", "no bytes")
-    with _unusable_as("not_gzip"):
-        content = unzip(payload) if form.member.endswith(".gz") else payload
-    with _unusable_as("not_utf8"):
-        decode_text(content)
-    if is_json(form.member):
-        with _unusable_as("not_json"):
-            decode_object(content)
-    with _unusable_as("bad_record"):
-        return decode_member(payload, member=form.member, text_field=form.text_field, kind=form.kind)
-
-
-@contextmanager
-def _unusable_as(reason: str) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise _UnusableError(reason, error) from error
-
-
 def _count_tokens(
-    batch: list[_RecordEntry], tokenizer: Tokenizer, findings: TarContents
-) -> list[tuple[int, int, int, int]]:
+    batch: list[_RecordEntry], tokenizer: Tokenizer, contents: TarContents
+) -> Iterator[tuple[int, int, int, int]]:
     """Index rows of a batch. A record's tokens are those of all its texts plus those of its longest alternative.
 
-    Adds the tokens of the passages to the findings.
+    Adds the tokens of the passages to the contents.
     """
-    texts = [text for found in batch for text in (*found.texts, *found.alternatives)]
-    lengths = iter([len(ids) for ids in tokenizer.encode_batch(texts)] if texts else [])
-    rows = []
-    for found in batch:
-        counts = [next(lengths) for _ in found.texts]
-        tokens = sum(counts) + max((next(lengths) for _ in found.alternatives), default=0)
-        if found.num_passages:
-            findings.passage_tokens[str(found.num_passages)] += sum(counts[: found.num_passages])
-        rows.append((found.offset, found.length, found.xxh64, tokens))
-    return rows
+    texts = [text for entry in batch for text in (*entry.texts, *entry.alternatives)]
+    lengths = iter([len(ids) for ids in tokenizer.encode_batch(texts)])
+    for entry in batch:
+        counts = [next(lengths) for _ in entry.texts]
+        tokens = sum(counts) + max((next(lengths) for _ in entry.alternatives), default=0)
+        if entry.num_passages:
+            contents.passage_tokens[str(entry.num_passages)] += sum(counts[: entry.num_passages])
+        yield entry.offset, entry.length, entry.xxh64, tokens

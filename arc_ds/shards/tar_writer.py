@@ -7,25 +7,29 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import xxhash
 
-from arc_ds.shards.format import INDEX_DTYPE, ShardInfo, sha256_of_file
+from arc_ds.shards.format import ShardInfo, write_index
 
 _BLOCK = tarfile.BLOCKSIZE
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    offset: int
-    length: int
-    xxh64: int
-    tokens: int
+class EncodedRecord(NamedTuple):
+    """A serialised record.
+
+    payload: its bytes.
+    num_tokens: its number of tokens by the encoder's tokenizer.
+    num_passages: number of passages of a fine-tuning record.
+    passage_tokens: number of tokens in these passages.
+    """
+
+    payload: bytes
+    num_tokens: int
+    num_passages: int = 0
+    passage_tokens: int = 0
 
 
 class ShardWriter:
@@ -45,9 +49,8 @@ class ShardWriter:
         self.num_records = sum(shard.samples for shard in finished)
         self.num_tokens = sum(shard.tokens for shard in finished)
         self._tar: BinaryIO | None = None
-        self._stack = ExitStack()
         self._digest = hashlib.sha256()
-        self._rows: list[_Row] = []
+        self._rows: list[tuple[int, int, int, int]] = []  # of the index
         self._passage_tokens: Counter[str] = Counter()
         self._offset = 0
 
@@ -55,30 +58,28 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._tar is not None:
+        if self._tar is not None and kind is None:
             self._finish()
-        self._stack.close()
+        elif self._tar is not None:
+            self._tar.close()
 
-    def write(self, payload: bytes, num_tokens: int, *, num_passages: int = 0, passage_tokens: int = 0) -> bool:
+    def write(self, record: EncodedRecord) -> bool:
         """Append one record as the member `KEY.json`, where KEY is its number among all records.
 
-        payload: the encoded record.
-        num_tokens: number of its tokens.
-        num_passages: number of passages of a fine-tuning record.
-        passage_tokens: number of tokens of these passages.
         Returns whether this record completes its shard, which is then on disk with its index.
         """
         if self._tar is None:
             self._begin()
+        payload = record.payload
         header = tarfile.TarInfo(f"{self.num_records:09d}.json")
         header.size, header.mode = len(payload), 0o644
         self._append(header.tobuf(tarfile.USTAR_FORMAT))
-        self._rows.append(_Row(self._offset, len(payload), xxhash.xxh64_intdigest(payload), num_tokens))
-        if num_passages:
-            self._passage_tokens[str(num_passages)] += passage_tokens
+        self._rows.append((self._offset, len(payload), xxhash.xxh64_intdigest(payload), record.num_tokens))
+        if record.num_passages:
+            self._passage_tokens[str(record.num_passages)] += record.passage_tokens
         self._append(payload + b"\0" * (-len(payload) % _BLOCK))
         self.num_records += 1
-        self.num_tokens += num_tokens
+        self.num_tokens += record.num_tokens
         if self._offset < self.shard_bytes:
             return False
         self._finish()
@@ -86,7 +87,7 @@ class ShardWriter:
 
     def _begin(self) -> None:
         path = self.folder / f"shard-{len(self.shards):06d}.tar"
-        self._tar = self._stack.enter_context(path.open("wb"))
+        self._tar = path.open("wb")
         self._digest, self._rows, self._passage_tokens, self._offset = hashlib.sha256(), [], Counter(), 0
 
     def _append(self, data: bytes) -> None:
@@ -103,22 +104,16 @@ class ShardWriter:
         self._tar.flush()
         os.fsync(self._tar.fileno())
         name = Path(self._tar.name).name
-        self._stack.close()
+        self._tar.close()
         self._tar = None
-        index = np.array([(r.offset, r.length, r.xxh64, r.tokens) for r in self._rows], dtype=INDEX_DTYPE)
-        index_path = self.folder / (Path(name).stem + ".idx")
-        with index_path.open("wb") as file:
-            np.save(file, index, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
         self.shards.append(
             ShardInfo(
                 name=name,
-                samples=len(index),
-                tokens=int(index["tokens"].sum()),
+                samples=len(self._rows),
+                tokens=sum(row[3] for row in self._rows),
                 bytes=self._offset,
                 sha256=self._digest.hexdigest(),
-                index_sha256=sha256_of_file(index_path),
+                index_sha256=write_index(self.folder / (Path(name).stem + ".idx"), self._rows),
                 passage_tokens=dict(self._passage_tokens),
             )
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from arc_ds.shards.reader import ShardSet
@@ -19,3 +21,10 @@ def texts_of(shards: ShardSet) -> list[str]:
 
 def kept(cache: ShardCache) -> list[Path]:
     return sorted((cache.folder / "tars").iterdir())
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)

@@ -16,8 +16,7 @@ import pytest
 from arc_ds.cli import main
 from arc_ds.errors import DataError
 from arc_ds.shards.building.writer import build_shards
-from arc_ds.shards.check import check_in_parallel
-from arc_ds.shards.faults import check_shards
+from arc_ds.shards.check import check_shards
 from tests.helpers.tiny_data import TEXT, write_tiktoken
 
 OPTIONS = {"max_tokens": 200, "min_tokens": 4, "shard_bytes": 1 << 19}
@@ -117,8 +116,8 @@ def test_checking_in_parallel_finds_the_same_faults(
         raw[offset] ^= 1
         (out / name).write_bytes(raw)
     (out / "stray").write_bytes(b"")
-    faults = list(check_in_parallel(out, workers=2))
-    assert faults == check_shards(out)
+    faults = list(check_shards(out, workers=2))
+    assert faults == list(check_shards(out))
     assert [fault.file for fault in faults] == ["stray", *["shard-000002.tar"] * 2, *["shard-000005.tar"] * 2]
     assert main(["shards", "check", str(out)]) == 1
     assert f"{out}/shard-000002.tar at byte 512: the member's checksum" in capsys.readouterr().out

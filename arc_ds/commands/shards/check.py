@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from arc_ds.shards.check import check_in_parallel
+from arc_ds.shards.check import check_shards
 from arc_ds.shards.storage.cache import open_cache
 from arc_ds.system.processes import num_cores
 from arc_ds.system.urls import is_url
@@ -23,7 +23,7 @@ def _check(namespace: argparse.Namespace) -> int:
     num_faults = 0
     for folder in namespace.folders:
         found = 0
-        for fault in check_in_parallel(folder, workers=namespace.workers, progress=sys.stderr.isatty()):
+        for fault in check_shards(folder, workers=namespace.workers, progress=sys.stderr.isatty()):
             print(f"{folder.rstrip('/')}/{fault}")
             found += 1
         where = f" (as kept in the cache {open_cache().folder})" if is_url(folder) else ""

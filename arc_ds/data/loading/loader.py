@@ -31,7 +31,7 @@ from arc_ds.data.order.dealing import deal
 from arc_ds.data.order.order import Pick, RunOrder
 from arc_ds.data.tasks import NO_COUNTS
 from arc_ds.errors import DataError
-from arc_ds.shards.descriptors import raise_descriptor_limit
+from arc_ds.shards.mappings import raise_descriptor_limit
 
 logger = logging.getLogger(__name__)
 

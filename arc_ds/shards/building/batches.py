@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from arc_ds.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -83,3 +86,12 @@ class Batch:
     content: tuple[Line, ...] | pyarrow.RecordBatch
     position: int
     first_row: int = 1
+
+
+def import_library(file: InputFile, name: str) -> Any:
+    """Import an optional package that reads a file. Raises DataError, with the remedy, if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise DataError(f"{file.path}: needs the package {package}. Run: pip install {package}") from error

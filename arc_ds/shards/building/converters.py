@@ -6,12 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from arc_ds.errors import DataError
 from arc_ds.shards.building.converters_qa import read_drop, read_squad
-from arc_ds.shards.building.converters_triviaqa import TriviaQaReader
+from arc_ds.shards.building.converters_triviaqa import read_triviaqa
 from arc_ds.shards.building.question import Question
 from arc_ds.shards.records import encode_record, fine_tuning_record
 from arc_ds.system.files import whole_file
@@ -42,7 +43,7 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Converted:
+class Conversion:
     """The number of records written, and the number of questions left out for each reason."""
 
     records: int
@@ -56,7 +57,7 @@ def convert_files(
     options: ConvertOptions | None = None,
     *,
     overwrite: bool = False,
-) -> Converted:
+) -> Conversion:
     """Convert files of one format to one JSONL file, with the questions in their original order.
 
     The write is atomic. Raises DataError if a file does not have the format, or if `out` exists and `overwrite` is
@@ -80,7 +81,7 @@ def convert_files(
                     records += 1
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error}. Free disk space or choose another path.") from error
-    return Converted(records=records, skipped=dict(sorted(skipped.items())))
+    return Conversion(records=records, skipped=dict(sorted(skipped.items())))
 
 
 def _questions(format_name: str, path: Path, options: ConvertOptions) -> Iterator[Question]:
@@ -88,11 +89,12 @@ def _questions(format_name: str, path: Path, options: ConvertOptions) -> Iterato
     readers: dict[str, Callable[[Any], Iterator[Question]]] = {
         "squad": read_squad,
         "drop": read_drop,
-        "triviaqa": TriviaQaReader(
+        "triviaqa": partial(
+            read_triviaqa,
             evidence=options.evidence or path.absolute().parent.parent / "evidence",
             passage_words=options.passage_words,
             max_passages=options.max_passages,
-        ).read,
+        ),
     }
     try:
         content = json.loads(path.read_bytes())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from arc_ds.shards.building.batches import Batch, InputFile
+from arc_ds.shards.building.batches import Batch, InputFile, Line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,23 +28,19 @@ class LeftOutError(Exception):
 
 def read_documents(
     file: InputFile, batch: Batch, *, text_field: str, max_bytes: int
-) -> Iterator[tuple[int, dict[str, Any] | LeftOutError]]:
-    """Yield the number (line or row) and the fields of each document, or the reason why it has none.
+) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
+    """Yield the number (line or row) of each document, and a function that parses its fields.
 
-    A text file has a single field, `text_field`. Reasons: too_large (more than `max_bytes`), not_utf8, not_json.
+    A text file has a single field, `text_field`. The function raises LeftOutError if the document cannot be read.
+    Reasons: too_large (more than `max_bytes`), not_utf8, not_json.
     """
-    if not isinstance(batch.content, tuple):
-        yield from _read_rows(batch.content, batch.first_row, max_bytes)
-        return
-    for line in batch.content:
-        try:
-            if line.data is None:
-                raise too_large(line.size, max_bytes)
-            fields = {text_field: _decoded(line.data)} if file.kind == "text" else _parsed(line.data)
-        except LeftOutError as left_out:
-            yield line.number, left_out
-        else:
-            yield line.number, fields
+    if isinstance(batch.content, tuple):
+        for line in batch.content:
+            yield line.number, partial(_parse_line, line, text_field if file.kind == "text" else None, max_bytes)
+    else:
+        columns = dict(zip(batch.content.schema.names, batch.content.columns, strict=True))
+        for idx in range(batch.content.num_rows):
+            yield batch.first_row + idx, partial(_parse_row, columns, idx, max_bytes)
 
 
 def too_large(size: int, max_bytes: int) -> LeftOutError:
@@ -52,20 +49,19 @@ def too_large(size: int, max_bytes: int) -> LeftOutError:
     return LeftOutError("too_large", fault)
 
 
-def _decoded(data: bytes) -> str:
+def _parse_line(line: Line, text_field: str | None, max_bytes: int) -> dict[str, Any]:
+    """The fields of a line of JSON, or of a text file if `text_field` is given."""
+    if line.data is None:
+        raise too_large(line.size, max_bytes)
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
+        text = line.data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise LeftOutError("not_utf8", f"expected UTF-8: {error}. Fix or remove it.") from error
-
-
-def _parsed(data: bytes) -> dict[str, Any]:
+    if text_field is not None:
+        return {text_field: text}
     try:
-        fields = json.loads(_decoded(data))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also for numbers of thousands of digits and for objects nested too deeply
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and objects nested too deeply
         raise LeftOutError("not_json", f"expected JSON: {error}. Fix or remove the line.") from error
     if not isinstance(fields, dict):
         got = type(fields).__name__
@@ -73,20 +69,13 @@ def _parsed(data: bytes) -> dict[str, Any]:
     return fields
 
 
-def _read_rows(
-    rows: pyarrow.RecordBatch, first_row: int, max_bytes: int
-) -> Iterator[tuple[int, dict[str, Any] | LeftOutError]]:
-    """Convert rows one by one, so that a row with invalid UTF-8 does not affect the others. Nulls count as missing."""
-    columns = dict(zip(rows.schema.names, rows.columns, strict=True))
-    for idx in range(rows.num_rows):
-        try:
-            size = sum(column.slice(idx, 1).nbytes for column in columns.values())
-            if size > max_bytes:
-                raise too_large(size, max_bytes)
-            values = {name: column[idx].as_py() for name, column in columns.items()}
-        except UnicodeDecodeError as error:
-            yield first_row + idx, LeftOutError("not_utf8", f"expected UTF-8: {error}. Fix or remove the row.")
-        except LeftOutError as left_out:
-            yield first_row + idx, left_out
-        else:
-            yield first_row + idx, {name: value for name, value in values.items() if value is not None}
+def _parse_row(columns: dict[str, pyarrow.Array], idx: int, max_bytes: int) -> dict[str, Any]:
+    """The fields of a row. Nulls count as missing. Invalid UTF-8 does not affect other rows."""
+    size = sum(column.slice(idx, 1).nbytes for column in columns.values())
+    if size > max_bytes:
+        raise too_large(size, max_bytes)
+    try:
+        values = {name: column[idx].as_py() for name, column in columns.items()}
+    except UnicodeDecodeError as error:
+        raise LeftOutError("not_utf8", f"expected UTF-8: {error}. Fix or remove the row.") from error
+    return {name: value for name, value in values.items() if value is not None}

@@ -26,7 +26,7 @@ _EXPECTED = f"{', '.join(_KINDS)} (also {', '.join(filter(None, _COMPRESSIONS))}
 _JSON_ENDINGS = tuple(f".json{compression}" for compression in _COMPRESSIONS)
 
 
-class FoundInputs(NamedTuple):
+class Inputs(NamedTuple):
     """The input files, and the entries of input folders that are skipped.
 
     passed_over: files of other kinds, .json files that are not JSON lines, hidden entries (the name begins with a dot),
@@ -37,7 +37,7 @@ class FoundInputs(NamedTuple):
     passed_over: tuple[Path, ...]
 
 
-def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) -> FoundInputs:
+def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) -> Inputs:
     """Expand folders to the input files in them and in their subfolders, in sorted order. Links are followed.
 
     inputs: files and folders.
@@ -53,9 +53,9 @@ def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) ->
             found = _search(path, without)
             files += found.files
             passed_over += found.passed_over
-        elif path.is_file() and _ending(path):
-            files.append(_input_file(path, path.name))
-            if (fault := _why_no_lines(files[-1])) is not None:
+        elif (file := _input_file(path, path.name)) is not None:
+            files.append(file)
+            if (fault := _why_no_lines(file)) is not None:
                 raise DataError(fault)
         else:
             state = "of another kind" if path.exists() else "missing"
@@ -70,30 +70,31 @@ def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) ->
             raise DataError(
                 f"input {file.path} {again}, so the shards would contain its documents twice. Pass it once."
             )
-    return FoundInputs(tuple(files), tuple(passed_over))
+    return Inputs(tuple(files), tuple(passed_over))
 
 
-def _search(folder: Path, without: Path | None) -> FoundInputs:
+def _search(folder: Path, without: Path | None) -> Inputs:
     """The inputs in a folder. Raises DataError if there are none or the folder cannot be searched."""
     try:
         held = sorted(_below(folder, frozenset() if without is None else frozenset((without.resolve(),))))
     except OSError as error:
         raise DataError(f"{folder}: cannot be searched ({error}). Make it readable, or pass its files.") from error
-    named = [path for path in held if _ending(path) and not _is_hidden(path) and path.is_file()]
-    found = [_input_file(path, str(path.relative_to(folder))) for path in named]
+    named = [path for path in held if not path.name.startswith(".")]
+    found = [file for path in named if (file := _input_file(path, str(path.relative_to(folder)))) is not None]
     faults = {file.path: fault for file in found if (fault := _why_no_lines(file)) is not None}
     files = [file for file in found if file.path not in faults]
     if not files:
         nothing = f"{folder}: expected files ending in {_EXPECTED}, found none. Check the path."
         raise DataError(next(iter(faults.values()), nothing))
     others = set(held).difference(file.path for file in files)
-    return FoundInputs(tuple(files), tuple(sorted(others)))
+    return Inputs(tuple(files), tuple(sorted(others)))
 
 
 def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
     """Yield the entries of a folder and its subfolders, without descending into subfolders that are skipped.
 
-    Skipped are hidden folders, folders of shards, folders that cannot be searched, and folders in `above`.
+    Skipped are hidden folders (such as unfinished builds and notebook checkpoints), folders of shards, folders that
+    cannot be searched, and folders in `above`.
 
     above: the enclosing folders. Skipping them ends the recursion on links that form a cycle.
 
@@ -101,9 +102,8 @@ def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
     """
     above |= {folder.resolve()}
     for path in folder.iterdir():
-        if not path.is_dir() or _is_hidden(path) or path.resolve() in above or _is_shards(path):
-            yield path
-        elif os.access(path, os.R_OK | os.X_OK):
+        is_skipped = path.name.startswith(".") or path.resolve() in above or _is_shards(path)
+        if path.is_dir() and not is_skipped and os.access(path, os.R_OK | os.X_OK):
             yield from _below(path, above)
         else:
             yield path
@@ -125,17 +125,12 @@ def _why_no_lines(file: InputFile) -> str | None:
     return why_no_lines(file)
 
 
-def _is_hidden(path: Path) -> bool:
-    """Whether a file or folder is hidden, such as unfinished builds, notebook checkpoints and file system metadata."""
-    return path.name.startswith(".")
-
-
-def _ending(path: Path) -> str | None:
-    return next((ending for ending in _ENDINGS if path.name.lower().endswith(ending)), None)
-
-
-def _input_file(path: Path, name: str) -> InputFile:
-    kind, compression = _ENDINGS[_ending(path) or ""]
+def _input_file(path: Path, name: str) -> InputFile | None:
+    """The input file at a path; None if its ending is unknown."""
+    ending = next((ending for ending in _ENDINGS if path.name.lower().endswith(ending)), None)
+    if ending is None or not path.is_file():
+        return None
+    kind, compression = _ENDINGS[ending]
     status = path.stat()
     return InputFile(
         path=path,

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 from arc_ds.errors import DataError
-from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile, Line
+from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile, Line, import_library
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -111,39 +111,41 @@ def _discard(stream: IO[bytes], num_bytes: int | None = None) -> int:
 def _opened(file: InputFile) -> Iterator[tuple[BinaryIO, IO[bytes]]]:
     """Open a file; yield it and the stream of its decompressed bytes. Every read error becomes a DataError."""
     broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    zstandard = _zstandard(file) if file.compression == "zst" else None
-    if zstandard is not None:
+    if file.compression == "zst":
+        zstandard = import_library(file, "zstandard")
         broken = (*broken, zstandard.ZstdError)
     try:
         with file.path.open("rb") as raw:
             if file.compression == "gz":
                 yield raw, io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), _CHUNK)
-            elif zstandard is not None:
-                yield raw, io.BufferedReader(_ZstdStream(raw, zstandard), _CHUNK)
+            elif file.compression == "zst":
+                yield raw, io.BufferedReader(_ChunkStream(_zstd_chunks(raw, zstandard)), _CHUNK)
             else:
                 yield raw, raw
     except broken as error:
         raise DataError(f"{file.path}: cannot be read ({error}). Repair, replace or leave out the file.") from error
 
 
-def _zstandard(file: InputFile) -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise DataError(f"{file.path}: .zst files need the package zstandard. Run: pip install zstandard") from error
-    return zstandard
-
-
-class _ZstdStream(io.RawIOBase):
-    """The decompressed bytes of all zstd frames of a file. Raises EOFError if the last frame is truncated.
+def _zstd_chunks(raw: BinaryIO, zstandard: Any) -> Iterator[bytes]:
+    """Yield the decompressed bytes of all zstd frames of a file. Raises EOFError if the last frame is truncated.
 
     zstandard's own stream reader does not report a truncated file; it returns fewer bytes.
     """
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
+    frame, data = None, b""
+    while data := data or raw.read(_ZSTD_CHUNK):
+        frame = decompressor.decompressobj() if frame is None or frame.eof else frame
+        yield frame.decompress(data)
+        data = frame.unused_data if frame.eof else b""
+    if frame is not None and not frame.eof:
+        raise EOFError("the last zstd frame is truncated")
 
-    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
-        self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
-        self._frame: Any = None
+
+class _ChunkStream(io.RawIOBase):
+    """A stream of chunks of bytes."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
@@ -151,23 +153,11 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         while not self._ready:
-            if not self._fill():
+            if (chunk := next(self._chunks, None)) is None:
                 return 0
+            self._ready = memoryview(chunk)
         target = memoryview(buffer).cast("B")
         size = min(len(target), len(self._ready))
         target[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
-
-    def _fill(self) -> bool:
-        """Decompress the next bytes; return False at the end of the file."""
-        left_over = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-        data = left_over or self._raw.read(_ZSTD_CHUNK)
-        if not data:
-            if self._frame is not None and not self._frame.eof:
-                raise EOFError("the last zstd frame is truncated")
-            return False
-        if self._frame is None or self._frame.eof:
-            self._frame = self._decompressor.decompressobj()
-        self._ready = memoryview(self._frame.decompress(data))
-        return True

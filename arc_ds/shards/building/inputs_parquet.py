@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from arc_ds.errors import DataError
-from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile
+from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile, import_library
 
 if TYPE_CHECKING:
     import pyarrow
@@ -23,34 +23,29 @@ def read_row_batches(file: InputFile, columns: Sequence[str], start: Cursor) -> 
 
     Raises DataError if the file has none of the columns or is damaged, or if pyarrow is not installed.
     """
-    pyarrow = _pyarrow(file)
+    pyarrow = import_library(file, "pyarrow")
+    pyarrow_parquet = import_library(file, "pyarrow.parquet")
     try:
-        with pyarrow.parquet.ParquetFile(file.path, buffer_size=_READ_AHEAD, pre_buffer=False) as parquet:
+        with pyarrow_parquet.ParquetFile(file.path, buffer_size=_READ_AHEAD, pre_buffer=False) as parquet:
             names = parquet.schema_arrow.names
             wanted = [name for name in columns if name in names]
             if not wanted:
                 raise DataError(f"{file.path}: expected the columns {', '.join(columns)}; it has {', '.join(names)}.")
             first_row = 1 + sum(parquet.metadata.row_group(idx).num_rows for idx in range(start.place))
-            for group in range(start.place, parquet.num_row_groups):
-                skipped = start.number if group == start.place else 0
-                yield from _row_group(parquet, file, group, wanted, skipped, first_row)
-                first_row += parquet.metadata.row_group(group).num_rows
+            bytes_per_row = file.num_bytes / max(parquet.metadata.num_rows, 1)
+            for idx in range(start.place, parquet.num_row_groups):
+                group = parquet.metadata.row_group(idx)
+                size, row = _rows_at_once(group, wanted), 0
+                for rows in parquet.iter_batches(size, row_groups=[idx], columns=wanted, use_threads=False):
+                    if idx > start.place or row >= start.number:  # `start` is at a batch boundary
+                        position = int(bytes_per_row * (first_row - 1 + row + len(rows)))
+                        yield Batch(
+                            cursor=Cursor(idx, row), content=_plain(rows), position=position, first_row=first_row + row
+                        )
+                    row += len(rows)
+                first_row += group.num_rows
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{file.path}: cannot be read as Parquet ({error}). Repair or leave out the file.") from error
-
-
-def _row_group(
-    parquet: Any, file: InputFile, group: int, columns: list[str], skipped: int, first_row: int
-) -> Iterator[Batch]:
-    """The batches of a row group after its first `skipped` rows, which must end at a batch boundary."""
-    size = _rows_at_once(parquet.metadata.row_group(group), columns)
-    share = file.num_bytes / max(parquet.metadata.num_rows, 1)
-    row = 0
-    for rows in parquet.iter_batches(batch_size=size, row_groups=[group], columns=columns, use_threads=False):
-        if row >= skipped:
-            position = int(share * (first_row - 1 + row + len(rows)))
-            yield Batch(cursor=Cursor(group, row), content=_plain(rows), position=position, first_row=first_row + row)
-        row += len(rows)
 
 
 def _rows_at_once(group: Any, columns: list[str]) -> int:
@@ -81,12 +76,3 @@ def _plain_type(stored: pyarrow.DataType) -> pyarrow.DataType:
         inner = _plain_type(stored.value_type)
         return stored if inner == stored.value_type else pyarrow.large_list(inner)
     return pyarrow.large_string() if pyarrow.types.is_string_view(stored) else stored
-
-
-def _pyarrow(file: InputFile) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{file.path}: Parquet files need the package pyarrow. Run: pip install pyarrow") from error
-    return pyarrow

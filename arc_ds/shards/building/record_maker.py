@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from arc_ds.errors import DataError
 from arc_ds.shards.building.batches import Batch, InputFile
@@ -13,6 +12,7 @@ from arc_ds.shards.building.documents import LeftOutError, read_documents, too_l
 from arc_ds.shards.building.text_cutter import TextCutter
 from arc_ds.shards.format import RecordKind
 from arc_ds.shards.records import MAX_RECORD_BYTES, encode_record, fine_tuning_record, text_of
+from arc_ds.shards.tar_writer import EncodedRecord
 from arc_ds.tokenizers import Tokenizer
 
 OnError = Literal["stop", "skip"]
@@ -86,46 +86,30 @@ class Counts:
 
     documents: int = 0
     cut: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, int] = field(default_factory=dict)  # not a Counter: `asdict` cannot copy one
+
+    def skip(self, reason: str, num_documents: int = 1) -> None:
+        self.skipped[reason] = self.skipped.get(reason, 0) + num_documents
 
     def add(self, other: Counts) -> None:
         self.documents += other.documents
         self.cut += other.cut
-        self.skipped.update(other.skipped)
-
-    def copy(self) -> Counts:
-        return Counts(documents=self.documents, cut=self.cut, skipped=self.skipped.copy())
-
-
-class EncodedRecord(NamedTuple):
-    """A serialised record.
-
-    payload: its bytes.
-    num_tokens: its number of tokens by the encoder's tokenizer.
-    num_passages: number of passages of a fine-tuning record.
-    passage_tokens: number of tokens in these passages.
-    """
-
-    payload: bytes
-    num_tokens: int
-    num_passages: int = 0
-    passage_tokens: int = 0
+        for reason, num_documents in other.skipped.items():
+            self.skip(reason, num_documents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedBatch:
     """The records of a batch.
 
-    records: none if `stopped` is set.
+    records: the records of its documents.
     counts: the documents of the batch.
     faults: the first `MAX_NAMED` faults, each with file and line or row.
-    stopped: the fault that stops the build; None if there is none.
     """
 
     records: tuple[EncodedRecord, ...]
     counts: Counts
     faults: tuple[str, ...]
-    stopped: str | None = None
 
 
 class RecordMaker:
@@ -137,33 +121,29 @@ class RecordMaker:
         self._cutter = TextCutter(tokenizer=tokenizer, max_tokens=rules.max_tokens, min_tokens=rules.min_tokens)
 
     def make(self, file: InputFile, batch: Batch) -> EncodedBatch:
-        """Make the records of a batch of documents of a file."""
+        """Make the records of a batch of documents of a file. Raises DataError for a fault that stops the build."""
         records: list[EncodedRecord] = []
         counts = Counts()
         faults: list[str] = []
         rules = self.rules
         documents = read_documents(file, batch, text_field=rules.text_field, max_bytes=rules.max_document_bytes)
-        for number, fields in documents:
+        for number, parse in documents:
             counts.documents += 1
             try:
-                made = self._records_of(fields)
+                fields = parse()
+                self._check_quality(fields)
+                made = self._fine_tuning(fields) if rules.kind == "fine_tuning" else self._pretraining(fields)
             except LeftOutError as left_out:
                 if left_out.fault is not None:
                     fault = f"{file.where(number)}: {left_out.fault}"
                     if rules.on_error == "stop":
-                        return EncodedBatch(records=(), counts=counts, faults=(), stopped=fault)
+                        raise DataError(fault) from left_out
                     faults += [fault] if len(faults) < MAX_NAMED else []
-                counts.skipped[left_out.reason] += 1
+                counts.skip(left_out.reason)
             else:
                 counts.cut += len(made) > 1
                 records += made
         return EncodedBatch(records=tuple(records), counts=counts, faults=tuple(faults))
-
-    def _records_of(self, fields: dict[str, Any] | LeftOutError) -> list[EncodedRecord]:
-        if isinstance(fields, LeftOutError):
-            raise fields
-        self._check_quality(fields)
-        return self._fine_tuning(fields) if self.rules.kind == "fine_tuning" else self._pretraining(fields)
 
     def _check_quality(self, fields: dict[str, Any]) -> None:
         name = self.rules.quality_field

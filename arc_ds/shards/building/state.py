@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,7 @@ from typing import Any
 from arc_ds.shards.building.batches import Cursor, InputFile
 from arc_ds.shards.building.record_maker import Counts, RecordRules
 from arc_ds.shards.format import ShardInfo, SourceInfo, sha256_of_file
-from arc_ds.shards.locks import writing
-from arc_ds.system.files import replace_folder, write_whole
+from arc_ds.system.files import write_whole
 from arc_ds.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -35,9 +32,9 @@ class BuildPlan:
     tokenizer_fingerprint: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """The progress of a build when it finished its last shard.
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """The progress of a build. It is saved at the end of each shard.
 
     shards: the finished shards.
     sources: the inputs that have been read completely.
@@ -49,8 +46,8 @@ class Checkpoint:
     file_tokens: how many tokens of the current input the shards contain, including the current batch.
     """
 
-    shards: tuple[ShardInfo, ...] = ()
-    sources: tuple[SourceInfo, ...] = ()
+    shards: list[ShardInfo] = field(default_factory=list)
+    sources: list[SourceInfo] = field(default_factory=list)
     file_idx: int = 0
     cursor: Cursor = field(default_factory=Cursor)
     num_records: int = 0
@@ -60,18 +57,11 @@ class Checkpoint:
 
 
 class BuildFolder:
-    """The hidden working folder of a build, next to the target folder. Only one build at a time can use it."""
+    """The hidden working folder of a build, next to the target folder. A lock lets only one build at a time use it."""
 
     def __init__(self, target: Path) -> None:
         self.path = target.with_name(f".{target.name}.partial")
         self.shards = self.path / "shards"
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Create the folder and lock it against other builds. Raises DataError if another build holds the lock."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with writing(self.path, "build"):
-            yield
 
     def keep_only(self, shards: Sequence[ShardInfo]) -> None:
         """Create the folder of shards and remove everything except `shards` from it."""
@@ -81,27 +71,22 @@ class BuildFolder:
             if path.name not in kept:
                 path.unlink()
 
-    def publish(self, target: Path) -> None:
-        """Rename the finished folder of shards to `target`. An existing target is moved aside and removed last."""
-        replace_folder(self.shards, target)
-        self.remove()
-
     def remove(self) -> None:
         """Remove the working folder, including the saved progress."""
         shutil.rmtree(self.path)
 
-    def save(self, plan: BuildPlan, checkpoint: Checkpoint) -> None:
+    def save(self, plan: BuildPlan, progress: Progress) -> None:
         """Save the progress of the build with an atomic write."""
         state = {
             "version": _VERSION,
             "plan": _plan_as_json(plan),
-            "inputs": _signatures(plan.files[: checkpoint.file_idx + 1]),
-            "checkpoint": asdict(checkpoint),
+            "inputs": _signatures(plan.files[: progress.file_idx + 1]),
+            "checkpoint": asdict(progress),
         }
         # json.dump is many times slower, and the state of ten thousand shards takes megabytes.
         write_whole(self.path / _STATE, json.dumps(state))
 
-    def load(self, plan: BuildPlan) -> Checkpoint | None:
+    def load(self, plan: BuildPlan) -> Progress | None:
         """Load the progress of the same build and verify its shards' checksums; None if the build cannot resume."""
         path = self.path / _STATE
         if not path.is_file():
@@ -110,16 +95,16 @@ class BuildFolder:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if state["version"] != _VERSION:
                 raise ValueError("its format version is different")
-            checkpoint = _checkpoint_of(state["checkpoint"])
+            progress = _progress_of(state["checkpoint"])
             _check_same(state, plan)
-            for shard in checkpoint.shards:
+            for shard in progress.shards:
                 _check_whole(self.shards, shard)
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning(
                 "%s: the build starts from scratch, because it cannot resume an unfinished one: %s", self.path, error
             )
             return None
-        return checkpoint
+        return progress
 
 
 def _plan_as_json(plan: BuildPlan) -> dict[str, Any]:
@@ -147,13 +132,12 @@ def _check_same(state: dict[str, Any], plan: BuildPlan) -> None:
         raise ValueError("the inputs that it has read have changed, or different inputs were given")
 
 
-def _checkpoint_of(fields: dict[str, Any]) -> Checkpoint:
-    counts = fields.pop("counts")
-    return Checkpoint(
-        shards=tuple(ShardInfo(**shard) for shard in fields.pop("shards")),
-        sources=tuple(SourceInfo(**source) for source in fields.pop("sources")),
+def _progress_of(fields: dict[str, Any]) -> Progress:
+    return Progress(
+        shards=[ShardInfo(**shard) for shard in fields.pop("shards")],
+        sources=[SourceInfo(**source) for source in fields.pop("sources")],
         cursor=Cursor(*fields.pop("cursor")),
-        counts=Counts(documents=counts["documents"], cut=counts["cut"], skipped=Counter(counts["skipped"])),
+        counts=Counts(**fields.pop("counts")),
         **fields,
     )
 

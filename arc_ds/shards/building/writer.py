@@ -7,23 +7,25 @@ them in order. At the end of each shard the build saves its progress, so that a 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.building.batches import InputFile
+from arc_ds.shards.building.batches import Batch, Cursor, InputFile
 from arc_ds.shards.building.input_digests import InputDigests
 from arc_ds.shards.building.inputs import find_inputs, read_batches
-from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordRules
-from arc_ds.shards.building.state import BuildFolder, BuildPlan, Checkpoint
-from arc_ds.shards.building.workers import BatchJob, make_in_order
-from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo
+from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordMaker, RecordRules
+from arc_ds.shards.building.state import BuildFolder, BuildPlan, Progress
+from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo, total_skipped
+from arc_ds.shards.locks import writing
+from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.tar_writer import ShardWriter
-from arc_ds.system.files import write_whole
+from arc_ds.system.files import replace_folder, write_whole
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -97,9 +99,10 @@ def build_shards(
     plan = BuildPlan(files=files, rules=rules, shard_bytes=shard_bytes, tokenizer_fingerprint=tokenizer.fingerprint)
     folder = BuildFolder(out_dir)
     try:
-        with folder.locked():
+        with writing(folder.path, "build"):
             manifest = _build_in(folder, plan, tokenizer, workers, progress)
-            folder.publish(out_dir)
+            replace_folder(folder.shards, out_dir)
+            folder.remove()
     except OSError as error:
         raise StorageError(f"{out_dir} cannot be written: {error}. Is its disk full?") from error
     logger.info("%s: %d records in %d shards", out_dir, manifest.samples, len(manifest.shards))
@@ -129,22 +132,20 @@ def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path)
     return files
 
 
-def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, workers: int, progress: bool) -> Manifest:
+def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, workers: int, show_bar: bool) -> Manifest:
     """Write all shards and the manifest to the build's folder. If the build fails, its finished shards stay there."""
-    start = folder.load(plan)
-    if start is not None:
-        logger.warning("%s: resuming after %d finished shards", folder.path, len(start.shards))
-    build = _Build(folder, plan, start or Checkpoint())
+    progress = folder.load(plan) or Progress()
+    if progress.shards:
+        logger.warning("%s: resuming after %d finished shards", folder.path, len(progress.shards))
+    build = _Build(folder, plan, progress)
     try:
         total = sum(file.num_bytes for file in plan.files)
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not show_bar) as bar:
             build.run(tokenizer, workers, bar)
     except BaseException:
-        if build.checkpoint.shards:
+        if build.num_saved:
             logger.warning(
-                "%d finished shards are kept in %s: the same command resumes the build",
-                len(build.checkpoint.shards),
-                folder.path,
+                "%d finished shards are kept in %s: the same command resumes the build", build.num_saved, folder.path
             )
         else:
             folder.remove()
@@ -156,109 +157,109 @@ def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, worker
         min_tokens=plan.rules.min_tokens,
         tokenizer_fingerprint=plan.tokenizer_fingerprint,
         shards=tuple(build.writer.shards),
-        sources=tuple(build.sources),
+        sources=tuple(progress.sources),
         kind=plan.rules.kind,
     )
     write_whole(folder.shards / MANIFEST, manifest.to_json())
     return manifest
 
 
-class _Build:
-    """A build in progress: its output so far, and its counts for the current input."""
+class _BatchJob(NamedTuple):
+    """A batch of the input number `file_idx`."""
 
-    def __init__(self, folder: BuildFolder, plan: BuildPlan, start: Checkpoint) -> None:
+    file_idx: int
+    file: InputFile
+    batch: Batch
+
+
+def _encode(rules: RecordRules, tokenizer: Tokenizer | Path, job: _BatchJob) -> EncodedBatch:
+    """Make the records of a batch. The workers load the tokenizer from a path."""
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    return RecordMaker(rules, tokenizer).make(job.file, job.batch)
+
+
+class _Build:
+    """A build in progress.
+
+    num_saved: number of shards in the saved progress.
+    """
+
+    def __init__(self, folder: BuildFolder, plan: BuildPlan, progress: Progress) -> None:
         self.folder = folder
         self.plan = plan
-        self.checkpoint = start
-        folder.keep_only(start.shards)
-        self.writer = ShardWriter(folder.shards, plan.shard_bytes, start.shards)
-        self.sources = list(start.sources)
-        self._counts = start.counts.copy()
-        self._first_record = self.writer.num_records - start.file_records
-        self._first_token = self.writer.num_tokens - start.file_tokens
-        self._to_skip = start.num_records  # records of the first batch that the shards already contain
+        self.num_saved = len(progress.shards)
+        folder.keep_only(progress.shards)
+        self.writer = ShardWriter(folder.shards, plan.shard_bytes, progress.shards)
+        self._progress = progress
+        self._to_skip = progress.num_records  # records of the first batch that the shards already contain
         self._num_named = 0  # faults logged so far
-        self._bytes_done = sum(source.bytes for source in start.sources)
+        self._bytes_done = sum(source.bytes for source in progress.sources)
 
     def run(self, tokenizer: Tokenizer, workers: int, bar: tqdm[None]) -> None:
         """Read the inputs from the checkpoint on and write their records.
 
         Raises DataError on a fault that stops the build, or if the inputs yield no record.
         """
+        saved = self.folder.path / "tokenizer"
+        if workers > 1:
+            saved.mkdir(exist_ok=True)
+            tokenizer.save(saved)
+        encode = partial(_encode, self.plan.rules, saved if workers > 1 else tokenizer)
         with InputDigests() as digests:
-            jobs = make_in_order(
-                self._jobs(digests),
-                rules=self.plan.rules,
-                tokenizer=tokenizer,
-                tokenizer_folder=self.folder.path / "tokenizer",
-                num_workers=workers,
-            )
+            jobs = map_in_order(encode, self._jobs(digests), workers)
             with self.writer, closing(jobs):
-                for job, made in jobs:
+                for job, encoded in jobs:
                     self._finish_files(job.file_idx, digests)
-                    self._write(job, made)
+                    self._write(job, encoded)
                     bar.update(self._bytes_done + job.batch.position - bar.n)
                     bar.set_postfix(records=self.writer.num_records, refresh=False)
                 self._finish_files(len(self.plan.files), digests)
         if not self.writer.shards:
+            left_out = ", ".join(f"{count} {reason}" for reason, count in total_skipped(self._progress.sources).items())
             raise DataError(
                 f"the inputs ({', '.join(file.path.name for file in self.plan.files[:5])}) yield no record: "
-                f"{_as_words(self.sources)} left out. Give other inputs, or lower the limits."
+                f"{left_out or 'no document'} left out. Give other inputs, or lower the limits."
             )
 
-    def _jobs(self, digests: InputDigests) -> Iterator[BatchJob]:
-        """Yield the batches from the checkpoint on."""
-        rules, start = self.plan.rules, self.checkpoint
-        for idx in range(start.file_idx, len(self.plan.files)):
-            file = self.plan.files[idx]
+    def _jobs(self, digests: InputDigests) -> Iterator[_BatchJob]:
+        """Yield the batches from the current one on."""
+        rules, first, cursor = self.plan.rules, self._progress.file_idx, self._progress.cursor
+        for idx, file in enumerate(self.plan.files[first:], start=first):
             digests.begin(file.path)
-            for batch in read_batches(
-                file,
-                columns=rules.columns,
-                max_document_bytes=rules.max_document_bytes,
-                start=start.cursor if idx == start.file_idx else None,
-            ):
-                yield BatchJob(idx, file, batch)
+            batches = read_batches(
+                file, columns=rules.columns, max_document_bytes=rules.max_document_bytes, start=cursor
+            )
+            yield from (_BatchJob(idx, file, batch) for batch in batches)
+            cursor = Cursor()
 
-    def _write(self, job: BatchJob, made: EncodedBatch) -> None:
+    def _write(self, job: _BatchJob, encoded: EncodedBatch) -> None:
         """Append the records of one batch, and save the progress whenever a shard is finished."""
-        named = made.faults[: MAX_NAMED - self._num_named]
+        named = encoded.faults[: MAX_NAMED - self._num_named]
         for fault in named:
             logger.warning("left out: %s", fault)
         self._num_named += len(named)
         if named and self._num_named == MAX_NAMED:
             logger.warning("further faults are counted, but not logged")
-        if made.stopped is not None:
-            raise DataError(made.stopped)
-        for number, record in enumerate(made.records[self._to_skip :], start=self._to_skip + 1):
-            is_finished = self.writer.write(
-                record.payload,
-                record.num_tokens,
-                num_passages=record.num_passages,
-                passage_tokens=record.passage_tokens,
-            )
+        for number, record in enumerate(encoded.records[self._to_skip :], start=self._to_skip + 1):
+            is_finished = self.writer.write(record)
+            self._progress.file_records += 1
+            self._progress.file_tokens += record.num_tokens
             if is_finished:
                 self._save(job, number)
         self._to_skip = 0
-        self._counts.add(made.counts)
+        self._progress.counts.add(encoded.counts)
 
-    def _save(self, job: BatchJob, num_records: int) -> None:
-        self.checkpoint = Checkpoint(
-            shards=tuple(self.writer.shards),
-            sources=tuple(self.sources),
-            file_idx=job.file_idx,
-            cursor=job.batch.cursor,
-            num_records=num_records,
-            counts=self._counts.copy(),
-            file_records=self.writer.num_records - self._first_record,
-            file_tokens=self.writer.num_tokens - self._first_token,
-        )
-        self.folder.save(self.plan, self.checkpoint)
+    def _save(self, job: _BatchJob, num_records: int) -> None:
+        progress = self._progress
+        progress.shards = self.writer.shards
+        progress.file_idx, progress.cursor, progress.num_records = job.file_idx, job.batch.cursor, num_records
+        self.folder.save(self.plan, progress)
+        self.num_saved = len(progress.shards)
 
     def _finish_files(self, end: int, digests: InputDigests) -> None:
         """Record the results of the inputs before index `end`. Raises DataError if one changed while it was read."""
-        for idx in range(len(self.sources), end):
-            file = self.plan.files[idx]
+        progress = self._progress
+        for file in self.plan.files[len(progress.sources) : end]:
             digest = digests.take(file.path)
             if file.has_changed():
                 raise DataError(f"{file.path} changed while it was read. Build again when it is complete.")
@@ -266,19 +267,12 @@ class _Build:
                 name=file.name,
                 bytes=file.num_bytes,
                 sha256=digest,
-                documents=self._counts.documents,
-                records=self.writer.num_records - self._first_record,
-                tokens=self.writer.num_tokens - self._first_token,
-                cut=self._counts.cut,
-                skipped=dict(sorted(self._counts.skipped.items())),
+                documents=progress.counts.documents,
+                records=progress.file_records,
+                tokens=progress.file_tokens,
+                cut=progress.counts.cut,
+                skipped=dict(sorted(progress.counts.skipped.items())),
             )
-            self.sources.append(source)
+            progress.sources.append(source)
             self._bytes_done += source.bytes
-            self._counts = Counts()
-            self._first_record, self._first_token = self.writer.num_records, self.writer.num_tokens
-
-
-def _as_words(sources: Sequence[SourceInfo]) -> str:
-    """The number of documents left out for each reason, as text."""
-    total = sum((Counter(source.skipped) for source in sources), Counter[str]())
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(total.items())) or "no document"
+            progress.counts, progress.file_records, progress.file_tokens = Counts(), 0, 0

@@ -19,20 +19,32 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from arc_ds.errors import StorageError
-from arc_ds.shards.storage.remote import Retries, download, with_retries
+from arc_ds.shards.storage.remote import Retries, download
 from arc_ds.system.urls import shown_url
 
 logger = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
+_TARS = "tars"
 _GIB = 1 << 30
+
+
+class KnownFile(NamedTuple):
+    """A file whose content is known in advance.
+
+    address: its URL, or its path.
+    """
+
+    address: str
+    num_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,35 +60,33 @@ class ShardCache:
     max_bytes: int
     retries: Retries = field(default_factory=Retries)
 
-    def open(self, url: str, *, num_bytes: int, sha256: str) -> IO[bytes]:
-        """Open the file with this sha256 for reading, and fetch it first if the cache does not hold it.
+    def open(self, file: KnownFile) -> IO[bytes]:
+        """Open a file at a URL for reading, and fetch it first if the cache does not hold it.
 
         The file is not evicted while it or a mapping of it is open in any process. Raises StorageError if it cannot be
         fetched or stored.
         """
-        path = self.tar_path(sha256)
         try:
-            found = self._open_kept(path, num_bytes)
-            if found is not None:
-                return found
-            with self.lock(sha256[:2]):
-                return self._open_kept(path, num_bytes) or self._fetch(url, path, num_bytes, sha256)
+            if (cached := self._open_cached(file)) is not None:
+                return cached
+            with self.lock(file.sha256[:2]):
+                return self._open_cached(file) or self._fetch(file)
         except OSError as error:
-            raise self.storage_error(url, error) from error
+            raise self.storage_error(file.address, error) from error
 
-    def bring(self, url: str, *, num_bytes: int, sha256: str) -> None:
-        """Fetch the file with this sha256 unless it is cached or being fetched elsewhere. Errors as in `open`."""
-        path = self.tar_path(sha256)
+    def prefetch(self, file: KnownFile) -> None:
+        """Fetch a file at a URL unless it is cached or being fetched elsewhere. Errors as in `open`."""
+        path = self.path(file)
         try:
-            with self.lock(sha256[:2], wait=False) as is_held:
-                if is_held and not (path.is_file() and path.stat().st_size == num_bytes):
-                    self._fetch(url, path, num_bytes, sha256).close()
+            with self.lock(file.sha256[:2], wait=False) as is_held:
+                if is_held and not (path.is_file() and path.stat().st_size == file.num_bytes):
+                    self._fetch(file).close()
         except OSError as error:
-            raise self.storage_error(url, error) from error
+            raise self.storage_error(file.address, error) from error
 
-    def tar_path(self, sha256: str) -> Path:
-        """Path of the cached file (a tar or a token cache file) with this sha256."""
-        return self.folder / "tars" / sha256
+    def path(self, file: KnownFile) -> Path:
+        """Path of a file (a tar or a token cache file) in the cache."""
+        return self.folder / _TARS / file.sha256
 
     @contextmanager
     def lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
@@ -108,12 +118,13 @@ class ShardCache:
             f"{shown_url(url)} cannot be kept in the cache {self.folder}: {error.strerror or error}. {cure}"
         )
 
-    def _open_kept(self, path: Path, num_bytes: int) -> IO[bytes] | None:
+    def _open_cached(self, wanted: KnownFile) -> IO[bytes] | None:
+        path = self.path(wanted)
         try:
             file = path.open("rb")
         except FileNotFoundError:
             return None
-        if os.fstat(file.fileno()).st_size != num_bytes:
+        if os.fstat(file.fileno()).st_size != wanted.num_bytes:
             logger.warning("%s does not have the expected size; fetching it again", path)
             file.close()
             return None
@@ -121,21 +132,20 @@ class ShardCache:
         os.utime(file.fileno())
         return file
 
-    def _fetch(self, url: str, path: Path, num_bytes: int, sha256: str) -> IO[bytes]:
+    def _fetch(self, wanted: KnownFile) -> IO[bytes]:
         """Fetch a file and return it open, with a shared lock. The caller holds the lock of its name."""
+        path = self.path(wanted)
         partial_path = path.with_name(path.name + _PARTIAL)
-        file = self._reserve(partial_path, num_bytes)
-        with ExitStack() as undo:
-            undo.callback(file.close)
-            undo.callback(fcntl.flock, file, fcntl.LOCK_UN)
-            undo.callback(partial_path.unlink, missing_ok=True)
-            transfer = partial(
-                download, url, file, num_bytes=num_bytes, sha256=sha256, timeout_s=self.retries.timeout_s
-            )
-            with_retries(url, transfer, self.retries)
+        file = self._reserve(partial_path, wanted.num_bytes)
+        try:
+            download(wanted.address, file, num_bytes=wanted.num_bytes, sha256=wanted.sha256, retries=self.retries)
             with self.lock("room"):
                 partial_path.rename(path)
-            undo.pop_all()
+        except BaseException:
+            partial_path.unlink(missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_UN)
+            file.close()
+            raise
         fcntl.flock(file, fcntl.LOCK_SH)
         file.seek(0)
         return file
@@ -152,7 +162,7 @@ class ShardCache:
 
     def _make_room(self, num_bytes: int) -> None:
         """Evict the least recently used files that no process uses until `num_bytes` more fit within the bound."""
-        found = _files(path_of_tars(self.folder))
+        found = _cached_files(self.folder)
         too_many = sum(stat.st_size for stat, _ in found) + num_bytes - self.max_bytes
         for stat, path in sorted(found, key=lambda item: item[0].st_mtime_ns):
             if too_many <= 0:
@@ -165,9 +175,14 @@ class ShardCache:
 
 def open_cache(cache_dir: str | Path | None = None, cache_gib: float | None = None) -> ShardCache:
     """The cache for `data.cache_dir` and `data.cache_gib` of a config; None means the default. Creates no files."""
-    folder = Path(os.path.abspath(os.path.expanduser(cache_dir or _default_folder())))
-    max_bytes = _half_of_the_free(folder) if cache_gib is None else int(cache_gib * _GIB)
-    return ShardCache(folder=folder, max_bytes=max_bytes)
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "arc-ds" / "shards"
+    given = cache_dir or os.environ.get("ARC_DS_CACHE_DIR") or default
+    folder = Path(os.path.abspath(os.path.expanduser(given)))
+    if cache_gib is not None:
+        return ShardCache(folder=folder, max_bytes=int(cache_gib * _GIB))
+    cached = sum(stat.st_size for stat, _ in _cached_files(folder))
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    return ShardCache(folder=folder, max_bytes=(shutil.disk_usage(nearest).free + cached) // 2)
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -175,30 +190,13 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def path_of_tars(folder: Path) -> Path:
-    """Path of the tars in a cache folder."""
-    return folder / "tars"
-
-
-def _default_folder() -> Path:
-    if named := os.environ.get("ARC_DS_CACHE_DIR"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "arc-ds" / "shards"
-
-
-def _half_of_the_free(folder: Path) -> int:
-    tars = path_of_tars(folder)
-    kept = sum(stat.st_size for stat, _ in _files(tars)) if os.path.isdir(tars) else 0
-    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    return (shutil.disk_usage(nearest).free + kept) // 2
-
-
-def _files(folder: Path) -> list[tuple[os.stat_result, str]]:
-    """`stat` results and paths of the files in a folder. Skips a file that is deleted meanwhile."""
+def _cached_files(folder: Path) -> list[tuple[os.stat_result, str]]:
+    """`stat` results and paths of the files in a cache. Skips a file that is deleted meanwhile."""
     found = []
-    for entry in os.scandir(folder):
-        with suppress(FileNotFoundError):
-            found.append((entry.stat(), entry.path))
+    with suppress(FileNotFoundError):
+        for entry in os.scandir(folder / _TARS):
+            with suppress(FileNotFoundError):
+                found.append((entry.stat(), entry.path))
     return found
 
 

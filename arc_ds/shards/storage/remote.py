@@ -1,4 +1,4 @@
-"""Fetch files from URLs with retries: `pipe:` commands by webdataset, every other protocol by fsspec.
+"""Fetch files from URLs with retries: `pipe:` commands as webdataset runs them, every other protocol by fsspec.
 
 An error's type, errno or HTTP status decides whether another attempt may help.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import itertools
 import logging
 import os
 import random
 import select
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,20 +30,13 @@ _PIECE = 1 << 20
 _BLOCK = 16 << 20  # bytes of one request, if a protocol reads a file in several
 _SLOWEST = 10_000  # bytes/s over a whole transfer; a slower one is aborted like a stalled one
 _NOT_FOUND = 127  # a shell's exit code if there is no such command
+_PIPE_CLOSED = 141  # a shell's exit code if a part of the command wrote on after its reader had ended
 _TRANSIENT_4XX = (408, 425, 429)
 _ABSENT_HTTP = (403, 404, 410)
 _FINAL_ERRNOS = (errno.EINVAL, errno.EISDIR)  # s3fs raises the first for a server's "bad request"
 _STREAMS = ("http", "https", "hf")  # read by one request
-# The package of each protocol. fsspec has more, and some read local files, which a foreign manifest must not name.
-_PACKAGES = {
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "s3": "s3fs",
-    "gs": "gcsfs",
-    "hf": "huggingface_hub",
-    "abfs": "adlfs",
-    "sftp": "paramiko",
-}
+# fsspec has more protocols, and some read local files, which a foreign manifest must not name.
+_PROTOCOLS = ("http", "https", "s3", "gs", "hf", "abfs", "sftp")
 _T = TypeVar("_T")
 _failures = itertools.count(1)
 
@@ -73,7 +68,7 @@ class Retries:
     timeout_s: float = 60.0
 
 
-def with_retries(url: str, attempt: Callable[[], _T], retries: Retries) -> _T:
+def _with_retries(url: str, attempt: Callable[[], _T], retries: Retries) -> _T:
     """Return the result of `attempt`; try again if it raises a TransferError that is not final.
 
     Each failure logs a warning with this process's number of failures. Raises StorageError with the last reason.
@@ -102,56 +97,65 @@ def fetch_bytes(url: str, *, max_bytes: int, retries: Retries, sha256: str | Non
     """Return a small file's content. Raises StorageError if it is unreachable, too long, or has another sha256."""
 
     def attempt() -> bytes:
-        pieces, total = [], 0
-        for piece in read_pieces(url, retries.timeout_s):
-            total += len(piece)
-            if total > max_bytes:
-                raise TransferError(f"it is longer than the expected {max_bytes} bytes", is_final=True)
-            pieces.append(piece)
-        data = b"".join(pieces)
-        if sha256 is not None:
-            _check_digest(hashlib.sha256(data).hexdigest(), sha256)
-        return data
+        content = io.BytesIO()
+        _transfer(url, content, retries.timeout_s, max_bytes=max_bytes, sha256=sha256)
+        return content.getvalue()
 
-    return with_retries(url, attempt, retries)
+    return _with_retries(url, attempt, retries)
 
 
 def download(
-    url: str, file: IO[bytes], *, timeout_s: float, num_bytes: int | None = None, sha256: str | None = None
+    url: str, file: IO[bytes], *, retries: Retries, num_bytes: int | None = None, sha256: str | None = None
 ) -> None:
-    """Make one attempt to write a URL's content to the beginning of an open file, and sync it to the disk.
+    """Write a URL's content to an open file, and sync it to the disk.
 
     num_bytes: expected size, None if unknown.
     sha256: expected checksum, None if unknown.
 
-    Raises TransferError if the URL is unreachable or its content is not as expected, OSError if it cannot be written.
+    Raises StorageError if the URL is unreachable or its content is not as expected, OSError if it cannot be written.
     """
-    digest = hashlib.sha256()
-    total = 0
-    file.seek(0)
-    for piece in read_pieces(url, timeout_s):
+
+    def attempt() -> None:
+        file.seek(0)
+        _transfer(url, file, retries.timeout_s, num_bytes=num_bytes, sha256=sha256)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+
+    _with_retries(url, attempt, retries)
+
+
+def _transfer(
+    url: str,
+    file: IO[bytes],
+    timeout_s: float,
+    *,
+    num_bytes: int | None = None,
+    max_bytes: int | None = None,
+    sha256: str | None,
+) -> None:
+    """Write a URL's content to an open file in one attempt. Raises TransferError if it is not as expected."""
+    digest, total = hashlib.sha256(), 0
+    limit = max_bytes if num_bytes is None else num_bytes
+    for piece in _read_pieces(url, timeout_s):
         total += len(piece)
-        if num_bytes is not None and total > num_bytes:
-            raise TransferError(f"it is longer than the manifest's {num_bytes} bytes: it is another file")
+        if limit is not None and total > limit:
+            words = f"it is longer than the expected {limit} bytes: it is another file"
+            raise TransferError(words, is_final=num_bytes is None)
         digest.update(piece)
         file.write(piece)
-    if num_bytes is not None and total != num_bytes:
+    if num_bytes is not None and total < num_bytes:
         raise TransferError(f"it ended after {total} of {num_bytes} bytes")
-    if sha256 is not None:
-        _check_digest(digest.hexdigest(), sha256)
-    file.truncate(total)
-    file.flush()
-    os.fsync(file.fileno())
+    if sha256 is not None and (found := digest.hexdigest()) != sha256:
+        raise TransferError(f"its sha256 is {found[:16]}…, the manifest's {sha256[:16]}…: damaged, or another file")
 
 
-def _check_digest(found: str, expected: str) -> None:
-    if found != expected:
-        raise TransferError(f"its sha256 is {found[:16]}…, the manifest's {expected[:16]}…: damaged, or another file")
-
-
-def read_pieces(url: str, timeout_s: float) -> Iterator[bytes]:
+def _read_pieces(url: str, timeout_s: float) -> Iterator[bytes]:
     """Yield a URL's content once. Raises TransferError if it is unreachable, or the transfer stalls or is too slow."""
-    url = _rewritten(url)
+    if "GOPEN_REWRITE" in os.environ:  # webdataset's variable; importing webdataset takes seconds
+        from webdataset.gopen import rewrite_url
+
+        url = rewrite_url(url)
     begin, total = time.monotonic(), 0
     for piece in (_read_command if url.startswith("pipe:") else _read_file)(url, timeout_s):
         total += len(piece)
@@ -159,15 +163,6 @@ def read_pieces(url: str, timeout_s: float) -> Iterator[bytes]:
         if taken_s > timeout_s and total < _SLOWEST * taken_s:
             raise TransferError(f"only {total} bytes came in {taken_s:.0f} s")
         yield piece
-
-
-def _rewritten(url: str) -> str:
-    """Rewrite the URL by GOPEN_REWRITE, as webdataset does. Importing webdataset takes seconds: only if set."""
-    if "GOPEN_REWRITE" not in os.environ:
-        return url
-    from webdataset.gopen import rewrite_url
-
-    return rewrite_url(url)
 
 
 def _read_file(url: str, timeout_s: float) -> Iterator[bytes]:
@@ -193,12 +188,12 @@ def _file_system(url: str, timeout_s: float) -> Any:
     import fsspec
 
     protocol = urlsplit(url).scheme
-    if protocol not in _PACKAGES:
-        raise TransferError(f"expected {'://, '.join(_PACKAGES)}:// or pipe:COMMAND", is_final=True)
+    if protocol not in _PROTOCOLS:
+        raise TransferError(f"expected {'://, '.join(_PROTOCOLS)}:// or pipe:COMMAND", is_final=True)
     try:
         kind = fsspec.get_filesystem_class(protocol)
-    except ImportError:
-        words = f"{protocol}:// needs a package that is not installed. Run pip install {_PACKAGES[protocol]}"
+    except ImportError as error:  # fsspec's message names the package
+        words = f"{protocol}:// needs a package that is not installed ({error}). Run pip install '.[remote]'"
         raise TransferError(words, is_final=True) from None
     place = kind._get_kwargs_from_urls(url)
     if kind.async_impl:
@@ -252,31 +247,21 @@ def _transfer_error(error: Exception, url: str, timeout_s: float) -> TransferErr
 
 def _read_command(url: str, timeout_s: float) -> Iterator[bytes]:
     """Yield the output of a `pipe:` command. Kill the command if its output is no longer needed."""
-    from webdataset.gopen import gopen
-
-    stream: Any = gopen(url)
-    is_whole = False
-    try:
-        yield from _read_descriptor(stream.stream.fileno(), timeout_s)
-        is_whole = True
-    finally:
-        if not is_whole:
-            stream.ignore_errors = True  # another error is already being raised
-            stream.proc.kill()
+    with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as command:
+        assert command.stdout is not None, "the output is a pipe"
+        descriptor, poll = command.stdout.fileno(), select.poll()
+        poll.register(descriptor, select.POLLIN)
         try:
-            stream.close()
-        except OSError as error:
-            is_missing = stream.status == _NOT_FOUND
-            words = f"its command failed (exit code {stream.status}){': is it installed?' if is_missing else ''}"
-            raise TransferError(words, is_final=is_missing) from error
-
-
-def _read_descriptor(descriptor: int, timeout_s: float) -> Iterator[bytes]:
-    """Yield the bytes of a pipe until its end. Raises TransferError if no byte arrives for `timeout_s`."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    while poll.poll(timeout_s * 1000):
-        if not (piece := os.read(descriptor, _PIECE)):
-            return
-        yield piece
-    raise TransferError(f"nothing came for {timeout_s:.0f} s")
+            while True:
+                if not poll.poll(timeout_s * 1000):
+                    raise TransferError(f"nothing came for {timeout_s:.0f} s")
+                if not (piece := os.read(descriptor, _PIECE)):
+                    break
+                yield piece
+        except BaseException:
+            command.kill()
+            raise
+    if command.returncode not in (0, _PIPE_CLOSED):
+        is_missing = command.returncode == _NOT_FOUND
+        words = f"its command failed (exit code {command.returncode}){': is it installed?' if is_missing else ''}"
+        raise TransferError(words, is_final=is_missing)

@@ -8,7 +8,6 @@ Shape letters: N tokens.
 
 from __future__ import annotations
 
-import bisect
 import logging
 import mmap
 from collections.abc import Mapping, Sequence
@@ -21,10 +20,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from arc_ds.errors import ConfigError, DataError, StorageError
-from arc_ds.shards.descriptors import descriptor_shortage
-from arc_ds.shards.files import SideFile
-from arc_ds.shards.mappings import MappedFiles, map_file, with_descriptors
+from arc_ds.shards.mappings import MappedFiles, descriptor_shortage, map_file, with_descriptors
 from arc_ds.shards.reader import ShardSet
+from arc_ds.shards.storage.cache import KnownFile
 from arc_ds.shards.token_cache.files import (
     CACHE_FILE,
     MAX_INDEX_BYTES,
@@ -33,12 +31,11 @@ from arc_ds.shards.token_cache.files import (
     CacheIndex,
     ShardTexts,
     cache_name,
+    find_fault,
     map_texts,
-    mismatch,
     parse_cache_index,
     read_cache_index,
     texts_of,
-    wrong_size,
 )
 from arc_ds.tokenizers import Encoding, Tokenizer
 
@@ -82,14 +79,7 @@ def open_token_cache(shards: ShardSet, tokenizer: Tokenizer) -> TokenCache | Non
 def _local_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
     """The index of the cache next to the manifest; None if there is no cache. DataError if the cache does not match."""
     folder = shards.folder / cache_name(fingerprint)
-    if not folder.is_dir():
-        return None
-    index = read_cache_index(folder)
-    fault = mismatch(shards.manifest, index, fingerprint)
-    sizes = (wrong_size(folder, index.shards[shard.name], shard.name) for shard in shards.manifest.shards)
-    if fault := fault or next(filter(None, sizes), None):
-        raise DataError(fault)
-    return index
+    return _fitting(read_cache_index(folder), shards, fingerprint, folder) if folder.is_dir() else None
 
 
 def _fetched_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
@@ -106,12 +96,23 @@ def _fetched_index(shards: ShardSet, fingerprint: str) -> CacheIndex | None:
     if raw is None:
         logger.info("%s: no token cache found (%s)", shards.name, name)
         return None
-    index = parse_cache_index(raw, name)
-    if fault := mismatch(shards.manifest, index, fingerprint):
-        raise DataError(fault)
+    index = _fitting(parse_cache_index(raw, name), shards, fingerprint)
     largest = max(file.num_bytes for name, shard in index.shards.items() for file in shard.files(name))
     if largest > files.cache.max_bytes:
         raise ConfigError(f"one of its files has {largest} bytes, more than data.cache_gib allows. Raise it.")
+    return index
+
+
+def _fitting(index: CacheIndex, shards: ShardSet, fingerprint: str, folder: Path | None = None) -> CacheIndex:
+    """The index, if the cache belongs to these shards and this tokenizer. Otherwise raises DataError.
+
+    folder: local folder of the cache, to check the sizes of its files.
+    """
+    if index.fingerprint != fingerprint:
+        raise DataError(f"it belongs to the tokenizer {index.fingerprint[:16]}…, not {fingerprint[:16]}…")
+    for shard in shards.manifest.shards:
+        if (fault := find_fault(index, shards.manifest, shard, folder)) is not None:
+            raise DataError(fault)
     return index
 
 
@@ -129,15 +130,29 @@ class TokenCache:
     loads its own tokenizers.
     """
 
-    def __init__(self, shards: ShardSet, index: CacheIndex, *, is_fetched: bool = False) -> None:
-        self.fingerprint = index.fingerprint
-        self._files = _CacheFiles(shards, index, is_fetched=is_fetched)
-        self._damaged = self._files.damaged
-        sizes = np.array([index.shards[shard.name].records for shard in shards.manifest.shards], dtype=np.int64)
-        self._first: list[int] = (np.cumsum(sizes) - sizes).tolist()
+    def __init__(self, shards: ShardSet, index: CacheIndex, *, is_fetched: bool) -> None:
+        self._set = shards.files
+        self._name = cache_name(index.fingerprint)
+        self._cache = shards.files.cache if is_fetched else None  # that the files are fetched into
+        names = [shard.name for shard in shards.manifest.shards]
+        files = {name: [self._located(file) for file in index.shards[name].files(name)] for name in names}
+        if is_fetched:  # prefetched together with the tar
+            shards.files.beside[self._name] = files
+        self._files = list(files.values())  # [ids, texts] of each shard
+        self._place = shards.place
+        self._damaged: set[int] = set()  # shards whose files could not be opened
+        self._sound: set[int] = set()  # shards whose files have been opened and verified
         self._is_named = False
-        self._shards = MappedFiles(
-            self._files.open, num_files=2, num_bytes=self._files.largest_bytes, cache=self._files.kept_in
+        largest_bytes = max(ids.num_bytes + texts.num_bytes for ids, texts in self._files)
+        self._shards = MappedFiles[tuple[mmap.mmap | bytes, ShardTexts]](
+            num_files=2, num_bytes=largest_bytes, cache=self._cache
+        )
+
+    def _located(self, file: KnownFile) -> KnownFile:
+        """A file of the cache with its URL or path."""
+        name = f"{self._name}/{file.address}"
+        return file._replace(
+            address=str(self._set.folder / name) if self._cache is None else self._set.address_beside(name)
         )
 
     def known(self, record_idx: int, record: Mapping[str, Any]) -> list[KnownText]:
@@ -145,12 +160,12 @@ class TokenCache:
 
         If the cached ids of the record are damaged, the result is empty. The first such record is logged as a warning.
         """
-        shard_idx = bisect.bisect_right(self._first, record_idx) - 1
+        shard_idx, row = self._place(record_idx)
         if shard_idx in self._damaged:
             return []
         try:
             texts = texts_of(record)
-            encodings = self._read(shard_idx, record_idx - self._first[shard_idx])
+            encodings = self._read(shard_idx, row)
             if len(encodings) != len(texts):
                 if not encodings:
                     return []
@@ -162,17 +177,19 @@ class TokenCache:
                 self._is_named = True
                 logger.warning(
                     "%s, token cache %s, record %d: %s. Such texts are tokenised on the fly.",
-                    *(self._files.shards.name, self._files.name, record_idx, str(error).rstrip(".")),
+                    *(self._set.name, self._name, record_idx, str(error).rstrip(".")),
                 )
             return []
 
     def _read(self, shard_idx: int, row: int) -> list[Encoding]:
         """The encodings of the texts of a record, checksum verified. A text that was left out has no ids."""
-        tokens, texts = self._shards[shard_idx]
+        tokens, texts = self._shards.get(shard_idx, self._open)
         (first, first_text), (end, end_text) = texts.first[row : row + 2].tolist()
         payload = tokens[first * TOKEN_BYTES : end * TOKEN_BYTES]
         if xxhash.xxh64_intdigest(payload) != texts.checksums.item(row):
-            raise self._files.wrong_sum(shard_idx)
+            ids_file, _ = self._files[shard_idx]
+            cure = "Run arc-ds shards check" if self._cache is None else f"Delete {self._cache.path(ids_file)}"
+            raise DataError(f"the checksum of its ids in {Path(ids_file.address).name} does not match. {cure}")
         ids = np.frombuffer(payload, dtype="<u4", count=end - first)
         characters = np.frombuffer(payload, dtype=np.uint8, offset=4 * (end - first))
         if end_text - first_text == 1:
@@ -181,61 +198,28 @@ class TokenCache:
         pieces = zip(np.split(ids, cuts), np.split(characters, cuts), strict=True)
         return [Encoding(piece, _ends(of_piece)) for piece, of_piece in pieces] if end_text > first_text else []
 
-
-class _CacheFiles:
-    """The files of a token cache.
-
-    The object holds no reference to `TokenCache`, so that its memory maps are closed together with the `TokenCache`.
-
-    name: name of their folder.
-    shards: the files of the set of shards.
-    kept_in: the local cache that the files are fetched into; None if they are local.
-    largest_bytes: the largest size of one shard's files.
-    damaged: indices of the shards whose files could not be opened.
-    """
-
-    def __init__(self, shards: ShardSet, index: CacheIndex, *, is_fetched: bool) -> None:
-        self.name = cache_name(index.fingerprint)
-        self.shards = shards.files
-        self.kept_in = shards.files.cache if is_fetched else None
-        of_shards = {shard.name: index.shards[shard.name].files(shard.name) for shard in shards.manifest.shards}
-        self._of_shards = list(of_shards.values())
-        self.largest_bytes = max(ids.num_bytes + table.num_bytes for ids, table in self._of_shards)
-        self.damaged: set[int] = set()
-        self._sound: set[int] = set()  # shards whose files have been opened and verified
-        if is_fetched:  # prefetched together with the tar
-            shards.files.beside[self.name] = of_shards
-
-    def open(self, shard_idx: int) -> tuple[mmap.mmap | bytes, ShardTexts]:
+    def _open(self, shard_idx: int) -> tuple[mmap.mmap | bytes, ShardTexts]:
         """Memory-map the ids of a shard and the positions of its texts.
 
-        If this fails, it raises DataError and adds the shard to `damaged`.
+        If this fails, it raises DataError and adds the shard to `_damaged`.
         """
-        ids, table = self._of_shards[shard_idx]
+        ids, texts = self._files[shard_idx]
         try:
-            with self._open_file(table) as file:
-                texts = map_texts(file, table, is_known=shard_idx in self._sound)
+            with self._open_file(texts) as file:
+                table = map_texts(file, texts, is_known=shard_idx in self._sound)
             with self._open_file(ids) as file:
                 tokens = map_file(file)
         except (OSError, ValueError, DataError, StorageError) as error:
             if descriptor_shortage(error) is not None:
                 raise
-            self.damaged.add(shard_idx)
-            name = self.shards.manifest.shards[shard_idx].name
+            self._damaged.add(shard_idx)
+            name = self._set.manifest.shards[shard_idx].name
             raise DataError(f"the ids of {name} cannot be opened: {error}") from error
         self._sound.add(shard_idx)
-        return tokens, texts
+        return tokens, table
 
-    def wrong_sum(self, shard_idx: int) -> DataError:
-        """The error, with the remedy, for ids of a shard that do not match their checksum."""
-        ids, _ = self._of_shards[shard_idx]
-        cure = "Run arc-ds shards check" if self.kept_in is None else f"Delete {self.shards.kept_path(ids)}"
-        return DataError(f"the checksum of its ids in {ids.name} does not match. {cure}")
-
-    def _open_file(self, file: SideFile) -> IO[bytes]:
-        if self.kept_in is not None:
-            return self.shards.open_beside(self.name, file)
-        return (self.shards.folder / self.name / file.name).open("rb")
+    def _open_file(self, file: KnownFile) -> IO[bytes]:
+        return open(file.address, "rb") if self._cache is None else self._cache.open(file)
 
 
 def _ends(characters: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -30,10 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.files import SideFile
 from arc_ds.shards.format import NPY_HEADERS, Manifest, ShardInfo
 from arc_ds.shards.mappings import map_file
 from arc_ds.shards.records import fine_tuning_record
+from arc_ds.shards.storage.cache import KnownFile
 
 FORMAT = "arc-ds-token-cache"
 VERSION = 3
@@ -74,11 +74,11 @@ class CachedShard:
         if any(type(number) is not int or number < 0 for number in (self.records, self.ids, self.texts_bytes)):
             raise ValueError(f"{self}: expected non-negative integers")
 
-    def files(self, shard_name: str) -> tuple[SideFile, SideFile]:
-        """The `.ids` file, and the `.texts` file with the positions of the texts in it."""
+    def files(self, shard_name: str) -> tuple[KnownFile, KnownFile]:
+        """The `.ids` file, and the `.texts` file with the positions of the texts in it. Addresses are file names."""
         return (
-            SideFile(ids_name(shard_name), self.ids * TOKEN_BYTES, self.ids_sha256),
-            SideFile(texts_name(shard_name), self.texts_bytes, self.texts_sha256),
+            KnownFile(ids_name(shard_name), self.ids * TOKEN_BYTES, self.ids_sha256),
+            KnownFile(texts_name(shard_name), self.texts_bytes, self.texts_sha256),
         )
 
 
@@ -111,11 +111,6 @@ def origin_of(manifest: Manifest, shard: ShardInfo) -> str:
     """sha256 of everything that determines the texts of a shard: its tar, its index and the form of its records."""
     deciding = (shard.sha256, shard.index_sha256, shard.member, manifest.text_field, manifest.kind)
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
-
-
-def is_of(cached: CachedShard, manifest: Manifest, shard: ShardInfo) -> bool:
-    """Whether the cached shard belongs to the current version of the shard."""
-    return cached.origin == origin_of(manifest, shard) and cached.records == shard.samples
 
 
 def cache_name(fingerprint: str) -> str:
@@ -165,7 +160,7 @@ def parse_cache_index(raw: bytes, where: str) -> CacheIndex:
         raise DataError(f"{where}: damaged ({type(error).__name__}: {error})") from error
 
 
-def map_texts(file: IO[bytes], wanted: SideFile, *, is_known: bool = False) -> ShardTexts:
+def map_texts(file: IO[bytes], wanted: KnownFile, *, is_known: bool = False) -> ShardTexts:
     """Memory-map the `.texts` file of a shard.
 
     file: the open file.
@@ -202,25 +197,22 @@ def dump_texts(texts: ShardTexts) -> bytes:
     return buffer.getvalue()
 
 
-def mismatch(manifest: Manifest, index: CacheIndex, fingerprint: str) -> str | None:
-    """The reason why a cache does not belong to these shards and this tokenizer; None if it does."""
-    if index.fingerprint != fingerprint:
-        return f"it belongs to the tokenizer {index.fingerprint[:16]}…, not {fingerprint[:16]}…"
-    for shard in manifest.shards:
-        cached = index.shards.get(shard.name)
-        if cached is None:
-            return f"it is unfinished: it lacks {shard.name}"
-        if not is_of(cached, manifest, shard):
-            return f"it is stale: {shard.name} has since been built or indexed again"
-    return None
+def find_fault(index: CacheIndex, manifest: Manifest, shard: ShardInfo, folder: Path | None = None) -> str | None:
+    """Why a cache does not have the texts of the current version of a shard; None if it has them.
 
-
-def wrong_size(folder: Path, cached: CachedShard, shard_name: str) -> str | None:
-    """Describe a missing file or wrong file size of a cached shard in a local folder; None if all sizes match."""
-    for file in cached.files(shard_name):
-        path = folder / file.name
+    folder: local folder of the cache, to check for missing files and wrong sizes.
+    """
+    cached = index.shards.get(shard.name)
+    if cached is None:
+        return f"unfinished: it lacks {shard.name}"
+    if cached.origin != origin_of(manifest, shard) or cached.records != shard.samples:
+        return f"stale: {shard.name} has since been built or indexed again"
+    if folder is None:
+        return None
+    for file in cached.files(shard.name):
+        path = folder / file.address
         if not path.is_file():
-            return f"{file.name} is missing"
+            return f"{file.address} is missing"
         if (found := path.stat().st_size) != file.num_bytes:
-            return f"{file.name} has {found} bytes, expected {file.num_bytes}"
+            return f"{file.address} has {found} bytes, expected {file.num_bytes}"
     return None

@@ -1,14 +1,16 @@
-"""Writes token caches shard by shard (`arc-ds shards tokenize`), and checks them."""
+"""Writes token caches shard by shard (`arc-ds shards tokenize`).
+
+Shape letters: N tokens of a text.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -16,30 +18,28 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.faults import Fault
 from arc_ds.shards.format import Manifest, ShardInfo, sha256_of_file
 from arc_ds.shards.locks import LOCK_FILE, writing
+from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import is_disk_full
 from arc_ds.shards.token_cache.files import (
     CACHE_FILE,
     MAX_CHARACTERS,
-    PREFIX,
+    TOKEN_BYTES,
     CachedShard,
     CacheIndex,
     ShardTexts,
     cache_name,
     dump_texts,
+    find_fault,
     ids_name,
-    is_of,
     origin_of,
     read_cache_index,
     texts_name,
     texts_of,
-    wrong_size,
 )
 from arc_ds.system.files import whole_file, write_whole
-from arc_ds.system.processes import worker_pool
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -81,20 +81,18 @@ def build_token_caches(
     StorageError if the caches cannot be written.
     """
     shards = ShardSet(path)
-    loaded = [(str(tokenizer), load_tokenizer(tokenizer)) for tokenizer in tokenizers]
-    jobs = [
-        _CacheJob(str(path), shards, tokenizer, tokenizer_path, shards.folder / cache_name(tokenizer.fingerprint))
-        for tokenizer_path, tokenizer in loaded
-    ]
-    return tuple(_build_or_say_why_not(job, workers, progress) for job in jobs)
+    folders = [shards.folder / cache_name(load_tokenizer(tokenizer).fingerprint) for tokenizer in tokenizers]
+    return tuple(
+        _build_cache(shards, Path(tokenizer), folder, workers, progress)
+        for tokenizer, folder in zip(tokenizers, folders, strict=True)
+    )
 
 
-def _build_or_say_why_not(job: _CacheJob, workers: int, progress: bool) -> CacheSummary:
-    """Run `_build_cache` with the cache locked. Raises StorageError, with the remedy, if it cannot be written."""
+def _build_cache(shards: ShardSet, tokenizer: Path, folder: Path, workers: int, progress: bool) -> CacheSummary:
+    """Lock a cache and fill it. Raises StorageError, with the remedy, if it cannot be written."""
     try:
-        job.folder.mkdir(exist_ok=True)
-        with writing(job.folder, "tokenize"):
-            return _build_cache(job, workers, progress)
+        with writing(folder, "tokenize"):
+            return _fill_cache(shards, tokenizer, folder, workers, progress)
     except OSError as error:
         cure = (
             "Free some disk space; the same command resumes after the finished shards."
@@ -103,22 +101,23 @@ def _build_or_say_why_not(job: _CacheJob, workers: int, progress: bool) -> Cache
             "for the same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and use it as the source of a "
             "new run."
         )
-        raise StorageError(f"{job.folder} cannot be written: {error}. {cure}") from error
+        raise StorageError(f"{folder} cannot be written: {error}. {cure}") from error
 
 
-def _build_cache(job: _CacheJob, workers: int, progress: bool) -> CacheSummary:
+def _fill_cache(shards: ShardSet, tokenizer: Path, folder: Path, workers: int, progress: bool) -> CacheSummary:
     """Tokenise the shards that a cache lacks. Rewrites the index of the cache after each shard."""
-    infos, folder, fingerprint = job.shards.manifest.shards, job.folder, job.tokenizer.fingerprint
-    done = _finished(job.shards.manifest, folder, fingerprint)
-    for stray in _strays(folder, done):
+    fingerprint, infos = load_tokenizer(tokenizer).fingerprint, shards.manifest.shards
+    done = _finished(shards.manifest, folder, fingerprint)
+    for stray in stray_files(folder, done):
         stray.unlink()
-    write_whole(folder / CACHE_FILE, CacheIndex(fingerprint=fingerprint, shards=done).to_json().encode())
     missing = [idx for idx, info in enumerate(infos) if info.name not in done]
-    with tqdm(total=len(job.shards), unit="record", disable=not progress) as bar:
+    made = map_in_order(partial(_tokenize_shard, shards, tokenizer, folder), missing, workers)
+    with tqdm(total=len(shards), unit="record", disable=not progress) as bar:
         bar.update(sum(cached.records for cached in done.values()))
-        for shard_idx, cached in _made(job, missing, workers):
+        _write_index(folder, fingerprint, done)
+        for shard_idx, cached in made:
             done[infos[shard_idx].name] = cached
-            write_whole(folder / CACHE_FILE, CacheIndex(fingerprint=fingerprint, shards=done).to_json().encode())
+            _write_index(folder, fingerprint, done)
             bar.update(cached.records)
     left_out = sum(cached.left_out for cached in done.values())
     if left_out:
@@ -134,6 +133,10 @@ def _build_cache(job: _CacheJob, workers: int, progress: bool) -> CacheSummary:
     )
 
 
+def _write_index(folder: Path, fingerprint: str, done: Mapping[str, CachedShard]) -> None:
+    write_whole(folder / CACHE_FILE, CacheIndex(fingerprint=fingerprint, shards=done).to_json())
+
+
 def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, CachedShard]:
     """The shards in a cache that are up to date and undamaged."""
     try:
@@ -145,173 +148,70 @@ def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, C
     return {
         shard.name: index.shards[shard.name]
         for shard in manifest.shards
-        if _fault_of(folder, index, manifest, shard) is None
+        if fault_of(folder, index, manifest, shard) is None
     }
 
 
-def _strays(folder: Path, done: Mapping[str, CachedShard]) -> list[Path]:
+def stray_files(folder: Path, done: Mapping[str, CachedShard]) -> list[Path]:
     """The files in a cache folder that belong to no finished shard."""
     known = {CACHE_FILE, LOCK_FILE, *map(ids_name, done), *map(texts_name, done)}
     return sorted(path for path in folder.iterdir() if path.name not in known)
 
 
-class _CacheJob(NamedTuple):
-    """The inputs and target that all shards of one cache share."""
-
-    path: str
-    shards: ShardSet
-    tokenizer: Tokenizer
-    tokenizer_path: str
-    folder: Path
-
-
-def _made(job: _CacheJob, shard_idxs: Sequence[int], workers: int) -> Iterator[tuple[int, CachedShard]]:
-    """Tokenise shards in parallel; yield each one when it is finished."""
-    if min(workers, len(shard_idxs)) <= 1:
-        for shard_idx in shard_idxs:
-            yield shard_idx, _tokenize_shard(job.shards, shard_idx, job.tokenizer, job.folder)
-        return
-    with worker_pool(min(workers, len(shard_idxs)), _begin, job.path, job.tokenizer_path, job.folder) as pool:
-        futures = {pool.submit(_tokenize, shard_idx): shard_idx for shard_idx in shard_idxs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
-
-_worker: tuple[ShardSet, Tokenizer, Path] | None = None  # of a worker process
-
-
-def _begin(path: str, tokenizer_path: str, folder: Path) -> None:
-    global _worker
-    _worker = ShardSet(path), load_tokenizer(tokenizer_path), folder
-
-
-def _tokenize(shard_idx: int) -> CachedShard:
-    assert _worker is not None, "a worker calls _begin before _tokenize"
-    shards, tokenizer, folder = _worker
-    return _tokenize_shard(shards, shard_idx, tokenizer, folder)
-
-
-def _tokenize_shard(shards: ShardSet, shard_idx: int, tokenizer: Tokenizer, folder: Path) -> CachedShard:
-    """Write the `.ids` and `.texts` files of one shard."""
+def _tokenize_shard(shards: ShardSet, tokenizer: Path, folder: Path, shard_idx: int) -> CachedShard:
+    """Write the `.ids` and `.texts` files of one shard. An unreadable record has no texts."""
     info = shards.manifest.shards[shard_idx]
-    first = int(shards.shard_sizes[:shard_idx].sum())
-    path = folder / ids_name(info.name)
-    with whole_file(path) as file:
-        writer = _ShardTokens(file, tokenizer)
-        for record_idx in range(first, first + info.samples):
+    begin = int(shards.shard_sizes[:shard_idx].sum())
+    encoder = load_tokenizer(tokenizer)
+    first, checksums, lengths = [(0, 0)], [], []
+    left_out, digest = 0, hashlib.sha256()
+    with whole_file(folder / ids_name(info.name)) as file:
+        for record_idx in range(begin, begin + info.samples):
             try:
-                writer.add(shards.record(record_idx))
+                tokens = [_tokens_of(text, encoder) for text in texts_of(shards.record(record_idx))]
             except DataError:  # a training run that reads the record reports the fault
-                writer.leave_out()
-    texts = dump_texts(writer.texts())
+                tokens = []
+                left_out += 1
+            payload = b"".join(
+                [ids.tobytes() for ids, _ in tokens] + [characters.tobytes() for _, characters in tokens]
+            )
+            file.write(payload)
+            digest.update(payload)
+            checksums.append(xxhash.xxh64_intdigest(payload))
+            lengths += [len(ids) for ids, _ in tokens]
+            left_out += sum(len(ids) == 0 for ids, _ in tokens)
+            first.append((first[-1][0] + len(payload) // TOKEN_BYTES, len(lengths)))
+    texts = dump_texts(
+        ShardTexts(np.array(first, np.uint64), np.array(checksums, np.uint64), np.array(lengths, np.uint32))
+    )
     write_whole(folder / texts_name(info.name), texts)
     return CachedShard(
         origin=origin_of(shards.manifest, info),
         records=info.samples,
-        ids=writer.num_ids,
-        left_out=writer.left_out,
-        ids_sha256=writer.digest.hexdigest(),
+        ids=first[-1][0],
+        left_out=left_out,
+        ids_sha256=digest.hexdigest(),
         texts_sha256=hashlib.sha256(texts).hexdigest(),
         texts_bytes=len(texts),
     )
 
 
-class _TextTokens(NamedTuple):
-    """The tokens of a text.
+def _tokens_of(text: str, tokenizer: Tokenizer) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+    """The ids of a text, [N], and the number of characters that end with each, [N].
 
-    ids: uint32 [N].
-    characters: uint8 [N], the number of characters that end with each token.
+    Both are empty if a token has more than `MAX_CHARACTERS` characters.
     """
-
-    ids: NDArray[np.uint32]
-    characters: NDArray[np.uint8]
-
-
-_NO_TOKENS = _TextTokens(np.zeros(0, dtype="<u4"), np.zeros(0, dtype=np.uint8))
-
-
-class _ShardTokens:
-    """Appends the ids of records to a file and collects the content of the `.texts` file."""
-
-    def __init__(self, file: BinaryIO, tokenizer: Tokenizer) -> None:
-        self._file = file
-        self._tokenizer = tokenizer
-        self._rows: list[tuple[int, int]] = [(0, 0)]
-        self._checksums: list[int] = []
-        self._lengths: list[int] = []
-        self.digest = hashlib.sha256()
-        self.num_ids = 0
-        self.left_out = 0
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Append the texts of a record."""
-        self._append([self._encode(text) for text in texts_of(record)])
-
-    def leave_out(self) -> None:
-        """Append an unreadable record, without texts."""
-        self.left_out += 1
-        self._append([])
-
-    def texts(self) -> ShardTexts:
-        """The content of the `.texts` file."""
-        return ShardTexts(
-            np.array(self._rows, dtype=np.uint64),
-            np.array(self._checksums, dtype=np.uint64),
-            np.array(self._lengths, dtype=np.uint32),
-        )
-
-    def _encode(self, text: str) -> _TextTokens:
-        """The tokens of a text; none if a token has more than `MAX_CHARACTERS` characters."""
-        ids, ends = self._tokenizer.encode_with_ends(text)
-        characters = np.diff(ends)
-        if len(ids) and characters.max() <= MAX_CHARACTERS:
-            return _TextTokens(ids.astype("<u4"), characters.astype(np.uint8))
-        self.left_out += 1
-        return _NO_TOKENS
-
-    def _append(self, texts: Sequence[_TextTokens]) -> None:
-        payload = b"".join([text.ids.tobytes() for text in texts] + [text.characters.tobytes() for text in texts])
-        self._file.write(payload)
-        self.digest.update(payload)
-        self._lengths += [len(text.ids) for text in texts]
-        self._checksums.append(xxhash.xxh64_intdigest(payload))
-        self.num_ids += sum(len(text.ids) for text in texts)
-        self._rows.append((self.num_ids, len(self._lengths)))
+    ids, ends = tokenizer.encode_with_ends(text)
+    characters = np.diff(ends)
+    if len(ids) and characters.max() > MAX_CHARACTERS:
+        ids, characters = ids[:0], characters[:0]
+    return ids.astype("<u4"), characters.astype(np.uint8)
 
 
-def check_token_caches(folder: Path, manifest: Manifest) -> list[Fault]:
-    """Find every fault of the caches in a folder of manifest and indexes.
-
-    Verifies that each cache is complete and belongs to these shards, and the sha256 of all its files. No cache is no
-    fault.
-    """
-    faults = []
-    for cache in sorted(folder.glob(f"{PREFIX}*")):
-        try:
-            index = read_cache_index(cache)
-        except DataError as error:
-            faults.append(Fault(cache.name, None, f"{error}. Remove the cache or run arc-ds shards tokenize again."))
-            continue
-        faults += [Fault(f"{cache.name}/{p.name}", None, "not in its index") for p in _strays(cache, index.shards)]
-        for shard in manifest.shards:
-            what = _fault_of(cache, index, manifest, shard)
-            if what is not None:
-                faults.append(Fault(f"{cache.name}/{ids_name(shard.name)}", None, what))
-        gone = index.shards.keys() - {shard.name for shard in manifest.shards}
-        faults += [Fault(f"{cache.name}/{ids_name(name)}", None, "its shard no longer exists") for name in sorted(gone)]
-    return faults
-
-
-def _fault_of(cache: Path, index: CacheIndex, manifest: Manifest, shard: ShardInfo) -> str | None:
-    """The fault of one shard's files in a cache; None if there is none."""
-    cached = index.shards.get(shard.name)
-    if cached is None:
-        return "missing: the cache is unfinished"
-    if not is_of(cached, manifest, shard):
-        return "stale: the shard has since been built or indexed again. Run arc-ds shards tokenize again."
-    if (fault := wrong_size(cache, cached, shard.name)) is not None:
+def fault_of(cache: Path, index: CacheIndex, manifest: Manifest, shard: ShardInfo) -> str | None:
+    """The fault of one shard in a local cache; None if there is none. Verifies the checksums of its files."""
+    if (fault := find_fault(index, manifest, shard, cache)) is not None:
         return fault
-    for file in cached.files(shard.name):
-        if sha256_of_file(cache / file.name) != file.sha256:
-            return f"the sha256 of {file.name} does not match. Run arc-ds shards tokenize again."
-    return None
+    files = index.shards[shard.name].files(shard.name)
+    damaged = [file.address for file in files if sha256_of_file(cache / file.address) != file.sha256]
+    return f"the sha256 of {damaged[0]} does not match" if damaged else None

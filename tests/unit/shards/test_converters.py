@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +16,44 @@ from arc_ds.shards.reader import ShardSet
 from tests.helpers.tiny_data import write_tiktoken
 
 PASSAGE = "The lamp was lit in 1811. It burned whale oil, then gas."
-SQUAD = {
-    "version": "v2.0",
-    "data": [
-        {
-            "title": "Lamp",
-            "paragraphs": [
-                {
-                    "context": PASSAGE,
-                    "qas": [
-                        {
-                            "id": "q1",
-                            "question": " What burned? ",
-                            "answers": [
-                                {"text": "whale oil", "answer_start": 36},
-                                {"text": "gas", "answer_start": 52},
-                                {"text": "whale oil ", "answer_start": 36},
-                            ],
-                        },
-                        {"id": "q2", "question": "Who lit it?", "answers": [], "is_impossible": True},
-                    ],
-                }
-            ],
-        }
-    ],
-}
-NO_DATE = {"day": "", "month": "", "year": ""}
-DROP = {
-    "sea_1": {
-        "passage": PASSAGE,
-        "qa_pairs": [
-            {"query_id": "a", "question": "How many fuels?", "answer": {"number": "2", "date": NO_DATE, "spans": []}},
-            {
-                "query_id": "b",
-                "question": "Which fuels?",
-                "answer": {"number": "", "date": NO_DATE, "spans": ["whale oil", "gas"]},
-                "validated_answers": [{"number": "", "date": NO_DATE, "spans": ["oil and gas"]}],
-            },
-            {
-                "query_id": "c",
-                "question": "When was it lit?",
-                "answer": {"number": "", "date": {"day": "", "month": "May", "year": "1811"}, "spans": []},
-            },
-            {"query_id": "d", "question": "Why?", "answer": {"number": "", "date": NO_DATE, "spans": []}},
-        ],
-    }
-}
+QUESTIONS = [
+    {
+        "id": "q1",
+        "question": " What burned? ",
+        "answers": [{"text": text} for text in ("whale oil", "gas", "whale oil ")],
+    },
+    {"id": "q2", "question": "Who lit it?", "answers": [], "is_impossible": True},
+]
+SQUAD = {"version": "v2.0", "data": [{"title": "Lamp", "paragraphs": [{"context": PASSAGE, "qas": QUESTIONS}]}]}
+
+
+def drop_answer(number: str = "", spans: tuple[str, ...] = (), **date: str) -> dict[str, Any]:
+    return {"number": number, "date": {"day": "", "month": "", "year": ""} | date, "spans": spans}
+
+
+PAIRS = [
+    {"query_id": "a", "question": "How many fuels?", "answer": drop_answer("2")},
+    {
+        "query_id": "b",
+        "question": "Which fuels?",
+        "answer": drop_answer(spans=("whale oil", "gas")),
+        "validated_answers": [drop_answer(spans=("oil and gas",))],
+    },
+    {"query_id": "c", "question": "When was it lit?", "answer": drop_answer(month="May", year="1811")},
+    {"query_id": "d", "question": "Why?", "answer": drop_answer()},
+]
+DROP = {"sea_1": {"passage": PASSAGE, "qa_pairs": PAIRS}}
+LAMP = [{"Filename": "Lamp.txt", "Title": "Lamp"}]
 TRIVIA = {
     "Data": [
         {
             "QuestionId": "tc_1",
             "Question": "Which oil did the lamp burn?",
             "Answer": {"Value": "whale oil", "Aliases": ["oil of whales", "whale oil"]},
-            "EntityPages": [{"Filename": "Lamp.txt", "Title": "Lamp"}],
+            "EntityPages": LAMP,
             "SearchResults": [{"Filename": "7/7_1.txt", "Rank": 0}],
         },
-        {
-            "QuestionId": "tc_2",
-            "Question": "Who?",
-            "Answer": {"Value": "Ann (the elder)", "Aliases": []},
-            "EntityPages": [{"Filename": "Lamp.txt", "Title": "Lamp"}],
-        },
+        {"QuestionId": "tc_2", "Question": "Who?", "Answer": {"Value": "Ann (the elder)"}, "EntityPages": LAMP},
     ],
     "Domain": "Web",
 }
@@ -145,7 +121,7 @@ def test_trivia_passages_hold_the_answer_and_the_best_come_first(tmp_path: Path)
         ("drop", SQUAD, "not of the format drop"),
         ("triviaqa", SQUAD, "'Data' is missing"),
         ("squad", "{", "cannot be read as JSON"),
-        ("drop", {"x": {"passage": " ", "qa_pairs": DROP["sea_1"]["qa_pairs"][:1]}}, "question a: .*'passages'"),
+        ("drop", {"x": {"passage": " ", "qa_pairs": PAIRS[:1]}}, "question a: .*'passages'"),
         ("hotpot", SQUAD, "expected one of squad, drop, triviaqa"),
     ],
 )
@@ -174,20 +150,3 @@ def test_the_command_line_converts_what_a_build_takes(tmp_path: Path, capsys: py
     tokenizer = write_tiktoken(tmp_path / "tokenizer.model")
     build_shards([out], tmp_path / "shards", tokenizer, kind="fine_tuning")
     assert ShardSet(tmp_path / "shards").record(0)["question"] == "What burned?"
-
-
-FIXTURES = os.environ.get("ARC_QA_FIXTURES")
-
-
-@pytest.mark.skipif(FIXTURES is None, reason="ARC_QA_FIXTURES names no folder of allennlp 0.9.0's data fixtures")
-@pytest.mark.parametrize(("name", "records"), [("squad", 5), ("drop", 19), ("triviaqa", 11)])
-def test_samples_of_the_original_files_convert_whole(tmp_path: Path, name: str, records: int) -> None:
-    """The folder `allennlp/tests/fixtures/data` of the package, with triviaqa-sample.tgz unpacked in it."""
-    folder = Path(FIXTURES or "")
-    paths = sorted((folder / "qa").glob("*.json")) if name == "triviaqa" else [folder / f"{name}.json"]
-    done = convert_files(name, paths, tmp_path / "out.jsonl")
-    assert (done.records, done.skipped) == (records, {})
-    for record in read(tmp_path / "out.jsonl"):
-        if name != "drop":
-            texts = [passage.casefold() for passage in record["passages"]]
-            assert all(any(answer.casefold() in text for answer in record["answer"]) for text in texts)

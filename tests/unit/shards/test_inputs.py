@@ -41,8 +41,11 @@ def fields_of(path: Path, max_bytes: int = LIMIT) -> list[tuple[int, object]]:
     (file,) = find_inputs([path]).files
     found = []
     for batch in read_batches(file, columns=["text", "more"], max_document_bytes=max_bytes):
-        for number, fields in read_documents(file, batch, text_field="text", max_bytes=max_bytes):
-            found.append((number, fields.reason if isinstance(fields, LeftOutError) else fields))
+        for number, parse in read_documents(file, batch, text_field="text", max_bytes=max_bytes):
+            try:
+                found.append((number, parse()))
+            except LeftOutError as left_out:
+                found.append((number, left_out.reason))
     return found
 
 

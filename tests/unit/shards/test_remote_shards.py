@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +13,13 @@ from arc_ds.cli import main
 from arc_ds.data.loading.loader import make_loader
 from arc_ds.data.loading.source import Source
 from arc_ds.errors import DataError
-from arc_ds.shards.faults import check_shards
+from arc_ds.shards.check import check_shards
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import ShardCache
 from arc_ds.shards.token_cache.writer import build_token_caches
 from tests.helpers.batches import sequences
 from tests.helpers.faulty_server import FaultyServer, serve
-from tests.helpers.remote_shards import QUICK, TEXTS, kept, texts_of
+from tests.helpers.remote_shards import QUICK, TEXTS, kept, texts_of, wait_for
 from tests.helpers.tiny_mixture import WEIGHTS, TinyMixture
 
 
@@ -33,7 +32,7 @@ def test_shards_behind_a_url_are_the_local_ones(local: ShardSet, server: FaultyS
     again = ShardSet(server.url + "/", cache=cache)
     assert texts_of(again) == TEXTS
     assert {count for name, count in server.requests.items() if name != "manifest.json"} == {1}
-    assert check_shards(server.url, cache=cache) == []
+    assert list(check_shards(server.url, cache=cache)) == []
     kept(cache)[0].unlink()
     server.faults = {".tar": ("404", 9)}
     (fault,) = check_shards(server.url, cache=cache)
@@ -57,10 +56,7 @@ def test_file_urls_are_local_paths(local: ShardSet) -> None:
 def test_prefetched_shards_are_there_when_they_are_wanted(server: FaultyServer, cache: ShardCache) -> None:
     shards = ShardSet(server.url, cache=cache)
     shards.prefetch([3, 1])
-    deadline = time.monotonic() + 10
-    while len(cache_files := list((cache.folder / "tars").glob("*"))) < 2 or any(p.suffix for p in cache_files):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: [path.suffix for path in (cache.folder / "tars").glob("*")] == ["", ""])
     asked = [name for name in server.requests if name.endswith(".tar")]
     assert asked == ["shard-000003.tar", "shard-000001.tar"]
     shards.record(int(shards.shard_sizes[:3].sum()))
@@ -73,10 +69,7 @@ def test_a_failed_prefetch_is_a_warning_and_the_reader_tries_again(
     shards = ShardSet(server.url, cache=cache)
     server.faults = {".tar": ("404", 1)}
     shards.prefetch([0])
-    deadline = time.monotonic() + 10
-    while "not fetched ahead" not in caplog.text:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: "not fetched ahead" in caplog.text)
     assert shards.record(0)["text"] == TEXTS[0]
 
 
@@ -124,7 +117,6 @@ def test_batches_of_remote_sources_are_the_local_ones(
     tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch, has_token_caches: bool
 ) -> None:
     """Over workers that share a cache too small for all shards, and a server that fails now and then."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     (tmp_path / "data").mkdir()
     mixture = TinyMixture.write(tmp_path / "data")
     expected = sequences(mixture.data()[step] for step in range(8))

@@ -14,7 +14,7 @@ from arc_ds.errors import ConfigError, DataError, StorageError
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import ShardCache, open_cache
 from tests.helpers.faulty_server import FaultyServer
-from tests.helpers.remote_shards import QUICK, TEXTS, kept
+from tests.helpers.remote_shards import QUICK, TEXTS, kept, wait_for
 
 
 def test_the_bound_holds_and_the_least_recently_used_goes(
@@ -48,10 +48,10 @@ def test_what_is_mapped_stays_though_the_bound_is_passed(
     assert len(kept(small)) == 1
 
 
-def _read_all(url: str, cache: ShardCache, turn: int, results: multiprocessing.Queue[object]) -> None:
+def _read_all(url: str, cache: ShardCache, turn: int) -> None:
     shards = ShardSet(url, cache=cache)
     order = [(idx + turn * 17) % len(shards) for idx in range(len(shards))]
-    results.put(all(shards.record(idx)["text"] == TEXTS[idx] for idx in order))
+    assert all(shards.record(idx)["text"] == TEXTS[idx] for idx in order)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
@@ -63,13 +63,12 @@ def test_processes_that_share_a_cache_fetch_each_shard_once(
     total = sum(shard.bytes for shard in local.manifest.shards)
     cache = replace(cache, max_bytes=int(total * share), retries=replace(QUICK, timeout_s=10.0))
     context = multiprocessing.get_context("fork")
-    results: multiprocessing.Queue[object] = context.Queue()
-    workers = [context.Process(target=_read_all, args=(server.url, cache, turn, results)) for turn in range(4)]
+    workers = [context.Process(target=_read_all, args=(server.url, cache, turn)) for turn in range(4)]
     for worker in workers:
         worker.start()
-    assert [results.get(timeout=30) for _ in workers] == [True] * 4
     for worker in workers:
-        worker.join()
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0] * 4
     tars = {name: count for name, count in server.requests.items() if name.endswith(".tar")}
     assert len(tars) == len(local.manifest.shards)
     if share == 1.0:
@@ -81,8 +80,7 @@ def test_a_killed_fetch_leaves_nothing_that_is_taken_for_whole(server: FaultySer
     server.faults = {".tar": ("stall", 1)}
     child = multiprocessing.get_context("fork").Process(target=shards.record, args=(0,))
     child.start()
-    while not (cache.folder / "tars").is_dir() or not kept(cache):
-        time.sleep(0.005)
+    wait_for(lambda: (cache.folder / "tars").is_dir() and bool(kept(cache)))
     time.sleep(0.05)
     child.kill()
     child.join()

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import webdataset
 from arc_ds.cli import main
 from arc_ds.data.tasks import TaskLimits, make_example
 from arc_ds.errors import DataError, StorageError
-from arc_ds.shards.faults import check_shards
+from arc_ds.shards.check import check_shards
 from arc_ds.shards.index import index_shards
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.records import MAX_RECORD_BYTES
@@ -61,12 +61,6 @@ def texts_of(shards: ShardSet) -> list[str]:
     return [shards.record(idx)["text"] for idx in range(len(shards))]
 
 
-def read_by_webdataset(tars: Sequence[Path], end: str) -> Iterator[bytes]:
-    for sample in webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False):
-        if end in sample:
-            yield sample[end]
-
-
 LONG = "a-folder-with-a-name-of-many-letters/" * 4
 
 
@@ -84,13 +78,14 @@ def test_any_tar_format_gives_the_records_that_webdataset_reads(tokenizer: Path,
         tars.append(write_tar(folder / f"{part}.tar", members, format))
     manifest = index_shards([folder], tokenizer)
     shards = ShardSet(folder)
-    expected = [json.loads(payload)["text"] for payload in read_by_webdataset(tars, "json")]
+    stream = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False)
+    expected = [json.loads(sample["json"])["text"] for sample in stream]
     assert texts_of(shards) == expected == [TEXTS[idx + part] for part in range(2) for idx in order]
     tokens = load_tokenizer(tokenizer).encode
     assert shards.num_tokens.tolist() == [len(tokens(text)) for text in expected]
     assert manifest.max_tokens == max(shards.num_tokens)
     assert manifest.skipped == {}
-    assert check_shards(folder) == []
+    assert list(check_shards(folder)) == []
 
 
 def test_shards_of_the_stock_writer_are_read(tokenizer: Path, folder: Path) -> None:
@@ -101,6 +96,15 @@ def test_shards_of_the_stock_writer_are_read(tokenizer: Path, folder: Path) -> N
     assert texts_of(ShardSet(folder)) == TEXTS
 
 
+@pytest.mark.parametrize("member", ["txt.gz", "json.gz"])
+def test_faults_of_gzip_members_are_counted_by_reason(tokenizer: Path, folder: Path, member: str) -> None:
+    members = [("0", as_json(TEXTS[0])), ("1", b"\xff"), ("2", b"x" * (MAX_RECORD_BYTES + 1))]
+    packed: list[Member] = [(f"{key}.{member}", gzip.compress(payload)) for key, payload in members]
+    write_tar(folder / "a.tar", [*packed, (f"3.{member}", packed[0][1][:-9]), (f"4.{member}", b"no gzip")])
+    manifest = index_shards([folder], tokenizer, form=RecordForm(member=member))
+    assert manifest.skipped == {"not_gzip": 2, "not_utf8": 1, "too_large": 1}
+
+
 @pytest.mark.parametrize("member", ["txt", "txt.gz", "json.gz", "meta.json", "article.txt"])
 def test_texts_and_gzip_members_are_records(tokenizer: Path, folder: Path, member: str) -> None:
     payloads = [as_json(text) if "json" in member else text.encode() for text in TEXTS]
@@ -109,7 +113,7 @@ def test_texts_and_gzip_members_are_records(tokenizer: Path, folder: Path, membe
     write_tar(folder / "a.tar", [(f"{idx}.{member}", payload) for idx, payload in enumerate(payloads)])
     index_shards([folder], tokenizer, form=RecordForm(member=member))
     assert texts_of(ShardSet(folder)) == TEXTS
-    assert check_shards(folder) == []
+    assert list(check_shards(folder)) == []
 
 
 def test_the_text_may_stand_in_another_field(tokenizer: Path, folder: Path) -> None:
@@ -151,7 +155,7 @@ def test_a_text_beside_passages_is_no_record_of_pretraining(
     index_shards([folder], tokenizer, form=form)
     shards = ShardSet(folder)
     assert shards.record(0) == record | {key: value for key, value in text.items() if key != "text"}
-    assert check_shards(folder) == []
+    assert list(check_shards(folder)) == []
     (cached,) = build_token_caches(folder, [tokenizer])
     assert (cached.records, cached.left_out) == (2, 0)
     read = load_tokenizer(tokenizer)
@@ -227,7 +231,7 @@ def test_an_empty_tar_among_others_is_a_shard_of_no_records(tokenizer: Path, fol
     write_tar(folder / "2.tar", [("0.json", as_json(TEXTS[1]))])
     assert [shard.samples for shard in index_shards([folder], tokenizer).shards] == [1, 0, 1]
     assert texts_of(ShardSet(folder)) == TEXTS[:2]
-    assert check_shards(folder) == []
+    assert list(check_shards(folder)) == []
 
 
 def test_tars_stay_where_they_are_and_the_index_elsewhere(tokenizer: Path, folder: Path, tmp_path: Path) -> None:
@@ -241,7 +245,7 @@ def test_tars_stay_where_they_are_and_the_index_elsewhere(tokenizer: Path, folde
     manifest = index_shards([folder / "{0..2}" / "data.tar"], tokenizer, out_dir=out)
     assert [shard.name for shard in manifest.shards] == ["000000-data.tar", "000001-data.tar", "000002-data.tar"]
     assert texts_of(ShardSet(out)) == TEXTS[:3]
-    assert check_shards(out) == []
+    assert list(check_shards(out)) == []
     assert not list(folder.rglob("*.idx"))
     moved = tmp_path / "moved"
     shutil.move(folder, moved)
@@ -265,7 +269,6 @@ def test_the_bytes_do_not_depend_on_workers(tokenizer: Path, folder: Path, tmp_p
 def test_tars_behind_urls_are_indexed_and_read(
     tokenizer: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     for part in range(2):
         write_tar(folder / f"{part}.tar", [("0.json", as_json(TEXTS[part]))])
     out = tmp_path / "out"
@@ -322,6 +325,14 @@ def test_what_is_given_must_be_there_and_no_command(tokenizer: Path, folder: Pat
         index_shards([folder / "none.tar"], tokenizer)
     with pytest.raises(DataError, match="names no commands"):
         index_shards(["pipe:cat x.tar"], tokenizer, out_dir=folder)
+
+
+def test_two_tars_that_would_share_one_index_are_named(tokenizer: Path, folder: Path, tmp_path: Path) -> None:
+    tars = [write_tar(folder / name, [("0.json", as_json(TEXTS[0]))]) for name in ("data.0", "data.1")]
+    for out in (None, tmp_path / "out"):
+        with pytest.raises(DataError, match=r"data\.0 and .*data\.1 would share one index, data\.idx\. Rename one"):
+            index_shards(tars, tokenizer, out_dir=out)
+    assert sorted(path.name for path in folder.iterdir()) == ["data.0", "data.1"]
 
 
 def test_the_key_of_a_damaged_record_is_that_of_its_header(tokenizer: Path, folder: Path) -> None:

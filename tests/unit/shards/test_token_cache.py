@@ -18,32 +18,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arc_ds.batch.packing import PoolingSpec
 from arc_ds.cli import main
-from arc_ds.data.loading.decoder_reader import ReaderFiles
-from arc_ds.data.loading.loader import StepData
-from arc_ds.data.loading.source import Source
-from arc_ds.data.order.order import RunOrder
-from arc_ds.data.tasks import TaskLimits
 from arc_ds.errors import DataError, StorageError
 from arc_ds.shards.building.writer import build_shards
+from arc_ds.shards.check import check_token_caches
 from arc_ds.shards.index import index_shards
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.tar_index import RecordForm
 from arc_ds.shards.token_cache import writer as token_cache_writer
 from arc_ds.shards.token_cache.cache import KnownText, KnownTexts, open_token_cache, with_known
 from arc_ds.shards.token_cache.files import cache_name, origin_of, texts_of
-from arc_ds.shards.token_cache.writer import build_token_caches, check_token_caches
+from arc_ds.shards.token_cache.writer import build_token_caches
 from arc_ds.tokenizers import Encoding, Tokenizer, load_tokenizer
 from arc_ds.tokenizers.tiktoken_file import RankTokenizer
-from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_shards, write_tiktoken
+from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_shards
 
 TEXTS = [TEXT, "plain words", "  two  spaces ", "北京\n\n été 🚲", "A " * 90, "\x00 odd"]
-
-
-@pytest.fixture
-def tokenizer_path(tmp_path: Path) -> Path:
-    return write_tiktoken(tmp_path / "tokenizer.model")
 
 
 @pytest.fixture
@@ -64,13 +54,10 @@ def assert_known(shards: ShardSet, tokenizer: Tokenizer, *, may_lack: bool = Fal
             assert np.array_equal(encoding.ends, direct.ends)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_cached_encodings_are_the_tokenizer_s(
-    tmp_path: Path, shards: ShardSet, tokenizer_path: Path, workers: int
-) -> None:
+def test_cached_encodings_are_the_tokenizer_s(tmp_path: Path, shards: ShardSet, tokenizer_path: Path) -> None:
     json_path = write_json_tokenizer(tmp_path / "json")
     assert len(shards.manifest.shards) > 2
-    first, second = build_token_caches(shards.folder, [tokenizer_path, json_path], workers=workers)
+    first, second = build_token_caches(shards.folder, [tokenizer_path, json_path])
     assert first.records == second.records == len(shards)
     assert first.left_out == second.left_out == 0
     for path in (tokenizer_path, json_path):
@@ -109,85 +96,46 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> str:
     return "\n".join(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
 
 
-def cut_ids(cache: Path) -> None:
-    path = next(cache.glob("*.ids"))
-    path.write_bytes(path.read_bytes()[:-4])
+def change_index(**changes: object) -> Callable[[Path], object]:
+    """A function that changes fields of a `cache.json`."""
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def lose_texts(cache: Path) -> None:
-    next(cache.glob("*.texts")).unlink()
-
-
-def damage_index(cache: Path) -> None:
-    (cache / "cache.json").write_text("{")
-
-
-def forget_a_shard(cache: Path) -> None:
-    spec = json.loads((cache / "cache.json").read_text())
-    spec["shards"].popitem()
-    (cache / "cache.json").write_text(json.dumps(spec))
-
-
-def count_another_record(cache: Path) -> None:
-    spec = json.loads((cache / "cache.json").read_text())
+def change_first_shard(path: Path) -> None:
+    spec = json.loads(path.read_text())
     next(iter(spec["shards"].values()))["records"] += 1
-    (cache / "cache.json").write_text(json.dumps(spec))
-
-
-def change_fingerprint(cache: Path) -> None:
-    spec = json.loads((cache / "cache.json").read_text())
-    spec["fingerprint"] = spec["fingerprint"][:16] + "0" * 48
-    (cache / "cache.json").write_text(json.dumps(spec))
+    path.write_text(json.dumps(spec))
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "damage", "message"),
     [
-        (cut_ids, "bytes, expected"),
-        (lose_texts, "is missing"),
-        (damage_index, "damaged"),
-        (forget_a_shard, "unfinished"),
-        (count_another_record, "stale"),
-        (change_fingerprint, "belongs to the tokenizer"),
+        ("shard-000000.ids", lambda path: path.write_bytes(path.read_bytes()[:-4]), "bytes, expected"),
+        ("shard-000000.texts", Path.unlink, "is missing"),
+        ("cache.json", lambda path: path.write_text("{"), "damaged"),
+        ("cache.json", change_index(shards={}), "unfinished"),
+        ("cache.json", change_first_shard, "stale"),
+        ("cache.json", change_index(fingerprint="0" * 64), "belongs to the tokenizer"),
     ],
 )
 def test_a_cache_that_does_not_fit_is_named_unused_and_made_again(
     shards: ShardSet,
     tokenizer_path: Path,
     caplog: pytest.LogCaptureFixture,
-    damage: Callable[[Path], None],
+    name: str,
+    damage: Callable[[Path], object],
     message: str,
 ) -> None:
     tokenizer = load_tokenizer(tokenizer_path)
     (made,) = build_token_caches(shards.folder, [tokenizer_path])
-    damage(made.folder)
+    damage(made.folder / name)
     assert open_token_cache(shards, tokenizer) is None
     assert message in warnings_of(caplog) and "arc-ds shards tokenize" in warnings_of(caplog)
-    if damage is not change_fingerprint:
+    if "belongs" not in message:
         assert check_token_caches(shards.folder, shards.manifest)
     build_token_caches(shards.folder, [tokenizer_path])
     assert_known(shards, tokenizer)
     assert check_token_caches(shards.folder, shards.manifest) == []
-
-
-def test_shards_that_were_built_again_make_a_cache_stale(
-    shards: ShardSet, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (old,) = build_token_caches(shards.folder, [tokenizer_path])
-    source = shards.folder.with_suffix(".jsonl")
-    source.write_text("".join(json.dumps({"text": text + "!"}) + "\n" for text in TEXTS))
-    kept = {path.name: path.read_bytes() for path in old.folder.iterdir()}
-    build_shards([source], shards.folder, tokenizer_path, min_tokens=2, overwrite=True)
-    old.folder.mkdir(exist_ok=True)
-    for name, raw in kept.items():
-        (old.folder / name).write_bytes(raw)
-    again = ShardSet(shards.folder)
-    assert open_token_cache(again, load_tokenizer(tokenizer_path)) is None
-    assert "stale" in warnings_of(caplog)
-    assert any("stale" in fault.what for fault in check_token_caches(again.folder, again.manifest))
-    build_token_caches(again.folder, [tokenizer_path])
-    assert_known(again, load_tokenizer(tokenizer_path))
-    assert check_token_caches(again.folder, again.manifest) == []
 
 
 def test_tars_that_were_indexed_by_another_field_make_a_cache_stale(
@@ -284,7 +232,7 @@ def test_a_build_that_was_killed_goes_on_behind_its_finished_shards(
     whole = token_cache_writer._tokenize_shard
 
     def stop_at_the_third(*args: object) -> object:
-        calls.append(args[1])  # type: ignore[arg-type]
+        calls.append(args[-1])  # type: ignore[arg-type]
         if len(calls) == 3:
             raise KeyboardInterrupt
         return whole(*args)  # type: ignore[arg-type]
@@ -376,19 +324,19 @@ def test_any_text_comes_out_of_the_cache_as_it_is_read(golden: Path, texts: list
             assert_known(shards, load_tokenizer(tokenizer_path), may_lack=True)
 
 
-def test_a_token_of_too_many_characters_is_left_out(tmp_path: Path, tokenizer_path: Path) -> None:
-    class OneToken:
-        """A whole text is one token."""
+def test_a_token_of_too_many_characters_is_left_out(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_token(_: RankTokenizer, text: str) -> Encoding:
+        return Encoding(np.zeros(1, dtype=np.int64), np.array([0, len(text)]))
 
-        def encode_with_ends(self, text: str) -> Encoding:
-            return Encoding(np.zeros(1, dtype=np.int64), np.array([0, len(text)]))
-
-    with (tmp_path / "ids").open("wb") as file:
-        writer = token_cache_writer._ShardTokens(file, OneToken())  # type: ignore[arg-type]
-        for length in (255, 256, 3):
-            writer.add({"text": "a" * length})
-    assert (writer.left_out, writer.num_ids) == (1, 2)
-    assert writer.texts().lengths.tolist() == [1, 0, 1]
+    shards = write_shards(tmp_path / "shards", tokenizer_path, ["a" * length for length in (255, 256, 3)])
+    monkeypatch.setattr(RankTokenizer, "encode_with_ends", one_token)
+    (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    assert (made.left_out, made.ids) == (1, 2)
+    cache = open_token_cache(shards, load_tokenizer(tokenizer_path))
+    assert cache is not None
+    assert [len(cache.known(idx, shards.record(idx))) for idx in range(3)] == [1, 0, 1]
 
 
 def test_command_line_builds_checks_and_mends_caches(
@@ -409,33 +357,6 @@ def test_command_line_builds_checks_and_mends_caches(
     assert "tokenize again" in capsys.readouterr().out
     assert main(["shards", "tokenize", out, "--tokenizer", str(other), "--workers", "1"]) == 0
     assert main(["shards", "check", out, "--workers", "1"]) == 0
-
-
-def test_a_run_s_batches_are_the_same_with_a_cache_and_not_tokenised(
-    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = write_json_tokenizer(tmp_path / "json")
-    texts = [TEXT * (1 + idx % 4) + f" Number {idx}." for idx in range(24)]
-    shards = write_shards(tmp_path / "run", tokenizer_path, texts)
-
-    def batches() -> list[dict[str, list[int]]]:
-        source = Source(shards=ShardSet(shards.folder), limits=TaskLimits(max_context=20, max_prefix=20))
-        data = StepData(
-            order=RunOrder(seed=1, batch_size=4, sources=(source.shape,), num_decoders=2),
-            sources=[source],
-            encoder_tokenizer=tokenizer_path,
-            readers=[ReaderFiles(tokenizer=tokenizer_path), ReaderFiles(tokenizer=other)],
-            pooling=PoolingSpec(),
-        )
-        packed = (micro.batch for step in range(8) for micro in data[step].micro_batches)
-        return [
-            {name: getattr(one, name).tolist() for name in ("encoder_ids", "decoder_ids", "labels")} for one in packed
-        ]
-
-    plain = batches()
-    build_token_caches(shards.folder, [tokenizer_path, other])
-    monkeypatch.setattr(RankTokenizer, "encode_with_ends", lambda *_: pytest.fail("tokenised in spite of the cache"))
-    assert batches() == plain
 
 
 def test_a_lock_that_another_user_left_behind_keeps_nobody_out(

@@ -78,6 +78,14 @@ def test_check_names_damaged_files_and_the_remedy(tmp_path: Path, capsys: pytest
     assert tar.name in printed and "Copy the damaged files again or rebuild them" in printed
 
 
+def test_a_malformed_url_is_one_message_without_its_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "check", "https://me:secret@[bad/x?sig=secret"]) == 2
+    error = capsys.readouterr().err
+    assert "[bad/x… is not a valid URL" in error and "Correct the address" in error and "secret" not in error
+    assert main(["shards", "check", "//[bad/x"]) == 2
+    assert "found no manifest.json" in capsys.readouterr().err, "a local folder's name may have brackets"
+
+
 def test_every_option_of_a_build_is_on_the_command_line_with_the_same_default(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, object] = {}
 

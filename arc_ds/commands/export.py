@@ -13,7 +13,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register `arc-ds export`."""
     parser = subparsers.add_parser(
         "export",
-        help="convert a run's checkpoint to weights that other programs can load",
         description="Joins the ZeRO shards of a checkpoint and writes safetensors. Needs no GPU or process group.",
     )
     add_arguments(parser)

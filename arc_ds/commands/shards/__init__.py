@@ -9,21 +9,11 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
-SUBCOMMANDS = (
-    "build",
-    "check",
-    "convert",
-    "index",
-    "show",
-    "stats",
-    "tokenize",
-)
-HELP = "build, check, show and measure webdataset shards"
+SUBCOMMANDS = ("build", "check", "convert", "index", "show", "stats", "tokenize")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command `shards` and its subcommands."""
-    parser = subparsers.add_parser("shards", help=HELP)
-    commands = parser.add_subparsers(dest="shards_command", required=True)
+    commands = subparsers.add_parser("shards").add_subparsers(dest="shards_command", required=True)
     for name in SUBCOMMANDS:
         import_module(f"{__name__}.{name}").add_parser(commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from arc_ds.shards.building.converters import FORMATS, ConvertOptions, convert_files
@@ -13,8 +14,7 @@ _DEFAULTS = ConvertOptions()
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand `convert`."""
     parser = commands.add_parser(
-        "convert",
-        help="convert the original files of SQuAD, DROP or TriviaQA to JSONL for `build --kind fine_tuning`",
+        "convert", help="convert the original files of SQuAD, DROP or TriviaQA to JSONL for `build --kind fine_tuning`"
     )
     parser.add_argument("format", choices=FORMATS)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="original JSON files of the data set")
@@ -48,12 +48,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _convert(namespace: argparse.Namespace) -> int:
-    options = ConvertOptions(
-        first_answer=namespace.first_answer,
-        evidence=namespace.evidence,
-        passage_words=namespace.passage_words,
-        max_passages=namespace.max_passages,
-    )
+    options = ConvertOptions(**{field.name: getattr(namespace, field.name) for field in fields(ConvertOptions)})
     done = convert_files(namespace.format, namespace.files, namespace.out, options, overwrite=namespace.overwrite)
     left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in done.skipped.items()) or "none"
     print(f"{namespace.out}: {done.records} records; questions left out: {left_out}")

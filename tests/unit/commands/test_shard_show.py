@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.cli import main
-from arc_ds.commands.shards.sample_view import Look, SampleView, spell
+from arc_ds.commands.shards.sample_view import SampleView, spell
 from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, make_example
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
@@ -70,7 +70,7 @@ def sample_of(tokenizer: Tokenizer, other: Tokenizer) -> Example:
 
 
 def test_contexts_groups_targets_and_special_tokens_are_told_apart(tokenizer: Tokenizer, other: Tokenizer) -> None:
-    view = SampleView(tokenizer, other, Look(groups=GroupRule("factor", 3)))
+    view = SampleView(tokenizer, other, groups=GroupRule("factor", 3))
     head, body, _ = view.render(sample_of(tokenizer, other), "record 3").split("\n")
     num_context = len(tokenizer.encode("the sea 🚲 lamp"))
     assert head.startswith("── record 3: continuation, ") and head.endswith("2 cut contexts ──")
@@ -80,7 +80,7 @@ def test_contexts_groups_targets_and_special_tokens_are_told_apart(tokenizer: To
 
 
 def test_tokens_of_both_tokenizers_are_shown_where_asked(tokenizer: Tokenizer, other: Tokenizer) -> None:
-    view = SampleView(tokenizer, other, Look(tokens=True))
+    view = SampleView(tokenizer, other, tokens=True)
     _, body, reading, _ = view.render(sample_of(tokenizer, other), "record 3").split("\n")
     context = re.search("⟦(.*)<cont>⟧", body)
     assert context is not None
@@ -93,8 +93,8 @@ def test_tokens_of_both_tokenizers_are_shown_where_asked(tokenizer: Tokenizer, o
 
 def test_colours_are_closed_and_hide_nothing(tokenizer: Tokenizer, other: Tokenizer) -> None:
     example = sample_of(tokenizer, other)
-    coloured = SampleView(tokenizer, other, Look(colour=True)).render(example, "record 3")
-    plain = SampleView(tokenizer, other, Look()).render(example, "record 3")
+    coloured = SampleView(tokenizer, other, colour=True).render(example, "record 3")
+    plain = SampleView(tokenizer, other).render(example, "record 3")
     assert "\x1b[36mthe sea" in coloured and "\x1b[4m stone\x1b[0m" in coloured
     assert len(re.findall(r"\x1b\[0m", coloured)) == len(re.findall(r"\x1b\[[1-9]", coloured))
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == re.sub("[⟦⟧]|__", "", plain)

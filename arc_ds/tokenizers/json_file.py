@@ -40,13 +40,7 @@ class JsonTokenizer:
     """
 
     def __init__(
-        self,
-        backend: Any,
-        *,
-        bos_id: int | None,
-        eos_id: int | None,
-        fingerprint: str,
-        definition: str | None = None,
+        self, backend: Any, *, bos_id: int | None, eos_id: int | None, fingerprint: str, definition: str | None = None
     ) -> None:
         backend.no_truncation()
         backend.no_padding()

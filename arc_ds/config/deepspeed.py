@@ -14,16 +14,7 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_world_size
 from arc_ds.errors import ConfigError
 
-_FOREIGN_SECTIONS = (
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bfloat16",
-    "amp",
-    "torch_autocast",
-    "monitor_config",
-    "elasticity",
-)
+_FOREIGN = ("optimizer", "scheduler", "fp16", "bfloat16", "amp", "torch_autocast", "monitor_config", "elasticity")
 _HPZ = "zero_hpz_partition_size"
 
 
@@ -43,7 +34,7 @@ def resolve_deepspeed(
     in fp32, the JSON has its own optimizer or schedule, or DeepSpeed does not accept a key or a value.
     """
     name, resolved = str(path), _read(path)
-    for section in _FOREIGN_SECTIONS:
+    for section in _FOREIGN:
         if section in resolved:
             raise ConfigError(f"{name}: has a section {section!r}, which ARC-DS owns or does not use. Remove it.")
     check_keys(resolved, name)

@@ -17,13 +17,14 @@ from arc_ds.tokenizers import load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `build`."""
-    parser = commands.add_parser(
-        "build",
-        help="turn text, JSONL or Parquet files into shards",
-        description="Cuts documents into records and writes them as shards. Repeat the same command to resume a killed "
-        "build. The result is identical, byte for byte, for any number of --workers.",
+HELP = "turn text, JSONL or Parquet files into shards"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the subcommand."""
+    parser.description = (
+        "Cuts documents into records and writes them as shards. Repeat the same command to resume a killed "
+        "build. The result is identical, byte for byte, for any number of --workers."
     )
     parser.add_argument(
         "inputs",
@@ -44,7 +45,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="TOKENIZER",
         help="also store the token ids of all texts by these tokenizers next to the shards (or later: shards tokenize)",
     )
-    parser.set_defaults(run=_build)
 
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,8 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _build(namespace: argparse.Namespace) -> int:
+def run(namespace: argparse.Namespace) -> int:
+    """Run the subcommand; return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for path in namespace.cache_tokens:
         load_tokenizer(path)  # fails now, not after hours of building, if a tokenizer cannot be read

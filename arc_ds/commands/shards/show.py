@@ -20,9 +20,11 @@ from arc_ds.tokenizers import load_tokenizer
 _LIMITS = {field.name: field.default for field in fields(TaskLimits) if type(field.default) is int}
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `show`."""
-    parser = commands.add_parser("show", help="print samples: contexts coloured, groups marked, targets underlined")
+HELP = "print samples: contexts coloured, groups marked, targets underlined"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the subcommand."""
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
     parser.add_argument("--decoder-tokenizer", help="the decoder's tokenizer (default: the encoder's)")
@@ -51,10 +53,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     for name, default in _LIMITS.items():
         option = f"--{name.replace('_', '-')}"
         limits.add_argument(option, type=int, default=default, metavar="N", help="default: %(default)s")
-    parser.set_defaults(run=_show)
 
 
-def _show(namespace: argparse.Namespace) -> int:
+def run(namespace: argparse.Namespace) -> int:
+    """Run the subcommand; return its exit code."""
     if namespace.pooling_factor < 0 or namespace.first < 0 or namespace.in_context_examples < 0:
         raise DataError("--pooling-factor, --first and --in-context-examples are counts: expected 0 or more.")
     source = ShardSet(namespace.folder)

@@ -66,22 +66,6 @@ def test_the_inputs_are_good_before_they_are_spoilt(config: Path, run: Path) -> 
     assert _start(load_config(config, [f"run_dir={run}"])) is None
 
 
-def test_a_wrong_key_names_the_nearest(config: Path, run: Path) -> None:
-    message = _refusal(ConfigError, config, run, ["encoder.num_layer=2"])
-    assert "unknown key encoder.num_layer." in message and "Did you mean num_layers?" in message
-
-
-def test_wrong_paths_are_named_together(config: Path, run: Path) -> None:
-    message = _refusal(ConfigError, config, run, ["encoder.backbone=/no/model", "data.validation=/no/shards"])
-    assert "encoder.backbone: /no/model" in message and "data.validation: /no/shards" in message
-    assert "Correct them" in message
-
-
-def test_a_pooling_factor_of_0_is_refused(config: Path, run: Path) -> None:
-    message = _refusal(ConfigError, config, run, ["pooling.factors=[0]"])
-    assert "pooling.factors.0 is 0; expected 1 or more" in message
-
-
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(
     config: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,28 +74,20 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(
     assert "data.batch_size is 8" in message and "3 × 2 = 6" in message and "data.batch_size=12" in message
 
 
-def _broken_backbone(config: Path, folder: Path, name: str, tensor: torch.Tensor | None) -> Path:
-    """A copy of the encoder's backbone with one tensor replaced or removed."""
+def _broken_backbone(config: Path, folder: Path) -> Path:
+    """A copy of the encoder's backbone without one of its tensors."""
     shutil.copytree(config.parent / "encoder", folder)
     tensors = load_file(folder / "model.safetensors")
-    del tensors[name]
-    if tensor is not None:
-        tensors[name] = tensor
+    del tensors[Q_PROJ]
     save_file(tensors, folder / "model.safetensors")
     return folder
 
 
 def test_weights_with_a_missing_tensor_are_refused(config: Path, run: Path, tmp_path: Path) -> None:
-    broken = _broken_backbone(config, tmp_path / "broken", Q_PROJ, None)
+    broken = _broken_backbone(config, tmp_path / "broken")
     for key in ("encoder.backbone", "decoders.0.backbone"):
         message = _refusal(WeightsError, config, run, [f"{key}={broken}"])
         assert str(broken) in message and Q_PROJ in message
-
-
-def test_weights_with_a_misshapen_tensor_are_refused(config: Path, run: Path, tmp_path: Path) -> None:
-    broken = _broken_backbone(config, tmp_path / "broken", Q_PROJ, torch.zeros(31, 32))
-    message = _refusal(WeightsError, config, run, [f"decoders.0.backbone={broken}"])
-    assert str(broken) in message and "31" in message and "32" in message
 
 
 def test_a_tokenizer_of_other_weights_is_refused(config: Path, run: Path) -> None:
@@ -215,15 +191,12 @@ def test_a_used_folder_is_resumed_from_its_newest_checkpoint(config: Path, run: 
 
 
 @pytest.mark.parametrize("steps", [(), (8,)], ids=["before its first checkpoint", "with a checkpoint"])
-def test_the_folder_of_another_config_is_refused(config: Path, run: Path, steps: tuple[int, ...]) -> None:
+def test_a_new_run_or_another_config_is_refused_in_a_used_folder(
+    config: Path, run: Path, steps: tuple[int, ...]
+) -> None:
     _used_run(config, run, steps=steps)
     message = _refusal(ConfigError, config, run, ["seed=1"])
     assert "seed: 0 there, 1 here" in message and "another run_dir" in message
-
-
-@pytest.mark.parametrize("steps", [(), (8,)], ids=["before its first checkpoint", "with a checkpoint"])
-def test_a_new_run_in_a_used_folder_is_refused(config: Path, run: Path, steps: tuple[int, ...]) -> None:
-    _used_run(config, run, steps=steps)
     message = _refusal(ConfigError, config, run, ["checkpoint.resume=never"])
     assert "saved work is not overwritten" in message and "resume=auto" in message
 
@@ -319,7 +292,7 @@ def test_a_config_of_the_users_own_in_the_folder_is_not_overwritten(config: Path
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_ranks_say_it_once_and_end_with_code_2(config: Path, run: Path, tmp_path: Path) -> None:
-    broken = _broken_backbone(config, tmp_path / "broken", Q_PROJ, None)
+    broken = _broken_backbone(config, tmp_path / "broken")
     code, console = train(config, [f"run_dir={run}", f"decoders.1.backbone={broken}"], num_ranks=2)
     assert code == EXIT_USER_ERROR, console
     assert len(console.splitlines()) == 1 and console.startswith("arc-ds train: "), console

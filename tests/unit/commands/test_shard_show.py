@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,10 @@ from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.cli import main
 from arc_ds.commands.shards.sample_view import SampleView, spell
-from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, make_example
+from arc_ds.data.tasks import Example, TaskCounts
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
-from tests.helpers.tiny_data import TEXT, numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
+from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +57,8 @@ def sample_of(tokenizer: Tokenizer, other: Tokenizer) -> Example:
         Segment.text(other.encode("Of")),
         Segment.text([*other.encode(" stone"), other.eos_id or 0], in_loss=True),
     )
-    example = make_example(
-        [{"text": TEXT}], task="reconstruction", seed=0, encoder=tokenizer, decoder=other, limits=TaskLimits()
-    )
-    return replace(
-        example,
-        sample=Sample("continuation", segments),
-        contexts=("the sea 🚲 lamp",),
-        counts=TaskCounts(cut_contexts=2),
-    )
+    sample, counts = Sample("continuation", segments), TaskCounts(cut_contexts=2)
+    return Example(sample=sample, contexts=("the sea 🚲 lamp",), passages=(), counts=counts, variants=None)
 
 
 def test_contexts_groups_targets_and_special_tokens_are_told_apart(tokenizer: Tokenizer, other: Tokenizer) -> None:
@@ -82,12 +74,10 @@ def test_contexts_groups_targets_and_special_tokens_are_told_apart(tokenizer: To
 def test_tokens_of_both_tokenizers_are_shown_where_asked(tokenizer: Tokenizer, other: Tokenizer) -> None:
     view = SampleView(tokenizer, other, tokens=True)
     _, body, reading, _ = view.render(sample_of(tokenizer, other), "record 3").split("\n")
-    context = re.search("⟦(.*)<cont>⟧", body)
-    assert context is not None
-    assert context[1].count("·") == len(tokenizer.encode("the sea 🚲 lamp")) - 1
-    ids = other.encode("the sea 🚲 lamp")
-    assert reading.startswith(f"context 1 in {len(ids)} decoder tokens: ")
-    assert reading.count("·") == len(ids) - 1
+    (context,) = re.findall("⟦(.*)<cont>⟧", body)
+    assert context.count("·") == len(tokenizer.encode("the sea 🚲 lamp")) - 1
+    num_tokens = len(other.encode("the sea 🚲 lamp"))
+    assert reading.startswith(f"context 1 in {num_tokens} decoder tokens: ") and reading.count("·") == num_tokens - 1
     assert reading.split(": ")[1].replace("·", "") == "⟦the sea 🚲 lamp⟧"
 
 

@@ -133,7 +133,7 @@ def test_every_missing_path_is_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         check_paths(config)
     message = str(caught.value)
-    for path in ("deepspeed: ds.json", "models/enc", "ckpt", "old", "shards/train", str(tmp_path)):
+    for path in ("deepspeed: ds.json", "models/enc", "ckpt", "old", "shards/train", str(tmp_path), "Correct them"):
         assert path in message
     assert "data.validation.0.path: shards/val" in message and "data.validation.1.path: shards/qa" in message
     assert "models/dec" not in message

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers.base import Encoding, checked, parse_json, require, settle_ends, sha256_of
+from arc_ds.tokenizers.base import Encoding, Tokenizer, checked, parse_json, require, settle_ends, sha256_of
 
 _MARK = re.compile(r"<.*[^\W\d_].*>|\[.*[^\W\d_].*\]", re.DOTALL)
 # HTML tags, which some tokenizers (Gemma) list as tokens for ordinary text. <s> is not one of them: </s> ends a text.
@@ -32,7 +32,7 @@ def is_mark(token: str) -> bool:
     return _MARK.fullmatch(token) is not None and _HTML.fullmatch(token) is None
 
 
-class JsonTokenizer:
+class JsonTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library.
 
     backend: a `tokenizers.Tokenizer` in which every mark (`is_mark`) is a special token.

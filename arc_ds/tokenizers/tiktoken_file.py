@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers.base import Encoding, ends_of_bytes, require, sha256_of
+from arc_ds.tokenizers.base import Encoding, Tokenizer, ends_of_bytes, require, sha256_of
 
 # How Llama 3 splits a text before merging.
 LLAMA3_PATTERN = (
@@ -43,7 +43,7 @@ _TEKKEN_NAMED = [
 ]  # fmt: skip
 
 
-class RankTokenizer:
+class RankTokenizer(Tokenizer):
     """A tokenizer of byte sequences in rank order, with special tokens before the ranks or after them.
 
     library: tiktoken.
@@ -85,9 +85,6 @@ class RankTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._ids(text).tolist()
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def encode_with_ends(self, text: str) -> Encoding:
         ids = self._ids(text)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -207,13 +207,39 @@ def test_a_checkpoint_of_another_config_is_refused_though_the_config_file_is_gon
     assert "another config" in _refusal(ConfigError, config, run, ["optimizer.bridge_lr=1e-3"])
 
 
-def test_data_that_changed_since_the_checkpoint_are_refused(run: Path, tmp_path: Path) -> None:
+def _change_shards(folder: Path) -> None:
+    shutil.rmtree(folder / "train")
+    write_shards(folder / "train", folder / "encoder", numbered_texts(40))
+
+
+def _change_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[Q_PROJ][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _change_tokenizer(folder: Path) -> None:
+    write_json_tokenizer(folder, bos=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "folder", "kind", "words"),
+    [
+        (_change_shards, "", DataError, ("have changed", "Restore")),
+        (_change_weights, "encoder", WeightsError, ("the weights at encoder.backbone differ", "Name the files")),
+        (_change_weights, "wide", WeightsError, ("the weights at decoders.0.backbone differ", "Name the files")),
+        (_change_tokenizer, "encoder", TokenizerError, ("the tokenizer of encoder differs", "Restore")),
+        (_change_tokenizer, "wide", TokenizerError, ("the tokenizer of decoders.0 differs", "Restore")),
+    ],
+)
+def test_inputs_that_changed_since_the_checkpoint_are_refused(
+    run: Path, tmp_path: Path, change: Callable[[Path], None], folder: str, kind: type[ArcError], words: tuple[str, str]
+) -> None:
     config = write_inputs(tmp_path / "own")
     _used_run(config, run, steps=(8,))
-    shutil.rmtree(tmp_path / "own" / "train")
-    write_shards(tmp_path / "own" / "train", tmp_path / "own" / "encoder", numbered_texts(40))
-    message = _refusal(DataError, config, run)
-    assert "step_000008" in message and "have changed" in message and "Restore" in message
+    change(tmp_path / "own" / folder)
+    message = _refusal(kind, config, run)
+    assert all(word in message for word in ("step_000008", *words))
 
 
 def test_a_run_goes_on_where_its_models_and_shards_lie_elsewhere(run: Path, tmp_path: Path) -> None:
@@ -223,20 +249,6 @@ def test_a_run_goes_on_where_its_models_and_shards_lie_elsewhere(run: Path, tmp_
     config = tmp_path / "moved" / "config.yaml"
     config.write_text(config.read_text().replace(str(tmp_path / "own"), str(tmp_path / "moved")))
     assert _start(load_config(config, [f"run_dir={run}"])) == run / "checkpoints" / "step_000008"
-
-
-@pytest.mark.parametrize(("folder", "key"), [("encoder", "encoder.backbone"), ("wide", "decoders.0.backbone")])
-def test_weights_that_changed_since_the_checkpoint_are_refused(
-    run: Path, tmp_path: Path, folder: str, key: str
-) -> None:
-    config = write_inputs(tmp_path / "own")
-    _used_run(config, run, steps=(8,))
-    (weights,) = (tmp_path / "own" / folder).glob("*.safetensors")
-    tensors = load_file(weights)
-    tensors[Q_PROJ][0, 0] += 1
-    save_file(tensors, weights)
-    message = _refusal(WeightsError, config, run)
-    assert f"the weights at {key} differ" in message and "step_000008" in message and "Name the files" in message
 
 
 def test_a_mean_over_parts_is_not_resumed_with_other_parts(config: Path, run: Path) -> None:
@@ -256,17 +268,6 @@ def test_a_mean_over_ranks_is_not_resumed_with_other_ranks(config: Path, run: Pa
     else:
         message = _refusal(ConfigError, config, run, overrides)
         assert "written by 2 ranks, but this run has 1" in message and "Resume with 2 ranks" in message
-
-
-@pytest.mark.parametrize(("folder", "key"), [("encoder", "encoder"), ("wide", "decoders.0")])
-def test_a_tokenizer_that_changed_since_the_checkpoint_is_refused(
-    run: Path, tmp_path: Path, folder: str, key: str
-) -> None:
-    config = write_inputs(tmp_path / "own")
-    _used_run(config, run, steps=(8,))
-    write_json_tokenizer(tmp_path / "own" / folder, bos=False)
-    message = _refusal(TokenizerError, config, run)
-    assert f"the tokenizer of {key} differs" in message and "step_000008" in message and "Restore" in message
 
 
 def test_a_folder_whose_checkpoints_are_all_torn_is_not_started_anew(config: Path, run: Path) -> None:

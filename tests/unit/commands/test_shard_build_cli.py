@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from arc_ds.cli import main
 from arc_ds.commands.shards import build as build_command
+from arc_ds.commands.shards import convert as convert_command
 from arc_ds.errors import DataError
+from arc_ds.shards.building.converters import ConvertOptions
 from arc_ds.shards.building.writer import build_shards
 from tests.helpers.tiny_data import TEXT, write_tiktoken
 
@@ -89,6 +92,15 @@ def test_a_malformed_url_is_one_message_without_its_secrets(capsys: pytest.Captu
     assert "[bad/x… is not a valid URL" in error and "Correct the address" in error and "secret" not in error
     assert main(["shards", "check", "//[bad/x"]) == 2
     assert "found no manifest.json" in capsys.readouterr().err, "a local folder's name may have brackets"
+
+
+def test_options_of_a_conversion_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    done = SimpleNamespace(records=0, skipped={})
+    monkeypatch.setattr(convert_command, "convert_files", lambda *args, **_: given.append(args[3]) or done)
+    options = ["--first-answer", "--evidence", "e", "--passage-words", "7", "--max-passages", "3"]
+    assert main(["shards", "convert", "squad", "in.json", "--out", "out.jsonl", *options]) == 0
+    assert given == [ConvertOptions(first_answer=True, evidence=Path("e"), passage_words=7, max_passages=3)]
 
 
 def test_every_option_of_a_build_is_on_the_command_line_with_the_same_default(monkeypatch: pytest.MonkeyPatch) -> None:

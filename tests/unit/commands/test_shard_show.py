@@ -100,23 +100,22 @@ def test_show_prints_samples_of_every_task(
     ]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     build_shards([tmp_path / "q.jsonl"], tmp_path / "questions", tokenizer_path, kind="fine_tuning")
-    options = ["--tokenizer", str(tokenizer_path), "--num", "2", "--first", "3"]
-    assert main(["shards", "show", str(tmp_path / "texts"), *options, "--task", "reconstruction"]) == 0
-    assert "record 4: reconstruction" in capsys.readouterr().out
-    assert (
-        main(["shards", "show", str(tmp_path / "texts"), *options, "--task", "reconstruction", "--max-context", "3"])
-        == 0
-    )
-    assert "record 3: reconstruction, 3 encoder tokens" in capsys.readouterr().out
-    assert main(["shards", "show", str(tmp_path / "questions"), *options, "--in-context-examples", "2"]) == 0
-    out = capsys.readouterr().out
+
+    def show(folder: str, *options: str, code: int = 0) -> str:
+        words = ["--tokenizer", str(tokenizer_path), "--num", "2", "--first", "3", *options]
+        assert main(["shards", "show", str(tmp_path / folder), *words]) == code
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    text = show("texts", "--task", "reconstruction", "--max-context", "3")
+    assert "record 3: reconstruction, 3 encoder tokens" in text and "record 4: reconstruction" in text
+    out = show("questions", "--in-context-examples", "2")
     assert out.count("Document: ⟦") == 2 * 3
     assert "__ Tower 3" in out
     assert len(set(re.findall(r"Which tower (\d)", out.split("── record 4")[0]))) == 3
-    assert main(["shards", "show", str(tmp_path / "questions"), *options, "--task", "reconstruction"]) == 0
-    assert "record 3 gives no sample: expected a string in the field 'text'" in capsys.readouterr().out
-    assert main(["shards", "show", str(tmp_path / "texts"), *options, "--chat-template", "chatml"]) == 2
-    assert "<|im_start|>" in capsys.readouterr().err
+    no_text = "record 3 gives no sample: expected a string in the field 'text'"
+    assert no_text in show("questions", "--task", "reconstruction")
+    assert "<|im_start|>" in show("texts", "--chat-template", "chatml", code=2)
 
 
 @pytest.mark.parametrize("num_lines", [1, 0])

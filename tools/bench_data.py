@@ -26,6 +26,7 @@ import importlib.util
 import os
 import platform
 import pstats
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -113,7 +114,7 @@ class Pair(NamedTuple):
     decoder: str
 
 
-class Work(NamedTuple):
+class Output(NamedTuple):
     """Output of some steps, and their CPU time in seconds."""
 
     records: int
@@ -201,11 +202,11 @@ def measure(shards: Path, pair: Pair, tokenizers: dict[str, Path], args: argpars
         build_token_caches(shards, [tokenizers[pair.encoder], tokenizers[pair.decoder]])
     data = worker(shards, pair, tokenizers, args.batch_size)
     make(data, range(20))
-    spans = [range(first, first + args.steps) for first in range(20, 20 + args.repeats * args.steps, args.steps)]
-    works = [make(data, span) for span in spans]
-    best = max(works, key=lambda work: work.records / work.seconds)
+    repeats = [range(first, first + args.steps) for first in range(20, 20 + args.repeats * args.steps, args.steps)]
+    outputs = [make(data, steps) for steps in repeats]
+    best = max(outputs, key=lambda output: output.records / output.seconds)
     if args.profile:
-        print_profile(data, spans[0])
+        print_profile(data, repeats[0])
     if is_cached:
         remove_caches(shards)
     return Row(
@@ -241,7 +242,7 @@ def worker(shards: Path, pair: Pair, tokenizers: dict[str, Path], batch_size: in
     )
 
 
-def make(data: StepData, steps: range) -> Work:
+def make(data: StepData, steps: range) -> Output:
     """Build the batches of the given steps."""
     records = encoder_tokens = decoder_rows = 0
     begin = time.process_time()
@@ -250,7 +251,7 @@ def make(data: StepData, steps: range) -> Work:
         records += len(batch.record_ids)
         encoder_tokens += sum(each.batch.num_encoder_tokens for each in batch.micro_batches)
         decoder_rows += sum(each.batch.num_decoder_rows for each in batch.micro_batches)
-    return Work(records, encoder_tokens, decoder_rows, time.process_time() - begin)
+    return Output(records, encoder_tokens, decoder_rows, time.process_time() - begin)
 
 
 def print_profile(data: StepData, steps: range) -> None:
@@ -298,9 +299,7 @@ def stage_of(file: str) -> str | None:
 def remove_caches(shards: Path) -> None:
     """Remove the token caches before the next measurement on the fly."""
     for folder in shards.glob("tokens-*"):
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
 
 
 def machine() -> str:

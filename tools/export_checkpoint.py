@@ -6,23 +6,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from arc_ds.commands.export import add_arguments, run
-from arc_ds.errors import ArcError
-
-
-def main() -> int:
-    """Parse the command line and export; return 0 on success, 2 if the input cannot be used."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args())
-    except ArcError as error:
-        print(f"export_checkpoint: {error}", file=sys.stderr)
-        return 2
-
+from arc_ds.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["export", *sys.argv[1:]]))

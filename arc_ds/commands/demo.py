@@ -10,7 +10,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register `arc-ds demo`."""
     parser = subparsers.add_parser(
         "demo",
-        help="build shards, train, resume, export and use a small ARC-Encoder",
         description="Trains an ARC-Encoder for SmolLM2-135M on the State of the Union speeches in about 15 minutes on "
         "two CPU cores. It builds shards, trains with one interruption, validates, exports, compresses and plots.",
     )

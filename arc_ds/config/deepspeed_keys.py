@@ -5,11 +5,11 @@ DeepSpeed itself ignores typos, or reports them badly.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, KeysView, Mapping
+from collections.abc import KeysView, Mapping
 from functools import cache
 from typing import Any, get_args
 
+from arc_ds.config.decode import nearest
 from arc_ds.errors import ConfigError
 
 # Sections that DeepSpeed reads key by key, without a class that lists their fields.
@@ -47,11 +47,11 @@ def known_keys() -> Known:
     """The keys of the JSON as a tree. Imports DeepSpeed."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    plain = {section: _Asked() for section in _PLAIN_SECTIONS}
-    asked = _Asked(plain)
+    plain = {section: _KeyRecorder() for section in _PLAIN_SECTIONS}
+    recorder = _KeyRecorder(plain)
     # DeepSpeed's reader looks up every possible key, even in an almost empty config.
-    DeepSpeedConfig.__new__(DeepSpeedConfig)._initialize_params(asked)
-    known: dict[str, Known | None] = dict.fromkeys(sorted(asked.names))
+    DeepSpeedConfig.__new__(DeepSpeedConfig)._initialize_params(recorder)
+    known: dict[str, Known | None] = dict.fromkeys(sorted(recorder.names))
     known |= {section: dict.fromkeys(sorted(keys.names)) for section, keys in plain.items()}
     return known | {section: _fields(model) for section, model in _models().items()}
 
@@ -77,18 +77,13 @@ def _fields(model: Any) -> Known:
 def _check_section(section: Mapping[str, Any], known: Known, name: str, prefix: str) -> None:
     for key, value in section.items():
         if key not in known:
-            raise ConfigError(f"{name}: unknown key {prefix}{key}. {_nearest(key, known)}")
+            raise ConfigError(f"{name}: unknown key {prefix}{key}. {nearest(key, known)}")
         keys = known[key]
         if keys is not None and isinstance(value, Mapping):
             _check_section(value, keys, name, f"{prefix}{key}.")
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}."
-
-
-class _Asked(dict[str, Any]):
+class _KeyRecorder(dict[str, Any]):
     """A dict that records every key lookup."""
 
     def __init__(self, content: Mapping[str, Any] | None = None) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import sys
 import textwrap
 import types
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from arc_ds.config import schema
@@ -39,18 +41,19 @@ class Key(NamedTuple):
 
 def all_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[Key]:
     """The keys of a dataclass of the schema. Its own keys come before those of its sections."""
-    docs = _docs()[cls.__name__]
+    docs = _docs()
     hints = get_type_hints(cls, include_extras=True)
     sections = []
     for field in dataclasses.fields(cls):
         path, kind = prefix + field.name, hints[field.name]
         section = _section(kind)
         if section is None:
-            yield Key(path, _in_words(kind), _default(field), docs[field.name])
+            yield Key(path, _in_words(kind), _default(field), docs[cls.__name__, field.name])
+        elif get_origin(kind) is None:
+            sections.append((section, f"{path}."))
         else:
-            sections.append((section, path + (".*." if get_origin(kind) else ".")))
-            if get_origin(kind):
-                yield Key(path, "a list of sections", _default(field), docs[field.name])
+            sections.append((section, f"{path}.*."))
+            yield Key(path, "a list of sections", _default(field), docs[cls.__name__, field.name])
     for section, inner in sections:
         yield from all_keys(section, inner)
 
@@ -96,24 +99,18 @@ def _default(field: dataclasses.Field[Any]) -> str:
     value = field.default
     if value is dataclasses.MISSING:
         return "required"
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
-def _docs() -> dict[str, dict[str, str]]:
+def _docs() -> dict[tuple[str, str], str]:
     """The docstring under each field, by class and field."""
+    docs = {}
     classes = (node for node in ast.parse(inspect.getsource(schema)).body if isinstance(node, ast.ClassDef))
-    return {
-        node.name: {
-            statement.target.id: str(following.value.value)
-            for statement, following in zip(node.body, node.body[1:], strict=False)
-            if isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        }
-        for node in classes
-    }
+    for node in classes:
+        for pair in pairwise(node.body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                    docs[node.name, name] = doc
+    return docs

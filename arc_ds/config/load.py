@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,19 +76,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+def _to_dict(config: RunConfig) -> dict[str, Any]:
     """The whole tree, including defaults, as dicts, lists and scalars that YAML and JSON can hold."""
-    return _plain(dataclasses.asdict(config))
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # JSON turns tuples into lists
 
 
 def dump_yaml(config: RunConfig) -> str:
     """The resolved tree as YAML. `load_config` reads it back as an equal config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def flatten(config: RunConfig) -> dict[str, Scalar]:
     """Scalars by dotted key (`decoders.0.backbone`), for trackers. A list of numbers is one JSON text (`[2, 2]`)."""
-    return _flatten(to_dict(config))
+    return flatten_tree(_to_dict(config))
+
+
+def flatten_tree(value: Any, prefix: str = "") -> dict[str, Scalar]:
+    """`flatten` of dicts, lists and scalars. prefix: dotted key of the value itself."""
+    if isinstance(value, list) and any(isinstance(child, dict) for child in value):
+        value = {str(idx): child for idx, child in enumerate(value)}
+    if not isinstance(value, dict):
+        return {prefix: json.dumps(value) if isinstance(value, list) else value}
+    flat: dict[str, Scalar] = {}
+    for key, child in value.items():
+        flat |= flatten_tree(child, f"{prefix}.{key}" if prefix else key)
+    return flat
 
 
 def common(config: RunConfig) -> dict[str, Scalar]:
@@ -115,31 +128,6 @@ def differences(old: Mapping[str, Scalar], new: Mapping[str, Scalar]) -> tuple[s
     return tuple(f"{key}: {before} there, {now} here" for key, before, now in pairs if before != now)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(child) for child in value]
-    return value
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Scalar]:
-    if isinstance(value, dict):
-        children = value.items()
-    elif isinstance(value, list) and any(isinstance(child, dict) for child in value):
-        children = ((str(i), child) for i, child in enumerate(value))  # type: ignore[assignment]
-    else:
-        return {prefix: json.dumps(value) if isinstance(value, list) else value}
-    flat: dict[str, Scalar] = {}
-    for key, child in children:
-        flat.update(_flatten(child, f"{prefix}.{key}" if prefix else key))
-    return flat
-
-
 def _matches(key: str, patterns: Sequence[str]) -> bool:
     """Whether a flat key matches one of the patterns. "*" stands for one part."""
-    parts = key.split(".")
-    return any(
-        len(parts) == len(pattern) and all(p in ("*", part) for p, part in zip(pattern, parts, strict=True))
-        for pattern in (pattern.split(".") for pattern in patterns)
-    )
+    return any(re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]+"), key) for pattern in patterns)

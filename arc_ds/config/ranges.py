@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,28 +17,18 @@ class Range:
     cure: a sentence for the error message, such as the meaning of 0.
     """
 
-    at_least: float | None = None
-    above: float | None = None
-    below: float | None = None
+    at_least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
     cure: str = ""
 
     def holds(self, value: float) -> bool:
         """Whether a number is in the range."""
-        return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+        return self.at_least <= value < self.below and value > self.above
 
     def __str__(self) -> str:
-        bounds = []
-        if self.at_least is not None:
-            bounds.append(f"{self.at_least} or more")
-        if self.above is not None:
-            bounds.append(f"more than {self.above}")
-        if self.below is not None:
-            bounds.append(f"less than {self.below}")
-        return " and ".join(bounds)
+        bounds = {"{} or more": self.at_least, "more than {}": self.above, "less than {}": self.below}
+        return " and ".join(words.format(bound) for words, bound in bounds.items() if math.isfinite(bound))
 
 
 Count = Annotated[int, Range(at_least=0)]

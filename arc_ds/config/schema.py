@@ -61,11 +61,8 @@ class EncoderConfig:
         Raises ConfigError if no layer would remain, or if more are requested than exist.
         """
         key = "num_layers" if self.num_layers is not None else "num_truncated_layers"
-        if self.num_layers is not None:
-            kept = self.num_layers
-        else:
-            dropped = self.num_truncated_layers
-            kept = num_backbone_layers - (DEFAULT_TRUNCATED_LAYERS if dropped is None else dropped)
+        dropped = DEFAULT_TRUNCATED_LAYERS if self.num_truncated_layers is None else self.num_truncated_layers
+        kept = num_backbone_layers - dropped if self.num_layers is None else self.num_layers
         if not 1 <= kept <= num_backbone_layers:
             raise ConfigError(
                 f"encoder.{key}: {kept} layers would be kept of the {num_backbone_layers} in {self.backbone}; "

@@ -16,18 +16,15 @@ from arc_ds.system.urls import is_url, local_path
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
-def check_exclusions(config: RunConfig, source: str = "config") -> None:
-    """Raise one ConfigError that lists all keys that contradict each other, with the remedy."""
-    problems = [
-        *_encoder_problems(config),
-        *_pooling_problems(config),
-        *_decoder_problems(config),
-        *_data_problems(config),
-        *_optimizer_problems(config),
-        *_cadence_problems(config),
-    ]
+def check_exclusions(config: RunConfig, source: str) -> None:
+    """Raise one ConfigError that lists all keys that contradict each other, with the remedy.
+
+    source: the file's name, for messages.
+    """
+    checks = (_encoder_problems, _decoder_problems, _data_problems, _step_problems)
+    problems = [f"{source}: {problem}" for check in checks for problem in check(config)]
     if problems:
-        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+        raise ConfigError("\n".join(problems))
 
 
 def check_world_size(config: RunConfig, world_size: int) -> int:
@@ -48,17 +45,15 @@ def check_paths(config: RunConfig) -> None:
     A missing path would otherwise stop the run an hour later. If all paths exist, check that `run_dir` can be created
     and written to. This function does not create it.
     """
-    named: list[tuple[str, str | None]] = [
-        ("deepspeed", config.deepspeed),
-        ("encoder.backbone", config.encoder.backbone),
-    ]
-    named += [("encoder.tokenizer", config.encoder.tokenizer), ("encoder.init_from", config.encoder.init_from)]
+    paths: dict[str, str | None] = {"deepspeed": config.deepspeed}
+    paths |= {f"encoder.{key}": getattr(config.encoder, key) for key in ("backbone", "tokenizer", "init_from")}
     for idx, decoder in enumerate(config.decoders):
-        named += [(f"decoders.{idx}.backbone", decoder.backbone), (f"decoders.{idx}.tokenizer", decoder.tokenizer)]
-    named += _shards_on_disk(config)
+        paths |= {f"decoders.{idx}.backbone": decoder.backbone, f"decoders.{idx}.tokenizer": decoder.tokenizer}
+    paths |= _shards_on_disk(config)
     if config.checkpoint.resume not in ("auto", "never"):
-        named.append(("checkpoint.resume", config.checkpoint.resume))
-    missing = [f"{key}: {path}" for key, path in named if path is not None and not _exists(path)]
+        paths["checkpoint.resume"] = config.checkpoint.resume
+    # os.path.exists is false for names that are too long and folders that cannot be searched; Path.exists may raise.
+    missing = [f"{key}: {path}" for key, path in paths.items() if path is not None and not os.path.exists(path)]
     if missing:
         lines = "\n  ".join(missing)
         raise ConfigError(
@@ -85,38 +80,27 @@ def _check_can_be_written(folder: Path) -> None:
         ) from error
 
 
-def _shards_on_disk(config: RunConfig) -> list[tuple[str, str]]:
-    """Keys and paths of local shards. Remote ones need the network and are checked later."""
+def _shards_on_disk(config: RunConfig) -> dict[str, str]:
+    """Paths of local shards, by key. Remote ones need the network and are checked later."""
     key = "data.validation" if isinstance(config.data.validation, str) else "data.validation.{}.path"
-    named = [(f"data.sources.{idx}.path", source.path) for idx, source in enumerate(config.data.sources)]
-    named += [(key.format(idx), source.path) for idx, source in enumerate(config.data.held_out)]
-    return [(key, str(local_path(path))) for key, path in named if not is_url(path)]
-
-
-def _exists(path: str) -> bool:
-    return os.path.exists(path)  # false for names that are too long and folders that cannot be searched
+    paths = {f"data.sources.{idx}.path": source.path for idx, source in enumerate(config.data.sources)}
+    paths |= {key.format(idx): source.path for idx, source in enumerate(config.data.held_out)}
+    return {key: str(local_path(path)) for key, path in paths.items() if not is_url(path)}
 
 
 def _encoder_problems(config: RunConfig) -> Iterator[str]:
-    encoder = config.encoder
+    encoder, pooling = config.encoder, config.pooling
     if encoder.num_layers is not None and encoder.num_truncated_layers is not None:
         yield (
             f"encoder.num_layers={encoder.num_layers} and encoder.num_truncated_layers="
             f"{encoder.num_truncated_layers} both set the number of layers; remove one of them."
         )
-
-
-def _pooling_problems(config: RunConfig) -> Iterator[str]:
-    pooling = config.pooling
-    chosen = {
-        "factors": bool(pooling.factors),
-        "num_groups": pooling.num_groups is not None,
-        "memory_tokens": pooling.memory_tokens > 0,
-    }
-    if sum(chosen.values()) != 1:
-        given = " and ".join(name for name, is_set in chosen.items() if is_set) or "none"
+    # An empty list, null and 0 are the absent ones; ranges exclude a num_groups of 0.
+    given = [name for name in ("factors", "num_groups", "memory_tokens") if getattr(pooling, name)]
+    if len(given) != 1:
         yield (
-            f"pooling: expected exactly one of factors, num_groups and memory_tokens; got {given}. "
+            f"pooling: expected exactly one of factors, num_groups and memory_tokens; got "
+            f"{' and '.join(given) or 'none'}. "
             "With num_groups or memory_tokens write `factors: []`; to keep every token write `factors: [1]`."
         )
 
@@ -157,19 +141,14 @@ def _share_problems(share: float | ShareSchedule) -> Iterator[str]:
             yield f"{key} is {value} from step {start}; expected a share from 0 to 1."
 
 
-def _optimizer_problems(config: RunConfig) -> Iterator[str]:
-    optimizer = config.optimizer
-    if not 0 <= optimizer.warmup_steps < max(config.steps, 1):
+def _step_problems(config: RunConfig) -> Iterator[str]:
+    if not 0 <= config.optimizer.warmup_steps < config.steps:
         yield (
-            f"optimizer.warmup_steps is {optimizer.warmup_steps}; expected 0 to steps - 1 = {config.steps - 1}. "
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps}; expected 0 to steps - 1 = {config.steps - 1}. "
             f"For a run of this length, set for example optimizer.warmup_steps={config.steps // 20}."
         )
-
-
-def _cadence_problems(config: RunConfig) -> Iterator[str]:
-    validation = config.validation
-    if validation.every > 0 and not config.data.held_out:
+    if config.validation.every > 0 and not config.data.held_out:
         yield (
-            f"validation.every is {validation.every}, but data.validation names no held-out shards. "
+            f"validation.every is {config.validation.every}, but data.validation names no held-out shards. "
             "Set data.validation to a folder of shards, or validation.every to 0."
         )

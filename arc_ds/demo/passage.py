@@ -18,7 +18,7 @@ _GREEN, _DIM, _END = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class PassageNll:
     """The decoder's NLL of a passage in four settings.
 
     tokens: text of each token.
@@ -46,7 +46,7 @@ class Reading:
         return "".join(words).strip()
 
 
-def read_passage(model: ArcModel, passage: str, other: str) -> Reading:
+def score_passage(model: ArcModel, passage: str, other: str) -> PassageNll:
     """Score a passage with no context, with another passage's vectors, with its own vectors, and with its text.
 
     model: an export with its tokenizers and one decoder.
@@ -69,7 +69,7 @@ def read_passage(model: ArcModel, passage: str, other: str) -> Reading:
         name: F.cross_entropy(rows[-len(ids) : -1].cpu(), target, reduction="none")
         for name, rows in zip(given, logits, strict=True)
     }
-    return Reading(tokens=_pieces(decoder, ids), nll=nll)
+    return PassageNll(tokens=_pieces(decoder, ids), nll=nll)
 
 
 def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

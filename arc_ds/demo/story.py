@@ -14,7 +14,7 @@ from pathlib import Path
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.demo import inputs, picture
-from arc_ds.demo.passage import read_passage
+from arc_ds.demo.passage import score_passage
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED
 from arc_ds.system.device import num_local_devices
@@ -25,6 +25,7 @@ RECIPE = Path("ds_configs") / "recipes" / "demo.yaml"
 DEEPSPEED = Path("ds_configs") / "cpu.json"
 INTERRUPT_AT = 0.4  # share of the steps
 PASSAGE_TOKENS = range(12, 25)
+_ARC_DS = (sys.executable, "-m", "arc_ds.cli")
 
 
 def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, overrides: Sequence[str]) -> int:
@@ -43,18 +44,20 @@ def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, 
     if fresh and out.exists():
         _delete(out)
     out.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "MODELS": str(inputs.model_file().parent), "SHARDS": str(out / "shards")}
+    # The recipe and its DeepSpeed JSON refer to these variables. Commands inherit them.
+    os.environ |= {"MODELS": str(inputs.model_file().parent), "SHARDS": str(out / "shards")}
     _say(f"1. Shards: State of the Union speeches; those since {inputs.FIRST_HELD_OUT_YEAR} are held out")
-    _build_shards(out, environment)
+    _build_shards(out)
     _say("2. Training with the deepspeed launcher, interrupted once on purpose")
     run_dir = out / "run"
-    options = [str(recipe), f"run_dir={run_dir}", f"deepspeed={_beside_package(DEEPSPEED)}", *overrides]
-    options.append(f"--num-procs={num_procs or _num_procs(options, environment)}")
-    interrupted_at = _train(run_dir, options, environment)
+    overrides = [f"run_dir={run_dir}", f"deepspeed={_beside_package(DEEPSPEED)}", *overrides]
+    run_config = load_config(recipe, overrides)
+    command = ["train", str(recipe), *overrides, f"--num-procs={num_procs or _num_procs(run_config)}"]
+    interrupted_at = _train(run_dir, command, interrupt_step=max(1, int(INTERRUPT_AT * run_config.steps)))
     _say("3. Export")
     export = out / "export"
     if not export.exists():
-        _command(["export", str(run_dir), str(export)], environment)
+        _run(["export", str(run_dir), str(export)])
     _say("4. A held-out passage, compressed and read by the decoder")
     _use(export)
     image = out / "demo.png"
@@ -63,29 +66,24 @@ def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, 
     return 0
 
 
-def _build_shards(out: Path, environment: dict[str, str]) -> None:
+def _build_shards(out: Path) -> None:
     training, held_out = inputs.speeches()
     for name, files in (("train", training), ("validation", held_out)):
         target = out / "shards" / name
         if (target / "manifest.json").is_file():
             print(f"   {target} already exists")
             continue
-        texts = [str(path) for path in files]
-        _command(
-            ["shards", "build", *texts, "--out", str(target), "--tokenizer", str(inputs.model_file())]
-            + ["--max-tokens", "192"],
-            environment,
-        )
+        options = ["--out", str(target), "--tokenizer", str(inputs.model_file()), "--max-tokens", "192"]
+        _run(["shards", "build", *map(str, files), *options])
 
 
-def _train(run_dir: Path, options: list[str], environment: dict[str, str]) -> int | None:
+def _train(run_dir: Path, command: list[str], *, interrupt_step: int) -> int | None:
     """Train to the end; return the step of the interruption (None if the run was not interrupted)."""
     note = run_dir / "interrupted_at"
     metrics = run_dir / METRICS_NAME
-    command = [sys.executable, "-m", "arc_ds.cli", "train", *options]
     if not metrics.exists():
-        process = subprocess.Popen(command, env=environment)
-        step = _wait_for_step(metrics, process, _interrupt_step(options, environment))
+        process = subprocess.Popen([*_ARC_DS, *command])
+        step = _wait_for_step(metrics, process, interrupt_step)
         if step is not None:
             print(f"   step {step}: sending SIGTERM, as a cluster's scheduler would", flush=True)
             process.send_signal(signal.SIGTERM)
@@ -94,13 +92,9 @@ def _train(run_dir: Path, options: list[str], environment: dict[str, str]) -> in
             note.write_text(f"{_last_step(metrics)}\n", encoding="utf-8")
             print("   saved and stopped; running the same command again:", flush=True)
         elif code != 0:
-            raise ArcError(f"training ended with code {code}: {' '.join(command)}")
-    _run(command, environment)
+            raise ArcError(f"training ended with code {code}: arc-ds {' '.join(command)}")
+    _run(command)
     return int(note.read_text(encoding="utf-8")) if note.exists() else None
-
-
-def _interrupt_step(options: list[str], environment: dict[str, str]) -> int:
-    return max(1, int(INTERRUPT_AT * _config(options, environment).steps))
 
 
 def _wait_for_step(metrics: Path, process: subprocess.Popen[bytes], step: int) -> int | None:
@@ -120,10 +114,6 @@ def _last_step(metrics: Path) -> int:
     return max(steps, default=0)
 
 
-def _rows(metrics: Path) -> list[dict[str, float]]:
-    return [{"step": entry.step, **entry.metrics} for entry in read_metrics(metrics)]
-
-
 def _use(export: Path) -> None:
     """Show a short passage of the newest speech: its NLL with its vectors, and the decoder's repetition of it."""
     from arc_ds.inference.arc import ArcModel, Context
@@ -131,19 +121,19 @@ def _use(export: Path) -> None:
     model = ArcModel.from_checkpoint(export, decoders=[inputs.model_file()])
     assert model.encoder_tokenizer is not None, "an export carries its tokenizer"
     passage, other = _short_passages(model.encoder_tokenizer)
-    reading = read_passage(model, passage, other)
+    scored = score_passage(model, passage, other)
     (vectors,) = model.compress([passage], marker="rec")
-    (repeated,) = model.generate([[Context(passage, "rec")]], max_new_tokens=len(reading.tokens))
-    print(f"   The passage, {len(reading.tokens)} tokens, as {vectors.shape[0]} vectors (one is the marker):")
+    (repeated,) = model.generate([[Context(passage, "rec")]], max_new_tokens=len(scored.tokens))
+    print(f"   The passage, {len(scored.tokens)} tokens, as {vectors.shape[0]} vectors (one is the marker):")
     print(f"      {passage}")
     print("   NLL of the passage in nats per token, if the decoder is given")
-    for name, nll in reading.nll.items():
+    for name, nll in scored.nll.items():
         print(f"      {name:18}{float(nll.mean()):6.2f}")
-    learned, shown = sum(reading.learned), reading.line(colour=sys.stdout.isatty())
+    learned, shown = sum(scored.learned), scored.line(colour=sys.stdout.isatty())
     print(f"   {learned} of its tokens are likely only with the vectors (marked):")
     print(f"      {shown}")
     print("   Greedy repetition from the vectors alone (after few steps, words and names but no whole sentences):")
-    print(f"      {_line(repeated)}")
+    print(f"      {' '.join(repeated.split()) or '(nothing but line breaks)'}")
 
 
 def _short_passages(tokenizer: Tokenizer) -> list[str]:
@@ -154,13 +144,8 @@ def _short_passages(tokenizer: Tokenizer) -> list[str]:
     return fitting[:2]
 
 
-def _line(text: str) -> str:
-    """Join generated text into one line."""
-    return " ".join(text.split()) or "(nothing but line breaks)"
-
-
 def _close(run_dir: Path, image: Path, export: Path, *, minutes: float) -> None:
-    rows = _rows(run_dir / METRICS_NAME)
+    rows = [entry.metrics for entry in read_metrics(run_dir / METRICS_NAME)]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     speed = [row["speed/encoder_tokens_per_s"] for row in rows if "speed/encoder_tokens_per_s" in row]
     memory = max(row["memory/peak_gib"] for row in rows if "memory/peak_gib" in row)
@@ -182,14 +167,10 @@ def _close(run_dir: Path, image: Path, export: Path, *, minutes: float) -> None:
     print(f"   The run in MLflow: mlflow ui --backend-store-uri sqlite:///{(run_dir / 'mlflow.db').resolve()}")
 
 
-def _command(arguments: list[str], environment: dict[str, str]) -> None:
-    _run([sys.executable, "-m", "arc_ds.cli", *arguments], environment)
-
-
-def _run(command: list[str], environment: dict[str, str]) -> None:
-    code = subprocess.run(command, env=environment, check=False).returncode
+def _run(command: list[str]) -> None:
+    code = subprocess.run([*_ARC_DS, *command], check=False).returncode
     if code != 0:
-        raise ArcError(f"a command of the demo ended with code {code}: {' '.join(command[:6])} ...")
+        raise ArcError(f"a command of the demo ended with code {code}: arc-ds {' '.join(command[:3])} ...")
 
 
 def _beside_package(name: Path) -> Path:
@@ -200,17 +181,10 @@ def _beside_package(name: Path) -> Path:
     return path
 
 
-def _num_procs(options: list[str], environment: dict[str, str]) -> int:
+def _num_procs(config: RunConfig) -> int:
     """The largest number of processes that divides the recipe's batch, at most one per GPU; one on the CPU."""
-    config = _config(options, environment)
     batch = config.data.batch_size // config.micro_batches
     return max(n for n in range(1, num_local_devices(config.device) + 1) if batch % n == 0)
-
-
-def _config(options: list[str], environment: dict[str, str]) -> RunConfig:
-    """Load the run's config with the environment variables that its recipe refers to."""
-    os.environ.update({name: environment[name] for name in ("MODELS", "SHARDS")})
-    return load_config(options[0], [option for option in options[1:] if not option.startswith("--")])
 
 
 def _delete(out: Path) -> None:

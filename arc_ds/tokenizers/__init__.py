@@ -12,6 +12,10 @@ from pathlib import Path
 
 from arc_ds.errors import TokenizerError
 from arc_ds.tokenizers.base import SUPPORTED, Encoding, Tokenizer, parse_json
+from arc_ds.tokenizers.gguf_file import read_gguf_tokenizer
+from arc_ds.tokenizers.json_file import JsonTokenizer
+from arc_ds.tokenizers.sentencepiece_file import SentencePieceTokenizer
+from arc_ds.tokenizers.tiktoken_file import is_tekken, read_tekken, read_tiktoken
 from arc_ds.tokenizers.together import encode_together, read_together
 
 _TIKTOKEN_LINE = re.compile(rb"^[A-Za-z0-9+/]+=* \d+\r?$")
@@ -52,28 +56,16 @@ def _read(path: Path, _states: tuple[object, ...]) -> Tokenizer:
     with path.open("rb") as file:
         head = file.read(4096)
     if head[:4] == b"GGUF":
-        from arc_ds.tokenizers.gguf_file import read_gguf_tokenizer
-
         return read_gguf_tokenizer(path)
     if head.lstrip()[:1] == b"{":
-        return _read_json_kind(path)
+        raw = path.read_bytes()
+        spec = parse_json(raw, path)
+        if is_tekken(spec):
+            return read_tekken(path, raw, spec)
+        return JsonTokenizer.from_spec(path, raw.decode("utf-8"), spec)
     if _TIKTOKEN_LINE.match(head.split(b"\n", 1)[0]):
-        from arc_ds.tokenizers.tiktoken_file import read_tiktoken
-
         return read_tiktoken(path)
-    from arc_ds.tokenizers.sentencepiece_file import SentencePieceTokenizer
-
     return SentencePieceTokenizer.from_file(path)
-
-
-def _read_json_kind(path: Path) -> Tokenizer:
-    """Read the tokenizer of a JSON file, in the format of Tekken or of Hugging Face."""
-    from arc_ds.tokenizers.json_file import JsonTokenizer
-    from arc_ds.tokenizers.tiktoken_file import is_tekken, read_tekken
-
-    raw = path.read_bytes()
-    spec = parse_json(raw, path)
-    return read_tekken(path, raw, spec) if is_tekken(spec) else JsonTokenizer.from_spec(path, raw.decode("utf-8"), spec)
 
 
 def _find_in_folder(folder: Path) -> Path:

@@ -78,23 +78,19 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without special tokens."""
-        ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
-        ...
+        return [self.encode(text) for text in texts]
 
     def encode_with_ends(self, text: str) -> Encoding:
         """Ids of the text, with the character position of each token boundary."""
-        ...
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids. Special tokens yield no text, invalid UTF-8 yields U+FFFD."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write the files from which `load_tokenizer(folder)` loads an equal tokenizer. The folder must exist."""
-        ...
 
 
 def parse_json(raw: bytes, path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ def _build(library: Any, fields: dict[str, Any], pre: str) -> Any:
     backend.decoder = library.decoders.ByteLevel()
     special = {*_of_kind(fields, _CONTROL), *_marks(fields)}
     words = [token for token in _of_kind(fields, _USER_DEFINED) if token not in special]
-    backend.add_special_tokens([_added(library, token, True) for token in tokens if token in special])
-    backend.add_tokens([_added(library, token, False) for token in words])
+    added = partial(library.AddedToken, normalized=False)
+    backend.add_special_tokens([added(token, special=True) for token in tokens if token in special])
+    backend.add_tokens([added(token, special=False) for token in words])
     return backend
 
 
@@ -104,7 +106,3 @@ def _marks(fields: dict[str, Any]) -> list[str]:
 
 def _of_kind(fields: dict[str, Any], kind: int) -> list[str]:
     return [token for token, its in zip(fields["tokens"], fields["token_type"], strict=True) if its == kind]
-
-
-def _added(library: Any, token: str, special: bool) -> Any:
-    return library.AddedToken(token, special=special, normalized=False)

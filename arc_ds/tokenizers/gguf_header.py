@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-_SCALARS: Mapping[int, str] = MappingProxyType(
-    {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-)
+# The struct module's code of each type of number.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
 
@@ -62,13 +59,13 @@ def read_gguf_header(path: Path, *, lists_under: str | None = None) -> GgufHeade
             raise ValueError(f"its GGUF version is {version}, expected 2 or 3")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _Cursor(data, len(head)).header(num_tensors, num_keys, lists_under)
+                return _HeaderReader(data, len(head)).header(num_tensors, num_keys, lists_under)
             except (struct.error, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
                 raise ValueError(f"its header is damaged or cut short ({error})") from error
 
 
-class _Cursor:
-    """A position in the file that advances as values are read."""
+class _HeaderReader:
+    """Reads values one after the other, from a position in the file."""
 
     def __init__(self, data: mmap.mmap, offset: int) -> None:
         self.data = data
@@ -79,11 +76,11 @@ class _Cursor:
         for _ in range(num_keys):
             key, kind = self._string(), self._scalar("I")
             if kind != _ARRAY:
-                metadata[key] = self._value(kind)
-            elif lists_under is not None and key.startswith(lists_under):
-                metadata[key] = self._list()
-            else:
-                self._skip_list()
+                metadata[key] = self._string() if kind == _STRING else self._scalar(_code(kind))
+                continue
+            values = self._list()
+            if lists_under is not None and key.startswith(lists_under):
+                metadata[key] = [value.decode("utf-8") if isinstance(value, bytes) else value for value in values]
         tensors = dict(self._tensor() for _ in range(num_tensors))
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         return GgufHeader(metadata, tensors, -(-self.offset // alignment) * alignment)
@@ -93,47 +90,34 @@ class _Cursor:
         sizes = [self._scalar("Q") for _ in range(self._scalar("I"))]
         return name, GgufTensor(tuple(reversed(sizes)), self._scalar("I"), self._scalar("Q"))
 
-    def _value(self, kind: int) -> Any:
-        return self._string() if kind == _STRING else self._scalar(_layout(kind))
-
     def _list(self) -> list[Any]:
+        """A list of numbers, of lists, or of strings as bytes: those of skipped lists need not be UTF-8."""
         kind, count = self._scalar("I"), self._scalar("Q")
-        if kind == _ARRAY:
-            return [self._list() for _ in range(count)]
-        if kind == _STRING:
-            return [self._string() for _ in range(count)]
-        layout = f"<{count}{_layout(kind)}"
-        values = struct.unpack_from(layout, self.data, self.offset)
-        self.offset += struct.calcsize(layout)
-        return list(values)
-
-    def _skip_list(self) -> None:
-        kind, count = self._scalar("I"), self._scalar("Q")
-        if kind == _ARRAY:
-            for _ in range(count):
-                self._skip_list()
-        elif kind == _STRING:
-            for _ in range(count):
-                length = self._scalar("Q")
-                self.offset += length
-        else:
-            self.offset += count * struct.calcsize("<" + _layout(kind))
-
-    def _scalar(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self.data, self.offset)
-        self.offset += struct.calcsize("<" + code)
-        return value
+        if kind in (_ARRAY, _STRING):
+            return [self._list() if kind == _ARRAY else self._bytes() for _ in range(count)]
+        return list(self._unpack(f"{count}{_code(kind)}"))
 
     def _string(self) -> str:
+        return self._bytes().decode("utf-8")
+
+    def _bytes(self) -> bytes:
         length = self._scalar("Q")
         raw = self.data[self.offset : self.offset + length]
         if len(raw) != length:
             raise IndexError(f"a string of {length} bytes at byte {self.offset}")
         self.offset += length
-        return raw.decode("utf-8")
+        return raw
+
+    def _scalar(self, code: str) -> Any:
+        return self._unpack(code)[0]
+
+    def _unpack(self, codes: str) -> tuple[Any, ...]:
+        values = struct.unpack_from("<" + codes, self.data, self.offset)
+        self.offset += struct.calcsize("<" + codes)
+        return values
 
 
-def _layout(kind: int) -> str:
+def _code(kind: int) -> str:
     if kind not in _SCALARS:
         raise IndexError(f"a value of unknown type {kind}")
     return _SCALARS[kind]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers.base import Encoding, checked, parse_json, require, settle_ends, sha256_of
+from arc_ds.tokenizers.base import Encoding, Tokenizer, checked, parse_json, require, settle_ends, sha256_of
 
 _MARK = re.compile(r"<.*[^\W\d_].*>|\[.*[^\W\d_].*\]", re.DOTALL)
 # HTML tags, which some tokenizers (Gemma) list as tokens for ordinary text. <s> is not one of them: </s> ends a text.
@@ -32,7 +32,7 @@ def is_mark(token: str) -> bool:
     return _MARK.fullmatch(token) is not None and _HTML.fullmatch(token) is None
 
 
-class JsonTokenizer:
+class JsonTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library.
 
     backend: a `tokenizers.Tokenizer` in which every mark (`is_mark`) is a special token.
@@ -40,13 +40,7 @@ class JsonTokenizer:
     """
 
     def __init__(
-        self,
-        backend: Any,
-        *,
-        bos_id: int | None,
-        eos_id: int | None,
-        fingerprint: str,
-        definition: str | None = None,
+        self, backend: Any, *, bos_id: int | None, eos_id: int | None, fingerprint: str, definition: str | None = None
     ) -> None:
         backend.no_truncation()
         backend.no_padding()

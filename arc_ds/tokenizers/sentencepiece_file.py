@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers.base import SUPPORTED, Encoding, checked, ends_of_bytes, require, sha256_of
+from arc_ds.tokenizers.base import SUPPORTED, Encoding, Tokenizer, checked, ends_of_bytes, require, sha256_of
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model that preserves every character. Its fingerprint covers the bytes of the model file."""
 
     def __init__(self, processor: Any, raw: bytes) -> None:
@@ -48,9 +48,6 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(checked(text))
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def encode_with_ends(self, text: str) -> Encoding:
         ids = np.array(self.encode(text), dtype=np.int64)

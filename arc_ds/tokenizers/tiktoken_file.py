@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers.base import Encoding, ends_of_bytes, require, sha256_of
+from arc_ds.tokenizers.base import Encoding, Tokenizer, ends_of_bytes, require, sha256_of
 
 # How Llama 3 splits a text before merging.
 LLAMA3_PATTERN = (
@@ -27,46 +27,23 @@ LLAMA3_PATTERN = (
 # As in the reference code of Llama 3, longer runs are split.
 _MAX_RUN = 25_000
 _RUNS = re.compile(rf"\s{{1,{_MAX_RUN}}}|\S{{1,{_MAX_RUN}}}")
-NUM_LLAMA3_SPECIALS = 256
-_LLAMA3_NAMED = {
-    0: "<|begin_of_text|>",
-    1: "<|end_of_text|>",
-    4: "<|finetune_right_pad_id|>",
-    5: "<|step_id|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    8: "<|eom_id|>",
-    9: "<|eot_id|>",
-    10: "<|python_tag|>",
-}
+# Llama 3.1's 256 special tokens, in the order of their ids.
+_LLAMA3_SPECIALS = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
+    "<|python_tag|>", *(f"<|reserved_special_token_{idx}|>" for idx in range(2, 247)),
+]  # fmt: skip
 # Model families with files of the same format but another split pattern: their ids would be silently wrong.
 _OTHER_FAMILIES = {50256: "GPT-2", 100256: "GPT-4", 151643: "Qwen", 199998: "GPT-4o", 200000: "Llama 4"}
 # Tekken files up to version 7 may omit their special tokens; the first ones are then these (mistral-common).
 _TEKKEN_NAMED = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "[INST]",
-    "[/INST]",
-    "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]",
-    "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]",
-    "[TOOL_CALLS]",
-    "[IMG]",
-    "<pad>",
-    "[IMG_BREAK]",
-    "[IMG_END]",
-    "[PREFIX]",
-    "[MIDDLE]",
-    "[SUFFIX]",
-    "[SYSTEM_PROMPT]",
-    "[/SYSTEM_PROMPT]",
-    "[TOOL_CONTENT]",
-]
+    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
+    "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
+]  # fmt: skip
 
 
-class RankTokenizer:
+class RankTokenizer(Tokenizer):
     """A tokenizer of byte sequences in rank order, with special tokens before the ranks or after them.
 
     library: tiktoken.
@@ -108,9 +85,6 @@ class RankTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._ids(text).tolist()
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def encode_with_ends(self, text: str) -> Encoding:
         ids = self._ids(text)
@@ -158,7 +132,7 @@ def read_tiktoken(path: Path) -> RankTokenizer:
             "differently. ARC-DS reads only Llama 3's files of this format. Give the model's tokenizer.json instead."
         )
     tokens = _in_rank_order(ranks, path)
-    specials = {_llama3_special(idx): len(tokens) + idx for idx in range(NUM_LLAMA3_SPECIALS)}
+    specials = {name: len(tokens) + idx for idx, name in enumerate(_LLAMA3_SPECIALS)}
     return RankTokenizer(
         library,
         pattern=LLAMA3_PATTERN,
@@ -181,14 +155,6 @@ def _in_rank_order(ranks: dict[bytes, int], path: Path) -> list[bytes]:
     if missing:
         raise TokenizerError(f"tokenizer {path}: byte {missing[0]} has no token, so not every text can be encoded.")
     return sorted(ranks, key=ranks.__getitem__)
-
-
-def _llama3_special(idx: int) -> str:
-    """Name of special token number `idx`, counted from the end of the ranks (Llama 3.1's names)."""
-    if idx in _LLAMA3_NAMED:
-        return _LLAMA3_NAMED[idx]
-    unnamed = idx - sum(1 for named in _LLAMA3_NAMED if named < idx)
-    return f"<|reserved_special_token_{unnamed}|>"
 
 
 def is_tekken(spec: Any) -> bool:

@@ -5,17 +5,20 @@ python -m tests.helpers.read_steps FOLDER OUT FIRST END HANG_AT WORKERS RANK WOR
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
 
 from arc_ds.data.loading.loader import make_loader
+from arc_ds.system.processes import die_with_parent
 from tests.helpers.batches import digest
 from tests.helpers.tiny_mixture import TinyMixture
 
 
 def main() -> None:
     """Write one line per step and sync it to disk before requesting the next batch. Step HANG_AT waits to be killed."""
+    os.register_at_fork(after_in_child=die_with_parent)  # as in a run: its workers end with it
     first, end, hang_at, num_workers, rank, world_size = map(int, sys.argv[3:])
     data = TinyMixture(Path(sys.argv[1])).data(rank, world_size)
     with Path(sys.argv[2]).open("w") as out:

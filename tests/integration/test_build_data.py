@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arc_ds.config.load import load_config
-from arc_ds.errors import ConfigError, DataError, TokenizerError
+from arc_ds.errors import ConfigError
 from arc_ds.training.build import RunParts, read_parts
 from tests.helpers.tiny_mixture import question_records, write_question_shards
 from tests.helpers.tiny_run import write_inputs
@@ -55,13 +55,3 @@ def test_sources_of_all_tasks_make_batches_and_validation(config: Path) -> None:
 def test_too_few_records_for_the_in_context_examples_are_named(config: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.sources\.1 \(.*/questions\) holds 20 records; .* at least 21"):
         read(config, f"data.sources={sources(config, 'in_context_examples: 20')}")
-
-
-def test_records_of_another_kind_than_the_task_are_refused(config: Path) -> None:
-    with pytest.raises(DataError, match="questions holds fine_tuning records.*Set its `task` to few_shot"):
-        read(config, f"data.sources.0.path={config.parent}/questions")
-
-
-def test_a_chat_template_that_the_tokenizer_lacks_is_found_at_the_start(config: Path) -> None:
-    with pytest.raises(TokenizerError, match="chatml needs the special tokens"):
-        read(config, "decoders.0.chat_template=chatml")

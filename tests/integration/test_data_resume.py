@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -16,13 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc_ds.data.loading.loader import StepData, make_loader
+from arc_ds.data.loading.loader import make_loader
 from arc_ds.data.loading.step_batch import StepBatch
-from arc_ds.data.order.mixture import BLOCK
 from arc_ds.system.processes import die_with_parent
 from arc_ds.tokenizers import load_tokenizer
 from tests.helpers.batches import digest, sequences
-from tests.helpers.tiny_mixture import IN_CONTEXT_EXAMPLES, SIZES, WEIGHTS, TinyMixture
+from tests.helpers.tiny_mixture import IN_CONTEXT_EXAMPLES, SIZES, TinyMixture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,33 +69,6 @@ def test_global_batches_do_not_depend_on_ranks_workers_or_stops(
         records[batch.step].update(batch.record_ids)
     for idx, found in records.items():
         assert found == Counter((pick.source_idx, pick.record_idx) for pick in alone.order.batch(idx))
-
-
-def counts_after_each_step(data: StepData, num_steps: int) -> Iterator[dict[int, Counter]]:
-    """Yield after each step how often each record of each source was used. Yields the same, updated dictionary."""
-    seen = {source_idx: Counter(dict.fromkeys(range(size), 0)) for source_idx, size in enumerate(SIZES)}
-    for step in range(num_steps):
-        for source_idx, record_idx in data[step].record_ids:
-            seen[source_idx][record_idx] += 1
-        yield seen
-
-
-def test_no_record_is_lost_or_repeated_within_an_epoch(mixture: TinyMixture) -> None:
-    """At every step all records of a source were used equally often, except those already used in the current epoch."""
-    for seen in counts_after_each_step(mixture.data(), 30):
-        for source_idx, size in enumerate(SIZES):
-            epochs, in_epoch = divmod(seen[source_idx].total(), size)
-            assert sorted(seen[source_idx].values()) == [epochs] * (size - in_epoch) + [epochs + 1] * in_epoch
-    assert all(seen[source_idx].total() > 2 * size for source_idx, size in enumerate(SIZES)), "too few epochs"
-
-
-def test_the_realised_mixture_is_within_one_sample_of_its_weights_in_every_block(mixture: TinyMixture) -> None:
-    data = mixture.data(batch_size=16)
-    for block in range(6):
-        steps = range(block * BLOCK // 16, (block + 1) * BLOCK // 16)
-        counts = Counter(source_idx for step in steps for source_idx, _ in data[step].record_ids)
-        for source_idx, weight in enumerate(WEIGHTS):
-            assert abs(counts[source_idx] - weight * BLOCK) < 1
 
 
 def test_few_shot_samples_have_other_records_of_their_source_as_examples(mixture: TinyMixture) -> None:

@@ -34,9 +34,9 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("gpu_day")
 
 
-def _gpu_day(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
@@ -51,20 +51,20 @@ def _rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_without_a_gpu_it_says_so_and_counts_the_step() -> None:
-    result = _gpu_day()
+    result = _python(str(PROGRAM))
     assert result.returncode == 2
     assert "No GPU" in result.stdout and "nothing was measured" in result.stderr
     assert "our kernels" in result.stdout and "forward and backward" in result.stdout  # the roofline
 
 
 def test_an_unknown_stage_is_named() -> None:
-    result = _gpu_day("--stages", "step,fats", "--rehearse")
+    result = _python(str(PROGRAM), "--stages", "step,fats", "--rehearse")
     assert result.returncode == 2 and "fats" in result.stderr and "fast" in result.stderr
 
 
 @pytest.mark.slow
 def test_the_rehearsal_writes_the_rows_of_every_stage(tmp_path: Path) -> None:
-    result = _gpu_day("--rehearse", "--out", str(tmp_path), TRITON_INTERPRET="1")
+    result = _python(str(PROGRAM), "--rehearse", "--out", str(tmp_path), TRITON_INTERPRET="1")
     log = (tmp_path / "gpu_day.log").read_text()
     assert result.returncode == 0, result.stdout + log
     rows = _rows(tmp_path)
@@ -157,50 +157,36 @@ def test_a_file_of_tests_that_cannot_be_imported_is_in_the_log(tools: ModuleType
     (tmp_path / "test_good.py").write_text("def test_one():\n    pass\n")
     (tmp_path / "test_bad.py").write_text("import no_such_package\n")
     log, right = tmp_path / "log", importlib.import_module("gpu_stages.right")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_stages.report_plugin", "--test-log", str(log)]
+    command = ["-m", "pytest", "-q", "-p", "gpu_stages.report_plugin", "--test-log", str(log)]
     command += ["--continue-on-collection-errors", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parent)}
-    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False)
+    _python(*command, PYTHONPATH=str(PROGRAM.parent))
     outcomes = {Path(entry["test"].split("::")[0]).stem: entry for entry in right._read_entries(log)}
     assert {name: entry["outcome"] for name, entry in outcomes.items()} == {"test_good": "passed", "test_bad": "failed"}
     assert "no_such_package" in outcomes["test_bad"]["words"]
 
 
-def test_without_deepspeeds_engine_the_step_is_that_of_plain_torch(
-    tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step, context = _step_stage(tmp_path, monkeypatch)
-    calls: list[str] = []
-
-    def measure(_context: Any, _size: Any, engine_name: str) -> None:
-        calls.append(engine_name)
-        if engine_name == "ZeRO-3":
-            raise RuntimeError("NCCL does not start")
-
-    monkeypatch.setattr(step, "find_spec", lambda _: True)
-    monkeypatch.setattr(step, "_measure", measure)
-    step.run(context)
-    assert calls == ["ZeRO-3", "plain PyTorch"]
-    (row,) = _rows(tmp_path)
-    assert (row["subject"], row["value"]) == ("step by ZeRO-3", "failed") and "NCCL does not start" in row["note"]
-
-
-def test_a_size_that_does_not_fit_is_followed_by_a_smaller_one(
+def test_a_step_that_fails_is_measured_by_plain_torch_or_with_a_smaller_size(
     tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, context = _step_stage(tmp_path, monkeypatch)
     calls: list[tuple[int, str]] = []
 
-    def measure(_context: Any, size: Any, engine_name: str) -> None:
+    def measure(context: Any, size: Any, engine_name: str) -> None:
         calls.append((size.batch_size, engine_name))
+        if context.rehearse and engine_name == "ZeRO-3":
+            raise RuntimeError("NCCL does not start")
         if size.batch_size > 4:
             raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(step, "find_spec", lambda _: True)
     monkeypatch.setattr(step, "_measure", measure)
+    step.run(context)
+    (row,) = _rows(tmp_path)
+    assert (row["subject"], row["value"]) == ("step by ZeRO-3", "failed") and "NCCL does not start" in row["note"]
     monkeypatch.setattr(step, "_sizes_that_fit", lambda _: [replace(step.PAPER, batch_size=n) for n in (16, 8, 4, 2)])
     step.run(replace(context, rehearse=False))
-    assert calls == [(16, "ZeRO-3"), (8, "ZeRO-3"), (4, "ZeRO-3")]
+    assert [engine for _, engine in calls[:2]] == ["ZeRO-3", "plain PyTorch"]
+    assert calls[2:] == [(16, "ZeRO-3"), (8, "ZeRO-3"), (4, "ZeRO-3")]
 
 
 TWO_ENGINES = """
@@ -230,19 +216,8 @@ assert step._measure_if_it_fits(context, replace(step.TOY, batch_size=1), ["ZeRO
 @pytest.mark.slow
 def test_a_second_engine_starts_where_a_first_one_ran_out_of_memory(tmp_path: Path) -> None:
     folders = (ROOT, ROOT / "kernels", ROOT / "kernels" / "benchmarks", ROOT / "tools")
-    result = subprocess.run(
-        [sys.executable, "-c", TWO_ENGINES, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, folders)),
-            "TRITON_INTERPRET": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        timeout=300,
-        check=False,
-    )
+    path = os.pathsep.join(map(str, folders))
+    result = _python("-c", TWO_ENGINES, str(tmp_path), PYTHONPATH=path, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
     rows = _rows(tmp_path)
     assert {row["variant"] for row in rows if row["metric"] == "step time"} == set(VARIANTS)

@@ -20,12 +20,6 @@ from arc_ds.shards.check import check_shards
 from tests.helpers.tiny_data import TEXT, write_tiktoken
 
 OPTIONS = {"max_tokens": 200, "min_tokens": 4, "shard_bytes": 1 << 19}
-BUILD = """
-import sys
-from arc_ds.shards.building.writer import build_shards
-if __name__ == "__main__":
-    build_shards([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2, max_tokens=200, min_tokens=4, shard_bytes=1 << 19)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +45,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, source: Path, tokenizer: Pat
     return contents(out)
 
 
+def start_build(source: Path, out: Path, tokenizer: Path, *options: str) -> subprocess.Popen[str]:
+    words = ["shards", "build", str(source), "--out", str(out), "--tokenizer", str(tokenizer), "--workers", "2"]
+    command = [sys.executable, "-m", "arc_ds.cli", *words, *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -58,10 +58,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_workers_and_a_kill_do_not_change_the_bytes(
     tmp_path: Path, source: Path, tokenizer: Path, whole: dict[str, bytes]
 ) -> None:
-    script = tmp_path / "build.py"
-    script.write_text(BUILD)
     out, state = tmp_path / "out", tmp_path / ".out.partial" / "state.json"
-    builder = subprocess.Popen([sys.executable, str(script), str(source), str(out), str(tokenizer)])
+    builder = start_build(source, out, tokenizer, "--max-tokens", "200", "--min-tokens", "4", "--shard-mib", "0.5")
     try:
         wait_for(lambda: state.exists() or builder.poll() is not None)
         workers = [int(pid) for pid in Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()]
@@ -78,12 +76,7 @@ def test_workers_and_a_kill_do_not_change_the_bytes(
 
 
 def test_a_worker_that_dies_ends_the_build_with_the_cure(tmp_path: Path, source: Path, tokenizer: Path) -> None:
-    builder = subprocess.Popen(
-        [sys.executable, "-m", "arc_ds.cli", "shards", "build", str(source), "--out", str(tmp_path / "out")]
-        + ["--tokenizer", str(tokenizer), "--workers", "2"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    builder = start_build(source, tmp_path / "out", tokenizer)
     children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children")
     wait_for(lambda: bool(makers(children)))  # the other one may still be starting
     os.kill(makers(children)[0], signal.SIGKILL)

@@ -6,7 +6,6 @@ import argparse
 import logging
 import shlex
 import sys
-from typing import Any
 
 from arc_ds.commands.shards.tokenize import cache_and_print
 from arc_ds.shards.building.record_maker import REASONS
@@ -18,13 +17,14 @@ from arc_ds.tokenizers import load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `build`."""
-    parser = commands.add_parser(
-        "build",
-        help="turn text, JSONL or Parquet files into shards",
-        description="Cuts documents into records and writes them as shards. Repeat the same command to resume a killed "
-        "build. The result is identical, byte for byte, for any number of --workers.",
+HELP = "turn text, JSONL or Parquet files into shards"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the subcommand."""
+    parser.description = (
+        "Cuts documents into records and writes them as shards. Repeat the same command to resume a killed "
+        "build. The result is identical, byte for byte, for any number of --workers."
     )
     parser.add_argument(
         "inputs",
@@ -34,7 +34,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--out", required=True, help="folder to create")
     parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
-    add_rules(parser)
+    _add_rules(parser)
     parser.add_argument("--shard-mib", type=float, default=128, help="size of a shard (default: %(default)s MiB)")
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
@@ -45,10 +45,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="TOKENIZER",
         help="also store the token ids of all texts by these tokenizers next to the shards (or later: shards tokenize)",
     )
-    parser.set_defaults(run=_build)
 
 
-def add_rules(parser: argparse.ArgumentParser) -> None:
+def _add_rules(parser: argparse.ArgumentParser) -> None:
     """Add the options that control how documents are cut, filtered and rejected."""
     rules = parser.add_argument_group("rules for documents")
     rules.add_argument(
@@ -74,40 +73,32 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def rules_of(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `build_shards` from the options that `add_rules` adds."""
-    names = ("kind", "text_field", "max_tokens", "min_tokens", "min_chars", "quality_field", "min_quality", "on_error")
-    rules = {name: getattr(namespace, name) for name in names}
-    return {**rules, "max_document_bytes": int(namespace.max_document_mib * (1 << 20))}
-
-
-def _build(namespace: argparse.Namespace) -> int:
+def run(namespace: argparse.Namespace) -> int:
+    """Run the subcommand; return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for path in namespace.cache_tokens:
         load_tokenizer(path)  # fails now, not after hours of building, if a tokenizer cannot be read
+    rules = ("kind", "text_field", "max_tokens", "min_tokens", "min_chars", "quality_field", "min_quality", "on_error")
     manifest = build_shards(
         namespace.inputs,
         namespace.out,
         namespace.tokenizer,
-        **rules_of(namespace),
+        **{name: getattr(namespace, name) for name in rules},
+        max_document_bytes=int(namespace.max_document_mib * (1 << 20)),
         shard_bytes=int(namespace.shard_mib * (1 << 20)),
         workers=namespace.workers,
         overwrite=namespace.overwrite,
         progress=sys.stderr.isatty(),
     )
     print(f"{namespace.out}: {summary(manifest)}")
-    if namespace.cache_tokens:
-        _cache_tokens(namespace.out, namespace.cache_tokens, namespace.workers)
-    return 0
-
-
-def _cache_tokens(folder: str, tokenizers: list[str], workers: int) -> None:
     try:
-        cache_and_print(folder, tokenizers, workers=workers)
+        if namespace.cache_tokens:
+            cache_and_print(namespace.out, namespace.cache_tokens, workers=namespace.workers)
     except BaseException:
-        go_on = shlex.join(["arc-ds", "shards", "tokenize", folder, "--tokenizer", *tokenizers])
+        go_on = shlex.join(["arc-ds", "shards", "tokenize", namespace.out, "--tokenizer", *namespace.cache_tokens])
         logger.warning("The shards are complete, but their token caches are not. To resume: %s", go_on)
         raise
+    return 0
 
 
 def summary(manifest: Manifest) -> str:

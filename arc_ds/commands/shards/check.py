@@ -10,16 +10,17 @@ from arc_ds.shards.storage.cache import open_cache
 from arc_ds.system.processes import num_cores
 from arc_ds.system.urls import is_url
 
+HELP = "read folders of shards completely and report every fault"
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `check`."""
-    parser = commands.add_parser("check", help="read folders of shards completely and report every fault")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the subcommand."""
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
-    parser.set_defaults(run=_check)
 
 
-def _check(namespace: argparse.Namespace) -> int:
+def run(namespace: argparse.Namespace) -> int:
+    """Run the subcommand; return its exit code."""
     num_faults = 0
     for folder in namespace.folders:
         found = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from arc_ds.shards.building.converters import FORMATS, ConvertOptions, convert_files
@@ -10,12 +11,11 @@ from arc_ds.shards.building.converters import FORMATS, ConvertOptions, convert_f
 _DEFAULTS = ConvertOptions()
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `convert`."""
-    parser = commands.add_parser(
-        "convert",
-        help="convert the original files of SQuAD, DROP or TriviaQA to JSONL for `build --kind fine_tuning`",
-    )
+HELP = "convert the original files of SQuAD, DROP or TriviaQA to JSONL for `build --kind fine_tuning`"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the subcommand."""
     parser.add_argument("format", choices=FORMATS)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="original JSON files of the data set")
     parser.add_argument("--out", required=True, type=Path, help=".jsonl file to write")
@@ -44,16 +44,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=_DEFAULTS.max_passages,
         help="maximum passages per question (default: %(default)s)",
     )
-    parser.set_defaults(run=_convert)
 
 
-def _convert(namespace: argparse.Namespace) -> int:
-    options = ConvertOptions(
-        first_answer=namespace.first_answer,
-        evidence=namespace.evidence,
-        passage_words=namespace.passage_words,
-        max_passages=namespace.max_passages,
-    )
+def run(namespace: argparse.Namespace) -> int:
+    """Run the subcommand; return its exit code."""
+    options = ConvertOptions(**{field.name: getattr(namespace, field.name) for field in fields(ConvertOptions)})
     done = convert_files(namespace.format, namespace.files, namespace.out, options, overwrite=namespace.overwrite)
     left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in done.skipped.items()) or "none"
     print(f"{namespace.out}: {done.records} records; questions left out: {left_out}")

@@ -23,13 +23,14 @@ REASONS = {
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `index`."""
-    parser = commands.add_parser(
-        "index",
-        help="make existing webdataset tars usable without changing them",
-        description="Writes an index for each tar, and a manifest. Texts are not cut: training uses only a part of a "
-        "record that is longer than a training sequence. To cut texts, extract them and use `build`.",
+HELP = "make existing webdataset tars usable without changing them"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the subcommand."""
+    parser.description = (
+        "Writes an index for each tar, and a manifest. Texts are not cut: training uses only a part of a "
+        "record that is longer than a training sequence. To cut texts, extract them and use `build`."
     )
     parser.add_argument(
         "tars",
@@ -54,10 +55,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
-    parser.set_defaults(run=_index)
 
 
-def _index(namespace: argparse.Namespace) -> int:
+def run(namespace: argparse.Namespace) -> int:
+    """Run the subcommand; return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     manifest = index_shards(
         namespace.tars,

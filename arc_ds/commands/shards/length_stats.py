@@ -6,7 +6,6 @@ They cover the lengths of records, the tokens of sources, and the documents that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,28 +20,18 @@ _BAR = 40  # characters
 _PERCENTILES = (5, 50, 95)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LengthHistogram:
-    """A histogram of record lengths with bins of equal width.
-
-    width: width of a bin in tokens.
-    records: int64 [bins]; bin i counts the records of i · width + 1 to (i + 1) · width tokens.
-    """
-
-    width: int
-    records: NDArray[np.int64]
-
-
-def length_histogram(num_tokens: NDArray[np.int32]) -> LengthHistogram:
-    """Compute a histogram of record lengths with at most 16 bins; their width is a power of two.
+def length_histogram(num_tokens: NDArray[np.int32]) -> tuple[int, list[int]]:
+    """Compute a histogram of record lengths with at most 16 bins of equal width, which is a power of two.
 
     num_tokens: int32 [records], the number of tokens of each record.
+
+    Returns the width of a bin in tokens, and the bins; bin i counts the records of i · width + 1 to (i + 1) · width
+    tokens.
     """
     width = 1
     while width * _MAX_BINS < num_tokens.max(initial=1):
         width *= 2
-    records = np.bincount(np.maximum(num_tokens - 1, 0) // width)
-    return LengthHistogram(width=width, records=records)
+    return width, np.bincount(np.maximum(num_tokens - 1, 0) // width).tolist()
 
 
 def describe(name: str, manifest: Manifest, num_tokens: NDArray[np.int32], *, max_sources: int) -> str:
@@ -80,22 +69,16 @@ def _documents(manifest: Manifest) -> list[str]:
 
 def _lengths(num_tokens: NDArray[np.int32]) -> list[str]:
     """Mean, percentiles and histogram."""
-    points = [f"{share} % {value:.0f}" for share, value in zip(_PERCENTILES, _percentiles(num_tokens), strict=True)]
+    percentiles = zip(_PERCENTILES, np.percentile(num_tokens, _PERCENTILES), strict=True)
+    points = [f"{share} % {value:.0f}" for share, value in percentiles]
     lines = [f"tokens of a record: mean {num_tokens.mean():.1f}, {', '.join(points)}, longest {num_tokens.max()}"]
-    histogram = length_histogram(num_tokens)
-    most = int(histogram.records.max())
-    digits = len(str(len(histogram.records) * histogram.width))
-    for idx, count in enumerate(histogram.records.tolist()):
-        first = idx * histogram.width + 1
-        bar = "█" * round(count / most * _BAR) or ("▏" if count else "")
-        lines.append(
-            f"  {first:{digits}} – {first + histogram.width - 1:{digits}} {bar:{_BAR}} {_share(count, len(num_tokens))}"
-        )
+    width, bins = length_histogram(num_tokens)
+    digits = len(str(len(bins) * width))
+    for idx, count in enumerate(bins):
+        bar = "█" * round(count / max(bins) * _BAR) or ("▏" if count else "")
+        lengths = f"{idx * width + 1:{digits}} – {(idx + 1) * width:{digits}}"
+        lines.append(f"  {lengths} {bar:{_BAR}} {_share(count, len(num_tokens))}")
     return lines
-
-
-def _percentiles(num_tokens: NDArray[np.int32]) -> NDArray[np.float64]:
-    return np.percentile(num_tokens, _PERCENTILES)
 
 
 def _sources(sources: Sequence[SourceInfo], max_sources: int) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from arc_ds.batch.groups import GroupRule
-from arc_ds.commands.shards.sample_view import Look, SampleView
+from arc_ds.commands.shards.sample_view import SampleView
 from arc_ds.data.order.randomness import random_words
 from arc_ds.data.tasks import TaskLimits, make_example
 from arc_ds.data.tasks.chat import read_layout
@@ -17,12 +17,14 @@ from arc_ds.errors import DataError
 from arc_ds.shards.reader import ShardSet
 from arc_ds.tokenizers import load_tokenizer
 
-_LIMITS = {field.name: field.default for field in fields(TaskLimits) if isinstance(field.default, int | float)}
+_LIMITS = {field.name: field.default for field in fields(TaskLimits) if type(field.default) is int}
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `show`."""
-    parser = commands.add_parser("show", help="print samples: contexts coloured, groups marked, targets underlined")
+HELP = "print samples: contexts coloured, groups marked, targets underlined"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the subcommand."""
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
     parser.add_argument("--decoder-tokenizer", help="the decoder's tokenizer (default: the encoder's)")
@@ -49,23 +51,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--tokens", action="store_true", help="mark tokens, and also show contexts in decoder tokens")
     limits = parser.add_argument_group("limits, as in the data section of a config")
     for name, default in _LIMITS.items():
-        if not isinstance(default, bool):
-            option = f"--{name.replace('_', '-')}"
-            limits.add_argument(option, type=int, default=default, metavar="N", help="default: %(default)s")
-    parser.set_defaults(run=_show)
+        option = f"--{name.replace('_', '-')}"
+        limits.add_argument(option, type=int, default=default, metavar="N", help="default: %(default)s")
 
 
-def _show(namespace: argparse.Namespace) -> int:
+def run(namespace: argparse.Namespace) -> int:
+    """Run the subcommand; return its exit code."""
     if namespace.pooling_factor < 0 or namespace.first < 0 or namespace.in_context_examples < 0:
         raise DataError("--pooling-factor, --first and --in-context-examples are counts: expected 0 or more.")
     source = ShardSet(namespace.folder)
     encoder = load_tokenizer(namespace.tokenizer)
     decoder = load_tokenizer(namespace.decoder_tokenizer) if namespace.decoder_tokenizer else encoder
     layout = read_layout(namespace.chat_template, decoder, namespace.decoder_tokenizer or namespace.tokenizer)
-    limits = TaskLimits(**{name: getattr(namespace, name) for name in _LIMITS if hasattr(namespace, name)})
+    limits = TaskLimits(**{name: getattr(namespace, name) for name in _LIMITS})
     groups = GroupRule("factor", namespace.pooling_factor) if namespace.pooling_factor else None
-    look = Look(colour=sys.stdout.isatty(), groups=groups, tokens=namespace.tokens)
-    view = SampleView(encoder, decoder, look)
+    view = SampleView(encoder, decoder, colour=sys.stdout.isatty(), groups=groups, tokens=namespace.tokens)
     own = next(task for task in all_tasks().values() if task.record_kinds == (source.manifest.kind,))
     task = namespace.task or own.samples[-1]
     common: dict[str, Any] = {"task": task, "encoder": encoder, "decoder": decoder, "limits": limits, "layout": layout}

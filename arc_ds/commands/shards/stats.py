@@ -8,23 +8,21 @@ from pathlib import Path
 from arc_ds.commands.shards.length_stats import describe, draw_lengths
 from arc_ds.shards.reader import ShardSet
 
+HELP = "print lengths of records, tokens of sources, and counts of cut and left-out documents"
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `stats`."""
-    parser = commands.add_parser(
-        "stats",
-        help="print lengths of records, tokens of sources, and counts of cut and left-out documents",
-        description="Reads manifests and indexes only.",
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the subcommand."""
+    parser.description = "Reads manifests and indexes only."
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument(
         "--sources", type=int, default=20, help="number of largest sources to list (default: %(default)s)"
     )
     parser.add_argument("--png", type=Path, metavar="FILE", help="plot the record lengths of all folders to this file")
-    parser.set_defaults(run=_stats)
 
 
-def _stats(namespace: argparse.Namespace) -> int:
+def run(namespace: argparse.Namespace) -> int:
+    """Run the subcommand; return its exit code."""
     lengths = {}
     for folder in namespace.folders:
         shards = ShardSet(folder)

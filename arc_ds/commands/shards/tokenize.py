@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from arc_ds.shards.token_cache.writer import build_token_caches
 from arc_ds.system.processes import num_cores
 
+HELP = "store the token ids of shards next to them"
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand `tokenize`."""
-    parser = commands.add_parser(
-        "tokenize",
-        help="store the token ids of shards next to them",
-        description="Tokenises every text of the shards once and stores the ids, so that training only reads them. A "
-        "killed call resumes after its finished shards. Shards that are rebuilt need a new cache.",
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the subcommand."""
+    parser.description = (
+        "Tokenises every text of the shards once and stores the ids, so that training only reads them. A "
+        "killed call resumes after its finished shards. Shards that are rebuilt need a new cache."
     )
     parser.add_argument(
         "folder", metavar="FOLDER", help="folder of shards, or its URL (the ids of a URL are kept on this host)"
@@ -30,10 +30,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="tokenizers of the run's encoder and decoders",
     )
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
-    parser.set_defaults(run=_tokenize)
 
 
-def _tokenize(namespace: argparse.Namespace) -> int:
+def run(namespace: argparse.Namespace) -> int:
+    """Run the subcommand; return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     cache_and_print(namespace.folder, namespace.tokenizer, workers=namespace.workers)
     return 0

@@ -15,30 +15,22 @@ from arc_ds.commands import doctor
 from arc_ds.commands.doctor import Finding, package_findings, report
 from arc_ds.errors import DataError
 
-
-def test_missing_package_is_required_and_has_a_cure():
-    (finding,) = package_findings(["no-such-package-anywhere>=2"])
-    assert not finding.ok
-    assert finding.required
-    assert finding.cure == "pip install 'no-such-package-anywhere>=2'"
+VERSION = importlib.metadata.version("pytest")
 
 
-def test_old_package_names_both_versions():
-    (finding,) = package_findings(["pytest>=999"])
-    assert not finding.ok
-    assert importlib.metadata.version("pytest") in finding.found
-    assert "999" in finding.found
-
-
-def test_package_of_an_extra_is_optional():
-    (finding,) = package_findings(['no-such-package-anywhere; extra == "backbones"'])
-    assert not finding.ok
-    assert not finding.required
-    assert "arc-ds[backbones]" in finding.cure
-
-
-def test_package_for_another_system_is_not_looked_at():
-    assert list(package_findings(['no-such-package-anywhere; sys_platform == "plan9"', 'x-y; extra == "dev"'])) == []
+@pytest.mark.parametrize(
+    ("requirement", "finding"),
+    [
+        ("no-such>=2", Finding("no-such", "not installed", False, True, "pip install 'no-such>=2'")),
+        ("pytest>=999", Finding("pytest", f"{VERSION}, expected >=999", False, True, "pip install 'pytest>=999'")),
+        ("pytest>=1", Finding("pytest", VERSION, True, True, "pip install 'pytest>=1'")),
+        ('x; extra == "e"', Finding("x", "not installed (extra 'e')", False, False, "pip install 'arc-ds[e]'")),
+        ('no-such; sys_platform == "plan9"', None),  # for another system
+        ('no-such; extra == "dev"', None),
+    ],
+)
+def test_package_is_found_or_has_a_cure(requirement: str, finding: Finding | None) -> None:
+    assert list(package_findings([requirement])) == ([finding] if finding else [])
 
 
 def test_examining_this_machine_finds_python_and_cpu():

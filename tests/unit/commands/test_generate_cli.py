@@ -47,8 +47,7 @@ def test_compress_writes_what_compress_gives(folders: Path, tmp_path: Path, caps
     expected = ArcModel.from_checkpoint(folders / "export", decoders=[]).compress(list(TEXTS.values()))
     found = load_file(out)
     assert set(found) == {"context_0", "context_1"}
-    for idx, vectors in enumerate(expected):
-        assert torch.equal(found[f"context_{idx}"], vectors)
+    assert all(torch.equal(found[f"context_{idx}"], vectors) for idx, vectors in enumerate(expected))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].startswith(f"{files[0]}: ")
     assert lines[0].endswith(f"-> {expected[0].shape[0]} vectors of 48")
@@ -95,15 +94,16 @@ def test_a_tag_without_its_other_half_is_not_read_as_text(prompt: str) -> None:
         parse_prompt(prompt)
 
 
+EXPORT = ["--model", "export", "--decoder", "decoder"]
 MISTAKES = [
     (["--model", "gone", "--decoder", "decoder", "x"], "is neither an export"),
     (["--model", "export", "--decoder", "gone", "x"], "does not exist"),
-    (["--model", "export", "--decoder", "decoder", "--decoder-idx", "1", "x"], "decoder 1 was requested"),
-    (["--model", "export", "--decoder", "decoder", "--pooling-factor", "0", "x"], "pooling_factor is 0"),
-    (["--model", "export", "--decoder", "decoder", "--temperature", "-1", "x"], "temperature is -1.0"),
-    (["--model", "export", "--decoder", "decoder", "--max-new-tokens", "-1", "x"], "max_new_tokens is -1"),
-    (["--model", "export", "--decoder", "decoder", "a<context>"], "unmatched"),
-    (["--model", "export", "--decoder", "decoder", "<context></context>"], "empty <context>"),
+    ([*EXPORT, "--decoder-idx", "1", "x"], "decoder 1 was requested"),
+    ([*EXPORT, "--pooling-factor", "0", "x"], "pooling_factor is 0"),
+    ([*EXPORT, "--temperature", "-1", "x"], "temperature is -1.0"),
+    ([*EXPORT, "--max-new-tokens", "-1", "x"], "max_new_tokens is -1"),
+    ([*EXPORT, "a<context>"], "unmatched"),
+    ([*EXPORT, "<context></context>"], "empty <context>"),
     (["--model", "bare", "--decoder", "decoder", "--marker", "rec", "<context>a</context>"], "has no marker"),
 ]
 

@@ -5,18 +5,35 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from arc_ds.cli import main
 from arc_ds.commands.shards import build as build_command
+from arc_ds.commands.shards import convert as convert_command
 from arc_ds.errors import DataError
+from arc_ds.shards.building.converters import ConvertOptions
 from arc_ds.shards.building.writer import build_shards
 from tests.helpers.tiny_data import TEXT, write_tiktoken
 
 
-def test_what_was_left_out_is_printed_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = write_tiktoken(tmp_path / "tokenizer.model")
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    return write_tiktoken(tmp_path / "tokenizer.model")
+
+
+@pytest.fixture
+def command(tmp_path: Path, tokenizer: Path) -> list[str]:
+    """A build of one text to `my shards` that also caches its tokens."""
+    (tmp_path / "a.txt").write_text(TEXT)
+    words = ["shards", "build", str(tmp_path / "a.txt"), "--out", str(tmp_path / "my shards"), "--workers", "1"]
+    return [*words, "--tokenizer", str(tokenizer), "--cache-tokens", str(tokenizer)]
+
+
+def test_what_was_left_out_is_printed_by_reason(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     documents = [{"body": TEXT * 30, "score": 2}, {"body": TEXT, "score": 0}, {"body": "A lamp.", "score": 1}, {}]
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps(document) + "\n" for document in documents))
@@ -35,47 +52,55 @@ def test_what_was_left_out_is_printed_by_reason(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_tokenizer_to_cache_that_is_not_there_is_found_before_the_build(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = write_tiktoken(tmp_path / "tokenizer.model")
-    (tmp_path / "a.txt").write_text(TEXT)
-    command = ["shards", "build", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--workers", "1"]
-    command += ["--tokenizer", str(tokenizer), "--cache-tokens", str(tokenizer)]
     assert main([*command, str(tmp_path / "typo.model")]) == 2
     assert "typo.model: no such file" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "my shards").exists()
 
 
 def test_shards_whose_tokens_could_not_be_cached_are_said_to_be_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    command: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = write_tiktoken(tmp_path / "tokenizer.model")
-    (tmp_path / "a.txt").write_text(TEXT)
-    out = tmp_path / "my shards"
+    out = command[command.index("--out") + 1]
 
     def fail(*_: object, **__: object) -> None:
         raise DataError("a worker process died")
 
     monkeypatch.setattr(build_command, "cache_and_print", fail)
-    command = ["shards", "build", str(tmp_path / "a.txt"), "--out", str(out), "--workers", "1"]
-    assert main([*command, "--tokenizer", str(tokenizer), "--cache-tokens", str(tokenizer)]) == 2
-    assert (
-        f"The shards are complete, but their token caches are not. To resume: arc-ds shards tokenize '{out}'"
-        in caplog.text
-    )
-    assert main(["shards", "check", str(out)]) == 0
+    assert main(command) == 2
+    assert f"but their token caches are not. To resume: arc-ds shards tokenize '{out}'" in caplog.text
+    assert main(["shards", "check", out]) == 0
 
 
-def test_check_names_damaged_files_and_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.txt").write_text(TEXT)
-    out = tmp_path / "out"
-    build_shards([tmp_path / "a.txt"], out, write_tiktoken(tmp_path / "tokenizer.model"))
+def test_check_names_damaged_files_and_the_remedy(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    out = tmp_path / "my shards"
     assert main(["shards", "check", str(out)]) == 0
     (tar,) = out.glob("*.tar")
     tar.write_bytes(tar.read_bytes().replace(b"e", b"f"))
     assert main(["shards", "check", str(out)]) == 1
     printed = capsys.readouterr().out
     assert tar.name in printed and "Copy the damaged files again or rebuild them" in printed
+
+
+def test_a_malformed_url_is_one_message_without_its_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "check", "https://me:secret@[bad/x?sig=secret"]) == 2
+    error = capsys.readouterr().err
+    assert "[bad/x… is not a valid URL" in error and "Correct the address" in error and "secret" not in error
+    assert main(["shards", "check", "//[bad/x"]) == 2
+    assert "found no manifest.json" in capsys.readouterr().err, "a local folder's name may have brackets"
+
+
+def test_options_of_a_conversion_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    done = SimpleNamespace(records=0, skipped={})
+    monkeypatch.setattr(convert_command, "convert_files", lambda *args, **_: given.append(args[3]) or done)
+    options = ["--first-answer", "--evidence", "e", "--passage-words", "7", "--max-passages", "3"]
+    assert main(["shards", "convert", "squad", "in.json", "--out", "out.jsonl", *options]) == 0
+    assert given == [ConvertOptions(first_answer=True, evidence=Path("e"), passage_words=7, max_passages=3)]
 
 
 def test_every_option_of_a_build_is_on_the_command_line_with_the_same_default(monkeypatch: pytest.MonkeyPatch) -> None:

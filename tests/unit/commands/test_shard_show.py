@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,11 @@ from hypothesis import strategies as st
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.cli import main
-from arc_ds.commands.shards.sample_view import Look, SampleView, spell
-from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, make_example
+from arc_ds.commands.shards.sample_view import SampleView, spell
+from arc_ds.data.tasks import Example, TaskCounts
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
-from tests.helpers.tiny_data import TEXT, numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
+from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +57,12 @@ def sample_of(tokenizer: Tokenizer, other: Tokenizer) -> Example:
         Segment.text(other.encode("Of")),
         Segment.text([*other.encode(" stone"), other.eos_id or 0], in_loss=True),
     )
-    example = make_example(
-        [{"text": TEXT}], task="reconstruction", seed=0, encoder=tokenizer, decoder=other, limits=TaskLimits()
-    )
-    return replace(
-        example,
-        sample=Sample("continuation", segments),
-        contexts=("the sea 🚲 lamp",),
-        counts=TaskCounts(cut_contexts=2),
-    )
+    sample, counts = Sample("continuation", segments), TaskCounts(cut_contexts=2)
+    return Example(sample=sample, contexts=("the sea 🚲 lamp",), passages=(), counts=counts, variants=None)
 
 
 def test_contexts_groups_targets_and_special_tokens_are_told_apart(tokenizer: Tokenizer, other: Tokenizer) -> None:
-    view = SampleView(tokenizer, other, Look(groups=GroupRule("factor", 3)))
+    view = SampleView(tokenizer, other, groups=GroupRule("factor", 3))
     head, body, _ = view.render(sample_of(tokenizer, other), "record 3").split("\n")
     num_context = len(tokenizer.encode("the sea 🚲 lamp"))
     assert head.startswith("── record 3: continuation, ") and head.endswith("2 cut contexts ──")
@@ -80,21 +72,19 @@ def test_contexts_groups_targets_and_special_tokens_are_told_apart(tokenizer: To
 
 
 def test_tokens_of_both_tokenizers_are_shown_where_asked(tokenizer: Tokenizer, other: Tokenizer) -> None:
-    view = SampleView(tokenizer, other, Look(tokens=True))
+    view = SampleView(tokenizer, other, tokens=True)
     _, body, reading, _ = view.render(sample_of(tokenizer, other), "record 3").split("\n")
-    context = re.search("⟦(.*)<cont>⟧", body)
-    assert context is not None
-    assert context[1].count("·") == len(tokenizer.encode("the sea 🚲 lamp")) - 1
-    ids = other.encode("the sea 🚲 lamp")
-    assert reading.startswith(f"context 1 in {len(ids)} decoder tokens: ")
-    assert reading.count("·") == len(ids) - 1
+    (context,) = re.findall("⟦(.*)<cont>⟧", body)
+    assert context.count("·") == len(tokenizer.encode("the sea 🚲 lamp")) - 1
+    num_tokens = len(other.encode("the sea 🚲 lamp"))
+    assert reading.startswith(f"context 1 in {num_tokens} decoder tokens: ") and reading.count("·") == num_tokens - 1
     assert reading.split(": ")[1].replace("·", "") == "⟦the sea 🚲 lamp⟧"
 
 
 def test_colours_are_closed_and_hide_nothing(tokenizer: Tokenizer, other: Tokenizer) -> None:
     example = sample_of(tokenizer, other)
-    coloured = SampleView(tokenizer, other, Look(colour=True)).render(example, "record 3")
-    plain = SampleView(tokenizer, other, Look()).render(example, "record 3")
+    coloured = SampleView(tokenizer, other, colour=True).render(example, "record 3")
+    plain = SampleView(tokenizer, other).render(example, "record 3")
     assert "\x1b[36mthe sea" in coloured and "\x1b[4m stone\x1b[0m" in coloured
     assert len(re.findall(r"\x1b\[0m", coloured)) == len(re.findall(r"\x1b\[[1-9]", coloured))
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == re.sub("[⟦⟧]|__", "", plain)
@@ -110,18 +100,22 @@ def test_show_prints_samples_of_every_task(
     ]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     build_shards([tmp_path / "q.jsonl"], tmp_path / "questions", tokenizer_path, kind="fine_tuning")
-    options = ["--tokenizer", str(tokenizer_path), "--num", "2", "--first", "3"]
-    assert main(["shards", "show", str(tmp_path / "texts"), *options, "--task", "reconstruction"]) == 0
-    assert "record 4: reconstruction" in capsys.readouterr().out
-    assert main(["shards", "show", str(tmp_path / "questions"), *options, "--in-context-examples", "2"]) == 0
-    out = capsys.readouterr().out
+
+    def show(folder: str, *options: str, code: int = 0) -> str:
+        words = ["--tokenizer", str(tokenizer_path), "--num", "2", "--first", "3", *options]
+        assert main(["shards", "show", str(tmp_path / folder), *words]) == code
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    text = show("texts", "--task", "reconstruction", "--max-context", "3")
+    assert "record 3: reconstruction, 3 encoder tokens" in text and "record 4: reconstruction" in text
+    out = show("questions", "--in-context-examples", "2")
     assert out.count("Document: ⟦") == 2 * 3
     assert "__ Tower 3" in out
     assert len(set(re.findall(r"Which tower (\d)", out.split("── record 4")[0]))) == 3
-    assert main(["shards", "show", str(tmp_path / "questions"), *options, "--task", "reconstruction"]) == 0
-    assert "record 3 gives no sample: expected a string in the field 'text'" in capsys.readouterr().out
-    assert main(["shards", "show", str(tmp_path / "texts"), *options, "--chat-template", "chatml"]) == 2
-    assert "<|im_start|>" in capsys.readouterr().err
+    no_text = "record 3 gives no sample: expected a string in the field 'text'"
+    assert no_text in show("questions", "--task", "reconstruction")
+    assert "<|im_start|>" in show("texts", "--chat-template", "chatml", code=2)
 
 
 @pytest.mark.parametrize("num_lines", [1, 0])

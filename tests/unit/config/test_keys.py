@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
+
 import pytest
 
 from arc_ds.cli import main
-from arc_ds.config.keys import all_keys
-from arc_ds.config.load import flatten
+from arc_ds.config import schema
+from arc_ds.config.keys import _docs, all_keys
+from arc_ds.config.load import flatten, load_config
+from arc_ds.config.schema import RunConfig
 from tests.unit.config.test_config_load import MINIMAL
 
 
 def test_every_key_of_a_config_is_listed_and_documented(tmp_path) -> None:
-    from arc_ds.config.load import load_config
-
     path = tmp_path / "run.yaml"
     path.write_text(MINIMAL)
     given = {".".join("*" if part.isdigit() else part for part in key.split(".")) for key in flatten(load_config(path))}
     listed = {key.path for key in all_keys()}
     assert given <= listed and len(listed) > 60
-    assert all(len(key.doc) > 5 for key in all_keys())
+    classes = [each for each in vars(schema).values() if is_dataclass(each) and each.__module__ == schema.__name__]
+    undocumented = {(cls.__name__, field.name) for cls in classes for field in fields(cls)} - _docs().keys()
+    assert RunConfig in classes and not undocumented and all(len(doc) > 5 for doc in _docs().values())
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from arc_ds.demo.passage import Reading
+from arc_ds.demo.passage import PassageNll
 
 
-def reading() -> Reading:
+def reading() -> PassageNll:
     def nll(*probabilities: float) -> torch.Tensor:
         return -torch.tensor(probabilities).log()
 
-    return Reading(
+    return PassageNll(
         tokens=["The", " tower", " is", " stone"],
         nll={"nothing": nll(0.1, 0.9, 0.2), "its vectors": nll(0.8, 0.9, 0.4), "its text": nll(0.9, 0.9, 0.9)},
     )

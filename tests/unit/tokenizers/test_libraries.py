@@ -143,6 +143,7 @@ def test_ids_and_boundaries_are_the_library_s(case: Case, text: str) -> None:
     assert encoding.ids.dtype == encoding.ends.dtype == np.int64
     if case.oracle.is_spelled(text):
         assert encoding.ends.tolist() == case.oracle.ends(text, ids)
+        assert case.tokenizer.decode(ids) == text
     else:  # a library does not say how many characters it left out
         assert len(encoding.ends) == len(ids) + 1 and (np.diff(encoding.ends) >= 0).all()
         assert encoding.ends[-1] == len(text) and (encoding.ends[:-1] < len(text)).all()

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from arc_ds.errors import TokenizerError
 from arc_ds.tokenizers import Tokenizer, check_fits, load_tokenizer
@@ -38,11 +36,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
 def test_golden_ids_texts_and_sizes_are_the_reference_s(golden: Path, name: str) -> None:
     spec = json.loads((golden / "data" / "tokenizers.json").read_text())[name]
     tokenizer = load_tokenizer(golden / "tokenizers" / name)
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (
-        spec["n_words"],
-        spec["bos_id"],
-        spec["eos_id"],
-    )
+    sizes = (spec["n_words"], spec["bos_id"], spec["eos_id"])
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == sizes
     texts = [row["text"] for row in spec["rows"]]
     assert tokenizer.encode_batch(texts) == [row["ids"] for row in spec["rows"]]
     for row in spec["rows"]:
@@ -50,21 +45,8 @@ def test_golden_ids_texts_and_sizes_are_the_reference_s(golden: Path, name: str)
         # The reference's sentencepiece wrapper deletes the characters "<s>" and "</s>" from any text; we keep them.
         kept = ".model" in name and "s>" in row["text"]
         assert tokenizer.decode(row["ids_bos_eos"]) == row["text" if kept else "decoded"]
-
-
-@pytest.mark.parametrize("name", GOLDEN_FILES)
-def test_golden_boundaries_spell_the_text_up_to_them(golden: Path, name: str) -> None:
-    tokenizer = load_tokenizer(golden / "tokenizers" / name)
-    rows = json.loads((golden / "data" / "tokenizers.json").read_text())[name]["rows"]
-    for text in [row["text"] for row in rows if row["text"] == row["decoded"]]:
-        assert_boundaries(tokenizer, text)
-
-
-@pytest.mark.parametrize("kind", ["tiktoken", "json"])
-@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_any_text_comes_back_and_is_cut_at_characters(tiny: dict[str, Tokenizer], kind: str, text: str) -> None:
-    assert tiny[kind].decode(tiny[kind].encode(text)) == text
-    assert_boundaries(tiny[kind], text)
+        if row["text"] == row["decoded"]:
+            assert_boundaries(tokenizer, row["text"])
 
 
 def assert_boundaries(tokenizer: Tokenizer, text: str) -> None:
@@ -82,21 +64,6 @@ def assert_boundaries(tokenizer: Tokenizer, text: str) -> None:
         assert len(behind) == 0 or encoding.boundary_behind(token) == behind[0]
     for token in boundaries:
         assert tokenizer.decode(encoding.ids[:token].tolist()) == text[: encoding.ends[token]]
-
-
-def test_most_words_end_at_a_boundary(tiny: dict[str, Tokenizer]) -> None:
-    """Guards against boundaries that are none: the property tests above would not notice."""
-    for tokenizer in tiny.values():
-        ends = tokenizer.encode_with_ends(TEXT).ends
-        assert (np.diff(ends, prepend=-1) > 0).sum() > 0.8 * len(ends)
-
-
-def test_special_tokens_in_a_text_are_ordinary_text(tiny: dict[str, Tokenizer]) -> None:
-    assert tiny["json"].bos_id not in tiny["json"].encode("<s> and </s>")
-    assert tiny["tiktoken"].bos_id not in tiny["tiktoken"].encode("<|begin_of_text|>")
-    for tokenizer in tiny.values():
-        ids = [tokenizer.bos_id, *tokenizer.encode("the sea"), tokenizer.eos_id]
-        assert tokenizer.decode(ids) == "the sea"
 
 
 def test_json_bos_follows_the_model_s_own_use(tmp_path: Path) -> None:
@@ -133,29 +100,9 @@ def test_llama3_specials_stand_behind_the_ranks(tiny: dict[str, Tokenizer]) -> N
 SMOLLM2_TEXT = "The tower cost 12,345 men don't WE'LL  \n\n\tx=3.14 é北🚲"
 # Written down from the oracle of the slow test below (transformers 5.x).
 SMOLLM2_IDS = [
-    504,
-    11637,
-    1708,
-    216,
-    33,
-    34,
-    28,
-    35,
-    36,
-    37,
-    1800,
-    1326,
-    982,
-    26587,
-    23,
-    16421,
-    256,
-    1116,
-    197,
-    104,
-    45,
-]
-SMOLLM2_IDS += [35, 30, 33, 36, 26411, 30158, 241, 10813, 244, 127]
+    504, 11637, 1708, 216, 33, 34, 28, 35, 36, 37, 1800, 1326, 982, 26587, 23, 16421, 256, 1116, 197, 104, 45,
+    35, 30, 33, 36, 26411, 30158, 241, 10813, 244, 127,
+]  # fmt: skip
 
 
 def test_smollm2_gguf_gives_the_recorded_ids() -> None:
@@ -315,12 +262,7 @@ def tekken_spec() -> dict[str, Any]:
         {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
         for rank, token in enumerate(tokens)
     ]
-    config = {
-        "pattern": r" ?\p{L}+|.|\s+",
-        "default_vocab_size": 279,
-        "default_num_special_tokens": 20,
-        "version": "v3",
-    }
+    config = {"pattern": r" ?\p{L}+|.|\s+", "default_vocab_size": 279, "default_num_special_tokens": 20}
     return {"config": config, "vocab": entries}
 
 
@@ -398,13 +340,9 @@ def test_tokenizer_larger_than_the_embedding_is_refused(tiny: dict[str, Tokenize
 
 
 def test_a_damaged_model_or_config_of_a_tokenizer_json_is_named(tmp_path: Path) -> None:
-    path = write_json_tokenizer(tmp_path / "json")
-    file = path / "tokenizer.json" if path.is_dir() else path
-    spec = json.loads(file.read_text())
-    file.write_text(json.dumps({**spec, "model": {"type": "BPE", "vocab": 3}}))
+    spec = byte_level_spec(tmp_path)
     with pytest.raises(TokenizerError, match="tokenizer.json is damaged: .*again"):
-        load_tokenizer(path)
-    file.write_text(json.dumps(spec))
-    (file.parent / "tokenizer_config.json").write_text("[]")
+        json_tokenizer(tmp_path / "json", {**spec, "model": {"type": "BPE", "vocab": 3}})
+    (tmp_path / "json" / "tokenizer_config.json").write_text("[]")
     with pytest.raises(TokenizerError, match="tokenizer_config.json: expected a JSON object, got a list"):
-        load_tokenizer(path)
+        json_tokenizer(tmp_path / "json", spec)

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from arc_ds.batch.packing import PoolingSpec, num_outputs
 from arc_ds.data.loading.micro_batches import SampleSize
 from arc_ds.data.tasks import TaskLimits
-from arc_ds.data.tasks.estimate import AskedMeans, Estimate
+from arc_ds.data.tasks.estimate import AskedMeans
 from arc_ds.data.tasks.registry import task_of_sample
-from arc_ds.data.tasks.task import Sizing
 from arc_ds.shards.format import Manifest
+
+
+class Estimate(NamedTuple):
+    """The estimated size of a sample.
+
+    context_lengths: encoder tokens of each context.
+    prefix_rows: decoder rows before the first compressed one; they have no gradient.
+    suffix_rows: all other decoder rows.
+    """
+
+    context_lengths: tuple[int, ...]
+    prefix_rows: int
+    suffix_rows: int
 
 
 def estimated_size(estimate: Estimate, pooling: PoolingSpec) -> SampleSize:
@@ -87,14 +99,7 @@ class Estimator:
         self._limits = limits
         self._pooling = pooling
         self._asked = asked
-        self._compressed = lru_cache(maxsize=1 << 14)(self._count_compressed)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_compressed"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._compressed = lru_cache(maxsize=1 << 14)(self._count_compressed)
+        self._compressed: dict[int, int] = {}
 
     def estimate(self, sample: str, tokens: Sequence[int]) -> Estimate:
         """The estimate of one sample.
@@ -102,8 +107,15 @@ class Estimator:
         sample: its name, such as "reconstruction".
         tokens: tokens of its own record, then of its in-context examples.
         """
-        return task_of_sample(sample).estimate(sample, tokens, Sizing(self._limits, self._compressed, self._asked))
+        contexts, before, after = task_of_sample(sample).estimate(sample, tokens, self._limits, self._asked)
+        return Estimate(
+            context_lengths=contexts,
+            prefix_rows=int(self._limits.bos) + before,
+            suffix_rows=sum(map(self._compressed_rows, contexts)) + after,
+        )
 
-    def _count_compressed(self, length: int) -> int:
+    def _compressed_rows(self, length: int) -> int:
         """Compressed rows of a context, including its marker."""
-        return int(num_outputs(np.array([length]), self._pooling)[0]) + bool(self._limits.markers)
+        if length not in self._compressed:
+            self._compressed[length] = int(num_outputs(np.array([length]), self._pooling)[0])
+        return self._compressed[length] + bool(self._limits.markers)

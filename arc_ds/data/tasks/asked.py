@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from arc_ds.data.tasks.contexts import first_tokens, last_tokens
-from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.data.tasks.example import ExampleSpec
 from arc_ds.errors import DataError
 from arc_ds.shards.records import FineTuningRecord
 from arc_ds.tokenizers import Tokenizer
@@ -48,9 +48,7 @@ class Asked:
     answer_is_cut: bool
 
 
-def ask(
-    record: FineTuningRecord, draws: Sequence[int], *, decoder: Tokenizer, limits: TaskLimits, is_chat: bool
-) -> Asked:
+def ask(record: FineTuningRecord, draws: Sequence[int], spec: ExampleSpec) -> Asked:
     """Draw passages and answer of a record for one sample, and cut its question and answer to their limits.
 
     A question that is too long loses its beginning, and an answer its end. Instruction, suffix and prefix of a chat
@@ -64,12 +62,11 @@ def ask(
     record: the record.
     draws: two random 64-bit numbers. The first chooses how many passages to use (1 to limits.max_passages, the first
         ones), and the second chooses the answer.
-    decoder: its tokenizer.
-    limits: sizes.
-    is_chat: whether the layout is a chat.
+    spec: tokenizers, sizes and layout.
 
     Raises DataError if the answer has no tokens.
     """
+    decoder, limits, is_chat = spec.decoder, spec.limits, spec.layout.is_chat
     num_passages = 1 + draws[0] % min(limits.max_passages, len(record.passages))
     question, prompt = _question(record, is_chat=is_chat)
     said = (question or "", *((prompt.suffix, prompt.prefix) if prompt else ()))
@@ -95,18 +92,12 @@ def _question(record: FineTuningRecord, *, is_chat: bool) -> tuple[str | None, C
         return question or None, None
     pieces = record.instruction.split("||")
     if len(pieces) == 1:
-        return _filled(pieces[0], question).strip(), None
+        pattern = record.instruction if _PLACE in record.instruction else f"{record.instruction.strip()} {_PLACE}"
+        return pattern.replace(_PLACE, question).strip(), None
     prefix, instruction, suffix = pieces
     if is_chat:
         return instruction.replace(_PLACE, question) or None, ChatPrompt(prefix=prefix, suffix=suffix)
     return question or instruction.replace(_PLACE, "").strip() or None, None
-
-
-def _filled(instruction: str, question: str) -> str:
-    """An instruction with the question at its {question}, or after it without one."""
-    if _PLACE in instruction:
-        return instruction.replace(_PLACE, question)
-    return f"{instruction.strip()} {question}"
 
 
 def _last_tokens(texts: tuple[str, ...], max_tokens: int, decoder: Tokenizer) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from arc_ds.batch.segments import Marker, TokenIds
+from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.script import Document
 from arc_ds.errors import DataError
 from arc_ds.tokenizers import Encoding, Tokenizer, read_together
@@ -20,21 +21,22 @@ _BETWEEN_PASSAGES = "\n"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A text with its encoder tokens."""
+    """A text with its encoder tokens. `marker` is that of its documents."""
 
     text: str
     encoding: Encoding
+    marker: Marker | None
 
     def __len__(self) -> int:
         return len(self.encoding.ids)
 
-    def document(self, first: int, last: int, marker: Marker | None) -> Document:
+    def document(self, first: int, last: int) -> Document:
         """The tokens from `first` to `last` as a document. Both must be boundaries of characters."""
         start, end = self.encoding.ends[first], self.encoding.ends[last]
-        return Document(TokenIds(self.encoding.ids[first:last]), self.text[start:end], marker)
+        return Document(TokenIds(self.encoding.ids[first:last]), self.text[start:end], self.marker)
 
 
-def read_passages(passages: Sequence[str], encoder: Tokenizer) -> Reading:
+def read_passages(passages: Sequence[str], encoder: Tokenizer, marker: Marker | None) -> Reading:
     """Join passages into one text, one per line. Each is tokenised separately, so its tokens can come from a cache.
 
     Raises DataError if they give no encoder token.
@@ -45,7 +47,7 @@ def read_passages(passages: Sequence[str], encoder: Tokenizer) -> Reading:
             f"the passage {passages[0][:40]!r} gives no encoder token. Correct the record, or leave it out."
         )
     if len(readings) == 1:
-        return Reading(passages[0], readings[0])
+        return Reading(passages[0], readings[0], marker)
     (between,) = read_together(encoder, [_BETWEEN_PASSAGES], inside=True)
     ids, ends, length = [readings[0].ids], [readings[0].ends], len(passages[0])
     for passage, reading in zip(passages[1:], readings[1:], strict=True):
@@ -55,10 +57,10 @@ def read_passages(passages: Sequence[str], encoder: Tokenizer) -> Reading:
         ids += [between, reading.ids]
         ends += [inner, reading.ends[1:] + length]
         length += len(passage)
-    return Reading(_BETWEEN_PASSAGES.join(passages), Encoding(np.concatenate(ids), np.concatenate(ends)))
+    return Reading(_BETWEEN_PASSAGES.join(passages), Encoding(np.concatenate(ids), np.concatenate(ends)), marker)
 
 
-def cut_document(reading: Reading, max_tokens: int, marker: Marker | None) -> Document:
+def cut_document(reading: Reading, max_tokens: int) -> Document:
     """The beginning of a text as one document. Raises DataError if not even one character fits."""
     last = reading.encoding.boundary_before(max_tokens)
     if last == 0:
@@ -66,32 +68,30 @@ def cut_document(reading: Reading, max_tokens: int, marker: Marker | None) -> Do
             f"the document {reading.text[:20]!r} has no character that fits {max_tokens} tokens. Raise "
             "data.max_documents_tokens."
         )
-    return reading.document(0, last, marker)
+    return reading.document(0, last)
 
 
-def cut_chunks(
-    reading: Reading, first: int, last: int, *, chunk_tokens: int, max_chunks: int, marker: Marker | None
-) -> tuple[tuple[Document, ...], int]:
+def cut_chunks(reading: Reading, first: int, last: int, limits: TaskLimits) -> tuple[tuple[Document, ...], int]:
     """Split the tokens from `first` to `last` into chunks. Also returns the token at which the last chunk ends.
 
-    A chunk has `chunk_tokens` tokens, or slightly fewer to avoid breaking a character. The last one has the rest.
+    A chunk has `limits.chunk_tokens` tokens, or slightly fewer to avoid breaking a character. The last one has the
+    rest. There are at most `limits.max_chunks`.
 
     reading: the text.
     first, last: boundaries of characters.
-    chunk_tokens: size of a chunk.
-    max_chunks: maximum number of chunks.
-    marker: marker of each chunk.
+    limits: sizes.
 
     Raises DataError if a character has more tokens than a chunk.
     """
     chunks: list[Document] = []
-    while first < last and len(chunks) < max_chunks:
-        end = reading.encoding.boundary_before(min(first + chunk_tokens, last))
+    while first < last and len(chunks) < limits.max_chunks:
+        end = reading.encoding.boundary_before(min(first + limits.chunk_tokens, last))
         if end <= first:
             raise DataError(
-                f"a character at token {first} has more than chunk_tokens = {chunk_tokens} tokens. Raise chunk_tokens."
+                f"a character at token {first} has more than chunk_tokens = {limits.chunk_tokens} tokens. Raise "
+                "chunk_tokens."
             )
-        chunks.append(reading.document(first, end, marker))
+        chunks.append(reading.document(first, end))
         first = end
     return tuple(chunks), first
 

@@ -9,17 +9,17 @@ TEMPLATE_TOKENS = 8
 """The words around a question and its answer, in decoder tokens."""
 
 
-class Estimate(NamedTuple):
-    """The estimated size of a sample.
+class SampleLengths(NamedTuple):
+    """The estimated lengths of a sample's parts.
 
-    context_lengths: encoder tokens of each context.
-    prefix_rows: decoder rows before the first compressed one; they have no gradient.
-    suffix_rows: all other decoder rows.
+    contexts: encoder tokens of each context.
+    before: decoder tokens before the first context, without begin-of-text.
+    after: all other decoder tokens.
     """
 
-    context_lengths: tuple[int, ...]
-    prefix_rows: int
-    suffix_rows: int
+    contexts: tuple[int, ...]
+    before: int
+    after: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

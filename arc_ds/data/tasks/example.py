@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from arc_ds.batch.segments import Sample, Segment
-from arc_ds.data.tasks.script import Document, Part, Written, render, with_spaces_in_targets
+from arc_ds.data.tasks.chat import Layout
+from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.data.tasks.script import Document, Part, ScriptVariants, render, with_spaces_in_targets
 from arc_ds.errors import DataError
 from arc_ds.tokenizers import Tokenizer
 
@@ -38,20 +39,36 @@ class TaskCounts:
     def __add__(self, other: TaskCounts) -> TaskCounts:
         if self is NO_COUNTS or other is NO_COUNTS:
             return other if self is NO_COUNTS else self
-        return TaskCounts(
-            degraded=self.degraded + other.degraded,
-            cut_contexts=self.cut_contexts + other.cut_contexts,
-            cut_chunks=self.cut_chunks + other.cut_chunks,
-            cut_examples=self.cut_examples + other.cut_examples,
-            cut_questions=self.cut_questions + other.cut_questions,
-            cut_answers=self.cut_answers + other.cut_answers,
-        )
+        return TaskCounts(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
 
     def __bool__(self) -> bool:
         return any(astuple(self))
 
 
 NO_COUNTS = TaskCounts()
+
+
+class ExampleSpec(NamedTuple):
+    """Everything that an example follows from, except its records.
+
+    sample: name of the sample, such as "reconstruction".
+    seed: 64 bits for the example's own choices (window, number of passages, which answer).
+    encoder, decoder: their tokenizers.
+    limits: sizes.
+    layout: the turns of the decoder's chat.
+    """
+
+    sample: str
+    seed: int
+    encoder: Tokenizer
+    decoder: Tokenizer
+    limits: TaskLimits
+    layout: Layout
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """The ids at the beginning of a plain sequence: begin-of-text, or nothing."""
+        return (self.decoder.bos_id,) if self.limits.bos and self.decoder.bos_id is not None else ()
 
 
 class Variants(Protocol):
@@ -85,21 +102,21 @@ class Example:
         return self.counts.degraded > 0
 
 
-def written_example(
-    task: str, parts: tuple[Part, ...], passages: Iterable[str], counts: TaskCounts, decoder: Tokenizer
+def script_example(
+    parts: tuple[Part, ...], passages: tuple[str, ...], spec: ExampleSpec, counts: TaskCounts = NO_COUNTS
 ) -> Example:
     """The example of a script. Raises TooShortError if no row predicts a target."""
     parts = with_spaces_in_targets(parts)
-    rendered = render(parts, decoder)
+    rendered = render(parts, spec.decoder)
     if not any(segment.in_loss for segment in rendered.target):
         raise TooShortError(
-            f"the task {task} has nothing to predict in a record: fewer than two decoder tokens. Build the shards with "
-            "a larger min_tokens, or set data.on_error: skip."
+            f"the task {spec.sample} has nothing to predict in a record: fewer than two decoder tokens. Build the "
+            "shards with a larger min_tokens, or set data.on_error: skip."
         )
     return Example(
-        sample=Sample(task, rendered.segments),
+        sample=Sample(spec.sample, rendered.segments),
         contexts=tuple(part.text for part in parts if isinstance(part, Document)),
-        passages=tuple(passages),
+        passages=passages,
         counts=counts,
-        variants=Written(parts, decoder, rendered.target),
+        variants=ScriptVariants(parts, spec.decoder, rendered.target),
     )

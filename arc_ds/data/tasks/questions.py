@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from arc_ds.data.tasks.asked import Asked
 from arc_ds.data.tasks.chat import Layout, Turn
+from arc_ds.data.tasks.example import Example, ExampleSpec, TaskCounts, script_example
 from arc_ds.data.tasks.script import Document, Part, Special, Words
 
 _BLANK_LINE = "\n\n"
@@ -24,20 +25,30 @@ class Block:
     asked: Asked
 
 
-def write_blocks(blocks: Sequence[Block], layout: Layout, bos: tuple[int, ...]) -> tuple[Part, ...]:
-    """Write the blocks, at least one, as a script. The target is the last answer and its end.
+def question_example(blocks: Sequence[Block], passages: tuple[str, ...], spec: ExampleSpec, **cuts: int) -> Example:
+    """The example of some blocks. It counts the cuts of the last question and answer.
+
+    blocks: at least one. The last one is the question; the others are in-context examples.
+    passages: all of the sample's own record.
+    spec: tokenizers, sizes and layout.
+    cuts: the other fields of `TaskCounts`.
+    """
+    asked = blocks[-1].asked
+    counts = TaskCounts(cut_questions=int(asked.question_is_cut), cut_answers=int(asked.answer_is_cut), **cuts)
+    return script_example(_write(blocks, spec), passages, spec, counts)
+
+
+def _write(blocks: Sequence[Block], spec: ExampleSpec) -> tuple[Part, ...]:
+    """Write the blocks as a script. The target is the last answer and its end.
 
     An answer that was cut has no end, so nothing after it is a target.
-
-    blocks: the last one is the question; the others are in-context examples.
-    layout: of the decoder.
-    bos: ids at the beginning of a plain sequence.
     """
+    layout = spec.layout
     is_whole = not blocks[-1].asked.answer_is_cut
     turns = [_turn(block, layout, is_last=place == len(blocks) - 1) for place, block in enumerate(blocks)]
     if layout.is_chat:
         return layout.chat(turns, is_whole=is_whole)
-    parts: list[Part] = [Special(bos)] if bos else []
+    parts: list[Part] = [Special(spec.bos_ids)] if spec.bos_ids else []
     for turn in turns[:-1]:
         parts += [*turn.user, *turn.assistant, Words(_BLANK_LINE)]
     # The blank line before a next block ends an answer, and generation stops there. The in-context examples show this

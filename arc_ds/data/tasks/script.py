@@ -109,7 +109,7 @@ def render(parts: Sequence[Part], decoder: Tokenizer) -> Rendered:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class ScriptVariants:
     """The variants of a rendered script: without its documents, or with their text. All have the same target.
 
     parts: the script.

@@ -4,43 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from arc_ds.data.tasks.chat import Layout
-from arc_ds.data.tasks.estimate import AskedMeans, Estimate
-from arc_ds.data.tasks.example import Example
+from arc_ds.data.tasks.estimate import AskedMeans, SampleLengths
+from arc_ds.data.tasks.example import Example, ExampleSpec
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.shards.format import RecordKind
-from arc_ds.tokenizers import Tokenizer
-
-
-class ExampleMaker(Protocol):
-    """Makes the example of some records. A pure function of its arguments; see `registry.make_example`."""
-
-    def __call__(
-        self,
-        records: Sequence[dict[str, Any]],
-        *,
-        sample: str,
-        seed: int,
-        encoder: Tokenizer,
-        decoder: Tokenizer,
-        limits: TaskLimits,
-        layout: Layout,
-    ) -> Example: ...
-
-
-class Sizing(NamedTuple):
-    """The inputs of an estimate.
-
-    limits: of the source.
-    compressed: number of compressed rows, including the marker, of a context with that many encoder tokens.
-    asked: means of the source's records if they are fine-tuning records, else None.
-    """
-
-    limits: TaskLimits
-    compressed: Callable[[int], int]
-    asked: AskedMeans | None
 
 
 class ChatRows(NamedTuple):
@@ -81,8 +50,9 @@ class Task:
     name: its name in the config.
     record_kinds: the kinds of records that it can read.
     samples: one or two names of its samples in metrics. `data.reconstruction_share` is the share of the first of two.
-    example: makes an example.
-    estimate: the estimated size of a sample, from its name and the encoder tokens of its records (its own first).
+    example: makes the example of some records. A pure function of its arguments; see `registry.make_example`.
+    estimate: the estimated lengths of a sample, from its name, the encoder tokens of its records (its own first), the
+        source's limits, and the means of the source's records (None unless they are fine-tuning records).
     largest: bounds of one sample, from the limits, the maximum number of in-context examples, and the chat template's
         rows.
     own_keys: keys of a source that no other task uses.
@@ -93,8 +63,8 @@ class Task:
     name: str
     record_kinds: tuple[RecordKind, ...]
     samples: tuple[str, ...]
-    example: ExampleMaker
-    estimate: Callable[[str, Sequence[int], Sizing], Estimate]
+    example: Callable[[Sequence[dict[str, Any]], ExampleSpec], Example]
+    estimate: Callable[[str, Sequence[int], TaskLimits, AskedMeans | None], SampleLengths]
     largest: Callable[[TaskLimits, int, ChatRows], Largest]
     size_keys: str
     own_keys: tuple[str, ...] = ()

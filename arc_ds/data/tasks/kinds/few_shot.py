@@ -12,85 +12,62 @@ from typing import Any
 
 from arc_ds.data.order.randomness import random_words
 from arc_ds.data.tasks.asked import Asked, ask
-from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import cut_document, read_passages
-from arc_ds.data.tasks.estimate import TEMPLATE_TOKENS, AskedMeans, Estimate
-from arc_ds.data.tasks.example import Example, TaskCounts, written_example
+from arc_ds.data.tasks.estimate import TEMPLATE_TOKENS, AskedMeans, SampleLengths
+from arc_ds.data.tasks.example import Example, ExampleSpec
 from arc_ds.data.tasks.limits import TaskLimits
-from arc_ds.data.tasks.questions import Block, write_blocks
-from arc_ds.data.tasks.task import ChatRows, Largest, Sizing, Task, asked_rows
+from arc_ds.data.tasks.questions import Block, question_example
+from arc_ds.data.tasks.task import ChatRows, Largest, Task, asked_rows
 from arc_ds.shards.records import fine_tuning_record
-from arc_ds.tokenizers import Tokenizer
 
 
-def few_shot_example(
-    records: Sequence[dict[str, Any]],
-    *,
-    sample: str,
-    seed: int,
-    encoder: Tokenizer,
-    decoder: Tokenizer,
-    limits: TaskLimits,
-    layout: Layout,
-) -> Example:
+def few_shot_example(records: Sequence[dict[str, Any]], spec: ExampleSpec) -> Example:
     """The example of the first record. The other records are its in-context examples and come before it, in order.
 
     The record's own document is cut to limits.max_documents. In-context examples are then added from the last one
     backwards, while their whole documents fit. An in-context example with a question or answer that is too long is left
     out. Raises DataError if a record is not a valid fine-tuning record.
     """
-    draws = random_words(2 * len(records), seed, "few-shot").reshape(-1, 2).tolist()
+    limits = spec.limits
+    draws = random_words(2 * len(records), spec.seed, "few-shot").reshape(-1, 2).tolist()
     fields = [fine_tuning_record(record) for record in records]
-    own, *others = (
-        ask(record, draw, decoder=decoder, limits=limits, is_chat=layout.is_chat)
-        for record, draw in zip(fields, draws, strict=True)
-    )
-    marker = limits.marker("cont")
-    reading = read_passages(own.passages, encoder)
-    document = cut_document(reading, limits.max_documents, marker)
-    room = limits.max_documents - len(document.ids)
-    blocks = [*_fitting(others, room, encoder, limits), Block((document,), own)]
-    counts = TaskCounts(
+    own, *others = (ask(record, draw, spec) for record, draw in zip(fields, draws, strict=True))
+    reading = read_passages(own.passages, spec.encoder, limits.marker("cont"))
+    document = cut_document(reading, limits.max_documents)
+    blocks = [*_fitting(others, limits.max_documents - len(document.ids), spec), Block((document,), own)]
+    return question_example(
+        blocks,
+        fields[0].passages,
+        spec,
         cut_contexts=int(len(document.ids) < len(reading)),
-        cut_examples=len(others) - len(blocks) + 1,
-        cut_questions=int(own.question_is_cut),
-        cut_answers=int(own.answer_is_cut),
+        cut_examples=len(records) - len(blocks),
     )
-    parts = write_blocks(blocks, layout, limits.bos_ids(decoder))
-    return written_example(sample, parts, fields[0].passages, counts, decoder)
 
 
-def _fitting(others: Sequence[Asked], room: int, encoder: Tokenizer, limits: TaskLimits) -> list[Block]:
+def _fitting(others: Sequence[Asked], room: int, spec: ExampleSpec) -> list[Block]:
     """Blocks of the last in-context examples whose documents together fit in `room` encoder tokens."""
     blocks: list[Block] = []
     for asked in reversed(others):
         if asked.question_is_cut or asked.answer_is_cut:
             continue
-        reading = read_passages(asked.passages, encoder)
+        reading = read_passages(asked.passages, spec.encoder, spec.limits.marker("cont"))
         room -= len(reading)
         if room < 0:
             break
-        blocks.append(Block((reading.document(0, len(reading), limits.marker("cont")),), asked))
+        blocks.append(Block((reading.document(0, len(reading)),), asked))
     return blocks[::-1]
 
 
-def estimate_few_shot(_: str, tokens: Sequence[int], sizing: Sizing) -> Estimate:
+def _estimate(_: str, tokens: Sequence[int], limits: TaskLimits, asked: AskedMeans | None) -> SampleLengths:
     """Estimate documents by the source's means. In-context examples are added while they fit, the last ones first."""
-    limits, asked = sizing.limits, sizing.asked or AskedMeans()
+    asked = asked or AskedMeans()
     own, *examples = (max(round((count - asked.other_tokens) * asked.drawn_share), 1) for count in tokens)
-    own = min(own, limits.max_documents)
-    room, kept = limits.max_documents - own, 0
+    lengths = [min(own, limits.max_documents)]
     for length in reversed(examples):
-        room -= length
-        if room < 0:
+        if sum(lengths) + length > limits.max_documents:
             break
-        kept += 1
-    lengths = (*examples[len(examples) - kept :], own)
-    return Estimate(
-        context_lengths=lengths,
-        prefix_rows=int(limits.bos),
-        suffix_rows=sum(map(sizing.compressed, lengths)) + (asked.asked_rows + TEMPLATE_TOKENS) * len(lengths),
-    )
+        lengths.insert(0, length)
+    return SampleLengths(tuple(lengths), 0, (asked.asked_rows + TEMPLATE_TOKENS) * len(lengths))
 
 
 def _largest(limits: TaskLimits, max_examples: int, chat: ChatRows) -> Largest:
@@ -107,7 +84,7 @@ TASK = Task(
     record_kinds=("fine_tuning",),
     samples=("few_shot",),
     example=few_shot_example,
-    estimate=estimate_few_shot,
+    estimate=_estimate,
     largest=_largest,
     own_keys=("in_context_examples", "max_passages"),
     size_keys="data.max_documents_tokens, the source's in_context_examples, data.max_question_tokens or "

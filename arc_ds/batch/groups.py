@@ -57,6 +57,5 @@ def group_sizes(lengths: NDArray[np.int64], rule: GroupRule) -> tuple[NDArray[np
     counts = rule.num_groups(lengths)
     base, longer = lengths // counts, lengths % counts
     ends = counts.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    is_longer = np.arange(total) < (ends - counts + longer).repeat(counts)
+    is_longer = np.arange(counts.sum()) < (ends - counts + longer).repeat(counts)
     return base.repeat(counts) + is_longer, counts

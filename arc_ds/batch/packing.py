@@ -117,7 +117,7 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
         raise ValueError("pack() needs at least one sample")
     if spec.rules and spec.memory_tokens:
         raise ValueError(f"pooling rules {spec.rules} and memory_tokens={spec.memory_tokens} exclude each other")
-    pieces = _Pieces.of(samples)
+    pieces = _pieces_of(samples)
     lengths = np.array([len(ids) for ids in pieces.context_ids], dtype=np.int64)
     row_lengths = lengths + spec.memory_tokens
     levels, outputs = _pool(lengths, spec)
@@ -186,22 +186,22 @@ class _Pieces(NamedTuple):
     markers: list[int]
     text_ids: list[NDArray[np.integer]]
 
-    @classmethod
-    def of(cls, samples: Sequence[Sample]) -> _Pieces:
-        pieces = cls([], [], [], [], [], [])
-        sequences, all_is_text, all_in_loss, context_ids, markers, text_ids = pieces
-        for sequence, sample in enumerate(samples):
-            for kind, ids, in_loss, marker in sample.segments:
-                is_text = kind == "text"
-                sequences.append(sequence)
-                all_is_text.append(is_text)
-                all_in_loss.append(in_loss and is_text)
-                if is_text:
-                    text_ids.append(ids.array)
-                else:
-                    context_ids.append(ids.array)
-                    markers.append(-1 if marker is None else MARKERS.index(marker))
-        return pieces
+
+def _pieces_of(samples: Sequence[Sample]) -> _Pieces:
+    pieces = _Pieces([], [], [], [], [], [])
+    sequences, all_is_text, all_in_loss, context_ids, markers, text_ids = pieces
+    for sequence, sample in enumerate(samples):
+        for kind, ids, in_loss, marker in sample.segments:
+            is_text = kind == "text"
+            sequences.append(sequence)
+            all_is_text.append(is_text)
+            all_in_loss.append(in_loss and is_text)
+            if is_text:
+                text_ids.append(ids.array)
+            else:
+                context_ids.append(ids.array)
+                markers.append(-1 if marker is None else MARKERS.index(marker))
+    return pieces
 
 
 def _decoder_rows(samples: Sequence[Sample], pieces: _Pieces, vectors: NDArray[np.int64]) -> dict[str, Any]:
@@ -291,9 +291,7 @@ def _map_tensors(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
 
 def _rows(first: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each i, `counts[i]` consecutive rows from `first[i]`: int64 [sum of counts]."""
-    ends = counts.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + (first + counts - ends).repeat(counts)
+    return np.arange(counts.sum()) + (first + counts - counts.cumsum()).repeat(counts)
 
 
 def _ranges(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,8 +11,8 @@ import numpy as np
 from arc_ds.batch.packing import PoolingSpec, num_outputs
 from arc_ds.data.loading.micro_batches import SampleSize
 from arc_ds.data.tasks import TaskLimits
-from arc_ds.data.tasks.estimate import AskedMeans
 from arc_ds.data.tasks.registry import task_of_sample
+from arc_ds.data.tasks.task import RecordMeans
 from arc_ds.shards.format import Manifest
 
 
@@ -68,21 +68,21 @@ class WorkRates:
         )
 
 
-def asked_means(manifest: Manifest, limits: TaskLimits) -> AskedMeans:
+def record_means(manifest: Manifest, limits: TaskLimits) -> RecordMeans:
     """The means of fine-tuning shards.
 
     A sample reads the first 1, 2, … or limits.max_passages passages of a record, with equal probability
-    (`tasks.asked`). The passages of a record are assumed to be equally long.
+    (`tasks.questions`). The passages of a record are assumed to be equally long.
     """
     by_number = manifest.passage_tokens
     in_passages = sum(by_number.values())
     if not in_passages:
-        return AskedMeans()
+        return RecordMeans()
     other_tokens = round((manifest.tokens - in_passages) / manifest.samples)
     drawn = sum(tokens * (1 + min(number, limits.max_passages)) / (2 * number) for number, tokens in by_number.items())
-    return AskedMeans(
+    return RecordMeans(
         other_tokens=other_tokens,
-        asked_rows=min(other_tokens, limits.max_question + limits.max_answer),
+        question_rows=min(other_tokens, limits.max_question + limits.max_answer),
         drawn_share=drawn / in_passages,
     )
 
@@ -92,13 +92,13 @@ class Estimator:
 
     limits: sizes of the source.
     pooling: the encoder's pooling.
-    asked: means of the source's records if they are fine-tuning records, else None.
+    means: means of the source's records if they are fine-tuning records, else None.
     """
 
-    def __init__(self, limits: TaskLimits, pooling: PoolingSpec, asked: AskedMeans | None = None) -> None:
+    def __init__(self, limits: TaskLimits, pooling: PoolingSpec, means: RecordMeans | None = None) -> None:
         self._limits = limits
         self._pooling = pooling
-        self._asked = asked
+        self._means = means
         self._compressed: dict[int, int] = {}
 
     def estimate(self, sample: str, tokens: Sequence[int]) -> Estimate:
@@ -107,7 +107,7 @@ class Estimator:
         sample: its name, such as "reconstruction".
         tokens: tokens of its own record, then of its in-context examples.
         """
-        contexts, before, after = task_of_sample(sample).estimate(sample, tokens, self._limits, self._asked)
+        contexts, before, after = task_of_sample(sample).estimate(sample, tokens, self._limits, self._means)
         return Estimate(
             context_lengths=contexts,
             prefix_rows=int(self._limits.bos) + before,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 from arc_ds.data.loading.source import Source
@@ -34,10 +35,8 @@ class FetchAhead:
 
     def _fits(self) -> bool:
         """Whether the cache holds two windows of every source. Otherwise, prefetching would evict shards in use."""
-        needed = 0
-        for shards in self._remote.values():
-            largest = sorted(map(shards.files.num_bytes, shards.manifest.shards), reverse=True)
-            needed += sum(largest[: 2 * self._order.window_shards])
-        return all(
-            shards.files.cache is None or needed <= shards.files.cache.max_bytes for shards in self._remote.values()
-        )
+        num_shards = 2 * self._order.window_shards
+        sizes = [map(shards.files.num_bytes, shards.manifest.shards) for shards in self._remote.values()]
+        needed = sum(sum(heapq.nlargest(num_shards, of_source)) for of_source in sizes)
+        caches = (shards.files.cache for shards in self._remote.values())
+        return all(cache is None or needed <= cache.max_bytes for cache in caches)

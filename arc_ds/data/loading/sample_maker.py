@@ -202,7 +202,9 @@ class SampleMaker:
             except _UnusableError as error:
                 if self._on_error == "stop":
                     raise error.reason from error.reason.__cause__
-                self._name_once((pick.source_idx, error.idx), error.reason)
+                if (pick.source_idx, error.idx) not in self._named:
+                    self._named.add((pick.source_idx, error.idx))
+                    logger.warning("record skipped: %s", error.reason)
                 unusable.add(error.idx)
                 idxs = _without(idxs, unusable, len(source.shards))
         raise DataError(
@@ -219,11 +221,6 @@ class SampleMaker:
                 self._samples_or_blame(given._replace(idxs=given.idxs[:-1], records=given.records[:-1]))
             name, idx = self._sources[given.pick.source_idx].shards.name, given.idxs[-1]
             raise _UnusableError(idx, DataError(f"{name}, record {idx}: {error}")) from error
-
-    def _name_once(self, record_id: RecordId, error: DataError) -> None:
-        if record_id not in self._named:
-            self._named.add(record_id)
-            logger.warning("record skipped: %s", error)
 
 
 def _idxs(pick: Pick) -> list[int]:

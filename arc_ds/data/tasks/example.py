@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.limits import TaskLimits
-from arc_ds.data.tasks.script import Document, Part, ScriptVariants, render, with_spaces_in_targets
+from arc_ds.data.tasks.script import Document, Part, Words, render, with_spaces_in_targets
 from arc_ds.errors import DataError
 from arc_ds.tokenizers import Tokenizer
 
@@ -71,14 +72,6 @@ class ExampleSpec(NamedTuple):
         return (self.decoder.bos_id,) if self.limits.bos and self.decoder.bos_id is not None else ()
 
 
-class Variants(Protocol):
-    """The segments of a sample without its contexts (`closed`), and with their text in their place (`open`)."""
-
-    def closed(self) -> tuple[Segment, ...]: ...
-
-    def open(self) -> tuple[Segment, ...]: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """A sample and the text of its contexts.
@@ -87,14 +80,16 @@ class Example:
     contexts: the text of each context, in order.
     passages: all texts of the sample's own record. A mismatched context must not contain any of them.
     counts: cuts and changes.
-    variants: makes the segments that validation compares (see `tasks.variants`) on demand.
+    closed: makes the segments of the sample without its contexts (see `tasks.variants`).
+    open: makes the segments of the sample with the contexts' text in their place.
     """
 
     sample: Sample
     contexts: tuple[str, ...]
     passages: tuple[str, ...]
     counts: TaskCounts = NO_COUNTS
-    variants: Variants = field(repr=False, compare=False)
+    closed: Callable[[], tuple[Segment, ...]] = field(repr=False, compare=False)
+    open: Callable[[], tuple[Segment, ...]] = field(repr=False, compare=False)
 
     @property
     def degraded(self) -> bool:
@@ -113,10 +108,20 @@ def script_example(
             f"the task {spec.sample} has nothing to predict in a record: fewer than two decoder tokens. Build the "
             "shards with a larger min_tokens, or set data.on_error: skip."
         )
+
+    def with_prompt(others: Sequence[Part]) -> tuple[Segment, ...]:
+        """The same target after the prompt of other parts."""
+        return render(others, spec.decoder).prompt + rendered.target
+
     return Example(
-        sample=Sample(spec.sample, rendered.segments),
+        sample=Sample(spec.sample, rendered.prompt + rendered.target),
         contexts=tuple(part.text for part in parts if isinstance(part, Document)),
         passages=passages,
         counts=counts,
-        variants=ScriptVariants(parts, spec.decoder, rendered.target),
+        closed=lambda: with_prompt([part for part in parts if not _goes_with_context(part)]),
+        open=lambda: with_prompt([Words(part.text) if isinstance(part, Document) else part for part in parts]),
     )
+
+
+def _goes_with_context(part: Part) -> bool:
+    return isinstance(part, Document) or (isinstance(part, Words) and part.with_context)

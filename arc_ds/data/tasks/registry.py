@@ -51,7 +51,6 @@ def task_of_sample(sample: str) -> Task:
     raise ValueError(f"no task has samples called {sample!r}; expected one of {', '.join(all_samples())}")
 
 
-@cache
 def all_samples() -> tuple[str, ...]:
     """The names of all samples."""
     return tuple(sample for task in all_tasks().values() for sample in task.samples)

@@ -6,10 +6,41 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from arc_ds.data.tasks.estimate import AskedMeans, SampleLengths
 from arc_ds.data.tasks.example import Example, ExampleSpec
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.shards.format import RecordKind
+
+TEMPLATE_TOKENS = 8
+"""The words around a question and its answer, in decoder tokens."""
+
+
+class SampleLengths(NamedTuple):
+    """The estimated lengths of a sample's parts.
+
+    contexts: encoder tokens of each context.
+    before: decoder tokens before the first context, without begin-of-text.
+    after: all other decoder tokens.
+    """
+
+    contexts: tuple[int, ...]
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordMeans:
+    """Means of a source's fine-tuning records. The index has only the total number of tokens of each record.
+
+    The defaults are guesses for shards that do not record the number of passages: a sample then reads all of them.
+
+    other_tokens: tokens of a record outside its passages.
+    question_rows: decoder rows of these that a sample keeps.
+    drawn_share: share of the passages' tokens that a few-shot sample reads.
+    """
+
+    other_tokens: int = 24
+    question_rows: int = 24
+    drawn_share: float = 1.0
 
 
 class ChatRows(NamedTuple):
@@ -34,13 +65,13 @@ class Largest(NamedTuple):
     contexts: number of contexts.
     context_tokens: encoder tokens of all contexts together.
     longest_context: encoder tokens of one context.
-    said_rows: all other decoder rows, except begin-of-text and a chat's first turn.
+    text_rows: all other decoder rows, except begin-of-text and a chat's first turn.
     """
 
     contexts: int
     context_tokens: int
     longest_context: int
-    said_rows: int
+    text_rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +95,7 @@ class Task:
     record_kinds: tuple[RecordKind, ...]
     samples: tuple[str, ...]
     example: Callable[[Sequence[dict[str, Any]], ExampleSpec], Example]
-    estimate: Callable[[str, Sequence[int], TaskLimits, AskedMeans | None], SampleLengths]
+    estimate: Callable[[str, Sequence[int], TaskLimits, RecordMeans | None], SampleLengths]
     largest: Callable[[TaskLimits, int, ChatRows], Largest]
     size_keys: str
     own_keys: tuple[str, ...] = ()
@@ -72,9 +103,9 @@ class Task:
 
 
 # Bytes of the words around a question and an answer. A byte has at most one token.
-ASKED_WORDS = 32
+QUESTION_WORDS = 32
 
 
-def asked_rows(limits: TaskLimits) -> int:
+def question_rows(limits: TaskLimits) -> int:
     """Maximum decoder rows of a question, its answer and the words around them."""
-    return limits.max_question + limits.max_answer + ASKED_WORDS
+    return limits.max_question + limits.max_answer + QUESTION_WORDS

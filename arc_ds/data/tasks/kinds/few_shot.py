@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from arc_ds.data.order.randomness import random_words
-from arc_ds.data.tasks.asked import Asked, ask
 from arc_ds.data.tasks.contexts import cut_document, read_passages
-from arc_ds.data.tasks.estimate import TEMPLATE_TOKENS, AskedMeans, SampleLengths
 from arc_ds.data.tasks.example import Example, ExampleSpec
 from arc_ds.data.tasks.limits import TaskLimits
-from arc_ds.data.tasks.questions import Block, question_example
-from arc_ds.data.tasks.task import ChatRows, Largest, Task, asked_rows
+from arc_ds.data.tasks.questions import Question, QuestionBlock, draw_question, question_example
+from arc_ds.data.tasks.task import TEMPLATE_TOKENS, ChatRows, Largest, RecordMeans, SampleLengths, Task, question_rows
 from arc_ds.shards.records import fine_tuning_record
 
 
@@ -31,43 +29,43 @@ def few_shot_example(records: Sequence[dict[str, Any]], spec: ExampleSpec) -> Ex
     limits = spec.limits
     draws = random_words(2 * len(records), spec.seed, "few-shot").reshape(-1, 2).tolist()
     fields = [fine_tuning_record(record) for record in records]
-    own, *others = (ask(record, draw, spec) for record, draw in zip(fields, draws, strict=True))
-    reading = read_passages(own.passages, spec.encoder, limits.marker("cont"))
-    document = cut_document(reading, limits.max_documents)
-    blocks = [*_fitting(others, limits.max_documents - len(document.ids), spec), Block((document,), own)]
+    own, *others = (draw_question(record, draw, spec) for record, draw in zip(fields, draws, strict=True))
+    encoded = read_passages(own.passages, spec)
+    document = cut_document(encoded, limits.max_documents)
+    blocks = [*_fitting(others, limits.max_documents - len(document.ids), spec), QuestionBlock((document,), own)]
     return question_example(
         blocks,
         fields[0].passages,
         spec,
-        cut_contexts=int(len(document.ids) < len(reading)),
+        cut_contexts=int(len(document.ids) < len(encoded)),
         cut_examples=len(records) - len(blocks),
     )
 
 
-def _fitting(others: Sequence[Asked], room: int, spec: ExampleSpec) -> list[Block]:
+def _fitting(others: Sequence[Question], room: int, spec: ExampleSpec) -> list[QuestionBlock]:
     """Blocks of the last in-context examples whose documents together fit in `room` encoder tokens."""
-    blocks: list[Block] = []
-    for asked in reversed(others):
-        if asked.question_is_cut or asked.answer_is_cut:
+    blocks: list[QuestionBlock] = []
+    for question in reversed(others):
+        if question.cuts:
             continue
-        reading = read_passages(asked.passages, spec.encoder, spec.limits.marker("cont"))
-        room -= len(reading)
+        encoded = read_passages(question.passages, spec)
+        room -= len(encoded)
         if room < 0:
             break
-        blocks.append(Block((reading.document(0, len(reading)),), asked))
+        blocks.append(QuestionBlock((encoded.document(0, len(encoded)),), question))
     return blocks[::-1]
 
 
-def _estimate(_: str, tokens: Sequence[int], limits: TaskLimits, asked: AskedMeans | None) -> SampleLengths:
+def _estimate(_: str, tokens: Sequence[int], limits: TaskLimits, means: RecordMeans | None) -> SampleLengths:
     """Estimate documents by the source's means. In-context examples are added while they fit, the last ones first."""
-    asked = asked or AskedMeans()
-    own, *examples = (max(round((count - asked.other_tokens) * asked.drawn_share), 1) for count in tokens)
+    means = means or RecordMeans()
+    own, *examples = (max(round((count - means.other_tokens) * means.drawn_share), 1) for count in tokens)
     lengths = [min(own, limits.max_documents)]
     for length in reversed(examples):
         if sum(lengths) + length > limits.max_documents:
             break
         lengths.insert(0, length)
-    return SampleLengths(tuple(lengths), 0, (asked.asked_rows + TEMPLATE_TOKENS) * len(lengths))
+    return SampleLengths(tuple(lengths), 0, (means.question_rows + TEMPLATE_TOKENS) * len(lengths))
 
 
 def _largest(limits: TaskLimits, max_examples: int, chat: ChatRows) -> Largest:
@@ -75,7 +73,7 @@ def _largest(limits: TaskLimits, max_examples: int, chat: ChatRows) -> Largest:
         contexts=max_examples + 1,
         context_tokens=limits.max_documents,
         longest_context=limits.max_documents,
-        said_rows=asked_rows(limits) * (max_examples + 1) + chat.further * max_examples,
+        text_rows=question_rows(limits) * (max_examples + 1) + chat.further * max_examples,
     )
 
 

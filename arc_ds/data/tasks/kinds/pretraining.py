@@ -9,7 +9,7 @@ could predict it, but they must have the same targets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,11 +17,10 @@ import numpy as np
 
 from arc_ds.batch.segments import Marker, Sample, Segment, TokenIds
 from arc_ds.data.tasks.contexts import first_tokens, last_tokens
-from arc_ds.data.tasks.estimate import AskedMeans, SampleLengths
 from arc_ds.data.tasks.example import Example, ExampleSpec, TaskCounts, TooShortError, script_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.script import Document
-from arc_ds.data.tasks.task import ChatRows, Largest, Task
+from arc_ds.data.tasks.task import ChatRows, Largest, RecordMeans, SampleLengths, Task
 from arc_ds.data.tasks.text_views import BEGINNING, Cut, TextViews
 from arc_ds.data.tasks.texts import write_continuation, write_reconstruction
 from arc_ds.shards.records import pretraining_text
@@ -98,27 +97,6 @@ def _window_start(views: TextViews, seed: int, num_tokens: int) -> Cut:
     return views.cut(BEGINNING, seed % (spare + 1)) if spare > 0 else BEGINNING
 
 
-@dataclass(frozen=True, slots=True)
-class _SliceVariants:
-    """The variants of a sample that is one stretch of a text.
-
-    segments: of the sample.
-    views: the text.
-    context: start and end of the context.
-    """
-
-    segments: tuple[Segment, ...]
-    views: TextViews
-    context: tuple[Cut, Cut]
-
-    def closed(self) -> tuple[Segment, ...]:
-        return tuple(segment for segment in self.segments if segment.kind == "text")
-
-    def open(self) -> tuple[Segment, ...]:
-        text = Segment.text(self.views.decoder_ids(*self.context))
-        return tuple(text if segment.kind == "context" else segment for segment in self.segments)
-
-
 def _plain(views: TextViews, window: _Window, spec: ExampleSpec) -> Example | None:
     """The pieces as slices of the text's tokens. None if there is no context or no target to predict."""
     limits, context = spec.limits, (window.context, window.context_end)
@@ -142,7 +120,8 @@ def _plain(views: TextViews, window: _Window, spec: ExampleSpec) -> Example | No
         sample=Sample(spec.sample, segments),
         contexts=(views.between(*context),),
         passages=(views.text,),
-        variants=_SliceVariants(segments, views, context),
+        closed=lambda: tuple(s for s in segments if s.kind == "text"),
+        open=lambda: tuple(Segment.text(views.decoder_ids(*context)) if s.kind == "context" else s for s in segments),
     )
 
 
@@ -163,7 +142,7 @@ def _chat(views: TextViews, window: _Window, spec: ExampleSpec) -> Example | Non
     return script_example(write_continuation(prefix, [document], target, spec), (views.text,), spec)
 
 
-def _estimate(sample: str, tokens: Sequence[int], limits: TaskLimits, _: AskedMeans | None) -> SampleLengths:
+def _estimate(sample: str, tokens: Sequence[int], limits: TaskLimits, _: RecordMeans | None) -> SampleLengths:
     if sample == "reconstruction":
         length = max(min(tokens[0], limits.max_context), 1)
         return SampleLengths((length,), 0, length)
@@ -180,7 +159,7 @@ def _largest(limits: TaskLimits, _: int, chat: ChatRows) -> Largest:
         contexts=1,
         context_tokens=limits.max_context,
         longest_context=limits.max_context,
-        said_rows=max(limits.max_prefix + limits.max_continuation, limits.max_context) + chat.text,
+        text_rows=max(limits.max_prefix + limits.max_continuation, limits.max_context) + chat.text,
     )
 
 

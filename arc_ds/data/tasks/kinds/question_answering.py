@@ -15,13 +15,11 @@ from dataclasses import replace
 from typing import Any
 
 from arc_ds.data.order.randomness import random_words
-from arc_ds.data.tasks.asked import ask
 from arc_ds.data.tasks.contexts import cut_document, read_passages
-from arc_ds.data.tasks.estimate import TEMPLATE_TOKENS, AskedMeans, SampleLengths
 from arc_ds.data.tasks.example import Example, ExampleSpec
 from arc_ds.data.tasks.limits import TaskLimits
-from arc_ds.data.tasks.questions import Block, question_example
-from arc_ds.data.tasks.task import ChatRows, Largest, Task, asked_rows
+from arc_ds.data.tasks.questions import QuestionBlock, draw_question, question_example
+from arc_ds.data.tasks.task import TEMPLATE_TOKENS, ChatRows, Largest, RecordMeans, SampleLengths, Task, question_rows
 from arc_ds.shards.records import fine_tuning_record
 
 
@@ -33,17 +31,17 @@ def question_answering_example(records: Sequence[dict[str, Any]], spec: ExampleS
     record = fine_tuning_record(records[0])
     passage_draw, *draws = random_words(3, spec.seed, "question-answering").tolist()
     passage = record.passages[passage_draw % len(record.passages)]
-    asked = ask(replace(record, passages=(passage,)), draws, spec)
-    reading = read_passages(asked.passages, spec.encoder, spec.limits.marker("cont"))
-    document = cut_document(reading, spec.limits.max_context)
-    is_cut = len(document.ids) < len(reading)
-    return question_example([Block((document,), asked)], record.passages, spec, cut_contexts=int(is_cut))
+    question = draw_question(replace(record, passages=(passage,)), draws, spec)
+    encoded = read_passages(question.passages, spec)
+    document = cut_document(encoded, spec.limits.max_context)
+    is_cut = len(document.ids) < len(encoded)
+    return question_example([QuestionBlock((document,), question)], record.passages, spec, cut_contexts=int(is_cut))
 
 
-def _estimate(_: str, tokens: Sequence[int], limits: TaskLimits, asked: AskedMeans | None) -> SampleLengths:
-    asked = asked or AskedMeans()
-    length = min(max(tokens[0] - asked.other_tokens, 1), limits.max_context)
-    return SampleLengths((length,), 0, asked.asked_rows + TEMPLATE_TOKENS)
+def _estimate(_: str, tokens: Sequence[int], limits: TaskLimits, means: RecordMeans | None) -> SampleLengths:
+    means = means or RecordMeans()
+    length = min(max(tokens[0] - means.other_tokens, 1), limits.max_context)
+    return SampleLengths((length,), 0, means.question_rows + TEMPLATE_TOKENS)
 
 
 def _largest(limits: TaskLimits, _: int, chat: ChatRows) -> Largest:
@@ -51,7 +49,7 @@ def _largest(limits: TaskLimits, _: int, chat: ChatRows) -> Largest:
         contexts=1,
         context_tokens=limits.max_context,
         longest_context=limits.max_context,
-        said_rows=asked_rows(limits),
+        text_rows=question_rows(limits),
     )
 
 

@@ -17,7 +17,7 @@ class FetchAhead:
         self._remote = {
             idx: source.shards for idx, source in enumerate(sources) if source.shards.files.cache is not None
         }
-        self._asked: dict[int, object] = {}
+        self._requested: dict[int, object] = {}
 
     def at(self, step: int) -> None:
         """Request the shards for a step, without waiting. Call it before the step is read.
@@ -28,8 +28,8 @@ class FetchAhead:
             return
         windows = self._order.windows(step)
         for source_idx in self._remote.keys() & windows.keys():
-            if self._asked.get(source_idx) != windows[source_idx]:
-                self._asked[source_idx] = windows[source_idx]
+            if self._requested.get(source_idx) != windows[source_idx]:
+                self._requested[source_idx] = windows[source_idx]
                 current, following = windows[source_idx]
                 self._remote[source_idx].prefetch([*current, *(following if self._fits() else ())])
 

@@ -116,10 +116,6 @@ class RunOrder:
         sources = [[s.fingerprint, s.shard_sizes, s.weight, s.task, s.in_context_examples] for s in self.sources]
         return hashlib.sha256(json.dumps([2, spec, self.window_shards, sources]).encode()).hexdigest()
 
-    def share(self, step: int) -> float:
-        """The share of reconstruction among the pretraining samples of a step."""
-        return [share for from_step, share in self.reconstruction_share if from_step <= step][-1]
-
     def decoders(self, step: int) -> tuple[int, ...]:
         """Indices of the decoders that all ranks use in a step.
 
@@ -170,7 +166,7 @@ class RunOrder:
         num_mixed = sum(len(each) == 2 for each in names)
         order = permutation(num_mixed, self.seed, "task", step)
         quantiles = iter(((order + (step + 1) * _GOLDEN % 1.0) / max(num_mixed, 1)).tolist())
-        share = self.share(step)
+        share = [value for from_step, value in self.reconstruction_share if from_step <= step][-1]
         return [each[0] if len(each) == 1 or next(quantiles) < share else each[1] for each in names]
 
     def _examples(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from arc_ds.data.loading.source import Source
 from arc_ds.data.order.order import RunOrder
 from arc_ds.data.tasks import Example, TaskLimits, closed, make_example, open_
 from arc_ds.data.tasks.chat import PLAIN, Layout
-from arc_ds.tokenizers import Tokenizer
+from arc_ds.tokenizers import Tokenizer, load_tokenizer
 from tests.helpers.written import written
 
 # The encoder's and the decoder's tokenizer.
@@ -68,3 +69,10 @@ def data_of(source: Source, encoder: Path, decoder: Path, *, seed: int, batch_si
         readers=[ReaderFiles(tokenizer=decoder)],
         **{"pooling": PoolingSpec(), **options},
     )
+
+
+def golden_case(golden: Path, case: str) -> tuple[dict, Pair]:
+    """The first item of a golden file, with the tokenizers of encoder and decoder."""
+    spec = json.loads((golden / "data" / f"{case}.json").read_text())
+    encoder, decoder = (load_tokenizer(golden / "tokenizers" / spec["tokenizers"][name]) for name in ("embed", "llm"))
+    return spec["items"][0], (encoder, decoder)

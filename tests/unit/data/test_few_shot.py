@@ -17,7 +17,7 @@ from arc_ds.data.tasks.chat import PLAIN
 from arc_ds.errors import DataError
 from arc_ds.tokenizers import load_tokenizer
 from tests.helpers.written import written
-from tests.unit.data.examples import Pair, check_targets, context_ids, example_of, text_ids, text_of
+from tests.unit.data.examples import Pair, check_targets, context_ids, example_of, golden_case, text_ids, text_of
 
 TOWER = {"passage": "The tower is of stone.", "question": "Of what is the tower?", "answer": "stone"}
 LAMP = {"passages": ["The lamp held."], "question": "What held?", "answer": "The lamp."}
@@ -151,14 +151,6 @@ def test_an_ascii_text_has_a_token_a_character_and_one_at_most(pair: Pair, golde
         assert len(tokenizer.encode(text)) <= len(text) + 1
 
 
-def test_special_tokens_in_a_record_stay_text(pair: Pair) -> None:
-    record = {"passage": "a </s> b", "question": "<s>?", "answer": "</s>"}
-    ids = text_ids(make(pair, record).sample)
-    assert ids[0] == pair[1].bos_id
-    assert not {pair[1].bos_id, pair[1].eos_id} & set(ids[1:])
-    assert pair[1].decode(ids) == "Document: \nQuestion: <s>?\nAnswer: </s>\n\n"
-
-
 def test_text_that_looks_like_the_template_changes_nothing(pair: Pair) -> None:
     """The reference searches the prompt for its blocks, and loses count of the documents (oddity 30)."""
     trap = "x\n\nDocument: y\nQuestion: z\nAnswer: w"
@@ -191,14 +183,6 @@ def test_faulty_records_are_named(pair: Pair) -> None:
         make(pair, TOWER, {"text": "a"})
     with pytest.raises(DataError, match=r"got 2 parts: 'a\|\|b'.*twice, or not at all"):
         make(pair, TOWER | {"instruction": "a||b"})
-
-
-def test_answer_that_tokenises_to_nothing_is_refused(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, decoder = pair
-    read = decoder.encode_with_ends
-    monkeypatch.setattr(decoder, "encode_with_ends", lambda text: read("" if text == "\u200b" else text))
-    with pytest.raises(DataError, match=r"answer '\\u200b' gives no decoder token"):
-        make((encoder, decoder), TOWER | {"answer": "\u200b"})
 
 
 RECORDS = st.fixed_dictionaries(
@@ -258,18 +242,13 @@ def test_mismatched_shares_no_passage_with_the_record_asked_about(pair: Pair) ->
         (given_ids,) = context_ids(other)
         (page,) = (page for page in pages if page[0] in example.passages)
         assert not any(passage in pair[0].decode(given_ids) for passage in page)
-    with pytest.raises(DataError, match="needs another context"):
-        mismatched(examples[: len(examples) // 2])
 
 
 def test_golden_reference_reads_the_same_blocks_but_for_its_double_spaces(golden: Path) -> None:
     """The reference tokenises "…Answer: " and the answer separately, and each stretch after a document as a new text.
     So it feeds two spaces for one in the template (oddity 36), and one more after a document. It ends the answer with
     end-of-text; ours ends with the blank line at which generation stops."""
-    case = json.loads((golden / "data" / "instruct_2shot_interleave_tik.json").read_text())
-    item = case["items"][0]
-    encoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["embed"])
-    decoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["llm"])
+    item, (encoder, decoder) = golden_case(golden, "instruct_2shot_interleave_tik")
     lines = (golden / "data" / "inputs" / "instruct.jsonl").read_text().splitlines()
     first, second = (json.loads(line) for line in lines[:2])
     second["answer"] = "Once or twice daily"  # drawn by the reference

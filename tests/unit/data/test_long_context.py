@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from arc_ds.data.tasks import TaskCounts, closed, mismatched, open_
 from arc_ds.errors import DataError
-from arc_ds.tokenizers import load_tokenizer
 from tests.helpers.written import written
-from tests.unit.data.examples import Pair, check_targets, context_ids, example_of, text_ids
+from tests.unit.data.examples import Pair, check_targets, context_ids, example_of, golden_case, text_ids
 
 make = partial(example_of, task="long_context", chunk_tokens=4, max_continuation=4)
 
@@ -110,12 +109,10 @@ def test_chunks_and_target_are_one_stretch_of_the_text(
 
 def test_golden_chunks_of_the_reference_are_segments_of_their_own(golden: Path) -> None:
     """The reference's chunks have the same tokens in the same places. Both cut off the last one at the limit."""
-    case = json.loads((golden / "data" / "instruct_chunk32.json").read_text())
-    encoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["embed"])
-    decoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["llm"])
+    item, golden_pair = golden_case(golden, "instruct_chunk32")
     record = json.loads((golden / "data" / "inputs" / "instruct.jsonl").read_text().splitlines()[0])
-    example = make((encoder, decoder), record, chunk_tokens=32, max_chunks=3)
-    assert context_ids(example.sample) == case["items"][0]["to_embed"][0]["tokens"]
+    example = make(golden_pair, record, chunk_tokens=32, max_chunks=3)
+    assert context_ids(example.sample) == item["to_embed"][0]["tokens"]
     assert example.counts == TaskCounts(cut_chunks=4)
     kinds = [segment.kind for segment in example.sample.segments]
     assert kinds == ["text", "context", "context", "context", "text", "text"]

@@ -68,11 +68,15 @@ def numbers_asked(data: StepData, mixture: TinyMixture) -> dict[int, Counter[tup
     }
 
 
-@pytest.mark.parametrize("name", ["damaged", "unaskable"])
-def test_an_unusable_record_gives_way_and_an_unusable_example_is_left_out(
-    name: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("name", "words"), [("damaged", "checksum"), ("unaskable", "record 4: the answer .* gives no decoder token")]
+)
+def test_an_unusable_record_stops_the_run_or_gives_way_and_an_unusable_example_is_left_out(
+    name: str, words: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
     mixture: TinyMixture = request.getfixturevalue(name)
+    with pytest.raises(DataError, match=words):
+        list(map(mixture.data(weights=FEW_SHOT_ONLY).__getitem__, STEPS))
     data = mixture.data(weights=FEW_SHOT_ONLY, on_error="skip")
     with caplog.at_level(logging.WARNING):
         asked = numbers_asked(data, mixture)
@@ -95,16 +99,6 @@ def without_spoilt(own: int, examples: tuple[int, ...]) -> tuple[int, ...]:
     return (*examples, own)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("damaged", "checksum"), ("unaskable", "record 4: the answer .* gives no decoder token")]
-)
-def test_an_unusable_record_stops_the_run_by_default(name: str, words: str, request: pytest.FixtureRequest) -> None:
-    mixture: TinyMixture = request.getfixturevalue(name)
-    data = mixture.data(weights=FEW_SHOT_ONLY)
-    with pytest.raises(DataError, match=words):
-        list(map(data.__getitem__, STEPS))
-
-
 @pytest.fixture(scope="module")
 def poorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer that has no token for one character."""
@@ -115,21 +109,6 @@ def few_shot_data(shards: ShardSet, encoder: Path, decoder: Path, on_error: OnEr
     """Steps of a single few-shot source with up to three in-context examples."""
     source = Source(shards=shards, task="few_shot", in_context_examples=3, limits=LIMITS)
     return data_of(source, encoder, decoder, seed=4, batch_size=8, on_error=on_error)
-
-
-def test_a_passage_without_encoder_tokens_stops_the_run_or_is_passed_over(
-    mixture: TinyMixture, poorer: Path, tmp_path: Path
-) -> None:
-    records = question_records(12)
-    records[SPOILT]["passages"] = ["\x16"]
-    shards = write_question_shards(tmp_path / "questions", mixture.encoder, records)
-    data = few_shot_data(shards, poorer, mixture.decoder)
-    batches = [data[step] for step in STEPS]
-    assert sum(batch.skipped for batch in batches) > 0
-    assert not any(record_id == (0, SPOILT) for batch in batches for record_id in batch.record_ids)
-    data = few_shot_data(shards, poorer, mixture.decoder, "stop")
-    with pytest.raises(DataError, match=f"questions, record {SPOILT}: .* no encoder token"):
-        list(map(data.__getitem__, STEPS))
 
 
 def test_what_no_task_foresaw_is_a_fault_of_the_record(mixture: TinyMixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,15 +41,6 @@ def test_pieces_read_together_spell_the_text(tokenizer: Tokenizer, texts: list[s
         assert tokenizer.decode(ids) == "".join(texts)
 
 
-def test_text_behind_a_document_has_no_dummy_space(golden: Path) -> None:
-    tokenizer = load_tokenizer(golden / "tokenizers" / "sp384.model")
-    after_a = tokenizer.encode("a")
-    for text in ("\nQuestion", "ilt from", " grey"):
-        (ids,) = read_together(tokenizer, [text], inside=True)
-        assert tokenizer.decode([*after_a, *ids]) == "a" + text
-        assert tokenizer.decode([*after_a, *tokenizer.encode(text)]) == "a " + text
-
-
 def test_pieces_are_slices_of_the_whole_where_tokens_allow(tokenizer: Tokenizer) -> None:
     prompt, answer = "Answer:", " the sea"
     pieces = read_together(tokenizer, [prompt, answer], inside=False)

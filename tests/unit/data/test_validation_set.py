@@ -97,13 +97,15 @@ def damage(shards: ShardSet, records: Sequence[int]) -> None:
         tar.write_bytes(content)
 
 
-def test_a_damaged_held_out_record_stops_the_run_or_is_named(
+def test_a_damaged_held_out_record_stops_the_run_or_is_named_and_those_too_short_are_counted(
     setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = [f"Tower {number} of the sea. " * 20 for number in range(100, 140)]
+    texts[2] = texts[10] = "A sea."  # records 0, 2, ... 38 are used, for both tasks in turn
     source = setting.source(tmp_path / "own", texts)
     sound, _ = setting.examples([source], 20)
-    damage(source.shards, [4, 36])  # records 0, 2, ... 38 are used
+    assert len(sound) == 20
+    damage(source.shards, [4, 36])
     source = replace(source, shards=ShardSet(tmp_path / "own"))
     with pytest.raises(DataError, match=r"own, held-out record 4: .*own/shard-.* the checksum .*data\.on_error: skip"):
         setting.examples([source], 20)
@@ -112,7 +114,7 @@ def test_a_damaged_held_out_record_stops_the_run_or_is_named(
     assert sum(one == other for one, other in zip(sound, found, strict=True)) == 18
     messages = [record.getMessage() for record in caplog.records]
     assert sorted(re.findall(r"held-out record (\d+)", " ".join(messages))) == ["36", "4"]
-    assert "held-out records skipped: 0 too short for their task, 2 that cannot be used" in messages
+    assert "held-out records skipped: 2 too short for their task, 2 that cannot be used" in messages
 
 
 def test_a_damaged_in_context_example_is_no_silent_change_either(setting: Setting, tmp_path: Path) -> None:
@@ -122,19 +124,6 @@ def test_a_damaged_in_context_example_is_no_silent_change_either(setting: Settin
     source = Source(shards=ShardSet(shards.folder), task="few_shot", in_context_examples=5)
     with pytest.raises(DataError, match=r"record \d+ with the in-context examples .*11.*the checksum"):
         setting.examples([source], 6)
-
-
-def test_records_too_short_for_their_task_are_passed_over_and_counted(
-    setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    texts = [f"Tower {number} of the sea. " * 20 for number in range(100, 140)]
-    texts[2] = texts[10] = "A sea."  # records 0, 2, ... 38 alternate between the two tasks
-    source = setting.source(tmp_path / "some", texts)
-    with caplog.at_level(logging.INFO):
-        examples, _ = setting.examples([source], 20)
-    assert len(examples) == 20
-    (said,) = [record.getMessage() for record in caplog.records if "records skipped" in record.getMessage()]
-    assert said == "held-out records skipped: 2 too short for their task, 0 that cannot be used"
 
 
 def test_held_out_few_shot_samples_have_fixed_examples_from_their_source(

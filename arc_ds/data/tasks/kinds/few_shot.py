@@ -33,13 +33,8 @@ def few_shot_example(records: Sequence[dict[str, Any]], spec: ExampleSpec) -> Ex
     encoded = read_passages(own.passages, spec)
     document = cut_document(encoded, limits.max_documents)
     blocks = [*_fitting(others, limits.max_documents - len(document.ids), spec), QuestionBlock((document,), own)]
-    return question_example(
-        blocks,
-        fields[0].passages,
-        spec,
-        cut_contexts=int(len(document.ids) < len(encoded)),
-        cut_examples=len(records) - len(blocks),
-    )
+    is_cut, num_left_out = int(len(document.ids) < len(encoded)), len(records) - len(blocks)
+    return question_example(blocks, fields[0].passages, spec, cut_contexts=is_cut, cut_examples=num_left_out)
 
 
 def _fitting(others: Sequence[Question], room: int, spec: ExampleSpec) -> list[QuestionBlock]:

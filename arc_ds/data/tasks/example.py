@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from arc_ds.batch.segments import Sample, Segment
@@ -43,10 +43,15 @@ class TaskCounts:
         return TaskCounts(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
 
     def __bool__(self) -> bool:
-        return any(astuple(self))
+        return self != NO_COUNTS
 
 
 NO_COUNTS = TaskCounts()
+
+
+def task_counts(**cuts: int) -> TaskCounts:
+    """The counts of these fields. Most samples have none: NO_COUNTS itself, which costs nothing to add."""
+    return TaskCounts(**cuts) if any(cuts.values()) else NO_COUNTS
 
 
 class ExampleSpec(NamedTuple):

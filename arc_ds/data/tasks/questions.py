@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from arc_ds.data.tasks.chat import Layout, Turn
 from arc_ds.data.tasks.contexts import first_tokens, last_tokens
-from arc_ds.data.tasks.example import Example, ExampleSpec, TaskCounts, script_example
+from arc_ds.data.tasks.example import Example, ExampleSpec, TaskCounts, script_example, task_counts
 from arc_ds.data.tasks.script import Document, Part, Special, Words
 from arc_ds.errors import DataError
 from arc_ds.shards.records import FineTuningRecord
@@ -86,7 +86,7 @@ def draw_question(record: FineTuningRecord, draws: Sequence[int], spec: ExampleS
         text=None if question is None else kept[0],
         prompt=None if prompt is None else (kept[2], kept[1]),
         answer=kept_answer,
-        cuts=TaskCounts(cut_questions=int(kept != said), cut_answers=int(kept_answer != answer)),
+        cuts=task_counts(cut_questions=int(kept != said), cut_answers=int(kept_answer != answer)),
     )
 
 
@@ -139,7 +139,7 @@ def question_example(
     spec: tokenizers, sizes and layout.
     cuts: other fields of `TaskCounts`.
     """
-    counts = blocks[-1].question.cuts + TaskCounts(**cuts)
+    counts = blocks[-1].question.cuts + task_counts(**cuts)
     return script_example(_write(blocks, spec), passages, spec, counts)
 
 

@@ -84,6 +84,8 @@ def test_as_few_micro_batches_as_the_limits_allow_and_about_equal() -> None:
     assert [_total([sizes], one).decoder_rows for one in found] == [50, 50]
     four = split([sizes], MicroBatchLimits(max_decoder_rows=50), 4)
     assert [_total([sizes], one).decoder_rows for one in four] == [30, 25, 25, 20]
+    for limits in (MicroBatchLimits(50, None), MicroBatchLimits(None, 50)):
+        assert len(split([[SampleSize(size, size) for size in (34, 34, 17, 15)]], limits)) == 3
 
 
 def test_more_micro_batches_than_samples_are_refused() -> None:

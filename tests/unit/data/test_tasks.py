@@ -36,36 +36,26 @@ def parts(example: Example, pair: Pair) -> tuple[str, str, str]:
     return pair[1].decode(before), pair[0].decode(list(segments[place].ids)), pair[1].decode(behind)
 
 
-@given(text=TEXTS, seed=st.integers(0, 2**64 - 1))
-def test_continuation_is_one_stretch_of_the_text(pair: Pair, text: str, seed: int) -> None:
+@given(text=TEXTS, seed=st.integers(0, 2**64 - 1), task=st.sampled_from(["reconstruction", "continuation"]))
+def test_a_sample_is_one_stretch_of_the_text_or_repeats_what_it_compresses(
+    pair: Pair, text: str, seed: int, task: str
+) -> None:
     try:
-        example = make(pair, text, seed=seed)
+        example = make(pair, text, task=task, seed=seed)
     except DataError:
         assert len(pair[1].encode(text)) < 2
         return
     before, context, behind = parts(example, pair)
     assert (context,) == example.contexts
     assert before + context + behind == pair[1].decode(text_ids(open_(example)))
-    if example.degraded:
-        assert context == behind
+    if example.sample.task == "reconstruction":
+        assert (before, context) == ("", behind) and context in text
     else:
         assert before + context + behind in text
+    assert example.degraded == (example.sample.task != task)
     assert 1 <= example.sample.num_context_tokens <= 24
     assert "\ufffd" not in before + context + behind
     assert example.sample.num_text_tokens <= 1 + 24 + max(24, len(text.encode()))
-    check_targets(example)
-
-
-@given(text=TEXTS, seed=st.integers(0, 2**64 - 1))
-def test_reconstruction_repeats_what_it_compresses(pair: Pair, text: str, seed: int) -> None:
-    try:
-        example = make(pair, text, task="reconstruction", seed=seed)
-    except DataError:
-        return
-    before, context, behind = parts(example, pair)
-    assert (before, context) == ("", behind)
-    assert context in text
-    assert not example.degraded
     check_targets(example)
 
 

@@ -28,7 +28,7 @@ from paper_step import PAPER, TOY, StepSize, build_models, make_batch
 from roofline_counter import ATTENTION, CROSS_ENTROPY, FAMILIES, PRODUCTS, Row, StepCounter, fused_attention
 
 import arc_kernels as ak
-from arc_ds.planning.flops import StepFlops, Work, count_flops
+from arc_ds.planning.flops import Operations, StepFlops, count_flops
 from arc_ds.training.loss import micro_batch_loss
 
 Implementation = Literal["ours", "torch"]
@@ -166,12 +166,12 @@ def check_lines(count: Count) -> list[str]:
     ]
 
 
-def analytic_flops(count: Count) -> Work:
+def analytic_flops(count: Count) -> Operations:
     """The step's products as `arc_ds.planning.flops` counts them: with weights, and of attention."""
     flops = count.analytic
     passes = (flops.encoder_forward, flops.encoder_backward, flops.decoder_forward, flops.decoder_backward)
     linear = sum(part.linear for part in passes) + flops.bridge + flops.head
-    return Work(linear, sum(part.attention for part in passes))
+    return Operations(linear, sum(part.attention for part in passes))
 
 
 def top(

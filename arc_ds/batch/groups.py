@@ -40,21 +40,6 @@ class GroupRule(NamedTuple):
         return lengths.copy()
 
 
-class GroupLevel(NamedTuple):
-    """One pooling of a whole batch: the boundaries of the groups, and the lengths after pooling.
-
-    group_cu: int32 [G + 1], start of each group among the tokens that enter the pooling.
-    counts: int64 [C], groups of each context.
-    cu_seqlens: int32 [C + 1], start of each context among the groups.
-    max_seqlen: maximum number of groups of a context.
-    """
-
-    group_cu: NDArray[np.int32]
-    counts: NDArray[np.int64]
-    cu_seqlens: NDArray[np.int32]
-    max_seqlen: int
-
-
 def cumulative(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
     """Lengths [N] to boundaries [N + 1] from 0, int32 (FlashAttention's `cu_seqlens` convention)."""
     cu = np.zeros(len(lengths) + 1, dtype=np.int32)
@@ -72,16 +57,5 @@ def group_sizes(lengths: NDArray[np.int64], rule: GroupRule) -> tuple[NDArray[np
     counts = rule.num_groups(lengths)
     base, longer = lengths // counts, lengths % counts
     ends = counts.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    is_longer = np.arange(total) < (ends - counts + longer).repeat(counts)
+    is_longer = np.arange(counts.sum()) < (ends - counts + longer).repeat(counts)
     return base.repeat(counts) + is_longer, counts
-
-
-def group_levels(lengths: NDArray[np.int64], rules: tuple[GroupRule, ...]) -> tuple[GroupLevel, ...]:
-    """The boundaries of successive poolings: the groups of one are the tokens of the next. `lengths`: int64 [C]."""
-    levels = []
-    for rule in rules:
-        sizes, counts = group_sizes(lengths, rule)
-        levels.append(GroupLevel(cumulative(sizes), counts, cumulative(counts), int(counts.max(initial=0))))
-        lengths = counts
-    return tuple(levels)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arc_ds.batch.groups import GroupLevel, GroupRule, cumulative, group_levels
+from arc_ds.batch.groups import GroupRule, cumulative, group_sizes
 from arc_ds.batch.segments import MARKERS, Sample
 
 
@@ -36,12 +36,12 @@ class PoolingSpec(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolLevel:
-    """One pooling of the batch, as tensors (see `groups.GroupLevel`); `positions` restart at 0 in each context."""
+    """One pooling of the batch. The groups of one level are the tokens of the next."""
 
-    group_cu: Tensor  # int32 [G_level + 1]
-    cu_seqlens: Tensor  # int32 [C + 1]
-    positions: Tensor  # int64 [G_level]
-    max_seqlen: int
+    group_cu: Tensor  # int32 [G_level + 1], start of each group among the tokens that enter the pooling
+    cu_seqlens: Tensor  # int32 [C + 1], start of each context among the groups
+    positions: Tensor  # int64 [G_level], 0, 1, … in each context
+    max_seqlen: int  # maximum number of groups of a context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,14 +100,11 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The same batch on `device`; asynchronous from pinned memory."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        return _map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory (called by torch's DataLoader)."""
-        return self._map(lambda t: t.pin_memory())
-
-    def _map(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
-        return _map_tensors(self, move)
+        return _map_tensors(self, lambda t: t.pin_memory())
 
 
 def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
@@ -120,30 +117,22 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
         raise ValueError("pack() needs at least one sample")
     if spec.rules and spec.memory_tokens:
         raise ValueError(f"pooling rules {spec.rules} and memory_tokens={spec.memory_tokens} exclude each other")
-    pieces = _Pieces.of(samples)
+    pieces = _pieces_of(samples)
     lengths = np.array([len(ids) for ids in pieces.context_ids], dtype=np.int64)
     row_lengths = lengths + spec.memory_tokens
-    levels = group_levels(lengths, spec.rules) if not spec.memory_tokens else ()
-    outputs = num_outputs(lengths, spec) if spec.memory_tokens else _level_outputs(lengths, levels)
+    levels, outputs = _pool(lengths, spec)
     kinds = np.array(pieces.markers, dtype=np.int64)
     vectors = outputs + (kinds >= 0)  # compressed vectors of each context, its marker included
     first = vectors.cumsum() - vectors
-    slots_token, slots_memory = _split_rows(lengths, row_lengths) if spec.memory_tokens else (None, None)
+    first_row = row_lengths.cumsum() - row_lengths
+    has_memory = spec.memory_tokens > 0
     return PackedBatch(
         encoder_ids=torch.from_numpy(_joined(pieces.context_ids)),
         encoder_cu_seqlens=torch.from_numpy(cumulative(row_lengths)),
         encoder_positions=torch.from_numpy(_ranges(row_lengths)),
-        token_rows=slots_token,
-        memory_rows=slots_memory,
-        levels=tuple(
-            PoolLevel(
-                group_cu=torch.from_numpy(level.group_cu),
-                cu_seqlens=torch.from_numpy(level.cu_seqlens),
-                positions=torch.from_numpy(_ranges(level.counts)),
-                max_seqlen=level.max_seqlen,
-            )
-            for level in levels
-        ),
+        token_rows=torch.from_numpy(_rows(first_row, lengths)) if has_memory else None,
+        memory_rows=torch.from_numpy(_rows(first_row + lengths, outputs)) if has_memory else None,
+        levels=levels,
         output_slots=torch.from_numpy(_rows(first, outputs)),
         marker_slots=torch.from_numpy((first + outputs)[kinds >= 0]),
         marker_kinds=torch.from_numpy(kinds[kinds >= 0]),
@@ -152,9 +141,22 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
     )
 
 
-def _level_outputs(lengths: NDArray[np.int64], levels: Sequence[GroupLevel]) -> NDArray[np.int64]:
-    """Encoder outputs of each context after the last pooling, int64 [C]."""
-    return levels[-1].counts if levels else lengths
+def _pool(lengths: NDArray[np.int64], spec: PoolingSpec) -> tuple[tuple[PoolLevel, ...], NDArray[np.int64]]:
+    """The successive poolings of contexts, and the encoder outputs of each context, without markers. All int64 [C]."""
+    if spec.memory_tokens:
+        return (), num_outputs(lengths, spec)
+    levels = []
+    for rule in spec.rules:
+        sizes, lengths = group_sizes(lengths, rule)
+        levels.append(
+            PoolLevel(
+                group_cu=torch.from_numpy(cumulative(sizes)),
+                cu_seqlens=torch.from_numpy(cumulative(lengths)),
+                positions=torch.from_numpy(_ranges(lengths)),
+                max_seqlen=int(lengths.max(initial=0)),
+            )
+        )
+    return tuple(levels), lengths
 
 
 def num_outputs(lengths: NDArray[np.int64], spec: PoolingSpec) -> NDArray[np.int64]:
@@ -184,22 +186,22 @@ class _Pieces(NamedTuple):
     markers: list[int]
     text_ids: list[NDArray[np.integer]]
 
-    @classmethod
-    def of(cls, samples: Sequence[Sample]) -> _Pieces:
-        pieces = cls([], [], [], [], [], [])
-        sequences, all_is_text, all_in_loss, context_ids, markers, text_ids = pieces
-        for sequence, sample in enumerate(samples):
-            for kind, ids, in_loss, marker in sample.segments:
-                is_text = kind == "text"
-                sequences.append(sequence)
-                all_is_text.append(is_text)
-                all_in_loss.append(in_loss and is_text)
-                if is_text:
-                    text_ids.append(ids.array)
-                else:
-                    context_ids.append(ids.array)
-                    markers.append(-1 if marker is None else MARKERS.index(marker))
-        return pieces
+
+def _pieces_of(samples: Sequence[Sample]) -> _Pieces:
+    pieces = _Pieces([], [], [], [], [], [])
+    sequences, all_is_text, all_in_loss, context_ids, markers, text_ids = pieces
+    for sequence, sample in enumerate(samples):
+        for kind, ids, in_loss, marker in sample.segments:
+            is_text = kind == "text"
+            sequences.append(sequence)
+            all_is_text.append(is_text)
+            all_in_loss.append(in_loss and is_text)
+            if is_text:
+                text_ids.append(ids.array)
+            else:
+                context_ids.append(ids.array)
+                markers.append(-1 if marker is None else MARKERS.index(marker))
+    return pieces
 
 
 def _decoder_rows(samples: Sequence[Sample], pieces: _Pieces, vectors: NDArray[np.int64]) -> dict[str, Any]:
@@ -287,25 +289,14 @@ def _map_tensors(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _split_rows(lengths: NDArray[np.int64], row_lengths: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """Rows of the tokens and rows of the memory slots after them, context by context."""
-    memory = row_lengths - lengths
-    first = np.cumsum(row_lengths) - row_lengths
-    return torch.from_numpy(_rows(first, lengths)), torch.from_numpy(_rows(first + lengths, memory))
-
-
 def _rows(first: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each i, `counts[i]` consecutive rows from `first[i]`: int64 [sum of counts]."""
-    ends = counts.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + (first + counts - ends).repeat(counts)
+    return np.arange(counts.sum()) + (first + counts - counts.cumsum()).repeat(counts)
 
 
 def _ranges(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """0 … n-1 for each length n, end to end: int64 [sum of lengths]."""
-    ends = lengths.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) - (ends - lengths).repeat(lengths)
+    return _rows(np.zeros_like(lengths), lengths)
 
 
 def _joined(pieces: Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ from arc_ds.model.encoder import group_ends
 from arc_ds.model.spec import CompressorSpec
 
 
-class Work(NamedTuple):
+class Operations(NamedTuple):
     """Number of operations.
 
     linear: products with weights.
@@ -40,11 +40,11 @@ class Work(NamedTuple):
 class StepFlops:
     """Operations of one micro-batch. `bridge` and `head` include forward and backward."""
 
-    encoder_forward: Work
-    encoder_backward: Work
+    encoder_forward: Operations
+    encoder_backward: Operations
     bridge: int
-    decoder_forward: Work
-    decoder_backward: Work
+    decoder_forward: Operations
+    decoder_backward: Operations
     head: int
 
     @property
@@ -68,13 +68,13 @@ class _LayerRows(NamedTuple):
     ffn: int
     pairs: int
 
-    def work(self, config: BackboneConfig) -> Work:
+    def work(self, config: BackboneConfig) -> Operations:
         """Operations of the layer's forward."""
         width, heads = config.hidden_size, config.num_heads * config.head_dim
         kv_heads = config.num_kv_heads * config.head_dim
         of_attention = 2 * width * (self.queries * heads + self.keys * kv_heads)
         of_ffn = 3 * width * config.ffn_size * self.ffn
-        return Work(2 * (of_attention + of_ffn), 4 * self.pairs * heads)
+        return Operations(2 * (of_attention + of_ffn), 4 * self.pairs * heads)
 
 
 def count_flops(
@@ -87,15 +87,14 @@ def count_flops(
 ) -> StepFlops:
     """Operations of forward and backward of one micro-batch with one decoder.
 
-    batch: must be on the host. Reading lengths from a batch on a GPU would synchronize with the device.
+    batch: must be on the host. EncodedText lengths from a batch on a GPU would synchronize with the device.
     spec: the compressor.
     decoder: config of the decoder.
     trained_layers: number of trained encoder layers (see `engine.set_trained`).
     train_embeddings: whether the encoder's embeddings are trained.
     """
     layers = [rows.work(spec.backbone) for rows in _encoder_rows(batch, spec)]
-    all_rows, suffix_rows = _decoder_rows(batch)
-    one_forward, one_suffix = all_rows.work(decoder), suffix_rows.work(decoder)
+    one_forward, one_suffix = (rows.work(decoder) for rows in _decoder_rows(batch))
     return StepFlops(
         encoder_forward=_sum(layers),
         encoder_backward=_sum(_encoder_backward(layers, spec, trained_layers, train_embeddings)),
@@ -151,8 +150,8 @@ def _encoder_rows(batch: PackedBatch, spec: CompressorSpec) -> list[_LayerRows]:
 
 
 def _encoder_backward(
-    layers: list[Work], spec: CompressorSpec, trained_layers: int | None, train_embeddings: bool
-) -> list[Work]:
+    layers: list[Operations], spec: CompressorSpec, trained_layers: int | None, train_embeddings: bool
+) -> list[Operations]:
     """Backward operations of the encoder layers that a gradient reaches."""
     first_trained = 0 if trained_layers is None else max(len(layers) - trained_layers, 0)
     reaches_below = train_embeddings or spec.memory_tokens > 0
@@ -183,12 +182,12 @@ def _bridge_weights(spec: CompressorSpec, out_size: int) -> int:
     return (spec.bridge_hidden_size or out_size) * (in_size + out_size)
 
 
-def _backward(forward: Work, *, trains: bool) -> Work:
-    return Work(forward.linear * (2 if trains else 1), forward.attention * 5 // 2)
+def _backward(forward: Operations, *, trains: bool) -> Operations:
+    return Operations(forward.linear * (2 if trains else 1), forward.attention * 5 // 2)
 
 
-def _sum(works: list[Work]) -> Work:
-    return Work(sum(work.linear for work in works), sum(work.attention for work in works))
+def _sum(works: list[Operations]) -> Operations:
+    return Operations(sum(work.linear for work in works), sum(work.attention for work in works))
 
 
 def _lengths(cu_seqlens: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def _largest(config: RunConfig, source: SourceConfig, chat: ChatRows) -> Largest
 def _rows(config: RunConfig, source: SourceConfig, chat: ChatRows, *, is_open: bool) -> int:
     largest = _largest(config, source, chat)
     compressed = largest.context_tokens if is_open else _compressed(config, largest)
-    return 1 + chat.first + largest.said_rows + compressed
+    return 1 + chat.first + largest.text_rows + compressed
 
 
 def _compressed(config: RunConfig, largest: Largest) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
-from arc_ds.data.loading.micro_batches import MicroBatchLimits, planned_splits, sample_size, split
+from arc_ds.data.loading.micro_batches import MicroBatchLimits, planned_splits, sample_sizes, split
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import make_bridge
@@ -161,7 +161,7 @@ def step_of_rank(
         decoder_idx: _in_parts(samples_of_step(step, decoder_idx=decoder_idx), world_size * num_parts)
         for decoder_idx in decoder_idxs
     }
-    sizes = [[sample_size(sample, POOLING) for sample in part] for part in parts[decoder_idxs[0]]]
+    sizes = [sample_sizes(part, POOLING) for part in parts[decoder_idxs[0]]]
     shares = [sizes[first : first + num_parts] for first in range(0, len(sizes), num_parts)]
     splits = split(shares[rank], limits, at_least=planned_splits(shares, limits))
     return StepBatch(

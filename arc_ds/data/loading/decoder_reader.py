@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from arc_ds.data.tasks.chat import PLAIN, Layout, LayoutName, read_layout
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
+class Reader(NamedTuple):
     """One decoder's tokenizer and layout, loaded."""
 
     tokenizer: Tokenizer

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from arc_ds.batch.packing import PoolingSpec, num_outputs
 from arc_ds.data.loading.micro_batches import SampleSize
 from arc_ds.data.tasks import TaskLimits
-from arc_ds.data.tasks.estimate import AskedMeans, Estimate
 from arc_ds.data.tasks.registry import task_of_sample
-from arc_ds.data.tasks.task import Sizing
+from arc_ds.data.tasks.task import RecordMeans
 from arc_ds.shards.format import Manifest
+
+
+class Estimate(NamedTuple):
+    """The estimated size of a sample.
+
+    context_lengths: encoder tokens of each context.
+    prefix_rows: decoder rows before the first compressed one; they have no gradient.
+    suffix_rows: all other decoder rows.
+    """
+
+    context_lengths: tuple[int, ...]
+    prefix_rows: int
+    suffix_rows: int
 
 
 def estimated_size(estimate: Estimate, pooling: PoolingSpec) -> SampleSize:
@@ -56,21 +68,21 @@ class WorkRates:
         )
 
 
-def asked_means(manifest: Manifest, limits: TaskLimits) -> AskedMeans:
+def record_means(manifest: Manifest, limits: TaskLimits) -> RecordMeans:
     """The means of fine-tuning shards.
 
     A sample reads the first 1, 2, … or limits.max_passages passages of a record, with equal probability
-    (`tasks.asked`). The passages of a record are assumed to be equally long.
+    (`tasks.questions`). The passages of a record are assumed to be equally long.
     """
     by_number = manifest.passage_tokens
     in_passages = sum(by_number.values())
     if not in_passages:
-        return AskedMeans()
+        return RecordMeans()
     other_tokens = round((manifest.tokens - in_passages) / manifest.samples)
     drawn = sum(tokens * (1 + min(number, limits.max_passages)) / (2 * number) for number, tokens in by_number.items())
-    return AskedMeans(
+    return RecordMeans(
         other_tokens=other_tokens,
-        asked_rows=min(other_tokens, limits.max_question + limits.max_answer),
+        question_rows=min(other_tokens, limits.max_question + limits.max_answer),
         drawn_share=drawn / in_passages,
     )
 
@@ -80,21 +92,14 @@ class Estimator:
 
     limits: sizes of the source.
     pooling: the encoder's pooling.
-    asked: means of the source's records if they are fine-tuning records, else None.
+    means: means of the source's records if they are fine-tuning records, else None.
     """
 
-    def __init__(self, limits: TaskLimits, pooling: PoolingSpec, asked: AskedMeans | None = None) -> None:
+    def __init__(self, limits: TaskLimits, pooling: PoolingSpec, means: RecordMeans | None = None) -> None:
         self._limits = limits
         self._pooling = pooling
-        self._asked = asked
-        self._compressed = lru_cache(maxsize=1 << 14)(self._count_compressed)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_compressed"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._compressed = lru_cache(maxsize=1 << 14)(self._count_compressed)
+        self._means = means
+        self._compressed: dict[int, int] = {}
 
     def estimate(self, sample: str, tokens: Sequence[int]) -> Estimate:
         """The estimate of one sample.
@@ -102,8 +107,15 @@ class Estimator:
         sample: its name, such as "reconstruction".
         tokens: tokens of its own record, then of its in-context examples.
         """
-        return task_of_sample(sample).estimate(sample, tokens, Sizing(self._limits, self._compressed, self._asked))
+        contexts, before, after = task_of_sample(sample).estimate(sample, tokens, self._limits, self._means)
+        return Estimate(
+            context_lengths=contexts,
+            prefix_rows=int(self._limits.bos) + before,
+            suffix_rows=sum(map(self._compressed_rows, contexts)) + after,
+        )
 
-    def _count_compressed(self, length: int) -> int:
+    def _compressed_rows(self, length: int) -> int:
         """Compressed rows of a context, including its marker."""
-        return int(num_outputs(np.array([length]), self._pooling)[0]) + bool(self._limits.markers)
+        if length not in self._compressed:
+            self._compressed[length] = int(num_outputs(np.array([length]), self._pooling)[0])
+        return self._compressed[length] + bool(self._limits.markers)

@@ -24,7 +24,7 @@ from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.data.loading.estimates import Estimate, WorkRates, estimated_size
 from arc_ds.data.loading.fetch_ahead import FetchAhead
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, pack_share, planned_splits, sample_sizes
-from arc_ds.data.loading.sample_maker import Made, OnError, SampleMaker
+from arc_ds.data.loading.sample_maker import OnError, PositionSamples, SampleMaker
 from arc_ds.data.loading.source import Source
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.data.order.dealing import deal
@@ -136,7 +136,7 @@ class StepData(Dataset[StepBatch]):
         tokens = self.sources[pick.source_idx].tokens((pick.record_idx, *pick.example_idxs))
         return self._estimators[pick.source_idx].estimate(pick.task, tokens)
 
-    def _over_limit(self, made: Sequence[Made]) -> int:
+    def _over_limit(self, made: Sequence[PositionSamples]) -> int:
         """How many samples exceed a limit by themselves. The log names the first one."""
         if not self.limits.any:
             return 0

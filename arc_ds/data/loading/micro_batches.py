@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,9 +41,8 @@ class SampleSize(NamedTuple):
         return self.encoder_tokens + self.decoder_rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatchLimits:
-    """The maximum size of one micro-batch. None: no limit."""
+class MicroBatchLimits(NamedTuple):
+    """The maximum size of one micro-batch, with the fields of `SampleSize`. None: no limit."""
 
     max_encoder_tokens: int | None = None
     max_decoder_rows: int | None = None
@@ -51,7 +50,7 @@ class MicroBatchLimits:
     @property
     def any(self) -> bool:
         """Whether any limit is set."""
-        return self.max_encoder_tokens is not None or self.max_decoder_rows is not None
+        return self != (None, None)
 
     def allow(self, encoder_tokens: int, decoder_rows: int) -> bool:
         """Whether a micro-batch may have this size."""
@@ -60,8 +59,7 @@ class MicroBatchLimits:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
+class Split(NamedTuple):
     """The samples of one micro-batch.
 
     part_idx: the part of the share.
@@ -82,17 +80,17 @@ def pack_share(
     at_least: minimum number of micro-batches per decoder, as in `split`.
     """
     if len(share) == 1 and at_least <= 1 and not limits.any:
-        splits: tuple[Split, ...] = (Split(part_idx=0, members=tuple(range(len(share[0])))),)
+        splits: tuple[Split, ...] = (Split(0, tuple(range(len(share[0])))),)
     else:
         splits = split([_position_sizes(part, pooling) for part in share], limits, at_least)
     return tuple(
         MicroBatch(
             decoder_idx=decoder_idx,
-            batch=pack([share[one.part_idx][place][which] for place in one.members], pooling),
-            part_idx=one.part_idx,
+            batch=pack([share[part_idx][place][which] for place in members], pooling),
+            part_idx=part_idx,
         )
         for which, decoder_idx in enumerate(decoder_idxs)
-        for one in splits
+        for part_idx, members in splits
     )
 
 
@@ -106,11 +104,6 @@ def pack_again(batch: StepBatch, num_splits: int, pooling: PoolingSpec, limits: 
     return replace(
         batch, micro_batches=pack_share(batch.share, batch.decoder_idxs, pooling, limits, at_least=num_splits)
     )
-
-
-def sample_size(sample: Sample, pooling: PoolingSpec) -> SampleSize:
-    """The size of a sample in the layout of `pack`."""
-    return sample_sizes([sample], pooling)[0]
 
 
 def sample_sizes(samples: Sequence[Sample], pooling: PoolingSpec) -> list[SampleSize]:
@@ -141,34 +134,27 @@ def split(parts: Sequence[Sequence[SampleSize]], limits: MicroBatchLimits, at_le
         raise ValueError(f"{at_least} micro-batches of {sum(len(part) for part in parts)} samples were requested")
     room = [[_room(size, limits) for size in part] for part in parts]
     numbers = [_fewest(part, limits) for part in room]
+    work = [sum(size.work for size in part) for part in parts]
     while sum(numbers) < at_least:
         can_grow = [idx for idx, part in enumerate(parts) if numbers[idx] < len(part)]
-        numbers[max(can_grow, key=lambda idx: (_work(parts[idx]) / numbers[idx], -idx))] += 1
+        numbers[max(can_grow, key=lambda idx: (work[idx] / numbers[idx], -idx))] += 1
     found = [
-        (sum(part[place].work for place in members), Split(part_idx=part_idx, members=members))
+        (-sum(part[place].work for place in members), Split(part_idx, members))
         for part_idx, (part, number) in enumerate(zip(parts, numbers, strict=True))
         for members in _bins(room[part_idx], limits, number)
     ]
-    return tuple(one for _, one in sorted(found, key=lambda pair: (-pair[0], pair[1].part_idx, pair[1].members)))
+    return tuple(one for _, one in sorted(found))
 
 
 def planned_splits(shares: Sequence[Sequence[Sequence[SampleSize]]], limits: MicroBatchLimits) -> int:
     """The number of micro-batches of each rank's share, from estimates of all ranks' shares."""
-    if not limits.any:
-        return max(len(share) for share in shares)
     return max(sum(_fewest([_room(size, limits) for size in part], limits) for part in share) for share in shares)
 
 
 def _fewest(sizes: Sequence[SampleSize], limits: MicroBatchLimits) -> int:
     """The smallest number of micro-batches with which `_try_bins` succeeds."""
-    if not limits.any:
-        return 1
-    number = 1
-    for total, limit in (
-        (sum(size.encoder_tokens for size in sizes), limits.max_encoder_tokens),
-        (sum(size.decoder_rows for size in sizes), limits.max_decoder_rows),
-    ):
-        number = number if limit is None else max(number, -(-total // limit))
+    totals = map(sum, zip(*sizes, strict=True))
+    number = max([1, *(-(-total // limit) for total, limit in zip(totals, limits, strict=True) if limit is not None)])
     while number < len(sizes) and _try_bins(sizes, limits, number) is None:
         number += 1
     return min(number, len(sizes))
@@ -190,29 +176,20 @@ def _bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int) ->
     return [tuple(sorted(members)) for members in found]
 
 
-class _Bin(NamedTuple):
-    """A partly filled micro-batch. Bins sort by work, then by index."""
-
-    work: int
-    idx: int
-    encoder_tokens: int = 0
-    decoder_rows: int = 0
-
-
 def _try_bins(sizes: Sequence[SampleSize], limits: MicroBatchLimits, number: int) -> list[list[int]] | None:
     """Put each sample, the heaviest first, into the lightest bin with room. None if a sample finds no room."""
     bins: list[list[int]] = [[] for _ in range(number)]
-    heap = [_Bin(0, idx) for idx in range(number)]
+    heap = [(0, idx, 0, 0) for idx in range(number)]  # work, index, encoder tokens, decoder rows
     for place in sorted(range(len(sizes)), key=lambda place: (-sizes[place].work, place)):
         tokens, rows = sizes[place]
         full = []
-        while heap and not limits.allow(heap[0].encoder_tokens + tokens, heap[0].decoder_rows + rows):
+        while heap and not limits.allow(heap[0][2] + tokens, heap[0][3] + rows):
             full.append(heapq.heappop(heap))
         if not heap:
             return None
         work, idx, had_tokens, had_rows = heap[0]
         bins[idx].append(place)
-        heapq.heapreplace(heap, _Bin(work + tokens + rows, idx, had_tokens + tokens, had_rows + rows))
+        heapq.heapreplace(heap, (work + tokens + rows, idx, had_tokens + tokens, had_rows + rows))
         for one in full:
             heapq.heappush(heap, one)
     return bins
@@ -222,21 +199,10 @@ def _room(size: SampleSize, limits: MicroBatchLimits) -> SampleSize:
     """The room that a sample needs in a micro-batch: all of it if the sample exceeds a limit."""
     if limits.allow(*size):
         return size
-    tokens, rows = size
-    return SampleSize(
-        tokens if limits.max_encoder_tokens is None else limits.max_encoder_tokens,
-        rows if limits.max_decoder_rows is None else limits.max_decoder_rows,
-    )
+    return SampleSize(*(own if limit is None else limit for own, limit in zip(size, limits, strict=True)))
 
 
 def _position_sizes(part: Sequence[Sequence[Sample]], pooling: PoolingSpec) -> list[SampleSize]:
     """The size of each position of a part. A position has one sample per decoder, and the largest counts."""
     by_decoder = [sample_sizes(samples, pooling) for samples in zip(*part, strict=True)]
-    return [
-        SampleSize(max(size.encoder_tokens for size in sizes), max(size.decoder_rows for size in sizes))
-        for sizes in zip(*by_decoder, strict=True)
-    ]
-
-
-def _work(sizes: Sequence[SampleSize]) -> int:
-    return sum(size.work for size in sizes)
+    return [SampleSize(*map(max, zip(*sizes, strict=True))) for sizes in zip(*by_decoder, strict=True)]

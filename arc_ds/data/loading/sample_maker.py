@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from arc_ds.batch.segments import Sample
 from arc_ds.data.loading.decoder_reader import Reader, ReaderFiles
 from arc_ds.data.loading.source import Source
 from arc_ds.data.order.order import Pick
-from arc_ds.data.tasks import NO_COUNTS, Example, TaskCounts, make_example
+from arc_ds.data.tasks import NO_COUNTS, TaskCounts, make_example
 from arc_ds.errors import DataError
 from arc_ds.shards.token_cache.cache import TokenCache, open_token_cache, with_known
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
@@ -22,13 +22,14 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["skip", "stop"]
 RecordId = tuple[int, int]
+T = TypeVar("T")
 
 # Replacements tried for an unusable record. More failures in a row mean that the whole source is damaged.
 _MAX_REPLACEMENTS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class PositionSamples:
     """The samples of one position: one per decoder, all of the same record.
 
     samples: one per decoder.
@@ -43,19 +44,21 @@ class Made:
     counts: TaskCounts
 
 
-class _Reading(NamedTuple):
+class _SampleInput(NamedTuple):
     """A sample's records, its own first, with tokenizers that know the cached ids of these records.
 
+    pick: the sample.
     idxs: indices of the records in their source.
     records: the records.
     encoder: the encoder's tokenizer.
-    decoders: the tokenizers of the step's decoders.
+    readers: tokenizers and layouts of the step's decoders.
     """
 
+    pick: Pick
     idxs: Sequence[int]
     records: list[dict[str, Any]]
     encoder: Tokenizer
-    decoders: list[Tokenizer]
+    readers: list[Reader]
 
 
 class _UnusableError(Exception):
@@ -119,112 +122,105 @@ class SampleMaker:
         in_each_process = ("_encoder", "_readers", "_caches")
         return {key: value for key, value in self.__dict__.items() if key not in in_each_process}
 
-    def make(self, picks: Sequence[Pick], decoder_idxs: Sequence[int]) -> list[Made]:
+    def make(self, picks: Sequence[Pick], decoder_idxs: Sequence[int]) -> list[PositionSamples]:
         """The samples of some picks for some decoders. Raises DataError on unusable records (see `on_error`).
 
         Each kind of work is done for all picks before the next kind. Pick by pick it takes a quarter longer, because
         the code is then evicted from the processor's caches.
         """
-        records = [self._records(pick) for pick in picks]
-        readings = [
-            None if of_pick is None else self._reading(pick, _idxs(pick), of_pick, decoder_idxs)
+        records = [_unless_unusable(self._records, pick, _idxs(pick)) for pick in picks]
+        inputs = [
+            None if of_pick is None else self._input(pick, _idxs(pick), of_pick, decoder_idxs)
             for pick, of_pick in zip(picks, records, strict=True)
         ]
-        made = [
-            None if reading is None else self._made_at_once(pick, reading, decoder_idxs)
-            for pick, reading in zip(picks, readings, strict=True)
+        made = [None if one is None else _unless_unusable(self._samples, one) for one in inputs]
+        return [
+            self._samples_of_usable(pick, decoder_idxs) if one is None else one
+            for pick, one in zip(picks, made, strict=True)
         ]
-        return [self._made(pick, decoder_idxs) if one is None else one for pick, one in zip(picks, made, strict=True)]
 
-    def _records(self, pick: Pick) -> list[dict[str, Any]] | None:
-        """The records of a pick. None if one cannot be read."""
-        shards = self._sources[pick.source_idx].shards
+    def _records(self, pick: Pick, idxs: Sequence[int]) -> list[dict[str, Any]]:
+        """Read records of a pick's source. _UnusableError names the first one that cannot be read."""
+        shards, records = self._sources[pick.source_idx].shards, []
+        for idx in idxs:
+            try:
+                records.append(shards.record(idx))
+            except DataError as error:
+                raise _UnusableError(idx, error) from error
+        return records
+
+    def _input(
+        self, pick: Pick, idxs: Sequence[int], records: list[dict[str, Any]], decoder_idxs: Sequence[int]
+    ) -> _SampleInput:
+        """Combine records with tokenizers that know their cached ids."""
+
+        def knowing(tokenizer: Tokenizer) -> Tokenizer:
+            return with_known(tokenizer, self._caches[pick.source_idx, tokenizer.fingerprint], idxs, records)
+
+        encoder = knowing(self._encoder)
+        readers = [
+            Reader(encoder if tokenizer.fingerprint == encoder.fingerprint else knowing(tokenizer), layout)
+            for tokenizer, layout in (self._readers[decoder_idx] for decoder_idx in decoder_idxs)
+        ]
+        return _SampleInput(pick, idxs, records, encoder, readers)
+
+    def _samples(self, given: _SampleInput) -> PositionSamples:
+        """One sample per decoder. Raises DataError if one cannot be made."""
+        pick = given.pick
+        limits = self._sources[pick.source_idx].limits
         try:
-            return [shards.record(idx) for idx in _idxs(pick)]
-        except DataError:
-            return None
+            examples = [
+                make_example(
+                    given.records,
+                    task=pick.task,
+                    seed=pick.seed,
+                    encoder=given.encoder,
+                    decoder=reader.tokenizer,
+                    limits=limits,
+                    layout=reader.layout,
+                )
+                for reader in given.readers
+            ]
+        except ValueError as error:  # an unforeseen text is a fault of the record and must not end the run
+            raise DataError(f"it gives no sample: {error}") from error
+        return PositionSamples(
+            samples=tuple([example.sample for example in examples]),
+            record_id=(pick.source_idx, given.idxs[0]),
+            skipped=0,
+            counts=sum([example.counts for example in examples], start=NO_COUNTS),
+        )
 
-    def _made_at_once(self, pick: Pick, reading: _Reading, decoder_idxs: Sequence[int]) -> Made | None:
-        """The samples of a pick. None if one of its records cannot be used."""
-        try:
-            examples = self._make_examples(reading, pick, decoder_idxs)
-        except DataError:
-            return None
-        return _made_of(examples, pick, reading.idxs, skipped=0)
-
-    def _made(self, pick: Pick, decoder_idxs: Sequence[int]) -> Made:
-        """The samples of a pick without its unusable record. With "stop", raises the reason."""
+    def _samples_of_usable(self, pick: Pick, decoder_idxs: Sequence[int]) -> PositionSamples:
+        """The samples of a pick without its unusable records. With "stop", raises the reason."""
         source = self._sources[pick.source_idx]
         idxs = _idxs(pick)
         unusable: set[int] = set()
         while idxs and len(unusable) < _MAX_REPLACEMENTS:
             try:
-                records = [_read(source, idx) for idx in idxs]
-                examples = self._examples(self._reading(pick, idxs, records, decoder_idxs), pick, decoder_idxs)
+                given = self._input(pick, idxs, self._records(pick, idxs), decoder_idxs)
+                return replace(self._samples_or_blame(given), skipped=len(unusable))
             except _UnusableError as error:
                 if self._on_error == "stop":
                     raise error.reason from error.reason.__cause__
-                self._name_once((pick.source_idx, error.idx), error.reason)
+                if (pick.source_idx, error.idx) not in self._named:
+                    self._named.add((pick.source_idx, error.idx))
+                    logger.warning("record skipped: %s", error.reason)
                 unusable.add(error.idx)
                 idxs = _without(idxs, unusable, len(source.shards))
-                continue
-            return _made_of(examples, pick, idxs, skipped=len(unusable))
         raise DataError(
             f"{source.shards.name}: {len(unusable)} records in a row from {pick.record_idx} on cannot be used. Run "
             "`arc-ds shards check` on it and build it again."
         )
 
-    def _examples(self, reading: _Reading, pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
-        """The examples of these records, one per decoder. _UnusableError names the first record that cannot be added
-        to those before it."""
+    def _samples_or_blame(self, given: _SampleInput) -> PositionSamples:
+        """As `_samples`, but _UnusableError names the first record that cannot be added to those before it."""
         try:
-            return self._make_examples(reading, pick, decoder_idxs)
+            return self._samples(given)
         except DataError as error:
-            if len(reading.idxs) > 1:
-                fewer = reading._replace(idxs=reading.idxs[:-1], records=reading.records[:-1])
-                self._examples(fewer, pick, decoder_idxs)
-            name, idx = self._sources[pick.source_idx].shards.name, reading.idxs[-1]
+            if len(given.idxs) > 1:
+                self._samples_or_blame(given._replace(idxs=given.idxs[:-1], records=given.records[:-1]))
+            name, idx = self._sources[given.pick.source_idx].shards.name, given.idxs[-1]
             raise _UnusableError(idx, DataError(f"{name}, record {idx}: {error}")) from error
-
-    def _make_examples(self, reading: _Reading, pick: Pick, decoder_idxs: Sequence[int]) -> list[Example]:
-        """One example per decoder. Raises DataError if one cannot be made."""
-        limits = self._sources[pick.source_idx].limits
-        try:
-            return [
-                make_example(
-                    reading.records,
-                    task=pick.task,
-                    seed=pick.seed,
-                    encoder=reading.encoder,
-                    decoder=decoder,
-                    limits=limits,
-                    layout=self._readers[decoder_idx].layout,
-                )
-                for decoder_idx, decoder in zip(decoder_idxs, reading.decoders, strict=True)
-            ]
-        except ValueError as error:  # an unforeseen text is a fault of the record and must not end the run
-            raise DataError(f"it gives no sample: {error}") from error
-
-    def _reading(
-        self, pick: Pick, idxs: Sequence[int], records: list[dict[str, Any]], decoder_idxs: Sequence[int]
-    ) -> _Reading:
-        """Combine records with tokenizers that know their cached ids."""
-        encoder = with_known(self._encoder, self._cache(pick, self._encoder), idxs, records)
-        decoders = [
-            encoder
-            if tokenizer.fingerprint == encoder.fingerprint
-            else with_known(tokenizer, self._cache(pick, tokenizer), idxs, records)
-            for tokenizer in (self._readers[decoder_idx].tokenizer for decoder_idx in decoder_idxs)
-        ]
-        return _Reading(idxs, records, encoder, decoders)
-
-    def _cache(self, pick: Pick, tokenizer: Tokenizer) -> TokenCache | None:
-        return self._caches[pick.source_idx, tokenizer.fingerprint]
-
-    def _name_once(self, record_id: RecordId, error: DataError) -> None:
-        if record_id not in self._named:
-            self._named.add(record_id)
-            logger.warning("record skipped: %s", error)
 
 
 def _idxs(pick: Pick) -> list[int]:
@@ -232,20 +228,12 @@ def _idxs(pick: Pick) -> list[int]:
     return [pick.record_idx, *pick.example_idxs]
 
 
-def _made_of(examples: Sequence[Example], pick: Pick, idxs: Sequence[int], *, skipped: int) -> Made:
-    return Made(
-        samples=tuple([example.sample for example in examples]),
-        record_id=(pick.source_idx, idxs[0]),
-        skipped=skipped,
-        counts=sum([example.counts for example in examples], start=NO_COUNTS),
-    )
-
-
-def _read(source: Source, idx: int) -> dict[str, Any]:
+def _unless_unusable(make: Callable[..., T], *arguments: object) -> T | None:
+    """What `make` returns. None if a record cannot be used."""
     try:
-        return source.shards.record(idx)
-    except DataError as error:
-        raise _UnusableError(idx, error) from error
+        return make(*arguments)
+    except (DataError, _UnusableError):
+        return None
 
 
 def _without(idxs: Sequence[int], unusable: Set[int], num_records: int) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from arc_ds.batch.packing import PoolingSpec
-from arc_ds.data.loading.estimates import Estimator, asked_means
+from arc_ds.data.loading.estimates import Estimator, record_means
 from arc_ds.data.order.order import SourceShape
 from arc_ds.data.tasks import TaskLimits
 from arc_ds.data.tasks.registry import all_tasks, find_task
@@ -54,8 +54,8 @@ class Source:
     def estimator(self, pooling: PoolingSpec) -> Estimator:
         """Estimates the sizes of its samples."""
         manifest = self.shards.manifest
-        asked = asked_means(manifest, self.limits) if manifest.kind == "fine_tuning" else None
-        return Estimator(self.limits, pooling, asked)
+        means = record_means(manifest, self.limits) if manifest.kind == "fine_tuning" else None
+        return Estimator(self.limits, pooling, means)
 
     @property
     def shape(self) -> SourceShape:

@@ -77,7 +77,7 @@ class StepBatch:
         """Leave a worker as plain bytes. Torch would pass each small tensor in a file descriptor of its own, and a few
         prefetched steps of many micro-batches would exceed the process's limit."""
         buffer = io.BytesIO()
-        _ArrayPickler(buffer, protocol=5).dump([getattr(self, one.name) for one in fields(self)])
+        _ArrayPickler(buffer, protocol=5).dump({one.name: getattr(self, one.name) for one in fields(self)})
         return _restore, (buffer.getvalue(),)
 
 
@@ -89,5 +89,4 @@ class _ArrayPickler(pickle.Pickler):
 
 
 def _restore(data: bytes) -> StepBatch:
-    names = [one.name for one in fields(StepBatch)]
-    return StepBatch(**dict(zip(names, pickle.loads(data), strict=True)))
+    return StepBatch(**pickle.loads(data))

@@ -43,32 +43,24 @@ def validation_examples(
     Raises DataError if a source has too few usable records.
     """
     held_out = [
-        _HeldOut(source=source, source_idx=source_idx, encoder=encoder, readers=tuple(readers), on_error=on_error)
+        _HeldOut(source=source, source_idx=source_idx, encoder=encoder, readers=readers, on_error=on_error)
         for source_idx, source in enumerate(sources)
     ]
-    shares = _shares(sources, num)
-    found = [examples for each, share in zip(held_out, shares, strict=True) for examples in each.take(share)]
-    _log_passed_over(held_out)
-    _log_cuts(found)
-    return tuple(tuple(each) for each in zip(*found, strict=True))
-
-
-def _shares(sources: Sequence[Source], num: int) -> list[int]:
-    """The number of samples of each source. They sum to `num`."""
     ends = list(accumulate(source.weight for source in sources))
-    return [after - before for before, after in pairwise([0, *(round(num * end / ends[-1]) for end in ends)])]
+    bounds = [0, *(round(num * end / ends[-1]) for end in ends)]
+    shares = [after - before for before, after in pairwise(bounds)]
+    found = [examples for each, share in zip(held_out, shares, strict=True) for examples in each.take(share)]
+    _log_skips_and_cuts(held_out, found)
+    return tuple(zip(*found, strict=True))
 
 
-def _log_passed_over(held_out: Sequence[_HeldOut]) -> None:
+def _log_skips_and_cuts(held_out: Sequence[_HeldOut], found: Sequence[Sequence[Example]]) -> None:
     too_short = sum(len(each.too_short) for each in held_out)
     unusable = sum(len(each.unusable) for each in held_out)
     if too_short or unusable:
         logger.info(
             "held-out records skipped: %d too short for their task, %d that cannot be used", too_short, unusable
         )
-
-
-def _log_cuts(found: Sequence[Sequence[Example]]) -> None:
     counts = sum((example.counts for examples in found for example in examples), start=NO_COUNTS)
     if counts:
         words = ", ".join(f"{name} {count}" for name, count in asdict(counts).items() if count)
@@ -87,7 +79,7 @@ class _HeldOut:
     source: Source
     source_idx: int
     encoder: Tokenizer
-    readers: tuple[Reader, ...]
+    readers: Sequence[Reader]
     on_error: OnError
     used: set[int] = field(default_factory=set)
     too_short: set[int] = field(default_factory=set)
@@ -133,7 +125,18 @@ class _HeldOut:
         idxs = (record_idx, *draw_examples(source.shape, record_idx, words))
         try:
             records = _without_repeats([source.shards.record(idx) for idx in idxs])
-            examples = [self._example(records, task, seed, reader) for reader in self.readers]
+            examples = [
+                make_example(
+                    records,
+                    task=task,
+                    seed=seed,
+                    encoder=self.encoder,
+                    decoder=reader.tokenizer,
+                    limits=source.limits,
+                    layout=reader.layout,
+                )
+                for reader in self.readers
+            ]
             if not any(example.degraded for example in examples):
                 return examples
         except TooShortError:
@@ -148,17 +151,6 @@ class _HeldOut:
             return None
         self.too_short.add(record_idx)
         return None
-
-    def _example(self, records: Sequence[dict[str, Any]], task: str, seed: int, reader: Reader) -> Example:
-        return make_example(
-            records,
-            task=task,
-            seed=seed,
-            encoder=self.encoder,
-            decoder=reader.tokenizer,
-            limits=self.source.limits,
-            layout=reader.layout,
-        )
 
 
 def _without_repeats(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,7 +29,8 @@ class Mixture:
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or total <= 0:
             raise ConfigError(f"data.sources: weights are {list(weights)}; expected numbers ≥ 0, at least one above 0.")
         self._weights = tuple(weights)
-        quotas = np.array([self._quota(idx, total) for idx in range(len(weights))], dtype=object)
+        # Samples of sources 0 … idx in one period, rounded. All sources together fill the period.
+        quotas = [round(math.fsum(weights[: idx + 1]) / total * BLOCK * _PERIOD) for idx in range(len(weights))]
         counts = _counts(quotas)
         for idx, weight in enumerate(weights):
             if weight > 0 and counts[:, idx].sum() == 0:
@@ -44,12 +45,6 @@ class Mixture:
 
     def __reduce__(self) -> tuple[type[Mixture], tuple[tuple[float, ...]]]:
         return Mixture, (self._weights,)
-
-    def _quota(self, idx: int, total: float) -> int:
-        """Samples of sources 0 … idx in one period, rounded. All sources together fill the period."""
-        if idx == len(self._weights) - 1:
-            return BLOCK * _PERIOD
-        return round(math.fsum(self._weights[: idx + 1]) / total * BLOCK * _PERIOD)
 
     def span(self, seed: int, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The source and rank of positions `first` … `first + count - 1`, int64 [count] each.
@@ -75,14 +70,14 @@ class Mixture:
         return sources, ranks
 
 
-def _counts(quotas: NDArray[np.object_]) -> NDArray[np.int64]:
+def _counts(quotas: Sequence[int]) -> NDArray[np.int64]:
     """Samples of each source in each block of a period, int64 [_PERIOD, sources]; every row sums to BLOCK.
 
     Systematic sampling: the sources' fractional shares lie end to end on a line. A comb of unit pitch gives one sample
     for each tooth in a share, so a share is rounded down or up. The comb's offset runs through all multiples of
     1 / _PERIOD in bit-reversed order, which spreads the roundings evenly.
     """
-    shares = np.diff(np.concatenate([[0], quotas])).astype(np.int64)  # of a period
+    shares = np.diff([0, *quotas])  # of a period
     whole, rest = shares // _PERIOD, shares % _PERIOD  # rest in 1 / _PERIOD samples a block
     line = np.concatenate([[0], np.cumsum(rest)])
     bits = _PERIOD.bit_length() - 1

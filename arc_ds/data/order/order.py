@@ -75,7 +75,9 @@ class Pick(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOrder:
-    """The samples of every step of a run. Raises ConfigError on a value out of range.
+    """The samples of every step of a run. Raises ConfigError if a source cannot give its samples.
+
+    The config checks the ranges of the other values (`config.schema`, `config.validate`).
 
     seed: the run's seed.
     batch_size: sequences of a global batch.
@@ -98,7 +100,8 @@ class RunOrder:
     _shuffles: tuple[WindowShuffle, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._check()
+        for idx, source in enumerate(self.sources):
+            _check_source(idx, source)
         shuffles = tuple(
             WindowShuffle(source.shard_sizes, self.window_shards, (self.seed, idx))
             for idx, source in enumerate(self.sources)
@@ -106,34 +109,12 @@ class RunOrder:
         object.__setattr__(self, "_mixture", Mixture([source.weight for source in self.sources]))
         object.__setattr__(self, "_shuffles", shuffles)
 
-    def _check(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"data.batch_size is {self.batch_size}; expected 1 or more. Set it to the global batch.")
-        if not self.sources:
-            raise ConfigError("data.sources is empty; expected at least one source. Name a folder of shards.")
-        for idx, source in enumerate(self.sources):
-            _check_source(idx, source)
-        steps = [step for step, _ in self.reconstruction_share]
-        shares = [share for _, share in self.reconstruction_share]
-        if not steps or steps[0] != 0 or steps != sorted(set(steps)) or not all(0 <= share <= 1 for share in shares):
-            raise ConfigError(
-                f"data.reconstruction_share is {self.reconstruction_share}; expected (step, share) pairs with "
-                "increasing steps from 0 and shares from 0 to 1. Write one share, or a list such as [[0, 1.0], "
-                "[500, 0.5]]."
-            )
-        if self.num_decoders < 1 or self.window_shards < 1:
-            raise ConfigError("a run needs at least one decoder, and a shuffle window of at least one shard.")
-
     @property
     def fingerprint(self) -> str:
         """sha256 of everything that the order depends on. A resumed run must have the same."""
         spec = [self.seed, self.batch_size, self.reconstruction_share, self.num_decoders, self.decoder_schedule]
         sources = [[s.fingerprint, s.shard_sizes, s.weight, s.task, s.in_context_examples] for s in self.sources]
         return hashlib.sha256(json.dumps([2, spec, self.window_shards, sources]).encode()).hexdigest()
-
-    def share(self, step: int) -> float:
-        """The share of reconstruction among the pretraining samples of a step."""
-        return [share for from_step, share in self.reconstruction_share if from_step <= step][-1]
 
     def decoders(self, step: int) -> tuple[int, ...]:
         """Indices of the decoders that all ranks use in a step.
@@ -156,28 +137,16 @@ class RunOrder:
         for source_idx in set(source_idxs.tolist()):
             mine = source_idxs == source_idx
             epochs[mine], record_idxs[mine] = self._shuffles[source_idx].records(ranks[mine])
-        examples = self._examples(step, source_idxs, record_idxs)
-        columns = zip(
+        columns = (  # in the order of the fields of `Pick`
+            range(first, first + self.batch_size),
             source_idxs.tolist(),
             epochs.tolist(),
             record_idxs.tolist(),
             self._tasks(step, source_idxs),
             random_words(self.batch_size, self.seed, "sample", step).tolist(),
-            examples,
-            strict=True,
+            self._examples(step, source_idxs, record_idxs),
         )
-        return tuple(
-            Pick(
-                position=first + place,
-                source_idx=source_idx,
-                epoch=epoch,
-                record_idx=record_idx,
-                task=task,
-                seed=seed,
-                example_idxs=example_idxs,
-            )
-            for place, (source_idx, epoch, record_idx, task, seed, example_idxs) in enumerate(columns)
-        )
+        return tuple(Pick(*row) for row in zip(*columns, strict=True))
 
     def windows(self, step: int) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
         """For each source of a step, the shards of its window at the end of the step, and those of the next window."""
@@ -197,7 +166,7 @@ class RunOrder:
         num_mixed = sum(len(each) == 2 for each in names)
         order = permutation(num_mixed, self.seed, "task", step)
         quantiles = iter(((order + (step + 1) * _GOLDEN % 1.0) / max(num_mixed, 1)).tolist())
-        share = self.share(step)
+        share = [value for from_step, value in self.reconstruction_share if from_step <= step][-1]
         return [each[0] if len(each) == 1 or next(quantiles) < share else each[1] for each in names]
 
     def _examples(
@@ -208,20 +177,14 @@ class RunOrder:
         if most == 0:
             return [()] * self.batch_size
         words = random_words(self.batch_size * (most + 1), self.seed, "examples", step).reshape(self.batch_size, -1)
-        return [
-            draw_examples(self.sources[source_idx], record_idx, row)
-            for row, source_idx, record_idx in zip(
-                words.tolist(), source_idxs.tolist(), record_idxs.tolist(), strict=True
-            )
-        ]
+        places = zip(source_idxs.tolist(), record_idxs.tolist(), words.tolist(), strict=True)
+        return [draw_examples(self.sources[source_idx], record_idx, row) for source_idx, record_idx, row in places]
 
 
 def _check_source(idx: int, source: SourceShape) -> None:
     where = f"data.sources.{idx}" + (f" ({source.name})" if source.name else "")
     if source.num_records < 1:
         raise ConfigError(f"{where} holds no record; expected at least one. Remove it or build its shards again.")
-    if source.in_context_examples < 0:
-        raise ConfigError(f"{where}: in_context_examples is {source.in_context_examples}; expected 0 or more.")
     if source.num_records <= source.in_context_examples:
         raise ConfigError(
             f"{where} holds {source.num_records} records; a sample with {source.in_context_examples} in-context "

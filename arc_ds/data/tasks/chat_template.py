@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from arc_ds.errors import TokenizerError
 from arc_ds.tokenizers import Tokenizer
+from arc_ds.tokenizers.base import parse_json, require
 from arc_ds.tokenizers.gguf_header import read_gguf_header
 
 QUESTIONS = ("ArcDsFirstQuestion", "ArcDsLastQuestion")
@@ -23,16 +24,19 @@ def render_template(tokenizer: Tokenizer, path: Path) -> str:
 
     Raises TokenizerError if there is no template, jinja2 is missing, or the template fails or does not keep the turns.
     """
-    template, names = _find_template(path)
+    folder = path if path.is_dir() else path.parent
+    settings_file = folder / "tokenizer_config.json"
+    settings = parse_json(settings_file.read_bytes(), settings_file) if settings_file.is_file() else {}
+    settings = settings if isinstance(settings, dict) else {}
     by_id: dict[int | None, str] = {idx: name for name, idx in tokenizer.special_ids.items()}
     names = {
-        "bos_token": names["bos_token"] or by_id.get(tokenizer.bos_id, ""),
-        "eos_token": names["eos_token"] or by_id.get(tokenizer.eos_id, ""),
+        "bos_token": _content(settings.get("bos_token")) or by_id.get(tokenizer.bos_id, ""),
+        "eos_token": _content(settings.get("eos_token")) or by_id.get(tokenizer.eos_id, ""),
     }
     marks = [mark for turn in zip(QUESTIONS, ANSWERS, strict=True) for mark in turn]
     roles = ("user", "assistant", "user", "assistant")
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    written = _render(template, messages, names, path)
+    written = _render(_find_template(path, folder, settings), messages, names, path)
     places = [written.find(mark) for mark in marks]
     if -1 in places or places != sorted(places) or any(written.count(mark) != 1 for mark in marks):
         raise TokenizerError(
@@ -42,39 +46,33 @@ def render_template(tokenizer: Tokenizer, path: Path) -> str:
     return written
 
 
-def _find_template(path: Path) -> tuple[str, dict[str, str]]:
-    """The template next to or inside a tokenizer, and the special tokens that the files name.
+def _find_template(path: Path, folder: Path, settings: dict[str, Any]) -> str:
+    """The template next to or inside a tokenizer.
 
-    It may be in chat_template.jinja, in tokenizer_config.json, or in a GGUF file's metadata.
+    It may be in chat_template.jinja, in tokenizer_config.json (`settings`), or in a GGUF file's metadata.
     """
-    folder = path if path.is_dir() else path.parent
-    settings = _settings(folder / "tokenizer_config.json")
-    names = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8"), names
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((item.get("template") for item in template if item.get("name") == "default"), None)
     gguf_files = [path] if path.suffix == ".gguf" else sorted(folder.glob("*.gguf")) if path.is_dir() else []
     if template is None and len(gguf_files) == 1:
-        template = read_gguf_header(gguf_files[0]).metadata.get(_GGUF_KEY)
+        try:
+            template = read_gguf_header(gguf_files[0]).metadata.get(_GGUF_KEY)
+        except ValueError as error:
+            raise TokenizerError(f"chat template of {gguf_files[0]}: {error}. Copy the file again.") from error
     if not isinstance(template, str):
         raise TokenizerError(
             f"chat_template is tokenizer, but {path} has none: expected chat_template.jinja, the key chat_template "
             f"of tokenizer_config.json, or the metadata {_GGUF_KEY} of a GGUF file. {_CURE}"
         )
-    return template, names
+    return template
 
 
 def _render(template: str, messages: list[dict[str, str]], names: dict[str, str], path: Path) -> str:
-    try:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise TokenizerError(
-            f"reading the chat template of {path} needs the package jinja2: pip install jinja2"
-        ) from error
-    environment = ImmutableSandboxedEnvironment(
+    jinja2 = require("jinja2", path)
+    environment = require("jinja2.sandbox", path).ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = _raise
@@ -90,16 +88,6 @@ def _render(template: str, messages: list[dict[str, str]], names: dict[str, str]
 def _raise(message: str) -> NoReturn:
     """The function that templates call to reject messages."""
     raise ValueError(message)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path} next to the tokenizer is not JSON ({error}). Copy the file again.") from error
-    return settings if isinstance(settings, dict) else {}
 
 
 def _content(token: object) -> str:

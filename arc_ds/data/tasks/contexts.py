@@ -11,87 +11,89 @@ from dataclasses import dataclass
 import numpy as np
 
 from arc_ds.batch.segments import Marker, TokenIds
+from arc_ds.data.tasks.example import ExampleSpec
+from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.script import Document
 from arc_ds.errors import DataError
-from arc_ds.tokenizers import Encoding, Tokenizer, read_together
+from arc_ds.tokenizers import Encoding, read_together
 
 _BETWEEN_PASSAGES = "\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """A text with its encoder tokens."""
+class EncodedText:
+    """A text with its encoder tokens. `marker` is that of its documents."""
 
     text: str
     encoding: Encoding
+    marker: Marker | None
 
     def __len__(self) -> int:
         return len(self.encoding.ids)
 
-    def document(self, first: int, last: int, marker: Marker | None) -> Document:
+    def document(self, first: int, last: int) -> Document:
         """The tokens from `first` to `last` as a document. Both must be boundaries of characters."""
         start, end = self.encoding.ends[first], self.encoding.ends[last]
-        return Document(TokenIds(self.encoding.ids[first:last]), self.text[start:end], marker)
+        return Document(TokenIds(self.encoding.ids[first:last]), self.text[start:end], self.marker)
 
 
-def read_passages(passages: Sequence[str], encoder: Tokenizer) -> Reading:
+def read_passages(passages: Sequence[str], spec: ExampleSpec) -> EncodedText:
     """Join passages into one text, one per line. Each is tokenised separately, so its tokens can come from a cache.
 
     Raises DataError if they give no encoder token.
     """
-    readings = [encoder.encode_with_ends(passage) for passage in passages]
-    if not any(len(reading.ids) for reading in readings):
+    marker = spec.limits.marker("cont")
+    encoded = [spec.encoder.encode_with_ends(passage) for passage in passages]
+    if not any(len(one.ids) for one in encoded):
         raise DataError(
             f"the passage {passages[0][:40]!r} gives no encoder token. Correct the record, or leave it out."
         )
-    if len(readings) == 1:
-        return Reading(passages[0], readings[0])
-    (between,) = read_together(encoder, [_BETWEEN_PASSAGES], inside=True)
-    ids, ends, length = [readings[0].ids], [readings[0].ends], len(passages[0])
-    for passage, reading in zip(passages[1:], readings[1:], strict=True):
+    if len(encoded) == 1:
+        return EncodedText(passages[0], encoded[0], marker)
+    (between,) = read_together(spec.encoder, [_BETWEEN_PASSAGES], inside=True)
+    ids, ends, length = [encoded[0].ids], [encoded[0].ends], len(passages[0])
+    for passage, one in zip(passages[1:], encoded[1:], strict=True):
         inner = np.full(len(between), length, dtype=np.int64)
         length += len(_BETWEEN_PASSAGES)
         inner[-1:] = length
-        ids += [between, reading.ids]
-        ends += [inner, reading.ends[1:] + length]
+        ids += [between, one.ids]
+        ends += [inner, one.ends[1:] + length]
         length += len(passage)
-    return Reading(_BETWEEN_PASSAGES.join(passages), Encoding(np.concatenate(ids), np.concatenate(ends)))
+    return EncodedText(_BETWEEN_PASSAGES.join(passages), Encoding(np.concatenate(ids), np.concatenate(ends)), marker)
 
 
-def cut_document(reading: Reading, max_tokens: int, marker: Marker | None) -> Document:
+def cut_document(encoded: EncodedText, max_tokens: int) -> Document:
     """The beginning of a text as one document. Raises DataError if not even one character fits."""
-    last = reading.encoding.boundary_before(max_tokens)
+    last = encoded.encoding.boundary_before(max_tokens)
     if last == 0:
         raise DataError(
-            f"the document {reading.text[:20]!r} has no character that fits {max_tokens} tokens. Raise "
+            f"the document {encoded.text[:20]!r} has no character that fits {max_tokens} tokens. Raise "
             "data.max_documents_tokens."
         )
-    return reading.document(0, last, marker)
+    return encoded.document(0, last)
 
 
-def cut_chunks(
-    reading: Reading, first: int, last: int, *, chunk_tokens: int, max_chunks: int, marker: Marker | None
-) -> tuple[tuple[Document, ...], int]:
+def cut_chunks(encoded: EncodedText, first: int, last: int, limits: TaskLimits) -> tuple[tuple[Document, ...], int]:
     """Split the tokens from `first` to `last` into chunks. Also returns the token at which the last chunk ends.
 
-    A chunk has `chunk_tokens` tokens, or slightly fewer to avoid breaking a character. The last one has the rest.
+    A chunk has `limits.chunk_tokens` tokens, or slightly fewer to avoid breaking a character. The last one has the
+    rest. There are at most `limits.max_chunks`.
 
-    reading: the text.
+    encoded: the text.
     first, last: boundaries of characters.
-    chunk_tokens: size of a chunk.
-    max_chunks: maximum number of chunks.
-    marker: marker of each chunk.
+    limits: sizes.
 
     Raises DataError if a character has more tokens than a chunk.
     """
     chunks: list[Document] = []
-    while first < last and len(chunks) < max_chunks:
-        end = reading.encoding.boundary_before(min(first + chunk_tokens, last))
+    while first < last and len(chunks) < limits.max_chunks:
+        end = encoded.encoding.boundary_before(min(first + limits.chunk_tokens, last))
         if end <= first:
             raise DataError(
-                f"a character at token {first} has more than chunk_tokens = {chunk_tokens} tokens. Raise chunk_tokens."
+                f"a character at token {first} has more than chunk_tokens = {limits.chunk_tokens} tokens. Raise "
+                "chunk_tokens."
             )
-        chunks.append(reading.document(first, end, marker))
+        chunks.append(encoded.document(first, end))
         first = end
     return tuple(chunks), first
 

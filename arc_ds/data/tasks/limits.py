@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from arc_ds.batch.segments import MARKERS, Marker
 from arc_ds.errors import DataError
-from arc_ds.tokenizers import Tokenizer
+
+_LEAST = {"max_prefix": 0, "max_continuation": 2, "bos": 0}  # of all other sizes: 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,18 +41,10 @@ class TaskLimits:
     markers: frozenset[Marker] = frozenset(MARKERS)
 
     def __post_init__(self) -> None:
-        if self.max_context < 1 or self.max_prefix < 0 or self.max_continuation < 2:
-            raise DataError(
-                f"context, prefix and continuation of {self.max_context}, {self.max_prefix} and "
-                f"{self.max_continuation} tokens were requested; expected at least 1, 0 and 2. Change the data section."
-            )
-        for name in ("max_documents", "max_passages", "max_question", "max_answer", "chunk_tokens", "max_chunks"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{name} is {getattr(self, name)}; expected at least 1. Change the data section.")
-
-    def bos_ids(self, decoder: Tokenizer) -> tuple[int, ...]:
-        """The ids at the beginning of a plain sequence: begin-of-text, or nothing."""
-        return (decoder.bos_id,) if self.bos and decoder.bos_id is not None else ()
+        for field in fields(self):
+            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
+            if isinstance(value, int) and value < least:
+                raise DataError(f"{field.name} is {value}; expected at least {least}. Change the data section.")
 
     def marker(self, name: Marker) -> Marker | None:
         """The marker if it is in use, else None."""

@@ -7,11 +7,12 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from itertools import combinations
 from typing import Any
 
 from arc_ds.data.tasks import kinds
 from arc_ds.data.tasks.chat import PLAIN, Layout
-from arc_ds.data.tasks.example import Example
+from arc_ds.data.tasks.example import Example, ExampleSpec
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.data.tasks.task import Task
 from arc_ds.errors import ConfigError
@@ -23,15 +24,12 @@ def all_tasks() -> Mapping[str, Task]:
     """The tasks by name, in alphabetical order. Raises ConfigError if two tasks share a sample name."""
     names = sorted(module.name for module in pkgutil.iter_modules(kinds.__path__))
     found: list[Task] = [import_module(f"{kinds.__name__}.{name}").TASK for name in names]
-    owners: dict[str, str] = {}
-    for task in found:
-        for sample in task.samples:
-            if sample in owners:
-                raise ConfigError(
-                    f"the tasks {owners[sample]} and {task.name} both have samples named {sample!r}. Rename one "
-                    f"of them in {kinds.__name__}."
-                )
-            owners[sample] = task.name
+    for one, other in combinations(found, 2):
+        for sample in set(one.samples) & set(other.samples):
+            raise ConfigError(
+                f"the tasks {one.name} and {other.name} both have samples named {sample!r}. Rename one of them in "
+                f"{kinds.__name__}."
+            )
     return {task.name: task for task in found}
 
 
@@ -53,7 +51,6 @@ def task_of_sample(sample: str) -> Task:
     raise ValueError(f"no task has samples called {sample!r}; expected one of {', '.join(all_samples())}")
 
 
-@cache
 def all_samples() -> tuple[str, ...]:
     """The names of all samples."""
     return tuple(sample for task in all_tasks().values() for sample in task.samples)
@@ -81,6 +78,4 @@ def make_example(
     Raises DataError if the record lacks something that the task needs. It is a TooShortError, which is a DataError, if
     the record is only too short.
     """
-    return task_of_sample(task).example(
-        records, sample=task, seed=seed, encoder=encoder, decoder=decoder, limits=limits, layout=layout
-    )
+    return task_of_sample(task).example(records, ExampleSpec(task, seed, encoder, decoder, limits, layout))

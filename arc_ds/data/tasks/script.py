@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import NamedTuple
 
 from arc_ds.batch.segments import Marker, Segment, TokenIds
 from arc_ds.tokenizers import Tokenizer, read_together
@@ -53,8 +54,7 @@ class Document:
 Part = Words | Special | Document
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
+class Rendered(NamedTuple):
     """A tokenised script.
 
     prompt: the segments before the first target.
@@ -63,10 +63,6 @@ class Rendered:
 
     prompt: tuple[Segment, ...]
     target: tuple[Segment, ...]
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        return self.prompt + self.target
 
 
 def with_spaces_in_targets(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -89,47 +85,20 @@ def with_spaces_in_targets(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 def render(parts: Sequence[Part], decoder: Tokenizer) -> Rendered:
     """The segments of a script. If a target follows a document, its first token is input only: no row predicts it."""
-    segments: list[Segment] = []
-    num_prompt: int | None = None
+    prompt: list[Segment] = []
+    target: list[Segment] = []
     after_document = False
     for is_text, members in groupby(parts, key=lambda part: isinstance(part, Words)):
         group = list(members)
         pieces = _read_words(group, decoder, inside=after_document) if is_text else map(_fixed, group)
         for segment, in_target in pieces:
-            if in_target and num_prompt is None:
-                num_prompt = len(segments)
-            if segments and len(segments) != num_prompt and _may_join(segments[-1], segment):
+            segments = target if target or in_target else prompt
+            if segments and segments[-1].kind == segment.kind == "text" and segments[-1].in_loss == segment.in_loss:
                 segments[-1] = Segment.text(segments[-1].ids + segment.ids, in_loss=segment.in_loss)
             else:
                 segments.append(segment)
             after_document = segment.kind == "context"
-    if num_prompt is None:
-        return Rendered(tuple(segments), ())
-    return Rendered(tuple(segments[:num_prompt]), tuple(segments[num_prompt:]))
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """The variants of a rendered script: without its documents, or with their text. All have the same target.
-
-    parts: the script.
-    decoder: its tokenizer.
-    target: the target segments of the rendered script.
-    """
-
-    parts: tuple[Part, ...]
-    decoder: Tokenizer
-    target: tuple[Segment, ...]
-
-    def closed(self) -> tuple[Segment, ...]:
-        """The segments without the documents and the words that belong to them."""
-        kept = [part for part in self.parts if not (isinstance(part, Document) or _goes_with_context(part))]
-        return render(kept, self.decoder).prompt + self.target
-
-    def open(self) -> tuple[Segment, ...]:
-        """The segments with the documents' text in their place, tokenised together with the words around it."""
-        texts = [Words(part.text) if isinstance(part, Document) else part for part in self.parts]
-        return render(texts, self.decoder).prompt + self.target
+    return Rendered(tuple(prompt), tuple(target))
 
 
 def _read_words(words: Iterable[Part], decoder: Tokenizer, *, inside: bool) -> Iterator[tuple[Segment, bool]]:
@@ -153,11 +122,3 @@ def _fixed(part: Part) -> tuple[Segment, bool]:
         return Segment.context(part.ids, part.marker), False
     assert isinstance(part, Special), "words are tokenised together"
     return Segment.text(part.ids, in_loss=part.in_loss), part.in_loss
-
-
-def _may_join(one: Segment, other: Segment) -> bool:
-    return one.kind == other.kind == "text" and one.in_loss == other.in_loss
-
-
-def _goes_with_context(part: Part) -> bool:
-    return isinstance(part, Words) and part.with_context

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from arc_ds.data.tasks.chat import Layout, Turn
+from arc_ds.data.tasks.example import ExampleSpec
 from arc_ds.data.tasks.script import Document, Part, Special, Words
 
 _TEXT = "Text:\n\n"
@@ -26,21 +27,18 @@ def write_reconstruction(document: Document, layout: Layout) -> tuple[Part, ...]
     return layout.chat([Turn(user, assistant)], is_whole=True)
 
 
-def write_continuation(
-    prefix: str, documents: Sequence[Document], target: str, layout: Layout, bos: tuple[int, ...]
-) -> tuple[Part, ...]:
+def write_continuation(prefix: str, documents: Sequence[Document], target: str, spec: ExampleSpec) -> tuple[Part, ...]:
     """A text of prefix, documents and target. The text continues after its target, so a chat's end is no target.
 
     prefix: plain text before the documents; may be empty.
     documents: the contexts.
     target: the text after them.
-    layout: of the decoder.
-    bos: ids at the beginning of a plain sequence.
+    spec: tokenizers and layout.
     """
     continuation = Words(target, in_loss=True)
-    if not layout.is_chat:
-        begin = (Special(bos),) if bos else ()
+    if not spec.layout.is_chat:
+        begin = (Special(spec.bos_ids),) if spec.bos_ids else ()
         return (*begin, Words(prefix), *documents, continuation)
     before, line_end = Words(_TEXT + prefix, with_context=not prefix), Words("\n", with_context=not prefix)
     user: tuple[Part, ...] = (before, *documents, line_end, Words("Continue the previous text."))
-    return layout.chat([Turn(user, (Words("Text continuation:\n..."), continuation))], is_whole=False)
+    return spec.layout.chat([Turn(user, (Words("Text continuation:\n..."), continuation))], is_whole=False)

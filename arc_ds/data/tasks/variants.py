@@ -13,12 +13,12 @@ from arc_ds.errors import DataError
 
 def closed(example: Example) -> Sample:
     """The sample without its contexts. It shows the decoder's own knowledge."""
-    return replace(example.sample, segments=example.variants.closed())
+    return replace(example.sample, segments=example.closed())
 
 
 def open_(example: Example) -> Sample:
     """The sample with the contexts' text in their place. It shows the value of the text itself."""
-    return replace(example.sample, segments=example.variants.open())
+    return replace(example.sample, segments=example.open())
 
 
 def mismatched(examples: Sequence[Example]) -> tuple[Sample, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from arc_ds.batch.groups import GroupRule
@@ -18,7 +18,7 @@ SEGMENTS = st.one_of(
     st.builds(Segment.context, IDS.filter(len), st.sampled_from([*MARKERS, None])),
 )
 SAMPLES = st.lists(
-    st.lists(SEGMENTS, max_size=6).map(lambda segments: Sample("task", tuple(segments))), min_size=1, max_size=4
+    st.builds(Sample, st.sampled_from("ab"), st.lists(SEGMENTS, max_size=6).map(tuple)), min_size=1, max_size=4
 )
 SPECS = st.one_of(
     st.lists(st.integers(1, 9).map(lambda factor: GroupRule("factor", factor)), max_size=2).map(
@@ -26,6 +26,11 @@ SPECS = st.one_of(
     ),
     st.integers(1, 3).map(lambda slots: PoolingSpec((), slots)),
 )
+FOURS = PoolingSpec((GroupRule("factor", 4),))
+
+
+def _sample(*segments: Segment) -> Sample:
+    return Sample("a", segments)
 
 
 def _rows_by_hand(samples: list[Sample], spec: PoolingSpec) -> list[list[tuple[str, int]]]:
@@ -66,16 +71,22 @@ def _rows_of(batch: PackedBatch) -> list[tuple[str, int]]:
 
 
 @given(SAMPLES, SPECS)
+@example([_sample(Segment.context([1, 2, 3]))], FOURS)
+@example([_sample(Segment.text([1, 2], in_loss=True))], FOURS)
 def test_every_decoder_row_is_written_once_in_reading_order(samples: list[Sample], spec: PoolingSpec) -> None:
     batch, by_hand = pack(samples, spec), _rows_by_hand(samples, spec)
     assert _rows_of(batch) == [row for rows in by_hand for row in rows]
     assert batch.decoder_cu_seqlens.diff().tolist() == [len(rows) for rows in by_hand]
     assert batch.decoder_positions.tolist() == [i for rows in by_hand for i in range(len(rows))]
+    assert batch.tasks == tuple(one.task for one in samples)
     assert batch.decoder_max_seqlen == max(len(rows) for rows in by_hand)
     assert batch.decoder_cu_seqlens.dtype == batch.encoder_cu_seqlens.dtype == torch.int32
 
 
 @given(SAMPLES, SPECS)
+@example([_sample(Segment.text([1]), Segment.context([7, 8]), Segment.text([2, 3], in_loss=True))], FOURS)
+@example([_sample(Segment.text([1]), Segment.text([]), Segment.text([2], in_loss=True))], FOURS)
+@example([_sample(Segment.text([1, 2], in_loss=True)), _sample(Segment.text([3, 4], in_loss=True))], FOURS)
 def test_a_label_is_the_next_text_token_of_its_row_and_no_target_is_lost(
     samples: list[Sample], spec: PoolingSpec
 ) -> None:
@@ -103,6 +114,16 @@ def test_encoder_rows_are_the_contexts_and_their_memory_slots(samples: list[Samp
     assert batch.encoder_cu_seqlens.diff().tolist() == lengths
     assert batch.encoder_positions.tolist() == [i for n in lengths for i in range(n)]
     assert batch.encoder_max_seqlen == max(lengths, default=0)
+    rows = batch.encoder_cu_seqlens
+    assert len(batch.levels) == len(spec.rules)
+    for level in batch.levels:
+        assert level.group_cu.dtype == level.cu_seqlens.dtype == torch.int32
+        # Groups do not cross contexts: the start of each context is also the start of a group.
+        assert level.group_cu[level.cu_seqlens].tolist() == rows.tolist()
+        counts = level.cu_seqlens.diff().tolist()
+        assert level.positions.tolist() == [i for n in counts for i in range(n)]
+        assert level.max_seqlen == max(counts, default=0)
+        rows = level.cu_seqlens
     if not spec.memory_tokens:
         assert batch.token_rows is None and batch.memory_rows is None
         return
@@ -112,40 +133,6 @@ def test_encoder_rows_are_the_contexts_and_their_memory_slots(samples: list[Samp
     assert batch.memory_rows.tolist() == [
         int(end) - spec.memory_tokens + i for end in last for i in range(spec.memory_tokens)
     ]
-
-
-def test_the_first_token_after_a_context_is_no_target() -> None:
-    one = Sample("t", (Segment.text([1]), Segment.context([7, 8]), Segment.text([2, 3], in_loss=True)))
-    batch = pack([one], PoolingSpec((GroupRule("factor", 2),)))
-    assert batch.labels.tolist() == [3]
-    assert batch.label_rows.tolist() == [3]  # 0 text, 1 group, 2 marker, 3 text
-
-
-def test_an_empty_text_between_two_texts_does_not_hide_the_row_before() -> None:
-    one = Sample("t", (Segment.text([1]), Segment.text([]), Segment.text([2], in_loss=True)))
-    batch = pack([one], PoolingSpec())
-    assert (batch.labels.tolist(), batch.label_rows.tolist()) == ([2], [0])
-
-
-def test_the_first_token_of_a_sequence_is_not_predicted_from_its_neighbour() -> None:
-    samples = [Sample("t", (Segment.text([1, 2], in_loss=True),)), Sample("t", (Segment.text([3, 4], in_loss=True),))]
-    batch = pack(samples, PoolingSpec())
-    assert batch.labels.tolist() == [2, 4]
-    assert batch.label_sequences.tolist() == [0, 1]
-
-
-def test_samples_without_text_or_without_contexts_are_packed() -> None:
-    context_alone = pack([Sample("t", (Segment.context([1, 2, 3]),))], PoolingSpec())
-    assert context_alone.decoder_ids.numel() == 0 and context_alone.num_labels == 0
-    assert context_alone.compressed_rows.tolist() == [0, 1]
-    text_alone = pack([Sample("t", (Segment.text([1, 2], in_loss=True),))], PoolingSpec())
-    assert text_alone.encoder_ids.numel() == 0 and text_alone.levels[0].group_cu.tolist() == [0]
-    assert text_alone.compressed_rows.numel() == 0 and text_alone.labels.tolist() == [2]
-
-
-def test_tasks_keep_their_order() -> None:
-    samples = [Sample("reconstruction", (Segment.text([1]),)), Sample("continuation", (Segment.text([1]),))]
-    assert pack(samples, PoolingSpec()).tasks == ("reconstruction", "continuation")
 
 
 def test_every_tensor_moves_with_the_batch() -> None:

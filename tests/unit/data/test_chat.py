@@ -8,19 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.batch.packing import PoolingSpec, pack
-from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, open_
+from arc_ds.data.tasks import Example, TaskCounts, closed, open_
 from arc_ds.data.tasks.chat import PLAIN, Layout, read_layout
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers import load_tokenizer
-from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_tiktoken
+from arc_ds.tokenizers import Tokenizer, load_tokenizer
+from tests.helpers.tiny_data import TEXT, write_json_tokenizer
 from tests.helpers.written import IM_TOKENS, write_chat_tokenizer, written
+from tests.unit.data.examples import Pair, check_targets, example_of, text_ids, text_of
 
-LIMITS = TaskLimits(max_context=8, max_prefix=8, max_continuation=8)
+SIZES = {"max_context": 8, "max_prefix": 8, "max_continuation": 8}
 TOWER = {"passage": "The tower is of stone.", "question": "Of what is the tower?", "answer": "stone"}
 LAMP = {"passage": "The lamp held.", "question": "What held?", "answer": "The lamp."}
 # A template like that of Llama 3: it trims, writes a date, and refuses chats that do not begin with the user.
@@ -37,39 +36,37 @@ TEMPLATE = """{{ bos_token }}
 class Setup:
     """Tokenizers of different kinds, and the layouts of the decoder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = write_chat_tokenizer(folder / "json", template=TEMPLATE)
-        self.encoder = load_tokenizer(write_tiktoken(folder / "t.model"))
+    def __init__(self, folder: Path, encoder: Tokenizer) -> None:
+        self.path = write_chat_tokenizer(folder, template=TEMPLATE)
         self.decoder = load_tokenizer(self.path)
+        self.pair = (encoder, self.decoder)
         self.llama2, self.chatml, self.template = (
             read_layout(name, self.decoder, self.path) for name in ("llama2", "chatml", "tokenizer")
         )
 
-    def make(self, layout: Layout, *records: dict, task: str = "few_shot", limits: TaskLimits = LIMITS) -> Example:
-        return make_example(
-            records, task=task, seed=3, encoder=self.encoder, decoder=self.decoder, limits=limits, layout=layout
-        )  # type: ignore[arg-type]
+    def make(self, layout: Layout, *records: dict, task: str = "few_shot", **sizes: object) -> Example:
+        return example_of(self.pair, *records, task=task, seed=3, layout=layout, **sizes)
 
     def text(self, layout: Layout, *records: dict, **options: object) -> str:
-        return written(self.make(layout, *records, **options).sample, self.encoder, self.decoder)  # type: ignore[arg-type]
+        return written(self.make(layout, *records, **options).sample, *self.pair)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    return Setup(tmp_path_factory.mktemp("chat"))
+def setup(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> Setup:
+    return Setup(tmp_path_factory.mktemp("chat"), pair[0])
 
 
 def test_reconstruction_in_a_chat(setup: Setup) -> None:
     """Paper, appendix D. The end of the turn is a target: the text ends there."""
     record = {"text": "The sea."}
-    assert setup.text(setup.llama2, record, task="reconstruction") == (
+    assert setup.text(setup.llama2, record, task="reconstruction", **SIZES) == (
         "<s>[INST] Text:\n\n⟦The sea.<rec>⟧\nReplicate the input text. [/INST] Replicated text:\n‹The sea. </s>›"
     )
-    assert setup.text(setup.chatml, record, task="reconstruction") == (
+    assert setup.text(setup.chatml, record, task="reconstruction", **SIZES) == (
         "<|im_start|>user\nText:\n\n⟦The sea.<rec>⟧\nReplicate the input text.<|im_end|>\n"
         "<|im_start|>assistant\nReplicated text:\n‹The sea.<|im_end|>›"
     )
-    assert setup.text(setup.template, record, task="reconstruction") == (
+    assert setup.text(setup.template, record, task="reconstruction", **SIZES) == (
         "<s>Today: 26 Jul 2024</s><|im_start|>user:\nText:\n\n⟦The sea.<rec>⟧\nReplicate the input text.<|im_end|>\n"
         "<|im_start|>assistant:\nReplicated text:\n‹The sea.<|im_end|>›"
     )
@@ -77,30 +74,25 @@ def test_reconstruction_in_a_chat(setup: Setup) -> None:
 
 def test_continuation_in_a_chat(setup: Setup) -> None:
     """Paper, appendix D. The text continues after the target, so the end of the turn is no target."""
-    limits = TaskLimits(max_context=8, max_prefix=0, max_continuation=8)
     record = {"text": "abcdefghijklmnop"}
-    assert setup.text(setup.llama2, record, task="continuation", limits=limits) == (
+    assert setup.text(setup.llama2, record, task="continuation", **SIZES | {"max_prefix": 0}) == (
         "<s>[INST] Text:\n\n⟦abcdefgh<cont>⟧\nContinue the previous text. [/INST] "
         "Text continuation:\n...‹ijklmnop› </s>"
     )
-    prefixed = TaskLimits(max_context=8, max_prefix=4, max_continuation=4)
-    assert setup.text(setup.chatml, record, task="continuation", limits=prefixed) == (
+    prefixed = SIZES | {"max_prefix": 4, "max_continuation": 4}
+    assert setup.text(setup.chatml, record, task="continuation", **prefixed) == (
         "<|im_start|>user\nText:\n\nabcd⟦efghijkl<cont>⟧\nContinue the previous text.<|im_end|>\n"
         "<|im_start|>assistant\nText continuation:\n...‹mnop›<|im_end|>"
     )
 
 
 def test_few_shot_is_a_turn_for_each_example(setup: Setup) -> None:
-    assert setup.text(setup.llama2, TOWER, limits=TaskLimits()) == (
-        "<s>[INST] Document: ⟦The tower is of stone.<cont>⟧\nQuestion: Of what is the tower? [/INST] "
-        "Answer:‹ stone </s>›"
-    )
-    assert setup.text(setup.llama2, TOWER, LAMP, limits=TaskLimits()) == (
+    assert setup.text(setup.llama2, TOWER, LAMP) == (
         "<s>[INST] Document: ⟦The lamp held.<cont>⟧\nQuestion: What held? [/INST] Answer: The lamp. </s>"
         "<s>[INST] Document: ⟦The tower is of stone.<cont>⟧\nQuestion: Of what is the tower? [/INST] "
         "Answer:‹ stone </s>›"
     )
-    assert setup.text(setup.chatml, TOWER, LAMP, limits=TaskLimits()) == (
+    assert setup.text(setup.chatml, TOWER, LAMP) == (
         "<|im_start|>user\nDocument: ⟦The lamp held.<cont>⟧\nQuestion: What held?<|im_end|>\n"
         "<|im_start|>assistant\nAnswer: The lamp.<|im_end|>\n"
         "<|im_start|>user\nDocument: ⟦The tower is of stone.<cont>⟧\nQuestion: Of what is the tower?<|im_end|>\n"
@@ -110,11 +102,11 @@ def test_few_shot_is_a_turn_for_each_example(setup: Setup) -> None:
 
 def test_record_without_question_in_a_chat(setup: Setup) -> None:
     bare = {"passage": "The lamp held.", "answer": "It held."}
-    example = setup.make(setup.llama2, bare, limits=TaskLimits())
-    assert written(example.sample, setup.encoder, setup.decoder) == (
+    example = setup.make(setup.llama2, bare)
+    assert written(example.sample, *setup.pair) == (
         "<s>[INST] Document: ⟦The lamp held.<cont>⟧ [/INST] Answer:‹ It held. </s>›"
     )
-    assert written(closed(example), setup.encoder, setup.decoder) == "<s>[INST]  [/INST] Answer:‹ It held. </s>›"
+    assert written(closed(example), *setup.pair) == "<s>[INST]  [/INST] Answer:‹ It held. </s>›"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +127,7 @@ def test_record_without_question_in_a_chat(setup: Setup) -> None:
 def test_record_s_own_prompt(setup: Setup, instruction: str, text: str) -> None:
     """prefix⟨context⟩instruction [/INST] suffix, as in the reference's records (golden chat_instruct)."""
     record = LAMP | {"instruction": instruction}
-    assert setup.text(setup.llama2, record, limits=TaskLimits(markers=frozenset())) == f"<s>[INST] {text}"
+    assert setup.text(setup.llama2, record, markers=frozenset()) == f"<s>[INST] {text}"
 
 
 @pytest.mark.parametrize(
@@ -152,46 +144,46 @@ def test_record_s_own_prompt(setup: Setup, instruction: str, text: str) -> None:
 def test_record_s_own_prompt_is_cut_as_one_and_counted(
     setup: Setup, instruction: str, size: int, text: str, is_cut: bool
 ) -> None:
-    limits = TaskLimits(markers=frozenset(), max_question=size)
-    example = setup.make(setup.llama2, LAMP | {"instruction": instruction}, limits=limits)
-    assert written(example.sample, setup.encoder, setup.decoder) == f"<s>[INST] {text}"
+    record = LAMP | {"instruction": instruction}
+    example = setup.make(setup.llama2, record, markers=frozenset(), max_question=size)
+    assert written(example.sample, *setup.pair) == f"<s>[INST] {text}"
     assert example.counts == TaskCounts(cut_questions=int(is_cut))
 
 
 def test_cut_answer_has_no_end(setup: Setup) -> None:
-    text = setup.text(setup.llama2, LAMP | {"answer": "x" * 9}, limits=TaskLimits(max_answer=4))
+    text = setup.text(setup.llama2, LAMP | {"answer": "x" * 9}, max_answer=4)
     assert text.endswith("Answer:‹ xxxx› </s>")
 
 
 def test_variants_in_a_chat(setup: Setup) -> None:
-    example = setup.make(setup.llama2, TOWER, LAMP, limits=TaskLimits())
-    assert written(closed(example), setup.encoder, setup.decoder) == (
+    example = setup.make(setup.llama2, TOWER, LAMP)
+    assert written(closed(example), *setup.pair) == (
         "<s>[INST] Question: What held? [/INST] Answer: The lamp. </s>"
         "<s>[INST] Question: Of what is the tower? [/INST] Answer:‹ stone </s>›"
     )
-    assert written(open_(example), setup.encoder, setup.decoder) == (
+    assert written(open_(example), *setup.pair) == (
         "<s>[INST] Document: The lamp held.\nQuestion: What held? [/INST] Answer: The lamp. </s>"
         "<s>[INST] Document: The tower is of stone.\nQuestion: Of what is the tower? [/INST] Answer:‹ stone </s>›"
     )
     record = {"text": "The sea."}
-    repeated = setup.make(setup.chatml, record, task="reconstruction")
-    assert written(closed(repeated), setup.encoder, setup.decoder) == (
+    repeated = setup.make(setup.chatml, record, task="reconstruction", **SIZES)
+    assert written(closed(repeated), *setup.pair) == (
         "<|im_start|>user\nReplicate the input text.<|im_end|>\n"
         "<|im_start|>assistant\nReplicated text:\n‹The sea.<|im_end|>›"
     )
-    assert "Text:\n\nThe sea.\nReplicate" in written(open_(repeated), setup.encoder, setup.decoder)
+    assert "Text:\n\nThe sea.\nReplicate" in written(open_(repeated), *setup.pair)
 
 
 def test_special_tokens_come_from_the_template_alone(setup: Setup) -> None:
     """A text may contain `<|im_end|>`. It does not end the turn."""
     record = {"passage": "a <|im_end|>", "question": "<|im_start|>assistant </s>", "answer": "<|im_end|> [INST]"}
     for layout, num_specials in ((setup.chatml, 4), (setup.llama2, 2)):
-        example = setup.make(layout, record, limits=TaskLimits())
+        example = setup.make(layout, record)
         for sample in (example.sample, open_(example)):
-            ids = [token for s in sample.segments if s.kind == "text" for token in s.ids]
+            ids = text_ids(sample)
             assert len(set(setup.decoder.special_ids.values()) & {*ids}) == 2
             assert sum(token in setup.decoder.special_ids.values() for token in ids) == num_specials
-        text = written(example.sample, setup.encoder, setup.decoder)
+        text = written(example.sample, *setup.pair)
         assert "Question: <|im_start|>assistant </s>" in text
         assert "Answer:‹ <|im_end|> [INST]" in text
 
@@ -206,16 +198,10 @@ def test_every_label_is_the_next_token_and_variants_share_targets(
 ) -> None:
     """Nothing is lost (oddity 37: the reference drops the last token of every answer): labels spell the target."""
     record = {"text": text} if task != "few_shot" else TOWER | {"answer": f"a{text}", "passage": "a"}
-    limits = TaskLimits(max_context=8, max_prefix=8, max_continuation=8, chunk_tokens=8)
-    layout = getattr(setup, name)
-    example = setup.make(layout, record, task=task, limits=limits)
-    assert example == setup.make(layout, record, task=task, limits=limits)
-    batch = pack([example.sample], PoolingSpec())
-    tokens = torch.full((batch.num_decoder_rows + 1,), -1)
-    tokens[batch.text_rows] = batch.decoder_ids
-    assert torch.equal(batch.labels, tokens[batch.label_rows + 1])
-    for variant in (closed(example), open_(example)):
-        assert torch.equal(pack([variant], PoolingSpec()).labels, batch.labels)
+    options = {"task": task, "chunk_tokens": 8, **SIZES}
+    example = setup.make(getattr(setup, name), record, **options)
+    assert example == setup.make(getattr(setup, name), record, **options)
+    batch = check_targets(example)
     target = setup.decoder.decode(batch.labels.tolist()).removesuffix(" " if name == "llama2" else "")
     if example.sample.task == "few_shot":
         assert target == f" a{text}".rstrip()
@@ -231,14 +217,11 @@ def test_llama2_with_sentencepiece_reads_as_one_text(golden: Path) -> None:
     """[INST] follows `<s>` with the space that sentencepiece prepends to a text. No other space is added."""
     decoder = load_tokenizer(golden / "tokenizers" / "sp384.model")
     layout = read_layout("llama2", decoder, golden)
-    example = make_example(
-        [LAMP], task="few_shot", seed=0, encoder=decoder, decoder=decoder, limits=TaskLimits(), layout=layout
-    )
-    ids = [token for segment in open_(example).segments for token in segment.ids]
+    example = example_of((decoder, decoder), LAMP, task="few_shot", layout=layout)
+    ids = text_ids(open_(example))
     whole = "[INST] Document: The lamp held.\nQuestion: What held? [/INST] Answer: The lamp. "
     assert ids == [decoder.bos_id, *decoder.encode(whole), decoder.eos_id]
-    compressed = [token for s in example.sample.segments if s.kind == "text" for token in s.ids]
-    assert decoder.decode(compressed) == whole.replace("The lamp held.", "")
+    assert decoder.decode(text_ids(example.sample)) == whole.replace("The lamp held.", "")
 
 
 def test_golden_chat_of_the_reference_but_for_what_it_loses(golden: Path) -> None:
@@ -247,16 +230,8 @@ def test_golden_chat_of_the_reference_but_for_what_it_loses(golden: Path) -> Non
     decoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["llm"])
     line = (golden / "data" / "inputs" / "instruct_chat.jsonl").read_text().splitlines()[0]
     layout = read_layout("llama2", decoder, golden)
-    example = make_example(
-        [json.loads(line)],
-        task="few_shot",
-        seed=0,
-        encoder=decoder,
-        decoder=decoder,
-        limits=TaskLimits(),
-        layout=layout,
-    )
-    text = decoder.decode([token for s in example.sample.segments if s.kind == "text" for token in s.ids])
+    example = example_of((decoder, decoder), json.loads(line), task="few_shot", layout=layout)
+    text = decoder.decode(text_ids(example.sample))
     (theirs, _) = case["prepare_forward_instruct_decoder"][0]["text"]
     assert theirs.endswith("grey granite block ")
     assert text.endswith("grey granite blocks ")
@@ -273,10 +248,7 @@ def test_template_of_smollm2_s_gguf() -> None:
     path = next(Path(package.origin).parent.rglob("*.gguf"))
     tokenizer = load_tokenizer(path)
     layout = read_layout("tokenizer", tokenizer, path)
-    example = make_example(
-        [TOWER], task="few_shot", seed=0, encoder=tokenizer, decoder=tokenizer, limits=TaskLimits(), layout=layout
-    )
-    assert written(example.sample, tokenizer, tokenizer) == (
+    assert text_of((tokenizer, tokenizer), TOWER, task="few_shot", layout=layout) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nDocument: ⟦The tower is of stone.<cont>⟧\nQuestion: Of what is the tower?<|im_end|>\n"
         "<|im_start|>assistant\nAnswer:‹ stone<|im_end|>›"
@@ -304,10 +276,7 @@ def test_template_without_an_end_of_turn_ends_with_end_of_text(tmp_path: Path) -
     folder = write_chat_tokenizer(tmp_path, template=template)
     tokenizer = load_tokenizer(folder)
     layout = read_layout("tokenizer", tokenizer, folder)
-    example = make_example(
-        [LAMP], task="few_shot", seed=0, encoder=tokenizer, decoder=tokenizer, limits=TaskLimits(), layout=layout
-    )
-    assert written(example.sample, tokenizer, tokenizer) == (
+    assert text_of((tokenizer, tokenizer), LAMP, task="few_shot", layout=layout) == (
         "user: Document: ⟦The lamp held.<cont>⟧\nQuestion: What held?\nassistant: Answer:‹ The lamp.</s>›"
     )
 
@@ -345,14 +314,25 @@ def test_tokenizer_without_the_layout_s_tokens_is_refused(tmp_path: Path) -> Non
         read_layout("llama2", tokenizer, tmp_path)
 
 
-def test_settings_that_are_no_json_are_refused(setup: Setup, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(TokenizerError, match="is not JSON"):
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer_config.json", b"{", "tokenizer_config.json is not JSON"),
+        ("model.gguf", b"GGUF", "model.gguf: it does not begin with a GGUF header"),
+        ("model.gguf", b"GGUF\3" + bytes(11) + b"\1" + bytes(7), "model.gguf: "),
+    ],
+    ids=["settings", "GGUF of four bytes", "GGUF cut in its header"],
+)
+def test_damaged_files_are_refused_with_the_cure(
+    setup: Setup, tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=f"{words}.*Copy the file again"):
         read_layout("tokenizer", setup.decoder, tmp_path)
 
 
 def test_long_text_in_a_chat_keeps_its_window(setup: Setup) -> None:
-    text = setup.text(setup.chatml, {"text": TEXT}, task="continuation")
+    text = setup.text(setup.chatml, {"text": TEXT}, task="continuation", **SIZES)
     prefix, rest = text.removeprefix("<|im_start|>user\nText:\n\n").split("⟦")
     context = rest.split("<cont>")[0]
     target = rest.split("...‹")[1].split("›")[0]

@@ -7,19 +7,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.data.loading.loader import StepData
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import ShardCache
 from tests.helpers.batches import digest
 from tests.helpers.tiny_mixture import TinyMixture
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
-    return TinyMixture.write(tmp_path_factory.mktemp("mixture"))
 
 
 def remote_data(mixture: TinyMixture, cache: ShardCache) -> StepData:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.batch.packing import PoolingSpec, pack
-from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, mismatched, open_
-from arc_ds.data.tasks.asked import ask
+from arc_ds.data.tasks import TaskCounts, closed, mismatched, open_
+from arc_ds.data.tasks.chat import PLAIN
 from arc_ds.errors import DataError
-from arc_ds.shards.records import fine_tuning_record
-from arc_ds.tokenizers import Tokenizer, load_tokenizer
-from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken
+from arc_ds.tokenizers import load_tokenizer
 from tests.helpers.written import written
+from tests.unit.data.examples import Pair, check_targets, context_ids, example_of, golden_case, text_ids, text_of
 
-Pair = tuple[Tokenizer, Tokenizer]
 TOWER = {"passage": "The tower is of stone.", "question": "Of what is the tower?", "answer": "stone"}
 LAMP = {"passages": ["The lamp held."], "question": "What held?", "answer": "The lamp."}
 SEA = {
@@ -30,26 +28,8 @@ SEA = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Tokenizers of the encoder and the decoder, of different kinds."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    return load_tokenizer(write_tiktoken(folder / "t.model")), load_tokenizer(write_json_tokenizer(folder / "json"))
-
-
-def make(pair: Pair, *records: dict, seed: int = 0, **sizes: object) -> Example:
-    limits = TaskLimits(**sizes)  # type: ignore[arg-type]
-    return make_example(records, task="few_shot", seed=seed, encoder=pair[0], decoder=pair[1], limits=limits)
-
-
-def text_of(pair: Pair, *records: dict, **options: object) -> str:
-    return written(make(pair, *records, **options).sample, *pair)  # type: ignore[arg-type]
-
-
-def test_zero_shot_is_document_question_answer(pair: Pair) -> None:
-    assert text_of(pair, TOWER) == (
-        "<s>Document: ⟦The tower is of stone.<cont>⟧\nQuestion: Of what is the tower?\nAnswer:‹ stone\n\n›"
-    )
+make = partial(example_of, task="few_shot")
+text_of = partial(text_of, task="few_shot")
 
 
 def test_in_context_examples_stand_in_front_and_only_the_last_answer_is_a_target(pair: Pair) -> None:
@@ -90,7 +70,7 @@ def test_variants_of_the_template(pair: Pair) -> None:
 
 def test_open_variant_is_the_decoder_s_own_reading_of_the_whole_text(pair: Pair, golden: Path) -> None:
     for decoder in (pair[1], load_tokenizer(golden / "tokenizers" / "sp384.model")):
-        ids = [token for s in open_(make((pair[0], decoder), TOWER, LAMP, SEA)).segments for token in s.ids]
+        ids = text_ids(open_(make((pair[0], decoder), TOWER, LAMP, SEA)))
         whole = decoder.decode(ids)
         assert whole.startswith("Document: The lamp held.\nQuestion: What held?\nAnswer: The lamp.\n\nDocument: Wind")
         assert ids == [decoder.bos_id, *decoder.encode(whole)]
@@ -123,8 +103,7 @@ def test_number_of_passages_and_answer_are_drawn_from_the_seed(pair: Pair) -> No
         for answer in ("x", "y")
     }
     example = make(pair, record, max_passages=9, seed=8)
-    (context,) = (segment for segment in example.sample.segments if segment.kind == "context")
-    assert pair[0].decode(list(context.ids)) == example.contexts[0]
+    assert [pair[0].decode(ids) for ids in context_ids(example.sample)] == [example.contexts[0]]
 
 
 def test_document_is_cut_to_the_limit_and_counted(pair: Pair) -> None:
@@ -172,14 +151,6 @@ def test_an_ascii_text_has_a_token_a_character_and_one_at_most(pair: Pair, golde
         assert len(tokenizer.encode(text)) <= len(text) + 1
 
 
-def test_special_tokens_in_a_record_stay_text(pair: Pair) -> None:
-    record = {"passage": "a </s> b", "question": "<s>?", "answer": "</s>"}
-    ids = [token for segment in make(pair, record).sample.segments if segment.kind == "text" for token in segment.ids]
-    assert ids[0] == pair[1].bos_id
-    assert not {pair[1].bos_id, pair[1].eos_id} & set(ids[1:])
-    assert pair[1].decode(ids) == "Document: \nQuestion: <s>?\nAnswer: </s>\n\n"
-
-
 def test_text_that_looks_like_the_template_changes_nothing(pair: Pair) -> None:
     """The reference searches the prompt for its blocks, and loses count of the documents (oddity 30)."""
     trap = "x\n\nDocument: y\nQuestion: z\nAnswer: w"
@@ -199,10 +170,7 @@ def test_each_decoder_reads_the_same_text_in_its_own_tokens(pair: Pair, golden: 
     for seed in range(4):
         record = TOWER | {"answer": ["stone", "of stone", "grey"]}
         examples = [make((pair[0], decoder), record, short, TOWER, seed=seed) for decoder in (pair[1], other)]
-        texts = [
-            decoder.decode([token for s in example.sample.segments if s.kind == "text" for token in s.ids])
-            for example, decoder in zip(examples, (pair[1], other), strict=True)
-        ]
+        texts = [decoder.decode(text_ids(e.sample)) for e, decoder in zip(examples, (pair[1], other), strict=True)]
         assert texts[0] == texts[1]
         assert "Document: \nQuestion: b\nAnswer: c\n\n" in texts[0]
         assert examples[0].contexts == examples[1].contexts
@@ -215,14 +183,6 @@ def test_faulty_records_are_named(pair: Pair) -> None:
         make(pair, TOWER, {"text": "a"})
     with pytest.raises(DataError, match=r"got 2 parts: 'a\|\|b'.*twice, or not at all"):
         make(pair, TOWER | {"instruction": "a||b"})
-
-
-def test_answer_that_tokenises_to_nothing_is_refused(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, decoder = pair
-    read = decoder.encode_with_ends
-    monkeypatch.setattr(decoder, "encode_with_ends", lambda text: read("" if text == "\u200b" else text))
-    with pytest.raises(DataError, match=r"answer '\\u200b' gives no decoder token"):
-        make((encoder, decoder), TOWER | {"answer": "\u200b"})
 
 
 RECORDS = st.fixed_dictionaries(
@@ -244,22 +204,16 @@ def test_every_label_is_the_next_token_and_variants_share_targets(
     sizes = {"max_documents": size, "max_answer": 12, "max_question": 12, "max_passages": 2}
     example = make(pair, *records, seed=seed, **sizes)
     assert example == make(pair, *records, seed=seed, **sizes)
-    batch = pack([example.sample], PoolingSpec())
-    tokens = torch.full((batch.num_decoder_rows + 1,), -1)
-    tokens[batch.text_rows] = batch.decoder_ids
-    assert torch.equal(batch.labels, tokens[batch.label_rows + 1])
-    assert pair[1].decode(batch.labels.tolist()).startswith(" ")
-    for variant in (closed(example), open_(example)):
-        assert torch.equal(pack([variant], PoolingSpec()).labels, batch.labels)
+    assert pair[1].decode(check_targets(example).labels.tolist()).startswith(" ")
     assert example.sample.num_context_tokens <= size
     assert len(example.contexts) + example.counts.cut_examples == len(records)
 
 
 @given(answer=st.text("of stone. é\n🚲1", min_size=1, max_size=16).filter(str.strip))
 def test_labels_spell_the_answer_and_its_end(pair: Pair, answer: str) -> None:
-    batch = pack([make(pair, TOWER | {"answer": answer}).sample], PoolingSpec())
+    labels = check_targets(make(pair, TOWER | {"answer": answer})).labels.tolist()
     written_answer = re.sub(r"\n\s*\n", "\n", answer.strip())
-    assert pair[1].decode(batch.labels.tolist()) == f" {written_answer}\n\n"
+    assert pair[1].decode(labels) == f" {written_answer}\n\n"
 
 
 @pytest.mark.parametrize("lines", ["stone\n\nand wood", "stone\n \t\n\n\nand wood", "stone\r\n\r\nand wood"])
@@ -270,8 +224,8 @@ def test_a_blank_line_within_an_answer_is_not_its_end(pair: Pair, lines: str) ->
     assert written(example.sample, *pair).replace("\r", "").count("Answer: stone\nand wood\n\n") == 1
     assert pair[1].decode(list(example.sample.segments[-1].ids)).replace("\r", "") == " stone\nand wood\n\n"
     assert example.counts == TaskCounts()
-    fields = fine_tuning_record(record)
-    assert ask(fields, (0, 0), decoder=pair[1], limits=TaskLimits(), is_chat=True).answer == lines
+    in_chat = make(pair, record, layout=replace(PLAIN, name="chatml"))
+    assert pair[1].decode(check_targets(in_chat).labels.tolist()) == f" {lines}"
 
 
 def test_mismatched_shares_no_passage_with_the_record_asked_about(pair: Pair) -> None:
@@ -285,28 +239,23 @@ def test_mismatched_shares_no_passage_with_the_record_asked_about(pair: Pair) ->
     ]
     assert len({example.contexts for example in examples}) > 4
     for example, other in zip(examples, mismatched(examples), strict=True):
-        (given,) = (segment for segment in other.segments if segment.kind == "context")
+        (given_ids,) = context_ids(other)
         (page,) = (page for page in pages if page[0] in example.passages)
-        assert not any(passage in pair[0].decode(list(given.ids)) for passage in page)
-    with pytest.raises(DataError, match="needs another context"):
-        mismatched(examples[: len(examples) // 2])
+        assert not any(passage in pair[0].decode(given_ids) for passage in page)
 
 
 def test_golden_reference_reads_the_same_blocks_but_for_its_double_spaces(golden: Path) -> None:
     """The reference tokenises "…Answer: " and the answer separately, and each stretch after a document as a new text.
     So it feeds two spaces for one in the template (oddity 36), and one more after a document. It ends the answer with
     end-of-text; ours ends with the blank line at which generation stops."""
-    case = json.loads((golden / "data" / "instruct_2shot_interleave_tik.json").read_text())
-    item = case["items"][0]
-    encoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["embed"])
-    decoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["llm"])
+    item, (encoder, decoder) = golden_case(golden, "instruct_2shot_interleave_tik")
     lines = (golden / "data" / "inputs" / "instruct.jsonl").read_text().splitlines()
     first, second = (json.loads(line) for line in lines[:2])
     second["answer"] = "Once or twice daily"  # drawn by the reference
     example = make((encoder, decoder), second, first)
     start, size = item["sizes"]
     reference = [token for token in item["x"][start : start + size] if token != decoder.bos_id]
-    ours = [token for s in example.sample.segments if s.kind == "text" for token in s.ids][1:]
+    ours = text_ids(example.sample)[1:]
     assert decoder.decode(ours) == decoder.decode(reference).replace(":  ", ": ") + "\n\n"
-    contexts = [list(s.ids) for s in example.sample.segments if s.kind == "context"]
+    contexts = context_ids(example.sample)
     assert contexts == [item["to_embed"][1]["tokens"][0], item["to_embed"][1]["tokens"][1][: len(contexts[1])]]

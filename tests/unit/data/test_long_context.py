@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.batch.packing import PoolingSpec, pack
-from arc_ds.data.tasks import Example, TaskCounts, TaskLimits, closed, make_example, mismatched, open_
+from arc_ds.data.tasks import TaskCounts, closed, mismatched, open_
 from arc_ds.errors import DataError
-from arc_ds.tokenizers import Tokenizer, load_tokenizer
-from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken
 from tests.helpers.written import written
+from tests.unit.data.examples import Pair, check_targets, context_ids, example_of, golden_case, text_ids
 
-Pair = tuple[Tokenizer, Tokenizer]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Tokenizers of the encoder and the decoder, of different kinds. For the encoder, a letter is a token."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    return load_tokenizer(write_tiktoken(folder / "t.model")), load_tokenizer(write_json_tokenizer(folder / "json"))
-
-
-def make(pair: Pair, record: dict, *, seed: int = 0, **sizes: object) -> Example:
-    limits = TaskLimits(**{"chunk_tokens": 4, "max_continuation": 4} | sizes)  # type: ignore[arg-type]
-    return make_example([record], task="long_context", seed=seed, encoder=pair[0], decoder=pair[1], limits=limits)
+make = partial(example_of, task="long_context", chunk_tokens=4, max_continuation=4)
 
 
 def test_text_is_continued_behind_its_chunks(pair: Pair) -> None:
@@ -111,29 +97,22 @@ def test_chunks_and_target_are_one_stretch_of_the_text(
         assert window < 12  # with fewer, a part may get only half a character
         return
     assert example == make(pair, {"text": text}, seed=seed, **sizes)
-    behind = [token for s in example.sample.segments[1:] if s.kind == "text" for token in s.ids]
-    assert "".join(example.contexts) + pair[1].decode(behind) in text
-    contexts = [segment for segment in example.sample.segments if segment.kind == "context"]
+    whole = "".join(example.contexts) + pair[1].decode(text_ids(example.sample))
+    assert whole in text and pair[1].decode(text_ids(open_(example))) == whole
+    contexts = context_ids(example.sample)
     assert 1 <= len(contexts) <= max_chunks
-    assert all(len(context.ids) <= chunk_tokens for context in contexts)
-    assert all(len(context.ids) > chunk_tokens - 3 for context in contexts[:-1])  # 北 has three tokens
-    assert [pair[0].decode(list(context.ids)) for context in contexts] == list(example.contexts)
-    opened = [token for segment in open_(example).segments for token in segment.ids]
-    assert pair[1].decode(opened) == "".join(example.contexts) + pair[1].decode(behind)
-    batch = pack([example.sample], PoolingSpec())
-    for variant in (closed(example), open_(example)):
-        assert torch.equal(pack([variant], PoolingSpec()).labels, batch.labels)
+    assert all(len(context) <= chunk_tokens for context in contexts)
+    assert all(len(context) > chunk_tokens - 3 for context in contexts[:-1])  # 北 has three tokens
+    assert [pair[0].decode(context) for context in contexts] == list(example.contexts)
+    check_targets(example)
 
 
 def test_golden_chunks_of_the_reference_are_segments_of_their_own(golden: Path) -> None:
     """The reference's chunks have the same tokens in the same places. Both cut off the last one at the limit."""
-    case = json.loads((golden / "data" / "instruct_chunk32.json").read_text())
-    encoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["embed"])
-    decoder = load_tokenizer(golden / "tokenizers" / case["tokenizers"]["llm"])
+    item, golden_pair = golden_case(golden, "instruct_chunk32")
     record = json.loads((golden / "data" / "inputs" / "instruct.jsonl").read_text().splitlines()[0])
-    example = make((encoder, decoder), record, chunk_tokens=32, max_chunks=3)
-    contexts = [list(segment.ids) for segment in example.sample.segments if segment.kind == "context"]
-    assert contexts == case["items"][0]["to_embed"][0]["tokens"]
+    example = make(golden_pair, record, chunk_tokens=32, max_chunks=3)
+    assert context_ids(example.sample) == item["to_embed"][0]["tokens"]
     assert example.counts == TaskCounts(cut_chunks=4)
     kinds = [segment.kind for segment in example.sample.segments]
     assert kinds == ["text", "context", "context", "context", "text", "text"]

@@ -46,34 +46,10 @@ def test_random_words_are_the_recorded_ones() -> None:
     assert random_words(2, np.int64(0), "sample", np.int32(5)).tolist() == random_words(2, 0, "sample", 5).tolist()
 
 
-def test_batch_is_the_same_however_it_is_reached() -> None:
-    straight = [make_order().batch(step) for step in range(40)]
-    order = make_order()
-    assert [order.batch(step) for step in reversed(range(40))] == straight[::-1]
-    assert pickle.loads(pickle.dumps(order)).batch(23) == straight[23]
-    assert [pick.position for batch in straight for pick in batch] == list(range(320))
-    assert make_order(seed=2).batch(0) != straight[0]
-
-
-@settings(max_examples=15)
-@given(seed=st.integers(0, 2**32), batch_size=st.integers(1, 40))
-def test_epochs_lose_and_repeat_nothing(seed: int, batch_size: int) -> None:
-    order = make_order(seed=seed, batch_size=batch_size)
-    picks = [pick for step in range(900 // batch_size) for pick in order.batch(step)]
-    seen = defaultdict(list)
-    for pick in picks:
-        seen[pick.source_idx, pick.epoch].append(pick.record_idx)
-    for (source_idx, epoch), records in seen.items():
-        size = SOURCES[source_idx].num_records
-        assert len(set(records)) == len(records)
-        if (source_idx, epoch + 1) in seen:
-            assert sorted(records) == list(range(size))
-
-
 def test_epochs_differ_and_mix_shards() -> None:
     shuffle = WindowShuffle((50, 50, 50, 50), 2, (0, 0))
-    first, second = np.split(shuffle.records(np.arange(400))[1], 2)
-    first, second = first.tolist(), second.tolist()
+    records = shuffle.records(np.arange(400))[1].tolist()
+    first, second = records[:200], records[200:]
     assert first != second
     assert first != sorted(first)
     alone = WindowShuffle((50,), 2, (0, 0))
@@ -131,7 +107,7 @@ def test_task_share_is_exact_in_each_step_and_over_steps(share: float) -> None:
 def test_task_share_changes_at_its_step() -> None:
     order = make_order(reconstruction_share=((0, 1.0), (10, 0.0)))
     tasks = [{pick.task for pick in order.batch(step)} for step in (0, 9, 10, 11)]
-    assert tasks == [{"reconstruction"}, {"reconstruction"}, {"continuation"}, {"continuation"}]
+    assert tasks == [{"reconstruction"}] * 2 + [{"continuation"}] * 2
 
 
 def test_decoders_take_equal_turns() -> None:
@@ -140,24 +116,8 @@ def test_decoders_take_equal_turns() -> None:
     assert sampled != [(step % 3,) for step in range(300)]
     alternate = make_order(num_decoders=3, decoder_schedule="alternate")
     assert [alternate.decoders(step) for step in range(4)] == [(0,), (1,), (2,), (0,)]
-
-
-def test_decoders_on_the_same_batch_all_take_part_in_every_step() -> None:
-    order = make_order(num_decoders=3, decoder_schedule="same_batch")
-    assert [order.decoders(step) for step in (0, 1, 7)] == [(0, 1, 2)] * 3
-
-
-@settings(max_examples=25)
-@given(seed=st.integers(0, 2**32), batch_size=st.integers(1, 60), first=st.integers(0, 10**6))
-def test_in_context_examples_are_other_records_of_the_source_none_twice(seed: int, batch_size: int, first: int) -> None:
-    order = make_order(seed=seed, batch_size=batch_size, sources=MIXED)
-    for step in range(first, first + 5):
-        for pick in order.batch(step):
-            source = MIXED[pick.source_idx]
-            assert len(pick.example_idxs) <= source.in_context_examples
-            used = {pick.record_idx, *pick.example_idxs}
-            assert len(used) == 1 + len(pick.example_idxs)
-            assert used <= set(range(source.num_records))
+    together = make_order(num_decoders=3, decoder_schedule="same_batch")
+    assert [together.decoders(step) for step in (0, 1, 7)] == [(0, 1, 2)] * 3
 
 
 @st.composite
@@ -187,7 +147,7 @@ def test_any_order_is_pure_whole_and_valid(order: RunOrder, first: int) -> None:
     picks = [pick for step in steps for pick in order.batch(step)]
     again = pickle.loads(pickle.dumps(order))
     assert picks == [pick for step in reversed(steps) for pick in reversed(again.batch(step))][::-1]
-    assert [pick.position for pick in picks] == list(range(picks[0].position, picks[0].position + len(picks)))
+    assert [pick.position for pick in picks] == [*range(first * order.batch_size, (steps[-1] + 1) * order.batch_size)]
     seen = Counter((pick.source_idx, pick.epoch, pick.record_idx) for pick in picks)
     assert max(seen.values()) == 1
     for pick in picks:
@@ -235,8 +195,6 @@ def test_the_order_is_the_recorded_one() -> None:
     ("source", "message"),
     [
         ({"shard_sizes": (2, 1), "task": "few_shot", "in_context_examples": 3}, "holds 3 records.*at least 4"),
-        ({"in_context_examples": -1}, "in_context_examples is -1; expected 0 or more"),
-        ({"task": "few_shot", "in_context_examples": -1}, "expected 0 or more"),
         ({"shard_sizes": (0, 0)}, "holds no record"),
     ],
 )
@@ -267,40 +225,7 @@ def test_fingerprint_tells_every_other_order(changes: dict) -> None:
     assert make_order(**changes).fingerprint != make_order().fingerprint
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"batch_size": 0},
-        {"sources": ()},
-        {"sources": (SourceShape(shard_sizes=(0,), fingerprint="x"),)},
-        {"reconstruction_share": ()},
-        {"reconstruction_share": ((5, 0.1),)},
-        {"reconstruction_share": ((0, 0.1), (9, 0.2), (4, 0.3))},
-        {"reconstruction_share": ((0, 1.5),)},
-        {"num_decoders": 0},
-        {"window_shards": 0},
-    ],
-)
-def test_values_out_of_range_are_refused(changes: dict) -> None:
-    with pytest.raises(ConfigError):
-        make_order(**changes)
-
-
-@given(costs=st.lists(st.integers(1, 768), min_size=12, max_size=12), num_bins=st.sampled_from([1, 2, 3, 4, 6, 12]))
-def test_dealing_is_a_partition_of_equal_sizes(costs: list[int], num_bins: int) -> None:
-    bins = deal(costs, num_bins)
-    assert sorted(sample for members in bins for sample in members) == list(range(12))
-    assert {len(members) for members in bins} == {12 // num_bins}
-
-
-def test_dealing_balances_work() -> None:
-    costs = [768, 700, 650, 600, 130, 90, 50, 10]
-    totals = [sum(costs[sample] for sample in members) for members in deal(costs, 4)]
-    assert max(totals) / min(totals) < 1.1
-    assert max(totals) < 0.6 * (costs[0] + costs[1]), "dealing in order would pair the two longest"
-
-
-@given(costs=st.lists(st.integers(1, 60), min_size=24, max_size=24), num_bins=st.sampled_from([2, 3, 8, 12]))
+@given(costs=st.lists(st.integers(1, 60), min_size=24, max_size=24), num_bins=st.sampled_from([1, 2, 3, 8, 12, 24]))
 def test_dealing_gives_each_next_costliest_sample_to_the_cheapest_bin_with_room(
     costs: list[int], num_bins: int
 ) -> None:

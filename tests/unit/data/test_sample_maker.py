@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
-from copy import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from arc_ds.batch.packing import PoolingSpec
 from arc_ds.data.loading import sample_maker
-from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.data.loading.loader import StepData
+from arc_ds.data.loading.sample_maker import OnError
 from arc_ds.data.loading.source import Source
-from arc_ds.data.order.order import RunOrder
 from arc_ds.data.tasks import Example, make_example
 from arc_ds.errors import DataError
 from arc_ds.shards.reader import ShardSet
@@ -24,6 +22,7 @@ from arc_ds.tokenizers import Encoding, Tokenizer, load_tokenizer
 from tests.helpers.batches import digest, sequences
 from tests.helpers.tiny_data import write_tokenizer_without
 from tests.helpers.tiny_mixture import LIMITS, SIZES, TinyMixture, question_records, write_question_shards
+from tests.unit.data.examples import data_of
 
 # The unusable record of the few-shot source.
 SPOILT = 4
@@ -59,23 +58,25 @@ def unaskable(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
 def numbers_asked(data: StepData, mixture: TinyMixture) -> dict[int, Counter[tuple[int, ...]]]:
     """For each step, the records named in each few-shot sample, its own last."""
     tokenizers = [load_tokenizer(mixture.decoder), load_tokenizer(mixture.encoder)]
-    found = {}
-    for step in STEPS:
-        found[step] = Counter(
-            tuple(
-                int(block.split("?")[0]) for block in tokenizers[decoder_idx].decode(list(ids)).split("is block ")[1:]
-            )
-            for decoder_idx, task, ids, *_ in sequences([data[step]])[step].elements()
+    return {
+        step: Counter(
+            tuple(map(int, re.findall(r"is block (\d+)\?", tokenizers[decoder_idx].decode(list(ids)))))
+            for decoder_idx, task, ids, *_ in found.elements()
             if task == "few_shot"
         )
-    return found
+        for step, found in sequences(map(data.__getitem__, STEPS)).items()
+    }
 
 
-@pytest.mark.parametrize("name", ["damaged", "unaskable"])
-def test_an_unusable_record_gives_way_and_an_unusable_example_is_left_out(
-    name: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("name", "words"), [("damaged", "checksum"), ("unaskable", "record 4: the answer .* gives no decoder token")]
+)
+def test_an_unusable_record_stops_the_run_or_gives_way_and_an_unusable_example_is_left_out(
+    name: str, words: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
     mixture: TinyMixture = request.getfixturevalue(name)
+    with pytest.raises(DataError, match=words):
+        list(map(mixture.data(weights=FEW_SHOT_ONLY).__getitem__, STEPS))
     data = mixture.data(weights=FEW_SHOT_ONLY, on_error="skip")
     with caplog.at_level(logging.WARNING):
         asked = numbers_asked(data, mixture)
@@ -98,106 +99,63 @@ def without_spoilt(own: int, examples: tuple[int, ...]) -> tuple[int, ...]:
     return (*examples, own)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("damaged", "checksum"), ("unaskable", "record 4: the answer .* gives no decoder token")]
-)
-def test_an_unusable_record_stops_the_run_by_default(name: str, words: str, request: pytest.FixtureRequest) -> None:
-    mixture: TinyMixture = request.getfixturevalue(name)
-    data = mixture.data(weights=FEW_SHOT_ONLY)
-    with pytest.raises(DataError, match=words):
-        for step in STEPS:
-            data[step]
-
-
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
-    return TinyMixture.write(tmp_path_factory.mktemp("sound"))
+def poorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that has no token for one character."""
+    return write_tokenizer_without(tmp_path_factory.mktemp("poorer"), 0x16)
 
 
-@pytest.fixture(scope="module")
-def poorer(sound: TinyMixture) -> TinyMixture:
-    """The same mixture with a decoder that has no token for one character."""
-    mixture = copy(sound)
-    mixture.decoder = write_tokenizer_without(sound.folder / "poorer", 0x16)
-    return mixture
+def few_shot_data(shards: ShardSet, encoder: Path, decoder: Path, on_error: OnError = "skip") -> StepData:
+    """Steps of a single few-shot source with up to three in-context examples."""
+    source = Source(shards=shards, task="few_shot", in_context_examples=3, limits=LIMITS)
+    return data_of(source, encoder, decoder, seed=4, batch_size=8, on_error=on_error)
 
 
-def few_shot_data(mixture: TinyMixture, shards: ShardSet, encoder: Path, *, examples: int, on_error: str) -> StepData:
-    """Steps of a single few-shot source."""
-    source = Source(shards=shards, task="few_shot", in_context_examples=examples, limits=LIMITS)
-    return StepData(
-        order=RunOrder(seed=4, batch_size=8, sources=(source.shape,)),
-        sources=[source],
-        encoder_tokenizer=encoder,
-        readers=[ReaderFiles(tokenizer=mixture.decoder)],
-        pooling=PoolingSpec(),
-        on_error=on_error,  # type: ignore[arg-type]
-    )
-
-
-def test_a_passage_without_encoder_tokens_stops_the_run_or_is_passed_over(sound: TinyMixture, tmp_path: Path) -> None:
-    encoder = write_tokenizer_without(tmp_path / "json", 0x16)
-    records = question_records(12)
-    records[SPOILT]["passages"] = ["\x16"]
-    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
-    data = few_shot_data(sound, shards, encoder, examples=3, on_error="skip")
-    batches = [data[step] for step in STEPS]
-    assert sum(batch.skipped for batch in batches) > 0
-    assert not any(record_id == (0, SPOILT) for batch in batches for record_id in batch.record_ids)
-    data = few_shot_data(sound, shards, encoder, examples=3, on_error="stop")
-    with pytest.raises(DataError, match=f"questions, record {SPOILT}: .* no encoder token"):
-        for step in STEPS:
-            data[step]
-
-
-def test_what_no_task_foresaw_is_a_fault_of_the_record(sound: TinyMixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_task_foresaw_is_a_fault_of_the_record(mixture: TinyMixture, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(records: list[dict[str, Any]], **rest: Any) -> Example:
         if any("block 4?" in record["question"] for record in records):
             raise ValueError("an odd text")
         return make_example(records, **rest)
 
     monkeypatch.setattr(sample_maker, "make_example", failing)
-    shards = ShardSet(sound.folder / "questions")
-    data = few_shot_data(sound, shards, sound.encoder, examples=3, on_error="skip")
+    shards = ShardSet(mixture.folder / "questions")
+    data = few_shot_data(shards, mixture.encoder, mixture.decoder)
     assert sum(data[step].skipped for step in STEPS) > 0
-    data = few_shot_data(sound, shards, sound.encoder, examples=3, on_error="stop")
+    data = few_shot_data(shards, mixture.encoder, mixture.decoder, "stop")
     with pytest.raises(DataError, match="questions, record 4: it gives no sample: an odd text"):
-        for step in STEPS:
-            data[step]
+        list(map(data.__getitem__, STEPS))
 
 
 @pytest.mark.parametrize("spoilt", [{2}, {0, 3}, {0, 1, 2}])
 def test_where_no_record_is_free_an_example_takes_the_own_records_place(
-    spoilt: set[int], sound: TinyMixture, poorer: TinyMixture, tmp_path: Path
+    spoilt: set[int], mixture: TinyMixture, poorer: Path, tmp_path: Path
 ) -> None:
     """With four records and up to three examples, one sample can contain all of them."""
     records = question_records(4)
     for idx in spoilt:
         records[idx]["answer"] = UNANSWERABLE
-    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
-    data = few_shot_data(poorer, shards, sound.encoder, examples=3, on_error="skip")
+    shards = write_question_shards(tmp_path / "questions", mixture.encoder, records)
+    data = few_shot_data(shards, mixture.encoder, poorer)
     for step in STEPS:
         assert {idx for _, idx in data[step].record_ids} <= {0, 1, 2, 3} - spoilt
         assert len(data[step].record_ids) == 8
 
 
-def test_a_source_of_unusable_records_only_ends_the_run(
-    sound: TinyMixture, poorer: TinyMixture, tmp_path: Path
-) -> None:
+def test_a_source_of_unusable_records_only_ends_the_run(mixture: TinyMixture, poorer: Path, tmp_path: Path) -> None:
     records = [record | {"answer": UNANSWERABLE} for record in question_records(4)]
-    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
+    shards = write_question_shards(tmp_path / "questions", mixture.encoder, records)
     with pytest.raises(DataError, match="4 records in a row"):
-        few_shot_data(poorer, shards, sound.encoder, examples=3, on_error="skip")[0]
+        few_shot_data(shards, mixture.encoder, poorer)[0]
 
 
 def test_the_record_blamed_is_the_one_whose_drawn_answer_is_at_fault(
-    sound: TinyMixture, poorer: TinyMixture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mixture: TinyMixture, poorer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One of its two answers has no token. The record alone, with other draws, may still give a sample."""
     records = question_records(12)
     records[SPOILT]["answer"] = ["stone", UNANSWERABLE]
-    shards = write_question_shards(tmp_path / "questions", sound.encoder, records)
-    data = few_shot_data(poorer, shards, sound.encoder, examples=3, on_error="skip")
+    shards = write_question_shards(tmp_path / "questions", mixture.encoder, records)
+    data = few_shot_data(shards, mixture.encoder, poorer)
     assert sum(data[step].skipped for step in range(40)) > 0
     assert [record.message.split(": ")[1] for record in caplog.records if "skipped" in record.message] == [
         f"{shards.name}, record {SPOILT}"
@@ -210,22 +168,15 @@ def test_token_caches_change_no_sample_and_are_used(tmp_path: Path, monkeypatch:
     data = mixture.data(schedule="same_batch")
     for name in ("texts", "questions", "long"):
         build_token_caches(mixture.folder / name, [mixture.encoder, mixture.decoder])
-    tokenised = record_texts(monkeypatch, mixture)
+    tokenised: set[str] = set()
+    for kind in {type(load_tokenizer(path)) for path in (mixture.encoder, mixture.decoder)}:
+
+        def recorded(self: Tokenizer, text: str, original: Any = kind.encode_with_ends) -> Encoding:
+            tokenised.add(text)
+            return original(self, text)
+
+        monkeypatch.setattr(kind, "encode_with_ends", recorded)
     assert [digest(data[step]) for step in range(6)] == before
     texts = {source.shards.record(idx)["text"] for source in data.sources[::2] for idx in range(len(source.shards))}
     assert not texts & tokenised
     assert tokenised, "what is no record's text is tokenised as ever"
-
-
-def record_texts(monkeypatch: pytest.MonkeyPatch, mixture: TinyMixture) -> set[str]:
-    """All texts that are tokenised from now on, in order."""
-    found: set[str] = set()
-    for kind in {type(load_tokenizer(path)) for path in (mixture.encoder, mixture.decoder)}:
-        original = kind.encode_with_ends
-
-        def recorded(self: Tokenizer, text: str, original: Any = original) -> Encoding:
-            found.add(text)
-            return original(self, text)
-
-        monkeypatch.setattr(kind, "encode_with_ends", recorded)
-    return found

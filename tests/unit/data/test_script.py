@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.batch.segments import Segment, TokenIds
-from arc_ds.data.tasks.script import Document, Special, Words, Written, render, with_spaces_in_targets
+from arc_ds.data.tasks import TaskLimits, closed, open_
+from arc_ds.data.tasks.chat import PLAIN
+from arc_ds.data.tasks.example import ExampleSpec, script_example
+from arc_ds.data.tasks.script import Document, Special, Words, render, with_spaces_in_targets
 from arc_ds.tokenizers import Tokenizer, load_tokenizer, read_together
 from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken
 
@@ -36,15 +39,6 @@ def test_pieces_read_together_spell_the_text(tokenizer: Tokenizer, texts: list[s
         assert tokenizer.decode([*tokenizer.encode("a"), *ids]) == "a" + "".join(texts)
     else:
         assert tokenizer.decode(ids) == "".join(texts)
-
-
-def test_text_behind_a_document_has_no_dummy_space(golden: Path) -> None:
-    tokenizer = load_tokenizer(golden / "tokenizers" / "sp384.model")
-    after_a = tokenizer.encode("a")
-    for text in ("\nQuestion", "ilt from", " grey"):
-        (ids,) = read_together(tokenizer, [text], inside=True)
-        assert tokenizer.decode([*after_a, *ids]) == "a" + text
-        assert tokenizer.decode([*after_a, *tokenizer.encode(text)]) == "a " + text
 
 
 def test_pieces_are_slices_of_the_whole_where_tokens_allow(tokenizer: Tokenizer) -> None:
@@ -93,9 +87,8 @@ def test_variants_leave_out_or_spell_the_document(tokenizer: Tokenizer) -> None:
         Words("Answer: "),
         Words("of stone", in_loss=True),
     )
-    parts = with_spaces_in_targets(parts)
-    rendered = render(parts, tokenizer)
-    variants = Written(parts, tokenizer, rendered.target)
-    closed, opened = variants.closed(), variants.open()
-    assert closed == (Segment.text(tokenizer.encode("Answer:")), *rendered.target)
-    assert opened == (Segment.text(tokenizer.encode("Document: the sea\nAnswer:")), *rendered.target)
+    spec = ExampleSpec("few_shot", 0, tokenizer, tokenizer, TaskLimits(), PLAIN)
+    example = script_example(parts, (), spec)
+    (target,) = (segment for segment in example.sample.segments if segment.in_loss)
+    assert closed(example).segments == (Segment.text(tokenizer.encode("Answer:")), target)
+    assert open_(example).segments == (Segment.text(tokenizer.encode("Document: the sea\nAnswer:")), target)

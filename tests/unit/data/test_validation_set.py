@@ -18,9 +18,10 @@ from arc_ds.data.tasks import Example, TaskLimits, mismatched
 from arc_ds.errors import DataError
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.records import encode_record
-from arc_ds.tokenizers import Tokenizer, load_tokenizer
-from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
+from arc_ds.tokenizers import load_tokenizer
+from tests.helpers.tiny_data import numbered_texts, write_shards
 from tests.helpers.tiny_mixture import SIZES, TinyMixture, write_question_shards
+from tests.unit.data.examples import context_ids, text_ids
 
 LIMITS = TaskLimits(max_context=16, max_prefix=16, max_continuation=16)
 
@@ -28,49 +29,44 @@ LIMITS = TaskLimits(max_context=16, max_prefix=16, max_continuation=16)
 class Setting:
     """Two held-out sources and two tokenizers."""
 
-    def __init__(self, folder: Path) -> None:
-        self.encoder_path = write_tiktoken(folder / "tokenizer.model")
-        self.encoder: Tokenizer = load_tokenizer(self.encoder_path)
-        self.readers = [
-            Reader(tokenizer=load_tokenizer(write_json_tokenizer(folder / "json"))),
-            Reader(tokenizer=self.encoder),
-        ]
+    def __init__(self, folder: Path, mixture: TinyMixture) -> None:
+        self.encoder_path = mixture.encoder
+        self.encoder = load_tokenizer(mixture.encoder)
+        self.readers = [Reader(load_tokenizer(mixture.decoder)), Reader(self.encoder)]
         texts = numbered_texts(90)
-        write_shards(folder / "a", self.encoder_path, texts[:60])
-        write_shards(folder / "b", self.encoder_path, texts[60:])
-        self.folders = [folder / "a", folder / "b"]
+        self.sources = [self.source(folder / "a", texts[:60]), self.source(folder / "b", texts[60:])]
 
-    def sources(self) -> list[Source]:
-        return [Source(shards=ShardSet(folder), limits=LIMITS) for folder in self.folders]
+    def source(self, folder: Path, texts: list[str]) -> Source:
+        """Write a source of texts."""
+        return Source(shards=write_shards(folder, self.encoder_path, texts), limits=LIMITS)
 
     def examples(self, sources: list[Source], num: int, on_error: OnError = "stop") -> tuple[tuple[Example, ...], ...]:
         return validation_examples(sources, num, encoder=self.encoder, readers=self.readers, on_error=on_error)
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(tmp_path_factory.mktemp("held_out"))
+def setting(tmp_path_factory: pytest.TempPathFactory, mixture: TinyMixture) -> Setting:
+    return Setting(tmp_path_factory.mktemp("held_out"), mixture)
 
 
 def test_held_out_examples_are_fixed_and_half_of_each_task(setting: Setting) -> None:
-    sources = setting.sources()[:1]
-    found = setting.examples(sources, 20)
-    assert found == setting.examples(setting.sources()[:1], 20)
+    found = setting.examples(setting.sources[:1], 20)
+    assert found == setting.examples(setting.sources[:1], 20)
     for examples in found:
         assert [example.sample.task for example in examples] == ["reconstruction"] * 10 + ["continuation"] * 10
         assert len({example.contexts for example in examples}) == 20
 
 
 def test_every_decoder_reads_the_same_held_out_records(setting: Setting, tmp_path: Path) -> None:
-    write_shards(tmp_path / "own", setting.encoder_path, [f"Tower {number} " * 20 for number in range(100, 140)])
-    first, second = setting.examples([Source(shards=ShardSet(tmp_path / "own"), limits=LIMITS)], 24)
+    source = setting.source(tmp_path / "own", [f"Tower {number} " * 20 for number in range(100, 140)])
+    first, second = setting.examples([source], 24)
     numbers = [[re.findall(r" (\d+) ", example.contexts[0])[0] for example in examples] for examples in (first, second)]
     assert numbers[0] == numbers[1] and len(set(numbers[0])) == 24
     assert [example.sample for example in first] != [example.sample for example in second]
 
 
 def test_sources_share_the_held_out_samples_by_weight(setting: Setting) -> None:
-    first, second = setting.sources()
+    first, second = setting.sources
     both, _ = setting.examples([replace(first, weight=3.0), second], 24)
     of_first, _ = setting.examples([first], 18)
     assert both[:18] == of_first, "a source's samples do not depend on the other sources"
@@ -78,7 +74,7 @@ def test_sources_share_the_held_out_samples_by_weight(setting: Setting) -> None:
 
 
 def test_too_few_held_out_records_are_refused_with_the_source_named(setting: Setting) -> None:
-    first, second = setting.sources()
+    first, second = setting.sources
     with pytest.raises(DataError, match=r"/b: 31 validation samples .* holds 30 records\. Request 4 to 30"):
         setting.examples([second], 31)
     with pytest.raises(DataError, match="/a: 2 validation samples .* Request 4 to 60"):
@@ -86,9 +82,9 @@ def test_too_few_held_out_records_are_refused_with_the_source_named(setting: Set
 
 
 def test_held_out_records_that_are_all_too_short_are_an_error(setting: Setting, tmp_path: Path) -> None:
-    write_shards(tmp_path / "short", setting.encoder_path, ["A sea."] * 8)
+    source = setting.source(tmp_path / "short", ["A sea."] * 8)
     with pytest.raises(DataError, match=r"too few usable records .*: 4 are too short for a task, 0 cannot be used"):
-        setting.examples([Source(shards=ShardSet(tmp_path / "short"), limits=LIMITS)], 8)
+        setting.examples([source], 8)
 
 
 def damage(shards: ShardSet, records: Sequence[int]) -> None:
@@ -101,14 +97,16 @@ def damage(shards: ShardSet, records: Sequence[int]) -> None:
         tar.write_bytes(content)
 
 
-def test_a_damaged_held_out_record_stops_the_run_or_is_named(
+def test_a_damaged_held_out_record_stops_the_run_or_is_named_and_those_too_short_are_counted(
     setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = [f"Tower {number} of the sea. " * 20 for number in range(100, 140)]
-    shards = write_shards(tmp_path / "own", setting.encoder_path, texts)
-    sound, _ = setting.examples([Source(shards=shards, limits=LIMITS)], 20)
-    damage(shards, [4, 36])  # records 0, 2, ... 38 are used
-    source = Source(shards=ShardSet(tmp_path / "own"), limits=LIMITS)
+    texts[2] = texts[10] = "A sea."  # records 0, 2, ... 38 are used, for both tasks in turn
+    source = setting.source(tmp_path / "own", texts)
+    sound, _ = setting.examples([source], 20)
+    assert len(sound) == 20
+    damage(source.shards, [4, 36])
+    source = replace(source, shards=ShardSet(tmp_path / "own"))
     with pytest.raises(DataError, match=r"own, held-out record 4: .*own/shard-.* the checksum .*data\.on_error: skip"):
         setting.examples([source], 20)
     with caplog.at_level(logging.INFO):
@@ -116,44 +114,25 @@ def test_a_damaged_held_out_record_stops_the_run_or_is_named(
     assert sum(one == other for one, other in zip(sound, found, strict=True)) == 18
     messages = [record.getMessage() for record in caplog.records]
     assert sorted(re.findall(r"held-out record (\d+)", " ".join(messages))) == ["36", "4"]
-    assert "held-out records skipped: 0 too short for their task, 2 that cannot be used" in messages
+    assert "held-out records skipped: 2 too short for their task, 2 that cannot be used" in messages
 
 
-def test_a_damaged_in_context_example_is_no_silent_change_either(tmp_path: Path) -> None:
-    encoder = load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
+def test_a_damaged_in_context_example_is_no_silent_change_either(setting: Setting, tmp_path: Path) -> None:
     records = [{"passage": f"Lamp {n} at sea.", "question": "Which?", "answer": f"{n}"} for n in range(12)]
-    shards = write_question_shards(tmp_path / "questions", tmp_path / "tokenizer.model", records)
+    shards = write_question_shards(tmp_path / "questions", setting.encoder_path, records)
     damage(shards, [11])  # records 0, 2, ... 10 are used
     source = Source(shards=ShardSet(shards.folder), task="few_shot", in_context_examples=5)
     with pytest.raises(DataError, match=r"record \d+ with the in-context examples .*11.*the checksum"):
-        validation_examples([source], 6, encoder=encoder, readers=[Reader(tokenizer=encoder)], on_error="stop")
+        setting.examples([source], 6)
 
 
-def test_records_too_short_for_their_task_are_passed_over_and_counted(
-    setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_held_out_few_shot_samples_have_fixed_examples_from_their_source(
+    setting: Setting, mixture: TinyMixture
 ) -> None:
-    texts = [f"Tower {number} of the sea. " * 20 for number in range(100, 140)]
-    texts[2] = texts[10] = "A sea."  # records 0, 2, ... 38 alternate between the two tasks
-    write_shards(tmp_path / "some", setting.encoder_path, texts)
-    with caplog.at_level(logging.INFO):
-        examples, _ = setting.examples([Source(shards=ShardSet(tmp_path / "some"), limits=LIMITS)], 20)
-    assert len(examples) == 20
-    (said,) = [record.getMessage() for record in caplog.records if "records skipped" in record.getMessage()]
-    assert said == "held-out records skipped: 2 too short for their task, 0 that cannot be used"
-
-
-def test_held_out_few_shot_samples_have_fixed_examples_from_their_source(tmp_path: Path) -> None:
-    mixture = TinyMixture.write(tmp_path)
-    encoder = load_tokenizer(mixture.encoder)
-
     def questions() -> list[list[str]]:
         """The records of each sample, its own last."""
-        (examples,) = validation_examples(
-            mixture.sources()[1:2], SIZES[1], encoder=encoder, readers=[Reader(tokenizer=encoder)], on_error="stop"
-        )
-        texts = [
-            encoder.decode([i for part in e.sample.segments if part.kind == "text" for i in part.ids]) for e in examples
-        ]
+        _, examples = setting.examples(mixture.sources()[1:2], SIZES[1])
+        texts = [setting.encoder.decode(text_ids(example.sample)) for example in examples]
         return [re.findall(r"Of what is block (\d+)\?", text) for text in texts]
 
     found = questions()
@@ -164,36 +143,32 @@ def test_held_out_few_shot_samples_have_fixed_examples_from_their_source(tmp_pat
 
 
 def test_no_in_context_example_holds_a_passage_of_the_record_asked_about(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Twelve questions per page, as in question sets."""
-    encoder = load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
     records = [
         {"passages": [f"Tower {page} stands in the sea.", f"Lamp {page}."], "question": f"q {q}?", "answer": f"a {q}"}
         for page in range(3)
         for q in range(12)
     ]
     records[0]["answer"] = "a lamp in the sea"
-    shards = write_question_shards(tmp_path / "questions", tmp_path / "tokenizer.model", records)
+    shards = write_question_shards(tmp_path / "questions", setting.encoder_path, records)
     limits = TaskLimits(max_passages=2, max_answer=8)
     source = Source(shards=shards, task="few_shot", in_context_examples=3, limits=limits)
     with caplog.at_level(logging.INFO):
-        (examples,) = validation_examples(
-            [source], 30, encoder=encoder, readers=[Reader(tokenizer=encoder)], on_error="stop"
-        )
+        _, examples = setting.examples([source], 30)
     assert len(examples) == 30 and sum(len(example.contexts) > 1 for example in examples) > 10
     for example, other in zip(examples, mismatched(examples), strict=True):
         own = example.contexts[-1].split("\n")[0]
-        given = [encoder.decode(list(segment.ids)) for segment in other.segments if segment.kind == "context"]
+        given = [setting.encoder.decode(ids) for ids in context_ids(other)]
         assert not any(own in context for context in (*example.contexts[:-1], *given))
     (said,) = [record.getMessage() for record in caplog.records if "held-out" in record.getMessage()]
     assert re.fullmatch(
-        r"held-out samples, of all decoders: 30, cut to the limits: (cut_examples \d+, )?cut_answers 1", said
+        r"held-out samples, of all decoders: 60, cut to the limits: (cut_examples \d+, )?cut_answers 2", said
     )
 
 
-def test_a_task_that_its_records_cannot_serve_is_refused(tmp_path: Path) -> None:
-    mixture = TinyMixture.write(tmp_path)
+def test_a_task_that_its_records_cannot_serve_is_refused(mixture: TinyMixture) -> None:
     texts, questions, _ = mixture.sources()
     with pytest.raises(
         DataError, match="texts holds pretraining records, .* Set its `task` to long_context or pretraining"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ from arc_ds.data.loading.estimates import Estimate
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec
-from arc_ds.planning.flops import StepFlops, count_flops, work_rates
+from arc_ds.planning.flops import Operations, StepFlops, count_flops, work_rates
 from arc_ds.training.engine import set_trained
 from tests.helpers.tiny_compressor import TINY, sample, tiny_compressor, tiny_decoder
 
@@ -32,6 +31,9 @@ LLAMA_3_1_8B = BackboneConfig(
     family="llama", hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, ffn_size=14336,
     vocab_size=128256, rope_theta=5e5, norm_eps=1e-5,
 )  # fmt: skip
+SPEC = CompressorSpec(
+    backbone=TINY, num_layers=3, rules=(GroupRule("factor", 4),), bridge_hidden_size=20, decoder_sizes=(12,)
+)
 PAPER = CompressorSpec(backbone=LLAMA_3_2_3B, num_layers=26, markers=(), decoder_sizes=(4096,))
 
 
@@ -76,11 +78,10 @@ def test_work_is_dealt_by_these_operations(estimate: Estimate, bound: float) -> 
     prefix, suffix = range(estimate.prefix_rows), range(estimate.suffix_rows - compressed)
     laid_out = Sample("continuation", (Segment.text(prefix), *contexts, Segment.text(suffix, True)))
     flops = count_flops(pack([laid_out], PAPER.packing), PAPER, LLAMA_3_1_8B)
-    parts = (flops.encoder_forward, flops.encoder_backward, flops.decoder_forward, flops.decoder_backward)
-    counted = sum(part.total for part in parts)
+    counted = sum(part.total for part in _passes(flops))
     assert work_rates(PAPER, LLAMA_3_1_8B).work(estimate) == pytest.approx(counted, rel=bound)
     linear = replace(work_rates(PAPER, LLAMA_3_1_8B), encoder_pair=0.0, decoder_pair=0.0).work(estimate)
-    attention = sum(part.attention for part in parts) / counted
+    attention = sum(part.attention for part in _passes(flops)) / counted
     assert linear / counted == pytest.approx(1 - attention, abs=bound)
 
 
@@ -102,9 +103,8 @@ def _added_product(_: Any, a: Any, b: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
-def _linear(flops: StepFlops) -> int:
-    parts = (flops.encoder_forward, flops.encoder_backward, flops.decoder_forward, flops.decoder_backward)
-    return sum(part.linear for part in parts) + flops.bridge + flops.head
+def _passes(flops: StepFlops) -> tuple[Operations, ...]:
+    return flops.encoder_forward, flops.encoder_backward, flops.decoder_forward, flops.decoder_backward
 
 
 @pytest.mark.parametrize(
@@ -125,40 +125,36 @@ def _linear(flops: StepFlops) -> int:
 def test_products_with_weights_are_those_that_torch_counts(
     changes: dict[str, Any], trained_layers: int | None, train_embeddings: bool
 ) -> None:
-    spec = CompressorSpec(**{
-        "backbone": TINY, "num_layers": 3, "rules": (GroupRule("factor", 4),), "bridge_hidden_size": 20,
-        "decoder_sizes": (12,), **changes,
-    })  # fmt: skip
+    spec = replace(SPEC, **changes)
     compressor, decoder = tiny_compressor(**changes), tiny_decoder()
     set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
     batch = _batch(spec.packing)
     flops = count_flops(batch, spec, decoder.config, trained_layers=trained_layers, train_embeddings=train_embeddings)
     measured = _measured(batch, compressor, decoder)
     assert measured["aten.addmm_"] > 0
-    assert _linear(flops) == measured["aten.mm"] + measured["aten.addmm_"]
+    linear = sum(part.linear for part in _passes(flops)) + flops.bridge + flops.head
+    assert linear == measured["aten.mm"] + measured["aten.addmm_"]
 
 
 def test_attention_is_what_torch_counts_where_nothing_is_masked() -> None:
     """Encoder contexts of equal length. torch keeps the scores for backward, so it counts four products, not five."""
     compressor = tiny_compressor()
-    batch = pack([sample(-8), sample(-8, seed=1)], PoolingSpec(rules=(GroupRule("factor", 4),)))
+    batch = pack([sample(-8), sample(-8, seed=1)], SPEC.packing)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         states = compressor.encoder(batch)
     forward = counter.get_flop_counts()["Global"]
     with FlopCounterMode(display=False) as counter:
         states.sum().backward()
     backward = counter.get_flop_counts()["Global"]
-    spec = CompressorSpec(backbone=TINY, num_layers=3, rules=(GroupRule("factor", 4),), decoder_sizes=(12,))
-    flops = count_flops(batch, spec, tiny_decoder().config)
+    flops = count_flops(batch, SPEC, tiny_decoder().config)
     assert flops.encoder_forward.attention == forward[torch.ops.aten.bmm]
     assert flops.encoder_backward.attention == backward[torch.ops.aten.bmm] * 5 // 4
 
 
 def test_masked_pairs_are_not_counted() -> None:
     """Each decoder row attends to itself and to all preceding rows. In backward only suffix rows are queries."""
-    batch = _batch(PoolingSpec(rules=(GroupRule("factor", 4),)))
-    spec = CompressorSpec(backbone=TINY, num_layers=3, rules=(GroupRule("factor", 4),), decoder_sizes=(12,))
-    flops = count_flops(batch, spec, tiny_decoder().config)
+    batch = _batch(SPEC.packing)
+    flops = count_flops(batch, SPEC, tiny_decoder().config)
     assert batch.prefix is not None
     suffix = set(batch.prefix.suffix_rows.tolist())
     bounds = batch.decoder_cu_seqlens.tolist()
@@ -171,5 +167,5 @@ def test_masked_pairs_are_not_counted() -> None:
     a_pair = 4 * TINY.num_heads * TINY.head_dim * TINY.num_layers
     assert flops.decoder_forward.attention == len(pairs) * a_pair
     assert flops.decoder_backward.attention == sum(row in suffix for row, _ in pairs) * a_pair * 5 // 2
-    causal = count_flops(batch, dataclasses.replace(spec, causal=True), tiny_decoder().config)
+    causal = count_flops(batch, replace(SPEC, causal=True), tiny_decoder().config)
     assert causal.encoder_forward.attention < flops.encoder_forward.attention

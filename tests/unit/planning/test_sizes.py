@@ -9,8 +9,7 @@ import pytest
 from arc_ds.batch.packing import PoolingSpec
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
-from arc_ds.data.loading.decoder_reader import Reader
-from arc_ds.data.loading.micro_batches import sample_size
+from arc_ds.data.loading.micro_batches import sample_sizes
 from arc_ds.data.tasks import make_example
 from arc_ds.data.tasks.chat import LayoutName, count_template, read_layout
 from arc_ds.data.tasks.task import NO_CHAT, ChatRows
@@ -39,45 +38,32 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
 
 
 FEW_SHOT = "data.sources=[{path: a, task: few_shot, in_context_examples: 3}]"
+MEMORY = ["pooling.factors=[]", "pooling.memory_tokens=10"]
+LONG_HELD_OUT = "data.validation=[{path: v, task: long_context}]"
 LONG = "data.sources=[{path: a}, {path: b, task: long_context, chunk_tokens: 512}]"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "context", "rows"),
+    ("overrides", "context", "rows", "largest"),
     [
-        ([], 256, 1 + 256 + 256 + 256 // 8 + 2),
-        (["data.validation=v"], 256, 1 + 256 + 256 + 256),
-        (["data.max_context_tokens=900"], 900, 1 + 900 + 113 + 2),
-        ([FEW_SHOT], 2048, 1 + 4 * ASKED + 2048 // 8 + 4 * 2),
-        ([LONG], 512, 1 + 256 + 32 * 512 // 8 + 32 * 2),
-        ([LONG, "data.validation=[{path: v, task: long_context}]"], 1024, 1 + 256 + 32 * 1024),
-        (["pooling.factors=[]", "pooling.memory_tokens=10"], 256, 1 + 512 + 10 + 1),
+        ([], 256, 1 + 512 + 32 + 2, (256, 1 + 512 + 32 + 2)),
+        (["data.validation=v"], 256, 1 + 512 + 256, (256, 1 + 512 + 32 + 2)),
+        (["data.max_context_tokens=900"], 900, 1 + 900 + 113 + 2, (900, 1 + 900 + 113 + 2)),
+        ([FEW_SHOT], 2048, 1 + 4 * ASKED + 256 + 4 * 2, (2048, 1 + 4 * ASKED + 256 + 4 * 2)),
+        ([LONG], 512, 1 + 256 + 32 * 512 // 8 + 32 * 2, (32 * 512, 1 + 256 + 32 * 512 // 8 + 32 * 2)),
+        ([LONG, LONG_HELD_OUT], 1024, 1 + 256 + 32 * 1024, (32 * 512, 1 + 256 + 32 * 512 // 8 + 32 * 2)),
+        (MEMORY, 256, 1 + 512 + 10 + 1, (256 + 10, 1 + 512 + 10 + 1)),
+        ([FEW_SHOT, *MEMORY], 2048, 1 + 4 * ASKED + 4 * 11, (2048 + 40, 1 + 4 * ASKED + 4 * 11)),
     ],
-    ids=["pretraining", "held out", "reconstruction", "few-shot", "long", "long held out", "memory tokens"],
+    ids=["pretraining", "held out", "reconstruction", "few-shot", "long", "long held out", "memory", "few-shot memory"],
 )
-def test_the_longest_sequence_is_that_of_the_longest_task(
-    tmp_path: Path, overrides: list[str], context: int, rows: int
+def test_the_longest_sequence_and_the_largest_sample_are_those_of_the_longest_task(
+    tmp_path: Path, overrides: list[str], context: int, rows: int, largest: tuple[int, int]
 ) -> None:
     config = load(tmp_path, *overrides)
     assert longest_context(config) == context
     assert longest_sequence(config, NO_CHAT) == rows
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ([], (256, 1 + 512 + 32 + 2)),
-        ([FEW_SHOT], (2048, 1 + 4 * ASKED + 2048 // 8 + 4 * 2)),
-        ([LONG], (32 * 512, 1 + 256 + 32 * 512 // 8 + 32 * 2)),
-        ([FEW_SHOT, "pooling.factors=[]", "pooling.memory_tokens=10"], (2048 + 40, 1 + 4 * ASKED + 4 * 11)),
-    ],
-    ids=["pretraining", "few-shot", "long", "memory tokens of each context"],
-)
-def test_the_largest_sample_of_a_source_has_all_its_contexts(
-    tmp_path: Path, overrides: list[str], expected: tuple[int, int]
-) -> None:
-    config = load(tmp_path, *overrides)
-    assert largest_sample(config, config.data.sources[-1]) == expected
+    assert largest_sample(config, config.data.sources[-1]) == largest
 
 
 X = "xyz" * 500  # each letter is one token
@@ -113,7 +99,7 @@ def test_no_sample_has_more_rows_than_its_lengths_allow(
     decoder = f"decoders=[{{name: a, backbone: b, chat_template: {template}}}]"
     config = load(tmp_path, f"data.sources=[{source}]", *sizes, decoder, "data.max_chunks=30")
     tokenizer = load_tokenizer(chat_tokenizer)
-    reader = Reader(tokenizer=tokenizer, layout=read_layout(template, tokenizer, chat_tokenizer))
+    layout = read_layout(template, tokenizer, chat_tokenizer)
     example = make_example(
         records,
         task=task,
@@ -121,10 +107,10 @@ def test_no_sample_has_more_rows_than_its_lengths_allow(
         encoder=tokenizer,
         decoder=tokenizer,
         limits=task_limits(config, config.data.sources[0]),
-        layout=reader.layout,
+        layout=layout,
     )
     assert not example.counts
-    rows = sample_size(example.sample, PoolingSpec()).decoder_rows
-    chat = ChatRows(*count_template(reader.layout, tokenizer), TEXT_WORDS) if reader.layout.is_chat else NO_CHAT
+    (size,) = sample_sizes([example.sample], PoolingSpec())
+    chat = ChatRows(*count_template(layout, tokenizer), TEXT_WORDS) if layout.is_chat else NO_CHAT
     bound = longest_sequence(config, chat)
-    assert rows <= bound <= largest_sample(config, config.data.sources[0])[1]
+    assert size.decoder_rows <= bound <= largest_sample(config, config.data.sources[0])[1]

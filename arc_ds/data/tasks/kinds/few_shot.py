@@ -11,86 +11,56 @@ from collections.abc import Sequence
 from typing import Any
 
 from arc_ds.data.order.randomness import random_words
-from arc_ds.data.tasks.asked import Asked, ask
-from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import cut_document, read_passages
-from arc_ds.data.tasks.estimate import TEMPLATE_TOKENS, AskedMeans, Estimate
-from arc_ds.data.tasks.example import Example, TaskCounts, written_example
+from arc_ds.data.tasks.example import Example, ExampleSpec
 from arc_ds.data.tasks.limits import TaskLimits
-from arc_ds.data.tasks.questions import Block, write_blocks
-from arc_ds.data.tasks.task import ChatRows, Largest, Sizing, Task, asked_rows
+from arc_ds.data.tasks.questions import Question, QuestionBlock, draw_question, question_example
+from arc_ds.data.tasks.task import TEMPLATE_TOKENS, ChatRows, Largest, RecordMeans, SampleLengths, Task, question_rows
 from arc_ds.shards.records import fine_tuning_record
-from arc_ds.tokenizers import Tokenizer
 
 
-def few_shot_example(
-    records: Sequence[dict[str, Any]],
-    *,
-    sample: str,
-    seed: int,
-    encoder: Tokenizer,
-    decoder: Tokenizer,
-    limits: TaskLimits,
-    layout: Layout,
-) -> Example:
+def few_shot_example(records: Sequence[dict[str, Any]], spec: ExampleSpec) -> Example:
     """The example of the first record. The other records are its in-context examples and come before it, in order.
 
     The record's own document is cut to limits.max_documents. In-context examples are then added from the last one
     backwards, while their whole documents fit. An in-context example with a question or answer that is too long is left
     out. Raises DataError if a record is not a valid fine-tuning record.
     """
-    draws = random_words(2 * len(records), seed, "few-shot").reshape(-1, 2).tolist()
+    limits = spec.limits
+    draws = random_words(2 * len(records), spec.seed, "few-shot").reshape(-1, 2).tolist()
     fields = [fine_tuning_record(record) for record in records]
-    own, *others = (
-        ask(record, draw, decoder=decoder, limits=limits, is_chat=layout.is_chat)
-        for record, draw in zip(fields, draws, strict=True)
-    )
-    marker = limits.marker("cont")
-    reading = read_passages(own.passages, encoder)
-    document = cut_document(reading, limits.max_documents, marker)
-    room = limits.max_documents - len(document.ids)
-    blocks = [*_fitting(others, room, encoder, limits), Block((document,), own)]
-    counts = TaskCounts(
-        cut_contexts=int(len(document.ids) < len(reading)),
-        cut_examples=len(others) - len(blocks) + 1,
-        cut_questions=int(own.question_is_cut),
-        cut_answers=int(own.answer_is_cut),
-    )
-    parts = write_blocks(blocks, layout, limits.bos_ids(decoder))
-    return written_example(sample, parts, fields[0].passages, counts, decoder)
+    own, *others = (draw_question(record, draw, spec) for record, draw in zip(fields, draws, strict=True))
+    encoded = read_passages(own.passages, spec)
+    document = cut_document(encoded, limits.max_documents)
+    blocks = [*_fitting(others, limits.max_documents - len(document.ids), spec), QuestionBlock((document,), own)]
+    is_cut, num_left_out = int(len(document.ids) < len(encoded)), len(records) - len(blocks)
+    return question_example(blocks, fields[0].passages, spec, cut_contexts=is_cut, cut_examples=num_left_out)
 
 
-def _fitting(others: Sequence[Asked], room: int, encoder: Tokenizer, limits: TaskLimits) -> list[Block]:
+def _fitting(others: Sequence[Question], room: int, spec: ExampleSpec) -> list[QuestionBlock]:
     """Blocks of the last in-context examples whose documents together fit in `room` encoder tokens."""
-    blocks: list[Block] = []
-    for asked in reversed(others):
-        if asked.question_is_cut or asked.answer_is_cut:
+    blocks: list[QuestionBlock] = []
+    for question in reversed(others):
+        if question.cuts:
             continue
-        reading = read_passages(asked.passages, encoder)
-        room -= len(reading)
+        encoded = read_passages(question.passages, spec)
+        room -= len(encoded)
         if room < 0:
             break
-        blocks.append(Block((reading.document(0, len(reading), limits.marker("cont")),), asked))
+        blocks.append(QuestionBlock((encoded.document(0, len(encoded)),), question))
     return blocks[::-1]
 
 
-def estimate_few_shot(_: str, tokens: Sequence[int], sizing: Sizing) -> Estimate:
+def _estimate(_: str, tokens: Sequence[int], limits: TaskLimits, means: RecordMeans | None) -> SampleLengths:
     """Estimate documents by the source's means. In-context examples are added while they fit, the last ones first."""
-    limits, asked = sizing.limits, sizing.asked or AskedMeans()
-    own, *examples = (max(round((count - asked.other_tokens) * asked.drawn_share), 1) for count in tokens)
-    own = min(own, limits.max_documents)
-    room, kept = limits.max_documents - own, 0
+    means = means or RecordMeans()
+    own, *examples = (max(round((count - means.other_tokens) * means.drawn_share), 1) for count in tokens)
+    lengths = [min(own, limits.max_documents)]
     for length in reversed(examples):
-        room -= length
-        if room < 0:
+        if sum(lengths) + length > limits.max_documents:
             break
-        kept += 1
-    lengths = (*examples[len(examples) - kept :], own)
-    return Estimate(
-        context_lengths=lengths,
-        prefix_rows=int(limits.bos),
-        suffix_rows=sum(map(sizing.compressed, lengths)) + (asked.asked_rows + TEMPLATE_TOKENS) * len(lengths),
-    )
+        lengths.insert(0, length)
+    return SampleLengths(tuple(lengths), 0, (means.question_rows + TEMPLATE_TOKENS) * len(lengths))
 
 
 def _largest(limits: TaskLimits, max_examples: int, chat: ChatRows) -> Largest:
@@ -98,7 +68,7 @@ def _largest(limits: TaskLimits, max_examples: int, chat: ChatRows) -> Largest:
         contexts=max_examples + 1,
         context_tokens=limits.max_documents,
         longest_context=limits.max_documents,
-        said_rows=asked_rows(limits) * (max_examples + 1) + chat.further * max_examples,
+        text_rows=question_rows(limits) * (max_examples + 1) + chat.further * max_examples,
     )
 
 
@@ -107,7 +77,7 @@ TASK = Task(
     record_kinds=("fine_tuning",),
     samples=("few_shot",),
     example=few_shot_example,
-    estimate=estimate_few_shot,
+    estimate=_estimate,
     largest=_largest,
     own_keys=("in_context_examples", "max_passages"),
     size_keys="data.max_documents_tokens, the source's in_context_examples, data.max_question_tokens or "

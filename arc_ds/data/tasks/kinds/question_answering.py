@@ -15,56 +15,33 @@ from dataclasses import replace
 from typing import Any
 
 from arc_ds.data.order.randomness import random_words
-from arc_ds.data.tasks.asked import ask
-from arc_ds.data.tasks.chat import Layout
 from arc_ds.data.tasks.contexts import cut_document, read_passages
-from arc_ds.data.tasks.estimate import TEMPLATE_TOKENS, AskedMeans, Estimate
-from arc_ds.data.tasks.example import Example, TaskCounts, written_example
+from arc_ds.data.tasks.example import Example, ExampleSpec
 from arc_ds.data.tasks.limits import TaskLimits
-from arc_ds.data.tasks.questions import Block, write_blocks
-from arc_ds.data.tasks.task import ChatRows, Largest, Sizing, Task, asked_rows
+from arc_ds.data.tasks.questions import QuestionBlock, draw_question, question_example
+from arc_ds.data.tasks.task import TEMPLATE_TOKENS, ChatRows, Largest, RecordMeans, SampleLengths, Task, question_rows
 from arc_ds.shards.records import fine_tuning_record
-from arc_ds.tokenizers import Tokenizer
 
 
-def question_answering_example(
-    records: Sequence[dict[str, Any]],
-    *,
-    sample: str,
-    seed: int,
-    encoder: Tokenizer,
-    decoder: Tokenizer,
-    limits: TaskLimits,
-    layout: Layout,
-) -> Example:
+def question_answering_example(records: Sequence[dict[str, Any]], spec: ExampleSpec) -> Example:
     """The example of one record. `seed` chooses the passage, and the answer if there are several.
 
     Raises DataError if the record has no answer, or if its passage gives no encoder token.
     """
-    fields = fine_tuning_record(records[0])
-    passage_draw, *draws = random_words(3, seed, "question-answering").tolist()
-    passage = fields.passages[passage_draw % len(fields.passages)]
-    one_passage = replace(fields, passages=(passage,))
-    asked = ask(one_passage, draws, decoder=decoder, limits=limits, is_chat=layout.is_chat)
-    reading = read_passages(asked.passages, encoder)
-    document = cut_document(reading, limits.max_context, limits.marker("cont"))
-    counts = TaskCounts(
-        cut_contexts=int(len(document.ids) < len(reading)),
-        cut_questions=int(asked.question_is_cut),
-        cut_answers=int(asked.answer_is_cut),
-    )
-    parts = write_blocks([Block((document,), asked)], layout, limits.bos_ids(decoder))
-    return written_example(sample, parts, fields.passages, counts, decoder)
+    record = fine_tuning_record(records[0])
+    passage_draw, *draws = random_words(3, spec.seed, "question-answering").tolist()
+    passage = record.passages[passage_draw % len(record.passages)]
+    question = draw_question(replace(record, passages=(passage,)), draws, spec)
+    encoded = read_passages(question.passages, spec)
+    document = cut_document(encoded, spec.limits.max_context)
+    is_cut = len(document.ids) < len(encoded)
+    return question_example([QuestionBlock((document,), question)], record.passages, spec, cut_contexts=int(is_cut))
 
 
-def _estimate(_: str, tokens: Sequence[int], sizing: Sizing) -> Estimate:
-    limits, asked = sizing.limits, sizing.asked or AskedMeans()
-    length = min(max(tokens[0] - asked.other_tokens, 1), limits.max_context)
-    return Estimate(
-        context_lengths=(length,),
-        prefix_rows=int(limits.bos),
-        suffix_rows=sizing.compressed(length) + asked.asked_rows + TEMPLATE_TOKENS,
-    )
+def _estimate(_: str, tokens: Sequence[int], limits: TaskLimits, means: RecordMeans | None) -> SampleLengths:
+    means = means or RecordMeans()
+    length = min(max(tokens[0] - means.other_tokens, 1), limits.max_context)
+    return SampleLengths((length,), 0, means.question_rows + TEMPLATE_TOKENS)
 
 
 def _largest(limits: TaskLimits, _: int, chat: ChatRows) -> Largest:
@@ -72,7 +49,7 @@ def _largest(limits: TaskLimits, _: int, chat: ChatRows) -> Largest:
         contexts=1,
         context_tokens=limits.max_context,
         longest_context=limits.max_context,
-        said_rows=asked_rows(limits),
+        text_rows=question_rows(limits),
     )
 
 

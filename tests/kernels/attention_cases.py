@@ -11,7 +11,6 @@ from torch import Tensor
 
 from arc_kernels.attention import attention_varlen_reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("full", "causal", "limits")
 INPUTS = ("q_TNH", "k_UKH", "v_UKH")
 

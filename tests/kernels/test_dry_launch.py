@@ -6,18 +6,16 @@ about half a minute on two CPU cores (AMD EPYC, empty cache).
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.kernels.programs import BENCHMARKS, run_python
+from tests.kernels.programs import BENCHMARKS, benchmark, run_python
 
-pytest.importorskip("triton")
-
+dry_launch = benchmark("dry_launch")
 PROGRAM = str(BENCHMARKS / "dry_launch.py")
 ONE_OF_EACH = (
     r"^(attention bf16 H=64 K=8 group=4 causal longest=130 turned|rms_norm bf16 D=16384|mean rms bf16 D=4096"
@@ -47,12 +45,6 @@ TWO = "swiglu bf16 F=(8192|14336)"  # cases of swiglu; the first fails in some o
 
 # The imports of programs that launch cases themselves.
 CASES = "import dry_launch\nfrom dry_cases import cases_of\nfrom dry_launch import dry_launches, launch_case\n"
-
-
-@pytest.fixture
-def dry_launch(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("dry_launch")
 
 
 @pytest.mark.slow
@@ -224,7 +216,7 @@ def test_what_the_chip_does_not_have_is_refused_and_nothing_stays_behind() -> No
 
 
 @pytest.mark.parametrize("grid", [(0, 1, 1), (2, -1, 1), (2.0, 1, 1), (True, 1, 1), (1, 65536, 1), (2**31, 1, 1)])
-def test_a_grid_that_cuda_refuses_is_refused(dry_launch: ModuleType, grid: tuple[Any, ...]) -> None:
+def test_a_grid_that_cuda_refuses_is_refused(grid: tuple[Any, ...]) -> None:
     driver = dry_launch.DryDriver()
     with pytest.raises(ValueError, match="the grid of fill is"):
         _launch(driver, *grid)

@@ -238,12 +238,6 @@ def test_an_unknown_kernel_and_a_selection_of_nothing_are_refused(arguments: lis
     assert message in result.stderr
 
 
-def test_the_interpreter_is_refused() -> None:
-    result = run_python(PROGRAM, interpret=True)
-    assert result.returncode == 2
-    assert "TRITON_INTERPRET" in result.stderr
-
-
 def _launch(driver: Any, *grid: Any) -> None:
     """Call the launcher of a kernel without arguments, like Triton."""
     source = SimpleNamespace(fn=SimpleNamespace(__name__="fill", arg_names=[]), signature={}, constants={}, attrs={})

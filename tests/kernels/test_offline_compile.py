@@ -123,8 +123,9 @@ def test_every_launch_says_what_triton_would_decide_by_its_version(kernel: str) 
     assert calls and all(names & {"LAUNCH_OPTIONS", "arguments", "_arguments"} for names in unpacked), unpacked
 
 
-def test_the_interpreter_is_refused() -> None:
-    result = run_python(str(BENCHMARKS / "compile_offline.py"), interpret=True)
+@pytest.mark.parametrize("program", ["compile_offline.py", "dry_launch.py"])
+def test_the_interpreter_is_refused(program: str) -> None:
+    result = run_python(str(BENCHMARKS / program), interpret=True)
     assert result.returncode == 2
     assert "TRITON_INTERPRET" in result.stderr
 

@@ -24,8 +24,11 @@ from tests.kernels.attention_cases import (
     INPUTS,
     MODES,
     RAGGED,
+    TURNED,
     Case,
+    angles_of,
     boundaries_of,
+    compare,
     inputs_of,
     plain_attention,
     spans_of,
@@ -33,33 +36,37 @@ from tests.kernels.attention_cases import (
 from tests.kernels.bounds import DTYPES, assert_close_as_torch, assert_kernel_close, assert_refused, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_empty")
+rotary_or_not = pytest.mark.parametrize("turned", [(), TURNED], ids=["plain", "rotary"])
 small_tiles = pytest.mark.usefixtures("small_attention_tiles")
 
 
 @small_tiles
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-def test_ragged_segments_err_no_more_than_torch(mode: str, dtype: torch.dtype, device: torch.device) -> None:
-    _compare(RAGGED._replace(num_kv_heads=1), mode, dtype, device)
+@rotary_or_not
+def test_ragged_segments_err_no_more_than_torch(
+    mode: str, dtype: torch.dtype, turned: tuple[str, ...], device: torch.device
+) -> None:
+    compare(RAGGED._replace(num_kv_heads=1), mode, dtype, device, turned=turned)
 
 
 @small_tiles
 @pytest.mark.parametrize(("group", "mode"), [(1, "causal"), (3, "limits"), (4, "causal"), (8, "full")])
 def test_every_ratio_of_heads_errs_no_more_than_torch(group: int, mode: str, device: torch.device) -> None:
-    _compare(Case((5, 18), (9, 35), group=group, num_kv_heads=2), mode, torch.bfloat16, device)
+    compare(Case((5, 18), (9, 35), group=group, num_kv_heads=2), mode, torch.bfloat16, device)
 
 
 @small_tiles
 @pytest.mark.parametrize("head_dim", (8, 64, 80, 96, 128, 256))
 def test_every_head_size_errs_no_more_than_torch(head_dim: int, device: torch.device) -> None:
-    _compare(Case((5, 18), (9, 35), head_dim=head_dim), "causal", torch.bfloat16, device)
+    compare(Case((5, 18), (9, 35), head_dim=head_dim), "causal", torch.bfloat16, device)
 
 
 def test_one_long_segment_beside_many_short_ones_with_the_real_tiles(device: torch.device) -> None:
     # Only the last 400 queries: all of them would take half a minute under the interpreter.
     short = (3,) * 9
     case = Case((*short, 400, *short), (*short, 2050, *short), group=1)
-    _compare(case, "causal", torch.bfloat16, device)
+    compare(case, "causal", torch.bfloat16, device)
 
 
 # bfloat16, because its rounding dominates chance effects in few numbers. One fixed segment has several keys: with one
@@ -74,7 +81,7 @@ def test_one_long_segment_beside_many_short_ones_with_the_real_tiles(device: tor
 def test_every_shape_is_attended(lengths: list[tuple[int, int]], group: int, mode: str, device: torch.device) -> None:
     pairs = [(3, 2), *lengths]
     case = Case(tuple(m for m, _ in pairs), tuple(m + more for m, more in pairs), group=group, head_dim=16)
-    _compare(case, mode, torch.bfloat16, device)
+    compare(case, mode, torch.bfloat16, device)
 
 
 @small_tiles
@@ -92,9 +99,11 @@ def test_the_bound_sees_another_scale_mask_or_head(device: torch.device) -> None
 
 
 @small_tiles
-def test_repeats_checkpointing_and_compiling_give_the_same_bits(device: torch.device) -> None:
+@rotary_or_not
+def test_repeats_checkpointing_and_compiling_give_the_same_bits(turned: tuple[str, ...], device: torch.device) -> None:
     case = Case((3, 20), (5, 40), group=3)
-    function = partial(ak.attention_varlen, **spans_of(case, "causal", device))
+    angles = angles_of(case, device) if turned else {}
+    function = partial(ak.attention_varlen, **spans_of(case, "causal", device), **angles)
     assert_same_bits(function, inputs_of(case, torch.bfloat16, device), wants_grad=INPUTS)
 
 
@@ -133,26 +142,30 @@ def test_slices_of_a_fused_projection_and_gradients_of_any_stride_are_taken(devi
 
 
 @small_tiles
-def test_operators_pass_torchs_own_checks(device: torch.device) -> None:
+@rotary_or_not
+def test_operators_pass_torchs_own_checks(turned: tuple[str, ...], device: torch.device) -> None:
     case = Case((3, 6), (5, 6), head_dim=16)  # small: each of these checks runs its operator many times
-    q, k, v = inputs_of(case, torch.float32, device).values()
+    q, k, v = inputs_of(case, torch.bfloat16 if turned else torch.float32, device).values()
     cu_q, cu_k = (boundaries_of(lengths, device) for lengths in (case.q_lengths, case.k_lengths))
-    spans, unturned = (cu_q, cu_k, None, 6, 6, True, 0.2), (None, None)
-    o, lse, _ = attention_forward(q, k, v, *unturned, *spans, True)
-    torch.library.opcheck(attention_forward, (q, k, v, *unturned, *spans, True))
+    spans = (cu_q, cu_k, None, 6, 6, True, 0.2)
+    of_q, of_k = angles_of(case, device).values() if turned else ((None, None), (None, None))
+    for keeps in (True, False):
+        torch.library.opcheck(attention_forward, (q, k, v, *of_q, *spans, keeps))
+    o, lse, _ = attention_forward(q, k, v, *of_q, *spans, True)
     for wants_q, wants_kv in ((True, True), (False, True), (True, False)):
-        arguments = (q, k, v, o, o, lse, *unturned, *unturned, *spans, wants_q, wants_kv)
+        arguments = (q, k, v, o, o, lse, *of_q, *of_k, *spans, wants_q, wants_kv)
         torch.library.opcheck(attention_backward, arguments)
 
 
 @pytest.mark.parametrize("backend", ("triton", "reference"))
-@pytest.mark.parametrize("turned", (False, True))
-def test_no_rows_give_no_rows_and_stay_in_the_graph(backend: Backend, turned: bool, device: torch.device) -> None:
+@rotary_or_not
+def test_no_rows_give_no_rows_and_stay_in_the_graph(
+    backend: Backend, turned: tuple[str, ...], device: torch.device
+) -> None:
     cu, none = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(0, 16, device=device)
     inputs = tuple(torch.zeros(0, 2, 32, device=device, requires_grad=True) for _ in "qkv")
     spans = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 0, "max_seqlen_k": 0, "causal": True}
-    angles = {"rotary_q": (none, none), "rotary_k": (none, none)} if turned else {}
-    out = ak.attention_varlen(*inputs, **spans, **angles, backend=backend)
+    out = ak.attention_varlen(*inputs, **spans, **dict.fromkeys(turned, (none, none)), backend=backend)
     assert out.shape == (0, 2, 32)
     out.sum().backward()
     for x in inputs:
@@ -276,12 +289,6 @@ def test_specs_of_the_offline_compiler_name_every_argument_once() -> None:
         for spec in specs:
             assert sorted([*spec.signature, *spec.constexprs]) == sorted(spec.fn.arg_names), spec.name
             assert set(spec.divisible_by_16) <= set(spec.signature), spec.name
-
-
-def _compare(case: Case, mode: str, dtype: torch.dtype, device: torch.device) -> None:
-    spans = spans_of(case, mode, device)
-    function = partial(ak.attention_varlen, **spans)
-    assert_kernel_close(function, plain_attention(spans), inputs_of(case, dtype, device), wants_grad=INPUTS)
 
 
 def _launch_spans(case: Case, mode: str, device: torch.device):

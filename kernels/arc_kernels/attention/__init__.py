@@ -22,6 +22,7 @@ from arc_kernels.attention.reference import attention_varlen_reference
 from arc_kernels.rotary import rotary, rotary_reference
 
 Rotation = tuple[Tensor, Tensor]
+"""(cos, sin), each [rows, H / 2]."""
 
 
 def attention_varlen(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from arc_kernels.attention import kernels
+from arc_kernels._layout import contiguous
+from arc_kernels.attention import Rotation, kernels
 from arc_kernels.attention.configs import MAX_HEAD_DIM
 from arc_kernels.rotary.autograd import rotate
-
-Rotation = tuple[Tensor, Tensor]
-"""(cos, sin), each [rows, H / 2]."""
 
 
 @torch.library.custom_op("arc_kernels::attention_forward", mutates_args=())
@@ -37,21 +35,8 @@ def attention_forward(
 
 
 @attention_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos_q: Tensor | None,
-    sin_q: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    k_limits: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    keeps_turned: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, cos_q: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, keeps_turned = others
     q_turned = q.new_empty(q.shape) if keeps_turned and cos_q is not None else q.new_empty(0)
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32), q_turned
 
@@ -88,41 +73,17 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    do: Tensor,
-    lse: Tensor,
-    cos_q: Tensor | None,
-    sin_q: Tensor | None,
-    cos_k: Tensor | None,
-    sin_k: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    k_limits: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    wants_q: bool,
-    wants_kv: bool,
-) -> list[Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[Tensor]:
+    *_, wants_q, wants_kv = others
     return [x.new_empty(x.shape) for x in ((q,) if wants_q else ()) + ((k, v) if wants_kv else ())]
 
 
-class Settings(NamedTuple):
-    """The arguments of the operators that are not tensors."""
-
-    max_seqlen_q: int
-    max_seqlen_k: int
-    causal: bool
-    scale: float
-
-
 class Attention(torch.autograd.Function):
-    """attention_varlen with the Triton kernels."""
+    """attention_varlen with the Triton kernels.
+
+    settings: the arguments of the operators that are neither tensors nor flags: max_seqlen_q, max_seqlen_k, causal and
+        scale.
+    """
 
     @staticmethod
     def forward(
@@ -137,7 +98,7 @@ class Attention(torch.autograd.Function):
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         k_limits: Tensor | None,
-        settings: Settings,
+        settings: tuple[int, int, bool, float],
         wants_grad: bool,
     ) -> Tensor:
         if cos_k is not None and sin_k is not None:
@@ -190,19 +151,15 @@ def attention_varlen_triton(
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return Attention.apply(
         *inputs,
-        *_contiguous(*(rotary_q or (None, None)), *(rotary_k or (None, None))),
-        *_contiguous(cu_seqlens_q, cu_seqlens_k, k_limits_T),
-        Settings(max_seqlen_q, max_seqlen_k, causal, scale),
+        *map(contiguous, (*(rotary_q or (None, None)), *(rotary_k or (None, None)))),
+        *map(contiguous, (cu_seqlens_q, cu_seqlens_k, k_limits_T)),
+        (max_seqlen_q, max_seqlen_k, causal, scale),
         wants_grad,
     )
 
 
 def _angles(cos: Tensor | None, sin: Tensor | None) -> kernels.Angles | None:
     return None if cos is None or sin is None else kernels.Angles(cos, sin)
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
 def _rows_are_contiguous(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arc_kernels._layout import rows, unit_stride
+from arc_kernels._layout import contiguous, rows, unit_stride
 from arc_kernels.norm import kernels
 
 
@@ -56,14 +56,9 @@ def norm_backward(
 
 @norm_backward.register_fake
 def _(
-    dnormed_TD: Tensor,
-    dtotal_TD: Tensor | None,
-    x_TD: Tensor,
-    weight_D: Tensor | None,
-    mean_T: Tensor,
-    rstd_T: Tensor,
-    wants_weight: bool,
+    dnormed_TD: Tensor, dtotal_TD: Tensor | None, x_TD: Tensor, weight_D: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
+    *_, wants_weight = others
     dweight_D = weight_D.new_empty(x_TD.shape[1]) if wants_weight and weight_D is not None else x_TD.new_empty(0)
     return x_TD.new_empty(x_TD.shape), dweight_D
 
@@ -109,14 +104,10 @@ class _AddNorm(torch.autograd.Function):
 
 def norm_triton(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     """RMSNorm over the last dimension; LayerNorm without parameters if the weight is None."""
-    return _Norm.apply(rows(x), _contiguous(weight_D), eps).view(x.shape)
+    return _Norm.apply(rows(x), contiguous(weight_D), eps).view(x.shape)
 
 
 def add_norm_triton(x: Tensor, residual: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """See `add_rms_norm`, or `add_layer_norm` if the weight is None."""
-    normed_TD, total_TD = _AddNorm.apply(rows(x), rows(residual), _contiguous(weight_D), eps)
+    normed_TD, total_TD = _AddNorm.apply(rows(x), rows(residual), contiguous(weight_D), eps)
     return normed_TD.view(x.shape), total_TD.view(x.shape)
-
-
-def _contiguous(weight_D: Tensor | None) -> Tensor | None:
-    return None if weight_D is None else weight_D.contiguous()

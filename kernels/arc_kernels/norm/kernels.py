@@ -11,17 +11,17 @@ Shape letters: T rows, D width, P programs; in the kernels BT rows and BD >= D c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec, arguments_of
 from arc_kernels._dispatch import num_processors, warp_size
 from arc_kernels._interpreter import narrow
 from arc_kernels._limits import MAX_NORM_WIDTH
@@ -330,55 +330,43 @@ def _specs(width: int, dtype: str) -> Iterator[CompileSpec]:
         for weight_grad in weight_grads:
             yield _backward_spec(name, width, dtype, adds=adds, layer_norm=layer_norm, weight_grad=weight_grad)
     if width > MAX_FUSED_WIDTH:
-        yield CompileSpec(
-            name=f"norm_weight_gradient {dtype} D={width}",
-            fn=weight_gradient_kernel,
-            signature={"p_x": f"*{dtype}", "p_rstd": "*fp32", "p_dnormed": f"*{dtype}", "p_dweight": "*fp32"}
-            | {"num_rows": "i32", "x_stride": "i32", "dnormed_stride": "i32"},
-            constexprs={"D": width, "BT": 4, "BD": 512},
-            divisible_by_16=("p_x", "p_rstd", "p_dnormed", "p_dweight", "x_stride", "dnormed_stride"),
-            num_warps=4,
-        )
+        tile = {"D": width, "BT": 4, "BD": 512}
+        name = f"norm_weight_gradient {dtype} D={width}"
+        arguments = _arguments(weight_gradient_kernel, dtype, tile)
+        yield CompileSpec(name=name, fn=weight_gradient_kernel, **arguments, num_warps=4)
 
 
 def _forward_spec(name: str, width: int, dtype: str, *, adds: bool, layer_norm: bool) -> CompileSpec:
-    pointers = {"p_x": f"*{dtype}", "p_normed": f"*{dtype}", "p_rstd": "*fp32"}
-    pointers |= {"p_residual": f"*{dtype}", "p_total": f"*{dtype}"} if adds else {}
-    pointers |= {"p_mean": "*fp32"} if layer_norm else {"p_weight": f"*{dtype}"}
-    absent = {"p_residual", "p_total", "p_mean", "p_weight"} - set(pointers)
-    config = choose(width)
-    return CompileSpec(
-        name=f"{name}_norm_forward {dtype} D={width}",
-        fn=norm_forward_kernel,
-        signature=pointers | {"num_rows": "i32", "x_stride": "i32", "residual_stride": "i32", "eps": "fp32"},
-        constexprs=dict.fromkeys(absent) | _tile(width, config) | {"ADDS": adds, "LAYER_NORM": layer_norm},
-        divisible_by_16=(*pointers, "x_stride", "residual_stride"),
-        num_warps=config.num_warps,
-        hip_num_warps=choose(width, warp_size=64).num_warps,
-    )
+    absent = () if adds else ("p_residual", "p_total")
+    constexprs = dict.fromkeys(absent) | {"ADDS": adds}
+    return _spec(norm_forward_kernel, f"{name}_norm_forward", width, dtype, constexprs, layer_norm=layer_norm)
 
 
 def _backward_spec(
     name: str, width: int, dtype: str, *, adds: bool, layer_norm: bool, weight_grad: bool
 ) -> CompileSpec:
-    pointers = {"p_x": f"*{dtype}", "p_rstd": "*fp32", "p_dnormed": f"*{dtype}", "p_dx": f"*{dtype}"}
-    pointers |= {"p_dtotal": f"*{dtype}"} if adds else {}
-    pointers |= {"p_dweight": "*fp32"} if weight_grad else {}
-    pointers |= {"p_mean": "*fp32"} if layer_norm else {"p_weight": f"*{dtype}"}
-    absent = {"p_dtotal", "p_dweight", "p_mean", "p_weight"} - set(pointers)
-    flags = {"ADDS": adds, "LAYER_NORM": layer_norm, "WEIGHT_GRAD": weight_grad}
-    strides = ("x_stride", "dnormed_stride", "dtotal_stride")
+    name = f"{name}_norm_backward{'_weight' if weight_grad else ''}"
+    absent = (*(() if adds else ("p_dtotal",)), *(() if weight_grad else ("p_dweight",)))
+    constexprs = dict.fromkeys(absent) | {"ADDS": adds, "WEIGHT_GRAD": weight_grad}
+    return _spec(norm_backward_kernel, name, width, dtype, constexprs, layer_norm=layer_norm)
+
+
+def _spec(
+    fn, name: str, width: int, dtype: str, constexprs: dict[str, bool | None], *, layer_norm: bool
+) -> CompileSpec:
     config = choose(width)
+    tile = {"D": width, "BT": config.block_rows, "BD": triton.next_power_of_2(width)}
+    absent = "p_weight" if layer_norm else "p_mean"
     return CompileSpec(
-        name=f"{name}_norm_backward{'_weight' if weight_grad else ''} {dtype} D={width}",
-        fn=norm_backward_kernel,
-        signature=pointers | {"num_rows": "i32"} | dict.fromkeys(strides, "i32"),
-        constexprs=dict.fromkeys(absent) | _tile(width, config) | flags,
-        divisible_by_16=(*pointers, *strides),
+        name=f"{name} {dtype} D={width}",
+        fn=fn,
+        **_arguments(fn, dtype, constexprs | tile | {absent: None, "LAYER_NORM": layer_norm}),
         num_warps=config.num_warps,
         hip_num_warps=choose(width, warp_size=64).num_warps,
     )
 
 
-def _tile(width: int, config: Config) -> dict[str, int]:
-    return {"D": width, "BT": config.block_rows, "BD": triton.next_power_of_2(width)}
+def _arguments(fn, dtype: str, constexprs: Mapping[str, int | None]) -> dict[str, Any]:
+    """Types and constants. Statistics and partial sums are float32."""
+    types = dict.fromkeys(("p_mean", "p_rstd", "p_dweight"), "*fp32") | {"eps": "fp32"}
+    return arguments_of(fn, dtype, constexprs, types=types, odd=("num_rows",)) | {"constexprs": constexprs}

@@ -33,10 +33,10 @@ def group_pool(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> Te
     """
     _check(x_TD, group_cu, kind, num_groups)
     if use_triton(x_TD):
-        from arc_kernels.pooling.autograd import group_pool_triton
+        from arc_kernels.pooling.autograd import GroupPoolFunction
 
         _check_width(x_TD)
-        return group_pool_triton(x_TD, group_cu, kind)
+        return GroupPoolFunction.apply(x_TD, group_cu, kind)
     return group_pool_reference(x_TD, group_cu, kind)
 
 
@@ -54,10 +54,10 @@ def pool_norm(
         check_shape("weight_D", weight_D, (x_TD.shape[-1],))
         check_same_device(x_TD=x_TD, weight_D=weight_D)
     if use_triton(x_TD):
-        from arc_kernels.pooling.autograd import pool_norm_triton
+        from arc_kernels.pooling.autograd import PoolNormFunction
 
         _check_width(x_TD)
-        return PoolNorm(*pool_norm_triton(x_TD, group_cu, kind, weight_D=weight_D, eps=eps))
+        return PoolNorm(*PoolNormFunction.apply(x_TD, group_cu, weight_D, kind, eps))
     return PoolNorm(*pool_norm_reference(x_TD, group_cu, kind, weight_D=weight_D, eps=eps))
 
 

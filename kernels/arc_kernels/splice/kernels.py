@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec, arguments_of
 from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
@@ -216,49 +216,22 @@ def sum_rows_by_id(
 def compile_specs() -> list[CompileSpec]:
     """The kernels as launched by the paper's models, for the offline compiler."""
     shapes = [("bf16", 4096), ("bf16", 3072), ("bf16", 576), ("fp32", 4096)]
-    return [make(dtype, width) for make in (_forward_spec, _gather_spec, _sum_spec) for dtype, width in shapes]
+    return [_spec(fn, *shape) for fn in (_splice_forward, _gather_rows, _sum_runs) for shape in shapes]
 
 
-def _forward_spec(dtype: str, width: int) -> CompileSpec:
-    config, on_hip = choose_copy(width), choose_copy(width, warp_size=64)
-    data, indices = ("p_table", "p_given", "p_out"), ("p_ids", "p_text_rows", "p_given_rows")
+def _spec(fn, dtype: str, width: int) -> CompileSpec:
+    choose = choose_sum if fn is _sum_runs else choose_copy
+    config = choose(width)
+    constexprs = {"BLOCK_D": config.block_columns}
+    if fn is _sum_runs:
+        constexprs["BLOCK_J"] = config.block_rows
+    indices = ("p_ids", "p_text_rows", "p_given_rows", "p_rows", "p_ends")
+    odd = ("vocab_size", "num_text", "num_rows")
     return CompileSpec(
-        name=f"splice_forward {dtype} D={width}",
-        fn=_splice_forward,
-        signature=dict.fromkeys(data, f"*{dtype}")
-        | dict.fromkeys(indices, "*i64")
-        | dict.fromkeys(("vocab_size", "num_text", "num_rows", "width", "table_stride"), "i32"),
-        constexprs={"BLOCK_D": config.block_columns},
+        name=f"{fn.__name__.removeprefix('_')} {dtype} D={width}",
+        fn=fn,
+        **arguments_of(fn, dtype, constexprs, types=dict.fromkeys(indices, "*i64"), odd=odd),
+        constexprs=constexprs,
         num_warps=config.num_warps,
-        hip_num_warps=on_hip.num_warps,
-        divisible_by_16=(*data, *indices, "width", "table_stride"),
-    )
-
-
-def _gather_spec(dtype: str, width: int) -> CompileSpec:
-    config, on_hip = choose_copy(width), choose_copy(width, warp_size=64)
-    return CompileSpec(
-        name=f"gather_rows {dtype} D={width}",
-        fn=_gather_rows,
-        signature={"p_x": f"*{dtype}", "p_rows": "*i64", "p_out": f"*{dtype}", "num_rows": "i32", "width": "i32"},
-        constexprs={"BLOCK_D": config.block_columns},
-        num_warps=config.num_warps,
-        hip_num_warps=on_hip.num_warps,
-        divisible_by_16=("p_x", "p_rows", "p_out", "width"),
-    )
-
-
-def _sum_spec(dtype: str, width: int) -> CompileSpec:
-    config, on_hip = choose_sum(width), choose_sum(width, warp_size=64)
-    data, indices = ("p_x", "p_out"), ("p_ids", "p_ends", "p_rows")
-    return CompileSpec(
-        name=f"sum_runs {dtype} D={width}",
-        fn=_sum_runs,
-        signature=dict.fromkeys(data, f"*{dtype}")
-        | dict.fromkeys(indices, "*i64")
-        | dict.fromkeys(("vocab_size", "num_rows", "width"), "i32"),
-        constexprs={"BLOCK_J": config.block_rows, "BLOCK_D": config.block_columns},
-        num_warps=config.num_warps,
-        hip_num_warps=on_hip.num_warps,
-        divisible_by_16=(*data, *indices, "width"),
+        hip_num_warps=choose(width, warp_size=64).num_warps,
     )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec, arguments_of
 from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
@@ -139,13 +139,12 @@ def compile_specs() -> list[CompileSpec]:
 
 def _spec(fn, width: int, dtype: str) -> CompileSpec:
     config = choose(width)
-    arguments = [name for name in fn.arg_names if name not in ("F", "BF")]
+    constexprs = {"F": width, "BF": config.block_width}
     return CompileSpec(
         name=f"{fn.__name__.removesuffix('_kernel')} {dtype} F={width}",
         fn=fn,
-        signature={name: f"*{dtype}" if name.startswith("p_") else "i32" for name in arguments},
-        constexprs={"F": width, "BF": config.block_width},
-        divisible_by_16=tuple(arguments),
+        **arguments_of(fn, dtype, constexprs),
+        constexprs=constexprs,
         num_warps=config.num_warps,
         hip_num_warps=choose(width, warp_size=64).num_warps,
     )

@@ -189,9 +189,9 @@ def test_a_whole_run_names_kernels_and_specs_that_were_not_launched() -> None:
 @pytest.mark.slow
 def test_what_the_chip_does_not_have_is_refused_and_nothing_stays_behind() -> None:
     program = CASES + (
+        "from unittest.mock import patch\n"
         "import torch, triton, arc_kernels as ak, machine_code\n"
-        "from arc_kernels.swiglu.kernels import swiglu_forward\n"
-        "from arc_kernels.swiglu.kernels import Config\n"
+        "import arc_kernels.swiglu.kernels as swiglu\n"
         "x = torch.zeros(2, 8192)\n"
         "def attempt(function):\n"
         "    try:\n"
@@ -199,7 +199,8 @@ def test_what_the_chip_does_not_have_is_refused_and_nothing_stays_behind() -> No
         "            function()\n"
         "    except Exception as error:\n"
         "        print(type(error).__name__, ' '.join(str(error).split()), len(driver.launches))\n"
-        "attempt(lambda: swiglu_forward(x, x, config=Config(block_width=1024, num_warps=64)))\n"
+        "with patch.object(swiglu, 'choose', lambda *_, **__: swiglu.Config(block_width=1024, num_warps=64)):\n"
+        "    attempt(lambda: ak.swiglu(x, x))\n"
         "machine_code.SHARED_LIMIT['sm_90'] = 1024\n"
         "attention = cases_of('attention')['attention fp16 H=64 K=8 group=2 full longest=130']\n"
         "attempt(lambda: attention.function(**attention.inputs()))\n"

@@ -129,11 +129,9 @@ def chunk_rows(num_rows: int, *, row_bytes: int) -> int:
     return min(most, triton.cdiv(even, ROW_TILE) * ROW_TILE)
 
 
-def softmax_minus_label(
-    logits_CV: Tensor, labels_C: Tensor, nll_C: Tensor, *, writes_gradient: bool, config: Config | None = None
-) -> None:
+def softmax_minus_label(logits_CV: Tensor, labels_C: Tensor, nll_C: Tensor, *, writes_gradient: bool) -> None:
     """Write the NLL of each row to `nll` and the gradient to the logits, in place. Rows may have any stride."""
-    config = config or choose_softmax(logits_CV.shape[1], warp_size=warp_size())
+    config = choose_softmax(logits_CV.shape[1], warp_size=warp_size())
     with torch.cuda.device_of(logits_CV):
         _softmax_minus_label[(logits_CV.shape[0],)](
             logits_CV,
@@ -148,10 +146,10 @@ def softmax_minus_label(
         )
 
 
-def scale_rows(x_LD: Tensor, scale_L: Tensor, *, config: Config | None = None) -> Tensor:
+def scale_rows(x_LD: Tensor, scale_L: Tensor) -> Tensor:
     """x * scale[:, None] in the dtype of x, rounded once. Both are contiguous."""
     num_rows, width = x_LD.shape
-    config = config or choose_scale(width, warp_size=warp_size())
+    config = choose_scale(width, warp_size=warp_size())
     out_LD = torch.empty_like(x_LD)
     if out_LD.numel() > 0:
         with torch.cuda.device_of(x_LD):

@@ -194,12 +194,10 @@ def weight_gradient_kernel(
     tl.store(p_dweight + i_p.to(tl.int64) * D + o_d, tl.sum(b_dweight, axis=0, keep_dims=True), mask=m_d)
 
 
-def norm_forward(
-    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, eps: float, *, config: Config | None = None
-) -> NormForward:
+def norm_forward(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, eps: float) -> NormForward:
     """RMSNorm of x or x + residual; LayerNorm without parameters if the weight is None. The last stride of x is 1."""
     num_rows, width = x_TD.shape
-    config = config or choose(width, warp_size=warp_size())
+    config = choose(width, warp_size=warp_size())
     no_rows = x_TD.new_empty(0)
     out = NormForward(
         normed_TD=x_TD.new_empty(num_rows, width),
@@ -242,7 +240,6 @@ def norm_backward(
     rstd_T: Tensor,
     *,
     wants_weight: bool,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x [T, D], gradient of the weight [D] in its dtype, or empty if not requested).
 
@@ -252,7 +249,7 @@ def norm_backward(
     partial sums.
     """
     num_rows, width = x_TD.shape
-    config = config or choose(width, warp_size=warp_size())
+    config = choose(width, warp_size=warp_size())
     dx_TD = x_TD.new_empty(num_rows, width)
     if dx_TD.numel() == 0:
         return dx_TD, weight_D.new_zeros(width) if wants_weight and weight_D is not None else x_TD.new_empty(0)

@@ -50,7 +50,6 @@ def pool_forward(
     norm: str,
     weight_D: Tensor | None = None,
     eps: float = 0.0,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(pooled rows [G, D], their norms [G, D], norm of every row [T, D]), in the dtype of x.
 
@@ -59,7 +58,7 @@ def pool_forward(
     x and weight are contiguous. Rows are at most MAX_POOL_WIDTH wide.
     """
     (num_rows, width), num_groups = x_TD.shape, group_cu.numel() - 1
-    config = config or choose(width)
+    config = choose(width)
     pooled_GD = x_TD.new_empty(num_groups, width)
     normed_pooled_GD = torch.empty_like(pooled_GD if norm != "none" else pooled_GD[:0])
     normed_TD = torch.empty_like(x_TD if norm != "none" else x_TD[:0])
@@ -100,7 +99,6 @@ def pool_backward(
     weight_D: Tensor | None = None,
     eps: float = 0.0,
     wants_weight: bool = False,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x [T, D], gradient of the weight [D] in its dtype, or empty if not requested).
 
@@ -112,7 +110,7 @@ def pool_backward(
     Other arguments as in `pool_forward`.
     """
     num_groups, width = dpooled_GD.shape
-    config = config or choose(width)
+    config = choose(width)
     dx_TD = dpooled_GD.new_empty(num_rows, width)
     num_programs = min(WEIGHT_PROGRAMS, num_groups) if wants_weight else num_groups
     dweight_PD = dpooled_GD.new_empty(num_programs if wants_weight else 0, width, dtype=torch.float32)

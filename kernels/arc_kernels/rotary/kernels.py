@@ -75,7 +75,7 @@ def rotary_kernel(
     tl.store(p_out + F, narrow(b_second * b_cos + b_first * b_sin, p_y.dtype.element_ty), mask=m_nf)
 
 
-def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool, config: Config | None = None) -> Tensor:
+def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool) -> Tensor:
     """Rotate each pair by the angle of its row, or back if `inverse`: [T, N, H].
 
     x_TNH: last stride 1, any row and head strides.
@@ -87,7 +87,7 @@ def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool, conf
         return y_TNH
     num_rows, num_heads, head_dim = x_TNH.shape
     num_pairs = head_dim // 2
-    config = config or choose(num_heads, num_pairs, warp_size=warp_size())
+    config = choose(num_heads, num_pairs, warp_size=warp_size())
     with torch.cuda.device_of(x_TNH):
         rotary_kernel[(num_rows, triton.cdiv(num_heads, config.block_heads))](
             x_TNH,

@@ -130,13 +130,11 @@ def splice_forward(
     text_rows_N: Tensor,
     given_ZD: Tensor | None,
     given_rows_Z: Tensor | None,
-    *,
-    config: Config | None = None,
 ) -> Tensor:
     """See `splice`. All tensors are contiguous, except that the table may have any row stride."""
     (vocab_size, width), num_text = table_VD.shape, ids_N.shape[0]
     num_rows = num_text + (0 if given_ZD is None else given_ZD.shape[0])
-    config = config or choose_copy(width, warp_size=warp_size())
+    config = choose_copy(width, warp_size=warp_size())
     out_RD = table_VD.new_empty(num_rows, width)
     if out_RD.numel() > 0:
         with torch.cuda.device_of(table_VD):
@@ -159,10 +157,10 @@ def splice_forward(
     return out_RD
 
 
-def gather_rows(x_RD: Tensor, rows_Z: Tensor, dtype: torch.dtype, *, config: Config | None = None) -> Tensor:
+def gather_rows(x_RD: Tensor, rows_Z: Tensor, dtype: torch.dtype) -> Tensor:
     """x[rows] in the given dtype: the gradient of the given rows. Both are contiguous."""
     num_rows, width = x_RD.shape
-    config = config or choose_copy(width, warp_size=warp_size())
+    config = choose_copy(width, warp_size=warp_size())
     out_ZD = x_RD.new_empty(rows_Z.shape[0], width, dtype=dtype)
     if out_ZD.numel() > 0:
         with torch.cuda.device_of(x_RD):
@@ -185,12 +183,10 @@ def sum_rows_by_id(
     rows_N: Tensor,
     vocab_size: int,
     dtype: torch.dtype,
-    *,
-    config: Config | None = None,
 ) -> Tensor:
     """out[v] = sum of x[rows[i]] over i with ids[i] = v: the gradient of the table [V, D], summed in float32."""
     num_rows, width = x_RD.shape
-    config = config or choose_sum(width, warp_size=warp_size())
+    config = choose_sum(width, warp_size=warp_size())
     out_VD = x_RD.new_zeros(vocab_size, width, dtype=dtype)
     if ids_N.shape[0] > 0 and width > 0:
         sorted_N, order_N = torch.sort(ids_N, stable=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import arc_kernels as ak
-from arc_kernels.attention import Rotation, attention_varlen_reference
+from arc_kernels.attention import Rotation, Segments, attention_varlen_reference
 from arc_kernels.rotary import rotary_reference
 from tests.kernels.bounds import assert_kernel_close
 
@@ -46,12 +46,12 @@ def compare(case: Case, mode: str, dtype: torch.dtype, device: torch.device, *, 
 def plain_attention(spans: dict, angles: Mapping[str, Rotation] | None = None) -> Callable[..., Tensor]:
     """Rotary by the given angles, then attention, in plain torch. Both take keywords of `ak.attention_varlen`."""
     angles = angles or {}
-    options = {"causal": False, "k_limits_T": None, "scale": None, **spans}
 
     def attend(q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor) -> Tensor:
         q_TNH = rotary_reference(q_TNH, *angles["rotary_q"]) if "rotary_q" in angles else q_TNH
         k_UKH = rotary_reference(k_UKH, *angles["rotary_k"]) if "rotary_k" in angles else k_UKH
-        return attention_varlen_reference(q_TNH, k_UKH, v_UKH, **options)
+        segments = Segments(**{"causal": False, "k_limits_T": None, "scale": q_TNH.shape[2] ** -0.5, **spans})
+        return attention_varlen_reference(q_TNH, k_UKH, v_UKH, segments)
 
     return attend
 
@@ -96,6 +96,12 @@ def spans_of(case: Case, mode: str, device: torch.device) -> dict:
         limits = [1 + (5 * i + s + 2) % n for s, (m, n) in enumerate(pairs) for i in range(m)]  # not in ascending order
         spans["k_limits_T"] = torch.tensor(limits, dtype=torch.int32, device=device)
     return spans
+
+
+def segments_of(case: Case, mode: str, device: torch.device) -> Segments:
+    """The same for the kernels' launchers."""
+    default = {"causal": False, "k_limits_T": None, "scale": case.head_dim**-0.5}
+    return Segments(**default | spans_of(case, mode, device))
 
 
 def boundaries_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:

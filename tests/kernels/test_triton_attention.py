@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import arc_kernels as ak
-from arc_kernels.attention import Backend, configs, kernels
+from arc_kernels.attention import Backend, Segments, configs, kernels
 from arc_kernels.attention.autograd import attention_backward, attention_forward
 from arc_kernels.attention.flash import flash_serves
 from tests.kernels.attention_cases import (
@@ -31,6 +31,7 @@ from tests.kernels.attention_cases import (
     compare,
     inputs_of,
     plain_attention,
+    segments_of,
     spans_of,
 )
 from tests.kernels.bounds import DTYPES, assert_close_as_torch, assert_kernel_close, assert_refused, assert_same_bits
@@ -108,7 +109,7 @@ def test_repeats_checkpointing_and_compiling_give_the_same_bits(turned: tuple[st
 
 
 def test_tiles_change_nothing_but_rounding(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, spans = inputs_of(RAGGED, torch.float32, device), _launch_spans(RAGGED, "limits", device)
+    inputs, spans = inputs_of(RAGGED, torch.float32, device), segments_of(RAGGED, "limits", device)
     reference = plain_attention(spans_of(RAGGED, "limits", device))
     exact = reference(**{name: x.double() for name, x in inputs.items()})
     for block_m, block_n in ((16, 16), (32, 16), (64, 64)):
@@ -177,7 +178,7 @@ def test_a_query_that_sees_no_key_gets_zeros(device: torch.device) -> None:
     # The public function refuses this if it can read the boundaries. On a GPU the kernels must handle it.
     case = Case((20, 5), (4, 5))
     q, k, v = inputs_of(case, torch.float32, device).values()
-    spans = _launch_spans(case, "causal", device)
+    spans = segments_of(case, "causal", device)
     do = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(device)
     o, lse, _ = kernels.forward(q, k, v, spans)
     delta = kernels.delta(o, do)
@@ -197,7 +198,7 @@ def test_wrong_boundaries_and_limits_read_nothing_outside_the_tensors(
     q, k, v = (fence[1] for fence in fences)
     cu = torch.tensor(boundaries, dtype=torch.int32, device=device)
     for limits in (None, torch.full((25,), 2**31 - 1, dtype=torch.int32, device=device)):
-        spans = kernels.Spans(cu, cu, limits, 13, 13, False, 1.0)
+        spans = Segments(cu, cu, limits, 13, 13, False, 1.0)
         o, lse, _ = kernels.forward(q, k, v, spans)
         o, lse = (x.nan_to_num() for x in (o, lse))  # rows of no segment are not written
         delta = kernels.delta(o, q)
@@ -290,11 +291,6 @@ def test_specs_of_the_offline_compiler_name_every_argument_once() -> None:
         for spec in specs:
             assert sorted([*spec.signature, *spec.constexprs]) == sorted(spec.fn.arg_names), spec.name
             assert set(spec.divisible_by_16) <= set(spec.signature), spec.name
-
-
-def _launch_spans(case: Case, mode: str, device: torch.device):
-    spans = {"causal": False, "k_limits_T": None, "scale": case.head_dim**-0.5, **spans_of(case, mode, device)}
-    return kernels.Spans(**{"k_limits" if name == "k_limits_T" else name: value for name, value in spans.items()})
 
 
 def _limits_from_the_start(case: Case) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arc_kernels._layout import contiguous
-from arc_kernels.attention import Rotation, kernels
+from arc_kernels.attention import Rotation, Segments, kernels
 from arc_kernels.attention.configs import MAX_HEAD_DIM
 from arc_kernels.rotary.autograd import rotate
 
@@ -30,8 +30,8 @@ def attention_forward(
     keeps_turned: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention [T, N, H], its log-sum-exp [T, N], and the rotated queries if requested; see `kernels.forward`."""
-    spans = kernels.Spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
-    return kernels.forward(q, k, v, spans, angles=_angles(cos_q, sin_q), keeps_turned=keeps_turned)
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
+    return kernels.forward(q, k, v, segments, angles=_angles(cos_q, sin_q), keeps_turned=keeps_turned)
 
 
 @attention_forward.register_fake
@@ -64,11 +64,11 @@ def attention_backward(
     wants_kv: bool,
 ) -> list[Tensor]:
     """The requested gradients: of q, then of k and v. o and do are contiguous; q and k are rotated."""
-    spans = kernels.Spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
     delta = kernels.delta(o, do)
-    gradients = [kernels.dq(q, k, v, do, lse, delta, spans, angles=_angles(cos_q, sin_q))] if wants_q else []
+    gradients = [kernels.dq(q, k, v, do, lse, delta, segments, angles=_angles(cos_q, sin_q))] if wants_q else []
     if wants_kv:
-        gradients += kernels.dkv(q, k, v, do, lse, delta, spans, angles=_angles(cos_k, sin_k))
+        gradients += kernels.dkv(q, k, v, do, lse, delta, segments, angles=_angles(cos_k, sin_k))
     return gradients
 
 
@@ -103,11 +103,11 @@ class Attention(torch.autograd.Function):
     ) -> Tensor:
         if cos_k is not None and sin_k is not None:
             k = rotate(k, cos_k, sin_k, False)
-        spans = (cu_seqlens_q, cu_seqlens_k, k_limits)
-        o, lse, q_turned = attention_forward(q, k, v, cos_q, sin_q, *spans, *settings, wants_grad)
+        segments = (cu_seqlens_q, cu_seqlens_k, k_limits)
+        o, lse, q_turned = attention_forward(q, k, v, cos_q, sin_q, *segments, *settings, wants_grad)
         # Backward reads the rotated queries and keys, so the original ones are not saved.
         q = q if cos_q is None else q_turned
-        ctx.save_for_backward(q, k, v, o, lse, cos_q, sin_q, cos_k, sin_k, *spans)
+        ctx.save_for_backward(q, k, v, o, lse, cos_q, sin_q, cos_k, sin_k, *segments)
         ctx.settings = settings
         return o
 
@@ -125,14 +125,8 @@ def attention_varlen_triton(
     q_TNH: Tensor,
     k_UKH: Tensor,
     v_UKH: Tensor,
+    segments: Segments,
     *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    k_limits_T: Tensor | None,
-    scale: float,
     rotary_q: Rotation | None = None,
     rotary_k: Rotation | None = None,
 ) -> Tensor:
@@ -152,8 +146,8 @@ def attention_varlen_triton(
     return Attention.apply(
         *inputs,
         *map(contiguous, (*(rotary_q or (None, None)), *(rotary_k or (None, None)))),
-        *map(contiguous, (cu_seqlens_q, cu_seqlens_k, k_limits_T)),
-        (max_seqlen_q, max_seqlen_k, causal, scale),
+        *map(contiguous, segments[:3]),
+        segments[3:],
         wants_grad,
     )
 

@@ -62,7 +62,9 @@ def chosen_backend(
     if not use_triton(q_TNH):
         return "reference"
     if choice == "auto" and MEASURED and choice_in_force() == "auto" and flash_serves(q_TNH, k_limits_T):
-        rows = _rows_for(torch.cuda.get_device_properties(q_TNH.device.index).name, q_TNH, causal=causal)
+        gpu = torch.cuda.get_device_properties(q_TNH.device.index).name
+        shape = (gpu, str(q_TNH.dtype).removeprefix("torch."), q_TNH.shape[2], causal)
+        rows = [row for row in MEASURED if (row.gpu, row.dtype, row.head_dim, row.causal) == shape]
         if flash_was_faster(rows, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k):
             return "flash"
     return "triton"
@@ -82,9 +84,3 @@ def flash_was_faster(rows: Sequence[Measured], *, max_seqlen_q: int, max_seqlen_
         ),
     )
     return nearest.flash_over_ours < WORTHWHILE
-
-
-def _rows_for(gpu: str, q_TNH: Tensor, *, causal: bool) -> list[Measured]:
-    dtype = str(q_TNH.dtype).removeprefix("torch.")
-    wanted = (gpu, dtype, q_TNH.shape[2], causal)
-    return [row for row in MEASURED if (row.gpu, row.dtype, row.head_dim, row.causal) == wanted]

@@ -13,21 +13,10 @@ from arc_kernels._compile import LAUNCH_OPTIONS
 from arc_kernels.attention.backward import delta_kernel, dkv_kernel, dq_kernel
 from arc_kernels.attention.configs import DELTA_BLOCK, Kernel, block_h, chip_of, choose
 from arc_kernels.attention.forward import forward_kernel
+from arc_kernels.attention.segments import Segments
 from arc_kernels.attention.specs import compile_specs
 
 LOG2_E = math.log2(math.e)
-
-
-class Spans(NamedTuple):
-    """Segments, mask and scale, as in `attention_varlen`. scale: the softmax scale, positive."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    k_limits: Tensor | None
-    max_seqlen_q: int
-    max_seqlen_k: int
-    causal: bool
-    scale: float
 
 
 class Angles(NamedTuple):
@@ -54,7 +43,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    spans: Spans,
+    segments: Segments,
     *,
     angles: Angles | None = None,
     keeps_turned: bool = False,
@@ -66,7 +55,7 @@ def forward(
     v: values [U, K, H]; heads contiguous, any row stride.
     angles: rotate the queries by these angles first.
     """
-    grid, arguments = _launch("forward", q, k, v, spans, angles)
+    grid, arguments = _launch("forward", q, k, v, segments, angles)
     keeps_turned = keeps_turned and angles is not None
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -114,7 +103,7 @@ def dq(
     do: Tensor,
     lse: Tensor,
     sums: Tensor,
-    spans: Spans,
+    segments: Segments,
     *,
     angles: Angles | None = None,
 ) -> Tensor:
@@ -123,11 +112,11 @@ def dq(
     do is contiguous, sums come from `delta` and lse from `forward`. q and k are already rotated. The gradient is
     rotated back by `angles`, which are those of the queries.
     """
-    grid, arguments = _launch("dq", q, k, v, spans, angles)
+    grid, arguments = _launch("dq", q, k, v, segments, angles)
     gradient = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if grid[0]:
         with torch.cuda.device_of(q):
-            dq_kernel[grid](q, k, v, do, lse, sums, gradient, softmax_scale=spans.scale, **arguments)
+            dq_kernel[grid](q, k, v, do, lse, sums, gradient, softmax_scale=segments.scale, **arguments)
     return gradient
 
 
@@ -138,43 +127,43 @@ def dkv(
     do: Tensor,
     lse: Tensor,
     sums: Tensor,
-    spans: Spans,
+    segments: Segments,
     *,
     angles: Angles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k and v, contiguous. Arguments as in `dq`, but with the keys' angles."""
-    grid, arguments = _launch("dkv", q, k, v, spans, angles)
+    grid, arguments = _launch("dkv", q, k, v, segments, angles)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if grid[0]:
         with torch.cuda.device_of(q):
-            dkv_kernel[grid](q, k, v, do, lse, sums, dk, dv, softmax_scale=spans.scale, **arguments)
+            dkv_kernel[grid](q, k, v, do, lse, sums, dk, dv, softmax_scale=segments.scale, **arguments)
     return dk, dv
 
 
 def _launch(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spans: Spans, angles: Angles | None
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments, angles: Angles | None
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """The grid of the forward, dq or dkv kernel, and its arguments besides inputs and outputs.
 
     The grid is flat tiles of all segments (see `tiles`) by kv heads. It has no tiles if there is nothing to write.
     """
-    num_segments, group = spans.cu_seqlens_q.numel() - 1, q.shape[1] // k.shape[1]
+    num_segments, group = segments.cu_seqlens_q.numel() - 1, q.shape[1] // k.shape[1]
     config = choose(
         kernel,
         chip=chip_of(q.device),
         head_dim=q.shape[2],
         dtype=q.dtype,
-        num_rows=spans.max_seqlen_q * group,
-        num_keys=spans.max_seqlen_k,
+        num_rows=segments.max_seqlen_q * group,
+        num_keys=segments.max_seqlen_k,
     )
     num_rows, block = (k.shape[0], config.block_n) if kernel == "dkv" else (q.shape[0] * group, config.block_m)
     num_tiles = num_rows // block + num_segments if num_rows and num_segments else 0
-    limited = spans.k_limits is not None
+    limited = segments.k_limits_T is not None
     arguments = {
-        "cu_q": spans.cu_seqlens_q,
-        "cu_k": spans.cu_seqlens_k,
-        "k_limits": spans.k_limits if limited else spans.cu_seqlens_q,  # not read without limits
+        "cu_q": segments.cu_seqlens_q,
+        "cu_k": segments.cu_seqlens_k,
+        "k_limits": segments.k_limits_T if limited else segments.cu_seqlens_q,  # not read without limits
         "cos": None if angles is None else angles.cos,
         "sin": None if angles is None else angles.sin,
         "stride_q": q.stride(0),
@@ -183,14 +172,14 @@ def _launch(
         "num_q_rows": q.shape[0],
         "num_k_rows": k.shape[0],
         "num_segments": num_segments,
-        "scale": spans.scale * LOG2_E,
+        "scale": segments.scale * LOG2_E,
         "N": q.shape[1],
         "GROUP": group,
         "H": q.shape[2],
         "BLOCK_H": block_h(q.shape[2]),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "CAUSAL": spans.causal,
+        "CAUSAL": segments.causal,
         "LIMITED": limited,
         "TURNS": angles is not None,
         "num_warps": config.num_warps,
@@ -200,4 +189,4 @@ def _launch(
     return (num_tiles, k.shape[1]), arguments
 
 
-__all__ = ["Angles", "Forward", "Spans", "compile_specs", "delta", "dkv", "dq", "forward"]
+__all__ = ["Angles", "Forward", "compile_specs", "delta", "dkv", "dq", "forward"]

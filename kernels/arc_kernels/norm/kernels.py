@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -38,21 +38,6 @@ class Config:
     num_warps: int
     partial_sums: int
     """Programs per multiprocessor that share the rows if the weight's gradient is summed."""
-
-
-class NormForward(NamedTuple):
-    """The results of the forward kernel.
-
-    normed: [T, D] in the dtype of x.
-    total: sum with the residual, [T, D] in the dtype of x; empty without a residual.
-    mean: float32 [T]; LayerNorm only.
-    rstd: float32 [T].
-    """
-
-    normed_TD: Tensor
-    total_TD: Tensor
-    mean_T: Tensor
-    rstd_T: Tensor
 
 
 def choose(width: int, *, warp_size: int = 32) -> Config:
@@ -194,28 +179,35 @@ def weight_gradient_kernel(
     tl.store(p_dweight + i_p.to(tl.int64) * D + o_d, tl.sum(b_dweight, axis=0, keep_dims=True), mask=m_d)
 
 
-def norm_forward(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, eps: float) -> NormForward:
-    """RMSNorm of x or x + residual; LayerNorm without parameters if the weight is None. The last stride of x is 1."""
+def norm_forward(
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RMSNorm of x or x + residual; LayerNorm without parameters if the weight is None. The last stride of x is 1.
+
+    Returns
+
+        normed: [T, D] in the dtype of x.
+        total: sum with the residual, [T, D] in the dtype of x; empty without a residual.
+        mean: float32 [T]; LayerNorm only, otherwise empty.
+        rstd: float32 [T].
+    """
     num_rows, width = x_TD.shape
     config = choose(width, warp_size=warp_size())
-    no_rows = x_TD.new_empty(0)
-    out = NormForward(
-        normed_TD=x_TD.new_empty(num_rows, width),
-        total_TD=no_rows if residual_TD is None else x_TD.new_empty(num_rows, width),
-        mean_T=x_TD.new_empty(num_rows if weight_D is None else 0, dtype=torch.float32),
-        rstd_T=x_TD.new_empty(num_rows, dtype=torch.float32),
-    )
-    if out.normed_TD.numel() == 0:
-        return out
+    normed_TD = x_TD.new_empty(num_rows, width)
+    total_TD = x_TD.new_empty(0) if residual_TD is None else x_TD.new_empty(num_rows, width)
+    mean_T = x_TD.new_empty(num_rows if weight_D is None else 0, dtype=torch.float32)
+    rstd_T = x_TD.new_empty(num_rows, dtype=torch.float32)
+    if normed_TD.numel() == 0:
+        return normed_TD, total_TD, mean_T, rstd_T
     with torch.cuda.device_of(x_TD):
         norm_forward_kernel[(triton.cdiv(num_rows, config.block_rows),)](
             x_TD,
             residual_TD,
             weight_D,
-            out.normed_TD,
-            out.total_TD if residual_TD is not None else None,
-            out.mean_T if weight_D is None else None,
-            out.rstd_T,
+            normed_TD,
+            total_TD if residual_TD is not None else None,
+            mean_T if weight_D is None else None,
+            rstd_T,
             num_rows,
             x_TD.stride(0),
             residual_TD.stride(0) if residual_TD is not None else 0,
@@ -228,7 +220,7 @@ def norm_forward(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | No
             num_warps=config.num_warps,
             **LAUNCH_OPTIONS,
         )
-    return out
+    return normed_TD, total_TD, mean_T, rstd_T
 
 
 def norm_backward(
@@ -322,10 +314,12 @@ def compile_specs() -> list[CompileSpec]:
 def _specs(width: int, dtype: str) -> Iterator[CompileSpec]:
     for layer_norm, adds in product((False, True), repeat=2):
         name = ("add_" if adds else "") + ("layer" if layer_norm else "rms")
-        yield _forward_spec(name, width, dtype, adds=adds, layer_norm=layer_norm)
-        weight_grads = (False, True) if width <= MAX_FUSED_WIDTH and not layer_norm else (False,)
-        for weight_grad in weight_grads:
-            yield _backward_spec(name, width, dtype, adds=adds, layer_norm=layer_norm, weight_grad=weight_grad)
+        flags = {"ADDS": adds, "LAYER_NORM": layer_norm}
+        yield _spec(norm_forward_kernel, f"{name}_norm_forward", width, dtype, flags)
+        yield _spec(norm_backward_kernel, f"{name}_norm_backward", width, dtype, flags | {"WEIGHT_GRAD": False})
+        if width <= MAX_FUSED_WIDTH and not layer_norm:
+            flags["WEIGHT_GRAD"] = True
+            yield _spec(norm_backward_kernel, f"{name}_norm_backward_weight", width, dtype, flags)
     if width > MAX_FUSED_WIDTH:
         tile = {"D": width, "BT": 4, "BD": 512}
         name = f"norm_weight_gradient {dtype} D={width}"
@@ -333,31 +327,21 @@ def _specs(width: int, dtype: str) -> Iterator[CompileSpec]:
         yield CompileSpec(name=name, fn=weight_gradient_kernel, **arguments, num_warps=4)
 
 
-def _forward_spec(name: str, width: int, dtype: str, *, adds: bool, layer_norm: bool) -> CompileSpec:
-    absent = () if adds else ("p_residual", "p_total")
-    constexprs = dict.fromkeys(absent) | {"ADDS": adds}
-    return _spec(norm_forward_kernel, f"{name}_norm_forward", width, dtype, constexprs, layer_norm=layer_norm)
-
-
-def _backward_spec(
-    name: str, width: int, dtype: str, *, adds: bool, layer_norm: bool, weight_grad: bool
-) -> CompileSpec:
-    name = f"{name}_norm_backward{'_weight' if weight_grad else ''}"
-    absent = (*(() if adds else ("p_dtotal",)), *(() if weight_grad else ("p_dweight",)))
-    constexprs = dict.fromkeys(absent) | {"ADDS": adds, "WEIGHT_GRAD": weight_grad}
-    return _spec(norm_backward_kernel, name, width, dtype, constexprs, layer_norm=layer_norm)
-
-
-def _spec(
-    fn, name: str, width: int, dtype: str, constexprs: dict[str, bool | None], *, layer_norm: bool
-) -> CompileSpec:
+def _spec(fn, name: str, width: int, dtype: str, flags: dict[str, bool]) -> CompileSpec:
     config = choose(width)
-    tile = {"D": width, "BT": config.block_rows, "BD": triton.next_power_of_2(width)}
-    absent = "p_weight" if layer_norm else "p_mean"
+    constexprs = {"D": width, "BT": config.block_rows, "BD": triton.next_power_of_2(width), **flags}
+    pointers = {
+        "ADDS": ("p_residual", "p_total", "p_dtotal"),
+        "WEIGHT_GRAD": ("p_dweight",),
+        "LAYER_NORM": ("p_mean",),
+    }
+    absent = {pointer for flag, needed in pointers.items() if not flags.get(flag) for pointer in needed}
+    if flags["LAYER_NORM"]:
+        absent.add("p_weight")
     return CompileSpec(
         name=f"{name} {dtype} D={width}",
         fn=fn,
-        **_arguments(fn, dtype, constexprs | tile | {absent: None, "LAYER_NORM": layer_norm}),
+        **_arguments(fn, dtype, constexprs | dict.fromkeys(absent & set(fn.arg_names))),
         num_warps=config.num_warps,
         hip_num_warps=choose(width, warp_size=64).num_warps,
     )

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -172,11 +173,9 @@ def _run_process(day: Day, name: str, seconds: float, site: Path | None) -> None
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
     """End the stage and all that it has started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        return
-    process.wait()
+        process.wait()
 
 
 def _environment(day: Day, site: Path | None) -> dict[str, str]:

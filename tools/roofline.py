@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -98,14 +97,6 @@ class Count:
         """The rows of these families and phases alone."""
         rows = tuple(row for row in self.rows if row.family in families and row.phase in phases)
         return replace(self, rows=rows)
-
-
-def find_size(name: str) -> StepSize:
-    """The size of that name. ValueError with the nearest names on any other."""
-    if name in SIZES:
-        return SIZES[name]
-    nearest = difflib.get_close_matches(name, SIZES, cutoff=0.0)
-    raise ValueError(f"the size is {name!r}; expected one of {', '.join(nearest)} (the nearest name first)")
 
 
 def count(size: StepSize, *, implementation: Implementation = "ours", recompute: bool = False) -> Count:
@@ -225,9 +216,9 @@ def write_csv(path: Path, counts: Sequence[Count]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables; code 2 if the size is unknown."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="paper", help=f"one of {', '.join(SIZES)} (default paper)")
+    parser.add_argument("--size", choices=SIZES, default="paper", help="of the step (default paper)")
     parser.add_argument("--implementation", choices=("ours", "torch", "both"), default="both")
     parser.add_argument("--recompute", action="store_true", help="layers keep their input alone and run again")
     parser.add_argument("--tflops", type=float, default=H200_TFLOPS, help="rate of matrix products (assumed: H200)")
@@ -236,15 +227,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="write all rows to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     options = parser.parse_args(argv)
-    try:
-        size = find_size(options.size)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
     chosen: tuple[Implementation, ...] = ("ours", "torch")
     if options.implementation != "both":
         chosen = (options.implementation,)
-    counts = [count(size, implementation=each, recompute=options.recompute) for each in chosen]
+    counts = [count(SIZES[options.size], implementation=each, recompute=options.recompute) for each in chosen]
     shown = {"tflops": options.tflops, "gbps": options.gbps, "markdown": options.markdown}
     for each in counts:
         print(table(each, **shown), end="\n\n")

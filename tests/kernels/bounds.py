@@ -51,7 +51,7 @@ def assert_kernel_close(
 
     wants_grad: names of the inputs whose gradients are compared.
     """
-    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    wide = in_dtype(inputs, torch.float64)
     ours = outputs_and_gradients(kernel, inputs, wants_grad=wants_grad)
     torchs = outputs_and_gradients(reference, inputs, wants_grad=wants_grad)
     seeds_dtypes = {name: value.dtype for name, value in torchs.items()}
@@ -97,6 +97,11 @@ def assert_refused(
     for choice in choices:
         with ak.use(choice), pytest.raises(ValueError, match=message):
             call()
+
+
+def in_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs with all floats in the given dtype."""
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def outputs_and_gradients(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,10 +163,7 @@ def test_static_and_launch_shared_memory_add_up_but_for_what_hopper_reserves() -
 @pytest.mark.parametrize(("target", "limit_kib"), [("sm_80", 163), ("sm_86", 99), ("sm_90", 227), ("gfx942", 64)])
 def test_one_byte_above_the_chips_shared_memory_is_too_much(target: str, limit_kib: int) -> None:
     def found(shared_bytes: int) -> list[str]:
-        resources = machine_code.Resources(
-            registers=32, spill_bytes=0, spill_instructions=0, shared_bytes=shared_bytes, matrix_instructions={}
-        )
-        return machine_code.problems(resources, target=target, needs=None)
+        return machine_code.problems(_resources(shared_bytes=shared_bytes), target=target, needs=None)
 
     assert found(limit_kib * 1024) == []
     assert "shared memory" in found(limit_kib * 1024 + 1)[0]
@@ -177,9 +175,7 @@ def test_one_byte_above_the_chips_shared_memory_is_too_much(target: str, limit_k
 )
 def test_a_matrix_kernel_without_its_matrix_instructions_is_wrong(target: str, tile_rows: int, opcode: str) -> None:
     others = {"HMMA": 8, "HGMMA": 8, "v_mfma": 8} | {opcode: 0}
-    resources = machine_code.Resources(
-        registers=32, spill_bytes=0, spill_instructions=0, shared_bytes=0, matrix_instructions=others
-    )
+    resources = _resources(matrix_instructions=others)
     assert machine_code.matrix_opcode(target, tile_rows) == opcode
     assert machine_code.problems(resources, target=target, needs=None) == []
     (problem,) = machine_code.problems(resources, target=target, needs=opcode)
@@ -203,3 +199,9 @@ def test_output_without_figures_is_an_error() -> None:
         machine_code.nvidia_resources("cuobjdump fatal: nothing", target="sm_80", launch_shared=0)
     with pytest.raises(ValueError, match="vgpr_count|private_segment"):
         machine_code.amd_resources("some_kernel:\n", launch_shared=0)
+
+
+def _resources(**changes: Any) -> Any:
+    """A kernel without problems, but for the changes."""
+    figures = {"registers": 32, "spill_bytes": 0, "spill_instructions": 0, "shared_bytes": 0, "matrix_instructions": {}}
+    return machine_code.Resources(**figures | changes)

@@ -23,6 +23,7 @@ from tests.kernels.bounds import (
     assert_kernel_close,
     assert_refused,
     assert_same_bits,
+    in_dtype,
     outputs_and_gradients,
 )
 
@@ -195,8 +196,8 @@ def test_arguments_that_do_not_fit_are_refused(device: torch.device) -> None:
     ]
     for change, message in wrong:
         assert_refused(partial(ak.linear_cross_entropy, **(inputs | change)), message)
-    doubles = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-    assert_refused(lambda: ak.linear_cross_entropy(**doubles), "float64", choices=("triton",))
+    doubles = in_dtype(inputs, torch.float64)
+    assert_refused(partial(ak.linear_cross_entropy, **doubles), "float64", choices=("triton",))
 
 
 def _compare(inputs: dict[str, Tensor]) -> None:

@@ -59,10 +59,8 @@ def test_heads_of_a_fused_projection_are_read_where_they_are(device: torch.devic
     angles = _inputs((6, 1, 16), torch.bfloat16, device)
     cos, sin = angles["cos_TF"], angles["sin_TF"]
     for view in (fused[:, 4:8], fused[:, ::3], fused.transpose(0, 1).contiguous().transpose(0, 1), fused[..., ::2]):
-        assert torch.equal(
-            ak.rotary(view, cos[:, : view.shape[-1] // 2], sin[:, : view.shape[-1] // 2]),
-            ak.rotary(view.contiguous(), cos[:, : view.shape[-1] // 2], sin[:, : view.shape[-1] // 2]),
-        )
+        half = cos[:, : view.shape[-1] // 2], sin[:, : view.shape[-1] // 2]
+        assert torch.equal(ak.rotary(view, *half), ak.rotary(view.contiguous(), *half))
     x = fused[:, 4:8].detach().requires_grad_()
     turned = ak.rotary(x, cos, sin)
     (strided,) = torch.autograd.grad(turned, x, fused[:, ::3], retain_graph=True)

@@ -93,15 +93,3 @@ def _takes_kernel(x_TD: Tensor) -> bool:
             f"x_TD has rows of {x_TD.shape[-1]}; the Triton kernels support 1 … {MAX_NORM_WIDTH}: use 'reference'"
         )
     return is_taken
-
-
-__all__ = [
-    "add_layer_norm",
-    "add_layer_norm_reference",
-    "add_rms_norm",
-    "add_rms_norm_reference",
-    "layer_norm",
-    "layer_norm_reference",
-    "rms_norm",
-    "rms_norm_reference",
-]

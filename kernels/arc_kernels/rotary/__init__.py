@@ -33,6 +33,3 @@ def rotary(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     if x_TNH.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"x_TNH has head size {x_TNH.shape[-1]}; the kernel supports {MAX_HEAD_DIM}: use 'reference'")
     return RotaryFunction.apply(x_TNH, cos_TF.contiguous(), sin_TF.contiguous())
-
-
-__all__ = ["rotary", "rotary_reference"]

@@ -70,6 +70,3 @@ def _check_rows(text_rows_N: Tensor, given_rows_Z: Tensor | None) -> None:
                 f"text_rows_N and given_rows_Z name row {int(twice[0])} more than once; expected each of 0 … "
                 f"{num_rows - 1} once"
             )
-
-
-__all__ = ["splice", "splice_reference"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import arc_kernels as ak
-from arc_kernels.attention import Rotation, Segments, attention_varlen_reference
+from arc_kernels.attention import attention_varlen_reference
+from arc_kernels.attention.segments import Rotation, Segments
 from arc_kernels.rotary import rotary_reference
 from tests.kernels.bounds import assert_kernel_close
 

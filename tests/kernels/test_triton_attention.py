@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import arc_kernels as ak
-from arc_kernels.attention import Backend, Segments, configs, kernels
+from arc_kernels.attention import Backend, configs, kernels
 from arc_kernels.attention.autograd import attention_backward, attention_forward
 from arc_kernels.attention.flash import flash_serves
+from arc_kernels.attention.segments import Segments
 from tests.kernels.attention_cases import (
     INPUTS,
     MODES,

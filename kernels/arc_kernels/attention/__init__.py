@@ -19,11 +19,8 @@ from arc_kernels._check import (
 from arc_kernels._dispatch import demand_triton
 from arc_kernels.attention.choice import BACKENDS, Backend, chosen_backend, use_attention
 from arc_kernels.attention.reference import attention_varlen_reference
-from arc_kernels.attention.segments import Segments
+from arc_kernels.attention.segments import Rotation, Segments
 from arc_kernels.rotary import rotary, rotary_reference
-
-Rotation = tuple[Tensor, Tensor]
-"""(cos, sin), each [rows, H / 2]."""
 
 
 def attention_varlen(
@@ -151,4 +148,4 @@ def _check_sight(segments: Segments) -> None:
             raise ValueError(f"k_limits_T[{i}] is {int(k_limits_T[i])}; expected 1 to the number of the segment's keys")
 
 
-__all__ = ["BACKENDS", "Backend", "Segments", "attention_varlen", "attention_varlen_reference", "use_attention"]
+__all__ = ["BACKENDS", "Backend", "attention_varlen", "attention_varlen_reference", "use_attention"]

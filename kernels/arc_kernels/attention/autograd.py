@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from arc_kernels._layout import contiguous
-from arc_kernels.attention import Rotation, Segments, kernels
+from arc_kernels.attention import kernels
 from arc_kernels.attention.configs import MAX_HEAD_DIM
+from arc_kernels.attention.segments import Rotation, Segments
 from arc_kernels.rotary.autograd import rotate
 
 

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Rotation = tuple[Tensor, Tensor]
+"""(cos, sin), each [rows, H / 2]."""
+
 
 class Segments(NamedTuple):
     """Arguments of `attention_varlen`, in the order of the operators. scale: the softmax scale, positive."""

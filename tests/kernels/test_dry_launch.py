@@ -191,7 +191,7 @@ def test_what_the_chip_does_not_have_is_refused_and_nothing_stays_behind() -> No
     program = CASES + (
         "from unittest.mock import patch\n"
         "import torch, triton, arc_kernels as ak, machine_code\n"
-        "import arc_kernels.swiglu.kernels as swiglu\n"
+        "from arc_kernels.swiglu import kernels as swiglu\n"
         "x = torch.zeros(2, 8192)\n"
         "def attempt(function):\n"
         "    try:\n"

@@ -1,7 +1,7 @@
 """One rank of a training run: parse, build, fit, close. A launcher starts it:
 
-arc-ds train CONFIG.yaml [key.path=value ...]
-deepspeed --hostfile hosts --module arc_ds.train CONFIG.yaml [key.path=value ...]
+    arc-ds train CONFIG.yaml [key.path=value ...]
+    deepspeed --hostfile hosts --module arc_ds.train CONFIG.yaml [key.path=value ...]
 """
 
 from __future__ import annotations

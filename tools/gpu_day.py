@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -151,7 +152,7 @@ def _run_process(day: Day, name: str, seconds: float, site: Path | None) -> None
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=_environment(day, site),
+            env=_environment(site, rehearse=day.rehearse),
             stdout=words,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -172,23 +173,16 @@ def _run_process(day: Day, name: str, seconds: float, site: Path | None) -> None
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
     """End the stage and all that it has started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        return
-    process.wait()
+        process.wait()
 
 
-def _environment(day: Day, site: Path | None) -> dict[str, str]:
-    environment = {**os.environ, "PYTHONPATH": _python_path(site), "PYTHONUNBUFFERED": "1"}
-    if day.rehearse:
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    return environment
-
-
-def _python_path(site: Path | None) -> str:
-    path = [*([str(site)] if site else []), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    return os.pathsep.join(filter(None, path))
+def _environment(site: Path | None = None, *, rehearse: bool = False) -> dict[str, str]:
+    path = [site, ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH")]
+    python_path = os.pathsep.join(str(folder) for folder in path if folder)
+    simulated = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if rehearse else {}
+    return {**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **simulated}
 
 
 def _unpack_wheels(folder: Path | None, site: Path) -> Path | None:
@@ -207,8 +201,7 @@ def _unpack_wheels(folder: Path | None, site: Path) -> Path | None:
 def _without_gpu() -> int:
     """Say so, and count what can be counted without one."""
     print("No GPU: torch sees none, so nothing can be measured here. The roofline needs none:\n", flush=True)
-    environment = {**os.environ, "PYTHONPATH": _python_path(None)}
-    subprocess.run([sys.executable, str(ROOT / "tools" / "roofline.py")], cwd=ROOT, env=environment, check=False)
+    subprocess.run([sys.executable, str(ROOT / "tools" / "roofline.py")], cwd=ROOT, env=_environment(), check=False)
     print("\nNo GPU: nothing was measured. `--rehearse` runs every stage at toy size on the CPU.", file=sys.stderr)
     return 2
 

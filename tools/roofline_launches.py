@@ -3,7 +3,7 @@
 A launch reads every distinct input once and writes every output once. Only the elements that it touches count: those of
 an expanded tensor once, and of a table only the selected rows. Views and allocations launch nothing.
 One operator of aten is one launch, unless it is known to be several (below); each operator of `arc_kernels` has an
-entry in `OPERATORS`, next to which `tests/unit/test_roofline.py` counts the launches of the real one.
+entry in `OPERATORS`, next to which `tests/unit/tools/test_roofline.py` counts the launches of the real one.
 """
 
 from __future__ import annotations

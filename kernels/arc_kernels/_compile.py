@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 LAUNCH_OPTIONS: Mapping[str, Any] = {"enable_fp_fusion": True}
@@ -40,8 +41,25 @@ class CompileSpec:
     uses_dot: bool = False
     """Whether the machine code must contain tensor-core instructions."""
 
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Further options of the backend."""
+
+def arguments_of(
+    fn: Any,
+    dtype: str,
+    constexprs: Mapping[str, Any],
+    *,
+    types: Mapping[str, str] = MappingProxyType({}),
+    odd: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`signature` and `divisible_by_16` of a kernel whose arguments are mostly pointers `p_…` to `dtype` and integers.
+
+    constexprs: the kernel's constants.
+    types: types of the other arguments.
+    odd: integers that a launch need not find to be multiples of 16. All others are, except floats.
+    """
+    names = [name for name in fn.arg_names if name not in constexprs]
+    signature = {name: types.get(name, f"*{dtype}" if name.startswith("p_") else "i32") for name in names}
+    divisible = tuple(name for name in names if name not in odd and signature[name] != "fp32")
+    return {"signature": signature, "divisible_by_16": divisible}
 
 
 def compile_spec(spec: CompileSpec, target: Any) -> Any:
@@ -66,7 +84,7 @@ def compile_spec(spec: CompileSpec, target: Any) -> Any:
     attrs = {(arg_names.index(arg),): [["tt.divisibility", 16]] for arg in spec.divisible_by_16}
     source = ASTSource(fn=spec.fn, signature=signature, constexprs=dict(spec.constexprs), attrs=attrs)
     num_warps = spec.hip_num_warps if target.backend == "hip" and spec.hip_num_warps else spec.num_warps
-    options = {"num_warps": num_warps, "num_stages": spec.num_stages, **LAUNCH_OPTIONS, **spec.options}
+    options = {"num_warps": num_warps, "num_stages": spec.num_stages, **LAUNCH_OPTIONS}
     return triton.compile(source, target=target, options=options)
 
 

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Choice = Literal["auto", "triton", "reference"]
 CHOICES: tuple[Choice, ...] = ("auto", "triton", "reference")
+_Choice = TypeVar("_Choice", bound=str)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CUDA_CAPABILITY = (8, 0)  # Ampere introduced bfloat16 in tl.dot and asynchronous copies
 
@@ -34,7 +35,7 @@ def use(choice: Choice) -> Iterator[None]:
     environment variable from its tracing. Raises ValueError on any other choice.
     """
     global _forced
-    before, _forced = _forced, _checked(choice, "choice")
+    before, _forced = _forced, checked(choice, "choice", CHOICES)
     try:
         yield
     finally:
@@ -43,7 +44,7 @@ def use(choice: Choice) -> Iterator[None]:
 
 def choice_in_force() -> Choice:
     """The choice of the context, or else of the environment. Raises ValueError if ARC_KERNELS is invalid."""
-    return _forced or _checked(os.environ.get("ARC_KERNELS") or "auto", "ARC_KERNELS")
+    return _forced or checked(os.environ.get("ARC_KERNELS") or "auto", "ARC_KERNELS", CHOICES)
 
 
 def use_triton(x: Tensor) -> bool:
@@ -83,11 +84,12 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _checked(choice: str, name: str) -> Choice:
-    for known in CHOICES:
+def checked(choice: str, name: str, choices: tuple[_Choice, ...]) -> _Choice:
+    """`choice` as one of the choices. Raises ValueError on any other; `name` is what holds it."""
+    for known in choices:
         if choice == known:
             return known
-    raise ValueError(f"{name} is {choice!r}; expected one of {', '.join(CHOICES)}")
+    raise ValueError(f"{name} is {choice!r}; expected one of {', '.join(choices)}")
 
 
 def _cpu_tensors_are_taken() -> bool:

@@ -10,6 +10,11 @@ def rows(x: Tensor) -> Tensor:
     return unit_stride(x.flatten(0, -2) if x.dim() > 1 else x[None])
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """`x` in contiguous memory; None stays None."""
+    return None if x is None else x.contiguous()
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """`x`, or a contiguous copy if the stride of its last dimension is not 1."""
     return x if x.stride(-1) == 1 else x.contiguous()

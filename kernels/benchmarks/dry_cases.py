@@ -158,10 +158,6 @@ def _norm_variants() -> Iterator[DryCase]:
 # Pooling
 
 
-def _pooling_from_spec(constants: dict[str, Any], dtype: str) -> DryCase:
-    return _pooling(dtype, constants["BLOCK_D"], constants["KIND"], constants["NORM"])
-
-
 def _pooling(dtype: str, width: int, kind: str, norm: str, *, trains_weight: bool = True) -> DryCase:
     """norm: "none" for `group_pool`, "rms" or "layer" for `pool_norm`."""
     function: Function = partial(ak.group_pool, kind=kind, num_groups=3)
@@ -200,10 +196,6 @@ def _pooling_variants() -> Iterator[DryCase]:
 # Rotary
 
 
-def _rotary_from_spec(constants: dict[str, Any], dtype: str) -> DryCase:
-    return _rotary(dtype, constants["N"], 2 * constants["F"])
-
-
 def _rotary(dtype: str, num_heads: int, head_dim: int, *, angles: torch.dtype = torch.float32) -> DryCase:
     def inputs() -> dict[str, Tensor]:
         cos, sin = torch.zeros(2, 3, head_dim // 2, dtype=angles).unbind()
@@ -229,10 +221,6 @@ def _rotary_variants() -> Iterator[DryCase]:
 # SwiGLU
 
 
-def _swiglu_from_spec(constants: dict[str, Any], dtype: str) -> DryCase:
-    return _swiglu(dtype, constants["F"])
-
-
 def _swiglu(dtype: str, width: int) -> DryCase:
     return DryCase(
         kernel="swiglu",
@@ -255,10 +243,6 @@ def _swiglu_variants() -> Iterator[DryCase]:
 
 
 # Splice
-
-
-def _splice_from_spec(constants: dict[str, Any], dtype: str) -> DryCase:
-    return _splice(dtype, constants["BLOCK_D"])
 
 
 def _splice(dtype: str, width: int) -> DryCase:
@@ -450,10 +434,10 @@ def _changed(case: DryCase, words: str, **changes: Callable[[], Any]) -> DryCase
 _FROM_SPEC: dict[str, Callable[[dict[str, Any], str], DryCase]] = {
     "cross_entropy": _cross_entropy_from_spec,
     "norm": _norm_from_spec,
-    "pooling": _pooling_from_spec,
-    "rotary": _rotary_from_spec,
-    "splice": _splice_from_spec,
-    "swiglu": _swiglu_from_spec,
+    "pooling": lambda constants, dtype: _pooling(dtype, constants["BLOCK_D"], constants["KIND"], constants["NORM"]),
+    "rotary": lambda constants, dtype: _rotary(dtype, constants["N"], 2 * constants["F"]),
+    "splice": lambda constants, dtype: _splice(dtype, constants["BLOCK_D"]),
+    "swiglu": lambda constants, dtype: _swiglu(dtype, constants["F"]),
 }
 
 _VARIANTS: dict[str, Callable[[], Iterator[DryCase]]] = {

@@ -86,10 +86,10 @@ class Case:
 def cases(scale: Scale) -> Iterator[Case]:
     """All cases except attention's (see `gpu_attention`)."""
     for width in (3072, 4096):
-        yield _rms_norm(scale.rows, width)
-        yield _add_rms_norm(scale.rows, width)
-    yield _layer_norm(scale.rows, 4096)
-    yield _add_layer_norm(scale.rows, 4096)
+        yield _norm("rms_norm", scale.rows, width)
+        yield _norm("add_rms_norm", scale.rows, width)
+    yield _norm("layer_norm", scale.rows, 4096)
+    yield _norm("add_layer_norm", scale.rows, 4096)
     for num_heads in (24, 32):
         yield _rotary(scale.rows, num_heads)
     for width in (8192, 14336):
@@ -109,6 +109,11 @@ def normal(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, device=device).bfloat16() for shape in shapes]
 
 
+def normals(**shapes: tuple[int, ...]) -> Callable[[torch.device], dict[str, Tensor]]:
+    """The inputs of a case: `normal` tensors of these shapes."""
+    return lambda device: dict(zip(shapes, normal(device, *shapes.values()), strict=True))
+
+
 def angles(positions_T: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """(cos, sin) [T, H / 2] of rotary positions, as in Llama 3."""
     frequencies = 500000.0 ** (torch.arange(head_dim // 2, device=positions_T.device) / -(head_dim // 2))
@@ -116,11 +121,27 @@ def angles(positions_T: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return angles_TF.cos(), angles_TF.sin()
 
 
-def _rms_norm(rows: int, width: int) -> Case:
-    def inputs(device: torch.device) -> dict[str, Tensor]:
-        x, weight = normal(device, (rows, width), (width,))
-        return {"x_TD": x, "weight_D": weight}
+def _norm(kernel: str, rows: int, width: int) -> Case:
+    adds = kernel.startswith("add_")
+    shapes: dict[str, tuple[int, ...]] = {"x_TD": (rows, width)}
+    if adds:
+        shapes["residual_TD"] = (rows, width)
+    if kernel.endswith("rms_norm"):
+        shapes["weight_D"] = (width,)
+    tensor_bytes = rows * width * BYTES
+    baselines = {"rms_norm": _rms_norm_baselines, "layer_norm": _layer_norm_baselines}.get(kernel, lambda _: {})
+    return Case(
+        kernel=kernel,
+        shape=f"T={rows} D={width}",
+        function=partial(getattr(ak, kernel), eps=EPS),
+        inputs=normals(**shapes),
+        wants_grad=tuple(shapes),
+        floor=Floor(forward_bytes=(4 if adds else 2) * tensor_bytes, backward_bytes=(4 if adds else 3) * tensor_bytes),
+        baselines=baselines(width),
+    )
 
+
+def _rms_norm_baselines(width: int) -> dict[str, Function]:
     def liger(x_TD: Tensor, weight_D: Tensor) -> Tensor:
         from liger_kernel.transformers.functional import liger_rms_norm
 
@@ -133,58 +154,11 @@ def _rms_norm(rows: int, width: int) -> Case:
 
     baselines: dict[str, Function] = {"F.rms_norm": lambda x_TD, weight_D: F.rms_norm(x_TD, (width,), weight_D, EPS)}
     baselines |= {"Liger": liger} if find_spec("liger_kernel") else {}
-    baselines |= {"quack": quack} if find_spec("quack") else {}
-    return Case(
-        kernel="rms_norm",
-        shape=f"T={rows} D={width}",
-        function=partial(ak.rms_norm, eps=EPS),
-        inputs=inputs,
-        wants_grad=("x_TD", "weight_D"),
-        floor=Floor(forward_bytes=2 * rows * width * BYTES, backward_bytes=3 * rows * width * BYTES),
-        baselines=baselines,
-    )
+    return baselines | ({"quack": quack} if find_spec("quack") else {})
 
 
-def _add_rms_norm(rows: int, width: int) -> Case:
-    def inputs(device: torch.device) -> dict[str, Tensor]:
-        x, residual, weight = normal(device, (rows, width), (rows, width), (width,))
-        return {"x_TD": x, "residual_TD": residual, "weight_D": weight}
-
-    return Case(
-        kernel="add_rms_norm",
-        shape=f"T={rows} D={width}",
-        function=partial(ak.add_rms_norm, eps=EPS),
-        inputs=inputs,
-        wants_grad=("x_TD", "residual_TD", "weight_D"),
-        floor=Floor(forward_bytes=4 * rows * width * BYTES, backward_bytes=4 * rows * width * BYTES),
-    )
-
-
-def _layer_norm(rows: int, width: int) -> Case:
-    return Case(
-        kernel="layer_norm",
-        shape=f"T={rows} D={width}",
-        function=partial(ak.layer_norm, eps=EPS),
-        inputs=lambda device: {"x_TD": normal(device, (rows, width))[0]},
-        wants_grad=("x_TD",),
-        floor=Floor(forward_bytes=2 * rows * width * BYTES, backward_bytes=3 * rows * width * BYTES),
-        baselines={"F.layer_norm": lambda x_TD: F.layer_norm(x_TD, (width,), eps=EPS)},
-    )
-
-
-def _add_layer_norm(rows: int, width: int) -> Case:
-    def inputs(device: torch.device) -> dict[str, Tensor]:
-        x, residual = normal(device, (rows, width), (rows, width))
-        return {"x_TD": x, "residual_TD": residual}
-
-    return Case(
-        kernel="add_layer_norm",
-        shape=f"T={rows} D={width}",
-        function=partial(ak.add_layer_norm, eps=EPS),
-        inputs=inputs,
-        wants_grad=("x_TD", "residual_TD"),
-        floor=Floor(forward_bytes=4 * rows * width * BYTES, backward_bytes=4 * rows * width * BYTES),
-    )
+def _layer_norm_baselines(width: int) -> dict[str, Function]:
+    return {"F.layer_norm": lambda x_TD: F.layer_norm(x_TD, (width,), eps=EPS)}
 
 
 def _rotary(rows: int, num_heads: int, head_dim: int = 128) -> Case:
@@ -205,10 +179,6 @@ def _rotary(rows: int, num_heads: int, head_dim: int = 128) -> Case:
 
 
 def _swiglu(rows: int, width: int) -> Case:
-    def inputs(device: torch.device) -> dict[str, Tensor]:
-        gate, up = normal(device, (rows, width), (rows, width))
-        return {"gate_TF": gate, "up_TF": up}
-
     def liger(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
         from liger_kernel.transformers.functional import liger_swiglu
 
@@ -218,7 +188,7 @@ def _swiglu(rows: int, width: int) -> Case:
         kernel="swiglu",
         shape=f"T={rows} F={width}",
         function=ak.swiglu,
-        inputs=inputs,
+        inputs=normals(gate_TF=(rows, width), up_TF=(rows, width)),
         wants_grad=("gate_TF", "up_TF"),
         floor=Floor(forward_bytes=3 * rows * width * BYTES, backward_bytes=5 * rows * width * BYTES),
         baselines={"Liger": liger} if find_spec("liger_kernel") else {},

@@ -73,7 +73,7 @@ def interleaved(
             clock(functions, 2, device)  # compiles and tunes, as `_head_starts` has done on a GPU
         longest_ms = max(statistics.median(times) for times in clock(functions, 3, device))
         rounds = min(max_rounds, max(MIN_ROUNDS, int(budget_ms / max(longest_ms, 1e-3))))
-    return [_timing(times) for times in clock(functions, rounds, device)]
+    return [timing(times) for times in clock(functions, rounds, device)]
 
 
 def measure_ceilings(device: torch.device, *, copy_bytes: int = COPY_BYTES, matrix_size: int = MATRIX_SIZE) -> Ceilings:
@@ -144,6 +144,7 @@ def _cpu_times(functions: Sequence[Callable[[], Any]], rounds: int, _: torch.dev
     return times
 
 
-def _timing(times: Sequence[float]) -> Timing:
-    low, _, high = statistics.quantiles(times, n=4)
-    return Timing(statistics.median(times), (high - low) / 2, len(times))
+def timing(times_ms: Sequence[float]) -> Timing:
+    """Median and spread of the times of one function, in milliseconds; at least 2."""
+    low, _, high = statistics.quantiles(times_ms, n=4)
+    return Timing(statistics.median(times_ms), (high - low) / 2, len(times_ms))

@@ -57,8 +57,8 @@ def stamp(command: str) -> dict[str, str]:
         "commit": commit(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda or torch.version.hip or ""),
-        "triton": _version("triton"),
-        "deepspeed": _version("deepspeed"),
+        "triton": version_of("triton"),
+        "deepspeed": version_of("deepspeed"),
         "command": command,
     }
 
@@ -95,7 +95,8 @@ class RowFile:
             writer.writerows(lines)
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package; empty if it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -16,7 +16,6 @@ from arc_ds.batch.packing import PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, planned_splits, sample_sizes, split
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
-from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import make_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.decoder import Decoder
@@ -25,6 +24,7 @@ from arc_ds.model.pooling import GroupPooling
 from arc_ds.training.engine import set_trained
 from arc_ds.training.optim import ParamGroup, make_param_groups
 from arc_ds.training.schedule import RateSchedule
+from tests.helpers.tiny_models import tiny_config
 
 TASKS = ("reconstruction", "continuation")
 POOLING = PoolingSpec(rules=(GroupRule("factor", 3),))
@@ -37,18 +37,12 @@ BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-6, 0.1
 NUM_STEPS = 10
 SCHEDULE = RateSchedule(total_steps=NUM_STEPS, warmup_steps=3, initial_lr=1e-6, final_lr=1e-5)
 
-_ENCODER = BackboneConfig(
-    family="llama", hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48,
-    vocab_size=97, rope_theta=1e4, norm_eps=1e-5,
-)  # fmt: skip
+_ENCODER = tiny_config(num_layers=4, ffn_size=48, vocab_size=97)
 _DECODERS = (
-    BackboneConfig(
-        family="llama", hidden_size=48, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=8, ffn_size=64,
-        vocab_size=61, rope_theta=1e4, norm_eps=1e-5,
-    ),
-    BackboneConfig(
-        family="llama", hidden_size=40, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=10, ffn_size=56,
-        vocab_size=83, rope_theta=5e4, norm_eps=1e-6, tie_embeddings=True,
+    tiny_config(hidden_size=48, num_layers=3, num_heads=6, num_kv_heads=3, ffn_size=64, vocab_size=61),
+    tiny_config(
+        hidden_size=40, num_kv_heads=4, head_dim=10, ffn_size=56, vocab_size=83, rope_theta=5e4, norm_eps=1e-6,
+        tie_embeddings=True,
     ),
 )  # fmt: skip
 

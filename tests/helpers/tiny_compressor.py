@@ -10,23 +10,12 @@ from torch import nn
 
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.segments import Sample, Segment
-from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
+from tests.helpers.tiny_models import tiny_config
 
-TINY = BackboneConfig(
-    family="llama",
-    hidden_size=16,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    ffn_size=24,
-    vocab_size=50,
-    rope_theta=1e4,
-    norm_eps=1e-5,
-)
+TINY = tiny_config(hidden_size=16, num_layers=3, head_dim=4, ffn_size=24, vocab_size=50)
 
 
 def tiny_compressor(seed: int = 0, **changes: Any) -> Compressor:

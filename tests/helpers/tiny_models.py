@@ -108,13 +108,22 @@ def hf_config(config: BackboneConfig) -> dict[str, Any]:
 
 def hf_name(name: str) -> str:
     """Hugging Face's name for an internal name."""
-    outer = {"tok_embeddings.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
-    if name in outer:
-        return outer[name]
-    if name == "norm.weight":
-        return "model.norm.weight"
-    _, i, rest = name.split(".", 2)
-    return f"model.layers.{i}.{HF_LAYER[rest.removesuffix('.weight')]}.weight"
+    outer = {"tok_embeddings": "model.embed_tokens", "output": "lm_head", "norm": "model.norm"}
+    return _renamed(name, outer, "model.layers", HF_LAYER)
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name for an internal name."""
+    outer = {"tok_embeddings": "token_embd", "output": "output", "norm": "output_norm"}
+    return _renamed(name, outer, "blk", GGUF_LAYER)
+
+
+def _renamed(name: str, outer: dict[str, str], layers: str, inner: dict[str, str]) -> str:
+    stem = name.removesuffix(".weight")
+    if stem in outer:
+        return f"{outer[stem]}.weight"
+    _, i, rest = stem.split(".", 2)
+    return f"{layers}.{i}.{inner[rest]}.weight"
 
 
 def write_hf(folder: Path, config: BackboneConfig, tensors: Tensors, num_files: int = 1, **changes: Any) -> Path:
@@ -213,19 +222,6 @@ def write_olmo(folder: Path, config: BackboneConfig, tensors: Tensors, *, own_co
     (folder / "params.json").write_text(json.dumps({**sizes, "norm_eps": 1e-5, "vocab_size": config.vocab_size}))
     save_file(olmo_tensors(config, tensors), folder / "consolidated.safetensors")
     return folder
-
-
-def gguf_name(name: str) -> str:
-    """GGUF's name for an internal name."""
-    outer = {
-        "tok_embeddings.weight": "token_embd.weight",
-        "output.weight": "output.weight",
-        "norm.weight": "output_norm.weight",
-    }
-    if name in outer:
-        return outer[name]
-    _, i, rest = name.split(".", 2)
-    return f"blk.{i}.{GGUF_LAYER[rest.removesuffix('.weight')]}.weight"
 
 
 def write_gguf(

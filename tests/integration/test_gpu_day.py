@@ -230,6 +230,20 @@ def _step_stage(out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType,
     return importlib.import_module("gpu_stages.step"), context
 
 
+def test_the_ceilings_of_another_gpu_are_not_used(
+    tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    contexts = []
+    for gpu in ("NVIDIA A100", "NVIDIA H200"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu=gpu: gpu)
+        stages = importlib.import_module("gpu_stages.context")
+        contexts.append(stages.StageContext.of("step", rehearse=True, out=tmp_path, seconds=60))
+    measured = contexts[0].measure_ceilings()
+    assert contexts[0].ceilings() == measured
+    assert contexts[1].ceilings() is None
+
+
 def test_a_later_run_replaces_the_rows_of_its_stages_alone(tools: ModuleType, tmp_path: Path) -> None:
     summary, rows = importlib.import_module("gpu_stages.summary"), importlib.import_module("rows")
     path = tmp_path / "cpu.csv"

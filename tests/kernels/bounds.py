@@ -1,12 +1,18 @@
-"""Error bound of kernels: at most twice the error of torch in the same dtype, both against float64."""
+"""Comparisons of kernels: the error is at most twice that of torch in the same dtype, both against float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+import arc_kernels as ak
+from arc_kernels._dispatch import Choice
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -45,13 +51,57 @@ def assert_kernel_close(
 
     wants_grad: names of the inputs whose gradients are compared.
     """
-    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    wide = in_dtype(inputs, torch.float64)
     ours = outputs_and_gradients(kernel, inputs, wants_grad=wants_grad)
     torchs = outputs_and_gradients(reference, inputs, wants_grad=wants_grad)
     seeds_dtypes = {name: value.dtype for name, value in torchs.items()}
     exact = outputs_and_gradients(reference, wide, wants_grad=wants_grad, seed_dtypes=seeds_dtypes)
     for name, value in ours.items():
         assert_close_as_torch(value, torchs[name], exact[name], name)
+
+
+def assert_same_bits(function: Function, inputs: Mapping[str, Tensor], *, wants_grad: tuple[str, ...]) -> None:
+    """Check that repeating, checkpointing and compiling `function` change no bit of its outputs and gradients."""
+    torch.use_deterministic_algorithms(False)  # no help from torch
+    torch.compiler.reset()  # otherwise the compilations of earlier tests count against the limit of recompilations
+    variants: dict[str, Function] = {
+        "repeated": function,
+        "checkpointed": lambda **x: checkpoint(function, **x, use_reentrant=False),
+        "compiled": torch.compile(function, backend="aot_eager", fullgraph=True),
+    }
+    plain = outputs_and_gradients(function, inputs, wants_grad=wants_grad)
+    for name, variant in variants.items():
+        values = outputs_and_gradients(variant, inputs, wants_grad=wants_grad)
+        differing = [key for key in plain if not torch.equal(values[key], plain[key])]
+        assert not differing, f"{name}: {differing}"
+
+
+def assert_exact(ours: Tensor, expected: Tensor, inputs: Sequence[Tensor], *, atol: float) -> None:
+    """Check a result in float64 and its gradients against another computation of the same result.
+
+    inputs: leaves of both graphs; each must have a gradient other than zero.
+    atol: bound of the largest difference.
+    """
+    assert torch.allclose(ours, expected, rtol=0, atol=atol)
+    seed = torch.randn(ours.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    got, wanted = (torch.autograd.grad(y, inputs, seed, retain_graph=True) for y in (ours, expected))
+    for one, other in zip(got, wanted, strict=True):
+        assert other.abs().max() > 0
+        assert torch.allclose(one, other, rtol=0, atol=atol)
+
+
+def assert_refused(
+    call: Callable[[], object], message: str, *, choices: tuple[Choice, ...] = ("triton", "reference")
+) -> None:
+    """Check that a call raises a ValueError with this message under each implementation."""
+    for choice in choices:
+        with ak.use(choice), pytest.raises(ValueError, match=message):
+            call()
+
+
+def in_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs with all floats in the given dtype."""
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def outputs_and_gradients(

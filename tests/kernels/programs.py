@@ -1,13 +1,28 @@
-"""Run Python without Triton's interpreter. The test session enables it, so compilation needs a separate process."""
+"""The programs of `kernels/benchmarks`: as modules, and as processes without Triton's interpreter.
+
+The test session enables the interpreter, so compilation needs a separate process.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+
+
+def benchmark(name: str) -> ModuleType:
+    """A module of the benchmarks. Skips the test, or the file that calls this on import, if triton is not installed."""
+    pytest.importorskip("triton")
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    return importlib.import_module(name)
 
 
 def run_python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:

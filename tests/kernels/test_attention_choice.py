@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +12,8 @@ import torch
 import arc_kernels as ak
 from arc_kernels.attention import choice
 from arc_kernels.attention.measured import Measured
+from tests.kernels.programs import benchmark
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 Q = torch.zeros(4, 2, 64, dtype=torch.bfloat16)
 
 
@@ -91,25 +90,18 @@ def test_triton_without_a_gpu_or_the_interpreter_says_so(monkeypatch: pytest.Mon
         _chosen()
 
 
-def test_the_table_is_written_so_that_it_reads_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    program = importlib.import_module("choose_attention")
+def test_the_table_is_written_so_that_it_reads_back(tmp_path: Path) -> None:
+    program = benchmark("choose_attention")
     path = tmp_path / "measured.py"
     path.write_text(program.TABLE.read_text(encoding="utf-8"), encoding="utf-8")
     for rows in ([_row(4096, 0.8), _row(256, 1.2)], []):
         program.write_table(path, rows)
-        spec = importlib.util.spec_from_file_location("measured_again", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        assert [tuple(row) for row in module.MEASURED] == sorted(tuple(row) for row in rows)
+        table = runpy.run_path(str(path))["MEASURED"]
+        assert [tuple(row) for row in table] == sorted(tuple(row) for row in rows)
 
 
 def test_a_table_that_runs_out_of_time_holds_what_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    program = importlib.import_module("choose_attention")
+    program = benchmark("choose_attention")
     clock = iter([0.0, 1.0, 2.0, *[9.0] * 99])
     monkeypatch.setattr(program.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

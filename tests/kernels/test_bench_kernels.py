@@ -3,48 +3,42 @@
 from __future__ import annotations
 
 import csv
-import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import arc_kernels as ak
+from tests.kernels.programs import benchmark
 
-pytest.importorskip("triton")
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+bench, checks, timing = map(benchmark, ("bench_kernels", "gpu_checks", "gpu_timing"))
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The runner with a fake clock: it calls each function once and reports 2 ms for the first, 4 ms for the second."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    module = importlib.import_module("bench_kernels")
+@pytest.fixture(autouse=True)
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner's clock calls each function once and reports 2 ms for the first, 4 ms for the second, and so on."""
 
-    def clock(functions: list[Callable[[], Any]], *_: Any, **__: Any) -> list[Any]:
+    def interleaved(functions: list[Callable[[], Any]], *_: Any, **__: Any) -> list[Any]:
         for function in functions:
             function()
-        return [module.Timing(2.0 * (1 + i), 0.25, 7) for i in range(len(functions))]
+        return [timing.Timing(2.0 * (1 + i), 0.25, 7) for i in range(len(functions))]
 
-    monkeypatch.setattr(module, "interleaved", clock)
-    return module
+    monkeypatch.setattr(bench, "interleaved", interleaved)
 
 
-def _case(bench: ModuleType, kernel: str, rows: int = 8) -> Any:
+def _case(kernel: str, rows: int = 8) -> Any:
     tiny = replace(bench.TINY, rows=rows, labels=4, vocab_size=64, lengths=((3, 5),))
     return next(case for case in (*bench.cases(tiny), *bench.attention_cases(tiny)) if case.kernel == kernel)
 
 
 def test_without_a_gpu_nothing_is_measured_and_make_bench_goes_on(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["--csv", str(tmp_path / "rows.csv")]) == 0
@@ -52,14 +46,13 @@ def test_without_a_gpu_nothing_is_measured_and_make_bench_goes_on(
     assert not (tmp_path / "rows.csv").exists()
 
 
-def test_an_unknown_kernel_is_named(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_kernel_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--kernel", "no_such"]) == 2
     assert "no_such" in capsys.readouterr().err
 
 
-def test_a_wrong_kernel_is_found_before_it_is_timed(bench: ModuleType, device: torch.device) -> None:
-    checks = importlib.import_module("gpu_checks")
-    case = _case(bench, "swiglu")
+def test_a_wrong_kernel_is_found_before_it_is_timed(device: torch.device) -> None:
+    case = _case("swiglu")
 
     def wrong(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
         y = ak.swiglu(gate_TF, up_TF)
@@ -72,7 +65,7 @@ def test_a_wrong_kernel_is_found_before_it_is_timed(bench: ModuleType, device: t
 
 
 def test_a_baseline_that_computes_something_else_or_fails_is_a_row_that_says_so(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fails(**_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("not on this GPU")
@@ -89,7 +82,7 @@ def test_a_baseline_that_computes_something_else_or_fails_is_a_row_that_says_so(
         "fails": fails,
         "half": without_gradient,
     }
-    rows = _time(bench, replace(_case(bench, "rms_norm"), baselines=baselines), monkeypatch)
+    rows = _time(replace(_case("rms_norm"), baselines=baselines), monkeypatch)
     timed = [row.variant for row in rows if row.metric == "both"]
     assert timed == ["arc_kernels", "torch eager", "torch.compile", "right"]
     notes = {(row.variant, row.value): row.note for row in rows if row.metric == "result"}
@@ -97,9 +90,7 @@ def test_a_baseline_that_computes_something_else_or_fails_is_a_row_that_says_so(
     assert "backward" in notes["half", "left out"] or "both" in notes["half", "left out"]
 
 
-def test_a_baseline_that_writes_over_its_inputs_spoils_nothing(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_baseline_that_writes_over_its_inputs_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[float]] = {"before": [], "after": []}
 
     class WritesOverGate(torch.autograd.Function):  # as Liger's SwiGLU does
@@ -122,17 +113,15 @@ def test_a_baseline_that_writes_over_its_inputs_spoils_nothing(
         "overwriting": lambda gate_TF, up_TF: WritesOverGate.apply(gate_TF, up_TF),
         "after": partial(watches, "after"),
     }
-    rows = _time(bench, replace(_case(bench, "swiglu"), baselines=baselines), monkeypatch)
+    rows = _time(replace(_case("swiglu"), baselines=baselines), monkeypatch)
     assert [row.variant for row in rows if row.metric == "backward"][-2:] == ["overwriting", "after"]
     assert len(set(seen["before"] + seen["after"])) == 1, "all see the same inputs at every call"
 
 
-def test_a_compiled_backward_can_be_repeated_after_one_that_was_not(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_backward_can_be_repeated_after_one_that_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
     # As after the stage "right", which compiles forward and backward together and leaves both in the cache.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    case = _case(bench, "rms_norm")
+    case = _case("rms_norm")
     reasons = []
     for kept in (bench._graphs_can_be_kept(), nullcontext()):
         torch.compiler.reset()
@@ -145,14 +134,14 @@ def test_a_compiled_backward_can_be_repeated_after_one_that_was_not(
     assert reasons[0] == "" and "donated" in reasons[1]
 
 
-def test_what_has_to_be_compiled_is_left_out_if_asked(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = replace(_case(bench, "rms_norm"), compiled_baselines=frozenset({"F.rms_norm"}))
-    rows = _time(bench, case, monkeypatch, compiles=False)
+def test_what_has_to_be_compiled_is_left_out_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(_case("rms_norm"), compiled_baselines=frozenset({"F.rms_norm"}))
+    rows = _time(case, monkeypatch, compiles=False)
     assert {row.variant for row in rows} == {"arc_kernels", "torch eager"}
 
 
-def test_rates_are_floors_over_times(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [row for row in _time(bench, _case(bench, "rms_norm"), monkeypatch) if row.variant == "arc_kernels"]
+def test_rates_are_floors_over_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row for row in _time(_case("rms_norm"), monkeypatch) if row.variant == "arc_kernels"]
     moved = 8 * 3072 * 2  # one tensor, bfloat16
     assert [row.metric for row in rows] == ["forward", "backward", "both"]
     assert [row.value for row in rows] == [2.0] * 3 and rows[0].spread == 0.25
@@ -160,25 +149,23 @@ def test_rates_are_floors_over_times(bench: ModuleType, monkeypatch: pytest.Monk
     assert f"{5 * moved / 2e-3 / 1e9:.1f} GB/s" in rows[2].note
 
 
-def test_times_of_others_are_given_as_multiples_of_ours(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = _time(bench, _case(bench, "rms_norm"), monkeypatch)
+def test_times_of_others_are_given_as_multiples_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _time(_case("rms_norm"), monkeypatch)
     assert [row.ratio for row in rows if row.metric == "both"] == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_matrix_kernels_are_compared_with_the_matrix_rate(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = next(row for row in _time(bench, _case(bench, "linear_cross_entropy"), monkeypatch) if row.metric == "both")
+def test_matrix_kernels_are_compared_with_the_matrix_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = next(row for row in _time(_case("linear_cross_entropy"), monkeypatch) if row.metric == "both")
     assert row.share == round(2 * 2 * 4 * 3072 * 64 / 2e-3 / 1e9, 3)  # products run at 1 GFLOP/s here
 
 
-def test_the_first_case_of_each_kernel_comes_before_any_second_one(bench: ModuleType) -> None:
+def test_the_first_case_of_each_kernel_comes_before_any_second_one() -> None:
     kernels = [case.kernel for case in bench.all_cases(bench.FULL)]
     num_kernels = len(set(kernels))
     assert len(set(kernels[:num_kernels])) == num_kernels < len(kernels)
 
 
 def test_all_functions_are_timed_in_turn_and_the_median_is_robust(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    timing = importlib.import_module("gpu_timing")
     durations = iter([0.0, 0.0] * 5 + [2e-3, 5e-3] * 4 + [900e-3, 5e-3])
     calls: list[str] = []
     clock = {"t": 0.0}
@@ -195,8 +182,6 @@ def test_all_functions_are_timed_in_turn_and_the_median_is_robust(monkeypatch: p
 
 
 def test_the_gpu_waits_longer_than_the_host_takes_to_queue_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    timing = importlib.import_module("gpu_timing")
     clock = {"t": 0.0}
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["t"])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -211,7 +196,7 @@ def test_the_gpu_waits_longer_than_the_host_takes_to_queue_a_call(monkeypatch: p
 
 
 @pytest.mark.parametrize(("name", "pairs"), [("encoder", 9 + 25), ("pooled", 3 + 5), ("decoder", 6 + 15)])
-def test_attention_counts_the_pairs_that_are_seen(bench: ModuleType, name: str, pairs: int) -> None:
+def test_attention_counts_the_pairs_that_are_seen(name: str, pairs: int) -> None:
     tiny = replace(bench.TINY, lengths=((3, 5),))
     case = next(case for case in bench.attention_cases(tiny) if case.shape.startswith(name))
     num_heads = 32 if name == "decoder" else 24
@@ -219,9 +204,8 @@ def test_attention_counts_the_pairs_that_are_seen(bench: ModuleType, name: str, 
     assert case.floor.backward_flops == 10 * 128 * num_heads * pairs
 
 
-def test_flex_attention_gets_the_mask_of_the_segments(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    attention = importlib.import_module("gpu_attention")
-    checks = importlib.import_module("gpu_checks")
+def test_flex_attention_gets_the_mask_of_the_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = benchmark("gpu_attention")
     from torch.nn.attention.flex_attention import flex_attention
 
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
@@ -232,15 +216,11 @@ def test_flex_attention_gets_the_mask_of_the_segments(bench: ModuleType, monkeyp
             assert checks.same_result(case.baselines["FlexAttention"](**inputs), case.function(**inputs)), case.shape
 
 
-def test_rows_are_appended_with_where_they_come_from(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_rows_are_appended_with_where_they_come_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     path = tmp_path / "new" / "rows.csv"
     file = bench.RowFile(path, "bench_kernels.py")
-    monkeypatch.undo()
-    monkeypatch.syspath_prepend(BENCHMARKS)
     rows = [bench.Row(stage="fast", subject="norm", value=1.5), bench.Row(stage="fast", subject="swiglu", note="a, b")]
     file.append(rows)
     file.append(rows)
@@ -253,13 +233,9 @@ def test_rows_are_appended_with_where_they_come_from(
     assert bench.file_name("NVIDIA H200") == "nvidia_h200"
 
 
-def _time(bench: ModuleType, case: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
+def _time(case: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
     """Rows of a case on the CPU with a no-op compiler, on a device that copies 1 MB/s and multiplies at 1 GFLOP/s."""
-
-    def uncompiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-        return function
-
-    monkeypatch.setattr(torch, "compile", uncompiled)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(bench, "check_case", lambda *_: [])
     monkeypatch.setattr(bench, "_ours", lambda case: bench._under("reference", case.function))
     return bench.measure_case(case, CPU, bench.Ceilings(copy=1e6, matrix=1e9), **options)

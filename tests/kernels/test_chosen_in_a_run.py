@@ -27,19 +27,12 @@ SHORT = (
 RANK = """
 import json, sys
 from pathlib import Path
-from torch.utils._python_dispatch import TorchDispatchMode
 from arc_ds.train import main
+from tests.kernels.operators import RecordedOperators
 
-class Names(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "arc_kernels":
-            seen.add(func._schema.name.split("::")[1])
-        return func(*args, **(kwargs or {}))
-
-seen = set()
-with Names():
+with RecordedOperators() as operators:
     code = main(sys.argv[2:])
-Path(sys.argv[1]).write_text(json.dumps(sorted(seen)))
+Path(sys.argv[1]).write_text(json.dumps(sorted(operators.names)))
 sys.exit(code)
 """
 

@@ -49,6 +49,15 @@ def test_the_innermost_context_decides_and_ends_with_an_error_too(device: torch.
         pass
 
 
+def test_a_compiled_function_may_contain_the_context(device: torch.device) -> None:
+    def gate(x: torch.Tensor) -> torch.Tensor:
+        with ak.use("triton"):
+            return ak.swiglu(x, x)
+
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    assert torch.equal(torch.compile(gate, backend="aot_eager", fullgraph=True)(x), gate(x))
+
+
 def test_triton_without_a_gpu_or_an_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with ak.use("triton"), pytest.raises(ValueError, match="the tensor is on cpu; move it to a GPU"):

@@ -6,18 +6,16 @@ about half a minute on two CPU cores (AMD EPYC, empty cache).
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.kernels.programs import BENCHMARKS, run_python
+from tests.kernels.programs import BENCHMARKS, benchmark, run_python
 
-pytest.importorskip("triton")
-
+dry_launch = benchmark("dry_launch")
 PROGRAM = str(BENCHMARKS / "dry_launch.py")
 ONE_OF_EACH = (
     r"^(attention bf16 H=64 K=8 group=4 causal longest=130 turned|rms_norm bf16 D=16384|mean rms bf16 D=4096"
@@ -47,12 +45,6 @@ TWO = "swiglu bf16 F=(8192|14336)"  # cases of swiglu; the first fails in some o
 
 # The imports of programs that launch cases themselves.
 CASES = "import dry_launch\nfrom dry_cases import cases_of\nfrom dry_launch import dry_launches, launch_case\n"
-
-
-@pytest.fixture
-def dry_launch(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("dry_launch")
 
 
 @pytest.mark.slow
@@ -197,9 +189,9 @@ def test_a_whole_run_names_kernels_and_specs_that_were_not_launched() -> None:
 @pytest.mark.slow
 def test_what_the_chip_does_not_have_is_refused_and_nothing_stays_behind() -> None:
     program = CASES + (
+        "from unittest.mock import patch\n"
         "import torch, triton, arc_kernels as ak, machine_code\n"
-        "from arc_kernels.swiglu.kernels import swiglu_forward\n"
-        "from arc_kernels.swiglu.kernels import Config\n"
+        "from arc_kernels.swiglu import kernels as swiglu\n"
         "x = torch.zeros(2, 8192)\n"
         "def attempt(function):\n"
         "    try:\n"
@@ -207,7 +199,8 @@ def test_what_the_chip_does_not_have_is_refused_and_nothing_stays_behind() -> No
         "            function()\n"
         "    except Exception as error:\n"
         "        print(type(error).__name__, ' '.join(str(error).split()), len(driver.launches))\n"
-        "attempt(lambda: swiglu_forward(x, x, config=Config(block_width=1024, num_warps=64)))\n"
+        "with patch.object(swiglu, 'choose', lambda *_, **__: swiglu.Config(block_width=1024, num_warps=64)):\n"
+        "    attempt(lambda: ak.swiglu(x, x))\n"
         "machine_code.SHARED_LIMIT['sm_90'] = 1024\n"
         "attention = cases_of('attention')['attention fp16 H=64 K=8 group=2 full longest=130']\n"
         "attempt(lambda: attention.function(**attention.inputs()))\n"
@@ -224,7 +217,7 @@ def test_what_the_chip_does_not_have_is_refused_and_nothing_stays_behind() -> No
 
 
 @pytest.mark.parametrize("grid", [(0, 1, 1), (2, -1, 1), (2.0, 1, 1), (True, 1, 1), (1, 65536, 1), (2**31, 1, 1)])
-def test_a_grid_that_cuda_refuses_is_refused(dry_launch: ModuleType, grid: tuple[Any, ...]) -> None:
+def test_a_grid_that_cuda_refuses_is_refused(grid: tuple[Any, ...]) -> None:
     driver = dry_launch.DryDriver()
     with pytest.raises(ValueError, match="the grid of fill is"):
         _launch(driver, *grid)
@@ -244,12 +237,6 @@ def test_an_unknown_kernel_and_a_selection_of_nothing_are_refused(arguments: lis
     result = run_python(PROGRAM, *arguments)
     assert result.returncode == 2
     assert message in result.stderr
-
-
-def test_the_interpreter_is_refused() -> None:
-    result = run_python(PROGRAM, interpret=True)
-    assert result.returncode == 2
-    assert "TRITON_INTERPRET" in result.stderr
 
 
 def _launch(driver: Any, *grid: Any) -> None:

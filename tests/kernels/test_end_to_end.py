@@ -7,30 +7,17 @@ from typing import Literal
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import arc_kernels
 from arc_ds.batch.packing import pack
 from tests.helpers.plain_trainer import POOLING, decoder_of_step, samples_of_step, tiny_compressor, tiny_decoders
+from tests.kernels.operators import RecordedOperators
 
 TOLERANCE = 1e-5  # issue 3; each run rounds in float32 on its own
 STEP, NUM_SEQUENCES = 4, 2
 
 # The operators that the step must launch in forward and backward.
 OPERATORS = {"attention", "pool_norm", "norm", "rotary", "swiglu", "splice", "linear_cross_entropy"}
-
-
-class _Operators(TorchDispatchMode):
-    """Records the names of the arc_kernels operators that run in its context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.namespace == "arc_kernels":
-            self.names.add(func._schema.name.split("::")[1])
-        return func(*args, **(kwargs or {}))
 
 
 def _loss_and_gradients(
@@ -41,7 +28,7 @@ def _loss_and_gradients(
     compressor = tiny_compressor(activation_checkpointing=activation_checkpointing).to(device)
     decoder = tiny_decoders(activation_checkpointing=activation_checkpointing)[decoder_idx].to(device)
     batch = pack(samples_of_step(STEP, NUM_SEQUENCES), POOLING).to(device)
-    with arc_kernels.use(choice), _Operators() as operators:
+    with arc_kernels.use(choice), RecordedOperators() as operators:
         loss = decoder(batch, compressor(batch, decoder_idx)).mean()
         loss.backward()
     gradients = {name: p.grad for name, p in compressor.named_parameters() if p.grad is not None}

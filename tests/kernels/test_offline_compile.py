@@ -8,16 +8,14 @@ takes about 70 s on two CPU cores (AMD EPYC, empty cache).
 from __future__ import annotations
 
 import ast
-import importlib
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
-from tests.kernels.programs import BENCHMARKS, run_python
+from tests.kernels.programs import BENCHMARKS, benchmark, run_python
 
-pytest.importorskip("triton")
-
+machine_code = benchmark("machine_code")
 KERNELS = BENCHMARKS.parent / "arc_kernels"
 ELEMENTWISE = (
     r"^((rms|add_rms)_norm_forward|add_rms_norm_backward_weight|pool_(forward|backward)|splice_forward|gather_rows"
@@ -52,12 +50,6 @@ amdhsa.kernels:
     .vgpr_count:     288
     .vgpr_spill_count: {spilled}
 """
-
-
-@pytest.fixture
-def machine_code(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("machine_code")
 
 
 @pytest.mark.slow
@@ -129,17 +121,18 @@ def test_every_launch_says_what_triton_would_decide_by_its_version(kernel: str) 
     tree = ast.parse((KERNELS / kernel / "kernels.py").read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
     unpacked = [{ast.unparse(k.value).split("(")[0] for k in call.keywords if k.arg is None} for call in calls]
-    assert calls and all(names & {"LAUNCH_OPTIONS", "arguments", "_arguments"} for names in unpacked), unpacked
+    assert calls and all(names & {"LAUNCH_OPTIONS", "arguments"} for names in unpacked), unpacked
 
 
-def test_the_interpreter_is_refused() -> None:
-    result = run_python(str(BENCHMARKS / "compile_offline.py"), interpret=True)
+@pytest.mark.parametrize("program", ["compile_offline.py", "dry_launch.py"])
+def test_the_interpreter_is_refused(program: str) -> None:
+    result = run_python(str(BENCHMARKS / program), interpret=True)
     assert result.returncode == 2
     assert "TRITON_INTERPRET" in result.stderr
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_figures_of_a_cubin(machine_code: ModuleType, target: str) -> None:
+def test_figures_of_a_cubin(target: str) -> None:
     text = USAGE.format(registers=168, stack=0, shared=0, local=0) + SASS.format(spill="STG.E")
     resources = machine_code.nvidia_resources(text, target=target, launch_shared=4096)
     assert resources.registers == 168
@@ -152,13 +145,13 @@ def test_figures_of_a_cubin(machine_code: ModuleType, target: str) -> None:
 @pytest.mark.parametrize(
     ("stack", "local", "spill"), [(56, 0, "STG.E"), (0, 16, "STG.E"), (0, 0, "STL"), (0, 0, "LDL.64")]
 )
-def test_each_sign_of_a_spill_in_a_cubin_counts(machine_code: ModuleType, stack: int, local: int, spill: str) -> None:
+def test_each_sign_of_a_spill_in_a_cubin_counts(stack: int, local: int, spill: str) -> None:
     text = USAGE.format(registers=255, stack=stack, shared=0, local=local) + SASS.format(spill=spill)
     resources = machine_code.nvidia_resources(text, target="sm_80", launch_shared=0)
     assert any("spills" in problem for problem in machine_code.problems(resources, target="sm_80", needs=None))
 
 
-def test_static_and_launch_shared_memory_add_up_but_for_what_hopper_reserves(machine_code: ModuleType) -> None:
+def test_static_and_launch_shared_memory_add_up_but_for_what_hopper_reserves() -> None:
     text = USAGE.format(registers=64, stack=0, shared=3072, local=0) + SASS.format(spill="STG.E")
     sizes = {
         target: machine_code.nvidia_resources(text, target=target, launch_shared=1000).shared_bytes
@@ -168,14 +161,9 @@ def test_static_and_launch_shared_memory_add_up_but_for_what_hopper_reserves(mac
 
 
 @pytest.mark.parametrize(("target", "limit_kib"), [("sm_80", 163), ("sm_86", 99), ("sm_90", 227), ("gfx942", 64)])
-def test_one_byte_above_the_chips_shared_memory_is_too_much(
-    machine_code: ModuleType, target: str, limit_kib: int
-) -> None:
+def test_one_byte_above_the_chips_shared_memory_is_too_much(target: str, limit_kib: int) -> None:
     def found(shared_bytes: int) -> list[str]:
-        resources = machine_code.Resources(
-            registers=32, spill_bytes=0, spill_instructions=0, shared_bytes=shared_bytes, matrix_instructions={}
-        )
-        return machine_code.problems(resources, target=target, needs=None)
+        return machine_code.problems(_resources(shared_bytes=shared_bytes), target=target, needs=None)
 
     assert found(limit_kib * 1024) == []
     assert "shared memory" in found(limit_kib * 1024 + 1)[0]
@@ -185,13 +173,9 @@ def test_one_byte_above_the_chips_shared_memory_is_too_much(
     ("target", "tile_rows", "opcode"),
     [("sm_80", 128, "HMMA"), ("sm_90", 64, "HGMMA"), ("sm_90", 32, "HMMA"), ("gfx942", 128, "v_mfma")],
 )
-def test_a_matrix_kernel_without_its_matrix_instructions_is_wrong(
-    machine_code: ModuleType, target: str, tile_rows: int, opcode: str
-) -> None:
+def test_a_matrix_kernel_without_its_matrix_instructions_is_wrong(target: str, tile_rows: int, opcode: str) -> None:
     others = {"HMMA": 8, "HGMMA": 8, "v_mfma": 8} | {opcode: 0}
-    resources = machine_code.Resources(
-        registers=32, spill_bytes=0, spill_instructions=0, shared_bytes=0, matrix_instructions=others
-    )
+    resources = _resources(matrix_instructions=others)
     assert machine_code.matrix_opcode(target, tile_rows) == opcode
     assert machine_code.problems(resources, target=target, needs=None) == []
     (problem,) = machine_code.problems(resources, target=target, needs=opcode)
@@ -203,17 +187,21 @@ def test_a_matrix_kernel_without_its_matrix_instructions_is_wrong(
     [(0, 0, "global_store_dword", False), (24, 0, "global_store_dword", True), (0, 3, "global_store_dword", True)]
     + [(0, 0, "scratch_store_dword", True), (0, 0, "scratch_load_dwordx4", True)],
 )
-def test_figures_of_amd_assembly(
-    machine_code: ModuleType, scratch: int, spilled: int, spill: str, spills: bool
-) -> None:
+def test_figures_of_amd_assembly(scratch: int, spilled: int, spill: str, spills: bool) -> None:
     text = ASSEMBLY.format(shared=512, scratch=scratch, spilled=spilled, spill=spill)
     resources = machine_code.amd_resources(text, launch_shared=1024)
     assert (resources.registers, resources.shared_bytes, resources.matrix_instructions["v_mfma"]) == (288, 1536, 1)
     assert bool(machine_code.problems(resources, target="gfx942", needs="v_mfma")) == spills
 
 
-def test_output_without_figures_is_an_error(machine_code: ModuleType) -> None:
+def test_output_without_figures_is_an_error() -> None:
     with pytest.raises(ValueError, match="no resource usage"):
         machine_code.nvidia_resources("cuobjdump fatal: nothing", target="sm_80", launch_shared=0)
     with pytest.raises(ValueError, match="vgpr_count|private_segment"):
         machine_code.amd_resources("some_kernel:\n", launch_shared=0)
+
+
+def _resources(**changes: Any) -> Any:
+    """A kernel without problems, but for the changes."""
+    figures = {"registers": 32, "spill_bytes": 0, "spill_instructions": 0, "shared_bytes": 0, "matrix_instructions": {}}
+    return machine_code.Resources(**figures | changes)

@@ -8,58 +8,67 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import arc_kernels as ak
+from arc_kernels.attention import Backend, configs, kernels
+from arc_kernels.attention.autograd import attention_backward, attention_forward
+from arc_kernels.attention.flash import flash_serves
+from arc_kernels.attention.segments import Segments
 from tests.kernels.attention_cases import (
-    DTYPES,
     INPUTS,
     MODES,
     RAGGED,
+    TURNED,
     Case,
+    angles_of,
     boundaries_of,
+    compare,
     inputs_of,
     plain_attention,
+    segments_of,
     spans_of,
 )
-from tests.kernels.bounds import assert_close_as_torch, assert_kernel_close, outputs_and_gradients
+from tests.kernels.bounds import DTYPES, assert_close_as_torch, assert_kernel_close, assert_refused, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_empty")
-
-
+rotary_or_not = pytest.mark.parametrize("turned", [(), TURNED], ids=["plain", "rotary"])
 small_tiles = pytest.mark.usefixtures("small_attention_tiles")
 
 
 @small_tiles
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-def test_ragged_segments_err_no_more_than_torch(mode: str, dtype: torch.dtype, device: torch.device) -> None:
-    _compare(RAGGED._replace(num_kv_heads=1), mode, dtype, device)
+@rotary_or_not
+def test_ragged_segments_err_no_more_than_torch(
+    mode: str, dtype: torch.dtype, turned: tuple[str, ...], device: torch.device
+) -> None:
+    compare(RAGGED._replace(num_kv_heads=1), mode, dtype, device, turned=turned)
 
 
 @small_tiles
 @pytest.mark.parametrize(("group", "mode"), [(1, "causal"), (3, "limits"), (4, "causal"), (8, "full")])
 def test_every_ratio_of_heads_errs_no_more_than_torch(group: int, mode: str, device: torch.device) -> None:
-    _compare(Case((5, 18), (9, 35), group=group, num_kv_heads=2), mode, torch.bfloat16, device)
+    compare(Case((5, 18), (9, 35), group=group, num_kv_heads=2), mode, torch.bfloat16, device)
 
 
 @small_tiles
 @pytest.mark.parametrize("head_dim", (8, 64, 80, 96, 128, 256))
 def test_every_head_size_errs_no_more_than_torch(head_dim: int, device: torch.device) -> None:
-    _compare(Case((5, 18), (9, 35), head_dim=head_dim), "causal", torch.bfloat16, device)
+    compare(Case((5, 18), (9, 35), head_dim=head_dim), "causal", torch.bfloat16, device)
 
 
 def test_one_long_segment_beside_many_short_ones_with_the_real_tiles(device: torch.device) -> None:
     # Only the last 400 queries: all of them would take half a minute under the interpreter.
     short = (3,) * 9
     case = Case((*short, 400, *short), (*short, 2050, *short), group=1)
-    _compare(case, "causal", torch.bfloat16, device)
+    compare(case, "causal", torch.bfloat16, device)
 
 
 # bfloat16, because its rounding dominates chance effects in few numbers. One fixed segment has several keys: with one
@@ -74,7 +83,7 @@ def test_one_long_segment_beside_many_short_ones_with_the_real_tiles(device: tor
 def test_every_shape_is_attended(lengths: list[tuple[int, int]], group: int, mode: str, device: torch.device) -> None:
     pairs = [(3, 2), *lengths]
     case = Case(tuple(m for m, _ in pairs), tuple(m + more for m, more in pairs), group=group, head_dim=16)
-    _compare(case, mode, torch.bfloat16, device)
+    compare(case, mode, torch.bfloat16, device)
 
 
 @small_tiles
@@ -92,23 +101,22 @@ def test_the_bound_sees_another_scale_mask_or_head(device: torch.device) -> None
 
 
 @small_tiles
-def test_repeated_runs_give_the_same_bits(device: torch.device) -> None:
+@rotary_or_not
+def test_repeats_checkpointing_and_compiling_give_the_same_bits(turned: tuple[str, ...], device: torch.device) -> None:
     case = Case((3, 20), (5, 40), group=3)
-    inputs, spans = inputs_of(case, torch.bfloat16, device), spans_of(case, "causal", device)
-    function = partial(ak.attention_varlen, **spans)
-    first, second = (outputs_and_gradients(function, inputs, wants_grad=INPUTS) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    angles = angles_of(case, device) if turned else {}
+    function = partial(ak.attention_varlen, **spans_of(case, "causal", device), **angles)
+    assert_same_bits(function, inputs_of(case, torch.bfloat16, device), wants_grad=INPUTS)
 
 
-def test_tiles_change_nothing_but_rounding(device: torch.device) -> None:
-    from arc_kernels.attention import configs, kernels
-
-    inputs, spans = inputs_of(RAGGED, torch.float32, device), _launch_spans(RAGGED, "limits", device)
+def test_tiles_change_nothing_but_rounding(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, spans = inputs_of(RAGGED, torch.float32, device), segments_of(RAGGED, "limits", device)
     reference = plain_attention(spans_of(RAGGED, "limits", device))
     exact = reference(**{name: x.double() for name, x in inputs.items()})
     for block_m, block_n in ((16, 16), (32, 16), (64, 64)):
         config = configs.Config(block_m=block_m, block_n=block_n, num_warps=4, num_stages=1)
-        o = kernels.forward(*inputs.values(), spans, config).o
+        monkeypatch.setattr(kernels, "choose", lambda *_, config=config, **__: config)
+        o = kernels.forward(*inputs.values(), spans).o
         assert_close_as_torch(o, reference(**inputs), exact, f"output with tiles of {block_m} by {block_n}")
 
 
@@ -137,51 +145,41 @@ def test_slices_of_a_fused_projection_and_gradients_of_any_stride_are_taken(devi
 
 
 @small_tiles
-def test_checkpointing_and_compiling_change_nothing(device: torch.device) -> None:
-    case = Case((3, 20), (5, 20))
-    inputs, spans = inputs_of(case, torch.float32, device), spans_of(case, "causal", device)
-    block = partial(ak.attention_varlen, **spans)
-    plain = outputs_and_gradients(block, inputs, wants_grad=INPUTS)
-    variants = {
-        "checkpointed": lambda **x: checkpoint(block, **x, use_reentrant=False),
-        "compiled": torch.compile(block, backend="aot_eager", fullgraph=True),
-    }
-    for name, variant in variants.items():
-        ours = outputs_and_gradients(variant, inputs, wants_grad=INPUTS)
-        assert all(torch.equal(ours[key], plain[key]) for key in plain), name
-
-
-@small_tiles
-def test_operators_pass_torchs_own_checks(device: torch.device) -> None:
-    from arc_kernels.attention.autograd import attention_backward, attention_forward
-
+@rotary_or_not
+def test_operators_pass_torchs_own_checks(turned: tuple[str, ...], device: torch.device) -> None:
     case = Case((3, 6), (5, 6), head_dim=16)  # small: each of these checks runs its operator many times
-    q, k, v = inputs_of(case, torch.float32, device).values()
+    q, k, v = inputs_of(case, torch.bfloat16 if turned else torch.float32, device).values()
     cu_q, cu_k = (boundaries_of(lengths, device) for lengths in (case.q_lengths, case.k_lengths))
-    spans, unturned = (cu_q, cu_k, None, 6, 6, True, 0.2), (None, None)
-    o, lse, _ = attention_forward(q, k, v, *unturned, *spans, True)
-    torch.library.opcheck(attention_forward, (q, k, v, *unturned, *spans, True))
+    spans = (cu_q, cu_k, None, 6, 6, True, 0.2)
+    of_q, of_k = angles_of(case, device).values() if turned else ((None, None), (None, None))
+    for keeps in (True, False):
+        torch.library.opcheck(attention_forward, (q, k, v, *of_q, *spans, keeps))
+    o, lse, _ = attention_forward(q, k, v, *of_q, *spans, True)
     for wants_q, wants_kv in ((True, True), (False, True), (True, False)):
-        arguments = (q, k, v, o, o, lse, *unturned, *unturned, *spans, wants_q, wants_kv)
+        arguments = (q, k, v, o, o, lse, *of_q, *of_k, *spans, wants_q, wants_kv)
         torch.library.opcheck(attention_backward, arguments)
 
 
-def test_no_rows_give_no_rows_and_stay_in_the_graph(device: torch.device) -> None:
-    cu = torch.zeros(1, dtype=torch.int32, device=device)
+@pytest.mark.parametrize("backend", ("triton", "reference"))
+@rotary_or_not
+def test_no_rows_give_no_rows_and_stay_in_the_graph(
+    backend: Backend, turned: tuple[str, ...], device: torch.device
+) -> None:
+    cu, none = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(0, 16, device=device)
     inputs = tuple(torch.zeros(0, 2, 32, device=device, requires_grad=True) for _ in "qkv")
-    out = ak.attention_varlen(*inputs, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=0, max_seqlen_k=0, causal=True)
+    spans = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 0, "max_seqlen_k": 0, "causal": True}
+    out = ak.attention_varlen(*inputs, **spans, **dict.fromkeys(turned, (none, none)), backend=backend)
     assert out.shape == (0, 2, 32)
     out.sum().backward()
-    assert all(x.grad is not None for x in inputs), "the graph must reach q, k and v even without rows"
+    for x in inputs:
+        assert x.grad is not None and x.grad.shape == x.shape, "the graph must reach q, k and v even without rows"
 
 
 def test_a_query_that_sees_no_key_gets_zeros(device: torch.device) -> None:
     # The public function refuses this if it can read the boundaries. On a GPU the kernels must handle it.
-    from arc_kernels.attention import kernels
-
     case = Case((20, 5), (4, 5))
     q, k, v = inputs_of(case, torch.float32, device).values()
-    spans = _launch_spans(case, "causal", device)
+    spans = segments_of(case, "causal", device)
     do = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(device)
     o, lse, _ = kernels.forward(q, k, v, spans)
     delta = kernels.delta(o, do)
@@ -194,8 +192,6 @@ def test_a_query_that_sees_no_key_gets_zeros(device: torch.device) -> None:
 def test_wrong_boundaries_and_limits_read_nothing_outside_the_tensors(
     boundaries: list[int], device: torch.device
 ) -> None:
-    from arc_kernels.attention import kernels
-
     case = Case((12, 13), (12, 13))
     fences = [torch.full((3, *x.shape), torch.nan).to(device) for x in inputs_of(case, torch.float32, device).values()]
     for fence, x in zip(fences, inputs_of(case, torch.float32, device).values(), strict=True):
@@ -203,7 +199,7 @@ def test_wrong_boundaries_and_limits_read_nothing_outside_the_tensors(
     q, k, v = (fence[1] for fence in fences)
     cu = torch.tensor(boundaries, dtype=torch.int32, device=device)
     for limits in (None, torch.full((25,), 2**31 - 1, dtype=torch.int32, device=device)):
-        spans = kernels.Spans(cu, cu, limits, 13, 13, False, 1.0)
+        spans = Segments(cu, cu, limits, 13, 13, False, 1.0)
         o, lse, _ = kernels.forward(q, k, v, spans)
         o, lse = (x.nan_to_num() for x in (o, lse))  # rows of no segment are not written
         delta = kernels.delta(o, q)
@@ -218,13 +214,18 @@ CASE = Case((3, 2), (3, 4))
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"cu_seqlens_q": torch.tensor([0, 3, 5])}, "expected int32 boundaries"),
         ({"cu_seqlens_q": torch.tensor([0, 3, 3, 5]).int()}, "cu_seqlens_q is empty at segment 1"),
         ({"cu_seqlens_q": torch.tensor([0, 3, 6]).int()}, "cu_seqlens_q ends at 6"),
         ({"cu_seqlens_k": torch.tensor([0, 8, 7]).int()}, "cu_seqlens_k decreases"),
+        ({"cu_seqlens_k": torch.tensor([0, 1, 3, 7]).int()}, "cu_seqlens_k has shape"),
         ({"cu_seqlens_k": torch.tensor([0, 2, 7]).int(), "causal": True}, "segment 0 has 3 queries and 2 keys"),
+        ({"k_limits_T": torch.ones(5).int(), "causal": True}, "exclude each other"),
+        ({"k_limits_T": torch.ones(4).int()}, "k_limits_T has shape"),
         ({"k_limits_T": torch.ones(5)}, "k_limits_T is torch.float32"),
         ({"k_limits_T": torch.tensor([1, 2, 0, 1, 1]).int()}, r"k_limits_T\[2\] is 0"),
         ({"k_limits_T": torch.tensor([1, 2, 3, 1, 5]).int()}, r"k_limits_T\[4\] is 5"),
+        (dict.fromkeys(("k_UKH", "v_UKH"), torch.ones(7, 3, 32)), "2 query heads are not a multiple of 3"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"scale": float("nan")}, "scale is nan"),
         ({"backend": "fast"}, "backend is 'fast'"),
@@ -235,25 +236,21 @@ CASE = Case((3, 2), (3, 4))
 def test_wrong_arguments_are_named(change: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARC_KERNELS_CHECK", "1")
     inputs, spans = inputs_of(CASE, torch.float32, torch.device("cpu")), spans_of(CASE, "full", torch.device("cpu"))
-    with pytest.raises(ValueError, match=message):
-        ak.attention_varlen(**inputs, **{**spans, **change})
+    assert_refused(lambda: ak.attention_varlen(**{**inputs, **spans, **change}), message)
 
 
 def test_a_head_that_fits_no_tile_is_refused_with_the_way_out(device: torch.device) -> None:
     case = CASE._replace(head_dim=264)
     inputs, spans = inputs_of(case, torch.float32, device), spans_of(case, "full", device)
-    with pytest.raises(ValueError, match=r"head size of q_TNH is 264.*arc_kernels\.use\('reference'\)"):
-        ak.attention_varlen(**inputs, **spans)
+    refusal = r"head size of q_TNH is 264.*arc_kernels\.use\('reference'\)"
+    assert_refused(lambda: ak.attention_varlen(**inputs, **spans), refusal, choices=("triton",))
     with ak.use("reference"):
         assert ak.attention_varlen(**inputs, **spans).shape == (5, 2, 264)
     nothing = {name: x[..., :0] for name, x in inputs.items()}
-    with pytest.raises(ValueError, match="head size of q_TNH is 0"):
-        ak.attention_varlen(**nothing, **spans)
+    assert_refused(lambda: ak.attention_varlen(**nothing, **spans), "head size of q_TNH is 0", choices=("triton",))
 
 
 def test_the_backend_overrides_the_choice_in_force(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from arc_kernels.attention import kernels
-
     launches = []
     launch = kernels.forward
     monkeypatch.setattr(kernels, "forward", lambda *args, **options: launches.append(1) or launch(*args, **options))
@@ -270,8 +267,6 @@ def test_the_backend_overrides_the_choice_in_force(device: torch.device, monkeyp
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's varlen FlashAttention needs a GPU")
 @pytest.mark.parametrize("mode", ("full", "causal"))
 def test_flash_attends_as_we_do(mode: str, device: torch.device) -> None:
-    from arc_kernels.attention.flash import flash_serves
-
     case = RAGGED._replace(head_dim=64)
     inputs, spans = inputs_of(case, torch.bfloat16, device), spans_of(case, mode, device)
     if not flash_serves(inputs["q_TNH"], None):
@@ -281,43 +276,22 @@ def test_flash_attends_as_we_do(mode: str, device: torch.device) -> None:
 
 
 def test_every_config_is_one_that_triton_takes() -> None:
-    from arc_kernels.attention.configs import CHIPS, MAX_HEAD_DIM, choose
-
-    for chip in CHIPS:
-        for kernel in ("forward", "dq", "dkv"):
-            for head_dim in (8, 64, 65, 128, MAX_HEAD_DIM):
-                for dtype in DTYPES:
-                    for length in (1, 17, 5000):
-                        config = choose(
-                            kernel, chip=chip, head_dim=head_dim, dtype=dtype, num_rows=length, num_keys=length
-                        )
-                        for block in (config.block_m, config.block_n):
-                            assert block >= 16 and block & (block - 1) == 0, config
+    heads = (8, 64, 65, 128, configs.MAX_HEAD_DIM)
+    for chip, kernel, head_dim, dtype, length in product(
+        configs.CHIPS, ("forward", "dq", "dkv"), heads, DTYPES, (1, 17, 5000)
+    ):
+        config = configs.choose(kernel, chip=chip, head_dim=head_dim, dtype=dtype, num_rows=length, num_keys=length)
+        for block in (config.block_m, config.block_n):
+            assert block >= 16 and block & (block - 1) == 0, config
 
 
 def test_specs_of_the_offline_compiler_name_every_argument_once() -> None:
-    from arc_kernels.attention.configs import CHIPS
-    from arc_kernels.attention.kernels import compile_specs
-
-    for chip in CHIPS:
-        specs = compile_specs(chip)
+    for chip in configs.CHIPS:
+        specs = kernels.compile_specs(chip)
         assert len({spec.name for spec in specs}) == len(specs) > 20
         for spec in specs:
             assert sorted([*spec.signature, *spec.constexprs]) == sorted(spec.fn.arg_names), spec.name
             assert set(spec.divisible_by_16) <= set(spec.signature), spec.name
-
-
-def _compare(case: Case, mode: str, dtype: torch.dtype, device: torch.device) -> None:
-    spans = spans_of(case, mode, device)
-    function = partial(ak.attention_varlen, **spans)
-    assert_kernel_close(function, plain_attention(spans), inputs_of(case, dtype, device), wants_grad=INPUTS)
-
-
-def _launch_spans(case: Case, mode: str, device: torch.device):
-    from arc_kernels.attention import kernels
-
-    spans = {"causal": False, "k_limits_T": None, "scale": case.head_dim**-0.5, **spans_of(case, mode, device)}
-    return kernels.Spans(**{"k_limits" if name == "k_limits_T" else name: value for name, value in spans.items()})
 
 
 def _limits_from_the_start(case: Case) -> Tensor:

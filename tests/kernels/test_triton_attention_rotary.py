@@ -8,35 +8,17 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import arc_kernels as ak
-from arc_kernels.rotary import rotary_reference
-from tests.kernels.attention_cases import (
-    DTYPES,
-    INPUTS,
-    MODES,
-    RAGGED,
-    Case,
-    boundaries_of,
-    inputs_of,
-    plain_attention,
-    spans_of,
-)
-from tests.kernels.bounds import assert_kernel_close, outputs_and_gradients
+from arc_kernels.attention import kernels
+from tests.kernels.attention_cases import INPUTS, TURNED, Case, angles_of, compare, inputs_of, plain_attention, spans_of
+from tests.kernels.bounds import assert_kernel_close, assert_refused
 
-Rotation = tuple[Tensor, Tensor]
 POOLED = Case((2, 5), (9, 18), group=3)  # fewer queries than keys, at different positions
 SQUARE = Case((3, 20), (3, 20))
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_empty")
 small_tiles = pytest.mark.usefixtures("small_attention_tiles")
-
-
-@small_tiles
-@pytest.mark.parametrize(("mode", "dtype"), list(zip(MODES, DTYPES, strict=True)))
-def test_ragged_segments_err_no_more_than_torch(mode: str, dtype: torch.dtype, device: torch.device) -> None:
-    _compare(RAGGED._replace(num_kv_heads=1), mode, dtype, device)
 
 
 # Head size 80 is padded: the halves of a head are then apart in the tiles.
@@ -45,22 +27,24 @@ def test_ragged_segments_err_no_more_than_torch(mode: str, dtype: torch.dtype, d
 def test_head_sizes_and_pooled_positions_err_no_more_than_torch(
     head_dim: int, group: int, device: torch.device
 ) -> None:
-    _compare(POOLED._replace(head_dim=head_dim, group=group, num_kv_heads=2), "full", torch.bfloat16, device)
+    compare(
+        POOLED._replace(head_dim=head_dim, group=group, num_kv_heads=2), "full", torch.bfloat16, device, turned=TURNED
+    )
 
 
 def test_the_real_tiles_err_no_more_than_torch(device: torch.device) -> None:
-    _compare(Case((140, 3), (140, 3), group=3, head_dim=80), "causal", torch.bfloat16, device)
+    compare(Case((140, 3), (140, 3), group=3, head_dim=80), "causal", torch.bfloat16, device, turned=TURNED)
 
 
 @small_tiles
 @pytest.mark.parametrize("turned", ["rotary_q", "rotary_k"])
 def test_one_side_may_come_turned(turned: str, device: torch.device) -> None:
-    _compare(POOLED, "full", torch.bfloat16, device, turned=(turned,))
+    compare(POOLED, "full", torch.bfloat16, device, turned=(turned,))
 
 
 @small_tiles
 def test_the_bound_sees_exchanged_angles_and_gradients_that_are_not_turned_back(device: torch.device) -> None:
-    spans, angles = spans_of(SQUARE, "causal", device), _angles_of(SQUARE, device)
+    spans, angles = spans_of(SQUARE, "causal", device), angles_of(SQUARE, device)
     exchanged = {"rotary_q": angles["rotary_k"], "rotary_k": angles["rotary_q"]}
 
     def keeps_the_turn(turned: str, **x: Tensor) -> Tensor:
@@ -77,30 +61,13 @@ def test_the_bound_sees_exchanged_angles_and_gradients_that_are_not_turned_back(
     inputs = inputs_of(SQUARE, torch.bfloat16, device)
     for wrong, name in wrongs:
         with pytest.raises(AssertionError, match=f"{name}.*error"):
-            assert_kernel_close(wrong, _plain(spans, angles), inputs, wants_grad=INPUTS)
-
-
-@small_tiles
-def test_repeats_checkpointing_and_compiling_give_the_same_bits(device: torch.device) -> None:
-    inputs = inputs_of(SQUARE, torch.bfloat16, device)
-    block = partial(ak.attention_varlen, **spans_of(SQUARE, "causal", device), **_angles_of(SQUARE, device))
-    plain = outputs_and_gradients(block, inputs, wants_grad=INPUTS)
-    variants: dict[str, Callable[..., Tensor]] = {
-        "repeated": block,
-        "checkpointed": lambda **x: checkpoint(block, **x, use_reentrant=False),
-        "compiled": torch.compile(block, backend="aot_eager", fullgraph=True),
-    }
-    for name, variant in variants.items():
-        ours = outputs_and_gradients(variant, inputs, wants_grad=INPUTS)
-        assert all(torch.equal(ours[key], plain[key]) for key in plain), name
+            assert_kernel_close(wrong, plain_attention(spans, angles), inputs, wants_grad=INPUTS)
 
 
 @small_tiles
 def test_turned_queries_are_written_only_where_backward_will_read_them(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from arc_kernels.attention import kernels
-
     sizes = []
     launch = kernels.forward
 
@@ -111,7 +78,7 @@ def test_turned_queries_are_written_only_where_backward_will_read_them(
 
     monkeypatch.setattr(kernels, "forward", recording)
     q, k, v = inputs_of(SQUARE, torch.float32, device).values()
-    spans, angles = spans_of(SQUARE, "full", device), _angles_of(SQUARE, device)
+    spans, angles = spans_of(SQUARE, "full", device), angles_of(SQUARE, device)
     q.requires_grad_()
     with torch.no_grad():
         ak.attention_varlen(q, k, v, **spans, **angles)
@@ -121,44 +88,21 @@ def test_turned_queries_are_written_only_where_backward_will_read_them(
     assert not any(x is not None and x.data_ptr() in (q.data_ptr(), k.data_ptr()) for x in kept), "unturned rows kept"
 
 
-@small_tiles
-def test_operators_pass_torchs_own_checks(device: torch.device) -> None:
-    from arc_kernels.attention.autograd import attention_backward, attention_forward
-
-    case = Case((3, 6), (3, 6), head_dim=16)  # small: each of these checks runs its operator many times
-    q, k, v = inputs_of(case, torch.bfloat16, device).values()
-    cu = boundaries_of(case.q_lengths, device)
-    spans, angles = (cu, cu, None, 6, 6, True, 0.2), _angles_of(case, device)
-    for keeps in (True, False):
-        torch.library.opcheck(attention_forward, (q, k, v, *angles["rotary_q"], *spans, keeps))
-    o, lse, q_turned = attention_forward(q, k, v, *angles["rotary_q"], *spans, True)
-    arguments = (q_turned, k, v, o, o, lse, *angles["rotary_q"], *angles["rotary_k"], *spans, True, True)
-    torch.library.opcheck(attention_backward, arguments)
-
-
-def test_no_rows_give_no_rows(device: torch.device) -> None:
-    q, k, v = (torch.zeros(0, 2, 32, device=device, requires_grad=True) for _ in "qkv")
-    cu, none = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(0, 16, device=device)
-    settings = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 0, "max_seqlen_k": 0}
-    ak.attention_varlen(q, k, v, **settings, rotary_q=(none, none), rotary_k=(none, none)).sum().backward()
-    assert all(x.grad is not None and x.grad.shape == (0, 2, 32) for x in (q, k, v))
-
-
 def test_under_the_reference_angles_may_have_gradients(device: torch.device) -> None:
-    spans, angles = spans_of(SQUARE, "full", device), _angles_of(SQUARE, device)
+    spans, angles = spans_of(SQUARE, "full", device), angles_of(SQUARE, device)
     angles = {name: (cos.requires_grad_(), sin) for name, (cos, sin) in angles.items()}
     inputs = inputs_of(SQUARE, torch.float32, device)
     with ak.use("reference"):
         ours = ak.attention_varlen(**inputs, **spans, **angles)
-    assert torch.equal(ours, _plain(spans, angles)(**inputs))
+    assert torch.equal(ours, plain_attention(spans, angles)(**inputs))
     assert torch.autograd.grad(ours.sum(), angles["rotary_q"][0])[0].abs().sum() > 0
-    with pytest.raises(ValueError, match=r"rotary_q\[0\] requires a gradient"):
-        ak.attention_varlen(**inputs, **spans, **angles)
+    refused = partial(ak.attention_varlen, **inputs, **spans, **angles)
+    assert_refused(refused, r"rotary_q\[0\] requires a gradient", choices=("triton",))
 
 
 def test_wrong_angles_are_named(device: torch.device) -> None:
     inputs, spans = inputs_of(POOLED, torch.float32, device), spans_of(POOLED, "full", device)
-    angles = _angles_of(POOLED, device)
+    angles = angles_of(POOLED, device)
     cos, sin = angles["rotary_q"]
     for change, message in (
         ({"rotary_q": angles["rotary_k"]}, r"rotary_q\[0\] has shape \(27, 16\); expected \(7, 16\)"),
@@ -167,48 +111,7 @@ def test_wrong_angles_are_named(device: torch.device) -> None:
         ({"rotary_q": (cos.bfloat16(), sin)}, r"rotary_q\[0\] is torch.bfloat16"),
         ({"rotary_q": (cos, sin.to("meta"))}, "different devices"),
     ):
-        with pytest.raises(ValueError, match=message):
-            ak.attention_varlen(**inputs, **spans, **(angles | change))
+        assert_refused(partial(ak.attention_varlen, **inputs, **spans, **(angles | change)), message)
     odd = {name: x[..., :31] for name, x in inputs.items()}
-    with pytest.raises(ValueError, match="head size is 31; expected an even one"):
-        ak.attention_varlen(**odd, **spans, **angles)
-
-
-def _compare(
-    case: Case,
-    mode: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    turned: tuple[str, ...] = ("rotary_q", "rotary_k"),
-) -> None:
-    spans = spans_of(case, mode, device)
-    angles = {name: pair for name, pair in _angles_of(case, device).items() if name in turned}
-    function = partial(ak.attention_varlen, **spans, **angles)
-    assert_kernel_close(function, _plain(spans, angles), inputs_of(case, dtype, device), wants_grad=INPUTS)
-
-
-def _plain(spans: dict, angles: dict[str, Rotation]) -> Callable[..., Tensor]:
-    """Rotary followed by attention, in plain torch."""
-    attention = plain_attention(spans)
-
-    def attend(q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor) -> Tensor:
-        q_TNH = rotary_reference(q_TNH, *angles["rotary_q"]) if "rotary_q" in angles else q_TNH
-        k_UKH = rotary_reference(k_UKH, *angles["rotary_k"]) if "rotary_k" in angles else k_UKH
-        return attention(q_TNH, k_UKH, v_UKH)
-
-    return attend
-
-
-def _angles_of(case: Case, device: torch.device) -> dict[str, Rotation]:
-    """Keys at their own positions, queries like pooled ones: in the middle of their groups of 2.5 rows."""
-    frequencies = 100.0 ** -torch.linspace(0, 1, case.head_dim // 2)
-
-    def of(positions: list[float]) -> Rotation:
-        angles = torch.tensor(positions)[:, None] * frequencies
-        return angles.cos().to(device), angles.sin().to(device)
-
-    return {
-        "rotary_q": of([2.5 * i + 1 for length in case.q_lengths for i in range(length)]),
-        "rotary_k": of([float(i) for length in case.k_lengths for i in range(length)]),
-    }
+    refused = partial(ak.attention_varlen, **odd, **spans, **angles)
+    assert_refused(refused, "head size is 31; expected an even one")

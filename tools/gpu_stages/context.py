@@ -7,14 +7,14 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from gpu_timing import Ceilings
+from gpu_timing import Ceilings, measure_ceilings
 from rows import Row, RowFile, file_name, machine_name
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACEBACKS = "tracebacks.txt"
-CEILINGS = "ceilings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,26 +52,16 @@ class StageContext:
         """Time until the deadline; negative after it."""
         return self.deadline - time.monotonic()
 
-    def add(self, *rows: Row) -> None:
-        """Append rows to the file and print them."""
-        self.rows.append(rows)
-        for row in rows:
-            words = (row.subject, row.case, row.variant, row.metric, f"{row.value} {row.unit}".strip(), row.note)
-            print(" | ".join(filter(None, words)), flush=True)
+    def add(self, subject: str, metric: str, value: float | str, unit: str = "", **others: Any) -> None:
+        """Append one row to the file and print it. others: the other fields of `Row`."""
+        row = Row(stage=self.stage, subject=subject, metric=metric, value=value, unit=unit, **others)
+        self.rows.append([row])
+        words = (row.subject, row.case, row.variant, row.metric, f"{row.value} {row.unit}".strip(), row.note)
+        print(" | ".join(filter(None, words)), flush=True)
 
     def result(self, subject: str, value: str, note: str = "", *, case: str = "", variant: str = "") -> None:
         """Append a row whose value is a word, such as "passed"."""
-        self.add(
-            Row(
-                stage=self.stage,
-                subject=subject,
-                case=case,
-                variant=variant,
-                metric="result",
-                value=value,
-                note=one_line(note),
-            )
-        )
+        self.add(subject, "result", value, case=case, variant=variant, note=one_line(note))
 
     def failure(self, subject: str, error: BaseException) -> None:
         """Append one row for an exception, and its traceback to a file."""
@@ -79,10 +69,21 @@ class StageContext:
             file.write(f"== {self.stage}: {subject}\n{''.join(traceback.format_exception(error))}\n")
         self.result(subject, "failed", f"{type(error).__name__}: {error}")
 
+    def measure_ceilings(self) -> Ceilings:
+        """Measure the ceilings of this GPU and keep them for the stages that follow."""
+        sizes = {"copy_bytes": 1 << 20, "matrix_size": 64} if self.rehearse else {}
+        ceilings = measure_ceilings(self.device, **sizes)
+        self._ceilings_file.write_text(json.dumps(ceilings._asdict()))
+        return ceilings
+
     def ceilings(self) -> Ceilings | None:
-        """Copy bandwidth and matrix rate as the environment stage has measured them; None without that stage."""
-        path = self.out / CEILINGS
-        return Ceilings(**json.loads(path.read_text())) if path.exists() else None
+        """Copy bandwidth and matrix rate of this GPU as a stage has measured them; None before."""
+        return Ceilings(**json.loads(self._ceilings_file.read_text())) if self._ceilings_file.exists() else None
+
+    @property
+    def _ceilings_file(self) -> Path:
+        """One file per GPU: the folder of results may hold those of several."""
+        return self.rows.path.with_suffix(".ceilings.json")
 
 
 def rows_path(out: Path) -> Path:

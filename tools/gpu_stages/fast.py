@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from bench_kernels import all_cases, measure_case
 from gpu_cases import FULL, TINY
-from gpu_timing import measure_ceilings
 
 from gpu_stages.context import ROOT, StageContext
 
@@ -28,8 +27,7 @@ FIRST_CASE = "GPU_DAY_FIRST_CASE"
 
 def run(context: StageContext) -> None:
     """Append the rows of case after case until the time is up, then fill attention's table if time is left."""
-    sizes = {"copy_bytes": 1 << 20, "matrix_size": 64} if context.rehearse else {}
-    ceilings = context.ceilings() or measure_ceilings(context.device, **sizes)
+    ceilings = context.ceilings() or context.measure_ceilings()
     measure = partial(measure_case, device=context.device, ceilings=ceilings)
     if context.rehearse:  # Inductor would compile for minutes on a CPU
         torch.compile = partial(torch.compile, backend="eager")  # type: ignore[assignment]

@@ -6,15 +6,14 @@ the same losses to the last bit; the row says by how much they differ.
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-
-from rows import Row
 
 from gpu_stages.context import ROOT, StageContext, one_line
 
@@ -34,24 +33,20 @@ def run(context: StageContext) -> None:
         return
     from tests.helpers.tiny_run import losses, write_inputs
 
-    folder = Path(tempfile.mkdtemp(prefix="gpu_day_"))
-    try:
-        config = write_inputs(folder)
-        whole, stopped = folder / "whole", folder / "stopped"
-        other = _start(context, config, whole)
-        try:
+    with tempfile.TemporaryDirectory(prefix="gpu_day_", ignore_cleanup_errors=True) as folder:
+        config = write_inputs(Path(folder))
+        whole, stopped = Path(folder, "whole"), Path(folder, "stopped")
+        with _training(context, config, whole) as other:
             try:
                 _stop_and_resume(context, config, stopped)
             finally:  # however the stopped run ends, this one shows whether the program trains
                 _end(context, other, "uninterrupted run", 0)
-        finally:
-            other.kill()
         _compare(context, losses(whole), losses(stopped))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(context: StageContext, config: Path, run_dir: Path) -> subprocess.Popen[str]:
+@contextmanager
+def _training(context: StageContext, config: Path, run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run of `arc-ds train`, killed at the end of the context if it is still there."""
     from tests.helpers.tiny_run import start_training
 
     overrides = [f"run_dir={run_dir}", f"steps={REHEARSED_STEPS if context.rehearse else NUM_STEPS}"]
@@ -60,14 +55,17 @@ def _start(context: StageContext, config: Path, run_dir: Path) -> subprocess.Pop
         overrides += ["optimizer.warmup_steps=1"]
     else:
         overrides += ["device=cuda", "precision=bf16", f"deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"]
-    return start_training(config, overrides)
+    process = start_training(config, overrides)
+    try:
+        yield process
+    finally:
+        process.kill()
 
 
 def _stop_and_resume(context: StageContext, config: Path, run_dir: Path) -> None:
     from tests.helpers.tiny_run import last_logged_step
 
-    first = _start(context, config, run_dir)
-    try:
+    with _training(context, config, run_dir) as first:
         wanted = REHEARSED_STOP if context.rehearse else STOP_AFTER
         while first.poll() is None and last_logged_step(run_dir) < wanted:
             if context.seconds_left() < 0:
@@ -75,14 +73,9 @@ def _stop_and_resume(context: StageContext, config: Path, run_dir: Path) -> None
             time.sleep(0.02)
         first.send_signal(signal.SIGTERM)
         _end(context, first, "stopped run", EXIT_PREEMPTED)
-    finally:
-        first.kill()
     context.result("stopped at step", str(last_logged_step(run_dir)))
-    again = _start(context, config, run_dir)
-    try:
+    with _training(context, config, run_dir) as again:
         _end(context, again, "resumed run", 0)
-    finally:
-        again.kill()
 
 
 def _end(context: StageContext, process: subprocess.Popen[str], name: str, wanted: int) -> None:
@@ -99,14 +92,7 @@ def _compare(context: StageContext, whole: list[float], stopped: list[float]) ->
         raise RuntimeError(f"the runs have {len(whole)} and {len(stopped)} losses; expected as many, and changing ones")
     apart = max(abs(a - b) / abs(a) for a, b in zip(whole, stopped, strict=True))
     word = "bit-equal" if apart == 0 else "within bf16 noise" if apart <= BF16_NOISE else "different"
-    context.add(
-        Row(
-            stage=context.stage,
-            subject="arc-ds train",
-            variant="stopped and resumed",
-            metric="largest relative difference of a loss",
-            value=apart,
-            note=f"{word}; {len(whole)} steps, loss {whole[0]:.4f} to {whole[-1]:.4f}",
-        )
-    )
+    note = f"{word}; {len(whole)} steps, loss {whole[0]:.4f} to {whole[-1]:.4f}"
+    metric = "largest relative difference of a loss"
+    context.add("arc-ds train", metric, apart, variant="stopped and resumed", note=note)
     context.result("losses", word)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,21 +52,21 @@ class _Check:
 def run(context: StageContext) -> None:
     """Append one row for each case of each kernel, and one for each file of tests."""
     # Not among the results: a stage that is killed would leave two dozen files there.
-    folder = Path(tempfile.mkdtemp(prefix="gpu_day_right_"))
-    checks = list(_start_checks(context, folder))
-    tests = _start_tests(context, folder)
-    try:
-        for check in checks:
-            _wait(check.process, context.deadline)
-            _report_check(context, check)
-        _wait(tests, context.deadline)
-    finally:
-        for process in (tests, *(check.process for check in checks)):
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    _report_tests(context, folder, tests.returncode)
-    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="gpu_day_right_", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        checks = list(_start_checks(context, folder))
+        tests = _start_tests(context, folder)
+        try:
+            for check in checks:
+                _wait(check.process, context.deadline)
+                _report_check(context, check)
+            _wait(tests, context.deadline)
+        finally:
+            for process in (tests, *(check.process for check in checks)):
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+        _report_tests(context, folder, tests.returncode)
 
 
 def _start_checks(context: StageContext, folder: Path) -> Iterator[_Check]:

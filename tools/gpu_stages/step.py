@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import gc
 import json
-import statistics
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import roofline
 import torch
-from gpu_timing import Ceilings
+from gpu_timing import Ceilings, timing
 from paper_step import PAPER, TOY, StepSize, build_models, make_batch
-from rows import Row
 from torch import Tensor, nn
 
 import arc_kernels as ak
@@ -44,7 +43,7 @@ MAX_DISAGREEMENT = 0.02
 """Between variants, relative, of loss and gradient norm: an alarm. Sums in another order differ by less in bfloat16."""
 
 NUM_WARMUP, NUM_TIMED = 3, 10
-REHEARSED_WARMUP, REHEARSED_TIMED = 1, 1
+REHEARSED_WARMUP, REHEARSED_TIMED = 1, 2  # a spread needs two times
 GIB = 2**30
 
 # Kernel names, in the order of the search: the first family with a matching word takes the kernel.
@@ -199,42 +198,18 @@ def _measure_variant(
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(num_warmup):
         outcome = step()
-    times = []
+    times_ms = []
     for _ in range(num_timed):
         synchronize(device)
         started = time.perf_counter()
         outcome = step()
         synchronize(device)
-        times.append(time.perf_counter() - started)
-    seconds = statistics.median(times)
-    spread = (max(times) - min(times)) / 2
+        times_ms.append(1e3 * (time.perf_counter() - started))
+    timed = timing(times_ms)
+    seconds = timed.median_ms / 1e3
     flops = count_flops(batch, size.spec, size.decoder).total
     note = engine_name + ("" if size in (PAPER, TOY) else "; smaller than the paper's, which does not fit this GPU")
-
-    def add(
-        metric: str,
-        value: float,
-        unit: str = "",
-        *,
-        ratio: float | str = "",
-        share: float | str = "",
-        spread: float | str = "",
-    ) -> None:
-        context.add(
-            Row(
-                stage=context.stage,
-                subject="step",
-                case=str(size),
-                variant=variant.name,
-                metric=metric,
-                value=value,
-                unit=unit,
-                spread=spread,
-                ratio=ratio,
-                share=share,
-                note=note,
-            )
-        )
+    add = partial(context.add, "step", case=str(size), variant=variant.name, note=note)
 
     # The learning rates are 0, so all variants see the same weights.
     for metric, value in (("loss", float(outcome.loss)), ("gradient norm", float(outcome.grad_norm))):
@@ -243,7 +218,7 @@ def _measure_variant(
         if not abs(ratio - 1) <= MAX_DISAGREEMENT:
             context.result(metric, "different", f"{ratio:.4f} times the first variant's", variant=variant.name)
     ceilings, stated = context.ceilings(), peak_bf16_flops(device)
-    add("step time", round(1e3 * seconds, 2), "ms", spread=round(1e3 * spread, 2))
+    add("step time", round(timed.median_ms, 2), "ms", spread=round(timed.spread_ms, 2))
     add("encoder tokens", round(batch.num_encoder_tokens / seconds, 1), "1/s")
     add("decoder rows", round(batch.num_decoder_rows / seconds, 1), "1/s")
     share = round(flops / seconds / ceilings.matrix, 4) if ceilings else ""
@@ -252,8 +227,8 @@ def _measure_variant(
         add("MFU", round(flops / seconds / stated, 4))
     add("peak memory", round(peak_memory_bytes(device) / GIB, 2), "GiB")
     add("host waits", _count_waits(step, device))
-    for family, ms in _family_times(step, device, 1e3 * seconds).items():
-        add(f"time in {family}", round(ms, 3), "ms", share=round(ms / (1e3 * seconds), 4))
+    for family, ms in _family_times(step, device, timed.median_ms).items():
+        add(f"time in {family}", round(ms, 3), "ms", share=round(ms / timed.median_ms, 4))
     if ceilings:
         for family, ms in _floors(size, variant, ceilings).items():
             add(f"floor of {family}", round(ms, 3), "ms")
@@ -333,7 +308,14 @@ def _zero3_step(
         "gradient_clipping": MAX_GRAD_NORM,
         "bf16": {"enabled": device.type == "cuda"},
     }
-    optimizer = PortAdamW(_groups(compressor), betas=BETAS, eps=EPS, fused=device.type == "cuda")
+    groups = make_param_groups(
+        compressor,
+        encoder_lr=LEARNING_RATE,
+        bridge_lr=LEARNING_RATE,
+        markers_lr=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+    )
+    optimizer = PortAdamW(groups, betas=BETAS, eps=EPS, fused=device.type == "cuda")
     engine = build_engine(compressor, optimizer, config)
     micro = MicroBatch(decoder_idx=0, batch=batch.pin_memory() if device.type == "cuda" else batch)
     decoders = [PlacedDecoder(module=decoder)]
@@ -372,27 +354,12 @@ def _plain_step(
         nll_L = decoder(here, compressor(here))
         loss = nll_L.sum() / batch.num_labels
         loss.backward()
-        _to_masters(trained, masters)
+        for parameter, master in zip(trained, masters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+            parameter.grad = None
         grad_norm = nn.utils.clip_grad_norm_(masters, MAX_GRAD_NORM)
         optimizer.step()
         torch._foreach_copy_([p.detach() for p in trained], masters)
         return Outcome(loss.detach(), grad_norm)
 
     yield step
-
-
-def _to_masters(trained: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> None:
-    """Move the gradients to the master weights, in their dtype."""
-    for parameter, master in zip(trained, masters, strict=True):
-        master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
-        parameter.grad = None
-
-
-def _groups(compressor: Compressor) -> Any:
-    return make_param_groups(
-        compressor,
-        encoder_lr=LEARNING_RATE,
-        bridge_lr=LEARNING_RATE,
-        markers_lr=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-    )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 CsvRow = Mapping[str, str]
-STAGES = ("environment", "right", "step", "fast", "program")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -20,12 +19,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def drop_stages(path: Path, stages: Sequence[str]) -> None:
     """Remove the rows of some stages, which are measured again."""
-    rows = read_rows(path)
-    kept = [row for row in rows if row["stage"] not in stages]
-    if len(kept) == len(rows):
-        return
+    kept = [row for row in read_rows(path) if row["stage"] not in stages]
     if not kept:
-        path.unlink()
+        path.unlink(missing_ok=True)
         return
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(kept[0]), lineterminator="\n")
@@ -42,9 +38,9 @@ def summarize(rows: Sequence[CsvRow]) -> str:
     lines = [f"{first['gpu']}, torch {first['torch']} (CUDA {first['cuda'] or 'none'}), triton {first['triton']}, "]
     lines[0] += f"deepspeed {first['deepspeed'] or 'none'}."
     lines += ["", *(f"- {date}, commit {commit}: `{command}`" for date, commit, command in stamps), ""]
-    for stage in STAGES:
+    for stage, section in _SECTIONS.items():
         if of_stage := [row for row in rows if row["stage"] == stage]:
-            lines += [f"### {stage}", "", *_SECTIONS[stage](of_stage), ""]
+            lines += [f"### {stage}", "", *section(of_stage), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -19,9 +19,8 @@ from arc_kernels._check import (
 from arc_kernels._dispatch import demand_triton
 from arc_kernels.attention.choice import BACKENDS, Backend, chosen_backend, use_attention
 from arc_kernels.attention.reference import attention_varlen_reference
+from arc_kernels.attention.segments import Rotation, Segments
 from arc_kernels.rotary import rotary, rotary_reference
-
-Rotation = tuple[Tensor, Tensor]
 
 
 def attention_varlen(
@@ -64,8 +63,9 @@ def attention_varlen(
     """
     if scale is None:
         scale = 1.0 / math.sqrt(max(q_TNH.shape[-1], 1))
-    _check_tensors(q_TNH, k_UKH, v_UKH, cu_seqlens_q, cu_seqlens_k, k_limits_T)
-    _check_sight(cu_seqlens_q, cu_seqlens_k, k_limits_T, causal=causal)
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, k_limits_T, max_seqlen_q, max_seqlen_k, causal, scale)
+    _check_tensors(q_TNH, k_UKH, v_UKH, segments)
+    _check_sight(segments)
     if not 0.0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; expected a positive number")
     if backend is None:
@@ -79,22 +79,10 @@ def attention_varlen(
         q_TNH = q_TNH if rotary_q is None else turn(q_TNH, *rotary_q)
         k_UKH = k_UKH if rotary_k is None else turn(k_UKH, *rotary_k)
         rotations = {}
-    return _implementation(backend, q_TNH)(
-        q_TNH,
-        k_UKH,
-        v_UKH,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        causal=causal,
-        k_limits_T=k_limits_T,
-        scale=scale,
-        **rotations,
-    )
+    return _implementation(backend)(q_TNH, k_UKH, v_UKH, segments, **rotations)
 
 
-def _implementation(backend: Backend, q_TNH: Tensor) -> Callable[..., Tensor]:
+def _implementation(backend: Backend) -> Callable[..., Tensor]:
     """The function of a backend. All take the arguments of `attention_varlen_reference`."""
     if backend == "reference":
         return attention_varlen_reference
@@ -109,14 +97,8 @@ def _implementation(backend: Backend, q_TNH: Tensor) -> Callable[..., Tensor]:
     raise ValueError(f"backend is {backend!r}; expected None or one of {', '.join(BACKENDS)}")
 
 
-def _check_tensors(
-    q_TNH: Tensor,
-    k_UKH: Tensor,
-    v_UKH: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    k_limits_T: Tensor | None,
-) -> None:
+def _check_tensors(q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, segments: Segments) -> None:
+    cu_seqlens_q, cu_seqlens_k, k_limits_T, *_ = segments
     num_rows, num_heads, head_dim = q_TNH.shape if q_TNH.dim() == 3 else (None, None, None)
     check_shape("q_TNH", q_TNH, (num_rows, num_heads, head_dim))
     check_shape("k_UKH", k_UKH, (None, None, head_dim))
@@ -131,14 +113,8 @@ def _check_tensors(
         check_shape("k_limits_T", k_limits_T, (num_rows,))
         if k_limits_T.dtype != torch.int32:
             raise ValueError(f"k_limits_T is {k_limits_T.dtype}; expected int32")
-    check_same_device(
-        q_TNH=q_TNH,
-        k_UKH=k_UKH,
-        v_UKH=v_UKH,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        k_limits_T=k_limits_T,
-    )
+    boundaries = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    check_same_device(q_TNH=q_TNH, k_UKH=k_UKH, v_UKH=v_UKH, **boundaries, k_limits_T=k_limits_T)
 
 
 def _check_rotations(
@@ -151,8 +127,9 @@ def _check_rotations(
             check_angles({f"{name}[0]": angles[0], f"{name}[1]": angles[1]}, x, has_gradient=has_gradient)
 
 
-def _check_sight(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, k_limits_T: Tensor | None, *, causal: bool) -> None:
+def _check_sight(segments: Segments) -> None:
     """Check that every query sees a key, if values can be read."""
+    cu_seqlens_q, cu_seqlens_k, k_limits_T, _, _, causal, _ = segments
     if causal and k_limits_T is not None:
         raise ValueError("causal=True and k_limits_T exclude each other: the limits already define the visible keys")
     if not values_are_readable(cu_seqlens_q):

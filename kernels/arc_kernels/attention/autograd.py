@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from arc_kernels._layout import contiguous
 from arc_kernels.attention import kernels
 from arc_kernels.attention.configs import MAX_HEAD_DIM
+from arc_kernels.attention.segments import Rotation, Segments
 from arc_kernels.rotary.autograd import rotate
-
-Rotation = tuple[Tensor, Tensor]
-"""(cos, sin), each [rows, H / 2]."""
 
 
 @torch.library.custom_op("arc_kernels::attention_forward", mutates_args=())
@@ -32,26 +31,13 @@ def attention_forward(
     keeps_turned: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention [T, N, H], its log-sum-exp [T, N], and the rotated queries if requested; see `kernels.forward`."""
-    spans = kernels.Spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
-    return kernels.forward(q, k, v, spans, angles=_angles(cos_q, sin_q), keeps_turned=keeps_turned)
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
+    return kernels.forward(q, k, v, segments, angles=_angles(cos_q, sin_q), keeps_turned=keeps_turned)
 
 
 @attention_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos_q: Tensor | None,
-    sin_q: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    k_limits: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    keeps_turned: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, cos_q: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, keeps_turned = others
     q_turned = q.new_empty(q.shape) if keeps_turned and cos_q is not None else q.new_empty(0)
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32), q_turned
 
@@ -79,50 +65,26 @@ def attention_backward(
     wants_kv: bool,
 ) -> list[Tensor]:
     """The requested gradients: of q, then of k and v. o and do are contiguous; q and k are rotated."""
-    spans = kernels.Spans(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
     delta = kernels.delta(o, do)
-    gradients = [kernels.dq(q, k, v, do, lse, delta, spans, angles=_angles(cos_q, sin_q))] if wants_q else []
+    gradients = [kernels.dq(q, k, v, do, lse, delta, segments, angles=_angles(cos_q, sin_q))] if wants_q else []
     if wants_kv:
-        gradients += kernels.dkv(q, k, v, do, lse, delta, spans, angles=_angles(cos_k, sin_k))
+        gradients += kernels.dkv(q, k, v, do, lse, delta, segments, angles=_angles(cos_k, sin_k))
     return gradients
 
 
 @attention_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    do: Tensor,
-    lse: Tensor,
-    cos_q: Tensor | None,
-    sin_q: Tensor | None,
-    cos_k: Tensor | None,
-    sin_k: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    k_limits: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    scale: float,
-    wants_q: bool,
-    wants_kv: bool,
-) -> list[Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[Tensor]:
+    *_, wants_q, wants_kv = others
     return [x.new_empty(x.shape) for x in ((q,) if wants_q else ()) + ((k, v) if wants_kv else ())]
 
 
-class Settings(NamedTuple):
-    """The arguments of the operators that are not tensors."""
-
-    max_seqlen_q: int
-    max_seqlen_k: int
-    causal: bool
-    scale: float
-
-
 class Attention(torch.autograd.Function):
-    """attention_varlen with the Triton kernels."""
+    """attention_varlen with the Triton kernels.
+
+    settings: the arguments of the operators that are neither tensors nor flags: max_seqlen_q, max_seqlen_k, causal and
+        scale.
+    """
 
     @staticmethod
     def forward(
@@ -137,16 +99,16 @@ class Attention(torch.autograd.Function):
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         k_limits: Tensor | None,
-        settings: Settings,
+        settings: tuple[int, int, bool, float],
         wants_grad: bool,
     ) -> Tensor:
         if cos_k is not None and sin_k is not None:
             k = rotate(k, cos_k, sin_k, False)
-        spans = (cu_seqlens_q, cu_seqlens_k, k_limits)
-        o, lse, q_turned = attention_forward(q, k, v, cos_q, sin_q, *spans, *settings, wants_grad)
+        segments = (cu_seqlens_q, cu_seqlens_k, k_limits)
+        o, lse, q_turned = attention_forward(q, k, v, cos_q, sin_q, *segments, *settings, wants_grad)
         # Backward reads the rotated queries and keys, so the original ones are not saved.
         q = q if cos_q is None else q_turned
-        ctx.save_for_backward(q, k, v, o, lse, cos_q, sin_q, cos_k, sin_k, *spans)
+        ctx.save_for_backward(q, k, v, o, lse, cos_q, sin_q, cos_k, sin_k, *segments)
         ctx.settings = settings
         return o
 
@@ -164,14 +126,8 @@ def attention_varlen_triton(
     q_TNH: Tensor,
     k_UKH: Tensor,
     v_UKH: Tensor,
+    segments: Segments,
     *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    k_limits_T: Tensor | None,
-    scale: float,
     rotary_q: Rotation | None = None,
     rotary_k: Rotation | None = None,
 ) -> Tensor:
@@ -190,19 +146,15 @@ def attention_varlen_triton(
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return Attention.apply(
         *inputs,
-        *_contiguous(*(rotary_q or (None, None)), *(rotary_k or (None, None))),
-        *_contiguous(cu_seqlens_q, cu_seqlens_k, k_limits_T),
-        Settings(max_seqlen_q, max_seqlen_k, causal, scale),
+        *map(contiguous, (*(rotary_q or (None, None)), *(rotary_k or (None, None)))),
+        *map(contiguous, segments[:3]),
+        segments[3:],
         wants_grad,
     )
 
 
 def _angles(cos: Tensor | None, sin: Tensor | None) -> kernels.Angles | None:
     return None if cos is None or sin is None else kernels.Angles(cos, sin)
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
 def _rows_are_contiguous(x: Tensor) -> bool:

@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from arc_kernels._dispatch import choice_in_force, demand_triton, use_triton
+from arc_kernels._dispatch import checked, choice_in_force, demand_triton, use_triton
 from arc_kernels.attention.flash import flash_serves
 from arc_kernels.attention.measured import MEASURED, Measured
 
 Backend = Literal["triton", "flash", "reference"]
 BACKENDS: tuple[Backend, ...] = ("triton", "flash", "reference")
 AttentionChoice = Literal["auto", "triton", "flash", "reference"]
+CHOICES: tuple[AttentionChoice, ...] = ("auto", *BACKENDS)
 
 # At equal speed we prefer our own backward, which is reproducible bit by bit.
 WORTHWHILE = 0.95
@@ -39,7 +40,7 @@ def use_attention(choice: AttentionChoice) -> Iterator[None]:
     choice.
     """
     global _forced
-    before, _forced = _forced, _checked(choice, "choice")
+    before, _forced = _forced, checked(choice, "choice", CHOICES)
     try:
         yield
     finally:
@@ -50,7 +51,7 @@ def chosen_backend(
     q_TNH: Tensor, k_limits_T: Tensor | None, *, causal: bool, max_seqlen_q: int, max_seqlen_k: int
 ) -> Backend:
     """The backend of a call that names none. It supports that call."""
-    choice = _forced or _checked(os.environ.get("ARC_ATTENTION") or "auto", "ARC_ATTENTION")
+    choice = _forced or checked(os.environ.get("ARC_ATTENTION") or "auto", "ARC_ATTENTION", CHOICES)
     if choice == "reference":
         return "reference"
     if choice == "triton":
@@ -61,7 +62,9 @@ def chosen_backend(
     if not use_triton(q_TNH):
         return "reference"
     if choice == "auto" and MEASURED and choice_in_force() == "auto" and flash_serves(q_TNH, k_limits_T):
-        rows = _rows_for(torch.cuda.get_device_properties(q_TNH.device.index).name, q_TNH, causal=causal)
+        gpu = torch.cuda.get_device_properties(q_TNH.device.index).name
+        shape = (gpu, str(q_TNH.dtype).removeprefix("torch."), q_TNH.shape[2], causal)
+        rows = [row for row in MEASURED if (row.gpu, row.dtype, row.head_dim, row.causal) == shape]
         if flash_was_faster(rows, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k):
             return "flash"
     return "triton"
@@ -81,16 +84,3 @@ def flash_was_faster(rows: Sequence[Measured], *, max_seqlen_q: int, max_seqlen_
         ),
     )
     return nearest.flash_over_ours < WORTHWHILE
-
-
-def _rows_for(gpu: str, q_TNH: Tensor, *, causal: bool) -> list[Measured]:
-    dtype = str(q_TNH.dtype).removeprefix("torch.")
-    wanted = (gpu, dtype, q_TNH.shape[2], causal)
-    return [row for row in MEASURED if (row.gpu, row.dtype, row.head_dim, row.causal) == wanted]
-
-
-def _checked(choice: str, name: str) -> AttentionChoice:
-    for known in ("auto", *BACKENDS):
-        if choice == known:
-            return known  # type: ignore[return-value]
-    raise ValueError(f"{name} is {choice!r}; expected one of auto, {', '.join(BACKENDS)}")

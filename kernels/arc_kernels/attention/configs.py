@@ -6,9 +6,8 @@ the offline compiler check this.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -19,8 +18,7 @@ MAX_HEAD_DIM = 256
 DELTA_BLOCK = 64  # rows per program of the delta kernel: 16 KiB of each tensor in flight at head size 128
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(NamedTuple):
     """The launch parameters of one kernel.
 
     block_m: packed query rows per tile, a power of two, at least 16.
@@ -33,10 +31,6 @@ class Config:
     num_stages: int
 
 
-def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
-    return Config(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
-
-
 _Table = dict[int, dict[Kernel, Config]]  # [largest head size][kernel]
 
 # sm_90: tiles of 128 rows and 8 warps: each of two warp groups issues 64-row matrix instructions. 128 keys if the
@@ -47,32 +41,32 @@ _Table = dict[int, dict[Kernel, Config]]  # [largest head size][kernel]
 # gfx942: 64 KiB of shared memory, but twice the registers; one stage, because copies are not asynchronous.
 _SIXTEEN_BITS: dict[Chip, _Table] = {
     "sm_90": {
-        64: {"forward": _config(128, 128, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(64, 128, 8, 2)},
-        128: {"forward": _config(128, 64, 8, 3), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},
-        256: {"forward": _config(64, 32, 8, 2), "dq": _config(32, 32, 8, 1), "dkv": _config(32, 32, 8, 1)},
+        64: {"forward": Config(128, 128, 8, 2), "dq": Config(128, 64, 8, 2), "dkv": Config(64, 128, 8, 2)},
+        128: {"forward": Config(128, 64, 8, 3), "dq": Config(128, 64, 8, 2), "dkv": Config(32, 128, 8, 2)},
+        256: {"forward": Config(64, 32, 8, 2), "dq": Config(32, 32, 8, 1), "dkv": Config(32, 32, 8, 1)},
     },
     "sm_80": {
-        64: {"forward": _config(128, 64, 8, 3), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},
-        128: {"forward": _config(128, 32, 8, 3), "dq": _config(64, 64, 8, 2), "dkv": _config(32, 64, 8, 2)},
-        256: {"forward": _config(64, 32, 8, 2), "dq": _config(64, 32, 8, 1), "dkv": _config(32, 32, 8, 2)},
+        64: {"forward": Config(128, 64, 8, 3), "dq": Config(128, 64, 8, 2), "dkv": Config(32, 128, 8, 2)},
+        128: {"forward": Config(128, 32, 8, 3), "dq": Config(64, 64, 8, 2), "dkv": Config(32, 64, 8, 2)},
+        256: {"forward": Config(64, 32, 8, 2), "dq": Config(64, 32, 8, 1), "dkv": Config(32, 32, 8, 2)},
     },
     "sm_86": {
-        64: {"forward": _config(128, 64, 8, 2), "dq": _config(128, 64, 8, 2), "dkv": _config(32, 128, 8, 2)},
-        128: {"forward": _config(128, 32, 8, 2), "dq": _config(64, 64, 8, 2), "dkv": _config(32, 64, 8, 2)},
-        256: {"forward": _config(64, 32, 8, 2), "dq": _config(64, 32, 8, 1), "dkv": _config(32, 32, 8, 2)},
+        64: {"forward": Config(128, 64, 8, 2), "dq": Config(128, 64, 8, 2), "dkv": Config(32, 128, 8, 2)},
+        128: {"forward": Config(128, 32, 8, 2), "dq": Config(64, 64, 8, 2), "dkv": Config(32, 64, 8, 2)},
+        256: {"forward": Config(64, 32, 8, 2), "dq": Config(64, 32, 8, 1), "dkv": Config(32, 32, 8, 2)},
     },
     "gfx942": {
-        64: {"forward": _config(128, 64, 4, 1), "dq": _config(128, 64, 4, 1), "dkv": _config(64, 64, 4, 1)},
-        128: {"forward": _config(128, 64, 4, 1), "dq": _config(64, 64, 4, 1), "dkv": _config(32, 64, 4, 1)},
-        256: {"forward": _config(64, 32, 4, 1), "dq": _config(32, 32, 4, 1), "dkv": _config(32, 32, 4, 1)},
+        64: {"forward": Config(128, 64, 4, 1), "dq": Config(128, 64, 4, 1), "dkv": Config(64, 64, 4, 1)},
+        128: {"forward": Config(128, 64, 4, 1), "dq": Config(64, 64, 4, 1), "dkv": Config(32, 64, 4, 1)},
+        256: {"forward": Config(64, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
     },
 }
 
 # float32 is multiplied without tensor cores, with operands in registers. Tiles are small on every chip, because larger
 # ones exceed the registers of some chip.
 _THIRTY_TWO_BITS: _Table = {
-    128: {"forward": _config(32, 32, 8, 1), "dq": _config(16, 16, 4, 1), "dkv": _config(16, 32, 8, 1)},
-    256: {"forward": _config(16, 16, 8, 1), "dq": _config(16, 16, 8, 1), "dkv": _config(16, 16, 8, 1)},
+    128: {"forward": Config(32, 32, 8, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(16, 32, 8, 1)},
+    256: {"forward": Config(16, 16, 8, 1), "dq": Config(16, 16, 8, 1), "dkv": Config(16, 16, 8, 1)},
 }
 
 
@@ -102,14 +96,14 @@ def choose(kernel: Kernel, *, chip: Chip, head_dim: int, dtype: torch.dtype, num
     table = _THIRTY_TWO_BITS if dtype == torch.float32 else _SIXTEEN_BITS[chip]
     config = table[min(width for width in table if width >= head_dim)][kernel]
     if table is _THIRTY_TWO_BITS and chip == "gfx942":
-        config = replace(config, num_warps=config.num_warps // 2)  # with 64 lanes each
+        config = config._replace(num_warps=config.num_warps // 2)  # with 64 lanes each
     longest, block = (num_keys, config.block_n) if kernel == "dkv" else (num_rows, config.block_m)
     small = next((size for size in (16, 64) if longest <= size < block), None)
     if small is None:
         return config
     if kernel == "dkv":
-        return replace(config, block_n=small)
-    return replace(config, block_m=small, block_n=min(config.block_n, 64))
+        return config._replace(block_n=small)
+    return config._replace(block_m=small, block_n=min(config.block_n, 64))
 
 
 def block_h(head_dim: int) -> int:

@@ -10,22 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arc_kernels.attention.segments import Segments
+
 MAX_HEAD_DIM = 256
 
 
-def attention_varlen_flash(
-    q_TNH: Tensor,
-    k_UKH: Tensor,
-    v_UKH: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    k_limits_T: Tensor | None,
-    scale: float,
-) -> Tensor:
+def attention_varlen_flash(q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, segments: Segments) -> Tensor:
     """See `attention_varlen`. Does not check arguments again.
 
     Like our kernels, FlashAttention aligns a causal mask to the end if a segment has fewer queries than keys (since
@@ -33,7 +23,7 @@ def attention_varlen_flash(
     `torch.use_deterministic_algorithms(True)` is set. Raises ValueError if FlashAttention does not support the call.
     """
     varlen_attn = _varlen_attn()
-    reason = _unsupported(q_TNH, k_limits_T)
+    reason = _unsupported(q_TNH, segments.k_limits_T)
     if reason or varlen_attn is None:
         reason = reason or f"needs a torch whose varlen_attn supports windows; this is torch {torch.__version__}"
         raise ValueError(f"backend 'flash' {reason}; use 'triton' or 'reference'")
@@ -41,12 +31,12 @@ def attention_varlen_flash(
         q_TNH,
         k_UKH,
         v_UKH,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale=scale,
-        window_size=(-1, 0) if causal else (-1, -1),
+        segments.cu_seqlens_q,
+        segments.cu_seqlens_k,
+        segments.max_seqlen_q,
+        segments.max_seqlen_k,
+        scale=segments.scale,
+        window_size=(-1, 0) if segments.causal else (-1, -1),
         **_grouped(varlen_attn, is_grouped=q_TNH.shape[1] != k_UKH.shape[1]),
     )
 

@@ -11,23 +11,12 @@ from torch import Tensor
 
 from arc_kernels._compile import LAUNCH_OPTIONS
 from arc_kernels.attention.backward import delta_kernel, dkv_kernel, dq_kernel
-from arc_kernels.attention.configs import DELTA_BLOCK, Config, Kernel, block_h, chip_of, choose
+from arc_kernels.attention.configs import DELTA_BLOCK, Kernel, block_h, chip_of, choose
 from arc_kernels.attention.forward import forward_kernel
+from arc_kernels.attention.segments import Segments
 from arc_kernels.attention.specs import compile_specs
 
 LOG2_E = math.log2(math.e)
-
-
-class Spans(NamedTuple):
-    """Segments, mask and scale, as in `attention_varlen`. scale: the softmax scale, positive."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    k_limits: Tensor | None
-    max_seqlen_q: int
-    max_seqlen_k: int
-    causal: bool
-    scale: float
 
 
 class Angles(NamedTuple):
@@ -54,8 +43,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    spans: Spans,
-    config: Config | None = None,
+    segments: Segments,
     *,
     angles: Angles | None = None,
     keeps_turned: bool = False,
@@ -67,12 +55,11 @@ def forward(
     v: values [U, K, H]; heads contiguous, any row stride.
     angles: rotate the queries by these angles first.
     """
-    config = config or _choose("forward", q, k, spans)
+    grid, arguments = _launch("forward", q, k, v, segments, angles)
     keeps_turned = keeps_turned and angles is not None
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     q_turned = torch.empty(q.shape if keeps_turned else 0, dtype=q.dtype, device=q.device)
-    grid = _grid(spans.cu_seqlens_q, q.shape[0], q.shape[1] // k.shape[1], config.block_m, k.shape[1])
     if grid[0]:
         with torch.cuda.device_of(q):
             forward_kernel[grid](
@@ -83,7 +70,7 @@ def forward(
                 lse,
                 q_turned=q_turned if keeps_turned else None,
                 KEEPS_TURNED=keeps_turned,
-                **_arguments(q, k, v, spans, config, angles),
+                **arguments,
             )
     return Forward(o, lse, q_turned)
 
@@ -116,8 +103,7 @@ def dq(
     do: Tensor,
     lse: Tensor,
     sums: Tensor,
-    spans: Spans,
-    config: Config | None = None,
+    segments: Segments,
     *,
     angles: Angles | None = None,
 ) -> Tensor:
@@ -126,13 +112,11 @@ def dq(
     do is contiguous, sums come from `delta` and lse from `forward`. q and k are already rotated. The gradient is
     rotated back by `angles`, which are those of the queries.
     """
-    config = config or _choose("dq", q, k, spans)
+    grid, arguments = _launch("dq", q, k, v, segments, angles)
     gradient = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grid = _grid(spans.cu_seqlens_q, q.shape[0], q.shape[1] // k.shape[1], config.block_m, k.shape[1])
     if grid[0]:
-        arguments = _arguments(q, k, v, spans, config, angles)
         with torch.cuda.device_of(q):
-            dq_kernel[grid](q, k, v, do, lse, sums, gradient, softmax_scale=spans.scale, **arguments)
+            dq_kernel[grid](q, k, v, do, lse, sums, gradient, softmax_scale=segments.scale, **arguments)
     return gradient
 
 
@@ -143,48 +127,43 @@ def dkv(
     do: Tensor,
     lse: Tensor,
     sums: Tensor,
-    spans: Spans,
-    config: Config | None = None,
+    segments: Segments,
     *,
     angles: Angles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k and v, contiguous. Arguments as in `dq`, but with the keys' angles."""
-    config = config or _choose("dkv", q, k, spans)
+    grid, arguments = _launch("dkv", q, k, v, segments, angles)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    grid = _grid(spans.cu_seqlens_k, k.shape[0], 1, config.block_n, k.shape[1])
     if grid[0]:
-        arguments = _arguments(q, k, v, spans, config, angles)
         with torch.cuda.device_of(q):
-            dkv_kernel[grid](q, k, v, do, lse, sums, dk, dv, softmax_scale=spans.scale, **arguments)
+            dkv_kernel[grid](q, k, v, do, lse, sums, dk, dv, softmax_scale=segments.scale, **arguments)
     return dk, dv
 
 
-def _choose(kernel: Kernel, q: Tensor, k: Tensor, spans: Spans) -> Config:
-    num_rows = spans.max_seqlen_q * (q.shape[1] // k.shape[1])
-    return choose(
+def _launch(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments, angles: Angles | None
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid of the forward, dq or dkv kernel, and its arguments besides inputs and outputs.
+
+    The grid is flat tiles of all segments (see `tiles`) by kv heads. It has no tiles if there is nothing to write.
+    """
+    num_segments, group = segments.cu_seqlens_q.numel() - 1, q.shape[1] // k.shape[1]
+    config = choose(
         kernel,
         chip=chip_of(q.device),
         head_dim=q.shape[2],
         dtype=q.dtype,
-        num_rows=num_rows,
-        num_keys=spans.max_seqlen_k,
+        num_rows=segments.max_seqlen_q * group,
+        num_keys=segments.max_seqlen_k,
     )
-
-
-def _grid(cu: Tensor, num_rows: int, group: int, block: int, num_kv_heads: int) -> tuple[int, int]:
-    """The grid: flat tiles of all segments (see `tiles`) by kv heads. No tiles if there is nothing to write."""
-    num_segments = cu.numel() - 1
-    return (num_rows * group // block + num_segments if num_rows and num_segments else 0, num_kv_heads)
-
-
-def _arguments(q: Tensor, k: Tensor, v: Tensor, spans: Spans, config: Config, angles: Angles | None) -> dict[str, Any]:
-    """Arguments of the forward, dq and dkv kernels besides inputs and outputs."""
-    limited = spans.k_limits is not None
-    return {
-        "cu_q": spans.cu_seqlens_q,
-        "cu_k": spans.cu_seqlens_k,
-        "k_limits": spans.k_limits if limited else spans.cu_seqlens_q,  # not read without limits
+    num_rows, block = (k.shape[0], config.block_n) if kernel == "dkv" else (q.shape[0] * group, config.block_m)
+    num_tiles = num_rows // block + num_segments if num_rows and num_segments else 0
+    limited = segments.k_limits_T is not None
+    arguments = {
+        "cu_q": segments.cu_seqlens_q,
+        "cu_k": segments.cu_seqlens_k,
+        "k_limits": segments.k_limits_T if limited else segments.cu_seqlens_q,  # not read without limits
         "cos": None if angles is None else angles.cos,
         "sin": None if angles is None else angles.sin,
         "stride_q": q.stride(0),
@@ -192,21 +171,22 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, spans: Spans, config: Config, an
         "stride_v": v.stride(0),
         "num_q_rows": q.shape[0],
         "num_k_rows": k.shape[0],
-        "num_segments": spans.cu_seqlens_q.numel() - 1,
-        "scale": spans.scale * LOG2_E,
+        "num_segments": num_segments,
+        "scale": segments.scale * LOG2_E,
         "N": q.shape[1],
-        "GROUP": q.shape[1] // k.shape[1],
+        "GROUP": group,
         "H": q.shape[2],
         "BLOCK_H": block_h(q.shape[2]),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "CAUSAL": spans.causal,
+        "CAUSAL": segments.causal,
         "LIMITED": limited,
         "TURNS": angles is not None,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         **LAUNCH_OPTIONS,
     }
+    return (num_tiles, k.shape[1]), arguments
 
 
-__all__ = ["Angles", "Forward", "Spans", "compile_specs", "delta", "dkv", "dq", "forward"]
+__all__ = ["Angles", "Forward", "compile_specs", "delta", "dkv", "dq", "forward"]

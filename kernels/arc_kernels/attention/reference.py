@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arc_kernels.attention.segments import Segments
+
 
 class _Places(NamedTuple):
     """Segment of each packed row and its index in that segment, int64 [rows] each."""
@@ -22,26 +24,15 @@ class _Places(NamedTuple):
     place: Tensor
 
 
-def attention_varlen_reference(
-    q_TNH: Tensor,
-    k_UKH: Tensor,
-    v_UKH: Tensor,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    k_limits_T: Tensor | None,
-    scale: float | None,
-) -> Tensor:
+def attention_varlen_reference(q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, segments: Segments) -> Tensor:
     """See `attention_varlen`. Does not check arguments again."""
+    cu_seqlens_q, cu_seqlens_k, _, max_seqlen_q, max_seqlen_k, _, scale = segments
     num_segments = cu_seqlens_q.numel() - 1
     if q_TNH.shape[0] == 0:
         # Keep q, k and v in the graph: under ZeRO-3 a parameter outside the graph would keep its old gradient.
         return q_TNH + 0.0 * (k_UKH.sum() + v_UKH.sum())
     q_places = _places(cu_seqlens_q, q_TNH.shape[0])
-    limits_T = _limits(cu_seqlens_q, cu_seqlens_k, q_places, causal=causal, k_limits_T=k_limits_T)
+    limits_T = _limits(segments, q_places)
     padded_scores = num_segments * max_seqlen_q * max_seqlen_k
     if num_segments > 1 and padded_scores > q_TNH.shape[0] * k_UKH.shape[0]:
         return _attend_dense(q_TNH, k_UKH, v_UKH, q_places, _places(cu_seqlens_k, k_UKH.shape[0]), limits_T, scale)
@@ -63,14 +54,14 @@ def _attend_dense(
     q_places: _Places,
     k_places: _Places,
     limits_T: Tensor,
-    scale: float | None,
+    scale: float,
 ) -> Tensor:
     same = q_places.segment[:, None] == k_places.segment[None, :]
     mask_TU = same & (k_places.place[None, :] < limits_T[:, None])
     return _sdpa(q_TNH[None], k_UKH[None], v_UKH[None], mask_TU[None, None], scale)[0]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """[S, Q, N, H] attention under a bool mask that broadcasts to [S, N, Q, K]."""
     repeat = q.shape[2] // k.shape[2]
     if repeat > 1:
@@ -90,17 +81,14 @@ def _places(cu_seqlens: Tensor, num_rows: int) -> _Places:
     return _Places(segment, row - cu[segment])
 
 
-def _limits(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q_places: _Places, *, causal: bool, k_limits_T: Tensor | None
-) -> Tensor:
+def _limits(segments: Segments, q_places: _Places) -> Tensor:
     """Number of keys of its segment that each query sees: int64 [T]."""
-    if k_limits_T is not None:
-        return k_limits_T.long()
-    num_keys_S = (cu_seqlens_k[1:] - cu_seqlens_k[:-1]).long()
-    num_keys_T = num_keys_S[q_places.segment]
-    if not causal:
+    if segments.k_limits_T is not None:
+        return segments.k_limits_T.long()
+    num_keys_T = segments.cu_seqlens_k.diff().long()[q_places.segment]
+    if not segments.causal:
         return num_keys_T
-    num_queries_S = (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).long()
+    num_queries_S = segments.cu_seqlens_q.diff().long()
     return num_keys_T - num_queries_S[q_places.segment] + q_places.place + 1
 
 

@@ -39,6 +39,3 @@ def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> T
 
         return linear_cross_entropy_triton(h_LD, weight_VD, labels_L)
     return linear_cross_entropy_reference(h_LD, weight_VD, labels_L)
-
-
-__all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec, arguments_of
 from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
@@ -129,11 +129,9 @@ def chunk_rows(num_rows: int, *, row_bytes: int) -> int:
     return min(most, triton.cdiv(even, ROW_TILE) * ROW_TILE)
 
 
-def softmax_minus_label(
-    logits_CV: Tensor, labels_C: Tensor, nll_C: Tensor, *, writes_gradient: bool, config: Config | None = None
-) -> None:
+def softmax_minus_label(logits_CV: Tensor, labels_C: Tensor, nll_C: Tensor, *, writes_gradient: bool) -> None:
     """Write the NLL of each row to `nll` and the gradient to the logits, in place. Rows may have any stride."""
-    config = config or choose_softmax(logits_CV.shape[1], warp_size=warp_size())
+    config = choose_softmax(logits_CV.shape[1], warp_size=warp_size())
     with torch.cuda.device_of(logits_CV):
         _softmax_minus_label[(logits_CV.shape[0],)](
             logits_CV,
@@ -148,10 +146,10 @@ def softmax_minus_label(
         )
 
 
-def scale_rows(x_LD: Tensor, scale_L: Tensor, *, config: Config | None = None) -> Tensor:
+def scale_rows(x_LD: Tensor, scale_L: Tensor) -> Tensor:
     """x * scale[:, None] in the dtype of x, rounded once. Both are contiguous."""
     num_rows, width = x_LD.shape
-    config = config or choose_scale(width, warp_size=warp_size())
+    config = choose_scale(width, warp_size=warp_size())
     out_LD = torch.empty_like(x_LD)
     if out_LD.numel() > 0:
         with torch.cuda.device_of(x_LD):
@@ -173,31 +171,26 @@ def compile_specs() -> list[CompileSpec]:
 
 def _softmax_spec(dtype: str, vocab_size: int, writes_gradient: bool) -> CompileSpec:
     config = choose_softmax(vocab_size)
+    constexprs = {"WRITES_GRADIENT": writes_gradient, "BLOCK_V": config.block}
+    types = {"p_labels": "*i64", "p_nll": "*fp32"}
     return CompileSpec(
         name=f"softmax_minus_label {dtype} V={vocab_size} {'gradient' if writes_gradient else 'loss only'}",
         fn=_softmax_minus_label,
-        signature={
-            "p_logits": f"*{dtype}",
-            "p_labels": "*i64",
-            "p_nll": "*fp32",
-            "row_stride": "i32",
-            "vocab_size": "i32",
-        },
-        constexprs={"WRITES_GRADIENT": writes_gradient, "BLOCK_V": config.block},
+        **arguments_of(_softmax_minus_label, dtype, constexprs, types=types),
+        constexprs=constexprs,
         num_warps=config.num_warps,
         hip_num_warps=choose_softmax(vocab_size, warp_size=64).num_warps,
-        divisible_by_16=("p_logits", "p_labels", "p_nll", "row_stride", "vocab_size"),
     )
 
 
 def _scale_spec(dtype: str, width: int) -> CompileSpec:
     config = choose_scale(width)
+    constexprs = {"BLOCK_D": config.block}
     return CompileSpec(
         name=f"scale_rows {dtype} D={width}",
         fn=_scale_rows,
-        signature={"p_x": f"*{dtype}", "p_scale": "*fp32", "p_out": f"*{dtype}", "width": "i32"},
-        constexprs={"BLOCK_D": config.block},
+        **arguments_of(_scale_rows, dtype, constexprs, types={"p_scale": "*fp32"}),
+        constexprs=constexprs,
         num_warps=config.num_warps,
         hip_num_warps=choose_scale(width, warp_size=64).num_warps,
-        divisible_by_16=("p_x", "p_scale", "p_out", "width"),
     )

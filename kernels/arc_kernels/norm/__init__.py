@@ -24,13 +24,11 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Statistics are float32 (float64 for float64 input). Raises ValueError if shapes or devices do not fit.
     """
     _check_row(x_TD)
-    check_shape("weight_D", weight_D, (x_TD.shape[-1],))
-    check_same_device(x_TD=x_TD, weight_D=weight_D)
-    if not use_triton(x_TD):
+    _check_weight(x_TD, weight_D)
+    if not _takes_kernel(x_TD):
         return rms_norm_reference(x_TD, weight_D, eps)
     from arc_kernels.norm.autograd import norm_triton
 
-    _check_width(x_TD)
     return norm_triton(x_TD, weight_D, eps)
 
 
@@ -40,13 +38,11 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     x and residual have the same dtype. The norm is computed from the returned sum, which is rounded to that dtype.
     """
     _check_sum(x_TD, residual_TD)
-    check_shape("weight_D", weight_D, (x_TD.shape[-1],))
-    check_same_device(x_TD=x_TD, weight_D=weight_D)
-    if not use_triton(x_TD):
+    _check_weight(x_TD, weight_D)
+    if not _takes_kernel(x_TD):
         return add_rms_norm_reference(x_TD, residual_TD, weight_D, eps)
     from arc_kernels.norm.autograd import add_norm_triton
 
-    _check_width(x_TD)
     return add_norm_triton(x_TD, residual_TD, weight_D, eps)
 
 
@@ -56,23 +52,26 @@ def layer_norm(x_TD: Tensor, eps: float) -> Tensor:
     Shapes and errors as in `rms_norm`.
     """
     _check_row(x_TD)
-    if not use_triton(x_TD):
+    if not _takes_kernel(x_TD):
         return layer_norm_reference(x_TD, eps)
     from arc_kernels.norm.autograd import norm_triton
 
-    _check_width(x_TD)
     return norm_triton(x_TD, None, eps)
 
 
 def add_layer_norm(x_TD: Tensor, residual_TD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(layer_norm(x + residual), x + residual), both in the dtype of x. See `add_rms_norm`."""
     _check_sum(x_TD, residual_TD)
-    if not use_triton(x_TD):
+    if not _takes_kernel(x_TD):
         return add_layer_norm_reference(x_TD, residual_TD, eps)
     from arc_kernels.norm.autograd import add_norm_triton
 
-    _check_width(x_TD)
     return add_norm_triton(x_TD, residual_TD, None, eps)
+
+
+def _check_weight(x_TD: Tensor, weight_D: Tensor) -> None:
+    check_shape("weight_D", weight_D, (x_TD.shape[-1],))
+    check_same_device(x_TD=x_TD, weight_D=weight_D)
 
 
 def _check_sum(x_TD: Tensor, residual_TD: Tensor) -> None:
@@ -87,20 +86,10 @@ def _check_row(x_TD: Tensor) -> None:
         raise ValueError(f"x_TD is {x_TD.dtype} of shape {tuple(x_TD.shape)}; expected floats of shape [..., D]")
 
 
-def _check_width(x_TD: Tensor) -> None:
-    if not 1 <= x_TD.shape[-1] <= MAX_NORM_WIDTH:
+def _takes_kernel(x_TD: Tensor) -> bool:
+    is_taken = use_triton(x_TD)
+    if is_taken and not 1 <= x_TD.shape[-1] <= MAX_NORM_WIDTH:
         raise ValueError(
             f"x_TD has rows of {x_TD.shape[-1]}; the Triton kernels support 1 … {MAX_NORM_WIDTH}: use 'reference'"
         )
-
-
-__all__ = [
-    "add_layer_norm",
-    "add_layer_norm_reference",
-    "add_rms_norm",
-    "add_rms_norm_reference",
-    "layer_norm",
-    "layer_norm_reference",
-    "rms_norm",
-    "rms_norm_reference",
-]
+    return is_taken

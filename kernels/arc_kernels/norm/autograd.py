@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arc_kernels._layout import rows, unit_stride
+from arc_kernels._layout import contiguous, rows, unit_stride
 from arc_kernels.norm import kernels
 
 
@@ -56,52 +56,36 @@ def norm_backward(
 
 @norm_backward.register_fake
 def _(
-    dnormed_TD: Tensor,
-    dtotal_TD: Tensor | None,
-    x_TD: Tensor,
-    weight_D: Tensor | None,
-    mean_T: Tensor,
-    rstd_T: Tensor,
-    wants_weight: bool,
+    dnormed_TD: Tensor, dtotal_TD: Tensor | None, x_TD: Tensor, weight_D: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
+    *_, wants_weight = others
     dweight_D = weight_D.new_empty(x_TD.shape[1]) if wants_weight and weight_D is not None else x_TD.new_empty(0)
     return x_TD.new_empty(x_TD.shape), dweight_D
 
 
 class _Norm(torch.autograd.Function):
-    """RMSNorm, or LayerNorm if the weight is None."""
+    """RMSNorm (LayerNorm if the weight is None) of x, or of a sum and also that sum, which is empty without a residual.
 
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
-        normed_TD, _, mean_T, rstd_T = norm_forward(x_TD, None, weight_D, eps)
-        ctx.save_for_backward(x_TD, weight_D, mean_T, rstd_T)
-        return normed_TD
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        wants_x, wants_weight, _ = ctx.needs_input_grad
-        dx_TD, dweight_D = norm_backward(grads[0], None, *ctx.saved_tensors, wants_weight)
-        return dx_TD if wants_x else None, dweight_D if wants_weight else None, None
-
-
-class _AddNorm(torch.autograd.Function):
-    """RMSNorm of a sum (LayerNorm if the weight is None), and the sum. One backward handles the gradients of both."""
+    One backward handles the gradients of both outputs.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor | None, eps: float
+        ctx: Any, x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
         normed_TD, total_TD, mean_T, rstd_T = norm_forward(x_TD, residual_TD, weight_D, eps)
-        ctx.save_for_backward(total_TD, weight_D, mean_T, rstd_T)
+        ctx.adds = residual_TD is not None
+        ctx.save_for_backward(total_TD if ctx.adds else x_TD, weight_D, mean_T, rstd_T)
         return normed_TD, total_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         wants_x, wants_residual, wants_weight, _ = ctx.needs_input_grad
-        dtotal_TD, dweight_D = norm_backward(grads[0], grads[1], *ctx.saved_tensors, wants_weight)
+        dtotal_TD = grads[1] if ctx.adds else None
+        dx_TD, dweight_D = norm_backward(grads[0], dtotal_TD, *ctx.saved_tensors, wants_weight)
         return (
-            dtotal_TD if wants_x else None,
-            dtotal_TD if wants_residual else None,
+            dx_TD if wants_x else None,
+            dx_TD if wants_residual else None,
             dweight_D if wants_weight else None,
             None,
         )
@@ -109,14 +93,10 @@ class _AddNorm(torch.autograd.Function):
 
 def norm_triton(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     """RMSNorm over the last dimension; LayerNorm without parameters if the weight is None."""
-    return _Norm.apply(rows(x), _contiguous(weight_D), eps).view(x.shape)
+    return _Norm.apply(rows(x), None, contiguous(weight_D), eps)[0].view(x.shape)
 
 
 def add_norm_triton(x: Tensor, residual: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """See `add_rms_norm`, or `add_layer_norm` if the weight is None."""
-    normed_TD, total_TD = _AddNorm.apply(rows(x), rows(residual), _contiguous(weight_D), eps)
+    normed_TD, total_TD = _Norm.apply(rows(x), rows(residual), contiguous(weight_D), eps)
     return normed_TD.view(x.shape), total_TD.view(x.shape)
-
-
-def _contiguous(weight_D: Tensor | None) -> Tensor | None:
-    return None if weight_D is None else weight_D.contiguous()

@@ -11,17 +11,17 @@ Shape letters: T rows, D width, P programs; in the kernels BT rows and BD >= D c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec, arguments_of
 from arc_kernels._dispatch import num_processors, warp_size
 from arc_kernels._interpreter import narrow
 from arc_kernels._limits import MAX_NORM_WIDTH
@@ -38,21 +38,6 @@ class Config:
     num_warps: int
     partial_sums: int
     """Programs per multiprocessor that share the rows if the weight's gradient is summed."""
-
-
-class NormForward(NamedTuple):
-    """The results of the forward kernel.
-
-    normed: [T, D] in the dtype of x.
-    total: sum with the residual, [T, D] in the dtype of x; empty without a residual.
-    mean: float32 [T]; LayerNorm only.
-    rstd: float32 [T].
-    """
-
-    normed_TD: Tensor
-    total_TD: Tensor
-    mean_T: Tensor
-    rstd_T: Tensor
 
 
 def choose(width: int, *, warp_size: int = 32) -> Config:
@@ -195,29 +180,34 @@ def weight_gradient_kernel(
 
 
 def norm_forward(
-    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, eps: float, *, config: Config | None = None
-) -> NormForward:
-    """RMSNorm of x or x + residual; LayerNorm without parameters if the weight is None. The last stride of x is 1."""
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RMSNorm of x or x + residual; LayerNorm without parameters if the weight is None. The last stride of x is 1.
+
+    Returns
+
+        normed: [T, D] in the dtype of x.
+        total: sum with the residual, [T, D] in the dtype of x; empty without a residual.
+        mean: float32 [T]; LayerNorm only, otherwise empty.
+        rstd: float32 [T].
+    """
     num_rows, width = x_TD.shape
-    config = config or choose(width, warp_size=warp_size())
-    no_rows = x_TD.new_empty(0)
-    out = NormForward(
-        normed_TD=x_TD.new_empty(num_rows, width),
-        total_TD=no_rows if residual_TD is None else x_TD.new_empty(num_rows, width),
-        mean_T=x_TD.new_empty(num_rows if weight_D is None else 0, dtype=torch.float32),
-        rstd_T=x_TD.new_empty(num_rows, dtype=torch.float32),
-    )
-    if out.normed_TD.numel() == 0:
-        return out
+    config = choose(width, warp_size=warp_size())
+    normed_TD = x_TD.new_empty(num_rows, width)
+    total_TD = x_TD.new_empty(0) if residual_TD is None else x_TD.new_empty(num_rows, width)
+    mean_T = x_TD.new_empty(num_rows if weight_D is None else 0, dtype=torch.float32)
+    rstd_T = x_TD.new_empty(num_rows, dtype=torch.float32)
+    if normed_TD.numel() == 0:
+        return normed_TD, total_TD, mean_T, rstd_T
     with torch.cuda.device_of(x_TD):
         norm_forward_kernel[(triton.cdiv(num_rows, config.block_rows),)](
             x_TD,
             residual_TD,
             weight_D,
-            out.normed_TD,
-            out.total_TD if residual_TD is not None else None,
-            out.mean_T if weight_D is None else None,
-            out.rstd_T,
+            normed_TD,
+            total_TD if residual_TD is not None else None,
+            mean_T if weight_D is None else None,
+            rstd_T,
             num_rows,
             x_TD.stride(0),
             residual_TD.stride(0) if residual_TD is not None else 0,
@@ -230,7 +220,7 @@ def norm_forward(
             num_warps=config.num_warps,
             **LAUNCH_OPTIONS,
         )
-    return out
+    return normed_TD, total_TD, mean_T, rstd_T
 
 
 def norm_backward(
@@ -242,7 +232,6 @@ def norm_backward(
     rstd_T: Tensor,
     *,
     wants_weight: bool,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x [T, D], gradient of the weight [D] in its dtype, or empty if not requested).
 
@@ -252,7 +241,7 @@ def norm_backward(
     partial sums.
     """
     num_rows, width = x_TD.shape
-    config = config or choose(width, warp_size=warp_size())
+    config = choose(width, warp_size=warp_size())
     dx_TD = x_TD.new_empty(num_rows, width)
     if dx_TD.numel() == 0:
         return dx_TD, weight_D.new_zeros(width) if wants_weight and weight_D is not None else x_TD.new_empty(0)
@@ -325,60 +314,40 @@ def compile_specs() -> list[CompileSpec]:
 def _specs(width: int, dtype: str) -> Iterator[CompileSpec]:
     for layer_norm, adds in product((False, True), repeat=2):
         name = ("add_" if adds else "") + ("layer" if layer_norm else "rms")
-        yield _forward_spec(name, width, dtype, adds=adds, layer_norm=layer_norm)
-        weight_grads = (False, True) if width <= MAX_FUSED_WIDTH and not layer_norm else (False,)
-        for weight_grad in weight_grads:
-            yield _backward_spec(name, width, dtype, adds=adds, layer_norm=layer_norm, weight_grad=weight_grad)
+        flags = {"ADDS": adds, "LAYER_NORM": layer_norm}
+        yield _spec(norm_forward_kernel, f"{name}_norm_forward", width, dtype, flags)
+        yield _spec(norm_backward_kernel, f"{name}_norm_backward", width, dtype, flags | {"WEIGHT_GRAD": False})
+        if width <= MAX_FUSED_WIDTH and not layer_norm:
+            flags["WEIGHT_GRAD"] = True
+            yield _spec(norm_backward_kernel, f"{name}_norm_backward_weight", width, dtype, flags)
     if width > MAX_FUSED_WIDTH:
-        yield CompileSpec(
-            name=f"norm_weight_gradient {dtype} D={width}",
-            fn=weight_gradient_kernel,
-            signature={"p_x": f"*{dtype}", "p_rstd": "*fp32", "p_dnormed": f"*{dtype}", "p_dweight": "*fp32"}
-            | {"num_rows": "i32", "x_stride": "i32", "dnormed_stride": "i32"},
-            constexprs={"D": width, "BT": 4, "BD": 512},
-            divisible_by_16=("p_x", "p_rstd", "p_dnormed", "p_dweight", "x_stride", "dnormed_stride"),
-            num_warps=4,
-        )
+        tile = {"D": width, "BT": 4, "BD": 512}
+        name = f"norm_weight_gradient {dtype} D={width}"
+        arguments = _arguments(weight_gradient_kernel, dtype, tile)
+        yield CompileSpec(name=name, fn=weight_gradient_kernel, **arguments, num_warps=4)
 
 
-def _forward_spec(name: str, width: int, dtype: str, *, adds: bool, layer_norm: bool) -> CompileSpec:
-    pointers = {"p_x": f"*{dtype}", "p_normed": f"*{dtype}", "p_rstd": "*fp32"}
-    pointers |= {"p_residual": f"*{dtype}", "p_total": f"*{dtype}"} if adds else {}
-    pointers |= {"p_mean": "*fp32"} if layer_norm else {"p_weight": f"*{dtype}"}
-    absent = {"p_residual", "p_total", "p_mean", "p_weight"} - set(pointers)
+def _spec(fn, name: str, width: int, dtype: str, flags: dict[str, bool]) -> CompileSpec:
     config = choose(width)
+    constexprs = {"D": width, "BT": config.block_rows, "BD": triton.next_power_of_2(width), **flags}
+    pointers = {
+        "ADDS": ("p_residual", "p_total", "p_dtotal"),
+        "WEIGHT_GRAD": ("p_dweight",),
+        "LAYER_NORM": ("p_mean",),
+    }
+    absent = {pointer for flag, needed in pointers.items() if not flags.get(flag) for pointer in needed}
+    if flags["LAYER_NORM"]:
+        absent.add("p_weight")
     return CompileSpec(
-        name=f"{name}_norm_forward {dtype} D={width}",
-        fn=norm_forward_kernel,
-        signature=pointers | {"num_rows": "i32", "x_stride": "i32", "residual_stride": "i32", "eps": "fp32"},
-        constexprs=dict.fromkeys(absent) | _tile(width, config) | {"ADDS": adds, "LAYER_NORM": layer_norm},
-        divisible_by_16=(*pointers, "x_stride", "residual_stride"),
+        name=f"{name} {dtype} D={width}",
+        fn=fn,
+        **_arguments(fn, dtype, constexprs | dict.fromkeys(absent & set(fn.arg_names))),
         num_warps=config.num_warps,
         hip_num_warps=choose(width, warp_size=64).num_warps,
     )
 
 
-def _backward_spec(
-    name: str, width: int, dtype: str, *, adds: bool, layer_norm: bool, weight_grad: bool
-) -> CompileSpec:
-    pointers = {"p_x": f"*{dtype}", "p_rstd": "*fp32", "p_dnormed": f"*{dtype}", "p_dx": f"*{dtype}"}
-    pointers |= {"p_dtotal": f"*{dtype}"} if adds else {}
-    pointers |= {"p_dweight": "*fp32"} if weight_grad else {}
-    pointers |= {"p_mean": "*fp32"} if layer_norm else {"p_weight": f"*{dtype}"}
-    absent = {"p_dtotal", "p_dweight", "p_mean", "p_weight"} - set(pointers)
-    flags = {"ADDS": adds, "LAYER_NORM": layer_norm, "WEIGHT_GRAD": weight_grad}
-    strides = ("x_stride", "dnormed_stride", "dtotal_stride")
-    config = choose(width)
-    return CompileSpec(
-        name=f"{name}_norm_backward{'_weight' if weight_grad else ''} {dtype} D={width}",
-        fn=norm_backward_kernel,
-        signature=pointers | {"num_rows": "i32"} | dict.fromkeys(strides, "i32"),
-        constexprs=dict.fromkeys(absent) | _tile(width, config) | flags,
-        divisible_by_16=(*pointers, *strides),
-        num_warps=config.num_warps,
-        hip_num_warps=choose(width, warp_size=64).num_warps,
-    )
-
-
-def _tile(width: int, config: Config) -> dict[str, int]:
-    return {"D": width, "BT": config.block_rows, "BD": triton.next_power_of_2(width)}
+def _arguments(fn, dtype: str, constexprs: Mapping[str, int | None]) -> dict[str, Any]:
+    """Types and constants. Statistics and partial sums are float32."""
+    types = dict.fromkeys(("p_mean", "p_rstd", "p_dweight"), "*fp32") | {"eps": "fp32"}
+    return arguments_of(fn, dtype, constexprs, types=types, odd=("num_rows",)) | {"constexprs": constexprs}

@@ -32,11 +32,10 @@ def group_pool(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> Te
     Raises ValueError on an unknown kind, inconsistent arguments, and rows that are too wide for the Triton kernel.
     """
     _check(x_TD, group_cu, kind, num_groups)
-    if use_triton(x_TD):
-        from arc_kernels.pooling.autograd import group_pool_triton
+    if _takes_kernel(x_TD):
+        from arc_kernels.pooling.autograd import GroupPoolFunction
 
-        _check_width(x_TD)
-        return group_pool_triton(x_TD, group_cu, kind)
+        return GroupPoolFunction.apply(x_TD, group_cu, kind)
     return group_pool_reference(x_TD, group_cu, kind)
 
 
@@ -53,11 +52,10 @@ def pool_norm(
     if weight_D is not None:
         check_shape("weight_D", weight_D, (x_TD.shape[-1],))
         check_same_device(x_TD=x_TD, weight_D=weight_D)
-    if use_triton(x_TD):
-        from arc_kernels.pooling.autograd import pool_norm_triton
+    if _takes_kernel(x_TD):
+        from arc_kernels.pooling.autograd import PoolNormFunction
 
-        _check_width(x_TD)
-        return PoolNorm(*pool_norm_triton(x_TD, group_cu, kind, weight_D=weight_D, eps=eps))
+        return PoolNorm(*PoolNormFunction.apply(x_TD, group_cu, weight_D, kind, eps))
     return PoolNorm(*pool_norm_reference(x_TD, group_cu, kind, weight_D=weight_D, eps=eps))
 
 
@@ -72,12 +70,11 @@ def _check(x_TD: Tensor, group_cu: Tensor, kind: str, num_groups: int) -> None:
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(POOL_KINDS)}")
 
 
-def _check_width(x_TD: Tensor) -> None:
-    if x_TD.shape[1] > MAX_POOL_WIDTH:
+def _takes_kernel(x_TD: Tensor) -> bool:
+    is_taken = use_triton(x_TD)
+    if is_taken and x_TD.shape[1] > MAX_POOL_WIDTH:
         raise ValueError(
             f"x_TD has {x_TD.shape[1]} columns; the Triton kernels support at most {MAX_POOL_WIDTH}: "
             "call under arc_kernels.use('reference')"
         )
-
-
-__all__ = ["POOL_KINDS", "PoolNorm", "group_pool", "group_pool_reference", "pool_norm", "pool_norm_reference"]
+    return is_taken

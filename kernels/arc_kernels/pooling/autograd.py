@@ -14,22 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arc_kernels.pooling.kernels import PoolGradients, pool_backward, pool_forward
+from arc_kernels._layout import contiguous
+from arc_kernels.pooling.kernels import pool_backward, pool_forward
 
 
-def group_pool_triton(x_TD: Tensor, group_cu: Tensor, kind: str) -> Tensor:
-    """See `group_pool`."""
-    return _GroupPool.apply(x_TD, group_cu, kind)
+class GroupPoolFunction(torch.autograd.Function):
+    """`group_pool` with the Triton kernels."""
 
-
-def pool_norm_triton(
-    x_TD: Tensor, group_cu: Tensor, kind: str, *, weight_D: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `pool_norm`."""
-    return _PoolNorm.apply(x_TD, group_cu, weight_D, kind, eps)
-
-
-class _GroupPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, group_cu: Tensor, kind: str) -> Tensor:
         # Without a norm, only "fusion" needs the rows again, for their norms.
@@ -43,7 +34,9 @@ class _GroupPool(torch.autograd.Function):
         return _group_pool_backward(grads[0], group_cu, x_TD, ctx.num_rows, ctx.kind), None, None
 
 
-class _PoolNorm(torch.autograd.Function):
+class PoolNormFunction(torch.autograd.Function):
+    """`pool_norm` with the Triton kernels."""
+
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, group_cu: Tensor, weight_D: Tensor | None, kind: str, eps: float
@@ -75,9 +68,15 @@ def _(x_TD: Tensor, group_cu: Tensor, kind: str) -> Tensor:
 
 @torch.library.custom_op("arc_kernels::group_pool_backward", mutates_args=())
 def _group_pool_backward(dpooled_GD: Tensor, group_cu: Tensor, x_TD: Tensor | None, num_rows: int, kind: str) -> Tensor:
-    gradients = PoolGradients(dpooled_GD=dpooled_GD.contiguous())
-    rows_TD = None if x_TD is None else x_TD.contiguous()
-    return pool_backward(gradients, group_cu.contiguous(), num_rows=num_rows, x_TD=rows_TD, kind=kind, norm="none")[0]
+    dx_TD, _ = pool_backward(
+        dpooled_GD.contiguous(),
+        group_cu.contiguous(),
+        num_rows=num_rows,
+        x_TD=contiguous(x_TD),
+        kind=kind,
+        norm="none",
+    )
+    return dx_TD
 
 
 @_group_pool_backward.register_fake
@@ -94,7 +93,7 @@ def _pool_norm(
         group_cu.contiguous(),
         kind=kind,
         norm="layer" if weight_D is None else "rms",
-        weight_D=None if weight_D is None else weight_D.contiguous(),
+        weight_D=contiguous(weight_D),
         eps=eps,
     )
 
@@ -118,37 +117,24 @@ def _pool_norm_backward(
     eps: float,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    gradients = PoolGradients(
-        dpooled_GD=dpooled_GD.contiguous(),
+    return pool_backward(
+        dpooled_GD.contiguous(),
+        group_cu.contiguous(),
         dnormed_pooled_GD=dnormed_pooled_GD.contiguous(),
         dnormed_TD=dnormed_TD.contiguous(),
-    )
-    return pool_backward(
-        gradients,
-        group_cu.contiguous(),
         num_rows=x_TD.shape[0],
         x_TD=x_TD.contiguous(),
         pooled_GD=pooled_GD,
         kind=kind,
         norm="layer" if weight_D is None else "rms",
-        weight_D=None if weight_D is None else weight_D.contiguous(),
+        weight_D=contiguous(weight_D),
         eps=eps,
         wants_weight=wants_weight,
     )
 
 
 @_pool_norm_backward.register_fake
-def _(
-    dpooled_GD: Tensor,
-    dnormed_pooled_GD: Tensor,
-    dnormed_TD: Tensor,
-    x_TD: Tensor,
-    group_cu: Tensor,
-    weight_D: Tensor | None,
-    pooled_GD: Tensor,
-    kind: str,
-    eps: float,
-    wants_weight: bool,
-) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x_TD, weight_D, wants_weight = arguments[3], arguments[5], arguments[-1]
     dweight_D = x_TD.new_empty(0) if weight_D is None or not wants_weight else weight_D.new_empty(weight_D.shape)
     return x_TD.new_empty(x_TD.shape), dweight_D

@@ -6,12 +6,13 @@ Shape letters: T rows, G groups, P programs, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec, arguments_of
 from arc_kernels._limits import MAX_POOL_WIDTH
 from arc_kernels.pooling.programs import pool_backward_kernel, pool_forward_kernel
 
@@ -25,15 +26,6 @@ class Config:
     block_rows: int
     num_warps: int
     num_stages: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolGradients:
-    """Gradients of the outputs of `pool_forward`, contiguous. The last two are None without a norm."""
-
-    dpooled_GD: Tensor
-    dnormed_pooled_GD: Tensor | None = None
-    dnormed_TD: Tensor | None = None
 
 
 def choose(width: int) -> Config:
@@ -58,7 +50,6 @@ def pool_forward(
     norm: str,
     weight_D: Tensor | None = None,
     eps: float = 0.0,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(pooled rows [G, D], their norms [G, D], norm of every row [T, D]), in the dtype of x.
 
@@ -67,7 +58,7 @@ def pool_forward(
     x and weight are contiguous. Rows are at most MAX_POOL_WIDTH wide.
     """
     (num_rows, width), num_groups = x_TD.shape, group_cu.numel() - 1
-    config = config or choose(width)
+    config = choose(width)
     pooled_GD = x_TD.new_empty(num_groups, width)
     normed_pooled_GD = torch.empty_like(pooled_GD if norm != "none" else pooled_GD[:0])
     normed_TD = torch.empty_like(x_TD if norm != "none" else x_TD[:0])
@@ -95,9 +86,11 @@ def pool_forward(
 
 
 def pool_backward(
-    gradients: PoolGradients,
+    dpooled_GD: Tensor,
     group_cu: Tensor,
     *,
+    dnormed_pooled_GD: Tensor | None = None,
+    dnormed_TD: Tensor | None = None,
     num_rows: int,
     x_TD: Tensor | None,
     pooled_GD: Tensor | None = None,
@@ -106,18 +99,18 @@ def pool_backward(
     weight_D: Tensor | None = None,
     eps: float = 0.0,
     wants_weight: bool = False,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x [T, D], gradient of the weight [D] in its dtype, or empty if not requested).
 
+    dpooled, dnormed_pooled, dnormed: gradients of the outputs of `pool_forward`, contiguous. The last two are None
+        without a norm.
     x: input of `pool_forward`; may be None without a norm, unless kind is "fusion".
     pooled: first output of `pool_forward`; may be None without a norm.
 
     Other arguments as in `pool_forward`.
     """
-    dpooled_GD = gradients.dpooled_GD
     num_groups, width = dpooled_GD.shape
-    config = config or choose(width)
+    config = choose(width)
     dx_TD = dpooled_GD.new_empty(num_rows, width)
     num_programs = min(WEIGHT_PROGRAMS, num_groups) if wants_weight else num_groups
     dweight_PD = dpooled_GD.new_empty(num_programs if wants_weight else 0, width, dtype=torch.float32)
@@ -130,8 +123,8 @@ def pool_backward(
                 dpooled_GD if weight_D is None else weight_D,
                 dpooled_GD if pooled_GD is None else pooled_GD,
                 dpooled_GD,
-                dpooled_GD if gradients.dnormed_pooled_GD is None else gradients.dnormed_pooled_GD,
-                dpooled_GD if gradients.dnormed_TD is None else gradients.dnormed_TD,
+                dpooled_GD if dnormed_pooled_GD is None else dnormed_pooled_GD,
+                dpooled_GD if dnormed_TD is None else dnormed_TD,
                 dx_TD,
                 dweight_PD,
                 num_rows,
@@ -158,8 +151,8 @@ def compile_specs() -> list[CompileSpec]:
     shapes += [("fp32", 3072), ("fp32", MAX_POOL_WIDTH)]
     variants = [("mean", "rms"), ("mean", "layer"), ("last", "rms"), ("fusion", "rms"), ("mean", "none")]
     return [
-        make(dtype=dtype, width=width, kind=kind, norm=norm)
-        for make in (_forward_spec, _backward_spec)
+        _spec(fn, dtype=dtype, width=width, kind=kind, norm=norm)
+        for fn in (pool_forward_kernel, pool_backward_kernel)
         for dtype, width, kind, norm in [
             *((*shape, "mean", "rms") for shape in shapes),
             *(("bf16", 3072, *variant) for variant in variants),
@@ -167,42 +160,22 @@ def compile_specs() -> list[CompileSpec]:
     ]
 
 
-def _forward_spec(*, dtype: str, width: int, kind: str, norm: str) -> CompileSpec:
-    tensors = ("p_x", "p_cu", "p_weight", "p_pooled", "p_normed_pooled", "p_normed")
+def _spec(fn: Any, *, dtype: str, width: int, kind: str, norm: str) -> CompileSpec:
     config = choose(width)
+    constexprs = {
+        "KIND": kind,
+        "NORM": norm,
+        "BLOCK_R": config.block_rows,
+        "BLOCK_D": triton.next_power_of_2(width),
+        "STAGES": config.num_stages,
+    }
+    if fn is pool_backward_kernel:
+        constexprs["WEIGHT_GRAD"] = norm == "rms"
+    types = {"p_cu": "*i32", "p_dweight": "*fp32", "eps": "fp32"}
     return CompileSpec(
-        name=f"pool_forward {dtype} D={width} {kind} {norm}",
-        fn=pool_forward_kernel,
-        signature={name: f"*{dtype}" for name in tensors}
-        | {"p_cu": "*i32", "num_rows": "i32", "width": "i32", "eps": "fp32"},
-        constexprs={
-            "KIND": kind,
-            "NORM": norm,
-            "BLOCK_R": config.block_rows,
-            "BLOCK_D": triton.next_power_of_2(width),
-            "STAGES": config.num_stages,
-        },
+        name=f"{fn.__name__.removesuffix('_kernel')} {dtype} D={width} {kind} {norm}",
+        fn=fn,
+        **arguments_of(fn, dtype, constexprs, types=types, odd=("num_rows", "num_groups")),
+        constexprs=constexprs,
         num_warps=config.num_warps,
-        divisible_by_16=(*tensors, "width"),
-    )
-
-
-def _backward_spec(*, dtype: str, width: int, kind: str, norm: str) -> CompileSpec:
-    tensors = ("p_x", "p_cu", "p_weight", "p_pooled", "p_dpooled", "p_dnormed_pooled", "p_dnormed", "p_dx", "p_dweight")
-    config = choose(width)
-    return CompileSpec(
-        name=f"pool_backward {dtype} D={width} {kind} {norm}",
-        fn=pool_backward_kernel,
-        signature={name: f"*{dtype}" for name in tensors}
-        | {"p_cu": "*i32", "p_dweight": "*fp32", "num_rows": "i32", "num_groups": "i32", "width": "i32", "eps": "fp32"},
-        constexprs={
-            "KIND": kind,
-            "NORM": norm,
-            "WEIGHT_GRAD": norm == "rms",
-            "BLOCK_R": config.block_rows,
-            "BLOCK_D": triton.next_power_of_2(width),
-            "STAGES": config.num_stages,
-        },
-        num_warps=config.num_warps,
-        divisible_by_16=(*tensors, "width"),
     )

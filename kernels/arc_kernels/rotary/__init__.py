@@ -28,11 +28,8 @@ def rotary(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     check_angles({"cos_TF": cos_TF, "sin_TF": sin_TF}, x_TNH, has_gradient=not triton)
     if not triton:
         return rotary_reference(x_TNH, cos_TF, sin_TF)
-    from arc_kernels.rotary.autograd import rotary_triton
+    from arc_kernels.rotary.autograd import RotaryFunction
 
     if x_TNH.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"x_TNH has head size {x_TNH.shape[-1]}; the kernel supports {MAX_HEAD_DIM}: use 'reference'")
-    return rotary_triton(x_TNH, cos_TF, sin_TF)
-
-
-__all__ = ["rotary", "rotary_reference"]
+    return RotaryFunction.apply(x_TNH, cos_TF.contiguous(), sin_TF.contiguous())

@@ -22,7 +22,9 @@ def _(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, inverse: bool) -> Tensor:
     return x_TNH.new_empty(x_TNH.shape)
 
 
-class _Rotary(torch.autograd.Function):
+class RotaryFunction(torch.autograd.Function):
+    """`rotary` with the Triton kernel. The angles are contiguous."""
+
     @staticmethod
     def forward(ctx: Any, x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TF, sin_TF)
@@ -31,8 +33,3 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return rotate(grads[0], *ctx.saved_tensors, True), None, None
-
-
-def rotary_triton(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """See `rotary`."""
-    return _Rotary.apply(x_TNH, cos_TF.contiguous(), sin_TF.contiguous())

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec, arguments_of
 from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
@@ -75,7 +75,7 @@ def rotary_kernel(
     tl.store(p_out + F, narrow(b_second * b_cos + b_first * b_sin, p_y.dtype.element_ty), mask=m_nf)
 
 
-def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool, config: Config | None = None) -> Tensor:
+def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool) -> Tensor:
     """Rotate each pair by the angle of its row, or back if `inverse`: [T, N, H].
 
     x_TNH: last stride 1, any row and head strides.
@@ -87,7 +87,7 @@ def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool, conf
         return y_TNH
     num_rows, num_heads, head_dim = x_TNH.shape
     num_pairs = head_dim // 2
-    config = config or choose(num_heads, num_pairs, warp_size=warp_size())
+    config = choose(num_heads, num_pairs, warp_size=warp_size())
     with torch.cuda.device_of(x_TNH):
         rotary_kernel[(num_rows, triton.cdiv(num_heads, config.block_heads))](
             x_TNH,
@@ -117,15 +117,13 @@ def compile_specs() -> list[CompileSpec]:
 def _spec(num_heads: int, head_dim: int, dtype: str, *, inverse: bool) -> CompileSpec:
     num_pairs = head_dim // 2
     config = choose(num_heads, num_pairs)
-    strides = ("x_row_stride", "x_head_stride")
+    constexprs = {"N": num_heads, "F": num_pairs, "BN": config.block_heads, "INVERSE": inverse}
+    constexprs["BF"] = triton.next_power_of_2(num_pairs)
     return CompileSpec(
         name=f"rotary{'_inverse' if inverse else ''} {dtype} N={num_heads} H={head_dim}",
         fn=rotary_kernel,
-        signature={"p_x": f"*{dtype}", "p_cos": "*fp32", "p_sin": "*fp32", "p_y": f"*{dtype}"}
-        | dict.fromkeys(strides, "i32"),
-        constexprs={"N": num_heads, "F": num_pairs, "BN": config.block_heads, "INVERSE": inverse}
-        | {"BF": triton.next_power_of_2(num_pairs)},
-        divisible_by_16=("p_x", "p_cos", "p_sin", "p_y", *strides),
+        **arguments_of(rotary_kernel, dtype, constexprs, types={"p_cos": "*fp32", "p_sin": "*fp32"}),
+        constexprs=constexprs,
         num_warps=config.num_warps,
         hip_num_warps=choose(num_heads, num_pairs, warp_size=64).num_warps,
     )

@@ -42,10 +42,10 @@ def splice(
     check_indices("ids_N", ids_N, table_VD.shape[0])
     _check_rows(text_rows_N, given_rows_Z)
     if use_triton(table_VD):
-        from arc_kernels.splice.autograd import splice_triton
+        from arc_kernels.splice.autograd import SpliceFunction
 
         _check_table(table_VD)
-        return splice_triton(table_VD, ids_N, text_rows_N, given_ZD, given_rows_Z)
+        return SpliceFunction.apply(table_VD, ids_N, text_rows_N, given_ZD, given_rows_Z)
     return splice_reference(table_VD, ids_N, text_rows_N, given_ZD, given_rows_Z)
 
 
@@ -70,6 +70,3 @@ def _check_rows(text_rows_N: Tensor, given_rows_Z: Tensor | None) -> None:
                 f"text_rows_N and given_rows_Z name row {int(twice[0])} more than once; expected each of 0 … "
                 f"{num_rows - 1} once"
             )
-
-
-__all__ = ["splice", "splice_reference"]

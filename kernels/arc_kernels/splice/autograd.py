@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arc_kernels._layout import contiguous
 from arc_kernels.splice.kernels import gather_rows, splice_forward, sum_rows_by_id
 
 
-def splice_triton(
-    table_VD: Tensor, ids_N: Tensor, text_rows_N: Tensor, given_ZD: Tensor | None, given_rows_Z: Tensor | None
-) -> Tensor:
-    """See `splice`."""
-    return _Splice.apply(table_VD, ids_N, text_rows_N, given_ZD, given_rows_Z)
+class SpliceFunction(torch.autograd.Function):
+    """`splice` with the Triton kernels."""
 
-
-class _Splice(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -58,8 +54,8 @@ def _splice(
         table_VD,
         ids_N.contiguous(),
         text_rows_N.contiguous(),
-        None if given_ZD is None else given_ZD.contiguous(),
-        None if given_rows_Z is None else given_rows_Z.contiguous(),
+        contiguous(given_ZD),
+        contiguous(given_rows_Z),
     )
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec, arguments_of
 from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
@@ -130,13 +130,11 @@ def splice_forward(
     text_rows_N: Tensor,
     given_ZD: Tensor | None,
     given_rows_Z: Tensor | None,
-    *,
-    config: Config | None = None,
 ) -> Tensor:
     """See `splice`. All tensors are contiguous, except that the table may have any row stride."""
     (vocab_size, width), num_text = table_VD.shape, ids_N.shape[0]
     num_rows = num_text + (0 if given_ZD is None else given_ZD.shape[0])
-    config = config or choose_copy(width, warp_size=warp_size())
+    config = choose_copy(width, warp_size=warp_size())
     out_RD = table_VD.new_empty(num_rows, width)
     if out_RD.numel() > 0:
         with torch.cuda.device_of(table_VD):
@@ -159,10 +157,10 @@ def splice_forward(
     return out_RD
 
 
-def gather_rows(x_RD: Tensor, rows_Z: Tensor, dtype: torch.dtype, *, config: Config | None = None) -> Tensor:
+def gather_rows(x_RD: Tensor, rows_Z: Tensor, dtype: torch.dtype) -> Tensor:
     """x[rows] in the given dtype: the gradient of the given rows. Both are contiguous."""
     num_rows, width = x_RD.shape
-    config = config or choose_copy(width, warp_size=warp_size())
+    config = choose_copy(width, warp_size=warp_size())
     out_ZD = x_RD.new_empty(rows_Z.shape[0], width, dtype=dtype)
     if out_ZD.numel() > 0:
         with torch.cuda.device_of(x_RD):
@@ -185,12 +183,10 @@ def sum_rows_by_id(
     rows_N: Tensor,
     vocab_size: int,
     dtype: torch.dtype,
-    *,
-    config: Config | None = None,
 ) -> Tensor:
     """out[v] = sum of x[rows[i]] over i with ids[i] = v: the gradient of the table [V, D], summed in float32."""
     num_rows, width = x_RD.shape
-    config = config or choose_sum(width, warp_size=warp_size())
+    config = choose_sum(width, warp_size=warp_size())
     out_VD = x_RD.new_zeros(vocab_size, width, dtype=dtype)
     if ids_N.shape[0] > 0 and width > 0:
         sorted_N, order_N = torch.sort(ids_N, stable=True)
@@ -216,49 +212,22 @@ def sum_rows_by_id(
 def compile_specs() -> list[CompileSpec]:
     """The kernels as launched by the paper's models, for the offline compiler."""
     shapes = [("bf16", 4096), ("bf16", 3072), ("bf16", 576), ("fp32", 4096)]
-    return [make(dtype, width) for make in (_forward_spec, _gather_spec, _sum_spec) for dtype, width in shapes]
+    return [_spec(fn, *shape) for fn in (_splice_forward, _gather_rows, _sum_runs) for shape in shapes]
 
 
-def _forward_spec(dtype: str, width: int) -> CompileSpec:
-    config, on_hip = choose_copy(width), choose_copy(width, warp_size=64)
-    data, indices = ("p_table", "p_given", "p_out"), ("p_ids", "p_text_rows", "p_given_rows")
+def _spec(fn, dtype: str, width: int) -> CompileSpec:
+    choose = choose_sum if fn is _sum_runs else choose_copy
+    config = choose(width)
+    constexprs = {"BLOCK_D": config.block_columns}
+    if fn is _sum_runs:
+        constexprs["BLOCK_J"] = config.block_rows
+    indices = ("p_ids", "p_text_rows", "p_given_rows", "p_rows", "p_ends")
+    odd = ("vocab_size", "num_text", "num_rows")
     return CompileSpec(
-        name=f"splice_forward {dtype} D={width}",
-        fn=_splice_forward,
-        signature=dict.fromkeys(data, f"*{dtype}")
-        | dict.fromkeys(indices, "*i64")
-        | dict.fromkeys(("vocab_size", "num_text", "num_rows", "width", "table_stride"), "i32"),
-        constexprs={"BLOCK_D": config.block_columns},
+        name=f"{fn.__name__.removeprefix('_')} {dtype} D={width}",
+        fn=fn,
+        **arguments_of(fn, dtype, constexprs, types=dict.fromkeys(indices, "*i64"), odd=odd),
+        constexprs=constexprs,
         num_warps=config.num_warps,
-        hip_num_warps=on_hip.num_warps,
-        divisible_by_16=(*data, *indices, "width", "table_stride"),
-    )
-
-
-def _gather_spec(dtype: str, width: int) -> CompileSpec:
-    config, on_hip = choose_copy(width), choose_copy(width, warp_size=64)
-    return CompileSpec(
-        name=f"gather_rows {dtype} D={width}",
-        fn=_gather_rows,
-        signature={"p_x": f"*{dtype}", "p_rows": "*i64", "p_out": f"*{dtype}", "num_rows": "i32", "width": "i32"},
-        constexprs={"BLOCK_D": config.block_columns},
-        num_warps=config.num_warps,
-        hip_num_warps=on_hip.num_warps,
-        divisible_by_16=("p_x", "p_rows", "p_out", "width"),
-    )
-
-
-def _sum_spec(dtype: str, width: int) -> CompileSpec:
-    config, on_hip = choose_sum(width), choose_sum(width, warp_size=64)
-    data, indices = ("p_x", "p_out"), ("p_ids", "p_ends", "p_rows")
-    return CompileSpec(
-        name=f"sum_runs {dtype} D={width}",
-        fn=_sum_runs,
-        signature=dict.fromkeys(data, f"*{dtype}")
-        | dict.fromkeys(indices, "*i64")
-        | dict.fromkeys(("vocab_size", "num_rows", "width"), "i32"),
-        constexprs={"BLOCK_J": config.block_rows, "BLOCK_D": config.block_columns},
-        num_warps=config.num_warps,
-        hip_num_warps=on_hip.num_warps,
-        divisible_by_16=(*data, *indices, "width"),
+        hip_num_warps=choose(width, warp_size=64).num_warps,
     )

@@ -27,6 +27,3 @@ def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     from arc_kernels.swiglu.autograd import swiglu_triton
 
     return swiglu_triton(gate_TF, up_TF)
-
-
-__all__ = ["swiglu", "swiglu_reference"]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec
+from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec, arguments_of
 from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
@@ -79,13 +79,13 @@ def swiglu_backward_kernel(
     tl.store(p_dup + i_t * F + o_f, narrow(b_dy * b_silu, p_dup.dtype.element_ty), mask=m_f)
 
 
-def swiglu_forward(gate_TF: Tensor, up_TF: Tensor, *, config: Config | None = None) -> Tensor:
+def swiglu_forward(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """silu(gate) * up [T, F]. The last strides are 1; row strides are arbitrary."""
     y_TF = gate_TF.new_empty(gate_TF.shape)
     if y_TF.numel() == 0:
         return y_TF
     num_rows, width = gate_TF.shape
-    config = config or choose(width, warp_size=warp_size())
+    config = choose(width, warp_size=warp_size())
     with torch.cuda.device_of(gate_TF):
         swiglu_forward_kernel[(num_rows, triton.cdiv(width, config.block_width))](
             gate_TF,
@@ -101,15 +101,13 @@ def swiglu_forward(gate_TF: Tensor, up_TF: Tensor, *, config: Config | None = No
     return y_TF
 
 
-def swiglu_backward(
-    dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, *, config: Config | None = None
-) -> tuple[Tensor, Tensor]:
+def swiglu_backward(dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up [T, F]. The last strides are 1; row strides are arbitrary."""
     dgate_TF, dup_TF = gate_TF.new_empty(gate_TF.shape), up_TF.new_empty(up_TF.shape)
     if dgate_TF.numel() == 0:
         return dgate_TF, dup_TF
     num_rows, width = gate_TF.shape
-    config = config or choose(width, warp_size=warp_size())
+    config = choose(width, warp_size=warp_size())
     with torch.cuda.device_of(gate_TF):
         swiglu_backward_kernel[(num_rows, triton.cdiv(width, config.block_width))](
             gate_TF,
@@ -139,13 +137,12 @@ def compile_specs() -> list[CompileSpec]:
 
 def _spec(fn, width: int, dtype: str) -> CompileSpec:
     config = choose(width)
-    arguments = [name for name in fn.arg_names if name not in ("F", "BF")]
+    constexprs = {"F": width, "BF": config.block_width}
     return CompileSpec(
         name=f"{fn.__name__.removesuffix('_kernel')} {dtype} F={width}",
         fn=fn,
-        signature={name: f"*{dtype}" if name.startswith("p_") else "i32" for name in arguments},
-        constexprs={"F": width, "BF": config.block_width},
-        divisible_by_16=tuple(arguments),
+        **arguments_of(fn, dtype, constexprs),
+        constexprs=constexprs,
         num_warps=config.num_warps,
         hip_num_warps=choose(width, warp_size=64).num_warps,
     )

@@ -58,7 +58,8 @@ def sample_of(tokenizer: Tokenizer, other: Tokenizer) -> Example:
         Segment.text([*other.encode(" stone"), other.eos_id or 0], in_loss=True),
     )
     sample, counts = Sample("continuation", segments), TaskCounts(cut_contexts=2)
-    return Example(sample=sample, contexts=("the sea 🚲 lamp",), passages=(), counts=counts)
+    contexts = ("the sea 🚲 lamp",)
+    return Example(sample=sample, contexts=contexts, passages=(), counts=counts, closed=tuple, open=tuple)
 
 
 def test_contexts_groups_targets_and_special_tokens_are_told_apart(tokenizer: Tokenizer, other: Tokenizer) -> None:

@@ -1,0 +1,55 @@
+"""Reading users' files: every fault is one error with the file, the reason and the remedy."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+import pytest
+
+from arc_ds.errors import ConfigError, WeightsError
+from arc_ds.system.user_files import check_downloaded, read_user_json, read_user_text
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4976698672\n"
+
+
+def read(path: Path) -> object:
+    return read_user_json(path, ConfigError, remedy="Fix it.")
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(codecs.BOM_UTF8 + '{"ü": 1}'.encode())
+    assert read(tmp_path / "a") == {"ü": 1}
+    assert read_user_text(tmp_path / "a", ConfigError, remedy="Fix it.") == '{"ü": 1}'
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (POINTER.encode(), "git lfs pull"),
+        ('{"a": 1}'.encode("utf-16"), "UTF-16, expected UTF-8"),
+        (b'{"a": "\xff"}', r"not UTF-8 .*0xff.* Fix it\."),
+        (b'{"a":\n1,}', r"a:2: not valid JSON: .* Fix it\."),
+        (b"[" * 100_000, r"not valid JSON: .* Fix it\."),
+        (b"1" * 5000, r"not valid JSON: .* Fix it\."),
+    ],
+)
+def test_a_faulty_file_is_one_error_with_its_remedy(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        read(tmp_path / "a")
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError, match=f"{path.name} cannot be read: {reason}"):
+            read(path)
+
+
+def test_only_pointers_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("version 1")
+    check_downloaded(tmp_path / "a", WeightsError)
+    check_downloaded(tmp_path / "none", WeightsError)
+    (tmp_path / "a").write_text(POINTER)
+    with pytest.raises(WeightsError, match="pointer of Git LFS"):
+        check_downloaded(tmp_path / "a", WeightsError)

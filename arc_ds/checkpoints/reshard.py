@@ -86,7 +86,7 @@ def _piece_numel(numel: int, world_size: int) -> int:
 
 
 def load_resharded(engine: Any, path: Path, written_by: int) -> None:
-    """Load a valid ZeRO-3 checkpoint of `written_by` ranks into an engine of another world size. A collective.
+    """Load a whole ZeRO-3 checkpoint of `written_by` ranks into an engine of another world size. A collective.
 
     Weights and optimizer states stay bit-exact. Each parameter group keeps its own hyperparameters and step count.
 

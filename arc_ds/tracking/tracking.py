@@ -20,35 +20,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from arc_ds.tracking.metrics_log import METRICS_NAME, MetricsEntry, MetricsLog, read_metrics
 from arc_ds.tracking.tracking_state import TrackingState, load_state, save_state
+
+if TYPE_CHECKING:
+    from arc_ds.tracking.mlflow_server import MlflowServer
 
 logger = logging.getLogger(__name__)
 
 _ENTRIES_PER_BATCH = 200
 _IDLE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
-
-
-class TrackingServer(Protocol):
-    """Interface of a tracking server, implemented by `mlflow_server.MlflowServer`. Any method may raise."""
-
-    def open_run(self, run_key: str, run_id: str | None) -> str:
-        """Activate the run with this key, or create it; return the server's id of the run."""
-
-    def describe(self, run_id: str) -> None:
-        """Write the run's parameters, tags, inputs and artifacts. Safe to repeat."""
-
-    def steps_of(self, run_id: str, key: str, from_step: int) -> set[int]:
-        """Steps >= `from_step` for which the server has a point of `key`."""
-
-    def send(self, run_id: str, entries: list[MetricsEntry]) -> None:
-        """Store the metrics of the entries."""
-
-    def end_run(self, run_id: str, status: str) -> None:
-        """Mark the run as ended: FINISHED, FAILED or KILLED."""
 
 
 class Tracker:
@@ -58,18 +42,18 @@ class Tracker:
         self,
         folder: Path,
         *,
-        uri: str | None,
-        make_server: Callable[[], TrackingServer] | None,
         resumed_step: int,
+        uri: str = "",
+        make_server: Callable[[], MlflowServer] | None = None,
         run_id: str | None = None,
         first_pause_s: float = 1.0,
     ) -> None:
         """Start a tracker in a run's folder.
 
-        uri: address of the server; None to write only the file.
+        resumed_step: number of steps that the run has already done; 0 for a new run.
+        uri: address of the server.
         make_server: creates the server; None to write only the file. The thread calls it because importing MLflow and
             preparing its database takes seconds.
-        resumed_step: number of steps that the run has already done; 0 for a new run.
         run_id: MLflow run id of the checkpoint.
         first_pause_s: pause after a failure; doubled after each further failure, up to a minute.
         """
@@ -78,24 +62,18 @@ class Tracker:
         self._hurry = threading.Event()
         self._stop = threading.Event()
         self._sender: _Sender | None = None
-        self._thread: threading.Thread | None = None
-        if make_server is not None and uri is not None:
+        self._first_pause_s = first_pause_s
+        self._thread = threading.Thread(target=self._follow, daemon=True, name="tracking")
+        if make_server is not None:
             state = load_state(folder, uri=uri, resumed_step=resumed_step, run_id=run_id)
             save_state(folder, state)
             self._sender = _Sender(folder=folder, state=state, make_server=make_server)
-            self._first_pause_s = first_pause_s
-            self._thread = threading.Thread(target=self._follow, daemon=True, name="tracking")
             self._thread.start()
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the run; None without MLflow and before the first answer of the server."""
         return None if self._sender is None else self._sender.state.run_id
-
-    @property
-    def num_failures(self) -> int:
-        """Number of failed server operations; suitable for a metric `tracking/failures`."""
-        return 0 if self._sender is None else self._sender.num_failures
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step without waiting for a server.
@@ -112,9 +90,9 @@ class Tracker:
         if self._sender is None:
             return True
         size = self._log.path.stat().st_size
-        deadline, failures = time.monotonic() + timeout_s, self.num_failures
+        deadline, failures = time.monotonic() + timeout_s, self._sender.num_failures
         while not self._sender.has_sent(size):
-            if time.monotonic() > deadline or self.num_failures >= failures + 2:
+            if time.monotonic() > deadline or self._sender.num_failures >= failures + 2:
                 return False
             self._hurry.set()
             time.sleep(0.02)
@@ -129,7 +107,7 @@ class Tracker:
         status: FINISHED, FAILED or KILLED (stopped on purpose, can be resumed).
         """
         self._log.close()
-        if self._sender is None or self._thread is None or self._stop.is_set():
+        if self._sender is None or self._stop.is_set():
             return True
         complete = self.flush(timeout_s)
         self._sender.final_status = status
@@ -161,13 +139,13 @@ class Tracker:
 class _Sender:
     """Brings a server up to date with a metrics file. Only the thread calls its methods; others read its attributes."""
 
-    def __init__(self, *, folder: Path, state: TrackingState, make_server: Callable[[], TrackingServer]) -> None:
+    def __init__(self, *, folder: Path, state: TrackingState, make_server: Callable[[], MlflowServer]) -> None:
         self.state = state
         self.num_failures = 0
         self.final_status = "FINISHED"
         self._folder = folder
         self._make_server = make_server
-        self._server: TrackingServer | None = None
+        self._server: MlflowServer | None = None
         self._position: int | None = None
         # Steps >= `sent_step` that the server already has, by key; reset after every failure.
         self._known: dict[str, set[int]] = {}

@@ -68,11 +68,6 @@ def build_engine(compressor: Compressor, optimizer: PortAdamW, ds_config: Mappin
     return _initialize(compressor, ds_config, optimizer)
 
 
-def port_optimizer(engine: DeepSpeedEngine) -> PortAdamW:
-    """The client optimizer inside DeepSpeed's ZeRO optimizer."""
-    return engine.optimizer.optimizer
-
-
 def prefetch_is_traced(engine: DeepSpeedEngine) -> bool:
     """Whether ZeRO-3 has recorded the module order and therefore prefetches parameters.
 
@@ -84,7 +79,7 @@ def prefetch_is_traced(engine: DeepSpeedEngine) -> bool:
 
 
 def choose_placement(
-    choice: str, *, decoder_bytes: int, free_bytes: int | None, world_size: int, local_world_size: int | None = None
+    choice: str, *, decoder_bytes: int, free_bytes: int | None, world_size: int, local_world_size: int
 ) -> Placement:
     """Resolve the placement "auto"; any other choice is returned unchanged.
 
@@ -94,16 +89,16 @@ def choose_placement(
     "zero3": otherwise; sharded over all ranks.
 
     free_bytes: free memory of the device; None for devices such as the CPU that do not report it.
-    local_world_size: number of ranks on this host; default `world_size`.
+    local_world_size: number of ranks on this host.
     """
     if choice != "auto":
         return choice  # type: ignore[return-value]
     if world_size == 1 or free_bytes is None or decoder_bytes <= REPLICATED_SHARE * free_bytes:
         return "replicated"
-    local = local_world_size or world_size
     # hpZ needs groups of equal size with more than one rank, and more than one group.
-    can_be_hpz = 1 < local < world_size and world_size % local == 0
-    return "zero3+hpz" if can_be_hpz and decoder_bytes <= REPLICATED_SHARE * free_bytes * local else "zero3"
+    can_be_hpz = 1 < local_world_size < world_size and world_size % local_world_size == 0
+    fits_on_host = decoder_bytes <= REPLICATED_SHARE * free_bytes * local_world_size
+    return "zero3+hpz" if can_be_hpz and fits_on_host else "zero3"
 
 
 @contextmanager
@@ -124,19 +119,16 @@ def partitioned(ds_config: Mapping[str, Any]) -> Iterator[None]:
             yield
 
 
-def place_decoder(
-    decoder: Decoder, placement: Placement, *, device: torch.device | str, ds_config: Mapping[str, Any] | None = None
-) -> PlacedDecoder:
-    """Place a frozen decoder, whole or built under `partitioned`, for use in steps. Collective.
+def place_decoder(decoder: Decoder, ds_config: Mapping[str, Any] | None = None) -> PlacedDecoder:
+    """Place a frozen decoder for use in steps. Collective.
 
-    ds_config: required for sharded placements (ValueError if missing), from
-        `config.deepspeed.resolve_decoder_deepspeed`; it contains the size of hpZ groups.
+    decoder: whole on its device, or built under `partitioned`.
+    ds_config: of a sharded decoder's engine, from `config.deepspeed.resolve_decoder_deepspeed`; it contains the size of
+        hpZ groups. None: every rank has the whole decoder.
     """
     decoder.requires_grad_(False)
-    if placement == "replicated":
-        return PlacedDecoder(module=decoder.to(device))
     if ds_config is None:
-        raise ValueError(f"a decoder placed {placement!r} needs a DeepSpeed config for its engine")
+        return PlacedDecoder(module=decoder)
     engine = _initialize(decoder, ds_config)
     return PlacedDecoder(module=engine.module, engine=engine)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.data.tasks import TaskCounts
 from arc_ds.system import dist
-from arc_ds.training.run import DataWait
+from arc_ds.training.run import DataClock
 
 _SIZES = ("encoder_tokens", "decoder_rows", "labels", "micro_batches")
 # `over_limit` counts samples, `remade` counts batches, all others count records. Each one is a separate metric.
@@ -64,13 +64,13 @@ class Meter:
             **{one.name: getattr(batch.counts, one.name) for one in fields(TaskCounts)},
         )
 
-    def read(self, wait: DataWait, device: torch.device) -> Totals:
-        """Return the totals since the last call and reset them. Collective. wait: this rank's data waits since then."""
-        self._sums["remade"] += wait.remade
+    def read(self, clock: DataClock, device: torch.device) -> Totals:
+        """Return the totals since the last call, and reset them and the clock. Collective."""
+        waited_s, self._sums["remade"] = clock.read()
         names = (*_SIZES, *COUNTS)
         own = [self._sums[name] for name in names]
         summed = _reduced([*own, *self._flops], device, torch.distributed.ReduceOp.SUM)
-        waited_s, *largest = _reduced([wait.waited_s, *self._flops], device, torch.distributed.ReduceOp.MAX)
+        waited_s, *largest = _reduced([waited_s, *self._flops], device, torch.distributed.ReduceOp.MAX)
         sums = {name: int(value) for name, value in zip(names, summed, strict=False)}
         flops = sum(summed[len(names) :])
         totals = Totals(

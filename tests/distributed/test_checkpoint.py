@@ -115,7 +115,7 @@ def _state(step: int) -> TrainerState:
 
 
 def _save(engine: Any, directory: Path, step: int, keep_last: int = 9) -> Path:
-    return save_checkpoint(engine, directory, step, _state(step), keep_last=keep_last, keep_every=0)
+    return save_checkpoint(engine, directory, _state(step), keep_last=keep_last, keep_every=0)
 
 
 def _draw() -> list[float]:
@@ -267,12 +267,6 @@ def test_a_flipped_byte_is_named_and_passed_over(tmp_path: Path) -> None:
     assert name == other == "step_000001"
     assert len(messages) == 1 and str(damaged) in messages[0] and "checksum" in messages[0]
     assert silent == [], "only one rank may log"
-    with pytest.raises(RankError, match=r"(?s)rank 0.*CheckpointError.*rank 1.*not a valid checkpoint"):
-        run_on_ranks(_load_this, tmp_path / "step_000002")
-
-
-def _load_this(path: Path) -> int:
-    return load_checkpoint(_engine(), path).step
 
 
 def test_a_whole_checkpoint_is_never_overwritten_a_damaged_one_is_set_aside(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def train_and_save(run: Path) -> dict[str, Tensor]:
             "decoders": [asdict(decoder) for decoder in trained.decoders],
         },
     )
-    save_checkpoint(engine, run / "checkpoints", 2, state, keep_last=1, keep_every=0)
+    save_checkpoint(engine, run / "checkpoints", state, keep_last=1, keep_every=0)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
 

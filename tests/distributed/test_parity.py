@@ -149,7 +149,7 @@ def _place(case: Case) -> list[PlacedDecoder]:
         for decoder, whole in zip(born, decoders, strict=True):
             _give_values(decoder, whole)
         decoders = born
-    return [place_decoder(decoder, case.placement, device="cpu", ds_config=config) for decoder in decoders]
+    return [place_decoder(decoder, None if case.placement == "replicated" else config) for decoder in decoders]
 
 
 def _give_values(module: nn.Module, whole: nn.Module) -> None:
@@ -328,7 +328,7 @@ def _assert_both_ranks_agree(runs: list[Run]) -> None:
     for first, second in zip(runs[0].results, runs[1].results, strict=True):
         assert torch.equal(first.nll_DK, second.nll_DK) and torch.equal(first.labels_DK, second.labels_DK)
         assert torch.equal(first.grad_norm, second.grad_norm)
-        assert first.applied and second.applied and first.agreed == second.agreed
+        assert first.applied and second.applied and first.notices == second.notices
         wanted = {f"{part}.{idx}" for part in ("bridge", "markers") for idx in first.decoder_idxs}
         assert wanted == set(first.learning_rates) - {"encoder"}
 

@@ -32,7 +32,7 @@ def _train(_rank: str) -> int:
     time.sleep(0.5)
     with StopRequest() as stop:
         for _ in range(600):
-            if stop.received:
+            if stop.is_set():
                 break
             time.sleep(0.1)
         else:

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from arc_ds.batch.packing import PackedBatch, PoolingSpec
 from arc_ds.data.loading.decoder_reader import ReaderFiles
-from arc_ds.data.loading.loader import StepData, make_loader
+from arc_ds.data.loading.loader import StepData
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, pack_again
 from arc_ds.data.loading.source import Source
 from arc_ds.data.loading.step_batch import StepBatch
+from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.data.order.order import RunOrder
 from arc_ds.data.tasks import TaskLimits
 from arc_ds.errors import ConfigError, DataError
@@ -124,91 +124,79 @@ def test_workers_and_resume_change_nothing(setting: Setting, num_workers: int) -
     data = setting.data(micro_batches=2)
     expected = [data[step] for step in range(5)]
     for first in (0, 3):
-        loaded = list(make_loader(setting.data(micro_batches=2), range(first, 5), num_workers=num_workers))
+        with BatchLoader(setting.data(micro_batches=2), range(first, 5), num_workers=num_workers) as batches:
+            loaded = list(batches)
         assert len(loaded) == 5 - first
         for left, right in zip(loaded, expected[first:], strict=True):
             assert_equal(left, right)
             assert left.num_labels == right.num_labels > 0
 
 
-STUCK = """
-import os, signal, threading, time
-from functools import partial
-from torch.utils.data import Dataset
-from arc_ds.data.loading.loader import end_workers, hold_open, make_loader
+PROGRAM = """
+import os, signal, sys, threading, time
+from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.launch.signals import StopRequest
 
-class Stuck(Dataset):
+class Data:
     def __getitem__(self, step):
-        time.sleep(600 if step > 2 else 0)
-        return step
-
-def main():
-    batches = iter(make_loader(Stuck(), range(9), num_workers=3))
-    hold_open(batches)
-    with StopRequest() as stop:
-        assert [stop.wait_for(partial(next, batches)) for _ in range(3)] == [0, 1, 2]
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        print("asked", flush=True)
-        assert stop.wait_for(partial(next, batches)) is None
-        assert stop.wait_for(partial(next, batches)) is None
-    end_workers()
-
-main()
-"""
-OUT_OF_MEMORY = """
-from torch.utils.data import Dataset
-from arc_ds.data.loading.loader import make_loader
-
-class Large(Dataset):
-    def __getitem__(self, step):
+        if step == 4:
+            time.sleep(0.5)  # its first batch must have left
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600 if step > 4 else 0)
         return "x" * (1 << 20)
 
-def main():
-    batches = iter(make_loader(Large(), range(1000), num_workers=2))
-    next(batches)
-    raise RuntimeError("out of memory")
+def main(way_out, steps):
+    with StopRequest() as stop, BatchLoader(Data(), steps, num_workers=3, is_stopped=stop.is_set) as batches:
+        for _ in range(3):
+            next(batches)
+        print("3 batches", flush=True)
+        if way_out == "error":
+            raise RuntimeError("out of memory")
+        if way_out == "stop":
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert list(batches) == list(batches) == []
 
-main()
+main(sys.argv[1], [0, 1, 2, 4, 5, 6] if sys.argv[1] == "death" else [0, 1, 2, 5, 6, 7])
 """
+WAYS_OUT = {
+    "stop": (0, ""),
+    "error": (1, "RuntimeError: out of memory\n"),
+    "death": (
+        1,
+        "died with exit code -9, most likely because the host ran out of memory. Lower data.num_workers or the number "
+        "of ranks on this host.\n",
+    ),
+}
 
 
-def _program(text: str) -> subprocess.Popen[str]:
-    root = Path(__file__).resolve().parents[3]
-    return subprocess.Popen(
-        [sys.executable, "-c", text],
-        env={**os.environ, "PYTHONPATH": str(root)},
+@pytest.mark.parametrize("way_out", WAYS_OUT)
+def test_no_way_out_waits_for_workers_that_are_stuck(way_out: str) -> None:
+    """A worker is stuck if its shards are on a hanging server. Torch alone would wait ten seconds for each.
+
+    After an error, the traceback keeps its objects, including the loader, alive until the process exits.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, way_out],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def test_a_stop_waits_for_no_worker_that_is_stuck() -> None:
-    """A worker is stuck if its shards are on a hanging server. Torch alone would wait ten seconds for each."""
-    process = _program(STUCK)
-    assert process.stdout is not None and process.stdout.readline() == "asked\n", process.communicate()
-    asked = time.monotonic()
+    assert process.stdout is not None and process.stdout.readline() == "3 batches\n", process.communicate()
+    began = time.monotonic()
     _, words = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in words, words
-    assert time.monotonic() - asked < 10
-
-
-def test_an_error_that_nobody_expects_ends_a_process_with_busy_workers() -> None:
-    """The traceback keeps its objects, including the loader, alive until the process exits."""
-    process = _program(OUT_OF_MEMORY)
-    _, words = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert words.endswith("RuntimeError: out of memory\n"), words
+    code, last_words = WAYS_OUT[way_out]
+    assert process.returncode == code and words.endswith(last_words) and words.count("Traceback") == code, words
+    assert time.monotonic() - began < 10
 
 
 def test_a_worker_leaves_stop_signals_to_its_rank(setting: Setting) -> None:
-    """A scheduler signals every process of a job. The rank needs its worker until the next step boundary."""
-    batches = iter(make_loader(setting.data(), range(12), num_workers=1, prefetch=2))
-    steps = [next(batches).step]
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        os.kill(batches._workers[0].pid, number)
-    steps += [batch.step for batch in batches]
+    """A scheduler signals every process of a job, perhaps twice. The rank needs its worker until the next boundary."""
+    with BatchLoader(setting.data(), range(12), num_workers=1) as batches:
+        steps = [next(batches).step]
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+            os.kill(batches._workers[0].pid, number)
+        steps += [batch.step for batch in batches]
     assert steps == list(range(12))
 
 
@@ -346,7 +334,7 @@ def rows_of(packed: PackedBatch) -> list[int]:
     return packed.decoder_cu_seqlens.diff().tolist()
 
 
-class OpenFiles(Dataset):
+class OpenFiles:
     """The limit of open files of the process that makes an item."""
 
     def __getitem__(self, _: int) -> int:
@@ -358,7 +346,8 @@ def test_workers_may_open_as_many_files_as_the_system_allows() -> None:
     lowered = min(256, hard - 1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowered, hard))
     try:
-        (found,) = make_loader(OpenFiles(), range(1), num_workers=1)  # type: ignore[arg-type]
+        with BatchLoader(OpenFiles(), range(1), num_workers=1) as limits:  # type: ignore[arg-type]
+            found = next(limits)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found > lowered

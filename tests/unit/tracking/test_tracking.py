@@ -77,7 +77,7 @@ def test_every_point_arrives_once_and_the_run_ends(tmp_path: Path) -> None:
     _log_steps(tracker, 1, 500)
     assert tracker.close("FINISHED")
     assert Counter(server.points) == _expected(500)
-    assert (server.statuses, server.described, tracker.run_id, tracker.num_failures) == (["FINISHED"], 1, "run0", 0)
+    assert (server.statuses, server.described, tracker.run_id) == (["FINISHED"], 1, "run0")
 
 
 def test_a_dead_server_costs_the_step_nothing_and_is_warned_about_once(
@@ -90,7 +90,7 @@ def test_a_dead_server_costs_the_step_nothing_and_is_warned_about_once(
     _log_steps(tracker, 1, 200)
     assert time.perf_counter() - start < 0.5
     assert not tracker.close(timeout_s=0.3)
-    assert tracker.num_failures >= 2 and tracker.run_id is None
+    assert tracker.run_id is None
     assert caplog.text.count("does not accept metrics") == 1
     assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == 200
 
@@ -141,7 +141,7 @@ def test_an_answer_that_got_lost_makes_no_double_point(tmp_path: Path) -> None:
     tracker = _tracker(tmp_path, server)
     _log_steps(tracker, 1, 300)
     tracker.flush(timeout_s=5)
-    assert tracker.close() and 1 <= tracker.num_failures <= 3
+    assert tracker.close() and len(list(lost)) < 3
     assert Counter(server.points) == _expected(300)
 
 
@@ -187,7 +187,7 @@ def _kill(tracker: Tracker) -> None:
 
 
 def test_without_a_server_the_file_alone_is_written(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, uri=None, make_server=None, resumed_step=0)
+    tracker = Tracker(tmp_path, resumed_step=0)
     tracker.log(3, {"loss": float("nan")})
     assert tracker.flush(0) and tracker.close() and tracker.run_id is None
     assert not (tmp_path / STATE_NAME).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.export.formats import write_export
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
+from arc_ds.planning.sizes import longest_sequence
 from arc_ds.training.build_model import compressor_spec, open_decoders, open_starting_weights, starting_compressor
 from tests.helpers.tiny_data import write_json_tokenizer
 from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf
@@ -99,7 +101,8 @@ def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file
 
     def open_with(template: str) -> None:
         named = f"decoders=[{{name: windowed, backbone: {folder}, chat_template: {template}}}]"
-        open_decoders(load_config(config_file, [named]))
+        config = load_config(config_file, [named])
+        open_decoders(config.decoders, partial(longest_sequence, config))
 
     open_with("none")
     with pytest.raises(WeightsError, match="looks back 65 tokens, but the run has sequences of 141"):

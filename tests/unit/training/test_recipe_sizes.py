@@ -196,7 +196,7 @@ def test_rates_rise_to_the_papers_peaks_and_fall_to_its_end(config: RunConfig) -
     assert {g.name.partition(".")[0]: g.peak_lr for g in groups} == peaks
     assert len(groups) == 1 + 2 * len(config.decoders)
     assert all(group.weight_decay == 0.1 for group in groups)
-    schedule = rate_schedule(config)
+    schedule = rate_schedule(optimizer, config.steps)
     for peak in peaks.values():
         assert math.isclose(schedule.lr(0, peak), 1e-20, rel_tol=1e-9)
         assert schedule.lr(999, peak) == peak

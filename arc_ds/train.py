@@ -94,16 +94,16 @@ def _make_hooks(config: RunConfig, run: Run, folder: RunFolder, watchdog: Watchd
     return [
         WatchdogHook(watchdog),
         MetricsHook(
-            folder.log,
+            log=folder.log,
             every=config.log_every,
             encoder=config.encoder,
             peak_flops=peak_bf16_flops(run.device) if config.precision == "bf16" else None,
             show_progress=show_progress,
         ),
         NonFiniteHook(max_skipped_steps=config.optimizer.max_skipped_steps),
-        CheckpointHook(folder.save, every=config.checkpoint.every),
+        CheckpointHook(save=folder.save, every=config.checkpoint.every),
         ValidationHook(
-            folder.log,
+            log=folder.log,
             every=config.validation.every,
             done=folder.last_logged(VALIDATION_KEY),
             alive=watchdog.alive,

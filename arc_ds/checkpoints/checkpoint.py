@@ -81,9 +81,7 @@ def save_checkpoint(
     temporary = directory / f".tmp-{final.name}"
     _make_room(directory, final, temporary)
     engine.save_checkpoint(str(directory), tag=temporary.name, save_latest=False)
-    _at_phase("shards written")
     _write_own_state(temporary, trainer_state)
-    _at_phase("state written")
     own = tuple(seal_file(temporary, path) for path in _own_files(temporary))
     files = tuple(sorted((entry for part in dist.gather_objects(own) for entry in part), key=lambda entry: entry.path))
     if dist.is_main():
@@ -217,14 +215,10 @@ def _own_files(folder: Path) -> list[Path]:
 def _publish(temporary: Path, final: Path, manifest: Manifest) -> None:
     for folder in {(temporary / entry.path).parent for entry in manifest.files}:
         sync_folder(folder)
-    _at_phase("files sealed")
     write_manifest(temporary, manifest)
-    _at_phase("manifest written")
     os.replace(temporary, final)
     sync_folder(final.parent)
-    _at_phase("folder renamed")
     write_whole(final.parent / LATEST_NAME, final.name + "\n")
-    _at_phase("latest moved")
 
 
 def _load_shards(engine: Any, path: Path) -> None:
@@ -248,10 +242,6 @@ def _sizes_match(path: Path) -> bool:
 
 def _rng_name(rank: int) -> str:
     return f"rng_{rank:05d}.json"
-
-
-def _at_phase(_name: str) -> None:
-    """Called between the phases of a save, as a hook for fault injection in tests."""
 
 
 def _everywhere(decide: Callable[[], Any]) -> Any:

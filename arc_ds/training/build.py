@@ -102,13 +102,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     parts = read_parts(config, device)
     compressor = starting_compressor(config, parts.spec, parts.weights, partitioned(parts.ds_config))
     optimizer = PortAdamW(
-        make_param_groups(
-            compressor,
-            encoder_lr=config.optimizer.encoder_lr,
-            bridge_lr=config.optimizer.bridge_lr,
-            markers_lr=config.optimizer.markers_lr,
-            weight_decay=config.optimizer.weight_decay,
-        ),
+        make_param_groups(compressor, config.optimizer),
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         fused=device.type != "cpu",
@@ -156,7 +150,7 @@ def _validator(
         for examples in held_out_examples(config, readers)
     ]
     return Validator(
-        sets, packing=data.pooling, batch_size=config.validation.batch_size, limits=data.limits, device=device
+        sets=sets, packing=data.pooling, batch_size=config.validation.batch_size, limits=data.limits, device=device
     )
 
 
@@ -199,7 +193,7 @@ def _check_same_config(config: RunConfig) -> None:
 
 def _check_same_files(parts: RunParts) -> None:
     """Raise ConfigError if hosts found different files at the config's paths. Collective."""
-    found = {
+    inputs = {
         "deepspeed": parts.ds_config,
         "backbones": parts.inputs.backbones,
         "tokenizers": parts.inputs.tokenizers,
@@ -208,6 +202,7 @@ def _check_same_files(parts: RunParts) -> None:
         "passage counts in the shards' manifests": [s.shards.manifest.passage_tokens for s in parts.data.sources],
         "held-out shards": None if parts.validator is None else parts.validator.fingerprint,
     }
-    different = [name for name, value in found.items() if not dist.all_ranks_agree(value)]
+    by_rank = dist.gather_objects(inputs)
+    different = [name for name, value in by_rank[0].items() if any(theirs[name] != value for theirs in by_rank)]
     if different:
         raise ConfigError(f"ranks found different {', '.join(different)}. Provide the same files on every host.")

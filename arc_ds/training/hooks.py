@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from tqdm import tqdm
@@ -48,47 +49,44 @@ class Hook:
         """Called after the last step, also if a stop was requested."""
 
 
+@dataclass
 class WatchdogHook(Hook):
     """Resets the watchdog after each step."""
 
     priority = 0
-
-    def __init__(self, watchdog: Watchdog) -> None:
-        self._watchdog = watchdog
+    watchdog: Watchdog
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        self._watchdog.alive()
+        self.watchdog.alive()
 
 
+@dataclass(kw_only=True)
 class MetricsHook(Hook):
     """Logs loss, gradient norm and learning rates of every step; every `every` steps also speed, memory and data.
 
     Step results stay on the device until the next report, so the step itself never synchronizes for them.
 
+    log: logs the metrics of a step.
     encoder: its trained parts, for MFU.
     peak_flops: peak FLOP/s of the device, for MFU: required operations as a share of the peak (`flops.py`). None: no
         MFU.
     """
 
     priority = 10
-
-    def __init__(
-        self, log: LogMetrics, *, every: int, encoder: EncoderConfig, peak_flops: float | None, show_progress: bool
-    ) -> None:
-        self._log = log
-        self._every = every
-        self._encoder = encoder
-        self._peak_flops = peak_flops
-        self._show = show_progress
-        self._pending: list[StepResult] = []
-        self._meter = Meter()
-        self._started = 0.0
-        self._bar: tqdm | None = None
+    log: LogMetrics
+    every: int
+    encoder: EncoderConfig
+    peak_flops: float | None
+    show_progress: bool
+    _pending: list[StepResult] = field(default_factory=list, init=False)
+    _meter: Meter = field(default_factory=Meter, init=False)
+    _started: float = field(default=0.0, init=False)
+    _bar: tqdm | None = field(default=None, init=False)
 
     def on_start(self, run: Run) -> None:
         self._started = time.perf_counter()
         run.around_pauses.append(self._around_pause)
-        if self._show and dist.is_main():
+        if self.show_progress and dist.is_main():
             self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", desc="train", dynamic_ncols=True)
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
@@ -96,7 +94,7 @@ class MetricsHook(Hook):
         self._meter.add(batch, self._flops(run, batch))
         if self._bar is not None:
             self._bar.update()
-        if run.step % self._every == 0:
+        if run.step % self.every == 0:
             self.flush(run)
 
     def on_end(self, run: Run) -> None:
@@ -111,10 +109,10 @@ class MetricsHook(Hook):
         elapsed = time.perf_counter() - self._started
         rows = [(result.step + 1, _step_metrics(run, result)) for result in self._pending]
         totals = self._meter.read(run.clock, run.device)
-        run.data_counts.update(totals.counts)
+        run.data_counts.update({name: totals.sums[name] for name in COUNTS})
         rows[-1][1].update(self._speed(run, totals, elapsed), **_data_metrics(run, totals))
         for step, metrics in rows:
-            self._log(step, metrics)
+            self.log(step, metrics)
         self._report(run, rows[-1][1], elapsed / len(rows))
         self._pending, self._started = [], time.perf_counter()
 
@@ -131,19 +129,20 @@ class MetricsHook(Hook):
                 micro.batch,
                 run.spec,
                 run.decoders[micro.decoder_idx].module.config,
-                trained_layers=self._encoder.trained_layers,
-                train_embeddings=self._encoder.train_embeddings,
+                trained_layers=self.encoder.trained_layers,
+                train_embeddings=self.encoder.train_embeddings,
             ).total
             for micro in batch.micro_batches
         ]
 
     def _speed(self, run: Run, totals: Totals, elapsed: float) -> dict[str, float]:
-        peak = self._peak_flops
+        peak = self.peak_flops
         mfu = {} if peak is None else {"train/mfu": totals.flops / (elapsed * dist.world_size() * peak)}
         return mfu | {
-            "speed/encoder_tokens_per_s": totals.encoder_tokens / elapsed,
-            "speed/decoder_rows_per_s": totals.decoder_rows / elapsed,
-            "speed/labels_per_s": totals.labels / elapsed,
+            **{
+                f"speed/{name}_per_s": totals.sums[name] / elapsed
+                for name in ("encoder_tokens", "decoder_rows", "labels")
+            },
             "speed/step_s": elapsed / totals.num_steps,
             "speed/data_wait_share": totals.waited_s / elapsed,
             "memory/peak_gib": peak_memory_bytes(run.device) / GIB,
@@ -162,46 +161,37 @@ class MetricsHook(Hook):
         )
 
 
+@dataclass(kw_only=True)
 class ValidationHook(Hook):
     """Validates every `every` steps and at the end of the run (0: only at the end), and logs the scores.
 
     After a stop request there may be little time left to save. The hook then aborts or skips the validation, and the
     next start of the run catches up on it.
 
-    done: last step validated by an earlier start of the run; None if there is none.
+    log: logs the metrics of a step.
+    done: last validated step, also of an earlier start of the run; None if there is none.
     alive: called before each batch to reset the watchdog.
     is_stopped: whether this rank has received a stop request.
     """
 
     priority = 40
-
-    def __init__(
-        self,
-        log: LogMetrics,
-        *,
-        every: int,
-        done: int | None,
-        alive: Callable[[], None],
-        is_stopped: Callable[[], bool],
-        show_progress: bool,
-    ) -> None:
-        self._log = log
-        self._every = every
-        self._last = done
-        self._alive = alive
-        self._is_stopped = is_stopped
-        self._show = show_progress
+    log: LogMetrics
+    every: int
+    done: int | None
+    alive: Callable[[], None]
+    is_stopped: Callable[[], bool]
+    show_progress: bool
 
     def on_start(self, run: Run) -> None:
-        if self._every and run.step % self._every == 0 and self._last != run.step:
+        if self.every and run.step % self.every == 0 and self.done != run.step:
             self._validate(run)
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        if self._every and run.step % self._every == 0 and not result.notices.ends_run:
+        if self.every and run.step % self.every == 0 and not result.notices.ends_run:
             self._validate(run)
 
     def on_end(self, run: Run) -> None:
-        if run.step == run.total_steps and self._last != run.step and not run.is_stopping:
+        if run.step == run.total_steps and self.done != run.step and not run.is_stopping:
             self._validate(run)
 
     def _validate(self, run: Run) -> None:
@@ -215,43 +205,42 @@ class ValidationHook(Hook):
                 logger.info("step %d: validation aborted; the next start of the run catches up on it", run.step)
                 run.is_stopping = True
                 return
-            self._last = run.step
+            self.done = run.step
             metrics = {VALIDATION_KEY: time.perf_counter() - started}
             for decoder, by_task in zip(run.decoder_names, scores, strict=True):
                 for task, score in by_task.items():
                     metrics.update(score.as_metrics(f"validation/{decoder}/{task}"))
                     logger.info("step %d, %s, %s: %s", run.step, decoder, task, score)
-            self._log(run.step, metrics)
+            self.log(run.step, metrics)
 
     def _scores(self, run: Run, validator: Validator) -> list[dict[str, TaskScores]]:
         tasks, names = ", ".join(validator.tasks), ", ".join(run.decoder_names)
         logger.info("step %d: validating %d samples of %s for %s", run.step, validator.num_samples, tasks, names)
-        is_shown = self._show and dist.is_main()
+        is_shown = self.show_progress and dist.is_main()
         with tqdm(total=validator.num_forwards, desc="validate", leave=False, disable=not is_shown) as bar:
 
             def before_forward() -> bool:
                 bar.update()
-                self._alive()
-                return self._is_stopped()
+                self.alive()
+                return self.is_stopped()
 
             return validator.run(run.engine, run.decoders, before_forward)
 
 
+@dataclass(kw_only=True)
 class CheckpointHook(Hook):
     """Saves a checkpoint every `every` steps (0: only at the end or at a stop), after pending metrics are logged."""
 
     priority = 30
-
-    def __init__(self, save: Callable[[Run], None], *, every: int) -> None:
-        self._save = save
-        self._every = every
-        self._last = -1
+    save: Callable[[Run], None]
+    every: int
+    _last: int = field(default=-1, init=False)
 
     def on_start(self, run: Run) -> None:
         self._last = run.step  # the checkpoint that the run resumed from already exists
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        if self._every and run.step % self._every == 0:
+        if self.every and run.step % self.every == 0:
             self._save_once(run)
 
     def on_end(self, run: Run) -> None:
@@ -261,7 +250,7 @@ class CheckpointHook(Hook):
         if self._last == run.step:
             return
         with run.pause():
-            self._save(run)
+            self.save(run)
         self._last = run.step
 
 
@@ -286,18 +275,15 @@ def _data_metrics(run: Run, totals: Totals) -> dict[str, float]:
 
     The use of a limit is the mean micro-batch size divided by that limit; limits of None have no such metric.
     """
-    num_passes = totals.micro_batches
+    num_passes = totals.sums["micro_batches"]
     metrics = {
         "data/balance": totals.balance,
         "data/micro_batches": num_passes / (totals.num_steps * dist.world_size()),
         **{f"data/{name}": float(run.data_counts[name]) for name in COUNTS},
     }
-    limits = {
-        "encoder_tokens": (totals.encoder_tokens, run.data.limits.max_encoder_tokens),
-        "decoder_rows": (totals.decoder_rows, run.data.limits.max_decoder_rows),
-    }
-    for name, (total, limit) in limits.items():
-        metrics[f"data/{name}_per_micro_batch"] = total / num_passes
+    limits = {"encoder_tokens": run.data.limits.max_encoder_tokens, "decoder_rows": run.data.limits.max_decoder_rows}
+    for name, limit in limits.items():
+        mean = metrics[f"data/{name}_per_micro_batch"] = totals.sums[name] / num_passes
         if limit is not None:
-            metrics[f"data/{name}_limit_use"] = total / num_passes / limit
+            metrics[f"data/{name}_limit_use"] = mean / limit
     return metrics

@@ -28,18 +28,14 @@ class Totals:
     balance: work of the slowest rank divided by the mean over ranks, 1 at best. It is computed per pass because ranks
         wait for each other in every pass.
     waited_s: seconds that the slowest rank waited for data.
-    counts: records skipped, cut or changed (`COUNTS`).
+    sums: encoder_tokens, decoder_rows, labels, micro_batches, and the `COUNTS`.
     """
 
     num_steps: int
-    encoder_tokens: int
-    decoder_rows: int
-    labels: int
-    micro_batches: int
     flops: float
     balance: float
     waited_s: float
-    counts: Mapping[str, int]
+    sums: Mapping[str, int]
 
 
 class Meter:
@@ -71,15 +67,13 @@ class Meter:
         own = [self._sums[name] for name in names]
         summed = _reduced([*own, *self._flops], device, torch.distributed.ReduceOp.SUM)
         waited_s, *largest = _reduced([waited_s, *self._flops], device, torch.distributed.ReduceOp.MAX)
-        sums = {name: int(value) for name, value in zip(names, summed, strict=False)}
         flops = sum(summed[len(names) :])
         totals = Totals(
             num_steps=self._num_steps,
-            **{name: sums[name] for name in _SIZES},
             flops=flops,
             balance=sum(largest) * dist.world_size() / flops if flops else 1.0,
             waited_s=waited_s,
-            counts={name: sums[name] for name in COUNTS},
+            sums=dict(zip(names, map(int, summed), strict=False)),
         )
         self._num_steps, self._sums, self._flops = 0, Counter(), []
         return totals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from arc_ds.data.loading.step_batch import StepBatch
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 _NAMED_RECORDS = 8
 
 
+@dataclass(kw_only=True)
 class NonFiniteHook(Hook):
     """Writes the records of skipped steps to a file, and ends the run after too many skipped steps in a row.
 
@@ -27,9 +29,7 @@ class NonFiniteHook(Hook):
     """
 
     priority = 20
-
-    def __init__(self, *, max_skipped_steps: int) -> None:
-        self._max_skipped_steps = max_skipped_steps
+    max_skipped_steps: int
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Raise TrainingError on all ranks after more than `optimizer.max_skipped_steps` skipped steps in a row."""
@@ -40,7 +40,7 @@ class NonFiniteHook(Hook):
         if dist.is_main():
             write_whole(path, json.dumps(_dump(run, result, batches), indent=1) + "\n")
             logger.warning("step %d skipped: loss or gradient is not finite; its records are in %s", run.step, path)
-        limit = self._max_skipped_steps
+        limit = self.max_skipped_steps
         if run.skipped_in_row > limit:
             with run.pause():
                 raise TrainingError(

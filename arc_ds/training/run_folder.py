@@ -52,23 +52,32 @@ def check_run_folder(config: RunConfig) -> None:
     files only, so it can run before anything is built.
     """
     folder = Path(config.run_dir)
-    if not _is_used(folder):
-        _check_foreign_config(folder, config)
-        return
-    if (folder / CONFIG_NAME).is_file():
-        changed = differences(numerics(load_config(folder / CONFIG_NAME)), numerics(config))
-        if changed:
+    path, metrics, resume = folder / CONFIG_NAME, folder / METRICS_NAME, config.checkpoint.resume
+    checkpoints = list_checkpoints(folder / CHECKPOINTS)
+    if not checkpoints and not (metrics.is_file() and metrics.stat().st_size):
+        if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != dump_yaml(config):
             raise ConfigError(
-                f"{folder} holds a run with another config. Different values: {'; '.join(changed[:8])}. Choose another "
-                "run_dir, or restore the old values to continue the old run."
+                f"run_dir={folder} holds no run but contains a {CONFIG_NAME} that this run would overwrite. Choose "
+                "another run_dir, or rename that file."
             )
-    if config.checkpoint.resume == "never":
+        return
+    changed = differences(numerics(load_config(path)), numerics(config)) if path.is_file() else ()
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run with another config. Different values: {'; '.join(changed[:8])}. Choose another "
+            "run_dir, or restore the old values to continue the old run."
+        )
+    if resume == "never":
         raise ConfigError(
             f"{folder} already holds a run, and checkpoint.resume is never; saved work is not overwritten. Choose "
             "another run_dir, or set checkpoint.resume=auto."
         )
-    if config.checkpoint.resume != "auto":
-        _check_nothing_lies_beyond(folder, Path(config.checkpoint.resume))
+    later = [] if resume == "auto" else [each.name for each in checkpoints if step_of(each) > step_of(Path(resume))]
+    if later:
+        raise ConfigError(
+            f"checkpoint.resume={resume}: {folder} holds later checkpoints ({', '.join(later)}); saved work is not "
+            "overwritten. Choose another run_dir, or move the later checkpoints elsewhere."
+        )
 
 
 def find_start(config: RunConfig, inputs: InputDigests) -> Path | None:
@@ -176,16 +185,12 @@ def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tr
 def without_secrets(config: RunConfig) -> RunConfig:
     """The config with passwords and signatures removed from shard URLs."""
 
-    def shown(source: SourceConfig) -> SourceConfig:
-        return replace(source, path=shown_url(source.path))
+    def shown(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        return tuple(replace(source, path=shown_url(source.path)) for source in sources)
 
-    data = config.data
-    held_out = data.validation
-    if isinstance(held_out, str):
-        held_out = shown_url(held_out)
-    elif held_out is not None:
-        held_out = tuple(map(shown, held_out))
-    return replace(config, data=replace(data, sources=tuple(map(shown, data.sources)), validation=held_out))
+    data, held_out = config.data, config.data.validation
+    held_out = shown_url(held_out) if isinstance(held_out, str) else held_out and shown(held_out)
+    return replace(config, data=replace(data, sources=shown(data.sources), validation=held_out))
 
 
 def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tracker:
@@ -200,31 +205,6 @@ def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tra
         datasets={source.shards.name: source.shards.fingerprint for source in run.data.sources},
     )
     return start_tracker(run.folder, config.tracking, facts, resumed_step=run.step, run_id=mlflow_run_id)
-
-
-def _is_used(folder: Path) -> bool:
-    """Whether the folder contains steps of a run."""
-    metrics = folder / METRICS_NAME
-    return bool(list_checkpoints(folder / CHECKPOINTS)) or (metrics.is_file() and metrics.stat().st_size > 0)
-
-
-def _check_foreign_config(folder: Path, config: RunConfig) -> None:
-    """Raise ConfigError if the resolved config would overwrite a config file that a user keeps in the folder."""
-    path = folder / CONFIG_NAME
-    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != dump_yaml(config):
-        raise ConfigError(
-            f"run_dir={folder} holds no run but contains a {CONFIG_NAME} that this run would overwrite. Choose another "
-            "run_dir, or rename that file."
-        )
-
-
-def _check_nothing_lies_beyond(folder: Path, start: Path) -> None:
-    later = [path for path in list_checkpoints(folder / CHECKPOINTS) if step_of(path) > step_of(start)]
-    if later:
-        raise ConfigError(
-            f"checkpoint.resume={start}: {folder} holds later checkpoints ({', '.join(path.name for path in later)}); "
-            "saved work is not overwritten. Choose another run_dir, or move the later checkpoints elsewhere."
-        )
 
 
 def _named(path: Path) -> Path:

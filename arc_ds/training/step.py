@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -111,21 +111,24 @@ def train_step(
     notice: this rank's message to the other ranks.
     """
     rates = engine.optimizer.optimizer.prepare(schedule, batch.step, batch.decoder_idxs)
-    passes = [_Pass.of(micro, batch.decoder_idxs, tasks, engine.device) for micro in batch.micro_batches]
     num_classes = len(batch.decoder_idxs) * len(tasks)
+    passes, labels_of_part = [], Counter[object]()
+    for micro in batch.micro_batches:
+        labels_of_part[micro.decoder_idx, micro.part_idx] += micro.batch.num_labels
+        on_device = micro.batch.to(engine.device)
+        first_class = batch.decoder_idxs.index(micro.decoder_idx) * len(tasks)
+        passes.append(_Pass(micro, on_device, first_class + label_tasks(on_device, tasks)))
     labels_C, read_notices = _exchange(notice, [one.class_L for one in passes], num_classes)
-    labels_of_part = Counter[object]()
-    for one in passes:
-        labels_of_part[one.part] += one.batch.num_labels
     nll_C = torch.zeros(num_classes, dtype=torch.float64, device=labels_C.device)
     for pass_idx, one in enumerate(passes):
         # Set the boundary explicitly: the engine's own counter would be off after an interrupted step.
         engine.set_gradient_accumulation_boundary(pass_idx == len(passes) - 1)
-        nll_L = decoders[one.decoder_idx](one.batch, engine(one.batch, one.decoder_idx))
+        decoder_idx = one.micro.decoder_idx
+        nll_L = decoders[decoder_idx](one.batch, engine(one.batch, decoder_idx))
         weight = label_weight(
             normalize,
             global_labels=labels_C.sum(),
-            part_labels=labels_of_part[one.part],
+            part_labels=labels_of_part[decoder_idx, one.micro.part_idx],
             num_parts=len(labels_of_part),
             world_size=torch_dist.get_world_size(),
         )
@@ -145,29 +148,16 @@ def train_step(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pass:
-    """A micro-batch on the device.
+class _Pass(NamedTuple):
+    """A micro-batch, and what is on the device.
 
+    batch: its content.
     class_L: int64 [L], decoder and task of each label as a single index.
-    part: decoder index, and index of the part of the rank's share that the micro-batch belongs to.
     """
 
-    decoder_idx: int
+    micro: MicroBatch
     batch: PackedBatch
     class_L: Tensor
-    part: tuple[int, int]
-
-    @staticmethod
-    def of(micro: MicroBatch, decoder_idxs: Sequence[int], tasks: Sequence[str], device: torch.device) -> _Pass:
-        batch = micro.batch.to(device)
-        first_class = decoder_idxs.index(micro.decoder_idx) * len(tasks)
-        return _Pass(
-            decoder_idx=micro.decoder_idx,
-            batch=batch,
-            class_L=first_class + label_tasks(batch, tasks),
-            part=(micro.decoder_idx, micro.part_idx),
-        )
 
 
 def _exchange(notice: Notice, classes: Sequence[Tensor], num_classes: int) -> tuple[Tensor, Callable[[], AllNotices]]:

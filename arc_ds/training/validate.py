@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, sample_sizes
 
-Compress = Callable[[PackedBatch, int], Tensor]
+Compress = Callable[..., Tensor]
 Score = Callable[[PackedBatch, Tensor | None], Tensor]
 
 
@@ -65,32 +66,29 @@ class ValidationStopped(Exception):
     """At least one rank received a stop request. `Validator.run` raises this on all ranks."""
 
 
+@dataclass(kw_only=True)
 class Validator:
     """Scores the held-out samples with the current compressor. Closed and open scores are computed once and cached.
 
     Results do not depend on `batch_size` and `limits`.
 
     sets: one per decoder.
+    packing: the encoder's pooling.
     batch_size: maximum number of samples per forward pass on each rank.
     limits: maximum size of a forward pass; a sample that exceeds it is scored alone.
     """
 
-    def __init__(
-        self,
-        sets: Sequence[ValidationSet],
-        *,
-        packing: PoolingSpec,
-        batch_size: int,
-        limits: MicroBatchLimits,
-        device: torch.device,
-    ) -> None:
-        self.sets = list(sets)
-        self.tasks = tuple(sorted({sample.task for each in sets for sample in each.compressed}))
-        self._packing = packing
-        self._batch_size = batch_size
-        self._limits = limits
-        self._device = device
-        self._without_compressor: dict[int, tuple[list[float], list[float]]] = {}
+    sets: Sequence[ValidationSet]
+    packing: PoolingSpec
+    batch_size: int
+    limits: MicroBatchLimits
+    device: torch.device
+    _without_compressor: dict[int, tuple[list[float], list[float]]] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that are scored."""
+        return tuple(sorted({sample.task for each in self.sets for sample in each.compressed}))
 
     @property
     def num_samples(self) -> int:
@@ -126,7 +124,7 @@ class Validator:
 
         Raises ValidationStopped on all ranks if one of them received a stop request.
 
-        compress: maps (batch, decoder index) to compressed vectors.
+        compress: maps a batch and `decoder_idx` to compressed vectors.
         decoders: each maps (batch, vectors) to the NLL of each label.
         before_forward: called before each batch of this rank, `num_forwards` times in total. Returns whether this rank
             received a stop request.
@@ -138,7 +136,7 @@ class Validator:
                     self._nll(samples.closed, decoder, None, before_forward),
                     self._nll(samples.open, decoder, None, before_forward),
                 )
-            for_decoder = partial(_compress_for, compress, idx)
+            for_decoder = partial(compress, decoder_idx=idx)
             compressed = self._nll(samples.compressed, decoder, for_decoder, before_forward)
             mismatched = self._nll(samples.mismatched, decoder, for_decoder, before_forward)
             of_tasks = zip(compressed, mismatched, *self._without_compressor[idx], strict=True)
@@ -158,20 +156,20 @@ class Validator:
         """
         batches = self._batches(samples)
         rank, world_size = torch_dist.get_rank(), torch_dist.get_world_size()
-        nll_K = torch.zeros(len(self.tasks), dtype=torch.float64, device=self._device)
-        labels_K = torch.zeros(len(self.tasks), dtype=torch.int64, device=self._device)
+        nll_K = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.device)
+        labels_K = torch.zeros(len(self.tasks), dtype=torch.int64, device=self.device)
         for first in range(0, len(batches), world_size):
-            stopped = torch.tensor(int(before_forward()), device=self._device)
+            stopped = torch.tensor(int(before_forward()), device=self.device)
             torch_dist.all_reduce(stopped)
             if stopped.item():
                 raise ValidationStopped
             mine = first + rank
             chunk = batches[min(mine, len(batches) - 1)]
-            batch = pack(chunk, self._packing if compress is not None else PoolingSpec(())).to(self._device)
+            batch = pack(chunk, self.packing if compress is not None else PoolingSpec(())).to(self.device)
             nll_L = decoder(batch, None if compress is None else compress(batch))
             if mine < len(batches):
                 task_idxs = [self.tasks.index(sample.task) for sample in chunk]
-                task_L = torch.tensor(task_idxs, device=self._device)[batch.label_sequences]
+                task_L = torch.tensor(task_idxs, device=self.device)[batch.label_sequences]
                 nll_K.index_add_(0, task_L, nll_L.double())
                 labels_K.index_add_(0, task_L, torch.ones_like(task_L))
         torch_dist.all_reduce(nll_K)
@@ -182,16 +180,12 @@ class Validator:
         """Group the samples, in order, into batches as large as the limits allow."""
         batches: list[list[Sample]] = []
         encoder_tokens = decoder_rows = 0
-        for sample, size in zip(samples, sample_sizes(samples, self._packing), strict=True):
+        for sample, size in zip(samples, sample_sizes(samples, self.packing), strict=True):
             encoder_tokens += size.encoder_tokens
             decoder_rows += size.decoder_rows
-            is_full = not batches or len(batches[-1]) == self._batch_size
-            if is_full or not self._limits.allow(encoder_tokens, decoder_rows):
+            is_full = not batches or len(batches[-1]) == self.batch_size
+            if is_full or not self.limits.allow(encoder_tokens, decoder_rows):
                 batches.append([])
                 encoder_tokens, decoder_rows = size
             batches[-1].append(sample)
         return batches
-
-
-def _compress_for(compress: Compress, decoder_idx: int, batch: PackedBatch) -> Tensor:
-    return compress(batch, decoder_idx)

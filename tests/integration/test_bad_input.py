@@ -286,6 +286,8 @@ def test_a_folder_whose_checkpoints_are_all_torn_is_not_started_anew(config: Pat
         trainer.write_text("{}")
     message = _refusal(CheckpointError, config, run)
     assert "none of the checkpoints" in message and "another run_dir" in message
+    message = _refusal(CheckpointError, config, run, [f"checkpoint.resume={run}/checkpoints/step_000016"])
+    assert "trainer.json has 2 bytes" in message and "Name a whole step_NNNNNN, or auto" in message
 
 
 def test_resuming_before_what_is_saved_is_refused(config: Path, run: Path) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import arc_kernels as ak
 from arc_ds.batch.packing import PackedBatch
+from arc_ds.config.schema import OptimizerConfig
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
@@ -389,10 +390,5 @@ def _to_masters(trained: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> N
 
 
 def _groups(compressor: Compressor) -> Any:
-    return make_param_groups(
-        compressor,
-        encoder_lr=LEARNING_RATE,
-        bridge_lr=LEARNING_RATE,
-        markers_lr=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-    )
+    rates = {f"{part}_lr": LEARNING_RATE for part in ("encoder", "bridge", "markers")}
+    return make_param_groups(compressor, OptimizerConfig(**rates, weight_decay=WEIGHT_DECAY))

@@ -99,8 +99,3 @@ def test_a_stall_leaves_the_stacks_and_progress_does_not(tmp_path: Path) -> None
     text = (tmp_path / "stacks" / "stacks_rank_00003.txt").read_text()
     assert "Timeout" in text and "test_a_stall_leaves_the_stacks" in text
     watchdog.alive()
-
-
-def test_a_limit_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must be > 0"):
-        Watchdog(tmp_path, rank=0, limit_s=0)

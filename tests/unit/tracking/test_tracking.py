@@ -175,12 +175,13 @@ def test_one_point_a_step_after_any_kills(
 
 def _kill(tracker: Tracker) -> None:
     """Simulates kill -9: the thread stops at once, and the last line of the file is incomplete."""
-    assert tracker._sender is not None and tracker._thread is not None
-    tracker._sender.advance = lambda _path: True  # type: ignore[method-assign]
-    tracker._sender.finish = lambda: None  # type: ignore[method-assign]
-    tracker._stop.set()
-    tracker._hurry.set()
-    tracker._thread.join()
+    sender = tracker._sender
+    assert sender is not None
+    sender.advance = lambda: True  # type: ignore[method-assign]
+    sender.finish = lambda _status: None  # type: ignore[method-assign]
+    sender.final_status = "killed"
+    sender.hurry.set()
+    sender.join()
     tracker._log.close()
     with tracker._log.path.open("ab") as file:
         file.write(b'{"step": 99, "ti')

@@ -70,7 +70,7 @@ class _Validation(ValidationHook):
         self.steps: list[int] = []
         self.num_alive = 0
         super().__init__(
-            self._note, every=every, done=done, alive=self._alive_once, is_stopped=is_stopped, show_progress=False
+            log=self._note, every=every, done=done, alive=self._alive_once, is_stopped=is_stopped, show_progress=False
         )
 
     def _note(self, step: int, metrics: dict[str, float]) -> None:
@@ -150,7 +150,7 @@ def test_each_step_is_saved_once_after_its_metrics(every: int, start: int, end: 
         flushed.append(run.step)
         yield
 
-    hook = CheckpointHook(save, every=every)
+    hook = CheckpointHook(save=save, every=every)
     run = _run(start, around_pauses=[around])
     hook.on_start(run)
     for step in range(start + 1, end + 1):
@@ -185,7 +185,7 @@ def _speed_of_two_steps(
     logged: dict[str, float] = {}
     encoder = EncoderConfig(backbone="", trained_layers=1, train_embeddings=False)
     hook = MetricsHook(
-        lambda _step, found: logged.update(found), every=2, encoder=encoder, peak_flops=peak, show_progress=False
+        log=lambda _step, found: logged.update(found), every=2, encoder=encoder, peak_flops=peak, show_progress=False
     )
     hook.on_start(run)
     for step in (1, 2):

@@ -185,13 +185,7 @@ def test_deepspeed_gets_the_recipes_numbers(config: RunConfig, world_size: int) 
 def test_rates_rise_to_the_papers_peaks_and_fall_to_its_end(config: RunConfig) -> None:
     _, compressor = on_meta(config)
     optimizer = config.optimizer
-    groups = make_param_groups(
-        compressor,
-        encoder_lr=optimizer.encoder_lr,
-        bridge_lr=optimizer.bridge_lr,
-        markers_lr=optimizer.markers_lr,
-        weight_decay=optimizer.weight_decay,
-    )
+    groups = make_param_groups(compressor, optimizer)
     peaks = {"encoder": 1e-5, "bridge": 5e-5, "markers": 1e-5}
     assert {g.name.partition(".")[0]: g.peak_lr for g in groups} == peaks
     assert len(groups) == 1 + 2 * len(config.decoders)

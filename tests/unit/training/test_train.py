@@ -36,4 +36,4 @@ def test_mfu_is_a_share_of_the_bf16_peak_only_in_bf16(
     monkeypatch.setattr(train, "peak_bf16_flops", lambda _device: 1e6)
     config = load_config(DEMO, [f"precision={precision}"])
     hooks = train._make_hooks(config, MagicMock(), MagicMock(), MagicMock(), MagicMock())
-    assert [hook._peak_flops for hook in hooks if isinstance(hook, MetricsHook)] == [peak]
+    assert [hook.peak_flops for hook in hooks if isinstance(hook, MetricsHook)] == [peak]

@@ -128,4 +128,4 @@ def test_other_held_out_samples_have_another_fingerprint() -> None:
 
 
 def _validator(*sets: ValidationSet, batch_size: int = 2, limits: MicroBatchLimits = NO_LIMITS) -> Validator:
-    return Validator(sets, packing=POOLING, batch_size=batch_size, limits=limits, device=torch.device("cpu"))
+    return Validator(sets=sets, packing=POOLING, batch_size=batch_size, limits=limits, device=torch.device("cpu"))

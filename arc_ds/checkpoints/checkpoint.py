@@ -203,13 +203,12 @@ def _write_own_state(folder: Path, trainer_state: TrainerState) -> None:
 
 def _own_files(folder: Path) -> list[Path]:
     """The files that this rank wrote: those with its number in the name. Rank 0 also owns all files without one."""
-    rank = dist.rank()
-    mine = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+
+    def owner(path: Path) -> int:
         match = _RANK_IN_NAME.search(path.relative_to(folder).as_posix())
-        if (int(match.group(1)) if match else 0) == rank:
-            mine.append(path)
-    return mine
+        return int(match.group(1)) if match else 0
+
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and owner(path) == dist.rank()]
 
 
 def _publish(temporary: Path, final: Path, manifest: Manifest) -> None:

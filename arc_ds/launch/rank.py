@@ -60,10 +60,6 @@ def _run(module: str, arguments: list[str]) -> tuple[int, str | None]:
         return int(import_module(module).main(arguments)), None
     except ArcError as error:
         return exit_code_of(error), str(error)
-    except SystemExit as stop:
-        if stop.code is None or isinstance(stop.code, int):
-            return int(stop.code or EXIT_OK), None
-        return EXIT_FAILED, str(stop.code)
     except BaseException:
         sys.stderr.write(f"rank {os.environ.get('RANK')} failed:\n{traceback.format_exc()}")
         return EXIT_FAILED, None

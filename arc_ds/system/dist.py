@@ -72,10 +72,10 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
-def init_distributed(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
+def init_distributed(device: torch.device) -> None:
     """Join the process group through DeepSpeed. A process without a launcher forms a group of one. Safe to call again.
 
-    timeout: maximum waiting time of a collective.
+    A collective waits for 30 minutes at most.
     """
     if not under_launcher():
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -89,7 +89,7 @@ def init_distributed(device: torch.device, timeout: timedelta = timedelta(minute
     if device.type == "cpu":
         # Otherwise the first start compiles a C++ extension for about 90 s, and fails without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend_name(device), timeout=timeout, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend_name(device), timeout=timedelta(minutes=30), verbose=False)
 
 
 def close_distributed() -> None:
@@ -156,13 +156,13 @@ class RankFilter(logging.Filter):
         return number == 0 or record.levelno >= logging.WARNING
 
 
-def setup_logging(level: int = logging.INFO) -> None:
-    """Log to stderr through `RankFilter`, one line per record. A second call only changes the level."""
+def setup_logging() -> None:
+    """Log to stderr through `RankFilter`, one line per record. A second call does nothing."""
     root = logging.getLogger()
-    root.setLevel(level)
-    logging.getLogger("DeepSpeed").setLevel(max(level, logging.WARNING))
     if any(isinstance(f, RankFilter) for handler in root.handlers for f in handler.filters):
         return
+    root.setLevel(logging.INFO)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     for logger_name, phrase in _CHATTER:
         logging.getLogger(logger_name).addFilter(partial(_lacks, phrase))
     handler = logging.StreamHandler(sys.stderr)

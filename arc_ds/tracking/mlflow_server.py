@@ -70,9 +70,8 @@ def start_tracker(
     """
     folder = folder.resolve()
     uri = resolve_uri(folder, config.uri)
-    name = config.run_name or folder.name
-    make = partial(MlflowServer, uri, experiment=config.experiment, run_name=name, facts=facts, folder=folder)
-    return Tracker(folder, uri=without_secret(uri), make_server=make, resumed_step=resumed_step, run_id=run_id)
+    make_server = partial(MlflowServer, uri, config, facts, folder)
+    return Tracker(folder, uri=without_secret(uri), make_server=make_server, resumed_step=resumed_step, run_id=run_id)
 
 
 def resolve_uri(folder: Path, configured: str | None) -> str:
@@ -100,27 +99,23 @@ def package_versions() -> dict[str, str]:
     """Versions of Python, ARC-DS and its main dependencies."""
     found = {"python": platform.python_version(), "arc-ds": __version__}
     for package in _VERSIONS_OF:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def _git_commit() -> str | None:
     """Git commit of this code's checkout, with `-dirty` if files were changed; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip() or None
+    return None
 
 
 class MlflowServer:
     """A tracking server: one experiment of a tracking URI (http, sqlite or a folder). Any method may raise."""
 
-    def __init__(self, uri: str, *, experiment: str, run_name: str, facts: RunFacts, folder: Path) -> None:
+    def __init__(self, uri: str, config: TrackingConfig, facts: RunFacts, folder: Path) -> None:
         """Import MLflow and connect. folder: the run's folder; it stores artifacts if the URI is a local database."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -133,8 +128,8 @@ class MlflowServer:
                     shutil.rmtree(leftover, ignore_errors=True)
             _make_database(database)
         self._client = MlflowClient(tracking_uri=uri)
-        self._experiment = experiment
-        self._run_name = run_name
+        self._experiment = config.experiment
+        self._run_name = config.run_name or folder.name
         self._facts = facts
         # With a database, MLflow would otherwise store artifacts in ./mlruns of the current folder.
         self._artifacts = (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 _ENTRIES_PER_BATCH = 200
 _IDLE_S = 1.0
-_LONGEST_PAUSE_S = 60.0
+# Pause after a failure; doubled after each further one.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 
 class Tracker:
@@ -46,7 +47,6 @@ class Tracker:
         uri: str = "",
         make_server: Callable[[], MlflowServer] | None = None,
         run_id: str | None = None,
-        first_pause_s: float = 1.0,
     ) -> None:
         """Start a tracker in a run's folder.
 
@@ -55,14 +55,13 @@ class Tracker:
         make_server: creates the server; None to write only the file. The thread calls it because importing MLflow and
             preparing its database takes seconds.
         run_id: MLflow run id of the checkpoint.
-        first_pause_s: pause after a failure; doubled after each further failure, up to a minute.
         """
         self._log = MetricsLog(folder / METRICS_NAME, resumed_step=resumed_step)
         self._sender: _Sender | None = None
         if make_server is not None:
             state = load_state(folder, uri=uri, resumed_step=resumed_step, run_id=run_id)
             save_state(folder, state)
-            self._sender = _Sender(folder, state, make_server, first_pause_s)
+            self._sender = _Sender(folder, state, make_server)
             self._sender.start()
 
     @property
@@ -124,9 +123,7 @@ class _Sender(threading.Thread):
     final_status: ends the thread once it is set.
     """
 
-    def __init__(
-        self, folder: Path, state: TrackingState, make_server: Callable[[], MlflowServer], first_pause_s: float
-    ) -> None:
+    def __init__(self, folder: Path, state: TrackingState, make_server: Callable[[], MlflowServer]) -> None:
         super().__init__(daemon=True, name="tracking")
         self.state = state
         self.num_failures = 0
@@ -135,7 +132,6 @@ class _Sender(threading.Thread):
         self._folder = folder
         self._path = folder / METRICS_NAME
         self._make_server = make_server
-        self._first_pause_s = first_pause_s
         self._server: MlflowServer | None = None
         self._position: int | None = None
         # Steps >= `sent_step` that the server already has, by key; reset after every failure.
@@ -145,7 +141,7 @@ class _Sender(threading.Thread):
         """Send new entries until the final status is set; after each consecutive failure, wait longer."""
         pause_s = 0.0
         while self.final_status is None:
-            pause_s = 0.0 if self.advance() else min(max(2 * pause_s, self._first_pause_s), _LONGEST_PAUSE_S)
+            pause_s = 0.0 if self.advance() else min(max(2 * pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
             if pause_s or self.has_sent_all():
                 self.hurry.wait(pause_s or _IDLE_S)
                 self.hurry.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,7 @@ from arc_ds.checkpoints.weight_digests import weight_digests
 from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
 from arc_ds.config.load import common, differences
 from arc_ds.config.schema import OptimizerConfig, RunConfig
-from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.data.loading.loader import StepData
-from arc_ds.data.tasks import closed, mismatched, open_
 from arc_ds.errors import ConfigError
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import work_rates
@@ -24,7 +21,7 @@ from arc_ds.planning.sizes import longest_sequence
 from arc_ds.system import dist
 from arc_ds.system.device import free_memory_bytes
 from arc_ds.tokenizers import check_fits, load_tokenizer
-from arc_ds.training.build_data import held_out_examples, step_data
+from arc_ds.training.build_data import open_validator, step_data
 from arc_ds.training.build_model import (
     DecoderFiles,
     StartingWeights,
@@ -38,7 +35,7 @@ from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement
 from arc_ds.training.optim import PortAdamW, make_param_groups
 from arc_ds.training.run import InputDigests, Run
 from arc_ds.training.schedule import RateSchedule
-from arc_ds.training.validate import ValidationSet, Validator
+from arc_ds.training.validate import Validator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +86,7 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
             spec=spec,
             inputs=inputs,
             data=data,
-            validator=_validator(config, data, readers, device),
+            validator=open_validator(config, data, readers, device),
             weights=open_starting_weights(config, spec),
             decoders=decoders,
         )
@@ -132,25 +129,6 @@ def rate_schedule(optimizer: OptimizerConfig, total_steps: int) -> RateSchedule:
         initial_lr=optimizer.initial_lr,
         final_lr=optimizer.final_lr,
         kind=optimizer.schedule,
-    )
-
-
-def _validator(
-    config: RunConfig, data: StepData, readers: Sequence[ReaderFiles], device: torch.device
-) -> Validator | None:
-    if not config.data.held_out:
-        return None
-    sets = [
-        ValidationSet(
-            compressed=tuple(example.sample for example in examples),
-            mismatched=mismatched(examples),
-            closed=tuple(closed(example) for example in examples),
-            open=tuple(open_(example) for example in examples),
-        )
-        for examples in held_out_examples(config, readers)
-    ]
-    return Validator(
-        sets=sets, packing=data.pooling, batch_size=config.validation.batch_size, limits=data.limits, device=device
     )
 
 

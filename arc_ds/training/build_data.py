@@ -1,9 +1,11 @@
-"""Build the data of a run from its config: sources, this rank's steps and held-out examples."""
+"""Build the data of a run from its config: sources, this rank's steps, and the validator."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+
+import torch
 
 from arc_ds.batch.packing import PoolingSpec
 from arc_ds.config.schema import RunConfig, SourceConfig
@@ -14,13 +16,14 @@ from arc_ds.data.loading.micro_batches import MicroBatchLimits
 from arc_ds.data.loading.source import Source
 from arc_ds.data.loading.validation_set import validation_examples
 from arc_ds.data.order.order import RunOrder
-from arc_ds.data.tasks import Example
+from arc_ds.data.tasks import closed, mismatched, open_
 from arc_ds.planning.sizes import task_limits
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import open_cache
 from arc_ds.system import dist
-from arc_ds.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.tokenizers import load_tokenizer
 from arc_ds.training.build_model import encoder_tokenizer_path
+from arc_ds.training.validate import ValidationSet, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,15 @@ def step_data(
     """
     sources = [_open_source(config, source) for source in config.data.sources]
     tokenizer_path = encoder_tokenizer_path(config.encoder)
-    _warn_of_other_cuts(load_tokenizer(tokenizer_path), sources)
+    fingerprint = load_tokenizer(tokenizer_path).fingerprint
+    for source in sources:
+        if source.shards.manifest.tokenizer_fingerprint != fingerprint:
+            logger.warning(
+                "the shards in %s were cut with another tokenizer than the encoder's: records may exceed the sequence "
+                "length, and work is balanced less evenly. Rebuild them with the encoder's tokenizer: arc-ds shards "
+                "build --tokenizer.",
+                source.shards.name,
+            )
     share = config.data.reconstruction_share
     order = RunOrder(
         seed=config.seed,
@@ -62,14 +73,30 @@ def step_data(
     )
 
 
-def held_out_examples(config: RunConfig, readers: Sequence[ReaderFiles]) -> tuple[tuple[Example, ...], ...]:
-    """The held-out examples for each decoder. The config must name held-out shards."""
-    return validation_examples(
+def open_validator(
+    config: RunConfig, data: StepData, readers: Sequence[ReaderFiles], device: torch.device
+) -> Validator | None:
+    """The validator of the run's held-out shards; None if the config names none."""
+    if not config.data.held_out:
+        return None
+    held_out = validation_examples(
         [_open_source(config, source) for source in config.data.held_out],
         config.validation.num_samples,
         encoder=load_tokenizer(encoder_tokenizer_path(config.encoder)),
         readers=[files.load() for files in readers],
         on_error=config.data.on_error,
+    )
+    sets = [
+        ValidationSet(
+            compressed=tuple(example.sample for example in examples),
+            mismatched=mismatched(examples),
+            closed=tuple(closed(example) for example in examples),
+            open=tuple(open_(example) for example in examples),
+        )
+        for examples in held_out
+    ]
+    return Validator(
+        sets=sets, packing=data.pooling, batch_size=config.validation.batch_size, limits=data.limits, device=device
     )
 
 
@@ -81,15 +108,3 @@ def _open_source(config: RunConfig, wanted: SourceConfig) -> Source:
         in_context_examples=wanted.in_context_examples,
         limits=task_limits(config, wanted),
     )
-
-
-def _warn_of_other_cuts(tokenizer: Tokenizer, sources: Sequence[Source]) -> None:
-    """Warn about shards cut with another tokenizer: they work, but their lengths are only estimates of the work."""
-    for source in sources:
-        if source.shards.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
-            logger.warning(
-                "the shards in %s were cut with another tokenizer than the encoder's: records may exceed the sequence "
-                "length, and work is balanced less evenly. Rebuild them with the encoder's tokenizer: arc-ds shards "
-                "build --tokenizer.",
-                source.shards.name,
-            )

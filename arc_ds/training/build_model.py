@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from arc_ds.batch.segments import Marker
+from arc_ds.batch.segments import MARKERS
 from arc_ds.config.schema import DecoderConfig, EncoderConfig, RunConfig
 from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.data.tasks.chat import count_template
@@ -52,9 +52,7 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
     Raises WeightsError if a backbone cannot be read, and ConfigError if sizes do not match.
     """
     backbone = read_backbone_config(config.encoder.backbone, config.encoder.rope_scaling)
-    sizes = [read_backbone_config(d.backbone, d.rope_scaling).hidden_size for d in config.decoders]
     pooling = config.pooling
-    kept: dict[Marker, bool] = {"cont": config.markers.cont, "rec": config.markers.rec}
     return CompressorSpec(
         backbone=backbone,
         num_layers=config.encoder.kept_layers(backbone.num_layers),
@@ -64,10 +62,10 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
         pooled_queries=pooling.pooled_queries,
         where=pooling.where,
         causal=config.encoder.causal,
-        markers=tuple(marker for marker, is_kept in kept.items() if is_kept),
+        markers=tuple(marker for marker in MARKERS if getattr(config.markers, marker)),
         bridge=config.bridge.kind,
         bridge_hidden_size=config.bridge.hidden_size,
-        decoder_sizes=tuple(sizes),
+        decoder_sizes=tuple(read_backbone_config(d.backbone, d.rope_scaling).hidden_size for d in config.decoders),
     )
 
 

@@ -68,16 +68,6 @@ def build_engine(compressor: Compressor, optimizer: PortAdamW, ds_config: Mappin
     return _initialize(compressor, ds_config, optimizer)
 
 
-def prefetch_is_traced(engine: DeepSpeedEngine) -> bool:
-    """Whether ZeRO-3 has recorded the module order and therefore prefetches parameters.
-
-    It records the order in the second pass and discards it permanently if a later pass differs.
-    """
-    zero = engine.optimizer
-    offload = getattr(zero, "parameter_offload", zero)
-    return offload.get_param_coordinator().is_complete_trace()
-
-
 def choose_placement(
     choice: str, *, decoder_bytes: int, free_bytes: int | None, world_size: int, local_world_size: int
 ) -> Placement:
@@ -112,7 +102,7 @@ def partitioned(ds_config: Mapping[str, Any]) -> Iterator[None]:
     import deepspeed
     from deepspeed.utils import groups
 
-    with _hpz_groups(_hpz_ranks(ds_config)):
+    with _hpz_groups(ds_config):
         # Pass the config instead of `dtype`: with `dtype`, DeepSpeed 0.19.8 always builds bfloat16 on the CPU.
         group = groups._get_zero_param_intra_parallel_group()
         with deepspeed.zero.Init(config_dict_or_path=dict(ds_config), zero_param_parallel_group=group):
@@ -138,18 +128,14 @@ def _initialize(module: nn.Module, ds_config: Mapping[str, Any], optimizer: Port
 
     # One gather per layer. Also, some methods use a norm's weight without triggering ZeRO-3's hooks.
     deepspeed.utils.set_z3_leaf_modules(module, [Block])
-    with _hpz_groups(_hpz_ranks(ds_config)):
+    with _hpz_groups(ds_config):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
     return engine
 
 
-def _hpz_ranks(ds_config: Mapping[str, Any]) -> int:
-    return ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
-
-
 @contextmanager
-def _hpz_groups(num_ranks: int) -> Iterator[None]:
-    """Give one engine hpZ groups of `num_ranks` ranks (1: none), independent of engines built before.
+def _hpz_groups(ds_config: Mapping[str, Any]) -> Iterator[None]:
+    """Give one engine the hpZ groups of its config, independent of engines built before.
 
     DeepSpeed 0.19 keeps these groups in a global variable. It shards every engine by that variable regardless of the
     engine's config, and it cannot create the groups for an engine without an optimizer (AttributeError).
@@ -159,6 +145,7 @@ def _hpz_groups(num_ranks: int) -> Iterator[None]:
     before = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     try:
+        num_ranks = ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
         if num_ranks > 1:
             groups._create_zero_param_parallel_group(num_ranks)
         yield

@@ -33,7 +33,6 @@ from arc_ds.training.engine import (
     build_engine,
     partitioned,
     place_decoder,
-    prefetch_is_traced,
     set_trained,
 )
 from arc_ds.training.loss import Normalize
@@ -91,7 +90,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Results of a run on one rank."""
+    """Results of a run on one rank.
+
+    traced: whether ZeRO-3 has recorded the module order and therefore prefetches parameters. It records the order in
+        the second pass and discards it permanently if a later pass differs.
+    """
 
     trajectory: Trajectory
     results: tuple[StepResult, ...]
@@ -206,11 +209,10 @@ def _train(case: Case) -> Run:
         grad_norms=tuple(float(result.grad_norm) for result in results),
         params=_full_params(engine),
     )
-    traced = prefetch_is_traced(engine)
     return Run(
         trajectory=trajectory,
         results=tuple(results),
-        traced=traced,
+        traced=engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace(),
         state_kept=state_kept,
         num_passes=tuple(num_passes),
     )

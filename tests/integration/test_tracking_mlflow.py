@@ -106,7 +106,7 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
         patch.setattr(os, "link", killed)
         with pytest.raises(KeyboardInterrupt):
             uri, facts = f"sqlite:///{tmp_path}/mlflow.db", RunFacts(params={})
-            MlflowServer(uri, experiment="e", run_name="r", facts=facts, folder=tmp_path)
+            MlflowServer(uri, TrackingConfig(), facts, tmp_path)
     assert not (tmp_path / "mlflow.db").exists()
     (tmp_path / ".mlflow.db-left-by-a-kill").mkdir()
     tracker = _start(tmp_path, {"seed": 0})

@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.process import BaseProcess
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from arc_ds.data.loading.loader import StepData
 from arc_ds.data.loading.micro_batches import pack_again
@@ -27,6 +30,7 @@ _PREFETCH = 4  # batches that each worker may be ahead
 _POLL_S = 0.1
 
 
+@dataclass
 class BatchLoader(Iterator[StepBatch]):
     """This rank's batches of `steps`, in order. A context manager: the workers live inside its block.
 
@@ -38,35 +42,34 @@ class BatchLoader(Iterator[StepBatch]):
     is_stopped: whether this rank has received a stop request; polled while waiting for a batch.
     """
 
-    def __init__(
-        self,
-        data: StepData,
-        steps: range,
-        *,
-        num_workers: int,
-        pin_memory: bool = False,
-        is_stopped: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._data = data
-        self._pin_memory = pin_memory
-        self._is_stopped = is_stopped
-        self._workers: list[BaseProcess] = []
-        self._loader = DataLoader(
-            _ErrorsAsItems(data),
-            batch_size=None,
-            sampler=steps,
-            num_workers=num_workers,
-            prefetch_factor=_PREFETCH if num_workers else None,
-            persistent_workers=num_workers > 0,
-            pin_memory=pin_memory,
-            worker_init_fn=partial(_begin_worker, os.getpid()),
-        )
+    data: StepData
+    steps: Sequence[int]
+    num_workers: int
+    pin_memory: bool = False
+    is_stopped: Callable[[], bool] = lambda: False
+    _items: Iterator[StepBatch | ArcError] = field(init=False)
+    _workers: list[BaseProcess] = field(init=False)
 
     def __enter__(self) -> BatchLoader:
-        handler = signal.getsignal(signal.SIGCHLD)
-        self._items = iter(self._loader)
-        # Torch's handler would raise an error at any line of this process when a worker dies. We ask for exit codes.
-        signal.signal(signal.SIGCHLD, handler)
+        loader = DataLoader(
+            _ErrorsAsItems(self.data),
+            batch_size=None,
+            sampler=self.steps,
+            num_workers=self.num_workers,
+            prefetch_factor=_PREFETCH if self.num_workers else None,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
+        )
+        others = multiprocessing.active_children()
+        try:
+            self._items = iter(loader)
+            if self.num_workers:
+                # Otherwise torch's SIGCHLD handler would raise an error at any line when a worker dies. We poll.
+                _remove_worker_pids(id(self._items))
+        except BaseException:  # perhaps there is no memory for another worker
+            _kill(worker for worker in multiprocessing.active_children() if worker not in others)
+            raise
         self._workers = getattr(self._items, "_workers", [])
         return self
 
@@ -76,8 +79,7 @@ class BatchLoader(Iterator[StepBatch]):
         self._items._shutdown = True  # type: ignore[attr-defined]
         if (pinning_ends := getattr(self._items, "_pin_memory_thread_done_event", None)) is not None:
             pinning_ends.set()
-        for worker in self._workers:
-            worker.kill()
+        _kill(self._workers)
 
     def __next__(self) -> StepBatch:
         """The next batch. Ends after the last step, or as soon as a stop is requested.
@@ -85,7 +87,7 @@ class BatchLoader(Iterator[StepBatch]):
         Without workers, the batch in progress is completed first. Raises DataError if a worker died, or if a record is
         invalid and the config does not skip such records.
         """
-        if self._is_stopped():
+        if self.is_stopped():
             raise StopIteration
         item = self._wait() if self._workers else next(self._items, None)
         if item is None:
@@ -96,8 +98,8 @@ class BatchLoader(Iterator[StepBatch]):
 
     def repack(self, batch: StepBatch, num_splits: int) -> StepBatch:
         """Repack the samples of a batch into `num_splits` micro-batches per decoder, in this process."""
-        again = pack_again(batch, num_splits, self._data.pooling, self._data.limits)
-        return again.pin_memory() if self._pin_memory else again
+        again = pack_again(batch, num_splits, self.data.pooling, self.data.limits)
+        return again.pin_memory() if self.pin_memory else again
 
     def _wait(self) -> StepBatch | ArcError | None:
         """The next item from the workers. None after the last one, and as soon as a stop is requested.
@@ -107,7 +109,7 @@ class BatchLoader(Iterator[StepBatch]):
         item: Future[StepBatch | ArcError | None] = Future()
         threading.Thread(target=_settle, args=(item, self._items), daemon=True).start()
         while not wait([item], timeout=_POLL_S).done:
-            if self._is_stopped():
+            if self.is_stopped():
                 return None
             self._check_workers()
         try:
@@ -125,15 +127,15 @@ class BatchLoader(Iterator[StepBatch]):
                 )
 
 
+@dataclass
 class _ErrorsAsItems(Dataset["StepBatch | ArcError"]):
     """Returns our errors instead of raising them, because torch would replace their message by a traceback."""
 
-    def __init__(self, data: StepData) -> None:
-        self._data = data
+    data: StepData
 
     def __getitem__(self, step: int) -> StepBatch | ArcError:
         try:
-            return self._data[step]
+            return self.data[step]
         except ArcError as error:
             return error
 
@@ -143,6 +145,12 @@ def _settle(item: Future[StepBatch | ArcError | None], items: Iterator[StepBatch
         item.set_result(next(items, None))
     except BaseException as error:  # raised again where the item is used
         item.set_exception(error)
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    """Python itself would wait for them at the end of the process: they ignore its SIGTERM."""
+    for worker in workers:
+        worker.kill()
 
 
 def _begin_worker(rank_pid: int, _: int) -> None:

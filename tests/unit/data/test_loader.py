@@ -10,25 +10,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import torch
 
 from arc_ds.batch.packing import PackedBatch, PoolingSpec
 from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.data.loading.loader import StepData
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, pack_again
 from arc_ds.data.loading.source import Source
-from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.data.order.order import RunOrder
 from arc_ds.data.tasks import TaskLimits
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.shards.reader import ShardSet
 from arc_ds.tokenizers import load_tokenizer
-from tests.helpers.batches import sequences
+from tests.helpers.batches import digest, sequences
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 from tests.helpers.tiny_mixture import TinyMixture
 
@@ -82,54 +80,27 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(tmp_path_factory.mktemp("loader"))
 
 
-def contents(batches: list[StepBatch]) -> dict[int, tuple]:
-    """For each step, the records, and the labels of all sequences in a canonical order."""
-    found: dict[int, tuple] = {}
-    records, labels = defaultdict(list), defaultdict(list)
-    for batch in batches:
-        records[batch.step] += batch.record_ids
-        for packed in (micro.batch for micro in batch.micro_batches):
-            for sequence in range(len(packed.tasks)):
-                labels[batch.step].append(tuple(packed.labels[packed.label_sequences == sequence].tolist()))
-    for step in records:
-        found[step] = (sorted(records[step]), sorted(labels[step]))
-    return found
-
-
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2)])
 def test_global_batches_do_not_depend_on_ranks(setting: Setting, world_size: int, micro_batches: int) -> None:
-    expected = contents([setting.data()[step] for step in range(6)])
+    whole = setting.data()
+    expected = sequences(whole[step] for step in range(6))
     batches = []
     for rank in range(world_size):
         data = setting.data(rank, world_size, micro_batches)
         batches += [data[step] for step in range(6)]
-    assert contents(batches) == expected
+    assert sequences(batches) == expected
     sizes = {len(micro.batch.tasks) for batch in batches for micro in batch.micro_batches}
     assert sizes == {BATCH // (world_size * micro_batches)}
-
-
-def assert_equal(left: StepBatch, right: StepBatch) -> None:
-    assert (left.step, left.decoder_idxs, left.record_ids) == (right.step, right.decoder_idxs, right.record_ids)
-    for one, other in zip(left.micro_batches, right.micro_batches, strict=True):
-        assert (one.decoder_idx, one.part_idx) == (other.decoder_idx, other.part_idx)
-        a, b = one.batch, other.batch
-        assert a.tasks == b.tasks
-        for name in ("encoder_ids", "encoder_cu_seqlens", "decoder_ids", "label_rows", "labels", "compressed_rows"):
-            assert torch.equal(getattr(a, name), getattr(b, name))
-        assert torch.equal(a.levels[0].group_cu, b.levels[0].group_cu)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_workers_and_resume_change_nothing(setting: Setting, num_workers: int) -> None:
     data = setting.data(micro_batches=2)
-    expected = [data[step] for step in range(5)]
+    expected = [digest(data[step]) for step in range(5)]
     for first in (0, 3):
         with BatchLoader(setting.data(micro_batches=2), range(first, 5), num_workers=num_workers) as batches:
-            loaded = list(batches)
-        assert len(loaded) == 5 - first
-        for left, right in zip(loaded, expected[first:], strict=True):
-            assert_equal(left, right)
-            assert left.num_labels == right.num_labels > 0
+            assert [digest(batch) for batch in batches] == expected[first:]
+    assert len(set(expected)) == 5
 
 
 PROGRAM = """
@@ -190,6 +161,30 @@ def test_no_way_out_waits_for_workers_that_are_stuck(way_out: str) -> None:
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch's half-made iterator
+def test_a_worker_that_cannot_start_leaves_no_other_behind(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = BaseProcess.start, []
+
+    def start_one(process: BaseProcess) -> None:
+        if started:
+            raise OSError("cannot allocate memory")
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(BaseProcess, "start", start_one)
+    with pytest.raises(OSError, match="cannot allocate"), BatchLoader(setting.data(), range(2), num_workers=2):
+        pytest.fail("the workers started")
+    started[0].join(timeout=10)
+    assert started[0].exitcode == -signal.SIGKILL
+
+
+def test_loaders_follow_each_other_without_a_trace(setting: Setting) -> None:
+    """Torch keeps a table by the id of its iterator, and Python reuses ids."""
+    for _ in range(8):
+        with BatchLoader(setting.data(), range(2), num_workers=1) as batches:
+            next(batches)
+
+
 def test_a_worker_leaves_stop_signals_to_its_rank(setting: Setting) -> None:
     """A scheduler signals every process of a job, perhaps twice. The rank needs its worker until the next boundary."""
     with BatchLoader(setting.data(), range(12), num_workers=1) as batches:
@@ -210,13 +205,6 @@ def test_decoder_of_the_step_gives_its_tokens(setting: Setting) -> None:
         start, end = packed.decoder_cu_seqlens[:2].tolist()
         text = tokenizer.decode(packed.decoder_ids[(packed.text_rows >= start) & (packed.text_rows < end)].tolist())
         assert "Tower" in text or "block" in text
-
-
-def test_epochs_use_every_record_once(setting: Setting) -> None:
-    data = setting.data()
-    seen: list[tuple[int, int]] = [record for step in range(40) for record in data[step].record_ids]
-    first_epoch = [record for source, record in seen if source == 0][:60]
-    assert sorted(first_epoch) == list(range(60))
 
 
 def test_batch_that_ranks_do_not_divide_is_refused(setting: Setting) -> None:

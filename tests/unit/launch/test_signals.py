@@ -1,4 +1,4 @@
-"""Stop requests, the parent-death signal, and the watchdog."""
+"""Stop requests and the watchdog."""
 
 from __future__ import annotations
 
@@ -65,28 +65,6 @@ def test_a_stop_during_the_imports_of_a_rank_does_not_kill_it(tmp_path: Path, nu
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     ended = subprocess.run([sys.executable, "-m", "arc_ds.train"], env=environment, cwd=ROOT, timeout=60)
     assert ended.returncode == 7
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl exists only on Linux")
-def test_a_child_that_is_tied_dies_with_its_parent() -> None:
-    child = (
-        "import ctypes, sys, time; from importlib.util import spec_from_loader\n"
-        "libc = ctypes.CDLL(None)\n"
-        "print(libc.prctl(1, 9, 0, 0, 0), flush=True); time.sleep(60)"
-    )
-    parent = (
-        "import subprocess, sys, time\n"
-        f"p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    words = sorted((process.stdout.readline().strip(), process.stdout.readline().strip()), key=len)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 5
-    while Path(f"/proc/{words[1]}/cmdline").exists() and Path(f"/proc/{words[1]}/cmdline").read_bytes():
-        assert time.monotonic() < deadline, "the child is still running"
-        time.sleep(0.02)
 
 
 def test_a_stall_leaves_the_stacks_and_progress_does_not(tmp_path: Path) -> None:

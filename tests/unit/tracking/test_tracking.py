@@ -6,13 +6,15 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arc_ds.tracking import tracking
 from arc_ds.tracking.metrics_log import MetricsEntry, MetricsLog, read_metrics
 from arc_ds.tracking.mlflow_server import environment_tags, resolve_uri, without_secret
 from arc_ds.tracking.tracking import Tracker
@@ -53,9 +55,13 @@ class _FakeServer:
 
 
 def _tracker(folder: Path, server: _FakeServer, resumed_step: int = 0, run_id: str | None = None) -> Tracker:
-    return Tracker(
-        folder, uri="fake", make_server=lambda: server, resumed_step=resumed_step, run_id=run_id, first_pause_s=0.01
-    )
+    return Tracker(folder, uri="fake", make_server=lambda: server, resumed_step=resumed_step, run_id=run_id)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_pauses() -> Iterator[None]:
+    with mock.patch.object(tracking, "_FIRST_PAUSE_S", 0.01):
+        yield
 
 
 def _log_steps(tracker: Tracker, first: int, last: int) -> None:
@@ -120,20 +126,6 @@ def test_a_server_that_comes_back_gets_what_it_missed(tmp_path: Path) -> None:
     assert Counter(server.points) == _expected(60)
 
 
-def test_what_a_server_missed_is_sent_at_the_next_start(tmp_path: Path) -> None:
-    server = _FakeServer()
-    server.trouble = _fail
-    first = _tracker(tmp_path, server)
-    _log_steps(first, 1, 20)
-    first.close(timeout_s=0.1)
-    server.trouble = lambda _when: None
-    second = _tracker(tmp_path, server, resumed_step=20)
-    _log_steps(second, 21, 30)
-    assert second.close()
-    assert Counter(server.points) == _expected(30)
-    assert len(server.runs) == 1
-
-
 def test_an_answer_that_got_lost_makes_no_double_point(tmp_path: Path) -> None:
     server = _FakeServer()
     lost = iter([True] * 3)
@@ -168,7 +160,7 @@ def test_one_point_a_step_after_any_kills(
     last = _tracker(folder, server, resumed_step=saved, run_id=known_id)
     _log_steps(last, saved + 1, 60)
     assert last.close()
-    assert Counter(server.points) == _expected(60)
+    assert Counter(server.points) == _expected(60) and (lose_state or len(server.runs) == 1)
     entries = [entry.step for entry in read_metrics(folder / "metrics.jsonl")]
     assert entries == list(range(1, 61))
 
@@ -210,15 +202,6 @@ def test_resume_cuts_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     assert [entry.step for entry in read_metrics(path)] == [1, 2, 2]
     MetricsLog(path, resumed_step=0).close()
     assert path.read_bytes() == b""
-
-
-def test_entries_can_be_read_from_where_one_ended(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "m", resumed_step=0)
-    log.append(1, {"loss": 0.5})
-    log.append(2, {"loss": float("inf")})
-    first, second = read_metrics(tmp_path / "m")
-    (again,) = read_metrics(tmp_path / "m", first.end)
-    assert again == second and again.metrics == {"loss": float("inf")}
 
 
 def test_a_damaged_state_or_another_server_begins_anew(tmp_path: Path) -> None:

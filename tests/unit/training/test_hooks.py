@@ -170,28 +170,30 @@ def _reduced_over(*loads: float) -> Any:
     return reduced
 
 
-def _speed_of_two_steps(
-    monkeypatch: pytest.MonkeyPatch, *, peak: float | None = None, loads: Any = (1, 1)
-) -> dict[str, float]:
-    """Metrics that `MetricsHook` logs after two steps on two ranks. They took 4 s, and this rank waited for 1 s."""
+def _two_steps(
+    monkeypatch: pytest.MonkeyPatch, *, every: int = 2, peak: float | None = None, loads: Any = (1, 1)
+) -> tuple[Run, dict[int, dict[str, float]]]:
+    """Two steps on two ranks. They took 4 s, and this rank waited for 1 s. Returns the logged metrics by step."""
     monkeypatch.setattr(meters, "_reduced", _reduced_over(*loads))
     monkeypatch.setattr(hooks.dist, "world_size", lambda: 2)
-    monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=iter([0.0, 4.0, 4.0]).__next__))
+    monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=iter([0.0, 4.0, 4.0, 4.0]).__next__))
     data = SimpleNamespace(limits=MicroBatchLimits(max_encoder_tokens=36), tasks=("continuation",))
     run = _run(
         0, data=data, decoders=(SimpleNamespace(module=SimpleNamespace(config=TINY)),), decoder_names=("a",),
         data_counts=Counter(cut_answers=5), clock=DataClock(waited_s=1.0, remade=1),
     )  # fmt: skip
-    logged: dict[str, float] = {}
+    logged: dict[int, dict[str, float]] = {}
     encoder = EncoderConfig(backbone="", trained_layers=1, train_embeddings=False)
-    hook = MetricsHook(
-        log=lambda _step, found: logged.update(found), every=2, encoder=encoder, peak_flops=peak, show_progress=False
-    )
+    hook = MetricsHook(log=logged.__setitem__, every=every, encoder=encoder, peak_flops=peak, show_progress=False)
     hook.on_start(run)
     for step in (1, 2):
         run.step = step
         hook.after_step(run, BATCH, _result(step - 1))
-    return logged
+    return run, logged
+
+
+def _speed_of_two_steps(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, float]:
+    return _two_steps(monkeypatch, **options)[1][2]
 
 
 BATCH = StepBatch(
@@ -229,6 +231,14 @@ def test_metrics_tell_how_full_micro_batches_are_and_what_was_lost_since_the_run
     assert found["data/skipped"] == 2 * 2 * 3 and found["data/remade"] == 2 and found["data/degraded"] == 0
     assert found["data/over_limit"] == 2 * 2 * 2
     assert found["data/cut_answers"] == 5 + 2 * 2 * 1, "counts continue from the resumed run"
+
+
+def test_pending_metrics_are_logged_before_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save or a validation may be the last thing that a run does, and steps in the log must never decrease."""
+    run, steps = _two_steps(monkeypatch, every=10)
+    assert steps == {}
+    with run.pause():
+        assert set(steps) == {1, 2}
 
 
 def test_balance_is_the_slowest_rank_over_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:

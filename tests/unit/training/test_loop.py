@@ -137,17 +137,29 @@ def _fit(
     return _Fitted(end, hook.calls, told, batches)
 
 
-def test_a_run_that_nothing_stops_does_every_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, calls, told, batches = _fit(_Run(), monkeypatch)
-    assert (end, calls) == (EXIT_OK, ["start", "1", "2", "3", "4", "end"])
-    assert told == [Notice(num_splits=1)] * (STEPS - 1) + [Notice()]
-    assert batches == [_Batch(step) for step in range(STEPS)]
+NEXT, LAST, STOP, FAILED = Notice(num_splits=1), Notice(), Notice(stop=True), Notice(failed=True)
 
 
-def test_a_stop_is_told_with_the_next_step_and_obeyed_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, calls, told, _ = _fit(_Run(), monkeypatch, stop_after=1)
-    assert (end, calls) == (EXIT_PREEMPTED, ["start", "1", "2", "end"])
-    assert told == [Notice(num_splits=1), Notice(stop=True)], "the loop must not wait for the batch after the stop"
+@pytest.mark.parametrize(
+    ("torn_step", "stop_after", "end", "steps", "told"),
+    [
+        pytest.param(STEPS, 0, EXIT_OK, "1234", [NEXT, NEXT, NEXT, LAST], id="nothing stops it"),
+        pytest.param(STEPS, 1, EXIT_PREEMPTED, "12", [NEXT, STOP], id="a stop, told with the next step"),
+        pytest.param(STEPS, 3, EXIT_OK, "1234", [NEXT, NEXT, NEXT, STOP], id="a stop told with the last step"),
+        pytest.param(STEPS, 4, EXIT_OK, "1234", [NEXT, NEXT, NEXT, LAST], id="a stop after the last step"),
+        pytest.param(2, 0, "torn", "12", [NEXT, FAILED], id="a batch that cannot be made, told one step before"),
+    ],
+)
+def test_the_end_is_told_with_a_step_and_obeyed_after_it(
+    torn_step: int,
+    stop_after: int,
+    end: int | str,
+    steps: str,
+    told: list[Notice],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitted = _fit(_Run(torn_step), monkeypatch, stop_after=stop_after)
+    assert fitted == (end, ["start", *steps, "end"], told, [_Batch(step) for step in range(len(steps))])
 
 
 @pytest.mark.parametrize("other", [0, 1])
@@ -177,17 +189,6 @@ def test_a_stop_that_ranks_agree_on_outside_a_step_is_obeyed_at_once(
     """Ranks agree during a validation; if it was the last one, it is still pending."""
     found = _fit(_Run(), monkeypatch, agrees_at=agrees_at)
     assert (found.end, found.calls) == (EXIT_PREEMPTED, calls)
-
-
-def test_a_stop_that_comes_with_the_last_step_leaves_a_finished_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _fit(_Run(), monkeypatch, stop_after=STEPS - 1).end == EXIT_OK
-    assert _fit(_Run(), monkeypatch, stop_after=STEPS).end == EXIT_OK
-
-
-def test_a_batch_that_cannot_be_made_is_told_one_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, calls, told, _ = _fit(_Run(torn_step=2), monkeypatch)
-    assert (end, calls) == ("torn", ["start", "1", "2", "end"])
-    assert told == [Notice(num_splits=1), Notice(failed=True)]
 
 
 def test_a_first_batch_that_cannot_be_made_ends_the_run_before_any_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,19 @@ def test_a_stop_ends_it_before_the_next_batch_on_all_ranks(own: bool, monkeypatc
     assert len(batches) == 3 + 4 * 3
 
 
+def test_each_form_has_its_own_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    _fake_ranks(monkeypatch, 1)
+    target = Segment.text([1, 2, 3], in_loss=True)
+    contexts = (Segment.context([2, 3]), Segment.context(range(5)), Segment.text([]), Segment.text(range(9)))
+    samples = ValidationSet._make((Sample(TASK, (context, target)),) for context in contexts)
+
+    def score(batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
+        return torch.full((batch.num_labels,), float(batch.num_decoder_rows))
+
+    (scores,) = _validator(samples).run(_zeros, (score,), lambda: False)
+    assert scores[TASK] == (1 + 1 + 3, 2 + 1 + 3, 3, 9 + 3), "groups of three, a marker and the target"
+
+
 def _ragged_set() -> ValidationSet:
     """Samples with 3 to 8 labels; open samples have up to 40 additional rows."""
     texts = [Segment.text(range(10, 13 + num), in_loss=True) for num in range(6)]

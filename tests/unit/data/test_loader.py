@@ -16,58 +16,16 @@ from pathlib import Path
 import pytest
 
 from arc_ds.batch.packing import PackedBatch, PoolingSpec
-from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.data.loading.loader import StepData
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, pack_again
-from arc_ds.data.loading.source import Source
 from arc_ds.data.loading.workers import BatchLoader
-from arc_ds.data.order.order import RunOrder
-from arc_ds.data.tasks import TaskLimits
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.shards.reader import ShardSet
 from arc_ds.tokenizers import load_tokenizer
 from tests.helpers.batches import digest, sequences
-from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 from tests.helpers.tiny_mixture import TinyMixture
 
-LIMITS = TaskLimits(max_context=16, max_prefix=16, max_continuation=16)
 BATCH = 8
-
-
-class Setting:
-    """Two sources and two tokenizers on disk, and datasets over them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.encoder = write_tiktoken(folder / "tokenizer.model")
-        self.decoder = write_json_tokenizer(folder / "json")
-        texts = numbered_texts(90)
-        self.folders = [folder / "a", folder / "b"]
-        write_shards(self.folders[0], self.encoder, texts[:60])
-        write_shards(self.folders[1], self.encoder, texts[60:])
-
-    def data(self, rank: int = 0, world_size: int = 1, micro_batches: int = 1, **changes) -> StepData:
-        sources = [
-            Source(shards=ShardSet(folder), weight=weight, limits=LIMITS)
-            for folder, weight in zip(self.folders, (0.7, 0.3), strict=True)
-        ]
-        order = RunOrder(
-            seed=4,
-            batch_size=BATCH,
-            sources=tuple(source.shape for source in sources),
-            reconstruction_share=((0, 0.5),),
-            num_decoders=2,
-        )
-        arguments = {
-            "order": order,
-            "sources": sources,
-            "encoder_tokenizer": self.encoder,
-            "readers": [ReaderFiles(tokenizer=self.decoder), ReaderFiles(tokenizer=self.encoder)],
-            "pooling": PoolingSpec(),
-            "rank": rank,
-            "world_size": world_size,
-            "micro_batches": micro_batches,
-        }
-        return StepData(**(arguments | changes))
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +33,13 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
     return TinyMixture.write(tmp_path_factory.mktemp("mixture"))
 
 
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(tmp_path_factory.mktemp("loader"))
-
-
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2)])
-def test_global_batches_do_not_depend_on_ranks(setting: Setting, world_size: int, micro_batches: int) -> None:
-    whole = setting.data()
+def test_global_batches_do_not_depend_on_ranks(mixture: TinyMixture, world_size: int, micro_batches: int) -> None:
+    whole = mixture.data(batch_size=BATCH)
     expected = sequences(whole[step] for step in range(6))
     batches = []
     for rank in range(world_size):
-        data = setting.data(rank, world_size, micro_batches)
+        data = mixture.data(rank, world_size, batch_size=BATCH, micro_batches=micro_batches)
         batches += [data[step] for step in range(6)]
     assert sequences(batches) == expected
     sizes = {len(micro.batch.tasks) for batch in batches for micro in batch.micro_batches}
@@ -94,11 +47,11 @@ def test_global_batches_do_not_depend_on_ranks(setting: Setting, world_size: int
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_workers_and_resume_change_nothing(setting: Setting, num_workers: int) -> None:
-    data = setting.data(micro_batches=2)
+def test_workers_and_resume_change_nothing(mixture: TinyMixture, num_workers: int) -> None:
+    data = mixture.data(micro_batches=2)
     expected = [digest(data[step]) for step in range(5)]
     for first in (0, 3):
-        with BatchLoader(setting.data(micro_batches=2), range(first, 5), num_workers=num_workers) as batches:
+        with BatchLoader(mixture.data(micro_batches=2), range(first, 5), num_workers=num_workers) as batches:
             assert [digest(batch) for batch in batches] == expected[first:]
     assert len(set(expected)) == 5
 
@@ -162,7 +115,9 @@ def test_no_way_out_waits_for_workers_that_are_stuck(way_out: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch's half-made iterator
-def test_a_worker_that_cannot_start_leaves_no_other_behind(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_start_leaves_no_other_behind(
+    mixture: TinyMixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start, started = BaseProcess.start, []
 
     def start_one(process: BaseProcess) -> None:
@@ -172,22 +127,22 @@ def test_a_worker_that_cannot_start_leaves_no_other_behind(setting: Setting, mon
         start(process)
 
     monkeypatch.setattr(BaseProcess, "start", start_one)
-    with pytest.raises(OSError, match="cannot allocate"), BatchLoader(setting.data(), range(2), num_workers=2):
+    with pytest.raises(OSError, match="cannot allocate"), BatchLoader(mixture.data(), range(2), num_workers=2):
         pytest.fail("the workers started")
     started[0].join(timeout=10)
     assert started[0].exitcode == -signal.SIGKILL
 
 
-def test_loaders_follow_each_other_without_a_trace(setting: Setting) -> None:
+def test_loaders_follow_each_other_without_a_trace(mixture: TinyMixture) -> None:
     """Torch keeps a table by the id of its iterator, and Python reuses ids."""
     for _ in range(8):
-        with BatchLoader(setting.data(), range(2), num_workers=1) as batches:
+        with BatchLoader(mixture.data(), range(2), num_workers=1) as batches:
             next(batches)
 
 
-def test_a_worker_leaves_stop_signals_to_its_rank(setting: Setting) -> None:
+def test_a_worker_leaves_stop_signals_to_its_rank(mixture: TinyMixture) -> None:
     """A scheduler signals every process of a job, perhaps twice. The rank needs its worker until the next boundary."""
-    with BatchLoader(setting.data(), range(12), num_workers=1) as batches:
+    with BatchLoader(mixture.data(), range(12), num_workers=1) as batches:
         steps = [next(batches).step]
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
             os.kill(batches._workers[0].pid, number)
@@ -195,33 +150,34 @@ def test_a_worker_leaves_stop_signals_to_its_rank(setting: Setting) -> None:
     assert steps == list(range(12))
 
 
-def test_decoder_of_the_step_gives_its_tokens(setting: Setting) -> None:
-    data = setting.data()
+def test_decoder_of_the_step_gives_its_tokens(mixture: TinyMixture) -> None:
+    data = mixture.data()
     assert {data[step].decoder_idxs for step in range(4)} == {(0,), (1,)}
     for step in range(4):
         batch = data[step]
-        tokenizer = load_tokenizer([setting.decoder, setting.encoder][batch.decoder_idxs[0]])
+        tokenizer = load_tokenizer([mixture.decoder, mixture.encoder][batch.decoder_idxs[0]])
         packed = batch.micro_batches[0].batch
         start, end = packed.decoder_cu_seqlens[:2].tolist()
         text = tokenizer.decode(packed.decoder_ids[(packed.text_rows >= start) & (packed.text_rows < end)].tolist())
         assert "Tower" in text or "block" in text
 
 
-def test_batch_that_ranks_do_not_divide_is_refused(setting: Setting) -> None:
+def test_batch_that_ranks_do_not_divide_is_refused(mixture: TinyMixture) -> None:
     with pytest.raises(ConfigError, match="multiple"):
-        setting.data(0, 3)
+        mixture.data(0, 5)
 
 
-def test_order_of_other_shards_is_refused(setting: Setting) -> None:
+def test_order_of_other_shards_is_refused(mixture: TinyMixture) -> None:
+    data = mixture.data()
     with pytest.raises(DataError, match="other shards"):
-        setting.data(sources=setting.data().sources[::-1])
+        StepData(order=data.order, sources=data.sources[::-1], encoder_tokenizer="", readers=(), pooling=PoolingSpec())
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> Setting:
-    """A setting whose first shard has one flipped byte in each of its first two records."""
-    setting = Setting(tmp_path)
-    source = ShardSet(setting.folders[0])
+def damaged(tmp_path: Path) -> TinyMixture:
+    """A mixture whose first shard has one flipped byte in each of its first two records."""
+    mixture = TinyMixture.write(tmp_path)
+    source = ShardSet(tmp_path / "texts")
     path = source.folder / source.manifest.shards[0].name
     raw = bytearray(path.read_bytes())
     first = 512
@@ -229,10 +185,10 @@ def damaged(tmp_path: Path) -> Setting:
     raw[first + 9] ^= 1
     raw[second + 9] ^= 1
     path.write_bytes(raw)
-    return setting
+    return mixture
 
 
-def test_damaged_record_stops_the_run_by_default(damaged: Setting) -> None:
+def test_damaged_record_stops_the_run_by_default(damaged: TinyMixture) -> None:
     data = damaged.data()
     with pytest.raises(DataError, match=r"shard-000000\.tar, member .* the checksum"):
         for step in range(12):
@@ -240,7 +196,7 @@ def test_damaged_record_stops_the_run_by_default(damaged: Setting) -> None:
 
 
 def test_damaged_record_is_replaced_counted_and_named_once(
-    damaged: Setting, setting: Setting, caplog: pytest.LogCaptureFixture
+    damaged: TinyMixture, mixture: TinyMixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = damaged.data(on_error="skip")
     with caplog.at_level(logging.WARNING):
@@ -248,18 +204,18 @@ def test_damaged_record_is_replaced_counted_and_named_once(
     assert sum(batch.skipped for batch in batches) >= 3
     assert all((0, 0) not in batch.record_ids and (0, 1) not in batch.record_ids for batch in batches)
     assert len([record for record in caplog.records if "record skipped" in record.message]) == 2
-    whole = setting.data()
+    whole = mixture.data()
     for batch in batches:
         replaced = [(0, 2) if record in ((0, 0), (0, 1)) else record for record in whole[batch.step].record_ids]
         assert list(batch.record_ids) == replaced
 
 
 def test_source_with_nothing_usable_is_an_error_not_a_hang(tmp_path: Path) -> None:
-    setting = Setting(tmp_path)
-    for path in setting.folders[0].glob("*.tar"):
+    mixture = TinyMixture.write(tmp_path)
+    for path in (tmp_path / "texts").glob("*.tar"):
         path.write_bytes(bytes(len(path.read_bytes())))
     with pytest.raises(DataError, match="in a row"):
-        setting.data(on_error="skip")[0]
+        mixture.data(on_error="skip")[0]
 
 
 @pytest.mark.parametrize("schedule", ["sample", "same_batch"])
@@ -290,8 +246,7 @@ def test_decoders_on_the_same_batch_run_one_after_the_other(mixture: TinyMixture
         assert first.part_idx == second.part_idx and first.batch.tasks == second.batch.tasks
 
 
-def test_a_run_names_its_tasks(mixture: TinyMixture, setting: Setting) -> None:
-    assert setting.data().tasks == ("reconstruction", "continuation")
+def test_a_run_names_its_tasks(mixture: TinyMixture) -> None:
     assert mixture.data().tasks == ("reconstruction", "continuation", "few_shot", "long_context")
 
 

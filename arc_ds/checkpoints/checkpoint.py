@@ -23,7 +23,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def find_resumable(directory: Path) -> Path | None:
     Each rank verifies a part of the files. A warning names every incomplete or corrupted checkpoint that is skipped,
     with the file at fault. Checkpoints are ordered by step; `latest` is only information for people and other programs.
     """
-    for path in _everywhere(lambda: list_checkpoints(directory)[::-1]):
+    for path in dist.broadcast_object(list_checkpoints(directory)[::-1]):  # hosts may see a folder differently
         faults = check_checkpoint(path)
         if not faults:
             return path
@@ -177,7 +177,7 @@ def prune_checkpoints(directory: Path, *, keep_last: int, keep_every: int) -> No
 
 def _make_room(directory: Path, final: Path, temporary: Path) -> None:
     """Prepare the directory for a save on rank 0; errors are raised on all ranks."""
-    if _everywhere(final.exists) and not check_checkpoint(final):
+    if dist.broadcast_object(final.exists()) and not check_checkpoint(final):
         raise CheckpointError(
             f"{final} already holds a whole checkpoint and is not overwritten. "
             "Resume from it (checkpoint.resume=auto), or choose another run_dir."
@@ -241,8 +241,3 @@ def _sizes_match(path: Path) -> bool:
 
 def _rng_name(rank: int) -> str:
     return f"rng_{rank:05d}.json"
-
-
-def _everywhere(decide: Callable[[], Any]) -> Any:
-    """Run `decide` on rank 0 and return its result on all ranks, because hosts may see a folder differently."""
-    return dist.broadcast_object(decide() if dist.is_main() else None)

@@ -25,7 +25,6 @@ from arc_ds.inference.load import ArcSourceFolder, open_arc_folder, open_decoder
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.decoder import Decoder
-from arc_ds.model.encoder import Encoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor, build_port
 from arc_ds.model.weights import (
@@ -252,25 +251,21 @@ def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, 
     generator = torch.Generator().manual_seed(config.seed)
     if spec.memory_tokens and config.encoder.init_from is None:
         set_parameter(compressor, "encoder.memory", torch.ones(spec.memory_tokens, spec.backbone.hidden_size))
-    start = _marker_start(config, compressor.encoder)
+    table_VD = compressor.encoder.tok_embeddings.weight
+    if config.markers.init == "ones":
+        start_1D = torch.ones(1, spec.backbone.hidden_size)
+    else:
+        ids = load_tokenizer(encoder_tokenizer_path(config.encoder)).encode(MARKER_TEXT)
+        with gathered([table_VD]):
+            start_1D = table_VD.detach()[ids[-1:]].to("cpu", torch.float32, copy=True)
     for port_idx in fresh_ports:
         port = build_port(spec, port_idx)
         for marker in (port.cont, port.rec):
             if marker is not None:
-                marker.data.copy_(start)
+                marker.data.copy_(start_1D)
         init_bridge(port.bridge, config.bridge.init, generator)
         for name, parameter in port.named_parameters():
             set_parameter(compressor, f"ports.{port_idx}.{name}", parameter.detach())
-
-
-def _marker_start(config: RunConfig, encoder: Encoder) -> torch.Tensor:
-    """Initial value of a fresh marker, float32 [1, D]."""
-    if config.markers.init == "ones":
-        return torch.ones(1, encoder.config.hidden_size)
-    ids = load_tokenizer(encoder_tokenizer_path(config.encoder)).encode(MARKER_TEXT)
-    table_VD = encoder.tok_embeddings.weight
-    with gathered([table_VD]):
-        return table_VD.detach()[ids[-1:]].to("cpu", torch.float32, copy=True)
 
 
 def _tokenizer_path(named: str | None, backbone: str, what: str) -> Path:

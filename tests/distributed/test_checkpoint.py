@@ -19,19 +19,10 @@ from torch import Tensor, nn
 
 from arc_ds.checkpoints import checkpoint
 from arc_ds.checkpoints.checkpoint import TrainerState, find_resumable, load_checkpoint, save_checkpoint
+from arc_ds.training.optim import ParamGroup, PortAdamW
 from tests.helpers.distributed import RankError, run_on_ranks
 
 GLOBAL_BATCH = 4
-
-
-class _SkippingAdamW(torch.optim.AdamW):
-    """Updates only active groups, like the trainer's optimizer."""
-
-    def step(self, closure: Any = None) -> None:
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if group["active"]]
-        super().step(closure)
-        self.param_groups = groups
 
 
 class _Net(nn.Module):
@@ -56,11 +47,12 @@ def _engine(seed: int = 0, zero_stage: int = 3) -> Any:
 
     torch.manual_seed(seed)
     net = _Net()
-    groups = [
-        {"params": [net.trunk.weight, net.marker], "lr": 1e-2, "weight_decay": 0.1, "active": True},
-        {"params": list(net.bridges[0].parameters()), "lr": 3e-2, "weight_decay": 0.0, "active": True},
-        {"params": list(net.bridges[1].parameters()), "lr": 5e-2, "weight_decay": 0.3, "active": True},
-    ]
+    parts = (
+        ("trunk", (net.trunk.weight, net.marker), 1e-2, 0.1),
+        ("bridge.0", tuple(net.bridges[0].parameters()), 3e-2, 0.0),
+        ("bridge.1", tuple(net.bridges[1].parameters()), 5e-2, 0.3),
+    )
+    groups = [ParamGroup(name=n, params=p, port=None, peak_lr=lr, weight_decay=decay) for n, p, lr, decay in parts]
     zero = {"stage": zero_stage, "stage3_param_persistence_threshold": 20, "sub_group_size": 40}
     config = {
         "train_batch_size": GLOBAL_BATCH,
@@ -68,7 +60,9 @@ def _engine(seed: int = 0, zero_stage: int = 3) -> Any:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
     }
-    engine, *_ = deepspeed.initialize(model=net, optimizer=_SkippingAdamW(groups), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=net, optimizer=PortAdamW(groups, betas=(0.9, 0.999), eps=1e-8), config=config
+    )
     for index, group in enumerate(engine.optimizer.optimizer.param_groups):
         group["index"] = index
     return engine

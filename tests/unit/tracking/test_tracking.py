@@ -113,28 +113,18 @@ def test_a_server_that_hangs_does_not_hold_the_step(tmp_path: Path) -> None:
     assert tracker.close() and Counter(server.points) == _expected(100)
 
 
-def test_a_server_that_comes_back_gets_what_it_missed(tmp_path: Path) -> None:
-    server = _FakeServer()
-    server.trouble = _fail
-    tracker = _tracker(tmp_path, server)
-    _log_steps(tracker, 1, 50)
-    tracker.flush(timeout_s=0.1)
-    server.trouble = lambda _when: None
-    assert tracker.flush(timeout_s=5)
-    _log_steps(tracker, 51, 60)
-    assert tracker.close()
-    assert Counter(server.points) == _expected(60)
-
-
-def test_an_answer_that_got_lost_makes_no_double_point(tmp_path: Path) -> None:
-    server = _FakeServer()
-    lost = iter([True] * 3)
-    server.trouble = lambda when: _fail(when) if when == "after send" and next(lost, False) else None
+@pytest.mark.parametrize(
+    "when", ["before open", "after open", "before describe", "before steps", "before send", "after send"]
+)
+def test_a_failure_at_any_point_loses_no_metric_and_doubles_none(tmp_path: Path, when: str) -> None:
+    """After "send", the metrics have arrived and only the answer is lost."""
+    server, failures = _FakeServer(), iter([True] * 3)
+    server.trouble = lambda now: _fail(now) if now == when and next(failures, False) else None
     tracker = _tracker(tmp_path, server)
     _log_steps(tracker, 1, 300)
     tracker.flush(timeout_s=5)
-    assert tracker.close() and len(list(lost)) < 3
-    assert Counter(server.points) == _expected(300)
+    assert tracker.close() and len(list(failures)) < 3
+    assert Counter(server.points) == _expected(300) and len(server.runs) == 1
 
 
 @settings(max_examples=15, deadline=None)

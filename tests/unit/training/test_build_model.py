@@ -18,6 +18,7 @@ from arc_ds.export.formats import write_export
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.planning.sizes import longest_sequence
+from arc_ds.tokenizers import load_tokenizer
 from arc_ds.training.build_model import compressor_spec, open_decoders, open_starting_weights, starting_compressor
 from tests.helpers.tiny_data import write_json_tokenizer
 from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf
@@ -72,6 +73,12 @@ def test_the_backbone_is_the_start_where_no_weights_are_named(config_file: Path,
     found = dict(_start(config).named_parameters())
     name = "encoder.layers.0.attention.wq.weight"
     assert not torch.equal(found[name], trained.tensors[name])
+
+
+def test_markers_may_start_as_the_embedding_of_a_line_break(config_file: Path) -> None:
+    found = dict(_start(load_config(config_file, ["markers.init=embedding"])).named_parameters())
+    idx = load_tokenizer(config_file.parent / "encoder").encode("\n")[-1]
+    assert torch.equal(found["ports.1.rec"], found["encoder.tok_embeddings.weight"][idx : idx + 1])
 
 
 @pytest.mark.parametrize(

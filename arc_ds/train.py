@@ -90,7 +90,6 @@ def train(config: RunConfig, run: Run, more_hooks: Sequence[Hook] = ()) -> int:
 
 def _make_hooks(config: RunConfig, run: Run, folder: RunFolder, watchdog: Watchdog, stop: StopRequest) -> list[Hook]:
     """The hooks of a run. Collective."""
-    show_progress = sys.stderr.isatty()
     return [
         WatchdogHook(watchdog),
         MetricsHook(
@@ -98,7 +97,6 @@ def _make_hooks(config: RunConfig, run: Run, folder: RunFolder, watchdog: Watchd
             every=config.log_every,
             encoder=config.encoder,
             peak_flops=peak_bf16_flops(run.device) if config.precision == "bf16" else None,
-            show_progress=show_progress,
         ),
         NonFiniteHook(max_skipped_steps=config.optimizer.max_skipped_steps),
         CheckpointHook(save=folder.save, every=config.checkpoint.every),
@@ -108,7 +106,6 @@ def _make_hooks(config: RunConfig, run: Run, folder: RunFolder, watchdog: Watchd
             done=folder.last_logged(VALIDATION_KEY),
             alive=watchdog.alive,
             is_stopped=stop.is_set,
-            show_progress=show_progress,
         ),
     ]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 from tqdm import tqdm
 
@@ -77,30 +78,26 @@ class MetricsHook(Hook):
     every: int
     encoder: EncoderConfig
     peak_flops: float | None
-    show_progress: bool
     _pending: list[StepResult] = field(default_factory=list, init=False)
     _meter: Meter = field(default_factory=Meter, init=False)
     _started: float = field(default=0.0, init=False)
-    _bar: tqdm | None = field(default=None, init=False)
+    _bar: tqdm = field(init=False)
 
     def on_start(self, run: Run) -> None:
         self._started = time.perf_counter()
         run.around_pauses.append(self._around_pause)
-        if self.show_progress and dist.is_main():
-            self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", desc="train", dynamic_ncols=True)
+        self._bar = _progress_bar("train", run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         self._pending.append(result)
         self._meter.add(batch, self._flops(run, batch))
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
         if run.step % self.every == 0:
             self.flush(run)
 
     def on_end(self, run: Run) -> None:
         self.flush(run)
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def flush(self, run: Run) -> None:
         """Log all pending step results. Collective."""
@@ -151,7 +148,7 @@ class MetricsHook(Hook):
 
     def _report(self, run: Run, metrics: dict[str, float], step_s: float) -> None:
         loss, tokens = metrics["train/loss"], metrics["speed/encoder_tokens_per_s"]
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens:,.0f} encoder tokens/s")
             return
         remaining = timedelta(seconds=int((run.total_steps - run.step) * step_s))
@@ -180,7 +177,6 @@ class ValidationHook(Hook):
     done: int | None
     alive: Callable[[], None]
     is_stopped: Callable[[], bool]
-    show_progress: bool
 
     def on_start(self, run: Run) -> None:
         if self.every and run.step % self.every == 0 and self.done != run.step:
@@ -216,8 +212,7 @@ class ValidationHook(Hook):
     def _scores(self, run: Run, validator: Validator) -> list[dict[str, TaskScores]]:
         tasks, names = ", ".join(validator.tasks), ", ".join(run.decoder_names)
         logger.info("step %d: validating %d samples of %s for %s", run.step, validator.num_samples, tasks, names)
-        is_shown = self.show_progress and dist.is_main()
-        with tqdm(total=validator.num_forwards, desc="validate", leave=False, disable=not is_shown) as bar:
+        with _progress_bar("validate", validator.num_forwards, leave=False) as bar:
 
             def before_forward() -> bool:
                 bar.update()
@@ -252,6 +247,11 @@ class CheckpointHook(Hook):
         with run.pause():
             self.save(run)
         self._last = run.step
+
+
+def _progress_bar(desc: str, total: int, **options: Any) -> tqdm:
+    """A bar on rank 0's terminal. Without a terminal it shows nothing."""
+    return tqdm(desc=desc, total=total, disable=None if dist.is_main() else True, **options)
 
 
 def _step_metrics(run: Run, result: StepResult) -> dict[str, float]:

@@ -69,9 +69,7 @@ class _Validation(ValidationHook):
     def __init__(self, every: int = 5, done: int | None = None, is_stopped: Any = lambda: False) -> None:
         self.steps: list[int] = []
         self.num_alive = 0
-        super().__init__(
-            log=self._note, every=every, done=done, alive=self._alive_once, is_stopped=is_stopped, show_progress=False
-        )
+        super().__init__(log=self._note, every=every, done=done, alive=self._alive_once, is_stopped=is_stopped)
 
     def _note(self, step: int, metrics: dict[str, float]) -> None:
         assert VALIDATION_KEY in metrics
@@ -184,7 +182,7 @@ def _two_steps(
     )  # fmt: skip
     logged: dict[int, dict[str, float]] = {}
     encoder = EncoderConfig(backbone="", trained_layers=1, train_embeddings=False)
-    hook = MetricsHook(log=logged.__setitem__, every=every, encoder=encoder, peak_flops=peak, show_progress=False)
+    hook = MetricsHook(log=logged.__setitem__, every=every, encoder=encoder, peak_flops=peak)
     hook.on_start(run)
     for step in (1, 2):
         run.step = step

@@ -197,9 +197,12 @@ def test_a_first_batch_that_cannot_be_made_ends_the_run_before_any_step(monkeypa
 
 def test_a_batch_is_made_again_where_another_rank_needs_more_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks exchange it one step ahead, and before the first step separately. Each rank announces its own number."""
-    found = _fit(_Run(), monkeypatch, other=(3, 1, 2, 1, 1))
+    run = _Run()
+    found = _fit(run, monkeypatch, other=(3, 1, 2, 1, 1))
     assert found.batches == [_Batch(0, 3), _Batch(1, 1), _Batch(2, 2), _Batch(3, 1)]
     assert [notice.num_splits for notice in found.told] == [1, 1, 1, 0]
+    waited_s, remade = run.clock.read()
+    assert waited_s > 0 and remade == 2
 
 
 def test_a_rank_that_needs_the_most_makes_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """One rank of a training run: parse, build, fit, close. A launcher starts it:
 
-    arc-ds train CONFIG.yaml [key.path=value ...]
-    deepspeed --hostfile hosts --module arc_ds.train CONFIG.yaml [key.path=value ...]
+arc-ds train CONFIG.yaml [key.path=value ...]
+deepspeed --hostfile hosts --module arc_ds.train CONFIG.yaml [key.path=value ...]
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ import torch
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
-from arc_ds.data.loading.loader import end_workers
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED, exit_code_of
 from arc_ds.planning.sizes import check_tasks
 from arc_ds.shards.mappings import raise_descriptor_limit
 from arc_ds.system import dist
-from arc_ds.system.device import describe_device, select_device
+from arc_ds.system.device import describe_device, peak_bf16_flops, select_device
 from arc_ds.system.processes import die_with_parent
 from arc_ds.training.build import build_run
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
@@ -45,30 +44,18 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> int:
     """Train with the arguments `CONFIG.yaml [key.path=value ...]`; return the exit code (`launch.exit_codes`)."""
     hold_stop_signals()
-    # If a rank is killed, its DataLoader workers would block forever while handing over their batches.
-    os.register_at_fork(after_in_child=die_with_parent)
     raise_descriptor_limit()
     dist.setup_logging()
     config = _parse(argv)
     device = select_device(config.device, dist.local_rank())
-    check_attention(config, device)
+    check_attention(config.attention_backend, device)
     dist.init_distributed(device)
     with dist.fail_together():
         check_tasks(config)
         check_paths(config)
         check_run_folder(config)
     run = build_run(config, device)
-    folder = RunFolder.open(run)
-    status = "FAILED"
-    try:
-        with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=config.stall_limit_s) as watchdog:
-            logger.info("%s", _in_words(run))
-            with use_attention(config.attention_backend):
-                code = fit(run, make_hooks(run, folder, watchdog, stop), stop)
-        status = "FINISHED" if code == EXIT_OK else "KILLED"
-    finally:
-        folder.close(status)
-        end_workers()
+    code = train(config, run)
     if code == EXIT_PREEMPTED:
         logger.info("stopped and saved at step %d as requested; the same command resumes from there", run.step)
     # DeepSpeed's launcher kills all ranks when one exits with a nonzero code. Wait: rank 0 may still send metrics.
@@ -77,31 +64,48 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def check_attention(config: RunConfig, device: torch.device) -> None:
+def check_attention(backend: str, device: torch.device) -> None:
     """Raise ConfigError if the config requires Triton attention on a device that cannot run it."""
-    if config.attention_backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
             "attention_backend is triton, but the run is on the CPU. Set attention_backend=auto (or reference), or run "
             "on a GPU."
         )
 
 
-def make_hooks(run: Run, folder: RunFolder, watchdog: Watchdog, stop: StopRequest) -> list[Hook]:
+def train(config: RunConfig, run: Run, more_hooks: Sequence[Hook] = ()) -> int:
+    """Resume the run from its folder and train it to its end or to a stop; return the exit code. Collective."""
+    folder = RunFolder(config, run)
+    status = "FAILED"
+    try:
+        with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=config.stall_limit_s) as watchdog:
+            logger.info("%s", _in_words(run))
+            with use_attention(config.attention_backend):
+                code = fit(run, [*_make_hooks(config, run, folder, watchdog, stop), *more_hooks], stop)
+        status = "FINISHED" if code == EXIT_OK else "KILLED"
+    finally:
+        folder.close(status)
+    return code
+
+
+def _make_hooks(config: RunConfig, run: Run, folder: RunFolder, watchdog: Watchdog, stop: StopRequest) -> list[Hook]:
     """The hooks of a run. Collective."""
-    config = run.config
-    show_progress = sys.stderr.isatty()
     return [
         WatchdogHook(watchdog),
-        MetricsHook(folder.log, show_progress=show_progress),
-        NonFiniteHook(),
-        CheckpointHook(folder.save, every=config.checkpoint.every),
+        MetricsHook(
+            log=folder.log,
+            every=config.log_every,
+            encoder=config.encoder,
+            peak_flops=peak_bf16_flops(run.device) if config.precision == "bf16" else None,
+        ),
+        NonFiniteHook(max_skipped_steps=config.optimizer.max_skipped_steps),
+        CheckpointHook(save=folder.save, every=config.checkpoint.every),
         ValidationHook(
-            folder.log,
+            log=folder.log,
             every=config.validation.every,
             done=folder.last_logged(VALIDATION_KEY),
             alive=watchdog.alive,
-            is_stopped=lambda: stop.received is not None,
-            show_progress=show_progress,
+            is_stopped=stop.is_set,
         ),
     ]
 
@@ -117,10 +121,10 @@ def _parse(argv: Sequence[str]) -> RunConfig:
 def _in_words(run: Run) -> str:
     """Console message at the start of the run."""
     trained = sum(param.ds_numel for param in run.engine.module.parameters() if param.requires_grad)
-    if run.step >= run.config.steps:
-        return f"{run.folder}: all {run.config.steps} steps are done"
+    if run.step >= run.total_steps:
+        return f"{run.folder}: all {run.total_steps} steps are done"
     return (
-        f"{run.folder}: steps {run.step + 1} to {run.config.steps} on {dist.world_size()} rank(s) of "
+        f"{run.folder}: steps {run.step + 1} to {run.total_steps} on {dist.world_size()} rank(s) of "
         f"{describe_device(run.device)}; {trained:,} parameters trained for {', '.join(run.decoder_names)}"
     )
 

@@ -17,24 +17,18 @@ All ranks must see the same file system under the run folder. A run on several h
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arc_ds.checkpoints.manifest import (
-    FileEntry,
-    Manifest,
-    find_faults,
-    read_manifest,
-    seal_file,
-    write_manifest,
-)
+from arc_ds.checkpoints.manifest import Manifest, find_faults, read_manifest, seal_file, write_manifest
 from arc_ds.checkpoints.reshard import load_resharded
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
 from arc_ds.errors import CheckpointError
@@ -72,27 +66,22 @@ class TrainerState:
 
 
 def save_checkpoint(
-    engine: Any, directory: Path, step: int, trainer_state: TrainerState, keep_last: int, keep_every: int
+    engine: Any, directory: Path, trainer_state: TrainerState, *, keep_last: int, keep_every: int
 ) -> Path:
     """Save the engine and the trainer's state as `directory/step_NNNNNN` and return that folder. A collective.
 
     engine: a DeepSpeed engine.
-    keep_last: number of newest valid checkpoints to keep, at least 1.
+    keep_last: number of newest whole checkpoints to keep, at least 1.
     keep_every: also keep checkpoints whose step is a multiple of this number (0: none).
 
-    Raises CheckpointError if a valid checkpoint of this step exists. A damaged one is renamed and kept.
+    Raises CheckpointError if a whole checkpoint of this step exists. A damaged one is renamed and kept.
     """
-    if step != trainer_state.step:
-        raise ValueError(f"the state of step {trainer_state.step} cannot be saved as step {step}")
-    if keep_last < 1:
-        raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-    final = directory / step_name(step)
+    step = trainer_state.step
+    final = directory / f"step_{step:06d}"
     temporary = directory / f".tmp-{final.name}"
     _make_room(directory, final, temporary)
     engine.save_checkpoint(str(directory), tag=temporary.name, save_latest=False)
-    _at_phase("shards written")
     _write_own_state(temporary, trainer_state)
-    _at_phase("state written")
     own = tuple(seal_file(temporary, path) for path in _own_files(temporary))
     files = tuple(sorted((entry for part in dist.gather_objects(own) for entry in part), key=lambda entry: entry.path))
     if dist.is_main():
@@ -103,12 +92,12 @@ def save_checkpoint(
 
 
 def find_resumable(directory: Path) -> Path | None:
-    """Return the newest valid checkpoint in `directory`, or None; the same on every rank. A collective.
+    """Return the newest whole checkpoint in `directory`, or None; the same on every rank. A collective.
 
     Each rank verifies a part of the files. A warning names every incomplete or corrupted checkpoint that is skipped,
     with the file at fault. Checkpoints are ordered by step; `latest` is only information for people and other programs.
     """
-    for path in _everywhere(lambda: list_checkpoints(directory)[::-1]):
+    for path in dist.broadcast_object(list_checkpoints(directory)[::-1]):  # hosts may see a folder differently
         faults = check_checkpoint(path)
         if not faults:
             return path
@@ -118,7 +107,7 @@ def find_resumable(directory: Path) -> Path | None:
 
 
 def check_checkpoint(path: Path) -> list[str]:
-    """List the faults of a checkpoint; the same list on every rank, empty if it is valid. A collective."""
+    """List the faults of a checkpoint; the same list on every rank, empty if it is whole. A collective."""
     try:
         files = read_manifest(path).files
         faults = find_faults(path, files[dist.rank() :: dist.world_size()])
@@ -130,17 +119,14 @@ def check_checkpoint(path: Path) -> list[str]:
 def load_checkpoint(engine: Any, path: Path) -> TrainerState:
     """Load weights, optimizer and random states into a fresh engine and return the trainer's state. A collective.
 
-    Checksums are verified first. If another number of ranks wrote the checkpoint, the ZeRO-3 shards are resharded
+    path: a whole checkpoint (see `check_checkpoint`): it contains pickles, and their checksums are not verified here.
+
+    If another number of ranks wrote the checkpoint, the ZeRO-3 shards are resharded
     (values stay bit-exact) and the random states are left unchanged, because they belong to ranks. Frozen parameters
     of the engine are loaded too. DeepSpeed requires an engine that has neither saved nor trained yet.
 
-    Raises CheckpointError if the checkpoint is not valid or belongs to another model.
+    Raises CheckpointError if the checkpoint belongs to another model.
     """
-    faults = check_checkpoint(path)
-    if faults:
-        raise CheckpointError(
-            f"{path} is not a valid checkpoint: {'; '.join(faults)}. Resume from another one (checkpoint.resume=PATH)."
-        )
     manifest = read_manifest(path)
     if manifest.world_size == dist.world_size():
         _load_shards(engine, path)
@@ -160,45 +146,40 @@ def read_trainer_state(path: Path) -> TrainerState:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """List the step folders in a directory, oldest step first, valid or not. Empty if the directory does not exist."""
+    """List the step folders in a directory, oldest step first, whole or not. Empty if the directory does not exist."""
     found = [path for path in directory.glob("step_*") if path.is_dir() and _STEP_FOLDER.fullmatch(path.name)]
     return sorted(found, key=step_of)
-
-
-def step_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
-    return f"step_{step:06d}"
 
 
 def step_of(path: Path) -> int:
     """Return the step in a checkpoint folder's name. Raises CheckpointError for any other name."""
     match = _STEP_FOLDER.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path} is not a checkpoint folder: expected a name like {step_name(100)}.")
+        raise CheckpointError(f"{path} is not a checkpoint folder: expected a name like step_000100.")
     return int(match.group(1))
 
 
-def prune_checkpoints(directory: Path, *, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete old checkpoints and return the deleted folders. Call it in one process only.
+def prune_checkpoints(directory: Path, *, keep_last: int, keep_every: int) -> None:
+    """Delete old checkpoints. Call it in one process only.
 
     Keeps the `keep_last` newest ones and those whose step is a multiple of `keep_every`. A folder without a manifest,
     or with a file of another size than its manifest says, is neither counted nor deleted: it may not be ours.
     """
-    whole = [path for path in list_checkpoints(directory) if _sizes_match(path)]
-    doomed = [path for path in whole[:-keep_last] if not (keep_every and step_of(path) % keep_every == 0)]
-    for path in doomed:
+    ours = [path for path in list_checkpoints(directory) if _sizes_match(path)]
+    for path in ours[:-keep_last]:
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
         # Rename first: a kill during the deletion must not leave an incomplete step folder.
         trash = path.with_name(f".trash-{path.name}")
         os.replace(path, trash)
         shutil.rmtree(trash)
-    return doomed
 
 
 def _make_room(directory: Path, final: Path, temporary: Path) -> None:
     """Prepare the directory for a save on rank 0; errors are raised on all ranks."""
-    if _everywhere(final.exists) and not check_checkpoint(final):
+    if dist.broadcast_object(final.exists()) and not check_checkpoint(final):
         raise CheckpointError(
-            f"{final} already holds a valid checkpoint and is not overwritten. "
+            f"{final} already holds a whole checkpoint and is not overwritten. "
             "Resume from it (checkpoint.resume=auto), or choose another run_dir."
         )
     if dist.is_main():
@@ -206,48 +187,37 @@ def _make_room(directory: Path, final: Path, temporary: Path) -> None:
         for leftover in [*directory.glob(".tmp-step_*"), *directory.glob(".trash-step_*")]:
             shutil.rmtree(leftover)
         if final.exists():
-            _set_aside(final)
+            names = (f"damaged-{number}-{final.name}" for number in itertools.count(1))
+            aside = next(name for name in names if not (directory / name).exists())
+            os.replace(final, directory / aside)
+            logger.warning("the damaged checkpoint %s is kept as %s", final, aside)
     dist.barrier()
 
 
-def _set_aside(path: Path) -> None:
-    number = 1
-    while (aside := path.with_name(f"damaged-{number}-{path.name}")).exists():
-        number += 1
-    os.replace(path, aside)
-    logger.warning("the damaged checkpoint %s is kept as %s", path, aside.name)
-
-
 def _write_own_state(folder: Path, trainer_state: TrainerState) -> None:
-    rank = dist.rank()
-    (folder / _rng_name(rank)).write_text(json.dumps(capture_rng()), encoding="utf-8")
-    if rank == 0:
-        state = {**asdict(trainer_state), "versions": dict(trainer_state.versions), "extra": dict(trainer_state.extra)}
-        (folder / _TRAINER_NAME).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    (folder / _rng_name(dist.rank())).write_text(json.dumps(capture_rng()), encoding="utf-8")
+    if dist.is_main():
+        state = json.dumps(asdict(trainer_state), indent=1) + "\n"
+        (folder / _TRAINER_NAME).write_text(state, encoding="utf-8")
 
 
 def _own_files(folder: Path) -> list[Path]:
     """The files that this rank wrote: those with its number in the name. Rank 0 also owns all files without one."""
-    rank = dist.rank()
-    mine = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+
+    def owner(path: Path) -> int:
         match = _RANK_IN_NAME.search(path.relative_to(folder).as_posix())
-        if (int(match.group(1)) if match else 0) == rank:
-            mine.append(path)
-    return mine
+        return int(match.group(1)) if match else 0
+
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and owner(path) == dist.rank()]
 
 
 def _publish(temporary: Path, final: Path, manifest: Manifest) -> None:
     for folder in {(temporary / entry.path).parent for entry in manifest.files}:
         sync_folder(folder)
-    _at_phase("files sealed")
     write_manifest(temporary, manifest)
-    _at_phase("manifest written")
     os.replace(temporary, final)
     sync_folder(final.parent)
-    _at_phase("folder renamed")
     write_whole(final.parent / LATEST_NAME, final.name + "\n")
-    _at_phase("latest moved")
 
 
 def _load_shards(engine: Any, path: Path) -> None:
@@ -264,20 +234,10 @@ def _load_shards(engine: Any, path: Path) -> None:
 
 def _sizes_match(path: Path) -> bool:
     try:
-        entries: tuple[FileEntry, ...] = read_manifest(path).files
-        return all((path / entry.path).stat().st_size == entry.size for entry in entries)
+        return all((path / entry.path).stat().st_size == entry.size for entry in read_manifest(path).files)
     except (CheckpointError, OSError):
         return False
 
 
 def _rng_name(rank: int) -> str:
     return f"rng_{rank:05d}.json"
-
-
-def _at_phase(_name: str) -> None:
-    """Called between the phases of a save, as a hook for fault injection in tests."""
-
-
-def _everywhere(decide: Callable[[], Any]) -> Any:
-    """Run `decide` on rank 0 and return its result on all ranks, because hosts may see a folder differently."""
-    return dist.broadcast_object(decide() if dist.is_main() else None)

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: name, size and checksum of every file in its folder.
 
-A checkpoint is *valid* if its manifest can be read and matches its own digest, and every listed file has the recorded
-size and checksum. DeepSpeed's pickles are loaded from valid checkpoints only. Without this check, a flipped byte in a
+A checkpoint is *whole* if its manifest can be read and matches its own digest, and every listed file has the recorded
+size and checksum. DeepSpeed's pickles are loaded from whole checkpoints only. Without this check, a flipped byte in a
 shard would be loaded silently.
 """
 
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a valid checkpoint: it has no {MANIFEST_NAME}.") from None
+        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {MANIFEST_NAME}.") from None
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): the checkpoint is damaged.") from error
     if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):

@@ -12,7 +12,7 @@ rank holds the concatenated pieces of each sub-group.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,19 +47,17 @@ class _Shards:
     per_rank: tuple[Mapping[str, Any], ...]
     places: Mapping[str, _Place]
 
-    def flat(self, rank: int, sub_group: int, key: str) -> Tensor:
-        """The flat tensor of one state (`_MASTER`: the fp32 weights) in one rank's file."""
-        file = self.per_rank[rank]
-        if key == _MASTER:
-            return file["fp32_flat_groups"][sub_group]
-        return file["optimizer_state_dict"]["state"][sub_group][key]
-
     def pieces(self, name: str, key: str) -> list[Tensor]:
-        """The pieces of one state of a parameter on the old ranks, with padding, as unread views."""
+        """The pieces of one state (`_MASTER`: the fp32 weights) of a parameter on the old ranks, as unread views."""
         place = self.places[name]
         size = _piece_numel(place.numel, len(self.per_rank))
-        ranks = range(len(self.per_rank))
-        return [self.flat(rank, place.sub_group, key).narrow(0, place.offset, size) for rank in ranks]
+        flats = (
+            file["fp32_flat_groups"][place.sub_group]
+            if key == _MASTER
+            else file["optimizer_state_dict"]["state"][place.sub_group][key]
+            for file in self.per_rank
+        )
+        return [flat.narrow(0, place.offset, size) for flat in flats]
 
 
 def cut_anew(pieces: Sequence[Tensor], numel: int, *, rank: int, world_size: int) -> Tensor:
@@ -86,7 +84,7 @@ def _piece_numel(numel: int, world_size: int) -> int:
 
 
 def load_resharded(engine: Any, path: Path, written_by: int) -> None:
-    """Load a valid ZeRO-3 checkpoint of `written_by` ranks into an engine of another world size. A collective.
+    """Load a whole ZeRO-3 checkpoint of `written_by` ranks into an engine of another world size. A collective.
 
     Weights and optimizer states stay bit-exact. Each parameter group keeps its own hyperparameters and step count.
 
@@ -100,7 +98,7 @@ def load_resharded(engine: Any, path: Path, written_by: int) -> None:
         )
     model_states = [_read(path, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(written_by)]
     model_state = model_states[0]
-    shards = _open_shards(path, written_by, model_state)
+    shards = _open_shards(path, written_by, model_state["param_shapes"])
     _check_same_parameters(path, engine, shards)
     optimizer = engine.optimizer
     optimizer.checkpoint_event_prologue()
@@ -116,11 +114,12 @@ def load_resharded(engine: Any, path: Path, written_by: int) -> None:
     engine.skipped_steps = model_state["skipped_steps"]
 
 
-def _open_shards(path: Path, written_by: int, model_state: Mapping[str, Any]) -> _Shards:
-    files = [_optimizer_file(path, rank) for rank in range(written_by)]
-    per_rank = tuple(_read(path, name)["optimizer_state_dict"] for name in files)
+def _open_shards(path: Path, written_by: int, param_shapes: Sequence[Mapping[str, Any]]) -> _Shards:
+    """param_shapes: shapes of the parameters by name, for each sub-group."""
+    files = (_read(path, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(written_by))
+    per_rank = tuple(file["optimizer_state_dict"] for file in files)
     places = {}
-    for sub_group, shapes in enumerate(model_state["param_shapes"]):
+    for sub_group, shapes in enumerate(param_shapes):
         offset = 0
         for name, shape in shapes.items():
             numel = torch.Size(shape).numel()
@@ -132,23 +131,17 @@ def _open_shards(path: Path, written_by: int, model_state: Mapping[str, Any]) ->
     return _Shards(per_rank=per_rank, places=places)
 
 
-def _optimizer_file(path: Path, rank: int) -> str:
-    found = [file.name for file in path.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")]
-    if len(found) != 1:
-        raise CheckpointError(f"{path} has {len(found)} optimizer files of rank {rank}, expected one.")
-    return found[0]
-
-
-def _read(path: Path, name: str) -> Any:
-    try:
-        # This is a pickle. The caller has verified the folder's manifest.
-        return torch.load(path / name, map_location="cpu", mmap=True, weights_only=False)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {name}: it was not written by a ZeRO-3 engine.") from None
+def _read(path: Path, pattern: str) -> Any:
+    files = list(path.glob(pattern))
+    if len(files) != 1:
+        raise CheckpointError(f"{path} has {len(files)} files {pattern}, but a ZeRO-3 engine writes one.")
+    # This is a pickle. The caller has verified the folder's manifest.
+    return torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)
 
 
 def _check_same_parameters(path: Path, engine: Any, shards: _Shards) -> None:
-    expected = {name: param.ds_numel for name, param in _named(engine, itertools.chain(*engine.optimizer.fp16_groups))}
+    trained = itertools.chain(*engine.optimizer.fp16_groups)
+    expected = {engine.param_names[param]: param.ds_numel for param in trained}
     found = {name: place.numel for name, place in shards.places.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
@@ -166,7 +159,7 @@ def _state_of_rank(path: Path, engine: Any, shards: _Shards) -> dict[str, Any]:
     masters: list[Tensor] = []
     states: dict[int, dict[str, Any]] = {}
     for new_id, params in enumerate(engine.optimizer.fp16_groups):
-        names = [name for name, _ in _named(engine, params)]
+        names = [engine.param_names[param] for param in params]
         masters.append(_joined(shards, names, _MASTER))
         old_id = shards.places[names[0]].sub_group
         old_state = saved["optimizer_state_dict"]["state"].get(old_id, {})
@@ -184,8 +177,11 @@ def _state_of_rank(path: Path, engine: Any, shards: _Shards) -> dict[str, Any]:
 
 
 def _joined(shards: _Shards, names: list[str], key: str) -> Tensor:
-    place = {"rank": torch_dist.get_rank(), "world_size": torch_dist.get_world_size()}
-    return torch.cat([cut_anew(shards.pieces(name, key), shards.places[name].numel, **place) for name in names])
+    return torch.cat([_own_piece(shards.pieces(name, key), shards.places[name].numel) for name in names])
+
+
+def _own_piece(pieces: Sequence[Tensor], numel: int) -> Tensor:
+    return cut_anew(pieces, numel, rank=torch_dist.get_rank(), world_size=torch_dist.get_world_size())
 
 
 def _is_flat(value: Any, saved: Mapping[str, Any], sub_group: int) -> bool:
@@ -206,17 +202,12 @@ def _param_groups(path: Path, engine: Any, saved_groups: list[dict[str, Any]]) -
     ]
 
 
-def _named(engine: Any, params: Iterable[Any]) -> list[tuple[str, Any]]:
-    return [(engine.param_names[param], param) for param in params]
-
-
 def _load_frozen(engine: Any, model_states: Sequence[Mapping[str, Any]]) -> None:
     """Load frozen parameters. They are stored next to the module's state and are split in the same way."""
-    place = {"rank": torch_dist.get_rank(), "world_size": torch_dist.get_world_size()}
     params = {engine.param_names[param]: param for param in engine.module.parameters()}
     for name in model_states[0]["frozen_param_fragments"] or {}:
         pieces = [state["frozen_param_fragments"][name] for state in model_states]
-        params[name].ds_tensor.data.copy_(cut_anew(pieces, params[name].ds_numel, **place))
+        params[name].ds_tensor.data.copy_(_own_piece(pieces, params[name].ds_numel))
 
 
 def _load_buffers(engine: Any, model_state: Mapping[str, Any]) -> None:

@@ -14,11 +14,10 @@ from arc_ds.errors import CheckpointError
 
 def capture_rng() -> dict[str, Any]:
     """States of the generators of Python, numpy and torch, and of the current accelerator if it is in use."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
         "torch": _encode(torch.get_rng_state()),
     }
     if (device := _accelerator_in_use()) is not None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from arc_ds.config.schema import RunConfig
+from arc_ds.config.schema import EncoderConfig
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.weights.locate import locate
@@ -19,22 +19,23 @@ _NUM_BLOCKS = 64
 _SUFFIXES = (".safetensors", ".pth", ".gguf", ".bin")
 
 
-def weight_digests(config: RunConfig, encoder: BackboneConfig, decoders: Sequence[BackboneConfig]) -> dict[str, str]:
+def weight_digests(
+    encoder: EncoderConfig, sizes: BackboneConfig, decoders: Sequence[tuple[str, BackboneConfig]]
+) -> dict[str, str]:
     """sha256 of each backbone, and of `encoder.init_from` if it is set, by config key.
 
-    encoder: sizes of the encoder's backbone, included in its digest.
-    decoders: sizes of each decoder's backbone, included in its digest.
+    sizes: sizes of the encoder's backbone, included in its digest.
+    decoders: path of each decoder's backbone, and its sizes, which are included in its digest.
 
     Files are hashed by `files_digest`. The encoder backbone's files are hashed only if training starts from them.
     Raises WeightsError if a file cannot be read.
     """
-    init_from = config.encoder.init_from
-    digests = {"encoder.backbone": _digest(encoder, config.encoder.backbone if init_from is None else None)}
-    if init_from is not None:
-        found = sorted(path for path in Path(init_from).rglob("*") if path.suffix in _SUFFIXES)
-        digests["encoder.init_from"] = files_digest(found)
-    for idx, (decoder, sizes) in enumerate(zip(config.decoders, decoders, strict=True)):
-        digests[f"decoders.{idx}.backbone"] = _digest(sizes, decoder.backbone)
+    digests = {"encoder.backbone": _digest(sizes, encoder.backbone if encoder.init_from is None else None)}
+    if encoder.init_from is not None:
+        files = sorted(path for path in Path(encoder.init_from).rglob("*") if path.suffix in _SUFFIXES)
+        digests["encoder.init_from"] = files_digest(files)
+    for idx, (path, decoder_sizes) in enumerate(decoders):
+        digests[f"decoders.{idx}.backbone"] = _digest(decoder_sizes, path)
     return digests
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from arc_ds.checkpoints.checkpoint import TrainerState, list_checkpoints, read_trainer_state
@@ -20,7 +19,6 @@ from arc_ds.checkpoints.manifest import find_faults, read_manifest
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.errors import CheckpointError
 from arc_ds.model.spec import CompressorSpec
-from arc_ds.system.device import accelerator_name
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +81,7 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
 
 def _join_shards(checkpoint: Path) -> Mapping[str, Tensor]:
     # No GPU is needed. Without this variable DeepSpeed detects an accelerator at import and logs the result.
-    os.environ.setdefault("DS_ACCELERATOR", accelerator_name(torch.device("cpu")))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Standard output is reserved for the command's own output. DeepSpeed prints its progress there, and its logger
     # keeps the stream that it sees at the first import.
     with redirect_stdout(sys.stderr):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -59,10 +60,6 @@ def _run(module: str, arguments: list[str]) -> tuple[int, str | None]:
         return int(import_module(module).main(arguments)), None
     except ArcError as error:
         return exit_code_of(error), str(error)
-    except SystemExit as stop:
-        if stop.code is None or isinstance(stop.code, int):
-            return int(stop.code or EXIT_OK), None
-        return EXIT_FAILED, str(stop.code)
     except BaseException:
         sys.stderr.write(f"rank {os.environ.get('RANK')} failed:\n{traceback.format_exc()}")
         return EXIT_FAILED, None
@@ -76,34 +73,31 @@ def write_status(status: RankStatus) -> None:
 
 def read_statuses(folder: Path) -> dict[int, RankStatus]:
     """The statuses written so far, by rank."""
-    found = sorted(folder.glob("rank_*.json"))
-    return {int(path.stem.removeprefix("rank_")): RankStatus(**json.loads(path.read_text())) for path in found}
+    paths = sorted(folder.glob("rank_*.json"))
+    return {int(path.stem.removeprefix("rank_")): RankStatus(**json.loads(path.read_text())) for path in paths}
 
 
 def _die_with_wrapper() -> None:
     """End this process when the wrapper dies. The launcher's processes in between may not notice that."""
-    wrapper = int(os.environ[WRAPPER_PID_VARIABLE])
-    threading.Thread(target=_wait_and_die, args=(wrapper,), daemon=True, name="wait-for-wrapper").start()
 
+    def wait_and_die() -> None:
+        _wait_for_end(int(os.environ[WRAPPER_PID_VARIABLE]))
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def _wait_and_die(pid: int) -> None:
-    _wait_for_end(pid)
-    os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=wait_and_die, daemon=True, name="wait-for-wrapper").start()
 
 
 def _wait_for_end(pid: int) -> None:
     """Return when process `pid` no longer exists. With pidfd, an unreaped zombie counts as gone."""
-    try:
+    with suppress(ProcessLookupError):
         if hasattr(os, "pidfd_open"):
-            waiting = select.poll()
-            waiting.register(os.pidfd_open(pid), select.POLLIN)
-            waiting.poll()
+            end = select.poll()
+            end.register(os.pidfd_open(pid), select.POLLIN)
+            end.poll()
             return
         while True:
             os.kill(pid, 0)
             time.sleep(1.0)
-    except ProcessLookupError:
-        return
 
 
 if __name__ == "__main__":

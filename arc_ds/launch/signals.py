@@ -7,16 +7,9 @@ its handler, it would wait in a collective for ranks that are still training, an
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, wait
-from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-_POLL_S = 0.1
-_T = TypeVar("_T")
 
 
 class StopRequest:
@@ -29,16 +22,15 @@ class StopRequest:
     together with the label counts of a step (`step.train_step`).
     """
 
-    def __init__(self, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
-        self._signals = signals
-        self._received: int | None = None
+    def __init__(self) -> None:
+        self._is_set = False
         self._former: dict[signal.Signals, Any] = {}
         self._former_mask: set[signal.Signals] = set()
 
     def __enter__(self) -> StopRequest:
-        for number in self._signals:
-            self._former[number] = signal.signal(number, self._on_signal)
-        self._former_mask = set(signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals))  # type: ignore[arg-type]
+        for number in STOP_SIGNALS:
+            self._former[number] = signal.signal(number, self.set)
+        self._former_mask = set(signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))  # type: ignore[arg-type]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,38 +42,13 @@ class StopRequest:
                 signal.signal(number, handler)
         self._former.clear()
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._received = number
+    def is_set(self) -> bool:
+        """Whether this rank has received a stop signal."""
+        return self._is_set
 
-    @property
-    def received(self) -> str | None:
-        """Name of the signal that this rank has received, or None."""
-        return None if self._received is None else signal.Signals(self._received).name
-
-    def wait_for(self, call: Callable[[], _T]) -> _T | None:
-        """Run `call` in a separate thread and return or raise its outcome; return None as soon as a stop is requested.
-
-        Use it for slow calls whose result a stopping run does not need. After a stop the thread continues in the
-        background. It must not hold anything that the rest of the run needs. It does not keep the process alive.
-        """
-        outcome: Future[_T] = Future()
-        if self._received is None:
-            threading.Thread(target=_settle, args=(outcome, call), daemon=True).start()
-        while self._received is None:
-            if wait([outcome], timeout=_POLL_S).done:
-                return outcome.result()
-        return None
-
-    def set(self) -> None:
-        """Request the stop without a signal (time limit, test)."""
-        self._received = int(signal.SIGUSR1)
-
-
-def _settle(outcome: Future[_T], call: Callable[[], _T]) -> None:
-    try:
-        outcome.set_result(call())
-    except BaseException as error:  # the caller handles it
-        outcome.set_exception(error)
+    def set(self, *_: object) -> None:
+        """Request the stop. The signals' handler."""
+        self._is_set = True
 
 
 def hold_stop_signals() -> None:

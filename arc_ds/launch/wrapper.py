@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -80,20 +79,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose_num_procs(asked: int | None, device_request: str) -> int:
+def choose_num_procs(requested: int | None, device_request: str) -> int:
     """Number of ranks to start on this host. Raises ConfigError if it is below 1 or above the number of GPUs."""
-    if asked is None:
+    if requested is None:
         return num_local_devices(device_request)
-    if asked < 1:
-        raise ConfigError(f"--num-procs is {asked}, expected at least 1")
-    if _on_cpu(device_request):
-        return asked
-    if asked > num_local_devices(device_request):
+    if requested < 1:
+        raise ConfigError(f"--num-procs is {requested}, expected at least 1")
+    if wanted_kind(device_request) == "cuda" and requested > num_local_devices(device_request):
         raise ConfigError(
-            f"--num-procs is {asked}, but this host has {num_local_devices(device_request)} devices. "
+            f"--num-procs is {requested}, but this host has {num_local_devices(device_request)} devices. "
             "Request at most that many, or run on the CPU with device=cpu."
         )
-    return asked
+    return requested
 
 
 def launch(module: str, arguments: Sequence[str], *, num_procs: int, device_request: str = "auto") -> int:
@@ -106,7 +103,7 @@ def launch(module: str, arguments: Sequence[str], *, num_procs: int, device_requ
     with tempfile.TemporaryDirectory(prefix="arc_ds_launch_") as folder:
         environment = _environment(folder, num_procs, device_request)
         command = _command(module, arguments, num_procs, environment)
-        watch = _Watch(folder=Path(folder), num_procs=num_procs)
+        watch = _Watch(Path(folder), num_procs)
         former = {number: signal.signal(number, watch.on_signal) for number in _FORWARDED}
         try:
             # Own session: Ctrl-C in the terminal reaches only this process, which forwards it.
@@ -138,73 +135,62 @@ def _environment(folder: str, num_procs: int, device_request: str) -> dict[str, 
     environment = {**os.environ, STATUS_FOLDER_VARIABLE: folder, WRAPPER_PID_VARIABLE: str(os.getpid())}
     # By default torch uses all cores in every process, so processes would compete for them.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_procs)))
-    if _on_cpu(device_request):
+    if wanted_kind(device_request) == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
 
 
-def _on_cpu(device_request: str) -> bool:
-    return wanted_kind(device_request) == "cpu"
-
-
-@dataclass(kw_only=True)
 class _Watch:
     """Forwards signals to the ranks while they run."""
 
-    folder: Path
-    num_procs: int
-    _asked: signal.Signals | None = None
-    _interrupts: int = 0
-    _told: set[int] = field(default_factory=set)
-    _over_since: float | None = None
+    def __init__(self, folder: Path, num_procs: int) -> None:
+        self._folder = folder
+        self._num_procs = num_procs
+        self._signal: signal.Signals | None = None
+        self._interrupts = 0
+        self._signalled: set[int] = set()
+        self._over_since: float | None = None
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            self._interrupts += 1
+        self._interrupts += number == signal.SIGINT
         # Ranks handle Ctrl-C like any other stop: save, then end.
-        self._asked = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
+        self._signal = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
 
     def until_end(self, launcher: subprocess.Popen[bytes]) -> None:
         """Forward signals until the launcher has ended, and kill processes that should have ended."""
         while launcher.poll() is None:
-            statuses = read_statuses(self.folder)
-            self._pass_on(statuses)
+            statuses = read_statuses(self._folder)
+            self._forward(statuses)
             if self._should_be_over(statuses) or self._interrupts > 1:
                 _kill_session(launcher.pid, statuses)
             time.sleep(_POLL_S)
         # Ranks may outlive the launcher.
-        _kill_session(launcher.pid, read_statuses(self.folder))
+        _kill_session(launcher.pid, read_statuses(self._folder))
 
-    def _pass_on(self, statuses: Mapping[int, RankStatus]) -> None:
+    def _forward(self, statuses: Mapping[int, RankStatus]) -> None:
         """Signal each rank once, including ranks that start later."""
-        if self._asked is None:
+        if self._signal is None:
             return
         for rank, status in statuses.items():
-            if rank not in self._told and status.exit_code is None:
-                with suppress(ProcessLookupError):
-                    os.kill(status.pid, self._asked)
-                self._told.add(rank)
+            if rank not in self._signalled and status.exit_code is None:
+                _kill(status.pid, self._signal)
+                self._signalled.add(rank)
 
     def _should_be_over(self, statuses: Mapping[int, RankStatus]) -> bool:
         """Whether the grace period since the first failure, or since the end of all ranks, has expired."""
-        codes = [_code(status) for status in statuses.values()]
-        failed = any(code not in (None, EXIT_OK, EXIT_PREEMPTED) for code in codes)
-        if not failed and not (len(codes) == self.num_procs and None not in codes):
+        running = [status for status in statuses.values() if status.exit_code is None and _kill(status.pid, 0)]
+        codes = [status.exit_code for status in statuses.values() if status not in running]
+        failed = any(code not in (EXIT_OK, EXIT_PREEMPTED) for code in codes)  # None: it was killed
+        if not failed and len(codes) < self._num_procs:
             return False
         self._over_since = self._over_since or time.monotonic()
         return time.monotonic() - self._over_since > GRACE_S
 
 
-def _code(status: RankStatus) -> int | None:
-    """Exit code of a rank: EXIT_FAILED if it was killed, None while it is running."""
-    if status.exit_code is not None:
-        return status.exit_code
-    return None if _is_running(status.pid) else EXIT_FAILED
-
-
-def _is_running(pid: int) -> bool:
+def _kill(pid: int, number: int) -> bool:
+    """Send a signal (0: none); return whether the process exists."""
     try:
-        os.kill(pid, 0)
+        os.kill(pid, number)
     except ProcessLookupError:
         return False
     return True
@@ -216,8 +202,7 @@ def _kill_session(leader: int, statuses: Mapping[int, RankStatus]) -> None:
         os.killpg(leader, signal.SIGKILL)
     for status in statuses.values():
         if status.exit_code is None:
-            with suppress(ProcessLookupError):
-                os.kill(status.pid, signal.SIGKILL)
+            _kill(status.pid, signal.SIGKILL)
 
 
 def _result(statuses: Mapping[int, RankStatus], num_procs: int, launcher_code: int) -> int:
@@ -226,13 +211,14 @@ def _result(statuses: Mapping[int, RankStatus], num_procs: int, launcher_code: i
         return launcher_code if launcher_code > 0 else EXIT_FAILED
     codes = {rank: statuses[rank].exit_code if rank in statuses else None for rank in range(num_procs)}
     killed = [rank for rank, code in codes.items() if code is None]
-    failed = [code for code in codes.values() if code not in (None, EXIT_OK, EXIT_PREEMPTED)]
-    if failed and set(failed) == {EXIT_USER_ERROR}:
-        raise ArcError("\n".join(dict.fromkeys(status.message for status in statuses.values() if status.message)))
-    if failed:
-        for words in dict.fromkeys(status.message for status in statuses.values() if status.message):
-            logger.error("%s", words)
-        return next(code for code in failed if code is not None)
+    failures = [code for code in codes.values() if code not in (None, EXIT_OK, EXIT_PREEMPTED)]
+    messages = dict.fromkeys(status.message for status in statuses.values() if status.message)
+    if failures and set(failures) == {EXIT_USER_ERROR}:
+        raise ArcError("\n".join(messages))
+    if failures:
+        for message in messages:
+            logger.error("%s", message)
+        return failures[0] or EXIT_FAILED
     if killed:
         logger.error("ranks %s were killed; the next start resumes from the last checkpoint", killed)
         return EXIT_FAILED

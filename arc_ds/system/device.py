@@ -16,31 +16,28 @@ from arc_ds.errors import ConfigError
 from arc_ds.system.processes import num_cores
 
 GIB = 1 << 30
-# Dense bf16 matrix products in FLOP/s, from vendor data sheets (NVIDIA's list twice as much, "with sparsity"). A row
-# matches a device if the device name contains all words of the row. More specific rows come first.
-_PEAK_BF16: tuple[tuple[frozenset[str], float], ...] = tuple(
-    (frozenset(words.split()), tera * 1e12)
-    for words, tera in (
-        ("A100", 312.0),
-        ("A30", 165.0),
-        ("A40", 149.7),
-        ("A10", 125.0),
-        ("L4", 121.0),
-        ("L40", 181.05),
-        ("L40S", 362.05),
-        ("H100 PCIe", 756.0),
-        ("H100 NVL", 835.5),
-        ("H100", 989.4),
-        ("H200 NVL", 835.5),
-        ("H200", 989.4),
-        ("GH200", 989.4),
-        ("B200", 2250.0),
-        ("GB200", 2500.0),
-        ("MI250X", 191.5),  # one of its two dies; torch treats each die as a device
-        ("MI300X", 1307.4),
-        ("MI325X", 1307.4),
-    )
-)
+# Dense bf16 matrix products in teraFLOP/s, from vendor data sheets (NVIDIA's list twice as much, "with sparsity"). A
+# row matches a device if the device name contains all words of the row. More specific rows come first.
+_PEAK_BF16 = {
+    "A100": 312.0,
+    "A30": 165.0,
+    "A40": 149.7,
+    "A10": 125.0,
+    "L4": 121.0,
+    "L40": 181.05,
+    "L40S": 362.05,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.5,
+    "H100": 989.4,
+    "H200 NVL": 835.5,
+    "H200": 989.4,
+    "GH200": 989.4,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+    "MI250X": 191.5,  # one of its two dies; torch treats each die as a device
+    "MI300X": 1307.4,
+    "MI325X": 1307.4,
+}
 REQUESTS = ("auto", "cuda", "cpu")  # allowed values of `device`; auto uses a GPU if there is one
 
 
@@ -111,11 +108,6 @@ def backend_name(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def accelerator_name(device: torch.device) -> str:
-    """DeepSpeed's name for the device type (value of DS_ACCELERATOR)."""
-    return device.type
-
-
 def synchronize(device: torch.device) -> None:
     """Wait for all work queued on the device. Used for timing; the step itself never calls it."""
     if device.type == "cuda":
@@ -158,7 +150,7 @@ def peak_bf16_flops_of(name: str) -> float | None:
     words = set(re.split(r"[\s-]+", name))
     if "MIG" in words:
         return None
-    return next((peak for needed, peak in _PEAK_BF16 if needed <= words), None)
+    return next((tera * 1e12 for row, tera in _PEAK_BF16.items() if words.issuperset(row.split())), None)
 
 
 def describe_device(device: torch.device) -> str:

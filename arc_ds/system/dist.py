@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 
 from arc_ds.errors import ArcError
-from arc_ds.system.device import accelerator_name, backend_name
+from arc_ds.system.device import backend_name
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +72,16 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
-def init_distributed(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
+def init_distributed(device: torch.device) -> None:
     """Join the process group through DeepSpeed. A process without a launcher forms a group of one. Safe to call again.
 
-    timeout: maximum waiting time of a collective.
+    A collective waits for 30 minutes at most.
     """
     if not under_launcher():
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         os.environ.update({name: str(value) for name, value in alone.items()})
     # DeepSpeed selects its accelerator at import time; without this variable it would use a GPU even for device=cpu.
-    os.environ.setdefault("DS_ACCELERATOR", accelerator_name(device))
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
     # Torch renamed collectives that DeepSpeed 0.19 still calls; the warning would appear at every step.
@@ -88,7 +89,7 @@ def init_distributed(device: torch.device, timeout: timedelta = timedelta(minute
     if device.type == "cpu":
         # Otherwise the first start compiles a C++ extension for about 90 s, and fails without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend_name(device), timeout=timeout, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend_name(device), timeout=timedelta(minutes=30), verbose=False)
 
 
 def close_distributed() -> None:
@@ -115,12 +116,6 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
-def all_ranks_agree(value: Any) -> bool:
-    """Whether all ranks have equal values (e.g. a config hash or a data fingerprint). Collective."""
-    values = gather_objects(value)
-    return all(other == values[0] for other in values)
-
-
 def raise_together(error: Exception | None) -> None:
     """If at least one rank has an error, raise it on every rank. Collective.
 
@@ -128,13 +123,13 @@ def raise_together(error: Exception | None) -> None:
     `ArcError`. If not all ranks have the same error, the message starts with the number of that rank.
     """
     cls = type(error) if isinstance(error, ArcError) else ArcError
-    found = gather_objects(None if error is None else (cls, str(error)))
-    first = next((number for number, failure in enumerate(found) if failure is not None), None)
+    failures = gather_objects(None if error is None else (cls, str(error)))
+    first = next((number for number, failure in enumerate(failures) if failure is not None), None)
     if first is None:
         return
-    if error is not None and all(failure == found[first] for failure in found):
+    if error is not None and all(failure == failures[first] for failure in failures):
         raise error
-    cls, message = found[first]
+    cls, message = failures[first]
     raise cls(f"rank {first}: {message}") from error
 
 
@@ -161,33 +156,24 @@ class RankFilter(logging.Filter):
         return number == 0 or record.levelno >= logging.WARNING
 
 
-class _WithoutPhrase(logging.Filter):
-    """Drops records that contain a phrase."""
-
-    def __init__(self, phrase: str) -> None:
-        super().__init__()
-        self._phrase = phrase
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return self._phrase not in record.getMessage()
-
-
-def setup_logging(level: int = logging.INFO) -> None:
-    """Log to stderr through `RankFilter`, one line per record. A second call only changes the level."""
+def setup_logging() -> None:
+    """Log to stderr through `RankFilter`, one line per record. A second call does nothing."""
     root = logging.getLogger()
-    root.setLevel(level)
-    logging.getLogger("DeepSpeed").setLevel(max(level, logging.WARNING))
-    for logger_name, phrase in _CHATTER:
-        chatty = logging.getLogger(logger_name)
-        if not any(isinstance(f, _WithoutPhrase) for f in chatty.filters):
-            chatty.addFilter(_WithoutPhrase(phrase))
     if any(isinstance(f, RankFilter) for handler in root.handlers for f in handler.filters):
         return
+    root.setLevel(logging.INFO)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for logger_name, phrase in _CHATTER:
+        logging.getLogger(logger_name).addFilter(partial(_lacks, phrase))
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RankFilter())
     pattern = "%(asctime)s [%(rank)d] %(levelname)s %(name)s: %(message)s"
     handler.setFormatter(logging.Formatter(pattern, datefmt="%H:%M:%S"))
     root.addHandler(handler)
+
+
+def _lacks(phrase: str, record: logging.LogRecord) -> bool:
+    return phrase not in record.getMessage()
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from arc_ds.config.schema import TrackingConfig
 from arc_ds.tracking.metrics_log import MetricsEntry
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.version import __version__
@@ -44,57 +45,33 @@ _ENVIRONMENT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetFacts:
-    """The training data as an MLflow input.
-
-    digest: digest of the shards' manifest.
-    source: folder of the shards.
-    """
-
-    name: str
-    digest: str
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """Description of a run, in addition to its metrics.
 
     params: the resolved config, flattened.
     artifacts: text by file name (config.yaml, deepspeed.json).
     tags: from `environment_tags`.
-    datasets: the training data.
+    datasets: the training data: digest of the shards' manifest by folder of the shards.
     """
 
     params: Mapping[str, Any]
     artifacts: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
-    datasets: Sequence[DatasetFacts] = ()
+    datasets: Mapping[str, str] = field(default_factory=dict)
 
 
 def start_tracker(
-    folder: Path,
-    *,
-    uri: str | None,
-    experiment: str,
-    run_name: str | None,
-    facts: RunFacts,
-    resumed_step: int,
-    run_id: str | None = None,
+    folder: Path, config: TrackingConfig, facts: RunFacts, *, resumed_step: int, run_id: str | None = None
 ) -> Tracker:
     """Start a tracker that sends a run's metrics to MLflow. For rank 0. Returns immediately.
 
-    To track without MLflow, create `Tracker(folder, uri=None, make_server=None, resumed_step=...)` instead.
-
-    uri: tracking URI of the config; None for sqlite in the folder. MLFLOW_TRACKING_URI overrides both.
-    run_name: None for the folder's name.
     resumed_step: step of the checkpoint; 0 for a new run.
     run_id: MLflow run id of the checkpoint; None for a new run.
     """
-    uri = resolve_uri(folder, uri)
-    name = run_name or folder.resolve().name
-    make = partial(MlflowServer, uri, experiment=experiment, run_name=name, facts=facts, folder=folder.resolve())
-    return Tracker(folder, uri=without_secret(uri), make_server=make, resumed_step=resumed_step, run_id=run_id)
+    folder = folder.resolve()
+    uri = resolve_uri(folder, config.uri)
+    make_server = partial(MlflowServer, uri, config, facts, folder)
+    return Tracker(folder, uri=without_secret(uri), make_server=make_server, resumed_step=resumed_step, run_id=run_id)
 
 
 def resolve_uri(folder: Path, configured: str | None) -> str:
@@ -122,27 +99,23 @@ def package_versions() -> dict[str, str]:
     """Versions of Python, ARC-DS and its main dependencies."""
     found = {"python": platform.python_version(), "arc-ds": __version__}
     for package in _VERSIONS_OF:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def _git_commit() -> str | None:
     """Git commit of this code's checkout, with `-dirty` if files were changed; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip() or None
+    return None
 
 
 class MlflowServer:
-    """The `TrackingServer` of MLflow: one experiment of a tracking URI (http, sqlite or a folder)."""
+    """A tracking server: one experiment of a tracking URI (http, sqlite or a folder). Any method may raise."""
 
-    def __init__(self, uri: str, *, experiment: str, run_name: str, facts: RunFacts, folder: Path) -> None:
+    def __init__(self, uri: str, config: TrackingConfig, facts: RunFacts, folder: Path) -> None:
         """Import MLflow and connect. folder: the run's folder; it stores artifacts if the URI is a local database."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -155,28 +128,29 @@ class MlflowServer:
                     shutil.rmtree(leftover, ignore_errors=True)
             _make_database(database)
         self._client = MlflowClient(tracking_uri=uri)
-        self._experiment = experiment
-        self._run_name = run_name
+        self._experiment = config.experiment
+        self._run_name = config.run_name or folder.name
         self._facts = facts
         # With a database, MLflow would otherwise store artifacts in ./mlruns of the current folder.
         self._artifacts = (folder / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
 
     def open_run(self, run_key: str, run_id: str | None) -> str:
-        """Find a run by id or by key, or create it; mark it as running and return its id."""
+        """Find a run by MLflow's id or by the run's own key, or create it; mark it as running and return its id."""
         experiment_id = self._experiment_id()
         found = self._find_run(experiment_id, run_key, run_id)
         if found is None:
-            tags = {_KEY_TAG: run_key, **self._tags()}
+            tags = {_KEY_TAG: run_key, **self._facts.tags}
             return str(self._client.create_run(experiment_id, run_name=self._run_name, tags=tags).info.run_id)
         self._client.update_run(found, status="RUNNING")
         return found
 
     def describe(self, run_id: str) -> None:
-        """Write parameters, tags, datasets and artifacts. Parameters changed since the first start become tags.
+        """Write parameters, tags, datasets and artifacts. Safe to repeat.
 
+        Parameters changed since the first start become tags.
         MLflow parameters are immutable, but a resumed run may, for example, save more often or use other workers.
         """
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
         params = {key: str(value)[:_PARAM_CHARS] for key, value in self._facts.params.items()}
         known = self._client.get_run(run_id).data.params
@@ -184,10 +158,18 @@ class MlflowServer:
         changed = {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
         for part in _parts(new, _PARAMS_PER_BATCH):
             self._client.log_batch(run_id, params=part)
-        tags = [RunTag(key, value[:_TAG_CHARS]) for key, value in {**self._tags(), **changed}.items()]
+        tags = [RunTag(key, value[:_TAG_CHARS]) for key, value in {**self._facts.tags, **changed}.items()]
         for tag_part in _parts(tags, _PARAMS_PER_BATCH):
             self._client.log_batch(run_id, tags=tag_part)
-        self._log_datasets(run_id)
+        inputs = [
+            DatasetInput(
+                Dataset(Path(source).name, digest[:_DIGEST_CHARS], "local", source),
+                tags=[InputTag("mlflow.data.context", "training")],
+            )
+            for source, digest in self._facts.datasets.items()
+        ]
+        if inputs:
+            self._client.log_inputs(run_id, datasets=inputs)
         for name, text in self._facts.artifacts.items():
             self._client.log_text(run_id, text, name)
 
@@ -208,11 +190,8 @@ class MlflowServer:
             self._client.log_batch(run_id, metrics=part)
 
     def end_run(self, run_id: str, status: str) -> None:
-        """Mark the run as ended."""
+        """Mark the run as ended: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(run_id, status=status)
-
-    def _tags(self) -> dict[str, str]:
-        return {key: str(value) for key, value in self._facts.tags.items()}
 
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -240,19 +219,6 @@ class MlflowServer:
                     raise
         runs = self._client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{run_key}'", max_results=1)
         return str(runs[0].info.run_id) if runs else None
-
-    def _log_datasets(self, run_id: str) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        inputs = [
-            DatasetInput(
-                Dataset(facts.name, facts.digest[:_DIGEST_CHARS], "local", facts.source),
-                tags=[InputTag("mlflow.data.context", "training")],
-            )
-            for facts in self._facts.datasets
-        ]
-        if inputs:
-            self._client.log_inputs(run_id, datasets=inputs)
 
 
 def _make_database(path: Path) -> None:

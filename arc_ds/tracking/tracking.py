@@ -20,35 +20,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from arc_ds.tracking.metrics_log import METRICS_NAME, MetricsEntry, MetricsLog, read_metrics
 from arc_ds.tracking.tracking_state import TrackingState, load_state, save_state
+
+if TYPE_CHECKING:
+    from arc_ds.tracking.mlflow_server import MlflowServer
 
 logger = logging.getLogger(__name__)
 
 _ENTRIES_PER_BATCH = 200
 _IDLE_S = 1.0
-_LONGEST_PAUSE_S = 60.0
-
-
-class TrackingServer(Protocol):
-    """Interface of a tracking server, implemented by `mlflow_server.MlflowServer`. Any method may raise."""
-
-    def open_run(self, run_key: str, run_id: str | None) -> str:
-        """Activate the run with this key, or create it; return the server's id of the run."""
-
-    def describe(self, run_id: str) -> None:
-        """Write the run's parameters, tags, inputs and artifacts. Safe to repeat."""
-
-    def steps_of(self, run_id: str, key: str, from_step: int) -> set[int]:
-        """Steps >= `from_step` for which the server has a point of `key`."""
-
-    def send(self, run_id: str, entries: list[MetricsEntry]) -> None:
-        """Store the metrics of the entries."""
-
-    def end_run(self, run_id: str, status: str) -> None:
-        """Mark the run as ended: FINISHED, FAILED or KILLED."""
+# Pause after a failure; doubled after each further one.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 
 class Tracker:
@@ -58,44 +43,31 @@ class Tracker:
         self,
         folder: Path,
         *,
-        uri: str | None,
-        make_server: Callable[[], TrackingServer] | None,
         resumed_step: int,
+        uri: str = "",
+        make_server: Callable[[], MlflowServer] | None = None,
         run_id: str | None = None,
-        first_pause_s: float = 1.0,
     ) -> None:
         """Start a tracker in a run's folder.
 
-        uri: address of the server; None to write only the file.
+        resumed_step: number of steps that the run has already done; 0 for a new run.
+        uri: address of the server.
         make_server: creates the server; None to write only the file. The thread calls it because importing MLflow and
             preparing its database takes seconds.
-        resumed_step: number of steps that the run has already done; 0 for a new run.
         run_id: MLflow run id of the checkpoint.
-        first_pause_s: pause after a failure; doubled after each further failure, up to a minute.
         """
-        self._folder = folder
         self._log = MetricsLog(folder / METRICS_NAME, resumed_step=resumed_step)
-        self._hurry = threading.Event()
-        self._stop = threading.Event()
         self._sender: _Sender | None = None
-        self._thread: threading.Thread | None = None
-        if make_server is not None and uri is not None:
+        if make_server is not None:
             state = load_state(folder, uri=uri, resumed_step=resumed_step, run_id=run_id)
             save_state(folder, state)
-            self._sender = _Sender(folder=folder, state=state, make_server=make_server)
-            self._first_pause_s = first_pause_s
-            self._thread = threading.Thread(target=self._follow, daemon=True, name="tracking")
-            self._thread.start()
+            self._sender = _Sender(folder, state, make_server)
+            self._sender.start()
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the run; None without MLflow and before the first answer of the server."""
         return None if self._sender is None else self._sender.state.run_id
-
-    @property
-    def num_failures(self) -> int:
-        """Number of failed server operations; suitable for a metric `tracking/failures`."""
-        return 0 if self._sender is None else self._sender.num_failures
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step without waiting for a server.
@@ -109,14 +81,14 @@ class Tracker:
 
         Waits at most `timeout_s` and gives up early after two failures of the server.
         """
-        if self._sender is None:
+        sender = self._sender
+        if sender is None:
             return True
-        size = self._log.path.stat().st_size
-        deadline, failures = time.monotonic() + timeout_s, self.num_failures
-        while not self._sender.has_sent(size):
-            if time.monotonic() > deadline or self.num_failures >= failures + 2:
+        deadline, failures = time.monotonic() + timeout_s, sender.num_failures
+        while not sender.has_sent_all():
+            if time.monotonic() > deadline or sender.num_failures >= failures + 2:
                 return False
-            self._hurry.set()
+            sender.hurry.set()
             time.sleep(0.02)
         return True
 
@@ -129,58 +101,61 @@ class Tracker:
         status: FINISHED, FAILED or KILLED (stopped on purpose, can be resumed).
         """
         self._log.close()
-        if self._sender is None or self._thread is None or self._stop.is_set():
+        sender = self._sender
+        if sender is None or sender.final_status is not None:
             return True
         complete = self.flush(timeout_s)
-        self._sender.final_status = status
-        self._stop.set()
-        self._hurry.set()
-        self._thread.join(timeout=max(1.0, timeout_s if complete else 1.0))
+        sender.final_status = status
+        sender.hurry.set()
+        sender.join(timeout=max(1.0, timeout_s if complete else 1.0))
         if not complete:
             logger.warning(
                 "%s did not receive all metrics (%d failures); the next start of this run sends the rest from %s",
-                self._sender.state.uri, self._sender.num_failures, self._log.path,
-            )  # fmt: skip
+                *(sender.state.uri, sender.num_failures, self._log.path),
+            )
         return complete
 
-    def _follow(self) -> None:
-        """Body of the thread: send new entries; after each consecutive failure, wait longer."""
-        assert self._sender is not None
-        pause_s = 0.0
-        while not self._stop.is_set():
-            if self._sender.advance(self._log.path):
-                pause_s = 0.0
-            else:
-                pause_s = min(max(2 * pause_s, self._first_pause_s), _LONGEST_PAUSE_S)
-            if pause_s or self._sender.has_sent(self._log.path.stat().st_size):
-                self._hurry.wait(pause_s or _IDLE_S)
-                self._hurry.clear()
-        self._sender.finish()
 
+class _Sender(threading.Thread):
+    """Brings a server up to date with the metrics file of a folder. Others read its attributes.
 
-class _Sender:
-    """Brings a server up to date with a metrics file. Only the thread calls its methods; others read its attributes."""
+    hurry: ends a pause of the thread.
+    final_status: ends the thread once it is set.
+    """
 
-    def __init__(self, *, folder: Path, state: TrackingState, make_server: Callable[[], TrackingServer]) -> None:
+    def __init__(self, folder: Path, state: TrackingState, make_server: Callable[[], MlflowServer]) -> None:
+        super().__init__(daemon=True, name="tracking")
         self.state = state
         self.num_failures = 0
-        self.final_status = "FINISHED"
+        self.hurry = threading.Event()
+        self.final_status: str | None = None
         self._folder = folder
+        self._path = folder / METRICS_NAME
         self._make_server = make_server
-        self._server: TrackingServer | None = None
+        self._server: MlflowServer | None = None
         self._position: int | None = None
         # Steps >= `sent_step` that the server already has, by key; reset after every failure.
         self._known: dict[str, set[int]] = {}
 
-    def has_sent(self, size: int) -> bool:
-        """Whether the first `size` bytes of the file and the run's description have been sent."""
-        return self.state.described and self._position is not None and self._position >= size
+    def run(self) -> None:
+        """Send new entries until the final status is set; after each consecutive failure, wait longer."""
+        pause_s = 0.0
+        while self.final_status is None:
+            pause_s = 0.0 if self.advance() else min(max(2 * pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+            if pause_s or self.has_sent_all():
+                self.hurry.wait(pause_s or _IDLE_S)
+                self.hurry.clear()
+        self.finish(self.final_status)
 
-    def advance(self, path: Path) -> bool:
+    def has_sent_all(self) -> bool:
+        """Whether all entries of the file and the run's description have been sent."""
+        return self.state.described and self._position is not None and self._position >= self._path.stat().st_size
+
+    def advance(self) -> bool:
         """Connect if needed and send one batch. Returns False on failure; only the first failure logs a warning."""
         try:
             self._connect()
-            self._send_batch(path)
+            self._send_batch()
             return True
         except Exception as error:  # errors of a server, driver or network must not reach training
             self.num_failures += 1
@@ -188,18 +163,17 @@ class _Sender:
             if self.num_failures == 1:
                 logger.warning(
                     "%s does not accept metrics (%s: %s). The run continues; all metrics are in %s and are sent later.",
-                    self.state.uri, type(error).__name__, str(error)[:200], path,
-                )  # fmt: skip
+                    *(self.state.uri, type(error).__name__, str(error)[:200], self._path),
+                )
             return False
 
-    def finish(self) -> None:
-        """Mark the run as ended if it was opened. A failure is only counted and logged."""
+    def finish(self, status: str) -> None:
+        """Mark the run as ended if it was opened. A failure is only logged."""
         if self._server is None or self.state.run_id is None:
             return
         try:
-            self._server.end_run(self.state.run_id, self.final_status)
+            self._server.end_run(self.state.run_id, status)
         except Exception as error:
-            self.num_failures += 1
             logger.warning("the run could not be marked as ended: %s", error)
 
     def _connect(self) -> None:
@@ -213,11 +187,11 @@ class _Sender:
         self._server.describe(run_id)
         self._remember(replace(self.state, described=True))
 
-    def _send_batch(self, path: Path) -> None:
+    def _send_batch(self) -> None:
         assert self._server is not None and self.state.run_id is not None
         if self._position is None:
-            self._position = self._first_unsent(path)
-        entries = list(islice(read_metrics(path, self._position), _ENTRIES_PER_BATCH))
+            self._position = self._first_unsent()
+        entries = list(islice(read_metrics(self._path, self._position), _ENTRIES_PER_BATCH))
         if not entries:
             return
         missing = [left for entry in entries if (left := self._without_known(entry)).metrics]
@@ -226,10 +200,10 @@ class _Sender:
         self._position = entries[-1].end
         self._remember(replace(self.state, sent_step=max(self.state.sent_step, entries[-1].step)))
 
-    def _first_unsent(self, path: Path) -> int:
+    def _first_unsent(self) -> int:
         """Byte offset of the first entry of `sent_step`. That step is read again because it may get more entries."""
         position = 0
-        for entry in read_metrics(path):
+        for entry in read_metrics(self._path):
             if entry.step >= self.state.sent_step:
                 break
             position = entry.end

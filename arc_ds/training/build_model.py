@@ -7,23 +7,24 @@ so a host never holds a whole model for each of its ranks.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from arc_ds.batch.segments import Marker
-from arc_ds.config.schema import DecoderConfig, RunConfig
-from arc_ds.data.tasks.chat import count_template, read_layout
+from arc_ds.batch.segments import MARKERS
+from arc_ds.config.schema import DecoderConfig, EncoderConfig, RunConfig
+from arc_ds.data.loading.decoder_reader import ReaderFiles
+from arc_ds.data.tasks.chat import count_template
 from arc_ds.data.tasks.task import NO_CHAT, ChatRows
 from arc_ds.errors import ConfigError, TokenizerError
 from arc_ds.inference.load import ArcFolder, open_arc_folder, open_decoder
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.decoder import Decoder
-from arc_ds.model.encoder import Encoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor, build_port
 from arc_ds.model.weights import (
@@ -37,7 +38,7 @@ from arc_ds.model.weights import (
     read_backbone_config,
     set_parameter,
 )
-from arc_ds.planning.sizes import TEXT_WORDS, longest_context, longest_sequence
+from arc_ds.planning.sizes import TEXT_WORDS, longest_context
 from arc_ds.tokenizers import check_fits, load_tokenizer
 from arc_ds.training.engine import set_trained
 
@@ -50,9 +51,7 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
     Raises WeightsError if a backbone cannot be read, and ConfigError if sizes do not match.
     """
     backbone = read_backbone_config(config.encoder.backbone, config.encoder.rope_scaling)
-    sizes = [read_backbone_config(d.backbone, d.rope_scaling).hidden_size for d in config.decoders]
     pooling = config.pooling
-    kept: dict[Marker, bool] = {"cont": config.markers.cont, "rec": config.markers.rec}
     return CompressorSpec(
         backbone=backbone,
         num_layers=config.encoder.kept_layers(backbone.num_layers),
@@ -62,40 +61,16 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
         pooled_queries=pooling.pooled_queries,
         where=pooling.where,
         causal=config.encoder.causal,
-        markers=tuple(marker for marker, is_kept in kept.items() if is_kept),
+        markers=tuple(marker for marker in MARKERS if getattr(config.markers, marker)),
         bridge=config.bridge.kind,
         bridge_hidden_size=config.bridge.hidden_size,
-        decoder_sizes=tuple(sizes),
+        decoder_sizes=tuple(read_backbone_config(d.backbone, d.rope_scaling).hidden_size for d in config.decoders),
     )
 
 
-def encoder_tokenizer_path(config: RunConfig) -> Path:
+def encoder_tokenizer_path(encoder: EncoderConfig) -> Path:
     """Path of the encoder's tokenizer. Raises TokenizerError if there is none."""
-    return _tokenizer_path(config.encoder.tokenizer, config.encoder.backbone, "encoder")
-
-
-def decoder_tokenizer_paths(config: RunConfig) -> tuple[Path, ...]:
-    """Path of each decoder's tokenizer. Raises TokenizerError if one is missing."""
-    return tuple(_tokenizer_path(d.tokenizer, d.backbone, f"decoder {d.name}") for d in config.decoders)
-
-
-def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> dict[str, str]:
-    """Check all tokenizers; return the fingerprints of tokenizers and chat templates by config key.
-
-    Raises TokenizerError if a tokenizer has ids beyond its model's embedding or lacks the requested chat template.
-    """
-    tokenizer = load_tokenizer(encoder_tokenizer_path(config))
-    check_fits(tokenizer, spec.backbone.vocab_size, config.encoder.backbone)
-    fingerprints = {"encoder": tokenizer.fingerprint}
-    for idx, (decoder, path) in enumerate(zip(config.decoders, decoder_tokenizer_paths(config), strict=True)):
-        vocab_size = read_backbone_config(decoder.backbone, decoder.rope_scaling).vocab_size
-        tokenizer = load_tokenizer(path)
-        check_fits(tokenizer, vocab_size, decoder.backbone)
-        fingerprints[f"decoders.{idx}"] = tokenizer.fingerprint
-        if decoder.chat_template != "none":
-            layout = read_layout(decoder.chat_template, tokenizer, path)
-            fingerprints[f"decoders.{idx}.chat_template"] = hashlib.sha256(repr(layout).encode()).hexdigest()
-    return fingerprints
+    return _tokenizer_path(encoder.tokenizer, encoder.backbone, "encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,27 +95,27 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
     """
     names: dict[str, Any]
     tensors: TensorSource
-    if config.encoder.init_from is None:
-        tensors = open_backbone(
-            config.encoder.backbone, config.encoder.rope_scaling, max_positions=longest_context(config)
-        )
-        names = {"prefix": "encoder.", "skip": _is_memory, "allow_unused": beyond_layers(spec.num_layers)}
+    encoder = config.encoder
+    if encoder.init_from is None:
+        tensors = open_backbone(encoder.backbone, encoder.rope_scaling, max_positions=longest_context(config))
+        names = {"prefix": "encoder.", "skip": "memory".__eq__, "allow_unused": beyond_layers(spec.num_layers)}
         fresh_ports = tuple(range(len(config.decoders)))
     else:
-        folder = open_arc_folder(Path(config.encoder.init_from), Path(config.encoder.backbone))
+        folder = open_arc_folder(Path(encoder.init_from), Path(encoder.backbone))
         _check_same_meaning(config, spec, folder)
         tensors = folder.tensors
         num_given = len(folder.spec.decoder_sizes)
         fresh_ports = tuple(n for n, d in enumerate(config.decoders) if d.fresh_bridge or n >= num_given)
         prefixes = tuple(f"ports.{n}." for n in fresh_ports)
         names = {"skip": lambda name: name.startswith(prefixes), "allow_unused": lambda name: name.startswith("ports.")}
-    with torch.device("meta"):
-        compressor = _build(config, spec)
+    try:
+        with torch.device("meta"):
+            compressor = build_compressor(spec)
+        for port_idx in fresh_ports:
+            check_bridge_init(cast(DecoderPort, compressor.ports[port_idx]).bridge, config.bridge.init)
+    except ValueError as error:
+        raise ConfigError(f"the config's sizes do not match: {error}") from error
     check_fit(compressor, tensors, **names)
-    for port_idx in fresh_ports:
-        port = compressor.ports[port_idx]
-        assert isinstance(port, DecoderPort)
-        _check_bridge(port, config)
     return StartingWeights(tensors=tensors, names=names, fresh_ports=fresh_ports)
 
 
@@ -157,7 +132,7 @@ def starting_compressor(
     within: `engine.partitioned`, which makes this a collective. By default the compressor is whole, float32 on the CPU.
     """
     with torch.device("meta") if within is None else within:
-        compressor = _build(config, spec)
+        compressor = build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
     load_backbone(compressor, weights.tensors, **weights.names)
     _fill_rest(compressor, config, spec, weights.fresh_ports)
     set_trained(
@@ -169,15 +144,21 @@ def starting_compressor(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderWeights:
-    """A decoder of the run.
+class DecoderFiles:
+    """The opened and checked files of a decoder of the run.
 
     shape: the decoder on the "meta" device.
     tensors: source of its weights.
+    placement: as configured.
+    reader: its tokenizer and chat template.
+    fingerprints: of the tokenizer and the chat template, by config key.
     """
 
     shape: Decoder
     tensors: TensorSource
+    placement: str
+    reader: ReaderFiles
+    fingerprints: Mapping[str, str]
 
     @property
     def num_parameters(self) -> int:
@@ -196,31 +177,42 @@ class DecoderWeights:
         return decoder.eval()
 
 
-def open_decoders(config: RunConfig) -> tuple[DecoderWeights, ...]:
-    """Open the run's decoders. Reads sizes, and the tokenizers of decoders with a chat template.
+def open_decoders(
+    decoders: Sequence[DecoderConfig], longest_sequence: Callable[[ChatRows], int]
+) -> tuple[DecoderFiles, ...]:
+    """Open the run's decoders. Reads sizes and tokenizers.
+
+    longest_sequence: maximum number of decoder rows of one sequence, from the rows that a chat template adds.
 
     Raises WeightsError if a tensor is missing or has the wrong shape, or if a sequence can exceed a decoder's attention
-    window. Raises TokenizerError under the conditions of `read_layout`.
+    window. Raises TokenizerError if a tokenizer has ids beyond its decoder's embedding, or under the conditions of
+    `read_layout`.
     """
     opened = []
-    for decoder, tokenizer_path in zip(config.decoders, decoder_tokenizer_paths(config), strict=True):
+    for idx, decoder in enumerate(decoders):
+        path = _tokenizer_path(decoder.tokenizer, decoder.backbone, f"decoder {decoder.name}")
+        files = ReaderFiles(tokenizer=path, chat_template=decoder.chat_template)
+        reader = files.load()
+        fingerprints = {f"decoders.{idx}": reader.tokenizer.fingerprint}
+        chat = NO_CHAT
+        if decoder.chat_template != "none":
+            chat = ChatRows(*count_template(reader.layout, reader.tokenizer), TEXT_WORDS)
+            layout_digest = hashlib.sha256(repr(reader.layout).encode()).hexdigest()
+            fingerprints[f"decoders.{idx}.chat_template"] = layout_digest
         shape, tensors = open_decoder(
             Path(decoder.backbone),
             decoder.rope_scaling,
             activation_checkpointing=decoder.activation_checkpointing,
-            max_positions=longest_sequence(config, _chat_rows(decoder, tokenizer_path)),
+            max_positions=longest_sequence(chat),
         )
         check_fit(shape, tensors)
-        opened.append(DecoderWeights(shape=shape, tensors=tensors))
+        check_fits(reader.tokenizer, shape.config.vocab_size, decoder.backbone)
+        opened.append(
+            DecoderFiles(
+                shape=shape, tensors=tensors, placement=decoder.placement, reader=files, fingerprints=fingerprints
+            )
+        )
     return tuple(opened)
-
-
-def _chat_rows(decoder: DecoderConfig, tokenizer_path: Path) -> ChatRows:
-    if decoder.chat_template == "none":
-        return NO_CHAT
-    tokenizer = load_tokenizer(tokenizer_path)
-    layout = read_layout(decoder.chat_template, tokenizer, tokenizer_path)
-    return ChatRows(*count_template(layout, tokenizer), TEXT_WORDS)
 
 
 def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFolder) -> None:
@@ -254,56 +246,30 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
         )
 
 
-def _build(config: RunConfig, spec: CompressorSpec) -> Compressor:
-    try:
-        return build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
-    except ValueError as error:
-        raise ConfigError(f"the config's sizes do not match: {error}") from error
-
-
-def _check_bridge(port: DecoderPort, config: RunConfig) -> None:
-    try:
-        check_bridge_init(port.bridge, config.bridge.init)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
 def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, fresh_ports: tuple[int, ...]) -> None:
     """Initialize the parameters that were not loaded; identical on all ranks."""
     generator = torch.Generator().manual_seed(config.seed)
-    encoder = compressor.encoder
     if spec.memory_tokens and config.encoder.init_from is None:
         set_parameter(compressor, "encoder.memory", torch.ones(spec.memory_tokens, spec.backbone.hidden_size))
-    start = _marker_start(config, encoder)
+    table_VD = compressor.encoder.tok_embeddings.weight
+    if config.markers.init == "ones":
+        start_1D = torch.ones(1, spec.backbone.hidden_size)
+    else:
+        ids = load_tokenizer(encoder_tokenizer_path(config.encoder)).encode(MARKER_TEXT)
+        with gathered([table_VD]):
+            start_1D = table_VD.detach()[ids[-1:]].to("cpu", torch.float32, copy=True)
     for port_idx in fresh_ports:
         port = build_port(spec, port_idx)
         for marker in (port.cont, port.rec):
             if marker is not None:
-                marker.data.copy_(start)
+                marker.data.copy_(start_1D)
         init_bridge(port.bridge, config.bridge.init, generator)
         for name, parameter in port.named_parameters():
             set_parameter(compressor, f"ports.{port_idx}.{name}", parameter.detach())
 
 
-def _marker_start(config: RunConfig, encoder: Encoder) -> torch.Tensor:
-    """Initial value of a fresh marker, float32 [1, D]."""
-    if config.markers.init == "ones":
-        return torch.ones(1, encoder.config.hidden_size)
-    tokenizer = load_tokenizer(encoder_tokenizer_path(config))
-    ids = tokenizer.encode(MARKER_TEXT)
-    table_VD = encoder.tok_embeddings.weight
-    with gathered([table_VD]):
-        return table_VD.detach()[ids[-1:]].to("cpu", torch.float32, copy=True)
-
-
-def _is_memory(name: str) -> bool:
-    return name == "memory"
-
-
 def _tokenizer_path(named: str | None, backbone: str, what: str) -> Path:
-    if named is not None:
-        return Path(named)
-    found = find_tokenizer(Path(backbone))
-    if found is None:
+    path = Path(named) if named is not None else find_tokenizer(Path(backbone))
+    if path is None:
         raise TokenizerError(f"{what}: no tokenizer next to {backbone}; copy one there or set the `tokenizer` key")
-    return found
+    return path

@@ -68,23 +68,8 @@ def build_engine(compressor: Compressor, optimizer: PortAdamW, ds_config: Mappin
     return _initialize(compressor, ds_config, optimizer)
 
 
-def port_optimizer(engine: DeepSpeedEngine) -> PortAdamW:
-    """The client optimizer inside DeepSpeed's ZeRO optimizer."""
-    return engine.optimizer.optimizer
-
-
-def prefetch_is_traced(engine: DeepSpeedEngine) -> bool:
-    """Whether ZeRO-3 has recorded the module order and therefore prefetches parameters.
-
-    It records the order in the second pass and discards it permanently if a later pass differs.
-    """
-    zero = engine.optimizer
-    offload = getattr(zero, "parameter_offload", zero)
-    return offload.get_param_coordinator().is_complete_trace()
-
-
 def choose_placement(
-    choice: str, *, decoder_bytes: int, free_bytes: int | None, world_size: int, local_world_size: int | None = None
+    choice: str, *, decoder_bytes: int, free_bytes: int | None, world_size: int, local_world_size: int
 ) -> Placement:
     """Resolve the placement "auto"; any other choice is returned unchanged.
 
@@ -94,16 +79,16 @@ def choose_placement(
     "zero3": otherwise; sharded over all ranks.
 
     free_bytes: free memory of the device; None for devices such as the CPU that do not report it.
-    local_world_size: number of ranks on this host; default `world_size`.
+    local_world_size: number of ranks on this host.
     """
     if choice != "auto":
         return choice  # type: ignore[return-value]
     if world_size == 1 or free_bytes is None or decoder_bytes <= REPLICATED_SHARE * free_bytes:
         return "replicated"
-    local = local_world_size or world_size
     # hpZ needs groups of equal size with more than one rank, and more than one group.
-    can_be_hpz = 1 < local < world_size and world_size % local == 0
-    return "zero3+hpz" if can_be_hpz and decoder_bytes <= REPLICATED_SHARE * free_bytes * local else "zero3"
+    can_be_hpz = 1 < local_world_size < world_size and world_size % local_world_size == 0
+    fits_on_host = decoder_bytes <= REPLICATED_SHARE * free_bytes * local_world_size
+    return "zero3+hpz" if can_be_hpz and fits_on_host else "zero3"
 
 
 @contextmanager
@@ -117,26 +102,23 @@ def partitioned(ds_config: Mapping[str, Any]) -> Iterator[None]:
     import deepspeed
     from deepspeed.utils import groups
 
-    with _hpz_groups(_hpz_ranks(ds_config)):
+    with _hpz_groups(ds_config):
         # Pass the config instead of `dtype`: with `dtype`, DeepSpeed 0.19.8 always builds bfloat16 on the CPU.
         group = groups._get_zero_param_intra_parallel_group()
         with deepspeed.zero.Init(config_dict_or_path=dict(ds_config), zero_param_parallel_group=group):
             yield
 
 
-def place_decoder(
-    decoder: Decoder, placement: Placement, *, device: torch.device | str, ds_config: Mapping[str, Any] | None = None
-) -> PlacedDecoder:
-    """Place a frozen decoder, whole or built under `partitioned`, for use in steps. Collective.
+def place_decoder(decoder: Decoder, ds_config: Mapping[str, Any] | None = None) -> PlacedDecoder:
+    """Place a frozen decoder for use in steps. Collective.
 
-    ds_config: required for sharded placements (ValueError if missing), from
-        `config.deepspeed.resolve_decoder_deepspeed`; it contains the size of hpZ groups.
+    decoder: whole on its device, or built under `partitioned`.
+    ds_config: of a sharded decoder's engine, from `config.deepspeed.resolve_decoder_deepspeed`; it contains the size of
+        hpZ groups. None: every rank has the whole decoder.
     """
     decoder.requires_grad_(False)
-    if placement == "replicated":
-        return PlacedDecoder(module=decoder.to(device))
     if ds_config is None:
-        raise ValueError(f"a decoder placed {placement!r} needs a DeepSpeed config for its engine")
+        return PlacedDecoder(module=decoder)
     engine = _initialize(decoder, ds_config)
     return PlacedDecoder(module=engine.module, engine=engine)
 
@@ -146,18 +128,14 @@ def _initialize(module: nn.Module, ds_config: Mapping[str, Any], optimizer: Port
 
     # One gather per layer. Also, some methods use a norm's weight without triggering ZeRO-3's hooks.
     deepspeed.utils.set_z3_leaf_modules(module, [Block])
-    with _hpz_groups(_hpz_ranks(ds_config)):
+    with _hpz_groups(ds_config):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
     return engine
 
 
-def _hpz_ranks(ds_config: Mapping[str, Any]) -> int:
-    return ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
-
-
 @contextmanager
-def _hpz_groups(num_ranks: int) -> Iterator[None]:
-    """Give one engine hpZ groups of `num_ranks` ranks (1: none), independent of engines built before.
+def _hpz_groups(ds_config: Mapping[str, Any]) -> Iterator[None]:
+    """Give one engine the hpZ groups of its config, independent of engines built before.
 
     DeepSpeed 0.19 keeps these groups in a global variable. It shards every engine by that variable regardless of the
     engine's config, and it cannot create the groups for an engine without an optimizer (AttributeError).
@@ -167,6 +145,7 @@ def _hpz_groups(num_ranks: int) -> Iterator[None]:
     before = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     try:
+        num_ranks = ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
         if num_ranks > 1:
             groups._create_zero_param_parallel_group(num_ranks)
         yield

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
 from tqdm import tqdm
 
+from arc_ds.config.schema import EncoderConfig
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.planning.flops import count_flops
 from arc_ds.system import dist
-from arc_ds.system.device import GIB, peak_bf16_flops, peak_memory_bytes
+from arc_ds.system.device import GIB, peak_memory_bytes
 from arc_ds.training.meters import COUNTS, Meter, Totals
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
@@ -27,14 +31,14 @@ LogMetrics = Callable[[int, dict[str, float]], None]
 VALIDATION_KEY = "validation/seconds"
 
 
-class Hook(Protocol):
-    """A hook of the training loop, called on every rank. Hooks may contain collectives.
+class Hook:
+    """A hook of the training loop, called on every rank. By default it does nothing. Hooks may contain collectives.
 
     priority: hooks with lower numbers run first. Metrics run before all hooks that write. The checkpoint is saved
         before validation because validation may take long.
     """
 
-    priority: int
+    priority = 99
 
     def on_start(self, run: Run) -> None:
         """Called before the first step of this process."""
@@ -46,61 +50,54 @@ class Hook(Protocol):
         """Called after the last step, also if a stop was requested."""
 
 
-class WatchdogHook:
+@dataclass
+class WatchdogHook(Hook):
     """Resets the watchdog after each step."""
 
     priority = 0
-
-    def __init__(self, watchdog: Watchdog) -> None:
-        self._watchdog = watchdog
-
-    def on_start(self, run: Run) -> None:
-        self._watchdog.alive()
+    watchdog: Watchdog
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        self._watchdog.alive()
-
-    def on_end(self, run: Run) -> None:
-        self._watchdog.alive()
+        self.watchdog.alive()
 
 
-class MetricsHook:
-    """Logs loss, gradient norm and learning rates of every step, and speed, memory and data metrics at `log_every`.
+@dataclass(kw_only=True)
+class MetricsHook(Hook):
+    """Logs loss, gradient norm and learning rates of every step; every `every` steps also speed, memory and data.
 
-    MFU is logged for bf16 on devices with a known peak: required operations as a share of the peak (`flops.py`).
     Step results stay on the device until the next report, so the step itself never synchronizes for them.
+
+    log: logs the metrics of a step.
+    encoder: its trained parts, for MFU.
+    peak_flops: peak FLOP/s of the device, for MFU: required operations as a share of the peak (`flops.py`). None: no
+        MFU.
     """
 
     priority = 10
-
-    def __init__(self, log: LogMetrics, *, show_progress: bool) -> None:
-        self._log = log
-        self._show = show_progress
-        self._pending: list[StepResult] = []
-        self._meter = Meter()
-        self._started = 0.0
-        self._peak_flops: float | None = None
-        self._bar: tqdm | None = None
+    log: LogMetrics
+    every: int
+    encoder: EncoderConfig
+    peak_flops: float | None
+    _pending: list[StepResult] = field(default_factory=list, init=False)
+    _meter: Meter = field(default_factory=Meter, init=False)
+    _started: float = field(default=0.0, init=False)
+    _bar: tqdm = field(init=False)
 
     def on_start(self, run: Run) -> None:
         self._started = time.perf_counter()
-        run.pauses.add(self.flush, self._restart_clock)
-        self._peak_flops = peak_bf16_flops(run.device) if run.config.precision == "bf16" else None
-        if self._show and dist.is_main():
-            self._bar = tqdm(total=run.config.steps, initial=run.step, unit="step", desc="train", dynamic_ncols=True)
+        run.around_pauses.append(self._around_pause)
+        self._bar = _progress_bar("train", run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         self._pending.append(result)
-        self._meter.add(batch, _flops(run, batch))
-        if self._bar is not None:
-            self._bar.update()
-        if run.step % run.config.log_every == 0:
+        self._meter.add(batch, self._flops(run, batch))
+        self._bar.update()
+        if run.step % self.every == 0:
             self.flush(run)
 
     def on_end(self, run: Run) -> None:
         self.flush(run)
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def flush(self, run: Run) -> None:
         """Log all pending step results. Collective."""
@@ -108,24 +105,41 @@ class MetricsHook:
             return
         elapsed = time.perf_counter() - self._started
         rows = [(result.step + 1, _step_metrics(run, result)) for result in self._pending]
-        totals = self._meter.read(run.clock.read(), run.device)
-        run.data_counts.update(totals.counts)
+        totals = self._meter.read(run.clock, run.device)
+        run.data_counts.update({name: totals.sums[name] for name in COUNTS})
         rows[-1][1].update(self._speed(run, totals, elapsed), **_data_metrics(run, totals))
         for step, metrics in rows:
-            self._log(step, metrics)
+            self.log(step, metrics)
         self._report(run, rows[-1][1], elapsed / len(rows))
         self._pending, self._started = [], time.perf_counter()
 
-    def _restart_clock(self) -> None:
+    @contextmanager
+    def _around_pause(self, run: Run) -> Iterator[None]:
+        self.flush(run)
+        yield
         self._started = time.perf_counter()
 
+    def _flops(self, run: Run, batch: StepBatch) -> list[int]:
+        """Operations of each micro-batch of this rank, computed from sequence lengths on the host."""
+        return [
+            count_flops(
+                micro.batch,
+                run.spec,
+                run.decoders[micro.decoder_idx].module.config,
+                trained_layers=self.encoder.trained_layers,
+                train_embeddings=self.encoder.train_embeddings,
+            ).total
+            for micro in batch.micro_batches
+        ]
+
     def _speed(self, run: Run, totals: Totals, elapsed: float) -> dict[str, float]:
-        peak = self._peak_flops
+        peak = self.peak_flops
         mfu = {} if peak is None else {"train/mfu": totals.flops / (elapsed * dist.world_size() * peak)}
         return mfu | {
-            "speed/encoder_tokens_per_s": totals.encoder_tokens / elapsed,
-            "speed/decoder_rows_per_s": totals.decoder_rows / elapsed,
-            "speed/labels_per_s": totals.labels / elapsed,
+            **{
+                f"speed/{name}_per_s": totals.sums[name] / elapsed
+                for name in ("encoder_tokens", "decoder_rows", "labels")
+            },
             "speed/step_s": elapsed / totals.num_steps,
             "speed/data_wait_share": totals.waited_s / elapsed,
             "memory/peak_gib": peak_memory_bytes(run.device) / GIB,
@@ -134,108 +148,94 @@ class MetricsHook:
 
     def _report(self, run: Run, metrics: dict[str, float], step_s: float) -> None:
         loss, tokens = metrics["train/loss"], metrics["speed/encoder_tokens_per_s"]
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens:,.0f} encoder tokens/s")
             return
-        remaining = (run.config.steps - run.step) * step_s
+        remaining = timedelta(seconds=int((run.total_steps - run.step) * step_s))
         logger.info(
             "step %d of %d: loss %.4f, gradient norm %.2f, %s encoder tokens/s, %.2f s/step, %s left",
-            *(run.step, run.config.steps, loss, metrics["train/grad_norm"], f"{tokens:,.0f}", step_s),
-            _clock(remaining),
+            *(run.step, run.total_steps, loss, metrics["train/grad_norm"], f"{tokens:,.0f}", step_s, remaining),
         )
 
 
-class ValidationHook:
+@dataclass(kw_only=True)
+class ValidationHook(Hook):
     """Validates every `every` steps and at the end of the run (0: only at the end), and logs the scores.
 
     After a stop request there may be little time left to save. The hook then aborts or skips the validation, and the
     next start of the run catches up on it.
 
-    done: last step validated by an earlier start of the run; None if there is none.
-    alive: called after each batch to reset the watchdog.
+    log: logs the metrics of a step.
+    done: last validated step, also of an earlier start of the run; None if there is none.
+    alive: called before each batch to reset the watchdog.
     is_stopped: whether this rank has received a stop request.
     """
 
     priority = 40
-
-    def __init__(
-        self,
-        log: LogMetrics,
-        *,
-        every: int,
-        done: int | None = None,
-        alive: Callable[[], None] = lambda: None,
-        is_stopped: Callable[[], bool] = lambda: False,
-        show_progress: bool = False,
-    ) -> None:
-        self._log = log
-        self._every = every
-        self._last = done
-        self._alive = alive
-        self._is_stopped = is_stopped
-        self._show = show_progress
+    log: LogMetrics
+    every: int
+    done: int | None
+    alive: Callable[[], None]
+    is_stopped: Callable[[], bool]
 
     def on_start(self, run: Run) -> None:
-        if self._every and run.step % self._every == 0 and self._last != run.step:
+        if self.every and run.step % self.every == 0 and self.done != run.step:
             self._validate(run)
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        if self._every and run.step % self._every == 0 and not result.agreed.ends_run:
+        if self.every and run.step % self.every == 0 and not result.notices.ends_run:
             self._validate(run)
 
     def on_end(self, run: Run) -> None:
-        if run.step == run.config.steps and self._last != run.step and not run.is_stopping:
+        if run.step == run.total_steps and self.done != run.step and not run.is_stopping:
             self._validate(run)
 
     def _validate(self, run: Run) -> None:
-        if run.validator is not None:
-            with run.pauses.pause(run):  # flushes earlier steps, so step numbers in the log never decrease
-                self._score(run, run.validator)
-
-    def _score(self, run: Run, validator: Validator) -> None:
-        started = time.perf_counter()
-        try:
-            scores = self._scores(run, validator)
-        except ValidationStopped:
-            logger.info("step %d: validation aborted; the next start of the run catches up on it", run.step)
-            run.is_stopping = True
+        if run.validator is None:
             return
-        self._last = run.step
-        metrics = {VALIDATION_KEY: time.perf_counter() - started}
-        for decoder, by_task in scores.items():
-            for task, score in by_task.items():
-                metrics.update(score.as_metrics(f"validation/{decoder}/{task}"))
-                logger.info("step %d, %s, %s: %s", run.step, decoder, task, _in_words(score))
-        self._log(run.step, metrics)
+        with run.pause():  # flushes earlier steps, so step numbers in the log never decrease
+            started = time.perf_counter()
+            try:
+                scores = self._scores(run, run.validator)
+            except ValidationStopped:
+                logger.info("step %d: validation aborted; the next start of the run catches up on it", run.step)
+                run.is_stopping = True
+                return
+            self.done = run.step
+            metrics = {VALIDATION_KEY: time.perf_counter() - started}
+            for decoder, by_task in zip(run.decoder_names, scores, strict=True):
+                for task, score in by_task.items():
+                    metrics.update(score.as_metrics(f"validation/{decoder}/{task}"))
+                    logger.info("step %d, %s, %s: %s", run.step, decoder, task, score)
+            self.log(run.step, metrics)
 
-    def _scores(self, run: Run, validator: Validator) -> dict[str, dict[str, TaskScores]]:
+    def _scores(self, run: Run, validator: Validator) -> list[dict[str, TaskScores]]:
         tasks, names = ", ".join(validator.tasks), ", ".join(run.decoder_names)
         logger.info("step %d: validating %d samples of %s for %s", run.step, validator.num_samples, tasks, names)
-        is_shown = self._show and dist.is_main()
-        with tqdm(total=validator.num_forwards, desc="validate", leave=False, disable=not is_shown) as bar:
+        with _progress_bar("validate", validator.num_forwards, leave=False) as bar:
 
-            def on_forward() -> None:
+            def before_forward() -> bool:
                 bar.update()
-                self._alive()
+                self.alive()
+                return self.is_stopped()
 
-            return validator.run(run.engine, run.decoders, on_forward, self._is_stopped)
+            return validator.run(run.engine, run.decoders, before_forward)
 
 
-class CheckpointHook:
+@dataclass(kw_only=True)
+class CheckpointHook(Hook):
     """Saves a checkpoint every `every` steps (0: only at the end or at a stop), after pending metrics are logged."""
 
     priority = 30
-
-    def __init__(self, save: Callable[[Run], None], *, every: int) -> None:
-        self._save = save
-        self._every = every
-        self._last = -1
+    save: Callable[[Run], None]
+    every: int
+    _last: int = field(default=-1, init=False)
 
     def on_start(self, run: Run) -> None:
         self._last = run.step  # the checkpoint that the run resumed from already exists
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        if self._every and run.step % self._every == 0:
+        if self.every and run.step % self.every == 0:
             self._save_once(run)
 
     def on_end(self, run: Run) -> None:
@@ -244,9 +244,14 @@ class CheckpointHook:
     def _save_once(self, run: Run) -> None:
         if self._last == run.step:
             return
-        with run.pauses.pause(run):
-            self._save(run)
+        with run.pause():
+            self.save(run)
         self._last = run.step
+
+
+def _progress_bar(desc: str, total: int, **options: Any) -> tqdm:
+    """A bar on rank 0's terminal. Without a terminal it shows nothing."""
+    return tqdm(desc=desc, total=total, disable=None if dist.is_main() else True, **options)
 
 
 def _step_metrics(run: Run, result: StepResult) -> dict[str, float]:
@@ -259,7 +264,7 @@ def _step_metrics(run: Run, result: StepResult) -> dict[str, float]:
     }
     by_decoder = zip(result.decoder_idxs, result.nll_DK.tolist(), result.labels_DK.tolist(), strict=True)
     for decoder_idx, nll_K, labels_K in by_decoder:
-        for task, nll, labels in zip(run.tasks, nll_K, labels_K, strict=True):
+        for task, nll, labels in zip(run.data.tasks, nll_K, labels_K, strict=True):
             if labels:
                 metrics[f"train/loss/{run.decoder_names[decoder_idx]}/{task}"] = nll / labels
     return metrics
@@ -270,46 +275,15 @@ def _data_metrics(run: Run, totals: Totals) -> dict[str, float]:
 
     The use of a limit is the mean micro-batch size divided by that limit; limits of None have no such metric.
     """
-    num_passes = totals.micro_batches
+    num_passes = totals.sums["micro_batches"]
     metrics = {
         "data/balance": totals.balance,
         "data/micro_batches": num_passes / (totals.num_steps * dist.world_size()),
         **{f"data/{name}": float(run.data_counts[name]) for name in COUNTS},
     }
-    limits = {
-        "encoder_tokens": (totals.encoder_tokens, run.config.data.max_encoder_tokens),
-        "decoder_rows": (totals.decoder_rows, run.config.data.max_decoder_rows),
-    }
-    for name, (total, limit) in limits.items():
-        metrics[f"data/{name}_per_micro_batch"] = total / num_passes
+    limits = {"encoder_tokens": run.data.limits.max_encoder_tokens, "decoder_rows": run.data.limits.max_decoder_rows}
+    for name, limit in limits.items():
+        mean = metrics[f"data/{name}_per_micro_batch"] = totals.sums[name] / num_passes
         if limit is not None:
-            metrics[f"data/{name}_limit_use"] = total / num_passes / limit
+            metrics[f"data/{name}_limit_use"] = mean / limit
     return metrics
-
-
-def _flops(run: Run, batch: StepBatch) -> list[int]:
-    """Operations of each micro-batch of this rank, computed from sequence lengths on the host."""
-    encoder = run.config.encoder
-    return [
-        count_flops(
-            micro.batch,
-            run.spec,
-            run.decoders[micro.decoder_idx].module.config,
-            trained_layers=encoder.trained_layers,
-            train_embeddings=encoder.train_embeddings,
-        ).total
-        for micro in batch.micro_batches
-    ]
-
-
-def _in_words(score: TaskScores) -> str:
-    return (
-        f"compressed {score.compressed:.3f}, mismatched {score.mismatched:.3f}, closed {score.closed:.3f}, "
-        f"open {score.open:.3f} nats per token; gap closed {score.gap_closed:.3f}"
-    )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

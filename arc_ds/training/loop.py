@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from arc_ds.data.loading.step_batch import StepBatch
+from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.errors import ArcError
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.signals import StopRequest
 from arc_ds.system import dist
 from arc_ds.training.hooks import Hook
-from arc_ds.training.run import Run
+from arc_ds.training.run import DataClock, Run
 from arc_ds.training.step import Notice, train_step
 
 
@@ -24,27 +25,28 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
     hooks = sorted(hooks, key=lambda hook: hook.priority)
     for hook in hooks:
         hook.on_start(run)
-    ahead = LookAhead(run.batches(stop), run.make_again)
-    for batch in () if run.is_stopping else ahead:
-        result = train_step(
-            run.engine,
-            run.decoders,
-            batch,
-            schedule=run.schedule,
-            tasks=run.tasks,
-            normalize=run.config.loss.normalize,
-            notice=Notice(stop=stop.received is not None, failed=ahead.error is not None, num_splits=ahead.num_splits),
-        )
-        run.count_step(applied=result.applied)
-        for hook in hooks:
-            hook.after_step(run, batch, result)
-        if result.agreed.ends_run or run.is_stopping:
-            break
-        ahead.agree(result.agreed.splits)
+    with run.batches(stop) as loader:
+        ahead = LookAhead(loader, run.clock)
+        for batch in () if run.is_stopping else ahead:
+            result = train_step(
+                run.engine,
+                run.decoders,
+                batch,
+                schedule=run.schedule,
+                tasks=run.data.tasks,
+                normalize=run.normalize,
+                notice=Notice(stop=stop.is_set(), failed=ahead.error is not None, num_splits=ahead.num_splits),
+            )
+            run.count_step(applied=result.applied)
+            for hook in hooks:
+                hook.after_step(run, batch, result)
+            if result.notices.ends_run or run.is_stopping:
+                break
+            ahead.agree(result.notices.splits)
     for hook in hooks:
         hook.on_end(run)
     dist.raise_together(ahead.error)
-    return EXIT_PREEMPTED if run.step < run.config.steps or run.is_stopping else EXIT_OK
+    return EXIT_PREEMPTED if run.step < run.total_steps or run.is_stopping else EXIT_OK
 
 
 class LookAhead:
@@ -57,11 +59,11 @@ class LookAhead:
     error: the reason why there is no next batch. None if there is one, after a stop, and at the end of the run.
     """
 
-    def __init__(self, batches: Iterator[StepBatch], make_again: Callable[[StepBatch, int], StepBatch]) -> None:
-        """make_again: repacks the samples of a batch into a larger number of micro-batches per decoder."""
+    def __init__(self, loader: BatchLoader, clock: DataClock) -> None:
+        """clock: records the waiting time."""
         self.error: ArcError | None = None
-        self._batches = batches
-        self._make_again = make_again
+        self._loader = loader
+        self._clock = clock
         self._next: StepBatch | None = None
 
     @property
@@ -72,7 +74,8 @@ class LookAhead:
     def agree(self, splits: Sequence[int]) -> None:
         """Repack the next batch to the largest `num_splits` of all ranks."""
         if self._next is not None and self.num_splits < max(splits):
-            self._next = self._make_again(self._next, max(splits))
+            with self._clock.waiting(remade=1):
+                self._next = self._loader.repack(self._next, max(splits))
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Yield all batches before the error. Collective.
@@ -92,7 +95,8 @@ class LookAhead:
 
     def _fetch(self) -> StepBatch | None:
         try:
-            return next(self._batches, None)
+            with self._clock.waiting():
+                return next(self._loader, None)
         except ArcError as error:
             self.error = error
             return None

@@ -13,7 +13,7 @@ from torch import Tensor
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.data.tasks import TaskCounts
 from arc_ds.system import dist
-from arc_ds.training.run import DataWait
+from arc_ds.training.run import DataClock
 
 _SIZES = ("encoder_tokens", "decoder_rows", "labels", "micro_batches")
 # `over_limit` counts samples, `remade` counts batches, all others count records. Each one is a separate metric.
@@ -28,18 +28,14 @@ class Totals:
     balance: work of the slowest rank divided by the mean over ranks, 1 at best. It is computed per pass because ranks
         wait for each other in every pass.
     waited_s: seconds that the slowest rank waited for data.
-    counts: records skipped, cut or changed (`COUNTS`).
+    sums: encoder_tokens, decoder_rows, labels, micro_batches, and the `COUNTS`.
     """
 
     num_steps: int
-    encoder_tokens: int
-    decoder_rows: int
-    labels: int
-    micro_batches: int
     flops: float
     balance: float
     waited_s: float
-    counts: Mapping[str, int]
+    sums: Mapping[str, int]
 
 
 class Meter:
@@ -64,22 +60,20 @@ class Meter:
             **{one.name: getattr(batch.counts, one.name) for one in fields(TaskCounts)},
         )
 
-    def read(self, wait: DataWait, device: torch.device) -> Totals:
-        """Return the totals since the last call and reset them. Collective. wait: this rank's data waits since then."""
-        self._sums["remade"] += wait.remade
+    def read(self, clock: DataClock, device: torch.device) -> Totals:
+        """Return the totals since the last call, and reset them and the clock. Collective."""
+        waited_s, self._sums["remade"] = clock.read()
         names = (*_SIZES, *COUNTS)
         own = [self._sums[name] for name in names]
         summed = _reduced([*own, *self._flops], device, torch.distributed.ReduceOp.SUM)
-        waited_s, *largest = _reduced([wait.waited_s, *self._flops], device, torch.distributed.ReduceOp.MAX)
-        sums = {name: int(value) for name, value in zip(names, summed, strict=False)}
+        waited_s, *largest = _reduced([waited_s, *self._flops], device, torch.distributed.ReduceOp.MAX)
         flops = sum(summed[len(names) :])
         totals = Totals(
             num_steps=self._num_steps,
-            **{name: sums[name] for name in _SIZES},
             flops=flops,
             balance=sum(largest) * dist.world_size() / flops if flops else 1.0,
             waited_s=waited_s,
-            counts={name: sums[name] for name in COUNTS},
+            sums=dict(zip(names, map(int, summed), strict=False)),
         )
         self._num_steps, self._sums, self._flops = 0, Counter(), []
         return totals

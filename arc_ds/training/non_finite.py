@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.errors import TrainingError
 from arc_ds.system import dist
 from arc_ds.system.files import write_whole
+from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
 
@@ -19,16 +21,15 @@ logger = logging.getLogger(__name__)
 _NAMED_RECORDS = 8
 
 
-class NonFiniteHook:
+@dataclass(kw_only=True)
+class NonFiniteHook(Hook):
     """Writes the records of skipped steps to a file, and ends the run after too many skipped steps in a row.
 
     RUN/non_finite_step_NNNNNN.json lists the records that each rank read in that step.
     """
 
     priority = 20
-
-    def on_start(self, run: Run) -> None:
-        """Does nothing: the counts are restored from the checkpoint."""
+    max_skipped_steps: int
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Raise TrainingError on all ranks after more than `optimizer.max_skipped_steps` skipped steps in a row."""
@@ -39,18 +40,15 @@ class NonFiniteHook:
         if dist.is_main():
             write_whole(path, json.dumps(_dump(run, result, batches), indent=1) + "\n")
             logger.warning("step %d skipped: loss or gradient is not finite; its records are in %s", run.step, path)
-        limit = run.config.optimizer.max_skipped_steps
+        limit = self.max_skipped_steps
         if run.skipped_in_row > limit:
-            with run.pauses.pause(run):
+            with run.pause():
                 raise TrainingError(
                     f"{run.skipped_in_row} steps in a row, up to step {run.step}, had a non-finite loss or gradient; "
                     f"the limit is optimizer.max_skipped_steps = {limit}. The last batch contained {_named(batches)} "
                     f"(full list in {path}). Inspect these records, lower the learning rates, or restart from an "
                     "earlier checkpoint."
                 )
-
-    def on_end(self, run: Run) -> None:
-        """Does nothing."""
 
 
 def _dump(run: Run, result: StepResult, batches: list[tuple[tuple[int, int], ...]]) -> dict[str, Any]:

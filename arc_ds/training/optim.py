@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from arc_ds.config.schema import OptimizerConfig
 from arc_ds.errors import ConfigError
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.training.schedule import RateSchedule
@@ -40,32 +41,30 @@ class ParamGroup:
         return self.port is None or self.port in decoder_idxs
 
 
-def make_param_groups(
-    compressor: Compressor, *, encoder_lr: float, bridge_lr: float, markers_lr: float, weight_decay: float
-) -> tuple[ParamGroup, ...]:
+def make_param_groups(compressor: Compressor, config: OptimizerConfig) -> tuple[ParamGroup, ...]:
     """Groups of all parameters that require a gradient. A part without such parameters has no group.
 
     Memory tokens belong to the encoder. Raises ConfigError if nothing is trained.
     """
     parts: list[tuple[str, int | None, float, list[nn.Parameter]]] = [
-        ("encoder", None, encoder_lr, list(compressor.encoder.parameters()))
+        ("encoder", None, config.encoder_lr, list(compressor.encoder.parameters()))
     ]
     for port_idx, port in enumerate(cast(list[DecoderPort], list(compressor.ports))):
         bridge = list(port.bridge.parameters())
         markers = [marker for marker in (port.cont, port.rec) if marker is not None]
-        parts.append((f"bridge.{port_idx}", port_idx, bridge_lr, bridge))
-        parts.append((f"markers.{port_idx}", port_idx, markers_lr, markers))
-    groups = []
-    for name, owner, peak_lr, params in parts:
-        trained = tuple(param for param in params if param.requires_grad)
-        if trained:
-            groups.append(ParamGroup(name=name, params=trained, port=owner, peak_lr=peak_lr, weight_decay=weight_decay))
+        parts.append((f"bridge.{port_idx}", port_idx, config.bridge_lr, bridge))
+        parts.append((f"markers.{port_idx}", port_idx, config.markers_lr, markers))
+    groups = tuple(
+        ParamGroup(name=name, params=trained, port=port_idx, peak_lr=peak_lr, weight_decay=config.weight_decay)
+        for name, port_idx, peak_lr, params in parts
+        if (trained := tuple(param for param in params if param.requires_grad))
+    )
     if not groups:
         raise ConfigError(
             "nothing is trained: encoder, bridges and markers are all frozen or absent. "
             "Set encoder.trained_layers, encoder.train_embeddings or a bridge.kind other than none."
         )
-    return tuple(groups)
+    return groups
 
 
 class PortAdamW(torch.optim.AdamW):

@@ -5,22 +5,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from arc_ds.config.schema import RunConfig
-from arc_ds.data.loading.loader import StepData, hold_open, let_go, make_loader
-from arc_ds.data.loading.micro_batches import pack_again
-from arc_ds.data.loading.step_batch import StepBatch
-from arc_ds.errors import ArcError, DataError
+from arc_ds.data.loading.loader import StepData
+from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.launch.signals import StopRequest
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.engine import PlacedDecoder
+from arc_ds.training.loss import Normalize
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.validate import Validator
 
@@ -28,52 +25,62 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+@dataclass(frozen=True, kw_only=True)
+class InputDigests:
+    """Digests of a run's input files. A resumed run must have the same ones, at whatever paths.
+
+    data: fingerprint of shards, weights of sources, and order.
+    tokenizers: fingerprints of tokenizers and chat templates by config key.
+    backbones: weight digests by config key (`weight_digests`).
+    """
+
+    data: str
+    tokenizers: Mapping[str, str]
+    backbones: Mapping[str, str]
+
+
 @dataclass(kw_only=True)
 class Run:
     """A run in memory.
 
     ds_config: resolved DeepSpeed config of the training engine.
-    tokenizers: tokenizer fingerprints by config key.
-    backbones: weight digests (`weight_digests`).
+    decoder_names: in port order.
+    num_workers: processes that make this rank's batches.
     step: number of optimizer steps done, and zero-based number of the next step.
     skipped_steps: steps without an update because the loss or a gradient was not finite.
     skipped_in_row: skipped steps since the last update.
     data_counts: records skipped, cut or changed, over all ranks (`meters.COUNTS`), as of the last report.
     clock: time that this rank waited for data.
     is_stopping: all ranks agreed, outside a step, to stop.
-    pauses: callbacks around work between steps.
+    around_pauses: contexts around work between steps such as a save. They flush state before it and restart timers
+        after it.
     """
 
-    config: RunConfig
     folder: Path
     device: torch.device
     spec: CompressorSpec
+    inputs: InputDigests
     engine: DeepSpeedEngine
+    ds_config: Mapping[str, Any]
     decoders: tuple[PlacedDecoder, ...]
+    decoder_names: tuple[str, ...]
     data: StepData
+    num_workers: int
     schedule: RateSchedule
+    normalize: Normalize
     validator: Validator | None
-    tasks: tuple[str, ...]
-    ds_config: Mapping[str, Any] = field(default_factory=dict)
-    tokenizers: Mapping[str, str] = field(default_factory=dict)
-    backbones: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0
     data_counts: Counter[str] = field(default_factory=Counter)
     clock: DataClock = field(default_factory=lambda: DataClock())
     is_stopping: bool = False
-    pauses: Pauses = field(default_factory=lambda: Pauses())
+    around_pauses: list[Callable[[Run], AbstractContextManager[None]]] = field(default_factory=list)
 
     @property
-    def pin_memory(self) -> bool:
-        """Whether batches use page-locked memory, which allows asynchronous copies to the device."""
-        return self.device.type != "cpu"
-
-    @property
-    def decoder_names(self) -> tuple[str, ...]:
-        """Names of the decoders, in port order."""
-        return tuple(decoder.name for decoder in self.config.decoders)
+    def total_steps(self) -> int:
+        """Number of steps of the whole run."""
+        return self.schedule.total_steps
 
     def count_step(self, *, applied: bool) -> None:
         """Count one optimizer step. applied: whether it updated the weights."""
@@ -81,70 +88,28 @@ class Run:
         self.skipped_steps += not applied
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
 
-    def batches(self, stop: StopRequest) -> Iterator[StepBatch]:
-        """Yield this rank's batches from the current step to the last one; `clock` records the waiting time.
-
-        Iteration stops as soon as a stop is requested, without waiting for workers: one may be blocked on a dead
-        server. Without workers, the batch in progress is completed first. Raises DataError if a worker was killed, or
-        if a record is invalid and the config does not skip such records.
-        """
-        steps = range(self.step, self.config.steps)
-        num_workers = self.config.data.num_workers
-        loader = iter(make_loader(self.data, steps, num_workers=num_workers, pin_memory=self.pin_memory))
-        hold_open(loader)
-        while True:
-            with self.clock.waiting():
-                try:
-                    batch = next(loader, None) if num_workers == 0 else stop.wait_for(partial(next, loader, None))
-                except ArcError as error:
-                    raise type(error)(_own_words(error)) from None
-                except RuntimeError as error:  # torch's DataLoader has no exception class for killed workers
-                    if not str(error).startswith("DataLoader worker"):
-                        raise
-                    raise DataError(
-                        f"{error}. The worker was killed, most likely because the host ran out of memory. Lower "
-                        "data.num_workers or the number of ranks on this host."
-                    ) from error
-            if batch is None:
-                if stop.received is None:
-                    let_go(loader)
-                return
-            yield batch
-
-    def make_again(self, batch: StepBatch, num_splits: int) -> StepBatch:
-        """Repack the samples of a batch into `num_splits` micro-batches per decoder, in this process."""
-        with self.clock.waiting(remade=1):
-            again = pack_again(batch, num_splits, self.data.pooling, self.data.limits)
-            return again.pin_memory() if self.pin_memory else again
-
-
-def _own_words(error: ArcError) -> str:
-    """The message without the worker's traceback that torch's DataLoader prepends to it."""
-    return str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()
-
-
-class Pauses:
-    """Callbacks around work between steps such as a save. They flush state before it and restart timers after it."""
-
-    def __init__(self) -> None:
-        self._around: list[tuple[Callable[[Run], None], Callable[[], None]]] = []
-
-    def add(self, before: Callable[[Run], None], after: Callable[[], None]) -> None:
-        """Call `before` on all ranks at the start of each pause, and `after` at its end."""
-        self._around.append((before, after))
+    def batches(self, stop: StopRequest) -> BatchLoader:
+        """This rank's batches from the current step to the last one, or to a stop request."""
+        return BatchLoader(
+            self.data,
+            range(self.step, self.total_steps),
+            num_workers=self.num_workers,
+            pin_memory=self.device.type != "cpu",
+            is_stopped=stop.is_set,
+        )
 
     @contextmanager
-    def pause(self, run: Run) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Context for work between steps. Collective."""
-        for before, _ in self._around:
-            before(run)
-        yield
-        for _, after in self._around:
-            after()
+        with ExitStack() as stack:
+            for around in self.around_pauses:
+                stack.enter_context(around(self))
+            yield
 
 
-class DataWait(NamedTuple):
-    """Data waits of this rank.
+@dataclass
+class DataClock:
+    """Data waits of this rank since the last reading.
 
     waited_s: seconds spent waiting for data.
     remade: batches repacked during that time.
@@ -153,22 +118,16 @@ class DataWait(NamedTuple):
     waited_s: float = 0.0
     remade: int = 0
 
-
-class DataClock:
-    """Adds up the time that this rank waits for data."""
-
-    def __init__(self) -> None:
-        self._so_far = DataWait()
-
     @contextmanager
     def waiting(self, *, remade: int = 0) -> Iterator[None]:
         """Time a block that waits for data."""
         started = time.perf_counter()
         yield
-        waited_s = self._so_far.waited_s + time.perf_counter() - started
-        self._so_far = DataWait(waited_s, self._so_far.remade + remade)
+        self.waited_s += time.perf_counter() - started
+        self.remade += remade
 
-    def read(self) -> DataWait:
-        """Return the sums since the last call and reset them."""
-        read, self._so_far = self._so_far, DataWait()
-        return read
+    def read(self) -> tuple[float, int]:
+        """Return `waited_s` and `remade`, and reset them."""
+        reading = self.waited_s, self.remade
+        self.waited_s, self.remade = 0.0, 0
+        return reading

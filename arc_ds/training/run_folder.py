@@ -34,10 +34,10 @@ from arc_ds.system.device import describe_device
 from arc_ds.system.files import write_whole
 from arc_ds.system.urls import shown_url
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
-from arc_ds.tracking.mlflow_server import DatasetFacts, RunFacts, environment_tags, package_versions, start_tracker
+from arc_ds.tracking.mlflow_server import RunFacts, environment_tags, package_versions, start_tracker
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.training.build_model import encoder_tokenizer_path
-from arc_ds.training.run import Run
+from arc_ds.training.run import InputDigests, Run
 
 logger = logging.getLogger(__name__)
 
@@ -52,34 +52,41 @@ def check_run_folder(config: RunConfig) -> None:
     files only, so it can run before anything is built.
     """
     folder = Path(config.run_dir)
-    if not _is_used(folder):
-        _check_foreign_config(folder, config)
-        return
-    if (folder / CONFIG_NAME).is_file():
-        changed = differences(numerics(load_config(folder / CONFIG_NAME)), numerics(config))
-        if changed:
+    path, metrics, resume = folder / CONFIG_NAME, folder / METRICS_NAME, config.checkpoint.resume
+    checkpoints = list_checkpoints(folder / CHECKPOINTS)
+    if not checkpoints and not (metrics.is_file() and metrics.stat().st_size):
+        if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != dump_yaml(config):
             raise ConfigError(
-                f"{folder} holds a run with another config. Different values: {'; '.join(changed[:8])}. Choose another "
-                "run_dir, or restore the old values to continue the old run."
+                f"run_dir={folder} holds no run but contains a {CONFIG_NAME} that this run would overwrite. Choose "
+                "another run_dir, or rename that file."
             )
-    if config.checkpoint.resume == "never":
+        return
+    changed = differences(numerics(load_config(path)), numerics(config)) if path.is_file() else ()
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run with another config. Different values: {'; '.join(changed[:8])}. Choose another "
+            "run_dir, or restore the old values to continue the old run."
+        )
+    if resume == "never":
         raise ConfigError(
             f"{folder} already holds a run, and checkpoint.resume is never; saved work is not overwritten. Choose "
             "another run_dir, or set checkpoint.resume=auto."
         )
-    if config.checkpoint.resume != "auto":
-        _check_nothing_lies_beyond(folder, Path(config.checkpoint.resume))
+    later = [] if resume == "auto" else [each.name for each in checkpoints if step_of(each) > step_of(Path(resume))]
+    if later:
+        raise ConfigError(
+            f"checkpoint.resume={resume}: {folder} holds later checkpoints ({', '.join(later)}); saved work is not "
+            "overwritten. Choose another run_dir, or move the later checkpoints elsewhere."
+        )
 
 
-def find_start(
-    config: RunConfig, data_fingerprint: str, tokenizers: Mapping[str, str], backbones: Mapping[str, str]
-) -> Path | None:
+def find_start(config: RunConfig, inputs: InputDigests) -> Path | None:
     """Find the checkpoint to resume from; None if the run starts from step 0. Collective.
 
-    The returned checkpoint is complete and matches the config and the given fingerprints. Raises CheckpointError if
-    the named checkpoint is incomplete, or if the folder has checkpoints but no complete one (the run never silently
-    restarts from its first step). Raises ConfigError, DataError, TokenizerError or WeightsError if the checkpoint has
-    a different config, data, tokenizer or backbone.
+    The returned checkpoint is whole and matches the config and the given digests. Raises CheckpointError if the named
+    checkpoint is not whole, or if the folder has checkpoints but no whole one (the run never silently restarts from its
+    first step). Raises ConfigError, DataError, TokenizerError or WeightsError if the checkpoint has a different config,
+    data, tokenizer or backbone.
     """
     wanted = config.checkpoint.resume
     if wanted == "never":
@@ -89,48 +96,43 @@ def find_start(
     with dist.fail_together():
         if path is None and list_checkpoints(folder):
             raise CheckpointError(
-                f"none of the checkpoints in {folder} is complete; see the warnings above. Restore one of them, or "
+                f"none of the checkpoints in {folder} is whole; see the warnings above. Restore one of them, or "
                 "start a new run in another run_dir."
             )
         if path is not None:
-            _check_is_of(path, config, data_fingerprint, tokenizers, backbones)
+            _check_is_of(path, config, inputs)
     return path
 
 
-def resume(run: Run) -> TrainerState | None:
-    """Load the checkpoint from `find_start` and restore the run's counters. Collective. None without a checkpoint."""
-    path = find_start(run.config, run.data.order.fingerprint, run.tokenizers, run.backbones)
-    if path is None:
-        return None
-    state = load_checkpoint(run.engine, path)
-    run.step = state.step
-    run.skipped_steps = int(state.extra.get("skipped_steps", 0))
-    run.skipped_in_row = int(state.extra.get("skipped_in_row", 0))
-    run.data_counts.update(state.extra.get("data_counts", {}))
-    logger.info("resumed from %s at step %d", path, state.step)
-    if path.parent.resolve() != (run.folder / CHECKPOINTS).resolve():
-        return replace(state, mlflow_run_id=None)  # a branch of another run gets its own MLflow run
-    return state
-
-
 class RunFolder:
-    """Writes metrics and checkpoints to a run's folder; rank 0 also feeds the tracker."""
+    """The folder of a run. Resumes the run from it, and writes its metrics and checkpoints to it."""
 
-    def __init__(self, run: Run, tracker: Tracker | None) -> None:
+    def __init__(self, config: RunConfig, run: Run) -> None:
+        """Resume the run if there is a checkpoint, and open the tracker on rank 0. Collective."""
+        self._config = config
         self._run = run
-        self._tracker = tracker
-
-    @staticmethod
-    def open(run: Run) -> RunFolder:
-        """Resume the run if there is a checkpoint, and open the tracker. Collective."""
-        state = resume(run)
-        tracker = None
+        mlflow_run_id = self._resume()
+        self._tracker: Tracker | None = None
         if dist.is_main():
             run.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(run.folder / CONFIG_NAME, dump_yaml(run.config))
-            tracker = open_tracker(run, None if state is None else state.mlflow_run_id)
+            write_whole(run.folder / CONFIG_NAME, dump_yaml(config))
+            self._tracker = _open_tracker(config, run, mlflow_run_id)
         dist.barrier()
-        return RunFolder(run, tracker)
+
+    def _resume(self) -> str | None:
+        """Load the checkpoint from `find_start`. Collective. Returns the MLflow run to continue."""
+        run = self._run
+        path = find_start(self._config, run.inputs)
+        if path is None:
+            return None
+        state = load_checkpoint(run.engine, path)
+        run.step = state.step
+        run.skipped_steps = int(state.extra.get("skipped_steps", 0))
+        run.skipped_in_row = int(state.extra.get("skipped_in_row", 0))
+        run.data_counts.update(state.extra.get("data_counts", {}))
+        logger.info("resumed from %s at step %d", path, state.step)
+        is_own = path.parent.resolve() == (run.folder / CHECKPOINTS).resolve()
+        return state.mlflow_run_id if is_own else None  # a branch of another run gets its own MLflow run
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of a step on rank 0; does nothing on other ranks."""
@@ -144,15 +146,10 @@ class RunFolder:
 
     def save(self, run: Run) -> None:
         """Save a checkpoint of the run. Collective."""
-        settings = run.config.checkpoint
-        path = save_checkpoint(
-            run.engine,
-            run.folder / CHECKPOINTS,
-            run.step,
-            trainer_state(run, None if self._tracker is None else self._tracker.run_id),
-            keep_last=settings.keep_last,
-            keep_every=settings.keep_every or 0,
-        )
+        settings = self._config.checkpoint
+        state = _trainer_state(self._config, run, None if self._tracker is None else self._tracker.run_id)
+        directory, keep_every = run.folder / CHECKPOINTS, settings.keep_every or 0
+        path = save_checkpoint(run.engine, directory, state, keep_last=settings.keep_last, keep_every=keep_every)
         logger.info("saved %s", path)
 
     def close(self, status: str) -> None:
@@ -161,23 +158,23 @@ class RunFolder:
             self._tracker.close(status)
 
 
-def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
+def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> TrainerState:
     """The state that a checkpoint stores in addition to weights and optimizer; `export` reads `extra`."""
-    bos = run.config.data.decoder_bos
-    decoders = [TrainedFor(name=d.name, rope_scaling=d.rope_scaling, bos=bos) for d in run.config.decoders]
+    bos = config.data.decoder_bos
+    decoders = [TrainedFor(name=d.name, rope_scaling=d.rope_scaling, bos=bos) for d in config.decoders]
     return TrainerState(
         step=run.step,
-        data_position=run.step * run.config.data.batch_size,
-        data_fingerprint=run.data.order.fingerprint,
-        config_hash=config_hash(run.config),
+        data_position=run.step * config.data.batch_size,
+        data_fingerprint=run.inputs.data,
+        config_hash=config_hash(config),
         mlflow_run_id=mlflow_run_id,
         versions=package_versions(),
         extra={
             "compressor": run.spec.to_json(),
-            "encoder_tokenizer": str(encoder_tokenizer_path(run.config).resolve()),
+            "encoder_tokenizer": str(encoder_tokenizer_path(config.encoder).resolve()),
             "decoders": [asdict(decoder) for decoder in decoders],
-            "tokenizers": dict(run.tokenizers),
-            "backbones": dict(run.backbones),
+            "tokenizers": run.inputs.tokenizers,
+            "backbones": run.inputs.backbones,
             "skipped_steps": run.skipped_steps,
             "skipped_in_row": run.skipped_in_row,
             "data_counts": dict(run.data_counts),
@@ -188,117 +185,65 @@ def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
 def without_secrets(config: RunConfig) -> RunConfig:
     """The config with passwords and signatures removed from shard URLs."""
 
-    def shown(source: SourceConfig) -> SourceConfig:
-        return replace(source, path=shown_url(source.path))
+    def shown(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        return tuple(replace(source, path=shown_url(source.path)) for source in sources)
 
-    data = config.data
-    held_out = data.validation
-    if isinstance(held_out, str):
-        held_out = shown_url(held_out)
-    elif held_out is not None:
-        held_out = tuple(map(shown, held_out))
-    return replace(config, data=replace(data, sources=tuple(map(shown, data.sources)), validation=held_out))
+    data, held_out = config.data, config.data.validation
+    held_out = shown_url(held_out) if isinstance(held_out, str) else held_out and shown(held_out)
+    return replace(config, data=replace(data, sources=shown(data.sources), validation=held_out))
 
 
-def open_tracker(run: Run, mlflow_run_id: str | None) -> Tracker:
+def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tracker:
     """The tracker of the run, with MLflow if the config enables it. For rank 0."""
-    settings = run.config.tracking
-    if not settings.mlflow:
-        return Tracker(run.folder, uri=None, make_server=None, resumed_step=run.step)
-    config = without_secrets(run.config)
+    if not config.tracking.mlflow:
+        return Tracker(run.folder, resumed_step=run.step)
+    shown = without_secrets(config)
     facts = RunFacts(
-        params=flatten(config),
-        artifacts={CONFIG_NAME: dump_yaml(config), "deepspeed.json": json.dumps(run.ds_config, indent=2)},
+        params=flatten(shown),
+        artifacts={CONFIG_NAME: dump_yaml(shown), "deepspeed.json": json.dumps(run.ds_config, indent=2)},
         tags=environment_tags(device=describe_device(run.device), world_size=dist.world_size()),
-        datasets=[
-            DatasetFacts(name=Path(shards.name).name, digest=shards.fingerprint, source=shards.name)
-            for shards in (source.shards for source in run.data.sources)
-        ],
+        datasets={source.shards.name: source.shards.fingerprint for source in run.data.sources},
     )
-    return start_tracker(
-        run.folder,
-        uri=settings.uri,
-        experiment=settings.experiment,
-        run_name=settings.run_name,
-        facts=facts,
-        resumed_step=run.step,
-        run_id=mlflow_run_id,
-    )
-
-
-def _is_used(folder: Path) -> bool:
-    """Whether the folder contains steps of a run."""
-    metrics = folder / METRICS_NAME
-    return bool(list_checkpoints(folder / CHECKPOINTS)) or (metrics.is_file() and metrics.stat().st_size > 0)
-
-
-def _check_foreign_config(folder: Path, config: RunConfig) -> None:
-    """Raise ConfigError if the resolved config would overwrite a config file that a user keeps in the folder."""
-    path = folder / CONFIG_NAME
-    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != dump_yaml(config):
-        raise ConfigError(
-            f"run_dir={folder} holds no run but contains a {CONFIG_NAME} that this run would overwrite. Choose another "
-            "run_dir, or rename that file."
-        )
-
-
-def _check_nothing_lies_beyond(folder: Path, start: Path) -> None:
-    later = [path for path in list_checkpoints(folder / CHECKPOINTS) if step_of(path) > step_of(start)]
-    if later:
-        raise ConfigError(
-            f"checkpoint.resume={start}: {folder} holds later checkpoints ({', '.join(path.name for path in later)}); "
-            "saved work is not overwritten. Choose another run_dir, or move the later checkpoints elsewhere."
-        )
+    return start_tracker(run.folder, config.tracking, facts, resumed_step=run.step, run_id=mlflow_run_id)
 
 
 def _named(path: Path) -> Path:
     faults = check_checkpoint(path) if path.is_dir() else [f"folder {path} does not exist"]
     if faults:
-        raise CheckpointError(f"checkpoint.resume={path}: {'; '.join(faults)}. Name a complete step_NNNNNN, or auto.")
+        raise CheckpointError(f"checkpoint.resume={path}: {'; '.join(faults)}. Name a whole step_NNNNNN, or auto.")
     return path
 
 
-def _check_is_of(
-    path: Path,
-    config: RunConfig,
-    data_fingerprint: str,
-    tokenizers: Mapping[str, str],
-    backbones: Mapping[str, str],
-) -> None:
+def _check_is_of(path: Path, config: RunConfig, inputs: InputDigests) -> None:
     state = read_trainer_state(path)
     if state.config_hash != config_hash(config):
         raise ConfigError(
             f"{path} was written by a run with another config (compare {CONFIG_NAME} in that run's folder). To start "
             "from its weights, export it and set encoder.init_from."
         )
-    _check_ranks(path, config)
-    if state.data_fingerprint != data_fingerprint:
-        raise DataError(
-            f"the data differ from the data that {path} was trained on: shards, source weights or their order have "
-            "changed. Restore them, or start a new run from its weights (export it and set encoder.init_from)."
-        )
-    changed = _changed(state.extra.get("tokenizers", {}), tokenizers)
-    if changed:
-        raise TokenizerError(
-            f"the tokenizer of {changed} differs from the one that {path} was trained with: its files have changed, so "
-            "token ids or chat turns have another meaning. Restore the files (key `tokenizer`)."
-        )
-    changed = _changed(state.extra.get("backbones", {}), backbones)
-    if changed:
-        raise WeightsError(
-            f"the weights at {changed} differ from those that {path} was trained with: the path leads to another "
-            "model, or to the same model in another format or split. Name the files that the run was started with."
-        )
-
-
-def _check_ranks(path: Path, config: RunConfig) -> None:
-    """Raise ConfigError if the loss is a mean over ranks and the number of ranks has changed."""
     before, now = read_manifest(path).world_size, dist.world_size()
     if config.loss.normalize == "rank_mean" and before != now:
         raise ConfigError(
             f"{path} was written by {before} ranks, but this run has {now}: with loss.normalize=rank_mean every rank "
             f"has the same weight, so the loss would change. Resume with {before} ranks, or start a new run from "
             "its weights (export it and set encoder.init_from)."
+        )
+    if state.data_fingerprint != inputs.data:
+        raise DataError(
+            f"the data differ from the data that {path} was trained on: shards, source weights or their order have "
+            "changed. Restore them, or start a new run from its weights (export it and set encoder.init_from)."
+        )
+    changed = _changed(state.extra.get("tokenizers", {}), inputs.tokenizers)
+    if changed:
+        raise TokenizerError(
+            f"the tokenizer of {changed} differs from the one that {path} was trained with: its files have changed, so "
+            "token ids or chat turns have another meaning. Restore the files (key `tokenizer`)."
+        )
+    changed = _changed(state.extra.get("backbones", {}), inputs.backbones)
+    if changed:
+        raise WeightsError(
+            f"the weights at {changed} differ from those that {path} was trained with: the path leads to another "
+            "model, or to the same model in another format or split. Name the files that the run was started with."
         )
 
 

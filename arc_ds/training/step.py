@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -17,7 +17,6 @@ from torch import Tensor
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
 from arc_ds.system.device import start_host_copy
-from arc_ds.training.engine import port_optimizer
 from arc_ds.training.loss import Normalize, class_sums, label_tasks, label_weight, micro_batch_loss
 from arc_ds.training.schedule import RateSchedule
 
@@ -41,12 +40,12 @@ class Notice:
     num_splits: int = 0
 
 
-NOTHING_TO_TELL = Notice()
+NO_NOTICE = Notice()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreed:
-    """The combined notices of all ranks; identical on every rank.
+class AllNotices:
+    """The notices of all ranks, combined; identical on every rank.
 
     stop: at least one rank set `stop`.
     failed: at least one rank set `failed`.
@@ -72,7 +71,7 @@ class StepResult:
     grad_norm: float32 scalar, gradient norm of the global batch before clipping; infinity instead of NaN.
     applied: False if the loss or a gradient was not finite on any rank. In that case no rank updated anything.
     learning_rates: learning rate of every parameter group that this step trained, by name.
-    agreed: the combined notices of all ranks.
+    notices: of all ranks.
     """
 
     step: int
@@ -82,7 +81,7 @@ class StepResult:
     grad_norm: Tensor
     applied: bool
     learning_rates: Mapping[str, float]
-    agreed: Agreed
+    notices: AllNotices
 
     @property
     def loss(self) -> Tensor:
@@ -98,7 +97,7 @@ def train_step(
     schedule: RateSchedule,
     tasks: Sequence[str],
     normalize: Normalize = "global",
-    notice: Notice = NOTHING_TO_TELL,
+    notice: Notice = NO_NOTICE,
 ) -> StepResult:
     """Train on one global batch. Collective.
 
@@ -111,22 +110,25 @@ def train_step(
     tasks: names of all tasks of the run.
     notice: this rank's message to the other ranks.
     """
-    rates = port_optimizer(engine).prepare(schedule, batch.step, batch.decoder_idxs)
-    passes = [_Pass.of(micro, batch.decoder_idxs, tasks, engine.device) for micro in batch.micro_batches]
+    rates = engine.optimizer.optimizer.prepare(schedule, batch.step, batch.decoder_idxs)
     num_classes = len(batch.decoder_idxs) * len(tasks)
-    labels_C, read_agreed = _tell(notice, [one.class_L for one in passes], num_classes)
-    labels_of_part = Counter[object]()
-    for one in passes:
-        labels_of_part[one.part] += one.batch.num_labels
+    passes, labels_of_part = [], Counter[object]()
+    for micro in batch.micro_batches:
+        labels_of_part[micro.decoder_idx, micro.part_idx] += micro.batch.num_labels
+        on_device = micro.batch.to(engine.device)
+        first_class = batch.decoder_idxs.index(micro.decoder_idx) * len(tasks)
+        passes.append(_Pass(micro, on_device, first_class + label_tasks(on_device, tasks)))
+    labels_C, read_notices = _exchange(notice, [one.class_L for one in passes], num_classes)
     nll_C = torch.zeros(num_classes, dtype=torch.float64, device=labels_C.device)
     for pass_idx, one in enumerate(passes):
         # Set the boundary explicitly: the engine's own counter would be off after an interrupted step.
         engine.set_gradient_accumulation_boundary(pass_idx == len(passes) - 1)
-        nll_L = decoders[one.decoder_idx](one.batch, engine(one.batch, one.decoder_idx))
+        decoder_idx = one.micro.decoder_idx
+        nll_L = decoders[decoder_idx](one.batch, engine(one.batch, decoder_idx))
         weight = label_weight(
             normalize,
             global_labels=labels_C.sum(),
-            part_labels=labels_of_part[one.part],
+            part_labels=labels_of_part[decoder_idx, one.micro.part_idx],
             num_parts=len(labels_of_part),
             world_size=torch_dist.get_world_size(),
         )
@@ -142,36 +144,23 @@ def train_step(
         grad_norm=torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=nll_C.device),
         applied=engine.was_step_applied(),
         learning_rates=rates,
-        agreed=read_agreed(),
+        notices=read_notices(),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pass:
-    """A micro-batch on the device.
+class _Pass(NamedTuple):
+    """A micro-batch, and what is on the device.
 
+    batch: its content.
     class_L: int64 [L], decoder and task of each label as a single index.
-    part: decoder index, and index of the part of the rank's share that the micro-batch belongs to.
     """
 
-    decoder_idx: int
+    micro: MicroBatch
     batch: PackedBatch
     class_L: Tensor
-    part: tuple[int, int]
-
-    @staticmethod
-    def of(micro: MicroBatch, decoder_idxs: Sequence[int], tasks: Sequence[str], device: torch.device) -> _Pass:
-        batch = micro.batch.to(device)
-        first_class = decoder_idxs.index(micro.decoder_idx) * len(tasks)
-        return _Pass(
-            decoder_idx=micro.decoder_idx,
-            batch=batch,
-            class_L=first_class + label_tasks(batch, tasks),
-            part=(micro.decoder_idx, micro.part_idx),
-        )
 
 
-def _tell(notice: Notice, classes: Sequence[Tensor], num_classes: int) -> tuple[Tensor, Callable[[], Agreed]]:
+def _exchange(notice: Notice, classes: Sequence[Tensor], num_classes: int) -> tuple[Tensor, Callable[[], AllNotices]]:
     """Sum the label counts and exchange the notices of all ranks in one all-reduce.
 
     Returns the labels of the global batch by class (int64 [C], on the device) and a function that reads the notices.
@@ -180,14 +169,14 @@ def _tell(notice: Notice, classes: Sequence[Tensor], num_classes: int) -> tuple[
     """
     class_L = torch.cat(list(classes))
     labels_C = (class_L[:, None] == torch.arange(num_classes, device=class_L.device)).sum(0)
-    told = labels_C.new_zeros(2 + torch_dist.get_world_size())  # filled on the device: a host copy could block
-    told[0], told[1], told[2 + torch_dist.get_rank()] = int(notice.stop), int(notice.failed), notice.num_splits
-    message = torch.cat([labels_C, told])
+    own = labels_C.new_zeros(2 + torch_dist.get_world_size())  # filled on the device: a host copy could block
+    own[0], own[1], own[2 + torch_dist.get_rank()] = int(notice.stop), int(notice.failed), notice.num_splits
+    message = torch.cat([labels_C, own])
     torch_dist.all_reduce(message)
     read = start_host_copy(message[num_classes:])
 
-    def agreed() -> Agreed:
+    def notices() -> AllNotices:
         stop, failed, *all_splits = read().tolist()
-        return Agreed(stop=stop > 0, failed=failed > 0, splits=tuple(all_splits))
+        return AllNotices(stop=stop > 0, failed=failed > 0, splits=tuple(all_splits))
 
-    return message[:num_classes], agreed
+    return message[:num_classes], notices

@@ -22,8 +22,6 @@ class Watchdog:
         folder: folder of the file; created if missing.
         limit_s: time limit in seconds, > 0.
         """
-        if limit_s <= 0:
-            raise ValueError(f"the watchdog's limit must be > 0 seconds, got {limit_s}")
         self.path = folder / f"stacks_rank_{rank:05d}.txt"
         self._limit_s = limit_s
         self._file: IO[str] | None = None

@@ -21,10 +21,6 @@ def _fail_on_rank_1() -> tuple[type, str]:
     return type(None), "nothing was raised"
 
 
-def _disagree() -> tuple[bool, bool]:
-    return dist.all_ranks_agree("same"), dist.all_ranks_agree(dist.rank())
-
-
 def _fail_on_both(differ: bool) -> tuple[type, str]:
     try:
         with dist.fail_together():
@@ -40,7 +36,3 @@ def test_error_of_rank_1_is_raised_by_both_with_its_class_and_words():
 def test_errors_of_both_are_one_error():
     assert run_on_ranks(_fail_on_both, False) == [(DataError, "shard 7 is torn")] * 2
     assert run_on_ranks(_fail_on_both, True) == [(DataError, "rank 0: shard 0 is torn")] * 2
-
-
-def test_ranks_that_differ_do_not_agree():
-    assert run_on_ranks(_disagree) == [(True, False), (True, False)]

@@ -15,6 +15,7 @@ from arc_ds.batch.packing import pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.checkpoints.checkpoint import TrainerState, save_checkpoint
 from arc_ds.cli import main
+from arc_ds.config.schema import OptimizerConfig
 from arc_ds.errors import CheckpointError
 from arc_ds.export.consolidate import TrainedCompressor, consolidate, find_checkpoint
 from arc_ds.inference.load import open_arc_folder
@@ -48,7 +49,9 @@ def train_and_save(run: Path) -> dict[str, Tensor]:
 
     trained = tiny_trained(run / f"rank{dist.get_rank()}", **CHANGES)
     compressor = filled_compressor(trained)
-    groups = make_param_groups(compressor, encoder_lr=1e-2, bridge_lr=1e-2, markers_lr=1e-2, weight_decay=0.0)
+    groups = make_param_groups(
+        compressor, OptimizerConfig(encoder_lr=1e-2, bridge_lr=1e-2, markers_lr=1e-2, weight_decay=0.0)
+    )
     engine = build_engine(compressor, PortAdamW(groups, betas=(0.9, 0.95), eps=1e-8), DS_CONFIG)
     batch = pack([Sample("test", (Segment.context(range(dist.get_rank(), 30)),))], trained.spec.packing)
     for _ in range(2):
@@ -65,7 +68,7 @@ def train_and_save(run: Path) -> dict[str, Tensor]:
             "decoders": [asdict(decoder) for decoder in trained.decoders],
         },
     )
-    save_checkpoint(engine, run / "checkpoints", 2, state, keep_last=1, keep_every=0)
+    save_checkpoint(engine, run / "checkpoints", state, keep_last=1, keep_every=0)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
 

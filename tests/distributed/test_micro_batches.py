@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -13,14 +13,11 @@ import torch
 from arc_ds.config.load import load_config
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, planned_splits
 from arc_ds.data.loading.step_batch import StepBatch
-from arc_ds.launch.signals import StopRequest
-from arc_ds.system import dist
-from arc_ds.train import make_hooks
+from arc_ds.train import train
 from arc_ds.training.build import build_run
-from arc_ds.training.loop import fit
+from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
-from arc_ds.training.run_folder import RunFolder
-from arc_ds.training.watchdog import Watchdog
+from arc_ds.training.step import StepResult
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.tiny_run import numbers_by_step, write_inputs
 
@@ -59,22 +56,14 @@ class Outcome(NamedTuple):
     over_limit: int = 0
 
 
-class _Watch:
+class _Watch(Hook):
     """Records the batches that a run trains on."""
-
-    priority = 99
 
     def __init__(self) -> None:
         self.batches: list[StepBatch] = []
 
-    def on_start(self, run: Run) -> None:
-        pass
-
-    def after_step(self, run: Run, batch: StepBatch, result: Any) -> None:
+    def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         self.batches.append(batch)
-
-    def on_end(self, run: Run) -> None:
-        pass
 
 
 def _train(config: str, overrides: Sequence[str], plan_is_low: bool, max_rows: int | None) -> Outcome:
@@ -84,18 +73,14 @@ def _train(config: str, overrides: Sequence[str], plan_is_low: bool, max_rows: i
     max_rows: a row limit that some samples exceed. In practice this happens if a text has more decoder tokens than the
         config can predict.
     """
-    run = build_run(load_config(config, overrides), torch.device("cpu"))
+    loaded = load_config(config, overrides)
+    run = build_run(loaded, torch.device("cpu"))
     run.data.limits = run.data.limits if max_rows is None else MicroBatchLimits(max_decoder_rows=max_rows)
-    folder = RunFolder.open(run)
     watch = _Watch()
     plan = (lambda *_: PARTS) if plan_is_low else planned_splits
-    try:
-        with mock.patch("arc_ds.data.loading.loader.planned_splits", plan), StopRequest() as stop:
-            with Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
-                fit(run, [*make_hooks(run, folder, watchdog, stop), watch], stop)
-            had = tuple(run.data[step].num_splits for step in range(STEPS))
-    finally:
-        folder.close("FINISHED")
+    with mock.patch("arc_ds.data.loading.loader.planned_splits", plan):
+        train(loaded, run, [watch])
+        had = tuple(run.data[step].num_splits for step in range(STEPS))
     micros = [micro.batch for batch in watch.batches for micro in batch.micro_batches]
     return Outcome(
         had=had,

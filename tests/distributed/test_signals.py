@@ -10,6 +10,7 @@ import os
 import signal
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -21,13 +22,10 @@ from arc_ds.errors import ArcError, DataError
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.signals import StopRequest
 from arc_ds.system import dist
-from arc_ds.train import make_hooks
+from arc_ds.train import train
 from arc_ds.training.build import build_run
-from arc_ds.training.hooks import ValidationHook
-from arc_ds.training.loop import fit
+from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
-from arc_ds.training.run_folder import RunFolder
-from arc_ds.training.watchdog import Watchdog
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.tiny_run import last_saved_step, losses, numbers_by_step, write_inputs
 
@@ -67,58 +65,43 @@ class _TornOnRankOne:
         return getattr(self._data, name)
 
 
-class _SignalToRankOne:
+class _SignalToRankOne(Hook):
     """Signals rank 1 after a step, like a launcher."""
-
-    priority = 99
 
     def __init__(self, step: int) -> None:
         self._step = step
-
-    def on_start(self, run: Run) -> None:
-        pass
 
     def after_step(self, run: Run, batch: Any, result: Any) -> None:
         if run.step == self._step and dist.rank() == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    def on_end(self, run: Run) -> None:
-        pass
-
 
 def _train(config: str, run_dir: str, torn_step: int, signal_after: int) -> Outcome:
-    run = build_run(load_config(config, (f"run_dir={run_dir}", *SMALL)), torch.device("cpu"))
-    folder = RunFolder.open(run)
+    loaded = load_config(config, (f"run_dir={run_dir}", *SMALL))
+    run = build_run(loaded, torch.device("cpu"))
     run.data = _TornOnRankOne(run.data, torn_step)  # type: ignore[assignment]
     code, error = None, None
     try:
-        with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
-            code = fit(run, [*make_hooks(run, folder, watchdog, stop), _SignalToRankOne(signal_after)], stop)
+        code = train(loaded, run, [_SignalToRankOne(signal_after)])
     except ArcError as caught:
         error = (type(caught), str(caught))
-    finally:
-        folder.close("FINISHED")
     return Outcome(code, error, run.step)
 
 
 def _validate(config: str, run_dir: str, signal_at: int) -> Outcome:
     """Run with validation. After `signal_at` steps, rank 1 gets a signal when validation first checks for a stop."""
     held_out = f"data.validation={Path(config).parent / 'held_out'}"
-    overrides = (f"run_dir={run_dir}", *SMALL, "validation.every=2", "checkpoint.every=2", held_out)
-    run = build_run(load_config(config, overrides), torch.device("cpu"))
-    folder = RunFolder.open(run)
-    with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
+    loaded = load_config(config, (f"run_dir={run_dir}", *SMALL, "validation.every=2", "checkpoint.every=2", held_out))
+    run = build_run(loaded, torch.device("cpu"))
+    is_set = StopRequest.is_set
 
-        def is_stopped() -> bool:
-            if run.step == signal_at and dist.rank() == 1 and stop.received is None:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            return stop.received is not None
+    def signal_first(stop: StopRequest) -> bool:
+        if run.step == signal_at and dist.rank() == 1 and not is_set(stop):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return is_set(stop)
 
-        hooks = make_hooks(run, folder, watchdog, stop)
-        next(hook for hook in hooks if isinstance(hook, ValidationHook))._is_stopped = is_stopped
-        code = fit(run, hooks, stop)
-    folder.close("KILLED" if code else "FINISHED")
-    return Outcome(code, None, run.step)
+    with mock.patch.object(StopRequest, "is_set", signal_first):
+        return Outcome(train(loaded, run), None, run.step)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import signal
 import time
 from pathlib import Path
 
-from arc_ds.errors import ConfigError
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.signals import StopRequest
 
@@ -20,7 +19,7 @@ def main(arguments: list[str]) -> int:
     temporary = Path(folder) / f"tmp_{rank}"
     temporary.write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']} {os.environ['WORLD_SIZE']}")
     os.replace(temporary, note)
-    return {"ok": _end_well, "train": _train, "user error": _user_error, "die": _die, "crash": _crash}[mode](rank)
+    return {"ok": _end_well, "train": _train, "die": _die, "crash": _crash}[mode](rank)
 
 
 def _end_well(_rank: str) -> int:
@@ -32,17 +31,13 @@ def _train(_rank: str) -> int:
     time.sleep(0.5)
     with StopRequest() as stop:
         for _ in range(600):
-            if stop.received:
+            if stop.is_set():
                 break
             time.sleep(0.1)
         else:
             return EXIT_OK
     time.sleep(2.0 * int(os.environ["RANK"]))
     return EXIT_PREEMPTED
-
-
-def _user_error(_rank: str) -> int:
-    raise ConfigError("encoder.backbone is no folder")
 
 
 def _die(rank: str) -> int:

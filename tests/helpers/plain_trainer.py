@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
+from arc_ds.config.schema import OptimizerConfig
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, planned_splits, sample_sizes, split
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
 from arc_ds.model.bridge import make_bridge
@@ -97,7 +98,8 @@ def bare_decoders(*, activation_checkpointing: bool = False) -> list[Decoder]:
 
 def tiny_groups(compressor: Compressor) -> tuple[ParamGroup, ...]:
     """The parameter groups of a tiny compressor; each kind has its own learning rate."""
-    return make_param_groups(compressor, encoder_lr=1e-3, bridge_lr=3e-3, markers_lr=2e-3, weight_decay=WEIGHT_DECAY)
+    rates = OptimizerConfig(encoder_lr=1e-3, bridge_lr=3e-3, markers_lr=2e-3, weight_decay=WEIGHT_DECAY)
+    return make_param_groups(compressor, rates)
 
 
 def decoder_of_step(step: int) -> int:

@@ -21,12 +21,11 @@ from arc_ds.checkpoints.manifest import Manifest, seal_file, write_manifest
 from arc_ds.config.load import config_hash, dump_yaml, load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
+from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.errors import ArcError, CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
-from arc_ds.launch.signals import StopRequest
 from arc_ds.shards.building.writer import build_shards
-from arc_ds.training.build import rate_schedule, read_parts
-from arc_ds.training.run import Run
+from arc_ds.training.build import read_parts
 from arc_ds.training.run_folder import check_run_folder, find_start
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards
 from tests.helpers.tiny_run import train, write_inputs
@@ -39,8 +38,7 @@ def _start(config: RunConfig) -> Path | None:
     """Run the part of `arc_ds.train.main` before the engine; return the checkpoint that the run would resume from."""
     check_paths(config)
     check_run_folder(config)
-    parts = read_parts(config, CPU)
-    return find_start(config, parts.data.order.fingerprint, parts.tokenizers, parts.backbones)
+    return find_start(config, read_parts(config, CPU).inputs)
 
 
 def _refusal(kind: type[ArcError], config: Path, run: Path, overrides: Sequence[str] = ()) -> str:
@@ -115,39 +113,25 @@ def test_a_damaged_record_met_in_training_is_one_message(
     for tar in shards.glob("*.tar"):
         tar.write_bytes(tar.read_bytes().replace(b"Tower", b"Tover"))
     loaded = load_config(config, [f"run_dir={run}", f"data.sources.0.path={shards}", f"data.num_workers={num_workers}"])
-    with pytest.raises(DataError) as caught:
-        next(_begun(loaded).batches(StopRequest()))
+    with pytest.raises(DataError) as caught, _batches(loaded) as batches:
+        next(batches)
     message = str(caught.value)
     assert message.startswith(f"{shards}/shard-") and "checksum" in message and "data.on_error: skip" in message
     assert len(message.splitlines()) == 1
 
 
-def _begun(config: RunConfig) -> Run:
-    """A run without an engine, sufficient for reading its data."""
-    parts = read_parts(config, CPU)
-    return Run(
-        config=config,
-        folder=Path(config.run_dir),
-        device=CPU,
-        spec=parts.spec,
-        engine=None,  # type: ignore[arg-type]
-        decoders=(),
-        data=parts.data,
-        schedule=rate_schedule(config),
-        validator=None,
-        tasks=parts.data.tasks,
-    )
+def _batches(config: RunConfig) -> BatchLoader:
+    return BatchLoader(read_parts(config, CPU).data, range(config.steps), num_workers=config.data.num_workers)
 
 
 def test_a_data_worker_that_is_killed_is_an_error_of_this_run_and_no_hang(config: Path, run: Path) -> None:
     others = set(multiprocessing.active_children())
-    batches = _begun(load_config(config, [f"run_dir={run}", "data.num_workers=1"])).batches(StopRequest())
-    next(batches)
-    (worker,) = set(multiprocessing.active_children()) - others
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"DataLoader worker .* killed.* Lower data\.num_workers"):
-        for _ in batches:
-            pass
+    with _batches(load_config(config, [f"run_dir={run}", "data.num_workers=1"])) as batches:
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()) - others
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(DataError, match=r"data worker .* died .* Lower data\.num_workers"):
+            list(batches)
 
 
 def test_texts_without_a_token_make_no_shards(config: Path, tmp_path: Path) -> None:
@@ -163,21 +147,21 @@ def test_texts_without_a_token_make_no_shards(config: Path, tmp_path: Path) -> N
 def _used_run(
     config: Path, run: Path, *, steps: Sequence[int] = (), overrides: Sequence[str] = (), num_ranks: int = 1
 ) -> RunConfig:
-    """Folder of a stopped run: config, metrics, and complete checkpoints without shards."""
+    """Folder of a stopped run: config, metrics, and whole checkpoints without shards."""
     loaded = load_config(config, [f"run_dir={run}", *overrides])
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_yaml(loaded))
     (run / "metrics.jsonl").write_text('{"step": 1, "time": 0.0, "metrics": {"train/loss": 2.0}}\n')
-    parts = read_parts(loaded, CPU)
+    inputs = read_parts(loaded, CPU).inputs
     for step in steps:
         folder = run / "checkpoints" / f"step_{step:06d}"
         folder.mkdir(parents=True)
         state = {
             "step": step,
             "data_position": 8 * step,
-            "data_fingerprint": parts.data.order.fingerprint,
+            "data_fingerprint": inputs.data,
             "config_hash": config_hash(loaded),
-            "extra": {"tokenizers": parts.tokenizers, "backbones": parts.backbones},
+            "extra": {"tokenizers": inputs.tokenizers, "backbones": inputs.backbones},
         }
         (folder / "trainer.json").write_text(json.dumps(state))
         files = (seal_file(folder, folder / "trainer.json"),)
@@ -199,6 +183,12 @@ def test_a_new_run_or_another_config_is_refused_in_a_used_folder(
     assert "seed: 0 there, 1 here" in message and "another run_dir" in message
     message = _refusal(ConfigError, config, run, ["checkpoint.resume=never"])
     assert "saved work is not overwritten" in message and "resume=auto" in message
+
+
+def test_an_older_checkpoint_is_not_resumed_over_newer_ones(config: Path, run: Path) -> None:
+    _used_run(config, run, steps=(8, 16))
+    message = _refusal(ConfigError, config, run, [f"checkpoint.resume={run}/checkpoints/step_000008"])
+    assert "step_000016" in message and "another run_dir" in message
 
 
 def test_a_checkpoint_of_another_config_is_refused_though_the_config_file_is_gone(config: Path, run: Path) -> None:
@@ -276,12 +266,8 @@ def test_a_folder_whose_checkpoints_are_all_torn_is_not_started_anew(config: Pat
         trainer.write_text("{}")
     message = _refusal(CheckpointError, config, run)
     assert "none of the checkpoints" in message and "another run_dir" in message
-
-
-def test_resuming_before_what_is_saved_is_refused(config: Path, run: Path) -> None:
-    _used_run(config, run, steps=(8, 16))
-    message = _refusal(ConfigError, config, run, [f"checkpoint.resume={run}/checkpoints/step_000008"])
-    assert "step_000016" in message and "another run_dir" in message
+    message = _refusal(CheckpointError, config, run, [f"checkpoint.resume={run}/checkpoints/step_000016"])
+    assert "trainer.json has 2 bytes" in message and "Name a whole step_NNNNNN, or auto" in message
 
 
 def test_a_config_of_the_users_own_in_the_folder_is_not_overwritten(config: Path, run: Path) -> None:

@@ -49,7 +49,7 @@ def test_sources_of_all_tasks_make_batches_and_validation(config: Path) -> None:
     assert made == set(tasks)
     assert parts.validator is not None and set(parts.validator.tasks) == set(tasks)
     assert parts.validator.num_samples == 2 * 16
-    assert set(parts.tokenizers) == {"encoder", "decoders.0", "decoders.0.chat_template", "decoders.1"}
+    assert set(parts.inputs.tokenizers) == {"encoder", "decoders.0", "decoders.0.chat_template", "decoders.1"}
 
 
 def test_too_few_records_for_the_in_context_examples_are_named(config: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc_ds.data.loading.loader import make_loader
 from arc_ds.data.loading.step_batch import StepBatch
+from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.system.processes import die_with_parent
 from arc_ds.tokenizers import load_tokenizer
 from tests.helpers.batches import digest, sequences
@@ -60,7 +60,8 @@ def test_global_batches_do_not_depend_on_ranks_workers_or_stops(
     for world_size, num_workers, num_steps in legs:
         for rank in range(world_size):
             data = mixture.data(rank, world_size, **run)
-            made += make_loader(data, range(step, step + num_steps), num_workers=num_workers)
+            with BatchLoader(data, range(step, step + num_steps), num_workers=num_workers) as batches:
+                made += batches
         step += num_steps
     alone = mixture.data(**run)
     assert sequences(made) == sequences(alone[idx] for idx in range(first, step))

@@ -13,15 +13,12 @@ from torch import Tensor
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.config.load import load_config
 from arc_ds.errors import TrainingError
-from arc_ds.launch.signals import StopRequest
 from arc_ds.system import dist
-from arc_ds.train import make_hooks
+from arc_ds.train import train
 from arc_ds.training.build import build_run
 from arc_ds.training.engine import PlacedDecoder
-from arc_ds.training.loop import fit
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder
-from arc_ds.training.watchdog import Watchdog
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.tiny_run import losses, numbers_by_step, read_json
 
@@ -63,20 +60,14 @@ def _train(config: str, overrides: tuple[str, ...], spoilt_steps: tuple[int, ...
     """Train on this rank with a non-finite loss in the given steps (from 0), then resume the run."""
     loaded = load_config(config, overrides)
     run = build_run(loaded, torch.device("cpu"))
-    folder = RunFolder.open(run)
     run.decoders = tuple(_Spoilt(decoder, run, spoilt_steps) for decoder in run.decoders)  # type: ignore[misc]
-    error = None
+    error, again = None, None
     try:
-        with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=600) as watchdog:
-            fit(run, make_hooks(run, folder, watchdog, stop), stop)
+        train(loaded, run)
+        again = build_run(loaded, torch.device("cpu"))
+        RunFolder(loaded, again).close("FINISHED")
     except TrainingError as caught:
         error = str(caught)
-    finally:
-        folder.close("FINISHED")
-    again = None
-    if error is None:
-        again = build_run(loaded, torch.device("cpu"))
-        RunFolder.open(again).close("FINISHED")
     ids = {step: run.data[step].record_ids for step in spoilt_steps}
     return Outcome(error, (run.skipped_steps, None if again is None else again.skipped_steps), ids)
 

@@ -13,16 +13,18 @@ from typing import Any
 
 import pytest
 
-from arc_ds.tracking.mlflow_server import DatasetFacts, MlflowServer, RunFacts, start_tracker
+from arc_ds.config.schema import TrackingConfig
+from arc_ds.tracking.mlflow_server import MlflowServer, RunFacts, start_tracker
 from arc_ds.tracking.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS_UNTIL_KILLED = """
 import sys, time
 from pathlib import Path
+from arc_ds.config.schema import TrackingConfig
 from arc_ds.tracking.mlflow_server import RunFacts, start_tracker
-tracker = start_tracker(Path(sys.argv[1]), uri=None, experiment="tests", run_name=None,
-                        facts=RunFacts(params={"seed": 0}), resumed_step=0)
+tracker = start_tracker(Path(sys.argv[1]), TrackingConfig(experiment="tests"), RunFacts(params={"seed": 0}),
+                        resumed_step=0)
 for step in range(1, 10_000):
     tracker.log(step, {"loss": 1.0 / step})
     time.sleep(0.005)
@@ -41,11 +43,9 @@ def _start(folder: Path, params: dict[str, Any], *, resumed_step: int = 0, uri: 
         params=params,
         artifacts={"config.yaml": "seed: 0\n"},
         tags={"host": "here"},
-        datasets=[DatasetFacts(name="shards", digest="d" * 40, source="/data/shards")],
+        datasets={"/data/shards": "d" * 40},
     )
-    return start_tracker(
-        folder, uri=uri, experiment="tests", run_name=None, facts=facts, resumed_step=resumed_step, run_id=None
-    )
+    return start_tracker(folder, TrackingConfig(experiment="tests", uri=uri), facts, resumed_step=resumed_step)
 
 
 def _client(folder: Path) -> Any:
@@ -105,13 +105,8 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", killed)
         with pytest.raises(KeyboardInterrupt):
-            MlflowServer(
-                f"sqlite:///{tmp_path}/mlflow.db",
-                experiment="e",
-                run_name="r",
-                facts=RunFacts(params={}),
-                folder=tmp_path,
-            )
+            uri, facts = f"sqlite:///{tmp_path}/mlflow.db", RunFacts(params={})
+            MlflowServer(uri, TrackingConfig(), facts, tmp_path)
     assert not (tmp_path / "mlflow.db").exists()
     (tmp_path / ".mlflow.db-left-by-a-kill").mkdir()
     tracker = _start(tmp_path, {"seed": 0})

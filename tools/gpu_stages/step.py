@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import arc_kernels as ak
 from arc_ds.batch.packing import PackedBatch
+from arc_ds.config.schema import OptimizerConfig
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
@@ -308,13 +309,8 @@ def _zero3_step(
         "gradient_clipping": MAX_GRAD_NORM,
         "bf16": {"enabled": device.type == "cuda"},
     }
-    groups = make_param_groups(
-        compressor,
-        encoder_lr=LEARNING_RATE,
-        bridge_lr=LEARNING_RATE,
-        markers_lr=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-    )
+    rates = {f"{part}_lr": LEARNING_RATE for part in ("encoder", "bridge", "markers")}
+    groups = make_param_groups(compressor, OptimizerConfig(**rates, weight_decay=WEIGHT_DECAY))
     optimizer = PortAdamW(groups, betas=BETAS, eps=EPS, fused=device.type == "cuda")
     engine = build_engine(compressor, optimizer, config)
     micro = MicroBatch(decoder_idx=0, batch=batch.pin_memory() if device.type == "cuda" else batch)

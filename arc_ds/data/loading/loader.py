@@ -1,23 +1,16 @@
 """The steps of a run as a dataset: from the number of a step to this rank's packed micro-batches.
 
 A step's batch follows from its number alone. So any number of workers gives the same batches, a run can resume at any
-step, and the loader has no state to save.
+step, and there is no state to save.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
-import multiprocessing
-import os
-import signal
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from arc_ds.batch.packing import PoolingSpec
 from arc_ds.data.loading.decoder_reader import ReaderFiles
@@ -31,11 +24,8 @@ from arc_ds.data.order.dealing import deal
 from arc_ds.data.order.order import Pick, RunOrder
 from arc_ds.data.tasks import NO_COUNTS
 from arc_ds.errors import DataError
-from arc_ds.shards.mappings import raise_descriptor_limit
 
 logger = logging.getLogger(__name__)
-
-_held_open: list[Iterator[StepBatch]] = []
 
 # One rank's share of a step: places in the global batch, in parts of equal size.
 Parts = tuple[tuple[int, ...], ...]
@@ -155,71 +145,3 @@ class StepData(Dataset[StepBatch]):
                 *(self.limits.max_encoder_tokens, self.limits.max_decoder_rows),
             )
         return len(over)
-
-
-def make_loader(
-    data: StepData, steps: range, *, num_workers: int, prefetch: int = 4, pin_memory: bool = False
-) -> DataLoader[StepBatch]:
-    """A DataLoader that yields the batches of `steps` in order. With 0 workers, this process makes them."""
-    _end_workers_at_exit()
-    return DataLoader(
-        data,
-        batch_size=None,
-        sampler=steps,
-        num_workers=num_workers,
-        prefetch_factor=prefetch if num_workers else None,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-        worker_init_fn=_begin_worker,
-    )
-
-
-def _begin_worker(_: int) -> None:
-    """Set up a worker: one thread, because all workers share the host's cores, and as many open files as allowed.
-
-    A scheduler that stops a job signals all of its processes. A rank then saves at the next step boundary, and needs
-    its workers until then. So workers ignore the signals, and end with their rank.
-    """
-    for number in (signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
-    raise_descriptor_limit()
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def hold_open(batches: Iterator[StepBatch]) -> None:
-    """Keep a loader's iterator alive until the process ends or `let_go` is called.
-
-    The iterator's own shutdown waits up to ten seconds for each stuck worker; `end_workers` does not.
-    """
-    _held_open.append(batches)
-
-
-def let_go(batches: Iterator[StepBatch]) -> None:
-    """Undo `hold_open`, when the iterator and its workers have ended."""
-    _held_open.remove(batches)
-
-
-def end_workers() -> None:
-    """Kill the workers of all loaders, busy or stuck. The first loader of a process registers this for its exit.
-
-    Otherwise Python would send each worker a SIGTERM, which it ignores once, and wait for it.
-    """
-    for batches in _held_open:
-        # Torch's own shutdown would wait for its thread, which waits for the rest of a killed worker's message.
-        batches._shutdown = True  # type: ignore[attr-defined]
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler treats the end of a worker as an error
-    for worker in multiprocessing.active_children():
-        if worker.daemon:
-            worker.kill()
-
-
-@cache
-def _end_workers_at_exit() -> None:
-    atexit.register(end_workers)
-
-
-def _ignore_once(number: int, _frame: FrameType | None) -> None:
-    """Ignore the first SIGTERM. The second one ends the worker: Python sends it to children of an abandoned loader."""
-    signal.signal(number, signal.SIG_DFL)

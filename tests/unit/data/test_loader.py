@@ -10,66 +10,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils.data import Dataset
 
 from arc_ds.batch.packing import PackedBatch, PoolingSpec
-from arc_ds.data.loading.decoder_reader import ReaderFiles
-from arc_ds.data.loading.loader import StepData, make_loader
+from arc_ds.data.loading.loader import StepData
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, pack_again
-from arc_ds.data.loading.source import Source
-from arc_ds.data.loading.step_batch import StepBatch
-from arc_ds.data.order.order import RunOrder
-from arc_ds.data.tasks import TaskLimits
+from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.errors import ConfigError, DataError
 from arc_ds.shards.reader import ShardSet
 from arc_ds.tokenizers import load_tokenizer
-from tests.helpers.batches import sequences
-from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
+from tests.helpers.batches import digest, sequences
 from tests.helpers.tiny_mixture import TinyMixture
 
-LIMITS = TaskLimits(max_context=16, max_prefix=16, max_continuation=16)
 BATCH = 8
-
-
-class Setting:
-    """Two sources and two tokenizers on disk, and datasets over them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.encoder = write_tiktoken(folder / "tokenizer.model")
-        self.decoder = write_json_tokenizer(folder / "json")
-        texts = numbered_texts(90)
-        self.folders = [folder / "a", folder / "b"]
-        write_shards(self.folders[0], self.encoder, texts[:60])
-        write_shards(self.folders[1], self.encoder, texts[60:])
-
-    def data(self, rank: int = 0, world_size: int = 1, micro_batches: int = 1, **changes) -> StepData:
-        sources = [
-            Source(shards=ShardSet(folder), weight=weight, limits=LIMITS)
-            for folder, weight in zip(self.folders, (0.7, 0.3), strict=True)
-        ]
-        order = RunOrder(
-            seed=4,
-            batch_size=BATCH,
-            sources=tuple(source.shape for source in sources),
-            reconstruction_share=((0, 0.5),),
-            num_decoders=2,
-        )
-        arguments = {
-            "order": order,
-            "sources": sources,
-            "encoder_tokenizer": self.encoder,
-            "readers": [ReaderFiles(tokenizer=self.decoder), ReaderFiles(tokenizer=self.encoder)],
-            "pooling": PoolingSpec(),
-            "rank": rank,
-            "world_size": world_size,
-            "micro_batches": micro_batches,
-        }
-        return StepData(**(arguments | changes))
 
 
 @pytest.fixture(scope="module")
@@ -77,175 +33,151 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
     return TinyMixture.write(tmp_path_factory.mktemp("mixture"))
 
 
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(tmp_path_factory.mktemp("loader"))
-
-
-def contents(batches: list[StepBatch]) -> dict[int, tuple]:
-    """For each step, the records, and the labels of all sequences in a canonical order."""
-    found: dict[int, tuple] = {}
-    records, labels = defaultdict(list), defaultdict(list)
-    for batch in batches:
-        records[batch.step] += batch.record_ids
-        for packed in (micro.batch for micro in batch.micro_batches):
-            for sequence in range(len(packed.tasks)):
-                labels[batch.step].append(tuple(packed.labels[packed.label_sequences == sequence].tolist()))
-    for step in records:
-        found[step] = (sorted(records[step]), sorted(labels[step]))
-    return found
-
-
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2)])
-def test_global_batches_do_not_depend_on_ranks(setting: Setting, world_size: int, micro_batches: int) -> None:
-    expected = contents([setting.data()[step] for step in range(6)])
+def test_global_batches_do_not_depend_on_ranks(mixture: TinyMixture, world_size: int, micro_batches: int) -> None:
+    whole = mixture.data(batch_size=BATCH)
+    expected = sequences(whole[step] for step in range(6))
     batches = []
     for rank in range(world_size):
-        data = setting.data(rank, world_size, micro_batches)
+        data = mixture.data(rank, world_size, batch_size=BATCH, micro_batches=micro_batches)
         batches += [data[step] for step in range(6)]
-    assert contents(batches) == expected
+    assert sequences(batches) == expected
     sizes = {len(micro.batch.tasks) for batch in batches for micro in batch.micro_batches}
     assert sizes == {BATCH // (world_size * micro_batches)}
 
 
-def assert_equal(left: StepBatch, right: StepBatch) -> None:
-    assert (left.step, left.decoder_idxs, left.record_ids) == (right.step, right.decoder_idxs, right.record_ids)
-    for one, other in zip(left.micro_batches, right.micro_batches, strict=True):
-        assert (one.decoder_idx, one.part_idx) == (other.decoder_idx, other.part_idx)
-        a, b = one.batch, other.batch
-        assert a.tasks == b.tasks
-        for name in ("encoder_ids", "encoder_cu_seqlens", "decoder_ids", "label_rows", "labels", "compressed_rows"):
-            assert torch.equal(getattr(a, name), getattr(b, name))
-        assert torch.equal(a.levels[0].group_cu, b.levels[0].group_cu)
-
-
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_workers_and_resume_change_nothing(setting: Setting, num_workers: int) -> None:
-    data = setting.data(micro_batches=2)
-    expected = [data[step] for step in range(5)]
+def test_workers_and_resume_change_nothing(mixture: TinyMixture, num_workers: int) -> None:
+    data = mixture.data(micro_batches=2)
+    expected = [digest(data[step]) for step in range(5)]
     for first in (0, 3):
-        loaded = list(make_loader(setting.data(micro_batches=2), range(first, 5), num_workers=num_workers))
-        assert len(loaded) == 5 - first
-        for left, right in zip(loaded, expected[first:], strict=True):
-            assert_equal(left, right)
-            assert left.num_labels == right.num_labels > 0
+        with BatchLoader(mixture.data(micro_batches=2), range(first, 5), num_workers=num_workers) as batches:
+            assert [digest(batch) for batch in batches] == expected[first:]
+    assert len(set(expected)) == 5
 
 
-STUCK = """
-import os, signal, threading, time
-from functools import partial
-from torch.utils.data import Dataset
-from arc_ds.data.loading.loader import end_workers, hold_open, make_loader
+PROGRAM = """
+import os, signal, sys, threading, time
+from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.launch.signals import StopRequest
 
-class Stuck(Dataset):
+class Data:
     def __getitem__(self, step):
-        time.sleep(600 if step > 2 else 0)
-        return step
-
-def main():
-    batches = iter(make_loader(Stuck(), range(9), num_workers=3))
-    hold_open(batches)
-    with StopRequest() as stop:
-        assert [stop.wait_for(partial(next, batches)) for _ in range(3)] == [0, 1, 2]
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        print("asked", flush=True)
-        assert stop.wait_for(partial(next, batches)) is None
-        assert stop.wait_for(partial(next, batches)) is None
-    end_workers()
-
-main()
-"""
-OUT_OF_MEMORY = """
-from torch.utils.data import Dataset
-from arc_ds.data.loading.loader import make_loader
-
-class Large(Dataset):
-    def __getitem__(self, step):
+        if step == 4:
+            time.sleep(0.5)  # its first batch must have left
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600 if step > 4 else 0)
         return "x" * (1 << 20)
 
-def main():
-    batches = iter(make_loader(Large(), range(1000), num_workers=2))
-    next(batches)
-    raise RuntimeError("out of memory")
+def main(way_out, steps):
+    with StopRequest() as stop, BatchLoader(Data(), steps, num_workers=3, is_stopped=stop.is_set) as batches:
+        for _ in range(3):
+            next(batches)
+        print("3 batches", flush=True)
+        if way_out == "error":
+            raise RuntimeError("out of memory")
+        if way_out == "stop":
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert list(batches) == list(batches) == []
 
-main()
+main(sys.argv[1], [0, 1, 2, 4, 5, 6] if sys.argv[1] == "death" else [0, 1, 2, 5, 6, 7])
 """
+WAYS_OUT = {
+    "stop": (0, ""),
+    "error": (1, "RuntimeError: out of memory\n"),
+    "death": (
+        1,
+        "died with exit code -9, most likely because the host ran out of memory. Lower data.num_workers or the number "
+        "of ranks on this host.\n",
+    ),
+}
 
 
-def _program(text: str) -> subprocess.Popen[str]:
-    root = Path(__file__).resolve().parents[3]
-    return subprocess.Popen(
-        [sys.executable, "-c", text],
-        env={**os.environ, "PYTHONPATH": str(root)},
+@pytest.mark.parametrize("way_out", WAYS_OUT)
+def test_no_way_out_waits_for_workers_that_are_stuck(way_out: str) -> None:
+    """A worker is stuck if its shards are on a hanging server. Torch alone would wait ten seconds for each.
+
+    After an error, the traceback keeps its objects, including the loader, alive until the process exits.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, way_out],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def test_a_stop_waits_for_no_worker_that_is_stuck() -> None:
-    """A worker is stuck if its shards are on a hanging server. Torch alone would wait ten seconds for each."""
-    process = _program(STUCK)
-    assert process.stdout is not None and process.stdout.readline() == "asked\n", process.communicate()
-    asked = time.monotonic()
+    assert process.stdout is not None and process.stdout.readline() == "3 batches\n", process.communicate()
+    began = time.monotonic()
     _, words = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in words, words
-    assert time.monotonic() - asked < 10
+    code, last_words = WAYS_OUT[way_out]
+    assert process.returncode == code and words.endswith(last_words) and words.count("Traceback") == code, words
+    assert time.monotonic() - began < 10
 
 
-def test_an_error_that_nobody_expects_ends_a_process_with_busy_workers() -> None:
-    """The traceback keeps its objects, including the loader, alive until the process exits."""
-    process = _program(OUT_OF_MEMORY)
-    _, words = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert words.endswith("RuntimeError: out of memory\n"), words
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch's half-made iterator
+def test_a_worker_that_cannot_start_leaves_no_other_behind(
+    mixture: TinyMixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = BaseProcess.start, []
+
+    def start_one(process: BaseProcess) -> None:
+        if started:
+            raise OSError("cannot allocate memory")
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(BaseProcess, "start", start_one)
+    with pytest.raises(OSError, match="cannot allocate"), BatchLoader(mixture.data(), range(2), num_workers=2):
+        pytest.fail("the workers started")
+    started[0].join(timeout=10)
+    assert started[0].exitcode == -signal.SIGKILL
 
 
-def test_a_worker_leaves_stop_signals_to_its_rank(setting: Setting) -> None:
-    """A scheduler signals every process of a job. The rank needs its worker until the next step boundary."""
-    batches = iter(make_loader(setting.data(), range(12), num_workers=1, prefetch=2))
-    steps = [next(batches).step]
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        os.kill(batches._workers[0].pid, number)
-    steps += [batch.step for batch in batches]
+def test_loaders_follow_each_other_without_a_trace(mixture: TinyMixture) -> None:
+    """Torch keeps a table by the id of its iterator, and Python reuses ids."""
+    for _ in range(8):
+        with BatchLoader(mixture.data(), range(2), num_workers=1) as batches:
+            next(batches)
+
+
+def test_a_worker_leaves_stop_signals_to_its_rank(mixture: TinyMixture) -> None:
+    """A scheduler signals every process of a job, perhaps twice. The rank needs its worker until the next boundary."""
+    with BatchLoader(mixture.data(), range(12), num_workers=1) as batches:
+        steps = [next(batches).step]
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+            os.kill(batches._workers[0].pid, number)
+        steps += [batch.step for batch in batches]
     assert steps == list(range(12))
 
 
-def test_decoder_of_the_step_gives_its_tokens(setting: Setting) -> None:
-    data = setting.data()
+def test_decoder_of_the_step_gives_its_tokens(mixture: TinyMixture) -> None:
+    data = mixture.data()
     assert {data[step].decoder_idxs for step in range(4)} == {(0,), (1,)}
     for step in range(4):
         batch = data[step]
-        tokenizer = load_tokenizer([setting.decoder, setting.encoder][batch.decoder_idxs[0]])
+        tokenizer = load_tokenizer([mixture.decoder, mixture.encoder][batch.decoder_idxs[0]])
         packed = batch.micro_batches[0].batch
         start, end = packed.decoder_cu_seqlens[:2].tolist()
         text = tokenizer.decode(packed.decoder_ids[(packed.text_rows >= start) & (packed.text_rows < end)].tolist())
         assert "Tower" in text or "block" in text
 
 
-def test_epochs_use_every_record_once(setting: Setting) -> None:
-    data = setting.data()
-    seen: list[tuple[int, int]] = [record for step in range(40) for record in data[step].record_ids]
-    first_epoch = [record for source, record in seen if source == 0][:60]
-    assert sorted(first_epoch) == list(range(60))
-
-
-def test_batch_that_ranks_do_not_divide_is_refused(setting: Setting) -> None:
+def test_batch_that_ranks_do_not_divide_is_refused(mixture: TinyMixture) -> None:
     with pytest.raises(ConfigError, match="multiple"):
-        setting.data(0, 3)
+        mixture.data(0, 5)
 
 
-def test_order_of_other_shards_is_refused(setting: Setting) -> None:
+def test_order_of_other_shards_is_refused(mixture: TinyMixture) -> None:
+    data = mixture.data()
     with pytest.raises(DataError, match="other shards"):
-        setting.data(sources=setting.data().sources[::-1])
+        StepData(order=data.order, sources=data.sources[::-1], encoder_tokenizer="", readers=(), pooling=PoolingSpec())
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> Setting:
-    """A setting whose first shard has one flipped byte in each of its first two records."""
-    setting = Setting(tmp_path)
-    source = ShardSet(setting.folders[0])
+def damaged(tmp_path: Path) -> TinyMixture:
+    """A mixture whose first shard has one flipped byte in each of its first two records."""
+    mixture = TinyMixture.write(tmp_path)
+    source = ShardSet(tmp_path / "texts")
     path = source.folder / source.manifest.shards[0].name
     raw = bytearray(path.read_bytes())
     first = 512
@@ -253,10 +185,10 @@ def damaged(tmp_path: Path) -> Setting:
     raw[first + 9] ^= 1
     raw[second + 9] ^= 1
     path.write_bytes(raw)
-    return setting
+    return mixture
 
 
-def test_damaged_record_stops_the_run_by_default(damaged: Setting) -> None:
+def test_damaged_record_stops_the_run_by_default(damaged: TinyMixture) -> None:
     data = damaged.data()
     with pytest.raises(DataError, match=r"shard-000000\.tar, member .* the checksum"):
         for step in range(12):
@@ -264,7 +196,7 @@ def test_damaged_record_stops_the_run_by_default(damaged: Setting) -> None:
 
 
 def test_damaged_record_is_replaced_counted_and_named_once(
-    damaged: Setting, setting: Setting, caplog: pytest.LogCaptureFixture
+    damaged: TinyMixture, mixture: TinyMixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = damaged.data(on_error="skip")
     with caplog.at_level(logging.WARNING):
@@ -272,18 +204,18 @@ def test_damaged_record_is_replaced_counted_and_named_once(
     assert sum(batch.skipped for batch in batches) >= 3
     assert all((0, 0) not in batch.record_ids and (0, 1) not in batch.record_ids for batch in batches)
     assert len([record for record in caplog.records if "record skipped" in record.message]) == 2
-    whole = setting.data()
+    whole = mixture.data()
     for batch in batches:
         replaced = [(0, 2) if record in ((0, 0), (0, 1)) else record for record in whole[batch.step].record_ids]
         assert list(batch.record_ids) == replaced
 
 
 def test_source_with_nothing_usable_is_an_error_not_a_hang(tmp_path: Path) -> None:
-    setting = Setting(tmp_path)
-    for path in setting.folders[0].glob("*.tar"):
+    mixture = TinyMixture.write(tmp_path)
+    for path in (tmp_path / "texts").glob("*.tar"):
         path.write_bytes(bytes(len(path.read_bytes())))
     with pytest.raises(DataError, match="in a row"):
-        setting.data(on_error="skip")[0]
+        mixture.data(on_error="skip")[0]
 
 
 @pytest.mark.parametrize("schedule", ["sample", "same_batch"])
@@ -314,8 +246,7 @@ def test_decoders_on_the_same_batch_run_one_after_the_other(mixture: TinyMixture
         assert first.part_idx == second.part_idx and first.batch.tasks == second.batch.tasks
 
 
-def test_a_run_names_its_tasks(mixture: TinyMixture, setting: Setting) -> None:
-    assert setting.data().tasks == ("reconstruction", "continuation")
+def test_a_run_names_its_tasks(mixture: TinyMixture) -> None:
     assert mixture.data().tasks == ("reconstruction", "continuation", "few_shot", "long_context")
 
 
@@ -346,7 +277,7 @@ def rows_of(packed: PackedBatch) -> list[int]:
     return packed.decoder_cu_seqlens.diff().tolist()
 
 
-class OpenFiles(Dataset):
+class OpenFiles:
     """The limit of open files of the process that makes an item."""
 
     def __getitem__(self, _: int) -> int:
@@ -358,7 +289,8 @@ def test_workers_may_open_as_many_files_as_the_system_allows() -> None:
     lowered = min(256, hard - 1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowered, hard))
     try:
-        (found,) = make_loader(OpenFiles(), range(1), num_workers=1)  # type: ignore[arg-type]
+        with BatchLoader(OpenFiles(), range(1), num_workers=1) as limits:  # type: ignore[arg-type]
+            found = next(limits)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found > lowered

@@ -61,7 +61,7 @@ def test_the_number_of_ranks_fits_the_host() -> None:
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arc_ds.launch.wrapper._on_cpu", lambda _request: False)
+    monkeypatch.setattr("arc_ds.launch.wrapper.wanted_kind", lambda _request: "cuda")
     monkeypatch.setattr("arc_ds.launch.wrapper.num_local_devices", lambda _request: 4)
     assert choose_num_procs(4, "auto") == choose_num_procs(None, "auto") == 4
     with pytest.raises(ConfigError, match=r"--num-procs is 5, but this host has 4 devices"):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from arc_ds.cli import main
-from arc_ds.data.loading.loader import make_loader
 from arc_ds.data.loading.source import Source
+from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.errors import DataError
 from arc_ds.shards.check import check_shards
 from arc_ds.shards.reader import ShardSet
@@ -130,6 +130,7 @@ def test_batches_of_remote_sources_are_the_local_ones(
         server.faults = {"0.tar": ("cut", 2), "1.tar": ("500", 3), "2.tar": ("flip", 2)}
         if has_token_caches:
             server.faults |= {"0.ids": ("cut", 2), "1.texts": ("500", 3)}
-        assert sequences(make_loader(data, range(8), num_workers=2)) == expected
+        with BatchLoader(data, range(8), num_workers=2) as batches:
+            assert sequences(batches) == expected
     assert sum(path.stat().st_size for path in mixture.folder.glob("*/*.tar")) > 30_000
     assert sum(left for _, left in server.faults.values()) == 0, "the faults happened"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.export.formats import write_export
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
+from arc_ds.planning.sizes import longest_sequence
+from arc_ds.tokenizers import load_tokenizer
 from arc_ds.training.build_model import compressor_spec, open_decoders, open_starting_weights, starting_compressor
 from tests.helpers.tiny_data import write_json_tokenizer
 from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf
@@ -72,6 +75,12 @@ def test_the_backbone_is_the_start_where_no_weights_are_named(config_file: Path,
     assert not torch.equal(found[name], trained.tensors[name])
 
 
+def test_markers_may_start_as_the_embedding_of_a_line_break(config_file: Path) -> None:
+    found = dict(_start(load_config(config_file, ["markers.init=embedding"])).named_parameters())
+    idx = load_tokenizer(config_file.parent / "encoder").encode("\n")[-1]
+    assert torch.equal(found["ports.1.rec"], found["encoder.tok_embeddings.weight"][idx : idx + 1])
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [("encoder.causal=true", "encoder.causal"), ("pooling.strategy=sum", "pooling.strategy"),
@@ -99,7 +108,8 @@ def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file
 
     def open_with(template: str) -> None:
         named = f"decoders=[{{name: windowed, backbone: {folder}, chat_template: {template}}}]"
-        open_decoders(load_config(config_file, [named]))
+        config = load_config(config_file, [named])
+        open_decoders(config.decoders, partial(longest_sequence, config))
 
     open_with("none")
     with pytest.raises(WeightsError, match="looks back 65 tokens, but the run has sequences of 141"):

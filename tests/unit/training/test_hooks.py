@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,19 +14,24 @@ import pytest
 import torch
 
 from arc_ds.batch.packing import pack
+from arc_ds.config.schema import EncoderConfig
+from arc_ds.data.loading.micro_batches import MicroBatchLimits
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
 from arc_ds.data.tasks import TaskCounts
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import count_flops
 from arc_ds.training import hooks, meters
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, MetricsHook, ValidationHook
-from arc_ds.training.run import DataWait, Pauses
-from arc_ds.training.step import Agreed, StepResult
+from arc_ds.training.run import DataClock, Run
+from arc_ds.training.step import AllNotices, StepResult
 from arc_ds.training.validate import ValidationStopped
 from tests.helpers.tiny_compressor import TINY, sample
 
 STEPS = 10
-AGREED = Agreed(stop=False, failed=False, splits=(0,))
+NOTICES = AllNotices(stop=False, failed=False, splits=(0,))
+
+
+SPEC = CompressorSpec(backbone=TINY, num_layers=3, decoder_sizes=(TINY.hidden_size,))
 
 
 class _Validator:
@@ -32,31 +39,47 @@ class _Validator:
 
     tasks, num_samples, num_forwards = ("continuation",), 24, 3
 
-    def run(self, engine: Any, decoders: Any, on_forward: Any, is_stopped: Any) -> dict[str, Any]:
+    def run(self, engine: Any, decoders: Any, before_forward: Any) -> list[dict[str, Any]]:
         for _ in range(self.num_forwards):
-            if is_stopped():
+            if before_forward():
                 raise ValidationStopped
-            on_forward()
-        return {}
+        return [{}, {}]
 
 
-def _run(step: int) -> Any:
-    return SimpleNamespace(
-        step=step, config=SimpleNamespace(steps=STEPS), validator=_Validator(), engine=None, decoders=(),
-        decoder_names=("wide", "other"), is_stopping=False, pauses=Pauses(),
-    )  # fmt: skip
+def _run(step: int, **changes: Any) -> Run:
+    fields: dict[str, Any] = {
+        "folder": Path("run"), "device": torch.device("cpu"), "spec": SPEC, "inputs": None, "engine": None,
+        "ds_config": {}, "decoders": (), "decoder_names": ("wide", "other"), "data": None, "num_workers": 0,
+        "schedule": SimpleNamespace(total_steps=STEPS), "normalize": "global", "validator": _Validator(), "step": step,
+    }  # fmt: skip
+    return Run(**{**fields, **changes})
 
 
-def _validated_steps(*, every: int, done: int | None, start: int, end: int) -> list[int]:
-    """Steps after which the hook validates a run from `start` to `end`."""
-    logged: list[tuple[int, dict[str, float]]] = []
-    hook = ValidationHook(lambda step, found: logged.append((step, found)), every=every, done=done)  # type: ignore[arg-type]
-    hook.on_start(_run(start))
-    for step in range(start + 1, end + 1):
-        hook.after_step(_run(step), None, _result(step))  # type: ignore[arg-type]
-    hook.on_end(_run(end))
-    assert all(VALIDATION_KEY in found for _, found in logged)
-    return [step for step, _ in logged]
+def _result(step: int, **changes: Any) -> StepResult:
+    fields: dict[str, Any] = {
+        "step": step, "decoder_idxs": (0,), "nll_DK": torch.ones(1, 1), "labels_DK": torch.ones(1, 1),
+        "grad_norm": torch.ones(()), "applied": True, "learning_rates": {}, "notices": NOTICES,
+    }  # fmt: skip
+    return StepResult(**{**fields, **changes})
+
+
+class _Validation(ValidationHook):
+    """Records the steps that it logs, and how often it resets the watchdog."""
+
+    def __init__(self, every: int = 5, done: int | None = None, is_stopped: Any = lambda: False) -> None:
+        self.steps: list[int] = []
+        self.num_alive = 0
+        super().__init__(log=self._note, every=every, done=done, alive=self._alive_once, is_stopped=is_stopped)
+
+    def _note(self, step: int, metrics: dict[str, float]) -> None:
+        assert VALIDATION_KEY in metrics
+        self.steps.append(step)
+
+    def _alive_once(self) -> None:
+        self.num_alive += 1
+
+    def after(self, run: Run, **changes: Any) -> None:
+        self.after_step(run, BATCH, _result(run.step, **changes))
 
 
 @pytest.mark.parametrize(
@@ -74,39 +97,36 @@ def _validated_steps(*, every: int, done: int | None, start: int, end: int) -> l
     ],
 )
 def test_validation_comes_once_a_step(every: int, done: int | None, start: int, end: int, expected: list[int]) -> None:
-    assert _validated_steps(every=every, done=done, start=start, end=end) == expected
+    hook = _Validation(every, done)
+    hook.on_start(_run(start))
+    for step in range(start + 1, end + 1):
+        hook.after(_run(step))
+    hook.on_end(_run(end))
+    assert hook.steps == expected
 
 
 def test_a_run_that_is_asked_to_stop_saves_first() -> None:
-    logged: list[int] = []
-    hook = ValidationHook(lambda step, _: logged.append(step), every=5)  # type: ignore[arg-type]
-    asked = dataclasses.replace(_result(5), agreed=dataclasses.replace(AGREED, stop=True))
-    hook.after_step(_run(5), None, asked)  # type: ignore[arg-type]
+    hook = _Validation()
+    hook.after(_run(5), notices=dataclasses.replace(NOTICES, stop=True))
     hook.on_end(_run(5))
-    assert logged == []
-    hook.after_step(_run(5), None, _result(5))  # type: ignore[arg-type]
-    assert logged == [5]
+    assert hook.steps == []
+    hook.after(_run(5))
+    assert hook.steps == [5]
 
 
 @pytest.mark.parametrize("end", [5, STEPS])
 def test_a_stop_breaks_a_validation_off(end: int) -> None:
-    logged: list[int] = []
-    asked = iter([False, True])
-    hook = ValidationHook(
-        lambda step, _: logged.append(step), every=5, is_stopped=lambda: next(asked)  # type: ignore[arg-type]
-    )  # fmt: skip
-    run = _run(end)
-    hook.after_step(run, None, _result(end))  # type: ignore[arg-type]
+    hook, run = _Validation(is_stopped=iter([False, True]).__next__), _run(end)
+    hook.after(run)
     hook.on_end(run)
-    assert run.is_stopping and logged == []
+    assert run.is_stopping and hook.steps == []
 
 
 def test_a_long_validation_says_what_it_does_and_is_no_stall(caplog: pytest.LogCaptureFixture) -> None:
-    alive: list[None] = []
-    hook = ValidationHook(lambda *_: None, every=5, alive=lambda: alive.append(None))  # type: ignore[arg-type]
+    hook = _Validation()
     with caplog.at_level("INFO"):
-        hook.after_step(_run(5), None, _result(5))  # type: ignore[arg-type]
-    assert len(alive) == 3
+        hook.after(_run(5))
+    assert hook.num_alive == 3
     assert caplog.messages[0] == "step 5: validating 24 samples of continuation for wide, other"
 
 
@@ -123,20 +143,19 @@ def test_each_step_is_saved_once_after_its_metrics(every: int, start: int, end: 
         assert flushed[-1] == run.step, "metrics of a step must be logged before the step is saved"
         saved.append(run.step)
 
-    def run_at(step: int) -> Any:
-        run = _run(step)
-        run.pauses.add(lambda run: flushed.append(run.step), lambda: None)
-        return run
+    @contextmanager
+    def around(run: Run) -> Iterator[None]:
+        flushed.append(run.step)
+        yield
 
-    hook = CheckpointHook(save, every=every)
-    hook.on_start(run_at(start))
+    hook = CheckpointHook(save=save, every=every)
+    run = _run(start, around_pauses=[around])
+    hook.on_start(run)
     for step in range(start + 1, end + 1):
-        hook.after_step(run_at(step), None, _result(step))  # type: ignore[arg-type]
-    hook.on_end(run_at(end))
+        run.step = step
+        hook.after_step(run, BATCH, _result(step))
+    hook.on_end(run)
     assert saved == expected
-
-
-SPEC = CompressorSpec(backbone=TINY, num_layers=3, decoder_sizes=(TINY.hidden_size,))
 
 
 def _reduced_over(*loads: float) -> Any:
@@ -149,29 +168,30 @@ def _reduced_over(*loads: float) -> Any:
     return reduced
 
 
-def _speed_of_two_steps(
-    monkeypatch: pytest.MonkeyPatch, *, peak: float | None = None, precision: str = "fp32", loads: Any = (1, 1)
-) -> dict[str, float]:
-    """Metrics that `MetricsHook` logs after two steps on two ranks. They took 4 s, and this rank waited for 1 s."""
-    monkeypatch.setattr(hooks, "peak_bf16_flops", lambda _device: peak)
+def _two_steps(
+    monkeypatch: pytest.MonkeyPatch, *, every: int = 2, peak: float | None = None, loads: Any = (1, 1)
+) -> tuple[Run, dict[int, dict[str, float]]]:
+    """Two steps on two ranks. They took 4 s, and this rank waited for 1 s. Returns the logged metrics by step."""
     monkeypatch.setattr(meters, "_reduced", _reduced_over(*loads))
     monkeypatch.setattr(hooks.dist, "world_size", lambda: 2)
-    monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=iter([0.0, 4.0, 4.0]).__next__))
-    encoder = SimpleNamespace(trained_layers=1, train_embeddings=False)
-    data = SimpleNamespace(max_encoder_tokens=36, max_decoder_rows=None)
-    run: Any = SimpleNamespace(
-        step=0, config=SimpleNamespace(steps=9, log_every=2, precision=precision, encoder=encoder, data=data),
-        spec=SPEC, device=torch.device("cpu"), decoders=(SimpleNamespace(module=SimpleNamespace(config=TINY)),),
-        decoder_names=("a",), tasks=("continuation",), skipped_steps=0, data_counts=Counter(cut_answers=5),
-        clock=SimpleNamespace(read=lambda: DataWait(waited_s=1.0, remade=1)), pauses=Pauses(),
+    monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=iter([0.0, 4.0, 4.0, 4.0]).__next__))
+    data = SimpleNamespace(limits=MicroBatchLimits(max_encoder_tokens=36), tasks=("continuation",))
+    run = _run(
+        0, data=data, decoders=(SimpleNamespace(module=SimpleNamespace(config=TINY)),), decoder_names=("a",),
+        data_counts=Counter(cut_answers=5), clock=DataClock(waited_s=1.0, remade=1),
     )  # fmt: skip
-    logged: dict[str, float] = {}
-    hook = MetricsHook(lambda _step, found: logged.update(found), show_progress=False)
+    logged: dict[int, dict[str, float]] = {}
+    encoder = EncoderConfig(backbone="", trained_layers=1, train_embeddings=False)
+    hook = MetricsHook(log=logged.__setitem__, every=every, encoder=encoder, peak_flops=peak)
     hook.on_start(run)
     for step in (1, 2):
         run.step = step
         hook.after_step(run, BATCH, _result(step - 1))
-    return logged
+    return run, logged
+
+
+def _speed_of_two_steps(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, float]:
+    return _two_steps(monkeypatch, **options)[1][2]
 
 
 BATCH = StepBatch(
@@ -187,28 +207,15 @@ BATCH = StepBatch(
 )
 
 
-def _result(step: int) -> StepResult:
-    return StepResult(
-        step=step, decoder_idxs=(0,), nll_DK=torch.ones(1, 1), labels_DK=torch.ones(1, 1), grad_norm=torch.ones(()),
-        applied=True, learning_rates={}, agreed=AGREED,
-    )  # fmt: skip
-
-
 def test_mfu_is_the_share_of_all_devices_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     a_step = sum(
         count_flops(part.batch, SPEC, TINY, trained_layers=1, train_embeddings=False).total
         for part in BATCH.micro_batches
     )
-    found = _speed_of_two_steps(monkeypatch, peak=1e6, precision="bf16")
+    found = _speed_of_two_steps(monkeypatch, peak=1e6)
     assert found["train/mfu"] == pytest.approx(2 * 2 * a_step / (4.0 * 2 * 1e6))
     assert found["speed/encoder_tokens_per_s"] == 2 * 2 * 18 / 4.0
-
-
-@pytest.mark.parametrize(("peak", "precision"), [(None, "bf16"), (1e6, "fp32")])
-def test_mfu_is_left_out_where_there_is_no_peak_to_compare_with(
-    peak: float | None, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "train/mfu" not in _speed_of_two_steps(monkeypatch, peak=peak, precision=precision)
+    assert "train/mfu" not in _speed_of_two_steps(monkeypatch), "there is no peak to compare with"
 
 
 def test_metrics_tell_how_full_micro_batches_are_and_what_was_lost_since_the_run_began(
@@ -224,6 +231,14 @@ def test_metrics_tell_how_full_micro_batches_are_and_what_was_lost_since_the_run
     assert found["data/cut_answers"] == 5 + 2 * 2 * 1, "counts continue from the resumed run"
 
 
+def test_pending_metrics_are_logged_before_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save or a validation may be the last thing that a run does, and steps in the log must never decrease."""
+    run, steps = _two_steps(monkeypatch, every=10)
+    assert steps == {}
+    with run.pause():
+        assert set(steps) == {1, 2}
+
+
 def test_balance_is_the_slowest_rank_over_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _speed_of_two_steps(monkeypatch)["data/balance"] == pytest.approx(1.0)
     assert _speed_of_two_steps(monkeypatch, loads=(1, 3))["data/balance"] == pytest.approx(3 / 2)
@@ -234,14 +249,14 @@ def test_a_rank_that_waits_for_data_makes_all_wait(monkeypatch: pytest.MonkeyPat
 
 
 def test_losses_are_told_by_decoder_and_task_where_there_were_labels() -> None:
-    run: Any = SimpleNamespace(decoder_names=("wide", "other", "third"), tasks=("reconstruction", "continuation"))
-    result = dataclasses.replace(
-        _result(0),
+    data = SimpleNamespace(tasks=("reconstruction", "continuation"))
+    result = _result(
+        0,
         decoder_idxs=(0, 2),
         nll_DK=torch.tensor([[6.0, 0.0], [4.0, torch.inf]]),
         labels_DK=torch.tensor([[3, 0], [1, 4]]),
     )
-    metrics = hooks._step_metrics(run, result)
+    metrics = hooks._step_metrics(_run(0, data=data, decoder_names=("wide", "other", "third")), result)
     assert {key: value for key, value in metrics.items() if key.startswith("train/loss")} == {
         "train/loss": float("inf"),
         "train/loss/wide/reconstruction": 2.0,

@@ -12,8 +12,10 @@ from arc_ds.errors import DataError
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.signals import StopRequest
 from arc_ds.training import loop
-from arc_ds.training.loop import LookAhead, fit
-from arc_ds.training.step import Agreed, Notice
+from arc_ds.training.hooks import Hook
+from arc_ds.training.loop import fit
+from arc_ds.training.run import DataClock, Run
+from arc_ds.training.step import AllNotices, Notice
 
 STEPS = 4
 
@@ -25,35 +27,53 @@ class _Batch(NamedTuple):
     num_splits: int = 1
 
 
-class _Run:
-    """Fake `Run`: its batches are step numbers, and the batch of `torn_step` raises an error."""
+class _Loader:
+    """Fake `BatchLoader`: its batches are step numbers, and the batch of `torn_step` raises `error`."""
 
-    def __init__(self, torn_step: int = STEPS) -> None:
-        self.step, self._torn_step, self.is_stopping = 0, torn_step, False
-        self.config = SimpleNamespace(steps=STEPS, loss=SimpleNamespace(normalize="global"))
-        self.engine = self.schedule = self.tasks = None
-        self.decoders = (None,)
+    def __init__(self, torn_step: int = STEPS, error: Exception | None = None, num_splits: int = 1) -> None:
+        self._torn_step, self._error, self._num_splits = torn_step, error or DataError("torn"), num_splits
+        self._batches, self.stop, self.is_open = self._make_batches(), StopRequest(), False
 
-    def batches(self, stop: StopRequest) -> Iterator[Any]:
-        for step in range(self.config.steps):
+    def __enter__(self) -> _Loader:
+        self.is_open = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_open = False
+
+    def __next__(self) -> _Batch:
+        return next(self._batches)
+
+    def _make_batches(self) -> Iterator[_Batch]:
+        for step in range(STEPS):
             if step == self._torn_step:
-                raise DataError("torn")
-            if stop.received is not None:
+                raise self._error
+            if self.stop.is_set():
                 return
-            yield _Batch(step)
+            yield _Batch(step, self._num_splits)
 
-    def make_again(self, batch: _Batch, num_splits: int) -> _Batch:
+    def repack(self, batch: _Batch, num_splits: int) -> _Batch:
         assert num_splits > batch.num_splits
         return _Batch(batch.step, num_splits)
 
-    def count_step(self, *, applied: bool) -> None:
-        self.step += 1
+
+class _Run(Run):
+    """A run with a fake loader."""
+
+    def __init__(self, torn_step: int = STEPS, **of_loader: Any) -> None:
+        self.step, self.skipped_steps, self.is_stopping = 0, 0, False
+        self.engine = self.normalize = self.data = None  # type: ignore[assignment]
+        self.data, self.schedule = SimpleNamespace(tasks=()), SimpleNamespace(total_steps=STEPS)  # type: ignore[assignment]
+        self.decoders, self.clock = (), DataClock()
+        self.loader = _Loader(torn_step, **of_loader)
+
+    def batches(self, stop: StopRequest) -> Any:
+        self.loader.stop = stop
+        return self.loader
 
 
-class _Hook:
+class _Hook(Hook):
     """Records its calls. Requests a stop after a step, or sets `is_stopping` as if all ranks had agreed on it."""
-
-    priority = 0
 
     def __init__(self, stop: StopRequest, stop_after: int, agrees_at: str) -> None:
         self.calls: list[str] = []
@@ -101,31 +121,45 @@ def _fit(
     def train_step(_engine: Any, _decoders: Any, batch: _Batch, *, notice: Notice, **__: Any) -> Any:
         told.append(notice)
         batches.append(batch)
+        assert run.loader.is_open
         splits = (notice.num_splits, other[batch.step + 1] if notice.num_splits else 0)
-        return SimpleNamespace(applied=True, agreed=Agreed(stop=notice.stop, failed=notice.failed, splits=splits))
+        return SimpleNamespace(applied=True, notices=AllNotices(stop=notice.stop, failed=notice.failed, splits=splits))
 
     monkeypatch.setattr(loop, "train_step", train_step)
     monkeypatch.setattr(loop.dist, "gather_objects", lambda own: [own, other[0]] if isinstance(own, int) else [own])
     stop = stop or StopRequest()
     hook = _Hook(stop, stop_after, agrees_at)
     try:
-        end: int | str = fit(run, [hook], stop)  # type: ignore[arg-type]
+        end: int | str = fit(run, [hook], stop)
     except DataError as error:
         end = str(error)
+    assert not run.loader.is_open
     return _Fitted(end, hook.calls, told, batches)
 
 
-def test_a_run_that_nothing_stops_does_every_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, calls, told, batches = _fit(_Run(), monkeypatch)
-    assert (end, calls) == (EXIT_OK, ["start", "1", "2", "3", "4", "end"])
-    assert told == [Notice(num_splits=1)] * (STEPS - 1) + [Notice()]
-    assert batches == [_Batch(step) for step in range(STEPS)]
+NEXT, LAST, STOP, FAILED = Notice(num_splits=1), Notice(), Notice(stop=True), Notice(failed=True)
 
 
-def test_a_stop_is_told_with_the_next_step_and_obeyed_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, calls, told, _ = _fit(_Run(), monkeypatch, stop_after=1)
-    assert (end, calls) == (EXIT_PREEMPTED, ["start", "1", "2", "end"])
-    assert told == [Notice(num_splits=1), Notice(stop=True)], "the loop must not wait for the batch after the stop"
+@pytest.mark.parametrize(
+    ("torn_step", "stop_after", "end", "steps", "told"),
+    [
+        pytest.param(STEPS, 0, EXIT_OK, "1234", [NEXT, NEXT, NEXT, LAST], id="nothing stops it"),
+        pytest.param(STEPS, 1, EXIT_PREEMPTED, "12", [NEXT, STOP], id="a stop, told with the next step"),
+        pytest.param(STEPS, 3, EXIT_OK, "1234", [NEXT, NEXT, NEXT, STOP], id="a stop told with the last step"),
+        pytest.param(STEPS, 4, EXIT_OK, "1234", [NEXT, NEXT, NEXT, LAST], id="a stop after the last step"),
+        pytest.param(2, 0, "torn", "12", [NEXT, FAILED], id="a batch that cannot be made, told one step before"),
+    ],
+)
+def test_the_end_is_told_with_a_step_and_obeyed_after_it(
+    torn_step: int,
+    stop_after: int,
+    end: int | str,
+    steps: str,
+    told: list[Notice],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitted = _fit(_Run(torn_step), monkeypatch, stop_after=stop_after)
+    assert fitted == (end, ["start", *steps, "end"], told, [_Batch(step) for step in range(len(steps))])
 
 
 @pytest.mark.parametrize("other", [0, 1])
@@ -157,46 +191,28 @@ def test_a_stop_that_ranks_agree_on_outside_a_step_is_obeyed_at_once(
     assert (found.end, found.calls) == (EXIT_PREEMPTED, calls)
 
 
-def test_a_stop_that_comes_with_the_last_step_leaves_a_finished_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _fit(_Run(), monkeypatch, stop_after=STEPS - 1).end == EXIT_OK
-    assert _fit(_Run(), monkeypatch, stop_after=STEPS).end == EXIT_OK
-
-
-def test_a_batch_that_cannot_be_made_is_told_one_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    end, calls, told, _ = _fit(_Run(torn_step=2), monkeypatch)
-    assert (end, calls) == ("torn", ["start", "1", "2", "end"])
-    assert told == [Notice(num_splits=1), Notice(failed=True)]
-
-
 def test_a_first_batch_that_cannot_be_made_ends_the_run_before_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _fit(_Run(torn_step=0), monkeypatch) == ("torn", ["start"], [], [])
 
 
 def test_a_batch_is_made_again_where_another_rank_needs_more_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks exchange it one step ahead, and before the first step separately. Each rank announces its own number."""
-    found = _fit(_Run(), monkeypatch, other=(3, 1, 2, 1, 1))
+    run = _Run()
+    found = _fit(run, monkeypatch, other=(3, 1, 2, 1, 1))
     assert found.batches == [_Batch(0, 3), _Batch(1, 1), _Batch(2, 2), _Batch(3, 1)]
     assert [notice.num_splits for notice in found.told] == [1, 1, 1, 0]
+    waited_s, remade = run.clock.read()
+    assert waited_s > 0 and remade == 2
 
 
 def test_a_rank_that_needs_the_most_makes_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = _Run()
-    run.batches = lambda _stop: iter([_Batch(step, 2) for step in range(STEPS)])  # type: ignore[method-assign]
+    run = _Run(num_splits=2)
     assert _fit(run, monkeypatch, other=(1, 2, 1, 1, 1)).batches == [_Batch(step, 2) for step in range(STEPS)]
 
 
-def test_an_error_of_our_own_code_is_not_held_back() -> None:
-    def batches() -> Iterator[Any]:
-        yield _Batch(0)
-        raise RuntimeError("a worker died")
-
-    with pytest.raises(RuntimeError, match="a worker died"):
-        list(LookAhead(batches(), _Run().make_again))  # type: ignore[arg-type]
-
-
-def test_what_has_no_batches_is_at_its_end() -> None:
-    ahead = LookAhead(iter(()), _Run().make_again)  # type: ignore[arg-type]
-    assert list(ahead) == [] and ahead.error is None
+def test_an_error_of_our_own_code_is_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        _fit(_Run(2, error=RuntimeError("a bug")), monkeypatch)
 
 
 def test_hooks_are_called_by_priority_whatever_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +226,8 @@ def test_hooks_are_called_by_priority_whatever_their_order(monkeypatch: pytest.M
         def _note(self, run: Any, call: str) -> None:
             calls.append(f"{self.name} {call}")
 
-    last = SimpleNamespace(applied=True, agreed=Agreed(stop=True, failed=False, splits=(0,)))
+    last = SimpleNamespace(applied=True, notices=AllNotices(stop=True, failed=False, splits=(0,)))
     monkeypatch.setattr(loop, "train_step", lambda *_, **__: last)
     monkeypatch.setattr(loop.dist, "gather_objects", lambda own: [own])
-    fit(_Run(), [Named("late", 5), Named("early", 1)], StopRequest())  # type: ignore[arg-type, list-item]
+    fit(_Run(), [Named("late", 5), Named("early", 1)], StopRequest())
     assert calls[:4] == ["early start", "late start", "early 1", "late 1"]

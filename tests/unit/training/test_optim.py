@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from arc_ds.config.schema import OptimizerConfig
 from arc_ds.errors import ConfigError
 from arc_ds.training.optim import ParamGroup, PortAdamW, make_param_groups
 from arc_ds.training.schedule import RateSchedule
@@ -135,4 +136,4 @@ def test_frozen_parts_have_no_group() -> None:
 def test_a_run_that_trains_nothing_is_an_error_with_the_cure() -> None:
     compressor = tiny_compressor().requires_grad_(False)
     with pytest.raises(ConfigError, match=r"nothing is trained.*Set encoder\.trained_layers"):
-        make_param_groups(compressor, encoder_lr=1e-5, bridge_lr=1e-5, markers_lr=1e-5, weight_decay=0.1)
+        make_param_groups(compressor, OptimizerConfig())

@@ -15,7 +15,6 @@ GIB = 1 << 30
         pytest.param(32, 80, 8, 8, "replicated", id="0.4 of the free memory"),
         pytest.param(32, 80, 16, 8, "replicated", id="on any number of hosts"),
         pytest.param(33, 80, 8, 8, "zero3", id="one host's ranks share it"),
-        pytest.param(33, 80, 8, None, "zero3", id="one host where nothing else is said"),
         pytest.param(33, 80, 16, 8, "zero3+hpz", id="each host's ranks share a copy"),
         pytest.param(256, 80, 16, 8, "zero3+hpz", id="a host holds just one copy"),
         pytest.param(257, 80, 16, 8, "zero3", id="a host cannot hold a copy"),
@@ -26,7 +25,7 @@ GIB = 1 << 30
     ],
 )
 def test_auto_follows_the_memory_and_the_hosts(
-    decoder_gib: int, free_gib: int | None, world_size: int, local_world_size: int | None, expected: str
+    decoder_gib: int, free_gib: int | None, world_size: int, local_world_size: int, expected: str
 ) -> None:
     free_bytes = None if free_gib is None else free_gib * GIB
     assert expected == choose_placement(

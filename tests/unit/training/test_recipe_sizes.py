@@ -6,7 +6,6 @@ This file contains the published configs of the backbones. No weights are read a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,15 @@ from arc_ds.training.build import rate_schedule
 from arc_ds.training.build_model import compressor_spec
 from arc_ds.training.engine import set_trained
 from arc_ds.training.optim import make_param_groups
+from arc_ds.training.schedule import RateSchedule
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "ds_configs" / "recipes").glob("pretrain_*.yaml"))
 
 
 def _llama3_scaling(factor: float) -> dict[str, Any]:
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"rope_type": "llama3", "factor": factor, **bounds}
 
 
 def _llama(**sizes: Any) -> dict[str, Any]:
@@ -136,6 +131,7 @@ def test_all_of_the_compressor_is_trained_and_nothing_else(config: RunConfig) ->
     assert num_parameters(compressor, trained=False) == 0
     num_trained = num_parameters(compressor)
     assert num_trained == ENCODER_PARAMETERS + len(config.decoders) * PORT_PARAMETERS
+    assert {tuple(port.bridge.layer1.weight.shape) for port in compressor.ports} == {(2048, 3072)}
     with torch.device("meta"):
         decoders = [Decoder(read_backbone_config(d.backbone, d.rope_scaling)) for d in config.decoders]
     assert all(num_parameters(decoder, trained=True) == 0 for decoder in decoders)
@@ -153,15 +149,6 @@ def test_decoders_have_the_parameters_of_their_cards(config: RunConfig) -> None:
         assert sizes.norm == ("layer" if "OLMo" in wanted.backbone else "rms")
         scaled = sizes.rope_scaling is not None and sizes.rope_scaling.factor == 8.0
         assert scaled == ("Llama-3.1" in wanted.backbone)
-
-
-def test_bridges_lead_from_3072_over_2048_to_4096(config: RunConfig) -> None:
-    spec, compressor = on_meta(config)
-    assert spec.decoder_sizes == (4096,) * len(config.decoders)
-    for port in compressor.ports:
-        assert tuple(port.bridge.layer1.weight.shape) == (2048, 3072)
-        assert tuple(port.bridge.layer2.weight.shape) == (4096, 2048)
-        assert tuple(port.cont.shape) == tuple(port.rec.shape) == (1, 3072)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -182,37 +169,13 @@ def test_deepspeed_gets_the_recipes_numbers(config: RunConfig, world_size: int) 
         assert "gradient_clipping" not in frozen
 
 
-def test_rates_rise_to_the_papers_peaks_and_fall_to_its_end(config: RunConfig) -> None:
+def test_rates_are_the_papers(config: RunConfig) -> None:
     _, compressor = on_meta(config)
     optimizer = config.optimizer
-    groups = make_param_groups(
-        compressor,
-        encoder_lr=optimizer.encoder_lr,
-        bridge_lr=optimizer.bridge_lr,
-        markers_lr=optimizer.markers_lr,
-        weight_decay=optimizer.weight_decay,
-    )
+    groups = make_param_groups(compressor, optimizer)
     peaks = {"encoder": 1e-5, "bridge": 5e-5, "markers": 1e-5}
     assert {g.name.partition(".")[0]: g.peak_lr for g in groups} == peaks
     assert len(groups) == 1 + 2 * len(config.decoders)
     assert all(group.weight_decay == 0.1 for group in groups)
-    schedule = rate_schedule(config)
-    for peak in peaks.values():
-        assert math.isclose(schedule.lr(0, peak), 1e-20, rel_tol=1e-9)
-        assert schedule.lr(999, peak) == peak
-        assert math.isclose(schedule.lr(79_999, peak), 1e-10, rel_tol=1e-9)
-        rates = [schedule.lr(step, peak) for step in (0, 250, 500, 999)]
-        assert rates == sorted(rates) and schedule.lr(40_000, peak) < peak
-    # Halfway up the cosine.
-    assert schedule.lr(500, 1e-5) == pytest.approx(0.5e-5, rel=2e-3)
-
-
-def test_a_backbone_of_another_width_would_be_noticed(models: Path, tmp_path: Path, config: RunConfig) -> None:
-    """The counts above depend on the config files: changing a size in one of them changes the counts."""
-    for name, plain in MODELS.items():
-        (tmp_path / name).mkdir()
-        smaller = {**plain, "intermediate_size": 8064} if name == "Llama-3.2-3B" else plain
-        (tmp_path / name / "config.json").write_text(json.dumps(smaller))
-    path = next(p for p in RECIPES if p.stem == Path(config.run_dir).name)
-    swapped = load_config(path, [f"encoder.backbone={tmp_path / 'Llama-3.2-3B'}"])
-    assert num_parameters(on_meta(swapped)[1].encoder) == ENCODER_PARAMETERS - 26 * 3 * 128 * 3072
+    paper = RateSchedule(total_steps=80_000, warmup_steps=1000, initial_lr=1e-20, final_lr=1e-10)
+    assert rate_schedule(optimizer, config.steps) == paper

@@ -85,7 +85,7 @@ def choose_num_procs(requested: int | None, device_request: str) -> int:
         return num_local_devices(device_request)
     if requested < 1:
         raise ConfigError(f"--num-procs is {requested}, expected at least 1")
-    if wanted_kind(device_request) == "cuda" and requested > num_local_devices(device_request):
+    if wanted_kind(device_request) != "cpu" and requested > num_local_devices(device_request):
         raise ConfigError(
             f"--num-procs is {requested}, but this host has {num_local_devices(device_request)} devices. "
             "Request at most that many, or run on the CPU with device=cpu."

@@ -121,10 +121,14 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
     names: dict[str, Any]
     tensors: TensorSource
     if config.encoder.init_from is None:
+        is_unused = beyond_layers(spec.num_layers)
         tensors = open_backbone(
-            config.encoder.backbone, config.encoder.rope_scaling, max_positions=longest_context(config)
+            config.encoder.backbone,
+            config.encoder.rope_scaling,
+            max_positions=longest_context(config),
+            is_unused=is_unused,
         )
-        names = {"prefix": "encoder.", "skip": _is_memory, "allow_unused": beyond_layers(spec.num_layers)}
+        names = {"prefix": "encoder.", "skip": _is_memory, "allow_unused": is_unused}
         fresh_ports = tuple(range(len(config.decoders)))
     else:
         folder = open_arc_folder(Path(config.encoder.init_from), Path(config.encoder.backbone))

@@ -200,7 +200,7 @@ def _edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 DAMAGE = [
     ("config.json", Path.unlink, "is neither an export of ARC-DS"),
-    ("config.json", _cut, "cannot be read as JSON"),
+    ("config.json", _cut, "not valid JSON"),
     ("config.json", _edit(lambda c: c.update(format="other")), "`format` in config.json is 'other'"),
     ("config.json", _edit(lambda c: c.update(version=2)), "version 2"),
     ("config.json", _edit(lambda c: c.pop("compressor")), "does not match this version"),

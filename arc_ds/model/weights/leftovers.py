@@ -14,11 +14,11 @@ import torch
 
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.rope import rope_frequencies
-from arc_ds.model.weights.families import TensorNames
+from arc_ds.model.weights.families import HUGGING_FACE, NATIVE, OLMO_NATIVE, TensorNames
 from arc_ds.model.weights.stores import TensorStore, same_values
 
 _BLOCK_ROWS = 4096
-_PARAMETER = re.compile(r"^layers\.\d+\.")
+_OTHER_HEADS = r"(^|\.)(score|classifier|v_head)\."
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -47,7 +47,8 @@ def _is_rotary_table(backbone: Backbone, name: str) -> bool:
     return any(f.shape == found.shape and torch.allclose(f, found, rtol=0.01, atol=1e-7) for f in frequencies)
 
 
-def _is_ignored_by_all(backbone: Backbone, name: str) -> bool:
+def _is_ignored(backbone: Backbone, name: str) -> bool:
+    """Families have tensors that hold no parameter."""
     return name.endswith(backbone.names.ignored)
 
 
@@ -70,12 +71,13 @@ def _is_zero_bias(backbone: Backbone, name: str) -> bool:
 
 def _is_unused_head(backbone: Backbone, name: str) -> bool:
     """An encoder ends before the heads: of the language model, of a classifier, of a reward model."""
-    return not backbone.has_head and bool(re.search(r"(^|\.)(lm_head|output|score|classifier|v_head)\.", name))
+    is_head = name == backbone.names.find("output.weight")[0] or re.search(_OTHER_HEADS, name)
+    return not backbone.has_head and bool(is_head)
 
 
 _HARMLESS: tuple[Callable[[Backbone, str], bool], ...] = (
     _is_rotary_table,
-    _is_ignored_by_all,
+    _is_ignored,
     _is_tied_head,
     _is_zero_bias,
     _is_unused_head,
@@ -96,37 +98,40 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
         "rotary positions of other frequencies than those of the config",
         "Correct rope_theta and the rotary scaling in the config, or save the files without these tensors.",
     ),
-    r"expert|block_sparse_moe|gate_inp|shared_mlp": ("part of a mixture of experts", "Choose a dense backbone."),
+    r"expert|_exps|block_sparse_moe|gate_inp|shared_mlp": ("part of a mixture of experts", "Choose a dense backbone."),
     r"vision|visual|image|audio|multi_?modal|mm_projector": (
         "part of a model of images or sound",
         "Use its language model alone, saved as a model of its own.",
     ),
     r"_orig_mod\.|_wrapped_module\.|\.module\.": (
-        "under a name of a wrapper",
-        "Save the model without its wrapper: torch.compile, FSDP or activation checkpointing.",
+        "a name that a wrapper of the model gave (torch.compile, FSDP, activation checkpointing)",
+        "Save the model without its wrapper.",
     ),
-    r"(^|\.)(score|classifier|v_head)\.": (
+    _OTHER_HEADS: (
         "a head for another task",
         "Choose the causal language model for a decoder. As encoder.backbone these weights need no head.",
     ),
 }
 _UNKNOWN = (
-    "unknown to ARC-DS",
+    "part of another architecture",
     "Choose a plain Llama, Mistral or OLMo-1 backbone. If the model does not need the tensor, save the files without "
     "it.",
 )
 
 
-def leftover_faults(backbone: Backbone, known: Collection[str]) -> dict[str, list[str]]:
-    """Phrases about all tensors that are neither known nor harmless, by their remedy.
+def leftover_faults(backbone: Backbone, known: Collection[str]) -> dict[str, str]:
+    """Phrases about all tensors that are neither known nor harmless, with the remedy of each.
 
     known: names of the tensors that hold parameters, with or without use.
     """
-    faults: dict[str, list[str]] = {}
+    leftovers: dict[tuple[str, str], list[str]] = {}
     for name in sorted(set(backbone.store.shapes).difference(known)):
         if not any(is_harmless(backbone, name) for is_harmless in _HARMLESS):
-            meaning, remedy = _meaning(backbone, name, known)
-            faults.setdefault(remedy, []).append(f"`{name}` is {meaning}")
+            leftovers.setdefault(_meaning(backbone, name, known), []).append(name)
+    faults = {}
+    for (meaning, remedy), (first, *others) in leftovers.items():
+        more = f" and {len(others)} more" if others else ""
+        faults[f"`{first}`{more}: probably {meaning}"] = remedy
     return faults
 
 
@@ -134,15 +139,22 @@ def _meaning(backbone: Backbone, name: str, known: Collection[str]) -> tuple[str
     """The probable meaning of a tensor, and the remedy."""
     if name == backbone.names.find("output.weight")[0]:
         return (
-            "a head with other values than the embedding, although the config ties the two",
+            "a head of its own, because its values differ from the embedding, to which the config ties the head",
             "Set tie_word_embeddings (tied_embeddings, weight_tying) to false to use this head, or save the files "
             "without it.",
         )
     if _NUMBER.sub("0", name) in known:
         return (
-            f"beyond the {backbone.config.num_layers} layers of the config",
+            f"a layer beyond the {backbone.config.num_layers} of the config",
             "Set the number of layers in the config to that of the files, or save the files without these layers.",
         )
+    for other in (HUGGING_FACE, NATIVE, OLMO_NATIVE):
+        if _NUMBER.sub("{i}", name).removesuffix(".weight") in other.table.values():
+            return (
+                f"a {other.name} name",
+                "Keep weights with the config of their format: config.json with model.safetensors for Hugging Face, "
+                "params.json with consolidated.safetensors for Meta, Mistral and OLMo.",
+            )
     if any(name.endswith(f".{other}") or other.endswith(f".{name}") for other in known):
         return (
             "a second tensor of this name, with another prefix",

@@ -87,15 +87,18 @@ class BackboneSource:
         faults = shape_faults(expected, self.store.shapes)
         backbone = Backbone(self.config, self.tensor_names, self.store, has_head=not is_unused(_HEAD))
         leftovers = leftover_faults(backbone, known)
-        if set(expected).difference(self.store.shapes) == {self.tensor_names.find(_HEAD)[0]} and not leftovers:
+        head, _ = self.tensor_names.find(_HEAD)
+        if len(faults) == 1 and not leftovers and head in expected and head not in self.store.shapes:
             raise WeightsError(
                 f"{self.path}: {faults[0]}, and its config does not tie the head to the embedding. These are the "
-                "weights of an encoder. A decoder needs a head: use the causal language model that "
-                "they were made from. As encoder.backbone they need none."
+                "weights of an encoder. A decoder needs a head: use the causal language model that they were made "
+                "from. As encoder.backbone they need none."
             )
         if faults or leftovers:
-            clauses = [join_faults(part) for part in (faults, *leftovers.values()) if part]
-            remedies = list(leftovers) or ["Copy the weights and their config or params file again from one source."]
+            clauses = [*leftovers, *([join_faults(faults)] if faults else [])]
+            remedies = dict.fromkeys(leftovers.values()) or [
+                "Copy the weights and their config or params file again from one source."
+            ]
             raise WeightsError(
                 f"{self.path} does not hold exactly the tensors that its sizes require ({self.tensor_names.name} "
                 f"names): {'; '.join(clauses)}. {' '.join(remedies)}"

@@ -135,8 +135,8 @@ class JoinedStore:
             for other in parts[1:] if self._is_copied(name) else ():
                 if other.shapes[name] != self.shapes[name] or not same_values(values, other.tensor(name, rows)):
                     raise WeightsError(
-                        f"{parts[0].path} and {other.path} hold other values of `{name}`, so one of them belongs to "
-                        "other weights. Move that file out of the folder."
+                        f"{parts[0].path} and {other.path} differ in `{name}`, so one of them belongs to other "
+                        "weights. Move that file out of the folder."
                     )
             return values
         return torch.cat([part.tensor(name) for part in parts], dim=axis)[rows]

@@ -37,6 +37,11 @@ class Backbone(NamedTuple):
     has_head: bool
 
 
+def _is_empty(backbone: Backbone, name: str) -> bool:
+    """Programs that train with ZeRO-3 or FSDP save a tied head as a tensor without values."""
+    return 0 in backbone.store.shapes[name]
+
+
 def _is_rotary_table(backbone: Backbone, name: str) -> bool:
     """Early Hugging Face files hold the frequencies that follow from the config, rounded to 16 bits or not."""
     if not name.endswith("rotary_emb.inv_freq"):
@@ -48,7 +53,7 @@ def _is_rotary_table(backbone: Backbone, name: str) -> bool:
 
 
 def _is_ignored(backbone: Backbone, name: str) -> bool:
-    """Families have tensors that hold no parameter."""
+    """The table of names says why."""
     return name.endswith(backbone.names.ignored)
 
 
@@ -59,7 +64,7 @@ def _is_tied_head(backbone: Backbone, name: str) -> bool:
         return False
     embedding, _ = names.find("tok_embeddings.weight")
     blocks = (slice(row, row + _BLOCK_ROWS) for row in range(0, config.vocab_size, _BLOCK_ROWS))
-    return store.shapes[name] == store.shapes[embedding] and all(
+    return store.shapes[name] == store.shapes.get(embedding) and all(
         same_values(store.tensor(name, rows), store.tensor(embedding, rows)) for rows in blocks
     )
 
@@ -76,6 +81,7 @@ def _is_unused_head(backbone: Backbone, name: str) -> bool:
 
 
 _HARMLESS: tuple[Callable[[Backbone, str], bool], ...] = (
+    _is_empty,
     _is_rotary_table,
     _is_ignored,
     _is_tied_head,
@@ -138,6 +144,12 @@ def leftover_faults(backbone: Backbone, known: Collection[str]) -> dict[str, str
 def _meaning(backbone: Backbone, name: str, known: Collection[str]) -> tuple[str, str]:
     """The probable meaning of a tensor, and the remedy."""
     if name == backbone.names.find("output.weight")[0]:
+        embedding, _ = backbone.names.find("tok_embeddings.weight")
+        if embedding not in backbone.store.shapes:
+            return (
+                "the embedding, saved as the head that is tied to it",
+                f"Rename the tensor to {embedding}, or save the model again with save_pretrained.",
+            )
         return (
             "a head of its own, because its values differ from the embedding, to which the config ties the head",
             "Set tie_word_embeddings (tied_embeddings, weight_tying) to false to use this head, or save the files "

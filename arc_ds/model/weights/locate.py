@@ -106,7 +106,8 @@ def _hugging_face_files(folder: Path) -> tuple[Path, ...]:
     if missing:
         raise WeightsError(
             f"{folder}: {_INDEX} names {len(files)} files, but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing. Copy the missing files from the source."
+            f"{'is' if len(missing) == 1 else 'are'} missing. Copy the missing files from the source. If the "
+            "index is that of an earlier set of files, delete it: then all .safetensors files are read."
         )
     alone = folder / "model.safetensors"
     return tuple(files) if alone in files or not alone.is_file() else (*files, alone)

@@ -94,6 +94,13 @@ class BackboneSource:
                 "weights of an encoder. A decoder needs a head: use the causal language model that they were made "
                 "from. As encoder.backbone they need none."
             )
+        empty = [name for name in expected if 0 in self.store.shapes.get(name, ())]
+        if empty:
+            raise WeightsError(
+                f"{self.path}: `{empty[0]}` and {len(empty) - 1} others hold no values, because the model was saved "
+                "while ZeRO-3 or FSDP had partitioned it. Save it whole: for DeepSpeed run zero_to_fp32.py in the "
+                "checkpoint's folder, or set stage3_gather_16bit_weights_on_model_save."
+            )
         if faults or leftovers:
             clauses = [*leftovers, *([join_faults(faults)] if faults else [])]
             remedies = dict.fromkeys(leftovers.values()) or [

@@ -54,8 +54,12 @@ def test_stacked_tensor_of_wrong_size_is_found(tmp_path: Path):
 def test_missing_file_of_an_index_is_named(tmp_path: Path, config):
     folder = tiny.write_hf(tmp_path, config, tiny.random_tensors(config), 3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(WeightsError, match="model-00002-of-00003.safetensors is missing"):
+    with pytest.raises(WeightsError, match="model-00002-of-00003.safetensors is missing.* delete it"):
         open_backbone(folder)
+    tiny.write_hf(tmp_path, config, tiny.random_tensors(config))
+    for path in (folder / "model.safetensors.index.json", *folder.glob("model-*")):
+        path.unlink()  # the remedy
+    open_backbone(folder)
 
 
 def test_missing_meta_shard_is_found(tmp_path: Path, config):
@@ -196,6 +200,10 @@ def test_stored_head_beside_a_tied_one_is_used_or_refused(tmp_path: Path):
     open_backbone(folder, is_unused=beyond_layers(2))
     tiny.write_hf(tmp_path, config, {**tensors, "output.weight": head}, tie_word_embeddings=False)  # the remedy
     assert torch.equal(open_backbone(folder).tensor("output.weight"), head)
+    del tensors["tok_embeddings.weight"]
+    tiny.write_hf(tmp_path, config, {**tensors, "output.weight": head})
+    with pytest.raises(WeightsError, match=r"`lm_head.weight`: probably the embedding.* to model.embed_tokens.weight"):
+        open_backbone(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32])
@@ -281,6 +289,17 @@ def test_index_decides_between_two_sets_of_shards(tmp_path: Path, config):
     tensors = tiny.random_tensors(config)
     source = open_backbone(tiny.write_hf(tmp_path, config, tensors, 2))
     assert all(torch.equal(source.tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def test_tensors_without_values_are_named_as_partitioned(tmp_path: Path):
+    """A tied head without values, which DeepSpeed writes too, is harmless."""
+    config = tiny.tiny_config(tie_embeddings=True)
+    tensors = {**tiny.random_tensors(config), "output.weight": torch.zeros(0)}
+    folder = tiny.write_hf(tmp_path, config, tensors)
+    open_backbone(folder)
+    tiny.write_hf(tmp_path, config, {**tensors, "layers.0.attention.wq.weight": torch.zeros(0)})
+    with pytest.raises(WeightsError, match=r"q_proj.weight` and 0 others hold no values.* zero_to_fp32"):
+        open_backbone(folder)
 
 
 def test_decoder_without_a_head_is_named_as_an_encoder(tmp_path: Path, config):

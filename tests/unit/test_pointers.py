@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from arc_ds.checkpoints.manifest import FileEntry, find_faults
 from arc_ds.config.deepspeed import resolve_deepspeed
 from arc_ds.config.load import load_config
+from arc_ds.data.tasks.chat_template import render_template
 from arc_ds.errors import ArcError
 from arc_ds.inference.load import open_arc_folder
 from arc_ds.model.weights import open_backbone, read_backbone_config
@@ -37,6 +40,10 @@ READERS: list[tuple[str, Callable[[Path], object]]] = [
     ("squad.json", lambda path: convert_files("squad", [path], path.with_name("out"))),
     ("a.tar", lambda path: index_tar(path, None, RecordForm())),  # type: ignore[arg-type]  # not reached
     ("manifest.json", lambda path: read_manifest(path.parent)),
+    (
+        "chat_template.jinja",
+        lambda path: render_template(SimpleNamespace(special_ids={}, bos_id=0, eos_id=0), path.parent),  # type: ignore[arg-type]
+    ),
     ("cache.json", lambda path: read_cache_index(path.parent)),
     ("config.yaml", load_config),
     ("zero.json", lambda path: resolve_deepspeed(path, None, 1)),  # type: ignore[arg-type]  # not reached
@@ -54,3 +61,9 @@ def test_a_url_of_a_pointer_is_named_and_not_tried_again(tmp_path: Path) -> None
     (tmp_path / "a.tar").write_text(POINTER)
     with pytest.raises(ArcError, match="tried once: it is a pointer of Git LFS .*/resolve/ serves the file"):
         fetch_bytes(f"pipe:cat {tmp_path}/a.tar", max_bytes=1000, retries=Retries(first_wait_s=0.0))
+
+
+def test_a_pointer_in_a_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "states.pt").write_text(POINTER)
+    (fault,) = find_faults(tmp_path, (FileEntry(path="states.pt", size=4976698672, xxh128=""),))
+    assert "a pointer of Git LFS: run `git lfs pull`" in fault

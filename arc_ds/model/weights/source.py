@@ -98,8 +98,8 @@ class BackboneSource:
         if empty:
             raise WeightsError(
                 f"{self.path}: `{empty[0]}` and {len(empty) - 1} others hold no values, because the model was saved "
-                "while ZeRO-3 or FSDP had partitioned it. Save it whole: for DeepSpeed run zero_to_fp32.py in the "
-                "checkpoint's folder, or set stage3_gather_16bit_weights_on_model_save."
+                "while ZeRO-3 or FSDP had partitioned it. Save it whole: with DeepSpeed, run `python zero_to_fp32.py . "
+                "OUT --safe_serialization` beside the checkpoints, or set stage3_gather_16bit_weights_on_model_save."
             )
         if faults or leftovers:
             clauses = [*leftovers, *([join_faults(faults)] if faults else [])]

@@ -16,6 +16,7 @@ import xxhash
 
 from arc_ds.errors import CheckpointError
 from arc_ds.system.files import sync_file, write_whole
+from arc_ds.system.user_files import is_lfs_pointer
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -95,7 +96,9 @@ def _fault(path: Path, entry: FileEntry) -> str | None:
     try:
         size = path.stat().st_size
         if size != entry.size:
-            return f"{path} has {size} bytes, but its manifest says {entry.size}"
+            is_pointer = size < 1024 and is_lfs_pointer(path.read_bytes())
+            state = " (a pointer of Git LFS: run `git lfs pull`)" if is_pointer else ""
+            return f"{path} has {size} bytes{state}, but its manifest says {entry.size}"
         found = hash_file(path)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"

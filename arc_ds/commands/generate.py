@@ -13,6 +13,7 @@ from arc_ds.errors import DataError
 from arc_ds.export.formats import DTYPES
 from arc_ds.inference.arc import ArcModel, Context
 from arc_ds.system.device import REQUESTS, select_device
+from arc_ds.system.user_files import read_user_text
 
 CONTEXT_TAG = re.compile(r"<context>(.*?)</context>", re.DOTALL)
 _LONE_TAG = re.compile(r"</?context>")
@@ -128,7 +129,4 @@ def _load(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
 def _read(path: Path) -> str:
     if str(path) == "-":
         return sys.stdin.read()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}. Give the path of a text file.") from error
+    return read_user_text(path, DataError, remedy="Give the path of a text file.")

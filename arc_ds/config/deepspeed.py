@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from arc_ds.config.load import flatten_tree
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_world_size
 from arc_ds.errors import ConfigError
+from arc_ds.system.user_files import read_user_json
 
 _FOREIGN = ("optimizer", "scheduler", "fp16", "bfloat16", "amp", "torch_autocast", "monitor_config", "elasticity")
 _HPZ = "zero_hpz_partition_size"
@@ -96,15 +96,8 @@ def _fill(resolved: dict[str, Any], path: str, value: Any, name: str) -> None:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read the DeepSpeed config {path}: {error}. "
-            "Give a JSON file such as ds_configs/zero3.json as deepspeed=path."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}. Fix that line.") from error
+    remedy = "Give a JSON file such as ds_configs/zero3.json as deepspeed=path."
+    content = read_user_json(Path(path), ConfigError, remedy=remedy)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content

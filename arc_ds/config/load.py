@@ -17,6 +17,7 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.config.tree import apply_override, parse_yaml
 from arc_ds.config.validate import check_exclusions
 from arc_ds.errors import ConfigError
+from arc_ds.system.user_files import read_user_text
 
 Scalar = str | int | float | bool | None
 
@@ -62,12 +63,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     `${VAR}` and `${VAR:-default}` are filled in from the environment. Relative paths stay as written. Raises
     ConfigError that names the file and line or the override, the expected value, and the remedy.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read the config {path}: {error}. Give the path of a YAML file, such as one in ds_configs/recipes."
-        ) from error
+    remedy = "Give the path of a YAML file, such as one in ds_configs/recipes."
+    text = read_user_text(Path(path), ConfigError, remedy=remedy)
     root = parse_yaml(text, str(path))
     for override in overrides:
         apply_override(root, override)

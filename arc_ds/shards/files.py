@@ -29,6 +29,7 @@ from arc_ds.shards.storage.cache import KnownFile, ShardCache, open_cache
 from arc_ds.shards.storage.remote import TransferError, fetch_bytes
 from arc_ds.system.files import write_whole
 from arc_ds.system.urls import is_url, join_url, local_path, shown_url
+from arc_ds.system.user_files import check_downloaded
 
 _THREADS = 16  # they wait for small files behind a network
 _MAX_MANIFEST_BYTES = 1 << 30
@@ -159,6 +160,7 @@ class ShardFiles:
             raise DataError(f"{path}: the manifest names this shard, but it is missing. {REBUILD}")
         size = path.stat().st_size
         if size != shard.bytes:
+            check_downloaded(path, DataError)
             state = "cut short" if size < shard.bytes else "longer than written"
             raise DataError(f"{path}: expected {shard.bytes} bytes, got {size}: {state}. {REBUILD}")
 

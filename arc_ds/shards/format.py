@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import DataError
+from arc_ds.system.user_files import refuse_pointer
 
 FORMAT = "arc-ds-shards"
 VERSION = 3
@@ -186,6 +187,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:
     """Parse a manifest; DataError if it is damaged or inconsistent. where: the name used in error messages."""
+    refuse_pointer(raw, where, DataError)
     try:
         spec: dict[str, Any] = json.loads(str(raw, "utf-8"))
         if spec.pop("format") != FORMAT or spec.pop("version") not in _READABLE:
@@ -222,6 +224,7 @@ def write_index(path: Path, rows: Sequence[tuple[int, int, int, int]] | NDArray[
 
 def parse_index(raw: bytes, shard: ShardInfo, where: str) -> NDArray[np.void]:
     """Parse an index; DataError if it does not match the manifest. where: the name used in error messages."""
+    refuse_pointer(raw, where, DataError)
     digest = hashlib.sha256(raw).hexdigest()
     if digest != shard.index_sha256:
         raise DataError(f"{where}: expected sha256 {shard.index_sha256[:16]}…, got {digest[:16]}…. {REBUILD}")

@@ -29,10 +29,15 @@ def check_downloaded(path: Path, error: type[ArcError]) -> None:
             head = file.read(len(_LFS_HEAD))
     except OSError:
         return
+    refuse_pointer(head, str(path), error)
+
+
+def refuse_pointer(head: bytes, where: str, error: type[ArcError]) -> None:
+    """Raise `error` if a file that begins with these bytes is a pointer of Git LFS. `where` is part of the error."""
     if is_lfs_pointer(head):
         raise error(
-            f"{path} is a pointer of Git LFS: the file itself was not downloaded. Run `git lfs install` and then "
-            "`git lfs pull` in the repository, or download the file from the model's page."
+            f"{where} is a pointer of Git LFS: the file itself was not downloaded. Run `git lfs install` and then "
+            "`git lfs pull` in the repository, or download the file from the page of the model or data set."
         )
 
 

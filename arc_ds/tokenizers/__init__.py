@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from arc_ds.errors import TokenizerError
+from arc_ds.system.user_files import refuse_pointer
 from arc_ds.tokenizers.base import SUPPORTED, Encoding, Tokenizer, parse_json
 from arc_ds.tokenizers.gguf_file import read_gguf_tokenizer
 from arc_ds.tokenizers.json_file import JsonTokenizer
@@ -55,6 +56,7 @@ def _read(path: Path, _states: tuple[object, ...]) -> Tokenizer:
     """
     with path.open("rb") as file:
         head = file.read(4096)
+    refuse_pointer(head, str(path), TokenizerError)
     if head[:4] == b"GGUF":
         return read_gguf_tokenizer(path)
     if head.lstrip()[:1] == b"{":

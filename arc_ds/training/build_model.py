@@ -97,8 +97,11 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
     tensors: TensorSource
     encoder = config.encoder
     if encoder.init_from is None:
-        tensors = open_backbone(encoder.backbone, encoder.rope_scaling, max_positions=longest_context(config))
-        names = {"prefix": "encoder.", "skip": "memory".__eq__, "allow_unused": beyond_layers(spec.num_layers)}
+        is_unused = beyond_layers(spec.num_layers)
+        tensors = open_backbone(
+            encoder.backbone, encoder.rope_scaling, max_positions=longest_context(config), is_unused=is_unused
+        )
+        names = {"prefix": "encoder.", "skip": "memory".__eq__, "allow_unused": is_unused}
         fresh_ports = tuple(range(len(config.decoders)))
     else:
         folder = open_arc_folder(Path(encoder.init_from), Path(encoder.backbone))

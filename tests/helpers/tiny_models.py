@@ -232,8 +232,13 @@ def write_gguf(
     quantise: str | None = None,
     rope_divisors: Tensor | None = None,
     architecture: str = "llama",
+    more: Tensors | None = None,
 ) -> Path:
-    """Write a GGUF file. `quantise` is the block format of the matrices (Q8_0, ...); None keeps float32."""
+    """Write a GGUF file.
+
+    quantise: the block format of the matrices (Q8_0, ...); None keeps float32.
+    more: further tensors by their names in the file.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(str(file), architecture)
@@ -257,6 +262,8 @@ def write_gguf(
         writer.add_tensor(gguf_name(name), gguf.quantize(values, kind), raw_dtype=kind)
     if rope_divisors is not None:
         writer.add_tensor("rope_freqs.weight", rope_divisors.float().numpy())
+    for name, tensor in (more or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

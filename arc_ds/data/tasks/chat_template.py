@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from arc_ds.errors import TokenizerError
+from arc_ds.system.user_files import read_user_text
 from arc_ds.tokenizers import Tokenizer
 from arc_ds.tokenizers.base import parse_json, require
 from arc_ds.tokenizers.gguf_header import read_gguf_header
@@ -52,7 +53,7 @@ def _find_template(path: Path, folder: Path, settings: dict[str, Any]) -> str:
     It may be in chat_template.jinja, in tokenizer_config.json (`settings`), or in a GGUF file's metadata.
     """
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_user_text(folder / "chat_template.jinja", TokenizerError, remedy=_CURE)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((item.get("template") for item in template if item.get("name") == "default"), None)

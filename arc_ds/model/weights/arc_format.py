@@ -23,7 +23,7 @@ from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.names import RotaryPairs, Shape, permute_rotary, rotary_heads
 from arc_ds.model.weights.source import read_backbone_config
-from arc_ds.model.weights.stores import SafetensorsStore
+from arc_ds.model.weights.stores import SafetensorsStore, same_values
 
 MULTI = "multi_module"  # the bridge_type of several decoders
 
@@ -167,6 +167,11 @@ def _internal_names(file: Path, rename: Callable[[str], str | None]) -> dict[str
         internal = rename(file_name)
         if internal is None:
             raise WeightsError(f"{file}: tensor `{file_name}` is not part of the ARC format. Check the file.")
+        if internal in names and not same_values(store.tensor(names[internal][1]), store.tensor(file_name)):
+            raise WeightsError(
+                f"{file}: `{names[internal][1]}` and `{file_name}` are names of one tensor, but hold other values. "
+                "Save the file with one of them."
+            )
         names[internal] = store, file_name
     return names
 

@@ -5,8 +5,9 @@ A new family is one entry of `FAMILIES`, and a `TensorNames` if its files use ot
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,11 +43,13 @@ class TensorNames:
     table: name in the file by internal name, both without `.weight` and with `{i}` for the layer. Parameters with the
         same name in the file are stacked there along dimension 0, in the order of the table.
     interleaved: whether wq and wk pair rotary dimensions (2i, 2i + 1).
+    ignored: names of tensors in the file that hold no parameter and change nothing.
     """
 
     name: str
     table: Mapping[str, str]
     interleaved: bool
+    ignored: tuple[str, ...] = ()
 
     def find(self, parameter: str) -> tuple[str, list[str]]:
         """The tensor in the file that holds a parameter, and the internal names of all parameters that it holds.
@@ -59,6 +62,31 @@ class TensorNames:
         held = [internal for internal, other in self.table.items() if other == in_file]
         name, *held = (f"{n}.weight".replace("{i}", layer) for n in (in_file, *held))
         return name, held
+
+    def as_in(self, found: Iterable[str]) -> TensorNames:
+        """The same table with the prefixes that the files use.
+
+        Wrappers of training libraries add prefixes. Encoders without a head lack one. The prefix is that of the
+        embedding. The head may have its own.
+
+        found: names in the files. If several embeddings or none are among them, the table stays as it is.
+        """
+        embedding, head = self.table["tok_embeddings"], self.table["output"]
+        root, _, last = embedding.rpartition(".")
+        root = f"{root}." if root else ""
+        prefixes, head_prefixes = (_prefixes_of(name, found) for name in (last, head))
+        if root in prefixes or len(prefixes) != 1:
+            return self
+        table = {ours: prefixes[0] + name.removeprefix(root) for ours, name in self.table.items()}
+        if not head.startswith(root):
+            table["output"] = (head_prefixes[0] if len(head_prefixes) == 1 else "") + head
+        return dataclasses.replace(self, table=table)
+
+
+def _prefixes_of(name: str, found: Iterable[str]) -> list[str]:
+    """The prefixes under which a tensor is among the names in the files."""
+    whole = re.compile(rf"(|.+\.){re.escape(name)}\.weight")
+    return [match.group(1) for other in found if (match := whole.fullmatch(other))]
 
 
 HUGGING_FACE = TensorNames(
@@ -80,7 +108,12 @@ HUGGING_FACE = TensorNames(
     interleaved=False,
 )
 
-NATIVE = TensorNames(name="Meta/Mistral native", table={n: n for n in HUGGING_FACE.table}, interleaved=True)
+NATIVE = TensorNames(
+    name="Meta/Mistral native",
+    table={n: n for n in HUGGING_FACE.table},
+    interleaved=True,
+    ignored=("rope.freqs",),  # Meta's own program computes the frequencies from params.json, too
+)
 
 # For the llama architecture, llama.cpp's converter permutes wq and wk back to Meta's pairs.
 GGUF_LLAMA = TensorNames(
@@ -100,6 +133,7 @@ GGUF_LLAMA = TensorNames(
         "output": "output",
     },
     interleaved=True,
+    ignored=("rope_freqs.weight",),  # `sizes_of_gguf` reads them
 )
 
 # The first half of ff_proj is the up projection: OLMo's SwiGLU takes the gate from the second half.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from arc_ds.errors import WeightsError
+from arc_ds.system.user_files import read_user_json
 
 
 class Fields:
@@ -20,10 +20,7 @@ class Fields:
     @classmethod
     def read(cls, path: Path) -> Fields:
         """Read the object in a JSON file. Raises WeightsError if it cannot be read or is not an object."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise WeightsError(f"{path} cannot be read as JSON: {error}. Copy it again from its source.") from error
+        values = read_user_json(path, WeightsError, remedy="Copy it again from its source.")
         if not isinstance(values, dict):
             raise WeightsError(f"{path}: expected a JSON object, got {type(values).__name__}")
         return cls(values, str(path))

@@ -19,6 +19,7 @@ from arc_ds.model.rope import rope_frequencies
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
 from arc_ds.model.weights.stores import ALL_ROWS, Shape
+from arc_ds.system.user_files import check_downloaded
 from arc_ds.tokenizers.gguf_header import GgufTensor, read_gguf_header
 
 _PLAIN: Mapping[int, Any] = MappingProxyType({0: np.float32, 1: np.float16})
@@ -36,12 +37,14 @@ class GgufStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_downloaded(path, WeightsError)
         try:
             self.metadata, self._tensors, self._data_start = read_gguf_header(path)
         except (OSError, ValueError) as error:
             raise WeightsError(f"{path} is not a complete GGUF file: {error}. Copy it again.") from error
         self.shapes: Mapping[str, Shape] = {name: entry.shape for name, entry in self._tensors.items()}
         self._quants = _quants(path)
+        self._check_kinds()
         self._check_size()
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
@@ -60,17 +63,22 @@ class GgufStore:
         block_size, block_bytes = self._quants.GGML_QUANT_SIZES[kind]
         return (*entry.shape[:-1], entry.shape[-1] // block_size * block_bytes)
 
+    def _check_kinds(self) -> None:
+        for name, kind in {entry.kind: (name, entry.kind) for name, entry in self._tensors.items()}.values():
+            try:
+                known = self._quants.GGMLQuantizationType(kind)
+                block_bytes = self._quants.GGML_QUANT_SIZES[known][1]
+                self._quants.dequantize(np.zeros((1, block_bytes), np.uint8), known)
+            except (ValueError, NotImplementedError) as error:
+                raise WeightsError(
+                    f"{self.path}: tensor `{name}` has the block format {kind}, which this version of the gguf "
+                    "package cannot read. Update gguf, or use a file with another quantisation."
+                ) from error
+
     def _check_size(self) -> None:
         size = self.path.stat().st_size
         for name, entry in self._tensors.items():
-            try:
-                stored = self._stored_shape(entry)
-            except ValueError as error:
-                raise WeightsError(
-                    f"{self.path}: tensor `{name}` has the block format {entry.kind}, which this version of the gguf "
-                    "package does not know. Update gguf, or use a file with another quantisation."
-                ) from error
-            end = self._data_start + entry.offset + math.prod(stored)
+            end = self._data_start + entry.offset + math.prod(self._stored_shape(entry))
             if end > size:
                 raise WeightsError(
                     f"{self.path} is cut short: tensor `{name}` ends at byte {end}, the file at {size}. Copy it again."

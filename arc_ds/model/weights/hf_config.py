@@ -32,7 +32,7 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Si
 
     Reads `rope_theta` and `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). Raises WeightsError
     for an unknown `model_type` and for unsupported features: biases, other activations, clipped or partly rotary
-    attention, quantised weights, and rotary scalings other than llama3.
+    attention, and rotary scalings other than llama3.
     """
     model_type = fields.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
@@ -40,7 +40,7 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Si
             f"{fields.where}: `model_type` is {model_type!r}; ARC-DS reads {', '.join(SUPPORTED_MODEL_TYPES)}. "
             "Choose a backbone of one of these families."
         )
-    for key in ("attention_bias", "mlp_bias", "clip_qkv", "quantization_config"):
+    for key in ("attention_bias", "mlp_bias", "clip_qkv"):
         fields.refuse(key)
     if model_type == "hf_olmo":
         return _sizes_of_olmo(fields)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from arc_ds.errors import ArcError, WeightsError
-from arc_ds.model.weights.names import Shape, join_faults, shape_faults
+from arc_ds.model.weights.names import NamePredicate, Shape, join_faults, no_name, shape_faults
 from arc_ds.system import dist
-
-NamePredicate = Callable[[str], bool]
 
 
 class TensorSource(Protocol):
@@ -30,12 +28,6 @@ class TensorSource(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor to the CPU."""
-
-
-def no_name(name: str) -> bool:
-    """A predicate that is false for every name."""
-    del name
-    return False
 
 
 def load_backbone(

@@ -9,12 +9,14 @@ from typing import Literal
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.weights.fields import Fields
+from arc_ds.system.user_files import check_downloaded
 
 _INDEX = "model.safetensors.index.json"
 _EXPECTED = (
     "a Hugging Face folder (config.json with model.safetensors or its shards), a Meta or Mistral folder (params.json "
     "with consolidated.safetensors or consolidated.00.pth, ...), or a .gguf file"
 )
+_NUMBERED = re.compile(r"consolidated\.(\d+)\.(?:pth|safetensors)")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -32,6 +34,13 @@ class WeightFiles:
     files: tuple[Path, ...]
 
     @property
+    def model_parallel(self) -> tuple[tuple[Path, ...], ...]:
+        """The files of each set in which every file holds parts of all tensors."""
+        numbered = [file for file in self.files if self.kind == "native" and _NUMBERED.fullmatch(file.name)]
+        sets = (tuple(file for file in numbered if file.suffix == suffix) for suffix in (".pth", ".safetensors"))
+        return tuple(files for files in sets if len(files) > 1)
+
+    @property
     def config_file(self) -> Path:
         """The file with the sizes."""
         names = {"hugging_face": "config.json", "native": "params.json"}
@@ -46,6 +55,7 @@ def locate(path: Path) -> WeightFiles:
     if path.is_file():
         if _is_gguf(path):
             return WeightFiles(kind="gguf", path=path, files=(path,))
+        check_downloaded(path, WeightsError)
         raise WeightsError(f"{path} is a file but not GGUF; expected {_EXPECTED}. Pass the folder that contains it.")
     if not path.is_dir():
         raise WeightsError(f"{path} does not exist; expected {_EXPECTED}. Check the path and its mounts.")
@@ -84,34 +94,35 @@ def _locate_in_folder(folder: Path) -> WeightFiles:
 
 
 def _hugging_face_files(folder: Path) -> tuple[Path, ...]:
+    """The files of an index, or all without one. Other programs prefer a model.safetensors to the index."""
     if not (folder / _INDEX).is_file():
         return tuple(p for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith("consolidated"))
     index = Fields.read(folder / _INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise index.wrong("weight_map", "an object that maps tensors to files", weight_map)
-    files = [folder / str(name) for name in sorted(set(weight_map.values()))]
+    files = [folder / str(name) for name in sorted({*map(str, weight_map.values())})]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise WeightsError(
             f"{folder}: {_INDEX} names {len(files)} files, but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing. Copy the missing files from the source."
+            f"{'is' if len(missing) == 1 else 'are'} missing. Copy the missing files from the source. If the "
+            "index is that of an earlier set of files, delete it: then all .safetensors files are read."
         )
-    return tuple(files)
+    alone = folder / "model.safetensors"
+    return tuple(files) if alone in files or not alone.is_file() else (*files, alone)
 
 
 def _native_files(folder: Path) -> tuple[Path, ...]:
     safetensors = sorted(folder.glob("consolidated*.safetensors"))
-    if safetensors:
-        return tuple(safetensors)
     pickles = sorted(folder.glob("consolidated.*.pth"))
-    numbers = [int(match.group(1)) for p in pickles if (match := re.search(r"\.(\d+)\.pth$", p.name))]
+    numbers = [int(match.group(1)) for p in pickles if (match := _NUMBERED.fullmatch(p.name))]
     if numbers != list(range(len(pickles))):
         raise WeightsError(
             f"{folder} holds {', '.join(p.name for p in pickles)}; expected consolidated.00.pth, ... without gaps. "
             "Copy the missing files from the source."
         )
-    return tuple(pickles)
+    return (*safetensors, *pickles)
 
 
 def _is_gguf(path: Path) -> bool:

@@ -14,6 +14,7 @@ from arc_ds.model.backbone_config import BackboneConfig
 
 Shape = tuple[int, ...]
 RotaryPairs = Literal["half", "interleaved"]
+NamePredicate = Callable[[str], bool]
 _MAX_LISTED = 8
 
 
@@ -66,7 +67,13 @@ def join_faults(faults: Sequence[str]) -> str:
     return "; ".join(faults[:_MAX_LISTED]) + more
 
 
-def beyond_layers(num_layers: int) -> Callable[[str], bool]:
+def no_name(name: str) -> bool:
+    """A predicate that is false for every name."""
+    del name
+    return False
+
+
+def beyond_layers(num_layers: int) -> NamePredicate:
     """Predicate for parameters that an encoder of the first `num_layers` layers lacks, including norm and head."""
 
     def is_beyond(name: str) -> bool:

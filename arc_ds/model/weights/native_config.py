@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
-from arc_ds.model.weights.families import FAMILIES, OLMO_PREFIX
+from arc_ds.model.weights.families import FAMILIES, TensorNames
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
 from arc_ds.model.weights.names import Shape
@@ -17,38 +17,41 @@ _LLAMA_32_WIDEST = 3072  # Llama 3.2 3B; the narrowest Llama 3.1 is 4096 wide
 
 def is_olmo(store: TensorStore | None) -> bool:
     """Whether the tensors have OLMo-1's names. Its `params.json` alone does not identify it."""
-    return store is not None and any(name.startswith(OLMO_PREFIX) for name in store.shapes)
+    return store is not None and any(name.endswith("transformer.wte.weight") for name in store.shapes)
 
 
-def sizes_of_native(fields: Fields, store: TensorStore | None, rope_scaling: RopeScalingChoice) -> Sizes:
+def sizes_of_native(
+    fields: Fields, store: TensorStore | None, names: TensorNames, rope_scaling: RopeScalingChoice
+) -> Sizes:
     """Sizes from `params.json`.
 
     There are three dialects. Mistral's file has head_dim and hidden_dim. Llama's file implies them. OLMo's file omits
     the size of the feed-forward layer, which is read from the tensors.
 
     store: the tensors. May be None for Llama and Mistral, but not for OLMo.
+    names: their names.
 
-    Raises WeightsError for unsupported features: experts, quantised weights, vision modules.
+    Raises WeightsError for unsupported features: experts, vision modules.
     """
-    for key in ("moe", "moe_args", "quantization", "quantization_args", "vision_encoder"):
+    for key in ("moe", "moe_args", "vision_encoder"):
         fields.refuse(key)
     dim, num_heads = fields.integer("dim"), fields.integer("n_heads")
     window, scaling, theta, tied = None, None, 10000.0, False
     if is_olmo(store):
         family = "olmo"
-        ffn_size = _shape(fields, store, OLMO_PREFIX + "blocks.0.ff_out.weight")[1]
-        vocab_size = _shape(fields, store, OLMO_PREFIX + "wte.weight")[0]
+        ffn_size = _shape(fields, store, names, "layers.0.feed_forward.w2.weight")[1]
+        vocab_size = _shape(fields, store, names, "tok_embeddings.weight")[0]
         tied = fields.flag("weight_tying", False)
     elif "hidden_dim" in fields.values or "head_dim" in fields.values:
         family = "mistral"
-        ffn_size, vocab_size = fields.integer("hidden_dim"), _vocab_size(fields, store)
+        ffn_size, vocab_size = fields.integer("hidden_dim"), _vocab_size(fields, store, names)
         window = _window(fields)
         # As in Mistral's code: if the file has no base, it is 1e4 for windowed models (v0.1) and 1e6 for the others.
         theta = 1e6 if window is None else 1e4
         tied = fields.flag("tied_embeddings", False)
     else:
         family = "llama"
-        ffn_size, vocab_size = _llama_ffn_size(fields, dim), _vocab_size(fields, store)
+        ffn_size, vocab_size = _llama_ffn_size(fields, dim), _vocab_size(fields, store, names)
         if rope_scaling == "checkpoint" and fields.flag("use_scaled_rope", False):
             scaling = _llama3_scaling(fields, dim)
     config = BackboneConfig(
@@ -100,14 +103,15 @@ def _llama3_scaling(fields: Fields, dim: int) -> RopeScaling:
     )
 
 
-def _vocab_size(fields: Fields, store: TensorStore | None) -> int:
+def _vocab_size(fields: Fields, store: TensorStore | None, names: TensorNames) -> int:
     """Vocabulary size. Llama 2 writes -1 and relies on the tokenizer; the embedding has the size too."""
     if fields.get("vocab_size") == -1:
-        return _shape(fields, store, "tok_embeddings.weight")[0]
+        return _shape(fields, store, names, "tok_embeddings.weight")[0]
     return fields.integer("vocab_size")
 
 
-def _shape(fields: Fields, store: TensorStore | None, name: str) -> Shape:
+def _shape(fields: Fields, store: TensorStore | None, names: TensorNames, parameter: str) -> Shape:
+    name, _ = names.find(parameter)
     shape = () if store is None else store.shapes.get(name, ())
     if len(shape) != 2:
         raise WeightsError(
@@ -129,7 +133,7 @@ def shard_axis(dim: int) -> Callable[[str, Shape], int | None]:
     def axis(name: str, shape: Shape) -> int | None:
         if len(shape) != 2:
             return None
-        if name == "tok_embeddings.weight":
+        if name.endswith("tok_embeddings.weight"):
             return 0 if shape[1] == dim else 1
         return 1 if name.endswith((".attention.wo.weight", ".feed_forward.w2.weight")) else 0
 

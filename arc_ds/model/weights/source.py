@@ -15,12 +15,24 @@ from arc_ds.model.weights.families import GGUF_LLAMA, HUGGING_FACE, NATIVE, OLMO
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.gguf_file import GgufStore, sizes_of_gguf
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes, sizes_of_hugging_face
+from arc_ds.model.weights.leftovers import Backbone, leftover_faults
 from arc_ds.model.weights.locate import WeightFiles, locate
-from arc_ds.model.weights.names import Shape, backbone_shapes, join_faults, permute_rotary, rotary_heads, shape_faults
+from arc_ds.model.weights.names import (
+    NamePredicate,
+    Shape,
+    backbone_shapes,
+    join_faults,
+    no_name,
+    permute_rotary,
+    rotary_heads,
+    shape_faults,
+)
 from arc_ds.model.weights.native_config import is_olmo, shard_axis, sizes_of_native
 from arc_ds.model.weights.stores import ALL_ROWS, JoinedStore, PickleStore, SafetensorsStore, TensorStore
 
 _NAMES = {"hugging_face": HUGGING_FACE, "native": NATIVE, "gguf": GGUF_LLAMA}
+_HEAD = "output.weight"
+_BESIDE = ("*quant*config*.json", "adapter_config.json")  # settings that change the meaning of the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,31 +72,64 @@ class BackboneSource:
             weight = permute_rotary(weight, heads, to="half")
         return weight
 
-    def check(self) -> None:
-        """Raise WeightsError with all tensors that are missing or whose shape contradicts the sizes."""
+    def check(self, is_unused: NamePredicate) -> None:
+        """Raise WeightsError with all tensors that are missing, contradict the sizes, or are no part of the model.
+
+        is_unused: predicate on parameters whose tensors may be missing.
+        """
         expected: dict[str, Shape] = {}
+        known: set[str] = set()
         for name, shape in self.shapes.items():
             file_name, held = self.tensor_names.find(name)
-            expected[file_name] = (sum(self.shapes[other][0] for other in held), *shape[1:])
+            known.add(file_name)
+            if not all(is_unused(other) for other in held):
+                expected[file_name] = (sum(self.shapes[other][0] for other in held), *shape[1:])
         faults = shape_faults(expected, self.store.shapes)
-        if faults:
+        backbone = Backbone(self.config, self.tensor_names, self.store, has_head=not is_unused(_HEAD))
+        leftovers = leftover_faults(backbone, known)
+        head, _ = self.tensor_names.find(_HEAD)
+        if len(faults) == 1 and not leftovers and head in expected and head not in self.store.shapes:
             raise WeightsError(
-                f"{self.path} does not hold the tensors that its sizes require ({self.tensor_names.name} names): "
-                f"{join_faults(faults)}. Copy the weights and their config or params file again from one source."
+                f"{self.path}: {faults[0]}, and its config does not tie the head to the embedding. These are the "
+                "weights of an encoder. A decoder needs a head: use the causal language model that they were made "
+                "from. As encoder.backbone they need none."
+            )
+        empty = [name for name in expected if 0 in self.store.shapes.get(name, ())]
+        if empty:
+            raise WeightsError(
+                f"{self.path}: `{empty[0]}` and {len(empty) - 1} others hold no values, because the model was saved "
+                "while ZeRO-3 or FSDP had partitioned it. Save it whole: with DeepSpeed, run `python zero_to_fp32.py . "
+                "OUT --safe_serialization` beside the checkpoints, or set stage3_gather_16bit_weights_on_model_save."
+            )
+        if faults or leftovers:
+            clauses = [*leftovers, *([join_faults(faults)] if faults else [])]
+            remedies = dict.fromkeys(leftovers.values()) or [
+                "Copy the weights and their config or params file again from one source."
+            ]
+            raise WeightsError(
+                f"{self.path} does not hold exactly the tensors that its sizes require ({self.tensor_names.name} "
+                f"names): {'; '.join(clauses)}. {' '.join(remedies)}"
             )
 
 
 def open_backbone(
-    path: str | Path, rope_scaling: RopeScalingChoice = "checkpoint", *, max_positions: int | None = None
+    path: str | Path,
+    rope_scaling: RopeScalingChoice = "checkpoint",
+    *,
+    max_positions: int | None = None,
+    is_unused: NamePredicate = no_name,
 ) -> BackboneSource:
     """Open a backbone's weights and detect their format.
 
     path: a Hugging Face folder, a Meta or Mistral folder, OLMo-1 in either of its formats, or a GGUF file.
     rope_scaling: "checkpoint" applies the rotary scaling of the files, "none" ignores it.
     max_positions: length in tokens of the longest sequence that will be run, if known.
+    is_unused: predicate on internal names of parameters that will not be loaded, such as `names.beyond_layers(n)` for
+        an encoder. Their tensors may be missing.
 
-    Raises WeightsError if the path cannot be read, a tensor is missing or has the wrong shape, the family is unknown,
-    or the model's attention window is shorter than `max_positions`. ARC-DS always attends to whole sequences.
+    Raises WeightsError if the path cannot be read, a tensor is missing or has the wrong shape, the files hold tensors
+    that the model does not compute or settings that change the meaning of the weights, the family is unknown, or the
+    model's attention window is shorter than `max_positions`. ARC-DS always attends to whole sequences.
     """
     found = locate(Path(path))
     if not found.files:
@@ -93,15 +138,16 @@ def open_backbone(
             "consolidated.00.pth, or a .gguf file. Copy the weights there; convert .bin files to safetensors first."
         )
     store = _open_store(found)
-    config, window = _sizes(found, store, rope_scaling)
+    names = _names(found, store)
+    config, window = _sizes(found, store, names, rope_scaling)
     source = BackboneSource(
         config=config,
         path=found.path,
         sliding_window=window,
-        tensor_names=OLMO_NATIVE if is_olmo(store) else _NAMES[found.kind],
+        tensor_names=names,
         store=store,
     )
-    source.check()
+    source.check(is_unused)
     if window is not None and max_positions is not None and max_positions > window:
         raise WeightsError(
             f"{source.path}: its attention looks back {window} tokens, but the run has sequences of {max_positions}. "
@@ -117,27 +163,50 @@ def read_backbone_config(path: str | Path, rope_scaling: RopeScalingChoice = "ch
     """
     found = locate(Path(path))
     store = _open_store(found) if found.files and found.kind != "hugging_face" else None
-    return _sizes(found, store, rope_scaling).config
+    return _sizes(found, store, _names(found, store), rope_scaling).config
 
 
 def _open_store(found: WeightFiles) -> TensorStore:
     if found.kind == "gguf":
         return GgufStore(found.path)
-    parts = [PickleStore(file) if file.suffix == ".pth" else SafetensorsStore(file) for file in found.files]
-    if len(parts) == 1:
-        return parts[0]
-    if found.kind == "native":
-        return JoinedStore(parts, shard_axis(Fields.read(found.config_file).integer("dim")))
-    return JoinedStore(parts)
+    files = {file: PickleStore(file) if file.suffix == ".pth" else SafetensorsStore(file) for file in found.files}
+    parts: list[TensorStore] = []
+    for file_set in found.model_parallel:
+        axis_of = shard_axis(Fields.read(found.config_file).integer("dim"))
+        parts.append(JoinedStore([files.pop(file) for file in file_set], axis_of))
+    parts += files.values()
+    return parts[0] if len(parts) == 1 else JoinedStore(parts)
 
 
-def _sizes(found: WeightFiles, store: TensorStore | None, rope_scaling: RopeScalingChoice) -> Sizes:
+def _names(found: WeightFiles, store: TensorStore | None) -> TensorNames:
+    names = OLMO_NATIVE if is_olmo(store) else _NAMES[found.kind]
+    return names if store is None else names.as_in(store.shapes)
+
+
+def _refuse_other_meaning(fields: Fields, folder: Path) -> None:
+    """Raise WeightsError for settings of a quantisation or an adapter, in the config or in a file beside it."""
+    for key in fields.values:
+        if "quant" in key or key == "compression_config":
+            fields.refuse(key)
+    beside = [path for pattern in _BESIDE for path in sorted(folder.glob(pattern))]
+    if beside:
+        raise WeightsError(
+            f"{beside[0]}: these settings say that the weights are quantised or need an adapter; expected plain "
+            "weights. Use the model's weights in bfloat16, a .gguf file, or the merged model. If the weights in the "
+            "folder are plain, delete this file."
+        )
+
+
+def _sizes(found: WeightFiles, store: TensorStore | None, names: TensorNames, rope_scaling: RopeScalingChoice) -> Sizes:
     if isinstance(store, GgufStore):
         sizes = sizes_of_gguf(store, rope_scaling)
-    elif found.kind == "native":
-        sizes = sizes_of_native(Fields.read(found.config_file), store, rope_scaling)
     else:
-        sizes = sizes_of_hugging_face(Fields.read(found.config_file), rope_scaling)
+        fields = Fields.read(found.config_file)
+        _refuse_other_meaning(fields, found.path)
+        if found.kind == "native":
+            sizes = sizes_of_native(fields, store, names, rope_scaling)
+        else:
+            sizes = sizes_of_hugging_face(fields, rope_scaling)
     num_heads, num_kv_heads = sizes.config.num_heads, sizes.config.num_kv_heads
     if num_heads % num_kv_heads:
         raise WeightsError(

@@ -12,13 +12,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arc_ds.errors import WeightsError
-from arc_ds.model.weights.names import Shape
+from arc_ds.model.weights.names import Shape, join_faults
+from arc_ds.system.user_files import check_downloaded
 
 ALL_ROWS = slice(None)
+# Names of safetensors and of torch. Numbers of other dtypes mean something only with the scales of a quantisation.
+_PLAIN = frozenset(("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"))
 
 
 class TensorStore(Protocol):
     """Named tensors in files. Only `tensor` touches the data."""
+
+    @property
+    def path(self) -> Path:
+        """The file, or the first one of several."""
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -29,18 +36,24 @@ class TensorStore(Protocol):
 
 
 class SafetensorsStore:
-    """One safetensors file. Raises WeightsError if it is damaged or truncated (the header gives the expected size)."""
+    """One safetensors file of plain floats.
+
+    Raises WeightsError if it is damaged or truncated (the header gives the expected size), or holds another dtype.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_downloaded(path, WeightsError)
         try:
             self._file: Any = safe_open(path, framework="pt")
             names = self._file.keys()
-            self.shapes: Mapping[str, Shape] = {n: tuple(self._file.get_slice(n).get_shape()) for n in names}
+            entries = {name: self._file.get_slice(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"{path} is not a complete safetensors file: {error}. It was cut short or damaged; copy it again."
             ) from error
+        self.shapes: Mapping[str, Shape] = {name: tuple(entry.get_shape()) for name, entry in entries.items()}
+        _check_plain(path, {name: entry.get_dtype() for name, entry in entries.items()})
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         if rows == ALL_ROWS:
@@ -49,13 +62,14 @@ class SafetensorsStore:
 
 
 class PickleStore:
-    """One .pth file, memory-mapped and restricted to plain tensors (`weights_only`).
+    """One .pth file, memory-mapped and restricted to tensors of plain floats by name (`weights_only`).
 
-    Raises WeightsError if it is damaged, too old to be mapped, or contains anything but tensors: a pickle can run code.
+    Raises WeightsError if it is damaged, too old to be mapped, or contains anything else: a pickle can run code.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_downloaded(path, WeightsError)
         try:
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
@@ -70,8 +84,15 @@ class PickleStore:
             ) from error
         if not isinstance(loaded, dict):
             raise WeightsError(f"{path}: expected a dict of tensors, got {type(loaded).__name__}")
-        self._tensors = {n: t for n, t in loaded.items() if isinstance(t, Tensor)}
-        self.shapes: Mapping[str, Shape] = {n: tuple(t.shape) for n, t in self._tensors.items()}
+        others = [f"`{n}` is a {type(entry).__name__}" for n, entry in loaded.items() if not isinstance(entry, Tensor)]
+        if others:
+            raise WeightsError(
+                f"{path}: expected tensors only; {join_faults(others)}. Save the model's tensors alone, by name: "
+                "torch.save(model.state_dict(), FILE)."
+            )
+        self._tensors: Mapping[str, Tensor] = loaded
+        self.shapes: Mapping[str, Shape] = {n: tuple(t.shape) for n, t in loaded.items()}
+        _check_plain(path, {n: str(t.dtype) for n, t in loaded.items()})
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         return self._tensors[name][rows]
@@ -80,13 +101,16 @@ class PickleStore:
 class JoinedStore:
     """Several files, read as one.
 
-    A tensor in several files is concatenated along `axis_of(name, shape of a part)`. If the axis is None, the files
-    hold copies.
+    axis_of: the axis along which the parts of a tensor are concatenated, from its name and the shape of a part; None
+        for a vector, of which each file holds the same values. By default a tensor in several files is a copy.
+
+    Raises WeightsError if copies differ. At first it compares their shapes and their first rows. `tensor` compares the
+    rows that it reads.
     """
 
-    def __init__(
-        self, files: Sequence[TensorStore], axis_of: Callable[[str, Shape], int | None] = lambda name, shape: None
-    ) -> None:
+    def __init__(self, files: Sequence[TensorStore], axis_of: Callable[[str, Shape], int | None] | None = None) -> None:
+        self.path = files[0].path
+        self._holds_copies = axis_of is None
         self._parts: dict[str, list[TensorStore]] = {}
         for file in files:
             for name in file.shapes:
@@ -95,17 +119,46 @@ class JoinedStore:
         shapes: dict[str, Shape] = {}
         for name, parts in self._parts.items():
             shape = parts[0].shapes[name]
-            axis = axis_of(name, shape) if len(parts) > 1 else None
+            axis = axis_of(name, shape) if axis_of is not None and len(parts) > 1 else None
             if axis is not None:
                 shape = (*shape[:axis], sum(part.shapes[name][axis] for part in parts), *shape[axis + 1 :])
             shapes[name], self._axes[name] = shape, axis
         self.shapes: Mapping[str, Shape] = shapes
+        for name in self._parts:
+            if self._is_copied(name):
+                self.tensor(name, slice(0, 1) if shapes[name] else ALL_ROWS)
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         parts, axis = self._parts[name], self._axes[name]
         if axis is None:
-            return parts[0].tensor(name, rows)
+            values = parts[0].tensor(name, rows)
+            for other in parts[1:] if self._is_copied(name) else ():
+                if other.shapes[name] != self.shapes[name] or not same_values(values, other.tensor(name, rows)):
+                    raise WeightsError(
+                        f"{parts[0].path} and {other.path} differ in `{name}`, so one of them belongs to other "
+                        "weights. Move that file out of the folder."
+                    )
+            return values
         return torch.cat([part.tensor(name) for part in parts], dim=axis)[rows]
+
+    def _is_copied(self, name: str) -> bool:
+        return self._holds_copies and len(self._parts[name]) > 1
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape and values. Their dtypes may differ."""
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def _check_plain(path: Path, dtypes: Mapping[str, str]) -> None:
+    """Raise WeightsError if a tensor of a file has a dtype whose numbers are not the weights."""
+    others = [f"`{name}` is {dtype.removeprefix('torch.')}" for name, dtype in dtypes.items() if dtype not in _PLAIN]
+    if others:
+        raise WeightsError(
+            f"{path}: expected floats of 16, 32 or 64 bits; {join_faults(others)}. Such numbers are weights only with "
+            "the scales of a quantisation, which ARC-DS does not compute. Use the model's weights in bfloat16, or a "
+            ".gguf file. If the file is no part of the model, move it out of the folder."
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from arc_ds.shards.building.converters_triviaqa import read_triviaqa
 from arc_ds.shards.building.question import Question
 from arc_ds.shards.records import encode_record, fine_tuning_record
 from arc_ds.system.files import whole_file
+from arc_ds.system.user_files import check_downloaded
 
 FORMATS = ("squad", "drop", "triviaqa")
 
@@ -96,6 +97,7 @@ def _questions(format_name: str, path: Path, options: ConvertOptions) -> Iterato
             max_passages=options.max_passages,
         ),
     }
+    check_downloaded(path, DataError)
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

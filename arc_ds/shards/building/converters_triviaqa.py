@@ -9,6 +9,7 @@ from typing import Any
 
 from arc_ds.errors import DataError
 from arc_ds.shards.building.question import Question, distinct
+from arc_ds.system.user_files import check_downloaded
 
 _WORD = re.compile(r"\w+")
 
@@ -45,6 +46,7 @@ def read_triviaqa(content: Any, *, evidence: Path, passage_words: int, max_passa
 
 def _passages(path: Path, passage_words: int) -> list[str]:
     """The lines of a document, joined into passages of about `passage_words` words; longer lines are cut."""
+    check_downloaded(path, DataError)
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:

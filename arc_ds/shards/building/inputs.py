@@ -12,6 +12,7 @@ from arc_ds.shards.building.batches import Batch, Compression, Cursor, InputFile
 from arc_ds.shards.building.inputs_lines import read_line_batches, read_text_batch, why_no_lines
 from arc_ds.shards.building.inputs_parquet import read_row_batches
 from arc_ds.shards.format import FORMAT, MANIFEST
+from arc_ds.system.user_files import check_downloaded
 
 _KINDS: dict[str, InputKind] = {".txt": "text", ".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _COMPRESSIONS: dict[str, Compression] = {"": "", ".gz": "gz", ".zst": "zst", ".zstd": "zst"}
@@ -64,6 +65,7 @@ def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) ->
         raise DataError("no inputs were given. Pass text, JSONL or Parquet files, or folders of them.")
     seen: dict[Path, Path] = {}
     for file in files:
+        check_downloaded(file.path, DataError)
         first = seen.setdefault(file.path.resolve(), file.path)
         if first is not file.path:
             again = "is named twice" if first == file.path else f"is the same file as {first}"

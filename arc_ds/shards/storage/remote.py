@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from arc_ds.errors import StorageError
 from arc_ds.system.urls import shown_url
+from arc_ds.system.user_files import is_lfs_pointer
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,9 @@ def _transfer(
     digest, total = hashlib.sha256(), 0
     limit = max_bytes if num_bytes is None else num_bytes
     for piece in _read_pieces(url, timeout_s):
+        if not total and is_lfs_pointer(piece):
+            words = "it is a pointer of Git LFS (on the Hugging Face Hub, /resolve/ serves the file, /raw/ its pointer)"
+            raise TransferError(words, is_final=True)
         total += len(piece)
         if limit is not None and total > limit:
             words = f"it is longer than the expected {limit} bytes: it is another file"

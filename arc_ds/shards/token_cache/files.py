@@ -34,6 +34,7 @@ from arc_ds.shards.format import NPY_HEADERS, Manifest, ShardInfo
 from arc_ds.shards.mappings import map_file
 from arc_ds.shards.records import fine_tuning_record
 from arc_ds.shards.storage.cache import KnownFile
+from arc_ds.system.user_files import refuse_pointer
 
 FORMAT = "arc-ds-token-cache"
 VERSION = 3
@@ -151,6 +152,7 @@ def parse_cache_index(raw: bytes, where: str) -> CacheIndex:
     where: name of the file for error messages.
     """
     try:
+        refuse_pointer(raw, where, DataError)
         spec = json.loads(str(raw, "utf-8"))
         if spec["format"] != FORMAT or spec["version"] != VERSION:
             raise DataError(f"{where}: expected format {FORMAT} version {VERSION}")

@@ -121,10 +121,12 @@ def test_a_mistake_is_one_message_and_exit_code_2(folders: Path, monkeypatch, ca
 def test_compress_overwrites_nothing_and_names_what_it_cannot_read(folders: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "there"
     out.write_text("mine")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "binary").write_bytes(b"\xff\x00")
     (tmp_path / "empty").write_text("")
-    wrong = [(out, folders / "a.txt", "already exists"), (tmp_path / "o", tmp_path / "binary", "as UTF-8 text")]
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    wrong = [(out, folders / "a.txt", "already exists"), (tmp_path / "o", tmp_path / "binary", "is not UTF-8")]
     wrong += [(tmp_path / "o", tmp_path / "gone", "gone cannot be read"), (tmp_path / "o", tmp_path / "empty", "empty")]
+    wrong += [(tmp_path / "o", tmp_path / "pointer", "git lfs pull")]
     for target, text, message in wrong:
         assert main(["compress", *arguments(folders), "--out", str(target), str(text)]) == EXIT_USER_ERROR
         assert message in capsys.readouterr().err

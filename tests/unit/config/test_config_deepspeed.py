@@ -114,7 +114,7 @@ def test_unreadable_json_names_file_and_line(config, tmp_path):
     path.write_text("[]", encoding="utf-8")
     with pytest.raises(ConfigError, match="JSON object"):
         resolve_deepspeed(path, config, 1)
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         resolve_deepspeed(tmp_path / "none.json", config, 1)
 
 

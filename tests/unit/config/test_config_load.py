@@ -133,10 +133,10 @@ def test_mistake_in_a_file_is_named_with_its_line(tmp_path, monkeypatch, text, w
 
 
 def test_missing_and_binary_files_are_config_errors(tmp_path):
-    assert "cannot read" in error_of(tmp_path / "none.yaml")
+    assert "cannot be read" in error_of(tmp_path / "none.yaml")
     binary = tmp_path / "weights.yaml"
-    binary.write_bytes(b"\xff\xfe\x00\x80")
-    assert "cannot read" in error_of(binary)
+    binary.write_bytes(b"\x00\x80")
+    assert "is not UTF-8" in error_of(binary)
 
 
 def test_overrides_reach_into_lists_and_append(write):

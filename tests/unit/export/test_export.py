@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from arc_ds import ArcModel
 from arc_ds.batch.groups import GroupRule
@@ -198,9 +199,13 @@ def _edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return apply
 
 
+def _quantise(path: Path) -> None:
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}, path)
+
+
 DAMAGE = [
     ("config.json", Path.unlink, "is neither an export of ARC-DS"),
-    ("config.json", _cut, "cannot be read as JSON"),
+    ("config.json", _cut, "not valid JSON"),
     ("config.json", _edit(lambda c: c.update(format="other")), "`format` in config.json is 'other'"),
     ("config.json", _edit(lambda c: c.update(version=2)), "version 2"),
     ("config.json", _edit(lambda c: c.pop("compressor")), "does not match this version"),
@@ -213,6 +218,7 @@ DAMAGE = [
     ("config.json", _edit(lambda c: c.pop("decoders")), "expected `decoders` to give the rope_scaling"),
     ("config.json", _edit(lambda c: c["decoders"][0].update(rope_scaling="x")), "expected `decoders` to give"),
     ("config.json", _edit(lambda c: c["decoders"][0].update(bos="x")), "expected `decoders` to give"),
+    ("model.safetensors", _quantise, "expected floats of 16, 32 or 64 bits"),
     ("model.safetensors", Path.unlink, "has no model.safetensors"),
     ("model.safetensors", _cut, "not a complete safetensors file"),
     ("model.safetensors", lambda p: p.write_bytes(b""), "not a complete safetensors file"),

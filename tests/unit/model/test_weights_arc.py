@@ -70,6 +70,13 @@ def test_names_of_old_checkpoints_are_read_and_those_of_another_format_refused(t
     checkpoint = read_arc_checkpoint(tmp_path)
     for name in ("ports.0.rec", "encoder.memory"):
         assert torch.equal(checkpoint.tensor(name), trained.tensors[name])
+    both = {**tensors, "rec_tok.0.weight": tensors["rec_tok.weight"].clone()}
+    save_file(both, tmp_path / EMBEDDER)
+    assert torch.equal(read_arc_checkpoint(tmp_path).tensor("ports.0.rec"), trained.tensors["ports.0.rec"])
+    both["rec_tok.0.weight"] += 1
+    save_file(both, tmp_path / EMBEDDER)
+    with pytest.raises(WeightsError, match=r"`rec_tok.0.weight` and `rec_tok.weight` are names of one tensor"):
+        read_arc_checkpoint(tmp_path)
     save_file({**tensors, "decoder.norm.weight": torch.ones(2)}, tmp_path / EMBEDDER)
     with pytest.raises(WeightsError, match="`decoder.norm.weight` is not part of the ARC format"):
         read_arc_checkpoint(tmp_path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from arc_ds.errors import WeightsError
-from arc_ds.model.weights import open_backbone
+from arc_ds.model.weights import beyond_layers, open_backbone
 from tests.helpers import tiny_models as tiny
 
 
@@ -52,8 +54,12 @@ def test_stacked_tensor_of_wrong_size_is_found(tmp_path: Path):
 def test_missing_file_of_an_index_is_named(tmp_path: Path, config):
     folder = tiny.write_hf(tmp_path, config, tiny.random_tensors(config), 3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(WeightsError, match="model-00002-of-00003.safetensors is missing"):
+    with pytest.raises(WeightsError, match="model-00002-of-00003.safetensors is missing.* delete it"):
         open_backbone(folder)
+    tiny.write_hf(tmp_path, config, tiny.random_tensors(config))
+    for path in (folder / "model.safetensors.index.json", *folder.glob("model-*")):
+        path.unlink()  # the remedy
+    open_backbone(folder)
 
 
 def test_missing_meta_shard_is_found(tmp_path: Path, config):
@@ -133,6 +139,175 @@ def test_config_that_we_do_not_compute_is_refused(tmp_path: Path, config, change
     assert "config.json" in str(caught.value)
     if "rope_scaling" in changes:
         assert open_backbone(folder, "none").config == config
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+LEFTOVERS = [
+    (f"{Q_PROJ}.weight_scale", (1,), "quantised .* in bfloat16"),
+    (f"{Q_PROJ}.bias", (32,), "a bias.* without biases"),
+    (f"{Q_PROJ}.lora_A.default.weight", (4, 32), "not merged.*merge_and_unload"),
+    ("model.layers.0._orig_mod.mlp.up_proj.weight", (96, 32), "a wrapper"),
+    ("model.layers.0.block_sparse_moe.gate.weight", (8, 32), "mixture of experts"),
+    ("model.layers.2.mlp.up_proj.weight", (96, 32), "beyond the 2 of the config. Set the number of layers"),
+    ("model.layers.0.self_attn.rotary_emb.inv_freq", (4,), "other frequencies .* Correct rope_theta"),
+    ("ema.model.norm.weight", (32,), "another prefix"),
+    ("layers.0.attention.wq.weight", (32, 32), "Meta/Mistral native name.* params.json"),
+    ("score.weight", (2, 32), "another task.* As encoder.backbone"),
+    ("vision_tower.patch.weight", (2, 2), "images"),
+    ("model.layers.0.self_attn.q_norm.weight", (8,), "another architecture"),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "message"), LEFTOVERS)
+def test_tensor_that_no_parameter_takes_is_named_with_its_meaning(
+    tmp_path: Path, config, name: str, shape: tuple[int, ...], message: str
+):
+    folder = tiny.write_hf(tmp_path, config, tiny.random_tensors(config))
+    save_file({name: torch.ones(shape)}, folder / "more.safetensors")
+    with pytest.raises(WeightsError, match=f"`{re.escape(name)}`: probably .*{message}"):
+        open_backbone(folder)
+    (folder / "more.safetensors").unlink()  # the remedy
+    open_backbone(folder)
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "rope_factors_long.weight", "blk.2.attn_norm.weight"])
+def test_gguf_tensor_that_no_parameter_takes_is_named(tmp_path: Path, config, name: str):
+    tensors = tiny.random_tensors(config)
+    with pytest.raises(WeightsError, match=f"`{name}`: probably"):
+        open_backbone(tiny.write_gguf(tmp_path / "a.gguf", config, tensors, more={name: torch.ones(32)}))
+    with pytest.raises(WeightsError, match="`x` has the block format 28"):
+        more = {"x": torch.ones(4, dtype=torch.float64)}
+        open_backbone(tiny.write_gguf(tmp_path / "b.gguf", config, tensors, more=more))
+
+
+def test_olmo_bias_is_named(tmp_path: Path):
+    config = tiny.tiny_config(family="olmo", norm="layer", num_kv_heads=4)
+    folder = tiny.write_olmo(tmp_path, config, tiny.random_tensors(config), own_config=True)
+    save_file({"model.transformer.blocks.0.att_proj.bias": torch.ones(96)}, folder / "more.safetensors")
+    with pytest.raises(WeightsError, match=r"att_proj.bias`: probably a bias"):
+        open_backbone(folder)
+
+
+def test_stored_head_beside_a_tied_one_is_used_or_refused(tmp_path: Path):
+    config = tiny.tiny_config(tie_embeddings=True)
+    tensors = tiny.random_tensors(config)
+    head = tensors["tok_embeddings.weight"].clone()
+    open_backbone(tiny.write_hf(tmp_path, config, {**tensors, "output.weight": head}))
+    head[-1] += 1
+    folder = tiny.write_hf(tmp_path, config, {**tensors, "output.weight": head})
+    with pytest.raises(WeightsError, match=r"`lm_head.weight`: probably a head of its own.*Set tie_word_embeddings"):
+        open_backbone(folder)
+    open_backbone(folder, is_unused=beyond_layers(2))
+    tiny.write_hf(tmp_path, config, {**tensors, "output.weight": head}, tie_word_embeddings=False)  # the remedy
+    assert torch.equal(open_backbone(folder).tensor("output.weight"), head)
+    del tensors["tok_embeddings.weight"]
+    tiny.write_hf(tmp_path, config, {**tensors, "output.weight": head})
+    with pytest.raises(WeightsError, match=r"`lm_head.weight`: probably the embedding.* to model.embed_tokens.weight"):
+        open_backbone(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32])
+def test_dtype_that_needs_a_scale_is_refused(tmp_path: Path, config, dtype: torch.dtype):
+    tensors = tiny.random_tensors(config)
+    tensors["layers.0.attention.wq.weight"] = tensors["layers.0.attention.wq.weight"].to(dtype)
+    with pytest.raises(WeightsError, match=r"model.safetensors: expected floats .*q_proj.weight` is [FIU].*\.gguf"):
+        open_backbone(tiny.write_hf(tmp_path / "hf", config, tensors))
+    if dtype != torch.float8_e4m3fn:  # torch.chunk of the writer
+        with pytest.raises(WeightsError, match=r"consolidated.00.pth: expected floats .*wq.weight` is u?int"):
+            open_backbone(tiny.write_llama_pickles(tmp_path / "meta", config, tensors, 1))
+
+
+@pytest.mark.parametrize("key", ["quantization", "compression_config"])
+def test_other_keys_of_a_quantisation_are_refused(tmp_path: Path, config, key: str):
+    with pytest.raises(WeightsError, match=f"`{key}` is"):
+        open_backbone(tiny.write_hf(tmp_path, config, tiny.random_tensors(config), **{key: {"bits": 4}}))
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "adapter_config.json"])
+def test_settings_beside_the_config_that_change_the_weights_are_refused(tmp_path: Path, config, name: str):
+    for folder in (
+        tiny.write_hf(tmp_path / "hf", config, tiny.random_tensors(config)),
+        tiny.write_mistral(tmp_path / "native", config, tiny.random_tensors(config)),
+    ):
+        (folder / name).write_text("{}")
+        with pytest.raises(WeightsError, match=f"{name}: these settings.* delete this file"):
+            open_backbone(folder)
+        (folder / name).unlink()
+        open_backbone(folder)
+
+
+def test_pickle_of_more_than_tensors_is_named(tmp_path: Path, config):
+    folder = tiny.write_llama_pickles(tmp_path, config, tiny.random_tensors(config), 1)
+    torch.save({"model": {"norm.weight": torch.ones(32)}, "epoch": 1}, folder / "consolidated.00.pth")
+    with pytest.raises(WeightsError, match="`model` is a dict; `epoch` is a int.*state_dict"):
+        open_backbone(folder)
+
+
+def _stray_file(folder: Path, config, tensors) -> Path:
+    named = {tiny.hf_name(name): tensor for name, tensor in tensors.items()}
+    tiny.write_hf(folder, config, tiny.random_tensors(config))
+    save_file(named, folder / "adapted.safetensors")
+    return folder
+
+
+def _alone_beside_an_index(folder: Path, config, tensors) -> Path:
+    tiny.write_hf(folder, config, tensors)
+    return tiny.write_hf(folder, config, tiny.random_tensors(config), 2)
+
+
+def _shards_without_index(folder: Path, config, tensors) -> Path:
+    tiny.write_hf(folder, config, tensors, 3)
+    tiny.write_hf(folder, config, tiny.random_tensors(config), 2)
+    (folder / "model.safetensors.index.json").unlink()
+    return folder
+
+
+def _pickle_beside_safetensors(folder: Path, config, tensors) -> Path:
+    tiny.write_llama_pickles(folder, config, tensors, 2)
+    return tiny.write_mistral(folder, config, tiny.random_tensors(config))
+
+
+@pytest.mark.parametrize(
+    "write", [_stray_file, _alone_beside_an_index, _shards_without_index, _pickle_beside_safetensors]
+)
+def test_two_sets_of_weights_must_be_equal(tmp_path: Path, config, write: Callable):
+    tensors = tiny.random_tensors(config)
+    source = open_backbone(write(tmp_path / "equal", config, tensors))
+    assert all(torch.equal(source.tensor(name), tensor) for name, tensor in tensors.items())
+    with pytest.raises(
+        WeightsError, match=r"\S+(safetensors|pth) and \S+(safetensors|pth) differ in .* Move that file"
+    ):
+        open_backbone(write(tmp_path / "other", config, tiny.random_tensors(config, seed=1)))
+    tensors["output.weight"][-1] += 1
+    source = open_backbone(write(tmp_path / "late", config, tensors))  # reads the first rows only
+    with pytest.raises(WeightsError, match="differ in"):
+        source.tensor("output.weight")
+
+
+def test_index_decides_between_two_sets_of_shards(tmp_path: Path, config):
+    tiny.write_hf(tmp_path, config, tiny.random_tensors(config, seed=1), 3)
+    tensors = tiny.random_tensors(config)
+    source = open_backbone(tiny.write_hf(tmp_path, config, tensors, 2))
+    assert all(torch.equal(source.tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def test_tensors_without_values_are_named_as_partitioned(tmp_path: Path):
+    """A tied head without values, which DeepSpeed writes too, is harmless."""
+    config = tiny.tiny_config(tie_embeddings=True)
+    tensors = {**tiny.random_tensors(config), "output.weight": torch.zeros(0)}
+    folder = tiny.write_hf(tmp_path, config, tensors)
+    open_backbone(folder)
+    tiny.write_hf(tmp_path, config, {**tensors, "layers.0.attention.wq.weight": torch.zeros(0)})
+    with pytest.raises(WeightsError, match=r"q_proj.weight` and 0 others hold no values.* zero_to_fp32"):
+        open_backbone(folder)
+
+
+def test_decoder_without_a_head_is_named_as_an_encoder(tmp_path: Path, config):
+    tensors = tiny.random_tensors(config)
+    del tensors["output.weight"]
+    for folder in (tiny.write_hf(tmp_path / "a", config, tensors), tiny.write_mistral(tmp_path / "b", config, tensors)):
+        with pytest.raises(WeightsError, match="weight` is missing.*weights of an encoder.* use the causal language"):
+            open_backbone(folder)
 
 
 def test_window_shorter_than_the_run_is_refused(tmp_path: Path):

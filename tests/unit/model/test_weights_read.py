@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import RopeScaling
 from arc_ds.model.rope import rope_frequencies
-from arc_ds.model.weights import find_tokenizer, open_backbone, permute_rotary, read_backbone_config
+from arc_ds.model.weights import beyond_layers, find_tokenizer, open_backbone, permute_rotary, read_backbone_config
 from tests.helpers import tiny_models as tiny
 
 LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
@@ -49,6 +52,63 @@ def test_hugging_face_folder_reads_exactly(tmp_path: Path, sizes: dict, num_file
     source = open_backbone(tiny.write_hf(tmp_path, config, tensors, num_files))
     assert source.config == config
     assert_same(source, tensors)
+
+
+def test_tensors_that_follow_from_the_config_are_harmless(tmp_path: Path):
+    """Buffers of early files, and biases of zeros."""
+    config = tiny.tiny_config(rope_theta=1e6)
+    tensors = tiny.random_tensors(config)
+    folder = tiny.write_hf(tmp_path, config, tensors)
+    frequencies = rope_frequencies(config, torch.device("cpu"))
+    layer = "model.layers.0.self_attn"
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        more = {f"{layer}.rotary_emb.inv_freq": frequencies.to(dtype), f"{layer}.q_proj.bias": torch.zeros(32)}
+        save_file(more, folder / "more.safetensors")
+        assert_same(open_backbone(folder), tensors)
+
+
+PREFIXES = [
+    (tiny.write_hf, {}, {"model.": ""}),
+    (tiny.write_hf, {}, {"model.": "module.model.", "lm_head": "module.lm_head"}),
+    (tiny.write_hf, {}, {"model.": "base_model.model.model.", "lm_head": "base_model.model.lm_head"}),
+    (tiny.write_hf, {}, {"model.": "model.language_model."}),
+    (tiny.write_mistral, {"family": "mistral"}, {"": "_orig_mod."}),
+    (tiny.write_olmo, {"family": "olmo", "norm": "layer", "num_kv_heads": 4}, {"model.": ""}),
+]
+
+
+@pytest.mark.parametrize(("write", "sizes", "prefixes"), PREFIXES)
+def test_one_other_prefix_of_all_names_is_read(tmp_path: Path, write: Callable, sizes: dict, prefixes: dict):
+    """Wrappers and sentence encoders use other prefixes. The head may have its own."""
+    config = tiny.tiny_config(**sizes)
+    tensors = tiny.random_tensors(config)
+    folder = write(tmp_path, config, tensors)
+    (file,) = folder.glob("*.safetensors")
+    renamed = {}
+    for name, tensor in load_file(file).items():
+        old, new = next((pair for pair in prefixes.items() if name.startswith(pair[0])), ("", ""))
+        renamed[new + name.removeprefix(old)] = tensor.clone()
+    save_file(renamed, file)
+    assert_same(open_backbone(folder), tensors)
+
+
+@pytest.mark.parametrize("write", [tiny.write_hf, tiny.write_mistral])
+def test_encoder_needs_no_head_and_no_later_layer(tmp_path: Path, write: Callable):
+    config = tiny.tiny_config(family="mistral")
+    tensors = tiny.random_tensors(config)
+    kept = {name: tensor for name, tensor in tensors.items() if not beyond_layers(1)(name)}
+    folder = write(tmp_path, config, kept)
+    source = open_backbone(folder, is_unused=beyond_layers(1))
+    assert all(torch.equal(source.tensor(name), tensor) for name, tensor in kept.items())
+    with pytest.raises(WeightsError, match=r"layers\.1\..* is missing"):
+        open_backbone(folder, is_unused=beyond_layers(2))
+
+
+def test_encoder_may_carry_the_head_of_another_task(tmp_path: Path):
+    config = tiny.tiny_config()
+    folder = tiny.write_hf(tmp_path, config, tiny.random_tensors(config))
+    save_file({"score.weight": torch.ones(2, 32)}, folder / "more.safetensors")
+    assert open_backbone(folder, is_unused=beyond_layers(2)).config == config
 
 
 def test_both_ways_of_writing_rotary_scaling_read_alike(tmp_path: Path):

@@ -106,6 +106,10 @@ def test_a_missing_member_is_one_damaged_record_and_its_neighbours_are_read(fold
     assert faults[1] == f"shard-000000.tar at byte {offset - 512}: the tar header does not agree with the index"
 
 
+def write_pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+
+
 def replace_text(old: str, new: str) -> Callable[[Path], object]:
     return lambda path: path.write_text(path.read_text().replace(old, new))
 
@@ -115,6 +119,8 @@ def replace_text(old: str, new: str) -> Callable[[Path], object]:
     [
         ("shard-000001.tar", lambda path: path.write_bytes(path.read_bytes()[:-700]), "cut short"),
         ("shard-000001.tar", Path.unlink, "missing"),
+        ("shard-000001.tar", write_pointer, "tar is a pointer of Git LFS"),
+        ("shard-000001.idx", write_pointer, "idx is a pointer of Git LFS"),
         ("shard-000001.idx", Path.unlink, "index of shard-000001.tar is missing"),
         ("shard-000001.idx", lambda path: overwrite(path, 140, b"\xff"), "sha256"),
         ("manifest.json", Path.unlink, "no manifest.json"),

@@ -101,6 +101,21 @@ def test_a_bridge_that_cannot_start_as_the_identity_is_refused_before_anything_i
         open_starting_weights(config, compressor_spec(config))
 
 
+def test_a_sentence_encoder_without_a_head_is_a_start(config_file: Path, tmp_path: Path) -> None:
+    shape = tiny_config(family="mistral", vocab_size=352)
+    tensors = random_tensors(shape, seed=3)
+    head, folder = tensors.pop("output.weight"), write_hf(tmp_path, shape, tensors)
+    write_json_tokenizer(folder)
+    name = "layers.0.attention.wq.weight"
+    found = _start(load_config(config_file, [f"encoder.backbone={folder}"]))
+    assert torch.equal(found.get_parameter(f"encoder.{name}"), tensors[name])
+    config = load_config(config_file, [f"decoders=[{{name: headless, backbone: {folder}}}]"])
+    with pytest.raises(WeightsError, match="weights of an encoder"):
+        open_decoders(config)
+    write_hf(folder, shape, {**tensors, "output.weight": head})  # the remedy
+    open_decoders(config)
+
+
 def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file: Path, tmp_path: Path) -> None:
     shape = tiny_config(family="mistral", vocab_size=352)
     folder = write_hf(tmp_path / "windowed", shape, random_tensors(shape), sliding_window=65)

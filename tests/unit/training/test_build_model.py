@@ -111,9 +111,9 @@ def test_a_sentence_encoder_without_a_head_is_a_start(config_file: Path, tmp_pat
     assert torch.equal(found.get_parameter(f"encoder.{name}"), tensors[name])
     config = load_config(config_file, [f"decoders=[{{name: headless, backbone: {folder}}}]"])
     with pytest.raises(WeightsError, match="weights of an encoder"):
-        open_decoders(config)
+        open_decoders(config.decoders, partial(longest_sequence, config))
     write_hf(folder, shape, {**tensors, "output.weight": head})  # the remedy
-    open_decoders(config)
+    open_decoders(config.decoders, partial(longest_sequence, config))
 
 
 def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file: Path, tmp_path: Path) -> None:

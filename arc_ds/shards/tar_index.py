@@ -20,6 +20,7 @@ from arc_ds.errors import DataError
 from arc_ds.shards.format import INDEX_DTYPE, RecordKind
 from arc_ds.shards.members import decode_member
 from arc_ds.shards.records import MAX_RECORD_BYTES, RecordError, fine_tuning_record
+from arc_ds.system.user_files import check_downloaded
 from arc_ds.tokenizers import Tokenizer
 
 _KEY_AND_END = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # as webdataset splits a member's name
@@ -88,6 +89,7 @@ def index_tar(path: Path, tokenizer: Tokenizer, form: RecordForm) -> tuple[NDArr
     """
     contents = TarContents()
     rows: list[tuple[int, int, int, int]] = []
+    check_downloaded(path, DataError)
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty. {_CURE}")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 from arc_ds.errors import DataError
 from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile, Line, import_library
+from arc_ds.system.user_files import HEAD, check_is_utf8
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -39,7 +40,7 @@ def why_no_lines(file: InputFile) -> str | None:
         return None
     return (
         f"{file.path}: expected one JSON object a line, found {what}. Convert it (jq -c {how} A.json > A.jsonl; "
-        "for SQuAD, DROP and TriviaQA: arc-ds shards convert), or leave out the file."
+        "for questions: arc-ds shards convert), or leave out the file."
     )
 
 
@@ -52,9 +53,21 @@ def read_text_batch(file: InputFile, max_document_bytes: int) -> Iterator[Batch]
     yield Batch(cursor=Cursor(), content=(line,), position=file.num_bytes)
 
 
+def read_whole(file: InputFile) -> bytes:
+    """The decompressed bytes of a file. Raises DataError if it cannot be read."""
+    with _opened(file) as (_, stream):
+        return stream.read()
+
+
 def read_line_batches(file: InputFile, max_document_bytes: int, start: Cursor) -> Iterator[Batch]:
-    """Read the non-blank lines. The bytes of a line longer than `max_document_bytes` are discarded."""
+    """Read the non-blank lines. The bytes of a line longer than `max_document_bytes` are discarded.
+
+    Raises DataError if the file is UTF-16, which has other line ends, or cannot be read.
+    """
     with _opened(file) as (raw, stream):
+        check_is_utf8(
+            cast(io.BufferedReader, stream).peek(HEAD)[:HEAD], str(file.path), DataError, convert=file.convert
+        )
         if file.compression:
             _discard(stream, start.place)
         else:

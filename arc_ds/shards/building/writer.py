@@ -55,9 +55,9 @@ def build_shards(
     The folder appears atomically. A build that ends early keeps its finished shards in a hidden folder next to
     `out_dir`, and the same call resumes there. The manifest counts all documents that were left out, by reason.
 
-    inputs: text files (one document each), JSONL files (one document a line) and Parquet files (one document a row).
-        Text and JSONL files may be compressed (.gz, .zst). Folders are searched for such files in sorted order; their
-        other contents are listed in the log.
+    inputs: text files (one document each), JSONL files (one document a line), Parquet and Arrow files (one document a
+        row). Text and JSONL files may be compressed (.gz, .zst). Folders are searched for such files in sorted order;
+        their other contents are listed in the log.
     out_dir: folder to create.
     tokenizer: the encoder's tokenizer, or its path.
     kind: kind of the records. Pretraining documents are cut, without losing text, into records. Fine-tuning documents
@@ -121,10 +121,16 @@ def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path)
     files, passed_over = find_inputs(inputs, without=out_dir)
     if passed_over:
         names = ", ".join(map(str, passed_over[:MAX_NAMED])) + (", …" if len(passed_over) > MAX_NAMED else "")
-        logger.warning("skipped %d files or folders that are not inputs: %s", len(passed_over), names)
+        logger.warning(
+            "skipped %d files or folders that are not inputs: %s. To use one of them, pass its path.",
+            len(passed_over),
+            names,
+        )
     texts = [file.path.name for file in files if file.kind == "text"]
     if texts and rules.kind == "fine_tuning":
-        raise DataError(f"fine-tuning records have several fields; {texts[0]} is plain text. Pass JSONL or Parquet.")
+        raise DataError(
+            f"fine-tuning records have several fields; {texts[0]} is plain text. Pass JSONL, Parquet or Arrow."
+        )
     if texts and rules.quality_field is not None:
         raise DataError(
             f"{texts[0]} is plain text and has no field {rules.quality_field!r}. Drop the file or the filter."

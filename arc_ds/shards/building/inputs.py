@@ -91,7 +91,9 @@ def _search(folder: Path, without: Path | None) -> Inputs:
     faults = {file.path: fault for file in found if (fault := _why_no_lines(file)) is not None}
     files = [file for file in found if file.path not in faults]
     if not files:
-        nothing = f"{folder}: expected files ending in {_EXPECTED}, found none. Check the path."
+        names = sorted(path.name for path in left_by_datasets.intersection(held) if path.suffix == ".arrow")
+        found_instead = f"only {', '.join(names)} of `datasets`. To use one, pass its path" if names else "none"
+        nothing = f"{folder}: expected files ending in {_EXPECTED}, found {found_instead}. Check the path."
         raise DataError(next(iter(faults.values()), nothing))
     others = set(held).difference(file.path for file in files)
     return Inputs(tuple(files), tuple(sorted(others)))

@@ -145,6 +145,10 @@ def test_of_a_folder_of_datasets_only_the_listed_files_are_inputs(tmp_path: Path
         found = find_inputs([tmp_path])
         assert [file.name for file in found.files] == ["train/data-00000-of-00001.arrow"]
         assert [str(path.relative_to(tmp_path)) for path in found.passed_over] == names[: 3 + written]
+    write_arrow(tmp_path / "cached" / "cache-1.arrow", pyarrow.table({"text": ["one"]}))
+    with pytest.raises(DataError, match="found only cache-1.arrow .* pass its path"):
+        find_inputs([tmp_path / "cached"])
+    assert [file.name for file in find_inputs([tmp_path / "cached" / "cache-1.arrow"]).files] == ["cache-1.arrow"]
     for change, words in (
         ({"_data_files": [{"filename": "data-00000-of-00002.arrow"}]}, "found no data-00000-of-00002.arrow"),
         ({"_indices_files": [{"filename": "indices.arrow"}]}, "an index selects some of its rows.*flatten_indices"),

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from arc_ds.errors import DataError
-from arc_ds.system.user_files import ICONV, decode_user_text, without_mark
+from arc_ds.system.user_files import ICONV, decode_user_text, without_mark, without_mark_in_names
 
 # A record is one training sequence: 32 chunks of 1024 tokens are 0.2 MB. A larger one is a file without line ends.
 MAX_RECORD_BYTES = 16 << 20
@@ -52,7 +52,7 @@ def decode_object(payload: bytes) -> dict[str, Any]:
         raise RecordError(f"expected JSON in UTF-8: {error}", "not_json") from error
     if not isinstance(record, dict):
         raise RecordError(f"expected a JSON object, got {type(record).__name__}", "not_json")
-    return record
+    return without_mark_in_names(record)
 
 
 def decode_payload(payload: bytes) -> str:
@@ -136,8 +136,8 @@ def value_of(record: dict[str, Any], field: str) -> Any:
 
 def _got(record: dict[str, Any], field: str, value: object) -> str:
     """Describe a value that is not text, with the names of the texts inside it."""
-    if value is None and field not in record:
-        return _fields(record)
+    if value is None:
+        return "null" if field in record else _fields(record)
     if isinstance(value, dict):
         inner = ", ".join(f"{field}.{name}" for name in sorted(value)[:12])
         return f"an object with the fields {inner}"

@@ -86,8 +86,13 @@ def decode_user_text(
 
 
 def without_mark(text: str) -> str:
-    """The text without a byte order mark at its start. Copying tools may keep the mark of a file in its first text."""
-    return text.removeprefix(_MARK)
+    """The text without byte order marks at its start. Copying tools may keep the mark of a file in its first text."""
+    return text.lstrip(_MARK)
+
+
+def without_mark_in_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without byte order marks at the start of their names, as a CSV file's header may have left one."""
+    return {without_mark(name): value for name, value in fields.items()}
 
 
 def check_is_utf8(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from arc_ds.shards.building.batches import Batch, InputFile, Line
-from arc_ds.system.user_files import decode_user_text
+from arc_ds.system.user_files import decode_user_text, without_mark_in_names
 
 if TYPE_CHECKING:
     import pyarrow
@@ -64,19 +64,18 @@ def _parse_line(file: InputFile, line: Line, text_field: str, max_bytes: int) ->
     if not isinstance(fields, dict):
         got = type(fields).__name__
         raise LeftOutError("not_json", f"expected a JSON object, got {got}. Fix or remove the line.")
-    return fields
+    return without_mark_in_names(fields)
 
 
 def _parse_row(columns: dict[str, pyarrow.Array], idx: int, max_bytes: int) -> dict[str, Any]:
-    """The fields of a row. Nulls count as missing. Invalid UTF-8 does not affect other rows."""
+    """The fields of a row. Invalid UTF-8 does not affect other rows."""
     size = sum(column.slice(idx, 1).nbytes for column in columns.values())
     if size > max_bytes:
         raise too_large(size, max_bytes)
     try:
-        values = {name: _texts_of(column[idx].as_py(), name) for name, column in columns.items()}
+        return without_mark_in_names({name: _texts_of(column[idx].as_py(), name) for name, column in columns.items()})
     except UnicodeDecodeError as error:
         raise LeftOutError("not_utf8", f"expected UTF-8: {error}. Fix or remove the row.") from error
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _texts_of(value: Any, column: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import zlib
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 20
 _HEAD = 1 << 16
+_BLANK = (b"", codecs.BOM_UTF8)  # an empty file may have a byte order mark, also after files are joined
 _ZSTD_CHUNK = 1 << 14  # compressed bytes per step; their entire output is held in memory
 _ZSTD_MAX_WINDOW = 1 << 31  # files written with `zstd --long=31`
 
@@ -31,7 +33,7 @@ def why_no_lines(file: InputFile) -> str | None:
     with _opened(file) as (_, stream):
         heads = (head.strip() for head in iter(lambda: stream.readline(_HEAD), b""))
         first, second = [*islice(filter(None, heads), 2), b"", b""][:2]
-    first = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+    first = first.removeprefix(codecs.BOM_UTF8).lstrip()
     if first.startswith(b"["):
         what, how = "an array", "'.[]'"
     elif first == b"{" and second.startswith((b'"', b"}")):
@@ -74,7 +76,7 @@ def read_line_batches(file: InputFile, max_document_bytes: int, start: Cursor) -
             stream.seek(start.place)
         offset, number = start
         while lines := _next_lines(stream, number, max_document_bytes):
-            content = tuple(line for line in lines if line.data is None or line.data.strip())
+            content = tuple(line for line in lines if line.data is None or line.data.strip() not in _BLANK)
             yield Batch(cursor=Cursor(offset, number), content=content, position=raw.tell())
             offset += sum(line.size for line in lines)
             number = lines[-1].number

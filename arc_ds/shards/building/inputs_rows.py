@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from arc_ds.errors import DataError
 from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile, import_library
+from arc_ds.system.user_files import without_mark
 
 if TYPE_CHECKING:
     import pyarrow
@@ -100,7 +101,8 @@ def _arrow_batches(file: InputFile, columns: Sequence[str], start: Cursor) -> It
 
 def _wanted(file: InputFile, names: Sequence[str], columns: Sequence[str]) -> list[str]:
     roots = {column.partition(".")[0] for column in columns}
-    wanted = [name for name in names if name in columns or name.partition(".")[0] in roots]
+    read_as = {name: without_mark(name) for name in names}
+    wanted = [name for name in names if read_as[name] in columns or read_as[name].partition(".")[0] in roots]
     if not wanted:
         shown = ", ".join(columns[:6]) + (", …" if len(columns) > 6 else "")
         raise DataError(

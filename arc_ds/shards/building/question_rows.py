@@ -55,7 +55,8 @@ def read_question(fields: dict[str, Any]) -> Question:
     fields = nested(fields)
     asked = _needed(fields, _QUESTIONS, "question")
     passages = _needed(fields, _PASSAGES, "passages")
-    answers = distinct(answer_texts(_needed(fields, _ANSWERS, "answers")))
+    has_null = any(name in fields for name in _ANSWERS) and _first(fields, _ANSWERS) is None
+    answers = () if has_null else distinct(answer_texts(_needed(fields, _ANSWERS, "answers")))
     if not isinstance(asked, str):
         raise RowError(f"expected the question as a text, got {type(asked).__name__}")
     is_unanswerable = not answers or fields.get("is_impossible") is True or fields.get("answerable") is False

@@ -214,7 +214,8 @@ def test_rows_of_other_sets_are_questions(fields: dict, passages: list[str], ans
     question = read_question({"query": " What? "} | fields | answers)
     assert (list(question.passages), question.text, question.answers) == (passages, "What?", ("gas", "oil"))
     assert question.reason is None
-    for mark in ({"is_impossible": True}, {"answerable": False}):
+    marks = ({"is_impossible": True}, {"answerable": False}, {name: None for name in answers})
+    for mark in marks:
         assert read_question({"question": "What?"} | fields | answers | mark).reason == "unanswerable"
 
 

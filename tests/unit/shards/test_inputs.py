@@ -72,10 +72,20 @@ def test_a_text_file_is_one_document(tmp_path: Path, ending: str) -> None:
     assert fields_of(path) == [(1, {"text": "First.\n\nSecond: é.\n"})]
 
 
-def test_parquet_rows_are_read_and_a_null_is_a_missing_field(tmp_path: Path) -> None:
+def test_parquet_rows_are_read(tmp_path: Path) -> None:
     rows = {"text": ["one", None, "three"], "more": [["a", "b"], [], None], "other": [1, 2, 3]}
     path = write_parquet(tmp_path / "a.parquet", rows, row_group_size=2)
-    assert fields_of(path) == [(1, {"text": "one", "more": ["a", "b"]}), (2, {"more": []}), (3, {"text": "three"})]
+    assert fields_of(path) == [
+        (1, {"text": "one", "more": ["a", "b"]}), (2, {"text": None, "more": []}), (3, {"text": "three", "more": None})
+    ]  # fmt: skip
+
+
+def test_byte_order_marks_in_names_and_of_empty_or_joined_files_are_dropped(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"other": [1], "\ufefftext": ["one"]})
+    assert fields_of(path) == [(1, {"text": "one"})]
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff\ufeff{"\ufefftext": "one"}\n\ufeff\n\ufeff{"text": "two"}\n', encoding="utf-8")
+    assert fields_of(path) == [(1, {"text": "one"}), (3, {"text": "two"})]
 
 
 def test_binary_columns_are_texts_and_marks_of_other_encodings_are_named(tmp_path: Path) -> None:
@@ -110,7 +120,7 @@ def test_arrow_rows_are_read_and_reading_may_begin_at_any_batch(
     path = write_arrow(
         tmp_path / "a.arrow", pyarrow.table({"other": range(51), "text": column}), rows=20, is_file=is_file
     )
-    assert fields_of(path) == [*((idx + 1, {"text": text}) for idx, text in enumerate(texts)), (51, {})]
+    assert fields_of(path) == [(idx + 1, {"text": text}) for idx, text in enumerate([*texts, None])]
     whole = batches_of(path)
     assert len({batch.cursor.place for batch in whole}) == 3 and any(batch.cursor.number for batch in whole)
     for start in (1, len(whole) - 1):

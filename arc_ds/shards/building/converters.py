@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,15 +13,13 @@ from arc_ds.errors import DataError
 from arc_ds.shards.building.converters_qa import read_drop, read_rows, read_squad
 from arc_ds.shards.building.converters_triviaqa import read_triviaqa
 from arc_ds.shards.building.documents import LeftOutError, read_documents
-from arc_ds.shards.building.inputs import find_inputs, input_file, read_batches
+from arc_ds.shards.building.inputs import find_inputs, input_file, read_batches, warn_of_passed_over
 from arc_ds.shards.building.inputs_lines import read_whole
 from arc_ds.shards.building.question import Question
 from arc_ds.shards.building.question_rows import NAMES, ROW_FIELDS, RowError, is_question_row
 from arc_ds.shards.records import encode_record, fine_tuning_record
 from arc_ds.system.files import whole_file
 from arc_ds.system.user_files import decode_user_text, parse_user_json_values, read_user_text
-
-logger = logging.getLogger(__name__)
 
 FORMATS = ("squad", "drop", "triviaqa", "rows")
 _REMEDY = "Pass the original file of the data set, or its rows as JSON, JSON lines, Parquet or Arrow."
@@ -126,11 +123,7 @@ def _contents(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the place and the content of each row of a file or folder, or of an original file as a whole."""
     if path.is_dir():
         files, passed_over = find_inputs([path])
-        if passed_over:
-            names = ", ".join(map(str, passed_over))
-            logger.warning(
-                "skipped %d files that are not inputs: %s. To use one, pass its path.", len(passed_over), names
-            )
+        warn_of_passed_over(passed_over)
     else:
         file = input_file(path)
         files = () if file is None else (file,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from arc_ds.shards.building.inputs_rows import read_row_batches
 from arc_ds.shards.format import FORMAT, MANIFEST
 from arc_ds.system.user_files import check_downloaded, read_user_json
 
+logger = logging.getLogger(__name__)
+
+_MAX_NAMED = 20  # entries that are logged by name
 _KINDS: dict[str, InputKind] = {".txt": "text", ".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _COMPRESSIONS: dict[str, Compression] = {"": "", ".gz": "gz", ".zst": "zst", ".zstd": "zst"}
 # Lower-case file name suffix -> kind and compression.
@@ -77,6 +81,15 @@ def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) ->
                 f"input {file.path} {again}, so the shards would contain its documents twice. Pass it once."
             )
     return Inputs(tuple(files), tuple(passed_over))
+
+
+def warn_of_passed_over(paths: Sequence[Path]) -> None:
+    """Log the entries that `find_inputs` passed over."""
+    if paths:
+        names = ", ".join(map(str, paths[:_MAX_NAMED])) + (", …" if len(paths) > _MAX_NAMED else "")
+        logger.warning(
+            "skipped %d files or folders that are not inputs: %s. To use one of them, pass its path.", len(paths), names
+        )
 
 
 def _search(folder: Path, without: Path | None) -> Inputs:

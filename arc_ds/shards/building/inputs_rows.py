@@ -81,9 +81,11 @@ def _arrow_batches(file: InputFile, columns: Sequence[str], start: Cursor) -> It
                 position = source.tell() if num_groups is None else file.num_bytes * (idx + 1) // num_groups
                 size = max(1, min(_MAX_ROWS, BATCH_BYTES * len(group) // max(group.nbytes, 1)))
                 for row in range(start.number if idx == start.place else 0, len(group), size):
+                    # a copy: a slice that is sent to a worker takes its whole group along
+                    rows = group.take(pyarrow.array(range(row, min(row + size, len(group)))))
                     yield Batch(
                         cursor=Cursor(idx, row),
-                        content=group.slice(row, size),
+                        content=rows,
                         position=position,
                         first_row=first_row + row,
                     )
@@ -107,7 +109,7 @@ def _wanted(file: InputFile, names: Sequence[str], columns: Sequence[str]) -> li
         shown = ", ".join(columns[:6]) + (", …" if len(columns) > 6 else "")
         raise DataError(
             f"{file.path}: expected the columns {shown}; it has {', '.join(names)}. Name the column of "
-            "texts (build: --text-field), or rename the columns."
+            "texts (build: --text-field, or for questions --kind fine_tuning), or rename the columns."
         )
     return wanted
 

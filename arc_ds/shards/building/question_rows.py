@@ -24,6 +24,7 @@ _ANSWERS = ("answers", "answer", "answers_spans")
 NAMES = ("id", "_id", "query_id", "question_id")
 _TEXTS = ("text", "passage_text", "paragraph_text", "sentences", "passage", "contents", "content", "context")
 _ANSWER_TEXTS = ("text", "spans", "value", "aliases")
+_NO_ANSWER = "No Answer Present."  # MS MARCO
 _IS_RELEVANT = ("is_supporting", "is_selected")
 TRIVIAQA_DOCUMENTS = {"entity_pages": "wiki_context", "search_results": "search_context"}
 ROW_FIELDS = (
@@ -38,8 +39,7 @@ class RowError(DataError):
 
 def is_record(fields: dict[str, Any]) -> bool:
     """Whether a row has the form of a fine-tuning record, which a build keeps as it is."""
-    passages = fields.get("passages", fields.get("passage"))
-    return _is_texts(passages) and _is_texts(fields.get("answer"))
+    return _is_texts(_first(fields, ("passages", "passage"))) and _is_texts(fields.get("answer"))
 
 
 def is_question_row(fields: dict[str, Any]) -> bool:
@@ -56,7 +56,8 @@ def read_question(fields: dict[str, Any]) -> Question:
     asked = _needed(fields, _QUESTIONS, "question")
     passages = _needed(fields, _PASSAGES, "passages")
     has_null = any(name in fields for name in _ANSWERS) and _first(fields, _ANSWERS) is None
-    answers = () if has_null else distinct(answer_texts(_needed(fields, _ANSWERS, "answers")))
+    given = [] if has_null else answer_texts(_needed(fields, _ANSWERS, "answers"))
+    answers = distinct(text for text in given if text != _NO_ANSWER)
     if not isinstance(asked, str):
         raise RowError(f"expected the question as a text, got {type(asked).__name__}")
     is_unanswerable = not answers or fields.get("is_impossible") is True or fields.get("answerable") is False

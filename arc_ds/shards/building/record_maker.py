@@ -171,7 +171,7 @@ class RecordMaker:
         except DataError as error:
             is_list = isinstance(value_of(fields, self.rules.text_field), list)
             first = "Join its items into one text" if is_list else "Fix it"
-            cure = _cure(fields, f"{first}, or choose another field (--text-field).")
+            cure = _cure(fields, f"{first}, or choose another field (--text-field) or kind (--kind fine_tuning).")
             raise LeftOutError("bad_record", f"{error}. {cure}") from error
         if not text.strip():
             raise LeftOutError("empty")

@@ -215,6 +215,7 @@ def test_rows_of_other_sets_are_questions(fields: dict, passages: list[str], ans
     assert (list(question.passages), question.text, question.answers) == (passages, "What?", ("gas", "oil"))
     assert question.reason is None
     marks = ({"is_impossible": True}, {"answerable": False}, {name: None for name in answers})
+    assert read_question({"query": "What?", "answers": ["No Answer Present."]} | fields).reason == "unanswerable"
     for mark in marks:
         assert read_question({"question": "What?"} | fields | answers | mark).reason == "unanswerable"
 

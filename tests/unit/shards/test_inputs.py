@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pickle
 import re
 import tracemalloc
 from pathlib import Path
@@ -126,6 +127,7 @@ def test_arrow_rows_are_read_and_reading_may_begin_at_any_batch(
     for start in (1, len(whole) - 1):
         assert batches_of(path, start=whole[start].cursor) == whole[start:]
     assert whole[0].position < whole[-1].position <= path.stat().st_size
+    assert max(len(pickle.dumps(batch.content)) for batch in whole) < 4000, "a worker gets its own rows only"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from arc_ds.tokenizers import Tokenizer
 
 OnError = Literal["stop", "skip"]
 _FINE_TUNING_FIELDS = ("passages", "passage", "question", "instruction", "answer")
+_ROW_COLUMNS = tuple(dict.fromkeys((*_FINE_TUNING_FIELDS, *ROW_FIELDS)))
 # Reasons to leave out a document: key in the manifest -> words for the user.
 REASONS = {
     "bad_record": "with a field that is missing, of the wrong type or without tokens",
@@ -79,7 +80,7 @@ class RecordRules:
     @property
     def columns(self) -> tuple[str, ...]:
         """The fields of a document that the build reads."""
-        fields = (self.text_field,) if self.kind == "pretraining" else (*_FINE_TUNING_FIELDS, *ROW_FIELDS)
+        fields = (self.text_field,) if self.kind == "pretraining" else _ROW_COLUMNS
         return fields if self.quality_field is None else (*fields, self.quality_field)
 
 
@@ -192,7 +193,9 @@ class RecordMaker:
                 fields = _record_of_row(fields)
             record = fine_tuning_record(fields)
         except DataError as error:
-            raise LeftOutError("bad_record", f"{error}. {_cure(fields, 'Fix or remove it.')}") from error
+            others = "" if is_record(fields) else ", or write its fields as passages, question and answer"
+            cure = _cure(fields, f"Fix or remove it{others}.")
+            raise LeftOutError("bad_record", f"{error}. {cure}") from error
         if sum(len(passage) for passage in record.passages) < self.rules.min_chars:
             raise LeftOutError("min_chars")
         payload = encode_record({name: fields[name] for name in _FINE_TUNING_FIELDS if fields.get(name) is not None})

@@ -35,6 +35,7 @@ from arc_ds.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+_PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
 _UNSAFE = re.compile(r"[/\\\0]")
 
 
@@ -151,9 +152,18 @@ def _expand(given: str) -> list[str]:
             "local tars."
         )
     if not is_url(given) and local_path(given).is_dir():
-        found = sorted(str(path) for path in local_path(given).glob("*.tar"))
+        paths = sorted(local_path(given).iterdir())
+        found = [str(path) for path in paths if path.name.lower().endswith(".tar")]
+        packed = [path.name for path in paths if _PACKED.search(path.name)]
         if not found:
-            raise DataError(f"{given}: expected files ending in .tar, found none. Check the path.")
+            raise DataError(
+                f"{given}: expected files ending in .tar, found {', '.join(packed[:5]) or 'none'}. "
+                + ("Decompress them." if packed else "Check the path.")
+            )
+        if packed:
+            logger.warning(
+                "left out: %d compressed tars (%s). Decompress them first.", len(packed), ", ".join(packed[:5])
+            )
         return found
     if is_url(given):
         return expand_urls(given)
@@ -241,7 +251,7 @@ def _manifest(indexed: Sequence[_TarIndex], form: RecordForm, fingerprint: str) 
         reasons = [what for tar in indexed for what in tar.contents.named]
         raise DataError(
             f"{indexed[0].source.name} and {len(indexed) - 1} more hold no record in members ending in .{form.member}. "
-            f"Members found: {found}. {'For example ' + reasons[0] + '. ' if reasons else ''}"
+            f"Members found: {found}. {'For example ' + reasons[0].rstrip('.') + '. ' if reasons else ''}"
             "Name the right ones (--member), their field (--text-field) or their kind (--kind)."
         )
     return Manifest(

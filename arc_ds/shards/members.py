@@ -7,7 +7,15 @@ import zlib
 from typing import Any
 
 from arc_ds.shards.format import RecordKind
-from arc_ds.shards.records import MAX_RECORD_BYTES, RecordError, decode_object, fine_tuning_record, pretraining_text
+from arc_ds.shards.records import (
+    MAX_RECORD_BYTES,
+    RecordError,
+    decode_object,
+    decode_payload,
+    fine_tuning_record,
+    pretraining_text,
+    value_of,
+)
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -31,9 +39,11 @@ def decode_member(payload: bytes, *, member: str, text_field: str, kind: RecordK
         record.pop("text", None)
         fine_tuning_record(record)
     else:
-        if text_field != "text" and text_field in record:
+        if text_field in record:
             record["text"] = record.pop(text_field)
-        pretraining_text(record)
+        elif text_field.partition(".")[0] in record:
+            record["text"] = value_of(record, text_field)
+        record["text"] = pretraining_text(record)
     return record
 
 
@@ -42,10 +52,7 @@ def _decode_text(payload: bytes) -> str:
     if len(payload) > MAX_RECORD_BYTES:
         words = f"a text of {len(payload)} bytes; expected at most {MAX_RECORD_BYTES}. Cut it into records"
         raise RecordError(words, "too_large")
-    try:
-        return payload.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RecordError(f"expected text in UTF-8: {error}", "not_utf8") from error
+    return decode_payload(payload)
 
 
 def _unzip(payload: bytes) -> bytes:

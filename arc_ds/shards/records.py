@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from arc_ds.errors import DataError
+from arc_ds.system.user_files import ICONV, decode_user_text, without_mark, without_mark_in_names
 
 # A record is one training sequence: 32 chunks of 1024 tokens are 0.2 MB. A larger one is a file without line ends.
 MAX_RECORD_BYTES = 16 << 20
 _PASSAGES = ("passages", "passage")
+_CONVERT = f"tar -xOf TAR MEMBER | {ICONV} > NEW"
 _json = json.JSONDecoder()
 
 
@@ -32,22 +35,30 @@ def encode_record(record: dict[str, Any]) -> bytes:
 
 
 def decode_object(payload: bytes) -> dict[str, Any]:
-    """Parse a JSON object; RecordError on anything else. More than MAX_RECORD_BYTES are refused before parsing."""
+    """Parse a JSON object in UTF-8, with or without a byte order mark; RecordError on anything else.
+
+    More than MAX_RECORD_BYTES are refused before parsing.
+    """
     if len(payload) > MAX_RECORD_BYTES:
         raise RecordError(
             f"a record of {len(payload)} bytes; expected at most {MAX_RECORD_BYTES}. Is it a whole file on one line? "
             "Cut it into records.",
             "too_large",
         )
+    text = decode_payload(payload)
     try:
-        record = _json.decode(str(payload, "utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecordError(f"expected JSON in UTF-8: {error}", "not_utf8") from error
+        record = _json.decode(text)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
         raise RecordError(f"expected JSON in UTF-8: {error}", "not_json") from error
     if not isinstance(record, dict):
         raise RecordError(f"expected a JSON object, got {type(record).__name__}", "not_json")
-    return record
+    return without_mark_in_names(record)
+
+
+def decode_payload(payload: bytes) -> str:
+    """Decode the bytes of a tar member; RecordError if they are not UTF-8."""
+    not_utf8 = partial(RecordError, reason="not_utf8")
+    return decode_user_text(payload, "its text", not_utf8, remedy="Fix or remove it.", convert=_CONVERT)
 
 
 def pretraining_text(record: dict[str, Any]) -> str:
@@ -102,12 +113,35 @@ def fine_tuning_record(record: dict[str, Any]) -> FineTuningRecord:
 
 
 def text_of(record: dict[str, Any], field: str) -> str:
-    """The text of a field; DataError if it is missing, not a string, or holds lone surrogates (JSON allows \\ud800)."""
-    text = record.get(field)
+    """The text of a field, without a byte order mark.
+
+    field: its name, or a path of names such as `document.body`.
+
+    Raises DataError if the text is missing, not a string, or holds lone surrogates (JSON allows \\ud800).
+    """
+    text = value_of(record, field)
     if not isinstance(text, str):
-        got = type(text).__name__ if field in record else _fields(record)
-        raise DataError(f"expected a string in the field {field!r}, got {got}")
-    return _checked(text, field)
+        raise DataError(f"expected a string in the field {field!r}, got {_got(record, field, text)}")
+    return _checked(without_mark(text), field)
+
+
+def value_of(record: dict[str, Any], field: str) -> Any:
+    """The value of a field, None if it is missing. `a.b` is the field `b` of the object `a`, unless it is a name."""
+    if field in record:
+        return record[field]
+    first, dot, rest = field.partition(".")
+    inner = record.get(first)
+    return value_of(inner, rest) if dot and isinstance(inner, dict) else None
+
+
+def _got(record: dict[str, Any], field: str, value: object) -> str:
+    """Describe a value that is not text, with the names of the texts inside it."""
+    if value is None:
+        return "null" if field in record else _fields(record)
+    if isinstance(value, dict):
+        inner = ", ".join(f"{field}.{name}" for name in sorted(value)[:12])
+        return f"an object with the fields {inner}"
+    return _kind(value)
 
 
 def _passages(record: dict[str, Any]) -> tuple[str, ...]:
@@ -125,9 +159,9 @@ def _texts(record: dict[str, Any], field: str) -> tuple[str, ...]:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         got = _fields(record) if field not in record else _kind(value)
         raise DataError(f"expected a string or a list of strings in the field {field!r}, got {got}")
-    for text in texts:
-        if not _checked(text, field).strip():
-            raise DataError(f"expected text in the field {field!r}, got a blank string")
+    texts = [_checked(without_mark(text), field) for text in texts]
+    if not all(text.strip() for text in texts):
+        raise DataError(f"expected text in the field {field!r}, got a blank string")
     return tuple(texts)
 
 

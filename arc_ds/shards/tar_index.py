@@ -89,9 +89,9 @@ def index_tar(path: Path, tokenizer: Tokenizer, form: RecordForm) -> tuple[NDArr
     """
     contents = TarContents()
     rows: list[tuple[int, int, int, int]] = []
+    check_downloaded(path, DataError)
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty. {_CURE}")
-    check_downloaded(path, DataError)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         entries = _records(path, data, form, contents)
         while batch := list(islice(entries, _BATCH)):

@@ -1,20 +1,34 @@
 """Read small files that users provide. All readers report the same faults, with the same remedies.
 
 A folder that was cloned without Git LFS holds pointers: text files of about 130 bytes in place of large files. Files
-that were saved on Windows may begin with a byte order mark, or be UTF-16.
+that were saved on Windows may begin with a byte order mark, or be UTF-16. Their texts may begin with a mark, too, if a
+program copied them from such a file.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from arc_ds.errors import ArcError
 
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
-_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+ICONV = "iconv -f {} -t UTF-8"
+HEAD = 8  # bytes of a file that `check_is_utf8` needs
+_MARK = "\ufeff"
+_BETWEEN_VALUES = re.compile(rf"[\s{_MARK}]*")  # joined files keep their marks
+# Encodings without a mark: which bytes of the first two characters are not zero, if these are ASCII.
+_ZEROS_OF_ASCII = {
+    "UTF-32LE": (True, False, False, False) * 2,
+    "UTF-32BE": (False, False, False, True) * 2,
+    "UTF-16LE": (True, False) * 2,
+    "UTF-16BE": (False, True) * 2,
+}
 
 
 def is_lfs_pointer(head: bytes) -> bool:
@@ -55,14 +69,63 @@ def read_user_text(path: Path, error: type[ArcError], *, remedy: str) -> str:
     return decode_user_text(raw, str(path), error, remedy=remedy)
 
 
-def decode_user_text(raw: bytes, where: str, error: type[ArcError], *, remedy: str) -> str:
-    """Decode UTF-8 with or without a byte order mark. `where` and `remedy` are parts of the error."""
-    if raw.startswith(_UTF16_MARKS):
-        raise error(f"{where} is UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+def decode_user_text(
+    raw: bytes,
+    where: str,
+    error: Callable[[str], Exception],
+    *,
+    remedy: str,
+    convert: str = f"{ICONV} FILE > NEW",
+    errors: str = "strict",
+) -> str:
+    """Decode UTF-8 with or without a byte order mark. `where` and `remedy` are parts of the error.
+
+    convert: see `check_is_utf8`.
+    errors: "replace" replaces invalid bytes.
+    """
+    check_is_utf8(raw[:HEAD], where, error, convert=convert)
     try:
-        return raw.decode("utf-8-sig")
+        return without_mark(raw.decode("utf-8", errors))
     except UnicodeDecodeError as failure:
         raise error(f"{where} is not UTF-8 ({failure}). {remedy}") from failure
+
+
+def without_mark(text: str) -> str:
+    """The text without byte order marks at its start. Copying tools may keep the mark of a file in its first text."""
+    return text.lstrip(_MARK)
+
+
+def without_mark_in_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without byte order marks at the start of their names, as a CSV file's header may have left one."""
+    return {without_mark(name): value for name, value in fields.items()}
+
+
+def check_is_utf8(
+    head: bytes, where: str, error: Callable[[str], Exception], *, convert: str = f"{ICONV} FILE > NEW"
+) -> None:
+    """Raise `error` if a file is UTF-16 or UTF-32, with or without a byte order mark.
+
+    head: its first `HEAD` bytes.
+    where: the file, for the error.
+    convert: command that converts it. {} stands for the name of its encoding.
+    """
+    name = _wide_encoding(head)
+    if name is not None:
+        raise error(f"{where} is {name}, expected UTF-8. Convert it: {convert.format(name)}")
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """The name, for iconv, of the UTF-16 or UTF-32 of a file that begins with these bytes; None for other encodings."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if 0 in head:
+        is_set = tuple(map(bool, head))
+        for name, first_two in _ZEROS_OF_ASCII.items():
+            if is_set[: len(first_two)] == first_two:
+                return name
+    return None
 
 
 def read_user_json(path: Path, error: type[ArcError], *, remedy: str) -> Any:
@@ -72,8 +135,25 @@ def read_user_json(path: Path, error: type[ArcError], *, remedy: str) -> Any:
 
 def parse_user_json(text: str, where: str, error: type[ArcError], *, remedy: str) -> Any:
     """Parse JSON text. `where` and `remedy` are parts of the error."""
-    try:
+    with _json_faults(where, error, remedy):
         return json.loads(text)
+
+
+def parse_user_json_values(text: str, where: str, error: type[ArcError], *, remedy: str) -> Iterator[Any]:
+    """Parse the JSON values of a text: one, or many as in JSON lines. `where` and `remedy` are parts of the error."""
+    decoder = json.JSONDecoder()
+    end = _BETWEEN_VALUES.match(text).end()  # type: ignore[union-attr]  # it matches the empty string
+    while end < len(text):
+        with _json_faults(where, error, remedy):
+            value, end = decoder.raw_decode(text, end)
+        yield value
+        end = _BETWEEN_VALUES.match(text, end).end()  # type: ignore[union-attr]
+
+
+@contextmanager
+def _json_faults(where: str, error: type[ArcError], remedy: str) -> Iterator[None]:
+    try:
+        yield
     except json.JSONDecodeError as failure:
         raise error(f"{where}:{failure.lineno}: not valid JSON: {failure.msg}. {remedy}") from failure
     except (ValueError, RecursionError) as failure:  # numbers of thousands of digits; objects nested too deeply

@@ -17,7 +17,7 @@ from arc_ds.tokenizers import load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-HELP = "turn text, JSONL or Parquet files into shards"
+HELP = "turn text, JSONL, Parquet or Arrow files into shards"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help=".txt, JSONL as .jsonl, .json or .ndjson (all also .gz, .zst), .parquet, or folders of them",
+        help=".txt, JSONL as .jsonl, .json or .ndjson (all also .gz, .zst), .parquet, .arrow, or folders of them",
     )
     parser.add_argument("--out", required=True, help="folder to create")
     parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
@@ -56,7 +56,9 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
         default="pretraining",
         help="pretraining: a text, cut into records (default); fine_tuning: passages, question and answer, never cut",
     )
-    rules.add_argument("--text-field", default="text", help="field with the text (default: %(default)s)")
+    rules.add_argument(
+        "--text-field", default="text", help="field with the text; a.b: field b of the object a (default: %(default)s)"
+    )
     rules.add_argument("--max-tokens", type=int, default=768, help="maximum length of a record (default: %(default)s)")
     rules.add_argument("--min-tokens", type=int, default=16, help="minimum length of a record (default: %(default)s)")
     rules.add_argument("--min-chars", type=int, default=0, help="leave out shorter documents (default: %(default)s)")

@@ -11,13 +11,22 @@ from arc_ds.shards.building.converters import FORMATS, ConvertOptions, convert_f
 _DEFAULTS = ConvertOptions()
 
 
-HELP = "convert the original files of SQuAD, DROP or TriviaQA to JSONL for `build --kind fine_tuning`"
+HELP = "convert SQuAD, DROP, TriviaQA or other rows of questions to JSONL for `build --kind fine_tuning`"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the subcommand."""
-    parser.add_argument("format", choices=FORMATS)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="original JSON files of the data set")
+    parser.add_argument(
+        "format", choices=FORMATS, help="the data set; rows: any other rows with a question, its passages and answers"
+    )
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="original JSON files of the data set, or its rows as JSON array, JSON lines, .parquet or .arrow, or a "
+        "folder of files of rows",
+    )
     parser.add_argument("--out", required=True, type=Path, help=".jsonl file to write")
     parser.add_argument(
         "--first-answer",

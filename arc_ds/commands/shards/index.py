@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="suffix of the members that hold records, such as json or json.gz (objects), txt or txt.gz (plain text) "
         "(default: %(default)s)",
     )
-    parser.add_argument("--text-field", default="text", help="field with the text (default: %(default)s)")
+    parser.add_argument(
+        "--text-field", default="text", help="field with the text; a.b: field b of the object a (default: %(default)s)"
+    )
     parser.add_argument(
         "--kind",
         choices=("pretraining", "fine_tuning"),

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from arc_ds.errors import DataError
+from arc_ds.system.user_files import ICONV
 
 if TYPE_CHECKING:
     import pyarrow
 
-InputKind = Literal["text", "jsonl", "parquet"]
+InputKind = Literal["text", "jsonl", "parquet", "arrow"]
 Compression = Literal["", "gz", "zst"]
+_CONVERT: dict[Compression, str] = {
+    "": f"{ICONV} FILE > NEW",
+    "gz": f"gzip -dc FILE | {ICONV} > NEW",
+    "zst": f"zstd -dc FILE | {ICONV} > NEW",
+}
 BATCH_BYTES = 1 << 20  # approximate size of one worker task; large compared with the cost of sending it
 
 
@@ -39,6 +45,11 @@ class InputFile:
             return str(self.path)
         return f"{self.path}, {'line' if self.kind == 'jsonl' else 'row'} {number}"
 
+    @property
+    def convert(self) -> str:
+        """The command that converts its text to UTF-8 (see `check_is_utf8`)."""
+        return _CONVERT[self.compression]
+
     def has_changed(self) -> bool:
         """Whether the file was deleted, or its size or modification time changed, since it was found."""
         try:
@@ -51,8 +62,9 @@ class InputFile:
 class Cursor(NamedTuple):
     """The start of a batch.
 
-    place: for lines, the offset in the decompressed bytes; for Parquet, the index of the row group.
-    number: how many lines of the file, or rows of the row group, come before the batch.
+    place: for lines, the offset in the decompressed bytes; for rows, the index of the group (a row group of Parquet, a
+        record batch of Arrow).
+    number: how many lines of the file, or rows of the group, come before the batch.
     """
 
     place: int = 0
@@ -77,9 +89,9 @@ class Batch:
     """Documents that one worker handles together: about `BATCH_BYTES`, or a single larger document.
 
     cursor: the start of the batch.
-    content: lines, or Parquet rows.
+    content: lines, or rows of a Parquet or Arrow file.
     position: how many bytes of the file on disk have been read at the end of the batch.
-    first_row: number of the first Parquet row in its file, from 1.
+    first_row: number of the first row in its file, from 1.
     """
 
     cursor: Cursor

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from arc_ds.errors import DataError
 from arc_ds.shards.building.question import Question, distinct
-from arc_ds.system.user_files import check_downloaded
+from arc_ds.shards.building.question_rows import (
+    TRIVIAQA_DOCUMENTS,
+    answer_texts,
+    is_question_row,
+    nested,
+    read_question,
+    rows_of,
+)
+from arc_ds.system.user_files import check_downloaded, decode_user_text, without_mark
 
 _WORD = re.compile(r"\w+")
 
 
 def read_triviaqa(content: Any, *, evidence: Path, passage_words: int, max_passages: int) -> Iterator[Question]:
-    """The questions of a file of the reading-comprehension set, with passages of its documents.
+    """The questions of a file of the reading-comprehension set, or the one of a row, with passages of its documents.
 
     A question keeps the passages that contain its answer or an alias. Passages that share the most words with the
     question come first. A question without such a passage gets the reason `no_evidence`. Raises DataError if a
@@ -25,34 +34,63 @@ def read_triviaqa(content: Any, *, evidence: Path, passage_words: int, max_passa
     passage_words: see `converters.ConvertOptions`.
     max_passages: see `converters.ConvertOptions`.
     """
-    for entry in content["Data"]:
-        answer = entry["Answer"]
-        answers = distinct([answer["Value"], *answer.get("Aliases", []), *answer.get("HumanAnswers", [])])
-        question = entry["Question"].strip()
-        paths = [
-            evidence / folder / page["Filename"]
-            for kind, folder in (("EntityPages", "wikipedia"), ("SearchResults", "web"))
-            for page in entry.get(kind) or []
-        ]
-        passages = _best([p for path in paths for p in _passages(path, passage_words)], question, answers)
-        yield Question(
-            name=entry["QuestionId"],
-            text=question,
-            passages=tuple(passages[:max_passages]),
-            answers=answers,
-            reason=None if passages else "no_evidence",
-        )
+    for entry in [content] if is_question_row(content) else content["Data"]:
+        if "Question" in entry:
+            question = _original(entry, evidence)
+        elif any(name in nested(entry) for name in TRIVIAQA_DOCUMENTS):
+            question = _row(nested(entry))
+        else:
+            yield read_question(entry)
+            continue
+        pieces = [piece for document in question.passages for piece in _pieces(document, passage_words)]
+        passages = _best(pieces, question.text, question.answers)
+        yield replace(question, passages=tuple(passages[:max_passages]), reason=None if passages else "no_evidence")
 
 
-def _passages(path: Path, passage_words: int) -> list[str]:
-    """The lines of a document, joined into passages of about `passage_words` words; longer lines are cut."""
-    check_downloaded(path, DataError)
+def _original(entry: Any, evidence: Path) -> Question:
+    """A question of an original file, with its documents as passages."""
+    answer = entry["Answer"]
+    paths = [
+        evidence / folder / page["Filename"]
+        for kind, folder in (("EntityPages", "wikipedia"), ("SearchResults", "web"))
+        for page in entry.get(kind) or []
+    ]
+    return Question(
+        name=entry["QuestionId"],
+        text=entry["Question"].strip(),
+        passages=tuple(map(_document, paths)),
+        answers=distinct([answer["Value"], *answer.get("Aliases", []), *answer.get("HumanAnswers", [])]),
+    )
+
+
+def _row(entry: Any) -> Question:
+    """A question of a row of the Hub, with its documents as passages."""
+    return Question(
+        name=entry["question_id"],
+        text=entry["question"].strip(),
+        passages=tuple(
+            without_mark(page[text])
+            for field, text in TRIVIAQA_DOCUMENTS.items()
+            for page in rows_of(entry.get(field) or [])
+            if page.get(text)
+        ),
+        answers=distinct(answer_texts(entry["answer"])),
+    )
+
+
+def _document(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        raw = path.read_bytes()
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror}. Unpack TriviaQA's evidence and pass its folder (--evidence)."
         ) from error
+    check_downloaded(path, DataError)
+    return decode_user_text(raw, str(path), DataError, remedy="Unpack it again.", errors="replace")
+
+
+def _pieces(text: str, passage_words: int) -> list[str]:
+    """The lines of a document, joined into passages of about `passage_words` words; longer lines are cut."""
     passages: list[list[str]] = [[]]
     for line in text.splitlines():
         words = line.split()

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from arc_ds.shards.building.batches import Batch, InputFile, Line
+from arc_ds.system.user_files import decode_user_text, without_mark_in_names
 
 if TYPE_CHECKING:
     import pyarrow
@@ -36,7 +37,7 @@ def read_documents(
     """
     if isinstance(batch.content, tuple):
         for line in batch.content:
-            yield line.number, partial(_parse_line, line, text_field if file.kind == "text" else None, max_bytes)
+            yield line.number, partial(_parse_line, file, line, text_field, max_bytes)
     else:
         columns = dict(zip(batch.content.schema.names, batch.content.columns, strict=True))
         for idx in range(batch.content.num_rows):
@@ -49,15 +50,12 @@ def too_large(size: int, max_bytes: int) -> LeftOutError:
     return LeftOutError("too_large", fault)
 
 
-def _parse_line(line: Line, text_field: str | None, max_bytes: int) -> dict[str, Any]:
-    """The fields of a line of JSON, or of a text file if `text_field` is given."""
+def _parse_line(file: InputFile, line: Line, text_field: str, max_bytes: int) -> dict[str, Any]:
+    """The fields of a line of JSON, or of a text file."""
     if line.data is None:
         raise too_large(line.size, max_bytes)
-    try:
-        text = line.data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise LeftOutError("not_utf8", f"expected UTF-8: {error}. Fix or remove it.") from error
-    if text_field is not None:
+    text = _decode(line.data, "document" if file.kind == "text" else "line", file.convert)
+    if file.kind == "text":
         return {text_field: text}
     try:
         fields = json.loads(text)
@@ -66,16 +64,33 @@ def _parse_line(line: Line, text_field: str | None, max_bytes: int) -> dict[str,
     if not isinstance(fields, dict):
         got = type(fields).__name__
         raise LeftOutError("not_json", f"expected a JSON object, got {got}. Fix or remove the line.")
-    return fields
+    return without_mark_in_names(fields)
 
 
 def _parse_row(columns: dict[str, pyarrow.Array], idx: int, max_bytes: int) -> dict[str, Any]:
-    """The fields of a row. Nulls count as missing. Invalid UTF-8 does not affect other rows."""
+    """The fields of a row. Invalid UTF-8 does not affect other rows."""
     size = sum(column.slice(idx, 1).nbytes for column in columns.values())
     if size > max_bytes:
         raise too_large(size, max_bytes)
     try:
-        values = {name: column[idx].as_py() for name, column in columns.items()}
+        return without_mark_in_names({name: _texts_of(column[idx].as_py(), name) for name, column in columns.items()})
     except UnicodeDecodeError as error:
         raise LeftOutError("not_utf8", f"expected UTF-8: {error}. Fix or remove the row.") from error
-    return {name: value for name, value in values.items() if value is not None}
+
+
+def _texts_of(value: Any, column: str) -> Any:
+    """The value with its bytes decoded. Some writers, Spark's older ones for example, store texts as binary columns."""
+    if isinstance(value, bytes):
+        return _decode(value, f"column {column!r}", "value.decode('{}') in Python, before you save the file")
+    if isinstance(value, list):
+        return [_texts_of(item, column) for item in value]
+    if isinstance(value, dict):
+        return {name: _texts_of(item, column) for name, item in value.items()}
+    return value
+
+
+def _decode(data: bytes, what: str, convert: str) -> str:
+    """Decode the bytes of a document. `what` and `convert` are parts of the error."""
+    not_utf8 = partial(LeftOutError, "not_utf8")
+    remedy = "Fix or remove it, or leave it out: --on-error skip."
+    return decode_user_text(data, f"the {what}", not_utf8, remedy=remedy, convert=convert)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import zlib
@@ -12,12 +13,14 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 from arc_ds.errors import DataError
 from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile, Line, import_library
+from arc_ds.system.user_files import HEAD, check_is_utf8
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _CHUNK = 1 << 20
 _HEAD = 1 << 16
+_BLANK = (b"", codecs.BOM_UTF8)  # an empty file may have a byte order mark, also after files are joined
 _ZSTD_CHUNK = 1 << 14  # compressed bytes per step; their entire output is held in memory
 _ZSTD_MAX_WINDOW = 1 << 31  # files written with `zstd --long=31`
 
@@ -30,7 +33,7 @@ def why_no_lines(file: InputFile) -> str | None:
     with _opened(file) as (_, stream):
         heads = (head.strip() for head in iter(lambda: stream.readline(_HEAD), b""))
         first, second = [*islice(filter(None, heads), 2), b"", b""][:2]
-    first = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+    first = first.removeprefix(codecs.BOM_UTF8).lstrip()
     if first.startswith(b"["):
         what, how = "an array", "'.[]'"
     elif first == b"{" and second.startswith((b'"', b"}")):
@@ -39,7 +42,7 @@ def why_no_lines(file: InputFile) -> str | None:
         return None
     return (
         f"{file.path}: expected one JSON object a line, found {what}. Convert it (jq -c {how} A.json > A.jsonl; "
-        "for SQuAD, DROP and TriviaQA: arc-ds shards convert), or leave out the file."
+        "for questions: arc-ds shards convert), or leave out the file."
     )
 
 
@@ -52,16 +55,28 @@ def read_text_batch(file: InputFile, max_document_bytes: int) -> Iterator[Batch]
     yield Batch(cursor=Cursor(), content=(line,), position=file.num_bytes)
 
 
+def read_whole(file: InputFile) -> bytes:
+    """The decompressed bytes of a file. Raises DataError if it cannot be read."""
+    with _opened(file) as (_, stream):
+        return stream.read()
+
+
 def read_line_batches(file: InputFile, max_document_bytes: int, start: Cursor) -> Iterator[Batch]:
-    """Read the non-blank lines. The bytes of a line longer than `max_document_bytes` are discarded."""
+    """Read the non-blank lines. The bytes of a line longer than `max_document_bytes` are discarded.
+
+    Raises DataError if the file is UTF-16, which has other line ends, or cannot be read.
+    """
     with _opened(file) as (raw, stream):
+        check_is_utf8(
+            cast(io.BufferedReader, stream).peek(HEAD)[:HEAD], str(file.path), DataError, convert=file.convert
+        )
         if file.compression:
             _discard(stream, start.place)
         else:
             stream.seek(start.place)
         offset, number = start
         while lines := _next_lines(stream, number, max_document_bytes):
-            content = tuple(line for line in lines if line.data is None or line.data.strip())
+            content = tuple(line for line in lines if line.data is None or line.data.strip() not in _BLANK)
             yield Batch(cursor=Cursor(offset, number), content=content, position=raw.tell())
             offset += sum(line.size for line in lines)
             number = lines[-1].number

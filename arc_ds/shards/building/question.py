@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,11 @@ class Question:
     passages: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     reason: str | None = None
+
+    def to_record(self, *, first_answer: bool = False) -> dict[str, Any]:
+        """The fine-tuning record. first_answer: keep the main answer alone."""
+        answers = self.answers[:1] if first_answer else self.answers
+        return {"passages": list(self.passages), "question": self.text, "answer": list(answers)}
 
 
 def distinct(answers: Iterable[str]) -> tuple[str, ...]:

@@ -9,14 +9,22 @@ from typing import Any, Literal
 from arc_ds.errors import DataError
 from arc_ds.shards.building.batches import Batch, InputFile
 from arc_ds.shards.building.documents import LeftOutError, read_documents, too_large
+from arc_ds.shards.building.question_rows import (
+    ROW_FIELDS,
+    TRIVIAQA_DOCUMENTS,
+    is_question_row,
+    is_record,
+    read_question,
+)
 from arc_ds.shards.building.text_cutter import TextCutter
 from arc_ds.shards.format import RecordKind
-from arc_ds.shards.records import MAX_RECORD_BYTES, encode_record, fine_tuning_record, text_of
+from arc_ds.shards.records import MAX_RECORD_BYTES, encode_record, fine_tuning_record, text_of, value_of
 from arc_ds.shards.tar_writer import EncodedRecord
 from arc_ds.tokenizers import Tokenizer
 
 OnError = Literal["stop", "skip"]
 _FINE_TUNING_FIELDS = ("passages", "passage", "question", "instruction", "answer")
+_ROW_COLUMNS = tuple(dict.fromkeys((*_FINE_TUNING_FIELDS, *ROW_FIELDS)))
 # Reasons to leave out a document: key in the manifest -> words for the user.
 REASONS = {
     "bad_record": "with a field that is missing, of the wrong type or without tokens",
@@ -28,6 +36,7 @@ REASONS = {
     "not_utf8": "that are not UTF-8",
     "quality": "of too low quality",
     "too_large": "too large",
+    "unanswerable": "unanswerable",
 }
 MAX_NAMED = 20  # faults that are logged in full; further ones are only counted
 
@@ -71,7 +80,7 @@ class RecordRules:
     @property
     def columns(self) -> tuple[str, ...]:
         """The fields of a document that the build reads."""
-        fields = (self.text_field,) if self.kind == "pretraining" else _FINE_TUNING_FIELDS
+        fields = (self.text_field,) if self.kind == "pretraining" else _ROW_COLUMNS
         return fields if self.quality_field is None else (*fields, self.quality_field)
 
 
@@ -149,9 +158,9 @@ class RecordMaker:
         name = self.rules.quality_field
         if name is None:
             return
-        quality = fields.get(name)
+        quality = value_of(fields, name)
         if isinstance(quality, bool) or not isinstance(quality, int | float):
-            got = type(quality).__name__ if name in fields else f"the fields {sorted(fields)}"
+            got = type(quality).__name__ if quality is not None else f"the fields {sorted(fields)}"
             raise LeftOutError("bad_record", f"expected a number in the field {name!r}, got {got}.")
         if self.rules.min_quality is not None and not quality >= self.rules.min_quality:  # `not >=` also rejects NaN
             raise LeftOutError("quality")
@@ -161,7 +170,9 @@ class RecordMaker:
         try:
             text = text_of(fields, self.rules.text_field)
         except DataError as error:
-            cure = _cure(fields, "Fix it, or choose another field (--text-field).")
+            is_list = isinstance(value_of(fields, self.rules.text_field), list)
+            first = "Join its items into one text" if is_list else "Fix it"
+            cure = _cure(fields, f"{first}, or choose another field (--text-field) or kind (--kind fine_tuning).")
             raise LeftOutError("bad_record", f"{error}. {cure}") from error
         if not text.strip():
             raise LeftOutError("empty")
@@ -178,9 +189,13 @@ class RecordMaker:
     def _fine_tuning(self, fields: dict[str, Any]) -> list[EncodedRecord]:
         """Make one record. Its token count covers all passages, instruction and question, and the longest answer."""
         try:
+            if is_question_row(fields) and not is_record(fields):
+                fields = _record_of_row(fields)
             record = fine_tuning_record(fields)
         except DataError as error:
-            raise LeftOutError("bad_record", f"{error}. {_cure(fields, 'Fix or remove it.')}") from error
+            others = "" if is_record(fields) else ", or write its fields as passages, question and answer"
+            cure = _cure(fields, f"Fix or remove it{others}.")
+            raise LeftOutError("bad_record", f"{error}. {cure}") from error
         if sum(len(passage) for passage in record.passages) < self.rules.min_chars:
             raise LeftOutError("min_chars")
         payload = encode_record({name: fields[name] for name in _FINE_TUNING_FIELDS if fields.get(name) is not None})
@@ -209,8 +224,22 @@ class RecordMaker:
         return lengths
 
 
+def _record_of_row(fields: dict[str, Any]) -> dict[str, Any]:
+    """The record of a row that has the form of the Hub. Raises RowError, or LeftOutError if it has no answer."""
+    question = read_question(fields)
+    if question.reason is not None:
+        raise LeftOutError(question.reason)
+    instruction = fields.get("instruction")
+    return question.to_record() | ({} if instruction is None else {"instruction": instruction})
+
+
 def _cure(fields: dict[str, Any], usual: str) -> str:
     """The remedy for a document that lacks the fields of a record."""
+    if any(name.partition(".")[0] in TRIVIAQA_DOCUMENTS for name in fields):
+        return (
+            "Rows of TriviaQA hold whole documents; arc-ds shards convert triviaqa FILE --out NEW.jsonl cuts passages."
+        )
     if isinstance(fields.get("data", fields.get("Data")), list):
-        return "A file of SQuAD or TriviaQA becomes records with arc-ds shards convert."
+        name = "squad" if "data" in fields else "triviaqa"
+        return f"Is it {name}? Then arc-ds shards convert {name} FILE --out NEW.jsonl makes records of it."
     return usual

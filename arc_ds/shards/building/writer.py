@@ -18,7 +18,7 @@ from tqdm import tqdm
 from arc_ds.errors import DataError, StorageError
 from arc_ds.shards.building.batches import Batch, Cursor, InputFile
 from arc_ds.shards.building.input_digests import InputDigests
-from arc_ds.shards.building.inputs import find_inputs, read_batches
+from arc_ds.shards.building.inputs import find_inputs, read_batches, warn_of_passed_over
 from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordMaker, RecordRules
 from arc_ds.shards.building.state import BuildFolder, BuildPlan, Progress
 from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo, total_skipped
@@ -55,9 +55,9 @@ def build_shards(
     The folder appears atomically. A build that ends early keeps its finished shards in a hidden folder next to
     `out_dir`, and the same call resumes there. The manifest counts all documents that were left out, by reason.
 
-    inputs: text files (one document each), JSONL files (one document a line) and Parquet files (one document a row).
-        Text and JSONL files may be compressed (.gz, .zst). Folders are searched for such files in sorted order; their
-        other contents are listed in the log.
+    inputs: text files (one document each), JSONL files (one document a line), Parquet and Arrow files (one document a
+        row). Text and JSONL files may be compressed (.gz, .zst). Folders are searched for such files in sorted order;
+        their other contents are listed in the log.
     out_dir: folder to create.
     tokenizer: the encoder's tokenizer, or its path.
     kind: kind of the records. Pretraining documents are cut, without losing text, into records. Fine-tuning documents
@@ -65,7 +65,7 @@ def build_shards(
     max_tokens: maximum length of a pretraining record.
     min_tokens: minimum length of a pretraining record. Shorter documents are left out; pieces are never shorter.
     shard_bytes: a shard ends with the member that reaches this size.
-    text_field: field with the text of a pretraining document.
+    text_field: field with the text of a pretraining document. `a.b` is the field `b` of the object `a`.
     min_chars: documents with fewer characters are left out.
     quality_field: field with the quality score of a document.
     min_quality: documents with a lower score are left out.
@@ -119,12 +119,12 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
 def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path) -> tuple[InputFile, ...]:
     """Find the input files. Raises DataError also if the rules need fields that a text file does not have."""
     files, passed_over = find_inputs(inputs, without=out_dir)
-    if passed_over:
-        names = ", ".join(map(str, passed_over[:MAX_NAMED])) + (", …" if len(passed_over) > MAX_NAMED else "")
-        logger.warning("skipped %d files or folders that are not inputs: %s", len(passed_over), names)
+    warn_of_passed_over(passed_over)
     texts = [file.path.name for file in files if file.kind == "text"]
     if texts and rules.kind == "fine_tuning":
-        raise DataError(f"fine-tuning records have several fields; {texts[0]} is plain text. Pass JSONL or Parquet.")
+        raise DataError(
+            f"fine-tuning records have several fields; {texts[0]} is plain text. Pass JSONL, Parquet or Arrow."
+        )
     if texts and rules.quality_field is not None:
         raise DataError(
             f"{texts[0]} is plain text and has no field {rules.quality_field!r}. Drop the file or the filter."

@@ -11,6 +11,7 @@ import pytest
 from arc_ds.cli import main
 from arc_ds.errors import DataError
 from arc_ds.shards.building.converters import ConvertOptions, convert_files
+from arc_ds.shards.building.question_rows import read_question
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.reader import ShardSet
 from tests.helpers.tiny_data import write_tiktoken
@@ -120,7 +121,7 @@ def test_trivia_passages_hold_the_answer_and_the_best_come_first(tmp_path: Path)
         ("squad", [], "not of the format squad"),
         ("drop", SQUAD, "not of the format drop"),
         ("triviaqa", SQUAD, "'Data' is missing"),
-        ("squad", "{", "cannot be read as JSON"),
+        ("squad", "{", r"in\.json:1: not valid JSON.*Pass the original file"),
         ("drop", {"x": {"passage": " ", "qa_pairs": PAIRS[:1]}}, "question a: .*'passages'"),
         ("hotpot", SQUAD, "expected one of squad, drop, triviaqa"),
     ],
@@ -132,6 +133,144 @@ def test_a_file_of_another_format_is_named_and_nothing_is_written(
     with pytest.raises(DataError, match=message):
         convert_files(format_name, [path], tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
+
+
+ROW = {"id": "1", "title": "Lamp", "context": PASSAGE, "question": "What burned?"}
+ROWS = [
+    ROW | {"answers": {"text": ["whale oil", "gas"], "answer_start": [39, 55]}},
+    ROW | {"answers": {"text": [], "answer_start": []}},
+]
+RECORD = {"passages": [PASSAGE], "question": "What burned?", "answer": ["whale oil", "gas"]}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], form: str) -> Path:
+    """Write rows in a form that people keep the Hub's data sets in."""
+    if form in ("array", "data", "lines"):
+        lines = "\ufeff" + "".join(json.dumps(row) + "\n" for row in rows)
+        return write(path, lines if form == "lines" else rows if form == "array" else {"version": "1", "data": rows})
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(rows)
+    if form == "arrow":
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        table = table.flatten() if form == "flat" else table
+        pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("a.json", "array"), ("a.json", "data"), ("a.jsonl", "lines"), ("a.json", "lines"), ("train-v1.1", "array"),
+        ("a.parquet", "parquet"), ("a.parquet", "flat"), ("a.arrow", "arrow"),
+    ],
+)  # fmt: skip
+def test_rows_of_the_hub_are_converted_and_built(tmp_path: Path, tokenizer_path: Path, name: str, form: str) -> None:
+    source = write_rows(tmp_path / name, ROWS, form)
+    done = convert_files("squad", [source], tmp_path / "out.jsonl")
+    assert read(tmp_path / "out.jsonl") == [RECORD]
+    assert (done.records, done.skipped) == (1, {"unanswerable": 1})
+    if form in ("array", "data"):
+        return
+    manifest = build_shards([source], tmp_path / "shards", tokenizer_path, kind="fine_tuning")
+    assert ShardSet(tmp_path / "shards").record(0) == RECORD
+    assert (manifest.samples, manifest.skipped) == (1, {"unanswerable": 1})
+
+
+SENTENCES = [["Lamp", ["It was lit", " in 1811. "]], ["Oil", ["Whale oil burns."]]]
+LAMP_AND_OIL = ["Oil\nWhale oil burns.", "Lamp\nIt was lit in 1811."]  # the supporting one first
+
+
+@pytest.mark.parametrize(
+    ("fields", "passages"),
+    [
+        ({"context": SENTENCES, "supporting_facts": [["Oil", 0]]}, LAMP_AND_OIL),
+        (
+            {
+                "context": {"title": ["Lamp", "Oil"], "sentences": [text for _, text in SENTENCES]},
+                "supporting_facts": {"title": ["Oil"], "sent_id": [0]},
+            },
+            LAMP_AND_OIL,
+        ),
+        ({"passages": {"is_selected": [0, 1], "passage_text": ["No.", "Yes."], "url": ["", ""]}}, ["Yes.", "No."]),
+        ({"paragraphs": [{"title": "A", "paragraph_text": "B", "is_supporting": False}]}, ["A\nB"]),
+        ({"ctxs": [{"id": 1, "title": "", "text": "B", "score": 2.0}]}, ["B"]),
+        ({"passages": ["\ufeffA", "B"]}, ["A", "B"]),
+        ({"passage": "A"}, ["A"]),
+    ],
+    ids=["hotpot", "hotpot of the hub", "ms marco", "musique", "dpr", "texts", "text"],
+)
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"answers": ["gas", "oil"]},
+        {"answers": [{"text": "gas", "answer_start": 0}, {"text": "oil", "answer_start": 3}]},
+        {"answers_spans": {"spans": ["gas", "oil"], "types": ["span", "span"]}},
+        {"answer": {"value": "gas", "aliases": ["oil", "gas"], "type": "x"}},
+    ],
+)
+def test_rows_of_other_sets_are_questions(fields: dict, passages: list[str], answers: dict) -> None:
+    question = read_question({"query": " What? "} | fields | answers)
+    assert (list(question.passages), question.text, question.answers) == (passages, "What?", ("gas", "oil"))
+    assert question.reason is None
+    marks = ({"is_impossible": True}, {"answerable": False}, {name: None for name in answers})
+    assert read_question({"query": "What?", "answers": ["No Answer Present."]} | fields).reason == "unanswerable"
+    for mark in marks:
+        assert read_question({"question": "What?"} | fields | answers | mark).reason == "unanswerable"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"context": 3}, "expected passages as texts, .* got int"),
+        ({"context": {"title": ["A"], "sentences": []}}, "lists of one length"),
+        ({"context": None}, r"the passages in one of the fields context, .* got the fields"),
+        ({"answers": "{'text': ['gas']}"}, "stored as a text"),
+        ({"answers": {"label": 1}}, r"got the fields \['label'\]"),
+        ({"answers": [True]}, "got bool"),
+        ({"question": ["What?"]}, "the question as a text, got list"),
+    ],
+)
+def test_a_row_of_an_unknown_form_is_named(tmp_path: Path, tokenizer_path: Path, change: dict, words: str) -> None:
+    source = write_rows(tmp_path / "a.jsonl", [ROWS[0], ROWS[0] | change], "lines")
+    with pytest.raises(DataError, match=rf"a\.jsonl, row 2: .*{words}.*Fix or remove it"):
+        convert_files("squad", [source], tmp_path / "out.jsonl")
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{words}.*Fix or remove it"):
+        build_shards([source], tmp_path / "shards", tokenizer_path, kind="fine_tuning")
+
+
+@pytest.mark.parametrize("form", ["lines", "parquet"])
+def test_documents_in_rows_of_triviaqa_are_cut_and_a_build_says_how(
+    tmp_path: Path, tokenizer_path: Path, form: str
+) -> None:
+    answer = {"value": "whale oil", "aliases": ["oil of whales"], "normalized_aliases": ["whale oil"]}
+    row = {"question": "Which oil?", "question_id": "tc_1", "answer": answer}
+    rows = [
+        row | {"entity_pages": {"title": titles, "wiki_context": texts}, "search_results": {"search_context": []}}
+        for titles, texts in ((["L"], ["\ufeffNothing here.\n" + "word " * 14 + "\nWhale oil it was."]), ([], []))
+    ]
+    source = write_rows(tmp_path / ("a.jsonl" if form == "lines" else "a.parquet"), rows, form)
+    with pytest.raises(DataError, match="arc-ds shards convert triviaqa FILE --out NEW.jsonl"):
+        build_shards([source], tmp_path / "shards", tokenizer_path, kind="fine_tuning")
+    done = convert_files("triviaqa", [source], tmp_path / "out.jsonl", ConvertOptions(passage_words=14))
+    (record,) = read(tmp_path / "out.jsonl")
+    assert (record["passages"], record["answer"]) == (["Whale oil it was."], ["whale oil", "oil of whales"])
+    assert done.skipped == {"no_evidence": 1}
+
+
+def test_byte_order_marks_of_originals_and_evidence_are_dropped(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.json", "\ufeff" + json.dumps(SQUAD))
+    assert convert_files("squad", [path], tmp_path / "out.jsonl").records == 1
+    trivia = write_trivia(tmp_path)
+    write(tmp_path / "evidence" / "wikipedia" / "Lamp.txt", "\ufeffWhale oil.")
+    convert_files("triviaqa", [trivia], tmp_path / "t.jsonl")
+    assert "Whale oil." in read(tmp_path / "t.jsonl")[0]["passages"]
+    for broken in (path, tmp_path / "evidence" / "wikipedia" / "Lamp.txt"):
+        broken.write_bytes("{}".encode("utf-16"))
+    for name, source in (("squad", path), ("triviaqa", trivia)):
+        with pytest.raises(DataError, match="is UTF-16, expected UTF-8.*iconv -f UTF-16"):
+            convert_files(name, [source], tmp_path / "out.jsonl", overwrite=True)
 
 
 def test_missing_evidence_is_an_error_with_the_cure(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pickle
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.errors import DataError
-from arc_ds.shards.building import inputs, inputs_lines
+from arc_ds.shards.building import inputs, inputs_lines, inputs_rows
 from arc_ds.shards.building.batches import Batch
 from arc_ds.shards.building.documents import LeftOutError, read_documents
 from arc_ds.shards.building.inputs import find_inputs, read_batches
@@ -71,10 +73,122 @@ def test_a_text_file_is_one_document(tmp_path: Path, ending: str) -> None:
     assert fields_of(path) == [(1, {"text": "First.\n\nSecond: é.\n"})]
 
 
-def test_parquet_rows_are_read_and_a_null_is_a_missing_field(tmp_path: Path) -> None:
+def test_parquet_rows_are_read(tmp_path: Path) -> None:
     rows = {"text": ["one", None, "three"], "more": [["a", "b"], [], None], "other": [1, 2, 3]}
     path = write_parquet(tmp_path / "a.parquet", rows, row_group_size=2)
-    assert fields_of(path) == [(1, {"text": "one", "more": ["a", "b"]}), (2, {"more": []}), (3, {"text": "three"})]
+    assert fields_of(path) == [
+        (1, {"text": "one", "more": ["a", "b"]}), (2, {"text": None, "more": []}), (3, {"text": "three", "more": None})
+    ]  # fmt: skip
+
+
+def test_byte_order_marks_in_names_and_of_empty_or_joined_files_are_dropped(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"other": [1], "\ufefftext": ["one"]})
+    assert fields_of(path) == [(1, {"text": "one"})]
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff\ufeff{"\ufefftext": "one"}\n\ufeff\n\ufeff{"text": "two"}\n', encoding="utf-8")
+    assert fields_of(path) == [(1, {"text": "one"}), (3, {"text": "two"})]
+
+
+def test_binary_columns_are_texts_and_marks_of_other_encodings_are_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = [b"one", "été".encode(), b"\xff\xd8", "six".encode("utf-16"), None]
+    nested = [{"text": text, "list": [text]} for text in texts]
+    rows = {"text": pyarrow.array(texts, pyarrow.binary()), "more": pyarrow.array(nested)}
+    found = fields_of(write_parquet(tmp_path / "a.parquet", rows))
+    assert found[:2] == [
+        (number, {"text": text, "more": {"text": text, "list": [text]}}) for number, text in ((1, "one"), (2, "été"))
+    ]
+    assert found[2:4] == [(3, "not_utf8"), (4, "not_utf8")]
+
+
+def write_arrow(path: Path, table: object, *, rows: int = 2, is_file: bool = False) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    new = pyarrow.ipc.new_file if is_file else pyarrow.ipc.new_stream
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pyarrow.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return path
+
+
+@pytest.mark.parametrize("is_file", [False, True], ids=["stream", "file"])
+def test_arrow_rows_are_read_and_reading_may_begin_at_any_batch(
+    tmp_path: Path, is_file: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    monkeypatch.setattr(inputs_rows, "BATCH_BYTES", 2000)
+    texts = [f"{idx} " + "x" * 900 for idx in range(50)]
+    column = pyarrow.array([*texts, None]).dictionary_encode()
+    path = write_arrow(
+        tmp_path / "a.arrow", pyarrow.table({"other": range(51), "text": column}), rows=20, is_file=is_file
+    )
+    assert fields_of(path) == [(idx + 1, {"text": text}) for idx, text in enumerate([*texts, None])]
+    whole = batches_of(path)
+    assert len({batch.cursor.place for batch in whole}) == 3 and any(batch.cursor.number for batch in whole)
+    for start in (1, len(whole) - 1):
+        assert batches_of(path, start=whole[start].cursor) == whole[start:]
+    assert whole[0].position < whole[-1].position <= path.stat().st_size
+    assert max(len(pickle.dumps(batch.content)) for batch in whole) < 4000, "a worker gets its own rows only"
+
+
+@pytest.mark.parametrize(
+    ("cut", "words"), [(8, "cut short, or joined"), (60, "cannot be read as Arrow"), (-1, "joined")]
+)
+def test_an_arrow_stream_that_lost_its_end_or_was_joined_is_an_error(tmp_path: Path, cut: int, words: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": ["one", "two", "three"]}))
+    whole = path.read_bytes()
+    path.write_bytes(whole * 2 if cut < 0 else whole[:-cut])
+    with pytest.raises(DataError, match=rf"a\.arrow.*{words}"):
+        fields_of(path)
+
+
+def test_of_a_folder_of_datasets_only_the_listed_files_are_inputs(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    train = tmp_path / "train"
+    for name in ("data-00000-of-00001", "cache-0123456789abcdef"):
+        write_arrow(train / f"{name}.arrow", pyarrow.table({"text": ["one"]}))
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (train / "dataset_info.json").write_text('{"features": {}}')
+    names = ["dataset_dict.json", "train/cache-0123456789abcdef.arrow", "train/dataset_info.json", "train/state.json"]
+    for written in (False, True):  # the cache of `load_dataset` has no state.json
+        if written:
+            state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_indices_files": None}
+            (train / "state.json").write_text(json.dumps(state))
+        found = find_inputs([tmp_path])
+        assert [file.name for file in found.files] == ["train/data-00000-of-00001.arrow"]
+        assert [str(path.relative_to(tmp_path)) for path in found.passed_over] == names[: 3 + written]
+    write_arrow(tmp_path / "cached" / "cache-1.arrow", pyarrow.table({"text": ["one"]}))
+    with pytest.raises(DataError, match="found only cache-1.arrow .* pass its path"):
+        find_inputs([tmp_path / "cached"])
+    assert [file.name for file in find_inputs([tmp_path / "cached" / "cache-1.arrow"]).files] == ["cache-1.arrow"]
+    for change, words in (
+        ({"_data_files": [{"filename": "data-00000-of-00002.arrow"}]}, "found no data-00000-of-00002.arrow"),
+        ({"_indices_files": [{"filename": "indices.arrow"}]}, "an index selects some of its rows.*flatten_indices"),
+    ):
+        (train / "state.json").write_text(json.dumps(state | change))
+        with pytest.raises(DataError, match=words):
+            find_inputs([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.arrow"])
+def test_a_pointer_of_git_lfs_is_no_document(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    for place in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=f"{name} is a pointer of Git LFS.*git lfs pull"):
+            find_inputs([place])
+
+
+@pytest.mark.parametrize(
+    ("ending", "command"), [("", "iconv"), (".gz", "gzip -dc FILE | iconv"), (".zst", "zstd -dc FILE | iconv")]
+)
+def test_utf16_is_named_with_the_command_that_converts_it(tmp_path: Path, ending: str, command: str) -> None:
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(compress(ending, '{"text": "one"}\n{"text": "two"}\n'.encode("utf-16")))
+    with pytest.raises(DataError, match=rf"a\.jsonl{ending} is UTF-16, .*: {re.escape(command)} -f UTF-16"):
+        fields_of(path)
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(compress(ending, "One.".encode("utf-16-le")))  # without a mark: valid UTF-8 with zero bytes
+    assert fields_of(path) == [(1, "not_utf8")]
 
 
 @given(
@@ -86,6 +200,7 @@ def test_reading_from_any_batch_on_gives_the_same(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], batch_bytes: int, max_bytes: int
 ) -> None:
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    lines = [b"{}", *lines]  # the first bytes tell the encoding
     path.write_bytes(b"\n".join(lines))
     (file,) = find_inputs([path]).files
     with pytest.MonkeyPatch.context() as patch:

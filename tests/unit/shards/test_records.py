@@ -8,7 +8,14 @@ import pytest
 
 from arc_ds.errors import DataError
 from arc_ds.shards import records
-from arc_ds.shards.records import FineTuningRecord, decode_object, encode_record, fine_tuning_record, pretraining_text
+from arc_ds.shards.records import (
+    FineTuningRecord,
+    decode_object,
+    encode_record,
+    fine_tuning_record,
+    pretraining_text,
+    value_of,
+)
 
 WHOLE = {"passages": ["One.", "Two."], "question": "Which?", "answer": ["one", "One"], "instruction": "Say {question}"}
 
@@ -30,6 +37,21 @@ def test_fine_tuning_record_of_every_form() -> None:
     assert fine_tuning_record(WHOLE).texts == ("One.", "Two.", "Say {question}", "Which?", "one", "One")
 
 
+def test_a_byte_order_mark_at_the_start_of_a_record_or_text_is_dropped() -> None:
+    assert decode_object(b"\xef\xbb\xbf" + encode_record(WHOLE)) == WHOLE
+    assert pretraining_text({"text": "\ufeffA lamp."}) == "A lamp."
+    marked = {"passages": ["\ufeffOne.", "Two."], "question": "\ufeffWhich?", "answer": ["\ufeffone", "One"]}
+    assert fine_tuning_record(WHOLE | marked) == fine_tuning_record(WHOLE)
+    with pytest.raises(DataError, match="non-empty"):
+        pretraining_text({"text": "\ufeff"})
+
+
+def test_a_field_may_lie_in_an_object() -> None:
+    record = {"a": {"b": {"c": 1}, "d.e": 2}, "a.b": 3, "f": "text"}
+    names = ("a.b.c", "a.d.e", "a.b", "f", "f.g", "a.x", "x")
+    assert [value_of(record, name) for name in names] == [1, 2, 3, "text", None, None, None]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -46,7 +68,7 @@ def test_fine_tuning_record_of_every_form() -> None:
         ({"answer": "\ud800"}, "'answer' holds characters that UTF-8 cannot encode"),
         ({"question": 3}, "'question', got int"),
         ({"question": "\udfff?"}, "'question' holds characters"),
-        ({"instruction": ["Do."]}, "'instruction', got list"),
+        ({"instruction": ["Do."]}, "'instruction', got a list of str"),
         ({"instruction": "Text:||Do {question}"}, "'instruction', got 2 parts: .* Write || twice"),
         ({"instruction": "a||b||c||d"}, "'instruction', got 4 parts"),
     ],
@@ -68,8 +90,10 @@ def test_missing_answer_is_named_with_the_fields_there_are() -> None:
         (b'{"text": 3}', "'text', got int"),
         (b'{"txt": "a"}', r"'text', got the fields \['txt'\]"),
         (b'["text"]', "a JSON object, got list"),
-        (b'{"text": "caf\xe9"}', "JSON in UTF-8"),
-        ('{"text": "a"}'.encode("utf-16"), "JSON in UTF-8"),
+        (b'{"text": {"body": "a"}}', "got an object with the fields text.body"),
+        (b'{"text": "caf\xe9"}', "not UTF-8"),
+        ('{"text": "a"}'.encode("utf-16"), "is UTF-16, expected UTF-8"),
+        ('{"text": "a"}'.encode("utf-16-le"), "is UTF-16LE, expected UTF-8"),
         (b'{"text": "a"', "JSON in UTF-8"),
         (b'{"n": ' + b"[" * 100_000 + b"}", "JSON in UTF-8"),
         (b'{"n": ' + b"9" * 5000 + b"}", "JSON in UTF-8"),

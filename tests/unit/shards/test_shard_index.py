@@ -116,10 +116,47 @@ def test_texts_and_gzip_members_are_records(tokenizer: Path, folder: Path, membe
     assert list(check_shards(folder)) == []
 
 
+@pytest.mark.parametrize("member", ["txt", "json", "json.gz"])
+def test_a_byte_order_mark_of_a_member_is_dropped_and_utf16_is_named(
+    tokenizer: Path, folder: Path, member: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["one two", "three"]
+    payloads = [as_json(text).decode() if "json" in member else text for text in texts]
+    encoded = [payloads[0].encode("utf-8-sig"), payloads[1].encode(), payloads[0].encode("utf-16")]
+    if member.endswith(".gz"):
+        encoded = [gzip.compress(payload) for payload in encoded]
+    write_tar(folder / "a.tar", [(f"{idx}.{member}", payload) for idx, payload in enumerate(encoded)])
+    manifest = index_shards([folder], tokenizer, form=RecordForm(member=member))
+    assert texts_of(ShardSet(folder)) == texts
+    assert manifest.tokens == sum(len(load_tokenizer(tokenizer).encode(text)) for text in texts)
+    assert manifest.skipped == {"not_utf8": 1}
+    assert f"2.{member} at byte" in caplog.text and "is UTF-16, expected UTF-8. Convert it: tar -xOf" in caplog.text
+    assert list(check_shards(folder)) == []
+
+
+def test_tars_that_are_packed_or_not_downloaded_are_named(
+    tokenizer: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "b.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"found b\.tar\.gz\. Decompress them"):
+        index_shards([folder], tokenizer)
+    write_tar(folder / "A.TAR", [("0.json", as_json(TEXTS[0]))])
+    assert index_shards([folder], tokenizer).samples == 1
+    assert "left out: 1 compressed tars (b.tar.gz)" in caplog.text
+    (folder / "c.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(DataError, match=r"c\.tar is a pointer of Git LFS"):
+        index_shards([folder], tokenizer, overwrite=True)
+
+
 def test_the_text_may_stand_in_another_field(tokenizer: Path, folder: Path) -> None:
     write_tar(folder / "a.tar", [(f"{idx}.json", as_json(text, "content")) for idx, text in enumerate(TEXTS)])
     index_shards([folder], tokenizer, form=RecordForm(text_field="content"))
     assert texts_of(ShardSet(folder)) == TEXTS
+    nested = [(f"{idx}.json", json.dumps({"doc": {"body": text}}).encode()) for idx, text in enumerate(TEXTS)]
+    write_tar(folder / "a.tar", nested)
+    index_shards([folder], tokenizer, form=RecordForm(text_field="doc.body"), overwrite=True)
+    assert texts_of(ShardSet(folder)) == TEXTS
+    write_tar(folder / "a.tar", [(f"{idx}.json", as_json(text, "content")) for idx, text in enumerate(TEXTS)])
     with pytest.raises(DataError, match=r"For example .*got the fields \['content', 'n'\].*--text-field"):
         index_shards([folder], tokenizer, overwrite=True)
 

@@ -99,6 +99,23 @@ def test_an_original_file_of_a_data_set_is_refused_with_the_cure(tmp_path: Path,
         build_shards([tmp_path / "b.json"], tmp_path / "out", tokenizer_path, kind="fine_tuning")
 
 
+def test_a_text_inside_an_object_is_named_and_may_be_chosen(tmp_path: Path, tokenizer_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": {"body": TEXT}, "meta": {"score": 1}}])
+    with pytest.raises(DataError, match=r"got an object with the fields text\.body.*--text-field"):
+        build_shards([source], tmp_path / "out", tokenizer_path)
+    options = {"text_field": "text.body", "quality_field": "meta.score", "min_quality": 1}
+    assert build_shards([source], tmp_path / "out", tokenizer_path, **options).samples == 1
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist([{"text": {"body": "\ufeff" + TEXT}, "meta": {"score": 1}}])
+    for name, columns in (("b", table), ("c", table.flatten())):
+        pytest.importorskip("pyarrow.parquet").write_table(columns, tmp_path / f"{name}.parquet")
+        build_shards([tmp_path / f"{name}.parquet"], tmp_path / name, tokenizer_path, **options)
+        assert ShardSet(tmp_path / name).record(0) == ShardSet(tmp_path / "out").record(0)
+    source = write_jsonl(tmp_path / "d.jsonl", [{"text": [TEXT]}])
+    with pytest.raises(DataError, match=r"got a list of str\. Join its items into one text"):
+        build_shards([source], tmp_path / "d", tokenizer_path)
+
+
 def test_filters_are_counted_by_reason(tmp_path: Path, tokenizer_path: Path) -> None:
     documents = [
         {"text": TEXT, "score": 0.9},

@@ -27,7 +27,11 @@ def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (POINTER.encode(), "git lfs pull"),
-        ('{"a": 1}'.encode("utf-16"), "UTF-16, expected UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "a is UTF-16, expected UTF-8.* iconv -f UTF-16 -t"),
+        ('{"a": 1}'.encode("utf-16-le"), "a is UTF-16LE, .* iconv -f UTF-16LE -t"),
+        ('{"a": 1}'.encode("utf-16-be"), "a is UTF-16BE, "),
+        ('{"a": 1}'.encode("utf-32"), "a is UTF-32, "),
+        ('{"a": 1}'.encode("utf-32-be"), "a is UTF-32BE, "),
         (b'{"a": "\xff"}', r"not UTF-8 .*0xff.* Fix it\."),
         (b'{"a":\n1,}', r"a:2: not valid JSON: .* Fix it\."),
         (b"[" * 100_000, r"not valid JSON: .* Fix it\."),

@@ -20,12 +20,14 @@ from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import work_rates
 from arc_ds.system import dist
 from arc_ds.system.device import free_memory_bytes
+from arc_ds.tokenizers import ids_digest, load_tokenizer
 from arc_ds.training.build_data import held_out_examples, micro_batch_limits, step_data
 from arc_ds.training.build_model import (
     DecoderWeights,
     StartingWeights,
     check_tokenizers,
     compressor_spec,
+    decoder_tokenizer_paths,
     open_decoders,
     open_starting_weights,
     starting_compressor,
@@ -110,6 +112,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         device=device,
         spec=parts.spec,
         tokenizers=parts.tokenizers,
+        decoder_ids=tuple(ids_digest(load_tokenizer(path)) for path in decoder_tokenizer_paths(config)),
         backbones=parts.backbones,
         engine=engine,
         ds_config=parts.ds_config,

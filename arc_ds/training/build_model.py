@@ -18,8 +18,14 @@ from arc_ds.batch.segments import Marker
 from arc_ds.config.schema import DecoderConfig, RunConfig
 from arc_ds.data.tasks.chat import count_template, read_layout
 from arc_ds.data.tasks.task import NO_CHAT, ChatRows
-from arc_ds.errors import ConfigError, TokenizerError
-from arc_ds.inference.load import ArcFolder, open_arc_folder, open_decoder
+from arc_ds.errors import ConfigError
+from arc_ds.inference.load import (
+    ArcFolder,
+    check_decoder_tokenizer,
+    check_encoder_tokenizer,
+    open_arc_folder,
+    open_decoder,
+)
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.decoder import Decoder
@@ -30,7 +36,6 @@ from arc_ds.model.weights import (
     TensorSource,
     beyond_layers,
     check_fit,
-    find_tokenizer,
     gathered,
     load_backbone,
     open_backbone,
@@ -38,7 +43,7 @@ from arc_ds.model.weights import (
     set_parameter,
 )
 from arc_ds.planning.sizes import TEXT_WORDS, longest_context, longest_sequence
-from arc_ds.tokenizers import check_fits, load_tokenizer
+from arc_ds.tokenizers import check_fits, load_tokenizer, tokenizer_file
 from arc_ds.training.engine import set_trained
 
 MARKER_TEXT = "\n"  # markers start from this token's embedding because it ends a passage in most texts
@@ -71,18 +76,18 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
 
 def encoder_tokenizer_path(config: RunConfig) -> Path:
     """Path of the encoder's tokenizer. Raises TokenizerError if there is none."""
-    return _tokenizer_path(config.encoder.tokenizer, config.encoder.backbone, "encoder")
+    return tokenizer_file(Path(config.encoder.tokenizer or config.encoder.backbone))
 
 
 def decoder_tokenizer_paths(config: RunConfig) -> tuple[Path, ...]:
     """Path of each decoder's tokenizer. Raises TokenizerError if one is missing."""
-    return tuple(_tokenizer_path(d.tokenizer, d.backbone, f"decoder {d.name}") for d in config.decoders)
+    return tuple(tokenizer_file(Path(decoder.tokenizer or decoder.backbone)) for decoder in config.decoders)
 
 
 def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> dict[str, str]:
     """Check all tokenizers; return the fingerprints of tokenizers and chat templates by config key.
 
-    Raises TokenizerError if a tokenizer has ids beyond its model's embedding or lacks the requested chat template.
+    Raises TokenizerError if samples have ids beyond a model's embedding, or a requested chat template is missing.
     """
     tokenizer = load_tokenizer(encoder_tokenizer_path(config))
     check_fits(tokenizer, spec.backbone.vocab_size, config.encoder.backbone)
@@ -90,10 +95,11 @@ def check_tokenizers(config: RunConfig, spec: CompressorSpec) -> dict[str, str]:
     for idx, (decoder, path) in enumerate(zip(config.decoders, decoder_tokenizer_paths(config), strict=True)):
         vocab_size = read_backbone_config(decoder.backbone, decoder.rope_scaling).vocab_size
         tokenizer = load_tokenizer(path)
-        check_fits(tokenizer, vocab_size, decoder.backbone)
+        layout = read_layout(decoder.chat_template, tokenizer, path)
+        bos_ids = [tokenizer.bos_id] if config.data.decoder_bos and tokenizer.bos_id is not None else []
+        check_fits(tokenizer, vocab_size, decoder.backbone, [*bos_ids, *layout.special_ids])
         fingerprints[f"decoders.{idx}"] = tokenizer.fingerprint
-        if decoder.chat_template != "none":
-            layout = read_layout(decoder.chat_template, tokenizer, path)
+        if layout.is_chat:
             fingerprints[f"decoders.{idx}.chat_template"] = hashlib.sha256(repr(layout).encode()).hexdigest()
     return fingerprints
 
@@ -129,6 +135,7 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
     else:
         folder = open_arc_folder(Path(config.encoder.init_from), Path(config.encoder.backbone))
         _check_same_meaning(config, spec, folder)
+        _check_same_tokenizers(config, folder)
         tensors = folder.tensors
         num_given = len(folder.spec.decoder_sizes)
         fresh_ports = tuple(n for n, d in enumerate(config.decoders) if d.fresh_bridge or n >= num_given)
@@ -254,6 +261,17 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
         )
 
 
+def _check_same_tokenizers(config: RunConfig, folder: ArcFolder) -> None:
+    """Raise TokenizerError if the starting weights were trained with other tokenizers."""
+    path = encoder_tokenizer_path(config)
+    remedy = f"Use the tokenizer of these weights: encoder.tokenizer={config.encoder.init_from}"
+    check_encoder_tokenizer(load_tokenizer(path), folder.encoder_fingerprints, path, remedy=remedy)
+    paths = decoder_tokenizer_paths(config)
+    for decoder, path, settings in zip(config.decoders, paths, folder.decoders, strict=False):
+        if not decoder.fresh_bridge:
+            check_decoder_tokenizer(load_tokenizer(path), settings, path)
+
+
 def _build(config: RunConfig, spec: CompressorSpec) -> Compressor:
     try:
         return build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
@@ -298,12 +316,3 @@ def _marker_start(config: RunConfig, encoder: Encoder) -> torch.Tensor:
 
 def _is_memory(name: str) -> bool:
     return name == "memory"
-
-
-def _tokenizer_path(named: str | None, backbone: str, what: str) -> Path:
-    if named is not None:
-        return Path(named)
-    found = find_tokenizer(Path(backbone))
-    if found is None:
-        raise TokenizerError(f"{what}: no tokenizer next to {backbone}; copy one there or set the `tokenizer` key")
-    return found

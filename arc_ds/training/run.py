@@ -34,6 +34,7 @@ class Run:
 
     ds_config: resolved DeepSpeed config of the training engine.
     tokenizers: tokenizer fingerprints by config key.
+    decoder_ids: digest of the ids of each decoder's tokenizer (`tokenizers.ids_digest`).
     backbones: weight digests (`weight_digests`).
     step: number of optimizer steps done, and zero-based number of the next step.
     skipped_steps: steps without an update because the loss or a gradient was not finite.
@@ -56,6 +57,7 @@ class Run:
     tasks: tuple[str, ...]
     ds_config: Mapping[str, Any] = field(default_factory=dict)
     tokenizers: Mapping[str, str] = field(default_factory=dict)
+    decoder_ids: tuple[str, ...] = ()
     backbones: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     skipped_steps: int = 0

@@ -36,7 +36,6 @@ from arc_ds.system.urls import shown_url
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.tracking.mlflow_server import DatasetFacts, RunFacts, environment_tags, package_versions, start_tracker
 from arc_ds.tracking.tracking import Tracker
-from arc_ds.training.build_model import encoder_tokenizer_path
 from arc_ds.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -163,7 +162,7 @@ class RunFolder:
 
 def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
     """The state that a checkpoint stores in addition to weights and optimizer; `export` reads `extra`."""
-    bos = run.config.data.decoder_bos
+    encoder, bos = run.config.encoder, run.config.data.decoder_bos
     decoders = [TrainedFor(name=d.name, rope_scaling=d.rope_scaling, bos=bos) for d in run.config.decoders]
     return TrainerState(
         step=run.step,
@@ -174,9 +173,10 @@ def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
         versions=package_versions(),
         extra={
             "compressor": run.spec.to_json(),
-            "encoder_tokenizer": str(encoder_tokenizer_path(run.config).resolve()),
+            "encoder_tokenizer": str(Path(encoder.tokenizer or encoder.backbone).resolve()),
             "decoders": [asdict(decoder) for decoder in decoders],
             "tokenizers": dict(run.tokenizers),
+            "decoder_ids": list(run.decoder_ids),
             "backbones": dict(run.backbones),
             "skipped_steps": run.skipped_steps,
             "skipped_in_row": run.skipped_in_row,

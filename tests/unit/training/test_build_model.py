@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,24 @@ import torch
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
-from arc_ds.errors import ConfigError, WeightsError
+from arc_ds.errors import ConfigError, TokenizerError, WeightsError
 from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.export.formats import write_export
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
-from arc_ds.training.build_model import compressor_spec, open_decoders, open_starting_weights, starting_compressor
-from tests.helpers.tiny_data import write_json_tokenizer
-from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf
+from arc_ds.tokenizers import ids_digest, load_tokenizer
+from arc_ds.training.build_model import (
+    check_tokenizers,
+    compressor_spec,
+    decoder_tokenizer_paths,
+    open_decoders,
+    open_starting_weights,
+    starting_compressor,
+)
+from tests.helpers.tiny_data import swap_letters, write_json_tokenizer, write_tekken
+from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf, write_mistral
 from tests.helpers.tiny_run import write_inputs
+from tests.helpers.written import write_chat_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +48,7 @@ def trained(config_file: Path) -> TrainedCompressor:
         step=3,
         encoder_tokenizer=str(config_file.parent / "encoder"),
         decoders=(TrainedFor(name="wide", rope_scaling="checkpoint"),),
+        decoder_ids=(ids_digest(load_tokenizer(config_file.parent / "wide")),),
     )
     write_export(result, config_file.parent / "export")
     return result
@@ -84,6 +95,52 @@ def test_weights_of_another_meaning_are_refused(
     config = _from_export(config_file, override)
     with pytest.raises(ConfigError, match=f"init_from.*{named}"):
         _start(config)
+
+
+def test_starting_weights_of_another_tokenizer_are_refused(
+    config_file: Path, tmp_path: Path, trained: TrainedCompressor
+) -> None:
+    for key, name, message in (
+        ("encoder", "encoder", "encoder/tokenizer.json is not the one .* encoder.tokenizer=.*/export"),
+        ("decoders.0", "wide", "wide/tokenizer.json gives other ids"),
+    ):
+        other = swap_letters(shutil.copytree(config_file.parent / name, tmp_path / name))
+        with pytest.raises(TokenizerError, match=message):
+            _start(_from_export(config_file, f"{key}.tokenizer={other}"))
+        if key == "decoders.0":
+            _start(_from_export(config_file, f"{key}.tokenizer={other}", f"{key}.fresh_bridge=true"))
+    _start(_from_export(config_file, f"encoder.tokenizer={config_file.parent / 'export'}"))  # the remedy
+
+
+def test_the_tokenizers_of_a_run_are_found_by_every_name(config_file: Path, tmp_path: Path) -> None:
+    shape = tiny_config(family="mistral", vocab_size=400)
+    folder = write_tekken(write_mistral(tmp_path / "nemo", shape, random_tensors(shape)))
+    config = load_config(config_file, [f"encoder.backbone={folder}", f"decoders=[{{name: nemo, backbone: {folder}}}]"])
+    fingerprint = load_tokenizer(folder).fingerprint
+    found = check_tokenizers(config, compressor_spec(config))
+    assert found == {"encoder": fingerprint, "decoders.0": fingerprint}
+    assert decoder_tokenizer_paths(config) == (folder / "tekken.json",)
+
+
+def test_a_special_token_beyond_the_embedding_is_refused_if_the_layout_or_bos_needs_it(
+    config_file: Path, tmp_path: Path
+) -> None:
+    shape = tiny_config(vocab_size=340)  # one row for each token but those of the chat
+    template = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
+    folder = write_chat_tokenizer(write_hf(tmp_path / "chat", shape, random_tensors(shape)), template=template)
+
+    def check(chat_template: str) -> None:
+        named = f"decoders=[{{name: chat, backbone: {folder}, chat_template: {chat_template}}}]"
+        config = load_config(config_file, [named])
+        check_tokenizers(config, compressor_spec(config))
+
+    check("none")
+    check("llama2")
+    for layout, token in (("chatml", "im_end"), ("tokenizer", "im_start")):
+        with pytest.raises(
+            TokenizerError, match=rf"chat: in its tokenizer, the special token <\|{token}\|> has the id"
+        ):
+            check(layout)
 
 
 def test_a_bridge_that_cannot_start_as_the_identity_is_refused_before_anything_is_read(config_file: Path) -> None:

@@ -183,7 +183,7 @@ def check_encoder_tokenizer(
     if fingerprints and tokenizer.fingerprint not in fingerprints:
         raise TokenizerError(
             f"tokenizer {path} is not the one that the encoder was trained with: its fingerprint is "
-            f"{tokenizer.fingerprint[:12]}, expected {fingerprints[0][:12]}. The vectors would be those of other "
+            f"{tokenizer.fingerprint[:12]}, expected {fingerprints[0][:12]}. The same ids may mean other "
             f"tokens. {remedy}"
         )
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from arc_ds.model.backbone_config import RopeScaling
 from arc_ds.model.rope import rope_frequencies
-from arc_ds.model.weights import find_tokenizer, open_backbone, permute_rotary, read_backbone_config
+from arc_ds.model.weights import open_backbone, permute_rotary, read_backbone_config
+from arc_ds.tokenizers import find_tokenizer
 from tests.helpers import tiny_models as tiny
 
 LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)

@@ -54,12 +54,12 @@ def parse_yaml(text: str, source: str) -> Entry:
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+        return Entry(source, "") if node is None else _convert(node, source)
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{where}: not valid YAML: {problem}. Check the indentation and the quotes there.") from error
-    return Entry(source, "") if node is None else _convert(node, source)
 
 
 def apply_override(root: Entry, override: str) -> None:

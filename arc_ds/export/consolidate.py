@@ -32,6 +32,8 @@ class TrainedCompressor:
     step: number of optimizer steps done.
     encoder_tokenizer: path of the encoder's tokenizer, as given in the run's config.
     decoders: the decoders it was trained for, in the order of the ports.
+    encoder_fingerprint: of the encoder's tokenizer in training; None if the checkpoint does not record it.
+    decoder_ids: digest of each decoder's tokenizer (`tokenizers.ids_digest`). Empty if the checkpoint records none.
     """
 
     spec: CompressorSpec
@@ -39,6 +41,8 @@ class TrainedCompressor:
     step: int
     encoder_tokenizer: str
     decoders: tuple[TrainedFor, ...]
+    encoder_fingerprint: str | None = None
+    decoder_ids: tuple[str, ...] = ()
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -76,6 +80,8 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
         step=state.step,
         encoder_tokenizer=description["encoder_tokenizer"],
         decoders=tuple(TrainedFor(**d) for d in description["decoders"]),
+        encoder_fingerprint=description.get("tokenizers", {}).get("encoder"),
+        decoder_ids=tuple(description.get("decoder_ids", ())),
     )
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,14 @@ from torch import Tensor
 
 from arc_ds.errors import WeightsError
 from arc_ds.export.consolidate import TrainedCompressor
-from arc_ds.inference.load import ARC_DECODERS, EXPORT_CONFIG, EXPORT_FORMAT, EXPORT_VERSION, EXPORT_WEIGHTS
+from arc_ds.inference.load import (
+    ARC_DECODERS,
+    EXPORT_CONFIG,
+    EXPORT_FORMAT,
+    EXPORT_VERSION,
+    EXPORT_WEIGHTS,
+    check_encoder_tokenizer,
+)
 from arc_ds.model.weights import write_arc_checkpoint
 from arc_ds.model.weights.arc_spec import params_of_spec
 from arc_ds.system.files import whole_folder
@@ -47,19 +55,25 @@ def write_export(
     tokenizer: the encoder's tokenizer, if it has moved from the path in the run's config.
 
     Raises WeightsError if `out` must not be written (`check_target`) or the format cannot represent the compressor, and
-    TokenizerError if the tokenizer is missing or does not fit the encoder.
+    TokenizerError if the tokenizer is missing, does not fit the encoder, or is not the one of training.
     """
     out = Path(os.path.abspath(out))
     check_target(out, overwrite=overwrite)
-    encoder_tokenizer = load_tokenizer(tokenizer or trained.encoder_tokenizer)
+    path = tokenizer or trained.encoder_tokenizer
+    encoder_tokenizer = load_tokenizer(path)
     check_fits(encoder_tokenizer, trained.spec.backbone.vocab_size, "the encoder")
+    expected = () if trained.encoder_fingerprint is None else (trained.encoder_fingerprint,)
+    remedy = "Name the file that the run was trained with (--tokenizer)."
+    check_encoder_tokenizer(encoder_tokenizer, expected, path, remedy=remedy)
     tensors = {name: t.to(DTYPES[dtype]).contiguous() for name, t in trained.tensors.items()}
     with whole_folder(out) as folder:
-        if export_format == "arc":
-            _write_arc(trained, tensors, dtype, folder)
-        else:
-            _write_folder(trained, tensors, folder)
         encoder_tokenizer.save(folder)
+        # A tokenizer of a GGUF file is saved in another format, which has another fingerprint.
+        fingerprints = list(dict.fromkeys((encoder_tokenizer.fingerprint, load_tokenizer(folder).fingerprint)))
+        if export_format == "arc":
+            _write_arc(trained, tensors, dtype, folder, fingerprints)
+        else:
+            _write_folder(trained, tensors, folder, fingerprints)
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -83,7 +97,9 @@ def _is_export(folder: Path) -> bool:
     return isinstance(plain, dict) and plain.get("format") == EXPORT_FORMAT
 
 
-def _write_arc(trained: TrainedCompressor, tensors: Mapping[str, Tensor], dtype: str, folder: Path) -> None:
+def _write_arc(
+    trained: TrainedCompressor, tensors: Mapping[str, Tensor], dtype: str, folder: Path, fingerprints: list[str]
+) -> None:
     spec = trained.spec
     if spec.backbone.rope_scaling is not None:
         logger.warning(
@@ -91,15 +107,18 @@ def _write_arc(trained: TrainedCompressor, tensors: Mapping[str, Tensor], dtype:
             "the reference ignores it"
         )
     write_arc_checkpoint(folder, params_of_spec(spec, dtype), tensors, spec.backbone)
-    _write_json(folder / ARC_DECODERS, {"decoders": _decoders(trained)})
+    _write_json(folder / ARC_DECODERS, {"encoder_tokenizer": fingerprints, "decoders": _decoders(trained)})
 
 
-def _write_folder(trained: TrainedCompressor, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _write_folder(
+    trained: TrainedCompressor, tensors: Mapping[str, Tensor], folder: Path, fingerprints: list[str]
+) -> None:
     save_file(dict(tensors), folder / EXPORT_WEIGHTS, metadata={"format": "pt"})
     config = {
         "format": EXPORT_FORMAT,
         "version": EXPORT_VERSION,
         "step": trained.step,
+        "encoder_tokenizer": fingerprints,
         "decoders": _decoders(trained),
         "compressor": trained.spec.to_json(),
     }
@@ -108,9 +127,10 @@ def _write_folder(trained: TrainedCompressor, tensors: Mapping[str, Tensor], fol
 
 
 def _decoders(trained: TrainedCompressor) -> list[dict[str, Any]]:
+    digests = trained.decoder_ids or (None,) * len(trained.decoders)
     return [
-        {"name": decoder.name, "hidden_size": size, "rope_scaling": decoder.rope_scaling, "bos": decoder.bos}
-        for decoder, size in zip(trained.decoders, trained.spec.decoder_sizes, strict=True)
+        {**asdict(decoder), "hidden_size": size, "ids_digest": digest}
+        for decoder, size, digest in zip(trained.decoders, trained.spec.decoder_sizes, digests, strict=True)
     ]
 
 

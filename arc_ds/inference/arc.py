@@ -20,14 +20,20 @@ from arc_ds.batch.packing import PackedBatch, pack
 from arc_ds.batch.segments import Marker, Sample, Segment
 from arc_ds.errors import ConfigError, DataError, TokenizerError
 from arc_ds.inference.generate import Sampling, generate_ids
-from arc_ds.inference.load import load_compressor, load_decoder_tokenizer, open_arc_folder, open_trained_decoders
+from arc_ds.inference.load import (
+    load_compressor,
+    load_decoder_tokenizer,
+    load_encoder_tokenizer,
+    open_arc_folder,
+    open_trained_decoders,
+)
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights import load_backbone
 from arc_ds.system.device import usable_device
-from arc_ds.tokenizers import Tokenizer, check_fits, load_tokenizer, read_together
+from arc_ds.tokenizers import Tokenizer, read_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,29 +98,32 @@ class ArcModel:
 
         decoders: a weights folder or .gguf file for each port, in port order. The list may be shorter; `compress` alone
             needs no decoder. Decoder weights are never changed.
-        encoder_backbone: folder with config and tokenizer of the encoder's backbone (weights are not needed). Only
-            checkpoints of the reference need it, because they do not contain these.
+        encoder_backbone: folder with config and tokenizer of the encoder's backbone (weights are not needed).
+            Checkpoints of the reference need it, because they do not contain these.
         pooling_factor: replaces the factor of the last pooled layer. The paper advises at most the trained factor.
 
         Raises WeightsError if files are missing, tensors do not fit, or a decoder's width differs from its port's.
+        Raises TokenizerError if a tokenizer is damaged, or gives other ids than the one of training.
         Raises ConfigError if the pooling factor is invalid or the device is not available.
         """
         device, paths = usable_device(device), [Path(path) for path in decoders]
         folder = open_arc_folder(Path(arc_dir), None if encoder_backbone is None else Path(encoder_backbone))
         spec = folder.spec if pooling_factor is None else _with_factor(folder.spec, pooling_factor)
         opened = open_trained_decoders(paths, folder, arc_dir)
+        encoder_tokenizer = load_encoder_tokenizer(folder, arc_dir)
+        decoder_tokenizers = [
+            load_decoder_tokenizer(path, decoder, settings)
+            for path, (decoder, _), settings in zip(paths, opened, folder.decoders, strict=False)
+        ]
         compressor = load_compressor(spec, folder.tensors, device, dtype)
         for decoder, tensors in opened:
             load_backbone(decoder, tensors, dtype=dtype, device=device)
-        encoder_tokenizer = None if folder.tokenizer is None else load_tokenizer(folder.tokenizer)
-        if encoder_tokenizer is not None:
-            check_fits(encoder_tokenizer, spec.backbone.vocab_size, f"the encoder in {arc_dir}")
         return ArcModel(
             spec,
             compressor,
             [decoder.eval() for decoder, _ in opened],
             encoder_tokenizer=encoder_tokenizer,
-            decoder_tokenizers=[load_decoder_tokenizer(path, d) for path, (d, _) in zip(paths, opened, strict=True)],
+            decoder_tokenizers=decoder_tokenizers,
             decoder_bos=[settings.bos for settings in folder.decoders],
             texts_apart=folder.texts_apart,
         )

@@ -10,13 +10,12 @@ from typing import get_args
 import torch
 
 from arc_ds.batch.segments import MARKERS
-from arc_ds.errors import WeightsError
+from arc_ds.errors import TokenizerError, WeightsError
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
     TensorSource,
-    find_tokenizer,
     load_backbone,
     open_backbone,
     read_arc_checkpoint,
@@ -25,7 +24,7 @@ from arc_ds.model.weights.arc_spec import spec_of_params
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.hf_config import RopeScalingChoice
 from arc_ds.model.weights.stores import SafetensorsStore
-from arc_ds.tokenizers import Tokenizer, check_fits, load_tokenizer
+from arc_ds.tokenizers import Tokenizer, check_fits, find_tokenizer, ids_digest, load_tokenizer
 
 EXPORT_FORMAT = "arc-ds"
 EXPORT_CONFIG = "config.json"
@@ -40,10 +39,12 @@ class DecoderSettings:
 
     rope_scaling: "checkpoint" if its rotary scaling was applied, "none" if it was ignored.
     bos: whether sequences began with its begin-of-text token.
+    ids_digest: of its tokenizer (`tokenizers.ids_digest`), None if unknown.
     """
 
     rope_scaling: RopeScalingChoice
     bos: bool = True
+    ids_digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class ArcFolder:
     tokenizer: path of the encoder's tokenizer, or None.
     decoders: settings of each decoder in training.
     texts_apart: whether training tokenized the texts around a context separately, as the reference does.
+    encoder_fingerprints: of the encoder's tokenizer: its file in training, and the one in the folder. Empty if unknown.
     """
 
     spec: CompressorSpec
@@ -62,6 +64,7 @@ class ArcFolder:
     tokenizer: Path | None
     decoders: tuple[DecoderSettings, ...]
     texts_apart: bool = False
+    encoder_fingerprints: tuple[str, ...] = ()
 
 
 def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcFolder:
@@ -76,7 +79,7 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcF
     """
     config_file = arc_dir / EXPORT_CONFIG
     if config_file.is_file():
-        return _open_export(arc_dir, Fields.read(config_file))
+        return _open_export(arc_dir, Fields.read(config_file), encoder_backbone)
     if not (arc_dir / "params.json").is_file():
         raise WeightsError(
             f"{arc_dir} is neither an export of ARC-DS ({EXPORT_CONFIG}) nor an ARC checkpoint (params.json, "
@@ -141,17 +144,63 @@ def _is_marker_left_out(spec: CompressorSpec) -> Callable[[str], bool]:
     return frozenset(f"ports.{n}.{marker}" for n in range(len(spec.decoder_sizes)) for marker in left_out).__contains__
 
 
-def load_decoder_tokenizer(path: Path, decoder: Decoder) -> Tokenizer | None:
-    """The tokenizer in a decoder's folder; None if there is none. Raises TokenizerError if it does not fit."""
+def load_encoder_tokenizer(folder: ArcFolder, arc_dir: str | Path) -> Tokenizer | None:
+    """The encoder's tokenizer; None if there is none. TokenizerError if it does not fit or is not that of training."""
+    if folder.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(folder.tokenizer)
+    check_fits(tokenizer, folder.spec.backbone.vocab_size, f"the encoder in {arc_dir}")
+    remedy = "Restore the file, or export the checkpoint again."
+    check_encoder_tokenizer(tokenizer, folder.encoder_fingerprints, folder.tokenizer, remedy=remedy)
+    return tokenizer
+
+
+def load_decoder_tokenizer(path: Path, decoder: Decoder, settings: DecoderSettings) -> Tokenizer | None:
+    """The tokenizer of a decoder; None if there is none. TokenizerError if it does not fit or is not that of training.
+
+    path: the decoder's folder or .gguf file.
+    settings: of the decoder in training.
+    """
     found = find_tokenizer(path)
     if found is None:
         return None
     tokenizer = load_tokenizer(found)
-    check_fits(tokenizer, decoder.config.vocab_size, f"decoder {path}")
+    bos_ids = (tokenizer.bos_id,) if settings.bos and tokenizer.bos_id is not None else ()
+    check_fits(tokenizer, decoder.config.vocab_size, f"decoder {path}", bos_ids)
+    check_decoder_tokenizer(tokenizer, settings, found)
     return tokenizer
 
 
-def _open_export(folder: Path, config: Fields) -> ArcFolder:
+def check_encoder_tokenizer(
+    tokenizer: Tokenizer, fingerprints: Sequence[str], path: str | Path, *, remedy: str
+) -> None:
+    """Raise TokenizerError if an encoder was trained with another tokenizer, so its ids have another meaning.
+
+    fingerprints: of the tokenizer in training; empty if unknown, which passes.
+    path: of the tokenizer.
+    remedy: last sentence of the error.
+    """
+    if fingerprints and tokenizer.fingerprint not in fingerprints:
+        raise TokenizerError(
+            f"tokenizer {path} is not the one that the encoder was trained with: its fingerprint is "
+            f"{tokenizer.fingerprint[:12]}, expected {fingerprints[0][:12]}. The same ids may mean other "
+            f"tokens. {remedy}"
+        )
+
+
+def check_decoder_tokenizer(tokenizer: Tokenizer, settings: DecoderSettings, path: Path) -> None:
+    """Raise TokenizerError if a port was trained for a decoder whose tokenizer gives other ids.
+
+    The file may have another format: a .gguf file may replace a Hugging Face folder.
+    """
+    if settings.ids_digest is not None and ids_digest(tokenizer) != settings.ids_digest:
+        raise TokenizerError(
+            f"tokenizer {path} gives other ids than the one that this decoder had in training: it has changed, or the "
+            "decoder is another model. Restore the tokenizer, or give the decoder that the encoder was trained for."
+        )
+
+
+def _open_export(folder: Path, config: Fields, encoder_backbone: Path | None) -> ArcFolder:
     if config.get("format") != EXPORT_FORMAT:
         raise WeightsError(
             f"{folder} is not an export of ARC-DS: `format` in {EXPORT_CONFIG} is {config.get('format')!r}, expected "
@@ -169,8 +218,9 @@ def _open_export(folder: Path, config: Fields) -> ArcFolder:
     return ArcFolder(
         spec=spec,
         tensors=SafetensorsStore(folder / EXPORT_WEIGHTS),
-        tokenizer=find_tokenizer(folder),
+        tokenizer=_find_tokenizer(folder, encoder_backbone),
         decoders=_decoder_settings(config, len(spec.decoder_sizes)),
+        encoder_fingerprints=_encoder_fingerprints(folder, config),
     )
 
 
@@ -179,15 +229,32 @@ def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcFold
     spec = spec_of_params(checkpoint.params, checkpoint.backbone, checkpoint.num_ports)
     settings = (DecoderSettings(rope_scaling="none"),) * len(spec.decoder_sizes)
     is_ours = (folder / ARC_DECODERS).is_file()
+    fingerprints: tuple[str, ...] = ()
     if is_ours:
-        settings = _decoder_settings(Fields.read(folder / ARC_DECODERS), len(spec.decoder_sizes))
+        ours = Fields.read(folder / ARC_DECODERS)
+        settings = _decoder_settings(ours, len(spec.decoder_sizes))
+        fingerprints = _encoder_fingerprints(folder, ours)
     return ArcFolder(
         spec=spec,
         tensors=checkpoint,
-        tokenizer=find_tokenizer(folder) or (None if encoder_backbone is None else find_tokenizer(encoder_backbone)),
+        tokenizer=_find_tokenizer(folder, encoder_backbone),
         decoders=settings,
         texts_apart=not is_ours,
+        encoder_fingerprints=fingerprints,
     )
+
+
+def _find_tokenizer(folder: Path, encoder_backbone: Path | None) -> Path | None:
+    return find_tokenizer(folder) or (None if encoder_backbone is None else find_tokenizer(encoder_backbone))
+
+
+def _encoder_fingerprints(folder: Path, plain: Fields) -> tuple[str, ...]:
+    """Fingerprints of the encoder's tokenizer. Earlier exports record none, but contain the tokenizer."""
+    recorded = plain.get("encoder_tokenizer")
+    if isinstance(recorded, list):
+        return tuple(map(str, recorded))
+    found = find_tokenizer(folder)
+    return () if found is None else (load_tokenizer(found).fingerprint,)
 
 
 def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings, ...]:
@@ -195,7 +262,9 @@ def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings
     decoders = plain.get("decoders")
     entries = [entry for entry in decoders if isinstance(entry, dict)] if isinstance(decoders, list) else []
     settings = [
-        DecoderSettings(rope_scaling=entry["rope_scaling"], bos=entry.get("bos", True))
+        DecoderSettings(
+            rope_scaling=entry["rope_scaling"], bos=entry.get("bos", True), ids_digest=entry.get("ids_digest")
+        )
         for entry in entries
         if entry.get("rope_scaling") in get_args(RopeScalingChoice) and isinstance(entry.get("bos", True), bool)
     ]

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,18 @@ def read_user_text(path: Path, error: type[ArcError], *, remedy: str) -> str:
     error: class of the error for a file that cannot be read, is not UTF-8, or is a pointer of Git LFS.
     remedy: last sentence of that error.
     """
+    return decode_user_text(read_user_bytes(path, error, remedy=remedy), str(path), error, remedy=remedy)
+
+
+def read_user_bytes(path: Path, error: type[ArcError], *, remedy: str, size: int = -1) -> bytes:
+    """Read the first `size` bytes of a file, by default all. Raises `error` as `read_user_text` does."""
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(size)
     except OSError as failure:
         raise error(f"{path} cannot be read: {failure.strerror or failure}. {remedy}") from failure
     check_downloaded(path, error)
-    return decode_user_text(raw, str(path), error, remedy=remedy)
+    return raw
 
 
 def decode_user_text(
@@ -158,3 +165,29 @@ def _json_faults(where: str, error: type[ArcError], remedy: str) -> Iterator[Non
         raise error(f"{where}:{failure.lineno}: not valid JSON: {failure.msg}. {remedy}") from failure
     except (ValueError, RecursionError) as failure:  # numbers of thousands of digits; objects nested too deeply
         raise error(f"{where}: not valid JSON: {failure}. {remedy}") from failure
+
+
+@contextmanager
+def library_reads(package: str, what: str, error: type[ArcError]) -> Iterator[None]:
+    """Raise `error` for whatever a library raises while it reads a user's file. Our own errors pass unchanged.
+
+    Libraries document few of their exceptions: `tokenizers` raises plain Exception, and a panic of a Rust library is
+    not even an Exception.
+
+    package: name of the library on PyPI.
+    what: the file, as the subject of the error's sentence.
+    """
+    try:
+        yield
+    except (ArcError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as failure:
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            installed = "(unknown version)"
+        kind = "" if type(failure) is Exception else f"{type(failure).__name__}: "
+        raise error(
+            f"{what} cannot be read by {package} {installed} ({kind}{failure}). It is damaged or newer than the "
+            f"package. Update the package (pip install -U {package}), or copy the file again."
+        ) from failure

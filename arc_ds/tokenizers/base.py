@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
+from arc_ds.system.user_files import read_user_json
 
+_PROBE = (
+    'The quick brown fox jumps over the lazy dog, while 1234567890 students read 56 books: "WHY?" (yes/no) '
+    "x_i = a*b + {c[0]} % 3; #tag @user $5 & ~/home ^up |or| <b>`code`</b> \\n – Où est l'été? Größe, niño, "
+    "Москва, Ελλάδα, 北京, 東京, 서울, नमस्ते, שלום, مرحبا 🙂! Jack's big zebra quietly mixed very foggy pink views."
+)
+COPY_AGAIN = "Copy the file again."
 SUPPORTED = (
     "tokenizer.json (Hugging Face tokenizers), tekken.json (Mistral), tokenizer.model (sentencepiece, or tiktoken's "
     "lines as Llama 3 ships them), or a .gguf file"
@@ -64,6 +70,7 @@ class Tokenizer(Protocol):
     bos_id: the id that starts the sequences of this model, None if the model uses none.
     eos_id: the id that ends a text, None if there is none.
     vocab_size: one more than the largest id.
+    text_vocab_size: one more than the largest id that a text can give. Special tokens may have larger ids.
     fingerprint: sha256 of everything that determines the ids, as hex digits; independent of the path. It ties shards,
         token caches and checkpoints to one tokenizer: those of another tokenizer are refused or ignored. The same
         vocabulary in another format has another fingerprint.
@@ -73,6 +80,7 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     vocab_size: int
+    text_vocab_size: int
     fingerprint: str
     special_ids: Mapping[str, int]
 
@@ -93,12 +101,12 @@ class Tokenizer(Protocol):
         """Write the files from which `load_tokenizer(folder)` loads an equal tokenizer. The folder must exist."""
 
 
-def parse_json(raw: bytes, path: Path) -> Any:
-    """Parse a JSON file; TokenizerError with its path if it is not JSON."""
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TokenizerError(f"tokenizer file {path} is not JSON ({error}). Copy the file again.") from error
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a JSON file next to a tokenizer. Empty if there is none. TokenizerError if it is not a JSON object."""
+    content = read_user_json(path, TokenizerError, remedy=COPY_AGAIN) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: expected a JSON object, got a {type(content).__name__}. {COPY_AGAIN}")
+    return content
 
 
 def require(module: str, path: Path) -> ModuleType:
@@ -122,6 +130,11 @@ def sha256_of(*parts: bytes) -> str:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
+
+
+def ids_digest(tokenizer: Tokenizer) -> str:
+    """Digest of the ids of a fixed text, in hex digits. It is the same for the same vocabulary in any file format."""
+    return sha256_of(str(tokenizer.encode(_PROBE)).encode())
 
 
 def ends_of_bytes(text: str, lengths: NDArray[np.int64], lead: int = 0) -> NDArray[np.int64]:

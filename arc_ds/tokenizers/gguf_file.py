@@ -14,6 +14,10 @@ from arc_ds.tokenizers.json_file import JsonTokenizer, is_mark
 from arc_ds.tokenizers.tiktoken_file import LLAMA3_PATTERN
 
 _CONTROL, _USER_DEFINED = 3, 4
+_INSTEAD = (
+    "Set the `tokenizer` key to the {} of the original model, or put that file into the folder of the .gguf file and "
+    "name the folder."
+)
 # How each `tokenizer.ggml.pre` splits text before merging (llama.cpp, llama-vocab.cpp): its pattern (None for GPT-2's),
 # and whether digits are first split into single digits.
 _PRE_TOKENIZERS: dict[str, tuple[str | None, bool]] = {
@@ -38,12 +42,12 @@ def read_gguf_tokenizer(path: Path) -> JsonTokenizer:
     if model != "gpt2":
         raise TokenizerError(
             f"tokenizer in {path}: its kind is {model!r}; ARC-DS reads the kind 'gpt2' (byte-level BPE) from GGUF. "
-            "Set the `tokenizer` key to the tokenizer.model or tokenizer.json of the original model."
+            f"{_INSTEAD.format('tokenizer.json or tokenizer.model')}"
         )
     if pre not in _PRE_TOKENIZERS:
         raise TokenizerError(
-            f"tokenizer in {path}: unknown pre-tokenizer {pre!r}; known are {sorted(_PRE_TOKENIZERS)}. Set the "
-            "`tokenizer` key to the tokenizer.json of the original model."
+            f"tokenizer in {path}: unknown pre-tokenizer {pre!r}; known are {sorted(_PRE_TOKENIZERS)}. "
+            f"{_INSTEAD.format('tokenizer.json')}"
         )
     backend = _build(library, fields, pre)
     # `add_bos_token` is a default of llama.cpp and is ignored here: the run decides whether sequences start with bos.
@@ -65,8 +69,8 @@ def _fields(path: Path) -> dict[str, Any]:
     for key in ("tokens", "merges", "token_type"):
         if fields.get("model") == "gpt2" and key not in fields:
             raise TokenizerError(
-                f"tokenizer in {path}: expected the metadata {prefix}{key}, which is missing. Set the `tokenizer` key "
-                "to the tokenizer.json of the original model."
+                f"tokenizer in {path}: expected the metadata {prefix}{key}, which is missing. "
+                f"{_INSTEAD.format('tokenizer.json')}"
             )
     return fields
 

@@ -60,7 +60,7 @@ def read_gguf_header(path: Path, *, lists_under: str | None = None) -> GgufHeade
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _HeaderReader(data, len(head)).header(num_tensors, num_keys, lists_under)
-            except (struct.error, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+            except (struct.error, IndexError, OverflowError, MemoryError, RecursionError, UnicodeDecodeError) as error:
                 raise ValueError(f"its header is damaged or cut short ({error})") from error
 
 
@@ -83,6 +83,8 @@ class _HeaderReader:
                 metadata[key] = [value.decode("utf-8") if isinstance(value, bytes) else value for value in values]
         tensors = dict(self._tensor() for _ in range(num_tensors))
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"its general.alignment is {alignment!r}, expected a positive number")
         return GgufHeader(metadata, tensors, -(-self.offset // alignment) * alignment)
 
     def _tensor(self) -> tuple[str, GgufTensor]:

@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers.base import Encoding, Tokenizer, checked, parse_json, require, settle_ends, sha256_of
+from arc_ds.tokenizers.base import (
+    COPY_AGAIN,
+    Encoding,
+    Tokenizer,
+    checked,
+    read_settings,
+    require,
+    settle_ends,
+    sha256_of,
+)
 
 _MARK = re.compile(r"<.*[^\W\d_].*>|\[.*[^\W\d_].*\]", re.DOTALL)
 # HTML tags, which some tokenizers (Gemma) list as tokens for ordinary text. <s> is not one of them: </s> ends a text.
@@ -20,6 +29,8 @@ _HTML = re.compile(
     r"</?(a|b|blockquote|br|caption|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|span|strong|su[bp]|t[dhr]|table|tbody|tfoot"
     r"|thead|u|ul)>"
 )
+
+_RARE = "\U0002a6a5"  # a character that few vocabularies hold
 
 
 def is_mark(token: str) -> bool:
@@ -53,6 +64,7 @@ class JsonTokenizer(Tokenizer):
         self._definition = definition
         added_tokens = backend.get_added_tokens_decoder().items()
         self.special_ids: Mapping[str, int] = {added.content: idx for idx, added in added_tokens if added.special}
+        self.text_vocab_size = self._text_vocab_size()
 
     @classmethod
     def from_spec(cls, path: Path, definition: str, spec: Any) -> JsonTokenizer:
@@ -63,10 +75,14 @@ class JsonTokenizer(Tokenizer):
                 f"tokenizer {path}: expected the key `model` of a Hugging Face tokenizer.json, got the keys "
                 f"{sorted(spec)[:6]}. Give the folder's tokenizer.json or tokenizer.model."
             )
+        backend = library.Tokenizer.from_str(json.dumps(spec) if _make_marks_special(spec) else definition)
         try:
-            backend = library.Tokenizer.from_str(json.dumps(spec) if _make_marks_special(spec) else definition)
+            backend.encode(_RARE, add_special_tokens=False)
         except Exception as error:  # the library raises nothing more specific
-            raise TokenizerError(f"tokenizer {path} is damaged: {error}. Copy or download it again.") from error
+            raise TokenizerError(
+                f"tokenizer {path} cannot encode every text: {error}. Give a tokenizer with an unknown token (key "
+                "`unk_token` or `unk_id` of its `model`) that is in its vocabulary, such as that of the model's page."
+            ) from error
         bos_id, eos_id = _special_ids(path.parent, backend)
         backend.post_processor = spec["post_processor"] = None  # it adds specials and trims spaces from offsets
         canonical = json.dumps(spec, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -100,6 +116,13 @@ class JsonTokenizer(Tokenizer):
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
+    def _text_vocab_size(self) -> int:
+        """A text gives a special token's id only if the model's own vocabulary holds it (WordLevel, Unigram)."""
+        special = set(self.special_ids.values())
+        ids = [idx for idx in self._backend.get_vocab(with_added_tokens=True).values() if idx not in special]
+        ids += [idx for token, idx in self.special_ids.items() if idx in self.encode(token)]
+        return 1 + max(ids, default=-1)
+
 
 def _ends_from_spans(spans: NDArray[np.int64], num_characters: int) -> NDArray[np.int64]:
     """Boundaries [N + 1] from character spans [N, 2]; several tokens of one character share its span."""
@@ -122,16 +145,17 @@ def _make_marks_special(spec: dict[str, Any]) -> bool:
 
 def _special_ids(folder: Path, backend: Any) -> tuple[int | None, int | None]:
     """(bos, eos) of a Hugging Face folder. bos is None if the model's own texts do not start with it."""
-    settings = _read_json(folder / "tokenizer_config.json")
-    config = _read_json(folder / "config.json")
+    settings = read_settings(folder / "tokenizer_config.json")
+    config = read_settings(folder / "config.json")
 
     def id_of(name: str) -> int | None:
         token = settings.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
-            return backend.token_to_id(token)
+            return backend.token_to_id(_checked(token, str, folder / "tokenizer_config.json", f"{name}_token"))
         value = config.get(f"{name}_token_id")
-        return value[0] if isinstance(value, list) else value
+        value = next(iter(value), None) if isinstance(value, list) else value
+        return None if value is None else _checked(value, int, folder / "config.json", f"{name}_token_id")
 
     bos_id, eos_id = id_of("bos"), id_of("eos")
     added = backend.encode("", add_special_tokens=True).ids
@@ -141,10 +165,9 @@ def _special_ids(folder: Path, backend: Any) -> tuple[int | None, int | None]:
     return (bos_id if begins_with_bos else None), eos_id
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content = parse_json(path.read_bytes(), path) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise TokenizerError(
-            f"{path}: expected a JSON object, got a {type(content).__name__}. Copy or download it again."
-        )
-    return content
+def _checked(value: Any, kind: type, path: Path, key: str) -> Any:
+    """The value of a key; TokenizerError if it is not of the type `kind`, str or int."""
+    if type(value) is not kind:
+        expected = "a text" if kind is str else "a whole number"
+        raise TokenizerError(f"{path}: `{key}` is {value!r}, expected {expected}. {COPY_AGAIN}")
+    return value

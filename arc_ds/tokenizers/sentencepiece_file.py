@@ -22,22 +22,26 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = _id_or_none(processor.bos_id())
         self.eos_id = _id_or_none(processor.eos_id())
         self.fingerprint = sha256_of(b"sentencepiece", raw)
-        controls = (idx for idx in range(self.vocab_size) if processor.is_control(idx))
+        controls = [idx for idx in range(self.vocab_size) if processor.is_control(idx)]
         self.special_ids: Mapping[str, int] = {processor.id_to_piece(idx): idx for idx in controls}
+        silent = {*controls, *(idx for idx in range(self.vocab_size) if processor.is_unused(idx))}
+        self.text_vocab_size = 1 + max(set(range(self.vocab_size)) - silent, default=-1)
         self._lengths = np.array([self._num_bytes(idx) for idx in range(self.vocab_size)], dtype=np.int64)
         probe = processor.encode("a")
         self._lead = max(int(self._lengths[probe].sum()) - 1, 0)
 
     @classmethod
-    def from_file(cls, path: Path) -> SentencePieceTokenizer:
-        """Read a model file. Raises TokenizerError if it is not one, or if its normaliser rewrites text."""
+    def from_bytes(cls, path: Path, raw: bytes) -> SentencePieceTokenizer:
+        """Read a model file's content. TokenizerError if it is not one, or if its normaliser rewrites text."""
         library = require("sentencepiece", path)
-        raw = path.read_bytes()
         processor = library.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(raw)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise TokenizerError(f"tokenizer {path} has an unknown format: expected {SUPPORTED}.") from error
+        except Exception as error:
+            raise TokenizerError(
+                f"tokenizer {path} has an unknown format: expected {SUPPORTED}. Give one of these, or copy the file "
+                "again if it is one."
+            ) from error
         probe = "two  spaces \n"
         if processor.decode(processor.encode(probe)) != probe:
             raise TokenizerError(

@@ -76,6 +76,7 @@ class RankTokenizer(Tokenizer):
         self._file_name = file_name
         self._raw = raw
         self.vocab_size = len(tokens) + len(specials)
+        self.text_vocab_size = self._end_id
         self.bos_id: int | None = specials.get(bos)
         self.eos_id: int | None = specials.get(eos)
         self.special_ids = specials
@@ -110,13 +111,12 @@ def _break_points(text: str) -> list[int]:
     return [end for end in ends if end < len(text) and text[end].isspace() == text[end - 1].isspace()]
 
 
-def read_tiktoken(path: Path) -> RankTokenizer:
-    """Read Llama 3's tokenizer: lines of base64 token and rank. Its 256 special tokens follow the ranks.
+def read_tiktoken(path: Path, raw: bytes) -> RankTokenizer:
+    """Read the content of Llama 3's tokenizer: lines of base64 token and rank. Its 256 special tokens follow the ranks.
 
     Raises TokenizerError with the number of an invalid line, or with the model family if the file is not Llama 3's.
     """
     library = require("tiktoken", path)
-    raw = path.read_bytes()
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(raw.splitlines(), start=1):
         try:

@@ -66,7 +66,9 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         spec = compressor_spec(config)
         tokenizer = load_tokenizer(encoder_tokenizer_path(encoder))
         check_fits(tokenizer, spec.backbone.vocab_size, encoder.backbone)
-        decoders = open_decoders(config.decoders, partial(longest_sequence, config))
+        decoders = open_decoders(
+            config.decoders, partial(longest_sequence, config), bos=config.data.decoder_bos
+        )
         sizes = [decoder.shape.config for decoder in decoders]
         trained: dict[str, Any] = {
             "trained_layers": encoder.trained_layers,
@@ -109,6 +111,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         device=device,
         spec=parts.spec,
         inputs=parts.inputs,
+        decoder_ids=tuple(decoder.ids_digest for decoder in parts.decoders),
         engine=build_engine(compressor, optimizer, parts.ds_config),
         ds_config=parts.ds_config,
         decoders=_place(parts, device, torch.bfloat16 if config.precision == "bf16" else torch.float32),

@@ -20,8 +20,14 @@ from arc_ds.config.schema import DecoderConfig, EncoderConfig, RunConfig
 from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.data.tasks.chat import count_template
 from arc_ds.data.tasks.task import NO_CHAT, ChatRows
-from arc_ds.errors import ConfigError, TokenizerError
-from arc_ds.inference.load import ArcFolder, open_arc_folder, open_decoder
+from arc_ds.errors import ConfigError
+from arc_ds.inference.load import (
+    ArcFolder,
+    check_decoder_tokenizer,
+    check_encoder_tokenizer,
+    open_arc_folder,
+    open_decoder,
+)
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.decoder import Decoder
@@ -31,7 +37,6 @@ from arc_ds.model.weights import (
     TensorSource,
     beyond_layers,
     check_fit,
-    find_tokenizer,
     gathered,
     load_backbone,
     open_backbone,
@@ -39,7 +44,7 @@ from arc_ds.model.weights import (
     set_parameter,
 )
 from arc_ds.planning.sizes import TEXT_WORDS, longest_context
-from arc_ds.tokenizers import check_fits, load_tokenizer
+from arc_ds.tokenizers import check_fits, ids_digest, load_tokenizer, tokenizer_file
 from arc_ds.training.engine import set_trained
 
 MARKER_TEXT = "\n"  # markers start from this token's embedding because it ends a passage in most texts
@@ -70,7 +75,12 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
 
 def encoder_tokenizer_path(encoder: EncoderConfig) -> Path:
     """Path of the encoder's tokenizer. Raises TokenizerError if there is none."""
-    return _tokenizer_path(encoder.tokenizer, encoder.backbone, "encoder")
+    return tokenizer_file(Path(encoder.tokenizer or encoder.backbone))
+
+
+def decoder_tokenizer_path(decoder: DecoderConfig) -> Path:
+    """Path of a decoder's tokenizer. Raises TokenizerError if there is none."""
+    return tokenizer_file(Path(decoder.tokenizer or decoder.backbone))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +116,7 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
     else:
         folder = open_arc_folder(Path(encoder.init_from), Path(encoder.backbone))
         _check_same_meaning(config, spec, folder)
+        _check_same_tokenizers(config, folder)
         tensors = folder.tensors
         num_given = len(folder.spec.decoder_sizes)
         fresh_ports = tuple(n for n, d in enumerate(config.decoders) if d.fresh_bridge or n >= num_given)
@@ -155,6 +166,7 @@ class DecoderFiles:
     placement: as configured.
     reader: its tokenizer and chat template.
     fingerprints: of the tokenizer and the chat template, by config key.
+    ids_digest: of the tokenizer's ids (`tokenizers.ids_digest`).
     """
 
     shape: Decoder
@@ -162,6 +174,7 @@ class DecoderFiles:
     placement: str
     reader: ReaderFiles
     fingerprints: Mapping[str, str]
+    ids_digest: str
 
     @property
     def num_parameters(self) -> int:
@@ -181,20 +194,20 @@ class DecoderFiles:
 
 
 def open_decoders(
-    decoders: Sequence[DecoderConfig], longest_sequence: Callable[[ChatRows], int]
+    decoders: Sequence[DecoderConfig], longest_sequence: Callable[[ChatRows], int], *, bos: bool
 ) -> tuple[DecoderFiles, ...]:
     """Open the run's decoders. Reads sizes and tokenizers.
 
     longest_sequence: maximum number of decoder rows of one sequence, from the rows that a chat template adds.
+    bos: whether sequences begin with begin-of-text.
 
     Raises WeightsError if a tensor is missing or has the wrong shape, or if a sequence can exceed a decoder's attention
-    window. Raises TokenizerError if a tokenizer has ids beyond its decoder's embedding, or under the conditions of
+    window. Raises TokenizerError if samples have ids beyond a decoder's embedding, or under the conditions of
     `read_layout`.
     """
     opened = []
     for idx, decoder in enumerate(decoders):
-        path = _tokenizer_path(decoder.tokenizer, decoder.backbone, f"decoder {decoder.name}")
-        files = ReaderFiles(tokenizer=path, chat_template=decoder.chat_template)
+        files = ReaderFiles(tokenizer=decoder_tokenizer_path(decoder), chat_template=decoder.chat_template)
         reader = files.load()
         fingerprints = {f"decoders.{idx}": reader.tokenizer.fingerprint}
         chat = NO_CHAT
@@ -209,10 +222,18 @@ def open_decoders(
             max_positions=longest_sequence(chat),
         )
         check_fit(shape, tensors)
-        check_fits(reader.tokenizer, shape.config.vocab_size, decoder.backbone)
+        bos_ids = [reader.tokenizer.bos_id] if bos and reader.tokenizer.bos_id is not None else []
+        check_fits(
+            reader.tokenizer, shape.config.vocab_size, decoder.backbone, [*bos_ids, *reader.layout.special_ids]
+        )
         opened.append(
             DecoderFiles(
-                shape=shape, tensors=tensors, placement=decoder.placement, reader=files, fingerprints=fingerprints
+                shape=shape,
+                tensors=tensors,
+                placement=decoder.placement,
+                reader=files,
+                fingerprints=fingerprints,
+                ids_digest=ids_digest(reader.tokenizer),
             )
         )
     return tuple(opened)
@@ -249,6 +270,17 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
         )
 
 
+def _check_same_tokenizers(config: RunConfig, folder: ArcFolder) -> None:
+    """Raise TokenizerError if the starting weights were trained with other tokenizers."""
+    path = encoder_tokenizer_path(config.encoder)
+    remedy = f"Use the tokenizer of these weights: encoder.tokenizer={config.encoder.init_from}"
+    check_encoder_tokenizer(load_tokenizer(path), folder.encoder_fingerprints, path, remedy=remedy)
+    for decoder, settings in zip(config.decoders, folder.decoders, strict=False):
+        if not decoder.fresh_bridge:
+            path = decoder_tokenizer_path(decoder)
+            check_decoder_tokenizer(load_tokenizer(path), settings, path)
+
+
 def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, fresh_ports: tuple[int, ...]) -> None:
     """Initialize the parameters that were not loaded; identical on all ranks."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -271,8 +303,3 @@ def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, 
             set_parameter(compressor, f"ports.{port_idx}.{name}", parameter.detach())
 
 
-def _tokenizer_path(named: str | None, backbone: str, what: str) -> Path:
-    path = Path(named) if named is not None else find_tokenizer(Path(backbone))
-    if path is None:
-        raise TokenizerError(f"{what}: no tokenizer next to {backbone}; copy one there or set the `tokenizer` key")
-    return path

@@ -44,6 +44,8 @@ class Run:
     """A run in memory.
 
     ds_config: resolved DeepSpeed config of the training engine.
+    inputs: see `InputDigests`.
+    decoder_ids: digest of the ids of each decoder's tokenizer (`tokenizers.ids_digest`).
     decoder_names: in port order.
     num_workers: processes that make this rank's batches.
     step: number of optimizer steps done, and zero-based number of the next step.
@@ -60,6 +62,7 @@ class Run:
     device: torch.device
     spec: CompressorSpec
     inputs: InputDigests
+    decoder_ids: tuple[str, ...]
     engine: DeepSpeedEngine
     ds_config: Mapping[str, Any]
     decoders: tuple[PlacedDecoder, ...]

@@ -36,7 +36,6 @@ from arc_ds.system.urls import shown_url
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.tracking.mlflow_server import RunFacts, environment_tags, package_versions, start_tracker
 from arc_ds.tracking.tracking import Tracker
-from arc_ds.training.build_model import encoder_tokenizer_path
 from arc_ds.training.run import InputDigests, Run
 
 logger = logging.getLogger(__name__)
@@ -171,9 +170,10 @@ def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tr
         versions=package_versions(),
         extra={
             "compressor": run.spec.to_json(),
-            "encoder_tokenizer": str(encoder_tokenizer_path(config.encoder).resolve()),
+            "encoder_tokenizer": str(Path(config.encoder.tokenizer or config.encoder.backbone).resolve()),
             "decoders": [asdict(decoder) for decoder in decoders],
             "tokenizers": run.inputs.tokenizers,
+            "decoder_ids": list(run.decoder_ids),
             "backbones": run.inputs.backbones,
             "skipped_steps": run.skipped_steps,
             "skipped_in_row": run.skipped_in_row,

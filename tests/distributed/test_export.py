@@ -22,6 +22,7 @@ from arc_ds.inference.load import open_arc_folder
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import build_compressor
+from arc_ds.tokenizers import load_tokenizer
 from arc_ds.training.engine import build_engine, set_trained
 from arc_ds.training.optim import PortAdamW, make_param_groups
 from tests.helpers.distributed import run_on_ranks
@@ -66,6 +67,8 @@ def train_and_save(run: Path) -> dict[str, Tensor]:
             "compressor": trained.spec.to_json(),
             "encoder_tokenizer": str(run / "rank0" / "tokenizer.model"),
             "decoders": [asdict(decoder) for decoder in trained.decoders],
+            "tokenizers": {"encoder": load_tokenizer(trained.encoder_tokenizer).fingerprint},
+            "decoder_ids": ["first", "second"],
         },
     )
     save_checkpoint(engine, run / "checkpoints", state, keep_last=1, keep_every=0)
@@ -84,6 +87,8 @@ def test_joined_shards_are_the_engines_parameters(run_folder: tuple[Path, dict[s
     run, expected = run_folder
     trained = consolidate(find_checkpoint(run))
     assert trained.spec == tiny_trained(tmp_path, **CHANGES).spec
+    assert trained.encoder_fingerprint == load_tokenizer(run / "rank0" / "tokenizer.model").fingerprint
+    assert trained.decoder_ids == ("first", "second")
     assert trained.step == 2 and [decoder.name for decoder in trained.decoders] == ["decoder0", "decoder1"]
     assert trained.tensors.keys() == expected.keys()
     start = tiny_trained(tmp_path, **CHANGES).tensors

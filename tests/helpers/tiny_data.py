@@ -47,6 +47,27 @@ def write_json_tokenizer(folder: Path, *, bos: bool = True) -> Path:
     return folder
 
 
+def write_tekken(folder: Path) -> Path:
+    """Write a tekken.json with 20 special tokens, all bytes and all prefixes of a few words to a folder."""
+    lines = write_tiktoken(folder / "ranks").read_text().splitlines()
+    (folder / "ranks").unlink()
+    vocab = [{"rank": rank, "token_bytes": line.split()[0]} for rank, line in enumerate(lines)]
+    sizes = {"default_vocab_size": 20 + len(vocab), "default_num_special_tokens": 20}
+    spec = {"config": {"pattern": r" ?\p{L}+|.|\s+", **sizes}, "vocab": vocab}
+    (folder / "tekken.json").write_text(json.dumps(spec))
+    return folder
+
+
+def swap_letters(folder: Path, first: str = "e", second: str = "t") -> Path:
+    """Swap the ids of two letters in a folder's tokenizer.json: another tokenizer of the same size."""
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    vocab = spec["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    path.write_text(json.dumps(spec))
+    return folder
+
+
 def write_tokenizer_without(folder: Path, byte: int) -> Path:
     """Like `write_json_tokenizer`, but without a token for one control character (< 33), which it drops from texts."""
     path = write_json_tokenizer(folder) / "tokenizer.json"

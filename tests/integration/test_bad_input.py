@@ -5,6 +5,7 @@ Most tests run the code of `arc_ds.train.main` before its first engine in this p
 
 from __future__ import annotations
 
+import base64
 import json
 import multiprocessing
 import os
@@ -88,11 +89,15 @@ def test_weights_with_a_missing_tensor_are_refused(config: Path, run: Path, tmp_
         assert str(broken) in message and Q_PROJ in message
 
 
-def test_a_tokenizer_of_other_weights_is_refused(config: Path, run: Path) -> None:
-    foreign = config.parent / "other" / "tokenizer.model"
+def test_a_tokenizer_of_other_weights_is_refused(config: Path, run: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "tokenizer.model"
+    lines = (config.parent / "other" / "tokenizer.model").read_bytes().splitlines()
+    lines += [base64.b64encode(b"word %d" % rank) + b" %d" % rank for rank in range(len(lines), 400)]
+    foreign.write_bytes(b"\n".join(lines))
     for key in ("encoder.tokenizer", "decoders.0.tokenizer"):
         message = _refusal(TokenizerError, config, run, [f"{key}={foreign}"])
-        assert "548 ids" in message and "352 rows" in message and "came with these weights" in message
+        assert "352 rows" in message and "came with these weights" in message
+    assert "the special token <|begin_of_text|> has the id 400" in message  # the decoder's sequences begin with it
 
 
 def test_a_tar_that_is_cut_short_is_refused(config: Path, run: Path, tmp_path: Path) -> None:

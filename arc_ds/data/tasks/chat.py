@@ -50,6 +50,12 @@ class Layout:
     end: Fixed = ()
 
     @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The special tokens of all parts."""
+        parts = (*self.head, *self.middle, *self.between, *self.last_middle, *self.end)
+        return tuple(idx for part in parts if isinstance(part, Special) for idx in part.ids)
+
+    @property
     def is_chat(self) -> bool:
         return self.name != "none"
 

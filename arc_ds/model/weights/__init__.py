@@ -2,7 +2,6 @@
 
 from arc_ds.model.weights.arc_format import read_arc_checkpoint, write_arc_checkpoint
 from arc_ds.model.weights.load import TensorSource, check_fit, copy_into, gathered, load_backbone, set_parameter
-from arc_ds.model.weights.locate import find_tokenizer
 from arc_ds.model.weights.names import beyond_layers, permute_rotary
 from arc_ds.model.weights.source import BackboneSource, open_backbone, read_backbone_config
 
@@ -12,7 +11,6 @@ __all__ = [
     "beyond_layers",
     "check_fit",
     "copy_into",
-    "find_tokenizer",
     "gathered",
     "load_backbone",
     "open_backbone",

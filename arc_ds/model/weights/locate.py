@@ -17,7 +17,6 @@ _EXPECTED = (
     "with consolidated.safetensors or consolidated.00.pth, ...), or a .gguf file"
 )
 _NUMBERED = re.compile(r"consolidated\.(\d+)\.(?:pth|safetensors)")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +59,6 @@ def locate(path: Path) -> WeightFiles:
     if not path.is_dir():
         raise WeightsError(f"{path} does not exist; expected {_EXPECTED}. Check the path and its mounts.")
     return _locate_in_folder(path)
-
-
-def find_tokenizer(path: Path) -> Path | None:
-    """The tokenizer file of a backbone: the GGUF file itself, or a file next to the weights. None if there is none."""
-    if path.is_file():
-        return path if _is_gguf(path) else None
-    candidates = [path / name for name in _TOKENIZERS] + sorted(path.glob("*.tiktoken"))
-    files = [candidate for candidate in candidates if candidate.is_file()]
-    ggufs = sorted(path.glob("*.gguf"))
-    if files:
-        return files[0]
-    return ggufs[0] if len(ggufs) == 1 else None
 
 
 def _locate_in_folder(folder: Path) -> WeightFiles:

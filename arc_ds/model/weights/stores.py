@@ -77,7 +77,7 @@ class PickleStore:
                 f"{path} holds more than tensors. It is not opened, because a pickle can run code "
                 f"({_first_line(error)}). Get the weights as safetensors."
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
+        except Exception as error:  # a damaged pickle raises KeyError, IndexError, TypeError, AssertionError, ...
             raise WeightsError(
                 f"{path} cannot be mapped as a PyTorch checkpoint: {_first_line(error)}. Copy it again; a file from "
                 "before PyTorch 1.6 must be saved again."

@@ -242,7 +242,9 @@ def _is_of(encoding: Encoding, text: str) -> bool:
 class KnownTexts:
     """A tokenizer that looks up the encodings of some texts: the same ids without tokenising again."""
 
-    __slots__ = ("_known", "_tokenizer", "bos_id", "eos_id", "fingerprint", "special_ids", "vocab_size")
+    __slots__ = (
+        "_known", "_tokenizer", "bos_id", "eos_id", "fingerprint", "special_ids", "text_vocab_size", "vocab_size",
+    )  # fmt: skip
 
     def __init__(self, tokenizer: Tokenizer, known: Sequence[KnownText]) -> None:
         self._tokenizer = tokenizer
@@ -250,6 +252,7 @@ class KnownTexts:
         self.bos_id = tokenizer.bos_id
         self.eos_id = tokenizer.eos_id
         self.vocab_size = tokenizer.vocab_size
+        self.text_vocab_size = tokenizer.text_vocab_size
         self.fingerprint = tokenizer.fingerprint
         self.special_ids = tokenizer.special_ids
 

@@ -119,6 +119,7 @@ def test_wrong_override_names_key_and_expectation(write, override, expected):
         (MINIMAL.replace("  backbone: models/enc", "  causal: true"), ":4: missing encoder.backbone. Add it there, or"),
         (MINIMAL + "steps: 5\n", ":2). Remove one of them"),
         (MINIMAL + "optimizer:\n- a\n  b: [\n", ":12: not valid YAML"),
+        ("[" * 5000, "not valid YAML: maximum recursion depth exceeded"),
         (MINIMAL.replace("models/enc", "${ABSENT}/enc"), ":4: the environment has no variable ABSENT, "),
         ("", "expected a mapping"),
     ],

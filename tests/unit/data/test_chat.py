@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import json
 import sys
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from arc_ds.data.tasks import Example, TaskCounts, closed, open_
 from arc_ds.data.tasks.chat import PLAIN, Layout, read_layout
+from arc_ds.data.tasks.script import Words
 from arc_ds.errors import TokenizerError
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer
@@ -271,6 +273,44 @@ def test_template_is_found_where_files_keep_it(tmp_path: Path) -> None:
     assert len(read_layout("tokenizer", tokenizer, folder).head) == 2
 
 
+TURNS = "{% for m in messages %}{% generation %}{{ m['content'] }}|{% endgeneration %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("{{ strftime_now('%Y-%m-%d %H:%M') }}", "2024-07-26 00:00"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%d %B %Y') }}{% endif %}", "26 July 2024"),
+        ("{{ pad_token }} {{ unk_token }} {{ image_token }}{{ sep_token }}", "[P] [U] [I]"),
+        ("{{ additional_special_tokens | join(' ') }}", "[A] [B]"),
+        ("{{ tools is none }} {{ documents is none }} {{ tools is defined }}", "True True True"),
+        ("{{ {'b': 1, 'a': '<é>'} | tojson(indent=1, sort_keys=true) }}", '{\n "a": "<é>",\n "b": 1\n}'),
+        ("{{ [1, 2] | tojson(separators=(',', ':')) }} {{ '<' | tojson }}", '[1,2] "<"'),
+        ("{% for i in [1, 2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "1"),
+        ("{% if enable_thinking is defined %}x{% endif %}{{ add_generation_prompt }}", "False"),
+    ],
+)
+def test_a_template_has_every_name_that_transformers_gives(tmp_path: Path, head: str, expected: str) -> None:
+    folder = write_chat_tokenizer(tmp_path, template=head + "|" + TURNS)
+    config = folder / "tokenizer_config.json"
+    tokens = {
+        "pad_token": "[P]",
+        "extra_special_tokens": {"image_token": {"content": "[I]"}},
+        "additional_special_tokens": ["[A]", {"content": "[B]"}],
+    }
+    config.write_text(json.dumps(json.loads(config.read_text()) | tokens))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"unk_token": "[U]", "pad_token": "[old]"}))
+    layout = read_layout("tokenizer", load_tokenizer(folder), folder)
+    assert [part.text for part in layout.head if isinstance(part, Words)] == [f"{expected}|"]
+    assert [part.text for part in layout.middle if isinstance(part, Words)] == ["|"]
+
+
+def test_a_template_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    folder = write_chat_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_bytes(codecs.BOM_UTF8 + b"Hi " + TURNS.encode())
+    assert read_layout("tokenizer", load_tokenizer(folder), folder).head == (Words("Hi "),)
+
+
 def test_template_without_an_end_of_turn_ends_with_end_of_text(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '\\n' if not loop.last }}{% endfor %}"
     folder = write_chat_tokenizer(tmp_path, template=template)
@@ -291,6 +331,8 @@ def test_template_without_an_end_of_turn_ends_with_end_of_text(tmp_path: Path) -
         ("{{ raise_exception('no system prompt') }}", "cannot be rendered: no system prompt"),
         ("{{ messages + 1 }}", "cannot be rendered"),
         ("{{ nothing.there }}", "cannot be rendered"),
+        ("{{ 1 / 0 }}", "cannot be rendered: division by zero"),
+        ("{{ messages[9]['content'] ~ ''.join(messages) }}", "cannot be rendered"),
     ],
 )
 def test_unusable_template_is_refused_with_the_cure(tmp_path: Path, template: str | None, words: str) -> None:
@@ -317,11 +359,12 @@ def test_tokenizer_without_the_layout_s_tokens_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("tokenizer_config.json", b"{", "tokenizer_config.json is not JSON"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json:1: not valid JSON"),
+        ("chat_template.jinja", b"\xff\x00", "chat_template.jinja is not UTF-8"),
         ("model.gguf", b"GGUF", "model.gguf: it does not begin with a GGUF header"),
         ("model.gguf", b"GGUF\3" + bytes(11) + b"\1" + bytes(7), "model.gguf: "),
     ],
-    ids=["settings", "GGUF of four bytes", "GGUF cut in its header"],
+    ids=["settings", "template", "GGUF of four bytes", "GGUF cut in its header"],
 )
 def test_damaged_files_are_refused_with_the_cure(
     setup: Setup, tmp_path: Path, name: str, content: bytes, words: str

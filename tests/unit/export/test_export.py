@@ -18,15 +18,27 @@ from arc_ds import ArcModel
 from arc_ds.batch.groups import GroupRule
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.errors import CheckpointError, TokenizerError, WeightsError
+from arc_ds.export import formats
 from arc_ds.export.consolidate import TrainedCompressor, find_checkpoint
 from arc_ds.export.formats import write_export
 from arc_ds.inference.load import load_compressor, open_arc_folder
 from arc_ds.model.backbone_config import RopeScaling
-from arc_ds.tokenizers import load_tokenizer
-from tests.helpers.tiny_data import write_json_tokenizer
-from tests.helpers.tiny_export import ENCODER, tiny_trained
+from arc_ds.tokenizers import Tokenizer, ids_digest, load_tokenizer
+from tests.helpers.tiny_data import swap_letters, write_json_tokenizer, write_tekken
+from tests.helpers.tiny_export import ENCODER, tiny_trained, write_decoder
 
 FORMATS = ("arc-ds", "arc")
+
+
+class SavedDifferently:
+    """A tokenizer whose saved file has another fingerprint, as that of a GGUF file."""
+
+    fingerprint = "gguf"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.text_vocab_size, self.save = tokenizer.text_vocab_size, tokenizer.save
+
+
 CONTEXTS = [[5, 9, 80, 3, 77], [1], list(range(200, 217))]
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)
 SPECS = {
@@ -115,6 +127,83 @@ def test_the_exports_tokenizer_is_the_encoders(tmp_path: Path, export_format: st
     assert model.encoder_tokenizer is not None
     assert model.encoder_tokenizer.fingerprint == original.fingerprint
     assert torch.equal(model.compress(["the sea"])[0], model.compress([original.encode("the sea")])[0])
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_a_tekken_file_is_found_in_an_export_and_next_to_a_decoder(tmp_path: Path, export_format: str) -> None:
+    trained = tiny_trained(tmp_path / "run")
+    tokenizer = write_tekken(tmp_path / "run")
+    write_export(trained, tmp_path / "out", export_format=export_format, tokenizer=tokenizer / "tekken.json")
+    decoder = write_decoder(tmp_path / "decoder")
+    (decoder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    write_tekken(decoder)
+    model = ArcModel.from_checkpoint(tmp_path / "out", decoders=[decoder])
+    for found in (model.encoder_tokenizer, model.decoder_tokenizers[0]):
+        assert found is not None and found.fingerprint == load_tokenizer(tokenizer / "tekken.json").fingerprint
+
+
+def trained_with_json(folder: Path) -> TrainedCompressor:
+    """A compressor whose checkpoint records the tokenizers of its encoder and decoder."""
+    trained = tiny_trained(folder)
+    encoder, decoder = write_json_tokenizer(folder / "encoder"), write_decoder(folder / "decoder")
+    return dataclasses.replace(
+        trained,
+        encoder_tokenizer=str(encoder),
+        encoder_fingerprint=load_tokenizer(encoder).fingerprint,
+        decoder_ids=(ids_digest(load_tokenizer(decoder)),),
+    )
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_another_tokenizer_than_in_training_is_refused_at_export_and_at_loading(
+    tmp_path: Path, export_format: str
+) -> None:
+    trained = trained_with_json(tmp_path / "run")
+    out, other = tmp_path / "out", swap_letters(write_json_tokenizer(tmp_path / "other"))
+    with pytest.raises(
+        TokenizerError, match=r"other is not the one that the encoder was trained with.*\(--tokenizer\)"
+    ):
+        write_export(trained, out, export_format=export_format, tokenizer=other)
+    assert not out.exists()
+    write_export(trained, out, export_format=export_format, tokenizer=Path(trained.encoder_tokenizer))
+    ArcModel.from_checkpoint(out, decoders=[tmp_path / "run" / "decoder"])
+    swap_letters(tmp_path / "run" / "decoder")
+    with pytest.raises(TokenizerError, match=r"decoder/tokenizer.json gives other ids.*Restore the tokenizer"):
+        ArcModel.from_checkpoint(out, decoders=[tmp_path / "run" / "decoder"])
+    swap_letters(out)
+    with pytest.raises(TokenizerError, match=r"out/tokenizer.json is not the one.*Restore the file, or export"):
+        ArcModel.from_checkpoint(out, decoders=[])
+    (out / "tokenizer.json").unlink()  # the tokenizer of `encoder_backbone` replaces it
+    with pytest.raises(TokenizerError, match="other/tokenizer.json is not the one"):
+        ArcModel.from_checkpoint(out, decoders=[], encoder_backbone=other)
+    model = ArcModel.from_checkpoint(out, decoders=[], encoder_backbone=trained.encoder_tokenizer)
+    assert model.encoder_tokenizer is not None
+
+
+def test_an_export_of_a_gguf_tokenizer_is_that_of_training(tmp_path: Path) -> None:
+    """It is saved as tokenizer.json, which has another fingerprint."""
+    trained = trained_with_json(tmp_path / "run")
+    gguf = SavedDifferently(load_tokenizer(trained.encoder_tokenizer))
+    ids = {"encoder_fingerprint": gguf.fingerprint, "encoder_tokenizer": "x.gguf"}
+    with pytest.MonkeyPatch.context() as patch:
+        real = formats.load_tokenizer
+        patch.setattr(formats, "load_tokenizer", lambda path: gguf if path == "x.gguf" else real(path))
+        write_export(dataclasses.replace(trained, **ids), tmp_path / "out")
+    assert ArcModel.from_checkpoint(tmp_path / "out", decoders=[]).encoder_tokenizer is not None
+    assert "gguf" in open_arc_folder(tmp_path / "out").encoder_fingerprints
+
+
+@pytest.mark.parametrize(("export_format", "name"), [("arc-ds", "config.json"), ("arc", "decoders.json")])
+def test_an_export_of_an_earlier_version_is_read(tmp_path: Path, export_format: str, name: str) -> None:
+    write_export(trained_with_json(tmp_path / "run"), tmp_path / "out", export_format=export_format)
+    plain = json.loads((tmp_path / "out" / name).read_text())
+    plain["decoders"][0].pop("ids_digest")
+    plain.pop("encoder_tokenizer")
+    (tmp_path / "out" / name).write_text(json.dumps(plain))
+    swap_letters(tmp_path / "run" / "decoder")
+    ArcModel.from_checkpoint(tmp_path / "out", decoders=[tmp_path / "run" / "decoder"])
+    own = load_tokenizer(tmp_path / "out").fingerprint
+    assert open_arc_folder(tmp_path / "out").encoder_fingerprints == (own,)
 
 
 @pytest.mark.parametrize("export_format", FORMATS)

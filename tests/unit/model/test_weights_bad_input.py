@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -355,3 +356,17 @@ def test_paths_without_weights_say_what_was_expected(tmp_path: Path, config):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(WeightsError, match="cut short or damaged|as JSON"):
         open_backbone(tmp_path)
+
+
+def test_a_pickle_whose_damage_confuses_torch_is_named(tmp_path: Path, config) -> None:
+    """torch.load does not document the exceptions of its unpickler: here KeyError and IndexError."""
+    folder = tiny.write_llama_pickles(tmp_path, config, tiny.random_tensors(config), 1)
+    path = folder / "consolidated.00.pth"
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    for damaged in (b"\x80\x02h\x07.", b"\x80\x02."):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in parts.items():
+                archive.writestr(name, damaged if name.endswith("data.pkl") else content)
+        with pytest.raises(WeightsError, match=r"consolidated.00.pth cannot be mapped .*Copy it again"):
+            open_backbone(folder)

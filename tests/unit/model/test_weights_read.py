@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import RopeScaling
 from arc_ds.model.rope import rope_frequencies
-from arc_ds.model.weights import beyond_layers, find_tokenizer, open_backbone, permute_rotary, read_backbone_config
+from arc_ds.model.weights import beyond_layers, open_backbone, permute_rotary, read_backbone_config
+from arc_ds.tokenizers import find_tokenizer
 from tests.helpers import tiny_models as tiny
 
 LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)

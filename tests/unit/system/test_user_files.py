@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from arc_ds.errors import ConfigError, WeightsError
-from arc_ds.system.user_files import check_downloaded, read_user_json, read_user_text
+from arc_ds.system.user_files import check_downloaded, library_reads, read_user_bytes, read_user_json, read_user_text
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4976698672\n"
 
@@ -57,3 +57,35 @@ def test_only_pointers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text(POINTER)
     with pytest.raises(WeightsError, match="pointer of Git LFS"):
         check_downloaded(tmp_path / "a", WeightsError)
+
+
+class Panic(BaseException):
+    """As Rust libraries raise it."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "words"),
+    [
+        (
+            Exception("odd"),
+            ConfigError,
+            r"file F cannot be read by pyyaml \d\S* \(odd\)\..*pip install -U pyyaml.*copy",
+        ),
+        (Panic("odd"), ConfigError, r"\(Panic: odd\)"),
+        (KeyError("k"), ConfigError, r"\(KeyError: 'k'\)"),
+        (WeightsError("ours"), WeightsError, "^ours$"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+    ],
+)
+def test_whatever_a_library_raises_becomes_one_error(
+    raised: BaseException, expected: type[BaseException], words: str
+) -> None:
+    with pytest.raises(expected, match=words), library_reads("pyyaml", "file F", ConfigError):
+        raise raised
+
+
+def test_the_head_of_a_file_is_read_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abcdef")
+    assert read_user_bytes(tmp_path / "a", ConfigError, remedy="Fix it.", size=3) == b"abc"
+    with pytest.raises(ConfigError, match=r"b cannot be read: No such file or directory\. Fix it\."):
+        read_user_bytes(tmp_path / "b", ConfigError, remedy="Fix it.")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers import Tokenizer, check_fits, load_tokenizer
+from arc_ds.tokenizers import Tokenizer, check_fits, find_tokenizer, load_tokenizer, tokenizer_file
 from arc_ds.tokenizers.json_file import JsonTokenizer
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_tiktoken
 from tests.helpers.tokenizer_files import smollm2
@@ -319,7 +320,9 @@ def test_folder_with_two_candidates_asks_for_one_unless_they_are_the_same_file(t
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", b'{"model": ', "not JSON"),
+        ("tokenizer.json", b'{"model": ', "tokenizer.json:1: not valid JSON"),
+        ("tokenizer.json", '{"model": 1}'.encode("utf-16"), "tokenizer.json is UTF-16"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("tokenizer.json", b'{"vocab": {}}', "`model`"),
         ("tokenizer.model", b"YQ== 0\nYg== 2\n", "ranks are not"),
         ("tokenizer.model", b"YQ== 0\nYg==\n", "line 2"),
@@ -333,16 +336,128 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tekken.json", "tekken_240911.json", "tokenizer.model", "tokenizer.model.v3", "llama.tiktoken",
+     "spiece.model", "model.gguf"],
+)  # fmt: skip
+def test_one_search_finds_the_tokenizer_of_a_folder_by_every_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert find_tokenizer(tmp_path) is None
+    (tmp_path / name).write_text("the content does not matter")
+    assert find_tokenizer(tmp_path) == tokenizer_file(tmp_path) == tokenizer_file(tmp_path / name) == tmp_path / name
+
+
+def test_a_byte_order_mark_changes_no_tokenizer(tmp_path: Path) -> None:
+    folder = write_json_tokenizer(tmp_path / "json")
+    (tmp_path / "tekken").mkdir()
+    (tmp_path / "tekken" / "tekken.json").write_text(json.dumps(tekken_spec()))
+    (tmp_path / "tiktoken").mkdir()
+    for path in (folder, tmp_path / "tekken", write_tiktoken(tmp_path / "tiktoken" / "tokenizer.model").parent):
+        before = load_tokenizer(path)
+        for file in path.iterdir():
+            file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+        after = load_tokenizer(path)
+        assert after is not before and after.fingerprint == before.fingerprint
+        assert (after.bos_id, after.encode(TEXT)) == (before.bos_id, before.encode(TEXT))
+
+
+def with_pad(spec: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Add the special token <pad> behind all other ids."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    last = max(spec["model"]["vocab"].values())
+    spec["added_tokens"].append({"id": last + 1, "content": "<pad>", **flags})
+    return {**spec, **changes}
+
+
 def test_tokenizer_larger_than_the_embedding_is_refused(tiny: dict[str, Tokenizer]) -> None:
     check_fits(tiny["json"], tiny["json"].vocab_size, "decoder tiny")
-    with pytest.raises(TokenizerError, match="decoder tiny"):
+    with pytest.raises(TokenizerError, match="decoder tiny.*texts have ids up to 339.*only 339 rows.*came with these"):
         check_fits(tiny["json"], tiny["json"].vocab_size - 1, "decoder tiny")
 
 
-def test_a_damaged_model_or_config_of_a_tokenizer_json_is_named(tmp_path: Path) -> None:
+def test_special_tokens_beyond_the_embedding_are_refused_only_if_samples_contain_them(
+    tmp_path: Path, tiny: dict[str, Tokenizer]
+) -> None:
+    llama3 = tiny["tiktoken"]
+    assert llama3.bos_id is not None
+    padded = json_tokenizer(tmp_path / "pad", with_pad(byte_level_spec(tmp_path)))
+    for tokenizer, rows, special in ((padded, 340, 340), (llama3, llama3.bos_id, llama3.bos_id)):
+        assert max(tokenizer.encode(f"{TEXT} <pad> <|begin_of_text|>")) < rows < tokenizer.vocab_size
+        check_fits(tokenizer, rows, "decoder tiny")
+        with pytest.raises(
+            TokenizerError, match=r"decoder tiny.*the special token <(pad|\|begin_of_text\|)> has the id"
+        ):
+            check_fits(tokenizer, rows, "decoder tiny", [0, special])
+    with pytest.raises(TokenizerError, match="the special token of its settings has the id 4294967295"):
+        check_fits(llama3, llama3.vocab_size, "decoder tiny", [2**32 - 1])
+
+
+def test_a_special_token_of_the_model_s_own_vocabulary_counts_as_text(tmp_path: Path) -> None:
+    """A WordLevel model gives its id for a text of the same characters."""
+    vocab = {"<s>": 0, "</s>": 1, "[UNK]": 2, "<pad>": 3}
+    spec = byte_level_spec(tmp_path) | {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}}
+    spec["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    tokenizer = json_tokenizer(tmp_path / "words", with_pad(spec))
+    assert tokenizer.encode("<pad>") == [3]
+    with pytest.raises(TokenizerError, match="texts have ids up to 3"):
+        check_fits(tokenizer, 3, "encoder")
+
+
+CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+UNKNOWN_TOKEN = {"single": [{"SpecialToken": {"id": "<zz>", "type_id": 0}}], "pair": [], "special_tokens": {}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"type": "BPE", "vocab": 3}},
+        {"model": {"type": "BPE2", "vocab": {}, "merges": []}},
+        {"normalizer": CHARSMAP},
+        {"post_processor": {"type": "TemplateProcessing", **UNKNOWN_TOKEN}},
+        {"added_tokens": [{"id": 1}]},
+    ],
+    ids=["model", "newer model", "panic of the library", "panic at encoding", "added token"],
+)
+def test_every_exception_of_the_library_names_the_file_and_what_to_do(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(
+        TokenizerError, match=r"json/tokenizer.json cannot be read by tokenizers \d.*pip install -U tokenizers.*copy"
+    ):
+        json_tokenizer(tmp_path / "json", byte_level_spec(tmp_path) | change)
+
+
+def test_a_pattern_that_tiktoken_cannot_read_names_the_file(tmp_path: Path) -> None:
+    spec = tekken_spec()
+    spec["config"]["pattern"] = "(["
+    (tmp_path / "tekken.json").write_text(json.dumps(spec))
+    with pytest.raises(TokenizerError, match=r"tekken.json cannot be read by tiktoken \d"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_fails_on_unknown_words_is_refused_before_the_first_text(tmp_path: Path) -> None:
+    spec = byte_level_spec(tmp_path) | {"model": {"type": "WordLevel", "vocab": {"the": 0}, "unk_token": "[UNK]"}}
+    with pytest.raises(TokenizerError, match=r"json/tokenizer.json cannot encode every text: .*UNK.*`unk_token`"):
+        json_tokenizer(tmp_path / "json", {**spec, "added_tokens": []})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer_config.json", '{"bos_token": 5}', "tokenizer_config.json: `bos_token` is 5, expected a text"),
+        ("config.json", '{"eos_token_id": "x"}', "config.json: `eos_token_id` is 'x', expected a whole number"),
+    ],
+)
+def test_wrong_types_next_to_a_tokenizer_json_are_named(tmp_path: Path, name: str, content: str, words: str) -> None:
+    folder = write_json_tokenizer(tmp_path)
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / name).write_text(content)
+    with pytest.raises(TokenizerError, match=words):
+        load_tokenizer(folder)
+
+
+def test_a_damaged_config_of_a_tokenizer_json_is_named(tmp_path: Path) -> None:
     spec = byte_level_spec(tmp_path)
-    with pytest.raises(TokenizerError, match="tokenizer.json is damaged: .*again"):
-        json_tokenizer(tmp_path / "json", {**spec, "model": {"type": "BPE", "vocab": 3}})
+    json_tokenizer(tmp_path / "json", spec)
     (tmp_path / "json" / "tokenizer_config.json").write_text("[]")
     with pytest.raises(TokenizerError, match="tokenizer_config.json: expected a JSON object, got a list"):
         json_tokenizer(tmp_path / "json", spec)

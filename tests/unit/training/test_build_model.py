@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -12,17 +13,25 @@ import torch
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
-from arc_ds.errors import ConfigError, WeightsError
+from arc_ds.errors import ConfigError, TokenizerError, WeightsError
 from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.export.formats import write_export
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.planning.sizes import longest_sequence
-from arc_ds.tokenizers import load_tokenizer
-from arc_ds.training.build_model import compressor_spec, open_decoders, open_starting_weights, starting_compressor
-from tests.helpers.tiny_data import write_json_tokenizer
-from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf
+from arc_ds.tokenizers import ids_digest, load_tokenizer
+from arc_ds.training.build_model import (
+    DecoderFiles,
+    compressor_spec,
+    encoder_tokenizer_path,
+    open_decoders,
+    open_starting_weights,
+    starting_compressor,
+)
+from tests.helpers.tiny_data import swap_letters, write_json_tokenizer, write_tekken
+from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf, write_mistral
 from tests.helpers.tiny_run import write_inputs
+from tests.helpers.written import write_chat_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +50,7 @@ def trained(config_file: Path) -> TrainedCompressor:
         step=3,
         encoder_tokenizer=str(config_file.parent / "encoder"),
         decoders=(TrainedFor(name="wide", rope_scaling="checkpoint"),),
+        decoder_ids=(ids_digest(load_tokenizer(config_file.parent / "wide")),),
     )
     write_export(result, config_file.parent / "export")
     return result
@@ -95,6 +105,52 @@ def test_weights_of_another_meaning_are_refused(
         _start(config)
 
 
+def test_starting_weights_of_another_tokenizer_are_refused(
+    config_file: Path, tmp_path: Path, trained: TrainedCompressor
+) -> None:
+    for key, name, message in (
+        ("encoder", "encoder", "encoder/tokenizer.json is not the one .* encoder.tokenizer=.*/export"),
+        ("decoders.0", "wide", "wide/tokenizer.json gives other ids"),
+    ):
+        other = swap_letters(shutil.copytree(config_file.parent / name, tmp_path / name))
+        with pytest.raises(TokenizerError, match=message):
+            _start(_from_export(config_file, f"{key}.tokenizer={other}"))
+        if key == "decoders.0":
+            _start(_from_export(config_file, f"{key}.tokenizer={other}", f"{key}.fresh_bridge=true"))
+    _start(_from_export(config_file, f"encoder.tokenizer={config_file.parent / 'export'}"))  # the remedy
+
+
+def test_the_tokenizers_of_a_run_are_found_by_every_name(config_file: Path, tmp_path: Path) -> None:
+    shape = tiny_config(family="mistral", vocab_size=400)
+    folder = write_tekken(write_mistral(tmp_path / "nemo", shape, random_tensors(shape)))
+    config = load_config(config_file, [f"encoder.backbone={folder}", f"decoders=[{{name: nemo, backbone: {folder}}}]"])
+    fingerprint = load_tokenizer(folder).fingerprint
+    assert encoder_tokenizer_path(config.encoder) == folder / "tekken.json"
+    (decoder,) = _open(config)
+    assert decoder.fingerprints == {"decoders.0": fingerprint}
+    assert decoder.reader.tokenizer == folder / "tekken.json"
+
+
+def test_a_special_token_beyond_the_embedding_is_refused_if_the_layout_or_bos_needs_it(
+    config_file: Path, tmp_path: Path
+) -> None:
+    shape = tiny_config(vocab_size=340)  # one row for each token but those of the chat
+    template = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
+    folder = write_chat_tokenizer(write_hf(tmp_path / "chat", shape, random_tensors(shape)), template=template)
+
+    def check(chat_template: str) -> None:
+        named = f"decoders=[{{name: chat, backbone: {folder}, chat_template: {chat_template}}}]"
+        _open(load_config(config_file, [named]))
+
+    check("none")
+    check("llama2")
+    for layout, token in (("chatml", "im_end"), ("tokenizer", "im_start")):
+        with pytest.raises(
+            TokenizerError, match=rf"chat: in its tokenizer, the special token <\|{token}\|> has the id"
+        ):
+            check(layout)
+
+
 def test_a_bridge_that_cannot_start_as_the_identity_is_refused_before_anything_is_read(config_file: Path) -> None:
     config = load_config(config_file, ["bridge.init=identity"])
     with pytest.raises(ConfigError, match="equal widths"):
@@ -111,9 +167,9 @@ def test_a_sentence_encoder_without_a_head_is_a_start(config_file: Path, tmp_pat
     assert torch.equal(found.get_parameter(f"encoder.{name}"), tensors[name])
     config = load_config(config_file, [f"decoders=[{{name: headless, backbone: {folder}}}]"])
     with pytest.raises(WeightsError, match="weights of an encoder"):
-        open_decoders(config.decoders, partial(longest_sequence, config))
+        _open(config)
     write_hf(folder, shape, {**tensors, "output.weight": head})  # the remedy
-    open_decoders(config.decoders, partial(longest_sequence, config))
+    _open(config)
 
 
 def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file: Path, tmp_path: Path) -> None:
@@ -123,8 +179,7 @@ def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file
 
     def open_with(template: str) -> None:
         named = f"decoders=[{{name: windowed, backbone: {folder}, chat_template: {template}}}]"
-        config = load_config(config_file, [named])
-        open_decoders(config.decoders, partial(longest_sequence, config))
+        _open(load_config(config_file, [named]))
 
     open_with("none")
     with pytest.raises(WeightsError, match="looks back 65 tokens, but the run has sequences of 141"):
@@ -134,6 +189,10 @@ def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file
 def _start(config: RunConfig) -> Compressor:
     spec = compressor_spec(config)
     return starting_compressor(config, spec, open_starting_weights(config, spec))
+
+
+def _open(config: RunConfig) -> tuple[DecoderFiles, ...]:
+    return open_decoders(config.decoders, partial(longest_sequence, config), bos=config.data.decoder_bos)
 
 
 def _from_export(config_file: Path, *overrides: str) -> RunConfig:

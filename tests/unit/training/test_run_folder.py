@@ -1,15 +1,16 @@
-"""Secrets are removed from a run's config before it is shared."""
+"""Secrets are removed from a run's config before it is shared. A checkpoint records the tokenizers of its run."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from arc_ds.config.load import dump_yaml, load_config
 from arc_ds.config.schema import SourceConfig
-from arc_ds.training.run_folder import without_secrets
+from arc_ds.training.run_folder import trainer_state, without_secrets
 
 DEMO = Path(__file__).parents[3] / "ds_configs" / "recipes" / "demo.yaml"
 SIGNED = "https://reader:SECRET@host/shards?signature=SECRET"
@@ -30,3 +31,15 @@ def test_passwords_and_signatures_of_urls_are_not_tracked(
     assert shown.data.sources[1] == sources[1]
     assert type(shown.data.validation) is type(validation)
     assert without_secrets(config) == config
+
+
+def test_a_checkpoint_records_what_an_export_checks_even_if_the_files_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELS", "/gone")
+    monkeypatch.setenv("SHARDS", "/gone")
+    counts = {"step": 3, "skipped_steps": 0, "skipped_in_row": 0, "data_counts": {}, "backbones": {}}
+    data, spec = SimpleNamespace(order=SimpleNamespace(fingerprint="d")), SimpleNamespace(to_json=dict)
+    fingerprints = {"tokenizers": {"encoder": "e"}, "decoder_ids": ("i",)}
+    run = SimpleNamespace(config=load_config(DEMO), data=data, spec=spec, **counts, **fingerprints)
+    extra = trainer_state(run, None).extra  # type: ignore[arg-type]
+    assert (extra["tokenizers"]["encoder"], extra["decoder_ids"]) == ("e", ["i"])
+    assert extra["encoder_tokenizer"].startswith("/gone")

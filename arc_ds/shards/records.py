@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arc_ds.errors import DataError
+from arc_ds.system.user_files import check_encodable
 
 # A record is one training sequence: 32 chunks of 1024 tokens are 0.2 MB. A larger one is a file without line ends.
 MAX_RECORD_BYTES = 16 << 20
@@ -107,7 +108,7 @@ def text_of(record: dict[str, Any], field: str) -> str:
     if not isinstance(text, str):
         got = type(text).__name__ if field in record else _fields(record)
         raise DataError(f"expected a string in the field {field!r}, got {got}")
-    return _checked(text, field)
+    return check_encodable(text, f"the field {field!r}")
 
 
 def _passages(record: dict[str, Any]) -> tuple[str, ...]:
@@ -126,7 +127,7 @@ def _texts(record: dict[str, Any], field: str) -> tuple[str, ...]:
         got = _fields(record) if field not in record else _kind(value)
         raise DataError(f"expected a string or a list of strings in the field {field!r}, got {got}")
     for text in texts:
-        if not _checked(text, field).strip():
+        if not check_encodable(text, f"the field {field!r}").strip():
             raise DataError(f"expected text in the field {field!r}, got a blank string")
     return tuple(texts)
 
@@ -137,16 +138,6 @@ def _optional_text(record: dict[str, Any], field: str) -> str | None:
         return None
     text = text_of(record, field)
     return text if text.strip() else None
-
-
-def _checked(text: str, field: str) -> str:
-    if text.isascii():
-        return text
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"the field {field!r} holds characters that UTF-8 cannot encode: {error}") from error
-    return text
 
 
 def _kind(value: object) -> str:

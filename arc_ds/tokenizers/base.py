@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
+from arc_ds.system.user_files import check_encodable
 
 SUPPORTED = (
     "tokenizer.json (Hugging Face tokenizers), tekken.json (Mistral), tokenizer.model (sentencepiece, or tiktoken's "
@@ -110,9 +111,8 @@ def require(module: str, path: Path) -> ModuleType:
 
 
 def checked(text: str) -> str:
-    """The text itself. A lone surrogate raises UnicodeEncodeError; the libraries would raise errors of other types."""
-    text.encode("utf-8")
-    return text
+    """The text itself. DataError on a lone surrogate, for which the libraries raise errors of other types or none."""
+    return check_encodable(text, "the text")
 
 
 def sha256_of(*parts: bytes) -> str:

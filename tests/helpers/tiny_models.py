@@ -232,6 +232,7 @@ def write_gguf(
     quantise: str | None = None,
     rope_divisors: Tensor | None = None,
     architecture: str = "llama",
+    metadata: dict[str, int] | None = None,
 ) -> Path:
     """Write a GGUF file. `quantise` is the block format of the matrices (Q8_0, ...); None keeps float32."""
     import gguf
@@ -248,6 +249,8 @@ def write_gguf(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "def"])
     writer.add_array("tokenizer.ggml.token_type", [1, 1, 1])
+    for key, value in (metadata or {}).items():
+        writer.add_uint32(key, value)
     for name, tensor in with_interleaved_heads(tensors, config).items():
         values = tensor.numpy()
         if quantise is None or tensor.ndim == 1:

@@ -34,6 +34,7 @@ class TrainedCompressor:
     step: number of optimizer steps done.
     encoder_tokenizer: path of the encoder's tokenizer, as given in the run's config.
     decoders: the decoders it was trained for, in the order of the ports.
+    max_context_tokens: length of the longest context in training; None if the checkpoint does not record it.
     """
 
     spec: CompressorSpec
@@ -41,6 +42,7 @@ class TrainedCompressor:
     step: int
     encoder_tokenizer: str
     decoders: tuple[TrainedFor, ...]
+    max_context_tokens: int | None = None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -78,6 +80,7 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
         step=state.step,
         encoder_tokenizer=description["encoder_tokenizer"],
         decoders=tuple(TrainedFor(**d) for d in description["decoders"]),
+        max_context_tokens=description.get("max_context_tokens"),
     )
 
 

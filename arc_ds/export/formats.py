@@ -91,7 +91,7 @@ def _write_arc(trained: TrainedCompressor, tensors: Mapping[str, Tensor], dtype:
             "the reference ignores it"
         )
     write_arc_checkpoint(folder, params_of_spec(spec, dtype), tensors, spec.backbone)
-    _write_json(folder / ARC_DECODERS, {"decoders": _decoders(trained)})
+    _write_json(folder / ARC_DECODERS, _training(trained))
 
 
 def _write_folder(trained: TrainedCompressor, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -100,18 +100,20 @@ def _write_folder(trained: TrainedCompressor, tensors: Mapping[str, Tensor], fol
         "format": EXPORT_FORMAT,
         "version": EXPORT_VERSION,
         "step": trained.step,
-        "decoders": _decoders(trained),
+        **_training(trained),
         "compressor": trained.spec.to_json(),
     }
     _write_json(folder / EXPORT_CONFIG, config)
     (folder / "README.md").write_text(_model_card(trained), encoding="utf-8")
 
 
-def _decoders(trained: TrainedCompressor) -> list[dict[str, Any]]:
-    return [
+def _training(trained: TrainedCompressor) -> dict[str, Any]:
+    """The settings of training that `ArcModel` needs. Both formats record them."""
+    decoders = [
         {"name": decoder.name, "hidden_size": size, "rope_scaling": decoder.rope_scaling, "bos": decoder.bos}
         for decoder, size in zip(trained.decoders, trained.spec.decoder_sizes, strict=True)
     ]
+    return {"decoders": decoders, "max_context_tokens": trained.max_context_tokens}
 
 
 def _write_json(path: Path, plain: dict[str, Any]) -> None:

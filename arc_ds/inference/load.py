@@ -55,6 +55,7 @@ class ArcFolder:
     tokenizer: path of the encoder's tokenizer, or None.
     decoders: settings of each decoder in training.
     texts_apart: whether training tokenized the texts around a context separately, as the reference does.
+    max_context_tokens: length of the longest context in training; None if the folder does not record it.
     """
 
     spec: CompressorSpec
@@ -62,6 +63,7 @@ class ArcFolder:
     tokenizer: Path | None
     decoders: tuple[DecoderSettings, ...]
     texts_apart: bool = False
+    max_context_tokens: int | None = None
 
 
 def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcFolder:
@@ -171,6 +173,7 @@ def _open_export(folder: Path, config: Fields) -> ArcFolder:
         tensors=SafetensorsStore(folder / EXPORT_WEIGHTS),
         tokenizer=find_tokenizer(folder),
         decoders=_decoder_settings(config, len(spec.decoder_sizes)),
+        max_context_tokens=_max_context_tokens(config),
     )
 
 
@@ -178,16 +181,23 @@ def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcFold
     checkpoint = read_arc_checkpoint(folder, encoder_backbone)
     spec = spec_of_params(checkpoint.params, checkpoint.backbone, checkpoint.num_ports)
     settings = (DecoderSettings(rope_scaling="none"),) * len(spec.decoder_sizes)
-    is_ours = (folder / ARC_DECODERS).is_file()
+    is_ours, max_context_tokens = (folder / ARC_DECODERS).is_file(), None
     if is_ours:
-        settings = _decoder_settings(Fields.read(folder / ARC_DECODERS), len(spec.decoder_sizes))
+        ours = Fields.read(folder / ARC_DECODERS)
+        settings, max_context_tokens = _decoder_settings(ours, len(spec.decoder_sizes)), _max_context_tokens(ours)
     return ArcFolder(
         spec=spec,
         tensors=checkpoint,
         tokenizer=find_tokenizer(folder) or (None if encoder_backbone is None else find_tokenizer(encoder_backbone)),
         decoders=settings,
         texts_apart=not is_ours,
+        max_context_tokens=max_context_tokens,
     )
+
+
+def _max_context_tokens(plain: Fields) -> int | None:
+    """Length of the longest context in training. Earlier exports do not record it."""
+    return None if plain.get("max_context_tokens") is None else plain.integer("max_context_tokens")
 
 
 def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings, ...]:

@@ -29,6 +29,7 @@ from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
 from arc_ds.config.schema import RunConfig, SourceConfig
 from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
+from arc_ds.planning.sizes import longest_context
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device
 from arc_ds.system.files import write_whole
@@ -176,6 +177,7 @@ def trainer_state(run: Run, mlflow_run_id: str | None) -> TrainerState:
             "compressor": run.spec.to_json(),
             "encoder_tokenizer": str(encoder_tokenizer_path(run.config).resolve()),
             "decoders": [asdict(decoder) for decoder in decoders],
+            "max_context_tokens": longest_context(run.config),
             "tokenizers": dict(run.tokenizers),
             "backbones": dict(run.backbones),
             "skipped_steps": run.skipped_steps,

@@ -63,6 +63,7 @@ def train_and_save(run: Path) -> dict[str, Tensor]:
             "compressor": trained.spec.to_json(),
             "encoder_tokenizer": str(run / "rank0" / "tokenizer.model"),
             "decoders": [asdict(decoder) for decoder in trained.decoders],
+            "max_context_tokens": 30,
         },
     )
     save_checkpoint(engine, run / "checkpoints", 2, state, keep_last=1, keep_every=0)
@@ -104,6 +105,7 @@ def test_the_command_writes_what_the_run_trained(
     for name, tensor in expected.items():
         assert torch.equal(source.tensor(name), tensor), name
     model = ArcModel.from_checkpoint(out, decoders=[])
+    assert model.max_context_tokens == 30
     assert model.compress(["the sea"], decoder=1)[0].shape[1] == 48
     assert main(["export", str(run), str(out), "--format", export_format]) == EXIT_USER_ERROR
     assert "exists already" in capsys.readouterr().err

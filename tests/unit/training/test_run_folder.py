@@ -1,15 +1,16 @@
-"""Secrets are removed from a run's config before it is shared."""
+"""Secrets are removed from a run's config before it is shared, and checkpoints record what exports need."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from arc_ds.config.load import dump_yaml, load_config
 from arc_ds.config.schema import SourceConfig
-from arc_ds.training.run_folder import without_secrets
+from arc_ds.training.run_folder import trainer_state, without_secrets
 
 DEMO = Path(__file__).parents[3] / "ds_configs" / "recipes" / "demo.yaml"
 SIGNED = "https://reader:SECRET@host/shards?signature=SECRET"
@@ -30,3 +31,16 @@ def test_passwords_and_signatures_of_urls_are_not_tracked(
     assert shown.data.sources[1] == sources[1]
     assert type(shown.data.validation) is type(validation)
     assert without_secrets(config) == config
+
+
+def test_a_checkpoint_records_the_longest_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELS", "models")
+    monkeypatch.setenv("SHARDS", "shards")
+    monkeypatch.setattr("arc_ds.training.run_folder.encoder_tokenizer_path", lambda config: Path("tokenizer.json"))
+    spec = SimpleNamespace(to_json=dict)
+    order = SimpleNamespace(order=SimpleNamespace(fingerprint="data"))
+    counts = {"skipped_steps": 0, "skipped_in_row": 0, "data_counts": {}, "tokenizers": {}, "backbones": {}}
+    for length in (33, 66):
+        config = load_config(DEMO, [f"data.max_context_tokens={length}"])
+        run = SimpleNamespace(step=1, config=config, data=order, spec=spec, **counts)
+        assert trainer_state(run, None).extra["max_context_tokens"] == length  # type: ignore[arg-type]

@@ -91,7 +91,7 @@ def run_compress(args: argparse.Namespace) -> int:
 
 def run_generate(args: argparse.Namespace) -> int:
     """Run `arc-ds generate`; return 0 on success."""
-    prompt = _read_stdin() if args.prompt == "-" else check_encodable(args.prompt, "the prompt")
+    prompt = _read_stdin() if args.prompt == "-" else _argument(args.prompt, "the prompt")
     # Report mistakes before loading models.
     parse_prompt(prompt)
     Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
@@ -104,7 +104,7 @@ def run_generate(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
-        stop=args.stop,
+        stop=[_argument(text, "--stop") for text in args.stop],
         stop_ids=args.stop_id,
     )
     print(text)
@@ -146,6 +146,14 @@ def _read(path: Path) -> str:
     if str(path) == "-":
         return _read_stdin()
     return _with_line_feeds(read_user_text(path, DataError, remedy="Give the path of a text file in UTF-8."))
+
+
+def _argument(text: str, what: str) -> str:
+    """An argument of the command line. In a locale without UTF-8, Python keeps its bytes as lone surrogates."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        return check_encodable(text, what)
 
 
 def _read_stdin() -> str:

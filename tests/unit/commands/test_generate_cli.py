@@ -122,6 +122,15 @@ def test_a_prompt_is_cut_at_its_tags() -> None:
     assert parse_prompt("<context>b</context>", None) == [Context("b", None)]
 
 
+def test_an_argument_in_utf8_is_read_in_every_locale(folders: Path, capsys) -> None:
+    printed = []
+    for prompt in ("naïve", "naïve".encode().decode("ascii", "surrogateescape"), "native"):
+        options = ["--decoder", str(folders / "decoder"), "--max-new-tokens", "7"]
+        assert main(["generate", *arguments(folders), *options, prompt]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+
+
 @pytest.mark.parametrize("prompt", ["a <context>b", "a</context>", "<context>a<context>b</context>c</context>"])
 def test_a_tag_without_its_other_half_is_not_read_as_text(prompt: str) -> None:
     with pytest.raises(DataError, match="unmatched"):

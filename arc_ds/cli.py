@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from arc_ds.errors import ArcError
-from arc_ds.launch.exit_codes import EXIT_USER_ERROR, exit_code_of
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_USER_ERROR, exit_code_of
 from arc_ds.version import __version__
 
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else ""
+    _prepare_output()
     if name not in COMMANDS:
         _overview().parse_args(argv or ["--help"])
         return EXIT_USER_ERROR
@@ -58,10 +60,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"arc-ds {name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader closed the pipe early (| head). Without the redirect Python would complain again at exit.
+    except OSError as error:
+        is_pipe = isinstance(error, BrokenPipeError)  # the reader closed it early (| head)
+        if not is_pipe and _output_works():
+            raise
+        # Without the redirect Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        if is_pipe:
+            return 128 + signal.SIGPIPE
+        print(f"arc-ds {name}: standard output cannot be written: {error.strerror or error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _prepare_output() -> None:
+    """Let no output stream end a command: replace characters that its encoding lacks; discard the text if it is closed.
+
+    Standard error replaces such characters already.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+def _output_works() -> bool:
+    """Whether standard output can be written after an OSError, which does not say what raised it."""
+    try:
+        print(flush=True)  # a flush alone would succeed, because Python has dropped the text that it could not write
+    except OSError:
+        return False
+    return True
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

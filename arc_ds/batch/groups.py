@@ -31,12 +31,13 @@ class GroupRule(NamedTuple):
 
     def num_groups(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """The number of groups for each context length, int64 [C]. Lengths are at least 1."""
+        value = min(self.value, np.iinfo(np.int64).max)  # numpy takes no larger number; no context is that long
         if self.kind == "factor":
-            return -(-lengths // self.value)
+            return -(-lengths // value)
         if self.kind == "count":
-            return np.minimum(lengths, self.value)
+            return np.minimum(lengths, value)
         if self.kind == "floor_factor":
-            return np.where(lengths < self.value, lengths, lengths // self.value)
+            return np.where(lengths < value, lengths, lengths // value)
         return lengths.copy()
 
 

@@ -13,6 +13,9 @@ from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+
+from arc_ds.errors import DataError
 
 Kind = Literal["text", "context"]
 Marker = Literal["cont", "rec"]
@@ -28,10 +31,19 @@ class TokenIds(Sequence[int]):
 
     __slots__ = ("array",)
 
-    def __init__(self, ids: Sequence[int] | NDArray[np.integer]) -> None:
-        """Keeps an array of integers without a copy. The array must not be written to later."""
-        # Without the dtype, an empty tuple would become an array of floats.
-        self.array: NDArray[np.integer] = ids if isinstance(ids, np.ndarray) else np.array(ids, dtype=np.int64)
+    def __init__(self, ids: Sequence[int] | NDArray[np.integer] | Tensor) -> None:
+        """Keeps an array of integers without a copy. The array must not be written to later.
+
+        Raises DataError on anything but a flat sequence of whole numbers: numpy would read floats, truth values and
+        bytes as numbers.
+        """
+        array = ids if isinstance(ids, np.ndarray) else _as_array(ids)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise DataError(
+                f"token ids are a {type(ids).__name__} ({array.dtype}, shape {array.shape}); expected a flat sequence "
+                "of whole numbers. Pass the ids of a tokenizer."
+            )
+        self.array: NDArray[np.integer] = array
 
     def __len__(self) -> int:
         return len(self.array)
@@ -87,11 +99,12 @@ class Segment(NamedTuple):
     @staticmethod
     def context(ids: Sequence[int] | NDArray[np.integer], marker: Marker | None = "cont") -> Segment:
         """A context to compress, of at least one encoder token id. Raises ValueError on none or an unknown marker."""
+        ids = _token_ids(ids)
         if len(ids) == 0:
             raise ValueError("a context segment needs at least one token: an empty context has no groups to pool")
         if marker is not None and marker not in MARKERS:
             raise ValueError(f"marker is {marker!r}; expected one of {MARKERS} or None")
-        return Segment("context", _token_ids(ids), marker=marker)
+        return Segment("context", ids, marker=marker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +121,16 @@ class Sample:
     @property
     def num_context_tokens(self) -> int:
         return sum(len(s.ids) for s in self.segments if s.kind == "context")
+
+
+def _as_array(ids: object) -> NDArray[Any]:
+    if isinstance(ids, bytes | bytearray | memoryview):
+        return np.array(None)  # numpy would read most of them as numbers
+    try:
+        array = np.array(ids.tolist() if isinstance(ids, Tensor) else ids)
+    except ValueError:  # nested lists of different lengths
+        return np.array(None)
+    return array if array.shape != (0,) else array.astype(np.int64)  # numpy makes floats of an empty sequence
 
 
 def _token_ids(ids: Sequence[int] | NDArray[np.integer]) -> TokenIds:

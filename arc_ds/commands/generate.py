@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +11,9 @@ from arc_ds.batch.segments import MARKERS, Marker
 from arc_ds.errors import DataError
 from arc_ds.export.formats import DTYPES
 from arc_ds.inference.arc import ArcModel, Context
+from arc_ds.inference.generate import MAX_NEW_TOKENS, Sampling, whole_number
 from arc_ds.system.device import REQUESTS, select_device
-from arc_ds.system.user_files import read_user_text
+from arc_ds.system.user_files import check_encodable, read_user_stdin, read_user_text
 
 CONTEXT_TAG = re.compile(r"<context>(.*?)</context>", re.DOTALL)
 _LONE_TAG = re.compile(r"</?context>")
@@ -43,6 +43,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     generate.add_argument("--top-p", type=float, default=1.0, help="total probability of the tokens to sample from")
     generate.add_argument("--seed", type=int, default=0, help="seed for sampling (default 0)")
+    generate.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="text or special token that ends the continuation, besides the ends that the decoder's files name; may be "
+        "repeated",
+    )
+    generate.add_argument("--stop-id", type=int, action="append", default=[], help="the same for a token id")
     generate.set_defaults(run=run_generate)
 
 
@@ -74,14 +83,19 @@ def run_compress(args: argparse.Namespace) -> int:
     assert model.encoder_tokenizer is not None, "compress() of texts raises without one"
     tokens = model.encoder_tokenizer.encode_batch(texts)
     for path, ids, v in zip(args.texts, tokens, vectors, strict=True):
-        print(f"{path}: {len(ids)} tokens -> {v.shape[0]} vectors of {v.shape[1]}")
+        limit = model.max_context_tokens
+        note = f" (trained on at most {limit} tokens)" if limit is not None and len(ids) > limit else ""
+        print(f"{path}: {len(ids)} tokens -> {v.shape[0]} vectors of {v.shape[1]}{note}")
     return 0
 
 
 def run_generate(args: argparse.Namespace) -> int:
     """Run `arc-ds generate`; return 0 on success."""
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    parse_prompt(prompt)  # report mistakes in the prompt before loading models
+    prompt = _read_stdin() if args.prompt == "-" else _argument(args.prompt, "the prompt")
+    # Report mistakes before loading models.
+    parse_prompt(prompt)
+    Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    whole_number("max_new_tokens", args.max_new_tokens, at_least=0, at_most=MAX_NEW_TOKENS)
     model = _load(args, args.decoder)
     (text,) = model.generate(
         [parse_prompt(prompt, _marker(args.marker, model))],
@@ -90,6 +104,8 @@ def run_generate(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
+        stop=[_argument(text, "--stop") for text in args.stop],
+        stop_ids=args.stop_id,
     )
     print(text)
     return 0
@@ -128,5 +144,21 @@ def _load(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
 
 def _read(path: Path) -> str:
     if str(path) == "-":
-        return sys.stdin.read()
-    return read_user_text(path, DataError, remedy="Give the path of a text file.")
+        return _read_stdin()
+    return _with_line_feeds(read_user_text(path, DataError, remedy="Give the path of a text file in UTF-8."))
+
+
+def _argument(text: str, what: str) -> str:
+    """An argument of the command line. In a locale without UTF-8, Python keeps its bytes as lone surrogates."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        return check_encodable(text, what)
+
+
+def _read_stdin() -> str:
+    return _with_line_feeds(read_user_stdin(DataError))
+
+
+def _with_line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -314,7 +314,7 @@ class RunConfig:
     """Folder for everything that the run writes. It is created if it does not exist."""
     steps: Positive
     """Optimizer steps of the run."""
-    seed: Count = 0
+    seed: Annotated[int, Range(at_least=0, below=2**64)] = 0
     """Seed of the data's order, of the decoder of each step and of fresh weights."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights in forward and backward. Master weights, gradient sums and optimizer states are always

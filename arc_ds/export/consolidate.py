@@ -34,6 +34,7 @@ class TrainedCompressor:
     decoders: the decoders it was trained for, in the order of the ports.
     encoder_fingerprint: of the encoder's tokenizer in training; None if the checkpoint does not record it.
     decoder_ids: digest of each decoder's tokenizer (`tokenizers.ids_digest`). Empty if the checkpoint records none.
+    max_context_tokens: length of the longest context in training; None if the checkpoint does not record it.
     """
 
     spec: CompressorSpec
@@ -43,6 +44,7 @@ class TrainedCompressor:
     decoders: tuple[TrainedFor, ...]
     encoder_fingerprint: str | None = None
     decoder_ids: tuple[str, ...] = ()
+    max_context_tokens: int | None = None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -82,6 +84,7 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
         decoders=tuple(TrainedFor(**d) for d in description["decoders"]),
         encoder_fingerprint=description.get("tokenizers", {}).get("encoder"),
         decoder_ids=tuple(description.get("decoder_ids", ())),
+        max_context_tokens=description.get("max_context_tokens"),
     )
 
 

@@ -107,7 +107,7 @@ def _write_arc(
             "the reference ignores it"
         )
     write_arc_checkpoint(folder, params_of_spec(spec, dtype), tensors, spec.backbone)
-    _write_json(folder / ARC_DECODERS, {"encoder_tokenizer": fingerprints, "decoders": _decoders(trained)})
+    _write_json(folder / ARC_DECODERS, _training(trained, fingerprints))
 
 
 def _write_folder(
@@ -118,20 +118,28 @@ def _write_folder(
         "format": EXPORT_FORMAT,
         "version": EXPORT_VERSION,
         "step": trained.step,
-        "encoder_tokenizer": fingerprints,
-        "decoders": _decoders(trained),
+        **_training(trained, fingerprints),
         "compressor": trained.spec.to_json(),
     }
     _write_json(folder / EXPORT_CONFIG, config)
     (folder / "README.md").write_text(_model_card(trained), encoding="utf-8")
 
 
-def _decoders(trained: TrainedCompressor) -> list[dict[str, Any]]:
+def _training(trained: TrainedCompressor, fingerprints: list[str]) -> dict[str, Any]:
+    """The settings of training that `ArcModel` needs. Both formats record them.
+
+    fingerprints: of the encoder's tokenizer, in training and as written.
+    """
     digests = trained.decoder_ids or (None,) * len(trained.decoders)
-    return [
+    decoders = [
         {**asdict(decoder), "hidden_size": size, "ids_digest": digest}
         for decoder, size, digest in zip(trained.decoders, trained.spec.decoder_sizes, digests, strict=True)
     ]
+    return {
+        "encoder_tokenizer": fingerprints,
+        "decoders": decoders,
+        "max_context_tokens": trained.max_context_tokens,
+    }
 
 
 def _write_json(path: Path, plain: dict[str, Any]) -> None:

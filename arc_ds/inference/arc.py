@@ -8,7 +8,8 @@ texts = model.generate([["Summarise: ", Context("A long text ..."), "\\nSummary:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from arc_ds.batch.packing import PackedBatch, pack
-from arc_ds.batch.segments import Marker, Sample, Segment
+from arc_ds.batch.segments import Marker, Sample, Segment, TokenIds
 from arc_ds.errors import ConfigError, DataError, TokenizerError
-from arc_ds.inference.generate import Sampling, generate_ids
+from arc_ds.inference.decoder_files import find_max_positions, find_stop_ids
+from arc_ds.inference.generate import MAX_NEW_TOKENS, Sampling, generate_ids, whole_number
 from arc_ds.inference.load import (
     load_compressor,
     load_decoder_tokenizer,
@@ -33,7 +35,13 @@ from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights import load_backbone
 from arc_ds.system.device import usable_device
+from arc_ds.system.user_files import check_encodable
 from arc_ds.tokenizers import Tokenizer, read_together
+
+logger = logging.getLogger(__name__)
+
+# Longest context of a run with the default sizes, for checkpoints that do not record theirs.
+_DEFAULT_CONTEXT_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +69,14 @@ class ArcModel:
     decoder_tokenizers: one per decoder; None if prompts come as token ids.
     decoder_bos: for each decoder, whether text prompts begin with its begin-of-text token, as in training. The default
         is yes if its tokenizer has one.
+    decoder_stop_ids: for each decoder, the ids that end a continuation of `generate`. The default is the end-of-text
+        token of its tokenizer.
+    decoder_max_positions: for each decoder, the longest sequence that its files state, if any. A longer one gives a
+        warning.
     texts_apart: tokenize the text after a context as if it started a new text, as the reference does. Sentencepiece
         then prepends a space.
+    max_context_tokens: length of the longest context in training, if it is known. A longer one is compressed, with a
+        warning.
     """
 
     def __init__(
@@ -74,7 +88,10 @@ class ArcModel:
         encoder_tokenizer: Tokenizer | None = None,
         decoder_tokenizers: Sequence[Tokenizer | None] = (),
         decoder_bos: Sequence[bool] = (),
+        decoder_stop_ids: Sequence[Sequence[int]] = (),
+        decoder_max_positions: Sequence[int | None] = (),
         texts_apart: bool = False,
+        max_context_tokens: int | None = None,
     ) -> None:
         self.spec = spec
         self.compressor = compressor.eval().requires_grad_(False)
@@ -82,7 +99,12 @@ class ArcModel:
         self.encoder_tokenizer = encoder_tokenizer
         self.decoder_tokenizers = list(decoder_tokenizers) or [None] * len(self.decoders)
         self.decoder_bos = list(decoder_bos) or [True] * len(self.decoders)
+        ends = ((t.eos_id if t is not None else None) for t in self.decoder_tokenizers)
+        self.decoder_stop_ids = list(decoder_stop_ids) or [() if end is None else (end,) for end in ends]
+        self.decoder_max_positions = list(decoder_max_positions) or [None] * len(self.decoders)
         self.texts_apart = texts_apart
+        self.max_context_tokens = max_context_tokens
+        self._named_lengths: dict[str, int] = {}  # the longest that a warning has named, by the model that reads it
         self.device = next(compressor.parameters()).device
 
     @staticmethod
@@ -125,24 +147,29 @@ class ArcModel:
             encoder_tokenizer=encoder_tokenizer,
             decoder_tokenizers=decoder_tokenizers,
             decoder_bos=[settings.bos for settings in folder.decoders],
+            decoder_stop_ids=[find_stop_ids(path, t) for path, t in zip(paths, decoder_tokenizers, strict=True)],
+            decoder_max_positions=[find_max_positions(path) for path in paths],
             texts_apart=folder.texts_apart,
+            max_context_tokens=folder.max_context_tokens,
         )
 
     @torch.no_grad()
     def compress(
-        self, contexts: Sequence[str] | Sequence[Sequence[int]], decoder: int = 0, marker: Marker | None = "cont"
+        self, contexts: Sequence[str | Sequence[int]], decoder: int = 0, marker: Marker | None = "cont"
     ) -> list[Tensor]:
         """Compress each context into vectors for the decoder: a list of [m, D_decoder]; the marker, if any, is last.
 
-        contexts: texts, or encoder token ids.
+        contexts: texts, or encoder token ids. A context longer than those of training gives a warning.
         decoder: index of the port. The decoder itself need not be loaded.
         marker: marker appended to each context, or None.
 
-        Raises DataError on an empty context or an id outside the vocabulary, ConfigError on a marker that the port
-        lacks, and TokenizerError on texts if the encoder was loaded without a tokenizer.
+        Raises DataError on an empty context, a text that UTF-8 cannot encode, ids that are not whole numbers or are
+        outside the vocabulary, ConfigError on a marker that the port lacks, and TokenizerError on texts if the encoder
+        was loaded without a tokenizer.
         """
         _check_is_list("contexts", contexts)
-        samples = [Sample("compress", (self._context(c, decoder, marker),)) for c in contexts]
+        segments = [self._context(c, decoder, marker, f"context {idx}") for idx, c in enumerate(contexts)]
+        samples = [Sample("compress", (segment,)) for segment in segments]
         if not samples:
             return []
         batch = self._pack(samples)
@@ -159,6 +186,7 @@ class ArcModel:
             return []
         samples = [Sample("logits", tuple(segments)) for segments in sequences]
         batch = self._pack(samples, reader)
+        self._warn_of_long_sequence(batch.decoder_max_seqlen, 0, decoder)
         logits_NV = reader.logits(batch, self._vectors(batch, decoder), batch.text_rows)
         return list(logits_NV.split([sample.num_text_tokens for sample in samples]))
 
@@ -171,27 +199,44 @@ class ArcModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        *,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
     ) -> list[str]:
         """Continue each prompt, a mixture of text and `Context`, and return the new texts.
 
-        A prompt starts with the decoder's begin-of-text token if its tokenizer has one. The end-of-text token ends a
-        continuation. Temperature 0 is greedy; otherwise tokens are sampled with `seed` from the smallest set whose
-        probability reaches `top_p`. Sentencepiece drops a leading space of a continuation.
+        A prompt starts with the decoder's begin-of-text token if its tokenizer has one. Every end of a text or a turn
+        that the decoder's files name ends a continuation (`decoder_stop_ids`). Temperature 0 is greedy; otherwise
+        tokens are sampled with `seed` from the smallest set whose probability reaches `top_p`. Sentencepiece drops a
+        leading space of a continuation.
+
+        stop: texts that also end a continuation, such as "\\n\\n", or names of special tokens, such as "<|im_end|>".
+            They are not returned.
+        stop_ids: ids of the decoder's tokenizer that also end a continuation.
 
         Raises TokenizerError if the decoder was loaded without a tokenizer, DataError on a prompt without tokens
-        (unless the tokenizer has a begin-of-text token), and ConfigError on an invalid number.
+        (unless the tokenizer has a begin-of-text token), and ConfigError on an invalid number or stop.
         """
         _check_is_list("prompts", prompts)
         tokenizer = self._decoder_tokenizer(decoder)
-        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        ids = self.generate_ids(
-            [self._segments(prompt, decoder) for prompt in prompts],
+        stops = _stop_texts(stop)
+        named = [tokenizer.special_ids[text] for text in stops if text in tokenizer.special_ids]
+        texts = [text for text in stops if text not in tokenizer.special_ids]
+        # A token has at least one byte, but the window may begin inside a character.
+        window = max((len(text.encode()) for text in texts), default=0) + 4
+
+        def has_stopped(line: list[int]) -> bool:
+            return any(text in tokenizer.decode(line[-window:]) for text in texts)
+
+        ids = self._generate(
+            [self._segments(prompt, decoder, f"prompt {idx}") for idx, prompt in enumerate(prompts)],
             decoder,
             max_new_tokens=max_new_tokens,
-            stop_ids=stop,
+            stop_ids=[*self.decoder_stop_ids[decoder], *named, *self._checked_stop_ids(stop_ids, decoder)],
             sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+            has_ended=has_stopped if texts else None,
         )
-        return [tokenizer.decode(line) for line in ids]
+        return [_before_first(tokenizer.decode(line), texts) for line in ids]
 
     @torch.no_grad()
     def generate_ids(
@@ -203,11 +248,34 @@ class ArcModel:
         stop_ids: Sequence[int] = (),
         sampling: Sampling | None = None,
     ) -> list[list[int]]:
-        """`generate` on token ids: no tokenizer, no begin-of-text token."""
+        """`generate` on token ids: no tokenizer, no begin-of-text token, and no stops but `stop_ids`.
+
+        `decoder_stop_ids[decoder]` are those of `generate`.
+        """
+        return self._generate(
+            prompts,
+            decoder,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self._checked_stop_ids(stop_ids, decoder),
+            sampling=sampling,
+        )
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[Segment]],
+        decoder: int,
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        sampling: Sampling | None,
+        has_ended: Callable[[list[int]], bool] | None = None,
+    ) -> list[list[int]]:
         reader = self._reader(decoder)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, at_least=0, at_most=MAX_NEW_TOKENS)
         if not prompts:
             return []
         batch = self._pack([Sample("generate", tuple(segments)) for segments in prompts], reader)
+        self._warn_of_long_sequence(batch.decoder_max_seqlen, max_new_tokens, decoder)
         return generate_ids(
             reader,
             batch,
@@ -215,16 +283,21 @@ class ArcModel:
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids,
             sampling=sampling,
+            has_ended=has_ended,
         )
+
+    def _checked_stop_ids(self, stop_ids: Sequence[int], decoder: int) -> list[int]:
+        last = self._reader(decoder).config.vocab_size - 1
+        return [whole_number("a stop id", idx, at_least=0, at_most=last) for idx in stop_ids]
 
     def _vectors(self, batch: PackedBatch, decoder: int) -> Tensor | None:
         """Compressed vectors of a batch's contexts; None if the batch has text only."""
         return self.compressor(batch, decoder) if batch.num_encoder_tokens else None
 
     def _reader(self, decoder: int) -> Decoder:
-        if not 0 <= decoder < len(self.decoders):
+        if decoder not in range(len(self.decoders)):
             raise ConfigError(
-                f"decoder {decoder} was requested, but the model was loaded with {len(self.decoders)} of its "
+                f"decoder {decoder!r} was requested, but the model was loaded with {len(self.decoders)} of its "
                 f"{len(self.spec.decoder_sizes)} decoders (indices start at 0). Add its weights to `decoders`."
             )
         return self.decoders[decoder]
@@ -233,13 +306,44 @@ class ArcModel:
         for idx, sample in enumerate(samples):
             if not any(segment.ids for segment in sample.segments):
                 raise DataError(f"sequence {idx} is empty: it needs at least one text token or context")
+        self._warn_of_long_contexts(samples)
         batch = pack(samples, self.spec.packing)
         _check_ids("encoder", batch.encoder_ids, self.spec.backbone.vocab_size)
         if reader is not None:
             _check_ids("decoder", batch.decoder_ids, reader.config.vocab_size)
         return batch.to(self.device)
 
-    def _segments(self, prompt: Prompt | Sequence[Segment], decoder: int) -> list[Segment]:
+    def _warn_of_long_contexts(self, samples: Sequence[Sample]) -> None:
+        lengths = (len(segment.ids) for sample in samples for segment in sample.segments if segment.kind == "context")
+        longest, trained = max(lengths, default=0), self.max_context_tokens
+        usual = trained or _DEFAULT_CONTEXT_TOKENS
+        if self._is_news("encoder", longest, usual):
+            source = "the encoder was trained on" if trained else "its training is not recorded; most runs train on"
+            logger.warning(
+                f"a context has {longest:,} tokens; {source} contexts of up to {usual:,}. Its vectors may lose most of "
+                f"the text, and time grows with the square of the length. Cut it into contexts of at most {usual:,} "
+                "tokens."
+            )
+
+    def _warn_of_long_sequence(self, rows: int, max_new_tokens: int, decoder: int) -> None:
+        limit = self.decoder_max_positions[decoder]
+        if limit is not None and self._is_news(f"decoder {decoder}", rows + max_new_tokens, limit):
+            logger.warning(
+                f"a sequence has {rows:,} tokens and vectors, and up to {max_new_tokens:,} new tokens; decoder "
+                f"{decoder} was trained on at most {limit:,} positions. Its text may degrade beyond them. Shorten the "
+                "prompt, compress more of it, or lower max_new_tokens."
+            )
+
+    def _is_news(self, reader: str, length: int, limit: int) -> bool:
+        """Whether a length exceeds the limit of its reader, and every length that a warning has named before."""
+        if length <= max(limit, self._named_lengths.get(reader, 0)):
+            return False
+        self._named_lengths[reader] = length
+        return True
+
+    def _segments(self, prompt: Prompt | Sequence[Segment], decoder: int, where: str = "a prompt") -> list[Segment]:
+        if not isinstance(prompt, str | Context | Sequence):
+            raise DataError(f"{where} is a {type(prompt).__name__}; expected a str, a Context, or a list of them")
         parts = [prompt] if isinstance(prompt, str | Context) else list(prompt)
         given = [part for part in parts if isinstance(part, Segment)]
         if given and len(given) == len(parts):
@@ -250,9 +354,10 @@ class ArcModel:
         after_context = False
         for part in _join_texts(parts):
             if isinstance(part, Context):
-                segments.append(self._context(part.text, decoder, part.marker))
+                segments.append(self._context(part.text, decoder, part.marker, f"a context of {where}"))
             elif isinstance(part, str):
-                (ids,) = read_together(tokenizer, [part], inside=after_context and not self.texts_apart)
+                text = check_encodable(part, where)
+                (ids,) = read_together(tokenizer, [text], inside=after_context and not self.texts_apart)
                 segments.append(Segment.text(ids))
             else:
                 raise DataError(
@@ -261,23 +366,26 @@ class ArcModel:
             after_context = isinstance(part, Context)
         return segments
 
-    def _context(self, context: str | Sequence[int], decoder: int, marker: Marker | None) -> Segment:
-        if not 0 <= decoder < len(self.compressor.ports):
-            raise ConfigError(f"decoder {decoder} was requested; the compressor serves {len(self.compressor.ports)}")
+    def _context(self, context: str | Sequence[int], decoder: int, marker: Marker | None, where: str) -> Segment:
+        if decoder not in range(len(self.compressor.ports)):
+            raise ConfigError(f"decoder {decoder!r} was requested; the compressor serves {len(self.compressor.ports)}")
         if marker is not None and marker not in self.spec.markers:
             have = " and ".join(self.spec.markers) or "no marker"
             raise ConfigError(f"marker is {marker!r}; this compressor has {have}: use one that it has, or None")
         if not isinstance(context, str):
-            ids = [int(token) for token in context]
+            try:
+                ids = TokenIds(context)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
         elif self.encoder_tokenizer is None:
             raise TokenizerError(
                 "the encoder has no tokenizer, so it accepts ids only: pass an encoder_backbone folder with a "
                 "tokenizer to from_checkpoint"
             )
         else:
-            ids = self.encoder_tokenizer.encode(context)
+            ids = TokenIds(self.encoder_tokenizer.encode(check_encodable(context, where)))
         if not ids:
-            raise DataError("a context is empty, so there is nothing to compress: omit it or give it text")
+            raise DataError(f"{where} is empty, so there is nothing to compress: omit it or give it text")
         return Segment.context(ids, marker)
 
     def _decoder_tokenizer(self, decoder: int) -> Tokenizer:
@@ -289,11 +397,12 @@ class ArcModel:
 
 
 def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
-    if factor < 1 or not spec.rules:
+    if not spec.rules:
         raise ConfigError(
-            f"pooling_factor is {factor}; expected at least 1 and a compressor with pooled layers (this one has "
-            f"{spec.memory_tokens} memory tokens)"
+            f"pooling_factor is {factor}, but only pooled layers have one; this one has {spec.memory_tokens} memory "
+            "tokens instead. Omit pooling_factor."
         )
+    factor = whole_number("pooling_factor", factor, at_least=1, at_most=2**31 - 1)  # row numbers are int32
     return dataclasses.replace(spec, rules=(*spec.rules[:-1], *group_rules(spec.strategy, (factor,))))
 
 
@@ -307,9 +416,22 @@ def _join_texts(parts: Sequence[object]) -> list[object]:
 
 
 def _check_is_list(what: str, given: object) -> None:
-    """Raise DataError on a single text, which would be read as a list of its characters."""
-    if isinstance(given, str | Context):
-        raise DataError(f"{what} is one {type(given).__name__}; expected a list: write [{what[:-1]}]")
+    """Raise DataError on a single text, which would be read as a list of its characters or bytes."""
+    if isinstance(given, str | bytes | bytearray | Context) or not isinstance(given, Iterable):
+        raise DataError(f"{what} is one {type(given).__name__}; expected a list: write [{what.removesuffix('s')}]")
+
+
+def _stop_texts(stop: Sequence[str]) -> list[str]:
+    """The texts themselves. ConfigError if they are not a list of texts of at least one character each."""
+    texts = [] if isinstance(stop, str) else list(stop)
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError(f"stop is {stop!r}; expected a list of texts that are not empty, such as ['\\n\\n']")
+    return [check_encodable(text, "a stop") for text in texts]
+
+
+def _before_first(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops in it; all of it if there is none."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def _check_ids(what: str, ids: Tensor, vocab_size: int) -> None:

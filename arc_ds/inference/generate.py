@@ -9,8 +9,11 @@ Shape letters: B prompts, R rows of the prefill, Z compressed vectors, V vocabul
 
 from __future__ import annotations
 
+import operator
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -19,6 +22,22 @@ from arc_ds.batch.packing import PackedBatch
 from arc_ds.errors import ConfigError
 from arc_ds.model.backbone import LayerCache, Spans
 from arc_ds.model.decoder import Decoder
+from arc_ds.system.device import GIB, usable_memory_bytes
+
+MAX_NEW_TOKENS = 2**31 - 1  # positions in a cache are int32
+# Logits divided by a temperature in this range are finite in float32. Outside, the choice is greedy or uniform anyway.
+_TEMPERATURES = (1e-30, 1e30)
+
+
+def whole_number(name: str, value: object, *, at_least: int, at_most: int) -> int:
+    """The value as an int. Raises ConfigError if it is not a whole number in the range."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or not at_least <= number <= at_most:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number from {at_least} to {at_most}")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +46,9 @@ class Sampling:
 
     temperature: 0 is greedy; otherwise at least 0.
     top_p: sample from the smallest set of tokens whose probability reaches this value, in (0, 1].
-    seed: seed of the random generator.
+    seed: seed of the random generator, from -2**63 to 2**64 - 1.
 
-    Raises ConfigError on a negative temperature or a top_p outside (0, 1].
+    Raises ConfigError on a negative or infinite temperature, a top_p outside (0, 1] or a seed out of range.
     """
 
     temperature: float = 0.0
@@ -37,10 +56,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
+        are_numbers = isinstance(self.temperature, Real) and isinstance(self.top_p, Real)
+        if not are_numbers or not 0 <= self.temperature <= sys.float_info.max or not 0 < self.top_p <= 1:
             raise ConfigError(
-                f"temperature is {self.temperature} and top_p {self.top_p}; expected temperature >= 0, 0 < top_p <= 1"
+                f"temperature is {self.temperature!r} and top_p {self.top_p!r}; expected two numbers: a finite "
+                "temperature >= 0, and 0 < top_p <= 1"
             )
+        whole_number("seed", self.seed, at_least=-(2**63), at_most=2**64 - 1)
 
 
 class KVCache:
@@ -77,6 +99,7 @@ def generate_ids(
     max_new_tokens: int,
     stop_ids: Collection[int] = (),
     sampling: Sampling | None = None,
+    has_ended: Callable[[list[int]], bool] | None = None,
     on_logits: Callable[[int, Tensor], None] | None = None,
 ) -> list[list[int]]:
     """Continue every sequence of the batch by at most `max_new_tokens` tokens.
@@ -86,13 +109,14 @@ def generate_ids(
 
     z_ZD: compressed vectors of the batch; None for text only.
     stop_ids: tokens that end a sequence. They are not returned.
+    has_ended: called with the new tokens of each sequence after every step; True ends the sequence.
     on_logits: called with (step, float32 logits [B, V]) before each choice, for inspection.
 
-    Raises ConfigError on a negative number of new tokens.
+    Raises ConfigError on a negative number of new tokens, or one whose cache does not fit into memory.
     """
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 0")
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, at_least=0, at_most=MAX_NEW_TOKENS)
     num_sequences, device = batch.decoder_cu_seqlens.numel() - 1, batch.decoder_ids.device
+    _check_memory(decoder, num_sequences, batch.decoder_max_seqlen, max_new_tokens)
     cache = KVCache(decoder, num_sequences, batch.decoder_max_seqlen + max_new_tokens)
     choose = _Chooser(sampling or Sampling(), device)
     stop = torch.tensor(sorted(stop_ids), device=device, dtype=torch.int64)
@@ -105,12 +129,31 @@ def generate_ids(
         ids_B = choose(logits_BV)
         done_B = done_B | torch.isin(ids_B, stop)
         chosen.append(torch.where(done_B, -1, ids_B))
+        if has_ended is not None:
+            done_B = done_B | torch.tensor([has_ended(line) for line in _lines(chosen)], device=device)
         if step + 1 == max_new_tokens or bool(done_B.all()):
             break
         logits_BV = _advance(decoder, ids_B, lengths_B + step, cache)
-    if not chosen:
-        return [[] for _ in range(num_sequences)]
+    return _lines(chosen) if chosen else [[] for _ in range(num_sequences)]
+
+
+def _lines(chosen: list[Tensor]) -> list[list[int]]:
+    """The new tokens of each sequence, without the -1 after its end."""
     return [[token for token in line if token >= 0] for line in torch.stack(chosen, dim=1).tolist()]
+
+
+def _check_memory(decoder: Decoder, num_sequences: int, prompt_rows: int, max_new_tokens: int) -> None:
+    """Raise ConfigError if the cache does not fit into memory, before anything is allocated."""
+    config, table = decoder.config, decoder.tok_embeddings.weight
+    row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * table.element_size()
+    needed = row_bytes * num_sequences * (prompt_rows + max_new_tokens)
+    usable = usable_memory_bytes(table.device)
+    if needed > usable:
+        raise ConfigError(
+            f"keys and values of {num_sequences} prompts of up to {prompt_rows:,} tokens and max_new_tokens "
+            f"{max_new_tokens:,} take {needed / GIB:.1f} GiB; {usable / GIB:.1f} GiB can be used. Lower "
+            "max_new_tokens, or generate fewer or shorter prompts at once."
+        )
 
 
 def _prefill(decoder: Decoder, batch: PackedBatch, z_ZD: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -144,7 +187,10 @@ class _Chooser:
     def __call__(self, logits_BV: Tensor) -> Tensor:
         if self.sampling.temperature == 0:
             return logits_BV.argmax(dim=-1)
-        probs, order = torch.softmax(logits_BV / self.sampling.temperature, dim=-1).sort(dim=-1, descending=True)
+        lowest, highest = _TEMPERATURES
+        temperature = float(min(max(self.sampling.temperature, lowest), highest))
+        probs, order = torch.softmax(logits_BV / temperature, dim=-1).sort(dim=-1, descending=True)
         beyond = probs.cumsum(dim=-1) - probs >= self.sampling.top_p  # keeps the token that crosses top_p
+        beyond[:, 0] = False  # a top_p below float32's smallest number would leave no token
         drawn = torch.multinomial(probs.masked_fill(beyond, 0.0), 1, generator=self.generator)
         return order.gather(1, drawn).squeeze(1)

@@ -57,6 +57,7 @@ class ArcFolder:
     decoders: settings of each decoder in training.
     texts_apart: whether training tokenized the texts around a context separately, as the reference does.
     encoder_fingerprints: of the encoder's tokenizer: its file in training, and the one in the folder. Empty if unknown.
+    max_context_tokens: length of the longest context in training; None if the folder does not record it.
     """
 
     spec: CompressorSpec
@@ -65,6 +66,7 @@ class ArcFolder:
     decoders: tuple[DecoderSettings, ...]
     texts_apart: bool = False
     encoder_fingerprints: tuple[str, ...] = ()
+    max_context_tokens: int | None = None
 
 
 def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcFolder:
@@ -221,6 +223,7 @@ def _open_export(folder: Path, config: Fields, encoder_backbone: Path | None) ->
         tokenizer=_find_tokenizer(folder, encoder_backbone),
         decoders=_decoder_settings(config, len(spec.decoder_sizes)),
         encoder_fingerprints=_encoder_fingerprints(folder, config),
+        max_context_tokens=_max_context_tokens(config),
     )
 
 
@@ -230,10 +233,12 @@ def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcFold
     settings = (DecoderSettings(rope_scaling="none"),) * len(spec.decoder_sizes)
     is_ours = (folder / ARC_DECODERS).is_file()
     fingerprints: tuple[str, ...] = ()
+    max_context_tokens = None
     if is_ours:
         ours = Fields.read(folder / ARC_DECODERS)
         settings = _decoder_settings(ours, len(spec.decoder_sizes))
         fingerprints = _encoder_fingerprints(folder, ours)
+        max_context_tokens = _max_context_tokens(ours)
     return ArcFolder(
         spec=spec,
         tensors=checkpoint,
@@ -241,6 +246,7 @@ def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcFold
         decoders=settings,
         texts_apart=not is_ours,
         encoder_fingerprints=fingerprints,
+        max_context_tokens=max_context_tokens,
     )
 
 
@@ -255,6 +261,11 @@ def _encoder_fingerprints(folder: Path, plain: Fields) -> tuple[str, ...]:
         return tuple(map(str, recorded))
     found = find_tokenizer(folder)
     return () if found is None else (load_tokenizer(found).fingerprint,)
+
+
+def _max_context_tokens(plain: Fields) -> int | None:
+    """Length of the longest context in training. Earlier exports do not record it."""
+    return None if plain.get("max_context_tokens") is None else plain.integer("max_context_tokens")
 
 
 def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings, ...]:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from arc_ds.errors import DataError
-from arc_ds.system.user_files import ICONV, decode_user_text, without_mark, without_mark_in_names
+from arc_ds.system.user_files import ICONV, check_encodable, decode_user_text, without_mark, without_mark_in_names
 
 # A record is one training sequence: 32 chunks of 1024 tokens are 0.2 MB. A larger one is a file without line ends.
 MAX_RECORD_BYTES = 16 << 20
@@ -122,7 +122,7 @@ def text_of(record: dict[str, Any], field: str) -> str:
     text = value_of(record, field)
     if not isinstance(text, str):
         raise DataError(f"expected a string in the field {field!r}, got {_got(record, field, text)}")
-    return _checked(without_mark(text), field)
+    return check_encodable(without_mark(text), f"the field {field!r}")
 
 
 def value_of(record: dict[str, Any], field: str) -> Any:
@@ -159,7 +159,7 @@ def _texts(record: dict[str, Any], field: str) -> tuple[str, ...]:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         got = _fields(record) if field not in record else _kind(value)
         raise DataError(f"expected a string or a list of strings in the field {field!r}, got {got}")
-    texts = [_checked(without_mark(text), field) for text in texts]
+    texts = [check_encodable(without_mark(text), f"the field {field!r}") for text in texts]
     if not all(text.strip() for text in texts):
         raise DataError(f"expected text in the field {field!r}, got a blank string")
     return tuple(texts)
@@ -171,16 +171,6 @@ def _optional_text(record: dict[str, Any], field: str) -> str | None:
         return None
     text = text_of(record, field)
     return text if text.strip() else None
-
-
-def _checked(text: str, field: str) -> str:
-    if text.isascii():
-        return text
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"the field {field!r} holds characters that UTF-8 cannot encode: {error}") from error
-    return text
 
 
 def _kind(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import resource
@@ -90,6 +91,16 @@ def usable_device(device: str | torch.device) -> torch.device:
 def free_memory_bytes(device: torch.device) -> int | None:
     """Free memory of a GPU in bytes; None on the CPU."""
     return None if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def usable_memory_bytes(device: torch.device) -> int:
+    """Memory that new tensors may take: free memory of a GPU, half of this host's memory or of this process's limit."""
+    free = free_memory_bytes(device)
+    if free is not None:
+        return free
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # `ulimit -v`
+    return (host if limit == resource.RLIM_INFINITY else min(host, limit)) // 2
 
 
 def local_gpus() -> tuple[torch.device, ...]:

@@ -1,4 +1,4 @@
-"""Read small files that users provide. All readers report the same faults, with the same remedies.
+"""Read small files and texts that users provide. All readers report the same faults, with the same remedies.
 
 A folder that was cloned without Git LFS holds pointers: text files of about 130 bytes in place of large files. Files
 that were saved on Windows may begin with a byte order mark, or be UTF-16. Their texts may begin with a mark, too, if a
@@ -10,13 +10,14 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from arc_ds.errors import ArcError
+from arc_ds.errors import ArcError, DataError
 
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 ICONV = "iconv -f {} -t UTF-8"
@@ -133,6 +134,30 @@ def _wide_encoding(head: bytes) -> str | None:
             if is_set[: len(first_two)] == first_two:
                 return name
     return None
+
+
+def read_user_stdin(error: type[ArcError]) -> str:
+    """Read standard input as `read_user_text` reads a file, whatever the encoding of the terminal."""
+    if sys.stdin is None:  # closed by the caller
+        raise error("standard input is closed, so - reads nothing. Give the text itself or the path of a file.")
+    return decode_user_text(sys.stdin.buffer.read(), "standard input", error, remedy="Convert the text to UTF-8.")
+
+
+def check_encodable(text: str, what: str) -> str:
+    """The text itself. Raises DataError if UTF-8 cannot encode it.
+
+    Python keeps lone surrogates of JSON ("\\ud83d") and invalid bytes of the command line in its strings.
+    """
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as failure:
+        raise DataError(
+            f"{what} holds characters that UTF-8 cannot encode: {text[failure.start]!r} at character {failure.start}. "
+            "Repair the text at its source, or replace them in Python: text.encode('utf-8', 'replace').decode()"
+        ) from failure
+    return text
 
 
 def read_user_json(path: Path, error: type[ArcError], *, remedy: str) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
-from arc_ds.system.user_files import read_user_json
+from arc_ds.system.user_files import check_encodable, read_user_json
 
 _PROBE = (
     'The quick brown fox jumps over the lazy dog, while 1234567890 students read 56 books: "WHY?" (yes/no) '
@@ -118,9 +118,8 @@ def require(module: str, path: Path) -> ModuleType:
 
 
 def checked(text: str) -> str:
-    """The text itself. A lone surrogate raises UnicodeEncodeError; the libraries would raise errors of other types."""
-    text.encode("utf-8")
-    return text
+    """The text itself. DataError on a lone surrogate, for which the libraries raise errors of other types or none."""
+    return check_encodable(text, "the text")
 
 
 def sha256_of(*parts: bytes) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers.base import Encoding, Tokenizer, ends_of_bytes, require, sha256_of
+from arc_ds.tokenizers.base import Encoding, Tokenizer, checked, ends_of_bytes, require, sha256_of
 
 # How Llama 3 splits a text before merging.
 LLAMA3_PATTERN = (
@@ -98,7 +98,7 @@ class RankTokenizer(Tokenizer):
         (folder / self._file_name).write_bytes(self._raw)
 
     def _ids(self, text: str) -> NDArray[np.int64]:
-        bounds = [0, *_break_points(text), len(text)]
+        bounds = [0, *_break_points(checked(text)), len(text)]
         parts = (self._encoding.encode_to_numpy(text[a:b], disallowed_special=()) for a, b in pairwise(bounds))
         return np.concatenate(list(parts), dtype=np.int64)
 

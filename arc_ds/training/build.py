@@ -66,9 +66,7 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         spec = compressor_spec(config)
         tokenizer = load_tokenizer(encoder_tokenizer_path(encoder))
         check_fits(tokenizer, spec.backbone.vocab_size, encoder.backbone)
-        decoders = open_decoders(
-            config.decoders, partial(longest_sequence, config), bos=config.data.decoder_bos
-        )
+        decoders = open_decoders(config.decoders, partial(longest_sequence, config), bos=config.data.decoder_bos)
         sizes = [decoder.shape.config for decoder in decoders]
         trained: dict[str, Any] = {
             "trained_layers": encoder.trained_layers,

@@ -223,9 +223,7 @@ def open_decoders(
         )
         check_fit(shape, tensors)
         bos_ids = [reader.tokenizer.bos_id] if bos and reader.tokenizer.bos_id is not None else []
-        check_fits(
-            reader.tokenizer, shape.config.vocab_size, decoder.backbone, [*bos_ids, *reader.layout.special_ids]
-        )
+        check_fits(reader.tokenizer, shape.config.vocab_size, decoder.backbone, [*bos_ids, *reader.layout.special_ids])
         opened.append(
             DecoderFiles(
                 shape=shape,
@@ -301,5 +299,3 @@ def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, 
         init_bridge(port.bridge, config.bridge.init, generator)
         for name, parameter in port.named_parameters():
             set_parameter(compressor, f"ports.{port_idx}.{name}", parameter.detach())
-
-

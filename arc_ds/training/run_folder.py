@@ -29,6 +29,7 @@ from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
 from arc_ds.config.schema import RunConfig, SourceConfig
 from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
+from arc_ds.planning.sizes import longest_context
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device
 from arc_ds.system.files import write_whole
@@ -172,6 +173,7 @@ def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tr
             "compressor": run.spec.to_json(),
             "encoder_tokenizer": str(Path(config.encoder.tokenizer or config.encoder.backbone).resolve()),
             "decoders": [asdict(decoder) for decoder in decoders],
+            "max_context_tokens": longest_context(config),
             "tokenizers": run.inputs.tokenizers,
             "decoder_ids": list(run.decoder_ids),
             "backbones": run.inputs.backbones,

@@ -69,6 +69,7 @@ def train_and_save(run: Path) -> dict[str, Tensor]:
             "decoders": [asdict(decoder) for decoder in trained.decoders],
             "tokenizers": {"encoder": load_tokenizer(trained.encoder_tokenizer).fingerprint},
             "decoder_ids": ["first", "second"],
+            "max_context_tokens": 30,
         },
     )
     save_checkpoint(engine, run / "checkpoints", state, keep_last=1, keep_every=0)
@@ -112,6 +113,7 @@ def test_the_command_writes_what_the_run_trained(
     for name, tensor in expected.items():
         assert torch.equal(source.tensor(name), tensor), name
     model = ArcModel.from_checkpoint(out, decoders=[])
+    assert model.max_context_tokens == 30
     assert model.compress(["the sea"], decoder=1)[0].shape[1] == 48
     assert main(["export", str(run), str(out), "--format", export_format]) == EXIT_USER_ERROR
     assert "exists already" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from arc_ds.shards.building.writer import build_shards
@@ -16,12 +17,17 @@ TEXT = (
 )
 
 
-def write_tiktoken(path: Path) -> Path:
-    """Write a tiktoken file with 256 bytes and all prefixes of a few words, so that merges can build each word."""
+def write_tiktoken(path: Path, more: Sequence[bytes] = ()) -> Path:
+    """Write a tiktoken file with 256 bytes and all prefixes of a few words, so that merges can build each word.
+
+    more: further tokens.
+    """
     tokens = [bytes([byte]) for byte in range(256)]
     for word in WORDS:
         raw = word.encode()
         tokens += [raw[:end] for end in range(2, len(raw) + 1) if raw[:end] not in tokens]
+    tokens += more
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for rank, t in enumerate(tokens)))
     return path
 

@@ -233,6 +233,7 @@ def write_gguf(
     rope_divisors: Tensor | None = None,
     architecture: str = "llama",
     more: Tensors | None = None,
+    metadata: dict[str, int] | None = None,
 ) -> Path:
     """Write a GGUF file.
 
@@ -253,6 +254,8 @@ def write_gguf(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "def"])
     writer.add_array("tokenizer.ggml.token_type", [1, 1, 1])
+    for key, value in (metadata or {}).items():
+        writer.add_uint32(key, value)
     for name, tensor in with_interleaved_heads(tensors, config).items():
         values = tensor.numpy()
         if quantise is None or tensor.ndim == 1:

@@ -37,6 +37,25 @@ def test_a_query_sees_all_keys_of_its_segment_or_those_up_to_its_diagonal_or_lim
     _compare(case, mode)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_long_inputs_are_computed_in_blocks_of_queries(monkeypatch, case: Case, mode: str) -> None:
+    masks = []
+    sdpa = reference.F.scaled_dot_product_attention
+
+    def spy(*args: Tensor, attn_mask: Tensor, **kwargs: float) -> Tensor:
+        masks.append(attn_mask.numel())
+        return sdpa(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(reference.F, "scaled_dot_product_attention", spy)
+    _compare(case, mode)
+    (single,) = masks
+    masks.clear()
+    monkeypatch.setattr(reference, "_MAX_BLOCK_SCORES", 1)
+    _compare(case, mode)
+    assert sum(masks) == single and (len(masks) > 1 or max(case.q_lengths) == 1)
+
+
 def test_a_scale_that_is_given_replaces_the_default() -> None:
     _compare(CASES[0], scale=0.9)
 

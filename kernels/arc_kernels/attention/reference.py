@@ -1,13 +1,14 @@
 """Varlen attention in plain torch, without a loop over segments and without a host sync.
 
 Segments are either padded to the longest one and processed as a batch, or processed as one sequence with a dense mask.
-The variant with fewer scores is used.
+The variant with fewer scores is used. Queries are processed in blocks, because a mask is as large as the scores.
 
 Shape letters: T query rows, U key rows, S segments, N heads, K kv heads, H head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arc_kernels.attention.segments import Segments
+
+# Maximum number of scores of one block of queries. Its mask takes up to 5 bytes for each. Shorter inputs are one block.
+_MAX_BLOCK_SCORES = 1 << 26
 
 
 class _Places(NamedTuple):
@@ -42,8 +46,8 @@ def attention_varlen_reference(q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, segm
     v_SVKH = _pad(v_UKH, k_places, num_segments, max_seqlen_k)
     limits_SQ = limits_T.new_ones(num_segments, max_seqlen_q)  # padding rows see one key, so no row is empty
     limits_SQ[q_places.segment, q_places.place] = limits_T
-    mask = torch.arange(max_seqlen_k, device=q_TNH.device) < limits_SQ[:, None, :, None]
-    o_SQNH = _sdpa(q_SQNH, k_SVKH, v_SVKH, mask, scale)
+    keys_K = torch.arange(max_seqlen_k, device=q_TNH.device)
+    o_SQNH = _sdpa(q_SQNH, k_SVKH, v_SVKH, lambda rows: keys_K < limits_SQ[:, None, rows, None], scale)
     return o_SQNH[q_places.segment, q_places.place]
 
 
@@ -56,20 +60,26 @@ def _attend_dense(
     limits_T: Tensor,
     scale: float,
 ) -> Tensor:
-    same = q_places.segment[:, None] == k_places.segment[None, :]
-    mask_TU = same & (k_places.place[None, :] < limits_T[:, None])
-    return _sdpa(q_TNH[None], k_UKH[None], v_UKH[None], mask_TU[None, None], scale)[0]
+    def mask_of(rows: slice) -> Tensor:
+        same = q_places.segment[rows, None] == k_places.segment[None, :]
+        return (same & (k_places.place[None, :] < limits_T[rows, None]))[None, None]
+
+    return _sdpa(q_TNH[None], k_UKH[None], v_UKH[None], mask_of, scale)[0]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """[S, Q, N, H] attention under a bool mask that broadcasts to [S, N, Q, K]."""
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask_of: Callable[[slice], Tensor], scale: float) -> Tensor:
+    """[S, Q, N, H] attention. `mask_of` a slice of the queries is a bool mask that broadcasts to [S, N, rows, K]."""
     repeat = q.shape[2] // k.shape[2]
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
-    o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
-    )
-    return o.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    num_queries = q.shape[2]
+    block = max(_MAX_BLOCK_SCORES // (k.shape[0] * k.shape[2]), 1)
+    if block >= num_queries:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_of(slice(None)), scale=scale).transpose(1, 2)
+    blocks = (slice(start, start + block) for start in range(0, num_queries, block))
+    parts = [F.scaled_dot_product_attention(q[:, :, b], k, v, attn_mask=mask_of(b), scale=scale) for b in blocks]
+    return torch.cat(parts, dim=2).transpose(1, 2)
 
 
 def _places(cu_seqlens: Tensor, num_rows: int) -> _Places:

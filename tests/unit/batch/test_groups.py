@@ -34,6 +34,9 @@ def _sizes(length: int, rule: GroupRule) -> list[int]:
         (3, GroupRule("none"), [1, 1, 1]),
         (11, GroupRule("floor_factor", 4), [6, 5]),
         (3, GroupRule("floor_factor", 4), [1, 1, 1]),
+        (3, GroupRule("factor", 10**30), [3]),
+        (3, GroupRule("count", 10**30), [1, 1, 1]),
+        (3, GroupRule("floor_factor", 10**30), [1, 1, 1]),
     ],
 )
 def test_groups_are_balanced_and_the_longer_come_first(length: int, rule: GroupRule, sizes: list[int]) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_compress_writes_what_compress_gives(folders: Path, tmp_path: Path, caps
 
 
 def test_compress_reads_standard_input_and_its_options(folders: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(TEXTS["a.txt"]))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXTS["a.txt"].encode())))
     options = ["--pooling-factor", "2", "--marker", "none"]
     assert main(["compress", *arguments(folders), *options, "--out", str(tmp_path / "v.safetensors"), "-"]) == 0
     model = ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=2)
@@ -70,6 +71,39 @@ def test_generate_prints_what_generate_gives(folders: Path, capsys, export: str)
     context = Context("The wind came from the sea.", "cont" if export == "export" else None)
     (expected,) = model.generate([["Document: ", context, "\nSummary:"]], max_new_tokens=7)
     assert capsys.readouterr().out == expected + "\n"
+
+
+def test_stops_end_the_text(folders: Path, capsys) -> None:
+    def printed(*options: str) -> str:
+        some = ["--decoder", str(folders / "decoder"), "--max-new-tokens", "9", *options]
+        assert main(["generate", *arguments(folders), *some, PROMPT]) == 0
+        return capsys.readouterr().out.removesuffix("\n")
+
+    model = ArcModel.from_checkpoint(folders / "export", decoders=[folders / "decoder"])
+    tokenizer = model.decoder_tokenizers[0]
+    assert tokenizer is not None
+    ids = model.generate_ids([model._segments(parse_prompt(PROMPT), 0)], max_new_tokens=9)[0]
+    free = printed()
+    stop = free[3:5]
+    assert free == tokenizer.decode(ids) and printed("--stop", stop, "--stop", "#") == free[: free.index(stop)]
+    assert printed("--stop-id", str(ids[4])) == tokenizer.decode(ids[: ids.index(ids[4])])
+
+
+def test_compress_names_texts_beyond_those_of_training(folders: Path, tmp_path: Path, capsys) -> None:
+    trained = dataclasses.replace(tiny_trained(tmp_path / "run"), max_context_tokens=8)
+    write_export(trained, tmp_path / "export")
+    files = [str(folders / name) for name in TEXTS]
+    assert main(["compress", *arguments(tmp_path), "--out", str(tmp_path / "v.safetensors"), *files]) == 0
+    long, short = capsys.readouterr().out.splitlines()
+    assert long.endswith("(trained on at most 8 tokens)") and short.endswith("vectors of 48")
+
+
+@pytest.mark.parametrize("content", ["﻿a\r\nb\rc", "a\nb\nc"])
+def test_files_of_windows_are_the_same_text(folders: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "text").write_bytes(content.encode())
+    assert main(["compress", *arguments(folders), "--out", str(tmp_path / "v"), str(tmp_path / "text")]) == 0
+    (expected,) = ArcModel.from_checkpoint(folders / "export", decoders=[]).compress(["a\nb\nc"])
+    assert torch.equal(load_file(tmp_path / "v")["context_0"], expected)
 
 
 def test_drawing_follows_the_seed(folders: Path, capsys) -> None:
@@ -88,6 +122,15 @@ def test_a_prompt_is_cut_at_its_tags() -> None:
     assert parse_prompt("<context>b</context>", None) == [Context("b", None)]
 
 
+def test_an_argument_in_utf8_is_read_in_every_locale(folders: Path, capsys) -> None:
+    printed = []
+    for prompt in ("naïve", "naïve".encode().decode("ascii", "surrogateescape"), "native"):
+        options = ["--decoder", str(folders / "decoder"), "--max-new-tokens", "7"]
+        assert main(["generate", *arguments(folders), *options, prompt]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+
+
 @pytest.mark.parametrize("prompt", ["a <context>b", "a</context>", "<context>a<context>b</context>c</context>"])
 def test_a_tag_without_its_other_half_is_not_read_as_text(prompt: str) -> None:
     with pytest.raises(DataError, match="unmatched"):
@@ -101,7 +144,14 @@ MISTAKES = [
     ([*EXPORT, "--decoder-idx", "1", "x"], "decoder 1 was requested"),
     ([*EXPORT, "--pooling-factor", "0", "x"], "pooling_factor is 0"),
     ([*EXPORT, "--temperature", "-1", "x"], "temperature is -1.0"),
+    ([*EXPORT, "--temperature", "nan", "x"], "temperature is nan"),
+    ([*EXPORT, "--top-p", "inf", "x"], "top_p inf"),
+    ([*EXPORT, "--seed", str(2**64), "x"], "seed is 18446744073709551616"),
     ([*EXPORT, "--max-new-tokens", "-1", "x"], "max_new_tokens is -1"),
+    ([*EXPORT, "--max-new-tokens", str(2**31 - 1), "x"], "Lower max_new_tokens"),
+    ([*EXPORT, "--stop-id", "350", "x"], "a stop id is 350"),
+    ([*EXPORT, "--stop", "", "x"], "texts that are not empty"),
+    ([*EXPORT, "caf\udce9"], "the prompt holds characters that UTF-8 cannot encode"),
     ([*EXPORT, "a<context>"], "unmatched"),
     ([*EXPORT, "<context></context>"], "empty <context>"),
     (["--model", "bare", "--decoder", "decoder", "--marker", "rec", "<context>a</context>"], "has no marker"),

@@ -45,6 +45,7 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["bridge.hidden_size=0"], ["bridge.hidden_size"]),
         (["steps=0"], ["steps is 0"]),
         (["seed=-1"], ["seed is -1"]),
+        (["seed=18446744073709551616"], ["seed is 18446744073709551616", "less than 18446744073709551616"]),
         (["log_every=0"], ["log_every"]),
         (["micro_batches=0"], ["micro_batches is 0"]),
         (["micro_batches=3"], ["multiple of micro_batches=3"]),

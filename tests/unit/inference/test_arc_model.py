@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from arc_ds.errors import ConfigError, DataError, TokenizerError, WeightsError
 from arc_ds.export.formats import write_export
 from arc_ds.model.weights import open_backbone
 from arc_ds.tokenizers import Tokenizer
+from tests.helpers.tiny_data import write_tiktoken
 from tests.helpers.tiny_export import DECODER, tiny_trained, write_decoder
 
 TEXT = "The wind came from the sea."
@@ -60,8 +64,15 @@ def test_a_lower_pooling_factor_gives_more_vectors(folders: Path) -> None:
     model = ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=2)
     (vectors,) = model.compress([list(range(20))], marker=None)
     assert vectors.shape == (10, 48)
-    with pytest.raises(ConfigError, match="pooling_factor is 0; expected at least 1"):
-        ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=0)
+    for factor in (0, -1, 2.5, True, 2**31):
+        with pytest.raises(ConfigError, match=f"pooling_factor is {factor}; expected a whole number from 1 to"):
+            ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=factor)
+
+
+@pytest.mark.parametrize("factor", [21, 2**31 - 1])
+def test_a_pooling_factor_beyond_the_context_makes_one_vector(folders: Path, factor: int) -> None:
+    model = ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=factor)
+    assert model.compress([list(range(20))], marker=None)[0].shape == (1, 48)
 
 
 def test_another_factor_keeps_the_rule_of_merging(tmp_path: Path) -> None:
@@ -109,7 +120,7 @@ def test_generated_text_is_that_of_the_ids_with_begin_of_text_if_there_is_one(
     tokenizer = model.decoder_tokenizers[decoder]
     assert tokenizer is not None and tokenizer.bos_id == (0 if bos else None)
     prompt = [Segment.text([*bos, *tokenizer.encode("Text: ")]), Segment.context(tokenizer_of(model).encode(OTHER))]
-    (ids,) = model.generate_ids([prompt], decoder, max_new_tokens=9, stop_ids=[tokenizer.eos_id or -1])
+    (ids,) = model.generate_ids([prompt], decoder, max_new_tokens=9, stop_ids=model.decoder_stop_ids[decoder])
     assert model.generate([["Text: ", Context(OTHER)]], decoder, max_new_tokens=9) == [tokenizer.decode(ids)]
     assert model.generate([prompt], decoder, max_new_tokens=9) == [tokenizer.decode(ids)]
 
@@ -120,6 +131,108 @@ def test_prompts_of_every_kind_share_a_batch(model: ArcModel) -> None:
     assert together == [model.generate([prompt], max_new_tokens=6)[0] for prompt in prompts]
     assert len(set(together)) == 4
     assert model.generate([]) == [] and model.generate_ids([]) == []
+
+
+def test_ids_of_every_kind_are_the_same_context(model: ArcModel) -> None:
+    ids = [3, 11, 19, 27]
+    (expected,) = model.compress([ids])
+    for kind in (tuple(ids), range(3, 28, 8), np.array(ids), np.array(ids, dtype=np.uint16), torch.tensor(ids)):
+        assert torch.equal(model.compress([kind])[0], expected)
+    for both in (np.array([ids, ids]), torch.tensor([ids, ids])):
+        for vectors in model.compress(both):
+            torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
+
+
+NO_IDS = [b"abc", bytearray(b"abc"), [1.0, 2.5], [True, False], np.array([1.5]), torch.tensor([1.5]), torch.tensor(3)]
+NO_IDS += [np.array([[1, 2]]), [[1, 2], [3]], [2**70], ["a"], None, 5, {1, 2}, Path("a.txt"), Context("a")]
+
+
+@pytest.mark.parametrize("context", NO_IDS, ids=repr)
+def test_what_are_no_token_ids_is_not_read_as_such(model: ArcModel, context) -> None:
+    with pytest.raises(DataError, match=r"context 1: token ids are a .*; expected a flat sequence of whole numbers"):
+        model.compress([[1], context])
+    for segment in (Segment.text, Segment.context):
+        with pytest.raises(DataError, match="token ids are a"):
+            segment(context)
+
+
+def test_every_stop_ends_a_continuation_and_is_left_out(model: ArcModel) -> None:
+    tokenizer = model.decoder_tokenizers[0]
+    assert tokenizer is not None and model.decoder_stop_ids == [(1,), (1,)]
+    ids = model.generate_ids([model._segments("Text: ", 0)], max_new_tokens=12)[0]
+    text, token = tokenizer.decode(ids), ids[5]
+    assert len(text) > 8 and ids.index(token) > 0
+    (by_id,) = model.generate(["Text: "], max_new_tokens=12, stop_ids=[token])
+    assert by_id == tokenizer.decode(ids[: ids.index(token)])
+    for stop in (text[3], text[2:6], text[-2:]):  # the parts do not begin or end with tokens
+        assert model.generate(["Text: "], max_new_tokens=12, stop=["nowhere", stop]) == [text[: text.index(stop)]]
+    assert model.generate(["Text: "], max_new_tokens=12, stop=["nowhere"]) == [text]
+
+
+def test_a_stop_text_ends_each_line_for_itself(model: ArcModel) -> None:
+    prompts = ["Text: ", Context(OTHER)]
+    free = model.generate(prompts, max_new_tokens=12)
+    stop = next(letter for letter in free[0] if letter not in free[1])
+    cut = model.generate(prompts, max_new_tokens=12, stop=[stop])
+    assert cut == [free[0][: free[0].index(stop)], free[1]] and cut != free
+
+
+def test_a_special_token_stops_by_its_name(folders: Path, model: ArcModel) -> None:
+    ids = model.generate_ids([model._segments("Text: ", 0)], max_new_tokens=4)[0]
+    renamed = ArcModel.from_checkpoint(folders / "export", decoders=[folders / "a"])
+    tokenizer = renamed.decoder_tokenizers[0]
+    assert tokenizer is not None
+    tokenizer.special_ids = {"<|turn|>": ids[2]}
+    first = ids.index(ids[2])
+    assert renamed.generate(["Text: "], max_new_tokens=4, stop=["<|turn|>"]) == [tokenizer.decode(ids[:first])]
+
+
+def test_ends_that_the_decoders_files_name_stop_generate(folders: Path, model: ArcModel, tmp_path: Path) -> None:
+    first = model.generate_ids([model._segments("Text: ", 0)], max_new_tokens=1)[0][0]
+    decoder = shutil.copytree(folders / "a", tmp_path / "a")
+    (decoder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, first]}))
+    ended = ArcModel.from_checkpoint(folders / "export", decoders=[decoder])
+    assert ended.generate(["Text: "], max_new_tokens=4) == [""] != model.generate(["Text: "], max_new_tokens=4)
+    assert ended.decoder_stop_ids == [tuple(sorted((1, first)))]
+
+
+@pytest.mark.parametrize("export_format", ["arc-ds", "arc"])
+def test_a_context_beyond_those_of_training_is_one_warning(tmp_path: Path, caplog, export_format: str) -> None:
+    trained = dataclasses.replace(tiny_trained(tmp_path / "run"), max_context_tokens=20)
+    write_export(trained, tmp_path / "export", export_format=export_format)
+    model = ArcModel.from_checkpoint(tmp_path / "export", decoders=[])
+    with caplog.at_level(logging.WARNING):
+        model.compress([[1] * 20])
+        assert not caplog.messages
+        model.compress([[1], [2] * 1500])
+        model.compress([[1] * 1500])
+    (message,) = caplog.messages
+    assert "a context has 1,500 tokens; the encoder was trained on contexts of up to 20" in message
+    assert "Cut it into contexts of at most 20 tokens" in message
+
+
+def test_without_a_record_of_training_only_unusual_lengths_are_named(model: ArcModel, caplog) -> None:
+    assert model.max_context_tokens is None
+    with caplog.at_level(logging.WARNING):
+        model.compress([[1] * 2048])
+        assert not caplog.messages
+        model.compress([[1] * 2049])
+    assert "a context has 2,049 tokens; its training is not recorded" in caplog.text
+
+
+def test_a_sequence_beyond_the_decoders_positions_is_one_warning(folders: Path, tmp_path: Path, caplog) -> None:
+    decoder = shutil.copytree(folders / "a", tmp_path / "a")
+    config = json.loads((decoder / "config.json").read_text())
+    (decoder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 30}))
+    model = ArcModel.from_checkpoint(folders / "export", decoders=[decoder])
+    text = [Segment.text([5] * 30)]
+    with caplog.at_level(logging.WARNING):
+        model.logits([text])
+        assert not caplog.messages
+        for _ in range(2):
+            model.generate_ids([text], max_new_tokens=1)
+    (message,) = caplog.messages
+    assert "30 tokens and vectors, and up to 1 new tokens; decoder 0 was trained on at most 30 positions" in message
 
 
 def test_drawing_follows_the_seed(model: ArcModel) -> None:
@@ -147,7 +260,16 @@ def test_loading_changes_nothing_and_trains_nothing(folders: Path, model: ArcMod
 
 WRONG_CALLS = [
     (lambda m: m.compress("one text"), DataError, r"contexts is one str; expected a list"),
-    (lambda m: m.compress([""]), DataError, "a context is empty"),
+    (lambda m: m.compress(b"bytes"), DataError, r"contexts is one bytes; expected a list"),
+    (lambda m: m.compress(None), DataError, r"contexts is one NoneType; expected a list"),
+    (lambda m: m.compress([TEXT, ""]), DataError, "context 1 is empty"),
+    (lambda m: m.compress([[]]), DataError, "context 0 is empty"),
+    (lambda m: m.compress([TEXT, "a\ud83d"]), DataError, r"context 1 holds characters that UTF-8 .* at character 1"),
+    (lambda m: m.generate([[Context("\udc80")]]), DataError, "a context of prompt 0 holds characters that UTF-8"),
+    (lambda m: m.generate(["a", ["b\udc80"]]), DataError, "prompt 1 holds characters that UTF-8"),
+    (lambda m: m.generate(["a"], stop=["\udc80"]), DataError, "a stop holds characters that UTF-8"),
+    (lambda m: m.generate([None]), DataError, "prompt 0 is a NoneType; expected a str"),
+    (lambda m: m.generate([b"a"]), DataError, "got a int"),
     (lambda m: m.compress([[600]]), DataError, "token ids 600 to 600 for the encoder; expected 0 to 599"),
     (lambda m: m.compress([[-1, 5]]), DataError, "token ids -1 to 5 for the encoder"),
     (lambda m: m.compress([TEXT], decoder=2), ConfigError, "decoder 2 was requested; the compressor serves 2"),
@@ -156,11 +278,24 @@ WRONG_CALLS = [
     (lambda m: m.logits([[]]), DataError, "sequence 0 is empty"),
     (lambda m: m.logits([[Segment.text([350])]]), DataError, "for the decoder; expected 0 to 349"),
     (lambda m: m.logits([[Segment.text([1])]], decoder=2), ConfigError, "loaded with 2 of its 2"),
+    (lambda m: m.logits([[Segment.text([1])]], decoder=-1), ConfigError, "decoder -1 was requested"),
+    (lambda m: m.generate(["a"], decoder=-1), ConfigError, "decoder -1 was requested"),
+    (lambda m: m.generate_ids([[Segment.text([1])]], decoder=-1), ConfigError, "decoder -1 was requested"),
+    (lambda m: m.generate(["a"], decoder="0"), ConfigError, "decoder '0' was requested"),
     (lambda m: m.generate("one prompt"), DataError, "prompts is one str"),
     (lambda m: m.generate([""], decoder=1), DataError, "sequence 0 is empty"),
     (lambda m: m.generate([["a", Segment.text([1])]]), DataError, "of Segment only; got a Segment"),
     (lambda m: m.generate(["a"], temperature=-1.0), ConfigError, "temperature is -1.0"),
+    (lambda m: m.generate(["a"], temperature=float("inf")), ConfigError, "temperature is inf"),
+    (lambda m: m.generate(["a"], seed=2**64), ConfigError, "seed is 18446744073709551616; expected a whole number"),
     (lambda m: m.generate(["a"], max_new_tokens=-1), ConfigError, "max_new_tokens is -1"),
+    (lambda m: m.generate(["a"], max_new_tokens=1.5), ConfigError, "max_new_tokens is 1.5"),
+    (lambda m: m.generate([], max_new_tokens=2**40), ConfigError, "max_new_tokens is 1099511627776"),
+    (lambda m: m.generate(["a"], max_new_tokens=2**31 - 1), ConfigError, "GiB can be used. Lower max_new_tokens"),
+    (lambda m: m.generate(["a"], stop_ids=[350]), ConfigError, "a stop id is 350; expected .* from 0 to 349"),
+    (lambda m: m.generate_ids([[Segment.text([1])]], stop_ids=[1.5]), ConfigError, "a stop id is 1.5"),
+    (lambda m: m.generate(["a"], stop="end"), ConfigError, "stop is 'end'; expected a list of texts"),
+    (lambda m: m.generate(["a"], stop=[""]), ConfigError, r"stop is \[''\]; expected a list of texts"),
 ]
 
 
@@ -181,6 +316,14 @@ def test_decoders_that_are_not_its_own_are_refused(folders: Path, tmp_path: Path
     small = write_decoder(tmp_path / "small", vocab_size=300)
     with pytest.raises(TokenizerError, match="do not belong together"):
         ArcModel.from_checkpoint(folders / "export", decoders=[small])
+
+
+def test_an_encoders_tokenizer_that_does_not_fit_is_refused(folders: Path, tmp_path: Path) -> None:
+    export = shutil.copytree(folders / "export", tmp_path / "export")
+    larger = [b"%d" % number for number in range(100, 999)]
+    write_tiktoken(export / "tokenizer.model", more=larger)
+    with pytest.raises(TokenizerError, match=r"the encoder in .*export: .* texts have ids up to \d+.*only 600 rows"):
+        ArcModel.from_checkpoint(export, decoders=[])
 
 
 def test_memory_tokens_have_no_pooling_factor(tmp_path: Path) -> None:

@@ -80,6 +80,13 @@ def test_a_stop_id_ends_its_own_line_and_is_left_out() -> None:
     assert len(lines[1]) < 8 == max(len(line) for line in free)
 
 
+def test_a_line_ends_when_the_caller_says_so() -> None:
+    samples = [sample(5), sample(-7, 2, seed=1)]
+    free, _ = run(samples, 8)
+    lines, seen = run(samples, 8, has_ended=lambda line: len(line) == (2 if line[0] == free[0][0] else 4))
+    assert free[0][0] != free[1][0] and lines == [free[0][:2], free[1][:4]] and len(seen) == 4
+
+
 def test_generation_stops_when_all_lines_have_ended() -> None:
     lines, seen = run([sample(5)], 50, stop_ids=range(30))
     assert (lines, len(seen)) == ([[]], 1)
@@ -127,7 +134,47 @@ def test_a_small_top_p_is_greedy_and_all_of_it_draws_by_probability() -> None:
     assert abs(share - expected) < 4 * (expected * (1 - expected) / len(lines)) ** 0.5
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 1.0), (float("nan"), 1.0), (1.0, 0.0), (1.0, 1.1)])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-30])
+def test_the_limit_of_small_temperatures_is_greedy(temperature: float) -> None:
+    samples = [sample(5), sample(-7, 2, seed=1)]
+    assert run(samples, sampling=Sampling(temperature=temperature))[0] == run(samples)[0]
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e300, 10**300])
+def test_the_limit_of_large_temperatures_draws_uniformly(temperature: float) -> None:
+    ids = [line[0] for line in run([sample(4)] * 400, 1, sampling=Sampling(temperature=temperature))[0]]
+    assert max(map(ids.count, ids)) < 60, "about 400 / 30 each"
+
+
+@pytest.mark.parametrize("top_p", [5e-324, 1e-50, 1e-9])
+def test_the_limit_of_small_top_p_is_greedy(top_p: float) -> None:
+    samples = [sample(5), sample(-7, 2, seed=1)]
+    assert run(samples, sampling=Sampling(temperature=9.0, top_p=top_p))[0] == run(samples)[0]
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63, 2**64 - 1])
+def test_every_seed_of_torch_is_allowed(seed: int) -> None:
+    assert len(run([sample(5)], 3, sampling=Sampling(temperature=1.0, seed=seed))[0][0]) == 3
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 1.0, True, None])
+def test_other_seeds_are_refused(seed) -> None:
+    with pytest.raises(ConfigError, match=f"seed is {seed}; expected a whole number from -9223372036854775808"):
+        Sampling(seed=seed)
+
+
+def test_a_cache_beyond_memory_is_refused_before_it_is_allocated(monkeypatch) -> None:
+    monkeypatch.setattr("arc_ds.inference.generate.usable_memory_bytes", lambda device: 10_000)
+    run([sample(5)], 1)
+    with pytest.raises(ConfigError, match=r"1 prompts of up to 5 tokens and max_new_tokens 100 take .* Lower"):
+        run([sample(5)], 100)
+
+
+WRONG_SAMPLING = [(-0.1, 1.0), (float("nan"), 1.0), (float("inf"), 1.0), (10**400, 1.0), ("1", 1.0), (None, 1.0)]
+WRONG_SAMPLING += [(1.0, p) for p in (0.0, -0.1, 1.1, float("nan"), float("inf"), "1")]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), WRONG_SAMPLING)
 def test_sampling_that_cannot_be_is_refused(temperature: float, top_p: float) -> None:
     with pytest.raises(ConfigError, match="temperature is"):
         Sampling(temperature=temperature, top_p=top_p)

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import codecs
+import io
+import sys
 from pathlib import Path
 
 import pytest
 
-from arc_ds.errors import ConfigError, WeightsError
-from arc_ds.system.user_files import check_downloaded, library_reads, read_user_bytes, read_user_json, read_user_text
+from arc_ds.errors import ConfigError, DataError, WeightsError
+from arc_ds.system.user_files import (
+    check_downloaded,
+    check_encodable,
+    library_reads,
+    read_user_bytes,
+    read_user_json,
+    read_user_stdin,
+    read_user_text,
+)
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4976698672\n"
 
@@ -89,3 +99,24 @@ def test_the_head_of_a_file_is_read_alone(tmp_path: Path) -> None:
     assert read_user_bytes(tmp_path / "a", ConfigError, remedy="Fix it.", size=3) == b"abc"
     with pytest.raises(ConfigError, match=r"b cannot be read: No such file or directory\. Fix it\."):
         read_user_bytes(tmp_path / "b", ConfigError, remedy="Fix it.")
+
+
+def test_standard_input_is_utf8_whatever_the_terminal_says(monkeypatch) -> None:
+    for content in ("naïve".encode(), codecs.BOM_UTF8 + "naïve".encode()):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="latin-1"))
+        assert read_user_stdin(DataError) == "naïve"
+    for content, words in ((b"na\xefve", "standard input is not UTF-8"), ("a".encode("utf-16"), "input is UTF-16")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        with pytest.raises(DataError, match=words):
+            read_user_stdin(DataError)
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DataError, match="standard input is closed"):
+        read_user_stdin(DataError)
+
+
+def test_a_lone_surrogate_is_named_with_a_remedy_that_works() -> None:
+    assert check_encodable("naïve 😀", "a") == "naïve 😀"
+    with pytest.raises(DataError, match=r"the prompt holds characters .*'\\udcff' at character 2") as caught:
+        check_encodable("ab\udcff", "the prompt")
+    assert "text.encode('utf-8', 'replace').decode()" in str(caught.value)
+    assert check_encodable("ab\udcff".encode("utf-8", "replace").decode(), "it") == "ab?"

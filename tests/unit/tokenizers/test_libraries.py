@@ -15,6 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from arc_ds.errors import DataError
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.tokenizers.tiktoken_file import LLAMA3_PATTERN
 from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken, write_tokenizer_without
@@ -158,9 +159,9 @@ def test_special_tokens_are_text_wherever_they_stand(case: Case) -> None:
             assert case.tokenizer.decode([idx, *encoding.ids.tolist(), idx]) == text
 
 
-def test_a_lone_surrogate_is_a_value_error(case: Case) -> None:
-    """Data workers count a text that raises ValueError as the record's fault; any other type would end the run."""
+def test_a_lone_surrogate_is_a_data_error(case: Case) -> None:
+    """Data workers count a text that raises DataError as the record's fault; any other type would end the run."""
     tokenizer, text = case.tokenizer, "the \ud83d tower"
     for encode in (tokenizer.encode, tokenizer.encode_with_ends, lambda text: tokenizer.encode_batch([text])):
-        with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+        with pytest.raises(DataError, match=r"UTF-8 cannot encode: '\\ud83d' at character 4"):
             encode(text)

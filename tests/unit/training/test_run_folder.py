@@ -1,4 +1,4 @@
-"""Secrets are removed from a run's config before it is shared. A checkpoint records the tokenizers of its run."""
+"""Secrets are removed from a run's config before it is shared, and checkpoints record what exports need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from arc_ds.config.load import dump_yaml, load_config
 from arc_ds.config.schema import SourceConfig
-from arc_ds.training.run_folder import trainer_state, without_secrets
+from arc_ds.training.run import InputDigests
+from arc_ds.training.run_folder import _trainer_state, without_secrets
 
 DEMO = Path(__file__).parents[3] / "ds_configs" / "recipes" / "demo.yaml"
 SIGNED = "https://reader:SECRET@host/shards?signature=SECRET"
@@ -33,13 +34,16 @@ def test_passwords_and_signatures_of_urls_are_not_tracked(
     assert without_secrets(config) == config
 
 
-def test_a_checkpoint_records_what_an_export_checks_even_if_the_files_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_records_what_an_export_needs_even_if_the_files_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELS", "/gone")
     monkeypatch.setenv("SHARDS", "/gone")
-    counts = {"step": 3, "skipped_steps": 0, "skipped_in_row": 0, "data_counts": {}, "backbones": {}}
-    data, spec = SimpleNamespace(order=SimpleNamespace(fingerprint="d")), SimpleNamespace(to_json=dict)
-    fingerprints = {"tokenizers": {"encoder": "e"}, "decoder_ids": ("i",)}
-    run = SimpleNamespace(config=load_config(DEMO), data=data, spec=spec, **counts, **fingerprints)
-    extra = trainer_state(run, None).extra  # type: ignore[arg-type]
+    inputs = InputDigests(data="d", tokenizers={"encoder": "e"}, backbones={})
+    counts = {"step": 3, "skipped_steps": 0, "skipped_in_row": 0, "data_counts": {}}
+    spec = SimpleNamespace(to_json=dict)
+    run = SimpleNamespace(inputs=inputs, decoder_ids=("i",), spec=spec, **counts)
+    for length in (33, 66):
+        config = load_config(DEMO, [f"data.max_context_tokens={length}"])
+        extra = _trainer_state(config, run, None).extra  # type: ignore[arg-type]
+        assert extra["max_context_tokens"] == length
     assert (extra["tokenizers"]["encoder"], extra["decoder_ids"]) == ("e", ["i"])
     assert extra["encoder_tokenizer"].startswith("/gone")

@@ -37,18 +37,23 @@ class _FakeServer:
         self.trouble("after open")
         return opened
 
-    def describe(self, run_id: str) -> None:
+    def describe(self, run_id: str) -> dict[str, Exception]:
         self.trouble("before describe")
         self.described += 1
+        return {}
+
+    def store_artifacts(self, run_id: str) -> dict[str, Exception]:
+        return {}
 
     def steps_of(self, run_id: str, key: str, from_step: int) -> set[int]:
         self.trouble("before steps")
         return {step for name, step in self.points if name == key and step >= from_step}
 
-    def send(self, run_id: str, entries: list[MetricsEntry]) -> None:
+    def send(self, run_id: str, entries: list[MetricsEntry]) -> dict[str, Exception]:
         self.trouble("before send")
         self.points += [(key, entry.step) for entry in entries for key in entry.metrics]
         self.trouble("after send")
+        return {}
 
     def end_run(self, run_id: str, status: str) -> None:
         self.statuses.append(status)

@@ -7,6 +7,11 @@ raises one of these errors. An `assert` is only for invariants of our own code.
 from __future__ import annotations
 
 
+def words_of(error: BaseException) -> str:
+    """The whole message of another tool's error, in one line: its remedy often stands at its end."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class ArcError(Exception):
     """Base class of all errors that ARC-DS raises on purpose. The command line prints them without a traceback."""
 

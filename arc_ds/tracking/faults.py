@@ -8,6 +8,7 @@ import ssl
 import sys
 from collections.abc import Iterator
 
+from arc_ds import errors
 from arc_ds.errors import ArcError
 from arc_ds.tracking.uris import file_store, sqlite_uri, without_secret
 
@@ -25,7 +26,7 @@ _LASTING_ERRNO = frozenset(
 
 def words_of(error: BaseException) -> str:
     """Type and whole message of an error in one line, without passwords."""
-    return without_secret(" ".join(f"{type(error).__name__}: {error}".split()))
+    return without_secret(f"{type(error).__name__}: {errors.words_of(error)}")
 
 
 def is_refused(error: BaseException) -> bool:

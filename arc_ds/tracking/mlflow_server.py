@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import platform
 import re
@@ -138,6 +139,7 @@ class MlflowServer:
                     shutil.rmtree(leftover, ignore_errors=True)
         with _home():
             from mlflow import MlflowClient
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it reports each pool and table
         if self._database is not None:
             _make_database(self._database)
         self._client = MlflowClient(tracking_uri=uri)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from arc_ds.errors import WeightsError
+from arc_ds.errors import WeightsError, words_of
 from arc_ds.model.weights.names import Shape
 
 ALL_ROWS = slice(None)
@@ -61,11 +61,11 @@ class PickleStore:
         except pickle.UnpicklingError as error:
             raise WeightsError(
                 f"{path} holds more than tensors. It is not opened, because a pickle can run code "
-                f"({_first_line(error)}). Get the weights as safetensors."
+                f"({words_of(error)}). Get the weights as safetensors."
             ) from error
         except (RuntimeError, OSError, EOFError, ValueError) as error:
             raise WeightsError(
-                f"{path} cannot be mapped as a PyTorch checkpoint: {_first_line(error)}. Copy it again; a file from "
+                f"{path} cannot be mapped as a PyTorch checkpoint: {words_of(error)}. Copy it again; a file from "
                 "before PyTorch 1.6 must be saved again."
             ) from error
         if not isinstance(loaded, dict):
@@ -106,7 +106,3 @@ class JoinedStore:
         if axis is None:
             return parts[0].tensor(name, rows)
         return torch.cat([part.tensor(name) for part in parts], dim=axis)[rows]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

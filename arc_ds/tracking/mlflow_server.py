@@ -11,6 +11,7 @@ import shutil
 import socket
 import sqlite3
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -336,17 +337,20 @@ def _for_mlflow(uri: str) -> str:
 
 @contextmanager
 def _home() -> Iterator[None]:
-    """A HOME while MLflow is imported: it asks for the home folder, which a user without a passwd entry lacks."""
-    try:
-        Path.home()
-    except RuntimeError:
-        os.environ["HOME"] = tempfile.gettempdir()
-        try:
-            yield
-        finally:
-            del os.environ["HOME"]
-    else:
+    """A HOME while MLflow is imported: it asks for the home folder, which a user without a passwd entry lacks.
+
+    DeepSpeed tries the same import earlier. If that failed, its remains in `sys.modules` would make ours fail too.
+    """
+    if "mlflow" in sys.modules or os.path.expanduser("~") != "~":
         yield
+        return
+    for name in [name for name in sys.modules if name.startswith("mlflow.")]:
+        del sys.modules[name]
+    os.environ["HOME"] = tempfile.gettempdir()
+    try:
+        yield
+    finally:
+        del os.environ["HOME"]
 
 
 def _allowed_name(name: str) -> str:

@@ -302,9 +302,9 @@ class _Sender(threading.Thread):
             self._warn_once(
                 f"artifacts {words}",
                 "%s: MLflow could not store %s (%s). Metrics are sent all the same; the next start of this run tries "
-                "again. Let this host write to the artifact store; or let the server write to it (mlflow server "
-                "--artifacts-destination PLACE), and set tracking.experiment to a new name, because an experiment "
-                "keeps its store.",
+                "again. Let this host write to the artifact store. For later runs, the server itself can write to it "
+                "(mlflow server --artifacts-destination PLACE); give them a new tracking.experiment, because an "
+                "experiment keeps its store.",
                 *(self.state.uri, names, words),
             )
 

@@ -54,7 +54,7 @@ def remedy(error: BaseException, uri: str) -> str:
     if _status(error) in (401, 403):
         return (
             "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to a user who may "
-            "write there. "
+            "write there. A server also answers 403 if its --allowed-hosts lacks the name in the address. "
         )
     if any(isinstance(each, ssl.SSLCertVerificationError) for each in _chain(error)):
         return "Set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of the server's authority. "
@@ -73,9 +73,11 @@ def _verdict(error: BaseException) -> bool | None:
     if isinstance(error, ArcError | ImportError):
         return True
     if (status := _status(error)) is not None:
-        if status < 500:
-            return None if getattr(error, "error_code", None) == _DATABASE_CODE else status not in _PASSING_STATUS
-        return False if _is_a(error, "mlflow.exceptions", "RestException") else None
+        if status < 500 and getattr(error, "error_code", None) != _DATABASE_CODE:
+            return status not in _PASSING_STATUS
+        if _is_a(error, "mlflow.exceptions", "RestException"):
+            return False
+        return True if status < 500 and error.__cause__ is None else None
     if _is_a(error, "requests.exceptions", "RequestException"):
         return isinstance(error, ValueError)  # a malformed URL or an unknown scheme
     if (code := getattr(error, "sqlite_errorcode", None)) is not None:

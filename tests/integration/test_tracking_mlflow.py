@@ -288,7 +288,7 @@ class _Answer(BaseHTTPRequestHandler):
         pass
 
 
-_LASTING = [(401, "<html>"), (403, '{"error_code": "PERMISSION_DENIED"}'), (404, "<html>")]
+_LASTING = [(401, "<html>"), (403, '{"error_code": "PERMISSION_DENIED"}'), (404, "<html>"), (400, "<html>")]
 _PASSING = [
     (503, ""),
     (429, ""),

@@ -298,14 +298,14 @@ class _Sender(threading.Thread):
     def _store_artifacts(self, server: MlflowServer, run_id: str) -> None:
         failed = server.store_artifacts(run_id)
         self._is_complete &= not failed
-        for words, names in _by_words(failed):
+        if failed:
             self._warn_once(
-                f"artifacts {words}",
+                "artifacts",
                 "%s: MLflow could not store %s (%s). Metrics are sent all the same; the next start of this run tries "
                 "again. Let this host write to the artifact store. For later runs, the server itself can write to it "
                 "(mlflow server --artifacts-destination PLACE); give them a new tracking.experiment, because an "
                 "experiment keeps its store.",
-                *(self.state.uri, names, words),
+                *(self.state.uri, ", ".join(failed), "; ".join(dict.fromkeys(map(words_of, failed.values())))),
             )
 
     def _warn_about_rest(self, failed: Mapping[str, Exception]) -> None:

@@ -186,7 +186,7 @@ def test_a_part_of_the_description_that_fails_keeps_nothing_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = _FakeServer()
-    server.refused = {name: ValueError("too\nlong " * 99 + "shorten it") for name in ("config.yaml", "deepspeed.json")}
+    server.refused = {name: ValueError(f"{name} too\nlong " * 99 + "shorten it") for name in ("a.yaml", "b.json")}
     tracker = _tracker(tmp_path, server)
     _log_steps(tracker, 1, 300)
     tracker.flush(timeout_s=5)
@@ -194,7 +194,7 @@ def test_a_part_of_the_description_that_fails_keeps_nothing_back(
     server.trouble = lambda now: _fail(now) if next(failures, False) else None
     _log_steps(tracker, 301, 400)
     assert tracker.close() and Counter(server.points) == _expected(400)
-    assert caplog.text.count("could not store config.yaml, deepspeed.json (ValueError: too long") == 1
+    assert caplog.text.count("could not store a.yaml, b.json (ValueError: a.yaml too long") == 1
     assert "shorten it)" in caplog.text, "the end of another tool's message is kept: it holds the remedy"
 
 

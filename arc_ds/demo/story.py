@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from arc_ds.launch.exit_codes import EXIT_PREEMPTED
 from arc_ds.system.device import num_local_devices
 from arc_ds.tokenizers import Tokenizer
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
+from arc_ds.tracking.uris import sqlite_uri
 
 RECIPE = Path("ds_configs") / "recipes" / "demo.yaml"
 DEEPSPEED = Path("ds_configs") / "cpu.json"
@@ -164,7 +166,8 @@ def _close(run_dir: Path, image: Path, export: Path, *, minutes: float) -> None:
         print(f"   {label:32}{values[0]:>9.3f}{values[1]:>9.3f}{values[2]:>12.3f}{values[3]:>11.3f}{last[name]:>12.3f}")
     print("   Gap closed: 0 if the compressed text is useless, 1 if it is as good as the full text.")
     print(f"   Picture: {image}   Weights: {export}   Minutes: {minutes:.1f}")
-    print(f"   The run in MLflow: mlflow ui --backend-store-uri sqlite:///{(run_dir / 'mlflow.db').resolve()}")
+    uri = shlex.quote(sqlite_uri((run_dir / "mlflow.db").resolve()))
+    print(f"   The run in MLflow: mlflow ui --backend-store-uri {uri}")
 
 
 def _run(command: list[str]) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ from arc_ds.shards.storage.cache import is_disk_full
 from arc_ds.shards.storage.remote import Retries, download
 from arc_ds.shards.tar_index import RecordForm, TarContents, index_tar
 from arc_ds.system.files import sync_file, sync_folder
-from arc_ds.system.urls import is_url, local_path, shown_url
+from arc_ds.system.urls import is_url, local_path, name_in_url, shown_url
 from arc_ds.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -175,8 +174,7 @@ def _expand(given: str) -> list[str]:
 
 
 def _name_of(place: str) -> str:
-    path = unquote(urlsplit(place).path) if is_url(place) else place
-    return _UNSAFE.sub("_", path.rstrip("/").rpartition("/")[2])
+    return _UNSAFE.sub("_", name_in_url(place))
 
 
 @contextmanager

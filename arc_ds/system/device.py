@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arc_ds.errors import ConfigError
+from arc_ds.errors import ConfigError, words_of
 from arc_ds.system.processes import num_cores
 
 GIB = 1 << 30
@@ -82,7 +82,7 @@ def usable_device(device: str | torch.device) -> torch.device:
         torch.empty(1, device=wanted)
     except (RuntimeError, AssertionError) as error:  # a build of torch without CUDA asserts
         raise ConfigError(
-            f"device is {str(device)!r}, which torch cannot use here: {str(error).splitlines()[0]}. `arc-ds doctor` "
+            f"device is {str(device)!r}, which torch cannot use here: {words_of(error)}. `arc-ds doctor` "
             "lists the devices it finds; device cpu is always available."
         ) from error
     return wanted

@@ -11,7 +11,9 @@ from arc_ds.errors import DataError
 
 _PIPE = "pipe:"
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
-_FILE = re.compile(r"file:", re.IGNORECASE)
+_FILE = re.compile(r"file:(//(?P<host>[^/]*))?(?P<place>.*)", re.IGNORECASE | re.DOTALL)
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+_LONE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SECRETS = re.compile(r"//.*@|\?.*")
 
 
@@ -24,22 +26,45 @@ def is_url(path: str | Path) -> bool:
 
 
 def local_path(path: str | Path) -> Path:
-    """The local path; converts `file:///…` to a plain path."""
-    return Path(unquote(_split(path).path)) if _FILE.match(str(path)) else Path(path)
+    """The local path; converts `file:///…` to a plain path. ? and # are part of the path, quoted or not.
+
+    Raises DataError if a file: URL names a host.
+    """
+    if not (match := _FILE.match(str(path))):
+        return Path(path)
+    host, place = match["host"] or "", match["place"]
+    if host.lower() not in ("", "localhost"):
+        raise DataError(f"{path} names the host {host}. A local path has three slashes: file:///{host}{place}.")
+    return Path(unquote(place))
 
 
 def join_url(base: str, name: str) -> str:
     """The URL of the file `name` in the folder `base`.
 
     In a `pipe:` command the shell-quoted name replaces every {}. If there is no {}, a slash and the name are appended
-    to the command. The query of a signed URL stays after the name.
+    to the command. The query of a signed URL stays after the name. The names of other stores are not quoted.
     """
     if base.startswith(_PIPE):
         word = shlex.quote(name)
         return base.replace("{}", word) if "{}" in base else f"{base.rstrip('/')}/{word}"
-    parts = _split(base)
-    word = quote(name) if parts.scheme in ("http", "https") else name
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{word}"))
+    if not _is_web(base):
+        return f"{base.rstrip('/')}/{name}"
+    parts = _split(web_url(base))
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
+
+
+def name_in_url(url: str) -> str:
+    """The last part of a URL's path."""
+    path = unquote(_split(web_url(url)).path) if _is_web(url) else url
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def web_url(url: str) -> str:
+    """The URL as a request may carry it: spaces, non-ASCII, # and a lone % are quoted; what is quoted stays as it is.
+
+    Only http(s) URLs change: the other stores take names as they are.
+    """
+    return quote(_LONE_PERCENT.sub("%25", url), safe=":/?[]@!$&'()*+,;=%~") if _is_web(url) else url
 
 
 def shown_url(url: str | Path) -> str:
@@ -50,6 +75,10 @@ def shown_url(url: str | Path) -> str:
     user, at, host = parts.netloc.rpartition("@")
     netloc = f"{user.partition(':')[0]}:…@{host}" if at and ":" in user else parts.netloc
     return urlunsplit(parts._replace(netloc=netloc, query="…" if parts.query else ""))
+
+
+def _is_web(url: str) -> bool:
+    return _WEB.match(url) is not None
 
 
 def _split(url: str | Path) -> SplitResult:

@@ -2,13 +2,17 @@
 
 The file is the queue. `Tracker.log` appends a line and returns. A thread follows the file and sends new entries in
 batches. Memory is therefore bounded, and a slow or dead server does not delay a step. Entries that the server missed
-are sent when it answers again, at the latest at the run's next start.
+are sent when it answers again, at the latest at the run's next start. A fault that time cannot mend (`faults`), such as
+a wrong password, is reported once and tried again only at the next start, if the server has not worked in this one.
 
 The server gets exactly one point per step and key, even after a kill. Duplicates have two causes: a resumed run repeats
 the steps after its checkpoint, and a request may have arrived although its response was lost. MLflow would keep both
 points because their times differ. When a key first appears in a start of the run, and after every failure, the thread
 therefore asks the server which steps >= `sent_step` the key already has, and skips those. On deterministic hardware the
 repeated values are bit-identical. Otherwise the server keeps the first value and the file keeps the second.
+
+After every failure the thread opens the run anew. If the server has lost the run, or its last points, they are sent
+again from the file.
 """
 
 from __future__ import annotations
@@ -16,12 +20,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arc_ds.tracking.faults import is_lasting, remedy, words_of
 from arc_ds.tracking.metrics_log import METRICS_NAME, MetricsEntry, MetricsLog, read_metrics
 from arc_ds.tracking.tracking_state import TrackingState, load_state, save_state
 
@@ -32,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _ENTRIES_PER_BATCH = 200
 _IDLE_S = 1.0
+_MAX_NAMED = 5
 # Pause after a failure; doubled after each further one.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
@@ -86,11 +92,16 @@ class Tracker:
             return True
         deadline, failures = time.monotonic() + timeout_s, sender.num_failures
         while not sender.has_sent_all():
-            if time.monotonic() > deadline or sender.num_failures >= failures + 2:
+            if sender.gave_up or time.monotonic() > deadline or sender.num_failures >= failures + 2:
                 return False
             sender.hurry.set()
             time.sleep(0.02)
         return True
+
+    def await_first_answer(self, timeout_s: float) -> None:
+        """Wait until the server has been tried once, at most `timeout_s`."""
+        if self._sender is not None:
+            self._sender.tried.wait(timeout_s)
 
     def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> bool:
         """Send the remaining entries, mark the run as ended and stop; return whether the server has everything.
@@ -108,7 +119,7 @@ class Tracker:
         sender.final_status = status
         sender.hurry.set()
         sender.join(timeout=max(1.0, timeout_s if complete else 1.0))
-        if not complete:
+        if not complete and not sender.gave_up:
             logger.warning(
                 "%s did not receive all metrics (%d failures); the next start of this run sends the rest from %s",
                 *(sender.state.uri, sender.num_failures, self._log.path),
@@ -120,6 +131,8 @@ class _Sender(threading.Thread):
     """Brings a server up to date with the metrics file of a folder. Others read its attributes.
 
     hurry: ends a pause of the thread.
+    tried: set after the first attempt to open the run.
+    gave_up: whether the server cannot be used in this start of the run.
     final_status: ends the thread once it is set.
     """
 
@@ -128,11 +141,18 @@ class _Sender(threading.Thread):
         self.state = state
         self.num_failures = 0
         self.hurry = threading.Event()
+        self.tried = threading.Event()
+        self.gave_up = False
         self.final_status: str | None = None
         self._folder = folder
         self._path = folder / METRICS_NAME
         self._make_server = make_server
         self._server: MlflowServer | None = None
+        self._is_open = False
+        self._has_worked = False
+        self._is_complete = False
+        self._warnings: set[str] = set()
+        self._artifacts: threading.Thread | None = None
         self._position: int | None = None
         # Steps >= `sent_step` that the server already has, by key; reset after every failure.
         self._known: dict[str, set[int]] = {}
@@ -142,6 +162,9 @@ class _Sender(threading.Thread):
         pause_s = 0.0
         while self.final_status is None:
             pause_s = 0.0 if self.advance() else min(max(2 * pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+            self.tried.set()
+            if self.gave_up:
+                return
             if pause_s or self.has_sent_all():
                 self.hurry.wait(pause_s or _IDLE_S)
                 self.hurry.clear()
@@ -152,62 +175,157 @@ class _Sender(threading.Thread):
         return self.state.described and self._position is not None and self._position >= self._path.stat().st_size
 
     def advance(self) -> bool:
-        """Connect if needed and send one batch. Returns False on failure; only the first failure logs a warning."""
+        """Open the run if needed and send one batch. Returns False on failure; each kind of failure is logged once."""
+        was_open = self._is_open
         try:
-            self._connect()
+            if not self._is_open:
+                self._open()
             self._send_batch()
             return True
         except Exception as error:  # errors of a server, driver or network must not reach training
+            self._is_open, self._known = False, {}
+            if was_open:
+                return self.advance()  # if the run was deleted, a new one replaces it at once
             self.num_failures += 1
-            self._known = {}
-            if self.num_failures == 1:
-                logger.warning(
-                    "%s does not accept metrics (%s: %s). The run continues; all metrics are in %s and are sent later.",
-                    *(self.state.uri, type(error).__name__, str(error)[:200], self._path),
-                )
+            self._report(error)
             return False
 
     def finish(self, status: str) -> None:
-        """Mark the run as ended if it was opened. A failure is only logged."""
+        """Mark the run as ended if it was opened, and wait for its artifacts. A failure is only logged.
+
+        The run is opened again before, because the server may have lost it, or some points, since the last metric.
+        """
         if self._server is None or self.state.run_id is None:
             return
+        self._is_open, self._known = False, {}
+        while self.advance() and not self.has_sent_all():
+            pass
         try:
             self._server.end_run(self.state.run_id, status)
         except Exception as error:
-            logger.warning("the run could not be marked as ended: %s", error)
+            logger.warning("the run could not be marked as ended: %s", words_of(error))
+        if self._artifacts is not None:
+            self._artifacts.join()
 
-    def _connect(self) -> None:
-        if self.state.described and self._server is not None:
-            return
+    def _report(self, error: Exception) -> None:
+        """Log a failure. Before the server has worked in this start, a lasting one ends the attempts."""
+        uri, words = self.state.uri, words_of(error)
+        self.gave_up = not self._has_worked and is_lasting(error, uri)
+        if self.gave_up:
+            self._warn_once(
+                "gave up",
+                "%s: MLflow cannot be used in this start of the run (%s). %sTraining goes on; all metrics are in %s, "
+                "and the next start of this run sends them.",
+                *(uri, words, remedy(error, uri), self._path),
+            )
+        else:
+            self._warn_once(
+                f"{type(error).__name__} {getattr(error, 'error_code', '')}",
+                "%s does not accept metrics (%s). The run continues and tries again at least every %.0f s; all metrics "
+                "are in %s, and what the server misses is sent when it accepts them.",
+                *(uri, words, _LONGEST_PAUSE_S, self._path),
+            )
+
+    def _warn_once(self, kind: str, message: str, *values: object) -> None:
+        if kind not in self._warnings:
+            self._warnings.add(kind)
+            logger.warning(message, *values)
+
+    def _open(self) -> None:
+        """Open the run on the server, describe it, and find the first entry that the server lacks."""
         if self._server is None:
             self._server = self._make_server()
         run_id = self._server.open_run(self.state.run_key, self.state.run_id)
         if run_id != self.state.run_id:
-            self._remember(replace(self.state, run_id=run_id))
-        self._server.describe(run_id)
+            if self.state.run_id is not None:
+                logger.warning(
+                    "%s no longer has the run %s; the run %s replaces it and gets all metrics of %s",
+                    *(self.state.uri, self.state.run_id, run_id, self._path),
+                )
+            self._remember(replace(self.state, run_id=run_id, sent_step=0, described=False))
+            self._is_complete = False
+        if not self._is_complete:
+            failed = self._server.describe(run_id)
+            self._is_complete = not failed
+            self._warn_about_rest(failed)
+            self._start_artifacts(self._server, run_id)
+        self._position = self._first_unsent(self._server, run_id)
         self._remember(replace(self.state, described=True))
+        self._is_open = self._has_worked = True
+
+    def _first_unsent(self, server: MlflowServer, run_id: str) -> int:
+        """Byte offset of the first entry of `sent_step`. That step is read again because it may get more entries.
+
+        Lowers `sent_step` if the server lacks earlier points, for example after its database was restored. Points are
+        sent in the order of the file, so one metric shows which are there.
+        """
+        last = self._last_before(self.state.sent_step)
+        if last is None:
+            return 0
+        histories = ((key, server.steps_of(run_id, key, from_step=0)) for key in last.metrics)
+        key, there = next((found for found in histories if found[1]), ("", set()))
+        known_step = 0
+        for entry in read_metrics(self._path):
+            if entry.step >= self.state.sent_step:
+                return last.end
+            if not there or (key in entry.metrics and entry.step not in there):
+                break
+            known_step = entry.step
+        logger.warning("%s has lost metrics after step %d; they are sent again", self.state.uri, known_step)
+        self._remember(replace(self.state, sent_step=known_step))
+        last = self._last_before(known_step)
+        return 0 if last is None else last.end
+
+    def _last_before(self, step: int) -> MetricsEntry | None:
+        """The last entry before a step."""
+        last = None
+        for entry in read_metrics(self._path):
+            if entry.step >= step:
+                break
+            last = entry
+        return last
+
+    def _start_artifacts(self, server: MlflowServer, run_id: str) -> None:
+        """Store the artifacts from another thread: an artifact store may take minutes to fail."""
+        if self._artifacts is not None and self._artifacts.is_alive():
+            self._is_complete = False
+            return
+        self._artifacts = threading.Thread(
+            target=self._store_artifacts, args=(server, run_id), daemon=True, name="tracking-artifacts"
+        )
+        self._artifacts.start()
+
+    def _store_artifacts(self, server: MlflowServer, run_id: str) -> None:
+        failed = server.store_artifacts(run_id)
+        self._is_complete &= not failed
+        if failed:
+            self._warn_once(
+                "artifacts",
+                "%s: MLflow could not store %s (%s). Metrics are sent all the same; the next start of this run tries "
+                "again. Let this host write to the artifact store. For later runs, the server itself can write to it "
+                "(mlflow server --artifacts-destination PLACE); give them a new tracking.experiment, because an "
+                "experiment keeps its store.",
+                *(self.state.uri, ", ".join(failed), "; ".join(dict.fromkeys(map(words_of, failed.values())))),
+            )
+
+    def _warn_about_rest(self, failed: Mapping[str, Exception]) -> None:
+        for words, names in _by_words(failed):
+            self._warn_once(
+                names,
+                "%s does not store %s (%s). Everything else is sent; all metrics are in %s.",
+                *(self.state.uri, names, words, self._path),
+            )
 
     def _send_batch(self) -> None:
-        assert self._server is not None and self.state.run_id is not None
-        if self._position is None:
-            self._position = self._first_unsent()
+        assert self._server is not None and self.state.run_id is not None and self._position is not None
         entries = list(islice(read_metrics(self._path, self._position), _ENTRIES_PER_BATCH))
         if not entries:
             return
         missing = [left for entry in entries if (left := self._without_known(entry)).metrics]
         if missing:
-            self._server.send(self.state.run_id, missing)
+            self._warn_about_rest(self._server.send(self.state.run_id, missing))
         self._position = entries[-1].end
         self._remember(replace(self.state, sent_step=max(self.state.sent_step, entries[-1].step)))
-
-    def _first_unsent(self) -> int:
-        """Byte offset of the first entry of `sent_step`. That step is read again because it may get more entries."""
-        position = 0
-        for entry in read_metrics(self._path):
-            if entry.step >= self.state.sent_step:
-                break
-            position = entry.end
-        return position
 
     def _without_known(self, entry: MetricsEntry) -> MetricsEntry:
         left = {key: value for key, value in entry.metrics.items() if entry.step not in self._known_steps(key)}
@@ -223,3 +341,13 @@ class _Sender(threading.Thread):
     def _remember(self, state: TrackingState) -> None:
         save_state(self._folder, state)
         self.state = state
+
+
+def _by_words(failed: Mapping[str, Exception]) -> Iterator[tuple[str, str]]:
+    """The words of each different failure, and the names of the things that it concerns."""
+    groups: dict[str, list[str]] = {}
+    for name, error in failed.items():
+        groups.setdefault(words_of(error), []).append(name)
+    for words, names in groups.items():
+        more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+        yield words, ", ".join(names[:_MAX_NAMED]) + more

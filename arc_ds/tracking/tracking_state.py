@@ -40,7 +40,9 @@ def load_state(folder: Path, *, uri: str, resumed_step: int, run_id: str | None)
     """
     try:
         found = TrackingState(**json.loads((folder / STATE_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        uuid.UUID(found.run_key)  # it becomes part of a query
+        found = replace(found, sent_step=int(found.sent_step))
+    except (OSError, ValueError, TypeError, AttributeError):
         found = TrackingState(run_key=uuid.uuid4().hex, uri=uri, run_id=run_id)
     if found.uri != uri:
         found = TrackingState(run_key=found.run_key, uri=uri)

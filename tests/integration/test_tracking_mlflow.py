@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +32,19 @@ tracker = start_tracker(Path(sys.argv[1]), TrackingConfig(experiment="tests"), R
 for step in range(1, 10_000):
     tracker.log(step, {"loss": 1.0 / step})
     time.sleep(0.005)
-    if tracker.run_id and step % 50 == 0 and tracker.flush(30):
+    if step % 50 == 0 and tracker.flush(30) and tracker.run_id:
         print(step, tracker.run_id, flush=True)
+"""
+NO_USER = """
+import pwd, sys, time
+def no_entry(uid):
+    raise KeyError("getpwuid(): uid not found")
+pwd.getpwuid = no_entry
+try:
+    import mlflow
+    raise SystemExit("MLflow needs no home any more: remove _home")
+except RuntimeError:
+    pass
 """
 
 
@@ -127,3 +142,207 @@ def test_a_server_that_is_not_there_does_not_hold_the_run(tmp_path: Path) -> Non
     assert time.perf_counter() - start < 10.0
     assert tracker.run_id is None
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
+
+
+def _log(tracker: Tracker, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        tracker.log(step, {"loss": 1.0 / step, "rate": 2.0})
+
+
+def _steps(folder: Path, run_id: str | None, key: str = "loss") -> list[int]:
+    return sorted(point.step for point in _client(folder).get_metric_history(run_id, key))
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("arc_ds")]
+
+
+@pytest.mark.parametrize("removed", ["run", "database"])
+@pytest.mark.parametrize("when", ["between two starts", "while the run works", "after its last metric"])
+def test_a_run_that_the_server_lost_is_replaced_with_all_its_metrics(tmp_path: Path, removed: str, when: str) -> None:
+    tracker = _start(tmp_path, {"seed": 0})
+    _log(tracker, 1, 40)
+    assert tracker.flush(120)
+    former = tracker.run_id
+    if when == "between two starts":
+        assert tracker.close("KILLED", timeout_s=120)
+    if removed == "run":
+        _client(tmp_path).delete_run(former)
+    else:
+        (tmp_path / "mlflow.db").unlink()
+    if when == "between two starts":
+        tracker = _start(tmp_path, {"seed": 0}, resumed_step=40)
+    last = 40 if when == "after its last metric" else 60
+    _log(tracker, 41, last)
+    assert tracker.close(timeout_s=120) and tracker.run_id != former
+    assert _steps(tmp_path, tracker.run_id) == _steps(tmp_path, tracker.run_id, "rate") == list(range(1, last + 1))
+    run = _client(tmp_path).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED" and run.data.params == {"seed": "0"}
+    assert list(tmp_path.glob(f"mlartifacts/{tracker.run_id}/artifacts/config.yaml"))
+
+
+def test_a_database_that_was_restored_gets_the_points_that_it_lacks(tmp_path: Path) -> None:
+    tracker = _start(tmp_path, {"seed": 0})
+    _log(tracker, 1, 40)
+    assert tracker.flush(120)
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "backup")
+    _log(tracker, 41, 60)
+    assert tracker.close("KILLED", timeout_s=120)
+    os.replace(tmp_path / "backup", tmp_path / "mlflow.db")
+    again = _start(tmp_path, {"seed": 0}, resumed_step=60)
+    _log(again, 61, 80)
+    assert again.close(timeout_s=120) and again.run_id == tracker.run_id
+    assert _steps(tmp_path, again.run_id) == _steps(tmp_path, again.run_id, "rate") == list(range(1, 81))
+
+
+def test_what_mlflow_refuses_keeps_nothing_else_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mlartifacts").write_text("no folder")
+    facts = RunFacts(
+        params={f"key.{number}": number for number in range(150)} | {"k" * 300: 1, "a(b)": 2},
+        artifacts={"config.yaml": "", "deepspeed.json": ""},
+        tags={"a tag!": "refused", "host": "here"},
+        datasets={"/data/shards": "d" * 40},
+    )
+    tracker = start_tracker(tmp_path, TrackingConfig(experiment='it\'s a `test` "%"'), facts, resumed_step=0)
+    for step in range(1, 101):
+        tracker.log(step, {"loss": 1.0, "AP@50(x)": 1.0, "n" * 300: 1.0})
+    assert tracker.close(timeout_s=120)
+    run = _client(tmp_path).get_run(tracker.run_id)
+    assert len(run.data.params) == 151 and run.data.params["a_b_"] == "2"
+    assert run.data.tags["host"] == "here" and len(run.inputs.dataset_inputs) == 1
+    assert _steps(tmp_path, tracker.run_id) == _steps(tmp_path, tracker.run_id, "AP_50_x_") == list(range(1, 101))
+    refused = ("parameter kkk", "tag a tag!", "metric nnn", "config.yaml, deepspeed.json")
+    assert sorted(next(name for name in refused if name in text) for text in _warnings(caplog)) == sorted(refused)
+    assert str(tmp_path / "mlartifacts") in caplog.text
+
+
+def test_a_folder_that_mlflow_refuses_is_reported_whole_before_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    tracker = _start(tmp_path, {"seed": 0}, uri=str(tmp_path / "ml?runs"))
+    (warning,) = _warnings(caplog)
+    assert "opt out of this exception.). tracking.uri is a folder; set it to a database, for example" in warning
+    _log(tracker, 1, 5)
+    assert not tracker.close(timeout_s=60) and len(_warnings(caplog)) == 1
+    uri = re.findall(r"sqlite:\S+mlflow\.db", warning)[-1]
+    again = _start(tmp_path, {"seed": 0}, resumed_step=5, uri=uri)
+    assert again.close(timeout_s=120) and (tmp_path / "ml?runs" / "mlflow.db").is_file()
+    (tmp_path / "mlflow.db").symlink_to(tmp_path / "ml?runs" / "mlflow.db")
+    assert _steps(tmp_path, again.run_id) == [1, 2, 3, 4, 5]
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    allowed = _start(tmp_path / "other", {"seed": 0}, uri=str(tmp_path / "file?store"))
+    assert allowed.close(timeout_s=120) and list(tmp_path.glob("file[?]store/*/*/artifacts/config.yaml"))
+
+
+@pytest.mark.parametrize("name", ["is it good?", "50%41 #é"])
+def test_a_folder_with_characters_that_urls_quote_holds_all_of_its_run(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "runs" / name
+    for resumed in (0, 5):
+        tracker = _start(folder, {"seed": 0}, resumed_step=resumed)
+        _log(tracker, resumed + 1, resumed + 5)
+        assert tracker.close(timeout_s=120)
+    assert list((tmp_path / "runs").iterdir()) == [folder]
+    assert list(folder.glob(f"mlartifacts/{tracker.run_id}/artifacts/config.yaml"))
+    (tmp_path / "mlflow.db").symlink_to(folder / "mlflow.db")
+    assert _steps(tmp_path, tracker.run_id) == list(range(1, 11))
+
+
+def test_runs_on_one_store_keep_their_artifacts_beside_it(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/store/mlflow.db"
+    runs = [_start(tmp_path / name, {"seed": 0}, uri=uri) for name in ("first", "second")]
+    assert all(run.close(timeout_s=120) for run in runs)
+    places = {path.relative_to(tmp_path / "store").parts[:2] for path in tmp_path.rglob("config.yaml")}
+    assert places == {("mlartifacts", run.run_id) for run in runs}
+
+
+def test_a_deleted_experiment_is_named_with_its_cure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = _start(tmp_path, {"seed": 0})
+    _log(tracker, 1, 5)
+    assert tracker.close("KILLED", timeout_s=120)
+    experiment_id = _client(tmp_path).get_experiment_by_name("tests").experiment_id
+    _client(tmp_path).delete_experiment(experiment_id)
+    assert not _start(tmp_path, {"seed": 0}, resumed_step=5).close(timeout_s=120)
+    (warning,) = _warnings(caplog)
+    assert f"mlflow experiments restore --experiment-id {experiment_id}" in warning
+    _client(tmp_path).restore_experiment(experiment_id)
+    again = _start(tmp_path, {"seed": 0}, resumed_step=5)
+    assert again.close(timeout_s=120) and _steps(tmp_path, again.run_id) == [1, 2, 3, 4, 5]
+
+
+class _Answer(BaseHTTPRequestHandler):
+    """A server that gives one answer to everything."""
+
+    answer: tuple[int, str]
+
+    def do_GET(self) -> None:
+        status, body = self.answer
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+_LASTING = [(401, "<html>"), (403, '{"error_code": "PERMISSION_DENIED"}'), (404, "<html>"), (400, "<html>")]
+_PASSING = [
+    (503, ""),
+    (429, ""),
+    (521, "<html>"),
+    (500, '{"error_code": "INTERNAL_ERROR"}'),
+    (400, '{"error_code": "BAD_REQUEST", "message": "the pool of the server\'s database is exhausted"}'),
+]
+
+
+@pytest.mark.parametrize("answer", _LASTING + _PASSING)
+def test_answers_that_time_cannot_mend_are_told_from_a_server_that_is_down(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, answer: tuple[int, str]
+) -> None:
+    kind = type("_OneAnswer", (_Answer,), {"answer": answer})
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tracker = _start(tmp_path, {"seed": 0}, uri=f"http://me:secret@127.0.0.1:{server.server_port}")
+        _log(tracker, 1, 5)
+        tracker.await_first_answer(60)
+        assert not tracker.close(timeout_s=0.1)
+        server.shutdown()
+    is_lasting = "cannot be used in this start" in caplog.text
+    assert is_lasting == (answer in _LASTING) and is_lasting != ("did not receive all metrics" in caplog.text)
+    assert ("MLFLOW_TRACKING_USERNAME" in caplog.text) == (answer[0] in (401, 403)) and "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("uri", "cure"),
+    [
+        ("localhost:5000", "Set tracking.uri to http://localhost:5000."),
+        ("127.0.0.1:5000", "Set tracking.uri to http://127.0.0.1:5000."),
+        ("foo://host", "Correct tracking.uri"),
+        ("http://[::1", "Correct tracking.uri"),
+        ("sqlite:///{}", "Correct tracking.uri"),
+        ("sqlite:///{}/no_database", "Correct tracking.uri"),
+    ],
+)
+def test_an_address_that_can_never_work_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, uri: str, cure: str
+) -> None:
+    (tmp_path / "no_database").write_text("text " * 1000)
+    tracker = _start(tmp_path, {"seed": 0}, uri=uri.format(tmp_path))
+    _log(tracker, 1, 5)
+    assert not tracker.close(timeout_s=60)
+    (warning,) = _warnings(caplog)
+    assert cure in warning and "the next start of this run sends them" in warning
+
+
+def test_a_user_without_home_and_passwd_entry_gets_metrics(tmp_path: Path) -> None:
+    """Containers with `--user 12345`. DeepSpeed has tried to import MLflow before, and failed."""
+    code = LOGS_UNTIL_KILLED.replace("10_000", "51").replace("import sys, time", NO_USER)
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "USER", "LOGNAME")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert printed.split()[0] == "50"
+    assert _steps(tmp_path, printed.split()[1]) == list(range(1, 51))

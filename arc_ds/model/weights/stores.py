@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from arc_ds.errors import WeightsError
+from arc_ds.errors import WeightsError, words_of
 from arc_ds.model.weights.names import Shape, join_faults
 from arc_ds.system.user_files import check_downloaded
 
@@ -75,11 +75,11 @@ class PickleStore:
         except pickle.UnpicklingError as error:
             raise WeightsError(
                 f"{path} holds more than tensors. It is not opened, because a pickle can run code "
-                f"({_first_line(error)}). Get the weights as safetensors."
+                f"({words_of(error)}). Get the weights as safetensors."
             ) from error
         except Exception as error:  # a damaged pickle raises KeyError, IndexError, TypeError, AssertionError, ...
             raise WeightsError(
-                f"{path} cannot be mapped as a PyTorch checkpoint: {_first_line(error)}. Copy it again; a file from "
+                f"{path} cannot be mapped as a PyTorch checkpoint: {words_of(error)}. Copy it again; a file from "
                 "before PyTorch 1.6 must be saved again."
             ) from error
         if not isinstance(loaded, dict):
@@ -159,7 +159,3 @@ def _check_plain(path: Path, dtypes: Mapping[str, str]) -> None:
             "the scales of a quantisation, which ARC-DS does not compute. Use the model's weights in bfloat16, or a "
             ".gguf file. If the file is no part of the model, move it out of the folder."
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from arc_ds.errors import StorageError
-from arc_ds.system.urls import shown_url
+from arc_ds.system.urls import shown_url, web_url
 from arc_ds.system.user_files import is_lfs_pointer
 
 logger = logging.getLogger(__name__)
@@ -171,6 +171,7 @@ def _read_pieces(url: str, timeout_s: float) -> Iterator[bytes]:
 
 def _read_file(url: str, timeout_s: float) -> Iterator[bytes]:
     """Yield the content of a file that fsspec can open."""
+    url = web_url(url)
     try:
         system = _file_system(url, timeout_s)
         # A stream needs no true size. Without one, fsspec would request it and report any error as a missing file.

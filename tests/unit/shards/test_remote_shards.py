@@ -53,6 +53,12 @@ def test_file_urls_are_local_paths(local: ShardSet) -> None:
     assert texts_of(shards) == TEXTS
 
 
+def test_a_folder_behind_a_url_may_have_any_name(local: ShardSet, cache: ShardCache, tmp_path: Path) -> None:
+    (tmp_path / "my dätä #1").symlink_to(local.folder)
+    with serve(tmp_path) as server:
+        assert texts_of(ShardSet(f"{server.url}/my dätä #1", cache=cache)) == TEXTS
+
+
 def test_prefetched_shards_are_there_when_they_are_wanted(server: FaultyServer, cache: ShardCache) -> None:
     shards = ShardSet(server.url, cache=cache)
     shards.prefetch([3, 1])

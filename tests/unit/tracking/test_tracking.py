@@ -7,18 +7,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.engine import make_url
 
+from arc_ds.errors import ConfigError
 from arc_ds.tracking import tracking
+from arc_ds.tracking.faults import words_of
 from arc_ds.tracking.metrics_log import MetricsEntry, MetricsLog, read_metrics
-from arc_ds.tracking.mlflow_server import environment_tags, resolve_uri, without_secret
+from arc_ds.tracking.mlflow_server import MlflowServer, environment_tags
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.tracking.tracking_state import STATE_NAME, load_state, save_state
+from arc_ds.tracking.uris import file_store, resolve_uri, sqlite_database, without_secret
 
 
 class _FakeServer:
@@ -29,6 +36,7 @@ class _FakeServer:
         self.runs: dict[str, str] = {}
         self.statuses: list[str] = []
         self.described = 0
+        self.refused: dict[str, Exception] = {}
         self.trouble: Callable[[str], None] = lambda _when: None
 
     def open_run(self, run_key: str, run_id: str | None) -> str:
@@ -37,18 +45,23 @@ class _FakeServer:
         self.trouble("after open")
         return opened
 
-    def describe(self, run_id: str) -> None:
+    def describe(self, run_id: str) -> dict[str, Exception]:
         self.trouble("before describe")
         self.described += 1
+        return self.refused
+
+    def store_artifacts(self, run_id: str) -> dict[str, Exception]:
+        return self.refused
 
     def steps_of(self, run_id: str, key: str, from_step: int) -> set[int]:
         self.trouble("before steps")
         return {step for name, step in self.points if name == key and step >= from_step}
 
-    def send(self, run_id: str, entries: list[MetricsEntry]) -> None:
+    def send(self, run_id: str, entries: list[MetricsEntry]) -> dict[str, Exception]:
         self.trouble("before send")
         self.points += [(key, entry.step) for entry in entries for key in entry.metrics]
         self.trouble("after send")
+        return {}
 
     def end_run(self, run_id: str, status: str) -> None:
         self.statuses.append(status)
@@ -169,6 +182,74 @@ def _kill(tracker: Tracker) -> None:
         file.write(b'{"step": 99, "ti')
 
 
+def test_a_part_of_the_description_that_fails_keeps_nothing_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = _FakeServer()
+    server.refused = {name: ValueError(f"{name} too\nlong " * 99 + "shorten it") for name in ("a.yaml", "b.json")}
+    tracker = _tracker(tmp_path, server)
+    _log_steps(tracker, 1, 300)
+    tracker.flush(timeout_s=5)
+    failures = iter([True] * 2)
+    server.trouble = lambda now: _fail(now) if next(failures, False) else None
+    _log_steps(tracker, 301, 400)
+    assert tracker.close() and Counter(server.points) == _expected(400)
+    assert caplog.text.count("could not store a.yaml, b.json (ValueError: a.yaml too long") == 1
+    assert "shorten it)" in caplog.text, "the end of another tool's message is kept: it holds the remedy"
+
+
+def test_a_fault_that_time_cannot_mend_is_tried_again_only_at_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts = []
+
+    def make_server() -> MlflowServer:
+        attempts.append(1)
+        raise ModuleNotFoundError("No module named 'psycopg'")
+
+    tracker = Tracker(tmp_path, uri="postgresql://host/db", make_server=make_server, resumed_step=0)
+    _log_steps(tracker, 1, 100)
+    tracker.await_first_answer(5)
+    time.sleep(0.1)
+    assert not tracker.flush(timeout_s=5) and not tracker.close() and len(attempts) == 1
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "No module named 'psycopg'). Install the missing package. Training goes on" in warning
+    server = _FakeServer()
+    assert _tracker(tmp_path, server, resumed_step=100).close() and Counter(server.points) == _expected(100)
+
+
+def test_after_the_server_has_worked_every_fault_is_tried_again(tmp_path: Path) -> None:
+    server, failures = _FakeServer(), iter([True] * 4)
+    tracker = _tracker(tmp_path, server)
+    _log_steps(tracker, 1, 10)
+    assert tracker.flush(timeout_s=5)
+
+    def deleted(_when: str) -> None:
+        if next(failures, False):
+            raise ConfigError("the experiment was deleted")
+
+    server.trouble = deleted
+    _log_steps(tracker, 11, 20)
+    tracker.flush(timeout_s=5)
+    assert tracker.close() and Counter(server.points) == _expected(20)
+
+
+@pytest.mark.parametrize("when", ["between two starts", "while the run works"])
+@pytest.mark.parametrize("left", [0, 77, 150])
+def test_points_that_a_restored_server_lacks_are_sent_again(tmp_path: Path, when: str, left: int) -> None:
+    server = _FakeServer()
+    tracker = _tracker(tmp_path, server)
+    _log_steps(tracker, 1, 150)
+    assert tracker.flush(timeout_s=5)
+    if when == "between two starts":
+        tracker.close("KILLED")
+        tracker = _tracker(tmp_path, server, resumed_step=150)
+    tracker._sender.hurry.clear()  # type: ignore[union-attr]
+    del server.points[left:]
+    _log_steps(tracker, 151, 200)
+    assert tracker.close() and Counter(server.points) == _expected(200)
+
+
 def test_without_a_server_the_file_alone_is_written(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, resumed_step=0)
     tracker.log(3, {"loss": float("nan")})
@@ -201,6 +282,8 @@ def test_a_damaged_state_or_another_server_begins_anew(tmp_path: Path) -> None:
     assert load_state(tmp_path, uri="a", resumed_step=0, run_id=None) == state
     other = load_state(tmp_path, uri="b", resumed_step=9, run_id="known")
     assert (other.run_id, other.sent_step) == (None, 0)
+    (tmp_path / STATE_NAME).write_text(json.dumps(asdict(state) | {"run_key": "a' OR tags.x = '"}))
+    assert len(load_state(tmp_path, uri="a", resumed_step=0, run_id="known").run_key) == 32, "it stands in a query"
     (tmp_path / STATE_NAME).write_text('{"run_key')
     assert load_state(tmp_path, uri="a", resumed_step=5, run_id="known").run_id == "known"
 
@@ -213,8 +296,22 @@ def test_the_environments_uri_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert resolve_uri(tmp_path, "http://one") == "http://two"
 
 
+@pytest.mark.parametrize("name", ["is it good?", "50%41", "a#b", "x y é", "it's [1]{2}@:"])
+def test_characters_that_urls_quote_may_stand_in_a_folders_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / name
+    uri = resolve_uri(folder, None)
+    assert make_url(uri).database == f"{folder}/mlflow.db" and sqlite_database(uri) == folder / "mlflow.db"
+    assert file_store(resolve_uri(tmp_path, str(folder))) == folder
+    assert url2pathname(urlsplit(resolve_uri(tmp_path, str(folder))).path) == str(folder), "as MLflow reads it"
+
+
 def test_a_password_in_the_uri_is_not_written_down() -> None:
     assert without_secret("https://me:secret@host:5000/path") == "https://host:5000/path"
+    assert "secret" not in words_of(ValueError("API request to http://me:secret@host/api failed"))
+    assert without_secret("http://me:secret@[::1") == "http://[::1", "a malformed address does not end the run"
     assert without_secret("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
 
 

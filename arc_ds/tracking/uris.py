@@ -1,0 +1,56 @@
+"""Addresses of tracking servers."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_USER = re.compile(r"([A-Za-z][\w+.-]*://)[^/?#\s]*@")
+_WORDS = ("databricks", "databricks-uc", "uc")  # MLflow's addresses without a scheme
+
+
+def resolve_uri(folder: Path, configured: str | None) -> str:
+    """The tracking URI from the environment, else from the config, else sqlite in the run's folder.
+
+    A plain path becomes a file: URI, because MLflow would unquote it.
+    """
+    uri = os.environ.get(URI_VARIABLE) or configured
+    if not uri:
+        return sqlite_uri(folder.resolve() / "mlflow.db")
+    return Path(uri).absolute().as_uri() if uri not in _WORDS and _scheme(uri) == "" else uri
+
+
+def sqlite_uri(database: Path) -> str:
+    """URI of a sqlite database. SQLAlchemy itself quotes the path, because its versions read % and ? differently."""
+    if not set("%?") & set(str(database)):
+        return f"sqlite:///{database}"
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(database)).render_as_string()
+
+
+def sqlite_database(uri: str) -> Path | None:
+    """The file of a sqlite URI; None for other URIs, for a database in memory, and for one with options."""
+    if _scheme(uri).partition("+")[0] != "sqlite":
+        return None
+    from sqlalchemy.engine import make_url
+
+    url = make_url(uri)
+    return None if url.query or url.database in (None, "", ":memory:") else Path(str(url.database)).absolute()
+
+
+def file_store(uri: str) -> Path | None:
+    """The folder of a file: URI; None for other URIs."""
+    return Path(unquote(urlsplit(uri).path)) if _scheme(uri) == "file" else None
+
+
+def without_secret(text: str) -> str:
+    """A URI, or a text with URIs, without users and passwords, for logs and files."""
+    return _USER.sub(r"\1", text)
+
+
+def _scheme(uri: str) -> str:
+    return match[1].lower() if (match := re.match(r"([A-Za-z][\w+.-]*):", uri)) else ""

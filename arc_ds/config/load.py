@@ -17,6 +17,7 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.config.tree import apply_override, parse_yaml
 from arc_ds.config.validate import check_exclusions
 from arc_ds.errors import ConfigError
+from arc_ds.system.user_paths import user_path
 
 Scalar = str | int | float | bool | None
 
@@ -63,7 +64,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     ConfigError that names the file and line or the override, the expected value, and the remedy.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(user_path(str(path))).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"cannot read the config {path}: {error}. Give the path of a YAML file, such as one in ds_configs/recipes."

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from arc_ds.config.schema import TrackingConfig
+from arc_ds.system.user_paths import user_path
 from arc_ds.tracking.metrics_log import MetricsEntry
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.version import __version__
@@ -76,7 +77,7 @@ def start_tracker(
 
 def resolve_uri(folder: Path, configured: str | None) -> str:
     """The tracking URI from the environment, else from the config, else sqlite in the run's folder."""
-    return os.environ.get(URI_VARIABLE) or configured or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+    return user_path(os.environ.get(URI_VARIABLE, "")) or configured or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
 
 
 def without_secret(uri: str) -> str:

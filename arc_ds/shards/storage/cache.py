@@ -28,6 +28,7 @@ from typing import IO, NamedTuple
 from arc_ds.errors import StorageError
 from arc_ds.shards.storage.remote import Retries, download
 from arc_ds.system.urls import shown_url
+from arc_ds.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ def open_cache(cache_dir: str | Path | None = None, cache_gib: float | None = No
     """The cache for `data.cache_dir` and `data.cache_gib` of a config; None means the default. Creates no files."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "arc-ds" / "shards"
     given = cache_dir or os.environ.get("ARC_DS_CACHE_DIR") or default
-    folder = Path(os.path.abspath(os.path.expanduser(given)))
+    folder = Path(os.path.abspath(user_path(str(given))))
     if cache_gib is not None:
         return ShardCache(folder=folder, max_bytes=int(cache_gib * _GIB))
     cached = sum(stat.st_size for stat, _ in _cached_files(folder))

@@ -30,6 +30,7 @@ from arc_ds.shards.storage.cache import is_disk_full
 from arc_ds.shards.storage.remote import Retries, download
 from arc_ds.shards.tar_index import RecordForm, TarContents, index_tar
 from arc_ds.system.files import sync_file, sync_folder
+from arc_ds.system.locks import writing
 from arc_ds.system.urls import is_url, local_path, shown_url
 from arc_ds.tokenizers import load_tokenizer
 
@@ -96,11 +97,11 @@ def index_shards(
     """
     sources = _sources(tars, out_dir)
     folder = Path(out_dir) if out_dir is not None else Path(sources[0].place).parent
-    if (folder / MANIFEST).exists() and not overwrite:
-        raise DataError(f"{folder} has a {MANIFEST} already. Give another folder, or overwrite=True (--overwrite).")
     form = form or RecordForm()
     fingerprint = load_tokenizer(Path(tokenizer)).fingerprint
     with _scratch_in(folder) as scratch:
+        if (folder / MANIFEST).exists() and not overwrite:
+            raise DataError(f"{folder} has a {MANIFEST} already. Give another folder, or overwrite=True (--overwrite).")
         index_one = partial(_index_one, scratch, Path(tokenizer), form)
         results = map_in_order(index_one, sources, workers)
         indexed = [tar for _, tar in tqdm(results, total=len(sources), unit="tar", disable=not progress)]
@@ -171,20 +172,14 @@ def _name_of(place: str) -> str:
 
 @contextmanager
 def _scratch_in(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`. If the work fails, `folder` is removed too if it is new.
+    """A temporary folder inside `folder`, which is locked. If the work fails, `folder` is removed too if it is new.
 
     An OSError becomes a StorageError whose remedy depends on whether the disk is full.
     """
-    is_new = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder, prefix=".indexing-") as scratch:
+        with writing(folder, "index"), TemporaryDirectory(dir=folder, prefix=".indexing-") as scratch:
             yield Path(scratch)
-    except BaseException as error:
-        if is_new and folder.is_dir():
-            folder.rmdir()
-        if not isinstance(error, OSError):
-            raise
+    except OSError as error:
         cure = (
             "Free some of its disk, or give a folder of a larger one: --out FOLDER."
             if is_disk_full(error)

@@ -4,6 +4,7 @@ RUN/config.yaml         the resolved config of the last start
 RUN/checkpoints/        see `checkpoint.py`
 RUN/metrics.jsonl       every metric of every step
 RUN/mlflow.db           MLflow's tracking store, unless the config names another one
+RUN/lock                held by the run that writes here
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerErro
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device
 from arc_ds.system.files import write_whole
+from arc_ds.system.locks import writing
 from arc_ds.system.urls import shown_url
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.tracking.mlflow_server import RunFacts, environment_tags, package_versions, start_tracker
@@ -43,6 +46,12 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
+
+
+def lock_run_folder(config: RunConfig) -> AbstractContextManager[None]:
+    """Keep other runs out of the run's folder. For rank 0. Raises ConfigError if one is going on there."""
+    cure = "Wait until it has ended, stop it, or choose another run_dir."
+    return writing(Path(config.run_dir), "run", ConfigError, cure)
 
 
 def check_run_folder(config: RunConfig) -> None:

@@ -22,10 +22,10 @@ from arc_ds.shards.building.inputs import find_inputs, read_batches
 from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordMaker, RecordRules
 from arc_ds.shards.building.state import BuildFolder, BuildPlan, Progress
 from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo, total_skipped
-from arc_ds.shards.locks import writing
 from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.tar_writer import ShardWriter
 from arc_ds.system.files import replace_folder, write_whole
+from arc_ds.system.locks import writing
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from arc_ds.errors import DataError, StorageError
 from arc_ds.shards.format import Manifest, ShardInfo, sha256_of_file
-from arc_ds.shards.locks import LOCK_FILE, writing
 from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import is_disk_full
@@ -40,6 +39,7 @@ from arc_ds.shards.token_cache.files import (
     texts_of,
 )
 from arc_ds.system.files import whole_file, write_whole
+from arc_ds.system.locks import LOCK_FILE, writing
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -363,6 +363,7 @@ def test_a_lock_that_another_user_left_behind_keeps_nobody_out(
     shards: ShardSet, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    (made.folder / "lock").touch()
     opened = Path.open
 
     def refuse_writing(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:

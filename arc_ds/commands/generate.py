@@ -13,6 +13,7 @@ from arc_ds.errors import DataError
 from arc_ds.export.formats import DTYPES
 from arc_ds.inference.arc import ArcModel, Context
 from arc_ds.system.device import REQUESTS, select_device
+from arc_ds.system.files import output, write_whole
 from arc_ds.system.user_paths import path_argument
 
 CONTEXT_TAG = re.compile(r"<context>(.*?)</context>", re.DOTALL)
@@ -68,15 +69,16 @@ def parse_prompt(text: str, marker: Marker | None = "cont") -> list[str | Contex
 
 def run_compress(args: argparse.Namespace) -> int:
     """Run `arc-ds compress`; return 0 on success."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if args.out.exists():
         raise DataError(f"{args.out} already exists: choose another file")
     texts = [_read(path) for path in args.texts]
     model = _load(args, [])
     vectors = model.compress(texts, decoder=args.decoder_idx, marker=_marker(args.marker, model))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({f"context_{i}": v.clone() for i, v in enumerate(vectors)}, args.out)
+    with output(args.out):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(args.out, save({f"context_{i}": v.clone() for i, v in enumerate(vectors)}))
     assert model.encoder_tokenizer is not None, "compress() of texts raises without one"
     tokens = model.encoder_tokenizer.encode_batch(texts)
     for path, ids, v in zip(args.texts, tokens, vectors, strict=True):

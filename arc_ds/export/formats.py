@@ -60,6 +60,7 @@ def write_export(
         else:
             _write_folder(trained, tensors, folder)
         encoder_tokenizer.save(folder)
+        check_target(out, overwrite=overwrite)  # another export may have written it meanwhile
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:

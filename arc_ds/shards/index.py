@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
-from arc_ds.errors import DataError, StorageError
+from arc_ds.errors import DataError
 from arc_ds.shards.format import (
     MANIFEST,
     Manifest,
@@ -26,10 +26,9 @@ from arc_ds.shards.format import (
     write_index,
 )
 from arc_ds.shards.parallel import map_in_order
-from arc_ds.shards.storage.cache import is_disk_full
 from arc_ds.shards.storage.remote import Retries, download
 from arc_ds.shards.tar_index import RecordForm, TarContents, index_tar
-from arc_ds.system.files import sync_file, sync_folder
+from arc_ds.system.files import output, sync_file, sync_folder
 from arc_ds.system.locks import writing
 from arc_ds.system.urls import is_url, local_path, shown_url
 from arc_ds.tokenizers import load_tokenizer
@@ -174,19 +173,11 @@ def _name_of(place: str) -> str:
 def _scratch_in(folder: Path) -> Iterator[Path]:
     """A temporary folder inside `folder`, which is locked. If the work fails, `folder` is removed too if it is new.
 
-    An OSError becomes a StorageError whose remedy depends on whether the disk is full.
+    Raises StorageError if the folder cannot be written.
     """
-    try:
-        with writing(folder, "index"), TemporaryDirectory(dir=folder, prefix=".indexing-") as scratch:
-            yield Path(scratch)
-    except OSError as error:
-        cure = (
-            "Free some of its disk, or give a folder of a larger one: --out FOLDER."
-            if is_disk_full(error)
-            else "The tars must be readable. If their own folder cannot be written, give another one for index and "
-            "manifest: --out FOLDER."
-        )
-        raise StorageError(f"{folder}: the index cannot be written: {error}. {cure}") from error
+    cure = "If the folder of the tars cannot be written, give another one for index and manifest: --out FOLDER."
+    with output(folder, cure), writing(folder, "index"), TemporaryDirectory(dir=folder, prefix=".indexing-") as scratch:
+        yield Path(scratch)
 
 
 def _index_one(scratch: Path, tokenizer: Path, form: RecordForm, source: _TarSource) -> _TarIndex:

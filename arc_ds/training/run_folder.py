@@ -33,7 +33,7 @@ from arc_ds.config.schema import RunConfig, SourceConfig
 from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device
-from arc_ds.system.files import write_whole
+from arc_ds.system.files import output, write_whole
 from arc_ds.system.locks import writing
 from arc_ds.system.urls import shown_url
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
@@ -122,11 +122,11 @@ class RunFolder:
         self._run = run
         mlflow_run_id = self._resume()
         self._tracker: Tracker | None = None
-        if dist.is_main():
-            run.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(run.folder / CONFIG_NAME, dump_yaml(config))
-            self._tracker = _open_tracker(config, run, mlflow_run_id)
-        dist.barrier()
+        with dist.fail_together(), output(run.folder):
+            if dist.is_main():
+                run.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(run.folder / CONFIG_NAME, dump_yaml(config))
+                self._tracker = _open_tracker(config, run, mlflow_run_id)
 
     def _resume(self) -> str | None:
         """Load the checkpoint from `find_start`. Collective. Returns the MLflow run to continue."""

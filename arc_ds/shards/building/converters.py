@@ -15,7 +15,7 @@ from arc_ds.shards.building.converters_qa import read_drop, read_squad
 from arc_ds.shards.building.converters_triviaqa import read_triviaqa
 from arc_ds.shards.building.question import Question
 from arc_ds.shards.records import encode_record, fine_tuning_record
-from arc_ds.system.files import whole_file
+from arc_ds.system.files import output, whole_file
 
 FORMATS = ("squad", "drop", "triviaqa")
 
@@ -70,17 +70,14 @@ def convert_files(
         raise DataError(f"{out} exists. Give another file, or overwrite=True (--overwrite) to replace it.")
     records = 0
     skipped: Counter[str] = Counter()
-    try:
-        with whole_file(out) as file:
-            for path in paths:
-                for question in _questions(format_name, path, options):
-                    if question.reason is not None:
-                        skipped[question.reason] += 1
-                        continue
-                    file.write(_encoded(question, path, options) + b"\n")
-                    records += 1
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error}. Free disk space or choose another path.") from error
+    with output(out), whole_file(out) as file:
+        for path in paths:
+            for question in _questions(format_name, path, options):
+                if question.reason is not None:
+                    skipped[question.reason] += 1
+                    continue
+                file.write(_encoded(question, path, options) + b"\n")
+                records += 1
     return Conversion(records=records, skipped=dict(sorted(skipped.items())))
 
 

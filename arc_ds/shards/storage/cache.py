@@ -13,7 +13,6 @@ overwritten or evicted like any other.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -27,6 +26,7 @@ from typing import IO, NamedTuple
 
 from arc_ds.errors import StorageError
 from arc_ds.shards.storage.remote import Retries, download
+from arc_ds.system.files import is_disk_full
 from arc_ds.system.urls import shown_url
 from arc_ds.system.user_paths import user_path
 
@@ -184,11 +184,6 @@ def open_cache(cache_dir: str | Path | None = None, cache_gib: float | None = No
     cached = sum(stat.st_size for stat, _ in _cached_files(folder))
     nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return ShardCache(folder=folder, max_bytes=(shutil.disk_usage(nearest).free + cached) // 2)
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Whether a write failed because the disk, the quota or the file size limit is exhausted."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _cached_files(folder: Path) -> list[tuple[os.stat_result, str]]:

@@ -17,11 +17,10 @@ import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from arc_ds.errors import DataError, StorageError
+from arc_ds.errors import DataError
 from arc_ds.shards.format import Manifest, ShardInfo, sha256_of_file
 from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.reader import ShardSet
-from arc_ds.shards.storage.cache import is_disk_full
 from arc_ds.shards.token_cache.files import (
     CACHE_FILE,
     MAX_CHARACTERS,
@@ -38,7 +37,7 @@ from arc_ds.shards.token_cache.files import (
     texts_name,
     texts_of,
 )
-from arc_ds.system.files import whole_file, write_whole
+from arc_ds.system.files import output, whole_file, write_whole
 from arc_ds.system.locks import LOCK_FILE, writing
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
@@ -90,18 +89,12 @@ def build_token_caches(
 
 def _build_cache(shards: ShardSet, tokenizer: Path, folder: Path, workers: int, progress: bool) -> CacheSummary:
     """Lock a cache and fill it. Raises StorageError, with the remedy, if it cannot be written."""
-    try:
-        with writing(folder, "tokenize"):
-            return _fill_cache(shards, tokenizer, folder, workers, progress)
-    except OSError as error:
-        cure = (
-            "Free some disk space; the same command resumes after the finished shards."
-            if is_disk_full(error)
-            else "A token cache is stored next to the manifest. If that folder is not writable, make another manifest "
-            "for the same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and use it as the source of a "
-            "new run."
-        )
-        raise StorageError(f"{folder} cannot be written: {error}. {cure}") from error
+    cure = (
+        "A token cache is stored next to the manifest. If that folder is not writable, make another manifest for the "
+        "same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and use it as the source of a new run."
+    )
+    with output(folder, cure, lambda: "Finished shards are kept."), writing(folder, "tokenize"):
+        return _fill_cache(shards, tokenizer, folder, workers, progress)
 
 
 def _fill_cache(shards: ShardSet, tokenizer: Path, folder: Path, workers: int, progress: bool) -> CacheSummary:

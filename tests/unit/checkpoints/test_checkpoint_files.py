@@ -13,17 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.checkpoints.checkpoint import (
+    TrainerState,
     check_checkpoint,
     find_resumable,
     list_checkpoints,
     prune_checkpoints,
     read_trainer_state,
+    save_checkpoint,
     step_of,
 )
 from arc_ds.checkpoints.manifest import Manifest, read_manifest, seal_file, write_manifest
 from arc_ds.checkpoints.reshard import cut_anew
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
-from arc_ds.errors import CheckpointError
+from arc_ds.errors import CheckpointError, StorageError
+from tests.helpers.full_disk import limited_file_size
 
 
 def _make(directory: Path, step: int) -> Path:
@@ -141,3 +144,25 @@ def test_pieces_cut_anew_hold_every_element_once(numel: int, before: int, after:
     pieces = deal(before)
     found = [cut_anew(pieces, numel, rank=rank, world_size=after) for rank in range(after)]
     assert all(torch.equal(left, right) for left, right in zip(found, deal(after), strict=True))
+
+
+class _Engine:
+    """Writes what DeepSpeed writes, as DeepSpeed does."""
+
+    def save_checkpoint(self, directory: str, tag: str, **_: object) -> None:
+        folder = Path(directory) / tag
+        folder.mkdir()
+        torch.save(torch.zeros(5000), folder / "weights.pt")
+
+
+def test_a_full_disk_names_the_checkpoint_that_is_whole_and_the_next_save_succeeds(tmp_path: Path) -> None:
+    def save(step: int) -> Path:
+        state = TrainerState(step=step, data_position=0, data_fingerprint="", config_hash="")
+        return save_checkpoint(_Engine(), tmp_path / "checkpoints", state, keep_last=2, keep_every=0)
+
+    with limited_file_size(2000), pytest.raises(StorageError, match=r"step_000003 cannot .*has no checkpoint yet"):
+        save(3)
+    save(6)
+    with limited_file_size(2000), pytest.raises(StorageError, match=r"step_000009 cannot .*step_000006 is whole"):
+        save(9)
+    assert check_checkpoint(save(9)) == [] and not list((tmp_path / "checkpoints").glob(".*"))

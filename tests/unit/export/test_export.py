@@ -16,7 +16,7 @@ import torch
 from arc_ds import ArcModel
 from arc_ds.batch.groups import GroupRule
 from arc_ds.checkpoints.trained_for import TrainedFor
-from arc_ds.errors import CheckpointError, TokenizerError, WeightsError
+from arc_ds.errors import CheckpointError, StorageError, TokenizerError, WeightsError
 from arc_ds.export.consolidate import TrainedCompressor, find_checkpoint
 from arc_ds.export.formats import write_export
 from arc_ds.inference.load import load_compressor, open_arc_folder
@@ -168,7 +168,7 @@ def test_an_export_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("arc_ds.export.formats.save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(StorageError, match="out cannot be written: no space"):
         write_export(tiny_trained(tmp_path / "run", seed=1), tmp_path / "out", overwrite=True)
     check_same(ArcModel.from_checkpoint(tmp_path / "out", decoders=[]), first)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]

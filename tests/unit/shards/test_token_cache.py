@@ -293,7 +293,7 @@ def test_a_full_disk_is_an_error_and_the_same_call_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(StorageError, match=r"No space left.*Free some disk space"):
+        with pytest.raises(StorageError, match=r"No space left.*run the same command again.*Finished shards are kept"):
             build_token_caches(shards.folder, [tokenizer_path], workers=workers)
     assert open_token_cache(shards, tokenizer) is None
     (made,) = build_token_caches(shards.folder, [tokenizer_path])

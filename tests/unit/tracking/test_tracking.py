@@ -14,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arc_ds.errors import StorageError
 from arc_ds.tracking import tracking
 from arc_ds.tracking.metrics_log import MetricsEntry, MetricsLog, read_metrics
 from arc_ds.tracking.mlflow_server import environment_tags, resolve_uri, without_secret
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.tracking.tracking_state import STATE_NAME, load_state, save_state
+from tests.helpers.full_disk import limited_file_size
 
 
 class _FakeServer:
@@ -221,3 +223,11 @@ def test_a_password_in_the_uri_is_not_written_down() -> None:
 def test_tags_tell_where_a_run_was_made() -> None:
     tags = environment_tags(device="a CPU", world_size=2)
     assert tags["device"] == "a CPU" and tags["world_size"] == "2" and tags["version.torch"]
+
+
+def test_a_full_disk_is_an_error_in_words_and_the_log_can_be_closed(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", resumed_step=0)
+    with limited_file_size(10):
+        with pytest.raises(StorageError, match=r"metrics\.jsonl cannot be written: File too large"):
+            log.append(1, {"loss": 1.0})
+        log.close()

@@ -23,7 +23,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,27 @@ class TrainerState:
     mlflow_run_id: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class CheckpointRemoved(CheckpointError):
+    """A checkpoint that was removed while it was read."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A block that reads a checkpoint that its run may remove. Raises CheckpointRemoved for any error if it is gone.
+
+    What was checked to be whole is read later by its name, by libraries with errors of their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if path.is_dir():
+            raise
+        raise CheckpointRemoved(
+            f"{path} was removed while it was read; a run removes its old checkpoints. Name a checkpoint that is still "
+            "there. To keep more of them, raise checkpoint.keep_last in that run, or set checkpoint.keep_every."
+        ) from error
 
 
 def save_checkpoint(
@@ -134,16 +156,17 @@ def load_checkpoint(engine: Any, path: Path) -> TrainerState:
     (values stay bit-exact) and the random states are left unchanged, because they belong to ranks. Frozen parameters
     of the engine are loaded too. DeepSpeed requires an engine that has neither saved nor trained yet.
 
-    Raises CheckpointError if the checkpoint belongs to another model.
+    Raises CheckpointError if the checkpoint belongs to another model, and CheckpointRemoved if it vanishes.
     """
-    manifest = read_manifest(path)
-    if manifest.world_size == dist.world_size():
-        _load_shards(engine, path)
-        restore_rng(json.loads((path / _rng_name(dist.rank())).read_text(encoding="utf-8")))
-    else:
-        logger.info("%s was written by %d ranks and is read by %d", path, manifest.world_size, dist.world_size())
-        load_resharded(engine, path, manifest.world_size)
-    return read_trainer_state(path)
+    with reading(path):
+        manifest = read_manifest(path)
+        if manifest.world_size == dist.world_size():
+            _load_shards(engine, path)
+            restore_rng(json.loads((path / _rng_name(dist.rank())).read_text(encoding="utf-8")))
+        else:
+            logger.info("%s was written by %d ranks and is read by %d", path, manifest.world_size, dist.world_size())
+            load_resharded(engine, path, manifest.world_size)
+        return read_trainer_state(path)
 
 
 def read_trainer_state(path: Path) -> TrainerState:

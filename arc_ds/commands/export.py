@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from arc_ds.export.consolidate import consolidate, find_checkpoint
+from arc_ds.export.consolidate import consolidate_newest
 from arc_ds.export.formats import DTYPES, check_target, write_export
 from arc_ds.system.user_paths import path_argument
 
@@ -35,9 +35,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return 0 on success."""
-    checkpoint = find_checkpoint(args.source)
     check_target(args.out, overwrite=args.overwrite)  # check first: joining the shards may take minutes
-    trained = consolidate(checkpoint)
+    checkpoint, trained = consolidate_newest(args.source)
     write_export(
         trained,
         args.out,

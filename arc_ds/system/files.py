@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -153,6 +154,15 @@ def replace_folder(new: Path, path: Path) -> None:
     sync_folder(path.parent)
     if old is not None:
         shutil.rmtree(old)
+
+
+def file_size(path: Path) -> int | None:
+    """Size in bytes; None if there is no such file. One look, so that it cannot vanish between two."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def sync_file(path: Path) -> None:

@@ -23,6 +23,7 @@ from arc_ds.checkpoints.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     read_trainer_state,
+    reading,
     save_checkpoint,
     step_of,
 )
@@ -33,7 +34,7 @@ from arc_ds.config.schema import RunConfig, SourceConfig
 from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device
-from arc_ds.system.files import output, write_whole
+from arc_ds.system.files import file_size, output, write_whole
 from arc_ds.system.locks import writing
 from arc_ds.system.urls import shown_url
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
@@ -63,7 +64,7 @@ def check_run_folder(config: RunConfig) -> None:
     folder = Path(config.run_dir)
     path, metrics, resume = folder / CONFIG_NAME, folder / METRICS_NAME, config.checkpoint.resume
     checkpoints = list_checkpoints(folder / CHECKPOINTS)
-    if not checkpoints and not (metrics.is_file() and metrics.stat().st_size):
+    if not checkpoints and not file_size(metrics):
         if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != dump_yaml(config):
             raise ConfigError(
                 f"run_dir={folder} holds no run but contains a {CONFIG_NAME} that this run would overwrite. Choose "
@@ -109,7 +110,8 @@ def find_start(config: RunConfig, inputs: InputDigests) -> Path | None:
                 "start a new run in another run_dir."
             )
         if path is not None:
-            _check_is_of(path, config, inputs)
+            with reading(path):
+                _check_is_of(path, config, inputs)
     return path
 
 

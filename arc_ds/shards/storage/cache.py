@@ -26,7 +26,7 @@ from typing import IO, NamedTuple
 
 from arc_ds.errors import StorageError
 from arc_ds.shards.storage.remote import Retries, download
-from arc_ds.system.files import is_disk_full
+from arc_ds.system.files import file_size, is_disk_full
 from arc_ds.system.urls import shown_url
 from arc_ds.system.user_paths import user_path
 
@@ -80,7 +80,7 @@ class ShardCache:
         path = self.path(file)
         try:
             with self.lock(file.sha256[:2], wait=False) as is_held:
-                if is_held and not (path.is_file() and path.stat().st_size == file.num_bytes):
+                if is_held and file_size(path) != file.num_bytes:
                     self._fetch(file).close()
         except OSError as error:
             raise self.storage_error(file.address, error) from error

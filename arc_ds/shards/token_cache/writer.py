@@ -148,7 +148,7 @@ def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, C
 def stray_files(folder: Path, done: Mapping[str, CachedShard]) -> list[Path]:
     """The files in a cache folder that belong to no finished shard."""
     known = {CACHE_FILE, LOCK_FILE, *map(ids_name, done), *map(texts_name, done)}
-    return sorted(path for path in folder.iterdir() if path.name not in known)
+    return sorted(path for path in folder.glob("*") if path.name not in known)
 
 
 def _tokenize_shard(shards: ShardSet, tokenizer: Path, folder: Path, shard_idx: int) -> CachedShard:
@@ -206,5 +206,8 @@ def fault_of(cache: Path, index: CacheIndex, manifest: Manifest, shard: ShardInf
     if (fault := find_fault(index, manifest, shard, cache)) is not None:
         return fault
     files = index.shards[shard.name].files(shard.name)
-    damaged = [file.address for file in files if sha256_of_file(cache / file.address) != file.sha256]
+    try:
+        damaged = [file.address for file in files if sha256_of_file(cache / file.address) != file.sha256]
+    except OSError as error:  # another call may remove the cache meanwhile
+        return f"{error.filename} cannot be read: {error.strerror}"
     return f"the sha256 of {damaged[0]} does not match" if damaged else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.checkpoints.checkpoint import (
+    CheckpointRemoved,
     TrainerState,
     check_checkpoint,
     find_resumable,
     list_checkpoints,
+    load_checkpoint,
     prune_checkpoints,
     read_trainer_state,
     save_checkpoint,
@@ -166,3 +169,16 @@ def test_a_full_disk_names_the_checkpoint_that_is_whole_and_the_next_save_succee
     with limited_file_size(2000), pytest.raises(StorageError, match=r"step_000009 cannot .*step_000006 is whole"):
         save(9)
     assert check_checkpoint(save(9)) == [] and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_checkpoint_that_its_run_removes_while_another_run_starts_from_it_is_one_error(tmp_path: Path) -> None:
+    folder = _make(tmp_path, 3)
+
+    class Engine:
+        def load_checkpoint(self, directory: str, tag: str) -> None:
+            shutil.rmtree(Path(directory) / tag)
+            raise FileNotFoundError(2, "of DeepSpeed", "mp_rank_00_model_states.pt")
+
+    write_manifest(folder, Manifest(step=3, world_size=1, files=()))
+    with pytest.raises(CheckpointRemoved, match=r"step_000003 was removed while it was read"):
+        load_checkpoint(Engine(), folder)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from arc_ds.errors import ArcError
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR, exit_code_of
+from arc_ds.system.files import is_disk_full
 from arc_ds.version import __version__
 
 
@@ -58,10 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"arc-ds {name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader closed the pipe early (| head). Without the redirect Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader closed the pipe early (| head)
+        _silence_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(f"arc-ds {name}: the command's own output cannot be written: {error.strerror}.", file=sys.stderr)
+        _silence_output()
+        return EXIT_USER_ERROR
+
+
+def _silence_output() -> None:
+    """Without this Python would complain again at exit about what it could not write."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

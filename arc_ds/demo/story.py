@@ -18,6 +18,7 @@ from arc_ds.demo.passage import score_passage
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED
 from arc_ds.system.device import num_local_devices
+from arc_ds.system.files import output
 from arc_ds.system.locks import LOCK_FILE, writing
 from arc_ds.tokenizers import Tokenizer
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
@@ -40,7 +41,7 @@ def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, 
     fresh: delete an earlier demo in `out` first.
     overrides: config overrides, as key.path=value.
     """
-    with writing(out, "demo", ConfigError, "Wait until it has ended, or choose another --out."):
+    with output(out), writing(out, "demo", ConfigError, "Wait until it has ended, or choose another --out."):
         return _tell(out, config=config, num_procs=num_procs, fresh=fresh, overrides=overrides)
 
 

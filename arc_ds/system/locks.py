@@ -50,36 +50,44 @@ def writing(
 
 def _locked(folder: Path, what: str, error: type[ArcError], cure: str) -> IO[bytes]:
     """The open file of the lock. Raises `error` if another process holds it."""
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline, path = time.monotonic() + _PATIENCE_S, folder / LOCK_FILE
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # its holder has just removed it
-            path = folder / LOCK_FILE
-            file = _open(path)
+        file = _open(path)
+        if file is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.close()
                 if time.monotonic() > deadline:
-                    holder = path.read_text(encoding="utf-8", errors="replace") or "a process that has just begun"
-                    raise error(f"another {what} is writing {folder}: {holder}. {cure}") from None
+                    file.close()
+                    raise error(f"another {what} is writing {folder}: {_holder(path)}. {cure}") from None
             except OSError as failure:
                 logger.warning("%s: this file system has no locks (%s); run one %s at a time", folder, failure, what)
                 return file
             else:
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    return file
-                file.close()
+                with suppress(FileNotFoundError):  # its former holder has removed it
+                    if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                        return file
+            file.close()
         time.sleep(_PATIENCE_S / 10)
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes] | None:
+    """Open the lock and create it if missing; None if its holder has removed the new folder meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return path.open("ab")
+        return path.open("ab", buffering=0)  # a full disk must not fail at its end
+    except FileNotFoundError:
+        return None
     except PermissionError:  # another user's; reading suffices for flock on most file systems
         if not path.exists():
             raise
-        return path.open("rb")
+        return path.open("rb", buffering=0)
+
+
+def _holder(path: Path) -> str:
+    with suppress(FileNotFoundError):
+        return path.read_text(encoding="utf-8", errors="replace") or "a process that has just begun"
+    return "a process that has just ended"
 
 
 def _note(file: IO[bytes], text: str) -> None:
@@ -87,4 +95,3 @@ def _note(file: IO[bytes], text: str) -> None:
         with suppress(OSError):  # a full disk: the lock works without the note
             file.truncate(0)
             file.write(text.encode())
-            file.flush()

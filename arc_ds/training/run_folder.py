@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -49,10 +49,14 @@ CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
 
 
-def lock_run_folder(config: RunConfig) -> AbstractContextManager[None]:
+@contextmanager
+def lock_run_folder(config: RunConfig) -> Iterator[None]:
     """Keep other runs out of the run's folder. For rank 0. Raises ConfigError if one is going on there."""
-    cure = "Wait until it has ended, stop it, or choose another run_dir."
-    return writing(Path(config.run_dir), "run", ConfigError, cure)
+    folder, cure = Path(config.run_dir), "Wait until it has ended, stop it, or choose another run_dir."
+    with ExitStack() as lock:
+        with output(folder):
+            lock.enter_context(writing(folder, "run", ConfigError, cure))
+        yield
 
 
 def check_run_folder(config: RunConfig) -> None:

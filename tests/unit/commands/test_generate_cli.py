@@ -71,6 +71,13 @@ def test_a_full_disk_is_a_message_and_leaves_no_half_file(folders: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_that_is_sent_to_a_full_disk_is_a_message(folders: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        code = main(["compress", *arguments(folders), "--out", str(tmp_path / "v"), str(folders / "a.txt")])
+    assert code == EXIT_USER_ERROR and "output cannot be written: No space left" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("export", ["export", "bare"])
 def test_generate_prints_what_generate_gives(folders: Path, capsys, export: str) -> None:
     options = ["--decoder", str(folders / "decoder"), "--max-new-tokens", "7"]

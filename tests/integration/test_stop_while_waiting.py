@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -81,10 +82,12 @@ def test_a_rank_that_waits_for_its_batch_obeys_a_stop_at_once(config: Path, tmp_
 def test_a_rank_that_waits_for_another_says_so_and_obeys_ctrl_c(config: Path, tmp_path: Path) -> None:
     process = _start(0, free_port(), ["-m", "arc_ds.train", str(config), f"run_dir={tmp_path / 'run'}"])
     assert process.stderr is not None
+    (deadline := threading.Timer(60, process.kill)).start()
     assert any("waiting for all 2 ranks at 127.0.0.1:" in line for line in process.stderr)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == EXIT_PREEMPTED
+    deadline.cancel()
     assert "SIGINT: stopped before training began" in process.stderr.read() and not (tmp_path / "run").exists()
 
 

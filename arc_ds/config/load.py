@@ -64,7 +64,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     ConfigError that names the file and line or the override, the expected value, and the remedy.
     """
     try:
-        text = Path(user_path(str(path))).read_text(encoding="utf-8")
+        text = Path(user_path(path) if isinstance(path, str) else path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"cannot read the config {path}: {error}. Give the path of a YAML file, such as one in ds_configs/recipes."

@@ -40,4 +40,5 @@ def user_path(text: str) -> str:
 
 def path_argument(text: str) -> Path:
     """`user_path` as a Path: the `type` of a command's arguments."""
-    return Path(user_path(text))
+    path = Path(user_path(text))
+    return path.absolute() if str(path).startswith("~") else path  # Path forgets the ./ of ./~x

@@ -223,7 +223,7 @@ def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tra
 
 
 def _named(path: Path) -> Path:
-    faults = check_checkpoint(path) if path.is_dir() else [f"folder {path} does not exist"]
+    faults = check_checkpoint(path) if path.is_dir() else [f"{path} is not a folder"]
     if faults:
         raise CheckpointError(f"checkpoint.resume={path}: {'; '.join(faults)}. Name a whole step_NNNNNN, or auto.")
     return path

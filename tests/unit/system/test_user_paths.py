@@ -12,7 +12,7 @@ from arc_ds import cli
 from arc_ds.config.load import flatten, load_config
 from arc_ds.errors import ConfigError
 from arc_ds.shards.storage.cache import open_cache
-from arc_ds.system.user_paths import user_path
+from arc_ds.system.user_paths import path_argument, user_path
 from arc_ds.tracking.mlflow_server import resolve_uri
 from tests.unit.config.test_config_load import MINIMAL
 
@@ -45,6 +45,15 @@ def test_notation_that_is_not_replaced_is_refused_with_its_remedy(text: str, rem
 def test_a_path_that_exists_may_have_a_dollar_sign(tmp_path: Path) -> None:
     (tmp_path / "$HOME").mkdir()
     assert user_path("$HOME") == "$HOME"
+
+
+def test_a_folder_that_is_really_named_so_stays_so_in_every_form(tmp_path: Path) -> None:
+    assert path_argument("./~x") == tmp_path / "~x" and path_argument(".") == Path(".")
+    (tmp_path / "~x").mkdir()
+    (tmp_path / "~x" / "config.yaml").write_text(MINIMAL)
+    run_dir = load_config(Path("./~x") / "config.yaml", ["run_dir=./~x"]).run_dir
+    assert run_dir == "./~x"
+    load_config(Path(run_dir) / "config.yaml")  # as the check of a run's folder reads it
 
 
 PATHS = (

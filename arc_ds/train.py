@@ -1,7 +1,9 @@
-"""One rank of a training run: parse, build, fit, close. A launcher starts it:
+"""One rank of a training run: parse, build, fit, close.
 
-arc-ds train CONFIG.yaml [key.path=value ...]
-deepspeed --hostfile hosts --module arc_ds.train CONFIG.yaml [key.path=value ...]
+A launcher starts it:
+
+    arc-ds train CONFIG.yaml [key.path=value ...]
+    deepspeed --hostfile hosts --module arc_ds.train CONFIG.yaml [key.path=value ...]
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -24,6 +27,7 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED, exit_code_of
+from arc_ds.launch.start import stoppable
 from arc_ds.planning.sizes import check_tasks
 from arc_ds.shards.mappings import raise_descriptor_limit
 from arc_ds.system import dist
@@ -34,7 +38,7 @@ from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsH
 from arc_ds.training.loop import fit
 from arc_ds.training.non_finite import NonFiniteHook
 from arc_ds.training.run import Run
-from arc_ds.training.run_folder import RunFolder, check_run_folder
+from arc_ds.training.run_folder import RunFolder, check_run_folder, lock_run_folder
 from arc_ds.training.watchdog import Watchdog
 from arc_kernels import use_attention
 
@@ -49,19 +53,32 @@ def main(argv: Sequence[str]) -> int:
     config = _parse(argv)
     device = select_device(config.device, dist.local_rank())
     check_attention(config.attention_backend, device)
-    dist.init_distributed(device)
-    with dist.fail_together():
-        check_tasks(config)
-        check_paths(config)
-        check_run_folder(config)
-    run = build_run(config, device)
-    code = train(config, run)
-    if code == EXIT_PREEMPTED:
-        logger.info("stopped and saved at step %d as requested; the same command resumes from there", run.step)
-    # DeepSpeed's launcher kills all ranks when one exits with a nonzero code. Wait: rank 0 may still send metrics.
-    dist.barrier()
+    _join(device)
+    with ExitStack() as lock:
+        with stoppable("reading weights and data"):
+            with dist.fail_together():
+                check_tasks(config)
+                check_paths(config)
+                if dist.is_main():
+                    lock.enter_context(lock_run_folder(config))
+                check_run_folder(config)
+            run = build_run(config, device)
+        code = train(config, run)
+        if code == EXIT_PREEMPTED:
+            logger.info("stopped and saved at step %d as requested; the same command resumes from there", run.step)
+        # DeepSpeed's launcher kills all ranks when one exits with a nonzero code. Wait: rank 0 may still send metrics.
+        dist.barrier()
     dist.close_distributed()
     return code
+
+
+def _join(device: torch.device) -> None:
+    """Join the other ranks. Each host says whom it waits for."""
+    waiting = f"waiting for all {dist.world_size()} ranks at {dist.meeting_point()}, as {dist.rank_in_words()}"
+    if dist.world_size() > 1 and dist.local_rank() == 0:
+        logger.log(logging.INFO if dist.is_main() else logging.WARNING, "%s", waiting)
+    with stoppable(waiting, logging.WARNING):
+        dist.init_distributed(device)
 
 
 def check_attention(backend: str, device: torch.device) -> None:
@@ -75,7 +92,9 @@ def check_attention(backend: str, device: torch.device) -> None:
 
 def train(config: RunConfig, run: Run, more_hooks: Sequence[Hook] = ()) -> int:
     """Resume the run from its folder and train it to its end or to a stop; return the exit code. Collective."""
-    folder = RunFolder(config, run)
+    with stoppable("reading the checkpoint"):
+        folder = RunFolder(config, run)
+    dist.barrier()  # no rank may end in `stoppable` while another one trains
     status = "FAILED"
     try:
         with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=config.stall_limit_s) as watchdog:

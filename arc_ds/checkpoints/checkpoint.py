@@ -23,17 +23,19 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arc_ds.checkpoints.manifest import Manifest, find_faults, read_manifest, seal_file, write_manifest
+from arc_ds.checkpoints.manifest import FileEntry, Manifest, find_faults, read_manifest, seal_file, write_manifest
 from arc_ds.checkpoints.reshard import load_resharded
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
 from arc_ds.errors import CheckpointError
 from arc_ds.system import dist
-from arc_ds.system.files import sync_folder, write_whole
+from arc_ds.system.files import output, sync_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,27 @@ class TrainerState:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+class CheckpointRemoved(CheckpointError):
+    """A checkpoint that was removed while it was read."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A block that reads a checkpoint that its run may remove. Raises CheckpointRemoved for any error if it is gone.
+
+    What was checked to be whole is read later by its name, by libraries with errors of their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if path.is_dir():
+            raise
+        raise CheckpointRemoved(
+            f"{path} was removed while it was read; a run removes its old checkpoints. Name a checkpoint that is still "
+            "there. To keep more of them, raise checkpoint.keep_last in that run, or set checkpoint.keep_every."
+        ) from error
+
+
 def save_checkpoint(
     engine: Any, directory: Path, trainer_state: TrainerState, *, keep_last: int, keep_every: int
 ) -> Path:
@@ -74,20 +97,28 @@ def save_checkpoint(
     keep_last: number of newest whole checkpoints to keep, at least 1.
     keep_every: also keep checkpoints whose step is a multiple of this number (0: none).
 
-    Raises CheckpointError if a whole checkpoint of this step exists. A damaged one is renamed and kept.
+    Raises CheckpointError if a whole checkpoint of this step exists; a damaged one is renamed and kept. Raises
+    StorageError if the checkpoint cannot be written.
     """
     step = trainer_state.step
     final = directory / f"step_{step:06d}"
     temporary = directory / f".tmp-{final.name}"
-    _make_room(directory, final, temporary)
-    engine.save_checkpoint(str(directory), tag=temporary.name, save_latest=False)
-    _write_own_state(temporary, trainer_state)
-    own = tuple(seal_file(temporary, path) for path in _own_files(temporary))
+    written = partial(output, final, after=partial(_remains, directory))
+    _check_absent(final)
+    with dist.fail_together(), written():
+        if dist.is_main():
+            _make_room(directory, final)
+    with written():  # contains collectives
+        engine.save_checkpoint(str(directory), tag=temporary.name, save_latest=False)
+    own: tuple[FileEntry, ...] = ()
+    with dist.fail_together(), written():
+        _write_own_state(temporary, trainer_state)
+        own = tuple(seal_file(temporary, path) for path in _own_files(temporary))
     files = tuple(sorted((entry for part in dist.gather_objects(own) for entry in part), key=lambda entry: entry.path))
-    if dist.is_main():
-        _publish(temporary, final, Manifest(step=step, world_size=dist.world_size(), files=files))
-        prune_checkpoints(directory, keep_last=keep_last, keep_every=keep_every)
-    dist.barrier()
+    with dist.fail_together(), written():
+        if dist.is_main():
+            _publish(temporary, final, Manifest(step=step, world_size=dist.world_size(), files=files))
+            prune_checkpoints(directory, keep_last=keep_last, keep_every=keep_every)
     return final
 
 
@@ -125,16 +156,17 @@ def load_checkpoint(engine: Any, path: Path) -> TrainerState:
     (values stay bit-exact) and the random states are left unchanged, because they belong to ranks. Frozen parameters
     of the engine are loaded too. DeepSpeed requires an engine that has neither saved nor trained yet.
 
-    Raises CheckpointError if the checkpoint belongs to another model.
+    Raises CheckpointError if the checkpoint belongs to another model, and CheckpointRemoved if it vanishes.
     """
-    manifest = read_manifest(path)
-    if manifest.world_size == dist.world_size():
-        _load_shards(engine, path)
-        restore_rng(json.loads((path / _rng_name(dist.rank())).read_text(encoding="utf-8")))
-    else:
-        logger.info("%s was written by %d ranks and is read by %d", path, manifest.world_size, dist.world_size())
-        load_resharded(engine, path, manifest.world_size)
-    return read_trainer_state(path)
+    with reading(path):
+        manifest = read_manifest(path)
+        if manifest.world_size == dist.world_size():
+            _load_shards(engine, path)
+            restore_rng(json.loads((path / _rng_name(dist.rank())).read_text(encoding="utf-8")))
+        else:
+            logger.info("%s was written by %d ranks and is read by %d", path, manifest.world_size, dist.world_size())
+            load_resharded(engine, path, manifest.world_size)
+        return read_trainer_state(path)
 
 
 def read_trainer_state(path: Path) -> TrainerState:
@@ -175,23 +207,31 @@ def prune_checkpoints(directory: Path, *, keep_last: int, keep_every: int) -> No
         shutil.rmtree(trash)
 
 
-def _make_room(directory: Path, final: Path, temporary: Path) -> None:
-    """Prepare the directory for a save on rank 0; errors are raised on all ranks."""
+def _check_absent(final: Path) -> None:
+    """Raise CheckpointError if the checkpoint exists and is whole. A collective."""
     if dist.broadcast_object(final.exists()) and not check_checkpoint(final):
         raise CheckpointError(
             f"{final} already holds a whole checkpoint and is not overwritten. "
             "Resume from it (checkpoint.resume=auto), or choose another run_dir."
         )
-    if dist.is_main():
-        directory.mkdir(parents=True, exist_ok=True)
-        for leftover in [*directory.glob(".tmp-step_*"), *directory.glob(".trash-step_*")]:
-            shutil.rmtree(leftover)
-        if final.exists():
-            names = (f"damaged-{number}-{final.name}" for number in itertools.count(1))
-            aside = next(name for name in names if not (directory / name).exists())
-            os.replace(final, directory / aside)
-            logger.warning("the damaged checkpoint %s is kept as %s", final, aside)
-    dist.barrier()
+
+
+def _make_room(directory: Path, final: Path) -> None:
+    """Prepare the directory for a save."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in [*directory.glob(".tmp-step_*"), *directory.glob(".trash-step_*")]:
+        shutil.rmtree(leftover)
+    if final.exists():
+        names = (f"damaged-{number}-{final.name}" for number in itertools.count(1))
+        aside = next(name for name in names if not (directory / name).exists())
+        os.replace(final, directory / aside)
+        logger.warning("the damaged checkpoint %s is kept as %s", final, aside)
+
+
+def _remains(directory: Path) -> str:
+    """The checkpoint that a failed save leaves, in words."""
+    whole = [path for path in list_checkpoints(directory) if _sizes_match(path)]
+    return f"{whole[-1].name} is whole, and the run resumes from it." if whole else "The run has no checkpoint yet."
 
 
 def _write_own_state(folder: Path, trainer_state: TrainerState) -> None:

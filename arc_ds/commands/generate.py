@@ -13,7 +13,9 @@ from arc_ds.export.formats import DTYPES
 from arc_ds.inference.arc import ArcModel, Context
 from arc_ds.inference.generate import MAX_NEW_TOKENS, Sampling, whole_number
 from arc_ds.system.device import REQUESTS, select_device
+from arc_ds.system.files import output, write_whole
 from arc_ds.system.user_files import check_encodable, read_user_stdin, read_user_text
+from arc_ds.system.user_paths import path_argument
 
 CONTEXT_TAG = re.compile(r"<context>(.*?)</context>", re.DOTALL)
 _LONE_TAG = re.compile(r"</?context>")
@@ -27,8 +29,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Writes each text's vectors as safetensors (context_0, context_1, ...). No decoder is loaded.",
     )
     _add_model(compress)
-    compress.add_argument("texts", type=Path, nargs="+", help="text files, one context each; - reads standard input")
-    compress.add_argument("--out", type=Path, required=True, help="safetensors file to write; must not exist")
+    compress.add_argument(
+        "texts", type=path_argument, nargs="+", help="text files, one context each; - reads standard input"
+    )
+    compress.add_argument("--out", type=path_argument, required=True, help="safetensors file to write; must not exist")
     compress.set_defaults(run=run_compress)
     generate = subparsers.add_parser(
         "generate",
@@ -36,7 +40,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     _add_model(generate)
     generate.add_argument(
-        "--decoder", type=Path, action="append", required=True, help="weights of each decoder, in the export's order"
+        "--decoder",
+        type=path_argument,
+        action="append",
+        required=True,
+        help="weights of each decoder, in the export's order",
     )
     generate.add_argument("prompt", help="the prompt; - reads it from standard input")
     generate.add_argument("--max-new-tokens", type=int, default=64, help="maximum number of new tokens (default 64)")
@@ -71,15 +79,16 @@ def parse_prompt(text: str, marker: Marker | None = "cont") -> list[str | Contex
 
 def run_compress(args: argparse.Namespace) -> int:
     """Run `arc-ds compress`; return 0 on success."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if args.out.exists():
         raise DataError(f"{args.out} already exists: choose another file")
     texts = [_read(path) for path in args.texts]
     model = _load(args, [])
     vectors = model.compress(texts, decoder=args.decoder_idx, marker=_marker(args.marker, model))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({f"context_{i}": v.clone() for i, v in enumerate(vectors)}, args.out)
+    with output(args.out):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(args.out, save({f"context_{i}": v.clone() for i, v in enumerate(vectors)}))
     assert model.encoder_tokenizer is not None, "compress() of texts raises without one"
     tokens = model.encoder_tokenizer.encode_batch(texts)
     for path, ids, v in zip(args.texts, tokens, vectors, strict=True):
@@ -112,9 +121,13 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="an export, or a checkpoint in the ARC format")
+    parser.add_argument(
+        "--model", type=path_argument, required=True, help="an export, or a checkpoint in the ARC format"
+    )
     parser.add_argument("--decoder-idx", type=int, default=0, help="index of the decoder to use (default 0)")
-    parser.add_argument("--encoder-backbone", type=Path, help="sizes and tokenizer, for the reference's checkpoints")
+    parser.add_argument(
+        "--encoder-backbone", type=path_argument, help="sizes and tokenizer, for the reference's checkpoints"
+    )
     parser.add_argument("--pooling-factor", type=int, help="use this factor instead of the trained one")
     parser.add_argument("--device", default="auto", choices=REQUESTS, help="default: a GPU if there is one")
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="dtype of weights (default float32)")

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from arc_ds.config.ranges import Range
 from arc_ds.config.tree import Entry
 from arc_ds.errors import ConfigError
 
@@ -19,7 +20,8 @@ def decode(entry: Entry, cls: type[T]) -> T:
     """Build the dataclass `cls` from a mapping.
 
     Field types: str, int, float, bool, Literal of strings, unions (also with None), tuples, dataclasses and tuples of
-    them, and numbers annotated with a `Range`.
+    them, numbers annotated with a `Range`,
+    and text annotated with a function that returns the value or raises ConfigError.
 
     Raises ConfigError on an unknown key (with the nearest one), a missing key, or a value of another type. One
     ConfigError lists all numbers out of range.
@@ -43,6 +45,8 @@ def _value(entry: Entry, kind: Any, path: str, out_of_range: list[str]) -> Any:
     if origin is Annotated:
         value = _value(entry, members[0], path, out_of_range)
         allowed = members[1]
+        if not isinstance(allowed, Range):
+            return _converted(entry, value, allowed, path)
         if not allowed.holds(value):
             out_of_range.append(f"{entry.where}: {path} is {value}; expected {allowed}. {allowed.cure}".rstrip())
         return value
@@ -61,6 +65,13 @@ def _value(entry: Entry, kind: Any, path: str, out_of_range: list[str]) -> Any:
         return parse(_text(entry, path, expected))
     except ValueError:
         return _mismatch(entry, path, expected)
+
+
+def _converted(entry: Entry, value: Any, convert: Callable[[Any], Any], path: str) -> Any:
+    try:
+        return convert(value)
+    except ConfigError as error:
+        raise ConfigError(f"{entry.where}: {path}: {error}") from error
 
 
 def _union(entry: Entry, members: tuple[Any, ...], path: str, out_of_range: list[str]) -> Any:
@@ -105,7 +116,8 @@ def _dataclass(entry: Entry, cls: type[T], path: str, out_of_range: list[str]) -
 def _text(entry: Entry, path: str, expected: str) -> str:
     """The text of a scalar that is not empty."""
     if not isinstance(entry.value, str) or not entry.value or entry.is_null:
-        return _mismatch(entry, path, expected)
+        cure = "~ alone is null in YAML. The home folder is ~/" if entry.value == "~" else ""
+        return _mismatch(entry, path, expected, cure)
     return entry.value
 
 

@@ -13,6 +13,7 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_world_size
 from arc_ds.errors import ConfigError
 from arc_ds.system.user_files import read_user_json
+from arc_ds.system.user_paths import user_path
 
 _FOREIGN = ("optimizer", "scheduler", "fp16", "bfloat16", "amp", "torch_autocast", "monitor_config", "elasticity")
 _HPZ = "zero_hpz_partition_size"
@@ -33,7 +34,7 @@ def resolve_deepspeed(
     Raises ConfigError if a number disagrees, we cannot fill in an "auto", the stage is not 3, gradients are not summed
     in fp32, the JSON has its own optimizer or schedule, or DeepSpeed does not accept a key or a value.
     """
-    name, resolved = str(path), _read(path)
+    name, resolved = str(path), _with_home(_read(path))
     for section in _FOREIGN:
         if section in resolved:
             raise ConfigError(f"{name}: has a section {section!r}, which ARC-DS owns or does not use. Remove it.")
@@ -93,6 +94,13 @@ def _fill(resolved: dict[str, Any], path: str, value: Any, name: str) -> None:
     if given not in ("auto", value):
         raise ConfigError(f'{name}: {path} is {given!r}, but the run says {value!r}. Write "auto" there.')
     section[key] = value
+
+
+def _with_home(value: Any) -> Any:
+    """The JSON with `~` replaced in its paths (`nvme_path`, `output_path`)."""
+    if isinstance(value, dict):
+        return {key: _with_home(child) for key, child in value.items()}
+    return user_path(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _read(path: str | Path) -> dict[str, Any]:

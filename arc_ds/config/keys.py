@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from arc_ds.config import schema
+from arc_ds.config.ranges import Range
 from arc_ds.config.schema import RunConfig
 
 _WIDTH = 100
@@ -84,7 +85,7 @@ def _section(kind: Any) -> type | None:
 def _in_words(kind: Any) -> str:
     origin, members = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return f"{_in_words(members[0])}, {members[1]}"
+        return f"{_in_words(members[0])}, {members[1]}" if isinstance(members[1], Range) else "path"
     if origin is Literal:
         return " | ".join(map(str, members))
     if origin in (Union, types.UnionType):

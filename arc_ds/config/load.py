@@ -18,6 +18,7 @@ from arc_ds.config.tree import apply_override, parse_yaml
 from arc_ds.config.validate import check_exclusions
 from arc_ds.errors import ConfigError
 from arc_ds.system.user_files import read_user_text
+from arc_ds.system.user_paths import user_path
 
 Scalar = str | int | float | bool | None
 
@@ -64,7 +65,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     ConfigError that names the file and line or the override, the expected value, and the remedy.
     """
     remedy = "Give the path of a YAML file, such as one in ds_configs/recipes."
-    text = read_user_text(Path(path), ConfigError, remedy=remedy)
+    text = read_user_text(Path(user_path(path) if isinstance(path, str) else path), ConfigError, remedy=remedy)
     root = parse_yaml(text, str(path))
     for override in overrides:
         apply_override(root, override)

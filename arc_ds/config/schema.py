@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from arc_ds.config.ranges import Count, NonNegativeFloat, Positive, PositiveFloat, Range
 from arc_ds.errors import ConfigError
+from arc_ds.system.user_paths import user_path
 
 RopeScalingChoice = Literal["checkpoint", "none"]
 # The names of `arc_ds.model.pooling.STRATEGIES`, which a config must not import. A test compares the two.
@@ -23,6 +24,8 @@ PoolingStrategy = Literal[
     "prune", "prune_dot", "prune_cosine", "prune_euclidean", "prune_manhattan", "prune_chebyshev",
     "prune_norm",
 ]  # fmt: skip
+# A path of a user: `~` is the home folder.
+PathText = Annotated[str, user_path]
 ShareSchedule = tuple[tuple[int, float], ...]
 Factor = Annotated[int, Range(at_least=1, cure="A factor is tokens per group: 1 keeps every token, 8 is the paper's.")]
 Decay = Annotated[float, Range(at_least=0, below=1)]
@@ -33,9 +36,9 @@ DEFAULT_TRUNCATED_LAYERS = 2
 class EncoderConfig:
     """The text encoder: the first layers of a pretrained backbone, and which of them are trained."""
 
-    backbone: str
+    backbone: PathText
     """Weights and sizes of the backbone: a Hugging Face folder, a Meta/Mistral folder, or a .gguf file."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer file or folder. None: the one next to the backbone (or inside the .gguf)."""
     num_layers: Positive | None = None
     """How many of the backbone's layers to keep, from the first. Excludes `num_truncated_layers`."""
@@ -51,7 +54,7 @@ class EncoderConfig:
     """Whether the token embeddings are trained."""
     activation_checkpointing: bool = False
     """Recompute each layer in backward instead of keeping its activations: less memory, one more encoder forward."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """An export or ARC checkpoint with initial encoder, markers and bridges. None: the backbone's weights and fresh
     bridges."""
 
@@ -122,9 +125,9 @@ class DecoderConfig:
 
     name: str
     """Unique name in metrics and in `generate`: letters, digits, `_`, `-`, `.`."""
-    backbone: str
+    backbone: PathText
     """Weights and sizes: a Hugging Face folder, a Meta/Mistral folder, or a .gguf file."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer file or folder. None: the one next to the backbone (or inside the .gguf)."""
     rope_scaling: RopeScalingChoice = "checkpoint"
     """Rotary scaling: the checkpoint's own, or none."""
@@ -145,7 +148,7 @@ class DecoderConfig:
 class SourceConfig:
     """One folder of shards in the mixture."""
 
-    path: str
+    path: PathText
     """A folder of shards (`arc-ds shards build` or `index`), or its URL: http(s)://, s3://, gs://, abfs://, hf://,
     sftp:// or `pipe:COMMAND`. In a command, {} stands for the file's name; without {}, a slash and the name are
     appended."""
@@ -170,7 +173,7 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...]
     """The mixture; at least one source."""
-    validation: str | tuple[SourceConfig, ...] | None = None
+    validation: PathText | tuple[SourceConfig, ...] | None = None
     """Held-out shards: a folder (or URL) of pretraining records, or a list of sources. The weights of the sources
     divide `validation.num_samples` among them. None: no validation."""
     batch_size: Positive = 128
@@ -208,7 +211,7 @@ class DataConfig:
     """Whether a decoder sequence begins with the tokenizer's begin-of-text, if it has one."""
     num_workers: Count = 2
     """Processes per rank that prepare batches. 0: the training process prepares them. Batches do not depend on it."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder for shards from URLs, local to the host. None: ARC_DS_CACHE_DIR, else XDG_CACHE_HOME/arc-ds/shards, else
     ~/.cache/arc-ds/shards. All processes of a host share it, and several runs may."""
     cache_gib: Annotated[float, Range(above=0, cure="Write null for half of the free space.")] | None = None
@@ -275,7 +278,7 @@ class CheckpointConfig:
     """How many of the newest checkpoints to keep."""
     keep_every: Annotated[int, Range(at_least=1, cure="null keeps none permanently.")] | None = None
     """Checkpoints whose step is a multiple of this are kept permanently. None: no checkpoint is."""
-    resume: str = "auto"
+    resume: PathText = "auto"
     """auto: the newest complete checkpoint of `run_dir`, if any. never: a new run. Otherwise: the folder of a
     checkpoint."""
 
@@ -302,7 +305,7 @@ class TrackingConfig:
     """The MLflow experiment."""
     run_name: str | None = None
     """The MLflow run's name. None: the name of the run's folder."""
-    uri: str | None = None
+    uri: PathText | None = None
     """Tracking server. None: sqlite in the run's folder. MLFLOW_TRACKING_URI in the environment overrides both."""
 
 
@@ -310,7 +313,7 @@ class TrackingConfig:
 class RunConfig:
     """A whole run. Relative paths start at the folder in which the command runs."""
 
-    run_dir: str
+    run_dir: PathText
     """Folder for everything that the run writes. It is created if it does not exist."""
     steps: Positive
     """Optimizer steps of the run."""
@@ -334,7 +337,7 @@ class RunConfig:
     decoder_schedule: Literal["sample", "alternate", "same_batch"] = "sample"
     """With several decoders. sample: each step's decoder is drawn from (seed, step). alternate: they take turns.
     same_batch: every step trains for all of them on the same samples."""
-    deepspeed: str = "ds_configs/zero3.json"
+    deepspeed: PathText = "ds_configs/zero3.json"
     """DeepSpeed's JSON. "auto" in it takes the number from this config."""
     encoder: EncoderConfig
     """The encoder."""

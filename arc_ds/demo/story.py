@@ -19,6 +19,8 @@ from arc_ds.demo.passage import score_passage
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED
 from arc_ds.system.device import num_local_devices
+from arc_ds.system.files import output
+from arc_ds.system.locks import LOCK_FILE, writing
 from arc_ds.tokenizers import Tokenizer
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.tracking.uris import sqlite_uri
@@ -41,11 +43,15 @@ def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, 
     fresh: delete an earlier demo in `out` first.
     overrides: config overrides, as key.path=value.
     """
+    with output(out), writing(out, "demo", ConfigError, "Wait until it has ended, or choose another --out."):
+        return _tell(out, config=config, num_procs=num_procs, fresh=fresh, overrides=overrides)
+
+
+def _tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, overrides: Sequence[str]) -> int:
     started = time.monotonic()
     recipe = config or _beside_package(RECIPE)
-    if fresh and out.exists():
-        _delete(out)
-    out.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        _empty(out)
     # The recipe and its DeepSpeed JSON refer to these variables. Commands inherit them.
     os.environ |= {"MODELS": str(inputs.model_file().parent), "SHARDS": str(out / "shards")}
     _say(f"1. Shards: State of the Union speeches; those since {inputs.FIRST_HELD_OUT_YEAR} are held out")
@@ -190,11 +196,13 @@ def _num_procs(config: RunConfig) -> int:
     return max(n for n in range(1, num_local_devices(config.device) + 1) if batch % n == 0)
 
 
-def _delete(out: Path) -> None:
+def _empty(out: Path) -> None:
     """Delete an earlier demo. Raises ConfigError if the folder does not look like one."""
-    if not (out / "shards").is_dir() and any(out.iterdir()):
+    content = [path for path in out.iterdir() if path.name != LOCK_FILE]
+    if content and not (out / "shards").is_dir():
         raise ConfigError(f"{out} does not look like a demo folder, so it is not deleted: choose another --out")
-    shutil.rmtree(out)
+    for path in content:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _say(title: str) -> None:

@@ -14,13 +14,21 @@ from typing import Any
 
 from torch import Tensor
 
-from arc_ds.checkpoints.checkpoint import TrainerState, list_checkpoints, read_trainer_state
+from arc_ds.checkpoints.checkpoint import (
+    CheckpointRemoved,
+    TrainerState,
+    list_checkpoints,
+    read_trainer_state,
+    reading,
+)
 from arc_ds.checkpoints.manifest import find_faults, read_manifest
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.errors import CheckpointError
 from arc_ds.model.spec import CompressorSpec
 
 logger = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +71,35 @@ def find_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} holds no checkpoint. Expected a run's folder or one of its checkpoints/step_NNNNNN")
 
 
+def consolidate_newest(path: Path) -> tuple[Path, TrainedCompressor]:
+    """The checkpoint that `find_checkpoint` finds, and its compressor as `consolidate` reads it.
+
+    If a run that is going on removes it meanwhile, the newest one is read instead.
+
+    Raises CheckpointError like both, and CheckpointRemoved if `path` itself is removed, or too many in a row.
+    """
+    attempts = 0
+    while True:
+        checkpoint, attempts = find_checkpoint(path), attempts + 1
+        try:
+            return checkpoint, consolidate(checkpoint)
+        except CheckpointRemoved:
+            if checkpoint == path or attempts == _MAX_ATTEMPTS:
+                raise
+            logger.warning("%s was removed by its run while it was read; reading the newest one", checkpoint)
+
+
 def consolidate(checkpoint: Path) -> TrainedCompressor:
     """Join the shards of a checkpoint into whole float32 tensors, including frozen ones. Holds all of them in memory.
 
     Checksums of all files are verified first, because DeepSpeed's shards are pickles. Raises CheckpointError if a file
-    is missing or differs, or if the checkpoint does not describe its compressor.
+    is missing or differs, or if the checkpoint does not describe its compressor, and CheckpointRemoved if it vanishes.
     """
+    with reading(checkpoint):
+        return _consolidate(checkpoint)
+
+
+def _consolidate(checkpoint: Path) -> TrainedCompressor:
     faults = find_faults(checkpoint, read_manifest(checkpoint).files)
     if faults:
         raise CheckpointError(

@@ -74,6 +74,7 @@ def write_export(
             _write_arc(trained, tensors, dtype, folder, fingerprints)
         else:
             _write_folder(trained, tensors, folder, fingerprints)
+        check_target(out, overwrite=overwrite)  # another export may have written it meanwhile
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:

@@ -10,6 +10,8 @@ import signal
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Signals that a rank holds until training begins. Ctrl-C ends a rank that trains.
+HELD_SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
 
 
 class StopRequest:
@@ -17,8 +19,8 @@ class StopRequest:
 
     Use it as a context manager around the training loop, in the main thread only (Python's rule for signal handlers).
     At its end it restores the previous handlers unless signals were held before. A rank holds stop signals outside the
-    block (`hold_stop_signals`). A signal that arrives while weights are loading is delivered at the start of the block,
-    and a signal that arrives while the run closes does not interrupt that. Ranks exchange their received signals
+    block (`hold_stop_signals`). Before the block `stoppable` ends the rank at a signal, and a signal that arrives while
+    the run closes does not interrupt that. Ranks exchange their received signals
     together with the label counts of a step (`step.train_step`).
     """
 
@@ -30,6 +32,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
             self._former[number] = signal.signal(number, self.set)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
         self._former_mask = set(signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))  # type: ignore[arg-type]
         return self
 
@@ -52,8 +55,8 @@ class StopRequest:
 
 
 def hold_stop_signals() -> None:
-    """Defer stop signals until a `StopRequest` opens; otherwise their default action would end the process.
+    """Defer stop signals and Ctrl-C until a `StopRequest` opens; otherwise they could end the process anywhere.
 
     Call it first in a rank, before other threads start: threads and child processes inherit the signal mask.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_
 from arc_ds.launch.rank import STATUS_FOLDER_VARIABLE, WRAPPER_PID_VARIABLE, RankStatus, read_statuses
 from arc_ds.system import dist
 from arc_ds.system.device import num_local_devices, wanted_kind
+from arc_ds.system.files import output
 from arc_ds.system.processes import die_with_parent, num_cores
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,9 @@ def launch(module: str, arguments: Sequence[str], *, num_procs: int, device_requ
     of the first failing rank, or EXIT_FAILED if a rank was killed or never started. If all failing ranks report a
     user's mistake, their messages are raised as ArcError.
     """
-    with tempfile.TemporaryDirectory(prefix="arc_ds_launch_") as folder:
+    with ExitStack() as stack:
+        with output(Path(os.environ.get("TMPDIR", "/tmp")), "Set TMPDIR to a folder that this user may write to."):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="arc_ds_launch_"))
         environment = _environment(folder, num_procs, device_request)
         command = _command(module, arguments, num_procs, environment)
         watch = _Watch(Path(folder), num_procs)

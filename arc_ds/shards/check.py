@@ -22,6 +22,8 @@ from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.storage.cache import ShardCache
 from arc_ds.shards.token_cache.files import PREFIX, ids_name, read_cache_index
 from arc_ds.shards.token_cache.writer import fault_of, stray_files
+from arc_ds.system.files import file_size
+from arc_ds.system.locks import LOCK_FILE
 from arc_ds.system.urls import is_url
 
 
@@ -69,8 +71,8 @@ def check_shards(
 def _stray_files(files: ShardFiles) -> list[Fault]:
     """Files in a local folder that do not belong to its set. Subfolders are ignored: token caches live there."""
     shards = files.manifest.shards
-    known = {MANIFEST, *(s.name for s in shards), *(s.index_name for s in shards)}
-    strays = sorted(p.name for p in files.folder.iterdir() if p.name not in known and not p.is_dir())
+    known = {MANIFEST, LOCK_FILE, *(s.name for s in shards), *(s.index_name for s in shards)}
+    strays = sorted(p.name for p in files.folder.glob("*") if p.name not in known and not p.is_dir())
     return [Fault(name, None, "not in the manifest") for name in strays]
 
 
@@ -87,7 +89,7 @@ def _check_shard(files: ShardFiles, shard: ShardInfo) -> list[Fault]:
         faults.append(Fault(shard.index_name, None, str(error)))
         index = np.empty(0, dtype=INDEX_DTYPE)
     tar = Path(files.address(shard))
-    if files.is_fetched(shard) or (tar.is_file() and tar.stat().st_size):
+    if files.is_fetched(shard) or file_size(tar):
         faults += _check_tar(files, shard, index)
     return faults
 

@@ -27,7 +27,7 @@ from arc_ds.shards.format import (
 )
 from arc_ds.shards.storage.cache import KnownFile, ShardCache, open_cache
 from arc_ds.shards.storage.remote import TransferError, fetch_bytes
-from arc_ds.system.files import write_whole
+from arc_ds.system.files import file_size, write_whole
 from arc_ds.system.urls import is_url, join_url, local_path, shown_url
 from arc_ds.system.user_files import check_downloaded
 
@@ -156,9 +156,9 @@ class ShardFiles:
         path = Path(self.address(shard))
         if self.is_fetched(shard):
             return
-        if not path.is_file():
+        size = file_size(path)
+        if size is None:
             raise DataError(f"{path}: the manifest names this shard, but it is missing. {REBUILD}")
-        size = path.stat().st_size
         if size != shard.bytes:
             check_downloaded(path, DataError)
             state = "cut short" if size < shard.bytes else "longer than written"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from arc_ds.errors import DataError, StorageError
+from arc_ds.errors import DataError
 from arc_ds.shards.format import (
     MANIFEST,
     Manifest,
@@ -25,10 +25,10 @@ from arc_ds.shards.format import (
     write_index,
 )
 from arc_ds.shards.parallel import map_in_order
-from arc_ds.shards.storage.cache import is_disk_full
 from arc_ds.shards.storage.remote import Retries, download
 from arc_ds.shards.tar_index import RecordForm, TarContents, index_tar
-from arc_ds.system.files import sync_file, sync_folder
+from arc_ds.system.files import output, sync_file, sync_folder
+from arc_ds.system.locks import writing
 from arc_ds.system.urls import is_url, local_path, name_in_url, shown_url
 from arc_ds.tokenizers import load_tokenizer
 
@@ -96,11 +96,11 @@ def index_shards(
     """
     sources = _sources(tars, out_dir)
     folder = Path(out_dir) if out_dir is not None else Path(sources[0].place).parent
-    if (folder / MANIFEST).exists() and not overwrite:
-        raise DataError(f"{folder} has a {MANIFEST} already. Give another folder, or overwrite=True (--overwrite).")
     form = form or RecordForm()
     fingerprint = load_tokenizer(Path(tokenizer)).fingerprint
     with _scratch_in(folder) as scratch:
+        if (folder / MANIFEST).exists() and not overwrite:
+            raise DataError(f"{folder} has a {MANIFEST} already. Give another folder, or overwrite=True (--overwrite).")
         index_one = partial(_index_one, scratch, Path(tokenizer), form)
         results = map_in_order(index_one, sources, workers)
         indexed = [tar for _, tar in tqdm(results, total=len(sources), unit="tar", disable=not progress)]
@@ -179,27 +179,13 @@ def _name_of(place: str) -> str:
 
 @contextmanager
 def _scratch_in(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`. If the work fails, `folder` is removed too if it is new.
+    """A temporary folder inside `folder`, which is locked. If the work fails, `folder` is removed too if it is new.
 
-    An OSError becomes a StorageError whose remedy depends on whether the disk is full.
+    Raises StorageError if the folder cannot be written.
     """
-    is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder, prefix=".indexing-") as scratch:
-            yield Path(scratch)
-    except BaseException as error:
-        if is_new and folder.is_dir():
-            folder.rmdir()
-        if not isinstance(error, OSError):
-            raise
-        cure = (
-            "Free some of its disk, or give a folder of a larger one: --out FOLDER."
-            if is_disk_full(error)
-            else "The tars must be readable. If their own folder cannot be written, give another one for index and "
-            "manifest: --out FOLDER."
-        )
-        raise StorageError(f"{folder}: the index cannot be written: {error}. {cure}") from error
+    cure = "If the folder of the tars cannot be written, give another one for index and manifest: --out FOLDER."
+    with output(folder, cure), writing(folder, "index"), TemporaryDirectory(dir=folder, prefix=".indexing-") as scratch:
+        yield Path(scratch)
 
 
 def _index_one(scratch: Path, tokenizer: Path, form: RecordForm, source: _TarSource) -> _TarIndex:

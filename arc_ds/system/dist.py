@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from arc_ds.errors import ArcError
+from arc_ds.errors import ArcError, TrainingError
 from arc_ds.system.device import backend_name
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def meeting_point() -> str:
+    """Address at which the ranks find each other."""
+    return f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', 'a free port')}"
+
+
+def rank_in_words() -> str:
+    """This rank and its host, for messages."""
+    return f"rank {rank()} on {socket.gethostname()}"
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1 and _is_joined():
@@ -75,7 +85,7 @@ def barrier() -> None:
 def init_distributed(device: torch.device) -> None:
     """Join the process group through DeepSpeed. A process without a launcher forms a group of one. Safe to call again.
 
-    A collective waits for 30 minutes at most.
+    A collective waits for 30 minutes at most. Raises TrainingError if the ranks do not find each other.
     """
     if not under_launcher():
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -89,7 +99,15 @@ def init_distributed(device: torch.device) -> None:
     if device.type == "cpu":
         # Otherwise the first start compiles a C++ extension for about 90 s, and fails without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend_name(device), timeout=timedelta(minutes=30), verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=backend_name(device), timeout=timedelta(minutes=30), verbose=False)
+    except torch_dist.DistError as error:
+        raise TrainingError(
+            f"{rank_in_words()} did not find the other ranks at {meeting_point()}: "
+            f"{str(error).splitlines()[0].rstrip('.')}. Give "
+            f"all {world_size()} ranks the same MASTER_ADDR (the host of rank 0) and MASTER_PORT (a port that no other "
+            "program uses there), and start them all."
+        ) from error
 
 
 def close_distributed() -> None:

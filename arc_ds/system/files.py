@@ -1,4 +1,4 @@
-"""Atomic and durable writes of files and folders.
+"""Atomic and durable writes of files and folders, and their failure in words.
 
 Content is written under a temporary name in the same folder, synced to disk and renamed. A kill at any time leaves
 either the old or the new file. After the rename the new content survives a power failure. Replacing a folder takes two
@@ -7,12 +7,91 @@ renames: a kill between them leaves the old folder as `.NAME.old-PID`, and an er
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from arc_ds.errors import StorageError
+
+_MIB = 1 << 20
+
+
+@contextmanager
+def output(path: Path, cure: str = "", after: Callable[[], str] = str) -> Iterator[None]:
+    """A block that writes `path`. Its failed writes are raised as StorageError with reason, free space and remedy.
+
+    path: the file or folder that the user knows.
+    cure: the remedy if the disk is not full; empty for the common one.
+    after: returns a last sentence for the error, such as what remains whole.
+    """
+    try:
+        yield
+    except Exception as error:
+        failure = _failed_write(path, error)
+        if failure is None:
+            raise
+        if is_disk_full(failure):
+            cure = "Free some space there and run the same command again, or give a folder of a larger disk."
+        cure = cure or "Make it writable for this user and run the same command again, or give another folder."
+        free = shutil.disk_usage(_nearest_folder(path)).free / _MIB
+        raise StorageError(
+            f"{path} cannot be written: {failure.strerror or failure} ({free:,.1f} MiB are free on its disk). "
+            f"{cure} {after()}".rstrip()
+        ) from error
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a write failed because the disk, the quota or the file size limit is exhausted."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _failed_write(path: Path, error: Exception) -> OSError | None:
+    """The reason for which `path` could not be written; None if the error is of another kind."""
+    if isinstance(error, OSError):
+        is_other = isinstance(error, (ConnectionError, TimeoutError)) or not _concerns(error.filename, path)
+        return None if is_other else error
+    if _is_of_writer(error):
+        return _try_to_write(path) or OSError(errno.EIO, str(error).partition("\n")[0])
+    return None
+
+
+def _is_of_writer(error: Exception) -> bool:
+    """Whether PyTorch or safetensors could not write a file. They have no class of error for it, and give no reason."""
+    if type(error).__name__ == "SafetensorError":
+        return True
+    frames = traceback.walk_tb(error.__traceback__)
+    return type(error) is RuntimeError and any(f.f_globals.get("__name__") == "torch.serialization" for f, _ in frames)
+
+
+def _concerns(filename: object, path: Path) -> bool:
+    """Whether a file that could not be opened is next to, below or above `path`. Others are inputs of the block."""
+    if not isinstance(filename, (str, os.PathLike)):
+        return True
+    named, folder = Path(os.path.abspath(filename)), Path(os.path.abspath(path)).parent
+    return folder in (named, *named.parents) or named in folder.parents
+
+
+def _try_to_write(path: Path) -> OSError | None:
+    """The error of a small write next to `path`."""
+    try:
+        with tempfile.TemporaryFile(dir=_nearest_folder(path)) as file:
+            file.write(bytes(_MIB))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def _nearest_folder(path: Path) -> Path:
+    return next(each for each in (path, *path.absolute().parents) if each.is_dir())
 
 
 @contextmanager
@@ -39,21 +118,22 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder. If the block ends without an error, it is renamed to `path`.
+    """An empty folder. If the block ends without an error, it is renamed to `path`. Failed writes are as in `output`.
 
     The parent folder is created if missing. An existing folder at `path` is first moved aside and finally deleted.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number, as in containers
-    partial.mkdir()
     try:
-        yield partial
-        for written in partial.rglob("*"):
-            sync_folder(written) if written.is_dir() else sync_file(written)
-        replace_folder(partial, path)
+        with output(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number, as in containers
+            partial.mkdir()
+            yield partial
+            for written in partial.rglob("*"):
+                sync_folder(written) if written.is_dir() else sync_file(written)
+            replace_folder(partial, path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # after `output`, which asks whether the disk is full
 
 
 def replace_folder(new: Path, path: Path) -> None:
@@ -74,6 +154,15 @@ def replace_folder(new: Path, path: Path) -> None:
     sync_folder(path.parent)
     if old is not None:
         shutil.rmtree(old)
+
+
+def file_size(path: Path) -> int | None:
+    """Size in bytes; None if there is no such file. One look, so that it cannot vanish between two."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def sync_file(path: Path) -> None:

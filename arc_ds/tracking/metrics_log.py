@@ -10,9 +10,12 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from arc_ds.system.files import output
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +55,14 @@ class MetricsLog:
         """Append the metrics of a step. NaN and infinities are written as Python's JSON encodes them."""
         values = {key: float(value) for key, value in metrics.items()}
         line = json.dumps({"step": step, "time": time.time(), "metrics": values}) + "\n"
-        self._file.write(line.encode("utf-8"))
-        self._file.flush()
+        with output(self.path):
+            self._file.write(line.encode("utf-8"))
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file. Safe to call more than once."""
-        self._file.close()
+        with suppress(OSError):  # `append` has reported what could not be written
+            self._file.close()
 
 
 def read_metrics(path: Path, start: int = 0) -> Iterator[MetricsEntry]:

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from arc_ds.system.user_paths import user_path
+
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _USER = re.compile(r"([A-Za-z][\w+.-]*://)[^/?#\s]*@")
 _WORDS = ("databricks", "databricks-uc", "uc")  # MLflow's addresses without a scheme
@@ -17,7 +19,7 @@ def resolve_uri(folder: Path, configured: str | None) -> str:
 
     A plain path becomes a file: URI, because MLflow would unquote it.
     """
-    uri = os.environ.get(URI_VARIABLE) or configured
+    uri = user_path(os.environ.get(URI_VARIABLE, "")) or configured
     if not uri:
         return sqlite_uri(folder.resolve() / "mlflow.db")
     return Path(uri).absolute().as_uri() if uri not in _WORDS and _scheme(uri) == "" else uri

@@ -10,7 +10,7 @@ from typing import Any
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.errors import TrainingError
 from arc_ds.system import dist
-from arc_ds.system.files import write_whole
+from arc_ds.system.files import output, write_whole
 from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
@@ -37,9 +37,10 @@ class NonFiniteHook(Hook):
             return
         batches = dist.gather_objects(batch.record_ids)
         path = run.folder / f"non_finite_step_{run.step:06d}.json"
-        if dist.is_main():
-            write_whole(path, json.dumps(_dump(run, result, batches), indent=1) + "\n")
-            logger.warning("step %d skipped: loss or gradient is not finite; its records are in %s", run.step, path)
+        with dist.fail_together(), output(path):
+            if dist.is_main():
+                write_whole(path, json.dumps(_dump(run, result, batches), indent=1) + "\n")
+                logger.warning("step %d skipped: loss or gradient is not finite; its records are in %s", run.step, path)
         limit = self.max_skipped_steps
         if run.skipped_in_row > limit:
             with run.pause():

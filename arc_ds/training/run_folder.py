@@ -4,13 +4,15 @@ RUN/config.yaml         the resolved config of the last start
 RUN/checkpoints/        see `checkpoint.py`
 RUN/metrics.jsonl       every metric of every step
 RUN/mlflow.db           MLflow's tracking store, unless the config names another one
+RUN/lock                held by the run that writes here
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from arc_ds.checkpoints.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     read_trainer_state,
+    reading,
     save_checkpoint,
     step_of,
 )
@@ -32,7 +35,8 @@ from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerErro
 from arc_ds.planning.sizes import longest_context
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device
-from arc_ds.system.files import write_whole
+from arc_ds.system.files import file_size, output, write_whole
+from arc_ds.system.locks import writing
 from arc_ds.system.urls import shown_url
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.tracking.mlflow_server import RunFacts, environment_tags, package_versions, start_tracker
@@ -45,6 +49,16 @@ CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
 
 
+@contextmanager
+def lock_run_folder(config: RunConfig) -> Iterator[None]:
+    """Keep other runs out of the run's folder. For rank 0. Raises ConfigError if one is going on there."""
+    folder, cure = Path(config.run_dir), "Wait until it has ended, stop it, or choose another run_dir."
+    with ExitStack() as lock:
+        with output(folder):
+            lock.enter_context(writing(folder, "run", ConfigError, cure))
+        yield
+
+
 def check_run_folder(config: RunConfig) -> None:
     """Raise ConfigError if this start would overwrite saved work or continue a run that it must not continue.
 
@@ -54,7 +68,7 @@ def check_run_folder(config: RunConfig) -> None:
     folder = Path(config.run_dir)
     path, metrics, resume = folder / CONFIG_NAME, folder / METRICS_NAME, config.checkpoint.resume
     checkpoints = list_checkpoints(folder / CHECKPOINTS)
-    if not checkpoints and not (metrics.is_file() and metrics.stat().st_size):
+    if not checkpoints and not file_size(metrics):
         if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != dump_yaml(config):
             raise ConfigError(
                 f"run_dir={folder} holds no run but contains a {CONFIG_NAME} that this run would overwrite. Choose "
@@ -100,7 +114,8 @@ def find_start(config: RunConfig, inputs: InputDigests) -> Path | None:
                 "start a new run in another run_dir."
             )
         if path is not None:
-            _check_is_of(path, config, inputs)
+            with reading(path):
+                _check_is_of(path, config, inputs)
     return path
 
 
@@ -113,11 +128,11 @@ class RunFolder:
         self._run = run
         mlflow_run_id = self._resume()
         self._tracker: Tracker | None = None
-        if dist.is_main():
-            run.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(run.folder / CONFIG_NAME, dump_yaml(config))
-            self._tracker = _open_tracker(config, run, mlflow_run_id)
-        dist.barrier()
+        with dist.fail_together(), output(run.folder):
+            if dist.is_main():
+                run.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(run.folder / CONFIG_NAME, dump_yaml(config))
+                self._tracker = _open_tracker(config, run, mlflow_run_id)
 
     def _resume(self) -> str | None:
         """Load the checkpoint from `find_start`. Collective. Returns the MLflow run to continue."""
@@ -210,7 +225,7 @@ def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tra
 
 
 def _named(path: Path) -> Path:
-    faults = check_checkpoint(path) if path.is_dir() else [f"folder {path} does not exist"]
+    faults = check_checkpoint(path) if path.is_dir() else [f"{path} is not a folder"]
     if faults:
         raise CheckpointError(f"checkpoint.resume={path}: {'; '.join(faults)}. Name a whole step_NNNNNN, or auto.")
     return path

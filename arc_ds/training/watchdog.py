@@ -6,6 +6,8 @@ import faulthandler
 from pathlib import Path
 from typing import IO
 
+from arc_ds.system.files import output
+
 
 class Watchdog:
     """Writes the Python stacks of all threads of this process to a file if a step takes longer than `limit_s`.
@@ -27,9 +29,10 @@ class Watchdog:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Watchdog:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Append: stacks from an earlier start of the same run may still be needed.
-        self._file = self.path.open("a", encoding="utf-8")
+        with output(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Append: stacks from an earlier start of the same run may still be needed.
+            self._file = self.path.open("a", encoding="utf-8")
         self.alive()
         return self
 

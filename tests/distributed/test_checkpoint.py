@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from arc_ds.checkpoints import checkpoint
 from arc_ds.checkpoints.checkpoint import TrainerState, find_resumable, load_checkpoint, save_checkpoint
+from arc_ds.system.dist import raise_together
 from arc_ds.training.optim import ParamGroup, PortAdamW
 from tests.helpers.distributed import RankError, run_on_ranks
 
@@ -162,7 +163,7 @@ def _kill(*_: Any, **__: Any) -> None:
     raise _Killed
 
 
-# What a save does next when it is killed, in order. Rank 0 does the last four alone, before a barrier.
+# What a save does next when it is killed, in order. Rank 0 does the last four alone, before the ranks exchange errors.
 SAVE = ("_write_own_state", "seal_file", "write_manifest", "os", "write_whole", "prune_checkpoints")
 ON_RANK_0 = SAVE[2:]
 
@@ -178,7 +179,7 @@ def _fail_before_each_part(directory: Path) -> list[tuple[str | None, int]]:
                 _save(engine, directory, step)
         except _Killed:
             if part in ON_RANK_0:
-                dist.barrier()
+                raise_together(None)
         dist.barrier()
         resumable = find_resumable(directory)
         found.append((resumable and resumable.name, len(list(directory.glob(".tmp-step_*")))))

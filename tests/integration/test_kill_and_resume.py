@@ -19,9 +19,12 @@ from pathlib import Path
 
 import pytest
 
+from arc_ds.config.load import load_config
+from arc_ds.errors import ConfigError
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.rank import read_statuses
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
+from arc_ds.training.run_folder import lock_run_folder
 from tests.helpers.tiny_run import (
     EVERY,
     STEPS,
@@ -185,3 +188,18 @@ def _assert_one_point_a_step(run: Path) -> None:
     expected = {(key, entry.step) for entry in read_metrics(run / METRICS_NAME) for key in entry.metrics}
     assert points == Counter(expected)
     assert {step for key, step in expected if key == "train/loss"} == set(range(1, STEPS + 1))
+
+
+def test_a_run_keeps_others_out_of_its_folder_until_it_ends_in_any_way(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    loaded = load_config(config, [f"run_dir={run}"])
+    process = start_training(config, [f"run_dir={run}", "steps=100000", "tracking.mlflow=false"])
+    while not (run / "lock").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    with pytest.raises(ConfigError, match=rf"another run is writing {run}: process \d+ on .* choose another run_dir"):
+        lock_run_folder(loaded).__enter__()
+    process.kill()
+    process.wait()
+    with lock_run_folder(loaded):
+        pass

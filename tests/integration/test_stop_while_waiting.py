@@ -1,10 +1,13 @@
-"""A stop while a rank waits for its batch, as for a server that hangs. Two ranks as real processes."""
+"""A stop while a rank waits for its batch, as for a server that hangs, or for another rank. Ranks as real processes."""
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -46,22 +49,17 @@ sys.exit(train._as_rank(sys.argv[2:]))
 SHORT = ("data.num_workers=6", "checkpoint.every=0", "data.validation=null", "validation.every=0")
 
 
-def _start(stuck_step: int, config: Path, run: Path) -> list[subprocess.Popen[str]]:
-    port, processes = free_port(), []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", RANK, str(stuck_step), str(config), f"run_dir={run}", *SHORT],
-                env={**environment, **{name: str(value) for name, value in place.items()}},
-                stderr=subprocess.PIPE,
-                text=True,
-                preexec_fn=die_with_parent,
-            )
-        )
-    return processes
+def _start(rank: int, port: int, command: list[str]) -> subprocess.Popen[str]:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env={**environment, **{name: str(value) for name, value in place.items()}},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
 
 
 @pytest.mark.parametrize("stuck_step", [0, 3])
@@ -70,11 +68,32 @@ def test_a_rank_that_waits_for_its_batch_obeys_a_stop_at_once(config: Path, tmp_
 
     Before the first step there is nothing to save.
     """
-    run = tmp_path / "run"
-    for process in _start(stuck_step, config, run):
+    run, port = tmp_path / "run", free_port()
+    command = ["-c", RANK, str(stuck_step), str(config), f"run_dir={run}", *SHORT]
+    for process in [_start(rank, port, command) for rank in range(2)]:
         _, words = process.communicate(timeout=300)
         assert process.returncode == EXIT_PREEMPTED, words
     assert last_saved_step(run) == stuck_step
     assert stuck_step == 0 or len(losses(run)) == stuck_step
     waited_s = time.time() - (tmp_path / "signalled").stat().st_mtime
     assert waited_s < 45, "torch alone waits ten seconds per hanging worker, and each rank has six"
+
+
+def test_a_rank_that_waits_for_another_says_so_and_obeys_ctrl_c(config: Path, tmp_path: Path) -> None:
+    process = _start(0, free_port(), ["-m", "arc_ds.train", str(config), f"run_dir={tmp_path / 'run'}"])
+    assert process.stderr is not None
+    (deadline := threading.Timer(60, process.kill)).start()
+    assert any("waiting for all 2 ranks at 127.0.0.1:" in line for line in process.stderr)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == EXIT_PREEMPTED
+    deadline.cancel()
+    assert "SIGINT: stopped before training began" in process.stderr.read() and not (tmp_path / "run").exists()
+
+
+def test_a_port_that_another_program_uses_is_named(config: Path, tmp_path: Path) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        command = ["-m", "arc_ds.train", str(config), f"run_dir={tmp_path / 'run'}"]
+        _, words = _start(0, other.getsockname()[1], command).communicate(timeout=60)
+    assert "EADDRINUSE" in words and "MASTER_PORT (a port that no other program uses" in words
+    assert "Traceback" not in words

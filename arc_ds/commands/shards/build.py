@@ -12,6 +12,7 @@ from arc_ds.shards.building.record_maker import REASONS
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.format import Manifest
 from arc_ds.system.processes import num_cores
+from arc_ds.system.user_paths import user_path
 from arc_ds.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -28,18 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "inputs",
+        type=user_path,
         nargs="+",
         metavar="INPUT",
         help=".txt, JSONL as .jsonl, .json or .ndjson (all also .gz, .zst), .parquet, .arrow, or folders of them",
     )
-    parser.add_argument("--out", required=True, help="folder to create")
-    parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
+    parser.add_argument("--out", type=user_path, required=True, help="folder to create")
+    parser.add_argument("--tokenizer", type=user_path, required=True, help="the encoder's tokenizer: a file or folder")
     _add_rules(parser)
     parser.add_argument("--shard-mib", type=float, default=128, help="size of a shard (default: %(default)s MiB)")
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     parser.add_argument(
         "--cache-tokens",
+        type=user_path,
         nargs="+",
         default=[],
         metavar="TOKENIZER",

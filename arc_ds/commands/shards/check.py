@@ -9,13 +9,14 @@ from arc_ds.shards.check import check_shards
 from arc_ds.shards.storage.cache import open_cache
 from arc_ds.system.processes import num_cores
 from arc_ds.system.urls import is_url
+from arc_ds.system.user_paths import user_path
 
 HELP = "read folders of shards completely and report every fault"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the subcommand."""
-    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("folders", type=user_path, nargs="+", metavar="FOLDER")
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
 
 

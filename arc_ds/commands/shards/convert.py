@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from pathlib import Path
 
 from arc_ds.shards.building.converters import FORMATS, ConvertOptions, convert_files
+from arc_ds.system.user_paths import path_argument
 
 _DEFAULTS = ConvertOptions()
 
@@ -22,12 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files",
         nargs="+",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="original JSON files of the data set, or its rows as JSON array, JSON lines, .parquet or .arrow, or a "
         "folder of files of rows",
     )
-    parser.add_argument("--out", required=True, type=Path, help=".jsonl file to write")
+    parser.add_argument("--out", required=True, type=path_argument, help=".jsonl file to write")
     parser.add_argument(
         "--first-answer",
         action="store_true",
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trivia = parser.add_argument_group("TriviaQA")
     trivia.add_argument(
         "--evidence",
-        type=Path,
+        type=path_argument,
         metavar="FOLDER",
         help="folder of its documents (default: ../evidence, relative to the folder of the file)",
     )

@@ -9,6 +9,7 @@ import sys
 from arc_ds.shards.index import index_shards
 from arc_ds.shards.tar_index import RecordForm
 from arc_ds.system.processes import num_cores
+from arc_ds.system.user_paths import user_path
 
 REASONS = {
     "bad_record": "that lack the fields of a record",
@@ -34,12 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "tars",
+        type=user_path,
         nargs="+",
         metavar="TARS",
         help="a folder of tars, or paths and URLs of tars; {000..127} expands to a range",
     )
-    parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
-    parser.add_argument("--out", help="folder for indexes and manifest (default: next to the tars)")
+    parser.add_argument("--tokenizer", type=user_path, required=True, help="the encoder's tokenizer: a file or folder")
+    parser.add_argument("--out", type=user_path, help="folder for indexes and manifest (default: next to the tars)")
     parser.add_argument(
         "--member",
         default="json",

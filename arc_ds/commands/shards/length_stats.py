@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from arc_ds.errors import DataError
 from arc_ds.shards.building.record_maker import REASONS
 from arc_ds.shards.format import Manifest, SourceInfo
+from arc_ds.system.files import output
 
 _MAX_BINS = 16
 _BAR = 40  # characters
@@ -109,7 +109,7 @@ def draw_lengths(path: Path, lengths: dict[str, NDArray[np.int32]]) -> None:
     path: file to write.
     lengths: for each set, by name, int32 [records], the number of tokens of each record.
 
-    Raises DataError if the file cannot be written.
+    Raises StorageError if the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -122,7 +122,5 @@ def draw_lengths(path: Path, lengths: dict[str, NDArray[np.int32]]) -> None:
         axes.hist(num_tokens, bins=edges.tolist(), weights=shares.tolist(), histtype="step", label=name)
     axes.set(xlabel="tokens of a record", ylabel="share of the tokens", xlim=(0, longest + 1))
     axes.legend()
-    try:
+    with output(path):
         figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise DataError(f"{path}: the plot cannot be written ({error}). Choose another path.") from error

@@ -15,6 +15,7 @@ from arc_ds.data.tasks.chat import read_layout
 from arc_ds.data.tasks.registry import all_samples, all_tasks
 from arc_ds.errors import DataError
 from arc_ds.shards.reader import ShardSet
+from arc_ds.system.user_paths import user_path
 from arc_ds.tokenizers import load_tokenizer
 
 _LIMITS = {field.name: field.default for field in fields(TaskLimits) if type(field.default) is int}
@@ -25,9 +26,9 @@ HELP = "print samples: contexts coloured, groups marked, targets underlined"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the subcommand."""
-    parser.add_argument("folder", metavar="FOLDER")
-    parser.add_argument("--tokenizer", required=True, help="the encoder's tokenizer: a file or folder")
-    parser.add_argument("--decoder-tokenizer", help="the decoder's tokenizer (default: the encoder's)")
+    parser.add_argument("folder", type=user_path, metavar="FOLDER")
+    parser.add_argument("--tokenizer", type=user_path, required=True, help="the encoder's tokenizer: a file or folder")
+    parser.add_argument("--decoder-tokenizer", type=user_path, help="the decoder's tokenizer (default: the encoder's)")
     own = "default: continuation; few_shot for fine-tuning records"
     parser.add_argument("--task", choices=all_samples(), help=own)
     parser.add_argument(

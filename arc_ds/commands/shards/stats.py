@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from arc_ds.commands.shards.length_stats import describe, draw_lengths
 from arc_ds.shards.reader import ShardSet
+from arc_ds.system.user_paths import path_argument, user_path
 
 HELP = "print lengths of records, tokens of sources, and counts of cut and left-out documents"
 
@@ -14,11 +14,13 @@ HELP = "print lengths of records, tokens of sources, and counts of cut and left-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the subcommand."""
     parser.description = "Reads manifests and indexes only."
-    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("folders", type=user_path, nargs="+", metavar="FOLDER")
     parser.add_argument(
         "--sources", type=int, default=20, help="number of largest sources to list (default: %(default)s)"
     )
-    parser.add_argument("--png", type=Path, metavar="FILE", help="plot the record lengths of all folders to this file")
+    parser.add_argument(
+        "--png", type=path_argument, metavar="FILE", help="plot the record lengths of all folders to this file"
+    )
 
 
 def run(namespace: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from arc_ds.shards.token_cache.writer import build_token_caches
 from arc_ds.system.processes import num_cores
+from arc_ds.system.user_paths import user_path
 
 HELP = "store the token ids of shards next to them"
 
@@ -20,10 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "killed call resumes after its finished shards. Shards that are rebuilt need a new cache."
     )
     parser.add_argument(
-        "folder", metavar="FOLDER", help="folder of shards, or its URL (the ids of a URL are kept on this host)"
+        "folder",
+        type=user_path,
+        metavar="FOLDER",
+        help="folder of shards, or its URL (the ids of a URL are kept on this host)",
     )
     parser.add_argument(
         "--tokenizer",
+        type=user_path,
         required=True,
         nargs="+",
         metavar="TOKENIZER",

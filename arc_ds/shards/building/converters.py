@@ -18,7 +18,7 @@ from arc_ds.shards.building.inputs_lines import read_whole
 from arc_ds.shards.building.question import Question
 from arc_ds.shards.building.question_rows import NAMES, ROW_FIELDS, RowError, is_question_row
 from arc_ds.shards.records import encode_record, fine_tuning_record
-from arc_ds.system.files import whole_file
+from arc_ds.system.files import output, whole_file
 from arc_ds.system.user_files import decode_user_text, parse_user_json_values, read_user_text
 
 FORMATS = ("squad", "drop", "triviaqa", "rows")
@@ -78,17 +78,14 @@ def convert_files(
         raise DataError(f"{out} exists. Give another file, or overwrite=True (--overwrite) to replace it.")
     records = 0
     skipped: Counter[str] = Counter()
-    try:
-        with whole_file(out) as file:
-            for path in paths:
-                for question in _questions(format_name, path, options):
-                    if question.reason is not None:
-                        skipped[question.reason] += 1
-                        continue
-                    file.write(_encoded(question, path, options) + b"\n")
-                    records += 1
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error}. Free disk space or choose another path.") from error
+    with output(out), whole_file(out) as file:
+        for path in paths:
+            for question in _questions(format_name, path, options):
+                if question.reason is not None:
+                    skipped[question.reason] += 1
+                    continue
+                file.write(_encoded(question, path, options) + b"\n")
+                records += 1
     return Conversion(records=records, skipped=dict(sorted(skipped.items())))
 
 

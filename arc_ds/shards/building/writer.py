@@ -15,17 +15,17 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from arc_ds.errors import DataError, StorageError
+from arc_ds.errors import DataError
 from arc_ds.shards.building.batches import Batch, Cursor, InputFile
 from arc_ds.shards.building.input_digests import InputDigests
 from arc_ds.shards.building.inputs import find_inputs, read_batches, warn_of_passed_over
 from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordMaker, RecordRules
 from arc_ds.shards.building.state import BuildFolder, BuildPlan, Progress
 from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo, total_skipped
-from arc_ds.shards.locks import writing
 from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.tar_writer import ShardWriter
-from arc_ds.system.files import replace_folder, write_whole
+from arc_ds.system.files import output, replace_folder, write_whole
+from arc_ds.system.locks import writing
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -98,13 +98,10 @@ def build_shards(
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     plan = BuildPlan(files=files, rules=rules, shard_bytes=shard_bytes, tokenizer_fingerprint=tokenizer.fingerprint)
     folder = BuildFolder(out_dir)
-    try:
-        with writing(folder.path, "build"):
-            manifest = _build_in(folder, plan, tokenizer, workers, progress)
-            replace_folder(folder.shards, out_dir)
-            folder.remove()
-    except OSError as error:
-        raise StorageError(f"{out_dir} cannot be written: {error}. Is its disk full?") from error
+    with output(out_dir), writing(folder.path, "build"):
+        manifest = _build_in(folder, plan, tokenizer, workers, progress)
+        replace_folder(folder.shards, out_dir)
+        folder.remove()
     logger.info("%s: %d records in %d shards", out_dir, manifest.samples, len(manifest.shards))
     return manifest
 

@@ -13,7 +13,6 @@ overwritten or evicted like any other.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -27,7 +26,9 @@ from typing import IO, NamedTuple
 
 from arc_ds.errors import StorageError
 from arc_ds.shards.storage.remote import Retries, download
+from arc_ds.system.files import file_size, is_disk_full
 from arc_ds.system.urls import shown_url
+from arc_ds.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class ShardCache:
         path = self.path(file)
         try:
             with self.lock(file.sha256[:2], wait=False) as is_held:
-                if is_held and not (path.is_file() and path.stat().st_size == file.num_bytes):
+                if is_held and file_size(path) != file.num_bytes:
                     self._fetch(file).close()
         except OSError as error:
             raise self.storage_error(file.address, error) from error
@@ -177,17 +178,12 @@ def open_cache(cache_dir: str | Path | None = None, cache_gib: float | None = No
     """The cache for `data.cache_dir` and `data.cache_gib` of a config; None means the default. Creates no files."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "arc-ds" / "shards"
     given = cache_dir or os.environ.get("ARC_DS_CACHE_DIR") or default
-    folder = Path(os.path.abspath(os.path.expanduser(given)))
+    folder = Path(os.path.abspath(user_path(str(given))))
     if cache_gib is not None:
         return ShardCache(folder=folder, max_bytes=int(cache_gib * _GIB))
     cached = sum(stat.st_size for stat, _ in _cached_files(folder))
     nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return ShardCache(folder=folder, max_bytes=(shutil.disk_usage(nearest).free + cached) // 2)
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Whether a write failed because the disk, the quota or the file size limit is exhausted."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _cached_files(folder: Path) -> list[tuple[os.stat_result, str]]:

@@ -34,6 +34,7 @@ from arc_ds.shards.format import NPY_HEADERS, Manifest, ShardInfo
 from arc_ds.shards.mappings import map_file
 from arc_ds.shards.records import fine_tuning_record
 from arc_ds.shards.storage.cache import KnownFile
+from arc_ds.system.files import file_size
 from arc_ds.system.user_files import refuse_pointer
 
 FORMAT = "arc-ds-token-cache"
@@ -212,9 +213,9 @@ def find_fault(index: CacheIndex, manifest: Manifest, shard: ShardInfo, folder: 
     if folder is None:
         return None
     for file in cached.files(shard.name):
-        path = folder / file.address
-        if not path.is_file():
+        found = file_size(folder / file.address)
+        if found is None:
             return f"{file.address} is missing"
-        if (found := path.stat().st_size) != file.num_bytes:
+        if found != file.num_bytes:
             return f"{file.address} has {found} bytes, expected {file.num_bytes}"
     return None

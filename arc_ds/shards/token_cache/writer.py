@@ -17,12 +17,10 @@ import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from arc_ds.errors import DataError, StorageError
+from arc_ds.errors import DataError
 from arc_ds.shards.format import Manifest, ShardInfo, sha256_of_file
-from arc_ds.shards.locks import LOCK_FILE, writing
 from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.reader import ShardSet
-from arc_ds.shards.storage.cache import is_disk_full
 from arc_ds.shards.token_cache.files import (
     CACHE_FILE,
     MAX_CHARACTERS,
@@ -39,7 +37,8 @@ from arc_ds.shards.token_cache.files import (
     texts_name,
     texts_of,
 )
-from arc_ds.system.files import whole_file, write_whole
+from arc_ds.system.files import output, whole_file, write_whole
+from arc_ds.system.locks import LOCK_FILE, writing
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -90,18 +89,12 @@ def build_token_caches(
 
 def _build_cache(shards: ShardSet, tokenizer: Path, folder: Path, workers: int, progress: bool) -> CacheSummary:
     """Lock a cache and fill it. Raises StorageError, with the remedy, if it cannot be written."""
-    try:
-        with writing(folder, "tokenize"):
-            return _fill_cache(shards, tokenizer, folder, workers, progress)
-    except OSError as error:
-        cure = (
-            "Free some disk space; the same command resumes after the finished shards."
-            if is_disk_full(error)
-            else "A token cache is stored next to the manifest. If that folder is not writable, make another manifest "
-            "for the same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and use it as the source of a "
-            "new run."
-        )
-        raise StorageError(f"{folder} cannot be written: {error}. {cure}") from error
+    cure = (
+        "A token cache is stored next to the manifest. If that folder is not writable, make another manifest for the "
+        "same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and use it as the source of a new run."
+    )
+    with output(folder, cure, lambda: "Finished shards are kept."), writing(folder, "tokenize"):
+        return _fill_cache(shards, tokenizer, folder, workers, progress)
 
 
 def _fill_cache(shards: ShardSet, tokenizer: Path, folder: Path, workers: int, progress: bool) -> CacheSummary:
@@ -155,7 +148,7 @@ def _finished(manifest: Manifest, folder: Path, fingerprint: str) -> dict[str, C
 def stray_files(folder: Path, done: Mapping[str, CachedShard]) -> list[Path]:
     """The files in a cache folder that belong to no finished shard."""
     known = {CACHE_FILE, LOCK_FILE, *map(ids_name, done), *map(texts_name, done)}
-    return sorted(path for path in folder.iterdir() if path.name not in known)
+    return sorted(path for path in folder.glob("*") if path.name not in known)
 
 
 def _tokenize_shard(shards: ShardSet, tokenizer: Path, folder: Path, shard_idx: int) -> CachedShard:
@@ -213,5 +206,8 @@ def fault_of(cache: Path, index: CacheIndex, manifest: Manifest, shard: ShardInf
     if (fault := find_fault(index, manifest, shard, cache)) is not None:
         return fault
     files = index.shards[shard.name].files(shard.name)
-    damaged = [file.address for file in files if sha256_of_file(cache / file.address) != file.sha256]
+    try:
+        damaged = [file.address for file in files if sha256_of_file(cache / file.address) != file.sha256]
+    except OSError as error:  # another call may remove the cache meanwhile
+        return f"{error.filename} cannot be read: {error.strerror}"
     return f"the sha256 of {damaged[0]} does not match" if damaged else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arc_ds.checkpoints.checkpoint import (
+    CheckpointRemoved,
+    TrainerState,
     check_checkpoint,
     find_resumable,
     list_checkpoints,
+    load_checkpoint,
     prune_checkpoints,
     read_trainer_state,
+    save_checkpoint,
     step_of,
 )
 from arc_ds.checkpoints.manifest import Manifest, read_manifest, seal_file, write_manifest
 from arc_ds.checkpoints.reshard import cut_anew
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
-from arc_ds.errors import CheckpointError
+from arc_ds.errors import CheckpointError, StorageError
+from tests.helpers.full_disk import limited_file_size
 
 
 def _make(directory: Path, step: int) -> Path:
@@ -141,3 +147,38 @@ def test_pieces_cut_anew_hold_every_element_once(numel: int, before: int, after:
     pieces = deal(before)
     found = [cut_anew(pieces, numel, rank=rank, world_size=after) for rank in range(after)]
     assert all(torch.equal(left, right) for left, right in zip(found, deal(after), strict=True))
+
+
+class _Engine:
+    """Writes what DeepSpeed writes, as DeepSpeed does."""
+
+    def save_checkpoint(self, directory: str, tag: str, **_: object) -> None:
+        folder = Path(directory) / tag
+        folder.mkdir()
+        torch.save(torch.zeros(5000), folder / "weights.pt")
+
+
+def test_a_full_disk_names_the_checkpoint_that_is_whole_and_the_next_save_succeeds(tmp_path: Path) -> None:
+    def save(step: int) -> Path:
+        state = TrainerState(step=step, data_position=0, data_fingerprint="", config_hash="")
+        return save_checkpoint(_Engine(), tmp_path / "checkpoints", state, keep_last=2, keep_every=0)
+
+    with limited_file_size(2000), pytest.raises(StorageError, match=r"step_000003 cannot .*has no checkpoint yet"):
+        save(3)
+    save(6)
+    with limited_file_size(2000), pytest.raises(StorageError, match=r"step_000009 cannot .*step_000006 is whole"):
+        save(9)
+    assert check_checkpoint(save(9)) == [] and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_checkpoint_that_its_run_removes_while_another_run_starts_from_it_is_one_error(tmp_path: Path) -> None:
+    folder = _make(tmp_path, 3)
+
+    class Engine:
+        def load_checkpoint(self, directory: str, tag: str) -> None:
+            shutil.rmtree(Path(directory) / tag)
+            raise FileNotFoundError(2, "of DeepSpeed", "mp_rank_00_model_states.pt")
+
+    write_manifest(folder, Manifest(step=3, world_size=1, files=()))
+    with pytest.raises(CheckpointRemoved, match=r"step_000003 was removed while it was read"):
+        load_checkpoint(Engine(), folder)

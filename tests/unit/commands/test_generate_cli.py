@@ -19,6 +19,7 @@ from arc_ds.commands.generate import parse_prompt
 from arc_ds.errors import DataError
 from arc_ds.export.formats import write_export
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
+from tests.helpers.full_disk import limited_file_size
 from tests.helpers.tiny_export import tiny_trained, write_decoder
 
 TEXTS = {"a.txt": "The wind came from the sea.", "b.txt": "A lamp."}
@@ -61,6 +62,14 @@ def test_compress_reads_standard_input_and_its_options(folders: Path, tmp_path: 
     model = ArcModel.from_checkpoint(folders / "export", decoders=[], pooling_factor=2)
     (expected,) = model.compress([TEXTS["a.txt"]], marker=None)
     assert torch.equal(load_file(tmp_path / "v.safetensors")["context_0"], expected)
+
+
+def test_a_full_disk_is_a_message_and_leaves_no_half_file(folders: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "v.safetensors"
+    with limited_file_size(100):
+        code = main(["compress", *arguments(folders), "--out", str(out), str(folders / "a.txt")])
+    assert code == EXIT_USER_ERROR and f"{out} cannot be written: File too large" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("export", ["export", "bare"])

@@ -126,3 +126,9 @@ def test_frozen_decoder_gets_no_clipping_and_no_offloaded_optimizer(config):
     assert decoder["zero_optimization"]["zero_hpz_partition_size"] == 4
     assert resolve_decoder_deepspeed(resolved, "zero3", 4)["zero_optimization"]["zero_hpz_partition_size"] == 1
     assert "offload_optimizer" in resolved["zero_optimization"]
+
+
+def test_a_path_in_the_json_may_begin_with_the_home_folder(resolve, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "~/swap"}}}
+    assert resolve(given)["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/home/me/swap"

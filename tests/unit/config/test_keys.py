@@ -32,7 +32,7 @@ def test_every_key_of_a_config_is_listed_and_documented(tmp_path) -> None:
         ("data.batch_size", "data.batch_size: whole number, 1 or more (128)"),
         ("decoders.*.chat_template", "none | llama2 | chatml | tokenizer (none)"),
         ("*keep_every", "whole number, 1 or more or null (null)"),
-        ("run_dir", "run_dir: text (required)"),
+        ("run_dir", "run_dir: path (required)"),
     ],
 )
 def test_a_pattern_selects(pattern: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from arc_ds import ArcModel
 from arc_ds.batch.groups import GroupRule
+from arc_ds.checkpoints.checkpoint import CheckpointRemoved, TrainerState
+from arc_ds.checkpoints.manifest import Manifest, seal_file, write_manifest
 from arc_ds.checkpoints.trained_for import TrainedFor
-from arc_ds.errors import CheckpointError, TokenizerError, WeightsError
-from arc_ds.export import formats
-from arc_ds.export.consolidate import TrainedCompressor, find_checkpoint
+from arc_ds.errors import CheckpointError, StorageError, TokenizerError, WeightsError
+from arc_ds.export import consolidate, formats
+from arc_ds.export.consolidate import TrainedCompressor, consolidate_newest, find_checkpoint
 from arc_ds.export.formats import write_export
 from arc_ds.inference.load import load_compressor, open_arc_folder
 from arc_ds.model.backbone_config import RopeScaling
@@ -258,7 +261,7 @@ def test_an_export_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("arc_ds.export.formats.save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(StorageError, match="out cannot be written: no space"):
         write_export(tiny_trained(tmp_path / "run", seed=1), tmp_path / "out", overwrite=True)
     check_same(ArcModel.from_checkpoint(tmp_path / "out", decoders=[]), first)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
@@ -342,6 +345,73 @@ def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(CheckpointError, match="(?i)expected a run's folder"):
             find_checkpoint(path)
+
+
+def _write_checkpoint(run: Path, step: int) -> Path:
+    """A checkpoint without shards."""
+    trained, folder = tiny_trained(run), run / "checkpoints" / f"step_{step:06d}"
+    folder.mkdir(parents=True)
+    decoders = [dataclasses.asdict(decoder) for decoder in trained.decoders]
+    extra = {"compressor": trained.spec.to_json(), "encoder_tokenizer": "", "decoders": decoders}
+    state = TrainerState(step=step, data_position=0, data_fingerprint="", config_hash="", extra=extra)
+    (folder / "trainer.json").write_text(json.dumps(dataclasses.asdict(state)))
+    files = (seal_file(folder, folder / "trainer.json"),)
+    write_manifest(folder, Manifest(step=step, world_size=1, files=files))
+    return folder
+
+
+@pytest.fixture
+def run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that saves step 2 and removes step 1 while the shards of step 1 are read."""
+    _write_checkpoint(tmp_path / "run", 1)
+
+    def join_shards(checkpoint: Path) -> dict[str, torch.Tensor]:
+        if checkpoint.name == "step_000001":
+            _write_checkpoint(tmp_path / "run", 2)
+            shutil.rmtree(checkpoint)
+            raise FileNotFoundError(2, "of DeepSpeed", str(checkpoint))
+        return {}
+
+    monkeypatch.setattr(consolidate, "_join_shards", join_shards)
+    return tmp_path / "run"
+
+
+def test_a_run_that_removes_the_checkpoint_that_is_read_gives_its_newest_one(run_that_goes_on: Path) -> None:
+    path, trained = consolidate_newest(run_that_goes_on)
+    assert path.name == "step_000002" and trained.step == 2
+
+
+def test_a_named_checkpoint_that_is_removed_is_one_error(run_that_goes_on: Path) -> None:
+    with pytest.raises(CheckpointRemoved, match=r"step_000001 was removed while it was read.*keep_last"):
+        consolidate_newest(run_that_goes_on / "checkpoints" / "step_000001")
+
+
+def test_a_run_that_removes_every_checkpoint_ends_the_attempts(
+    run_that_goes_on: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[Path] = []
+
+    def join_shards(checkpoint: Path) -> None:
+        steps.append(checkpoint)
+        _write_checkpoint(run_that_goes_on, len(steps) + 1)
+        shutil.rmtree(checkpoint)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(consolidate, "_join_shards", join_shards)
+    with pytest.raises(CheckpointRemoved):
+        consolidate_newest(run_that_goes_on)
+    assert len(steps) > 1
+
+
+def test_a_fault_of_a_checkpoint_that_is_still_there_stays_itself(
+    run_that_goes_on: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join_shards(_: Path) -> None:
+        raise ValueError("another fault")
+
+    monkeypatch.setattr(consolidate, "_join_shards", join_shards)
+    with pytest.raises(ValueError, match="another fault"):
+        consolidate_newest(run_that_goes_on)
 
 
 def test_every_kind_of_tokenizer_saves_itself(golden: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from arc_ds.cli import main
 from arc_ds.errors import DataError, StorageError
+from arc_ds.shards import check
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.check import check_token_caches
 from arc_ds.shards.index import index_shards
@@ -293,7 +295,7 @@ def test_a_full_disk_is_an_error_and_the_same_call_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(StorageError, match=r"No space left.*Free some disk space"):
+        with pytest.raises(StorageError, match=r"No space left.*run the same command again.*Finished shards are kept"):
             build_token_caches(shards.folder, [tokenizer_path], workers=workers)
     assert open_token_cache(shards, tokenizer) is None
     (made,) = build_token_caches(shards.folder, [tokenizer_path])
@@ -310,6 +312,25 @@ def test_caches_are_the_same_bytes_whatever_the_number_of_workers(shards: ShardS
     build_token_caches(shards.folder, [tokenizer_path], workers=2)
     assert {path.name: path.read_bytes() for path in made.folder.iterdir()} == once
     assert made.folder == shards.folder / cache_name(load_tokenizer(tokenizer_path).fingerprint)
+
+
+@pytest.mark.parametrize("moment", ["find_fault", "sha256_of_file", "stray_files"])
+def test_a_cache_that_vanishes_while_it_is_checked_is_a_fault_in_words(
+    shards: ShardSet, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """As while `shards tokenize` or a build replaces it."""
+    (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    module = check if moment == "stray_files" else token_cache_writer
+    whole = getattr(module, moment)
+
+    def after_removal(*args: object) -> object:
+        shutil.rmtree(made.folder, ignore_errors=True)
+        return whole(*args)
+
+    monkeypatch.setattr(module, moment, after_removal)
+    faults = check_token_caches(shards.folder, shards.manifest)
+    assert len(faults) == len(shards.manifest.shards)
+    assert all("missing" in str(fault) or "cannot be read: No such file" in str(fault) for fault in faults)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -363,6 +384,7 @@ def test_a_lock_that_another_user_left_behind_keeps_nobody_out(
     shards: ShardSet, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (made,) = build_token_caches(shards.folder, [tokenizer_path])
+    (made.folder / "lock").touch()
     opened = Path.open
 
     def refuse_writing(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:

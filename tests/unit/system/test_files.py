@@ -1,13 +1,21 @@
-"""Atomic writes of files and folders."""
+"""Atomic writes of files and folders, and their failure in words."""
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from arc_ds.system.files import whole_file, whole_folder, write_whole
+from arc_ds.errors import StorageError
+from arc_ds.system.files import output, whole_file, whole_folder, write_whole
+from tests.helpers.full_disk import limited_file_size
+
+TENSOR = torch.zeros(5000)
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -66,7 +74,7 @@ def test_the_old_folder_is_restored_if_the_new_one_cannot_be_renamed(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(OSError, match="no space"), whole_folder(out) as new:
+    with pytest.raises(StorageError, match="out cannot be written: no space"), whole_folder(out) as new:
         (new / "new").write_text("2")
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/old"]
 
@@ -77,3 +85,60 @@ def test_a_folder_left_by_a_killed_process_of_the_same_number_is_replaced(tmp_pa
     (left / "half").write_text("1")
     with whole_folder(tmp_path / "out") as new:
         assert not list(new.iterdir())
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: torch.save(TENSOR, path),
+        lambda path: save_file({"a": TENSOR}, path),
+        lambda path: path.write_bytes(bytes(20000)),
+        lambda path: write_whole(path, bytes(20000)),
+    ],
+    ids=["torch", "safetensors", "file", "whole"],
+)
+def test_a_full_disk_is_one_error_in_words_for_any_writer(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    with limited_file_size(2000), pytest.raises(StorageError) as caught, output(tmp_path / "out", after=lambda: "A."):
+        write(tmp_path / "out")
+    words = str(caught.value)
+    assert words.startswith(f"{tmp_path / 'out'} cannot be written: File too large (")
+    assert "MiB are free on its disk). Free some space there and run the same command again" in words
+    assert words.endswith("disk. A.")
+
+
+def test_the_reason_is_found_before_the_disk_is_cleaned_up(tmp_path: Path) -> None:
+    with (
+        limited_file_size(2000),
+        pytest.raises(StorageError, match="File too large"),
+        whole_folder(tmp_path / "out") as new,
+    ):
+        save_file({"a": TENSOR}, new / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "Free some space"),
+        (errno.EDQUOT, "Free some space"),
+        (errno.EROFS, "Make it writable"),
+        (errno.EACCES, "Make it writable"),
+    ],
+)
+def test_the_remedy_is_that_of_the_reason(tmp_path: Path, number: int, remedy: str) -> None:
+    with pytest.raises(StorageError, match=rf"{os.strerror(number)}.*{remedy}"), output(tmp_path / "a" / "b" / "out"):
+        raise OSError(number, os.strerror(number), str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "no such file", "/elsewhere/input.json"),
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+        RuntimeError("Connection closed by peer"),
+    ],
+)
+def test_errors_of_inputs_and_of_other_ranks_are_not_taken_for_failed_writes(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, output(tmp_path / "out"):
+        raise error
+    assert caught.value is error

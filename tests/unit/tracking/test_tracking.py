@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.engine import make_url
 
-from arc_ds.errors import ConfigError
+from arc_ds.errors import ConfigError, StorageError
 from arc_ds.tracking import tracking
 from arc_ds.tracking.faults import words_of
 from arc_ds.tracking.metrics_log import MetricsEntry, MetricsLog, read_metrics
@@ -26,6 +26,7 @@ from arc_ds.tracking.mlflow_server import MlflowServer, environment_tags
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.tracking.tracking_state import STATE_NAME, load_state, save_state
 from arc_ds.tracking.uris import file_store, resolve_uri, sqlite_database, without_secret
+from tests.helpers.full_disk import limited_file_size
 
 
 class _FakeServer:
@@ -318,3 +319,11 @@ def test_a_password_in_the_uri_is_not_written_down() -> None:
 def test_tags_tell_where_a_run_was_made() -> None:
     tags = environment_tags(device="a CPU", world_size=2)
     assert tags["device"] == "a CPU" and tags["world_size"] == "2" and tags["version.torch"]
+
+
+def test_a_full_disk_is_an_error_in_words_and_the_log_can_be_closed(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", resumed_step=0)
+    with limited_file_size(10):
+        with pytest.raises(StorageError, match=r"metrics\.jsonl cannot be written: File too large"):
+            log.append(1, {"loss": 1.0})
+        log.close()

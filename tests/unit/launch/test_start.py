@@ -1,0 +1,67 @@
+"""Stop signals before training has begun, while the main thread is blocked in C code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from arc_ds.launch import start
+from arc_ds.launch.exit_codes import EXIT_PREEMPTED
+from arc_ds.launch.rank import STATUS_FOLDER_VARIABLE, read_statuses
+
+ROOT = Path(__file__).resolve().parents[3]
+# The first signal comes before the block, as during imports.
+PROGRAM = """
+import ctypes, os, signal, sys
+from arc_ds.launch.signals import StopRequest, hold_stop_signals
+from arc_ds.launch.start import stoppable
+hold_stop_signals()
+number = int(sys.argv[2])
+if sys.argv[1] == "before":
+    os.kill(os.getpid(), number)
+with stoppable("waiting for nobody"):
+    print("begun", flush=True)
+    ctypes.CDLL(None).sleep(0 if sys.argv[1] == "after" else 30)
+os.kill(os.getpid(), number)
+with StopRequest() as stop:
+    os._exit(7 if stop.is_set() else 8)
+"""
+
+
+def _run(when: str, number: int, folder: Path) -> tuple[int, str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), STATUS_FOLDER_VARIABLE: str(folder), "RANK": "3"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, when, str(int(number))], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    if when == "during":
+        process.send_signal(number)
+    _, words = process.communicate(timeout=20)
+    return process.returncode, words
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_signal_ends_a_rank_that_waits_in_c_code(when: str, number: signal.Signals, tmp_path: Path) -> None:
+    code, words = _run(when, number, tmp_path)
+    assert code == EXIT_PREEMPTED and number.name in words and "waiting for nobody" in words
+    assert read_statuses(tmp_path)[3].exit_code == EXIT_PREEMPTED, "the wrapper would take it for a killed rank"
+
+
+def test_a_signal_after_the_block_is_left_to_the_stop_request(tmp_path: Path) -> None:
+    assert _run("after", signal.SIGTERM, tmp_path) == (7, "")
+
+
+def test_a_long_block_says_what_it_does(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(start, "_WORD_EVERY_S", 0.2)
+    with start.stoppable("waiting for rank 1", logging.WARNING):
+        time.sleep(0.7)
+    assert 1 <= caplog.text.count("still waiting for rank 1") <= 3

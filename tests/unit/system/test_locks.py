@@ -1,0 +1,98 @@
+"""One process writes to a folder at a time. No way in which it ends leaves the folder locked."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from arc_ds.errors import ConfigError, DataError
+from arc_ds.system import locks
+from arc_ds.system.locks import LOCK_FILE, writing
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_a_second_writer_is_told_who_the_first_is_and_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with writing(tmp_path / "out", "run"):
+        before = sorted(tmp_path.rglob("*"))
+        who = f"another run is writing .*link: process {os.getpid()} on {socket.gethostname()}. Stop it"
+        with pytest.raises(ConfigError, match=who), writing(tmp_path / "link", "run", ConfigError, "Stop it."):
+            pytest.fail("two writers")
+        assert sorted(tmp_path.rglob("*")) == before
+    with writing(tmp_path / "link", "run"):
+        pass
+
+
+def test_a_new_folder_stays_only_if_it_holds_something(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), writing(tmp_path / "above" / "out", "run"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old").mkdir()
+    with writing(tmp_path / "old", "run"), writing(tmp_path / "new", "run"):
+        (tmp_path / "new" / "result").touch()
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["new", "new/result", "old"]
+
+
+def test_a_killed_writer_leaves_no_lock_even_if_a_child_of_it_lives_on_for_a_moment(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from arc_ds.system.locks import writing\n"
+        "with writing(Path(sys.argv[1]), 'run'):\n"
+        "    if os.fork() == 0:\n"
+        "        time.sleep(0.4)\n"
+        "        os._exit(0)\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / LOCK_FILE).exists()
+    with writing(tmp_path, "run"):
+        assert str(os.getpid()) in (tmp_path / LOCK_FILE).read_text()
+
+
+def test_a_lock_that_was_removed_before_it_was_held_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The former holder removes the file at its end. Two processes could otherwise hold two files of one name."""
+    flock, calls = fcntl.flock, []
+
+    def remove_first(file: IO[bytes], operation: int) -> None:
+        calls.append(operation)
+        if len(calls) == 1:
+            (tmp_path / LOCK_FILE).unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with writing(tmp_path, "run"), pytest.raises(DataError), writing(tmp_path, "run"):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_file: IO[bytes], operation: int) -> None:
+        if operation != fcntl.LOCK_UN:
+            raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    started = time.monotonic()
+    with writing(tmp_path, "run"):
+        assert "has no locks" in caplog.text and time.monotonic() - started < locks._PATIENCE_S

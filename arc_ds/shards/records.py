@@ -45,14 +45,22 @@ def decode_object(payload: bytes) -> dict[str, Any]:
             "Cut it into records.",
             "too_large",
         )
-    text = decode_payload(payload)
     try:
-        record = _json.decode(text)
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
-        raise RecordError(f"expected JSON in UTF-8: {error}", "not_json") from error
+        record = _json.decode(str(payload, "utf-8"))
+    except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, a number of thousands of digits
+        record = _decode_unusual(payload)
     if not isinstance(record, dict):
         raise RecordError(f"expected a JSON object, got {type(record).__name__}", "not_json")
     return without_mark_in_names(record)
+
+
+def _decode_unusual(payload: bytes) -> Any:
+    """Parse JSON with a byte order mark; RecordError with the reason if the payload is anything else."""
+    text = decode_payload(payload)
+    try:
+        return _json.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"expected JSON in UTF-8: {error}", "not_json") from error
 
 
 def decode_payload(payload: bytes) -> str:
@@ -122,7 +130,8 @@ def text_of(record: dict[str, Any], field: str) -> str:
     text = value_of(record, field)
     if not isinstance(text, str):
         raise DataError(f"expected a string in the field {field!r}, got {_got(record, field, text)}")
-    return check_encodable(without_mark(text), f"the field {field!r}")
+    text = without_mark(text)
+    return text if text.isascii() else check_encodable(text, f"the field {field!r}")
 
 
 def value_of(record: dict[str, Any], field: str) -> Any:

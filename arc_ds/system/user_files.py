@@ -105,6 +105,8 @@ def without_mark(text: str) -> str:
 
 def without_mark_in_names(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields without byte order marks at the start of their names, as a CSV file's header may have left one."""
+    if _MARK not in "".join(fields):
+        return fields
     return {without_mark(name): value for name, value in fields.items()}
 
 

@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -33,6 +34,7 @@ from arc_ds.shards.mappings import raise_descriptor_limit
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device, peak_bf16_flops, select_device
 from arc_ds.system.processes import die_with_parent
+from arc_ds.tracking.uris import check_uri
 from arc_ds.training.build import build_run
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
 from arc_ds.training.loop import fit
@@ -62,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
                 if dist.is_main():
                     lock.enter_context(lock_run_folder(config))
                 check_run_folder(config)
+                if dist.is_main() and config.tracking.mlflow:
+                    check_uri(Path(config.run_dir), config.tracking.uri)
             run = build_run(config, device)
         code = train(config, run)
         if code == EXIT_PREEMPTED:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from arc_ds.errors import ConfigError
 from arc_ds.system.user_paths import user_path
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _USER = re.compile(r"([A-Za-z][\w+.-]*://)[^/?#\s]*@")
 _WORDS = ("databricks", "databricks-uc", "uc")  # MLflow's addresses without a scheme
+_ALLOW_FOLDERS = "MLFLOW_ALLOW_FILE_STORE"
+_FIRST_WITHOUT_FOLDERS = (3, 13)
 
 
 def resolve_uri(folder: Path, configured: str | None) -> str:
@@ -47,6 +51,30 @@ def sqlite_database(uri: str) -> Path | None:
 def file_store(uri: str) -> Path | None:
     """The folder of a file: URI; None for other URIs."""
     return Path(unquote(urlsplit(uri).path)) if _scheme(uri) == "file" else None
+
+
+def check_uri(folder: Path, configured: str | None) -> None:
+    """Raise ConfigError if the tracking URI is a folder and the installed MLflow no longer writes to folders.
+
+    folder: the run's folder.
+    configured: tracking.uri.
+    """
+    store = file_store(resolve_uri(folder, configured))
+    allowed = os.environ.get(_ALLOW_FOLDERS, "").lower() in ("true", "1")
+    if store is not None and not allowed and _mlflow_version() >= _FIRST_WITHOUT_FOLDERS:
+        raise ConfigError(
+            f"tracking.uri is the folder {store}, but MLflow {'.'.join(map(str, _FIRST_WITHOUT_FOLDERS))} and later do "
+            f"not write to folders. Set it to a database: tracking.uri={sqlite_uri(store / 'mlflow.db')}. Or set "
+            f"{_ALLOW_FOLDERS}=true in the environment."
+        )
+
+
+def _mlflow_version() -> tuple[int, ...]:
+    """Major and minor version of the installed MLflow; zeros if it is not installed."""
+    try:
+        return tuple(int(part) for part in version("mlflow").split(".")[:2])
+    except PackageNotFoundError:
+        return 0, 0
 
 
 def without_secret(text: str) -> str:

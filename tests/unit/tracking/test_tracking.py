@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from arc_ds.tracking.metrics_log import MetricsEntry, MetricsLog, read_metrics
 from arc_ds.tracking.mlflow_server import MlflowServer, environment_tags
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.tracking.tracking_state import STATE_NAME, load_state, save_state
-from arc_ds.tracking.uris import file_store, resolve_uri, sqlite_database, without_secret
+from arc_ds.tracking.uris import check_uri, file_store, resolve_uri, sqlite_database, without_secret
 from tests.helpers.full_disk import limited_file_size
 
 
@@ -327,3 +328,21 @@ def test_a_full_disk_is_an_error_in_words_and_the_log_can_be_closed(tmp_path: Pa
         with pytest.raises(StorageError, match=r"metrics\.jsonl cannot be written: File too large"):
             log.append(1, {"loss": 1.0})
         log.close()
+
+
+def test_a_folder_that_mlflow_no_longer_writes_to_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    for uri in (str(tmp_path / "mlruns"), f"file://{tmp_path}/mlruns"):
+        with pytest.raises(ConfigError, match=r"tracking.uri is the folder .*mlruns.*tracking.uri=sqlite:") as caught:
+            check_uri(tmp_path, uri)
+    check_uri(tmp_path, re.findall(r"sqlite:\S+mlflow\.db", str(caught.value))[-1])  # the remedy
+    check_uri(tmp_path, "http://127.0.0.1:5000")
+    check_uri(tmp_path, None)
+    monkeypatch.setattr("arc_ds.tracking.uris.version", lambda name: "3.12.1")
+    check_uri(tmp_path, str(tmp_path / "mlruns"))
+    monkeypatch.undo()
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    check_uri(tmp_path, str(tmp_path / "mlruns"))

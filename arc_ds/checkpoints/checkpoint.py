@@ -73,9 +73,10 @@ class CheckpointRemoved(CheckpointError):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """A block that reads a checkpoint that its run may remove. Raises CheckpointRemoved for any error if it is gone.
+    """A block that reads a checkpoint that its run may remove.
 
-    What was checked to be whole is read later by its name, by libraries with errors of their own.
+    Checkpoints are verified first and read later, by libraries that raise their own errors. If the checkpoint no longer
+    exists after an error, this raises CheckpointRemoved.
     """
     try:
         yield

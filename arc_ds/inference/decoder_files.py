@@ -1,4 +1,4 @@
-"""What a decoder's files say about generation: the ids that end a continuation, and the longest sequence."""
+"""Settings for generation in a decoder's files: the ids that end a continuation, and the longest sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The location of the files of a set of shards: in a local folder, elsewhere, or behind a URL and its cache.
+"""The location of the files of a set of shards: in a local folder, elsewhere, or at a URL, with a cache.
 
 Manifest and indexes are always in a local folder: the set's own, or the folder in the cache that they were fetched to.
 Tars are opened on demand.
@@ -31,7 +31,7 @@ from arc_ds.system.files import file_size, write_whole
 from arc_ds.system.urls import is_url, join_url, local_path, shown_url
 from arc_ds.system.user_files import check_downloaded
 
-_THREADS = 16  # they wait for small files behind a network
+_THREADS = 16  # they wait for small files from the network
 _MAX_MANIFEST_BYTES = 1 << 30
 
 
@@ -42,7 +42,7 @@ class ShardFiles:
     name: path or URL, as shown in messages.
     folder: local folder of manifest and indexes.
     base: URL of the folder of tars; None if it is `folder`.
-    cache: cache for the tars behind URLs; None if all tars are local.
+    cache: cache for the tars at URLs; None if all tars are local.
     beside: files of token caches that are fetched together with a tar, by cache name and shard name.
     """
 
@@ -64,7 +64,7 @@ class ShardFiles:
         return shown_url(self.address(shard))
 
     def open(self, shard: ShardInfo) -> IO[bytes]:
-        """Open a shard's tar, and fetch it first if it is behind a URL.
+        """Open a shard's tar, and fetch it first if it is at a URL.
 
         Raises StorageError if it is gone or cannot be fetched.
         """
@@ -80,7 +80,7 @@ class ShardFiles:
             ) from error
 
     def is_fetched(self, shard: ShardInfo) -> bool:
-        """Whether the tar of a shard is behind a URL."""
+        """Whether the tar of a shard is at a URL."""
         return is_url(self.address(shard))
 
     def prefetch(self, shard: ShardInfo) -> None:
@@ -97,7 +97,7 @@ class ShardFiles:
         return sum(file.num_bytes for file in self._fetched_with(shard))
 
     def fetch_beside(self, name: str, *, max_bytes: int) -> bytes | None:
-        """Fetch a small file that may be next to the tars behind a URL; None if it does not exist.
+        """Fetch a small file that may be next to the tars at a URL; None if it does not exist.
 
         A `pipe:` command does not say why it failed. It is run once, and a failure or empty output means that there is
         no such file. Raises StorageError if a server does not say that it has no such file.
@@ -117,13 +117,13 @@ class ShardFiles:
             raise
 
     def address_beside(self, name: str) -> str:
-        """URL of a file next to the tars behind a URL."""
+        """URL of a file next to the tars at a URL."""
         assert self.base is not None, "local files are not fetched"
         return join_url(self.base, name)
 
     def _required_cache(self) -> ShardCache:
-        """The cache for the tars behind URLs."""
-        assert self.cache is not None, "a set with tars behind URLs is opened with a cache"
+        """The cache for the tars at URLs."""
+        assert self.cache is not None, "a set with tars at URLs is opened with a cache"
         return self.cache
 
     def _tar(self, shard: ShardInfo) -> KnownFile:
@@ -183,7 +183,7 @@ def locate(path: str | Path, cache: ShardCache | None = None) -> ShardFiles:
         if place.startswith("pipe:") or (base is not None and not is_url(place)):
             raise DataError(
                 f"{name}: its manifest says that a tar is at {place}. Commands in a manifest, and local paths in one "
-                "that was fetched, are not followed. Put the tars beside the manifest, or behind http(s), s3 or gs."
+                "that was fetched, are not followed. Put the tars next to the manifest, or at http(s), s3 or gs."
             )
     if base is None:
         cache = (cache or open_cache()) if any(map(is_url, places)) else None

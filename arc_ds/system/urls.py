@@ -60,7 +60,7 @@ def name_in_url(url: str) -> str:
 
 
 def web_url(url: str) -> str:
-    """The URL as a request may carry it: spaces, non-ASCII, # and a lone % are quoted; what is quoted stays as it is.
+    """The URL in the form of a request: spaces, non-ASCII, # and a lone % are quoted; existing quotes stay.
 
     Only http(s) URLs change: the other stores take names as they are.
     """

@@ -139,7 +139,7 @@ def _wide_encoding(head: bytes) -> str | None:
 
 
 def read_user_stdin(error: type[ArcError]) -> str:
-    """Read standard input as `read_user_text` reads a file, whatever the encoding of the terminal."""
+    """Read standard input as `read_user_text` reads a file. The encoding of the terminal does not matter."""
     if sys.stdin is None:  # closed by the caller
         raise error("standard input is closed, so - reads nothing. Give the text itself or the path of a file.")
     return decode_user_text(sys.stdin.buffer.read(), "standard input", error, remedy="Convert the text to UTF-8.")

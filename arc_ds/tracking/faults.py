@@ -45,7 +45,7 @@ def is_lasting(error: BaseException, uri: str) -> bool:
 
 
 def remedy(error: BaseException, uri: str) -> str:
-    """What the user can do about a lasting fault."""
+    """The remedy of a lasting fault, for its message; empty if the message already ends with one."""
     folder = file_store(uri)
     if isinstance(error, ArcError):
         return ""  # its message ends with the remedy

@@ -163,7 +163,8 @@ def _kill(*_: Any, **__: Any) -> None:
     raise _Killed
 
 
-# What a save does next when it is killed, in order. Rank 0 does the last four alone, before the ranks exchange errors.
+# The steps of a save, in order. A test kills it before each one.
+# Rank 0 does the last four alone, before the ranks exchange errors.
 SAVE = ("_write_own_state", "seal_file", "write_manifest", "os", "write_whole", "prune_checkpoints")
 ON_RANK_0 = SAVE[2:]
 

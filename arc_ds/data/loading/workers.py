@@ -104,7 +104,7 @@ class BatchLoader(Iterator[StepBatch]):
     def _wait(self) -> StepBatch | ArcError | None:
         """The next item from the workers. None after the last one, and as soon as a stop is requested.
 
-        After a stop, the waiting thread stays behind. It does not keep the process alive.
+        After a stop, the waiting thread continues. It does not keep the process alive.
         """
         item: Future[StepBatch | ArcError | None] = Future()
         threading.Thread(target=_settle, args=(item, self._items), daemon=True).start()
@@ -143,7 +143,7 @@ class _ErrorsAsItems(Dataset["StepBatch | ArcError"]):
 def _settle(item: Future[StepBatch | ArcError | None], items: Iterator[StepBatch | ArcError]) -> None:
     try:
         item.set_result(next(items, None))
-    except BaseException as error:  # raised again where the item is used
+    except BaseException as error:  # `item.result()` raises it again
         item.set_exception(error)
 
 

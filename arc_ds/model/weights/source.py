@@ -184,7 +184,7 @@ def _names(found: WeightFiles, store: TensorStore | None) -> TensorNames:
 
 
 def _refuse_other_meaning(fields: Fields, folder: Path) -> None:
-    """Raise WeightsError for settings of a quantisation or an adapter, in the config or in a file beside it."""
+    """Raise WeightsError for settings of a quantisation or an adapter, in the config or in a file next to it."""
     for key in fields.values:
         if "quant" in key or key == "compression_config":
             fields.refuse(key)

@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
 
     passed_over: files of other kinds, .json files that are not JSON lines, hidden entries (the name begins with a dot),
         broken links, links to an enclosing folder, folders of shards, folders that cannot be searched, and files that
-        the library `datasets` leaves beside its data.
+        the library `datasets` leaves next to its data.
     """
 
     files: tuple[InputFile, ...]
@@ -141,7 +141,7 @@ def _is_shards(folder: Path) -> bool:
 
 
 def _left_by_datasets(folder: Path) -> Iterator[Path]:
-    """Yield the files that the library `datasets` leaves beside its data: descriptions, and rows of earlier calls.
+    """Yield the files that the library `datasets` leaves next to its data: descriptions, and rows of earlier calls.
 
     `state.json` lists the data files that `save_to_disk` wrote. Without it, names tell the files of `map` and `filter`.
 

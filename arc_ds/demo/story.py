@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from arc_ds.config.load import load_config
@@ -43,7 +44,9 @@ def tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool, 
     fresh: delete an earlier demo in `out` first.
     overrides: config overrides, as key.path=value.
     """
-    with output(out), writing(out, "demo", ConfigError, "Wait until it has ended, or choose another --out."):
+    with ExitStack() as lock:
+        with output(out):  # not around the whole demo, which also prints
+            lock.enter_context(writing(out, "demo", ConfigError, "Wait until it has ended, or choose another --out."))
         return _tell(out, config=config, num_procs=num_procs, fresh=fresh, overrides=overrides)
 
 
@@ -69,7 +72,8 @@ def _tell(out: Path, *, config: Path | None, num_procs: int | None, fresh: bool,
     _say("4. A held-out passage, compressed and read by the decoder")
     _use(export)
     image = out / "demo.png"
-    picture.draw(run_dir / METRICS_NAME, image, title="ARC-Encoder for SmolLM2-135M", interrupted_at=interrupted_at)
+    with output(image):
+        picture.draw(run_dir / METRICS_NAME, image, title="ARC-Encoder for SmolLM2-135M", interrupted_at=interrupted_at)
     _close(run_dir, image, export, minutes=(time.monotonic() - started) / 60)
     return 0
 
@@ -97,7 +101,8 @@ def _train(run_dir: Path, command: list[str], *, interrupt_step: int) -> int | N
             process.send_signal(signal.SIGTERM)
         code = process.wait()
         if code == EXIT_PREEMPTED:
-            note.write_text(f"{_last_step(metrics)}\n", encoding="utf-8")
+            with output(note):
+                note.write_text(f"{_last_step(metrics)}\n", encoding="utf-8")
             print("   saved and stopped; running the same command again:", flush=True)
         elif code != 0:
             raise ArcError(f"training ended with code {code}: arc-ds {' '.join(command)}")

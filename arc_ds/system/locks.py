@@ -41,8 +41,9 @@ def writing(
         try:
             yield
         finally:
-            with suppress(OSError):  # rmdir refuses a folder that holds something
+            with suppress(OSError):  # the block may have removed the folder
                 (folder / LOCK_FILE).unlink()
+            with suppress(OSError):  # rmdir refuses a folder that holds something
                 for path in created:
                     path.rmdir()
             fcntl.flock(file, fcntl.LOCK_UN)  # a child that was forked meanwhile also holds the descriptor

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import re
 import ssl
 import sys
 from collections.abc import Iterator
 
 from arc_ds import errors
 from arc_ds.errors import ArcError
-from arc_ds.tracking.uris import file_store, sqlite_uri, without_secret
+from arc_ds.tracking.uris import HOST_AND_PORT, file_store, sqlite_uri, without_secret
 
-_HOST_AND_PORT = re.compile(r"[\w.-]+:\d+")
 # HTTP statuses of a server that is busy or restarts.
 _PASSING_STATUS = frozenset({408, 409, 425, 429, 499})
 # MLflow gives this code to all faults of its database except a lost connection, even to an exhausted pool.
@@ -58,7 +56,7 @@ def remedy(error: BaseException, uri: str) -> str:
         )
     if any(isinstance(each, ssl.SSLCertVerificationError) for each in _chain(error)):
         return "Set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of the server's authority. "
-    if host := _HOST_AND_PORT.match(uri if folder is None else folder.name):
+    if host := HOST_AND_PORT.match(uri if folder is None else folder.name):
         return f"Set tracking.uri to http://{host[0]}. "
     if folder is not None and is_refused(error):
         return (

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 from arc_ds.errors import ConfigError
 from arc_ds.system.user_paths import user_path
 
+HOST_AND_PORT = re.compile(r"[\w.-]+:\d+")
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _USER = re.compile(r"([A-Za-z][\w+.-]*://)[^/?#\s]*@")
 _WORDS = ("databricks", "databricks-uc", "uc")  # MLflow's addresses without a scheme
@@ -61,12 +62,17 @@ def check_uri(folder: Path, configured: str | None) -> None:
     """
     store = file_store(resolve_uri(folder, configured))
     allowed = os.environ.get(_ALLOW_FOLDERS, "").lower() in ("true", "1")
-    if store is not None and not allowed and _mlflow_version() >= _FIRST_WITHOUT_FOLDERS:
-        raise ConfigError(
-            f"tracking.uri is the folder {store}, but MLflow {'.'.join(map(str, _FIRST_WITHOUT_FOLDERS))} and later do "
-            f"not write to folders. Set it to a database: tracking.uri={sqlite_uri(store / 'mlflow.db')}. Or set "
-            f"{_ALLOW_FOLDERS}=true in the environment."
-        )
+    if store is None or allowed or _mlflow_version() < _FIRST_WITHOUT_FOLDERS:
+        return
+    key = URI_VARIABLE if os.environ.get(URI_VARIABLE) else "tracking.uri"
+    if host := HOST_AND_PORT.fullmatch(store.name):
+        raise ConfigError(f"{key} names no protocol. Set {key}=http://{host[0]}")
+    is_database = store.suffix in (".db", ".sqlite", ".sqlite3") or store.is_file()
+    raise ConfigError(
+        f"{key} is the folder {store}, but MLflow {'.'.join(map(str, _FIRST_WITHOUT_FOLDERS))} and later do not write "
+        f"to folders. Set it to a database: {key}={sqlite_uri(store if is_database else store / 'mlflow.db')}. Or set "
+        f"{_ALLOW_FOLDERS}=true in the environment."
+    )
 
 
 def _mlflow_version() -> tuple[int, ...]:

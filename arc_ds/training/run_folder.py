@@ -41,6 +41,7 @@ from arc_ds.system.urls import shown_url
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.tracking.mlflow_server import RunFacts, environment_tags, package_versions, start_tracker
 from arc_ds.tracking.tracking import Tracker
+from arc_ds.tracking.uris import without_secret
 from arc_ds.training.run import InputDigests, Run
 
 logger = logging.getLogger(__name__)
@@ -200,14 +201,15 @@ def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tr
 
 
 def without_secrets(config: RunConfig) -> RunConfig:
-    """The config with passwords and signatures removed from shard URLs."""
+    """The config with passwords and signatures removed from shard URLs and the tracking URI."""
 
     def shown(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
         return tuple(replace(source, path=shown_url(source.path)) for source in sources)
 
     data, held_out = config.data, config.data.validation
     held_out = shown_url(held_out) if isinstance(held_out, str) else held_out and shown(held_out)
-    return replace(config, data=replace(data, sources=shown(data.sources), validation=held_out))
+    tracking = replace(config.tracking, uri=config.tracking.uri and without_secret(config.tracking.uri))
+    return replace(config, data=replace(data, sources=shown(data.sources), validation=held_out), tracking=tracking)
 
 
 def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tracker:

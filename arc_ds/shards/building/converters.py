@@ -78,6 +78,8 @@ def convert_files(
         raise DataError(f"{out} exists. Give another file, or overwrite=True (--overwrite) to replace it.")
     records = 0
     skipped: Counter[str] = Counter()
+    with output(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     with output(out), whole_file(out) as file:
         for path in paths:
             for question in _questions(format_name, path, options):

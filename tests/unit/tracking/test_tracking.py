@@ -341,6 +341,14 @@ def test_a_folder_that_mlflow_no_longer_writes_to_is_refused_before_the_first_st
     check_uri(tmp_path, re.findall(r"sqlite:\S+mlflow\.db", str(caught.value))[-1])  # the remedy
     check_uri(tmp_path, "http://127.0.0.1:5000")
     check_uri(tmp_path, None)
+    with pytest.raises(ConfigError, match="Set tracking.uri=http://127.0.0.1:5000$"):
+        check_uri(tmp_path, "127.0.0.1:5000")
+    with pytest.raises(ConfigError, match=r"tracking.uri=sqlite:\S+/runs/my\.db\. "):
+        check_uri(tmp_path, "runs/my.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
+    with pytest.raises(ConfigError, match=r"MLFLOW_TRACKING_URI is the folder .*: MLFLOW_TRACKING_URI=sqlite:"):
+        check_uri(tmp_path, "sqlite:////tmp/a.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.setattr("arc_ds.tracking.uris.version", lambda name: "3.12.1")
     check_uri(tmp_path, str(tmp_path / "mlruns"))
     monkeypatch.undo()

@@ -25,7 +25,8 @@ def test_passwords_and_signatures_of_urls_are_not_tracked(
     monkeypatch.setenv("SHARDS", "shards")
     config = load_config(DEMO)
     sources = (SourceConfig(path=SIGNED, weight=2.0), SourceConfig(path="shards/plain"))
-    secret = replace(config, data=replace(config.data, sources=sources, validation=validation))
+    tracking = replace(config.tracking, uri="postgresql://writer:SECRET@host/runs")
+    secret = replace(config, data=replace(config.data, sources=sources, validation=validation), tracking=tracking)
     shown = without_secrets(secret)
     assert "SECRET" in dump_yaml(secret) and "SECRET" not in dump_yaml(shown)
     assert shown.data.sources[0].path.startswith("https://reader:…@host/shards") and shown.data.sources[0].weight == 2.0

@@ -137,6 +137,12 @@ class ArcModel:
             load_decoder_tokenizer(path, decoder, settings)
             for path, (decoder, _), settings in zip(paths, opened, folder.decoders, strict=False)
         ]
+        # Small files first: their faults should not show only after minutes of loading.
+        stop_ids = [
+            tuple(idx for idx in find_stop_ids(path, tokenizer) if idx < decoder.config.vocab_size)
+            for path, tokenizer, (decoder, _) in zip(paths, decoder_tokenizers, opened, strict=True)
+        ]
+        max_positions = [find_max_positions(path) for path in paths]
         compressor = load_compressor(spec, folder.tensors, device, dtype)
         for decoder, tensors in opened:
             load_backbone(decoder, tensors, dtype=dtype, device=device)
@@ -147,8 +153,8 @@ class ArcModel:
             encoder_tokenizer=encoder_tokenizer,
             decoder_tokenizers=decoder_tokenizers,
             decoder_bos=[settings.bos for settings in folder.decoders],
-            decoder_stop_ids=[find_stop_ids(path, t) for path, t in zip(paths, decoder_tokenizers, strict=True)],
-            decoder_max_positions=[find_max_positions(path) for path in paths],
+            decoder_stop_ids=stop_ids,
+            decoder_max_positions=max_positions,
             texts_apart=folder.texts_apart,
             max_context_tokens=folder.max_context_tokens,
         )
@@ -288,6 +294,8 @@ class ArcModel:
 
     def _checked_stop_ids(self, stop_ids: Sequence[int], decoder: int) -> list[int]:
         last = self._reader(decoder).config.vocab_size - 1
+        if not isinstance(stop_ids, Iterable):
+            raise ConfigError(f"stop_ids is {stop_ids!r}; expected a list of token ids, such as [2]")
         return [whole_number("a stop id", idx, at_least=0, at_most=last) for idx in stop_ids]
 
     def _vectors(self, batch: PackedBatch, decoder: int) -> Tensor | None:
@@ -423,8 +431,9 @@ def _check_is_list(what: str, given: object) -> None:
 
 def _stop_texts(stop: Sequence[str]) -> list[str]:
     """The texts themselves. ConfigError if they are not a list of texts of at least one character each."""
-    texts = [] if isinstance(stop, str) else list(stop)
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in texts):
+    is_list = isinstance(stop, Iterable) and not isinstance(stop, str)
+    texts = list(stop) if is_list else []
+    if not is_list or not all(isinstance(text, str) and text for text in texts):
         raise ConfigError(f"stop is {stop!r}; expected a list of texts that are not empty, such as ['\\n\\n']")
     return [check_encodable(text, "a stop") for text in texts]
 

@@ -182,7 +182,7 @@ class _Chooser:
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self.sampling = sampling
-        self.generator = torch.Generator(device).manual_seed(sampling.seed)
+        self.generator = torch.Generator(device).manual_seed(int(sampling.seed))
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
         if self.sampling.temperature == 0:

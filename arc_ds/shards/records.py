@@ -84,7 +84,7 @@ class FineTuningRecord:
     passages: at least one, the most relevant first.
     question: the question, None if there is none.
     instruction: replaces the question, None if there is none. `{question}` in it is a placeholder for the question.
-        "prefix||instruction||suffix" is a whole chat prompt (see `tasks.few_shot`).
+        "prefix||instruction||suffix" is a whole chat prompt (see `data.tasks.questions`).
     answers: every correct answer.
     """
 

@@ -190,7 +190,7 @@ def test_a_special_token_stops_by_its_name(folders: Path, model: ArcModel) -> No
 def test_ends_that_the_decoders_files_name_stop_generate(folders: Path, model: ArcModel, tmp_path: Path) -> None:
     first = model.generate_ids([model._segments("Text: ", 0)], max_new_tokens=1)[0][0]
     decoder = shutil.copytree(folders / "a", tmp_path / "a")
-    (decoder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, first]}))
+    (decoder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, first, 9999]}))
     ended = ArcModel.from_checkpoint(folders / "export", decoders=[decoder])
     assert ended.generate(["Text: "], max_new_tokens=4) == [""] != model.generate(["Text: "], max_new_tokens=4)
     assert ended.decoder_stop_ids == [tuple(sorted((1, first)))]
@@ -295,6 +295,8 @@ WRONG_CALLS = [
     (lambda m: m.generate(["a"], stop_ids=[350]), ConfigError, "a stop id is 350; expected .* from 0 to 349"),
     (lambda m: m.generate_ids([[Segment.text([1])]], stop_ids=[1.5]), ConfigError, "a stop id is 1.5"),
     (lambda m: m.generate(["a"], stop="end"), ConfigError, "stop is 'end'; expected a list of texts"),
+    (lambda m: m.generate(["a"], stop=5), ConfigError, "stop is 5; expected a list of texts"),
+    (lambda m: m.generate(["a"], stop_ids=5), ConfigError, "stop_ids is 5; expected a list of token ids"),
     (lambda m: m.generate(["a"], stop=[""]), ConfigError, r"stop is \[''\]; expected a list of texts"),
 ]
 

@@ -41,6 +41,7 @@ EXTRAS = {
     "dev": [
         "hypothesis>=6.100",
         "mypy>=1.13",
+        "openai>=1.50",
         "pytest>=8.2",
         "pytest-xdist>=3.6",
         "ruff>=0.8",
@@ -48,6 +49,8 @@ EXTRAS = {
     ],
     # Shards behind s3://, gs://, abfs://, hf:// and sftp://, one package each. http(s) and `pipe:` need none of them.
     "remote": ["s3fs>=2024.6", "gcsfs>=2024.6", "adlfs>=2024.4", "huggingface_hub>=0.23", "paramiko>=3.4"],
+    # `arc-ds serve`.
+    "serve": ["aiohttp>=3.9", "fastapi>=0.115", "prometheus_client>=0.20", "uvicorn>=0.30"],
     # Inputs of `arc-ds shards build` that are Parquet or .zst.
     "shards": ["pyarrow>=16.0", "zstandard>=0.22"],
     # Both need no more than the core so far; the names are fixed.

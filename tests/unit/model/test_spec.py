@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from arc_ds.batch.groups import GroupRule
 from arc_ds.config.schema import PoolingStrategy
 from arc_ds.errors import WeightsError
-from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
+from arc_ds.model.backbone_config import FIRST_FIELDS, RopeScaling
 from arc_ds.model.pooling import STRATEGIES
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from tests.helpers.tiny_export import ENCODER, tiny_spec
@@ -62,7 +62,7 @@ def test_a_json_of_another_version_is_refused() -> None:
     ("section", "name"),
     [
         *(("compressor", field.name) for field in dataclasses.fields(CompressorSpec)),
-        *(("backbone", field.name) for field in dataclasses.fields(BackboneConfig)),
+        *(("backbone", name) for name in FIRST_FIELDS),
     ],
 )
 def test_a_missing_field_is_not_filled_with_a_default(section: str, name: str) -> None:
@@ -70,6 +70,13 @@ def test_a_missing_field_is_not_filled_with_a_default(section: str, name: str) -
     del (plain if section == "compressor" else plain[section])[name]
     with pytest.raises(WeightsError, match=name):
         CompressorSpec.from_json(plain)
+
+
+def test_a_json_of_the_first_version_means_what_that_version_computed() -> None:
+    spec = tiny_spec()
+    plain = spec.to_json()
+    plain["backbone"] = {name: plain["backbone"][name] for name in FIRST_FIELDS}
+    assert CompressorSpec.from_json(plain) == spec
 
 
 def test_the_config_names_exactly_the_strategies_that_there_are() -> None:

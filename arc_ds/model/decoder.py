@@ -34,6 +34,8 @@ from arc_ds.model.rope import rope_at
 class Decoder(FrozenDecoder):
     """A frozen decoder that our packed transformer computes."""
 
+    implementation = "native"
+
     def __init__(self, config: BackboneConfig, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config
@@ -47,12 +49,8 @@ class Decoder(FrozenDecoder):
         self.requires_grad_(False)
 
     @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
+    def sizes(self) -> BackboneConfig:
+        return self.config
 
     @property
     def layer_types(self) -> tuple[type[nn.Module], ...]:

@@ -18,6 +18,8 @@ from arc_ds.model.backbone import Block
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.encoder import Encoder
 from arc_ds.model.frozen_decoder import FrozenDecoder
+from arc_ds.model.transformers_decoder import TransformersDecoder
+from arc_ds.system import dist
 from arc_ds.training.optim import PortAdamW
 
 if TYPE_CHECKING:
@@ -117,6 +119,8 @@ def place_decoder(decoder: FrozenDecoder, ds_config: Mapping[str, Any] | None = 
         hpZ groups. None: every rank has the whole decoder.
     """
     decoder.requires_grad_(False)
+    if isinstance(decoder, TransformersDecoder):
+        decoder.reading = dist.broadcast_object(decoder.reading)
     if ds_config is None:
         return PlacedDecoder(module=decoder)
     engine = _initialize(decoder, ds_config, decoder.layer_types)

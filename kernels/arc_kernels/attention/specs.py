@@ -43,12 +43,12 @@ _TURNED_HEADS: tuple[tuple[int, int, Mode], ...] = (
     (256, 2, "causal"),
 )
 
-# With a window, whose length is a run-time argument: Mistral 7B 0.1, Phi-3 mini and Gemma 2 in training, and the limits
-# of pooled queries and of generation.
+# With a window, whose length is a run-time argument: Phi-3 mini, Mistral 7B 0.1, OLMo 3 32B and Gemma 2 9B in training,
+# and the limits of pooled queries and of generation.
 _WINDOWED_HEADS: tuple[tuple[int, int, Mode, bool], ...] = (
-    (64, 4, "causal window", True),
     (96, 1, "causal window", True),
     (128, 4, "causal window", True),
+    (128, 5, "causal window", True),
     (128, 4, "limits window", False),
     (256, 2, "causal window", True),
     (256, 2, "limits window", False),

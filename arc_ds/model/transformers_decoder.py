@@ -91,7 +91,7 @@ class TransformersDecoder(FrozenDecoder):
         self._sizes = sizes
         self._rows: Tensor | None = None
         self._arguments = inspect.signature(model.forward).parameters.keys()
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         layers, head = layers_of(model), model.get_output_embeddings()
         if not layers or head is None:
             raise WeightsError(
@@ -104,6 +104,7 @@ class TransformersDecoder(FrozenDecoder):
                 layer.__class__ = type(cls.__name__, (_Recomputed, cls), {})
         self._layer_types = tuple({type(layer): None for layer in layers})
         head.register_forward_pre_hook(self._keep_rows)
+        self.requires_grad_(False).eval()
 
     @property
     def sizes(self) -> TransformersSizes:

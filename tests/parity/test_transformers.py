@@ -345,6 +345,26 @@ def test_greedy_tokens_are_those_of_transformers(case) -> None:
     assert all(len(set(line)) > 3 for line in ours), "a repeated single token would prove little"
 
 
+@pytest.mark.parametrize("name", ["granite", "olmo3"])
+def test_rows_with_compressed_vectors_are_inputs_embeds_of_transformers(tmp_path: Path, name: str) -> None:
+    """Granite multiplies `inputs_embeds`, so compressed vectors must be in the space before its multiplier."""
+    model = make_model(CASES[name].family, tmp_path, **CASES[name].sizes)
+    model.generation_config.eos_token_id = None
+    source = open_backbone(tmp_path)
+    decoder = load_decoder(source)
+    before, context, after = random_sequences(96, (9, 6, 5))
+    prompt = Sample("p", (Segment.text(before), Segment.context(context, None), Segment.text(after)))
+    batch = pack([prompt], PoolingSpec(()))
+    z_ZD = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    (ours,) = generate_ids(decoder, batch, z_ZD, max_new_tokens=NUM_TOKENS)
+    rows = decoder.embed(batch, z_ZD)[None]
+    mask = torch.ones(rows.shape[:2], dtype=torch.int64)
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": NUM_TOKENS, "pad_token_id": 0}
+    assert ours == model.generate(inputs_embeds=rows, **settings)[0].tolist()
+    if name == "granite":
+        assert ours != model.generate(inputs_embeds=3.0 * rows, **settings)[0].tolist()
+
+
 def test_generation_ends_at_a_stop_id_as_in_transformers(tmp_path: Path) -> None:
     model = make_model("Llama", tmp_path)
     model.generation_config.eos_token_id = None

@@ -46,6 +46,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         required=True,
         help="weights of each decoder, in the export's order",
     )
+    generate.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let decoders that run through transformers run the Python files in their folders; read them first",
+    )
     generate.add_argument("prompt", help="the prompt; - reads it from standard input")
     generate.add_argument("--max-new-tokens", type=int, default=64, help="maximum number of new tokens (default 64)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
@@ -105,7 +110,7 @@ def run_generate(args: argparse.Namespace) -> int:
     parse_prompt(prompt)
     Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     whole_number("max_new_tokens", args.max_new_tokens, at_least=0, at_most=MAX_NEW_TOKENS)
-    model = _load(args, args.decoder)
+    model = _load(args, args.decoder, trust_remote_code=args.trust_remote_code)
     (text,) = model.generate(
         [parse_prompt(prompt, _marker(args.marker, model))],
         decoder=args.decoder_idx,
@@ -144,7 +149,7 @@ def _marker(chosen: str | None, model: ArcModel) -> Marker | None:
     return None if chosen == NO_MARKER else chosen  # type: ignore[return-value]  # argparse has checked it
 
 
-def _load(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
+def _load(args: argparse.Namespace, decoders: Sequence[Path], *, trust_remote_code: bool = False) -> ArcModel:
     return ArcModel.from_checkpoint(
         args.model,
         decoders=decoders,
@@ -152,6 +157,7 @@ def _load(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
         device=select_device(args.device),
         dtype=DTYPES[args.dtype],
         pooling_factor=args.pooling_factor,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from arc_ds.errors import WeightsError
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder
+from arc_ds.model.transformers_decoder import check_length
 from arc_ds.model.transformers_files import TransformersFiles, open_with_transformers
 from arc_ds.model.weights import BackboneSource, check_fit, load_backbone, open_backbone, read_backbone_config
 from arc_ds.model.weights.hf_config import RopeScalingChoice
@@ -110,6 +111,7 @@ def open_decoder(
     )
     if other is not None:
         opened, reason = other
+        check_length(opened.sizes, max_positions or 0)
         logger.info(f"decoder {path} runs through transformers: {reason}")
         return opened
     tensors = open_backbone(path, rope_scaling, max_positions=max_positions)

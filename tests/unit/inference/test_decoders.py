@@ -17,13 +17,14 @@ from arc_ds import ArcModel, Context
 from arc_ds.errors import WeightsError
 from arc_ds.export.formats import write_export
 from arc_ds.inference.decoders import NativeFiles, open_decoder, read_decoder_sizes
+from arc_ds.inference.generate import generate_ids
 from arc_ds.inference.load import open_arc_folder
 from arc_ds.model.transformers_files import TransformersFiles
 from tests.helpers.tiny_data import write_json_tokenizer
 from tests.helpers.tiny_export import tiny_trained, write_decoder
 
 pytest.importorskip("transformers")
-from tests.helpers.transformers_models import write_model
+from tests.helpers.transformers_models import parameter_hash, text_batch, write_model
 
 CPU = torch.device("cpu")
 OWN_CODE = """
@@ -171,6 +172,30 @@ def test_pickles_are_read_but_run_no_code(neox: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot load"):
         opened.load(CPU, torch.float32)
     assert not ran.exists()
+
+
+def test_a_table_of_positions_bounds_the_sequences(tmp_path: Path) -> None:
+    write_model(tmp_path, "OPT", max_position_embeddings=20)
+    open_decoder(tmp_path, "checkpoint", max_positions=20)
+    with pytest.raises(WeightsError, match="opt decoder has embeddings of 20 positions, but a sequence takes up to 21"):
+        open_decoder(tmp_path, "checkpoint", max_positions=21)
+    decoder, batch = open_decoder(tmp_path, "checkpoint").load(CPU, torch.float32), text_batch([[5] * 12])
+    assert len(generate_ids(decoder, batch, None, max_new_tokens=9)[0]) == 9
+    with pytest.raises(WeightsError, match="takes up to 21. Shorten"):
+        generate_ids(decoder, batch, None, max_new_tokens=10)
+    with pytest.raises(WeightsError, match="takes up to 21. Shorten"):
+        decoder.logits(text_batch([[5] * 21]), None, torch.tensor([0]))
+
+
+def test_a_loaded_decoder_does_not_change_with_its_file(neox: Path, tmp_path: Path) -> None:
+    folder = copy_of(neox, tmp_path / "copied")
+    decoder = open_decoder(folder, "checkpoint").load(CPU, torch.float32)
+    before = parameter_hash(decoder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-4000, 2)
+        file.write(b"\x01" * 4000)
+    assert parameter_hash(decoder) == before
+    assert parameter_hash(open_decoder(folder, "checkpoint").load(CPU, torch.float32)) != before
 
 
 def test_settings_that_transformers_cannot_honour_are_refused(neox: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import torch
 from arc_ds.errors import WeightsError
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder
-from arc_ds.model.transformers_decoder import check_length
 from arc_ds.model.transformers_files import TransformersFiles, open_with_transformers
 from arc_ds.model.weights import BackboneSource, check_fit, load_backbone, open_backbone, read_backbone_config
 from arc_ds.model.weights.hf_config import RopeScalingChoice
@@ -89,7 +88,6 @@ def open_decoder(
     implementation: Implementation = "auto",
     trust_remote_code: bool = False,
     activation_checkpointing: bool = False,
-    max_positions: int | None = None,
 ) -> OpenedDecoder:
     """Open a decoder in a weights folder or a .gguf file. Reads sizes only.
 
@@ -97,7 +95,6 @@ def open_decoder(
         our readers know the model that the sizes describe, else transformers.
     trust_remote_code: whether transformers may run Python files of the folder.
     activation_checkpointing: whether backward recomputes the layers.
-    max_positions: length of the longest sequence that it will read.
 
     Raises WeightsError if the implementation does not take the decoder. With "auto" the error gives the reasons of
     both.
@@ -111,10 +108,9 @@ def open_decoder(
     )
     if other is not None:
         opened, reason = other
-        check_length(opened.sizes, max_positions or 0)
         logger.info(f"decoder {path} runs through transformers: {reason}")
         return opened
-    tensors = open_backbone(path, rope_scaling, max_positions=max_positions)
+    tensors = open_backbone(path, rope_scaling)
     with torch.device("meta"):
         shape = Decoder(tensors.config, activation_checkpointing=activation_checkpointing)
     check_fit(shape, tensors)

@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.errors import WeightsError
-from arc_ds.model.frozen_decoder import FrozenDecoder, TransformersSizes
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder, TransformersSizes
 
 _PROBE_LENGTHS = (5, 9, 7)
 _CACHES = ("past_key_values", "cache_params", "state")  # names of the argument and of the output
@@ -206,9 +207,11 @@ class TransformersDecoder(FrozenDecoder):
         return (h_BTD if self._rows is None else h_BTD.flatten(0, 1)[self._rows][None], *others)
 
 
-def check_length(sizes: TransformersSizes, num_positions: int) -> None:
-    """Raise WeightsError if a sequence has more positions than the decoder has embeddings of."""
-    if sizes.max_positions is not None and num_positions > sizes.max_positions:
+def check_length(sizes: DecoderSizes, num_positions: int) -> None:
+    """Raise WeightsError if a sequence has more positions than the decoder has embeddings of. Native ones need none."""
+    if isinstance(sizes, BackboneConfig) or sizes.max_positions is None:
+        return
+    if num_positions > sizes.max_positions:
         raise WeightsError(
             f"a {sizes.model_type} decoder has embeddings of {sizes.max_positions:,} positions, but a sequence takes "
             f"up to {num_positions:,}. Shorten the sequences, or use a decoder with rotary positions."

@@ -171,8 +171,9 @@ def test_prompts_with_vectors_sampling_and_callbacks_work_as_with_the_native_dec
     assert other[:3] != generate_ids(ours, batch, z_ZD, max_new_tokens=16)[:3]
 
 
-def test_a_native_family_through_transformers_has_the_native_losses(tmp_path: Path) -> None:
-    write_model(tmp_path, "Llama")
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Granite"])
+def test_a_native_family_through_transformers_has_the_native_losses(family: str, tmp_path: Path) -> None:
+    write_model(tmp_path, family)
     opened = open_decoder(tmp_path, "checkpoint")
     assert isinstance(opened, NativeFiles)
     native = opened.load(CPU, torch.float32)

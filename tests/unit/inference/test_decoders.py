@@ -19,6 +19,7 @@ from arc_ds.export.formats import write_export
 from arc_ds.inference.decoders import NativeFiles, open_decoder, read_decoder_sizes
 from arc_ds.inference.generate import generate_ids
 from arc_ds.inference.load import open_arc_folder
+from arc_ds.model.transformers_decoder import check_length
 from arc_ds.model.transformers_files import TransformersFiles
 from tests.helpers.tiny_data import write_json_tokenizer
 from tests.helpers.tiny_export import tiny_trained, write_decoder
@@ -71,7 +72,7 @@ def test_auto_takes_our_transformer_if_it_can_and_says_why_if_it_cannot(
     )
     assert read_decoder_sizes(neox, "checkpoint") == opened.sizes
     assert len(caplog.messages) == 1
-    with pytest.raises(WeightsError, match="`model_type` is 'gpt_neox'; ARC-DS reads"):
+    with pytest.raises(WeightsError, match="`model_type` is 'gpt_neox'; ARC-DS itself computes"):
         open_decoder(neox, "checkpoint", implementation="native")
     decoder = opened.load(CPU, torch.float32)
     assert opened.num_parameters == sum(parameter.numel() for parameter in decoder.parameters())
@@ -176,9 +177,10 @@ def test_pickles_are_read_but_run_no_code(neox: Path, tmp_path: Path) -> None:
 
 def test_a_table_of_positions_bounds_the_sequences(tmp_path: Path) -> None:
     write_model(tmp_path, "OPT", max_position_embeddings=20)
-    open_decoder(tmp_path, "checkpoint", max_positions=20)
+    sizes = read_decoder_sizes(tmp_path, "checkpoint")
+    check_length(sizes, 20)
     with pytest.raises(WeightsError, match="opt decoder has embeddings of 20 positions, but a sequence takes up to 21"):
-        open_decoder(tmp_path, "checkpoint", max_positions=21)
+        check_length(sizes, 21)
     decoder, batch = open_decoder(tmp_path, "checkpoint").load(CPU, torch.float32), text_batch([[5] * 12])
     assert len(generate_ids(decoder, batch, None, max_new_tokens=9)[0]) == 9
     with pytest.raises(WeightsError, match="takes up to 21. Shorten"):
@@ -215,7 +217,7 @@ def test_without_the_package_the_error_names_it_and_our_reader_s_reason(
     neox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(WeightsError, match=r"'gpt_neox'; ARC-DS reads .*pip install \"arc-ds\[transformers\]\""):
+    with pytest.raises(WeightsError, match=r"'gpt_neox'.*pip install \"arc-ds\[transformers\]\""):
         open_decoder(neox, "checkpoint")
 
 

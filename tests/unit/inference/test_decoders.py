@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from arc_ds import ArcModel, Context
+from arc_ds.cli import main
 from arc_ds.errors import WeightsError
 from arc_ds.export.formats import write_export
 from arc_ds.inference.decoders import NativeFiles, open_decoder, read_decoder_sizes
@@ -104,11 +105,14 @@ def test_a_model_that_neither_knows_is_one_error_that_says_what_was_seen(neox: P
     assert "transformers says" not in str(caught.value)
 
 
-def test_code_of_the_folder_runs_only_if_the_user_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_the_folder_runs_only_if_the_user_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "own"
-    write_model(folder, "Llama")
+    write_model(folder, "Llama", vocab_size=350)
+    write_json_tokenizer(folder)
     ran = tmp_path / "ran"
     (folder / "own_code.py").write_text(f"open({str(ran)!r}, 'w').close()\n{OWN_CODE}")
     own = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"}
@@ -119,6 +123,10 @@ def test_code_of_the_folder_runs_only_if_the_user_says_so(tmp_path: Path, monkey
         open_decoder(folder, "checkpoint")
     assert not ran.exists()
     opened = open_decoder(folder, "checkpoint", trust_remote_code=True)  # the remedy
+    write_export(tiny_trained(tmp_path / "run", decoder_sizes=(32,)), tmp_path / "export")
+    command = ["generate", f"--model={tmp_path / 'export'}", f"--decoder={folder}", "--max-new-tokens=2", "A lamp"]
+    assert main(command) == 2 and "--trust-remote-code on the command line" in capsys.readouterr().err
+    assert main([*command, "--trust-remote-code"]) == 0
     assert ran.exists() and type(opened.load(CPU, torch.float32).model).__name__ == "OwnForCausalLM"  # type: ignore[attr-defined]
 
 

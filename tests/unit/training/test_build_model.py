@@ -103,6 +103,12 @@ def test_weights_of_another_meaning_are_refused(
         _start(config)
 
 
+def test_starting_weights_serve_both_implementations(config_file: Path, trained: TrainedCompressor) -> None:
+    pytest.importorskip("transformers")
+    found = _start(_from_export(config_file, "decoders.0.implementation=transformers"))
+    assert torch.equal(found.get_parameter("ports.0.cont"), trained.tensors["ports.0.cont"])
+
+
 def test_starting_weights_of_another_tokenizer_are_refused(
     config_file: Path, tmp_path: Path, trained: TrainedCompressor
 ) -> None:

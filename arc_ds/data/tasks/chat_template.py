@@ -11,7 +11,7 @@ from arc_ds.errors import TokenizerError
 from arc_ds.system.user_files import read_user_text
 from arc_ds.tokenizers import Tokenizer
 from arc_ds.tokenizers.base import COPY_AGAIN, read_settings, require
-from arc_ds.tokenizers.gguf_header import read_gguf_header
+from arc_ds.tokenizers.gguf_header import gguf_models, gguf_parts, read_gguf_header
 
 QUESTIONS = ("ArcDsFirstQuestion", "ArcDsLastQuestion")
 ANSWERS = ("ArcDsFirstAnswer", "ArcDsLastAnswer")
@@ -56,12 +56,13 @@ def _find_template(path: Path, folder: Path, settings: dict[str, Any]) -> str:
     if isinstance(template, list):  # several, by name
         named = (item for item in template if isinstance(item, dict))
         template = next((item.get("template") for item in named if item.get("name") == "default"), None)
-    gguf_files = [path] if path.suffix == ".gguf" else sorted(folder.glob("*.gguf")) if path.is_dir() else []
-    if template is None and len(gguf_files) == 1:
+    models = [gguf_parts(path)] if path.suffix == ".gguf" else gguf_models(folder) if path.is_dir() else []
+    if template is None and len(models) == 1:
+        file, *_ = models[0]
         try:
-            template = read_gguf_header(gguf_files[0]).metadata.get(_GGUF_KEY)
-        except ValueError as error:
-            raise TokenizerError(f"chat template of {gguf_files[0]}: {error}. Copy the file again.") from error
+            template = read_gguf_header(file).metadata.get(_GGUF_KEY)
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"chat template of {file}: {error}. Copy the file again.") from error
     if not isinstance(template, str):
         raise TokenizerError(
             f"chat_template is tokenizer, but {path} has none: expected chat_template.jinja, the key chat_template "

@@ -28,7 +28,14 @@ from arc_ds.model.weights.names import (
     shape_faults,
 )
 from arc_ds.model.weights.native_config import is_olmo, shard_axis, sizes_of_native
-from arc_ds.model.weights.stores import ALL_ROWS, JoinedStore, PickleStore, SafetensorsStore, TensorStore
+from arc_ds.model.weights.stores import (
+    ALL_ROWS,
+    JoinedStore,
+    ModelParallelStore,
+    PickleStore,
+    SafetensorsStore,
+    TensorStore,
+)
 
 _NAMES = {"hugging_face": HUGGING_FACE, "native": NATIVE, "gguf": GGUF_LLAMA}
 _HEAD = "output.weight"
@@ -173,7 +180,7 @@ def _open_store(found: WeightFiles) -> TensorStore:
     parts: list[TensorStore] = []
     for file_set in found.model_parallel:
         axis_of = shard_axis(Fields.read(found.config_file).integer("dim"))
-        parts.append(JoinedStore([files.pop(file) for file in file_set], axis_of))
+        parts.append(ModelParallelStore([files.pop(file) for file in file_set], axis_of))
     parts += files.values()
     return parts[0] if len(parts) == 1 else JoinedStore(parts)
 

@@ -74,6 +74,49 @@ def test_missing_meta_shard_is_found(tmp_path: Path, config):
         open_backbone(folder)
 
 
+def _other_part(name: str, value: torch.Tensor | None) -> Callable[[dict], None]:
+    def change(part: dict) -> None:
+        del part[name]
+        if value is not None:
+            part[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_part("norm.weight", torch.ones(31)), r"`norm.weight` have the shapes \[32\], \[31\]"),
+        (_other_part("layers.0.attention.wq.weight", torch.ones(16, 31)), r"wq.weight` have the shapes \[16, 32\], \["),
+        (_other_part("layers.0.attention.wo.weight", torch.ones(31, 16)), r"wo.weight` have the shapes \[32, 16\], \["),
+        (
+            _other_part("tok_embeddings.weight", torch.ones(39, 16)),
+            r"tok_embeddings.weight` have the shapes \[40, 16\]",
+        ),
+        (_other_part("layers.1.feed_forward.w2.weight", None), "consolidated.01.pth lacks `layers.1.feed_forward.w2"),
+        (_other_part("norm.weight", torch.ones(32)), "differ in `norm.weight`, so they belong to different models"),
+    ],
+)
+def test_meta_parts_of_different_models_are_refused(tmp_path: Path, config, change: Callable, message: str):
+    folder = tiny.write_llama_pickles(tmp_path, config, tiny.random_tensors(config), 2, vocab_size=-1)
+    file = folder / "consolidated.01.pth"
+    part = torch.load(file)
+    change(part)
+    torch.save(part, file)
+    with pytest.raises(WeightsError, match=message + r".*Copy all consolidated files of one model again"):
+        open_backbone(folder)
+
+
+def test_vectors_of_meta_parts_that_differ_late_are_refused_before_use(tmp_path: Path, config):
+    folder = tiny.write_llama_pickles(tmp_path, config, tiny.random_tensors(config), 2)
+    part = torch.load(folder / "consolidated.01.pth")
+    part["layers.0.ffn_norm.weight"][-1] += 1
+    torch.save(part, folder / "consolidated.01.pth")
+    source = open_backbone(folder)
+    with pytest.raises(WeightsError, match="differ in `layers.0.ffn_norm.weight`"):
+        source.tensor("layers.0.ffn_norm.weight")
+
+
 WRITERS = {
     "model.safetensors": lambda file, config, tensors: tiny.write_hf(file.parent, config, tensors),
     "consolidated.00.pth": lambda file, config, tensors: tiny.write_llama_pickles(file.parent, config, tensors, 1),

@@ -140,6 +140,22 @@ def test_meta_shards_are_joined_along_the_right_dimensions(tmp_path: Path, num_f
     assert_same(source, tensors)
 
 
+@pytest.mark.parametrize("vocab_size", [40, -1], ids=["Llama 3 splits the embedding by rows", "Llama 2 by columns"])
+def test_two_meta_files_equal_the_whole_one(tmp_path: Path, vocab_size: int):
+    config = tiny.tiny_config()
+    tensors = tiny.random_tensors(config, dtype=torch.bfloat16)
+    whole, two = (
+        open_backbone(tiny.write_llama_pickles(tmp_path / str(n), config, tensors, n, vocab_size=vocab_size))
+        for n in (1, 2)
+    )
+    assert whole.config == two.config
+    for name in whole.shapes:
+        assert torch.equal(whole.tensor(name), two.tensor(name)), name
+    parts = [torch.load(tmp_path / "2" / f"consolidated.0{n}.pth")["tok_embeddings.weight"] for n in (0, 1)]
+    other_axis = torch.cat(parts, dim=1 if vocab_size == 40 else 0)
+    assert other_axis.shape != two.tensor("tok_embeddings.weight").shape
+
+
 def test_meta_scaled_rope_takes_the_factor_of_its_width(tmp_path: Path):
     config = tiny.tiny_config()
     folder = tiny.write_llama_pickles(tmp_path, config, tiny.random_tensors(config), 1, use_scaled_rope=True)

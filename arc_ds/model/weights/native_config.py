@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
@@ -36,7 +37,7 @@ def sizes_of_native(
     for key in ("moe", "moe_args", "vision_encoder"):
         fields.refuse(key)
     dim, num_heads = fields.integer("dim"), fields.integer("n_heads")
-    window, scaling, theta, tied = None, None, 10000.0, False
+    windows, scaling, theta, tied = _NO_WINDOWS, None, 10000.0, False
     if is_olmo(store):
         family = "olmo"
         ffn_size = _shape(fields, store, names, "layers.0.feed_forward.w2.weight")[1]
@@ -45,9 +46,9 @@ def sizes_of_native(
     elif "hidden_dim" in fields.values or "head_dim" in fields.values:
         family = "mistral"
         ffn_size, vocab_size = fields.integer("hidden_dim"), _vocab_size(fields, store, names)
-        window = _window(fields)
+        windows = _windows(fields)
         # As in Mistral's code: if the file has no base, it is 1e4 for windowed models (v0.1) and 1e6 for the others.
-        theta = 1e6 if window is None else 1e4
+        theta = 1e6 if windows.size is None else 1e4
         tied = fields.flag("tied_embeddings", False)
     else:
         family = "llama"
@@ -67,17 +68,48 @@ def sizes_of_native(
         norm_eps=fields.number("norm_eps", 1e-5),
         norm=FAMILIES[family].norm,
         rope_scaling=scaling,
+        window=windows.size,
+        windowed_layers=windows.layers,
         tie_embeddings=tied,
     )
-    return Sizes(config, window)
+    return Sizes(config, windows.limit)
 
 
-def _window(fields: Fields) -> int | None:
-    keys = ("sliding_window", "_sliding_window")
-    for key in keys:
-        if isinstance(fields.get(key), list):
-            raise fields.wrong(key, "one number for all layers", fields.get(key))
-    return next((fields.integer(key) for key in keys if fields.get(key) is not None), None)
+class _Windows(NamedTuple):
+    """The attention windows of a model.
+
+    size: see `BackboneConfig.window`.
+    layers: see `BackboneConfig.windowed_layers`.
+    limit: length of the longest sequence that the other layers attend to fully; None for any length.
+    """
+
+    size: int | None
+    layers: tuple[int, ...]
+    limit: int | None
+
+
+_NO_WINDOWS = _Windows(None, (), None)
+
+
+def _windows(fields: Fields) -> _Windows:
+    """Mistral's windows: one for all layers, or a list (Ministral) that repeats over the layers.
+
+    A list may hold two lengths (32768 and 131072). The layers with the larger one then attend to all keys of sequences
+    up to that length.
+    """
+    key = next((key for key in ("sliding_window", "_sliding_window") if fields.get(key) is not None), None)
+    if key is None:
+        return _NO_WINDOWS
+    num_layers, value = fields.integer("n_layers"), fields.get(key)
+    pattern = value if isinstance(value, list) else [fields.integer(key)]
+    numbers = [Fields({key: size}, fields.where).integer(key) for size in pattern if size is not None]
+    lengths = sorted(set(numbers))
+    if not pattern or num_layers % len(pattern) or len(lengths) + (None in pattern) > 2:
+        raise fields.wrong(key, f"at most two lengths, in a list that repeats over {num_layers} layers", value)
+    if not lengths:
+        return _NO_WINDOWS
+    layers = tuple(idx for idx in range(num_layers) if pattern[idx % len(pattern)] == lengths[0])
+    return _Windows(lengths[0], layers, lengths[1] if len(lengths) == 2 else None)
 
 
 def _llama_ffn_size(fields: Fields, dim: int) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
-from arc_ds.model.weights.families import GGUF_LLAMA, HUGGING_FACE, NATIVE, OLMO_NATIVE, TensorNames
+from arc_ds.model.weights.families import HUGGING_FACE, NATIVE, OLMO_NATIVE, TensorNames
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.gguf_file import GgufStore, sizes_of_gguf
+from arc_ds.model.weights.gguf_file import GgufStore, gguf_names, sizes_of_gguf
 from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes, sizes_of_hugging_face
 from arc_ds.model.weights.leftovers import Backbone, leftover_faults
 from arc_ds.model.weights.locate import WeightFiles, locate
@@ -37,7 +37,7 @@ from arc_ds.model.weights.stores import (
     TensorStore,
 )
 
-_NAMES = {"hugging_face": HUGGING_FACE, "native": NATIVE, "gguf": GGUF_LLAMA}
+_NAMES = {"hugging_face": HUGGING_FACE, "native": NATIVE}
 _HEAD = "output.weight"
 _BESIDE = ("*quant*config*.json", "adapter_config.json")  # settings that change the meaning of the weights
 
@@ -155,6 +155,7 @@ def open_backbone(
         store=store,
     )
     source.check(is_unused)
+    window = window or config.window
     if window is not None and max_positions is not None and max_positions > window:
         raise WeightsError(
             f"{source.path}: its attention looks back {window} tokens, but the run has sequences of {max_positions}. "
@@ -175,7 +176,7 @@ def read_backbone_config(path: str | Path, rope_scaling: RopeScalingChoice = "ch
 
 def _open_store(found: WeightFiles) -> TensorStore:
     if found.kind == "gguf":
-        return GgufStore(found.path)
+        return GgufStore(found.files)
     files = {file: PickleStore(file) if file.suffix == ".pth" else SafetensorsStore(file) for file in found.files}
     parts: list[TensorStore] = []
     for file_set in found.model_parallel:
@@ -186,6 +187,8 @@ def _open_store(found: WeightFiles) -> TensorStore:
 
 
 def _names(found: WeightFiles, store: TensorStore | None) -> TensorNames:
+    if isinstance(store, GgufStore):
+        return gguf_names(store)
     names = OLMO_NATIVE if is_olmo(store) else _NAMES[found.kind]
     return names if store is None else names.as_in(store.shapes)
 

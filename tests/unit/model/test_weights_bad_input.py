@@ -215,7 +215,7 @@ def test_tensor_that_no_parameter_takes_is_named_with_its_meaning(
     open_backbone(folder)
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "rope_factors_long.weight", "blk.2.attn_norm.weight"])
+@pytest.mark.parametrize("name", ["output_norm.bias", "rope_factors.weight", "blk.2.attn_norm.weight"])
 def test_gguf_tensor_that_no_parameter_takes_is_named(tmp_path: Path, config, name: str):
     tensors = tiny.random_tensors(config)
     with pytest.raises(WeightsError, match=f"`{name}`: probably"):
@@ -227,7 +227,7 @@ def test_gguf_tensor_that_no_parameter_takes_is_named(tmp_path: Path, config, na
 
 def test_olmo_bias_is_named(tmp_path: Path):
     config = tiny.tiny_config(family="olmo", norm="layer", num_kv_heads=4)
-    folder = tiny.write_olmo(tmp_path, config, tiny.random_tensors(config), own_config=True)
+    folder = tiny.write_olmo(tmp_path, config, tiny.random_tensors(config), layout="hf_olmo")
     save_file({"model.transformer.blocks.0.att_proj.bias": torch.ones(96)}, folder / "more.safetensors")
     with pytest.raises(WeightsError, match=r"att_proj.bias`: probably a bias"):
         open_backbone(folder)
@@ -363,6 +363,13 @@ def test_window_shorter_than_the_run_is_refused(tmp_path: Path):
         open_backbone(folder, max_positions=65)
 
 
+@pytest.mark.parametrize("windows", [[64, 32, 16, None], [None, 64, 32], [], ["a"], [0]], ids=str)
+def test_windows_that_are_no_windows_of_the_layers_are_refused(tmp_path: Path, config, windows: list):
+    folder = tiny.write_mistral(tmp_path, config, tiny.random_tensors(config), sliding_window=windows)
+    with pytest.raises(WeightsError, match="params.json: expected `sliding_window` to be"):
+        open_backbone(folder)
+
+
 @pytest.mark.parametrize("key", ["moe", "quantization", "vision_encoder"])
 def test_native_parts_that_we_do_not_compute_are_refused(tmp_path: Path, config, key: str):
     folder = tiny.write_mistral(tmp_path, config, tiny.random_tensors(config), **{key: {"a": 1}})
@@ -372,15 +379,24 @@ def test_native_parts_that_we_do_not_compute_are_refused(tmp_path: Path, config,
 
 def test_gguf_files_that_we_do_not_compute_are_refused(tmp_path: Path, config):
     tensors = tiny.random_tensors(config)
-    file = tiny.write_gguf(tmp_path / "b.gguf", config, tensors, architecture="qwen2")
-    with pytest.raises(WeightsError, match=r"'qwen2'; ARC-DS reads GGUF files of llama"):
+    file = tiny.write_gguf(tmp_path / "b.gguf", config, tensors, architecture="gemma")
+    with pytest.raises(WeightsError, match=r"'gemma'; ARC-DS reads GGUF files of llama, mistral3, qwen2"):
         open_backbone(file)
     file = tiny.write_gguf(tmp_path / "a.gguf", config, tensors, rope_divisors=torch.tensor([1.0, 2.0, 3.0, 4.0]))
     with pytest.raises(WeightsError, match="not the llama3 scaling"):
         open_backbone(file)
     assert open_backbone(file, "none").config.rope_scaling is None
-    with pytest.raises(WeightsError, match="holds 2 .gguf files"):
+    with pytest.raises(WeightsError, match=r"holds 2 GGUF models \(a.gguf, b.gguf\)"):
         open_backbone(tmp_path)
+
+
+def test_hugging_face_weights_next_to_params_json_are_named(tmp_path: Path, config):
+    """The folder of OLMo-1 in the reference's instructions has these two files; other models need config.json."""
+    folder = tiny.write_hf(tmp_path, config, tiny.random_tensors(config))
+    (folder / "config.json").unlink()
+    (folder / "params.json").write_text(json.dumps(tiny.llama_params(config)))
+    with pytest.raises(WeightsError, match="probably a Hugging Face name.*config.json with model.safetensors"):
+        open_backbone(folder)
 
 
 def test_paths_without_weights_say_what_was_expected(tmp_path: Path, config):

@@ -163,6 +163,12 @@ class GgufStore:
         self._check_kinds()
         self._check_sizes()
 
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """Number format of every tensor."""
+        kind_of = self._quants.GGMLQuantizationType
+        return {name: kind_of(place.entry.kind).name for name, place in self._places.items()}
+
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         path, start, entry = self._places[name]
         if entry.kind in _PLAIN:

@@ -16,8 +16,9 @@ from arc_ds.model.weights.names import Shape, join_faults
 from arc_ds.system.user_files import check_downloaded
 
 ALL_ROWS = slice(None)
-# Names of safetensors and of torch. Numbers of other dtypes mean something only with the scales of a quantisation.
-_PLAIN = frozenset(("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"))
+# safetensors' names by torch's. Numbers of other dtypes mean something only with the scales of a quantisation.
+_SHORT = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_PLAIN = frozenset(_SHORT.values())
 _ONE_MODEL = "Copy all consolidated files of one model again from one source."
 
 
@@ -31,6 +32,10 @@ class TensorStore(Protocol):
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """Shape of every tensor, from the headers."""
+
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """Number format of every tensor: BF16, Q4_K, ..."""
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         """Read a tensor, or a slice of its dimension 0, to the CPU in the file's dtype."""
@@ -54,7 +59,8 @@ class SafetensorsStore:
                 f"{path} is not a complete safetensors file: {error}. It was cut short or damaged; copy it again."
             ) from error
         self.shapes: Mapping[str, Shape] = {name: tuple(entry.get_shape()) for name, entry in entries.items()}
-        _check_plain(path, {name: entry.get_dtype() for name, entry in entries.items()})
+        self.formats: Mapping[str, str] = {name: entry.get_dtype() for name, entry in entries.items()}
+        _check_plain(path, self.formats)
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         if rows == ALL_ROWS:
@@ -93,7 +99,8 @@ class PickleStore:
             )
         self._tensors: Mapping[str, Tensor] = loaded
         self.shapes: Mapping[str, Shape] = {n: tuple(t.shape) for n, t in loaded.items()}
-        _check_plain(path, {n: str(t.dtype) for n, t in loaded.items()})
+        self.formats: Mapping[str, str] = {n: _SHORT.get(str(t.dtype), str(t.dtype)) for n, t in loaded.items()}
+        _check_plain(path, self.formats)
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         return self._tensors[name][rows]
@@ -113,6 +120,7 @@ class JoinedStore:
             for name in file.shapes:
                 self._copies.setdefault(name, []).append(file)
         self.shapes: Mapping[str, Shape] = {name: copies[0].shapes[name] for name, copies in self._copies.items()}
+        self.formats: Mapping[str, str] = {name: copies[0].formats[name] for name, copies in self._copies.items()}
         for name, copies in self._copies.items():
             if len(copies) > 1:
                 self.tensor(name, _first_row(self.shapes[name]))
@@ -142,6 +150,7 @@ class ModelParallelStore:
         self._axes = {name: axis_of(name, files[0].shapes[name]) for name in names}
         self._check([fault for name in names if (fault := self._fault(name))])
         self.shapes: Mapping[str, Shape] = {name: self._joined_shape(name) for name in names}
+        self.formats = files[0].formats
         for name, axis in self._axes.items():
             if axis is None:
                 self.tensor(name, _first_row(self.shapes[name]))

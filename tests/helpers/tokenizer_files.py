@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.tiny_data import TEXT
+from tests.helpers.tiny_data import TEXT, write_tekken
 
 KEEPS_TEXT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
@@ -39,6 +39,14 @@ def sentencepiece_model(folder: Path, **options: Any) -> Path:
             sentence_iterator=iter([TEXT] * 3), model_writer=file, hard_vocab_limit=False, **settings
         )
     return folder
+
+
+def write_mistral_tokenizer(file: Path) -> Path:
+    """Write a tiny tekken.json, or a sentencepiece model under another name, and return the file."""
+    if file.name == "tekken.json":
+        return write_tekken(file.parent) / file.name
+    model = sentencepiece_model(file.parent / "model", **KEEPS_TEXT) / "tokenizer.model"
+    return model.rename(file)
 
 
 def write_gguf_tokenizer(file: Path, kind: str, lists: dict[str, list[Any]], **metadata: Any) -> Path:

@@ -262,6 +262,20 @@ def test_dtype_that_needs_a_scale_is_refused(tmp_path: Path, config, dtype: torc
             open_backbone(tiny.write_llama_pickles(tmp_path / "meta", config, tensors, 1))
 
 
+def test_scaled_fp8_is_refused_with_a_remedy_in_every_part(tmp_path: Path, config):
+    """The files of DeepSeek and Qwen: float8 weights, blocks of scales, and quantization_config."""
+    quantised = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    tensors = tiny.random_tensors(config)
+    folder = tiny.write_hf(tmp_path, config, tensors, **quantised)
+    with pytest.raises(WeightsError, match="`quantization_config` is"):
+        open_backbone(folder)
+    tiny.write_hf(folder, config, tensors)
+    scale = "model.layers.0.self_attn.q_proj.weight_scale_inv"
+    save_file({scale: torch.ones(1, 1)}, folder / "scales.safetensors")
+    with pytest.raises(WeightsError, match=rf"`{scale}`: probably part of quantised weights.*in bfloat16, or a \.gguf"):
+        open_backbone(folder)
+
+
 @pytest.mark.parametrize("key", ["quantization", "compression_config"])
 def test_other_keys_of_a_quantisation_are_refused(tmp_path: Path, config, key: str):
     with pytest.raises(WeightsError, match=f"`{key}` is"):

@@ -106,15 +106,12 @@ def open_decoder(
     rope_scaling: RopeScalingChoice,
     *,
     activation_checkpointing: bool = False,
-    max_positions: int | None = None,
 ) -> tuple[Decoder, TensorSource]:
     """Build a decoder on "meta" with the sizes of a weights folder or a .gguf file, and open its tensors.
 
-    max_positions: length of the longest sequence that it will read.
-
     Raises WeightsError if the sizes cannot be read.
     """
-    source = open_backbone(path, rope_scaling, max_positions=max_positions)
+    source = open_backbone(path, rope_scaling)
     with torch.device("meta"):
         return Decoder(source.config, activation_checkpointing=activation_checkpointing), source
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from arc_ds.data.loading.loader import StepData
 from arc_ds.errors import ConfigError
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import work_rates
-from arc_ds.planning.sizes import longest_sequence
 from arc_ds.system import dist
 from arc_ds.system.device import free_memory_bytes
 from arc_ds.tokenizers import check_fits, load_tokenizer
@@ -66,7 +64,7 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         spec = compressor_spec(config)
         tokenizer = load_tokenizer(encoder_tokenizer_path(encoder))
         check_fits(tokenizer, spec.backbone.vocab_size, encoder.backbone)
-        decoders = open_decoders(config.decoders, partial(longest_sequence, config), bos=config.data.decoder_bos)
+        decoders = open_decoders(config.decoders, bos=config.data.decoder_bos)
         sizes = [decoder.shape.config for decoder in decoders]
         trained: dict[str, Any] = {
             "trained_layers": encoder.trained_layers,

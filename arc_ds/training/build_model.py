@@ -7,7 +7,7 @@ so a host never holds a whole model for each of its ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,6 @@ import torch
 from arc_ds.batch.segments import MARKERS
 from arc_ds.config.schema import DecoderConfig, EncoderConfig, RunConfig
 from arc_ds.data.loading.decoder_reader import ReaderFiles
-from arc_ds.data.tasks.chat import count_template
-from arc_ds.data.tasks.task import NO_CHAT, ChatRows
 from arc_ds.errors import ConfigError
 from arc_ds.inference.load import (
     ArcFolder,
@@ -43,7 +41,6 @@ from arc_ds.model.weights import (
     read_backbone_config,
     set_parameter,
 )
-from arc_ds.planning.sizes import TEXT_WORDS, longest_context
 from arc_ds.tokenizers import check_fits, ids_digest, load_tokenizer, tokenizer_file
 from arc_ds.training.engine import set_trained
 
@@ -108,9 +105,7 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
     encoder = config.encoder
     if encoder.init_from is None:
         is_unused = beyond_layers(spec.num_layers)
-        tensors = open_backbone(
-            encoder.backbone, encoder.rope_scaling, max_positions=longest_context(config), is_unused=is_unused
-        )
+        tensors = open_backbone(encoder.backbone, encoder.rope_scaling, is_unused=is_unused)
         names = {"prefix": "encoder.", "skip": "memory".__eq__, "allow_unused": is_unused}
         fresh_ports = tuple(range(len(config.decoders)))
     else:
@@ -193,33 +188,26 @@ class DecoderFiles:
         return decoder.eval()
 
 
-def open_decoders(
-    decoders: Sequence[DecoderConfig], longest_sequence: Callable[[ChatRows], int], *, bos: bool
-) -> tuple[DecoderFiles, ...]:
+def open_decoders(decoders: Sequence[DecoderConfig], *, bos: bool) -> tuple[DecoderFiles, ...]:
     """Open the run's decoders. Reads sizes and tokenizers.
 
-    longest_sequence: maximum number of decoder rows of one sequence, from the rows that a chat template adds.
     bos: whether sequences begin with begin-of-text.
 
-    Raises WeightsError if a tensor is missing or has the wrong shape, or if a sequence can exceed a decoder's attention
-    window. Raises TokenizerError if samples have ids beyond a decoder's embedding, or under the conditions of
-    `read_layout`.
+    Raises WeightsError if a tensor is missing or has the wrong shape. Raises TokenizerError if samples have ids beyond
+    a decoder's embedding, or under the conditions of `read_layout`.
     """
     opened = []
     for idx, decoder in enumerate(decoders):
         files = ReaderFiles(tokenizer=decoder_tokenizer_path(decoder), chat_template=decoder.chat_template)
         reader = files.load()
         fingerprints = {f"decoders.{idx}": reader.tokenizer.fingerprint}
-        chat = NO_CHAT
         if decoder.chat_template != "none":
-            chat = ChatRows(*count_template(reader.layout, reader.tokenizer), TEXT_WORDS)
             layout_digest = hashlib.sha256(repr(reader.layout).encode()).hexdigest()
             fingerprints[f"decoders.{idx}.chat_template"] = layout_digest
         shape, tensors = open_decoder(
             Path(decoder.backbone),
             decoder.rope_scaling,
             activation_checkpointing=decoder.activation_checkpointing,
-            max_positions=longest_sequence(chat),
         )
         check_fit(shape, tensors)
         bos_ids = [reader.tokenizer.bos_id] if bos and reader.tokenizer.bos_id is not None else []

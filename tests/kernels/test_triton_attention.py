@@ -226,6 +226,8 @@ CASE = Case((3, 2), (3, 4))
         ({"k_limits_T": torch.tensor([1, 2, 0, 1, 1]).int()}, r"k_limits_T\[2\] is 0"),
         ({"k_limits_T": torch.tensor([1, 2, 3, 1, 5]).int()}, r"k_limits_T\[4\] is 5"),
         (dict.fromkeys(("k_UKH", "v_UKH"), torch.ones(7, 3, 32)), "2 query heads are not a multiple of 3"),
+        ({"window": 0, "causal": True}, "window is 0; expected at least 1"),
+        ({"window": 2}, "window=2 counts back .* set one of the two, or window=None"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"scale": float("nan")}, "scale is nan"),
         ({"backend": "fast"}, "backend is 'fast'"),

@@ -23,7 +23,7 @@ from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
 from arc_ds.model.rope import rope_frequencies
 from arc_ds.model.weights.families import TensorNames
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
+from arc_ds.model.weights.hf_config import RopeScalingChoice
 from arc_ds.model.weights.names import Shape
 from arc_ds.model.weights.stores import ALL_ROWS
 from arc_ds.system.user_files import check_downloaded
@@ -73,6 +73,7 @@ class Architecture:
     constants: fields of `BackboneConfig` that the metadata do not hold.
     epsilon: the metadata key of the norms' epsilon.
     windowed: which layers have a window if the metadata have a length but no pattern.
+    windowed_rope_scaling: see `BackboneConfig`.
     rotates: which layers rotate queries and keys.
     names: names of tensors that differ from llama's.
     """
@@ -82,6 +83,7 @@ class Architecture:
     constants: Mapping[str, Any] = field(default_factory=dict)
     epsilon: str = "attention.layer_norm_rms_epsilon"
     windowed: Callable[[int], bool] = _every_layer
+    windowed_rope_scaling: bool = True
     rotates: Callable[[int], bool] = _every_layer
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -96,8 +98,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "olmo2": Architecture(  # OLMo 3, too
         family="olmo2",
-        constants={"norm_place": "output", "qk_norm": "row", "windowed_rope_scaling": False},
+        constants={"norm_place": "output", "qk_norm": "row"},
         windowed=_three_of_four,
+        windowed_rope_scaling=False,
         names={
             "layers.{i}.attention_norm": "blk.{i}.post_attention_norm",
             "layers.{i}.ffn_norm": "blk.{i}.post_ffw_norm",
@@ -254,7 +257,7 @@ def _architecture(store: GgufStore) -> tuple[str, Architecture]:
     return str(name), ARCHITECTURES[str(name)]
 
 
-def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Sizes:
+def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> BackboneConfig:
     """Sizes from the metadata of a GGUF file, and from its tensors: biases, a tied head, and rotary divisors.
 
     Raises WeightsError for an unknown architecture, experts, and a rotary scaling that ARC-DS does not compute.
@@ -264,7 +267,6 @@ def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Sizes:
     own = {key.removeprefix(prefix): _decimal(v) for key, v in store.metadata.items() if key.startswith(prefix)}
     fields = Fields(own, f"{store.path}: {name}")
     fields.refuse("expert_count", 0)
-    fields.refuse("attention.temperature_scale", 0)
     if _EMBEDDING not in store.shapes:
         raise WeightsError(f"{store.path}: tensor `{_EMBEDDING}` is missing. Copy the file again.")
     hidden, num_heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
@@ -290,13 +292,14 @@ def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Sizes:
         layers_without_rope=tuple(idx for idx in range(num_layers) if not architecture.rotates(idx)),
         window=window,
         windowed_layers=windowed_layers,
+        windowed_rope_scaling=architecture.windowed_rope_scaling or window is None,
         tie_embeddings=_HEAD not in store.shapes,
         **_optional(fields, store, architecture),
         **architecture.constants,
     )
     if rope_scaling == "checkpoint":
         config = dataclasses.replace(config, rope_scaling=_rope_scaling(fields, store, config))
-    return Sizes(config, None)
+    return config
 
 
 def _optional(fields: Fields, store: GgufStore, architecture: Architecture) -> dict[str, Any]:
@@ -336,13 +339,15 @@ def _rope_scaling(fields: Fields, store: GgufStore, config: BackboneConfig) -> R
     if store.shapes.keys() & {_SHORT_DIVISORS, _LONG_DIVISORS}:
         return _longrope(fields, store, config)
     kind = fields.get("rope.scaling.type", "none")
+    if kind != "yarn":
+        fields.refuse("attention.temperature_scale", 0)
     if kind == "none":
         return None
     factor = fields.number("rope.scaling.factor")
     if kind == "linear":
-        return RopeScaling(kind="linear", factor=factor, original_max_positions=_original(fields))
+        return RopeScaling(kind="linear", factor=factor)
     if kind == "yarn":
-        return _yarn(fields, factor, _original(fields))
+        return _yarn(fields, factor)
     raise fields.wrong("rope.scaling.type", "none, linear or yarn", kind)
 
 
@@ -375,10 +380,9 @@ def _longrope(fields: Fields, store: GgufStore, config: BackboneConfig) -> RopeS
     )
 
 
-def _yarn(fields: Fields, factor: float, original: int) -> RopeScaling:
+def _yarn(fields: Fields, factor: float) -> RopeScaling:
     """llama.cpp multiplies cosines and sines by 1 + 0.1 ln(factor), or by its ratio to a second such term."""
-    key = "rope.scaling.yarn_log_multiplier"
-    weight = fields.number(key) if fields.get(key) else 0.0
+    weight = _optional_number(fields, "rope.scaling.yarn_log_multiplier")
     attention_factor = (0.1 * math.log(factor) + 1.0) / (0.1 * weight * math.log(factor) + 1.0)
     stored = fields.get("rope.scaling.attn_factor", 1.0)
     if stored != 1.0 and not math.isclose(stored, attention_factor, rel_tol=1e-5):
@@ -386,11 +390,17 @@ def _yarn(fields: Fields, factor: float, original: int) -> RopeScaling:
     return RopeScaling(
         kind="yarn",
         factor=factor,
-        original_max_positions=original,
+        original_max_positions=_original(fields),
         beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
         attention_factor=attention_factor,
+        query_beta=_optional_number(fields, "attention.temperature_scale"),
     )
+
+
+def _optional_number(fields: Fields, key: str) -> float:
+    """A number, or 0 if it is missing."""
+    return fields.number(key) if fields.get(key) else 0.0
 
 
 def _llama3(config: BackboneConfig, divisors: Tensor, where: str) -> RopeScaling:

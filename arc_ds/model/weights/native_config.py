@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
 from arc_ds.model.weights.families import FAMILIES, TensorNames
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
+from arc_ds.model.weights.hf_config import RopeScalingChoice
 from arc_ds.model.weights.names import Shape
 from arc_ds.model.weights.stores import TensorStore
 
@@ -23,7 +24,7 @@ def is_olmo(store: TensorStore | None) -> bool:
 
 def sizes_of_native(
     fields: Fields, store: TensorStore | None, names: TensorNames, rope_scaling: RopeScalingChoice
-) -> Sizes:
+) -> BackboneConfig:
     """Sizes from `params.json`.
 
     There are three dialects. Mistral's file has head_dim and hidden_dim. Llama's file implies them. OLMo's file omits
@@ -34,7 +35,7 @@ def sizes_of_native(
 
     Raises WeightsError for unsupported features: experts, vision modules.
     """
-    for key in ("moe", "moe_args", "vision_encoder"):
+    for key in ("moe", "moe_args", "vision_encoder", "q_lora_rank", "kv_lora_rank"):
         fields.refuse(key)
     dim, num_heads = fields.integer("dim"), fields.integer("n_heads")
     windows, scaling, theta, tied = _NO_WINDOWS, None, 10000.0, False
@@ -50,12 +51,16 @@ def sizes_of_native(
         # As in Mistral's code: if the file has no base, it is 1e4 for windowed models (v0.1) and 1e6 for the others.
         theta = 1e6 if windows.size is None else 1e4
         tied = fields.flag("tied_embeddings", False)
+        if fields.get("yarn") is None:
+            fields.refuse("llama_4_scaling")
+        elif rope_scaling == "checkpoint":
+            scaling = _yarn(fields)
     else:
         family = "llama"
         ffn_size, vocab_size = _llama_ffn_size(fields, dim), _vocab_size(fields, store, names)
         if rope_scaling == "checkpoint" and fields.flag("use_scaled_rope", False):
             scaling = _llama3_scaling(fields, dim)
-    config = BackboneConfig(
+    return BackboneConfig(
         family=family,
         hidden_size=dim,
         num_layers=fields.integer("n_layers"),
@@ -72,7 +77,6 @@ def sizes_of_native(
         windowed_layers=windows.layers,
         tie_embeddings=tied,
     )
-    return Sizes(config, windows.limit)
 
 
 class _Windows(NamedTuple):
@@ -80,22 +84,20 @@ class _Windows(NamedTuple):
 
     size: see `BackboneConfig.window`.
     layers: see `BackboneConfig.windowed_layers`.
-    limit: length of the longest sequence that the other layers attend to fully; None for any length.
     """
 
     size: int | None
     layers: tuple[int, ...]
-    limit: int | None
 
 
-_NO_WINDOWS = _Windows(None, (), None)
+_NO_WINDOWS = _Windows(None, ())
 
 
 def _windows(fields: Fields) -> _Windows:
     """Mistral's windows: one for all layers, or a list (Ministral) that repeats over the layers.
 
-    A list may hold two lengths (32768 and 131072). The layers with the larger one then attend to all keys of sequences
-    up to that length.
+    A list may hold two lengths. The larger one (131072) is then the length of the model's longest sequence, so the
+    layers with it have no window.
     """
     key = next((key for key in ("sliding_window", "_sliding_window") if fields.get(key) is not None), None)
     if key is None:
@@ -109,7 +111,23 @@ def _windows(fields: Fields) -> _Windows:
     if not lengths:
         return _NO_WINDOWS
     layers = tuple(idx for idx in range(num_layers) if pattern[idx % len(pattern)] == lengths[0])
-    return _Windows(lengths[0], layers, lengths[1] if len(lengths) == 2 else None)
+    return _Windows(lengths[0], layers)
+
+
+def _yarn(fields: Fields) -> RopeScaling:
+    """Mistral's yarn. `beta` and `alpha` are its bounds. Without `apply_scale`, cosines and sines have no factor."""
+    yarn, queries = fields.object("yarn"), fields.object("llama_4_scaling", {})
+    factor, original = yarn.number("factor"), yarn.integer("original_max_position_embeddings")
+    queries.refuse("original_max_position_embeddings", original)
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_positions=original,
+        beta_fast=yarn.number("beta", 32.0),
+        beta_slow=yarn.number("alpha", 1.0),
+        attention_factor=0.1 * math.log(factor) + 1.0 if yarn.flag("apply_scale", True) else 1.0,
+        query_beta=queries.number("beta") if queries.get("beta") else 0.0,
+    )
 
 
 def _llama_ffn_size(fields: Fields, dim: int) -> int:

@@ -141,6 +141,8 @@ def attention_varlen_triton(
             f"the head size of q_TNH is {q_TNH.shape[2]}; the Triton kernels support 1 … {MAX_HEAD_DIM}: call under "
             "arc_kernels.use('reference'), or with backend='reference'"
         )
+    if segments.window is not None:
+        raise ValueError("the Triton kernels have no window yet; call under arc_kernels.use('reference')")
     inputs = tuple(x if _rows_are_contiguous(x) else x.contiguous() for x in (q_TNH, k_UKH, v_UKH))
     # Decide this here: gradients are disabled inside the Function, and requires_grad is also True under no_grad.
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -148,7 +150,7 @@ def attention_varlen_triton(
         *inputs,
         *map(contiguous, (*(rotary_q or (None, None)), *(rotary_k or (None, None)))),
         *map(contiguous, segments[:3]),
-        segments[3:],
+        segments[3:7],
         wants_grad,
     )
 

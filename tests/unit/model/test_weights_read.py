@@ -174,8 +174,9 @@ def test_meta_scaled_rope_takes_the_factor_of_its_width(tmp_path: Path):
     [({}, 10000.0), ({"rope_theta": None}, 1e6), ({"rope_theta": None, "sliding_window": 64}, 1e4)],
 )
 def test_mistral_folder_reads_exactly_with_its_default_base(tmp_path: Path, changes: dict, theta: float):
-    windows = {"window": 64, "windowed_layers": (0, 1)} if "sliding_window" in changes else {}
-    config = tiny.tiny_config(family="mistral", rope_theta=theta, **windows)
+    window = changes.get("sliding_window")
+    windowed_layers = () if window is None else (0, 1)
+    config = tiny.tiny_config(family="mistral", rope_theta=theta, window=window, windowed_layers=windowed_layers)
     tensors = tiny.random_tensors(config)
     source = open_backbone(tiny.write_mistral(tmp_path, config, tensors, **changes))
     assert source.config == config
@@ -213,7 +214,8 @@ def test_gguf_file_reads_exactly_and_knows_its_tokenizer(tmp_path: Path):
     ids=str,
 )
 def test_ministral_windows_repeat_over_the_layers(tmp_path: Path, changes: dict, window: int | None, layers: tuple):
-    config = tiny.tiny_config(family="mistral", num_layers=4, window=window, windowed_layers=layers)
+    sizes = {"num_layers": 4, "window": window, "windowed_layers": layers}
+    config = tiny.tiny_config(family="mistral", **sizes)
     source = open_backbone(tiny.write_mistral(tmp_path, config, tiny.random_tensors(config), **changes))
     assert source.config == config
 

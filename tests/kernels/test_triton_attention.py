@@ -150,7 +150,7 @@ def test_operators_pass_torchs_own_checks(turned: tuple[str, ...], device: torch
     case = Case((3, 6), (5, 6), head_dim=16)  # small: each of these checks runs its operator many times
     q, k, v = inputs_of(case, torch.bfloat16 if turned else torch.float32, device).values()
     cu_q, cu_k = (boundaries_of(lengths, device) for lengths in (case.q_lengths, case.k_lengths))
-    spans = (cu_q, cu_k, None, 6, 6, True, 0.2)
+    spans = (cu_q, cu_k, None, 6, 6, True, 0.2, 3 if turned else None)
     of_q, of_k = angles_of(case, device).values() if turned else ((None, None), (None, None))
     for keeps in (True, False):
         torch.library.opcheck(attention_forward, (q, k, v, *of_q, *spans, keeps))

@@ -92,7 +92,7 @@ def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 def relative_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """The largest difference as a part of the largest value."""
-    return largest_difference(ours, theirs) / max(float(tensor.abs().max()) for tensor in theirs)
+    return largest_difference(ours, theirs) / max(float(tensor.detach().abs().max()) for tensor in theirs)
 
 
 def random_sequences(vocab_size: int, lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:

@@ -19,7 +19,9 @@ from arc_ds.errors import ArcError, WeightsError
 from arc_ds.inference.decoder_files import find_max_positions
 from arc_ds.inference.load import ARC_DECODERS, EXPORT_CONFIG, EXPORT_FORMAT, ArcFolder, open_arc_folder
 from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.frozen_decoder import TransformersSizes
 from arc_ds.model.spec import build_compressor
+from arc_ds.model.transformers_files import open_with_transformers
 from arc_ds.model.weights import BackboneSource, beyond_layers, check_fit, open_backbone, read_backbone_config
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.locate import WeightFiles, locate
@@ -99,21 +101,23 @@ def _facts_of_backbone(path: Path) -> Facts:
     facts |= {"kind": _KINDS[found.kind], **_facts_of_files(found.files)}
     source, reasons = _open_both(found)
     config = source.config if source is not None else _try(read_backbone_config, path)
+    sizes, reasons[_THROUGH_TRANSFORMERS] = _open_with_transformers(found)
     if source is not None:
         names = {source.tensor_names.find(name)[0] for name in source.shapes}
         facts["formats"] = dict(Counter(source.store.formats[name] for name in names if name in source.store.formats))
     if config is not None:
         facts |= _facts_of_config(config)
-    facts |= _facts_of_tokenizer(path, None if config is None else config.vocab_size)
+    elif sizes is not None:
+        facts |= {"family": sizes.model_type, "parameters": sizes.num_parameters}
+    rows = config or sizes
+    facts |= _facts_of_tokenizer(path, None if rows is None else rows.vocab_size)
     facts["max_positions"] = _try(find_max_positions, path)
-    if facts["tokenizer"].get("problem") and config is not None:
-        reasons = {use: reason or facts["tokenizer"]["problem"] for use, reason in reasons.items()}
-    facts["serves_as"] = {**reasons, _THROUGH_TRANSFORMERS: _reason_against_transformers(found)}
-    return facts
+    problem = facts["tokenizer"].get("problem")
+    return {**facts, "serves_as": {use: reason or problem for use, reason in reasons.items()}}
 
 
 def _open_both(found: WeightFiles) -> tuple[BackboneSource | None, dict[str, str | None]]:
-    """The opened weights, and the reason against each use. A decoder needs a head, an encoder does not."""
+    """The opened weights, and the reason against each native use. A decoder needs a head, an encoder does not."""
     try:
         return open_backbone(found.path), {_ENCODER: None, _DECODER: None}
     except WeightsError as error:
@@ -126,28 +130,15 @@ def _open_both(found: WeightFiles) -> tuple[BackboneSource | None, dict[str, str
         return None, {_ENCODER: str(error), _DECODER: reason}
 
 
-def _reason_against_transformers(found: WeightFiles) -> str | None:
-    """Why transformers cannot read the decoder; None if it can."""
-    if found.kind != "hugging_face":
-        return "transformers reads folders with a config.json."
-    if not found.files and not any(found.path.glob("pytorch_model*.bin")):
-        return f"{found.path} holds no weights."
+def _open_with_transformers(found: WeightFiles) -> tuple[TransformersSizes | None, str | None]:
+    """The sizes of a decoder that transformers can read, and the reason if it cannot."""
     try:
-        from transformers import __version__
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        config = Fields.read(found.config_file)
-        for file in found.files:
-            SafetensorsStore(file)  # raises if the file is cut short or quantised
-    except ImportError as error:
-        return f"transformers cannot be imported ({error}). Run: pip install transformers"
+        if found.kind == "hugging_face":
+            for file in found.files:
+                SafetensorsStore(file)  # raises if the file is cut short or quantised
+        return open_with_transformers(found.path).sizes, None
     except WeightsError as error:
-        return str(error)
-    model_type = config.get("model_type")
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return None
-    own = " The folder has code of its own, which needs trust_remote_code: true." if config.get("auto_map") else ""
-    return f"`model_type` is {model_type!r}; transformers {__version__} has no causal language model for it.{own}"
+        return None, str(error)
 
 
 def _facts_of_files(files: tuple[Path, ...]) -> Facts:

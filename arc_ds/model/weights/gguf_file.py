@@ -264,7 +264,7 @@ def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Backbone
     """
     name, architecture = _architecture(store)
     prefix = f"{name}."
-    own = {key.removeprefix(prefix): _decimal(v) for key, v in store.metadata.items() if key.startswith(prefix)}
+    own = {key.removeprefix(prefix): value for key, value in store.metadata.items() if key.startswith(prefix)}
     fields = Fields(own, f"{store.path}: {name}")
     fields.refuse("expert_count", 0)
     if _EMBEDDING not in store.shapes:
@@ -315,11 +315,6 @@ def _optional(fields: Fields, store: GgufStore, architecture: Architecture) -> d
     return given
 
 
-def _decimal(value: Any) -> Any:
-    """The shortest decimal number with the same float32. The files' numbers were decimal before they became float32."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
 def _windows(fields: Fields, architecture: Architecture, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
     """`window` and `windowed_layers` of `BackboneConfig`. The metadata write 0 for no window."""
     if not fields.get("attention.sliding_window"):
@@ -367,16 +362,14 @@ def _longrope(fields: Fields, store: GgufStore, config: BackboneConfig) -> RopeS
             )
     original = _original(fields)
     factor = fields.integer("context_length") / original
-    attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    stored = fields.number("rope.scaling.attn_factor", attention_factor)
+    by_default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return RopeScaling(
         kind="longrope",
         factor=factor,
         original_max_positions=original,
-        # The file has rounded it to float32.
-        attention_factor=attention_factor if math.isclose(stored, attention_factor, rel_tol=1e-6) else stored,
-        short_factors=tuple(map(_decimal, store.tensor(_SHORT_DIVISORS).tolist())),
-        long_factors=tuple(map(_decimal, store.tensor(_LONG_DIVISORS).tolist())),
+        attention_factor=fields.number("rope.scaling.attn_factor", by_default),
+        short_factors=tuple(store.tensor(_SHORT_DIVISORS).tolist()),
+        long_factors=tuple(store.tensor(_LONG_DIVISORS).tolist()),
     )
 
 

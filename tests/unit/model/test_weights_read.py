@@ -193,7 +193,7 @@ def test_olmo_stacked_projections_are_taken_apart(tmp_path: Path, layout: str):
 
 
 def test_gguf_file_reads_exactly_and_knows_its_tokenizer(tmp_path: Path):
-    config = tiny.tiny_config(tie_embeddings=True)
+    config = tiny.tiny_config(norm_eps=2.0**-16, tie_embeddings=True)
     tensors = tiny.random_tensors(config)
     file = tiny.write_gguf(tmp_path / "tiny.gguf", config, tensors)
     for path in (file, tmp_path):
@@ -261,7 +261,7 @@ def test_gguf_backbone_of_blocks_reads_row_for_row(tmp_path: Path):
 
 
 def test_every_part_of_a_split_gguf_model_opens_all_of_it(tmp_path: Path):
-    config = tiny.tiny_config()
+    config = tiny.tiny_config(norm_eps=2.0**-16)
     tensors = tiny.random_tensors(config)
     tiny.write_gguf(tmp_path / "tiny.gguf", config, tensors, max_tensors=8)
     parts = sorted(tmp_path.iterdir())
@@ -300,7 +300,7 @@ def test_wrong_parts_of_a_split_gguf_model_are_named(tmp_path: Path):
 
 
 def test_gguf_rope_factors_become_llama3_scaling(tmp_path: Path):
-    config = tiny.tiny_config(rope_theta=500000.0, rope_scaling=LLAMA3)
+    config = tiny.tiny_config(norm_eps=2.0**-16, rope_theta=500000.0, rope_scaling=LLAMA3)
     plain = dataclasses.replace(config, rope_scaling=None)
     divisors = rope_frequencies(plain, torch.device("cpu")) / rope_frequencies(config, torch.device("cpu"))
     assert divisors.max() == 32.0 and divisors.min() == 1.0  # otherwise the test proves nothing

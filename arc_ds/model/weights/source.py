@@ -13,7 +13,8 @@ from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.weights.families import NATIVE, OLMO_NATIVE, TensorNames
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.gguf_file import GgufStore, gguf_names, sizes_of_gguf
+from arc_ds.model.weights.gguf_file import gguf_names, sizes_of_gguf
+from arc_ds.model.weights.gguf_store import GgufStore
 from arc_ds.model.weights.hf_config import RopeScalingChoice, names_of_hugging_face, sizes_of_hugging_face
 from arc_ds.model.weights.leftovers import Backbone, leftover_faults
 from arc_ds.model.weights.locate import WeightFiles, locate

@@ -18,7 +18,7 @@ from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import RopeScaling
 from arc_ds.model.rope import rope_frequencies
 from arc_ds.model.weights import beyond_layers, open_backbone, permute_rotary, read_backbone_config
-from arc_ds.model.weights.gguf_file import GgufStore
+from arc_ds.model.weights.gguf_store import GgufStore
 from arc_ds.tokenizers import find_tokenizer
 from tests.helpers import tiny_models as tiny
 

@@ -237,7 +237,7 @@ def write_gguf(
     rope_divisors: Tensor | None = None,
     architecture: str = "llama",
     more: Tensors | None = None,
-    metadata: dict[str, int] | None = None,
+    metadata: dict[str, Any] | None = None,
     max_tensors: int = 0,
 ) -> Path:
     """Write a GGUF file.
@@ -260,8 +260,9 @@ def write_gguf(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "def"])
     writer.add_array("tokenizer.ggml.token_type", [1, 1, 1])
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     for key, value in (metadata or {}).items():
-        writer.add_uint32(key, value)
+        add[type(value)](key, value)
     for name, tensor in with_interleaved_heads(tensors, config).items():
         values = tensor.numpy()
         if quantise is None or tensor.ndim == 1:

@@ -112,6 +112,7 @@ _NUMBERS = {
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
 }
+_INSTEAD = "Use the model's Hugging Face folder, or set rope_scaling: none if its contexts are short."
 _BIASES = {"qkv_bias": "attention.wq", "output_bias": "attention.wo", "ffn_bias": "feed_forward.w2"}
 
 
@@ -222,7 +223,7 @@ def _rope_scaling(fields: Fields, store: GgufStore, config: BackboneConfig) -> R
         return RopeScaling(kind="linear", factor=factor)
     if kind == "yarn":
         return _yarn(fields, factor)
-    raise fields.wrong("rope.scaling.type", "none, linear or yarn", kind)
+    raise WeightsError(f"{fields.where}: `rope.scaling.type` is {kind!r}; expected none, linear or yarn. {_INSTEAD}")
 
 
 def _original(fields: Fields) -> int:
@@ -237,7 +238,7 @@ def _longrope(fields: Fields, store: GgufStore, config: BackboneConfig) -> RopeS
         if store.shapes.get(name) != (num_pairs,):
             raise WeightsError(
                 f"{store.path}: expected the tensor `{name}` with {num_pairs} numbers, got {store.shapes.get(name)}. "
-                "Copy the file again, or set rope_scaling: none."
+                f"{_INSTEAD}"
             )
     original = _original(fields)
     factor = fields.integer("context_length") / original
@@ -258,7 +259,9 @@ def _yarn(fields: Fields, factor: float) -> RopeScaling:
     attention_factor = (0.1 * math.log(factor) + 1.0) / (0.1 * weight * math.log(factor) + 1.0)
     stored = fields.get("rope.scaling.attn_factor", 1.0)
     if stored != 1.0 and not math.isclose(stored, attention_factor, rel_tol=1e-5):
-        raise fields.wrong("rope.scaling.attn_factor", f"1 or {attention_factor:.4f}", stored)
+        raise WeightsError(
+            f"{fields.where}: `rope.scaling.attn_factor` is {stored!r}; expected 1 or {attention_factor:.4f}. {_INSTEAD}"
+        )
     return RopeScaling(
         kind="yarn",
         factor=factor,
@@ -283,7 +286,6 @@ def _llama3(config: BackboneConfig, divisors: Tensor, where: str) -> RopeScaling
     frequencies, expected = (rope_frequencies(c, divisors.device) for c in (config, scaled))
     if divisors.shape != frequencies.shape or not torch.allclose(frequencies / divisors, expected, rtol=1e-4, atol=0):
         raise WeightsError(
-            f"{where}: `{_LLAMA3_DIVISORS}` is not the llama3 scaling with low 1, high 4 and 8192 positions. "
-            "ARC-DS supports no other scaling. Use the model's Hugging Face folder, or set rope_scaling: none."
+            f"{where}: `{_LLAMA3_DIVISORS}` is not the llama3 scaling with low 1, high 4 and 8192 positions. {_INSTEAD}"
         )
     return scaling

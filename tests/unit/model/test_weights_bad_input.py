@@ -415,6 +415,37 @@ def test_gguf_files_that_we_do_not_compute_are_refused(tmp_path: Path, config):
         open_backbone(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "more", "message"),
+    [
+        ({"llama.expert_count": 8}, {}, "`expert_count` is 8"),
+        ({"llama.attention.value_length": 4}, {}, "`attention.value_length` is 4"),
+        ({"llama.attention.head_count": [4, 2]}, {}, "expected `attention.head_count` to be a whole number"),
+        ({"llama.rope.scaling.type": "dynamic"}, {}, "`rope.scaling.type` is 'dynamic'; expected none, linear"),
+        ({"llama.rope.scaling.type": "linear"}, {}, "expected `rope.scaling.factor` to be a number above 0"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.attn_factor": 3.0},
+            {},
+            "attn_factor` is 3.0; expected 1 or 1.1386",
+        ),
+        ({"llama.rope.scaling.type": "yarn"}, {}, "expected `rope.scaling.original_context_length` to be a whole"),
+        ({"llama.attention.temperature_scale": 0.5}, {}, "`attention.temperature_scale` is 0.5"),
+        ({}, {"rope_factors_long.weight": torch.ones(4)}, "`rope_factors_short.weight` with 4 numbers, got None"),
+        ({"llama.attention.sliding_window": 9, "llama.attention.sliding_window_pattern": [True]}, {}, "of 2 flags"),
+    ],
+    ids=str,
+)
+def test_gguf_settings_that_we_do_not_compute_are_refused(tmp_path: Path, config, metadata, more, message: str):
+    if "type" in str(metadata) and "linear" not in str(metadata):
+        metadata = {"llama.rope.scaling.factor": 4.0, **metadata}
+    tensors = tiny.random_tensors(config)
+    file = tiny.write_gguf(tmp_path / "a.gguf", config, tensors, metadata=metadata, more=more)
+    with pytest.raises(WeightsError, match=message):
+        open_backbone(file)
+    if "rope" in message:
+        assert open_backbone(file, "none").config.rope_scaling is None
+
+
 def test_hugging_face_weights_next_to_params_json_are_named(tmp_path: Path, config):
     """The folder of OLMo-1 in the reference's instructions has these two files; other models need config.json."""
     folder = tiny.write_hf(tmp_path, config, tiny.random_tensors(config))

@@ -260,7 +260,8 @@ def _yarn(fields: Fields, factor: float) -> RopeScaling:
     stored = fields.get("rope.scaling.attn_factor", 1.0)
     if stored != 1.0 and not math.isclose(stored, attention_factor, rel_tol=1e-5):
         raise WeightsError(
-            f"{fields.where}: `rope.scaling.attn_factor` is {stored!r}; expected 1 or {attention_factor:.4f}. {_INSTEAD}"
+            f"{fields.where}: `rope.scaling.attn_factor` is {stored!r}; expected 1 or {attention_factor:.4f}. "
+            f"{_INSTEAD}"
         )
     return RopeScaling(
         kind="yarn",

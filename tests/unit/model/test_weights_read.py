@@ -31,6 +31,8 @@ def assert_same(source, tensors) -> None:
         found = source.tensor(name)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), name
+        rows = slice(len(expected) // 3, len(expected) - len(expected) // 4)  # a rank of ZeRO-3 reads such slices
+        assert torch.equal(source.tensor(name, rows), expected[rows]), name
 
 
 @given(num_heads=st.integers(1, 6), pairs=st.integers(1, 8), width=st.integers(1, 3), seed=st.integers(0, 99))

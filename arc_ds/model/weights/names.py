@@ -135,6 +135,29 @@ def permute_rotary(weight: Tensor, num_heads: int, *, to: RotaryPairs) -> Tensor
     return weight.reshape(*split, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
+def rows_of_heads(
+    read: Callable[[slice], Tensor],
+    rows: slice,
+    num_rows: int,
+    num_heads: int,
+    reorder: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Rows of a projection whose heads the file stores in another order. Reads whole heads, and no others.
+
+    read: reads a slice of the file's rows.
+    rows: the wanted rows.
+    num_rows: number of rows of the projection.
+    num_heads: number of heads among them.
+    reorder: reorders the rows of a number of heads, such as `permute_rotary`.
+    """
+    first, last, _ = rows.indices(num_rows)
+    head_dim = num_rows // num_heads
+    first_head, last_head = first // head_dim, -(-last // head_dim)
+    before = first_head * head_dim
+    heads = reorder(read(slice(before, last_head * head_dim)), last_head - first_head)
+    return heads[first - before : last - before]
+
+
 def spread_rotary(weight: Tensor, num_heads: int, rotary_dim: int) -> Tensor:
     """Reorder the rows of a partly rotated projection, head by head, so that pairs are (i, i + head_dim / 2).
 

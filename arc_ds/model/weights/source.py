@@ -26,6 +26,7 @@ from arc_ds.model.weights.names import (
     no_name,
     permute_rotary,
     rotary_heads,
+    rows_of_heads,
     shape_faults,
     spread_rotary,
 )
@@ -63,23 +64,32 @@ class BackboneSource:
         """Shape of every parameter by internal name, in forward order."""
         return backbone_shapes(self.config)
 
-    def tensor(self, name: str) -> Tensor:
-        """Read one parameter by internal name, and no other.
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """Read one parameter, or a slice of its rows, by internal name, and no other.
 
         Returns a CPU tensor in the file's dtype (float32 if it was quantised), with rotary rows in half-split order.
         Raises KeyError for an unknown name.
         """
         num_rows = self.shapes[name][0]
         file_name, held = self.tensor_names.find(name)
-        start = sum(self.shapes[other][0] for other in held[: held.index(name)])
-        weight = self.store.tensor(file_name, ALL_ROWS if len(held) == 1 else slice(start, start + num_rows))
+        offset = sum(self.shapes[other][0] for other in held[: held.index(name)])
+
+        def read(part: slice) -> Tensor:
+            first, last, _ = part.indices(num_rows)
+            is_whole = len(held) == 1 and (first, last) == (0, num_rows)
+            return self.store.tensor(file_name, ALL_ROWS if is_whole else slice(offset + first, offset + last))
+
         heads = rotary_heads(name, self.config)
-        if heads is None:
-            return weight
+        is_reordered = self.tensor_names.interleaved or self.config.rotary_dim is not None
+        if heads is None or not is_reordered:
+            return read(rows)
+        return rows_of_heads(read, rows, num_rows, heads, self._in_half_split_order)
+
+    def _in_half_split_order(self, weight: Tensor, num_heads: int) -> Tensor:
         if self.tensor_names.interleaved:
-            weight = permute_rotary(weight, heads, to="half")
+            weight = permute_rotary(weight, num_heads, to="half")
         if self.config.rotary_dim is not None:
-            weight = spread_rotary(weight, heads, self.config.rotary_dim)
+            weight = spread_rotary(weight, num_heads, self.config.rotary_dim)
         return weight
 
     def check(self, is_unused: NamePredicate) -> None:

@@ -33,6 +33,8 @@ def assert_same(source, tensors) -> None:
         found = source.tensor(name)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), name
+        rows = slice(len(expected) // 3, len(expected) - len(expected) // 4)  # a rank of ZeRO-3 reads such slices
+        assert torch.equal(source.tensor(name, rows), expected[rows]), name
 
 
 @given(num_heads=st.integers(1, 6), pairs=st.integers(1, 8), width=st.integers(1, 3), seed=st.integers(0, 99))
@@ -127,7 +129,7 @@ def test_windows_are_those_of_transformers(tmp_path: Path, family: str, changes:
 
 def test_olmo_s_own_config_clips_queries_keys_and_values(tmp_path: Path):
     config = tiny.tiny_config(family="olmo", norm="layer", num_kv_heads=4)
-    folder = tiny.write_olmo(tmp_path, config, tiny.random_tensors(config), own_config=True)
+    folder = tiny.write_olmo(tmp_path, config, tiny.random_tensors(config), layout="hf_olmo")
     plain = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**plain, "clip_qkv": 8.0}))
     assert open_backbone(folder).config == dataclasses.replace(config, clip_qkv=8.0)

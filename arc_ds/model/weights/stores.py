@@ -159,7 +159,15 @@ class ModelParallelStore:
         axis = self._axes[name]
         if axis is None:
             return _equal_values(self._files, name, rows, f"they belong to different models. {_ONE_MODEL}")
-        return torch.cat([file.tensor(name) for file in self._files], dim=axis)[rows]
+        if axis > 0:
+            return torch.cat([file.tensor(name, rows) for file in self._files], dim=axis)
+        first, last, _ = rows.indices(self.shapes[name][0])
+        parts, end = [], 0
+        for file in self._files:
+            start, end = end, end + file.shapes[name][0]
+            if start < last and first < end:
+                parts.append(file.tensor(name, slice(max(first - start, 0), min(last, end) - start)))
+        return torch.cat(parts or [self._files[0].tensor(name, slice(0, 0))])
 
     def _fault(self, name: str) -> str | None:
         """A phrase about parts of different shapes; None if they fit together."""

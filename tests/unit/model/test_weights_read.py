@@ -248,8 +248,11 @@ def test_two_meta_files_equal_the_whole_one(tmp_path: Path, vocab_size: int):
         for n in (1, 2)
     )
     assert whole.config == two.config
-    for name in whole.shapes:
+    for name, (num_rows, *_) in whole.shapes.items():
         assert torch.equal(whole.tensor(name), two.tensor(name)), name
+        for first, last in ((0, 3), (num_rows // 2 - 3, num_rows // 2 + 5), (num_rows // 2, num_rows), (4, 4)):
+            rows = slice(first, last)
+            assert torch.equal(whole.tensor(name)[rows], two.tensor(name, rows)), (name, rows)
     parts = [torch.load(tmp_path / "2" / f"consolidated.0{n}.pth")["tok_embeddings.weight"] for n in (0, 1)]
     other_axis = torch.cat(parts, dim=1 if vocab_size == 40 else 0)
     assert other_axis.shape != two.tensor("tok_embeddings.weight").shape

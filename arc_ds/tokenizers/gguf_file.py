@@ -44,7 +44,7 @@ _SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 TEKKEN_PATTERN = _WORD % ("", "") + r"\p{N}" + _REST
 GPT4O_PATTERN = _WORD % (_SHORT, _SHORT) + r"\p{N}{1,3}" + _REST
 
-# The names of `tokenizer.ggml.pre` that split alike (llama.cpp, llama-vocab.cpp).
+# The names of `tokenizer.ggml.pre` for each splitting (llama.cpp, llama-vocab.cpp).
 _NAMES: Mapping[_Splitting, tuple[str, ...]] = {
     _Splitting(): (
         *("default", "gpt-2", "phi-2", "olmo", "mpt", "jais", "trillion", "granite-docling", "exaone4", "mellum"),

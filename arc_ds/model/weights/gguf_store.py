@@ -25,7 +25,7 @@ _PLAIN: Mapping[int, tuple[Any, torch.dtype]] = MappingProxyType(
 
 
 class _Place(NamedTuple):
-    """Where a tensor is.
+    """The place of a tensor in the files.
 
     path: its file.
     start: its first byte.

@@ -23,17 +23,6 @@ from arc_ds.model.weights.fields import Fields
 RopeScalingChoice = Literal["checkpoint", "none"]
 
 
-class Sizes(NamedTuple):
-    """The sizes of a backbone.
-
-    config: its sizes and constants.
-    sliding_window: window of all layers, if `config` does not have it already; None otherwise.
-    """
-
-    config: BackboneConfig
-    sliding_window: int | None = None
-
-
 class _Rotation(NamedTuple):
     """Rotary positions of a backbone. For its fields, see `BackboneConfig`."""
 
@@ -49,7 +38,7 @@ _SILU = ("silu", "swish")
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
 
 
-def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Sizes:
+def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> BackboneConfig:
     """Sizes from the `config.json` of a family in `FAMILIES` or of OLMo-1's own folder.
 
     Reads `rope_theta` and `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). For a model of images
@@ -67,7 +56,7 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Si
             "decoder may be any causal language model of transformers: set `implementation: transformers` for it."
         )
     if model_type == "hf_olmo":
-        return Sizes(_sizes_of_olmo(fields))
+        return _sizes_of_olmo(fields)
     family = FAMILIES[model_type]
     fields = Fields({**family.defaults, **fields.values}, fields.where)
     fields.refuse("hidden_act", *_SILU)
@@ -83,7 +72,7 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Si
     num_layers, head_dim = fields.integer("num_hidden_layers"), fields.integer("head_dim", hidden // num_heads)
     window, windowed_layers = _windows(fields, family, num_layers)
     rotation = _rotation(fields, family, head_dim, rope_scaling)
-    config = BackboneConfig(
+    return BackboneConfig(
         family=model_type,
         hidden_size=hidden,
         num_layers=num_layers,
@@ -109,7 +98,6 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Si
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         **_numbers(fields, family),
     )
-    return Sizes(config)
 
 
 def names_of_hugging_face(fields: Fields) -> TensorNames:

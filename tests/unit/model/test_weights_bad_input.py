@@ -124,6 +124,7 @@ def test_pickle_with_code_is_not_run(tmp_path: Path, config):
         ({"text_config": {"model_type": "gemma3_text"}, "model_type": "gemma3"}, "'gemma3'; ARC-DS itself computes"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias` is True"),
         ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias` is True"),
+        ({"model_type": ["llama"]}, r"`model_type` is \['llama'\]"),
         ({"clip_qkv": 8.0}, "clip_qkv` is 8.0"),
         ({"model_type": "ministral", "layer_types": ["linear_attention"] * 2}, "`layer_types` to be a list of 'full"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "`no_rope_layers` to be a list of 0 or 1 for each layer"),

@@ -125,6 +125,14 @@ def test_windows_are_those_of_transformers(tmp_path: Path, family: str, changes:
     assert (config.window, config.windowed_layers) == (window, layers)
 
 
+def test_olmo_s_own_config_clips_queries_keys_and_values(tmp_path: Path):
+    config = tiny.tiny_config(family="olmo", norm="layer", num_kv_heads=4)
+    folder = tiny.write_olmo(tmp_path, config, tiny.random_tensors(config), own_config=True)
+    plain = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**plain, "clip_qkv": 8.0}))
+    assert open_backbone(folder).config == dataclasses.replace(config, clip_qkv=8.0)
+
+
 def test_rules_of_layers_that_cannot_be_computed_are_refused(tmp_path: Path):
     rules = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
     plain = tiny.hf_config(tiny.tiny_config(family="olmo3"))

@@ -103,6 +103,12 @@ def test_weights_of_another_meaning_are_refused(
         _start(config)
 
 
+def test_starting_weights_serve_both_implementations(config_file: Path, trained: TrainedCompressor) -> None:
+    pytest.importorskip("transformers")
+    found = _start(_from_export(config_file, "decoders.0.implementation=transformers"))
+    assert torch.equal(found.get_parameter("ports.0.cont"), trained.tensors["ports.0.cont"])
+
+
 def test_starting_weights_of_another_tokenizer_are_refused(
     config_file: Path, tmp_path: Path, trained: TrainedCompressor
 ) -> None:
@@ -168,6 +174,16 @@ def test_a_sentence_encoder_without_a_head_is_a_start(config_file: Path, tmp_pat
         _open(config)
     write_hf(folder, shape, {**tensors, "output.weight": head})  # the remedy
     _open(config)
+
+
+def test_a_decoder_with_a_window_shorter_than_the_sequences_is_opened(config_file: Path, tmp_path: Path) -> None:
+    shape = tiny_config(family="mistral", vocab_size=352)
+    folder = write_hf(tmp_path / "windowed", shape, random_tensors(shape), sliding_window=5)
+    write_json_tokenizer(folder)
+    named = f"decoders=[{{name: windowed, backbone: {folder}, chat_template: llama2}}]"
+    (opened,) = _open(load_config(config_file, [named]))
+    decoder = opened.weights.load(torch.device("cpu"), torch.float32)
+    assert [layer.attention.window for layer in decoder.layers] == [5, 5]
 
 
 def _start(config: RunConfig) -> Compressor:

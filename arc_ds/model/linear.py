@@ -80,8 +80,8 @@ class Linear(nn.Module):
 
 
 class FrozenLinear(nn.Linear):
-    """Torch's linear layer with a frozen weight, which backward reads from the parameter."""
+    """Torch's linear layer [..., in] with frozen parameters. Backward reads the weight from the parameter."""
 
     def forward(self, x: Tensor) -> Tensor:
-        (y,) = _LinearFunction.apply(x, self.weight, None)
-        return y if self.bias is None else y + self.bias
+        (y,) = _LinearFunction.apply(x.flatten(0, -2), self.weight, self.bias)
+        return y.unflatten(0, x.shape[:-1])

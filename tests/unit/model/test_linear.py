@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from arc_ds.model.linear import Linear, joint_linear
+from arc_ds.model.linear import FrozenLinear, Linear, joint_linear
 
 
 def test_output_and_gradients_are_those_of_torchs_linear() -> None:
@@ -103,3 +103,24 @@ def _inputs() -> tuple[Tensor, Linear]:
     linear = Linear(4, 3).double()
     linear.weight.data = torch.randn(3, 4, generator=generator, dtype=torch.float64)
     return torch.randn(5, 4, generator=generator, dtype=torch.float64).requires_grad_(), linear
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)])
+def test_a_frozen_linear_is_torchs_and_saves_nothing(bias: bool, shape: tuple[int, ...]) -> None:
+    linear = nn.Linear(5, 4, bias=bias).requires_grad_(False)
+    x = torch.randn(shape, requires_grad=True)
+    wanted = linear(x)
+    (grad,) = torch.autograd.grad(wanted.square().sum(), x)
+    linear.__class__ = FrozenLinear
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = linear(x)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), x)[0], grad)
+    assert not saved and grad.abs().max() > 0

@@ -11,11 +11,13 @@ import torch
 
 from arc_ds.batch.segments import MARKERS
 from arc_ds.errors import TokenizerError, WeightsError
+from arc_ds.inference.checksums import check_sizes
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
     TensorSource,
+    check_fit,
     load_backbone,
     open_backbone,
     read_arc_checkpoint,
@@ -77,28 +79,41 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcF
 
     encoder_backbone: folder with sizes and tokenizer, which checkpoints of the reference do not contain.
 
-    Raises WeightsError if the folder is neither, or if sizes are missing.
+    Raises WeightsError if the folder is neither, if sizes are missing, or if a weight file has another size than the
+    export recorded.
     """
     config_file = arc_dir / EXPORT_CONFIG
     if config_file.is_file():
-        return _open_export(arc_dir, Fields.read(config_file), encoder_backbone)
-    if not (arc_dir / "params.json").is_file():
+        folder = _open_export(arc_dir, Fields.read(config_file), encoder_backbone)
+    elif (arc_dir / "params.json").is_file():
+        folder = open_arc_checkpoint(arc_dir, encoder_backbone)
+    else:
         raise WeightsError(
             f"{arc_dir} is neither an export of ARC-DS ({EXPORT_CONFIG}) nor an ARC checkpoint (params.json, "
             "embedder/, bridge_module/). Export a run with: arc-ds export RUN OUT"
         )
-    return _open_arc_checkpoint(arc_dir, encoder_backbone)
+    check_sizes(arc_dir)
+    return folder
 
 
 def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Compressor:
     """Build a compressor of the given spec with the source's tensors. Raises WeightsError if they do not fit."""
-    try:
-        with torch.device("meta"):
-            compressor = build_compressor(spec)
-    except ValueError as error:
-        raise WeightsError(f"{source.path} describes an invalid compressor: {error}. Export it again.") from error
+    compressor = _on_meta(spec, source)
     load_backbone(compressor, source, dtype=dtype, device=device, allow_unused=_is_marker_left_out(spec))
     return compressor
+
+
+def check_compressor(spec: CompressorSpec, source: TensorSource) -> None:
+    """Raise WeightsError if `load_compressor` would. Reads names and shapes only."""
+    check_fit(_on_meta(spec, source), source, allow_unused=_is_marker_left_out(spec))
+
+
+def _on_meta(spec: CompressorSpec, source: TensorSource) -> Compressor:
+    try:
+        with torch.device("meta"):
+            return build_compressor(spec)
+    except ValueError as error:
+        raise WeightsError(f"{source.path} describes an invalid compressor: {error}. Export it again.") from error
 
 
 def open_decoder(
@@ -227,7 +242,8 @@ def _open_export(folder: Path, config: Fields, encoder_backbone: Path | None) ->
     )
 
 
-def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcFolder:
+def open_arc_checkpoint(folder: Path, encoder_backbone: Path | None = None) -> ArcFolder:
+    """Open a checkpoint in the ARC format, like `open_arc_folder`, even if the folder is an export of ARC-DS too."""
     checkpoint = read_arc_checkpoint(folder, encoder_backbone)
     spec = spec_of_params(checkpoint.params, checkpoint.backbone, checkpoint.num_ports)
     settings = (DecoderSettings(rope_scaling="none"),) * len(spec.decoder_sizes)

@@ -26,7 +26,7 @@ from arc_ds.checkpoints.zero_shards import open_parameters
 from arc_ds.errors import CheckpointError
 from arc_ds.export.training_record import TrainingRecord, read_training_record
 from arc_ds.model.spec import CompressorSpec
-from arc_ds.model.weights.lazy_tensor import LazyTensor
+from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy
 from arc_ds.system.checksums import find_faults
 
 logger = logging.getLogger(__name__)
@@ -144,16 +144,17 @@ def _average(members: Sequence[TrainedCompressor]) -> TrainedCompressor:
     return replace(last, tensors=tensors, averaged_steps=tuple(each.step for each in members))
 
 
-def _mean(tensors: Sequence[Any]) -> LazyTensor:
+def _mean(tensors: Sequence[Tensor | LazyTensor]) -> LazyTensor:
     """The mean of float32 tensors, block by block. It is exact if all are equal, as frozen ones are."""
+    first, *others = (as_lazy(tensor) for tensor in tensors)
 
     def read(start: int, stop: int) -> Tensor:
-        mean = tensors[0].read(start, stop)
-        for count, tensor in enumerate(tensors[1:], start=2):
-            mean += (tensor.read(start, stop) - mean) / count
+        mean = first.read(start, stop)
+        for count, tensor in enumerate(others, start=2):
+            mean = mean + (tensor.read(start, stop) - mean) / count
         return mean
 
-    return replace(tensors[0], read=read)
+    return replace(first, read=read)
 
 
 def _consolidate(checkpoint: Path) -> TrainedCompressor:

@@ -35,6 +35,7 @@ from arc_ds.inference.load import (
 from arc_ds.model.weights import write_arc_checkpoint
 from arc_ds.model.weights.arc_spec import params_of_spec
 from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy, value_bytes, write_safetensors
+from arc_ds.model.weights.stores import ALL_ROWS
 from arc_ds.system.checksums import FileEntry, hash_file
 from arc_ds.system.files import whole_folder
 from arc_ds.tokenizers import check_fits, load_tokenizer
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 ExportFormat = Literal["arc-ds", "arc", "both"]
 FORMATS: tuple[ExportFormat, ...] = ("arc-ds", "arc", "both")
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ROW_BLOCK_VALUES = 4 << 20
 _MAPPED_BYTES = 64 << 20  # of a written file, before the check opens it again to release its pages
 
 
@@ -112,6 +114,7 @@ def _checked(
     Raises WeightsError if the folder does not describe the compressor, or a tensor differs.
     """
     sums = {name: xxhash.xxh3_128() for name in tensors}
+    num_read = 0
     total = 2 * sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
     with tqdm(desc="export", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
@@ -126,18 +129,28 @@ def _checked(
         yield {name: summed(name, tensor) for name, tensor in tensors.items()}
         written = open_written()
         check_compressor(written.spec, written.tensors)
-        num_mapped = 0
         for name, expected in sums.items():
-            if num_mapped > _MAPPED_BYTES:
-                written, num_mapped = open_written(), 0
-            tensor = written.tensors.tensor(name)
-            if xxhash.xxh3_128_hexdigest(value_bytes(tensor)) != expected.hexdigest():
+            found = xxhash.xxh3_128()
+            for rows in _row_blocks(tensors[name]):
+                values = value_bytes(written.tensors.tensor(name, rows))
+                found.update(values)
+                bar.update(values.nbytes)
+                num_read += values.nbytes
+                if num_read > _MAPPED_BYTES:
+                    written, num_read = open_written(), 0
+            if found.digest() != expected.digest():
                 raise WeightsError(
                     f"{written.tensors.path}: `{name}` was written and reads back with other values. Check the disk "
                     "and the memory of this machine, and export again."
                 )
-            num_mapped += tensor.nbytes
-            bar.update(tensor.nbytes)
+
+
+def _row_blocks(tensor: LazyTensor) -> list[slice]:
+    """Slices of a tensor's rows of about 4 M values each."""
+    if not tensor.shape:
+        return [ALL_ROWS]
+    step = max(_ROW_BLOCK_VALUES * tensor.shape[0] // max(tensor.numel(), 1), 1)
+    return [slice(start, start + step) for start in range(0, tensor.shape[0], step)]
 
 
 def _entries(folder: Path, digests: Mapping[str, str]) -> list[FileEntry]:

@@ -77,7 +77,7 @@ class NativeFiles:
         if within is not None:
             with within:
                 decoder = Decoder(decoder.config, activation_checkpointing=decoder.activation_checkpointing)
-        load_backbone(decoder, self.tensors, dtype=dtype, device=device)
+        load_backbone(decoder, self.tensors, dtype=dtype, device=device, name="decoder")
         return decoder.eval()
 
 

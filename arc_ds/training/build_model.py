@@ -156,7 +156,7 @@ def starting_compressor(
     """
     with torch.device("meta") if within is None else within:
         compressor = build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
-    load_backbone(compressor, weights.tensors, **weights.names)
+    load_backbone(compressor, weights.tensors, **weights.names, name="encoder")
     _fill_rest(compressor, config, spec, weights.fresh_ports)
     set_trained(
         compressor.encoder,

@@ -42,7 +42,7 @@ def chosen_marker(chosen: str | None, model: ArcModel) -> Marker | None:
 
 
 def load_model(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
-    """Load the model of the options."""
+    """Load the model of the options. `--force`, of commands that load decoders, lets these be other models."""
     return ArcModel.from_checkpoint(
         args.model,
         decoders=decoders,
@@ -50,4 +50,5 @@ def load_model(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
         device=select_device(args.device),
         dtype=DTYPES[args.dtype],
         pooling_factor=args.pooling_factor,
+        force="force" in args and args.force,
     )

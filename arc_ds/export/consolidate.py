@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class TrainedCompressor:
     decoders: the decoders it was trained for, in the order of the ports.
     encoder_fingerprint: of the encoder's tokenizer in training; None if the checkpoint does not record it.
     decoder_ids: digest of each decoder's tokenizer (`tokenizers.ids_digest`). Empty if the checkpoint records none.
+    decoder_weights: samples of each decoder's weights by its name (`weight_samples.sample_weights`), if recorded.
     max_context_tokens: length of the longest context in training; None if the checkpoint does not record it.
     averaged_steps: steps of the checkpoints whose mean this is; empty for one checkpoint.
     record: what the run's folder says about the training; None if this is no checkpoint of a run.
@@ -57,6 +58,7 @@ class TrainedCompressor:
     decoders: tuple[TrainedFor, ...]
     encoder_fingerprint: str | None = None
     decoder_ids: tuple[str, ...] = ()
+    decoder_weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     max_context_tokens: int | None = None
     averaged_steps: tuple[int, ...] = ()
     record: TrainingRecord | None = None
@@ -174,6 +176,7 @@ def _consolidate(checkpoint: Path) -> TrainedCompressor:
         decoders=tuple(TrainedFor(**d) for d in description["decoders"]),
         encoder_fingerprint=description.get("tokenizers", {}).get("encoder"),
         decoder_ids=tuple(description.get("decoder_ids", ())),
+        decoder_weights=description.get("decoder_weights", {}),
         max_context_tokens=description.get("max_context_tokens"),
         record=read_training_record(checkpoint.parent.parent, state),
     )

@@ -221,7 +221,12 @@ def _training(trained: TrainedCompressor, fingerprints: list[str]) -> dict[str, 
     """
     digests = trained.decoder_ids or (None,) * len(trained.decoders)
     decoders = [
-        {**asdict(decoder), "hidden_size": size, "ids_digest": digest}
+        {
+            **asdict(decoder),
+            "hidden_size": size,
+            "ids_digest": digest,
+            "weights": trained.decoder_weights.get(decoder.name),
+        }
         for decoder, size, digest in zip(trained.decoders, trained.spec.decoder_sizes, digests, strict=True)
     ]
     return {

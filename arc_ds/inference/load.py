@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -13,6 +13,7 @@ from arc_ds.batch.segments import MARKERS
 from arc_ds.errors import TokenizerError, WeightsError
 from arc_ds.inference.checksums import check_sizes
 from arc_ds.inference.decoders import Implementation, OpenedDecoder, open_decoder
+from arc_ds.inference.weight_samples import check_weights
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
@@ -42,12 +43,14 @@ class DecoderSettings:
     bos: whether sequences began with its begin-of-text token.
     implementation: the one that computed it ("native" or "transformers"); "auto" if the folder does not record it.
     ids_digest: of its tokenizer (`tokenizers.ids_digest`), None if unknown.
+    weights: samples of its weights (`weight_samples.sample_weights`), None if unknown.
     """
 
     rope_scaling: RopeScalingChoice
     implementation: Implementation = "auto"
     bos: bool = True
     ids_digest: str | None = None
+    weights: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +121,20 @@ def _on_meta(spec: CompressorSpec, source: TensorSource) -> Compressor:
 
 
 def open_trained_decoders(
-    paths: Sequence[Path], folder: ArcFolder, arc_dir: str | Path, *, trust_remote_code: bool = False
+    paths: Sequence[Path],
+    folder: ArcFolder,
+    arc_dir: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    force: bool = False,
 ) -> list[OpenedDecoder]:
     """Open the decoders that a compressor was trained for, in the order of the ports, before any weights are read.
 
     trust_remote_code: see `open_decoder`.
+    force: whether a decoder may be another model than the one of training. A warning names it.
 
-    Raises WeightsError if there are too many or one has another width than its port, and like `open_decoder`.
+    Raises WeightsError if there are too many, one has another width than its port or is another model, and like
+    `open_decoder`.
     """
     widths = folder.spec.decoder_sizes
     if len(paths) > len(widths):
@@ -145,6 +155,8 @@ def open_trained_decoders(
                 f"decoder {path} has width {found}; the bridge in {arc_dir} maps to width {width}. Use the decoders "
                 "that it was trained for, in the same order."
             )
+    for path, settings, decoder in zip(paths, folder.decoders, opened, strict=False):
+        check_weights(decoder, settings.weights, path, arc_dir, force=force)
     return opened
 
 
@@ -165,11 +177,14 @@ def load_encoder_tokenizer(folder: ArcFolder, arc_dir: str | Path) -> Tokenizer 
     return tokenizer
 
 
-def load_decoder_tokenizer(path: Path, decoder: OpenedDecoder, settings: DecoderSettings) -> Tokenizer | None:
+def load_decoder_tokenizer(
+    path: Path, decoder: OpenedDecoder, settings: DecoderSettings, *, force: bool = False
+) -> Tokenizer | None:
     """The tokenizer of a decoder; None if there is none. TokenizerError if it does not fit or is not that of training.
 
     path: the decoder's folder or .gguf file.
     settings: of the decoder in training.
+    force: whether the decoder may be another model, with its own tokenizer.
     """
     found = find_tokenizer(path)
     if found is None:
@@ -177,7 +192,8 @@ def load_decoder_tokenizer(path: Path, decoder: OpenedDecoder, settings: Decoder
     tokenizer = load_tokenizer(found)
     bos_ids = (tokenizer.bos_id,) if settings.bos and tokenizer.bos_id is not None else ()
     check_fits(tokenizer, decoder.sizes.vocab_size, f"decoder {path}", bos_ids)
-    check_decoder_tokenizer(tokenizer, settings, found)
+    if not force:
+        check_decoder_tokenizer(tokenizer, settings, found)
     return tokenizer
 
 
@@ -287,6 +303,7 @@ def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings
             implementation=entry.get("implementation", "auto"),
             bos=entry.get("bos", True),
             ids_digest=entry.get("ids_digest"),
+            weights=entry.get("weights"),
         )
         for entry in entries
         if entry.get("rope_scaling") in get_args(RopeScalingChoice)

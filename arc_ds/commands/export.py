@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 
 from arc_ds.errors import ConfigError
-from arc_ds.export.consolidate import TrainedCompressor, consolidate_newest
+from arc_ds.export.consolidate import TrainedCompressor, consolidate_newest, find_checkpoint
 from arc_ds.export.formats import DTYPES, FORMATS, check_target, write_export
 from arc_ds.inference.checksums import verify_export
 from arc_ds.inference.generate import whole_number
 from arc_ds.inference.load import check_compressor, open_arc_folder
+from arc_ds.system.packages import require
 from arc_ds.system.user_paths import path_argument
+from arc_ds.tracking.registration import find_mlflow_run, register_export
 
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 _MAX_AVERAGE = 1000
@@ -48,6 +50,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--tokenizer", type=path_argument, help="the encoder's tokenizer, if it has moved since the run"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
+    parser.add_argument(
+        "--register",
+        metavar="NAME",
+        help="also log the export in the run's MLflow run and register it under this name, as a model that compresses "
+        "texts",
+    )
     parser.add_argument("--verify", action="store_true", help="only compare the files of an export with its checksums")
     parser.set_defaults(run=run)
 
@@ -59,7 +67,11 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         raise ConfigError("no folder to write: give one after the run, or add --verify to check an export")
     average = whole_number("--average", args.average, at_least=1, at_most=_MAX_AVERAGE)
-    check_target(args.out, overwrite=args.overwrite)  # check first: verifying the shards may take minutes
+    # Check first: verifying the shards may take minutes.
+    check_target(args.out, overwrite=args.overwrite)
+    if args.register is not None:
+        require("mlflow")
+        find_mlflow_run(find_checkpoint(args.source).parent.parent, None)
 
     def write(trained: TrainedCompressor) -> None:
         write_export(
@@ -78,6 +90,16 @@ def run(args: argparse.Namespace) -> int:
         f"{checkpoint} -> {args.out}: step {trained.step}{mean}, {parameters / 1e6:.1f} M parameters, "
         f"format {args.format}"
     )
+    if args.register is not None:
+        record = trained.record
+        number = register_export(
+            args.out,
+            args.register,
+            run=checkpoint.parent.parent if record is None else record.run,
+            configured=None if record is None or record.config is None else record.config.tracking.uri,
+            step=trained.step,
+        )
+        print(f"registered as version {number} of {args.register}: models:/{args.register}/{number}")
     return 0
 
 

@@ -16,6 +16,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -234,6 +235,7 @@ def _status(key: str) -> float:
 
 def _measure(run: Path, out: Path, export_format: str, dtype: str, average: int, spec: CompressorSpec) -> Row:
     options = ["--format", export_format, "--dtype", dtype, "--average", str(average)]
+    os.sync()  # what the checkpoint or the last row left to be written must not slow this one down
     command = [sys.executable, __file__, "--export", str(run), str(out), *options]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(result.stdout.splitlines()[-1])
@@ -271,6 +273,7 @@ def _size(folder: Path) -> float:
 
 def _time_of_cp(folder: Path) -> float:
     target = folder.parent / f"{folder.name}.copy"
+    os.sync()
     started = time.perf_counter()
     subprocess.run(["cp", "-r", str(folder), str(target)], check=True)
     subprocess.run(["sync", *(str(path) for path in target.rglob("*"))], check=True)

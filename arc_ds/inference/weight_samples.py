@@ -15,22 +15,23 @@ from __future__ import annotations
 import base64
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from arc_ds.errors import WeightsError
 from arc_ds.inference.decoders import NativeFiles, OpenedDecoder
 from arc_ds.model.weights.names import Shape
-from arc_ds.model.weights.stores import SafetensorsStore
 
 logger = logging.getLogger(__name__)
 
 _NUM_TENSORS = 16
 _NUM_VALUES = 32
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _ROUNDED = 2.0**-8  # bfloat16 has 8 significant bits
 _QUANTISED = 0.25
 
@@ -43,10 +44,9 @@ def sample_weights(decoder: OpenedDecoder) -> dict[str, Any]:
     if isinstance(decoder, NativeFiles):
         values = _sample(decoder.tensors.shapes, decoder.tensors.tensor)
     else:
-        stores = [SafetensorsStore(file) for file in decoder.files if file.suffix == ".safetensors"]
-        owners = {name: store for store in stores for name in store.shapes}
-        shapes = {name: owners[name].shapes[name] for name in sorted(owners)}
-        values = _sample(shapes, lambda name, rows: owners[name].tensor(name, rows))
+        entries = _stored_floats([file for file in decoder.files if file.suffix == ".safetensors"])
+        shapes = {name: tuple(entries[name].get_shape()) for name in sorted(entries)}
+        values = _sample(shapes, lambda name, rows: entries[name][rows])
     samples = base64.b64encode(values.numpy().astype("<f4").tobytes()).decode("ascii")
     return {"samples": samples, "gguf": any(file.suffix == ".gguf" for file in decoder.files)}
 
@@ -79,6 +79,15 @@ def check_weights(
     if not force:
         raise WeightsError(f"{message} Give the decoder of the training, or use this one with --force (force=True).")
     logger.warning("%s It is used because you asked for it (force).", message)
+
+
+def _stored_floats(files: Sequence[Path]) -> dict[str, Any]:
+    """The slices of all float tensors in safetensors files by name. Quantised ones have no values without scales."""
+    entries: dict[str, Any] = {}
+    for path in files:
+        file = safe_open(path, framework="pt")
+        entries |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    return {name: entry for name, entry in entries.items() if entry.get_dtype() in _FLOATS}
 
 
 def _sample(shapes: Mapping[str, Shape], read: Callable[[str, slice], Tensor]) -> Tensor:

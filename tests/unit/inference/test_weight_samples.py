@@ -127,3 +127,20 @@ def test_samples_do_not_depend_on_the_container(tmp_path: Path) -> None:
     ):
         with pytest.raises(WeightsError, match="is another model"):
             check_weights(opened(path), recorded, path, "export", force=False)
+
+
+def test_a_decoder_through_transformers_is_known_by_the_tensors_in_its_files(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tests.helpers.transformers_models import write_model
+
+    folder = tmp_path / "neox"
+    write_model(folder, "GPTNeoX")
+    recorded = sample_weights(open_decoder(folder, "checkpoint"))
+    assert len(recorded["samples"]) > 1000
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    check_weights(open_decoder(folder, "checkpoint"), recorded, folder, "export", force=False)
+    save_file({name: tensor.flip(-1).contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="is another model"):
+        check_weights(open_decoder(folder, "checkpoint"), recorded, folder, "export", force=False)

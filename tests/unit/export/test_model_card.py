@@ -140,3 +140,17 @@ def test_licences_are_read_where_models_state_them(
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert read_license(str(tmp_path)) == expected
     assert read_license(None) == read_license(str(tmp_path / "gone")) == "unknown"
+
+
+def test_the_licence_of_a_gguf_file_is_in_its_metadata(tmp_path: Path) -> None:
+    import gguf
+
+    for name, stated in (("stated.gguf", "apache-2.0"), ("silent.gguf", None)):
+        writer = gguf.GGUFWriter(str(tmp_path / name), "llama")
+        if stated is not None:
+            writer.add_license(stated)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    assert read_license(str(tmp_path / "stated.gguf")) == "apache-2.0"
+    assert read_license(str(tmp_path / "silent.gguf")) == "unknown"

@@ -35,6 +35,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     generate.add_argument(
         "--force", action="store_true", help="use a decoder that is another model than the one of the training"
     )
+    generate.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let decoders that run through transformers run the Python files in their folders; read them first",
+    )
     generate.add_argument("prompt", nargs="?", help="the prompt; - reads it from standard input")
     generate.add_argument(
         "--input", type=path_argument, help="JSONL file of prompts or questions, in place of a prompt"

@@ -85,7 +85,8 @@ class Prompts:
                 f"{sorted(record)[:12]}. Rename its fields."
             )
         asked: dict[str, Any] = {name: record[name] for name in ("question", "instruction") if name in record}
-        parsed = fine_tuning_record({**asked, "passages": record[given[0]], "answer": _ANSWER})
+        documents = _texts_of(record, given[0])
+        parsed = fine_tuning_record({**asked, "passages": documents, "answer": _ANSWER})
         spec = self._spec(len(parsed.passages))
         question = draw_question(parsed, (len(parsed.passages) - 1, 0), spec)
         encoded = read_passages(question.passages, spec)
@@ -158,11 +159,21 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
                 path.unlink()
 
 
+def _texts_of(record: dict[str, Any], field: str) -> list[str]:
+    """The documents of a record: one text, or a list of texts."""
+    given = record[field]
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise DataError(f"expected a text or a list of texts in the field {field!r}, got {given!r:.60}.")
+    return texts
+
+
 def _layout(args: argparse.Namespace, model: ArcModel) -> Layout:
     """The layout of questions."""
     tokenizer = model.decoder_tokenizers[args.decoder_idx]
-    if args.chat_template == "none" or tokenizer is None:
+    if args.chat_template == "none":
         return PLAIN
+    assert tokenizer is not None, "generate() raises without one"
     return read_layout(args.chat_template, tokenizer, tokenizer_file(args.decoder[args.decoder_idx]))
 
 

@@ -42,7 +42,7 @@ def chosen_marker(chosen: str | None, model: ArcModel) -> Marker | None:
 
 
 def load_model(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
-    """Load the model of the options. `--force`, of commands that load decoders, lets these be other models."""
+    """Load the model of the options."""
     return ArcModel.from_checkpoint(
         args.model,
         decoders=decoders,
@@ -50,5 +50,6 @@ def load_model(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
         device=select_device(args.device),
         dtype=DTYPES[args.dtype],
         pooling_factor=args.pooling_factor,
-        force="force" in args and args.force,
+        trust_remote_code=getattr(args, "trust_remote_code", False),  # `compress` loads no decoder
+        force=getattr(args, "force", False),
     )

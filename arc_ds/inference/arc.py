@@ -432,7 +432,7 @@ def _join_texts(parts: Sequence[object]) -> list[object]:
 
 def _check_is_list(what: str, given: object) -> None:
     """Raise DataError on a single text, which would be read as a list of its characters or bytes."""
-    if isinstance(given, str | bytes | bytearray | Context) or not isinstance(given, Iterable):
+    if isinstance(given, str | bytes | bytearray | Context | Segment) or not isinstance(given, Iterable):
         raise DataError(f"{what} is one {type(given).__name__}; expected a list: write [{what.removesuffix('s')}]")
 
 

@@ -88,7 +88,6 @@ def open_decoder(
     implementation: Implementation = "auto",
     trust_remote_code: bool = False,
     activation_checkpointing: bool = False,
-    max_positions: int | None = None,
 ) -> OpenedDecoder:
     """Open a decoder in a weights folder or a .gguf file. Reads sizes only.
 
@@ -96,7 +95,6 @@ def open_decoder(
         our readers know the model that the sizes describe, else transformers.
     trust_remote_code: whether transformers may run Python files of the folder.
     activation_checkpointing: whether backward recomputes the layers.
-    max_positions: length of the longest sequence that it will read.
 
     Raises WeightsError if the implementation does not take the decoder. With "auto" the error gives the reasons of
     both.
@@ -112,7 +110,7 @@ def open_decoder(
         opened, reason = other
         logger.info(f"decoder {path} runs through transformers: {reason}")
         return opened
-    tensors = open_backbone(path, rope_scaling, max_positions=max_positions)
+    tensors = open_backbone(path, rope_scaling)
     with torch.device("meta"):
         shape = Decoder(tensors.config, activation_checkpointing=activation_checkpointing)
     check_fit(shape, tensors)

@@ -145,7 +145,7 @@ class VectorWriter:
         lines, first_row = [], 0
         for key, vectors, tokens in self._waiting:
             line = {"id": key, "first_row": first_row, "rows": len(vectors), "tokens": tokens}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(line) + "\n")
             first_row += len(vectors)
         shard = _shard_file(self.folder, self.num_shards)
         with output(self.folder, after=lambda: "The same command continues after its whole shards."):

@@ -95,7 +95,7 @@ def count_flops(
     train_embeddings: whether the encoder's embeddings are trained.
     """
     layers = [rows.work(spec.backbone) for rows in _encoder_rows(batch, spec)]
-    forward, suffix = (_decoder_work(rows, decoder) for rows in _decoder_rows(batch))
+    forward, suffix = _decoder_passes(batch, decoder)
     return StepFlops(
         encoder_forward=_sum(layers),
         encoder_backward=_sum(_encoder_backward(layers, spec, trained_layers, train_embeddings)),
@@ -133,17 +133,21 @@ def _encoder_rows(batch: PackedBatch, spec: CompressorSpec) -> list[_LayerRows]:
     """Rows of each encoder layer, as in `Encoder.forward`."""
     cu_seqlens = batch.encoder_cu_seqlens
     num_rows = batch.encoder_positions.numel()
-    plain = _LayerRows(num_rows, num_rows, num_rows, _pairs(cu_seqlens, causal=spec.causal))
-    layers = [plain] * (spec.num_layers - len(batch.levels))
-    for level in batch.levels:
+    windows = [spec.backbone.window_of(idx) if spec.causal else None for idx in range(spec.num_layers)]
+    num_plain = spec.num_layers - len(batch.levels)
+    pairs = {window: _pairs(cu_seqlens, window, causal=spec.causal) for window in set(windows)}
+    layers = [_LayerRows(num_rows, num_rows, num_rows, pairs[window]) for window in windows[:num_plain]]
+    for level, window in zip(batch.levels, windows[num_plain:], strict=True):
         num_groups = level.positions.numel()
         if spec.where == "between":
-            layers.append(_LayerRows(num_rows, num_rows, num_groups, _pairs(cu_seqlens, causal=spec.causal)))
+            seen_by_all = _pairs(cu_seqlens, window, causal=spec.causal)
+            layers.append(_LayerRows(num_rows, num_rows, num_groups, seen_by_all))
         elif not spec.pooled_queries:
-            pairs = _pairs(level.cu_seqlens, causal=spec.causal)
-            layers.append(_LayerRows(num_groups, num_groups, num_groups, pairs))
+            seen_by_all = _pairs(level.cu_seqlens, window, causal=spec.causal)
+            layers.append(_LayerRows(num_groups, num_groups, num_groups, seen_by_all))
         else:
             seen = group_ends(cu_seqlens, level) if spec.causal else _lengths(cu_seqlens) * _lengths(level.cu_seqlens)
+            seen = seen if window is None else seen.clamp(max=window)
             layers.append(_LayerRows(num_groups, num_rows, num_groups, int(seen.sum())))
         cu_seqlens, num_rows = level.cu_seqlens, num_groups
     return layers
@@ -162,14 +166,25 @@ def _encoder_backward(
     ]
 
 
-def _decoder_rows(batch: PackedBatch) -> tuple[_LayerRows, _LayerRows]:
-    """Rows of each decoder layer: all rows, and only the rows with a gradient."""
-    num_rows, pairs = batch.num_decoder_rows, _pairs(batch.decoder_cu_seqlens, causal=True)
+def _decoder_passes(batch: PackedBatch, decoder: DecoderSizes) -> tuple[Operations, Operations]:
+    """Operations of the forward of all decoder layers: for all rows, and only for the rows with a gradient."""
+    if not isinstance(decoder, BackboneConfig):
+        all_rows, suffix_rows = _decoder_rows(batch, None)
+        return _decoder_work(all_rows, decoder), _decoder_work(suffix_rows, decoder)
+    windows = [decoder.window_of(idx) for idx in range(decoder.num_layers)]
+    rows = {window: _decoder_rows(batch, window) for window in set(windows)}
+    everything, suffix = (_sum([rows[window][part].work(decoder) for window in windows]) for part in (0, 1))
+    return everything, suffix
+
+
+def _decoder_rows(batch: PackedBatch, window: int | None) -> tuple[_LayerRows, _LayerRows]:
+    """Rows of a decoder layer with this window: all rows, and only the rows with a gradient."""
+    num_rows, pairs = batch.num_decoder_rows, _pairs(batch.decoder_cu_seqlens, window, causal=True)
     everything = _LayerRows(num_rows, num_rows, num_rows, pairs)
     if batch.prefix is None:
         return everything, everything
     num_suffix = batch.prefix.suffix_rows.numel()
-    suffix_pairs = pairs - _pairs(batch.prefix.prefix_cu_seqlens, causal=True)
+    suffix_pairs = pairs - _pairs(batch.prefix.prefix_cu_seqlens, window, causal=True)
     return everything, _LayerRows(num_suffix, num_suffix, num_suffix, suffix_pairs)
 
 
@@ -205,7 +220,13 @@ def _lengths(cu_seqlens: Tensor) -> Tensor:
     return (cu_seqlens[1:] - cu_seqlens[:-1]).long()
 
 
-def _pairs(cu_seqlens: Tensor, *, causal: bool) -> int:
-    """Number of query-key pairs in attention within segments."""
+def _pairs(cu_seqlens: Tensor, window: int | None = None, *, causal: bool) -> int:
+    """Number of query-key pairs in attention within segments.
+
+    window: number of keys that a query sees at most, only if `causal`; None for all.
+    """
     lengths = _lengths(cu_seqlens)
-    return int((lengths * (lengths + 1) // 2 if causal else lengths * lengths).sum())
+    if not causal:
+        return int((lengths * lengths).sum())
+    hidden = lengths.new_zeros(()) if window is None else (lengths - window).clamp(min=0)
+    return int((lengths * (lengths + 1) // 2 - hidden * (hidden + 1) // 2).sum())

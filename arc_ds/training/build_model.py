@@ -7,7 +7,7 @@ so a host never holds a whole model for each of its ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,10 @@ import torch
 from arc_ds.batch.segments import MARKERS
 from arc_ds.config.schema import DecoderConfig, EncoderConfig, RunConfig
 from arc_ds.data.loading.decoder_reader import ReaderFiles
-from arc_ds.data.tasks.chat import count_template
-from arc_ds.data.tasks.task import NO_CHAT, ChatRows
 from arc_ds.errors import ConfigError
 from arc_ds.inference.decoders import OpenedDecoder, open_decoder, read_decoder_sizes
 from arc_ds.inference.load import (
     ArcFolder,
-    DecoderSettings,
     check_decoder_tokenizer,
     check_encoder_tokenizer,
     open_arc_folder,
@@ -32,6 +29,7 @@ from arc_ds.inference.load import (
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
+from arc_ds.model.frozen_decoder import DecoderSizes
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor, build_port
 from arc_ds.model.weights import (
@@ -44,7 +42,6 @@ from arc_ds.model.weights import (
     read_backbone_config,
     set_parameter,
 )
-from arc_ds.planning.sizes import TEXT_WORDS, longest_context
 from arc_ds.tokenizers import check_fits, ids_digest, load_tokenizer, tokenizer_file
 from arc_ds.training.engine import set_trained
 
@@ -70,15 +67,16 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
         markers=tuple(marker for marker in MARKERS if getattr(config.markers, marker)),
         bridge=config.bridge.kind,
         bridge_hidden_size=config.bridge.hidden_size,
-        decoder_sizes=tuple(
-            read_decoder_sizes(
-                Path(decoder.backbone),
-                decoder.rope_scaling,
-                implementation=decoder.implementation,
-                trust_remote_code=decoder.trust_remote_code,
-            ).hidden_size
-            for decoder in config.decoders
-        ),
+        decoder_sizes=tuple(_sizes_of(decoder).hidden_size for decoder in config.decoders),
+    )
+
+
+def _sizes_of(decoder: DecoderConfig) -> DecoderSizes:
+    return read_decoder_sizes(
+        Path(decoder.backbone),
+        decoder.rope_scaling,
+        implementation=decoder.implementation,
+        trust_remote_code=decoder.trust_remote_code,
     )
 
 
@@ -117,9 +115,7 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
     encoder = config.encoder
     if encoder.init_from is None:
         is_unused = beyond_layers(spec.num_layers)
-        tensors = open_backbone(
-            encoder.backbone, encoder.rope_scaling, max_positions=longest_context(config), is_unused=is_unused
-        )
+        tensors = open_backbone(encoder.backbone, encoder.rope_scaling, is_unused=is_unused)
         names = {"prefix": "encoder.", "skip": "memory".__eq__, "allow_unused": is_unused}
         fresh_ports = tuple(range(len(config.decoders)))
     else:
@@ -184,26 +180,20 @@ class DecoderFiles:
     ids_digest: str
 
 
-def open_decoders(
-    decoders: Sequence[DecoderConfig], longest_sequence: Callable[[ChatRows], int], *, bos: bool
-) -> tuple[DecoderFiles, ...]:
+def open_decoders(decoders: Sequence[DecoderConfig], *, bos: bool) -> tuple[DecoderFiles, ...]:
     """Open the run's decoders. Reads sizes and tokenizers.
 
-    longest_sequence: maximum number of decoder rows of one sequence, from the rows that a chat template adds.
     bos: whether sequences begin with begin-of-text.
 
-    Raises WeightsError if a tensor is missing or has the wrong shape, or if a sequence can exceed a decoder's attention
-    window. Raises TokenizerError if samples have ids beyond a decoder's embedding, or under the conditions of
-    `read_layout`.
+    Raises WeightsError if a tensor is missing or has the wrong shape. Raises TokenizerError if samples have ids beyond
+    a decoder's embedding, or under the conditions of `read_layout`.
     """
     opened = []
     for idx, decoder in enumerate(decoders):
         files = ReaderFiles(tokenizer=decoder_tokenizer_path(decoder), chat_template=decoder.chat_template)
         reader = files.load()
         fingerprints = {f"decoders.{idx}": reader.tokenizer.fingerprint}
-        chat = NO_CHAT
         if decoder.chat_template != "none":
-            chat = ChatRows(*count_template(reader.layout, reader.tokenizer), TEXT_WORDS)
             layout_digest = hashlib.sha256(repr(reader.layout).encode()).hexdigest()
             fingerprints[f"decoders.{idx}.chat_template"] = layout_digest
         weights = open_decoder(
@@ -212,7 +202,6 @@ def open_decoders(
             implementation=decoder.implementation,
             trust_remote_code=decoder.trust_remote_code,
             activation_checkpointing=decoder.activation_checkpointing,
-            max_positions=longest_sequence(chat),
         )
         bos_ids = [reader.tokenizer.bos_id] if bos and reader.tokenizer.bos_id is not None else []
         needed = [*bos_ids, *reader.layout.special_ids]
@@ -235,7 +224,7 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
     Pooling factors may differ (the paper fine-tunes to a lower one). Decoders with fresh ports may differ too.
     """
     ours, theirs = spec, folder.spec
-    pairs: dict[str, tuple[object, object]] = {
+    pairs = {
         "encoder.rope_scaling": (ours.backbone.rope_scaling, theirs.backbone.rope_scaling),
         "encoder.causal": (ours.causal, theirs.causal),
         "pooling.strategy": (ours.strategy, theirs.strategy),
@@ -248,31 +237,16 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
         if decoder.fresh_bridge:
             continue
         pairs[f"data.decoder_bos, for decoder {decoder.name}"] = (config.data.decoder_bos, trained.bos)
-        pairs |= _decoder_pairs(decoder, trained)
+        sizes = _sizes_of(decoder)
+        if isinstance(sizes, BackboneConfig):  # transformers always applies the checkpoint's scaling
+            scaling = read_backbone_config(decoder.backbone, trained.rope_scaling).rope_scaling
+            pairs[f"rope_scaling of decoder {decoder.name}"] = (sizes.rope_scaling, scaling)
     different = [f"{name}: {mine} here, {other} there" for name, (mine, other) in pairs.items() if mine != other]
     if different:
         raise ConfigError(
             f"encoder.init_from={config.encoder.init_from} was trained with other settings: {'; '.join(different)}. "
             "Set the config to the settings of these weights (weights of the paper's authors: rope_scaling none)."
         )
-
-
-def _decoder_pairs(decoder: DecoderConfig, trained: DecoderSettings) -> dict[str, tuple[object, object]]:
-    """Settings of a decoder here and in the training of the starting weights, by name."""
-    sizes = read_decoder_sizes(
-        Path(decoder.backbone),
-        decoder.rope_scaling,
-        implementation=decoder.implementation,
-        trust_remote_code=decoder.trust_remote_code,
-    )
-    # Some models of transformers scale the embeddings that they are given, so vectors may have another meaning.
-    here = "native" if isinstance(sizes, BackboneConfig) else "transformers"
-    there = here if trained.implementation == "auto" else trained.implementation
-    pairs: dict[str, tuple[object, object]] = {f"implementation of decoder {decoder.name}": (here, there)}
-    if isinstance(sizes, BackboneConfig):
-        theirs = read_backbone_config(decoder.backbone, trained.rope_scaling)
-        pairs[f"rope_scaling of decoder {decoder.name}"] = (sizes.rope_scaling, theirs.rope_scaling)
-    return pairs
 
 
 def _check_same_tokenizers(config: RunConfig, folder: ArcFolder) -> None:

@@ -21,7 +21,7 @@ from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy, write_safetensors
-from arc_ds.model.weights.names import Shape, half_split_rows, permute_rotary, rotary_heads
+from arc_ds.model.weights.names import Shape, permute_rotary, rotary_heads, rows_of_heads
 from arc_ds.model.weights.source import read_backbone_config
 from arc_ds.model.weights.stores import ALL_ROWS, SafetensorsStore, same_values
 
@@ -76,7 +76,8 @@ class ArcCheckpoint:
         heads = rotary_heads(name, self.backbone)
         if heads is None:
             return store.tensor(file_name, rows)
-        return half_split_rows(partial(store.tensor, file_name), rows, self.shapes[name][0], heads)
+        read, reorder = partial(store.tensor, file_name), partial(permute_rotary, to="half")
+        return rows_of_heads(read, rows, self.shapes[name][0], heads, reorder)
 
 
 def read_arc_checkpoint(path: str | Path, encoder_backbone: str | Path | None = None) -> ArcCheckpoint:

@@ -14,16 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from arc_ds import ArcModel, Context
+from arc_ds.cli import main
 from arc_ds.errors import WeightsError
 from arc_ds.export.formats import write_export
 from arc_ds.inference.decoders import NativeFiles, open_decoder, read_decoder_sizes
+from arc_ds.inference.generate import generate_ids
 from arc_ds.inference.load import open_arc_folder
+from arc_ds.model.transformers_decoder import check_length
 from arc_ds.model.transformers_files import TransformersFiles
 from tests.helpers.tiny_data import write_json_tokenizer
 from tests.helpers.tiny_export import tiny_trained, write_decoder
 
 pytest.importorskip("transformers")
-from tests.helpers.transformers_models import write_model
+from tests.helpers.transformers_models import parameter_hash, text_batch, write_model
 
 CPU = torch.device("cpu")
 OWN_CODE = """
@@ -70,7 +73,7 @@ def test_auto_takes_our_transformer_if_it_can_and_says_why_if_it_cannot(
     )
     assert read_decoder_sizes(neox, "checkpoint") == opened.sizes
     assert len(caplog.messages) == 1
-    with pytest.raises(WeightsError, match="`model_type` is 'gpt_neox'; ARC-DS reads"):
+    with pytest.raises(WeightsError, match="`model_type` is 'gpt_neox'; ARC-DS itself computes"):
         open_decoder(neox, "checkpoint", implementation="native")
     decoder = opened.load(CPU, torch.float32)
     assert opened.num_parameters == sum(parameter.numel() for parameter in decoder.parameters())
@@ -102,11 +105,14 @@ def test_a_model_that_neither_knows_is_one_error_that_says_what_was_seen(neox: P
     assert "transformers says" not in str(caught.value)
 
 
-def test_code_of_the_folder_runs_only_if_the_user_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_the_folder_runs_only_if_the_user_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "own"
-    write_model(folder, "Llama")
+    write_model(folder, "Llama", vocab_size=350)
+    write_json_tokenizer(folder)
     ran = tmp_path / "ran"
     (folder / "own_code.py").write_text(f"open({str(ran)!r}, 'w').close()\n{OWN_CODE}")
     own = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"}
@@ -117,6 +123,10 @@ def test_code_of_the_folder_runs_only_if_the_user_says_so(tmp_path: Path, monkey
         open_decoder(folder, "checkpoint")
     assert not ran.exists()
     opened = open_decoder(folder, "checkpoint", trust_remote_code=True)  # the remedy
+    write_export(tiny_trained(tmp_path / "run", decoder_sizes=(32,)), tmp_path / "export")
+    command = ["generate", f"--model={tmp_path / 'export'}", f"--decoder={folder}", "--max-new-tokens=2", "A lamp"]
+    assert main(command) == 2 and "--trust-remote-code on the command line" in capsys.readouterr().err
+    assert main([*command, "--trust-remote-code"]) == 0
     assert ran.exists() and type(opened.load(CPU, torch.float32).model).__name__ == "OwnForCausalLM"  # type: ignore[attr-defined]
 
 
@@ -173,6 +183,31 @@ def test_pickles_are_read_but_run_no_code(neox: Path, tmp_path: Path) -> None:
     assert not ran.exists()
 
 
+def test_a_table_of_positions_bounds_the_sequences(tmp_path: Path) -> None:
+    write_model(tmp_path, "OPT", max_position_embeddings=20)
+    sizes = read_decoder_sizes(tmp_path, "checkpoint")
+    check_length(sizes, 20)
+    with pytest.raises(WeightsError, match="opt decoder has embeddings of 20 positions, but a sequence takes up to 21"):
+        check_length(sizes, 21)
+    decoder, batch = open_decoder(tmp_path, "checkpoint").load(CPU, torch.float32), text_batch([[5] * 12])
+    assert len(generate_ids(decoder, batch, None, max_new_tokens=9)[0]) == 9
+    with pytest.raises(WeightsError, match="takes up to 21. Shorten"):
+        generate_ids(decoder, batch, None, max_new_tokens=10)
+    with pytest.raises(WeightsError, match="takes up to 21. Shorten"):
+        decoder.logits(text_batch([[5] * 21]), None, torch.tensor([0]))
+
+
+def test_a_loaded_decoder_does_not_change_with_its_file(neox: Path, tmp_path: Path) -> None:
+    folder = copy_of(neox, tmp_path / "copied")
+    decoder = open_decoder(folder, "checkpoint").load(CPU, torch.float32)
+    before = parameter_hash(decoder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-4000, 2)
+        file.write(b"\x01" * 4000)
+    assert parameter_hash(decoder) == before
+    assert parameter_hash(open_decoder(folder, "checkpoint").load(CPU, torch.float32)) != before
+
+
 def test_settings_that_transformers_cannot_honour_are_refused(neox: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="Set rope_scaling: checkpoint, or implementation: native"):
         open_decoder(neox, "none")
@@ -190,7 +225,7 @@ def test_without_the_package_the_error_names_it_and_our_reader_s_reason(
     neox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(WeightsError, match=r"'gpt_neox'; ARC-DS reads .*pip install \"arc-ds\[transformers\]\""):
+    with pytest.raises(WeightsError, match=r"'gpt_neox'.*pip install \"arc-ds\[transformers\]\""):
         open_decoder(neox, "checkpoint")
 
 

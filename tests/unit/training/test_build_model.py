@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.export.formats import write_export
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
-from arc_ds.planning.sizes import longest_sequence
 from arc_ds.tokenizers import ids_digest, load_tokenizer
 from arc_ds.training.build_model import (
     DecoderFiles,
@@ -105,6 +103,12 @@ def test_weights_of_another_meaning_are_refused(
         _start(config)
 
 
+def test_starting_weights_serve_both_implementations(config_file: Path, trained: TrainedCompressor) -> None:
+    pytest.importorskip("transformers")
+    found = _start(_from_export(config_file, "decoders.0.implementation=transformers"))
+    assert torch.equal(found.get_parameter("ports.0.cont"), trained.tensors["ports.0.cont"])
+
+
 def test_starting_weights_of_another_tokenizer_are_refused(
     config_file: Path, tmp_path: Path, trained: TrainedCompressor
 ) -> None:
@@ -172,18 +176,14 @@ def test_a_sentence_encoder_without_a_head_is_a_start(config_file: Path, tmp_pat
     _open(config)
 
 
-def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file: Path, tmp_path: Path) -> None:
+def test_a_decoder_with_a_window_shorter_than_the_sequences_is_opened(config_file: Path, tmp_path: Path) -> None:
     shape = tiny_config(family="mistral", vocab_size=352)
-    folder = write_hf(tmp_path / "windowed", shape, random_tensors(shape), sliding_window=65)
+    folder = write_hf(tmp_path / "windowed", shape, random_tensors(shape), sliding_window=5)
     write_json_tokenizer(folder)
-
-    def open_with(template: str) -> None:
-        named = f"decoders=[{{name: windowed, backbone: {folder}, chat_template: {template}}}]"
-        _open(load_config(config_file, [named]))
-
-    open_with("none")
-    with pytest.raises(WeightsError, match="looks back 65 tokens, but the run has sequences of 141"):
-        open_with("llama2")
+    named = f"decoders=[{{name: windowed, backbone: {folder}, chat_template: llama2}}]"
+    (opened,) = _open(load_config(config_file, [named]))
+    decoder = opened.weights.load(torch.device("cpu"), torch.float32)
+    assert [layer.attention.window for layer in decoder.layers] == [5, 5]
 
 
 def _start(config: RunConfig) -> Compressor:
@@ -192,7 +192,7 @@ def _start(config: RunConfig) -> Compressor:
 
 
 def _open(config: RunConfig) -> tuple[DecoderFiles, ...]:
-    return open_decoders(config.decoders, partial(longest_sequence, config), bos=config.data.decoder_bos)
+    return open_decoders(config.decoders, bos=config.data.decoder_bos)
 
 
 def _from_export(config_file: Path, *overrides: str) -> RunConfig:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from arc_ds.checkpoints.checkpoint import (
@@ -153,7 +154,7 @@ def _mean(tensors: Sequence[Tensor | LazyTensor]) -> LazyTensor:
     def read(start: int, stop: int) -> Tensor:
         mean = first.read(start, stop)
         for count, tensor in enumerate(others, start=2):
-            mean = mean + (tensor.read(start, stop) - mean) / count
+            mean = torch.lerp(mean, tensor.read(start, stop), 1 / count)
         return mean
 
     return replace(first, read=read)

@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 ExportFormat = Literal["arc-ds", "arc", "both"]
 FORMATS: tuple[ExportFormat, ...] = ("arc-ds", "arc", "both")
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_ROW_BLOCK_VALUES = 4 << 20
-_MAPPED_BYTES = 64 << 20  # of a written file, before the check opens it again to release its pages
+_ROW_BLOCK_VALUES = 1 << 20
+_MAPPED_BYTES = 32 << 20  # of a written file, before the check opens it again to release its pages
 
 
 def write_export(
@@ -146,7 +146,7 @@ def _checked(
 
 
 def _row_blocks(tensor: LazyTensor) -> list[slice]:
-    """Slices of a tensor's rows of about 4 M values each."""
+    """Slices of a tensor's rows of about 1 M values each."""
     if not tensor.shape:
         return [ALL_ROWS]
     step = max(_ROW_BLOCK_VALUES * tensor.shape[0] // max(tensor.numel(), 1), 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from arc_ds.model.weights.names import Shape
 
-_BLOCK_VALUES = 4 << 20
+_BLOCK_VALUES = 1 << 20
 # Names in safetensors, in the order in which its own writer places tensors.
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT = 8
@@ -40,7 +40,7 @@ class LazyTensor:
         return math.prod(self.shape)
 
     def blocks(self) -> Iterator[Tensor]:
-        """All values, flat, in blocks of about 4 M."""
+        """All values, flat, in blocks of about 1 M."""
         numel, step = self.numel(), max(_BLOCK_VALUES // self.unit, 1) * self.unit
         for start in range(0, numel, step):
             yield self.read(start, min(start + step, numel))

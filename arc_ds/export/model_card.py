@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -94,15 +95,19 @@ def _validation(record: TrainingRecord) -> list[str]:
     header = ["decoder", "task", *_FIGURES.values(), "gap closed", "samples"]
     lines = [f"| {' | '.join(header)} |", f"| {' | '.join(['---'] * len(header))} |"]
     for (decoder, task), figures in record.validation.items():
-        shown = [f"{figures[name]:.3f}" if name in figures else _NOT_RECORDED for name in (*_FIGURES, "gap_closed")]
+        shown = [_figure(figures.get(name)) for name in (*_FIGURES, "gap_closed")]
         samples = f"{figures['num_samples']:.0f}" if "num_samples" in figures else _NOT_RECORDED
         lines.append(f"| {' | '.join([decoder, task, *shown, samples])} |")
     return [
         f"Validation at step {record.validated_at}: nats per token of the held-out texts, if the decoder is given",
         "\n".join(lines),
         "Gap closed is the share of the full text's benefit that the vectors deliver, over the better of no text and "
-        "another text's vectors. With few samples it is uncertain.",
+        "another text's vectors. It is undefined if the full text has none. With few samples it is uncertain.",
     ]
+
+
+def _figure(value: float | None) -> str:
+    return _NOT_RECORDED if value is None else "undefined" if math.isnan(value) else f"{value:.3f}"
 
 
 def _licenses(trained: TrainedCompressor, record: TrainingRecord) -> str:

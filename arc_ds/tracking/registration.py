@@ -93,7 +93,7 @@ def find_mlflow_run(run: Path, configured: str | None) -> tuple[str, str]:
 
 def _log_and_register(uri: str, run_id: str, export: Path, name: str, step: int) -> int:
     import mlflow
-    from mlflow.models import ModelSignature
+    from mlflow.models.signature import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     signature = ModelSignature(

@@ -103,6 +103,8 @@ def test_what_the_run_does_not_record_is_not_stated(run: Path, tmp_path: Path) -
     kept = [line.replace('"validation/small/reconstruction/num_samples": 24.0, ', "") for line in lines]
     (run / "metrics.jsonl").write_text("".join(kept))
     assert "| 0.667 | not recorded |" in card_of(run, tmp_path / "without_counts")
+    (run / "metrics.jsonl").write_text("".join(kept).replace("0.6667", "NaN"))
+    assert "| 1.062 | undefined | not recorded |" in card_of(run, tmp_path / "without_a_gap")
     (run / "metrics.jsonl").unlink()
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("seed: 5", "seed: 6"))
     card = card_of(run, tmp_path / "out")

@@ -33,6 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="weights of each decoder, in the export's order",
     )
     generate.add_argument(
+        "--force", action="store_true", help="use a decoder that is another model than the one of the training"
+    )
+    generate.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="let decoders that run through transformers run the Python files in their folders; read them first",

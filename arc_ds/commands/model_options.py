@@ -51,4 +51,5 @@ def load_model(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
         dtype=DTYPES[args.dtype],
         pooling_factor=args.pooling_factor,
         trust_remote_code=getattr(args, "trust_remote_code", False),  # `compress` loads no decoder
+        force=getattr(args, "force", False),
     )

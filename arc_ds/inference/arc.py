@@ -116,6 +116,7 @@ class ArcModel:
         pooling_factor: int | None = None,
         *,
         trust_remote_code: bool = False,
+        force: bool = False,
     ) -> ArcModel:
         """Load an export of ARC-DS or a checkpoint in the reference's ARC format, and the decoders it was trained for.
 
@@ -125,18 +126,20 @@ class ArcModel:
             Checkpoints of the reference need it, because they do not contain these.
         pooling_factor: replaces the factor of the last pooled layer. The paper advises at most the trained factor.
         trust_remote_code: whether decoders that run through transformers may run the Python files in their folders.
+        force: whether a decoder may be another model than the one of training, with its own tokenizer.
 
-        Raises WeightsError if files are missing, tensors do not fit, or a decoder's width differs from its port's.
+        Raises WeightsError if files are missing, tensors do not fit, a decoder's width differs from its port's, or a
+        decoder is another model than the one of training.
         Raises TokenizerError if a tokenizer is damaged, or gives other ids than the one of training.
         Raises ConfigError if the pooling factor is invalid or the device is not available.
         """
         device, paths = usable_device(device), [Path(path) for path in decoders]
         folder = open_arc_folder(Path(arc_dir), None if encoder_backbone is None else Path(encoder_backbone))
         spec = folder.spec if pooling_factor is None else _with_factor(folder.spec, pooling_factor)
-        opened = open_trained_decoders(paths, folder, arc_dir, trust_remote_code=trust_remote_code)
+        opened = open_trained_decoders(paths, folder, arc_dir, trust_remote_code=trust_remote_code, force=force)
         encoder_tokenizer = load_encoder_tokenizer(folder, arc_dir)
         decoder_tokenizers = [
-            load_decoder_tokenizer(path, decoder, settings)
+            load_decoder_tokenizer(path, decoder, settings, force=force)
             for path, decoder, settings in zip(paths, opened, folder.decoders, strict=False)
         ]
         # Small files first: their faults should not show only after minutes of loading.

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from arc_ds.batch.segments import MARKERS
 from arc_ds.errors import TokenizerError, WeightsError
+from arc_ds.inference.checksums import check_sizes
 from arc_ds.inference.decoders import Implementation, OpenedDecoder, open_decoder
+from arc_ds.inference.weight_samples import check_weights
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
     TensorSource,
+    check_fit,
     load_backbone,
     read_arc_checkpoint,
 )
@@ -40,12 +43,14 @@ class DecoderSettings:
     bos: whether sequences began with its begin-of-text token.
     implementation: the one that computed it ("native" or "transformers"); "auto" if the folder does not record it.
     ids_digest: of its tokenizer (`tokenizers.ids_digest`), None if unknown.
+    weights: samples of its weights (`weight_samples.sample_weights`), None if unknown.
     """
 
     rope_scaling: RopeScalingChoice
     implementation: Implementation = "auto"
     bos: bool = True
     ids_digest: str | None = None
+    weights: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,38 +83,58 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcF
 
     encoder_backbone: folder with sizes and tokenizer, which checkpoints of the reference do not contain.
 
-    Raises WeightsError if the folder is neither, or if sizes are missing.
+    Raises WeightsError if the folder is neither, if sizes are missing, or if a weight file has another size than the
+    export recorded.
     """
     config_file = arc_dir / EXPORT_CONFIG
     if config_file.is_file():
-        return _open_export(arc_dir, Fields.read(config_file), encoder_backbone)
-    if not (arc_dir / "params.json").is_file():
+        folder = _open_export(arc_dir, Fields.read(config_file), encoder_backbone)
+    elif (arc_dir / "params.json").is_file():
+        folder = open_arc_checkpoint(arc_dir, encoder_backbone)
+    else:
         raise WeightsError(
             f"{arc_dir} is neither an export of ARC-DS ({EXPORT_CONFIG}) nor an ARC checkpoint (params.json, "
             "embedder/, bridge_module/). Export a run with: arc-ds export RUN OUT"
         )
-    return _open_arc_checkpoint(arc_dir, encoder_backbone)
+    check_sizes(arc_dir)
+    return folder
 
 
 def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Compressor:
     """Build a compressor of the given spec with the source's tensors. Raises WeightsError if they do not fit."""
-    try:
-        with torch.device("meta"):
-            compressor = build_compressor(spec)
-    except ValueError as error:
-        raise WeightsError(f"{source.path} describes an invalid compressor: {error}. Export it again.") from error
+    compressor = _on_meta(spec, source)
     load_backbone(compressor, source, dtype=dtype, device=device, allow_unused=_is_marker_left_out(spec))
     return compressor
 
 
+def check_compressor(spec: CompressorSpec, source: TensorSource) -> None:
+    """Raise WeightsError if `load_compressor` would. Reads names and shapes only."""
+    check_fit(_on_meta(spec, source), source, allow_unused=_is_marker_left_out(spec))
+
+
+def _on_meta(spec: CompressorSpec, source: TensorSource) -> Compressor:
+    try:
+        with torch.device("meta"):
+            return build_compressor(spec)
+    except ValueError as error:
+        raise WeightsError(f"{source.path} describes an invalid compressor: {error}. Export it again.") from error
+
+
 def open_trained_decoders(
-    paths: Sequence[Path], folder: ArcFolder, arc_dir: str | Path, *, trust_remote_code: bool = False
+    paths: Sequence[Path],
+    folder: ArcFolder,
+    arc_dir: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    force: bool = False,
 ) -> list[OpenedDecoder]:
     """Open the decoders that a compressor was trained for, in the order of the ports, before any weights are read.
 
     trust_remote_code: see `open_decoder`.
+    force: whether a decoder may be another model than the one of training. A warning names it.
 
-    Raises WeightsError if there are too many or one has another width than its port, and like `open_decoder`.
+    Raises WeightsError if there are too many, one has another width than its port or is another model, and like
+    `open_decoder`.
     """
     widths = folder.spec.decoder_sizes
     if len(paths) > len(widths):
@@ -131,6 +156,8 @@ def open_trained_decoders(
                 f"decoder {path} has width {found}; the bridge in {arc_dir} maps to width {width}. Use the decoders "
                 "that it was trained for, in the same order."
             )
+    for path, settings, decoder in zip(paths, folder.decoders, opened, strict=False):
+        check_weights(decoder, settings.weights, path, arc_dir, force=force)
     return opened
 
 
@@ -151,11 +178,14 @@ def load_encoder_tokenizer(folder: ArcFolder, arc_dir: str | Path) -> Tokenizer 
     return tokenizer
 
 
-def load_decoder_tokenizer(path: Path, decoder: OpenedDecoder, settings: DecoderSettings) -> Tokenizer | None:
+def load_decoder_tokenizer(
+    path: Path, decoder: OpenedDecoder, settings: DecoderSettings, *, force: bool = False
+) -> Tokenizer | None:
     """The tokenizer of a decoder; None if there is none. TokenizerError if it does not fit or is not that of training.
 
     path: the decoder's folder or .gguf file.
     settings: of the decoder in training.
+    force: whether the decoder may be another model, with its own tokenizer.
     """
     found = find_tokenizer(path)
     if found is None:
@@ -163,7 +193,8 @@ def load_decoder_tokenizer(path: Path, decoder: OpenedDecoder, settings: Decoder
     tokenizer = load_tokenizer(found)
     bos_ids = (tokenizer.bos_id,) if settings.bos and tokenizer.bos_id is not None else ()
     check_fits(tokenizer, decoder.sizes.vocab_size, f"decoder {path}", bos_ids)
-    check_decoder_tokenizer(tokenizer, settings, found)
+    if not force:
+        check_decoder_tokenizer(tokenizer, settings, found)
     return tokenizer
 
 
@@ -221,7 +252,8 @@ def _open_export(folder: Path, config: Fields, encoder_backbone: Path | None) ->
     )
 
 
-def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcFolder:
+def open_arc_checkpoint(folder: Path, encoder_backbone: Path | None = None) -> ArcFolder:
+    """Open a checkpoint in the ARC format, like `open_arc_folder`, even if the folder is an export of ARC-DS too."""
     checkpoint = read_arc_checkpoint(folder, encoder_backbone)
     spec = spec_of_params(checkpoint.params, checkpoint.backbone, checkpoint.num_ports)
     settings = (DecoderSettings(rope_scaling="none"),) * len(spec.decoder_sizes)
@@ -272,6 +304,7 @@ def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings
             implementation=entry.get("implementation", "auto"),
             bos=entry.get("bos", True),
             ids_digest=entry.get("ids_digest"),
+            weights=entry.get("weights"),
         )
         for entry in entries
         if entry.get("rope_scaling") in get_args(RopeScalingChoice)

@@ -15,6 +15,7 @@ from arc_ds.config.schema import OptimizerConfig, RunConfig
 from arc_ds.data.loading.loader import StepData
 from arc_ds.data.tasks.task import NO_CHAT
 from arc_ds.errors import ConfigError
+from arc_ds.inference.weight_samples import sample_weights
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.transformers_decoder import check_length
 from arc_ds.planning.flops import work_rates
@@ -112,6 +113,10 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         spec=parts.spec,
         inputs=parts.inputs,
         decoder_ids=tuple(decoder.ids_digest for decoder in parts.decoders),
+        decoder_weights={
+            decoder.name: sample_weights(files.weights)
+            for decoder, files in zip(config.decoders, parts.decoders, strict=True)
+        },
         engine=build_engine(compressor, optimizer, parts.ds_config),
         ds_config=parts.ds_config,
         decoders=_place(parts, device, torch.bfloat16 if config.precision == "bf16" else torch.float32),

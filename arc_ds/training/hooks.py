@@ -206,9 +206,11 @@ class ValidationHook(Hook):
                 return
             self.done = run.step
             metrics = {VALIDATION_KEY: time.perf_counter() - started}
-            for decoder, by_task in zip(run.decoder_names, scores, strict=True):
+            num_samples = run.validator.num_samples_of_tasks
+            for decoder, by_task, counts in zip(run.decoder_names, scores, num_samples, strict=True):
                 for task, score in by_task.items():
                     metrics.update(score.as_metrics(f"validation/{decoder}/{task}"))
+                    metrics[f"validation/{decoder}/{task}/num_samples"] = counts[task]
                     logger.info("step %d, %s, %s: %s", run.step, decoder, task, score)
             self.log(run.step, metrics)
 

@@ -45,6 +45,7 @@ class Run:
 
     ds_config: resolved DeepSpeed config of the training engine.
     inputs: see `InputDigests`.
+    decoder_weights: samples of each decoder's weights by its name (`weight_samples.sample_weights`).
     decoder_ids: digest of the ids of each decoder's tokenizer (`tokenizers.ids_digest`).
     decoder_names: in port order.
     num_workers: processes that make this rank's batches.
@@ -72,6 +73,7 @@ class Run:
     schedule: RateSchedule
     normalize: Normalize
     validator: Validator | None
+    decoder_weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     step: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0

@@ -195,6 +195,7 @@ def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tr
             "max_context_tokens": longest_context(config),
             "tokenizers": run.inputs.tokenizers,
             "decoder_ids": list(run.decoder_ids),
+            "decoder_weights": dict(run.decoder_weights),
             "backbones": run.inputs.backbones,
             "skipped_steps": run.skipped_steps,
             "skipped_in_row": run.skipped_in_row,

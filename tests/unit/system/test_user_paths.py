@@ -113,7 +113,7 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
             yield action
 
 
-NO_PATHS = {"overrides", "format", "prompt", "stop", "text_field", "quality_field", "member", "help"}
+NO_PATHS = {"overrides", "format", "prompt", "stop", "text_field", "quality_field", "member", "register", "help"}
 
 
 @pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("train", "doctor")])

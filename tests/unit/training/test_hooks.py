@@ -43,6 +43,7 @@ class _Validator:
     """Fake `Validator`: three batches, no scores."""
 
     tasks, num_samples, num_forwards = ("continuation",), 24, 3
+    num_samples_of_tasks: tuple[dict[str, int], ...] = ({}, {})
 
     def run(self, engine: Any, decoders: Any, before_forward: Any) -> list[dict[str, Any]]:
         for _ in range(self.num_forwards):

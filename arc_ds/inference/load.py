@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -15,11 +15,14 @@ from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
+    SelectedTensors,
     TensorSource,
     load_backbone,
     open_backbone,
     read_arc_checkpoint,
+    use_memory_tokens,
 )
+from arc_ds.model.weights.arc_format import ArcCheckpoint
 from arc_ds.model.weights.arc_spec import spec_of_params
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.hf_config import RopeScalingChoice
@@ -40,11 +43,13 @@ class DecoderSettings:
     rope_scaling: "checkpoint" if its rotary scaling was applied, "none" if it was ignored.
     bos: whether sequences began with its begin-of-text token.
     ids_digest: of its tokenizer (`tokenizers.ids_digest`), None if unknown.
+    name: its name in the run, None if unknown.
     """
 
     rope_scaling: RopeScalingChoice
     bos: bool = True
     ids_digest: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +102,7 @@ def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.de
             compressor = build_compressor(spec)
     except ValueError as error:
         raise WeightsError(f"{source.path} describes an invalid compressor: {error}. Export it again.") from error
-    load_backbone(compressor, source, dtype=dtype, device=device, allow_unused=_is_marker_left_out(spec))
+    load_backbone(compressor, source, dtype=dtype, device=device)
     return compressor
 
 
@@ -140,10 +145,18 @@ def open_trained_decoders(
     return opened
 
 
-def _is_marker_left_out(spec: CompressorSpec) -> Callable[[str], bool]:
-    """Predicate for markers that the spec does not use. The reference writes them to the file."""
-    left_out = [marker for marker in MARKERS if marker not in spec.markers]
-    return frozenset(f"ports.{n}.{marker}" for n in range(len(spec.decoder_sizes)) for marker in left_out).__contains__
+def _used_tensors(checkpoint: ArcCheckpoint, spec: CompressorSpec) -> TensorSource:
+    """The tensors of an ARC checkpoint that its settings use.
+
+    The reference writes markers that the settings leave out, and it can use fewer memory tokens than the file holds.
+    """
+    ports, width = range(len(spec.decoder_sizes)), spec.backbone.hidden_size
+    left_out = {f"ports.{n}.{marker}" for n in ports for marker in MARKERS if marker not in spec.markers}
+    unused = {name for name in left_out & checkpoint.shapes.keys() if checkpoint.shapes[name] == (1, width)}
+    used: TensorSource = checkpoint
+    if unused:
+        used = SelectedTensors(source=checkpoint, names={n: n for n in checkpoint.shapes if n not in unused})
+    return use_memory_tokens(used, spec.memory_tokens) if spec.memory_tokens else used
 
 
 def load_encoder_tokenizer(folder: ArcFolder, arc_dir: str | Path) -> Tokenizer | None:
@@ -190,15 +203,18 @@ def check_encoder_tokenizer(
         )
 
 
-def check_decoder_tokenizer(tokenizer: Tokenizer, settings: DecoderSettings, path: Path) -> None:
+def check_decoder_tokenizer(tokenizer: Tokenizer, settings: DecoderSettings, path: Path, *, remedy: str = "") -> None:
     """Raise TokenizerError if a port was trained for a decoder whose tokenizer gives other ids.
 
     The file may have another format: a .gguf file may replace a Hugging Face folder.
+
+    remedy: last sentence of the error.
     """
     if settings.ids_digest is not None and ids_digest(tokenizer) != settings.ids_digest:
         raise TokenizerError(
             f"tokenizer {path} gives other ids than the one that this decoder had in training: it has changed, or the "
-            "decoder is another model. Restore the tokenizer, or give the decoder that the encoder was trained for."
+            "decoder is another model. Restore the tokenizer, or give the decoder that the encoder was trained for. "
+            f"{remedy}".rstrip()
         )
 
 
@@ -228,25 +244,26 @@ def _open_export(folder: Path, config: Fields, encoder_backbone: Path | None) ->
 
 
 def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcFolder:
-    checkpoint = read_arc_checkpoint(folder, encoder_backbone)
+    ours = Fields.read(folder / ARC_DECODERS) if (folder / ARC_DECODERS).is_file() else None
+    listed = [] if ours is None else ours.get("decoders", [])
+    num_decoders = len(listed) if isinstance(listed, list) else 0
+    checkpoint = read_arc_checkpoint(folder, encoder_backbone, num_decoders=num_decoders)
     spec = spec_of_params(checkpoint.params, checkpoint.backbone, checkpoint.num_ports)
-    settings = (DecoderSettings(rope_scaling="none"),) * len(spec.decoder_sizes)
-    is_ours = (folder / ARC_DECODERS).is_file()
-    fingerprints: tuple[str, ...] = ()
-    max_context_tokens = None
-    if is_ours:
-        ours = Fields.read(folder / ARC_DECODERS)
-        settings = _decoder_settings(ours, len(spec.decoder_sizes))
-        fingerprints = _encoder_fingerprints(folder, ours)
-        max_context_tokens = _max_context_tokens(ours)
-    return ArcFolder(
+    found = ArcFolder(
         spec=spec,
-        tensors=checkpoint,
+        tensors=_used_tensors(checkpoint, spec),
         tokenizer=_find_tokenizer(folder, encoder_backbone),
-        decoders=settings,
-        texts_apart=not is_ours,
-        encoder_fingerprints=fingerprints,
-        max_context_tokens=max_context_tokens,
+        decoders=(DecoderSettings(rope_scaling="none"),) * len(spec.decoder_sizes),
+        texts_apart=True,
+    )
+    if ours is None:
+        return found
+    return replace(
+        found,
+        decoders=_decoder_settings(ours, len(spec.decoder_sizes)),
+        texts_apart=ours.flag("texts_apart", False),
+        encoder_fingerprints=_encoder_fingerprints(folder, ours),
+        max_context_tokens=_max_context_tokens(ours),
     )
 
 
@@ -274,7 +291,10 @@ def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings
     entries = [entry for entry in decoders if isinstance(entry, dict)] if isinstance(decoders, list) else []
     settings = [
         DecoderSettings(
-            rope_scaling=entry["rope_scaling"], bos=entry.get("bos", True), ids_digest=entry.get("ids_digest")
+            rope_scaling=entry["rope_scaling"],
+            bos=entry.get("bos", True),
+            ids_digest=entry.get("ids_digest"),
+            name=entry.get("name"),
         )
         for entry in entries
         if entry.get("rope_scaling") in get_args(RopeScalingChoice) and isinstance(entry.get("bos", True), bool)

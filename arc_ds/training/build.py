@@ -33,6 +33,7 @@ from arc_ds.training.build_model import (
 )
 from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, partitioned, place_decoder
 from arc_ds.training.optim import PortAdamW, make_param_groups
+from arc_ds.training.ports import saved_ports, warn_of_kept_ports
 from arc_ds.training.run import InputDigests, Run
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.validate import Validator
@@ -66,7 +67,8 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         spec = compressor_spec(config)
         tokenizer = load_tokenizer(encoder_tokenizer_path(encoder))
         check_fits(tokenizer, spec.backbone.vocab_size, encoder.backbone)
-        decoders = open_decoders(config.decoders, partial(longest_sequence, config), bos=config.data.decoder_bos)
+        trained_decoders, longest = config.trained_decoders, partial(longest_sequence, config)
+        decoders = open_decoders(trained_decoders, longest, bos=config.data.decoder_bos)
         sizes = [decoder.shape.config for decoder in decoders]
         trained: dict[str, Any] = {
             "trained_layers": encoder.trained_layers,
@@ -74,11 +76,12 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         }
         readers = [decoder.reader for decoder in decoders]
         data = step_data(config, spec.packing, readers, [work_rates(spec, each, **trained) for each in sizes])
-        paths = [decoder.backbone for decoder in config.decoders]
+        opened = zip(trained_decoders.items(), sizes, strict=True)
+        backbones = {idx: (decoder.backbone, size) for (idx, decoder), size in opened}
         inputs = InputDigests(
             data=data.order.fingerprint,
             tokenizers={"encoder": tokenizer.fingerprint} | {k: v for d in decoders for k, v in d.fingerprints.items()},
-            backbones=weight_digests(encoder, spec.backbone, list(zip(paths, sizes, strict=True))),
+            backbones=weight_digests(encoder, spec.backbone, backbones),
         )
         parts = RunParts(
             local_world_size=local_world_size,
@@ -98,6 +101,11 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     """Build the run on this rank. Collective. If one rank finds a mistake, all ranks raise ArcError."""
     parts = read_parts(config, device)
     compressor = starting_compressor(config, parts.spec, parts.weights, partitioned(parts.ds_config))
+    with dist.fail_together():
+        digests = [decoder.ids_digest for decoder in parts.decoders]
+        ports = saved_ports(config, parts.spec, digests, parts.weights.plan, parts.weights.folder)
+    if config.optimizer.encoder_lr and any(param.requires_grad for param in compressor.encoder.parameters()):
+        warn_of_kept_ports(parts.weights.plan)
     optimizer = PortAdamW(
         make_param_groups(compressor, config.optimizer),
         betas=config.optimizer.betas,
@@ -109,11 +117,11 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         device=device,
         spec=parts.spec,
         inputs=parts.inputs,
-        decoder_ids=tuple(decoder.ids_digest for decoder in parts.decoders),
+        ports=ports,
         engine=build_engine(compressor, optimizer, parts.ds_config),
         ds_config=parts.ds_config,
         decoders=_place(parts, device, torch.bfloat16 if config.precision == "bf16" else torch.float32),
-        decoder_names=tuple(decoder.name for decoder in config.decoders),
+        decoder_names=tuple(decoder.name for decoder in config.trained_decoders.values()),
         data=parts.data,
         num_workers=config.data.num_workers,
         schedule=rate_schedule(config.optimizer, config.steps),

@@ -192,7 +192,7 @@ def _start(config: RunConfig) -> Compressor:
 
 
 def _open(config: RunConfig) -> tuple[DecoderFiles, ...]:
-    return open_decoders(config.decoders, partial(longest_sequence, config), bos=config.data.decoder_bos)
+    return open_decoders(config.trained_decoders, partial(longest_sequence, config), bos=config.data.decoder_bos)
 
 
 def _from_export(config_file: Path, *overrides: str) -> RunConfig:

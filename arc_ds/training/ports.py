@@ -1,0 +1,186 @@
+"""Ports of a run: the ones that it trains, and the ones that it keeps unchanged from the weights it starts from.
+
+The compressor of a run has the ports of its trained decoders only. A kept port costs no memory of a device, no step
+uses it, and its decoder is not loaded. Checkpoints hold its tensors in a file of their own, in the dtype of the weights
+it came from, so they stay equal to the bit in every precision and in exports of exports.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from arc_ds.checkpoints.trained_for import TrainedFor
+from arc_ds.config.schema import DecoderConfig, RunConfig
+from arc_ds.errors import ConfigError
+from arc_ds.inference.load import ArcFolder
+from arc_ds.model.spec import CompressorSpec, build_port
+from arc_ds.model.weights import SelectedTensors, TensorSource, use_memory_tokens
+
+logger = logging.getLogger(__name__)
+
+
+class KeptPort(NamedTuple):
+    """A port that a run keeps unchanged.
+
+    place: its place in checkpoints and exports.
+    source: its number in `encoder.init_from`.
+    name: of its decoder.
+    """
+
+    place: int
+    source: int
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortPlan:
+    """Origin and place of each port.
+
+    sources: for each trained decoder, the port of `encoder.init_from` that it continues; None for a fresh port.
+    places: for each trained decoder, the place of its port in checkpoints and exports.
+    kept: the kept ports.
+    """
+
+    sources: tuple[int | None, ...]
+    places: tuple[int, ...]
+    kept: tuple[KeptPort, ...] = ()
+
+    @property
+    def fresh(self) -> tuple[int, ...]:
+        """Indices of the trained decoders whose ports start fresh."""
+        return tuple(idx for idx, source in enumerate(self.sources) if source is None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedPorts:
+    """The ports of a run's checkpoints, in their order there.
+
+    spec: of a compressor with all of them.
+    decoders: their decoders and settings in training.
+    ids_digests: of each decoder's tokenizer (`tokenizers.ids_digest`); None if unknown.
+    places: for each trained decoder, the place of its port.
+    kept: tensors of the kept ports, by their names in a compressor of `spec`.
+    """
+
+    spec: CompressorSpec
+    decoders: tuple[TrainedFor, ...]
+    ids_digests: tuple[str | None, ...]
+    places: tuple[int, ...]
+    kept: Mapping[str, Tensor]
+
+
+def plan_ports(decoders: Sequence[DecoderConfig], names: Sequence[str | None], *, keep_unlisted: bool) -> PortPlan:
+    """Match the decoders of a config with the ports of the weights that it starts from.
+
+    A decoder belongs to the port of its name. Otherwise it belongs to the port at its own place in the list, except if
+    that port is another decoder's, if `fresh_bridge` is set, or if the decoder is not trained and the port has a name.
+    Ports keep their order; new ones follow.
+
+    names: name of each port of the starting weights, if known. Empty if the run starts from a backbone.
+    keep_unlisted: whether ports of no listed decoder are kept.
+
+    Raises ConfigError if a decoder that is not trained has no port there.
+    """
+    owners: dict[int, int] = {}  # decoder of each port
+    for idx, decoder in enumerate(decoders):
+        if decoder.name in names:
+            owners[names.index(decoder.name)] = idx
+    named = set(owners.values())
+    for idx, decoder in enumerate(decoders):
+        is_free = idx < len(names) and idx not in owners and (decoder.train or names[idx] is None)
+        if is_free and idx not in named and not decoder.fresh_bridge:
+            owners[idx] = idx
+    ports: list[tuple[int | None, int | None]] = [(port, owners.get(port)) for port in range(len(names))]
+    ports = [(port, owner) for port, owner in ports if owner is not None or keep_unlisted]
+    ports += [(None, idx) for idx in range(len(decoders)) if idx not in owners.values()]
+    orphans = [decoder.name for idx, decoder in enumerate(decoders) if not decoder.train and idx not in owners.values()]
+    if orphans:
+        have = ", ".join(name or f"port {n}" for n, name in enumerate(names)) or "no ports"
+        raise ConfigError(
+            f"train is false for {', '.join(orphans)}, so encoder.init_from must have their bridges and markers; it "
+            f"has {have}. Correct the names, or remove these decoders."
+        )
+    trained = [idx for idx, decoder in enumerate(decoders) if decoder.train]
+    of_trained = {idx: (place, port) for place, (port, idx) in enumerate(ports) if idx in trained}
+    return PortPlan(
+        sources=tuple(None if decoders[idx].fresh_bridge else of_trained[idx][1] for idx in trained),
+        places=tuple(of_trained[idx][0] for idx in trained),
+        kept=tuple(
+            KeptPort(place, port, (names[port] or f"decoder{place}") if idx is None else decoders[idx].name)
+            for place, (port, idx) in enumerate(ports)
+            if port is not None and idx not in trained
+        ),
+    )
+
+
+def tensors_of_run(folder: ArcFolder, spec: CompressorSpec, plan: PortPlan) -> TensorSource:
+    """The starting weights of a run's compressor, by their names there. Fresh ports are absent.
+
+    If the starting weights have a shared bridge, each port that continues one of theirs starts from a copy. If the run
+    shares a bridge, it starts from the only bridge that its ports continue.
+    """
+    names = {name: name for name in folder.tensors.shapes if name.startswith("encoder.")}
+    for idx, port in enumerate(plan.sources):
+        if port is not None:
+            names |= {f"ports.{idx}.{leaf}": _in_folder(leaf, port, folder.spec) for leaf in _leaves(spec)}
+    continued = [port for port in plan.sources if port is not None]
+    if spec.bridge_shared and continued:
+        bridge = (leaf for leaf in _leaves(replace(spec, bridge_shared=False)) if leaf.startswith("bridge."))
+        names |= {leaf: _in_folder(leaf, continued[0], folder.spec) for leaf in bridge}
+    found = {ours: theirs for ours, theirs in names.items() if theirs in folder.tensors.shapes}
+    return use_memory_tokens(SelectedTensors(source=folder.tensors, names=found), spec.memory_tokens)
+
+
+def saved_ports(
+    config: RunConfig, spec: CompressorSpec, ids_digests: Sequence[str], plan: PortPlan, folder: ArcFolder | None
+) -> SavedPorts:
+    """The ports of the run's checkpoints. Reads the tensors of kept ports.
+
+    spec: of the run's compressor.
+    ids_digests: of the trained decoders.
+    folder: the weights that the run starts from, if they are not a backbone.
+    """
+    bos, trained = config.data.decoder_bos, config.trained_decoders.values()
+    by_place: dict[int, tuple[TrainedFor, int, str | None]] = {
+        place: (TrainedFor(name=decoder.name, rope_scaling=decoder.rope_scaling, bos=bos), size, digest)
+        for place, decoder, size, digest in zip(plan.places, trained, spec.decoder_sizes, ids_digests, strict=True)
+    }
+    kept: dict[str, Tensor] = {}
+    for place, port, name in plan.kept:
+        assert folder is not None, "only a folder of weights has ports to keep"
+        theirs = folder.decoders[port]
+        decoder = TrainedFor(name=name, rope_scaling=theirs.rope_scaling, bos=theirs.bos)
+        by_place[place] = decoder, folder.spec.decoder_sizes[port], theirs.ids_digest
+        for leaf in _leaves(replace(folder.spec, bridge_shared=False)):
+            kept[f"ports.{place}.{leaf}"] = folder.tensors.tensor(_in_folder(leaf, port, folder.spec))
+    decoders, sizes, digests = zip(*(by_place[place] for place in sorted(by_place)), strict=True)
+    return SavedPorts(
+        spec=replace(spec, decoder_sizes=sizes), decoders=decoders, ids_digests=digests, places=plan.places, kept=kept
+    )
+
+
+def warn_of_kept_ports(plan: PortPlan) -> None:
+    """Warn that kept ports may no longer fit, because the run trains the encoder."""
+    if plan.kept:
+        logger.warning(
+            "the run trains the encoder, but keeps the bridges and markers of %s unchanged: they may no longer fit it. "
+            "To keep them usable, freeze the encoder (encoder.trained_layers=0 encoder.train_embeddings=false), or "
+            "train these decoders too. To leave them out, set encoder.keep_ports=false.",
+            ", ".join(port.name for port in plan.kept),
+        )
+
+
+def _leaves(spec: CompressorSpec) -> list[str]:
+    """Names of the parameters of one port."""
+    with torch.device("meta"):
+        return [name for name, _ in build_port(spec, 0).named_parameters()]
+
+
+def _in_folder(leaf: str, port: int, theirs: CompressorSpec) -> str:
+    return leaf if theirs.bridge_shared and leaf.startswith("bridge.") else f"ports.{port}.{leaf}"

@@ -280,6 +280,7 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
         raise ConfigError(
             f"encoder.init_from={config.encoder.init_from} was trained with other settings: {'; '.join(different)}. "
             "Set the config to the settings of these weights (weights of the paper's authors: rope_scaling none)."
+            + (" To leave out the ports of other decoders, set encoder.keep_ports=false." if plan.kept else "")
         )
 
 

@@ -26,6 +26,7 @@ from arc_ds.model.weights.arc_format import ArcCheckpoint
 from arc_ds.model.weights.arc_spec import spec_of_params
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.hf_config import RopeScalingChoice
+from arc_ds.model.weights.release import is_release
 from arc_ds.model.weights.stores import SafetensorsStore
 from arc_ds.tokenizers import Tokenizer, check_fits, find_tokenizer, ids_digest, load_tokenizer
 
@@ -85,6 +86,12 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcF
     Raises WeightsError if the folder is neither, or if sizes are missing.
     """
     config_file = arc_dir / EXPORT_CONFIG
+    is_ours = config_file.is_file() and Fields.read(config_file).get("format") == EXPORT_FORMAT
+    if not is_ours and not (arc_dir / "embedder").is_dir() and is_release(arc_dir):
+        raise WeightsError(
+            f"{arc_dir} is a released encoder as downloaded, which ARC-DS does not read directly. Import it first: "
+            f"arc-ds import {arc_dir} OUT"
+        )
     if config_file.is_file():
         return _open_export(arc_dir, Fields.read(config_file), encoder_backbone)
     if not (arc_dir / "params.json").is_file():

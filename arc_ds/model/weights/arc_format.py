@@ -98,13 +98,13 @@ def read_arc_checkpoint(
             "checkpoint, such as checkpoints/checkpoint_080000."
         )
     params = Fields.read(folder / PARAMS)
-    names = _internal_names(folder / EMBEDDER, _embedder_name)
+    names = _internal_names(folder / EMBEDDER, embedder_name)
     if params.object("bridge_module", {}).get("bridge_type") is not None:
         if not (folder / BRIDGE).is_file():
             raise WeightsError(f"{folder} has no {BRIDGE}, but {PARAMS} names a bridge. Copy the whole checkpoint.")
         several = max(_num_ports(names), num_decoders) > 1
         is_shared = several and params.object("bridge_module").get("bridge_type") != MULTI
-        names.update(_internal_names(folder / BRIDGE, partial(_bridge_name, shared=is_shared)))
+        names.update(_internal_names(folder / BRIDGE, partial(bridge_name, shared=is_shared)))
     if (folder / SIZES).is_file():
         backbone = _read_sizes(folder / SIZES)
     elif encoder_backbone is not None:
@@ -184,7 +184,8 @@ def _internal_names(file: Path, rename: Callable[[str], str | None]) -> dict[str
     return names
 
 
-def _embedder_name(file_name: str) -> str | None:
+def embedder_name(file_name: str) -> str | None:
+    """The internal name of a tensor in `embedder/`; None if the format has no such tensor."""
     if match := _MARKER_IN_FILE.match(file_name):
         return f"ports.{match.group(2) or 0}.{match.group(1)}"
     if file_name in _MEMORY_IN_FILE:
@@ -192,7 +193,11 @@ def _embedder_name(file_name: str) -> str | None:
     return f"encoder.{file_name}" if _BACKBONE_IN_FILE.match(file_name) else None
 
 
-def _bridge_name(file_name: str, *, shared: bool) -> str | None:
+def bridge_name(file_name: str, *, shared: bool) -> str | None:
+    """The internal name of a tensor in `bridge_module/`; None if the format has no such tensor.
+
+    shared: whether several decoders share a bridge without a number.
+    """
     match = _BRIDGE_IN_FILE.match(file_name)
     if match is None:
         return None

@@ -8,7 +8,6 @@ from arc_ds.config.schema import DecoderConfig
 from arc_ds.errors import ConfigError
 from arc_ds.training.ports import KeptPort, PortPlan, plan_ports
 
-
 BOTH = (KeptPort(0, 0, "a"), KeptPort(1, 1, "b"))
 
 

@@ -5,6 +5,7 @@ Also contains the small random models and ragged samples of these comparisons. E
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -62,38 +63,42 @@ def tiny_compressor(
     activation_checkpointing: bool = False,
     trained_layers: int | None = None,
     train_embeddings: bool = True,
+    shared_bridge: bool = False,
 ) -> Compressor:
     """Three encoder layers of width 32 and one port per tiny decoder."""
-    compressor = bare_compressor(activation_checkpointing=activation_checkpointing)
+    compressor = bare_compressor(activation_checkpointing=activation_checkpointing, shared_bridge=shared_bridge)
     _fill(compressor.parameters(), seed=1)
     set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
     return compressor
 
 
-def bare_compressor(*, activation_checkpointing: bool = False) -> Compressor:
+def bare_compressor(*, activation_checkpointing: bool = False, shared_bridge: bool = False) -> Compressor:
     """The modules of `tiny_compressor` without weights."""
     encoder = Encoder(
         _ENCODER, num_layers=3, pooling=PoolingLayout(strategy=GroupPooling("mean")),
         activation_checkpointing=activation_checkpointing,
     )  # fmt: skip
-    ports = [
-        DecoderPort(_ENCODER.hidden_size, make_bridge("mlp", _ENCODER.hidden_size, config.hidden_size, 24))
-        for config in _DECODERS
-    ]
-    return Compressor(encoder, ports)
+    width = _ENCODER.hidden_size
+    bridges = [make_bridge("mlp", width, config.hidden_size, 24) for config in _DECODERS]
+    if shared_bridge:
+        return Compressor(encoder, [DecoderPort(width, nn.Identity()) for _ in bridges], bridges[0])
+    return Compressor(encoder, [DecoderPort(width, bridge) for bridge in bridges])
 
 
-def tiny_decoders(*, activation_checkpointing: bool = False) -> list[Decoder]:
-    """Two decoders with different widths and vocabularies, one with a tied head."""
-    decoders = bare_decoders(activation_checkpointing=activation_checkpointing)
+def tiny_decoders(*, activation_checkpointing: bool = False, shared_bridge: bool = False) -> list[Decoder]:
+    """Two decoders with different vocabularies, one with a tied head. Without a shared bridge their widths differ."""
+    decoders = bare_decoders(activation_checkpointing=activation_checkpointing, shared_bridge=shared_bridge)
     for seed, decoder in enumerate(decoders):
         _fill(decoder.parameters(), seed=10 + seed)
     return decoders
 
 
-def bare_decoders(*, activation_checkpointing: bool = False) -> list[Decoder]:
+def bare_decoders(*, activation_checkpointing: bool = False, shared_bridge: bool = False) -> list[Decoder]:
     """The modules of `tiny_decoders` without weights."""
-    return [Decoder(config, activation_checkpointing=activation_checkpointing) for config in _DECODERS]
+    configs = _DECODERS
+    if shared_bridge:
+        configs = (configs[0], dataclasses.replace(configs[1], hidden_size=configs[0].hidden_size, head_dim=12))
+    return [Decoder(config, activation_checkpointing=activation_checkpointing) for config in configs]
 
 
 def tiny_groups(compressor: Compressor) -> tuple[ParamGroup, ...]:
@@ -227,6 +232,8 @@ def plain_loss(
         for part in _in_parts(samples_of_step(step, decoder_idx=decoder_idx), mean_of_parts):
             batch = pack(part, POOLING)
             z_ZD = compressor.ports[decoder_idx](compressor.encoder(batch), batch)
+            if compressor.bridge is not None:
+                z_ZD = compressor.bridge(z_ZD)
             nll.append(decoders[decoder_idx](batch, z_ZD))
     mean = torch.cat(nll).mean()
     if mean_of_parts == 1:

@@ -21,6 +21,7 @@ from arc_ds.errors import ConfigError
 from arc_ds.inference.load import ArcFolder
 from arc_ds.model.spec import CompressorSpec, build_port
 from arc_ds.model.weights import SelectedTensors, TensorSource, use_memory_tokens
+from arc_ds.system import dist
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class SavedPorts:
     decoders: their decoders and settings in training.
     ids_digests: of each decoder's tokenizer (`tokenizers.ids_digest`); None if unknown.
     places: for each trained decoder, the place of its port.
-    kept: tensors of the kept ports, by their names in a compressor of `spec`.
+    kept: tensors of the kept ports on rank 0, by their names in a compressor of `spec`.
     """
 
     spec: CompressorSpec
@@ -140,7 +141,7 @@ def tensors_of_run(folder: ArcFolder, spec: CompressorSpec, plan: PortPlan) -> T
 def saved_ports(
     config: RunConfig, spec: CompressorSpec, ids_digests: Sequence[str], plan: PortPlan, folder: ArcFolder | None
 ) -> SavedPorts:
-    """The ports of the run's checkpoints. Reads the tensors of kept ports.
+    """The ports of the run's checkpoints. Rank 0, which saves them, reads the tensors of kept ports.
 
     spec: of the run's compressor.
     ids_digests: of the trained decoders.
@@ -157,7 +158,7 @@ def saved_ports(
         theirs = folder.decoders[port]
         decoder = TrainedFor(name=name, rope_scaling=theirs.rope_scaling, bos=theirs.bos)
         by_place[place] = decoder, folder.spec.decoder_sizes[port], theirs.ids_digest
-        for leaf in _leaves(replace(folder.spec, bridge_shared=False)):
+        for leaf in _leaves(replace(folder.spec, bridge_shared=False)) if dist.is_main() else ():
             kept[f"ports.{place}.{leaf}"] = folder.tensors.tensor(_in_folder(leaf, port, folder.spec))
     decoders, sizes, digests = zip(*(by_place[place] for place in sorted(by_place)), strict=True)
     return SavedPorts(

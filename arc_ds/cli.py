@@ -28,8 +28,8 @@ COMMANDS = {
     "shards": Command("arc_ds.commands.shards", "build, check, show and measure webdataset shards"),
     "export": Command("arc_ds.commands.export", "convert a run's checkpoint to weights that other programs can load"),
     "import": Command("arc_ds.commands.import_", "turn a released ARC-Encoder into a checkpoint that ARC-DS reads"),
-    "compress": Command("arc_ds.commands.generate", "compress texts into vectors"),
-    "generate": Command("arc_ds.commands.generate", "let a decoder continue a prompt with compressed contexts"),
+    "compress": Command("arc_ds.commands.compress", "compress texts into vectors"),
+    "generate": Command("arc_ds.commands.generate", "let a decoder continue prompts with compressed contexts"),
     "doctor": Command("arc_ds.commands.doctor", "check this machine and say how to fix what is missing"),
     "demo": Command("arc_ds.commands.demo", "build shards, train, resume, export and use a small ARC-Encoder"),
 }

@@ -196,9 +196,9 @@ class ArcModel:
         Adds no begin-of-text token. Raises DataError on an empty sequence or an id outside the vocabulary.
         """
         reader = self._reader(decoder)
-        if not sequences:
+        samples = [Sample("logits", segments) for segments in _checked_sequences("sequences", sequences)]
+        if not samples:
             return []
-        samples = [Sample("logits", tuple(segments)) for segments in sequences]
         batch = self._pack(samples, reader)
         self._warn_of_long_sequence(batch.decoder_max_seqlen, 0, decoder)
         logits_NV = reader.logits(batch, self._vectors(batch, decoder), batch.text_rows)
@@ -267,7 +267,7 @@ class ArcModel:
         `decoder_stop_ids[decoder]` are those of `generate`.
         """
         return self._generate(
-            prompts,
+            _checked_sequences("prompts", prompts),
             decoder,
             max_new_tokens=max_new_tokens,
             stop_ids=self._checked_stop_ids(stop_ids, decoder),
@@ -382,12 +382,16 @@ class ArcModel:
             after_context = isinstance(part, Context)
         return segments
 
-    def _context(self, context: str | Sequence[int], decoder: int, marker: Marker | None, where: str) -> Segment:
+    def check_port(self, decoder: int, marker: Marker | None) -> None:
+        """Raise ConfigError if the compressor has no port of this index, or no such marker."""
         if decoder not in range(len(self.compressor.ports)):
             raise ConfigError(f"decoder {decoder!r} was requested; the compressor serves {len(self.compressor.ports)}")
         if marker is not None and marker not in self.spec.markers:
             have = " and ".join(self.spec.markers) or "no marker"
             raise ConfigError(f"marker is {marker!r}; this compressor has {have}: use one that it has, or None")
+
+    def _context(self, context: str | Sequence[int], decoder: int, marker: Marker | None, where: str) -> Segment:
+        self.check_port(decoder, marker)
         if not isinstance(context, str):
             try:
                 ids = TokenIds(context)
@@ -442,6 +446,23 @@ def _check_is_list(what: str, given: object) -> None:
     """Raise DataError on a single text, which would be read as a list of its characters or bytes."""
     if isinstance(given, str | bytes | bytearray | Context) or not isinstance(given, Iterable):
         raise DataError(f"{what} is one {type(given).__name__}; expected a list: write [{what.removesuffix('s')}]")
+
+
+def _checked_sequences(what: str, given: Sequence[Sequence[Segment]]) -> list[tuple[Segment, ...]]:
+    """The sequences as tuples. Raises DataError unless each is a list of `Segment`."""
+    _check_is_list(what, given)
+    sequences: list[tuple[Segment, ...]] = []
+    for idx, segments in enumerate(given):
+        where = f"{what}[{idx}]"
+        if isinstance(segments, Segment) or not isinstance(segments, Iterable):
+            raise DataError(f"{where} is one {type(segments).__name__}; expected a list of Segment: write [[...]]")
+        sequences.append(tuple(segments))
+        if others := [part for part in sequences[-1] if not isinstance(part, Segment)]:
+            raise DataError(
+                f"{where} holds a {type(others[0]).__name__}; expected Segment.text(ids) and Segment.context(ids). "
+                "`generate` also takes texts."
+            )
+    return sequences
 
 
 def _stop_texts(stop: Sequence[str]) -> list[str]:

@@ -156,7 +156,7 @@ def starting_compressor(
     """
     with torch.device("meta") if within is None else within:
         compressor = build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
-    load_backbone(compressor, weights.tensors, **weights.names)
+    load_backbone(compressor, weights.tensors, **weights.names, name="encoder")
     _fill_rest(compressor, config, spec, weights.plan)
     set_trained(
         compressor.encoder,
@@ -198,7 +198,7 @@ class DecoderFiles:
         if within is not None:
             with within:
                 decoder = Decoder(decoder.config, activation_checkpointing=decoder.activation_checkpointing)
-        load_backbone(decoder, self.tensors, dtype=dtype, device=device)
+        load_backbone(decoder, self.tensors, dtype=dtype, device=device, name="decoder")
         return decoder.eval()
 
 

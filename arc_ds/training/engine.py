@@ -95,17 +95,23 @@ def choose_placement(
 def partitioned(ds_config: Mapping[str, Any]) -> Iterator[None]:
     """Context in which new modules are built partitioned: each rank creates and keeps only its shards. Collective.
 
-    The modules keep their default initialization; fill them with `weights.load_backbone` and `weights.set_parameter`.
+    Fill all parameters with `weights.load_backbone` and `weights.set_parameter`. Their initial values differ between
+    ranks: DeepSpeed would send every parameter from rank 0 to the others, only for the files to replace it.
 
     ds_config: config of the engine that will hold the modules.
     """
     import deepspeed
     from deepspeed.utils import groups
 
+    class Init(deepspeed.zero.Init):
+        def _zero_init_param(self, param: Any) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+
     with _hpz_groups(ds_config):
         # Pass the config instead of `dtype`: with `dtype`, DeepSpeed 0.19.8 always builds bfloat16 on the CPU.
         group = groups._get_zero_param_intra_parallel_group()
-        with deepspeed.zero.Init(config_dict_or_path=dict(ds_config), zero_param_parallel_group=group):
+        with Init(config_dict_or_path=dict(ds_config), zero_param_parallel_group=group):
             yield
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.names import RotaryPairs, Shape, permute_rotary, rotary_heads
+from arc_ds.model.weights.names import RotaryPairs, Shape, half_split_rows, permute_rotary, rotary_heads
 from arc_ds.model.weights.source import read_backbone_config
-from arc_ds.model.weights.stores import SafetensorsStore, same_values
+from arc_ds.model.weights.stores import ALL_ROWS, SafetensorsStore, same_values
 
 MULTI = "multi_module"  # the bridge_type of several decoders, each with a bridge of its own
 
@@ -72,10 +72,13 @@ class ArcCheckpoint:
         """Shape of every tensor, without reading it."""
         return {name: store.shapes[file_name] for name, (store, file_name) in self.file_names.items()}
 
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor to the CPU in the file's dtype."""
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """Read a tensor, or a slice of its rows, to the CPU in the file's dtype."""
         store, file_name = self.file_names[name]
-        return _permute(name, store.tensor(file_name), self.backbone, to="half")
+        heads = rotary_heads(name, self.backbone)
+        if heads is None:
+            return store.tensor(file_name, rows)
+        return half_split_rows(partial(store.tensor, file_name), rows, self.shapes[name][0], heads)
 
 
 def read_arc_checkpoint(

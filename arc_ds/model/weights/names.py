@@ -110,3 +110,19 @@ def permute_rotary(weight: Tensor, num_heads: int, *, to: RotaryPairs) -> Tensor
     pairs = rows // num_heads // 2
     split = (num_heads, pairs, 2) if to == "half" else (num_heads, 2, pairs)
     return weight.reshape(*split, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def half_split_rows(read: Callable[[slice], Tensor], rows: slice, num_rows: int, num_heads: int) -> Tensor:
+    """Rows, in half-split order, of a projection whose file pairs (2i, 2i + 1). Reads whole heads, and no others.
+
+    read: reads a slice of the file's rows.
+    rows: the wanted rows.
+    num_rows: number of rows of the projection.
+    num_heads: number of heads among them.
+    """
+    first, last, _ = rows.indices(num_rows)
+    head_dim = num_rows // num_heads
+    first_head, last_head = first // head_dim, -(-last // head_dim)
+    before = first_head * head_dim
+    heads = permute_rotary(read(slice(before, last_head * head_dim)), last_head - first_head, to="half")
+    return heads[first - before : last - before]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arc_ds.model.weights.load import TensorSource
 from arc_ds.model.weights.names import Shape
+from arc_ds.model.weights.stores import ALL_ROWS
 
 MEMORY = "encoder.memory"
 
@@ -38,9 +39,12 @@ class SelectedTensors:
         whole = {name: self.source.shapes[theirs] for name, theirs in self.names.items()}
         return whole | {name: (rows, *whole[name][1:]) for name, rows in self.num_rows.items()}
 
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor to the CPU."""
-        return self.source.tensor(self.names[name])[: self.num_rows.get(name)]
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """Read a tensor, or a slice of its rows, to the CPU."""
+        num_rows = self.num_rows.get(name)
+        if num_rows is not None:
+            rows = slice(*rows.indices(num_rows))
+        return self.source.tensor(self.names[name], rows)
 
 
 def use_memory_tokens(source: TensorSource, num: int) -> TensorSource:

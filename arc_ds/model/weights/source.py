@@ -21,9 +21,9 @@ from arc_ds.model.weights.names import (
     NamePredicate,
     Shape,
     backbone_shapes,
+    half_split_rows,
     join_faults,
     no_name,
-    permute_rotary,
     rotary_heads,
     shape_faults,
 )
@@ -57,20 +57,25 @@ class BackboneSource:
         """Shape of every parameter by internal name, in forward order."""
         return backbone_shapes(self.config)
 
-    def tensor(self, name: str) -> Tensor:
-        """Read one parameter by internal name, and no other.
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """Read one parameter, or a slice of its rows, by internal name, and no other.
 
         Returns a CPU tensor in the file's dtype (float32 if it was quantised), with rotary rows in half-split order.
         Raises KeyError for an unknown name.
         """
         num_rows = self.shapes[name][0]
         file_name, held = self.tensor_names.find(name)
-        start = sum(self.shapes[other][0] for other in held[: held.index(name)])
-        weight = self.store.tensor(file_name, ALL_ROWS if len(held) == 1 else slice(start, start + num_rows))
+        offset = sum(self.shapes[other][0] for other in held[: held.index(name)])
+
+        def read(part: slice) -> Tensor:
+            first, last, _ = part.indices(num_rows)
+            is_whole = len(held) == 1 and (first, last) == (0, num_rows)
+            return self.store.tensor(file_name, ALL_ROWS if is_whole else slice(offset + first, offset + last))
+
         heads = rotary_heads(name, self.config)
         if heads is not None and self.tensor_names.interleaved:
-            weight = permute_rotary(weight, heads, to="half")
-        return weight
+            return half_split_rows(read, rows, num_rows, heads)
+        return read(rows)
 
     def check(self, is_unused: NamePredicate) -> None:
         """Raise WeightsError with all tensors that are missing, contradict the sizes, or are no part of the model.

@@ -33,7 +33,7 @@ from arc_ds.training.build_model import (
 )
 from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, partitioned, place_decoder
 from arc_ds.training.optim import PortAdamW, make_param_groups
-from arc_ds.training.ports import saved_ports, warn_of_kept_ports
+from arc_ds.training.ports import saved_ports, warn_of_ports
 from arc_ds.training.run import InputDigests, Run
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.validate import Validator
@@ -104,8 +104,9 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     with dist.fail_together():
         digests = [decoder.ids_digest for decoder in parts.decoders]
         ports = saved_ports(config, parts.spec, digests, parts.weights.plan, parts.weights.folder)
-    if config.optimizer.encoder_lr and any(param.requires_grad for param in compressor.encoder.parameters()):
-        warn_of_kept_ports(parts.weights.plan)
+    is_encoder_trained = any(param.requires_grad for param in compressor.encoder.parameters())
+    trains_encoder = is_encoder_trained and config.optimizer.encoder_lr > 0
+    warn_of_ports(config, parts.weights.plan, parts.weights.folder, trains_encoder=trains_encoder)
     optimizer = PortAdamW(
         make_param_groups(compressor, config.optimizer),
         betas=config.optimizer.betas,

@@ -310,7 +310,7 @@ def _check_shared_bridge(config: RunConfig, folder: ArcFolder, plan: PortPlan) -
     if len(names) > 1 and not folder.spec.bridge_shared:
         raise ConfigError(
             f"bridge.shared is true, but {config.encoder.init_from} has a bridge for each of {', '.join(names)}. Set "
-            "fresh_bridge for all of them but the one whose bridge all shall share, or bridge.shared=false."
+            "fresh_bridge for all of them except the one whose bridge they will share, or bridge.shared=false."
         )
 
 

@@ -166,9 +166,17 @@ def saved_ports(
     )
 
 
-def warn_of_kept_ports(plan: PortPlan) -> None:
-    """Warn that kept ports may no longer fit, because the run trains the encoder."""
-    if plan.kept:
+def warn_of_ports(config: RunConfig, plan: PortPlan, folder: ArcFolder | None, *, trains_encoder: bool) -> None:
+    """Warn of kept ports that may no longer fit a trained encoder, and of ports that get a decoder of another name."""
+    for (idx, decoder), port in zip(config.trained_decoders.items(), plan.sources, strict=True):
+        name = None if folder is None or port is None else folder.decoders[port].name
+        if name not in (None, decoder.name):
+            logger.warning(
+                "decoder %s continues the bridge and markers of %s, which are at its place in encoder.init_from. If it "
+                "is a new decoder, set decoders.%d.fresh_bridge=true.",
+                *(decoder.name, name, idx),
+            )
+    if plan.kept and trains_encoder:
         logger.warning(
             "the run trains the encoder, but keeps the bridges and markers of %s unchanged: they may no longer fit it. "
             "To keep them usable, freeze the encoder (encoder.trained_layers=0 encoder.train_embeddings=false), or "

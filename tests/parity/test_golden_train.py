@@ -40,7 +40,7 @@ RUNS = ["train_freeze", "train_microbatch", "train_multi", "train_multi_fair_ins
 
 @dataclass(kw_only=True)
 class Trained:
-    """What a run gave: relative errors of losses and gradient norms, and its compressor before and after."""
+    """Results of a run: relative errors of losses and gradient norms, and its compressor before and after."""
 
     start: dict[str, Tensor]
     compressor: Compressor

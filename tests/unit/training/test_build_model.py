@@ -29,6 +29,7 @@ from arc_ds.training.build_model import (
     open_starting_weights,
     starting_compressor,
 )
+from arc_ds.training.ports import warn_of_ports
 from tests.helpers.tiny_data import swap_letters, write_json_tokenizer, write_tekken
 from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf, write_mistral
 from tests.helpers.tiny_run import write_inputs
@@ -169,6 +170,26 @@ def test_a_new_decoder_without_a_fresh_bridge_is_told_so(
     _start(_from_export(config_file, new, "decoders.0.fresh_bridge=true"))  # the remedy
 
 
+def test_stale_and_renamed_ports_are_warned_of(
+    config_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = _export(config_file, tmp_path, compressor_spec(load_config(config_file)), ("wide", "other"))
+
+    def warnings(name: str, *, trains_encoder: bool) -> str:
+        new = f"decoders=[{{name: {name}, backbone: {config_file.parent / 'wide'}}}]"
+        config = load_config(config_file, [f"encoder.init_from={folder}", new])
+        weights = open_starting_weights(config, compressor_spec(config))
+        caplog.clear()
+        warn_of_ports(config, weights.plan, weights.folder, trains_encoder=trains_encoder)
+        return caplog.text
+
+    assert not warnings("wide", trains_encoder=False)
+    assert "keeps the bridges and markers of other unchanged" in warnings("wide", trains_encoder=True)
+    renamed = warnings("renamed", trains_encoder=False)
+    assert "decoder renamed continues the bridge and markers of wide" in renamed
+    assert "set decoders.0.fresh_bridge=true" in renamed
+
+
 def test_the_first_memory_tokens_are_a_start(config_file: Path, tmp_path: Path) -> None:
     memory = ["pooling.factors=[]", "pooling.memory_tokens=8"]
     spec = compressor_spec(load_config(config_file, memory))
@@ -199,7 +220,7 @@ def test_a_shared_bridge_is_copied_to_each_port_and_one_bridge_may_become_shared
     for remedy in ("bridge.shared=false", "encoder.keep_ports=false"):
         _start(load_config(config_file, [*one, remedy]))
     two = _export(config_file, tmp_path / "two", dataclasses.replace(spec, bridge_shared=False), ("other", "encoder"))
-    with pytest.raises(ConfigError, match="has a bridge for each of other, encoder.*fresh_bridge for all of them but"):
+    with pytest.raises(ConfigError, match="has a bridge for each of other, encoder.*fresh_bridge for all of them except"):
         _start(load_config(config_file, [f"encoder.init_from={two}", *shared]))
     found = _start(load_config(config_file, [f"encoder.init_from={two}", *shared, "decoders.1.fresh_bridge=true"]))
     old = load_file(two / "model.safetensors")

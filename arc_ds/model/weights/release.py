@@ -1,7 +1,7 @@
 """Released encoders as downloaded: one `model.safetensors` with the tensors of an ARC checkpoint.
 
-The names are those of the ARC format with the prefix `embedder.` or `bridge_module.`. The file has no sizes and no settings, so
-both come from its shapes, from the backbone, and from a `config.json` if there is one.
+The names are those of the ARC format with the prefix `embedder.` or `bridge_module.`. The file has no sizes and no
+settings, so both come from its shapes, from the backbone, and from a `config.json` if there is one.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ def test_a_shared_bridge_is_copied_to_each_port_and_one_bridge_may_become_shared
     for remedy in ("bridge.shared=false", "encoder.keep_ports=false"):
         _start(load_config(config_file, [*one, remedy]))
     two = _export(config_file, tmp_path / "two", dataclasses.replace(spec, bridge_shared=False), ("other", "encoder"))
-    with pytest.raises(ConfigError, match="has a bridge for each of other, encoder.*fresh_bridge for all of them except"):
+    with pytest.raises(ConfigError, match="a bridge for each of other, encoder.*fresh_bridge for all of them except"):
         _start(load_config(config_file, [f"encoder.init_from={two}", *shared]))
     found = _start(load_config(config_file, [f"encoder.init_from={two}", *shared, "decoders.1.fresh_bridge=true"]))
     old = load_file(two / "model.safetensors")

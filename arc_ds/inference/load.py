@@ -104,13 +104,18 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcF
 
 def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Compressor:
     """Build a compressor of the given spec with the source's tensors. Raises WeightsError if they do not fit."""
-    try:
-        with torch.device("meta"):
-            compressor = build_compressor(spec)
-    except ValueError as error:
-        raise WeightsError(f"{source.path} describes an invalid compressor: {error}. Export it again.") from error
+    compressor = empty_compressor(spec, source.path)
     load_backbone(compressor, source, dtype=dtype, device=device)
     return compressor
+
+
+def empty_compressor(spec: CompressorSpec, path: Path) -> Compressor:
+    """Build a compressor on "meta". Raises WeightsError if the spec is invalid. path: of its origin, for the message."""
+    try:
+        with torch.device("meta"):
+            return build_compressor(spec)
+    except ValueError as error:
+        raise WeightsError(f"{path} describes an invalid compressor: {error}. Export it again.") from error
 
 
 def open_decoder(

@@ -25,6 +25,7 @@ from arc_ds.inference.load import (
     ArcFolder,
     check_decoder_tokenizer,
     check_encoder_tokenizer,
+    empty_compressor,
     open_arc_folder,
     open_decoder,
 )
@@ -121,8 +122,8 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
         plan, folder = plan_ports(config.decoders, (), keep_unlisted=False), None
     else:
         folder = open_arc_folder(Path(encoder.init_from), Path(encoder.backbone))
-        with torch.device("meta"):
-            check_fit(build_compressor(folder.spec), folder.tensors)  # so the run knows every tensor that it leaves out
+        # Afterwards every tensor is known, also those that the run leaves out.
+        check_fit(empty_compressor(folder.spec, folder.tensors.path), folder.tensors)
         theirs = [decoder.name for decoder in folder.decoders]
         plan = plan_ports(config.decoders, theirs, keep_unlisted=encoder.keep_ports)
         _check_same_meaning(config, spec, folder, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -134,6 +135,17 @@ def test_a_tensor_that_the_export_does_not_describe_is_named(
         _start(load_config(config_file, [f"encoder.init_from={folder}"]))
     save_file(tensors, folder / "model.safetensors")  # the remedy
     _start(load_config(config_file, [f"encoder.init_from={folder}"]))
+
+
+def test_an_export_that_describes_an_invalid_compressor_is_one_error(
+    config_file: Path, tmp_path: Path, trained: TrainedCompressor
+) -> None:
+    folder = shutil.copytree(config_file.parent / "export", tmp_path / "export")
+    plain = json.loads((folder / "config.json").read_text())
+    plain["compressor"]["num_layers"] = 9
+    (folder / "config.json").write_text(json.dumps(plain))
+    with pytest.raises(WeightsError, match="describes an invalid compressor: num_layers is 9"):
+        _start(load_config(config_file, [f"encoder.init_from={folder}"]))
 
 
 def test_markers_that_the_export_lacks_are_named(config_file: Path, tmp_path: Path) -> None:

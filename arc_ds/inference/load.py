@@ -110,7 +110,7 @@ def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.de
 
 
 def empty_compressor(spec: CompressorSpec, path: Path) -> Compressor:
-    """Build a compressor on "meta". Raises WeightsError if the spec is invalid. path: of its origin, for the message."""
+    """Build a compressor on "meta". Raises WeightsError, which names the path of the spec, if the spec is invalid."""
     try:
         with torch.device("meta"):
             return build_compressor(spec)

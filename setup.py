@@ -19,11 +19,8 @@ def read_version() -> str:
     return match.group(1)
 
 
+# Use of an export: compress, generate, export. Everything else is in an extra.
 CORE = [
-    "deepspeed>=0.19.6",
-    "fsspec[http]>=2024.6",
-    "matplotlib>=3.8",
-    "mlflow>=3.0",
     "numpy>=1.26",
     "packaging>=24.0",
     "pyyaml>=6.0",
@@ -31,13 +28,22 @@ CORE = [
     "sentencepiece>=0.2.0",
     "torch>=2.10",
     "tqdm>=4.66",
-    "triton>=3.5; sys_platform == 'linux'",
-    "webdataset>=1.0",
     "xxhash>=3.4",
 ]
 EXTRAS = {
+    # `arc-ds train` and `arc-ds shards`.
+    "train": [
+        "deepspeed>=0.19.6",
+        "fsspec[http]>=2024.6",
+        "matplotlib>=3.8",
+        "mlflow>=3.0",
+        "triton>=3.5; sys_platform == 'linux'",
+        "webdataset>=1.0",
+    ],
     # Readers of GGUF weights and of tokenizer.json and tiktoken files.
     "backbones": ["gguf>=0.17", "tiktoken>=0.8", "tokenizers>=0.21"],
+    # The core with the readers of every decoder.
+    "inference": ["arc-ds[backbones]"],
     "dev": [
         "hypothesis>=6.100",
         "mypy>=1.13",

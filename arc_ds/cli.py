@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from arc_ds.errors import ArcError
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_USER_ERROR, exit_code_of
+from arc_ds.system.packages import missing_package
 from arc_ds.version import __version__
 
 
@@ -58,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArcError as error:
         print(f"arc-ds {name}: {error}", file=sys.stderr)
         return exit_code_of(error)
+    except ModuleNotFoundError as error:
+        if (missing := missing_package(error.name or "")) is None:
+            raise
+        print(f"arc-ds {name}: {missing}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"arc-ds {name}: interrupted", file=sys.stderr)
         return 130

@@ -34,11 +34,12 @@ from typing import Any
 from torch import Tensor
 
 from arc_ds.checkpoints.kept_ports import write_kept_ports
-from arc_ds.checkpoints.manifest import FileEntry, Manifest, find_faults, read_manifest, seal_file, write_manifest
+from arc_ds.checkpoints.manifest import Manifest, read_manifest, seal_file, write_manifest
 from arc_ds.checkpoints.reshard import load_resharded
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
 from arc_ds.errors import CheckpointError
 from arc_ds.system import dist
+from arc_ds.system.checksums import FileEntry, find_faults
 from arc_ds.system.files import output, sync_folder, write_whole
 
 logger = logging.getLogger(__name__)

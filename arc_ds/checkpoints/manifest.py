@@ -15,26 +15,11 @@ from typing import Any
 import xxhash
 
 from arc_ds.errors import CheckpointError
+from arc_ds.system.checksums import FileEntry, hash_file
 from arc_ds.system.files import sync_file, write_whole
-from arc_ds.system.user_files import is_lfs_pointer
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
-_CHUNK_BYTES = 8 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
-    """One file of a checkpoint.
-
-    path: relative to the checkpoint's folder, with /.
-    size: in bytes.
-    xxh128: checksum of the content, in hex.
-    """
-
-    path: str
-    size: int
-    xxh128: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +29,6 @@ class Manifest:
     step: int
     world_size: int
     files: tuple[FileEntry, ...]
-
-
-def hash_file(path: Path) -> str:
-    """xxh128 of a file's content in hex (about 10 GB/s). Detects accidental damage, not tampering."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def seal_file(folder: Path, path: Path) -> FileEntry:
@@ -85,24 +61,6 @@ def read_manifest(folder: Path) -> Manifest:
         )
     files = tuple(FileEntry(**entry) for entry in content["files"])
     return Manifest(step=content["step"], world_size=content["world_size"], files=files)
-
-
-def find_faults(folder: Path, entries: tuple[FileEntry, ...]) -> list[str]:
-    """List the faults of these files, one sentence each. Empty if all files match the manifest."""
-    return [fault for entry in entries if (fault := _fault(folder / entry.path, entry)) is not None]
-
-
-def _fault(path: Path, entry: FileEntry) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != entry.size:
-            is_pointer = size < 1024 and is_lfs_pointer(path.read_bytes())
-            state = " (a pointer of Git LFS: run `git lfs pull`)" if is_pointer else ""
-            return f"{path} has {size} bytes{state}, but its manifest says {entry.size}"
-        found = hash_file(path)
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
-    return None if found == entry.xxh128 else f"{path} has checksum {found}, but its manifest says {entry.xxh128}"
 
 
 def _digest(content: dict[str, Any]) -> str:

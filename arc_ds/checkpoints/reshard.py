@@ -50,7 +50,7 @@ class _Shards:
     def pieces(self, name: str, key: str) -> list[Tensor]:
         """The pieces of one state (`_MASTER`: the fp32 weights) of a parameter on the old ranks, as unread views."""
         place = self.places[name]
-        size = _piece_numel(place.numel, len(self.per_rank))
+        size = piece_numel(place.numel, len(self.per_rank))
         flats = (
             file["fp32_flat_groups"][place.sub_group]
             if key == _MASTER
@@ -67,7 +67,7 @@ def cut_anew(pieces: Sequence[Tensor], numel: int, *, rank: int, world_size: int
 
     Returns a new tensor [ceil(numel / world_size)]; padding after `numel` is zero.
     """
-    old, new = _piece_numel(numel, len(pieces)), _piece_numel(numel, world_size)
+    old, new = piece_numel(numel, len(pieces)), piece_numel(numel, world_size)
     result = pieces[0].new_zeros(new)
     start, end = min(rank * new, numel), min((rank + 1) * new, numel)
     position = start
@@ -79,7 +79,7 @@ def cut_anew(pieces: Sequence[Tensor], numel: int, *, rank: int, world_size: int
     return result
 
 
-def _piece_numel(numel: int, world_size: int) -> int:
+def piece_numel(numel: int, world_size: int) -> int:
     return -(-numel // world_size)
 
 
@@ -124,7 +124,7 @@ def _open_shards(path: Path, written_by: int, param_shapes: Sequence[Mapping[str
         for name, shape in shapes.items():
             numel = torch.Size(shape).numel()
             places[name] = _Place(sub_group=sub_group, offset=offset, numel=numel)
-            offset += _piece_numel(numel, written_by)
+            offset += piece_numel(numel, written_by)
         found = per_rank[0]["fp32_flat_groups"][sub_group].numel()
         if found != offset:
             raise CheckpointError(f"{path}: sub-group {sub_group} has {found} elements a rank, expected {offset}.")

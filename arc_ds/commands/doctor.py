@@ -77,7 +77,9 @@ def package_findings(requirements: Sequence[str]) -> Iterator[Finding]:
         requirement = Requirement(line)
         in_marker = re.search(r'extra == "(.+?)"', str(requirement.marker))
         extra = in_marker and in_marker[1]
-        if extra == "dev" or (requirement.marker and not requirement.marker.evaluate({"extra": extra or ""})):
+        if extra == "dev" or requirement.name == "arc-ds":  # an extra may contain another one
+            continue
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra or ""}):
             continue
         cure = f"pip install 'arc-ds[{extra}]'" if extra else f"pip install '{requirement.name}{requirement.specifier}'"
         try:

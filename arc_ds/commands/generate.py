@@ -32,6 +32,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         required=True,
         help="weights of each decoder, in the export's order",
     )
+    generate.add_argument(
+        "--force", action="store_true", help="use a decoder that is another model than the one of the training"
+    )
     generate.add_argument("prompt", nargs="?", help="the prompt; - reads it from standard input")
     generate.add_argument(
         "--input", type=path_argument, help="JSONL file of prompts or questions, in place of a prompt"

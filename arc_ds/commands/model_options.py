@@ -43,7 +43,7 @@ def chosen_marker(chosen: str | None, model: ArcModel) -> Marker | None:
 
 
 def load_model(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
-    """Load the model of the options."""
+    """Load the model of the options. `--force`, of commands that load decoders, lets these be other models."""
     return ArcModel.from_checkpoint(
         args.model,
         decoders=decoders,
@@ -52,4 +52,5 @@ def load_model(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
         dtype=DTYPES[args.dtype],
         pooling_factor=args.pooling_factor,
         memory_tokens=args.memory_tokens,
+        force="force" in args and args.force,
     )

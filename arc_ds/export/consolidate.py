@@ -1,14 +1,13 @@
-"""Join the ZeRO shards of a checkpoint into whole tensors, without a GPU and without a process group."""
+"""Open the ZeRO shards of checkpoints as whole tensors, without a GPU, a process group or DeepSpeed.
+
+Nothing but names and places is read here. The tensors are read in blocks when they are written.
+"""
 
 from __future__ import annotations
 
-import io
 import logging
-import os
-import sys
-from collections.abc import Mapping
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,14 @@ from arc_ds.checkpoints.checkpoint import (
     reading,
 )
 from arc_ds.checkpoints.kept_ports import name_in_export, read_kept_ports
-from arc_ds.checkpoints.manifest import find_faults, read_manifest
+from arc_ds.checkpoints.manifest import read_manifest
 from arc_ds.checkpoints.trained_for import TrainedFor
+from arc_ds.checkpoints.zero_shards import open_parameters
 from arc_ds.errors import CheckpointError
+from arc_ds.export.training_record import TrainingRecord, read_training_record
 from arc_ds.model.spec import CompressorSpec
+from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy
+from arc_ds.system.checksums import find_faults
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ _MAX_ATTEMPTS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedCompressor:
-    """A trained compressor, read from a checkpoint.
+    """A trained compressor in a checkpoint, or the mean of several.
 
     spec: sizes and semantics of the compressor.
     tensors: float32 tensors by their names in `Compressor`.
@@ -44,17 +47,23 @@ class TrainedCompressor:
     encoder_fingerprint: of the encoder's tokenizer in training; None if the checkpoint does not record it.
     decoder_ids: digest of each decoder's tokenizer (`tokenizers.ids_digest`); None if it is unknown. Empty if the
         checkpoint records none.
+    decoder_weights: samples of each decoder's weights by its name (`weight_samples.sample_weights`), if recorded.
     max_context_tokens: length of the longest context in training; None if the checkpoint does not record it.
+    averaged_steps: steps of the checkpoints whose mean this is; empty for one checkpoint.
+    record: what the run's folder says about the training; None if this is no checkpoint of a run.
     """
 
     spec: CompressorSpec
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor | LazyTensor]
     step: int
     encoder_tokenizer: str
     decoders: tuple[TrainedFor, ...]
     encoder_fingerprint: str | None = None
     decoder_ids: tuple[str | None, ...] = ()
+    decoder_weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     max_context_tokens: int | None = None
+    averaged_steps: tuple[int, ...] = ()
+    record: TrainingRecord | None = None
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -73,18 +82,26 @@ def find_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} holds no checkpoint. Expected a run's folder or one of its checkpoints/step_NNNNNN")
 
 
-def consolidate_newest(path: Path) -> tuple[Path, TrainedCompressor]:
+def consolidate_newest(
+    path: Path, average: int = 1, use: Callable[[TrainedCompressor], object] = lambda trained: None
+) -> tuple[Path, TrainedCompressor]:
     """The checkpoint that `find_checkpoint` finds, and its compressor as `consolidate` reads it.
 
-    If a run that is going on removes it meanwhile, the newest one is read instead.
+    average: number of checkpoints, up to this one, whose mean is taken.
+    use: called with the compressor, to read its tensors.
 
-    Raises CheckpointError like both, and CheckpointRemoved if `path` itself is removed, or too many in a row.
+    If a run that is going on removes one of the checkpoints before `use` returns, the newest ones are read instead.
+
+    Raises CheckpointError like both, and if there are fewer checkpoints than `average`. Raises CheckpointRemoved if
+    `path` itself is removed, or too many in a row.
     """
     attempts = 0
     while True:
         checkpoint, attempts = find_checkpoint(path), attempts + 1
         try:
-            return checkpoint, consolidate(checkpoint)
+            trained = _average([consolidate(each) for each in _last_checkpoints(checkpoint, average)])
+            use(trained)
+            return checkpoint, trained
         except CheckpointRemoved:
             if checkpoint == path or attempts == _MAX_ATTEMPTS:
                 raise
@@ -92,17 +109,61 @@ def consolidate_newest(path: Path) -> tuple[Path, TrainedCompressor]:
 
 
 def consolidate(checkpoint: Path) -> TrainedCompressor:
-    """Join the shards of a checkpoint into whole float32 tensors, including frozen ones. Holds all of them in memory.
+    """Open the shards of a checkpoint as whole float32 tensors, including frozen ones.
 
-    Checksums of all files are verified first, because DeepSpeed's shards are pickles. Raises CheckpointError if a file
-    is missing or differs, or if the checkpoint does not describe its compressor, and CheckpointRemoved if it vanishes.
+    Checksums of all files are verified first. Raises CheckpointError if a file is missing or differs, or if the
+    checkpoint does not describe its compressor, and CheckpointRemoved if it vanishes.
     """
     with reading(checkpoint):
         return _consolidate(checkpoint)
 
 
+def _last_checkpoints(checkpoint: Path, count: int) -> list[Path]:
+    """The `count` checkpoints of a run up to the given one, oldest first."""
+    if count == 1:
+        return [checkpoint]
+    known = list_checkpoints(checkpoint.parent)
+    found = [path for path in known if path.name <= checkpoint.name or path == checkpoint][-count:]
+    if len(found) < count:
+        raise CheckpointError(
+            f"{checkpoint.parent} holds {len(found)} checkpoints up to {checkpoint.name}, but the mean of {count} was "
+            "requested. Lower --average, or keep more of them in the next run (checkpoint.keep_last)."
+        )
+    return found
+
+
+def _average(members: Sequence[TrainedCompressor]) -> TrainedCompressor:
+    """The mean of checkpoints of one run; everything else is the last one's."""
+    last = members[-1]
+    if len(members) == 1:
+        return last
+    shapes = [{name: tuple(tensor.shape) for name, tensor in each.tensors.items()} for each in members]
+    if any(each.spec != last.spec for each in members) or any(each != shapes[-1] for each in shapes):
+        steps = ", ".join(str(each.step) for each in members)
+        raise CheckpointError(
+            f"the checkpoints of the steps {steps} hold compressors of different sizes, so they have no mean. Export "
+            "one of them without --average."
+        )
+    tensors = {name: _mean([each.tensors[name] for each in members]) for name in last.tensors}
+    return replace(last, tensors=tensors, averaged_steps=tuple(each.step for each in members))
+
+
+def _mean(tensors: Sequence[Tensor | LazyTensor]) -> LazyTensor:
+    """The mean of float32 tensors, block by block. It is exact if all are equal, as frozen ones are."""
+    first, *others = (as_lazy(tensor) for tensor in tensors)
+
+    def read(start: int, stop: int) -> Tensor:
+        mean = first.read(start, stop)
+        for count, tensor in enumerate(others, start=2):
+            mean = mean + (tensor.read(start, stop) - mean) / count
+        return mean
+
+    return replace(first, read=read)
+
+
 def _consolidate(checkpoint: Path) -> TrainedCompressor:
-    faults = find_faults(checkpoint, read_manifest(checkpoint).files)
+    manifest = read_manifest(checkpoint)
+    faults = find_faults(checkpoint, manifest.files)
     if faults:
         raise CheckpointError(
             f"{checkpoint} is not valid: {'; '.join(faults)}. Export an earlier checkpoint of the run, or save again."
@@ -110,8 +171,9 @@ def _consolidate(checkpoint: Path) -> TrainedCompressor:
     state = read_trainer_state(checkpoint)
     description = _description(state, checkpoint)
     places = description.get("port_places")
-    tensors = {name_in_export(name, places): tensor for name, tensor in _join_shards(checkpoint).items()}
-    tensors |= {name: tensor.float() for name, tensor in read_kept_ports(checkpoint).items()}
+    trained = open_parameters(checkpoint, manifest.world_size)
+    tensors = {name_in_export(name, places): tensor for name, tensor in trained.items()}
+    tensors |= {name: as_lazy(tensor.float()) for name, tensor in read_kept_ports(checkpoint).items()}
     return TrainedCompressor(
         spec=CompressorSpec.from_json(description["compressor"]),
         tensors=tensors,
@@ -120,23 +182,10 @@ def _consolidate(checkpoint: Path) -> TrainedCompressor:
         decoders=tuple(TrainedFor(**d) for d in description["decoders"]),
         encoder_fingerprint=description.get("tokenizers", {}).get("encoder"),
         decoder_ids=tuple(description.get("decoder_ids", ())),
+        decoder_weights=description.get("decoder_weights", {}),
         max_context_tokens=description.get("max_context_tokens"),
+        record=read_training_record(checkpoint.parent.parent, state),
     )
-
-
-def _join_shards(checkpoint: Path) -> Mapping[str, Tensor]:
-    # No GPU is needed. Without this variable DeepSpeed detects an accelerator at import and logs the result.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Standard output is reserved for the command's own output. DeepSpeed prints its progress there, and its logger
-    # keeps the stream that it sees at the first import.
-    with redirect_stdout(sys.stderr):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    said = io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said):  # also its progress bar, which fills logs
-        tensors = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    logger.debug("%s", said.getvalue().rstrip())
-    return tensors
 
 
 def _description(state: TrainerState, checkpoint: Path) -> Mapping[str, Any]:

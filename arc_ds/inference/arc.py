@@ -30,10 +30,10 @@ from arc_ds.inference.load import (
     open_trained_decoders,
 )
 from arc_ds.model.compressor import Compressor
-from arc_ds.model.decoder import Decoder
+from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec
-from arc_ds.model.weights import load_backbone, use_memory_tokens
+from arc_ds.model.weights import use_memory_tokens
 from arc_ds.system.device import usable_device
 from arc_ds.system.user_files import check_encodable
 from arc_ds.tokenizers import Tokenizer, read_together
@@ -83,7 +83,7 @@ class ArcModel:
         self,
         spec: CompressorSpec,
         compressor: Compressor,
-        decoders: Sequence[Decoder],
+        decoders: Sequence[FrozenDecoder],
         *,
         encoder_tokenizer: Tokenizer | None = None,
         decoder_tokenizers: Sequence[Tokenizer | None] = (),
@@ -116,6 +116,9 @@ class ArcModel:
         dtype: torch.dtype = torch.float32,
         pooling_factor: int | None = None,
         memory_tokens: int | None = None,
+        *,
+        trust_remote_code: bool = False,
+        force: bool = False,
     ) -> ArcModel:
         """Load an export of ARC-DS or a checkpoint in the reference's ARC format, and the decoders it was trained for.
 
@@ -125,8 +128,11 @@ class ArcModel:
             Checkpoints of the reference need it, because they do not contain these.
         pooling_factor: replaces the factor of the last pooled layer. The paper advises at most the trained factor.
         memory_tokens: use only this many of the trained memory tokens, the first ones.
+        trust_remote_code: whether decoders that run through transformers may run the Python files in their folders.
+        force: whether a decoder may be another model than the one of training, with its own tokenizer.
 
-        Raises WeightsError if files are missing, tensors do not fit, or a decoder's width differs from its port's.
+        Raises WeightsError if files are missing, tensors do not fit, a decoder's width differs from its port's, or a
+        decoder is another model than the one of training.
         Raises TokenizerError if a tokenizer is damaged, or gives other ids than the one of training.
         Raises ConfigError if the pooling factor or the number of memory tokens is invalid, or if the device is not
         available.
@@ -139,25 +145,23 @@ class ArcModel:
         if memory_tokens is not None:
             spec = _with_memory_tokens(spec, memory_tokens)
             tensors = use_memory_tokens(tensors, memory_tokens)
-        opened = open_trained_decoders(paths, folder, arc_dir)
+        opened = open_trained_decoders(paths, folder, arc_dir, trust_remote_code=trust_remote_code, force=force)
         encoder_tokenizer = load_encoder_tokenizer(folder, arc_dir)
         decoder_tokenizers = [
-            load_decoder_tokenizer(path, decoder, settings)
-            for path, (decoder, _), settings in zip(paths, opened, folder.decoders, strict=False)
+            load_decoder_tokenizer(path, decoder, settings, force=force)
+            for path, decoder, settings in zip(paths, opened, folder.decoders, strict=False)
         ]
         # Small files first: their faults should not show only after minutes of loading.
         stop_ids = [
-            tuple(idx for idx in find_stop_ids(path, tokenizer) if idx < decoder.config.vocab_size)
-            for path, tokenizer, (decoder, _) in zip(paths, decoder_tokenizers, opened, strict=True)
+            tuple(idx for idx in find_stop_ids(path, tokenizer) if idx < decoder.sizes.vocab_size)
+            for path, tokenizer, decoder in zip(paths, decoder_tokenizers, opened, strict=True)
         ]
         max_positions = [find_max_positions(path) for path in paths]
         compressor = load_compressor(spec, tensors, device, dtype)
-        for decoder, decoder_tensors in opened:
-            load_backbone(decoder, decoder_tensors, dtype=dtype, device=device)
         return ArcModel(
             spec,
             compressor,
-            [decoder.eval() for decoder, _ in opened],
+            [decoder.load(device, dtype) for decoder in opened],
             encoder_tokenizer=encoder_tokenizer,
             decoder_tokenizers=decoder_tokenizers,
             decoder_bos=[settings.bos for settings in folder.decoders],
@@ -301,7 +305,7 @@ class ArcModel:
         )
 
     def _checked_stop_ids(self, stop_ids: Sequence[int], decoder: int) -> list[int]:
-        last = self._reader(decoder).config.vocab_size - 1
+        last = self._reader(decoder).vocab_size - 1
         if not isinstance(stop_ids, Iterable):
             raise ConfigError(f"stop_ids is {stop_ids!r}; expected a list of token ids, such as [2]")
         return [whole_number("a stop id", idx, at_least=0, at_most=last) for idx in stop_ids]
@@ -310,7 +314,7 @@ class ArcModel:
         """Compressed vectors of a batch's contexts; None if the batch has text only."""
         return self.compressor(batch, decoder) if batch.num_encoder_tokens else None
 
-    def _reader(self, decoder: int) -> Decoder:
+    def _reader(self, decoder: int) -> FrozenDecoder:
         if decoder not in range(len(self.decoders)):
             raise ConfigError(
                 f"decoder {decoder!r} was requested, but the model was loaded with {len(self.decoders)} of its "
@@ -318,7 +322,7 @@ class ArcModel:
             )
         return self.decoders[decoder]
 
-    def _pack(self, samples: Sequence[Sample], reader: Decoder | None = None) -> PackedBatch:
+    def _pack(self, samples: Sequence[Sample], reader: FrozenDecoder | None = None) -> PackedBatch:
         for idx, sample in enumerate(samples):
             if not any(segment.ids for segment in sample.segments):
                 raise DataError(f"sequence {idx} is empty: it needs at least one text token or context")
@@ -326,7 +330,7 @@ class ArcModel:
         batch = pack(samples, self.spec.packing)
         _check_ids("encoder", batch.encoder_ids, self.spec.backbone.vocab_size)
         if reader is not None:
-            _check_ids("decoder", batch.decoder_ids, reader.config.vocab_size)
+            _check_ids("decoder", batch.decoder_ids, reader.vocab_size)
         return batch.to(self.device)
 
     def _warn_of_long_contexts(self, samples: Sequence[Sample]) -> None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from arc_ds.batch.segments import MARKERS
 from arc_ds.errors import TokenizerError, WeightsError
+from arc_ds.inference.checksums import check_sizes
+from arc_ds.inference.decoders import Implementation, OpenedDecoder, open_decoder
+from arc_ds.inference.weight_samples import check_weights
 from arc_ds.model.compressor import Compressor
-from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
     SelectedTensors,
     TensorSource,
+    check_fit,
     load_backbone,
-    open_backbone,
     read_arc_checkpoint,
     use_memory_tokens,
 )
@@ -43,14 +45,18 @@ class DecoderSettings:
 
     rope_scaling: "checkpoint" if its rotary scaling was applied, "none" if it was ignored.
     bos: whether sequences began with its begin-of-text token.
+    implementation: the one that computed it ("native" or "transformers"); "auto" if the folder does not record it.
     ids_digest: of its tokenizer (`tokenizers.ids_digest`), None if unknown.
     name: its name in the run, None if unknown.
+    weights: samples of its weights (`weight_samples.sample_weights`), None if unknown.
     """
 
     rope_scaling: RopeScalingChoice
+    implementation: Implementation = "auto"
     bos: bool = True
     ids_digest: str | None = None
     name: str | None = None
+    weights: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +89,8 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcF
 
     encoder_backbone: folder with sizes and tokenizer, which checkpoints of the reference do not contain.
 
-    Raises WeightsError if the folder is neither, or if sizes are missing.
+    Raises WeightsError if the folder is neither, if sizes are missing, or if a weight file has another size than the
+    export recorded.
     """
     config_file = arc_dir / EXPORT_CONFIG
     is_ours = config_file.is_file() and Fields.read(config_file).get("format") == EXPORT_FORMAT
@@ -93,13 +100,16 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcF
             f"arc-ds import {arc_dir} OUT"
         )
     if config_file.is_file():
-        return _open_export(arc_dir, Fields.read(config_file), encoder_backbone)
-    if not (arc_dir / "params.json").is_file():
+        folder = _open_export(arc_dir, Fields.read(config_file), encoder_backbone)
+    elif (arc_dir / "params.json").is_file():
+        folder = open_arc_checkpoint(arc_dir, encoder_backbone)
+    else:
         raise WeightsError(
             f"{arc_dir} is neither an export of ARC-DS ({EXPORT_CONFIG}) nor an ARC checkpoint (params.json, "
             "embedder/, bridge_module/). Export a run with: arc-ds export RUN OUT"
         )
-    return _open_arc_checkpoint(arc_dir, encoder_backbone)
+    check_sizes(arc_dir)
+    return folder
 
 
 def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Compressor:
@@ -107,6 +117,11 @@ def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.de
     compressor = empty_compressor(spec, source.path)
     load_backbone(compressor, source, dtype=dtype, device=device)
     return compressor
+
+
+def check_compressor(spec: CompressorSpec, source: TensorSource) -> None:
+    """Raise WeightsError if `load_compressor` would. Reads names and shapes only."""
+    check_fit(empty_compressor(spec, source.path), source)
 
 
 def empty_compressor(spec: CompressorSpec, path: Path) -> Compressor:
@@ -118,42 +133,43 @@ def empty_compressor(spec: CompressorSpec, path: Path) -> Compressor:
         raise WeightsError(f"{path} describes an invalid compressor: {error}. Export it again.") from error
 
 
-def open_decoder(
-    path: Path,
-    rope_scaling: RopeScalingChoice,
-    *,
-    activation_checkpointing: bool = False,
-    max_positions: int | None = None,
-) -> tuple[Decoder, TensorSource]:
-    """Build a decoder on "meta" with the sizes of a weights folder or a .gguf file, and open its tensors.
-
-    max_positions: length of the longest sequence that it will read.
-
-    Raises WeightsError if the sizes cannot be read.
-    """
-    source = open_backbone(path, rope_scaling, max_positions=max_positions)
-    with torch.device("meta"):
-        return Decoder(source.config, activation_checkpointing=activation_checkpointing), source
-
-
 def open_trained_decoders(
-    paths: Sequence[Path], folder: ArcFolder, arc_dir: str | Path
-) -> list[tuple[Decoder, TensorSource]]:
+    paths: Sequence[Path],
+    folder: ArcFolder,
+    arc_dir: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    force: bool = False,
+) -> list[OpenedDecoder]:
     """Open the decoders that a compressor was trained for, in the order of the ports, before any weights are read.
 
-    Raises WeightsError if there are too many or one has another width than its port, and like `open_decoder`.
+    trust_remote_code: see `open_decoder`.
+    force: whether a decoder may be another model than the one of training. A warning names it.
+
+    Raises WeightsError if there are too many, one has another width than its port or is another model, and like
+    `open_decoder`.
     """
     widths = folder.spec.decoder_sizes
     if len(paths) > len(widths):
         raise WeightsError(f"{arc_dir} serves {len(widths)} decoders; {len(paths)} were given. Remove the rest.")
-    opened = [open_decoder(path, settings.rope_scaling) for path, settings in zip(paths, folder.decoders, strict=False)]
-    for path, width, (decoder, _) in zip(paths, widths, opened, strict=False):
-        found = decoder.config.hidden_size
+    opened = [
+        open_decoder(
+            path,
+            settings.rope_scaling,
+            implementation=settings.implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        for path, settings in zip(paths, folder.decoders, strict=False)
+    ]
+    for path, width, decoder in zip(paths, widths, opened, strict=False):
+        found = decoder.sizes.hidden_size
         if found != width:
             raise WeightsError(
                 f"decoder {path} has width {found}; the bridge in {arc_dir} maps to width {width}. Use the decoders "
                 "that it was trained for, in the same order."
             )
+    for path, settings, decoder in zip(paths, folder.decoders, opened, strict=False):
+        check_weights(decoder, settings.weights, path, arc_dir, force=force)
     return opened
 
 
@@ -182,19 +198,23 @@ def load_encoder_tokenizer(folder: ArcFolder, arc_dir: str | Path) -> Tokenizer 
     return tokenizer
 
 
-def load_decoder_tokenizer(path: Path, decoder: Decoder, settings: DecoderSettings) -> Tokenizer | None:
+def load_decoder_tokenizer(
+    path: Path, decoder: OpenedDecoder, settings: DecoderSettings, *, force: bool = False
+) -> Tokenizer | None:
     """The tokenizer of a decoder; None if there is none. TokenizerError if it does not fit or is not that of training.
 
     path: the decoder's folder or .gguf file.
     settings: of the decoder in training.
+    force: whether the decoder may be another model, with its own tokenizer.
     """
     found = find_tokenizer(path)
     if found is None:
         return None
     tokenizer = load_tokenizer(found)
     bos_ids = (tokenizer.bos_id,) if settings.bos and tokenizer.bos_id is not None else ()
-    check_fits(tokenizer, decoder.config.vocab_size, f"decoder {path}", bos_ids)
-    check_decoder_tokenizer(tokenizer, settings, found)
+    check_fits(tokenizer, decoder.sizes.vocab_size, f"decoder {path}", bos_ids)
+    if not force:
+        check_decoder_tokenizer(tokenizer, settings, found)
     return tokenizer
 
 
@@ -255,7 +275,8 @@ def _open_export(folder: Path, config: Fields, encoder_backbone: Path | None) ->
     )
 
 
-def _open_arc_checkpoint(folder: Path, encoder_backbone: Path | None) -> ArcFolder:
+def open_arc_checkpoint(folder: Path, encoder_backbone: Path | None = None) -> ArcFolder:
+    """Open a checkpoint in the ARC format, like `open_arc_folder`, even if the folder is an export of ARC-DS too."""
     ours = Fields.read(folder / ARC_DECODERS) if (folder / ARC_DECODERS).is_file() else None
     listed = [] if ours is None else ours.get("decoders", [])
     num_decoders = len(listed) if isinstance(listed, list) else 0
@@ -304,16 +325,21 @@ def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings
     settings = [
         DecoderSettings(
             rope_scaling=entry["rope_scaling"],
+            implementation=entry.get("implementation", "auto"),
             bos=entry.get("bos", True),
             ids_digest=entry.get("ids_digest"),
             name=entry.get("name"),
+            weights=entry.get("weights"),
         )
         for entry in entries
-        if entry.get("rope_scaling") in get_args(RopeScalingChoice) and isinstance(entry.get("bos", True), bool)
+        if entry.get("rope_scaling") in get_args(RopeScalingChoice)
+        and entry.get("implementation", "auto") in get_args(Implementation)
+        and isinstance(entry.get("bos", True), bool)
     ]
     if len(settings) != num_decoders or len(entries) != num_decoders:
         raise WeightsError(
             f"{plain.where}: expected `decoders` to give the rope_scaling ({' or '.join(get_args(RopeScalingChoice))}) "
-            f"and bos (true or false) of {num_decoders} decoders; got {decoders!r}. Export the checkpoint again."
+            f"and bos (true or false) of {num_decoders} decoders, and an implementation "
+            f"({' or '.join(get_args(Implementation))}) if any; got {decoders!r}. Export the checkpoint again."
         )
     return tuple(settings)

@@ -30,6 +30,7 @@ from arc_ds.launch.rank import STATUS_FOLDER_VARIABLE, WRAPPER_PID_VARIABLE, Ran
 from arc_ds.system import dist
 from arc_ds.system.device import num_local_devices, wanted_kind
 from arc_ds.system.files import output
+from arc_ds.system.packages import require
 from arc_ds.system.processes import die_with_parent, num_cores
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
         return print_keys([word for word in argv if word != "--keys"])
     arguments = _parser().parse_intermixed_args(list(argv))
+    require("deepspeed")
     from arc_ds.config.load import load_config
     from arc_ds.config.validate import check_paths
     from arc_ds.planning.sizes import check_tasks

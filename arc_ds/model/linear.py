@@ -64,3 +64,11 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"
+
+
+class FrozenLinear(nn.Linear):
+    """Torch's linear layer with a frozen weight, which backward reads from the parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (y,) = _LinearFunction.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias

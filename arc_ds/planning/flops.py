@@ -17,6 +17,7 @@ from arc_ds.batch.packing import PackedBatch
 from arc_ds.data.loading.estimates import WorkRates
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.encoder import group_ends
+from arc_ds.model.frozen_decoder import DecoderSizes
 from arc_ds.model.spec import CompressorSpec
 
 
@@ -80,7 +81,7 @@ class _LayerRows(NamedTuple):
 def count_flops(
     batch: PackedBatch,
     spec: CompressorSpec,
-    decoder: BackboneConfig,
+    decoder: DecoderSizes,
     *,
     trained_layers: int | None = None,
     train_embeddings: bool = True,
@@ -89,24 +90,24 @@ def count_flops(
 
     batch: must be on the host. EncodedText lengths from a batch on a GPU would synchronize with the device.
     spec: the compressor.
-    decoder: config of the decoder.
+    decoder: sizes of the decoder. Through transformers its operations are an estimate, see `_decoder_work`.
     trained_layers: number of trained encoder layers (see `engine.set_trained`).
     train_embeddings: whether the encoder's embeddings are trained.
     """
     layers = [rows.work(spec.backbone) for rows in _encoder_rows(batch, spec)]
-    one_forward, one_suffix = (rows.work(decoder) for rows in _decoder_rows(batch))
+    forward, suffix = (_decoder_work(rows, decoder) for rows in _decoder_rows(batch))
     return StepFlops(
         encoder_forward=_sum(layers),
         encoder_backward=_sum(_encoder_backward(layers, spec, trained_layers, train_embeddings)),
         bridge=3 * 2 * batch.compressed_rows.numel() * _bridge_weights(spec, decoder.hidden_size),
-        decoder_forward=_sum([one_forward] * decoder.num_layers),
-        decoder_backward=_sum([_backward(one_suffix, trains=False)] * decoder.num_layers),
+        decoder_forward=forward,
+        decoder_backward=_backward(suffix if isinstance(decoder, BackboneConfig) else forward, trains=False),
         head=2 * 2 * batch.num_labels * decoder.hidden_size * decoder.vocab_size,
     )
 
 
 def work_rates(
-    spec: CompressorSpec, decoder: BackboneConfig, *, trained_layers: int | None = None, train_embeddings: bool = True
+    spec: CompressorSpec, decoder: DecoderSizes, *, trained_layers: int | None = None, train_embeddings: bool = True
 ) -> WorkRates:
     """Operations that one token, row and query-key pair of a sample add to a step with one decoder.
 
@@ -118,8 +119,7 @@ def work_rates(
         _sum([*layers, *_encoder_backward(layers, spec, trained_layers, train_embeddings)])
         for layers in ([rows.work(spec.backbone)] * spec.num_layers for rows in (token, pair))
     )
-    row = _sum([token.work(decoder)] * decoder.num_layers)
-    attending = _sum([pair.work(decoder)] * decoder.num_layers)
+    row, attending = _decoder_work(token, decoder), _decoder_work(pair, decoder)
     return WorkRates(
         encoder_token=of_token.linear,
         encoder_pair=of_pair.attention / (2 if spec.causal else 1),
@@ -171,6 +171,17 @@ def _decoder_rows(batch: PackedBatch) -> tuple[_LayerRows, _LayerRows]:
     num_suffix = batch.prefix.suffix_rows.numel()
     suffix_pairs = pairs - _pairs(batch.prefix.prefix_cu_seqlens, causal=True)
     return everything, _LayerRows(num_suffix, num_suffix, num_suffix, suffix_pairs)
+
+
+def _decoder_work(rows: _LayerRows, decoder: DecoderSizes) -> Operations:
+    """Operations of the forward of all decoder layers.
+
+    For a decoder of transformers it is an estimate: each row multiplies all parameters of the layers, and state-space
+    layers count their parameters only. It is good enough to distribute samples over ranks.
+    """
+    if isinstance(decoder, BackboneConfig):
+        return _sum([rows.work(decoder)] * decoder.num_layers)
+    return Operations(2 * decoder.layer_parameters * rows.ffn, 4 * rows.pairs * decoder.attention_size)
 
 
 def _bridge_weights(spec: CompressorSpec, out_size: int) -> int:

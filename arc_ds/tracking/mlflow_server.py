@@ -129,16 +129,15 @@ class MlflowServer:
     def __init__(self, uri: str, config: TrackingConfig, facts: RunFacts, folder: Path) -> None:
         """Import MLflow and connect. folder: the run's folder; it names the run."""
         self._database = sqlite_database(uri)
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        set_environment()
         if self._database is not None:
             # With a pool, MLflow would keep writing to the file of a database that was removed or replaced.
             os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
-            uri = _for_mlflow(uri)
+            uri = for_mlflow(uri)
             if self._database.parent == folder:  # in any other folder the leftovers may belong to a running process
                 for leftover in folder.glob(f".{glob.escape(self._database.name)}-*"):
                     shutil.rmtree(leftover, ignore_errors=True)
-        with _home():
+        with home():
             from mlflow import MlflowClient
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it reports each pool and table
         if self._database is not None:
@@ -323,20 +322,26 @@ def _make_database(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         made = Path(folder) / path.name
-        MlflowClient(tracking_uri=_for_mlflow(sqlite_uri(made))).search_experiments(max_results=1)
+        MlflowClient(tracking_uri=for_mlflow(sqlite_uri(made))).search_experiments(max_results=1)
         if path.exists() and path.stat().st_size == 0:
             path.unlink()
         with suppress(FileExistsError):  # another run created it in the meantime
             os.link(made, path)
 
 
-def _for_mlflow(uri: str) -> str:
+def set_environment() -> None:
+    """Set MLflow's variables that the user has not set. Call it before MLflow is imported."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def for_mlflow(uri: str) -> str:
     """The URI of a sqlite database with its driver. Without it, MLflow creates a folder of the still quoted path."""
     return uri.replace("sqlite:", "sqlite+pysqlite:", 1) if "%" in uri else uri
 
 
 @contextmanager
-def _home() -> Iterator[None]:
+def home() -> Iterator[None]:
     """A HOME while MLflow is imported: it asks for the home folder, which a user without a passwd entry lacks.
 
     DeepSpeed tries the same import earlier. If that failed, its remains in `sys.modules` would make ours fail too.

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.checkpoints.weight_digests import weight_digests
 from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
 from arc_ds.config.load import common, differences
 from arc_ds.config.schema import OptimizerConfig, RunConfig
 from arc_ds.data.loading.loader import StepData
 from arc_ds.errors import ConfigError
+from arc_ds.inference.weight_samples import sample_weights
+from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import work_rates
 from arc_ds.planning.sizes import longest_sequence
@@ -33,7 +36,7 @@ from arc_ds.training.build_model import (
 )
 from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, partitioned, place_decoder
 from arc_ds.training.optim import PortAdamW, make_param_groups
-from arc_ds.training.ports import saved_ports, warn_of_ports
+from arc_ds.training.ports import PortRecord, saved_ports, warn_of_ports
 from arc_ds.training.run import InputDigests, Run
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.validate import Validator
@@ -69,15 +72,15 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         check_fits(tokenizer, spec.backbone.vocab_size, encoder.backbone)
         trained_decoders, longest = config.trained_decoders, partial(longest_sequence, config)
         decoders = open_decoders(trained_decoders, longest, bos=config.data.decoder_bos)
-        sizes = [decoder.shape.config for decoder in decoders]
+        sizes = [decoder.weights.sizes for decoder in decoders]
         trained: dict[str, Any] = {
             "trained_layers": encoder.trained_layers,
             "train_embeddings": encoder.train_embeddings,
         }
         readers = [decoder.reader for decoder in decoders]
         data = step_data(config, spec.packing, readers, [work_rates(spec, each, **trained) for each in sizes])
-        opened = zip(trained_decoders.items(), sizes, strict=True)
-        backbones = {idx: (decoder.backbone, size) for (idx, decoder), size in opened}
+        opened = zip(trained_decoders, decoders, strict=True)
+        backbones = {idx: (decoder.weights.files, decoder.weights.sizes) for idx, decoder in opened}
         inputs = InputDigests(
             data=data.order.fingerprint,
             tokenizers={"encoder": tokenizer.fingerprint} | {k: v for d in decoders for k, v in d.fingerprints.items()},
@@ -102,8 +105,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     parts = read_parts(config, device)
     compressor = starting_compressor(config, parts.spec, parts.weights, partitioned(parts.ds_config))
     with dist.fail_together():
-        digests = [decoder.ids_digest for decoder in parts.decoders]
-        ports = saved_ports(config, parts.spec, digests, parts.weights.plan, parts.weights.folder)
+        ports = saved_ports(_port_records(config, parts), parts.spec, parts.weights.plan, parts.weights.folder)
     is_encoder_trained = any(param.requires_grad for param in compressor.encoder.parameters())
     trains_encoder = is_encoder_trained and config.optimizer.encoder_lr > 0
     warn_of_ports(config, parts.weights.plan, parts.weights.folder, trains_encoder=trains_encoder)
@@ -131,6 +133,23 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     )
 
 
+def _port_records(config: RunConfig, parts: RunParts) -> list[PortRecord]:
+    """The records of the trained decoders."""
+    return [
+        PortRecord(
+            decoder=TrainedFor(
+                name=decoder.name,
+                rope_scaling=decoder.rope_scaling,
+                implementation="native" if isinstance(files.weights.sizes, BackboneConfig) else "transformers",
+                bos=config.data.decoder_bos,
+            ),
+            ids_digest=files.ids_digest,
+            weights=sample_weights(files.weights),
+        )
+        for decoder, files in zip(config.trained_decoders.values(), parts.decoders, strict=True)
+    ]
+
+
 def rate_schedule(optimizer: OptimizerConfig, total_steps: int) -> RateSchedule:
     """The learning rate schedule of the run."""
     return RateSchedule(
@@ -148,7 +167,7 @@ def _place(parts: RunParts, device: torch.device, dtype: torch.dtype) -> tuple[P
     for decoder in parts.decoders:
         placement = choose_placement(
             decoder.placement,
-            decoder_bytes=decoder.num_parameters * dtype.itemsize,
+            decoder_bytes=decoder.weights.num_parameters * dtype.itemsize,
             free_bytes=free_memory_bytes(device),
             world_size=dist.world_size(),
             local_world_size=parts.local_world_size,
@@ -156,11 +175,12 @@ def _place(parts: RunParts, device: torch.device, dtype: torch.dtype) -> tuple[P
         placement = dist.broadcast_object(placement)
         if placement == "replicated":
             with dist.fail_together():
-                whole = decoder.load(device, dtype)
+                whole = decoder.weights.load(device, dtype)
             placed.append(place_decoder(whole))
         else:
             ds_config = resolve_decoder_deepspeed(parts.ds_config, placement, parts.local_world_size)
-            placed.append(place_decoder(decoder.load(device, dtype, partitioned(ds_config)), ds_config))
+            shards = decoder.weights.load(device, dtype, partitioned(ds_config))
+            placed.append(place_decoder(shards, ds_config))
     return tuple(placed)
 
 

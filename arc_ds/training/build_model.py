@@ -21,17 +21,18 @@ from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.data.tasks.chat import count_template
 from arc_ds.data.tasks.task import NO_CHAT, ChatRows
 from arc_ds.errors import ConfigError
+from arc_ds.inference.decoders import OpenedDecoder, open_decoder, read_decoder_sizes
 from arc_ds.inference.load import (
     ArcFolder,
+    DecoderSettings,
     check_decoder_tokenizer,
     check_encoder_tokenizer,
     empty_compressor,
     open_arc_folder,
-    open_decoder,
 )
+from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor
-from arc_ds.model.decoder import Decoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_bridge, build_compressor, build_port
 from arc_ds.model.weights import (
@@ -73,7 +74,13 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
         bridge_hidden_size=config.bridge.hidden_size,
         bridge_shared=config.bridge.shared,
         decoder_sizes=tuple(
-            read_backbone_config(d.backbone, d.rope_scaling).hidden_size for d in config.trained_decoders.values()
+            read_decoder_sizes(
+                Path(decoder.backbone),
+                decoder.rope_scaling,
+                implementation=decoder.implementation,
+                trust_remote_code=decoder.trust_remote_code,
+            ).hidden_size
+            for decoder in config.trained_decoders.values()
         ),
     )
 
@@ -171,36 +178,18 @@ def starting_compressor(
 class DecoderFiles:
     """The opened and checked files of a decoder of the run.
 
-    shape: the decoder on the "meta" device.
-    tensors: source of its weights.
+    weights: its opened weights.
     placement: as configured.
     reader: its tokenizer and chat template.
     fingerprints: of the tokenizer and the chat template, by config key.
     ids_digest: of the tokenizer's ids (`tokenizers.ids_digest`).
     """
 
-    shape: Decoder
-    tensors: TensorSource
+    weights: OpenedDecoder
     placement: str
     reader: ReaderFiles
     fingerprints: Mapping[str, str]
     ids_digest: str
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters of the decoder."""
-        return sum(parameter.numel() for parameter in self.shape.parameters())
-
-    def load(
-        self, device: torch.device, dtype: torch.dtype, within: AbstractContextManager[Any] | None = None
-    ) -> Decoder:
-        """Load the decoder, frozen. within: `engine.partitioned`; by default the decoder is whole on the device."""
-        decoder = self.shape
-        if within is not None:
-            with within:
-                decoder = Decoder(decoder.config, activation_checkpointing=decoder.activation_checkpointing)
-        load_backbone(decoder, self.tensors, dtype=dtype, device=device, name="decoder")
-        return decoder.eval()
 
 
 def open_decoders(
@@ -226,19 +215,20 @@ def open_decoders(
             chat = ChatRows(*count_template(reader.layout, reader.tokenizer), TEXT_WORDS)
             layout_digest = hashlib.sha256(repr(reader.layout).encode()).hexdigest()
             fingerprints[f"decoders.{idx}.chat_template"] = layout_digest
-        shape, tensors = open_decoder(
+        weights = open_decoder(
             Path(decoder.backbone),
             decoder.rope_scaling,
+            implementation=decoder.implementation,
+            trust_remote_code=decoder.trust_remote_code,
             activation_checkpointing=decoder.activation_checkpointing,
             max_positions=longest_sequence(chat),
         )
-        check_fit(shape, tensors)
         bos_ids = [reader.tokenizer.bos_id] if bos and reader.tokenizer.bos_id is not None else []
-        check_fits(reader.tokenizer, shape.config.vocab_size, decoder.backbone, [*bos_ids, *reader.layout.special_ids])
+        needed = [*bos_ids, *reader.layout.special_ids]
+        check_fits(reader.tokenizer, weights.sizes.vocab_size, decoder.backbone, needed)
         opened.append(
             DecoderFiles(
-                shape=shape,
-                tensors=tensors,
+                weights=weights,
                 placement=decoder.placement,
                 reader=files,
                 fingerprints=fingerprints,
@@ -255,7 +245,7 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
     used. Decoders with fresh ports may differ too.
     """
     ours, theirs = spec, folder.spec
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "encoder.rope_scaling": (ours.backbone.rope_scaling, theirs.backbone.rope_scaling),
         "encoder.causal": (ours.causal, theirs.causal),
         "pooling.strategy": (ours.strategy, theirs.strategy),
@@ -272,10 +262,7 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
             continue
         trained = folder.decoders[source]
         pairs[f"data.decoder_bos, for decoder {decoder.name}"] = (config.data.decoder_bos, trained.bos)
-        pairs[f"rope_scaling of decoder {decoder.name}"] = (
-            read_backbone_config(decoder.backbone, decoder.rope_scaling).rope_scaling,
-            read_backbone_config(decoder.backbone, trained.rope_scaling).rope_scaling,
-        )
+        pairs |= _decoder_pairs(decoder, trained)
     different = [f"{name}: {mine} here, {other} there" for name, (mine, other) in pairs.items() if mine != other]
     if different:
         raise ConfigError(
@@ -283,6 +270,24 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
             "Set the config to the settings of these weights (weights of the paper's authors: rope_scaling none)."
             + (" To leave out the ports of other decoders, set encoder.keep_ports=false." if plan.kept else "")
         )
+
+
+def _decoder_pairs(decoder: DecoderConfig, trained: DecoderSettings) -> dict[str, tuple[object, object]]:
+    """Settings of a decoder here and in the training of the starting weights, by name."""
+    sizes = read_decoder_sizes(
+        Path(decoder.backbone),
+        decoder.rope_scaling,
+        implementation=decoder.implementation,
+        trust_remote_code=decoder.trust_remote_code,
+    )
+    # Some models of transformers scale the embeddings that they are given, so vectors may have another meaning.
+    here = "native" if isinstance(sizes, BackboneConfig) else "transformers"
+    there = here if trained.implementation == "auto" else trained.implementation
+    pairs: dict[str, tuple[object, object]] = {f"implementation of decoder {decoder.name}": (here, there)}
+    if isinstance(sizes, BackboneConfig):
+        theirs = read_backbone_config(decoder.backbone, trained.rope_scaling)
+        pairs[f"rope_scaling of decoder {decoder.name}"] = (sizes.rope_scaling, theirs.rope_scaling)
+    return pairs
 
 
 def _form_of_ports(ours: CompressorSpec, theirs: CompressorSpec, *, is_kept: bool) -> dict[str, tuple[Any, Any]]:

@@ -70,7 +70,7 @@ class MetricsHook(Hook):
     log: logs the metrics of a step.
     encoder: its trained parts, for MFU.
     peak_flops: peak FLOP/s of the device, for MFU: required operations as a share of the peak (`flops.py`). None: no
-        MFU.
+        MFU. There is none for decoders of transformers either, whose operations are only estimated.
     """
 
     priority = 10
@@ -85,6 +85,9 @@ class MetricsHook(Hook):
 
     def on_start(self, run: Run) -> None:
         self._started = time.perf_counter()
+        if self.peak_flops is not None and any(p.module.implementation == "transformers" for p in run.decoders):
+            logger.info("no train/mfu: the operations of decoders that run through transformers are only estimated")
+            self.peak_flops = None
         run.around_pauses.append(self._around_pause)
         self._bar = _progress_bar("train", run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)
 
@@ -125,7 +128,7 @@ class MetricsHook(Hook):
             count_flops(
                 micro.batch,
                 run.spec,
-                run.decoders[micro.decoder_idx].module.config,
+                run.decoders[micro.decoder_idx].module.sizes,
                 trained_layers=self.encoder.trained_layers,
                 train_embeddings=self.encoder.train_embeddings,
             ).total
@@ -203,9 +206,11 @@ class ValidationHook(Hook):
                 return
             self.done = run.step
             metrics = {VALIDATION_KEY: time.perf_counter() - started}
-            for decoder, by_task in zip(run.decoder_names, scores, strict=True):
+            num_samples = run.validator.num_samples_of_tasks
+            for decoder, by_task, counts in zip(run.decoder_names, scores, num_samples, strict=True):
                 for task, score in by_task.items():
                     metrics.update(score.as_metrics(f"validation/{decoder}/{task}"))
+                    metrics[f"validation/{decoder}/{task}/num_samples"] = counts[task]
                     logger.info("step %d, %s, %s: %s", run.step, decoder, task, score)
             self.log(run.step, metrics)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,19 +59,31 @@ class PortPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PortRecord:
+    """The record of a checkpoint about the decoder of a port.
+
+    decoder: the decoder and its settings in training.
+    ids_digest: of its tokenizer (`tokenizers.ids_digest`); None if unknown.
+    weights: samples of its weights (`weight_samples.sample_weights`); None if unknown.
+    """
+
+    decoder: TrainedFor
+    ids_digest: str | None
+    weights: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SavedPorts:
-    """The ports of a run's checkpoints, in their order there.
+    """The ports of a run's checkpoints.
 
     spec: of a compressor with all of them.
-    decoders: their decoders and settings in training.
-    ids_digests: of each decoder's tokenizer (`tokenizers.ids_digest`); None if unknown.
+    records: of all of them, in their order there.
     places: for each trained decoder, the place of its port.
     kept: tensors of the kept ports on rank 0, by their names in a compressor of `spec`.
     """
 
     spec: CompressorSpec
-    decoders: tuple[TrainedFor, ...]
-    ids_digests: tuple[str | None, ...]
+    records: tuple[PortRecord, ...]
     places: tuple[int, ...]
     kept: Mapping[str, Tensor]
 
@@ -139,31 +151,33 @@ def tensors_of_run(folder: ArcFolder, spec: CompressorSpec, plan: PortPlan) -> T
 
 
 def saved_ports(
-    config: RunConfig, spec: CompressorSpec, ids_digests: Sequence[str], plan: PortPlan, folder: ArcFolder | None
+    trained: Sequence[PortRecord], spec: CompressorSpec, plan: PortPlan, folder: ArcFolder | None
 ) -> SavedPorts:
     """The ports of the run's checkpoints. Rank 0, which saves them, reads the tensors of kept ports.
 
+    trained: records of the trained decoders.
     spec: of the run's compressor.
-    ids_digests: of the trained decoders.
     folder: the weights that the run starts from, if they are not a backbone.
     """
-    bos, trained = config.data.decoder_bos, config.trained_decoders.values()
-    by_place: dict[int, tuple[TrainedFor, int, str | None]] = {
-        place: (TrainedFor(name=decoder.name, rope_scaling=decoder.rope_scaling, bos=bos), size, digest)
-        for place, decoder, size, digest in zip(plan.places, trained, spec.decoder_sizes, ids_digests, strict=True)
+    by_place = {
+        place: (record, size) for place, record, size in zip(plan.places, trained, spec.decoder_sizes, strict=True)
     }
     kept: dict[str, Tensor] = {}
     for place, port, name in plan.kept:
         assert folder is not None, "only a folder of weights has ports to keep"
         theirs = folder.decoders[port]
-        decoder = TrainedFor(name=name, rope_scaling=theirs.rope_scaling, bos=theirs.bos)
-        by_place[place] = decoder, folder.spec.decoder_sizes[port], theirs.ids_digest
+        decoder = TrainedFor(
+            name=name,
+            rope_scaling=theirs.rope_scaling,
+            implementation="native" if theirs.implementation == "auto" else theirs.implementation,
+            bos=theirs.bos,
+        )
+        record = PortRecord(decoder=decoder, ids_digest=theirs.ids_digest, weights=theirs.weights)
+        by_place[place] = record, folder.spec.decoder_sizes[port]
         for leaf in _leaves(replace(folder.spec, bridge_shared=False)) if dist.is_main() else ():
             kept[f"ports.{place}.{leaf}"] = folder.tensors.tensor(_in_folder(leaf, port, folder.spec))
-    decoders, sizes, digests = zip(*(by_place[place] for place in sorted(by_place)), strict=True)
-    return SavedPorts(
-        spec=replace(spec, decoder_sizes=sizes), decoders=decoders, ids_digests=digests, places=plan.places, kept=kept
-    )
+    records, sizes = zip(*(by_place[place] for place in sorted(by_place)), strict=True)
+    return SavedPorts(spec=replace(spec, decoder_sizes=sizes), records=records, places=plan.places, kept=kept)
 
 
 def warn_of_ports(config: RunConfig, plan: PortPlan, folder: ArcFolder | None, *, trains_encoder: bool) -> None:

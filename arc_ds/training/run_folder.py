@@ -187,10 +187,11 @@ def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tr
         extra={
             "compressor": run.ports.spec.to_json(),
             "encoder_tokenizer": str(Path(config.encoder.tokenizer or config.encoder.backbone).resolve()),
-            "decoders": [asdict(decoder) for decoder in run.ports.decoders],
+            "decoders": [asdict(record.decoder) for record in run.ports.records],
             "max_context_tokens": longest_context(config),
             "tokenizers": run.inputs.tokenizers,
-            "decoder_ids": list(run.ports.ids_digests),
+            "decoder_ids": [record.ids_digest for record in run.ports.records],
+            "decoder_weights": {r.decoder.name: r.weights for r in run.ports.records if r.weights is not None},
             "port_places": list(run.ports.places),
             "backbones": run.inputs.backbones,
             "skipped_steps": run.skipped_steps,

@@ -10,6 +10,7 @@ mismatched context over no context is domain adaptation, not information, so the
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -94,6 +95,11 @@ class Validator:
     def num_samples(self) -> int:
         """Number of held-out samples over all decoders. Each sample is scored in several ways."""
         return sum(len(each.compressed) for each in self.sets)
+
+    @property
+    def num_samples_of_tasks(self) -> list[Counter[str]]:
+        """Number of held-out samples by task, for each decoder."""
+        return [Counter(sample.task for sample in each.compressed) for each in self.sets]
 
     @property
     def fingerprint(self) -> str:

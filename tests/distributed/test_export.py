@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from arc_ds import ArcModel
@@ -44,6 +45,23 @@ def filled_compressor(trained: TrainedCompressor) -> Compressor:
     return compressor
 
 
+def _state(run: Path, trained: TrainedCompressor, step: int) -> TrainerState:
+    return TrainerState(
+        step=step,
+        data_position=2 * step,
+        data_fingerprint="data",
+        config_hash="config",
+        extra={
+            "compressor": trained.spec.to_json(),
+            "encoder_tokenizer": str(run / "rank0" / "tokenizer.model"),
+            "decoders": [asdict(decoder) for decoder in trained.decoders],
+            "tokenizers": {"encoder": load_tokenizer(trained.encoder_tokenizer).fingerprint},
+            "decoder_ids": ["first", "second"],
+            "max_context_tokens": 30,
+        },
+    )
+
+
 def train_and_save(run: Path) -> dict[str, Tensor]:
     """Train two steps and save a checkpoint; return the engine's gathered parameters."""
     import deepspeed
@@ -58,21 +76,7 @@ def train_and_save(run: Path) -> dict[str, Tensor]:
     for _ in range(2):
         engine.backward(engine(batch, 1).square().mean())
         engine.step()
-    state = TrainerState(
-        step=2,
-        data_position=4,
-        data_fingerprint="data",
-        config_hash="config",
-        extra={
-            "compressor": trained.spec.to_json(),
-            "encoder_tokenizer": str(run / "rank0" / "tokenizer.model"),
-            "decoders": [asdict(decoder) for decoder in trained.decoders],
-            "tokenizers": {"encoder": load_tokenizer(trained.encoder_tokenizer).fingerprint},
-            "decoder_ids": ["first", "second"],
-            "max_context_tokens": 30,
-        },
-    )
-    save_checkpoint(engine, run / "checkpoints", state, keep_last=1, keep_every=0)
+    save_checkpoint(engine, run / "checkpoints", _state(run, trained, step=2), keep_last=1, keep_every=0)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
 
@@ -94,11 +98,43 @@ def test_joined_shards_are_the_engines_parameters(run_folder: tuple[Path, dict[s
     assert trained.tensors.keys() == expected.keys()
     start = tiny_trained(tmp_path, **CHANGES).tensors
     for name, tensor in expected.items():
-        assert torch.equal(trained.tensors[name], tensor) and trained.tensors[name].dtype == torch.float32, name
+        found = trained.tensors[name].whole()
+        assert torch.equal(found, tensor) and found.dtype == torch.float32, name
     moved = {name for name in expected if not torch.equal(expected[name], start[name])}
     assert "encoder.layers.1.attention.wq.weight" in moved and "ports.1.bridge.layer1.weight" in moved
     assert "encoder.layers.0.attention.wq.weight" not in moved and "encoder.tok_embeddings.weight" not in moved
     assert capsys.readouterr().out == "", "DeepSpeed's messages would mix with the command's output"
+
+
+def test_joined_shards_are_what_deepspeed_itself_joins(run_folder: tuple[Path, dict[str, Tensor]]):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    checkpoint = find_checkpoint(run_folder[0])
+    theirs = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    ours = consolidate(checkpoint).tensors
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name].whole(), theirs[name]) for name in theirs)
+
+
+def save_untrained(run: Path) -> None:
+    """Save a checkpoint of the weights before the first step."""
+    trained = tiny_trained(run / f"rank{dist.get_rank()}", **CHANGES)
+    groups = make_param_groups(filled := filled_compressor(trained), OptimizerConfig(encoder_lr=1e-2, bridge_lr=1e-2))
+    engine = build_engine(filled, PortAdamW(groups, betas=(0.9, 0.95), eps=1e-8), DS_CONFIG)
+    save_checkpoint(engine, run / "checkpoints", _state(run, trained, step=0), keep_last=1, keep_every=0)
+
+
+def test_one_and_two_ranks_give_the_same_bytes(tmp_path: Path):
+    """`tests/unit/export` has more ranks, in the same layout."""
+    written = []
+    for num_ranks in (1, 2):
+        run = tmp_path / str(num_ranks)
+        run_on_ranks(save_untrained, run, num_ranks=num_ranks)
+        assert main(["export", str(run), str(run / "out")]) == 0
+        written.append((run / "out" / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+    expected = tiny_trained(tmp_path, **CHANGES).tensors
+    assert torch.equal(load_file(run / "out" / "model.safetensors")["ports.0.rec"], expected["ports.0.rec"])
 
 
 @pytest.mark.parametrize("export_format", ["arc-ds", "arc"])

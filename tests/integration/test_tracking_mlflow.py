@@ -42,7 +42,7 @@ def no_entry(uid):
 pwd.getpwuid = no_entry
 try:
     import mlflow
-    raise SystemExit("MLflow needs no home any more: remove _home")
+    raise SystemExit("MLflow needs no home any more: remove home")
 except RuntimeError:
     pass
 """

@@ -50,6 +50,9 @@ def test_every_requirement_of_setup_is_pinned_for_ci():
     wanted = [*values["CORE"], *(line for lines in values["EXTRAS"].values() for line in lines)]
     for line in wanted:
         requirement = Requirement(line)
+        if requirement.name == "arc-ds":
+            assert requirement.extras <= set(values["EXTRAS"])
+            continue
         pin = pinned[requirement.name.lower()]
         (version,) = pin.specifier
         assert requirement.specifier.contains(version.version), f"{line} excludes the pinned {pin}"

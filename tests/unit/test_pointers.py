@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from arc_ds.checkpoints.manifest import FileEntry, find_faults
 from arc_ds.config.deepspeed import resolve_deepspeed
 from arc_ds.config.load import load_config
 from arc_ds.data.tasks.chat_template import render_template
@@ -22,6 +21,7 @@ from arc_ds.shards.format import read_manifest
 from arc_ds.shards.storage.remote import Retries, fetch_bytes
 from arc_ds.shards.tar_index import RecordForm, index_tar
 from arc_ds.shards.token_cache.files import read_cache_index
+from arc_ds.system.checksums import FileEntry, find_faults
 from arc_ds.tokenizers import load_tokenizer
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4976698672\n"

@@ -15,13 +15,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.names import RotaryPairs, Shape, half_split_rows, permute_rotary, rotary_heads
+from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy, write_safetensors
+from arc_ds.model.weights.names import Shape, half_split_rows, permute_rotary, rotary_heads
 from arc_ds.model.weights.source import read_backbone_config
 from arc_ds.model.weights.stores import ALL_ROWS, SafetensorsStore, same_values
 
@@ -121,35 +121,38 @@ def read_arc_checkpoint(
 
 
 def write_arc_checkpoint(
-    folder: Path, params: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: BackboneConfig
-) -> None:
+    folder: Path, params: Mapping[str, Any], tensors: Mapping[str, Tensor | LazyTensor], backbone: BackboneConfig
+) -> dict[str, str]:
     """Write the files of an ARC checkpoint, which the reference can read, to an existing folder.
 
     params: the content of `params.json`. Its param_dtype should name the dtype of the tensors.
-    tensors: tensors by internal name (`Compressor.named_parameters()`), written in their own dtype.
+    tensors: tensors by internal name (`Compressor.named_parameters()`), written in their own dtype and in blocks.
     backbone: sizes of the encoder's whole backbone.
 
-    Raises WeightsError if a tensor has no place in the format.
+    Returns xxh128 of each tensor file by its path in the folder. Raises WeightsError if a tensor has no place in the
+    format.
     """
     embedder, bridge = _reference_tensors(params, tensors, backbone)
+    digests = {}
     for target, content in ((EMBEDDER, embedder), (BRIDGE, bridge)):
         if content:
             (folder / target).parent.mkdir(parents=True)
-            save_file(content, folder / target)
+            digests[target.as_posix()] = write_safetensors(folder / target, content)
     (folder / PARAMS).write_text(json.dumps(params, indent=4), encoding="utf-8")
     sizes = json.dumps(dataclasses.asdict(backbone), indent=4)
     (folder / SIZES).write_text(sizes + "\n", encoding="utf-8")
+    return digests
 
 
 def _reference_tensors(
-    params: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: BackboneConfig
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    params: Mapping[str, Any], tensors: Mapping[str, Tensor | LazyTensor], backbone: BackboneConfig
+) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
     """The tensors of embedder and bridge, by the reference's names."""
     multi = (params["bridge_module"] or {}).get("bridge_type") == MULTI
-    embedder: dict[str, Tensor] = {}
-    bridge: dict[str, Tensor] = {}
+    embedder: dict[str, LazyTensor] = {}
+    bridge: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        stored = _permute(name, tensor.detach().cpu(), backbone, to="interleaved").contiguous()
+        stored = _interleaved(name, as_lazy(tensor), backbone)
         if match := _BRIDGE.match(name):
             if not multi and int(match.group(1) or 0) > 0:
                 raise WeightsError(f"`{name}` belongs to a second decoder; bridge_type must be {MULTI} to hold it.")
@@ -165,9 +168,20 @@ def _reference_tensors(
     return embedder, bridge
 
 
-def _permute(name: str, tensor: Tensor, backbone: BackboneConfig, *, to: RotaryPairs) -> Tensor:
+def _interleaved(name: str, tensor: LazyTensor, backbone: BackboneConfig) -> LazyTensor:
+    """The tensor with the reference's order of rotary rows. Rows move only within their head."""
     heads = rotary_heads(name, backbone) if name.startswith("encoder.") else None
-    return tensor if heads is None else permute_rotary(tensor, heads, to=to)
+    if heads is None:
+        return tensor
+    values_per_head = tensor.numel() // heads
+    rows_per_head = tensor.shape[0] // heads
+
+    def permute(values: Tensor) -> Tensor:
+        num_heads = values.numel() // values_per_head
+        rows = values.reshape(num_heads * rows_per_head, -1)
+        return permute_rotary(rows, num_heads, to="interleaved").reshape(-1)
+
+    return tensor.map(permute, unit=values_per_head)
 
 
 def _internal_names(file: Path, rename: Callable[[str], str | None]) -> dict[str, tuple[SafetensorsStore, str]]:

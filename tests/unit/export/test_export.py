@@ -262,7 +262,7 @@ def test_an_export_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("arc_ds.export.formats.save_file", full)
+    monkeypatch.setattr("arc_ds.export.formats.write_safetensors", full)
     with pytest.raises(StorageError, match="out cannot be written: no space"):
         write_export(tiny_trained(tmp_path / "run", seed=1), tmp_path / "out", overwrite=True)
     check_same(ArcModel.from_checkpoint(tmp_path / "out", decoders=[]), first)
@@ -367,14 +367,14 @@ def run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that saves step 2 and removes step 1 while the shards of step 1 are read."""
     _write_checkpoint(tmp_path / "run", 1)
 
-    def join_shards(checkpoint: Path) -> dict[str, torch.Tensor]:
+    def open_parameters(checkpoint: Path, world_size: int) -> dict[str, torch.Tensor]:
         if checkpoint.name == "step_000001":
             _write_checkpoint(tmp_path / "run", 2)
             shutil.rmtree(checkpoint)
             raise FileNotFoundError(2, "of DeepSpeed", str(checkpoint))
         return {}
 
-    monkeypatch.setattr(consolidate, "_join_shards", join_shards)
+    monkeypatch.setattr(consolidate, "open_parameters", open_parameters)
     return tmp_path / "run"
 
 
@@ -393,13 +393,13 @@ def test_a_run_that_removes_every_checkpoint_ends_the_attempts(
 ) -> None:
     steps: list[Path] = []
 
-    def join_shards(checkpoint: Path) -> None:
+    def open_parameters(checkpoint: Path, world_size: int) -> None:
         steps.append(checkpoint)
         _write_checkpoint(run_that_goes_on, len(steps) + 1)
         shutil.rmtree(checkpoint)
         raise FileNotFoundError
 
-    monkeypatch.setattr(consolidate, "_join_shards", join_shards)
+    monkeypatch.setattr(consolidate, "open_parameters", open_parameters)
     with pytest.raises(CheckpointRemoved):
         consolidate_newest(run_that_goes_on)
     assert len(steps) > 1
@@ -408,10 +408,10 @@ def test_a_run_that_removes_every_checkpoint_ends_the_attempts(
 def test_a_fault_of_a_checkpoint_that_is_still_there_stays_itself(
     run_that_goes_on: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def join_shards(_: Path) -> None:
+    def open_parameters(checkpoint: Path, world_size: int) -> None:
         raise ValueError("another fault")
 
-    monkeypatch.setattr(consolidate, "_join_shards", join_shards)
+    monkeypatch.setattr(consolidate, "open_parameters", open_parameters)
     with pytest.raises(ValueError, match="another fault"):
         consolidate_newest(run_that_goes_on)
 

@@ -55,6 +55,7 @@ def test_each_batch_is_told_and_counted_before(
         scores = validator.run(_zeros, (_score, _score), lambda: told.append(None) is not None)
         assert len(told) == expected
     assert scores[1][TASK].compressed == 1.0 and validator.num_samples == 10
+    assert validator.num_samples_of_tasks == [{TASK: 5}, {TASK: 5}]
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["this rank", "another rank"])

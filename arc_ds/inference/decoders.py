@@ -1,0 +1,172 @@
+"""Open a decoder with the implementation that computes it: our packed transformer, or `transformers`."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from arc_ds.errors import WeightsError
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder
+from arc_ds.model.transformers_files import TransformersFiles, open_with_transformers
+from arc_ds.model.weights import BackboneSource, check_fit, load_backbone, open_backbone, read_backbone_config
+from arc_ds.model.weights.hf_config import RopeScalingChoice
+from arc_ds.model.weights.locate import locate
+
+logger = logging.getLogger(__name__)
+
+Implementation = Literal["auto", "native", "transformers"]
+
+
+class OpenedDecoder(Protocol):
+    """The opened and checked files of a decoder."""
+
+    @property
+    def sizes(self) -> DecoderSizes:
+        """Its sizes."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Its files with tensors."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of its parameters; a tied head counts once."""
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype, within: AbstractContextManager[Any] | None = None
+    ) -> FrozenDecoder:
+        """Load the decoder, frozen.
+
+        within: `engine.partitioned`, which makes this a collective. By default the decoder is whole on the device.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeFiles:
+    """The opened files of a decoder that our packed transformer computes.
+
+    shape: the decoder on the "meta" device.
+    tensors: source of its weights.
+    """
+
+    shape: Decoder
+    tensors: BackboneSource
+
+    @property
+    def sizes(self) -> DecoderSizes:
+        return self.shape.config
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return locate(self.tensors.path).files
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.shape.parameters())
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype, within: AbstractContextManager[Any] | None = None
+    ) -> FrozenDecoder:
+        decoder = self.shape
+        if within is not None:
+            with within:
+                decoder = Decoder(decoder.config, activation_checkpointing=decoder.activation_checkpointing)
+        load_backbone(decoder, self.tensors, dtype=dtype, device=device, name="decoder")
+        return decoder.eval()
+
+
+def open_decoder(
+    path: Path,
+    rope_scaling: RopeScalingChoice,
+    *,
+    implementation: Implementation = "auto",
+    trust_remote_code: bool = False,
+    activation_checkpointing: bool = False,
+    max_positions: int | None = None,
+) -> OpenedDecoder:
+    """Open a decoder in a weights folder or a .gguf file. Reads sizes only.
+
+    implementation: "native" for our packed transformer, "transformers" for the model's own code, or "auto": native if
+        our readers know the model that the sizes describe, else transformers.
+    trust_remote_code: whether transformers may run Python files of the folder.
+    activation_checkpointing: whether backward recomputes the layers.
+    max_positions: length of the longest sequence that it will read.
+
+    Raises WeightsError if the implementation does not take the decoder. With "auto" the error gives the reasons of
+    both.
+    """
+    other = _instead_of_native(
+        path,
+        rope_scaling,
+        implementation,
+        trust_remote_code=trust_remote_code,
+        activation_checkpointing=activation_checkpointing,
+    )
+    if other is not None:
+        opened, reason = other
+        logger.info(f"decoder {path} runs through transformers: {reason}")
+        return opened
+    tensors = open_backbone(path, rope_scaling, max_positions=max_positions)
+    with torch.device("meta"):
+        shape = Decoder(tensors.config, activation_checkpointing=activation_checkpointing)
+    check_fit(shape, tensors)
+    return NativeFiles(shape=shape, tensors=tensors)
+
+
+def read_decoder_sizes(
+    path: Path,
+    rope_scaling: RopeScalingChoice,
+    *,
+    implementation: Implementation = "auto",
+    trust_remote_code: bool = False,
+) -> DecoderSizes:
+    """The sizes of a decoder. Raises WeightsError like `open_decoder`, but does not check tensors."""
+    other = _instead_of_native(path, rope_scaling, implementation, trust_remote_code=trust_remote_code)
+    return read_backbone_config(path, rope_scaling) if other is None else other[0].sizes
+
+
+def _instead_of_native(
+    path: Path, rope_scaling: RopeScalingChoice, implementation: Implementation, **options: Any
+) -> tuple[TransformersFiles, str] | None:
+    """The decoder opened for transformers and the reason for it, or None if it is native.
+
+    The sizes decide: a file that is damaged or missing is an error of the native reader.
+
+    options: of `open_with_transformers`.
+    """
+    if implementation == "native":
+        return None
+    if implementation == "transformers":
+        return _with_transformers(path, rope_scaling, **options), "its implementation is set to it"
+    try:
+        read_backbone_config(path, rope_scaling)
+        return None
+    except WeightsError as error:
+        refused = error
+    if not (path / "config.json").is_file():
+        raise refused
+    try:
+        opened = _with_transformers(path, rope_scaling, **options)
+    except WeightsError as error:
+        if str(error) == str(refused):
+            raise
+        raise WeightsError(
+            f"{path} is no decoder that ARC-DS can run. implementation: native says: {refused} implementation: "
+            f"transformers says: {error}"
+        ) from error
+    return opened, f"our own transformer cannot run it. {refused}"
+
+
+def _with_transformers(path: Path, rope_scaling: RopeScalingChoice, **options: Any) -> TransformersFiles:
+    if rope_scaling != "checkpoint":
+        raise WeightsError(
+            f"decoder {path} has rope_scaling: {rope_scaling}, but transformers always applies the scaling of the "
+            "files. Set rope_scaling: checkpoint, or implementation: native."
+        )
+    return open_with_transformers(path, **options)

@@ -29,6 +29,7 @@ COMMANDS = {
     "shards": Command("arc_ds.commands.shards", "build, check, show and measure webdataset shards"),
     "export": Command("arc_ds.commands.export", "convert a run's checkpoint to weights that other programs can load"),
     "inspect": Command("arc_ds.commands.inspect", "say what weights are, and whether they serve as encoder or decoder"),
+    "import": Command("arc_ds.commands.import_", "turn a released ARC-Encoder into a checkpoint that ARC-DS reads"),
     "compress": Command("arc_ds.commands.compress", "compress texts into vectors"),
     "generate": Command("arc_ds.commands.generate", "let a decoder continue prompts with compressed contexts"),
     "doctor": Command("arc_ds.commands.doctor", "check this machine and say how to fix what is missing"),

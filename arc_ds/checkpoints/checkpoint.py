@@ -1,6 +1,7 @@
 """Atomic checkpoints of the whole state of a run.
 
-    RUN/checkpoints/step_000100/   DeepSpeed's ZeRO shards, trainer.json, rng_00000.json ..., manifest.json
+    RUN/checkpoints/step_000100/   DeepSpeed's ZeRO shards, trainer.json, rng_00000.json ..., manifest.json,
+                                   kept_ports.safetensors if the run keeps ports unchanged
     RUN/checkpoints/latest         name of the newest checkpoint
 
 DeepSpeed publishes `latest` before all shards exist, overwrites in place and has no checksums. This module wraps it:
@@ -30,6 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from arc_ds.checkpoints.kept_ports import write_kept_ports
 from arc_ds.checkpoints.manifest import Manifest, read_manifest, seal_file, write_manifest
 from arc_ds.checkpoints.reshard import load_resharded
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
@@ -91,13 +95,20 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def save_checkpoint(
-    engine: Any, directory: Path, trainer_state: TrainerState, *, keep_last: int, keep_every: int
+    engine: Any,
+    directory: Path,
+    trainer_state: TrainerState,
+    *,
+    keep_last: int,
+    keep_every: int,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Save the engine and the trainer's state as `directory/step_NNNNNN` and return that folder. A collective.
 
     engine: a DeepSpeed engine.
     keep_last: number of newest whole checkpoints to keep, at least 1.
     keep_every: also keep checkpoints whose step is a multiple of this number (0: none).
+    kept: tensors of ports that the run keeps unchanged; rank 0's are saved (`kept_ports.py`).
 
     Raises CheckpointError if a whole checkpoint of this step exists; a damaged one is renamed and kept. Raises
     StorageError if the checkpoint cannot be written.
@@ -115,6 +126,8 @@ def save_checkpoint(
     own: tuple[FileEntry, ...] = ()
     with dist.fail_together(), written():
         _write_own_state(temporary, trainer_state)
+        if kept and dist.is_main():
+            write_kept_ports(temporary, kept)
         own = tuple(seal_file(temporary, path) for path in _own_files(temporary))
     files = tuple(sorted((entry for part in dist.gather_objects(own) for entry in part), key=lambda entry: entry.path))
     with dist.fail_together(), written():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ _SUFFIXES = (".safetensors", ".pth", ".gguf", ".bin")
 
 
 def weight_digests(
-    encoder: EncoderConfig, sizes: BackboneConfig, decoders: Sequence[tuple[Sequence[Path], DecoderSizes]]
+    encoder: EncoderConfig, sizes: BackboneConfig, decoders: Mapping[int, tuple[Sequence[Path], DecoderSizes]]
 ) -> dict[str, str]:
     """sha256 of each backbone, and of `encoder.init_from` if it is set, by config key.
 
     sizes: sizes of the encoder's backbone, included in its digest.
-    decoders: files of each decoder's backbone, and its sizes, which are included in its digest.
+    decoders: files of each decoder's backbone, and its sizes, which are included in its digest, by the decoder's index
+        in the config.
 
     Files are hashed by `files_digest`. The encoder backbone's files are hashed only if training starts from them.
     Raises WeightsError if a file cannot be read.
@@ -37,7 +38,7 @@ def weight_digests(
     if encoder.init_from is not None:
         files = sorted(path for path in Path(encoder.init_from).rglob("*") if path.suffix in _SUFFIXES)
         digests["encoder.init_from"] = files_digest(files)
-    for idx, (decoder_files, decoder_sizes) in enumerate(decoders):
+    for idx, (decoder_files, decoder_sizes) in decoders.items():
         digests[f"decoders.{idx}.backbone"] = _digest(decoder_sizes, decoder_files)
     return digests
 

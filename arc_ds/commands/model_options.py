@@ -25,6 +25,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--encoder-backbone", type=path_argument, help="sizes and tokenizer, for the reference's checkpoints"
     )
     parser.add_argument("--pooling-factor", type=int, help="use this factor instead of the trained one")
+    parser.add_argument("--memory-tokens", type=int, help="use only this many of the trained memory tokens")
     parser.add_argument("--device", default="auto", choices=REQUESTS, help="default: a GPU if there is one")
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="dtype of weights (default float32)")
     parser.add_argument(
@@ -50,6 +51,7 @@ def load_model(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
         device=select_device(args.device),
         dtype=DTYPES[args.dtype],
         pooling_factor=args.pooling_factor,
+        memory_tokens=args.memory_tokens,
         trust_remote_code=getattr(args, "trust_remote_code", False),  # `compress` loads no decoder
         force=getattr(args, "force", False),
     )

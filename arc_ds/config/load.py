@@ -58,6 +58,9 @@ _OF_STARTS = (
     "checkpoint.*",
     "validation.*",
 )
+# Keys that the first version lacked, with the value that stands for its behaviour. With this value they are not hashed,
+# so that runs of the first version can be resumed.
+_LATER: Mapping[str, Scalar] = {"encoder.keep_ports": True, "bridge.shared": False, "decoders.*.train": True}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -83,7 +86,11 @@ def _to_dict(config: RunConfig) -> dict[str, Any]:
 
 def dump_yaml(config: RunConfig) -> str:
     """The resolved tree as YAML. `load_config` reads it back as an equal config."""
-    return yaml.safe_dump(_to_dict(config), sort_keys=False, allow_unicode=True)
+    tree = _to_dict(config)
+    for decoder in tree["decoders"]:
+        if not decoder["backbone"]:
+            del decoder["backbone"]  # a path must not be empty
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def flatten(config: RunConfig) -> dict[str, Scalar]:
@@ -117,7 +124,13 @@ def numerics(config: RunConfig) -> dict[str, Scalar]:
 
 def config_hash(config: RunConfig) -> str:
     """16 hex digits, equal for two configs exactly if their `numerics` are equal. The world size is not in a config."""
-    return hashlib.sha256(json.dumps(numerics(config), sort_keys=True).encode()).hexdigest()[:16]
+    keys = {key: value for key, value in numerics(config).items() if not _is_absent_before(key, value)}
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_absent_before(key: str, value: Scalar) -> bool:
+    """Whether a key did not exist in the first version and has the value that stands for that version's behaviour."""
+    return any(_matches(key, [pattern]) and value == first for pattern, first in _LATER.items())
 
 
 def differences(old: Mapping[str, Scalar], new: Mapping[str, Scalar]) -> tuple[str, ...]:

@@ -57,6 +57,9 @@ class EncoderConfig:
     init_from: PathText | None = None
     """An export or ARC checkpoint with initial encoder, markers and bridges. None: the backbone's weights and fresh
     bridges."""
+    keep_ports: bool = True
+    """Whether checkpoints and exports keep the bridges and markers of `init_from` whose decoders this config does not
+    list. They stay equal to the bit, and their decoders are not loaded."""
 
     def kept_layers(self, num_backbone_layers: int) -> int:
         """How many layers the encoder keeps of a backbone with `num_backbone_layers`.
@@ -108,7 +111,7 @@ class MarkersConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BridgeConfig:
-    """The map from encoder width to decoder width, one per decoder."""
+    """The map from encoder width to decoder width."""
 
     kind: Literal["mlp", "linear", "rms", "none"] = "mlp"
     """mlp: two linears without bias or activation. linear: one linear. rms: RMSNorm and two linears. none: no map (the
@@ -117,6 +120,9 @@ class BridgeConfig:
     """Width between the two linears. None: the decoder's width. No effect for `linear` and `none`."""
     init: Literal["kaiming", "identity"] = "kaiming"
     """Kaiming-uniform with a = √5 (paper), or the identity: a warm start if all widths are equal."""
+    shared: bool = False
+    """Whether all decoders share one bridge, which every step trains. Their widths must be equal. Markers are not
+    shared. False: one bridge per decoder (paper)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +131,11 @@ class DecoderConfig:
 
     name: str
     """Unique name in metrics and in `generate`: letters, digits, `_`, `-`, `.`."""
-    backbone: PathText
-    """Weights and sizes: a Hugging Face folder, a Meta/Mistral folder, or a .gguf file."""
+    backbone: PathText = ""
+    """Weights and sizes: a Hugging Face folder, a Meta/Mistral folder, or a .gguf file. Required if `train` is true."""
+    train: bool = True
+    """Whether the run trains this decoder's bridge and markers. False: they come from `encoder.init_from`, and
+    checkpoints and exports keep them equal to the bit. No step uses the decoder, and its files are not read."""
     tokenizer: PathText | None = None
     """Tokenizer file or folder. None: the one next to the backbone (or inside the .gguf)."""
     rope_scaling: RopeScalingChoice = "checkpoint"
@@ -142,8 +151,9 @@ class DecoderConfig:
     activation_checkpointing: bool = False
     """Recompute each layer in backward instead of keeping its activations: less memory, one more decoder forward."""
     fresh_bridge: bool = False
-    """Start with a fresh bridge and markers even if `encoder.init_from` has some at this place of the list. Use it if
-    this decoder replaces another one. Decoders beyond the list of `encoder.init_from` always start fresh."""
+    """Start with a fresh bridge and markers. Set it for a new decoder. Otherwise a decoder continues those of its name
+    in `encoder.init_from`, or those at its place in the list if no decoder here has their name. Decoders beyond the
+    list of `encoder.init_from` always start fresh."""
     chat_template: Literal["none", "llama2", "chatml", "tokenizer"] = "none"
     """none: one running text (a base model). llama2, chatml: the turns of Llama 2 Chat or ChatML. tokenizer: the
     template in its tokenizer's files. In a chat the template decides how the sequence begins, not `decoder_bos`."""
@@ -351,7 +361,7 @@ class RunConfig:
     markers: MarkersConfig = MarkersConfig()
     """Its markers."""
     bridge: BridgeConfig = BridgeConfig()
-    """The form of the bridges; each decoder has its own."""
+    """The form of the bridges."""
     decoders: tuple[DecoderConfig, ...]
     """The frozen decoders; at least one."""
     data: DataConfig
@@ -366,3 +376,8 @@ class RunConfig:
     """Validation."""
     tracking: TrackingConfig = TrackingConfig()
     """Tracking."""
+
+    @property
+    def trained_decoders(self) -> dict[int, DecoderConfig]:
+        """The decoders whose ports the run trains, by their index in `decoders`."""
+        return {idx: decoder for idx, decoder in enumerate(self.decoders) if decoder.train}

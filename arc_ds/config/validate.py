@@ -47,7 +47,7 @@ def check_paths(config: RunConfig) -> None:
     """
     paths: dict[str, str | None] = {"deepspeed": config.deepspeed}
     paths |= {f"encoder.{key}": getattr(config.encoder, key) for key in ("backbone", "tokenizer", "init_from")}
-    for idx, decoder in enumerate(config.decoders):
+    for idx, decoder in config.trained_decoders.items():
         paths |= {f"decoders.{idx}.backbone": decoder.backbone, f"decoders.{idx}.tokenizer": decoder.tokenizer}
     paths |= _shards_on_disk(config)
     if config.checkpoint.resume not in ("auto", "never"):
@@ -108,12 +108,24 @@ def _encoder_problems(config: RunConfig) -> Iterator[str]:
 def _decoder_problems(config: RunConfig) -> Iterator[str]:
     if not config.decoders:
         yield "decoders is an empty list; expected at least one decoder with name and backbone."
+    elif not config.trained_decoders:
+        yield "decoders: all have train: false, so nothing would be trained; expected at least one without it."
     names = [decoder.name for decoder in config.decoders]
     for idx, name in enumerate(names):
         if not _NAME.fullmatch(name):
             yield f"decoders.{idx}.name is {name!r}; expected letters, digits, '_', '-' and '.' (it names metrics)."
         if name in names[:idx]:
             yield f"decoders.{idx}.name is {name!r}, like that of decoder {names.index(name)}; give it another name."
+    for idx, decoder in enumerate(config.decoders):
+        if decoder.train and not decoder.backbone:
+            yield f"decoders.{idx}.backbone is missing; give the path of its weights, or keep its port: train: false."
+        if not decoder.train and config.encoder.init_from is None:
+            yield (
+                f"decoders.{idx}.train is false, so its bridge and markers must come from an export. Set "
+                "encoder.init_from, or train it."
+            )
+        if not decoder.train and decoder.fresh_bridge:
+            yield f"decoders.{idx}: fresh_bridge needs training, but train is false. Remove one of the two keys."
 
 
 def _data_problems(config: RunConfig) -> Iterator[str]:

@@ -21,6 +21,7 @@ from arc_ds.checkpoints.checkpoint import (
     read_trainer_state,
     reading,
 )
+from arc_ds.checkpoints.kept_ports import name_in_export, read_kept_ports
 from arc_ds.checkpoints.manifest import read_manifest
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.checkpoints.zero_shards import open_parameters
@@ -45,7 +46,8 @@ class TrainedCompressor:
     encoder_tokenizer: path of the encoder's tokenizer, as given in the run's config.
     decoders: the decoders it was trained for, in the order of the ports.
     encoder_fingerprint: of the encoder's tokenizer in training; None if the checkpoint does not record it.
-    decoder_ids: digest of each decoder's tokenizer (`tokenizers.ids_digest`). Empty if the checkpoint records none.
+    decoder_ids: digest of each decoder's tokenizer (`tokenizers.ids_digest`); None if it is unknown. Empty if the
+        checkpoint records none.
     decoder_weights: samples of each decoder's weights by its name (`weight_samples.sample_weights`), if recorded.
     max_context_tokens: length of the longest context in training; None if the checkpoint does not record it.
     averaged_steps: steps of the checkpoints whose mean this is; empty for one checkpoint.
@@ -58,7 +60,7 @@ class TrainedCompressor:
     encoder_tokenizer: str
     decoders: tuple[TrainedFor, ...]
     encoder_fingerprint: str | None = None
-    decoder_ids: tuple[str, ...] = ()
+    decoder_ids: tuple[str | None, ...] = ()
     decoder_weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     max_context_tokens: int | None = None
     averaged_steps: tuple[int, ...] = ()
@@ -169,9 +171,13 @@ def _consolidate(checkpoint: Path) -> TrainedCompressor:
         )
     state = read_trainer_state(checkpoint)
     description = _description(state, checkpoint)
+    places = description.get("port_places")
+    trained = open_parameters(checkpoint, manifest.world_size)
+    tensors = {name_in_export(name, places): tensor for name, tensor in trained.items()}
+    tensors |= {name: as_lazy(tensor.float()) for name, tensor in read_kept_ports(checkpoint).items()}
     return TrainedCompressor(
         spec=CompressorSpec.from_json(description["compressor"]),
-        tensors=open_parameters(checkpoint, manifest.world_size),
+        tensors=tensors,
         step=state.step,
         encoder_tokenizer=description["encoder_tokenizer"],
         decoders=tuple(TrainedFor(**d) for d in description["decoders"]),

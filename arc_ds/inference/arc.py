@@ -33,6 +33,7 @@ from arc_ds.model.compressor import Compressor
 from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec
+from arc_ds.model.weights import use_memory_tokens
 from arc_ds.system.device import usable_device
 from arc_ds.system.user_files import check_encodable
 from arc_ds.tokenizers import Tokenizer, read_together
@@ -114,6 +115,7 @@ class ArcModel:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         pooling_factor: int | None = None,
+        memory_tokens: int | None = None,
         *,
         trust_remote_code: bool = False,
         force: bool = False,
@@ -125,17 +127,24 @@ class ArcModel:
         encoder_backbone: folder with config and tokenizer of the encoder's backbone (weights are not needed).
             Checkpoints of the reference need it, because they do not contain these.
         pooling_factor: replaces the factor of the last pooled layer. The paper advises at most the trained factor.
+        memory_tokens: use only this many of the trained memory tokens, the first ones.
         trust_remote_code: whether decoders that run through transformers may run the Python files in their folders.
         force: whether a decoder may be another model than the one of training, with its own tokenizer.
 
         Raises WeightsError if files are missing, tensors do not fit, a decoder's width differs from its port's, or a
         decoder is another model than the one of training.
         Raises TokenizerError if a tokenizer is damaged, or gives other ids than the one of training.
-        Raises ConfigError if the pooling factor is invalid or the device is not available.
+        Raises ConfigError if the pooling factor or the number of memory tokens is invalid, or if the device is not
+        available.
         """
         device, paths = usable_device(device), [Path(path) for path in decoders]
         folder = open_arc_folder(Path(arc_dir), None if encoder_backbone is None else Path(encoder_backbone))
-        spec = folder.spec if pooling_factor is None else _with_factor(folder.spec, pooling_factor)
+        spec, tensors = folder.spec, folder.tensors
+        if pooling_factor is not None:
+            spec = _with_factor(spec, pooling_factor)
+        if memory_tokens is not None:
+            spec = _with_memory_tokens(spec, memory_tokens)
+            tensors = use_memory_tokens(tensors, memory_tokens)
         opened = open_trained_decoders(paths, folder, arc_dir, trust_remote_code=trust_remote_code, force=force)
         encoder_tokenizer = load_encoder_tokenizer(folder, arc_dir)
         decoder_tokenizers = [
@@ -148,7 +157,7 @@ class ArcModel:
             for path, tokenizer, decoder in zip(paths, decoder_tokenizers, opened, strict=True)
         ]
         max_positions = [find_max_positions(path) for path in paths]
-        compressor = load_compressor(spec, folder.tensors, device, dtype)
+        compressor = load_compressor(spec, tensors, device, dtype)
         return ArcModel(
             spec,
             compressor,
@@ -419,6 +428,13 @@ def _with_factor(spec: CompressorSpec, factor: int) -> CompressorSpec:
         )
     factor = whole_number("pooling_factor", factor, at_least=1, at_most=2**31 - 1)  # row numbers are int32
     return dataclasses.replace(spec, rules=(*spec.rules[:-1], *group_rules(spec.strategy, (factor,))))
+
+
+def _with_memory_tokens(spec: CompressorSpec, num: int) -> CompressorSpec:
+    if not spec.memory_tokens:
+        raise ConfigError(f"memory_tokens is {num}, but this encoder pools and has none. Omit memory_tokens.")
+    num = whole_number("memory_tokens", num, at_least=1, at_most=spec.memory_tokens)
+    return dataclasses.replace(spec, memory_tokens=num)
 
 
 def _join_texts(parts: Sequence[object]) -> list[object]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,14 +17,18 @@ from arc_ds.inference.weight_samples import check_weights
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
+    SelectedTensors,
     TensorSource,
     check_fit,
     load_backbone,
     read_arc_checkpoint,
+    use_memory_tokens,
 )
+from arc_ds.model.weights.arc_format import ArcCheckpoint
 from arc_ds.model.weights.arc_spec import spec_of_params
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.hf_config import RopeScalingChoice
+from arc_ds.model.weights.release import is_release
 from arc_ds.model.weights.stores import SafetensorsStore
 from arc_ds.tokenizers import Tokenizer, check_fits, find_tokenizer, ids_digest, load_tokenizer
 
@@ -43,6 +47,7 @@ class DecoderSettings:
     bos: whether sequences began with its begin-of-text token.
     implementation: the one that computed it ("native" or "transformers"); "auto" if the folder does not record it.
     ids_digest: of its tokenizer (`tokenizers.ids_digest`), None if unknown.
+    name: its name in the run, None if unknown.
     weights: samples of its weights (`weight_samples.sample_weights`), None if unknown.
     """
 
@@ -50,6 +55,7 @@ class DecoderSettings:
     implementation: Implementation = "auto"
     bos: bool = True
     ids_digest: str | None = None
+    name: str | None = None
     weights: Mapping[str, Any] | None = None
 
 
@@ -87,6 +93,12 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcF
     export recorded.
     """
     config_file = arc_dir / EXPORT_CONFIG
+    is_ours = config_file.is_file() and Fields.read(config_file).get("format") == EXPORT_FORMAT
+    if not is_ours and not (arc_dir / "embedder").is_dir() and is_release(arc_dir):
+        raise WeightsError(
+            f"{arc_dir} is a released encoder as downloaded, which ARC-DS does not read directly. Import it first: "
+            f"arc-ds import {arc_dir} OUT"
+        )
     if config_file.is_file():
         folder = _open_export(arc_dir, Fields.read(config_file), encoder_backbone)
     elif (arc_dir / "params.json").is_file():
@@ -102,22 +114,23 @@ def open_arc_folder(arc_dir: Path, encoder_backbone: Path | None = None) -> ArcF
 
 def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.device, dtype: torch.dtype) -> Compressor:
     """Build a compressor of the given spec with the source's tensors. Raises WeightsError if they do not fit."""
-    compressor = _on_meta(spec, source)
-    load_backbone(compressor, source, dtype=dtype, device=device, allow_unused=_is_marker_left_out(spec))
+    compressor = empty_compressor(spec, source.path)
+    load_backbone(compressor, source, dtype=dtype, device=device)
     return compressor
 
 
 def check_compressor(spec: CompressorSpec, source: TensorSource) -> None:
     """Raise WeightsError if `load_compressor` would. Reads names and shapes only."""
-    check_fit(_on_meta(spec, source), source, allow_unused=_is_marker_left_out(spec))
+    check_fit(empty_compressor(spec, source.path), source)
 
 
-def _on_meta(spec: CompressorSpec, source: TensorSource) -> Compressor:
+def empty_compressor(spec: CompressorSpec, path: Path) -> Compressor:
+    """Build a compressor on "meta". Raises WeightsError, which names the path of the spec, if the spec is invalid."""
     try:
         with torch.device("meta"):
             return build_compressor(spec)
     except ValueError as error:
-        raise WeightsError(f"{source.path} describes an invalid compressor: {error}. Export it again.") from error
+        raise WeightsError(f"{path} describes an invalid compressor: {error}. Export it again.") from error
 
 
 def open_trained_decoders(
@@ -161,10 +174,18 @@ def open_trained_decoders(
     return opened
 
 
-def _is_marker_left_out(spec: CompressorSpec) -> Callable[[str], bool]:
-    """Predicate for markers that the spec does not use. The reference writes them to the file."""
-    left_out = [marker for marker in MARKERS if marker not in spec.markers]
-    return frozenset(f"ports.{n}.{marker}" for n in range(len(spec.decoder_sizes)) for marker in left_out).__contains__
+def _used_tensors(checkpoint: ArcCheckpoint, spec: CompressorSpec) -> TensorSource:
+    """The tensors of an ARC checkpoint that its settings use.
+
+    The reference writes markers that the settings leave out, and it can use fewer memory tokens than the file holds.
+    """
+    ports, width = range(len(spec.decoder_sizes)), spec.backbone.hidden_size
+    left_out = {f"ports.{n}.{marker}" for n in ports for marker in MARKERS if marker not in spec.markers}
+    unused = {name for name in left_out & checkpoint.shapes.keys() if checkpoint.shapes[name] == (1, width)}
+    used: TensorSource = checkpoint
+    if unused:
+        used = SelectedTensors(source=checkpoint, names={n: n for n in checkpoint.shapes if n not in unused})
+    return use_memory_tokens(used, spec.memory_tokens) if spec.memory_tokens else used
 
 
 def load_encoder_tokenizer(folder: ArcFolder, arc_dir: str | Path) -> Tokenizer | None:
@@ -215,15 +236,18 @@ def check_encoder_tokenizer(
         )
 
 
-def check_decoder_tokenizer(tokenizer: Tokenizer, settings: DecoderSettings, path: Path) -> None:
+def check_decoder_tokenizer(tokenizer: Tokenizer, settings: DecoderSettings, path: Path, *, remedy: str = "") -> None:
     """Raise TokenizerError if a port was trained for a decoder whose tokenizer gives other ids.
 
     The file may have another format: a .gguf file may replace a Hugging Face folder.
+
+    remedy: last sentence of the error.
     """
     if settings.ids_digest is not None and ids_digest(tokenizer) != settings.ids_digest:
         raise TokenizerError(
             f"tokenizer {path} gives other ids than the one that this decoder had in training: it has changed, or the "
-            "decoder is another model. Restore the tokenizer, or give the decoder that the encoder was trained for."
+            "decoder is another model. Restore the tokenizer, or give the decoder that the encoder was trained for. "
+            f"{remedy}".rstrip()
         )
 
 
@@ -254,25 +278,26 @@ def _open_export(folder: Path, config: Fields, encoder_backbone: Path | None) ->
 
 def open_arc_checkpoint(folder: Path, encoder_backbone: Path | None = None) -> ArcFolder:
     """Open a checkpoint in the ARC format, like `open_arc_folder`, even if the folder is an export of ARC-DS too."""
-    checkpoint = read_arc_checkpoint(folder, encoder_backbone)
+    ours = Fields.read(folder / ARC_DECODERS) if (folder / ARC_DECODERS).is_file() else None
+    listed = [] if ours is None else ours.get("decoders", [])
+    num_decoders = len(listed) if isinstance(listed, list) else 0
+    checkpoint = read_arc_checkpoint(folder, encoder_backbone, num_decoders=num_decoders)
     spec = spec_of_params(checkpoint.params, checkpoint.backbone, checkpoint.num_ports)
-    settings = (DecoderSettings(rope_scaling="none"),) * len(spec.decoder_sizes)
-    is_ours = (folder / ARC_DECODERS).is_file()
-    fingerprints: tuple[str, ...] = ()
-    max_context_tokens = None
-    if is_ours:
-        ours = Fields.read(folder / ARC_DECODERS)
-        settings = _decoder_settings(ours, len(spec.decoder_sizes))
-        fingerprints = _encoder_fingerprints(folder, ours)
-        max_context_tokens = _max_context_tokens(ours)
-    return ArcFolder(
+    found = ArcFolder(
         spec=spec,
-        tensors=checkpoint,
+        tensors=_used_tensors(checkpoint, spec),
         tokenizer=_find_tokenizer(folder, encoder_backbone),
-        decoders=settings,
-        texts_apart=not is_ours,
-        encoder_fingerprints=fingerprints,
-        max_context_tokens=max_context_tokens,
+        decoders=(DecoderSettings(rope_scaling="none"),) * len(spec.decoder_sizes),
+        texts_apart=True,
+    )
+    if ours is None:
+        return found
+    return replace(
+        found,
+        decoders=_decoder_settings(ours, len(spec.decoder_sizes)),
+        texts_apart=ours.flag("texts_apart", False),
+        encoder_fingerprints=_encoder_fingerprints(folder, ours),
+        max_context_tokens=_max_context_tokens(ours),
     )
 
 
@@ -304,6 +329,7 @@ def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings
             implementation=entry.get("implementation", "auto"),
             bos=entry.get("bos", True),
             ids_digest=entry.get("ids_digest"),
+            name=entry.get("name"),
             weights=entry.get("weights"),
         )
         for entry in entries

@@ -14,7 +14,10 @@ from arc_ds.model.encoder import Encoder
 
 
 class DecoderPort(nn.Module):
-    """The modules of one decoder: the markers <Cont> and <Rec> (in encoder width) and the bridge."""
+    """The modules of one decoder: the markers <Cont> and <Rec> (in encoder width) and the bridge.
+
+    If all decoders share one bridge, the compressor has it, and the port's own bridge is the identity.
+    """
 
     def __init__(self, width: int, bridge: nn.Module, markers: tuple[Marker, ...] = MARKERS) -> None:
         super().__init__()
@@ -61,12 +64,17 @@ class DecoderPort(nn.Module):
 
 
 class Compressor(nn.Module):
-    """The encoder and one port per decoder."""
+    """The encoder and one port per decoder.
 
-    def __init__(self, encoder: Encoder, ports: list[DecoderPort]) -> None:
+    bridge: the bridge of all decoders; None if each port has its own. It runs once, after all ports: under ZeRO-3 a
+        module that runs twice in a forward may get wrong gradients.
+    """
+
+    def __init__(self, encoder: Encoder, ports: list[DecoderPort], bridge: nn.Module | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.ports = nn.ModuleList(ports)
+        self.bridge = bridge
 
     def forward(self, batch: PackedBatch, decoder_idx: int = 0) -> Tensor:
         """Compress all contexts of the batch into vectors [Z, E] for the decoder `decoder_idx`."""
@@ -80,4 +88,6 @@ class Compressor(nn.Module):
                 idle = zero if idle is None else idle + zero
         if z_ZE is None:
             raise ValueError(f"decoder_idx is {decoder_idx}; the compressor has {len(self.ports)} ports")
+        if self.bridge is not None:
+            z_ZE = self.bridge(z_ZE)
         return z_ZE if idle is None else z_ZE + idle.to(z_ZE.dtype)

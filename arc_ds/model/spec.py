@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from torch import nn
+
 from arc_ds.batch.groups import GroupRule, RuleKind
 from arc_ds.batch.packing import PoolingSpec
 from arc_ds.batch.segments import MARKERS, Marker
@@ -18,6 +20,8 @@ from arc_ds.model.bridge import BridgeKind, make_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.encoder import Encoder, PoolingLayout, Where
 from arc_ds.model.pooling import get_strategy
+
+LATER_FIELDS = ("bridge_shared",)  # fields that the first version of the format lacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class CompressorSpec:
     causal: whether the encoder's attention is causal.
     markers: markers of each port.
     bridge: kind of the bridges.
+    bridge_shared: whether all decoders share one bridge; their widths are then equal.
     bridge_hidden_size: width inside the bridges; None for the decoder's width.
     decoder_sizes: width of each decoder, in the order of the ports.
     """
@@ -49,6 +54,7 @@ class CompressorSpec:
     markers: tuple[Marker, ...] = MARKERS
     bridge: BridgeKind = "mlp"
     bridge_hidden_size: int | None = 2048
+    bridge_shared: bool = False
     decoder_sizes: tuple[int, ...]
 
     @property
@@ -66,10 +72,12 @@ class CompressorSpec:
     def from_json(plain: dict[str, Any]) -> CompressorSpec:
         """Read a JSON object that `to_json` returned. Raises WeightsError on a missing or unknown field or kind.
 
-        Missing fields are not filled with defaults, because that could change the meaning of the weights.
+        Missing fields are not filled with defaults, because that could change the meaning of the weights. Only a field
+        that the first version lacked (`LATER_FIELDS`) takes its default, which is the meaning of that version.
         """
         try:
-            values = {field.name: plain[field.name] for field in dataclasses.fields(CompressorSpec)} | plain
+            needed = [field.name for field in dataclasses.fields(CompressorSpec) if field.name not in LATER_FIELDS]
+            values = {name: plain[name] for name in needed} | plain
             values["backbone"] = BackboneConfig.from_json(values["backbone"])
             values["rules"] = tuple(_rule(rule["kind"], rule["value"]) for rule in values["rules"])
             values["markers"] = tuple(MARKERS[MARKERS.index(marker)] for marker in values["markers"])
@@ -105,11 +113,21 @@ def build_compressor(spec: CompressorSpec, *, activation_checkpointing: bool = F
         memory_tokens=spec.memory_tokens,
         activation_checkpointing=activation_checkpointing,
     )
-    return Compressor(encoder, [build_port(spec, port_idx) for port_idx in range(len(spec.decoder_sizes))])
+    ports = [build_port(spec, port_idx) for port_idx in range(len(spec.decoder_sizes))]
+    return Compressor(encoder, ports, build_bridge(spec, 0) if spec.bridge_shared else None)
 
 
 def build_port(spec: CompressorSpec, port_idx: int) -> DecoderPort:
     """Build the port of one decoder with an uninitialised bridge. Raises ValueError if sizes do not fit."""
-    width = spec.backbone.hidden_size
-    bridge = make_bridge(spec.bridge, width, spec.decoder_sizes[port_idx], spec.bridge_hidden_size)
-    return DecoderPort(width, bridge, spec.markers)
+    bridge = nn.Identity() if spec.bridge_shared else build_bridge(spec, port_idx)
+    return DecoderPort(spec.backbone.hidden_size, bridge, spec.markers)
+
+
+def build_bridge(spec: CompressorSpec, port_idx: int) -> nn.Module:
+    """Build the uninitialised bridge to one decoder. Raises ValueError if sizes do not fit."""
+    if spec.bridge_shared and len(set(spec.decoder_sizes)) > 1:
+        raise ValueError(
+            f"a shared bridge needs decoders of one width, but theirs are {', '.join(map(str, spec.decoder_sizes))}: "
+            "set bridge.shared to false"
+        )
+    return make_bridge(spec.bridge, spec.backbone.hidden_size, spec.decoder_sizes[port_idx], spec.bridge_hidden_size)

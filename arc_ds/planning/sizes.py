@@ -70,7 +70,8 @@ def largest_sample(config: RunConfig, source: SourceConfig) -> tuple[int, int]:
     tokenizer is assumed to add at most 256 tokens around the first turn and 64 around each other turn.
     """
     largest = _largest(config, source, NO_CHAT)
-    rows = (_rows(config, source, _UNREAD[decoder.chat_template], is_open=False) for decoder in config.decoders)
+    templates = {decoder.chat_template for decoder in config.trained_decoders.values()}
+    rows = (_rows(config, source, _UNREAD[template], is_open=False) for template in templates)
     return largest.context_tokens + largest.contexts * config.pooling.memory_tokens, max(rows)
 
 

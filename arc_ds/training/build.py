@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.checkpoints.weight_digests import weight_digests
 from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
 from arc_ds.config.load import common, differences
@@ -16,6 +17,7 @@ from arc_ds.data.loading.loader import StepData
 from arc_ds.data.tasks.task import NO_CHAT
 from arc_ds.errors import ConfigError
 from arc_ds.inference.weight_samples import sample_weights
+from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.transformers_decoder import check_length
 from arc_ds.planning.flops import work_rates
@@ -35,6 +37,7 @@ from arc_ds.training.build_model import (
 )
 from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, partitioned, place_decoder
 from arc_ds.training.optim import PortAdamW, make_param_groups
+from arc_ds.training.ports import PortRecord, saved_ports, warn_of_ports
 from arc_ds.training.run import InputDigests, Run
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.validate import Validator
@@ -68,7 +71,7 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         spec = compressor_spec(config)
         tokenizer = load_tokenizer(encoder_tokenizer_path(encoder))
         check_fits(tokenizer, spec.backbone.vocab_size, encoder.backbone)
-        decoders = open_decoders(config.decoders, bos=config.data.decoder_bos)
+        decoders = open_decoders(config.trained_decoders, bos=config.data.decoder_bos)
         sizes = [decoder.weights.sizes for decoder in decoders]
         for each in sizes:
             check_length(each, longest_sequence(config, NO_CHAT))
@@ -78,10 +81,12 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         }
         readers = [decoder.reader for decoder in decoders]
         data = step_data(config, spec.packing, readers, [work_rates(spec, each, **trained) for each in sizes])
+        opened = zip(config.trained_decoders, decoders, strict=True)
+        backbones = {idx: (decoder.weights.files, decoder.weights.sizes) for idx, decoder in opened}
         inputs = InputDigests(
             data=data.order.fingerprint,
             tokenizers={"encoder": tokenizer.fingerprint} | {k: v for d in decoders for k, v in d.fingerprints.items()},
-            backbones=weight_digests(encoder, spec.backbone, [(d.weights.files, d.weights.sizes) for d in decoders]),
+            backbones=weight_digests(encoder, spec.backbone, backbones),
         )
         parts = RunParts(
             local_world_size=local_world_size,
@@ -101,6 +106,11 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     """Build the run on this rank. Collective. If one rank finds a mistake, all ranks raise ArcError."""
     parts = read_parts(config, device)
     compressor = starting_compressor(config, parts.spec, parts.weights, partitioned(parts.ds_config))
+    with dist.fail_together():
+        ports = saved_ports(_port_records(config, parts), parts.spec, parts.weights.plan, parts.weights.folder)
+    is_encoder_trained = any(param.requires_grad for param in compressor.encoder.parameters())
+    trains_encoder = is_encoder_trained and config.optimizer.encoder_lr > 0
+    warn_of_ports(config, parts.weights.plan, parts.weights.folder, trains_encoder=trains_encoder)
     optimizer = PortAdamW(
         make_param_groups(compressor, config.optimizer),
         betas=config.optimizer.betas,
@@ -112,21 +122,34 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         device=device,
         spec=parts.spec,
         inputs=parts.inputs,
-        decoder_ids=tuple(decoder.ids_digest for decoder in parts.decoders),
-        decoder_weights={
-            decoder.name: sample_weights(files.weights)
-            for decoder, files in zip(config.decoders, parts.decoders, strict=True)
-        },
+        ports=ports,
         engine=build_engine(compressor, optimizer, parts.ds_config),
         ds_config=parts.ds_config,
         decoders=_place(parts, device, torch.bfloat16 if config.precision == "bf16" else torch.float32),
-        decoder_names=tuple(decoder.name for decoder in config.decoders),
+        decoder_names=tuple(decoder.name for decoder in config.trained_decoders.values()),
         data=parts.data,
         num_workers=config.data.num_workers,
         schedule=rate_schedule(config.optimizer, config.steps),
         normalize=config.loss.normalize,
         validator=parts.validator,
     )
+
+
+def _port_records(config: RunConfig, parts: RunParts) -> list[PortRecord]:
+    """The records of the trained decoders."""
+    return [
+        PortRecord(
+            decoder=TrainedFor(
+                name=decoder.name,
+                rope_scaling=decoder.rope_scaling,
+                implementation="native" if isinstance(files.weights.sizes, BackboneConfig) else "transformers",
+                bos=config.data.decoder_bos,
+            ),
+            ids_digest=files.ids_digest,
+            weights=sample_weights(files.weights),
+        )
+        for decoder, files in zip(config.trained_decoders.values(), parts.decoders, strict=True)
+    ]
 
 
 def rate_schedule(optimizer: OptimizerConfig, total_steps: int) -> RateSchedule:

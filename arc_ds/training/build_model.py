@@ -7,11 +7,11 @@ so a host never holds a whole model for each of its ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -24,14 +24,15 @@ from arc_ds.inference.load import (
     ArcFolder,
     check_decoder_tokenizer,
     check_encoder_tokenizer,
+    empty_compressor,
     open_arc_folder,
 )
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import check_bridge_init, init_bridge
-from arc_ds.model.compressor import Compressor, DecoderPort
+from arc_ds.model.compressor import Compressor
 from arc_ds.model.frozen_decoder import DecoderSizes
 from arc_ds.model.pooling import group_rules
-from arc_ds.model.spec import CompressorSpec, build_compressor, build_port
+from arc_ds.model.spec import CompressorSpec, build_bridge, build_compressor, build_port
 from arc_ds.model.weights import (
     TensorSource,
     beyond_layers,
@@ -44,12 +45,13 @@ from arc_ds.model.weights import (
 )
 from arc_ds.tokenizers import check_fits, ids_digest, load_tokenizer, tokenizer_file
 from arc_ds.training.engine import set_trained
+from arc_ds.training.ports import PortPlan, plan_ports, tensors_of_run
 
 MARKER_TEXT = "\n"  # markers start from this token's embedding because it ends a passage in most texts
 
 
 def compressor_spec(config: RunConfig) -> CompressorSpec:
-    """The specification of the configured compressor. Reads the sizes of all backbones but no weights.
+    """The specification of the configured compressor, with the ports that are trained. Reads sizes but no weights.
 
     Raises WeightsError if a backbone cannot be read, and ConfigError if sizes do not match.
     """
@@ -67,7 +69,8 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
         markers=tuple(marker for marker in MARKERS if getattr(config.markers, marker)),
         bridge=config.bridge.kind,
         bridge_hidden_size=config.bridge.hidden_size,
-        decoder_sizes=tuple(_sizes_of(decoder).hidden_size for decoder in config.decoders),
+        bridge_shared=config.bridge.shared,
+        decoder_sizes=tuple(_sizes_of(decoder).hidden_size for decoder in config.trained_decoders.values()),
     )
 
 
@@ -96,12 +99,14 @@ class StartingWeights:
 
     tensors: the encoder's backbone, or the export of another run.
     names: arguments of `weights.check_fit` that say which parameters the tensors fill.
-    fresh_ports: indices of decoders whose ports are freshly initialized.
+    plan: origin and place of the ports.
+    folder: the opened `encoder.init_from`, or None.
     """
 
     tensors: TensorSource
     names: dict[str, Any]
-    fresh_ports: tuple[int, ...]
+    plan: PortPlan
+    folder: ArcFolder | None = None
 
 
 def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWeights:
@@ -117,25 +122,28 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
         is_unused = beyond_layers(spec.num_layers)
         tensors = open_backbone(encoder.backbone, encoder.rope_scaling, is_unused=is_unused)
         names = {"prefix": "encoder.", "skip": "memory".__eq__, "allow_unused": is_unused}
-        fresh_ports = tuple(range(len(config.decoders)))
+        plan, folder = plan_ports(config.decoders, (), keep_unlisted=False), None
     else:
         folder = open_arc_folder(Path(encoder.init_from), Path(encoder.backbone))
-        _check_same_meaning(config, spec, folder)
-        _check_same_tokenizers(config, folder)
-        tensors = folder.tensors
-        num_given = len(folder.spec.decoder_sizes)
-        fresh_ports = tuple(n for n, d in enumerate(config.decoders) if d.fresh_bridge or n >= num_given)
-        prefixes = tuple(f"ports.{n}." for n in fresh_ports)
-        names = {"skip": lambda name: name.startswith(prefixes), "allow_unused": lambda name: name.startswith("ports.")}
+        # Afterwards every tensor is known, also those that the run leaves out.
+        check_fit(empty_compressor(folder.spec, folder.tensors.path), folder.tensors)
+        theirs = [decoder.name for decoder in folder.decoders]
+        plan = plan_ports(config.decoders, theirs, keep_unlisted=encoder.keep_ports)
+        _check_same_meaning(config, spec, folder, plan)
+        _check_shared_bridge(config, folder, plan)
+        _check_same_tokenizers(config, folder, plan)
+        tensors = tensors_of_run(folder, spec, plan)
+        prefixes = _fresh_prefixes(spec, plan)
+        names = {"skip": lambda name: name.startswith(prefixes)}
     try:
         with torch.device("meta"):
             compressor = build_compressor(spec)
-        for port_idx in fresh_ports:
-            check_bridge_init(cast(DecoderPort, compressor.ports[port_idx]).bridge, config.bridge.init)
+        for prefix in _fresh_prefixes(spec, plan):
+            check_bridge_init(compressor.get_submodule(prefix.removesuffix(".")), config.bridge.init)
     except ValueError as error:
         raise ConfigError(f"the config's sizes do not match: {error}") from error
     check_fit(compressor, tensors, **names)
-    return StartingWeights(tensors=tensors, names=names, fresh_ports=fresh_ports)
+    return StartingWeights(tensors=tensors, names=names, plan=plan, folder=folder)
 
 
 def starting_compressor(
@@ -153,7 +161,7 @@ def starting_compressor(
     with torch.device("meta") if within is None else within:
         compressor = build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
     load_backbone(compressor, weights.tensors, **weights.names, name="encoder")
-    _fill_rest(compressor, config, spec, weights.fresh_ports)
+    _fill_rest(compressor, config, spec, weights.plan)
     set_trained(
         compressor.encoder,
         trained_layers=config.encoder.trained_layers,
@@ -180,16 +188,17 @@ class DecoderFiles:
     ids_digest: str
 
 
-def open_decoders(decoders: Sequence[DecoderConfig], *, bos: bool) -> tuple[DecoderFiles, ...]:
+def open_decoders(decoders: Mapping[int, DecoderConfig], *, bos: bool) -> tuple[DecoderFiles, ...]:
     """Open the run's decoders. Reads sizes and tokenizers.
 
+    decoders: the trained decoders by their index in the config.
     bos: whether sequences begin with begin-of-text.
 
     Raises WeightsError if a tensor is missing or has the wrong shape. Raises TokenizerError if samples have ids beyond
     a decoder's embedding, or under the conditions of `read_layout`.
     """
     opened = []
-    for idx, decoder in enumerate(decoders):
+    for idx, decoder in decoders.items():
         files = ReaderFiles(tokenizer=decoder_tokenizer_path(decoder), chat_template=decoder.chat_template)
         reader = files.load()
         fingerprints = {f"decoders.{idx}": reader.tokenizer.fingerprint}
@@ -218,10 +227,11 @@ def open_decoders(decoders: Sequence[DecoderConfig], *, bos: bool) -> tuple[Deco
     return tuple(opened)
 
 
-def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFolder) -> None:
+def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFolder, plan: PortPlan) -> None:
     """Raise ConfigError if the starting weights were trained with settings that contradict the config.
 
-    Pooling factors may differ (the paper fine-tunes to a lower one). Decoders with fresh ports may differ too.
+    Pooling factors may differ (the paper fine-tunes to a lower one), and the first of several memory tokens may be
+    used. Decoders with fresh ports may differ too.
     """
     ours, theirs = spec, folder.spec
     pairs = {
@@ -231,11 +241,15 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
         "pooling.pooled_queries": (ours.pooled_queries, theirs.pooled_queries),
         "pooling.where": (ours.where, theirs.where),
         "number of layers that pool": (len(ours.rules), len(theirs.rules)),
-        "pooling.memory_tokens": (ours.memory_tokens, theirs.memory_tokens),
     }
-    for decoder, trained in zip(config.decoders, folder.decoders, strict=False):
-        if decoder.fresh_bridge:
+    if not 0 < ours.memory_tokens <= theirs.memory_tokens:
+        pairs["pooling.memory_tokens"] = (ours.memory_tokens, theirs.memory_tokens)
+    if plan.kept or len(plan.fresh) < len(plan.sources):
+        pairs |= _form_of_ports(ours, theirs, is_kept=bool(plan.kept))
+    for decoder, source in zip(config.trained_decoders.values(), plan.sources, strict=True):
+        if source is None:
             continue
+        trained = folder.decoders[source]
         pairs[f"data.decoder_bos, for decoder {decoder.name}"] = (config.data.decoder_bos, trained.bos)
         sizes = _sizes_of(decoder)
         if isinstance(sizes, BackboneConfig):  # transformers always applies the checkpoint's scaling
@@ -246,21 +260,61 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
         raise ConfigError(
             f"encoder.init_from={config.encoder.init_from} was trained with other settings: {'; '.join(different)}. "
             "Set the config to the settings of these weights (weights of the paper's authors: rope_scaling none)."
+            + (" To leave out the ports of other decoders, set encoder.keep_ports=false." if plan.kept else "")
         )
 
 
-def _check_same_tokenizers(config: RunConfig, folder: ArcFolder) -> None:
+def _form_of_ports(ours: CompressorSpec, theirs: CompressorSpec, *, is_kept: bool) -> dict[str, tuple[Any, Any]]:
+    """Settings of ports by config key, here and there, that must be equal if a port is continued or kept."""
+    pairs: dict[str, tuple[Any, Any]] = {"bridge.kind": (ours.bridge, theirs.bridge)}
+    if is_kept or not set(ours.markers) <= set(theirs.markers):
+        pairs["markers"] = (", ".join(ours.markers) or "none", ", ".join(theirs.markers) or "none")
+    if is_kept and ours.bridge in ("mlp", "rms"):
+        pairs["bridge.hidden_size"] = (ours.bridge_hidden_size, theirs.bridge_hidden_size)
+    return pairs
+
+
+def _check_shared_bridge(config: RunConfig, folder: ArcFolder, plan: PortPlan) -> None:
+    """Raise ConfigError if a bridge that all decoders share cannot start from these weights."""
+    if not config.bridge.shared:
+        return
+    if plan.kept:
+        kept = ", ".join(port.name for port in plan.kept)
+        raise ConfigError(
+            f"bridge.shared is true, so every step trains the bridge, and the ports of {kept} cannot be kept. Set "
+            "bridge.shared=false: each decoder then gets a copy of the bridge. Or train all decoders, or set "
+            "encoder.keep_ports=false."
+        )
+    trained = config.trained_decoders.values()
+    names = [decoder.name for decoder, source in zip(trained, plan.sources, strict=True) if source is not None]
+    if len(names) > 1 and not folder.spec.bridge_shared:
+        raise ConfigError(
+            f"bridge.shared is true, but {config.encoder.init_from} has a bridge for each of {', '.join(names)}. Set "
+            "fresh_bridge for all of them except the one whose bridge they will share, or bridge.shared=false."
+        )
+
+
+def _fresh_prefixes(spec: CompressorSpec, plan: PortPlan) -> tuple[str, ...]:
+    """Prefixes of the parameters that start fresh, in the order in which they are drawn."""
+    prefixes = [f"ports.{idx}." for idx in plan.fresh]
+    if spec.bridge_shared and len(plan.fresh) == len(plan.sources):
+        prefixes.append("bridge.")
+    return tuple(prefixes)
+
+
+def _check_same_tokenizers(config: RunConfig, folder: ArcFolder, plan: PortPlan) -> None:
     """Raise TokenizerError if the starting weights were trained with other tokenizers."""
     path = encoder_tokenizer_path(config.encoder)
     remedy = f"Use the tokenizer of these weights: encoder.tokenizer={config.encoder.init_from}"
     check_encoder_tokenizer(load_tokenizer(path), folder.encoder_fingerprints, path, remedy=remedy)
-    for decoder, settings in zip(config.decoders, folder.decoders, strict=False):
-        if not decoder.fresh_bridge:
-            path = decoder_tokenizer_path(decoder)
-            check_decoder_tokenizer(load_tokenizer(path), settings, path)
+    for (idx, decoder), source in zip(config.trained_decoders.items(), plan.sources, strict=True):
+        if source is not None:
+            path, settings = decoder_tokenizer_path(decoder), folder.decoders[source]
+            remedy = f"If it is a new decoder, set decoders.{idx}.fresh_bridge=true."
+            check_decoder_tokenizer(load_tokenizer(path), settings, path, remedy=remedy)
 
 
-def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, fresh_ports: tuple[int, ...]) -> None:
+def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, plan: PortPlan) -> None:
     """Initialize the parameters that were not loaded; identical on all ranks."""
     generator = torch.Generator().manual_seed(config.seed)
     if spec.memory_tokens and config.encoder.init_from is None:
@@ -272,11 +326,11 @@ def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, 
         ids = load_tokenizer(encoder_tokenizer_path(config.encoder)).encode(MARKER_TEXT)
         with gathered([table_VD]):
             start_1D = table_VD.detach()[ids[-1:]].to("cpu", torch.float32, copy=True)
-    for port_idx in fresh_ports:
-        port = build_port(spec, port_idx)
-        for marker in (port.cont, port.rec):
-            if marker is not None:
-                marker.data.copy_(start_1D)
-        init_bridge(port.bridge, config.bridge.init, generator)
-        for name, parameter in port.named_parameters():
-            set_parameter(compressor, f"ports.{port_idx}.{name}", parameter.detach())
+    for prefix in _fresh_prefixes(spec, plan):
+        fresh = build_bridge(spec, 0) if prefix == "bridge." else build_port(spec, int(prefix.split(".")[1]))
+        for name, parameter in fresh.named_parameters():
+            if name in MARKERS:
+                parameter.data.copy_(start_1D)
+        init_bridge(fresh, config.bridge.init, generator)
+        for name, parameter in fresh.named_parameters():
+            set_parameter(compressor, f"{prefix}{name}", parameter.detach())

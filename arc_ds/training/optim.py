@@ -24,7 +24,7 @@ from arc_ds.training.schedule import RateSchedule
 class ParamGroup:
     """Parameters that share a learning rate.
 
-    name: "encoder", "bridge.N" or "markers.N" for decoder N.
+    name: "encoder", "bridge.N" or "markers.N" for decoder N, or "bridge" for one that all decoders share.
     port: index of the decoder whose steps train the group; None for all steps.
     peak_lr: learning rate at the schedule's peak.
     weight_decay: AdamW's decoupled decay.
@@ -54,6 +54,8 @@ def make_param_groups(compressor: Compressor, config: OptimizerConfig) -> tuple[
         markers = [marker for marker in (port.cont, port.rec) if marker is not None]
         parts.append((f"bridge.{port_idx}", port_idx, config.bridge_lr, bridge))
         parts.append((f"markers.{port_idx}", port_idx, config.markers_lr, markers))
+    if compressor.bridge is not None:
+        parts.append(("bridge", None, config.bridge_lr, list(compressor.bridge.parameters())))
     groups = tuple(
         ParamGroup(name=name, params=trained, port=port_idx, peak_lr=peak_lr, weight_decay=config.weight_decay)
         for name, port_idx, peak_lr, params in parts

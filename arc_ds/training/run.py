@@ -18,6 +18,7 @@ from arc_ds.launch.signals import StopRequest
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.training.engine import PlacedDecoder
 from arc_ds.training.loss import Normalize
+from arc_ds.training.ports import SavedPorts
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.validate import Validator
 
@@ -43,11 +44,11 @@ class InputDigests:
 class Run:
     """A run in memory.
 
+    spec: of the compressor in the engine, which has the ports of the trained decoders.
     ds_config: resolved DeepSpeed config of the training engine.
     inputs: see `InputDigests`.
-    decoder_weights: samples of each decoder's weights by its name (`weight_samples.sample_weights`).
-    decoder_ids: digest of the ids of each decoder's tokenizer (`tokenizers.ids_digest`).
-    decoder_names: in port order.
+    ports: the ports of its checkpoints.
+    decoder_names: of the trained decoders, in the order of the compressor's ports.
     num_workers: processes that make this rank's batches.
     step: number of optimizer steps done, and zero-based number of the next step.
     skipped_steps: steps without an update because the loss or a gradient was not finite.
@@ -63,7 +64,7 @@ class Run:
     device: torch.device
     spec: CompressorSpec
     inputs: InputDigests
-    decoder_ids: tuple[str, ...]
+    ports: SavedPorts
     engine: DeepSpeedEngine
     ds_config: Mapping[str, Any]
     decoders: tuple[PlacedDecoder, ...]
@@ -73,7 +74,6 @@ class Run:
     schedule: RateSchedule
     normalize: Normalize
     validator: Validator | None
-    decoder_weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     step: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0

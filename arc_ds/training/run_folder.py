@@ -28,7 +28,6 @@ from arc_ds.checkpoints.checkpoint import (
     step_of,
 )
 from arc_ds.checkpoints.manifest import read_manifest
-from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
 from arc_ds.config.schema import RunConfig, SourceConfig
 from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
@@ -165,7 +164,9 @@ class RunFolder:
         settings = self._config.checkpoint
         state = _trainer_state(self._config, run, None if self._tracker is None else self._tracker.run_id)
         directory, keep_every = run.folder / CHECKPOINTS, settings.keep_every or 0
-        path = save_checkpoint(run.engine, directory, state, keep_last=settings.keep_last, keep_every=keep_every)
+        path = save_checkpoint(
+            run.engine, directory, state, keep_last=settings.keep_last, keep_every=keep_every, kept=run.ports.kept
+        )
         logger.info("saved %s", path)
 
     def close(self, status: str) -> None:
@@ -176,11 +177,6 @@ class RunFolder:
 
 def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> TrainerState:
     """The state that a checkpoint stores in addition to weights and optimizer; `export` reads `extra`."""
-    bos = config.data.decoder_bos
-    decoders = [
-        TrainedFor(name=d.name, rope_scaling=d.rope_scaling, implementation=placed.module.implementation, bos=bos)
-        for d, placed in zip(config.decoders, run.decoders, strict=True)
-    ]
     return TrainerState(
         step=run.step,
         data_position=run.step * config.data.batch_size,
@@ -189,13 +185,14 @@ def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tr
         mlflow_run_id=mlflow_run_id,
         versions=package_versions(),
         extra={
-            "compressor": run.spec.to_json(),
+            "compressor": run.ports.spec.to_json(),
             "encoder_tokenizer": str(Path(config.encoder.tokenizer or config.encoder.backbone).resolve()),
-            "decoders": [asdict(decoder) for decoder in decoders],
+            "decoders": [asdict(record.decoder) for record in run.ports.records],
             "max_context_tokens": longest_context(config),
             "tokenizers": run.inputs.tokenizers,
-            "decoder_ids": list(run.decoder_ids),
-            "decoder_weights": dict(run.decoder_weights),
+            "decoder_ids": [record.ids_digest for record in run.ports.records],
+            "decoder_weights": {r.decoder.name: r.weights for r in run.ports.records if r.weights is not None},
+            "port_places": list(run.ports.places),
             "backbones": run.inputs.backbones,
             "skipped_steps": run.skipped_steps,
             "skipped_in_row": run.skipped_in_row,

@@ -71,39 +71,55 @@ def tiny_compressor(
     activation_checkpointing: bool = False,
     trained_layers: int | None = None,
     train_embeddings: bool = True,
+    shared_bridge: bool = False,
     parts: str = "llama",
 ) -> Compressor:
     """Three encoder layers of width 32 and one port per tiny decoder. parts: a name in `PARTS`."""
-    compressor = bare_compressor(activation_checkpointing=activation_checkpointing, parts=parts)
+    compressor = bare_compressor(
+        activation_checkpointing=activation_checkpointing, shared_bridge=shared_bridge, parts=parts
+    )
     _fill(compressor.parameters(), seed=1)
     set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
     return compressor
 
 
-def bare_compressor(*, activation_checkpointing: bool = False, parts: str = "llama") -> Compressor:
+def bare_compressor(
+    *, activation_checkpointing: bool = False, shared_bridge: bool = False, parts: str = "llama"
+) -> Compressor:
     """The modules of `tiny_compressor` without weights."""
     encoder = Encoder(
         replace(_ENCODER, **PARTS[parts]), num_layers=3, pooling=PoolingLayout(strategy=GroupPooling("mean")),
         activation_checkpointing=activation_checkpointing,
     )  # fmt: skip
-    ports = [
-        DecoderPort(_ENCODER.hidden_size, make_bridge("mlp", _ENCODER.hidden_size, config.hidden_size, 24))
-        for config in _DECODERS
-    ]
-    return Compressor(encoder, ports)
+    width = _ENCODER.hidden_size
+    bridges = [make_bridge("mlp", width, config.hidden_size, 24) for config in _DECODERS]
+    if shared_bridge:
+        return Compressor(encoder, [DecoderPort(width, nn.Identity()) for _ in bridges], bridges[0])
+    return Compressor(encoder, [DecoderPort(width, bridge) for bridge in bridges])
 
 
-def tiny_decoders(*, activation_checkpointing: bool = False, parts: str = "llama") -> list[Decoder]:
-    """Two decoders with different widths and vocabularies, one with a tied head. parts: a name in `PARTS`."""
-    decoders = bare_decoders(activation_checkpointing=activation_checkpointing, parts=parts)
+def tiny_decoders(
+    *, activation_checkpointing: bool = False, shared_bridge: bool = False, parts: str = "llama"
+) -> list[Decoder]:
+    """Two decoders with different vocabularies, one with a tied head. Without a shared bridge their widths differ.
+
+    parts: a name in `PARTS`.
+    """
+    decoders = bare_decoders(
+        activation_checkpointing=activation_checkpointing, shared_bridge=shared_bridge, parts=parts
+    )
     for seed, decoder in enumerate(decoders):
         _fill(decoder.parameters(), seed=10 + seed)
     return decoders
 
 
-def bare_decoders(*, activation_checkpointing: bool = False, parts: str = "llama") -> list[Decoder]:
+def bare_decoders(
+    *, activation_checkpointing: bool = False, shared_bridge: bool = False, parts: str = "llama"
+) -> list[Decoder]:
     """The modules of `tiny_decoders` without weights."""
-    configs = (replace(config, **PARTS[parts]) for config in _DECODERS)
+    configs = [replace(config, **PARTS[parts]) for config in _DECODERS]
+    if shared_bridge:
+        configs[1] = replace(configs[1], hidden_size=configs[0].hidden_size, head_dim=12)
     return [Decoder(config, activation_checkpointing=activation_checkpointing) for config in configs]
 
 
@@ -238,6 +254,8 @@ def plain_loss(
         for part in _in_parts(samples_of_step(step, decoder_idx=decoder_idx), mean_of_parts):
             batch = pack(part, POOLING)
             z_ZD = compressor.ports[decoder_idx](compressor.encoder(batch), batch)
+            if compressor.bridge is not None:
+                z_ZD = compressor.bridge(z_ZD)
             nll.append(decoders[decoder_idx](batch, z_ZD))
     mean = torch.cat(nll).mean()
     if mean_of_parts == 1:

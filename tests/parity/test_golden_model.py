@@ -2,8 +2,8 @@
 
 This file has all cases of the kinds forward_backward and end_to_end (with their token ids). `test_golden_decoder.py`
 has the decoder_only cases, and `test_golden_variants.py` has deliberately wrong variants. Other parts use the remaining
-golden folders: `gen_*` (generation), `data/` and the texts of `e2e_*` (tasks and loaders), `train/*` (optimizer,
-schedule, metrics), `tables/{eval_prompts,eval_shuffle,metrics}` (evaluation), `tables/onecycle_lr` (schedule).
+golden folders: `gen_*` (generation), `train/*` (whole runs), `data/` and the texts of `e2e_*` (tasks and loaders),
+`tables/{eval_prompts,eval_shuffle,metrics}` (evaluation), `tables/onecycle_lr` (schedule).
 """
 
 from __future__ import annotations

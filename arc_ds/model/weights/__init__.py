@@ -3,10 +3,12 @@
 from arc_ds.model.weights.arc_format import read_arc_checkpoint, write_arc_checkpoint
 from arc_ds.model.weights.load import TensorSource, check_fit, copy_into, gathered, load_backbone, set_parameter
 from arc_ds.model.weights.names import beyond_layers, permute_rotary
+from arc_ds.model.weights.selection import SelectedTensors, use_memory_tokens
 from arc_ds.model.weights.source import BackboneSource, open_backbone, read_backbone_config
 
 __all__ = [
     "BackboneSource",
+    "SelectedTensors",
     "TensorSource",
     "beyond_layers",
     "check_fit",
@@ -18,5 +20,6 @@ __all__ = [
     "read_arc_checkpoint",
     "read_backbone_config",
     "set_parameter",
+    "use_memory_tokens",
     "write_arc_checkpoint",
 ]

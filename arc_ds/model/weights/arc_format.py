@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from arc_ds.model.weights.names import Shape, permute_rotary, rotary_heads, rows
 from arc_ds.model.weights.source import read_backbone_config
 from arc_ds.model.weights.stores import ALL_ROWS, SafetensorsStore, same_values
 
-MULTI = "multi_module"  # the bridge_type of several decoders
+MULTI = "multi_module"  # the bridge_type of several decoders, each with a bridge of its own
 
 PARAMS = "params.json"
 SIZES = "encoder_backbone.json"
@@ -35,7 +35,7 @@ BRIDGE = Path("bridge_module") / "consolidated.safetensors"
 _MARKER_IN_FILE = re.compile(r"^(rec|cont)_tok(?:\.(\d+))?\.weight$")
 _MARKER = re.compile(r"^ports\.(\d+)\.(rec|cont)$")
 _BRIDGE_IN_FILE = re.compile(r"^(?:(\d+)\.)?((?:layer1|layer2|norm)\.weight)$")
-_BRIDGE = re.compile(r"^ports\.(\d+)\.bridge\.((?:layer1|layer2|norm)\.weight)$")
+_BRIDGE = re.compile(r"^(?:ports\.(\d+)\.)?bridge\.((?:layer1|layer2|norm)\.weight)$")
 _MEMORY_IN_FILE = ("mem_embeddings.0.weight", "mem_embeddings.weight")
 _BACKBONE_IN_FILE = re.compile(r"^(tok_embeddings\.weight|layers\.\d+\..+)$")
 _PORT = re.compile(r"^ports\.(\d+)\.")
@@ -46,24 +46,26 @@ class ArcCheckpoint:
     """An opened ARC checkpoint: its tensors by internal name, with rotary rows in half-split order.
 
     Only headers have been read. The internal names are those of a `Compressor`: `encoder.*`, `ports.{n}.rec`,
-    `ports.{n}.cont`, `ports.{n}.bridge.*`. The shapes are those of the file; `check_fit` compares them with a model.
+    `ports.{n}.cont`, `ports.{n}.bridge.*`, and `bridge.*` for one bridge of several decoders. The shapes are those of
+    the file; `check_fit` compares them with a model.
 
     path: the checkpoint's folder.
     params: the settings in `params.json`.
     backbone: sizes of the encoder's whole backbone.
     file_names: for each internal tensor name, its file and its name there.
+    num_decoders: see `read_arc_checkpoint`.
     """
 
     path: Path
     params: Fields
     backbone: BackboneConfig
     file_names: Mapping[str, tuple[SafetensorsStore, str]]
+    num_decoders: int = 0
 
     @property
     def num_ports(self) -> int:
         """Number of decoders for which it has a bridge or markers."""
-        ports = [int(match.group(1)) for name in self.file_names if (match := _PORT.match(name))]
-        return max(ports, default=-1) + 1
+        return max(_num_ports(self.file_names), self.num_decoders)
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
@@ -80,11 +82,15 @@ class ArcCheckpoint:
         return rows_of_heads(read, rows, self.shapes[name][0], heads, reorder)
 
 
-def read_arc_checkpoint(path: str | Path, encoder_backbone: str | Path | None = None) -> ArcCheckpoint:
+def read_arc_checkpoint(
+    path: str | Path, encoder_backbone: str | Path | None = None, *, num_decoders: int = 0
+) -> ArcCheckpoint:
     """Open an ARC checkpoint of the reference or of ARC-DS. Old markers without a decoder number belong to decoder 0.
 
     encoder_backbone: folder with the sizes of the encoder's backbone. Checkpoints of the reference do not contain them.
         Sizes in the checkpoint take precedence, because they describe the training.
+    num_decoders: number of decoders, if it is known from elsewhere. Without markers, the tensors of a bridge that
+        several decoders share do not tell it.
 
     Raises WeightsError if a file is missing, damaged or contains a tensor that is not part of the format, or if sizes
     are missing.
@@ -96,11 +102,13 @@ def read_arc_checkpoint(path: str | Path, encoder_backbone: str | Path | None = 
             "checkpoint, such as checkpoints/checkpoint_080000."
         )
     params = Fields.read(folder / PARAMS)
-    names = _internal_names(folder / EMBEDDER, _embedder_name)
+    names = _internal_names(folder / EMBEDDER, embedder_name)
     if params.object("bridge_module", {}).get("bridge_type") is not None:
         if not (folder / BRIDGE).is_file():
             raise WeightsError(f"{folder} has no {BRIDGE}, but {PARAMS} names a bridge. Copy the whole checkpoint.")
-        names.update(_internal_names(folder / BRIDGE, _bridge_name))
+        several = max(_num_ports(names), num_decoders) > 1
+        is_shared = several and params.object("bridge_module").get("bridge_type") != MULTI
+        names.update(_internal_names(folder / BRIDGE, partial(bridge_name, shared=is_shared)))
     if (folder / SIZES).is_file():
         backbone = _read_sizes(folder / SIZES)
     elif encoder_backbone is not None:
@@ -110,7 +118,7 @@ def read_arc_checkpoint(path: str | Path, encoder_backbone: str | Path | None = 
             f"{folder} does not contain the sizes of its encoder's backbone; pass the backbone's folder as "
             "encoder_backbone (its config.json or params.json is enough)."
         )
-    return ArcCheckpoint(path=folder, params=params, backbone=backbone, file_names=names)
+    return ArcCheckpoint(path=folder, params=params, backbone=backbone, file_names=names, num_decoders=num_decoders)
 
 
 def write_arc_checkpoint(
@@ -147,7 +155,7 @@ def _reference_tensors(
     for name, tensor in tensors.items():
         stored = _interleaved(name, as_lazy(tensor), backbone)
         if match := _BRIDGE.match(name):
-            if not multi and int(match.group(1)) > 0:
+            if not multi and int(match.group(1) or 0) > 0:
                 raise WeightsError(f"`{name}` belongs to a second decoder; bridge_type must be {MULTI} to hold it.")
             bridge[f"{match.group(1)}.{match.group(2)}" if multi else match.group(2)] = stored
         elif match := _MARKER.match(name):
@@ -194,7 +202,8 @@ def _internal_names(file: Path, rename: Callable[[str], str | None]) -> dict[str
     return names
 
 
-def _embedder_name(file_name: str) -> str | None:
+def embedder_name(file_name: str) -> str | None:
+    """The internal name of a tensor in `embedder/`; None if the format has no such tensor."""
     if match := _MARKER_IN_FILE.match(file_name):
         return f"ports.{match.group(2) or 0}.{match.group(1)}"
     if file_name in _MEMORY_IN_FILE:
@@ -202,9 +211,22 @@ def _embedder_name(file_name: str) -> str | None:
     return f"encoder.{file_name}" if _BACKBONE_IN_FILE.match(file_name) else None
 
 
-def _bridge_name(file_name: str) -> str | None:
+def bridge_name(file_name: str, *, shared: bool) -> str | None:
+    """The internal name of a tensor in `bridge_module/`; None if the format has no such tensor.
+
+    shared: whether several decoders share a bridge without a number.
+    """
     match = _BRIDGE_IN_FILE.match(file_name)
-    return f"ports.{match.group(1) or 0}.bridge.{match.group(2)}" if match else None
+    if match is None:
+        return None
+    if shared and match.group(1) is None:
+        return f"bridge.{match.group(2)}"
+    return f"ports.{match.group(1) or 0}.bridge.{match.group(2)}"
+
+
+def _num_ports(names: Iterable[str]) -> int:
+    ports = [int(match.group(1)) for name in names if (match := _PORT.match(name))]
+    return max(ports, default=-1) + 1
 
 
 def _read_sizes(file: Path) -> BackboneConfig:

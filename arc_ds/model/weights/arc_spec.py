@@ -86,6 +86,7 @@ def spec_of_params(params: Fields, backbone: BackboneConfig, num_ports: int) -> 
         markers=tuple(marker for marker, is_kept in kept.items() if is_kept),
         bridge=_BRIDGES[kind],
         bridge_hidden_size=None if bridge.get("hidden_dim") is None else bridge.integer("hidden_dim"),
+        bridge_shared=num_ports > 1 and kind not in (MULTI, None),
         decoder_sizes=(width if kind is None else bridge.integer("out_dim"),) * max(num_ports, 1),
     )
 
@@ -95,15 +96,17 @@ def params_of_spec(spec: CompressorSpec, param_dtype: str) -> dict[str, Any]:
 
     param_dtype: "float32" or "bfloat16", the dtype of the tensors that will be written.
 
-    Raises WeightsError if the format cannot represent the spec: other strategies, or several decoders with different
-    widths or with another bridge than mlp.
+    Raises WeightsError if the format cannot represent the spec: other strategies, several decoders with different
+    widths, or a linear or rms bridge for each of several decoders.
     """
-    several = len(spec.decoder_sizes) > 1
-    if several and (len(set(spec.decoder_sizes)) > 1 or spec.bridge != "mlp"):
-        raise WeightsError(
-            f"the ARC format holds several decoders only with mlp bridges of one width; this compressor has "
-            f"{spec.bridge} bridges to {spec.decoder_sizes}. Use our own export format."
-        )
+    bridge_type: str | None = None if spec.bridge == "none" else spec.bridge
+    if len(spec.decoder_sizes) > 1 and bridge_type is not None and not spec.bridge_shared:
+        if len(set(spec.decoder_sizes)) > 1 or spec.bridge != "mlp":
+            raise WeightsError(
+                f"the ARC format holds several decoders only with mlp bridges of one width or with one bridge for all; "
+                f"this compressor has {spec.bridge} bridges to {spec.decoder_sizes}. Use our own export format."
+            )
+        bridge_type = MULTI
     return {
         "param_dtype": param_dtype,
         "embedder_params": {
@@ -118,7 +121,7 @@ def params_of_spec(spec: CompressorSpec, param_dtype: str) -> dict[str, Any]:
             "train_embedding_mtx": True,
         },
         "bridge_module": {
-            "bridge_type": MULTI if several else None if spec.bridge == "none" else spec.bridge,
+            "bridge_type": bridge_type,
             "in_dim": spec.backbone.hidden_size,
             "out_dim": spec.decoder_sizes[0],
             "hidden_dim": spec.bridge_hidden_size,

@@ -153,6 +153,7 @@ MISTAKES = [
     (["--model", "export", "--decoder", "gone", "x"], "does not exist"),
     ([*EXPORT, "--decoder-idx", "1", "x"], "decoder 1 was requested"),
     ([*EXPORT, "--pooling-factor", "0", "x"], "pooling_factor is 0"),
+    ([*EXPORT, "--memory-tokens", "3", "x"], "memory_tokens is 3, but this encoder pools"),
     ([*EXPORT, "--temperature", "-1", "x"], "temperature is -1.0"),
     ([*EXPORT, "--temperature", "nan", "x"], "temperature is nan"),
     ([*EXPORT, "--top-p", "inf", "x"], "top_p inf"),

@@ -242,6 +242,20 @@ def test_hash_follows_what_changes_the_numbers_alone(write, override):
     assert (changed == base) == (override in SAME_RUN)
 
 
+def test_a_run_of_the_first_version_has_its_hash_and_can_be_resumed(write):
+    assert config_hash(load_config(write())) == "f97c06171f455311"  # computed by that version
+    for override in ("encoder.keep_ports=false", "bridge.shared=true"):
+        assert config_hash(load_config(write(), [override])) != "f97c06171f455311"
+
+
+def test_a_decoder_that_is_only_kept_needs_no_path_and_survives_the_resolved_yaml(write, tmp_path):
+    kept = "decoders=[{name: old, train: false}, {name: new, backbone: b}]"
+    config = load_config(write(), ["encoder.init_from=export", kept])
+    assert list(config.trained_decoders) == [1]
+    (tmp_path / "resolved.yaml").write_text(dump_yaml(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
 def test_hash_follows_the_parts_only_where_the_loss_is_a_mean_over_them(write):
     one, two = (load_config(write(), ["loss.normalize=rank_mean", f"micro_batches={n}"]) for n in (1, 2))
     assert config_hash(one) != config_hash(two)

@@ -88,6 +88,12 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["decoders=[]"], ["at least one decoder"]),
         (["decoders.0.name=a b"], ["decoders.0.name"]),
         (["decoders.1.name=a", "decoders.1.backbone=b"], ["like that of decoder 0"]),
+        (["decoders=[{name: a}]"], ["decoders.0.backbone is missing"]),
+        (["decoders.0.train=false"], ["nothing would be trained", "decoders.0.train is false", "encoder.init_from"]),
+        (
+            ["encoder.init_from=x", "decoders.1.name=b", "decoders.1.train=false", "decoders.1.fresh_bridge=true"],
+            ["decoders.1: fresh_bridge needs training"],
+        ),
         (["optimizer.encoder_lr=-1e-5"], ["optimizer.encoder_lr"]),
         (["optimizer.eps=0"], ["optimizer.eps"]),
         (["optimizer.betas=[0.9, 1.0]"], ["optimizer.betas.1"]),

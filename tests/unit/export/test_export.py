@@ -48,6 +48,8 @@ SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, ori
 SPECS = {
     "default": {},
     "two_decoders": {"decoder_sizes": (48, 48)},
+    "shared_bridge": {"decoder_sizes": (48, 48), "bridge_shared": True},
+    "shared_bridge_without_markers": {"decoder_sizes": (48, 48), "bridge_shared": True, "bridge": "rms", "markers": ()},
     "fixed_groups": {"rules": (GroupRule("count", 3),)},
     "two_pooled_layers": {"num_layers": 2, "rules": (GroupRule("factor", 2),) * 2},
     "memory": {"rules": (), "memory_tokens": 3, "pooled_queries": False},

@@ -57,6 +57,45 @@ def test_the_idle_port_gets_a_gradient_of_exactly_zero_and_changes_nothing(readi
     assert all(torch.equal(g, p.grad) for g, p in zip(encoder_grads, alone.encoder.parameters(), strict=True))
 
 
+def test_a_shared_bridge_gets_the_sum_of_the_gradients_of_its_uses() -> None:
+    """The oracle has a bridge for each decoder, with equal weights."""
+    shared, apart = tiny_compressor(decoder_sizes=(12, 12), bridge_shared=True), tiny_compressor(decoder_sizes=(12, 12))
+    weights = dict(shared.state_dict())
+    for name in [name for name in weights if name.startswith("bridge.")]:
+        weights |= {f"ports.{n}.{name}": weights[name] for n in range(2)}
+        del weights[name]
+    apart.load_state_dict(weights)
+    batch = pack([sample(3, -9, 2), sample(-5, marker="rec")], SPEC)
+    towards = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64)
+    for reading in range(2):
+        z = shared(batch, reading)
+        assert torch.equal(z, apart(batch, reading))
+        for each in (shared, apart):
+            (each(batch, reading) * towards).square().sum().backward()
+    parts = [port.bridge.layer1.weight.grad for port in apart.ports]
+    grad = shared.bridge.layer1.weight.grad
+    assert torch.allclose(grad, parts[0] + parts[1], rtol=1e-12, atol=0)
+    assert all((grad - part).abs().max() > 0.1 * grad.abs().max() for part in parts), "one use alone is not enough"
+    for n in range(2):
+        assert torch.equal(shared.ports[n].cont.grad, apart.ports[n].cont.grad) and shared.ports[n].cont.grad.any()
+
+
+def test_a_shared_bridge_runs_once_in_a_step_and_reaches_the_marker_of_every_port() -> None:
+    """ZeRO-3 gives wrong gradients to a module that runs twice in a forward."""
+    shared = tiny_compressor(decoder_sizes=(12, 12, 12), bridge_shared=True)
+    calls: list[int] = []
+    shared.bridge.register_forward_hook(lambda *_: calls.append(1))
+    shared(pack([sample(-9)], SPEC), 1).square().sum().backward()
+    assert len(calls) == 1
+    assert all(parameter.grad is not None for parameter in shared.parameters())
+    assert [bool(port.cont.grad.any()) for port in shared.ports] == [False, True, False]
+
+
+def test_a_shared_bridge_needs_equal_widths() -> None:
+    with pytest.raises(ValueError, match="decoders of one width, but theirs are 12, 10"):
+        tiny_compressor(decoder_sizes=(12, 10), bridge_shared=True)
+
+
 def test_a_port_without_markers_and_a_batch_without_markers() -> None:
     compressor = tiny_compressor(markers=(), decoder_sizes=(12, 12))
     batch = pack([sample(-9, marker=None)], SPEC)

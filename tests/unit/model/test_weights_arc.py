@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from arc_ds import ArcModel
 from arc_ds.batch.groups import GroupRule
-from arc_ds.errors import WeightsError
+from arc_ds.errors import ConfigError, WeightsError
+from arc_ds.model.pooling import STRATEGIES
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import load_backbone, read_arc_checkpoint, write_arc_checkpoint
 from arc_ds.model.weights.arc_spec import compress_rate, group_rule, params_of_spec, spec_of_params
@@ -166,3 +168,82 @@ def test_pool_types_of_the_reference(pool_type: str, strategy: str, pooled_queri
 def test_settings_that_cannot_be_are_named(section: str, key: str, value: object, message: str):
     with pytest.raises(WeightsError, match=message):
         read_spec(changed_params(section, key, value))
+
+
+def write(folder: Path, params: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir()
+    write_arc_checkpoint(folder, params, tensors, ENCODER)
+    return folder
+
+
+def test_fewer_memory_tokens_than_the_file_holds_are_its_first_ones(tmp_path: Path):
+    """In `params.json` or as an argument. With them the vectors are those of a compressor that has no others."""
+    trained = tiny_trained(tmp_path / "run", memory_tokens=8, rules=(), pooled_queries=False)
+    params = params_of_spec(trained.spec, "float32")
+    eight = write(tmp_path / "eight", params, trained.tensors)
+    params["embedder_params"]["memory_tokens"] = 3
+    three = write(tmp_path / "three", params, trained.tensors)
+    only = {**trained.tensors, "encoder.memory": trained.tensors["encoder.memory"][:3]}
+    vectors = [
+        ArcModel.from_checkpoint(folder, [], memory_tokens=num).compress([[5, 9, 80]])[0]
+        for folder, num in ((write(tmp_path / "only", params, only), None), (three, None), (eight, 3), (eight, None))
+    ]
+    assert [v.shape[0] for v in vectors] == [4, 4, 4, 9]
+    assert torch.equal(vectors[0], vectors[1]) and torch.equal(vectors[0], vectors[2])
+    assert not torch.allclose(vectors[0][:3], vectors[3][:3]), "the tokens left out would have been seen"
+    for num, message in ((0, "at least 1|1 to 8"), (9, "8")):
+        with pytest.raises(ConfigError, match=message):
+            ArcModel.from_checkpoint(eight, [], memory_tokens=num)
+    params["embedder_params"]["memory_tokens"] = 9
+    with pytest.raises(WeightsError, match=r"`encoder.memory` is \[8, 32\], expected \[9, 32\]"):
+        ArcModel.from_checkpoint(write(tmp_path / "nine", params, trained.tensors), [])
+    pooled = write(tmp_path / "pooled", params_of_spec(tiny_spec(), "float32"), tiny_trained(tmp_path / "p").tensors)
+    with pytest.raises(ConfigError, match="this encoder pools and has none"):
+        ArcModel.from_checkpoint(pooled, [], memory_tokens=3)
+
+
+def test_one_bridge_of_two_decoders_is_read_and_written_back_tensor_by_tensor(tmp_path: Path):
+    """As in the reference: bridge_type mlp, and markers for each decoder."""
+    trained = tiny_trained(tmp_path / "run", decoder_sizes=(48, 48), bridge_shared=True)
+    params = params_of_spec(trained.spec, "float32")
+    assert params["bridge_module"]["bridge_type"] == "mlp"
+    folder = write(tmp_path / "out", params, trained.tensors)
+    bridge = load_file(folder / "bridge_module/consolidated.safetensors")
+    assert sorted(bridge) == ["layer1.weight", "layer2.weight"]
+    assert {name for name in load_file(folder / EMBEDDER) if "_tok." in name} == {
+        f"{marker}_tok.{n}.weight" for marker in ("rec", "cont") for n in range(2)
+    }
+    checkpoint = read_arc_checkpoint(folder)
+    assert spec_of_params(checkpoint.params, checkpoint.backbone, checkpoint.num_ports) == trained.spec
+    for name, tensor in trained.tensors.items():
+        assert torch.equal(checkpoint.tensor(name), tensor), name
+    first, second = (ArcModel.from_checkpoint(folder, []).compress([[5, 9, 80]], decoder)[0] for decoder in range(2))
+    assert torch.equal(first[:-1], second[:-1]) and not torch.equal(first[-1], second[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "accepted"),
+    [("rec_tok.0.weight", (1, 32), True), ("rec_tok.0.weight", (2, 32), False), ("rec_tok.1.weight", (1, 32), False),
+     ("cont_tok.3.weight", (1, 32), False), ("layers.0.attention.wq.bias", (32,), False)],
+)  # fmt: skip
+def test_exactly_the_markers_that_the_settings_leave_out_may_be_unused(
+    tmp_path: Path, name: str, shape: tuple[int, ...], accepted: bool
+):
+    trained = tiny_trained(tmp_path / "run", markers=("cont",))
+    folder = write(tmp_path / "out", params_of_spec(trained.spec, "float32"), trained.tensors)
+    save_file({**load_file(folder / EMBEDDER), name: torch.ones(shape)}, folder / EMBEDDER)
+    if accepted:
+        ArcModel.from_checkpoint(folder, [])
+        return
+    with pytest.raises(WeightsError, match=r"`(ports|encoder)\.\S+` (has no place|is missing|is \[)"):
+        ArcModel.from_checkpoint(folder, [])
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if not s.startswith("kmeans") and s != "prune_norm"])
+@pytest.mark.parametrize("pooled_queries", [True, False])
+def test_every_strategy_that_the_format_can_name_is_read_back(strategy: str, pooled_queries: bool):
+    kind = "floor_factor" if strategy.startswith(("similarity", "prune")) else "factor"
+    spec = tiny_spec(strategy=strategy, pooled_queries=pooled_queries, rules=(GroupRule(kind, 4),))
+    read = read_spec(json.loads(json.dumps(params_of_spec(spec, "float32"))))
+    same = {"similarity": "similarity_cosine", "prune": "prune_cosine"}  # the format has one name for both
+    assert read == dataclasses.replace(spec, strategy=same.get(strategy, strategy))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from arc_ds.errors import WeightsError
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import build_compressor
-from arc_ds.model.weights import beyond_layers, copy_into, load_backbone, open_backbone
+from arc_ds.model.weights import (
+    SelectedTensors,
+    beyond_layers,
+    copy_into,
+    load_backbone,
+    open_backbone,
+    use_memory_tokens,
+)
 from tests.helpers import tiny_models as tiny
 from tests.helpers.tiny_export import tiny_spec
 
@@ -113,3 +121,27 @@ def test_copy_does_not_broadcast():
         copy_into(parameter, torch.ones(2))
     copy_into(parameter, torch.ones(3, 2, dtype=torch.bfloat16))
     assert torch.equal(parameter, torch.ones(3, 2))
+
+
+def test_selected_tensors_are_renamed_and_cut_and_their_rows_are_read_alone() -> None:
+    read: list[tuple[str, slice]] = []
+    memory = torch.arange(16.0).view(8, 2)
+
+    class Source:
+        path = Path("memory")
+        shapes: ClassVar = {"encoder.memory": (8, 2), "bridge.layer1.weight": (3, 2)}
+
+        def tensor(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+            read.append((name, rows))
+            return memory[rows]
+
+    assert use_memory_tokens(Source(), 8).shapes == Source.shapes
+    names = {"encoder.memory": "encoder.memory", "ports.4.bridge.layer1.weight": "bridge.layer1.weight"}
+    source = use_memory_tokens(SelectedTensors(source=Source(), names=names), 5)
+    assert source.shapes == {"encoder.memory": (5, 2), "ports.4.bridge.layer1.weight": (3, 2)}
+    assert torch.equal(source.tensor("encoder.memory"), memory[:5])
+    for rows in (slice(3, 5), slice(3, 9), slice(0, 2)):
+        assert torch.equal(source.tensor("encoder.memory", rows), memory[:5][rows]), rows
+    source.tensor("ports.4.bridge.layer1.weight", slice(1, 2))
+    assert read[-1] == ("bridge.layer1.weight", slice(1, 2))
+    assert read[1] == ("encoder.memory", slice(3, 5, 1))

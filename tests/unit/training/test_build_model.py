@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.load import load_config
@@ -26,6 +28,7 @@ from arc_ds.training.build_model import (
     open_starting_weights,
     starting_compressor,
 )
+from arc_ds.training.ports import warn_of_ports
 from tests.helpers.tiny_data import swap_letters, write_json_tokenizer
 from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf, write_mistral
 from tests.helpers.tiny_run import write_inputs
@@ -94,7 +97,8 @@ def test_markers_may_start_as_the_embedding_of_a_line_break(config_file: Path) -
     ("override", "named"),
     [("encoder.causal=true", "encoder.causal"), ("pooling.strategy=sum", "pooling.strategy"),
      ("pooling.where=between", "pooling.where"), ("pooling.factors=[2, 2]", "layers that pool"),
-     ("data.decoder_bos=false", "data.decoder_bos")],
+     ("data.decoder_bos=false", "data.decoder_bos"), ("bridge.kind=linear", "bridge.kind: linear here, mlp there"),
+     ("bridge.kind=rms", "bridge.kind: rms here, mlp there")],
 )  # fmt: skip
 def test_weights_of_another_meaning_are_refused(
     config_file: Path, trained: TrainedCompressor, override: str, named: str
@@ -108,6 +112,144 @@ def test_starting_weights_serve_both_implementations(config_file: Path, trained:
     pytest.importorskip("transformers")
     found = _start(_from_export(config_file, "decoders.0.implementation=transformers"))
     assert torch.equal(found.get_parameter("ports.0.cont"), trained.tensors["ports.0.cont"])
+
+
+def test_a_bridge_of_another_kind_is_fine_where_all_start_fresh(config_file: Path, trained: TrainedCompressor) -> None:
+    config = _from_export(config_file, "bridge.kind=linear", "decoders.0.fresh_bridge=true")
+    assert not [name for name, _ in _start(config).named_parameters() if name.endswith("layer2.weight")]
+
+
+def test_an_equal_width_bridge_never_loses_its_second_layer_silently(config_file: Path, tmp_path: Path) -> None:
+    """With equal widths, layer1 alone fits a linear bridge."""
+    spec = dataclasses.replace(compressor_spec(load_config(config_file)), decoder_sizes=(32,), bridge_hidden_size=32)
+    folder = _export(config_file, tmp_path, spec, ("other",))
+    overrides = [f"encoder.init_from={folder}", "bridge.hidden_size=32", _decoders(config_file, "other")]
+    _start(load_config(config_file, overrides))
+    with pytest.raises(ConfigError, match="bridge.kind: linear here, mlp there"):
+        _start(load_config(config_file, [*overrides, "bridge.kind=linear"]))
+
+
+@pytest.mark.parametrize("name", ["ports.5.cont", "ports.0.bridge.layer3.weight", "ports.0.note", "encoder.extra"])
+def test_a_tensor_that_the_export_does_not_describe_is_named(
+    config_file: Path, tmp_path: Path, trained: TrainedCompressor, name: str
+) -> None:
+    folder = shutil.copytree(config_file.parent / "export", tmp_path / "export")
+    (folder / "checksums.json").unlink()  # as in an earlier export
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: torch.ones(1, 32)}, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=f"`{name}` has no place"):
+        _start(load_config(config_file, [f"encoder.init_from={folder}"]))
+    save_file(tensors, folder / "model.safetensors")  # the remedy
+    _start(load_config(config_file, [f"encoder.init_from={folder}"]))
+
+
+def test_an_export_that_describes_an_invalid_compressor_is_one_error(
+    config_file: Path, tmp_path: Path, trained: TrainedCompressor
+) -> None:
+    folder = shutil.copytree(config_file.parent / "export", tmp_path / "export")
+    plain = json.loads((folder / "config.json").read_text())
+    plain["compressor"]["num_layers"] = 9
+    (folder / "config.json").write_text(json.dumps(plain))
+    with pytest.raises(WeightsError, match="describes an invalid compressor: num_layers is 9"):
+        _start(load_config(config_file, [f"encoder.init_from={folder}"]))
+
+
+def test_markers_that_the_export_lacks_are_named(config_file: Path, tmp_path: Path) -> None:
+    spec = dataclasses.replace(compressor_spec(load_config(config_file)), markers=("cont",))
+    folder = _export(config_file, tmp_path, spec, ("wide", "other"))
+    with pytest.raises(ConfigError, match="markers: cont, rec here, cont there"):
+        _start(load_config(config_file, [f"encoder.init_from={folder}"]))
+    _start(load_config(config_file, [f"encoder.init_from={folder}", "markers.rec=false"]))
+
+
+def test_kept_ports_must_have_the_form_of_the_trained_ones(config_file: Path, tmp_path: Path) -> None:
+    """An export describes the form of all its ports once."""
+    folder = _export(config_file, tmp_path, compressor_spec(load_config(config_file)), ("wide", "other"))
+    new = f"decoders=[{{name: new, backbone: {config_file.parent / 'wide'}, fresh_bridge: true}}]"
+    overrides = [f"encoder.init_from={folder}", new]
+    for change, named in (
+        ("bridge.kind=rms", "bridge.kind: rms here, mlp there"),
+        ("bridge.hidden_size=12", "bridge.hidden_size: 12 here, 24 there"),
+        ("markers.rec=false", "markers: cont here, cont, rec there"),
+    ):
+        with pytest.raises(ConfigError, match=f"{named}.*encoder.keep_ports=false"):
+            _start(load_config(config_file, [*overrides, change]))
+        _start(load_config(config_file, [*overrides, change, "encoder.keep_ports=false"]))  # the remedy
+    _start(load_config(config_file, overrides))
+
+
+def test_a_new_decoder_without_a_fresh_bridge_is_told_so(
+    config_file: Path, tmp_path: Path, trained: TrainedCompressor
+) -> None:
+    other = swap_letters(shutil.copytree(config_file.parent / "wide", tmp_path / "wide"))
+    new = f"decoders=[{{name: new, backbone: {other}}}]"
+    with pytest.raises(TokenizerError, match=r"set decoders\.0\.fresh_bridge=true"):
+        _start(_from_export(config_file, new))
+    _start(_from_export(config_file, new, "decoders.0.fresh_bridge=true"))  # the remedy
+
+
+def test_stale_and_renamed_ports_are_warned_of(
+    config_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = _export(config_file, tmp_path, compressor_spec(load_config(config_file)), ("wide", "other"))
+
+    def warnings(name: str, *, trains_encoder: bool) -> str:
+        new = f"decoders=[{{name: {name}, backbone: {config_file.parent / 'wide'}}}]"
+        config = load_config(config_file, [f"encoder.init_from={folder}", new])
+        weights = open_starting_weights(config, compressor_spec(config))
+        caplog.clear()
+        warn_of_ports(config, weights.plan, weights.folder, trains_encoder=trains_encoder)
+        return caplog.text
+
+    assert not warnings("wide", trains_encoder=False)
+    assert "keeps the bridges and markers of other unchanged" in warnings("wide", trains_encoder=True)
+    renamed = warnings("renamed", trains_encoder=False)
+    assert "decoder renamed continues the bridge and markers of wide" in renamed
+    assert "set decoders.0.fresh_bridge=true" in renamed
+
+
+def test_the_first_memory_tokens_are_a_start(config_file: Path, tmp_path: Path) -> None:
+    memory = ["pooling.factors=[]", "pooling.memory_tokens=8"]
+    spec = compressor_spec(load_config(config_file, memory))
+    folder = _export(config_file, tmp_path, spec, ("wide", "other"))
+    overrides = [f"encoder.init_from={folder}", "pooling.factors=[]"]
+    found = _start(load_config(config_file, [*overrides, "pooling.memory_tokens=3"])).encoder.memory
+    assert torch.equal(found, load_file(folder / "model.safetensors")["encoder.memory"][:3])
+    with pytest.raises(ConfigError, match="pooling.memory_tokens: 9 here, 8 there"):
+        _start(load_config(config_file, [*overrides, "pooling.memory_tokens=9"]))
+
+
+def test_a_shared_bridge_is_copied_to_each_port_and_one_bridge_may_become_shared(
+    config_file: Path, tmp_path: Path
+) -> None:
+    shared = ["bridge.shared=true", _decoders(config_file, "other", "encoder")]
+    spec = compressor_spec(load_config(config_file, shared))
+    folder = _export(config_file, tmp_path, spec, ("other", "encoder"))
+    old, init_from = load_file(folder / "model.safetensors"), f"encoder.init_from={folder}"
+    same = _start(load_config(config_file, [init_from, *shared])).bridge
+    assert torch.equal(same.layer2.weight, old["bridge.layer2.weight"])
+    apart = dict(_start(load_config(config_file, [init_from, shared[1]])).named_parameters())
+    for n in range(2):
+        assert torch.equal(apart[f"ports.{n}.bridge.layer2.weight"], old["bridge.layer2.weight"])
+        assert torch.equal(apart[f"ports.{n}.rec"], old[f"ports.{n}.rec"])
+    one = [init_from, "bridge.shared=true", _decoders(config_file, "other")]
+    with pytest.raises(ConfigError, match=r"bridge.shared is true.*ports of encoder cannot be kept"):
+        _start(load_config(config_file, one))
+    for remedy in ("bridge.shared=false", "encoder.keep_ports=false"):
+        _start(load_config(config_file, [*one, remedy]))
+    two = _export(config_file, tmp_path / "two", dataclasses.replace(spec, bridge_shared=False), ("other", "encoder"))
+    with pytest.raises(ConfigError, match="a bridge for each of other, encoder.*fresh_bridge for all of them except"):
+        _start(load_config(config_file, [f"encoder.init_from={two}", *shared]))
+    found = _start(load_config(config_file, [f"encoder.init_from={two}", *shared, "decoders.1.fresh_bridge=true"]))
+    old = load_file(two / "model.safetensors")
+    assert torch.equal(found.bridge.layer1.weight, old["ports.0.bridge.layer1.weight"])
+    fresh = _start(load_config(config_file, shared)).bridge.layer1.weight
+    assert fresh.std() > 1e-2 and not torch.equal(fresh, found.bridge.layer1.weight)
+
+
+def test_a_shared_bridge_needs_decoders_of_one_width(config_file: Path) -> None:
+    with pytest.raises(ConfigError, match="decoders of one width, but theirs are 48, 32"):
+        _start(load_config(config_file, ["bridge.shared=true"]))
 
 
 def test_starting_weights_of_another_tokenizer_are_refused(
@@ -195,11 +337,28 @@ def _start(config: RunConfig) -> Compressor:
 
 
 def _open(config: RunConfig) -> tuple[DecoderFiles, ...]:
-    return open_decoders(config.decoders, bos=config.data.decoder_bos)
+    return open_decoders(config.trained_decoders, bos=config.data.decoder_bos)
 
 
 def _from_export(config_file: Path, *overrides: str) -> RunConfig:
     return load_config(config_file, [f"encoder.init_from={config_file.parent / 'export'}", *overrides])
+
+
+def _decoders(config_file: Path, *names: str) -> str:
+    return "decoders=[" + ", ".join(f"{{name: {n}, backbone: {config_file.parent / n}}}" for n in names) + "]"
+
+
+def _export(config_file: Path, folder: Path, spec: CompressorSpec, names: tuple[str, ...]) -> Path:
+    """Write an export of a compressor with random weights for some decoders."""
+    trained = TrainedCompressor(
+        spec=spec,
+        tensors=_random_tensors(spec),
+        step=3,
+        encoder_tokenizer=str(config_file.parent / "encoder"),
+        decoders=tuple(TrainedFor(name=name, rope_scaling="checkpoint") for name in names),
+    )
+    write_export(trained, folder / "out")
+    return folder / "out"
 
 
 def _random_tensors(spec: CompressorSpec) -> dict[str, torch.Tensor]:

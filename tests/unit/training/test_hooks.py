@@ -55,7 +55,7 @@ class _Validator:
 def _run(step: int, **changes: Any) -> Run:
     fields: dict[str, Any] = {
         "folder": Path("run"), "device": torch.device("cpu"), "spec": SPEC, "inputs": None, "engine": None,
-        "ds_config": {}, "decoders": (), "decoder_ids": (), "decoder_names": ("wide", "other"), "data": None,
+        "ds_config": {}, "decoders": (), "ports": None, "decoder_names": ("wide", "other"), "data": None,
         "num_workers": 0,
         "schedule": SimpleNamespace(total_steps=STEPS), "normalize": "global", "validator": _Validator(), "step": step,
     }  # fmt: skip

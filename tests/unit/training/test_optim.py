@@ -14,6 +14,7 @@ from arc_ds.errors import ConfigError
 from arc_ds.training.optim import ParamGroup, PortAdamW, make_param_groups
 from arc_ds.training.schedule import RateSchedule
 from tests.helpers.plain_trainer import tiny_compressor, tiny_groups
+from tests.helpers.tiny_compressor import tiny_compressor as with_shared_bridge
 
 SCHEDULE = RateSchedule(total_steps=20, warmup_steps=5, initial_lr=1e-6, final_lr=1e-5)
 HYPER: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
@@ -122,6 +123,17 @@ def test_the_groups_hold_every_trained_parameter_once() -> None:
     ]  # fmt: skip
     assert [group.peak_lr for group in groups] == [1e-3, 3e-3, 2e-3, 3e-3, 2e-3]
     assert sorted(map(id, _params(groups))) == sorted(map(id, compressor.parameters()))
+
+
+def test_the_bridge_that_all_decoders_share_is_one_group_which_every_step_trains() -> None:
+    compressor = with_shared_bridge(decoder_sizes=(12, 12), bridge_shared=True)
+    groups = tiny_groups(compressor)
+    assert [group.name for group in groups] == ["encoder", "markers.0", "markers.1", "bridge"]
+    assert sorted(map(id, _params(groups))) == sorted(map(id, compressor.parameters()))
+    optimizer = PortAdamW(groups, **HYPER)
+    for decoder_idx in range(2):
+        rates = optimizer.prepare(SCHEDULE, 4, [decoder_idx])
+        assert rates == {"encoder": 1e-3, f"markers.{decoder_idx}": 2e-3, "bridge": 3e-3}
 
 
 def test_frozen_parts_have_no_group() -> None:

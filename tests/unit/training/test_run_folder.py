@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.load import dump_yaml, load_config
 from arc_ds.config.schema import SourceConfig
+from arc_ds.training.ports import PortRecord
 from arc_ds.training.run import InputDigests
 from arc_ds.training.run_folder import _trainer_state, without_secrets
 
@@ -41,10 +43,10 @@ def test_a_checkpoint_records_what_an_export_needs_even_if_the_files_are_gone(mo
     inputs = InputDigests(data="d", tokenizers={"encoder": "e"}, backbones={})
     counts = {"step": 3, "skipped_steps": 0, "skipped_in_row": 0, "data_counts": {}}
     spec = SimpleNamespace(to_json=dict)
-    placed = SimpleNamespace(module=SimpleNamespace(implementation="transformers"))
-    run = SimpleNamespace(
-        inputs=inputs, decoder_ids=("i",), decoder_weights={"d": {}}, spec=spec, decoders=(placed,), **counts
-    )
+    decoder = TrainedFor(name="d", rope_scaling="none", implementation="transformers")
+    record = PortRecord(decoder=decoder, ids_digest="i", weights={})
+    ports = SimpleNamespace(spec=spec, records=(record,), places=(0,))
+    run = SimpleNamespace(inputs=inputs, ports=ports, **counts)
     for length in (33, 66):
         config = load_config(DEMO, [f"data.max_context_tokens={length}"])
         extra = _trainer_state(config, run, None).extra  # type: ignore[arg-type]

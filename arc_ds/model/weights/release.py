@@ -1,0 +1,237 @@
+"""Released encoders as downloaded: one `model.safetensors` with the tensors of an ARC checkpoint.
+
+The names are those of the ARC format with the prefix `embedder.` or `bridge_module.`. The file has no sizes and no
+settings, so both come from its shapes, from the backbone, and from a `config.json` if there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from arc_ds.batch.segments import MARKERS
+from arc_ds.errors import WeightsError
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.bridge import BridgeKind
+from arc_ds.model.pooling import group_rules
+from arc_ds.model.spec import CompressorSpec, build_compressor
+from arc_ds.model.weights.arc_format import BRIDGE, EMBEDDER, PARAMS, SIZES, bridge_name, embedder_name
+from arc_ds.model.weights.arc_spec import params_of_spec, spec_of_params
+from arc_ds.model.weights.fields import Fields
+from arc_ds.model.weights.names import Shape, shape_faults
+from arc_ds.model.weights.stores import SafetensorsStore
+
+RELEASE_WEIGHTS = "model.safetensors"
+_PREFIXES = {"embedder.": EMBEDDER, "bridge_module.": BRIDGE}
+_BLOCK_BYTES = 1 << 24
+
+# The backbone of the public encoders. Sizes from Meta's `params.json`, without rotary scaling, as they were trained.
+LLAMA_32_3B = BackboneConfig(
+    family="llama",
+    hidden_size=3072,
+    num_layers=28,
+    num_heads=24,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_size=8192,
+    vocab_size=128256,
+    rope_theta=500000.0,
+    norm_eps=1e-5,
+)
+
+
+class Stored(NamedTuple):
+    """A tensor in the file: its dtype as safetensors writes it, its shape, and its bytes from start to end."""
+
+    dtype: str
+    shape: Shape
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """An opened and checked release.
+
+    path: its tensor file.
+    tensors: its tensors by name.
+    spec: the compressor that they make.
+    """
+
+    path: Path
+    tensors: Mapping[str, Stored]
+    spec: CompressorSpec
+
+
+def is_release(folder: Path) -> bool:
+    """Whether the folder is a release as downloaded. Raises WeightsError if its tensor file is damaged."""
+    file = folder / RELEASE_WEIGHTS
+    return file.is_file() and any(name.startswith("embedder.") for name in SafetensorsStore(file).shapes)
+
+
+def open_release(folder: Path, backbone: BackboneConfig = LLAMA_32_3B, *, pooling_factor: int = 8) -> Release:
+    """Open a release and check every name and shape. Reads headers only.
+
+    backbone: sizes of the encoder's backbone, with all its layers.
+    pooling_factor: factor of the last layer, if no config.json has the pooling.
+
+    Raises WeightsError that lists all faults: names that are missing or unknown, and other shapes than the backbone's.
+    """
+    file = folder / RELEASE_WEIGHTS
+    if not file.is_file() or not is_release(folder):
+        raise WeightsError(
+            f"{folder} is not a released encoder: expected {RELEASE_WEIGHTS} with tensors embedder.* and "
+            "bridge_module.* in it. Give the folder that was downloaded."
+        )
+    tensors = _read_header(file)
+    shapes, unknown = _internal_shapes(tensors)
+    spec = _with_settings(_spec_of_shapes(shapes, backbone, pooling_factor), folder)
+    faults = [f"`{name}` is not a name of the ARC format" for name in unknown]
+    if spec.num_layers > backbone.num_layers:
+        faults.append(f"it has {spec.num_layers} layers, but the backbone has {backbone.num_layers}")
+        spec = replace(spec, num_layers=backbone.num_layers)
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in build_compressor(spec).named_parameters()}
+    faults += shape_faults(expected, shapes)
+    faults += [f"`{name}` has no place in the model" for name in sorted(shapes.keys() - expected.keys())]
+    if faults:
+        lines = "\n  ".join(faults)
+        raise WeightsError(
+            f"{file} does not fit a backbone of width {backbone.hidden_size} with {backbone.num_layers} layers "
+            f"(`encoder.` and `ports.` are our names for its tensors):\n  {lines}\nDownload the file again. If the "
+            "encoder has another backbone than Llama 3.2 3B, give its folder: --encoder-backbone FOLDER."
+        )
+    return Release(path=file, tensors=tensors, spec=spec)
+
+
+def write_release(release: Release, folder: Path) -> None:
+    """Write a release to an existing folder as an ARC checkpoint: the same bytes of each tensor under the same names.
+
+    Copies block by block, so memory does not grow with the tensors.
+    """
+    dtypes = {stored.dtype for stored in release.tensors.values()}
+    params = params_of_spec(release.spec, "bfloat16" if dtypes == {"BF16"} else "float32")
+    (folder / PARAMS).write_text(json.dumps(params, indent=4), encoding="utf-8")
+    sizes = json.dumps(asdict(release.spec.backbone), indent=4)
+    (folder / SIZES).write_text(sizes + "\n", encoding="utf-8")
+    total = sum(stored.end - stored.start for stored in release.tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=None) as bar:
+        for prefix, target in _PREFIXES.items():
+            part = {n.removeprefix(prefix): stored for n, stored in release.tensors.items() if n.startswith(prefix)}
+            if part:
+                (folder / target).parent.mkdir()
+                _copy_tensors(release.path, part, folder / target, bar)
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file whose header has been checked."""
+    with file.open("rb") as stream:
+        (num_bytes,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(num_bytes))
+    data = 8 + num_bytes
+    entries = {name: (entry, entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
+    return {
+        name: Stored(entry["dtype"], tuple(entry["shape"]), data + start, data + end)
+        for name, (entry, (start, end)) in entries.items()
+    }
+
+
+def _copy_tensors(source: Path, tensors: Mapping[str, Stored], target: Path, bar: tqdm) -> None:
+    """Write a safetensors file with tensors of another one."""
+    ordered = sorted(tensors.items(), key=lambda item: item[1].start)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, stored in ordered:
+        size = stored.end - stored.start
+        header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    with source.open("rb") as reader, target.open("wb") as writer:
+        writer.write(struct.pack("<Q", len(text)) + text)
+        for _, stored in ordered:
+            reader.seek(stored.start)
+            remaining = stored.end - stored.start
+            while remaining:
+                block = reader.read(min(_BLOCK_BYTES, remaining))
+                if not block:
+                    raise WeightsError(f"{source} became shorter while it was read. Import it again.")
+                writer.write(block)
+                remaining -= len(block)
+                bar.update(len(block))
+
+
+def _internal_shapes(tensors: Mapping[str, Stored]) -> tuple[dict[str, Shape], list[str]]:
+    """Shapes by internal name, and the names that have none."""
+    names: dict[str, str | None] = dict.fromkeys(tensors)
+    embedder = [name for name in tensors if name.startswith("embedder.")]
+    names |= {name: embedder_name(name.removeprefix("embedder.")) for name in embedder}
+    several = _num_ports(names.values()) > 1
+    bridge = [name for name in tensors if name.startswith("bridge_module.")]
+    names |= {name: bridge_name(name.removeprefix("bridge_module."), shared=several) for name in bridge}
+    shapes = {internal: tensors[name].shape for name, internal in names.items() if internal is not None}
+    return shapes, sorted(name for name, internal in names.items() if internal is None)
+
+
+def _num_ports(names: Iterable[str | None]) -> int:
+    return max((int(name.split(".")[1]) + 1 for name in names if name and name.startswith("ports.")), default=0)
+
+
+def _spec_of_shapes(shapes: Mapping[str, Shape], backbone: BackboneConfig, pooling_factor: int) -> CompressorSpec:
+    """The spec that the names and shapes suggest. The caller compares them with it."""
+    layers = [int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers.")]
+    num_ports = max(_num_ports(shapes), 1)
+    is_shared = any(name.startswith("bridge.") for name in shapes)
+    first = "bridge." if is_shared else "ports.0.bridge."
+    kind: BridgeKind = "none"
+    hidden, out_size = None, backbone.hidden_size
+    if f"{first}layer1.weight" in shapes:
+        kind, out_size = "linear", shapes[f"{first}layer1.weight"][0]
+    if f"{first}layer2.weight" in shapes:
+        kind = "rms" if f"{first}norm.weight" in shapes else "mlp"
+        hidden, out_size = out_size, shapes[f"{first}layer2.weight"][0]
+    memory_tokens = shapes.get("encoder.memory", (0,))[0]
+    return CompressorSpec(
+        backbone=backbone,
+        num_layers=max(layers, default=backbone.num_layers - 1) + 1,
+        rules=() if memory_tokens else group_rules("mean", (pooling_factor,)),
+        memory_tokens=memory_tokens,
+        markers=tuple(m for m in MARKERS if any(name.endswith(f".{m}") for name in shapes)),
+        bridge=kind,
+        bridge_hidden_size=hidden,
+        bridge_shared=is_shared,
+        decoder_sizes=(out_size,) * num_ports,
+    )
+
+
+def _with_settings(spec: CompressorSpec, folder: Path) -> CompressorSpec:
+    """The spec with the pooling and attention of the release's config.json, if it has them."""
+    file = folder / "config.json"
+    found = _find(Fields.read(file).values, "embedder_params") if file.is_file() else None
+    if found is None:
+        return spec
+    params = params_of_spec(spec, "float32")
+    keys = ("pooling_module", "compress_rates", "causal_embedder")
+    params["embedder_params"] |= {key: found[key] for key in keys if found.get(key) is not None}
+    several = len(spec.decoder_sizes)
+    read = spec_of_params(Fields(params, str(file)), spec.backbone, several)
+    return replace(
+        spec, strategy=read.strategy, pooled_queries=read.pooled_queries, where=read.where, rules=read.rules,
+        causal=read.causal,
+    )  # fmt: skip
+
+
+def _find(value: Any, key: str) -> Mapping[str, Any] | None:
+    """The first object under a key, at any depth."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get(key), Mapping):
+            return value[key]
+        return next((found for child in value.values() if (found := _find(child, key)) is not None), None)
+    return None

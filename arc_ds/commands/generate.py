@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from arc_ds.batch.segments import MARKERS, Marker
 from arc_ds.errors import DataError
 from arc_ds.export.formats import DTYPES
-from arc_ds.inference.arc import ArcModel, Context
+from arc_ds.inference.arc import ArcModel
 from arc_ds.inference.generate import MAX_NEW_TOKENS, Sampling, whole_number
+from arc_ds.inference.tags import parse_prompt
 from arc_ds.system.device import REQUESTS, select_device
 from arc_ds.system.files import output, write_whole
 from arc_ds.system.user_files import check_encodable, read_user_stdin, read_user_text
 from arc_ds.system.user_paths import path_argument
 
-CONTEXT_TAG = re.compile(r"<context>(.*?)</context>", re.DOTALL)
-_LONE_TAG = re.compile(r"</?context>")
 NO_MARKER = "none"
 
 
@@ -61,20 +59,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     generate.add_argument("--stop-id", type=int, action="append", default=[], help="the same for a token id")
     generate.set_defaults(run=run_generate)
-
-
-def parse_prompt(text: str, marker: Marker | None = "cont") -> list[str | Context]:
-    """Split a prompt into parts. `<context>…</context>` becomes a `Context`; other non-empty text stays text.
-
-    Raises DataError for an unmatched tag or an empty context.
-    """
-    parts = CONTEXT_TAG.split(text)  # text, context, text, context, …, text
-    for idx, part in enumerate(parts):
-        if tag := _LONE_TAG.search(part):
-            raise DataError(f"the prompt has an unmatched {tag.group()}: write <context>TEXT</context>")
-        if idx % 2 and not part:
-            raise DataError("the prompt has an empty <context></context>: remove it or add text")
-    return [Context(part, marker) if idx % 2 else part for idx, part in enumerate(parts) if part]
 
 
 def run_compress(args: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ from arc_ds.inference.load import (
     open_trained_decoders,
 )
 from arc_ds.model.compressor import Compressor
-from arc_ds.model.decoder import Decoder
+from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights import load_backbone
@@ -89,7 +89,7 @@ class ArcModel:
         self,
         spec: CompressorSpec,
         compressor: Compressor,
-        decoders: Sequence[Decoder],
+        decoders: Sequence[FrozenDecoder],
         *,
         encoder_tokenizer: Tokenizer | None = None,
         decoder_tokenizers: Sequence[Tokenizer | None] = (),
@@ -150,7 +150,7 @@ class ArcModel:
         ]
         # Small files first: their faults should not show only after minutes of loading.
         stop_ids = [
-            tuple(idx for idx in find_stop_ids(path, tokenizer) if idx < decoder.config.vocab_size)
+            tuple(idx for idx in find_stop_ids(path, tokenizer) if idx < decoder.vocab_size)
             for path, tokenizer, (decoder, _) in zip(paths, decoder_tokenizers, opened, strict=True)
         ]
         max_positions = [find_max_positions(path) for path in paths]
@@ -347,7 +347,7 @@ class ArcModel:
         )
 
     def _checked_stop_ids(self, stop_ids: Sequence[int], decoder: int) -> list[int]:
-        last = self._reader(decoder).config.vocab_size - 1
+        last = self._reader(decoder).vocab_size - 1
         if not isinstance(stop_ids, Iterable):
             raise ConfigError(f"stop_ids is {stop_ids!r}; expected a list of token ids, such as [2]")
         return [whole_number("a stop id", idx, at_least=0, at_most=last) for idx in stop_ids]
@@ -366,7 +366,7 @@ class ArcModel:
             )
         return z_ZD.to(self.device)
 
-    def _reader(self, decoder: int) -> Decoder:
+    def _reader(self, decoder: int) -> FrozenDecoder:
         if decoder not in range(len(self.decoders)):
             raise ConfigError(
                 f"decoder {decoder!r} was requested, but the model was loaded with {len(self.decoders)} of its "
@@ -374,7 +374,7 @@ class ArcModel:
             )
         return self.decoders[decoder]
 
-    def _whole_reader(self, decoder: int) -> Decoder:
+    def _whole_reader(self, decoder: int) -> FrozenDecoder:
         reader = self._reader(decoder)
         if self.decoder_parts != "all":
             raise ConfigError(
@@ -383,7 +383,7 @@ class ArcModel:
             )
         return reader
 
-    def _pack(self, samples: Sequence[Sample], reader: Decoder | None = None) -> PackedBatch:
+    def _pack(self, samples: Sequence[Sample], reader: FrozenDecoder | None = None) -> PackedBatch:
         for idx, sample in enumerate(samples):
             if not any(segment.ids for segment in sample.segments):
                 raise DataError(f"sequence {idx} is empty: it needs at least one text token or context")
@@ -391,7 +391,7 @@ class ArcModel:
         batch = pack(samples, self.spec.packing)
         _check_ids("encoder", batch.encoder_ids, self.spec.backbone.vocab_size)
         if reader is not None:
-            _check_ids("decoder", batch.decoder_ids, reader.config.vocab_size)
+            _check_ids("decoder", batch.decoder_ids, reader.vocab_size)
         return batch.to(self.device)
 
     def _warn_of_long_contexts(self, samples: Sequence[Sample]) -> None:

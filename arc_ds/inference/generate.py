@@ -1,10 +1,6 @@
-"""Batched generation with a KV cache from prompts of text and compressed contexts.
+"""Batched generation from prompts of text and compressed contexts.
 
-Each layer has one rectangular cache. A row is written at sequence * max_len + position, and a limit per query restricts
-it to the filled part of its own sequence. Prefill (packed, ragged) and decoding (one row per sequence) therefore share
-one forward.
-
-Shape letters: B prompts, R rows of the prefill, Z compressed vectors, V vocabulary.
+Shape letters: B prompts, Z compressed vectors, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,8 +16,7 @@ from torch import Tensor
 
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.errors import ConfigError
-from arc_ds.model.backbone import LayerCache, Spans
-from arc_ds.model.decoder import Decoder
+from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.system.device import GIB, usable_memory_bytes
 
 MAX_NEW_TOKENS = 2**31 - 1  # positions in a cache are int32
@@ -65,34 +60,9 @@ class Sampling:
         whole_number("seed", self.seed, at_least=-(2**63), at_most=2**64 - 1)
 
 
-class KVCache:
-    """Keys and values of all layers for B sequences of at most `max_len` rows."""
-
-    def __init__(self, decoder: Decoder, num_sequences: int, max_len: int) -> None:
-        config, table = decoder.config, decoder.tok_embeddings.weight
-        shape = (num_sequences, max_len, config.num_kv_heads, config.head_dim)
-        self.max_len = max_len
-        self._layers = [(table.new_zeros(shape), table.new_zeros(shape)) for _ in range(config.num_layers)]
-        self._cu_keys = torch.arange(num_sequences + 1, device=table.device, dtype=torch.int32) * max_len
-
-    def at(
-        self, sequences: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int
-    ) -> tuple[Spans, list[LayerCache]]:
-        """The spans of a forward over rows, and the cache of each layer.
-
-        sequences: sequence of each row, int64 [rows].
-        positions: position of each row in its sequence, int64 [rows].
-        cu_seqlens: boundaries of the sequences among the rows.
-        max_seqlen: length of the longest sequence among the rows.
-        """
-        spans = Spans(cu_seqlens, self._cu_keys, max_seqlen, self.max_len, k_limits=(positions + 1).to(torch.int32))
-        rows = sequences * self.max_len + positions
-        return spans, [LayerCache(keys, values, rows) for keys, values in self._layers]
-
-
 @torch.no_grad()
 def generate_ids(
-    decoder: Decoder,
+    decoder: FrozenDecoder,
     batch: PackedBatch,
     z_ZD: Tensor | None,
     *,
@@ -116,11 +86,10 @@ def generate_ids(
     """
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, at_least=0, at_most=MAX_NEW_TOKENS)
     num_sequences, device = batch.decoder_cu_seqlens.numel() - 1, batch.decoder_ids.device
-    _check_memory(decoder, num_sequences, batch.decoder_max_seqlen, max_new_tokens)
-    cache = KVCache(decoder, num_sequences, batch.decoder_max_seqlen + max_new_tokens)
+    _check_memory(decoder, batch, max_new_tokens)
     choose = _Chooser(sampling or Sampling(), device)
     stop = torch.tensor(sorted(stop_ids), device=device, dtype=torch.int64)
-    logits_BV, lengths_B = _prefill(decoder, batch, z_ZD, cache)
+    logits_BV, state = decoder.prefill(batch, z_ZD, max_new_tokens)
     done_B = torch.zeros(num_sequences, dtype=torch.bool, device=device)
     chosen: list[Tensor] = []
     for step in range(max_new_tokens):
@@ -133,7 +102,7 @@ def generate_ids(
             done_B = done_B | torch.tensor([has_ended(line) for line in _lines(chosen)], device=device)
         if step + 1 == max_new_tokens or bool(done_B.all()):
             break
-        logits_BV = _advance(decoder, ids_B, lengths_B + step, cache)
+        logits_BV = decoder.advance(ids_B, state)
     return _lines(chosen) if chosen else [[] for _ in range(num_sequences)]
 
 
@@ -142,39 +111,17 @@ def _lines(chosen: list[Tensor]) -> list[list[int]]:
     return [[token for token in line if token >= 0] for line in torch.stack(chosen, dim=1).tolist()]
 
 
-def _check_memory(decoder: Decoder, num_sequences: int, prompt_rows: int, max_new_tokens: int) -> None:
+def _check_memory(decoder: FrozenDecoder, batch: PackedBatch, max_new_tokens: int) -> None:
     """Raise ConfigError if the cache does not fit into memory, before anything is allocated."""
-    config, table = decoder.config, decoder.tok_embeddings.weight
-    row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * table.element_size()
-    needed = row_bytes * num_sequences * (prompt_rows + max_new_tokens)
-    usable = usable_memory_bytes(table.device)
+    num_sequences, prompt_rows = batch.decoder_cu_seqlens.numel() - 1, batch.decoder_max_seqlen
+    needed = decoder.cache_row_bytes * num_sequences * (prompt_rows + max_new_tokens)
+    usable = usable_memory_bytes(batch.decoder_ids.device)
     if needed > usable:
         raise ConfigError(
             f"keys and values of {num_sequences} prompts of up to {prompt_rows:,} tokens and max_new_tokens "
             f"{max_new_tokens:,} take {needed / GIB:.1f} GiB; {usable / GIB:.1f} GiB can be used. Lower "
             "max_new_tokens, or generate fewer or shorter prompts at once."
         )
-
-
-def _prefill(decoder: Decoder, batch: PackedBatch, z_ZD: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """Logits [B, V] of the last row of each sequence, and the lengths [B] of the sequences."""
-    cu = batch.decoder_cu_seqlens.long()
-    lengths_B = cu[1:] - cu[:-1]
-    sequences_R = torch.repeat_interleave(
-        torch.arange(lengths_B.numel(), device=cu.device), lengths_B, output_size=batch.num_decoder_rows
-    )
-    places = cache.at(sequences_R, batch.decoder_positions, batch.decoder_cu_seqlens, batch.decoder_max_seqlen)
-    h_RD = decoder.run_layers(decoder.embed(batch, z_ZD), batch.decoder_positions, *places)
-    return decoder.output(decoder.norm(h_RD[cu[1:] - 1])), lengths_B
-
-
-def _advance(decoder: Decoder, ids_B: Tensor, positions_B: Tensor, cache: KVCache) -> Tensor:
-    """Logits [B, V] after one more token per sequence."""
-    sequences = torch.arange(ids_B.numel(), device=ids_B.device)
-    cu = torch.arange(ids_B.numel() + 1, device=ids_B.device, dtype=torch.int32)
-    x_BD = decoder.tok_embeddings(ids_B, sequences)
-    h_BD = decoder.run_layers(x_BD, positions_B, *cache.at(sequences, positions_B, cu, 1))
-    return decoder.output(decoder.norm(h_BD))
 
 
 class _Chooser:

@@ -13,6 +13,7 @@ from arc_ds.batch.segments import MARKERS
 from arc_ds.errors import TokenizerError, WeightsError
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
+from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
     TensorSource,
@@ -131,7 +132,7 @@ def open_trained_decoders(
         raise WeightsError(f"{arc_dir} serves {len(widths)} decoders; {len(paths)} were given. Remove the rest.")
     opened = [open_decoder(path, settings.rope_scaling) for path, settings in zip(paths, folder.decoders, strict=False)]
     for path, width, (decoder, _) in zip(paths, widths, opened, strict=False):
-        found = decoder.config.hidden_size
+        found = decoder.hidden_size
         if found != width:
             raise WeightsError(
                 f"decoder {path} has width {found}; the bridge in {arc_dir} maps to width {width}. Use the decoders "
@@ -157,7 +158,7 @@ def load_encoder_tokenizer(folder: ArcFolder, arc_dir: str | Path) -> Tokenizer 
     return tokenizer
 
 
-def load_decoder_tokenizer(path: Path, decoder: Decoder, settings: DecoderSettings) -> Tokenizer | None:
+def load_decoder_tokenizer(path: Path, decoder: FrozenDecoder, settings: DecoderSettings) -> Tokenizer | None:
     """The tokenizer of a decoder; None if there is none. TokenizerError if it does not fit or is not that of training.
 
     path: the decoder's folder or .gguf file.
@@ -168,7 +169,7 @@ def load_decoder_tokenizer(path: Path, decoder: Decoder, settings: DecoderSettin
         return None
     tokenizer = load_tokenizer(found)
     bos_ids = (tokenizer.bos_id,) if settings.bos and tokenizer.bos_id is not None else ()
-    check_fits(tokenizer, decoder.config.vocab_size, f"decoder {path}", bos_ids)
+    check_fits(tokenizer, decoder.vocab_size, f"decoder {path}", bos_ids)
     check_decoder_tokenizer(tokenizer, settings, found)
     return tokenizer
 

@@ -1,6 +1,6 @@
-"""The frozen decoder: a causal language model that reads compressed vectors between its token embeddings.
+"""The native decoder: a packed causal language model that reads compressed vectors between its token embeddings.
 
-Shape letters: N text tokens, Z compressed vectors, R rows, L labels, D width, V vocabulary, S sequences.
+Shape letters: N text tokens, Z compressed vectors, R rows, L labels, D width, V vocabulary, B sequences.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from arc_ds.batch.packing import PackedBatch, PrefixSplit
 from arc_ds.model.backbone import (
+    Block,
     DecoderBlock,
     Head,
     LayerCache,
@@ -25,11 +26,13 @@ from arc_ds.model.backbone import (
     make_norm,
 )
 from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.frozen_decoder import FrozenDecoder
+from arc_ds.model.kv_cache import KVCache
 from arc_ds.model.rope import rope_at
 
 
-class Decoder(nn.Module):
-    """A causal LM with frozen parameters. Gradients flow through it to the compressed vectors."""
+class Decoder(FrozenDecoder):
+    """A frozen decoder that our packed transformer computes."""
 
     def __init__(self, config: BackboneConfig, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -42,6 +45,23 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.requires_grad_(False)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def layer_types(self) -> tuple[type[nn.Module], ...]:
+        return (Block,)
+
+    @property
+    def cache_row_bytes(self) -> int:
+        config = self.config
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.tok_embeddings.weight.element_size()
 
     def forward(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
         """NLL in nats of each label of the batch, float32 [L]; `z_ZD` are the compressed vectors (None: text only)."""
@@ -111,3 +131,23 @@ class Decoder(nn.Module):
             # Checkpointing saves the layer's input. The sum is one tensor instead of two.
             return checkpoint(layer, stream.total_TD, None, *args, use_reentrant=False, **kwargs)
         return layer(*stream, *args, **kwargs)
+
+    def prefill(self, batch: PackedBatch, z_ZD: Tensor | None, max_new_tokens: int) -> tuple[Tensor, KVCache]:
+        cu = batch.decoder_cu_seqlens.long()
+        lengths_B = cu[1:] - cu[:-1]
+        sequences_R = torch.repeat_interleave(
+            torch.arange(lengths_B.numel(), device=cu.device), lengths_B, output_size=batch.num_decoder_rows
+        )
+        max_len = batch.decoder_max_seqlen + max_new_tokens
+        cache = KVCache(self.config, self.tok_embeddings.weight, lengths_B, max_len)
+        places = cache.at(sequences_R, batch.decoder_positions, batch.decoder_cu_seqlens, batch.decoder_max_seqlen)
+        h_RD = self.run_layers(self.embed(batch, z_ZD), batch.decoder_positions, *places)
+        return self.output(self.norm(h_RD[cu[1:] - 1])), cache
+
+    def advance(self, ids_B: Tensor, state: KVCache) -> Tensor:
+        sequences = torch.arange(ids_B.numel(), device=ids_B.device)
+        cu = torch.arange(ids_B.numel() + 1, device=ids_B.device, dtype=torch.int32)
+        x_BD = self.tok_embeddings(ids_B, sequences)
+        h_BD = self.run_layers(x_BD, state.lengths_B, *state.at(sequences, state.lengths_B, cu, 1))
+        state.lengths_B = state.lengths_B + 1
+        return self.output(self.norm(h_BD))

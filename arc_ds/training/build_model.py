@@ -223,7 +223,7 @@ def open_decoders(
         )
         check_fit(shape, tensors)
         bos_ids = [reader.tokenizer.bos_id] if bos and reader.tokenizer.bos_id is not None else []
-        check_fits(reader.tokenizer, shape.config.vocab_size, decoder.backbone, [*bos_ids, *reader.layout.special_ids])
+        check_fits(reader.tokenizer, shape.vocab_size, decoder.backbone, [*bos_ids, *reader.layout.special_ids])
         opened.append(
             DecoderFiles(
                 shape=shape,

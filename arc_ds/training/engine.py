@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.model.backbone import Block
 from arc_ds.model.compressor import Compressor
-from arc_ds.model.decoder import Decoder
 from arc_ds.model.encoder import Encoder
+from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.training.optim import PortAdamW
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ REPLICATED_SHARE = 0.4
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedDecoder:
-    """A frozen decoder on its devices. Call it like the `Decoder` itself.
+    """A frozen decoder on its devices. Call it like the decoder itself.
 
     module: the decoder.
     engine: the ZeRO-3 engine that holds the decoder's shards; None if every rank has the whole decoder. It must live
         as long as the module because DeepSpeed removes its hooks when the engine is garbage-collected.
     """
 
-    module: Decoder
+    module: FrozenDecoder
     engine: DeepSpeedEngine | None = None
 
     def __call__(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
@@ -65,7 +65,7 @@ def build_engine(compressor: Compressor, optimizer: PortAdamW, ds_config: Mappin
     ds_config: resolved, without "auto" values and with `zero_allow_untested_optimizer`.
     """
     _open_first_trained_layer(compressor.encoder)
-    return _initialize(compressor, ds_config, optimizer)
+    return _initialize(compressor, ds_config, (Block,), optimizer)
 
 
 def choose_placement(
@@ -109,7 +109,7 @@ def partitioned(ds_config: Mapping[str, Any]) -> Iterator[None]:
             yield
 
 
-def place_decoder(decoder: Decoder, ds_config: Mapping[str, Any] | None = None) -> PlacedDecoder:
+def place_decoder(decoder: FrozenDecoder, ds_config: Mapping[str, Any] | None = None) -> PlacedDecoder:
     """Place a frozen decoder for use in steps. Collective.
 
     decoder: whole on its device, or built under `partitioned`.
@@ -119,15 +119,20 @@ def place_decoder(decoder: Decoder, ds_config: Mapping[str, Any] | None = None) 
     decoder.requires_grad_(False)
     if ds_config is None:
         return PlacedDecoder(module=decoder)
-    engine = _initialize(decoder, ds_config)
+    engine = _initialize(decoder, ds_config, decoder.layer_types)
     return PlacedDecoder(module=engine.module, engine=engine)
 
 
-def _initialize(module: nn.Module, ds_config: Mapping[str, Any], optimizer: PortAdamW | None = None) -> DeepSpeedEngine:
+def _initialize(
+    module: nn.Module,
+    ds_config: Mapping[str, Any],
+    layer_types: tuple[type[nn.Module], ...],
+    optimizer: PortAdamW | None = None,
+) -> DeepSpeedEngine:
     import deepspeed
 
     # One gather per layer. Also, some methods use a norm's weight without triggering ZeRO-3's hooks.
-    deepspeed.utils.set_z3_leaf_modules(module, [Block])
+    deepspeed.utils.set_z3_leaf_modules(module, list(layer_types))
     with _hpz_groups(ds_config):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
     return engine

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from arc_ds.config.schema import EncoderConfig
 from arc_ds.data.loading.step_batch import StepBatch
+from arc_ds.model.decoder import Decoder
 from arc_ds.planning.flops import count_flops
 from arc_ds.system import dist
 from arc_ds.system.device import GIB, peak_memory_bytes
@@ -125,7 +126,7 @@ class MetricsHook(Hook):
             count_flops(
                 micro.batch,
                 run.spec,
-                run.decoders[micro.decoder_idx].module.config,
+                cast(Decoder, run.decoders[micro.decoder_idx].module).config,
                 trained_layers=self.encoder.trained_layers,
                 train_embeddings=self.encoder.train_embeddings,
             ).total

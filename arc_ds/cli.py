@@ -29,6 +29,7 @@ COMMANDS = {
     "export": Command("arc_ds.commands.export", "convert a run's checkpoint to weights that other programs can load"),
     "compress": Command("arc_ds.commands.generate", "compress texts into vectors"),
     "generate": Command("arc_ds.commands.generate", "let a decoder continue a prompt with compressed contexts"),
+    "serve": Command("arc_ds.commands.serve", "serve OpenAI's API; documents are read in compressed form"),
     "doctor": Command("arc_ds.commands.doctor", "check this machine and say how to fix what is missing"),
     "demo": Command("arc_ds.commands.demo", "build shards, train, resume, export and use a small ARC-Encoder"),
 }

@@ -1,0 +1,199 @@
+"""`arc-ds serve`: an OpenAI-compatible server that reads documents in compressed form."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arc_ds.batch.segments import MARKERS, Marker
+from arc_ds.data.tasks.chat import PLAIN, Layout, read_layout
+from arc_ds.errors import ConfigError, TokenizerError
+from arc_ds.export.formats import DTYPES
+from arc_ds.inference.arc import ArcModel
+from arc_ds.system.device import REQUESTS, select_device
+from arc_ds.system.user_paths import path_argument
+
+if TYPE_CHECKING:
+    from arc_ds.serving.settings import Settings
+    from arc_ds.serving.upstream import UpstreamSettings
+
+_KEY, _UPSTREAM_KEY = "ARC_API_KEY", "ARC_UPSTREAM_API_KEY"
+_MIB, _GIB = 1 << 20, 1 << 30
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register `arc-ds serve`."""
+    parser = subparsers.add_parser(
+        "serve",
+        description="Serves OpenAI's API. Documents of a request are compressed, and the decoder reads their vectors: "
+        "a decoder in this process (--decoder), or one that vLLM runs (--upstream).",
+    )
+    add = parser.add_argument
+    add("--model", type=path_argument, required=True, help="an export, or a checkpoint in the ARC format")
+    add(
+        "--decoder",
+        type=path_argument,
+        action="append",
+        default=[],
+        help="weights of each decoder, in the export's order; with --upstream only the embedding table is read",
+    )
+    add("--decoder-idx", type=_number(0), default=0, help="index of the decoder to serve (default 0)")
+    add("--upstream", metavar="URL", help="a vLLM server that runs the decoder (--enable-prompt-embeds)")
+    add("--upstream-model", metavar="NAME", help="the decoder's name there")
+    add("--upstream-timeout", type=_number(0.001), default=60.0, help="seconds without a word from it (default 60)")
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this host only)")
+    add("--port", type=_number(0), default=8000, help="port to listen on (default 8000; 0 takes a free one)")
+    add("--api-key", help=f"key that requests must carry (default: the variable {_KEY}, if it is set)")
+    add("--name", help="name of the model in requests (default: the name of the folder of --model)")
+    add("--encoder-backbone", type=path_argument, help="sizes and tokenizer, for the reference's checkpoints")
+    add("--pooling-factor", type=int, help="use this factor instead of the trained one")
+    add("--device", default="auto", choices=REQUESTS, help="default: a GPU if there is one")
+    add("--dtype", default="float32", choices=tuple(DTYPES), help="dtype of weights (default float32)")
+    add("--marker", choices=(*MARKERS, "none"), help="marker after each document (default: cont if the model has it)")
+    add(
+        "--chat-template",
+        default="auto",
+        choices=("auto", "none", "llama2", "chatml", "tokenizer"),
+        help="template of chats, as in training (default auto: the decoder's own, if it has one)",
+    )
+    add("--cache-gib", type=_number(0.0), default=1.0, help="memory for vectors of documents (default 1)")
+    add("--cache-dir", type=path_argument, help="folder for vectors of documents (default: memory only)")
+    add("--cache-dir-gib", type=_number(0.0), default=10.0, help="size of that folder (default 10)")
+    add("--max-documents", type=_number(1), default=64, help="documents in a request (default 64)")
+    add("--max-document-tokens", type=_number(1), default=8192, help="tokens of a document (default 8192)")
+    add("--max-request-tokens", type=_number(1), default=65536, help="tokens of all its documents (default 65536)")
+    add("--max-tokens", type=_number(1), default=4096, help="new tokens of an answer (default 4096)")
+    add("--max-body-mib", type=_number(0.001), default=16.0, help="size of a request (default 16)")
+    add("--timeout", type=_number(0.001), default=300.0, help="seconds for a request (default 300)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return 0 after a signal has stopped it."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        from arc_ds.serving.server import Server, listen
+        from arc_ds.serving.service import Service
+    except ImportError as error:
+        raise ConfigError(f"`arc-ds serve` needs the package {error.name}: pip install 'arc-ds[serve]'") from error
+    settings, upstream = _settings(args), _upstream(args)
+    with listen(args.host, args.port) as opened:  # first: loading takes minutes
+        model = ArcModel.from_checkpoint(
+            args.model,
+            decoders=args.decoder,
+            encoder_backbone=args.encoder_backbone,
+            device=select_device(args.device),
+            dtype=DTYPES[args.dtype],
+            pooling_factor=args.pooling_factor,
+            decoder_parts="all" if upstream is None else "embedding",
+        )
+        layout = _check(model, args)
+        service = Service(model, args.decoder_idx, layout, _marker(args.marker, model), settings, upstream)
+        host, port = opened.getsockname()[:2]
+        print(f"serving {settings.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+        Server(service).run(sockets=[opened])
+    return 0
+
+
+def _number(at_least: float):  # type: ignore[no-untyped-def]
+    """A parser of numbers of the type of `at_least`, and at least as large."""
+
+    def parse(text: str) -> float:
+        number = type(at_least)(text)
+        if not at_least <= number < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {at_least}")
+        return number
+
+    parse.__name__ = "number"  # argparse names it in its errors
+    return parse
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from arc_ds.serving.settings import Settings
+
+    key = args.api_key or os.environ.get(_KEY) or None
+    if key is None and not _is_loopback(args.host):
+        logging.warning(f"{args.host} is open to other hosts, and no key is required. Set --api-key or {_KEY}.")
+    return Settings(
+        name=args.name or args.model.resolve().name,
+        api_key=key,
+        body_bytes=int(args.max_body_mib * _MIB),
+        documents=args.max_documents,
+        document_tokens=args.max_document_tokens,
+        request_tokens=args.max_request_tokens,
+        max_tokens=args.max_tokens,
+        default_tokens=min(Settings.default_tokens, args.max_tokens),
+        timeout_s=args.timeout,
+        cache_bytes=int(args.cache_gib * _GIB),
+        cache_dir=args.cache_dir,
+        disk_bytes=int(args.cache_dir_gib * _GIB),
+    )
+
+
+def _upstream(args: argparse.Namespace) -> UpstreamSettings | None:
+    from arc_ds.serving.upstream import UpstreamSettings
+
+    if args.upstream is None:
+        if not args.decoder:
+            raise ConfigError(
+                "the server has no decoder: give --decoder FOLDER (it runs here), or --upstream URL and "
+                "--upstream-model NAME (vLLM runs it)"
+            )
+        return None
+    if args.upstream_model is None:
+        raise ConfigError(f"--upstream needs --upstream-model; {args.upstream.rstrip('/')}/v1/models lists the names")
+    if not args.upstream.startswith(("http://", "https://")):
+        raise ConfigError(f"--upstream is {args.upstream!r}; expected an address such as http://127.0.0.1:8001")
+    return UpstreamSettings(
+        url=args.upstream,
+        model=args.upstream_model,
+        api_key=os.environ.get(_UPSTREAM_KEY) or None,
+        silence_s=args.upstream_timeout,
+    )
+
+
+def _check(model: ArcModel, args: argparse.Namespace) -> Layout:
+    """The layout of the served decoder. Raises an error if something that requests need is missing."""
+    num_decoders, num_ports = len(model.decoders), len(model.spec.decoder_sizes)
+    allowed = num_ports if args.upstream is not None and not args.decoder else num_decoders
+    if args.decoder_idx >= allowed:
+        raise ConfigError(
+            f"--decoder-idx is {args.decoder_idx}, but there are {allowed} decoders (indices start at 0). Give "
+            "--decoder once for each of them, in the export's order."
+        )
+    if model.encoder_tokenizer is None:
+        raise TokenizerError(f"{args.model} has no tokenizer: give --encoder-backbone a folder that has it")
+    if num_decoders == 0:
+        return PLAIN
+    path: Path = args.decoder[args.decoder_idx]
+    tokenizer = model.decoder_tokenizers[args.decoder_idx]
+    if tokenizer is None:
+        raise TokenizerError(f"decoder {path} has no tokenizer: copy the model's own tokenizer into the folder")
+    if args.chat_template != "auto":
+        return read_layout(args.chat_template, tokenizer, path)
+    try:
+        return read_layout("tokenizer", tokenizer, path)
+    except TokenizerError:  # base models have none
+        return PLAIN
+
+
+def _marker(chosen: str | None, model: ArcModel) -> Marker | None:
+    if chosen is None:
+        return "cont" if "cont" in model.spec.markers else None
+    if chosen == "none":
+        return None
+    if chosen not in model.spec.markers:
+        have = " and ".join(model.spec.markers) or "no marker"
+        raise ConfigError(f"--marker is {chosen}; this compressor has {have}: use one that it has, or none")
+    return chosen  # type: ignore[return-value]  # argparse has checked it
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -72,11 +72,14 @@ class AnswerText:
 
     def _num_held_back(self, text: str) -> int:
         """Characters at the end that may still change, or become a stop."""
-        tail = len(text) - len(text.rstrip(_UNFINISHED))
-        for stop in self._options.stop:
-            starts = (n for n in range(min(len(stop) - 1, len(text)), tail, -1) if text.endswith(stop[:n]))
-            tail = max(tail, next(starts, 0))
-        return tail
+        whole = text.rstrip(_UNFINISHED)
+        begun = (
+            n
+            for stop in self._options.stop
+            for n in range(1, min(len(stop), len(whole) + 1))
+            if whole.endswith(stop[:n])
+        )
+        return len(text) - len(whole) + max(begun, default=0)
 
     def _end(self, text: str, reason: Finish) -> bool:
         self.ended = True

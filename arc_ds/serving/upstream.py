@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from torch import Tensor
 
 from arc_ds.batch.segments import Segment
@@ -196,7 +197,7 @@ class Upstream:
             if last is None:
                 raise self._nonsense("its answer ended before its end")
             yield last._replace(num_tokens=num_tokens)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, HttpProcessingError) as error:
             raise self._nonsense("its answer is not in OpenAI's format") from error
         finally:
             response.close()

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def continue_rows(model: Any, rows: Sequence[Tensor], max_new_tokens: int, stop_ids: Sequence[int] = ()) -> list[list[int]]:
+def continue_rows(
+    model: Any, rows: Sequence[Tensor], max_new_tokens: int, stop_ids: Sequence[int] = ()
+) -> list[list[int]]:
     """Greedy new tokens after each sequence of rows [n, D], as one batch that is padded on the left."""
     longest = max(map(len, rows))
     padded = [torch.nn.functional.pad(line, (0, 0, longest - len(line), 0)) for line in rows]

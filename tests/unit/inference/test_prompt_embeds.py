@@ -79,7 +79,8 @@ def test_vectors_of_an_earlier_compression_take_the_place_of_their_contexts(mode
     prompts = [model.segments(prompt) for prompt in PROMPTS[:2]]
     vectors = [*model.compress([TEXT, OTHER]), *model.compress([TEXT], marker="rec")]
     assert model.generate_ids(prompts, vectors=vectors) == model.generate_ids(prompts)
-    for given, expected in zip(model.prompt_embeds(prompts, vectors=vectors), model.prompt_embeds(prompts), strict=True):
+    pairs = zip(model.prompt_embeds(prompts, vectors=vectors), model.prompt_embeds(prompts), strict=True)
+    for given, expected in pairs:
         torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
     other = [-v for v in vectors]
     assert model.generate_ids(prompts, vectors=other) != model.generate_ids(prompts)

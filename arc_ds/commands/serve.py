@@ -66,6 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--max-documents", type=_number(1), default=64, help="documents in a request (default 64)")
     add("--max-document-tokens", type=_number(1), default=8192, help="tokens of a document (default 8192)")
     add("--max-request-tokens", type=_number(1), default=65536, help="tokens of all its documents (default 65536)")
+    add("--max-prompt-rows", type=_number(1), default=32768, help="tokens and vectors of prompt and answer (32768)")
     add("--max-tokens", type=_number(1), default=4096, help="new tokens of an answer (default 4096)")
     add("--max-body-mib", type=_number(0.001), default=16.0, help="size of a request (default 16)")
     add("--timeout", type=_number(0.001), default=300.0, help="seconds for a request (default 300)")
@@ -94,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
         layout = _check(model, args)
         service = Service(model, args.decoder_idx, layout, _marker(args.marker, model), settings, upstream)
         host, port = opened.getsockname()[:2]
-        print(f"serving {settings.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-        Server(service).run(sockets=[opened])
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        Server(service, lambda: print(f"serving {settings.name} at {url}", flush=True)).run(sockets=[opened])
     return 0
 
 
@@ -125,6 +126,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         documents=args.max_documents,
         document_tokens=args.max_document_tokens,
         request_tokens=args.max_request_tokens,
+        prompt_rows=args.max_prompt_rows,
         max_tokens=args.max_tokens,
         default_tokens=min(Settings.default_tokens, args.max_tokens),
         timeout_s=args.timeout,

@@ -61,6 +61,7 @@ def create_app(service: Service, stopping: Stopping) -> FastAPI:
     async def compress(request: Request) -> Response:
         async with _Patience(request, settings) as wait:
             raw = await wait(_read_body(request, settings))
+            wait.watch()
             contexts = await wait(asyncio.to_thread(service.read_documents, raw))
             tensors = await wait(service.compress(contexts))
         headers = {"x-arc-encoder-tokens": str(sum(len(context.ids) for context in contexts))}

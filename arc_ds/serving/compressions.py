@@ -14,6 +14,7 @@ from torch import Tensor
 from arc_ds.batch.segments import Segment
 from arc_ds.inference.arc import ArcModel
 from arc_ds.serving.cache import VectorCache, model_digest, vector_key
+from arc_ds.serving.generation import as_request_error
 from arc_ds.serving.metrics import Metrics
 from arc_ds.serving.protocol import RequestError
 from arc_ds.serving.settings import Settings
@@ -21,7 +22,7 @@ from arc_ds.serving.settings import Settings
 _MAX_WRITES = 256  # vectors that wait to be written to the disk; more are only kept in memory
 
 
-class Found(NamedTuple):
+class DocumentVectors(NamedTuple):
     """Vectors of a context, and whether they were in the cache."""
 
     vectors: Tensor
@@ -34,7 +35,7 @@ class _Item:
 
     key: str
     context: Segment
-    result: asyncio.Future[Found]
+    result: asyncio.Future[DocumentVectors]
     callers: int = 0
 
 
@@ -67,7 +68,7 @@ class Compressions:
         self._worker.shutdown()
         self._writer.shutdown()
 
-    async def vectors(self, contexts: Sequence[Segment]) -> list[Found]:
+    async def vectors(self, contexts: Sequence[Segment]) -> list[DocumentVectors]:
         """The vectors of each context, with its marker. Raises RequestError if too many compressions wait."""
         if len(self._waiting) + len(contexts) > self._settings.waiting + self._settings.documents:
             raise RequestError(
@@ -78,12 +79,12 @@ class Compressions:
             )
         return list(await asyncio.gather(*(self._one(context) for context in contexts)))
 
-    async def _one(self, context: Segment) -> Found:
+    async def _one(self, context: Segment) -> DocumentVectors:
         key = vector_key(self._digest, context)
         found = self.cache.recall(key)
         if found is not None:
             self._metrics.lookups.labels("memory").inc()
-            return Found(found, True)
+            return DocumentVectors(found, True)
         item = self._pending.get(key)
         if item is None:
             item = self._pending[key] = _Item(key, context, asyncio.get_running_loop().create_future())
@@ -125,10 +126,14 @@ class Compressions:
         try:
             found = await loop.run_in_executor(self._worker, self._find, batch)
         except Exception as error:
-            for item in batch:
-                self._pending.pop(item.key)
-                item.result.set_exception(error)
-                item.result.exception()  # callers may have left; the event loop would report it as never retrieved
+            if len(batch) > 1:
+                for item in batch:  # one of them may be at fault, or they may need too much memory together
+                    await self._resolve([item])
+                return
+            (item,) = batch
+            self._pending.pop(item.key)
+            item.result.set_exception(as_request_error(error))
+            item.result.exception()  # callers may have left; the event loop would report it as never retrieved
             return
         for item, one in zip(batch, found, strict=True):
             self._pending.pop(item.key)
@@ -142,7 +147,7 @@ class Compressions:
         finally:
             self._writes.release()
 
-    def _find(self, batch: list[_Item]) -> list[Found]:
+    def _find(self, batch: list[_Item]) -> list[DocumentVectors]:
         """The vectors of a batch, in the worker's thread: from the disk, or compressed now."""
         found = {item.key: self.cache.read(item.key, self._width) for item in batch}
         missing = [item for item in batch if found[item.key] is None]
@@ -150,7 +155,7 @@ class Compressions:
             items = [item for item in missing if item.context.marker == marker]
             lines = self._model.compress([item.context.ids for item in items], self._decoder, marker)
             for item, line in zip(items, lines, strict=True):
-                vectors = found[item.key] = line.clone()  # a slice would keep the vectors of the whole batch
+                vectors = found[item.key] = line.to("cpu", copy=True)  # a slice keeps its whole batch
                 self.cache.keep(item.key, vectors)
                 if self._settings.cache_dir is not None and self._writes.acquire(blocking=False):
                     self._writer.submit(self._write, item.key, vectors)
@@ -159,4 +164,4 @@ class Compressions:
         if missing:
             self._metrics.batches.labels("compress").observe(len(missing))
         new = {item.key for item in missing}
-        return [Found(vectors, key not in new) for key, vectors in found.items() if vectors is not None]
+        return [DocumentVectors(vectors, key not in new) for key, vectors in found.items() if vectors is not None]

@@ -131,7 +131,7 @@ class Generation:
             thread.start()
 
     def close(self) -> None:
-        """End the threads after their batches."""
+        """End the threads. Answers that still run are given up."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -178,10 +178,10 @@ class Generation:
         with self._changed:
             while True:
                 self._queue = deque(job for job in self._queue if not job.is_cancelled)
-                if self._queue:
-                    break
                 if self._is_closed:
                     return []
+                if self._queue:
+                    break
                 self._changed.wait()
             batch = [self._queue.popleft()]
             if batch[0].is_greedy:
@@ -203,7 +203,7 @@ class Generation:
 
         def has_ended(ids: list[int]) -> bool:
             job, text = next(turn)
-            return job.is_cancelled or text.update(ids)
+            return self._is_closed or job.is_cancelled or text.update(ids)
 
         try:
             ids = self._model.generate_ids(
@@ -221,7 +221,7 @@ class Generation:
                     self._answer([job])
                 return
             for job in batch:
-                job.emit(_as_request_error(error))
+                job.emit(as_request_error(error))
         else:
             self._metrics.answer_tokens.inc(sum(map(len, ids)))
 
@@ -233,10 +233,11 @@ class Generation:
         return AnswerText(self._tokenizer.decode, options, ids, job.emit)
 
 
-def _as_request_error(error: Exception) -> RequestError:
+def as_request_error(error: Exception) -> RequestError:
+    """The answer to a request whose work in the model failed."""
     if isinstance(error, ArcError):
         return RequestError(400, str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return RequestError(503, "the device has no memory left for this prompt; try again, or shorten it")
-    logger.error("a batch of answers failed", exc_info=error)
+    logger.error("the model failed", exc_info=error)
     return RequestError(500, "the server failed to answer; its log has the reason")

@@ -11,7 +11,7 @@ class Metrics:
     """Counters, gauges and histograms. Their names begin with `arc_`."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter("arc_requests", "Requests by path and status", ["path", "status"], registry=registry)
         self.running = Gauge("arc_requests_running", "Requests that are being answered", registry=registry)
         self.waiting = Gauge("arc_answers_waiting", "Answers that wait for a batch", registry=registry)
@@ -35,4 +35,4 @@ class Metrics:
         self.upstream_errors = Counter("arc_upstream_errors", "Faults of the upstream", ["fault"], registry=registry)
 
     def text(self) -> bytes:
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)

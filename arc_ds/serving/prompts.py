@@ -20,7 +20,7 @@ from arc_ds.serving.protocol import ChatBody, CompletionBody, MessageBody, Reque
 from arc_ds.system.user_files import check_encodable
 from arc_ds.tokenizers import Tokenizer
 
-Written = tuple[str | Context, ...]
+PromptParts = tuple[str | Context, ...]
 _INSTRUCTIONS = ("system", "developer")
 BLANK_LINE = "\n\n"  # ends an answer of a base decoder, as in training
 
@@ -70,13 +70,13 @@ def read_chat(body: ChatBody, marker: Marker | None) -> Chat:
     return Chat(_words(systems), tuple(turns))
 
 
-def read_completion(body: CompletionBody, marker: Marker | None) -> Written:
+def read_completion(body: CompletionBody, marker: Marker | None) -> PromptParts:
     """The prompt of a body. `<context>…</context>` in it is a context; `documents` come before it."""
     documents = tuple(Context(document.text, marker) for document in body.documents or ())
     return (*_before(documents), *(("\n",) if documents else ()), *parse_prompt(body.prompt, marker))
 
 
-def write_plain(chat: Chat) -> Written:
+def write_plain(chat: Chat) -> PromptParts:
     """The running text of a base decoder, up to the answer."""
     parts: list[str | Context] = [chat.system + BLANK_LINE] if chat.system else []
     for turn in chat.turns:
@@ -87,7 +87,7 @@ def write_plain(chat: Chat) -> Written:
     return tuple(parts)
 
 
-def write_user(turn: ChatTurn) -> Written:
+def write_user(turn: ChatTurn) -> PromptParts:
     """The user's part of a chat decoder's turn."""
     if not turn.documents:
         return (turn.words,)
@@ -130,7 +130,7 @@ def as_text(parts: Sequence[str | Context]) -> str:
     return "".join(part.text if isinstance(part, Context) else part for part in parts)
 
 
-def _before(documents: Sequence[Context]) -> Written:
+def _before(documents: Sequence[Context]) -> PromptParts:
     return ("Document: ", *documents) if documents else ()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -37,9 +38,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which waits for running requests before it stops listening."""
+    """uvicorn, which waits for running requests before it stops listening.
 
-    def __init__(self, service: Service) -> None:
+    on_start: called when signals are handled and requests are answered.
+    """
+
+    def __init__(self, service: Service, on_start: Callable[[], None] = lambda: None) -> None:
+        self._on_start = on_start
         self._stopping = Stopping()
         self._grace_s = service.settings.grace_s
         self._stop_at: float | None = None
@@ -53,6 +58,10 @@ class Server(uvicorn.Server):
             server_header=False,
         )
         super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets running requests finish, the second one does not."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import replace
@@ -36,10 +35,10 @@ from arc_ds.serving.settings import Settings
 from arc_ds.serving.upstream import Answer, Question, Upstream, UpstreamSettings
 from arc_ds.system.user_files import check_encodable
 
-logger = logging.getLogger(__name__)
+_CHARACTERS = 32  # no text has more characters per token; most have 4
 
 
-class Asked(NamedTuple):
+class GenerationRequest(NamedTuple):
     """A request for an answer, checked and tokenised.
 
     question: the prompt.
@@ -104,7 +103,7 @@ class Service:
     async def __aexit__(self, *_: object) -> None:
         await self._open.aclose()
 
-    def read(self, kind: Kind, raw: bytes) -> Asked:
+    def read(self, kind: Kind, raw: bytes) -> GenerationRequest:
         """Check and tokenise the body of a request. Takes time, so it runs in a thread. Raises RequestError."""
         plain = parse_json(raw)
         try:
@@ -112,7 +111,7 @@ class Service:
         except ArcError as error:
             raise RequestError(400, str(error)) from error
 
-    def _read_chat(self, plain: dict[str, Any]) -> Asked:
+    def _read_chat(self, plain: dict[str, Any]) -> GenerationRequest:
         body: ChatBody = read_body(ChatBody, plain, self.settings)
         is_plain = not self._layout.is_chat
         # A blank line ends an answer in training; without the decoder's files, the upstream's template decides.
@@ -122,7 +121,7 @@ class Service:
         documents = [context for turn in chat.turns for context in turn.documents]
         self._check_size(documents, chat.system, *(turn.words for turn in chat.turns))
         if not self._has_decoder:
-            return self._asked(body, None, self._contexts(documents), chat, "", options)
+            return self._request(body, None, self._contexts(documents), chat, "", options)
         has_lead = is_plain or bool(chat.turns[-1].documents)
         if is_plain:
             segments = self._model.segments(list(prompts.write_plain(chat)), self._decoder)
@@ -131,9 +130,9 @@ class Service:
             assert encoder is not None and decoder is not None, "the server's start requires both"
             segments = prompts.chat_segments(chat, self._layout, encoder, decoder)
         contexts = [segment for segment in segments if segment.kind == "context"]
-        return self._asked(body, segments, contexts, chat, "", replace(options, skip_space=has_lead))
+        return self._request(body, segments, contexts, chat, "", replace(options, skip_space=has_lead))
 
-    def _read_completion(self, plain: dict[str, Any]) -> Asked:
+    def _read_completion(self, plain: dict[str, Any]) -> GenerationRequest:
         body: CompletionBody = read_body(CompletionBody, plain, self.settings)
         options = read_options(body, self.settings)
         parts = prompts.read_completion(body, self._marker)
@@ -143,7 +142,7 @@ class Service:
         if self._has_decoder:
             segments = self._model.segments(list(parts), self._decoder)
             contexts = [segment for segment in segments if segment.kind == "context"]
-            return self._asked(body, segments, contexts, None, text, options)
+            return self._request(body, segments, contexts, None, text, options)
         if documents:
             raise RequestError(
                 400,
@@ -151,9 +150,9 @@ class Service:
                 "completion. Use /v1/chat/completions, or start the server with --decoder FOLDER.",
                 param="documents",
             )
-        return self._asked(body, None, [], None, text, options)
+        return self._request(body, None, [], None, text, options)
 
-    def _asked(
+    def _request(
         self,
         body: ChatBody | CompletionBody,
         segments: list[Segment] | None,
@@ -161,12 +160,12 @@ class Service:
         chat: prompts.Chat | None,
         text: str,
         options: Options,
-    ) -> Asked:
+    ) -> GenerationRequest:
         self._check_contexts(contexts)
         if segments is not None and not any(len(segment.ids) for segment in segments):
             raise RequestError(400, "the prompt is empty: give it text or documents", param="prompt")
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return Asked(Question(segments, chat, text), tuple(contexts), options, bool(body.stream), usage)
+        return GenerationRequest(Question(segments, chat, text), tuple(contexts), options, bool(body.stream), usage)
 
     def read_documents(self, raw: bytes) -> tuple[Segment, ...]:
         """The contexts of a body of `/v1/compress`. Raises RequestError."""
@@ -187,24 +186,24 @@ class Service:
         # Equal documents share a tensor, which safetensors refuses.
         return await asyncio.to_thread(save, {name: tensor.clone() for name, tensor in tensors.items()})
 
-    async def reply(self, asked: Asked) -> Reply:
+    async def reply(self, request: GenerationRequest) -> Reply:
         """Compress the documents and start the answer. Raises RequestError."""
-        found = await self._compressions.vectors(asked.contexts)
+        found = await self._compressions.vectors(request.contexts)
         vectors = [one.vectors for one in found]
         compressed_rows = sum(map(len, vectors))
-        texts = [segment.ids for segment in asked.question.segments or () if segment.kind == "text"]
+        texts = [segment.ids for segment in request.question.segments or () if segment.kind == "text"]
         usage = Usage(
             prompt_tokens=compressed_rows + sum(map(len, texts)),
             completion_tokens=0,
-            encoder_tokens=sum(len(context.ids) for context in asked.contexts),
+            encoder_tokens=sum(len(context.ids) for context in request.contexts),
             compressed_rows=compressed_rows,
             cached_documents=sum(one.is_cached for one in found),
         )
-        options = self._fitting(asked.options, usage.prompt_tokens)
+        options = self._fitting(request.options, usage.prompt_tokens)
         if self._upstream is not None:
-            return Reply(await self._upstream.answer(asked.question, vectors, options), usage)
-        assert self._generation is not None and asked.question.segments is not None
-        deltas: AsyncIterator[Delta] = self._generation.answer(asked.question.segments, vectors, options)
+            return Reply(await self._upstream.answer(request.question, vectors, options), usage)
+        assert self._generation is not None and request.question.segments is not None
+        deltas: AsyncIterator[Delta] = self._generation.answer(request.question.segments, vectors, options)
         return Reply(Answer(deltas), usage)
 
     def _contexts(self, documents: Sequence[Context]) -> list[Segment]:
@@ -216,7 +215,7 @@ class Service:
         return [Segment.context(TokenIds(ids), document.marker) for ids, document in zip(lines, documents, strict=True)]
 
     def _check_size(self, documents: Sequence[Context], *texts: str) -> None:
-        """Raise RequestError before anything is tokenised if there are too many documents."""
+        """Raise RequestError before anything is tokenised if it is surely too much."""
         if len(documents) > self.settings.documents:
             raise RequestError(
                 400,
@@ -226,6 +225,17 @@ class Service:
             )
         for text in texts:
             check_encodable(text, "the prompt")
+        limits = self.settings
+        for what, sizes, max_tokens in (
+            ("a document has", [len(document.text) for document in documents], limits.document_tokens),
+            ("the prompt has", list(map(len, texts)), limits.prompt_rows),
+        ):
+            if max(sizes, default=0) > _CHARACTERS * max_tokens:
+                raise RequestError(
+                    400,
+                    f"{what} {max(sizes)} characters: more than {max_tokens} tokens, the limit of this server",
+                    code="too_many_tokens",
+                )
 
     def _check_contexts(self, contexts: Sequence[Segment]) -> None:
         lengths = [len(context.ids) for context in contexts]

@@ -57,7 +57,7 @@ class Served:
 
     def metric(self, name: str, **labels: str) -> float:
         """A value of the metrics; 0.0 before its first use."""
-        return self.service.metrics._registry.get_sample_value(name, labels) or 0.0
+        return self.service.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 def ask(url: str, path: str, body: Any = None, **headers: str) -> Reply:

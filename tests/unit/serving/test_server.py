@@ -151,6 +151,7 @@ MISTAKES: list[tuple[str, Any, int, str]] = [
     ("chat/completions", chat(documents=["x"] * 9), 400, "has 9 documents; this server takes at most 8"),
     ("chat/completions", chat(documents=[MANY]), 400, "a document has 1000 tokens; this server compresses at most 400"),
     ("chat/completions", chat(documents=[MANY[:900]] * 3), 400, "tokens; this server takes at most 800"),
+    ("chat/completions", chat(documents=["x" * 20_000]), 400, "20000 characters: more than 400 tokens"),
     ("chat/completions", chat(documents=["\ud83d"]), 400, "`documents.0.text`"),
     ("chat/completions", chat(max_tokens=0), 400, "`max_tokens`"),
     ("chat/completions", chat(max_tokens=2.5), 400, "`max_tokens`"),
@@ -351,4 +352,21 @@ def test_a_prompt_at_fault_does_not_fail_the_others_of_its_batch(
     bodies = [{"prompt": "x" * (60 if n == 3 else 4), "max_tokens": 4} for n in range(8)]
     with served(model, threads=1) as found, ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda body: found.ask("/v1/completions", body), bodies))
+    assert [reply.status for reply in replies] == [503 if n == 3 else 200 for n in range(8)]
+
+
+def test_a_document_at_fault_does_not_fail_the_others_of_its_batch(
+    model: ArcModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress = ArcModel.compress
+
+    def faulty(self: ArcModel, contexts: Any, *args: Any) -> Any:
+        if any(len(ids) > 40 for ids in contexts):
+            raise torch.OutOfMemoryError("no room")
+        return compress(self, contexts, *args)
+
+    monkeypatch.setattr(ArcModel, "compress", faulty)
+    bodies = [{"documents": [f"A lamp {n}." * (20 if n == 3 else 1)]} for n in range(8)]
+    with served(model, compress_wait_s=0.1) as found, ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda body: found.ask("/v1/compress", body), bodies))
     assert [reply.status for reply in replies] == [503 if n == 3 else 200 for n in range(8)]

@@ -150,7 +150,7 @@ class _Gate:
                 message = "the API key is missing or wrong: send the header `Authorization: Bearer KEY`"
                 return RequestError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         if self._stopping.is_set and path != "/metrics":
-            headers = {"retry-after": "5", "connection": "close"}
+            headers = {"retry-after": "5"}
             return RequestError(503, "the server is stopping; ask another one", code="stopping", headers=headers)
         return None
 

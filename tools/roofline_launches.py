@@ -225,7 +225,9 @@ def visible_pairs(a: Arguments) -> int:
             f"k_limits {'given' if a['k_limits'] is not None else 'absent'}; expected {expected} rows and no limits: "
             "count batches of samples of one length"
         )
-    return num_segments * (m * n - m * (m - 1) // 2 if a["causal"] else m * n)
+    if not a["causal"]:
+        return num_segments * m * n
+    return num_segments * sum(min(n - i, a["window"] or n) for i in range(m))
 
 
 def _product_flops(a: Arguments) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from arc_ds.model.weights.hf_config import RopeScalingChoice
 
@@ -13,9 +14,11 @@ class TrainedFor:
 
     name: the decoder's name in the run.
     rope_scaling: "checkpoint" if the decoder's rotary scaling was applied, "none" if it was ignored.
+    implementation: "native" or "transformers". Earlier checkpoints have native decoders only.
     bos: whether sequences began with the decoder's begin-of-text token.
     """
 
     name: str
     rope_scaling: RopeScalingChoice
+    implementation: Literal["native", "transformers"] = "native"
     bos: bool = True

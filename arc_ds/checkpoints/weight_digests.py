@@ -11,6 +11,7 @@ from pathlib import Path
 from arc_ds.config.schema import EncoderConfig
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.frozen_decoder import DecoderSizes
 from arc_ds.model.weights.locate import locate
 
 _HEAD_BYTES = 1 << 20  # the header of a safetensors file, and most of a GGUF file's
@@ -20,22 +21,23 @@ _SUFFIXES = (".safetensors", ".pth", ".gguf", ".bin")
 
 
 def weight_digests(
-    encoder: EncoderConfig, sizes: BackboneConfig, decoders: Sequence[tuple[str, BackboneConfig]]
+    encoder: EncoderConfig, sizes: BackboneConfig, decoders: Sequence[tuple[Sequence[Path], DecoderSizes]]
 ) -> dict[str, str]:
     """sha256 of each backbone, and of `encoder.init_from` if it is set, by config key.
 
     sizes: sizes of the encoder's backbone, included in its digest.
-    decoders: path of each decoder's backbone, and its sizes, which are included in its digest.
+    decoders: files of each decoder's backbone, and its sizes, which are included in its digest.
 
     Files are hashed by `files_digest`. The encoder backbone's files are hashed only if training starts from them.
     Raises WeightsError if a file cannot be read.
     """
-    digests = {"encoder.backbone": _digest(sizes, encoder.backbone if encoder.init_from is None else None)}
+    encoder_files = locate(Path(encoder.backbone)).files if encoder.init_from is None else ()
+    digests = {"encoder.backbone": _digest(sizes, encoder_files)}
     if encoder.init_from is not None:
         files = sorted(path for path in Path(encoder.init_from).rglob("*") if path.suffix in _SUFFIXES)
         digests["encoder.init_from"] = files_digest(files)
-    for idx, (path, decoder_sizes) in enumerate(decoders):
-        digests[f"decoders.{idx}.backbone"] = _digest(decoder_sizes, path)
+    for idx, (decoder_files, decoder_sizes) in enumerate(decoders):
+        digests[f"decoders.{idx}.backbone"] = _digest(decoder_sizes, decoder_files)
     return digests
 
 
@@ -63,8 +65,7 @@ def files_digest(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _digest(sizes: BackboneConfig, path: str | None) -> str:
-    """Digest of sizes, and of the files at `path` if it is given."""
-    files = () if path is None else locate(Path(path)).files
+def _digest(sizes: DecoderSizes, files: Sequence[Path]) -> str:
+    """Digest of sizes and files."""
     content = json.dumps([asdict(sizes), files_digest(files)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

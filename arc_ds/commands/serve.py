@@ -9,12 +9,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arc_ds.batch.segments import MARKERS, Marker
+from arc_ds.commands.model_options import add_model, chosen_marker, load_model
 from arc_ds.data.tasks.chat import PLAIN, Layout, read_layout
 from arc_ds.errors import ConfigError, TokenizerError
-from arc_ds.export.formats import DTYPES
 from arc_ds.inference.arc import ArcModel
-from arc_ds.system.device import REQUESTS, select_device
 from arc_ds.system.user_paths import path_argument
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "a decoder in this process (--decoder), or one that vLLM runs (--upstream).",
     )
     add = parser.add_argument
-    add("--model", type=path_argument, required=True, help="an export, or a checkpoint in the ARC format")
+    add_model(parser)
     add(
         "--decoder",
         type=path_argument,
@@ -41,7 +39,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=[],
         help="weights of each decoder, in the export's order; with --upstream only the embedding table is read",
     )
-    add("--decoder-idx", type=_number(0), default=0, help="index of the decoder to serve (default 0)")
     add("--upstream", metavar="URL", help="a vLLM server that runs the decoder (--enable-prompt-embeds)")
     add("--upstream-model", metavar="NAME", help="the decoder's name there")
     add("--upstream-timeout", type=_number(0.001), default=60.0, help="seconds without a word from it (default 60)")
@@ -49,11 +46,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--port", type=_number(0), default=8000, help="port to listen on (default 8000; 0 takes a free one)")
     add("--api-key", help=f"key that requests must carry (default: the variable {_KEY}, if it is set)")
     add("--name", help="name of the model in requests (default: the name of the folder of --model)")
-    add("--encoder-backbone", type=path_argument, help="sizes and tokenizer, for the reference's checkpoints")
-    add("--pooling-factor", type=int, help="use this factor instead of the trained one")
-    add("--device", default="auto", choices=REQUESTS, help="default: a GPU if there is one")
-    add("--dtype", default="float32", choices=tuple(DTYPES), help="dtype of weights (default float32)")
-    add("--marker", choices=(*MARKERS, "none"), help="marker after each document (default: cont if the model has it)")
     add(
         "--chat-template",
         default="auto",
@@ -83,17 +75,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"`arc-ds serve` needs the package {error.name}: pip install 'arc-ds[serve]'") from error
     settings, upstream = _settings(args), _upstream(args)
     with listen(args.host, args.port) as opened:  # first: loading takes minutes
-        model = ArcModel.from_checkpoint(
-            args.model,
-            decoders=args.decoder,
-            encoder_backbone=args.encoder_backbone,
-            device=select_device(args.device),
-            dtype=DTYPES[args.dtype],
-            pooling_factor=args.pooling_factor,
-            decoder_parts="all" if upstream is None else "embedding",
-        )
+        model = load_model(args, args.decoder, "all" if upstream is None else "embedding")
         layout = _check(model, args)
-        service = Service(model, args.decoder_idx, layout, _marker(args.marker, model), settings, upstream)
+        service = Service(model, args.decoder_idx, layout, chosen_marker(args.marker, model), settings, upstream)
         host, port = opened.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         Server(service, lambda: print(f"serving {settings.name} at {url}", flush=True)).run(sockets=[opened])
@@ -162,11 +146,15 @@ def _check(model: ArcModel, args: argparse.Namespace) -> Layout:
     """The layout of the served decoder. Raises an error if something that requests need is missing."""
     num_decoders, num_ports = len(model.decoders), len(model.spec.decoder_sizes)
     allowed = num_ports if args.upstream is not None and not args.decoder else num_decoders
-    if args.decoder_idx >= allowed:
+    if args.decoder_idx not in range(allowed):
         raise ConfigError(
             f"--decoder-idx is {args.decoder_idx}, but there are {allowed} decoders (indices start at 0). Give "
             "--decoder once for each of them, in the export's order."
         )
+    marker = chosen_marker(args.marker, model)
+    if marker is not None and marker not in model.spec.markers:
+        have = " and ".join(model.spec.markers) or "no marker"
+        raise ConfigError(f"--marker is {marker}; this compressor has {have}: use one that it has, or none")
     if model.encoder_tokenizer is None:
         raise TokenizerError(f"{args.model} has no tokenizer: give --encoder-backbone a folder that has it")
     if num_decoders == 0:
@@ -181,17 +169,6 @@ def _check(model: ArcModel, args: argparse.Namespace) -> Layout:
         return read_layout("tokenizer", tokenizer, path)
     except TokenizerError:  # base models have none
         return PLAIN
-
-
-def _marker(chosen: str | None, model: ArcModel) -> Marker | None:
-    if chosen is None:
-        return "cont" if "cont" in model.spec.markers else None
-    if chosen == "none":
-        return None
-    if chosen not in model.spec.markers:
-        have = " and ".join(model.spec.markers) or "no marker"
-        raise ConfigError(f"--marker is {chosen}; this compressor has {have}: use one that it has, or none")
-    return chosen  # type: ignore[return-value]  # argparse has checked it
 
 
 def _is_loopback(host: str) -> bool:

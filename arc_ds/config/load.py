@@ -47,6 +47,8 @@ _OF_HOSTS = (
 _OF_STARTS = (
     "log_every",
     "encoder.activation_checkpointing",
+    "decoders.*.implementation",  # another one in effect changes the digest of the decoder
+    "decoders.*.trust_remote_code",
     "decoders.*.placement",
     "decoders.*.activation_checkpointing",
     "data.max_encoder_tokens",

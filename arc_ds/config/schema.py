@@ -131,6 +131,11 @@ class DecoderConfig:
     """Tokenizer file or folder. None: the one next to the backbone (or inside the .gguf)."""
     rope_scaling: RopeScalingChoice = "checkpoint"
     """Rotary scaling: the checkpoint's own, or none."""
+    implementation: Literal["auto", "native", "transformers"] = "auto"
+    """native: our packed transformer. transformers: the model's own code, for families that ours does not compute;
+    slower. auto: native if it computes the model, else transformers; the log says why."""
+    trust_remote_code: bool = False
+    """Whether transformers may run the Python files in the decoder's folder. Read them before you set it."""
     placement: Literal["auto", "replicated", "zero3", "zero3+hpz"] = "auto"
     """replicated: whole on every rank. zero3: sharded over all ranks. zero3+hpz: sharded within each host. auto: whole
     if it fits; otherwise sharded, within each host if there are several hosts and a host can hold a copy."""

@@ -35,7 +35,6 @@ from arc_ds.model.compressor import Compressor
 from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec
-from arc_ds.model.weights import load_backbone
 from arc_ds.system.device import usable_device
 from arc_ds.system.user_files import check_encodable
 from arc_ds.tokenizers import Tokenizer, read_together
@@ -44,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 # Longest context of a run with the default sizes, for checkpoints that do not record theirs.
 _DEFAULT_CONTEXT_TOKENS = 2048
-_EMBEDDING = "tok_embeddings.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +121,9 @@ class ArcModel:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         pooling_factor: int | None = None,
+        *,
         decoder_parts: DecoderParts = "all",
+        trust_remote_code: bool = False,
     ) -> ArcModel:
         """Load an export of ARC-DS or a checkpoint in the reference's ARC format, and the decoders it was trained for.
 
@@ -132,8 +132,9 @@ class ArcModel:
         encoder_backbone: folder with config and tokenizer of the encoder's backbone (weights are not needed).
             Checkpoints of the reference need it, because they do not contain these.
         pooling_factor: replaces the factor of the last pooled layer. The paper advises at most the trained factor.
-        decoder_parts: "embedding" reads only the embedding table of each decoder, for `prompt_embeds` of a decoder that
-            another engine runs.
+        decoder_parts: "embedding" reads only the embedding table of each native decoder, for `prompt_embeds` of a
+            decoder that another engine runs. One that runs through transformers is loaded whole.
+        trust_remote_code: whether decoders that run through transformers may run the Python files in their folders.
 
         Raises WeightsError if files are missing, tensors do not fit, or a decoder's width differs from its port's.
         Raises TokenizerError if a tokenizer is damaged, or gives other ids than the one of training.
@@ -142,30 +143,26 @@ class ArcModel:
         device, paths = usable_device(device), [Path(path) for path in decoders]
         folder = open_arc_folder(Path(arc_dir), None if encoder_backbone is None else Path(encoder_backbone))
         spec = folder.spec if pooling_factor is None else _with_factor(folder.spec, pooling_factor)
-        opened = open_trained_decoders(paths, folder, arc_dir)
+        opened = open_trained_decoders(paths, folder, arc_dir, trust_remote_code=trust_remote_code)
         encoder_tokenizer = load_encoder_tokenizer(folder, arc_dir)
         decoder_tokenizers = [
             load_decoder_tokenizer(path, decoder, settings)
-            for path, (decoder, _), settings in zip(paths, opened, folder.decoders, strict=False)
+            for path, decoder, settings in zip(paths, opened, folder.decoders, strict=False)
         ]
         # Small files first: their faults should not show only after minutes of loading.
         stop_ids = [
-            tuple(idx for idx in find_stop_ids(path, tokenizer) if idx < decoder.vocab_size)
-            for path, tokenizer, (decoder, _) in zip(paths, decoder_tokenizers, opened, strict=True)
+            tuple(idx for idx in find_stop_ids(path, tokenizer) if idx < decoder.sizes.vocab_size)
+            for path, tokenizer, decoder in zip(paths, decoder_tokenizers, opened, strict=True)
         ]
         max_positions = [find_max_positions(path) for path in paths]
         compressor = load_compressor(spec, folder.tensors, device, dtype)
-        for decoder, tensors in opened:
-            if decoder_parts == "all":
-                load_backbone(decoder, tensors, dtype=dtype, device=device)
-            else:
-                load_backbone(
-                    decoder, tensors, dtype=dtype, device=device, skip=_EMBEDDING.__ne__, allow_unused=_EMBEDDING.__ne__
-                )
         return ArcModel(
             spec,
             compressor,
-            [decoder.eval() for decoder, _ in opened],
+            [
+                decoder.load(device, dtype) if decoder_parts == "all" else decoder.load_embedding(device, dtype)
+                for decoder in opened
+            ],
             encoder_tokenizer=encoder_tokenizer,
             decoder_tokenizers=decoder_tokenizers,
             decoder_bos=[settings.bos for settings in folder.decoders],
@@ -205,9 +202,9 @@ class ArcModel:
         Adds no begin-of-text token. Raises DataError on an empty sequence or an id outside the vocabulary.
         """
         reader = self._whole_reader(decoder)
-        if not sequences:
+        samples = [Sample("logits", segments) for segments in _checked_sequences("sequences", sequences)]
+        if not samples:
             return []
-        samples = [Sample("logits", tuple(segments)) for segments in sequences]
         batch = self._pack(samples, reader)
         self._warn_of_long_sequence(batch.decoder_max_seqlen, 0, decoder)
         logits_NV = reader.logits(batch, self._vectors(batch, decoder), batch.text_rows)
@@ -310,7 +307,7 @@ class ArcModel:
             the sequence.
         """
         return self._generate(
-            prompts,
+            _checked_sequences("prompts", prompts),
             decoder,
             max_new_tokens=max_new_tokens,
             stop_ids=self._checked_stop_ids(stop_ids, decoder),
@@ -451,12 +448,16 @@ class ArcModel:
             after_context = isinstance(part, Context)
         return segments
 
-    def _context(self, context: str | Sequence[int], decoder: int, marker: Marker | None, where: str) -> Segment:
+    def check_port(self, decoder: int, marker: Marker | None) -> None:
+        """Raise ConfigError if the compressor has no port of this index, or no such marker."""
         if decoder not in range(len(self.compressor.ports)):
             raise ConfigError(f"decoder {decoder!r} was requested; the compressor serves {len(self.compressor.ports)}")
         if marker is not None and marker not in self.spec.markers:
             have = " and ".join(self.spec.markers) or "no marker"
             raise ConfigError(f"marker is {marker!r}; this compressor has {have}: use one that it has, or None")
+
+    def _context(self, context: str | Sequence[int], decoder: int, marker: Marker | None, where: str) -> Segment:
+        self.check_port(decoder, marker)
         if not isinstance(context, str):
             try:
                 ids = TokenIds(context)
@@ -502,8 +503,25 @@ def _join_texts(parts: Sequence[object]) -> list[object]:
 
 def _check_is_list(what: str, given: object) -> None:
     """Raise DataError on a single text, which would be read as a list of its characters or bytes."""
-    if isinstance(given, str | bytes | bytearray | Context) or not isinstance(given, Iterable):
+    if isinstance(given, str | bytes | bytearray | Context | Segment) or not isinstance(given, Iterable):
         raise DataError(f"{what} is one {type(given).__name__}; expected a list: write [{what.removesuffix('s')}]")
+
+
+def _checked_sequences(what: str, given: Sequence[Sequence[Segment]]) -> list[tuple[Segment, ...]]:
+    """The sequences as tuples. Raises DataError unless each is a list of `Segment`."""
+    _check_is_list(what, given)
+    sequences: list[tuple[Segment, ...]] = []
+    for idx, segments in enumerate(given):
+        where = f"{what}[{idx}]"
+        if isinstance(segments, Segment) or not isinstance(segments, Iterable):
+            raise DataError(f"{where} is one {type(segments).__name__}; expected a list of Segment: write [[...]]")
+        sequences.append(tuple(segments))
+        if others := [part for part in sequences[-1] if not isinstance(part, Segment)]:
+            raise DataError(
+                f"{where} holds a {type(others[0]).__name__}; expected Segment.text(ids) and Segment.context(ids). "
+                "`generate` also takes texts."
+            )
+    return sequences
 
 
 def _stop_texts(stop: Sequence[str]) -> list[str]:

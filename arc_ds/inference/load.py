@@ -11,14 +11,12 @@ import torch
 
 from arc_ds.batch.segments import MARKERS
 from arc_ds.errors import TokenizerError, WeightsError
+from arc_ds.inference.decoders import Implementation, OpenedDecoder, open_decoder
 from arc_ds.model.compressor import Compressor
-from arc_ds.model.decoder import Decoder
-from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights import (
     TensorSource,
     load_backbone,
-    open_backbone,
     read_arc_checkpoint,
 )
 from arc_ds.model.weights.arc_spec import spec_of_params
@@ -40,10 +38,12 @@ class DecoderSettings:
 
     rope_scaling: "checkpoint" if its rotary scaling was applied, "none" if it was ignored.
     bos: whether sequences began with its begin-of-text token.
+    implementation: the one that computed it ("native" or "transformers"); "auto" if the folder does not record it.
     ids_digest: of its tokenizer (`tokenizers.ids_digest`), None if unknown.
     """
 
     rope_scaling: RopeScalingChoice
+    implementation: Implementation = "auto"
     bos: bool = True
     ids_digest: str | None = None
 
@@ -102,37 +102,29 @@ def load_compressor(spec: CompressorSpec, source: TensorSource, device: torch.de
     return compressor
 
 
-def open_decoder(
-    path: Path,
-    rope_scaling: RopeScalingChoice,
-    *,
-    activation_checkpointing: bool = False,
-    max_positions: int | None = None,
-) -> tuple[Decoder, TensorSource]:
-    """Build a decoder on "meta" with the sizes of a weights folder or a .gguf file, and open its tensors.
-
-    max_positions: length of the longest sequence that it will read.
-
-    Raises WeightsError if the sizes cannot be read.
-    """
-    source = open_backbone(path, rope_scaling, max_positions=max_positions)
-    with torch.device("meta"):
-        return Decoder(source.config, activation_checkpointing=activation_checkpointing), source
-
-
 def open_trained_decoders(
-    paths: Sequence[Path], folder: ArcFolder, arc_dir: str | Path
-) -> list[tuple[Decoder, TensorSource]]:
+    paths: Sequence[Path], folder: ArcFolder, arc_dir: str | Path, *, trust_remote_code: bool = False
+) -> list[OpenedDecoder]:
     """Open the decoders that a compressor was trained for, in the order of the ports, before any weights are read.
+
+    trust_remote_code: see `open_decoder`.
 
     Raises WeightsError if there are too many or one has another width than its port, and like `open_decoder`.
     """
     widths = folder.spec.decoder_sizes
     if len(paths) > len(widths):
         raise WeightsError(f"{arc_dir} serves {len(widths)} decoders; {len(paths)} were given. Remove the rest.")
-    opened = [open_decoder(path, settings.rope_scaling) for path, settings in zip(paths, folder.decoders, strict=False)]
-    for path, width, (decoder, _) in zip(paths, widths, opened, strict=False):
-        found = decoder.hidden_size
+    opened = [
+        open_decoder(
+            path,
+            settings.rope_scaling,
+            implementation=settings.implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        for path, settings in zip(paths, folder.decoders, strict=False)
+    ]
+    for path, width, decoder in zip(paths, widths, opened, strict=False):
+        found = decoder.sizes.hidden_size
         if found != width:
             raise WeightsError(
                 f"decoder {path} has width {found}; the bridge in {arc_dir} maps to width {width}. Use the decoders "
@@ -158,7 +150,7 @@ def load_encoder_tokenizer(folder: ArcFolder, arc_dir: str | Path) -> Tokenizer 
     return tokenizer
 
 
-def load_decoder_tokenizer(path: Path, decoder: FrozenDecoder, settings: DecoderSettings) -> Tokenizer | None:
+def load_decoder_tokenizer(path: Path, decoder: OpenedDecoder, settings: DecoderSettings) -> Tokenizer | None:
     """The tokenizer of a decoder; None if there is none. TokenizerError if it does not fit or is not that of training.
 
     path: the decoder's folder or .gguf file.
@@ -169,7 +161,7 @@ def load_decoder_tokenizer(path: Path, decoder: FrozenDecoder, settings: Decoder
         return None
     tokenizer = load_tokenizer(found)
     bos_ids = (tokenizer.bos_id,) if settings.bos and tokenizer.bos_id is not None else ()
-    check_fits(tokenizer, decoder.vocab_size, f"decoder {path}", bos_ids)
+    check_fits(tokenizer, decoder.sizes.vocab_size, f"decoder {path}", bos_ids)
     check_decoder_tokenizer(tokenizer, settings, found)
     return tokenizer
 
@@ -275,14 +267,20 @@ def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings
     entries = [entry for entry in decoders if isinstance(entry, dict)] if isinstance(decoders, list) else []
     settings = [
         DecoderSettings(
-            rope_scaling=entry["rope_scaling"], bos=entry.get("bos", True), ids_digest=entry.get("ids_digest")
+            rope_scaling=entry["rope_scaling"],
+            implementation=entry.get("implementation", "auto"),
+            bos=entry.get("bos", True),
+            ids_digest=entry.get("ids_digest"),
         )
         for entry in entries
-        if entry.get("rope_scaling") in get_args(RopeScalingChoice) and isinstance(entry.get("bos", True), bool)
+        if entry.get("rope_scaling") in get_args(RopeScalingChoice)
+        and entry.get("implementation", "auto") in get_args(Implementation)
+        and isinstance(entry.get("bos", True), bool)
     ]
     if len(settings) != num_decoders or len(entries) != num_decoders:
         raise WeightsError(
             f"{plain.where}: expected `decoders` to give the rope_scaling ({' or '.join(get_args(RopeScalingChoice))}) "
-            f"and bos (true or false) of {num_decoders} decoders; got {decoders!r}. Export the checkpoint again."
+            f"and bos (true or false) of {num_decoders} decoders, and an implementation "
+            f"({' or '.join(get_args(Implementation))}) if any; got {decoders!r}. Export the checkpoint again."
         )
     return tuple(settings)

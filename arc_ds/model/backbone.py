@@ -41,13 +41,11 @@ class Prefix(NamedTuple):
 
     rows: rows of the prefix in the packed order, int64.
     suffix_rows: rows of the suffix in the packed order, int64.
-    rope: rotary angles of the prefix.
     spans: spans of the prefix.
     """
 
     rows: Tensor
     suffix_rows: Tensor
-    rope: Rope
     spans: Spans
 
     def join(self, prefix: Tensor, suffix: Tensor) -> Tensor:
@@ -109,12 +107,14 @@ class PrefixPass:
     """The state of the prefix in one frozen layer. The suffix reads its keys and values like a cache.
 
     prefix: the rows of the prefix.
+    rope: rotary angles of the prefix in this layer.
     stream: input of the layer before its forward, output after it; None after `take`.
     keys_values: rotated keys and values of the prefix, [P, K, H] each; None before the first forward. If activation
         checkpointing reruns the layer, it reuses them: the suffix needs nothing else of the prefix.
     """
 
     prefix: Prefix
+    rope: Rope
     stream: Stream | None
     keys_values: tuple[Tensor, Tensor] | None = None
 
@@ -176,15 +176,26 @@ def make_norm(config: BackboneConfig) -> Norm:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. Queries may come from different rows than keys and values."""
+    """Grouped-query attention. Queries may come from different rows than keys and values.
 
-    def __init__(self, config: BackboneConfig) -> None:
+    window: see `BackboneConfig`; None if queries see all keys that the spans allow.
+    """
+
+    def __init__(self, config: BackboneConfig, window: int | None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.wq = Linear(config.hidden_size, config.num_heads * config.head_dim)
-        self.wk = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
-        self.wv = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
-        self.wo = Linear(config.num_heads * config.head_dim, config.hidden_size)
+        self.scale = config.attention_scale
+        self.clip = config.clip_qkv
+        self.qk_norm = config.qk_norm
+        self.window = window
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.wq = Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.wk = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.wv = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.wo = Linear(q_size, config.hidden_size, bias=config.output_bias)
+        sizes = {None: (), "head": (config.head_dim, config.head_dim), "row": (q_size, kv_size)}[config.qk_norm]
+        norms: list[RMSNorm | None] = [RMSNorm(size, config.norm_eps) for size in sizes] or [None, None]
+        self.q_norm, self.k_norm = norms
 
     def forward(
         self, x_TD: Tensor, kv_UD: Tensor, rope_q: Rope, rope_k: Rope, spans: Spans, cache: Cache | None = None
@@ -197,7 +208,7 @@ class Attention(nn.Module):
             k_UKH, v_UKH = self._heads(kv_UD, self.wk, self.wv)
         if cache is None:
             return self.attend(q_TNH, k_UKH, v_UKH, rope_q, spans, rope_k)
-        keys, values = cache.update(ak.rotary(k_UKH, *rope_k), v_UKH)
+        keys, values = cache.update(ak.rotary(k_UKH, *rope_k.keys), v_UKH)
         return self.attend(q_TNH, keys, values, rope_q, spans)
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
@@ -222,13 +233,26 @@ class Attention(nn.Module):
             max_seqlen_k=spans.max_seqlen_k,
             causal=spans.causal,
             k_limits_T=spans.k_limits,
-            rotary_q=rope_q,
-            rotary_k=rope_k,
+            window=self.window,
+            scale=self.scale,
+            rotary_q=rope_q.queries,
+            rotary_k=None if rope_k is None else rope_k.keys,
         )
         return self.wo(o_TNH.flatten(1))
 
     def _heads(self, x_TD: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
-        return tuple(y_TD.unflatten(-1, (-1, self.head_dim)) for y_TD in joint_linear(x_TD, linears))
+        norms = {self.wq: self.q_norm, self.wk: self.k_norm}
+        rows = zip(linears, joint_linear(x_TD, linears), strict=True)
+        return tuple(self._split(y_TX, norms.get(linear)) for linear, y_TX in rows)
+
+    def _split(self, y_TX: Tensor, norm: RMSNorm | None) -> Tensor:
+        """The heads of one projection [T, heads, H], clipped and normalized."""
+        if self.clip is not None:
+            y_TX = y_TX.clamp(-self.clip, self.clip)
+        if norm is not None and self.qk_norm == "row":
+            y_TX = norm(y_TX)
+        y_TNH = y_TX.unflatten(-1, (-1, self.head_dim))
+        return norm(y_TNH) if norm is not None and self.qk_norm == "head" else y_TNH
 
 
 class FeedForward(nn.Module):
@@ -236,21 +260,26 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.w1 = Linear(config.hidden_size, config.ffn_size)
-        self.w2 = Linear(config.ffn_size, config.hidden_size)
-        self.w3 = Linear(config.hidden_size, config.ffn_size)
+        self.w1 = Linear(config.hidden_size, config.ffn_size, bias=config.ffn_bias)
+        self.w2 = Linear(config.ffn_size, config.hidden_size, bias=config.ffn_bias)
+        self.w3 = Linear(config.hidden_size, config.ffn_size, bias=config.ffn_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.w2(ak.swiglu(*joint_linear(x_TD, (self.w1, self.w3))))
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x + attention(norm x), then + feed-forward(norm)."""
+    """One layer: x + attention(norm x), then + feed-forward(norm). See `BackboneConfig.norm_place` for the other order.
 
-    def __init__(self, config: BackboneConfig) -> None:
+    window: see `Attention`.
+    """
+
+    def __init__(self, config: BackboneConfig, window: int | None = None) -> None:
         super().__init__()
+        self.norms_output = config.norm_place == "output"
+        self.residual_multiplier = config.residual_multiplier
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, window)
         self.ffn_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
 
@@ -258,16 +287,32 @@ class Block(nn.Module):
         self, x_TD: Tensor, update_TD: Tensor | None, rope: Rope, spans: Spans, cache: Cache | None = None
     ) -> Stream:
         """Run the layer on a stream. Its terms are separate arguments: ZeRO-3 hooks and checkpointing need tensors."""
-        normed_TD, x_TD = self._enter(x_TD, update_TD)
-        return self._finish(self.attention(normed_TD, normed_TD, rope, rope, spans, cache), x_TD)
+        input_TD, x_TD = self._enter(x_TD, update_TD)
+        return self._finish(self.attention(input_TD, input_TD, rope, rope, spans, cache), x_TD)
 
     def _enter(self, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm of the sum, the sum of the stream's terms)."""
+        """(input of the attention, the sum of the stream's terms)."""
+        if self.norms_output:
+            total_TD = Stream(x_TD, update_TD).total_TD
+            return total_TD, total_TD
         return (self.attention_norm(x_TD), x_TD) if update_TD is None else self.attention_norm.add(update_TD, x_TD)
 
     def _finish(self, attended_TD: Tensor, residual_TD: Tensor) -> Stream:
-        normed_TD, total_TD = self.ffn_norm.add(attended_TD, residual_TD)
-        return Stream(total_TD, self.feed_forward(normed_TD))
+        """The stream after the layer, from the output of the attention."""
+        if self.norms_output:
+            return self._feed(residual_TD + self._update(attended_TD, self.attention_norm))
+        normed_TD, total_TD = self.ffn_norm.add(self._update(attended_TD, self.attention_norm), residual_TD)
+        return Stream(total_TD, self._update(self.feed_forward(normed_TD), self.ffn_norm))
+
+    def _feed(self, x_TD: Tensor) -> Stream:
+        """The stream after the feed-forward layer, from the rows before it."""
+        input_TD = x_TD if self.norms_output else self.ffn_norm(x_TD)
+        return Stream(x_TD, self._update(self.feed_forward(input_TD), self.ffn_norm))
+
+    def _update(self, output_TD: Tensor, norm: Norm) -> Tensor:
+        """What a sublayer adds to the residual, from its output."""
+        update_TD = norm(output_TD) if self.norms_output else output_TD
+        return update_TD if self.residual_multiplier == 1.0 else update_TD * self.residual_multiplier
 
 
 class DecoderBlock(Block):
@@ -287,10 +332,10 @@ class DecoderBlock(Block):
     @torch.no_grad()
     def _run_prefix(self, cache: PrefixPass) -> tuple[Tensor, Tensor]:
         """Run the layer on the prefix and return its keys and values."""
-        rope, spans = cache.prefix.rope, cache.prefix.spans
-        normed_PD, x_PD = self._enter(*cache.take())
-        q_PNH, k_PKH, v_PKH = self.attention.project(normed_PD)
-        k_PKH = ak.rotary(k_PKH, *rope)
+        rope, spans = cache.rope, cache.prefix.spans
+        input_PD, x_PD = self._enter(*cache.take())
+        q_PNH, k_PKH, v_PKH = self.attention.project(input_PD)
+        k_PKH = ak.rotary(k_PKH, *rope.keys)
         cache.stream = self._finish(self.attention.attend(q_PNH, k_PKH, v_PKH, rope, spans), x_PD)
         return k_PKH, v_PKH
 
@@ -310,14 +355,20 @@ class TokenEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The frozen output layer. The loss is computed in its forward, because ZeRO-3 gathers the weight only there."""
+    """The frozen output layer. The loss is computed in its forward, because ZeRO-3 gathers the weight only there.
 
-    def __init__(self, vocab_size: int, width: int) -> None:
+    multiplier: factor of the logits.
+    """
+
+    def __init__(self, vocab_size: int, width: int, multiplier: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.multiplier = multiplier
 
     def forward(self, h_LD: Tensor, labels_L: Tensor | None = None) -> Tensor:
         """NLL of each label, float32 [L]. Without labels: logits, float32 [L, V]."""
+        if self.multiplier != 1.0:
+            h_LD = h_LD * self.multiplier
         if labels_L is not None:
             return ak.linear_cross_entropy(h_LD, self.weight, labels_L)
         return (h_LD @ self.weight.T).float()

@@ -14,9 +14,9 @@ RopeKind = Literal["llama3", "linear", "dynamic", "yarn", "longrope"]
 class RopeScaling:
     """A scaling of rotary frequencies. Fields that a kind does not use keep their defaults.
 
-    kind: name of the scaling, as in Hugging Face's `rope_type`.
-    factor: ratio of the extended context to the original one.
-    original_max_positions: length of the original context.
+    kind: name of the scaling, as in Hugging Face's `rope_type`. See `rope.py`.
+    factor: ratio of the extended context to the original one. Unused by longrope.
+    original_max_positions: length of the original context. Unused by linear.
     low_freq_factor: llama3 only.
     high_freq_factor: llama3 only.
     beta_fast: yarn only.
@@ -25,11 +25,13 @@ class RopeScaling:
     attention_factor: yarn and longrope; factor of cosines and sines. The reader computes it if the files omit it.
     short_factors: longrope only; divisor of each frequency for sequences of at most `original_max_positions`.
     long_factors: longrope only; divisor of each frequency for longer sequences.
+    query_beta: yarn only; queries at position p are multiplied by 1 + query_beta * ln(1 + p // original_max_positions)
+        (Ministral 3).
     """
 
     kind: RopeKind = "llama3"
     factor: float
-    original_max_positions: int
+    original_max_positions: int = 0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -38,6 +40,7 @@ class RopeScaling:
     attention_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    query_beta: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +59,12 @@ class BackboneConfig:
     rope_scaling: None if positions are not scaled, or if the run ignores the checkpoint's scaling.
     rotary_dim: number of rotated dimensions of each head, the first ones in the files; None for all.
     layers_without_rope: indices of layers that rotate nothing (SmolLM3).
-    window: a query of `windowed_layers` sees at most this many keys, the last ones up to its own; None for all.
+    window: a query of `windowed_layers` sees at most this many keys, the last ones up to its own; None for all. A
+        bidirectional encoder ignores it: each row sees its whole context.
     windowed_layers: indices of the layers with a window.
     windowed_rope_scaling: whether layers with a window apply `rope_scaling` (OLMo 3's do not).
-    embedding_multiplier: factor of token embeddings. Compressed vectors are not multiplied.
+    embedding_multiplier: factor of all rows that enter the first layer, compressed vectors and memory tokens included.
+        So compressed vectors live in the space of `inputs_embeds` of transformers, whose Granite multiplies them, too.
     residual_multiplier: factor of the output of attention and feed-forward.
     attention_scale: factor of attention scores; None for head_dim ** -0.5.
     logits_multiplier: factor of logits.
@@ -96,6 +101,10 @@ class BackboneConfig:
     attention_scale: float | None = None
     logits_multiplier: float = 1.0
     tie_embeddings: bool = False
+
+    def window_of(self, layer_idx: int) -> int | None:
+        """The window of a layer; None if its queries see all keys."""
+        return self.window if layer_idx in self.windowed_layers else None
 
     @staticmethod
     def from_json(plain: Mapping[str, Any]) -> BackboneConfig:

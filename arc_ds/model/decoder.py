@@ -28,31 +28,29 @@ from arc_ds.model.backbone import (
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.kv_cache import KVCache
-from arc_ds.model.rope import rope_at
+from arc_ds.model.rope import lengths_of_rows, ropes_at
 
 
 class Decoder(FrozenDecoder):
     """A frozen decoder that our packed transformer computes."""
+
+    implementation = "native"
 
     def __init__(self, config: BackboneConfig, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.tok_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderBlock(config, config.window_of(idx)) for idx in range(config.num_layers))
         self.norm = make_norm(config)
-        self.output = Head(config.vocab_size, config.hidden_size)
+        self.output = Head(config.vocab_size, config.hidden_size, config.logits_multiplier)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.requires_grad_(False)
 
     @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
+    def sizes(self) -> BackboneConfig:
+        return self.config
 
     @property
     def layer_types(self) -> tuple[type[nn.Module], ...]:
@@ -83,7 +81,7 @@ class Decoder(FrozenDecoder):
         return self.run_layers(x_RD, batch.decoder_positions, spans)
 
     def embed(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
-        """Token embeddings with the compressed vectors between them, [R, D]."""
+        """Token embeddings with the compressed vectors between them, [R, D]: the `inputs_embeds` of transformers."""
         rows_Z = None if z_ZD is None else batch.compressed_rows
         return self.tok_embeddings(batch.decoder_ids, batch.text_rows, z_ZD, rows_Z)
 
@@ -94,33 +92,46 @@ class Decoder(FrozenDecoder):
 
         positions_R: position of each row in its sequence, int64.
         caches: one cache per layer, during generation only. The keys of `spans` are then those of the cache.
+
+        Rotary scalings that depend on the length of a sequence take the number of its keys in `spans`. During
+        generation this is the capacity of the cache: the longest prompt and all new tokens. transformers takes the
+        largest position so far of all prompts instead, and Phi-3 computes its cache anew when it passes the bound.
         """
-        rope = rope_at(positions_R, self.config)
-        stream = Stream(x_RD)
-        for layer_idx, layer in enumerate(self.layers):
+        lengths_R = lengths_of_rows(self.config, spans.cu_seqlens_q, spans.cu_seqlens_k, positions_R.numel())
+        ropes = ropes_at(positions_R, self.config, lengths_R)
+        stream = self._enter(x_RD)
+        for layer_idx, (layer, rope) in enumerate(zip(self.layers, ropes, strict=True)):
             stream = self._run(layer, stream, rope, spans, None if caches is None else caches[layer_idx])
         return stream.total_TD
 
+    def _enter(self, x_RD: Tensor) -> Stream:
+        """The input of the first layer, from embedded rows."""
+        multiplier = self.config.embedding_multiplier
+        return Stream(x_RD if multiplier == 1.0 else x_RD * multiplier)
+
     def _hidden_by_parts(self, x_RD: Tensor, batch: PackedBatch, split: PrefixSplit) -> Tensor:
         """Run each layer on the prefixes without gradient, then on the suffixes, which attend to both."""
-        rope = rope_at(batch.decoder_positions, self.config)
+        cu_seqlens = batch.decoder_cu_seqlens
+        lengths_R = lengths_of_rows(self.config, cu_seqlens, cu_seqlens, batch.num_decoder_rows)
+        prefix_ropes, suffix_ropes = (
+            ropes_at(batch.decoder_positions[rows], self.config, None if lengths_R is None else lengths_R[rows])
+            for rows in (split.prefix_rows, split.suffix_rows)
+        )
         prefix = Prefix(
             rows=split.prefix_rows,
             suffix_rows=split.suffix_rows,
-            rope=rope.at(split.prefix_rows),
             spans=Spans.within(split.prefix_cu_seqlens, split.prefix_max_seqlen, causal=True),
         )
-        suffix_rope = rope.at(split.suffix_rows)
         suffix_spans = Spans(
             cu_seqlens_q=split.suffix_cu_seqlens,
-            cu_seqlens_k=batch.decoder_cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
             max_seqlen_q=split.suffix_max_seqlen,
             max_seqlen_k=batch.decoder_max_seqlen,
             causal=True,
         )
-        before, after = Stream(x_RD[split.prefix_rows].detach()), Stream(x_RD[split.suffix_rows])
-        for layer in self.layers:
-            passing = PrefixPass(prefix, before)
+        before, after = self._enter(x_RD[split.prefix_rows].detach()), self._enter(x_RD[split.suffix_rows])
+        for layer, prefix_rope, suffix_rope in zip(self.layers, prefix_ropes, suffix_ropes, strict=True):
+            passing = PrefixPass(prefix, prefix_rope, before)
             # As keywords: DeepSpeed's hooks search positional arguments for tensors.
             after = self._run(layer, after, rope=suffix_rope, spans=suffix_spans, cache=passing)
             before = passing.take()  # a layer that backward recomputes keeps `passing` alive

@@ -16,7 +16,7 @@ from arc_ds.batch.packing import PackedBatch, PoolLevel
 from arc_ds.model.backbone import Block, Spans, Stream, TokenEmbedding
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.pooling import Pooling
-from arc_ds.model.rope import Rope, rope_at
+from arc_ds.model.rope import Rope, lengths_of_rows, ropes_at
 
 Where = Literal["before", "between"]
 
@@ -41,8 +41,8 @@ class PoolingLayout:
 class PooledBlock(Block):
     """A layer that reads the rows of one pooling level and returns the rows of the next."""
 
-    def __init__(self, config: BackboneConfig, layout: PoolingLayout, *, causal: bool) -> None:
-        super().__init__(config)
+    def __init__(self, config: BackboneConfig, layout: PoolingLayout, window: int | None, *, causal: bool) -> None:
+        super().__init__(config, window)
         self.layout = layout
         self.causal = causal
 
@@ -52,16 +52,16 @@ class PooledBlock(Block):
         """Map a stream of T rows to a stream of G pooled rows. `spans` belong to the input rows."""
         layout = self.layout
         if layout.where == "between":
-            normed_TD, x_TD = self._enter(x_TD, update_TD)
-            h_TD = x_TD + self.attention(normed_TD, normed_TD, rope_T, rope_T, spans)
-            pooled_GD = layout.strategy.pool(h_TD, spans, level)
-            return Stream(pooled_GD, self.feed_forward(self.ffn_norm(pooled_GD)))
+            input_TD, x_TD = self._enter(x_TD, update_TD)
+            attended_TD = self.attention(input_TD, input_TD, rope_T, rope_T, spans)
+            h_TD = x_TD + self._update(attended_TD, self.attention_norm)
+            return self._feed(layout.strategy.pool(h_TD, spans, level))
         x_TD = Stream(x_TD, update_TD).total_TD
         if not layout.pooled_queries:
             pooled_GD = layout.strategy.pool(x_TD, spans, level)
             within = Spans.within(level.cu_seqlens, level.max_seqlen, causal=self.causal)
             return super().forward(pooled_GD, None, rope_G, within)
-        pooled = layout.strategy.pool_norm(x_TD, spans, level, self.attention_norm)
+        queries_GD, keys_TD, pooled_GD = self._pool(x_TD, spans, level)
         across = Spans(
             cu_seqlens_q=level.cu_seqlens,
             cu_seqlens_k=spans.cu_seqlens_k,
@@ -69,8 +69,16 @@ class PooledBlock(Block):
             max_seqlen_k=spans.max_seqlen_k,
             k_limits=group_ends(spans.cu_seqlens_k, level) if self.causal else None,
         )
-        attended_GD = self.attention(pooled.normed_pooled_GD, pooled.normed_TD, rope_G, rope_T, across)
-        return self._finish(attended_GD, pooled.pooled_GD)
+        attended_GD = self.attention(queries_GD, keys_TD, rope_G, rope_T, across)
+        return self._finish(attended_GD, pooled_GD)
+
+    def _pool(self, x_TD: Tensor, spans: Spans, level: PoolLevel) -> tuple[Tensor, Tensor, Tensor]:
+        """Input of the queries [G, D], input of the keys and values [T, D], and the pooled rows [G, D]."""
+        if self.norms_output:
+            pooled_GD = self.layout.strategy.pool(x_TD, spans, level)
+            return pooled_GD, x_TD, pooled_GD
+        pooled = self.layout.strategy.pool_norm(x_TD, spans, level, self.attention_norm)
+        return pooled.normed_pooled_GD, pooled.normed_TD, pooled.pooled_GD
 
 
 def group_ends(cu_seqlens: Tensor, level: PoolLevel) -> Tensor:
@@ -90,7 +98,8 @@ class Encoder(nn.Module):
     config: sizes of the backbone.
     num_layers: number of first layers to keep.
     pooling: how the last layers pool.
-    causal: causal instead of bidirectional attention.
+    causal: causal instead of bidirectional attention. Only then do the backbone's windows apply; in pooled layers
+        they count the rows of the level.
     memory_tokens: number of learned vectors appended to each context. If positive, no layer pools and only the outputs
         of these vectors are returned.
     activation_checkpointing: recompute layers in backward.
@@ -121,8 +130,11 @@ class Encoder(nn.Module):
         self.num_pooled_layers = num_pooled
         self.activation_checkpointing = activation_checkpointing
         self.tok_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
-        plain = [Block(config) for _ in range(num_layers - num_pooled)]
-        pooled = [PooledBlock(config, pooling, causal=causal) for _ in range(num_pooled)]
+        # A bidirectional encoder has no windows: a row sees its whole context, as in the paper.
+        windows = [config.window_of(idx) if causal else None for idx in range(num_layers)]
+        num_plain = num_layers - num_pooled
+        plain = [Block(config, window) for window in windows[:num_plain]]
+        pooled = [PooledBlock(config, pooling, window, causal=causal) for window in windows[num_plain:]]
         self.layers = nn.ModuleList([*plain, *pooled])
         self.memory = nn.Parameter(torch.ones(memory_tokens, config.hidden_size)) if memory_tokens else None
 
@@ -133,17 +145,25 @@ class Encoder(nn.Module):
                 f"the batch is packed for {len(batch.levels)} pooled layers, but the encoder has "
                 f"{self.num_pooled_layers}: pack with the encoder's own PoolingSpec"
             )
-        stream = Stream(self._embed(batch))
-        rope = rope_at(batch.encoder_positions, self.config)
-        spans = Spans.within(batch.encoder_cu_seqlens, batch.encoder_max_seqlen, causal=self.causal)
+        multiplier = self.config.embedding_multiplier
+        x_UD = self._embed(batch)
+        stream = Stream(x_UD if multiplier == 1.0 else x_UD * multiplier)
+        cu_seqlens = batch.encoder_cu_seqlens
+        ropes = self._ropes(batch.encoder_positions, cu_seqlens, cu_seqlens)
+        spans = Spans.within(cu_seqlens, batch.encoder_max_seqlen, causal=self.causal)
         num_plain = len(self.layers) - self.num_pooled_layers
-        for layer in self.layers[:num_plain]:
+        for layer, rope in zip(self.layers[:num_plain], ropes[:num_plain], strict=True):
             stream = self._run(layer, stream, rope, spans)
-        for layer, level in zip(self.layers[num_plain:], batch.levels, strict=True):
-            rope_G = rope_at(level.positions, self.config)
-            stream = self._run(layer, stream, rope, rope_G, spans, level)
-            rope, spans = rope_G, Spans.within(level.cu_seqlens, level.max_seqlen, causal=self.causal)
+        for layer_idx, level in enumerate(batch.levels, start=num_plain):
+            ropes_G = self._ropes(level.positions, level.cu_seqlens, cu_seqlens)
+            stream = self._run(self.layers[layer_idx], stream, ropes[layer_idx], ropes_G[layer_idx], spans, level)
+            ropes, spans = ropes_G, Spans.within(level.cu_seqlens, level.max_seqlen, causal=self.causal)
         return stream.total_TD if self.memory is None else stream.total_TD[batch.memory_rows]
+
+    def _ropes(self, positions: Tensor, cu_rows: Tensor, cu_seqlens: Tensor) -> tuple[Rope, ...]:
+        """Rotary angles of the rows of one level, for each layer. The length of a sequence is that of its context."""
+        lengths = lengths_of_rows(self.config, cu_rows, cu_seqlens, positions.numel())
+        return ropes_at(positions, self.config, lengths)
 
     def _embed(self, batch: PackedBatch) -> Tensor:
         if self.memory is None:

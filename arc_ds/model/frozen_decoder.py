@@ -6,11 +6,40 @@ Shape letters: R rows, Z compressed vectors, L labels, D width, V vocabulary, B 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from arc_ds.batch.packing import PackedBatch
+from arc_ds.model.backbone_config import BackboneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersSizes:
+    """The sizes of a decoder that `transformers` computes.
+
+    model_type: name of the architecture in config.json.
+    hidden_size: width of its embeddings.
+    vocab_size: number of its embeddings.
+    num_parameters: number of all parameters; a tied head counts once.
+    layer_parameters: number of parameters in its layers. With experts, a row uses only some of them.
+    attention_size: sum of the widths of the query heads of all layers; 0 if its config does not state them.
+    cache_row_values: numbers that one row adds to the cache of a generation; 0 if its config does not state them.
+    config_digest: sha256 of its config.
+    """
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    num_parameters: int
+    layer_parameters: int
+    attention_size: int
+    cache_row_values: int
+    config_digest: str
+
+
+DecoderSizes = BackboneConfig | TransformersSizes
 
 
 class FrozenDecoder(nn.Module, ABC):
@@ -18,17 +47,26 @@ class FrozenDecoder(nn.Module, ABC):
 
     In every method, `z_ZD` are the compressed vectors of the batch (None: text only). They are in the space of the
     rows that `embed` returns.
+
+    implementation: "native" for our packed transformer, "transformers" for the model's own code.
     """
 
-    @property
-    @abstractmethod
-    def hidden_size(self) -> int:
-        """Width D of its embeddings."""
+    implementation: ClassVar[Literal["native", "transformers"]]
 
     @property
     @abstractmethod
+    def sizes(self) -> DecoderSizes:
+        """Its sizes."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of its embeddings."""
+        return self.sizes.hidden_size
+
+    @property
     def vocab_size(self) -> int:
-        """Number V of ids that it has embeddings of."""
+        """Number V of its embeddings."""
+        return self.sizes.vocab_size
 
     @property
     @abstractmethod

@@ -16,28 +16,37 @@ from torch import Tensor, nn
 
 
 class _LinearFunction(torch.autograd.Function):
-    """One or several weights on one input. The matrix products accumulate the gradient of the input.
+    """One or several weights, each with its bias or None, on one input.
 
-    Autograd would write one gradient per weight and add them in separate passes.
+    The matrix products accumulate the gradient of the input. Autograd would write one gradient per weight and add them
+    in separate passes.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, *weights_and_biases: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
         ctx.weights = weights
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None)
-        return tuple(x @ weight.T for weight in weights)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1::2]) else None)
+        return tuple(_product(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        wants_x, *wants_weights = ctx.needs_input_grad
+        wants_x, *wants_parameters = ctx.needs_input_grad
         grad_x = None
         if wants_x:
             grad_x = grads[0] @ ctx.weights[0]
             for grad, weight in zip(grads[1:], ctx.weights[1:], strict=True):
                 grad_x.addmm_(grad, weight)
-        grad_weights = (grad.T @ x if wanted else None for grad, wanted in zip(grads, wants_weights, strict=True))
-        return grad_x, *grad_weights
+        of_parameters: list[Tensor | None] = []
+        for grad, wants_weight, wants_bias in zip(grads, wants_parameters[::2], wants_parameters[1::2], strict=True):
+            of_parameters += [grad.T @ x if wants_weight else None, grad.sum(dim=0) if wants_bias else None]
+        return grad_x, *of_parameters
+
+
+def _product(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    assert weight is not None
+    return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 
 
 def joint_linear(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
@@ -47,20 +56,32 @@ def joint_linear(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
     linears: layers with the same input size. Their own hooks do not run: under ZeRO-3 they belong to a module that is
         gathered as a whole (`Block`).
     """
-    return _LinearFunction.apply(x, *(linear.weight for linear in linears))
+    return _LinearFunction.apply(x, *(tensor for linear in linears for tensor in (linear.weight, linear.bias)))
 
 
 class Linear(nn.Module):
-    """y = x W' without bias, x [rows, in], W [out, in]. The weight is uninitialised until a reader fills it."""
+    """y = x W' + b, x [rows, in], W [out, in]. The parameters are uninitialised until a reader fills them.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    bias: whether there is a bias b [out].
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features  # a partitioned weight loses its shape
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        (y,) = _LinearFunction.apply(x, self.weight)
+        (y,) = _LinearFunction.apply(x, self.weight, self.bias)
         return y
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"
+
+
+class FrozenLinear(nn.Linear):
+    """Torch's linear layer with a frozen weight, which backward reads from the parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (y,) = _LinearFunction.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias

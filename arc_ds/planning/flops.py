@@ -17,6 +17,7 @@ from arc_ds.batch.packing import PackedBatch
 from arc_ds.data.loading.estimates import WorkRates
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.encoder import group_ends
+from arc_ds.model.frozen_decoder import DecoderSizes
 from arc_ds.model.spec import CompressorSpec
 
 
@@ -80,7 +81,7 @@ class _LayerRows(NamedTuple):
 def count_flops(
     batch: PackedBatch,
     spec: CompressorSpec,
-    decoder: BackboneConfig,
+    decoder: DecoderSizes,
     *,
     trained_layers: int | None = None,
     train_embeddings: bool = True,
@@ -89,24 +90,24 @@ def count_flops(
 
     batch: must be on the host. EncodedText lengths from a batch on a GPU would synchronize with the device.
     spec: the compressor.
-    decoder: config of the decoder.
+    decoder: sizes of the decoder. Through transformers its operations are an estimate, see `_decoder_work`.
     trained_layers: number of trained encoder layers (see `engine.set_trained`).
     train_embeddings: whether the encoder's embeddings are trained.
     """
     layers = [rows.work(spec.backbone) for rows in _encoder_rows(batch, spec)]
-    one_forward, one_suffix = (rows.work(decoder) for rows in _decoder_rows(batch))
+    forward, suffix = _decoder_passes(batch, decoder)
     return StepFlops(
         encoder_forward=_sum(layers),
         encoder_backward=_sum(_encoder_backward(layers, spec, trained_layers, train_embeddings)),
         bridge=3 * 2 * batch.compressed_rows.numel() * _bridge_weights(spec, decoder.hidden_size),
-        decoder_forward=_sum([one_forward] * decoder.num_layers),
-        decoder_backward=_sum([_backward(one_suffix, trains=False)] * decoder.num_layers),
+        decoder_forward=forward,
+        decoder_backward=_backward(suffix if isinstance(decoder, BackboneConfig) else forward, trains=False),
         head=2 * 2 * batch.num_labels * decoder.hidden_size * decoder.vocab_size,
     )
 
 
 def work_rates(
-    spec: CompressorSpec, decoder: BackboneConfig, *, trained_layers: int | None = None, train_embeddings: bool = True
+    spec: CompressorSpec, decoder: DecoderSizes, *, trained_layers: int | None = None, train_embeddings: bool = True
 ) -> WorkRates:
     """Operations that one token, row and query-key pair of a sample add to a step with one decoder.
 
@@ -118,8 +119,7 @@ def work_rates(
         _sum([*layers, *_encoder_backward(layers, spec, trained_layers, train_embeddings)])
         for layers in ([rows.work(spec.backbone)] * spec.num_layers for rows in (token, pair))
     )
-    row = _sum([token.work(decoder)] * decoder.num_layers)
-    attending = _sum([pair.work(decoder)] * decoder.num_layers)
+    row, attending = _decoder_work(token, decoder), _decoder_work(pair, decoder)
     return WorkRates(
         encoder_token=of_token.linear,
         encoder_pair=of_pair.attention / (2 if spec.causal else 1),
@@ -133,17 +133,21 @@ def _encoder_rows(batch: PackedBatch, spec: CompressorSpec) -> list[_LayerRows]:
     """Rows of each encoder layer, as in `Encoder.forward`."""
     cu_seqlens = batch.encoder_cu_seqlens
     num_rows = batch.encoder_positions.numel()
-    plain = _LayerRows(num_rows, num_rows, num_rows, _pairs(cu_seqlens, causal=spec.causal))
-    layers = [plain] * (spec.num_layers - len(batch.levels))
-    for level in batch.levels:
+    windows = [spec.backbone.window_of(idx) if spec.causal else None for idx in range(spec.num_layers)]
+    num_plain = spec.num_layers - len(batch.levels)
+    pairs = {window: _pairs(cu_seqlens, window, causal=spec.causal) for window in set(windows)}
+    layers = [_LayerRows(num_rows, num_rows, num_rows, pairs[window]) for window in windows[:num_plain]]
+    for level, window in zip(batch.levels, windows[num_plain:], strict=True):
         num_groups = level.positions.numel()
         if spec.where == "between":
-            layers.append(_LayerRows(num_rows, num_rows, num_groups, _pairs(cu_seqlens, causal=spec.causal)))
+            seen_by_all = _pairs(cu_seqlens, window, causal=spec.causal)
+            layers.append(_LayerRows(num_rows, num_rows, num_groups, seen_by_all))
         elif not spec.pooled_queries:
-            pairs = _pairs(level.cu_seqlens, causal=spec.causal)
-            layers.append(_LayerRows(num_groups, num_groups, num_groups, pairs))
+            seen_by_all = _pairs(level.cu_seqlens, window, causal=spec.causal)
+            layers.append(_LayerRows(num_groups, num_groups, num_groups, seen_by_all))
         else:
             seen = group_ends(cu_seqlens, level) if spec.causal else _lengths(cu_seqlens) * _lengths(level.cu_seqlens)
+            seen = seen if window is None else seen.clamp(max=window)
             layers.append(_LayerRows(num_groups, num_rows, num_groups, int(seen.sum())))
         cu_seqlens, num_rows = level.cu_seqlens, num_groups
     return layers
@@ -162,15 +166,37 @@ def _encoder_backward(
     ]
 
 
-def _decoder_rows(batch: PackedBatch) -> tuple[_LayerRows, _LayerRows]:
-    """Rows of each decoder layer: all rows, and only the rows with a gradient."""
-    num_rows, pairs = batch.num_decoder_rows, _pairs(batch.decoder_cu_seqlens, causal=True)
+def _decoder_passes(batch: PackedBatch, decoder: DecoderSizes) -> tuple[Operations, Operations]:
+    """Operations of the forward of all decoder layers: for all rows, and only for the rows with a gradient."""
+    if not isinstance(decoder, BackboneConfig):
+        all_rows, suffix_rows = _decoder_rows(batch, None)
+        return _decoder_work(all_rows, decoder), _decoder_work(suffix_rows, decoder)
+    windows = [decoder.window_of(idx) for idx in range(decoder.num_layers)]
+    rows = {window: _decoder_rows(batch, window) for window in set(windows)}
+    everything, suffix = (_sum([rows[window][part].work(decoder) for window in windows]) for part in (0, 1))
+    return everything, suffix
+
+
+def _decoder_rows(batch: PackedBatch, window: int | None) -> tuple[_LayerRows, _LayerRows]:
+    """Rows of a decoder layer with this window: all rows, and only the rows with a gradient."""
+    num_rows, pairs = batch.num_decoder_rows, _pairs(batch.decoder_cu_seqlens, window, causal=True)
     everything = _LayerRows(num_rows, num_rows, num_rows, pairs)
     if batch.prefix is None:
         return everything, everything
     num_suffix = batch.prefix.suffix_rows.numel()
-    suffix_pairs = pairs - _pairs(batch.prefix.prefix_cu_seqlens, causal=True)
+    suffix_pairs = pairs - _pairs(batch.prefix.prefix_cu_seqlens, window, causal=True)
     return everything, _LayerRows(num_suffix, num_suffix, num_suffix, suffix_pairs)
+
+
+def _decoder_work(rows: _LayerRows, decoder: DecoderSizes) -> Operations:
+    """Operations of the forward of all decoder layers.
+
+    For a decoder of transformers it is an estimate: each row multiplies all parameters of the layers, and state-space
+    layers count their parameters only. It is good enough to distribute samples over ranks.
+    """
+    if isinstance(decoder, BackboneConfig):
+        return _sum([rows.work(decoder)] * decoder.num_layers)
+    return Operations(2 * decoder.layer_parameters * rows.ffn, 4 * rows.pairs * decoder.attention_size)
 
 
 def _bridge_weights(spec: CompressorSpec, out_size: int) -> int:
@@ -194,7 +220,13 @@ def _lengths(cu_seqlens: Tensor) -> Tensor:
     return (cu_seqlens[1:] - cu_seqlens[:-1]).long()
 
 
-def _pairs(cu_seqlens: Tensor, *, causal: bool) -> int:
-    """Number of query-key pairs in attention within segments."""
+def _pairs(cu_seqlens: Tensor, window: int | None = None, *, causal: bool) -> int:
+    """Number of query-key pairs in attention within segments.
+
+    window: number of keys that a query sees at most, only if `causal`; None for all.
+    """
     lengths = _lengths(cu_seqlens)
-    return int((lengths * (lengths + 1) // 2 if causal else lengths * lengths).sum())
+    if not causal:
+        return int((lengths * lengths).sum())
+    hidden = lengths.new_zeros(()) if window is None else (lengths - window).clamp(min=0)
+    return int((lengths * (lengths + 1) // 2 - hidden * (hidden + 1) // 2).sum())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from arc_ds.data.loading.loader import StepData
 from arc_ds.errors import ConfigError
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import work_rates
-from arc_ds.planning.sizes import longest_sequence
 from arc_ds.system import dist
 from arc_ds.system.device import free_memory_bytes
 from arc_ds.tokenizers import check_fits, load_tokenizer
@@ -66,19 +64,18 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         spec = compressor_spec(config)
         tokenizer = load_tokenizer(encoder_tokenizer_path(encoder))
         check_fits(tokenizer, spec.backbone.vocab_size, encoder.backbone)
-        decoders = open_decoders(config.decoders, partial(longest_sequence, config), bos=config.data.decoder_bos)
-        sizes = [decoder.shape.config for decoder in decoders]
+        decoders = open_decoders(config.decoders, bos=config.data.decoder_bos)
+        sizes = [decoder.weights.sizes for decoder in decoders]
         trained: dict[str, Any] = {
             "trained_layers": encoder.trained_layers,
             "train_embeddings": encoder.train_embeddings,
         }
         readers = [decoder.reader for decoder in decoders]
         data = step_data(config, spec.packing, readers, [work_rates(spec, each, **trained) for each in sizes])
-        paths = [decoder.backbone for decoder in config.decoders]
         inputs = InputDigests(
             data=data.order.fingerprint,
             tokenizers={"encoder": tokenizer.fingerprint} | {k: v for d in decoders for k, v in d.fingerprints.items()},
-            backbones=weight_digests(encoder, spec.backbone, list(zip(paths, sizes, strict=True))),
+            backbones=weight_digests(encoder, spec.backbone, [(d.weights.files, d.weights.sizes) for d in decoders]),
         )
         parts = RunParts(
             local_world_size=local_world_size,
@@ -139,7 +136,7 @@ def _place(parts: RunParts, device: torch.device, dtype: torch.dtype) -> tuple[P
     for decoder in parts.decoders:
         placement = choose_placement(
             decoder.placement,
-            decoder_bytes=decoder.num_parameters * dtype.itemsize,
+            decoder_bytes=decoder.weights.num_parameters * dtype.itemsize,
             free_bytes=free_memory_bytes(device),
             world_size=dist.world_size(),
             local_world_size=parts.local_world_size,
@@ -147,11 +144,12 @@ def _place(parts: RunParts, device: torch.device, dtype: torch.dtype) -> tuple[P
         placement = dist.broadcast_object(placement)
         if placement == "replicated":
             with dist.fail_together():
-                whole = decoder.load(device, dtype)
+                whole = decoder.weights.load(device, dtype)
             placed.append(place_decoder(whole))
         else:
             ds_config = resolve_decoder_deepspeed(parts.ds_config, placement, parts.local_world_size)
-            placed.append(place_decoder(decoder.load(device, dtype, partitioned(ds_config)), ds_config))
+            shards = decoder.weights.load(device, dtype, partitioned(ds_config))
+            placed.append(place_decoder(shards, ds_config))
     return tuple(placed)
 
 

@@ -7,7 +7,7 @@ so a host never holds a whole model for each of its ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +18,18 @@ import torch
 from arc_ds.batch.segments import MARKERS
 from arc_ds.config.schema import DecoderConfig, EncoderConfig, RunConfig
 from arc_ds.data.loading.decoder_reader import ReaderFiles
-from arc_ds.data.tasks.chat import count_template
-from arc_ds.data.tasks.task import NO_CHAT, ChatRows
 from arc_ds.errors import ConfigError
+from arc_ds.inference.decoders import OpenedDecoder, open_decoder, read_decoder_sizes
 from arc_ds.inference.load import (
     ArcFolder,
+    DecoderSettings,
     check_decoder_tokenizer,
     check_encoder_tokenizer,
     open_arc_folder,
-    open_decoder,
 )
+from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
-from arc_ds.model.decoder import Decoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor, build_port
 from arc_ds.model.weights import (
@@ -43,7 +42,6 @@ from arc_ds.model.weights import (
     read_backbone_config,
     set_parameter,
 )
-from arc_ds.planning.sizes import TEXT_WORDS, longest_context
 from arc_ds.tokenizers import check_fits, ids_digest, load_tokenizer, tokenizer_file
 from arc_ds.training.engine import set_trained
 
@@ -69,7 +67,15 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
         markers=tuple(marker for marker in MARKERS if getattr(config.markers, marker)),
         bridge=config.bridge.kind,
         bridge_hidden_size=config.bridge.hidden_size,
-        decoder_sizes=tuple(read_backbone_config(d.backbone, d.rope_scaling).hidden_size for d in config.decoders),
+        decoder_sizes=tuple(
+            read_decoder_sizes(
+                Path(decoder.backbone),
+                decoder.rope_scaling,
+                implementation=decoder.implementation,
+                trust_remote_code=decoder.trust_remote_code,
+            ).hidden_size
+            for decoder in config.decoders
+        ),
     )
 
 
@@ -108,9 +114,7 @@ def open_starting_weights(config: RunConfig, spec: CompressorSpec) -> StartingWe
     encoder = config.encoder
     if encoder.init_from is None:
         is_unused = beyond_layers(spec.num_layers)
-        tensors = open_backbone(
-            encoder.backbone, encoder.rope_scaling, max_positions=longest_context(config), is_unused=is_unused
-        )
+        tensors = open_backbone(encoder.backbone, encoder.rope_scaling, is_unused=is_unused)
         names = {"prefix": "encoder.", "skip": "memory".__eq__, "allow_unused": is_unused}
         fresh_ports = tuple(range(len(config.decoders)))
     else:
@@ -147,7 +151,7 @@ def starting_compressor(
     """
     with torch.device("meta") if within is None else within:
         compressor = build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
-    load_backbone(compressor, weights.tensors, **weights.names)
+    load_backbone(compressor, weights.tensors, **weights.names, name="encoder")
     _fill_rest(compressor, config, spec, weights.fresh_ports)
     set_trained(
         compressor.encoder,
@@ -161,73 +165,49 @@ def starting_compressor(
 class DecoderFiles:
     """The opened and checked files of a decoder of the run.
 
-    shape: the decoder on the "meta" device.
-    tensors: source of its weights.
+    weights: its opened weights.
     placement: as configured.
     reader: its tokenizer and chat template.
     fingerprints: of the tokenizer and the chat template, by config key.
     ids_digest: of the tokenizer's ids (`tokenizers.ids_digest`).
     """
 
-    shape: Decoder
-    tensors: TensorSource
+    weights: OpenedDecoder
     placement: str
     reader: ReaderFiles
     fingerprints: Mapping[str, str]
     ids_digest: str
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters of the decoder."""
-        return sum(parameter.numel() for parameter in self.shape.parameters())
 
-    def load(
-        self, device: torch.device, dtype: torch.dtype, within: AbstractContextManager[Any] | None = None
-    ) -> Decoder:
-        """Load the decoder, frozen. within: `engine.partitioned`; by default the decoder is whole on the device."""
-        decoder = self.shape
-        if within is not None:
-            with within:
-                decoder = Decoder(decoder.config, activation_checkpointing=decoder.activation_checkpointing)
-        load_backbone(decoder, self.tensors, dtype=dtype, device=device)
-        return decoder.eval()
-
-
-def open_decoders(
-    decoders: Sequence[DecoderConfig], longest_sequence: Callable[[ChatRows], int], *, bos: bool
-) -> tuple[DecoderFiles, ...]:
+def open_decoders(decoders: Sequence[DecoderConfig], *, bos: bool) -> tuple[DecoderFiles, ...]:
     """Open the run's decoders. Reads sizes and tokenizers.
 
-    longest_sequence: maximum number of decoder rows of one sequence, from the rows that a chat template adds.
     bos: whether sequences begin with begin-of-text.
 
-    Raises WeightsError if a tensor is missing or has the wrong shape, or if a sequence can exceed a decoder's attention
-    window. Raises TokenizerError if samples have ids beyond a decoder's embedding, or under the conditions of
-    `read_layout`.
+    Raises WeightsError if a tensor is missing or has the wrong shape. Raises TokenizerError if samples have ids beyond
+    a decoder's embedding, or under the conditions of `read_layout`.
     """
     opened = []
     for idx, decoder in enumerate(decoders):
         files = ReaderFiles(tokenizer=decoder_tokenizer_path(decoder), chat_template=decoder.chat_template)
         reader = files.load()
         fingerprints = {f"decoders.{idx}": reader.tokenizer.fingerprint}
-        chat = NO_CHAT
         if decoder.chat_template != "none":
-            chat = ChatRows(*count_template(reader.layout, reader.tokenizer), TEXT_WORDS)
             layout_digest = hashlib.sha256(repr(reader.layout).encode()).hexdigest()
             fingerprints[f"decoders.{idx}.chat_template"] = layout_digest
-        shape, tensors = open_decoder(
+        weights = open_decoder(
             Path(decoder.backbone),
             decoder.rope_scaling,
+            implementation=decoder.implementation,
+            trust_remote_code=decoder.trust_remote_code,
             activation_checkpointing=decoder.activation_checkpointing,
-            max_positions=longest_sequence(chat),
         )
-        check_fit(shape, tensors)
         bos_ids = [reader.tokenizer.bos_id] if bos and reader.tokenizer.bos_id is not None else []
-        check_fits(reader.tokenizer, shape.vocab_size, decoder.backbone, [*bos_ids, *reader.layout.special_ids])
+        needed = [*bos_ids, *reader.layout.special_ids]
+        check_fits(reader.tokenizer, weights.sizes.vocab_size, decoder.backbone, needed)
         opened.append(
             DecoderFiles(
-                shape=shape,
-                tensors=tensors,
+                weights=weights,
                 placement=decoder.placement,
                 reader=files,
                 fingerprints=fingerprints,
@@ -243,7 +223,7 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
     Pooling factors may differ (the paper fine-tunes to a lower one). Decoders with fresh ports may differ too.
     """
     ours, theirs = spec, folder.spec
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "encoder.rope_scaling": (ours.backbone.rope_scaling, theirs.backbone.rope_scaling),
         "encoder.causal": (ours.causal, theirs.causal),
         "pooling.strategy": (ours.strategy, theirs.strategy),
@@ -256,16 +236,31 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
         if decoder.fresh_bridge:
             continue
         pairs[f"data.decoder_bos, for decoder {decoder.name}"] = (config.data.decoder_bos, trained.bos)
-        pairs[f"rope_scaling of decoder {decoder.name}"] = (
-            read_backbone_config(decoder.backbone, decoder.rope_scaling).rope_scaling,
-            read_backbone_config(decoder.backbone, trained.rope_scaling).rope_scaling,
-        )
+        pairs |= _decoder_pairs(decoder, trained)
     different = [f"{name}: {mine} here, {other} there" for name, (mine, other) in pairs.items() if mine != other]
     if different:
         raise ConfigError(
             f"encoder.init_from={config.encoder.init_from} was trained with other settings: {'; '.join(different)}. "
             "Set the config to the settings of these weights (weights of the paper's authors: rope_scaling none)."
         )
+
+
+def _decoder_pairs(decoder: DecoderConfig, trained: DecoderSettings) -> dict[str, tuple[object, object]]:
+    """Settings of a decoder here and in the training of the starting weights, by name."""
+    sizes = read_decoder_sizes(
+        Path(decoder.backbone),
+        decoder.rope_scaling,
+        implementation=decoder.implementation,
+        trust_remote_code=decoder.trust_remote_code,
+    )
+    # Some models of transformers scale the embeddings that they are given, so vectors may have another meaning.
+    here = "native" if isinstance(sizes, BackboneConfig) else "transformers"
+    there = here if trained.implementation == "auto" else trained.implementation
+    pairs: dict[str, tuple[object, object]] = {f"implementation of decoder {decoder.name}": (here, there)}
+    if isinstance(sizes, BackboneConfig):
+        theirs = read_backbone_config(decoder.backbone, trained.rope_scaling)
+        pairs[f"rope_scaling of decoder {decoder.name}"] = (sizes.rope_scaling, theirs.rope_scaling)
+    return pairs
 
 
 def _check_same_tokenizers(config: RunConfig, folder: ArcFolder) -> None:

@@ -18,6 +18,8 @@ from arc_ds.model.backbone import Block
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.encoder import Encoder
 from arc_ds.model.frozen_decoder import FrozenDecoder
+from arc_ds.model.transformers_decoder import TransformersDecoder
+from arc_ds.system import dist
 from arc_ds.training.optim import PortAdamW
 
 if TYPE_CHECKING:
@@ -95,17 +97,23 @@ def choose_placement(
 def partitioned(ds_config: Mapping[str, Any]) -> Iterator[None]:
     """Context in which new modules are built partitioned: each rank creates and keeps only its shards. Collective.
 
-    The modules keep their default initialization; fill them with `weights.load_backbone` and `weights.set_parameter`.
+    Fill all parameters with `weights.load_backbone` and `weights.set_parameter`. Their initial values differ between
+    ranks: DeepSpeed would send every parameter from rank 0 to the others, only for the files to replace it.
 
     ds_config: config of the engine that will hold the modules.
     """
     import deepspeed
     from deepspeed.utils import groups
 
+    class Init(deepspeed.zero.Init):
+        def _zero_init_param(self, param: Any) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+
     with _hpz_groups(ds_config):
         # Pass the config instead of `dtype`: with `dtype`, DeepSpeed 0.19.8 always builds bfloat16 on the CPU.
         group = groups._get_zero_param_intra_parallel_group()
-        with deepspeed.zero.Init(config_dict_or_path=dict(ds_config), zero_param_parallel_group=group):
+        with Init(config_dict_or_path=dict(ds_config), zero_param_parallel_group=group):
             yield
 
 
@@ -117,6 +125,8 @@ def place_decoder(decoder: FrozenDecoder, ds_config: Mapping[str, Any] | None = 
         hpZ groups. None: every rank has the whole decoder.
     """
     decoder.requires_grad_(False)
+    if isinstance(decoder, TransformersDecoder):
+        decoder.reading = dist.broadcast_object(decoder.reading)
     if ds_config is None:
         return PlacedDecoder(module=decoder)
     engine = _initialize(decoder, ds_config, decoder.layer_types)

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 from tqdm import tqdm
 
 from arc_ds.config.schema import EncoderConfig
 from arc_ds.data.loading.step_batch import StepBatch
-from arc_ds.model.decoder import Decoder
 from arc_ds.planning.flops import count_flops
 from arc_ds.system import dist
 from arc_ds.system.device import GIB, peak_memory_bytes
@@ -71,7 +70,7 @@ class MetricsHook(Hook):
     log: logs the metrics of a step.
     encoder: its trained parts, for MFU.
     peak_flops: peak FLOP/s of the device, for MFU: required operations as a share of the peak (`flops.py`). None: no
-        MFU.
+        MFU. There is none for decoders of transformers either, whose operations are only estimated.
     """
 
     priority = 10
@@ -86,6 +85,9 @@ class MetricsHook(Hook):
 
     def on_start(self, run: Run) -> None:
         self._started = time.perf_counter()
+        if self.peak_flops is not None and any(p.module.implementation == "transformers" for p in run.decoders):
+            logger.info("no train/mfu: the operations of decoders that run through transformers are only estimated")
+            self.peak_flops = None
         run.around_pauses.append(self._around_pause)
         self._bar = _progress_bar("train", run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)
 
@@ -126,7 +128,7 @@ class MetricsHook(Hook):
             count_flops(
                 micro.batch,
                 run.spec,
-                cast(Decoder, run.decoders[micro.decoder_idx].module).config,
+                run.decoders[micro.decoder_idx].module.sizes,
                 trained_layers=self.encoder.trained_layers,
                 train_embeddings=self.encoder.train_embeddings,
             ).total

@@ -177,7 +177,10 @@ class RunFolder:
 def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> TrainerState:
     """The state that a checkpoint stores in addition to weights and optimizer; `export` reads `extra`."""
     bos = config.data.decoder_bos
-    decoders = [TrainedFor(name=d.name, rope_scaling=d.rope_scaling, bos=bos) for d in config.decoders]
+    decoders = [
+        TrainedFor(name=d.name, rope_scaling=d.rope_scaling, implementation=placed.module.implementation, bos=bos)
+        for d, placed in zip(config.decoders, run.decoders, strict=True)
+    ]
     return TrainerState(
         step=run.step,
         data_position=run.step * config.data.batch_size,

@@ -30,6 +30,7 @@ NORMS = ("none", "rms", "layer")
 CHIP: Chip = "sm_90"
 NUM_KV_HEADS = 8  # same as in the specs
 LONG = 130  # keys; longer than any tile
+WINDOW = 48
 SHORT = (64, 16)
 """Lengths up to which attention uses smaller tiles."""
 
@@ -328,7 +329,9 @@ def _attention_from_specs(specs: Iterable[Any]) -> Iterator[DryCase]:
         heads.append((dtype, constants["H"]))
         if "TURNS" in constants:  # skip delta, which depends only on heads
             mode = "causal" if constants["CAUSAL"] else "limits" if constants["LIMITED"] else "full"
-            yield _attention(dtype, constants["H"], constants["GROUP"], mode, turns=constants["TURNS"])
+            window = None if "window" in constants else WINDOW
+            turns = constants["TURNS"]
+            yield _attention(dtype, constants["H"], constants["GROUP"], mode, turns=turns, window=window)
     for (dtype, head_dim), longest in product(dict.fromkeys(heads), SHORT):
         if _configs(dtype, head_dim, longest) != _configs(dtype, head_dim, LONG):
             yield _attention(dtype, head_dim, 4, "causal", longest=longest)
@@ -347,6 +350,7 @@ def _attention(
     mode: str,
     *,
     turns: bool = False,
+    window: int | None = None,
     longest: int = LONG,
     num_kv_heads: int = NUM_KV_HEADS,
 ) -> DryCase:
@@ -371,9 +375,13 @@ def _attention(
     shape = f"{dtype} H={head_dim} K={num_kv_heads} group={group} {mode} longest={longest}"
     return DryCase(
         kernel="attention",
-        name=f"attention {shape}{' turned' if turns else ''}",
+        name=f"attention {shape}{' turned' if turns else ''}{f' window={window}' if window else ''}",
         function=partial(
-            ak.attention_varlen, max_seqlen_q=max(queries), max_seqlen_k=max(keys), causal=mode == "causal"
+            ak.attention_varlen,
+            max_seqlen_q=max(queries),
+            max_seqlen_k=max(keys),
+            causal=mode == "causal",
+            window=window,
         ),
         inputs=inputs,
         wants_grad=("q_TNH", "k_UKH", "v_UKH"),
@@ -396,6 +404,8 @@ def _attention_variants() -> Iterator[DryCase]:
         yield _attention(dtype, 17, 1, mode, longest=1, num_kv_heads=1)  # one query, one key
     for head_dim in (1, 33, 96):
         yield _attention("bf16", head_dim, 5, "causal")
+    for dtype, mode in product(DTYPES, ("causal", "limits")):
+        yield _attention(dtype, 64, 2, mode, window=1)
     plain, turned = _attention("bf16", 64, 4, "causal"), _attention("bf16", 64, 4, "causal", turns=True)
     for case in (plain, turned):
         yield replace(case, name=f"{case.name} gradient of q", wants_grad=("q_TNH",))

@@ -1,4 +1,6 @@
-"""The attention cases: an encoder layer, its pooled layer and a decoder layer, on ragged segments.
+"""The attention cases: an encoder layer, its pooled layer, and a decoder layer without and with a sliding window.
+
+Segments are ragged.
 
 Shape letters: T query rows, U key rows, N heads, K kv heads, H head size.
 """
@@ -34,15 +36,25 @@ class Layer:
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     causal: bool
+    window: int | None = None
 
     def pairs(self) -> int:
         """Number of visible (query, key) pairs of one head."""
-        triangles = sum(m * (m - 1) // 2 for m in self.queries) if self.causal else 0
-        return sum(m * n for m, n in zip(self.queries, self.keys, strict=True)) - triangles
+        segments = zip(self.queries, self.keys, strict=True)
+        if not self.causal:
+            return sum(m * n for m, n in segments)
+        return sum(min(n - i, self.window or n) for m, n in segments for i in range(m))
+
+    def flash_window(self) -> tuple[int, int]:
+        """Numbers of keys before and after a query's own, as FlashAttention takes them; -1 stands for all."""
+        return (self.window - 1 if self.window else -1, 0 if self.causal else -1)
 
 
 def attention_cases(scale: Scale) -> Iterator[Case]:
-    """Llama 3.2 3B as encoder, whose last layer has pooled queries (factor 8), and Llama 3.1 8B as decoder."""
+    """Llama 3.2 3B as encoder, whose last layer has pooled queries (factor 8), and Llama 3.1 8B as decoder.
+
+    The decoder comes once more with a window.
+    """
     encoders = [
         Layer(name="encoder", num_heads=24, num_kv_heads=8, head_dim=128, queries=lengths, keys=lengths, causal=False)
         for lengths in scale.lengths
@@ -53,6 +65,8 @@ def attention_cases(scale: Scale) -> Iterator[Case]:
     for encoder in encoders:
         yield attention_case(replace(encoder, name="pooled", queries=tuple(-(-n // 8) for n in encoder.keys)))
     yield _rotary_case(encoders[-1])
+    decoder = replace(encoders[-1], name="window", num_heads=32, causal=True, window=scale.window)
+    yield attention_case(decoder)
 
 
 def attention_case(layer: Layer) -> Case:
@@ -66,15 +80,20 @@ def attention_case(layer: Layer) -> Case:
         return {"q_TNH": q, "k_UKH": k, "v_UKH": v, **boundaries}
 
     function = partial(
-        ak.attention_varlen, max_seqlen_q=max(layer.queries), max_seqlen_k=max(layer.keys), causal=layer.causal
+        ak.attention_varlen,
+        max_seqlen_q=max(layer.queries),
+        max_seqlen_k=max(layer.keys),
+        causal=layer.causal,
+        window=layer.window,
     )
     rows = 2 * sum(layer.queries) * layer.num_heads + 2 * sum(layer.keys) * layer.num_kv_heads  # q, o; k, v
+    mask = (" causal" if layer.causal else "") + (f" window={layer.window}" if layer.window else "")
     product = 2 * layer.pairs() * layer.num_heads * layer.head_dim
     return Case(
         kernel="attention",
         shape=(
             f"{layer.name} N={layer.num_heads} K={layer.num_kv_heads} H={layer.head_dim} "
-            f"T={sum(layer.queries)} U={sum(layer.keys)} S={len(layer.keys)}{' causal' if layer.causal else ''}"
+            f"T={sum(layer.queries)} U={sum(layer.keys)} S={len(layer.keys)}{mask}"
         ),
         function=function,
         inputs=inputs,
@@ -88,9 +107,9 @@ def attention_case(layer: Layer) -> Case:
         ),
         baselines={
             VARLEN: partial(varlen, layer),
-            "SDPA, a loop": partial(_sdpa_loop, layer),
             "FlexAttention": partial(_flex, layer),
         }
+        | ({} if layer.window else {"SDPA, a loop": partial(_sdpa_loop, layer)})  # its windows need a dense mask
         | ({"FlashAttention-3": partial(_flash3, layer)} if find_spec("flash_attn_interface") else {}),
         is_compiled=False,  # nearly all of its time is that of scaled_dot_product_attention, which stays as it is
         compiled_baselines=frozenset({"FlexAttention"}),
@@ -156,9 +175,8 @@ def varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    window = (-1, 0) if layer.causal else (-1, -1)
-    longest = max(layer.queries), max(layer.keys)
-    return varlen_attn(q_TNH, k_UKH, v_UKH, cu_seqlens_q, cu_seqlens_k, *longest, window_size=window, **grouped)
+    spans = (cu_seqlens_q, cu_seqlens_k, max(layer.queries), max(layer.keys))
+    return varlen_attn(q_TNH, k_UKH, v_UKH, *spans, window_size=layer.flash_window(), **grouped)
 
 
 def _sdpa_loop(layer: Layer, q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, **_: Tensor) -> Tensor:
@@ -187,6 +205,7 @@ def _flash3(
         max_seqlen_q=max(layer.queries),
         max_seqlen_k=max(layer.keys),
         causal=layer.causal,
+        window_size=layer.flash_window() if layer.window else (-1, -1),
     )
     return result if isinstance(result, Tensor) else result[0]
 
@@ -221,7 +240,10 @@ def _segment_mask(layer: Layer, device: torch.device) -> Callable[..., Tensor]:
 
     def sees(_batch: Tensor, _head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         same = query_segment[row] == key_segment[key]
-        return same & (query_place[row] >= key_place[key]) if layer.causal else same
+        if not layer.causal:
+            return same
+        ahead = query_place[row] - key_place[key]
+        return same & (ahead >= 0) & (ahead < (layer.window or max(layer.keys)))
 
     return sees
 

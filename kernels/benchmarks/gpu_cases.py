@@ -32,6 +32,9 @@ class Scale:
     lengths: tuple[tuple[int, ...], ...]
     """Lengths of attention's segments, one tuple per batch."""
 
+    window: int
+    """Of attention with a sliding window, over the last batch."""
+
 
 # 16 sequences of 512, as in the paper's step; then ragged lengths from 256 to 8192, which tiles rarely divide.
 FULL = Scale(
@@ -39,9 +42,10 @@ FULL = Scale(
     labels=4096,
     vocab_size=128256,
     lengths=((512,) * 16, (8192, 256, 5120, 1111, 2048, 3333, 640, 4096)),
+    window=1024,
 )
-QUICK = Scale(rows=4096, labels=1024, vocab_size=128256, lengths=((2048, 256, 700, 1500),))
-TINY = Scale(rows=24, labels=8, vocab_size=500, lengths=((7, 12),))
+QUICK = Scale(rows=4096, labels=1024, vocab_size=128256, lengths=((2048, 256, 700, 1500),), window=512)
+TINY = Scale(rows=24, labels=8, vocab_size=500, lengths=((7, 12),), window=4)
 
 
 @dataclass(frozen=True, kw_only=True)

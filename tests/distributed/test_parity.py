@@ -71,6 +71,7 @@ class Case:
     idle_ports_run: False is a mistake: ports at rest are not part of the graph.
     idle_ports_rest: False is a mistake: ports at rest are updated.
     spoilt: the quantity that is not finite on rank 1 in step `SPOILT_STEP`; None for none.
+    parts: differences of the backbones from Llama, by name (`plain_trainer.PARTS`).
     """
 
     placement: str = "replicated"
@@ -86,6 +87,7 @@ class Case:
     idle_ports_run: bool = True
     idle_ports_rest: bool = True
     spoilt: Literal["loss", "gradient"] | None = None
+    parts: str = "llama"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +147,10 @@ def _place(case: Case) -> list[PlacedDecoder]:
     del config["gradient_clipping"]
     if case.placement == "zero3+hpz":
         config["zero_optimization"]["zero_hpz_partition_size"] = dist.get_world_size()
-    decoders = tiny_decoders(activation_checkpointing=case.activation_checkpointing)
+    decoders = tiny_decoders(activation_checkpointing=case.activation_checkpointing, parts=case.parts)
     if case.born_partitioned and case.placement != "replicated":
         with partitioned(config):
-            born = bare_decoders(activation_checkpointing=case.activation_checkpointing)
+            born = bare_decoders(activation_checkpointing=case.activation_checkpointing, parts=case.parts)
         for decoder, whole in zip(born, decoders, strict=True):
             _give_values(decoder, whole)
         decoders = born
@@ -165,11 +167,12 @@ def _build(case: Case) -> Any:
         activation_checkpointing=case.activation_checkpointing,
         trained_layers=case.trained_layers,
         train_embeddings=case.train_embeddings,
+        parts=case.parts,
     )
     if case.born_partitioned:
         whole = compressor
         with partitioned(_ds_config(case)):
-            compressor = bare_compressor(activation_checkpointing=case.activation_checkpointing)
+            compressor = bare_compressor(activation_checkpointing=case.activation_checkpointing, parts=case.parts)
         _give_values(compressor, whole)
         set_trained(compressor.encoder, trained_layers=case.trained_layers, train_embeddings=case.train_embeddings)
     if not case.idle_ports_run:
@@ -258,10 +261,12 @@ def _plain(
     same_batch: bool = False,
     mean_of_parts: int = 1,
     dtype: torch.dtype = torch.float32,
+    parts: str = "llama",
 ) -> Trajectory:
     """Run of the plain trainer. without: a step to skip."""
-    compressor = tiny_compressor(trained_layers=trained_layers, train_embeddings=train_embeddings).to(dtype)
-    decoders = [decoder.to(dtype) for decoder in tiny_decoders()]
+    compressor = tiny_compressor(trained_layers=trained_layers, train_embeddings=train_embeddings, parts=parts)
+    compressor.to(dtype)
+    decoders = [decoder.to(dtype) for decoder in tiny_decoders(parts=parts)]
     steps = [step for step in range(NUM_STEPS) if step != without]
     return train_plainly(compressor, decoders, steps, same_batch=same_batch, mean_of_parts=mean_of_parts)
 
@@ -307,6 +312,13 @@ RIGHT = {
         same_batch=True, placement="zero3", born_partitioned=True, persistence_threshold=0, max_encoder_tokens=14
     ),
     "split under a limit": Case(max_encoder_tokens=14),
+    "biases, norms of queries and keys, windows": Case(
+        placement="zero3",
+        born_partitioned=True,
+        activation_checkpointing=True,
+        persistence_threshold=0,
+        parts="qwen",
+    ),
     "encoder frozen": Case(trained_layers=0, train_embeddings=False, activation_checkpointing=True),
 }
 
@@ -315,7 +327,7 @@ RIGHT = {
 def test_two_ranks_equal_plain_pytorch(name: str) -> None:
     case = RIGHT[name]
     oracle = {"trained_layers": case.trained_layers, "train_embeddings": case.train_embeddings}
-    oracle["same_batch"] = case.same_batch
+    oracle |= {"same_batch": case.same_batch, "parts": case.parts}
     wanted = _plain(**oracle)
     runs = run_on_ranks(_train, case)
     errors = _errors(runs[0].trajectory, wanted)
@@ -337,7 +349,9 @@ def _assert_both_ranks_agree(runs: list[Run]) -> None:
 
 def _assert_moved(case: Case, trajectory: Trajectory) -> None:
     """Every trained tensor has moved by more than the tolerance; no other tensor has moved."""
-    start = tiny_compressor(trained_layers=case.trained_layers, train_embeddings=case.train_embeddings)
+    start = tiny_compressor(
+        trained_layers=case.trained_layers, train_embeddings=case.train_embeddings, parts=case.parts
+    )
     for name, param in start.named_parameters():
         distance = float((trajectory.params[name] - param).norm() / param.norm())
         assert distance > 1e3 * TOLERANCE if param.requires_grad else distance == 0, (name, distance)

@@ -6,7 +6,8 @@ Also contains the small random models and ragged samples of these comparisons. E
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,11 @@ _DECODERS = (
         tie_embeddings=True,
     ),
 )  # fmt: skip
+# Differences from Llama of encoder and decoders, by name. "qwen" has the parts of Qwen 2 and 3.
+PARTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen": {"qkv_bias": True, "output_bias": True, "qk_norm": "head", "window": 4, "windowed_layers": (1,)},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +68,19 @@ def tiny_compressor(
     activation_checkpointing: bool = False,
     trained_layers: int | None = None,
     train_embeddings: bool = True,
+    parts: str = "llama",
 ) -> Compressor:
-    """Three encoder layers of width 32 and one port per tiny decoder."""
-    compressor = bare_compressor(activation_checkpointing=activation_checkpointing)
+    """Three encoder layers of width 32 and one port per tiny decoder. parts: a name in `PARTS`."""
+    compressor = bare_compressor(activation_checkpointing=activation_checkpointing, parts=parts)
     _fill(compressor.parameters(), seed=1)
     set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
     return compressor
 
 
-def bare_compressor(*, activation_checkpointing: bool = False) -> Compressor:
+def bare_compressor(*, activation_checkpointing: bool = False, parts: str = "llama") -> Compressor:
     """The modules of `tiny_compressor` without weights."""
     encoder = Encoder(
-        _ENCODER, num_layers=3, pooling=PoolingLayout(strategy=GroupPooling("mean")),
+        replace(_ENCODER, **PARTS[parts]), num_layers=3, pooling=PoolingLayout(strategy=GroupPooling("mean")),
         activation_checkpointing=activation_checkpointing,
     )  # fmt: skip
     ports = [
@@ -83,17 +90,18 @@ def bare_compressor(*, activation_checkpointing: bool = False) -> Compressor:
     return Compressor(encoder, ports)
 
 
-def tiny_decoders(*, activation_checkpointing: bool = False) -> list[Decoder]:
-    """Two decoders with different widths and vocabularies, one with a tied head."""
-    decoders = bare_decoders(activation_checkpointing=activation_checkpointing)
+def tiny_decoders(*, activation_checkpointing: bool = False, parts: str = "llama") -> list[Decoder]:
+    """Two decoders with different widths and vocabularies, one with a tied head. parts: a name in `PARTS`."""
+    decoders = bare_decoders(activation_checkpointing=activation_checkpointing, parts=parts)
     for seed, decoder in enumerate(decoders):
         _fill(decoder.parameters(), seed=10 + seed)
     return decoders
 
 
-def bare_decoders(*, activation_checkpointing: bool = False) -> list[Decoder]:
+def bare_decoders(*, activation_checkpointing: bool = False, parts: str = "llama") -> list[Decoder]:
     """The modules of `tiny_decoders` without weights."""
-    return [Decoder(config, activation_checkpointing=activation_checkpointing) for config in _DECODERS]
+    configs = (replace(config, **PARTS[parts]) for config in _DECODERS)
+    return [Decoder(config, activation_checkpointing=activation_checkpointing) for config in configs]
 
 
 def tiny_groups(compressor: Compressor) -> tuple[ParamGroup, ...]:

@@ -10,12 +10,38 @@ from torch import nn
 
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.segments import Sample, Segment
+from arc_ds.model.backbone_config import RopeScaling
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from tests.helpers.tiny_models import tiny_config
 
 TINY = tiny_config(hidden_size=16, num_layers=3, head_dim=4, ffn_size=24, vocab_size=50)
+OUTPUT_NORMED: dict[str, Any] = {"norm_place": "output", "qk_norm": "row"}
+# Parts of several families at once. Sequences are on both sides of the original length.
+MANY_PARTS: dict[str, Any] = {
+    "qk_norm": "head",
+    "qkv_bias": True,
+    "output_bias": True,
+    "ffn_bias": True,
+    "clip_qkv": 2.0,
+    "layers_without_rope": (0,),
+    "window": 3,
+    "windowed_layers": (1, 2),
+    "rotary_dim": 2,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.7,
+    "attention_scale": 0.4,
+    "logits_multiplier": 0.8,
+    "rope_scaling": RopeScaling(
+        kind="longrope",
+        factor=2.0,
+        original_max_positions=5,
+        attention_factor=1.2,
+        short_factors=(1.0,),
+        long_factors=(0.5,),
+    ),
+}
 
 
 def tiny_compressor(seed: int = 0, **changes: Any) -> Compressor:

@@ -33,15 +33,24 @@ class Case(NamedTuple):
 RAGGED = Case((1, 7, 37, 1, 16), (1, 40, 37, 3, 33), num_kv_heads=2)
 
 
-def compare(case: Case, mode: str, dtype: torch.dtype, device: torch.device, *, turned: tuple[str, ...] = ()) -> None:
-    """Compare output and all gradients of the kernels with plain torch.
+def compare(
+    case: Case,
+    mode: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    turned: tuple[str, ...] = (),
+    window: int | None = None,
+    wants_grad: tuple[str, ...] = INPUTS,
+) -> None:
+    """Compare output and gradients of the kernels with plain torch.
 
     turned: "rotary_q" and "rotary_k", if attention rotates them.
     """
-    spans = spans_of(case, mode, device)
+    spans = spans_of(case, mode, device) | {"window": window}
     angles = {name: pair for name, pair in angles_of(case, device).items() if name in turned}
     function = partial(ak.attention_varlen, **spans, **angles)
-    assert_kernel_close(function, plain_attention(spans, angles), inputs_of(case, dtype, device), wants_grad=INPUTS)
+    assert_kernel_close(function, plain_attention(spans, angles), inputs_of(case, dtype, device), wants_grad=wants_grad)
 
 
 def plain_attention(spans: dict, angles: Mapping[str, Rotation] | None = None) -> Callable[..., Tensor]:

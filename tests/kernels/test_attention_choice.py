@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +13,20 @@ import torch
 import arc_kernels as ak
 from arc_kernels.attention import choice
 from arc_kernels.attention.measured import Measured
+from arc_kernels.attention.segments import Segments
 from tests.kernels.programs import benchmark
 
 Q = torch.zeros(4, 2, 64, dtype=torch.bfloat16)
+CU = torch.tensor([0, 4], dtype=torch.int32)
 
 
 def _row(max_seqlen: int, ratio: float, *, gpu: str = "G", head_dim: int = 64, causal: bool = False) -> Measured:
     return Measured(gpu, "bfloat16", head_dim, causal, max_seqlen, max_seqlen, ratio)
 
 
-def _chosen(**changes: object) -> str:
-    arguments = {"causal": False, "max_seqlen_q": 300, "max_seqlen_k": 300, **changes}
-    return choice.chosen_backend(Q, None, **arguments)  # type: ignore[arg-type]
+def _chosen(**changes: Any) -> str:
+    segments = Segments(CU, CU, None, max_seqlen_q=300, max_seqlen_k=300, causal=False, scale=1.0)
+    return choice.chosen_backend(Q, segments._replace(**changes))
 
 
 @pytest.fixture
@@ -47,8 +50,9 @@ def test_auto_takes_what_was_faster_at_the_nearest_lengths_of_this_gpu_head_size
     assert _chosen() == "triton"
     assert _chosen(max_seqlen_q=3000, max_seqlen_k=3000) == "flash"
     assert _chosen(causal=True) == "flash"
+    assert _chosen(causal=True, window=100) == "triton", "no row was measured with a window"
     limits = torch.ones(4, dtype=torch.int32)
-    found = choice.chosen_backend(Q, limits, causal=False, max_seqlen_q=4096, max_seqlen_k=4096)
+    found = _chosen(k_limits_T=limits, max_seqlen_q=4096, max_seqlen_k=4096)
     assert found == "triton", "FlashAttention cannot serve limits"
 
 

@@ -195,11 +195,13 @@ def test_the_gpu_waits_longer_than_the_host_takes_to_queue_a_call(monkeypatch: p
     assert waiting == timing.MAX_HEAD_START_MS * timing.CYCLES_PER_MS
 
 
-@pytest.mark.parametrize(("name", "pairs"), [("encoder", 9 + 25), ("pooled", 3 + 5), ("decoder", 6 + 15)])
+@pytest.mark.parametrize(
+    ("name", "pairs"), [("encoder", 9 + 25), ("pooled", 3 + 5), ("decoder", 6 + 15), ("window", 6 + 14)]
+)
 def test_attention_counts_the_pairs_that_are_seen(name: str, pairs: int) -> None:
     tiny = replace(bench.TINY, lengths=((3, 5),))
     case = next(case for case in bench.attention_cases(tiny) if case.shape.startswith(name))
-    num_heads = 32 if name == "decoder" else 24
+    num_heads = 32 if name in ("decoder", "window") else 24
     assert case.floor.forward_flops == 4 * 128 * num_heads * pairs
     assert case.floor.backward_flops == 10 * 128 * num_heads * pairs
 

@@ -56,6 +56,34 @@ def test_long_inputs_are_computed_in_blocks_of_queries(monkeypatch, case: Case, 
     assert sum(masks) == single and (len(masks) > 1 or max(case.q_lengths) == 1)
 
 
+@pytest.mark.parametrize("window", [2, 5, 29, 31, 1000])
+@pytest.mark.parametrize("mode", ("causal", "limits"))
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=["padded", "dense"])
+def test_a_window_hides_all_but_the_last_keys_up_to_the_limit(case: Case, mode: str, window: int) -> None:
+    _compare(case, mode, window=window)
+    if window < 5:
+        with pytest.raises(AssertionError):
+            _compare(case, mode, window=window, oracle_window=window + 1)
+
+
+def test_a_window_of_one_gives_the_value_of_the_last_visible_key() -> None:
+    inputs, spans = inputs_of(CASES[0], torch.float64, CPU), spans_of(CASES[0], "causal", CPU)
+    ours = ak.attention_varlen(**inputs, **spans, window=1)
+    rows = [1, 2, 3, 5, 6, 7, 8, 9, 10]  # segments of 3, 1 and 5 queries at the ends of 4, 2 and 5 keys
+    assert torch.allclose(ours, inputs["v_UKH"][rows].repeat_interleave(2, dim=1), rtol=0, atol=EXACT)
+
+
+def test_a_window_is_the_sliding_window_of_transformers() -> None:
+    masking = pytest.importorskip("transformers.masking_utils")
+    length, keys = 9, torch.arange(9)
+    spans = spans_of(Case((length,), (length,)), "causal", CPU)
+    for window in (1, 3, 9, 20):
+        sees = masking.sliding_window_causal_mask_function(window)(0, 0, keys[:, None], keys[None, :])
+        q, v = torch.zeros(length, 1, length), torch.eye(length)[:, None]
+        ours = ak.attention_varlen(q, q, v, **spans, window=window)[:, 0]  # zero scores: equal shares of visible keys
+        assert torch.equal(ours > 0, sees)
+
+
 def test_a_scale_that_is_given_replaces_the_default() -> None:
     _compare(CASES[0], scale=0.9)
 
@@ -80,23 +108,34 @@ def test_keys_of_another_segment_have_no_influence() -> None:
     assert (before[2:] - after[2:]).abs().min() > 0.5
 
 
-def _compare(case: Case, mode: str = "full", *, scale: float | None = None) -> None:
-    """Check that outputs and gradients of q, k and v equal those of the loop."""
+def _compare(
+    case: Case,
+    mode: str = "full",
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    oracle_window: int | None = None,
+) -> None:
+    """Check that outputs and gradients of q, k and v equal those of the loop.
+
+    oracle_window: window of the loop; None: that of the call.
+    """
     inputs = [x.requires_grad_() for x in inputs_of(case, torch.float64, CPU).values()]
     spans = spans_of(case, mode, CPU)
-    ours = ak.attention_varlen(*inputs, **spans, scale=scale)
+    ours = ak.attention_varlen(*inputs, **spans, scale=scale, window=window)
     pairs = zip(case.q_lengths, case.k_lengths, strict=True)
     limits = [n - m + i + 1 if mode == "causal" else n for m, n in pairs for i in range(m)]
     if mode == "limits":
         limits = spans["k_limits_T"].tolist()
-    assert_exact(ours, _loop(*inputs, case, limits, scale or case.head_dim**-0.5), inputs, atol=EXACT)
+    window = oracle_window or window or max(case.k_lengths)
+    assert_exact(ours, _loop(*inputs, case, limits, window, scale or case.head_dim**-0.5), inputs, atol=EXACT)
 
 
-def _loop(q: Tensor, k: Tensor, v: Tensor, case: Case, limits: list[int], scale: float) -> Tensor:
+def _loop(q: Tensor, k: Tensor, v: Tensor, case: Case, limits: list[int], window: int, scale: float) -> Tensor:
     rows, q_row, k_start = [], 0, 0
     for num_queries, num_keys in zip(case.q_lengths, case.k_lengths, strict=True):
         for _ in range(num_queries):
-            seen = slice(k_start, k_start + limits[q_row])
+            seen = slice(k_start + max(limits[q_row] - window, 0), k_start + limits[q_row])
             heads = []
             for n in range(q.shape[1]):
                 probs = torch.softmax(k[seen, n // case.group] @ q[q_row, n] * scale, dim=0)

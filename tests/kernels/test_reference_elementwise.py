@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -48,12 +49,13 @@ def test_statistics_of_bfloat16_rows_are_float32() -> None:
     assert ((ours.double() - exact) / exact.abs().clamp(min=1e-3)).abs().max() <= 2**-8  # one rounding
 
 
-def test_rotary_is_multiplication_with_a_complex_number() -> None:
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+def test_rotary_is_multiplication_with_a_complex_number_of_any_size(factor: float) -> None:
     x = _random(5, 3, 8)
     angles = torch.rand(5, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 6.0
-    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.full_like(angles, factor), angles)[:, None]
     expected = torch.cat((turned.real, turned.imag), dim=-1)
-    assert_exact(ak.rotary(x, angles.cos(), angles.sin()), expected, (x,), atol=EXACT)
+    assert_exact(ak.rotary(x, factor * angles.cos(), factor * angles.sin()), expected, (x,), atol=EXACT)
 
 
 def test_rotary_products_depend_on_the_difference_of_positions_alone() -> None:

@@ -150,7 +150,7 @@ def test_operators_pass_torchs_own_checks(turned: tuple[str, ...], device: torch
     case = Case((3, 6), (5, 6), head_dim=16)  # small: each of these checks runs its operator many times
     q, k, v = inputs_of(case, torch.bfloat16 if turned else torch.float32, device).values()
     cu_q, cu_k = (boundaries_of(lengths, device) for lengths in (case.q_lengths, case.k_lengths))
-    spans = (cu_q, cu_k, None, 6, 6, True, 0.2)
+    spans = (cu_q, cu_k, None, 6, 6, True, 0.2, 3 if turned else None)
     of_q, of_k = angles_of(case, device).values() if turned else ((None, None), (None, None))
     for keeps in (True, False):
         torch.library.opcheck(attention_forward, (q, k, v, *of_q, *spans, keeps))
@@ -226,6 +226,8 @@ CASE = Case((3, 2), (3, 4))
         ({"k_limits_T": torch.tensor([1, 2, 0, 1, 1]).int()}, r"k_limits_T\[2\] is 0"),
         ({"k_limits_T": torch.tensor([1, 2, 3, 1, 5]).int()}, r"k_limits_T\[4\] is 5"),
         (dict.fromkeys(("k_UKH", "v_UKH"), torch.ones(7, 3, 32)), "2 query heads are not a multiple of 3"),
+        ({"window": 0, "causal": True}, "window is 0; expected at least 1"),
+        ({"window": 2}, "window=2 counts back .* set one of the two, or window=None"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"scale": float("nan")}, "scale is nan"),
         ({"backend": "fast"}, "backend is 'fast'"),

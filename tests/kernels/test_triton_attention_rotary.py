@@ -11,6 +11,7 @@ from torch import Tensor
 
 import arc_kernels as ak
 from arc_kernels.attention import kernels
+from arc_kernels.attention.segments import Rotation
 from tests.kernels.attention_cases import INPUTS, TURNED, Case, angles_of, compare, inputs_of, plain_attention, spans_of
 from tests.kernels.bounds import assert_kernel_close, assert_refused
 
@@ -62,6 +63,35 @@ def test_the_bound_sees_exchanged_angles_and_gradients_that_are_not_turned_back(
     for wrong, name in wrongs:
         with pytest.raises(AssertionError, match=f"{name}.*error"):
             assert_kernel_close(wrong, plain_attention(spans, angles), inputs, wants_grad=INPUTS)
+
+
+@small_tiles
+def test_scaled_angles_scale_output_and_gradients(device: torch.device) -> None:
+    """Cosines and sines times a factor, as yarn and longrope have, and pairs that stay, as with a partial rotary."""
+    spans, angles = spans_of(SQUARE, "causal", device), angles_of(SQUARE, device)
+    unscaled = {name: (_staying(cos, 1.0), _staying(sin, 0.0)) for name, (cos, sin) in angles.items()}
+    scaled = {name: (_staying(1.3 * cos, 1.0), _staying(1.3 * sin, 0.0)) for name, (cos, sin) in angles.items()}
+    inputs, right = inputs_of(SQUARE, torch.bfloat16, device), plain_attention(spans, scaled)
+    assert_kernel_close(partial(ak.attention_varlen, **spans, **scaled), right, inputs, wants_grad=INPUTS)
+    for side, name in (("rotary_q", "gradient of q_TNH"), ("rotary_k", "gradient of k_UKH")):
+        wrong = partial(_turned_without_factor, spans, scaled, unscaled[side], side)
+        with pytest.raises(AssertionError, match=f"{name}.*error"):
+            assert_kernel_close(wrong, right, inputs, wants_grad=INPUTS)
+
+
+def _staying(angles: Tensor, value: float) -> Tensor:
+    """The angles, with this value for the last five pairs."""
+    return torch.cat((angles[:, :-5], torch.full_like(angles[:, -5:], value)), dim=1)
+
+
+def _turned_without_factor(
+    spans: dict, scaled: dict[str, Rotation], unscaled: Rotation, side: str, **x: Tensor
+) -> Tensor:
+    """Correct outputs, but the gradient of q (or k) is that of the rotation without the factor."""
+    name = "q_TNH" if side == "rotary_q" else "k_UKH"
+    unit = ak.rotary(x[name], *unscaled)
+    rows = ak.rotary(x[name], *scaled[side]).detach() + unit - unit.detach()
+    return ak.attention_varlen(**(x | {name: rows}), **spans, **(scaled | {side: None}))
 
 
 @small_tiles

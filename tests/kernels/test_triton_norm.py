@@ -12,7 +12,7 @@ from torch import Tensor
 
 import arc_kernels as ak
 from arc_kernels import norm
-from arc_kernels.norm import autograd
+from arc_kernels.norm import autograd, kernels
 from tests.kernels.bounds import DTYPES, Function, assert_kernel_close, assert_refused, assert_same_bits
 
 EPS = 1e-5
@@ -117,6 +117,14 @@ def test_rows_of_a_wider_tensor_and_transposed_rows_are_read_where_they_are(devi
     normed = ak.rms_norm(x, weight, EPS)
     (strided,) = torch.autograd.grad(normed, x, wide[:, 1:33].t().contiguous().t(), retain_graph=True)
     assert torch.equal(strided, torch.autograd.grad(normed, x, wide[:, 1:33].contiguous())[0])
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_heads_of_queries_and_keys_are_normed_each(head_dim: int, device: torch.device) -> None:
+    """qk-norm: many short rows, several of them in one program. 5 x 9 heads do not fill the last one."""
+    assert 1 < kernels.choose(head_dim).block_rows < 45
+    inputs = _inputs((45, head_dim), torch.bfloat16, device, "x_TD", "weight_D")
+    _compare("rms_norm", inputs | {"x_TD": inputs["x_TD"].view(5, 9, head_dim)})
 
 
 def test_the_operators_fakes_match_them(device: torch.device) -> None:

@@ -53,6 +53,24 @@ def test_the_gradient_turns_back(device: torch.device) -> None:
     torch.testing.assert_close(back, x.detach(), rtol=1e-6, atol=1e-6)  # two rotations: four roundings of about 1e-7
 
 
+def test_scaled_angles_scale_the_gradient_too(device: torch.device) -> None:
+    """The gradient is the transposed rotation. The inverse one is the same only if cos² + sin² = 1."""
+    inputs = _inputs((40, 9, 64), torch.bfloat16, device)
+    factor, unscaled = 1.3, dict(inputs)
+    inputs |= {name: factor * inputs[name] for name in ("cos_TF", "sin_TF")}  # yarn and longrope have such a factor
+    for name, value in (("cos_TF", 1.0), ("sin_TF", 0.0)):  # pairs that stay, as with a partial rotary
+        inputs[name][:, 20:] = unscaled[name][:, 20:] = value
+    assert_kernel_close(ak.rotary, rotary_reference, inputs, wants_grad=("x_TNH",))
+
+    def turns_back(x_TNH: Tensor, **angles: Tensor) -> Tensor:
+        """Correct output, gradient of the rotation without the factor."""
+        unit = ak.rotary(x_TNH, unscaled["cos_TF"], unscaled["sin_TF"])
+        return ak.rotary(x_TNH, **angles).detach() + unit - unit.detach()
+
+    with pytest.raises(AssertionError, match="gradient of x_TNH.*error"):
+        assert_kernel_close(turns_back, rotary_reference, inputs, wants_grad=("x_TNH",))
+
+
 def test_heads_of_a_fused_projection_are_read_where_they_are(device: torch.device) -> None:
     inputs = _inputs((6, 1, 3 * 4 * 16), torch.bfloat16, device)
     fused = inputs["x_TNH"].view(6, 12, 16)

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from torch import Tensor
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.names import RotaryPairs, Shape, permute_rotary, rotary_heads
+from arc_ds.model.weights.names import RotaryPairs, Shape, permute_rotary, rotary_heads, rows_of_heads
 from arc_ds.model.weights.source import read_backbone_config
-from arc_ds.model.weights.stores import SafetensorsStore, same_values
+from arc_ds.model.weights.stores import ALL_ROWS, SafetensorsStore, same_values
 
 MULTI = "multi_module"  # the bridge_type of several decoders
 
@@ -70,10 +70,14 @@ class ArcCheckpoint:
         """Shape of every tensor, without reading it."""
         return {name: store.shapes[file_name] for name, (store, file_name) in self.file_names.items()}
 
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor to the CPU in the file's dtype."""
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """Read a tensor, or a slice of its rows, to the CPU in the file's dtype."""
         store, file_name = self.file_names[name]
-        return _permute(name, store.tensor(file_name), self.backbone, to="half")
+        heads = rotary_heads(name, self.backbone)
+        if heads is None:
+            return store.tensor(file_name, rows)
+        read, reorder = partial(store.tensor, file_name), partial(permute_rotary, to="half")
+        return rows_of_heads(read, rows, self.shapes[name][0], heads, reorder)
 
 
 def read_arc_checkpoint(path: str | Path, encoder_backbone: str | Path | None = None) -> ArcCheckpoint:

@@ -57,6 +57,12 @@ def _is_ignored(backbone: Backbone, name: str) -> bool:
     return name.endswith(backbone.names.ignored)
 
 
+def _is_other_module(backbone: Backbone, name: str) -> bool:
+    """A model of images or sound and text holds more than the language model, and a text passes none of it."""
+    pattern = backbone.names.other_modules
+    return pattern is not None and pattern.search(name) is not None
+
+
 def _is_tied_head(backbone: Backbone, name: str) -> bool:
     """Some programs save a tied head as well. It equals the embedding."""
     config, names, store = backbone.config, backbone.names, backbone.store
@@ -84,6 +90,7 @@ _HARMLESS: tuple[Callable[[Backbone, str], bool], ...] = (
     _is_empty,
     _is_rotary_table,
     _is_ignored,
+    _is_other_module,
     _is_tied_head,
     _is_zero_bias,
     _is_unused_head,
@@ -99,7 +106,15 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
         "part of quantised weights",
         "Use the model's weights in bfloat16, or a .gguf file.",
     ),
-    r"\.bias$": ("a bias", "Choose a backbone without biases."),
+    r"\.bias$": (
+        "a bias, which the config does not announce",
+        "Copy the config from the source of the weights: model_type, attention_bias and mlp_bias say which biases "
+        "there are.",
+    ),
+    r"(q|k)_norm\.weight$": (
+        "a norm of queries or keys, which the model_type of the config does not have",
+        "Copy the config from the source of the weights.",
+    ),
     r"rope|rotary|inv_freq": (
         "rotary positions of other frequencies than those of the config",
         "Correct rope_theta and the rotary scaling in the config, or save the files without these tensors.",
@@ -120,8 +135,8 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
 }
 _UNKNOWN = (
     "part of another architecture",
-    "Choose a plain Llama, Mistral or OLMo-1 backbone. If the model does not need the tensor, save the files without "
-    "it.",
+    "Choose a backbone of a family that ARC-DS computes. A decoder may be any causal language model of transformers: "
+    "set `implementation: transformers` for it. If the model does not need the tensor, save the files without it.",
 )
 
 
@@ -161,7 +176,10 @@ def _meaning(backbone: Backbone, name: str, known: Collection[str]) -> tuple[str
             "Set the number of layers in the config to that of the files, or save the files without these layers.",
         )
     for other in (HUGGING_FACE, NATIVE, OLMO_NATIVE):
-        if _NUMBER.sub("{i}", name).removesuffix(".weight") in other.table.values():
+        if (
+            other.name != backbone.names.name
+            and _NUMBER.sub("{i}", name).removesuffix(".weight") in other.table.values()
+        ):
             return (
                 f"a {other.name} name",
                 "Keep weights with the config of their format: config.json with model.safetensors for Hugging Face, "

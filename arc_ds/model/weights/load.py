@@ -1,18 +1,31 @@
-"""Load files into a module's parameters one tensor at a time, including parameters partitioned by ZeRO-3."""
+"""Load files into a module's parameters one tensor at a time, including parameters partitioned by ZeRO-3.
+
+Each rank reads only the rows that its own partitions need, without communication. `tools/bench_load.py` compares this
+with one rank that reads and broadcasts.
+"""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from arc_ds.errors import ArcError, WeightsError
 from arc_ds.model.weights.names import NamePredicate, Shape, join_faults, no_name, shape_faults
+from arc_ds.model.weights.stores import ALL_ROWS
 from arc_ds.system import dist
+from arc_ds.system.device import peak_memory_bytes
+
+logger = logging.getLogger(__name__)
+
+_BAR_DELAY_S = 3.0  # shorter loads show no bar
 
 
 class TensorSource(Protocol):
@@ -26,8 +39,8 @@ class TensorSource(Protocol):
     def shapes(self) -> Mapping[str, Shape]:
         """Shape of every tensor, without reading it."""
 
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor to the CPU."""
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """Read a tensor, or a slice of its dimension 0, to the CPU."""
 
 
 def load_backbone(
@@ -39,6 +52,7 @@ def load_backbone(
     prefix: str = "",
     skip: NamePredicate = no_name,
     allow_unused: NamePredicate = no_name,
+    name: str = "weights",
 ) -> None:
     """Copy tensors into the parameters of `module` by name, one tensor at a time. Calls `check_fit` first.
 
@@ -48,20 +62,34 @@ def load_backbone(
     skip: see `check_fit`.
     allow_unused: see `check_fit`.
 
-    Under ZeRO-3 all ranks must call this. Parameters are gathered one at a time and only rank 0 reads files. Parameters
-    keep the dtype in which they were partitioned.
+    name: the module in the log and on the progress bar.
+
+    Rank 0 logs time, bytes, and peak memory. If parameters are partitioned by ZeRO-3, all ranks must call this, before
+    an engine is built. Each rank then reads the rows of its own partitions. Parameters keep the dtype in which they
+    were partitioned. If one rank cannot read, all ranks raise the error.
     """
     check_fit(module, source, prefix=prefix, skip=skip, allow_unused=allow_unused)
     names = _parameter_names(module, prefix, skip)
+    start, num_bytes = time.monotonic(), 0
     failure: Exception | None = None
-    for name, source_name in names.items():
-        parameter = module.get_parameter(name)
-        if _is_partitioned(parameter):
-            failure = _fill_partitioned(parameter, source, source_name) or failure
-        else:
-            _fill(module, name, source.tensor(source_name), dtype, device)
+    with _progress_bar(name, len(names)) as bar:
+        for parameter_name, source_name in names.items():
+            parameter = module.get_parameter(parameter_name)
+            if not _is_partitioned(parameter):
+                tensor = source.tensor(source_name)
+                _fill(module, parameter_name, tensor, dtype, device)
+                num_bytes += tensor.nbytes
+            elif _is_on_nvme(parameter):
+                failure = _fill_gathered(parameter, source, source_name) or failure
+            elif failure is None:
+                try:
+                    num_bytes += _fill_partitions(parameter, source, source_name)
+                except Exception as error:  # raised below on all ranks, which would otherwise hang
+                    failure = error if isinstance(error, ArcError) else WeightsError(str(error))
+            bar.update()
     if any(_is_partitioned(parameter) for parameter in module.parameters()):
         dist.raise_together(failure)
+    _log(name, source, num_bytes, time.monotonic() - start)
 
 
 def check_fit(
@@ -154,7 +182,34 @@ def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
                 setattr(owner, leaf, new)
 
 
-def _fill_partitioned(parameter: nn.Parameter, source: TensorSource, name: str) -> Exception | None:
+def _fill_partitions(parameter: Any, source: TensorSource, name: str) -> int:
+    """Fill this rank's partitions of a parameter. Reads only the rows in them. Returns the number of bytes read."""
+    num_bytes = 0
+    values_per_row = parameter.ds_numel // parameter.ds_shape[0]
+    for partition, start in _partitions(parameter):
+        end = min(start + partition.numel(), parameter.ds_numel)  # the last partitions may be padded
+        if start < end:
+            rows = slice(start // values_per_row, -(-end // values_per_row))
+            tensor = source.tensor(name, rows)
+            before = rows.start * values_per_row
+            partition[: end - start].copy_(tensor.reshape(-1)[start - before : end - before])
+            num_bytes += tensor.nbytes
+    return num_bytes
+
+
+def _partitions(parameter: Any) -> Iterator[tuple[Tensor, int]]:
+    """This rank's flat partitions of a parameter, and the index of their first value in the parameter.
+
+    With hpZ there are two: one of all ranks' partitions, and one of those of the ranks on this host.
+    """
+    yield parameter.ds_tensor, parameter.ds_zero_partition_rank * parameter.ds_tensor.numel()
+    secondary = parameter.ds_secondary_tensor
+    if secondary is not None:
+        rank_in_group = torch.distributed.get_rank(parameter.ds_zero_param_process_group)
+        yield secondary, rank_in_group * secondary.numel()
+
+
+def _fill_gathered(parameter: nn.Parameter, source: TensorSource, name: str) -> Exception | None:
     """Fill one gathered parameter. Returns a read error instead of raising it: the other ranks wait in the gather."""
     with gathered([parameter]):
         if dist.rank() != 0:
@@ -166,8 +221,32 @@ def _fill_partitioned(parameter: nn.Parameter, source: TensorSource, name: str) 
     return None
 
 
+def _progress_bar(name: str, num_tensors: int) -> tqdm:
+    """A bar on rank 0's terminal, if loading takes long. Without a terminal it shows nothing."""
+    disable = None if dist.is_main() else True
+    return tqdm(desc=f"load {name}", total=num_tensors, unit="tensor", leave=False, delay=_BAR_DELAY_S, disable=disable)
+
+
+def _log(name: str, source: TensorSource, num_bytes: int, seconds: float) -> None:
+    speed, peak = num_bytes / max(seconds, 1e-9), peak_memory_bytes(torch.device("cpu"))
+    logger.info(
+        "loaded %s from %s: each rank read %.2f GB in %.1f s, %.0f MB/s, peak memory %.0f MiB",
+        name,
+        source.path,
+        num_bytes / 1e9,
+        seconds,
+        speed / 1e6,
+        peak / (1 << 20),
+    )
+
+
 def _is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
+
+
+def _is_on_nvme(parameter: Any) -> bool:
+    """Whether the partitions are in files of DeepSpeed, which only a gather writes."""
+    return parameter.ds_tensor.final_location is not None
 
 
 def _full_shape(parameter: nn.Parameter) -> Shape:

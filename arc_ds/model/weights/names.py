@@ -1,13 +1,15 @@
 """Internal names and shapes of a backbone's parameters, and the exact permutation between the two rotary layouts.
 
-Every linear weight is [out, in] without bias. w1 is the gate projection, w3 the up and w2 the down projection.
+Every linear weight is [out, in]. w1 is the gate projection, w3 the up and w2 the down projection.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from arc_ds.model.backbone_config import BackboneConfig
@@ -16,6 +18,7 @@ Shape = tuple[int, ...]
 RotaryPairs = Literal["half", "interleaved"]
 NamePredicate = Callable[[str], bool]
 _MAX_LISTED = 8
+_ROTATED = re.compile(r"attention\.(wq|wk|q_norm|k_norm)\.(?:weight|bias)$")
 
 
 def layer_shapes(config: BackboneConfig) -> dict[str, Shape]:
@@ -31,6 +34,18 @@ def layer_shapes(config: BackboneConfig) -> dict[str, Shape]:
         "feed_forward.w2.weight": (hidden, ffn),
         "feed_forward.w3.weight": (ffn, hidden),
     }
+    biased = {
+        ("attention.wq", "attention.wk", "attention.wv"): config.qkv_bias,
+        ("attention.wo",): config.output_bias,
+        ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"): config.ffn_bias,
+    }
+    for linears, is_biased in biased.items():
+        if is_biased:
+            shapes.update({f"{linear}.bias": shapes[f"{linear}.weight"][:1] for linear in linears})
+    if config.qk_norm is not None:
+        by_row = config.qk_norm == "row"
+        shapes["attention.q_norm.weight"] = (q_rows if by_row else config.head_dim,)
+        shapes["attention.k_norm.weight"] = (kv_rows if by_row else config.head_dim,)
     if config.norm == "rms":
         shapes["attention_norm.weight"] = (hidden,)
         shapes["ffn_norm.weight"] = (hidden,)
@@ -86,18 +101,26 @@ def beyond_layers(num_layers: int) -> NamePredicate:
 
 
 def rotary_heads(name: str, config: BackboneConfig) -> int | None:
-    """Number of heads in the parameter `name` that rotary positions rotate; None if it is not rotated."""
-    if name.endswith("attention.wq.weight"):
-        return config.num_heads
-    if name.endswith("attention.wk.weight"):
-        return config.num_kv_heads
-    return None
+    """Number of heads along dimension 0 of the parameter `name`, if rotary positions rotate them; None otherwise.
+
+    The parameters are weights and biases of wq and wk, and the norms of their outputs.
+    """
+    heads = {
+        "wq": config.num_heads,
+        "wk": config.num_kv_heads,
+        "q_norm": config.num_heads,
+        "k_norm": config.num_kv_heads,
+    }
+    match = _ROTATED.search(name)
+    if match is None:
+        return None
+    return 1 if match.group(1).endswith("norm") and config.qk_norm == "head" else heads[match.group(1)]
 
 
 def permute_rotary(weight: Tensor, num_heads: int, *, to: RotaryPairs) -> Tensor:
     """Reorder the rows of a query or key projection, head by head, for the other pairing of rotary dimensions.
 
-    weight: [num_heads * head_dim, in].
+    weight: [num_heads * head_dim, in], or a vector [num_heads * head_dim].
     num_heads: number of heads among the rows.
     to: "half" pairs (i, i + head_dim / 2), "interleaved" pairs (2i, 2i + 1). The two directions are exact inverses.
 
@@ -110,3 +133,38 @@ def permute_rotary(weight: Tensor, num_heads: int, *, to: RotaryPairs) -> Tensor
     pairs = rows // num_heads // 2
     split = (num_heads, pairs, 2) if to == "half" else (num_heads, 2, pairs)
     return weight.reshape(*split, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def rows_of_heads(
+    read: Callable[[slice], Tensor],
+    rows: slice,
+    num_rows: int,
+    num_heads: int,
+    reorder: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Rows of a projection whose heads the file stores in another order. Reads whole heads, and no others.
+
+    read: reads a slice of the file's rows.
+    rows: the wanted rows.
+    num_rows: number of rows of the projection.
+    num_heads: number of heads among them.
+    reorder: reorders the rows of a number of heads, such as `permute_rotary`.
+    """
+    first, last, _ = rows.indices(num_rows)
+    head_dim = num_rows // num_heads
+    first_head, last_head = first // head_dim, -(-last // head_dim)
+    before = first_head * head_dim
+    heads = reorder(read(slice(before, last_head * head_dim)), last_head - first_head)
+    return heads[first - before : last - before]
+
+
+def spread_rotary(weight: Tensor, num_heads: int, rotary_dim: int) -> Tensor:
+    """Reorder the rows of a partly rotated projection, head by head, so that pairs are (i, i + head_dim / 2).
+
+    In the files, the first `rotary_dim` rows of a head rotate as pairs (i, i + rotary_dim / 2). The result has them
+    among the first rows of the two halves of the head. Arguments as in `permute_rotary`.
+    """
+    heads = weight.unflatten(0, (num_heads, -1))
+    pairs, still = rotary_dim // 2, (heads.shape[1] - rotary_dim) // 2
+    first, second, *rest = heads.split([pairs, pairs, still, still], dim=1)
+    return torch.cat([first, rest[0], second, rest[1]], dim=1).reshape(weight.shape)

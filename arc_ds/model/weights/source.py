@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
-from arc_ds.model.weights.families import GGUF_LLAMA, HUGGING_FACE, NATIVE, OLMO_NATIVE, TensorNames
+from arc_ds.model.weights.families import GGUF_LLAMA, NATIVE, OLMO_NATIVE, TensorNames
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.gguf_file import GgufStore, sizes_of_gguf
-from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes, sizes_of_hugging_face
+from arc_ds.model.weights.hf_config import RopeScalingChoice, names_of_hugging_face, sizes_of_hugging_face
 from arc_ds.model.weights.leftovers import Backbone, leftover_faults
 from arc_ds.model.weights.locate import WeightFiles, locate
 from arc_ds.model.weights.names import (
@@ -25,12 +26,13 @@ from arc_ds.model.weights.names import (
     no_name,
     permute_rotary,
     rotary_heads,
+    rows_of_heads,
     shape_faults,
+    spread_rotary,
 )
 from arc_ds.model.weights.native_config import is_olmo, shard_axis, sizes_of_native
 from arc_ds.model.weights.stores import ALL_ROWS, JoinedStore, PickleStore, SafetensorsStore, TensorStore
 
-_NAMES = {"hugging_face": HUGGING_FACE, "native": NATIVE, "gguf": GGUF_LLAMA}
 _HEAD = "output.weight"
 _BESIDE = ("*quant*config*.json", "adapter_config.json")  # settings that change the meaning of the weights
 
@@ -41,14 +43,12 @@ class BackboneSource:
 
     config: sizes of the backbone.
     path: the folder or file.
-    sliding_window: length of the longest sequence that it attends to fully; None for any length.
     tensor_names: tensor names in the files.
     store: the files.
     """
 
     config: BackboneConfig
     path: Path
-    sliding_window: int | None
     tensor_names: TensorNames
     store: TensorStore
 
@@ -57,19 +57,32 @@ class BackboneSource:
         """Shape of every parameter by internal name, in forward order."""
         return backbone_shapes(self.config)
 
-    def tensor(self, name: str) -> Tensor:
-        """Read one parameter by internal name, and no other.
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """Read one parameter, or a slice of its rows, by internal name, and no other.
 
         Returns a CPU tensor in the file's dtype (float32 if it was quantised), with rotary rows in half-split order.
         Raises KeyError for an unknown name.
         """
         num_rows = self.shapes[name][0]
         file_name, held = self.tensor_names.find(name)
-        start = sum(self.shapes[other][0] for other in held[: held.index(name)])
-        weight = self.store.tensor(file_name, ALL_ROWS if len(held) == 1 else slice(start, start + num_rows))
+        offset = sum(self.shapes[other][0] for other in held[: held.index(name)])
+
+        def read(part: slice) -> Tensor:
+            first, last, _ = part.indices(num_rows)
+            is_whole = len(held) == 1 and (first, last) == (0, num_rows)
+            return self.store.tensor(file_name, ALL_ROWS if is_whole else slice(offset + first, offset + last))
+
         heads = rotary_heads(name, self.config)
-        if heads is not None and self.tensor_names.interleaved:
-            weight = permute_rotary(weight, heads, to="half")
+        is_reordered = self.tensor_names.interleaved or self.config.rotary_dim is not None
+        if heads is None or not is_reordered:
+            return read(rows)
+        return rows_of_heads(read, rows, num_rows, heads, self._in_half_split_order)
+
+    def _in_half_split_order(self, weight: Tensor, num_heads: int) -> Tensor:
+        if self.tensor_names.interleaved:
+            weight = permute_rotary(weight, num_heads, to="half")
+        if self.config.rotary_dim is not None:
+            weight = spread_rotary(weight, num_heads, self.config.rotary_dim)
         return weight
 
     def check(self, is_unused: NamePredicate) -> None:
@@ -116,20 +129,18 @@ def open_backbone(
     path: str | Path,
     rope_scaling: RopeScalingChoice = "checkpoint",
     *,
-    max_positions: int | None = None,
     is_unused: NamePredicate = no_name,
 ) -> BackboneSource:
     """Open a backbone's weights and detect their format.
 
-    path: a Hugging Face folder, a Meta or Mistral folder, OLMo-1 in either of its formats, or a GGUF file.
+    path: a Hugging Face folder of a family in `families.py`, a Meta or Mistral folder, OLMo-1 in either of its formats,
+        or a GGUF file.
     rope_scaling: "checkpoint" applies the rotary scaling of the files, "none" ignores it.
-    max_positions: length in tokens of the longest sequence that will be run, if known.
     is_unused: predicate on internal names of parameters that will not be loaded, such as `names.beyond_layers(n)` for
         an encoder. Their tensors may be missing.
 
     Raises WeightsError if the path cannot be read, a tensor is missing or has the wrong shape, the files hold tensors
-    that the model does not compute or settings that change the meaning of the weights, the family is unknown, or the
-    model's attention window is shorter than `max_positions`. ARC-DS always attends to whole sequences.
+    that the model does not compute or settings that change the meaning of the weights, or the family is unknown.
     """
     found = locate(Path(path))
     if not found.files:
@@ -139,20 +150,13 @@ def open_backbone(
         )
     store = _open_store(found)
     names = _names(found, store)
-    config, window = _sizes(found, store, names, rope_scaling)
     source = BackboneSource(
-        config=config,
+        config=_sizes(found, store, names, rope_scaling),
         path=found.path,
-        sliding_window=window,
         tensor_names=names,
         store=store,
     )
     source.check(is_unused)
-    if window is not None and max_positions is not None and max_positions > window:
-        raise WeightsError(
-            f"{source.path}: its attention looks back {window} tokens, but the run has sequences of {max_positions}. "
-            f"ARC-DS attends to whole sequences. Limit sequences to {window} tokens, or use a model without a window."
-        )
     return source
 
 
@@ -163,7 +167,7 @@ def read_backbone_config(path: str | Path, rope_scaling: RopeScalingChoice = "ch
     """
     found = locate(Path(path))
     store = _open_store(found) if found.files and found.kind != "hugging_face" else None
-    return _sizes(found, store, _names(found, store), rope_scaling).config
+    return _sizes(found, store, _names(found, store), rope_scaling)
 
 
 def _open_store(found: WeightFiles) -> TensorStore:
@@ -179,7 +183,12 @@ def _open_store(found: WeightFiles) -> TensorStore:
 
 
 def _names(found: WeightFiles, store: TensorStore | None) -> TensorNames:
-    names = OLMO_NATIVE if is_olmo(store) else _NAMES[found.kind]
+    if is_olmo(store):
+        names = OLMO_NATIVE
+    elif found.kind == "hugging_face":
+        names = names_of_hugging_face(Fields.read(found.config_file))
+    else:
+        names = NATIVE if found.kind == "native" else GGUF_LLAMA
     return names if store is None else names.as_in(store.shapes)
 
 
@@ -197,7 +206,9 @@ def _refuse_other_meaning(fields: Fields, folder: Path) -> None:
         )
 
 
-def _sizes(found: WeightFiles, store: TensorStore | None, names: TensorNames, rope_scaling: RopeScalingChoice) -> Sizes:
+def _sizes(
+    found: WeightFiles, store: TensorStore | None, names: TensorNames, rope_scaling: RopeScalingChoice
+) -> BackboneConfig:
     if isinstance(store, GgufStore):
         sizes = sizes_of_gguf(store, rope_scaling)
     else:
@@ -207,14 +218,15 @@ def _sizes(found: WeightFiles, store: TensorStore | None, names: TensorNames, ro
             sizes = sizes_of_native(fields, store, names, rope_scaling)
         else:
             sizes = sizes_of_hugging_face(fields, rope_scaling)
-    num_heads, num_kv_heads = sizes.config.num_heads, sizes.config.num_kv_heads
+    config, window = sizes
+    if window is not None:
+        config = dataclasses.replace(config, window=window, windowed_layers=tuple(range(config.num_layers)))
+    num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
     if num_heads % num_kv_heads:
         raise WeightsError(
             f"{found.config_file}: {num_heads} query heads cannot share {num_kv_heads} key heads evenly; "
             "expected a multiple. Copy the file from its source."
         )
-    if sizes.config.head_dim % 2:
-        raise WeightsError(
-            f"{found.config_file}: head_dim is {sizes.config.head_dim}; rotary positions need an even one."
-        )
-    return sizes
+    if config.head_dim % 2:
+        raise WeightsError(f"{found.config_file}: head_dim is {config.head_dim}; rotary positions need an even one.")
+    return config

@@ -34,6 +34,7 @@ def attention_varlen(
     max_seqlen_k: int,
     causal: bool = False,
     k_limits_T: Tensor | None = None,
+    window: int | None = None,
     scale: float | None = None,
     rotary_q: Rotation | None = None,
     rotary_k: Rotation | None = None,
@@ -50,6 +51,8 @@ def attention_varlen(
     max_seqlen_k: number of keys of the longest segment, known on the host.
     causal: query i of a segment of m queries and n keys sees keys 0 … n - m + i (aligned to the end).
     k_limits_T: number of keys of its segment that each query sees, int32 [T], at least 1; instead of `causal`.
+    window: a query sees only the last `window` of the keys that `causal` or `k_limits_T` allow, its own key included;
+        needs one of the two. The same as `sliding_window` in transformers. None: no window.
     scale: positive; default 1 / sqrt(H).
     rotary_q: (cos, sin) of each query's angles, [T, H / 2] each. Equivalent to `rotary` before, with less memory
         traffic. None: do not rotate.
@@ -63,13 +66,15 @@ def attention_varlen(
     """
     if scale is None:
         scale = 1.0 / math.sqrt(max(q_TNH.shape[-1], 1))
-    segments = Segments(cu_seqlens_q, cu_seqlens_k, k_limits_T, max_seqlen_q, max_seqlen_k, causal, scale)
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, k_limits_T, max_seqlen_q, max_seqlen_k, causal, scale, window)
     _check_tensors(q_TNH, k_UKH, v_UKH, segments)
     _check_sight(segments)
+    if window is not None and window >= max_seqlen_k:  # it hides no key
+        segments = segments._replace(window=None)
     if not 0.0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; expected a positive number")
     if backend is None:
-        backend = chosen_backend(q_TNH, k_limits_T, causal=causal, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+        backend = chosen_backend(q_TNH, segments)
     elif backend == "triton":
         demand_triton(q_TNH)
     rotations = {"rotary_q": rotary_q, "rotary_k": rotary_k}
@@ -129,7 +134,14 @@ def _check_rotations(
 
 def _check_sight(segments: Segments) -> None:
     """Check that every query sees a key, if values can be read."""
-    cu_seqlens_q, cu_seqlens_k, k_limits_T, _, _, causal, _ = segments
+    cu_seqlens_q, cu_seqlens_k, k_limits_T, _, _, causal, _, window = segments
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; expected at least 1, or None for no window")
+    if window is not None and not causal and k_limits_T is None:
+        raise ValueError(
+            f"window={window} counts back from a query's last visible key, but without causal=True or k_limits_T a "
+            "query sees all keys; set one of the two, or window=None"
+        )
     if causal and k_limits_T is not None:
         raise ValueError("causal=True and k_limits_T exclude each other: the limits already define the visible keys")
     if not values_are_readable(cu_seqlens_q):

@@ -28,10 +28,11 @@ def attention_forward(
     max_seqlen_k: int,
     causal: bool,
     scale: float,
+    window: int | None,
     keeps_turned: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention [T, N, H], its log-sum-exp [T, N], and the rotated queries if requested; see `kernels.forward`."""
-    segments = Segments(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale, window)
     return kernels.forward(q, k, v, segments, angles=_angles(cos_q, sin_q), keeps_turned=keeps_turned)
 
 
@@ -61,11 +62,12 @@ def attention_backward(
     max_seqlen_k: int,
     causal: bool,
     scale: float,
+    window: int | None,
     wants_q: bool,
     wants_kv: bool,
 ) -> list[Tensor]:
     """The requested gradients: of q, then of k and v. o and do are contiguous; q and k are rotated."""
-    segments = Segments(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale)
+    segments = Segments(cu_seqlens_q, cu_seqlens_k, k_limits, max_seqlen_q, max_seqlen_k, causal, scale, window)
     delta = kernels.delta(o, do)
     gradients = [kernels.dq(q, k, v, do, lse, delta, segments, angles=_angles(cos_q, sin_q))] if wants_q else []
     if wants_kv:
@@ -82,8 +84,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> list[Tensor]:
 class Attention(torch.autograd.Function):
     """attention_varlen with the Triton kernels.
 
-    settings: the arguments of the operators that are neither tensors nor flags: max_seqlen_q, max_seqlen_k, causal and
-        scale.
+    settings: the arguments of the operators that are neither tensors nor flags: max_seqlen_q, max_seqlen_k, causal,
+        scale and window.
     """
 
     @staticmethod
@@ -99,7 +101,7 @@ class Attention(torch.autograd.Function):
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         k_limits: Tensor | None,
-        settings: tuple[int, int, bool, float],
+        settings: tuple[int, int, bool, float, int | None],
         wants_grad: bool,
     ) -> Tensor:
         if cos_k is not None and sin_k is not None:

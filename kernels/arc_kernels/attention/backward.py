@@ -13,7 +13,9 @@ import triton.language as tl
 
 from arc_kernels._interpreter import dot, narrow
 from arc_kernels.attention.rotation import store_turned_back
-from arc_kernels.attention.tiles import bounds, limits, load_tile, segment_of, store_tile, unpack
+from arc_kernels.attention.tiles import bounds, limits, load_tile, sees, segment_of, store_tile, unpack, window_bounds
+
+_LIMITS_AT_ONCE = tl.constexpr(1024)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -42,6 +44,7 @@ def _query_gradient(
     begin,
     end,
     num_keys,
+    window,
     scale,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -59,14 +62,14 @@ def _query_gradient(
         b_s = dot(b_q, tl.trans(b_k))  # [BM, BN]
         b_p = tl.exp2(b_s * scale - b_lse[:, None])
         if MASKED:
-            b_p = tl.where((start + o_n)[None, :] < b_limit[:, None], b_p, 0.0)
+            b_p = tl.where(sees((start + o_n)[None, :], b_limit[:, None], window), b_p, 0.0)
         b_dp = dot(b_do, tl.trans(b_v))  # [BM, BN]
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq = dot(narrow(b_ds, b_k.dtype), b_k, b_dq)
     return b_dq
 
 
-@triton.jit(do_not_specialize=["num_q_rows", "num_k_rows", "num_segments"])
+@triton.jit(do_not_specialize=["num_q_rows", "num_k_rows", "num_segments", "window"])
 def dq_kernel(
     q,
     k,
@@ -86,6 +89,7 @@ def dq_kernel(
     num_q_rows,
     num_k_rows,
     num_segments,
+    window,
     scale,
     softmax_scale,
     N: tl.constexpr,
@@ -127,13 +131,21 @@ def dq_kernel(
         k += k_start * stride_k + i_head * H
         v += k_start * stride_v + i_head * H
         b_dq = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        begun = 0
+        if window is not None:
+            begin, begun = window_bounds(b_limit, window, BLOCK_N)
+            seen_by_all = tl.maximum(seen_by_all, begun)
+            b_dq = _query_gradient(
+                b_dq, b_q, b_do, b_lse, b_delta, b_limit, k, v, stride_k, stride_v, begin, begun, num_keys, window,
+                scale, H, BLOCK_H, BLOCK_N, True, TURNS,
+            )  # fmt: skip
         b_dq = _query_gradient(
-            b_dq, b_q, b_do, b_lse, b_delta, b_limit, k, v, stride_k, stride_v, 0, seen_by_all, num_keys, scale,
-            H, BLOCK_H, BLOCK_N, False, TURNS,
+            b_dq, b_q, b_do, b_lse, b_delta, b_limit, k, v, stride_k, stride_v, begun, seen_by_all, num_keys, window,
+            scale, H, BLOCK_H, BLOCK_N, False, TURNS,
         )  # fmt: skip
         b_dq = _query_gradient(
             b_dq, b_q, b_do, b_lse, b_delta, b_limit, k, v, stride_k, stride_v, seen_by_all, seen_by_any, num_keys,
-            scale, H, BLOCK_H, BLOCK_N, True, TURNS,
+            window, scale, H, BLOCK_H, BLOCK_N, True, TURNS,
         )  # fmt: skip
         dq += q_row * N * H
         if TURNS:
@@ -160,6 +172,7 @@ def _key_gradients(
     key,
     num_queries,
     num_keys,
+    window,
     scale,
     N: tl.constexpr,
     GROUP: tl.constexpr,
@@ -189,7 +202,7 @@ def _key_gradients(
         b_pt = tl.exp2(b_st * scale - b_lse[None, :])
         if MASKED:
             b_limit = limits(k_limits, first + o_query, num_queries, num_keys, CAUSAL, LIMITED)
-            b_pt = tl.where(o_key[:, None] < b_limit[None, :], b_pt, 0.0)
+            b_pt = tl.where(sees(o_key[:, None], b_limit[None, :], window), b_pt, 0.0)
         b_do = load_tile(do + at * N * H, o_stat * H, m_m, H, BLOCK_H, True, False)  # [BM, BH]
         b_delta = tl.load(delta + at * N + o_stat, mask=m_m, other=0.0)
         b_dv = dot(narrow(b_pt, b_do.dtype), b_do, b_dv)
@@ -221,7 +234,26 @@ def _first_row_that_sees(
     return start
 
 
-@triton.jit(do_not_specialize=["num_q_rows", "num_k_rows", "num_segments"])
+@triton.jit
+def _rows_that_see(
+    key, k_limits, window, num_queries, num_keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
+):
+    """Two packed rows, the first a multiple of BLOCK_M: only rows between them see any of keys key … key + BLOCK_N - 1.
+
+    Reads all limits of the segment, because they need not be in order.
+    """
+    first = num_queries
+    past = num_queries * 0
+    for start in range(0, num_queries, _LIMITS_AT_ONCE):
+        o_query = start + tl.arange(0, _LIMITS_AT_ONCE)
+        b_limit = limits(k_limits, o_query, num_queries, num_keys, False, True)  # 0 past the segment
+        m_seen = (b_limit > key) & (b_limit - window < key + BLOCK_N)
+        first = tl.minimum(first, tl.min(tl.where(m_seen, o_query, num_queries), 0))
+        past = tl.maximum(past, tl.max(tl.where(m_seen, o_query + 1, 0), 0))
+    return first * GROUP // BLOCK_M * BLOCK_M, past * GROUP
+
+
+@triton.jit(do_not_specialize=["num_q_rows", "num_k_rows", "num_segments", "window"])
 def dkv_kernel(
     q,
     k,
@@ -242,6 +274,7 @@ def dkv_kernel(
     num_q_rows,
     num_k_rows,
     num_segments,
+    window,
     scale,
     softmax_scale,
     N: tl.constexpr,
@@ -259,6 +292,7 @@ def dkv_kernel(
     do, dk and dv are contiguous. q and k are already rotated. TURNS: dk is rotated back by the keys' angles cos, sin
     [U, H / 2].
     """
+    WINDOWED: tl.constexpr = window is not None
     i_tile = tl.program_id(0)
     i_head = tl.program_id(1)
     i_segment, start = segment_of(cu_k, i_tile, num_segments, BLOCK_N, 1)
@@ -277,26 +311,41 @@ def dkv_kernel(
         lse += q_start * N + i_head * GROUP
         delta += q_start * N + i_head * GROUP
         k_limits += q_start
-        begin = _first_row_that_sees(key, k_limits, num_queries, num_keys, BLOCK_M, GROUP, LIMITED, CAUSAL)
-        end = num_queries * GROUP
-        whole = begin  # from here on every query sees every key of the tile
+        if LIMITED and WINDOWED:
+            begin, end = _rows_that_see(key, k_limits, window, num_queries, num_keys, BLOCK_M, BLOCK_N, GROUP)
+        else:
+            begin = _first_row_that_sees(key, k_limits, num_queries, num_keys, BLOCK_M, GROUP, LIMITED, CAUSAL)
+            end = num_queries * GROUP
+        whole = begin  # from here to whole_end every query sees every key of the tile
         if LIMITED:
             whole = end
         if CAUSAL:
             last = tl.minimum(key + BLOCK_N, num_keys) - 1
+            if WINDOWED:
+                ahead = num_queries - num_keys + window  # query `key + ahead` is the first that no longer sees `key`
+                end = tl.minimum(tl.maximum(last + ahead, 0), num_queries) * GROUP
             rows = tl.maximum(last - num_keys + num_queries, 0) * GROUP
             whole = tl.minimum((rows + BLOCK_M - 1) // BLOCK_M * BLOCK_M, end)
+        whole_end = end
+        if CAUSAL and WINDOWED:
+            rows = tl.minimum(tl.maximum(key + ahead, 0), num_queries) * GROUP
+            whole_end = tl.maximum(rows // BLOCK_M * BLOCK_M, whole)
         b_dk = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
         b_dv = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
         if CAUSAL or LIMITED:
             b_dk, b_dv = _key_gradients(
                 b_dk, b_dv, b_k, b_v, q, do, lse, delta, k_limits, stride_q, begin, whole, key, num_queries, num_keys,
-                scale, N, GROUP, H, BLOCK_H, BLOCK_M, BLOCK_N, CAUSAL, LIMITED, True, TURNS,
+                window, scale, N, GROUP, H, BLOCK_H, BLOCK_M, BLOCK_N, CAUSAL, LIMITED, True, TURNS,
             )  # fmt: skip
         if not LIMITED:
             b_dk, b_dv = _key_gradients(
-                b_dk, b_dv, b_k, b_v, q, do, lse, delta, k_limits, stride_q, whole, end, key, num_queries, num_keys,
-                scale, N, GROUP, H, BLOCK_H, BLOCK_M, BLOCK_N, CAUSAL, LIMITED, False, TURNS,
+                b_dk, b_dv, b_k, b_v, q, do, lse, delta, k_limits, stride_q, whole, whole_end, key, num_queries,
+                num_keys, window, scale, N, GROUP, H, BLOCK_H, BLOCK_M, BLOCK_N, CAUSAL, LIMITED, False, TURNS,
+            )  # fmt: skip
+        if CAUSAL and WINDOWED:
+            b_dk, b_dv = _key_gradients(
+                b_dk, b_dv, b_k, b_v, q, do, lse, delta, k_limits, stride_q, whole_end, end, key, num_queries,
+                num_keys, window, scale, N, GROUP, H, BLOCK_H, BLOCK_M, BLOCK_N, CAUSAL, LIMITED, True, TURNS,
             )  # fmt: skip
         num_kv_heads: tl.constexpr = N // GROUP
         o_out = (o_n * num_kv_heads + i_head) * H

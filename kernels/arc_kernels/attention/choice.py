@@ -14,6 +14,7 @@ from torch import Tensor
 from arc_kernels._dispatch import checked, choice_in_force, demand_triton, use_triton
 from arc_kernels.attention.flash import flash_serves
 from arc_kernels.attention.measured import MEASURED, Measured
+from arc_kernels.attention.segments import Segments
 
 Backend = Literal["triton", "flash", "reference"]
 BACKENDS: tuple[Backend, ...] = ("triton", "flash", "reference")
@@ -32,7 +33,7 @@ def use_attention(choice: AttentionChoice) -> Iterator[None]:
 
     choice: one of
         "auto": as `arc_kernels.use`. If that is "auto" too, a GPU uses PyTorch's FlashAttention for shapes at which it
-            was measured to be faster (`measured.py`).
+            was measured to be faster (`measured.py`), but never with a window.
         "flash": FlashAttention for every call that it supports, "auto" for the others.
         "triton", "reference": always this one.
 
@@ -47,10 +48,9 @@ def use_attention(choice: AttentionChoice) -> Iterator[None]:
         _forced = before
 
 
-def chosen_backend(
-    q_TNH: Tensor, k_limits_T: Tensor | None, *, causal: bool, max_seqlen_q: int, max_seqlen_k: int
-) -> Backend:
+def chosen_backend(q_TNH: Tensor, segments: Segments) -> Backend:
     """The backend of a call that names none. It supports that call."""
+    k_limits_T = segments.k_limits_T
     choice = _forced or checked(os.environ.get("ARC_ATTENTION") or "auto", "ARC_ATTENTION", CHOICES)
     if choice == "reference":
         return "reference"
@@ -61,11 +61,13 @@ def chosen_backend(
         return "flash"
     if not use_triton(q_TNH):
         return "reference"
-    if choice == "auto" and MEASURED and choice_in_force() == "auto" and flash_serves(q_TNH, k_limits_T):
+    # The measurements are without a window. It changes the number of visible pairs, so they say nothing about it.
+    is_measured = bool(MEASURED) and segments.window is None
+    if choice == "auto" and is_measured and choice_in_force() == "auto" and flash_serves(q_TNH, k_limits_T):
         gpu = torch.cuda.get_device_properties(q_TNH.device.index).name
-        shape = (gpu, str(q_TNH.dtype).removeprefix("torch."), q_TNH.shape[2], causal)
+        shape = (gpu, str(q_TNH.dtype).removeprefix("torch."), q_TNH.shape[2], segments.causal)
         rows = [row for row in MEASURED if (row.gpu, row.dtype, row.head_dim, row.causal) == shape]
-        if flash_was_faster(rows, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k):
+        if flash_was_faster(rows, max_seqlen_q=segments.max_seqlen_q, max_seqlen_k=segments.max_seqlen_k):
             return "flash"
     return "triton"
 

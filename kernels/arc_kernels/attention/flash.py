@@ -36,9 +36,16 @@ def attention_varlen_flash(q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, segments
         segments.max_seqlen_q,
         segments.max_seqlen_k,
         scale=segments.scale,
-        window_size=(-1, 0) if segments.causal else (-1, -1),
+        window_size=_window_size(segments),
         **_grouped(varlen_attn, is_grouped=q_TNH.shape[1] != k_UKH.shape[1]),
     )
+
+
+def _window_size(segments: Segments) -> tuple[int, int]:
+    """Numbers of keys that a query sees before and after its own; -1 stands for all."""
+    if not segments.causal:
+        return (-1, -1)
+    return (-1 if segments.window is None else segments.window - 1, 0)
 
 
 def flash_serves(q_TNH: Tensor, k_limits_T: Tensor | None) -> bool:

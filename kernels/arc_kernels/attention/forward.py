@@ -8,7 +8,7 @@ import triton.language as tl
 
 from arc_kernels._interpreter import dot, narrow
 from arc_kernels.attention.rotation import joined, load_turned, store_halves
-from arc_kernels.attention.tiles import bounds, limits, load_tile, segment_of, store_tile, unpack
+from arc_kernels.attention.tiles import bounds, limits, load_tile, sees, segment_of, store_tile, unpack, window_bounds
 
 
 @triton.jit
@@ -25,6 +25,7 @@ def _attend(
     begin,
     end,
     num_keys,
+    window,
     scale,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -40,7 +41,7 @@ def _attend(
         b_k = load_tile(k + at * stride_k, o_n * stride_k, m_n, H, BLOCK_H, MASKED, TURNS)  # [BN, BH]
         b_s = dot(b_q, tl.trans(b_k))  # [BM, BN]
         if MASKED:
-            b_s = tl.where((start + o_n)[None, :] < b_limit[:, None], b_s, float("-inf"))
+            b_s = tl.where(sees((start + o_n)[None, :], b_limit[:, None], window), b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
         b_shift = b_new
         if MASKED:  # a row without any key so far would compute inf - inf
@@ -54,7 +55,7 @@ def _attend(
     return b_acc, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["num_q_rows", "num_k_rows", "num_segments"])
+@triton.jit(do_not_specialize=["num_q_rows", "num_k_rows", "num_segments", "window"])
 def forward_kernel(
     q,
     k,
@@ -73,6 +74,7 @@ def forward_kernel(
     num_q_rows,
     num_k_rows,
     num_segments,
+    window,
     scale,
     N: tl.constexpr,
     GROUP: tl.constexpr,
@@ -87,6 +89,7 @@ def forward_kernel(
 ):
     """o [T, N, H] and lse [T, N]; one program per query tile and kv head.
 
+    window: None or the number of keys up to its limit that a query sees.
     scale: softmax scale times log2(e), positive.
     TURNS: rotate the queries by the angles cos, sin [T, H / 2] first.
     KEEPS_TURNED: also write the rotated queries to q_turned.
@@ -123,13 +126,21 @@ def forward_kernel(
         b_acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
         b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         b_sum = tl.zeros([BLOCK_M], tl.float32)
+        begun = 0
+        if window is not None:
+            begin, begun = window_bounds(b_limit, window, BLOCK_N)
+            seen_by_all = tl.maximum(seen_by_all, begun)
+            b_acc, b_max, b_sum = _attend(
+                b_acc, b_max, b_sum, b_q, b_limit, k, v, stride_k, stride_v, begin, begun, num_keys, window, scale,
+                H, BLOCK_H, BLOCK_N, True, TURNS,
+            )  # fmt: skip
         b_acc, b_max, b_sum = _attend(
-            b_acc, b_max, b_sum, b_q, b_limit, k, v, stride_k, stride_v, 0, seen_by_all, num_keys, scale,
+            b_acc, b_max, b_sum, b_q, b_limit, k, v, stride_k, stride_v, begun, seen_by_all, num_keys, window, scale,
             H, BLOCK_H, BLOCK_N, False, TURNS,
         )  # fmt: skip
         b_acc, b_max, b_sum = _attend(
-            b_acc, b_max, b_sum, b_q, b_limit, k, v, stride_k, stride_v, seen_by_all, seen_by_any, num_keys, scale,
-            H, BLOCK_H, BLOCK_N, True, TURNS,
+            b_acc, b_max, b_sum, b_q, b_limit, k, v, stride_k, stride_v, seen_by_all, seen_by_any, num_keys, window,
+            scale, H, BLOCK_H, BLOCK_N, True, TURNS,
         )  # fmt: skip
         blind = b_sum == 0.0
         b_sum = tl.where(blind, 1.0, b_sum)

@@ -172,6 +172,7 @@ def _launch(
         "num_q_rows": q.shape[0],
         "num_k_rows": k.shape[0],
         "num_segments": num_segments,
+        "window": segments.window,
         "scale": segments.scale * LOG2_E,
         "N": q.shape[1],
         "GROUP": group,

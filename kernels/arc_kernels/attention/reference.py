@@ -30,7 +30,7 @@ class _Places(NamedTuple):
 
 def attention_varlen_reference(q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, segments: Segments) -> Tensor:
     """See `attention_varlen`. Does not check arguments again."""
-    cu_seqlens_q, cu_seqlens_k, _, max_seqlen_q, max_seqlen_k, _, scale = segments
+    cu_seqlens_q, cu_seqlens_k, _, max_seqlen_q, max_seqlen_k, _, scale, window = segments
     num_segments = cu_seqlens_q.numel() - 1
     if q_TNH.shape[0] == 0:
         # Keep q, k and v in the graph: under ZeRO-3 a parameter outside the graph would keep its old gradient.
@@ -39,7 +39,8 @@ def attention_varlen_reference(q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, segm
     limits_T = _limits(segments, q_places)
     padded_scores = num_segments * max_seqlen_q * max_seqlen_k
     if num_segments > 1 and padded_scores > q_TNH.shape[0] * k_UKH.shape[0]:
-        return _attend_dense(q_TNH, k_UKH, v_UKH, q_places, _places(cu_seqlens_k, k_UKH.shape[0]), limits_T, scale)
+        k_places = _places(cu_seqlens_k, k_UKH.shape[0])
+        return _attend_dense(q_TNH, k_UKH, v_UKH, q_places, k_places, limits_T, scale, window)
     q_SQNH = _pad(q_TNH, q_places, num_segments, max_seqlen_q)
     k_places = _places(cu_seqlens_k, k_UKH.shape[0])
     k_SVKH = _pad(k_UKH, k_places, num_segments, max_seqlen_k)
@@ -47,7 +48,11 @@ def attention_varlen_reference(q_TNH: Tensor, k_UKH: Tensor, v_UKH: Tensor, segm
     limits_SQ = limits_T.new_ones(num_segments, max_seqlen_q)  # padding rows see one key, so no row is empty
     limits_SQ[q_places.segment, q_places.place] = limits_T
     keys_K = torch.arange(max_seqlen_k, device=q_TNH.device)
-    o_SQNH = _sdpa(q_SQNH, k_SVKH, v_SVKH, lambda rows: keys_K < limits_SQ[:, None, rows, None], scale)
+
+    def mask_of(rows: slice) -> Tensor:
+        return _sees(keys_K, limits_SQ[:, None, rows, None], window)
+
+    o_SQNH = _sdpa(q_SQNH, k_SVKH, v_SVKH, mask_of, scale)
     return o_SQNH[q_places.segment, q_places.place]
 
 
@@ -59,12 +64,19 @@ def _attend_dense(
     k_places: _Places,
     limits_T: Tensor,
     scale: float,
+    window: int | None,
 ) -> Tensor:
     def mask_of(rows: slice) -> Tensor:
         same = q_places.segment[rows, None] == k_places.segment[None, :]
-        return (same & (k_places.place[None, :] < limits_T[rows, None]))[None, None]
+        return (same & _sees(k_places.place[None, :], limits_T[rows, None], window))[None, None]
 
     return _sdpa(q_TNH[None], k_UKH[None], v_UKH[None], mask_of, scale)[0]
+
+
+def _sees(keys: Tensor, limits: Tensor, window: int | None) -> Tensor:
+    """Whether queries with these limits see these keys: bool, broadcast."""
+    sees = keys < limits
+    return sees if window is None else sees & (keys >= limits - window)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask_of: Callable[[slice], Tensor], scale: float) -> Tensor:

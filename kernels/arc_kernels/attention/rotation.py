@@ -51,7 +51,10 @@ def store_halves(base, o_offset, m_row, b_first, b_second, H: tl.constexpr, BLOC
 
 @triton.jit
 def store_turned_back(base, o_offset, m_row, b_x, cos, sin, o_row, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Rotate rows of H values (with separate halves, see above) back by their angles and store them."""
+    """Rotate rows of H values (with separate halves, see above) back by their angles and store them.
+
+    This is the transposed rotation, which is the gradient's even if cos² + sin² is not 1.
+    """
     b_cos, b_sin = load_angles(cos, sin, o_row, m_row, H, BLOCK_H)
     b_halves = tl.permute(tl.reshape(b_x, [b_x.shape[0], 2, BLOCK_H // 2]), (0, 2, 1))
     b_first, b_second = tl.split(b_halves)  # [rows, BLOCK_H / 2]

@@ -11,7 +11,11 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class Segments(NamedTuple):
-    """Arguments of `attention_varlen`, in the order of the operators. scale: the softmax scale, positive."""
+    """Arguments of `attention_varlen`, in the order of the operators.
+
+    scale: the softmax scale, positive.
+    window: smaller than max_seqlen_k, or None.
+    """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
@@ -20,3 +24,4 @@ class Segments(NamedTuple):
     max_seqlen_k: int
     causal: bool
     scale: float
+    window: int | None = None

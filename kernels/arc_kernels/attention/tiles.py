@@ -14,7 +14,9 @@ rows // BLOCK + segments tiles, and a program finds its segment by bisection ove
 
 *Limits.* Full, causal and limited attention differ only in the number of keys of its segment that a query sees. Key
 blocks that all queries of a tile see need no mask. The following blocks are masked. Blocks that no query sees are
-skipped.
+skipped. With a window, a query sees only the last `window` of these keys: the blocks before it are skipped, and the
+blocks at its start are masked too. The window is a run-time argument, so all windows share one variant of a kernel; it
+is None without a window, which compiles to the code of a kernel that knows none.
 
 Boundaries and limits are clamped to the tensors, so wrong values cannot access other memory. A query that sees no key
 gets output 0 and gradient 0. Scores and the log-sum-exp [T, N] are multiplied by log2(e), because the kernels use exp2.
@@ -74,6 +76,26 @@ def limits(k_limits, o_query, num_queries, num_keys, CAUSAL: tl.constexpr, LIMIT
         return num_keys - num_queries + tl.minimum(o_query + 1, num_queries)
     else:
         return num_keys + tl.zeros_like(o_query)
+
+
+@triton.jit
+def sees(o_key, b_limit, window):
+    """Whether a query with this limit sees this key. Both arguments are broadcast."""
+    m_seen = o_key < b_limit
+    if window is not None:
+        m_seen &= o_key >= b_limit - window
+    return m_seen
+
+
+@triton.jit
+def window_bounds(b_limit, window, BLOCK_N: tl.constexpr):
+    """Two keys, multiples of BLOCK_N: no query of a tile sees an earlier key, and each query's window has begun.
+
+    b_limit: number of keys that each query of the tile sees without the window.
+    """
+    begin = tl.maximum(tl.min(b_limit, 0) - window, 0) // BLOCK_N * BLOCK_N
+    begun = (tl.maximum(tl.max(b_limit, 0) - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    return begin, begun
 
 
 @triton.jit

@@ -11,9 +11,8 @@ Shape letters: T rows, D width, P programs; in the kernels BT rows and BD >= D c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -305,14 +304,20 @@ def _weight_partials(dnormed_TD: Tensor, x_TD: Tensor, rstd_T: Tensor) -> Tensor
 
 
 def compile_specs() -> list[CompileSpec]:
-    """All kernels at the widths of the paper's models in bfloat16, and at the maximum width in both dtypes."""
+    """All kernels at the widths of the paper's models in bfloat16, and at the maximum width in both dtypes.
+
+    RMSNorm also at the sizes of heads, whose queries and keys some models normalise.
+    """
     shapes = [(2048, "bf16"), (3072, "bf16"), (4096, "bf16"), (4096, "fp32"), (MAX_FUSED_WIDTH, "bf16")]
     shapes += [(MAX_NORM_WIDTH, "bf16"), (MAX_NORM_WIDTH, "fp32")]
-    return [spec for width, dtype in shapes for spec in _specs(width, dtype)]
+    kinds = [(layer_norm, adds) for layer_norm in (False, True) for adds in (False, True)]
+    specs = [spec for width, dtype in shapes for spec in _specs(width, dtype, kinds)]
+    return specs + [spec for width in (64, 128) for spec in _specs(width, "bf16", [(False, False)])]
 
 
-def _specs(width: int, dtype: str) -> Iterator[CompileSpec]:
-    for layer_norm, adds in product((False, True), repeat=2):
+def _specs(width: int, dtype: str, kinds: Iterable[tuple[bool, bool]]) -> Iterator[CompileSpec]:
+    """kinds: whether each norm is a LayerNorm, and whether it adds a residual."""
+    for layer_norm, adds in kinds:
         name = ("add_" if adds else "") + ("layer" if layer_norm else "rms")
         flags = {"ADDS": adds, "LAYER_NORM": layer_norm}
         yield _spec(norm_forward_kernel, f"{name}_norm_forward", width, dtype, flags)

@@ -18,6 +18,8 @@ def rotary(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     cos_TF: cosines of position times frequency, float32 or float64 [T, H / 2].
     sin_TF: sines of position times frequency, float32 or float64 [T, H / 2].
 
+    Both may have a common factor, as yarn and longrope scale them. A pair with cosine 1 and sine 0 stays as it is.
+
     The Triton kernel computes no gradient of the angles. Raises ValueError on an odd H, or if shapes, dtypes or devices
     do not fit.
     """

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
 """Triton kernel of the rotary embedding, which rotates the pairs (i, i + H / 2) of a head by the angles of the row.
 
-The gradient uses the same kernel with negated angles. Neither works in place, because this would not save any memory
-traffic. In forward, other code may hold the projection's output. In backward, autograd may pass the same gradient
-tensor to other consumers.
+The gradient is the transposed rotation: the same kernel with negated sines, even if cos² + sin² is not 1. Neither works
+in place, because this would not save any memory traffic. In forward, other code may hold the projection's output. In
+backward, autograd may pass the same gradient tensor to other consumers.
 
 Shape letters: T rows, N heads, H head size, F = H / 2 pairs. A program has one row, BN of its heads and BF >= F pairs.
 """

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from arc_ds import ArcModel, Context
 from arc_ds.cli import main
-from arc_ds.commands.generate import parse_prompt
 from arc_ds.errors import DataError
 from arc_ds.export.formats import write_export
+from arc_ds.inference.tags import parse_prompt
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from tests.helpers.full_disk import limited_file_size
 from tests.helpers.tiny_export import tiny_trained, write_decoder
@@ -98,13 +98,14 @@ def test_stops_end_the_text(folders: Path, capsys) -> None:
     assert printed("--stop-id", str(ids[4])) == tokenizer.decode(ids[: ids.index(ids[4])])
 
 
-def test_compress_names_texts_beyond_those_of_training(folders: Path, tmp_path: Path, capsys) -> None:
+def test_compress_names_texts_beyond_those_of_training(folders: Path, tmp_path: Path, capsys, caplog) -> None:
     trained = dataclasses.replace(tiny_trained(tmp_path / "run"), max_context_tokens=8)
     write_export(trained, tmp_path / "export")
     files = [str(folders / name) for name in TEXTS]
     assert main(["compress", *arguments(tmp_path), "--out", str(tmp_path / "v.safetensors"), *files]) == 0
     long, short = capsys.readouterr().out.splitlines()
-    assert long.endswith("(trained on at most 8 tokens)") and short.endswith("vectors of 48")
+    assert long.endswith("(longer than in training)") and short.endswith("vectors of 48")
+    assert caplog.text.count("trained on") == 1  # one warning gives the limit and the remedy
 
 
 @pytest.mark.parametrize("content", ["﻿a\r\nb\rc", "a\nb\nc"])

@@ -15,7 +15,7 @@ import arc_kernels as ak
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.model.backbone import Attention
-from tests.helpers.tiny_compressor import sample, tiny_decoder
+from tests.helpers.tiny_compressor import MANY_PARTS, OUTPUT_NORMED, sample, tiny_decoder
 
 SPEC = PoolingSpec((GroupRule("factor", 4),))
 EXACT = 1e-13  # measured worst 4e-15; losses are of order ten
@@ -109,12 +109,15 @@ def _vectors(batch: PackedBatch) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
+@pytest.mark.parametrize("parts", [{}, OUTPUT_NORMED, MANY_PARTS], ids=["llama", "output norms", "many parts"])
 @pytest.mark.parametrize(("split", "recompute"), [(True, False), (False, True), (True, True)])
-def test_neither_the_split_nor_recomputation_changes_losses_or_gradients(split: bool, recompute: bool) -> None:
+def test_neither_the_split_nor_recomputation_changes_losses_or_gradients(
+    split: bool, recompute: bool, parts: dict[str, Any]
+) -> None:
     batch = pack([sample(3, -9, 4), sample(-5, 3, seed=1), sample(4, seed=2), sample(1, -2, 3, -1, 2, seed=3)], SPEC)
     assert batch.prefix is not None and batch.prefix.prefix_rows.tolist() == [0, 1, 2, 21]
     whole = dataclasses.replace(batch, prefix=None)
-    decoder, z, expected_z = tiny_decoder(), _vectors(batch), _vectors(batch)
+    decoder, z, expected_z = tiny_decoder(**parts), _vectors(batch), _vectors(batch)
     expected = decoder(whole, expected_z)
     expected.sum().backward()
     decoder.activation_checkpointing = recompute

@@ -15,10 +15,13 @@ from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.model.encoder import Encoder, group_ends
 from arc_ds.model.pooling import group_rules
-from tests.helpers.tiny_compressor import TINY, fill, sample, tiny_compressor
+from tests.helpers.tiny_compressor import MANY_PARTS, OUTPUT_NORMED, TINY, fill, sample, tiny_compressor
 
 EXACT = 2e-13  # measured worst 2e-14; states are of order ten
 LENGTHS = (9, 1, 4, 6)
+
+OUTPUT_NORMS = dataclasses.replace(TINY, **OUTPUT_NORMED)
+ALL_PARTS = dataclasses.replace(TINY, **MANY_PARTS)
 
 POOLINGS = [
     {"strategy": strategy, "pooled_queries": pooled_queries, "where": where, "rules": group_rules(strategy, [4])}
@@ -36,6 +39,10 @@ ENCODERS: list[dict[str, Any]] = [
     {"rules": (), "memory_tokens": 3},
     {"rules": (), "memory_tokens": 3, "causal": True},
     {"backbone": dataclasses.replace(TINY, norm="layer")},
+    *({"backbone": OUTPUT_NORMS, **pooling} for pooling in POOLINGS[:3]),
+    *({"backbone": ALL_PARTS, "causal": True, **pooling} for pooling in POOLINGS[:3]),
+    {"backbone": ALL_PARTS, "rules": (GroupRule("factor", 2), GroupRule("factor", 2))},
+    {"backbone": ALL_PARTS, "rules": (), "memory_tokens": 3},
 ]
 
 
@@ -65,6 +72,20 @@ def test_a_causal_group_sees_all_up_to_its_own_end_and_nothing_later(pooled_quer
     for token, group in enumerate(group_of_token):
         assert not changed[token, :group].any(), f"token {token} reached a group before its own"
         assert (changed[token, group:] > 1e-6).all(), f"token {token} did not reach group {group} or a later one"
+
+
+def test_a_window_hides_what_is_before_it_in_a_causal_encoder_only() -> None:
+    """Two layers with a window of 3: a row sees 5 rows. The third layer pools groups of one and mixes no rows."""
+    windowed = dataclasses.replace(TINY, window=3, windowed_layers=(0, 1))
+    encoder, spec = _encoder(backbone=windowed, causal=True, rules=(GroupRule("factor", 1),), num_layers=3)
+    encoder.layers[2].attention.wv.weight.data.zero_()
+    changed = _change_of_each_group(encoder, spec, length=9)
+    seen = [[token <= row < token + 5 for row in range(9)] for token in range(9)]
+    assert torch.equal(changed > 1e-9, torch.tensor(seen))
+    both_ways, spec = _encoder(backbone=windowed)
+    plain, _ = _encoder()
+    batch = pack([sample(-9)], spec)
+    assert torch.equal(both_ways(batch), plain(batch))
 
 
 def test_ends_of_groups_count_from_the_start_of_their_context() -> None:
@@ -100,7 +121,15 @@ def test_truncated_layers_norm_and_head_are_not_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"strategy": "similarity"}, {"where": "between"}, {"memory_tokens": 2, "rules": ()}]
+    "changes",
+    [
+        {},
+        {"strategy": "similarity"},
+        {"where": "between"},
+        {"memory_tokens": 2, "rules": ()},
+        {"backbone": OUTPUT_NORMS, "where": "between"},
+        {"backbone": ALL_PARTS, "causal": True},
+    ],
 )
 def test_activation_checkpointing_changes_no_gradient(changes: dict[str, Any]) -> None:
     plain, spec = _encoder(**changes)

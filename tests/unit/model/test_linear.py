@@ -78,6 +78,26 @@ def test_joint_linears_of_which_one_is_frozen_or_unused() -> None:
     assert torch.equal(x.grad, torch.ones(5, 3, dtype=torch.float64) @ first.weight)
 
 
+def test_biases_have_the_output_and_the_gradients_of_torchs_linear() -> None:
+    """Also jointly with a linear without bias, and without a trained weight, which needs no input."""
+    x, plain = _inputs()
+    biased = Linear(4, 3, bias=True).double()
+    biased.weight.data = plain.weight.detach() * 2.0 + 1.0
+    biased.bias.data = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    towards = torch.randn(5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    inputs = (x, biased.weight, biased.bias)
+    ours = torch.autograd.grad((biased(x) * towards).sum(), inputs)
+    torchs = torch.autograd.grad((F.linear(x, biased.weight, biased.bias) * towards).sum(), inputs)
+    for got, wanted in zip(ours, torchs, strict=True):
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-14)
+    joint = joint_linear(x, (plain, biased))
+    assert torch.equal(joint[0], plain(x)) and torch.equal(joint[1], biased(x))
+    biased.weight.requires_grad_(False)
+    (of_bias,) = torch.autograd.grad((biased(x.detach()) * towards).sum(), biased.bias)
+    assert torch.equal(of_bias, ours[2])
+
+
 def _inputs() -> tuple[Tensor, Linear]:
     generator = torch.Generator().manual_seed(0)
     linear = Linear(4, 3).double()

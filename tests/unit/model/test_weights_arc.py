@@ -22,6 +22,7 @@ from arc_ds.model.weights import load_backbone, read_arc_checkpoint, write_arc_c
 from arc_ds.model.weights.arc_spec import compress_rate, group_rule, params_of_spec, spec_of_params
 from arc_ds.model.weights.fields import Fields
 from tests.helpers.tiny_export import ENCODER, tiny_spec, tiny_trained
+from tests.helpers.tiny_models import interleaved
 
 EMBEDDER = "embedder/consolidated.safetensors"
 FILES = ("params.json", EMBEDDER, "bridge_module/consolidated.safetensors")
@@ -47,6 +48,28 @@ def test_golden_checkpoint_fills_a_compressor_and_is_written_back_byte_for_byte(
     for file in FILES:
         assert filecmp.cmp(tmp_path / file, folder / file, shallow=False), file
     assert read_arc_checkpoint(tmp_path, golden / "models" / "decM").backbone == checkpoint.backbone  # its own sizes
+
+
+@pytest.mark.parametrize("qk_norm", ["head", "row"])
+def test_biases_and_norms_of_queries_and_keys_are_paired_like_their_weights(tmp_path: Path, qk_norm: Any):
+    """A file pairs (2i, 2i + 1), so the rows of the bias and of the norm move with those of the weight."""
+    backbone = dataclasses.replace(ENCODER, qkv_bias=True, output_bias=True, ffn_bias=True, qk_norm=qk_norm)
+    trained = tiny_trained(tmp_path / "run", backbone=backbone)
+    write_arc_checkpoint(tmp_path, params_of_spec(trained.spec, "float32"), trained.tensors, backbone)
+    checkpoint = read_arc_checkpoint(tmp_path)
+    assert checkpoint.backbone == backbone and checkpoint.shapes.keys() == trained.tensors.keys()
+    for name, tensor in trained.tensors.items():
+        assert torch.equal(checkpoint.tensor(name), tensor), name
+    stored, root = load_file(tmp_path / EMBEDDER), "layers.0.attention"
+    for linear, norm, heads in (("wq", "q_norm", 4), ("wk", "k_norm", 2)):
+        for name, num_heads in (
+            (f"{root}.{linear}.weight", heads),
+            (f"{root}.{linear}.bias", heads),
+            (f"{root}.{norm}.weight", 1 if qk_norm == "head" else heads),
+        ):
+            assert torch.equal(stored[name], interleaved(trained.tensors[f"encoder.{name}"], num_heads)), name
+    for name in ("wv.bias", "wo.bias"):
+        assert torch.equal(stored[f"{root}.{name}"], trained.tensors[f"encoder.{root}.{name}"])
 
 
 def test_checkpoint_of_another_backbone_is_refused(golden: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,9 @@ class CountingSource:
     def __init__(self, source) -> None:
         self.source, self.path, self.shapes, self.read = source, source.path, source.shapes, []
 
-    def tensor(self, name):
+    def tensor(self, name, rows=slice(None)):
         self.read.append(name)
-        return self.source.tensor(name)
+        return self.source.tensor(name, rows)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -47,6 +48,15 @@ def test_decoder_gets_every_tensor_once(opened, device: str, dtype):
     for name, parameter in decoder.named_parameters():
         assert parameter.dtype == (dtype or torch.float32) and not parameter.requires_grad
         assert torch.equal(parameter, tensors[name].to(parameter.dtype)), name
+
+
+def test_the_log_gives_size_time_and_memory(opened, caplog):
+    source, tensors = opened
+    with caplog.at_level("INFO"):
+        load_backbone(Decoder(source.config), source, name="decoder")
+    gigabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
+    expected = rf"loaded decoder from {source.path}: each rank read {gigabytes:.2f} GB in \d+\.\d s, \d+ MB/s, peak"
+    assert re.search(expected + r" memory [1-9]\d+ MiB", caplog.text)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import RopeScaling
 from arc_ds.model.rope import rope_frequencies
 from arc_ds.model.weights import beyond_layers, open_backbone, permute_rotary, read_backbone_config
+from arc_ds.model.weights.names import spread_rotary
 from arc_ds.tokenizers import find_tokenizer
 from tests.helpers import tiny_models as tiny
 
@@ -42,6 +44,91 @@ def test_rotary_permutation_is_undone_by_its_inverse(num_heads, pairs, width, se
 def test_rotary_permutation_refuses_heads_of_odd_size():
     with pytest.raises(ValueError, match="even head_dim"):
         permute_rotary(torch.zeros(6, 2), 2, to="half")
+
+
+def test_a_partly_rotated_head_has_its_turning_rows_first_in_both_halves():
+    head = torch.arange(10.0)  # pairs (0, 2) and (1, 3) turn, 4 to 9 do not
+    expected = [0, 1, 4, 5, 6, 2, 3, 7, 8, 9]
+    two_heads = torch.cat([head, 100 + head])
+    assert spread_rotary(two_heads, 2, 4).tolist() == [*expected, *(100 + n for n in expected)]
+    assert torch.equal(spread_rotary(two_heads[:, None].expand(20, 3), 2, 4)[:, 1], spread_rotary(two_heads, 2, 4))
+
+
+LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+# Keys that transformers 4 writes -> keys that transformers 5 writes.
+OLD_AND_NEW = [
+    ("llama", {"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_theta": 5e5}}),
+    (
+        "qwen2",
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}, "max_position_embeddings": 64},
+    ),
+    (
+        "phi3",
+        {
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {**LONGROPE, "rope_type": None, "type": "su", "factor": None},
+            "max_position_embeddings": 64,
+            "original_max_position_embeddings": 16,
+        },
+        {
+            "rope_parameters": {**LONGROPE, "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    (
+        "olmo3",
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            }
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "old", "new"), OLD_AND_NEW, ids=[family for family, *_ in OLD_AND_NEW])
+def test_both_generations_of_configs_mean_the_same(tmp_path: Path, family: str, old: dict, new: dict):
+    configs = []
+    for changes in (old, new):
+        plain = {**tiny.hf_config(tiny.tiny_config(family=family)), **changes}
+        if changes is new:
+            plain.pop("rope_theta")
+        (tmp_path / "config.json").write_text(json.dumps(plain))
+        configs.append(read_backbone_config(tmp_path))
+    assert configs[0] == configs[1]
+    assert configs[0] != read_backbone_config(tmp_path, "none") or family == "llama"
+    assert configs[0].rope_theta == old["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "window", "layers"),
+    [
+        ("mistral", {}, 4096, (0, 1)),  # a missing key has the default of the family's class
+        ("mistral", {"sliding_window": None}, None, ()),
+        ("mistral", {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, 8, (1,)),
+        ("qwen2", {"sliding_window": 8}, None, ()),  # use_sliding_window is false
+        ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, 8, (1,)),
+        ("olmo3", {"num_hidden_layers": 4, "sliding_window": 8}, 8, (0, 1, 2)),
+        ("smollm3", {"sliding_window": 8, "use_sliding_window": True, "no_rope_layers": [1, 0]}, 8, (1,)),
+        ("llama", {"sliding_window": 8}, None, ()),  # transformers ignores the key, too
+    ],
+)
+def test_windows_are_those_of_transformers(tmp_path: Path, family: str, changes: dict, window, layers):
+    (tmp_path / "config.json").write_text(json.dumps({**tiny.hf_config(tiny.tiny_config(family=family)), **changes}))
+    config = read_backbone_config(tmp_path)
+    assert (config.window, config.windowed_layers) == (window, layers)
+
+
+def test_rules_of_layers_that_cannot_be_computed_are_refused(tmp_path: Path):
+    rules = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    plain = tiny.hf_config(tiny.tiny_config(family="olmo3"))
+    (tmp_path / "config.json").write_text(json.dumps({**plain, "rope_parameters": rules}))
+    with pytest.raises(WeightsError, match="`rope_parameters` to be one rule, or no scaling in layers with a window"):
+        read_backbone_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -156,11 +243,12 @@ def test_meta_scaled_rope_takes_the_factor_of_its_width(tmp_path: Path):
     [({}, 10000.0), ({"rope_theta": None}, 1e6), ({"rope_theta": None, "sliding_window": 64}, 1e4)],
 )
 def test_mistral_folder_reads_exactly_with_its_default_base(tmp_path: Path, changes: dict, theta: float):
-    config = tiny.tiny_config(family="mistral", rope_theta=theta)
+    window = changes.get("sliding_window")
+    windowed_layers = () if window is None else (0, 1)
+    config = tiny.tiny_config(family="mistral", rope_theta=theta, window=window, windowed_layers=windowed_layers)
     tensors = tiny.random_tensors(config)
     source = open_backbone(tiny.write_mistral(tmp_path, config, tensors, **changes))
     assert source.config == config
-    assert source.sliding_window == changes.get("sliding_window")
     assert_same(source, tensors)
 
 

@@ -169,3 +169,24 @@ def test_masked_pairs_are_not_counted() -> None:
     assert flops.decoder_backward.attention == sum(row in suffix for row, _ in pairs) * a_pair * 5 // 2
     causal = count_flops(batch, replace(SPEC, causal=True), tiny_decoder().config)
     assert causal.encoder_forward.attention < flops.encoder_forward.attention
+
+
+def test_pairs_outside_the_window_of_a_layer_are_not_counted() -> None:
+    batch = _batch(SPEC.packing)
+    sizes = replace(tiny_decoder().config, window=3, windowed_layers=(0, 2))
+    bounds = batch.decoder_cu_seqlens.tolist()
+    seen = [row - start + 1 for start, end in itertools.pairwise(bounds) for row in range(start, end)]
+    a_pair = 4 * TINY.num_heads * TINY.head_dim
+    flops, whole = count_flops(batch, SPEC, sizes), count_flops(batch, SPEC, tiny_decoder().config)
+    assert flops.decoder_forward.attention == a_pair * sum(n + 2 * min(n, 3) for n in seen)
+    suffix = batch.prefix.suffix_rows.tolist()
+    assert flops.decoder_backward.attention == a_pair * sum(seen[n] + 2 * min(seen[n], 3) for n in suffix) * 5 // 2
+    assert flops.decoder_forward.linear == whole.decoder_forward.linear
+    # The encoder's windows count only if it is causal. The pooled layer has the window, too.
+    windowed = replace(SPEC, backbone=replace(TINY, window=3, windowed_layers=(1, 2)))
+    assert count_flops(batch, windowed, sizes).encoder_forward == whole.encoder_forward
+    contexts = [9, 7, 4, 5]
+    ends = [3, 6, 9, 4, 7, 4, 3, 5]
+    of_tokens = [n + min(n, 3) for length in contexts for n in range(1, length + 1)]
+    causal = count_flops(batch, replace(windowed, causal=True), sizes).encoder_forward
+    assert causal.attention == a_pair * (sum(of_tokens) + sum(min(end, 3) for end in ends))

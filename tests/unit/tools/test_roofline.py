@@ -192,6 +192,13 @@ def test_segments_of_different_lengths_are_refused(roofline: ModuleType) -> None
         ak.attention_varlen(q, k, k, **sizes)
 
 
+def test_a_window_lowers_the_count_of_visible_pairs(launches: ModuleType) -> None:
+    cu, q, k = torch.empty(3), torch.empty(6, 2, 8), torch.empty(10, 2, 8)
+    call = {"cu_seqlens_q": cu, "max_seqlen_q": 3, "max_seqlen_k": 5, "q": q, "k": k, "k_limits": None, "causal": True}
+    pairs = [launches.visible_pairs(call | {"window": window}) for window in (None, 5, 4, 1)]
+    assert pairs == [2 * (3 + 4 + 5), 2 * (3 + 4 + 5), 2 * (3 + 4 + 4), 2 * 3]
+
+
 def test_a_meta_tensor_takes_the_kernels_only_when_told_to() -> None:
     x = torch.empty(4, 8, device=META)
     assert not use_triton(x)

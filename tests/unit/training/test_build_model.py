@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.export.formats import write_export
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
-from arc_ds.planning.sizes import longest_sequence
 from arc_ds.tokenizers import ids_digest, load_tokenizer
 from arc_ds.training.build_model import (
     DecoderFiles,
@@ -172,27 +170,13 @@ def test_a_sentence_encoder_without_a_head_is_a_start(config_file: Path, tmp_pat
     _open(config)
 
 
-def test_a_chat_template_counts_towards_a_decoder_s_attention_window(config_file: Path, tmp_path: Path) -> None:
-    shape = tiny_config(family="mistral", vocab_size=352)
-    folder = write_hf(tmp_path / "windowed", shape, random_tensors(shape), sliding_window=65)
-    write_json_tokenizer(folder)
-
-    def open_with(template: str) -> None:
-        named = f"decoders=[{{name: windowed, backbone: {folder}, chat_template: {template}}}]"
-        _open(load_config(config_file, [named]))
-
-    open_with("none")
-    with pytest.raises(WeightsError, match="looks back 65 tokens, but the run has sequences of 141"):
-        open_with("llama2")
-
-
 def _start(config: RunConfig) -> Compressor:
     spec = compressor_spec(config)
     return starting_compressor(config, spec, open_starting_weights(config, spec))
 
 
 def _open(config: RunConfig) -> tuple[DecoderFiles, ...]:
-    return open_decoders(config.decoders, partial(longest_sequence, config), bos=config.data.decoder_bos)
+    return open_decoders(config.decoders, bos=config.data.decoder_bos)
 
 
 def _from_export(config_file: Path, *overrides: str) -> RunConfig:

@@ -18,9 +18,11 @@ from arc_ds.config.schema import EncoderConfig
 from arc_ds.data.loading.micro_batches import MicroBatchLimits
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
 from arc_ds.data.tasks import TaskCounts
+from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import count_flops
 from arc_ds.training import hooks, meters
+from arc_ds.training.engine import PlacedDecoder
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, MetricsHook, ValidationHook
 from arc_ds.training.run import DataClock, Run
 from arc_ds.training.step import AllNotices, StepResult
@@ -31,6 +33,8 @@ STEPS = 10
 NOTICES = AllNotices(stop=False, failed=False, splits=(0,))
 
 
+with torch.device("meta"):
+    DECODER = Decoder(TINY)
 SPEC = CompressorSpec(backbone=TINY, num_layers=3, decoder_sizes=(TINY.hidden_size,))
 
 
@@ -178,7 +182,7 @@ def _two_steps(
     monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=iter([0.0, 4.0, 4.0, 4.0]).__next__))
     data = SimpleNamespace(limits=MicroBatchLimits(max_encoder_tokens=36), tasks=("continuation",))
     run = _run(
-        0, data=data, decoders=(SimpleNamespace(module=SimpleNamespace(config=TINY)),), decoder_names=("a",),
+        0, data=data, decoders=(PlacedDecoder(module=DECODER),), decoder_names=("a",),
         data_counts=Counter(cut_answers=5), clock=DataClock(waited_s=1.0, remade=1),
     )  # fmt: skip
     logged: dict[int, dict[str, float]] = {}

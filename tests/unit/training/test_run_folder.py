@@ -41,10 +41,12 @@ def test_a_checkpoint_records_what_an_export_needs_even_if_the_files_are_gone(mo
     inputs = InputDigests(data="d", tokenizers={"encoder": "e"}, backbones={})
     counts = {"step": 3, "skipped_steps": 0, "skipped_in_row": 0, "data_counts": {}}
     spec = SimpleNamespace(to_json=dict)
-    run = SimpleNamespace(inputs=inputs, decoder_ids=("i",), spec=spec, **counts)
+    placed = SimpleNamespace(module=SimpleNamespace(implementation="transformers"))
+    run = SimpleNamespace(inputs=inputs, decoder_ids=("i",), spec=spec, decoders=(placed,), **counts)
     for length in (33, 66):
         config = load_config(DEMO, [f"data.max_context_tokens={length}"])
         extra = _trainer_state(config, run, None).extra  # type: ignore[arg-type]
         assert extra["max_context_tokens"] == length
     assert (extra["tokenizers"]["encoder"], extra["decoder_ids"]) == ("e", ["i"])
     assert extra["encoder_tokenizer"].startswith("/gone")
+    assert [decoder["implementation"] for decoder in extra["decoders"]] == ["transformers"]

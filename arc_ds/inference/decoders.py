@@ -1,0 +1,167 @@
+"""Open a decoder with the implementation that computes it: our packed transformer, or `transformers`."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from arc_ds.errors import WeightsError
+from arc_ds.model.decoder import Decoder
+from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder
+from arc_ds.model.transformers_files import TransformersFiles, open_with_transformers
+from arc_ds.model.weights import BackboneSource, check_fit, load_backbone, open_backbone, read_backbone_config
+from arc_ds.model.weights.hf_config import RopeScalingChoice
+from arc_ds.model.weights.locate import locate
+
+logger = logging.getLogger(__name__)
+
+_EMBEDDING = "tok_embeddings.weight"
+
+Implementation = Literal["auto", "native", "transformers"]
+
+
+class OpenedDecoder(Protocol):
+    """The opened and checked files of a decoder."""
+
+    @property
+    def sizes(self) -> DecoderSizes:
+        """Its sizes."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Its files with tensors."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of its parameters; a tied head counts once."""
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype, within: AbstractContextManager[Any] | None = None
+    ) -> FrozenDecoder:
+        """Load the decoder, frozen.
+
+        within: `engine.partitioned`, which makes this a collective. By default the decoder is whole on the device.
+        """
+
+    def load_embedding(self, device: torch.device, dtype: torch.dtype) -> FrozenDecoder:
+        """Load what `FrozenDecoder.embed` needs. The other parameters may stay on "meta"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeFiles:
+    """The opened files of a decoder that our packed transformer computes.
+
+    shape: the decoder on the "meta" device.
+    tensors: source of its weights.
+    """
+
+    shape: Decoder
+    tensors: BackboneSource
+
+    @property
+    def sizes(self) -> DecoderSizes:
+        return self.shape.config
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return locate(self.tensors.path).files
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.shape.parameters())
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype, within: AbstractContextManager[Any] | None = None
+    ) -> FrozenDecoder:
+        decoder = self.shape
+        if within is not None:
+            with within:
+                decoder = Decoder(decoder.config, activation_checkpointing=decoder.activation_checkpointing)
+        load_backbone(decoder, self.tensors, dtype=dtype, device=device, name="decoder")
+        return decoder.eval()
+
+    def load_embedding(self, device: torch.device, dtype: torch.dtype) -> FrozenDecoder:
+        is_other = _EMBEDDING.__ne__
+        load_backbone(self.shape, self.tensors, dtype=dtype, device=device, skip=is_other, allow_unused=is_other)
+        return self.shape.eval()
+
+
+def open_decoder(
+    path: Path,
+    rope_scaling: RopeScalingChoice,
+    *,
+    implementation: Implementation = "auto",
+    trust_remote_code: bool = False,
+    activation_checkpointing: bool = False,
+) -> OpenedDecoder:
+    """Open a decoder in a weights folder or a .gguf file. Reads sizes only.
+
+    implementation: "native" for our packed transformer, "transformers" for the model's own code, or "auto": native if
+        our readers know the model that the sizes describe, else transformers.
+    trust_remote_code: whether transformers may run Python files of the folder.
+    activation_checkpointing: whether backward recomputes the layers.
+
+    Raises WeightsError if the implementation does not take the decoder. With "auto" the error gives the reasons of
+    both.
+    """
+    if _is_native(path, rope_scaling, implementation, trust_remote_code):
+        tensors = open_backbone(path, rope_scaling)
+        with torch.device("meta"):
+            shape = Decoder(tensors.config, activation_checkpointing=activation_checkpointing)
+        check_fit(shape, tensors)
+        return NativeFiles(shape=shape, tensors=tensors)
+    return _with_transformers(
+        path, rope_scaling, trust_remote_code=trust_remote_code, activation_checkpointing=activation_checkpointing
+    )
+
+
+def read_decoder_sizes(
+    path: Path,
+    rope_scaling: RopeScalingChoice,
+    *,
+    implementation: Implementation = "auto",
+    trust_remote_code: bool = False,
+) -> DecoderSizes:
+    """The sizes of a decoder. Raises WeightsError like `open_decoder`, but does not check tensors."""
+    if _is_native(path, rope_scaling, implementation, trust_remote_code):
+        return read_backbone_config(path, rope_scaling)
+    return _with_transformers(path, rope_scaling, trust_remote_code=trust_remote_code).sizes
+
+
+def _is_native(
+    path: Path, rope_scaling: RopeScalingChoice, implementation: Implementation, trust_remote_code: bool
+) -> bool:
+    """Resolve "auto". The sizes decide: a file that is damaged or missing is an error of the native reader."""
+    if implementation != "auto":
+        return implementation == "native"
+    try:
+        read_backbone_config(path, rope_scaling)
+    except WeightsError as refused:
+        if not (path / "config.json").is_file():
+            raise
+        try:
+            _with_transformers(path, rope_scaling, trust_remote_code=trust_remote_code)
+        except WeightsError as error:
+            if str(error) == str(refused):
+                raise
+            raise WeightsError(
+                f"{path} is no decoder that ARC-DS can run. implementation: native says: {refused} implementation: "
+                f"transformers says: {error}"
+            ) from error
+        logger.info(f"decoder {path} runs through transformers, because our own transformer cannot run it: {refused}")
+        return False
+    return True
+
+
+def _with_transformers(path: Path, rope_scaling: RopeScalingChoice, **options: Any) -> TransformersFiles:
+    if rope_scaling != "checkpoint":
+        raise WeightsError(
+            f"decoder {path} has rope_scaling: {rope_scaling}, but transformers always applies the scaling of the "
+            "files. Set rope_scaling: checkpoint, or implementation: native."
+        )
+    return open_with_transformers(path, **options)

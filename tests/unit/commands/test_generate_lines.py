@@ -1,0 +1,175 @@
+"""`arc-ds generate --input --output`: prompts and questions of a JSONL file."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arc_ds import ArcModel, Context
+from arc_ds.cli import main
+from arc_ds.data.order.randomness import random_words
+from arc_ds.data.tasks.chat import PLAIN, read_layout
+from arc_ds.data.tasks.example import ExampleSpec
+from arc_ds.data.tasks.kinds.few_shot import few_shot_example
+from arc_ds.data.tasks.limits import TaskLimits
+from arc_ds.export.formats import write_export
+from arc_ds.launch.exit_codes import EXIT_USER_ERROR
+from tests.helpers.tiny_export import tiny_trained, write_decoder
+
+SEA, LAMP = "The wind came from the sea.", "A lamp."
+PROMPT = {"prompt": f"Document: <context>{SEA}</context>\nSummary:"}
+QUESTION = {"id": "q", "question": "Where did the wind come from?", "documents": [SEA, LAMP]}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lines")
+    write_export(tiny_trained(folder / "run"), folder / "export")
+    write_decoder(folder / "decoder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folders: Path) -> ArcModel:
+    return ArcModel.from_checkpoint(folders / "export", decoders=[folders / "decoder"])
+
+
+def write_lines(path: Path, records: list[Any]) -> Path:
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def generate(folders: Path, given: Path, out: Path, *options: str) -> int:
+    files = ["--model", str(folders / "export"), "--decoder", str(folders / "decoder")]
+    lines = ["--input", str(given), "--output", str(out), "--max-new-tokens", "6"]
+    return main(["generate", *files, *lines, *options])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_prompts_and_questions_give_what_generate_gives(folders: Path, model: ArcModel, tmp_path: Path, capsys) -> None:
+    given = write_lines(tmp_path / "in.jsonl", [PROMPT, "", QUESTION, {"id": 9, "prompt": "The keeper"}])
+    assert generate(folders, given, tmp_path / "out.jsonl", "--batch-size", "2") == 0
+    prompts = [
+        ["Document: ", Context(SEA), "\nSummary:"],
+        ["Document: ", Context(f"{SEA}\n{LAMP}"), "\nQuestion: Where did the wind come from?\nAnswer:"],
+        ["The keeper"],
+    ]
+    texts = [model.generate([prompt], max_new_tokens=6)[0] for prompt in prompts]
+    texts[1] = texts[1].partition("\n\n")[0]
+    expected = [{"id": key, "text": text} for key, text in zip((1, "q", 9), texts, strict=True)]
+    assert read(tmp_path / "out.jsonl") == expected
+    assert len(set(texts)) == 3 and all(texts)
+    assert capsys.readouterr().out.endswith("out.jsonl: 3 texts; 0 were there already; 0 left out\n")
+
+
+@pytest.mark.parametrize("template", ["none", "llama2"])
+@pytest.mark.parametrize("instruction", [None, "Answer in French: {question}"])
+def test_a_question_is_written_as_in_training(
+    folders: Path, model: ArcModel, tmp_path: Path, monkeypatch, template, instruction
+) -> None:
+    encoder, decoder = model.encoder_tokenizer, model.decoder_tokenizers[0]
+    assert encoder is not None and decoder is not None
+    layout = PLAIN if template == "none" else read_layout(template, decoder, folders / "decoder")
+    seed = next(seed for seed in range(99) if int(random_words(2, seed, "few-shot")[0]) % 2)  # takes both passages
+    spec = ExampleSpec("few_shot", seed, encoder, decoder, TaskLimits(max_passages=2), layout)
+    record = {"question": QUESTION["question"], "passages": [SEA, LAMP], "answer": "the sea"}
+    record |= {} if instruction is None else {"instruction": instruction}
+    segments = few_shot_example([record], spec).sample.segments
+    first_target = next(place for place, segment in enumerate(segments) if segment.in_loss)
+    seen: list[Any] = []
+    monkeypatch.setattr(ArcModel, "generate", lambda self, prompts, **_: seen.extend(prompts) or ["x"] * len(prompts))
+    given = write_lines(tmp_path / "in.jsonl", [{**record, "id": "q"}])
+    assert generate(folders, given, tmp_path / "out.jsonl", "--chat-template", template) == 0
+    assert [tuple(prompt) for prompt in seen] == [segments[:first_target]]
+
+
+def test_a_killed_run_continues_in_order(folders: Path, tmp_path: Path, capsys) -> None:
+    given = write_lines(tmp_path / "in.jsonl", [{"prompt": f"{word} of the sea"} for word in ("a", "b", "c", "d", "e")])
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert generate(folders, given, whole) == 0
+    lines = whole.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:2]) + lines[2][:-3])
+    assert generate(folders, given, out) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert generate(folders, given, out) == 0 and out.read_bytes() == whole.read_bytes()
+    assert capsys.readouterr().out.count("out.jsonl: 3 texts; 2 were there already") == 1
+
+
+BAD = [
+    ("{", "JSON"),
+    ({"id": 1, "text": "x"}, "expected `prompt`, or `question` and `documents`"),
+    ({"id": 2, "question": "Why?", "documents": []}, "in the field 'documents'"),
+    ({"id": 3, "question": "Why?", "documents": ["a"], "passage": "b"}, "expected `prompt`, or"),
+    ({"id": 4, "prompt": "a <context>b"}, "unmatched <context>"),
+    ({"id": [], "prompt": "a"}, "in the field 'id', got list"),
+    ({"id": "ok", "prompt": "again"}, "an earlier record has the id 'ok' too"),
+]
+
+
+def test_lines_that_cannot_be_used_are_counted_with_their_numbers(
+    folders: Path, tmp_path: Path, caplog, capsys
+) -> None:
+    good = {"id": "ok", "prompt": "The sea"}
+    given = write_lines(tmp_path / "in.jsonl", [good, *(record for record, _ in BAD), {"id": "last", **PROMPT}])
+    assert generate(folders, given, tmp_path / "out.jsonl", "--on-error", "skip") == 0
+    assert [record["id"] for record in read(tmp_path / "out.jsonl")] == ["ok", "last"]
+    for number, (_, message) in enumerate(BAD, 2):
+        assert any(f"in.jsonl, line {number}: left out" in line and message in line for line in caplog.messages)
+    assert f"{len(BAD)} left out" in capsys.readouterr().out
+
+
+def test_a_record_that_the_model_refuses_leaves_its_batch_whole(
+    folders: Path, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    refused = "prompt holds this"
+    generate_of_model = ArcModel.generate
+
+    def generate_or_refuse(self, prompts, **options):
+        from arc_ds.errors import DataError
+
+        if any(refused in str(prompt) for prompt in prompts):
+            raise DataError("it cannot be read.")
+        return generate_of_model(self, prompts, **options)
+
+    monkeypatch.setattr(ArcModel, "generate", generate_or_refuse)
+    given = write_lines(tmp_path / "in.jsonl", [{"prompt": "The sea"}, {"prompt": refused}, {"prompt": "A lamp"}])
+    assert generate(folders, given, tmp_path / "out.jsonl", "--on-error", "skip") == 0
+    assert [record["id"] for record in read(tmp_path / "out.jsonl")] == [1, 3]
+    assert caplog.messages == [f"{given}, line 2: left out: it cannot be read."]
+
+
+def test_mistakes_name_their_remedy(folders: Path, tmp_path: Path, capsys) -> None:
+    given, other = write_lines(tmp_path / "in.jsonl", [PROMPT, {}]), write_lines(tmp_path / "mine.jsonl", [{"a": 1}])
+    out = tmp_path / "out.jsonl"
+    mistakes = [
+        ((given, out), "in.jsonl, line 2: expected `prompt`"),
+        ((given, other), "mine.jsonl, line 1 is no output of `arc-ds generate`. Give another file"),
+        ((given, given), "--output is the input file"),
+        ((tmp_path / "gone.jsonl", out), "gone.jsonl does not exist"),
+        ((given, out, "a prompt"), "give either a prompt, or --input and --output"),
+        ((given, out, "--batch-size", "0"), "--batch-size is 0"),
+        ((given, out, "--decoder-idx", "2"), "decoder 2 was requested"),
+        ((given, out, "--chat-template", "chatml"), "this tokenizer lacks"),
+    ]
+    for arguments, message in mistakes:
+        out.unlink(missing_ok=True)
+        assert generate(folders, *arguments) == EXIT_USER_ERROR
+        assert message in capsys.readouterr().err
+        assert not out.exists() or len(read(out)) == 1  # what was generated before a bad line is kept
+    assert read(other) == [{"a": 1}] and len(read(given)) == 2
+
+
+def test_two_runs_do_not_write_one_file(folders: Path, tmp_path: Path, capsys) -> None:
+    given, out = write_lines(tmp_path / "in.jsonl", [PROMPT]), tmp_path / "out.jsonl"
+    with out.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert generate(folders, given, out) == EXIT_USER_ERROR
+    assert "another generation is writing" in capsys.readouterr().err

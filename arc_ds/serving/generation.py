@@ -126,7 +126,9 @@ class Generation:
         self._queue: deque[_Job] = deque()
         self._changed = Condition()
         self._is_closed = False
-        self._threads = [Thread(target=self._run, name=f"generate-{n}", daemon=True) for n in range(settings.threads)]
+        # A decoder of transformers keeps the rows of its one running forward.
+        num_threads = settings.threads if model.decoders[decoder].implementation == "native" else 1
+        self._threads = [Thread(target=self._run, name=f"generate-{n}", daemon=True) for n in range(num_threads)]
         for thread in self._threads:
             thread.start()
 

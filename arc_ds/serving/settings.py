@@ -29,7 +29,7 @@ class Settings:
     compress_tokens: encoder tokens of a batch of compressions.
     batch_prompts: maximum number of prompts that are answered as one batch.
     batch_rows: maximum number of rows in the cache of such a batch, padding included.
-    threads: number of batches of answers that run at the same time.
+    threads: number of batches of answers that run at the same time; one if the decoder runs through transformers.
     cache_bytes: memory for compressed vectors.
     cache_dir: folder for compressed vectors; None for memory only.
     disk_bytes: size of that folder.

@@ -30,15 +30,21 @@ _DRAINED_BODIES = 8  # bodies beyond the limit are read up to this multiple, so 
 _BODY_S = 60.0
 
 
-class Stopping:
-    """Whether the server stops, and how many requests run. A signal sets it."""
+class ServerState:
+    """What the requests of a server share.
+
+    is_stopping: whether new requests are refused. A signal sets it.
+    running: number of requests that are being answered.
+    body_bytes: bytes of the bodies in memory.
+    """
 
     def __init__(self) -> None:
-        self.is_set = False
+        self.is_stopping = False
         self.running = 0
+        self.body_bytes = 0
 
 
-def create_app(service: Service, stopping: Stopping) -> FastAPI:
+def create_app(service: Service, state: ServerState) -> FastAPI:
     """The application. It opens and closes the service with its own life."""
 
     @asynccontextmanager
@@ -51,18 +57,19 @@ def create_app(service: Service, stopping: Stopping) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await _generate("chat", request, service)
+        return await _generate("chat", request, service, state)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _generate("completion", request, service)
+        return await _generate("completion", request, service, state)
 
     @app.post("/v1/compress")
     async def compress(request: Request) -> Response:
         async with _Patience(request, settings) as wait:
-            raw = await wait(_read_body(request, settings))
-            wait.watch()
-            contexts = await wait(asyncio.to_thread(service.read_documents, raw))
+            with _Body(request, settings, state) as body:
+                raw = await wait(body.read())
+                wait.watch()
+                contexts = await wait(asyncio.to_thread(service.read_documents, raw))
             tensors = await wait(service.compress(contexts))
         headers = {"x-arc-encoder-tokens": str(sum(len(context.ids) for context in contexts))}
         return Response(tensors, media_type="application/octet-stream", headers=headers)
@@ -104,15 +111,15 @@ def create_app(service: Service, stopping: Stopping) -> FastAPI:
         return _refusal(RequestError(500, "the server failed to answer; its log has the reason"))
 
     started = int(time.time())
-    app.add_middleware(_Gate, service=service, stopping=stopping)
+    app.add_middleware(_Gate, service=service, state=state)
     return app
 
 
 class _Gate:
     """Counts requests, and refuses those without the key and those that come while the server stops."""
 
-    def __init__(self, app: ASGIApp, service: Service, stopping: Stopping) -> None:
-        self._app, self._service, self._stopping = app, service, stopping
+    def __init__(self, app: ASGIApp, service: Service, state: ServerState) -> None:
+        self._app, self._service, self._state = app, service, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -129,7 +136,7 @@ class _Gate:
             await send(message)
 
         error = self._error(scope)
-        self._stopping.running += 1
+        self._state.running += 1
         metrics.running.inc()
         try:
             if error is not None:
@@ -137,7 +144,7 @@ class _Gate:
             else:
                 await self._app(scope, receive, count)
         finally:
-            self._stopping.running -= 1
+            self._state.running -= 1
             metrics.running.dec()
             metrics.requests.labels(label, str(status)).inc()
             metrics.seconds.labels(label).observe(time.monotonic() - started)
@@ -149,7 +156,7 @@ class _Gate:
             if not hmac.compare_digest(given, f"Bearer {key}".encode()):
                 message = "the API key is missing or wrong: send the header `Authorization: Bearer KEY`"
                 return RequestError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-        if self._stopping.is_set and path != "/metrics":
+        if self._state.is_stopping and path != "/metrics":
             headers = {"retry-after": "5"}
             return RequestError(503, "the server is stopping; ask another one", code="stopping", headers=headers)
         return None
@@ -202,42 +209,69 @@ class _Patience:
             pass
 
 
-async def _read_body(request: Request, settings: Settings) -> bytes:
-    """The body of a request. Raises RequestError if it is too large or comes too slowly."""
-    limit = settings.body_bytes
-    chunks: list[bytes] = []
-    size = 0
+class _Body:
+    """The body of a request. It counts its bytes in the state of the server while the block is open."""
 
-    async def read() -> None:
-        nonlocal size
-        async for chunk in request.stream():
+    def __init__(self, request: Request, settings: Settings, state: ServerState) -> None:
+        self._request, self._settings, self._state = request, settings, state
+        self._kept = 0
+
+    def __enter__(self) -> _Body:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._state.body_bytes -= self._kept
+
+    async def read(self) -> bytes:
+        """All of it. Raises RequestError if it is too large or comes too slowly, or if too many others are read."""
+        limit = self._settings.body_bytes
+        try:
+            size, chunks = await asyncio.wait_for(self._read(), _BODY_S)
+        except asyncio.TimeoutError as error:
+            headers = {"connection": "close"}
+            raise RequestError(408, f"the body did not arrive within {_BODY_S:g} s", headers=headers) from error
+        if size > limit:
+            message = (
+                f"the body has more than {limit} bytes, the limit of this server (--max-body-mib). Send less at once."
+            )
+            raise RequestError(413, message, code="body_too_large", headers={"connection": "close"})
+        if self._kept < size:
+            message = "the server reads too many bodies at this time; try again"
+            raise RequestError(429, message, code="queue_full", headers={"retry-after": "1"})
+        return b"".join(chunks)
+
+    async def _read(self) -> tuple[int, list[bytes]]:
+        """Size of the body, and its chunks. Those of a body that is refused are dropped."""
+        size, chunks = 0, list[bytes]()
+        settings, is_refused = self._settings, False
+        async for chunk in self._request.stream():
             size += len(chunk)
-            if size <= limit:
-                chunks.append(chunk)
-            else:
+            is_full = self._state.body_bytes + len(chunk) > settings.all_body_bytes
+            is_refused = is_refused or is_full or size > settings.body_bytes
+            if is_refused:
                 chunks.clear()
-            if size > _DRAINED_BODIES * limit:
-                return
+                self._keep(-self._kept)
+            else:
+                chunks.append(chunk)
+                self._keep(len(chunk))
+            if size > _DRAINED_BODIES * settings.body_bytes:
+                break
+        return size, chunks
 
-    try:
-        await asyncio.wait_for(read(), _BODY_S)
-    except asyncio.TimeoutError as error:
-        headers = {"connection": "close"}
-        raise RequestError(408, f"the body did not arrive within {_BODY_S:g} s", headers=headers) from error
-    if size > limit:
-        message = f"the body has more than {limit} bytes, the limit of this server (--max-body-mib). Send less at once."
-        raise RequestError(413, message, code="body_too_large", headers={"connection": "close"})
-    return b"".join(chunks)
+    def _keep(self, num_bytes: int) -> None:
+        self._kept += num_bytes
+        self._state.body_bytes += num_bytes
 
 
-async def _generate(kind: Kind, request: Request, service: Service) -> Response:
+async def _generate(kind: Kind, request: Request, service: Service, state: ServerState) -> Response:
     started = time.monotonic()
     wait = _Patience(request, service.settings)
     is_handed_over = False
     try:
-        raw = await wait(_read_body(request, service.settings))
-        wait.watch()
-        asked = await wait(asyncio.to_thread(service.read, kind, raw))
+        with _Body(request, service.settings, state) as body:
+            raw = await wait(body.read())
+            wait.watch()
+            asked = await wait(asyncio.to_thread(service.read, kind, raw))
         del raw
         reply = await wait(service.reply(asked))
         # The first piece decides about the status, so it comes before the headers.

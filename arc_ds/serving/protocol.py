@@ -111,7 +111,8 @@ class StreamOptions(_Body):
     include_usage: bool | None = False
 
 
-Documents = list[Annotated[DocumentBody, BeforeValidator(_text_as_document)]]
+_MAX_ITEMS = 10_000  # validating more takes long; the settings of a server allow fewer
+Documents = Annotated[list[Annotated[DocumentBody, BeforeValidator(_text_as_document)]], Field(max_length=_MAX_ITEMS)]
 
 
 class GenerationBody(_Body):
@@ -136,7 +137,7 @@ class GenerationBody(_Body):
 
 
 class ChatBody(GenerationBody):
-    messages: Annotated[list[MessageBody], Field(min_length=1)]
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=_MAX_ITEMS)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
 

@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 
 from arc_ds.errors import ConfigError
-from arc_ds.serving.app import Stopping, create_app
+from arc_ds.serving.app import ServerState, create_app
 from arc_ds.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, on_start: Callable[[], None] = lambda: None) -> None:
         self._on_start = on_start
-        self._stopping = Stopping()
+        self._state = ServerState()
         self._grace_s = service.settings.grace_s
         self._stop_at: float | None = None
         config = uvicorn.Config(
-            create_app(service, self._stopping),
+            create_app(service, self._state),
             log_config=None,
             access_log=False,
             lifespan="on",
@@ -65,14 +65,14 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets running requests finish, the second one does not."""
-        if self._stopping.is_set:
+        if self._state.is_stopping:
             self.should_exit = True
-        self._stopping.is_set = True
+        self._state.is_stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self._stopping.is_set and not self.should_exit:
+        if self._state.is_stopping and not self.should_exit:
             if self._stop_at is None:
                 self._stop_at = time.monotonic() + self._grace_s
-                logger.info(f"stopping: {self._stopping.running} requests are finished first")
-            self.should_exit = self._stopping.running == 0 or time.monotonic() > self._stop_at
+                logger.info(f"stopping: {self._state.running} requests are finished first")
+            self.should_exit = self._state.running == 0 or time.monotonic() > self._stop_at
         return await super().on_tick(counter)

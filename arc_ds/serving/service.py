@@ -86,10 +86,10 @@ class Service:
         self._upstream_settings = upstream
         self._has_decoder = decoder < len(model.decoders)
         self._open = AsyncExitStack()
+        self._compressions = Compressions(model, decoder, settings, self.metrics)
 
     async def __aenter__(self) -> Service:
-        compressions = Compressions(self._model, self._decoder, self.settings, self.metrics)
-        self._compressions = await self._open.enter_async_context(compressions)
+        await self._open.enter_async_context(self._compressions)
         self._generation: Generation | None = None
         self._upstream: Upstream | None = None
         if self._upstream_settings is None:
@@ -225,15 +225,16 @@ class Service:
             )
         for text in texts:
             check_encodable(text, "the prompt")
-        limits = self.settings
-        for what, sizes, max_tokens in (
-            ("a document has", [len(document.text) for document in documents], limits.document_tokens),
-            ("the prompt has", list(map(len, texts)), limits.prompt_rows),
+        limits, sizes = self.settings, [len(document.text) for document in documents]
+        for what, size, max_tokens in (
+            ("a document has", max(sizes, default=0), limits.document_tokens),
+            ("the documents have", sum(sizes), limits.request_tokens),
+            ("the prompt has", sum(map(len, texts)), limits.prompt_rows),
         ):
-            if max(sizes, default=0) > _CHARACTERS * max_tokens:
+            if size > _CHARACTERS * max_tokens:
                 raise RequestError(
                     400,
-                    f"{what} {max(sizes)} characters: more than {max_tokens} tokens, the limit of this server",
+                    f"{what} {size} characters: more than {max_tokens} tokens, the limit of this server",
                     code="too_many_tokens",
                 )
 

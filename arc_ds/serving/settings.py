@@ -15,6 +15,7 @@ class Settings:
     name: the name of the model in requests and answers.
     api_key: the key that requests must carry; None for no key.
     body_bytes: largest body of a request.
+    all_body_bytes: memory for the bodies of all requests that are being read. More get status 429.
     documents: maximum number of documents in a request.
     document_tokens: longest document, in encoder tokens.
     request_tokens: maximum number of encoder tokens of all documents of a request.
@@ -38,6 +39,7 @@ class Settings:
     name: str = "arc"
     api_key: str | None = None
     body_bytes: int = 16 * MIB
+    all_body_bytes: int = 512 * MIB
     documents: int = 64
     document_tokens: int = 8192
     request_tokens: int = 65536

@@ -248,7 +248,8 @@ class Upstream:
         status, base = response.status, self._settings.base
         self._metrics.upstream_errors.labels(str(status)).inc()
         if status == 429:
-            headers = {"retry-after": response.headers.get("retry-after", "1")}
+            after = response.headers.get("retry-after", "")
+            headers = {"retry-after": after if after.isascii() and after.isdigit() else "1"}
             return RequestError(429, f"the upstream is busy: {reason}", code="upstream_busy", headers=headers)
         if status in (400, 413, 422):
             return RequestError(400, f"the upstream refused the request: {reason}", code="upstream_refused")

@@ -29,6 +29,7 @@ MISTAKES = {
     "tokenizer": (["--decoder", "without"], "has no tokenizer: copy the model's own tokenizer into the folder"),
     "marker": (["--decoder", "decoder", "--marker", "cont"], "--marker is cont; this compressor has rec"),
     "template": (["--decoder", "decoder", "--chat-template", "chatml"], "needs the special tokens <|im_start|>"),
+    "cache": (["--decoder", "decoder", "--cache-dir", "decoder/tokenizer.json"], "cannot be written"),
     "host": (["--decoder", "decoder", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1, port 0"),
     "port": (["--decoder", "decoder", "--port", "99999"], "cannot listen on 127.0.0.1, port 99999"),
 }

@@ -206,6 +206,19 @@ def test_a_large_body_gets_an_answer_and_not_a_broken_pipe(server: Served) -> No
         assert reply.status == 413 and "more than 1048576 bytes" in reply.error["message"]
 
 
+def test_bodies_of_many_requests_do_not_exceed_the_memory_for_them(model: ArcModel) -> None:
+    with served(model, body_bytes=200_000, all_body_bytes=300_000) as found:
+        waiting = raw_request(found, {}, size=250_000)  # its last bytes do not come
+        waiting.sendall(b" " * 190_000)
+        until(lambda: found.server._state.body_bytes > 190_000)
+        reply = found.ask("/v1/chat/completions", b" " * 150_000)
+        assert reply.status == 429 and reply.error["code"] == "queue_full"
+        assert found.ask("/v1/chat/completions", CHAT).status == 200
+        waiting.close()
+        until(lambda: found.server._state.body_bytes == 0)
+        assert found.ask("/v1/chat/completions", b" " * 150_000).status == 400
+
+
 def test_models_health_and_unknown_paths(server: Served, client: openai.OpenAI) -> None:
     assert [found.id for found in client.models.list()] == ["arc"] and client.models.retrieve("arc").id == "arc"
     assert server.ask("/health").json == {"status": "ok", "model": "arc"}
@@ -273,12 +286,12 @@ def slowed(model: ArcModel, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.
     monkeypatch.setattr(type(model.decoders[0]), "advance", slow)
 
 
-def raw_request(server: Served, body: dict[str, Any]) -> socket.socket:
-    """A connection that has sent a request."""
+def raw_request(server: Served, body: dict[str, Any], size: int | None = None) -> socket.socket:
+    """A connection that has sent a request. `size`: the length that it announces, if it is not that of the body."""
     host, port = urlsplit(server.url).netloc.split(":")
     opened = socket.create_connection((host, int(port)), timeout=10)
     raw = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {size or len(raw)}\r\n\r\n"
     opened.sendall(head.encode() + raw)
     return opened
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arc_ds.commands.model_options import add_model, chosen_marker, load_model
-from arc_ds.data.tasks.chat import PLAIN, Layout, read_layout
+from arc_ds.data.tasks.chat import PLAIN, Layout, LayoutName, read_layout
 from arc_ds.errors import ConfigError, TokenizerError
 from arc_ds.inference.arc import ArcModel
 from arc_ds.system.user_paths import path_argument
+from arc_ds.tokenizers import check_fits
 
 if TYPE_CHECKING:
     from arc_ds.serving.settings import Settings
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         layout = _check(model, args)
         service = Service(model, args.decoder_idx, layout, chosen_marker(args.marker, model), settings, upstream)
         host, port = opened.getsockname()[:2]
+        logging.info(f"chats are written {'in the template of the decoder' if layout.is_chat else 'as plain text'}")
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         Server(service, lambda: print(f"serving {settings.name} at {url}", flush=True)).run(sockets=[opened])
     return 0
@@ -163,12 +165,15 @@ def _check(model: ArcModel, args: argparse.Namespace) -> Layout:
     tokenizer = model.decoder_tokenizers[args.decoder_idx]
     if tokenizer is None:
         raise TokenizerError(f"decoder {path} has no tokenizer: copy the model's own tokenizer into the folder")
-    if args.chat_template != "auto":
-        return read_layout(args.chat_template, tokenizer, path)
     try:
-        return read_layout("tokenizer", tokenizer, path)
-    except TokenizerError:  # base models have none
-        return PLAIN
+        name: LayoutName = "tokenizer" if args.chat_template == "auto" else args.chat_template
+        layout = read_layout(name, tokenizer, path)
+        check_fits(tokenizer, model.decoders[args.decoder_idx].vocab_size, f"decoder {path}", layout.special_ids)
+        return layout
+    except TokenizerError:
+        if args.chat_template != "auto":
+            raise
+        return PLAIN  # base models have no template
 
 
 def _is_loopback(host: str) -> bool:

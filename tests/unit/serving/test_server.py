@@ -313,6 +313,27 @@ def test_a_client_that_hangs_up_ends_the_work_for_it(
     assert server.metric("arc_answer_tokens_total") - before < 100
 
 
+def test_a_client_that_hangs_up_early_costs_no_compression(model: ArcModel) -> None:
+    with served(model, compress_wait_s=0.3) as found:
+        raw_request(found, CHAT).close()
+        until(lambda: found.metric("arc_requests_total", path="/v1/chat/completions", status="408") == 1)
+        assert found.ask("/v1/compress", {"documents": [OTHER]}).status == 200
+        assert found.metric("arc_encoder_tokens_total") == len(model.encoder_tokenizer.encode(OTHER))
+
+
+def test_answers_that_wait_are_generated_as_one_batch(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(model, monkeypatch, 0.01)
+    bodies = [{"prompt": f"<context>{DOCUMENT}</context> {n}", "max_tokens": 4 + n} for n in range(12)]
+    with served(model, threads=1, batch_prompts=8, compress_wait_s=0.05) as found, ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(lambda body: found.ask("/v1/completions", body), bodies))
+        assert found.metric("arc_batch_size_count", work="generate") < 8
+        assert found.metric("arc_batch_size_sum", work="generate") == 12
+    monkeypatch.undo()
+    for n, reply in enumerate(replies):
+        (text,) = model.generate([[Context(DOCUMENT), f" {n}"]], max_new_tokens=4 + n)
+        assert reply.text == text and reply.json["usage"]["completion_tokens"] == 4 + n
+
+
 def test_a_request_that_takes_too_long_gets_504(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> None:
     slowed(model, monkeypatch)
     with served(model, timeout_s=0.6) as found:

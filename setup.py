@@ -45,7 +45,7 @@ EXTRAS = {
         "pytest>=8.2",
         "pytest-xdist>=3.6",
         "ruff>=0.8",
-        "transformers>=4.57",
+        "transformers>=5.0",
     ],
     # Shards behind s3://, gs://, abfs://, hf:// and sftp://, one package each. http(s) and `pipe:` need none of them.
     "remote": ["s3fs>=2024.6", "gcsfs>=2024.6", "adlfs>=2024.4", "huggingface_hub>=0.23", "paramiko>=3.4"],
@@ -53,6 +53,8 @@ EXTRAS = {
     "serve": ["aiohttp>=3.9", "fastapi>=0.115", "prometheus_client>=0.20", "uvicorn>=0.30"],
     # Inputs of `arc-ds shards build` that are Parquet or .zst.
     "shards": ["pyarrow>=16.0", "zstandard>=0.22"],
+    # Decoders of families that our own transformer does not compute (`decoders[].implementation`).
+    "transformers": ["transformers>=5.0"],
     # Both need no more than the core so far; the names are fixed.
     "eval": [],
     "store": [],

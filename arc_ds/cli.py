@@ -27,6 +27,7 @@ COMMANDS = {
     "train": Command("arc_ds.launch.wrapper", "train a config on all local devices, or as one rank of a launcher"),
     "shards": Command("arc_ds.commands.shards", "build, check, show and measure webdataset shards"),
     "export": Command("arc_ds.commands.export", "convert a run's checkpoint to weights that other programs can load"),
+    "inspect": Command("arc_ds.commands.inspect", "say what weights are, and whether they serve as encoder or decoder"),
     "compress": Command("arc_ds.commands.compress", "compress texts into vectors"),
     "generate": Command("arc_ds.commands.generate", "let a decoder continue prompts with compressed contexts"),
     "serve": Command("arc_ds.commands.serve", "serve OpenAI's API; documents are read in compressed form"),

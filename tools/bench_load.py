@@ -8,6 +8,8 @@ The benchmark writes a random checkpoint in bfloat16 with Llama's names to SCRAT
 - "broadcast": rank 0 reads each tensor and sends it to all ranks, which keep their partitions. DeepSpeed's
   `zero.Init` also sends the parameters' initial values.
 
+`bench_load.csv` holds rows of this program.
+
 Each repeat has new processes. Times are those of the slowest rank, and of the fastest repeat. Memory is the highest
 resident set size of a rank above that before loading. It includes pages of memory-mapped files. Linux only.
 """

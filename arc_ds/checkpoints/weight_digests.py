@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from arc_ds.config.schema import EncoderConfig
 from arc_ds.errors import WeightsError
-from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.backbone_config import FIRST_FIELDS, FIRST_SCALING_FIELDS, BackboneConfig, RopeScaling
 from arc_ds.model.frozen_decoder import DecoderSizes
 from arc_ds.model.weights.locate import locate
 
@@ -65,7 +66,22 @@ def files_digest(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def _plain(sizes: DecoderSizes) -> dict[str, Any]:
+    """The fields of sizes, without newer ones that have their defaults, so digests of earlier versions stay valid."""
+    if not isinstance(sizes, BackboneConfig):
+        return asdict(sizes)
+    plain = _without_defaults(sizes, FIRST_FIELDS)
+    if sizes.rope_scaling is not None:
+        plain["rope_scaling"] = _without_defaults(sizes.rope_scaling, FIRST_SCALING_FIELDS)
+    return plain
+
+
+def _without_defaults(values: BackboneConfig | RopeScaling, kept: Sequence[str]) -> dict[str, Any]:
+    defaults = {field.name: field.default for field in fields(values)}
+    return {name: value for name, value in asdict(values).items() if name in kept or value != defaults[name]}
+
+
 def _digest(sizes: DecoderSizes, files: Sequence[Path]) -> str:
     """Digest of sizes and files."""
-    content = json.dumps([asdict(sizes), files_digest(files)], sort_keys=True)
+    content = json.dumps([_plain(sizes), files_digest(files)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

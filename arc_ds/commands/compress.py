@@ -46,6 +46,14 @@ class Text(NamedTuple):
     num_bytes: int
 
 
+class Tokens(NamedTuple):
+    """The tokens of a text. num_bytes: as in `Text`."""
+
+    key: str
+    ids: list[int]
+    num_bytes: int
+
+
 @dataclass
 class Counts:
     """What became of the texts of a run. Texts that an earlier run has compressed count as `earlier` only."""
@@ -134,18 +142,21 @@ def _compress_into_set(args: argparse.Namespace) -> int:
     counts, faults = Counts(), Faults(stops=args.on_error == "stop")
     with output(args.out), writing(args.out, "compression"):
         writer = VectorWriter(args.out, settings, shard_bytes=int(args.shard_mb * (1 << 20)))
-        total = size_of(files)
-        with tqdm(desc="compress", total=total, unit="B", unit_scale=True, disable=None) as bar:
+        with tqdm(desc="compress", total=size_of(files), unit="B", unit_scale=True, disable=None) as bar:
             texts = _new_texts(_read_texts(files, args.text_field, faults), writer.earlier, counts, bar)
-            for batch in _batches(texts, tokenizer, args.batch_tokens, counts):
-                vectors = model.compress([ids for _, ids in batch], decoder=args.decoder_idx, marker=marker)
-                for (key, ids), z_GD in zip(batch, vectors, strict=True):
-                    writer.add(key, z_GD.cpu(), len(ids))
-                    counts.texts += 1
-                    counts.tokens += len(ids)
-                    counts.vectors += len(z_GD)
-                    counts.too_long += _is_too_long(len(ids), model)
-        writer.flush()
+            try:
+                for batch in _batches(texts, tokenizer, args.batch_tokens, counts):
+                    vectors = model.compress([text.ids for text in batch], decoder=args.decoder_idx, marker=marker)
+                    for text, z_GD in zip(batch, vectors, strict=True):
+                        writer.add(text.key, z_GD.cpu(), len(text.ids))
+                        bar.update(text.num_bytes)
+                        counts.texts += 1
+                        counts.tokens += len(text.ids)
+                        counts.vectors += len(z_GD)
+                        counts.too_long += _is_too_long(len(text.ids), model)
+                    bar.set_postfix(texts=counts.texts)
+            finally:
+                writer.flush()  # a fault or an interrupt loses no vectors
     _report(args.out, counts, settings.hidden_size, writer.num_shards)
     faults.report()
     return 0
@@ -195,40 +206,42 @@ def _read_texts(files: Sequence[Path], field: str, faults: Faults) -> Iterator[T
     """The texts of all files, in order. A text file's id is its path, a line's its field `id` or FILE:LINE."""
     for file in files:
         if not is_lines(file):
-            yield Text(str(file), read_text(file), 0 if file == STDIN else file.stat().st_size)
+            try:
+                yield Text(str(file), read_text(file), 0 if file == STDIN else file.stat().st_size)
+            except DataError as fault:
+                faults.add(fault)
             continue
         for line in read_lines(file):
             try:
                 record = parse_line(line)
                 given = id_of(record)
-                yield Text(
-                    f"{file}:{line.number}" if given is None else str(given), text_of(record, field), line.num_bytes
-                )
+                key = f"{file}:{line.number}" if given is None else str(given)
+                yield Text(key, text_of(record, field), line.num_bytes)
             except DataError as fault:
-                faults.add(line.where, fault)
+                faults.add(fault, line.where)
 
 
 def _new_texts(texts: Iterator[Text], earlier: frozenset[str], counts: Counts, bar: tqdm) -> Iterator[Text]:
     """The texts that are not empty and whose ids are new."""
     seen: set[str] = set()
     for text in texts:
+        is_new = text.key not in seen
+        seen.add(text.key)
+        if is_new and text.key not in earlier and text.text.strip():
+            yield text
+            continue
         bar.update(text.num_bytes)
-        if text.key in seen:
+        if not is_new:
             counts.duplicates += 1
         elif text.key in earlier:
             counts.earlier += 1
-        elif not text.text.strip():
-            counts.empty += 1
         else:
-            yield text
-        seen.add(text.key)
+            counts.empty += 1
 
 
-def _batches(
-    texts: Iterator[Text], tokenizer: Tokenizer, max_tokens: int, counts: Counts
-) -> Iterator[list[tuple[str, list[int]]]]:
-    """Ids and tokens of texts that together have at most `max_tokens` tokens. A longer text is alone."""
-    batch: list[tuple[str, list[int]]] = []
+def _batches(texts: Iterator[Text], tokenizer: Tokenizer, max_tokens: int, counts: Counts) -> Iterator[list[Tokens]]:
+    """Tokens of texts that together have at most `max_tokens` tokens. A longer text is alone."""
+    batch: list[Tokens] = []
     num_tokens = 0
     for group in _groups(texts):
         for text, ids in zip(group, tokenizer.encode_batch([text.text for text in group]), strict=True):
@@ -238,7 +251,7 @@ def _batches(
             if batch and num_tokens + len(ids) > max_tokens:
                 yield batch
                 batch, num_tokens = [], 0
-            batch.append((text.key, ids))
+            batch.append(Tokens(text.key, ids, text.num_bytes))
             num_tokens += len(ids)
     if batch:
         yield batch

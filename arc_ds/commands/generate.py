@@ -32,6 +32,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         required=True,
         help="weights of each decoder, in the export's order",
     )
+    generate.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let decoders that run through transformers run the Python files in their folders; read them first",
+    )
     generate.add_argument("prompt", nargs="?", help="the prompt; - reads it from standard input")
     generate.add_argument(
         "--input", type=path_argument, help="JSONL file of prompts or questions, in place of a prompt"

@@ -209,7 +209,7 @@ def _new_lines(path: Path, prompts: Prompts, earlier: set[RecordId], faults: Fau
             if key not in earlier:
                 yield prompts.line(record, key, line.where)
         except DataError as fault:
-            faults.add(line.where, fault)
+            faults.add(fault, line.where)
 
 
 def _batches(lines: Iterator[Line], size: int) -> Iterator[list[Line]]:
@@ -231,7 +231,7 @@ def _continue(model: ArcModel, batch: list[Line], options: dict[str, Any], fault
         texts = model.generate([line.prompt for line in batch], **{**options, "stop": stop})
     except DataError as fault:
         if len(batch) == 1:
-            faults.add(batch[0].where, fault)
+            faults.add(fault, batch[0].where)
             return []
         return [found for line in batch for found in _continue(model, [line], options, faults)]
     return list(zip(batch, texts, strict=True))

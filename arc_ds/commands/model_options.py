@@ -51,4 +51,5 @@ def load_model(args: argparse.Namespace, decoders: Sequence[Path], decoder_parts
         dtype=DTYPES[args.dtype],
         pooling_factor=args.pooling_factor,
         decoder_parts=decoder_parts,
+        trust_remote_code=getattr(args, "trust_remote_code", False),  # `compress` loads no decoder
     )

@@ -40,6 +40,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default=[],
         help="weights of each decoder, in the export's order; with --upstream only the embedding table is read",
     )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="let decoders that run through transformers run the Python files in their folders",
+    )
     add("--upstream", metavar="URL", help="a vLLM server that runs the decoder (--enable-prompt-embeds)")
     add("--upstream-model", metavar="NAME", help="the decoder's name there")
     add("--upstream-timeout", type=_number(0.001), default=60.0, help="seconds without a word from it (default 60)")

@@ -38,23 +38,27 @@ class RecordLine(NamedTuple):
 
 @dataclass
 class Faults:
-    """Records that cannot be used: the first one is an error, or all are counted and the first ones are logged."""
+    """Inputs that cannot be used: the first one is an error, or all are counted and the first ones are logged."""
 
     stops: bool
     count: int = 0
 
-    def add(self, where: str, fault: DataError) -> None:
-        """Note a fault. Raises DataError if it stops the command."""
+    def add(self, fault: DataError, where: str | None = None) -> None:
+        """Note a fault. Raises DataError if it stops the command.
+
+        where: file and line; None if the fault names the file.
+        """
+        message = str(fault) if where is None else f"{where}: {fault}"
         if self.stops:
-            raise DataError(f"{where}: {fault} To leave out such records, add --on-error skip.") from fault
+            raise DataError(f"{message} To leave out such inputs, add --on-error skip.") from fault
         self.count += 1
         if self.count <= _MAX_NAMED:
-            logger.warning("%s: left out: %s", where, fault)
+            logger.warning("left out: %s", message)
 
     def report(self) -> None:
         """Log the number of faults if there are more than were logged."""
         if self.count > _MAX_NAMED:
-            logger.warning("%d records were left out in all; correct them and run the same command again", self.count)
+            logger.warning("%d inputs were left out in all; correct them and run the same command again", self.count)
 
 
 def add_on_error(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +67,7 @@ def add_on_error(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=ON_ERROR,
         default=ON_ERROR[0],
-        help="what to do with a line of a JSONL file that cannot be used (default: stop)",
+        help="what to do with a text or a line of a JSONL file that cannot be used (default: stop)",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from arc_ds.model.weights.locate import locate
 from arc_ds.tokenizers import Tokenizer
 from arc_ds.tokenizers.gguf_header import read_gguf_header
 
-_JSON_FILES = ("generation_config.json", "config.json")
+_SIZES = ("config.json", "params.json")
+_JSON_FILES = ("generation_config.json", *_SIZES)
+_LENGTHS = ("max_position_embeddings", "max_sequence_length", "max_seq_len")  # Hugging Face and Mistral; OLMo; Mistral
+_WINDOWS = ("sliding_window", "_sliding_window")
 _GGUF_KEYS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
 
 _LLAMA3_TURN_ENDS = ("<|eot_id|>", "<|eom_id|>")  # no file of Meta's own folders names them
@@ -41,20 +44,33 @@ def find_stop_ids(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
 
 def find_max_positions(path: Path) -> int | None:
     """Length of the longest sequence that a decoder's files state; None if they do not."""
-    metadata, config = _gguf_metadata(path), path / "config.json"
+    metadata = _gguf_metadata(path)
     if metadata:
         return metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    fields = Fields.read(config) if config.is_file() else Fields({}, str(path))
-    key = "max_position_embeddings"
-    return None if fields.get(key) is None else fields.integer(key)
+    for fields in _objects(path, _SIZES):
+        for key in _LENGTHS:
+            if fields.get(key) is not None:
+                return fields.integer(key)
+        # Ministral's layers without a window attend to the longest sequence, which its list holds.
+        windows = next((fields.get(key) for key in _WINDOWS if isinstance(fields.get(key), list)), [None])
+        if None not in windows and len(set(windows)) > 1:
+            return max(Fields({"sliding_window": size}, fields.where).integer("sliding_window") for size in windows)
+    return None
+
+
+def _objects(path: Path, names: tuple[str, ...]) -> Iterator[Fields]:
+    """The JSON objects in the files of a decoder, and those of the language model in a model of images and text."""
+    for file in (path / name for name in names):
+        if file.is_file():
+            fields = Fields.read(file)
+            yield fields
+            if isinstance(fields.get("text_config"), Mapping):
+                yield fields.object("text_config")
 
 
 def _of_json(path: Path) -> list[int]:
     found: list[int] = []
-    for file in (path / name for name in _JSON_FILES):
-        if not file.is_file():
-            continue
-        fields = Fields.read(file)
+    for fields in _objects(path, _JSON_FILES):
         value = fields.get("eos_token_id", [])
         ids = value if isinstance(value, list) else [value]
         if any(isinstance(idx, bool) or not isinstance(idx, int) for idx in ids):

@@ -109,15 +109,22 @@ def open_decoder(
     Raises WeightsError if the implementation does not take the decoder. With "auto" the error gives the reasons of
     both.
     """
-    if _is_native(path, rope_scaling, implementation, trust_remote_code):
-        tensors = open_backbone(path, rope_scaling)
-        with torch.device("meta"):
-            shape = Decoder(tensors.config, activation_checkpointing=activation_checkpointing)
-        check_fit(shape, tensors)
-        return NativeFiles(shape=shape, tensors=tensors)
-    return _with_transformers(
-        path, rope_scaling, trust_remote_code=trust_remote_code, activation_checkpointing=activation_checkpointing
+    other = _instead_of_native(
+        path,
+        rope_scaling,
+        implementation,
+        trust_remote_code=trust_remote_code,
+        activation_checkpointing=activation_checkpointing,
     )
+    if other is not None:
+        opened, reason = other
+        logger.info(f"decoder {path} runs through transformers: {reason}")
+        return opened
+    tensors = open_backbone(path, rope_scaling)
+    with torch.device("meta"):
+        shape = Decoder(tensors.config, activation_checkpointing=activation_checkpointing)
+    check_fit(shape, tensors)
+    return NativeFiles(shape=shape, tensors=tensors)
 
 
 def read_decoder_sizes(
@@ -128,34 +135,40 @@ def read_decoder_sizes(
     trust_remote_code: bool = False,
 ) -> DecoderSizes:
     """The sizes of a decoder. Raises WeightsError like `open_decoder`, but does not check tensors."""
-    if _is_native(path, rope_scaling, implementation, trust_remote_code):
-        return read_backbone_config(path, rope_scaling)
-    return _with_transformers(path, rope_scaling, trust_remote_code=trust_remote_code).sizes
+    other = _instead_of_native(path, rope_scaling, implementation, trust_remote_code=trust_remote_code)
+    return read_backbone_config(path, rope_scaling) if other is None else other[0].sizes
 
 
-def _is_native(
-    path: Path, rope_scaling: RopeScalingChoice, implementation: Implementation, trust_remote_code: bool
-) -> bool:
-    """Resolve "auto". The sizes decide: a file that is damaged or missing is an error of the native reader."""
-    if implementation != "auto":
-        return implementation == "native"
+def _instead_of_native(
+    path: Path, rope_scaling: RopeScalingChoice, implementation: Implementation, **options: Any
+) -> tuple[TransformersFiles, str] | None:
+    """The decoder opened for transformers and the reason for it, or None if it is native.
+
+    The sizes decide: a file that is damaged or missing is an error of the native reader.
+
+    options: of `open_with_transformers`.
+    """
+    if implementation == "native":
+        return None
+    if implementation == "transformers":
+        return _with_transformers(path, rope_scaling, **options), "its implementation is set to it"
     try:
         read_backbone_config(path, rope_scaling)
-    except WeightsError as refused:
-        if not (path / "config.json").is_file():
+        return None
+    except WeightsError as error:
+        refused = error
+    if not (path / "config.json").is_file():
+        raise refused
+    try:
+        opened = _with_transformers(path, rope_scaling, **options)
+    except WeightsError as error:
+        if str(error) == str(refused):
             raise
-        try:
-            _with_transformers(path, rope_scaling, trust_remote_code=trust_remote_code)
-        except WeightsError as error:
-            if str(error) == str(refused):
-                raise
-            raise WeightsError(
-                f"{path} is no decoder that ARC-DS can run. implementation: native says: {refused} implementation: "
-                f"transformers says: {error}"
-            ) from error
-        logger.info(f"decoder {path} runs through transformers, because our own transformer cannot run it: {refused}")
-        return False
-    return True
+        raise WeightsError(
+            f"{path} is no decoder that ARC-DS can run. implementation: native says: {refused} implementation: "
+            f"transformers says: {error}"
+        ) from error
+    return opened, f"our own transformer cannot run it. {refused}"
 
 
 def _with_transformers(path: Path, rope_scaling: RopeScalingChoice, **options: Any) -> TransformersFiles:

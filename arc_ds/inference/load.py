@@ -118,7 +118,8 @@ def open_trained_decoders(
         open_decoder(
             path,
             settings.rope_scaling,
-            implementation=settings.implementation,
+            # A decoder that was native then may need transformers here: vectors have the same meaning in both.
+            implementation="transformers" if settings.implementation == "transformers" else "auto",
             trust_remote_code=trust_remote_code,
         )
         for path, settings in zip(paths, folder.decoders, strict=False)

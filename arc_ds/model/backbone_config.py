@@ -127,3 +127,4 @@ FIRST_FIELDS = (
     "family", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size",
     "rope_theta", "norm_eps", "norm", "rope_scaling", "tie_embeddings",
 )  # fmt: skip
+FIRST_SCALING_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions")

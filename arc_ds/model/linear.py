@@ -83,5 +83,5 @@ class FrozenLinear(nn.Linear):
     """Torch's linear layer with a frozen weight, which backward reads from the parameter."""
 
     def forward(self, x: Tensor) -> Tensor:
-        (y,) = _LinearFunction.apply(x, self.weight)
+        (y,) = _LinearFunction.apply(x, self.weight, None)
         return y if self.bias is None else y + self.bias

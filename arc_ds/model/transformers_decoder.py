@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.errors import WeightsError
-from arc_ds.model.frozen_decoder import FrozenDecoder, TransformersSizes
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder, TransformersSizes
 
 _PROBE_LENGTHS = (5, 9, 7)
 _CACHES = ("past_key_values", "cache_params", "state")  # names of the argument and of the output
@@ -122,6 +123,7 @@ class TransformersDecoder(FrozenDecoder):
         return functional.cross_entropy(self.logits(batch, z_ZD, batch.label_rows), batch.labels, reduction="none")
 
     def logits(self, batch: PackedBatch, z_ZD: Tensor | None, rows: Tensor) -> Tensor:
+        check_length(self._sizes, batch.decoder_max_seqlen)
         x_RD = self.embed(batch, z_ZD)
         if self.reading.is_packed:
             logits, _ = self._run(x_RD[None], rows, position_ids=batch.decoder_positions[None], use_cache=False)
@@ -138,6 +140,7 @@ class TransformersDecoder(FrozenDecoder):
     def prefill(self, batch: PackedBatch, z_ZD: Tensor | None, max_new_tokens: int) -> tuple[Tensor, Generation]:
         lengths_B, max_len = batch.decoder_cu_seqlens.diff().long(), batch.decoder_max_seqlen
         num_sequences = lengths_B.numel()
+        check_length(self._sizes, max_len + max(max_new_tokens - 1, 0))  # the last token is not read
         if not self.reading.ignores_padding and num_sequences * max_len != batch.num_decoder_rows:
             raise WeightsError(
                 f"a {type(self.model).__name__} of transformers cannot generate from prompts of different lengths at "
@@ -158,7 +161,8 @@ class TransformersDecoder(FrozenDecoder):
         name = next((name for name in _CACHES if getattr(output, name, None) is not None), None)
         if name is None:
             raise WeightsError(
-                f"a {type(self.model).__name__} of transformers returns no cache, so ARC-DS cannot generate with it."
+                f"a {type(self.model).__name__} of transformers returns no cache, so it cannot generate here. Use "
+                "another decoder."
             )
         return logits_BV, Generation(name, getattr(output, name), mask_BT, lengths_B)
 
@@ -201,6 +205,17 @@ class TransformersDecoder(FrozenDecoder):
         """
         h_BTD, *others = args
         return (h_BTD if self._rows is None else h_BTD.flatten(0, 1)[self._rows][None], *others)
+
+
+def check_length(sizes: DecoderSizes, num_positions: int) -> None:
+    """Raise WeightsError if a sequence has more positions than the decoder has embeddings of. Native ones need none."""
+    if isinstance(sizes, BackboneConfig) or sizes.max_positions is None:
+        return
+    if num_positions > sizes.max_positions:
+        raise WeightsError(
+            f"a {sizes.model_type} decoder has embeddings of {sizes.max_positions:,} positions, but a sequence takes "
+            f"up to {num_positions:,}. Shorten the sequences, or use a decoder with rotary positions."
+        )
 
 
 class _Recomputed(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +27,8 @@ from arc_ds.model.weights.names import join_faults
 from arc_ds.system import dist
 
 logger = logging.getLogger(__name__)
+
+_MAX_UNUSED_ROWS = 8  # OPT leaves two rows of its positions unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,9 @@ class TransformersFiles:
         """
         if within is None:
             decoder = self._read(dtype, device)
+            if device.type == "cpu":  # tensors of a memory-mapped file would change with it
+                for tensor in itertools.chain(decoder.parameters(), decoder.buffers()):
+                    tensor.data = tensor.data.clone()
         else:
             with dist.fail_together():
                 whole = self._read(dtype, torch.device("cpu")) if dist.is_main() else None
@@ -131,7 +137,8 @@ def _read_config(path: Path, fields: Fields, trust_remote_code: bool) -> Any:
     if own_code and not trust_remote_code:
         remedy = (
             f"The folder brings code of its own ({_named(own_code)}), which is not run unless you trust it. Read it, "
-            "then set decoders[].trust_remote_code: true in the run's config (trust_remote_code=True in Python)."
+            "then set decoders[].trust_remote_code: true in the run's config (--trust-remote-code on the command line, "
+            "trust_remote_code=True in Python)."
         )
     try:
         config = transformers.AutoConfig.from_pretrained(
@@ -175,7 +182,8 @@ def _new_model(config: Any, trust_remote_code: bool) -> Any:
 
 def _read_model(files: TransformersFiles, dtype: torch.dtype) -> Any:
     """The whole model on the CPU."""
-    with _as_weights_error(f"transformers cannot load {files.path}"):
+    # A progress bar for each rank would mix with the log.
+    with _without_progress_bars(), _as_weights_error(f"transformers cannot load {files.path}"):
         model, report = _import_transformers().AutoModelForCausalLM.from_pretrained(
             files.path,
             config=copy.deepcopy(files.config),
@@ -227,9 +235,17 @@ def _sizes(model: Any, config: Any) -> TransformersSizes:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         layer_parameters=sum(parameter.numel() for layer in layers_of(model) for parameter in layer.parameters()),
         attention_size=num_layers * num_heads * head_dim,
+        max_positions=_num_position_embeddings(model, getattr(text, "max_position_embeddings", None)),
         cache_row_values=2 * num_layers * num_kv_heads * head_dim,
         config_digest=hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest(),
     )
+
+
+def _num_position_embeddings(model: Any, stated: int | None) -> int | None:
+    """The stated number of positions if the model has a table of about that size, which may have some unused rows."""
+    tables = [table for table in model.modules() if isinstance(table, nn.Embedding)]
+    sizes = [table.num_embeddings for table in tables if table is not model.get_input_embeddings()]
+    return stated if stated is not None and any(0 <= size - stated <= _MAX_UNUSED_ROWS for size in sizes) else None
 
 
 def _import_transformers() -> Any:
@@ -250,6 +266,19 @@ def _without_initialization() -> Iterator[None]:
 
     with no_init_weights():
         yield
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging as settings
+
+    shown = settings.is_progress_bar_enabled()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            settings.enable_progress_bar()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from arc_ds.errors import TokenizerError
 from arc_ds.system.user_files import decode_user_text, library_reads, parse_user_json, read_user_bytes
 from arc_ds.tokenizers.base import COPY_AGAIN, SUPPORTED, Encoding, Tokenizer, ids_digest
 from arc_ds.tokenizers.gguf_file import read_gguf_tokenizer
+from arc_ds.tokenizers.gguf_header import gguf_models, gguf_parts
 from arc_ds.tokenizers.json_file import JsonTokenizer
 from arc_ds.tokenizers.sentencepiece_file import SentencePieceTokenizer
 from arc_ds.tokenizers.tiktoken_file import is_tekken, read_tekken, read_tiktoken
@@ -54,12 +55,16 @@ def find_tokenizer(path: Path) -> Path | None:
     """The tokenizer of a folder of weights, or the file itself if `path` is a file. None if there is none.
 
     A folder is searched for tokenizer.json, then tekken.json, then a sentencepiece or tiktoken file, then a .gguf file.
-    Raises TokenizerError if it holds several files of one kind that differ.
+    The first file of a split GGUF model holds the tokenizer. Raises TokenizerError if the folder holds several files of
+    one kind that differ.
     """
     if path.is_file():
-        return path
+        return gguf_parts(path)[0]
     for pattern in _NAMES:
-        found = sorted(file for file in path.glob(pattern) if file.is_file())
+        if pattern == "*.gguf":
+            found = [parts[0] for parts in gguf_models(path)]
+        else:
+            found = sorted(file for file in path.glob(pattern) if file.is_file())
         # Mistral's folders hold the same file as tokenizer.model and as tokenizer.model.v3.
         if len(found) == 1 or (found and pattern != "*.gguf" and len({file.read_bytes() for file in found}) == 1):
             return found[0]

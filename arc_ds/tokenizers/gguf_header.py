@@ -8,6 +8,7 @@ specification of ggml (docs/gguf.md), versions 2 and 3.
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
+_TOKENIZER = "tokenizer."
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class GgufTensor(NamedTuple):
@@ -44,11 +47,28 @@ class GgufHeader(NamedTuple):
     data_start: int
 
 
-def read_gguf_header(path: Path, *, lists_under: str | None = None) -> GgufHeader:
+def gguf_parts(path: Path) -> tuple[Path, ...]:
+    """All files of the GGUF model to which a file belongs, in order, whether they exist or not.
+
+    The names of a split model end in -00001-of-00003.gguf and so on. Its first file holds the metadata.
+    """
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    stem, _, count = match.groups()
+    return tuple(path.with_name(f"{stem}-{number:05d}-of-{count}.gguf") for number in range(1, int(count) + 1))
+
+
+def gguf_models(folder: Path) -> list[tuple[Path, ...]]:
+    """The GGUF models in a folder, each as its files (`gguf_parts`)."""
+    return sorted({gguf_parts(path) for path in folder.glob("*.gguf") if path.is_file()})
+
+
+def read_gguf_header(path: Path, *, with_tokenizer: bool = False) -> GgufHeader:
     """Read the header of a GGUF file. Metadata values are str, int, float, bool and lists.
 
     path: the file.
-    lists_under: prefix of the keys whose lists are read (those of a tokenizer are long). Other lists are skipped.
+    with_tokenizer: whether the lists of the tokenizer are kept, which are long.
     Raises ValueError if the file is not little-endian GGUF of version 2 or 3, or ends within the header.
     """
     with path.open("rb") as file:
@@ -59,7 +79,7 @@ def read_gguf_header(path: Path, *, lists_under: str | None = None) -> GgufHeade
             raise ValueError(f"its GGUF version is {version}, expected 2 or 3")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _HeaderReader(data, len(head)).header(num_tensors, num_keys, lists_under)
+                return _HeaderReader(data, len(head)).header(num_tensors, num_keys, with_tokenizer)
             except (struct.error, IndexError, OverflowError, MemoryError, RecursionError, UnicodeDecodeError) as error:
                 raise ValueError(f"its header is damaged or cut short ({error})") from error
 
@@ -71,7 +91,7 @@ class _HeaderReader:
         self.data = data
         self.offset = offset
 
-    def header(self, num_tensors: int, num_keys: int, lists_under: str | None) -> GgufHeader:
+    def header(self, num_tensors: int, num_keys: int, with_tokenizer: bool) -> GgufHeader:
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key, kind = self._string(), self._scalar("I")
@@ -79,8 +99,10 @@ class _HeaderReader:
                 metadata[key] = self._string() if kind == _STRING else self._scalar(_code(kind))
                 continue
             values = self._list()
-            if lists_under is not None and key.startswith(lists_under):
+            if key.startswith(_TOKENIZER) and with_tokenizer:
                 metadata[key] = [value.decode("utf-8") if isinstance(value, bytes) else value for value in values]
+            elif not key.startswith(_TOKENIZER) and not any(isinstance(value, bytes) for value in values):
+                metadata[key] = values
         tensors = dict(self._tensor() for _ in range(num_tensors))
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
@@ -93,7 +115,7 @@ class _HeaderReader:
         return name, GgufTensor(tuple(reversed(sizes)), self._scalar("I"), self._scalar("Q"))
 
     def _list(self) -> list[Any]:
-        """A list of numbers, of lists, or of strings as bytes: those of skipped lists need not be UTF-8."""
+        """A list of numbers, of lists, or of strings as bytes. Strings outside the tokenizer need not be UTF-8."""
         kind, count = self._scalar("I"), self._scalar("Q")
         if kind in (_ARRAY, _STRING):
             return [self._list() if kind == _ARRAY else self._bytes() for _ in range(count)]

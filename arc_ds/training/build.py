@@ -13,9 +13,12 @@ from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
 from arc_ds.config.load import common, differences
 from arc_ds.config.schema import OptimizerConfig, RunConfig
 from arc_ds.data.loading.loader import StepData
+from arc_ds.data.tasks.task import NO_CHAT
 from arc_ds.errors import ConfigError
 from arc_ds.model.spec import CompressorSpec
+from arc_ds.model.transformers_decoder import check_length
 from arc_ds.planning.flops import work_rates
+from arc_ds.planning.sizes import longest_sequence
 from arc_ds.system import dist
 from arc_ds.system.device import free_memory_bytes
 from arc_ds.tokenizers import check_fits, load_tokenizer
@@ -66,6 +69,8 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         check_fits(tokenizer, spec.backbone.vocab_size, encoder.backbone)
         decoders = open_decoders(config.decoders, bos=config.data.decoder_bos)
         sizes = [decoder.weights.sizes for decoder in decoders]
+        for each in sizes:
+            check_length(each, longest_sequence(config, NO_CHAT))
         trained: dict[str, Any] = {
             "trained_layers": encoder.trained_layers,
             "train_embeddings": encoder.train_embeddings,

@@ -22,7 +22,6 @@ from arc_ds.errors import ConfigError
 from arc_ds.inference.decoders import OpenedDecoder, open_decoder, read_decoder_sizes
 from arc_ds.inference.load import (
     ArcFolder,
-    DecoderSettings,
     check_decoder_tokenizer,
     check_encoder_tokenizer,
     open_arc_folder,
@@ -30,6 +29,7 @@ from arc_ds.inference.load import (
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
+from arc_ds.model.frozen_decoder import DecoderSizes
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor, build_port
 from arc_ds.model.weights import (
@@ -67,15 +67,16 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
         markers=tuple(marker for marker in MARKERS if getattr(config.markers, marker)),
         bridge=config.bridge.kind,
         bridge_hidden_size=config.bridge.hidden_size,
-        decoder_sizes=tuple(
-            read_decoder_sizes(
-                Path(decoder.backbone),
-                decoder.rope_scaling,
-                implementation=decoder.implementation,
-                trust_remote_code=decoder.trust_remote_code,
-            ).hidden_size
-            for decoder in config.decoders
-        ),
+        decoder_sizes=tuple(_sizes_of(decoder).hidden_size for decoder in config.decoders),
+    )
+
+
+def _sizes_of(decoder: DecoderConfig) -> DecoderSizes:
+    return read_decoder_sizes(
+        Path(decoder.backbone),
+        decoder.rope_scaling,
+        implementation=decoder.implementation,
+        trust_remote_code=decoder.trust_remote_code,
     )
 
 
@@ -223,7 +224,7 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
     Pooling factors may differ (the paper fine-tunes to a lower one). Decoders with fresh ports may differ too.
     """
     ours, theirs = spec, folder.spec
-    pairs: dict[str, tuple[object, object]] = {
+    pairs = {
         "encoder.rope_scaling": (ours.backbone.rope_scaling, theirs.backbone.rope_scaling),
         "encoder.causal": (ours.causal, theirs.causal),
         "pooling.strategy": (ours.strategy, theirs.strategy),
@@ -236,31 +237,16 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
         if decoder.fresh_bridge:
             continue
         pairs[f"data.decoder_bos, for decoder {decoder.name}"] = (config.data.decoder_bos, trained.bos)
-        pairs |= _decoder_pairs(decoder, trained)
+        sizes = _sizes_of(decoder)
+        if isinstance(sizes, BackboneConfig):  # transformers always applies the checkpoint's scaling
+            scaling = read_backbone_config(decoder.backbone, trained.rope_scaling).rope_scaling
+            pairs[f"rope_scaling of decoder {decoder.name}"] = (sizes.rope_scaling, scaling)
     different = [f"{name}: {mine} here, {other} there" for name, (mine, other) in pairs.items() if mine != other]
     if different:
         raise ConfigError(
             f"encoder.init_from={config.encoder.init_from} was trained with other settings: {'; '.join(different)}. "
             "Set the config to the settings of these weights (weights of the paper's authors: rope_scaling none)."
         )
-
-
-def _decoder_pairs(decoder: DecoderConfig, trained: DecoderSettings) -> dict[str, tuple[object, object]]:
-    """Settings of a decoder here and in the training of the starting weights, by name."""
-    sizes = read_decoder_sizes(
-        Path(decoder.backbone),
-        decoder.rope_scaling,
-        implementation=decoder.implementation,
-        trust_remote_code=decoder.trust_remote_code,
-    )
-    # Some models of transformers scale the embeddings that they are given, so vectors may have another meaning.
-    here = "native" if isinstance(sizes, BackboneConfig) else "transformers"
-    there = here if trained.implementation == "auto" else trained.implementation
-    pairs: dict[str, tuple[object, object]] = {f"implementation of decoder {decoder.name}": (here, there)}
-    if isinstance(sizes, BackboneConfig):
-        theirs = read_backbone_config(decoder.backbone, trained.rope_scaling)
-        pairs[f"rope_scaling of decoder {decoder.name}"] = (sizes.rope_scaling, theirs.rope_scaling)
-    return pairs
 
 
 def _check_same_tokenizers(config: RunConfig, folder: ArcFolder) -> None:

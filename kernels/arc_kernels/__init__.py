@@ -3,7 +3,8 @@
 Requires torch and does not depend on `arc_ds`. Each function has its own folder with a public function, which checks
 its arguments and dispatches, and a `reference` in plain torch, which serves as test oracle and runs on the CPU.
 
-    attention_varlen       softmax attention over packed segments, with GQA; lengths of q and k may differ
+    attention_varlen       softmax attention over packed segments, with GQA and a sliding window; lengths of q and k may
+                           differ
     group_pool, pool_norm  reduce ragged groups of rows to one row each; pool_norm also computes the following norms
     rms_norm, layer_norm   norms; add_rms_norm and add_layer_norm add a residual first
     rotary, swiglu

@@ -7,8 +7,8 @@ shared memory per block, and the number of matrix (tensor-core) instructions in 
 a kernel does not compile, spills, exceeds the chip's shared memory per block, or is a matrix kernel without matrix
 instructions; these rows are listed. The tools that read NVIDIA's machine code come with triton.
 
-A complete run of 888 rows takes about a quarter of an hour on two idle CPU cores (AMD EPYC, triton 3.7.1, 2026-11-22:
-the first 284 in under four minutes). Kernels in triton's cache are not compiled again.
+A complete run has 984 rows. 888 of them took about a quarter of an hour on two idle CPU cores (AMD EPYC, triton 3.7.1,
+2026-11-22: the first 284 in under four minutes). Kernels in triton's cache are not compiled again.
 """
 
 from __future__ import annotations

@@ -92,6 +92,7 @@ def cases(scale: Scale) -> Iterator[Case]:
     for width in (3072, 4096):
         yield _norm("rms_norm", scale.rows, width)
         yield _norm("add_rms_norm", scale.rows, width)
+    yield _norm("rms_norm", 32 * scale.rows, 128)  # the heads of queries, each normed (qk-norm)
     yield _norm("layer_norm", scale.rows, 4096)
     yield _norm("add_layer_norm", scale.rows, 4096)
     for num_heads in (24, 32):

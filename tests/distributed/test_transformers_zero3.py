@@ -46,8 +46,9 @@ class Found(NamedTuple):
     hashes: tuple[str, str]
 
 
-def _config(hpz: int = 1) -> dict[str, Any]:
+def _config(hpz: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
+        "bf16": {"enabled": dtype == torch.bfloat16},
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": None,
         "zero_optimization": {
@@ -60,12 +61,12 @@ def _config(hpz: int = 1) -> dict[str, Any]:
     }
 
 
-def _place(folder: str, placement: str, recomputed: bool) -> PlacedDecoder:
+def _place(folder: str, placement: str, recomputed: bool, dtype: torch.dtype = torch.float32) -> PlacedDecoder:
     files = open_with_transformers(Path(folder), activation_checkpointing=recomputed)
     if placement == "replicated":
-        return place_decoder(files.load(CPU, torch.float32))
-    config = _config(2 if placement == "zero3+hpz" else 1)
-    return place_decoder(files.load(CPU, torch.float32, partitioned(config)), config)
+        return place_decoder(files.load(CPU, dtype))
+    config = _config(2 if placement == "zero3+hpz" else 1, dtype)
+    return place_decoder(files.load(CPU, dtype, partitioned(config)), config)
 
 
 def _hash(module: nn.Module) -> str:
@@ -75,10 +76,12 @@ def _hash(module: nn.Module) -> str:
         return parameter_hash(module)
 
 
-def _run(folder: str, placement: str, recomputed: bool, own_linear: bool = True) -> Found:
+def _run(
+    folder: str, placement: str, recomputed: bool, dtype: torch.dtype = torch.float32, own_linear: bool = True
+) -> Found:
     from tests.helpers.transformers_models import mixed_batch, random_vectors
 
-    decoder = _place(folder, placement, recomputed)
+    decoder = _place(folder, placement, recomputed, dtype)
     before = _hash(decoder.module)
     linears = [module for module in decoder.module.modules() if isinstance(module, nn.Linear)]
     for linear in linears if not own_linear else ():
@@ -108,9 +111,10 @@ def _run(folder: str, placement: str, recomputed: bool, own_linear: bool = True)
     return Found(losses, grads, scored, decoder.module.reading.is_packed, kept, saved, hashes)
 
 
-CASES = {
+CASES: dict[str, tuple[Any, ...]] = {
     "Llama, hpz": ("Llama", "zero3+hpz", False),
     "Gemma3Text": ("Gemma3Text", "zero3", False),  # a tied head, an embedding with a buffer
+    "Gemma3Text, bf16": ("Gemma3Text", "zero3", False, torch.bfloat16),  # buffers that stay in float32
     "GPTNeoX, recomputed": ("GPTNeoX", "zero3", True),
     "GptOss": ("GptOss", "zero3", False),  # experts in tensors of three dimensions
     "FalconH1, recomputed": ("FalconH1", "zero3", True),
@@ -123,10 +127,10 @@ CASES = {
 def test_partitioned_equals_replicated(name: str, tmp_path: Path) -> None:
     from tests.helpers.transformers_models import write_model
 
-    family, placement, recomputed = CASES[name]
+    family, placement, recomputed, *dtype = CASES[name]
     write_model(tmp_path, family)
-    whole = run_on_ranks(_run, str(tmp_path), "replicated", False)
-    shards = run_on_ranks(_run, str(tmp_path), placement, recomputed)
+    whole = run_on_ranks(_run, str(tmp_path), "replicated", False, *dtype)
+    shards = run_on_ranks(_run, str(tmp_path), placement, recomputed, *dtype)
     for found in (*whole, *shards):
         assert found.is_packed == whole[0].is_packed
         assert found.hashes[0] == found.hashes[1] == whole[0].hashes[0]
@@ -143,7 +147,9 @@ def test_torchs_linear_would_keep_all_weights_until_backward(tmp_path: Path) -> 
     from tests.helpers.transformers_models import write_model
 
     write_model(tmp_path, "Gemma3Text")
-    ours, torchs = (run_on_ranks(_run, str(tmp_path), "zero3", False, own)[0].saved for own in (True, False))
+    ours, torchs = (
+        run_on_ranks(_run, str(tmp_path), "zero3", False, torch.float32, own)[0].saved for own in (True, False)
+    )
     assert ours == 0 and torchs >= 3 * 7  # linears of a layer
 
 

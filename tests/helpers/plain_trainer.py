@@ -26,6 +26,7 @@ from arc_ds.model.pooling import GroupPooling
 from arc_ds.training.engine import set_trained
 from arc_ds.training.optim import ParamGroup, make_param_groups
 from arc_ds.training.schedule import RateSchedule
+from tests.helpers.tiny_compressor import MANY_PARTS, OUTPUT_NORMED
 from tests.helpers.tiny_models import tiny_config
 
 TASKS = ("reconstruction", "continuation")
@@ -50,6 +51,8 @@ _DECODERS = (
 # Differences from Llama of encoder and decoders, by name. "qwen" has the parts of Qwen 2 and 3.
 PARTS: dict[str, dict[str, Any]] = {
     "llama": {},
+    "many": MANY_PARTS,
+    "olmo2": OUTPUT_NORMED,
     "qwen": {"qkv_bias": True, "output_bias": True, "qk_norm": "head", "window": 4, "windowed_layers": (1,)},
 }
 

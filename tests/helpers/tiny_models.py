@@ -196,10 +196,14 @@ def olmo_tensors(config: BackboneConfig, tensors: Tensors) -> Tensors:
     return named
 
 
-def write_olmo(folder: Path, config: BackboneConfig, tensors: Tensors, *, own_config: bool = False) -> Path:
-    """Write a folder with OLMo-1's names and either the reference's params.json or OLMo's own config.json."""
+def write_olmo(folder: Path, config: BackboneConfig, tensors: Tensors, layout: str = "consolidated") -> Path:
+    """Write a folder with OLMo-1's names.
+
+    layout: "hf_olmo" has OLMo's own config.json; "consolidated" the reference's params.json and
+        consolidated.safetensors; "model" params.json and the model.safetensors that the reference's instructions fetch.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if own_config:
+    if layout == "hf_olmo":
         plain = {
             "model_type": "hf_olmo",
             "d_model": config.hidden_size,
@@ -220,7 +224,7 @@ def write_olmo(folder: Path, config: BackboneConfig, tensors: Tensors, *, own_co
         return folder
     sizes = {"dim": config.hidden_size, "n_layers": config.num_layers, "n_heads": config.num_heads}
     (folder / "params.json").write_text(json.dumps({**sizes, "norm_eps": 1e-5, "vocab_size": config.vocab_size}))
-    save_file(olmo_tensors(config, tensors), folder / "consolidated.safetensors")
+    save_file(olmo_tensors(config, tensors), folder / f"{layout}.safetensors")
     return folder
 
 
@@ -233,16 +237,18 @@ def write_gguf(
     rope_divisors: Tensor | None = None,
     architecture: str = "llama",
     more: Tensors | None = None,
-    metadata: dict[str, int] | None = None,
+    metadata: dict[str, Any] | None = None,
+    max_tensors: int = 0,
 ) -> Path:
     """Write a GGUF file.
 
     quantise: the block format of the matrices (Q8_0, ...); None keeps float32.
     more: further tensors by their names in the file.
+    max_tensors: the most tensors of a file of a split model; 0 for one file. `file` is then a name without a number.
     """
     import gguf
 
-    writer = gguf.GGUFWriter(str(file), architecture)
+    writer = gguf.GGUFWriter(str(file), architecture, split_max_tensors=max_tensors)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
     writer.add_head_count(config.num_heads)
@@ -254,8 +260,9 @@ def write_gguf(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "def"])
     writer.add_array("tokenizer.ggml.token_type", [1, 1, 1])
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     for key, value in (metadata or {}).items():
-        writer.add_uint32(key, value)
+        add[type(value)](key, value)
     for name, tensor in with_interleaved_heads(tensors, config).items():
         values = tensor.numpy()
         if quantise is None or tensor.ndim == 1:
@@ -267,8 +274,13 @@ def write_gguf(
         writer.add_tensor("rope_freqs.weight", rope_divisors.float().numpy())
     for name, tensor in (more or {}).items():
         writer.add_tensor(name, tensor.numpy())
+    finish_gguf(writer)
+    return file
+
+
+def finish_gguf(writer: Any) -> None:
+    """Write the file of a `gguf.GGUFWriter`."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return file

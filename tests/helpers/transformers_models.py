@@ -38,6 +38,13 @@ _WINDOWS = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
+    "Qwen3": {},
+    "Granite": {
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 4,
+    },
     "Gemma2": {**_WINDOWS, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0, "pad_token_id": 0},
     "Gemma3Text": {**_WINDOWS, "query_pre_attn_scalar": 8, "pad_token_id": 0},
     "GPTNeoX": {},

@@ -18,14 +18,15 @@ from tests.kernels.programs import BENCHMARKS, benchmark, run_python
 dry_launch = benchmark("dry_launch")
 PROGRAM = str(BENCHMARKS / "dry_launch.py")
 ONE_OF_EACH = (
-    r"^(attention bf16 H=64 K=8 group=4 causal longest=130 turned|rms_norm bf16 D=16384|mean rms bf16 D=4096"
-    r"|rotary bf16 N=32 H=128|swiglu bf16 F=14336|splice bf16 D=4096|linear_cross_entropy bf16 V=16384 D=64)$"
+    r"^(attention bf16 H=64 K=8 group=(4 causal longest=130 turned|2 causal longest=130 window=1)|rms_norm bf16 D=16384"
+    r"|mean rms bf16 D=4096|rotary bf16 N=32 H=128|swiglu bf16 F=14336|splice bf16 D=4096"
+    r"|linear_cross_entropy bf16 V=16384 D=64)$"
 )
 LAUNCHES = {
-    "forward_kernel": 1,
-    "delta_kernel": 1,
-    "dq_kernel": 1,
-    "dkv_kernel": 1,
+    "forward_kernel": 2,  # without and with a window
+    "delta_kernel": 2,
+    "dq_kernel": 2,
+    "dkv_kernel": 2,
     "norm_forward_kernel": 1,
     "norm_backward_kernel": 1,
     "weight_gradient_kernel": 1,
@@ -52,7 +53,7 @@ def test_each_kernel_is_launched_forward_and_backward() -> None:
     result = run_python(PROGRAM, "--select", ONE_OF_EACH, "--jobs", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert _counts(result.stdout) == LAUNCHES
-    assert "7 cases, 19 launches of 17 kernels for sm_90: 0 failed" in result.stdout
+    assert "8 cases, 23 launches of 17 kernels for sm_90: 0 failed" in result.stdout
 
 
 @pytest.mark.slow

@@ -17,16 +17,18 @@ TOLERANCE = 1e-5  # issue 3; each run rounds in float32 on its own
 STEP, NUM_SEQUENCES = 4, 2
 
 # The operators that the step must launch in forward and backward.
-OPERATORS = {"attention", "pool_norm", "norm", "rotary", "swiglu", "splice", "linear_cross_entropy"}
+OPERATORS = {"attention", "norm", "rotary", "swiglu", "splice", "linear_cross_entropy"}
+POOLING_OPERATORS = {"llama": "pool_norm", "olmo2": "group_pool", "many": "pool_norm"}  # OLMo 2 pools without a norm
 
 
 def _loss_and_gradients(
-    choice: Literal["triton", "reference"], device: torch.device, *, activation_checkpointing: bool
+    choice: Literal["triton", "reference"], device: torch.device, parts: str, *, activation_checkpointing: bool
 ) -> tuple[dict[str, Tensor], set[str]]:
     """{"loss": …, parameter name: gradient}, and the operators that ran."""
     decoder_idx = decoder_of_step(STEP)
-    compressor = tiny_compressor(activation_checkpointing=activation_checkpointing).to(device)
-    decoder = tiny_decoders(activation_checkpointing=activation_checkpointing)[decoder_idx].to(device)
+    settings = {"activation_checkpointing": activation_checkpointing, "parts": parts}
+    compressor = tiny_compressor(**settings).to(device)
+    decoder = tiny_decoders(**settings)[decoder_idx].to(device)
     batch = pack(samples_of_step(STEP, NUM_SEQUENCES), POOLING).to(device)
     with arc_kernels.use(choice), RecordedOperators() as operators:
         loss = decoder(batch, compressor(batch, decoder_idx)).mean()
@@ -35,12 +37,19 @@ def _loss_and_gradients(
     return {"loss": loss.detach(), **gradients}, operators.names
 
 
-@pytest.mark.parametrize("activation_checkpointing", [False, True], ids=["kept", "recomputed"])
-def test_a_step_with_kernels_is_a_step_without(device: torch.device, activation_checkpointing: bool) -> None:
-    wanted, none = _loss_and_gradients("reference", device, activation_checkpointing=activation_checkpointing)
-    found, launched = _loss_and_gradients("triton", device, activation_checkpointing=activation_checkpointing)
+@pytest.mark.parametrize(
+    ("parts", "activation_checkpointing"),
+    [("llama", False), ("llama", True), ("olmo2", False), ("many", True)],
+)
+def test_a_step_with_kernels_is_a_step_without(
+    device: torch.device, parts: str, activation_checkpointing: bool
+) -> None:
+    wanted, none = _loss_and_gradients("reference", device, parts, activation_checkpointing=activation_checkpointing)
+    found, launched = _loss_and_gradients("triton", device, parts, activation_checkpointing=activation_checkpointing)
     assert not none, none
-    assert all(any(name.startswith(part) for name in launched) for part in OPERATORS), launched
+    assert all(any(name.startswith(part) for name in launched) for part in {*OPERATORS, POOLING_OPERATORS[parts]}), (
+        launched
+    )
     assert sum(name.endswith("backward") for name in launched) >= 4, launched
     assert wanted.keys() == found.keys() and len(wanted) > 20
     for name, value in wanted.items():

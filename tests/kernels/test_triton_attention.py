@@ -198,8 +198,9 @@ def test_wrong_boundaries_and_limits_read_nothing_outside_the_tensors(
         fence[1] = x
     q, k, v = (fence[1] for fence in fences)
     cu = torch.tensor(boundaries, dtype=torch.int32, device=device)
-    for limits in (None, torch.full((25,), 2**31 - 1, dtype=torch.int32, device=device)):
-        spans = Segments(cu, cu, limits, 13, 13, False, 1.0)
+    high, low = (torch.full((25,), limit, dtype=torch.int32, device=device) for limit in (2**31 - 1, -(2**31)))
+    for limits, window in ((None, None), (high, None), (high, 5), (low, 5), (None, 5)):
+        spans = Segments(cu, cu, limits, 13, 13, limits is None and window is not None, 1.0, window)
         o, lse, _ = kernels.forward(q, k, v, spans)
         o, lse = (x.nan_to_num() for x in (o, lse))  # rows of no segment are not written
         delta = kernels.delta(o, q)

@@ -28,7 +28,7 @@ from tests.kernels.attention_cases import (
 )
 from tests.kernels.bounds import assert_kernel_close, assert_refused, assert_same_bits
 
-LONG = Case((70, 1, 35), (70, 90, 100), group=2)
+LONG = Case((65, 1, 20), (65, 70, 75), group=2)
 MODES = ("causal", "limits")
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_empty")
@@ -36,7 +36,7 @@ small_tiles = pytest.mark.usefixtures("small_attention_tiles")
 
 
 @small_tiles
-@pytest.mark.parametrize("window", [2, 9, 32, 33, 71, 99])
+@pytest.mark.parametrize("window", [2, 32, 33, 66])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_window_errs_no_more_than_torch(mode: str, window: int, device: torch.device) -> None:
     compare(LONG, mode, torch.bfloat16, device, window=window)
@@ -57,7 +57,7 @@ def test_a_window_of_one_errs_no_more_than_torch(mode: str, device: torch.device
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_real_tiles_err_no_more_than_torch(mode: str, device: torch.device) -> None:
-    compare(Case((150,), (350,), group=1, head_dim=64), mode, torch.bfloat16, device, turned=TURNED, window=100)
+    compare(Case((140,), (280,), group=1, head_dim=64), mode, torch.bfloat16, device, turned=TURNED, window=100)
 
 
 @small_tiles

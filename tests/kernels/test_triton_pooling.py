@@ -52,17 +52,16 @@ def test_weight_gradient_over_more_groups_than_programs(device: torch.device, mo
     _compare(RAGGED * 2, 4, torch.float32, device)
 
 
+# bfloat16, in which a few numbers may differ only by one final rounding: in float32, torch may be exact by chance. No
+# width of 1: the gradient of its norm is zero except for eps, so only rounding would be visible.
 @settings(max_examples=12)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    width=st.integers(1, 70),
+    width=st.integers(2, 70),
     kind=st.sampled_from(ak.POOL_KINDS),
-    dtype=st.sampled_from(DTYPES),
 )
-def test_ragged_groups_of_any_shape(
-    sizes: list[int], width: int, kind: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    _compare(sizes, width, dtype, device, kind=kind)
+def test_ragged_groups_of_any_shape(sizes: list[int], width: int, kind: str, device: torch.device) -> None:
+    _compare(sizes, width, torch.bfloat16, device, kind=kind)
 
 
 @pytest.mark.parametrize("kind", ak.POOL_KINDS)

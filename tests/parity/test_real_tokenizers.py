@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from arc_ds.errors import TokenizerError
-from arc_ds.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.tokenizers import Tokenizer, ids_digest, load_tokenizer
+from arc_ds.tokenizers.gguf_file import SPLITTINGS
 from arc_ds.tokenizers.tiktoken_file import LLAMA3_PATTERN
-from tests.helpers.tokenizer_files import byte_characters
+from tests.helpers.tokenizer_files import byte_characters, write_sentencepiece_gguf
 from tests.parity.conftest import package_file
 
 TEXTS = {
@@ -93,6 +94,20 @@ def test_mistral_sentencepiece_models_equal_the_library(name: str) -> None:
     assert tokenizer.vocab_size == (32000 if name == "model.v1" else 32768)
     assert_same(tokenizer, encode, decode)
     assert_boundaries(tokenizer)
+
+
+def test_mistral_vocabulary_in_a_gguf_file_equals_the_library(tmp_path: Path) -> None:
+    path, encode, decode = sentencepiece_case("model.v1")
+    tokenizer = load_tokenizer(write_sentencepiece_gguf(tmp_path / "a.gguf", path))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 32000)
+    assert ids_digest(tokenizer) == ids_digest(load_tokenizer(path))
+    assert_same(tokenizer, encode, decode)
+    assert_boundaries(tokenizer)
+
+
+def test_tekken_s_pattern_is_the_one_of_gguf_files() -> None:
+    spec = json.loads(package_file("mistral_common", "data/tekken_240911.json").read_text())
+    assert SPLITTINGS["tekken"].pattern == spec["config"]["pattern"]
 
 
 def test_mistral_control_pieces_are_text_in_a_text_and_known_by_name() -> None:

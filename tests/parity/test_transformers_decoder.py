@@ -21,8 +21,10 @@ from arc_ds.errors import WeightsError
 from arc_ds.inference.decoders import NativeFiles, open_decoder
 from arc_ds.inference.generate import Sampling, generate_ids
 from arc_ds.model.frozen_decoder import FrozenDecoder
+from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.transformers_decoder import TransformersDecoder
 from arc_ds.model.transformers_files import open_with_transformers
+from arc_ds.planning.flops import count_flops, work_rates
 
 pytest.importorskip("transformers")
 from tests.helpers.transformers_models import (
@@ -169,8 +171,9 @@ def test_prompts_with_vectors_sampling_and_callbacks_work_as_with_the_native_dec
     assert other[:3] != generate_ids(ours, batch, z_ZD, max_new_tokens=16)[:3]
 
 
-def test_a_native_family_through_transformers_has_the_native_losses(tmp_path: Path) -> None:
-    write_model(tmp_path, "Llama")
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Granite"])
+def test_a_native_family_through_transformers_has_the_native_losses(family: str, tmp_path: Path) -> None:
+    write_model(tmp_path, family)
     opened = open_decoder(tmp_path, "checkpoint")
     assert isinstance(opened, NativeFiles)
     native = opened.load(CPU, torch.float32)
@@ -192,6 +195,22 @@ def test_a_micro_batch_without_labels_has_no_loss_and_no_gradient(tmp_path: Path
     nll = load(tmp_path)(empty, z_ZD)
     nll.sum().backward()
     assert nll.shape == (0,) and float(z_ZD.grad.abs().max()) == 0
+
+
+def test_the_estimated_operations_of_a_dense_model_are_near_those_that_torch_counts(tmp_path: Path) -> None:
+    write_model(tmp_path, "Llama", hidden_size=64, intermediate_size=128)
+    through = load(tmp_path)
+    native = open_decoder(tmp_path, "checkpoint").load(CPU, torch.float32)
+    spec = CompressorSpec(backbone=native.sizes, num_layers=1, decoder_sizes=(64,))
+    batch = dataclasses.replace(mixed_batch(), prefix=None)
+    estimated, counted = (count_flops(batch, spec, decoder.sizes) for decoder in (through, native))
+    for part in ("decoder_forward", "decoder_backward"):
+        ours, theirs = getattr(estimated, part), getattr(counted, part)
+        assert ours.linear == pytest.approx(theirs.linear, rel=0.01)  # norms count as products
+        assert ours.attention == theirs.attention > 0
+    assert (estimated.head, estimated.bridge) == (counted.head, counted.bridge)
+    ours, theirs = (work_rates(spec, decoder.sizes) for decoder in (through, native))
+    assert ours.suffix_row == pytest.approx(theirs.suffix_row, rel=0.01) and ours.decoder_pair == theirs.decoder_pair
 
 
 def test_models_that_cannot_read_vectors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

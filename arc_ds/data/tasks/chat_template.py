@@ -11,7 +11,7 @@ from arc_ds.errors import TokenizerError
 from arc_ds.system.user_files import read_user_text
 from arc_ds.tokenizers import Tokenizer
 from arc_ds.tokenizers.base import COPY_AGAIN, read_settings, require
-from arc_ds.tokenizers.gguf_header import read_gguf_header
+from arc_ds.tokenizers.gguf_header import gguf_models, gguf_parts, read_gguf_header
 
 QUESTIONS = ("ArcDsFirstQuestion", "ArcDsLastQuestion")
 ANSWERS = ("ArcDsFirstAnswer", "ArcDsLastAnswer")
@@ -35,7 +35,13 @@ def render_template(tokenizer: Tokenizer, path: Path) -> str:
     marks = [mark for turn in zip(QUESTIONS, ANSWERS, strict=True) for mark in turn]
     roles = ("user", "assistant", "user", "assistant")
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    written = _render(_find_template(path, folder, settings), messages, names, path)
+    template = find_template(path)
+    if template is None:
+        raise TokenizerError(
+            f"chat_template is tokenizer, but {path} has none: expected chat_template.jinja, the key chat_template "
+            f"of tokenizer_config.json, or the metadata {_GGUF_KEY} of a GGUF file. {_CURE}"
+        )
+    written = _render(template, messages, names, path)
     places = [written.find(mark) for mark in marks]
     if -1 in places or places != sorted(places) or any(written.count(mark) != 1 for mark in marks):
         raise TokenizerError(
@@ -45,29 +51,27 @@ def render_template(tokenizer: Tokenizer, path: Path) -> str:
     return written
 
 
-def _find_template(path: Path, folder: Path, settings: dict[str, Any]) -> str:
-    """The template next to or inside a tokenizer.
+def find_template(path: Path) -> str | None:
+    """The template of a tokenizer's file or folder; None if there is none.
 
-    It may be in chat_template.jinja, in tokenizer_config.json (`settings`), or in a GGUF file's metadata.
+    It may be in chat_template.jinja, in tokenizer_config.json, or in a GGUF file's metadata. Raises TokenizerError if
+    one of these cannot be read.
     """
+    folder = path if path.is_dir() else path.parent
     if (folder / "chat_template.jinja").is_file():
         return read_user_text(folder / "chat_template.jinja", TokenizerError, remedy=COPY_AGAIN)
-    template = settings.get("chat_template")
+    template = read_settings(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
         named = (item for item in template if isinstance(item, dict))
         template = next((item.get("template") for item in named if item.get("name") == "default"), None)
-    gguf_files = [path] if path.suffix == ".gguf" else sorted(folder.glob("*.gguf")) if path.is_dir() else []
-    if template is None and len(gguf_files) == 1:
+    models = [gguf_parts(path)] if path.suffix == ".gguf" else gguf_models(folder) if path.is_dir() else []
+    if template is None and len(models) == 1:
+        file, *_ = models[0]
         try:
-            template = read_gguf_header(gguf_files[0]).metadata.get(_GGUF_KEY)
-        except ValueError as error:
-            raise TokenizerError(f"chat template of {gguf_files[0]}: {error}. Copy the file again.") from error
-    if not isinstance(template, str):
-        raise TokenizerError(
-            f"chat_template is tokenizer, but {path} has none: expected chat_template.jinja, the key chat_template "
-            f"of tokenizer_config.json, or the metadata {_GGUF_KEY} of a GGUF file. {_CURE}"
-        )
-    return template
+            template = read_gguf_header(file).metadata.get(_GGUF_KEY)
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"chat template of {file}: {error}. Copy the file again.") from error
+    return template if isinstance(template, str) else None
 
 
 def _render(template: str, messages: list[dict[str, str]], names: dict[str, Any], path: Path) -> str:

@@ -133,27 +133,6 @@ NATIVE = TensorNames(
     ignored=("rope.freqs",),  # Meta's own program computes the frequencies from params.json, too
 )
 
-# For the llama architecture, llama.cpp's converter permutes wq and wk back to Meta's pairs.
-GGUF_LLAMA = TensorNames(
-    name="GGUF llama",
-    table={
-        "tok_embeddings": "token_embd",
-        "layers.{i}.attention_norm": "blk.{i}.attn_norm",
-        "layers.{i}.attention.wq": "blk.{i}.attn_q",
-        "layers.{i}.attention.wk": "blk.{i}.attn_k",
-        "layers.{i}.attention.wv": "blk.{i}.attn_v",
-        "layers.{i}.attention.wo": "blk.{i}.attn_output",
-        "layers.{i}.ffn_norm": "blk.{i}.ffn_norm",
-        "layers.{i}.feed_forward.w1": "blk.{i}.ffn_gate",
-        "layers.{i}.feed_forward.w2": "blk.{i}.ffn_down",
-        "layers.{i}.feed_forward.w3": "blk.{i}.ffn_up",
-        "norm": "output_norm",
-        "output": "output",
-    },
-    interleaved=True,
-    ignored=("rope_freqs.weight",),  # `sizes_of_gguf` reads them
-)
-
 # The first half of ff_proj is the up projection: OLMo's SwiGLU takes the gate from the second half.
 OLMO_NATIVE = TensorNames(
     name="OLMo native",

@@ -1,149 +1,292 @@
-"""GGUF files of the llama architecture: sizes and tensors. The `gguf` package dequantises one tensor at a time."""
+"""Sizes and tensor names of GGUF files: the architectures that differ from llama by data alone.
+
+Facts about architectures are from llama.cpp: its converter and its models.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
 from arc_ds.model.rope import rope_frequencies
+from arc_ds.model.weights.families import TensorNames
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
-from arc_ds.model.weights.stores import ALL_ROWS, Shape
-from arc_ds.system.user_files import check_downloaded
-from arc_ds.tokenizers.gguf_header import GgufTensor, read_gguf_header
+from arc_ds.model.weights.gguf_store import GgufStore
+from arc_ds.model.weights.hf_config import RopeScalingChoice
 
-_PLAIN: Mapping[int, Any] = MappingProxyType({0: np.float32, 1: np.float16})
-_ROPE_FACTORS = "rope_freqs.weight"
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_LLAMA3_DIVISORS, _SHORT_DIVISORS, _LONG_DIVISORS = (
+    f"{name}.weight" for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")
+)
+_NAMES: Mapping[str, str] = {
+    "tok_embeddings": "token_embd",
+    "layers.{i}.attention_norm": "blk.{i}.attn_norm",
+    "layers.{i}.attention.wq": "blk.{i}.attn_q",
+    "layers.{i}.attention.wk": "blk.{i}.attn_k",
+    "layers.{i}.attention.wv": "blk.{i}.attn_v",
+    "layers.{i}.attention.wo": "blk.{i}.attn_output",
+    "layers.{i}.attention.q_norm": "blk.{i}.attn_q_norm",
+    "layers.{i}.attention.k_norm": "blk.{i}.attn_k_norm",
+    "layers.{i}.ffn_norm": "blk.{i}.ffn_norm",
+    "layers.{i}.feed_forward.w1": "blk.{i}.ffn_gate",
+    "layers.{i}.feed_forward.w2": "blk.{i}.ffn_down",
+    "layers.{i}.feed_forward.w3": "blk.{i}.ffn_up",
+    "norm": "output_norm",
+    "output": "output",
+}
 
 
-class GgufStore:
-    """The metadata and tensors of one GGUF file.
+def _every_layer(layer_idx: int) -> bool:
+    del layer_idx
+    return True
 
-    `metadata` omits lists, because those of a tokenizer are long. `tensor` returns float32, or float16 if the file
-    stores plain float16.
 
-    Raises WeightsError if the file is not GGUF, is truncated, or has an unsupported version or block format.
+def _three_of_four(layer_idx: int) -> bool:
+    return (layer_idx + 1) % 4 != 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The differences of an architecture of llama.cpp from llama.
+
+    family: see `BackboneConfig`.
+    interleaved: whether the converter reorders wq and wk to the pairs (2i, 2i + 1).
+    constants: fields of `BackboneConfig` that the metadata do not hold.
+    epsilon: the metadata key of the norms' epsilon.
+    windowed: which layers have a window if the metadata have a length but no pattern.
+    windowed_rope_scaling: see `BackboneConfig`.
+    rotates: which layers rotate queries and keys.
+    names: names of tensors that differ from llama's.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        check_downloaded(path, WeightsError)
-        try:
-            self.metadata, self._tensors, self._data_start = read_gguf_header(path)
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"{path} is not a complete GGUF file: {error}. Copy it again.") from error
-        self.shapes: Mapping[str, Shape] = {name: entry.shape for name, entry in self._tensors.items()}
-        self._quants = _quants(path)
-        self._check_kinds()
-        self._check_size()
-
-    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
-        entry = self._tensors[name]
-        start = self._data_start + entry.offset
-        if entry.kind in _PLAIN:
-            plain = np.memmap(self.path, _PLAIN[entry.kind], "r", offset=start, shape=entry.shape)
-            return torch.from_numpy(np.array(plain[rows]))
-        block = np.memmap(self.path, np.uint8, "r", offset=start, shape=self._stored_shape(entry))
-        kind = self._quants.GGMLQuantizationType(entry.kind)
-        return torch.from_numpy(np.ascontiguousarray(self._quants.dequantize(block[rows], kind), dtype=np.float32))
-
-    def _stored_shape(self, entry: GgufTensor) -> Shape:
-        """Shape in bytes of a quantised tensor. Each row consists of whole blocks."""
-        kind = self._quants.GGMLQuantizationType(entry.kind)
-        block_size, block_bytes = self._quants.GGML_QUANT_SIZES[kind]
-        return (*entry.shape[:-1], entry.shape[-1] // block_size * block_bytes)
-
-    def _check_kinds(self) -> None:
-        for name, kind in {entry.kind: (name, entry.kind) for name, entry in self._tensors.items()}.values():
-            try:
-                known = self._quants.GGMLQuantizationType(kind)
-                block_bytes = self._quants.GGML_QUANT_SIZES[known][1]
-                self._quants.dequantize(np.zeros((1, block_bytes), np.uint8), known)
-            except (ValueError, NotImplementedError) as error:
-                raise WeightsError(
-                    f"{self.path}: tensor `{name}` has the block format {kind}, which this version of the gguf "
-                    "package cannot read. Update gguf, or use a file with another quantisation."
-                ) from error
-
-    def _check_size(self) -> None:
-        size = self.path.stat().st_size
-        for name, entry in self._tensors.items():
-            end = self._data_start + entry.offset + math.prod(self._stored_shape(entry))
-            if end > size:
-                raise WeightsError(
-                    f"{self.path} is cut short: tensor `{name}` ends at byte {end}, the file at {size}. Copy it again."
-                )
+    family: str
+    interleaved: bool = False
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    epsilon: str = "attention.layer_norm_rms_epsilon"
+    windowed: Callable[[int], bool] = _every_layer
+    windowed_rope_scaling: bool = True
+    rotates: Callable[[int], bool] = _every_layer
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
-def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Sizes:
-    """Sizes from the metadata of a GGUF file of the llama architecture (Llama, Mistral, SmolLM).
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(family="llama", interleaved=True),
+    "mistral3": Architecture(family="ministral3", interleaved=True),
+    "qwen2": Architecture(family="qwen2"),
+    "qwen3": Architecture(family="qwen3", constants={"qk_norm": "head"}),
+    "olmo": Architecture(
+        family="olmo", interleaved=True, constants={"norm": "layer"}, epsilon="attention.layer_norm_epsilon"
+    ),
+    "olmo2": Architecture(  # OLMo 3, too
+        family="olmo2",
+        constants={"norm_place": "output", "qk_norm": "row"},
+        windowed=_three_of_four,
+        windowed_rope_scaling=False,
+        names={
+            "layers.{i}.attention_norm": "blk.{i}.post_attention_norm",
+            "layers.{i}.ffn_norm": "blk.{i}.post_ffw_norm",
+        },
+    ),
+    "granite": Architecture(family="granite", interleaved=True),
+    "smollm3": Architecture(family="smollm3", interleaved=True, rotates=_three_of_four),
+    "phi3": Architecture(
+        family="phi3",
+        names={
+            **dict.fromkeys((f"layers.{{i}}.attention.{name}" for name in ("wq", "wk", "wv")), "blk.{i}.attn_qkv"),
+            **dict.fromkeys((f"layers.{{i}}.feed_forward.{name}" for name in ("w1", "w3")), "blk.{i}.ffn_up"),
+        },
+    ),
+}
+# Metadata keys of numbers that a file may lack, by field of `BackboneConfig`.
+_NUMBERS = {
+    "clip_qkv": "attention.clamp_kqv",
+    "attention_scale": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+}
+_INSTEAD = "Use the model's Hugging Face folder, or set rope_scaling: none if its contexts are short."
+_BIASES = {"qkv_bias": "attention.wq", "output_bias": "attention.wo", "ffn_bias": "feed_forward.w2"}
 
-    A `rope_freqs.weight` tensor stores the llama3 scaling of rotary frequencies. Raises WeightsError for another
-    architecture, experts, partly rotary heads, other rotary scalings and split files.
-    """
-    fields = Fields(store.metadata, str(store.path))
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise WeightsError(
-            f"{fields.where}: `general.architecture` is {architecture!r}; ARC-DS reads GGUF files of llama (Llama, "
-            "Mistral, SmolLM). Choose another file, or the model's Hugging Face folder."
-        )
-    fields.refuse("llama.expert_count", 0)
-    fields.refuse("split.count", 0, 1)
-    hidden, num_heads = fields.integer("llama.embedding_length"), fields.integer("llama.attention.head_count")
-    head_dim = fields.integer("llama.attention.key_length", hidden // num_heads)
-    fields.refuse("llama.rope.dimension_count", head_dim)
-    if rope_scaling == "checkpoint":
-        fields.refuse("llama.rope.scaling.type", "none")
-    embedding = "token_embd.weight"
-    if embedding not in store.shapes:
-        raise WeightsError(f"{fields.where}: tensor `{embedding}` is missing. Copy the file again.")
-    config = BackboneConfig(
-        family="llama",
-        hidden_size=hidden,
-        num_layers=fields.integer("llama.block_count"),
-        num_heads=num_heads,
-        num_kv_heads=fields.integer("llama.attention.head_count_kv", num_heads),
-        head_dim=head_dim,
-        ffn_size=fields.integer("llama.feed_forward_length"),
-        vocab_size=store.shapes[embedding][0],
-        rope_theta=fields.number("llama.rope.freq_base", 10000.0),
-        norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
-        tie_embeddings="output.weight" not in store.shapes,
+
+def gguf_names(store: GgufStore) -> TensorNames:
+    """The tensor names of a file's architecture. WeightsError if the architecture is unknown."""
+    name, architecture = _architecture(store)
+    return TensorNames(
+        name=f"GGUF {name}",
+        table={**_NAMES, **architecture.names},
+        interleaved=architecture.interleaved,
+        ignored=(_LLAMA3_DIVISORS, _SHORT_DIVISORS, _LONG_DIVISORS),  # `sizes_of_gguf` reads them
     )
-    if rope_scaling == "checkpoint" and _ROPE_FACTORS in store.shapes:
-        config = _with_scaling(config, store.tensor(_ROPE_FACTORS), fields.where)
-    window = fields.integer("llama.attention.sliding_window") if fields.get("llama.attention.sliding_window") else None
-    return Sizes(config, window)
 
 
-def _with_scaling(config: BackboneConfig, divisors: Tensor, where: str) -> BackboneConfig:
-    """Add the rotary scaling that has these divisors of frequencies. Its other constants are those of Llama 3.1."""
+def _architecture(store: GgufStore) -> tuple[str, Architecture]:
+    name = store.metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise WeightsError(
+            f"{store.path}: `general.architecture` is {name!r}; ARC-DS reads GGUF files of {', '.join(ARCHITECTURES)}. "
+            "Choose another file, or the model's Hugging Face folder."
+        )
+    return str(name), ARCHITECTURES[str(name)]
+
+
+def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> BackboneConfig:
+    """Sizes from the metadata of a GGUF file, and from its tensors: biases, a tied head, and rotary divisors.
+
+    Raises WeightsError for an unknown architecture, experts, and a rotary scaling that ARC-DS does not compute.
+    """
+    name, architecture = _architecture(store)
+    prefix = f"{name}."
+    own = {key.removeprefix(prefix): value for key, value in store.metadata.items() if key.startswith(prefix)}
+    fields = Fields(own, f"{store.path}: {name}")
+    fields.refuse("expert_count", 0)
+    if _EMBEDDING not in store.shapes:
+        raise WeightsError(f"{store.path}: tensor `{_EMBEDDING}` is missing. Copy the file again.")
+    hidden, num_heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
+    head_dim = fields.integer("attention.key_length", hidden // num_heads)
+    fields.refuse("attention.value_length", head_dim)
+    if architecture.interleaved:
+        fields.refuse("rope.dimension_count", head_dim)
+    rotary_dim = fields.integer("rope.dimension_count", head_dim)
+    num_layers = fields.integer("block_count")
+    window, windowed_layers = _windows(fields, architecture, num_layers)
+    config = BackboneConfig(
+        family=architecture.family,
+        hidden_size=hidden,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=fields.integer("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        ffn_size=fields.integer("feed_forward_length"),
+        vocab_size=store.shapes[_EMBEDDING][0],
+        rope_theta=fields.number("rope.freq_base", 10000.0),
+        norm_eps=fields.number(architecture.epsilon),
+        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
+        layers_without_rope=tuple(idx for idx in range(num_layers) if not architecture.rotates(idx)),
+        window=window,
+        windowed_layers=windowed_layers,
+        windowed_rope_scaling=architecture.windowed_rope_scaling or window is None,
+        tie_embeddings=_HEAD not in store.shapes,
+        **_optional(fields, store, architecture),
+        **architecture.constants,
+    )
+    if rope_scaling == "checkpoint":
+        config = dataclasses.replace(config, rope_scaling=_rope_scaling(fields, store, config))
+    return config
+
+
+def _optional(fields: Fields, store: GgufStore, architecture: Architecture) -> dict[str, Any]:
+    """Biases and multipliers, by field of `BackboneConfig`."""
+    table = {**_NAMES, **architecture.names}
+    given: dict[str, Any] = {
+        key: f"{table['layers.{i}.' + module]}.bias".replace("{i}", "0") in store.shapes
+        for key, module in _BIASES.items()
+    }
+    given |= {key: fields.number(number) for key, number in _NUMBERS.items() if fields.get(number)}
+    if fields.get("logit_scale"):
+        given["logits_multiplier"] = 1.0 / fields.number("logit_scale")
+    return given
+
+
+def _windows(fields: Fields, architecture: Architecture, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """`window` and `windowed_layers` of `BackboneConfig`. The metadata write 0 for no window."""
+    if not fields.get("attention.sliding_window"):
+        return None, ()
+    key = "attention.sliding_window_pattern"
+    pattern = fields.get(key, [architecture.windowed(idx) for idx in range(num_layers)])
+    if not isinstance(pattern, list) or len(pattern) != num_layers:
+        raise fields.wrong(key, f"a list of {num_layers} flags", pattern)
+    layers = tuple(idx for idx, is_windowed in enumerate(pattern) if is_windowed)
+    return (fields.integer("attention.sliding_window"), layers) if layers else (None, ())
+
+
+def _rope_scaling(fields: Fields, store: GgufStore, config: BackboneConfig) -> RopeScaling | None:
+    """The rotary scaling: llama3 and longrope have tensors of divisors, the others a name."""
+    if _LLAMA3_DIVISORS in store.shapes:
+        return _llama3(config, store.tensor(_LLAMA3_DIVISORS), fields.where)
+    if store.shapes.keys() & {_SHORT_DIVISORS, _LONG_DIVISORS}:
+        return _longrope(fields, store, config)
+    kind = fields.get("rope.scaling.type", "none")
+    if kind != "yarn":
+        fields.refuse("attention.temperature_scale", 0)
+    if kind == "none":
+        return None
+    factor = fields.number("rope.scaling.factor")
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    if kind == "yarn":
+        return _yarn(fields, factor)
+    raise WeightsError(f"{fields.where}: `rope.scaling.type` is {kind!r}; expected none, linear or yarn. {_INSTEAD}")
+
+
+def _original(fields: Fields) -> int:
+    """Length of the original context."""
+    return fields.integer("rope.scaling.original_context_length", fields.get("context_length"))
+
+
+def _longrope(fields: Fields, store: GgufStore, config: BackboneConfig) -> RopeScaling:
+    """Phi-3's scaling. Its attention factor follows from the two lengths, if the file does not hold it."""
+    num_pairs = (config.rotary_dim or config.head_dim) // 2
+    for name in (_SHORT_DIVISORS, _LONG_DIVISORS):
+        if store.shapes.get(name) != (num_pairs,):
+            raise WeightsError(
+                f"{store.path}: expected the tensor `{name}` with {num_pairs} numbers, got {store.shapes.get(name)}. "
+                f"{_INSTEAD}"
+            )
+    original = _original(fields)
+    factor = fields.integer("context_length") / original
+    by_default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return RopeScaling(
+        kind="longrope",
+        factor=factor,
+        original_max_positions=original,
+        attention_factor=fields.number("rope.scaling.attn_factor", by_default),
+        short_factors=tuple(store.tensor(_SHORT_DIVISORS).tolist()),
+        long_factors=tuple(store.tensor(_LONG_DIVISORS).tolist()),
+    )
+
+
+def _yarn(fields: Fields, factor: float) -> RopeScaling:
+    """llama.cpp multiplies cosines and sines by 1 + 0.1 ln(factor), or by its ratio to a second such term."""
+    weight = _optional_number(fields, "rope.scaling.yarn_log_multiplier")
+    attention_factor = (0.1 * math.log(factor) + 1.0) / (0.1 * weight * math.log(factor) + 1.0)
+    stored = fields.get("rope.scaling.attn_factor", 1.0)
+    if stored != 1.0 and not math.isclose(stored, attention_factor, rel_tol=1e-5):
+        raise WeightsError(
+            f"{fields.where}: `rope.scaling.attn_factor` is {stored!r}; expected 1 or {attention_factor:.4f}. "
+            f"{_INSTEAD}"
+        )
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_positions=_original(fields),
+        beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
+        attention_factor=attention_factor,
+        query_beta=_optional_number(fields, "attention.temperature_scale"),
+    )
+
+
+def _optional_number(fields: Fields, key: str) -> float:
+    """A number, or 0 if it is missing."""
+    return fields.number(key) if fields.get(key) else 0.0
+
+
+def _llama3(config: BackboneConfig, divisors: Tensor, where: str) -> RopeScaling:
+    """The llama3 scaling that has these divisors of frequencies. Its other constants are those of Llama 3.1."""
     factor = round(float(divisors.max()), 4)
     scaling = RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
     scaled = dataclasses.replace(config, rope_scaling=scaling)
     frequencies, expected = (rope_frequencies(c, divisors.device) for c in (config, scaled))
     if divisors.shape != frequencies.shape or not torch.allclose(frequencies / divisors, expected, rtol=1e-4, atol=0):
         raise WeightsError(
-            f"{where}: `{_ROPE_FACTORS}` is not the llama3 scaling with low 1, high 4 and 8192 positions. "
-            "ARC-DS supports no other scaling. Use the model's Hugging Face folder, or set rope_scaling: none."
+            f"{where}: `{_LLAMA3_DIVISORS}` is not the llama3 scaling with low 1, high 4 and 8192 positions. {_INSTEAD}"
         )
-    return scaled
-
-
-def _quants(path: Path) -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise WeightsError(f"{path} needs the gguf package. Run: pip install 'arc-ds[backbones]'") from error
-    return gguf
+    return scaling

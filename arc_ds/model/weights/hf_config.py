@@ -23,17 +23,6 @@ from arc_ds.model.weights.fields import Fields
 RopeScalingChoice = Literal["checkpoint", "none"]
 
 
-class Sizes(NamedTuple):
-    """The sizes of a backbone.
-
-    config: its sizes and constants.
-    sliding_window: window of all layers, if `config` does not have it already; None otherwise.
-    """
-
-    config: BackboneConfig
-    sliding_window: int | None = None
-
-
 class _Rotation(NamedTuple):
     """Rotary positions of a backbone. For its fields, see `BackboneConfig`."""
 
@@ -49,7 +38,7 @@ _SILU = ("silu", "swish")
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
 
 
-def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Sizes:
+def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> BackboneConfig:
     """Sizes from the `config.json` of a family in `FAMILIES` or of OLMo-1's own folder.
 
     Reads `rope_theta` and `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). For a model of images
@@ -67,7 +56,7 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Si
             "decoder may be any causal language model of transformers: set `implementation: transformers` for it."
         )
     if model_type == "hf_olmo":
-        return Sizes(_sizes_of_olmo(fields))
+        return _sizes_of_olmo(fields)
     family = FAMILIES[model_type]
     fields = Fields({**family.defaults, **fields.values}, fields.where)
     fields.refuse("hidden_act", *_SILU)
@@ -83,7 +72,7 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Si
     num_layers, head_dim = fields.integer("num_hidden_layers"), fields.integer("head_dim", hidden // num_heads)
     window, windowed_layers = _windows(fields, family, num_layers)
     rotation = _rotation(fields, family, head_dim, rope_scaling)
-    config = BackboneConfig(
+    return BackboneConfig(
         family=model_type,
         hidden_size=hidden,
         num_layers=num_layers,
@@ -109,29 +98,30 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Si
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         **_numbers(fields, family),
     )
-    return Sizes(config)
 
 
 def names_of_hugging_face(fields: Fields) -> TensorNames:
     """The tensor names of a folder with this `config.json`; Llama's if its family is unknown."""
     inner = _language_model(fields)
-    model_type = inner.get("model_type")
-    names = FAMILIES[model_type].names if model_type in FAMILIES else HUGGING_FACE
+    family = _family(inner)
+    names = HUGGING_FACE if family is None else family.names
     return names if inner is fields else dataclasses.replace(names, other_modules=OTHER_MODULES)
 
 
 def _language_model(fields: Fields) -> Fields:
     """The fields of the language model: `text_config` of a model of images or sound and text, or all fields."""
     inner = fields.get("text_config")
-    if (
-        fields.get("model_type") in FAMILIES
-        or not isinstance(inner, Mapping)
-        or inner.get("model_type") not in FAMILIES
-    ):
+    if _family(fields) is not None or not isinstance(inner, Mapping):
         return fields
     # The whole model has the head, so its own setting decides whether the head is tied.
     outer = {key: fields.values[key] for key in ("tie_word_embeddings",) if fields.get(key) is not None}
-    return Fields({**inner, **outer}, f"{fields.where}: text_config")
+    language_model = Fields({**inner, **outer}, f"{fields.where}: text_config")
+    return fields if _family(language_model) is None else language_model
+
+
+def _family(fields: Fields) -> Family | None:
+    """The family that `model_type` names; None if it is unknown."""
+    return FAMILIES.get(str(fields.get("model_type")))
 
 
 def _flag(fields: Fields, announced: bool | str) -> bool:
@@ -168,6 +158,7 @@ def _windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | Non
 
 
 def _rotation(fields: Fields, family: Family, head_dim: int, choice: RopeScalingChoice) -> _Rotation:
+    """Read one rule for all layers, or one for each kind of layers. Two rules may differ in their scaling only."""
     given = {**fields.object("rope_scaling", {}).values, **fields.object("rope_parameters", {}).values}
     by_kind = [Fields(given[kind], fields.where) for kind in (_FULL, _WINDOWED) if isinstance(given.get(kind), Mapping)]
     rules = by_kind or [Fields(given, fields.where)]
@@ -187,11 +178,12 @@ def _rotation(fields: Fields, family: Family, head_dim: int, choice: RopeScaling
         for name, factors in (("short_factor", scaling.short_factors), ("long_factor", scaling.long_factors)):
             if len(factors) != rotary_dim // 2:
                 raise rules[0].wrong(name, f"a list of {rotary_dim // 2} numbers above 0", rules[0].get(name))
+    has_own_rule = isinstance(given.get(_WINDOWED), Mapping)
     return _Rotation(
         rope_theta=thetas[0],
         rope_scaling=scaling,
         rotary_dim=None if rotary_dim == head_dim else rotary_dim,
-        windowed_rope_scaling=scalings[-1] == scaling if len(by_kind) > 1 else family.windowed_rope_scaling,
+        windowed_rope_scaling=scalings[-1] == scaling if has_own_rule else family.windowed_rope_scaling,
     )
 
 
@@ -201,7 +193,7 @@ def _scaling(rope: Fields, fields: Fields, family: Family) -> RopeScaling | None
     rope: the rule.
     fields: the whole config.
     """
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
     kind = family.rope_kinds.get(kind, kind)
     if kind == "default":
         return None
@@ -217,8 +209,9 @@ def _original(rope: Fields, fields: Fields) -> int:
     """The original length. transformers prefers the config's own key to that of the rule, and has this default."""
     key = "original_max_position_embeddings"
     if fields.get(key) is not None:
-        return fields.integer(key)
-    return rope.integer(key) if rope.get(key) is not None else fields.integer("max_position_embeddings")
+        return fields.integer(key, minimum=2)
+    holder, key = (rope, key) if rope.get(key) is not None else (fields, "max_position_embeddings")
+    return holder.integer(key, minimum=2)
 
 
 def _factor(rope: Fields, fields: Fields, original: int) -> float:

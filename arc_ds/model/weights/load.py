@@ -61,12 +61,11 @@ def load_backbone(
     prefix: see `check_fit`.
     skip: see `check_fit`.
     allow_unused: see `check_fit`.
-
     name: the module in the log and on the progress bar.
 
-    Rank 0 logs time, bytes, and peak memory. If parameters are partitioned by ZeRO-3, all ranks must call this, before
-    an engine is built. Each rank then reads the rows of its own partitions. Parameters keep the dtype in which they
-    were partitioned. If one rank cannot read, all ranks raise the error.
+    Rank 0 logs time, bytes read, and the peak memory of its process on the host. If parameters are partitioned by
+    ZeRO-3, all ranks must call this, before an engine is built. Each rank then reads the rows of its own partitions.
+    Parameters keep the dtype in which they were partitioned. If one rank cannot read, all ranks raise the error.
     """
     check_fit(module, source, prefix=prefix, skip=skip, allow_unused=allow_unused)
     names = _parameter_names(module, prefix, skip)

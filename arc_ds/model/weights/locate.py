@@ -10,11 +10,12 @@ from typing import Literal
 from arc_ds.errors import WeightsError
 from arc_ds.model.weights.fields import Fields
 from arc_ds.system.user_files import check_downloaded
+from arc_ds.tokenizers.gguf_header import gguf_models, gguf_parts
 
 _INDEX = "model.safetensors.index.json"
 _EXPECTED = (
-    "a Hugging Face folder (config.json with model.safetensors or its shards), a Meta or Mistral folder (params.json "
-    "with consolidated.safetensors or consolidated.00.pth, ...), or a .gguf file"
+    "a Hugging Face folder (config.json with model.safetensors or its shards), a Meta, Mistral or OLMo folder "
+    "(params.json with consolidated.safetensors, consolidated.00.pth, ... or model.safetensors), or a .gguf file"
 )
 _NUMBERED = re.compile(r"consolidated\.(\d+)\.(?:pth|safetensors)")
 
@@ -24,7 +25,7 @@ class WeightFiles:
     """Weights at a path.
 
     kind: kind of weights.
-    path: the folder or file that the user named.
+    path: the folder, or the first file of a GGUF model.
     files: files with tensors; empty if there are only sizes.
     """
 
@@ -53,7 +54,7 @@ def locate(path: Path) -> WeightFiles:
     """
     if path.is_file():
         if _is_gguf(path):
-            return WeightFiles(kind="gguf", path=path, files=(path,))
+            return _gguf_files(gguf_parts(path))
         check_downloaded(path, WeightsError)
         raise WeightsError(f"{path} is a file but not GGUF; expected {_EXPECTED}. Pass the folder that contains it.")
     if not path.is_dir():
@@ -63,24 +64,25 @@ def locate(path: Path) -> WeightFiles:
 
 def _locate_in_folder(folder: Path) -> WeightFiles:
     has_config, has_params = (folder / "config.json").is_file(), (folder / "params.json").is_file()
-    hugging_face = _hugging_face_files(folder) if has_config else ()
+    hugging_face = _safetensors_files(folder) if has_config else ()
     if hugging_face:
         return WeightFiles(kind="hugging_face", path=folder, files=hugging_face)
-    native = _native_files(folder) if has_params else ()
+    native = (_native_files(folder) or _safetensors_files(folder)) if has_params else ()
     if native:
         return WeightFiles(kind="native", path=folder, files=native)
-    ggufs = sorted(folder.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return WeightFiles(kind="gguf", path=ggufs[0], files=(ggufs[0],))
-    if len(ggufs) > 1:
-        raise WeightsError(f"{folder} holds {len(ggufs)} .gguf files; expected one. Pass the path of one file.")
+    models = gguf_models(folder)
+    if len(models) == 1:
+        return _gguf_files(models[0])
+    if len(models) > 1:
+        names = ", ".join(parts[0].name for parts in models)
+        raise WeightsError(f"{folder} holds {len(models)} GGUF models ({names}). Pass the path of one file.")
     if has_config or has_params:
         return WeightFiles(kind="hugging_face" if has_config else "native", path=folder, files=())
     listing = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise WeightsError(f"{folder} holds {listing}; expected {_EXPECTED}. Check the path.")
 
 
-def _hugging_face_files(folder: Path) -> tuple[Path, ...]:
+def _safetensors_files(folder: Path) -> tuple[Path, ...]:
     """The files of an index, or all without one. Other programs prefer a model.safetensors to the index."""
     if not (folder / _INDEX).is_file():
         return tuple(p for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith("consolidated"))
@@ -110,6 +112,16 @@ def _native_files(folder: Path) -> tuple[Path, ...]:
             "Copy the missing files from the source."
         )
     return (*safetensors, *pickles)
+
+
+def _gguf_files(parts: tuple[Path, ...]) -> WeightFiles:
+    missing = [path.name for path in parts if not path.is_file()]
+    if missing:
+        raise WeightsError(
+            f"{parts[0].parent}: the GGUF model has {len(parts)} files, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Copy the missing files from the source."
+        )
+    return WeightFiles(kind="gguf", path=parts[0], files=parts)
 
 
 def _is_gguf(path: Path) -> bool:

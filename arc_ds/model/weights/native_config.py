@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
 from arc_ds.model.weights.families import FAMILIES, TensorNames
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.hf_config import RopeScalingChoice, Sizes
+from arc_ds.model.weights.hf_config import RopeScalingChoice
 from arc_ds.model.weights.names import Shape
 from arc_ds.model.weights.stores import TensorStore
 
@@ -22,7 +24,7 @@ def is_olmo(store: TensorStore | None) -> bool:
 
 def sizes_of_native(
     fields: Fields, store: TensorStore | None, names: TensorNames, rope_scaling: RopeScalingChoice
-) -> Sizes:
+) -> BackboneConfig:
     """Sizes from `params.json`.
 
     There are three dialects. Mistral's file has head_dim and hidden_dim. Llama's file implies them. OLMo's file omits
@@ -33,10 +35,10 @@ def sizes_of_native(
 
     Raises WeightsError for unsupported features: experts, vision modules.
     """
-    for key in ("moe", "moe_args", "vision_encoder"):
+    for key in ("moe", "moe_args", "vision_encoder", "q_lora_rank", "kv_lora_rank"):
         fields.refuse(key)
     dim, num_heads = fields.integer("dim"), fields.integer("n_heads")
-    window, scaling, theta, tied = None, None, 10000.0, False
+    windows, scaling, theta, tied = _NO_WINDOWS, None, 10000.0, False
     if is_olmo(store):
         family = "olmo"
         ffn_size = _shape(fields, store, names, "layers.0.feed_forward.w2.weight")[1]
@@ -45,16 +47,20 @@ def sizes_of_native(
     elif "hidden_dim" in fields.values or "head_dim" in fields.values:
         family = "mistral"
         ffn_size, vocab_size = fields.integer("hidden_dim"), _vocab_size(fields, store, names)
-        window = _window(fields)
+        windows = _windows(fields)
         # As in Mistral's code: if the file has no base, it is 1e4 for windowed models (v0.1) and 1e6 for the others.
-        theta = 1e6 if window is None else 1e4
+        theta = 1e6 if windows.size is None else 1e4
         tied = fields.flag("tied_embeddings", False)
+        if fields.get("yarn") is None:
+            fields.refuse("llama_4_scaling")
+        elif rope_scaling == "checkpoint":
+            scaling = _yarn(fields)
     else:
         family = "llama"
         ffn_size, vocab_size = _llama_ffn_size(fields, dim), _vocab_size(fields, store, names)
         if rope_scaling == "checkpoint" and fields.flag("use_scaled_rope", False):
             scaling = _llama3_scaling(fields, dim)
-    config = BackboneConfig(
+    return BackboneConfig(
         family=family,
         hidden_size=dim,
         num_layers=fields.integer("n_layers"),
@@ -67,17 +73,61 @@ def sizes_of_native(
         norm_eps=fields.number("norm_eps", 1e-5),
         norm=FAMILIES[family].norm,
         rope_scaling=scaling,
+        window=windows.size,
+        windowed_layers=windows.layers,
         tie_embeddings=tied,
     )
-    return Sizes(config, window)
 
 
-def _window(fields: Fields) -> int | None:
-    keys = ("sliding_window", "_sliding_window")
-    for key in keys:
-        if isinstance(fields.get(key), list):
-            raise fields.wrong(key, "one number for all layers", fields.get(key))
-    return next((fields.integer(key) for key in keys if fields.get(key) is not None), None)
+class _Windows(NamedTuple):
+    """The attention windows of a model.
+
+    size: see `BackboneConfig.window`.
+    layers: see `BackboneConfig.windowed_layers`.
+    """
+
+    size: int | None
+    layers: tuple[int, ...]
+
+
+_NO_WINDOWS = _Windows(None, ())
+
+
+def _windows(fields: Fields) -> _Windows:
+    """Mistral's windows: one for all layers, or a list (Ministral) that repeats over the layers.
+
+    A list may hold two lengths. The larger one (131072) is then the length of the model's longest sequence, so the
+    layers with it have no window.
+    """
+    key = next((key for key in ("sliding_window", "_sliding_window") if fields.get(key) is not None), None)
+    if key is None:
+        return _NO_WINDOWS
+    num_layers, value = fields.integer("n_layers"), fields.get(key)
+    pattern = value if isinstance(value, list) else [fields.integer(key)]
+    numbers = [Fields({key: size}, fields.where).integer(key) for size in pattern if size is not None]
+    lengths = sorted(set(numbers))
+    if not pattern or num_layers % len(pattern) or len(lengths) + (None in pattern) > 2:
+        raise fields.wrong(key, f"at most two lengths, in a list that repeats over {num_layers} layers", value)
+    if not lengths:
+        return _NO_WINDOWS
+    layers = tuple(idx for idx in range(num_layers) if pattern[idx % len(pattern)] == lengths[0])
+    return _Windows(lengths[0], layers)
+
+
+def _yarn(fields: Fields) -> RopeScaling:
+    """Mistral's yarn. `beta` and `alpha` are its bounds. Without `apply_scale`, cosines and sines have no factor."""
+    yarn, queries = fields.object("yarn"), fields.object("llama_4_scaling", {})
+    factor, original = yarn.number("factor"), yarn.integer("original_max_position_embeddings")
+    queries.refuse("original_max_position_embeddings", original)
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_positions=original,
+        beta_fast=yarn.number("beta", 32.0),
+        beta_slow=yarn.number("alpha", 1.0),
+        attention_factor=0.1 * math.log(factor) + 1.0 if yarn.flag("apply_scale", True) else 1.0,
+        query_beta=queries.number("beta") if queries.get("beta") else 0.0,
+    )
 
 
 def _llama_ffn_size(fields: Fields, dim: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
-from arc_ds.model.weights.families import GGUF_LLAMA, NATIVE, OLMO_NATIVE, TensorNames
+from arc_ds.model.weights.families import NATIVE, OLMO_NATIVE, TensorNames
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.gguf_file import GgufStore, sizes_of_gguf
+from arc_ds.model.weights.gguf_file import gguf_names, sizes_of_gguf
+from arc_ds.model.weights.gguf_store import GgufStore
 from arc_ds.model.weights.hf_config import RopeScalingChoice, names_of_hugging_face, sizes_of_hugging_face
 from arc_ds.model.weights.leftovers import Backbone, leftover_faults
 from arc_ds.model.weights.locate import WeightFiles, locate
@@ -31,7 +31,14 @@ from arc_ds.model.weights.names import (
     spread_rotary,
 )
 from arc_ds.model.weights.native_config import is_olmo, shard_axis, sizes_of_native
-from arc_ds.model.weights.stores import ALL_ROWS, JoinedStore, PickleStore, SafetensorsStore, TensorStore
+from arc_ds.model.weights.stores import (
+    ALL_ROWS,
+    JoinedStore,
+    ModelParallelStore,
+    PickleStore,
+    SafetensorsStore,
+    TensorStore,
+)
 
 _HEAD = "output.weight"
 _BESIDE = ("*quant*config*.json", "adapter_config.json")  # settings that change the meaning of the weights
@@ -172,23 +179,23 @@ def read_backbone_config(path: str | Path, rope_scaling: RopeScalingChoice = "ch
 
 def _open_store(found: WeightFiles) -> TensorStore:
     if found.kind == "gguf":
-        return GgufStore(found.path)
+        return GgufStore(found.files)
     files = {file: PickleStore(file) if file.suffix == ".pth" else SafetensorsStore(file) for file in found.files}
     parts: list[TensorStore] = []
     for file_set in found.model_parallel:
         axis_of = shard_axis(Fields.read(found.config_file).integer("dim"))
-        parts.append(JoinedStore([files.pop(file) for file in file_set], axis_of))
+        parts.append(ModelParallelStore([files.pop(file) for file in file_set], axis_of))
     parts += files.values()
     return parts[0] if len(parts) == 1 else JoinedStore(parts)
 
 
 def _names(found: WeightFiles, store: TensorStore | None) -> TensorNames:
+    if isinstance(store, GgufStore):
+        return gguf_names(store)
     if is_olmo(store):
         names = OLMO_NATIVE
-    elif found.kind == "hugging_face":
-        names = names_of_hugging_face(Fields.read(found.config_file))
     else:
-        names = NATIVE if found.kind == "native" else GGUF_LLAMA
+        names = names_of_hugging_face(Fields.read(found.config_file)) if found.kind == "hugging_face" else NATIVE
     return names if store is None else names.as_in(store.shapes)
 
 
@@ -210,17 +217,14 @@ def _sizes(
     found: WeightFiles, store: TensorStore | None, names: TensorNames, rope_scaling: RopeScalingChoice
 ) -> BackboneConfig:
     if isinstance(store, GgufStore):
-        sizes = sizes_of_gguf(store, rope_scaling)
+        config = sizes_of_gguf(store, rope_scaling)
     else:
         fields = Fields.read(found.config_file)
         _refuse_other_meaning(fields, found.path)
         if found.kind == "native":
-            sizes = sizes_of_native(fields, store, names, rope_scaling)
+            config = sizes_of_native(fields, store, names, rope_scaling)
         else:
-            sizes = sizes_of_hugging_face(fields, rope_scaling)
-    config, window = sizes
-    if window is not None:
-        config = dataclasses.replace(config, window=window, windowed_layers=tuple(range(config.num_layers)))
+            config = sizes_of_hugging_face(fields, rope_scaling)
     num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
     if num_heads % num_kv_heads:
         raise WeightsError(

@@ -16,8 +16,10 @@ from arc_ds.model.weights.names import Shape, join_faults
 from arc_ds.system.user_files import check_downloaded
 
 ALL_ROWS = slice(None)
-# Names of safetensors and of torch. Numbers of other dtypes mean something only with the scales of a quantisation.
-_PLAIN = frozenset(("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"))
+# safetensors' names by torch's. Numbers of other dtypes mean something only with the scales of a quantisation.
+_SHORT = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_PLAIN = frozenset(_SHORT.values())
+_ONE_MODEL = "Copy all consolidated files of one model again from one source."
 
 
 class TensorStore(Protocol):
@@ -30,6 +32,10 @@ class TensorStore(Protocol):
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """Shape of every tensor, from the headers."""
+
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """Number format of every tensor: BF16, Q4_K, ..."""
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         """Read a tensor, or a slice of its dimension 0, to the CPU in the file's dtype."""
@@ -53,7 +59,8 @@ class SafetensorsStore:
                 f"{path} is not a complete safetensors file: {error}. It was cut short or damaged; copy it again."
             ) from error
         self.shapes: Mapping[str, Shape] = {name: tuple(entry.get_shape()) for name, entry in entries.items()}
-        _check_plain(path, {name: entry.get_dtype() for name, entry in entries.items()})
+        self.formats: Mapping[str, str] = {name: entry.get_dtype() for name, entry in entries.items()}
+        _check_plain(path, self.formats)
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         if rows == ALL_ROWS:
@@ -92,57 +99,113 @@ class PickleStore:
             )
         self._tensors: Mapping[str, Tensor] = loaded
         self.shapes: Mapping[str, Shape] = {n: tuple(t.shape) for n, t in loaded.items()}
-        _check_plain(path, {n: str(t.dtype) for n, t in loaded.items()})
+        self.formats: Mapping[str, str] = {n: _SHORT.get(str(t.dtype), str(t.dtype)) for n, t in loaded.items()}
+        _check_plain(path, self.formats)
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         return self._tensors[name][rows]
 
 
 class JoinedStore:
-    """Several files, read as one.
-
-    axis_of: the axis along which the parts of a tensor are concatenated, from its name and the shape of a part; None
-        for a vector, of which each file holds the same values. By default a tensor in several files is a copy.
+    """Several files, read as one. A tensor in several of them is a copy.
 
     Raises WeightsError if copies differ. At first it compares their shapes and their first rows. `tensor` compares the
     rows that it reads.
     """
 
-    def __init__(self, files: Sequence[TensorStore], axis_of: Callable[[str, Shape], int | None] | None = None) -> None:
+    def __init__(self, files: Sequence[TensorStore]) -> None:
         self.path = files[0].path
-        self._holds_copies = axis_of is None
-        self._parts: dict[str, list[TensorStore]] = {}
+        self._copies: dict[str, list[TensorStore]] = {}
         for file in files:
             for name in file.shapes:
-                self._parts.setdefault(name, []).append(file)
-        self._axes: dict[str, int | None] = {}
-        shapes: dict[str, Shape] = {}
-        for name, parts in self._parts.items():
-            shape = parts[0].shapes[name]
-            axis = axis_of(name, shape) if axis_of is not None and len(parts) > 1 else None
-            if axis is not None:
-                shape = (*shape[:axis], sum(part.shapes[name][axis] for part in parts), *shape[axis + 1 :])
-            shapes[name], self._axes[name] = shape, axis
-        self.shapes: Mapping[str, Shape] = shapes
-        for name in self._parts:
-            if self._is_copied(name):
-                self.tensor(name, slice(0, 1) if shapes[name] else ALL_ROWS)
+                self._copies.setdefault(name, []).append(file)
+        self.shapes: Mapping[str, Shape] = {name: copies[0].shapes[name] for name, copies in self._copies.items()}
+        self.formats: Mapping[str, str] = {name: copies[0].formats[name] for name, copies in self._copies.items()}
+        for name, copies in self._copies.items():
+            if len(copies) > 1:
+                self.tensor(name, _first_row(self.shapes[name]))
 
     def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
-        parts, axis = self._parts[name], self._axes[name]
-        if axis is None:
-            values = parts[0].tensor(name, rows)
-            for other in parts[1:] if self._is_copied(name) else ():
-                if other.shapes[name] != self.shapes[name] or not same_values(values, other.tensor(name, rows)):
-                    raise WeightsError(
-                        f"{parts[0].path} and {other.path} differ in `{name}`, so one of them belongs to other "
-                        "weights. Move that file out of the folder."
-                    )
-            return values
-        return torch.cat([part.tensor(name) for part in parts], dim=axis)[rows]
+        return _equal_values(
+            self._copies[name], name, rows, "one of them belongs to other weights. Move that file out of the folder."
+        )
 
-    def _is_copied(self, name: str) -> bool:
-        return self._holds_copies and len(self._parts[name]) > 1
+
+class ModelParallelStore:
+    """Meta's model-parallel files, read as one. Each file holds a part of every tensor.
+
+    axis_of: the axis along which the parts of a tensor are concatenated, from its name and the shape of a part; None
+        for a vector, of which each file holds the same values.
+
+    Raises WeightsError if a file lacks a tensor, if parts differ along another axis, or if the values of a vector
+    differ. At first it compares the first values of vectors. `tensor` compares all values.
+    """
+
+    def __init__(self, files: Sequence[TensorStore], axis_of: Callable[[str, Shape], int | None]) -> None:
+        self.path = files[0].path
+        self._files = files
+        names = dict.fromkeys(name for file in files for name in file.shapes)
+        lacking = [f"{file.path.name} lacks `{name}`" for file in files for name in names if name not in file.shapes]
+        self._check(lacking)
+        self._axes = {name: axis_of(name, files[0].shapes[name]) for name in names}
+        self._check([fault for name in names if (fault := self._fault(name))])
+        self.shapes: Mapping[str, Shape] = {name: self._joined_shape(name) for name in names}
+        self.formats = files[0].formats
+        for name, axis in self._axes.items():
+            if axis is None:
+                self.tensor(name, _first_row(self.shapes[name]))
+
+    def tensor(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        axis = self._axes[name]
+        if axis is None:
+            return _equal_values(self._files, name, rows, f"they belong to different models. {_ONE_MODEL}")
+        if axis > 0:
+            return torch.cat([file.tensor(name, rows) for file in self._files], dim=axis)
+        first, last, _ = rows.indices(self.shapes[name][0])
+        parts, end = [], 0
+        for file in self._files:
+            start, end = end, end + file.shapes[name][0]
+            if start < last and first < end:
+                parts.append(file.tensor(name, slice(max(first - start, 0), min(last, end) - start)))
+        return torch.cat(parts or [self._files[0].tensor(name, slice(0, 0))])
+
+    def _fault(self, name: str) -> str | None:
+        """A phrase about parts of different shapes; None if they fit together."""
+        shapes = [list(file.shapes[name]) for file in self._files]
+        others = [_without(shape, self._axes[name]) for shape in shapes]
+        if all(other == others[0] for other in others):
+            return None
+        return f"the parts of `{name}` have the shapes {', '.join(map(str, shapes))}"
+
+    def _joined_shape(self, name: str) -> Shape:
+        shape, axis = self._files[0].shapes[name], self._axes[name]
+        if axis is None:
+            return shape
+        return (*shape[:axis], sum(file.shapes[name][axis] for file in self._files), *shape[axis + 1 :])
+
+    def _check(self, faults: Sequence[str]) -> None:
+        if faults:
+            raise WeightsError(
+                f"{self.path.parent}: {len(self._files)} model-parallel files do not fit together: "
+                f"{join_faults(faults)}. {_ONE_MODEL}"
+            )
+
+
+def _without(shape: list[int], axis: int | None) -> list[int]:
+    return shape if axis is None else shape[:axis] + shape[axis + 1 :]
+
+
+def _first_row(shape: Shape) -> slice:
+    return slice(0, 1) if shape else ALL_ROWS
+
+
+def _equal_values(files: Sequence[TensorStore], name: str, rows: slice, consequence: str) -> Tensor:
+    """Read a tensor from the first file. Raises WeightsError if another file holds other values."""
+    values = files[0].tensor(name, rows)
+    for other in files[1:]:
+        if other.shapes[name] != files[0].shapes[name] or not same_values(values, other.tensor(name, rows)):
+            raise WeightsError(f"{files[0].path} and {other.path} differ in `{name}`, so {consequence}")
+    return values
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:

@@ -93,8 +93,9 @@ def window_bounds(b_limit, window, BLOCK_N: tl.constexpr):
 
     b_limit: number of keys that each query of the tile sees without the window.
     """
-    begin = tl.maximum(tl.min(b_limit, 0) - window, 0) // BLOCK_N * BLOCK_N
-    begun = (tl.maximum(tl.max(b_limit, 0) - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    # The maximum comes first: a wrong limit minus the window could overflow.
+    begin = (tl.maximum(tl.min(b_limit, 0), window) - window) // BLOCK_N * BLOCK_N
+    begun = (tl.maximum(tl.max(b_limit, 0), window) - window + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     return begin, begun
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.checkpoints.weight_digests import files_digest
+from arc_ds.checkpoints.weight_digests import _digest, files_digest
 from arc_ds.errors import WeightsError
+from arc_ds.model.backbone_config import RopeScaling
+from tests.helpers.tiny_models import tiny_config
 
 SIZE = 3 << 20
 
@@ -52,3 +54,15 @@ def test_little_of_a_large_file_is_read(weights: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"gone\.gguf cannot be read"):
         files_digest([tmp_path / "gone.gguf"])
+
+
+# Recorded with the version whose sizes had no fields of other families. Without them, no run of it could be resumed.
+BEFORE = "331524b90a0ec25a4cca6f9d850b610b037c57f8835fc0235fbda58c34fef048"
+BEFORE_SCALED = "cc08b89fe5b9b3f2b9c912bfc839a17d849ea957d984af619ae792688086fe9f"
+
+
+def test_sizes_of_earlier_versions_keep_their_digests() -> None:
+    scaling = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+    assert _digest(tiny_config(), []) == BEFORE
+    assert _digest(tiny_config(rope_scaling=scaling), []) == BEFORE_SCALED
+    assert _digest(tiny_config(qkv_bias=True), []) != BEFORE

@@ -70,19 +70,24 @@ def test_texts_that_are_left_out_are_counted_with_a_remedy(export: Path, tmp_pat
     given = [{"id": "a", "text": LONG}, {"id": "a", "text": "again"}, {"id": "b", "text": " \n"}, "{", {"id": "c"}]
     given += [{"id": 1.5, "text": "x"}, {"text": "\ud83d"}]
     lines = write_lines(tmp_path / "x.jsonl", given)
-    assert compress(export, tmp_path / "out", "--on-error", "skip", lines) == 0
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
+    assert compress(export, tmp_path / "out", "--on-error", "skip", lines, tmp_path / "binary.txt") == 0
     assert list(read_vectors(tmp_path / "out")) == ["a"]
+    assert any(line.startswith(f"left out: {tmp_path}/binary.txt is ") for line in caplog.messages)
     for number, reason in ((4, "JSON"), (5, "'text'"), (6, "'id'"), (7, "UTF-8 cannot encode")):
-        assert any(f"line {number}: left out" in line and reason in line for line in caplog.text.splitlines())
+        assert any(
+            line.startswith(f"left out: {lines}, line {number}: ") and reason in line for line in caplog.messages
+        )
     assert "1 empty texts were left out: give them text" in caplog.text
     assert "1 texts were left out because an earlier text has the same id: give each" in caplog.text
 
 
 def test_a_line_that_cannot_be_used_stops_by_default(export: Path, tmp_path: Path, capsys) -> None:
-    lines = write_lines(tmp_path / "x.jsonl", [{"text": LONG}, {"txt": "a"}])
-    assert compress(export, tmp_path / "out", lines) == EXIT_USER_ERROR
+    lines = write_lines(tmp_path / "x.jsonl", [*({"text": f"lamp {n}"} for n in range(280)), {"txt": "a"}])
+    assert compress(export, tmp_path / "out", "--batch-tokens", "200", lines) == EXIT_USER_ERROR
     error = capsys.readouterr().err
-    assert "x.jsonl, line 2: " in error and "'text'" in error and "--on-error skip" in error
+    assert "x.jsonl, line 281: " in error and "'text'" in error and "--on-error skip" in error
+    assert len(read_vectors(tmp_path / "out")) > 200  # what was compressed before is kept
 
 
 def test_a_set_takes_more_texts_of_the_same_model_only(export: Path, tmp_path: Path, capsys) -> None:

@@ -122,7 +122,9 @@ def test_lines_that_cannot_be_used_are_counted_with_their_numbers(
     assert generate(folders, given, tmp_path / "out.jsonl", "--on-error", "skip") == 0
     assert [record["id"] for record in read(tmp_path / "out.jsonl")] == ["ok", "last"]
     for number, (_, message) in enumerate(BAD, 2):
-        assert any(f"in.jsonl, line {number}: left out" in line and message in line for line in caplog.messages)
+        assert any(
+            line.startswith(f"left out: {given}, line {number}: ") and message in line for line in caplog.messages
+        )
     assert f"{len(BAD)} left out" in capsys.readouterr().out
 
 
@@ -143,7 +145,7 @@ def test_a_record_that_the_model_refuses_leaves_its_batch_whole(
     given = write_lines(tmp_path / "in.jsonl", [{"prompt": "The sea"}, {"prompt": refused}, {"prompt": "A lamp"}])
     assert generate(folders, given, tmp_path / "out.jsonl", "--on-error", "skip") == 0
     assert [record["id"] for record in read(tmp_path / "out.jsonl")] == [1, 3]
-    assert caplog.messages == [f"{given}, line 2: left out: it cannot be read."]
+    assert caplog.messages == [f"left out: {given}, line 2: it cannot be read."]
 
 
 def test_mistakes_name_their_remedy(folders: Path, tmp_path: Path, capsys) -> None:

@@ -27,8 +27,9 @@ from arc_ds.export.formats import write_export
 from arc_ds.inference.load import load_compressor, open_arc_folder
 from arc_ds.model.backbone_config import RopeScaling
 from arc_ds.tokenizers import Tokenizer, ids_digest, load_tokenizer
-from tests.helpers.tiny_data import swap_letters, write_json_tokenizer, write_tekken
+from tests.helpers.tiny_data import swap_letters, write_json_tokenizer
 from tests.helpers.tiny_export import ENCODER, tiny_trained, write_decoder
+from tests.helpers.tokenizer_files import write_mistral_tokenizer
 
 FORMATS = ("arc-ds", "arc")
 
@@ -132,17 +133,20 @@ def test_the_exports_tokenizer_is_the_encoders(tmp_path: Path, export_format: st
     assert torch.equal(model.compress(["the sea"])[0], model.compress([original.encode("the sea")])[0])
 
 
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v3"])
 @pytest.mark.parametrize("export_format", FORMATS)
-def test_a_tekken_file_is_found_in_an_export_and_next_to_a_decoder(tmp_path: Path, export_format: str) -> None:
+def test_mistral_s_tokenizers_are_found_in_an_export_and_next_to_a_decoder(
+    tmp_path: Path, export_format: str, name: str
+) -> None:
     trained = tiny_trained(tmp_path / "run")
-    tokenizer = write_tekken(tmp_path / "run")
-    write_export(trained, tmp_path / "out", export_format=export_format, tokenizer=tokenizer / "tekken.json")
+    tokenizer = write_mistral_tokenizer(tmp_path / "run" / name)
+    write_export(trained, tmp_path / "out", export_format=export_format, tokenizer=tokenizer)
     decoder = write_decoder(tmp_path / "decoder")
     (decoder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    write_tekken(decoder)
+    write_mistral_tokenizer(decoder / name)
     model = ArcModel.from_checkpoint(tmp_path / "out", decoders=[decoder])
     for found in (model.encoder_tokenizer, model.decoder_tokenizers[0]):
-        assert found is not None and found.fingerprint == load_tokenizer(tokenizer / "tekken.json").fingerprint
+        assert found is not None and found.fingerprint == load_tokenizer(tokenizer).fingerprint
 
 
 def trained_with_json(folder: Path) -> TrainedCompressor:

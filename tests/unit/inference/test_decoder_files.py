@@ -71,6 +71,39 @@ def test_gguf_names_several_ends(tmp_path: Path) -> None:
     assert find_max_positions(file) == find_max_positions(tmp_path) == 77
 
 
+def test_the_language_model_of_a_model_of_images_is_read(folder: Path) -> None:
+    outer = {"model_type": "mistral3", "eos_token_id": 5}
+    inner = {"max_position_embeddings": 99, "eos_token_id": [6, 7]}
+    (folder / "config.json").write_text(json.dumps({**outer, "text_config": inner}))
+    assert find_max_positions(folder) == 99 and find_stop_ids(folder, None) == (5, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"max_position_embeddings": 262144}, 262144),
+        ({"max_seq_len": 128000}, 128000),
+        ({"_sliding_window": [131072, 32768, 32768, 32768]}, 131072),
+        ({"sliding_window": [None, 32768]}, None),
+        ({"sliding_window": 4096}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_mistral_states_the_longest_sequence_in_several_ways(
+    tmp_path: Path, params: dict, expected: int | None
+) -> None:
+    tiny.write_mistral(tmp_path, CONFIG, tiny.random_tensors(CONFIG), **params)
+    assert find_max_positions(tmp_path) == expected
+
+
+def test_every_part_of_a_split_gguf_model_has_the_metadata_of_the_first(tmp_path: Path) -> None:
+    metadata = {"tokenizer.ggml.eos_token_id": 4, "llama.context_length": 77}
+    tiny.write_gguf(tmp_path / "a.gguf", CONFIG, tiny.random_tensors(CONFIG), metadata=metadata, max_tensors=8)
+    for path in (tmp_path, *tmp_path.iterdir()):
+        assert find_stop_ids(path, None) == (4,) and find_max_positions(path) == 77
+
+
 def test_the_longest_sequence_is_read_if_it_is_stated(folder: Path) -> None:
     assert find_max_positions(folder) == 77
     tiny.write_hf(folder, CONFIG, tiny.random_tensors(CONFIG))

@@ -74,6 +74,49 @@ def test_missing_meta_shard_is_found(tmp_path: Path, config):
         open_backbone(folder)
 
 
+def _other_part(name: str, value: torch.Tensor | None) -> Callable[[dict], None]:
+    def change(part: dict) -> None:
+        del part[name]
+        if value is not None:
+            part[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_part("norm.weight", torch.ones(31)), r"`norm.weight` have the shapes \[32\], \[31\]"),
+        (_other_part("layers.0.attention.wq.weight", torch.ones(16, 31)), r"wq.weight` have the shapes \[16, 32\], \["),
+        (_other_part("layers.0.attention.wo.weight", torch.ones(31, 16)), r"wo.weight` have the shapes \[32, 16\], \["),
+        (
+            _other_part("tok_embeddings.weight", torch.ones(39, 16)),
+            r"tok_embeddings.weight` have the shapes \[40, 16\]",
+        ),
+        (_other_part("layers.1.feed_forward.w2.weight", None), "consolidated.01.pth lacks `layers.1.feed_forward.w2"),
+        (_other_part("norm.weight", torch.ones(32)), "differ in `norm.weight`, so they belong to different models"),
+    ],
+)
+def test_meta_parts_of_different_models_are_refused(tmp_path: Path, config, change: Callable, message: str):
+    folder = tiny.write_llama_pickles(tmp_path, config, tiny.random_tensors(config), 2, vocab_size=-1)
+    file = folder / "consolidated.01.pth"
+    part = torch.load(file)
+    change(part)
+    torch.save(part, file)
+    with pytest.raises(WeightsError, match=message + r".*Copy all consolidated files of one model again"):
+        open_backbone(folder)
+
+
+def test_vectors_of_meta_parts_that_differ_late_are_refused_before_use(tmp_path: Path, config):
+    folder = tiny.write_llama_pickles(tmp_path, config, tiny.random_tensors(config), 2)
+    part = torch.load(folder / "consolidated.01.pth")
+    part["layers.0.ffn_norm.weight"][-1] += 1
+    torch.save(part, folder / "consolidated.01.pth")
+    source = open_backbone(folder)
+    with pytest.raises(WeightsError, match="differ in `layers.0.ffn_norm.weight`"):
+        source.tensor("layers.0.ffn_norm.weight")
+
+
 WRITERS = {
     "model.safetensors": lambda file, config, tensors: tiny.write_hf(file.parent, config, tensors),
     "consolidated.00.pth": lambda file, config, tensors: tiny.write_llama_pickles(file.parent, config, tensors, 1),
@@ -124,6 +167,7 @@ def test_pickle_with_code_is_not_run(tmp_path: Path, config):
         ({"text_config": {"model_type": "gemma3_text"}, "model_type": "gemma3"}, "'gemma3'; ARC-DS itself computes"),
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias` is True"),
         ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias` is True"),
+        ({"model_type": ["llama"]}, r"`model_type` is \['llama'\]"),
         ({"clip_qkv": 8.0}, "clip_qkv` is 8.0"),
         ({"model_type": "ministral", "layer_types": ["linear_attention"] * 2}, "`layer_types` to be a list of 'full"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "`no_rope_layers` to be a list of 0 or 1 for each layer"),
@@ -191,7 +235,7 @@ def test_tensor_that_no_parameter_takes_is_named_with_its_meaning(
     open_backbone(folder)
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "rope_factors_long.weight", "blk.2.attn_norm.weight"])
+@pytest.mark.parametrize("name", ["output_norm.bias", "rope_factors.weight", "blk.2.attn_norm.weight"])
 def test_gguf_tensor_that_no_parameter_takes_is_named(tmp_path: Path, config, name: str):
     tensors = tiny.random_tensors(config)
     with pytest.raises(WeightsError, match=f"`{name}`: probably"):
@@ -203,7 +247,7 @@ def test_gguf_tensor_that_no_parameter_takes_is_named(tmp_path: Path, config, na
 
 def test_olmo_bias_is_named(tmp_path: Path):
     config = tiny.tiny_config(family="olmo", norm="layer", num_kv_heads=4)
-    folder = tiny.write_olmo(tmp_path, config, tiny.random_tensors(config), own_config=True)
+    folder = tiny.write_olmo(tmp_path, config, tiny.random_tensors(config), layout="hf_olmo")
     save_file({"model.transformer.blocks.0.att_proj.bias": torch.ones(96)}, folder / "more.safetensors")
     with pytest.raises(WeightsError, match=r"att_proj.bias`: probably a bias"):
         open_backbone(folder)
@@ -236,6 +280,20 @@ def test_dtype_that_needs_a_scale_is_refused(tmp_path: Path, config, dtype: torc
     if dtype != torch.float8_e4m3fn:  # torch.chunk of the writer
         with pytest.raises(WeightsError, match=r"consolidated.00.pth: expected floats .*wq.weight` is u?int"):
             open_backbone(tiny.write_llama_pickles(tmp_path / "meta", config, tensors, 1))
+
+
+def test_scaled_fp8_is_refused_with_a_remedy_in_every_part(tmp_path: Path, config):
+    """The files of DeepSeek and Qwen: float8 weights, blocks of scales, and quantization_config."""
+    quantised = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    tensors = tiny.random_tensors(config)
+    folder = tiny.write_hf(tmp_path, config, tensors, **quantised)
+    with pytest.raises(WeightsError, match="`quantization_config` is"):
+        open_backbone(folder)
+    tiny.write_hf(folder, config, tensors)
+    scale = "model.layers.0.self_attn.q_proj.weight_scale_inv"
+    save_file({scale: torch.ones(1, 1)}, folder / "scales.safetensors")
+    with pytest.raises(WeightsError, match=rf"`{scale}`: probably part of quantised weights.*in bfloat16, or a \.gguf"):
+        open_backbone(folder)
 
 
 @pytest.mark.parametrize("key", ["quantization", "compression_config"])
@@ -331,6 +389,13 @@ def test_decoder_without_a_head_is_named_as_an_encoder(tmp_path: Path, config):
             open_backbone(folder)
 
 
+@pytest.mark.parametrize("windows", [[64, 32, 16, None], [None, 64, 32], [], ["a"], [0]], ids=str)
+def test_windows_that_are_no_windows_of_the_layers_are_refused(tmp_path: Path, config, windows: list):
+    folder = tiny.write_mistral(tmp_path, config, tiny.random_tensors(config), sliding_window=windows)
+    with pytest.raises(WeightsError, match="params.json: expected `sliding_window` to be"):
+        open_backbone(folder)
+
+
 @pytest.mark.parametrize("key", ["moe", "quantization", "vision_encoder"])
 def test_native_parts_that_we_do_not_compute_are_refused(tmp_path: Path, config, key: str):
     folder = tiny.write_mistral(tmp_path, config, tiny.random_tensors(config), **{key: {"a": 1}})
@@ -340,15 +405,55 @@ def test_native_parts_that_we_do_not_compute_are_refused(tmp_path: Path, config,
 
 def test_gguf_files_that_we_do_not_compute_are_refused(tmp_path: Path, config):
     tensors = tiny.random_tensors(config)
-    file = tiny.write_gguf(tmp_path / "b.gguf", config, tensors, architecture="qwen2")
-    with pytest.raises(WeightsError, match=r"'qwen2'; ARC-DS reads GGUF files of llama"):
+    file = tiny.write_gguf(tmp_path / "b.gguf", config, tensors, architecture="gemma")
+    with pytest.raises(WeightsError, match=r"'gemma'; ARC-DS reads GGUF files of llama, mistral3, qwen2"):
         open_backbone(file)
     file = tiny.write_gguf(tmp_path / "a.gguf", config, tensors, rope_divisors=torch.tensor([1.0, 2.0, 3.0, 4.0]))
     with pytest.raises(WeightsError, match="not the llama3 scaling"):
         open_backbone(file)
     assert open_backbone(file, "none").config.rope_scaling is None
-    with pytest.raises(WeightsError, match="holds 2 .gguf files"):
+    with pytest.raises(WeightsError, match=r"holds 2 GGUF models \(a.gguf, b.gguf\)"):
         open_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "more", "message"),
+    [
+        ({"llama.expert_count": 8}, {}, "`expert_count` is 8"),
+        ({"llama.attention.value_length": 4}, {}, "`attention.value_length` is 4"),
+        ({"llama.attention.head_count": [4, 2]}, {}, "expected `attention.head_count` to be a whole number"),
+        ({"llama.rope.scaling.type": "dynamic"}, {}, "`rope.scaling.type` is 'dynamic'; expected none, linear"),
+        ({"llama.rope.scaling.type": "linear"}, {}, "expected `rope.scaling.factor` to be a number above 0"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.attn_factor": 3.0},
+            {},
+            "attn_factor` is 3.0; expected 1 or 1.1386",
+        ),
+        ({"llama.rope.scaling.type": "yarn"}, {}, "expected `rope.scaling.original_context_length` to be a whole"),
+        ({"llama.attention.temperature_scale": 0.5}, {}, "`attention.temperature_scale` is 0.5"),
+        ({}, {"rope_factors_long.weight": torch.ones(4)}, "`rope_factors_short.weight` with 4 numbers, got None"),
+        ({"llama.attention.sliding_window": 9, "llama.attention.sliding_window_pattern": [True]}, {}, "of 2 flags"),
+    ],
+    ids=str,
+)
+def test_gguf_settings_that_we_do_not_compute_are_refused(tmp_path: Path, config, metadata, more, message: str):
+    if "type" in str(metadata) and "linear" not in str(metadata):
+        metadata = {"llama.rope.scaling.factor": 4.0, **metadata}
+    tensors = tiny.random_tensors(config)
+    file = tiny.write_gguf(tmp_path / "a.gguf", config, tensors, metadata=metadata, more=more)
+    with pytest.raises(WeightsError, match=message):
+        open_backbone(file)
+    if "rope" in message:
+        assert open_backbone(file, "none").config.rope_scaling is None
+
+
+def test_hugging_face_weights_next_to_params_json_are_named(tmp_path: Path, config):
+    """The folder of OLMo-1 in the reference's instructions has these two files; other models need config.json."""
+    folder = tiny.write_hf(tmp_path, config, tiny.random_tensors(config))
+    (folder / "config.json").unlink()
+    (folder / "params.json").write_text(json.dumps(tiny.llama_params(config)))
+    with pytest.raises(WeightsError, match="probably a Hugging Face name.*config.json with model.safetensors"):
+        open_backbone(folder)
 
 
 def test_paths_without_weights_say_what_was_expected(tmp_path: Path, config):

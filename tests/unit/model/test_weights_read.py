@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +19,7 @@ from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import RopeScaling
 from arc_ds.model.rope import rope_frequencies
 from arc_ds.model.weights import beyond_layers, open_backbone, permute_rotary, read_backbone_config
+from arc_ds.model.weights.gguf_store import GgufStore
 from arc_ds.model.weights.names import spread_rotary
 from arc_ds.tokenizers import find_tokenizer
 from tests.helpers import tiny_models as tiny
@@ -31,6 +33,8 @@ def assert_same(source, tensors) -> None:
         found = source.tensor(name)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), name
+        rows = slice(len(expected) // 3, len(expected) - len(expected) // 4)  # a rank of ZeRO-3 reads such slices
+        assert torch.equal(source.tensor(name, rows), expected[rows]), name
 
 
 @given(num_heads=st.integers(1, 6), pairs=st.integers(1, 8), width=st.integers(1, 3), seed=st.integers(0, 99))
@@ -121,6 +125,14 @@ def test_windows_are_those_of_transformers(tmp_path: Path, family: str, changes:
     (tmp_path / "config.json").write_text(json.dumps({**tiny.hf_config(tiny.tiny_config(family=family)), **changes}))
     config = read_backbone_config(tmp_path)
     assert (config.window, config.windowed_layers) == (window, layers)
+
+
+def test_olmo_s_own_config_clips_queries_keys_and_values(tmp_path: Path):
+    config = tiny.tiny_config(family="olmo", norm="layer", num_kv_heads=4)
+    folder = tiny.write_olmo(tmp_path, config, tiny.random_tensors(config), layout="hf_olmo")
+    plain = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**plain, "clip_qkv": 8.0}))
+    assert open_backbone(folder).config == dataclasses.replace(config, clip_qkv=8.0)
 
 
 def test_rules_of_layers_that_cannot_be_computed_are_refused(tmp_path: Path):
@@ -227,6 +239,25 @@ def test_meta_shards_are_joined_along_the_right_dimensions(tmp_path: Path, num_f
     assert_same(source, tensors)
 
 
+@pytest.mark.parametrize("vocab_size", [40, -1], ids=["Llama 3 splits the embedding by rows", "Llama 2 by columns"])
+def test_two_meta_files_equal_the_whole_one(tmp_path: Path, vocab_size: int):
+    config = tiny.tiny_config()
+    tensors = tiny.random_tensors(config, dtype=torch.bfloat16)
+    whole, two = (
+        open_backbone(tiny.write_llama_pickles(tmp_path / str(n), config, tensors, n, vocab_size=vocab_size))
+        for n in (1, 2)
+    )
+    assert whole.config == two.config
+    for name, (num_rows, *_) in whole.shapes.items():
+        assert torch.equal(whole.tensor(name), two.tensor(name)), name
+        for first, last in ((0, 3), (num_rows // 2 - 3, num_rows // 2 + 5), (num_rows // 2, num_rows), (4, 4)):
+            rows = slice(first, last)
+            assert torch.equal(whole.tensor(name)[rows], two.tensor(name, rows)), (name, rows)
+    parts = [torch.load(tmp_path / "2" / f"consolidated.0{n}.pth")["tok_embeddings.weight"] for n in (0, 1)]
+    other_axis = torch.cat(parts, dim=1 if vocab_size == 40 else 0)
+    assert other_axis.shape != two.tensor("tok_embeddings.weight").shape
+
+
 def test_meta_scaled_rope_takes_the_factor_of_its_width(tmp_path: Path):
     config = tiny.tiny_config()
     folder = tiny.write_llama_pickles(tmp_path, config, tiny.random_tensors(config), 1, use_scaled_rope=True)
@@ -252,11 +283,11 @@ def test_mistral_folder_reads_exactly_with_its_default_base(tmp_path: Path, chan
     assert_same(source, tensors)
 
 
-@pytest.mark.parametrize("own_config", [False, True])
-def test_olmo_stacked_projections_are_taken_apart(tmp_path: Path, own_config: bool):
+@pytest.mark.parametrize("layout", ["hf_olmo", "consolidated", "model"])
+def test_olmo_stacked_projections_are_taken_apart(tmp_path: Path, layout: str):
     config = tiny.tiny_config(family="olmo", norm="layer", num_kv_heads=4)
     tensors = tiny.random_tensors(config)
-    source = open_backbone(tiny.write_olmo(tmp_path, config, tensors, own_config=own_config))
+    source = open_backbone(tiny.write_olmo(tmp_path, config, tensors, layout))
     assert source.config == config
     assert_same(source, tensors)
 
@@ -272,10 +303,52 @@ def test_gguf_file_reads_exactly_and_knows_its_tokenizer(tmp_path: Path):
         assert_same(source, tensors)
 
 
-def test_gguf_blocks_are_dequantised_row_for_row(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("changes", "window", "layers"),
+    [
+        ({"sliding_window": [None, 64]}, 64, (1, 3)),
+        ({"_sliding_window": [128, 64, 64, 64]}, 64, (1, 2, 3)),
+        ({"sliding_window": [64]}, 64, (0, 1, 2, 3)),
+        ({"sliding_window": [None]}, None, ()),
+    ],
+    ids=str,
+)
+def test_ministral_windows_repeat_over_the_layers(tmp_path: Path, changes: dict, window: int | None, layers: tuple):
+    sizes = {"num_layers": 4, "window": window, "windowed_layers": layers}
+    config = tiny.tiny_config(family="mistral", **sizes)
+    source = open_backbone(tiny.write_mistral(tmp_path, config, tiny.random_tensors(config), **changes))
+    assert source.config == config
+
+
+BLOCK_FORMATS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_gguf_blocks_are_dequantised_as_gguf_does(tmp_path: Path, name: str):
+    """Any bytes are blocks of every format. Bytes below 0x7c make finite scales."""
     import gguf
 
-    config = tiny.tiny_config(norm_eps=2.0**-16)
+    kind = gguf.GGMLQuantizationType[name]
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(0).integers(0, 0x7C, (6, 512 // block_size * block_bytes), np.uint8)
+    writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), "llama")
+    writer.add_tensor("other", np.ones(3, np.float32))
+    writer.add_tensor("matrix", blocks, raw_dtype=kind)
+    tiny.finish_gguf(writer)
+    store = GgufStore([tmp_path / "a.gguf"])
+    expected = gguf.dequantize(blocks, kind)
+    assert store.shapes == {"other": (3,), "matrix": (6, 512)} and expected.shape == (6, 512)
+    for rows in (slice(None), slice(2, 5)):
+        found = store.tensor("matrix", rows)
+        assert found.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(name, torch.float32)
+        assert np.array_equal(found.float().numpy().view(np.int32), expected[rows].view(np.int32))
+    assert not np.array_equal(expected[:3].view(np.int32), expected[2:5].view(np.int32))
+
+
+def test_gguf_backbone_of_blocks_reads_row_for_row(tmp_path: Path):
+    import gguf
+
+    config = tiny.tiny_config()
     tensors = tiny.random_tensors(config)
     source = open_backbone(tiny.write_gguf(tmp_path / "tiny.gguf", config, tensors, quantise="Q8_0"))
     kind = gguf.GGMLQuantizationType.Q8_0
@@ -285,6 +358,45 @@ def test_gguf_blocks_are_dequantised_row_for_row(tmp_path: Path):
             expected = torch.from_numpy(gguf.dequantize(gguf.quantize(tensor.numpy(), kind), kind))
             assert not torch.equal(expected, tensor)
         assert torch.equal(source.tensor(name), expected), name
+
+
+def test_every_part_of_a_split_gguf_model_opens_all_of_it(tmp_path: Path):
+    config = tiny.tiny_config(norm_eps=2.0**-16)
+    tensors = tiny.random_tensors(config)
+    tiny.write_gguf(tmp_path / "tiny.gguf", config, tensors, max_tensors=8)
+    parts = sorted(tmp_path.iterdir())
+    assert [part.name for part in parts] == [f"tiny-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    for path in (tmp_path, *parts):
+        source = open_backbone(path)
+        assert source.config == config and source.path == parts[0]
+        assert_same(source, tensors)
+
+
+def test_wrong_parts_of_a_split_gguf_model_are_named(tmp_path: Path):
+    config = tiny.tiny_config()
+    tiny.write_gguf(tmp_path / "tiny.gguf", config, tiny.random_tensors(config), max_tensors=8)
+    first, second, third = sorted(tmp_path.iterdir())
+    content = second.read_bytes()
+    second.unlink()
+    for path in (tmp_path, first, third):
+        with pytest.raises(WeightsError, match=r"has 3 files, but tiny-00002-of-00003\.gguf is missing"):
+            open_backbone(path)
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(WeightsError, match=r"is part 3 of 3; expected part 2 of 3.*-00003-of-00003\.gguf"):
+        open_backbone(tmp_path)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "tiny.gguf").write_bytes(first.read_bytes())
+    with pytest.raises(WeightsError, match=r"is part 1 of 3; expected part 1 of 1.*-00001-of-00003\.gguf"):
+        open_backbone(alone)
+    other = tmp_path / "other"
+    other.mkdir()
+    tiny.write_gguf(other / "tiny.gguf", config, tiny.random_tensors(config), max_tensors=9)
+    second.write_bytes(sorted(other.iterdir())[1].read_bytes())
+    with pytest.raises(WeightsError, match=r"tensors, expected \d+\. They belong to different models|differ"):
+        open_backbone(tmp_path)
+    second.write_bytes(content)
+    open_backbone(tmp_path)
 
 
 def test_gguf_rope_factors_become_llama3_scaling(tmp_path: Path):

@@ -19,9 +19,17 @@ from arc_ds.errors import DataError
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 from arc_ds.tokenizers.tiktoken_file import LLAMA3_PATTERN
 from tests.helpers.tiny_data import write_json_tokenizer, write_tiktoken, write_tokenizer_without
-from tests.helpers.tokenizer_files import byte_characters, smollm2
+from tests.helpers.tokenizer_files import byte_characters, smollm2, write_sentencepiece_gguf
 
-KINDS = ["json", "json without tab", "json with post-processor", "smollm2", "sentencepiece", "tiktoken"]
+KINDS = [
+    "json",
+    "json without tab",
+    "json with post-processor",
+    "smollm2",
+    "sentencepiece",
+    "GGUF sentencepiece",
+    "tiktoken",
+]
 TAB = 9
 LITERAL_SPACE = "\u2581".encode()  # sentencepiece's own mark of a space, which comes out as a space
 ANY = st.characters(exclude_categories=["Cs"])
@@ -119,6 +127,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "sentencepiece":
         path = request.getfixturevalue("golden") / "tokenizers" / "sp384.model"
         return Case(load_tokenizer(path), sentencepiece_oracle(path))
+    if request.param == "GGUF sentencepiece":
+        path = request.getfixturevalue("golden") / "tokenizers" / "sp512.model"
+        return Case(load_tokenizer(write_sentencepiece_gguf(folder / "a.gguf", path)), sentencepiece_oracle(path))
     if request.param == "smollm2":
         tokenizer = load_tokenizer(smollm2())
         tokenizer.save(folder)

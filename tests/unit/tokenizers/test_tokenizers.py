@@ -19,7 +19,7 @@ from arc_ds.errors import TokenizerError
 from arc_ds.tokenizers import Tokenizer, check_fits, find_tokenizer, load_tokenizer, tokenizer_file
 from arc_ds.tokenizers.json_file import JsonTokenizer
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_tiktoken
-from tests.helpers.tokenizer_files import smollm2
+from tests.helpers.tokenizer_files import KEEPS_TEXT, sentencepiece_model, smollm2
 
 GOLDEN_FILES = ["sp384.model", "sp512.model", "llama_tiny.tiktoken"]
 
@@ -216,21 +216,6 @@ def test_json_text_that_the_normaliser_changes_is_the_library_s(tmp_path: Path) 
     tokenizer = json_tokenizer(tmp_path / "nfc", {**byte_level_spec(tmp_path), "normalizer": {"type": "NFC"}})
     assert tokenizer.encode("e\u0301 sea") == tokenizer.encode("é sea")
     assert tokenizer.encode_with_ends("e\u0301").ends[-1] == 2
-
-
-def sentencepiece_model(folder: Path, **options: Any) -> Path:
-    import sentencepiece
-
-    settings = {"vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2, **options}
-    folder.mkdir(exist_ok=True)
-    with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([TEXT] * 3), model_writer=file, hard_vocab_limit=False, **settings
-        )
-    return folder
-
-
-KEEPS_TEXT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,10 @@ from arc_ds.training.build_model import (
     open_starting_weights,
     starting_compressor,
 )
-from tests.helpers.tiny_data import swap_letters, write_json_tokenizer, write_tekken
+from tests.helpers.tiny_data import swap_letters, write_json_tokenizer
 from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf, write_mistral
 from tests.helpers.tiny_run import write_inputs
+from tests.helpers.tokenizer_files import write_mistral_tokenizer
 from tests.helpers.written import write_chat_tokenizer
 
 
@@ -103,6 +104,12 @@ def test_weights_of_another_meaning_are_refused(
         _start(config)
 
 
+def test_starting_weights_serve_both_implementations(config_file: Path, trained: TrainedCompressor) -> None:
+    pytest.importorskip("transformers")
+    found = _start(_from_export(config_file, "decoders.0.implementation=transformers"))
+    assert torch.equal(found.get_parameter("ports.0.cont"), trained.tensors["ports.0.cont"])
+
+
 def test_starting_weights_of_another_tokenizer_are_refused(
     config_file: Path, tmp_path: Path, trained: TrainedCompressor
 ) -> None:
@@ -118,15 +125,17 @@ def test_starting_weights_of_another_tokenizer_are_refused(
     _start(_from_export(config_file, f"encoder.tokenizer={config_file.parent / 'export'}"))  # the remedy
 
 
-def test_the_tokenizers_of_a_run_are_found_by_every_name(config_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v3"])
+def test_the_tokenizers_of_a_run_are_found_by_every_name(config_file: Path, tmp_path: Path, name: str) -> None:
     shape = tiny_config(family="mistral", vocab_size=400)
-    folder = write_tekken(write_mistral(tmp_path / "nemo", shape, random_tensors(shape)))
+    folder = write_mistral(tmp_path / "nemo", shape, random_tensors(shape))
+    write_mistral_tokenizer(folder / name)
     config = load_config(config_file, [f"encoder.backbone={folder}", f"decoders=[{{name: nemo, backbone: {folder}}}]"])
     fingerprint = load_tokenizer(folder).fingerprint
-    assert encoder_tokenizer_path(config.encoder) == folder / "tekken.json"
+    assert encoder_tokenizer_path(config.encoder) == folder / name
     (decoder,) = _open(config)
     assert decoder.fingerprints == {"decoders.0": fingerprint}
-    assert decoder.reader.tokenizer == folder / "tekken.json"
+    assert decoder.reader.tokenizer == folder / name
 
 
 def test_a_special_token_beyond_the_embedding_is_refused_if_the_layout_or_bos_needs_it(
@@ -168,6 +177,16 @@ def test_a_sentence_encoder_without_a_head_is_a_start(config_file: Path, tmp_pat
         _open(config)
     write_hf(folder, shape, {**tensors, "output.weight": head})  # the remedy
     _open(config)
+
+
+def test_a_decoder_with_a_window_shorter_than_the_sequences_is_opened(config_file: Path, tmp_path: Path) -> None:
+    shape = tiny_config(family="mistral", vocab_size=352)
+    folder = write_hf(tmp_path / "windowed", shape, random_tensors(shape), sliding_window=5)
+    write_json_tokenizer(folder)
+    named = f"decoders=[{{name: windowed, backbone: {folder}, chat_template: llama2}}]"
+    (opened,) = _open(load_config(config_file, [named]))
+    decoder = opened.weights.load(torch.device("cpu"), torch.float32)
+    assert [layer.attention.window for layer in decoder.layers] == [5, 5]
 
 
 def _start(config: RunConfig) -> Compressor:

@@ -19,6 +19,7 @@ from arc_ds.data.loading.micro_batches import MicroBatchLimits
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
 from arc_ds.data.tasks import TaskCounts
 from arc_ds.model.decoder import Decoder
+from arc_ds.model.frozen_decoder import TransformersSizes
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import count_flops
 from arc_ds.training import hooks, meters
@@ -174,7 +175,12 @@ def _reduced_over(*loads: float) -> Any:
 
 
 def _two_steps(
-    monkeypatch: pytest.MonkeyPatch, *, every: int = 2, peak: float | None = None, loads: Any = (1, 1)
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    every: int = 2,
+    peak: float | None = None,
+    loads: Any = (1, 1),
+    decoder: Any = DECODER,
 ) -> tuple[Run, dict[int, dict[str, float]]]:
     """Two steps on two ranks. They took 4 s, and this rank waited for 1 s. Returns the logged metrics by step."""
     monkeypatch.setattr(meters, "_reduced", _reduced_over(*loads))
@@ -182,7 +188,7 @@ def _two_steps(
     monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=iter([0.0, 4.0, 4.0, 4.0]).__next__))
     data = SimpleNamespace(limits=MicroBatchLimits(max_encoder_tokens=36), tasks=("continuation",))
     run = _run(
-        0, data=data, decoders=(PlacedDecoder(module=DECODER),), decoder_names=("a",),
+        0, data=data, decoders=(PlacedDecoder(module=decoder),), decoder_names=("a",),
         data_counts=Counter(cut_answers=5), clock=DataClock(waited_s=1.0, remade=1),
     )  # fmt: skip
     logged: dict[int, dict[str, float]] = {}
@@ -221,6 +227,16 @@ def test_mfu_is_the_share_of_all_devices_peak(monkeypatch: pytest.MonkeyPatch) -
     assert found["train/mfu"] == pytest.approx(2 * 2 * a_step / (4.0 * 2 * 1e6))
     assert found["speed/encoder_tokens_per_s"] == 2 * 2 * 18 / 4.0
     assert "train/mfu" not in _speed_of_two_steps(monkeypatch), "there is no peak to compare with"
+
+
+def test_estimated_operations_balance_ranks_but_make_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = TransformersSizes(
+        model_type="gpt_neox", hidden_size=TINY.hidden_size, vocab_size=TINY.vocab_size, num_parameters=9000,
+        layer_parameters=7000, attention_size=48, max_positions=None, cache_row_values=96, config_digest="",
+    )  # fmt: skip
+    decoder = SimpleNamespace(implementation="transformers", sizes=sizes)
+    found = _speed_of_two_steps(monkeypatch, peak=1e6, decoder=decoder, loads=(1, 3))
+    assert "train/mfu" not in found and found["data/balance"] == pytest.approx(3 / 2)
 
 
 def test_metrics_tell_how_full_micro_batches_are_and_what_was_lost_since_the_run_began(

@@ -1,0 +1,329 @@
+"""`arc-ds inspect`: says what a folder or file of weights is and what it serves as."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arc_ds.data.tasks.chat_template import find_template
+from arc_ds.errors import ArcError, WeightsError
+from arc_ds.inference.decoder_files import find_max_positions
+from arc_ds.inference.load import ARC_DECODERS, EXPORT_CONFIG, EXPORT_FORMAT, ArcFolder, open_arc_folder
+from arc_ds.model.backbone_config import BackboneConfig
+from arc_ds.model.frozen_decoder import TransformersSizes
+from arc_ds.model.spec import build_compressor
+from arc_ds.model.transformers_files import open_with_transformers
+from arc_ds.model.weights import BackboneSource, beyond_layers, check_fit, open_backbone, read_backbone_config
+from arc_ds.model.weights.fields import Fields
+from arc_ds.model.weights.locate import WeightFiles, locate
+from arc_ds.model.weights.names import backbone_shapes
+from arc_ds.model.weights.stores import SafetensorsStore
+from arc_ds.system.user_paths import path_argument
+from arc_ds.tokenizers import check_fits, find_tokenizer, load_tokenizer
+
+EXIT_SERVES, EXIT_SERVES_NOTHING = 0, 2
+_KINDS = {
+    "hugging_face": "Hugging Face folder",
+    "native": "folder of Meta, Mistral or OLMo with params.json",
+    "gguf": "GGUF model",
+}
+_TOKENIZERS = {
+    "JsonTokenizer": "Hugging Face tokenizers",
+    "SentencePieceTokenizer": "sentencepiece",
+    "RankTokenizer": "tiktoken or Tekken",
+}
+_ENCODER, _DECODER, _THROUGH_TRANSFORMERS = "encoder backbone", "decoder", "decoder through transformers"
+_RELEASED = re.compile(r"(embedder|bridge_module)\..+")
+
+Facts = dict[str, Any]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register `arc-ds inspect`."""
+    parser = subparsers.add_parser(
+        "inspect",
+        description="Says what weights are and whether they serve as encoder backbone, as decoder or as compressor. "
+        "Reads headers and small files only. The exit code is 0 if they serve as one of these, and 2 otherwise.",
+    )
+    parser.add_argument("path", type=path_argument, help="a folder of weights, an export, or a file")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    parser.add_argument(
+        "--encoder-backbone", type=path_argument, help="sizes and tokenizer, for the reference's checkpoints"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
+    facts = inspect_path(args.path, args.encoder_backbone)
+    print(json.dumps(facts, indent=2, ensure_ascii=False) if args.json else describe(facts))
+    return EXIT_SERVES if any(reason is None for reason in facts["serves_as"].values()) else EXIT_SERVES_NOTHING
+
+
+def inspect_path(path: Path, encoder_backbone: Path | None = None) -> Facts:
+    """The facts about weights, as plain values for JSON. It reads headers and small files only.
+
+    Key `serves_as` maps each use to None, or to the reason against it. Other keys are absent if they are unknown.
+
+    path: a folder or file.
+    encoder_backbone: see `open_arc_folder`.
+    """
+    if _is_export(path) or (path / "embedder").is_dir():
+        return _facts_of_compressor(path, encoder_backbone)
+    released = path if path.suffix == ".safetensors" else path / "model.safetensors"
+    if released.is_file() and not (path / "params.json").is_file():
+        facts = _facts_of_release(path, released)
+        if facts is not None:
+            return facts
+    return _facts_of_backbone(path)
+
+
+def describe(facts: Facts) -> str:
+    """The facts as lines of text."""
+    return "\n".join(_lines(facts))
+
+
+def _facts_of_backbone(path: Path) -> Facts:
+    facts: Facts = {"path": str(path), "kind": None}
+    try:
+        found = locate(path)
+    except WeightsError as error:
+        return {**facts, "serves_as": dict.fromkeys((_ENCODER, _DECODER, _THROUGH_TRANSFORMERS), str(error))}
+    facts |= {"kind": _KINDS[found.kind], **_facts_of_files(found.files)}
+    source, reasons = _open_both(found)
+    config = source.config if source is not None else _try(read_backbone_config, path)
+    sizes, reasons[_THROUGH_TRANSFORMERS] = _open_with_transformers(found)
+    if source is not None:
+        names = {source.tensor_names.find(name)[0] for name in source.shapes}
+        facts["formats"] = dict(Counter(source.store.formats[name] for name in names if name in source.store.formats))
+    if config is not None:
+        facts |= _facts_of_config(config)
+    elif sizes is not None:
+        facts |= {"family": sizes.model_type, "parameters": sizes.num_parameters}
+    rows = config or sizes
+    facts |= _facts_of_tokenizer(path, None if rows is None else rows.vocab_size)
+    facts["max_positions"] = _try(find_max_positions, path)
+    problem = facts["tokenizer"].get("problem")
+    return {**facts, "serves_as": {use: reason or problem for use, reason in reasons.items()}}
+
+
+def _open_both(found: WeightFiles) -> tuple[BackboneSource | None, dict[str, str | None]]:
+    """The opened weights, and the reason against each native use. A decoder needs a head, an encoder does not."""
+    try:
+        return open_backbone(found.path), {_ENCODER: None, _DECODER: None}
+    except WeightsError as error:
+        reason = str(error)
+    try:
+        num_layers = read_backbone_config(found.path).num_layers
+        source = open_backbone(found.path, is_unused=beyond_layers(num_layers))
+        return source, {_ENCODER: None, _DECODER: reason}
+    except WeightsError as error:
+        return None, {_ENCODER: str(error), _DECODER: reason}
+
+
+def _open_with_transformers(found: WeightFiles) -> tuple[TransformersSizes | None, str | None]:
+    """The sizes of a decoder that transformers can read, and the reason if it cannot."""
+    try:
+        if found.kind == "hugging_face":
+            for file in found.files:
+                SafetensorsStore(file)  # raises if the file is cut short or quantised
+        return open_with_transformers(found.path).sizes, None
+    except WeightsError as error:
+        return None, str(error)
+
+
+def _facts_of_files(files: tuple[Path, ...]) -> Facts:
+    sizes = [{"name": file.name, "bytes": file.stat().st_size} for file in files]
+    return {"files": sizes, "bytes": sum(file["bytes"] for file in sizes)}
+
+
+def _facts_of_config(config: BackboneConfig) -> Facts:
+    shapes = backbone_shapes(config)
+    return {
+        "family": config.family,
+        "config": dataclasses.asdict(config),
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+    }
+
+
+def _facts_of_tokenizer(path: Path, vocab_size: int | None) -> Facts:
+    """Facts about the tokenizer next to weights, and its chat template.
+
+    vocab_size: number of rows of the embedding, None if it is unknown.
+    """
+    facts: Facts = {"path": None}
+    try:
+        found = find_tokenizer(path)
+        if found is not None:
+            tokenizer = load_tokenizer(found)
+            facts = {
+                "path": str(found),
+                "kind": _TOKENIZERS[type(tokenizer).__name__],
+                "vocab_size": tokenizer.vocab_size,
+            }
+            if vocab_size is not None:
+                check_fits(tokenizer, vocab_size, str(path))
+    except ArcError as error:
+        facts["problem"] = str(error)
+    return {"tokenizer": facts, "chat_template": _try(find_template, path) is not None}
+
+
+def _is_export(path: Path) -> bool:
+    config = path / EXPORT_CONFIG
+    return config.is_file() and (_try(Fields.read, config) or Fields({}, "")).get("format") == EXPORT_FORMAT
+
+
+def _facts_of_compressor(path: Path, encoder_backbone: Path | None) -> Facts:
+    facts: Facts = {
+        "path": str(path),
+        "kind": "export of ARC-DS" if _is_export(path) else "ARC checkpoint",
+        **_facts_of_files(tuple(sorted(path.rglob("*.safetensors")))),
+    }
+    try:
+        folder = open_arc_folder(path, encoder_backbone)
+        with torch.device("meta"):
+            compressor = build_compressor(folder.spec)
+        check_fit(compressor, folder.tensors, allow_unused=lambda name: name.startswith("ports."))
+    except (WeightsError, ValueError) as error:
+        return {**facts, "serves_as": {"compressor": str(error)}}
+    facts["parameters"] = sum(parameter.numel() for parameter in compressor.parameters())
+    facts |= _facts_of_spec(path, folder)
+    facts |= _facts_of_tokenizer(folder.tokenizer or path, folder.spec.backbone.vocab_size)
+    return {**facts, "serves_as": {"compressor": facts["tokenizer"].get("problem")}}
+
+
+def _facts_of_spec(path: Path, folder: ArcFolder) -> Facts:
+    spec = folder.spec
+    config = _try(Fields.read, path / (EXPORT_CONFIG if _is_export(path) else ARC_DECODERS)) or Fields({}, str(path))
+    named = config.get("decoders", [{}] * len(folder.decoders))
+    decoders = [
+        {"name": entry.get("name"), "hidden_size": size, "rope_scaling": settings.rope_scaling, "bos": settings.bos}
+        for entry, size, settings in zip(named, spec.decoder_sizes, folder.decoders, strict=True)
+    ]
+    return {
+        "encoder": {
+            "family": spec.backbone.family,
+            "num_layers": spec.num_layers,
+            "hidden_size": spec.backbone.hidden_size,
+            "causal": spec.causal,
+        },
+        "pooling": {
+            "strategy": spec.strategy,
+            "rules": [f"{rule.kind} {rule.value}" for rule in spec.rules],
+            "memory_tokens": spec.memory_tokens,
+            "where": spec.where,
+            "pooled_queries": spec.pooled_queries,
+        },
+        "markers": list(spec.markers),
+        "bridge": {"kind": spec.bridge, "hidden_size": spec.bridge_hidden_size},
+        "decoders": decoders,
+        "step": config.get("step"),
+        "max_context_tokens": folder.max_context_tokens,
+    }
+
+
+def _facts_of_release(path: Path, file: Path) -> Facts | None:
+    """Facts about a released model of the reference, one file of `embedder.*` and `bridge_module.*`; None otherwise."""
+    store = _try(SafetensorsStore, file)
+    if store is None or not store.shapes or not all(map(_RELEASED.fullmatch, store.shapes)):
+        return None
+    layers = {int(match.group(1)) for name in store.shapes if (match := re.search(r"\.layers\.(\d+)\.", name))}
+    tensors = {name: shape for name, shape in store.shapes.items() if not re.search(r"\.layers\.\d+\.", name)}
+    return {
+        "path": str(path),
+        "kind": "released ARC-Encoder of the reference",
+        **_facts_of_files((file,)),
+        "formats": dict(Counter(store.formats.values())),
+        "parameters": sum(math.prod(shape) for shape in store.shapes.values()),
+        "encoder": {"num_layers": len(layers)},
+        "tensors": {name: list(shape) for name, shape in tensors.items()},
+        "serves_as": {"release to import with arc-ds import": None},
+    }
+
+
+def _try(read: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a reader; None if it raises an ArcError."""
+    try:
+        return read(*arguments)
+    except ArcError:
+        return None
+
+
+def _lines(facts: Facts) -> Iterator[str]:
+    """The lines of `describe`."""
+    yield f"{facts['path']}: {facts['kind'] or 'no weights'}"
+    for name, write in _WRITERS.items():
+        if facts.get(name) is not None:
+            yield f"  {name.replace('_', ' '):<16}{write(facts[name])}"
+    for use, reason in facts["serves_as"].items():
+        yield f"  {use}: {'yes' if reason is None else f'no. {reason}'}"
+
+
+def _write_files(files: list[Facts]) -> str:
+    names = ", ".join(file["name"] for file in files[:3])
+    return f"{len(files)} ({names}{', ...' if len(files) > 3 else ''})" if files else "none"
+
+
+def _write_config(config: Facts) -> str:
+    """Sizes, and the constants that differ from Llama's."""
+    sizes = (
+        f"{config['num_layers']} layers, width {config['hidden_size']}, {config['num_heads']} heads "
+        f"({config['num_kv_heads']} of keys) of {config['head_dim']}, feed-forward {config['ffn_size']}, "
+        f"vocabulary {config['vocab_size']}"
+    )
+    defaults = {f.name: f.default for f in dataclasses.fields(BackboneConfig) if f.default is not dataclasses.MISSING}
+    others = {
+        key: value
+        for key, value in config.items()
+        if key in defaults and value != defaults[key] and key not in ("rope_scaling", "window", "windowed_layers")
+    }
+    lines = [sizes, *(f"{key.replace('_', ' ')} {value}" for key, value in others.items())]
+    scaling = config["rope_scaling"]
+    rope = f"rotary base {config['rope_theta']:g}, " + (
+        "no scaling" if scaling is None else f"{scaling['kind']} scaling by {scaling['factor']:g}"
+    )
+    window = config["window"]
+    windows = "no window" if window is None else f"window {window} in {len(config['windowed_layers'])} layers"
+    return "; ".join([*lines, rope, windows])
+
+
+def _write_tokenizer(tokenizer: Facts) -> str:
+    if tokenizer["path"] is None:
+        return tokenizer.get("problem", "none; name one with the key or option `tokenizer`")
+    words = f"{tokenizer['kind']}, {tokenizer['vocab_size']} ids, {Path(tokenizer['path']).name}"
+    return f"{words}; {tokenizer['problem']}" if "problem" in tokenizer else f"{words}; fits"
+
+
+def _write_values(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items() if value is not None)
+
+
+# Facts in the order of the output, with the function that writes each.
+_WRITERS: Mapping[str, Callable[[Any], str]] = {
+    "files": _write_files,
+    "bytes": lambda num_bytes: f"{num_bytes / 1e6:,.1f} MB",
+    "formats": lambda formats: ", ".join(f"{name} ({count} tensors)" for name, count in formats.items()),
+    "family": str,
+    "parameters": lambda number: f"{number:,}",
+    "config": _write_config,
+    "encoder": _write_values,
+    "pooling": _write_values,
+    "markers": ", ".join,
+    "bridge": _write_values,
+    "decoders": lambda decoders: "; ".join(map(_write_values, decoders)),
+    "step": str,
+    "max_context_tokens": str,
+    "tensors": lambda tensors: "; ".join(f"{name} {shape}" for name, shape in tensors.items()),
+    "tokenizer": _write_tokenizer,
+    "chat_template": lambda has_one: "yes" if has_one else "no",
+    "max_positions": str,
+}

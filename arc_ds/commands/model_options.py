@@ -8,7 +8,7 @@ from pathlib import Path
 
 from arc_ds.batch.segments import MARKERS, Marker
 from arc_ds.export.formats import DTYPES
-from arc_ds.inference.arc import ArcModel
+from arc_ds.inference.arc import ArcModel, DecoderParts
 from arc_ds.system.device import REQUESTS, select_device
 from arc_ds.system.user_paths import path_argument
 
@@ -42,8 +42,8 @@ def chosen_marker(chosen: str | None, model: ArcModel) -> Marker | None:
     return None if chosen == NO_MARKER else chosen  # type: ignore[return-value]  # argparse has checked it
 
 
-def load_model(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
-    """Load the model of the options."""
+def load_model(args: argparse.Namespace, decoders: Sequence[Path], decoder_parts: DecoderParts = "all") -> ArcModel:
+    """Load the model of the options. `decoder_parts`: see `ArcModel.from_checkpoint`."""
     return ArcModel.from_checkpoint(
         args.model,
         decoders=decoders,
@@ -52,6 +52,7 @@ def load_model(args: argparse.Namespace, decoders: Sequence[Path]) -> ArcModel:
         dtype=DTYPES[args.dtype],
         pooling_factor=args.pooling_factor,
         memory_tokens=args.memory_tokens,
+        decoder_parts=decoder_parts,
         trust_remote_code=getattr(args, "trust_remote_code", False),  # `compress` loads no decoder
         force=getattr(args, "force", False),
     )

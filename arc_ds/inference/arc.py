@@ -3,6 +3,7 @@
 model = ArcModel.from_checkpoint("exports/demo", decoders=["models/llama"])
 vectors = model.compress(["A long text ..."])
 texts = model.generate([["Summarise: ", Context("A long text ..."), "\\nSummary:"]])
+embeds = model.prompt_embeds([["Summarise: ", Context("A long text ..."), "\\nSummary:"]])  # for other engines
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +59,7 @@ class Context:
 
 
 Prompt = str | Context | Sequence[str | Context]
+DecoderParts = Literal["all", "embedding"]
 
 
 class ArcModel:
@@ -77,6 +80,8 @@ class ArcModel:
         then prepends a space.
     max_context_tokens: length of the longest context in training, if it is known. A longer one is compressed, with a
         warning.
+    decoder_parts: "embedding" if only the embedding tables of the decoders were loaded. Then `compress` and
+        `prompt_embeds` work, and `logits` and `generate` raise ConfigError.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class ArcModel:
         decoder_max_positions: Sequence[int | None] = (),
         texts_apart: bool = False,
         max_context_tokens: int | None = None,
+        decoder_parts: DecoderParts = "all",
     ) -> None:
         self.spec = spec
         self.compressor = compressor.eval().requires_grad_(False)
@@ -104,6 +110,7 @@ class ArcModel:
         self.decoder_max_positions = list(decoder_max_positions) or [None] * len(self.decoders)
         self.texts_apart = texts_apart
         self.max_context_tokens = max_context_tokens
+        self.decoder_parts = decoder_parts
         self._named_lengths: dict[str, int] = {}  # the longest that a warning has named, by the model that reads it
         self.device = next(compressor.parameters()).device
 
@@ -117,6 +124,7 @@ class ArcModel:
         pooling_factor: int | None = None,
         memory_tokens: int | None = None,
         *,
+        decoder_parts: DecoderParts = "all",
         trust_remote_code: bool = False,
         force: bool = False,
     ) -> ArcModel:
@@ -128,6 +136,8 @@ class ArcModel:
             Checkpoints of the reference need it, because they do not contain these.
         pooling_factor: replaces the factor of the last pooled layer. The paper advises at most the trained factor.
         memory_tokens: use only this many of the trained memory tokens, the first ones.
+        decoder_parts: "embedding" reads only the embedding table of each native decoder, for `prompt_embeds` of a
+            decoder that another engine runs. One that runs through transformers is loaded whole.
         trust_remote_code: whether decoders that run through transformers may run the Python files in their folders.
         force: whether a decoder may be another model than the one of training, with its own tokenizer.
 
@@ -161,7 +171,10 @@ class ArcModel:
         return ArcModel(
             spec,
             compressor,
-            [decoder.load(device, dtype) for decoder in opened],
+            [
+                decoder.load(device, dtype) if decoder_parts == "all" else decoder.load_embedding(device, dtype)
+                for decoder in opened
+            ],
             encoder_tokenizer=encoder_tokenizer,
             decoder_tokenizers=decoder_tokenizers,
             decoder_bos=[settings.bos for settings in folder.decoders],
@@ -169,6 +182,7 @@ class ArcModel:
             decoder_max_positions=max_positions,
             texts_apart=folder.texts_apart,
             max_context_tokens=folder.max_context_tokens,
+            decoder_parts=decoder_parts,
         )
 
     @torch.no_grad()
@@ -199,7 +213,7 @@ class ArcModel:
 
         Adds no begin-of-text token. Raises DataError on an empty sequence or an id outside the vocabulary.
         """
-        reader = self._reader(decoder)
+        reader = self._whole_reader(decoder)
         samples = [Sample("logits", segments) for segments in _checked_sequences("sequences", sequences)]
         if not samples:
             return []
@@ -207,6 +221,34 @@ class ArcModel:
         self._warn_of_long_sequence(batch.decoder_max_seqlen, 0, decoder)
         logits_NV = reader.logits(batch, self._vectors(batch, decoder), batch.text_rows)
         return list(logits_NV.split([sample.num_text_tokens for sample in samples]))
+
+    @torch.no_grad()
+    def prompt_embeds(
+        self,
+        prompts: Sequence[Prompt | Sequence[Segment]],
+        decoder: int = 0,
+        *,
+        vectors: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """The decoder's input rows of each prompt, for other engines that run the decoder: a list of [rows, D_decoder].
+
+        A row is a token's embedding or a compressed vector, in the order in which `generate` reads them, including the
+        begin-of-text token. `transformers` takes the rows as `inputs_embeds`, padded on the left, with an
+        `attention_mask`; `arc_ds.serving.engines` writes requests for vLLM and SGLang.
+
+        prompts: as for `generate`.
+        vectors: see `generate_ids`.
+
+        Raises the errors of `generate` on prompts.
+        """
+        _check_is_list("prompts", prompts)
+        reader = self._reader(decoder)
+        if not prompts:
+            return []
+        segments = [self.segments(prompt, decoder, f"prompt {idx}") for idx, prompt in enumerate(prompts)]
+        batch = self._pack([Sample("embed", tuple(line)) for line in segments], reader)
+        rows_RD = reader.embed(batch, self._vectors(batch, decoder, vectors))
+        return list(rows_RD.split(batch.decoder_cu_seqlens.diff().tolist()))
 
     @torch.no_grad()
     def generate(
@@ -247,7 +289,7 @@ class ArcModel:
             return any(text in tokenizer.decode(line[-window:]) for text in texts)
 
         ids = self._generate(
-            [self._segments(prompt, decoder, f"prompt {idx}") for idx, prompt in enumerate(prompts)],
+            [self.segments(prompt, decoder, f"prompt {idx}") for idx, prompt in enumerate(prompts)],
             decoder,
             max_new_tokens=max_new_tokens,
             stop_ids=[*self.decoder_stop_ids[decoder], *named, *self._checked_stop_ids(stop_ids, decoder)],
@@ -265,10 +307,16 @@ class ArcModel:
         max_new_tokens: int = 64,
         stop_ids: Sequence[int] = (),
         sampling: Sampling | None = None,
+        vectors: Sequence[Tensor] | None = None,
+        has_ended: Callable[[list[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """`generate` on token ids: no tokenizer, no begin-of-text token, and no stops but `stop_ids`.
+        """`generate` on token ids: no tokenizer, no begin-of-text token, and no stops but `stop_ids` and `has_ended`.
 
-        `decoder_stop_ids[decoder]` are those of `generate`.
+        stop_ids: `decoder_stop_ids[decoder]` are those of `generate`.
+        vectors: what `compress` gave for each context of the prompts, in reading order, [m, D_decoder] each. None
+            compresses the contexts now.
+        has_ended: called after every step with the new tokens of each sequence, in the order of the prompts; True ends
+            the sequence.
         """
         return self._generate(
             _checked_sequences("prompts", prompts),
@@ -276,6 +324,8 @@ class ArcModel:
             max_new_tokens=max_new_tokens,
             stop_ids=self._checked_stop_ids(stop_ids, decoder),
             sampling=sampling,
+            has_ended=has_ended,
+            vectors=vectors,
         )
 
     def _generate(
@@ -287,8 +337,9 @@ class ArcModel:
         stop_ids: Sequence[int],
         sampling: Sampling | None,
         has_ended: Callable[[list[int]], bool] | None = None,
+        vectors: Sequence[Tensor] | None = None,
     ) -> list[list[int]]:
-        reader = self._reader(decoder)
+        reader = self._whole_reader(decoder)
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, at_least=0, at_most=MAX_NEW_TOKENS)
         if not prompts:
             return []
@@ -297,7 +348,7 @@ class ArcModel:
         return generate_ids(
             reader,
             batch,
-            self._vectors(batch, decoder),
+            self._vectors(batch, decoder, vectors),
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids,
             sampling=sampling,
@@ -310,9 +361,19 @@ class ArcModel:
             raise ConfigError(f"stop_ids is {stop_ids!r}; expected a list of token ids, such as [2]")
         return [whole_number("a stop id", idx, at_least=0, at_most=last) for idx in stop_ids]
 
-    def _vectors(self, batch: PackedBatch, decoder: int) -> Tensor | None:
-        """Compressed vectors of a batch's contexts; None if the batch has text only."""
-        return self.compressor(batch, decoder) if batch.num_encoder_tokens else None
+    def _vectors(self, batch: PackedBatch, decoder: int, given: Sequence[Tensor] | None = None) -> Tensor | None:
+        """Compressed vectors of a batch's contexts; None if the batch has text only. `given`: those of each context."""
+        if not batch.num_encoder_tokens:
+            return None
+        if given is None:
+            return self.compressor(batch, decoder)
+        z_ZD, expected = torch.cat(list(given)), (batch.compressed_rows.numel(), self.spec.decoder_sizes[decoder])
+        if z_ZD.shape != expected:
+            raise DataError(
+                f"the vectors have shape {list(z_ZD.shape)}; the contexts of the prompts need {list(expected)}. Pass "
+                "what `compress` gives for each context, for this decoder and with the same markers."
+            )
+        return z_ZD.to(self.device)
 
     def _reader(self, decoder: int) -> FrozenDecoder:
         if decoder not in range(len(self.decoders)):
@@ -321,6 +382,15 @@ class ArcModel:
                 f"{len(self.spec.decoder_sizes)} decoders (indices start at 0). Add its weights to `decoders`."
             )
         return self.decoders[decoder]
+
+    def _whole_reader(self, decoder: int) -> FrozenDecoder:
+        reader = self._reader(decoder)
+        if self.decoder_parts != "all":
+            raise ConfigError(
+                "only the decoder's embedding table was loaded, so it cannot read a prompt. Load the model with "
+                'decoder_parts="all", or give `prompt_embeds` to another engine.'
+            )
+        return reader
 
     def _pack(self, samples: Sequence[Sample], reader: FrozenDecoder | None = None) -> PackedBatch:
         for idx, sample in enumerate(samples):
@@ -361,7 +431,11 @@ class ArcModel:
         self._named_lengths[reader] = length
         return True
 
-    def _segments(self, prompt: Prompt | Sequence[Segment], decoder: int, where: str = "a prompt") -> list[Segment]:
+    def segments(self, prompt: Prompt | Sequence[Segment], decoder: int = 0, where: str = "a prompt") -> list[Segment]:
+        """The tokens of a prompt, as `generate` reads it: with the begin-of-text token. Segments are returned as given.
+
+        where: the prompt, for errors, which are those of `generate`.
+        """
         if not isinstance(prompt, str | Context | Sequence):
             raise DataError(f"{where} is a {type(prompt).__name__}; expected a str, a Context, or a list of them")
         parts = [prompt] if isinstance(prompt, str | Context) else list(prompt)

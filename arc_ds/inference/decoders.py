@@ -20,6 +20,8 @@ from arc_ds.model.weights.locate import locate
 
 logger = logging.getLogger(__name__)
 
+_EMBEDDING = "tok_embeddings.weight"
+
 Implementation = Literal["auto", "native", "transformers"]
 
 
@@ -45,6 +47,9 @@ class OpenedDecoder(Protocol):
 
         within: `engine.partitioned`, which makes this a collective. By default the decoder is whole on the device.
         """
+
+    def load_embedding(self, device: torch.device, dtype: torch.dtype) -> FrozenDecoder:
+        """Load what `FrozenDecoder.embed` needs. The other parameters may stay on "meta"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,11 @@ class NativeFiles:
                 decoder = Decoder(decoder.config, activation_checkpointing=decoder.activation_checkpointing)
         load_backbone(decoder, self.tensors, dtype=dtype, device=device, name="decoder")
         return decoder.eval()
+
+    def load_embedding(self, device: torch.device, dtype: torch.dtype) -> FrozenDecoder:
+        is_other = _EMBEDDING.__ne__
+        load_backbone(self.shape, self.tensors, dtype=dtype, device=device, skip=is_other, allow_unused=is_other)
+        return self.shape.eval()
 
 
 def open_decoder(

@@ -84,6 +84,10 @@ class TransformersFiles:
             decoder.reading = dist.broadcast_object(None if whole is None else whole.reading)
         return decoder
 
+    def load_embedding(self, device: torch.device, dtype: torch.dtype) -> TransformersDecoder:
+        """The whole decoder: transformers reads no parts of a model."""
+        return self.load(device, dtype)
+
     def _read(self, dtype: torch.dtype, device: torch.device) -> TransformersDecoder:
         """The whole decoder, with the way in which it reads batches."""
         decoder = self._decoder(_read_model(self, dtype).to(device))

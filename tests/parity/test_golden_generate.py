@@ -130,9 +130,9 @@ def test_weights_of_ours_read_a_text_behind_a_context_as_the_middle_of_one(golde
     model = load_pipeline(GoldenCase.read(golden, "gen_pipeline_mistral"), tmp_path)
     tokenizer, text = model.decoder_tokenizers[0], "Question: who?"
     prompt = [Context("A passage."), text[:9], text[9:]]
-    apart = list(model._segments(prompt, 0)[-1].ids)
+    apart = list(model.segments(prompt, 0)[-1].ids)
     model.texts_apart = False
-    within = list(model._segments(prompt, 0)[-1].ids)
+    within = list(model.segments(prompt, 0)[-1].ids)
     assert apart == tokenizer.encode(text) != within
     assert [*tokenizer.encode("a"), *within] == tokenizer.encode(f"a{text}")
 

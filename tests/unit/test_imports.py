@@ -20,12 +20,12 @@ LAYERS = (
     ("batch", "tokenizers", "config"),
     ("shards", "data", "model"),
     ("launch", "checkpoints", "tracking", "inference", "planning"),
-    ("training", "export", "demo"),
+    ("training", "export", "demo", "serving"),
     ("commands",),
     ("cli", "train", "arc_ds"),
 )
 ALLOWED = {("data", "shards"), ("launch", "planning")}
-FORBIDDEN = {("inference", "training"), ("inference", "checkpoints"), ("batch", "tokenizers")}
+FORBIDDEN = {("inference", "training"), ("serving", "training"), ("inference", "checkpoints"), ("batch", "tokenizers")}
 
 Graph = Mapping[str, set[str]]
 

@@ -91,7 +91,7 @@ def test_stops_end_the_text(folders: Path, capsys) -> None:
     model = ArcModel.from_checkpoint(folders / "export", decoders=[folders / "decoder"])
     tokenizer = model.decoder_tokenizers[0]
     assert tokenizer is not None
-    ids = model.generate_ids([model._segments(parse_prompt(PROMPT), 0)], max_new_tokens=9)[0]
+    ids = model.generate_ids([model.segments(parse_prompt(PROMPT), 0)], max_new_tokens=9)[0]
     free = printed()
     stop = free[3:5]
     assert free == tokenizer.decode(ids) and printed("--stop", stop, "--stop", "#") == free[: free.index(stop)]

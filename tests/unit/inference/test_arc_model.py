@@ -159,7 +159,7 @@ def test_what_are_no_token_ids_is_not_read_as_such(model: ArcModel, context) -> 
 def test_every_stop_ends_a_continuation_and_is_left_out(model: ArcModel) -> None:
     tokenizer = model.decoder_tokenizers[0]
     assert tokenizer is not None and model.decoder_stop_ids == [(1,), (1,)]
-    ids = model.generate_ids([model._segments("Text: ", 0)], max_new_tokens=12)[0]
+    ids = model.generate_ids([model.segments("Text: ", 0)], max_new_tokens=12)[0]
     text, token = tokenizer.decode(ids), ids[5]
     assert len(text) > 8 and ids.index(token) > 0
     (by_id,) = model.generate(["Text: "], max_new_tokens=12, stop_ids=[token])
@@ -178,7 +178,7 @@ def test_a_stop_text_ends_each_line_for_itself(model: ArcModel) -> None:
 
 
 def test_a_special_token_stops_by_its_name(folders: Path, model: ArcModel) -> None:
-    ids = model.generate_ids([model._segments("Text: ", 0)], max_new_tokens=4)[0]
+    ids = model.generate_ids([model.segments("Text: ", 0)], max_new_tokens=4)[0]
     renamed = ArcModel.from_checkpoint(folders / "export", decoders=[folders / "a"])
     tokenizer = renamed.decoder_tokenizers[0]
     assert tokenizer is not None
@@ -188,7 +188,7 @@ def test_a_special_token_stops_by_its_name(folders: Path, model: ArcModel) -> No
 
 
 def test_ends_that_the_decoders_files_name_stop_generate(folders: Path, model: ArcModel, tmp_path: Path) -> None:
-    first = model.generate_ids([model._segments("Text: ", 0)], max_new_tokens=1)[0][0]
+    first = model.generate_ids([model.segments("Text: ", 0)], max_new_tokens=1)[0][0]
     decoder = shutil.copytree(folders / "a", tmp_path / "a")
     (decoder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, first, 9999]}))
     ended = ArcModel.from_checkpoint(folders / "export", decoders=[decoder])

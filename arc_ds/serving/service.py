@@ -1,0 +1,275 @@
+"""From the body of a request to its answer: prompts, limits, vectors, and the decoder here or upstream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, closing
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from safetensors.torch import save
+
+from arc_ds.batch.segments import Marker, Segment, TokenIds
+from arc_ds.data.tasks.chat import Layout
+from arc_ds.errors import ArcError
+from arc_ds.inference.arc import ArcModel, Context
+from arc_ds.serving import prompts
+from arc_ds.serving.compressions import Compressions
+from arc_ds.serving.generation import Generation
+from arc_ds.serving.metrics import Metrics
+from arc_ds.serving.protocol import (
+    ChatBody,
+    CompletionBody,
+    CompressBody,
+    Delta,
+    Kind,
+    Options,
+    RequestError,
+    Usage,
+    parse_json,
+    read_body,
+    read_options,
+)
+from arc_ds.serving.settings import Settings
+from arc_ds.serving.upstream import Answer, Question, Upstream, UpstreamSettings
+from arc_ds.system.user_files import check_encodable
+
+_CHARACTERS = 32  # no text has more characters per token; most have 4
+
+
+class GenerationRequest(NamedTuple):
+    """A request for an answer, checked and tokenised.
+
+    question: the prompt.
+    contexts: its contexts, in reading order.
+    options: how to answer.
+    is_stream: whether the answer comes as a stream.
+    with_usage: whether the stream ends with the counts.
+    """
+
+    question: Question
+    contexts: tuple[Segment, ...]
+    options: Options
+    is_stream: bool
+    with_usage: bool
+
+
+class Reply(NamedTuple):
+    """An answer in pieces, and the counts of its prompt."""
+
+    answer: Answer
+    usage: Usage
+
+
+class Service:
+    """The server without HTTP. Use it as an asynchronous context manager in the event loop.
+
+    model: the compressor, and the decoder or its embedding table, if any.
+    decoder: index of the decoder.
+    layout: the decoder's chat template; the plain layout for base decoders.
+    marker: marker after each context.
+    upstream: the server that runs the decoder; None if `model` runs it.
+    """
+
+    def __init__(
+        self,
+        model: ArcModel,
+        decoder: int,
+        layout: Layout,
+        marker: Marker | None,
+        settings: Settings,
+        upstream: UpstreamSettings | None = None,
+    ) -> None:
+        self.settings, self.metrics = settings, Metrics()
+        self._model, self._decoder, self._layout, self._marker = model, decoder, layout, marker
+        self._upstream_settings = upstream
+        self._has_decoder = decoder < len(model.decoders)
+        self._open = AsyncExitStack()
+        self._compressions = Compressions(model, decoder, settings, self.metrics)
+
+    async def __aenter__(self) -> Service:
+        await self._open.enter_async_context(self._compressions)
+        self._generation: Generation | None = None
+        self._upstream: Upstream | None = None
+        if self._upstream_settings is None:
+            generation = Generation(self._model, self._decoder, self.settings, self.metrics)
+            self._generation = self._open.enter_context(closing(generation))
+        else:
+            upstream = Upstream(self._upstream_settings, self._model, self._decoder, self.metrics)
+            self._upstream = await self._open.enter_async_context(upstream)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._open.aclose()
+
+    def read(self, kind: Kind, raw: bytes) -> GenerationRequest:
+        """Check and tokenise the body of a request. Takes time, so it runs in a thread. Raises RequestError."""
+        plain = parse_json(raw)
+        try:
+            return self._read_chat(plain) if kind == "chat" else self._read_completion(plain)
+        except ArcError as error:
+            raise RequestError(400, str(error)) from error
+
+    def _read_chat(self, plain: dict[str, Any]) -> GenerationRequest:
+        body: ChatBody = read_body(ChatBody, plain, self.settings)
+        is_plain = not self._layout.is_chat
+        # A blank line ends an answer in training; without the decoder's files, the upstream's template decides.
+        stops = (prompts.BLANK_LINE,) if is_plain and self._has_decoder else ()
+        options = read_options(body, self.settings, stops)
+        chat = prompts.read_chat(body, self._marker)
+        documents = [context for turn in chat.turns for context in turn.documents]
+        self._check_size(documents, chat.system, *(turn.words for turn in chat.turns))
+        if not self._has_decoder:
+            return self._request(body, None, self._contexts(documents), chat, "", options)
+        has_lead = is_plain or bool(chat.turns[-1].documents)
+        if is_plain:
+            segments = self._model.segments(list(prompts.write_plain(chat)), self._decoder)
+        else:
+            encoder, decoder = self._model.encoder_tokenizer, self._model.decoder_tokenizers[self._decoder]
+            assert encoder is not None and decoder is not None, "the server's start requires both"
+            segments = prompts.chat_segments(chat, self._layout, encoder, decoder)
+        contexts = [segment for segment in segments if segment.kind == "context"]
+        return self._request(body, segments, contexts, chat, "", replace(options, skip_space=has_lead))
+
+    def _read_completion(self, plain: dict[str, Any]) -> GenerationRequest:
+        body: CompletionBody = read_body(CompletionBody, plain, self.settings)
+        options = read_options(body, self.settings)
+        parts = prompts.read_completion(body, self._marker)
+        documents = [part for part in parts if isinstance(part, Context)]
+        self._check_size(documents, body.prompt)
+        text = prompts.as_text(parts)
+        if self._has_decoder:
+            segments = self._model.segments(list(parts), self._decoder)
+            contexts = [segment for segment in segments if segment.kind == "context"]
+            return self._request(body, segments, contexts, None, text, options)
+        if documents:
+            raise RequestError(
+                400,
+                "this server has no files of the decoder, so it cannot embed the text around the documents of a "
+                "completion. Use /v1/chat/completions, or start the server with --decoder FOLDER.",
+                param="documents",
+            )
+        return self._request(body, None, [], None, text, options)
+
+    def _request(
+        self,
+        body: ChatBody | CompletionBody,
+        segments: list[Segment] | None,
+        contexts: list[Segment],
+        chat: prompts.Chat | None,
+        text: str,
+        options: Options,
+    ) -> GenerationRequest:
+        self._check_contexts(contexts)
+        if segments is not None and not any(len(segment.ids) for segment in segments):
+            raise RequestError(400, "the prompt is empty: give it text or documents", param="prompt")
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        return GenerationRequest(Question(segments, chat, text), tuple(contexts), options, bool(body.stream), usage)
+
+    def read_documents(self, raw: bytes) -> tuple[Segment, ...]:
+        """The contexts of a body of `/v1/compress`. Raises RequestError."""
+        try:
+            body: CompressBody = read_body(CompressBody, parse_json(raw), self.settings)
+            documents = [Context(document.text, self._marker) for document in body.documents]
+            self._check_size(documents)
+            contexts = self._contexts(documents)
+        except ArcError as error:
+            raise RequestError(400, str(error)) from error
+        self._check_contexts(contexts)
+        return tuple(contexts)
+
+    async def compress(self, contexts: Sequence[Segment]) -> bytes:
+        """The vectors of each context as safetensors: context_0, context_1, …"""
+        found = await self._compressions.vectors(contexts)
+        tensors = {f"context_{idx}": one.vectors.detach().cpu() for idx, one in enumerate(found)}
+        # Equal documents share a tensor, which safetensors refuses.
+        return await asyncio.to_thread(save, {name: tensor.clone() for name, tensor in tensors.items()})
+
+    async def reply(self, request: GenerationRequest) -> Reply:
+        """Compress the documents and start the answer. Raises RequestError."""
+        found = await self._compressions.vectors(request.contexts)
+        vectors = [one.vectors for one in found]
+        compressed_rows = sum(map(len, vectors))
+        texts = [segment.ids for segment in request.question.segments or () if segment.kind == "text"]
+        usage = Usage(
+            prompt_tokens=compressed_rows + sum(map(len, texts)),
+            completion_tokens=0,
+            encoder_tokens=sum(len(context.ids) for context in request.contexts),
+            compressed_rows=compressed_rows,
+            cached_documents=sum(one.is_cached for one in found),
+        )
+        options = self._fitting(request.options, usage.prompt_tokens)
+        if self._upstream is not None:
+            return Reply(await self._upstream.answer(request.question, vectors, options), usage)
+        assert self._generation is not None and request.question.segments is not None
+        deltas: AsyncIterator[Delta] = self._generation.answer(request.question.segments, vectors, options)
+        return Reply(Answer(deltas), usage)
+
+    def _contexts(self, documents: Sequence[Context]) -> list[Segment]:
+        encoder = self._model.encoder_tokenizer
+        assert encoder is not None, "the server's start requires one"
+        lines = encoder.encode_batch([check_encodable(document.text, "a document") for document in documents])
+        if not all(map(len, lines)):
+            raise RequestError(400, "a document gives no token: leave it out or give it text", param="documents")
+        return [Segment.context(TokenIds(ids), document.marker) for ids, document in zip(lines, documents, strict=True)]
+
+    def _check_size(self, documents: Sequence[Context], *texts: str) -> None:
+        """Raise RequestError before anything is tokenised if it is surely too much."""
+        if len(documents) > self.settings.documents:
+            raise RequestError(
+                400,
+                f"the request has {len(documents)} documents; this server takes at most {self.settings.documents}",
+                param="documents",
+                code="too_many_documents",
+            )
+        for text in texts:
+            check_encodable(text, "the prompt")
+        limits, sizes = self.settings, [len(document.text) for document in documents]
+        for what, size, max_tokens in (
+            ("a document has", max(sizes, default=0), limits.document_tokens),
+            ("the documents have", sum(sizes), limits.request_tokens),
+            ("the prompt has", sum(map(len, texts)), limits.prompt_rows),
+        ):
+            if size > _CHARACTERS * max_tokens:
+                raise RequestError(
+                    400,
+                    f"{what} {size} characters: more than {max_tokens} tokens, the limit of this server",
+                    code="too_many_tokens",
+                )
+
+    def _check_contexts(self, contexts: Sequence[Segment]) -> None:
+        lengths = [len(context.ids) for context in contexts]
+        limits = self.settings
+        if max(lengths, default=0) > limits.document_tokens:
+            raise RequestError(
+                400,
+                f"a document has {max(lengths)} tokens; this server compresses at most {limits.document_tokens}. Cut "
+                "it into several documents.",
+                param="documents",
+                code="document_too_long",
+            )
+        if sum(lengths) > limits.request_tokens:
+            raise RequestError(
+                400,
+                f"the documents have {sum(lengths)} tokens; this server takes at most {limits.request_tokens} in a "
+                "request. Send fewer.",
+                param="documents",
+                code="too_many_tokens",
+            )
+
+    def _fitting(self, options: Options, rows: int) -> Options:
+        """The options for a prompt of that many rows. Raises RequestError if it is too long for the decoder."""
+        stated = self._model.decoder_max_positions[self._decoder] if self._has_decoder else None
+        limit = min(self.settings.prompt_rows, stated or self.settings.prompt_rows)
+        if options.is_default_length:
+            options = replace(options, max_tokens=max(1, min(options.max_tokens, limit - rows)))
+        if rows + options.max_tokens > limit:
+            raise RequestError(
+                400,
+                f"the prompt has {rows} tokens and vectors, and {options.max_tokens} new tokens were requested; the "
+                f"decoder reads at most {limit} in all. Shorten the prompt or lower max_tokens.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        return options

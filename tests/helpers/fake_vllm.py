@@ -1,0 +1,124 @@
+"""A small vLLM: it decodes prompt embeddings as vLLM does, and runs the decoder of a tiny model on them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from torch import Tensor
+
+from arc_ds import ArcModel
+from arc_ds.inference.generate import generate_ids
+from tests.helpers.served import running
+from tests.helpers.vllm_wire import decode_prompt_embeds
+
+Behaviour = Callable[[dict[str, Any]], Response | None]
+
+
+class FakeVllm:
+    """Answers of an upstream.
+
+    model: its decoder.
+    takes_embeddings: whether it runs with --enable-prompt-embeds.
+    behaviour: returns an answer in place of the usual one, or None.
+    bodies: the requests so far.
+    """
+
+    def __init__(self, model: ArcModel, *, takes_embeddings: bool = True, behaviour: Behaviour | None = None) -> None:
+        self.model, self.takes_embeddings, self.behaviour = model, takes_embeddings, behaviour
+        self.bodies: list[dict[str, Any]] = []
+        self.app = FastAPI()
+        self.app.post("/v1/completions", response_model=None)(self.completions)
+        self.app.post("/v1/chat/completions", response_model=None)(self.chat)
+
+    async def completions(self, request: Request) -> Response:
+        body = await self._body(request)
+        if isinstance(body, Response):
+            return body
+        if "prompt_embeds" not in body:
+            rows = self._embedded(body["prompt"])
+        elif not self.takes_embeddings:
+            return _error(400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`.")
+        else:
+            rows = decode_prompt_embeds(body["prompt_embeds"], self.model.decoders[0].hidden_size)
+        return self._stream(body, rows, lambda text: {"text": text})
+
+    async def chat(self, request: Request) -> Response:
+        body = await self._body(request)
+        if isinstance(body, Response):
+            return body
+        rows: list[Tensor] = []
+        for message in body["messages"]:
+            content = message["content"]
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if part["type"] == "text":
+                    rows.append(self._embedded(part["text"])[1:])
+                elif not self.takes_embeddings:
+                    return _error(400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`")
+                else:
+                    rows.append(decode_prompt_embeds(part["data"], self.model.decoders[0].hidden_size))
+        return self._stream(body, torch.cat(rows), lambda text: {"delta": {"content": text}})
+
+    async def _body(self, request: Request) -> dict[str, Any] | Response:
+        body = await request.json()
+        self.bodies.append(body)
+        answer = None if self.behaviour is None else self.behaviour(body)
+        return body if answer is None else answer
+
+    def _embedded(self, text: str) -> Tensor:
+        (rows,) = self.model.prompt_embeds([text])
+        return rows
+
+    def _stream(self, body: dict[str, Any], rows: Tensor, choice: Callable[[str], dict[str, Any]]) -> Response:
+        ids = continue_rows(self.model, rows, body["max_tokens"], body.get("stop_token_ids", []))
+        tokenizer = self.model.decoder_tokenizers[0]
+        assert tokenizer is not None and body["stream"] is True
+        text = tokenizer.decode(ids)
+        for stop in body.get("stop", []):
+            text = text.split(stop)[0]
+        pieces = [text[start : start + 5] for start in range(0, len(text), 5)]
+        usage = {"prompt_tokens": len(rows), "completion_tokens": len(ids), "total_tokens": len(rows) + len(ids)}
+
+        async def events() -> AsyncIterator[str]:
+            for piece in pieces:
+                yield _event({"choices": [{"index": 0, **choice(piece), "finish_reason": None}]})
+                await asyncio.sleep(0)
+            yield _event({"choices": [{"index": 0, **choice(""), "finish_reason": "length"}]})
+            yield _event({"choices": [], "usage": usage})
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def continue_rows(model: ArcModel, rows: Tensor, max_tokens: int, stop_ids: list[int]) -> list[int]:
+    """Greedy tokens after rows: the decoder of the model, with the rows in place of its embeddings."""
+    from arc_ds.batch.packing import PoolingSpec, pack
+    from arc_ds.batch.segments import Sample, Segment
+
+    sample = Sample("rows", (Segment.context([0] * len(rows), None),))
+    batch = pack([sample], PoolingSpec((), 0))
+    (ids,) = generate_ids(model.decoders[0], batch, rows, max_new_tokens=max_tokens, stop_ids=stop_ids)
+    return ids
+
+
+@contextmanager
+def serving(fake: FakeVllm) -> Iterator[str]:
+    """Run the upstream in a thread; its address."""
+    with running(uvicorn.Server(uvicorn.Config(fake.app, log_config=None, lifespan="off"))) as url:
+        yield url
+
+
+def _error(status: int, message: str) -> Response:
+    plain = {"message": message, "type": "BadRequestError", "param": "prompt_embeds", "code": status}
+    return JSONResponse({"error": plain}, status)
+
+
+def _event(plain: dict[str, Any]) -> str:
+    return f"data: {json.dumps(plain)}\n\n"

@@ -1,0 +1,113 @@
+"""The server as a process of its own: many clients at once, and a stop in the middle of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from arc_ds import ArcModel, Context
+from arc_ds.export.formats import write_export
+from tests.helpers.served import ask
+from tests.helpers.tiny_data import TEXT
+from tests.helpers.tiny_export import tiny_trained, write_decoder
+
+NUM_CLIENTS = 200
+DOCUMENTS = ["".join(random.Random(n).choices(TEXT, k=40 + n)) for n in range(20)]
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    write_export(tiny_trained(folder / "run"), folder / "export")
+    write_decoder(folder / "decoder")
+    return folder
+
+
+@pytest.fixture
+def process(folder: Path) -> Iterator[tuple[subprocess.Popen, str]]:  # type: ignore[type-arg]
+    """A running `arc-ds serve`, and its address without /v1."""
+    command = [sys.executable, "-m", "arc_ds.cli", "serve", "--model", str(folder / "export"), "--port", "0"]
+    started = subprocess.Popen(
+        [*command, "--decoder", str(folder / "decoder")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert started.stdout is not None
+        line = started.stdout.readline()
+        found = re.search(r"at (http://\S+)/v1", line)
+        assert found, line
+        yield started, found.group(1)
+    finally:
+        started.kill()
+        started.wait()
+
+
+def test_200_clients_at_once_get_the_tokens_of_generate(process, folder: Path) -> None:
+    _, url = process
+    model = ArcModel.from_checkpoint(folder / "export", decoders=[folder / "decoder"])
+    prompts = [["Document: ", Context(text), "\nQuestion: Which?\nAnswer:"] for text in DOCUMENTS]
+    texts = [text.removeprefix(" ") for text in model.generate(prompts, max_new_tokens=TOKENS, stop=["\n\n"])]
+    assert len(set(texts)) > 5
+
+    async def one(client: openai.AsyncOpenAI, n: int) -> str:
+        found = await client.chat.completions.create(
+            model="export",
+            messages=[{"role": "user", "content": "Which?"}],
+            max_tokens=TOKENS,
+            extra_body={"documents": [DOCUMENTS[n % len(DOCUMENTS)]]},
+        )
+        return found.choices[0].message.content or ""
+
+    async def everyone() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(one(client, n) for n in range(NUM_CLIENTS)))
+
+    assert asyncio.run(everyone()) == [texts[n % len(texts)] for n in range(NUM_CLIENTS)]
+    metrics = ask(url, "/metrics").raw.decode()
+    lookups = {place: int(float(n)) for place, n in re.findall(r'cache_lookups_total{found="(\w+)"} (\S+)', metrics)}
+    assert lookups["nowhere"] == len(DOCUMENTS) and sum(lookups.values()) == NUM_CLIENTS, "the others were hits"
+
+
+def test_sigterm_finishes_the_answers_that_run_and_exits_with_0(process) -> None:
+    started, url = process
+    events: list[str] = []
+    begun = threading.Event()
+
+    def read() -> None:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(
+            model="export", prompt="<context>A lamp.</context> So", max_tokens=600, stream=True
+        )
+        for chunk in stream:
+            events.append(chunk.choices[0].finish_reason or "")
+            begun.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(30)
+    started.send_signal(signal.SIGTERM)
+    for _ in range(100):
+        reply = ask(url, "/v1/completions", {"prompt": "x"})
+        if reply.status == 503:
+            break
+    assert reply.status == 503 and reply.error["code"] == "stopping" and json.loads(reply.raw)
+    assert reader.is_alive(), "the answer runs on"
+    reader.join(60)
+    assert events[-1] in ("length", "stop") and len(events) > 20
+    assert started.wait(30) == 0

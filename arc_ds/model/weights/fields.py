@@ -69,6 +69,16 @@ class Fields:
             "Choose another checkpoint of the family without this setting."
         )
 
+    def refuse_quantisation(self) -> None:
+        """Raise WeightsError if the object says that weights are quantised."""
+        for key, value in self.values.items():
+            if value and ("quant" in key or key == "compression_config"):
+                method = value.get("quant_method") if isinstance(value, Mapping) else value
+                raise WeightsError(
+                    f"{self.where}: `{key}` says that the weights are quantised{f' ({method})' if method else ''}; "
+                    "ARC-DS reads plain weights. Use the model's weights in bfloat16, or a .gguf file."
+                )
+
     def wrong(self, key: str, expected: str, got: Any) -> WeightsError:
         """The error for a missing value or one of the wrong type."""
         found = f"it is {got!r}" if key in self.values else "it is missing"

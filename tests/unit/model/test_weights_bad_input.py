@@ -172,7 +172,7 @@ def test_pickle_with_code_is_not_run(tmp_path: Path, config):
         ({"model_type": "ministral", "layer_types": ["linear_attention"] * 2}, "`layer_types` to be a list of 'full"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "`no_rope_layers` to be a list of 0 or 1 for each layer"),
         ({"hidden_act": "gelu"}, "hidden_act` is 'gelu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "`quantization_config` says that the weights are quantised; ARC-DS"),
         ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "scaling is 'ntk'; ARC-DS computes llama3, linear, dynamic"),
         ({"rope_scaling": {"type": "linear"}}, "`factor` to be a number above 0; it is missing"),
         (
@@ -284,11 +284,13 @@ def test_dtype_that_needs_a_scale_is_refused(tmp_path: Path, config, dtype: torc
 
 def test_scaled_fp8_is_refused_with_a_remedy_in_every_part(tmp_path: Path, config):
     """The files of DeepSeek and Qwen: float8 weights, blocks of scales, and quantization_config."""
-    quantised = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    parts = [f"model.layers.{n}.mlp.gate" for n in range(500)]
+    quantised = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": parts}}
     tensors = tiny.random_tensors(config)
     folder = tiny.write_hf(tmp_path, config, tensors, **quantised)
-    with pytest.raises(WeightsError, match="`quantization_config` is"):
+    with pytest.raises(WeightsError, match=r"`quantization_config` says .* quantised \(fp8\).*a .gguf") as caught:
         open_backbone(folder)
+    assert len(str(caught.value)) < 300 + len(str(folder)), "lists of modules do not help"
     tiny.write_hf(folder, config, tensors)
     scale = "model.layers.0.self_attn.q_proj.weight_scale_inv"
     save_file({scale: torch.ones(1, 1)}, folder / "scales.safetensors")
@@ -298,7 +300,7 @@ def test_scaled_fp8_is_refused_with_a_remedy_in_every_part(tmp_path: Path, confi
 
 @pytest.mark.parametrize("key", ["quantization", "compression_config"])
 def test_other_keys_of_a_quantisation_are_refused(tmp_path: Path, config, key: str):
-    with pytest.raises(WeightsError, match=f"`{key}` is"):
+    with pytest.raises(WeightsError, match=f"`{key}` says that the weights are quantised"):
         open_backbone(tiny.write_hf(tmp_path, config, tiny.random_tensors(config), **{key: {"bits": 4}}))
 
 
@@ -471,7 +473,7 @@ def test_paths_without_weights_say_what_was_expected(tmp_path: Path, config):
         open_backbone(tmp_path)
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(WeightsError, match="cut short or damaged|as JSON"):
+    with pytest.raises(WeightsError, match="config.json:1: not valid JSON"):
         open_backbone(tmp_path)
 
 

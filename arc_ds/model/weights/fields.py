@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above 0, as a float."""
+        """A finite number above 0, as a float."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
             raise self.wrong(key, "a number above 0", value)
         return float(value)
 

@@ -109,13 +109,13 @@ def gguf_names(store: GgufStore) -> TensorNames:
 
 
 def _architecture(store: GgufStore) -> tuple[str, Architecture]:
-    name = store.metadata.get("general.architecture")
+    name = str(store.metadata.get("general.architecture"))
     if name not in ARCHITECTURES:
         raise WeightsError(
             f"{store.path}: `general.architecture` is {name!r}; ARC-DS reads GGUF files of {', '.join(ARCHITECTURES)}. "
             "Choose another file, or the model's Hugging Face folder."
         )
-    return str(name), ARCHITECTURES[str(name)]
+    return name, ARCHITECTURES[name]
 
 
 def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> BackboneConfig:

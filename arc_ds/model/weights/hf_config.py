@@ -147,15 +147,15 @@ def _rotation(fields: Fields, family: Family, head_dim: int, choice: RopeScaling
     given = {**fields.object("rope_scaling", {}).values, **fields.object("rope_parameters", {}).values}
     by_kind = [Fields(given[kind], fields.where) for kind in (_FULL, _WINDOWED) if isinstance(given.get(kind), Mapping)]
     rules = by_kind or [Fields(given, fields.where)]
-    thetas = [rule.number("rope_theta", fields.get("rope_theta", 10000.0)) for rule in rules]
-    shares = [rule.get(_SHARE, fields.get(_SHARE, 1.0)) for rule in rules]
+    thetas = [_number_of(rule, fields, "rope_theta", 10000.0) for rule in rules]
+    shares = [_number_of(rule, fields, _SHARE, 1.0) for rule in rules]
     scalings = [_scaling(rule, fields, family) if choice == "checkpoint" else None for rule in rules]
     if len(set(zip(thetas, shares, strict=True))) > 1 or scalings[-1] not in (None, scalings[0]):
         raise fields.wrong("rope_parameters", "one rule, or no scaling in layers with a window", given)
     if not family.partial_rotary:
         for rule in (fields, *rules):
             rule.refuse(_SHARE, 1)
-    rotary_dim = int(head_dim * Fields({_SHARE: shares[0]}, fields.where).number(_SHARE))
+    rotary_dim = int(head_dim * shares[0])
     if rotary_dim != head_dim and (rotary_dim % 2 or not 0 < rotary_dim < head_dim):
         raise fields.wrong(_SHARE, f"the share of an even part of {head_dim} dimensions", shares[0])
     scaling = scalings[0]
@@ -170,6 +170,11 @@ def _rotation(fields: Fields, family: Family, head_dim: int, choice: RopeScaling
         "rotary_dim": None if rotary_dim == head_dim else rotary_dim,
         "windowed_rope_scaling": scalings[-1] == scaling if has_own_rule else family.windowed_rope_scaling,
     }
+
+
+def _number_of(rope: Fields, fields: Fields, key: str, default: float) -> float:
+    """A number of a rotary rule, or else of the whole config."""
+    return (fields if rope.get(key) is None else rope).number(key, default)
 
 
 def _scaling(rope: Fields, fields: Fields, family: Family) -> RopeScaling | None:

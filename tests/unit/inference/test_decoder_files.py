@@ -108,3 +108,9 @@ def test_the_longest_sequence_is_read_if_it_is_stated(folder: Path) -> None:
     assert find_max_positions(folder) == 77
     tiny.write_hf(folder, CONFIG, tiny.random_tensors(CONFIG))
     assert find_max_positions(folder) is None
+
+
+def test_a_list_of_windows_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    folder = tiny.write_mistral(tmp_path, CONFIG, tiny.random_tensors(CONFIG), sliding_window=[["x"], 8])
+    with pytest.raises(WeightsError, match=r"expected `sliding_window` to be a whole number .* it is \['x'\]"):
+        find_max_positions(folder)

@@ -52,6 +52,10 @@ class Fields:
             raise self.wrong(key, "a number above 0", value)
         return float(value)
 
+    def number_or_zero(self, key: str) -> float:
+        """A number above 0; 0 if it is missing, null or 0."""
+        return self.number(key) if self.get(key) else 0.0
+
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self.get(key, default)

@@ -242,7 +242,7 @@ def _longrope(fields: Fields, store: GgufStore, config: BackboneConfig) -> RopeS
 
 def _yarn(fields: Fields, factor: float) -> RopeScaling:
     """llama.cpp multiplies cosines and sines by 1 + 0.1 ln(factor), or by its ratio to a second such term."""
-    weight = _optional_number(fields, "rope.scaling.yarn_log_multiplier")
+    weight = fields.number_or_zero("rope.scaling.yarn_log_multiplier")
     attention_factor = (0.1 * math.log(factor) + 1.0) / (0.1 * weight * math.log(factor) + 1.0)
     stored = fields.get("rope.scaling.attn_factor", 1.0)
     if stored != 1.0 and not math.isclose(stored, attention_factor, rel_tol=1e-5):
@@ -257,13 +257,8 @@ def _yarn(fields: Fields, factor: float) -> RopeScaling:
         beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
         attention_factor=attention_factor,
-        query_beta=_optional_number(fields, "attention.temperature_scale"),
+        query_beta=fields.number_or_zero("attention.temperature_scale"),
     )
-
-
-def _optional_number(fields: Fields, key: str) -> float:
-    """A number, or 0 if it is missing."""
-    return fields.number(key) if fields.get(key) else 0.0
 
 
 def _llama3(config: BackboneConfig, divisors: Tensor, where: str) -> RopeScaling:

@@ -249,7 +249,7 @@ def _yarn(rope: Fields, fields: Fields) -> RopeScaling:
         beta_slow=rope.number("beta_slow", 1.0),
         truncate=rope.flag("truncate", True),
         attention_factor=rope.number("attention_factor", by_default),
-        query_beta=rope.number("llama_4_scaling_beta") if rope.get("llama_4_scaling_beta") else 0.0,
+        query_beta=rope.number_or_zero("llama_4_scaling_beta"),
     )
 
 

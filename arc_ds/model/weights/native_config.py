@@ -112,7 +112,7 @@ def _yarn(fields: Fields) -> RopeScaling:
         beta_fast=yarn.number("beta", 32.0),
         beta_slow=yarn.number("alpha", 1.0),
         attention_factor=0.1 * math.log(factor) + 1.0 if yarn.flag("apply_scale", True) else 1.0,
-        query_beta=queries.number("beta") if queries.get("beta") else 0.0,
+        query_beta=queries.number_or_zero("beta"),
     )
 
 

@@ -33,9 +33,9 @@ def set_eos(file: Path, value: object) -> None:
 def test_ids_of_the_json_files_are_added_to_the_tokenizers(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert find_stop_ids(folder, tokenizer) == (1,) and find_stop_ids(folder, None) == ()
-    set_eos(folder / "config.json", [7, -1])
+    set_eos(folder / "config.json", [0, 7, -1])
     set_eos(folder / "generation_config.json", 9)
-    assert find_stop_ids(folder, tokenizer) == (1, 7, 9) and find_stop_ids(folder, None) == (7, 9)
+    assert find_stop_ids(folder, tokenizer) == (0, 1, 7, 9) and find_stop_ids(folder, None) == (0, 7, 9)
 
 
 @pytest.mark.parametrize("value", ["</s>", [1, "2"], [[1]], 1.5, True])

@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     if args.pooling_factor < 1:
         raise WeightsError(f"--pooling-factor is {args.pooling_factor}; expected 1 or more, such as 8")
     release = open_release(args.source, backbone, pooling_factor=args.pooling_factor)
-    names = decoder_names(release.path.parent, len(release.spec.decoder_sizes), args.decoder)
-    tokenizers = [find_tokenizer(path) for path in (release.path.parent, args.encoder_backbone) if path]
+    names = decoder_names(release.store.path.parent, len(release.spec.decoder_sizes), args.decoder)
+    tokenizers = [find_tokenizer(path) for path in (release.store.path.parent, args.encoder_backbone) if path]
     tokenizer = next((found for found in tokenizers if found is not None), None)
     with whole_folder(args.out.absolute()) as folder:
         write_release(release, folder)

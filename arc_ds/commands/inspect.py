@@ -102,7 +102,7 @@ def _facts_of_backbone(path: Path) -> Facts:
         found = locate(path)
     except WeightsError as error:
         return {**facts, "serves_as": dict.fromkeys((_ENCODER, _DECODER, _THROUGH_TRANSFORMERS), str(error))}
-    facts |= {"kind": _KINDS[found.kind], **_facts_of_files(found.files)}
+    facts |= {"kind": _KINDS[found.kind], **_facts_of_files(found.files, path)}
     source, reasons = _open_both(found)
     config = source.config if source is not None else _try(read_backbone_config, path)
     sizes, reasons[_THROUGH_TRANSFORMERS] = _open_with_transformers(found)
@@ -145,9 +145,12 @@ def _open_with_transformers(found: WeightFiles) -> tuple[TransformersSizes | Non
         return None, str(error)
 
 
-def _facts_of_files(files: tuple[Path, ...]) -> Facts:
-    """Names and sizes of files. A file may be a link to one that was deleted: its reader reports that."""
-    sizes = [{"name": file.name, "bytes": file.stat().st_size if file.is_file() else 0} for file in files]
+def _facts_of_files(files: tuple[Path, ...], path: Path) -> Facts:
+    """Names and sizes of files in or at a path. A link to a deleted file has no bytes: its reader reports it."""
+    folder = path if path.is_dir() else path.parent
+    sizes = [
+        {"name": str(file.relative_to(folder)), "bytes": file.stat().st_size if file.is_file() else 0} for file in files
+    ]
     return {"files": sizes, "bytes": sum(file["bytes"] for file in sizes)}
 
 
@@ -191,7 +194,7 @@ def _facts_of_compressor(path: Path, encoder_backbone: Path | None) -> Facts:
     facts: Facts = {
         "path": str(path),
         "kind": "export of ARC-DS" if _is_export(path) else "ARC checkpoint",
-        **_facts_of_files(tuple(sorted(path.rglob("*.safetensors")))),
+        **_facts_of_files(tuple(sorted(path.rglob("*.safetensors"))), path),
     }
     try:
         folder = open_arc_folder(path, encoder_backbone)
@@ -240,7 +243,7 @@ def _facts_of_release(path: Path, encoder_backbone: Path | None) -> Facts:
     facts: Facts = {
         "path": str(path),
         "kind": "released ARC-Encoder of the reference",
-        **_facts_of_files((store.path,)),
+        **_facts_of_files((store.path,), path),
         "formats": dict(Counter(store.formats.values())),
         "parameters": sum(map(math.prod, store.shapes.values())),
     }

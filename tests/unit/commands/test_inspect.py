@@ -140,6 +140,8 @@ def test_an_export_says_what_it_holds(tmp_path: Path, export_format: str, kind: 
     assert facts["encoder"] == {"family": "llama", "num_layers": 1, "hidden_size": ENCODER.hidden_size, "causal": False}
     assert facts["pooling"]["rules"] == ["factor 4"] and facts["bridge"] == {"kind": "mlp", "hidden_size": 24}
     assert [decoder["name"] for decoder in facts["decoders"]] == ["decoder0", "decoder1"]
+    parts = ["bridge_module/consolidated.safetensors", "embedder/consolidated.safetensors"]
+    assert [file["name"] for file in facts["files"]] == (parts if export_format == "arc" else ["model.safetensors"])
     assert facts["parameters"] == sum(tensor.numel() for tensor in trained.tensors.values())
     assert facts["step"] == (7 if export_format == "arc-ds" else None)
     assert cli.main(["inspect", str(tmp_path / "out")]) == 0

@@ -28,6 +28,10 @@ class WeightsError(ArcError):
     """Unreadable weights folder: missing file, missing tensor, wrong tensor shape, unknown format."""
 
 
+class UnknownFamilyError(WeightsError):
+    """Weights of a family that our own transformer does not compute."""
+
+
 class TokenizerError(ArcError):
     """A tokenizer that cannot be read or does not match its weights."""
 

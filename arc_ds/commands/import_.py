@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Turns the downloaded folder of a public ARC-Encoder (one model.safetensors) into an ARC "
         "checkpoint that ArcModel and encoder.init_from read. Checks every name and shape first. Needs no GPU.",
     )
-    parser.add_argument("source", type=path_argument, help="the downloaded folder")
+    parser.add_argument("source", type=path_argument, help="the downloaded folder, or the model.safetensors in it")
     parser.add_argument("out", type=path_argument, help="folder to write; must not exist")
     parser.add_argument(
         "--encoder-backbone",
@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     if args.pooling_factor < 1:
         raise WeightsError(f"--pooling-factor is {args.pooling_factor}; expected 1 or more, such as 8")
     release = open_release(args.source, backbone, pooling_factor=args.pooling_factor)
-    names = decoder_names(args.source, len(release.spec.decoder_sizes), args.decoder)
-    tokenizers = [find_tokenizer(path) for path in (args.source, args.encoder_backbone) if path is not None]
+    names = decoder_names(release.store.path.parent, len(release.spec.decoder_sizes), args.decoder)
+    tokenizers = [find_tokenizer(path) for path in (release.store.path.parent, args.encoder_backbone) if path]
     tokenizer = next((found for found in tokenizers if found is not None), None)
     with whole_folder(args.out.absolute()) as folder:
         write_release(release, folder)

@@ -6,26 +6,24 @@ import argparse
 import dataclasses
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from arc_ds.data.tasks.chat_template import find_template
 from arc_ds.errors import ArcError, WeightsError
 from arc_ds.inference.decoder_files import find_max_positions
-from arc_ds.inference.load import ARC_DECODERS, EXPORT_CONFIG, EXPORT_FORMAT, ArcFolder, open_arc_folder
+from arc_ds.inference.load import EXPORT_CONFIG, EXPORT_FORMAT, ArcFolder, check_compressor, open_arc_folder
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.frozen_decoder import TransformersSizes
-from arc_ds.model.spec import build_compressor
+from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.transformers_files import open_with_transformers
-from arc_ds.model.weights import BackboneSource, beyond_layers, check_fit, open_backbone, read_backbone_config
+from arc_ds.model.weights import BackboneSource, beyond_layers, open_backbone, read_backbone_config
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.locate import WeightFiles, locate
 from arc_ds.model.weights.names import backbone_shapes
+from arc_ds.model.weights.release import LLAMA_32_3B, is_release, open_release, release_file
 from arc_ds.model.weights.stores import SafetensorsStore
 from arc_ds.system.user_paths import path_argument
 from arc_ds.tokenizers import check_fits, find_tokenizer, load_tokenizer
@@ -42,7 +40,7 @@ _TOKENIZERS = {
     "RankTokenizer": "tiktoken or Tekken",
 }
 _ENCODER, _DECODER, _THROUGH_TRANSFORMERS = "encoder backbone", "decoder", "decoder through transformers"
-_RELEASED = re.compile(r"(embedder|bridge_module)\..+")
+_RELEASE = "release to import with arc-ds import"
 
 Facts = dict[str, Any]
 
@@ -57,7 +55,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("path", type=path_argument, help="a folder of weights, an export, or a file")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     parser.add_argument(
-        "--encoder-backbone", type=path_argument, help="sizes and tokenizer, for the reference's checkpoints"
+        "--encoder-backbone",
+        type=path_argument,
+        help="sizes and tokenizer of the reference's checkpoints and releases",
     )
     parser.set_defaults(run=run)
 
@@ -79,12 +79,16 @@ def inspect_path(path: Path, encoder_backbone: Path | None = None) -> Facts:
     """
     if _is_export(path) or (path / "embedder").is_dir():
         return _facts_of_compressor(path, encoder_backbone)
-    released = path if path.suffix == ".safetensors" else path / "model.safetensors"
-    if released.is_file() and not (path / "params.json").is_file():
-        facts = _facts_of_release(path, released)
-        if facts is not None:
-            return facts
-    return _facts_of_backbone(path)
+    damage = None
+    try:
+        if is_release(path):
+            return _facts_of_release(path, encoder_backbone)
+    except WeightsError as error:
+        damage = str(error)
+    facts = _facts_of_backbone(path)
+    if damage is not None and facts["kind"] is None:  # it may have been a release
+        facts["serves_as"] = dict.fromkeys(facts["serves_as"], damage)
+    return facts
 
 
 def describe(facts: Facts) -> str:
@@ -98,7 +102,7 @@ def _facts_of_backbone(path: Path) -> Facts:
         found = locate(path)
     except WeightsError as error:
         return {**facts, "serves_as": dict.fromkeys((_ENCODER, _DECODER, _THROUGH_TRANSFORMERS), str(error))}
-    facts |= {"kind": _KINDS[found.kind], **_facts_of_files(found.files)}
+    facts |= {"kind": _KINDS[found.kind], **_facts_of_files(found.files, path)}
     source, reasons = _open_both(found)
     config = source.config if source is not None else _try(read_backbone_config, path)
     sizes, reasons[_THROUGH_TRANSFORMERS] = _open_with_transformers(found)
@@ -133,16 +137,20 @@ def _open_both(found: WeightFiles) -> tuple[BackboneSource | None, dict[str, str
 def _open_with_transformers(found: WeightFiles) -> tuple[TransformersSizes | None, str | None]:
     """The sizes of a decoder that transformers can read, and the reason if it cannot."""
     try:
-        if found.kind == "hugging_face":
-            for file in found.files:
-                SafetensorsStore(file)  # raises if the file is cut short or quantised
-        return open_with_transformers(found.path).sizes, None
+        opened = open_with_transformers(found.path)
+        for file in found.files if found.kind == "hugging_face" else ():
+            SafetensorsStore(file)  # raises if the file is cut short or quantised
+        return opened.sizes, None
     except WeightsError as error:
         return None, str(error)
 
 
-def _facts_of_files(files: tuple[Path, ...]) -> Facts:
-    sizes = [{"name": file.name, "bytes": file.stat().st_size} for file in files]
+def _facts_of_files(files: tuple[Path, ...], path: Path) -> Facts:
+    """Names and sizes of files in or at a path. A link to a deleted file has no bytes: its reader reports it."""
+    folder = path if path.is_dir() else path.parent
+    sizes = [
+        {"name": str(file.relative_to(folder)), "bytes": file.stat().st_size if file.is_file() else 0} for file in files
+    ]
     return {"files": sizes, "bytes": sum(file["bytes"] for file in sizes)}
 
 
@@ -186,29 +194,30 @@ def _facts_of_compressor(path: Path, encoder_backbone: Path | None) -> Facts:
     facts: Facts = {
         "path": str(path),
         "kind": "export of ARC-DS" if _is_export(path) else "ARC checkpoint",
-        **_facts_of_files(tuple(sorted(path.rglob("*.safetensors")))),
+        **_facts_of_files(tuple(sorted(path.rglob("*.safetensors"))), path),
     }
     try:
         folder = open_arc_folder(path, encoder_backbone)
-        with torch.device("meta"):
-            compressor = build_compressor(folder.spec)
-        check_fit(compressor, folder.tensors, allow_unused=lambda name: name.startswith("ports."))
-    except (WeightsError, ValueError) as error:
+        check_compressor(folder.spec, folder.tensors)
+    except ArcError as error:
         return {**facts, "serves_as": {"compressor": str(error)}}
-    facts["parameters"] = sum(parameter.numel() for parameter in compressor.parameters())
-    facts |= _facts_of_spec(path, folder)
+    facts["parameters"] = sum(map(math.prod, folder.tensors.shapes.values()))
+    facts |= {**_facts_of_spec(folder.spec), **_facts_of_training(path, folder)}
     facts |= _facts_of_tokenizer(folder.tokenizer or path, folder.spec.backbone.vocab_size)
     return {**facts, "serves_as": {"compressor": facts["tokenizer"].get("problem")}}
 
 
-def _facts_of_spec(path: Path, folder: ArcFolder) -> Facts:
-    spec = folder.spec
-    config = _try(Fields.read, path / (EXPORT_CONFIG if _is_export(path) else ARC_DECODERS)) or Fields({}, str(path))
-    named = config.get("decoders", [{}] * len(folder.decoders))
+def _facts_of_training(path: Path, folder: ArcFolder) -> Facts:
+    """The facts that the folder of a compressor records about its training."""
     decoders = [
-        {"name": entry.get("name"), "hidden_size": size, "rope_scaling": settings.rope_scaling, "bos": settings.bos}
-        for entry, size, settings in zip(named, spec.decoder_sizes, folder.decoders, strict=True)
+        {"name": settings.name, "hidden_size": size, "rope_scaling": settings.rope_scaling, "bos": settings.bos}
+        for size, settings in zip(folder.spec.decoder_sizes, folder.decoders, strict=True)
     ]
+    step = Fields.read(path / EXPORT_CONFIG).get("step") if _is_export(path) else None
+    return {"decoders": decoders, "step": step, "max_context_tokens": folder.max_context_tokens}
+
+
+def _facts_of_spec(spec: CompressorSpec) -> Facts:
     return {
         "encoder": {
             "family": spec.backbone.family,
@@ -225,29 +234,27 @@ def _facts_of_spec(path: Path, folder: ArcFolder) -> Facts:
         },
         "markers": list(spec.markers),
         "bridge": {"kind": spec.bridge, "hidden_size": spec.bridge_hidden_size},
-        "decoders": decoders,
-        "step": config.get("step"),
-        "max_context_tokens": folder.max_context_tokens,
     }
 
 
-def _facts_of_release(path: Path, file: Path) -> Facts | None:
-    """Facts about a released model of the reference, one file of `embedder.*` and `bridge_module.*`; None otherwise."""
-    store = _try(SafetensorsStore, file)
-    if store is None or not store.shapes or not all(map(_RELEASED.fullmatch, store.shapes)):
-        return None
-    layers = {int(match.group(1)) for name in store.shapes if (match := re.search(r"\.layers\.(\d+)\.", name))}
-    tensors = {name: shape for name, shape in store.shapes.items() if not re.search(r"\.layers\.\d+\.", name)}
-    return {
+def _facts_of_release(path: Path, encoder_backbone: Path | None) -> Facts:
+    """Facts about a released encoder of the reference. Its tensors do not say how it pools."""
+    store = SafetensorsStore(release_file(path))
+    facts: Facts = {
         "path": str(path),
         "kind": "released ARC-Encoder of the reference",
-        **_facts_of_files((file,)),
+        **_facts_of_files((store.path,), path),
         "formats": dict(Counter(store.formats.values())),
-        "parameters": sum(math.prod(shape) for shape in store.shapes.values()),
-        "encoder": {"num_layers": len(layers)},
-        "tensors": {name: list(shape) for name, shape in tensors.items()},
-        "serves_as": {"release to import with arc-ds import": None},
+        "parameters": sum(map(math.prod, store.shapes.values())),
     }
+    try:
+        backbone = LLAMA_32_3B if encoder_backbone is None else read_backbone_config(encoder_backbone, "none")
+        spec = open_release(path, backbone).spec
+    except WeightsError as error:
+        return {**facts, "serves_as": {_RELEASE: str(error)}}
+    facts |= {**_facts_of_spec(spec), "decoders": [{"hidden_size": size} for size in spec.decoder_sizes]}
+    del facts["pooling"]
+    return {**facts, "serves_as": {_RELEASE: None}}
 
 
 def _try(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -264,8 +271,14 @@ def _lines(facts: Facts) -> Iterator[str]:
     for name, write in _WRITERS.items():
         if facts.get(name) is not None:
             yield f"  {name.replace('_', ' '):<16}{write(facts[name])}"
+    uses_by_reason: dict[str, list[str]] = {}
     for use, reason in facts["serves_as"].items():
-        yield f"  {use}: {'yes' if reason is None else f'no. {reason}'}"
+        if reason is not None:
+            uses_by_reason.setdefault(reason, []).append(use)
+        else:  # loading tests a model of transformers: whether it is causal, for example
+            yield f"  {use}: yes{', if it passes the tests of loading' if use == _THROUGH_TRANSFORMERS else ''}"
+    for reason, uses in uses_by_reason.items():
+        yield f"  {', '.join(uses)}: no. {reason}"
 
 
 def _write_files(files: list[Facts]) -> str:
@@ -322,7 +335,6 @@ _WRITERS: Mapping[str, Callable[[Any], str]] = {
     "decoders": lambda decoders: "; ".join(map(_write_values, decoders)),
     "step": str,
     "max_context_tokens": str,
-    "tensors": lambda tensors: "; ".join(f"{name} {shape}" for name, shape in tensors.items()),
     "tokenizer": _write_tokenizer,
     "chat_template": lambda has_one: "yes" if has_one else "no",
     "max_positions": str,

@@ -53,8 +53,10 @@ def find_max_positions(path: Path) -> int | None:
                 return fields.integer(key)
         # Ministral's layers without a window attend to the longest sequence, which its list holds.
         windows = next((fields.get(key) for key in _WINDOWS if isinstance(fields.get(key), list)), [None])
-        if None not in windows and len(set(windows)) > 1:
-            return max(Fields({"sliding_window": size}, fields.where).integer("sliding_window") for size in windows)
+        if None not in windows:
+            sizes = {Fields({"sliding_window": size}, fields.where).integer("sliding_window") for size in windows}
+            if len(sizes) > 1:
+                return max(sizes)
     return None
 
 

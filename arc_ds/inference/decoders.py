@@ -10,11 +10,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from arc_ds.errors import WeightsError
+from arc_ds.errors import UnknownFamilyError, WeightsError
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder
 from arc_ds.model.transformers_files import TransformersFiles, open_with_transformers
 from arc_ds.model.weights import BackboneSource, check_fit, load_backbone, open_backbone, read_backbone_config
+from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.hf_config import RopeScalingChoice
 from arc_ds.model.weights.locate import locate
 
@@ -107,7 +108,7 @@ def open_decoder(
     activation_checkpointing: whether backward recomputes the layers.
 
     Raises WeightsError if the implementation does not take the decoder. With "auto" the error gives the reasons of
-    both.
+    both, or that of transformers alone if the family is unknown.
     """
     other = _instead_of_native(
         path,
@@ -164,6 +165,9 @@ def _instead_of_native(
     except WeightsError as error:
         if str(error) == str(refused):
             raise
+        if isinstance(refused, UnknownFamilyError):
+            family = Fields.read(path / "config.json").get("model_type")
+            raise WeightsError(f"{path}: our own transformer does not compute {family!r}. {error}") from error
         raise WeightsError(
             f"{path} is no decoder that ARC-DS can run. implementation: native says: {refused} implementation: "
             f"transformers says: {error}"
@@ -172,9 +176,10 @@ def _instead_of_native(
 
 
 def _with_transformers(path: Path, rope_scaling: RopeScalingChoice, **options: Any) -> TransformersFiles:
+    opened = open_with_transformers(path, **options)
     if rope_scaling != "checkpoint":
         raise WeightsError(
             f"decoder {path} has rope_scaling: {rope_scaling}, but transformers always applies the scaling of the "
-            "files. Set rope_scaling: checkpoint, or implementation: native."
+            "files. Set rope_scaling: checkpoint, or choose a decoder that implementation: native reads."
         )
-    return open_with_transformers(path, **options)
+    return opened

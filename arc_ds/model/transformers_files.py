@@ -111,9 +111,7 @@ def open_with_transformers(
     fields = Fields.read(path / "config.json") if (path / "config.json").is_file() else None
     if fields is None:
         raise WeightsError(f"{path} has no config.json; transformers reads folders with one. Use such a folder.")
-    for key in fields.values:
-        if "quant" in key or key == "compression_config":
-            fields.refuse(key)
+    fields.refuse_quantisation()
     if (path / "adapter_config.json").is_file():
         raise WeightsError(f"{path} holds an adapter; expected a whole model. Merge the adapter into its model first.")
     config = _read_config(path, fields, trust_remote_code)

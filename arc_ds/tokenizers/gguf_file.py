@@ -75,8 +75,9 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
     metadata = _metadata(path)
     kind = str(metadata.get("model"))
     if kind not in _KINDS:
+        found = f"its kind is {kind!r}" if "model" in metadata else "the file holds none"
         raise TokenizerError(
-            f"tokenizer in {path}: its kind is {kind!r}; ARC-DS reads the kinds {', '.join(_KINDS)} from GGUF. "
+            f"tokenizer in {path}: {found}; ARC-DS reads the kinds {', '.join(_KINDS)} from GGUF. "
             f"{_INSTEAD.format('tokenizer.json or tokenizer.model')}"
         )
     keys, read = _KINDS[kind]

@@ -56,7 +56,8 @@ def gguf_parts(path: Path) -> tuple[Path, ...]:
     if match is None:
         return (path,)
     stem, _, count = match.groups()
-    return tuple(path.with_name(f"{stem}-{number:05d}-of-{count}.gguf") for number in range(1, int(count) + 1))
+    parts = (path.with_name(f"{stem}-{number:05d}-of-{count}.gguf") for number in range(1, int(count) + 1))
+    return tuple(parts) or (path,)
 
 
 def gguf_models(folder: Path) -> list[tuple[Path, ...]]:
@@ -112,7 +113,8 @@ class _HeaderReader:
     def _tensor(self) -> tuple[str, GgufTensor]:
         name = self._string()
         sizes = [self._scalar("Q") for _ in range(self._scalar("I"))]
-        return name, GgufTensor(tuple(reversed(sizes)), self._scalar("I"), self._scalar("Q"))
+        shape = tuple(reversed(sizes)) or (1,)
+        return name, GgufTensor(shape, self._scalar("I"), self._scalar("Q"))
 
     def _list(self) -> list[Any]:
         """A list of numbers, of lists, or of strings as bytes. Strings outside the tokenizer need not be UTF-8."""

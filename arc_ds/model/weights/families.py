@@ -177,6 +177,11 @@ def _without_rope(fields: Fields, layer_idx: int) -> bool:
     return not flags[layer_idx]
 
 
+def layers_of(rule: LayerRule | None, fields: Fields, num_layers: int) -> tuple[int, ...]:
+    """Indices of the layers to which a rule applies; none without a rule."""
+    return () if rule is None else tuple(idx for idx in range(num_layers) if rule(fields, idx))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """The differences of a family from Llama, and the keys of its config.json. For the fields of the same name, see

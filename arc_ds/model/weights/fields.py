@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,15 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above 0, as a float."""
+        """A finite number above 0, as a float."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
             raise self.wrong(key, "a number above 0", value)
         return float(value)
+
+    def number_or_zero(self, key: str) -> float:
+        """A number above 0; 0 if it is missing, null or 0."""
+        return self.number(key) if self.get(key) else 0.0
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -68,6 +73,16 @@ class Fields:
             f"{self.where}: `{key}` is {value!r}; ARC-DS reads backbones with {expected} here. "
             "Choose another checkpoint of the family without this setting."
         )
+
+    def refuse_quantisation(self) -> None:
+        """Raise WeightsError if the object says that weights are quantised."""
+        for key, value in self.values.items():
+            if value and ("quant" in key or key == "compression_config"):
+                method = value.get("quant_method") if isinstance(value, Mapping) else value
+                raise WeightsError(
+                    f"{self.where}: `{key}` says that the weights are quantised{f' ({method})' if method else ''}; "
+                    "ARC-DS reads plain weights. Use the model's weights in bfloat16, or a .gguf file."
+                )
 
     def wrong(self, key: str, expected: str, got: Any) -> WeightsError:
         """The error for a missing value or one of the wrong type."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
 from arc_ds.model.rope import rope_frequencies
-from arc_ds.model.weights.families import TensorNames
+from arc_ds.model.weights.families import FAMILIES, Family, TensorNames, layers_of
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.gguf_store import GgufStore
 from arc_ds.model.weights.hf_config import RopeScalingChoice
@@ -44,59 +44,40 @@ _NAMES: Mapping[str, str] = {
 }
 
 
-def _every_layer(layer_idx: int) -> bool:
-    del layer_idx
-    return True
-
-
-def _three_of_four(layer_idx: int) -> bool:
-    return (layer_idx + 1) % 4 != 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The differences of an architecture of llama.cpp from llama.
+    """An architecture of llama.cpp.
 
-    family: see `BackboneConfig`.
+    family: key of `FAMILIES`, which has the constants that the metadata do not hold.
+    label: see `BackboneConfig.family`; None for `family`.
     interleaved: whether the converter reorders wq and wk to the pairs (2i, 2i + 1).
-    constants: fields of `BackboneConfig` that the metadata do not hold.
     epsilon: the metadata key of the norms' epsilon.
-    windowed: which layers have a window if the metadata have a length but no pattern.
-    windowed_rope_scaling: see `BackboneConfig`.
-    rotates: which layers rotate queries and keys.
     names: names of tensors that differ from llama's.
     """
 
     family: str
+    label: str | None = None
     interleaved: bool = False
-    constants: Mapping[str, Any] = field(default_factory=dict)
     epsilon: str = "attention.layer_norm_rms_epsilon"
-    windowed: Callable[[int], bool] = _every_layer
-    windowed_rope_scaling: bool = True
-    rotates: Callable[[int], bool] = _every_layer
     names: Mapping[str, str] = field(default_factory=dict)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(family="llama", interleaved=True),
+    "llama": Architecture(family="mistral", label="llama", interleaved=True),  # Mistral's models, too
     "mistral3": Architecture(family="ministral3", interleaved=True),
     "qwen2": Architecture(family="qwen2"),
-    "qwen3": Architecture(family="qwen3", constants={"qk_norm": "head"}),
-    "olmo": Architecture(
-        family="olmo", interleaved=True, constants={"norm": "layer"}, epsilon="attention.layer_norm_epsilon"
-    ),
-    "olmo2": Architecture(  # OLMo 3, too
-        family="olmo2",
-        constants={"norm_place": "output", "qk_norm": "row"},
-        windowed=_three_of_four,
-        windowed_rope_scaling=False,
+    "qwen3": Architecture(family="qwen3"),
+    "olmo": Architecture(family="olmo", interleaved=True, epsilon="attention.layer_norm_epsilon"),
+    "olmo2": Architecture(  # OLMo 3's models, too
+        family="olmo3",
+        label="olmo2",
         names={
             "layers.{i}.attention_norm": "blk.{i}.post_attention_norm",
             "layers.{i}.ffn_norm": "blk.{i}.post_ffw_norm",
         },
     ),
     "granite": Architecture(family="granite", interleaved=True),
-    "smollm3": Architecture(family="smollm3", interleaved=True, rotates=_three_of_four),
+    "smollm3": Architecture(family="smollm3", interleaved=True),
     "phi3": Architecture(
         family="phi3",
         names={
@@ -128,13 +109,13 @@ def gguf_names(store: GgufStore) -> TensorNames:
 
 
 def _architecture(store: GgufStore) -> tuple[str, Architecture]:
-    name = store.metadata.get("general.architecture")
+    name = str(store.metadata.get("general.architecture"))
     if name not in ARCHITECTURES:
         raise WeightsError(
             f"{store.path}: `general.architecture` is {name!r}; ARC-DS reads GGUF files of {', '.join(ARCHITECTURES)}. "
             "Choose another file, or the model's Hugging Face folder."
         )
-    return str(name), ARCHITECTURES[str(name)]
+    return name, ARCHITECTURES[name]
 
 
 def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> BackboneConfig:
@@ -156,9 +137,10 @@ def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Backbone
         fields.refuse("rope.dimension_count", head_dim)
     rotary_dim = fields.integer("rope.dimension_count", head_dim)
     num_layers = fields.integer("block_count")
-    window, windowed_layers = _windows(fields, architecture, num_layers)
+    family = FAMILIES[architecture.family]
+    window, windowed_layers = _windows(fields, family, num_layers)
     config = BackboneConfig(
-        family=architecture.family,
+        family=architecture.label or architecture.family,
         hidden_size=hidden,
         num_layers=num_layers,
         num_heads=num_heads,
@@ -168,14 +150,16 @@ def sizes_of_gguf(store: GgufStore, rope_scaling: RopeScalingChoice) -> Backbone
         vocab_size=store.shapes[_EMBEDDING][0],
         rope_theta=fields.number("rope.freq_base", 10000.0),
         norm_eps=fields.number(architecture.epsilon),
+        norm=family.norm,
+        norm_place=family.norm_place,
+        qk_norm=family.qk_norm,
         rotary_dim=None if rotary_dim == head_dim else rotary_dim,
-        layers_without_rope=tuple(idx for idx in range(num_layers) if not architecture.rotates(idx)),
+        layers_without_rope=layers_of(family.without_rope, fields, num_layers),
         window=window,
         windowed_layers=windowed_layers,
-        windowed_rope_scaling=architecture.windowed_rope_scaling or window is None,
+        windowed_rope_scaling=family.windowed_rope_scaling or window is None,
         tie_embeddings=_HEAD not in store.shapes,
         **_optional(fields, store, architecture),
-        **architecture.constants,
     )
     if rope_scaling == "checkpoint":
         config = dataclasses.replace(config, rope_scaling=_rope_scaling(fields, store, config))
@@ -195,15 +179,18 @@ def _optional(fields: Fields, store: GgufStore, architecture: Architecture) -> d
     return given
 
 
-def _windows(fields: Fields, architecture: Architecture, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
+def _windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
     """`window` and `windowed_layers` of `BackboneConfig`. The metadata write 0 for no window."""
     if not fields.get("attention.sliding_window"):
         return None, ()
     key = "attention.sliding_window_pattern"
-    pattern = fields.get(key, [architecture.windowed(idx) for idx in range(num_layers)])
-    if not isinstance(pattern, list) or len(pattern) != num_layers:
+    pattern = fields.get(key)
+    if pattern is None:
+        layers = layers_of(family.windowed, fields, num_layers)
+    elif isinstance(pattern, list) and len(pattern) == num_layers:
+        layers = tuple(idx for idx, is_windowed in enumerate(pattern) if is_windowed)
+    else:
         raise fields.wrong(key, f"a list of {num_layers} flags", pattern)
-    layers = tuple(idx for idx, is_windowed in enumerate(pattern) if is_windowed)
     return (fields.integer("attention.sliding_window"), layers) if layers else (None, ())
 
 
@@ -255,7 +242,7 @@ def _longrope(fields: Fields, store: GgufStore, config: BackboneConfig) -> RopeS
 
 def _yarn(fields: Fields, factor: float) -> RopeScaling:
     """llama.cpp multiplies cosines and sines by 1 + 0.1 ln(factor), or by its ratio to a second such term."""
-    weight = _optional_number(fields, "rope.scaling.yarn_log_multiplier")
+    weight = fields.number_or_zero("rope.scaling.yarn_log_multiplier")
     attention_factor = (0.1 * math.log(factor) + 1.0) / (0.1 * weight * math.log(factor) + 1.0)
     stored = fields.get("rope.scaling.attn_factor", 1.0)
     if stored != 1.0 and not math.isclose(stored, attention_factor, rel_tol=1e-5):
@@ -270,13 +257,8 @@ def _yarn(fields: Fields, factor: float) -> RopeScaling:
         beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
         attention_factor=attention_factor,
-        query_beta=_optional_number(fields, "attention.temperature_scale"),
+        query_beta=fields.number_or_zero("attention.temperature_scale"),
     )
-
-
-def _optional_number(fields: Fields, key: str) -> float:
-    """A number, or 0 if it is missing."""
-    return fields.number(key) if fields.get(key) else 0.0
 
 
 def _llama3(config: BackboneConfig, divisors: Tensor, where: str) -> RopeScaling:

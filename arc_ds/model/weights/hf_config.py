@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, cast, get_args
 
-from arc_ds.errors import WeightsError
+from arc_ds.errors import UnknownFamilyError, WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeKind, RopeScaling
 from arc_ds.model.weights.families import (
     FAMILIES,
@@ -15,21 +15,12 @@ from arc_ds.model.weights.families import (
     OLMO_EPS,
     OTHER_MODULES,
     Family,
-    LayerRule,
     TensorNames,
+    layers_of,
 )
 from arc_ds.model.weights.fields import Fields
 
 RopeScalingChoice = Literal["checkpoint", "none"]
-
-
-class _Rotation(NamedTuple):
-    """Rotary positions of a backbone. For its fields, see `BackboneConfig`."""
-
-    rope_theta: float
-    rope_scaling: RopeScaling | None
-    rotary_dim: int | None
-    windowed_rope_scaling: bool
 
 
 SUPPORTED_MODEL_TYPES = (*FAMILIES, "hf_olmo")
@@ -44,13 +35,13 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Ba
     Reads `rope_theta` and `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). For a model of images
     and text, it reads the language model's part, `text_config`.
 
-    Raises WeightsError for an unknown `model_type` and for settings that the family does not have: biases, other
-    activations, clipped or partly rotary attention, other rotary scalings.
+    Raises UnknownFamilyError for an unknown `model_type`, and WeightsError for settings that the family does not have:
+    biases, other activations, clipped or partly rotary attention, other rotary scalings.
     """
     fields = _language_model(fields)
     model_type = fields.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
-        raise WeightsError(
+        raise UnknownFamilyError(
             f"{fields.where}: `model_type` is {model_type!r}; ARC-DS itself computes "
             f"{', '.join(SUPPORTED_MODEL_TYPES)}. For an encoder, choose a backbone of one of these families. A "
             "decoder may be any causal language model of transformers: set `implementation: transformers` for it."
@@ -71,7 +62,6 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Ba
     hidden, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     num_layers, head_dim = fields.integer("num_hidden_layers"), fields.integer("head_dim", hidden // num_heads)
     window, windowed_layers = _windows(fields, family, num_layers)
-    rotation = _rotation(fields, family, head_dim, rope_scaling)
     return BackboneConfig(
         family=model_type,
         hidden_size=hidden,
@@ -88,14 +78,11 @@ def sizes_of_hugging_face(fields: Fields, rope_scaling: RopeScalingChoice) -> Ba
         qkv_bias=_flag(fields, family.qkv_bias),
         output_bias=_flag(fields, family.output_bias),
         ffn_bias=_flag(fields, family.ffn_bias),
-        rope_theta=rotation.rope_theta,
-        rope_scaling=rotation.rope_scaling,
-        rotary_dim=rotation.rotary_dim,
-        layers_without_rope=_layers(fields, family.without_rope, num_layers),
+        layers_without_rope=layers_of(family.without_rope, fields, num_layers),
         window=window,
         windowed_layers=windowed_layers,
-        windowed_rope_scaling=rotation.windowed_rope_scaling,
         tie_embeddings=fields.flag("tie_word_embeddings", False),
+        **_rotation(fields, family, head_dim, rope_scaling),
         **_numbers(fields, family),
     )
 
@@ -129,11 +116,6 @@ def _flag(fields: Fields, announced: bool | str) -> bool:
     return fields.flag(announced, False) if isinstance(announced, str) else announced
 
 
-def _layers(fields: Fields, rule: LayerRule | None, num_layers: int) -> tuple[int, ...]:
-    """Indices of the layers to which a rule applies."""
-    return () if rule is None else tuple(idx for idx in range(num_layers) if rule(fields, idx))
-
-
 def _numbers(fields: Fields, family: Family) -> dict[str, Any]:
     """The optional numbers of a family, by field of `BackboneConfig`."""
     given = {name: fields.number(key) for name, key in family.numbers.items() if fields.get(key) is not None}
@@ -149,7 +131,7 @@ def _windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | Non
         return None, ()
     kinds = fields.get("layer_types")
     if kinds is None:
-        windowed = _layers(fields, family.windowed, num_layers)
+        windowed = layers_of(family.windowed, fields, num_layers)
     elif isinstance(kinds, list) and len(kinds) >= num_layers and all(kind in (_FULL, _WINDOWED) for kind in kinds):
         windowed = tuple(idx for idx in range(num_layers) if kinds[idx] == _WINDOWED)
     else:
@@ -157,20 +139,23 @@ def _windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | Non
     return (fields.integer("sliding_window"), windowed) if windowed else (None, ())
 
 
-def _rotation(fields: Fields, family: Family, head_dim: int, choice: RopeScalingChoice) -> _Rotation:
-    """Read one rule for all layers, or one for each kind of layers. Two rules may differ in their scaling only."""
+def _rotation(fields: Fields, family: Family, head_dim: int, choice: RopeScalingChoice) -> dict[str, Any]:
+    """The rotary positions, by field of `BackboneConfig`.
+
+    There is one rule for all layers, or one for each kind of layers. Two rules may differ in their scaling only.
+    """
     given = {**fields.object("rope_scaling", {}).values, **fields.object("rope_parameters", {}).values}
     by_kind = [Fields(given[kind], fields.where) for kind in (_FULL, _WINDOWED) if isinstance(given.get(kind), Mapping)]
     rules = by_kind or [Fields(given, fields.where)]
-    thetas = [rule.number("rope_theta", fields.get("rope_theta", 10000.0)) for rule in rules]
-    shares = [rule.get(_SHARE, fields.get(_SHARE, 1.0)) for rule in rules]
+    thetas = [_number_of(rule, fields, "rope_theta", 10000.0) for rule in rules]
+    shares = [_number_of(rule, fields, _SHARE, 1.0) for rule in rules]
     scalings = [_scaling(rule, fields, family) if choice == "checkpoint" else None for rule in rules]
     if len(set(zip(thetas, shares, strict=True))) > 1 or scalings[-1] not in (None, scalings[0]):
         raise fields.wrong("rope_parameters", "one rule, or no scaling in layers with a window", given)
     if not family.partial_rotary:
         for rule in (fields, *rules):
             rule.refuse(_SHARE, 1)
-    rotary_dim = int(head_dim * Fields({_SHARE: shares[0]}, fields.where).number(_SHARE))
+    rotary_dim = int(head_dim * shares[0])
     if rotary_dim != head_dim and (rotary_dim % 2 or not 0 < rotary_dim < head_dim):
         raise fields.wrong(_SHARE, f"the share of an even part of {head_dim} dimensions", shares[0])
     scaling = scalings[0]
@@ -179,12 +164,17 @@ def _rotation(fields: Fields, family: Family, head_dim: int, choice: RopeScaling
             if len(factors) != rotary_dim // 2:
                 raise rules[0].wrong(name, f"a list of {rotary_dim // 2} numbers above 0", rules[0].get(name))
     has_own_rule = isinstance(given.get(_WINDOWED), Mapping)
-    return _Rotation(
-        rope_theta=thetas[0],
-        rope_scaling=scaling,
-        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
-        windowed_rope_scaling=scalings[-1] == scaling if has_own_rule else family.windowed_rope_scaling,
-    )
+    return {
+        "rope_theta": thetas[0],
+        "rope_scaling": scaling,
+        "rotary_dim": None if rotary_dim == head_dim else rotary_dim,
+        "windowed_rope_scaling": scalings[-1] == scaling if has_own_rule else family.windowed_rope_scaling,
+    }
+
+
+def _number_of(rope: Fields, fields: Fields, key: str, default: float) -> float:
+    """A number of a rotary rule, or else of the whole config."""
+    return (fields if rope.get(key) is None else rope).number(key, default)
 
 
 def _scaling(rope: Fields, fields: Fields, family: Family) -> RopeScaling | None:
@@ -259,7 +249,7 @@ def _yarn(rope: Fields, fields: Fields) -> RopeScaling:
         beta_slow=rope.number("beta_slow", 1.0),
         truncate=rope.flag("truncate", True),
         attention_factor=rope.number("attention_factor", by_default),
-        query_beta=rope.number("llama_4_scaling_beta") if rope.get("llama_4_scaling_beta") else 0.0,
+        query_beta=rope.number_or_zero("llama_4_scaling_beta"),
     )
 
 

@@ -66,7 +66,7 @@ def _is_other_module(backbone: Backbone, name: str) -> bool:
 def _is_tied_head(backbone: Backbone, name: str) -> bool:
     """Some programs save a tied head as well. It equals the embedding."""
     config, names, store = backbone.config, backbone.names, backbone.store
-    if not config.tie_embeddings or name != names.find("output.weight")[0]:
+    if name != names.find("output.weight")[0]:
         return False
     embedding, _ = names.find("tok_embeddings.weight")
     blocks = (slice(row, row + _BLOCK_ROWS) for row in range(0, config.vocab_size, _BLOCK_ROWS))

@@ -9,6 +9,7 @@ from typing import Literal
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.weights.fields import Fields
+from arc_ds.model.weights.names import join_faults
 from arc_ds.system.user_files import check_downloaded
 from arc_ds.tokenizers.gguf_header import gguf_models, gguf_parts
 
@@ -78,6 +79,11 @@ def _locate_in_folder(folder: Path) -> WeightFiles:
         raise WeightsError(f"{folder} holds {len(models)} GGUF models ({names}). Pass the path of one file.")
     if has_config or has_params:
         return WeightFiles(kind="hugging_face" if has_config else "native", path=folder, files=())
+    if (folder / "adapter_config.json").is_file():
+        raise WeightsError(
+            f"{folder} holds an adapter; expected a whole model. Merge the adapter into its model first (peft: "
+            "model.merge_and_unload().save_pretrained(FOLDER))."
+        )
     listing = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise WeightsError(f"{folder} holds {listing}; expected {_EXPECTED}. Check the path.")
 
@@ -94,12 +100,15 @@ def _safetensors_files(folder: Path) -> tuple[Path, ...]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise WeightsError(
-            f"{folder}: {_INDEX} names {len(files)} files, but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing. Copy the missing files from the source. If the "
-            "index is that of an earlier set of files, delete it: then all .safetensors files are read."
+            f"{folder}: {_INDEX} names {len(files)} files, but {_are_missing(missing)} If the index is that of an "
+            "earlier set of files, delete it: then all .safetensors files are read."
         )
     alone = folder / "model.safetensors"
     return tuple(files) if alone in files or not alone.is_file() else (*files, alone)
+
+
+def _are_missing(names: list[str]) -> str:
+    return f"{join_faults(names)} {'is' if len(names) == 1 else 'are'} missing. Copy the missing files from the source."
 
 
 def _native_files(folder: Path) -> tuple[Path, ...]:
@@ -117,10 +126,7 @@ def _native_files(folder: Path) -> tuple[Path, ...]:
 def _gguf_files(parts: tuple[Path, ...]) -> WeightFiles:
     missing = [path.name for path in parts if not path.is_file()]
     if missing:
-        raise WeightsError(
-            f"{parts[0].parent}: the GGUF model has {len(parts)} files, but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing. Copy the missing files from the source."
-        )
+        raise WeightsError(f"{parts[0].parent}: the GGUF model has {len(parts)} files, but {_are_missing(missing)}")
     return WeightFiles(kind="gguf", path=parts[0], files=parts)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig, RopeScaling
@@ -38,7 +37,9 @@ def sizes_of_native(
     for key in ("moe", "moe_args", "vision_encoder", "q_lora_rank", "kv_lora_rank"):
         fields.refuse(key)
     dim, num_heads = fields.integer("dim"), fields.integer("n_heads")
-    windows, scaling, theta, tied = _NO_WINDOWS, None, 10000.0, False
+    window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
+    scaling, theta, tied = None, 10000.0, False
     if is_olmo(store):
         family = "olmo"
         ffn_size = _shape(fields, store, names, "layers.0.feed_forward.w2.weight")[1]
@@ -47,9 +48,9 @@ def sizes_of_native(
     elif "hidden_dim" in fields.values or "head_dim" in fields.values:
         family = "mistral"
         ffn_size, vocab_size = fields.integer("hidden_dim"), _vocab_size(fields, store, names)
-        windows = _windows(fields)
+        window, windowed_layers = _windows(fields)
         # As in Mistral's code: if the file has no base, it is 1e4 for windowed models (v0.1) and 1e6 for the others.
-        theta = 1e6 if windows.size is None else 1e4
+        theta = 1e6 if window is None else 1e4
         tied = fields.flag("tied_embeddings", False)
         if fields.get("yarn") is None:
             fields.refuse("llama_4_scaling")
@@ -73,35 +74,21 @@ def sizes_of_native(
         norm_eps=fields.number("norm_eps", 1e-5),
         norm=FAMILIES[family].norm,
         rope_scaling=scaling,
-        window=windows.size,
-        windowed_layers=windows.layers,
+        window=window,
+        windowed_layers=windowed_layers,
         tie_embeddings=tied,
     )
 
 
-class _Windows(NamedTuple):
-    """The attention windows of a model.
-
-    size: see `BackboneConfig.window`.
-    layers: see `BackboneConfig.windowed_layers`.
-    """
-
-    size: int | None
-    layers: tuple[int, ...]
-
-
-_NO_WINDOWS = _Windows(None, ())
-
-
-def _windows(fields: Fields) -> _Windows:
-    """Mistral's windows: one for all layers, or a list (Ministral) that repeats over the layers.
+def _windows(fields: Fields) -> tuple[int | None, tuple[int, ...]]:
+    """`window` and `windowed_layers` of `BackboneConfig`: one for all layers, or a list (Ministral) that repeats.
 
     A list may hold two lengths. The larger one (131072) is then the length of the model's longest sequence, so the
     layers with it have no window.
     """
     key = next((key for key in ("sliding_window", "_sliding_window") if fields.get(key) is not None), None)
     if key is None:
-        return _NO_WINDOWS
+        return None, ()
     num_layers, value = fields.integer("n_layers"), fields.get(key)
     pattern = value if isinstance(value, list) else [fields.integer(key)]
     numbers = [Fields({key: size}, fields.where).integer(key) for size in pattern if size is not None]
@@ -109,9 +96,8 @@ def _windows(fields: Fields) -> _Windows:
     if not pattern or num_layers % len(pattern) or len(lengths) + (None in pattern) > 2:
         raise fields.wrong(key, f"at most two lengths, in a list that repeats over {num_layers} layers", value)
     if not lengths:
-        return _NO_WINDOWS
-    layers = tuple(idx for idx in range(num_layers) if pattern[idx % len(pattern)] == lengths[0])
-    return _Windows(lengths[0], layers)
+        return None, ()
+    return lengths[0], tuple(idx for idx in range(num_layers) if pattern[idx % len(pattern)] == lengths[0])
 
 
 def _yarn(fields: Fields) -> RopeScaling:
@@ -126,7 +112,7 @@ def _yarn(fields: Fields) -> RopeScaling:
         beta_fast=yarn.number("beta", 32.0),
         beta_slow=yarn.number("alpha", 1.0),
         attention_factor=0.1 * math.log(factor) + 1.0 if yarn.flag("apply_scale", True) else 1.0,
-        query_beta=queries.number("beta") if queries.get("beta") else 0.0,
+        query_beta=queries.number_or_zero("beta"),
     )
 
 

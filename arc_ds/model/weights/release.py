@@ -7,13 +7,14 @@ settings, so both come from its shapes, from the backbone, and from a `config.js
 from __future__ import annotations
 
 import json
-import struct
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from arc_ds.batch.segments import MARKERS
@@ -25,12 +26,12 @@ from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights.arc_format import BRIDGE, EMBEDDER, PARAMS, SIZES, bridge_name, embedder_name
 from arc_ds.model.weights.arc_spec import params_of_spec, spec_of_params
 from arc_ds.model.weights.fields import Fields
+from arc_ds.model.weights.lazy_tensor import LazyTensor, write_safetensors
 from arc_ds.model.weights.names import Shape, shape_faults
 from arc_ds.model.weights.stores import SafetensorsStore
 
 RELEASE_WEIGHTS = "model.safetensors"
 _PREFIXES = {"embedder.": EMBEDDER, "bridge_module.": BRIDGE}
-_BLOCK_BYTES = 1 << 24
 
 # The backbone of the public encoders. Sizes from Meta's `params.json`, without rotary scaling, as they were trained.
 LLAMA_32_3B = BackboneConfig(
@@ -47,52 +48,51 @@ LLAMA_32_3B = BackboneConfig(
 )
 
 
-class Stored(NamedTuple):
-    """A tensor in the file: its dtype as safetensors writes it, its shape, and its bytes from start to end."""
-
-    dtype: str
-    shape: Shape
-    start: int
-    end: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Release:
     """An opened and checked release.
 
-    path: its tensor file.
-    tensors: its tensors by name.
-    spec: the compressor that they make.
+    store: its tensor file.
+    spec: the compressor that the tensors make.
     """
 
-    path: Path
-    tensors: Mapping[str, Stored]
+    store: SafetensorsStore
     spec: CompressorSpec
 
 
-def is_release(folder: Path) -> bool:
-    """Whether the folder is a release as downloaded. Raises WeightsError if its tensor file is damaged."""
-    file = folder / RELEASE_WEIGHTS
-    return file.is_file() and any(name.startswith("embedder.") for name in SafetensorsStore(file).shapes)
+def release_file(path: Path) -> Path:
+    """The tensor file of a release. `path` is its folder, or the file itself."""
+    return path / RELEASE_WEIGHTS if path.is_dir() else path
 
 
-def open_release(folder: Path, backbone: BackboneConfig = LLAMA_32_3B, *, pooling_factor: int = 8) -> Release:
+def is_release(path: Path) -> bool:
+    """Whether a folder or file is a release as downloaded. Raises WeightsError if its tensor file is damaged."""
+    file = release_file(path)
+    return (
+        file.suffix == ".safetensors"
+        and file.is_file()
+        and any(name.startswith("embedder.") for name in SafetensorsStore(file).shapes)
+    )
+
+
+def open_release(path: Path, backbone: BackboneConfig = LLAMA_32_3B, *, pooling_factor: int = 8) -> Release:
     """Open a release and check every name and shape. Reads headers only.
 
+    path: the downloaded folder, or the tensor file in it.
     backbone: sizes of the encoder's backbone, with all its layers.
     pooling_factor: factor of the last layer, if no config.json has the pooling.
 
     Raises WeightsError that lists all faults: names that are missing or unknown, and other shapes than the backbone's.
     """
-    file = folder / RELEASE_WEIGHTS
-    if not file.is_file() or not is_release(folder):
+    file = release_file(path)
+    if not is_release(path):
         raise WeightsError(
-            f"{folder} is not a released encoder: expected {RELEASE_WEIGHTS} with tensors embedder.* and "
+            f"{path} is not a released encoder: expected {RELEASE_WEIGHTS} with tensors embedder.* and "
             "bridge_module.* in it. Give the folder that was downloaded."
         )
-    tensors = _read_header(file)
-    shapes, unknown = _internal_shapes(tensors)
-    spec = _with_settings(_spec_of_shapes(shapes, backbone, pooling_factor), folder)
+    store = SafetensorsStore(file)
+    shapes, unknown = _internal_shapes(store.shapes)
+    spec = _with_settings(_spec_of_shapes(shapes, backbone, pooling_factor), file.parent)
     faults = [f"`{name}` is not a name of the ARC format" for name in unknown]
     if spec.num_layers > backbone.num_layers:
         faults.append(f"it has {spec.num_layers} layers, but the backbone has {backbone.num_layers}")
@@ -108,7 +108,7 @@ def open_release(folder: Path, backbone: BackboneConfig = LLAMA_32_3B, *, poolin
             f"(`encoder.` and `ports.` are our names for its tensors):\n  {lines}\nDownload the file again. If the "
             "encoder has another backbone than Llama 3.2 3B, give its folder: --encoder-backbone FOLDER."
         )
-    return Release(path=file, tensors=tensors, spec=spec)
+    return Release(store=store, spec=spec)
 
 
 def write_release(release: Release, folder: Path) -> None:
@@ -116,59 +116,35 @@ def write_release(release: Release, folder: Path) -> None:
 
     Copies block by block, so memory does not grow with the tensors.
     """
-    dtypes = {stored.dtype for stored in release.tensors.values()}
-    params = params_of_spec(release.spec, "bfloat16" if dtypes == {"BF16"} else "float32")
+    store = release.store
+    dtype = "bfloat16" if set(store.formats.values()) == {"BF16"} else "float32"
+    params = params_of_spec(release.spec, dtype)
     (folder / PARAMS).write_text(json.dumps(params, indent=4), encoding="utf-8")
     sizes = json.dumps(asdict(release.spec.backbone), indent=4)
     (folder / SIZES).write_text(sizes + "\n", encoding="utf-8")
-    total = sum(stored.end - stored.start for stored in release.tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=None) as bar:
+    with tqdm(total=store.path.stat().st_size, unit="B", unit_scale=True, desc="import", disable=None) as bar:
         for prefix, target in _PREFIXES.items():
-            part = {n.removeprefix(prefix): stored for n, stored in release.tensors.items() if n.startswith(prefix)}
-            if part:
+            names = [name for name in store.shapes if name.startswith(prefix)]
+            if names:
                 (folder / target).parent.mkdir()
-                _copy_tensors(release.path, part, folder / target, bar)
+                part = {name.removeprefix(prefix): _lazy_tensor(store, name, bar) for name in names}
+                write_safetensors(folder / target, part, {"format": "pt"})
 
 
-def _read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file whose header has been checked."""
-    with file.open("rb") as stream:
-        (num_bytes,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(num_bytes))
-    data = 8 + num_bytes
-    entries = {name: (entry, entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
-    return {
-        name: Stored(entry["dtype"], tuple(entry["shape"]), data + start, data + end)
-        for name, (entry, (start, end)) in entries.items()
-    }
+def _lazy_tensor(store: SafetensorsStore, name: str, bar: tqdm) -> LazyTensor:
+    """A tensor of a file, read in blocks of whole rows."""
+    shape = store.shapes[name]
+    row_values = math.prod(shape[1:])
+
+    def read(start: int, stop: int) -> Tensor:
+        values = store.tensor(name, slice(start // row_values, stop // row_values))
+        bar.update(values.nbytes)
+        return values.reshape(-1)
+
+    return LazyTensor(shape=shape, dtype=read(0, 0).dtype, read=read, unit=row_values)
 
 
-def _copy_tensors(source: Path, tensors: Mapping[str, Stored], target: Path, bar: tqdm) -> None:
-    """Write a safetensors file with tensors of another one."""
-    ordered = sorted(tensors.items(), key=lambda item: item[1].start)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for name, stored in ordered:
-        size = stored.end - stored.start
-        header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": [place, place + size]}
-        place += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    with source.open("rb") as reader, target.open("wb") as writer:
-        writer.write(struct.pack("<Q", len(text)) + text)
-        for _, stored in ordered:
-            reader.seek(stored.start)
-            remaining = stored.end - stored.start
-            while remaining:
-                block = reader.read(min(_BLOCK_BYTES, remaining))
-                if not block:
-                    raise WeightsError(f"{source} became shorter while it was read. Import it again.")
-                writer.write(block)
-                remaining -= len(block)
-                bar.update(len(block))
-
-
-def _internal_shapes(tensors: Mapping[str, Stored]) -> tuple[dict[str, Shape], list[str]]:
+def _internal_shapes(tensors: Mapping[str, Shape]) -> tuple[dict[str, Shape], list[str]]:
     """Shapes by internal name, and the names that have none."""
     names: dict[str, str | None] = dict.fromkeys(tensors)
     embedder = [name for name in tensors if name.startswith("embedder.")]
@@ -176,7 +152,7 @@ def _internal_shapes(tensors: Mapping[str, Stored]) -> tuple[dict[str, Shape], l
     several = _num_ports(names.values()) > 1
     bridge = [name for name in tensors if name.startswith("bridge_module.")]
     names |= {name: bridge_name(name.removeprefix("bridge_module."), shared=several) for name in bridge}
-    shapes = {internal: tensors[name].shape for name, internal in names.items() if internal is not None}
+    shapes = {internal: tensors[name] for name, internal in names.items() if internal is not None}
     return shapes, sorted(name for name, internal in names.items() if internal is None)
 
 

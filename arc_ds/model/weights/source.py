@@ -149,7 +149,7 @@ def open_backbone(
     Raises WeightsError if the path cannot be read, a tensor is missing or has the wrong shape, the files hold tensors
     that the model does not compute or settings that change the meaning of the weights, or the family is unknown.
     """
-    found = locate(Path(path))
+    found = _locate_plain(Path(path))
     if not found.files:
         raise WeightsError(
             f"{found.path} holds sizes but no weights that ARC-DS can read; expected .safetensors files, Meta's "
@@ -172,7 +172,7 @@ def read_backbone_config(path: str | Path, rope_scaling: RopeScalingChoice = "ch
 
     Raises WeightsError like `open_backbone`, but does not check tensors.
     """
-    found = locate(Path(path))
+    found = _locate_plain(Path(path))
     store = _open_store(found) if found.files and found.kind != "hugging_face" else None
     return _sizes(found, store, _names(found, store), rope_scaling)
 
@@ -199,18 +199,20 @@ def _names(found: WeightFiles, store: TensorStore | None) -> TensorNames:
     return names if store is None else names.as_in(store.shapes)
 
 
-def _refuse_other_meaning(fields: Fields, folder: Path) -> None:
-    """Raise WeightsError for settings of a quantisation or an adapter, in the config or in a file next to it."""
-    for key in fields.values:
-        if "quant" in key or key == "compression_config":
-            fields.refuse(key)
-    beside = [path for pattern in _BESIDE for path in sorted(folder.glob(pattern))]
+def _locate_plain(path: Path) -> WeightFiles:
+    """Detect the weights at `path`. Raises WeightsError if settings say that they are quantised or need an adapter."""
+    found = locate(path)
+    if found.kind == "gguf":
+        return found
+    Fields.read(found.config_file).refuse_quantisation()
+    beside = [file for pattern in _BESIDE for file in sorted(path.glob(pattern))]
     if beside:
         raise WeightsError(
             f"{beside[0]}: these settings say that the weights are quantised or need an adapter; expected plain "
             "weights. Use the model's weights in bfloat16, a .gguf file, or the merged model. If the weights in the "
             "folder are plain, delete this file."
         )
+    return found
 
 
 def _sizes(
@@ -220,7 +222,6 @@ def _sizes(
         config = sizes_of_gguf(store, rope_scaling)
     else:
         fields = Fields.read(found.config_file)
-        _refuse_other_meaning(fields, found.path)
         if found.kind == "native":
             config = sizes_of_native(fields, store, names, rope_scaling)
         else:

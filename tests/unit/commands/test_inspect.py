@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from arc_ds import cli
 from arc_ds.commands.inspect import describe, inspect_path
@@ -38,6 +38,7 @@ def test_a_hugging_face_folder_serves_in_every_way(tmp_path: Path) -> None:
     assert facts["parameters"] == sum(tensor.numel() for tensor in TENSORS.values())
     assert facts["config"]["hidden_size"] == 32 and facts["max_positions"] == 77 and facts["chat_template"]
     assert facts["tokenizer"]["kind"] == "Hugging Face tokenizers" and "problem" not in facts["tokenizer"]
+    assert "decoder through transformers: yes, if it passes the tests of loading" in describe(facts)
     assert "decoder: yes" in describe(facts) and "2 layers, width 32, 4 heads (2 of keys) of 8" in describe(facts)
 
 
@@ -126,7 +127,8 @@ def test_weights_that_serve_as_nothing_exit_with_2_and_the_reason(
     assert len(facts["serves_as"]) == 3 and None not in facts["serves_as"].values()
     assert reason in facts["serves_as"]["decoder"]
     assert cli.main(["inspect", str(path)]) == 2
-    assert f"decoder: no. {facts['serves_as']['decoder']}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"encoder backbone, decoder, decoder through transformers: no. {facts['serves_as']['decoder']}" in text
 
 
 @pytest.mark.parametrize(("export_format", "kind"), [("arc-ds", "export of ARC-DS"), ("arc", "ARC checkpoint")])
@@ -138,6 +140,8 @@ def test_an_export_says_what_it_holds(tmp_path: Path, export_format: str, kind: 
     assert facts["encoder"] == {"family": "llama", "num_layers": 1, "hidden_size": ENCODER.hidden_size, "causal": False}
     assert facts["pooling"]["rules"] == ["factor 4"] and facts["bridge"] == {"kind": "mlp", "hidden_size": 24}
     assert [decoder["name"] for decoder in facts["decoders"]] == ["decoder0", "decoder1"]
+    parts = ["bridge_module/consolidated.safetensors", "embedder/consolidated.safetensors"]
+    assert [file["name"] for file in facts["files"]] == (parts if export_format == "arc" else ["model.safetensors"])
     assert facts["parameters"] == sum(tensor.numel() for tensor in trained.tensors.values())
     assert facts["step"] == (7 if export_format == "arc-ds" else None)
     assert cli.main(["inspect", str(tmp_path / "out")]) == 0
@@ -153,20 +157,56 @@ def test_checkpoints_of_the_reference_need_the_sizes_of_their_backbone(golden: P
     assert facts["serves_as"] == {"compressor": None} and len(facts["decoders"]) == 2
 
 
-@pytest.mark.parametrize("name", ["", "model.safetensors"])
-def test_a_released_file_says_what_it_holds(tmp_path: Path, name: str) -> None:
-    tensors = {
-        "embedder.tok_embeddings.weight": torch.zeros(40, 32),
-        "embedder.layers.0.attention.wq.weight": torch.zeros(32, 32),
-        "embedder.layers.1.attention.wq.weight": torch.zeros(32, 32),
-        "embedder.cont_tok.0.weight": torch.zeros(1, 32),
-        "bridge_module.layer1.weight": torch.zeros(24, 32),
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
+def write_release(folder: Path) -> Path:
+    """Write a release of the tiny encoder, and the sizes of its backbone. Returns the backbone's folder."""
+    write_export(tiny_trained(folder / "run"), folder / "arc", export_format="arc")
+    released = {}
+    for part in ("embedder", "bridge_module"):
+        tensors = load_file(folder / "arc" / part / "consolidated.safetensors")
+        released |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+    save_file(released, folder / "model.safetensors")
+    (folder / "backbone").mkdir()
+    (folder / "backbone" / "config.json").write_text(json.dumps(tiny.hf_config(ENCODER)))
+    return folder / "backbone"
+
+
+def test_a_release_says_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    backbone = write_release(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    facts = inspect_path(tmp_path / name)
-    assert facts["kind"] == "released ARC-Encoder of the reference" and facts["encoder"] == {"num_layers": 2}
-    assert facts["tensors"]["bridge_module.layer1.weight"] == [24, 32] and len(facts["tensors"]) == 3
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        facts = inspect_path(path, backbone)
+        assert facts["kind"] == "released ARC-Encoder of the reference"
+        assert facts["serves_as"] == {"release to import with arc-ds import": None}
+        assert facts["encoder"]["num_layers"] == 1 and facts["encoder"]["hidden_size"] == ENCODER.hidden_size
+        assert facts["bridge"] == {"kind": "mlp", "hidden_size": 24} and facts["decoders"] == [{"hidden_size": 48}]
+    assert cli.main(["inspect", str(tmp_path), "--encoder-backbone", str(backbone)]) == 0
+    assert cli.main(["inspect", str(tmp_path)]) == 2, "its sizes are not those of Llama 3.2 3B"
+    assert "give its folder: --encoder-backbone" in capsys.readouterr().out
+
+
+def test_a_release_cut_short_is_named_as_damaged(tmp_path: Path) -> None:
+    write_release(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    for path in (tmp_path, file):
+        assert "cut short or damaged" in inspect_path(path)["serves_as"]["decoder"]
+
+
+def test_a_link_to_a_deleted_file_is_a_reason(tmp_path: Path) -> None:
+    """A cache of Hugging Face that was cleaned in part."""
+    (hugging_face(tmp_path) / "model-00001-of-00002.safetensors").unlink()
+    (tmp_path / "model-00001-of-00002.safetensors").symlink_to(tmp_path / "gone")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert "No such file" in inspect_path(tmp_path)["serves_as"]["decoder"]
+
+
+def test_two_tokenizers_of_an_export_are_a_reason(tmp_path: Path) -> None:
+    write_export(tiny_trained(tmp_path / "run"), tmp_path / "out")
+    for file in (tmp_path / "out").glob("tokenizer*"):
+        file.unlink()
+    for name in ("a", "b"):
+        (tmp_path / "out" / f"{name}.model").write_text(name)
+    assert "several candidates (a.model, b.model)" in inspect_path(tmp_path / "out")["serves_as"]["compressor"]
 
 
 def test_no_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,9 +33,9 @@ def set_eos(file: Path, value: object) -> None:
 def test_ids_of_the_json_files_are_added_to_the_tokenizers(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert find_stop_ids(folder, tokenizer) == (1,) and find_stop_ids(folder, None) == ()
-    set_eos(folder / "config.json", [7, -1])
+    set_eos(folder / "config.json", [0, 7, -1])
     set_eos(folder / "generation_config.json", 9)
-    assert find_stop_ids(folder, tokenizer) == (1, 7, 9) and find_stop_ids(folder, None) == (7, 9)
+    assert find_stop_ids(folder, tokenizer) == (0, 1, 7, 9) and find_stop_ids(folder, None) == (0, 7, 9)
 
 
 @pytest.mark.parametrize("value", ["</s>", [1, "2"], [[1]], 1.5, True])
@@ -108,3 +108,9 @@ def test_the_longest_sequence_is_read_if_it_is_stated(folder: Path) -> None:
     assert find_max_positions(folder) == 77
     tiny.write_hf(folder, CONFIG, tiny.random_tensors(CONFIG))
     assert find_max_positions(folder) is None
+
+
+def test_a_list_of_windows_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    folder = tiny.write_mistral(tmp_path, CONFIG, tiny.random_tensors(CONFIG), sliding_window=[["x"], 8])
+    with pytest.raises(WeightsError, match=r"expected `sliding_window` to be a whole number .* it is \['x'\]"):
+        find_max_positions(folder)

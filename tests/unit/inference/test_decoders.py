@@ -94,7 +94,8 @@ def test_a_model_that_neither_knows_is_one_error_that_says_what_was_seen(neox: P
     with pytest.raises(WeightsError) as caught:
         open_decoder(folder, "checkpoint")
     message = str(caught.value)
-    assert "is no decoder that ARC-DS can run" in message and message.count("`model_type` is 'novel'") == 2
+    assert "does not compute 'novel'" in message and message.count("`model_type` is 'novel'") == 1
+    assert "implementation" not in message, "no remedy that does not help"
     assert "`architectures` is ['NovelForCausalLM']" in message and "pip install --upgrade transformers" in message
     change_config(folder, model_type="clip_vision_model")
     with pytest.raises(WeightsError, match="has no causal language model for it"):
@@ -209,12 +210,19 @@ def test_a_loaded_decoder_does_not_change_with_its_file(neox: Path, tmp_path: Pa
 
 
 def test_settings_that_transformers_cannot_honour_are_refused(neox: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="Set rope_scaling: checkpoint, or implementation: native"):
+    with pytest.raises(
+        WeightsError, match="does not compute 'gpt_neox'. decoder .*Set rope_scaling: checkpoint, or choose"
+    ) as caught:
         open_decoder(neox, "none")
+    assert "ARC-DS itself computes" not in str(caught.value), "no remedy leads to the native reader's error"
     folder = copy_of(neox, tmp_path / "quantised")
     change_config(folder, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(WeightsError, match="`quantization_config` is"):
+    with pytest.raises(WeightsError, match=r"`quantization_config` says .*\(fp8\).*in bfloat16, or a .gguf") as caught:
         open_decoder(folder, "checkpoint", implementation="transformers")
+    for rope_scaling in ("checkpoint", "none"):
+        with pytest.raises(WeightsError) as of_auto:
+            open_decoder(folder, rope_scaling)
+        assert str(of_auto.value) == str(caught.value)
     folder = copy_of(neox, tmp_path / "adapter")
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(WeightsError, match="holds an adapter"):

@@ -88,6 +88,19 @@ def test_a_window_hides_what_is_before_it_in_a_causal_encoder_only() -> None:
     assert torch.equal(both_ways(batch), plain(batch))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_layers_that_pool_groups_of_one_are_plain_layers(causal: bool) -> None:
+    """Each layer keeps its own rotary positions and window."""
+    one, contexts = GroupRule("factor", 1), [sample(-9), sample(-4, seed=1)]
+    changes: dict[str, Any] = {"backbone": dataclasses.replace(ALL_PARTS, layers_without_rope=(1,)), "causal": causal}
+    pooled, spec = _encoder(**changes, rules=(one, one))
+    plain, plain_spec = _encoder(**changes, rules=())
+    expected = plain(pack(contexts, plain_spec))
+    assert torch.allclose(pooled(pack(contexts, spec)), expected, rtol=0, atol=EXACT)
+    other, _ = _encoder(backbone=ALL_PARTS, causal=causal, rules=(one, one))
+    assert (other(pack(contexts, spec)) - expected).abs().max() > 0.01
+
+
 def test_ends_of_groups_count_from_the_start_of_their_context() -> None:
     batch = pack([sample(-10), sample(-3), sample(-5)], PoolingSpec((GroupRule("factor", 4),)))
     ends = group_ends(batch.encoder_cu_seqlens, batch.levels[0])

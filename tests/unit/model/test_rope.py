@@ -31,6 +31,8 @@ def test_longrope_takes_the_factors_of_each_sequence() -> None:
     angles = POSITIONS[:, None] * torch.cat([(plain / short).expand(3, -1), (plain / long).expand(5, -1)])
     torch.testing.assert_close(rope.cos, 1.25 * angles.cos())
     torch.testing.assert_close(rope.sin, 1.25 * angles.sin())
+    at_the_bound = rope_frequencies(config, POSITIONS.device, torch.tensor([4, 5]))
+    torch.testing.assert_close(at_the_bound, torch.stack([plain / short, plain / long]))
 
 
 def test_the_capacity_of_a_cache_counts_as_the_length() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -22,6 +23,7 @@ from arc_ds.model.weights import (
     open_backbone,
     use_memory_tokens,
 )
+from arc_ds.model.weights.load import _fill_partitions
 from tests.helpers import tiny_models as tiny
 from tests.helpers.tiny_export import tiny_spec
 
@@ -145,3 +147,17 @@ def test_selected_tensors_are_renamed_and_cut_and_their_rows_are_read_alone() ->
     source.tensor("ports.4.bridge.layer1.weight", slice(1, 2))
     assert read[-1] == ("bridge.layer1.weight", slice(1, 2))
     assert read[1] == ("encoder.memory", slice(3, 5, 1))
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_a_rank_reads_the_rows_of_its_partition_and_leaves_the_padding(rank: int) -> None:
+    """Five rows of two values in three partitions of four: the second begins and ends at rows, the last has padding."""
+    values, read = torch.arange(10.0).reshape(5, 2), []
+    source = SimpleNamespace(tensor=lambda name, rows: (read.append(rows), values[rows])[1])
+    partition = torch.full((4,), -1.0)
+    parameter = SimpleNamespace(
+        ds_numel=10, ds_shape=(5, 2), ds_tensor=partition, ds_zero_partition_rank=rank, ds_secondary_tensor=None
+    )
+    assert _fill_partitions(parameter, source, "w") == values[read[0]].nbytes
+    assert read == [[slice(0, 2), slice(2, 4), slice(4, 5)][rank]]
+    assert partition.tolist() == [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0], [8.0, 9.0, -1.0, -1.0]][rank]

@@ -25,7 +25,7 @@ class TransformersSizes:
     num_parameters: number of all parameters; a tied head counts once.
     layer_parameters: number of parameters in its layers. With experts, a row uses only some of them.
     attention_size: sum of the widths of the query heads of all layers; 0 if its config does not state them.
-    max_positions: number of positions that it has embeddings of; None if its positions are no embeddings.
+    max_positions: length of the longest sequence that it computes; None if there is no limit (`check_length`).
     cache_row_values: numbers that one row adds to the cache of a generation; 0 if its config does not state them.
     config_digest: sha256 of its config.
     """

@@ -208,13 +208,15 @@ class TransformersDecoder(FrozenDecoder):
 
 
 def check_length(sizes: DecoderSizes, num_positions: int) -> None:
-    """Raise WeightsError if a sequence has more positions than the decoder has embeddings of. Native ones need none."""
+    """Raise WeightsError if a sequence is longer than transformers computes it. Native decoders have no limit."""
     if isinstance(sizes, BackboneConfig) or sizes.max_positions is None:
         return
     if num_positions > sizes.max_positions:
         raise WeightsError(
-            f"a {sizes.model_type} decoder has embeddings of {sizes.max_positions:,} positions, but a sequence takes "
-            f"up to {num_positions:,}. Shorten the sequences, or use a decoder with rotary positions."
+            f"a {sizes.model_type} decoder computes up to {sizes.max_positions:,} positions through transformers, but "
+            f"a sequence takes up to {num_positions:,}. Its embeddings of positions end there, or its rotary scaling "
+            "would then depend on the other sequences of a batch. Shorten the sequences, or use another decoder. If "
+            "our transformer knows the decoder, implementation: native has no such limit."
         )
 
 

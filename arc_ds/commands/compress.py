@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +127,9 @@ def _compress_into_file(args: argparse.Namespace) -> int:
 
 
 def _compress_into_set(args: argparse.Namespace) -> int:
-    if args.out.suffix == ".safetensors" or args.out.is_file():
+    if args.out.suffix == ".safetensors" or (args.out.exists() and not args.out.is_dir()):
         raise DataError(f"--out is {args.out}; folders and JSONL files become a folder of shards. Give a folder.")
-    if args.batch_tokens < 1 or args.shard_mb <= 0:
+    if args.batch_tokens < 1 or not 0 < args.shard_mb < math.inf:
         raise DataError("--batch-tokens and --shard-mb must be positive. Leave them out for the usual sizes.")
     files = _files(args.texts)
     model = load_model(args, [])

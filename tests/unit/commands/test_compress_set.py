@@ -115,6 +115,8 @@ def test_mistakes_name_their_remedy(export: Path, tmp_path: Path, capsys) -> Non
         ((tmp_path / "out", tmp_path / "gone.jsonl"), "gone.jsonl does not exist"),
         ((tmp_path / "out", "--decoder-idx", "3", lines), "decoder 3 was requested"),
         ((tmp_path / "out", "--batch-tokens", "0", lines), "must be positive"),
+        ((tmp_path / "out", "--shard-mb", "nan", lines), "must be positive"),
+        (("/dev/null", lines), "--out is /dev/null; folders and JSONL files become a folder of shards. Give a folder"),
     ]
     for arguments, message in mistakes:
         assert compress(export, *arguments) == EXIT_USER_ERROR

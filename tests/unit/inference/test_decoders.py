@@ -71,7 +71,7 @@ def test_auto_takes_our_transformer_if_it_can_and_says_why_if_it_cannot(
         f"decoder {neox} runs through transformers: our own transformer cannot" in message
         and "`model_type` is 'gpt_neox'" in message
     )
-    assert read_decoder_sizes(neox, "checkpoint") == opened.sizes
+    assert read_decoder_sizes(neox, "checkpoint") == opened.sizes and opened.sizes.max_positions is None
     assert len(caplog.messages) == 1
     with pytest.raises(WeightsError, match="`model_type` is 'gpt_neox'; ARC-DS itself computes"):
         open_decoder(neox, "checkpoint", implementation="native")

@@ -202,10 +202,10 @@ def _read_model(files: TransformersFiles, dtype: torch.dtype) -> Any:
         expected, named = type(model).__name__, files.config.architectures or [type(model).__name__]
         remedy = "Copy the weights and config.json again from one source."
         if expected not in named:
-            remedy = f"They belong to a {named[0]}, but a decoder is a {expected}. Use the causal language model."
+            remedy = f"The folder holds a {named[0]}, but a decoder is a {expected}. Use the causal language model."
         raise WeightsError(
-            f"the weights of {files.path} do not fit the model that transformers builds from its config: "
-            f"{join_faults(faults)}. {remedy}"
+            f"{files.path} does not fit the model that transformers builds from its config: {join_faults(faults)}. "
+            f"{remedy}"
         )
     return model
 

@@ -141,6 +141,19 @@ def test_devices_and_empty_files_are_not_removed(folders: Path, tmp_path: Path, 
     assert (tmp_path / "pipe").exists() and (tmp_path / "empty").exists()
 
 
+def test_the_blank_line_ends_answers_and_not_prompts(folders: Path, tmp_path: Path, monkeypatch) -> None:
+    calls: list[Any] = []
+
+    def generate_and_note(self: ArcModel, prompts: Any, **options: Any) -> list[str]:
+        calls.append((len(prompts), options["stop"]))
+        return ["x"] * len(prompts)
+
+    monkeypatch.setattr(ArcModel, "generate", generate_and_note)
+    given = write_lines(tmp_path / "in.jsonl", [QUESTION, PROMPT, {"prompt": "A lamp"}])
+    assert generate(folders, given, tmp_path / "out.jsonl", "--stop", "end") == 0
+    assert calls[1:] == [(1, ["end", "\n\n"]), (2, ["end"])]  # the first call checks the options
+
+
 BAD = [
     ("{", "JSON"),
     ({"id": 1, "text": "x"}, "expected `prompt`, or `question` and `documents`"),

@@ -96,7 +96,11 @@ def test_a_model_that_neither_knows_is_one_error_that_says_what_was_seen(neox: P
     message = str(caught.value)
     assert "is no decoder that ARC-DS can run" in message and message.count("`model_type` is 'novel'") == 2
     assert "`architectures` is ['NovelForCausalLM']" in message and "pip install --upgrade transformers" in message
-    change_config(folder, model_type="clip_vision_model")
+    change_config(folder, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(WeightsError, match="quantization_config") as caught:
+        open_decoder(folder, "checkpoint")
+    assert str(caught.value).count("quantization_config") == 1, "both implementations give the same reason"
+    change_config(folder, model_type="clip_vision_model", quantization_config=None)
     with pytest.raises(WeightsError, match="has no causal language model for it"):
         open_decoder(folder, "checkpoint")
     (tmp_path / "empty").mkdir()
@@ -221,7 +225,7 @@ def test_weights_of_another_task_are_named(tmp_path: Path) -> None:
     transformers.GPTNeoXForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="`lm_head.weight` is missing") as caught:
         open_decoder(tmp_path, "checkpoint").load(CPU, torch.float32)
-    assert "belong to a GPTNeoXForSequenceClassification, but a decoder is a GPTNeoXForCausalLM" in str(caught.value)
+    assert "holds a GPTNeoXForSequenceClassification, but a decoder is a GPTNeoXForCausalLM" in str(caught.value)
 
 
 def test_a_model_that_cannot_run_is_one_error(neox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,7 +203,16 @@ CASES = {
     ),
     "ministral3": Case(
         "Ministral3",
-        {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.3}},
+        # The original context ends within a prefix, whose queries but not keys then have the factor.
+        {
+            "rope_parameters": {
+                **YARN,
+                "original_max_position_embeddings": 16,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "llama_4_scaling_beta": 0.3,
+            }
+        },
         (scaled(query_beta=0.0), scaled(attention_factor=1.0)),
     ),
     "olmo": Case("Olmo", {"clip_qkv": 0.7}, ({"clip_qkv": None},)),

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from arc_ds.batch.packing import PackedBatch
@@ -105,3 +106,10 @@ class FrozenDecoder(nn.Module, ABC):
 
         state: from `prefill`.
         """
+
+
+def sequences_of_rows(batch: PackedBatch) -> Tensor:
+    """The sequence of each decoder row, int64 [R]."""
+    lengths_B = batch.decoder_cu_seqlens.diff().long()
+    numbers = torch.arange(lengths_B.numel(), device=lengths_B.device)
+    return torch.repeat_interleave(numbers, lengths_B, output_size=batch.num_decoder_rows)

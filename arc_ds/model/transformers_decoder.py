@@ -27,7 +27,7 @@ from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
-from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder, TransformersSizes
+from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder, TransformersSizes, sequences_of_rows
 
 _PROBE_LENGTHS = (5, 9, 7)
 _CACHES = ("past_key_values", "cache_params", "state")  # names of the argument and of the output
@@ -128,7 +128,7 @@ class TransformersDecoder(FrozenDecoder):
         if self.reading.is_packed:
             logits, _ = self._run(x_RD[None], rows, position_ids=batch.decoder_positions[None], use_cache=False)
             return logits
-        places_R = _sequences(batch) * batch.decoder_max_seqlen + batch.decoder_positions
+        places_R = sequences_of_rows(batch) * batch.decoder_max_seqlen + batch.decoder_positions
         logits, _ = self._run(_padded(x_RD, places_R, batch), places_R[rows], use_cache=False)
         return logits
 
@@ -147,7 +147,7 @@ class TransformersDecoder(FrozenDecoder):
                 "once. Give it one prompt at a time."
             )
         # Padding before the rows: the last rows of all sequences stand together, as models expect in a generation.
-        sequences_R, padding_B = _sequences(batch), max_len - lengths_B
+        sequences_R, padding_B = sequences_of_rows(batch), max_len - lengths_B
         places_R = sequences_R * max_len + batch.decoder_positions + padding_B[sequences_R]
         positions_BT = torch.arange(max_len, device=places_R.device) - padding_B[:, None]
         mask_BT = (positions_BT >= 0).long()
@@ -313,13 +313,6 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _rounding(decoder: TransformersDecoder) -> float:
     """Largest distance of equal logits that are computed in another order."""
     return max(1e-5, 4 * torch.finfo(decoder.model.get_input_embeddings().weight.dtype).eps)
-
-
-def _sequences(batch: PackedBatch) -> Tensor:
-    """The sequence of each row, int64 [R]."""
-    lengths_B = batch.decoder_cu_seqlens.diff().long()
-    numbers = torch.arange(lengths_B.numel(), device=lengths_B.device)
-    return torch.repeat_interleave(numbers, lengths_B, output_size=batch.num_decoder_rows)
 
 
 def _padded(x_RD: Tensor, places_R: Tensor, batch: PackedBatch) -> Tensor:

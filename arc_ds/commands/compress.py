@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from arc_ds.commands.text_inputs import (
 )
 from arc_ds.errors import DataError, TokenizerError
 from arc_ds.inference.arc import ArcModel
-from arc_ds.inference.vectors import VectorSettings, VectorWriter, model_digest
+from arc_ds.inference.vectors import VectorSettings, VectorWriter, model_digest, text_digest
 from arc_ds.shards.records import text_of
 from arc_ds.system.files import output, write_whole
 from arc_ds.system.locks import writing
@@ -47,10 +48,11 @@ class Text(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The tokens of a text. num_bytes: as in `Text`."""
+    """The tokens of a text. digest: its `text_digest`; num_bytes: as in `Text`."""
 
     key: str
     ids: list[int]
+    digest: str
     num_bytes: int
 
 
@@ -125,9 +127,9 @@ def _compress_into_file(args: argparse.Namespace) -> int:
 
 
 def _compress_into_set(args: argparse.Namespace) -> int:
-    if args.out.suffix == ".safetensors" or args.out.is_file():
+    if args.out.suffix == ".safetensors" or (args.out.exists() and not args.out.is_dir()):
         raise DataError(f"--out is {args.out}; folders and JSONL files become a folder of shards. Give a folder.")
-    if args.batch_tokens < 1 or args.shard_mb <= 0:
+    if args.batch_tokens < 1 or not 0 < args.shard_mb < math.inf:
         raise DataError("--batch-tokens and --shard-mb must be positive. Leave them out for the usual sizes.")
     files = _files(args.texts)
     model = load_model(args, [])
@@ -143,12 +145,12 @@ def _compress_into_set(args: argparse.Namespace) -> int:
     with output(args.out), writing(args.out, "compression"):
         writer = VectorWriter(args.out, settings, shard_bytes=int(args.shard_mb * (1 << 20)))
         with tqdm(desc="compress", total=size_of(files), unit="B", unit_scale=True, disable=None) as bar:
-            texts = _new_texts(_read_texts(files, args.text_field, faults), writer.earlier, counts, bar)
+            texts = _new_texts(_read_texts(files, args.text_field, faults), writer.earlier, counts, faults, bar)
             try:
                 for batch in _batches(texts, tokenizer, args.batch_tokens, counts):
                     vectors = model.compress([text.ids for text in batch], decoder=args.decoder_idx, marker=marker)
                     for text, z_GD in zip(batch, vectors, strict=True):
-                        writer.add(text.key, z_GD.cpu(), len(text.ids))
+                        writer.add(text.key, z_GD.cpu(), len(text.ids), text.digest)
                         bar.update(text.num_bytes)
                         counts.texts += 1
                         counts.tokens += len(text.ids)
@@ -221,8 +223,13 @@ def _read_texts(files: Sequence[Path], field: str, faults: Faults) -> Iterator[T
                 faults.add(fault, line.where)
 
 
-def _new_texts(texts: Iterator[Text], earlier: frozenset[str], counts: Counts, bar: tqdm) -> Iterator[Text]:
-    """The texts that are not empty and whose ids are new."""
+def _new_texts(
+    texts: Iterator[Text], earlier: Mapping[str, str], counts: Counts, faults: Faults, bar: tqdm
+) -> Iterator[Text]:
+    """The texts that are not empty and whose ids are new.
+
+    earlier: digest of each text of the set.
+    """
     seen: set[str] = set()
     for text in texts:
         is_new = text.key not in seen
@@ -233,10 +240,17 @@ def _new_texts(texts: Iterator[Text], earlier: frozenset[str], counts: Counts, b
         bar.update(text.num_bytes)
         if not is_new:
             counts.duplicates += 1
-        elif text.key in earlier:
+        elif text.key not in earlier:
+            counts.empty += 1
+        elif earlier[text.key] == text_digest(text.text):
             counts.earlier += 1
         else:
-            counts.empty += 1
+            faults.add(
+                DataError(
+                    f"the text {text.key} has changed since the set got its vectors, which are never replaced. Give "
+                    "it another id, or compress the texts into another folder."
+                )
+            )
 
 
 def _batches(texts: Iterator[Text], tokenizer: Tokenizer, max_tokens: int, counts: Counts) -> Iterator[list[Tokens]]:
@@ -251,7 +265,7 @@ def _batches(texts: Iterator[Text], tokenizer: Tokenizer, max_tokens: int, count
             if batch and num_tokens + len(ids) > max_tokens:
                 yield batch
                 batch, num_tokens = [], 0
-            batch.append(Tokens(text.key, ids, text.num_bytes))
+            batch.append(Tokens(text.key, ids, text_digest(text.text), text.num_bytes))
             num_tokens += len(ids)
     if batch:
         yield batch

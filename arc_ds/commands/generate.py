@@ -44,7 +44,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     generate.add_argument(
         "--input", type=path_argument, help="JSONL file of prompts or questions, in place of a prompt"
     )
-    generate.add_argument("--output", type=path_argument, help="JSONL file to append {'id', 'text'} to, in their order")
+    generate.add_argument(
+        "--output", type=path_argument, help="JSONL file to append {'id', 'text', 'input_digest'} to, in their order"
+    )
     generate.add_argument("--batch-size", type=int, default=8, help="prompts of a file at once (default %(default)s)")
     generate.add_argument(
         "--chat-template",

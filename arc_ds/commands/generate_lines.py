@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -36,7 +37,6 @@ from arc_ds.inference.generate import whole_number
 from arc_ds.inference.tags import parse_prompt
 from arc_ds.shards.records import fine_tuning_record, text_of
 from arc_ds.system.files import output
-from arc_ds.system.user_files import parse_user_json
 from arc_ds.tokenizers import tokenizer_file
 
 logger = logging.getLogger(__name__)
@@ -45,16 +45,26 @@ _BLANK_LINE = "\n\n"  # ends an answer in the plain format, as in training
 _DOCUMENTS = ("documents", "passages", "passage")
 _ANSWER = "a"  # a stand-in: the prompt ends before the answer
 _UNLIMITED = sys.maxsize
+_LINE_START = b'{"id": '  # of the output
 
 RecordId = str | int
+Prompt = Sequence[str | Context] | Sequence[Segment]
 
 
 class Line(NamedTuple):
-    """A record that is ready for the decoder. stops: texts that end its continuation, besides those of the options."""
+    """A record that is ready for the decoder.
+
+    key: its id.
+    digest: of its line.
+    where: file and line number.
+    prompt: see `ArcModel.generate`.
+    stops: texts that end its continuation, besides those of the options.
+    """
 
     key: RecordId
+    digest: str
     where: str
-    prompt: Sequence[str | Context] | Sequence[Segment]
+    prompt: Prompt
     stops: tuple[str, ...]
 
 
@@ -71,11 +81,14 @@ class Prompts:
     layout: Layout
     marker: Marker | None
 
-    def line(self, record: dict[str, Any], key: RecordId, where: str) -> Line:
-        """The prompt of a record. Raises DataError if the record is neither a prompt nor a question."""
+    def of(self, record: dict[str, Any]) -> tuple[Prompt, tuple[str, ...]]:
+        """The prompt of a record, and texts that end its continuation besides those of the options.
+
+        Raises DataError if the record is neither a prompt nor a question.
+        """
         if "prompt" in record:
-            return Line(key, where, parse_prompt(text_of(record, "prompt"), self.marker), ())
-        return Line(key, where, self._question(record), () if self.layout.is_chat else (_BLANK_LINE,))
+            return parse_prompt(text_of(record, "prompt"), self.marker), ()
+        return self._question(record), () if self.layout.is_chat else (_BLANK_LINE,)
 
     def _question(self, record: dict[str, Any]) -> list[Segment]:
         given = [name for name in _DOCUMENTS if name in record]
@@ -115,10 +128,12 @@ def generate_lines(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """
     whole_number("--batch-size", args.batch_size, at_least=1, at_most=1 << 20)
     total = size_of([args.input]) if args.input.is_file() else None
-    if args.output.exists() and args.output.samefile(args.input):
+    if args.output.exists() and not args.output.is_file():
+        raise ConfigError(f"--output is {args.output}, which is not a file that can be continued. Give another path.")
+    if args.output.exists() and args.input.exists() and args.output.samefile(args.input):
         raise ConfigError("--output is the input file. Give another file.")
     with output(args.output), _opened(args.output) as out:
-        earlier = _earlier_ids(out, args.output)
+        earlier = _earlier_digests(out, args.output)
         model = load_model(args, args.decoder)
         model.generate([], **options)  # mistakes in the options are no faults of a record
         faults = Faults(stops=args.on_error == "stop")
@@ -132,7 +147,8 @@ def generate_lines(args: argparse.Namespace, options: dict[str, Any]) -> int:
         with tqdm(desc="generate", total=total, unit="B", unit_scale=True, disable=None) as bar:
             for batch in _batches(_new_lines(args.input, prompts, earlier, faults, bar), args.batch_size):
                 for line, text in _continue(model, batch, options, faults):
-                    out.write(json.dumps({"id": line.key, "text": text}, ensure_ascii=False).encode() + b"\n")
+                    written = {"id": line.key, "text": text, "input_digest": line.digest}
+                    out.write(json.dumps(written, ensure_ascii=False).encode() + b"\n")
                     num_written += 1
                 out.flush()
                 os.fsync(out.fileno())
@@ -143,8 +159,9 @@ def generate_lines(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, open for appending, with a lock on it. It is removed if it is empty at the end."""
+    """The file, open for appending, with a lock on it. A new file is removed if it is empty at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,7 +172,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         try:
             yield file
         finally:
-            if file.seek(0, os.SEEK_END) == 0:
+            if is_new and file.seek(0, os.SEEK_END) == 0:
                 path.unlink()
 
 
@@ -177,37 +194,51 @@ def _layout(args: argparse.Namespace, model: ArcModel) -> Layout:
     return read_layout(args.chat_template, tokenizer, tokenizer_file(args.decoder[args.decoder_idx]))
 
 
-def _earlier_ids(file: BinaryIO, path: Path) -> set[RecordId]:
-    """Ids of an earlier run's output. The last line is removed if a kill has cut it short."""
-    ids: set[RecordId] = set()
-    whole = file.seek(0)
+def _earlier_digests(file: BinaryIO, path: Path) -> dict[RecordId, str]:
+    """Ids in the output of earlier runs, with the digests of their records.
+
+    If a kill has cut the last line short, it is removed. Otherwise it gets a line end if it has none.
+    """
+    digests: dict[RecordId, str] = {}
+    line, num_bytes = b"", file.seek(0)
     for number, line in enumerate(file, 1):
-        if not line.endswith(b"\n"):
-            break
-        where, remedy = f"{path}, line {number}", "Give another file as --output."
-        record = parse_user_json(line.decode("utf-8", "replace"), where, DataError, remedy=remedy)
-        if not isinstance(record, dict) or not {"id", "text"} <= record.keys():
-            raise DataError(f"{where} is no output of `arc-ds generate`. {remedy}")
-        ids.add(record["id"])
-        whole += len(line)
-    file.truncate(whole)
-    return ids
+        try:
+            record = json.loads(line)
+            digests[record["id"]] = record["input_digest"]
+            is_ours = isinstance(record["text"], str)
+        except (ValueError, TypeError, KeyError, RecursionError):  # no JSON, no object of ours, or an id that is a list
+            is_ours = False
+            if not line.endswith(b"\n") and _LINE_START.startswith(line[: len(_LINE_START)]):
+                file.truncate(num_bytes)
+                return digests
+        if not is_ours:
+            raise DataError(f"{path}, line {number} is no output of `arc-ds generate`. Give another file as --output.")
+        num_bytes += len(line)
+    if line and not line.endswith(b"\n"):
+        file.write(b"\n")
+    return digests
 
 
-def _new_lines(path: Path, prompts: Prompts, earlier: set[RecordId], faults: Faults, bar: tqdm) -> Iterator[Line]:
+def _new_lines(
+    path: Path, prompts: Prompts, earlier: Mapping[RecordId, str], faults: Faults, bar: tqdm
+) -> Iterator[Line]:
     """The records that the output lacks, in order."""
     seen: set[RecordId] = set()
     for line in read_lines(path):
         bar.update(line.num_bytes)
         try:
-            record = parse_line(line)
+            record, digest = parse_line(line), hashlib.sha256((line.data or b"").strip()).hexdigest()[:16]
             given = id_of(record)
             key = line.number if given is None else given
             if key in seen:
                 raise DataError(f"an earlier record has the id {key!r} too. Give each record an id of its own.")
             seen.add(key)
             if key not in earlier:
-                yield prompts.line(record, key, line.where)
+                yield Line(key, digest, line.where, *prompts.of(record))
+            elif earlier[key] != digest:
+                raise DataError(
+                    f"the record {key!r} has changed since the output got its text. Give another file as --output."
+                )
         except DataError as fault:
             faults.add(fault, line.where)
 

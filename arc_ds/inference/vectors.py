@@ -2,7 +2,8 @@
 
 FOLDER/vectors.json                the model and its settings
 FOLDER/vectors-00000.safetensors   one tensor, `vectors` [rows, D]
-FOLDER/vectors-00000.jsonl         its index, one line for each text: {"id", "first_row", "rows", "tokens"}
+FOLDER/vectors-00000.jsonl         its index, one line for each text: {"id", "first_row", "rows", "tokens",
+                                   "digest"}
 
 The index of a shard is written before its tensor. So a shard is whole if its tensor exists, whenever the writer was
 killed.
@@ -52,12 +53,13 @@ class VectorSettings:
 
 
 class VectorEntry(NamedTuple):
-    """The vectors of one text: the rows of a shard, and the number of tokens of the text."""
+    """The vectors of one text: the rows of a shard, and number of tokens and `text_digest` of the text."""
 
     shard: Path
     first_row: int
     rows: int
     tokens: int
+    digest: str
 
 
 def model_digest(model: ArcModel) -> str:
@@ -67,6 +69,11 @@ def model_digest(model: ArcModel) -> str:
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)} ".encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """Digest of a text. An edited text has another one."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class VectorSet(Mapping[str, Tensor]):
@@ -82,7 +89,7 @@ class VectorSet(Mapping[str, Tensor]):
         self._opened: dict[Path, Any] = {}
 
     def __getitem__(self, key: str) -> Tensor:
-        shard, first_row, rows, _ = self.entries[key]
+        shard, first_row, rows, *_ = self.entries[key]
         if shard not in self._opened:
             self._opened[shard] = _open(shard)
         tensor: Tensor = self._opened[shard][first_row : first_row + rows]
@@ -112,8 +119,10 @@ class VectorWriter:
 
     def __init__(self, folder: Path, settings: VectorSettings, *, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
-        self._waiting: list[tuple[str, Tensor, int]] = []
+        self._waiting: list[tuple[str, Tensor, int, str]] = []
         self._num_bytes = 0
+        for left in folder.glob(".vectors*.partial-*"):
+            left.unlink()  # of a killed process
         if (folder / SETTINGS).is_file():
             _check_same(folder, _read_settings(folder), settings)
         else:
@@ -121,19 +130,18 @@ class VectorWriter:
             with output(folder):
                 content = {"format": FORMAT, "version": 1, **asdict(settings)}
                 write_whole(folder / SETTINGS, json.dumps(content, indent=2) + "\n")
-        for left in folder.glob(".vectors*.partial-*"):
-            left.unlink()  # of a killed process
         shards = _shards(folder)
         self.num_shards = len(shards)
-        self.earlier = frozenset(key for shard in shards for key, _ in _read_index(shard))
+        self.earlier = {key: entry.digest for shard in shards for key, entry in _read_index(shard)}
 
-    def add(self, key: str, vectors: Tensor, tokens: int) -> None:
+    def add(self, key: str, vectors: Tensor, tokens: int, digest: str) -> None:
         """Add the vectors [rows, D] of one text. A shard is written when there are enough.
 
         key: id of the text. It must be new.
         tokens: number of its tokens.
+        digest: its `text_digest`.
         """
-        self._waiting.append((key, vectors, tokens))
+        self._waiting.append((key, vectors, tokens, digest))
         self._num_bytes += vectors.nbytes
         if self._num_bytes >= self.shard_bytes:
             self.flush()
@@ -143,14 +151,14 @@ class VectorWriter:
         if not self._waiting:
             return
         lines, first_row = [], 0
-        for key, vectors, tokens in self._waiting:
-            line = {"id": key, "first_row": first_row, "rows": len(vectors), "tokens": tokens}
+        for key, vectors, tokens, digest in self._waiting:
+            line = {"id": key, "first_row": first_row, "rows": len(vectors), "tokens": tokens, "digest": digest}
             lines.append(json.dumps(line) + "\n")
             first_row += len(vectors)
         shard = _shard_file(self.folder, self.num_shards)
         with output(self.folder, after=lambda: "The same command continues after its whole shards."):
             write_whole(_index_file(shard), "".join(lines))
-            write_whole(shard, save({_TENSOR: torch.cat([vectors for _, vectors, _ in self._waiting])}))
+            write_whole(shard, save({_TENSOR: torch.cat([vectors for _, vectors, _, _ in self._waiting])}))
         self.num_shards += 1
         self._waiting, self._num_bytes = [], 0
 
@@ -177,7 +185,10 @@ def _read_index(shard: Path) -> Iterator[tuple[str, VectorEntry]]:
     for number, line in enumerate(read_user_text(path, DataError, remedy=_REMEDY).splitlines(), 1):
         entry = parse_user_json(line, f"{path}, line {number}", DataError, remedy=_REMEDY)
         try:
-            yield entry["id"], VectorEntry(shard, entry["first_row"], entry["rows"], entry["tokens"])
+            yield (
+                entry["id"],
+                VectorEntry(shard, *(entry[name] for name in ("first_row", "rows", "tokens", "digest"))),
+            )
         except (KeyError, TypeError) as error:
             raise DataError(f"{path}, line {number} is no entry of an index: {line[:80]}. {_REMEDY}") from error
 

@@ -26,7 +26,7 @@ from arc_ds.model.backbone import (
     make_norm,
 )
 from arc_ds.model.backbone_config import BackboneConfig
-from arc_ds.model.frozen_decoder import FrozenDecoder
+from arc_ds.model.frozen_decoder import FrozenDecoder, sequences_of_rows
 from arc_ds.model.kv_cache import KVCache
 from arc_ds.model.rope import lengths_of_rows, ropes_at
 
@@ -144,16 +144,14 @@ class Decoder(FrozenDecoder):
         return layer(*stream, *args, **kwargs)
 
     def prefill(self, batch: PackedBatch, z_ZD: Tensor | None, max_new_tokens: int) -> tuple[Tensor, KVCache]:
-        cu = batch.decoder_cu_seqlens.long()
-        lengths_B = cu[1:] - cu[:-1]
-        sequences_R = torch.repeat_interleave(
-            torch.arange(lengths_B.numel(), device=cu.device), lengths_B, output_size=batch.num_decoder_rows
-        )
+        lengths_B = batch.decoder_cu_seqlens.diff().long()
         max_len = batch.decoder_max_seqlen + max_new_tokens
         cache = KVCache(self.config, self.tok_embeddings.weight, lengths_B, max_len)
-        places = cache.at(sequences_R, batch.decoder_positions, batch.decoder_cu_seqlens, batch.decoder_max_seqlen)
+        places = cache.at(
+            sequences_of_rows(batch), batch.decoder_positions, batch.decoder_cu_seqlens, batch.decoder_max_seqlen
+        )
         h_RD = self.run_layers(self.embed(batch, z_ZD), batch.decoder_positions, *places)
-        return self.output(self.norm(h_RD[cu[1:] - 1])), cache
+        return self.output(self.norm(h_RD[batch.decoder_cu_seqlens[1:].long() - 1])), cache
 
     def advance(self, ids_B: Tensor, state: KVCache) -> Tensor:
         sequences = torch.arange(ids_B.numel(), device=ids_B.device)

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from arc_ds.batch.packing import PackedBatch
@@ -25,7 +26,7 @@ class TransformersSizes:
     num_parameters: number of all parameters; a tied head counts once.
     layer_parameters: number of parameters in its layers. With experts, a row uses only some of them.
     attention_size: sum of the widths of the query heads of all layers; 0 if its config does not state them.
-    max_positions: number of positions that it has embeddings of; None if its positions are no embeddings.
+    max_positions: length of the longest sequence that it computes; None if there is no limit (`check_length`).
     cache_row_values: numbers that one row adds to the cache of a generation; 0 if its config does not state them.
     config_digest: sha256 of its config.
     """
@@ -105,3 +106,10 @@ class FrozenDecoder(nn.Module, ABC):
 
         state: from `prefill`.
         """
+
+
+def sequences_of_rows(batch: PackedBatch) -> Tensor:
+    """The sequence of each decoder row, int64 [R]."""
+    lengths_B = batch.decoder_cu_seqlens.diff().long()
+    numbers = torch.arange(lengths_B.numel(), device=lengths_B.device)
+    return torch.repeat_interleave(numbers, lengths_B, output_size=batch.num_decoder_rows)

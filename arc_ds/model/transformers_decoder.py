@@ -27,7 +27,7 @@ from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import BackboneConfig
-from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder, TransformersSizes
+from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder, TransformersSizes, sequences_of_rows
 
 _PROBE_LENGTHS = (5, 9, 7)
 _CACHES = ("past_key_values", "cache_params", "state")  # names of the argument and of the output
@@ -128,7 +128,7 @@ class TransformersDecoder(FrozenDecoder):
         if self.reading.is_packed:
             logits, _ = self._run(x_RD[None], rows, position_ids=batch.decoder_positions[None], use_cache=False)
             return logits
-        places_R = _sequences(batch) * batch.decoder_max_seqlen + batch.decoder_positions
+        places_R = sequences_of_rows(batch) * batch.decoder_max_seqlen + batch.decoder_positions
         logits, _ = self._run(_padded(x_RD, places_R, batch), places_R[rows], use_cache=False)
         return logits
 
@@ -147,7 +147,7 @@ class TransformersDecoder(FrozenDecoder):
                 "once. Give it one prompt at a time."
             )
         # Padding before the rows: the last rows of all sequences stand together, as models expect in a generation.
-        sequences_R, padding_B = _sequences(batch), max_len - lengths_B
+        sequences_R, padding_B = sequences_of_rows(batch), max_len - lengths_B
         places_R = sequences_R * max_len + batch.decoder_positions + padding_B[sequences_R]
         positions_BT = torch.arange(max_len, device=places_R.device) - padding_B[:, None]
         mask_BT = (positions_BT >= 0).long()
@@ -208,13 +208,15 @@ class TransformersDecoder(FrozenDecoder):
 
 
 def check_length(sizes: DecoderSizes, num_positions: int) -> None:
-    """Raise WeightsError if a sequence has more positions than the decoder has embeddings of. Native ones need none."""
+    """Raise WeightsError if a sequence is longer than transformers computes it. Native decoders have no limit."""
     if isinstance(sizes, BackboneConfig) or sizes.max_positions is None:
         return
     if num_positions > sizes.max_positions:
         raise WeightsError(
-            f"a {sizes.model_type} decoder has embeddings of {sizes.max_positions:,} positions, but a sequence takes "
-            f"up to {num_positions:,}. Shorten the sequences, or use a decoder with rotary positions."
+            f"a {sizes.model_type} decoder computes up to {sizes.max_positions:,} positions through transformers, but "
+            f"a sequence takes up to {num_positions:,}. Its embeddings of positions end there, or its rotary scaling "
+            "would then depend on the other sequences of a batch. Shorten the sequences, or use another decoder. If "
+            "our transformer knows the decoder, implementation: native has no such limit."
         )
 
 
@@ -256,7 +258,8 @@ def find_reading(decoder: TransformersDecoder) -> Reading:
     packed = replace(reading, is_packed=True)
     together = _probe(decoder, sequences, packed)
     first, *others = sequences
-    beside_another = _probe(decoder, [first[::-1], *others], packed)
+    # Other ids, because a leak may not depend on their order.
+    beside_another = _probe(decoder, [[(idx + 1) % decoder.vocab_size for idx in first], *others], packed)
     # A row sees nothing of another sequence if nothing of it changes with that sequence.
     change = (together - beside_another)[len(first) :].abs().max() / together.abs().max()
     if not change <= _SAME or not _distance(together, torch.cat(separate)) <= _rounding(decoder):
@@ -310,13 +313,6 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _rounding(decoder: TransformersDecoder) -> float:
     """Largest distance of equal logits that are computed in another order."""
     return max(1e-5, 4 * torch.finfo(decoder.model.get_input_embeddings().weight.dtype).eps)
-
-
-def _sequences(batch: PackedBatch) -> Tensor:
-    """The sequence of each row, int64 [R]."""
-    lengths_B = batch.decoder_cu_seqlens.diff().long()
-    numbers = torch.arange(lengths_B.numel(), device=lengths_B.device)
-    return torch.repeat_interleave(numbers, lengths_B, output_size=batch.num_decoder_rows)
 
 
 def _padded(x_RD: Tensor, places_R: Tensor, batch: PackedBatch) -> Tensor:

@@ -91,7 +91,8 @@ class TransformersFiles:
     def _read(self, dtype: torch.dtype, device: torch.device) -> TransformersDecoder:
         """The whole decoder, with the way in which it reads batches."""
         decoder = self._decoder(_read_model(self, dtype).to(device))
-        decoder.reading = reading = find_reading(decoder)
+        with _as_weights_error(f"transformers cannot run {self.path} on short texts"):
+            decoder.reading = reading = find_reading(decoder)
         how = "packed" if reading.is_packed else "padded"
         logger.info(f"decoder {self.path} reads {how} batches through transformers: {reading.reason}")
         return decoder
@@ -196,9 +197,13 @@ def _read_model(files: TransformersFiles, dtype: torch.dtype) -> Any:
     faults += [f"`{name}` has no place in the model" for name in sorted(report["unexpected_keys"])]
     faults += [*map(str, report["mismatched_keys"]), *map(str, report["error_msgs"])]
     if faults:
+        expected, named = type(model).__name__, files.config.architectures or [type(model).__name__]
+        remedy = "Copy the weights and config.json again from one source."
+        if expected not in named:
+            remedy = f"The folder holds a {named[0]}, but a decoder is a {expected}. Use the causal language model."
         raise WeightsError(
             f"{files.path} does not fit the model that transformers builds from its config: {join_faults(faults)}. "
-            "Copy the weights and config.json again from one source."
+            f"{remedy}"
         )
     return model
 
@@ -233,14 +238,23 @@ def _sizes(model: Any, config: Any) -> TransformersSizes:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         layer_parameters=sum(parameter.numel() for layer in layers_of(model) for parameter in layer.parameters()),
         attention_size=num_layers * num_heads * head_dim,
-        max_positions=_num_position_embeddings(model, getattr(text, "max_position_embeddings", None)),
+        max_positions=_max_positions(model, text),
         cache_row_values=2 * num_layers * num_kv_heads * head_dim,
         config_digest=hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest(),
     )
 
 
-def _num_position_embeddings(model: Any, stated: int | None) -> int | None:
-    """The stated number of positions if the model has a table of about that size, which may have some unused rows."""
+def _max_positions(model: Any, text: Any) -> int | None:
+    """The longest sequence whose logits do not depend on other sequences; None if there is no limit.
+
+    A table of positions ends, perhaps with some unused rows. With the rotary scalings `dynamic` and `longrope`,
+    transformers rotates all sequences of a batch as the longest one needs.
+    """
+    stated = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    for scaling in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        if scaling.get("rope_type") in ("dynamic", "longrope"):
+            return scaling.get("original_max_position_embeddings", stated)
     tables = [table for table in model.modules() if isinstance(table, nn.Embedding)]
     sizes = [table.num_embeddings for table in tables if table is not model.get_input_embeddings()]
     return stated if stated is not None and any(0 <= size - stated <= _MAX_UNUSED_ROWS for size in sizes) else None

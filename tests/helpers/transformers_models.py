@@ -63,6 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "Mamba2": {"num_heads": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
     "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.5, "num_key_value_heads": None},
+    "Mamba": {"state_size": 8},
+    "Rwkv": {"attention_hidden_size": 32},
     "Bert": {},
 }
 

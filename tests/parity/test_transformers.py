@@ -204,9 +204,11 @@ CASES = {
     ),
     "ministral3": Case(
         "Ministral3",
+        # The original context ends within a prefix, whose queries but not keys then have the factor.
         {
             "rope_parameters": {
                 **YARN,
+                "original_max_position_embeddings": 16,
                 **{"beta_fast": 32.0, "beta_slow": 1e-9},  # their pairs are beyond the first and the last one
                 **{"mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.3},
             }

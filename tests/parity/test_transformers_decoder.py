@@ -22,7 +22,7 @@ from arc_ds.inference.decoders import NativeFiles, open_decoder
 from arc_ds.inference.generate import Sampling, generate_ids
 from arc_ds.model.frozen_decoder import FrozenDecoder
 from arc_ds.model.spec import CompressorSpec
-from arc_ds.model.transformers_decoder import TransformersDecoder
+from arc_ds.model.transformers_decoder import TransformersDecoder, find_reading
 from arc_ds.model.transformers_files import open_with_transformers
 from arc_ds.planning.flops import count_flops, work_rates
 
@@ -39,7 +39,7 @@ from tests.helpers.transformers_models import (
 CPU = torch.device("cpu")
 BOUND = 1e-5
 PACKED = ("Llama", "Gemma3Text", "GPTNeoX", "Cohere")
-PADDED = ("Gemma2", "GptOss", "FalconH1", "Mamba2", "OPT")
+PADDED = ("Gemma2", "GptOss", "FalconH1", "Mamba", "Mamba2", "OPT")
 
 
 def load(folder: Path, *, recomputed: bool = False) -> TransformersDecoder:
@@ -153,6 +153,37 @@ def test_ragged_prompts_continue_with_the_models_own_tokens(family: str, tmp_pat
     stop = ours[1][10]
     stopped = generate_ids(decoder, text_batch(PROMPTS), None, max_new_tokens=32, stop_ids=[stop])
     assert stopped == [line[: line.index(stop)] if stop in line else line for line in ours] != ours
+
+
+def test_a_model_that_sees_padding_takes_prompts_of_one_length_at_once(tmp_path: Path) -> None:
+    model = write_model(tmp_path, "Rwkv")
+    decoder = load(tmp_path)
+    with pytest.raises(WeightsError, match="cannot generate from prompts of different lengths at once. Give it one"):
+        generate_ids(decoder, text_batch(PROMPTS), None, max_new_tokens=2)
+    ours = [generate_ids(decoder, text_batch([ids]), None, max_new_tokens=8)[0] for ids in PROMPTS]  # the remedy
+    assert ours == own_tokens(model, PROMPTS, 8)
+
+
+def test_packing_is_not_chosen_for_a_small_leak_or_for_other_logits(tmp_path: Path) -> None:
+    write_model(tmp_path, "Llama")
+    decoder = load(tmp_path)
+
+    def leak(_module: Any, args: Any, given: dict[str, Any]) -> Any:
+        if "inputs_embeds" in given:  # of all rows before, below the rounding of logits
+            given["inputs_embeds"] = given["inputs_embeds"] + 3e-7 * given["inputs_embeds"].cumsum(1)
+        return args, given
+
+    def scale(_module: Any, args: Any, given: dict[str, Any]) -> Any:
+        if given.get("position_ids") is not None:
+            given["inputs_embeds"] = given["inputs_embeds"] * torch.linspace(0.5, 2, 32)
+        return args, given
+
+    assert find_reading(decoder).is_packed
+    for hook in (leak, scale):
+        handle = decoder.model.register_forward_pre_hook(hook, with_kwargs=True)
+        reading = find_reading(decoder)
+        assert not reading.is_packed and "depend on their neighbours" in reading.reason, hook
+        handle.remove()
 
 
 def test_prompts_with_vectors_sampling_and_callbacks_work_as_with_the_native_decoder(tmp_path: Path) -> None:

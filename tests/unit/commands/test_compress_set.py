@@ -115,6 +115,8 @@ def test_mistakes_name_their_remedy(export: Path, tmp_path: Path, capsys) -> Non
         ((tmp_path / "out", tmp_path / "gone.jsonl"), "gone.jsonl does not exist"),
         ((tmp_path / "out", "--decoder-idx", "3", lines), "decoder 3 was requested"),
         ((tmp_path / "out", "--batch-tokens", "0", lines), "must be positive"),
+        ((tmp_path / "out", "--shard-mb", "nan", lines), "must be positive"),
+        (("/dev/null", lines), "--out is /dev/null; folders and JSONL files become a folder of shards. Give a folder"),
     ]
     for arguments, message in mistakes:
         assert compress(export, *arguments) == EXIT_USER_ERROR
@@ -165,3 +167,24 @@ def test_standard_input_is_one_text_of_a_set(export: Path, tmp_path: Path, monke
     (tmp_path / "out").mkdir()
     assert compress(export, tmp_path / "out", "-") == 0
     assert list(read_vectors(tmp_path / "out")) == ["-"]
+
+
+def test_an_edited_text_is_a_fault_and_not_an_old_vector(export: Path, tmp_path: Path, capsys, caplog) -> None:
+    out = tmp_path / "out"
+    lines = write_lines(tmp_path / "x.jsonl", [*records(2), {"id": "r0", "text": "a duplicate"}])
+    assert compress(export, out, lines) == 0 and compress(export, out, lines) == 0
+    edited = write_lines(tmp_path / "x.jsonl", [{"id": "r0", "text": "Edited."}, {"id": "new", "text": "A lamp."}])
+    assert compress(export, out, edited) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert "the text r0 has changed since the set got its vectors" in error and "another folder" in error
+    assert compress(export, tmp_path / "other", edited) == 0  # the remedy
+    assert compress(export, out, "--on-error", "skip", edited) == 0
+    assert list(read_vectors(out)) == ["r0", "r1", "new"] and "left out: the text r0 has changed" in caplog.text
+
+
+def test_a_run_that_was_killed_before_its_first_file_can_be_repeated(export: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".vectors.json.partial-1").write_text("{")
+    assert compress(export, out, write_lines(tmp_path / "x.jsonl", records(1))) == 0
+    assert list(read_vectors(out)) == ["r0"] and not list(out.glob(".*"))

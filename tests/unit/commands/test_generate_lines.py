@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,11 @@ def test_prompts_and_questions_give_what_generate_gives(folders: Path, model: Ar
     ]
     texts = [model.generate([prompt], max_new_tokens=6)[0] for prompt in prompts]
     texts[1] = texts[1].partition("\n\n")[0]
-    expected = [{"id": key, "text": text} for key, text in zip((1, "q", 9), texts, strict=True)]
+    digests = [hashlib.sha256(line).hexdigest()[:16] for line in given.read_bytes().splitlines() if line]
+    expected = [
+        {"id": key, "text": text, "input_digest": digest}
+        for key, text, digest in zip((1, "q", 9), texts, digests, strict=True)
+    ]
     assert read(tmp_path / "out.jsonl") == expected
     assert len(set(texts)) == 3 and all(texts)
     assert capsys.readouterr().out.endswith("out.jsonl: 3 texts; 0 were there already; 0 left out\n")
@@ -96,11 +102,56 @@ def test_a_killed_run_continues_in_order(folders: Path, tmp_path: Path, capsys) 
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert generate(folders, given, whole) == 0
     lines = whole.read_bytes().splitlines(keepends=True)
-    out.write_bytes(b"".join(lines[:2]) + lines[2][:-3])
-    assert generate(folders, given, out) == 0
-    assert out.read_bytes() == whole.read_bytes()
+    for kept in (lines[2][:-3], lines[2][:4], lines[2][:-1]):  # the last one lacks only its line end
+        out.write_bytes(b"".join(lines[:2]) + kept)
+        assert generate(folders, given, out) == 0
+        assert out.read_bytes() == whole.read_bytes()
     assert generate(folders, given, out) == 0 and out.read_bytes() == whole.read_bytes()
-    assert capsys.readouterr().out.count("out.jsonl: 3 texts; 2 were there already") == 1
+    assert capsys.readouterr().out.count("out.jsonl: 3 texts; 2 were there already") == 2
+
+
+def test_a_record_that_has_changed_is_a_fault_and_not_an_old_text(folders: Path, tmp_path: Path, capsys) -> None:
+    out, lines = tmp_path / "out.jsonl", [{"prompt": "The sea"}, {"prompt": "A lamp"}]
+    assert generate(folders, write_lines(tmp_path / "in.jsonl", lines), out) == 0
+    before = out.read_bytes()
+    given = write_lines(tmp_path / "in.jsonl", [{"prompt": "A new first line"}, *lines])
+    assert generate(folders, given, out) == EXIT_USER_ERROR and out.read_bytes() == before
+    assert "in.jsonl, line 1: the record 1 has changed since the output got its text" in capsys.readouterr().err
+    assert generate(folders, given, tmp_path / "other.jsonl") == 0  # the remedy
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes", b'{"id": [1], "text": "x"}\n', b'[{"id": 1}]', b'"text id"', b"\xff\n"]
+)
+def test_a_file_of_the_user_is_never_changed(content: bytes, folders: Path, tmp_path: Path, capsys) -> None:
+    given, mine = write_lines(tmp_path / "in.jsonl", [PROMPT]), tmp_path / "mine"
+    mine.write_bytes(content)
+    assert generate(folders, given, mine) == EXIT_USER_ERROR
+    assert mine.read_bytes() == content
+    assert "mine, line 1 is no output of `arc-ds generate`. Give another file" in capsys.readouterr().err
+
+
+def test_devices_and_empty_files_are_not_removed(folders: Path, tmp_path: Path, capsys) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    given = write_lines(tmp_path / "in.jsonl", [{"id": 1}])
+    assert generate(folders, given, tmp_path / "pipe") == EXIT_USER_ERROR
+    assert "pipe, which is not a file that can be continued" in capsys.readouterr().err
+    assert generate(folders, given, tmp_path / "empty") == EXIT_USER_ERROR
+    assert (tmp_path / "pipe").exists() and (tmp_path / "empty").exists()
+
+
+def test_the_blank_line_ends_answers_and_not_prompts(folders: Path, tmp_path: Path, monkeypatch) -> None:
+    calls: list[Any] = []
+
+    def generate_and_note(self: ArcModel, prompts: Any, **options: Any) -> list[str]:
+        calls.append((len(prompts), options["stop"]))
+        return ["x"] * len(prompts)
+
+    monkeypatch.setattr(ArcModel, "generate", generate_and_note)
+    given = write_lines(tmp_path / "in.jsonl", [QUESTION, PROMPT, {"prompt": "A lamp"}])
+    assert generate(folders, given, tmp_path / "out.jsonl", "--stop", "end") == 0
+    assert calls[1:] == [(1, ["end", "\n\n"]), (2, ["end"])]  # the first call checks the options
 
 
 BAD = [
@@ -151,11 +202,13 @@ def test_a_record_that_the_model_refuses_leaves_its_batch_whole(
 def test_mistakes_name_their_remedy(folders: Path, tmp_path: Path, capsys) -> None:
     given, other = write_lines(tmp_path / "in.jsonl", [PROMPT, {}]), write_lines(tmp_path / "mine.jsonl", [{"a": 1}])
     out = tmp_path / "out.jsonl"
+    (tmp_path / "earlier.jsonl").touch()
     mistakes = [
         ((given, out), "in.jsonl, line 2: expected `prompt`"),
         ((given, other), "mine.jsonl, line 1 is no output of `arc-ds generate`. Give another file"),
         ((given, given), "--output is the input file"),
         ((tmp_path / "gone.jsonl", out), "gone.jsonl does not exist"),
+        ((tmp_path / "gone.jsonl", tmp_path / "earlier.jsonl"), "gone.jsonl does not exist"),
         ((given, out, "a prompt"), "give either a prompt, or --input and --output"),
         ((given, out, "--batch-size", "0"), "--batch-size is 0"),
         ((given, out, "--decoder-idx", "2"), "decoder 2 was requested"),

@@ -71,7 +71,7 @@ def test_auto_takes_our_transformer_if_it_can_and_says_why_if_it_cannot(
         f"decoder {neox} runs through transformers: our own transformer cannot" in message
         and "`model_type` is 'gpt_neox'" in message
     )
-    assert read_decoder_sizes(neox, "checkpoint") == opened.sizes
+    assert read_decoder_sizes(neox, "checkpoint") == opened.sizes and opened.sizes.max_positions is None
     assert len(caplog.messages) == 1
     with pytest.raises(WeightsError, match="`model_type` is 'gpt_neox'; ARC-DS itself computes"):
         open_decoder(neox, "checkpoint", implementation="native")
@@ -97,7 +97,11 @@ def test_a_model_that_neither_knows_is_one_error_that_says_what_was_seen(neox: P
     assert "does not compute 'novel'" in message and message.count("`model_type` is 'novel'") == 1
     assert "implementation" not in message, "no remedy that does not help"
     assert "`architectures` is ['NovelForCausalLM']" in message and "pip install --upgrade transformers" in message
-    change_config(folder, model_type="clip_vision_model")
+    change_config(folder, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(WeightsError, match="quantization_config") as caught:
+        open_decoder(folder, "checkpoint")
+    assert str(caught.value).count("quantization_config") == 1, "both implementations give the same reason"
+    change_config(folder, model_type="clip_vision_model", quantization_config=None)
     with pytest.raises(WeightsError, match="has no causal language model for it"):
         open_decoder(folder, "checkpoint")
     (tmp_path / "empty").mkdir()
@@ -188,14 +192,52 @@ def test_a_table_of_positions_bounds_the_sequences(tmp_path: Path) -> None:
     write_model(tmp_path, "OPT", max_position_embeddings=20)
     sizes = read_decoder_sizes(tmp_path, "checkpoint")
     check_length(sizes, 20)
-    with pytest.raises(WeightsError, match="opt decoder has embeddings of 20 positions, but a sequence takes up to 21"):
+    with pytest.raises(WeightsError, match="opt decoder computes up to 20 positions .* but a sequence takes up to 21"):
         check_length(sizes, 21)
     decoder, batch = open_decoder(tmp_path, "checkpoint").load(CPU, torch.float32), text_batch([[5] * 12])
     assert len(generate_ids(decoder, batch, None, max_new_tokens=9)[0]) == 9
-    with pytest.raises(WeightsError, match="takes up to 21. Shorten"):
+    with pytest.raises(WeightsError, match=r"takes up to 21\. .* Shorten the sequences"):
         generate_ids(decoder, batch, None, max_new_tokens=10)
-    with pytest.raises(WeightsError, match="takes up to 21. Shorten"):
+    with pytest.raises(WeightsError, match=r"takes up to 21\. .* Shorten the sequences"):
         decoder.logits(text_batch([[5] * 21]), None, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_scalings_of_the_longest_sequence_bound_the_sequences(kind: str, tmp_path: Path) -> None:
+    rope, stated = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}, 20
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 20}
+        stated = 80
+    model = write_model(tmp_path, "Llama", max_position_embeddings=stated, rope_parameters=rope)
+    decoder = open_decoder(tmp_path, "checkpoint", implementation="transformers").load(CPU, torch.float32)
+    short, long = [5, 9, 30, 7], list(range(30))
+    own, beside = (model(torch.tensor(ids)).logits[0, :4] for ids in ([short], [short + [0] * 26, long]))
+    assert (own - beside).abs().max() > 1e-2, "transformers computes the short sequence as the long one needs"
+    with pytest.raises(WeightsError, match="llama decoder computes up to 20 positions .* implementation: native"):
+        decoder.logits(text_batch([short, long]), None, torch.tensor([3]))
+    torch.testing.assert_close(decoder.logits(text_batch([short, long[:20]]), None, torch.arange(4)), own)
+    assert isinstance(open_decoder(tmp_path, "checkpoint", implementation="native"), NativeFiles)  # the remedy
+
+
+def test_weights_of_another_task_are_named(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.GPTNeoXConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    transformers.GPTNeoXForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="`lm_head.weight` is missing") as caught:
+        open_decoder(tmp_path, "checkpoint").load(CPU, torch.float32)
+    assert "holds a GPTNeoXForSequenceClassification, but a decoder is a GPTNeoXForCausalLM" in str(caught.value)
+
+
+def test_a_model_that_cannot_run_is_one_error(neox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GPTNeoXForCausalLM
+
+    def fail(self: Any, input_ids: Any = None, use_cache: Any = None, **_: Any) -> None:
+        raise RuntimeError("sizes do not match")
+
+    monkeypatch.setattr(GPTNeoXForCausalLM, "forward", fail)
+    with pytest.raises(WeightsError, match=r"cannot run .* on short texts: .*sizes do not match"):
+        open_decoder(neox, "checkpoint").load(CPU, torch.float32)
 
 
 def test_a_loaded_decoder_does_not_change_with_its_file(neox: Path, tmp_path: Path) -> None:

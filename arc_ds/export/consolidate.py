@@ -6,7 +6,7 @@ Nothing but names and places is read here. The tensors are read in blocks when t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from arc_ds.checkpoints.kept_ports import name_in_export, read_kept_ports
 from arc_ds.checkpoints.manifest import read_manifest
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.checkpoints.zero_shards import open_parameters
-from arc_ds.errors import CheckpointError
+from arc_ds.errors import CheckpointError, ConfigError
 from arc_ds.export.training_record import TrainingRecord, read_training_record
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy
@@ -84,29 +84,67 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def consolidate_newest(
-    path: Path, average: int = 1, use: Callable[[TrainedCompressor], object] = lambda trained: None
+    path: Path,
+    average: int = 1,
+    use: Callable[[TrainedCompressor], object] = lambda trained: None,
+    decoders: Collection[str] = (),
 ) -> tuple[Path, TrainedCompressor]:
     """The checkpoint that `find_checkpoint` finds, and its compressor as `consolidate` reads it.
 
     average: number of checkpoints, up to this one, whose mean is taken.
     use: called with the compressor, to read its tensors.
+    decoders: see `with_decoders`.
 
     If a run that is going on removes one of the checkpoints before `use` returns, the newest ones are read instead.
 
     Raises CheckpointError like both, and if there are fewer checkpoints than `average`. Raises CheckpointRemoved if
-    `path` itself is removed, or too many in a row.
+    `path` itself is removed, or too many in a row. Raises ConfigError like `with_decoders`.
     """
     attempts = 0
     while True:
         checkpoint, attempts = find_checkpoint(path), attempts + 1
         try:
-            trained = _average([consolidate(each) for each in _last_checkpoints(checkpoint, average)])
+            members = [consolidate(each) for each in _last_checkpoints(checkpoint, average)]
+            trained = with_decoders(_average(members), decoders)
             use(trained)
             return checkpoint, trained
         except CheckpointRemoved:
             if checkpoint == path or attempts == _MAX_ATTEMPTS:
                 raise
             logger.warning("%s was removed by its run while it was read; reading the newest one", checkpoint)
+
+
+def with_decoders(trained: TrainedCompressor, names: Collection[str] = ()) -> TrainedCompressor:
+    """A compressor with the ports of some decoders, in the order of the run. A lone decoder owns a shared bridge.
+
+    names: of the decoders; empty for all.
+
+    Raises ConfigError if the compressor has no such decoder.
+    """
+    known = [decoder.name for decoder in trained.decoders]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(
+            f"the checkpoint has no decoder {', '.join(unknown)}; it was trained for {', '.join(known)}. Give one of "
+            "these names to --decoder."
+        )
+    chosen = [idx for idx, name in enumerate(known) if not names or name in names]
+    is_shared = trained.spec.bridge_shared and len(chosen) > 1
+    tensors = {}
+    for name, tensor in trained.tensors.items():
+        part, _, rest = name.partition(".")
+        port, _, leaf = rest.partition(".")
+        if part != "ports":
+            tensors[f"ports.0.{name}" if part == "bridge" and not is_shared else name] = tensor
+        elif int(port) in chosen:
+            tensors[f"ports.{chosen.index(int(port))}.{leaf}"] = tensor
+    sizes = tuple(trained.spec.decoder_sizes[idx] for idx in chosen)
+    return replace(
+        trained,
+        spec=replace(trained.spec, decoder_sizes=sizes, bridge_shared=is_shared),
+        tensors=tensors,
+        decoders=tuple(trained.decoders[idx] for idx in chosen),
+        decoder_ids=tuple(trained.decoder_ids[idx] for idx in chosen) if trained.decoder_ids else (),
+    )
 
 
 def consolidate(checkpoint: Path) -> TrainedCompressor:
@@ -124,7 +162,7 @@ def _last_checkpoints(checkpoint: Path, count: int) -> list[Path]:
     if count == 1:
         return [checkpoint]
     known = list_checkpoints(checkpoint.parent)
-    found = [path for path in known if path.name <= checkpoint.name or path == checkpoint][-count:]
+    found = known[: known.index(checkpoint) + 1][-count:] if checkpoint in known else []
     if len(found) < count:
         raise CheckpointError(
             f"{checkpoint.parent} holds {len(found)} checkpoints up to {checkpoint.name}, but the mean of {count} was "

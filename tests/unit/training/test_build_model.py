@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.errors import ConfigError, TokenizerError, WeightsError
 from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.export.formats import write_export
+from arc_ds.inference.decoders import open_decoder
+from arc_ds.inference.weight_samples import sample_weights
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.tokenizers import ids_digest, load_tokenizer
@@ -28,7 +32,7 @@ from arc_ds.training.build_model import (
     open_starting_weights,
     starting_compressor,
 )
-from arc_ds.training.ports import warn_of_ports
+from arc_ds.training.ports import PortRecord, warn_of_ports
 from tests.helpers.tiny_data import swap_letters, write_json_tokenizer
 from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf, write_mistral
 from tests.helpers.tiny_run import write_inputs
@@ -191,21 +195,32 @@ def test_a_new_decoder_without_a_fresh_bridge_is_told_so(
 def test_stale_and_renamed_ports_are_warned_of(
     config_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = _export(config_file, tmp_path, compressor_spec(load_config(config_file)), ("wide", "other"))
+    wide = config_file.parent / "wide"
+    other = shutil.copytree(wide, tmp_path / "other")
+    (file,) = other.glob("*.safetensors")
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    ours = {"wide": _samples(wide)}
+    folder = _export(config_file, tmp_path, compressor_spec(load_config(config_file)), ("wide", "other"), ours)
 
-    def warnings(name: str, *, trains_encoder: bool) -> str:
-        new = f"decoders=[{{name: {name}, backbone: {config_file.parent / 'wide'}}}]"
-        config = load_config(config_file, [f"encoder.init_from={folder}", new])
+    def warnings(name: str, *changes: str, backbone: Path = wide, trains_encoder: bool = False) -> str:
+        new = f"decoders=[{{name: {name}, backbone: {backbone}}}]"
+        config = load_config(config_file, [f"encoder.init_from={folder}", new, *changes])
         weights = open_starting_weights(config, compressor_spec(config))
+        decoder = TrainedFor(name=name, rope_scaling="checkpoint")
+        records = [PortRecord(decoder=decoder, ids_digest=None, weights=_samples(backbone))]
         caplog.clear()
-        warn_of_ports(config, weights.plan, weights.folder, trains_encoder=trains_encoder)
+        warn_of_ports(config, records, weights.plan, weights.folder, trains_encoder=trains_encoder)
         return caplog.text
 
-    assert not warnings("wide", trains_encoder=False)
+    assert not warnings("wide")
     assert "keeps the bridges and markers of other unchanged" in warnings("wide", trains_encoder=True)
-    renamed = warnings("renamed", trains_encoder=False)
-    assert "decoder renamed continues the bridge and markers of wide" in renamed
+    renamed = warnings("renamed")
+    assert "decoder renamed continues the bridge and markers of wide, which are at its place" in renamed
     assert "set decoders.0.fresh_bridge=true" in renamed
+    changed = warnings("wide", backbone=other)
+    assert "of wide, which were trained for another model: samples of its weights differ by 50.0%" in changed
+    assert "set decoders.0.fresh_bridge=true" in changed
+    assert not warnings("wide", "decoders.0.fresh_bridge=true", backbone=other)
 
 
 def test_the_first_memory_tokens_are_a_start(config_file: Path, tmp_path: Path) -> None:
@@ -348,7 +363,17 @@ def _decoders(config_file: Path, *names: str) -> str:
     return "decoders=[" + ", ".join(f"{{name: {n}, backbone: {config_file.parent / n}}}" for n in names) + "]"
 
 
-def _export(config_file: Path, folder: Path, spec: CompressorSpec, names: tuple[str, ...]) -> Path:
+def _samples(backbone: Path) -> dict[str, Any]:
+    return sample_weights(open_decoder(backbone, "checkpoint"))
+
+
+def _export(
+    config_file: Path,
+    folder: Path,
+    spec: CompressorSpec,
+    names: tuple[str, ...],
+    weights: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
     """Write an export of a compressor with random weights for some decoders."""
     trained = TrainedCompressor(
         spec=spec,
@@ -356,6 +381,7 @@ def _export(config_file: Path, folder: Path, spec: CompressorSpec, names: tuple[
         step=3,
         encoder_tokenizer=str(config_file.parent / "encoder"),
         decoders=tuple(TrainedFor(name=name, rope_scaling="checkpoint") for name in names),
+        decoder_weights=weights or {},
     )
     write_export(trained, folder / "out")
     return folder / "out"

@@ -18,7 +18,7 @@ from arc_ds.cli import main
 from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.export.formats import write_export
 from arc_ds.inference.load import load_compressor, open_arc_folder
-from arc_ds.model.rope import rope_at
+from arc_ds.model.rope import ropes_at
 from tests.helpers.tiny_models import tiny_config
 from tests.parity.golden import GoldenCase
 from tests.parity.golden_run import relative_error, run_case
@@ -111,7 +111,7 @@ def test_rotary_angles_are_those_of_the_table(golden: Path) -> None:
         theta, size = (float(part.lstrip("thead")) for part in key.split("_"))
         config = tiny_config(rope_theta=theta, head_dim=int(size))
         positions = sorted(map(int, by_position))
-        rope = rope_at(torch.tensor(positions), config)
+        rope = ropes_at(torch.tensor(positions), config, None)[0]
         for row, position in enumerate(positions):
             for ours, theirs in zip((rope.cos[row], rope.sin[row]), by_position[str(position)], strict=True):
                 # One unit in the last place of the angle.

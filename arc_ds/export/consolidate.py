@@ -25,7 +25,7 @@ from arc_ds.checkpoints.kept_ports import name_in_export, read_kept_ports
 from arc_ds.checkpoints.manifest import read_manifest
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.checkpoints.zero_shards import open_parameters
-from arc_ds.errors import CheckpointError, ConfigError
+from arc_ds.errors import CheckpointError, ConfigError, words_of
 from arc_ds.export.training_record import TrainingRecord, read_training_record
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy
@@ -129,6 +129,8 @@ def with_decoders(trained: TrainedCompressor, names: Collection[str] = ()) -> Tr
         )
     chosen = [idx for idx, name in enumerate(known) if not names or name in names]
     is_shared = trained.spec.bridge_shared and len(chosen) > 1
+    if not names and is_shared == trained.spec.bridge_shared:
+        return trained
     tensors = {}
     for name, tensor in trained.tensors.items():
         part, _, rest = name.partition(".")
@@ -208,30 +210,39 @@ def _consolidate(checkpoint: Path) -> TrainedCompressor:
             f"{checkpoint} is not valid: {'; '.join(faults)}. Export an earlier checkpoint of the run, or save again."
         )
     state = read_trainer_state(checkpoint)
-    description = _description(state, checkpoint)
+    shards = open_parameters(checkpoint, manifest.world_size)
+    kept = read_kept_ports(checkpoint)
+    try:
+        return _described(state, shards, kept, read_training_record(checkpoint.parent.parent, state))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint}/trainer.json does not describe a compressor as this version of `arc-ds train` does "
+            f"({type(error).__name__}: {words_of(error)}). Export it with the version that wrote it."
+        ) from error
+
+
+def _described(
+    state: TrainerState, shards: Mapping[str, LazyTensor], kept: Mapping[str, Tensor], record: TrainingRecord
+) -> TrainedCompressor:
+    """The compressor of these tensors, which a trainer's state describes."""
+    description = state.extra
     places = description.get("port_places")
-    trained = open_parameters(checkpoint, manifest.world_size)
-    tensors = {name_in_export(name, places): tensor for name, tensor in trained.items()}
-    tensors |= {name: as_lazy(tensor.float()) for name, tensor in read_kept_ports(checkpoint).items()}
+    tensors = {name_in_export(name, places): tensor for name, tensor in shards.items()}
+    tensors |= {name: as_lazy(tensor.float()) for name, tensor in kept.items()}
+    spec = CompressorSpec.from_json(description["compressor"])
+    decoders = tuple(TrainedFor(**d) for d in description["decoders"])
+    ids = tuple(description.get("decoder_ids", ()))
+    if len(decoders) != len(spec.decoder_sizes) or (ids and len(ids) != len(decoders)):
+        raise ValueError(f"{len(decoders)} decoders and {len(ids)} tokenizers for {len(spec.decoder_sizes)} ports")
     return TrainedCompressor(
-        spec=CompressorSpec.from_json(description["compressor"]),
+        spec=spec,
         tensors=tensors,
         step=state.step,
         encoder_tokenizer=description["encoder_tokenizer"],
-        decoders=tuple(TrainedFor(**d) for d in description["decoders"]),
+        decoders=decoders,
         encoder_fingerprint=description.get("tokenizers", {}).get("encoder"),
-        decoder_ids=tuple(description.get("decoder_ids", ())),
+        decoder_ids=ids,
         decoder_weights=description.get("decoder_weights", {}),
         max_context_tokens=description.get("max_context_tokens"),
-        record=read_training_record(checkpoint.parent.parent, state),
+        record=record,
     )
-
-
-def _description(state: TrainerState, checkpoint: Path) -> Mapping[str, Any]:
-    missing = {"compressor", "encoder_tokenizer", "decoders"} - set(state.extra)
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint}/trainer.json lacks {', '.join(sorted(missing))}. `arc-ds train` writes these keys: use a "
-            "checkpoint of a run that it trained."
-        )
-    return state.extra

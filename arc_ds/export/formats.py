@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
-from arc_ds.errors import WeightsError
+from arc_ds.errors import TokenizerError, WeightsError
 from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.export.model_card import CARD_NAME, model_card
 from arc_ds.inference.checksums import CHECKSUMS, read_checksums, write_checksums
@@ -80,7 +80,10 @@ def write_export(
     out = Path(os.path.realpath(out))  # a link stays, and its folder is written
     check_target(out, overwrite=overwrite)
     path = tokenizer or trained.encoder_tokenizer
-    encoder_tokenizer = load_tokenizer(path)
+    try:
+        encoder_tokenizer = load_tokenizer(path)
+    except TokenizerError as error:
+        raise TokenizerError(f"{error} If it has moved since the run, give its path to --tokenizer.") from error
     check_fits(encoder_tokenizer, trained.spec.backbone.vocab_size, "the encoder")
     expected = () if trained.encoder_fingerprint is None else (trained.encoder_fingerprint,)
     remedy = "Name the file that the run was trained with (--tokenizer)."

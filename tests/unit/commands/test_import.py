@@ -88,7 +88,7 @@ def test_a_release_becomes_a_checkpoint_with_the_same_bytes(
     theirs = ArcModel.from_checkpoint(tmp_path / "checkpoint", [], encoder_backbone=backbone)
     for decoder in range(num_decoders):
         assert torch.equal(ours.compress(["the sea"], decoder)[0], theirs.compress(["the sea"], decoder)[0])
-    assert main(command) == EXIT_USER_ERROR and "exists already" in capsys.readouterr().err
+    assert main(command) == EXIT_USER_ERROR and "exists already. Choose another folder.\n" in capsys.readouterr().err
 
 
 def test_the_recipe_loads_and_starts_from_the_import(
@@ -154,6 +154,8 @@ def test_names_of_decoders_must_be_as_many_as_the_bridges(
     for names in (["--decoder=a"], ["--decoder=a", "--decoder=a"]):
         assert main([*command, *names]) == EXIT_USER_ERROR
         assert "serves 2 decoders" in capsys.readouterr().err
+    assert main([*command, "--decoder=a", "--decoder=b/c"]) == EXIT_USER_ERROR
+    assert "--decoder 'b/c': expected letters, digits" in capsys.readouterr().err
     assert main(command) == 0 and "for decoder0, decoder1" in capsys.readouterr().out
 
 

@@ -23,7 +23,7 @@ from arc_ds.checkpoints.zero_shards import open_parameters
 from arc_ds.cli import main
 from arc_ds.errors import CheckpointError, WeightsError
 from arc_ds.export import formats
-from arc_ds.export.consolidate import consolidate, consolidate_newest
+from arc_ds.export.consolidate import consolidate, consolidate_newest, with_decoders
 from arc_ds.export.formats import write_export
 from arc_ds.inference.load import open_arc_checkpoint, open_arc_folder
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
@@ -114,6 +114,42 @@ def test_chosen_decoders_alone_are_exported(
     assert not torch.equal(*(models[1].compress([[5, 9]], idx)[0] for idx in (0, 1)))
     card = (out / "README.md").read_text()
     assert [f"decoder{idx}" in card for idx in range(3)] == [idx in chosen for idx in range(3)]
+
+
+def test_a_chosen_decoder_keeps_its_records(tmp_path: Path) -> None:
+    weights = {f"decoder{idx}": {"samples": "", "gguf": idx == 1} for idx in range(2)}
+    trained = dataclasses.replace(
+        tiny_trained(tmp_path, **CHANGES | {"decoder_sizes": (48, 40)}), decoder_ids=("a", "b"), decoder_weights=weights
+    )
+    write_export(with_decoders(trained, ["decoder1"]), tmp_path / "out")
+    opened = open_arc_folder(tmp_path / "out")
+    (decoder,) = opened.decoders
+    assert (decoder.name, decoder.ids_digest, decoder.weights) == ("decoder1", "b", weights["decoder1"])
+    assert opened.spec.decoder_sizes == (40,)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("decoders", [{"name": "a", "rope_scaling": "none"}]),
+        ("decoders", [{"name": "a", "rope_scaling": "none", "of_a_later_version": 1}] * 2),
+        ("decoder_ids", ["a"]),
+        ("port_places", [0]),
+        ("compressor", "none"),
+    ],
+)
+def test_a_trainer_state_of_another_version_is_named(tmp_path: Path, key: str, value: object) -> None:
+    folder = write_zero_checkpoint(tmp_path / "run", tiny_trained(tmp_path / "run", **CHANGES), 1)
+    state = json.loads((folder / "trainer.json").read_text())
+    if value == "none":
+        del state["extra"][key]
+    else:
+        state["extra"][key] = value
+    (folder / "trainer.json").write_text(json.dumps(state))
+    files = tuple(seal_file(folder, path) for path in sorted(folder.iterdir()) if path.name != "manifest.json")
+    write_manifest(folder, Manifest(step=1, world_size=1, files=files))
+    with pytest.raises(CheckpointError, match=r"trainer.json does not describe.*Export it with the version that wrote"):
+        consolidate(folder)
 
 
 def test_a_decoder_that_the_checkpoint_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

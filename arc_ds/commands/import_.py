@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,9 +60,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return 0 on success."""
-    out = Path(os.path.realpath(args.out))
-    if out.exists():
-        raise WeightsError(f"{out} exists already. Choose another folder.")
+    if args.out.exists():
+        raise WeightsError(f"{args.out} exists already. Choose another folder.")
     backbone = LLAMA_32_3B
     if args.encoder_backbone is not None:
         backbone = read_backbone_config(args.encoder_backbone, "none")
@@ -73,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
     names = decoder_names(args.source, len(release.spec.decoder_sizes), args.decoder)
     tokenizers = [find_tokenizer(path) for path in (args.source, args.encoder_backbone) if path is not None]
     tokenizer = next((found for found in tokenizers if found is not None), None)
-    with whole_folder(out) as folder:
+    with whole_folder(args.out.absolute()) as folder:
         write_release(release, folder)
         (folder / ARC_DECODERS).write_text(json.dumps(_decoders(release.spec, names), indent=2) + "\n")
-        (folder / RECIPE).write_text(recipe(release.spec, names, out), encoding="utf-8")
+        (folder / RECIPE).write_text(recipe(release.spec, names, args.out.absolute()), encoding="utf-8")
         if tokenizer is not None:
             load_tokenizer(tokenizer).save(folder)
     tokenizer_note = "" if tokenizer else " It has no tokenizer: pass the backbone's folder as encoder_backbone."

@@ -273,6 +273,18 @@ def test_overwriting_deletes_no_file_of_the_user(tmp_path: Path, export_format: 
     write_export(trained, out, export_format=export_format, overwrite=True)
 
 
+def test_a_folder_that_appears_during_an_export_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_checksums(*_: object) -> None:
+        (tmp_path / "out" / "mine").mkdir(parents=True)
+
+    monkeypatch.setattr(formats, "write_checksums", write_checksums)
+    with pytest.raises(WeightsError, match="is not an export"):
+        write_export(tiny_trained(tmp_path / "run"), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "mine").is_dir()
+
+
 def test_a_checkpoint_of_the_reference_is_not_overwritten(tmp_path: Path) -> None:
     trained, out = tiny_trained(tmp_path / "run"), tmp_path / "out"
     write_export(trained, out, export_format="arc")

@@ -179,13 +179,18 @@ def test_a_relative_path_leads_to_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The card's figures are in the run's folder."""
-    for step in (1, 2):
-        folder = write_zero_checkpoint(tmp_path / "run", tiny_trained(tmp_path / "run"), 1, step=step)
-    entry = {"step": 1, "time": 0.0, "metrics": {"train/loss": 2.5}}
-    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
+    trained = tiny_trained(tmp_path / "run", **CHANGES)
+    for step in (149, 150):
+        folder = write_zero_checkpoint(tmp_path / "run", trained, 1, step=step)
+    validation = {f"validation/decoder{idx}/recall/gap_closed": 0.25 + idx / 2 for idx in range(2)}
+    entries = [{"step": n, "time": 0.0, "metrics": {"train/loss": float(n)}} for n in range(1, 151)]
+    entries.append({"step": 150, "time": 0.0, "metrics": validation})
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     monkeypatch.chdir(folder)
-    assert main(["export", ".", str(tmp_path / "out"), "--average", "2"]) == 0
-    assert "Training loss: 2.5000" in (tmp_path / "out" / "README.md").read_text()
+    assert main(["export", ".", str(tmp_path / "out"), "--average", "2", "--decoder", "decoder1"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Training loss: 150.0000" in card and "the 100 logged steps from 51 to 150: 100.5000" in card
+    assert "| 0.750 |" in card and "0.250" not in card, "decoder0 is not in the export"
 
 
 def test_shards_of_another_layout_are_one_error(tmp_path: Path) -> None:

@@ -102,12 +102,12 @@ def run(args: argparse.Namespace) -> int:
         f"format {args.format}, for {', '.join(decoder.name for decoder in trained.decoders)}"
     )
     if args.register is not None:
-        record = trained.record
+        config = trained.record and trained.record.config
         number = register_export(
             args.out,
             args.register,
-            run=checkpoint.parent.parent if record is None else record.run,
-            configured=None if record is None or record.config is None else record.config.tracking.uri,
+            run=checkpoint.parent.parent,
+            configured=config and config.tracking.uri,
             step=trained.step,
         )
         print(f"registered as version {number} of {args.register}: models:/{args.register}/{number}")

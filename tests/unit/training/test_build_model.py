@@ -32,7 +32,7 @@ from arc_ds.training.build_model import (
     open_starting_weights,
     starting_compressor,
 )
-from arc_ds.training.ports import PortRecord, warn_of_ports
+from arc_ds.training.ports import PortRecord, saved_ports, warn_of_ports
 from tests.helpers.tiny_data import swap_letters, write_json_tokenizer
 from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf, write_mistral
 from tests.helpers.tiny_run import write_inputs
@@ -221,6 +221,26 @@ def test_stale_and_renamed_ports_are_warned_of(
     assert "of wide, which were trained for another model: samples of its weights differ by 50.0%" in changed
     assert "set decoders.0.fresh_bridge=true" in changed
     assert not warnings("wide", "decoders.0.fresh_bridge=true", backbone=other)
+
+
+def test_kept_ports_keep_their_records(config_file: Path, tmp_path: Path) -> None:
+    folder = _export(config_file, tmp_path, compressor_spec(load_config(config_file)), ("wide", "other"))
+    new = f"decoders=[{{name: new, backbone: {config_file.parent / 'wide'}, fresh_bridge: true}}]"
+    config = load_config(config_file, [f"encoder.init_from={folder}", new])
+    spec = compressor_spec(config)
+    opened = open_starting_weights(config, spec)
+    assert opened.folder is not None
+    settings = {"rope_scaling": "none", "bos": False, "ids_digest": "a", "weights": {"samples": "", "gguf": True}}
+    theirs = [
+        dataclasses.replace(decoder, implementation=implementation, **settings)
+        for decoder, implementation in zip(opened.folder.decoders, ("transformers", "auto"), strict=True)
+    ]
+    record = PortRecord(decoder=TrainedFor(name="new", rope_scaling="none"), ids_digest=None, weights=None)
+    found = saved_ports([record], spec, opened.plan, dataclasses.replace(opened.folder, decoders=tuple(theirs)))
+    assert found.records[2] == record and found.spec.decoder_sizes == (48, 32, 48)
+    for kept, name, implementation in zip(found.records, ("wide", "other"), ("transformers", "native"), strict=False):
+        expected = TrainedFor(name=name, rope_scaling="none", implementation=implementation, bos=False)
+        assert kept == PortRecord(decoder=expected, ids_digest="a", weights=settings["weights"])
 
 
 def test_the_first_memory_tokens_are_a_start(config_file: Path, tmp_path: Path) -> None:

@@ -102,12 +102,12 @@ def run(args: argparse.Namespace) -> int:
         f"format {args.format}, for {', '.join(decoder.name for decoder in trained.decoders)}"
     )
     if args.register is not None:
-        config = trained.record and trained.record.config
+        config = None if trained.record is None else trained.record.config
         number = register_export(
             args.out,
             args.register,
             run=checkpoint.parent.parent,
-            configured=config and config.tracking.uri,
+            configured=None if config is None else config.tracking.uri,
             step=trained.step,
         )
         print(f"registered as version {number} of {args.register}: models:/{args.register}/{number}")

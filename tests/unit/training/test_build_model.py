@@ -112,6 +112,19 @@ def test_weights_of_another_meaning_are_refused(
         _start(config)
 
 
+def test_a_decoder_with_another_rotary_scaling_than_in_training_is_refused(
+    config_file: Path, tmp_path: Path, trained: TrainedCompressor
+) -> None:
+    folder = shutil.copytree(config_file.parent / "wide", tmp_path / "wide")
+    plain = json.loads((folder / "config.json").read_text())
+    plain["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(plain))
+    named = f"decoders=[{{name: wide, backbone: {folder}, rope_scaling: %s}}]"
+    _start(_from_export(config_file, named % "checkpoint"))
+    with pytest.raises(ConfigError, match="rope_scaling of decoder wide: None here, RopeScaling"):
+        _start(_from_export(config_file, named % "none"))
+
+
 def test_starting_weights_serve_both_implementations(config_file: Path, trained: TrainedCompressor) -> None:
     pytest.importorskip("transformers")
     found = _start(_from_export(config_file, "decoders.0.implementation=transformers"))

@@ -267,9 +267,12 @@ def test_overwriting_deletes_no_file_of_the_user(tmp_path: Path, export_format: 
     if is_earlier:  # an export that lists none of its files
         (out / "checksums.json").unlink()
     (out / ".git").mkdir()
-    with pytest.raises(WeightsError, match=r"no export wrote \.git in it"):
+    (out / "notes.txt").write_text("my own words")  # among the files of an earlier export it might be its tokenizer
+    names = r"\.git in it" if is_earlier else r"\.git, notes\.txt in it"
+    with pytest.raises(WeightsError, match=f"no export wrote {names}"):
         write_export(trained, out, export_format=export_format, overwrite=True)
     (out / ".git").rename(tmp_path / "git")
+    (out / "notes.txt").unlink()
     write_export(trained, out, export_format=export_format, overwrite=True)
 
 

@@ -104,9 +104,12 @@ def main() -> int:
                 for export_format in args.format:
                     for dtype in args.dtype:
                         rows.append(_measure(run, Path(folder) / "out", export_format, dtype, average, spec))
-                        _print(rows[-1:], header=len(rows) == 1)
+                        _write(sys.stdout, rows[-1:], header=len(rows) == 1)
+                        sys.stdout.flush()
     if args.csv is not None:
-        _append(args.csv, rows)
+        is_new = not args.csv.exists()
+        with args.csv.open("a", encoding="utf-8", newline="") as file:
+            _write(file, rows, header=is_new)
     return 0
 
 
@@ -285,17 +288,6 @@ def _time_of_cp(folder: Path) -> float:
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def _print(rows: list[Row], *, header: bool) -> None:
-    _write(sys.stdout, rows, header=header)
-    sys.stdout.flush()
-
-
-def _append(path: Path, rows: list[Row]) -> None:
-    is_new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        _write(file, rows, header=is_new)
 
 
 def _write(file: Any, rows: list[Row], *, header: bool) -> None:

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as torch_dist
@@ -83,6 +83,15 @@ def piece_numel(numel: int, world_size: int) -> int:
     return -(-numel // world_size)
 
 
+def shard_file(checkpoint: Path, rank: int, kind: Literal["model", "optim"]) -> Path:
+    """A file of a rank. Raises CheckpointError if it is missing."""
+    pattern = f"*zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
+    files = list(checkpoint.glob(pattern))
+    if len(files) != 1:
+        raise CheckpointError(f"{checkpoint} has {len(files)} files {pattern}, but a ZeRO-3 engine writes one.")
+    return files[0]
+
+
 def load_resharded(engine: Any, path: Path, written_by: int) -> None:
     """Load a whole ZeRO-3 checkpoint of `written_by` ranks into an engine of another world size. A collective.
 
@@ -96,7 +105,7 @@ def load_resharded(engine: Any, path: Path, written_by: int) -> None:
             f"stage 3 can change the number of ranks (this engine has stage {engine.zero_optimization_stage()}). "
             f"Start {written_by} ranks, or use a stage-3 DeepSpeed config from the start."
         )
-    model_states = [_read(path, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(written_by)]
+    model_states = [_read(shard_file(path, rank, "model")) for rank in range(written_by)]
     model_state = model_states[0]
     shards = _open_shards(path, written_by, model_state["param_shapes"])
     _check_same_parameters(path, engine, shards)
@@ -116,7 +125,7 @@ def load_resharded(engine: Any, path: Path, written_by: int) -> None:
 
 def _open_shards(path: Path, written_by: int, param_shapes: Sequence[Mapping[str, Any]]) -> _Shards:
     """param_shapes: shapes of the parameters by name, for each sub-group."""
-    files = (_read(path, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(written_by))
+    files = (_read(shard_file(path, rank, "optim")) for rank in range(written_by))
     per_rank = tuple(file["optimizer_state_dict"] for file in files)
     places = {}
     for sub_group, shapes in enumerate(param_shapes):
@@ -131,12 +140,9 @@ def _open_shards(path: Path, written_by: int, param_shapes: Sequence[Mapping[str
     return _Shards(per_rank=per_rank, places=places)
 
 
-def _read(path: Path, pattern: str) -> Any:
-    files = list(path.glob(pattern))
-    if len(files) != 1:
-        raise CheckpointError(f"{path} has {len(files)} files {pattern}, but a ZeRO-3 engine writes one.")
+def _read(file: Path) -> Any:
     # This is a pickle. The caller has verified the folder's manifest.
-    return torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
 
 
 def _check_same_parameters(path: Path, engine: Any, shards: _Shards) -> None:

@@ -2,6 +2,7 @@
 
 A pickle can name any function of any module and call it. The unpickler here resolves only the names that rebuild
 tensors and containers. Every other name becomes an inert object, so no code runs and DeepSpeed need not be installed.
+It is Python's own unpickler in Python: the one in C allocates memory for counts that a file only claims.
 Values are read with plain reads: mapped pages would count as memory of the process.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,25 +68,30 @@ def read_torch_file(path: Path) -> Any:
     """The content of a file of `torch.save`, with a `StoredTensor` in place of each tensor.
 
     Objects of other classes than containers and tensors are replaced by inert ones. Raises CheckpointError if the file
-    is damaged, or holds a tensor that is not contiguous.
+    is damaged, or holds a tensor that is not contiguous or lies outside its storage.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed")
             (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             root = pickled.removesuffix("data.pkl")
             if archive.read(f"{root}byteorder") != b"little":
                 raise CheckpointError(f"{path} was written by a big-endian machine. Export it on such a machine.")
 
-            def offset_of(key: str) -> int:
+            def open_storage(key: str) -> tuple[int, int]:
+                """First byte and size of a storage."""
                 member = archive.getinfo(f"{root}data/{key}")
                 file.seek(member.header_offset + _LOCAL_HEADER_BYTES - 4)
                 lengths = file.read(4)
                 names = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-                return member.header_offset + _LOCAL_HEADER_BYTES + names
+                return member.header_offset + _LOCAL_HEADER_BYTES + names, member.file_size
 
             with archive.open(pickled) as stream:
-                return _Unpickler(stream, path, offset_of).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError) as error:
+                return _Unpickler(stream, path, open_storage).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle can make any call fail in any way
         raise CheckpointError(
             f"{path} cannot be read as a file of torch.save: {words_of(error)}. Export another checkpoint of the run."
         ) from error
@@ -93,6 +100,7 @@ def read_torch_file(path: Path) -> Any:
 class _Storage(NamedTuple):
     dtype: torch.dtype
     offset: int
+    num_bytes: int
 
 
 class _Inert:
@@ -112,11 +120,11 @@ class _Inert:
     def extend(self, _: Any) -> None: ...
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: Any, path: Path, offset_of: Any) -> None:
+class _Unpickler(pickle._Unpickler):
+    def __init__(self, stream: Any, path: Path, open_storage: Callable[[str], tuple[int, int]]) -> None:
         super().__init__(stream)
         self._path = path
-        self._offset_of = offset_of
+        self._open_storage = open_storage
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
@@ -132,7 +140,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, reference: Any) -> _Storage:
         _, dtype, key, *_ = reference
-        return _Storage(dtype, self._offset_of(key))
+        return _Storage(dtype, *self._open_storage(key))
 
     def _tensor(self, storage: _Storage, first: int, shape: Shape, stride: Shape, *_: Any) -> StoredTensor:
         expected = 1
@@ -140,4 +148,8 @@ class _Unpickler(pickle.Unpickler):
             if size > 1 and step != expected:
                 raise CheckpointError(f"{self._path} holds a tensor of strides {list(stride)}, expected none.")
             expected *= size
-        return StoredTensor(self._path, storage.offset + first * storage.dtype.itemsize, storage.dtype, tuple(shape))
+        itemsize = storage.dtype.itemsize
+        are_counts = all(isinstance(count, int) and count >= 0 for count in (first, *shape))
+        if not are_counts or (first + expected) * itemsize > storage.num_bytes:
+            raise ValueError(f"a tensor of shape {list(shape)} lies outside its storage of {storage.num_bytes} bytes")
+        return StoredTensor(self._path, storage.offset + first * itemsize, storage.dtype, tuple(shape))

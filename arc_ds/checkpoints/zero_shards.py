@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from arc_ds.checkpoints.checkpoint import reading
-from arc_ds.checkpoints.reshard import piece_numel
+from arc_ds.checkpoints.reshard import piece_numel, shard_file
 from arc_ds.checkpoints.torch_file import StoredTensor, read_torch_file
-from arc_ds.errors import CheckpointError
+from arc_ds.errors import CheckpointError, words_of
 from arc_ds.model.weights.lazy_tensor import LazyTensor
 
 
@@ -28,7 +28,17 @@ def open_parameters(checkpoint: Path, world_size: int) -> dict[str, LazyTensor]:
     Raises CheckpointError if a file is missing or damaged, or if it is not of ZeRO-3. Reading a tensor raises
     CheckpointRemoved if the checkpoint has vanished.
     """
-    model_states = [_read(checkpoint, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(world_size)]
+    try:
+        return _parameters(checkpoint, world_size)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"the shards in {checkpoint} do not have the layout of a ZeRO-3 engine ({words_of(error)}). Export another "
+            "checkpoint of the run."
+        ) from error
+
+
+def _parameters(checkpoint: Path, world_size: int) -> dict[str, LazyTensor]:
+    model_states = [read_torch_file(shard_file(checkpoint, rank, "model")) for rank in range(world_size)]
     flat_groups = [_flat_groups(checkpoint, rank) for rank in range(world_size)]
     parameters: dict[str, LazyTensor] = {}
     for idx, shapes in enumerate(_entry(checkpoint, model_states[0], "param_shapes")):
@@ -42,9 +52,10 @@ def open_parameters(checkpoint: Path, world_size: int) -> dict[str, LazyTensor]:
                 f"{checkpoint}: sub-group {idx} has {sizes} elements on its ranks, expected {offset}."
             )
     for name, shape in (model_states[0].get("frozen_param_shapes") or {}).items():
-        parameters[name] = _joined(
-            checkpoint, [state["frozen_param_fragments"][name] for state in model_states], 0, shape
-        )
+        pieces = [state["frozen_param_fragments"][name] for state in model_states]
+        if any(math.prod(piece.shape) < piece_numel(math.prod(shape), world_size) for piece in pieces):
+            raise ValueError(f"the pieces of {name} are smaller than its shape {list(shape)} on {world_size} ranks")
+        parameters[name] = _joined(checkpoint, pieces, 0, shape)
     for name, other in (model_states[0].get("shared_params") or {}).items():
         parameters[name] = parameters[other]
     return parameters
@@ -68,15 +79,8 @@ def _joined(checkpoint: Path, pieces: Sequence[StoredTensor], offset: int, shape
 
 def _flat_groups(checkpoint: Path, rank: int) -> Sequence[StoredTensor]:
     """The float32 weights of a rank, one flat tensor for each sub-group."""
-    states = _read(checkpoint, f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    states = read_torch_file(shard_file(checkpoint, rank, "optim"))
     return _entry(checkpoint, _entry(checkpoint, states, "optimizer_state_dict"), "fp32_flat_groups")
-
-
-def _read(checkpoint: Path, pattern: str) -> Any:
-    files = list(checkpoint.glob(pattern))
-    if len(files) != 1:
-        raise CheckpointError(f"{checkpoint} has {len(files)} files {pattern}, but a ZeRO-3 engine writes one.")
-    return read_torch_file(files[0])
 
 
 def _entry(checkpoint: Path, states: Any, key: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 from arc_ds.errors import ConfigError
 from arc_ds.export.consolidate import TrainedCompressor, consolidate_newest, find_checkpoint
@@ -45,6 +47,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="float32",
         help="dtype of the tensors; also bf16, fp32",
     )
+    parser.add_argument(
+        "--decoder",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="write the bridge and markers of this decoder only; several times for several, which keep the run's order "
+        "(default: all)",
+    )
     parser.add_argument("--average", type=int, default=1, metavar="K", help="write the mean of the last K checkpoints")
     parser.add_argument(
         "--tokenizer", type=path_argument, help="the encoder's tokenizer, if it has moved since the run"
@@ -66,12 +76,13 @@ def run(args: argparse.Namespace) -> int:
         return _verify(args)
     if args.out is None:
         raise ConfigError("no folder to write: give one after the run, or add --verify to check an export")
+    source = Path(os.path.abspath(args.source))  # its run is the folder two levels above
     average = whole_number("--average", args.average, at_least=1, at_most=_MAX_AVERAGE)
     # Check first: verifying the shards may take minutes.
     check_target(args.out, overwrite=args.overwrite)
     if args.register is not None:
         require("mlflow")
-        find_mlflow_run(find_checkpoint(args.source).parent.parent, None)
+        find_mlflow_run(find_checkpoint(source).parent.parent, None)
 
     def write(trained: TrainedCompressor) -> None:
         write_export(
@@ -83,20 +94,20 @@ def run(args: argparse.Namespace) -> int:
             tokenizer=args.tokenizer,
         )
 
-    checkpoint, trained = consolidate_newest(args.source, average, write)
+    checkpoint, trained = consolidate_newest(source, average, write, args.decoder)
     parameters = sum(t.numel() for t in trained.tensors.values())
     mean = f" (mean of steps {', '.join(map(str, trained.averaged_steps))})" if trained.averaged_steps else ""
     print(
         f"{checkpoint} -> {args.out}: step {trained.step}{mean}, {parameters / 1e6:.1f} M parameters, "
-        f"format {args.format}"
+        f"format {args.format}, for {', '.join(decoder.name for decoder in trained.decoders)}"
     )
     if args.register is not None:
-        record = trained.record
+        config = None if trained.record is None else trained.record.config
         number = register_export(
             args.out,
             args.register,
-            run=checkpoint.parent.parent if record is None else record.run,
-            configured=None if record is None or record.config is None else record.config.tracking.uri,
+            run=checkpoint.parent.parent,
+            configured=None if config is None else config.tracking.uri,
             step=trained.step,
         )
         print(f"registered as version {number} of {args.register}: models:/{args.register}/{number}")

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from arc_ds.config.validate import DECODER_NAME
 from arc_ds.errors import WeightsError
-from arc_ds.export.formats import check_target
 from arc_ds.inference.load import ARC_DECODERS
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights import read_backbone_config
@@ -60,7 +60,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return 0 on success."""
-    check_target(args.out, overwrite=False)
+    if args.out.exists():
+        raise WeightsError(f"{args.out} exists already. Choose another folder.")
     backbone = LLAMA_32_3B
     if args.encoder_backbone is not None:
         backbone = read_backbone_config(args.encoder_backbone, "none")
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 def decoder_names(folder: Path, num: int, given: Sequence[str]) -> list[str]:
     """Names of a release's decoders: as given, or from the folder's name, or numbered.
 
-    Raises WeightsError if another number of names is given.
+    Raises WeightsError if another number of names is given, or if a config refuses one of them.
     """
     if given:
         if len(given) != num or len(set(given)) != num:
@@ -95,6 +96,8 @@ def decoder_names(folder: Path, num: int, given: Sequence[str]) -> list[str]:
                 f"--decoder was given {len(given)} times ({', '.join(given)}); {folder} serves {num} decoders. Give a "
                 "different name for each, in the order of the bridges."
             )
+        if wrong := [name for name in given if not DECODER_NAME.fullmatch(name)]:
+            raise WeightsError(f"--decoder {wrong[0]!r}: expected letters, digits, '_', '-' and '.', as in configs")
         return list(given)
     name = folder.absolute().name.lower()
     known = next((names for word, names in _KNOWN.items() if word in name and len(names) == num), None)

@@ -13,7 +13,7 @@ from arc_ds.config.schema import RunConfig, ShareSchedule
 from arc_ds.errors import ConfigError
 from arc_ds.system.urls import is_url, local_path
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+DECODER_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 def check_exclusions(config: RunConfig, source: str) -> None:
@@ -112,7 +112,7 @@ def _decoder_problems(config: RunConfig) -> Iterator[str]:
         yield "decoders: all have train: false, so nothing would be trained; expected at least one without it."
     names = [decoder.name for decoder in config.decoders]
     for idx, name in enumerate(names):
-        if not _NAME.fullmatch(name):
+        if not DECODER_NAME.fullmatch(name):
             yield f"decoders.{idx}.name is {name!r}; expected letters, digits, '_', '-' and '.' (it names metrics)."
         if name in names[:idx]:
             yield f"decoders.{idx}.name is {name!r}, like that of decoder {names.index(name)}; give it another name."

@@ -6,7 +6,7 @@ Nothing but names and places is read here. The tensors are read in blocks when t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from arc_ds.checkpoints.kept_ports import name_in_export, read_kept_ports
 from arc_ds.checkpoints.manifest import read_manifest
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.checkpoints.zero_shards import open_parameters
-from arc_ds.errors import CheckpointError
+from arc_ds.errors import CheckpointError, ConfigError, words_of
 from arc_ds.export.training_record import TrainingRecord, read_training_record
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy
@@ -84,29 +84,69 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def consolidate_newest(
-    path: Path, average: int = 1, use: Callable[[TrainedCompressor], object] = lambda trained: None
+    path: Path,
+    average: int = 1,
+    use: Callable[[TrainedCompressor], object] = lambda trained: None,
+    decoders: Collection[str] = (),
 ) -> tuple[Path, TrainedCompressor]:
     """The checkpoint that `find_checkpoint` finds, and its compressor as `consolidate` reads it.
 
     average: number of checkpoints, up to this one, whose mean is taken.
     use: called with the compressor, to read its tensors.
+    decoders: see `with_decoders`.
 
     If a run that is going on removes one of the checkpoints before `use` returns, the newest ones are read instead.
 
     Raises CheckpointError like both, and if there are fewer checkpoints than `average`. Raises CheckpointRemoved if
-    `path` itself is removed, or too many in a row.
+    `path` itself is removed, or too many in a row. Raises ConfigError like `with_decoders`.
     """
     attempts = 0
     while True:
         checkpoint, attempts = find_checkpoint(path), attempts + 1
         try:
-            trained = _average([consolidate(each) for each in _last_checkpoints(checkpoint, average)])
+            members = [consolidate(each) for each in _last_checkpoints(checkpoint, average)]
+            trained = with_decoders(_average(members), decoders)
             use(trained)
             return checkpoint, trained
         except CheckpointRemoved:
             if checkpoint == path or attempts == _MAX_ATTEMPTS:
                 raise
             logger.warning("%s was removed by its run while it was read; reading the newest one", checkpoint)
+
+
+def with_decoders(trained: TrainedCompressor, names: Collection[str] = ()) -> TrainedCompressor:
+    """A compressor with the ports of some decoders, in the order of the run. A lone decoder owns a shared bridge.
+
+    names: of the decoders; empty for all.
+
+    Raises ConfigError if the compressor has no such decoder.
+    """
+    known = [decoder.name for decoder in trained.decoders]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(
+            f"the checkpoint has no decoder {', '.join(unknown)}; it was trained for {', '.join(known)}. Give one of "
+            "these names to --decoder."
+        )
+    chosen = [idx for idx, name in enumerate(known) if not names or name in names]
+    is_shared = trained.spec.bridge_shared and len(chosen) > 1
+    if not names and is_shared == trained.spec.bridge_shared:
+        return trained
+    tensors = {}
+    for name, tensor in trained.tensors.items():
+        part, _, rest = name.partition(".")
+        port, _, leaf = rest.partition(".")
+        if part != "ports":
+            tensors[f"ports.0.{name}" if part == "bridge" and not is_shared else name] = tensor
+        elif int(port) in chosen:
+            tensors[f"ports.{chosen.index(int(port))}.{leaf}"] = tensor
+    sizes = tuple(trained.spec.decoder_sizes[idx] for idx in chosen)
+    return replace(
+        trained,
+        spec=replace(trained.spec, decoder_sizes=sizes, bridge_shared=is_shared),
+        tensors=tensors,
+        decoders=tuple(trained.decoders[idx] for idx in chosen),
+        decoder_ids=tuple(trained.decoder_ids[idx] for idx in chosen) if trained.decoder_ids else (),
+    )
 
 
 def consolidate(checkpoint: Path) -> TrainedCompressor:
@@ -124,7 +164,7 @@ def _last_checkpoints(checkpoint: Path, count: int) -> list[Path]:
     if count == 1:
         return [checkpoint]
     known = list_checkpoints(checkpoint.parent)
-    found = [path for path in known if path.name <= checkpoint.name or path == checkpoint][-count:]
+    found = known[: known.index(checkpoint) + 1][-count:] if checkpoint in known else []
     if len(found) < count:
         raise CheckpointError(
             f"{checkpoint.parent} holds {len(found)} checkpoints up to {checkpoint.name}, but the mean of {count} was "
@@ -170,30 +210,39 @@ def _consolidate(checkpoint: Path) -> TrainedCompressor:
             f"{checkpoint} is not valid: {'; '.join(faults)}. Export an earlier checkpoint of the run, or save again."
         )
     state = read_trainer_state(checkpoint)
-    description = _description(state, checkpoint)
+    shards = open_parameters(checkpoint, manifest.world_size)
+    kept = read_kept_ports(checkpoint)
+    try:
+        return _described(state, shards, kept, read_training_record(checkpoint.parent.parent, state))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint}/trainer.json does not describe a compressor as this version of `arc-ds train` does "
+            f"({type(error).__name__}: {words_of(error)}). Export it with the version that wrote it."
+        ) from error
+
+
+def _described(
+    state: TrainerState, shards: Mapping[str, LazyTensor], kept: Mapping[str, Tensor], record: TrainingRecord
+) -> TrainedCompressor:
+    """The compressor of these tensors, which a trainer's state describes."""
+    description = state.extra
     places = description.get("port_places")
-    trained = open_parameters(checkpoint, manifest.world_size)
-    tensors = {name_in_export(name, places): tensor for name, tensor in trained.items()}
-    tensors |= {name: as_lazy(tensor.float()) for name, tensor in read_kept_ports(checkpoint).items()}
+    tensors = {name_in_export(name, places): tensor for name, tensor in shards.items()}
+    tensors |= {name: as_lazy(tensor.float()) for name, tensor in kept.items()}
+    spec = CompressorSpec.from_json(description["compressor"])
+    decoders = tuple(TrainedFor(**d) for d in description["decoders"])
+    ids = tuple(description.get("decoder_ids", ()))
+    if len(decoders) != len(spec.decoder_sizes) or (ids and len(ids) != len(decoders)):
+        raise ValueError(f"{len(decoders)} decoders and {len(ids)} tokenizers for {len(spec.decoder_sizes)} ports")
     return TrainedCompressor(
-        spec=CompressorSpec.from_json(description["compressor"]),
+        spec=spec,
         tensors=tensors,
         step=state.step,
         encoder_tokenizer=description["encoder_tokenizer"],
-        decoders=tuple(TrainedFor(**d) for d in description["decoders"]),
+        decoders=decoders,
         encoder_fingerprint=description.get("tokenizers", {}).get("encoder"),
-        decoder_ids=tuple(description.get("decoder_ids", ())),
+        decoder_ids=ids,
         decoder_weights=description.get("decoder_weights", {}),
         max_context_tokens=description.get("max_context_tokens"),
-        record=read_training_record(checkpoint.parent.parent, state),
+        record=record,
     )
-
-
-def _description(state: TrainerState, checkpoint: Path) -> Mapping[str, Any]:
-    missing = {"compressor", "encoder_tokenizer", "decoders"} - set(state.extra)
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint}/trainer.json lacks {', '.join(sorted(missing))}. `arc-ds train` writes these keys: use a "
-            "checkpoint of a run that it trained."
-        )
-    return state.extra

@@ -16,10 +16,10 @@ import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
-from arc_ds.errors import WeightsError
+from arc_ds.errors import TokenizerError, WeightsError
 from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.export.model_card import CARD_NAME, model_card
-from arc_ds.inference.checksums import write_checksums
+from arc_ds.inference.checksums import CHECKSUMS, read_checksums, write_checksums
 from arc_ds.inference.load import (
     ARC_DECODERS,
     EXPORT_CONFIG,
@@ -33,6 +33,7 @@ from arc_ds.inference.load import (
     open_arc_folder,
 )
 from arc_ds.model.weights import write_arc_checkpoint
+from arc_ds.model.weights.arc_format import BRIDGE, EMBEDDER, SIZES
 from arc_ds.model.weights.arc_spec import params_of_spec
 from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy, value_bytes, write_safetensors
 from arc_ds.model.weights.stores import ALL_ROWS
@@ -76,16 +77,19 @@ def write_export(
     the written tensors differ when they are read again. Raises TokenizerError if the tokenizer is missing, does not fit
     the encoder, or is not the one of training.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # a link stays, and its folder is written
     check_target(out, overwrite=overwrite)
     path = tokenizer or trained.encoder_tokenizer
-    encoder_tokenizer = load_tokenizer(path)
+    try:
+        encoder_tokenizer = load_tokenizer(path)
+    except TokenizerError as error:
+        raise TokenizerError(f"{error} If it has moved since the run, give its path to --tokenizer.") from error
     check_fits(encoder_tokenizer, trained.spec.backbone.vocab_size, "the encoder")
     expected = () if trained.encoder_fingerprint is None else (trained.encoder_fingerprint,)
     remedy = "Name the file that the run was trained with (--tokenizer)."
     check_encoder_tokenizer(encoder_tokenizer, expected, path, remedy=remedy)
     tensors = {name: as_lazy(tensor).to(DTYPES[dtype]) for name, tensor in trained.tensors.items()}
-    with whole_folder(out) as folder:
+    with whole_folder(out, overwrite=overwrite) as folder:
         encoder_tokenizer.save(folder)
         # A tokenizer of a GGUF file is saved in another format, which has another fingerprint.
         fingerprints = list(dict.fromkeys((encoder_tokenizer.fingerprint, load_tokenizer(folder).fingerprint)))
@@ -163,18 +167,30 @@ def _entries(folder: Path, digests: Mapping[str, str]) -> list[FileEntry]:
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-    """Raise WeightsError if `out` exists, unless `overwrite` is set and `out` is empty or an earlier export."""
+    """Raise WeightsError if `out` exists, unless `overwrite` is set and `out` is empty or an earlier export alone."""
     if not out.exists():
         return
     if not overwrite:
         raise WeightsError(f"{out} exists already. Choose another folder, or add --overwrite.")
     if not out.is_dir() or (any(out.iterdir()) and not _is_export(out)):
         raise WeightsError(f"{out} is not an export and is not overwritten. Choose another folder.")
+    if others := _other_files(out):
+        raise WeightsError(
+            f"{out} is an export, but no export wrote {', '.join(others)} in it, which overwriting would delete. Move "
+            "these away, or choose another folder."
+        )
+
+
+def _other_files(folder: Path) -> list[str]:
+    """Files and folders at the top of an export that it has not written. Earlier exports list none of their files."""
+    listed = {entry.path.partition("/")[0] for entry in read_checksums(folder)}
+    found = {path.name for path in folder.iterdir() if listed or path.is_dir()}
+    return sorted(found - listed - {CHECKSUMS, CARD_NAME, EMBEDDER.parent.name, BRIDGE.parent.name})
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether the folder is an export of either format. config.json or params.json alone may be another model."""
-    if (folder / "params.json").is_file() and (folder / "embedder").is_dir():
+    """Whether the folder is an export of either format. The reference's own checkpoints and other models are not."""
+    if (folder / SIZES).is_file() and (folder / EMBEDDER.parent).is_dir():
         return True
     try:
         plain = json.loads((folder / EXPORT_CONFIG).read_text(encoding="utf-8"))

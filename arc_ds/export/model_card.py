@@ -42,7 +42,7 @@ def model_card(trained: TrainedCompressor, out: Path, dtype: str) -> str:
         f"## Use\n\n```python\n{_snippet(trained, out)}```",
     ]
     if record is not None:
-        sections += ["## Training", "\n".join(_training(trained, record)), *_validation(record)]
+        sections += ["## Training", "\n".join(_training(trained, record)), *_validation(trained, record)]
         sections += ["## Licences of the backbones", _licenses(trained, record)]
     return "\n\n".join(sections) + "\n"
 
@@ -89,12 +89,15 @@ def _training(trained: TrainedCompressor, record: TrainingRecord) -> Iterator[st
     yield f"- Versions: {versions or _NOT_RECORDED}."
 
 
-def _validation(record: TrainingRecord) -> list[str]:
+def _validation(trained: TrainedCompressor, record: TrainingRecord) -> list[str]:
     if record.validated_at is None:
         return ["The run has no validation up to this step."]
     header = ["decoder", "task", *_FIGURES.values(), "gap closed", "samples"]
     lines = [f"| {' | '.join(header)} |", f"| {' | '.join(['---'] * len(header))} |"]
+    exported = {decoder.name for decoder in trained.decoders}
     for (decoder, task), figures in record.validation.items():
+        if decoder not in exported:
+            continue
         shown = [_figure(figures.get(name)) for name in (*_FIGURES, "gap_closed")]
         samples = f"{figures['num_samples']:.0f}" if "num_samples" in figures else _NOT_RECORDED
         lines.append(f"| {' | '.join([decoder, task, *shown, samples])} |")

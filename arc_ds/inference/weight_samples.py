@@ -63,22 +63,30 @@ def check_weights(
     """
     if not recorded:
         return
-    found = sample_weights(decoder)
-    distance = _distance(recorded, found)
-    is_quantised = recorded.get("gguf") or found["gguf"]
-    if distance <= _ROUNDED:
-        return
-    if is_quantised and distance <= _QUANTISED:
-        words = "decoder %s: its weights differ by %.1f%% from those of training, as quantised copies of them do"
-        logger.info(words, path, 100 * distance)
+    difference = difference_of_models(recorded, sample_weights(decoder))
+    if difference is None:
         return
     message = (
         f"decoder {path} is another model than the one that {arc_dir} was trained for: samples of its weights differ "
-        f"by {100 * distance:.1f}%. The vectors have their meaning for that model alone."
+        f"by {difference:.1%}. The vectors have their meaning for that model alone."
     )
     if not force:
         raise WeightsError(f"{message} Give the decoder of the training, or use this one with --force (force=True).")
     logger.warning("%s It is used because you asked for it (force).", message)
+
+
+def difference_of_models(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> float | None:
+    """Relative difference of two results of `sample_weights`; None if they may be of one model.
+
+    Copies may be rounded to another dtype, or quantised if one of the two is in a GGUF file.
+    """
+    distance = _distance(recorded, found)
+    if distance <= _ROUNDED:
+        return None
+    if (recorded.get("gguf") or found.get("gguf")) and distance <= _QUANTISED:
+        logger.info("a decoder's weights differ from those of training by %.1f%%, as quantised ones do", 100 * distance)
+        return None
+    return distance
 
 
 def _stored_floats(files: Sequence[Path]) -> dict[str, Any]:

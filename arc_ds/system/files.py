@@ -8,17 +8,22 @@ renames: a kill between them leaves the old folder as `.NAME.old-PID`, and an er
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
+import logging
 import os
 import shutil
 import stat
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from arc_ds.errors import StorageError
+
+logger = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 
@@ -117,23 +122,62 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """An empty folder. If the block ends without an error, it is renamed to `path`. Failed writes are as in `output`.
 
-    The parent folder is created if missing. An existing folder at `path` is first moved aside and finally deleted.
+    The parent folder is created if missing. The partial folders of killed processes are deleted.
+
+    overwrite: whether a folder that is at `path` by then is deleted. By default this raises StorageError.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with output(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number, as in containers
+            _remove_leftovers(path)
             partial.mkdir()
-            yield partial
-            for written in partial.rglob("*"):
-                sync_folder(written) if written.is_dir() else sync_file(written)
-            replace_folder(partial, path)
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                with suppress(OSError):  # some file systems have no locks on folders
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+                yield partial
+                for written in partial.rglob("*"):
+                    sync_folder(written) if written.is_dir() else sync_file(written)
+                _publish(partial, path, overwrite=overwrite)
+            finally:
+                os.close(descriptor)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # after `output`, which asks whether the disk is full
+
+
+def _publish(partial: Path, path: Path, *, overwrite: bool) -> None:
+    if overwrite:
+        replace_folder(partial, path)
+        return
+    sync_folder(partial)
+    try:
+        partial.rename(path)  # fails if another process has written a folder there meanwhile
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise StorageError(f"another process has written {path} meanwhile. Choose another folder.") from error
+    sync_folder(path.parent)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete the partial folders of killed processes, and name the whole ones that they had moved aside."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        with suppress(OSError):
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if its process lives
+                shutil.rmtree(partial)
+            finally:
+                os.close(descriptor)
+    for old in path.parent.glob(f".{glob.escape(path.name)}.old-*"):
+        logger.warning(
+            "%s is an earlier %s, which a killed process had moved aside. Delete it, or rename it to get it back.",
+            *(old, path),
+        )
 
 
 def replace_folder(new: Path, path: Path) -> None:

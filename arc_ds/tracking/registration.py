@@ -42,15 +42,8 @@ def register_export(export: Path, name: str, *, run: Path, configured: str | Non
         from mlflow.exceptions import MlflowException
     try:
         uri = mlflow_server.for_mlflow(uri)
-        client = MlflowClient(tracking_uri=uri)
-        before = client.get_run(run_id).info
-        try:
-            return _log_and_register(uri, run_id, export, name, step)
-        finally:
-            if before.status == "RUNNING":
-                client.update_run(run_id, status="RUNNING")
-            else:
-                client.set_terminated(run_id, status=before.status, end_time=before.end_time)
+        experiment_id = MlflowClient(tracking_uri=uri).get_run(run_id).info.experiment_id
+        return _log_and_register(uri, experiment_id, run_id, export, name, step)
     except (MlflowException, OSError) as error:
         raise ConfigError(
             f"{export} is whole, but cannot be registered as {name!r} in the MLflow run {run_id} at "
@@ -91,8 +84,10 @@ def find_mlflow_run(run: Path, configured: str | None) -> tuple[str, str]:
     )
 
 
-def _log_and_register(uri: str, run_id: str, export: Path, name: str, step: int) -> int:
+def _log_and_register(uri: str, experiment_id: str, run_id: str, export: Path, name: str, step: int) -> int:
+    """Log and register without `start_run`: a kill would leave the run with the status RUNNING."""
     import mlflow
+    from mlflow.models import Model
     from mlflow.models.signature import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
@@ -106,9 +101,13 @@ def _log_and_register(uri: str, run_id: str, export: Path, name: str, step: int)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
     try:
-        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
+        mlflow.set_experiment(experiment_id=experiment_id)
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about examples and annotations, which the signature replaces
-            logged = mlflow.pyfunc.log_model(
+            logged = Model.log(
+                artifact_path=None,
+                flavor=mlflow.pyfunc,
+                run_id=run_id,
                 name=MODEL_NAME,
                 python_model=spec.origin,
                 artifacts={"export": str(export)},

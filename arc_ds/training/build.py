@@ -107,10 +107,11 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     parts = read_parts(config, device)
     compressor = starting_compressor(config, parts.spec, parts.weights, partitioned(parts.ds_config))
     with dist.fail_together():
-        ports = saved_ports(_port_records(config, parts), parts.spec, parts.weights.plan, parts.weights.folder)
+        records = _port_records(config, parts)
+        ports = saved_ports(records, parts.spec, parts.weights.plan, parts.weights.folder)
     is_encoder_trained = any(param.requires_grad for param in compressor.encoder.parameters())
     trains_encoder = is_encoder_trained and config.optimizer.encoder_lr > 0
-    warn_of_ports(config, parts.weights.plan, parts.weights.folder, trains_encoder=trains_encoder)
+    warn_of_ports(config, records, parts.weights.plan, parts.weights.folder, trains_encoder=trains_encoder)
     optimizer = PortAdamW(
         make_param_groups(compressor, config.optimizer),
         betas=config.optimizer.betas,

@@ -8,7 +8,7 @@ it came from, so they stay equal to the bit in every precision and in exports of
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.schema import DecoderConfig, RunConfig
 from arc_ds.errors import ConfigError
 from arc_ds.inference.load import ArcFolder
+from arc_ds.inference.weight_samples import difference_of_models
 from arc_ds.model.spec import CompressorSpec, build_port
 from arc_ds.model.weights import SelectedTensors, TensorSource, use_memory_tokens
 from arc_ds.system import dist
@@ -120,16 +121,25 @@ def plan_ports(decoders: Sequence[DecoderConfig], names: Sequence[str | None], *
             f"has {have}. Correct the names, or remove these decoders."
         )
     trained = [idx for idx, decoder in enumerate(decoders) if decoder.train]
+    taken = {name for name in names if name} | {decoder.name for decoder in decoders}
     of_trained = {idx: (place, port) for place, (port, idx) in enumerate(ports) if idx in trained}
     return PortPlan(
         sources=tuple(None if decoders[idx].fresh_bridge else of_trained[idx][1] for idx in trained),
         places=tuple(of_trained[idx][0] for idx in trained),
         kept=tuple(
-            KeptPort(place, port, (names[port] or f"decoder{place}") if idx is None else decoders[idx].name)
+            KeptPort(place, port, (names[port] or _free_name(place, taken)) if idx is None else decoders[idx].name)
             for place, (port, idx) in enumerate(ports)
             if port is not None and idx not in trained
         ),
     )
+
+
+def _free_name(place: int, taken: Collection[str]) -> str:
+    """A name for the unnamed port at a place, other than the names of decoders."""
+    name = f"decoder{place}"
+    while name in taken:
+        name += "_"
+    return name
 
 
 def tensors_of_run(folder: ArcFolder, spec: CompressorSpec, plan: PortPlan) -> TensorSource:
@@ -180,15 +190,35 @@ def saved_ports(
     return SavedPorts(spec=replace(spec, decoder_sizes=sizes), records=records, places=plan.places, kept=kept)
 
 
-def warn_of_ports(config: RunConfig, plan: PortPlan, folder: ArcFolder | None, *, trains_encoder: bool) -> None:
-    """Warn of kept ports that may no longer fit a trained encoder, and of ports that get a decoder of another name."""
-    for (idx, decoder), port in zip(config.trained_decoders.items(), plan.sources, strict=True):
-        name = None if folder is None or port is None else folder.decoders[port].name
-        if name not in (None, decoder.name):
+def warn_of_ports(
+    config: RunConfig,
+    trained: Sequence[PortRecord],
+    plan: PortPlan,
+    folder: ArcFolder | None,
+    *,
+    trains_encoder: bool,
+) -> None:
+    """Warn of kept ports that may no longer fit a trained encoder, and of ports that get another decoder.
+
+    trained: records of the trained decoders.
+    folder: the weights that the run starts from, if they are not a backbone.
+    """
+    for idx, record, port in zip(config.trained_decoders, trained, plan.sources, strict=True):
+        if folder is None or port is None:
+            continue
+        name, theirs = record.decoder.name, folder.decoders[port]
+        remedy = f"If it is a new decoder, set decoders.{idx}.fresh_bridge=true."
+        difference = difference_of_models(theirs.weights, record.weights) if theirs.weights and record.weights else None
+        if difference is not None:
             logger.warning(
-                "decoder %s continues the bridge and markers of %s, which are at its place in encoder.init_from. If it "
-                "is a new decoder, set decoders.%d.fresh_bridge=true.",
-                *(decoder.name, name, idx),
+                "decoder %s continues the bridge and markers of %s, which were trained for another model: samples of "
+                "its weights differ by %.1f%%. %s",
+                *(name, theirs.name or f"port {port} of encoder.init_from", 100 * difference, remedy),
+            )
+        elif theirs.name not in (None, name):
+            logger.warning(
+                "decoder %s continues the bridge and markers of %s, which are at its place in encoder.init_from. %s",
+                *(name, theirs.name, remedy),
             )
     if plan.kept and trains_encoder:
         logger.warning(

@@ -58,12 +58,25 @@ def _client(run: Path) -> Any:
 
 
 def test_a_registered_model_compresses_in_a_fresh_process(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import mlflow
+
     uri, run_id = find_mlflow_run(run, None)
     client, out = _client(run), tmp_path / "out"
     before = client.get_run(run_id)
+    meanwhile: list[str] = []
+    save = mlflow.pyfunc.save_model
+
+    def save_model(**arguments: Any) -> None:
+        meanwhile.append(client.get_run(run_id).info.status)
+        save(**arguments)
+
+    monkeypatch.setattr(mlflow.pyfunc, "save_model", save_model)
     assert main(["export", str(run), str(out), "--register", "tiny"]) == 0
+    assert meanwhile == ["KILLED"], "a kill would leave the run with another status"
+    (logged,) = client.search_logged_models([before.info.experiment_id])
+    assert logged.source_run_id == run_id
     assert "registered as version 1 of tiny: models:/tiny/1" in capsys.readouterr().out
     after = client.get_run(run_id)
     assert (after.info.status, after.info.end_time) == (before.info.status, before.info.end_time) != ("RUNNING", None)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import enum
 import os
+import pickle
+import tracemalloc
+import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +65,78 @@ def test_no_code_in_a_pickle_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(found["weights"].read(0, 2), torch.ones(2)) and not (tmp_path / "evil").exists()
     torch.load(tmp_path / "file.pt", weights_only=False)
     assert (tmp_path / "evil").exists(), "the pickle is harmless, so the test shows nothing"
+
+
+def write_pickle(path: Path, pickled: bytes, *, compression: int = zipfile.ZIP_STORED) -> None:
+    """A file of torch.save with a pickle of one's own and a storage of 4 floats."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("file/data.pkl", pickled)
+        archive.writestr("file/byteorder", b"little")
+        archive.writestr("file/data/0", bytes(16))
+
+
+def tensor_of(first: str, shape: str, *, key: str = "'0'", dtype: str = "ctorch\nFloatStorage\n") -> bytes:
+    """The pickle of a tensor in the text protocol."""
+    storage = f"(V\n{dtype}S{key}\nVcpu\nI4\ntQ"
+    return f"ctorch._utils\n_rebuild_tensor_v2\n({storage}{first}({shape}t(I1\nt(dtR.".encode()
+
+
+NESTED = b"ctorch._tensor\n_rebuild_from_type_v2\np0\n0(lp1\ng0\nag1\nag1\nag1\na0g0\n(g0\nNg1\nNtR."
+FORMS = {
+    "reduce": (b"cos\nmkdir\n(V{evil}\ntR.", None),
+    "inst": (b"(V{evil}\nios\nmkdir\n.", None),
+    "obj": (b"(cos\nmkdir\nV{evil}\no.", None),
+    "getattr": (b"cbuiltins\ngetattr\n(cos\nmkdir\nV__call__\ntRp0\n0g0\n(V{evil}\ntR.", "not callable"),
+    "rebuild_from_type": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nmkdir\nN(V{evil}\ntNtR.",
+        None,
+    ),
+    "build": (b"cos\nmkdir\n(V{evil}\ntR(dVmode\nI1\nsb.", None),
+    "recursion": (NESTED, ""),
+    "beyond the storage": (tensor_of("I0\n", "I5\n"), r"shape \[5\] lies outside its storage of 16 bytes"),
+    "offset beyond": (tensor_of("I2\n", "I3\n"), "lies outside"),
+    "negative offset": (tensor_of("I-1\n", "I1\n"), "lies outside"),
+    "negative size": (tensor_of("I0\n", "I-1\n"), "lies outside"),
+    "fractions": (tensor_of("I0\n", "F1.5\n"), "lies outside"),
+    "huge": (tensor_of("I0\n", f"L{10**30}L\n"), "lies outside"),
+    "missing storage": (tensor_of("I0\n", "I4\n", key="'7'"), "file/data/7"),
+    "no dtype": (tensor_of("I0\n", "I4\n", dtype="cos\nsystem\n"), ""),
+    "persistent id": (b"Pfile\n.", ""),
+    "empty": (b"", ""),
+    "cut": (b"\x80\x02}q\x00(X\x05", ""),
+    "memo": (b"\x80\x02Nr\xff\xff\xff\x7f.", None),
+    "claimed bytes": (b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b".", ""),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hostile_pickles_run_nothing_and_are_one_error(tmp_path: Path, form: str) -> None:
+    pickled, message = FORMS[form]
+    evil, path = tmp_path / "evil", tmp_path / "file.pt"
+    write_pickle(path, pickled.replace(b"{evil}", str(evil).encode()))
+    tracemalloc.start()
+    try:
+        if message is None:
+            read_torch_file(path)
+        else:
+            with pytest.raises(CheckpointError, match=f"file.pt cannot be read as a file of torch.save: .*{message}"):
+                read_torch_file(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert not evil.exists()
+    if form in ("reduce", "inst", "obj", "getattr"):
+        with suppress(Exception):
+            pickle.loads(pickled.replace(b"{evil}", str(evil).encode()))
+        assert evil.exists(), "the pickle is harmless, so the test shows nothing"
+
+
+def test_a_compressed_file_is_named(tmp_path: Path) -> None:
+    write_pickle(tmp_path / "file.pt", tensor_of("I0\n", "I4\n"))
+    assert read_torch_file(tmp_path / "file.pt").read(0, 4).tolist() == [0.0] * 4
+    write_pickle(tmp_path / "file.pt", tensor_of("I0\n", "I4\n"), compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="it is compressed"):
+        read_torch_file(tmp_path / "file.pt")
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from arc_ds import ArcModel
+from arc_ds.batch.groups import GroupRule
 from arc_ds.cli import main
+from arc_ds.commands.import_ import recipe
 from arc_ds.config.load import load_config
 from arc_ds.errors import WeightsError
 from arc_ds.inference.load import open_arc_folder
@@ -88,7 +91,7 @@ def test_a_release_becomes_a_checkpoint_with_the_same_bytes(
     theirs = ArcModel.from_checkpoint(tmp_path / "checkpoint", [], encoder_backbone=backbone)
     for decoder in range(num_decoders):
         assert torch.equal(ours.compress(["the sea"], decoder)[0], theirs.compress(["the sea"], decoder)[0])
-    assert main(command) == EXIT_USER_ERROR and "exists already" in capsys.readouterr().err
+    assert main(command) == EXIT_USER_ERROR and "exists already. Choose another folder.\n" in capsys.readouterr().err
 
 
 def test_the_recipe_loads_and_starts_from_the_import(
@@ -154,6 +157,8 @@ def test_names_of_decoders_must_be_as_many_as_the_bridges(
     for names in (["--decoder=a"], ["--decoder=a", "--decoder=a"]):
         assert main([*command, *names]) == EXIT_USER_ERROR
         assert "serves 2 decoders" in capsys.readouterr().err
+    assert main([*command, "--decoder=a", "--decoder=b/c"]) == EXIT_USER_ERROR
+    assert "--decoder 'b/c': expected letters, digits" in capsys.readouterr().err
     assert main(command) == 0 and "for decoder0, decoder1" in capsys.readouterr().out
 
 
@@ -164,6 +169,14 @@ def test_settings_of_a_config_json_are_taken(tmp_path: Path, backbone: Path) -> 
     (tmp_path / "release" / "config.json").write_text(json.dumps({"pipeline_args": {"embedder_params": settings}}))
     spec = open_release(tmp_path / "release", read_backbone_config(backbone, "none")).spec
     assert (spec.strategy, spec.causal, spec.pooled_queries, spec.rules[0].value) == ("last", True, False, 2)
+
+
+def test_the_recipe_has_the_groups_of_the_release(tmp_path: Path) -> None:
+    """A config has factors, or a number of groups."""
+    spec = tiny_trained(tmp_path, rules=(GroupRule("count", 3),)).spec
+    pooling = yaml.safe_load(recipe(spec, ["a"], tmp_path))["pooling"]
+    assert pooling["num_groups"] == 3 and not pooling["factors"]
+    assert "num_groups" not in yaml.safe_load(recipe(tiny_trained(tmp_path).spec, ["a"], tmp_path))["pooling"]
 
 
 def test_a_release_as_downloaded_is_sent_to_the_import(tmp_path: Path, backbone: Path) -> None:

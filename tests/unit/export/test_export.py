@@ -259,6 +259,53 @@ def test_overwriting_takes_nothing_but_an_export(tmp_path: Path, make: Callable[
     assert (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("export_format", FORMATS)
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_overwriting_deletes_no_file_of_the_user(tmp_path: Path, export_format: str, is_earlier: bool) -> None:
+    trained, out = tiny_trained(tmp_path / "run"), tmp_path / "out"
+    write_export(trained, out, export_format=export_format)
+    if is_earlier:  # an export that lists none of its files
+        (out / "checksums.json").unlink()
+    (out / ".git").mkdir()
+    (out / "notes.txt").write_text("my own words")  # among the files of an earlier export it might be its tokenizer
+    names = r"\.git in it" if is_earlier else r"\.git, notes\.txt in it"
+    with pytest.raises(WeightsError, match=f"no export wrote {names}"):
+        write_export(trained, out, export_format=export_format, overwrite=True)
+    (out / ".git").rename(tmp_path / "git")
+    (out / "notes.txt").unlink()
+    write_export(trained, out, export_format=export_format, overwrite=True)
+
+
+def test_a_folder_that_appears_during_an_export_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_checksums(*_: object) -> None:
+        (tmp_path / "out" / "mine").mkdir(parents=True)
+
+    monkeypatch.setattr(formats, "write_checksums", write_checksums)
+    with pytest.raises(WeightsError, match="is not an export"):
+        write_export(tiny_trained(tmp_path / "run"), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "mine").is_dir()
+
+
+def test_a_checkpoint_of_the_reference_is_not_overwritten(tmp_path: Path) -> None:
+    trained, out = tiny_trained(tmp_path / "run"), tmp_path / "out"
+    write_export(trained, out, export_format="arc")
+    (out / "encoder_backbone.json").unlink()  # the reference does not write it
+    with pytest.raises(WeightsError, match="is not an export"):
+        write_export(trained, out, overwrite=True)
+
+
+def test_a_link_to_another_disk_stays(tmp_path: Path) -> None:
+    first, second = (tiny_trained(tmp_path / "run", seed=seed) for seed in (0, 1))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "export")
+    write_export(first, tmp_path / "out")
+    write_export(second, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out", "run"]
+    check_same(ArcModel.from_checkpoint(tmp_path / "disk" / "export", decoders=[]), second)
+
+
 def test_an_export_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = tiny_trained(tmp_path / "run")
     write_export(first, tmp_path / "out")
@@ -276,7 +323,9 @@ def test_an_export_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch:
 def test_a_tokenizer_that_moved_is_named_and_can_be_given(tmp_path: Path) -> None:
     trained = tiny_trained(tmp_path / "run")
     moved = dataclasses.replace(trained, encoder_tokenizer=str(tmp_path / "gone"))
-    with pytest.raises(TokenizerError, match="gone: no such file"):
+    with pytest.raises(
+        TokenizerError, match=r"gone: no such file.*If it has moved since the run, give its path to --tokenizer"
+    ):
         write_export(moved, tmp_path / "out")
     write_export(moved, tmp_path / "out", tokenizer=Path(trained.encoder_tokenizer))
     with pytest.raises(TokenizerError, match="do not belong together"):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from arc_ds.checkpoints.zero_shards import open_parameters
 from arc_ds.cli import main
 from arc_ds.errors import CheckpointError, WeightsError
 from arc_ds.export import formats
-from arc_ds.export.consolidate import consolidate, consolidate_newest
+from arc_ds.export.consolidate import consolidate, consolidate_newest, with_decoders
 from arc_ds.export.formats import write_export
 from arc_ds.inference.load import open_arc_checkpoint, open_arc_folder
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
@@ -88,6 +89,130 @@ def test_both_formats_lie_in_one_folder(tmp_path: Path) -> None:
     vectors = [ArcModel.from_checkpoint(tmp_path / f, decoders=[]).compress([[5, 9]])[0] for f in ("both", "arc")]
     assert torch.equal(*vectors)
     assert open_arc_checkpoint(tmp_path / "both").spec == trained.spec
+
+
+@pytest.mark.parametrize("export_format", ["arc-ds", "arc"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("chosen", [(1,), (2, 0)])
+def test_chosen_decoders_alone_are_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], export_format: str, shared: bool, chosen: tuple[int, ...]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    trained = tiny_trained(run, decoder_sizes=(48, 48, 48), bridge_shared=shared)
+    checkpoint = write_zero_checkpoint(run, trained, 2)
+    names = [f"decoder{idx}" for idx in chosen]
+    options = [f"--decoder={name}" for name in names] + ["--format", export_format]
+    assert main(["export", str(run), str(out), *options]) == 0
+    assert f"for {', '.join(sorted(names))}\n" in capsys.readouterr().out
+    opened = open_arc_folder(out)
+    assert [decoder.name for decoder in opened.decoders] == sorted(names)
+    assert opened.spec.decoder_sizes == (48,) * len(chosen) and len(opened.tensors.shapes) < len(trained.tensors)
+    write_export(consolidate(checkpoint), tmp_path / "all", export_format=export_format)
+    models = [ArcModel.from_checkpoint(folder, decoders=[]) for folder in (out, tmp_path / "all")]
+    for port, idx in enumerate(sorted(chosen)):
+        assert torch.equal(models[0].compress([[5, 9]], port)[0], models[1].compress([[5, 9]], idx)[0])
+    assert not torch.equal(*(models[1].compress([[5, 9]], idx)[0] for idx in (0, 1)))
+    card = (out / "README.md").read_text()
+    assert [f"decoder{idx}" in card for idx in range(3)] == [idx in chosen for idx in range(3)]
+
+
+def test_a_chosen_decoder_keeps_its_records(tmp_path: Path) -> None:
+    weights = {f"decoder{idx}": {"samples": "", "gguf": idx == 1} for idx in range(2)}
+    trained = dataclasses.replace(
+        tiny_trained(tmp_path, **CHANGES | {"decoder_sizes": (48, 40)}), decoder_ids=("a", "b"), decoder_weights=weights
+    )
+    write_export(with_decoders(trained, ["decoder1"]), tmp_path / "out")
+    opened = open_arc_folder(tmp_path / "out")
+    (decoder,) = opened.decoders
+    assert (decoder.name, decoder.ids_digest, decoder.weights) == ("decoder1", "b", weights["decoder1"])
+    assert opened.spec.decoder_sizes == (40,)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("decoders", [{"name": "a", "rope_scaling": "none"}]),
+        ("decoders", [{"name": "a", "rope_scaling": "none", "of_a_later_version": 1}] * 2),
+        ("decoder_ids", ["a"]),
+        ("port_places", [0]),
+        ("compressor", "none"),
+    ],
+)
+def test_a_trainer_state_of_another_version_is_named(tmp_path: Path, key: str, value: object) -> None:
+    folder = write_zero_checkpoint(tmp_path / "run", tiny_trained(tmp_path / "run", **CHANGES), 1)
+    state = json.loads((folder / "trainer.json").read_text())
+    if value == "none":
+        del state["extra"][key]
+    else:
+        state["extra"][key] = value
+    (folder / "trainer.json").write_text(json.dumps(state))
+    files = tuple(seal_file(folder, path) for path in sorted(folder.iterdir()) if path.name != "manifest.json")
+    write_manifest(folder, Manifest(step=1, world_size=1, files=files))
+    with pytest.raises(CheckpointError, match=r"trainer.json does not describe.*Export it with the version that wrote"):
+        consolidate(folder)
+
+
+def test_a_decoder_that_the_checkpoint_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_zero_checkpoint(tmp_path / "run", tiny_trained(tmp_path / "run", **CHANGES), 1)
+    command = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "--decoder", "decoder1", "--decoder", "olmo"]
+    assert main(command) == EXIT_USER_ERROR
+    assert "no decoder olmo; it was trained for decoder0, decoder1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("export_format", ["arc-ds", "arc", "both"])
+def test_a_lone_decoder_with_a_shared_bridge_is_exported(tmp_path: Path, export_format: str) -> None:
+    trained = tiny_trained(tmp_path / "run", bridge_shared=True)
+    write_zero_checkpoint(tmp_path / "run", trained, 1)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--format", export_format]) == 0
+    found = open_arc_folder(tmp_path / "out").tensors.tensor("ports.0.bridge.layer1.weight")
+    assert torch.equal(found, trained.tensors["bridge.layer1.weight"])
+
+
+def test_the_checkpoints_of_a_mean_are_ordered_by_their_step(tmp_path: Path) -> None:
+    for step in (999_998, 999_999, 1_000_000):
+        write_zero_checkpoint(tmp_path / "run", tiny_trained(tmp_path / "run"), 1, step=step)
+    assert consolidate_newest(tmp_path / "run", 2)[1].averaged_steps == (999_999, 1_000_000)
+
+
+def test_a_relative_path_leads_to_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The card's figures are in the run's folder."""
+    trained = tiny_trained(tmp_path / "run", **CHANGES)
+    for step in (149, 150):
+        folder = write_zero_checkpoint(tmp_path / "run", trained, 1, step=step)
+    validation = {f"validation/decoder{idx}/recall/gap_closed": 0.25 + idx / 2 for idx in range(2)}
+    entries = [{"step": n, "time": 0.0, "metrics": {"train/loss": float(n)}} for n in range(1, 151)]
+    entries.append({"step": 150, "time": 0.0, "metrics": validation})
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    monkeypatch.chdir(folder)
+    assert main(["export", ".", str(tmp_path / "out"), "--average", "2", "--decoder", "decoder1"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Training loss: 150.0000" in card and "the 100 logged steps from 51 to 150: 100.5000" in card
+    assert "| 0.750 |" in card and "0.250" not in card, "decoder0 is not in the export"
+
+
+def test_shards_of_another_layout_are_one_error(tmp_path: Path) -> None:
+    trained = tiny_trained(tmp_path / "run", **CHANGES)
+    for step, change in enumerate(
+        (
+            lambda state: state.update(param_shapes=[[]]),
+            lambda state: state["param_shapes"].append({"a": (1,)}),
+            lambda state: state.update(frozen_param_fragments={}),
+            lambda state: state.update(
+                frozen_param_shapes={"encoder.norm": (1 << 40,)}, frozen_param_fragments={"encoder.norm": torch.ones(4)}
+            ),
+            lambda state: state.update(shared_params={"a": "b"}),
+        )
+    ):
+        folder = write_zero_checkpoint(tmp_path / "run", trained, 1, step=step, frozen=FROZEN)
+        (path,) = folder.glob("*model_states.pt")
+        state = torch.load(path)
+        change(state)
+        torch.save(state, path)
+        with pytest.raises(CheckpointError, match="do not have the layout of a ZeRO-3 engine"):
+            open_parameters(folder, 1)
 
 
 def test_a_tied_parameter_is_written_under_each_of_its_names(tmp_path: Path) -> None:

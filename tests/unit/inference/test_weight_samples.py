@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import logging
@@ -39,6 +40,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for export_format in ("arc-ds", "arc"):
         write_export(trained, folder / export_format, export_format=export_format)
     return folder
+
+
+def test_samples_are_the_values_that_earlier_exports_recorded(tmp_path: Path) -> None:
+    """The middle rows of at most 16 matrices, 32 values of each. Other places would refuse every recorded decoder."""
+    tensors = tiny.random_tensors(DECODER)
+    decoder = tiny.write_hf(tmp_path / "decoder", DECODER, tensors)
+    opened = open_decoder(decoder, "checkpoint")
+    found = sample_weights(opened)
+    values = torch.frombuffer(bytearray(base64.b64decode(found["samples"])), dtype=torch.float32)
+    names = [name for name, tensor in tensors.items() if tensor.dim() == 2]
+    assert len(names) == 16 and values.numel() == 16 * 32 and not found["gguf"]
+    places = [place * (DECODER.hidden_size - 1) // 31 for place in range(32)]
+    rows = {name: tensors[name][tensors[name].shape[0] // 2] for name in names}
+    embedding = rows["tok_embeddings.weight"][places]
+    assert any(torch.equal(sample, embedding) for sample in values.reshape(-1, 32))
 
 
 def resave(decoder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

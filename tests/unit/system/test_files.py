@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
         (new / "two").write_text("2")
         raise RuntimeError
     assert [path.name for path in out.rglob("*")] == ["inner", "one"]
-    with whole_folder(out) as new:
+    with whole_folder(out, overwrite=True) as new:
         (new / "two").write_text("2")
     assert [path.name for path in out.iterdir()] == ["two"]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -74,17 +75,39 @@ def test_the_old_folder_is_restored_if_the_new_one_cannot_be_renamed(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(StorageError, match="out cannot be written: no space"), whole_folder(out) as new:
+    with pytest.raises(StorageError, match="no space"), whole_folder(out, overwrite=True) as new:
         (new / "new").write_text("2")
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/old"]
 
 
-def test_a_folder_left_by_a_killed_process_of_the_same_number_is_replaced(tmp_path: Path) -> None:
-    left = tmp_path / f".out.partial-{os.getpid()}"
-    left.mkdir()
-    (left / "half").write_text("1")
+def test_partial_folders_of_killed_processes_are_deleted_and_others_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in (f".out.partial-{os.getpid()}", ".out.partial-1", ".out.partial-2", ".out.old-1", ".other.partial-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("1")
+    alive = os.open(tmp_path / ".out.partial-2", os.O_RDONLY)
+    fcntl.flock(alive, fcntl.LOCK_SH)
     with whole_folder(tmp_path / "out") as new:
         assert not list(new.iterdir())
+        assert {path.name for path in tmp_path.iterdir()} == {
+            *(new.name, ".out.partial-2", ".out.old-1", ".other.partial-1")
+        }
+        other = os.open(new, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+    os.close(alive)
+    assert ".out.old-1 is an earlier" in caplog.text and "rename it to get it back" in caplog.text
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    message = "another process has written .*out meanwhile"
+    with pytest.raises(StorageError, match=message), whole_folder(tmp_path / "out") as new:
+        (new / "mine").write_text("1")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("2")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/theirs"]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ NO_PATHS = {
     *("overrides", "format", "prompt", "stop", "text_field", "quality_field", "member", "register", "help"),
     *("upstream", "upstream_model", "host", "api_key", "name"),
 }
-NAMES_OF_DECODERS = {("import", "decoder")}
+NAMES_OF_DECODERS = {("import", "decoder"), ("export", "decoder")}
 
 
 @pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("train", "doctor")])

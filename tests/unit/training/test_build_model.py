@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.errors import ConfigError, TokenizerError, WeightsError
 from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.export.formats import write_export
+from arc_ds.inference.decoders import open_decoder
+from arc_ds.inference.weight_samples import sample_weights
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.tokenizers import ids_digest, load_tokenizer
@@ -28,7 +32,7 @@ from arc_ds.training.build_model import (
     open_starting_weights,
     starting_compressor,
 )
-from arc_ds.training.ports import warn_of_ports
+from arc_ds.training.ports import PortRecord, saved_ports, warn_of_ports
 from tests.helpers.tiny_data import swap_letters, write_json_tokenizer
 from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf, write_mistral
 from tests.helpers.tiny_run import write_inputs
@@ -106,6 +110,19 @@ def test_weights_of_another_meaning_are_refused(
     config = _from_export(config_file, override)
     with pytest.raises(ConfigError, match=f"init_from.*{named}"):
         _start(config)
+
+
+def test_a_decoder_with_another_rotary_scaling_than_in_training_is_refused(
+    config_file: Path, tmp_path: Path, trained: TrainedCompressor
+) -> None:
+    folder = shutil.copytree(config_file.parent / "wide", tmp_path / "wide")
+    plain = json.loads((folder / "config.json").read_text())
+    plain["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(plain))
+    named = f"decoders=[{{name: wide, backbone: {folder}, rope_scaling: %s}}]"
+    _start(_from_export(config_file, named % "checkpoint"))
+    with pytest.raises(ConfigError, match="rope_scaling of decoder wide: None here, RopeScaling"):
+        _start(_from_export(config_file, named % "none"))
 
 
 def test_starting_weights_serve_both_implementations(config_file: Path, trained: TrainedCompressor) -> None:
@@ -191,21 +208,52 @@ def test_a_new_decoder_without_a_fresh_bridge_is_told_so(
 def test_stale_and_renamed_ports_are_warned_of(
     config_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = _export(config_file, tmp_path, compressor_spec(load_config(config_file)), ("wide", "other"))
+    wide = config_file.parent / "wide"
+    other = shutil.copytree(wide, tmp_path / "other")
+    (file,) = other.glob("*.safetensors")
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    ours = {"wide": _samples(wide)}
+    folder = _export(config_file, tmp_path, compressor_spec(load_config(config_file)), ("wide", "other"), ours)
 
-    def warnings(name: str, *, trains_encoder: bool) -> str:
-        new = f"decoders=[{{name: {name}, backbone: {config_file.parent / 'wide'}}}]"
-        config = load_config(config_file, [f"encoder.init_from={folder}", new])
+    def warnings(name: str, *changes: str, backbone: Path = wide, trains_encoder: bool = False) -> str:
+        new = f"decoders=[{{name: {name}, backbone: {backbone}}}]"
+        config = load_config(config_file, [f"encoder.init_from={folder}", new, *changes])
         weights = open_starting_weights(config, compressor_spec(config))
+        decoder = TrainedFor(name=name, rope_scaling="checkpoint")
+        records = [PortRecord(decoder=decoder, ids_digest=None, weights=_samples(backbone))]
         caplog.clear()
-        warn_of_ports(config, weights.plan, weights.folder, trains_encoder=trains_encoder)
+        warn_of_ports(config, records, weights.plan, weights.folder, trains_encoder=trains_encoder)
         return caplog.text
 
-    assert not warnings("wide", trains_encoder=False)
+    assert not warnings("wide")
     assert "keeps the bridges and markers of other unchanged" in warnings("wide", trains_encoder=True)
-    renamed = warnings("renamed", trains_encoder=False)
-    assert "decoder renamed continues the bridge and markers of wide" in renamed
+    renamed = warnings("renamed")
+    assert "decoder renamed continues the bridge and markers of wide, which are at its place" in renamed
     assert "set decoders.0.fresh_bridge=true" in renamed
+    changed = warnings("wide", backbone=other)
+    assert "of wide, which were trained for another model: samples of its weights differ by 50.0%" in changed
+    assert "set decoders.0.fresh_bridge=true" in changed
+    assert not warnings("wide", "decoders.0.fresh_bridge=true", backbone=other)
+
+
+def test_kept_ports_keep_their_records(config_file: Path, tmp_path: Path) -> None:
+    folder = _export(config_file, tmp_path, compressor_spec(load_config(config_file)), ("wide", "other"))
+    new = f"decoders=[{{name: new, backbone: {config_file.parent / 'wide'}, fresh_bridge: true}}]"
+    config = load_config(config_file, [f"encoder.init_from={folder}", new])
+    spec = compressor_spec(config)
+    opened = open_starting_weights(config, spec)
+    assert opened.folder is not None
+    settings = {"rope_scaling": "none", "bos": False, "ids_digest": "a", "weights": {"samples": "", "gguf": True}}
+    theirs = [
+        dataclasses.replace(decoder, implementation=implementation, **settings)
+        for decoder, implementation in zip(opened.folder.decoders, ("transformers", "auto"), strict=True)
+    ]
+    record = PortRecord(decoder=TrainedFor(name="new", rope_scaling="none"), ids_digest=None, weights=None)
+    found = saved_ports([record], spec, opened.plan, dataclasses.replace(opened.folder, decoders=tuple(theirs)))
+    assert found.records[2] == record and found.spec.decoder_sizes == (48, 32, 48)
+    for kept, name, implementation in zip(found.records, ("wide", "other"), ("transformers", "native"), strict=False):
+        expected = TrainedFor(name=name, rope_scaling="none", implementation=implementation, bos=False)
+        assert kept == PortRecord(decoder=expected, ids_digest="a", weights=settings["weights"])
 
 
 def test_the_first_memory_tokens_are_a_start(config_file: Path, tmp_path: Path) -> None:
@@ -348,7 +396,17 @@ def _decoders(config_file: Path, *names: str) -> str:
     return "decoders=[" + ", ".join(f"{{name: {n}, backbone: {config_file.parent / n}}}" for n in names) + "]"
 
 
-def _export(config_file: Path, folder: Path, spec: CompressorSpec, names: tuple[str, ...]) -> Path:
+def _samples(backbone: Path) -> dict[str, Any]:
+    return sample_weights(open_decoder(backbone, "checkpoint"))
+
+
+def _export(
+    config_file: Path,
+    folder: Path,
+    spec: CompressorSpec,
+    names: tuple[str, ...],
+    weights: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
     """Write an export of a compressor with random weights for some decoders."""
     trained = TrainedCompressor(
         spec=spec,
@@ -356,6 +414,7 @@ def _export(config_file: Path, folder: Path, spec: CompressorSpec, names: tuple[
         step=3,
         encoder_tokenizer=str(config_file.parent / "encoder"),
         decoders=tuple(TrainedFor(name=name, rope_scaling="checkpoint") for name in names),
+        decoder_weights=weights or {},
     )
     write_export(trained, folder / "out")
     return folder / "out"

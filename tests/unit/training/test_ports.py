@@ -37,6 +37,7 @@ def frozen(name: str) -> DecoderConfig:
         ([decoder("a"), decoder("b")], [None, None], (0, 1), (0, 1), ()),
         ([frozen("a"), decoder("c", fresh_bridge=True)], [None], (None,), (1,), (KeptPort(0, 0, "a"),)),
         ([decoder("c", fresh_bridge=True)], [None], (None,), (1,), (KeptPort(0, 0, "decoder0"),)),
+        ([decoder("decoder0", fresh_bridge=True)], [None], (None,), (1,), (KeptPort(0, 0, "decoder0_"),)),
         # A fresh port replaces the one of the same name.
         ([decoder("a", fresh_bridge=True)], ["a", "b"], (None,), (0,), (KeptPort(1, 1, "b"),)),
     ],

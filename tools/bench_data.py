@@ -20,19 +20,16 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import csv
 import datetime
 import importlib.util
 import os
-import platform
 import pstats
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +39,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+from bench_rows import append, commit, machine
 
-import arc_ds
 from arc_ds.batch.packing import PoolingSpec
 from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.data.loading.loader import StepData
@@ -302,40 +299,12 @@ def remove_caches(shards: Path) -> None:
         shutil.rmtree(folder)
 
 
-def machine() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def commit() -> str:
-    """Git commit of this checkout; the version of arc_ds outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return arc_ds.__version__
-
-
 def shown(row: Row) -> str:
     """A row as readable text."""
     return (
         f"{row.encoder} -> {row.decoder}, {row.ids}: {row.records_per_s} records/s, {row.encoder_tokens_per_s} encoder "
         f"tokens/s, {row.decoder_rows_per_s} rows/s on one core ({row.us_per_record} us per record)"
     )
-
-
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to a CSV file; a new file starts with a header."""
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 if __name__ == "__main__":

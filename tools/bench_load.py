@@ -17,26 +17,22 @@ resident set size of a rank above that before loading. It includes pages of memo
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bench_rows import append, commit, machine
 from safetensors.torch import save_file
 from torch import Tensor
-
-import arc_ds
 
 METHODS = ("own rows", "broadcast")
 _VERSIONS = ("torch", "deepspeed", "safetensors")
@@ -262,21 +258,6 @@ def peak_bytes(*, reset: bool = False) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def machine() -> str:
-    """Name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def commit() -> str:
-    """Git commit of this checkout; the version of arc_ds outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return arc_ds.__version__
-
-
 def shown(row: Row) -> str:
     """A row as readable text."""
     return (
@@ -284,16 +265,6 @@ def shown(row: Row) -> str:
         f"{row.load_s} s ({row.mb_per_s} MB/s), {row.read_gb} GB read per rank, peak memory "
         f"{row.above_base_mib} MiB above base"
     )
-
-
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to a CSV file; a new file starts with a header."""
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 if __name__ == "__main__":

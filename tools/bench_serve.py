@@ -17,27 +17,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import datetime
 import importlib.util
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import aiohttp
+from bench_rows import append, commit, machine
 
-import arc_ds
 from arc_ds.errors import ArcError, DataError
 from arc_ds.system.user_paths import path_argument
 
@@ -224,41 +222,12 @@ async def ask(session: aiohttp.ClientSession, url: str, text: str, tokens: int) 
     return Reply(first_s, usage)
 
 
-def machine() -> str:
-    """Name of the processor, and the number of cores of this process."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
-
-
-def commit() -> str:
-    """Git commit of this checkout; the version of arc_ds outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return arc_ds.__version__
-
-
 def shown(row: Row) -> str:
     """A row as readable text."""
     return (
         f"{row.way:6}: {row.requests_per_s} requests/s, first token after {row.first_token_ms:.0f} ms (median), "
         f"{row.first_token_p95_ms:.0f} ms (95%), {row.prompt_rows} rows per prompt"
     )
-
-
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to a CSV file; a new file gets a header."""
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 if __name__ == "__main__":

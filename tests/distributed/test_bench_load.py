@@ -18,6 +18,7 @@ def test_both_ways_are_measured_and_appended(tmp_path: Path, monkeypatch: pytest
     out = tmp_path / "rows.csv"
     sizes = ["--gb", "0.005", "--hidden", "256", "--ranks", "2", "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", ["bench_load.py", "--folder", str(tmp_path / "model"), *sizes, "--out", str(out)])
+    monkeypatch.syspath_prepend(str(TOOL.parent))
     spec = importlib.util.spec_from_file_location("bench_load", TOOL)
     assert spec is not None and spec.loader is not None
     program = importlib.util.module_from_spec(spec)

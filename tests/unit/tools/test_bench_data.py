@@ -26,6 +26,7 @@ def test_rows_of_both_ways_are_appended(
     options = ["--tokenizer", f"tiny={tokenizer}", "--text", str(tmp_path / "text.txt"), "--out", str(out)]
     sizes = ["--steps", "2", "--repeats", "2", "--batch-size", "4", "--shards", str(tmp_path / "shards"), "--profile"]
     monkeypatch.setattr(sys, "argv", ["bench_data.py", *options, *sizes])
+    monkeypatch.syspath_prepend(str(TOOL.parent))
     spec = importlib.util.spec_from_file_location("bench_data", TOOL)
     assert spec is not None and spec.loader is not None
     program = importlib.util.module_from_spec(spec)

@@ -206,7 +206,13 @@ def _facts_of_spec(path: Path, folder: ArcFolder) -> Facts:
     config = _try(Fields.read, path / (EXPORT_CONFIG if _is_export(path) else ARC_DECODERS)) or Fields({}, str(path))
     named = config.get("decoders", [{}] * len(folder.decoders))
     decoders = [
-        {"name": entry.get("name"), "hidden_size": size, "rope_scaling": settings.rope_scaling, "bos": settings.bos}
+        {
+            "name": entry.get("name"),
+            "hidden_size": size,
+            "rope_scaling": settings.rope_scaling,
+            "bos": settings.bos,
+            "chat_template": settings.chat_template,
+        }
         for entry, size, settings in zip(named, spec.decoder_sizes, folder.decoders, strict=True)
     ]
     return {

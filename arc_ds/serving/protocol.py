@@ -184,7 +184,7 @@ class Delta(NamedTuple):
 def parse_json(raw: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises RequestError."""
     try:
-        plain = json.loads(raw.decode("utf-8"))
+        plain = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise RequestError(400, f"the body is not UTF-8 ({error}). Send JSON in UTF-8.", code="invalid_utf8") from error
     except (ValueError, RecursionError) as error:

@@ -119,7 +119,8 @@ class Service:
         options = read_options(body, self.settings, stops)
         chat = prompts.read_chat(body, self._marker)
         documents = [context for turn in chat.turns for context in turn.documents]
-        self._check_size(documents, chat.system, *(turn.words for turn in chat.turns))
+        said = [text for turn in chat.turns for text in (turn.words, turn.answer or "")]
+        self._check_size(documents, chat.system, *said)
         if not self._has_decoder:
             return self._request(body, None, self._contexts(documents), chat, "", options)
         has_lead = is_plain or bool(chat.turns[-1].documents)

@@ -345,8 +345,8 @@ def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings
     if len(settings) != num_decoders or len(entries) != num_decoders:
         raise WeightsError(
             f"{plain.where}: expected `decoders` to give the rope_scaling ({' or '.join(get_args(RopeScalingChoice))}) "
-            f"and bos (true or false) of {num_decoders} decoders, and an implementation "
-            f"({' or '.join(get_args(Implementation))}) if any, and a chat_template ({' or '.join(get_args(LayoutName))}) "
-            f"if any; got {decoders!r}. Export the checkpoint again."
+            f"and bos (true or false) of {num_decoders} decoders, and, if any, an implementation "
+            f"({' or '.join(get_args(Implementation))}) and a chat_template ({' or '.join(get_args(LayoutName))}); got "
+            f"{decoders!r}. Export the checkpoint again."
         )
     return tuple(settings)

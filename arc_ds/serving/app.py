@@ -28,6 +28,7 @@ T = TypeVar("T")
 _PATHS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/compress", "/v1/models", "/health", "/metrics"))
 _DRAINED_BODIES = 8  # bodies beyond the limit are read up to this multiple, so that the client reads the answer
 _BODY_S = 60.0
+_STOPPING = RequestError(503, "the server is stopping; ask another one", code="stopping", headers={"retry-after": "5"})
 
 
 class ServerState:
@@ -127,13 +128,17 @@ class _Gate:
             return
         metrics, path = self._service.metrics, scope["path"]
         label = path if path in _PATHS else "other"
-        started, status = time.monotonic(), 500
+        started, status, is_begun, is_stuck = time.monotonic(), 500, False, False
 
         async def count(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_begun, is_stuck
             if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
+                status, is_begun = message["status"], True
+            try:
+                await asyncio.wait_for(send(message), self._service.settings.timeout_s)
+            except asyncio.TimeoutError:
+                is_stuck = True
+                raise
 
         error = self._error(scope)
         self._state.running += 1
@@ -143,6 +148,15 @@ class _Gate:
                 await _refusal(error)(scope, receive, count)
             else:
                 await self._app(scope, receive, count)
+        except Exception:
+            if not is_stuck:
+                raise
+            logger.warning(f"{path}: a client did not read its answer for {self._service.settings.timeout_s:g} s")
+        except asyncio.CancelledError:
+            if not self._state.is_stopping:
+                raise
+            if not is_begun:
+                await _refusal(_STOPPING)(scope, receive, count)
         finally:
             self._state.running -= 1
             metrics.running.dec()
@@ -157,8 +171,7 @@ class _Gate:
                 message = "the API key is missing or wrong: send the header `Authorization: Bearer KEY`"
                 return RequestError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         if self._state.is_stopping and path != "/metrics":
-            headers = {"retry-after": "5"}
-            return RequestError(503, "the server is stopping; ask another one", code="stopping", headers=headers)
+            return _STOPPING
         return None
 
 
@@ -284,7 +297,7 @@ async def _generate(kind: Kind, request: Request, service: Service, state: Serve
             events = _events(frame, reply, first, wait, with_usage=asked.with_usage)
             is_handed_over = True
             headers["cache-control"] = "no-store"
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return _Stream(events, media_type="text/event-stream", headers=headers)
         texts = [first.text]
         last = first
         while last.finish is None:
@@ -295,6 +308,16 @@ async def _generate(kind: Kind, request: Request, service: Service, state: Serve
     finally:
         if not is_handed_over:
             wait.close()
+
+
+class _Stream(StreamingResponse):
+    """A stream that ends its generator, and so the work for it, as soon as nobody reads any more."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]  # it is an asynchronous generator
 
 
 async def _events(frame: Frame, reply: Reply, first: Delta, wait: _Patience, *, with_usage: bool) -> AsyncIterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -311,6 +313,32 @@ def test_a_client_that_hangs_up_ends_the_work_for_it(
     until(lambda: server.metric("arc_requests_running") == 0, 2.0)
     until(lambda: server.metric("arc_answer_tokens_total") > before, 2.0)
     assert server.metric("arc_answer_tokens_total") - before < 100
+
+
+def test_answers_that_no_client_waits_for_take_no_place_in_the_queue(
+    model: ArcModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(model, monkeypatch, 0.01)
+    with served(model, waiting=2, threads=1, batch_prompts=1) as found:
+        first = raw_request(found, {**CHAT, "max_tokens": 250})
+        until(lambda: found.metric("arc_batch_size_count", work="generate") == 1)
+        waiting = [raw_request(found, CHAT) for _ in range(2)]
+        until(lambda: found.metric("arc_answers_waiting") == 2)
+        for opened in waiting:
+            opened.close()
+        until(lambda: found.metric("arc_answers_waiting") == 0, 2.0)
+        assert found.metric("arc_batch_size_count", work="generate") == 1, "the first answer still runs"
+        first.close()
+        assert found.ask("/v1/chat/completions", CHAT).status == 200
+
+
+def test_connections_beyond_the_files_of_the_process_give_one_warning(
+    server: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            server.server._on_loop_error(None, {"exception": OSError(errno.EMFILE, "Too many open files")})
+    assert len(caplog.messages) == 1 and "ulimit -n" in caplog.text
 
 
 def test_a_client_that_hangs_up_early_costs_no_compression(model: ArcModel) -> None:

@@ -7,7 +7,7 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -66,7 +66,7 @@ def create_app(service: Service, state: ServerState) -> FastAPI:
 
     @app.post("/v1/compress")
     async def compress(request: Request) -> Response:
-        async with _Patience(request, settings) as wait:
+        with closing(_Patience(request, settings)) as wait:
             with _Body(request, settings, state) as body:
                 raw = await wait(body.read())
                 wait.watch()
@@ -77,14 +77,13 @@ def create_app(service: Service, state: ServerState) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        entry = {"id": settings.name, "object": "model", "created": started, "owned_by": "arc-ds"}
         return _json({"object": "list", "data": [entry]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != settings.name:
             raise RequestError(404, f"the model {name!r} does not exist here", param="model", code="model_not_found")
-        return _json({"id": settings.name, "object": "model", "created": started, "owned_by": "arc-ds"})
+        return _json(entry)
 
     @app.get("/health")
     async def health() -> Response:
@@ -111,7 +110,7 @@ def create_app(service: Service, state: ServerState) -> FastAPI:
     async def failed(_: Request, error: Exception) -> Response:
         return _refusal(RequestError(500, "the server failed to answer; its log has the reason"))
 
-    started = int(time.time())
+    entry = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "arc-ds"}
     app.add_middleware(_Gate, service=service, state=state)
     return app
 
@@ -185,12 +184,6 @@ class _Patience:
         self._request, self._settings = request, settings
         self._deadline = time.monotonic() + settings.timeout_s
         self._gone: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> _Patience:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
 
     def watch(self) -> None:
         """Notice from now on if the client hangs up. Its body must have been read."""
@@ -288,20 +281,18 @@ async def _generate(kind: Kind, request: Request, service: Service, state: Serve
         del raw
         reply = await wait(service.reply(asked))
         # The first piece decides about the status, so it comes before the headers.
-        deltas = reply.answer.deltas
-        first = await wait(_next(deltas))
+        first = await wait(_next(reply.deltas))
         service.metrics.first_token.observe(time.monotonic() - started)
         frame = Frame(kind=kind, model=service.settings.name)
-        headers = {} if reply.answer.fallback is None else {FALLBACK_HEADER: reply.answer.fallback}
+        headers = {} if reply.fallback is None else {FALLBACK_HEADER: reply.fallback}
         if asked.is_stream:
             events = _events(frame, reply, first, wait, with_usage=asked.with_usage)
             is_handed_over = True
             headers["cache-control"] = "no-store"
             return _Stream(events, media_type="text/event-stream", headers=headers)
-        texts = [first.text]
-        last = first
+        texts, last = [first.text], first
         while last.finish is None:
-            last = await wait(_next(deltas))
+            last = await wait(_next(reply.deltas))
             texts.append(last.text)
         usage = replace(reply.usage, completion_tokens=last.num_tokens)
         return _json(frame.answer("".join(texts), last.finish, usage), headers=headers)
@@ -332,7 +323,7 @@ async def _events(frame: Frame, reply: Reply, first: Delta, wait: _Patience, *, 
                 is_first = False
                 if delta.finish is not None:
                     break
-            delta = await wait(_next(reply.answer.deltas))
+            delta = await wait(_next(reply.deltas))
         yield _event(frame.chunk("", delta.finish, is_first=False))
         if with_usage:
             yield _event(frame.usage_chunk(replace(reply.usage, completion_tokens=delta.num_tokens)))
@@ -343,7 +334,7 @@ async def _events(frame: Frame, reply: Reply, first: Delta, wait: _Patience, *, 
         return
     finally:
         wait.close()
-        await reply.answer.deltas.aclose()  # type: ignore[attr-defined]  # they are asynchronous generators
+        await reply.deltas.aclose()  # type: ignore[attr-defined]  # they are asynchronous generators
 
 
 async def _next(deltas: AsyncIterator[Delta]) -> Delta:

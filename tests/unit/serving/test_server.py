@@ -188,6 +188,22 @@ def test_a_mistake_gets_one_clear_error(server: Served, path: str, body: Any, st
     assert reply.error["type"] == "invalid_request_error"
 
 
+def test_as_many_documents_as_the_server_takes_are_accepted(server: Served) -> None:
+    assert server.ask("/v1/compress", {"documents": ["x"] * 8}).status == 200
+
+
+def test_the_words_of_an_assistant_count_too(model: ArcModel) -> None:
+    said = [{"role": role, "content": "x" * size} for role, size in (("user", 1), ("assistant", 400), ("user", 1))]
+    with served(model, prompt_rows=10) as found:
+        reply = found.ask("/v1/chat/completions", {"messages": said})
+    assert reply.status == 400 and "402 characters: more than 10 tokens" in reply.error["message"]
+
+
+def test_a_byte_order_mark_before_a_body_is_no_part_of_it(server: Served) -> None:
+    body = json.dumps({"documents": ["x"]}).encode("utf-8-sig")
+    assert server.ask("/v1/compress", body).status == 200
+
+
 def test_fields_that_ask_for_nothing_are_accepted(server: Served, model: ArcModel) -> None:
     harmless = {"n": 1, "logprobs": False, "tools": [], "presence_penalty": 0.0, "frequency_penalty": 0, "user": "me"}
     nothing = dict.fromkeys(("stop", "seed", "temperature", "top_p", "stream", "logit_bias", "tool_choice", "model"))
@@ -362,6 +378,27 @@ def test_answers_that_wait_are_generated_as_one_batch(model: ArcModel, monkeypat
         assert reply.text == text and reply.json["usage"]["completion_tokens"] == 4 + n
 
 
+@pytest.mark.parametrize("work", ["generate_ids", "compress"])
+def test_a_batch_is_bounded_by_its_rows_or_tokens(model: ArcModel, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
+    run, sizes = getattr(ArcModel, work), []
+
+    def recorded(self: ArcModel, lines: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(lines))
+        time.sleep(0.05)
+        return run(self, lines, *args, **options)
+
+    monkeypatch.setattr(ArcModel, work, recorded)
+    texts = [f"{n} lamps of stone." for n in range(8)]  # 17 tokens
+    with served(model, threads=1, batch_rows=50, compress_tokens=50) as found, ThreadPoolExecutor(8) as pool:
+        if work == "compress":
+            assert found.ask("/v1/compress", {"documents": texts}).status == 200
+        else:
+            bodies = [{"prompt": text, "max_tokens": 4} for text in texts]
+            replies = list(pool.map(lambda body: found.ask("/v1/completions", body), bodies))
+            assert {reply.status for reply in replies} == {200}
+    assert max(sizes) == 2 and sum(sizes) == 8
+
+
 def test_a_request_that_takes_too_long_gets_504(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> None:
     slowed(model, monkeypatch)
     with served(model, timeout_s=0.6) as found:
@@ -397,6 +434,18 @@ def test_a_stopping_server_finishes_its_answers_and_refuses_others(
         assert found.ask("/health").status == 503
         assert running.result().status == 200 and running.result().json["usage"]["completion_tokens"] == 40
         until(lambda: found.server.should_exit)
+
+
+def test_a_second_signal_ends_the_answers_that_run(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(model, monkeypatch)
+    with served(model) as found, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(found.ask, "/v1/chat/completions", {**CHAT, "max_tokens": 250})
+        until(lambda: found.metric("arc_batch_size_count", work="generate") == 1)
+        started = time.monotonic()
+        for _ in range(2):
+            found.server.handle_exit(15, None)
+        assert running.result().status == 503 and running.result().error["code"] == "stopping"
+        assert time.monotonic() - started < 3
 
 
 def test_a_prompt_at_fault_does_not_fail_the_others_of_its_batch(

@@ -160,6 +160,11 @@ def test_conversations_that_no_template_can_write_are_refused(messages: list[dic
         chat(*messages)
 
 
+def test_documents_of_the_request_come_before_those_of_the_last_message() -> None:
+    turns = chat(user("q", document("b")), documents=["a"]).turns
+    assert [context.text for context in turns[-1].documents] == ["a", "b"]
+
+
 def test_adjacent_messages_of_one_role_are_one() -> None:
     found = chat(user("a"), user("b", document("d")), {"role": "assistant", "content": "c"}, user("e"))
     first, last = found.turns

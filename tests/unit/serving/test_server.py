@@ -388,8 +388,12 @@ def test_a_batch_is_bounded_by_its_rows_or_tokens(model: ArcModel, monkeypatch: 
         return run(self, lines, *args, **options)
 
     monkeypatch.setattr(ArcModel, work, recorded)
-    texts = [f"{n} lamps of stone." for n in range(8)]  # 17 tokens
-    with served(model, threads=1, batch_rows=50, compress_tokens=50) as found, ThreadPoolExecutor(8) as pool:
+    texts = [f"{n} lamps of stone." for n in range(8)]
+    encoder, decoder = model.encoder_tokenizer, model.decoder_tokenizers[0]
+    assert encoder is not None and decoder is not None
+    tokens, rows = len(encoder.encode(texts[0])), 1 + len(decoder.encode(texts[0])) + 4
+    limits = {"batch_rows": 2 * rows, "compress_tokens": 3 * tokens - 1}
+    with served(model, threads=1, **limits) as found, ThreadPoolExecutor(8) as pool:
         if work == "compress":
             assert found.ask("/v1/compress", {"documents": texts}).status == 200
         else:

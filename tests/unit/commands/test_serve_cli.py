@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,19 @@ def test_chats_are_written_in_the_template_of_training_unless_an_option_says_oth
     files = ["--model", str(tmp_path / "export"), "--decoder", str(tmp_path / "decoder")]
     assert main(["serve", *files, "--port", "0", *option]) == 0
     assert found == [written]
+
+
+def test_with_an_upstream_only_the_embedding_table_is_read(folders: Path, monkeypatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(Service, "__init__", lambda self, model, *rest: found.extend((model, rest)))
+    monkeypatch.setattr(Server, "__init__", lambda *_: None)
+    monkeypatch.setattr(Server, "run", lambda *_, **__: None)
+    monkeypatch.chdir(folders)
+    options = ["--upstream", "http://x", "--upstream-model", "y", "--port", "0", "--max-tokens", "99"]
+    assert main(["serve", "--model", "export", "--decoder", "decoder", *options]) == 0
+    model, (_, _, _, settings, upstream) = found
+    assert model.decoder_parts == "embedding" and (upstream.url, upstream.model) == ("http://x", "y")
+    assert (settings.max_tokens, settings.default_tokens) == (99, 99), "a request without max_tokens is no mistake"
 
 
 @pytest.mark.parametrize("variable", ["ARC_API_KEY", "ARC_UPSTREAM_API_KEY"])

@@ -75,7 +75,8 @@ def test_two_servers_share_one_folder_and_its_limit(tmp_path: Path) -> None:
     for n in range(1, 40):
         caches[n % 2].write(key(n), vectors(n))
         assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) <= 2000 + size
-    caches[0].read(key(39), 8)
+    for _ in range(2):
+        caches[0].read(key(39), 8)
     caches[0].write(key(38), vectors(38))
     assert caches[0]._file_bytes == sum(caches[0]._files.values()), "a file that is read or written twice counts once"
 

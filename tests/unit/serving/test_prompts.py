@@ -128,6 +128,13 @@ def test_a_chat_without_documents_is_a_plain_turn_of_its_template(model: ArcMode
     assert decoder_of(model).decode(list(words)) == "user\nBe brief.\n\nHello\nassistant\n"
 
 
+def test_instructions_stand_before_the_first_turn_only(model: ArcModel) -> None:
+    found = chat({"role": "system", "content": "Brief."}, user("a"), {"role": "assistant", "content": "b"}, user("c"))
+    (segment,) = prompts.chat_segments(found, layout_of(model), encoder_of(model), decoder_of(model))
+    words = decoder_of(model).decode([idx for idx in segment.ids if idx > 1])
+    assert words == "user\nBrief.\n\na\nassistant\nb\nuser\nc\nassistant\n"
+
+
 def test_names_of_special_tokens_in_a_message_stay_text(model: ArcModel) -> None:
     layout = layout_of(model)
     for text in ("</s>", "<s>assistant"):

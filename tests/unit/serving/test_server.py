@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load
 
 from arc_ds import ArcModel, Context
+from arc_ds.export.formats import write_export
 from tests.helpers.served import Served, served, until
+from tests.helpers.tiny_export import tiny_trained, write_decoder
 
 DOCUMENT, OTHER, QUESTION = "The wind came from the sea.", "A lamp of stone.", "Which lamp held?"
 CHAT = {"messages": [{"role": "user", "content": QUESTION}], "documents": [DOCUMENT], "max_tokens": 24}
@@ -167,6 +169,7 @@ MISTAKES: list[tuple[str, Any, int, str]] = [
     ("chat/completions", chat(stop=[""]), 400, "`stop.0`"),
     ("chat/completions", chat(stop=["x"] * 17), 400, "`stop`"),
     ("chat/completions", chat(n=2), 400, "`n` is not supported"),
+    ("chat/completions", chat(n=True), 400, "`n` is not supported"),
     ("chat/completions", chat(logprobs=True), 400, "`logprobs` is not supported"),
     ("chat/completions", chat(tools=[{}]), 400, "`tools` is not supported"),
     ("chat/completions", chat(model="gpt-4"), 404, "the model 'gpt-4' does not exist here; this server has 'arc'"),
@@ -438,6 +441,28 @@ def test_a_stopping_server_finishes_its_answers_and_refuses_others(
         assert found.ask("/health").status == 503
         assert running.result().status == 200 and running.result().json["usage"]["completion_tokens"] == 40
         until(lambda: found.server.should_exit)
+
+
+def test_answers_that_outlast_the_grace_are_given_up(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(model, monkeypatch, 0.05)
+    with served(model, grace_s=0.3) as found, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(found.ask, "/v1/chat/completions", {**CHAT, "max_tokens": 250})
+        until(lambda: found.metric("arc_batch_size_count", work="generate") == 1)
+        found.server.handle_exit(15, None)
+        until(lambda: found.server.should_exit, 3.0)
+        found.server.handle_exit(15, None)
+        assert running.result().status == 503
+
+
+def test_vectors_are_those_of_the_port_of_the_decoder(tmp_path: Path) -> None:
+    write_export(tiny_trained(tmp_path / "run", decoder_sizes=(48, 48)), tmp_path / "export")
+    decoders = [write_decoder(tmp_path / name).parent / name for name in ("first", "second")]
+    model = ArcModel.from_checkpoint(tmp_path / "export", decoders=decoders)
+    with served(model, decoder=1) as found:
+        vectors = load(found.ask("/v1/compress", {"documents": [DOCUMENT]}).raw)["context_0"]
+    first, second = (model.compress([DOCUMENT], decoder)[0] for decoder in range(2))
+    torch.testing.assert_close(vectors, second)
+    assert not torch.allclose(vectors, first)
 
 
 def test_a_second_signal_ends_the_answers_that_run(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> None:

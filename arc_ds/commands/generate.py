@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, get_args
+from typing import Any
 
 from arc_ds.commands.generate_lines import generate_lines
-from arc_ds.commands.model_options import add_model, chosen_marker, load_model
+from arc_ds.commands.model_options import add_chat_template, add_decoders, add_model, chosen_marker, load_model
 from arc_ds.commands.text_inputs import STDIN, add_on_error, read_text
-from arc_ds.data.tasks.chat import LayoutName
 from arc_ds.errors import ConfigError
 from arc_ds.inference.generate import MAX_NEW_TOKENS, Sampling, whole_number
 from arc_ds.inference.tags import parse_prompt
@@ -25,21 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "'instruction'?} in the format of training. The same command continues after a stop.",
     )
     add_model(generate)
-    generate.add_argument(
-        "--decoder",
-        type=path_argument,
-        action="append",
-        required=True,
-        help="weights of each decoder, in the export's order",
-    )
-    generate.add_argument(
-        "--force", action="store_true", help="use a decoder that is another model than the one of the training"
-    )
-    generate.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="let decoders that run through transformers run the Python files in their folders; read them first",
-    )
+    add_decoders(generate, required=True)
     generate.add_argument("prompt", nargs="?", help="the prompt; - reads it from standard input")
     generate.add_argument(
         "--input", type=path_argument, help="JSONL file of prompts or questions, in place of a prompt"
@@ -48,12 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--output", type=path_argument, help="JSONL file to append {'id', 'text', 'input_digest'} to, in their order"
     )
     generate.add_argument("--batch-size", type=int, default=8, help="prompts of a file at once (default %(default)s)")
-    generate.add_argument(
-        "--chat-template",
-        choices=get_args(LayoutName),
-        default="none",
-        help="chat template for the questions of a file, as decoders[].chat_template in training (default none)",
-    )
+    add_chat_template(generate, unknown="none")
     add_on_error(generate)
     generate.add_argument("--max-new-tokens", type=int, default=64, help="maximum number of new tokens (default 64)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")

@@ -24,9 +24,9 @@ from typing import Any, BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from arc_ds.batch.segments import Marker, Segment
-from arc_ds.commands.model_options import chosen_marker, load_model
+from arc_ds.commands.model_options import chosen_marker, chosen_template, load_model
 from arc_ds.commands.text_inputs import Faults, id_of, parse_line, read_lines, size_of
-from arc_ds.data.tasks.chat import PLAIN, Layout, read_layout
+from arc_ds.data.tasks.chat import Layout, read_layout
 from arc_ds.data.tasks.contexts import read_passages
 from arc_ds.data.tasks.example import ExampleSpec
 from arc_ds.data.tasks.limits import TaskLimits
@@ -188,10 +188,9 @@ def _texts_of(record: dict[str, Any], field: str) -> list[str]:
 def _layout(args: argparse.Namespace, model: ArcModel) -> Layout:
     """The layout of questions."""
     tokenizer = model.decoder_tokenizers[args.decoder_idx]
-    if args.chat_template == "none":
-        return PLAIN
     assert tokenizer is not None, "generate() raises without one"
-    return read_layout(args.chat_template, tokenizer, tokenizer_file(args.decoder[args.decoder_idx]))
+    name = chosen_template(args, model) or "none"
+    return read_layout(name, tokenizer, tokenizer_file(args.decoder[args.decoder_idx]))
 
 
 def _earlier_digests(file: BinaryIO, path: Path) -> dict[RecordId, str]:

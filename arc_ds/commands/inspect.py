@@ -210,7 +210,13 @@ def _facts_of_compressor(path: Path, encoder_backbone: Path | None) -> Facts:
 def _facts_of_training(path: Path, folder: ArcFolder) -> Facts:
     """The facts that the folder of a compressor records about its training."""
     decoders = [
-        {"name": settings.name, "hidden_size": size, "rope_scaling": settings.rope_scaling, "bos": settings.bos}
+        {
+            "name": settings.name,
+            "hidden_size": size,
+            "rope_scaling": settings.rope_scaling,
+            "bos": settings.bos,
+            "chat_template": settings.chat_template,
+        }
         for size, settings in zip(folder.spec.decoder_sizes, folder.decoders, strict=True)
     ]
     step = Fields.read(path / EXPORT_CONFIG).get("step") if _is_export(path) else None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from arc_ds.batch.segments import MARKERS, Marker
+from arc_ds.data.tasks.chat import LayoutName
 from arc_ds.export.formats import DTYPES
 from arc_ds.inference.arc import ArcModel, DecoderParts
 from arc_ds.system.device import REQUESTS, select_device
@@ -33,6 +35,41 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=(*MARKERS, NO_MARKER),
         help="marker at the end of each context (default: cont if the model has it, else none)",
     )
+
+
+def add_decoders(parser: argparse.ArgumentParser, *, required: bool, note: str = "") -> None:
+    """Add the options that select the decoders. `note`: more help on `--decoder`."""
+    parser.add_argument(
+        "--decoder",
+        type=path_argument,
+        action="append",
+        default=[],
+        required=required,
+        help=f"weights of each decoder, in the export's order{note}",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="use a decoder that is another model than the one of the training"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let decoders that run through transformers run the Python files in their folders; read them first",
+    )
+
+
+def add_chat_template(parser: argparse.ArgumentParser, *, unknown: str) -> None:
+    """Add `--chat-template`. `unknown`: help on the template if the export records none."""
+    parser.add_argument(
+        "--chat-template",
+        choices=("auto", *get_args(LayoutName)),
+        default="auto",
+        help=f"chat template of questions (default auto: that of training; {unknown} if the export does not record it)",
+    )
+
+
+def chosen_template(args: argparse.Namespace, model: ArcModel) -> LayoutName | None:
+    """The chat template of `--chat-template`; None if it is "auto" and the one of training is unknown."""
+    return model.decoder_chat_templates[args.decoder_idx] if args.chat_template == "auto" else args.chat_template
 
 
 def chosen_marker(chosen: str | None, model: ArcModel) -> Marker | None:

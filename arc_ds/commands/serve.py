@@ -9,8 +9,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arc_ds.commands.model_options import add_model, chosen_marker, load_model
-from arc_ds.data.tasks.chat import PLAIN, Layout, LayoutName, read_layout
+from arc_ds.commands.model_options import (
+    add_chat_template,
+    add_decoders,
+    add_model,
+    chosen_marker,
+    chosen_template,
+    load_model,
+)
+from arc_ds.data.tasks.chat import PLAIN, Layout, read_layout
 from arc_ds.errors import ConfigError, TokenizerError
 from arc_ds.inference.arc import ArcModel
 from arc_ds.system.user_paths import path_argument
@@ -33,18 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add = parser.add_argument
     add_model(parser)
-    add(
-        "--decoder",
-        type=path_argument,
-        action="append",
-        default=[],
-        help="weights of each decoder, in the export's order; with --upstream only the embedding table is read",
-    )
-    add(
-        "--trust-remote-code",
-        action="store_true",
-        help="let decoders that run through transformers run the Python files in their folders",
-    )
+    add_decoders(parser, required=False, note="; with --upstream only the embedding table is read")
     add("--upstream", metavar="URL", help="a vLLM server that runs the decoder (--enable-prompt-embeds)")
     add("--upstream-model", metavar="NAME", help="the decoder's name there")
     add("--upstream-timeout", type=_number(0.001), default=60.0, help="seconds without a word from it (default 60)")
@@ -52,12 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--port", type=_number(0), default=8000, help="port to listen on (default 8000; 0 takes a free one)")
     add("--api-key", help=f"key that requests must carry (default: the variable {_KEY}, if it is set)")
     add("--name", help="name of the model in requests (default: the name of the folder of --model)")
-    add(
-        "--chat-template",
-        default="auto",
-        choices=("auto", "none", "llama2", "chatml", "tokenizer"),
-        help="template of chats, as in training (default auto: the decoder's own, if it has one)",
-    )
+    add_chat_template(parser, unknown="the decoder's own, if it has one,")
     add("--cache-gib", type=_number(0.0), default=1.0, help="memory for vectors of documents (default 1)")
     add("--cache-dir", type=path_argument, help="folder for vectors of documents (default: memory only)")
     add("--cache-dir-gib", type=_number(0.0), default=10.0, help="size of that folder (default 10)")
@@ -107,7 +98,7 @@ def _number(at_least: float):  # type: ignore[no-untyped-def]
 def _settings(args: argparse.Namespace) -> Settings:
     from arc_ds.serving.settings import Settings
 
-    key = args.api_key or os.environ.get(_KEY) or None
+    key = _key(args.api_key or os.environ.get(_KEY), f"--api-key or {_KEY}")
     if key is None and not _is_loopback(args.host):
         logging.warning(f"{args.host} is open to other hosts, and no key is required. Set --api-key or {_KEY}.")
     return Settings(
@@ -127,6 +118,13 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
+def _key(text: str | None, name: str) -> str | None:
+    """A key. Raises ConfigError if no HTTP header can carry it: a line end at its end is easily overlooked."""
+    if text and (text != text.strip() or not text.isprintable()):
+        raise ConfigError(f"the key of {name} begins or ends with white space or has a control character: remove it")
+    return text or None
+
+
 def _upstream(args: argparse.Namespace) -> UpstreamSettings | None:
     from arc_ds.serving.upstream import UpstreamSettings
 
@@ -144,7 +142,7 @@ def _upstream(args: argparse.Namespace) -> UpstreamSettings | None:
     return UpstreamSettings(
         url=args.upstream,
         model=args.upstream_model,
-        api_key=os.environ.get(_UPSTREAM_KEY) or None,
+        api_key=_key(os.environ.get(_UPSTREAM_KEY), _UPSTREAM_KEY),
         silence_s=args.upstream_timeout,
     )
 
@@ -170,13 +168,13 @@ def _check(model: ArcModel, args: argparse.Namespace) -> Layout:
     tokenizer = model.decoder_tokenizers[args.decoder_idx]
     if tokenizer is None:
         raise TokenizerError(f"decoder {path} has no tokenizer: copy the model's own tokenizer into the folder")
+    name = chosen_template(args, model)
     try:
-        name: LayoutName = "tokenizer" if args.chat_template == "auto" else args.chat_template
-        layout = read_layout(name, tokenizer, path)
+        layout = read_layout(name or "tokenizer", tokenizer, path)
         check_fits(tokenizer, model.decoders[args.decoder_idx].vocab_size, f"decoder {path}", layout.special_ids)
         return layout
     except TokenizerError:
-        if args.chat_template != "auto":
+        if name is not None:
             raise
         return PLAIN  # base models have no template
 

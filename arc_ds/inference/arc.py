@@ -21,6 +21,7 @@ from torch import Tensor
 
 from arc_ds.batch.packing import PackedBatch, pack
 from arc_ds.batch.segments import Marker, Sample, Segment, TokenIds
+from arc_ds.data.tasks.chat import LayoutName
 from arc_ds.errors import ConfigError, DataError, TokenizerError
 from arc_ds.inference.decoder_files import find_max_positions, find_stop_ids
 from arc_ds.inference.generate import MAX_NEW_TOKENS, Sampling, generate_ids, whole_number
@@ -72,6 +73,7 @@ class ArcModel:
     decoder_tokenizers: one per decoder; None if prompts come as token ids.
     decoder_bos: for each decoder, whether text prompts begin with its begin-of-text token, as in training. The default
         is yes if its tokenizer has one.
+    decoder_chat_templates: for each decoder, the layout of its chats in training (`read_layout`), if it is known.
     decoder_stop_ids: for each decoder, the ids that end a continuation of `generate`. The default is the end-of-text
         token of its tokenizer.
     decoder_max_positions: for each decoder, the longest sequence that its files state, if any. A longer one gives a
@@ -93,6 +95,7 @@ class ArcModel:
         encoder_tokenizer: Tokenizer | None = None,
         decoder_tokenizers: Sequence[Tokenizer | None] = (),
         decoder_bos: Sequence[bool] = (),
+        decoder_chat_templates: Sequence[LayoutName | None] = (),
         decoder_stop_ids: Sequence[Sequence[int]] = (),
         decoder_max_positions: Sequence[int | None] = (),
         texts_apart: bool = False,
@@ -105,6 +108,7 @@ class ArcModel:
         self.encoder_tokenizer = encoder_tokenizer
         self.decoder_tokenizers = list(decoder_tokenizers) or [None] * len(self.decoders)
         self.decoder_bos = list(decoder_bos) or [True] * len(self.decoders)
+        self.decoder_chat_templates = list(decoder_chat_templates) or [None] * len(self.decoders)
         ends = ((t.eos_id if t is not None else None) for t in self.decoder_tokenizers)
         self.decoder_stop_ids = list(decoder_stop_ids) or [() if end is None else (end,) for end in ends]
         self.decoder_max_positions = list(decoder_max_positions) or [None] * len(self.decoders)
@@ -178,6 +182,7 @@ class ArcModel:
             encoder_tokenizer=encoder_tokenizer,
             decoder_tokenizers=decoder_tokenizers,
             decoder_bos=[settings.bos for settings in folder.decoders],
+            decoder_chat_templates=[settings.chat_template for settings in folder.decoders],
             decoder_stop_ids=stop_ids,
             decoder_max_positions=max_positions,
             texts_apart=folder.texts_apart,

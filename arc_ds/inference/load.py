@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 
 from arc_ds.batch.segments import MARKERS
+from arc_ds.data.tasks.chat import LayoutName
 from arc_ds.errors import TokenizerError, WeightsError
 from arc_ds.inference.checksums import check_sizes
 from arc_ds.inference.decoders import Implementation, OpenedDecoder, open_decoder
@@ -45,6 +46,7 @@ class DecoderSettings:
 
     rope_scaling: "checkpoint" if its rotary scaling was applied, "none" if it was ignored.
     bos: whether sequences began with its begin-of-text token.
+    chat_template: `decoders[].chat_template` of the run; None if unknown.
     implementation: the one that computed it ("native" or "transformers"); "auto" if the folder does not record it.
     ids_digest: of its tokenizer (`tokenizers.ids_digest`), None if unknown.
     name: its name in the run, None if unknown.
@@ -54,6 +56,7 @@ class DecoderSettings:
     rope_scaling: RopeScalingChoice
     implementation: Implementation = "auto"
     bos: bool = True
+    chat_template: LayoutName | None = None
     ids_digest: str | None = None
     name: str | None = None
     weights: Mapping[str, Any] | None = None
@@ -328,6 +331,7 @@ def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings
             rope_scaling=entry["rope_scaling"],
             implementation=entry.get("implementation", "auto"),
             bos=entry.get("bos", True),
+            chat_template=entry.get("chat_template"),
             ids_digest=entry.get("ids_digest"),
             name=entry.get("name"),
             weights=entry.get("weights"),
@@ -336,11 +340,13 @@ def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings
         if entry.get("rope_scaling") in get_args(RopeScalingChoice)
         and entry.get("implementation", "auto") in get_args(Implementation)
         and isinstance(entry.get("bos", True), bool)
+        and entry.get("chat_template") in (None, *get_args(LayoutName))
     ]
     if len(settings) != num_decoders or len(entries) != num_decoders:
         raise WeightsError(
             f"{plain.where}: expected `decoders` to give the rope_scaling ({' or '.join(get_args(RopeScalingChoice))}) "
-            f"and bos (true or false) of {num_decoders} decoders, and an implementation "
-            f"({' or '.join(get_args(Implementation))}) if any; got {decoders!r}. Export the checkpoint again."
+            f"and bos (true or false) of {num_decoders} decoders, and, if any, an implementation "
+            f"({' or '.join(get_args(Implementation))}) and a chat_template ({' or '.join(get_args(LayoutName))}); got "
+            f"{decoders!r}. Export the checkpoint again."
         )
     return tuple(settings)

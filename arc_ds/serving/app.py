@@ -7,7 +7,7 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ T = TypeVar("T")
 _PATHS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/compress", "/v1/models", "/health", "/metrics"))
 _DRAINED_BODIES = 8  # bodies beyond the limit are read up to this multiple, so that the client reads the answer
 _BODY_S = 60.0
+_STOPPING = RequestError(503, "the server is stopping; ask another one", code="stopping", headers={"retry-after": "5"})
 
 
 class ServerState:
@@ -65,7 +66,7 @@ def create_app(service: Service, state: ServerState) -> FastAPI:
 
     @app.post("/v1/compress")
     async def compress(request: Request) -> Response:
-        async with _Patience(request, settings) as wait:
+        with closing(_Patience(request, settings)) as wait:
             with _Body(request, settings, state) as body:
                 raw = await wait(body.read())
                 wait.watch()
@@ -76,14 +77,13 @@ def create_app(service: Service, state: ServerState) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        entry = {"id": settings.name, "object": "model", "created": started, "owned_by": "arc-ds"}
         return _json({"object": "list", "data": [entry]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != settings.name:
             raise RequestError(404, f"the model {name!r} does not exist here", param="model", code="model_not_found")
-        return _json({"id": settings.name, "object": "model", "created": started, "owned_by": "arc-ds"})
+        return _json(entry)
 
     @app.get("/health")
     async def health() -> Response:
@@ -110,7 +110,7 @@ def create_app(service: Service, state: ServerState) -> FastAPI:
     async def failed(_: Request, error: Exception) -> Response:
         return _refusal(RequestError(500, "the server failed to answer; its log has the reason"))
 
-    started = int(time.time())
+    entry = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "arc-ds"}
     app.add_middleware(_Gate, service=service, state=state)
     return app
 
@@ -127,13 +127,17 @@ class _Gate:
             return
         metrics, path = self._service.metrics, scope["path"]
         label = path if path in _PATHS else "other"
-        started, status = time.monotonic(), 500
+        started, status, is_begun, is_stuck = time.monotonic(), 500, False, False
 
         async def count(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_begun, is_stuck
             if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
+                status, is_begun = message["status"], True
+            try:
+                await asyncio.wait_for(send(message), self._service.settings.timeout_s)
+            except asyncio.TimeoutError:
+                is_stuck = True
+                raise
 
         error = self._error(scope)
         self._state.running += 1
@@ -143,6 +147,15 @@ class _Gate:
                 await _refusal(error)(scope, receive, count)
             else:
                 await self._app(scope, receive, count)
+        except Exception:
+            if not is_stuck:
+                raise
+            logger.warning(f"{path}: a client did not read its answer for {self._service.settings.timeout_s:g} s")
+        except asyncio.CancelledError:
+            if not self._state.is_stopping:
+                raise
+            if not is_begun:
+                await _refusal(_STOPPING)(scope, receive, count)
         finally:
             self._state.running -= 1
             metrics.running.dec()
@@ -157,8 +170,7 @@ class _Gate:
                 message = "the API key is missing or wrong: send the header `Authorization: Bearer KEY`"
                 return RequestError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         if self._state.is_stopping and path != "/metrics":
-            headers = {"retry-after": "5"}
-            return RequestError(503, "the server is stopping; ask another one", code="stopping", headers=headers)
+            return _STOPPING
         return None
 
 
@@ -172,12 +184,6 @@ class _Patience:
         self._request, self._settings = request, settings
         self._deadline = time.monotonic() + settings.timeout_s
         self._gone: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> _Patience:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
 
     def watch(self) -> None:
         """Notice from now on if the client hangs up. Its body must have been read."""
@@ -275,26 +281,34 @@ async def _generate(kind: Kind, request: Request, service: Service, state: Serve
         del raw
         reply = await wait(service.reply(asked))
         # The first piece decides about the status, so it comes before the headers.
-        deltas = reply.answer.deltas
-        first = await wait(_next(deltas))
+        first = await wait(_next(reply.deltas))
         service.metrics.first_token.observe(time.monotonic() - started)
         frame = Frame(kind=kind, model=service.settings.name)
-        headers = {} if reply.answer.fallback is None else {FALLBACK_HEADER: reply.answer.fallback}
+        headers = {} if reply.fallback is None else {FALLBACK_HEADER: reply.fallback}
         if asked.is_stream:
             events = _events(frame, reply, first, wait, with_usage=asked.with_usage)
             is_handed_over = True
             headers["cache-control"] = "no-store"
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        texts = [first.text]
-        last = first
+            return _Stream(events, media_type="text/event-stream", headers=headers)
+        texts, last = [first.text], first
         while last.finish is None:
-            last = await wait(_next(deltas))
+            last = await wait(_next(reply.deltas))
             texts.append(last.text)
         usage = replace(reply.usage, completion_tokens=last.num_tokens)
         return _json(frame.answer("".join(texts), last.finish, usage), headers=headers)
     finally:
         if not is_handed_over:
             wait.close()
+
+
+class _Stream(StreamingResponse):
+    """A stream that ends its generator, and so the work for it, as soon as nobody reads any more."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]  # it is an asynchronous generator
 
 
 async def _events(frame: Frame, reply: Reply, first: Delta, wait: _Patience, *, with_usage: bool) -> AsyncIterator[str]:
@@ -309,7 +323,7 @@ async def _events(frame: Frame, reply: Reply, first: Delta, wait: _Patience, *, 
                 is_first = False
                 if delta.finish is not None:
                     break
-            delta = await wait(_next(reply.answer.deltas))
+            delta = await wait(_next(reply.deltas))
         yield _event(frame.chunk("", delta.finish, is_first=False))
         if with_usage:
             yield _event(frame.usage_chunk(replace(reply.usage, completion_tokens=delta.num_tokens)))
@@ -320,7 +334,7 @@ async def _events(frame: Frame, reply: Reply, first: Delta, wait: _Patience, *, 
         return
     finally:
         wait.close()
-        await reply.answer.deltas.aclose()  # type: ignore[attr-defined]  # they are asynchronous generators
+        await reply.deltas.aclose()  # type: ignore[attr-defined]  # they are asynchronous generators
 
 
 async def _next(deltas: AsyncIterator[Delta]) -> Delta:

@@ -12,37 +12,30 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
+from xxhash import xxh3_128_hexdigest
 
 from arc_ds.batch.segments import Segment
 from arc_ds.errors import StorageError
-from arc_ds.inference.arc import ArcModel
+from arc_ds.model.weights.lazy_tensor import value_bytes
 from arc_ds.system.files import output, write_whole
 
 logger = logging.getLogger(__name__)
 
 _NAME = "vectors"
 _SUFFIX = ".safetensors"
+_SUM = "xxh3_128"
 
 
-def model_digest(model: ArcModel, decoder: int) -> bytes:
-    """Hash of a compressor's weights, sizes and dtype, and of the port of one decoder."""
-    digest = hashlib.sha256(json.dumps([model.spec.to_json(), decoder], sort_keys=True).encode())
-    for name, parameter in sorted(model.compressor.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)} ".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
-
-
-def vector_key(model: bytes, context: Segment) -> str:
-    """The key of a context's vectors. `model`: see `model_digest`."""
-    digest = hashlib.sha256(model + str(context.marker).encode() + b" ")
+def vector_key(model: str, decoder: int, context: Segment) -> str:
+    """The key of a context's vectors for a decoder. `model`: see `inference.vectors.model_digest`."""
+    digest = hashlib.sha256(f"{model} {decoder} {context.marker} ".encode())
     digest.update(context.ids.array.astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -51,8 +44,8 @@ class VectorCache:
     """Vectors by key. The least recently used ones make room. Safe for use by several threads.
 
     memory_bytes: bytes of the tensors in memory.
-    folder: of one file per key; None for memory only. Several servers may share it.
-    disk_bytes: bytes of the files.
+    folder: of one file per key; None for memory only. Several servers may share it: each reads the files of all.
+    disk_bytes: bytes of the files. Several servers may exceed it by a sixteenth each.
     """
 
     def __init__(self, memory_bytes: int, folder: Path | None = None, disk_bytes: int = 0) -> None:
@@ -64,13 +57,12 @@ class VectorCache:
         self._lock = Lock()
         self._files: OrderedDict[str, int] = OrderedDict()
         self._file_bytes = 0
+        self._new_bytes = 0  # written since the files were listed
         self._is_broken = False
         if folder is not None:
             with output(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            for path, state in sorted(_states(folder), key=lambda found: found[1].st_mtime):
-                self._files[path.stem] = state.st_size
-                self._file_bytes += state.st_size
+            self._list_files(folder)
             self._drop_files()
 
     def recall(self, key: str) -> Tensor | None:
@@ -83,19 +75,20 @@ class VectorCache:
 
     def read(self, key: str, width: int) -> Tensor | None:
         """Vectors from the disk, and into memory. A file that is damaged or of another width counts as absent."""
-        if self._folder is None or key not in self._files:
+        if self._folder is None:
             return None
         path = self._path(key)
         try:
-            found = load_file(path)[_NAME]
-            os.utime(path)
-        except (OSError, SafetensorError, KeyError):
-            found = None
-        if found is None or found.dim() != 2 or found.shape[1] != width or not found.is_floating_point():
+            raw = path.read_bytes()
+        except OSError:
+            return None
+        found = _decode(raw)
+        if found is None or found.dim() != 2 or found.shape[1] != width:
             self._forget(key)
             return None
-        with self._lock:
-            self._files.move_to_end(key)
+        with suppress(OSError):  # the folder may be read-only
+            os.utime(path)
+        self._count(key, len(raw))
         self.keep(key, found)
         return found
 
@@ -113,37 +106,73 @@ class VectorCache:
 
     def write(self, key: str, vectors: Tensor) -> None:
         """Write vectors to the disk. After a failed write a warning says so, and no more are written."""
-        if self._folder is None or self._is_broken or key in self._files:
+        if self._folder is None or self._is_broken:
             return
-        raw = save({_NAME: vectors.detach().cpu().contiguous()})
+        raw = _encode(vectors)
         if len(raw) > self.disk_bytes:
             return
         path = self._path(key)
         try:
             with output(path, cure="Give another --cache-dir."):
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(path, raw)
         except StorageError as error:
             self._is_broken = True
             logger.warning(f"vectors are no longer cached on the disk: {error}")
             return
-        with self._lock:
-            self._files[key] = len(raw)
-            self._file_bytes += len(raw)
+        self._count(key, len(raw))
+        self._new_bytes += len(raw)
+        if self._new_bytes > self.disk_bytes // 16:
+            self._list_files(self._folder)
         self._drop_files()
 
+    def _list_files(self, folder: Path) -> None:
+        """Count the files of all servers, the least recently used ones first."""
+        found = sorted(_states(folder), key=lambda found: found[1].st_mtime)
+        with self._lock:
+            self._files = OrderedDict((path.stem, state.st_size) for path, state in found)
+            self._file_bytes = sum(self._files.values())
+            self._new_bytes = 0
+
+    def _count(self, key: str, size: int) -> None:
+        """Count a file as the most recently used one."""
+        with self._lock:
+            self._file_bytes += size - self._files.pop(key, 0)
+            self._files[key] = size
+
     def _drop_files(self) -> None:
-        while self._file_bytes > self.disk_bytes:
-            self._forget(next(iter(self._files)))
+        while True:
+            with self._lock:
+                if self._file_bytes <= self.disk_bytes:
+                    return
+                oldest = next(iter(self._files))
+            self._forget(oldest)
 
     def _forget(self, key: str) -> None:
         with self._lock:
             self._file_bytes -= self._files.pop(key, 0)
-        self._path(key).unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be read-only
+            self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         assert self._folder is not None
         return self._folder / key[:2] / f"{key}{_SUFFIX}"
+
+
+def _encode(vectors: Tensor) -> bytes:
+    """A safetensors file with a checksum of the values, which the format lacks."""
+    tensor = vectors.detach().cpu().contiguous()
+    return save({_NAME: tensor}, metadata={_SUM: xxh3_128_hexdigest(value_bytes(tensor))})
+
+
+def _decode(raw: bytes) -> Tensor | None:
+    """The vectors of `_encode`; None if the file is damaged."""
+    try:
+        found = load(raw)[_NAME]
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        return found if header["__metadata__"][_SUM] == xxh3_128_hexdigest(value_bytes(found)) else None
+    except (SafetensorError, LookupError, ValueError):
+        return None
 
 
 def _states(folder: Path) -> Iterable[tuple[Path, os.stat_result]]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from arc_ds.batch.segments import Segment
 from arc_ds.inference.arc import ArcModel
-from arc_ds.serving.cache import VectorCache, model_digest, vector_key
+from arc_ds.inference.vectors import model_digest
+from arc_ds.serving.cache import VectorCache, vector_key
 from arc_ds.serving.generation import as_request_error
 from arc_ds.serving.metrics import Metrics
 from arc_ds.serving.protocol import RequestError
@@ -49,7 +50,7 @@ class Compressions:
         self._model, self._decoder = model, decoder
         self._settings, self._metrics = settings, metrics
         self._width = model.spec.decoder_sizes[decoder]
-        self._digest = model_digest(model, decoder)
+        self._digest = model_digest(model)
         self.cache = VectorCache(settings.cache_bytes, settings.cache_dir, settings.disk_bytes)
         self._pending: dict[str, _Item] = {}  # waiting or being compressed
         self._waiting: list[_Item] = []
@@ -80,7 +81,7 @@ class Compressions:
         return list(await asyncio.gather(*(self._one(context) for context in contexts)))
 
     async def _one(self, context: Segment) -> DocumentVectors:
-        key = vector_key(self._digest, context)
+        key = vector_key(self._digest, self._decoder, context)
         found = self.cache.recall(key)
         if found is not None:
             self._metrics.lookups.labels("memory").inc()

@@ -169,6 +169,10 @@ class Generation:
                     return
         finally:
             job.is_cancelled = True
+            with self._changed:
+                if job in self._queue:
+                    self._queue.remove(job)
+                    self._metrics.waiting.set(len(self._queue))
 
     def _run(self) -> None:
         while batch := self._take():
@@ -178,13 +182,9 @@ class Generation:
     def _take(self) -> list[_Job]:
         """The next batch, oldest first; none at the end. Waits for one."""
         with self._changed:
-            while True:
-                self._queue = deque(job for job in self._queue if not job.is_cancelled)
-                if self._is_closed:
-                    return []
-                if self._queue:
-                    break
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._queue or self._is_closed)
+            if self._is_closed:
+                return []
             batch = [self._queue.popleft()]
             if batch[0].is_greedy:
                 longest = batch[0].rows

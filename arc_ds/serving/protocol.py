@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -115,10 +115,16 @@ _MAX_ITEMS = 10_000  # validating more takes long; the settings of a server allo
 Documents = Annotated[list[Annotated[DocumentBody, BeforeValidator(_text_as_document)]], Field(max_length=_MAX_ITEMS)]
 
 
-class GenerationBody(_Body):
+class _RequestBody(_Body):
+    model: str | None = None
+
+
+B = TypeVar("B", bound=_RequestBody)
+
+
+class GenerationBody(_RequestBody):
     """The fields that chat and completions share."""
 
-    model: str | None = None
     documents: Documents | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -145,8 +151,7 @@ class CompletionBody(GenerationBody):
     prompt: Annotated[str, BeforeValidator(_only_text)]
 
 
-class CompressBody(_Body):
-    model: str | None = None
+class CompressBody(_RequestBody):
     documents: Annotated[Documents, Field(min_length=1)]
 
 
@@ -184,7 +189,7 @@ class Delta(NamedTuple):
 def parse_json(raw: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises RequestError."""
     try:
-        plain = json.loads(raw.decode("utf-8"))
+        plain = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise RequestError(400, f"the body is not UTF-8 ({error}). Send JSON in UTF-8.", code="invalid_utf8") from error
     except (ValueError, RecursionError) as error:
@@ -196,11 +201,13 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return plain
 
 
-def read_body(kind: type[_Body], plain: dict[str, Any], settings: Settings) -> Any:
+def read_body(kind: type[B], plain: dict[str, Any], settings: Settings) -> B:
     """Check the fields of a body. Raises RequestError that names the first field at fault."""
     for name, harmless in _REFUSED.items():
         value = plain.get(name)
-        if value is not None and not any(type(value) is type(one) and value == one for one in _spellings(harmless)):
+        if value is not None and not any(
+            value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless
+        ):
             raise RequestError(
                 400, f"`{name}` is not supported by this server: leave it out", param=name, code="unsupported_parameter"
             )
@@ -212,19 +219,14 @@ def read_body(kind: type[_Body], plain: dict[str, Any], settings: Settings) -> A
         message = _WORDS.get(first["type"], first["msg"]).removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
         raise RequestError(400, f"`{param}`: {message}", param=param, code="invalid_value") from failure
-    if body.model not in (None, settings.name):  # type: ignore[attr-defined]
+    if body.model not in (None, settings.name):
         raise RequestError(
             404,
-            f"the model {body.model!r} does not exist here; this server has {settings.name!r}",  # type: ignore[attr-defined]
+            f"the model {body.model!r} does not exist here; this server has {settings.name!r}",
             param="model",
             code="model_not_found",
         )
     return body
-
-
-def _spellings(values: tuple[Any, ...]) -> list[Any]:
-    """The values, and numbers as floats too."""
-    return [*values, *(float(value) for value in values if type(value) is int)]
 
 
 def read_options(body: GenerationBody, settings: Settings, template_stops: tuple[str, ...] = ()) -> Options:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import logging
+import resource
 import socket
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -17,6 +21,7 @@ from arc_ds.serving.service import Service
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_WARN_S = 60.0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -48,6 +53,7 @@ class Server(uvicorn.Server):
         self._state = ServerState()
         self._grace_s = service.settings.grace_s
         self._stop_at: float | None = None
+        self._warned_at = -_WARN_S
         config = uvicorn.Config(
             create_app(service, self._state),
             log_config=None,
@@ -60,6 +66,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         await super().startup(sockets)
         self._on_start()
 
@@ -67,7 +74,20 @@ class Server(uvicorn.Server):
         """The first signal lets running requests finish, the second one does not."""
         if self._state.is_stopping:
             self.should_exit = True
+            self.config.timeout_graceful_shutdown = 0
         self._state.is_stopping = True
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Warn once a minute that no file is left for a connection. asyncio logs thousands of errors a second."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._warned_at > _WARN_S:
+            self._warned_at = time.monotonic()
+            logger.warning(
+                f"clients wait: this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files, and "
+                "connections hold all of them. Raise the limit (ulimit -n), or limit connections in a proxy."
+            )
 
     async def on_tick(self, counter: int) -> bool:
         if self._state.is_stopping and not self.should_exit:

@@ -32,7 +32,7 @@ from arc_ds.serving.protocol import (
     read_options,
 )
 from arc_ds.serving.settings import Settings
-from arc_ds.serving.upstream import Answer, Question, Upstream, UpstreamSettings
+from arc_ds.serving.upstream import Question, Upstream, UpstreamSettings
 from arc_ds.system.user_files import check_encodable
 
 _CHARACTERS = 32  # no text has more characters per token; most have 4
@@ -56,10 +56,11 @@ class GenerationRequest(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """An answer in pieces, and the counts of its prompt."""
+    """An answer in pieces, the counts of its prompt, and why it was made from text, if it was."""
 
-    answer: Answer
+    deltas: AsyncIterator[Delta]
     usage: Usage
+    fallback: str | None = None
 
 
 class Service:
@@ -112,14 +113,15 @@ class Service:
             raise RequestError(400, str(error)) from error
 
     def _read_chat(self, plain: dict[str, Any]) -> GenerationRequest:
-        body: ChatBody = read_body(ChatBody, plain, self.settings)
+        body = read_body(ChatBody, plain, self.settings)
         is_plain = not self._layout.is_chat
         # A blank line ends an answer in training; without the decoder's files, the upstream's template decides.
         stops = (prompts.BLANK_LINE,) if is_plain and self._has_decoder else ()
         options = read_options(body, self.settings, stops)
         chat = prompts.read_chat(body, self._marker)
         documents = [context for turn in chat.turns for context in turn.documents]
-        self._check_size(documents, chat.system, *(turn.words for turn in chat.turns))
+        said = [text for turn in chat.turns for text in (turn.words, turn.answer or "")]
+        self._check_size(documents, chat.system, *said)
         if not self._has_decoder:
             return self._request(body, None, self._contexts(documents), chat, "", options)
         has_lead = is_plain or bool(chat.turns[-1].documents)
@@ -133,7 +135,7 @@ class Service:
         return self._request(body, segments, contexts, chat, "", replace(options, skip_space=has_lead))
 
     def _read_completion(self, plain: dict[str, Any]) -> GenerationRequest:
-        body: CompletionBody = read_body(CompletionBody, plain, self.settings)
+        body = read_body(CompletionBody, plain, self.settings)
         options = read_options(body, self.settings)
         parts = prompts.read_completion(body, self._marker)
         documents = [part for part in parts if isinstance(part, Context)]
@@ -170,7 +172,7 @@ class Service:
     def read_documents(self, raw: bytes) -> tuple[Segment, ...]:
         """The contexts of a body of `/v1/compress`. Raises RequestError."""
         try:
-            body: CompressBody = read_body(CompressBody, parse_json(raw), self.settings)
+            body = read_body(CompressBody, parse_json(raw), self.settings)
             documents = [Context(document.text, self._marker) for document in body.documents]
             self._check_size(documents)
             contexts = self._contexts(documents)
@@ -201,10 +203,10 @@ class Service:
         )
         options = self._fitting(request.options, usage.prompt_tokens)
         if self._upstream is not None:
-            return Reply(await self._upstream.answer(request.question, vectors, options), usage)
+            deltas, fallback = await self._upstream.answer(request.question, vectors, options)
+            return Reply(deltas, usage, fallback)
         assert self._generation is not None and request.question.segments is not None
-        deltas: AsyncIterator[Delta] = self._generation.answer(request.question.segments, vectors, options)
-        return Reply(Answer(deltas), usage)
+        return Reply(self._generation.answer(request.question.segments, vectors, options), usage)
 
     def _contexts(self, documents: Sequence[Context]) -> list[Segment]:
         encoder = self._model.encoder_tokenizer

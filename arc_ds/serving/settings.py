@@ -24,7 +24,8 @@ class Settings:
     max_tokens: maximum number of new tokens that a request may ask for.
     default_tokens: number of new tokens if a request does not state it.
     waiting: number of answers and compressions that may wait. More get status 429.
-    timeout_s: time for a request. A longer one gets status 504.
+    timeout_s: time for a request. A longer one gets status 504. A client that reads nothing for so long
+        loses its answer.
     grace_s: time for running requests after a stop signal.
     compress_wait_s: time for which a compression waits for others, to run as one batch.
     compress_tokens: encoder tokens of a batch of compressions.

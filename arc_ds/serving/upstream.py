@@ -69,13 +69,6 @@ class Question(NamedTuple):
     text: str
 
 
-class Answer(NamedTuple):
-    """An answer that comes in pieces, and why it was made from text, if it was."""
-
-    deltas: AsyncIterator[Delta]
-    fallback: str | None = None
-
-
 class Upstream:
     """A client of the upstream. Use it as an asynchronous context manager.
 
@@ -99,14 +92,19 @@ class Upstream:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def answer(self, question: Question, vectors: Sequence[Tensor], options: Options) -> Answer:
-        """Ask the upstream with vectors, and with text if it refuses them. Raises RequestError on its faults."""
+    async def answer(
+        self, question: Question, vectors: Sequence[Tensor], options: Options
+    ) -> tuple[AsyncIterator[Delta], str | None]:
+        """Ask the upstream with vectors, and with text if it refuses them. Raises RequestError on its faults.
+
+        Returns the answer in pieces, and why it was made from text, if it was.
+        """
         if not vectors and question.segments is None:
-            return Answer(await self._ask_with_text(question, options))
+            return await self._ask_with_text(question, options), None
         kind, body = await asyncio.to_thread(self._with_vectors, question, vectors, options)
         response = await self._post(kind, body)
         if response.status == 200:
-            return Answer(self._deltas(kind, response, options))
+            return self._deltas(kind, response, options), None
         reason = await self._fault_of(response)
         if response.status not in _REFUSALS:
             raise self._error(response, reason)
@@ -119,7 +117,7 @@ class Upstream:
                 "so it gets the documents' text. Start vLLM with --enable-prompt-embeds, with the decoder that the "
                 "encoder was trained for."
             )
-        return Answer(deltas, f"text; the upstream refused prompt embeddings with status {response.status}")
+        return deltas, f"text; the upstream refused prompt embeddings with status {response.status}"
 
     def _with_vectors(
         self, question: Question, vectors: Sequence[Tensor], options: Options
@@ -159,13 +157,14 @@ class Upstream:
 
     def _options(self, options: Options) -> dict[str, Any]:
         sampling = options.sampling
-        plain = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
-        stream = {"stream": True, "stream_options": {"include_usage": True}}
         return {
             "max_tokens": options.max_tokens,
-            **plain,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
             **({"stop": list(options.stop)} if options.stop else {}),
-            **stream,
+            "stream": True,
+            "stream_options": {"include_usage": True},
         }
 
     async def _post(self, kind: Kind, body: dict[str, Any]) -> aiohttp.ClientResponse:

@@ -145,6 +145,7 @@ def _port_records(config: RunConfig, parts: RunParts) -> list[PortRecord]:
                 rope_scaling=decoder.rope_scaling,
                 implementation="native" if isinstance(files.weights.sizes, BackboneConfig) else "transformers",
                 bos=config.data.decoder_bos,
+                chat_template=decoder.chat_template,
             ),
             ids_digest=files.ids_digest,
             weights=sample_weights(files.weights),

@@ -181,6 +181,7 @@ def saved_ports(
             rope_scaling=theirs.rope_scaling,
             implementation="native" if theirs.implementation == "auto" else theirs.implementation,
             bos=theirs.bos,
+            chat_template=theirs.chat_template,
         )
         record = PortRecord(decoder=decoder, ids_digest=theirs.ids_digest, weights=theirs.weights)
         by_place[place] = record, folder.spec.decoder_sizes[port]

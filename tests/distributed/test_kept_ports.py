@@ -54,7 +54,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors={name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()},
         step=5,
         encoder_tokenizer=str(folder / "encoder"),
-        decoders=tuple(TrainedFor(name=name, rope_scaling="checkpoint") for name in OLD),
+        decoders=tuple(TrainedFor(name=name, rope_scaling="checkpoint", chat_template="llama2") for name in OLD),
         decoder_ids=tuple(ids_digest(load_tokenizer(folder / name)) for name in OLD),
     )
     write_export(old, folder / "old")
@@ -122,6 +122,7 @@ def test_a_third_decoder_leaves_two_old_ports_equal_to_the_bit(
     new, opened = load_file(tmp_path / "out" / "model.safetensors"), open_arc_folder(tmp_path / "out")
     same_bits(old, new, {"ports.0.": "ports.0.", "ports.1.": "ports.1."})
     assert opened.decoders[:2] == open_arc_folder(folder / "old").decoders and opened.decoders[2].name == "third"
+    assert opened.decoders[2].chat_template == "none"
     if precision == "fp32":  # a bfloat16 run stores its frozen encoder in bfloat16
         models = [ArcModel.from_checkpoint(path, decoders=[]) for path in (folder / "old", tmp_path / "out")]
         for decoder in range(2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from arc_ds.batch.groups import GroupRule
 from arc_ds.checkpoints.trained_for import TrainedFor
+from arc_ds.data.tasks.chat import LayoutName
 from arc_ds.export.consolidate import TrainedCompressor
 from arc_ds.model.spec import CompressorSpec, build_compressor
 from tests.helpers import tiny_models as tiny
@@ -31,13 +33,21 @@ def tiny_spec(**changes: Any) -> CompressorSpec:
     return CompressorSpec(**{**values, **changes})
 
 
-def tiny_trained(folder: Path, seed: int = 0, **changes: Any) -> TrainedCompressor:
-    """A compressor of `tiny_spec(**changes)` with random weights. Writes its tokenizer to `folder`."""
+def tiny_trained(
+    folder: Path, seed: int = 0, chat_templates: Sequence[LayoutName | None] = (), **changes: Any
+) -> TrainedCompressor:
+    """A compressor of `tiny_spec(**changes)` with random weights. Writes its tokenizer to `folder`.
+
+    chat_templates: of the decoders in training; unknown if empty.
+    """
     spec = tiny_spec(**changes)
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: p.shape for name, p in build_compressor(spec).named_parameters()}
     folder.mkdir(parents=True, exist_ok=True)
-    decoders = (TrainedFor(name=f"decoder{n}", rope_scaling="checkpoint") for n in range(len(spec.decoder_sizes)))
+    decoders = (
+        TrainedFor(name=f"decoder{n}", rope_scaling="checkpoint", chat_template=template)
+        for n, template in enumerate(chat_templates or [None] * len(spec.decoder_sizes))
+    )
     return TrainedCompressor(
         spec=spec,
         tensors={name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()},

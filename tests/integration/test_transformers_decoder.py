@@ -49,6 +49,7 @@ def test_partitioned_trains_like_whole_and_the_export_knows_its_decoder(tmp_path
     assert main(["export", str(tmp_path / "shards"), str(tmp_path / "export")]) == 0
     settings = json.loads((tmp_path / "export" / "config.json").read_text())["decoders"]
     assert settings[0]["implementation"] == "transformers"
+    assert settings[0]["chat_template"] == "none"
     model = ArcModel.from_checkpoint(tmp_path / "export", decoders=[tmp_path / "falcon"])
     prompts = [["The ", Context("wind came from the sea."), " It"], [Context("A lamp")]]
     lines = model.generate(prompts, max_new_tokens=8)

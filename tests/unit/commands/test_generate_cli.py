@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,16 @@ def test_an_argument_in_utf8_is_read_in_every_locale(folders: Path, capsys) -> N
 def test_a_tag_without_its_other_half_is_not_read_as_text(prompt: str) -> None:
     with pytest.raises(DataError, match="unmatched"):
         parse_prompt(prompt)
+
+
+def test_the_time_to_read_tags_grows_with_their_number_only() -> None:
+    """A search for the end of each context took the square: a minute for these tags."""
+    started = time.monotonic()
+    for prompt in ("<context>" * 100_000, "</context>" * 100_000):
+        with pytest.raises(DataError, match="unmatched"):
+            parse_prompt(prompt)
+    assert len(parse_prompt("<context>a</context>" * 50_000)) == 50_000
+    assert time.monotonic() - started < 5
 
 
 EXPORT = ["--model", "export", "--decoder", "decoder"]

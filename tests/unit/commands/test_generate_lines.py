@@ -95,6 +95,13 @@ def test_a_question_is_written_as_in_training(
     given = write_lines(tmp_path / "in.jsonl", [{**record, "id": "q"}])
     assert generate(folders, given, tmp_path / "out.jsonl", "--chat-template", template) == 0
     assert [tuple(prompt) for prompt in seen] == [segments[:first_target]]
+    if template != "none":
+        write_export(tiny_trained(tmp_path / "run", chat_templates=(template,)), tmp_path / "export")
+        (tmp_path / "decoder").symlink_to(folders / "decoder")
+        assert generate(tmp_path, given, tmp_path / "recorded.jsonl") == 0
+        assert tuple(seen[1]) == segments[:first_target], "the template of training is the default"
+        assert generate(tmp_path, given, tmp_path / "other.jsonl", "--chat-template", "none") == 0
+        assert tuple(seen[2]) != segments[:first_target]
 
 
 def test_a_killed_run_continues_in_order(folders: Path, tmp_path: Path, capsys) -> None:

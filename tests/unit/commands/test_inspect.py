@@ -133,7 +133,7 @@ def test_weights_that_serve_as_nothing_exit_with_2_and_the_reason(
 
 @pytest.mark.parametrize(("export_format", "kind"), [("arc-ds", "export of ARC-DS"), ("arc", "ARC checkpoint")])
 def test_an_export_says_what_it_holds(tmp_path: Path, export_format: str, kind: str, capsys) -> None:
-    trained = tiny_trained(tmp_path / "run", decoder_sizes=(48, 48))
+    trained = tiny_trained(tmp_path / "run", decoder_sizes=(48, 48), chat_templates=("llama2", None))
     write_export(trained, tmp_path / "out", export_format=export_format)
     facts = inspect_path(tmp_path / "out")
     assert facts["kind"] == kind and facts["serves_as"] == {"compressor": None}
@@ -142,6 +142,7 @@ def test_an_export_says_what_it_holds(tmp_path: Path, export_format: str, kind: 
     assert [decoder["name"] for decoder in facts["decoders"]] == ["decoder0", "decoder1"]
     parts = ["bridge_module/consolidated.safetensors", "embedder/consolidated.safetensors"]
     assert [file["name"] for file in facts["files"]] == (parts if export_format == "arc" else ["model.safetensors"])
+    assert [decoder["chat_template"] for decoder in facts["decoders"]] == ["llama2", None]
     assert facts["parameters"] == sum(tensor.numel() for tensor in trained.tensors.values())
     assert facts["step"] == (7 if export_format == "arc-ds" else None)
     assert cli.main(["inspect", str(tmp_path / "out")]) == 0

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from arc_ds.cli import main
 from arc_ds.export.formats import write_export
+from arc_ds.serving.server import Server
+from arc_ds.serving.service import Service
 from tests.helpers.tiny_export import tiny_trained, write_decoder
+from tests.unit.serving.test_prompts import TEMPLATE
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,52 @@ def test_a_port_that_is_taken_is_named(folders: Path, capsys) -> None:
         port = str(taken.getsockname()[1])
         assert main(["serve", "--model", str(folders / "export"), "--decoder", "x", "--port", port]) == 2
     assert f"port {port}: Address already in use. Give another --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recorded", "option", "written"),
+    [
+        ("llama2", [], "llama2"),
+        ("none", [], "none"),
+        (None, [], "tokenizer"),
+        ("none", ["--chat-template", "llama2"], "llama2"),
+        ("llama2", ["--chat-template", "none"], "none"),
+    ],
+)
+def test_chats_are_written_in_the_template_of_training_unless_an_option_says_otherwise(
+    tmp_path: Path, monkeypatch, recorded, option: list[str], written: str
+) -> None:
+    write_export(tiny_trained(tmp_path / "run", chat_templates=(recorded,)), tmp_path / "export")
+    (write_decoder(tmp_path / "decoder") / "chat_template.jinja").write_text(TEMPLATE)
+    found: list[str] = []
+    monkeypatch.setattr(Service, "__init__", lambda self, model, decoder, layout, *_: found.append(layout.name))
+    monkeypatch.setattr(Server, "__init__", lambda *_: None)
+    monkeypatch.setattr(Server, "run", lambda *_, **__: None)
+    files = ["--model", str(tmp_path / "export"), "--decoder", str(tmp_path / "decoder")]
+    assert main(["serve", *files, "--port", "0", *option]) == 0
+    assert found == [written]
+
+
+def test_with_an_upstream_only_the_embedding_table_is_read(folders: Path, monkeypatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(Service, "__init__", lambda self, model, *rest: found.extend((model, rest)))
+    monkeypatch.setattr(Server, "__init__", lambda *_: None)
+    monkeypatch.setattr(Server, "run", lambda *_, **__: None)
+    monkeypatch.chdir(folders)
+    options = ["--upstream", "http://x", "--upstream-model", "y", "--port", "0", "--max-tokens", "99"]
+    assert main(["serve", "--model", "export", "--decoder", "decoder", *options]) == 0
+    model, (_, _, _, settings, upstream) = found
+    assert model.decoder_parts == "embedding" and (upstream.url, upstream.model) == ("http://x", "y")
+    assert (settings.max_tokens, settings.default_tokens) == (99, 99), "a request without max_tokens is no mistake"
+
+
+@pytest.mark.parametrize("variable", ["ARC_API_KEY", "ARC_UPSTREAM_API_KEY"])
+@pytest.mark.parametrize("key", ["secret\r", " secret", "sec\nret", "\udcff"])
+def test_a_key_that_no_header_carries_is_refused_and_not_printed(capsys, monkeypatch, variable: str, key: str) -> None:
+    monkeypatch.setenv(variable, key)
+    assert main(["serve", "--model", "x", "--upstream", "http://x", "--upstream-model", "x", "--port", "0"]) == 2
+    error = capsys.readouterr().err
+    assert variable in error and "secret" not in error
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x", "1.5"])

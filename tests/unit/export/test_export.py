@@ -207,6 +207,7 @@ def test_an_export_of_an_earlier_version_is_read(tmp_path: Path, export_format: 
     write_export(trained_with_json(tmp_path / "run"), tmp_path / "out", export_format=export_format)
     plain = json.loads((tmp_path / "out" / name).read_text())
     plain["decoders"][0].pop("ids_digest")
+    plain["decoders"][0].pop("chat_template")
     plain.pop("encoder_tokenizer")
     (tmp_path / "out" / name).write_text(json.dumps(plain))
     swap_letters(tmp_path / "run" / "decoder")
@@ -218,11 +219,15 @@ def test_an_export_of_an_earlier_version_is_read(tmp_path: Path, export_format: 
 @pytest.mark.parametrize("export_format", FORMATS)
 def test_an_export_says_how_its_decoders_were_read(tmp_path: Path, export_format: str) -> None:
     trained = tiny_trained(tmp_path / "run", decoder_sizes=(48, 48))
-    decoders = (TrainedFor(name="a", rope_scaling="none"), TrainedFor(name="b", rope_scaling="checkpoint", bos=False))
+    decoders = (
+        TrainedFor(name="a", rope_scaling="none"),
+        TrainedFor(name="b", rope_scaling="checkpoint", bos=False, chat_template="llama2"),
+    )
     trained = dataclasses.replace(trained, decoders=decoders)
     write_export(trained, tmp_path / "out", export_format=export_format)
     readings = open_arc_folder(tmp_path / "out").decoders
     assert [(reading.rope_scaling, reading.bos) for reading in readings] == [("none", True), ("checkpoint", False)]
+    assert ArcModel.from_checkpoint(tmp_path / "out", decoders=[]).decoder_chat_templates == [None, "llama2"]
 
 
 def test_a_scaling_that_the_reference_ignores_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -365,6 +370,7 @@ DAMAGE = [
     ("config.json", _edit(lambda c: c.pop("decoders")), "expected `decoders` to give the rope_scaling"),
     ("config.json", _edit(lambda c: c["decoders"][0].update(rope_scaling="x")), "expected `decoders` to give"),
     ("config.json", _edit(lambda c: c["decoders"][0].update(bos="x")), "expected `decoders` to give"),
+    ("config.json", _edit(lambda c: c["decoders"][0].update(chat_template=[])), "and a chat_template"),
     ("model.safetensors", _quantise, "expected floats of 16, 32 or 64 bits"),
     ("model.safetensors", Path.unlink, "has no model.safetensors"),
     ("model.safetensors", _cut, "not a complete safetensors file"),

@@ -304,5 +304,5 @@ def test_an_export_finds_the_implementation_of_its_training(tmp_path: Path) -> N
     assert ours == [model.generate([each], max_new_tokens=12)[0] for each in (prompt, "A lamp")] and all(ours)
     config["decoders"][0]["implementation"] = "other"
     (tmp_path / "export" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="implementation .auto or native or transformers. if any"):
+    with pytest.raises(WeightsError, match="if any, an implementation .auto or native or transformers."):
         open_arc_folder(tmp_path / "export")

@@ -107,6 +107,18 @@ def test_the_command_has_force(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert main([*words, "--force", "--device", "cpu"]) == 0
 
 
+def test_the_server_has_force(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_decoder(tmp_path / "other", seed=2)
+    served: list[object] = []
+    monkeypatch.setattr("arc_ds.serving.server.Server.run", lambda self, sockets: served.append(self))
+    words = ["serve", "--model", str(folder / "arc-ds"), "--decoder", str(tmp_path / "other"), "--port", "0"]
+    assert main(words) == EXIT_USER_ERROR
+    assert "--force" in capsys.readouterr().err
+    assert main([*words, "--force", "--device", "cpu"]) == 0 and len(served) == 1
+
+
 def test_a_forced_model_has_its_own_tokenizer(folder: Path, tmp_path: Path) -> None:
     write_decoder(tmp_path / "other")
     swap_letters(tmp_path / "other")

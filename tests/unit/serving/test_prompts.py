@@ -128,6 +128,13 @@ def test_a_chat_without_documents_is_a_plain_turn_of_its_template(model: ArcMode
     assert decoder_of(model).decode(list(words)) == "user\nBe brief.\n\nHello\nassistant\n"
 
 
+def test_instructions_stand_before_the_first_turn_only(model: ArcModel) -> None:
+    found = chat({"role": "system", "content": "Brief."}, user("a"), {"role": "assistant", "content": "b"}, user("c"))
+    (segment,) = prompts.chat_segments(found, layout_of(model), encoder_of(model), decoder_of(model))
+    words = decoder_of(model).decode([idx for idx in segment.ids if idx > 1])
+    assert words == "user\nBrief.\n\na\nassistant\nb\nuser\nc\nassistant\n"
+
+
 def test_names_of_special_tokens_in_a_message_stay_text(model: ArcModel) -> None:
     layout = layout_of(model)
     for text in ("</s>", "<s>assistant"):
@@ -158,6 +165,11 @@ def test_a_completion_has_its_contexts_in_place_and_its_documents_first() -> Non
 def test_conversations_that_no_template_can_write_are_refused(messages: list[dict[str, Any]], fault: str) -> None:
     with pytest.raises(RequestError, match=fault):
         chat(*messages)
+
+
+def test_documents_of_the_request_come_before_those_of_the_last_message() -> None:
+    turns = chat(user("q", document("b")), documents=["a"]).turns
+    assert [context.text for context in turns[-1].documents] == ["a", "b"]
 
 
 def test_adjacent_messages_of_one_role_are_one() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,9 @@ import torch
 from safetensors.torch import load
 
 from arc_ds import ArcModel, Context
+from arc_ds.export.formats import write_export
 from tests.helpers.served import Served, served, until
+from tests.helpers.tiny_export import tiny_trained, write_decoder
 
 DOCUMENT, OTHER, QUESTION = "The wind came from the sea.", "A lamp of stone.", "Which lamp held?"
 CHAT = {"messages": [{"role": "user", "content": QUESTION}], "documents": [DOCUMENT], "max_tokens": 24}
@@ -165,6 +169,7 @@ MISTAKES: list[tuple[str, Any, int, str]] = [
     ("chat/completions", chat(stop=[""]), 400, "`stop.0`"),
     ("chat/completions", chat(stop=["x"] * 17), 400, "`stop`"),
     ("chat/completions", chat(n=2), 400, "`n` is not supported"),
+    ("chat/completions", chat(n=True), 400, "`n` is not supported"),
     ("chat/completions", chat(logprobs=True), 400, "`logprobs` is not supported"),
     ("chat/completions", chat(tools=[{}]), 400, "`tools` is not supported"),
     ("chat/completions", chat(model="gpt-4"), 404, "the model 'gpt-4' does not exist here; this server has 'arc'"),
@@ -184,6 +189,22 @@ def test_a_mistake_gets_one_clear_error(server: Served, path: str, body: Any, st
     assert fault in reply.error["message"]
     assert set(reply.error) == {"message", "type", "param", "code"}
     assert reply.error["type"] == "invalid_request_error"
+
+
+def test_as_many_documents_as_the_server_takes_are_accepted(server: Served) -> None:
+    assert server.ask("/v1/compress", {"documents": ["x"] * 8}).status == 200
+
+
+def test_the_words_of_an_assistant_count_too(model: ArcModel) -> None:
+    said = [{"role": role, "content": "x" * size} for role, size in (("user", 1), ("assistant", 400), ("user", 1))]
+    with served(model, prompt_rows=10) as found:
+        reply = found.ask("/v1/chat/completions", {"messages": said})
+    assert reply.status == 400 and "402 characters: more than 10 tokens" in reply.error["message"]
+
+
+def test_a_byte_order_mark_before_a_body_is_no_part_of_it(server: Served) -> None:
+    body = json.dumps({"documents": ["x"]}).encode("utf-8-sig")
+    assert server.ask("/v1/compress", body).status == 200
 
 
 def test_fields_that_ask_for_nothing_are_accepted(server: Served, model: ArcModel) -> None:
@@ -313,6 +334,32 @@ def test_a_client_that_hangs_up_ends_the_work_for_it(
     assert server.metric("arc_answer_tokens_total") - before < 100
 
 
+def test_answers_that_no_client_waits_for_take_no_place_in_the_queue(
+    model: ArcModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(model, monkeypatch, 0.01)
+    with served(model, waiting=2, threads=1, batch_prompts=1) as found:
+        first = raw_request(found, {**CHAT, "max_tokens": 250})
+        until(lambda: found.metric("arc_batch_size_count", work="generate") == 1)
+        waiting = [raw_request(found, CHAT) for _ in range(2)]
+        until(lambda: found.metric("arc_answers_waiting") == 2)
+        for opened in waiting:
+            opened.close()
+        until(lambda: found.metric("arc_answers_waiting") == 0, 2.0)
+        assert found.metric("arc_batch_size_count", work="generate") == 1, "the first answer still runs"
+        first.close()
+        assert found.ask("/v1/chat/completions", CHAT).status == 200
+
+
+def test_connections_beyond_the_files_of_the_process_give_one_warning(
+    server: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            server.server._on_loop_error(None, {"exception": OSError(errno.EMFILE, "Too many open files")})
+    assert len(caplog.messages) == 1 and "ulimit -n" in caplog.text
+
+
 def test_a_client_that_hangs_up_early_costs_no_compression(model: ArcModel) -> None:
     with served(model, compress_wait_s=0.3) as found:
         raw_request(found, CHAT).close()
@@ -332,6 +379,31 @@ def test_answers_that_wait_are_generated_as_one_batch(model: ArcModel, monkeypat
     for n, reply in enumerate(replies):
         (text,) = model.generate([[Context(DOCUMENT), f" {n}"]], max_new_tokens=4 + n)
         assert reply.text == text and reply.json["usage"]["completion_tokens"] == 4 + n
+
+
+@pytest.mark.parametrize("work", ["generate_ids", "compress"])
+def test_a_batch_is_bounded_by_its_rows_or_tokens(model: ArcModel, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
+    run, sizes = getattr(ArcModel, work), []
+
+    def recorded(self: ArcModel, lines: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(lines))
+        time.sleep(0.05)
+        return run(self, lines, *args, **options)
+
+    monkeypatch.setattr(ArcModel, work, recorded)
+    texts = [f"{n} lamps of stone." for n in range(8)]
+    encoder, decoder = model.encoder_tokenizer, model.decoder_tokenizers[0]
+    assert encoder is not None and decoder is not None
+    tokens, rows = len(encoder.encode(texts[0])), 1 + len(decoder.encode(texts[0])) + 4
+    limits = {"batch_rows": 2 * rows, "compress_tokens": 3 * tokens - 1}
+    with served(model, threads=1, **limits) as found, ThreadPoolExecutor(8) as pool:
+        if work == "compress":
+            assert found.ask("/v1/compress", {"documents": texts}).status == 200
+        else:
+            bodies = [{"prompt": text, "max_tokens": 4} for text in texts]
+            replies = list(pool.map(lambda body: found.ask("/v1/completions", body), bodies))
+            assert {reply.status for reply in replies} == {200}
+    assert max(sizes) == 2 and sum(sizes) == 8
 
 
 def test_a_request_that_takes_too_long_gets_504(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +441,40 @@ def test_a_stopping_server_finishes_its_answers_and_refuses_others(
         assert found.ask("/health").status == 503
         assert running.result().status == 200 and running.result().json["usage"]["completion_tokens"] == 40
         until(lambda: found.server.should_exit)
+
+
+def test_answers_that_outlast_the_grace_are_given_up(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(model, monkeypatch, 0.05)
+    with served(model, grace_s=0.3) as found, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(found.ask, "/v1/chat/completions", {**CHAT, "max_tokens": 250})
+        until(lambda: found.metric("arc_batch_size_count", work="generate") == 1)
+        found.server.handle_exit(15, None)
+        until(lambda: found.server.should_exit, 3.0)
+        found.server.handle_exit(15, None)
+        assert running.result().status == 503
+
+
+def test_vectors_are_those_of_the_port_of_the_decoder(tmp_path: Path) -> None:
+    write_export(tiny_trained(tmp_path / "run", decoder_sizes=(48, 48)), tmp_path / "export")
+    decoders = [write_decoder(tmp_path / name).parent / name for name in ("first", "second")]
+    model = ArcModel.from_checkpoint(tmp_path / "export", decoders=decoders)
+    with served(model, decoder=1) as found:
+        vectors = load(found.ask("/v1/compress", {"documents": [DOCUMENT]}).raw)["context_0"]
+    first, second = (model.compress([DOCUMENT], decoder)[0] for decoder in range(2))
+    torch.testing.assert_close(vectors, second)
+    assert not torch.allclose(vectors, first)
+
+
+def test_a_second_signal_ends_the_answers_that_run(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(model, monkeypatch)
+    with served(model) as found, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(found.ask, "/v1/chat/completions", {**CHAT, "max_tokens": 250})
+        until(lambda: found.metric("arc_batch_size_count", work="generate") == 1)
+        started = time.monotonic()
+        for _ in range(2):
+            found.server.handle_exit(15, None)
+        assert running.result().status == 503 and running.result().error["code"] == "stopping"
+        assert time.monotonic() - started < 3
 
 
 def test_a_prompt_at_fault_does_not_fail_the_others_of_its_batch(

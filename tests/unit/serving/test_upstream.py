@@ -150,6 +150,29 @@ def test_a_fault_after_the_first_words_is_an_event_of_the_stream(model: ArcModel
     assert first["choices"][0]["text"] == "Hello" and last["error"]["code"] == "upstream_timeout"
 
 
+def test_a_client_that_does_not_read_its_answer_ends_it(model: ArcModel, embedder: ArcModel) -> None:
+    ended = threading.Event()
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            while True:
+                yield event("x" * 100_000) + "\n\n"
+                await asyncio.sleep(0)
+        finally:
+            ended.set()
+
+    fake = FakeVllm(model, behaviour=lambda _: StreamingResponse(events(), media_type="text/event-stream"))
+    with serving(fake) as url:
+        settings = UpstreamSettings(url=url, model="decoder")
+        with served(embedder, upstream=settings, timeout_s=1.0) as found:
+            opened = raw_request(found, {**CHAT, "stream": True})
+            until(lambda: found.metric("arc_requests_running") == 1)
+            until(lambda: found.metric("arc_requests_running") == 0, 4.0)
+            until(ended.is_set, 3.0)
+            assert found.ask("/health").status == 200
+            opened.close()
+
+
 def test_an_upstream_that_is_not_there_is_named(embedder: ArcModel) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens

@@ -43,7 +43,7 @@ def test_a_checkpoint_records_what_an_export_needs_even_if_the_files_are_gone(mo
     inputs = InputDigests(data="d", tokenizers={"encoder": "e"}, backbones={})
     counts = {"step": 3, "skipped_steps": 0, "skipped_in_row": 0, "data_counts": {}}
     spec = SimpleNamespace(to_json=dict)
-    decoder = TrainedFor(name="d", rope_scaling="none", implementation="transformers")
+    decoder = TrainedFor(name="d", rope_scaling="none", implementation="transformers", chat_template="chatml")
     record = PortRecord(decoder=decoder, ids_digest="i", weights={})
     ports = SimpleNamespace(spec=spec, records=(record,), places=(0,))
     run = SimpleNamespace(inputs=inputs, ports=ports, **counts)
@@ -55,3 +55,4 @@ def test_a_checkpoint_records_what_an_export_needs_even_if_the_files_are_gone(mo
     assert extra["decoder_weights"] == {"d": {}}
     assert extra["encoder_tokenizer"].startswith("/gone")
     assert [decoder["implementation"] for decoder in extra["decoders"]] == ["transformers"]
+    assert [decoder["chat_template"] for decoder in extra["decoders"]] == ["chatml"]

@@ -18,7 +18,6 @@ def test_both_ways_are_measured_and_appended(tmp_path: Path, monkeypatch: pytest
     out = tmp_path / "rows.csv"
     sizes = ["--gb", "0.005", "--hidden", "256", "--ranks", "2", "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", ["bench_load.py", "--folder", str(tmp_path / "model"), *sizes, "--out", str(out)])
-    monkeypatch.syspath_prepend(str(TOOL.parent))
     spec = importlib.util.spec_from_file_location("bench_load", TOOL)
     assert spec is not None and spec.loader is not None
     program = importlib.util.module_from_spec(spec)
@@ -31,4 +30,4 @@ def test_both_ways_are_measured_and_appended(tmp_path: Path, monkeypatch: pytest
     size = float(own["checkpoint_gb"])
     assert float(broadcast["read_gb"]) == pytest.approx(size, abs=0.001)
     assert float(own["read_gb"]) == pytest.approx(size / 2, abs=0.001)
-    assert min(float(row["load_s"]) for row in (own, broadcast)) > 0
+    assert min(float(row["mb_per_s"]) for row in (own, broadcast)) > 0  # seconds are rounded, and may be 0

@@ -14,8 +14,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Without a GPU the kernels run under Triton's interpreter. It wants to be told before anything imports triton, which
-# DeepSpeed and torch.compile do.
+# Without a GPU the kernels run under Triton's interpreter. The variable counts only if it is set before
+# triton is imported, which DeepSpeed and torch.compile do.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -25,7 +25,7 @@ settings.load_profile("arc")
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of golden files: $ARC_GOLDEN, or `shared/golden` beside the repository; skips where it is absent."""
+    """The folder of golden files: $ARC_GOLDEN, or `shared/golden` next to the repository; skips if it is absent."""
     default = Path(__file__).parents[2] / "shared" / "golden"
     folder = Path(os.environ.get("ARC_GOLDEN", default))
     if not folder.is_dir():

@@ -238,7 +238,7 @@ def _status(key: str) -> float:
 
 def _measure(run: Path, out: Path, export_format: str, dtype: str, average: int, spec: CompressorSpec) -> Row:
     options = ["--format", export_format, "--dtype", dtype, "--average", str(average)]
-    os.sync()  # what the checkpoint or the last row left to be written must not slow this one down
+    os.sync()  # pending writes of the checkpoint or the last row would slow this one down
     command = [sys.executable, __file__, "--export", str(run), str(out), *options]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(result.stdout.splitlines()[-1])

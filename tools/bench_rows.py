@@ -1,4 +1,4 @@
-"""What the benchmark programs write about a measurement: machine, commit, and rows of a CSV file."""
+"""Machine, commit and CSV rows of a measurement, for the benchmark programs."""
 
 from __future__ import annotations
 

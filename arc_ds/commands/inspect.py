@@ -79,6 +79,9 @@ def inspect_path(path: Path, encoder_backbone: Path | None = None) -> Facts:
     """
     if _is_export(path) or (path / "embedder").is_dir():
         return _facts_of_compressor(path, encoder_backbone)
+    if (path / "trainer.json").is_file() or (path / "checkpoints").is_dir():
+        reason = f"It holds the state of a training. Export it: arc-ds export {path} OUT"
+        return {"path": str(path), "kind": "run of ARC-DS", "serves_as": {"compressor": reason}}
     damage = None
     try:
         if is_release(path):
@@ -276,7 +279,7 @@ def _lines(facts: Facts) -> Iterator[str]:
     yield f"{facts['path']}: {facts['kind'] or 'no weights'}"
     for name, write in _WRITERS.items():
         if facts.get(name) is not None:
-            yield f"  {name.replace('_', ' '):<16}{write(facts[name])}"
+            yield f"  {name.replace('_', ' '):<20}{write(facts[name])}"
     uses_by_reason: dict[str, list[str]] = {}
     for use, reason in facts["serves_as"].items():
         if reason is not None:

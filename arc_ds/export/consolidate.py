@@ -51,7 +51,7 @@ class TrainedCompressor:
     decoder_weights: samples of each decoder's weights by its name (`weight_samples.sample_weights`), if recorded.
     max_context_tokens: length of the longest context in training; None if the checkpoint does not record it.
     averaged_steps: steps of the checkpoints whose mean this is; empty for one checkpoint.
-    record: what the run's folder says about the training; None if this is no checkpoint of a run.
+    record: the run's own record of the training; None if this is no checkpoint of a run.
     """
 
     spec: CompressorSpec

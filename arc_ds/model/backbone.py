@@ -310,7 +310,7 @@ class Block(nn.Module):
         return Stream(x_TD, self._update(self.feed_forward(input_TD), self.ffn_norm))
 
     def _update(self, output_TD: Tensor, norm: Norm) -> Tensor:
-        """What a sublayer adds to the residual, from its output."""
+        """The update of the residual, from the output of a sublayer."""
         update_TD = norm(output_TD) if self.norms_output else output_TD
         return update_TD if self.residual_multiplier == 1.0 else update_TD * self.residual_multiplier
 

@@ -32,7 +32,7 @@ _STOPPING = RequestError(503, "the server is stopping; ask another one", code="s
 
 
 class ServerState:
-    """What the requests of a server share.
+    """The state that the requests of a server share.
 
     is_stopping: whether new requests are refused. A signal sets it.
     running: number of requests that are being answered.

@@ -26,7 +26,7 @@ TOLERANCE = 1e-6  # the same operations in the same order; worst measured: 3e-7
 
 
 class Found(NamedTuple):
-    """What a rank computed.
+    """The results of a rank.
 
     nll: of each step.
     grads: of the compressed vectors of each step.

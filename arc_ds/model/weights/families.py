@@ -194,7 +194,7 @@ class Family:
     numbers: key of the config by field of `BackboneConfig`, for numbers that a config may lack.
     logits_divisor: key of the inverse of `logits_multiplier`; None if there is none.
     windowed: which layers have a window if the config has a length but no `layer_types`; None if the family has no
-        windows, whatever the config says.
+        windows, even with a length in the config.
     without_rope: which layers rotate nothing; None for no layer.
     windowed_rope_scaling: used if the config has one rotary rule for all layers.
     partial_rotary: whether the family honours `partial_rotary_factor`.

@@ -15,6 +15,7 @@ import torch
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.rope import rope_frequencies
 from arc_ds.model.weights.families import HUGGING_FACE, NATIVE, OLMO_NATIVE, TensorNames
+from arc_ds.model.weights.names import join_faults
 from arc_ds.model.weights.stores import TensorStore, same_values
 
 _BLOCK_ROWS = 4096
@@ -150,9 +151,8 @@ def leftover_faults(backbone: Backbone, known: Collection[str]) -> dict[str, str
         if not any(is_harmless(backbone, name) for is_harmless in _HARMLESS):
             leftovers.setdefault(_meaning(backbone, name, known), []).append(name)
     faults = {}
-    for (meaning, remedy), (first, *others) in leftovers.items():
-        more = f" and {len(others)} more" if others else ""
-        faults[f"`{first}`{more}: probably {meaning}"] = remedy
+    for (meaning, remedy), names in leftovers.items():
+        faults[f"{join_faults([f'`{name}`' for name in names])}: probably {meaning}"] = remedy
     return faults
 
 

@@ -6,7 +6,7 @@ Every linear weight is [out, in]. w1 is the gate projection, w3 the up and w2 th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -17,7 +17,8 @@ from arc_ds.model.backbone_config import BackboneConfig
 Shape = tuple[int, ...]
 RotaryPairs = Literal["half", "interleaved"]
 NamePredicate = Callable[[str], bool]
-_MAX_LISTED = 8
+_MAX_LISTED = 20
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d*)(?=\.)")
 _ROTATED = re.compile(r"attention\.(wq|wk|q_norm|k_norm)\.(?:weight|bias)$")
 
 
@@ -77,9 +78,32 @@ def shape_faults(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> l
 
 
 def join_faults(faults: Sequence[str]) -> str:
-    """The first faults in one phrase, and the number of the others."""
-    more = f"; and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
-    return "; ".join(faults[:_MAX_LISTED]) + more
+    """The faults in one phrase, those of all layers together. Of very many, the number of the others."""
+    phrases = join_layers(faults)
+    more = f"; and {len(phrases) - _MAX_LISTED} more" if len(phrases) > _MAX_LISTED else ""
+    return "; ".join(phrases[:_MAX_LISTED]) + more
+
+
+def join_layers(phrases: Iterable[str]) -> list[str]:
+    """Join the phrases that differ only in the first number of a name, such as `layers.{0-2,5}.attention.wq.bias`."""
+    numbers: dict[str, list[int]] = {}
+    for phrase in phrases:
+        match = _NUMBER.search(phrase)
+        pattern = phrase if match is None else f"{phrase[: match.start()]}\0{phrase[match.end() :]}"
+        numbers.setdefault(pattern, []).extend([] if match is None else [int(match.group())])
+    return [pattern.replace("\0", _as_ranges(found)) for pattern, found in numbers.items()]
+
+
+def _as_ranges(numbers: Sequence[int]) -> str:
+    """Numbers as text: 3, or {0-2,5}."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
+    return texts[0] if len(texts) == 1 and "-" not in texts[0] else f"{{{','.join(texts)}}}"
 
 
 def no_name(name: str) -> bool:

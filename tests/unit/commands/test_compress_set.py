@@ -87,7 +87,7 @@ def test_a_line_that_cannot_be_used_stops_by_default(export: Path, tmp_path: Pat
     assert compress(export, tmp_path / "out", "--batch-tokens", "200", lines) == EXIT_USER_ERROR
     error = capsys.readouterr().err
     assert "x.jsonl, line 281: " in error and "'text'" in error and "--on-error skip" in error
-    assert len(read_vectors(tmp_path / "out")) > 200  # what was compressed before is kept
+    assert len(read_vectors(tmp_path / "out")) > 200  # earlier vectors are kept
 
 
 def test_a_set_takes_more_texts_of_the_same_model_only(export: Path, tmp_path: Path, capsys) -> None:

@@ -225,7 +225,7 @@ def test_mistakes_name_their_remedy(folders: Path, tmp_path: Path, capsys) -> No
         out.unlink(missing_ok=True)
         assert generate(folders, *arguments) == EXIT_USER_ERROR
         assert message in capsys.readouterr().err
-        assert not out.exists() or len(read(out)) == 1  # what was generated before a bad line is kept
+        assert not out.exists() or len(read(out)) == 1  # answers before a bad line are kept
     assert read(other) == [{"a": 1}] and len(read(given)) == 2
 
 

@@ -146,7 +146,7 @@ def test_an_export_says_what_it_holds(tmp_path: Path, export_format: str, kind: 
     assert facts["parameters"] == sum(tensor.numel() for tensor in trained.tensors.values())
     assert facts["step"] == (7 if export_format == "arc-ds" else None)
     assert cli.main(["inspect", str(tmp_path / "out")]) == 0
-    assert "decoders        name decoder0, hidden size 48" in capsys.readouterr().out
+    assert "decoders            name decoder0, hidden size 48" in capsys.readouterr().out
     next((tmp_path / "out").rglob("*.safetensors")).unlink()
     assert cli.main(["inspect", str(tmp_path / "out")]) == 2
 
@@ -191,6 +191,13 @@ def test_a_release_cut_short_is_named_as_damaged(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
     for path in (tmp_path, file):
         assert "cut short or damaged" in inspect_path(path)["serves_as"]["decoder"]
+
+
+def test_a_run_is_to_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tiny_trained(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    assert cli.main(["inspect", str(tmp_path / "run")]) == 2
+    assert f"arc-ds export {tmp_path / 'run'} OUT" in capsys.readouterr().out
 
 
 def test_a_link_to_a_deleted_file_is_a_reason(tmp_path: Path) -> None:

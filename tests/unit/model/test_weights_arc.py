@@ -80,7 +80,7 @@ def test_checkpoint_of_another_backbone_is_refused(golden: Path):
     checkpoint = read_arc_checkpoint(folder, golden / "models/enc")
     other = dataclasses.replace(checkpoint.backbone, ffn_size=100)
     compressor = build_compressor(spec_of_params(checkpoint.params, other, 1))
-    message = r"w1.weight` is \[160, 64\], expected \[100, 64\].*; and 1 more\. .* encoder_backbone is the backbone"
+    message = r"layers.\{0-2\}.feed_forward.w1.weight` is \[160, 64\], expected \[100, 64\].*is the backbone"
     with pytest.raises(WeightsError, match=message):
         load_backbone(compressor, checkpoint)
 

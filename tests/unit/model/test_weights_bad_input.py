@@ -259,12 +259,33 @@ def test_odd_headers_and_names_of_gguf_files_are_errors_in_words(tmp_path: Path,
         open_backbone(file)
 
 
-def test_many_missing_files_are_counted(tmp_path: Path, config):
-    tiny.write_hf(tmp_path, config, tiny.random_tensors(config), 20)
+def test_many_missing_files_are_counted(tmp_path: Path):
+    config = tiny.tiny_config(num_layers=3)
+    tiny.write_hf(tmp_path, config, tiny.random_tensors(config), 23)
     for file in tmp_path.glob("model-*"):
         file.unlink()
-    with pytest.raises(WeightsError, match=r"names 20 files, but model-00001-of-00020.*; and 12 more are missing"):
+    with pytest.raises(WeightsError, match=r"names 23 files, but model-00001-of-00023.*; and 3 more are missing"):
         open_backbone(tmp_path)
+
+
+def test_all_tensors_at_fault_are_listed_with_their_layers(tmp_path: Path):
+    """A model of many layers has a hundred tensors of one fault."""
+    config = tiny.tiny_config(num_layers=12)
+    tensors = tiny.random_tensors(config)
+    for layer_idx in (*range(3), 5, *range(10, 12)):
+        del tensors[f"layers.{layer_idx}.attention.wq.weight"]
+        tensors[f"layers.{layer_idx}.feed_forward.w1.weight"] = torch.ones(4, 32)
+    tiny.write_hf(tmp_path, config, tensors)
+    biases = {f"model.layers.{layer_idx}.self_attn.o_proj.bias": torch.ones(32) for layer_idx in range(12)}
+    save_file(biases, tmp_path / "more.safetensors")
+    with pytest.raises(WeightsError) as error:
+        open_backbone(tmp_path)
+    for words in (
+        "`model.layers.{0-2,5,10-11}.self_attn.q_proj.weight` is missing",
+        "`model.layers.{0-2,5,10-11}.mlp.gate_proj.weight` is [4, 32]",
+        "`model.layers.{0-11}.self_attn.o_proj.bias`: probably a bias",
+    ):
+        assert words in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["output_norm.bias", "rope_factors.weight", "blk.2.attn_norm.weight"])

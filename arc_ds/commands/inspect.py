@@ -113,7 +113,11 @@ def _facts_of_backbone(path: Path) -> Facts:
         names = {source.tensor_names.find(name)[0] for name in source.shapes}
         facts["formats"] = dict(Counter(source.store.formats[name] for name in names if name in source.store.formats))
     if config is not None:
-        facts |= _facts_of_config(config)
+        facts |= {
+            "family": config.family,
+            "config": dataclasses.asdict(config),
+            "parameters": sum(map(math.prod, backbone_shapes(config).values())),
+        }
     elif sizes is not None:
         facts |= {"family": sizes.model_type, "parameters": sizes.num_parameters}
     rows = config or sizes
@@ -155,15 +159,6 @@ def _facts_of_files(files: tuple[Path, ...], path: Path) -> Facts:
         {"name": str(file.relative_to(folder)), "bytes": file.stat().st_size if file.is_file() else 0} for file in files
     ]
     return {"files": sizes, "bytes": sum(file["bytes"] for file in sizes)}
-
-
-def _facts_of_config(config: BackboneConfig) -> Facts:
-    shapes = backbone_shapes(config)
-    return {
-        "family": config.family,
-        "config": dataclasses.asdict(config),
-        "parameters": sum(math.prod(shape) for shape in shapes.values()),
-    }
 
 
 def _facts_of_tokenizer(path: Path, vocab_size: int | None) -> Facts:

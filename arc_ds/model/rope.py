@@ -53,7 +53,7 @@ def ropes_at(positions_T: Tensor, config: BackboneConfig, lengths_T: Tensor | No
     lengths_T: see `lengths_of_rows`.
     """
     rules = [_rule(config, layer_idx) for layer_idx in range(config.num_layers)]
-    ropes = {rule: _rope(positions_T, config, rule, lengths_T) for rule in dict.fromkeys(rules)}
+    ropes = {rule: _rope(positions_T, config, *rule, lengths_T) for rule in dict.fromkeys(rules)}
     return tuple(ropes[rule] for rule in rules)
 
 
@@ -83,28 +83,19 @@ def rope_frequencies(config: BackboneConfig, device: torch.device, lengths_T: Te
     return freqs if scaling is None else _SCALES[scaling.kind](freqs, scaling, config.rope_theta, lengths_T)
 
 
-class _Rule(NamedTuple):
-    """How a layer rotates.
-
-    rotates: False for layers without rotary positions.
-    is_scaled: whether the scaling of the config applies.
-    """
-
-    rotates: bool
-    is_scaled: bool
-
-
-def _rule(config: BackboneConfig, layer_idx: int) -> _Rule:
+def _rule(config: BackboneConfig, layer_idx: int) -> tuple[bool, RopeScaling | None]:
+    """Whether a layer rotates, and its scaling."""
     is_scaled = config.windowed_rope_scaling or config.window_of(layer_idx) is None
-    return _Rule(layer_idx not in config.layers_without_rope, is_scaled and config.rope_scaling is not None)
+    return layer_idx not in config.layers_without_rope, config.rope_scaling if is_scaled else None
 
 
-def _rope(positions_T: Tensor, config: BackboneConfig, rule: _Rule, lengths_T: Tensor | None) -> Rope:
+def _rope(
+    positions_T: Tensor, config: BackboneConfig, rotates: bool, scaling: RopeScaling | None, lengths_T: Tensor | None
+) -> Rope:
     num_pairs = config.head_dim // 2
     positions_T1 = positions_T.float()[:, None]
-    scaling = config.rope_scaling if rule.is_scaled else None
     query_factor = None if scaling is None else _query_factor(positions_T1, scaling)
-    if not rule.rotates:
+    if not rotates:
         cos = positions_T1.new_ones(positions_T.numel(), num_pairs)
         return Rope(cos, torch.zeros_like(cos), query_factor)
     rotation = dataclasses.replace(config, rope_scaling=scaling)
@@ -124,24 +115,21 @@ def _query_factor(positions_T1: Tensor, scaling: RopeScaling) -> Tensor | None:
     return 1.0 + scaling.query_beta * torch.log1p(torch.floor(positions_T1 / scaling.original_max_positions))
 
 
-def _scale_linear(freqs_F: Tensor, scaling: RopeScaling, theta: float, lengths_T: Tensor | None) -> Tensor:
+def _scale_linear(freqs_F: Tensor, scaling: RopeScaling, _theta: float, _lengths_T: Tensor | None) -> Tensor:
     """Divide all frequencies by the factor."""
-    del theta, lengths_T
     return freqs_F / scaling.factor
 
 
-def _scale_llama3(freqs_F: Tensor, scaling: RopeScaling, theta: float, lengths_T: Tensor | None) -> Tensor:
+def _scale_llama3(freqs_F: Tensor, scaling: RopeScaling, _theta: float, _lengths_T: Tensor | None) -> Tensor:
     """Divide low frequencies by the factor, keep high ones and interpolate between them (Llama 3.1)."""
-    del theta, lengths_T
     wavelength = 2 * math.pi / freqs_F
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((scaling.original_max_positions / wavelength - low) / (high - low)).clamp(0.0, 1.0)
     return freqs_F * (kept + (1.0 - kept) / scaling.factor)
 
 
-def _scale_yarn(freqs_F: Tensor, scaling: RopeScaling, theta: float, lengths_T: Tensor | None) -> Tensor:
+def _scale_yarn(freqs_F: Tensor, scaling: RopeScaling, theta: float, _lengths_T: Tensor | None) -> Tensor:
     """Like llama3, but the interpolation is linear in the index of the pair (YaRN, arXiv 2309.00071, section 3.2)."""
-    del lengths_T
     dim = 2 * freqs_F.numel()
 
     def pair_with(rotations: float) -> float:
@@ -158,9 +146,8 @@ def _scale_yarn(freqs_F: Tensor, scaling: RopeScaling, theta: float, lengths_T: 
     return freqs_F * (1.0 - divided) + freqs_F / scaling.factor * divided
 
 
-def _scale_dynamic(freqs_F: Tensor, scaling: RopeScaling, theta: float, lengths_T: Tensor | None) -> Tensor:
+def _scale_dynamic(freqs_F: Tensor, scaling: RopeScaling, _theta: float, lengths_T: Tensor | None) -> Tensor:
     """Enlarge the base of the frequencies with the length of the sequence ("dynamic NTK")."""
-    del theta
     if lengths_T is None:
         return freqs_F
     dim, original = 2 * freqs_F.numel(), scaling.original_max_positions
@@ -169,9 +156,8 @@ def _scale_dynamic(freqs_F: Tensor, scaling: RopeScaling, theta: float, lengths_
     return freqs_F * growth_T[:, None] ** -exponents_F
 
 
-def _scale_longrope(freqs_F: Tensor, scaling: RopeScaling, theta: float, lengths_T: Tensor | None) -> Tensor:
+def _scale_longrope(freqs_F: Tensor, scaling: RopeScaling, _theta: float, lengths_T: Tensor | None) -> Tensor:
     """Divide each frequency by its own factor, which depends on whether the sequence is long (arXiv 2402.13753)."""
-    del theta
     short_F, long_F = (freqs_F.new_tensor(factors) for factors in (scaling.short_factors, scaling.long_factors))
     if lengths_T is None:
         return freqs_F / short_F

@@ -73,7 +73,9 @@ class TransformersFiles:
         else:
             with dist.fail_together():
                 whole = self._read(dtype, torch.device("cpu")) if dist.is_main() else None
-            with _without_initialization(), within:
+            from transformers.initialization import no_init_weights
+
+            with no_init_weights(), within:  # partitions have no shape to initialize
                 model = _new_model(self.config, self.trust_remote_code)
             model.tie_weights()
             _distribute(whole, model, device)
@@ -269,15 +271,6 @@ def _import_transformers() -> Any:
             'pip install "arc-ds[transformers]"'
         ) from error
     return transformers
-
-
-@contextmanager
-def _without_initialization() -> Iterator[None]:
-    """Context in which models of transformers do not initialize their weights: partitions have no shape for it."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        yield
 
 
 @contextmanager

@@ -100,12 +100,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _read_sentencepiece(path: Path, metadata: dict[str, Any]) -> SentencePieceTokenizer:
-    """The sentencepiece model that has the tokens of the metadata."""
-    return SentencePieceTokenizer.from_bytes(path, _sentencepiece_model(metadata))
-
-
-def _sentencepiece_model(metadata: dict[str, Any]) -> bytes:
-    """The content of a sentencepiece model file (sentencepiece_model.proto) without its training settings.
+    """The sentencepiece model (sentencepiece_model.proto) that has the tokens of the metadata.
 
     Marks that the metadata lists as user-defined tokens become control tokens: sentencepiece would find them in texts.
     """
@@ -131,7 +126,8 @@ def _sentencepiece_model(metadata: dict[str, Any]) -> bytes:
             5: True,
         }
     )
-    return b"".join(_message({1: piece}) for piece in pieces) + _message({2: trainer, 3: normalizer})
+    model = b"".join(_message({1: piece}) for piece in pieces) + _message({2: trainer, 3: normalizer})
+    return SentencePieceTokenizer.from_bytes(path, model)
 
 
 def _message(fields: Mapping[int, bytes | float | int]) -> bytes:

@@ -65,7 +65,7 @@ class ArcCheckpoint:
     @property
     def num_ports(self) -> int:
         """Number of decoders for which it has a bridge or markers."""
-        return max(_num_ports(self.file_names), self.num_decoders)
+        return max(num_ports(self.file_names), self.num_decoders)
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
@@ -106,7 +106,7 @@ def read_arc_checkpoint(
     if params.object("bridge_module", {}).get("bridge_type") is not None:
         if not (folder / BRIDGE).is_file():
             raise WeightsError(f"{folder} has no {BRIDGE}, but {PARAMS} names a bridge. Copy the whole checkpoint.")
-        several = max(_num_ports(names), num_decoders) > 1
+        several = max(num_ports(names), num_decoders) > 1
         is_shared = several and params.object("bridge_module").get("bridge_type") != MULTI
         names.update(_internal_names(folder / BRIDGE, partial(bridge_name, shared=is_shared)))
     if (folder / SIZES).is_file():
@@ -139,10 +139,15 @@ def write_arc_checkpoint(
         if content:
             (folder / target).parent.mkdir(parents=True)
             digests[target.as_posix()] = write_safetensors(folder / target, content)
+    write_settings(folder, params, backbone)
+    return digests
+
+
+def write_settings(folder: Path, params: Mapping[str, Any], backbone: BackboneConfig) -> None:
+    """Write the two JSON files of an ARC checkpoint."""
     (folder / PARAMS).write_text(json.dumps(params, indent=4), encoding="utf-8")
     sizes = json.dumps(dataclasses.asdict(backbone), indent=4)
     (folder / SIZES).write_text(sizes + "\n", encoding="utf-8")
-    return digests
 
 
 def _reference_tensors(
@@ -224,7 +229,8 @@ def bridge_name(file_name: str, *, shared: bool) -> str | None:
     return f"ports.{match.group(1) or 0}.bridge.{match.group(2)}"
 
 
-def _num_ports(names: Iterable[str]) -> int:
+def num_ports(names: Iterable[str]) -> int:
+    """Number of decoders that internal names of tensors mention."""
     ports = [int(match.group(1)) for name in names if (match := _PORT.match(name))]
     return max(ports, default=-1) + 1
 

@@ -153,13 +153,11 @@ OLMO_NATIVE = TensorNames(
 LayerRule = Callable[[Fields, int], bool]
 
 
-def _every_layer(fields: Fields, layer_idx: int) -> bool:
-    del fields, layer_idx
+def _every_layer(_fields: Fields, _layer_idx: int) -> bool:
     return True
 
 
-def _three_of_four(fields: Fields, layer_idx: int) -> bool:
-    del fields
+def _three_of_four(_fields: Fields, layer_idx: int) -> bool:
     return (layer_idx + 1) % 4 != 0
 
 

@@ -211,8 +211,7 @@ def _factor(rope: Fields, fields: Fields, original: int) -> float:
     return fields.integer("max_position_embeddings") / original
 
 
-def _linear(rope: Fields, fields: Fields) -> RopeScaling:
-    del fields
+def _linear(rope: Fields, _fields: Fields) -> RopeScaling:
     return RopeScaling(kind="linear", factor=rope.number("factor"))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,11 +38,6 @@ class Backbone(NamedTuple):
     has_head: bool
 
 
-def _is_empty(backbone: Backbone, name: str) -> bool:
-    """Programs that train with ZeRO-3 or FSDP save a tied head as a tensor without values."""
-    return 0 in backbone.store.shapes[name]
-
-
 def _is_rotary_table(backbone: Backbone, name: str) -> bool:
     """Early Hugging Face files hold the frequencies that follow from the config, rounded to 16 bits or not."""
     if not name.endswith("rotary_emb.inv_freq"):
@@ -53,22 +48,9 @@ def _is_rotary_table(backbone: Backbone, name: str) -> bool:
     return any(f.shape == found.shape and torch.allclose(f, found, rtol=0.01, atol=1e-7) for f in frequencies)
 
 
-def _is_ignored(backbone: Backbone, name: str) -> bool:
-    """The table of names says why."""
-    return name.endswith(backbone.names.ignored)
-
-
-def _is_other_module(backbone: Backbone, name: str) -> bool:
-    """A model of images or sound and text holds more than the language model, and a text passes none of it."""
-    pattern = backbone.names.other_modules
-    return pattern is not None and pattern.search(name) is not None
-
-
 def _is_tied_head(backbone: Backbone, name: str) -> bool:
     """Some programs save a tied head as well. It equals the embedding."""
     config, names, store = backbone.config, backbone.names, backbone.store
-    if name != names.find("output.weight")[0]:
-        return False
     embedding, _ = names.find("tok_embeddings.weight")
     blocks = (slice(row, row + _BLOCK_ROWS) for row in range(0, config.vocab_size, _BLOCK_ROWS))
     return store.shapes[name] == store.shapes.get(embedding) and all(
@@ -76,26 +58,23 @@ def _is_tied_head(backbone: Backbone, name: str) -> bool:
     )
 
 
-def _is_zero_bias(backbone: Backbone, name: str) -> bool:
-    """Some converters write the biases that a model lacks as zeros."""
-    return name.endswith(".bias") and not backbone.store.tensor(name).any()
+def _is_harmless(backbone: Backbone, name: str) -> bool:
+    """Whether a tensor that holds no parameter changes nothing."""
+    _, names, store, has_head = backbone
+    head, _ = names.find("output.weight")
+    return (
+        0 in store.shapes[name]  # programs that train with ZeRO-3 or FSDP save a tied head as a tensor without values
+        or _is_rotary_table(backbone, name)
+        or name.endswith(names.ignored)  # the table of names says why
+        # A model of images or sound and text holds more than the language model, and a text passes none of it.
+        or (names.other_modules is not None and names.other_modules.search(name) is not None)
+        or (name == head and _is_tied_head(backbone, name))
+        # Some converters write the biases that a model lacks as zeros.
+        or (name.endswith(".bias") and not store.tensor(name).any())
+        # An encoder ends before the heads: of the language model, of a classifier, of a reward model.
+        or (not has_head and (name == head or re.search(_OTHER_HEADS, name) is not None))
+    )
 
-
-def _is_unused_head(backbone: Backbone, name: str) -> bool:
-    """An encoder ends before the heads: of the language model, of a classifier, of a reward model."""
-    is_head = name == backbone.names.find("output.weight")[0] or re.search(_OTHER_HEADS, name)
-    return not backbone.has_head and bool(is_head)
-
-
-_HARMLESS: tuple[Callable[[Backbone, str], bool], ...] = (
-    _is_empty,
-    _is_rotary_table,
-    _is_ignored,
-    _is_other_module,
-    _is_tied_head,
-    _is_zero_bias,
-    _is_unused_head,
-)
 
 # Pattern of names -> their probable meaning, and the remedy. The first that matches counts.
 _MEANINGS: Mapping[str, tuple[str, str]] = {
@@ -148,7 +127,7 @@ def leftover_faults(backbone: Backbone, known: Collection[str]) -> dict[str, str
     """
     leftovers: dict[tuple[str, str], list[str]] = {}
     for name in sorted(set(backbone.store.shapes).difference(known)):
-        if not any(is_harmless(backbone, name) for is_harmless in _HARMLESS):
+        if not _is_harmless(backbone, name):
             leftovers.setdefault(_meaning(backbone, name, known), []).append(name)
     faults = {}
     for (meaning, remedy), names in leftovers.items():

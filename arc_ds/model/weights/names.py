@@ -106,9 +106,8 @@ def _as_ranges(numbers: Sequence[int]) -> str:
     return texts[0] if len(texts) == 1 and "-" not in texts[0] else f"{{{','.join(texts)}}}"
 
 
-def no_name(name: str) -> bool:
+def no_name(_name: str) -> bool:
     """A predicate that is false for every name."""
-    del name
     return False
 
 

@@ -6,10 +6,9 @@ settings, so both come from its shapes, from the backbone, and from a `config.js
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import BridgeKind
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor
-from arc_ds.model.weights.arc_format import BRIDGE, EMBEDDER, PARAMS, SIZES, bridge_name, embedder_name
+from arc_ds.model.weights.arc_format import BRIDGE, EMBEDDER, bridge_name, embedder_name, num_ports, write_settings
 from arc_ds.model.weights.arc_spec import params_of_spec, spec_of_params
 from arc_ds.model.weights.fields import Fields
 from arc_ds.model.weights.lazy_tensor import LazyTensor, write_safetensors
@@ -118,10 +117,7 @@ def write_release(release: Release, folder: Path) -> None:
     """
     store = release.store
     dtype = "bfloat16" if set(store.formats.values()) == {"BF16"} else "float32"
-    params = params_of_spec(release.spec, dtype)
-    (folder / PARAMS).write_text(json.dumps(params, indent=4), encoding="utf-8")
-    sizes = json.dumps(asdict(release.spec.backbone), indent=4)
-    (folder / SIZES).write_text(sizes + "\n", encoding="utf-8")
+    write_settings(folder, params_of_spec(release.spec, dtype), release.spec.backbone)
     with tqdm(total=store.path.stat().st_size, unit="B", unit_scale=True, desc="import", disable=None) as bar:
         for prefix, target in _PREFIXES.items():
             names = [name for name in store.shapes if name.startswith(prefix)]
@@ -149,21 +145,16 @@ def _internal_shapes(tensors: Mapping[str, Shape]) -> tuple[dict[str, Shape], li
     names: dict[str, str | None] = dict.fromkeys(tensors)
     embedder = [name for name in tensors if name.startswith("embedder.")]
     names |= {name: embedder_name(name.removeprefix("embedder.")) for name in embedder}
-    several = _num_ports(names.values()) > 1
+    several = num_ports(name for name in names.values() if name) > 1
     bridge = [name for name in tensors if name.startswith("bridge_module.")]
     names |= {name: bridge_name(name.removeprefix("bridge_module."), shared=several) for name in bridge}
     shapes = {internal: tensors[name] for name, internal in names.items() if internal is not None}
     return shapes, sorted(name for name, internal in names.items() if internal is None)
 
 
-def _num_ports(names: Iterable[str | None]) -> int:
-    return max((int(name.split(".")[1]) + 1 for name in names if name and name.startswith("ports.")), default=0)
-
-
 def _spec_of_shapes(shapes: Mapping[str, Shape], backbone: BackboneConfig, pooling_factor: int) -> CompressorSpec:
     """The spec that the names and shapes suggest. The caller compares them with it."""
     layers = [int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers.")]
-    num_ports = max(_num_ports(shapes), 1)
     is_shared = any(name.startswith("bridge.") for name in shapes)
     first = "bridge." if is_shared else "ports.0.bridge."
     kind: BridgeKind = "none"
@@ -183,7 +174,7 @@ def _spec_of_shapes(shapes: Mapping[str, Shape], backbone: BackboneConfig, pooli
         bridge=kind,
         bridge_hidden_size=hidden,
         bridge_shared=is_shared,
-        decoder_sizes=(out_size,) * num_ports,
+        decoder_sizes=(out_size,) * max(num_ports(shapes), 1),
     )
 
 
@@ -196,8 +187,7 @@ def _with_settings(spec: CompressorSpec, folder: Path) -> CompressorSpec:
     params = params_of_spec(spec, "float32")
     keys = ("pooling_module", "compress_rates", "causal_embedder")
     params["embedder_params"] |= {key: found[key] for key in keys if found.get(key) is not None}
-    several = len(spec.decoder_sizes)
-    read = spec_of_params(Fields(params, str(file)), spec.backbone, several)
+    read = spec_of_params(Fields(params, str(file)), spec.backbone, len(spec.decoder_sizes))
     return replace(
         spec, strategy=read.strategy, pooled_queries=read.pooled_queries, where=read.where, rules=read.rules,
         causal=read.causal,

@@ -171,9 +171,8 @@ class ModelParallelStore:
 
     def _fault(self, name: str) -> str | None:
         """A phrase about parts of different shapes; None if they fit together."""
-        shapes = [list(file.shapes[name]) for file in self._files]
-        others = [_without(shape, self._axes[name]) for shape in shapes]
-        if all(other == others[0] for other in others):
+        shapes, axis = [list(file.shapes[name]) for file in self._files], self._axes[name]
+        if len({tuple(size for dim, size in enumerate(shape) if dim != axis) for shape in shapes}) == 1:
             return None
         return f"the parts of `{name}` have the shapes {', '.join(map(str, shapes))}"
 
@@ -189,10 +188,6 @@ class ModelParallelStore:
                 f"{self.path.parent}: {len(self._files)} model-parallel files do not fit together: "
                 f"{join_faults(faults)}. {_ONE_MODEL}"
             )
-
-
-def _without(shape: list[int], axis: int | None) -> list[int]:
-    return shape if axis is None else shape[:axis] + shape[axis + 1 :]
 
 
 def _first_row(shape: Shape) -> slice:

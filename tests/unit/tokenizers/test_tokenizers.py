@@ -19,7 +19,7 @@ from arc_ds.errors import TokenizerError
 from arc_ds.tokenizers import Tokenizer, check_fits, find_tokenizer, load_tokenizer, tokenizer_file
 from arc_ds.tokenizers.json_file import JsonTokenizer
 from tests.helpers.tiny_data import TEXT, write_json_tokenizer, write_tiktoken
-from tests.helpers.tokenizer_files import KEEPS_TEXT, sentencepiece_model, smollm2
+from tests.helpers.tokenizer_files import KEEPS_TEXT, sentencepiece_model, smollm2, write_gguf_tokenizer
 
 GOLDEN_FILES = ["sp384.model", "sp512.model", "llama_tiny.tiktoken"]
 
@@ -193,20 +193,12 @@ def test_json_marks_that_are_not_listed_as_special_are_text_and_words_are_the_li
 
 
 def test_gguf_marks_that_are_user_defined_are_text_and_words_are_tokens(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
     spec = byte_level_spec(tmp_path)
     tokens = [*sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get), *MARKS, *WORDS]
     kinds = [3 if token in ("<s>", "</s>") else 4 if token in (*MARKS, *WORDS) else 1 for token in tokens]
-    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(merge) for merge in spec["model"]["merges"]])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    tokenizer = load_tokenizer(tmp_path / "model.gguf")
+    merges = [" ".join(merge) for merge in spec["model"]["merges"]]
+    lists = {"tokens": tokens, "merges": merges, "token_type": kinds}
+    tokenizer = load_tokenizer(write_gguf_tokenizer(tmp_path / "model.gguf", "gpt2", lists, pre="gpt-2"))
     assert_marks_are_text(tokenizer)
     for word in WORDS:
         assert tokens.index(word) in tokenizer.encode(f"the{word}sea")
@@ -431,6 +423,7 @@ def test_a_tokenizer_that_fails_on_unknown_words_is_refused_before_the_first_tex
     ("name", "content", "words"),
     [
         ("tokenizer_config.json", '{"bos_token": 5}', "tokenizer_config.json: `bos_token` is 5, expected a text"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object, got a list"),
         ("config.json", '{"eos_token_id": "x"}', "config.json: `eos_token_id` is 'x', expected a whole number"),
     ],
 )
@@ -440,11 +433,3 @@ def test_wrong_types_next_to_a_tokenizer_json_are_named(tmp_path: Path, name: st
     (folder / name).write_text(content)
     with pytest.raises(TokenizerError, match=words):
         load_tokenizer(folder)
-
-
-def test_a_damaged_config_of_a_tokenizer_json_is_named(tmp_path: Path) -> None:
-    spec = byte_level_spec(tmp_path)
-    json_tokenizer(tmp_path / "json", spec)
-    (tmp_path / "json" / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(TokenizerError, match="tokenizer_config.json: expected a JSON object, got a list"):
-        json_tokenizer(tmp_path / "json", spec)

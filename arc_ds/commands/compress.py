@@ -47,15 +47,6 @@ class Text(NamedTuple):
     num_bytes: int
 
 
-class Tokens(NamedTuple):
-    """The tokens of a text. digest: its `text_digest`; num_bytes: as in `Text`."""
-
-    key: str
-    ids: list[int]
-    digest: str
-    num_bytes: int
-
-
 @dataclass
 class Counts:
     """What became of the texts of a run. Texts that an earlier run has compressed count as `earlier` only."""
@@ -148,14 +139,14 @@ def _compress_into_set(args: argparse.Namespace) -> int:
             texts = _new_texts(_read_texts(files, args.text_field, faults), writer.earlier, counts, faults, bar)
             try:
                 for batch in _batches(texts, tokenizer, args.batch_tokens, counts):
-                    vectors = model.compress([text.ids for text in batch], decoder=args.decoder_idx, marker=marker)
-                    for text, z_GD in zip(batch, vectors, strict=True):
-                        writer.add(text.key, z_GD.cpu(), len(text.ids), text.digest)
+                    vectors = model.compress([ids for _, ids in batch], decoder=args.decoder_idx, marker=marker)
+                    for (text, ids), z_GD in zip(batch, vectors, strict=True):
+                        writer.add(text.key, z_GD.cpu(), len(ids), text_digest(text.text))
                         bar.update(text.num_bytes)
                         counts.texts += 1
-                        counts.tokens += len(text.ids)
+                        counts.tokens += len(ids)
                         counts.vectors += len(z_GD)
-                        counts.too_long += _is_too_long(len(text.ids), model)
+                        counts.too_long += _is_too_long(len(ids), model)
                     bar.set_postfix(texts=counts.texts)
             finally:
                 writer.flush()  # a fault or an interrupt loses no vectors
@@ -253,9 +244,11 @@ def _new_texts(
             )
 
 
-def _batches(texts: Iterator[Text], tokenizer: Tokenizer, max_tokens: int, counts: Counts) -> Iterator[list[Tokens]]:
-    """Tokens of texts that together have at most `max_tokens` tokens. A longer text is alone."""
-    batch: list[Tokens] = []
+def _batches(
+    texts: Iterator[Text], tokenizer: Tokenizer, max_tokens: int, counts: Counts
+) -> Iterator[list[tuple[Text, list[int]]]]:
+    """Texts and their tokens, at most `max_tokens` together. A longer text is alone."""
+    batch: list[tuple[Text, list[int]]] = []
     num_tokens = 0
     for group in _groups(texts):
         for text, ids in zip(group, tokenizer.encode_batch([text.text for text in group]), strict=True):
@@ -265,7 +258,7 @@ def _batches(texts: Iterator[Text], tokenizer: Tokenizer, max_tokens: int, count
             if batch and num_tokens + len(ids) > max_tokens:
                 yield batch
                 batch, num_tokens = [], 0
-            batch.append(Tokens(text.key, ids, text_digest(text.text), text.num_bytes))
+            batch.append((text, ids))
             num_tokens += len(ids)
     if batch:
         yield batch

@@ -7,7 +7,6 @@ import ipaddress
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from arc_ds.commands.model_options import (
     add_chat_template,
@@ -20,15 +19,11 @@ from arc_ds.commands.model_options import (
 from arc_ds.data.tasks.chat import PLAIN, Layout, read_layout
 from arc_ds.errors import ConfigError, TokenizerError
 from arc_ds.inference.arc import ArcModel
+from arc_ds.serving.settings import GIB, MIB, Settings, UpstreamSettings
 from arc_ds.system.user_paths import path_argument
 from arc_ds.tokenizers import check_fits
 
-if TYPE_CHECKING:
-    from arc_ds.serving.settings import Settings
-    from arc_ds.serving.upstream import UpstreamSettings
-
 _KEY, _UPSTREAM_KEY = "ARC_API_KEY", "ARC_UPSTREAM_API_KEY"
-_MIB, _GIB = 1 << 20, 1 << 30
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -96,15 +91,13 @@ def _number(at_least: float):  # type: ignore[no-untyped-def]
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from arc_ds.serving.settings import Settings
-
     key = _key(args.api_key or os.environ.get(_KEY), f"--api-key or {_KEY}")
     if key is None and not _is_loopback(args.host):
         logging.warning(f"{args.host} is open to other hosts, and no key is required. Set --api-key or {_KEY}.")
     return Settings(
         name=args.name or args.model.resolve().name,
         api_key=key,
-        body_bytes=int(args.max_body_mib * _MIB),
+        body_bytes=int(args.max_body_mib * MIB),
         documents=args.max_documents,
         document_tokens=args.max_document_tokens,
         request_tokens=args.max_request_tokens,
@@ -112,9 +105,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         max_tokens=args.max_tokens,
         default_tokens=min(Settings.default_tokens, args.max_tokens),
         timeout_s=args.timeout,
-        cache_bytes=int(args.cache_gib * _GIB),
+        cache_bytes=int(args.cache_gib * GIB),
         cache_dir=args.cache_dir,
-        disk_bytes=int(args.cache_dir_gib * _GIB),
+        disk_bytes=int(args.cache_dir_gib * GIB),
     )
 
 
@@ -126,8 +119,6 @@ def _key(text: str | None, name: str) -> str | None:
 
 
 def _upstream(args: argparse.Namespace) -> UpstreamSettings | None:
-    from arc_ds.serving.upstream import UpstreamSettings
-
     if args.upstream is None:
         if not args.decoder:
             raise ConfigError(

@@ -17,7 +17,6 @@ from arc_ds.system.user_files import read_user_stdin, read_user_text
 logger = logging.getLogger(__name__)
 
 STDIN = Path("-")
-ON_ERROR = ("stop", "skip")
 _MAX_NAMED = 10
 
 
@@ -65,8 +64,8 @@ def add_on_error(parser: argparse.ArgumentParser) -> None:
     """Add the option `--on-error`."""
     parser.add_argument(
         "--on-error",
-        choices=ON_ERROR,
-        default=ON_ERROR[0],
+        choices=("stop", "skip"),
+        default="stop",
         help="what to do with a text or a line of a JSONL file that cannot be used (default: stop)",
     )
 

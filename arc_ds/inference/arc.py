@@ -293,11 +293,13 @@ class ArcModel:
         def has_stopped(line: list[int]) -> bool:
             return any(text in tokenizer.decode(line[-window:]) for text in texts)
 
-        ids = self._generate(
+        rows = range(self._reader(decoder).vocab_size)  # a tokenizer may name more tokens than the decoder has
+        ends = [idx for idx in (*self.decoder_stop_ids[decoder], *named) if idx in rows]
+        ids = self.generate_ids(
             [self.segments(prompt, decoder, f"prompt {idx}") for idx, prompt in enumerate(prompts)],
             decoder,
             max_new_tokens=max_new_tokens,
-            stop_ids=[*self.decoder_stop_ids[decoder], *named, *self._checked_stop_ids(stop_ids, decoder)],
+            stop_ids=[*ends, *self._checked_stop_ids(stop_ids, decoder)],
             sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
             has_ended=has_stopped if texts else None,
         )
@@ -323,32 +325,13 @@ class ArcModel:
         has_ended: called after every step with the new tokens of each sequence, in the order of the prompts; True ends
             the sequence.
         """
-        return self._generate(
-            _checked_sequences("prompts", prompts),
-            decoder,
-            max_new_tokens=max_new_tokens,
-            stop_ids=self._checked_stop_ids(stop_ids, decoder),
-            sampling=sampling,
-            has_ended=has_ended,
-            vectors=vectors,
-        )
-
-    def _generate(
-        self,
-        prompts: Sequence[Sequence[Segment]],
-        decoder: int,
-        *,
-        max_new_tokens: int,
-        stop_ids: Sequence[int],
-        sampling: Sampling | None,
-        has_ended: Callable[[list[int]], bool] | None = None,
-        vectors: Sequence[Tensor] | None = None,
-    ) -> list[list[int]]:
+        samples = [Sample("generate", segments) for segments in _checked_sequences("prompts", prompts)]
+        stop_ids = self._checked_stop_ids(stop_ids, decoder)
         reader = self._whole_reader(decoder)
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, at_least=0, at_most=MAX_NEW_TOKENS)
-        if not prompts:
+        if not samples:
             return []
-        batch = self._pack([Sample("generate", tuple(segments)) for segments in prompts], reader)
+        batch = self._pack(samples, reader)
         self._warn_of_long_sequence(batch.decoder_max_seqlen, max_new_tokens, decoder)
         return generate_ids(
             reader,

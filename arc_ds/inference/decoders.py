@@ -6,13 +6,13 @@ import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
 from arc_ds.errors import UnknownFamilyError, WeightsError
 from arc_ds.model.decoder import Decoder
-from arc_ds.model.frozen_decoder import DecoderSizes, FrozenDecoder
+from arc_ds.model.frozen_decoder import DecoderSizes
 from arc_ds.model.transformers_files import TransformersFiles, open_with_transformers
 from arc_ds.model.weights import BackboneSource, check_fit, load_backbone, open_backbone, read_backbone_config
 from arc_ds.model.weights.fields import Fields
@@ -24,33 +24,6 @@ logger = logging.getLogger(__name__)
 _EMBEDDING = "tok_embeddings.weight"
 
 Implementation = Literal["auto", "native", "transformers"]
-
-
-class OpenedDecoder(Protocol):
-    """The opened and checked files of a decoder."""
-
-    @property
-    def sizes(self) -> DecoderSizes:
-        """Its sizes."""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Its files with tensors."""
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of its parameters; a tied head counts once."""
-
-    def load(
-        self, device: torch.device, dtype: torch.dtype, within: AbstractContextManager[Any] | None = None
-    ) -> FrozenDecoder:
-        """Load the decoder, frozen.
-
-        within: `engine.partitioned`, which makes this a collective. By default the decoder is whole on the device.
-        """
-
-    def load_embedding(self, device: torch.device, dtype: torch.dtype) -> FrozenDecoder:
-        """Load what `FrozenDecoder.embed` needs. The other parameters may stay on "meta"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +47,16 @@ class NativeFiles:
 
     @property
     def num_parameters(self) -> int:
+        """Number of parameters; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.shape.parameters())
 
     def load(
         self, device: torch.device, dtype: torch.dtype, within: AbstractContextManager[Any] | None = None
-    ) -> FrozenDecoder:
+    ) -> Decoder:
+        """Load the decoder, frozen.
+
+        within: `engine.partitioned`, which makes this a collective. By default the decoder is whole on the device.
+        """
         decoder = self.shape
         if within is not None:
             with within:
@@ -86,10 +64,14 @@ class NativeFiles:
         load_backbone(decoder, self.tensors, dtype=dtype, device=device, name="decoder")
         return decoder.eval()
 
-    def load_embedding(self, device: torch.device, dtype: torch.dtype) -> FrozenDecoder:
+    def load_embedding(self, device: torch.device, dtype: torch.dtype) -> Decoder:
+        """Load what `FrozenDecoder.embed` needs. The other parameters stay on "meta"."""
         is_other = _EMBEDDING.__ne__
         load_backbone(self.shape, self.tensors, dtype=dtype, device=device, skip=is_other, allow_unused=is_other)
         return self.shape.eval()
+
+
+OpenedDecoder = NativeFiles | TransformersFiles
 
 
 def open_decoder(

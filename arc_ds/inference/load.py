@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -326,16 +326,9 @@ def _decoder_settings(plain: Fields, num_decoders: int) -> tuple[DecoderSettings
     """Read each decoder's settings in training from the list `decoders` of an export's file."""
     decoders = plain.get("decoders")
     entries = [entry for entry in decoders if isinstance(entry, dict)] if isinstance(decoders, list) else []
+    names = [field.name for field in fields(DecoderSettings)]
     settings = [
-        DecoderSettings(
-            rope_scaling=entry["rope_scaling"],
-            implementation=entry.get("implementation", "auto"),
-            bos=entry.get("bos", True),
-            chat_template=entry.get("chat_template"),
-            ids_digest=entry.get("ids_digest"),
-            name=entry.get("name"),
-            weights=entry.get("weights"),
-        )
+        DecoderSettings(**{name: entry[name] for name in names if name in entry})
         for entry in entries
         if entry.get("rope_scaling") in get_args(RopeScalingChoice)
         and entry.get("implementation", "auto") in get_args(Implementation)

@@ -26,6 +26,7 @@ from torch import Tensor
 from arc_ds.batch.segments import Marker
 from arc_ds.errors import DataError
 from arc_ds.inference.arc import ArcModel
+from arc_ds.model.weights.lazy_tensor import value_bytes
 from arc_ds.system.files import output, write_whole
 from arc_ds.system.user_files import parse_user_json, read_user_json, read_user_text
 
@@ -67,7 +68,7 @@ def model_digest(model: ArcModel) -> str:
     digest = hashlib.sha256(json.dumps(model.spec.to_json(), sort_keys=True).encode())
     for name, parameter in model.compressor.named_parameters():
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)} ".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(value_bytes(parameter.detach().cpu()))
     return digest.hexdigest()
 
 

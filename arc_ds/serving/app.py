@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from arc_ds.serving.protocol import Delta, Frame, Kind, RequestError, to_json
+from arc_ds.serving.protocol import Delta, Frame, Kind, RequestError, queue_full, to_json
 from arc_ds.serving.service import Reply, Service
 from arc_ds.serving.settings import Settings
 from arc_ds.serving.upstream import FALLBACK_HEADER
@@ -193,7 +193,7 @@ class _Patience:
         if self._gone is not None:
             self._gone.cancel()
 
-    async def __call__(self, work: Coroutine[Any, Any, T]) -> T:
+    async def __call__(self, work: Awaitable[T]) -> T:
         task = asyncio.ensure_future(work)
         watched: set[asyncio.Future[Any]] = {task} if self._gone is None else {task, self._gone}
         try:
@@ -242,8 +242,7 @@ class _Body:
             )
             raise RequestError(413, message, code="body_too_large", headers={"connection": "close"})
         if self._kept < size:
-            message = "the server reads too many bodies at this time; try again"
-            raise RequestError(429, message, code="queue_full", headers={"retry-after": "1"})
+            raise queue_full("the server reads too many bodies at this time; try again")
         return b"".join(chunks)
 
     async def _read(self) -> tuple[int, list[bytes]]:
@@ -281,7 +280,7 @@ async def _generate(kind: Kind, request: Request, service: Service, state: Serve
         del raw
         reply = await wait(service.reply(asked))
         # The first piece decides about the status, so it comes before the headers.
-        first = await wait(_next(reply.deltas))
+        first = await wait(anext(reply.deltas))
         service.metrics.first_token.observe(time.monotonic() - started)
         frame = Frame(kind=kind, model=service.settings.name)
         headers = {} if reply.fallback is None else {FALLBACK_HEADER: reply.fallback}
@@ -292,7 +291,7 @@ async def _generate(kind: Kind, request: Request, service: Service, state: Serve
             return _Stream(events, media_type="text/event-stream", headers=headers)
         texts, last = [first.text], first
         while last.finish is None:
-            last = await wait(_next(reply.deltas))
+            last = await wait(anext(reply.deltas))
             texts.append(last.text)
         usage = replace(reply.usage, completion_tokens=last.num_tokens)
         return _json(frame.answer("".join(texts), last.finish, usage), headers=headers)
@@ -323,7 +322,7 @@ async def _events(frame: Frame, reply: Reply, first: Delta, wait: _Patience, *, 
                 is_first = False
                 if delta.finish is not None:
                     break
-            delta = await wait(_next(reply.deltas))
+            delta = await wait(anext(reply.deltas))
         yield _event(frame.chunk("", delta.finish, is_first=False))
         if with_usage:
             yield _event(frame.usage_chunk(replace(reply.usage, completion_tokens=delta.num_tokens)))
@@ -335,10 +334,6 @@ async def _events(frame: Frame, reply: Reply, first: Delta, wait: _Patience, *, 
     finally:
         wait.close()
         await reply.deltas.aclose()  # type: ignore[attr-defined]  # they are asynchronous generators
-
-
-async def _next(deltas: AsyncIterator[Delta]) -> Delta:
-    return await deltas.__anext__()
 
 
 def _event(plain: dict[str, Any]) -> str:

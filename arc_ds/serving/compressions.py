@@ -17,7 +17,7 @@ from arc_ds.inference.vectors import model_digest
 from arc_ds.serving.cache import VectorCache, vector_key
 from arc_ds.serving.generation import as_request_error
 from arc_ds.serving.metrics import Metrics
-from arc_ds.serving.protocol import RequestError
+from arc_ds.serving.protocol import queue_full
 from arc_ds.serving.settings import Settings
 
 _MAX_WRITES = 256  # vectors that wait to be written to the disk; more are only kept in memory
@@ -72,12 +72,7 @@ class Compressions:
     async def vectors(self, contexts: Sequence[Segment]) -> list[DocumentVectors]:
         """The vectors of each context, with its marker. Raises RequestError if too many compressions wait."""
         if len(self._waiting) + len(contexts) > self._settings.waiting + self._settings.documents:
-            raise RequestError(
-                429,
-                "too many documents wait to be compressed; try again",
-                code="queue_full",
-                headers={"retry-after": "1"},
-            )
+            raise queue_full("too many documents wait to be compressed; try again")
         return list(await asyncio.gather(*(self._one(context) for context in contexts)))
 
     async def _one(self, context: Segment) -> DocumentVectors:

@@ -21,7 +21,7 @@ from arc_ds.batch.segments import Segment
 from arc_ds.errors import ArcError
 from arc_ds.inference.arc import ArcModel
 from arc_ds.serving.metrics import Metrics
-from arc_ds.serving.protocol import Delta, Finish, Options, RequestError
+from arc_ds.serving.protocol import Delta, Finish, Options, RequestError, queue_full
 from arc_ds.serving.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -150,12 +150,7 @@ class Generation:
         job = _Job(segments, vectors, options)
         with self._changed:
             if len(self._queue) >= self._settings.waiting:
-                raise RequestError(
-                    429,
-                    "too many requests wait for an answer; try again",
-                    code="queue_full",
-                    headers={"retry-after": "1"},
-                )
+                raise queue_full("too many requests wait for an answer; try again")
             self._queue.append(job)
             self._metrics.waiting.set(len(self._queue))
             self._changed.notify()

@@ -94,8 +94,8 @@ def write_user(turn: ChatTurn) -> PromptParts:
     return (*_before(turn.documents), *((f"\nQuestion: {turn.words}",) if turn.words else ()))
 
 
-def write_chat(chat: Chat, layout: Layout, encoder: Tokenizer) -> tuple[Part, ...]:
-    """The turns of a chat decoder's template as a script, up to the answer.
+def chat_segments(chat: Chat, layout: Layout, encoder: Tokenizer, decoder: Tokenizer) -> list[Segment]:
+    """The tokens of the turns of a chat decoder's template, up to the answer.
 
     Instructions stand before the user's first words: templates differ in whether they know a system's turn.
     """
@@ -107,12 +107,7 @@ def write_chat(chat: Chat, layout: Layout, encoder: Tokenizer) -> tuple[Part, ..
         space = " " if lead and turn.answer else ""
         turns.append(Turn(tuple(user), (Words(f"{lead}{space}{turn.answer or ''}"),)))
     parts = layout.chat(turns, is_whole=False)
-    return parts[: len(parts) - len(layout.end)]
-
-
-def chat_segments(chat: Chat, layout: Layout, encoder: Tokenizer, decoder: Tokenizer) -> list[Segment]:
-    """The tokens of `write_chat`."""
-    return list(render(write_chat(chat, layout, encoder), decoder).prompt)
+    return list(render(parts[: len(parts) - len(layout.end)], decoder).prompt)
 
 
 def chat_messages(chat: Chat) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from arc_ds.errors import ArcError
 from arc_ds.inference.generate import Sampling
 from arc_ds.serving.settings import Settings
 
@@ -64,6 +63,11 @@ class RequestError(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status)
         kind = kind or ("invalid_request_error" if status < 500 else "server_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def queue_full(message: str) -> RequestError:
+    """Too many requests or documents wait."""
+    return RequestError(429, message, code="queue_full", headers={"retry-after": "1"})
 
 
 def to_json(plain: Any) -> str:
@@ -240,12 +244,8 @@ def read_options(body: GenerationBody, settings: Settings, template_stops: tuple
             param="max_tokens",
         )
     seed = secrets.randbits(63) if body.seed is None else body.seed
-    try:
-        sampling = Sampling(
-            temperature=body.temperature or 0.0, top_p=1.0 if body.top_p is None else body.top_p, seed=seed
-        )
-    except ArcError as error:
-        raise RequestError(400, str(error)) from error
+    top_p = 1.0 if body.top_p is None else body.top_p
+    sampling = Sampling(temperature=body.temperature or 0.0, top_p=top_p, seed=seed)
     stop = (*(body.stop or ()), *template_stops)
     return Options(max_tokens=max_tokens, sampling=sampling, stop=stop, is_default_length=asked is None)
 

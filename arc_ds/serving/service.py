@@ -31,8 +31,8 @@ from arc_ds.serving.protocol import (
     read_body,
     read_options,
 )
-from arc_ds.serving.settings import Settings
-from arc_ds.serving.upstream import Question, Upstream, UpstreamSettings
+from arc_ds.serving.settings import Settings, UpstreamSettings
+from arc_ds.serving.upstream import Question, Upstream
 from arc_ds.system.user_files import check_encodable
 
 _CHARACTERS = 32  # no text has more characters per token; most have 4
@@ -123,7 +123,7 @@ class Service:
         said = [text for turn in chat.turns for text in (turn.words, turn.answer or "")]
         self._check_size(documents, chat.system, *said)
         if not self._has_decoder:
-            return self._request(body, None, self._contexts(documents), chat, "", options)
+            return self._request(body, Question(None, chat), options, self._contexts(documents))
         has_lead = is_plain or bool(chat.turns[-1].documents)
         if is_plain:
             segments = self._model.segments(list(prompts.write_plain(chat)), self._decoder)
@@ -131,8 +131,7 @@ class Service:
             encoder, decoder = self._model.encoder_tokenizer, self._model.decoder_tokenizers[self._decoder]
             assert encoder is not None and decoder is not None, "the server's start requires both"
             segments = prompts.chat_segments(chat, self._layout, encoder, decoder)
-        contexts = [segment for segment in segments if segment.kind == "context"]
-        return self._request(body, segments, contexts, chat, "", replace(options, skip_space=has_lead))
+        return self._request(body, Question(segments, chat), replace(options, skip_space=has_lead))
 
     def _read_completion(self, plain: dict[str, Any]) -> GenerationRequest:
         body = read_body(CompletionBody, plain, self.settings)
@@ -140,34 +139,31 @@ class Service:
         parts = prompts.read_completion(body, self._marker)
         documents = [part for part in parts if isinstance(part, Context)]
         self._check_size(documents, body.prompt)
-        text = prompts.as_text(parts)
-        if self._has_decoder:
-            segments = self._model.segments(list(parts), self._decoder)
-            contexts = [segment for segment in segments if segment.kind == "context"]
-            return self._request(body, segments, contexts, None, text, options)
-        if documents:
+        if documents and not self._has_decoder:
             raise RequestError(
                 400,
                 "this server has no files of the decoder, so it cannot embed the text around the documents of a "
                 "completion. Use /v1/chat/completions, or start the server with --decoder FOLDER.",
                 param="documents",
             )
-        return self._request(body, None, [], None, text, options)
+        segments = self._model.segments(list(parts), self._decoder) if self._has_decoder else None
+        return self._request(body, Question(segments, text=prompts.as_text(parts)), options)
 
     def _request(
         self,
         body: ChatBody | CompletionBody,
-        segments: list[Segment] | None,
-        contexts: list[Segment],
-        chat: prompts.Chat | None,
-        text: str,
+        question: Question,
         options: Options,
+        contexts: Sequence[Segment] = (),
     ) -> GenerationRequest:
+        """`contexts`: of a question without segments."""
+        if question.segments is not None:
+            contexts = [segment for segment in question.segments if segment.kind == "context"]
         self._check_contexts(contexts)
-        if segments is not None and not any(len(segment.ids) for segment in segments):
+        if question.segments is not None and not any(len(segment.ids) for segment in question.segments):
             raise RequestError(400, "the prompt is empty: give it text or documents", param="prompt")
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return GenerationRequest(Question(segments, chat, text), tuple(contexts), options, bool(body.stream), usage)
+        return GenerationRequest(question, tuple(contexts), options, bool(body.stream), usage)
 
     def read_documents(self, raw: bytes) -> tuple[Segment, ...]:
         """The contexts of a body of `/v1/compress`. Raises RequestError."""

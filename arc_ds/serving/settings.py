@@ -1,4 +1,4 @@
-"""Settings of the server: its limits, waits and caches."""
+"""Settings of the server: its limits, waits and caches, and its upstream."""
 
 from __future__ import annotations
 
@@ -58,3 +58,23 @@ class Settings:
     cache_bytes: int = GIB
     cache_dir: Path | None = None
     disk_bytes: int = 10 * GIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpstreamSettings:
+    """The upstream.
+
+    url: its address, with or without /v1.
+    model: the decoder's name there.
+    api_key: the key that it wants; None for none.
+    silence_s: longest time without a word from it.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = None
+    silence_s: float = 60.0
+
+    @property
+    def base(self) -> str:
+        return f"{self.url.rstrip('/').removesuffix('/v1')}/v1"

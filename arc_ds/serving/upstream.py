@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -25,6 +24,7 @@ from arc_ds.serving import prompts
 from arc_ds.serving.engines import vllm_chat, vllm_completion
 from arc_ds.serving.metrics import Metrics
 from arc_ds.serving.protocol import Delta, Kind, Options, RequestError
+from arc_ds.serving.settings import UpstreamSettings
 
 logger = logging.getLogger(__name__)
 
@@ -36,26 +36,6 @@ _ERROR_BYTES = 1 << 16
 _REFUSALS = frozenset((400, 404, 405, 413, 415, 422, 501))
 
 
-@dataclass(frozen=True, kw_only=True)
-class UpstreamSettings:
-    """The upstream.
-
-    url: its address, with or without /v1.
-    model: the decoder's name there.
-    api_key: the key that it wants; None for none.
-    silence_s: longest time without a word from it.
-    """
-
-    url: str
-    model: str
-    api_key: str | None = None
-    silence_s: float = 60.0
-
-    @property
-    def base(self) -> str:
-        return f"{self.url.rstrip('/').removesuffix('/v1')}/v1"
-
-
 class Question(NamedTuple):
     """A prompt in all forms that an upstream may take.
 
@@ -65,8 +45,8 @@ class Question(NamedTuple):
     """
 
     segments: Sequence[Segment] | None
-    chat: prompts.Chat | None
-    text: str
+    chat: prompts.Chat | None = None
+    text: str = ""
 
 
 class Upstream:
@@ -126,8 +106,7 @@ class Upstream:
         if question.segments is not None:
             (rows_RD,) = self._model.prompt_embeds([list(question.segments)], self._decoder, vectors=vectors)
             stop_ids = list(self._model.decoder_stop_ids[self._decoder])
-            body = vllm_completion(rows_RD, self._settings.model, **plain, stop_token_ids=stop_ids)
-            return "completion", body
+            return "completion", vllm_completion(rows_RD, self._settings.model, **plain, stop_token_ids=stop_ids)
         assert question.chat is not None, "a completion with documents needs the decoder's files"
         remaining = iter(vectors)
         messages = [
@@ -208,25 +187,17 @@ class Upstream:
         try:
             yield
         except asyncio.TimeoutError as error:
-            self._metrics.upstream_errors.labels("timeout").inc()
-            raise RequestError(
-                504, f"the upstream {base} was silent for too long; try again later", code="upstream_timeout"
-            ) from error
+            message = f"the upstream {base} was silent for too long; try again later"
+            raise self._counted("timeout", message, status=504) from error
         except aiohttp.ClientConnectorError as error:
-            self._metrics.upstream_errors.labels("unreachable").inc()
-            raise RequestError(
-                502,
+            message = (
                 f"the upstream {base} cannot be reached ({error.os_error.strerror or error.os_error}). Start it, or "
-                "start this server with its address as --upstream.",
-                code="upstream_unreachable",
-            ) from error
+                "start this server with its address as --upstream."
+            )
+            raise self._counted("unreachable", message) from error
         except aiohttp.ClientError as error:
-            self._metrics.upstream_errors.labels("broken").inc()
-            raise RequestError(
-                502,
-                f"the connection to the upstream {base} broke ({type(error).__name__}); try again",
-                code="upstream_broken",
-            ) from error
+            message = f"the connection to the upstream {base} broke ({type(error).__name__}); try again"
+            raise self._counted("broken", message) from error
 
     async def _fault_of(self, response: aiohttp.ClientResponse) -> str:
         """The upstream's own words about a refused request, in one line."""
@@ -261,13 +232,16 @@ class Upstream:
         return RequestError(502, f"the upstream {base} answered {status}: {reason}. {remedy}", code="upstream_error")
 
     def _nonsense(self, fault: str) -> RequestError:
-        self._metrics.upstream_errors.labels("nonsense").inc()
-        return RequestError(
-            502,
+        message = (
             f"the upstream {self._settings.base} does not speak OpenAI's API: {fault}. Check that --upstream is the "
-            "address of a vLLM server.",
-            code="upstream_nonsense",
+            "address of a vLLM server."
         )
+        return self._counted("nonsense", message)
+
+    def _counted(self, fault: str, message: str, *, status: int = 502) -> RequestError:
+        """The answer for the client to a fault of the upstream, which the metrics count."""
+        self._metrics.upstream_errors.labels(fault).inc()
+        return RequestError(status, message, code=f"upstream_{fault}")
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:

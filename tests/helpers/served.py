@@ -18,8 +18,7 @@ from arc_ds import ArcModel
 from arc_ds.data.tasks.chat import PLAIN, Layout
 from arc_ds.serving.server import Server, listen
 from arc_ds.serving.service import Service
-from arc_ds.serving.settings import Settings
-from arc_ds.serving.upstream import UpstreamSettings
+from arc_ds.serving.settings import Settings, UpstreamSettings
 
 WAIT_S = 30.0
 

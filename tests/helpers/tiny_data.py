@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.reader import ShardSet
@@ -81,6 +82,13 @@ def write_tokenizer_without(folder: Path, byte: int) -> Path:
     del settings["model"]["vocab"][chr(256 + byte)]  # its character in the byte-level alphabet
     path.write_text(json.dumps(settings))
     return folder
+
+
+def write_lines(path: Path, records: Sequence[Any]) -> Path:
+    """Write a JSONL file. A record that is a str is written as it is."""
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
 
 
 def numbered_texts(count: int, *, sentences: int = 6) -> list[str]:

@@ -15,6 +15,7 @@ from arc_ds import ArcModel
 from arc_ds.cli import main
 from arc_ds.export.formats import write_export
 from arc_ds.inference.vectors import read_vectors
+from tests.helpers.tiny_data import write_lines
 from tests.helpers.tiny_export import tiny_trained
 
 RECORDS = [{"id": f"r{n}", "text": f"{'The wind came from the sea. ' * (1 + n % 3)}{n}"} for n in range(150)]
@@ -23,7 +24,7 @@ RECORDS = [{"id": f"r{n}", "text": f"{'The wind came from the sea. ' * (1 + n % 
 def test_a_killed_run_continues_without_a_text_twice(tmp_path: Path, capsys) -> None:
     write_export(tiny_trained(tmp_path / "run"), tmp_path / "export")
     export, lines, out = tmp_path / "export", tmp_path / "x.jsonl", tmp_path / "out"
-    lines.write_text("".join(f"{json.dumps(record)}\n" for record in RECORDS))
+    write_lines(lines, RECORDS)
     options = ["--batch-tokens", "60", "--shard-mb", "0.006"]
     command = [sys.executable, "-m", "arc_ds.cli", "compress", "--model", str(export), "--out", str(out), *options]
     process = subprocess.Popen([*command, str(lines)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from arc_ds.export.formats import write_export
 from arc_ds.inference.vectors import read_vectors
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from tests.helpers.full_disk import limited_file_size
+from tests.helpers.tiny_data import write_lines
 from tests.helpers.tiny_export import tiny_trained
 
 LONG = "The wind came from the sea and the keeper lit the lamp. "
@@ -27,12 +27,6 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_export(tiny_trained(folder / "run"), folder / "export")
     write_export(tiny_trained(folder / "run", seed=1), folder / "other")
     return folder / "export"
-
-
-def write_lines(path: Path, records: list[Any]) -> Path:
-    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
 
 
 def compress(export: Path, out: Path, *more: str | Path) -> int:

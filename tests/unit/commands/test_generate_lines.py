@@ -20,34 +20,16 @@ from arc_ds.data.tasks.kinds.few_shot import few_shot_example
 from arc_ds.data.tasks.limits import TaskLimits
 from arc_ds.export.formats import write_export
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
-from tests.helpers.tiny_export import tiny_trained, write_decoder
+from tests.helpers.tiny_data import write_lines
+from tests.helpers.tiny_export import tiny_trained
 
 SEA, LAMP = "The wind came from the sea.", "A lamp."
 PROMPT = {"prompt": f"Document: <context>{SEA}</context>\nSummary:"}
 QUESTION = {"id": "q", "question": "Where did the wind come from?", "documents": [SEA, LAMP]}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lines")
-    write_export(tiny_trained(folder / "run"), folder / "export")
-    write_decoder(folder / "decoder")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(folders: Path) -> ArcModel:
-    return ArcModel.from_checkpoint(folders / "export", decoders=[folders / "decoder"])
-
-
-def write_lines(path: Path, records: list[Any]) -> Path:
-    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
-
-
-def generate(folders: Path, given: Path, out: Path, *options: str) -> int:
-    files = ["--model", str(folders / "export"), "--decoder", str(folders / "decoder")]
+def generate(folder: Path, given: Path, out: Path, *options: str) -> int:
+    files = ["--model", str(folder / "export"), "--decoder", str(folder / "decoder")]
     lines = ["--input", str(given), "--output", str(out), "--max-new-tokens", "6"]
     return main(["generate", *files, *lines, *options])
 
@@ -56,9 +38,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_prompts_and_questions_give_what_generate_gives(folders: Path, model: ArcModel, tmp_path: Path, capsys) -> None:
+def test_prompts_and_questions_give_what_generate_gives(folder: Path, model: ArcModel, tmp_path: Path, capsys) -> None:
     given = write_lines(tmp_path / "in.jsonl", [PROMPT, "", QUESTION, {"id": 9, "prompt": "The keeper"}])
-    assert generate(folders, given, tmp_path / "out.jsonl", "--batch-size", "2") == 0
+    assert generate(folder, given, tmp_path / "out.jsonl", "--batch-size", "2") == 0
     prompts = [
         ["Document: ", Context(SEA), "\nSummary:"],
         ["Document: ", Context(f"{SEA}\n{LAMP}"), "\nQuestion: Where did the wind come from?\nAnswer:"],
@@ -79,11 +61,11 @@ def test_prompts_and_questions_give_what_generate_gives(folders: Path, model: Ar
 @pytest.mark.parametrize("template", ["none", "llama2"])
 @pytest.mark.parametrize("instruction", [None, "Answer in French: {question}"])
 def test_a_question_is_written_as_in_training(
-    folders: Path, model: ArcModel, tmp_path: Path, monkeypatch, template, instruction
+    folder: Path, model: ArcModel, tmp_path: Path, monkeypatch, template, instruction
 ) -> None:
     encoder, decoder = model.encoder_tokenizer, model.decoder_tokenizers[0]
     assert encoder is not None and decoder is not None
-    layout = PLAIN if template == "none" else read_layout(template, decoder, folders / "decoder")
+    layout = PLAIN if template == "none" else read_layout(template, decoder, folder / "decoder")
     seed = next(seed for seed in range(99) if int(random_words(2, seed, "few-shot")[0]) % 2)  # takes both passages
     spec = ExampleSpec("few_shot", seed, encoder, decoder, TaskLimits(max_passages=2), layout)
     record = {"question": QUESTION["question"], "passages": [SEA, LAMP], "answer": "the sea"}
@@ -93,62 +75,62 @@ def test_a_question_is_written_as_in_training(
     seen: list[Any] = []
     monkeypatch.setattr(ArcModel, "generate", lambda self, prompts, **_: seen.extend(prompts) or ["x"] * len(prompts))
     given = write_lines(tmp_path / "in.jsonl", [{**record, "id": "q"}])
-    assert generate(folders, given, tmp_path / "out.jsonl", "--chat-template", template) == 0
+    assert generate(folder, given, tmp_path / "out.jsonl", "--chat-template", template) == 0
     assert [tuple(prompt) for prompt in seen] == [segments[:first_target]]
     if template != "none":
         write_export(tiny_trained(tmp_path / "run", chat_templates=(template,)), tmp_path / "export")
-        (tmp_path / "decoder").symlink_to(folders / "decoder")
+        (tmp_path / "decoder").symlink_to(folder / "decoder")
         assert generate(tmp_path, given, tmp_path / "recorded.jsonl") == 0
         assert tuple(seen[1]) == segments[:first_target], "the template of training is the default"
         assert generate(tmp_path, given, tmp_path / "other.jsonl", "--chat-template", "none") == 0
         assert tuple(seen[2]) != segments[:first_target]
 
 
-def test_a_killed_run_continues_in_order(folders: Path, tmp_path: Path, capsys) -> None:
+def test_a_killed_run_continues_in_order(folder: Path, tmp_path: Path, capsys) -> None:
     given = write_lines(tmp_path / "in.jsonl", [{"prompt": f"{word} of the sea"} for word in ("a", "b", "c", "d", "e")])
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    assert generate(folders, given, whole) == 0
+    assert generate(folder, given, whole) == 0
     lines = whole.read_bytes().splitlines(keepends=True)
     for kept in (lines[2][:-3], lines[2][:4], lines[2][:-1]):  # the last one lacks only its line end
         out.write_bytes(b"".join(lines[:2]) + kept)
-        assert generate(folders, given, out) == 0
+        assert generate(folder, given, out) == 0
         assert out.read_bytes() == whole.read_bytes()
-    assert generate(folders, given, out) == 0 and out.read_bytes() == whole.read_bytes()
+    assert generate(folder, given, out) == 0 and out.read_bytes() == whole.read_bytes()
     assert capsys.readouterr().out.count("out.jsonl: 3 texts; 2 were there already") == 2
 
 
-def test_a_record_that_has_changed_is_a_fault_and_not_an_old_text(folders: Path, tmp_path: Path, capsys) -> None:
+def test_a_record_that_has_changed_is_a_fault_and_not_an_old_text(folder: Path, tmp_path: Path, capsys) -> None:
     out, lines = tmp_path / "out.jsonl", [{"prompt": "The sea"}, {"prompt": "A lamp"}]
-    assert generate(folders, write_lines(tmp_path / "in.jsonl", lines), out) == 0
+    assert generate(folder, write_lines(tmp_path / "in.jsonl", lines), out) == 0
     before = out.read_bytes()
     given = write_lines(tmp_path / "in.jsonl", [{"prompt": "A new first line"}, *lines])
-    assert generate(folders, given, out) == EXIT_USER_ERROR and out.read_bytes() == before
+    assert generate(folder, given, out) == EXIT_USER_ERROR and out.read_bytes() == before
     assert "in.jsonl, line 1: the record 1 has changed since the output got its text" in capsys.readouterr().err
-    assert generate(folders, given, tmp_path / "other.jsonl") == 0  # the remedy
+    assert generate(folder, given, tmp_path / "other.jsonl") == 0  # the remedy
 
 
 @pytest.mark.parametrize(
     "content", [b"my notes", b'{"id": [1], "text": "x"}\n', b'[{"id": 1}]', b'"text id"', b"\xff\n"]
 )
-def test_a_file_of_the_user_is_never_changed(content: bytes, folders: Path, tmp_path: Path, capsys) -> None:
+def test_a_file_of_the_user_is_never_changed(content: bytes, folder: Path, tmp_path: Path, capsys) -> None:
     given, mine = write_lines(tmp_path / "in.jsonl", [PROMPT]), tmp_path / "mine"
     mine.write_bytes(content)
-    assert generate(folders, given, mine) == EXIT_USER_ERROR
+    assert generate(folder, given, mine) == EXIT_USER_ERROR
     assert mine.read_bytes() == content
     assert "mine, line 1 is no output of `arc-ds generate`. Give another file" in capsys.readouterr().err
 
 
-def test_devices_and_empty_files_are_not_removed(folders: Path, tmp_path: Path, capsys) -> None:
+def test_devices_and_empty_files_are_not_removed(folder: Path, tmp_path: Path, capsys) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").touch()
     given = write_lines(tmp_path / "in.jsonl", [{"id": 1}])
-    assert generate(folders, given, tmp_path / "pipe") == EXIT_USER_ERROR
+    assert generate(folder, given, tmp_path / "pipe") == EXIT_USER_ERROR
     assert "pipe, which is not a file that can be continued" in capsys.readouterr().err
-    assert generate(folders, given, tmp_path / "empty") == EXIT_USER_ERROR
+    assert generate(folder, given, tmp_path / "empty") == EXIT_USER_ERROR
     assert (tmp_path / "pipe").exists() and (tmp_path / "empty").exists()
 
 
-def test_the_blank_line_ends_answers_and_not_prompts(folders: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_blank_line_ends_answers_and_not_prompts(folder: Path, tmp_path: Path, monkeypatch) -> None:
     calls: list[Any] = []
 
     def generate_and_note(self: ArcModel, prompts: Any, **options: Any) -> list[str]:
@@ -157,7 +139,7 @@ def test_the_blank_line_ends_answers_and_not_prompts(folders: Path, tmp_path: Pa
 
     monkeypatch.setattr(ArcModel, "generate", generate_and_note)
     given = write_lines(tmp_path / "in.jsonl", [QUESTION, PROMPT, {"prompt": "A lamp"}])
-    assert generate(folders, given, tmp_path / "out.jsonl", "--stop", "end") == 0
+    assert generate(folder, given, tmp_path / "out.jsonl", "--stop", "end") == 0
     assert calls[1:] == [(1, ["end", "\n\n"]), (2, ["end"])]  # the first call checks the options
 
 
@@ -172,12 +154,10 @@ BAD = [
 ]
 
 
-def test_lines_that_cannot_be_used_are_counted_with_their_numbers(
-    folders: Path, tmp_path: Path, caplog, capsys
-) -> None:
+def test_lines_that_cannot_be_used_are_counted_with_their_numbers(folder: Path, tmp_path: Path, caplog, capsys) -> None:
     good = {"id": "ok", "prompt": "The sea"}
     given = write_lines(tmp_path / "in.jsonl", [good, *(record for record, _ in BAD), {"id": "last", **PROMPT}])
-    assert generate(folders, given, tmp_path / "out.jsonl", "--on-error", "skip") == 0
+    assert generate(folder, given, tmp_path / "out.jsonl", "--on-error", "skip") == 0
     assert [record["id"] for record in read(tmp_path / "out.jsonl")] == ["ok", "last"]
     for number, (_, message) in enumerate(BAD, 2):
         assert any(
@@ -187,7 +167,7 @@ def test_lines_that_cannot_be_used_are_counted_with_their_numbers(
 
 
 def test_a_record_that_the_model_refuses_leaves_its_batch_whole(
-    folders: Path, tmp_path: Path, monkeypatch, caplog
+    folder: Path, tmp_path: Path, monkeypatch, caplog
 ) -> None:
     refused = "prompt holds this"
     generate_of_model = ArcModel.generate
@@ -201,12 +181,12 @@ def test_a_record_that_the_model_refuses_leaves_its_batch_whole(
 
     monkeypatch.setattr(ArcModel, "generate", generate_or_refuse)
     given = write_lines(tmp_path / "in.jsonl", [{"prompt": "The sea"}, {"prompt": refused}, {"prompt": "A lamp"}])
-    assert generate(folders, given, tmp_path / "out.jsonl", "--on-error", "skip") == 0
+    assert generate(folder, given, tmp_path / "out.jsonl", "--on-error", "skip") == 0
     assert [record["id"] for record in read(tmp_path / "out.jsonl")] == [1, 3]
     assert caplog.messages == [f"left out: {given}, line 2: it cannot be read."]
 
 
-def test_mistakes_name_their_remedy(folders: Path, tmp_path: Path, capsys) -> None:
+def test_mistakes_name_their_remedy(folder: Path, tmp_path: Path, capsys) -> None:
     given, other = write_lines(tmp_path / "in.jsonl", [PROMPT, {}]), write_lines(tmp_path / "mine.jsonl", [{"a": 1}])
     out = tmp_path / "out.jsonl"
     (tmp_path / "earlier.jsonl").touch()
@@ -223,15 +203,15 @@ def test_mistakes_name_their_remedy(folders: Path, tmp_path: Path, capsys) -> No
     ]
     for arguments, message in mistakes:
         out.unlink(missing_ok=True)
-        assert generate(folders, *arguments) == EXIT_USER_ERROR
+        assert generate(folder, *arguments) == EXIT_USER_ERROR
         assert message in capsys.readouterr().err
         assert not out.exists() or len(read(out)) == 1  # answers before a bad line are kept
     assert read(other) == [{"a": 1}] and len(read(given)) == 2
 
 
-def test_two_runs_do_not_write_one_file(folders: Path, tmp_path: Path, capsys) -> None:
+def test_two_runs_do_not_write_one_file(folder: Path, tmp_path: Path, capsys) -> None:
     given, out = write_lines(tmp_path / "in.jsonl", [PROMPT]), tmp_path / "out.jsonl"
     with out.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert generate(folders, given, out) == EXIT_USER_ERROR
+        assert generate(folder, given, out) == EXIT_USER_ERROR
     assert "another generation is writing" in capsys.readouterr().err

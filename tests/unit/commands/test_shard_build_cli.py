@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from arc_ds.commands.shards import convert as convert_command
 from arc_ds.errors import DataError
 from arc_ds.shards.building.converters import ConvertOptions
 from arc_ds.shards.building.writer import build_shards
-from tests.helpers.tiny_data import TEXT, write_tiktoken
+from tests.helpers.tiny_data import TEXT, write_lines, write_tiktoken
 
 
 @pytest.fixture
@@ -35,8 +34,7 @@ def test_what_was_left_out_is_printed_by_reason(
     tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     documents = [{"body": TEXT * 30, "score": 2}, {"body": TEXT, "score": 0}, {"body": "A lamp.", "score": 1}, {}]
-    source = tmp_path / "a.jsonl"
-    source.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    source = write_lines(tmp_path / "a.jsonl", documents)
     command = ["shards", "build", str(source), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer)]
     command += ["--text-field", "body", "--quality-field", "score", "--min-quality", "1", "--min-chars", "10"]
     assert main([*command, "--workers", "1"]) == 2

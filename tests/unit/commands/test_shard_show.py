@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from arc_ds.commands.shards.sample_view import SampleView, spell
 from arc_ds.data.tasks import Example, TaskCounts
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
-from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
+from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_lines, write_shards, write_tiktoken
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +98,8 @@ def test_show_prints_samples_of_every_task(
         {"passages": [f"The lamp of tower {idx} is lit."], "question": f"Which tower {idx}?", "answer": f"Tower {idx}"}
         for idx in range(5)
     ]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
-    build_shards([tmp_path / "q.jsonl"], tmp_path / "questions", tokenizer_path, kind="fine_tuning")
+    source = write_lines(tmp_path / "q.jsonl", questions)
+    build_shards([source], tmp_path / "questions", tokenizer_path, kind="fine_tuning")
 
     def show(folder: str, *options: str, code: int = 0) -> str:
         words = ["--tokenizer", str(tokenizer_path), "--num", "2", "--first", "3", *options]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from arc_ds.cli import main
 from arc_ds.commands.shards.length_stats import describe, length_histogram
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.reader import ShardSet
-from tests.helpers.tiny_data import TEXT, write_tiktoken
+from tests.helpers.tiny_data import TEXT, write_lines, write_tiktoken
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=50))
@@ -31,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "in").mkdir()
     texts = {"a.jsonl": [TEXT * 9, TEXT, "x"], "b.jsonl": [TEXT, " "], "c.jsonl": [TEXT]}
     for name, found in texts.items():
-        (tmp_path / "in" / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in found))
+        write_lines(tmp_path / "in" / name, [{"text": text} for text in found])
     build_shards([tmp_path / "in"], tmp_path / "shards", tokenizer, max_tokens=512)
     return tmp_path / "shards"
 

@@ -235,13 +235,6 @@ def test_a_sequence_beyond_the_decoders_positions_is_one_warning(folders: Path, 
     assert "30 tokens and vectors, and up to 1 new tokens; decoder 0 was trained on at most 30 positions" in message
 
 
-def test_drawing_follows_the_seed(model: ArcModel) -> None:
-    def drawn(seed: int) -> list[str]:
-        return model.generate(["Text: "], max_new_tokens=12, temperature=2.0, top_p=0.95, seed=seed)
-
-    assert drawn(1) == drawn(1) != drawn(2)
-
-
 def test_bfloat16_is_close_and_gives_float32_logits(folders: Path, model: ArcModel) -> None:
     half = ArcModel.from_checkpoint(folders / "export", decoders=[folders / "a"], dtype=torch.bfloat16)
     (ours,), (expected,) = half.compress([TEXT]), model.compress([TEXT])
@@ -293,10 +286,8 @@ WRONG_CALLS = [
     (lambda m: m.generate([""], decoder=1), DataError, "sequence 0 is empty"),
     (lambda m: m.generate([["a", Segment.text([1])]]), DataError, "of Segment only; got a Segment"),
     (lambda m: m.generate(["a"], temperature=-1.0), ConfigError, "temperature is -1.0"),
-    (lambda m: m.generate(["a"], temperature=float("inf")), ConfigError, "temperature is inf"),
     (lambda m: m.generate(["a"], seed=2**64), ConfigError, "seed is 18446744073709551616; expected a whole number"),
     (lambda m: m.generate(["a"], max_new_tokens=-1), ConfigError, "max_new_tokens is -1"),
-    (lambda m: m.generate(["a"], max_new_tokens=1.5), ConfigError, "max_new_tokens is 1.5"),
     (lambda m: m.generate([], max_new_tokens=2**40), ConfigError, "max_new_tokens is 1099511627776"),
     (lambda m: m.generate(["a"], max_new_tokens=2**31 - 1), ConfigError, "GiB can be used. Lower max_new_tokens"),
     (lambda m: m.generate(["a"], stop_ids=[350]), ConfigError, "a stop id is 350; expected .* from 0 to 349"),

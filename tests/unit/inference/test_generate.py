@@ -125,10 +125,9 @@ def test_drawn_tokens_come_from_the_smallest_set_that_reaches_top_p(temperature:
     assert beyond_greedy > 10, "greedy would pass"
 
 
-def test_a_small_top_p_is_greedy_and_all_of_it_draws_by_probability() -> None:
+def test_all_of_top_p_draws_by_probability() -> None:
     samples = [sample(4)] * 400
     greedy, seen = run(samples[:1], 1)
-    assert run(samples[:1], 6, sampling=Sampling(temperature=1.0, top_p=1e-9))[0] == run(samples[:1], 6)[0]
     lines, _ = run(samples, 1, sampling=Sampling(temperature=1.0, seed=0))
     share = sum(line == greedy[0] for line in lines) / len(lines)
     expected = torch.softmax(seen[0][0], dim=-1).max().item()

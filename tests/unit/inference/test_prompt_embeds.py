@@ -9,8 +9,6 @@ import torch
 
 from arc_ds import ArcModel, Context, Segment
 from arc_ds.errors import ConfigError, DataError
-from arc_ds.export.formats import write_export
-from tests.helpers.tiny_export import tiny_trained, write_decoder
 from tests.helpers.transformers_generate import continue_rows
 
 TEXT, OTHER = "The wind came from the sea.", "A lamp of stone, and a tower that was taken down again."
@@ -22,22 +20,9 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("embeds")
-    write_export(tiny_trained(folder / "run"), folder / "export")
-    write_decoder(folder / "decoder")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(folders: Path) -> ArcModel:
-    return ArcModel.from_checkpoint(folders / "export", decoders=[folders / "decoder"])
-
-
-def test_transformers_continues_the_rows_with_the_tokens_of_generate(folders: Path, model: ArcModel) -> None:
+def test_transformers_continues_the_rows_with_the_tokens_of_generate(folder: Path, model: ArcModel) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folders / "decoder").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "decoder").eval()
     rows = model.prompt_embeds(PROMPTS)
     assert len({len(line) for line in rows}) > 2, "a batch of equal lengths needs no padding"
     ours = model.generate_ids([model.segments(prompt) for prompt in PROMPTS], max_new_tokens=64)
@@ -63,9 +48,9 @@ def _without_bos(model: ArcModel) -> list[Segment]:
     return rest
 
 
-def test_the_embedding_table_alone_gives_the_same_rows(folders: Path, model: ArcModel) -> None:
-    decoder = folders / "decoder"
-    alone = ArcModel.from_checkpoint(folders / "export", decoders=[decoder], decoder_parts="embedding")
+def test_the_embedding_table_alone_gives_the_same_rows(folder: Path, model: ArcModel) -> None:
+    decoder = folder / "decoder"
+    alone = ArcModel.from_checkpoint(folder / "export", decoders=[decoder], decoder_parts="embedding")
     for ours, expected in zip(alone.prompt_embeds(PROMPTS), model.prompt_embeds(PROMPTS), strict=True):
         assert torch.equal(ours, expected)
     loaded = [name for name, parameter in alone.decoders[0].named_parameters() if not parameter.is_meta]

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 
 from arc_ds import ArcModel, Context
 from arc_ds.serving.engines import cache_salt
-from arc_ds.serving.upstream import UpstreamSettings
+from arc_ds.serving.settings import UpstreamSettings
 from tests.helpers.fake_vllm import FakeVllm, continue_rows, serving
 from tests.helpers.served import Served, served, until
 from tests.helpers.vllm_wire import decode_prompt_embeds

@@ -31,3 +31,11 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no golden files at {folder}; set ARC_GOLDEN to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a tiny run, next to all files that it reads. Tests may add files there, but change none."""
+    from tests.helpers.tiny_run import write_inputs  # after the variables above
+
+    return write_inputs(tmp_path_factory.mktemp("tiny"))

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import datetime
 import importlib.util
 import os
 import pstats
@@ -30,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +37,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
-from bench_rows import append, commit, machine
+from bench_rows import append, origin
 
 from arc_ds.batch.packing import PoolingSpec
 from arc_ds.data.loading.decoder_reader import ReaderFiles
@@ -205,7 +203,8 @@ def measure(shards: Path, pair: Pair, tokenizers: dict[str, Path], args: argpars
     if args.profile:
         print_profile(data, repeats[0])
     if is_cached:
-        remove_caches(shards)
+        for folder in shards.glob("tokens-*"):  # the next measurement is on the fly
+            shutil.rmtree(folder)
     return Row(
         encoder=pair.encoder,
         decoder=pair.decoder,
@@ -218,10 +217,7 @@ def measure(shards: Path, pair: Pair, tokenizers: dict[str, Path], args: argpars
         repeats=args.repeats,
         batch_size=args.batch_size,
         load=round(os.getloadavg()[0], 2),
-        machine=machine(),
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        commit=commit(),
-        versions=" ".join(f"{name}={metadata.version(name)}" for name in _VERSIONS),
+        **origin(_VERSIONS),
         command=f"python tools/bench_data.py --batch-size {args.batch_size} --steps {args.steps} "
         f"--repeats {args.repeats} --pair {pair.encoder}:{pair.decoder}",
     )
@@ -291,12 +287,6 @@ def stage_of(file: str) -> str | None:
     if "tiktoken" in file or "sentencepiece" in file:
         return "tokenising"
     return _REST if "bench_data" in file else None
-
-
-def remove_caches(shards: Path) -> None:
-    """Remove the token caches before the next measurement on the fly."""
-    for folder in shards.glob("tokens-*"):
-        shutil.rmtree(folder)
 
 
 def shown(row: Row) -> str:

@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import argparse
 import base64
-import csv
-import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -25,18 +21,18 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_rows import append, memory_bytes, origin, reset_peak_memory, write
 
 from arc_ds.batch.groups import GroupRule
 from arc_ds.checkpoints.checkpoint import TrainerState
 from arc_ds.checkpoints.manifest import Manifest, seal_file, write_manifest
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.spec import CompressorSpec, build_compressor
-from arc_ds.system.device import describe_device
 
 _MB = 1e6
 _VOCABULARY = 64_000
@@ -104,12 +100,10 @@ def main() -> int:
                 for export_format in args.format:
                     for dtype in args.dtype:
                         rows.append(_measure(run, Path(folder) / "out", export_format, dtype, average, spec))
-                        _write(sys.stdout, rows[-1:], header=len(rows) == 1)
+                        write(sys.stdout, rows[-1:], header=len(rows) == 1)
                         sys.stdout.flush()
     if args.csv is not None:
-        is_new = not args.csv.exists()
-        with args.csv.open("a", encoding="utf-8", newline="") as file:
-            _write(file, rows, header=is_new)
+        append(args.csv, rows)
     return 0
 
 
@@ -222,18 +216,12 @@ def _export_here(arguments: list[str]) -> int:
     from arc_ds.commands import export  # noqa: F401  # its imports belong to the base
 
     torch.empty(1).bfloat16().float()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    base, started = _status("VmRSS"), time.perf_counter()
+    reset_peak_memory()
+    base, started = memory_bytes("VmRSS"), time.perf_counter()
     code = cli(["export", *arguments])
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak": _status("VmHWM") - base}))
+    print(json.dumps({"seconds": seconds, "peak": (memory_bytes("VmHWM") - base) / _MB}))
     return code
-
-
-def _status(key: str) -> float:
-    """A memory figure of this process in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / _MB for line in lines if line.startswith(f"{key}:"))
 
 
 def _measure(run: Path, out: Path, export_format: str, dtype: str, average: int, spec: CompressorSpec) -> Row:
@@ -259,11 +247,7 @@ def _measure(run: Path, out: Path, export_format: str, dtype: str, average: int,
         peak_over_largest=round(found["peak"] / largest, 3),
         cp_export_s=round(_time_of_cp(out), 2),
         cp_shards_s=round(_time_of_cp(checkpoint), 2),
-        machine=describe_device(torch.device("cpu")),
-        date=datetime.date.today().isoformat(),
-        commit=_commit(),
-        versions=" ".join(f"{name}={importlib.metadata.version(name)}" for name in _PACKAGES)
-        + f" python={platform.python_version()}",
+        **origin(_PACKAGES),
         command=shlex.join(["python", "tools/bench_export.py", *sys.argv[1:]]),
     )
     subprocess.run(["rm", "-r", str(out)], check=True)
@@ -283,18 +267,6 @@ def _time_of_cp(folder: Path) -> float:
     seconds = time.perf_counter() - started
     subprocess.run(["rm", "-r", str(target)], check=True)
     return seconds
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def _write(file: Any, rows: list[Row], *, header: bool) -> None:
-    writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ resident set size of a rank above that before loading. It includes pages of memo
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import os
@@ -25,12 +24,11 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_rows import append, commit, machine
+from bench_rows import append, memory_bytes, origin, reset_peak_memory
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -188,10 +186,7 @@ def measure(method: str, file: Path, args: argparse.Namespace) -> Row:
         largest_mib=round(16 * hidden * hidden * 2 / _MIB, 1),
         repeats=args.repeats,
         load=round(os.getloadavg()[0], 2),
-        machine=machine(),
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        commit=commit(),
-        versions=" ".join(f"{name}={metadata.version(name)}" for name in _VERSIONS),
+        **origin(_VERSIONS),
         command=f"python tools/bench_load.py --folder SCRATCH --gb {args.gb} --hidden {hidden} --ranks {args.ranks} "
         f"--repeats {args.repeats}{cold}",
     )
@@ -230,7 +225,8 @@ def load(rank: int, num_ranks: int, port: int, method: str, folder: Path, queue:
 
     source = Counting(open_backbone(folder))
     dist.barrier()
-    base, begin = peak_bytes(reset=True), time.monotonic()
+    reset_peak_memory()
+    base, begin = memory_bytes("VmHWM"), time.monotonic()
     within = partitioned if method == "own rows" else deepspeed.zero.Init
     with within(_DS_CONFIG) if method == "own rows" else within(config_dict_or_path=_DS_CONFIG):
         decoder = Decoder(source.source.config)
@@ -245,17 +241,9 @@ def load(rank: int, num_ranks: int, port: int, method: str, folder: Path, queue:
             )
             set_parameter(decoder, name, tensor)
     dist.barrier()
-    outcome = Outcome(built - begin, time.monotonic() - built, source.num_bytes, peak_bytes() - base)
+    outcome = Outcome(built - begin, time.monotonic() - built, source.num_bytes, memory_bytes("VmHWM") - base)
     queue.put(tuple(outcome))
     dist.close_distributed()
-
-
-def peak_bytes(*, reset: bool = False) -> int:
-    """Highest resident set size since the last reset. `ru_maxrss` would include the parent's from before the start."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def shown(row: Row) -> str:

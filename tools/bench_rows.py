@@ -1,43 +1,60 @@
-"""Machine, commit and CSV rows of a measurement, for the benchmark programs."""
+"""Origin, memory and CSV rows of a measurement, for the benchmark programs."""
 
 from __future__ import annotations
 
 import csv
-import os
+import datetime
 import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import torch
 
 import arc_ds
+from arc_ds.system.device import describe_device
 
 
-def machine() -> str:
-    """Name of the processor, and the number of cores of this process."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
-
-
-def commit() -> str:
-    """Git commit of this checkout; the version of arc_ds outside a checkout."""
+def origin(packages: Sequence[str]) -> dict[str, str]:
+    """Machine, date, commit and versions of a row, by its field. Outside a checkout the commit is arc_ds's version."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return arc_ds.__version__
+        commit = arc_ds.__version__
+    versions = {name: metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    return {
+        "machine": describe_device(torch.device("cpu")),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": commit,
+        "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
+    }
+
+
+def reset_peak_memory() -> None:
+    """Let VmHWM start again. Linux only. `ru_maxrss` would include the parent's peak from before the start."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_bytes(key: str) -> int:
+    """Resident set size of this process: VmRSS now, VmHWM the highest since the last reset. Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def write(file: TextIO, rows: Sequence[Any], *, header: bool) -> None:
+    """Write rows, instances of one dataclass, as CSV."""
+    writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
+    if header:
+        writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
 
 
 def append(path: Path, rows: Sequence[Any]) -> None:
-    """Append rows, instances of one dataclass, to a CSV file. A new file starts with a header."""
+    """Append rows to a CSV file. A new file starts with a header."""
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        write(file, rows, header=is_new)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import importlib.util
 import json
 import os
@@ -28,13 +27,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import aiohttp
-from bench_rows import append, commit, machine
+from bench_rows import append, origin
 
 from arc_ds.errors import ArcError, DataError
 from arc_ds.system.user_paths import path_argument
@@ -182,10 +180,7 @@ def measure_way(url: str, way: str, documents: Sequence[str], args: argparse.Nam
         clients=args.clients,
         threads=args.threads,
         load=round(os.getloadavg()[0], 2),
-        machine=machine(),
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        commit=commit(),
-        versions=" ".join(f"{name}={metadata.version(name)}" for name in _VERSIONS),
+        **origin(_VERSIONS),
         command=f"python tools/bench_serve.py --model {args.model.name} --decoder {args.decoder.name} {options} "
         f"--tokens {args.tokens} --threads {args.threads} --dtype {args.dtype}",
     )

@@ -129,8 +129,6 @@ def with_decoders(trained: TrainedCompressor, names: Collection[str] = ()) -> Tr
         )
     chosen = [idx for idx, name in enumerate(known) if not names or name in names]
     is_shared = trained.spec.bridge_shared and len(chosen) > 1
-    if not names and is_shared == trained.spec.bridge_shared:
-        return trained
     tensors = {}
     for name, tensor in trained.tensors.items():
         part, _, rest = name.partition(".")
@@ -156,7 +154,22 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
     checkpoint does not describe its compressor, and CheckpointRemoved if it vanishes.
     """
     with reading(checkpoint):
-        return _consolidate(checkpoint)
+        manifest = read_manifest(checkpoint)
+        if faults := find_faults(checkpoint, manifest.files):
+            raise CheckpointError(
+                f"{checkpoint} is not valid: {'; '.join(faults)}. Export an earlier checkpoint of the run, or save "
+                "again."
+            )
+        state = read_trainer_state(checkpoint)
+        shards = open_parameters(checkpoint, manifest.world_size)
+        kept = read_kept_ports(checkpoint)
+        try:
+            return _described(state, shards, kept, read_training_record(checkpoint.parent.parent, state))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{checkpoint}/trainer.json does not describe a compressor as this version of `arc-ds train` does "
+                f"({type(error).__name__}: {words_of(error)}). Export it with the version that wrote it."
+            ) from error
 
 
 def _last_checkpoints(checkpoint: Path, count: int) -> list[Path]:
@@ -200,25 +213,6 @@ def _mean(tensors: Sequence[Tensor | LazyTensor]) -> LazyTensor:
         return mean
 
     return replace(first, read=read)
-
-
-def _consolidate(checkpoint: Path) -> TrainedCompressor:
-    manifest = read_manifest(checkpoint)
-    faults = find_faults(checkpoint, manifest.files)
-    if faults:
-        raise CheckpointError(
-            f"{checkpoint} is not valid: {'; '.join(faults)}. Export an earlier checkpoint of the run, or save again."
-        )
-    state = read_trainer_state(checkpoint)
-    shards = open_parameters(checkpoint, manifest.world_size)
-    kept = read_kept_ports(checkpoint)
-    try:
-        return _described(state, shards, kept, read_training_record(checkpoint.parent.parent, state))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{checkpoint}/trainer.json does not describe a compressor as this version of `arc-ds train` does "
-            f"({type(error).__name__}: {words_of(error)}). Export it with the version that wrote it."
-        ) from error
 
 
 def _described(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from arc_ds.export.consolidate import TrainedCompressor
@@ -38,17 +38,13 @@ def model_card(trained: TrainedCompressor, out: Path, dtype: str) -> str:
     sections = [
         "# ARC-Encoder\n\nCompresses a text into vectors that a frozen decoder reads in place of its tokens "
         "(arXiv 2510.20535).",
-        _table(rows),
+        _table("| | |", rows.items()),
         f"## Use\n\n```python\n{_snippet(trained, out)}```",
     ]
     if record is not None:
         sections += ["## Training", "\n".join(_training(trained, record)), *_validation(trained, record)]
         sections += ["## Licences of the backbones", _licenses(trained, record)]
     return "\n\n".join(sections) + "\n"
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 def _snippet(trained: TrainedCompressor, out: Path) -> str:
@@ -92,18 +88,18 @@ def _training(trained: TrainedCompressor, record: TrainingRecord) -> Iterator[st
 def _validation(trained: TrainedCompressor, record: TrainingRecord) -> list[str]:
     if record.validated_at is None:
         return ["The run has no validation up to this step."]
-    header = ["decoder", "task", *_FIGURES.values(), "gap closed", "samples"]
-    lines = [f"| {' | '.join(header)} |", f"| {' | '.join(['---'] * len(header))} |"]
+    header = f"| {' | '.join(['decoder', 'task', *_FIGURES.values(), 'gap closed', 'samples'])} |"
+    rows = []
     exported = {decoder.name for decoder in trained.decoders}
     for (decoder, task), figures in record.validation.items():
         if decoder not in exported:
             continue
         shown = [_figure(figures.get(name)) for name in (*_FIGURES, "gap_closed")]
         samples = f"{figures['num_samples']:.0f}" if "num_samples" in figures else _NOT_RECORDED
-        lines.append(f"| {' | '.join([decoder, task, *shown, samples])} |")
+        rows.append([decoder, task, *shown, samples])
     return [
         f"Validation at step {record.validated_at}: nats per token of the held-out texts, if the decoder is given",
-        "\n".join(lines),
+        _table(header, rows),
         "Gap closed is the share of the full text's benefit that the vectors deliver, over the better of no text and "
         "another text's vectors. It is undefined if the full text has none. With few samples it is uncertain.",
     ]
@@ -115,6 +111,9 @@ def _figure(value: float | None) -> str:
 
 def _licenses(trained: TrainedCompressor, record: TrainingRecord) -> str:
     rows = {"encoder": record.backbone()} | {d.name: record.backbone(d.name) for d in trained.decoders}
-    lines = ["| | backbone | licence |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {path or _NOT_RECORDED} | {read_license(path)} |" for name, path in rows.items()]
-    return "\n".join(lines)
+    return _table("| | backbone | licence |", [(n, p or _NOT_RECORDED, read_license(p)) for n, p in rows.items()])
+
+
+def _table(header: str, rows: Iterable[Sequence[str]]) -> str:
+    rule = "|" + " --- |" * (header.count("|") - 1)
+    return "\n".join([header, rule, *(f"| {' | '.join(row)} |" for row in rows)])

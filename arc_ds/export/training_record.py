@@ -30,20 +30,16 @@ UNKNOWN = "unknown"
 class TrainingRecord:
     """The facts about a training up to a step.
 
-    run: folder of the run.
     data: fingerprint of shards, weights of sources and order.
     versions: versions of the programs that wrote the checkpoint.
-    mlflow_run_id: of the checkpoint; None if MLflow did not answer.
     config: the run's config; None if its folder holds none, or that of another run.
     losses: the logged training losses by step, up to the checkpoint's step.
     validated_at: step of the last validation up to the checkpoint's step; None if there is none.
     validation: the figures of that validation by (decoder, task), then by name.
     """
 
-    run: Path
     data: str
     versions: Mapping[str, str]
-    mlflow_run_id: str | None = None
     config: RunConfig | None = None
     losses: Mapping[int, float] = field(default_factory=dict)
     validated_at: int | None = None
@@ -83,10 +79,8 @@ def read_training_record(run: Path, state: TrainerState) -> TrainingRecord:
         for match, value in figures:
             validation.setdefault((match["decoder"], match["task"]), {})[match["figure"]] = value
     return TrainingRecord(
-        run=run,
         data=state.data_fingerprint,
         versions=state.versions,
-        mlflow_run_id=state.mlflow_run_id,
         config=_read_config(run, state),
         losses=losses,
         validated_at=validated_at,

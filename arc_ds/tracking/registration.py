@@ -6,7 +6,6 @@ import json
 import os
 import warnings
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 from arc_ds.errors import ConfigError
@@ -18,7 +17,7 @@ from arc_ds.tracking.uris import resolve_uri, sqlite_database, without_secret
 from arc_ds.version import __version__
 
 MODEL_NAME = "compressor"
-_MODEL_MODULE = "arc_ds.inference.mlflow_model"
+_MODEL = Path(__file__).parents[1] / "inference" / "mlflow_model.py"
 
 
 def register_export(export: Path, name: str, *, run: Path, configured: str | None, step: int) -> int:
@@ -72,8 +71,7 @@ def find_mlflow_run(run: Path, configured: str | None) -> tuple[str, str]:
             "it sends what the server missed."
         )
     here, found = resolve_uri(run, configured), state.uri
-    own = resolve_uri(run, None)
-    candidates = [here] if without_secret(here) == found else [found, own]
+    candidates = [here] if without_secret(here) == found else [found, resolve_uri(run, None)]
     for uri in candidates:
         database = sqlite_database(uri)
         if database is None or database.is_file():
@@ -96,8 +94,6 @@ def _log_and_register(uri: str, experiment_id: str, run_id: str, export: Path, n
         outputs=Schema([ColSpec("string", "vectors"), ColSpec("long", "rows"), ColSpec("long", "width")]),
         params=ParamSchema([ParamSpec("decoder", "long", 0), ParamSpec("marker", "string", "auto")]),
     )
-    spec = find_spec(_MODEL_MODULE)
-    assert spec is not None and spec.origin is not None, "it is a file of this package"
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
     try:
@@ -109,7 +105,7 @@ def _log_and_register(uri: str, experiment_id: str, run_id: str, export: Path, n
                 flavor=mlflow.pyfunc,
                 run_id=run_id,
                 name=MODEL_NAME,
-                python_model=spec.origin,
+                python_model=str(_MODEL),
                 artifacts={"export": str(export)},
                 signature=signature,
                 pip_requirements=[

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import sys
 from pathlib import Path
 
+import bench_load
 import pytest
 
 pytestmark = pytest.mark.distributed
-
-TOOL = Path(__file__).parents[2] / "tools" / "bench_load.py"
 
 
 def test_both_ways_are_measured_and_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "rows.csv"
     sizes = ["--gb", "0.005", "--hidden", "256", "--ranks", "2", "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", ["bench_load.py", "--folder", str(tmp_path / "model"), *sizes, "--out", str(out)])
-    spec = importlib.util.spec_from_file_location("bench_load", TOOL)
-    assert spec is not None and spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_load", program)  # its processes import it by name
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    spec.loader.exec_module(program)
-    assert program.main() == 0
+    assert bench_load.main() == 0
     own, broadcast = csv.DictReader(out.open())
-    assert (own["method"], broadcast["method"]) == program.METHODS
+    assert (own["method"], broadcast["method"]) == bench_load.METHODS
     size = float(own["checkpoint_gb"])
     assert float(broadcast["read_gb"]) == pytest.approx(size, abs=0.001)
     assert float(own["read_gb"]) == pytest.approx(size / 2, abs=0.001)

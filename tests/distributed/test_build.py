@@ -15,14 +15,8 @@ from arc_ds.errors import ConfigError
 from arc_ds.system import dist
 from arc_ds.training.build import read_parts
 from tests.helpers.distributed import run_on_ranks
-from tests.helpers.tiny_run import write_inputs
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _read(path: str, overrides_of_rank: Sequence[Sequence[str]]) -> str:

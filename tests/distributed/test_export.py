@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from arc_ds.errors import CheckpointError
 from arc_ds.export.consolidate import TrainedCompressor, consolidate, find_checkpoint
 from arc_ds.inference.load import open_arc_folder
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
-from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import build_compressor
 from arc_ds.tokenizers import load_tokenizer
 from arc_ds.training.engine import build_engine, set_trained
@@ -37,16 +37,21 @@ DS_CONFIG = {
 CHANGES = {"num_layers": 2, "decoder_sizes": (48, 48)}
 
 
-def filled_compressor(trained: TrainedCompressor) -> Compressor:
-    """A compressor with the tensors to train; its first layer and its embeddings are frozen."""
+def filled_engine(run: Path) -> tuple[TrainedCompressor, Any]:
+    """A compressor and an engine with its tensors; the first layer and the embeddings are frozen."""
+    trained = tiny_trained(run / f"rank{dist.get_rank()}", **CHANGES)
     compressor = build_compressor(trained.spec)
     compressor.load_state_dict(dict(trained.tensors))
     set_trained(compressor.encoder, trained_layers=1, train_embeddings=False)
-    return compressor
+    groups = make_param_groups(
+        compressor, OptimizerConfig(encoder_lr=1e-2, bridge_lr=1e-2, markers_lr=1e-2, weight_decay=0.0)
+    )
+    return trained, build_engine(compressor, PortAdamW(groups, betas=(0.9, 0.95), eps=1e-8), DS_CONFIG)
 
 
-def _state(run: Path, trained: TrainedCompressor, step: int) -> TrainerState:
-    return TrainerState(
+def save(run: Path, trained: TrainedCompressor, engine: Any, step: int) -> None:
+    """Save a checkpoint."""
+    state = TrainerState(
         step=step,
         data_position=2 * step,
         data_fingerprint="data",
@@ -60,23 +65,19 @@ def _state(run: Path, trained: TrainedCompressor, step: int) -> TrainerState:
             "max_context_tokens": 30,
         },
     )
+    save_checkpoint(engine, run / "checkpoints", state, keep_last=1, keep_every=0)
 
 
 def train_and_save(run: Path) -> dict[str, Tensor]:
     """Train two steps and save a checkpoint; return the engine's gathered parameters."""
     import deepspeed
 
-    trained = tiny_trained(run / f"rank{dist.get_rank()}", **CHANGES)
-    compressor = filled_compressor(trained)
-    groups = make_param_groups(
-        compressor, OptimizerConfig(encoder_lr=1e-2, bridge_lr=1e-2, markers_lr=1e-2, weight_decay=0.0)
-    )
-    engine = build_engine(compressor, PortAdamW(groups, betas=(0.9, 0.95), eps=1e-8), DS_CONFIG)
+    trained, engine = filled_engine(run)
     batch = pack([Sample("test", (Segment.context(range(dist.get_rank(), 30)),))], trained.spec.packing)
     for _ in range(2):
         engine.backward(engine(batch, 1).square().mean())
         engine.step()
-    save_checkpoint(engine, run / "checkpoints", _state(run, trained, step=2), keep_last=1, keep_every=0)
+    save(run, trained, engine, step=2)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
 
@@ -118,10 +119,8 @@ def test_joined_shards_are_what_deepspeed_itself_joins(run_folder: tuple[Path, d
 
 def save_untrained(run: Path) -> None:
     """Save a checkpoint of the weights before the first step."""
-    trained = tiny_trained(run / f"rank{dist.get_rank()}", **CHANGES)
-    groups = make_param_groups(filled := filled_compressor(trained), OptimizerConfig(encoder_lr=1e-2, bridge_lr=1e-2))
-    engine = build_engine(filled, PortAdamW(groups, betas=(0.9, 0.95), eps=1e-8), DS_CONFIG)
-    save_checkpoint(engine, run / "checkpoints", _state(run, trained, step=0), keep_last=1, keep_every=0)
+    trained, engine = filled_engine(run)
+    save(run, trained, engine, step=0)
 
 
 def test_one_and_two_ranks_give_the_same_bytes(tmp_path: Path):

@@ -23,7 +23,6 @@ from arc_ds.export.consolidate import TrainedCompressor, consolidate, find_check
 from arc_ds.export.formats import write_export
 from arc_ds.inference.load import open_arc_folder
 from arc_ds.launch.signals import StopRequest
-from arc_ds.model.spec import build_compressor
 from arc_ds.model.weights.lazy_tensor import as_lazy
 from arc_ds.tokenizers import ids_digest, load_tokenizer
 from arc_ds.training.build import build_run
@@ -34,6 +33,7 @@ from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder
 from arc_ds.training.step import StepResult
 from tests.helpers.distributed import run_on_ranks
+from tests.helpers.tiny_export import random_trained
 from tests.helpers.tiny_run import write_inputs
 
 pytestmark = pytest.mark.distributed
@@ -47,17 +47,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_inputs(tmp_path_factory.mktemp("inputs"))
     folder = config.parent
     spec = compressor_spec(load_config(config))
-    generator = torch.Generator().manual_seed(3)
-    shapes = {name: p.shape for name, p in build_compressor(spec).named_parameters()}
-    old = TrainedCompressor(
-        spec=spec,
-        tensors={name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()},
-        step=5,
-        encoder_tokenizer=str(folder / "encoder"),
-        decoders=tuple(TrainedFor(name=name, rope_scaling="checkpoint", chat_template="llama2") for name in OLD),
-        decoder_ids=tuple(ids_digest(load_tokenizer(folder / name)) for name in OLD),
-    )
-    write_export(old, folder / "old")
+    decoders = [TrainedFor(name=name, rope_scaling="checkpoint", chat_template="llama2") for name in OLD]
+    ids = tuple(ids_digest(load_tokenizer(folder / name)) for name in OLD)
+    write_export(random_trained(spec, folder / "encoder", decoders, decoder_ids=ids), folder / "old")
     return config
 
 

@@ -19,7 +19,7 @@ from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
 from tests.helpers.distributed import run_on_ranks
-from tests.helpers.tiny_run import numbers_by_step, write_inputs
+from tests.helpers.tiny_run import numbers_by_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -89,11 +89,6 @@ def _train(config: str, overrides: Sequence[str], plan_is_low: bool, max_rows: i
         remade=run.data_counts["remade"],
         over_limit=run.data_counts["over_limit"],
     )
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("tiny"))
 
 
 def _run(

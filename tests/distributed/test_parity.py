@@ -144,20 +144,23 @@ class _WithoutIdleRun(Compressor):
         return self.ports[decoder_idx](self.encoder(batch), batch)
 
 
+def _kind(case: Case) -> dict[str, Any]:
+    return {name: getattr(case, name) for name in ("activation_checkpointing", "shared_bridge", "parts")}
+
+
+def _trained(case: Case) -> dict[str, Any]:
+    return {"trained_layers": case.trained_layers, "train_embeddings": case.train_embeddings}
+
+
 def _place(case: Case) -> list[PlacedDecoder]:
     config = _ds_config(case)
     del config["gradient_clipping"]
     if case.placement == "zero3+hpz":
         config["zero_optimization"]["zero_hpz_partition_size"] = dist.get_world_size()
-    kind = {
-        "activation_checkpointing": case.activation_checkpointing,
-        "shared_bridge": case.shared_bridge,
-        "parts": case.parts,
-    }
-    decoders = tiny_decoders(**kind)
+    decoders = tiny_decoders(**_kind(case))
     if case.born_partitioned and case.placement != "replicated":
         with partitioned(config):
-            born = bare_decoders(**kind)
+            born = bare_decoders(**_kind(case))
         for decoder, whole in zip(born, decoders, strict=True):
             _give_values(decoder, whole)
         decoders = born
@@ -170,23 +173,13 @@ def _give_values(module: nn.Module, whole: nn.Module) -> None:
 
 
 def _build(case: Case) -> Any:
-    compressor = tiny_compressor(
-        activation_checkpointing=case.activation_checkpointing,
-        trained_layers=case.trained_layers,
-        train_embeddings=case.train_embeddings,
-        shared_bridge=case.shared_bridge,
-        parts=case.parts,
-    )
+    compressor = tiny_compressor(**_trained(case), **_kind(case))
     if case.born_partitioned:
         whole = compressor
         with partitioned(_ds_config(case)):
-            compressor = bare_compressor(
-                activation_checkpointing=case.activation_checkpointing,
-                shared_bridge=case.shared_bridge,
-                parts=case.parts,
-            )
+            compressor = bare_compressor(**_kind(case))
         _give_values(compressor, whole)
-        set_trained(compressor.encoder, trained_layers=case.trained_layers, train_embeddings=case.train_embeddings)
+        set_trained(compressor.encoder, **_trained(case))
     if not case.idle_ports_run:
         compressor.__class__ = _WithoutIdleRun
     make: Callable[..., PortAdamW] = PortAdamW if case.idle_ports_rest else _AlwaysActive
@@ -344,8 +337,7 @@ RIGHT = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_two_ranks_equal_plain_pytorch(name: str) -> None:
     case = RIGHT[name]
-    oracle = {"trained_layers": case.trained_layers, "train_embeddings": case.train_embeddings}
-    oracle |= {"same_batch": case.same_batch, "shared_bridge": case.shared_bridge, "parts": case.parts}
+    oracle = _trained(case) | {"same_batch": case.same_batch, "shared_bridge": case.shared_bridge, "parts": case.parts}
     wanted = _plain(**oracle)
     runs = run_on_ranks(_train, case)
     errors = _errors(runs[0].trajectory, wanted)
@@ -370,12 +362,7 @@ def _assert_both_ranks_agree(runs: list[Run]) -> None:
 
 def _assert_moved(case: Case, trajectory: Trajectory) -> None:
     """Every trained tensor has moved by more than the tolerance; no other tensor has moved."""
-    start = tiny_compressor(
-        trained_layers=case.trained_layers,
-        train_embeddings=case.train_embeddings,
-        shared_bridge=case.shared_bridge,
-        parts=case.parts,
-    )
+    start = tiny_compressor(**_trained(case), **_kind(case))
     for name, param in start.named_parameters():
         distance = float((trajectory.params[name] - param).norm() / param.norm())
         assert distance > 1e3 * TOLERANCE if param.requires_grad else distance == 0, (name, distance)

@@ -27,7 +27,7 @@ from arc_ds.training.build import build_run
 from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
 from tests.helpers.distributed import run_on_ranks
-from tests.helpers.tiny_run import last_saved_step, losses, numbers_by_step, write_inputs
+from tests.helpers.tiny_run import last_saved_step, losses, numbers_by_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -102,11 +102,6 @@ def _validate(config: str, run_dir: str, signal_at: int) -> Outcome:
 
     with mock.patch.object(StopRequest, "is_set", signal_first):
         return Outcome(train(loaded, run), None, run.step)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("tiny"))
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(config: Path, tmp_path: Path) -> None:

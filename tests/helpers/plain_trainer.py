@@ -66,18 +66,9 @@ class Trajectory:
     params: dict[str, Tensor]
 
 
-def tiny_compressor(
-    *,
-    activation_checkpointing: bool = False,
-    trained_layers: int | None = None,
-    train_embeddings: bool = True,
-    shared_bridge: bool = False,
-    parts: str = "llama",
-) -> Compressor:
-    """Three encoder layers of width 32 and one port per tiny decoder. parts: a name in `PARTS`."""
-    compressor = bare_compressor(
-        activation_checkpointing=activation_checkpointing, shared_bridge=shared_bridge, parts=parts
-    )
+def tiny_compressor(*, trained_layers: int | None = None, train_embeddings: bool = True, **kind: Any) -> Compressor:
+    """Three encoder layers of width 32 and one port per tiny decoder. kind: see `bare_compressor`."""
+    compressor = bare_compressor(**kind)
     _fill(compressor.parameters(), seed=1)
     set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
     return compressor
@@ -86,7 +77,7 @@ def tiny_compressor(
 def bare_compressor(
     *, activation_checkpointing: bool = False, shared_bridge: bool = False, parts: str = "llama"
 ) -> Compressor:
-    """The modules of `tiny_compressor` without weights."""
+    """The modules of `tiny_compressor` without weights. parts: a name in `PARTS`."""
     encoder = Encoder(
         replace(_ENCODER, **PARTS[parts]), num_layers=3, pooling=PoolingLayout(strategy=GroupPooling("mean")),
         activation_checkpointing=activation_checkpointing,
@@ -98,16 +89,9 @@ def bare_compressor(
     return Compressor(encoder, [DecoderPort(width, bridge) for bridge in bridges])
 
 
-def tiny_decoders(
-    *, activation_checkpointing: bool = False, shared_bridge: bool = False, parts: str = "llama"
-) -> list[Decoder]:
-    """Two decoders with different vocabularies, one with a tied head. Without a shared bridge their widths differ.
-
-    parts: a name in `PARTS`.
-    """
-    decoders = bare_decoders(
-        activation_checkpointing=activation_checkpointing, shared_bridge=shared_bridge, parts=parts
-    )
+def tiny_decoders(**kind: Any) -> list[Decoder]:
+    """Two decoders with different vocabularies, one with a tied head. kind: see `bare_decoders`."""
+    decoders = bare_decoders(**kind)
     for seed, decoder in enumerate(decoders):
         _fill(decoder.parameters(), seed=10 + seed)
     return decoders
@@ -116,7 +100,7 @@ def tiny_decoders(
 def bare_decoders(
     *, activation_checkpointing: bool = False, shared_bridge: bool = False, parts: str = "llama"
 ) -> list[Decoder]:
-    """The modules of `tiny_decoders` without weights."""
+    """The modules of `tiny_decoders` without weights. Their widths differ, unless a bridge is shared."""
     configs = [replace(config, **PARTS[parts]) for config in _DECODERS]
     if shared_bridge:
         configs[1] = replace(configs[1], hidden_size=configs[0].hidden_size, head_dim=12)

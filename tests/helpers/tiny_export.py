@@ -41,19 +41,26 @@ def tiny_trained(
     chat_templates: of the decoders in training; unknown if empty.
     """
     spec = tiny_spec(**changes)
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {name: p.shape for name, p in build_compressor(spec).named_parameters()}
-    folder.mkdir(parents=True, exist_ok=True)
-    decoders = (
+    decoders = [
         TrainedFor(name=f"decoder{n}", rope_scaling="checkpoint", chat_template=template)
         for n, template in enumerate(chat_templates or [None] * len(spec.decoder_sizes))
-    )
+    ]
+    return random_trained(spec, write_tiktoken(folder / "tokenizer.model"), decoders, seed)
+
+
+def random_trained(
+    spec: CompressorSpec, tokenizer: Path, decoders: Sequence[TrainedFor], seed: int = 0, **records: Any
+) -> TrainedCompressor:
+    """A compressor of a spec with random weights, as of step 7. records: further fields."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: p.shape for name, p in build_compressor(spec).named_parameters()}
     return TrainedCompressor(
         spec=spec,
         tensors={name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()},
         step=7,
-        encoder_tokenizer=str(write_tiktoken(folder / "tokenizer.model")),
+        encoder_tokenizer=str(tokenizer),
         decoders=tuple(decoders),
+        **records,
     )
 
 

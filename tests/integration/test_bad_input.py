@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arc_ds.checkpoints.manifest import Manifest, seal_file, write_manifest
 from arc_ds.config.load import config_hash, dump_yaml, load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
@@ -30,6 +29,7 @@ from arc_ds.training.build import read_parts
 from arc_ds.training.run_folder import check_run_folder, find_start
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards
 from tests.helpers.tiny_run import train, write_inputs
+from tests.helpers.zero_checkpoint import seal
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -169,8 +169,7 @@ def _used_run(
             "extra": {"tokenizers": inputs.tokenizers, "backbones": inputs.backbones},
         }
         (folder / "trainer.json").write_text(json.dumps(state))
-        files = (seal_file(folder, folder / "trainer.json"),)
-        write_manifest(folder, Manifest(step=step, world_size=num_ranks, files=files))
+        seal(folder, step=step, world_size=num_ranks)
     return loaded
 
 

@@ -25,11 +25,12 @@ from arc_ds.checkpoints.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from arc_ds.checkpoints.manifest import Manifest, read_manifest, seal_file, write_manifest
+from arc_ds.checkpoints.manifest import Manifest, read_manifest, write_manifest
 from arc_ds.checkpoints.reshard import cut_anew
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
 from arc_ds.errors import CheckpointError, StorageError
 from tests.helpers.full_disk import limited_file_size
+from tests.helpers.zero_checkpoint import seal
 
 
 def _make(directory: Path, step: int) -> Path:
@@ -37,8 +38,7 @@ def _make(directory: Path, step: int) -> Path:
     (folder / "sub").mkdir(parents=True)
     (folder / "weights.pt").write_bytes(bytes(range(256)) * 8)
     (folder / "sub" / "trainer.json").write_text("{}")
-    files = tuple(seal_file(folder, path) for path in sorted(folder.rglob("*")) if path.is_file())
-    write_manifest(folder, Manifest(step=step, world_size=2, files=files))
+    seal(folder, step=step, world_size=2)
     return folder
 
 

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from arc_ds import ArcModel
 from arc_ds.batch.groups import GroupRule
-from arc_ds.checkpoints.checkpoint import CheckpointRemoved, TrainerState
-from arc_ds.checkpoints.manifest import Manifest, seal_file, write_manifest
+from arc_ds.checkpoints.checkpoint import CheckpointRemoved
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.errors import CheckpointError, StorageError, TokenizerError, WeightsError
 from arc_ds.export import consolidate, formats
@@ -26,23 +25,13 @@ from arc_ds.export.consolidate import TrainedCompressor, consolidate_newest, fin
 from arc_ds.export.formats import write_export
 from arc_ds.inference.load import load_compressor, open_arc_folder
 from arc_ds.model.backbone_config import RopeScaling
-from arc_ds.tokenizers import Tokenizer, ids_digest, load_tokenizer
+from arc_ds.tokenizers import ids_digest, load_tokenizer
 from tests.helpers.tiny_data import swap_letters, write_json_tokenizer
 from tests.helpers.tiny_export import ENCODER, tiny_trained, write_decoder
 from tests.helpers.tokenizer_files import write_mistral_tokenizer
+from tests.helpers.zero_checkpoint import write_zero_checkpoint
 
 FORMATS = ("arc-ds", "arc")
-
-
-class SavedDifferently:
-    """A tokenizer whose saved file has another fingerprint, as that of a GGUF file."""
-
-    fingerprint = "gguf"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.text_vocab_size, self.save = tokenizer.text_vocab_size, tokenizer.save
-
-
 CONTEXTS = [[5, 9, 80, 3, 77], [1], list(range(200, 217))]
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)
 SPECS = {
@@ -192,7 +181,8 @@ def test_another_tokenizer_than_in_training_is_refused_at_export_and_at_loading(
 def test_an_export_of_a_gguf_tokenizer_is_that_of_training(tmp_path: Path) -> None:
     """It is saved as tokenizer.json, which has another fingerprint."""
     trained = trained_with_json(tmp_path / "run")
-    gguf = SavedDifferently(load_tokenizer(trained.encoder_tokenizer))
+    saved = load_tokenizer(trained.encoder_tokenizer)
+    gguf = SimpleNamespace(fingerprint="gguf", text_vocab_size=saved.text_vocab_size, save=saved.save)
     ids = {"encoder_fingerprint": gguf.fingerprint, "encoder_tokenizer": "x.gguf"}
     with pytest.MonkeyPatch.context() as patch:
         real = formats.load_tokenizer
@@ -408,27 +398,14 @@ def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
             find_checkpoint(path)
 
 
-def _write_checkpoint(run: Path, step: int) -> Path:
-    """A checkpoint without shards."""
-    trained, folder = tiny_trained(run), run / "checkpoints" / f"step_{step:06d}"
-    folder.mkdir(parents=True)
-    decoders = [dataclasses.asdict(decoder) for decoder in trained.decoders]
-    extra = {"compressor": trained.spec.to_json(), "encoder_tokenizer": "", "decoders": decoders}
-    state = TrainerState(step=step, data_position=0, data_fingerprint="", config_hash="", extra=extra)
-    (folder / "trainer.json").write_text(json.dumps(dataclasses.asdict(state)))
-    files = (seal_file(folder, folder / "trainer.json"),)
-    write_manifest(folder, Manifest(step=step, world_size=1, files=files))
-    return folder
-
-
 @pytest.fixture
 def run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that saves step 2 and removes step 1 while the shards of step 1 are read."""
-    _write_checkpoint(tmp_path / "run", 1)
+    write_zero_checkpoint(tmp_path / "run", tiny_trained(tmp_path / "run"), 1, step=1)
 
     def open_parameters(checkpoint: Path, world_size: int) -> dict[str, torch.Tensor]:
         if checkpoint.name == "step_000001":
-            _write_checkpoint(tmp_path / "run", 2)
+            write_zero_checkpoint(tmp_path / "run", tiny_trained(tmp_path / "run"), 1, step=2)
             shutil.rmtree(checkpoint)
             raise FileNotFoundError(2, "of DeepSpeed", str(checkpoint))
         return {}
@@ -454,7 +431,7 @@ def test_a_run_that_removes_every_checkpoint_ends_the_attempts(
 
     def open_parameters(checkpoint: Path, world_size: int) -> None:
         steps.append(checkpoint)
-        _write_checkpoint(run_that_goes_on, len(steps) + 1)
+        write_zero_checkpoint(run_that_goes_on, tiny_trained(run_that_goes_on), 1, step=len(steps) + 1)
         shutil.rmtree(checkpoint)
         raise FileNotFoundError
 

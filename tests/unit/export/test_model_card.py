@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 
 from arc_ds.checkpoints.checkpoint import TrainerState, read_trainer_state
-from arc_ds.checkpoints.manifest import Manifest, seal_file, write_manifest
 from arc_ds.config.load import config_hash, dump_yaml, load_config
-from arc_ds.config.schema import RunConfig
 from arc_ds.export.consolidate import consolidate
 from arc_ds.export.formats import write_export
 from arc_ds.export.training_record import read_license
 from tests.helpers.tiny_export import tiny_trained, write_decoder
-from tests.helpers.zero_checkpoint import write_zero_checkpoint
+from tests.helpers.zero_checkpoint import seal, write_zero_checkpoint
 
 FIGURES = {
     "validation/small/reconstruction/nll_compressed": 2.125,
@@ -35,7 +33,7 @@ def run(tmp_path: Path) -> Path:
     """A run with a config, metrics, and a checkpoint at step 8."""
     folder = tmp_path / "run"
     trained = tiny_trained(folder)
-    decoder = write_decoder(tmp_path / "decoder").parent / "decoder"
+    decoder = write_decoder(tmp_path / "decoder")
     (decoder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# Decoder\nlicense: none\n")
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "LICENSE.txt").write_text("Community licence")
@@ -60,24 +58,17 @@ optimizer: {{encoder_lr: 1e-5, bridge_lr: 1e-5, warmup_steps: 1}}
     lines.insert(9, {"step": 8, "time": 0.0, "metrics": FIGURES})
     lines.append({"step": 12, "time": 0.0, "metrics": {name: 77.77 for name in FIGURES}})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_zero_checkpoint(folder, trained, 1, step=8)
-    describe(folder, settings)
-    return folder
-
-
-def describe(run: Path, config: RunConfig) -> None:
-    """Let the checkpoint be of this config, and name its decoder as the config does."""
-    folder = run / "checkpoints" / "step_000008"
-    state = dataclasses.asdict(read_trainer_state(folder))
+    checkpoint = write_zero_checkpoint(folder, trained, 1, step=8)
+    state = dataclasses.asdict(read_trainer_state(checkpoint))
     state |= {
-        "config_hash": config_hash(config),
+        "config_hash": config_hash(settings),
         "data_fingerprint": "f1f2",
         "versions": {"arc-ds": "9.9", "torch": "3"},
     }
     state["extra"]["decoders"][0]["name"] = "small"
-    (folder / "trainer.json").write_text(json.dumps(dataclasses.asdict(TrainerState(**state))))
-    files = tuple(seal_file(folder, path) for path in sorted(folder.iterdir()) if path.name != "manifest.json")
-    write_manifest(folder, Manifest(step=8, world_size=1, files=files))
+    (checkpoint / "trainer.json").write_text(json.dumps(dataclasses.asdict(TrainerState(**state))))
+    seal(checkpoint, step=8, world_size=1)
+    return folder
 
 
 def card_of(run: Path, out: Path) -> str:

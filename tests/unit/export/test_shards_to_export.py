@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from arc_ds import ArcModel
 from arc_ds.checkpoints.checkpoint import CheckpointRemoved
-from arc_ds.checkpoints.manifest import Manifest, seal_file, write_manifest
 from arc_ds.checkpoints.torch_file import StoredTensor
 from arc_ds.checkpoints.zero_shards import open_parameters
 from arc_ds.cli import main
@@ -29,7 +28,7 @@ from arc_ds.inference.load import open_arc_checkpoint, open_arc_folder
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from arc_ds.model.weights import lazy_tensor
 from tests.helpers.tiny_export import tiny_trained
-from tests.helpers.zero_checkpoint import write_zero_checkpoint
+from tests.helpers.zero_checkpoint import seal, write_zero_checkpoint
 
 CHANGES = {"num_layers": 2, "decoder_sizes": (48, 48)}
 FROZEN = ("encoder.tok_embeddings", "encoder.layers.0.")
@@ -146,8 +145,7 @@ def test_a_trainer_state_of_another_version_is_named(tmp_path: Path, key: str, v
     else:
         state["extra"][key] = value
     (folder / "trainer.json").write_text(json.dumps(state))
-    files = tuple(seal_file(folder, path) for path in sorted(folder.iterdir()) if path.name != "manifest.json")
-    write_manifest(folder, Manifest(step=1, world_size=1, files=files))
+    seal(folder, step=1, world_size=1)
     with pytest.raises(CheckpointError, match=r"trainer.json does not describe.*Export it with the version that wrote"):
         consolidate(folder)
 
@@ -296,11 +294,10 @@ def test_a_checkpoint_without_shards_of_all_ranks_is_named(tmp_path: Path) -> No
     (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(CheckpointError, match="zero_pp_rank_1_mp_rank_00_optim_states.pt cannot be read"):
         consolidate(folder)
-    files = tuple(seal_file(folder, path) for path in sorted(folder.iterdir()) if path.name != "manifest.json")
-    write_manifest(folder, Manifest(step=1, world_size=2, files=files))
+    seal(folder, step=1, world_size=2)
     with pytest.raises(CheckpointError, match="has 0 files .*rank_1"):
         consolidate(folder)
-    write_manifest(folder, Manifest(step=1, world_size=1, files=files))
+    seal(folder, step=1, world_size=1)
     with pytest.raises(CheckpointError, match=r"sub-group 0 has .* elements on its ranks, expected"):
         consolidate(folder)
 
@@ -312,9 +309,7 @@ def test_a_tensor_that_reads_back_with_other_values_is_no_export(
 
     def on_a_bad_disk(path: Path, *arguments: object) -> str:
         digest = real(path, *arguments)
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
+        _flip(path)
         return digest
 
     monkeypatch.setattr(formats, "write_safetensors", on_a_bad_disk)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import pytest
 import torch
 
 from tests.helpers.tiny_data import TEXT, write_tiktoken
-
-TOOL = Path(__file__).parents[3] / "tools" / "bench_data.py"
 
 
 def test_rows_of_both_ways_are_appended(
@@ -26,14 +23,9 @@ def test_rows_of_both_ways_are_appended(
     options = ["--tokenizer", f"tiny={tokenizer}", "--text", str(tmp_path / "text.txt"), "--out", str(out)]
     sizes = ["--steps", "2", "--repeats", "2", "--batch-size", "4", "--shards", str(tmp_path / "shards"), "--profile"]
     monkeypatch.setattr(sys, "argv", ["bench_data.py", *options, *sizes])
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    spec = importlib.util.spec_from_file_location("bench_data", TOOL)
-    assert spec is not None and spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_data", program)
-    spec.loader.exec_module(program)
+    import bench_data
     for number in (1, 2):
-        assert program.main() == 0
+        assert bench_data.main() == 0
         rows = list(csv.DictReader(out.open()))
         assert [row["ids"] for row in rows] == ["on the fly", "cached"] * number
     for row in rows:

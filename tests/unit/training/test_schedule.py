@@ -39,7 +39,8 @@ def test_shape_is_that_of_torch_where_the_final_rate_is_torchs_own(total: int, w
 
 def test_reference_tables_follow_with_their_own_ends(golden: Path) -> None:
     """The reference divides its final rate by peak / initial, scales the bridge's initial rate, and cycles beta1."""
-    tables = [table for table in _tables(golden) if table["type"] == "cycle"]
+    rows = json.loads((golden / "tables" / "onecycle_lr.json").read_text())
+    tables = [table for table in rows if table["type"] == "cycle"]
     assert len(tables) == 2
     for table in tables:
         for idx, name in enumerate(table["param_groups"]):
@@ -50,10 +51,6 @@ def test_reference_tables_follow_with_their_own_ends(golden: Path) -> None:
             for step, row in enumerate(table["rows"]):
                 assert rates.lr(step, peak) == pytest.approx(row["lr"][idx], rel=1e-12, abs=1e-15 * peak)
                 assert beta1.lr(step, 0.85) == pytest.approx(row["beta1"][idx], rel=1e-12)
-
-
-def _tables(golden: Path) -> list[dict]:
-    return json.loads((golden / "tables" / "onecycle_lr.json").read_text())
 
 
 def _schedule(table: dict, initial: float, final: float) -> RateSchedule:

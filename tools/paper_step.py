@@ -17,19 +17,8 @@ from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.pooling import group_rules
 from arc_ds.model.spec import CompressorSpec, build_compressor
+from arc_ds.model.weights.release import LLAMA_32_3B
 
-LLAMA_32_3B = BackboneConfig(
-    family="llama",
-    hidden_size=3072,
-    num_layers=28,
-    num_heads=24,
-    num_kv_heads=8,
-    head_dim=128,
-    ffn_size=8192,
-    vocab_size=128256,
-    rope_theta=500000.0,
-    norm_eps=1e-5,
-)
 LLAMA_31_8B = replace(LLAMA_32_3B, hidden_size=4096, num_layers=32, num_heads=32, ffn_size=14336)
 INIT_STD = 0.02  # Llama's initializer_range
 

@@ -91,7 +91,7 @@ def consolidate_newest(
 ) -> tuple[Path, TrainedCompressor]:
     """The checkpoint that `find_checkpoint` finds, and its compressor as `consolidate` reads it.
 
-    average: number of checkpoints, up to this one, whose mean is taken.
+    average: number of checkpoints to average: this one and those before it.
     use: called with the compressor, to read its tensors.
     decoders: see `with_decoders`.
 

@@ -25,7 +25,7 @@ _WARN_S = 60.0
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address. Port 0 takes a free one. Raises ConfigError if the address is taken."""
+    """A socket that is bound to an address. Port 0 is a free one. Raises ConfigError if another program has it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family, socket.SOCK_STREAM)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""Rows of a tensor, which a rank of ZeRO-3 reads, are those of the whole tensor, whatever the file's order and stacks.
+"""A rank of ZeRO-3 reads the right rows of a tensor, for all orders and stacks of tensors in files.
 
 Phi-3 stacks queries, keys and values, and only a part of each head rotates. transformers writes the file.
 """

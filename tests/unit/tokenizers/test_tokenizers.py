@@ -342,7 +342,7 @@ def test_a_byte_order_mark_changes_no_tokenizer(tmp_path: Path) -> None:
 
 
 def with_pad(spec: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Add the special token <pad> behind all other ids."""
+    """Add the special token <pad> after all other ids."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     last = max(spec["model"]["vocab"].values())
     spec["added_tokens"].append({"id": last + 1, "content": "<pad>", **flags})

@@ -59,6 +59,10 @@ EXTRAS = {
     "serve": ["aiohttp>=3.9", "fastapi>=0.115", "prometheus_client>=0.20", "uvicorn>=0.30"],
     # Inputs of `arc-ds shards build` that are Parquet or .zst.
     "shards": ["pyarrow>=16.0", "zstandard>=0.22"],
+    # `arc-ds shards build --engine ray`, on one host or many.
+    "ray": ["ray>=2.40"],
+    # The writer step for datatrove pipelines.
+    "datatrove": ["datatrove>=0.4"],
     # Decoders of families that our own transformer does not compute (`decoders[].implementation`).
     "transformers": ["transformers>=5.0"],
     # Both need no more than the core so far; the names are fixed.

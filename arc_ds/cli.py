@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from arc_ds.errors import ArcError
+from arc_ds.errors import ArcError, TrainingError
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_USER_ERROR, exit_code_of
 from arc_ds.system.packages import missing_package
 from arc_ds.version import __version__
@@ -41,8 +41,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    An `ArcError` is printed without a traceback. The exit code is 2 for a user's mistake and 1 for a run that cannot
-    continue.
+    An `ArcError` is printed without a traceback. The exit code is 2 for a user's mistake. `train` has a code for each
+    cause (`launch.exit_codes`).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else ""
@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except ArcError as error:
         print(f"arc-ds {name}: {error}", file=sys.stderr)
-        return exit_code_of(error)
+        if name == "train":
+            return exit_code_of(error)
+        return EXIT_FAILED if isinstance(error, TrainingError) else EXIT_USER_ERROR
     except ModuleNotFoundError as error:
         if (missing := missing_package(error.name or "")) is None:
             raise

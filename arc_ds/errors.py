@@ -48,9 +48,29 @@ class StorageError(ArcError):
     """
 
 
+class DiskFullError(StorageError):
+    """A write that failed because the disk, the quota or the file size limit is exhausted."""
+
+
 class CheckpointError(ArcError):
     """A checkpoint that cannot be written or read: incomplete, corrupted, or from another run."""
 
 
 class TrainingError(ArcError):
     """A run that cannot continue: too many non-finite steps, or a world size that does not divide the batch."""
+
+
+class LostRankError(TrainingError):
+    """A rank or a host that no longer answers: killed, frozen, or cut off from the network."""
+
+
+class StalledError(TrainingError):
+    """A step that takes longer than `stall_limit_s` although all ranks answer."""
+
+
+class OutOfMemoryError(TrainingError):
+    """A step that needs more memory than the device or the host has."""
+
+
+class NonFiniteError(TrainingError):
+    """Too many steps in a row with a non-finite loss or gradient."""

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from arc_ds.errors import StorageError
+from arc_ds.errors import DiskFullError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ def output(path: Path, cure: str = "", after: Callable[[], str] = str) -> Iterat
     path: the file or folder that the user knows.
     cure: the remedy if the disk is not full; empty for the common one.
     after: returns a last sentence for the error, such as what remains whole.
+
+    A full disk is a DiskFullError.
     """
     try:
         yield
@@ -42,11 +44,12 @@ def output(path: Path, cure: str = "", after: Callable[[], str] = str) -> Iterat
         failure = _failed_write(path, error)
         if failure is None:
             raise
-        if is_disk_full(failure):
+        kind = DiskFullError if is_disk_full(failure) else StorageError
+        if kind is DiskFullError:
             cure = "Free some space there and run the same command again, or give a folder of a larger disk."
         cure = cure or "Make it writable for this user and run the same command again, or give another folder."
         free = shutil.disk_usage(_nearest_folder(path)).free / _MIB
-        raise StorageError(
+        raise kind(
             f"{path} cannot be written: {failure.strerror or failure} ({free:,.1f} MiB are free on its disk). "
             f"{cure} {after()}".rstrip()
         ) from error

@@ -1,4 +1,4 @@
-"""Exit codes by error class: schedulers retry a failed run but not a user's mistake."""
+"""Exit codes by error class: schedulers retry some failures, but not a user's mistake."""
 
 from __future__ import annotations
 
@@ -7,15 +7,36 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from arc_ds import cli, train
-from arc_ds.errors import ArcError, CheckpointError, ConfigError, DataError, TrainingError
+from arc_ds.errors import (
+    ArcError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DiskFullError,
+    LostRankError,
+    NonFiniteError,
+    OutOfMemoryError,
+    StalledError,
+    StorageError,
+    TrainingError,
+)
 from arc_ds.launch import rank
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_USER_ERROR, exit_code_of
 
-CODES = [(TrainingError, EXIT_FAILED), (ConfigError, EXIT_USER_ERROR), (DataError, EXIT_USER_ERROR)]
+CODES = [(TrainingError, EXIT_FAILED), (ConfigError, EXIT_USER_ERROR), (DataError, 3), (LostRankError, 4)]
+MORE_CODES = [
+    (ArcError, EXIT_USER_ERROR),
+    (CheckpointError, EXIT_USER_ERROR),
+    (StorageError, 3),
+    (StalledError, 5),
+    (OutOfMemoryError, 6),
+    (NonFiniteError, 7),
+    (DiskFullError, 8),
+]
 
 
-@pytest.mark.parametrize(("kind", "code"), [*CODES, (CheckpointError, EXIT_USER_ERROR), (ArcError, EXIT_USER_ERROR)])
-def test_a_run_that_cannot_go_on_is_a_failure_and_all_else_a_users_mistake(kind: type[ArcError], code: int) -> None:
+@pytest.mark.parametrize(("kind", "code"), [*CODES, *MORE_CODES])
+def test_each_kind_of_error_has_its_code(kind: type[ArcError], code: int) -> None:
     assert exit_code_of(kind("words")) == code
 
 

@@ -1,4 +1,4 @@
-"""Memory of engines, and gathered parameters, while decoders alternate and passes without gradient run between steps."""
+"""Memory of engines, and gathered parameters, while decoders alternate and passes without gradient run between them."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def _measure(num_steps: int, recomputed: bool) -> tuple[list[Measured], list[lis
     """Memory of each step after the update, leaks of each step, and leaks after one was caused on purpose."""
     compressor = tiny_compressor(activation_checkpointing=recomputed)
     engine = build_engine(compressor, PortAdamW(tiny_groups(compressor), betas=BETAS, eps=EPS), _ds_config())
-    decoders = [
-        place_decoder(decoder, _ds_config()) for decoder in tiny_decoders(activation_checkpointing=recomputed)
-    ]
+    decoders = [place_decoder(decoder, _ds_config()) for decoder in tiny_decoders(activation_checkpointing=recomputed)]
     modules = [engine.module, *(placed.module for placed in decoders)]
     memory, leaks = [], []
     schedule = replace(SCHEDULE, total_steps=num_steps)

@@ -258,6 +258,9 @@ class ValidationHook(Hook):
                 logger.info("step %d: validation aborted; the next start of the run catches up on it", run.step)
                 run.is_stopping = True
                 return
+            # A forward pass keeps up to `stage3_max_reuse_distance` parameters gathered for a backward pass.
+            for engine in (run.engine, *run.decoder_engines.values()):
+                engine.empty_partition_cache()
             self.done = run.step
             metrics = {VALIDATION_KEY: time.perf_counter() - started}
             num_samples = run.validator.num_samples_of_tasks

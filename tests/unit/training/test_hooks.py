@@ -61,8 +61,10 @@ class _Validator:
 
 def _run(step: int, **changes: Any) -> Run:
     fields: dict[str, Any] = {
-        "folder": Path("run"), "device": torch.device("cpu"), "spec": SPEC, "inputs": None, "engine": None,
-        "ds_config": {}, "decoders": (), "ports": None, "decoder_names": ("wide", "other"), "data": None,
+        "folder": Path("run"), "device": torch.device("cpu"), "spec": SPEC, "inputs": None,
+        "engine": SimpleNamespace(module=None, empty_partition_cache=lambda: None),
+        "ds_config": {}, "decoders": (PlacedDecoder(module=DECODER),) * 2, "ports": None,
+        "decoder_names": ("wide", "other"), "data": None,
         "num_workers": 0,
         "schedule": SimpleNamespace(total_steps=STEPS), "normalize": "global", "validator": _Validator(), "step": step,
     }  # fmt: skip
@@ -204,7 +206,6 @@ def _two_steps(
     run = _run(
         0, data=data, decoders=(PlacedDecoder(module=decoder),), decoder_names=("a",),
         data_counts=Counter(cut_answers=5), clock=DataClock(waited_s=1.0, remade=1),
-        engine=SimpleNamespace(module=None),
     )  # fmt: skip
     logged: dict[int, dict[str, float]] = {}
     encoder = EncoderConfig(backbone="", trained_layers=1, train_embeddings=False)

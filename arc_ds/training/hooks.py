@@ -346,9 +346,11 @@ def _network_metrics(counts: Mapping[Collective, Count], num_steps: int, elapsed
     """Means per step of this rank's collectives: bytes of full tensors by kind and engine, and bytes that it sends."""
     full, sent = Counter[str](), 0.0
     for kind, count in counts.items():
+        if kind.num_ranks == 1:
+            continue
         full[f"network/{kind.op}_mib/{kind.engine}"] += count.full_bytes
         sent += sent_bytes(kind, count.full_bytes)
-    if not counts:
+    if not full:
         return {}
     return {
         **{name: full_bytes / _MIB / num_steps for name, full_bytes in full.items()},

@@ -36,6 +36,7 @@ from arc_ds.system.device import describe_device, peak_bf16_flops, select_device
 from arc_ds.system.processes import die_with_parent
 from arc_ds.tracking.uris import check_uri
 from arc_ds.training.build import build_run
+from arc_ds.training.collectives import CollectiveCounter, counting_collectives
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
 from arc_ds.training.loop import fit
 from arc_ds.training.non_finite import NonFiniteHook
@@ -103,15 +104,22 @@ def train(config: RunConfig, run: Run, more_hooks: Sequence[Hook] = ()) -> int:
     try:
         with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=config.stall_limit_s) as watchdog:
             logger.info("%s", _in_words(run))
-            with use_attention(config.attention_backend):
-                code = fit(run, [*_make_hooks(config, run, folder, watchdog, stop), *more_hooks], stop)
+            with use_attention(config.attention_backend), counting_collectives(run.decoder_engines) as counter:
+                code = fit(run, [*_make_hooks(config, run, folder, watchdog, stop, counter), *more_hooks], stop)
         status = "FINISHED" if code == EXIT_OK else "KILLED"
     finally:
         folder.close(status)
     return code
 
 
-def _make_hooks(config: RunConfig, run: Run, folder: RunFolder, watchdog: Watchdog, stop: StopRequest) -> list[Hook]:
+def _make_hooks(
+    config: RunConfig,
+    run: Run,
+    folder: RunFolder,
+    watchdog: Watchdog,
+    stop: StopRequest,
+    counter: CollectiveCounter,
+) -> list[Hook]:
     """The hooks of a run. Collective."""
     return [
         WatchdogHook(watchdog),
@@ -120,6 +128,7 @@ def _make_hooks(config: RunConfig, run: Run, folder: RunFolder, watchdog: Watchd
             every=config.log_every,
             encoder=config.encoder,
             peak_flops=peak_bf16_flops(run.device) if config.precision == "bf16" else None,
+            counter=counter,
         ),
         NonFiniteHook(max_skipped_steps=config.optimizer.max_skipped_steps),
         CheckpointHook(save=folder.save, every=config.checkpoint.every),

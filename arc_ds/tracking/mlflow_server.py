@@ -8,12 +8,11 @@ import os
 import platform
 import re
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +46,8 @@ _TAG_CHARS = 5000
 _DIGEST_CHARS = 36
 _FORBIDDEN = re.compile(r"[^/\w.\- :]")
 _FIRST_ANSWER_S = 60.0
+# Launchers by a variable that they set for each rank; the first one that is set counts.
+_LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed", "SLURM_PROCID": "srun"}
 _VERSIONS_OF = ("torch", "deepspeed", "triton", "mlflow", "webdataset", "numpy")
 # By default MLflow waits 120 s and tries 8 times; a dead server would block the thread for a quarter of an hour. It
 # also sends usage telemetry by default.
@@ -95,9 +96,25 @@ def start_tracker(
     return tracker
 
 
-def environment_tags(*, device: str, world_size: int) -> dict[str, str]:
-    """Tags for the environment of a run: host, device description, world size, git commit, versions."""
-    tags = {"host": socket.gethostname(), "device": device, "world_size": str(world_size)}
+def environment_tags(*, device: str, hosts: Sequence[str], placements: Mapping[str, str]) -> dict[str, str]:
+    """Tags for the environment of a run: hosts, device, world size, launcher, placements, git commit, versions.
+
+    device: description of rank 0's device.
+    hosts: host of each rank, in rank order.
+    placements: placement of each decoder, by name.
+    """
+    names = list(dict.fromkeys(hosts))
+    tags = {
+        "host": hosts[0],
+        "hosts": ", ".join(names),
+        "num_hosts": str(len(names)),
+        "world_size": str(len(hosts)),
+        "device": device,
+        "launcher": next((launcher for name, launcher in _LAUNCHERS.items() if name in os.environ), "none"),
+        **{f"placement.{_allowed_name(name)}": placement for name, placement in placements.items()},
+    }
+    if (job := os.environ.get("SLURM_JOB_ID")) is not None:
+        tags["slurm_job"] = job
     if (commit := _git_commit()) is not None:
         tags["mlflow.source.git.commit"] = commit
     return {**tags, **{f"version.{name}": found for name, found in package_versions().items()}}

@@ -43,6 +43,13 @@ class PlacedDecoder:
     module: FrozenDecoder
     engine: DeepSpeedEngine | None = None
 
+    @property
+    def placement(self) -> Placement:
+        """Where its weights are."""
+        if self.engine is None:
+            return "replicated"
+        return "zero3+hpz" if self.engine.zero_hpz_partition_size() > 1 else "zero3"
+
     def __call__(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
         # Bypass the engine: without an optimizer its forward hooks raise an error in backward.
         return self.module(batch, z_ZD)

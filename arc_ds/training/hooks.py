@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,6 +18,8 @@ from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.planning.flops import count_flops
 from arc_ds.system import dist
 from arc_ds.system.device import GIB, peak_memory_bytes
+from arc_ds.training.collectives import ENCODER, Collective, CollectiveCounter, Count, sent_bytes
+from arc_ds.training.memory import engine_memory, leaked_parameters
 from arc_ds.training.meters import COUNTS, Meter, Totals
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
@@ -29,6 +32,10 @@ LogMetrics = Callable[[int, dict[str, float]], None]
 
 # Logged with every validation, independent of decoders and tasks.
 VALIDATION_KEY = "validation/seconds"
+# Pauses of a run that have metrics, by name.
+SAVE, VALIDATION = "save", "validation"
+
+_MIB = 1 << 20
 
 
 class Hook:
@@ -63,14 +70,16 @@ class WatchdogHook(Hook):
 
 @dataclass(kw_only=True)
 class MetricsHook(Hook):
-    """Logs loss, gradient norm and learning rates of every step; every `every` steps also speed, memory and data.
+    """Logs loss, gradient norm and learning rates of every step; every `every` steps also speed, memory, network, data.
 
-    Step results stay on the device until the next report, so the step itself never synchronizes for them.
+    Step results stay on the device until the next report, so the step itself never synchronizes for them. `README.md`
+    lists the metrics.
 
     log: logs the metrics of a step.
     encoder: its trained parts, for MFU.
     peak_flops: peak FLOP/s of the device, for MFU: required operations as a share of the peak (`flops.py`). None: no
         MFU. There is none for decoders of transformers either, whose operations are only estimated.
+    counter: counts the collectives of the steps. One that is not counting has no metrics.
     """
 
     priority = 10
@@ -78,13 +87,17 @@ class MetricsHook(Hook):
     every: int
     encoder: EncoderConfig
     peak_flops: float | None
+    counter: CollectiveCounter = field(default_factory=CollectiveCounter)
     _pending: list[StepResult] = field(default_factory=list, init=False)
     _meter: Meter = field(default_factory=Meter, init=False)
     _started: float = field(default=0.0, init=False)
+    _paused_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float), init=False)
+    _warned_of: set[str] = field(default_factory=set, init=False)
     _bar: tqdm = field(init=False)
 
     def on_start(self, run: Run) -> None:
         self._started = time.perf_counter()
+        self.counter.read()
         if self.peak_flops is not None and any(p.module.implementation == "transformers" for p in run.decoders):
             logger.info("no train/mfu: the operations of decoders that run through transformers are only estimated")
             self.peak_flops = None
@@ -108,19 +121,56 @@ class MetricsHook(Hook):
             return
         elapsed = time.perf_counter() - self._started
         rows = [(result.step + 1, _step_metrics(run, result)) for result in self._pending]
-        totals = self._meter.read(run.clock, run.device)
+        collectives = self.counter.read()
+        totals = self._meter.read(run.clock, run.device, peak_bytes=peak_memory_bytes(run.device), own=self._own(run))
+        self.counter.read()  # those of this report
         run.data_counts.update({name: totals.sums[name] for name in COUNTS})
-        rows[-1][1].update(self._speed(run, totals, elapsed), **_data_metrics(run, totals))
+        rows[-1][1].update(
+            self._speed(run, totals, elapsed),
+            **_memory_metrics(totals),
+            **_network_metrics(collectives, totals.num_steps, elapsed),
+            **_data_metrics(run, totals),
+        )
         for step, metrics in rows:
             self.log(step, metrics)
         self._report(run, rows[-1][1], elapsed / len(rows))
-        self._pending, self._started = [], time.perf_counter()
+        self._pending, self._paused_s, self._started = [], defaultdict(float), time.perf_counter()
 
     @contextmanager
-    def _around_pause(self, run: Run) -> Iterator[None]:
+    def _around_pause(self, run: Run, work: str) -> Iterator[None]:
         self.flush(run)
+        started = time.perf_counter()
         yield
+        self.counter.read()  # those of the pause
         self._started = time.perf_counter()
+        self._paused_s[work] += self._started - started
+        if work == SAVE:
+            self.log(run.step, {"checkpoint/seconds": self._started - started})
+
+    def _own(self, run: Run) -> dict[str, float]:
+        """Figures of this rank whose maxima over the ranks are logged. Warns of leaked parameters."""
+        modules = {ENCODER: (run.engine.module, run.engine)} | {
+            name: (placed.module, None) for name, placed in zip(run.decoder_names, run.decoders, strict=True)
+        }
+        figures: dict[str, float] = {f"{work}_s": self._paused_s[work] for work in (SAVE, VALIDATION)}
+        figures["leaked"] = 0.0
+        for name, (module, trained_by) in modules.items():
+            memory = engine_memory(module, trained_by, run.device)
+            leaked = leaked_parameters(module)
+            figures["leaked"] += len(leaked)
+            self._warn_of_leaks(run, name, leaked)
+            parts = ("parameters", "gathered") if trained_by is None else memory._fields
+            figures.update({f"{part}_gib/{name}": getattr(memory, part) / GIB for part in parts})
+        return figures
+
+    def _warn_of_leaks(self, run: Run, engine: str, leaked: list[str]) -> None:
+        if leaked and engine not in self._warned_of:
+            self._warned_of.add(engine)
+            logger.warning(
+                "step %d: %d parameters of %s are still gathered after the step and keep their memory: %s%s. The "
+                "metric memory/leaked_parameters counts them from now on",
+                *(run.step, len(leaked), engine, ", ".join(leaked[:5]), " and others" if len(leaked) > 5 else ""),
+            )
 
     def _flops(self, run: Run, batch: StepBatch) -> list[int]:
         """Operations of each micro-batch of this rank, computed from sequence lengths on the host."""
@@ -137,6 +187,7 @@ class MetricsHook(Hook):
 
     def _speed(self, run: Run, totals: Totals, elapsed: float) -> dict[str, float]:
         peak = self.peak_flops
+        paused_s = {work: totals.largest[f"{work}_s"] for work in (SAVE, VALIDATION)}
         mfu = {} if peak is None else {"train/mfu": totals.flops / (elapsed * dist.world_size() * peak)}
         return mfu | {
             **{
@@ -145,7 +196,8 @@ class MetricsHook(Hook):
             },
             "speed/step_s": elapsed / totals.num_steps,
             "speed/data_wait_share": totals.waited_s / elapsed,
-            "memory/peak_gib": peak_memory_bytes(run.device) / GIB,
+            "speed/data_wait_s": totals.waited_s / totals.num_steps,
+            **{f"speed/{work}_share": paused_s[work] / (elapsed + sum(paused_s.values())) for work in paused_s},
             "train/skipped_steps": float(run.skipped_steps),
         }
 
@@ -156,8 +208,10 @@ class MetricsHook(Hook):
             return
         remaining = timedelta(seconds=int((run.total_steps - run.step) * step_s))
         logger.info(
-            "step %d of %d: loss %.4f, gradient norm %.2f, %s encoder tokens/s, %.2f s/step, %s left",
-            *(run.step, run.total_steps, loss, metrics["train/grad_norm"], f"{tokens:,.0f}", step_s, remaining),
+            "step %d of %d: loss %.4f, gradient norm %.2f, %s encoder tokens/s, %.2f s/step, peak memory %.2f GiB, "
+            "network %.1f MiB/step, %s left",
+            *(run.step, run.total_steps, loss, metrics["train/grad_norm"], f"{tokens:,.0f}", step_s),
+            *(metrics["memory/peak_gib"], metrics.get("network/sent_mib", 0.0), remaining),
         )
 
 
@@ -196,7 +250,7 @@ class ValidationHook(Hook):
     def _validate(self, run: Run) -> None:
         if run.validator is None:
             return
-        with run.pause():  # flushes earlier steps, so step numbers in the log never decrease
+        with run.pause(VALIDATION):  # flushes earlier steps, so step numbers in the log never decrease
             started = time.perf_counter()
             try:
                 scores = self._scores(run, run.validator)
@@ -204,6 +258,9 @@ class ValidationHook(Hook):
                 logger.info("step %d: validation aborted; the next start of the run catches up on it", run.step)
                 run.is_stopping = True
                 return
+            # A forward pass keeps up to `stage3_max_reuse_distance` parameters gathered for a backward pass.
+            for engine in (run.engine, *run.decoder_engines.values()):
+                engine.empty_partition_cache()
             self.done = run.step
             metrics = {VALIDATION_KEY: time.perf_counter() - started}
             num_samples = run.validator.num_samples_of_tasks
@@ -249,7 +306,7 @@ class CheckpointHook(Hook):
     def _save_once(self, run: Run) -> None:
         if self._last == run.step:
             return
-        with run.pause():
+        with run.pause(SAVE):
             self.save(run)
         self._last = run.step
 
@@ -273,6 +330,33 @@ def _step_metrics(run: Run, result: StepResult) -> dict[str, float]:
             if labels:
                 metrics[f"train/loss/{run.decoder_names[decoder_idx]}/{task}"] = nll / labels
     return metrics
+
+
+def _memory_metrics(totals: Totals) -> dict[str, float]:
+    """Maxima over the ranks."""
+    return {
+        "memory/peak_gib": totals.peak_bytes / GIB,
+        "memory/peak_rank": float(totals.peak_rank),
+        "memory/leaked_parameters": totals.largest["leaked"],
+        **{f"memory/{name}": value for name, value in totals.largest.items() if "_gib/" in name},
+    }
+
+
+def _network_metrics(counts: Mapping[Collective, Count], num_steps: int, elapsed: float) -> dict[str, float]:
+    """Means per step of this rank's collectives: bytes of full tensors by kind and engine, and bytes that it sends."""
+    full, sent = Counter[str](), 0.0
+    for kind, count in counts.items():
+        if kind.num_ranks == 1:
+            continue
+        full[f"network/{kind.op}_mib/{kind.engine}"] += count.full_bytes
+        sent += sent_bytes(kind, count.full_bytes)
+    if not full:
+        return {}
+    return {
+        **{name: full_bytes / _MIB / num_steps for name, full_bytes in full.items()},
+        "network/sent_mib": sent / _MIB / num_steps,
+        "network/sent_mib_per_s": sent / _MIB / elapsed,
+    }
 
 
 def _data_metrics(run: Run, totals: Totals) -> dict[str, float]:

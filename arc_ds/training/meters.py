@@ -28,6 +28,9 @@ class Totals:
     balance: work of the slowest rank divided by the mean over ranks, 1 at best. It is computed per pass because ranks
         wait for each other in every pass.
     waited_s: seconds that the slowest rank waited for data.
+    peak_bytes: largest peak of device memory.
+    peak_rank: lowest rank with this peak.
+    largest: maximum of each of the ranks' own figures, by name.
     sums: encoder_tokens, decoder_rows, labels, micro_batches, and the `COUNTS`.
     """
 
@@ -35,6 +38,9 @@ class Totals:
     flops: float
     balance: float
     waited_s: float
+    peak_bytes: int
+    peak_rank: int
+    largest: Mapping[str, float]
     sums: Mapping[str, int]
 
 
@@ -60,19 +66,31 @@ class Meter:
             **{one.name: getattr(batch.counts, one.name) for one in fields(TaskCounts)},
         )
 
-    def read(self, clock: DataClock, device: torch.device) -> Totals:
-        """Return the totals since the last call, and reset them and the clock. Collective."""
+    def read(self, clock: DataClock, device: torch.device, *, peak_bytes: int, own: Mapping[str, float]) -> Totals:
+        """Return the totals since the last call, and reset them and the clock. Collective.
+
+        peak_bytes: peak of this rank's device memory.
+        own: other figures of this rank; the same names on all ranks.
+        """
         waited_s, self._sums["remade"] = clock.read()
         names = (*_SIZES, *COUNTS)
-        own = [self._sums[name] for name in names]
-        summed = _reduced([*own, *self._flops], device, torch.distributed.ReduceOp.SUM)
-        waited_s, *largest = _reduced([waited_s, *self._flops], device, torch.distributed.ReduceOp.MAX)
-        flops = sum(summed[len(names) :])
+        sums = [self._sums[name] for name in names]
+        summed = _reduced([*sums, *self._flops], device, torch.distributed.ReduceOp.SUM)
+        # One number holds the peak and its rank. It is exact in float64: bytes times ranks are below 2**53.
+        world_size = dist.world_size()
+        peak = peak_bytes * world_size + world_size - 1 - dist.rank()
+        maxima = _reduced([waited_s, peak, *own.values(), *self._flops], device, torch.distributed.ReduceOp.MAX)
+        waited_s, peak_of_all, *others = maxima
+        peak_bytes, from_last = divmod(int(peak_of_all), world_size)
+        flops, largest = sum(summed[len(names) :]), others[len(own) :]
         totals = Totals(
             num_steps=self._num_steps,
             flops=flops,
-            balance=sum(largest) * dist.world_size() / flops if flops else 1.0,
+            balance=sum(largest) * world_size / flops if flops else 1.0,
             waited_s=waited_s,
+            peak_bytes=peak_bytes,
+            peak_rank=world_size - 1 - from_last,
+            largest=dict(zip(own, others, strict=False)),
             sums=dict(zip(names, map(int, summed), strict=False)),
         )
         self._num_steps, self._sums, self._flops = 0, Counter(), []

@@ -56,8 +56,8 @@ class Run:
     data_counts: records skipped, cut or changed, over all ranks (`meters.COUNTS`), as of the last report.
     clock: time that this rank waited for data.
     is_stopping: all ranks agreed, outside a step, to stop.
-    around_pauses: contexts around work between steps such as a save. They flush state before it and restart timers
-        after it.
+    around_pauses: contexts around work between steps, which they get by name. They flush state before it and restart
+        timers after it.
     """
 
     folder: Path
@@ -80,12 +80,18 @@ class Run:
     data_counts: Counter[str] = field(default_factory=Counter)
     clock: DataClock = field(default_factory=lambda: DataClock())
     is_stopping: bool = False
-    around_pauses: list[Callable[[Run], AbstractContextManager[None]]] = field(default_factory=list)
+    around_pauses: list[Callable[[Run, str], AbstractContextManager[None]]] = field(default_factory=list)
 
     @property
     def total_steps(self) -> int:
         """Number of steps of the whole run."""
         return self.schedule.total_steps
+
+    @property
+    def decoder_engines(self) -> dict[str, DeepSpeedEngine]:
+        """Engines of the sharded decoders, by name."""
+        placed = zip(self.decoder_names, self.decoders, strict=True)
+        return {name: decoder.engine for name, decoder in placed if decoder.engine is not None}
 
     def count_step(self, *, applied: bool) -> None:
         """Count one optimizer step. applied: whether it updated the weights."""
@@ -104,11 +110,11 @@ class Run:
         )
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Context for work between steps. Collective."""
+    def pause(self, work: str = "") -> Iterator[None]:
+        """Context for work between steps. Collective. work: its name in the metrics, e.g. "save"."""
         with ExitStack() as stack:
             for around in self.around_pauses:
-                stack.enter_context(around(self))
+                stack.enter_context(around(self, work))
             yield
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -128,11 +129,12 @@ class RunFolder:
         self._run = run
         mlflow_run_id = self._resume()
         self._tracker: Tracker | None = None
+        hosts = dist.gather_objects(socket.gethostname())
         with dist.fail_together(), output(run.folder):
             if dist.is_main():
                 run.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(run.folder / CONFIG_NAME, dump_yaml(config))
-                self._tracker = _open_tracker(config, run, mlflow_run_id)
+                self._tracker = _open_tracker(config, run, mlflow_run_id, hosts)
 
     def _resume(self) -> str | None:
         """Load the checkpoint from `find_start`. Collective. Returns the MLflow run to continue."""
@@ -213,15 +215,19 @@ def without_secrets(config: RunConfig) -> RunConfig:
     return replace(config, data=replace(data, sources=shown(data.sources), validation=held_out), tracking=tracking)
 
 
-def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tracker:
-    """The tracker of the run, with MLflow if the config enables it. For rank 0."""
+def _open_tracker(config: RunConfig, run: Run, mlflow_run_id: str | None, hosts: Sequence[str]) -> Tracker:
+    """The tracker of the run, with MLflow if the config enables it. For rank 0. hosts: host of each rank."""
     if not config.tracking.mlflow:
         return Tracker(run.folder, resumed_step=run.step)
     shown = without_secrets(config)
     facts = RunFacts(
         params=flatten(shown),
         artifacts={CONFIG_NAME: dump_yaml(shown), "deepspeed.json": json.dumps(run.ds_config, indent=2)},
-        tags=environment_tags(device=describe_device(run.device), world_size=dist.world_size()),
+        tags=environment_tags(
+            device=describe_device(run.device),
+            hosts=hosts,
+            placements={name: placed.placement for name, placed in zip(run.decoder_names, run.decoders, strict=True)},
+        ),
         datasets={source.shards.name: source.shards.fingerprint for source in run.data.sources},
     )
     return start_tracker(run.folder, config.tracking, facts, resumed_step=run.step, run_id=mlflow_run_id)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from unittest import mock
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -317,9 +318,22 @@ def test_a_password_in_the_uri_is_not_written_down() -> None:
     assert without_secret("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
 
 
-def test_tags_tell_where_a_run_was_made() -> None:
-    tags = environment_tags(device="a CPU", world_size=2)
-    assert tags["device"] == "a CPU" and tags["world_size"] == "2" and tags["version.torch"]
+def test_tags_tell_where_a_run_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "SLURM_PROCID", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    place: dict[str, Any] = {
+        "device": "a CPU", "hosts": ["b", "b", "a", "a"], "placements": {"wide": "replicated", "far": "zero3"}
+    }  # fmt: skip
+    tags = environment_tags(**place)
+    assert tags["device"] == "a CPU" and tags["world_size"] == "4" and tags["version.torch"]
+    assert (tags["host"], tags["hosts"], tags["num_hosts"]) == ("b", "b, a", "2")
+    assert tags["placement.wide"] == "replicated" and tags["placement.far"] == "zero3"
+    assert tags["launcher"] == "none" and "slurm_job" not in tags
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert environment_tags(**place)["launcher"] == "srun" and environment_tags(**place)["slurm_job"] == "17"
+    monkeypatch.setenv("CROSS_RANK", "0")
+    assert environment_tags(**place)["launcher"] == "deepspeed"
 
 
 def test_a_full_disk_is_an_error_in_words_and_the_log_can_be_closed(tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ from arc_ds.model.frozen_decoder import TransformersSizes
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import count_flops
 from arc_ds.training import hooks, meters
+from arc_ds.training.collectives import ENCODER, CollectiveCounter
 from arc_ds.training.engine import PlacedDecoder
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, MetricsHook, ValidationHook
+from arc_ds.training.memory import EngineMemory
 from arc_ds.training.run import DataClock, Run
 from arc_ds.training.step import AllNotices, StepResult
 from arc_ds.training.validate import ValidationStopped
@@ -33,6 +35,11 @@ from tests.helpers.tiny_compressor import TINY, sample
 STEPS = 10
 NOTICES = AllNotices(stop=False, failed=False, splits=(0,))
 
+
+# Of the encoder and of the decoder, in GiB.
+MEMORY = [
+    EngineMemory(*(round(gib * hooks.GIB) for gib in gibs)) for gibs in ((1.0, 0.25, 2.0, 6.0), (3.0, 0.5, 0.0, 0.0))
+]
 
 with torch.device("meta"):
     DECODER = Decoder(TINY)
@@ -54,8 +61,10 @@ class _Validator:
 
 def _run(step: int, **changes: Any) -> Run:
     fields: dict[str, Any] = {
-        "folder": Path("run"), "device": torch.device("cpu"), "spec": SPEC, "inputs": None, "engine": None,
-        "ds_config": {}, "decoders": (), "ports": None, "decoder_names": ("wide", "other"), "data": None,
+        "folder": Path("run"), "device": torch.device("cpu"), "spec": SPEC, "inputs": None,
+        "engine": SimpleNamespace(module=None, empty_partition_cache=lambda: None),
+        "ds_config": {}, "decoders": (PlacedDecoder(module=DECODER),) * 2, "ports": None,
+        "decoder_names": ("wide", "other"), "data": None,
         "num_workers": 0,
         "schedule": SimpleNamespace(total_steps=STEPS), "normalize": "global", "validator": _Validator(), "step": step,
     }  # fmt: skip
@@ -151,7 +160,8 @@ def test_each_step_is_saved_once_after_its_metrics(every: int, start: int, end: 
         saved.append(run.step)
 
     @contextmanager
-    def around(run: Run) -> Iterator[None]:
+    def around(run: Run, work: str) -> Iterator[None]:
+        assert work == hooks.SAVE
         flushed.append(run.step)
         yield
 
@@ -182,11 +192,16 @@ def _two_steps(
     peak: float | None = None,
     loads: Any = (1, 1),
     decoder: Any = DECODER,
+    leaked: Sequence[str] = (),
+    times: Sequence[float] = (0.0, 4.0, 4.0, 4.0, 9.0, 13.0, 13.0),
 ) -> tuple[Run, dict[int, dict[str, float]]]:
     """Two steps on two ranks. They took 4 s, and this rank waited for 1 s. Returns the logged metrics by step."""
     monkeypatch.setattr(meters, "_reduced", _reduced_over(*loads))
     monkeypatch.setattr(hooks.dist, "world_size", lambda: 2)
-    monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=iter([0.0, 4.0, 4.0, 4.0]).__next__))
+    monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=iter(times).__next__))
+    monkeypatch.setattr(hooks, "engine_memory", lambda module, *_: MEMORY[module is decoder])
+    monkeypatch.setattr(hooks, "leaked_parameters", lambda module: leaked if module is decoder else [])
+    monkeypatch.setattr(hooks, "peak_memory_bytes", lambda _: hooks.GIB)
     data = SimpleNamespace(limits=MicroBatchLimits(max_encoder_tokens=36), tasks=("continuation",))
     run = _run(
         0, data=data, decoders=(PlacedDecoder(module=decoder),), decoder_names=("a",),
@@ -194,10 +209,25 @@ def _two_steps(
     )  # fmt: skip
     logged: dict[int, dict[str, float]] = {}
     encoder = EncoderConfig(backbone="", trained_layers=1, train_embeddings=False)
-    hook = MetricsHook(log=logged.__setitem__, every=every, encoder=encoder, peak_flops=peak)
+    counter = CollectiveCounter()
+    hook = MetricsHook(
+        log=lambda step, metrics: logged.setdefault(step, {}).update(metrics),
+        every=every,
+        encoder=encoder,
+        peak_flops=peak,
+        counter=counter,
+    )
+    counter.add("broadcast", 2, 7 << 20)  # while the run starts
     hook.on_start(run)
     for step in (1, 2):
         run.step = step
+        counter.add("all_gather", 4, 3 << 20)
+        counter.add("all_gather", 2, 1 << 20)
+        counter.add("all_reduce", 4, 1 << 20)
+        counter.engine = "a"
+        counter.add("all_gather", 2, 5 << 20)
+        counter.add("all_gather", 1, 9 << 20)  # a group of one sends nothing
+        counter.engine = ENCODER
         hook.after_step(run, BATCH, _result(step - 1))
     return run, logged
 
@@ -268,6 +298,63 @@ def test_balance_is_the_slowest_rank_over_the_mean(monkeypatch: pytest.MonkeyPat
 
 def test_a_rank_that_waits_for_data_makes_all_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _speed_of_two_steps(monkeypatch, loads=(1, 3))["speed/data_wait_share"] == pytest.approx(3 / 4)
+
+
+def test_memory_is_that_of_the_rank_that_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _speed_of_two_steps(monkeypatch, loads=(1, 3))
+    assert {key: value for key, value in found.items() if key.startswith("memory/")} == pytest.approx(
+        {
+            "memory/peak_gib": 3 * 1.0,
+            "memory/peak_rank": 0.0,
+            "memory/leaked_parameters": 0.0,
+            "memory/parameters_gib/encoder": 3 * 1.0,
+            "memory/gathered_gib/encoder": 3 * 0.25,
+            "memory/gradients_gib/encoder": 3 * 2.0,
+            "memory/optimizer_gib/encoder": 3 * 6.0,
+            "memory/parameters_gib/a": 3 * 3.0,
+            "memory/gathered_gib/a": 3 * 0.5,
+        }
+    )
+
+
+def test_network_figures_are_means_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collectives of the start, of pauses and of the reports themselves do not count."""
+    found = _speed_of_two_steps(monkeypatch)
+    sent = 3 * 3 / 4 + 1 * 1 / 2 + 5 * 1 / 2 + 2 * 1 * 3 / 4
+    assert {key: value for key, value in found.items() if key.startswith("network/")} == pytest.approx(
+        {
+            "network/all_gather_mib/encoder": 4.0,
+            "network/all_gather_mib/a": 5.0,
+            "network/all_reduce_mib/encoder": 1.0,
+            "network/sent_mib": sent,
+            "network/sent_mib_per_s": 2 * sent / 4.0,
+        }
+    )
+
+
+def test_a_pause_counts_in_the_next_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps take 4 s and wait for data for 1 s, a save takes 5 s, and two more steps take 4 s."""
+    run, steps = _two_steps(monkeypatch)
+    hook: Any = run.around_pauses[0].__self__  # type: ignore[attr-defined]
+    before = steps[2]
+    assert before["speed/save_share"] == before["speed/validation_share"] == 0.0
+    assert before["speed/data_wait_s"] == 0.5 and before["speed/step_s"] == 2.0
+    with run.pause(hooks.SAVE):
+        pass
+    assert steps[2]["checkpoint/seconds"] == 5.0
+    for step in (3, 4):
+        run.step = step
+        hook.after_step(run, BATCH, _result(step - 1))
+    after = steps[4]
+    assert after["speed/step_s"] == 2.0 and after["speed/save_share"] == 5 / 9 and "checkpoint/seconds" not in after
+
+
+def test_a_leak_is_named_once_and_counted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    _, steps = _two_steps(monkeypatch, every=1, leaked=["layers.0.wq", "norm"], times=(0, 2, 2, 4, 4))
+    assert steps[1]["memory/leaked_parameters"] == steps[2]["memory/leaked_parameters"] == 2
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "2 parameters of a are still gathered" in warnings[0]
+    assert "layers.0.wq, norm." in warnings[0]
 
 
 def test_losses_are_told_by_decoder_and_task_where_there_were_labels() -> None:

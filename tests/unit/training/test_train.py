@@ -12,6 +12,7 @@ from arc_ds import train
 from arc_ds.config.load import load_config
 from arc_ds.errors import ConfigError
 from arc_ds.train import check_attention
+from arc_ds.training.collectives import CollectiveCounter
 from arc_ds.training.hooks import MetricsHook
 
 DEMO = Path(__file__).parents[3] / "ds_configs" / "recipes" / "demo.yaml"
@@ -35,5 +36,5 @@ def test_mfu_is_a_share_of_the_bf16_peak_only_in_bf16(
     monkeypatch.setenv("SHARDS", "shards")
     monkeypatch.setattr(train, "peak_bf16_flops", lambda _device: 1e6)
     config = load_config(DEMO, [f"precision={precision}"])
-    hooks = train._make_hooks(config, MagicMock(), MagicMock(), MagicMock(), MagicMock())
+    hooks = train._make_hooks(config, MagicMock(), MagicMock(), MagicMock(), MagicMock(), CollectiveCounter())
     assert [hook.peak_flops for hook in hooks if isinstance(hook, MetricsHook)] == [peak]

@@ -79,8 +79,9 @@ class Case:
     parts: differences of the backbones from Llama, by name (`plain_trainer.PARTS`).
     num_parts: planned micro-batches of each rank.
     lora: adapters of the encoder.
-    mistake: of recomputation. "reentrant": checkpointing of the other kind. "norms": the norms of recomputed rows get
-        no gradient.
+    mistake: of recomputation. "detached": the input of recomputed layers gets no gradient. "norms": the norms of
+        recomputed rows get none.
+    max_live_parameters: number of parameters that ZeRO-3 may keep gathered for their next use.
     validates: every third step is followed by a forward pass of each decoder without gradients.
     """
 
@@ -102,7 +103,8 @@ class Case:
     num_decoders: int = 2
     num_parts: int = NUM_PARTS
     lora: LoraSpec | None = None
-    mistake: Literal["reentrant", "norms"] | None = None
+    mistake: Literal["detached", "norms"] | None = None
+    max_live_parameters: int = 1_000_000_000
     validates: bool = False
 
 
@@ -140,6 +142,8 @@ def _ds_config(case: Case) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": 5000,
             "stage3_param_persistence_threshold": case.persistence_threshold,
             "sub_group_size": case.sub_group_size,
+            "stage3_max_live_parameters": case.max_live_parameters,
+            "stage3_max_reuse_distance": case.max_live_parameters,
         },
     }
 
@@ -214,8 +218,8 @@ def _train(case: Case) -> Run:
         return _train_engine(case, _build(case), _place(case))
 
 
-def _reentrant(function: Callable[..., Any], *args: Any, use_reentrant: bool, **kwargs: Any) -> Any:
-    return checkpoint(functools.partial(function, **kwargs), *args, use_reentrant=True)
+def _detached(layer: Callable[..., Any], x_TD: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(layer, x_TD.detach().requires_grad_(), *args, **kwargs)
 
 
 def _without_norms(block: backbone.Block, norm: Any, x_TD: Tensor) -> Recomputed:
@@ -224,7 +228,7 @@ def _without_norms(block: backbone.Block, norm: Any, x_TD: Tensor) -> Recomputed
 
 _MISTAKES: dict[str | None, list[tuple[str, Any]]] = {
     None: [],
-    "reentrant": [("arc_ds.model.encoder.checkpoint", _reentrant), ("arc_ds.model.decoder.checkpoint", _reentrant)],
+    "detached": [("arc_ds.model.encoder.checkpoint", _detached)],
     "norms": [("arc_ds.model.backbone.Block._recomputed", _without_norms)],
 }
 

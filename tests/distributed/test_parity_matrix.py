@@ -12,6 +12,7 @@ import itertools
 import os
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from tests.distributed.test_parity import (
     _train,
     _trained,
 )
+from tests.helpers import plain_trainer
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.plain_trainer import MAX_GRAD_NORM, POOLING, SCHEDULE, TASKS
 
@@ -48,7 +50,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 }
 FULL = os.environ.get("ARC_FULL_MATRIX") == "1"
 NUM_STEPS = 200 if FULL else 30
-LORA = LoraSpec(rank=2, scale=2.0)
+LORA = LoraSpec(rank=2, scale=0.25)
 BRIDGE = {"trained_layers": 0, "train_embeddings": False}
 
 Cell = tuple[Any, ...]
@@ -118,15 +120,10 @@ def test_the_other_trained_parts_are_told_apart() -> None:
         assert errors["losses"] > 1e2 * TOLERANCE and errors["params"] > 1e2 * TOLERANCE, errors
 
 
-@pytest.mark.parametrize(("mistake", "recompute"), [("reentrant", "full"), ("norms", "selective")])
+@pytest.mark.parametrize(("mistake", "recompute"), [("detached", "full"), ("norms", "selective")])
 def test_wrong_recomputation_fails(mistake: str, recompute: str) -> None:
     case = _case((2, "zero3", recompute, 2, "all"), mistake=mistake)
-    try:
-        found = run_on_ranks(_train, case)[0].trajectory
-    except AssertionError as failure:
-        assert mistake == "reentrant", failure
-        return
-    errors = _errors(found, _plain())
+    errors = _errors(run_on_ranks(_train, case)[0].trajectory, _plain())
     assert errors["params"] > 1e2 * TOLERANCE, errors
 
 
@@ -192,8 +189,11 @@ def _ragged_samples(generator: torch.Generator, vocab_size: int, *, empty: bool)
 
 def _endure(recompute: str, num_steps: int) -> Endured:
     """Train on steps in which each rank has its own number of samples, contexts, chunks and labels."""
-    case = _case((2, "zero3", recompute, 2, "all"))
-    engine, decoders = _build(case), _place(case)
+    case = _case((2, "zero3", recompute, 2, "all"), max_live_parameters=0)
+    # Layers so large that a leak of one of them stands out from the Python objects of DeepSpeed.
+    wide = replace(plain_trainer._ENCODER, ffn_size=1920)
+    with mock.patch.object(plain_trainer, "_ENCODER", wide):
+        engine, decoders = _build(case), _place(case)
     modules = [engine.module, *(decoder.module for decoder in decoders)]
     before = [frozen_digest(decoder.module) for decoder in decoders]
     shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + dist.get_rank())
@@ -241,5 +241,5 @@ def test_ragged_ranks_neither_hang_nor_keep_gathered_parameters(recompute: str) 
         assert rank.traced and rank.finite and rank.frozen
         assert set(rank.gathered) == {0}, rank.gathered
         half = rank.heap_bytes[len(rank.heap_bytes) // 2 :]
-        # A leak of one layer in one step of ten would be seen.
+        # A leak of one encoder layer in every tenth step would be seen.
         assert max(half) - min(half[:5]) < rank.layer_bytes * len(half) / 10, half

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest import mock
 
@@ -82,6 +82,7 @@ class Case:
     mistake: of recomputation. "detached": the input of recomputed layers gets no gradient. "norms": the norms of
         recomputed rows get none.
     max_live_parameters: number of parameters that ZeRO-3 may keep gathered for their next use.
+    zero: further keys of zero_optimization, of all engines.
     validates: every third step is followed by a forward pass of each decoder without gradients.
     """
 
@@ -105,6 +106,7 @@ class Case:
     lora: LoraSpec | None = None
     mistake: Literal["detached", "norms"] | None = None
     max_live_parameters: int = 1_000_000_000
+    zero: Mapping[str, Any] = field(default_factory=dict)
     validates: bool = False
 
 
@@ -144,6 +146,7 @@ def _ds_config(case: Case) -> dict[str, Any]:
             "sub_group_size": case.sub_group_size,
             "stage3_max_live_parameters": case.max_live_parameters,
             "stage3_max_reuse_distance": case.max_live_parameters,
+            **case.zero,
         },
     }
 
@@ -178,6 +181,7 @@ def _trained(case: Case) -> dict[str, Any]:
 def _place(case: Case) -> list[PlacedDecoder]:
     config = _ds_config(case)
     del config["gradient_clipping"]
+    config["zero_optimization"].pop("offload_optimizer", None)
     if case.placement == "zero3+hpz":
         config["zero_optimization"]["zero_hpz_partition_size"] = dist.get_world_size()
     decoders = tiny_decoders(**_kind(case))

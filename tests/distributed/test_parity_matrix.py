@@ -96,6 +96,19 @@ def test_adapters_are_trained_as_in_plain_pytorch(recompute: str) -> None:
     _assert_equal_to_plain(_case((2, "zero3", recompute, 2, "bridge"), lora=LORA))
 
 
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"offload_optimizer": {"device": "cpu", "pin_memory": True}},
+        {"offload_param": {"device": "cpu"}},
+        {"zero_hpz_partition_size": 2},
+    ],
+    ids=lambda zero: next(iter(zero)),
+)
+def test_options_of_the_shipped_deepspeed_configs_equal_plain_pytorch(zero: dict[str, Any]) -> None:
+    _assert_equal_to_plain(_case((2, "zero3", "none", 2, "all"), zero=zero))
+
+
 def _assert_equal_to_plain(case: Case) -> None:
     wanted = _plain(**_oracle(case))
     runs = run_on_ranks(_train, case)

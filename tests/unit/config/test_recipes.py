@@ -92,7 +92,7 @@ def test_fine_tuning_recipe_has_the_papers_numbers(name, steps, markers_lr, monk
 
 def test_a_new_decoder_trains_nothing_of_the_encoder(monkeypatch):
     config = load(ROOT / "ds_configs" / "recipes" / "new_decoder_olmo_7b.yaml", monkeypatch)
-    assert (config.encoder.trained_layers, config.encoder.train_embeddings) == (0, False)
+    assert config.encoder.train == "bridge"
     assert (config.steps, config.optimizer.warmup_steps, config.optimizer.bridge_lr) == (8000, 100, 1e-4)
 
 

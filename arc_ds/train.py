@@ -37,6 +37,7 @@ from arc_ds.system.processes import die_with_parent
 from arc_ds.tracking.uris import check_uri
 from arc_ds.training.build import build_run
 from arc_ds.training.collectives import CollectiveCounter, counting_collectives
+from arc_ds.training.frozen_guard import FrozenGuard
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
 from arc_ds.training.loop import fit
 from arc_ds.training.non_finite import NonFiniteHook
@@ -131,6 +132,7 @@ def _make_hooks(
             counter=counter,
         ),
         NonFiniteHook(max_skipped_steps=config.optimizer.max_skipped_steps),
+        FrozenGuard(),
         CheckpointHook(save=folder.save, every=config.checkpoint.every),
         ValidationHook(
             log=folder.log,

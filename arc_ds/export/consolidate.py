@@ -27,6 +27,7 @@ from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.checkpoints.zero_shards import open_parameters
 from arc_ds.errors import CheckpointError, ConfigError, words_of
 from arc_ds.export.training_record import TrainingRecord, read_training_record
+from arc_ds.model.lora import merge_adapters
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy
 from arc_ds.system.checksums import find_faults
@@ -164,12 +165,18 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
         shards = open_parameters(checkpoint, manifest.world_size)
         kept = read_kept_ports(checkpoint)
         try:
-            return _described(state, shards, kept, read_training_record(checkpoint.parent.parent, state))
+            trained = _described(state, shards, kept, read_training_record(checkpoint.parent.parent, state))
+            return _with_adapters_merged(trained, state.extra.get("lora_scale"))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint}/trainer.json does not describe a compressor as this version of `arc-ds train` does "
                 f"({type(error).__name__}: {words_of(error)}). Export it with the version that wrote it."
             ) from error
+
+
+def _with_adapters_merged(trained: TrainedCompressor, scale: float | None) -> TrainedCompressor:
+    """A compressor whose encoder has its own weights only. scale: of the adapters; None if the run has none."""
+    return trained if scale is None else replace(trained, tensors=merge_adapters(trained.tensors, scale))
 
 
 def _last_checkpoints(checkpoint: Path, count: int) -> list[Path]:

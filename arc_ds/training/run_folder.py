@@ -42,6 +42,7 @@ from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.tracking.mlflow_server import RunFacts, environment_tags, package_versions, start_tracker
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.tracking.uris import without_secret
+from arc_ds.training.build_model import lora_spec
 from arc_ds.training.run import InputDigests, Run
 
 logger = logging.getLogger(__name__)
@@ -195,6 +196,7 @@ def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tr
             "decoder_ids": [record.ids_digest for record in run.ports.records],
             "decoder_weights": {r.decoder.name: r.weights for r in run.ports.records if r.weights is not None},
             "port_places": list(run.ports.places),
+            "lora_scale": None if (lora := lora_spec(config.encoder.lora)) is None else lora.scale,
             "backbones": run.inputs.backbones,
             "skipped_steps": run.skipped_steps,
             "skipped_in_row": run.skipped_in_row,

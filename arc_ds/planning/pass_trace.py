@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,7 +50,7 @@ class PassTrace:
     peak: bytes at the peak, by kind.
     saved: bytes that autograd keeps at the end of forward, by kind.
     product_flops: operations of matrix products with weights, those of recomputed layers included.
-    attention_calls: number of attention forwards; recomputation adds some.
+    repeated_attention: attention forwards that backward repeats, as a share of those of forward.
     other_bytes: bytes that all operations without products read and write.
     num_operations: operations that launch something.
     kernels: "triton" or "reference", the implementation that was traced.
@@ -60,7 +59,7 @@ class PassTrace:
     peak: Mapping[str, int]
     saved: Mapping[str, int]
     product_flops: int
-    attention_calls: int
+    repeated_attention: float
     other_bytes: int
     num_operations: int
     kernels: str
@@ -95,14 +94,14 @@ def trace_pass(
         stack.enter_context(_gradients_dropped(compressor))
         stack.enter_context(tracker)
         nll_L = decoder(batch, compressor(batch, decoder_idx))
-        saved = +tracker.live
+        saved, forward_calls = +tracker.live, max(tracker.attention_calls, 1)
         tracker.kinds.append(BACKWARD)
         nll_L.sum().backward()
     return PassTrace(
         peak=tracker.peak,
         saved=saved,
         product_flops=tracker.product_flops,
-        attention_calls=tracker.attention_calls,
+        repeated_attention=max(tracker.attention_calls / forward_calls - 1, 0.0),
         other_bytes=tracker.other_bytes,
         num_operations=tracker.num_operations,
         kernels=kernels,
@@ -211,9 +210,7 @@ def _kinds_of_modules(tracker: _Tracker, compressor: Compressor, decoder: nn.Mod
             if kind is not None:
                 handles.append(module.register_forward_pre_hook(lambda *_, kind=kind: tracker.kinds.append(kind)))
                 # Always, because non-reentrant checkpointing stops a recomputed layer by an exception.
-                handles.append(
-                    module.register_forward_hook(lambda *_: _drop(tracker.kinds.pop()), always_call=True)
-                )
+                handles.append(module.register_forward_hook(lambda *_: _drop(tracker.kinds.pop()), always_call=True))
     try:
         yield
     finally:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from arc_ds.config.schema import RunConfig
 from arc_ds.errors import ConfigError
 
 PUBLISHED_FILE = Path(__file__).parent / "published_configs.json"
@@ -37,6 +39,33 @@ def find_published(path: str) -> tuple[str, dict[str, Any]]:
         f"{', '.join(sorted(models))}. Name the folder like one of them, or download its config.json into a folder "
         "and give that path: a plan needs no other file."
     )
+
+
+def with_published_sizes(config: RunConfig, folder: Path) -> tuple[RunConfig, tuple[str, ...]]:
+    """The config with a folder of published sizes in place of each backbone that does not exist, and a line for each.
+
+    folder: existing and empty; it gets one folder with a config.json for each of these backbones.
+
+    Raises ConfigError like `find_published`.
+    """
+    lines: list[str] = []
+
+    def existing(key: str, path: str) -> str:
+        if Path(path).exists():
+            return path
+        name, sizes = find_published(path)
+        there = folder / f"{len(lines)}"
+        there.mkdir()
+        (there / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+        lines.append(f"{key}: {path} does not exist; the published sizes of {name} stand.")
+        return str(there)
+
+    encoder = dataclasses.replace(config.encoder, backbone=existing("encoder.backbone", config.encoder.backbone))
+    decoders = tuple(
+        dataclasses.replace(one, backbone=existing(f"decoders.{idx}.backbone", one.backbone)) if one.train else one
+        for idx, one in enumerate(config.decoders)
+    )
+    return dataclasses.replace(config, encoder=encoder, decoders=decoders), tuple(lines)
 
 
 def _key(name: str) -> str:

@@ -58,18 +58,7 @@ def run(args: argparse.Namespace) -> int:
         config = _load(args.config, args.overrides)
         check_tasks(config)
         sized, notes = with_published_sizes(config, Path(folder))
-        outline = read_outline(sized)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    kinds = sample_kinds(config, outline.spec.packing, _open_shards)
-    model = RunModel(
-        spec=outline.spec,
-        decoders=outline.decoders,
-        kinds=kinds,
-        build_compressor=lambda changed: build_compressor_outline(changed, outline, dtype),
-        build_decoder=lambda changed, idx: build_decoder_outline(changed, outline, idx, dtype),
-        choose_placement=choose_placement,
-        replicated_share=REPLICATED_SHARE,
-    )
+        model = read_model(sized)
 
     def reload(overrides: Sequence[str]) -> tuple[RunConfig, ZeroSettings]:
         changed = _load(args.config, (*args.overrides, *overrides))
@@ -81,10 +70,28 @@ def run(args: argparse.Namespace) -> int:
         fit=None if plan.fits else nearest_fit(config, model, machine, reload),
         rows=sweep(config, model, machine, reload),
         price=args.price,
-        notes=(*notes, *kinds.origins),
+        notes=(*notes, *model.kinds.origins),
     )
     print(json.dumps(to_json(report), indent=2) if args.json else to_text(report))
     return EXIT_FITS if plan.fits else EXIT_DOES_NOT_FIT
+
+
+def read_model(config: RunConfig) -> RunModel:
+    """The model of a run, from the sizes of its backbones and the lengths of its records.
+
+    Raises WeightsError or ConfigError like `read_outline`.
+    """
+    outline = read_outline(config)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return RunModel(
+        spec=outline.spec,
+        decoders=outline.decoders,
+        kinds=sample_kinds(config, outline.spec.packing, _open_shards),
+        build_compressor=lambda changed: build_compressor_outline(changed, outline, dtype),
+        build_decoder=lambda changed, idx: build_decoder_outline(changed, outline, idx, dtype),
+        choose_placement=choose_placement,
+        replicated_share=REPLICATED_SHARE,
+    )
 
 
 class _Variables(dict[str, str]):

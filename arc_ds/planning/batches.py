@@ -54,10 +54,12 @@ class SampleKinds:
     """The kinds of samples of a run.
 
     kinds: with their shares.
+    names: of the samples, in metrics.
     origins: for each source, where the lengths come from, in words.
     """
 
     kinds: tuple[Kind, ...]
+    names: tuple[str, ...]
     origins: tuple[str, ...]
 
 
@@ -67,11 +69,13 @@ def sample_kinds(config: RunConfig, pooling: PoolingSpec, open_shards: Callable[
     open_shards: opens a source's shards; None if there are none, and the largest sizes of the config then stand.
     """
     kinds: list[Kind] = []
+    names: dict[str, None] = {}
     origins = []
     total = sum(source.weight for source in config.data.sources)
     for source in config.data.sources:
         shards = open_shards(source.path)
         shares = _shares(config, source)
+        names |= dict.fromkeys(find_task(source.task).samples)
         for sample, share in shares.items():
             if shards is None:
                 lengths = _largest(config, source, sample, pooling)
@@ -80,7 +84,7 @@ def sample_kinds(config: RunConfig, pooling: PoolingSpec, open_shards: Callable[
             kinds.append(Kind(share * source.weight / total, lengths, _num_labels(config, source)))
         origin = "no shards there; the config's largest sizes stand"
         origins.append(f"{source.path}: {origin if shards is None else f'lengths of {RECORDS_READ} records'}")
-    return SampleKinds(kinds=tuple(kinds), origins=tuple(origins))
+    return SampleKinds(kinds=tuple(kinds), names=tuple(names), origins=tuple(origins))
 
 
 def _shares(config: RunConfig, source: SourceConfig) -> dict[str, float]:

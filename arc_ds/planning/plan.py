@@ -253,7 +253,7 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine, settings: Ze
     memory["activations"] = float(largest.peak_bytes)
     decoders_per_step = len(names) if config.decoder_schedule == "same_batch" else 1
     passes = micro.per_step * decoders_per_step
-    traffic = _traffic(config, weights, gathers, frozen, of_decoders, placed, machine, settings, passes, element)
+    traffic = _traffic(config, model, weights, gathers, frozen, of_decoders, placed, machine, settings, passes, element)
     flops = [count_flops(batch, model.spec, sizes, **_trained_parts(config)) for sizes in model.decoders]
     mean_flops = sum(each.total for each in flops) / len(flops) * passes
     traced = sum(map(_traced_flops, traces, flops))
@@ -363,6 +363,7 @@ def _has_backward(weights: Weights, spec: CompressorSpec) -> list[bool]:
 
 def _traffic(
     config: RunConfig,
+    model: RunModel,
     weights: Weights,
     gathers: Gathers,
     frozen: Sequence[Weights],
@@ -384,6 +385,11 @@ def _traffic(
         Traffic("encoder", "reduce_scatter", num_ranks, passes * (weights.num_trained // settings.reduce_bucket + 1),
                 element * padded * passes),
     ]  # fmt: skip
+    groups = _num_groups(model.compressor(config))
+    if groups and num_ranks > 1:
+        classes = len(model.kinds.names) * (len(placed) if config.decoder_schedule == "same_batch" else 1)
+        message = 2 * classes + 2 + num_ranks  # labels, notices and losses of `training.step`
+        found.append(Traffic("encoder", "all_reduce", num_ranks, 2 + groups, 8 * (message + groups)))
     of_each = []
     for decoder, each, where in zip(placed, of_decoders, placed, strict=True):
         if where.placement != "replicated":
@@ -400,6 +406,16 @@ def _traffic(
     elif of_each:
         found.append(max(of_each, key=lambda one: one.full_bytes))
     return tuple(found)
+
+
+def _num_groups(compressor: Compressor) -> int:
+    """Parameter groups of the optimizer (`training.optim.make_param_groups`), whose norms are summed one by one."""
+    parts: list[list[nn.Parameter]] = [list(compressor.encoder.parameters())]
+    for port in compressor.ports:
+        parts += [list(port.bridge.parameters()), list(port.parameters(recurse=False))]  # type: ignore[union-attr,operator]
+    if compressor.bridge is not None:
+        parts.append(list(compressor.bridge.parameters()))
+    return sum(any(parameter.requires_grad for parameter in part) for part in parts)
 
 
 def _traced_flops(trace: PassTrace, flops: StepFlops) -> float:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from arc_ds.config.schema import DecoderConfig, EncoderConfig, RunConfig
-from arc_ds.errors import ConfigError
 from arc_ds.planning.hardware import Machine, hosts_of
 from arc_ds.planning.plan import OFFLOAD_CONFIG, Plan, RunModel, make_plan
 from arc_ds.planning.zero import ZeroSettings
@@ -35,20 +34,32 @@ def nearest_fit(config: RunConfig, model: RunModel, machine: Machine, reload: Re
     """
     found: list[Fit] = []
     for changes in _changes(config, machine):
-        for micro_batches in _micro_batches(config, machine):
-            number = () if micro_batches == config.micro_batches else (f"micro_batches={micro_batches}",)
-            overrides = (*number, *changes)
-            plan = make_plan(*_in_order(reload(overrides), model, machine))
-            if plan.fits:
-                found.append(Fit(overrides, plan))
-                break  # more micro-batches would only be slower
+        plan = _fewest_micro_batches(config, model, machine, reload, changes)
+        if plan is not None and plan.fits:
+            more = plan.config.micro_batches != config.micro_batches
+            number = (f"micro_batches={plan.config.micro_batches}",) if more else ()
+            found.append(Fit((*number, *changes), plan))
     return min(found, key=lambda fit: (fit.plan.time.total, len(fit.overrides)), default=None)
 
 
-def _in_order(
-    loaded: tuple[RunConfig, ZeroSettings], model: RunModel, machine: Machine
-) -> tuple[RunConfig, RunModel, Machine, ZeroSettings]:
-    return loaded[0], model, machine, loaded[1]
+def _fewest_micro_batches(
+    config: RunConfig, model: RunModel, machine: Machine, reload: Reload, overrides: tuple[str, ...]
+) -> Plan | None:
+    """The plan with the smallest number of micro-batches that fits; else that of the largest number.
+
+    None if no number divides the batch.
+    """
+    numbers = _micro_batches(config, machine)
+
+    def plan_of(micro_batches: int) -> Plan:
+        changed, settings = reload((*overrides, f"micro_batches={micro_batches}"))
+        return make_plan(changed, model, machine, settings)
+
+    if not numbers:
+        return None
+    last = plan_of(numbers[-1])  # if even this does not fit, no other number needs a trace
+    fewer = (plan for plan in map(plan_of, numbers[:-1]) if plan.fits)
+    return next(fewer, last) if last.fits else last
 
 
 def _micro_batches(config: RunConfig, machine: Machine) -> list[int]:
@@ -111,10 +122,11 @@ def sweep(config: RunConfig, model: RunModel, machine: Machine, reload: Reload) 
         machine._replace(num_gpus=number, num_hosts=hosts_of(number, max(machine.gpus_per_host, 1)))
         for number in sorted({*SWEEP, machine.num_gpus})
     ]
-    fixed = [_fitting(config, model, each, reload, ()) for each in machines]
-    grown = [
-        _fitting(config, model, each, reload, (f"data.batch_size={per_gpu * each.num_gpus}",)) for each in machines
-    ]
+    fixed = [_fewest_micro_batches(config, model, each, reload, ()) for each in machines]
+    grown = []
+    for each in machines:
+        batch_size = (f"data.batch_size={per_gpu * each.num_gpus}",)
+        grown.append(_fewest_micro_batches(reload(batch_size)[0], model, each, reload, batch_size))
     rates = [0.0 if plan is None or not plan.fits else _rate(plan) for plan in fixed]
     grown_rates = [0.0 if plan is None or not plan.fits else _rate(plan) for plan in grown]
     best, grown_best = max(*rates, 1e-9), max(*grown_rates, 1e-9)
@@ -138,23 +150,6 @@ def sweep(config: RunConfig, model: RunModel, machine: Machine, reload: Reload) 
 def _rate(plan: Plan) -> float:
     """Encoder tokens per second and GPU."""
     return plan.tokens / plan.time.total / plan.machine.num_gpus
-
-
-def _fitting(
-    config: RunConfig, model: RunModel, machine: Machine, reload: Reload, overrides: tuple[str, ...]
-) -> Plan | None:
-    """The plan with the smallest number of micro-batches that fits, or that of the largest number."""
-    changed, settings = reload(overrides)
-    plan = None
-    for micro_batches in _micro_batches(changed, machine):
-        more, settings = reload((*overrides, f"micro_batches={micro_batches}"))
-        try:
-            plan = make_plan(more, model, machine, settings)
-        except ConfigError:
-            continue
-        if plan.fits:
-            break
-    return plan
 
 
 def _limit(config: RunConfig, machine: Machine, plan: Plan | None) -> str:

@@ -70,7 +70,9 @@ class Measured(NamedTuple):
 
 def _train(config: str, overrides: tuple[str, ...]) -> Measured:
     run = build_run(load_config(config, overrides), torch.device("cpu"))
-    engines = {name: placed.engine for name, placed in zip(run.decoder_names, run.decoders, strict=True) if placed.engine}
+    engines = {
+        name: placed.engine for name, placed in zip(run.decoder_names, run.decoders, strict=True) if placed.engine
+    }
     by_step, saved = [], _SavedBytes()
     with ak.use("triton"), counting_collectives(engines) as counter:
         for step in range(STEPS):

@@ -33,6 +33,7 @@ from arc_ds.planning.zero import (
     Gathers,
     Weights,
     ZeroSettings,
+    count_reductions,
     simulate_gathers,
 )
 from arc_ds.system.user_files import read_user_json
@@ -238,8 +239,8 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine, settings: Ze
     frozen = [Weights.of(model.decoder(config, idx)) for idx in range(len(names))]
     memory, host_bytes = _states(weights, settings, machine, element)
     placed = _place(config, model, frozen, machine, element, free_bytes=machine.usable_bytes - sum(memory.values()))
-    gathers = simulate_gathers(weights, settings, has_backward=_has_backward(weights, model.spec))
-    of_decoders = [simulate_gathers(each, settings, has_backward=[True] * len(each.turns)) for each in frozen]
+    gathers = simulate_gathers(weights, settings)
+    of_decoders = [simulate_gathers(each, settings) for each in frozen]
     is_alone = num_ranks == 1
     sharded = [idx for idx, each in enumerate(placed) if each.placement != "replicated"]
     memory["decoders"] = sum(
@@ -352,15 +353,6 @@ def _place(
     return tuple(placed)
 
 
-def _has_backward(weights: Weights, spec: CompressorSpec) -> list[bool]:
-    """Whether backward runs each turn: the first trained one of the encoder and all after it."""
-    found, seen = [], False
-    for turn in weights.turns:
-        seen = seen or any(weights.is_trained[place] for place in turn)
-        found.append(seen)
-    return found
-
-
 def _traffic(
     config: RunConfig,
     model: RunModel,
@@ -380,9 +372,9 @@ def _traffic(
     persistent = [size for size in weights.sizes if size <= settings.persistence_threshold]
     refreshed = sum(-(-size // num_ranks) * num_ranks for size in persistent)
     found = [
-        Traffic("encoder", "all_gather", num_ranks, len(gathers.sizes) * passes + bool(persistent),
+        Traffic("encoder", "all_gather", num_ranks, len(gathers.sizes) * passes + len(persistent),
                 element * (gathers.elements(num_ranks) * passes + refreshed)),
-        Traffic("encoder", "reduce_scatter", num_ranks, passes * (weights.num_trained // settings.reduce_bucket + 1),
+        Traffic("encoder", "reduce_scatter", num_ranks, passes * count_reductions(weights, settings.reduce_bucket),
                 element * padded * passes),
     ]  # fmt: skip
     groups = _num_groups(model.compressor(config))
@@ -458,7 +450,7 @@ def _time(
     computation = max(products + other, launches)
     communication = sum(by_op.values())
     # Nothing runs yet under the first gather, and nothing runs any more under the last reduction.
-    first = max((sum(weights.sizes[p] for p in turn) for turn in weights.turns[:1]), default=0)
+    first = next(sum(weights.sizes[p] for p in turn) for turn in weights.forward if turn)
     ends = 2 * machine.ring_s(2 * first, 1, num_ranks) if communication else 0.0
     hideable = computation if settings.overlap else 0.0
     exposed = min(max(communication - hideable, ends), communication)

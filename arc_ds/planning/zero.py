@@ -73,20 +73,31 @@ class Weights(NamedTuple):
 
     sizes: elements of each.
     is_trained: of each.
-    turns: the parameters of each module that ZeRO-3 gathers as one, in the order of forward.
+    forward: the parameters of each module that ZeRO-3 gathers as one, in the order of forward. Modules whose children
+        have the parameters have none here, but count as steps.
+    backward: the same for backward, which starts with the first module that has a trained one before or in it.
     """
 
     sizes: tuple[int, ...]
     is_trained: tuple[bool, ...]
-    turns: tuple[tuple[int, ...], ...]
+    forward: tuple[tuple[int, ...], ...]
+    backward: tuple[tuple[int, ...], ...]
 
     @staticmethod
     def of(module: nn.Module) -> Weights:
         """The parameters of a compressor or decoder. Its modules are defined in the order in which they run."""
         parameters = list(module.parameters())
         places = {parameter: place for place, parameter in enumerate(parameters)}
-        turns = tuple(tuple(places[p] for p in dict.fromkeys(turn)) for turn in _turns(module))
-        return Weights(tuple(p.numel() for p in parameters), tuple(p.requires_grad for p in parameters), turns)
+        forward = list(_turns(module, 1))
+        is_frozen = not any(parameter.requires_grad for parameter in parameters)
+        reached = _reached(forward) if not is_frozen else {id(each) for each, _ in forward}
+        backward = [turn for each, turn in _turns(module, -1) if id(each) in reached]
+        return Weights(
+            sizes=tuple(parameter.numel() for parameter in parameters),
+            is_trained=tuple(parameter.requires_grad for parameter in parameters),
+            forward=tuple(tuple(places[p] for p in turn) for _, turn in forward),
+            backward=tuple(tuple(places[p] for p in turn) for turn in backward),
+        )
 
     @property
     def num_trained(self) -> int:
@@ -102,12 +113,32 @@ class Weights(NamedTuple):
         )
 
 
-def _turns(module: nn.Module) -> Iterator[list[nn.Parameter]]:
-    own = list(module.parameters() if isinstance(module, Block) else module.parameters(recurse=False))
-    if own:
-        yield own
-    for child in () if isinstance(module, Block) else module.children():
-        yield from _turns(child)
+def count_reductions(weights: Weights, bucket: int) -> int:
+    """Reduce-scatters of one micro-batch: a gradient that does not fit the bucket sends what is in it."""
+    number, elements = 0, 0
+    for parameter in (p for turn in weights.backward for p in reversed(turn) if weights.is_trained[p]):
+        if elements and elements + weights.sizes[parameter] > bucket:
+            number, elements = number + 1, 0
+        elements += weights.sizes[parameter]
+    return number + (elements > 0)
+
+
+Turn = tuple[nn.Module, list[nn.Parameter]]
+
+
+def _turns(module: nn.Module, direction: int) -> Iterator[Turn]:
+    """The modules that hooks of ZeRO-3 see, parents first, and their parameters. direction: -1 reverses children."""
+    is_leaf = isinstance(module, Block)
+    if not isinstance(module, nn.ModuleList):  # nobody calls a list
+        yield module, list(dict.fromkeys(module.parameters(recurse=is_leaf)))
+    for child in () if is_leaf else list(module.children())[::direction]:
+        yield from _turns(child, direction)
+
+
+def _reached(forward: Sequence[Turn]) -> set[int]:
+    """Ids of the modules that backward reaches: those from the first trained parameter on, and their parents."""
+    first = next(place for place, (_, turn) in enumerate(forward) if any(p.requires_grad for p in turn))
+    return {id(module) for place, (module, turn) in enumerate(forward) if place >= first or not turn}
 
 
 class Gathers(NamedTuple):
@@ -125,13 +156,9 @@ class Gathers(NamedTuple):
         return sum(math.ceil(size / num_ranks) * num_ranks for gather in self.sizes for size in gather)
 
 
-def simulate_gathers(weights: Weights, settings: ZeroSettings, *, has_backward: Sequence[bool]) -> Gathers:
-    """The gathers of one micro-batch after the first steps, in which DeepSpeed records the order.
-
-    has_backward: for each turn, whether backward runs the module.
-    """
-    forward = list(weights.turns)
-    order = forward + [turn for turn, is_run in zip(reversed(forward), reversed(has_backward), strict=True) if is_run]
+def simulate_gathers(weights: Weights, settings: ZeroSettings) -> Gathers:
+    """The gathers of one micro-batch after the first steps, in which DeepSpeed records the order."""
+    order = [*weights.forward, *weights.backward]
     persistent = {p for p, size in enumerate(weights.sizes) if size <= settings.persistence_threshold}
     queue = deque((parameter, step) for step, turn in enumerate(order) for parameter in sorted(turn))
     fetched_for = dict.fromkeys(range(len(weights.sizes)), -1)

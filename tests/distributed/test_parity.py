@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.model import backbone
+from arc_ds.model.backbone import Recompute
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.linear import Linear
 from arc_ds.model.weights import set_parameter
@@ -77,7 +78,7 @@ class Case:
 
     placement: str = "replicated"
     born_partitioned: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recompute = "none"
     trained_layers: int | None = None
     train_embeddings: bool = True
     persistence_threshold: int = 100
@@ -302,11 +303,11 @@ def _errors(found: Trajectory, wanted: Trajectory) -> dict[str, float]:
 
 RIGHT = {
     "replicated": Case(),
-    "replicated, recomputed": Case(activation_checkpointing=True, sub_group_size=700),
+    "replicated, recomputed": Case(activation_checkpointing="full", sub_group_size=700),
     "replicated, encoder born partitioned": Case(born_partitioned=True),
     "partitioned": Case(placement="zero3", sub_group_size=700),
     "partitioned, recomputed, nothing persistent": Case(
-        placement="zero3", activation_checkpointing=True, persistence_threshold=0
+        placement="zero3", activation_checkpointing="full", persistence_threshold=0
     ),
     "partitioned within hosts": Case(placement="zero3+hpz"),
     "born partitioned": Case(placement="zero3", born_partitioned=True, persistence_threshold=0),
@@ -326,11 +327,11 @@ RIGHT = {
     "biases, norms of queries and keys, windows": Case(
         placement="zero3",
         born_partitioned=True,
-        activation_checkpointing=True,
+        activation_checkpointing="full",
         persistence_threshold=0,
         parts="qwen",
     ),
-    "encoder frozen": Case(trained_layers=0, train_embeddings=False, activation_checkpointing=True),
+    "encoder frozen": Case(trained_layers=0, train_embeddings=False, activation_checkpointing="full"),
 }
 
 

@@ -18,6 +18,7 @@ from arc_ds.batch.segments import Sample, Segment
 from arc_ds.config.schema import OptimizerConfig
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, planned_splits, sample_sizes, split
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
+from arc_ds.model.backbone import Recompute
 from arc_ds.model.bridge import make_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.decoder import Decoder
@@ -66,16 +67,29 @@ class Trajectory:
     params: dict[str, Tensor]
 
 
-def tiny_compressor(*, trained_layers: int | None = None, train_embeddings: bool = True, **kind: Any) -> Compressor:
+def tiny_compressor(
+    *,
+    trained_layers: int | None = None,
+    train_embeddings: bool = True,
+    train_memory: bool = True,
+    lora_rank: int = 0,
+    **kind: Any,
+) -> Compressor:
     """Three encoder layers of width 32 and one port per tiny decoder. kind: see `bare_compressor`."""
     compressor = bare_compressor(**kind)
     _fill(compressor.parameters(), seed=1)
-    set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
+    set_trained(
+        compressor.encoder,
+        trained_layers=trained_layers,
+        train_embeddings=train_embeddings,
+        train_memory=train_memory,
+        lora_rank=lora_rank,
+    )
     return compressor
 
 
 def bare_compressor(
-    *, activation_checkpointing: bool = False, shared_bridge: bool = False, parts: str = "llama"
+    *, activation_checkpointing: Recompute = "none", shared_bridge: bool = False, parts: str = "llama"
 ) -> Compressor:
     """The modules of `tiny_compressor` without weights. parts: a name in `PARTS`."""
     encoder = Encoder(
@@ -98,7 +112,7 @@ def tiny_decoders(**kind: Any) -> list[Decoder]:
 
 
 def bare_decoders(
-    *, activation_checkpointing: bool = False, shared_bridge: bool = False, parts: str = "llama"
+    *, activation_checkpointing: Recompute = "none", shared_bridge: bool = False, parts: str = "llama"
 ) -> list[Decoder]:
     """The modules of `tiny_decoders` without weights. Their widths differ, unless a bridge is shared."""
     configs = [replace(config, **PARTS[parts]) for config in _DECODERS]

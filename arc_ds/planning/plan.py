@@ -255,7 +255,7 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine, settings: Ze
     decoders_per_step = len(names) if config.decoder_schedule == "same_batch" else 1
     passes = micro.per_step * decoders_per_step
     traffic = _traffic(config, model, weights, gathers, frozen, of_decoders, placed, machine, settings, passes, element)
-    flops = [count_flops(batch, model.spec, sizes, **_trained_parts(config)) for sizes in model.decoders]
+    flops = [count_flops(batch, model.spec, sizes, **config.encoder.trained_parts) for sizes in model.decoders]
     mean_flops = sum(each.total for each in flops) / len(flops) * passes
     traced = sum(map(_traced_flops, traces, flops))
     traced_flops = traced / len(traces) * passes
@@ -290,10 +290,6 @@ def read_settings(config: RunConfig) -> ZeroSettings:
 
 def _trained(config: RunConfig) -> list[DecoderConfig]:
     return list(config.trained_decoders.values())
-
-
-def _trained_parts(config: RunConfig) -> dict[str, Any]:
-    return {"trained_layers": config.encoder.trained_layers, "train_embeddings": config.encoder.train_embeddings}
 
 
 def _states(weights: Weights, settings: ZeroSettings, machine: Machine, element: int) -> tuple[dict[str, float], float]:

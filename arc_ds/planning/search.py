@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import NamedTuple
 
-from arc_ds.config.schema import DecoderConfig, EncoderConfig, RunConfig
+from arc_ds.config.schema import RunConfig
 from arc_ds.planning.hardware import Machine, hosts_of
 from arc_ds.planning.plan import OFFLOAD_CONFIG, Plan, RunModel, make_plan
 from arc_ds.planning.zero import ZeroSettings
@@ -71,10 +71,8 @@ def _micro_batches(config: RunConfig, machine: Machine) -> list[int]:
 def _changes(config: RunConfig, machine: Machine) -> Iterator[tuple[str, ...]]:
     """Combinations of the other changes, as overrides; the first one is empty."""
     decoders = list(config.trained_decoders)
-    encoder_levels = _more(EncoderConfig, config.encoder.activation_checkpointing)
-    decoder_levels = _more(
-        DecoderConfig, max((config.decoders[idx].activation_checkpointing for idx in decoders), key=str)
-    )
+    encoder_levels = _more(config.encoder.activation_checkpointing)
+    decoder_levels = _more(config.decoders[decoders[0]].activation_checkpointing)
     placements = ["", *(["zero3"] if machine.num_gpus > 1 else []), *(["zero3+hpz"] if machine.num_hosts > 1 else [])]
     for offload, placement, of_encoder, of_decoders in itertools.product(
         ("", OFFLOAD_CONFIG), placements, ["", *encoder_levels], ["", *decoder_levels]
@@ -86,11 +84,10 @@ def _changes(config: RunConfig, machine: Machine) -> Iterator[tuple[str, ...]]:
         yield (*overrides, *([f"deepspeed={offload}"] if offload else []))
 
 
-def _more(section: type, now: bool | str) -> list[str]:
-    """The values of `activation_checkpointing` after the present one, as they stand in YAML."""
-    kind = get_type_hints(section)["activation_checkpointing"]
-    levels = [str(level) for level in get_args(kind)] if get_origin(kind) is Literal else ["false", "true"]
-    return levels[levels.index(str(now).lower()) + 1 :]
+def _more(now: str) -> list[str]:
+    """The values of `activation_checkpointing` after the present one: each needs less memory and more time."""
+    levels = ["none", "selective", "full"]
+    return levels[levels.index(now) + 1 :]
 
 
 @dataclass(frozen=True, kw_only=True)

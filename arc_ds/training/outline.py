@@ -14,7 +14,7 @@ from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
-from arc_ds.training.build_model import compressor_spec
+from arc_ds.training.build_model import compressor_spec, lora_spec
 from arc_ds.training.engine import set_trained
 
 
@@ -53,15 +53,13 @@ def build_compressor_outline(config: RunConfig, outline: Outline, dtype: torch.d
     try:
         with torch.device("meta"):
             compressor = build_compressor(
-                outline.spec, activation_checkpointing=config.encoder.activation_checkpointing
+                outline.spec,
+                activation_checkpointing=config.encoder.activation_checkpointing,
+                lora=lora_spec(config.encoder.lora),
             )
     except ValueError as error:
         raise ConfigError(f"the config's sizes do not match: {error}") from error
-    set_trained(
-        compressor.encoder,
-        trained_layers=config.encoder.trained_layers,
-        train_embeddings=config.encoder.train_embeddings,
-    )
+    set_trained(compressor.encoder, **config.encoder.trained_parts)
     return compressor.to(dtype)
 
 

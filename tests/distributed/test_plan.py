@@ -43,11 +43,12 @@ BASE = (
 CASES = {
     "replicated": (),
     "sharded, two micro-batches": ("decoders.0.placement=zero3", "decoders.1.placement=zero3", "micro_batches=2"),
-    "frozen encoder": ("encoder.trained_layers=0", "encoder.train_embeddings=false"),
+    "frozen encoder": ("encoder.train=bridge",),
+    "adapters, selective": ("encoder.lora={rank: 4}", "encoder.activation_checkpointing=selective"),
     "recomputed": (
-        "encoder.activation_checkpointing=true",
-        "decoders.0.activation_checkpointing=true",
-        "decoders.1.activation_checkpointing=true",
+        "encoder.activation_checkpointing=full",
+        "decoders.0.activation_checkpointing=full",
+        "decoders.1.activation_checkpointing=full",
     ),
 }
 

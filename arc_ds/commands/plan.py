@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
     machine = check_machine(args.gpu, args.gpus, args.hosts, args.interconnect)
     with tempfile.TemporaryDirectory(prefix="arc_ds_plan_") as folder:
-        config = _load(args.config, args.overrides)
+        config = load_for_plan(args.config, args.overrides)
         check_tasks(config)
         sized, notes = with_published_sizes(config, Path(folder))
         model = read_model(sized)
 
     def reload(overrides: Sequence[str]) -> tuple[RunConfig, ZeroSettings]:
-        changed = _load(args.config, (*args.overrides, *overrides))
+        changed = load_for_plan(args.config, (*args.overrides, *overrides))
         return changed, read_settings(changed)
 
     plan = make_plan(config, model, machine, read_settings(config))
@@ -101,7 +101,8 @@ class _Variables(dict[str, str]):
         return os.environ.get(name, f"unset_{name}" if default is None else default)
 
 
-def _load(path: str, overrides: Sequence[str]) -> RunConfig:
+def load_for_plan(path: str, overrides: Sequence[str]) -> RunConfig:
+    """`load_config`, with placeholders for unset variables. Raises ConfigError likewise."""
     return load_config(path, overrides, variables=_Variables())
 
 

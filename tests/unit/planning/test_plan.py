@@ -66,19 +66,32 @@ def test_products_of_the_trace_are_those_of_the_formulas(model: RunModel) -> Non
     assert recomputed.memory["activations"] < plan.memory["activations"]
 
 
-def test_the_nearest_fit_is_accepted_again_and_fits(model: RunModel) -> None:
-    machine = Machine("4090", 8)
-    config = _load("data.batch_size=64")
-    plan = make_plan(config, model, machine, read_settings(config))
-    assert not plan.fits
-    fit = nearest_fit(config, model, machine, lambda more: _reload(("data.batch_size=64", *more)))
+def test_the_nearest_fit_is_accepted_again_and_fits(tmp_path: Path) -> None:
+    backbone = _write_sizes(tmp_path / "two_layers", hidden_size=2048, intermediate_size=8192, vocab_size=32000)
+    given = (
+        f"encoder.backbone={backbone}",
+        "encoder.num_truncated_layers=0",
+        f"decoders.0.backbone={backbone}",
+        "data.batch_size=4096",
+    )
+    model, machine = read_model(_load(*given)), Machine("4090", 8)
+    assert not _plan(model, machine, *given).fits
+    fit = nearest_fit(_load(*given), model, machine, lambda more: _reload((*given, *more)))
     assert fit is not None and fit.overrides
-    again = _plan(model, machine, "data.batch_size=64", *fit.overrides)
+    again = _plan(model, machine, *given, *fit.overrides)
     assert again.fits and again.time.total == fit.plan.time.total
-    # No smaller set of these overrides fits.
+    # No part of these overrides is enough.
     for left_out in range(len(fit.overrides)):
         fewer = [override for idx, override in enumerate(fit.overrides) if idx != left_out]
-        assert not _plan(model, machine, "data.batch_size=64", *fewer).fits
+        assert not _plan(model, machine, *given, *fewer).fits
+
+
+def _write_sizes(folder: Path, **sizes: Any) -> Path:
+    """A folder that has the config.json of a model with two layers and nothing else."""
+    folder.mkdir(parents=True)
+    every = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 8}
+    (folder / "config.json").write_text(json.dumps({**every, "rms_norm_eps": 1e-5, **sizes}))
+    return folder
 
 
 def test_a_sweep_says_where_scaling_breaks_and_what_can_be_divided(model: RunModel) -> None:
@@ -147,10 +160,7 @@ def test_an_unknown_model_is_an_error_whose_remedy_works(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"Gemma-7B is no model whose sizes.*config.json") as error:
         with_published_sizes(_load(f"decoders.0.backbone={unknown}"), tmp_path)
     assert "Llama 3.1 8B" in str(error.value)
-    unknown.mkdir(parents=True)
-    sizes = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"intermediate_size": 128, "vocab_size": 99, "rms_norm_eps": 1e-5, "num_key_value_heads": 2}
-    (unknown / "config.json").write_text(json.dumps(sizes))
+    _write_sizes(unknown, hidden_size=64, intermediate_size=128, vocab_size=99)
     folder = tmp_path / "sizes"
     folder.mkdir()
     changed, notes = with_published_sizes(_load(f"decoders.0.backbone={unknown}"), folder)

@@ -252,6 +252,10 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine, settings: Ze
     bucket = 0 if is_alone else settings.reduce_bucket
     memory["gradient buckets"] = element * (settings.reduce_bucket + bucket)
     memory["activations"] = float(largest.peak_bytes)
+    # The update copies the gradients of one sub-group. Activations and gathered parameters are free by then.
+    copied = 0 if settings.offload_optimizer else min(settings.sub_group, weights.shard(num_ranks, trained_only=True))
+    unused = memory["activations"] + memory["gathered parameters"]
+    memory["update beyond activations"] = max(GRADIENT_BYTES * copied - unused, 0.0)
     decoders_per_step = len(names) if config.decoder_schedule == "same_batch" else 1
     passes = micro.per_step * decoders_per_step
     traffic = _traffic(config, model, weights, gathers, frozen, of_decoders, placed, machine, settings, passes, element)

@@ -34,6 +34,9 @@ def nearest_fit(config: RunConfig, model: RunModel, machine: Machine, reload: Re
     """
     found: list[Fit] = []
     for changes in _changes(config, machine):
+        # More changes than those of a fit without further micro-batches would only be slower.
+        if any(set(fit.overrides) <= set(changes) for fit in found):
+            continue
         plan = _fewest_micro_batches(config, model, machine, reload, changes)
         if plan is not None and plan.fits:
             more = plan.config.micro_batches != config.micro_batches

@@ -81,6 +81,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["arc_ds", "arc_ds.*"]) + find_packages("kernels", include=["arc_kernels*"]),
     package_dir={"arc_kernels": "kernels/arc_kernels"},
+    package_data={"arc_ds.planning": ["*.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["arc-ds = arc_ds.cli:main"]},

@@ -69,15 +69,17 @@ _LATER: Mapping[str, Scalar] = {
 }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> RunConfig:
     """Read a YAML config, apply `key.path=value` overrides in order, decode it by type and check its ranges.
 
-    `${VAR}` and `${VAR:-default}` are filled in from the environment. Relative paths stay as written. Raises
-    ConfigError that names the file and line or the override, the expected value, and the remedy.
+    `${VAR}` and `${VAR:-default}` are filled in from `variables`; None for the environment. Relative paths stay as
+    written. Raises ConfigError that names the file and line or the override, the expected value, and the remedy.
     """
     remedy = "Give the path of a YAML file, such as one in ds_configs/recipes."
     text = read_user_text(Path(user_path(path) if isinstance(path, str) else path), ConfigError, remedy=remedy)
-    root = parse_yaml(text, str(path))
+    root = parse_yaml(text, str(path), variables)
     for override in overrides:
         apply_override(root, override)
     config = decode(root, RunConfig)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import yaml
@@ -44,17 +45,22 @@ class Entry:
         return "null" if self.is_null else repr(self.value)
 
 
-def parse_yaml(text: str, source: str) -> Entry:
+def parse_yaml(text: str, source: str, variables: Mapping[str, str] | None = None) -> Entry:
     """Parse YAML. An empty document is a null scalar.
 
     text: the YAML.
     source: its name in errors.
+    variables: values of `${VAR}`; None for the environment.
 
     Raises ConfigError on bad YAML, a duplicate key, a key that is not a plain word, or a missing variable.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        return Entry(source, "") if node is None else _convert(node, source)
+        return (
+            Entry(source, "")
+            if node is None
+            else _convert(node, source, os.environ if variables is None else variables)
+        )
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
@@ -79,16 +85,16 @@ def apply_override(root: Entry, override: str) -> None:
     entry.where, entry.value, entry.quoted = new.where, new.value, new.quoted
 
 
-def _convert(node: yaml.Node, source: str) -> Entry:
+def _convert(node: yaml.Node, source: str, variables: Mapping[str, str]) -> Entry:
     where = source if source.startswith("override ") else f"{source}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.SequenceNode):
-        return Entry(where, [_convert(child, source) for child in node.value])
+        return Entry(where, [_convert(child, source, variables) for child in node.value])
     if isinstance(node, yaml.MappingNode):
         entries: dict[str, Entry] = {}
         for key_node, child in node.value:
-            entries[_key(key_node, entries, source)] = _convert(child, source)
+            entries[_key(key_node, entries, source)] = _convert(child, source, variables)
         return Entry(where, entries)
-    return Entry(where, _expand(node.value, where), quoted=node.style is not None)
+    return Entry(where, _expand(node.value, where, variables), quoted=node.style is not None)
 
 
 def _key(node: yaml.Node, siblings: dict[str, Entry], source: str) -> str:
@@ -101,10 +107,10 @@ def _key(node: yaml.Node, siblings: dict[str, Entry], source: str) -> str:
     return node.value
 
 
-def _expand(text: str, where: str) -> str:
+def _expand(text: str, where: str, variables: Mapping[str, str]) -> str:
     def fill(match: re.Match[str]) -> str:
         name, default = match.groups()
-        value = os.environ.get(name, default)
+        value = variables.get(name, default)
         if value is None:
             raise ConfigError(
                 f"{where}: the environment has no variable {name}, which {text!r} needs. "

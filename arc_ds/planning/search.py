@@ -1,0 +1,167 @@
+"""What fits instead, and how a run scales."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from arc_ds.config.schema import RunConfig
+from arc_ds.planning.hardware import Machine, hosts_of
+from arc_ds.planning.plan import OFFLOAD_CONFIG, Plan, RunModel, make_plan
+from arc_ds.planning.zero import ZeroSettings
+
+Reload = Callable[[Sequence[str]], tuple[RunConfig, ZeroSettings]]
+"""The config with further overrides, and the settings of its DeepSpeed JSON."""
+
+SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+COMMUNICATION_BOUND = 0.2
+"""Above this exposed share of a step, the sweep calls it bound by communication."""
+
+
+class Fit(NamedTuple):
+    """A config that fits: overrides that `arc-ds plan` and `arc-ds train` accept, and its plan."""
+
+    overrides: tuple[str, ...]
+    plan: Plan
+
+
+def nearest_fit(config: RunConfig, model: RunModel, machine: Machine, reload: Reload) -> Fit | None:
+    """The fastest config that fits, among changes that leave the results of the run as they are.
+
+    The changes are micro-batches, activation checkpointing, the decoders' placement and the offload of the optimizer.
+    """
+    found: list[Fit] = []
+    for changes in _changes(config, machine):
+        # More changes than those of a fit without further micro-batches would only be slower.
+        if any(set(fit.overrides) <= set(changes) for fit in found):
+            continue
+        plan = _fewest_micro_batches(config, model, machine, reload, changes)
+        if plan is not None and plan.fits:
+            more = plan.config.micro_batches != config.micro_batches
+            number = (f"micro_batches={plan.config.micro_batches}",) if more else ()
+            found.append(Fit((*number, *changes), plan))
+    return min(found, key=lambda fit: (fit.plan.time.total, len(fit.overrides)), default=None)
+
+
+def _fewest_micro_batches(
+    config: RunConfig, model: RunModel, machine: Machine, reload: Reload, overrides: tuple[str, ...]
+) -> Plan | None:
+    """The plan with the smallest number of micro-batches that fits; else that of the largest number.
+
+    None if no number divides the batch.
+    """
+    numbers = _micro_batches(config, machine)
+
+    def plan_of(micro_batches: int) -> Plan:
+        changed, settings = reload((*overrides, f"micro_batches={micro_batches}"))
+        return make_plan(changed, model, machine, settings)
+
+    if not numbers:
+        return None
+    last = plan_of(numbers[-1])  # if even this does not fit, no other number needs a trace
+    fewer = (plan for plan in map(plan_of, numbers[:-1]) if plan.fits)
+    return next(fewer, last) if last.fits else last
+
+
+def _micro_batches(config: RunConfig, machine: Machine) -> list[int]:
+    """The config's own number of micro-batches and its multiples that divide the batch of a rank."""
+    share = config.data.batch_size // machine.num_gpus
+    return [n for n in range(config.micro_batches, share + 1, config.micro_batches) if share % n == 0]
+
+
+def _changes(config: RunConfig, machine: Machine) -> Iterator[tuple[str, ...]]:
+    """Combinations of the other changes, as overrides; the first one is empty."""
+    decoders = list(config.trained_decoders)
+    encoder_levels = _more(config.encoder.activation_checkpointing)
+    decoder_levels = _more(config.decoders[decoders[0]].activation_checkpointing)
+    placements = ["", *(["zero3"] if machine.num_gpus > 1 else []), *(["zero3+hpz"] if machine.num_hosts > 1 else [])]
+    for offload, placement, of_encoder, of_decoders in itertools.product(
+        ("", OFFLOAD_CONFIG), placements, ["", *encoder_levels], ["", *decoder_levels]
+    ):
+        overrides = [f"encoder.activation_checkpointing={of_encoder}"] if of_encoder else []
+        for idx in decoders:
+            overrides += [f"decoders.{idx}.activation_checkpointing={of_decoders}"] if of_decoders else []
+            overrides += [f"decoders.{idx}.placement={placement}"] if placement else []
+        yield (*overrides, *([f"deepspeed={offload}"] if offload else []))
+
+
+def _more(now: str) -> list[str]:
+    """The values of `activation_checkpointing` after the present one: each needs less memory and more time."""
+    levels = ["none", "selective", "full"]
+    return levels[levels.index(now) + 1 :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow:
+    """One number of GPUs.
+
+    plan: with the smallest number of micro-batches that fits, or the largest that does not; None if the batch cannot
+        be divided.
+    efficiency: tokens per second and GPU, as a share of the best row.
+    grown: the plan of a batch that grows with the GPUs: the samples per GPU are those of the planned machine.
+    grown_batch: its `data.batch_size`.
+    grown_efficiency: as `efficiency`.
+    limit: why it scales no further; empty if it does.
+    """
+
+    machine: Machine
+    plan: Plan | None
+    efficiency: float
+    grown: Plan
+    grown_batch: int
+    grown_efficiency: float
+    limit: str
+
+
+def sweep(config: RunConfig, model: RunModel, machine: Machine, reload: Reload) -> tuple[SweepRow, ...]:
+    """The run on numbers of GPUs up to 1024, with the planned machine's hosts."""
+    per_gpu = max(config.data.batch_size // machine.num_gpus, 1)
+    machines = [
+        machine._replace(num_gpus=number, num_hosts=hosts_of(number, max(machine.gpus_per_host, 1)))
+        for number in sorted({*SWEEP, machine.num_gpus})
+    ]
+    fixed = [_fewest_micro_batches(config, model, each, reload, ()) for each in machines]
+    grown = []
+    for each in machines:
+        batch_size = (f"data.batch_size={per_gpu * each.num_gpus}",)
+        grown.append(_fewest_micro_batches(reload(batch_size)[0], model, each, reload, batch_size))
+    rates = [0.0 if plan is None or not plan.fits else _rate(plan) for plan in fixed]
+    grown_rates = [0.0 if plan is None or not plan.fits else _rate(plan) for plan in grown]
+    best, grown_best = max(*rates, 1e-9), max(*grown_rates, 1e-9)
+    rows = []
+    for each, plan, rate, other, other_rate in zip(machines, fixed, rates, grown, grown_rates, strict=True):
+        assert other is not None, "a batch that is a multiple of the GPUs can be divided"
+        rows.append(
+            SweepRow(
+                machine=each,
+                plan=plan,
+                efficiency=rate / best,
+                grown=other,
+                grown_batch=per_gpu * each.num_gpus,
+                grown_efficiency=other_rate / grown_best,
+                limit=_limit(config, each, plan),
+            )
+        )
+    return tuple(rows)
+
+
+def _rate(plan: Plan) -> float:
+    """Encoder tokens per second and GPU."""
+    return plan.tokens / plan.time.total / plan.machine.num_gpus
+
+
+def _limit(config: RunConfig, machine: Machine, plan: Plan | None) -> str:
+    if plan is None:
+        batch = config.data.batch_size
+        nearest = -(-batch // machine.num_gpus) * machine.num_gpus
+        return f"data.batch_size={batch} cannot be divided by {machine.num_gpus} ranks; {nearest} can"
+    if not plan.fits:
+        return "does not fit"
+    time = plan.time
+    if time.exposed > COMMUNICATION_BOUND * time.total:
+        return f"communication: {time.exposed / time.total:.0%} of the step"
+    if time.launches > time.products + time.other:
+        return f"too few sequences per GPU ({plan.samples}): launches take longer than the GPU"
+    return ""

@@ -1,0 +1,199 @@
+"""Plans at the paper's size, from published sizes and without any file of a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arc_ds.cli import main
+from arc_ds.commands.plan import load_for_plan, read_model
+from arc_ds.config.load import load_config
+from arc_ds.errors import ConfigError
+from arc_ds.planning.hardware import GIB, Machine, check_machine
+from arc_ds.planning.plan import Plan, RunModel, make_plan, read_settings
+from arc_ds.planning.published import with_published_sizes
+from arc_ds.planning.search import nearest_fit, sweep
+from tests.helpers.tiny_run import ROOT
+
+PAPER = str(ROOT / "ds_configs" / "recipes" / "pretrain_llama31_8b.yaml")
+DEEPSPEED = f"deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"
+PAPER_TFLOP = 260  # design 4: on meta tensors, with attention
+PAPER_STEP_S = 0.390  # design 4: at 800 TFLOP/s and 3 TB/s
+# Llama 3.2 3B without its last two layers, two markers, and a bridge of 3072 x 2048 and 2048 x 4096.
+PAPER_TRAINED = 3_212_749_824 - 2 * 100_669_440 - 3072 + 2 * 3072 + 2048 * (3072 + 4096)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> RunModel:
+    return read_model(with_published_sizes(_load(), tmp_path_factory.mktemp("sizes"))[0])
+
+
+def _load(*overrides: str) -> Any:
+    return load_for_plan(PAPER, (DEEPSPEED, *overrides))
+
+
+def _plan(model: RunModel, machine: Machine, *overrides: str) -> Plan:
+    config = _load(*overrides)
+    return make_plan(config, model, machine, read_settings(config))
+
+
+def _reload(overrides: Any) -> Any:
+    config = _load(*overrides)
+    return config, read_settings(config)
+
+
+def test_the_paper_s_step_takes_what_the_design_counts(model: RunModel) -> None:
+    plan = _plan(model, Machine("h100-80", 8))
+    # The mixture has a fifth of reconstructions, which are shorter than the design's continuations.
+    assert plan.flops / 1e12 == pytest.approx(PAPER_TFLOP, rel=0.05)
+    assert plan.time.total == pytest.approx(PAPER_STEP_S, rel=0.1)
+    assert plan.num_trained == PAPER_TRAINED
+    assert plan.checkpoint_bytes == 12 * PAPER_TRAINED
+    # Design 17: 2 Φ / W, 4 Φ / W and 12 Φ / W; every parameter is padded to a multiple of 8 elements.
+    for part, share in (("parameters", 2), ("gradients", 4), ("optimizer", 12)):
+        assert plan.memory[part] == pytest.approx(share * PAPER_TRAINED / 8, rel=1e-6)
+    assert plan.fits
+
+
+def test_products_of_the_trace_are_those_of_the_formulas(model: RunModel) -> None:
+    plan = _plan(model, Machine("h100-80", 8), "data.batch_size=8")
+    assert plan.traced_flops == plan.flops
+    recomputed = _plan(model, Machine("h100-80", 8), "data.batch_size=8", "encoder.activation_checkpointing=full")
+    assert recomputed.flops == plan.flops < recomputed.traced_flops
+    assert recomputed.memory["activations"] < plan.memory["activations"]
+
+
+def test_the_nearest_fit_is_accepted_again_and_fits(tmp_path: Path) -> None:
+    backbone = _write_sizes(tmp_path / "two_layers", hidden_size=2048, intermediate_size=8192, vocab_size=32000)
+    given = (
+        f"encoder.backbone={backbone}",
+        "encoder.num_truncated_layers=0",
+        f"decoders.0.backbone={backbone}",
+        "data.batch_size=4096",
+    )
+    model, machine = read_model(_load(*given)), Machine("4090", 8)
+    assert not _plan(model, machine, *given).fits
+    fit = nearest_fit(_load(*given), model, machine, lambda more: _reload((*given, *more)))
+    assert fit is not None and fit.overrides
+    again = _plan(model, machine, *given, *fit.overrides)
+    assert again.fits and again.time.total == fit.plan.time.total
+    # No part of these overrides is enough.
+    for left_out in range(len(fit.overrides)):
+        fewer = [override for idx, override in enumerate(fit.overrides) if idx != left_out]
+        assert not _plan(model, machine, *given, *fewer).fits
+
+
+def _write_sizes(folder: Path, **sizes: Any) -> Path:
+    """A folder that has the config.json of a model with two layers and nothing else."""
+    folder.mkdir(parents=True)
+    every = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 8}
+    (folder / "config.json").write_text(json.dumps({**every, "rms_norm_eps": 1e-5, **sizes}))
+    return folder
+
+
+def test_a_sweep_says_where_scaling_breaks_and_what_can_be_divided(model: RunModel) -> None:
+    config = _load("data.batch_size=16")
+    rows = {
+        row.machine.num_gpus: row
+        for row in sweep(config, model, Machine("h100-80", 16, 2), lambda more: _reload(("data.batch_size=16", *more)))
+    }
+    assert rows[16].plan is not None and rows[16].machine.num_hosts == 2
+    assert rows[8].plan is not None and rows[8].plan.time.total > rows[16].plan.time.total
+    assert rows[32].plan is None
+    assert "data.batch_size=16 cannot be divided by 32 ranks; 32 can" in rows[32].limit
+    assert make_plan(_load("data.batch_size=32"), model, rows[32].machine, read_settings(config)).fits
+    assert rows[16].limit.startswith("too few sequences per GPU (1)")
+    assert rows[1024].grown_batch == 1024
+    slow = Machine("h100-80", 16, 2, interconnect="25g")
+    row = next(row for row in sweep(config, model, slow, _reload) if row.machine.num_gpus == 16)
+    assert row.limit.startswith("communication")
+
+
+def test_placement_follows_the_memory_that_the_encoder_leaves(model: RunModel) -> None:
+    (large,) = _plan(model, Machine("h100-80", 8)).placed
+    (small,) = _plan(model, Machine("l4", 8)).placed
+    (hosts,) = _plan(model, Machine("l4", 16, 2), "data.batch_size=16").placed
+    assert [one.placement for one in (large, small, hosts)] == ["replicated", "zero3", "zero3+hpz"]
+    assert "22%" in large.why and "whole up to 40%" in large.why
+
+
+def test_the_command_prints_the_verdict_first_and_json_has_stable_keys(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arc_ds.planning.search.SWEEP", (8,))
+    arguments = ["plan", PAPER, DEEPSPEED, "data.batch_size=8", "--gpus=8", "--price=2"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("fits: ")
+    assert "unset_MODELS/Llama-3.2-3B does not exist; the published sizes of Llama 3.2 3B stand." in text
+    assert "no shards there" in text and "GPU-hours, cost" in text.splitlines()[0]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"plan", "nearest_fit", "sweep", "notes"}
+    assert set(found["plan"]) == {
+        "fits", "machine", "batch_size", "micro_batches", "sequences", "passes", "memory_bytes", "activation_bytes",
+        "used_bytes", "usable_bytes", "host_bytes", "decoders", "collectives", "flops", "flops_with_recomputation",
+        "mfu", "step_s", "tokens_per_s", "hours", "gpu_hours", "cost", "trained_parameters", "checkpoint_bytes",
+        "checkpoints", "kernels",
+    }  # fmt: skip
+    assert found["plan"]["cost"] == pytest.approx(2 * found["plan"]["gpu_hours"])
+    assert sum(found["plan"]["memory_bytes"].values()) == pytest.approx(found["plan"]["used_bytes"], abs=10)
+
+
+def test_unset_variables_are_placeholders_in_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODELS", raising=False)
+    monkeypatch.setenv("SHARDS", "/data/shards")
+    monkeypatch.delenv("RUNS", raising=False)
+    config = _load()
+    assert config.encoder.backbone == "unset_MODELS/Llama-3.2-3B"
+    assert config.data.sources[0].path == "/data/shards/pretrain"
+    assert config.run_dir == "runs/pretrain_llama31_8b"
+    with pytest.raises(ConfigError, match="no variable MODELS"):
+        load_config(PAPER)
+
+
+def test_an_unknown_model_is_an_error_whose_remedy_works(tmp_path: Path) -> None:
+    unknown = tmp_path / "models" / "Gemma-7B"
+    with pytest.raises(ConfigError, match=r"Gemma-7B is no model whose sizes.*config.json") as error:
+        with_published_sizes(_load(f"decoders.0.backbone={unknown}"), tmp_path)
+    assert "Llama 3.1 8B" in str(error.value)
+    _write_sizes(unknown, hidden_size=64, intermediate_size=128, vocab_size=99)
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    changed, notes = with_published_sizes(_load(f"decoders.0.backbone={unknown}"), folder)
+    assert read_model(changed).decoders[0].hidden_size == 64
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("Meta-Llama-3.1-8B-Instruct", "Llama 3.1 8B"),
+        ("Llama-2-7b-chat-hf", "Llama 2 7B"),
+        ("Mistral-7B-Instruct-v0.3", "Mistral 7B v0.3"),
+        ("OLMo-2-1124-7B", "OLMo 2 7B"),
+        ("Qwen2.5-7B-Instruct", "Qwen 2.5 7B"),
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2 135M"),
+    ],
+)
+def test_folders_are_named_like_models_in_many_ways(folder: str, name: str, tmp_path: Path) -> None:
+    _, notes = with_published_sizes(_load(f"encoder.backbone=/none/{folder}"), tmp_path)
+    assert f"the published sizes of {name} stand" in notes[0]
+
+
+def test_machines_with_unequal_hosts_and_unknown_names_are_refused() -> None:
+    assert check_machine("h200", 24, None, "400g") == Machine("h200", 24, 3, "400g")
+    with pytest.raises(ConfigError, match="multiple of --hosts"):
+        check_machine("h200", 9, 2, "400g")
+    with pytest.raises(ConfigError, match=r"--gpu is 'v100'; expected one of h100-80"):
+        check_machine("v100", 8, 1, "400g")
+
+
+def test_the_slowest_link_decides() -> None:
+    within, across = Machine("h100-80", 8), Machine("h100-80", 16, 2, "100g")
+    assert within.ring_s(GIB, 1, 8) < across.ring_s(GIB, 1, 16)
+    assert across.ring_s(GIB, 1, 8) == within.ring_s(GIB, 1, 8)  # hpZ: the group is one host
+    assert within.ring_s(GIB, 1, 1) == 0.0

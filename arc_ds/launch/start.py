@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED
 from arc_ds.launch.rank import STATUS_FOLDER_VARIABLE, RankStatus, write_status
-from arc_ds.launch.signals import HELD_SIGNALS
+from arc_ds.launch.signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _WORD_EVERY_S = 60.0
 
 @contextmanager
 def stoppable(doing: str, level: int = logging.INFO) -> Iterator[None]:
-    """A block in which a held stop signal or Ctrl-C ends this process with EXIT_PREEMPTED.
+    """A block in which a held stop signal ends this process with EXIT_PREEMPTED.
 
     doing: the block in words, logged every minute.
     level: level of that message. Rank 0 alone logs below WARNING.
@@ -44,7 +44,7 @@ def stoppable(doing: str, level: int = logging.INFO) -> Iterator[None]:
 def _watch(doing: str, level: int, is_over: threading.Event) -> None:
     started = last = time.monotonic()
     while not is_over.wait(_POLL_S):
-        pending = signal.sigpending() & set(HELD_SIGNALS)
+        pending = signal.sigpending() & set(STOP_SIGNALS)
         if pending:
             names = ", ".join(signal.Signals(number).name for number in pending)
             _end(f"{names}: stopped before training began, while {doing}; there is nothing to save")

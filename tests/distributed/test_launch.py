@@ -23,8 +23,8 @@ import arc_ds.launch.wrapper
 
 launcher, *arguments = sys.argv[1:]
 if launcher == "light":
-    arc_ds.launch.wrapper._command = lambda module, arguments, num_procs, environment: [
-        sys.executable, "tests/helpers/light_launcher.py", str(num_procs),
+    arc_ds.launch.wrapper._command = lambda module, arguments, place, environment: [
+        sys.executable, "tests/helpers/light_launcher.py", str(*place.num_procs),
         "-m", "arc_ds.launch.rank", module, *arguments
     ]
 sys.exit(arc_ds.launch.wrapper.launch("tests.helpers.fake_train", arguments, num_procs=2, device_request="cpu"))

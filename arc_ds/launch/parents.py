@@ -39,7 +39,8 @@ def stop_with_launchers(more: Sequence[int] = ()) -> None:
 
     def wait_and_stop() -> None:
         ended = _wait_for_first([pid for pid in watched if pid > 0])  # 0: a process outside this process namespace
-        with suppress(OSError):  # its console may have ended with it
+        _drop_broken_output()
+        with suppress(OSError):
             sys.stderr.write(f"rank {os.environ.get('RANK')}: its launcher (process {ended}) has ended; stopping\n")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(STOP_LIMIT_S)
@@ -66,6 +67,15 @@ def is_launcher(command: Sequence[str]) -> bool:
         if not word.startswith("-") and Path(word).name in _LAUNCHERS:
             return True
     return False
+
+
+def _drop_broken_output() -> None:
+    """Send output to /dev/null if its reader ended with the launcher. Otherwise the next `print` would fail."""
+    for descriptor in (1, 2):
+        output = select.poll()
+        output.register(descriptor, 0)
+        if output.poll(0):  # reports errors only
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _parent_of(pid: int) -> int:

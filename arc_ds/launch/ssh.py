@@ -27,8 +27,7 @@ from types import FrameType
 
 from arc_ds.errors import ConfigError
 from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
-from arc_ds.launch.remote import BEAT_S, HELLO, Order
-from arc_ds.launch.wrapper import FORWARDED, GRACE_S, Place
+from arc_ds.launch.order import BEAT_S, FORWARDED, GRACE_S, HELLO, Order, Place
 from arc_ds.system.processes import die_with_parent
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,10 @@ from pathlib import Path
 from types import FrameType
 
 from arc_ds.errors import ArcError, ConfigError
-from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
-from arc_ds.launch.rank import STATUS_FOLDER_VARIABLE, WRAPPER_PID_VARIABLE, RankStatus, read_statuses
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
+from arc_ds.launch.rank import WRAPPER_PID_VARIABLE
+from arc_ds.launch.restarts import with_restarts
+from arc_ds.launch.status import STATUS_FOLDER_VARIABLE, RankStatus, read_statuses
 from arc_ds.system import dist
 from arc_ds.system.device import num_local_devices, wanted_kind
 from arc_ds.system.files import output
@@ -66,9 +68,14 @@ def main(argv: Sequence[str]) -> int:
     check_tasks(config)
     check_paths(config)
     num_procs = choose_num_procs(arguments.num_procs, config.device)
-    return launch(
-        TRAIN_MODULE, [arguments.config, *arguments.overrides], num_procs=num_procs, device_request=config.device
-    )
+
+    def start(restart: int) -> int:
+        words = [arguments.config, *arguments.overrides]
+        if restart and any(Path(config.run_dir, "checkpoints").glob("step_*")):
+            words.append("checkpoint.resume=auto")  # `never` or a path applied to the first start
+        return launch(TRAIN_MODULE, words, num_procs=num_procs, device_request=config.device)
+
+    return with_restarts(start, arguments.restarts)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="config overrides")
     parser.add_argument("--keys", nargs="?", metavar="PATTERN", help="only list config keys that match (*data*)")
     parser.add_argument("--num-procs", type=int, help="number of processes (default: one per GPU, or one on the CPU)")
+    parser.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="after a failure, start again from the last checkpoint"
+    )
     return parser
 
 
@@ -100,8 +110,8 @@ def launch(module: str, arguments: Sequence[str], *, num_procs: int, device_requ
     """Run `module.main(arguments)` on `num_procs` ranks of this host and return the run's exit code.
 
     The code is 0 if all ranks returned 0, and EXIT_PREEMPTED if they stopped after a signal. Otherwise it is the code
-    of the first failing rank, or EXIT_FAILED if a rank was killed or never started. If all failing ranks report a
-    user's mistake, their messages are raised as ArcError.
+    of the first rank that failed by itself, or EXIT_LOST_RANK if a rank was killed or never started. If all failing
+    ranks report a user's mistake, their messages are raised as ArcError.
     """
     with ExitStack() as stack:
         with output(Path(os.environ.get("TMPDIR", "/tmp")), "Set TMPDIR to a folder that this user may write to."):
@@ -223,8 +233,9 @@ def _result(statuses: Mapping[int, RankStatus], num_procs: int, launcher_code: i
     if failures:
         for message in messages:
             logger.error("%s", message)
-        return failures[0] or EXIT_FAILED
+        # The others saw a lost rank if one failed for another reason.
+        return next((code for code in failures if code != EXIT_LOST_RANK), EXIT_LOST_RANK)
     if killed:
         logger.error("ranks %s were killed; the next start resumes from the last checkpoint", killed)
-        return EXIT_FAILED
+        return EXIT_LOST_RANK
     return EXIT_PREEMPTED if EXIT_PREEMPTED in codes.values() else EXIT_OK

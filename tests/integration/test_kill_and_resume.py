@@ -22,7 +22,7 @@ import pytest
 from arc_ds.config.load import load_config
 from arc_ds.errors import ConfigError
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED
-from arc_ds.launch.rank import read_statuses
+from arc_ds.launch.status import read_statuses
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.training.run_folder import lock_run_folder
 from tests.helpers.tiny_run import (

@@ -249,7 +249,9 @@ class Heartbeat:
             if peer.rank >= 0:
                 # Ranks of one host mostly die together: name all of them.
                 others = [each for each in list(self._peers) if each.rank >= 0 and self._is_closed(each)]
-                self._judge_lost([peer, *others], "the process has ended or was killed")
+                self._judge_lost(
+                    [peer, *others], "the process has ended or was killed (for lack of memory: see `dmesg`)"
+                )
 
     def _is_closed(self, peer: _Peer) -> bool:
         for message in peer.receive():
@@ -305,7 +307,11 @@ class Heartbeat:
 
     def _judge_silence(self) -> None:
         now = time.monotonic()
-        silent = [peer for peer in self._peers if peer.rank >= 0 and now - peer.heard > self._timeout_s]
+        silence = {peer: now - peer.heard for peer in self._peers if peer.rank >= 0}
+        silent = []
+        if max(silence.values(), default=0.0) > self._timeout_s:
+            # Ranks of one host fall silent together, but their last beats differ.
+            silent = [peer for peer, silence_s in silence.items() if silence_s > self._timeout_s - 2 * self._beat_s]
         for peer in silent:
             self._remove(peer)
         if silent:

@@ -8,14 +8,18 @@ A launcher starts it:
 
 from __future__ import annotations
 
+import os
+
+from arc_ds.launch.parents import stop_with_launchers
 from arc_ds.launch.signals import StopRequest, hold_stop_signals
 
 if __name__ == "__main__":
     # The imports below take seconds. A stop signal from the launcher during that time must be deferred, not kill us.
     hold_stop_signals()
+    if "RANK" in os.environ:
+        stop_with_launchers()
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -37,7 +41,6 @@ from arc_ds.planning.sizes import check_tasks
 from arc_ds.shards.mappings import raise_descriptor_limit
 from arc_ds.system import activity, dist
 from arc_ds.system.device import describe_device, peak_bf16_flops, select_device
-from arc_ds.system.processes import die_with_parent
 from arc_ds.tracking.uris import check_uri
 from arc_ds.training.build import build_run
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
@@ -181,8 +184,6 @@ def _in_words(run: Run) -> str:
 
 def _as_rank(argv: Sequence[str]) -> int:
     """`main` for external launchers: report an error as a message and an exit code."""
-    if dist.under_launcher():
-        die_with_parent()
     try:
         return main(argv)
     except BaseException as error:

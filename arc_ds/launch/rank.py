@@ -1,24 +1,20 @@
 """One rank under the wrapper: `python -m arc_ds.launch.rank MODULE ARGUMENTS...` runs `MODULE.main(arguments)`.
 
-It adds three things to `deepspeed.launcher`. A rank ends when its launcher ends. It defers stop signals until training
-can handle them. It writes its actual exit code to a file because the launcher can return 0 after a rank was killed.
+It adds three things to `deepspeed.launcher`. A rank saves and stops when its launcher ends. It defers stop signals
+until training can handle them. It writes its actual exit code to a file because the launcher can return 0 after a rank
+was killed.
 """
 
 from __future__ import annotations
 
 import os
-import select
-import signal
 import sys
-import threading
-import time
-from contextlib import suppress
 from importlib import import_module
 
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.parents import stop_with_launchers
 from arc_ds.launch.signals import hold_stop_signals
 from arc_ds.launch.status import RankStatus, exit_at_once, write_status
-from arc_ds.system.processes import die_with_parent
 
 WRAPPER_PID_VARIABLE = "ARC_DS_WRAPPER_PID"
 
@@ -26,8 +22,7 @@ WRAPPER_PID_VARIABLE = "ARC_DS_WRAPPER_PID"
 def main(argv: list[str]) -> int:
     """Run `argv[0].main(argv[1:])` as the rank given by the environment; its return value is the exit code."""
     hold_stop_signals()
-    die_with_parent()
-    _die_with_wrapper()
+    stop_with_launchers([int(os.environ[WRAPPER_PID_VARIABLE])])
     write_status(RankStatus(pid=os.getpid()))
     code, message = _run(argv[0], argv[1:])
     write_status(RankStatus(pid=os.getpid(), exit_code=code, message=message))
@@ -43,29 +38,6 @@ def _run(module: str, arguments: list[str]) -> tuple[int, str | None]:
         from arc_ds.launch.failures import report
 
         return report(error)
-
-
-def _die_with_wrapper() -> None:
-    """End this process when the wrapper dies. The launcher's processes in between may not notice that."""
-
-    def wait_and_die() -> None:
-        _wait_for_end(int(os.environ[WRAPPER_PID_VARIABLE]))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait_and_die, daemon=True, name="wait-for-wrapper").start()
-
-
-def _wait_for_end(pid: int) -> None:
-    """Return when process `pid` no longer exists. With pidfd, an unreaped zombie counts as gone."""
-    with suppress(ProcessLookupError):
-        if hasattr(os, "pidfd_open"):
-            end = select.poll()
-            end.register(os.pidfd_open(pid), select.POLLIN)
-            end.poll()
-            return
-        while True:
-            os.kill(pid, 0)
-            time.sleep(1.0)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from arc_ds.errors import ArcError, ConfigError
+from arc_ds.errors import ArcError, ConfigError, LostRankError
 from arc_ds.launch.exit_codes import (
     CAUSES,
     EXIT_FAILED,
@@ -91,18 +91,22 @@ def choose_hosts(
     slots: number of ranks of each host.
     min_hosts: how many hosts are needed at least.
 
-    Raises ConfigError if fewer hosts answer, or if no such number of ranks divides the batch.
+    Raises LostRankError if fewer hosts answer, and ConfigError if no such number of ranks divides the batch.
     """
     usable = [host for host in slots if host in answering]
-    for number in range(len(usable), min_hosts - 1, -1):
+    if len(usable) < min_hosts:
+        absent = ", ".join(host for host in slots if host not in answering)
+        raise LostRankError(
+            f"{len(usable)} of {len(slots)} hosts answer (not {absent}), and the run needs {min_hosts}. Repair them, "
+            "or go on with fewer hosts (--min-hosts)."
+        )
+    for number in range(len(usable), max(min_hosts, 1) - 1, -1):
         chosen = {host: slots[host] for host in usable[:number]}
-        if number and batch_size % (sum(chosen.values()) * micro_batches) == 0:
+        if batch_size % (sum(chosen.values()) * micro_batches) == 0:
             return chosen
-    absent = [host for host in slots if host not in answering]
     raise ConfigError(
-        f"--min-hosts is {min_hosts}, and {len(usable)} of {len(slots)} hosts answer"
-        f"{' (not ' + ', '.join(absent) + ')' if absent else ''}. No such number of hosts has ranks × micro_batches = "
-        f"N × {micro_batches} that divides data.batch_size = {batch_size}. Lower --min-hosts, or repair the hosts."
+        f"no number of hosts from --min-hosts = {min_hosts} to {len(usable)} has ranks × micro_batches (ranks × "
+        f"{micro_batches}) that divides data.batch_size = {batch_size}. Lower --min-hosts, or change one of them."
     )
 
 

@@ -12,9 +12,8 @@ import threading
 import time
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Signals that a rank holds until training begins. Ctrl-C ends a rank that trains.
-HELD_SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
+# Ctrl-C is a stop like the others: the terminal sends it to DeepSpeed's and torch's launchers and to their ranks.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
@@ -45,7 +44,6 @@ class StopRequest:
         threading.Thread(target=self._hear, args=(read_end,), daemon=True, name="stop-request").start()
         for number in STOP_SIGNALS:
             self._former[number] = signal.signal(number, self.set)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
         self._former_mask = set(signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))  # type: ignore[arg-type]
         return self
 
@@ -86,8 +84,8 @@ class StopRequest:
 
 
 def hold_stop_signals() -> None:
-    """Defer stop signals and Ctrl-C until a `StopRequest` opens; otherwise they could end the process anywhere.
+    """Defer stop signals until a `StopRequest` opens; otherwise they could end the process anywhere.
 
     Call it first in a rank, before other threads start: threads and child processes inherit the signal mask.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

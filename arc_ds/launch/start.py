@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED
-from arc_ds.launch.signals import HELD_SIGNALS
+from arc_ds.launch.signals import STOP_SIGNALS
 from arc_ds.launch.status import end_now
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _WORD_EVERY_S = 60.0
 
 @contextmanager
 def stoppable(doing: str, level: int = logging.INFO) -> Iterator[None]:
-    """A block in which a held stop signal or Ctrl-C ends this process with EXIT_PREEMPTED.
+    """A block in which a held stop signal ends this process with EXIT_PREEMPTED.
 
     doing: the block in words, logged every minute.
     level: level of that message. Rank 0 alone logs below WARNING.
@@ -43,7 +43,7 @@ def stoppable(doing: str, level: int = logging.INFO) -> Iterator[None]:
 def _watch(doing: str, level: int, is_over: threading.Event) -> None:
     started = last = time.monotonic()
     while not is_over.wait(_POLL_S):
-        pending = signal.sigpending() & set(HELD_SIGNALS)
+        pending = signal.sigpending() & set(STOP_SIGNALS)
         if pending:
             names = ", ".join(signal.Signals(number).name for number in pending)
             # The main thread is blocked in C code.

@@ -31,8 +31,8 @@ import arc_ds.launch.wrapper
 
 launcher, num_procs, *arguments = sys.argv[1:]
 if launcher == "light":
-    arc_ds.launch.wrapper._command = lambda module, arguments, num_procs, environment: [
-        sys.executable, "tests/helpers/light_launcher.py", str(num_procs),
+    arc_ds.launch.wrapper._command = lambda module, arguments, place, environment: [
+        sys.executable, "tests/helpers/light_launcher.py", str(*place.num_procs),
         "-m", "arc_ds.launch.rank", module, *arguments
     ]
 sys.exit(

@@ -48,16 +48,15 @@ def _start(hosts: tuple[Host, ...], config: Path, run: Path) -> list[subprocess.
     return processes
 
 
-def test_both_sides_of_a_cut_link_end_and_the_run_goes_on_where_it_was(
+def test_both_sides_of_a_cut_link_end_with_the_name_of_the_other(
     hosts: tuple[Host, ...], config: Path, tmp_path: Path
 ) -> None:
-    """The losses are those of a run on one host, but for the order of additions (see `test_kill_and_resume`)."""
     run = tmp_path / "run"
-    first = _start(hosts, config, run)
-    wait_until(lambda: last_logged_step(run) > EVERY, "the first step after a checkpoint", first[0])
+    processes = _start(hosts, config, run)
+    wait_until(lambda: last_logged_step(run) > EVERY, "the first step after a checkpoint", processes[0])
     hosts[1].cut()
     cut_at = time.monotonic()
-    for rank, process in enumerate(first):
+    for rank, process in enumerate(processes):
         console, _ = process.communicate(timeout=240)
         other = 1 - rank
         assert process.returncode == EXIT_LOST_RANK, console
@@ -67,9 +66,25 @@ def test_both_sides_of_a_cut_link_end_and_the_run_goes_on_where_it_was(
     print(f"both ended {time.monotonic() - cut_at:.1f} s after the cut")
     assert last_saved_step(run) in (EVERY, 2 * EVERY)
 
-    hosts[1].restore()
-    for process in _start(hosts, config, run):
-        console, _ = process.communicate(timeout=240)
-        assert process.returncode == EXIT_OK, console
+
+def test_a_run_loses_a_host_and_goes_on_with_the_other(
+    ssh_hosts: tuple[Host, ...], config: Path, tmp_path: Path
+) -> None:
+    """The losses are those of a run on one host, but for the order of additions (see `test_kill_and_resume`)."""
+    here, there = ssh_hosts
+    run, hostfile = tmp_path / "run", tmp_path / "hosts"
+    hostfile.write_text(f"{here.name} slots=1\n{there.name} slots=1\n")
+    command = [sys.executable, "-m", "arc_ds.cli", "train", config, f"run_dir={run}", "tracking.mlflow=false"]
+    command += [f"distributed.timeout_s={TIMEOUT_S}", f"--hostfile={hostfile}", "--restarts=2", "--min-hosts=1"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+    process = here.start(command, cwd=ROOT, env={**env, "GLOO_SOCKET_IFNAME": INTERFACE})
+    wait_until(lambda: last_logged_step(run) > EVERY, "the first step after a checkpoint", process)
+    there.cut()
+    console, _ = process.communicate(timeout=400)
+    assert process.returncode == EXIT_OK, console
+    assert f"lost rank 1 on {there.name} at step " in console, console
+    assert "ended with code 4 (a rank or host was lost); restart 1 of 2" in console, console
+    assert "was written by 2 ranks and is read by 1" in console, console
+    assert not [words for words in there.processes().values() if "arc_ds.train" in words], "a cut-off rank still runs"
     golden = read_json(GOLDEN)["losses"]
     assert len(golden) == STEPS and losses(run) == pytest.approx(golden, rel=1e-6, abs=0)

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 # Time for the other ranks to fail with the same error as the first one.
 GRACE_S = 5.0
 _BEAT_S = 1.0
+# The ranks of a host mostly die together. Their connections close within this time, and one message names all of them.
+_COLLECT_S = 0.5
 # A frozen peer reads nothing. Lines beyond this are dropped: it has enough to read if it wakes up.
 _MAX_UNSENT = 1 << 16
 _RESUME = "Start the run again: it resumes from its last whole checkpoint (`arc-ds train --restarts N` does that)."
@@ -93,10 +95,13 @@ class _Peer:
         if lines:
             self.heard = time.monotonic()
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError:  # a stranger
+            messages = [json.loads(line) for line in lines]
+        except ValueError:
+            messages = [None]
+        if not all(isinstance(message, dict) for message in messages):  # a stranger
             self.is_open = False
             return []
+        return messages
 
 
 class Heartbeat:
@@ -118,6 +123,8 @@ class Heartbeat:
         self._listener: socket.socket | None = None
         self._verdict: Verdict | None = None
         self._expected: set[int] = set()  # ranks that rank 0 has not heard from yet
+        self._dead: list[_Peer] = []  # closed connections, since the time `_died`
+        self._died = 0.0
         self._sent = 0.0
         self._news: list[dict[str, Any]] = []  # of the main thread, for the watching thread
         self._is_closing = threading.Event()
@@ -226,7 +233,7 @@ class Heartbeat:
                         self._read(key.data)
                 self._beat()
                 self._pass_on()
-                self._judge_silence()
+                self._judge_lives()
                 if self._verdict is not None and time.monotonic() >= self._verdict.at:
                     self._end(self._verdict)
         except Exception:
@@ -247,19 +254,8 @@ class Heartbeat:
         if not peer.is_open:
             self._remove(peer)
             if peer.rank >= 0:
-                # Ranks of one host mostly die together: name all of them.
-                others = [each for each in list(self._peers) if each.rank >= 0 and self._is_closed(each)]
-                self._judge_lost(
-                    [peer, *others], "the process has ended or was killed (for lack of memory: see `dmesg`)"
-                )
-
-    def _is_closed(self, peer: _Peer) -> bool:
-        for message in peer.receive():
-            self._take(peer, message)
-        if peer in self._peers and not peer.is_open:
-            self._remove(peer)
-            return True
-        return False
+                self._died = self._died if self._dead else time.monotonic()
+                self._dead.append(peer)
 
     def _take(self, peer: _Peer, message: dict[str, Any]) -> None:
         if peer.rank < 0 and message.get("token") != self._token:
@@ -305,8 +301,10 @@ class Heartbeat:
         if self._is_closing.is_set():
             self._is_over.set()
 
-    def _judge_silence(self) -> None:
+    def _judge_lives(self) -> None:
         now = time.monotonic()
+        if self._dead and now - self._died > _COLLECT_S:
+            self._judge_lost(self._dead, "the process has ended or was killed (for lack of memory: see `dmesg`)")
         silence = {peer: now - peer.heard for peer in self._peers if peer.rank >= 0}
         silent = []
         if max(silence.values(), default=0.0) > self._timeout_s:

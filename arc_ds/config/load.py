@@ -28,6 +28,7 @@ _OF_HOSTS = (
     "run_dir",
     "device",
     "stall_limit_s",
+    "distributed.*",
     "deepspeed",
     "encoder.backbone",
     "encoder.tokenizer",
@@ -60,7 +61,12 @@ _OF_STARTS = (
 )
 # Keys that the first version lacked, with the value that stands for its behaviour. With this value they are not hashed,
 # so that runs of the first version can be resumed.
-_LATER: Mapping[str, Scalar] = {"encoder.keep_ports": True, "bridge.shared": False, "decoders.*.train": True}
+_LATER: Mapping[str, Scalar] = {
+    "encoder.keep_ports": True,
+    "bridge.shared": False,
+    "decoders.*.train": True,
+    "optimizer.skip_spikes": None,
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -81,8 +81,8 @@ def launch_on_hosts(
 ) -> int:
     """Run `module.main(arguments)` on `slots[host]` ranks of each host and return the run's exit code.
 
-    It is the code of the host that failed first; EXIT_PREEMPTED if one was preempted; otherwise EXIT_OK. ConfigError if
-    ssh is not installed.
+    It is the code of a host that failed by itself; EXIT_PREEMPTED if one was preempted; otherwise EXIT_OK. Raises
+    ConfigError if ssh is not installed.
     """
     if shutil.which("ssh") is None:
         raise ConfigError("--hostfile needs ssh, which is not installed here (Debian: apt-get install openssh-client)")
@@ -185,7 +185,7 @@ def _until_end(connections: Sequence[_Connection], asked: list[signal.Signals]) 
     """Forward signals until all hosts have ended, and end hosts that outlive a failed one. Return the exit code."""
     codes: dict[str, int] = {}
     failure: int | None = None
-    deadline = float("inf")
+    is_quitting, deadline = False, float("inf")
     while len(codes) < len(connections):
         while asked:
             _send(connections, codes, asked.pop(0))
@@ -200,11 +200,16 @@ def _until_end(connections: Sequence[_Connection], asked: list[signal.Signals]) 
                 failure, deadline = code, time.monotonic() + GRACE_S
                 logger.error("%s", _in_words(connection, code))
         if time.monotonic() > deadline:
+            if is_quitting:  # cut off: ssh itself would wait for another minute
+                for connection in connections:
+                    connection.process.kill()
             _send(connections, codes, signal.SIGQUIT)
-            deadline = float("inf")
+            is_quitting, deadline = True, time.monotonic() + GRACE_S
         time.sleep(_POLL_S)
     if failure is not None:
-        return failure
+        # The others saw a lost rank if one failed for another reason.
+        ends = (EXIT_OK, EXIT_PREEMPTED, EXIT_LOST_RANK)
+        return next((code for code in codes.values() if code not in ends), failure)
     return EXIT_PREEMPTED if EXIT_PREEMPTED in codes.values() else EXIT_OK
 
 

@@ -9,7 +9,6 @@ status files of the ranks (`arc_ds.launch.rank`); a rank that was killed has no 
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import logging
@@ -21,76 +20,25 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from arc_ds.errors import ArcError, ConfigError
-from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
 from arc_ds.launch.order import FORWARDED, GRACE_S, Place
-from arc_ds.launch.parents import stop_with_launchers
-from arc_ds.launch.rank import STATUS_FOLDER_VARIABLE, WRAPPER_PID_VARIABLE, RankStatus, read_statuses
-from arc_ds.launch.signals import hold_stop_signals
+from arc_ds.launch.rank import WRAPPER_PID_VARIABLE
+from arc_ds.launch.status import STATUS_FOLDER_VARIABLE, RankStatus, read_statuses
 from arc_ds.system import dist
 from arc_ds.system.device import num_local_devices, wanted_kind
 from arc_ds.system.files import output
-from arc_ds.system.packages import require
 from arc_ds.system.processes import die_with_parent, num_cores
 
 logger = logging.getLogger(__name__)
 
-TRAIN_MODULE = "arc_ds.train"
 _POLL_S = 0.1
 # DeepSpeed's launcher overwrites this variable with its device list, so that list must contain the user's choice.
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run with the arguments `CONFIG.yaml [OPTIONS] [key.path=value ...]`; return the exit code.
-
-    Under an external launcher this trains as one rank. Raises ConfigError for an invalid config, hostfile or number of
-    processes before it starts any process.
-    """
-    if dist.under_launcher():
-        hold_stop_signals()
-        stop_with_launchers()
-        return int(import_module(TRAIN_MODULE).main(list(argv)))
-    if "--keys" in argv:
-        from arc_ds.config.keys import print_keys
-
-        return print_keys([word for word in argv if word != "--keys"])
-    arguments = _parser().parse_intermixed_args(list(argv))
-    require("deepspeed")
-    from arc_ds.config.load import load_config
-    from arc_ds.config.validate import check_paths
-    from arc_ds.planning.sizes import check_tasks
-
-    config = load_config(arguments.config, arguments.overrides)
-    check_tasks(config)
-    check_paths(config)
-    words = [arguments.config, *arguments.overrides]
-    if arguments.hostfile:
-        from arc_ds.launch.ssh import launch_on_hosts, read_hostfile
-
-        return launch_on_hosts(
-            TRAIN_MODULE, words, slots=read_hostfile(arguments.hostfile), device_request=config.device
-        )
-    num_procs = choose_num_procs(arguments.num_procs, config.device)
-    return launch(TRAIN_MODULE, words, num_procs=num_procs, device_request=config.device)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="arc-ds train", description="Train a config with the deepspeed launcher, on this host or on several."
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="config overrides")
-    parser.add_argument("--keys", nargs="?", metavar="PATTERN", help="only list config keys that match (*data*)")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--num-procs", type=int, help="number of processes (default: one per GPU, or one on the CPU)")
-    where.add_argument("--hostfile", help="run on the hosts of this file over ssh (lines `HOST slots=N`)")
-    return parser
 
 
 def choose_num_procs(requested: int | None, device_request: str, option: str = "--num-procs") -> int:
@@ -118,8 +66,8 @@ def launch(
     place: place of this host in a run on several hosts; None if it is alone.
 
     The code is 0 if all ranks returned 0, and EXIT_PREEMPTED if they stopped after a signal. Otherwise it is the code
-    of the first failing rank, or EXIT_FAILED if a rank was killed or never started. If all failing ranks report a
-    user's mistake, their messages are raised as ArcError.
+    of the first rank that failed by itself, or EXIT_LOST_RANK if a rank was killed or never started. If all failing
+    ranks report a user's mistake, their messages are raised as ArcError.
     """
     with ExitStack() as stack:
         with output(Path(os.environ.get("TMPDIR", "/tmp")), "Set TMPDIR to a folder that this user may write to."):
@@ -254,8 +202,9 @@ def _result(statuses: Mapping[int, RankStatus], ranks: Sequence[int], launcher_c
     if failures:
         for message in messages:
             logger.error("%s", message)
-        return failures[0] or EXIT_FAILED
+        # The others saw a lost rank if one failed for another reason.
+        return next((code for code in failures if code != EXIT_LOST_RANK), EXIT_LOST_RANK)
     if killed:
         logger.error("ranks %s were killed; the next start resumes from the last checkpoint", killed)
-        return EXIT_FAILED
+        return EXIT_LOST_RANK
     return EXIT_PREEMPTED if EXIT_PREEMPTED in codes.values() else EXIT_OK

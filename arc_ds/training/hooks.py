@@ -15,7 +15,7 @@ from tqdm import tqdm
 from arc_ds.config.schema import EncoderConfig
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.planning.flops import count_flops
-from arc_ds.system import dist
+from arc_ds.system import activity, dist
 from arc_ds.system.device import GIB, peak_memory_bytes
 from arc_ds.training.meters import COUNTS, Meter, Totals
 from arc_ds.training.run import Run
@@ -147,6 +147,7 @@ class MetricsHook(Hook):
             "speed/data_wait_share": totals.waited_s / elapsed,
             "memory/peak_gib": peak_memory_bytes(run.device) / GIB,
             "train/skipped_steps": float(run.skipped_steps),
+            **({} if run.spikes is None else {"train/spikes": float(run.spikes.num_skipped)}),
         }
 
     def _report(self, run: Run, metrics: dict[str, float], step_s: float) -> None:
@@ -198,12 +199,15 @@ class ValidationHook(Hook):
             return
         with run.pause():  # flushes earlier steps, so step numbers in the log never decrease
             started = time.perf_counter()
+            activity.note("starting", phase="validation")
             try:
                 scores = self._scores(run, run.validator)
             except ValidationStopped:
                 logger.info("step %d: validation aborted; the next start of the run catches up on it", run.step)
                 run.is_stopping = True
                 return
+            finally:
+                activity.note("after validation", phase="")
             self.done = run.step
             metrics = {VALIDATION_KEY: time.perf_counter() - started}
             num_samples = run.validator.num_samples_of_tasks
@@ -250,6 +254,7 @@ class CheckpointHook(Hook):
         if self._last == run.step:
             return
         with run.pause():
+            activity.note(activity.SAVING)
             self.save(run)
         self._last = run.step
 

@@ -7,11 +7,12 @@ import json
 
 import pytest
 
+from arc_ds.commands.train import _parser
 from arc_ds.errors import ArcError, ConfigError
-from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.order import Place
-from arc_ds.launch.rank import RankStatus
-from arc_ds.launch.wrapper import _command, _environment, _parser, _result, choose_num_procs
+from arc_ds.launch.status import RankStatus
+from arc_ds.launch.wrapper import _command, _environment, _result, choose_num_procs
 
 _ALONE = Place((2,), 0, "127.0.0.1", 29500)
 
@@ -28,9 +29,12 @@ def _statuses(*codes: int | None, message: str | None = None) -> dict[int, RankS
         ((0, 75), EXIT_PREEMPTED),
         ((0, 3), 3),
         ((1, 2), 1),
-        ((None, 0), EXIT_FAILED),
-        ((None, None), EXIT_FAILED),
-        ((None, 75), EXIT_FAILED),
+        ((None, 0), EXIT_LOST_RANK),
+        ((None, None), EXIT_LOST_RANK),
+        ((None, 75), EXIT_LOST_RANK),
+        ((4, None), EXIT_LOST_RANK),
+        ((4, 1), EXIT_FAILED),
+        ((4, 6), 6),
         ((75, 7), 7),
     ],
 )
@@ -39,7 +43,7 @@ def test_the_runs_exit_code_is_made_of_the_ranks(codes: tuple[int | None, ...], 
 
 
 def test_a_rank_that_never_started_is_a_failure() -> None:
-    assert _result(_statuses(0), ranks=range(2), launcher_code=0) == EXIT_FAILED
+    assert _result(_statuses(0), ranks=range(2), launcher_code=0) == EXIT_LOST_RANK
     assert _result({}, ranks=range(2), launcher_code=0) == EXIT_FAILED
     assert _result({}, ranks=range(2), launcher_code=4) == 4
 

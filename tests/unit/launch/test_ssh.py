@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from arc_ds.commands.train import main
 from arc_ds.errors import ConfigError
 from arc_ds.launch.order import Place
 from arc_ds.launch.ssh import _OF_HOSTS, read_hostfile
-from arc_ds.launch.wrapper import _command, main
+from arc_ds.launch.wrapper import _command
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "launchers" / "hosts.example"
 

@@ -6,6 +6,7 @@ The losses are those of one host without a stop.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from tests.helpers.tiny_run import ROOT, last_logged_step, last_saved_step, loss
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-STEPS = 120
+STEPS = 80
 SMALL = (
     f"steps={STEPS}",
     "checkpoint.every=0",
@@ -34,6 +35,8 @@ SMALL = (
 )
 BIN = Path(sys.executable).parent
 PORT = "29533"
+# DeepSpeed's launcher starts ranks like this.
+_RANK = re.compile(r"\S*python\S* -u -m arc_ds\.(train|launch\.rank) ")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,8 @@ class Relay:
         self.hostfile.write_text("# our hosts\n" + "".join(f"{host.name} slots=1\n" for host in hosts))
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
         more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE, "DS_ACCELERATOR": "cpu"}
-        self.env = {**os.environ, **more, "DEEPSPEED": str(BIN / "deepspeed")}
+        self.env = {**os.environ, **more, "DEEPSPEED": str(BIN / "deepspeed"), "FOO": "a b"}
+        (folder / ".deepspeed_env").write_text(f"FOO=a b\nGLOO_SOCKET_IFNAME={INTERFACE}\n")
 
     def start(self, host: Host, command: list[str | Path], **options: Any) -> subprocess.Popen[str]:
         return host.start([*command, *self.arguments], **{"cwd": self.folder, "env": self.env, **options})
@@ -70,6 +74,12 @@ class Relay:
         """Wait for two further steps."""
         begun = last_logged_step(self.run)
         wait_until(lambda: last_logged_step(self.run) > begun + 1, f"step {begun + 2}", process)
+
+    def check_variables(self) -> None:
+        """The rank of each host must have FOO as it was set."""
+        for host in self.hosts:
+            (rank,) = [pid for pid, words in host.processes().items() if _RANK.match(words)]
+            assert "FOO=a b" in Path(f"/proc/{rank}/environ").read_text().split("\0")
 
     def ended(self, *processes: subprocess.Popen[str]) -> tuple[list[int], str]:
         """Wait for the launchers and all ranks. Their last step must be saved, and steps must be left."""
@@ -103,6 +113,7 @@ def _ssh(relay: Relay) -> subprocess.Popen[str]:
 def _stop_ssh(relay: Relay) -> None:
     process = _ssh(relay)
     relay.has_trained(process)
+    relay.check_variables()
     process.send_signal(signal.SIGTERM)
     codes, console = relay.ended(process)
     assert codes == [EXIT_PREEMPTED], console
@@ -111,6 +122,7 @@ def _stop_ssh(relay: Relay) -> None:
 def _stop_pdsh(relay: Relay) -> None:
     process = relay.start(relay.hosts[0], [ROOT / "launchers" / "pdsh.sh", relay.hostfile], cwd=relay.run.parent)
     relay.has_trained(process)
+    relay.check_variables()
     process.send_signal(signal.SIGTERM)
     codes, console = relay.ended(process)
     assert codes == [EXIT_PREEMPTED], console

@@ -6,12 +6,11 @@ The losses are those of one host without a stop.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from tests.helpers.hosts import INTERFACE, LIMIT_S, Host, wait_until
 from tests.helpers.sshd import is_sshd
 from tests.helpers.tiny_run import ROOT, last_logged_step, last_saved_step, losses, train
+from tests.hosts.ranks import has_stop_signal, ranks, stop_between_steps
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-STEPS = 80
+STEPS = 40
 SMALL = (
     f"steps={STEPS}",
     "checkpoint.every=0",
@@ -35,8 +35,6 @@ SMALL = (
 )
 BIN = Path(sys.executable).parent
 PORT = "29533"
-# DeepSpeed's launcher starts ranks like this.
-_RANK = re.compile(r"\S*python\S* -u -m arc_ds\.(train|launch\.rank) ")
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +76,16 @@ class Relay:
     def check_variables(self) -> None:
         """The rank of each host must have FOO as it was set."""
         for host in self.hosts:
-            (rank,) = [pid for pid, words in host.processes().items() if _RANK.match(words)]
+            (rank,) = ranks(host)
             assert "FOO=a b" in Path(f"/proc/{rank}/environ").read_text().split("\0")
+
+    def stop(
+        self, send: Callable[[], None], signalled: Sequence[Host] = (), ended: subprocess.Popen[str] | None = None
+    ) -> None:
+        """Stop the ranks by `send`: it signals those on `signalled`, or ends the launcher `ended`."""
+        pids = [pid for host in signalled for pid in ranks(host)]
+        has_ended = (lambda: True) if ended is None else (lambda: ended.poll() is not None)
+        stop_between_steps(self.hosts, send, lambda: has_ended() and all(map(has_stop_signal, pids)))
 
     def ended(self, *processes: subprocess.Popen[str]) -> tuple[list[int], str]:
         """Wait for the launchers and all ranks. Their last step must be saved, and steps must be left."""
@@ -114,28 +120,30 @@ def _stop_ssh(relay: Relay) -> None:
     process = _ssh(relay)
     relay.has_trained(process)
     relay.check_variables()
-    process.send_signal(signal.SIGTERM)
+    relay.stop(lambda: process.send_signal(signal.SIGTERM), relay.hosts)
     codes, console = relay.ended(process)
     assert codes == [EXIT_PREEMPTED], console
 
 
+def _pdsh(relay: Relay) -> subprocess.Popen[str]:
+    return relay.start(relay.hosts[0], [ROOT / "launchers" / "pdsh.sh", relay.hostfile], cwd=relay.run.parent)
+
+
 def _stop_pdsh(relay: Relay) -> None:
-    process = relay.start(relay.hosts[0], [ROOT / "launchers" / "pdsh.sh", relay.hostfile], cwd=relay.run.parent)
+    process = _pdsh(relay)
     relay.has_trained(process)
     relay.check_variables()
-    process.send_signal(signal.SIGTERM)
+    relay.stop(lambda: process.send_signal(signal.SIGTERM), relay.hosts[:1])
     codes, console = relay.ended(process)
     assert codes == [EXIT_PREEMPTED], console
 
 
 def _kill_pdsh(relay: Relay) -> None:
     """The end of `deepspeed` ends pdsh, and the ranks notice the end of their ssh sessions."""
-    process = relay.start(relay.hosts[0], [ROOT / "launchers" / "pdsh.sh", relay.hostfile], cwd=relay.run.parent)
+    process = _pdsh(relay)
     relay.has_trained(process)
-    runners = [pid for pid, words in relay.hosts[0].processes().items() if "bin/deepspeed --hostfile" in words]
-    for pid in runners:
-        os.kill(pid, signal.SIGKILL)
-    assert len(runners) == 1
+    (runner,) = [pid for pid, words in relay.hosts[0].processes().items() if "bin/deepspeed --hostfile" in words]
+    relay.stop(lambda: os.kill(runner, signal.SIGKILL), ended=process)
     codes, console = relay.ended(process)
     assert codes == [128 + signal.SIGKILL], console
 
@@ -144,7 +152,7 @@ def _stop_no_ssh(relay: Relay) -> None:
     """SIGTERM ends the `deepspeed` of one host at once. Its rank notices, and tells the other one."""
     first, second = (_no_ssh(relay, host) for host in relay.hosts)
     relay.has_trained(first)
-    second.send_signal(signal.SIGTERM)
+    relay.stop(second.terminate, ended=second)
     codes, console = relay.ended(first, second)
     assert codes == [EXIT_PREEMPTED, -signal.SIGTERM], console
 
@@ -152,7 +160,7 @@ def _stop_no_ssh(relay: Relay) -> None:
 def _kill_torchrun(relay: Relay) -> None:
     first, second = (_torchrun(relay, host) for host in relay.hosts)
     relay.has_trained(first)
-    second.kill()
+    relay.stop(second.kill, ended=second)
     codes, console = relay.ended(first, second)
     assert codes[1] == -signal.SIGKILL and "exitcode  : 75" in console, console
 

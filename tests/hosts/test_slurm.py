@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,12 @@ from arc_ds.launch.exit_codes import EXIT_OK
 from tests.helpers.hosts import INTERFACE, Host, missing, wait_until
 from tests.helpers.slurm import PROGRAMS, Slurm
 from tests.helpers.tiny_run import ROOT, last_logged_step, last_saved_step, losses, train
+from tests.hosts.ranks import has_stop_signal, ranks, stop_between_steps
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SMALL = (
-    "steps=100",
+    "steps=30",
     "checkpoint.every=0",
     "validation.every=0",
     "data.validation=null",
@@ -33,7 +36,7 @@ def slurm(hosts: tuple[Host, ...], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_job_that_slurm_signals_and_preempts_is_requeued_and_has_the_losses_of_an_undisturbed_run(
-    slurm: Slurm, config: Path, tmp_path: Path
+    slurm: Slurm, hosts: tuple[Host, ...], config: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     env = {"CONFIG": str(config), "ARC_PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": INTERFACE}
@@ -58,14 +61,22 @@ def test_a_job_that_slurm_signals_and_preempts_is_requeued_and_has_the_losses_of
         wait_for(lambda: last_logged_step(run) > begun + 1, "two steps")
 
     two_steps_from(0)
-    slurm.command("scancel", "--signal=USR1", job)  # as SLURM does before the time limit
+    # As SLURM does before the time limit.
+    signalled = [pid for host in hosts for pid in ranks(host)]
+    signal_job = partial(slurm.command, "scancel", "--signal=USR1", job)
+    stop_between_steps(hosts, signal_job, lambda: all(map(has_stop_signal, signalled)))
     wait_for(lambda: restarts() == 1, "the return to the queue")
     first = last_saved_step(run)
     assert 2 <= first == last_logged_step(run)
     two_steps_from(first)
-    other = slurm.start("srun", "-p", "high", "-N", "2", "hostname")
+    others: list[subprocess.Popen[str]] = []
+    start_other = partial(slurm.start, "srun", "-p", "high", "-N", "2", "hostname")
+    # SLURM itself continues frozen processes before it signals them.
+    is_saved = lambda: last_saved_step(run) > first  # noqa: E731
+    stop_between_steps(hosts, lambda: others.append(start_other()), is_saved)
     wait_for(lambda: restarts() >= 2, "the return to the queue after the preemption")
-    assert sorted(other.communicate()[0].split()) == slurm.hosts
+    words = others[0].communicate()[0].splitlines()
+    assert sorted(line for line in words if not line.startswith("srun:")) == slurm.hosts
     second = last_saved_step(run)
     assert first + 2 <= second
     wait_for(lambda: is_in("COMPLETED"), "the end of the job")

@@ -80,7 +80,7 @@ def test_a_job_that_slurm_signals_and_preempts_is_requeued_and_has_the_losses_of
     second = last_saved_step(run)
     assert first + 2 <= second
     wait_for(lambda: is_in("COMPLETED"), "the end of the job")
-    assert "ExitCode" in slurm.job(job) and slurm.job(job)["ExitCode"] == "0:0"
+    assert slurm.job(job)["ExitCode"] == "0:0"
     assert f"stopped and saved at step {first}" in (tmp_path / "log").read_text()
     assert f"stopped and saved at step {second}" in (tmp_path / "log").read_text()
 

@@ -194,7 +194,7 @@ def _until_end(connections: Sequence[_Connection], asked: list[signal.Signals]) 
             if code is None:
                 continue
             codes[connection.host] = code
-            if code == EXIT_PREEMPTED and EXIT_PREEMPTED not in list(codes.values())[:-1]:
+            if code == EXIT_PREEMPTED:
                 _send(connections, codes, signal.SIGTERM)  # others may still wait for this host's ranks
             elif code != EXIT_OK and failure is None:
                 failure, deadline = code, time.monotonic() + GRACE_S

@@ -25,7 +25,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("arc_ds.launch.wrapper", "train a config on all local devices, or as one rank of a launcher"),
+    "train": Command("arc_ds.commands.train", "train a config on all local devices, or as one rank of a launcher"),
     "shards": Command("arc_ds.commands.shards", "build, check, show and measure webdataset shards"),
     "plan": Command("arc_ds.commands.plan", "say what a run needs on GPUs that nobody has paid for yet"),
     "export": Command("arc_ds.commands.export", "convert a run's checkpoint to weights that other programs can load"),

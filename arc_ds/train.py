@@ -8,14 +8,18 @@ A launcher starts it:
 
 from __future__ import annotations
 
+import os
+
+from arc_ds.launch.parents import stop_with_launchers
 from arc_ds.launch.signals import StopRequest, hold_stop_signals
 
 if __name__ == "__main__":
     # The imports below take seconds. A stop signal from the launcher during that time must be deferred, not kill us.
     hold_stop_signals()
+    if "RANK" in os.environ:
+        stop_with_launchers()
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,24 +30,29 @@ import torch
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
-from arc_ds.errors import ArcError, ConfigError
-from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED, exit_code_of
+from arc_ds.errors import ConfigError
+from arc_ds.launch import heartbeat
+from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.failures import report
+from arc_ds.launch.heartbeat import beating
 from arc_ds.launch.start import stoppable
+from arc_ds.launch.status import exit_at_once
 from arc_ds.planning.sizes import check_tasks
 from arc_ds.shards.mappings import raise_descriptor_limit
-from arc_ds.system import dist
+from arc_ds.system import activity, dist
 from arc_ds.system.device import describe_device, peak_bf16_flops, select_device
-from arc_ds.system.processes import die_with_parent
 from arc_ds.tracking.uris import check_uri
 from arc_ds.training.build import build_run
 from arc_ds.training.collectives import CollectiveCounter, counting_collectives
 from arc_ds.training.frozen_guard import FrozenGuard
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
 from arc_ds.training.loop import fit
+from arc_ds.training.out_of_memory import explaining_memory
 from arc_ds.training.non_finite import NonFiniteHook
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder, check_run_folder, lock_run_folder
-from arc_ds.training.watchdog import Watchdog
+from arc_ds.training.spikes import SpikeGuard
+from arc_ds.training.watchdog import Watchdog, note_modules
 from arc_kernels import use_attention
 
 logger = logging.getLogger(__name__)
@@ -57,9 +66,12 @@ def main(argv: Sequence[str]) -> int:
     config = _parse(argv)
     device = select_device(config.device, dist.local_rank())
     check_attention(config.attention_backend, device)
-    _join(device)
-    with ExitStack() as lock:
+    _join(device, config)
+    with beating(config.distributed.timeout_s), ExitStack() as lock:
         with stoppable("reading weights and data"):
+            activity.note("reading weights and data")
+            # The heartbeat finds lost ranks from here on. Others may wait for this one as long as it reads.
+            dist.limit_collectives(config.stall_limit_s + config.distributed.timeout_s)
             with dist.fail_together():
                 check_tasks(config)
                 check_paths(config)
@@ -68,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
                 check_run_folder(config)
                 if dist.is_main() and config.tracking.mlflow:
                     check_uri(Path(config.run_dir), config.tracking.uri)
-            run = build_run(config, device)
+            with explaining_memory(config):
+                run = build_run(config, device)
         code = train(config, run)
         if code == EXIT_PREEMPTED:
             logger.info("stopped and saved at step %d as requested; the same command resumes from there", run.step)
@@ -78,13 +91,13 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def _join(device: torch.device) -> None:
+def _join(device: torch.device, config: RunConfig) -> None:
     """Join the other ranks. Each host says whom it waits for."""
     waiting = f"waiting for all {dist.world_size()} ranks at {dist.meeting_point()}, as {dist.rank_in_words()}"
     if dist.world_size() > 1 and dist.local_rank() == 0:
         logger.log(logging.INFO if dist.is_main() else logging.WARNING, "%s", waiting)
     with stoppable(waiting, logging.WARNING):
-        dist.init_distributed(device)
+        dist.init_distributed(device, config.distributed.timeout_s)
 
 
 def check_attention(backend: str, device: torch.device) -> None:
@@ -98,19 +111,40 @@ def check_attention(backend: str, device: torch.device) -> None:
 
 def train(config: RunConfig, run: Run, more_hooks: Sequence[Hook] = ()) -> int:
     """Resume the run from its folder and train it to its end or to a stop; return the exit code. Collective."""
+    note_modules(run)
+    if config.optimizer.skip_spikes is not None:
+        run.spikes = SpikeGuard(config.optimizer.skip_spikes)
+        run.spikes.attach(run.engine)
+    dist.limit_collectives(config.stall_limit_s + config.distributed.timeout_s)
+    activity.note("reading the checkpoint")
     with stoppable("reading the checkpoint"):
         folder = RunFolder(config, run)
     dist.barrier()  # no rank may end in `stoppable` while another one trains
     status = "FAILED"
     try:
-        with StopRequest() as stop, Watchdog(run.folder, rank=dist.rank(), limit_s=config.stall_limit_s) as watchdog:
+        with StopRequest() as stop, _watchdog(config, run, stop) as watchdog:
             logger.info("%s", _in_words(run))
-            with use_attention(config.attention_backend), counting_collectives(run.decoder_engines) as counter:
+            with (
+                use_attention(config.attention_backend),
+                explaining_memory(config, run),
+                counting_collectives(run.decoder_engines) as counter,
+            ):
                 code = fit(run, [*_make_hooks(config, run, folder, watchdog, stop, counter), *more_hooks], stop)
         status = "FINISHED" if code == EXIT_OK else "KILLED"
     finally:
         folder.close(status)
     return code
+
+
+def _watchdog(config: RunConfig, run: Run, stop: StopRequest) -> Watchdog:
+    return Watchdog(
+        run.folder,
+        rank=dist.rank(),
+        limit_s=config.stall_limit_s,
+        stop_grace_s=config.distributed.timeout_s,
+        heartbeat=heartbeat.current(),
+        stop=stop,
+    )
 
 
 def _make_hooks(
@@ -164,15 +198,15 @@ def _in_words(run: Run) -> str:
 
 
 def _as_rank(argv: Sequence[str]) -> int:
-    """`main` for external launchers: report an ArcError as a message and an exit code, without a traceback."""
-    if dist.under_launcher():
-        die_with_parent()
+    """`main` for external launchers: report an error as a message and an exit code."""
     try:
         return main(argv)
-    except ArcError as error:
-        logger.error("%s", error)
-        return exit_code_of(error)
+    except BaseException as error:
+        code, message = report(error)
+        logger.error("%s", message)
+        return code
 
 
 if __name__ == "__main__":
-    sys.exit(_as_rank(sys.argv[1:]))
+    code = _as_rank(sys.argv[1:])
+    sys.exit(code) if code in (EXIT_OK, EXIT_PREEMPTED) else exit_at_once(code)

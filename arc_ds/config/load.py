@@ -28,6 +28,7 @@ _OF_HOSTS = (
     "run_dir",
     "device",
     "stall_limit_s",
+    "distributed.*",
     "deepspeed",
     "encoder.backbone",
     "encoder.tokenizer",
@@ -66,6 +67,7 @@ _LATER: Mapping[str, Scalar] = {
     "encoder.lora": None,
     "bridge.shared": False,
     "decoders.*.train": True,
+    "optimizer.skip_spikes": None,
 }
 
 

@@ -296,6 +296,22 @@ class DataConfig:
         return self.validation or ()
 
 
+TimesMedian = Annotated[float, Range(above=1, cure="For example 5.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipSpikesConfig:
+    """Skip the update of a step whose loss or gradient norm is far above the median of earlier steps."""
+
+    loss: TimesMedian = 2.0
+    """A loss above this many times the median is a spike."""
+    gradient_norm: TimesMedian = 5.0
+    """A gradient norm (before clipping) above this many times the median is a spike."""
+    window: Annotated[int, Range(at_least=2)] = 100
+    """Number of latest steps, for each set of decoders, that the medians are taken over. Nothing is skipped before half
+    of them are done."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its schedule. Learning rates change per step; each group has its own peak."""
@@ -323,7 +339,21 @@ class OptimizerConfig:
     max_grad_norm: NonNegativeFloat = 1.0
     """Maximum global gradient norm; larger gradients are clipped to it. 0: no clipping."""
     max_skipped_steps: Count = 10
-    """A step with a non-finite loss or gradient is skipped. More than this many in a row stop the run."""
+    """A step with a non-finite loss or gradient, or with a spike (`skip_spikes`), is skipped. More than this many in a
+    row stop the run (exit code 7)."""
+    skip_spikes: SkipSpikesConfig | None = None
+    """Skip steps with a spike of the loss or of the gradient norm; `{}` takes the default factors. None: only steps
+    that are not finite are skipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """The ranks of a run."""
+
+    timeout_s: PositiveFloat = 300.0
+    """Seconds for the ranks to find each other, and seconds of silence after which a rank counts as lost and all others
+    end (exit code 4). A rank that computes, reads or waits for data is not silent: each sends a sign of life every
+    second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,7 +430,8 @@ class RunConfig:
     log_every: Positive = 10
     """Steps between progress lines. Metrics are kept for every step."""
     stall_limit_s: PositiveFloat = 1800.0
-    """Seconds without a finished step after which every rank's stacks are written to the run's folder."""
+    """Seconds without a finished step, or a batch of a validation, after which every rank writes its stacks to the
+    run's folder and the run ends (exit code 5)."""
     decoder_schedule: Literal["sample", "alternate", "same_batch"] = "sample"
     """With several decoders. sample: each step's decoder is drawn from (seed, step). alternate: they take turns.
     same_batch: every step trains for all of them on the same samples."""
@@ -424,6 +455,8 @@ class RunConfig:
     """The loss."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    distributed: DistributedConfig = DistributedConfig()
+    """The ranks."""
     validation: ValidationConfig = ValidationConfig()
     """Validation."""
     tracking: TrackingConfig = TrackingConfig()

@@ -26,6 +26,19 @@ EXIT_DISK_FULL = 8
 # EX_TEMPFAIL of sysexits.h, "try again later". It is not 128 + n, the code of a process killed by a signal.
 EXIT_PREEMPTED = 75
 
+CAUSES = {
+    EXIT_OK: "complete",
+    EXIT_FAILED: "failed",
+    EXIT_USER_ERROR: "a user's mistake",
+    EXIT_DATA: "bad or missing data",
+    EXIT_LOST_RANK: "a rank or host was lost",
+    EXIT_STALLED: "stalled",
+    EXIT_OUT_OF_MEMORY: "out of memory",
+    EXIT_NON_FINITE: "not finite",
+    EXIT_DISK_FULL: "disk full",
+    EXIT_PREEMPTED: "stopped on request",
+}
+
 # The first class that fits decides, so subclasses come before their bases.
 _CODES: tuple[tuple[type[ArcError], int], ...] = (
     (DiskFullError, EXIT_DISK_FULL),

@@ -6,12 +6,14 @@ its handler, it would wait in a collective for ranks that are still training, an
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Signals that a rank holds until training begins. Ctrl-C ends a rank that trains.
-HELD_SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
+# Ctrl-C is a stop like the others: the terminal sends it to DeepSpeed's and torch's launchers and to their ranks.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
@@ -22,17 +24,26 @@ class StopRequest:
     block (`hold_stop_signals`). Before the block `stoppable` ends the rank at a signal, and a signal that arrives while
     the run closes does not interrupt that. Ranks exchange their received signals
     together with the label counts of a step (`step.train_step`).
+
+    Python runs a handler in the main thread, between two of its own instructions. A main thread that is blocked in a
+    collective never runs it. So a second thread hears of the signal too (`unanswered_since`).
     """
 
     def __init__(self) -> None:
         self._is_set = False
+        self._since: float | None = None
+        self._is_answered = False
+        self._wakeup: tuple[int, int] | None = None
         self._former: dict[signal.Signals, Any] = {}
         self._former_mask: set[signal.Signals] = set()
 
     def __enter__(self) -> StopRequest:
+        self._wakeup = read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        self._former_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(read_end,), daemon=True, name="stop-request").start()
         for number in STOP_SIGNALS:
             self._former[number] = signal.signal(number, self.set)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
         self._former_mask = set(signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))  # type: ignore[arg-type]
         return self
 
@@ -44,6 +55,24 @@ class StopRequest:
             if number not in self._former_mask:
                 signal.signal(number, handler)
         self._former.clear()
+        signal.set_wakeup_fd(self._former_wakeup)
+        assert self._wakeup is not None
+        os.close(self._wakeup[1])  # ends the thread, which closes the other end
+
+    def _hear(self, read_end: int) -> None:
+        """Note the time of the first stop signal. The kernel's handler writes each signal's number to the pipe."""
+        while numbers := os.read(read_end, 64):
+            if self._since is None and any(number in STOP_SIGNALS for number in numbers):
+                self._since = time.monotonic()
+        os.close(read_end)
+
+    def unanswered_since(self) -> float | None:
+        """Time of the first stop signal (`time.monotonic`) if the ranks have not agreed to stop. For any thread."""
+        return None if self._is_answered else self._since
+
+    def answer(self) -> None:
+        """All ranks have agreed to stop."""
+        self._is_answered = True
 
     def is_set(self) -> bool:
         """Whether this rank has received a stop signal."""
@@ -55,8 +84,8 @@ class StopRequest:
 
 
 def hold_stop_signals() -> None:
-    """Defer stop signals and Ctrl-C until a `StopRequest` opens; otherwise they could end the process anywhere.
+    """Defer stop signals until a `StopRequest` opens; otherwise they could end the process anywhere.
 
     Call it first in a rank, before other threads start: threads and child processes inherit the signal mask.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

@@ -1,13 +1,12 @@
 """Stop signals and a word every minute, before training has begun.
 
 A rank that waits for other ranks waits in C code: no signal handler of Python runs there, and torch gives up only after
-30 minutes. Nothing is to be saved yet, so a signal may end the process.
+minutes. Nothing is to be saved yet, so a signal may end the process.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 import time
@@ -15,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED
-from arc_ds.launch.rank import STATUS_FOLDER_VARIABLE, RankStatus, write_status
-from arc_ds.launch.signals import HELD_SIGNALS
+from arc_ds.launch.signals import STOP_SIGNALS
+from arc_ds.launch.status import end_now
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ _WORD_EVERY_S = 60.0
 
 @contextmanager
 def stoppable(doing: str, level: int = logging.INFO) -> Iterator[None]:
-    """A block in which a held stop signal or Ctrl-C ends this process with EXIT_PREEMPTED.
+    """A block in which a held stop signal ends this process with EXIT_PREEMPTED.
 
     doing: the block in words, logged every minute.
     level: level of that message. Rank 0 alone logs below WARNING.
@@ -44,18 +43,12 @@ def stoppable(doing: str, level: int = logging.INFO) -> Iterator[None]:
 def _watch(doing: str, level: int, is_over: threading.Event) -> None:
     started = last = time.monotonic()
     while not is_over.wait(_POLL_S):
-        pending = signal.sigpending() & set(HELD_SIGNALS)
+        pending = signal.sigpending() & set(STOP_SIGNALS)
         if pending:
             names = ", ".join(signal.Signals(number).name for number in pending)
-            _end(f"{names}: stopped before training began, while {doing}; there is nothing to save")
+            # The main thread is blocked in C code.
+            logger.warning("%s: stopped before training began, while %s; there is nothing to save", names, doing)
+            end_now(EXIT_PREEMPTED)
         if time.monotonic() - last > _WORD_EVERY_S:
             last = time.monotonic()
             logger.log(level, "still %s, for %.0f s", doing, last - started)
-
-
-def _end(message: str) -> None:
-    """End the process from this thread: the main thread is blocked in C code."""
-    logger.warning("%s", message)
-    if STATUS_FOLDER_VARIABLE in os.environ:
-        write_status(RankStatus(pid=os.getpid(), exit_code=EXIT_PREEMPTED))
-    os._exit(EXIT_PREEMPTED)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from arc_ds.errors import ArcError, TrainingError
+from arc_ds.errors import ArcError, LostRankError
 from arc_ds.system.device import backend_name
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,12 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
-def init_distributed(device: torch.device) -> None:
+def init_distributed(device: torch.device, timeout_s: float = 300.0) -> None:
     """Join the process group through DeepSpeed. A process without a launcher forms a group of one. Safe to call again.
 
-    A collective waits for 30 minutes at most. Raises TrainingError if the ranks do not find each other.
+    timeout_s: time for the ranks to find each other, and for a collective (see `limit_collectives`).
+
+    Raises LostRankError if the ranks do not find each other.
     """
     if not under_launcher():
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -100,14 +102,28 @@ def init_distributed(device: torch.device) -> None:
         # Otherwise the first start compiles a C++ extension for about 90 s, and fails without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        deepspeed.init_distributed(dist_backend=backend_name(device), timeout=timedelta(minutes=30), verbose=False)
+        deepspeed.init_distributed(
+            dist_backend=backend_name(device), timeout=timedelta(seconds=timeout_s), verbose=False
+        )
     except torch_dist.DistError as error:
-        raise TrainingError(
+        raise LostRankError(
             f"{rank_in_words()} did not find the other ranks at {meeting_point()}: "
             f"{str(error).splitlines()[0].rstrip('.')}. Give "
             f"all {world_size()} ranks the same MASTER_ADDR (the host of rank 0) and MASTER_PORT (a port that no other "
             "program uses there), and start them all."
         ) from error
+
+
+def limit_collectives(timeout_s: float) -> None:
+    """Set the time limit of collectives in all process groups that exist now.
+
+    By default a group of NCCL, also one that DeepSpeed made, aborts the process after 10 minutes without a message. The
+    heartbeat and the watchdog find the cause of a hang, so this limit must be longer than theirs.
+    """
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def close_distributed() -> None:

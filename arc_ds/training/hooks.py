@@ -16,7 +16,7 @@ from tqdm import tqdm
 from arc_ds.config.schema import EncoderConfig
 from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.planning.flops import count_flops
-from arc_ds.system import dist
+from arc_ds.system import activity, dist
 from arc_ds.system.device import GIB, peak_memory_bytes
 from arc_ds.training.collectives import ENCODER, Collective, CollectiveCounter, Count, sent_bytes
 from arc_ds.training.memory import engine_memory, leaked_parameters
@@ -198,6 +198,7 @@ class MetricsHook(Hook):
             "speed/data_wait_s": totals.waited_s / totals.num_steps,
             **{f"speed/{work}_share": paused_s[work] / (elapsed + sum(paused_s.values())) for work in paused_s},
             "train/skipped_steps": float(run.skipped_steps),
+            **({} if run.spikes is None else {"train/spikes": float(run.spikes.num_skipped)}),
         }
 
     def _report(self, run: Run, metrics: dict[str, float], step_s: float) -> None:
@@ -251,12 +252,15 @@ class ValidationHook(Hook):
             return
         with run.pause(VALIDATION):  # flushes earlier steps, so step numbers in the log never decrease
             started = time.perf_counter()
+            activity.note("starting", phase="validation")
             try:
                 scores = self._scores(run, run.validator)
             except ValidationStopped:
                 logger.info("step %d: validation aborted; the next start of the run catches up on it", run.step)
                 run.is_stopping = True
                 return
+            finally:
+                activity.note("after validation", phase="")
             # A forward pass keeps up to `stage3_max_reuse_distance` parameters gathered for a backward pass.
             for engine in (run.engine, *run.decoder_engines.values()):
                 engine.empty_partition_cache()
@@ -306,6 +310,7 @@ class CheckpointHook(Hook):
         if self._last == run.step:
             return
         with run.pause(SAVE):
+            activity.note(activity.SAVING)
             self.save(run)
         self._last = run.step
 

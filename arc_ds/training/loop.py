@@ -9,7 +9,7 @@ from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.errors import ArcError
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.signals import StopRequest
-from arc_ds.system import dist
+from arc_ds.system import activity, dist
 from arc_ds.training.hooks import Hook
 from arc_ds.training.run import DataClock, Run
 from arc_ds.training.step import Notice, train_step
@@ -36,6 +36,7 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
                 tasks=run.data.tasks,
                 normalize=run.normalize,
                 notice=Notice(stop=stop.is_set(), failed=ahead.error is not None, num_splits=ahead.num_splits),
+                spikes=run.spikes,
             )
             run.count_step(applied=result.applied)
             for hook in hooks:
@@ -43,6 +44,8 @@ def fit(run: Run, hooks: Sequence[Hook], stop: StopRequest) -> int:
             if result.notices.ends_run or run.is_stopping:
                 break
             ahead.agree(result.notices.splits)
+    stop.answer()
+    activity.note("closing")
     for hook in hooks:
         hook.on_end(run)
     dist.raise_together(ahead.error)
@@ -94,6 +97,7 @@ class LookAhead:
             yield batch
 
     def _fetch(self) -> StepBatch | None:
+        activity.note("waiting for data")
         try:
             with self._clock.waiting():
                 return next(self._loader, None)

@@ -1,4 +1,4 @@
-"""Reports steps with a non-finite loss or gradient. The step itself skips the update on all ranks."""
+"""Reports steps with a non-finite loss or gradient, or with a spike. The step itself skips the update on all ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arc_ds.data.loading.step_batch import StepBatch
-from arc_ds.errors import TrainingError
+from arc_ds.errors import NonFiniteError
 from arc_ds.system import dist
 from arc_ds.system.files import output, write_whole
 from arc_ds.training.hooks import Hook
@@ -25,28 +25,30 @@ _NAMED_RECORDS = 8
 class NonFiniteHook(Hook):
     """Writes the records of skipped steps to a file, and ends the run after too many skipped steps in a row.
 
-    RUN/non_finite_step_NNNNNN.json lists the records that each rank read in that step.
+    RUN/non_finite_step_NNNNNN.json, or RUN/spike_step_NNNNNN.json, lists the records that each rank read in that step.
     """
 
     priority = 20
     max_skipped_steps: int
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        """Raise TrainingError on all ranks after more than `optimizer.max_skipped_steps` skipped steps in a row."""
+        """Raise NonFiniteError on all ranks after more than `optimizer.max_skipped_steps` skipped steps in a row."""
         if result.applied:
             return
         batches = dist.gather_objects(batch.record_ids)
-        path = run.folder / f"non_finite_step_{run.step:06d}.json"
+        kind, fault = ("spike", "a spike") if result.is_spike else ("non_finite", "not finite")
+        path = run.folder / f"{kind}_step_{run.step:06d}.json"
         with dist.fail_together(), output(path):
             if dist.is_main():
                 write_whole(path, json.dumps(_dump(run, result, batches), indent=1) + "\n")
-                logger.warning("step %d skipped: loss or gradient is not finite; its records are in %s", run.step, path)
+                logger.warning("step %d skipped: loss or gradient is %s; its records are in %s", run.step, fault, path)
         limit = self.max_skipped_steps
         if run.skipped_in_row > limit:
             with run.pause():
-                raise TrainingError(
-                    f"{run.skipped_in_row} steps in a row, up to step {run.step}, had a non-finite loss or gradient; "
-                    f"the limit is optimizer.max_skipped_steps = {limit}. The last batch contained {_named(batches)} "
+                raise NonFiniteError(
+                    f"{run.skipped_in_row} steps in a row, up to step {run.step}, had a non-finite loss or gradient"
+                    f"{'' if run.spikes is None else ', or a spike (optimizer.skip_spikes)'}; the limit is "
+                    f"optimizer.max_skipped_steps = {limit}. The last batch contained {_named(batches)} "
                     f"(full list in {path}). Inspect these records, lower the learning rates, or restart from an "
                     "earlier checkpoint."
                 )

@@ -20,6 +20,7 @@ from arc_ds.training.engine import PlacedDecoder
 from arc_ds.training.loss import Normalize
 from arc_ds.training.ports import SavedPorts
 from arc_ds.training.schedule import RateSchedule
+from arc_ds.training.spikes import SpikeGuard
 from arc_ds.training.validate import Validator
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ class Run:
     decoder_names: of the trained decoders, in the order of the compressor's ports.
     num_workers: processes that make this rank's batches.
     step: number of optimizer steps done, and zero-based number of the next step.
-    skipped_steps: steps without an update because the loss or a gradient was not finite.
+    skipped_steps: steps without an update because the loss or a gradient was not finite, or a spike.
     skipped_in_row: skipped steps since the last update.
+    spikes: decides which steps are spikes; None if none is.
     data_counts: records skipped, cut or changed, over all ranks (`meters.COUNTS`), as of the last report.
     clock: time that this rank waited for data.
     is_stopping: all ranks agreed, outside a step, to stop.
@@ -77,6 +79,7 @@ class Run:
     step: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0
+    spikes: SpikeGuard | None = None
     data_counts: Counter[str] = field(default_factory=Counter)
     clock: DataClock = field(default_factory=lambda: DataClock())
     is_stopping: bool = False

@@ -147,6 +147,8 @@ class RunFolder:
         run.step = state.step
         run.skipped_steps = int(state.extra.get("skipped_steps", 0))
         run.skipped_in_row = int(state.extra.get("skipped_in_row", 0))
+        if run.spikes is not None:
+            run.spikes.load_json(state.extra.get("spikes") or {})
         run.data_counts.update(state.extra.get("data_counts", {}))
         logger.info("resumed from %s at step %d", path, state.step)
         is_own = path.parent.resolve() == (run.folder / CHECKPOINTS).resolve()
@@ -200,6 +202,7 @@ def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tr
             "backbones": run.inputs.backbones,
             "skipped_steps": run.skipped_steps,
             "skipped_in_row": run.skipped_in_row,
+            "spikes": None if run.spikes is None else run.spikes.to_json(),
             "data_counts": dict(run.data_counts),
         },
     )

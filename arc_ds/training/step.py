@@ -16,9 +16,11 @@ from torch import Tensor
 
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
+from arc_ds.system import activity
 from arc_ds.system.device import start_host_copy
 from arc_ds.training.loss import Normalize, class_sums, label_tasks, label_weight, micro_batch_loss
 from arc_ds.training.schedule import RateSchedule
+from arc_ds.training.spikes import SpikeGuard
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -69,7 +71,8 @@ class StepResult:
     nll_DK: float64, NLL in nats summed over the labels of the global batch, per decoder of `decoder_idxs` and task.
     labels_DK: int64, number of labels in each of these sums.
     grad_norm: float32 scalar, gradient norm of the global batch before clipping; infinity instead of NaN.
-    applied: False if the loss or a gradient was not finite on any rank. In that case no rank updated anything.
+    applied: False if no rank updated anything: the loss or a gradient was not finite on any rank, or there was a spike.
+    is_spike: whether the step was not applied because of a spike (`spikes.py`); its loss and norm are finite then.
     learning_rates: learning rate of every parameter group that this step trained, by name.
     notices: of all ranks.
     """
@@ -80,6 +83,7 @@ class StepResult:
     labels_DK: Tensor
     grad_norm: Tensor
     applied: bool
+    is_spike: bool = False
     learning_rates: Mapping[str, float]
     notices: AllNotices
 
@@ -98,6 +102,7 @@ def train_step(
     tasks: Sequence[str],
     normalize: Normalize = "global",
     notice: Notice = NO_NOTICE,
+    spikes: SpikeGuard | None = None,
 ) -> StepResult:
     """Train on one global batch. Collective.
 
@@ -109,7 +114,9 @@ def train_step(
     decoders: all placed decoders of the run.
     tasks: names of all tasks of the run.
     notice: this rank's message to the other ranks.
+    spikes: attached to the engine; None applies every finite step.
     """
+    activity.note("label counts", step=batch.step + 1)
     rates = engine.optimizer.optimizer.prepare(schedule, batch.step, batch.decoder_idxs)
     num_classes = len(batch.decoder_idxs) * len(tasks)
     passes, labels_of_part = [], Counter[object]()
@@ -124,6 +131,7 @@ def train_step(
         # Set the boundary explicitly: the engine's own counter would be off after an interrupted step.
         engine.set_gradient_accumulation_boundary(pass_idx == len(passes) - 1)
         decoder_idx = one.micro.decoder_idx
+        activity.note("encoder", load=_load(pass_idx, passes))
         nll_L = decoders[decoder_idx](one.batch, engine(one.batch, decoder_idx))
         weight = label_weight(
             normalize,
@@ -132,17 +140,25 @@ def train_step(
             num_parts=len(labels_of_part),
             world_size=torch_dist.get_world_size(),
         )
+        activity.note("backward")
         engine.backward(micro_batch_loss(nll_L, weight), scale_wrt_gas=False)
         nll_C += class_sums(nll_L, one.class_L, num_classes)
-    engine.step()
+    activity.note("sum of the losses", load="")
     torch_dist.all_reduce(nll_C)
+    if spikes is not None:
+        spikes.prepare(batch.decoder_idxs, nll_C.sum() / labels_C.sum().clamp(min=1))
+    activity.note("optimizer step")
+    engine.step()
+    is_spike = spikes is not None and spikes.is_spike
+    grad_norm = spikes.grad_norm if spikes is not None and is_spike else engine.get_global_grad_norm()
     return StepResult(
         step=batch.step,
         decoder_idxs=batch.decoder_idxs,
         nll_DK=nll_C.view(-1, len(tasks)),
         labels_DK=labels_C.view(-1, len(tasks)),
-        grad_norm=torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=nll_C.device),
+        grad_norm=torch.as_tensor(grad_norm, dtype=torch.float32, device=nll_C.device),
         applied=engine.was_step_applied(),
+        is_spike=is_spike,
         learning_rates=rates,
         notices=read_notices(),
     )
@@ -158,6 +174,14 @@ class _Pass(NamedTuple):
     micro: MicroBatch
     batch: PackedBatch
     class_L: Tensor
+
+
+def _load(pass_idx: int, passes: Sequence[_Pass]) -> str:
+    batch = passes[pass_idx].micro.batch
+    return (
+        f"micro-batch {pass_idx + 1} of {len(passes)} with {batch.num_encoder_tokens} encoder tokens, "
+        f"{batch.num_decoder_rows} decoder rows and {batch.num_labels} labels"
+    )
 
 
 def _exchange(notice: Notice, classes: Sequence[Tensor], num_classes: int) -> tuple[Tensor, Callable[[], AllNotices]]:

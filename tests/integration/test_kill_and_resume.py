@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import time
@@ -21,8 +22,8 @@ import pytest
 
 from arc_ds.config.load import load_config
 from arc_ds.errors import ConfigError
-from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED
-from arc_ds.launch.rank import read_statuses
+from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.status import read_statuses
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.training.run_folder import lock_run_folder
 from tests.helpers.tiny_run import (
@@ -51,7 +52,7 @@ def one_rank(config: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def two_ranks(config: Path) -> tuple[Path, Path]:
-    """Two runs on two ranks: one uninterrupted, one killed."""
+    """Two runs on two ranks: one uninterrupted, one that lost a rank, started again by itself, and was stopped."""
     return _whole_and_killed(config, num_ranks=2)
 
 
@@ -75,12 +76,13 @@ def test_one_rank_killed_and_resumed_repeats_the_run_to_the_last_bit(config: Pat
     _assert_one_point_a_step(killed)
 
 
-def test_two_ranks_killed_and_stopped_repeat_the_run_to_the_last_bit(
+def test_two_ranks_of_which_one_is_lost_and_stopped_repeat_the_run_to_the_last_bit(
     config: Path, two_ranks: tuple[Path, Path]
 ) -> None:
-    """kill -9 and resume; SIGTERM and resume, bit-exact on two ranks and with the same data on one rank."""
+    """kill -9 of a rank and --restarts; SIGTERM and resume, bit-exact on two ranks, with the same data on one rank."""
     whole, run = two_ranks
-    stopped_at = _train_and_stop(config, run)
+    stopped_at = last_saved_step(run)
+    assert EVERY + 5 <= stopped_at == last_logged_step(run) < STEPS
     on_one_rank = config.parent / "on_one_rank"
     shutil.copytree(run, on_one_rank)
 
@@ -104,30 +106,55 @@ def _whole_and_killed(config: Path, *, num_ranks: int) -> tuple[Path, Path]:
     """An uninterrupted run and a killed one. They run concurrently because much of a start uses only one core."""
     whole, killed = (config.parent / f"{name}_{num_ranks}" for name in ("whole", "killed"))
     process = start_training(config, [f"run_dir={whole}"], num_ranks=num_ranks)
-    _train_and_kill(config, killed, num_ranks=num_ranks)
+    if num_ranks == 1:
+        _train_and_kill(config, killed)
+    else:
+        _lose_a_rank_and_stop(config, killed)
     console, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_OK, console
     assert "warning" not in console.lower(), console
     return whole, killed
 
 
-def _train_and_kill(config: Path, run: Path, *, num_ranks: int) -> None:
-    """Start a run and kill -9 all its ranks at a random step between its first and second checkpoint."""
-    step = random.Random(SEED + num_ranks).randrange(EVERY + 1, EVERY + 5)
-    print(f"kill -9 of {num_ranks} rank(s) at step {step} (seed {SEED + num_ranks})")
-    folder = config.parent / f"tmp_{run.name}"
-    folder.mkdir()
-    process = start_training(config, [f"run_dir={run}"], num_ranks=num_ranks, env={"TMPDIR": str(folder)})
-    _wait_for_step(process, run, step)
-    (statuses,) = folder.glob("arc_ds_launch_*")
-    pids = [status.pid for status in read_statuses(statuses).values()]
-    assert len(pids) == num_ranks
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+def _train_and_kill(config: Path, run: Path) -> None:
+    """Start a run on one rank and kill -9 it between its first and second checkpoint."""
+    process, pids = _train_to_a_kill(config, run)
+    os.kill(pids[0], signal.SIGKILL)
     console, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_FAILED and "were killed" in console, console
+    assert process.returncode == EXIT_LOST_RANK and "were killed" in console, console
     assert _processes_of(run) == [], "a process of the run is still running"
     assert last_saved_step(run) == EVERY < last_logged_step(run), "the kill was not between two checkpoints"
+
+
+def _lose_a_rank_and_stop(config: Path, run: Path) -> None:
+    """Start a run on two ranks with one restart, kill -9 one of them, and stop the run by SIGTERM after the restart."""
+    process, pids = _train_to_a_kill(config, run, "--restarts=1", "distributed.timeout_s=60", num_ranks=2)
+    assert last_saved_step(run) == EVERY < last_logged_step(run), "the kill was not between two checkpoints"
+    logged = last_logged_step(run)
+    os.kill(pids[1], signal.SIGKILL)
+    _wait_for_step(process, run, EVERY + 5, beyond=logged)
+    process.send_signal(signal.SIGTERM)
+    console, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_PREEMPTED and f"at step {EVERY}" in console, console
+    lost = [line for line in console.splitlines() if "lost rank" in line]
+    assert len(lost) == 1 and f"lost rank 1 on {socket.gethostname()} at step" in lost[0], console
+    assert "ended with code 4 (a rank or host was lost); restart 1 of 1" in console, console
+
+
+def _train_to_a_kill(
+    config: Path, run: Path, *options: str, num_ranks: int = 1
+) -> tuple[subprocess.Popen[str], list[int]]:
+    """Start a run; return at a random step between its first and second checkpoint with the ranks' process numbers."""
+    step = random.Random(SEED + num_ranks).randrange(EVERY + 1, EVERY + 5)
+    print(f"kill -9 with {num_ranks} rank(s) at step {step} (seed {SEED + num_ranks})")
+    folder = config.parent / f"tmp_{run.name}"
+    folder.mkdir()
+    process = start_training(config, [f"run_dir={run}", *options], num_ranks=num_ranks, env={"TMPDIR": str(folder)})
+    _wait_for_step(process, run, step)
+    (statuses,) = folder.glob("arc_ds_launch_*")
+    pids = [status.pid for _, status in sorted(read_statuses(statuses).items())]
+    assert len(pids) == num_ranks
+    return process, pids
 
 
 def _processes_of(run: Path) -> list[str]:
@@ -142,17 +169,6 @@ def _processes_of(run: Path) -> list[str]:
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.1)
-
-
-def _train_and_stop(config: Path, run: Path) -> int:
-    """Resume a run on two ranks and stop it by SIGTERM; return the saved step."""
-    process = start_training(config, [f"run_dir={run}"], num_ranks=2)
-    _wait_for_step(process, run, EVERY + 5, beyond=last_logged_step(run))
-    process.send_signal(signal.SIGTERM)
-    console, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_PREEMPTED and f"at step {EVERY}" in console, console
-    assert EVERY + 5 <= last_saved_step(run) == last_logged_step(run) < STEPS
-    return last_saved_step(run)
 
 
 def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int, *, beyond: int = 0) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.config.load import load_config
-from arc_ds.errors import TrainingError
+from arc_ds.errors import NonFiniteError
 from arc_ds.system import dist
 from arc_ds.train import train
 from arc_ds.training.build import build_run
@@ -66,7 +66,7 @@ def _train(config: str, overrides: tuple[str, ...], spoilt_steps: tuple[int, ...
         train(loaded, run)
         again = build_run(loaded, torch.device("cpu"))
         RunFolder(loaded, again).close("FINISHED")
-    except TrainingError as caught:
+    except NonFiniteError as caught:
         error = str(caught)
     ids = {step: run.data[step].record_ids for step in spoilt_steps}
     return Outcome(error, (run.skipped_steps, None if again is None else again.skipped_steps), ids)

@@ -7,10 +7,14 @@ import json
 
 import pytest
 
+from arc_ds.commands.train import _parser
 from arc_ds.errors import ArcError, ConfigError
-from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED
-from arc_ds.launch.rank import RankStatus
-from arc_ds.launch.wrapper import _command, _environment, _parser, _result, choose_num_procs
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.order import Place
+from arc_ds.launch.status import RankStatus
+from arc_ds.launch.wrapper import _command, _environment, _result, choose_num_procs
+
+_ALONE = Place((2,), 0, "127.0.0.1", 29500)
 
 
 def _statuses(*codes: int | None, message: str | None = None) -> dict[int, RankStatus]:
@@ -25,31 +29,34 @@ def _statuses(*codes: int | None, message: str | None = None) -> dict[int, RankS
         ((0, 75), EXIT_PREEMPTED),
         ((0, 3), 3),
         ((1, 2), 1),
-        ((None, 0), EXIT_FAILED),
-        ((None, None), EXIT_FAILED),
-        ((None, 75), EXIT_FAILED),
+        ((None, 0), EXIT_LOST_RANK),
+        ((None, None), EXIT_LOST_RANK),
+        ((None, 75), EXIT_LOST_RANK),
+        ((4, None), EXIT_LOST_RANK),
+        ((4, 1), EXIT_FAILED),
+        ((4, 6), 6),
         ((75, 7), 7),
     ],
 )
 def test_the_runs_exit_code_is_made_of_the_ranks(codes: tuple[int | None, ...], expected: int) -> None:
-    assert _result(_statuses(*codes), num_procs=2, launcher_code=0) == expected
+    assert _result(_statuses(*codes), ranks=range(2), launcher_code=0) == expected
 
 
 def test_a_rank_that_never_started_is_a_failure() -> None:
-    assert _result(_statuses(0), num_procs=2, launcher_code=0) == EXIT_FAILED
-    assert _result({}, num_procs=2, launcher_code=0) == EXIT_FAILED
-    assert _result({}, num_procs=2, launcher_code=4) == 4
+    assert _result(_statuses(0), ranks=range(2), launcher_code=0) == EXIT_LOST_RANK
+    assert _result({}, ranks=range(2), launcher_code=0) == EXIT_FAILED
+    assert _result({}, ranks=range(2), launcher_code=4) == 4
 
 
 def test_a_users_mistake_is_raised_once_with_the_ranks_words() -> None:
     with pytest.raises(ArcError, match=r"\Awrong key\Z"):
-        _result(_statuses(2, 2, message="wrong key"), num_procs=2, launcher_code=1)
+        _result(_statuses(2, 2, message="wrong key"), ranks=range(2), launcher_code=1)
 
 
 def test_a_failures_words_are_said_once_whichever_rank_has_them(caplog: pytest.LogCaptureFixture) -> None:
     statuses = {0: RankStatus(pid=1), 1: RankStatus(pid=2, exit_code=1, message="ten steps in a row were not finite")}
-    assert _result(statuses, num_procs=2, launcher_code=1) == 1
-    assert _result(_statuses(1, 1, message="ten steps in a row were not finite"), num_procs=2, launcher_code=1) == 1
+    assert _result(statuses, ranks=range(2), launcher_code=1) == 1
+    assert _result(_statuses(1, 1, message="ten steps in a row were not finite"), ranks=range(2), launcher_code=1) == 1
     assert caplog.messages == ["ten steps in a row were not finite"] * 2
 
 
@@ -70,13 +77,13 @@ def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def _devices(command: list[str]) -> list[object]:
     (world,) = [word.partition("=")[2] for word in command if word.startswith("--world_info=")]
-    return json.loads(base64.urlsafe_b64decode(world))["localhost"]
+    return json.loads(base64.urlsafe_b64decode(world))["host0"]
 
 
 def test_devices_that_the_user_has_chosen_stay_chosen() -> None:
-    assert _devices(_command("m", ["c.yaml"], 2, {"CUDA_VISIBLE_DEVICES": "5,3,1"})) == ["5", "3"]
-    assert _devices(_command("m", ["c.yaml"], 2, {})) == [0, 1]
-    on_cpu = _command("m", ["c.yaml", "a.b=1"], 2, {"CUDA_VISIBLE_DEVICES": "5", "DS_ACCELERATOR": "cpu"})
+    assert _devices(_command("m", ["c.yaml"], _ALONE, {"CUDA_VISIBLE_DEVICES": "5,3,1"})) == ["5", "3"]
+    assert _devices(_command("m", ["c.yaml"], _ALONE, {})) == [0, 1]
+    on_cpu = _command("m", ["c.yaml", "a.b=1"], _ALONE, {"CUDA_VISIBLE_DEVICES": "5", "DS_ACCELERATOR": "cpu"})
     assert _devices(on_cpu) == [0, 1]
     assert on_cpu[-5:] == ["--module", "arc_ds.launch.rank", "m", "c.yaml", "a.b=1"]
 

@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
+from arc_ds.launch.exit_codes import EXIT_STALLED
 from arc_ds.launch.signals import STOP_SIGNALS, StopRequest
-from arc_ds.training.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -67,13 +66,51 @@ def test_a_stop_during_the_imports_of_a_rank_does_not_kill_it(tmp_path: Path, nu
     assert ended.returncode == 7
 
 
-def test_a_stall_leaves_the_stacks_and_progress_does_not(tmp_path: Path) -> None:
-    with Watchdog(tmp_path / "stacks", rank=3, limit_s=0.25) as watchdog:
-        for _ in range(4):
+STALLED = """
+import ctypes, os, signal, sys, time
+from pathlib import Path
+from arc_ds.launch.heartbeat import beating
+from arc_ds.launch.signals import StopRequest, hold_stop_signals
+from arc_ds.system import activity
+from arc_ds.training.watchdog import Watchdog
+
+hold_stop_signals()
+limit_s, grace_s, is_signalled = float(sys.argv[1]), float(sys.argv[2]), bool(sys.argv[3:])
+activity.note("encoder layer 2", step=7)
+
+def stuck_in_c():
+    ctypes.CDLL(None).sleep(60)
+
+with beating(10.0) as heart, StopRequest() as stop:
+    limits = {"limit_s": limit_s, "stop_grace_s": grace_s}
+    with Watchdog(Path("stacks"), rank=3, heartbeat=heart, stop=stop, **limits) as watchdog:
+        for _ in range(15):
             time.sleep(0.1)
             watchdog.alive()
-        assert watchdog.path.read_text() == ""
-        time.sleep(0.4)
-    text = (tmp_path / "stacks" / "stacks_rank_00003.txt").read_text()
-    assert "Timeout" in text and "test_a_stall_leaves_the_stacks" in text
-    watchdog.alive()
+        if is_signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stuck_in_c()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("1", "300"), "no step has ended for 1 s (stall_limit_s)"),
+        (("600", "1", "signal"), "a stop was requested, but no step has ended for 1 s (distributed.timeout_s)"),
+    ],
+)
+def test_a_rank_that_is_stuck_in_c_leaves_stacks_and_ends(
+    tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    """By itself after the limit, and after a stop signal, which Python cannot handle there."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [sys.executable, "-c", STALLED, *arguments],
+        env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, timeout=60, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == EXIT_STALLED, ended.stderr
+    assert words in ended.stderr and "stacks/stacks_rank_*.txt" in ended.stderr
+    assert "step 7, encoder layer 2" in ended.stderr
+    stacks = (tmp_path / "stacks" / "stacks_rank_00003.txt").read_text()
+    assert stacks.startswith("step 7, encoder layer 2\n") and "in stuck_in_c" in stacks

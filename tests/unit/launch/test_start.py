@@ -14,7 +14,7 @@ import pytest
 
 from arc_ds.launch import start
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED
-from arc_ds.launch.rank import STATUS_FOLDER_VARIABLE, read_statuses
+from arc_ds.launch.status import STATUS_FOLDER_VARIABLE, read_statuses
 
 ROOT = Path(__file__).resolve().parents[3]
 # The first signal comes before the block, as during imports.

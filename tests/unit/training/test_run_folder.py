@@ -41,7 +41,7 @@ def test_a_checkpoint_records_what_an_export_needs_even_if_the_files_are_gone(mo
     monkeypatch.setenv("MODELS", "/gone")
     monkeypatch.setenv("SHARDS", "/gone")
     inputs = InputDigests(data="d", tokenizers={"encoder": "e"}, backbones={})
-    counts = {"step": 3, "skipped_steps": 0, "skipped_in_row": 0, "data_counts": {}}
+    counts = {"step": 3, "skipped_steps": 0, "skipped_in_row": 0, "spikes": None, "data_counts": {}}
     spec = SimpleNamespace(to_json=dict)
     decoder = TrainedFor(name="d", rope_scaling="none", implementation="transformers", chat_template="chatml")
     record = PortRecord(decoder=decoder, ids_digest="i", weights={})

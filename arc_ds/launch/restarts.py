@@ -1,0 +1,124 @@
+"""`arc-ds train --restarts N`: start a failed run again from its last whole checkpoint.
+
+A restart helps if the cause may be gone: a rank was lost, a step stalled, or the run failed for an unknown reason. It
+does not help against a user's mistake, bad data, too little memory, a diverged run or a full disk. A stop on request is
+no failure.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from arc_ds.errors import ArcError, ConfigError, LostRankError
+from arc_ds.launch.exit_codes import (
+    CAUSES,
+    EXIT_FAILED,
+    EXIT_LOST_RANK,
+    EXIT_PREEMPTED,
+    EXIT_STALLED,
+    exit_code_of,
+)
+
+logger = logging.getLogger(__name__)
+
+HELPED = (EXIT_FAILED, EXIT_LOST_RANK, EXIT_STALLED)
+_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_LONGEST_PAUSE_S = 60.0
+_PROBE_S = 15
+
+
+def with_restarts(start: Callable[[int], int], num_restarts: int) -> int:
+    """Call `start`, and again while it fails with a code of HELPED, and return its last exit code.
+
+    The pause before restart n is 2 ** (n - 1) seconds, at most a minute. After a stop signal there is no restart.
+
+    start: starts the run and waits for it; its argument is the number of the restart (0: first start).
+    num_restarts: how many times to restart at most.
+    """
+    with _stop_signals() as stops:
+        for number in range(num_restarts + 1):
+            try:
+                code = start(number)
+            except ArcError as error:
+                code = exit_code_of(error)
+                if code not in HELPED or number == num_restarts or _is_readable(stops, 0.0):
+                    raise
+                logger.error("%s", error)
+            if code not in HELPED or number == num_restarts or _is_readable(stops, 0.0):
+                break
+            pause_s = min(2.0**number, _LONGEST_PAUSE_S)
+            logger.warning(
+                "the run ended with code %d (%s); restart %d of %d in %.0f s, from its last whole checkpoint",
+                *(code, CAUSES[code], number + 1, num_restarts, pause_s),
+            )
+            if _is_readable(stops, pause_s):
+                return EXIT_PREEMPTED
+        return code
+
+
+@contextmanager
+def _stop_signals() -> Iterator[int]:
+    """A descriptor that becomes readable when this process gets a stop signal, whichever handler it has then."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    former_handlers = {number: signal.signal(number, lambda *_: None) for number in _STOPS}
+    former = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    try:
+        yield read_end
+    finally:
+        signal.set_wakeup_fd(former)
+        for number, handler in former_handlers.items():
+            signal.signal(number, handler)
+        os.close(read_end)
+        os.close(write_end)
+
+
+def _is_readable(descriptor: int, limit_s: float) -> bool:
+    return bool(select.select([descriptor], [], [], limit_s)[0])
+
+
+def choose_hosts(
+    slots: Mapping[str, int], answering: Collection[str], *, batch_size: int, micro_batches: int, min_hosts: int
+) -> dict[str, int]:
+    """The hosts for the next start: as many of those that answer, in order, as divide the batch.
+
+    slots: number of ranks of each host.
+    min_hosts: how many hosts are needed at least.
+
+    Raises LostRankError if fewer hosts answer, and ConfigError if no such number of ranks divides the batch.
+    """
+    usable = [host for host in slots if host in answering]
+    if len(usable) < min_hosts:
+        absent = ", ".join(host for host in slots if host not in answering)
+        raise LostRankError(
+            f"{len(usable)} of {len(slots)} hosts answer (not {absent}), and the run needs {min_hosts}. Repair them, "
+            "or go on with fewer hosts (--min-hosts)."
+        )
+    for number in range(len(usable), max(min_hosts, 1) - 1, -1):
+        chosen = {host: slots[host] for host in usable[:number]}
+        if batch_size % (sum(chosen.values()) * micro_batches) == 0:
+            return chosen
+    raise ConfigError(
+        f"no number of hosts from --min-hosts = {min_hosts} to {len(usable)} has ranks × micro_batches (ranks × "
+        f"{micro_batches}) that divides data.batch_size = {batch_size}. Lower --min-hosts, or change one of them."
+    )
+
+
+def answering_hosts(hosts: Sequence[str]) -> set[str]:
+    """The hosts that ssh reaches without a password within 15 s."""
+    probe = ("ssh", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_PROBE_S}")
+    probes = {host: subprocess.Popen([*probe, host, "true"], stdin=subprocess.DEVNULL) for host in hosts}
+    answered = set()
+    for host, process in probes.items():
+        try:
+            if process.wait(2 * _PROBE_S) == 0:
+                answered.add(host)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return answered

@@ -1,0 +1,101 @@
+"""Restarts after a failure: which codes, how often, and with which hosts."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from arc_ds.errors import ConfigError, DataError, LostRankError
+from arc_ds.launch import restarts
+from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.restarts import choose_hosts, with_restarts
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restarts, "_LONGEST_PAUSE_S", 0.01)
+
+
+class _Run:
+    """Starts that end with the given codes or errors, one after the other."""
+
+    def __init__(self, *ends: int | Exception) -> None:
+        self.ends = list(ends)
+        self.numbers: list[int] = []
+
+    def __call__(self, number: int) -> int:
+        self.numbers.append(number)
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+def test_a_lost_rank_a_stall_and_an_unknown_failure_are_started_again(caplog: pytest.LogCaptureFixture) -> None:
+    run = _Run(4, 5, 1, EXIT_OK)
+    assert with_restarts(run, 3) == EXIT_OK
+    assert run.numbers == [0, 1, 2, 3]
+    assert "ended with code 4 (a rank or host was lost); restart 1 of 3" in caplog.messages[0]
+    assert len(caplog.messages) == 3
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 6, 7, 8, 75])
+def test_other_ends_are_final(code: int) -> None:
+    run = _Run(code)
+    assert with_restarts(run, 3) == code and run.numbers == [0]
+
+
+def test_the_last_failure_counts_if_restarts_are_used_up() -> None:
+    assert with_restarts(_Run(4, 5, 4), 2) == 4
+    assert with_restarts(_Run(4), 0) == 4
+
+
+def test_errors_follow_the_same_rule() -> None:
+    assert with_restarts(_Run(LostRankError("gone"), EXIT_OK), 1) == EXIT_OK
+    with pytest.raises(DataError, match="torn"):
+        with_restarts(_Run(DataError("torn")), 1)
+    with pytest.raises(LostRankError, match="again"):
+        with_restarts(_Run(LostRankError("gone"), LostRankError("again")), 1)
+
+
+def test_a_run_that_fails_after_a_stop_request_is_not_started_again() -> None:
+    """Also if the run has set handlers of its own meanwhile, as the launch wrapper does."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def start(_number: int) -> int:
+        former = signal.signal(signal.SIGTERM, lambda *_: None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, former)
+        return 4
+
+    assert with_restarts(start, 3) == 4
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stop_request_in_the_pause_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes after the code is known."""
+    run = _Run(4, EXIT_OK)
+    warning = restarts.logger.warning
+
+    def warn_and_stop(*arguments: object) -> None:
+        warning(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(restarts.logger, "warning", warn_and_stop)
+    assert with_restarts(run, 3) == EXIT_PREEMPTED and run.numbers == [0]
+
+
+def test_as_many_hosts_start_as_divide_the_batch() -> None:
+    slots = {"a": 4, "b": 4, "c": 4, "d": 4}
+    batch = {"batch_size": 32, "micro_batches": 2}
+    assert choose_hosts(slots, slots, **batch, min_hosts=1) == slots
+    assert choose_hosts(slots, {"d", "c", "a"}, **batch, min_hosts=1) == {"a": 4, "c": 4}, (
+        "12 ranks × 2 do not divide 32"
+    )
+    assert choose_hosts(slots, {"b"}, **batch, min_hosts=1) == {"b": 4}
+    with pytest.raises(ConfigError, match=r"from --min-hosts = 3 to 3 .*divides data.batch_size = 32"):
+        choose_hosts(slots, {"d", "c", "a"}, **batch, min_hosts=3)
+    with pytest.raises(LostRankError, match=r"1 of 4 hosts answer \(not a, b, d\)"):
+        choose_hosts(slots, {"c"}, **batch, min_hosts=2)

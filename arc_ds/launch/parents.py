@@ -62,6 +62,8 @@ def _launchers_above(pid: int) -> Iterator[int]:
 def is_launcher(command: Sequence[str]) -> bool:
     """Whether a command line is one of DeepSpeed's or torch's: `python .../torchrun` or `python -m MODULE`."""
     for idx, word in enumerate(command[:4]):
+        if word == "-c":
+            return False
         if word == "-m":
             return command[idx + 1 : idx + 2] != [] and command[idx + 1] in _LAUNCHER_MODULES
         if not word.startswith("-") and Path(word).name in _LAUNCHERS:

@@ -12,38 +12,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
 
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED, exit_code_of
-from arc_ds.launch.wrapper import FORWARDED, Place, choose_num_procs, launch
+from arc_ds.launch.order import FORWARDED, HELLO, LOST_S, Order, Place
+from arc_ds.launch.wrapper import choose_num_procs, launch
 from arc_ds.system import dist
 
 logger = logging.getLogger(__name__)
-
-HELLO = "arc_ds.launch.remote has started"
-# Time between lines of the launching process; an empty line only says that it is alive.
-BEAT_S = 10.0
-# Silence after which it is taken for lost. It is also stopped (Ctrl-Z) if it sends nothing.
-_LOST_S = 60.0
-
-
-class Order(NamedTuple):
-    """The task of one host.
-
-    folder: working folder.
-    environment: variables that are set here.
-    module, arguments: `module.main(arguments)` runs on each rank.
-    place: place of the host in the run.
-    device_request: the config's device.
-    """
-
-    folder: str
-    environment: dict[str, str]
-    module: str
-    arguments: list[str]
-    place: Place
-    device_request: str
 
 
 def main() -> int:
@@ -89,7 +65,7 @@ def _launch(order: Order) -> int:
 def _obey(commands: int) -> None:
     """Send this process the signals that the launching process names, and SIGTERM when that one is lost."""
     rest = b""
-    while select.select([commands], [], [], _LOST_S)[0] and (text := os.read(commands, 1 << 16)):
+    while select.select([commands], [], [], LOST_S)[0] and (text := os.read(commands, 1 << 16)):
         *lines, rest = (rest + text).split(b"\n")
         for name in filter(None, lines):
             os.kill(os.getpid(), signal.Signals[name.decode()])
@@ -119,7 +95,7 @@ def _relayed_output() -> Iterator[None]:
     finally:
         for descriptor in (1, 2):  # the last writers, so that `relay` ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        thread.join(_LOST_S)
+        thread.join(LOST_S)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from types import FrameType
 
 from arc_ds.errors import ConfigError
 from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
-from arc_ds.launch.remote import BEAT_S, HELLO, Order
-from arc_ds.launch.wrapper import FORWARDED, GRACE_S, Place
+from arc_ds.launch.order import BEAT_S, FORWARDED, GRACE_S, HELLO, Order, Place
 from arc_ds.system.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
@@ -195,7 +194,7 @@ def _until_end(connections: Sequence[_Connection], asked: list[signal.Signals]) 
             if code is None:
                 continue
             codes[connection.host] = code
-            if code == EXIT_PREEMPTED and EXIT_PREEMPTED not in list(codes.values())[:-1]:
+            if code == EXIT_PREEMPTED:
                 _send(connections, codes, signal.SIGTERM)  # others may still wait for this host's ranks
             elif code != EXIT_OK and failure is None:
                 failure, deadline = code, time.monotonic() + GRACE_S

@@ -22,10 +22,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
+from arc_ds.launch.order import FORWARDED, GRACE_S, Place
 from arc_ds.launch.rank import WRAPPER_PID_VARIABLE
 from arc_ds.launch.status import STATUS_FOLDER_VARIABLE, RankStatus, read_statuses
 from arc_ds.system import dist
@@ -35,28 +36,9 @@ from arc_ds.system.processes import die_with_parent, num_cores
 
 logger = logging.getLogger(__name__)
 
-# Time for the other ranks to end after one rank failed: enough to report the same error.
-GRACE_S = 10.0
 _POLL_S = 0.1
-# SIGQUIT (Ctrl-\\) kills the ranks at once.
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT)
 # DeepSpeed's launcher overwrites this variable with its device list, so that list must contain the user's choice.
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
-
-
-class Place(NamedTuple):
-    """The place of a host in its run.
-
-    num_procs: number of ranks of each host.
-    host_idx: this host's index in it.
-    address: address of the first host.
-    port: a free port there.
-    """
-
-    num_procs: tuple[int, ...]
-    host_idx: int
-    address: str
-    port: int
 
 
 def choose_num_procs(requested: int | None, device_request: str, option: str = "--num-procs") -> int:

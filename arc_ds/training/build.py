@@ -11,11 +11,10 @@ import torch
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.checkpoints.weight_digests import weight_digests
 from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
-from arc_ds.config.load import common, differences
+from arc_ds.config.load import common, flatten_tree
 from arc_ds.config.schema import OptimizerConfig, RunConfig
 from arc_ds.data.loading.loader import StepData
 from arc_ds.data.tasks.task import NO_CHAT
-from arc_ds.errors import ConfigError
 from arc_ds.inference.weight_samples import sample_weights
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.spec import CompressorSpec
@@ -39,6 +38,7 @@ from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement
 from arc_ds.training.optim import PortAdamW, make_param_groups
 from arc_ds.training.ports import PortRecord, saved_ports, warn_of_ports
 from arc_ds.training.run import InputDigests, Run
+from arc_ds.training.same_on_ranks import check_same, software
 from arc_ds.training.schedule import RateSchedule
 from arc_ds.training.validate import Validator
 
@@ -62,7 +62,8 @@ class RunParts:
 
 def read_parts(config: RunConfig, device: torch.device) -> RunParts:
     """Open everything that the config names. Collective. If one rank finds a mistake, all ranks raise ArcError."""
-    _check_same_config(config)
+    check_same(software(), "Install the same versions and set the same variables on every host.")
+    check_same(common(config), "Start every host with the same command and config.")
     local_sizes = set(dist.gather_objects(dist.local_world_size()))
     local_world_size = local_sizes.pop() if len(local_sizes) == 1 else 1
     with dist.fail_together():
@@ -188,33 +189,15 @@ def _place(parts: RunParts, device: torch.device, dtype: torch.dtype) -> tuple[P
     return tuple(placed)
 
 
-def _check_same_config(config: RunConfig) -> None:
-    """Raise ConfigError if ranks have different configs. Collective.
-
-    Such ranks would deadlock or silently train different models. Paths may differ between hosts.
-    """
-    configs = dist.gather_objects(common(config))
-    other = next((rank for rank, theirs in enumerate(configs) if theirs != configs[0]), None)
-    if other is not None:
-        changed = differences(configs[0], configs[other])
-        raise ConfigError(
-            f"rank {other} (here) has another config than rank 0 (there): {'; '.join(changed[:8])}. Start every host "
-            "with the same command and config."
-        )
-
-
 def _check_same_files(parts: RunParts) -> None:
     """Raise ConfigError if hosts found different files at the config's paths. Collective."""
-    inputs = {
-        "deepspeed": parts.ds_config,
-        "backbones": parts.inputs.backbones,
-        "tokenizers": parts.inputs.tokenizers,
+    digests = {
+        **{f"deepspeed.{key}": value for key, value in flatten_tree(parts.ds_config).items()},
+        **{f"weights of {key}": digest for key, digest in parts.inputs.backbones.items()},
+        **{f"tokenizer of {key}": digest for key, digest in parts.inputs.tokenizers.items()},
         "shards": parts.inputs.data,
         # Not part of the fingerprint, but they determine how samples are distributed to ranks.
         "passage counts in the shards' manifests": [s.shards.manifest.passage_tokens for s in parts.data.sources],
-        "held-out shards": None if parts.validator is None else parts.validator.fingerprint,
+        "held-out shards": "none" if parts.validator is None else parts.validator.fingerprint,
     }
-    by_rank = dist.gather_objects(inputs)
-    different = [name for name, value in by_rank[0].items() if any(theirs[name] != value for theirs in by_rank)]
-    if different:
-        raise ConfigError(f"ranks found different {', '.join(different)}. Provide the same files on every host.")
+    check_same(digests, "Provide the same files on every host.")

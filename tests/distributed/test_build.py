@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -40,17 +43,29 @@ def test_a_host_that_was_told_something_else_stops_all(config: Path, override: s
     assert first == second and f"{override.partition('=')[0]}: " in first and "Start every host with the same" in first
 
 
+def _read_with(path: str, setting_of_rank: Sequence[str]) -> str:
+    with mock.patch.dict(os.environ, NCCL_ALGO=setting_of_rank[dist.rank()]):
+        return _read(path, [[], []])
+
+
+def test_a_host_with_another_setting_of_collectives_stops_all(config: Path) -> None:
+    first, second = run_on_ranks(_read_with, str(config), ["Ring", "Tree"])
+    assert first == second
+    host = socket.gethostname()
+    assert f"NCCL_ALGO: Tree on rank 1 ({host}), but Ring on rank 0 ({host})" in first
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("decoders.0.backbone={}/copy", "backbones"),
+        ("decoders.0.backbone={}/copy", "weights of decoders.0.backbone"),
         ("data.sources.0.path={}/held_out", "shards"),
         ("data.validation={}/train", "held-out shards"),
         ("data.validation=null", "held-out shards"),
     ],
 )
 def test_a_host_that_found_other_files_stops_all(config: Path, override: str, named: str) -> None:
-    copy = config.parent / "copy"
+    copy, host = config.parent / "copy", socket.gethostname()
     if not copy.exists():
         shutil.copytree(config.parent / "wide", copy)
         weights = copy / "model.safetensors"
@@ -58,7 +73,8 @@ def test_a_host_that_found_other_files_stops_all(config: Path, override: str, na
     first, second = run_on_ranks(
         _read, str(config), [["validation.every=0"], ["validation.every=0", override.format(config.parent)]]
     )
-    assert first == second == f"ranks found different {named}. Provide the same files on every host."
+    assert first == second and first.startswith(f"the ranks do not agree. {named}: ")
+    assert f"on rank 1 ({host}), but" in first and f"on rank 0 ({host}). Provide the same files" in first
 
 
 def test_a_host_whose_manifests_count_other_passages_stops_all(config: Path) -> None:
@@ -72,4 +88,4 @@ def test_a_host_whose_manifests_count_other_passages_stops_all(config: Path) -> 
     manifest.write_text(json.dumps(spec))
     first, second = run_on_ranks(_read, str(config), [[], [f"data.sources.0.path={counted}"]])
     assert first == second and "passage counts in the shards' manifests" in first
-    assert "different shards" not in first
+    assert "shards: " not in first

@@ -98,6 +98,7 @@ def test_ctrl_c_reaches_the_ranks_of_all_hosts(start: Start, ssh_hosts: tuple[Ho
     assert process.returncode == EXIT_PREEMPTED, console
     assert sorted(path.name for path in tmp_path.glob("saved_*")) == ["saved_0", "saved_1"]
     assert f"{ssh_hosts[1].name}: rank 1 saves" in console.splitlines()
+    assert "failed" not in console
     assert not _running(ssh_hosts)
 
 

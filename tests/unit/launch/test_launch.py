@@ -10,8 +10,9 @@ import pytest
 from arc_ds.commands.train import _parser, main
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.order import Place
 from arc_ds.launch.status import RankStatus
-from arc_ds.launch.wrapper import Place, _command, _environment, _result, choose_num_procs
+from arc_ds.launch.wrapper import _command, _environment, _result, choose_num_procs
 
 _ALONE = Place((2,), 0, "127.0.0.1", 29500)
 

@@ -34,6 +34,12 @@ def main(argv: Sequence[str]) -> int:
 
         return print_keys([word for word in argv if word != "--keys"])
     arguments = _parser().parse_intermixed_args(list(argv))
+    if arguments.restarts < 0:
+        raise ConfigError(f"--restarts is {arguments.restarts}, expected at least 0")
+    if arguments.min_hosts is not None and not arguments.hostfile:
+        raise ConfigError("--min-hosts needs --hostfile, which lists the hosts")
+    if arguments.min_hosts is not None and arguments.min_hosts < 1:
+        raise ConfigError(f"--min-hosts is {arguments.min_hosts}, expected at least 1")
     require("deepspeed")
     from arc_ds.config.load import load_config
     from arc_ds.config.validate import check_paths
@@ -42,8 +48,6 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(arguments.config, arguments.overrides)
     check_tasks(config)
     check_paths(config)
-    if arguments.min_hosts is not None and not arguments.hostfile:
-        raise ConfigError("--min-hosts needs --hostfile, which lists the hosts")
 
     def start(restart: int) -> int:
         words = [arguments.config, *arguments.overrides]

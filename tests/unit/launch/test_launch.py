@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from arc_ds.commands.train import _parser
+from arc_ds.commands.train import _parser, main
 from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.order import Place
@@ -100,3 +100,19 @@ def test_threads_that_the_user_has_set_stay_set(monkeypatch: pytest.MonkeyPatch)
 def test_options_may_stand_between_overrides() -> None:
     arguments = _parser().parse_intermixed_args(["c.yaml", "a.b=1", "--num-procs", "2", "c=-1"])
     assert (arguments.config, arguments.overrides, arguments.num_procs) == ("c.yaml", ["a.b=1", "c=-1"], 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--restarts=-1"], "--restarts is -1, expected at least 0"),
+        (["--min-hosts=2"], "--min-hosts needs --hostfile"),
+        (["--min-hosts=0", "--hostfile=hosts"], "--min-hosts is 0, expected at least 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_starts(
+    options: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match=words):
+        main(["run.yaml", *options])

@@ -122,7 +122,13 @@ def _make_hooks(config: RunConfig, run: Run, folder: RunFolder, watchdog: Watchd
             peak_flops=peak_bf16_flops(run.device) if config.precision == "bf16" else None,
         ),
         NonFiniteHook(max_skipped_steps=config.optimizer.max_skipped_steps),
-        CheckpointHook(save=folder.save, every=config.checkpoint.every),
+        CheckpointHook(
+            save=folder.save,
+            finish=folder.finish,
+            has_failed=lambda: folder.has_failed_save,
+            request_stop=stop.set,
+            every=config.checkpoint.every,
+        ),
         ValidationHook(
             log=folder.log,
             every=config.validation.every,

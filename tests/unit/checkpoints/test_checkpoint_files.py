@@ -22,14 +22,15 @@ from arc_ds.checkpoints.checkpoint import (
     load_checkpoint,
     prune_checkpoints,
     read_trainer_state,
-    save_checkpoint,
     step_of,
 )
-from arc_ds.checkpoints.manifest import Manifest, read_manifest, write_manifest
-from arc_ds.checkpoints.reshard import cut_anew
+from arc_ds.checkpoints.manifest import read_manifest
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
+from arc_ds.checkpoints.shards import MASTER, SavedParameter
+from arc_ds.checkpoints.writer import save_checkpoint
 from arc_ds.errors import CheckpointError, StorageError
 from tests.helpers.full_disk import limited_file_size
+from tests.helpers.light_engine import light_engine
 from tests.helpers.zero_checkpoint import seal
 
 
@@ -136,32 +137,34 @@ def test_random_states_of_another_program_are_refused() -> None:
         restore_rng({"python": [3, [1, 2], None]})
 
 
-@given(numel=st.integers(1, 60), before=st.integers(1, 9), after=st.integers(1, 9))
-def test_pieces_cut_anew_hold_every_element_once(numel: int, before: int, after: int) -> None:
+@given(numel=st.integers(1, 60), before=st.integers(1, 9), after=st.integers(1, 9), offset=st.integers(0, 3))
+def test_pieces_cut_anew_hold_every_element_once(numel: int, before: int, after: int, offset: int) -> None:
     def deal(ranks: int) -> list[torch.Tensor]:
         size = -(-numel // ranks)
-        padded = torch.zeros(size * ranks, dtype=torch.int64)
+        padded = torch.zeros(size * ranks)
         padded[:numel] = torch.arange(1, numel + 1)
         return list(padded.chunk(ranks))
 
-    pieces = deal(before)
-    found = [cut_anew(pieces, numel, rank=rank, world_size=after) for rank in range(after)]
+    flats = [_InMemory(torch.cat([torch.full([offset], -1.0), piece])) for piece in deal(before)]
+    saved = SavedParameter(shape=(numel,), flats={MASTER: flats}, offset=offset)  # type: ignore[dict-item]
+    found = [saved.piece(MASTER, rank=rank, world_size=after) for rank in range(after)]
     assert all(torch.equal(left, right) for left, right in zip(found, deal(after), strict=True))
 
 
-class _Engine:
-    """Writes what DeepSpeed writes, as DeepSpeed does."""
+class _InMemory:
+    """A flat tensor that stands for one in a file."""
 
-    def save_checkpoint(self, directory: str, tag: str, **_: object) -> None:
-        folder = Path(directory) / tag
-        folder.mkdir()
-        torch.save(torch.zeros(5000), folder / "weights.pt")
+    def __init__(self, flat: torch.Tensor) -> None:
+        self.flat = flat
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.flat[start:stop]
 
 
 def test_a_full_disk_names_the_checkpoint_that_is_whole_and_the_next_save_succeeds(tmp_path: Path) -> None:
     def save(step: int) -> Path:
         state = TrainerState(step=step, data_position=0, data_fingerprint="", config_hash="")
-        return save_checkpoint(_Engine(), tmp_path / "checkpoints", state, keep_last=2, keep_every=0)
+        return save_checkpoint(light_engine(), tmp_path / "checkpoints", state, keep_last=2, keep_every=0)
 
     with limited_file_size(2000), pytest.raises(StorageError, match=r"step_000003 cannot .*has no checkpoint yet"):
         save(3)
@@ -171,14 +174,15 @@ def test_a_full_disk_names_the_checkpoint_that_is_whole_and_the_next_save_succee
     assert check_checkpoint(save(9)) == [] and not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_a_checkpoint_that_its_run_removes_while_another_run_starts_from_it_is_one_error(tmp_path: Path) -> None:
+def test_a_checkpoint_that_its_run_removes_while_another_run_starts_from_it_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = _make(tmp_path, 3)
 
-    class Engine:
-        def load_checkpoint(self, directory: str, tag: str) -> None:
-            shutil.rmtree(Path(directory) / tag)
-            raise FileNotFoundError(2, "of DeepSpeed", "mp_rank_00_model_states.pt")
+    def vanish(path: Path, world_size: int) -> None:
+        shutil.rmtree(path)
+        raise FileNotFoundError(2, "no such file", "shard_00000.safetensors")
 
-    write_manifest(folder, Manifest(step=3, world_size=1, files=()))
+    monkeypatch.setattr("arc_ds.checkpoints.checkpoint.open_shards", vanish)
     with pytest.raises(CheckpointRemoved, match=r"step_000003 was removed while it was read"):
-        load_checkpoint(Engine(), folder)
+        load_checkpoint(light_engine(), folder)

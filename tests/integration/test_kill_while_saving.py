@@ -99,16 +99,20 @@ def _forked(function: Callable[..., None], *arguments: Any) -> int:
     return pid
 
 
+def _latest(directory: Path) -> int:
+    path = directory / LATEST_NAME
+    return int(path.read_text().strip().removeprefix("step_")) if path.exists() else 0
+
+
 def _kill_at_random(directory: Path, kills: int) -> dict[str, int]:
     engine, chance = _engine(), random.Random(SEED)
     newest, torn, inside = 0, 0, 0
     for _ in range(kills):
         pid = _forked(_save_for_ever, engine, directory, newest + 1, lambda step: None)
-        latest = directory / LATEST_NAME
-        while not latest.exists() or latest.read_text() == f"step_{newest:06d}\n":
+        while _latest(directory) <= newest:
             time.sleep(0.001)  # until the process has saved once
         time.sleep(chance.uniform(0.0, 0.1))
-        known = int(latest.read_text().strip().removeprefix("step_"))
+        known = _latest(directory)
         os.kill(pid, signal.SIGKILL)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the process failed before it was killed"
         inside += bool(list(directory.glob(".tmp-*")) or list(directory.glob(".trash-*")))

@@ -66,7 +66,7 @@ class CheckpointRemoved(CheckpointError):
 def reading(path: Path) -> Iterator[None]:
     """A block that reads a checkpoint that its run may remove.
 
-    Checkpoints are verified first and read later, by libraries that raise their own errors. If the checkpoint no longer
+    Checkpoints are verified first and read later. If the checkpoint no longer
     exists after an error, this raises CheckpointRemoved.
     """
     try:

@@ -328,13 +328,13 @@ def test_another_world_size_keeps_every_bit_of_weights_and_optimizer(tmp_path: P
 
 
 class _Exploit:
-    """An object whose pickle creates a file when it is loaded."""
+    """An object whose pickle makes a folder when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
+        return os.mkdir, (str(self.path),)
 
 
 def _save_as_deepspeed(directory: Path) -> list[float]:
@@ -359,7 +359,7 @@ def _save_as_deepspeed(directory: Path) -> list[float]:
             torch.save(content, path)
             torch.load(path, weights_only=False)
             assert (directory / "ran").exists(), "the pickle would not run anything"
-            (directory / "ran").unlink()
+            (directory / "ran").rmdir()
         seal(folder, step=4, world_size=dist.get_world_size())
     dist.barrier()
     return [*_draw(), *_train(engine, 4, 7)]

@@ -104,11 +104,11 @@ class CheckpointWriter:
             state = replace(state, tensors={name: self._buffers[name] for name in state.tensors})
         rng = json.dumps(capture_rng())
 
-        def write() -> list[FileEntry]:
+        def write() -> None:
             if wait_for_copies is not None:
                 wait_for_copies()
             with written():
-                return _write_part(temporary, state, trainer_state, rng, kept or {})
+                _leave_part(temporary, _write_part(temporary, state, trainer_state, rng, kept or {}))
 
         def publish(parts: list[list[FileEntry]]) -> None:
             files = tuple(sorted((entry for part in parts for entry in part), key=lambda entry: entry.path))
@@ -150,7 +150,7 @@ class CheckpointWriter:
 class _Save:
     """A save in flight on this rank.
 
-    write: writes this rank's part and returns its files.
+    write: writes this rank's files and leaves their entries as its part.
     publish: makes the checkpoint of the parts of all ranks; called on rank 0.
     own_part: set when this rank's part is written or has failed.
     abort: set it to end the wait for other ranks' parts.
@@ -159,29 +159,28 @@ class _Save:
     def __init__(
         self,
         temporary: Path,
-        write: Callable[[], list[FileEntry]],
+        write: Callable[[], None],
         publish: Callable[[list[list[FileEntry]]], None],
     ) -> None:
         self.temporary = temporary
         self.error: Exception | None = None
         self.own_part, self.abort = threading.Event(), threading.Event()
         self._write, self._publish = write, publish
-        self._rank, self._world_size = dist.rank(), dist.world_size()
+        self._world_size = dist.world_size()
         self.thread = threading.Thread(target=self._run, daemon=True, name="checkpoint")
         self.thread.start()
 
     def _run(self) -> None:
         try:
-            part = self._write()
-            _leave_part(self.temporary, self._rank, part)
+            self._write()
         except Exception as error:
             self.error = error
-            _remove_own_files(self.temporary, self._rank)
+            _remove_own_files(self.temporary)
             with suppress(OSError):  # then rank 0 waits until `finish`
-                _leave_part(self.temporary, self._rank, None)
+                _leave_part(self.temporary, None)
         finally:
             self.own_part.set()
-        if self._rank == 0:
+        if dist.is_main():
             try:
                 self._publish_when_whole()
             except Exception as error:
@@ -263,14 +262,14 @@ def _part_path(folder: Path, rank: int) -> Path:
     return folder / f"part_{rank:05d}.json"
 
 
-def _leave_part(folder: Path, rank: int, files: list[FileEntry] | None) -> None:
-    """Leave the entries of a rank's files for rank 0; None if it could not write them."""
-    write_whole(_part_path(folder, rank), json.dumps(files and [asdict(entry) for entry in files]))
+def _leave_part(folder: Path, files: list[FileEntry] | None) -> None:
+    """Leave the entries of this rank's files for rank 0; None if it could not write them."""
+    write_whole(_part_path(folder, dist.rank()), json.dumps(files and [asdict(entry) for entry in files]))
 
 
-def _remove_own_files(folder: Path, rank: int) -> None:
+def _remove_own_files(folder: Path) -> None:
     with suppress(OSError):
-        for path in folder.glob(f"*_{rank:05d}.*"):
+        for path in folder.glob(f"*_{dist.rank():05d}.*"):
             path.unlink()
 
 

@@ -115,6 +115,7 @@ class CheckpointWriter:
             with written():
                 _publish(temporary, final, Manifest(step=trainer_state.step, world_size=len(parts), files=files))
                 self._prune()
+            logger.info("saved %s", final)
 
         self._save = _Save(temporary, write, publish)
         if not self._asynchronous:

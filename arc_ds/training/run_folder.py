@@ -188,7 +188,7 @@ class RunFolder:
         with self._counted():
             self._writer.finish()
         with self._counted():
-            logger.info("saving %s", self._writer.save(run.engine, state, run.ports.kept))
+            self._writer.save(run.engine, state, run.ports.kept)
         metrics = {"checkpoint/wait_s": time.perf_counter() - started}
         self.log(run.step, metrics | {"checkpoint/failed_saves": float(self._failed_saves)})
 
@@ -209,7 +209,11 @@ class RunFolder:
             if self._config.checkpoint.on_error == "stop":
                 raise
             if dist.is_main():
-                logger.warning("%s The run goes on (checkpoint.on_error: continue).", error)
+                logger.warning(
+                    "%s The run goes on (checkpoint.on_error: continue). The next save succeeds if the cause is gone by "
+                    "then.",
+                    error,
+                )
 
     def close(self, status: str) -> None:
         """Wait for the save in flight, and send the remaining metrics to the tracker.

@@ -210,8 +210,7 @@ class RunFolder:
                 raise
             if dist.is_main():
                 logger.warning(
-                    "%s The run goes on (checkpoint.on_error: continue). The next save succeeds if the cause is gone by "
-                    "then.",
+                    "%s The run goes on (checkpoint.on_error: continue). The next save succeeds if the cause is gone.",
                     error,
                 )
 

@@ -47,8 +47,8 @@ from arc_ds.training.collectives import CollectiveCounter, counting_collectives
 from arc_ds.training.frozen_guard import FrozenGuard
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
 from arc_ds.training.loop import fit
-from arc_ds.training.out_of_memory import explaining_memory
 from arc_ds.training.non_finite import NonFiniteHook
+from arc_ds.training.out_of_memory import explaining_memory
 from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder, check_run_folder, lock_run_folder
 from arc_ds.training.spikes import SpikeGuard
@@ -167,7 +167,13 @@ def _make_hooks(
         ),
         NonFiniteHook(max_skipped_steps=config.optimizer.max_skipped_steps),
         FrozenGuard(),
-        CheckpointHook(save=folder.save, every=config.checkpoint.every),
+        CheckpointHook(
+            save=folder.save,
+            finish=folder.finish,
+            has_failed=lambda: folder.has_failed_save,
+            request_stop=stop.set,
+            every=config.checkpoint.every,
+        ),
         ValidationHook(
             log=folder.log,
             every=config.validation.every,

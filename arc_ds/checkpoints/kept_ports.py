@@ -1,6 +1,6 @@
 """The ports that a run keeps unchanged, in its checkpoints.
 
-DeepSpeed's shards hold the ports that the run trains, numbered from 0. `trainer.json` lists for each of them its place
+The shards hold the ports that the run trains, numbered from 0. `trainer.json` lists for each of them its place
 among all ports (`port_places`). `kept_ports.safetensors` holds the others, by their final names.
 """
 

@@ -1,8 +1,7 @@
 """The manifest of a checkpoint: name, size and checksum of every file in its folder.
 
 A checkpoint is *whole* if its manifest can be read and matches its own digest, and every listed file has the recorded
-size and checksum. DeepSpeed's pickles are loaded from whole checkpoints only. Without this check, a flipped byte in a
-shard would be loaded silently.
+size and checksum. Without this check, a flipped byte in a shard would be loaded silently.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def read_torch_file(path: Path) -> Any:
             (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             root = pickled.removesuffix("data.pkl")
             if archive.read(f"{root}byteorder") != b"little":
-                raise CheckpointError(f"{path} was written by a big-endian machine. Export it on such a machine.")
+                raise CheckpointError(f"{path} was written by a big-endian machine. Read it on such a machine.")
 
             def open_storage(key: str) -> tuple[int, int]:
                 """First byte and size of a storage."""
@@ -93,7 +93,7 @@ def read_torch_file(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle can make any call fail in any way
         raise CheckpointError(
-            f"{path} cannot be read as a file of torch.save: {words_of(error)}. Export another checkpoint of the run."
+            f"{path} cannot be read as a file of torch.save: {words_of(error)}. Use another checkpoint of the run."
         ) from error
 
 

@@ -34,13 +34,26 @@ def weight_digests(
     Raises WeightsError if a file cannot be read.
     """
     encoder_files = locate(Path(encoder.backbone)).files if encoder.init_from is None else ()
-    digests = {"encoder.backbone": _digest(sizes, encoder_files)}
+    digests = {"encoder.backbone": backbone_digest(sizes, encoder_files)}
     if encoder.init_from is not None:
-        files = sorted(path for path in Path(encoder.init_from).rglob("*") if path.suffix in _SUFFIXES)
-        digests["encoder.init_from"] = files_digest(files)
+        digests["encoder.init_from"] = folder_digest(Path(encoder.init_from))
     for idx, (decoder_files, decoder_sizes) in decoders.items():
-        digests[f"decoders.{idx}.backbone"] = _digest(decoder_sizes, decoder_files)
+        digests[f"decoders.{idx}.backbone"] = backbone_digest(decoder_sizes, decoder_files)
     return digests
+
+
+def backbone_digest(sizes: DecoderSizes, files: Sequence[Path]) -> str:
+    """sha256 of a backbone's sizes and files. Raises WeightsError if a file cannot be read."""
+    content = json.dumps([_plain(sizes), files_digest(files)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 of the weight files in a folder such as `encoder.init_from`. Raises WeightsError if there are none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+    if not files:
+        raise WeightsError(f"{folder} holds no weights.")
+    return files_digest(files)
 
 
 def files_digest(files: Sequence[Path]) -> str:
@@ -80,9 +93,3 @@ def _plain(sizes: DecoderSizes) -> dict[str, Any]:
 def _without_defaults(values: BackboneConfig | RopeScaling, kept: Sequence[str]) -> dict[str, Any]:
     defaults = {field.name: field.default for field in fields(values)}
     return {name: value for name, value in asdict(values).items() if name in kept or value != defaults[name]}
-
-
-def _digest(sizes: DecoderSizes, files: Sequence[Path]) -> str:
-    """Digest of sizes and files."""
-    content = json.dumps([_plain(sizes), files_digest(files)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()

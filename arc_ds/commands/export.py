@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register `arc-ds export`."""
     parser = subparsers.add_parser(
         "export",
-        description="Joins the ZeRO shards of a checkpoint and writes safetensors. Needs no GPU, no process group and "
+        description="Joins the shards of a checkpoint and writes safetensors. Needs no GPU, no process group and "
         "no DeepSpeed, and little memory. Every written tensor is read again and compared.",
     )
     parser.add_argument(
@@ -58,6 +58,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--average", type=int, default=1, metavar="K", help="write the mean of the last K checkpoints")
     parser.add_argument(
         "--tokenizer", type=path_argument, help="the encoder's tokenizer, if it has moved since the run"
+    )
+    parser.add_argument(
+        "--encoder",
+        type=path_argument,
+        metavar="FOLDER",
+        help="the weights that the run started from (its encoder.init_from or encoder.backbone), if they have moved; "
+        "needed only if a part of the encoder was frozen",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
     parser.add_argument(
@@ -94,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             tokenizer=args.tokenizer,
         )
 
-    checkpoint, trained = consolidate_newest(source, average, write, args.decoder)
+    checkpoint, trained = consolidate_newest(source, average, write, args.decoder, args.encoder)
     parameters = sum(t.numel() for t in trained.tensors.values())
     mean = f" (mean of steps {', '.join(map(str, trained.averaged_steps))})" if trained.averaged_steps else ""
     print(

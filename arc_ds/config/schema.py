@@ -375,6 +375,13 @@ class CheckpointConfig:
     """How many of the newest checkpoints to keep."""
     keep_every: Annotated[int, Range(at_least=1, cure="null keeps none permanently.")] | None = None
     """Checkpoints whose step is a multiple of this are kept permanently. None: no checkpoint is."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written. This takes host memory for a copy of the trained state:
+    12 bytes for each trained parameter, divided by the ranks. On a GPU it takes up to twice that, because page-locked
+    memory is allocated in powers of two."""
+    on_error: Literal["continue", "stop"] = "stop"
+    """If a checkpoint cannot be written (full disk, read-only folder). continue: the run warns, counts it and trains on
+    to the next save. stop: the run ends, with exit code 8 if the disk is full. The last save must succeed."""
     resume: PathText = "auto"
     """auto: the newest complete checkpoint of `run_dir`, if any. never: a new run. Otherwise: the folder of a
     checkpoint."""

@@ -1,4 +1,4 @@
-"""Open the ZeRO shards of checkpoints as whole tensors, without a GPU, a process group or DeepSpeed.
+"""Open the shards of checkpoints as whole tensors, without a GPU, a process group or DeepSpeed.
 
 Nothing but names and places is read here. The tensors are read in blocks when they are written.
 """
@@ -21,12 +21,15 @@ from arc_ds.checkpoints.checkpoint import (
     read_trainer_state,
     reading,
 )
+from arc_ds.checkpoints.frozen_source import FrozenSource
 from arc_ds.checkpoints.kept_ports import name_in_export, read_kept_ports
 from arc_ds.checkpoints.manifest import read_manifest
+from arc_ds.checkpoints.shards import SavedParameter, open_shards
 from arc_ds.checkpoints.trained_for import TrainedFor
-from arc_ds.checkpoints.zero_shards import open_parameters
 from arc_ds.errors import CheckpointError, ConfigError, words_of
+from arc_ds.export.frozen_weights import open_frozen
 from arc_ds.export.training_record import TrainingRecord, read_training_record
+from arc_ds.inference.load import empty_compressor
 from arc_ds.model.lora import merge_adapters
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy
@@ -89,12 +92,14 @@ def consolidate_newest(
     average: int = 1,
     use: Callable[[TrainedCompressor], object] = lambda trained: None,
     decoders: Collection[str] = (),
+    encoder: Path | None = None,
 ) -> tuple[Path, TrainedCompressor]:
     """The checkpoint that `find_checkpoint` finds, and its compressor as `consolidate` reads it.
 
     average: number of checkpoints to average: this one and those before it.
     use: called with the compressor, to read its tensors.
     decoders: see `with_decoders`.
+    encoder: see `consolidate`.
 
     If a run that is going on removes one of the checkpoints before `use` returns, the newest ones are read instead.
 
@@ -105,7 +110,7 @@ def consolidate_newest(
     while True:
         checkpoint, attempts = find_checkpoint(path), attempts + 1
         try:
-            members = [consolidate(each) for each in _last_checkpoints(checkpoint, average)]
+            members = [consolidate(each, encoder) for each in _last_checkpoints(checkpoint, average)]
             trained = with_decoders(_average(members), decoders)
             use(trained)
             return checkpoint, trained
@@ -148,8 +153,10 @@ def with_decoders(trained: TrainedCompressor, names: Collection[str] = ()) -> Tr
     )
 
 
-def consolidate(checkpoint: Path) -> TrainedCompressor:
-    """Open the shards of a checkpoint as whole float32 tensors, including frozen ones.
+def consolidate(checkpoint: Path, encoder: Path | None = None) -> TrainedCompressor:
+    """Open the shards of a checkpoint as whole float32 tensors. Frozen ones come from the files that the run names.
+
+    encoder: where these files are now, if they have moved.
 
     Checksums of all files are verified first. Raises CheckpointError if a file is missing or differs, or if the
     checkpoint does not describe its compressor, and CheckpointRemoved if it vanishes.
@@ -162,11 +169,19 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
                 "again."
             )
         state = read_trainer_state(checkpoint)
-        shards = open_parameters(checkpoint, manifest.world_size)
+        shards = open_shards(checkpoint, manifest.world_size)
         kept = read_kept_ports(checkpoint)
+        saved = {name: _read_safely(checkpoint, each) for name, each in {**shards.trained, **shards.others}.items()}
         try:
-            trained = _described(state, shards, kept, read_training_record(checkpoint.parent.parent, state))
-            return _with_adapters_merged(trained, state.extra.get("lora_scale"))
+            trained = _described(state, saved, kept, read_training_record(checkpoint.parent.parent, state))
+            if (frozen := state.extra.get("frozen")) is not None:
+                parameters = (name for name, _ in empty_compressor(trained.spec, checkpoint).named_parameters())
+                if missing := [name for name in parameters if name not in trained.tensors]:
+                    tensors = open_frozen(missing, FrozenSource(**frozen), trained.spec, encoder)
+                    trained = replace(trained, tensors={**trained.tensors, **tensors})
+            if (scale := state.extra.get("lora_scale")) is not None:
+                trained = replace(trained, tensors=merge_adapters(trained.tensors, scale))
+            return trained
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint}/trainer.json does not describe a compressor as this version of `arc-ds train` does "
@@ -174,9 +189,14 @@ def consolidate(checkpoint: Path) -> TrainedCompressor:
             ) from error
 
 
-def _with_adapters_merged(trained: TrainedCompressor, scale: float | None) -> TrainedCompressor:
-    """A compressor whose encoder has its own weights only. scale: of the adapters; None if the run has none."""
-    return trained if scale is None else replace(trained, tensors=merge_adapters(trained.tensors, scale))
+def _read_safely(checkpoint: Path, parameter: SavedParameter) -> LazyTensor:
+    """A parameter of a checkpoint that may vanish while it is read."""
+
+    def read(start: int, stop: int) -> Tensor:
+        with reading(checkpoint):
+            return parameter.read(start, stop)
+
+    return LazyTensor(shape=tuple(parameter.shape), dtype=torch.float32, read=read)
 
 
 def _last_checkpoints(checkpoint: Path, count: int) -> list[Path]:

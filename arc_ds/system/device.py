@@ -7,7 +7,7 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -141,6 +141,26 @@ def start_host_copy(x: Tensor) -> Callable[[], Tensor]:
         return copy
 
     return wait
+
+
+def start_host_copies(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> Callable[[], object]:
+    """Start copying tensors into host memory. The returned function waits for the copies.
+
+    Later work on the device does not change the copies, and the host does not wait for earlier work.
+
+    tensors: on the device or on the host.
+    buffers: the copies by name. A tensor without a buffer of its shape gets a new one, page-locked for a device.
+    """
+    devices = {x.device for x in tensors.values() if x.device.type != "cpu"}
+    for name, x in tensors.items():
+        if name not in buffers or buffers[name].shape != x.shape:
+            buffers[name] = torch.empty_like(x, device="cpu", pin_memory=x.device in devices)
+        buffers[name].copy_(x, non_blocking=True)
+    if not devices:
+        return lambda: None
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(devices.pop()))
+    return copied.synchronize
 
 
 def peak_memory_bytes(device: torch.device) -> int:

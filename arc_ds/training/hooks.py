@@ -289,10 +289,19 @@ class ValidationHook(Hook):
 
 @dataclass(kw_only=True)
 class CheckpointHook(Hook):
-    """Saves a checkpoint every `every` steps (0: only at the end or at a stop), after pending metrics are logged."""
+    """Saves a checkpoint every `every` steps (0: only at the end or at a stop), after pending metrics are logged.
+
+    save: starts to save a checkpoint.
+    finish: waits until it is whole.
+    has_failed: whether a save has failed on this rank for which the run must end.
+    request_stop: called after that, so that the next step announces it to all ranks.
+    """
 
     priority = 30
     save: Callable[[Run], None]
+    finish: Callable[[], None]
+    has_failed: Callable[[], bool]
+    request_stop: Callable[[], None]
     every: int
     _last: int = field(default=-1, init=False)
 
@@ -300,11 +309,14 @@ class CheckpointHook(Hook):
         self._last = run.step  # the checkpoint that the run resumed from already exists
 
     def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
+        if self.has_failed():
+            self.request_stop()
         if self.every and run.step % self.every == 0:
             self._save_once(run)
 
     def on_end(self, run: Run) -> None:
         self._save_once(run)
+        self.finish()
 
     def _save_once(self, run: Run) -> None:
         if self._last == run.step:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 from arc_ds.checkpoints.checkpoint import (
     TrainerState,
@@ -25,13 +27,15 @@ from arc_ds.checkpoints.checkpoint import (
     load_checkpoint,
     read_trainer_state,
     reading,
-    save_checkpoint,
     step_of,
 )
+from arc_ds.checkpoints.frozen_source import FrozenSource
 from arc_ds.checkpoints.manifest import read_manifest
+from arc_ds.checkpoints.reshard import check_can_save
+from arc_ds.checkpoints.writer import CheckpointWriter
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
 from arc_ds.config.schema import RunConfig, SourceConfig
-from arc_ds.errors import CheckpointError, ConfigError, DataError, TokenizerError, WeightsError
+from arc_ds.errors import CheckpointError, ConfigError, DataError, StorageError, TokenizerError, WeightsError
 from arc_ds.planning.sizes import longest_context
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device
@@ -128,6 +132,16 @@ class RunFolder:
         """Resume the run if there is a checkpoint, and open the tracker on rank 0. Collective."""
         self._config = config
         self._run = run
+        check_can_save(run.engine)
+        settings = config.checkpoint
+        self._writer = CheckpointWriter(
+            run.folder / CHECKPOINTS,
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every or 0,
+            asynchronous=settings.asynchronous,
+        )
+        self._failed_saves = 0
+        self._error: StorageError | None = None  # of the newest save
         mlflow_run_id = self._resume()
         self._tracker: Tracker | None = None
         hosts = dist.gather_objects(socket.gethostname())
@@ -164,18 +178,53 @@ class RunFolder:
         entries = read_metrics(self._run.folder / METRICS_NAME) if dist.is_main() else ()
         return dist.broadcast_object(max((entry.step for entry in entries if key in entry.metrics), default=None))
 
+    @property
+    def has_failed_save(self) -> bool:
+        """Whether a save has failed on this rank for which the run must end (`checkpoint.on_error`)."""
+        return self._config.checkpoint.on_error == "stop" and self._writer.has_failed
+
     def save(self, run: Run) -> None:
-        """Save a checkpoint of the run. Collective."""
-        settings = self._config.checkpoint
+        """Start to save a checkpoint of the run, after the one in flight is whole. Collective.
+
+        Raises StorageError if one of them cannot be written, unless `checkpoint.on_error` is "continue".
+        """
+        started = time.perf_counter()
         state = _trainer_state(self._config, run, None if self._tracker is None else self._tracker.run_id)
-        directory, keep_every = run.folder / CHECKPOINTS, settings.keep_every or 0
-        path = save_checkpoint(
-            run.engine, directory, state, keep_last=settings.keep_last, keep_every=keep_every, kept=run.ports.kept
-        )
-        logger.info("saved %s", path)
+        with self._counted():
+            self._writer.finish()
+        with self._counted():
+            self._writer.save(run.engine, state, run.ports.kept)
+        metrics = {"checkpoint/wait_s": time.perf_counter() - started}
+        self.log(run.step, metrics | {"checkpoint/failed_saves": float(self._failed_saves)})
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is whole. If it failed, raise its StorageError in any case. Collective."""
+        self._writer.finish()
+        if self._error is not None:
+            raise self._error
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """A block that writes a checkpoint. If that fails, it is counted, and the run goes on if the config says so."""
+        self._error = None
+        try:
+            yield
+        except StorageError as error:
+            self._failed_saves, self._error = self._failed_saves + 1, error
+            if self._config.checkpoint.on_error == "stop":
+                raise
+            if dist.is_main():
+                logger.warning(
+                    "%s The run goes on (checkpoint.on_error: continue). The next save succeeds if the cause is gone.",
+                    error,
+                )
 
     def close(self, status: str) -> None:
-        """Send the remaining metrics to the tracker. status: FINISHED, FAILED or KILLED (stopped, can be resumed)."""
+        """Wait for the save in flight, and send the remaining metrics to the tracker.
+
+        status: FINISHED, FAILED or KILLED (stopped, can be resumed).
+        """
+        self._writer.close()
         if self._tracker is not None:
             self._tracker.close(status)
 
@@ -200,12 +249,31 @@ def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tr
             "port_places": list(run.ports.places),
             "lora_scale": None if (lora := lora_spec(config.encoder.lora)) is None else lora.scale,
             "backbones": run.inputs.backbones,
+            "frozen": _frozen_source(config, run),
             "skipped_steps": run.skipped_steps,
             "skipped_in_row": run.skipped_in_row,
             "spikes": None if run.spikes is None else run.spikes.to_json(),
             "data_counts": dict(run.data_counts),
         },
     )
+
+
+def _frozen_source(config: RunConfig, run: Run) -> dict[str, str] | None:
+    """The record of the files that hold the run's frozen weights; None if it trains all weights of its compressor."""
+    if all(param.requires_grad for param in run.engine.module.parameters()):
+        return None
+    encoder = config.encoder
+    key: Literal["encoder.backbone", "encoder.init_from"]
+    key = "encoder.backbone" if encoder.init_from is None else "encoder.init_from"
+    source = FrozenSource(
+        key=key,
+        path=str(Path(encoder.init_from or encoder.backbone).resolve()),
+        digest=run.inputs.backbones[key],
+        backbone=str(Path(encoder.backbone).resolve()),
+        rope_scaling=encoder.rope_scaling,
+        dtype="bfloat16" if config.precision == "bf16" else "float32",
+    )
+    return asdict(source)
 
 
 def without_secrets(config: RunConfig) -> RunConfig:

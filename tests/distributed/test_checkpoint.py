@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
 import random
 import signal
+import threading
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,33 +21,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from arc_ds.checkpoints import checkpoint
-from arc_ds.checkpoints.checkpoint import TrainerState, find_resumable, load_checkpoint, save_checkpoint
-from arc_ds.system.dist import raise_together
+from arc_ds.checkpoints import checkpoint, writer
+from arc_ds.checkpoints.checkpoint import TrainerState, find_resumable, load_checkpoint
+from arc_ds.checkpoints.rng import capture_rng
+from arc_ds.checkpoints.writer import CheckpointWriter, save_checkpoint
+from arc_ds.errors import DiskFullError
 from arc_ds.training.optim import ParamGroup, PortAdamW
 from tests.helpers.distributed import RankError, run_on_ranks
+from tests.helpers.zero_checkpoint import seal
 
 GLOBAL_BATCH = 4
 
 
 class _Net(nn.Module):
-    """Odd sizes (so shards are padded), a frozen weight, a buffer, and two bridges used in different steps."""
+    """Odd sizes (so shards are padded), a frozen weight, and two bridges used in different steps."""
 
     def __init__(self) -> None:
         super().__init__()
         self.frozen = nn.Linear(5, 7, bias=False).requires_grad_(False)
+        self.frozen.weight.data = torch.linspace(-1, 1, 35).reshape(7, 5)  # a run loads it from its files
         self.trunk = nn.Linear(7, 11, bias=False)
         self.marker = nn.Parameter(torch.ones(1, 11))
         self.bridges = nn.ModuleList([nn.Linear(11, 3, bias=False), nn.Linear(11, 3, bias=False)])
-        self.register_buffer("scale", torch.tensor([1.0]))
 
     def forward(self, x_BD: Tensor, which: int) -> Tensor:
-        x_BD = torch.tanh(self.trunk(self.frozen(x_BD))) * self.scale + self.marker
+        x_BD = torch.tanh(self.trunk(self.frozen(x_BD))) + self.marker
         outputs = [bridge(x_BD) for bridge in self.bridges]
         return (outputs[which] + 0.0 * outputs[1 - which]).square().mean()
 
 
-def _engine(seed: int = 0, zero_stage: int = 3) -> Any:
+def _engine(seed: int = 0) -> Any:
     import deepspeed
 
     torch.manual_seed(seed)
@@ -54,7 +61,7 @@ def _engine(seed: int = 0, zero_stage: int = 3) -> Any:
         ("bridge.1", tuple(net.bridges[1].parameters()), 5e-2, 0.3),
     )
     groups = [ParamGroup(name=n, params=p, port=None, peak_lr=lr, weight_decay=decay) for n, p, lr, decay in parts]
-    zero = {"stage": zero_stage, "stage3_param_persistence_threshold": 20, "sub_group_size": 40}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 20, "sub_group_size": 40}
     config = {
         "train_batch_size": GLOBAL_BATCH,
         "gradient_clipping": 1.0,
@@ -150,56 +157,90 @@ def test_resume_continues_bit_for_bit(tmp_path: Path) -> None:
         assert result["steps"] == (7, 7)
         assert result["path"] == tmp_path / "step_000004"
     assert (tmp_path / "latest").read_text() == "step_000004\n"
+    of_ranks = {f"{name % rank}" for name in ("rng_%05d.json", "shard_%05d.safetensors") for rank in range(2)}
     names = {path.name for path in (tmp_path / "step_000004").iterdir()}
-    assert {"trainer.json", "manifest.json", "rng_00000.json", "rng_00001.json"} <= names
+    assert names == {"trainer.json", "manifest.json", "shards.json"} | of_ranks
     assert not list(tmp_path.glob(".tmp*"))
 
 
-class _Killed(BaseException):
-    """Stands for kill -9: no code catches it, and a save runs no clean-up."""
-
-
-def _kill(*_: Any, **__: Any) -> None:
-    raise _Killed
-
-
-# The steps of a save, in order. A test kills it before each one.
-# Rank 0 does the last four alone, before the ranks exchange errors.
-SAVE = ("_write_own_state", "seal_file", "write_manifest", "os", "write_whole", "prune_checkpoints")
-ON_RANK_0 = SAVE[2:]
-
-
-def _fail_before_each_part(directory: Path) -> list[tuple[str | None, int]]:
+def _save_while_training(directory: Path) -> dict[str, Any]:
+    """Save in the background, and write only after three more steps. Then the same without copies: a wrong variant."""
     engine = _engine()
-    _save(engine, directory, 1)
-    found = []
-    for step, part in enumerate(SAVE, start=2):
-        replacement = SimpleNamespace(replace=_kill) if part == "os" else _kill
-        try:
-            with mock.patch.object(checkpoint, part, replacement):
-                _save(engine, directory, step)
-        except _Killed:
-            if part in ON_RANK_0:
-                raise_together(None)
-        dist.barrier()
-        resumable = find_resumable(directory)
-        found.append((resumable and resumable.name, len(list(directory.glob(".tmp-step_*")))))
-        dist.barrier()
+    _train(engine, 0, 4)
+    _save(engine, directory / "waiting", 4)
+    found: dict[str, Any] = {}
+    for name in ("copied", "not copied"):
+        trained, real = threading.Event(), writer.write_shards
+
+        def write_shards(*arguments: Any, trained: Any = trained, real: Any = real) -> Any:
+            assert trained.wait(60)
+            return real(*arguments)
+
+        background = CheckpointWriter(directory / name, keep_last=9, keep_every=0, asynchronous=True)
+        without_copies = lambda tensors, buffers: buffers.update(tensors)  # noqa: E731
+        copies = writer.start_host_copies if name == "copied" else without_copies
+        with mock.patch.multiple(writer, write_shards=write_shards, start_host_copies=copies):
+            background.save(engine, _state(4))
+            _train(engine, 4, 7)
+            found[name] = (directory / name / "latest").exists()
+            trained.set()
+            background.finish()
+        engine = _engine()
+        _train(engine, 0, 4)
     return found
 
 
-def test_a_kill_in_any_phase_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
-    first, second = run_on_ranks(_fail_before_each_part, tmp_path)
-    assert first == second
-    assert [name for name, _ in first] == ["step_000001"] * 4 + ["step_000006", "step_000007"]
-    assert [left for _, left in first] == [1, 1, 1, 1, 0, 0], "the next save must remove leftovers of a kill"
+def test_a_save_in_the_background_has_the_bytes_of_one_that_waits(tmp_path: Path) -> None:
+    assert run_on_ranks(_save_while_training, tmp_path) == [{"copied": False, "not copied": False}] * 2
+    folders = {name: tmp_path / name / "step_000004" for name in ("waiting", "copied", "not copied")}
+    for path in sorted(folders["waiting"].glob("shard*")):
+        content = {name: (folder / path.name).read_bytes() for name, folder in folders.items()}
+        assert content["copied"] == content["waiting"]
+        assert path.suffix == ".json" or content["not copied"] != content["waiting"], "training changed nothing"
+
+
+def _fail_on_a_rank(directory: Path, ranks: list[int], can_leave_part: bool) -> dict[str, Any]:
+    """A save in the background that fails on some ranks, and the next one."""
+    engine, me = _engine(), dist.get_rank()
+    _save(engine, directory, 1)
+    background = CheckpointWriter(directory, keep_last=9, keep_every=0, asynchronous=True)
+    full = OSError(errno.ENOSPC, "no space", str(directory))
+    with ExitStack() as faults:
+        if me in ranks:
+            faults.enter_context(mock.patch.object(writer, "seal_file", side_effect=full))
+            if not can_leave_part:
+                faults.enter_context(mock.patch.object(writer, "_leave_part", side_effect=full))
+        background.save(engine, _state(2))
+        if can_leave_part and me == 0:
+            background._save.thread.join()  # rank 0 removes the folder without waiting for the next save
+            assert not list(directory.glob(".tmp*"))
+        try:
+            background.finish()
+            message = "whole"
+        except DiskFullError as error:
+            message = str(error)
+    dist.barrier()
+    left = sorted(path.name for path in directory.iterdir())
+    dist.barrier()
+    background.save(engine, _state(3))
+    background.finish()
+    return {"message": message, "left": left, "newest": find_resumable(directory).name}
+
+
+@pytest.mark.parametrize(("ranks", "can_leave_part"), [([0], True), ([1], True), ([1], False), ([0, 1], True)])
+def test_a_failed_save_fails_on_all_ranks_and_leaves_no_file(
+    tmp_path: Path, ranks: list[int], can_leave_part: bool
+) -> None:
+    for result in run_on_ranks(_fail_on_a_rank, tmp_path, ranks, can_leave_part):
+        assert "step_000002 cannot be written" in result["message"] and "step_000001 is whole" in result["message"]
+        assert result["left"] == ["latest", "step_000001"] and result["newest"] == "step_000003"
 
 
 def _save_and_be_killed(directory: Path) -> None:
     engine = _engine()
     _save(engine, directory, 1)
     _train(engine, 0, 1)
-    with mock.patch.object(checkpoint, "seal_file", lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
+    with mock.patch.object(writer, "seal_file", lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
         _save(engine, directory, 2)
 
 
@@ -210,7 +251,7 @@ def _load_newest(directory: Path) -> int:
 def test_kill_9_of_all_ranks_while_saving_resumes_from_the_one_before(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="exit code -9"):
         run_on_ranks(_save_and_be_killed, tmp_path)
-    assert list(tmp_path.glob(".tmp-step_000002/*optim_states.pt"))
+    assert list(tmp_path.glob(".tmp-step_000002/shard_*.safetensors"))
     assert run_on_ranks(_load_newest, tmp_path) == [1, 1]
 
 
@@ -234,7 +275,7 @@ def _find_with_warnings(directory: Path) -> tuple[str | None, list[str]]:
 
 def test_a_flipped_byte_is_named_and_passed_over(tmp_path: Path) -> None:
     run_on_ranks(_save_steps, tmp_path, [1, 2])
-    damaged = next((tmp_path / "step_000002").glob("*rank_1*optim_states.pt"))
+    damaged = tmp_path / "step_000002" / "shard_00001.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
@@ -286,11 +327,69 @@ def test_another_world_size_keeps_every_bit_of_weights_and_optimizer(tmp_path: P
     assert {int(moment["index"]): moment["weight_decay"] for moment in one_moments} == {0: 0.1, 1: 0.0, 2: 0.3}
 
 
-def test_only_stage_3_changes_the_number_of_ranks(tmp_path: Path) -> None:
-    run_on_ranks(_save_steps, tmp_path, [1])
-    with pytest.raises(RankError, match="only ZeRO stage 3"):
-        run_on_ranks(_load_stage_one, tmp_path / "step_000001", num_ranks=1)
+class _Exploit:
+    """An object whose pickle makes a folder when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
 
 
-def _load_stage_one(path: Path) -> None:
-    load_checkpoint(_engine(zero_stage=1), path)
+def _save_as_deepspeed(directory: Path) -> list[float]:
+    """A checkpoint as earlier versions saved it. Each of its pickles has code to run, in several places."""
+    engine = _engine()
+    _train(engine, 0, 4)
+    random.seed(dist.get_rank())
+    engine.save_checkpoint(str(directory), tag="step_000004", save_latest=False)
+    folder = directory / "step_000004"
+    (folder / f"rng_{dist.get_rank():05d}.json").write_text(json.dumps(capture_rng()))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / "trainer.json").write_text(json.dumps(asdict(_state(4))))
+        exploit = _Exploit(directory / "ran")
+        for path in folder.glob("*.pt"):
+            content = torch.load(path, weights_only=False)
+            content["more"] = exploit
+            optimizer = content.get("optimizer_state_dict")
+            if isinstance(optimizer, dict):
+                optimizer["loss_scaler"] = exploit
+                optimizer["optimizer_state_dict"]["param_groups"][0]["betas"] = exploit
+            torch.save(content, path)
+            torch.load(path, weights_only=False)
+            assert (directory / "ran").exists(), "the pickle would not run anything"
+            (directory / "ran").rmdir()
+        seal(folder, step=4, world_size=dist.get_world_size())
+    dist.barrier()
+    return [*_draw(), *_train(engine, 4, 7)]
+
+
+def _load_and_train(directory: Path) -> list[float]:
+    engine = _engine(seed=1)
+    assert load_checkpoint(engine, find_resumable(directory)) == _state(4)
+    assert engine.global_steps == 4
+    return [*_draw(), *_train(engine, 4, 7)]
+
+
+def test_deepspeeds_files_of_an_earlier_version_resume_bit_for_bit_and_run_no_code(tmp_path: Path) -> None:
+    wanted = run_on_ranks(_save_as_deepspeed, tmp_path)
+    assert list(tmp_path.glob("step_000004/*optim_states.pt")) and not list(tmp_path.glob("step_000004/shard*"))
+    assert run_on_ranks(_load_and_train, tmp_path) == wanted
+    (alone,) = run_on_ranks(_load_and_train, tmp_path, num_ranks=1)
+    both = [sum(losses) / 2 for losses in zip(*wanted, strict=True)]
+    assert alone[3:] == pytest.approx(both[3:], rel=1e-6, abs=0)  # the order of additions differs
+    assert alone[3:] != pytest.approx(wanted[0][3:], rel=1e-6, abs=0), "each rank has its own samples"
+    assert not (tmp_path / "ran").exists()
+
+
+def _load_next_to_pickles(directory: Path) -> int:
+    for path in (directory / "step_000002").glob("*.safetensors"):
+        torch.save(_Exploit(directory / "ran"), path.with_suffix(".pt"))
+    return _load_newest(directory)
+
+
+def test_pickles_next_to_our_own_files_are_not_read(tmp_path: Path) -> None:
+    run_on_ranks(_save_steps, tmp_path, [1, 2])
+    assert run_on_ranks(_load_next_to_pickles, tmp_path) == [2, 2]
+    assert list(tmp_path.glob("step_000002/*.pt")) and not (tmp_path / "ran").exists()

@@ -15,11 +15,16 @@ from torch import Tensor
 from arc_ds import ArcModel
 from arc_ds.batch.packing import pack
 from arc_ds.batch.segments import Sample, Segment
-from arc_ds.checkpoints.checkpoint import TrainerState, save_checkpoint
+from arc_ds.checkpoints.checkpoint import TrainerState
+from arc_ds.checkpoints.frozen_source import FrozenSource
+from arc_ds.checkpoints.shards import MASTER, open_shards
+from arc_ds.checkpoints.weight_digests import folder_digest
+from arc_ds.checkpoints.writer import save_checkpoint
 from arc_ds.cli import main
 from arc_ds.config.schema import OptimizerConfig
 from arc_ds.errors import CheckpointError
 from arc_ds.export.consolidate import TrainedCompressor, consolidate, find_checkpoint
+from arc_ds.export.formats import write_export
 from arc_ds.inference.load import open_arc_folder
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from arc_ds.model.spec import build_compressor
@@ -50,7 +55,18 @@ def filled_engine(run: Path) -> tuple[TrainedCompressor, Any]:
 
 
 def save(run: Path, trained: TrainedCompressor, engine: Any, step: int) -> None:
-    """Save a checkpoint."""
+    """Save a checkpoint of a run that started from `run/start`."""
+    if dist.get_rank() == 0:
+        write_export(trained, run / "start")
+    dist.barrier()
+    frozen = FrozenSource(
+        key="encoder.init_from",
+        path=str(run / "start"),
+        digest=folder_digest(run / "start"),
+        backbone="",
+        rope_scaling="checkpoint",
+        dtype="float32",
+    )
     state = TrainerState(
         step=step,
         data_position=2 * step,
@@ -63,6 +79,7 @@ def save(run: Path, trained: TrainedCompressor, engine: Any, step: int) -> None:
             "tokenizers": {"encoder": load_tokenizer(trained.encoder_tokenizer).fingerprint},
             "decoder_ids": ["first", "second"],
             "max_context_tokens": 30,
+            "frozen": asdict(frozen),
         },
     )
     save_checkpoint(engine, run / "checkpoints", state, keep_last=1, keep_every=0)
@@ -78,6 +95,7 @@ def train_and_save(run: Path) -> dict[str, Tensor]:
         engine.backward(engine(batch, 1).square().mean())
         engine.step()
     save(run, trained, engine, step=2)
+    engine.save_checkpoint(str(run / "deepspeed"), tag="step_000002")
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
 
@@ -108,13 +126,55 @@ def test_joined_shards_are_the_engines_parameters(run_folder: tuple[Path, dict[s
 
 
 def test_joined_shards_are_what_deepspeed_itself_joins(run_folder: tuple[Path, dict[str, Tensor]]):
+    """Of its own files, as earlier versions saved them."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    checkpoint = find_checkpoint(run_folder[0])
-    theirs = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    ours = consolidate(checkpoint).tensors
+    folder = run_folder[0] / "deepspeed"
+    theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="step_000002")
+    shards = open_shards(folder / "step_000002", 2)
+    ours = {**shards.trained, **shards.others}
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name].whole(), theirs[name]) for name in theirs)
+    assert all(torch.equal(ours[name].read(0, tensor.numel()), tensor.flatten()) for name, tensor in theirs.items())
+    saved = open_shards(find_checkpoint(run_folder[0]), 2).trained
+    for name, parameter in shards.trained.items():  # also the moments
+        assert parameter.flats.keys() == saved[name].flats.keys() == {MASTER, "exp_avg", "exp_avg_sq"}
+        assert parameter.scalars == saved[name].scalars == {"step": 2.0}
+        for state in parameter.flats:
+            values = [each.read(0, theirs[name].numel(), state) for each in (parameter, saved[name])]
+            assert torch.equal(*values), (name, state)
+            assert values[0].any() or name.startswith("ports."), (name, state)
+
+
+def test_a_checkpoint_holds_12_bytes_for_each_trained_value(run_folder: tuple[Path, dict[str, Tensor]]):
+    """And nothing of frozen ones. The names and random states of two ranks take less than 100 kB."""
+    checkpoint = find_checkpoint(run_folder[0])
+    frozen = ("encoder.layers.0.", "encoder.tok_embeddings.")
+    trained = sum(t.numel() for name, t in run_folder[1].items() if not name.startswith(frozen))
+    assert trained < sum(t.numel() for t in run_folder[1].values())
+    assert 12 * trained <= sum(path.stat().st_size for path in checkpoint.iterdir()) <= 12 * trained + 100_000
+
+
+def test_frozen_weights_come_from_the_folder_that_the_run_started_from(
+    run_folder: tuple[Path, dict[str, Tensor]], tmp_path: Path, capsys
+):
+    run, expected = run_folder
+    export = ["export", str(run), str(tmp_path / "out")]
+    moved = (run / "start").rename(tmp_path / "moved")
+    try:
+        assert main(export) == EXIT_USER_ERROR
+        message = capsys.readouterr().err
+        assert "encoder.layers.0." in message and f"{run / 'start'} holds no weights" in message
+        assert "Give the folder that it started from to --encoder." in message
+        assert main([*export, "--encoder", str(moved)]) == 0
+        for name, tensor in expected.items():
+            assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], tensor), name
+        other = tiny_trained(tmp_path / "other", seed=5, **CHANGES)
+        write_export(other, tmp_path / "wrong")
+        assert main([*export, "--overwrite", "--encoder", str(tmp_path / "wrong")]) == EXIT_USER_ERROR
+        message = capsys.readouterr().err
+        assert "The run started from other weights" in message and str(tmp_path / "wrong") in message
+    finally:
+        moved.rename(run / "start")
 
 
 def save_untrained(run: Path) -> None:
@@ -160,7 +220,7 @@ def test_the_command_writes_what_the_run_trained(
 
 def test_a_shard_that_changed_is_named(run_folder: tuple[Path, dict[str, Tensor]], tmp_path: Path):
     run, _ = run_folder
-    shard = next((run / "checkpoints" / "step_000002").rglob("*optim_states.pt"))
+    shard = next((run / "checkpoints" / "step_000002").rglob("shard_00001.safetensors"))
     whole = shard.read_bytes()
     try:
         shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

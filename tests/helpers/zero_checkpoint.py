@@ -1,4 +1,4 @@
-"""Checkpoints in DeepSpeed's layout with given weights, made without DeepSpeed."""
+"""Checkpoints in DeepSpeed's layout, as earlier versions saved them, with given weights. Made without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 from bench_export import write_checkpoint
 from torch import Tensor
+from torch.nn.functional import pad
 
 from arc_ds.checkpoints.manifest import MANIFEST_NAME, Manifest, seal_file, write_manifest
-from arc_ds.checkpoints.reshard import cut_anew
 from arc_ds.export.consolidate import TrainedCompressor
 
 
@@ -19,9 +19,7 @@ def write_zero_checkpoint(
 
     def piece(name: str, numel: int, rank: int) -> Tensor:
         flat = trained.tensors[name].reshape(-1)
-        own = cut_anew([flat], flat.numel(), rank=rank, world_size=world_size)
-        assert own.numel() == numel
-        return own
+        return pad(flat, (0, numel * world_size - flat.numel()))[rank * numel : (rank + 1) * numel].clone()
 
     return write_checkpoint(run, trained.spec, world_size, piece, step=step, frozen=frozen)
 

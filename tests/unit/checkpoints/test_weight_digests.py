@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.checkpoints.weight_digests import _digest, files_digest
+from arc_ds.checkpoints.weight_digests import backbone_digest, files_digest
 from arc_ds.errors import WeightsError
 from arc_ds.model.backbone_config import RopeScaling
 from tests.helpers.tiny_models import tiny_config
@@ -63,6 +63,6 @@ BEFORE_SCALED = "cc08b89fe5b9b3f2b9c912bfc839a17d849ea957d984af619ae792688086fe9
 
 def test_sizes_of_earlier_versions_keep_their_digests() -> None:
     scaling = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
-    assert _digest(tiny_config(), []) == BEFORE
-    assert _digest(tiny_config(rope_scaling=scaling), []) == BEFORE_SCALED
-    assert _digest(tiny_config(qkv_bias=True), []) != BEFORE
+    assert backbone_digest(tiny_config(), []) == BEFORE
+    assert backbone_digest(tiny_config(rope_scaling=scaling), []) == BEFORE_SCALED
+    assert backbone_digest(tiny_config(qkv_bias=True), []) != BEFORE

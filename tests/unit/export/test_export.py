@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from arc_ds import ArcModel
 from arc_ds.batch.groups import GroupRule
 from arc_ds.checkpoints.checkpoint import CheckpointRemoved
+from arc_ds.checkpoints.shards import SavedShards
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.errors import CheckpointError, StorageError, TokenizerError, WeightsError
 from arc_ds.export import consolidate, formats
@@ -403,14 +404,14 @@ def run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that saves step 2 and removes step 1 while the shards of step 1 are read."""
     write_zero_checkpoint(tmp_path / "run", tiny_trained(tmp_path / "run"), 1, step=1)
 
-    def open_parameters(checkpoint: Path, world_size: int) -> dict[str, torch.Tensor]:
+    def open_shards(checkpoint: Path, world_size: int) -> SavedShards:
         if checkpoint.name == "step_000001":
             write_zero_checkpoint(tmp_path / "run", tiny_trained(tmp_path / "run"), 1, step=2)
             shutil.rmtree(checkpoint)
             raise FileNotFoundError(2, "of DeepSpeed", str(checkpoint))
-        return {}
+        return SavedShards(trained={}, counters={})
 
-    monkeypatch.setattr(consolidate, "open_parameters", open_parameters)
+    monkeypatch.setattr(consolidate, "open_shards", open_shards)
     return tmp_path / "run"
 
 
@@ -429,13 +430,13 @@ def test_a_run_that_removes_every_checkpoint_ends_the_attempts(
 ) -> None:
     steps: list[Path] = []
 
-    def open_parameters(checkpoint: Path, world_size: int) -> None:
+    def open_shards(checkpoint: Path, world_size: int) -> None:
         steps.append(checkpoint)
         write_zero_checkpoint(run_that_goes_on, tiny_trained(run_that_goes_on), 1, step=len(steps) + 1)
         shutil.rmtree(checkpoint)
         raise FileNotFoundError
 
-    monkeypatch.setattr(consolidate, "open_parameters", open_parameters)
+    monkeypatch.setattr(consolidate, "open_shards", open_shards)
     with pytest.raises(CheckpointRemoved):
         consolidate_newest(run_that_goes_on)
     assert len(steps) > 1
@@ -444,10 +445,10 @@ def test_a_run_that_removes_every_checkpoint_ends_the_attempts(
 def test_a_fault_of_a_checkpoint_that_is_still_there_stays_itself(
     run_that_goes_on: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_parameters(checkpoint: Path, world_size: int) -> None:
+    def open_shards(checkpoint: Path, world_size: int) -> None:
         raise ValueError("another fault")
 
-    monkeypatch.setattr(consolidate, "open_parameters", open_parameters)
+    monkeypatch.setattr(consolidate, "open_shards", open_shards)
     with pytest.raises(ValueError, match="another fault"):
         consolidate_newest(run_that_goes_on)
 

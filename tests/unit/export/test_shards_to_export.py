@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from arc_ds import ArcModel
 from arc_ds.checkpoints.checkpoint import CheckpointRemoved
+from arc_ds.checkpoints.shards import open_shards
 from arc_ds.checkpoints.torch_file import StoredTensor
-from arc_ds.checkpoints.zero_shards import open_parameters
 from arc_ds.cli import main
 from arc_ds.errors import CheckpointError, WeightsError
 from arc_ds.export import formats
@@ -67,7 +67,8 @@ def test_no_read_is_larger_than_a_block_or_a_head(tmp_path: Path, monkeypatch: p
     real = StoredTensor.read
 
     def read(stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
-        sizes.append(stop - start)
+        if stored.shape:  # others are step counts
+            sizes.append(stop - start)
         return real(stored, start, stop)
 
     monkeypatch.setattr(StoredTensor, "read", read)
@@ -210,7 +211,7 @@ def test_shards_of_another_layout_are_one_error(tmp_path: Path) -> None:
         change(state)
         torch.save(state, path)
         with pytest.raises(CheckpointError, match="do not have the layout of a ZeRO-3 engine"):
-            open_parameters(folder, 1)
+            open_shards(folder, 1)
 
 
 def test_a_tied_parameter_is_written_under_each_of_its_names(tmp_path: Path) -> None:
@@ -220,7 +221,8 @@ def test_a_tied_parameter_is_written_under_each_of_its_names(tmp_path: Path) -> 
         state = torch.load(path)
         state["shared_params"] = {"tied": "ports.0.rec"}
         torch.save(state, path)
-    parameters = open_parameters(folder, 2)
+    seal(folder, step=1, world_size=2)
+    parameters = consolidate(folder).tensors
     assert torch.equal(parameters["tied"].whole(), trained.tensors["ports.0.rec"])
     lazy_tensor.write_safetensors(tmp_path / "tied.safetensors", parameters)
     assert torch.equal(load_file(tmp_path / "tied.safetensors")["tied"], trained.tensors["ports.0.rec"])
@@ -273,7 +275,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_written_gives_the_newest_one(
     real = StoredTensor.read
 
     def read(stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
-        if old.exists():
+        if stored.shape and old.exists():
             write_zero_checkpoint(tmp_path / "run", second, 2, step=2)
             old.rename(tmp_path / "removed")
         return real(stored, start, stop)
@@ -295,10 +297,10 @@ def test_a_checkpoint_without_shards_of_all_ranks_is_named(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="zero_pp_rank_1_mp_rank_00_optim_states.pt cannot be read"):
         consolidate(folder)
     seal(folder, step=1, world_size=2)
-    with pytest.raises(CheckpointError, match="has 0 files .*rank_1"):
+    with pytest.raises(CheckpointError, match="it has 0 files .*rank_1"):
         consolidate(folder)
     seal(folder, step=1, world_size=1)
-    with pytest.raises(CheckpointError, match=r"sub-group 0 has .* elements on its ranks, expected"):
+    with pytest.raises(CheckpointError, match=r"master of sub-group 0 has .* elements on its ranks, expected"):
         consolidate(folder)
 
 

@@ -165,14 +165,20 @@ def test_each_step_is_saved_once_after_its_metrics(every: int, start: int, end: 
         flushed.append(run.step)
         yield
 
-    hook = CheckpointHook(save=save, every=every)
+    hook = CheckpointHook(
+        save=save, finish=lambda: finished.append(run.step), has_failed=lambda: run.step == 7,
+        request_stop=lambda: stops.append(run.step), every=every,
+    )  # fmt: skip
+    finished: list[int] = []
+    stops: list[int] = []
     run = _run(start, around_pauses=[around])
     hook.on_start(run)
     for step in range(start + 1, end + 1):
         run.step = step
         hook.after_step(run, BATCH, _result(step))
+    assert stops == [7] * (start < 7 <= end) and finished == []
     hook.on_end(run)
-    assert saved == expected
+    assert saved == expected and finished == [end]
 
 
 def _reduced_over(*loads: float) -> Any:

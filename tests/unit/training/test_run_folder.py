@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.load import dump_yaml, load_config
@@ -40,13 +41,14 @@ def test_passwords_and_signatures_of_urls_are_not_tracked(
 def test_a_checkpoint_records_what_an_export_needs_even_if_the_files_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELS", "/gone")
     monkeypatch.setenv("SHARDS", "/gone")
-    inputs = InputDigests(data="d", tokenizers={"encoder": "e"}, backbones={})
+    inputs = InputDigests(data="d", tokenizers={"encoder": "e"}, backbones={"encoder.backbone": "digest"})
     counts = {"step": 3, "skipped_steps": 0, "skipped_in_row": 0, "spikes": None, "data_counts": {}}
     spec = SimpleNamespace(to_json=dict)
     decoder = TrainedFor(name="d", rope_scaling="none", implementation="transformers", chat_template="chatml")
     record = PortRecord(decoder=decoder, ids_digest="i", weights={})
     ports = SimpleNamespace(spec=spec, records=(record,), places=(0,))
-    run = SimpleNamespace(inputs=inputs, ports=ports, **counts)
+    encoder = torch.nn.Linear(2, 2)
+    run = SimpleNamespace(inputs=inputs, ports=ports, engine=SimpleNamespace(module=encoder), **counts)
     for length in (33, 66):
         config = load_config(DEMO, [f"data.max_context_tokens={length}"])
         extra = _trainer_state(config, run, None).extra  # type: ignore[arg-type]
@@ -56,3 +58,7 @@ def test_a_checkpoint_records_what_an_export_needs_even_if_the_files_are_gone(mo
     assert extra["encoder_tokenizer"].startswith("/gone")
     assert [decoder["implementation"] for decoder in extra["decoders"]] == ["transformers"]
     assert [decoder["chat_template"] for decoder in extra["decoders"]] == ["chatml"]
+    assert extra["frozen"] is None, "all weights are trained"
+    encoder.bias.requires_grad_(False)
+    frozen = _trainer_state(config, run, None).extra["frozen"]  # type: ignore[arg-type]
+    assert (frozen["key"], frozen["digest"]) == ("encoder.backbone", "digest") and frozen["path"].startswith("/gone")

@@ -1,0 +1,79 @@
+"""Frozen weights of a checkpoint's encoder, read from the files that its run started from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arc_ds.checkpoints.frozen_source import FrozenSource
+from arc_ds.checkpoints.weight_digests import backbone_digest, folder_digest
+from arc_ds.errors import CheckpointError, WeightsError
+from arc_ds.inference.load import open_arc_folder
+from arc_ds.model.spec import CompressorSpec
+from arc_ds.model.weights import TensorSource, beyond_layers, open_backbone, read_backbone_config
+from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy
+from arc_ds.model.weights.locate import locate
+from arc_ds.model.weights.names import Shape
+from arc_ds.model.weights.selection import MEMORY, use_memory_tokens
+
+
+def open_frozen(
+    names: Collection[str], source: FrozenSource, spec: CompressorSpec, moved: Path | None = None
+) -> dict[str, LazyTensor]:
+    """The frozen tensors of a compressor as float32, with the values that they had in the run. No values are read.
+
+    names: of the tensors.
+    moved: where the files are now, if not at the path of the run.
+
+    Raises CheckpointError if the files are missing or hold other weights.
+    """
+    path = moved or Path(source.path)
+    remedy = "Give the folder that it started from to --encoder."
+    place = f"the run did not train these weights of its encoder, so the checkpoint does not hold them: {min(names)}, …"
+    try:
+        if source.key == "encoder.backbone":
+            sizes = read_backbone_config(path, source.rope_scaling)
+            digest = backbone_digest(sizes, locate(path).files)
+        else:
+            digest = folder_digest(path)
+        if digest != source.digest:
+            raise CheckpointError(
+                f"{place}. The run started from other weights ({source.key}={source.path}) than {path} holds now. "
+                f"{remedy}"
+            )
+        tensors, prefix = _open(path, source, spec)
+    except WeightsError as error:
+        raise CheckpointError(f"{place}. They are read from {source.key} of the run: {error} {remedy}") from error
+    dtype = getattr(torch, source.dtype)
+    found = {}
+    for name in names:
+        theirs = name.removeprefix(prefix)
+        if theirs in tensors.shapes:
+            found[name] = _by_rows(tensors, theirs, dtype)
+        elif name == MEMORY:  # memory tokens that do not come from the files start as ones
+            found[name] = as_lazy(torch.ones(spec.memory_tokens, spec.backbone.hidden_size))
+    return found
+
+
+def _open(path: Path, source: FrozenSource, spec: CompressorSpec) -> tuple[TensorSource, str]:
+    """The tensors of the files, and the prefix that their names lack."""
+    if source.key == "encoder.backbone":
+        return open_backbone(path, source.rope_scaling, is_unused=beyond_layers(spec.num_layers)), "encoder."
+    backbone = Path(source.backbone)
+    folder = open_arc_folder(path, backbone if backbone.exists() else None)
+    return use_memory_tokens(folder.tensors, spec.memory_tokens), ""
+
+
+def _by_rows(source: TensorSource, name: str, dtype: torch.dtype) -> LazyTensor:
+    """A tensor that is read in whole rows, and rounded to `dtype`."""
+    shape: Shape = source.shapes[name]
+    width = math.prod(shape[1:])
+
+    def read(start: int, stop: int) -> Tensor:
+        return source.tensor(name, slice(start // width, stop // width)).reshape(-1).to(dtype).float()
+
+    return LazyTensor(shape=shape, dtype=torch.float32, read=read, unit=width)

@@ -1,0 +1,27 @@
+"""A small object with the parts of DeepSpeed's ZeRO-3 engine that a save reads, for tests of files and folders."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+
+def light_engine(value: float = 1.0, numel: int = 5000) -> SimpleNamespace:
+    """An engine of one rank with one trained parameter, all of whose states are `value`."""
+    parameter = _Parameter(numel)
+    master = torch.full([numel], value).requires_grad_()
+    adam = {"step": torch.tensor(value)} | {name: torch.full([numel], value) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer = SimpleNamespace(
+        fp16_groups=[[parameter]],
+        fp32_partitioned_groups_flat=[master],
+        sub_group_to_group_id={0: 0},
+        optimizer=SimpleNamespace(groups=[SimpleNamespace(name="encoder")], state={master: adam}),
+    )
+    counters = {"global_steps": int(value), "global_samples": 0, "skipped_steps": 0}
+    return SimpleNamespace(optimizer=optimizer, param_names={parameter: "encoder.weight"}, **counters)
+
+
+class _Parameter:
+    def __init__(self, numel: int) -> None:
+        self.ds_shape, self.ds_numel = torch.Size([numel]), numel

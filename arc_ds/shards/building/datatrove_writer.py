@@ -23,7 +23,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from arc_ds.errors import ArcError, DataError
 from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile, Line
-from arc_ds.shards.building.record_maker import Counts, EncodedBatch, OnError, RecordMaker, RecordRules
+from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordMaker, RecordRules
 from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo
 from arc_ds.shards.tar_writer import EncodedRecord, ShardWriter
 from arc_ds.system.files import whole_folder, write_whole
@@ -188,6 +188,7 @@ class _PartWriter:
         self._path = default  # of the current source
         self._lines: list[Line] = []
         self._num_bytes = 0  # of these lines
+        self._num_named = 0  # faults logged so far
 
     def add(self, document: Document) -> None:
         path = str(document.metadata.get("file_path") or self.default)
@@ -226,8 +227,9 @@ class _PartWriter:
         )
         batch = Batch(cursor=Cursor(), content=tuple(self._lines), position=0)
         encoded = self.maker.make(file, batch)
-        for fault in encoded.faults:
+        for fault in encoded.faults[: MAX_NAMED - self._num_named]:
             logger.warning("left out: %s", fault)
+            self._num_named += 1
         with (self.folder / source.records).open("ab") as spool:
             _write_records(spool, encoded)
         source.counts.add(encoded.counts)

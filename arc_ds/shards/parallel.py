@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from itertools import chain, islice
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+from arc_ds.errors import StorageError
+from arc_ds.system.locks import LOCK_FILE
 from arc_ds.system.processes import worker_pool
 
-_AHEAD = 2  # items in flight per worker, so that a worker never waits for its next item
+AHEAD = 2  # items in flight per worker, so that a worker never waits for its next item
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+
+
+class Engine(Protocol):
+    """Runs the tasks of a build: `map_in_order` in processes of this host, `RayCluster.map_in_order` on many hosts."""
+
+    def __call__(
+        self, function: Callable[[_T], _R], items: Iterable[_T], num_workers: int
+    ) -> Generator[tuple[_T, _R], None, None]: ...
 
 
 def map_in_order(
@@ -37,7 +51,7 @@ def map_in_order(
     with worker_pool(len(first), _begin, function) as pool:
         for item in items:
             in_flight.append((item, pool.submit(_call, item)))
-            if len(in_flight) == len(first) * _AHEAD:
+            if len(in_flight) == len(first) * AHEAD:
                 oldest, future = in_flight.popleft()
                 yield oldest, future.result()
         yield from ((item, future.result()) for item, future in in_flight)
@@ -54,3 +68,23 @@ def _begin(function: Callable[[Any], Any]) -> None:
 def _call(item: Any) -> Any:
     assert _function is not None, "a worker calls _begin before _call"
     return _function(item)
+
+
+def on_shared_folder(folder: Path, function: Callable[[_T], _R]) -> Callable[[_T], _R]:
+    """`function`, but it raises StorageError on a host that does not see the lock that this process holds on `folder`.
+
+    Hosts may have folders of the same name on disks of their own.
+    """
+    return partial(_call_on_shared_folder, folder, (folder / LOCK_FILE).read_bytes(), function)
+
+
+def _call_on_shared_folder(folder: Path, holder: bytes, function: Callable[[_T], _R], item: _T) -> _R:
+    seen = b""
+    with suppress(OSError):
+        seen = (folder / LOCK_FILE).read_bytes()
+    if seen == holder:
+        return function(item)
+    raise StorageError(
+        f"{socket.gethostname()} does not see the files of this command in {folder}. All hosts of a Ray cluster must "
+        "share the file system of the output: give an output folder on it, or leave out --ray-address."
+    )

@@ -11,6 +11,8 @@ _EXTRAS = {
     "backbones": ("gguf", "tiktoken", "tokenizers"),
     "serve": ("aiohttp", "fastapi", "prometheus_client", "uvicorn"),
     "shards": ("pyarrow", "zstandard"),
+    "ray": ("ray",),
+    "datatrove": ("datatrove",),
 }
 
 

@@ -7,11 +7,11 @@ import logging
 import shlex
 import sys
 
+from arc_ds.commands.shards.engine import Workers, add_engine, chosen_workers
 from arc_ds.commands.shards.tokenize import cache_and_print
 from arc_ds.shards.building.record_maker import REASONS
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.format import Manifest
-from arc_ds.system.processes import num_cores
 from arc_ds.system.user_paths import user_path
 from arc_ds.tokenizers import load_tokenizer
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the subcommand."""
     parser.description = (
         "Cuts documents into records and writes them as shards. Repeat the same command to resume a killed "
-        "build. The result is identical, byte for byte, for any number of --workers."
+        "build. The result is identical, byte for byte, for any number of --workers and for every --engine."
     )
     parser.add_argument(
         "inputs",
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=user_path, required=True, help="the encoder's tokenizer: a file or folder")
     _add_rules(parser)
     parser.add_argument("--shard-mib", type=float, default=128, help="size of a shard (default: %(default)s MiB)")
-    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
+    add_engine(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     parser.add_argument(
         "--cache-tokens",
@@ -83,6 +83,12 @@ def run(namespace: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for path in namespace.cache_tokens:
         load_tokenizer(path)  # fails now, not after hours of building, if a tokenizer cannot be read
+    with chosen_workers(namespace) as workers:
+        _build(namespace, workers)
+    return 0
+
+
+def _build(namespace: argparse.Namespace, workers: Workers) -> None:
     rules = ("kind", "text_field", "max_tokens", "min_tokens", "min_chars", "quality_field", "min_quality", "on_error")
     manifest = build_shards(
         namespace.inputs,
@@ -91,19 +97,18 @@ def run(namespace: argparse.Namespace) -> int:
         **{name: getattr(namespace, name) for name in rules},
         max_document_bytes=int(namespace.max_document_mib * (1 << 20)),
         shard_bytes=int(namespace.shard_mib * (1 << 20)),
-        workers=namespace.workers,
+        **workers._asdict(),
         overwrite=namespace.overwrite,
         progress=sys.stderr.isatty(),
     )
     print(f"{namespace.out}: {summary(manifest)}")
     try:
         if namespace.cache_tokens:
-            cache_and_print(namespace.out, namespace.cache_tokens, workers=namespace.workers)
+            cache_and_print(namespace.out, namespace.cache_tokens, workers)
     except BaseException:
         go_on = shlex.join(["arc-ds", "shards", "tokenize", namespace.out, "--tokenizer", *namespace.cache_tokens])
         logger.warning("The shards are complete, but their token caches are not. To resume: %s", go_on)
         raise
-    return 0
 
 
 def summary(manifest: Manifest) -> str:

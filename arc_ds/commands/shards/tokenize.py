@@ -7,8 +7,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from arc_ds.commands.shards.engine import Workers, add_engine, chosen_workers
 from arc_ds.shards.token_cache.writer import build_token_caches
-from arc_ds.system.processes import num_cores
 from arc_ds.system.user_paths import user_path
 
 HELP = "store the token ids of shards next to them"
@@ -34,18 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENIZER",
         help="tokenizers of the run's encoder and decoders",
     )
-    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: the cores, %(default)s)")
+    add_engine(parser)
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    cache_and_print(namespace.folder, namespace.tokenizer, workers=namespace.workers)
+    with chosen_workers(namespace) as workers:
+        cache_and_print(namespace.folder, namespace.tokenizer, workers)
     return 0
 
 
-def cache_and_print(folder: str, tokenizers: Sequence[str], *, workers: int) -> None:
+def cache_and_print(folder: str, tokenizers: Sequence[str], workers: Workers) -> None:
     """Build the token caches of a folder of shards, and print a line for each. A terminal shows a progress bar."""
-    for made in build_token_caches(folder, tokenizers, workers=workers, progress=sys.stderr.isatty()):
+    for made in build_token_caches(folder, tokenizers, **workers._asdict(), progress=sys.stderr.isatty()):
         left_out = f", {made.left_out} texts left out" if made.left_out else ""
         print(f"{made.folder}: {made.ids} ids of {made.records} records{left_out}")

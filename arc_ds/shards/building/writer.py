@@ -7,7 +7,7 @@ them in order. At the end of each shard the build saves its progress, so that a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from arc_ds.shards.building.inputs import find_inputs, read_batches, warn_of_pas
 from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordMaker, RecordRules
 from arc_ds.shards.building.state import BuildFolder, BuildPlan, Progress
 from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo, total_skipped
-from arc_ds.shards.parallel import map_in_order
+from arc_ds.shards.parallel import Engine, map_in_order, on_shared_folder
 from arc_ds.shards.tar_writer import ShardWriter
 from arc_ds.system.files import output, replace_folder, write_whole
 from arc_ds.system.locks import writing
@@ -47,6 +47,7 @@ def build_shards(
     max_document_bytes: int = 64 << 20,
     on_error: OnError = "stop",
     workers: int = 1,
+    engine: Engine = map_in_order,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Manifest:
@@ -73,6 +74,7 @@ def build_shards(
     on_error: "stop": a fault stops the build. "skip": faulty documents are left out and counted, and the first ones
         are logged.
     workers: number of processes that cut documents. The result does not depend on it.
+    engine: runs these processes, on this host or on many (`arc_ds.shards.ray_engine`).
     overwrite: replace `out_dir` if it exists.
     progress: show a progress bar.
 
@@ -99,7 +101,7 @@ def build_shards(
     plan = BuildPlan(files=files, rules=rules, shard_bytes=shard_bytes, tokenizer_fingerprint=tokenizer.fingerprint)
     folder = BuildFolder(out_dir)
     with output(out_dir), writing(folder.path, "build"):
-        manifest = _build_in(folder, plan, tokenizer, workers, progress)
+        manifest = _build_in(folder, plan, tokenizer, workers, engine, progress)
         replace_folder(folder.shards, out_dir)
         folder.remove()
     logger.info("%s: %d records in %d shards", out_dir, manifest.samples, len(manifest.shards))
@@ -129,7 +131,9 @@ def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path)
     return files
 
 
-def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, workers: int, show_bar: bool) -> Manifest:
+def _build_in(
+    folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, workers: int, engine: Engine, show_bar: bool
+) -> Manifest:
     """Write all shards and the manifest to the build's folder. If the build fails, its finished shards stay there."""
     progress = folder.load(plan) or Progress()
     if progress.shards:
@@ -138,7 +142,7 @@ def _build_in(folder: BuildFolder, plan: BuildPlan, tokenizer: Tokenizer, worker
     try:
         total = sum(file.num_bytes for file in plan.files)
         with tqdm(total=total, unit="B", unit_scale=True, disable=not show_bar) as bar:
-            build.run(tokenizer, workers, bar)
+            build.run(tokenizer, workers, engine, bar)
     except BaseException:
         if build.num_saved:
             logger.warning(
@@ -168,6 +172,10 @@ class _BatchJob(NamedTuple):
     file: InputFile
     batch: Batch
 
+    def __str__(self) -> str:
+        """The batch in messages: the place of its first document."""
+        return f"the documents from {self.file.where(self.batch.cursor.number + 1)} on"
+
 
 def _encode(rules: RecordRules, tokenizer: Tokenizer | Path, job: _BatchJob) -> EncodedBatch:
     """Make the records of a batch. The workers load the tokenizer from a path."""
@@ -192,18 +200,21 @@ class _Build:
         self._num_named = 0  # faults logged so far
         self._bytes_done = sum(source.bytes for source in progress.sources)
 
-    def run(self, tokenizer: Tokenizer, workers: int, bar: tqdm[None]) -> None:
+    def run(self, tokenizer: Tokenizer, workers: int, engine: Engine, bar: tqdm[None]) -> None:
         """Read the inputs from the checkpoint on and write their records.
 
         Raises DataError on a fault that stops the build, or if the inputs yield no record.
         """
-        saved = self.folder.path / "tokenizer"
-        if workers > 1:
+        encode: Callable[[_BatchJob], EncodedBatch]
+        if workers == 1 and engine is map_in_order:
+            encode = partial(_encode, self.plan.rules, tokenizer)
+        else:
+            saved = self.folder.path / "tokenizer"
             saved.mkdir(exist_ok=True)
             tokenizer.save(saved)
-        encode = partial(_encode, self.plan.rules, saved if workers > 1 else tokenizer)
+            encode = on_shared_folder(self.folder.path, partial(_encode, self.plan.rules, saved))
         with InputDigests() as digests:
-            jobs = map_in_order(encode, self._jobs(digests), workers)
+            jobs = engine(encode, self._jobs(digests), workers)
             with self.writer, closing(jobs):
                 for job, encoded in jobs:
                     self._finish_files(job.file_idx, digests)

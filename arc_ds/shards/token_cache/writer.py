@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from arc_ds.errors import DataError
 from arc_ds.shards.format import Manifest, ShardInfo, sha256_of_file
-from arc_ds.shards.parallel import map_in_order
+from arc_ds.shards.parallel import Engine, map_in_order, on_shared_folder
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.token_cache.files import (
     CACHE_FILE,
@@ -63,7 +64,12 @@ class CacheSummary:
 
 
 def build_token_caches(
-    path: str | Path, tokenizers: Sequence[str | Path], *, workers: int = 1, progress: bool = False
+    path: str | Path,
+    tokenizers: Sequence[str | Path],
+    *,
+    workers: int = 1,
+    engine: Engine = map_in_order,
+    progress: bool = False,
 ) -> tuple[CacheSummary, ...]:
     """Write the caches of a set of shards for some tokenizers, and return their summaries.
 
@@ -74,6 +80,8 @@ def build_token_caches(
         find them.
     tokenizers: files or folders of tokenizers.
     workers: number of worker processes.
+    engine: runs these processes, on this host or on many (`arc_ds.shards.ray_engine`). Other hosts read the shards and
+        the tokenizers, and write the caches, under the same paths.
     progress: show a progress bar.
 
     Raises DataError if the shards cannot be read, a worker dies or another call is writing the same cache, and
@@ -82,30 +90,35 @@ def build_token_caches(
     shards = ShardSet(path)
     folders = [shards.folder / cache_name(load_tokenizer(tokenizer).fingerprint) for tokenizer in tokenizers]
     return tuple(
-        _build_cache(shards, Path(tokenizer), folder, workers, progress)
+        _build_cache(shards, Path(tokenizer), folder, workers, engine, progress)
         for tokenizer, folder in zip(tokenizers, folders, strict=True)
     )
 
 
-def _build_cache(shards: ShardSet, tokenizer: Path, folder: Path, workers: int, progress: bool) -> CacheSummary:
+def _build_cache(
+    shards: ShardSet, tokenizer: Path, folder: Path, workers: int, engine: Engine, progress: bool
+) -> CacheSummary:
     """Lock a cache and fill it. Raises StorageError, with the remedy, if it cannot be written."""
     cure = (
         "A token cache is stored next to the manifest. If that folder is not writable, make another manifest for the "
         "same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and use it as the source of a new run."
     )
     with output(folder, cure, lambda: "Finished shards are kept."), writing(folder, "tokenize"):
-        return _fill_cache(shards, tokenizer, folder, workers, progress)
+        return _fill_cache(shards, tokenizer, folder, workers, engine, progress)
 
 
-def _fill_cache(shards: ShardSet, tokenizer: Path, folder: Path, workers: int, progress: bool) -> CacheSummary:
+def _fill_cache(
+    shards: ShardSet, tokenizer: Path, folder: Path, workers: int, engine: Engine, progress: bool
+) -> CacheSummary:
     """Tokenise the shards that a cache lacks. Rewrites the index of the cache after each shard."""
     fingerprint, infos = load_tokenizer(tokenizer).fingerprint, shards.manifest.shards
     done = _finished(shards.manifest, folder, fingerprint)
     for stray in stray_files(folder, done):
         stray.unlink()
     missing = [idx for idx, info in enumerate(infos) if info.name not in done]
-    made = map_in_order(partial(_tokenize_shard, shards, tokenizer, folder), missing, workers)
-    with tqdm(total=len(shards), unit="record", disable=not progress) as bar:
+    tokenize = on_shared_folder(folder, partial(_tokenize_shard, shards, tokenizer, folder))
+    made = engine(tokenize, missing, workers)
+    with closing(made), tqdm(total=len(shards), unit="record", disable=not progress) as bar:
         bar.update(sum(cached.records for cached in done.values()))
         _write_index(folder, fingerprint, done)
         for shard_idx, cached in made:

@@ -1,0 +1,196 @@
+"""Applies a function to items on the workers of a Ray cluster, in order and with a bounded number in flight."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from arc_ds.errors import DataError, StorageError, words_of
+from arc_ds.shards.parallel import AHEAD
+from arc_ds.system.packages import require
+from arc_ds.version import __version__
+
+logger = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 4  # of one item whose workers die
+_CONNECT_S = 10.0
+_OBJECT_BYTES = 8 << 20  # of the local object store, for an item and its result
+_MIN_STORE_BYTES = 128 << 20
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@contextmanager
+def ray_cluster(address: str | None = None, num_workers: int | None = None) -> Iterator[RayCluster]:
+    """Connect to a Ray cluster, or start Ray on this host for the duration of the block.
+
+    If the program is connected to a cluster already, that one is used and stays connected.
+
+    address: `host:port`; "auto" for the cluster that this host belongs to; None for $RAY_ADDRESS or, if that is not
+        set, a Ray of our own on this host.
+    num_workers: maximum number of tasks that run at the same time; None for the number of CPUs of the cluster.
+
+    Raises ConfigError if Ray is not installed, DataError if `num_workers` is invalid, and StorageError if the cluster
+    cannot be reached.
+    """
+    require("ray")
+    if num_workers is not None and num_workers < 1:
+        raise DataError(f"{num_workers} workers cannot do anything. Give at least 1 (--workers).")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    if ray.is_initialized():  # by the caller's program
+        yield RayCluster(num_workers=num_workers or _num_cpus())
+        return
+    # Ray reports dead workers on standard output, which belongs to the command. `_next_result` reports them in the log.
+    ray._private.worker._worker_logs_enabled = False
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        _connect(address, num_workers)
+        yield RayCluster(num_workers=num_workers or _num_cpus())
+    finally:
+        ray.shutdown()
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced it
+
+
+def _num_cpus() -> int:
+    """The CPUs of the connected cluster. Raises StorageError if it has none."""
+    import ray
+
+    num_cpus = int(ray.cluster_resources().get("CPU", 0))
+    if num_cpus < 1:
+        raise StorageError("the Ray cluster has no CPUs. Start a host that has some: ray start --num-cpus N")
+    return num_cpus
+
+
+def _connect(address: str, num_workers: int | None) -> None:
+    """Start a local Ray or connect to a cluster. Ray itself tries a wrong address for minutes and then exits."""
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if address == "local":
+        num_cpus = num_workers or len(os.sched_getaffinity(0))
+        store_bytes = max(_MIN_STORE_BYTES, num_cpus * AHEAD * _OBJECT_BYTES)
+        options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": store_bytes}
+    elif address != "auto":
+        _check_listens(address)
+    try:
+        ray.init(address=address, **options)
+    except (OSError, RuntimeError, ValueError, SystemExit) as error:
+        raise StorageError(
+            f"cannot use the Ray cluster {address}: {words_of(error).rstrip('.')}. Run `ray start --head` on one host, "
+            "`ray start --address=HOST:PORT` on every other one, with equal versions of Ray and Python, and this "
+            "command on one of them. Leave out --ray-address and RAY_ADDRESS to start Ray on this host alone."
+        ) from error
+
+
+def _check_listens(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise StorageError(
+            f"the Ray address {address!r} is not usable: expected auto or HOST:PORT, such as 10.0.0.1:6379 (`ray start "
+            "--head` prints it). Run the command on a host of the cluster; ray:// addresses are for other clients."
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise StorageError(
+            f"no Ray cluster answers at {address}: {error}. Check the address, and that `ray start --head` runs there."
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class RayCluster:
+    """A connected cluster. `ray_cluster` makes it.
+
+    num_workers: number of tasks that may run at the same time.
+    """
+
+    num_workers: int
+
+    def map_in_order(
+        self, function: Callable[[_T], _R], items: Iterable[_T], num_workers: int
+    ) -> Generator[tuple[_T, _R], None, None]:
+        """Like `arc_ds.shards.parallel.map_in_order`, on the hosts of the cluster.
+
+        An item whose worker dies, or whose result is lost with its host, is given to another worker.
+
+        Raises DataError if the workers of one item keep dying, or if a worker has another version of ARC-DS.
+        """
+        import ray
+
+        # Retries by Ray would be endless for a lack of memory.
+        remote = ray.remote(max_retries=0, num_cpus=1)(_call)
+        submit = partial(remote.remote, __version__, Path.cwd(), ray.put(function))
+        in_flight: deque[tuple[_T, Any]] = deque()
+        try:
+            for item in items:
+                in_flight.append((item, submit(item)))
+                if len(in_flight) == num_workers * AHEAD:
+                    yield _next_result(in_flight, submit)
+            while in_flight:
+                yield _next_result(in_flight, submit)
+        finally:
+            for _, reference in in_flight:
+                ray.cancel(reference)
+
+
+def _next_result(in_flight: deque[tuple[_T, Any]], submit: Callable[[_T], Any]) -> tuple[_T, Any]:
+    """Take the oldest item, wait for its result and return both. `submit` is called again if its worker dies."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    item, reference = in_flight.popleft()
+    for attempt in range(1, _MAX_ATTEMPTS + 1):
+        try:
+            return item, ray.get(reference)
+        except RayTaskError as error:
+            raise _error_of_task(error) from error
+        except RayError as error:
+            if attempt == _MAX_ATTEMPTS:
+                raise DataError(
+                    f"{attempt} Ray workers died one after the other on {item}, most likely for lack of memory "
+                    f"({words_of(error)[:200]}). Run the same command again with fewer --workers."
+                ) from error
+            logger.warning("a Ray worker was lost (%s). Another one does its work: %s", type(error).__name__, item)
+            reference = submit(item)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _error_of_task(error: Any) -> BaseException:
+    """The error that a task raised."""
+    cause = error.cause
+    if isinstance(cause, ImportError):
+        return DataError(
+            f"a Ray worker on the host {error.ip} cannot import this package: {cause}. Install the same version of "
+            f"ARC-DS ({__version__}) and its extras in the Python environment of every host that runs `ray start`."
+        )
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _call(version: str, folder: Path, function: Callable[[Any], Any], item: Any) -> Any:
+    """Apply the function, in a worker.
+
+    version: of ARC-DS, in the process that wants the result.
+    folder: its working folder.
+    """
+    if version != __version__:
+        raise DataError(
+            f"the Ray worker on {socket.gethostname()} has ARC-DS {__version__}; the command has {version}. Install "
+            "the same version on every host and restart Ray there."
+        )
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers share the host's cores
+    with suppress(OSError):
+        os.chdir(folder)  # paths may be relative
+    return function(item)

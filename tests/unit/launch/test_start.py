@@ -25,7 +25,6 @@ PROGRAM = """
 import ctypes, os, signal, sys
 from arc_ds.launch.signals import StopRequest, hold_stop_signals
 from arc_ds.launch.start import stoppable
-from tests.helpers.waiting import LIMIT_S, wait_for
 hold_stop_signals()
 number = int(sys.argv[2])
 if sys.argv[1] == "before":

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Ranks of the distributed tests share the cores with the test process: one thread each is the fastest there.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ranks of the distributed tests share the cores with the test process: one thread each is the fastest there. Programs
+# that tests start read the variable. This process has imported torch, which reads it only then.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Without a GPU the kernels run under Triton's interpreter. The variable counts only if it is set before

@@ -8,12 +8,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Semaphore
 
 from arc_ds.errors import ArcError, DataError
 
@@ -34,15 +36,19 @@ def worker_pool(
     if num_workers < 1:
         raise DataError(f"{num_workers} workers cannot do anything. Give at least 1 (--workers).")
     failures = context.SimpleQueue()
+    gate = context.Semaphore(0)
     pool = ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(), failures, begin, args)
+        num_workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(), gate, failures, begin, args)
     )
     workers: set[BaseProcess] = set()
     others = set(multiprocessing.active_children())
     try:
         try:
-            _start_workers(pool, num_workers)
+            with _keyboard_interrupt_held():
+                _start_workers(pool, num_workers)
         finally:
+            for _ in range(num_workers):
+                gate.release()
             workers = set(multiprocessing.active_children()) - others
         yield pool
     except BrokenProcessPool as error:
@@ -62,12 +68,14 @@ def worker_pool(
 def _start_workers(pool: ProcessPoolExecutor, num_workers: int) -> None:
     """Start every worker now: Python may miss the death of one that it starts later, for a task.
 
+    Each submission starts a worker, because none becomes idle before the gate opens.
+
     SIGINT is blocked meanwhile, so that a worker never hears of it: it inherits the mask.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
         for _ in range(num_workers):
-            pool.submit(abs, 0)  # a worker takes longer to start than all of these
+            pool.submit(abs, 0)
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) is None:  # Python has closed the pipes, because a worker died
             raise BrokenProcessPool(str(error)) from error
@@ -76,8 +84,33 @@ def _start_workers(pool: ProcessPoolExecutor, num_workers: int) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+@contextmanager
+def _keyboard_interrupt_held() -> Iterator[None]:
+    """Deliver a SIGINT at the end of the block instead of in it.
+
+    If another thread receives the signal, the mask of the main thread does not keep KeyboardInterrupt out. Raised
+    while a worker starts, it would leave a process that the pool does not know and never stops.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():  # it is never raised here
+        yield
+        return
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _begin_worker(
-    parent: int, failures: SimpleQueue[ArcError], begin: Callable[..., None] | None, args: tuple[object, ...]
+    parent: int,
+    gate: Semaphore,
+    failures: SimpleQueue[ArcError],
+    begin: Callable[..., None] | None,
+    args: tuple[object, ...],
 ) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -88,6 +121,7 @@ def _begin_worker(
     except ArcError as error:
         failures.put(error)
         os._exit(1)
+    gate.acquire()
 
 
 def die_with_parent(parent: int | None = None) -> None:

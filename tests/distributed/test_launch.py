@@ -7,8 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,9 @@ from arc_ds.launch.exit_codes import (
     EXIT_PREEMPTED,
     EXIT_STALLED,
 )
+from tests.helpers.waiting import LIMIT_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-# Only a guard against hangs: a start takes about 10 s, and several times as long on a busy machine.
-LIMIT_S = 240.0
 PROGRAM = """
 import sys
 import arc_ds.launch.wrapper
@@ -67,13 +65,6 @@ def _start(mode: str, folder: Path, launcher: str = "light", num_procs: int = 2)
     return process
 
 
-def _wait_for(what: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
-    deadline = time.monotonic() + limit_s
-    while not what():
-        assert time.monotonic() < deadline, "the ranks did not start in time"
-        time.sleep(0.05)
-
-
 def _started(folder: Path) -> bool:
     return len(list(folder.glob("pid_*"))) == 2
 
@@ -90,28 +81,28 @@ def _are_gone(pids: list[int]) -> bool:
 
 def _stop(folder: Path, number: signal.Signals, launcher: str) -> int:
     process = _start("train", folder, launcher)
-    _wait_for(lambda: _started(folder))
+    wait_for(lambda: _started(folder))
     process.send_signal(number)
     return process.wait(LIMIT_S)
 
 
 def test_deepspeeds_launcher_stop_signal_gives_the_preempted_code(tmp_path: Path) -> None:
     assert _stop(tmp_path, signal.SIGTERM, "deepspeed") == EXIT_PREEMPTED
-    assert _are_gone(_rank_pids(tmp_path))
+    wait_for(lambda: _are_gone(_rank_pids(tmp_path)))
 
 
 def test_deepspeeds_launcher_killed_rank_ends_the_run_with_a_failure(tmp_path: Path) -> None:
     process = _start("die", tmp_path, "deepspeed")
     assert process.wait(LIMIT_S) == EXIT_LOST_RANK
-    assert _are_gone(_rank_pids(tmp_path))
+    wait_for(lambda: _are_gone(_rank_pids(tmp_path)))
 
 
 def test_deepspeeds_launcher_ranks_do_not_outlive_a_killed_wrapper(tmp_path: Path) -> None:
     process = _start("train", tmp_path, "deepspeed")
-    _wait_for(lambda: _started(tmp_path))
+    wait_for(lambda: _started(tmp_path))
     pids = _rank_pids(tmp_path)
     process.kill()
-    _wait_for(lambda: _are_gone(pids), limit_s=30.0)
+    wait_for(lambda: _are_gone(pids))
 
 
 def test_all_ranks_end_well_and_share_the_cores(tmp_path: Path) -> None:
@@ -129,7 +120,7 @@ def test_a_stop_signal_while_the_ranks_load_is_not_lost(tmp_path: Path, number: 
 
 def test_kill_9_of_all_ranks_is_a_failure_though_the_launcher_ends_with_0(tmp_path: Path) -> None:
     process = _start("train", tmp_path)
-    _wait_for(lambda: _started(tmp_path))
+    wait_for(lambda: _started(tmp_path))
     for pid in _rank_pids(tmp_path):
         os.kill(pid, signal.SIGKILL)
     assert process.wait(LIMIT_S) == EXIT_LOST_RANK
@@ -140,7 +131,7 @@ def test_a_crash_of_one_rank_ends_all_with_its_traceback(tmp_path: Path) -> None
     output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == EXIT_FAILED
     assert "RuntimeError: rank one crashed" in output
-    assert _are_gone(_rank_pids(tmp_path))
+    wait_for(lambda: _are_gone(_rank_pids(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +158,7 @@ def test_a_fault_of_one_rank_ends_all_with_one_message(
     """The other ranks wait for rank 1 in a collective of gloo, in C code, which alone would wait for 30 minutes."""
     process = _start(fault, tmp_path, num_procs=3)
     if fault == "stuck":
-        _wait_for((tmp_path / "fault").exists)
+        wait_for((tmp_path / "fault").exists)
         process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == code, output
@@ -175,7 +166,7 @@ def test_a_fault_of_one_rank_ends_all_with_one_message(
         message = each.format(host=socket.gethostname(), folder=tmp_path)
         assert len([line for line in output.splitlines() if message in line]) == 1, output
     assert ("Traceback" in output) == (fault == "raises"), output
-    assert _are_gone(_rank_pids(tmp_path, num_procs=3))
+    wait_for(lambda: _are_gone(_rank_pids(tmp_path, num_procs=3)))
     if code == EXIT_STALLED:
         stacks = [(tmp_path / f"stacks_rank_{rank:05d}.txt").read_text() for rank in range(3)]
         assert "decoder small" in stacks[1] and all("in _train_together" in each for each in stacks)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.helpers import distributed
 from tests.helpers.distributed import RankError, run_on_ranks
 
 
@@ -25,9 +28,10 @@ def _fail_on_rank_one() -> int:
     return dist.get_rank()
 
 
-def _hang_on_rank_one() -> None:
+def _hang_on_rank_one(sign: Path) -> None:
     if dist.get_rank() == 1:
-        time.sleep(60)
+        sign.touch()
+        time.sleep(3600)
 
 
 def _die_on_rank_one() -> None:
@@ -45,9 +49,13 @@ def test_a_failing_rank_is_named_and_the_pool_goes_on() -> None:
     assert run_on_ranks(_sum_of_ranks, 0) == [1, 1]
 
 
-def test_a_rank_that_hangs_is_a_failure_with_its_stack() -> None:
+def test_a_rank_that_hangs_is_a_failure_with_its_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time stands still until the rank hangs."""
+    sign = tmp_path / "sign"
+    clock = SimpleNamespace(monotonic=lambda: 1.0 if sign.exists() else 0.0, sleep=time.sleep)
+    monkeypatch.setattr(distributed, "time", clock)
     with pytest.raises(RankError, match=r"(?s)rank 1.*_hang_on_rank_one"):
-        run_on_ranks(_hang_on_rank_one, timeout_s=2.0)
+        run_on_ranks(_hang_on_rank_one, sign, timeout_s=0.5)
 
 
 def test_a_rank_that_dies_is_a_failure_with_its_exit_code() -> None:

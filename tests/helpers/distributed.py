@@ -28,6 +28,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.waiting import LIMIT_S
+
 # After one rank has failed the others may be stuck in a collective with it: how long they may go on.
 GRACE_S = 10.0
 
@@ -87,27 +89,31 @@ class RankPool:
             for pipe in wait(list(waiting), timeout=left):
                 assert isinstance(pipe, Connection)
                 rank = waiting.pop(pipe)
-                with suppress(EOFError, ConnectionResetError):
+                try:
                     answers[rank] = pickle.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionResetError):  # it has ended, or is about to
+                    self._processes[rank].join(LIMIT_S)
                 if not answers.get(rank, (False, ""))[0]:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         return answers
 
     def _explain_silence(self, rank: int) -> str:
         process = self._processes[rank]
-        process.join(timeout=0.5)
         if not process.is_alive():
             return f"--- rank {rank} ---\nended with exit code {process.exitcode}"
         assert process.pid is not None
         os.kill(process.pid, signal.SIGUSR2)
-        time.sleep(0.5)
-        return f"--- rank {rank} ---\ndid not answer; its stacks:\n{self._stack_file(rank).read_text()}"
+        stacks = ""
+        while not stacks or stacks != self._stack_file(rank).read_text():  # until it is whole
+            stacks = self._stack_file(rank).read_text()
+            time.sleep(0.5)
+        return f"--- rank {rank} ---\ndid not answer; its stacks:\n{stacks}"
 
     def close(self) -> None:
         for process in self._processes:
             process.kill()
         for process in self._processes:
-            process.join(timeout=10)
+            process.join(LIMIT_S)
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []

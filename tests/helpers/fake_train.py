@@ -31,10 +31,10 @@ def _end_well(_rank: str) -> int:
 
 
 def _train(_rank: str) -> int:
-    """Run steps for up to a minute. A stop takes effect at the next step; closing exceeds the launcher's poll time."""
+    """Run steps for up to an hour. A stop takes effect at the next step; closing exceeds the launcher's poll time."""
     time.sleep(0.5)
     with StopRequest() as stop:
-        for _ in range(600):
+        for _ in range(36_000):
             if stop.is_set():
                 break
             time.sleep(0.1)

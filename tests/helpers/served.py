@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from arc_ds.data.tasks.chat import PLAIN, Layout
 from arc_ds.serving.server import Server, listen
 from arc_ds.serving.service import Service
 from arc_ds.serving.settings import Settings, UpstreamSettings
-
-WAIT_S = 30.0
+from tests.helpers.waiting import LIMIT_S, wait_for
 
 
 class Reply(NamedTuple):
@@ -62,7 +60,7 @@ class Served:
 def ask(url: str, path: str, body: Any = None, **headers: str) -> Reply:
     """POST a body (JSON unless it is bytes), or GET without one."""
     raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=WAIT_S)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=LIMIT_S)
     try:
         connection.request(
             "GET" if raw is None else "POST", path, raw, {k.replace("_", "-"): v for k, v in headers.items()}
@@ -79,10 +77,10 @@ def running(server: uvicorn.Server) -> Iterator[str]:
     with listen("127.0.0.1", 0) as opened:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
         thread.start()
-        until(lambda: server.started)
+        wait_for(lambda: server.started)
         yield f"http://127.0.0.1:{opened.getsockname()[1]}"
         server.should_exit = True
-        thread.join(WAIT_S)
+        thread.join(LIMIT_S)
         assert not thread.is_alive(), "the server does not stop"
 
 
@@ -100,11 +98,3 @@ def served(
     server = Server(service)
     with running(server) as url:
         yield Served(url, service, server)
-
-
-def until(is_so: Any, timeout_s: float = WAIT_S) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.005)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -21,6 +20,7 @@ from arc_ds.system.processes import die_with_parent
 from arc_ds.tokenizers import load_tokenizer
 from tests.helpers.batches import digest, sequences
 from tests.helpers.tiny_mixture import IN_CONTEXT_EXAMPLES, SIZES, TinyMixture
+from tests.helpers.waiting import LIMIT_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,11 +115,8 @@ def test_killed_and_resumed_inside_an_epoch_the_batches_are_bit_equal(
     out, again = tmp_path / "digests", tmp_path / "again"
     place = {"rank": rank, "world_size": world_size}
     killed = start_reading(mixture, out, 0, hang_at=KILLED_AT, num_workers=2, **place)
-    deadline = time.monotonic() + 120
-    while not (out.exists() and out.read_text().count("\n") == KILLED_AT + 1):
-        assert killed.poll() is None and time.monotonic() < deadline, "the reader ended early or hangs"
-        time.sleep(0.01)
+    wait_for(lambda: killed.poll() is not None or (out.exists() and out.read_text().count("\n") == KILLED_AT + 1))
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
-    assert start_reading(mixture, again, KILLED_AT + 1, hang_at=-1, num_workers=1, **place).wait(120) == 0
+    assert start_reading(mixture, again, KILLED_AT + 1, hang_at=-1, num_workers=1, **place).wait(LIMIT_S) == 0
     assert out.read_text().split() + again.read_text().split() == expected

@@ -108,7 +108,7 @@ def test_a_stage_that_raises_or_hangs_leaves_one_row_and_the_next_one_runs(
     monkeypatch.setattr(tools, "__file__", str(runner))
     monkeypatch.setattr(tools, "GRACE_S", 1.0)
     # Importing torch takes up to ten seconds on a busy machine.
-    budgets_s = {name: 5.0 if name == "fast" else 60.0 for name in stages}
+    budgets_s = {name: 5.0 if name == "fast" else 300.0 for name in stages}
     monkeypatch.setattr(tools, "BUDGETS_S", budgets_s)
     day = tools.Day(stages=tuple(stages), minutes=sum(budgets_s.values()) / 60, rehearse=True, out=tmp_path / "out")
     assert tools.run_day(day, None) == 1

@@ -22,6 +22,7 @@ from arc_ds.export.formats import write_export
 from tests.helpers.served import ask
 from tests.helpers.tiny_data import TEXT
 from tests.helpers.tiny_export import tiny_trained, write_decoder
+from tests.helpers.waiting import LIMIT_S
 
 NUM_CLIENTS = 200
 DOCUMENTS = ["".join(random.Random(n).choices(TEXT, k=40 + n)) for n in range(20)]
@@ -100,7 +101,7 @@ def test_sigterm_finishes_the_answers_that_run_and_exits_with_0(process) -> None
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert begun.wait(30)
+    assert begun.wait(LIMIT_S)
     started.send_signal(signal.SIGTERM)
     for _ in range(100):
         reply = ask(url, "/v1/completions", {"prompt": "x"})
@@ -108,6 +109,6 @@ def test_sigterm_finishes_the_answers_that_run_and_exits_with_0(process) -> None
             break
     assert reply.status == 503 and reply.error["code"] == "stopping" and json.loads(reply.raw)
     assert reader.is_alive(), "the answer runs on"
-    reader.join(60)
+    reader.join(LIMIT_S)
     assert events[-1] in ("length", "stop") and len(events) > 20
-    assert started.wait(30) == 0
+    assert started.wait(LIMIT_S) == 0

@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import select
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -251,8 +252,9 @@ def _transfer_error(error: Exception, url: str, timeout_s: float) -> TransferErr
 
 
 def _read_command(url: str, timeout_s: float) -> Iterator[bytes]:
-    """Yield the output of a `pipe:` command. Kill the command if its output is no longer needed."""
-    with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as command:
+    """Yield the output of a `pipe:` command. Kill it and its children if its output is no longer needed."""
+    words = url.removeprefix("pipe:")
+    with subprocess.Popen(words, shell=True, stdout=subprocess.PIPE, start_new_session=True) as command:
         assert command.stdout is not None, "the output is a pipe"
         descriptor, poll = command.stdout.fileno(), select.poll()
         poll.register(descriptor, select.POLLIN)
@@ -264,7 +266,7 @@ def _read_command(url: str, timeout_s: float) -> Iterator[bytes]:
                     break
                 yield piece
         except BaseException:
-            command.kill()
+            os.killpg(command.pid, signal.SIGKILL)
             raise
     if command.returncode not in (0, _PIPE_CLOSED):
         is_missing = command.returncode == _NOT_FOUND

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import time
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from arc_ds.inference.tags import parse_prompt
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from tests.helpers.full_disk import limited_file_size
 from tests.helpers.tiny_export import tiny_trained, write_decoder
+from tests.helpers.waiting import LIMIT_S
 
 TEXTS = {"a.txt": "The wind came from the sea.", "b.txt": "A lamp."}
 PROMPT = "Document: <context>The wind came from the sea.</context>\nSummary:"
@@ -149,13 +150,20 @@ def test_a_tag_without_its_other_half_is_not_read_as_text(prompt: str) -> None:
 
 
 def test_the_time_to_read_tags_grows_with_their_number_only() -> None:
-    """A search for the end of each context took the square: a minute for these tags."""
-    started = time.monotonic()
-    for prompt in ("<context>" * 100_000, "</context>" * 100_000):
-        with pytest.raises(DataError, match="unmatched"):
-            parse_prompt(prompt)
-    assert len(parse_prompt("<context>a</context>" * 50_000)) == 50_000
-    assert time.monotonic() - started < 5
+    """A search for the end of each context took the square: a quarter of an hour for these tags."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(int(LIMIT_S))
+    try:
+        for prompt in ("<context>" * 400_000, "</context>" * 400_000):
+            with pytest.raises(DataError, match="unmatched"):
+                parse_prompt(prompt)
+        assert len(parse_prompt("<context>a</context>" * 200_000)) == 200_000
+    finally:
+        signal.alarm(0)
+
+
+def _too_long(*_: object) -> None:
+    pytest.fail("the time grows with the square")
 
 
 EXPORT = ["--model", "export", "--decoder", "decoder"]

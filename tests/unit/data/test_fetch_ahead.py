@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import ShardCache
 from tests.helpers.batches import digest
 from tests.helpers.tiny_mixture import TinyMixture
+from tests.helpers.waiting import wait_for
 
 
 def remote_data(mixture: TinyMixture, cache: ShardCache) -> StepData:
@@ -42,10 +42,7 @@ def test_the_next_windows_shards_come_while_this_one_is_read(mixture: TinyMixtur
     assert digest(data[0]) == digest(mixture.data()[0]), "where shards lie is no part of the order"
     current, following = data.order.windows(0)[0]
     assert not set(current) & set(following)
-    deadline = time.monotonic() + 30
-    while not sums(data, following) <= fetched(cache):
-        assert time.monotonic() < deadline, "the next window's shards did not come"
-        time.sleep(0.01)
+    wait_for(lambda: sums(data, following) <= fetched(cache), "the next window's shards did not come")
     assert len(fetched(cache)) < len(data.sources[0].shards.manifest.shards), "nor does everything come at once"
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from arc_ds.launch import start
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED
 from arc_ds.launch.status import STATUS_FOLDER_VARIABLE, read_statuses
+from tests.helpers.waiting import LIMIT_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 # The first signal comes before the block, as during imports.
@@ -28,7 +31,7 @@ if sys.argv[1] == "before":
     os.kill(os.getpid(), number)
 with stoppable("waiting for nobody"):
     print("begun", flush=True)
-    ctypes.CDLL(None).sleep(0 if sys.argv[1] == "after" else 30)
+    ctypes.CDLL(None).sleep(0 if sys.argv[1] == "after" else 3600)
 os.kill(os.getpid(), number)
 with StopRequest() as stop:
     os._exit(7 if stop.is_set() else 8)
@@ -44,7 +47,7 @@ def _run(when: str, number: int, folder: Path) -> tuple[int, str]:
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
     if when == "during":
         process.send_signal(number)
-    _, words = process.communicate(timeout=20)
+    _, words = process.communicate(timeout=LIMIT_S)
     return process.returncode, words
 
 
@@ -61,7 +64,9 @@ def test_a_signal_after_the_block_is_left_to_the_stop_request(tmp_path: Path) ->
 
 
 def test_a_long_block_says_what_it_does(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(start, "_WORD_EVERY_S", 0.2)
+    clock = itertools.count(step=25)  # seconds; the block looks at it twice to begin, and at each poll
+    monkeypatch.setattr(start, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     with start.stoppable("waiting for rank 1", logging.WARNING):
-        time.sleep(0.7)
-    assert 1 <= caplog.text.count("still waiting for rank 1") <= 3
+        wait_for(lambda: len(caplog.records) >= 3)
+    waited_s = [int(word) for word in re.findall(r"still waiting for rank 1, for (\d+) s", caplog.text)]
+    assert min(later - earlier for earlier, later in itertools.pairwise([0, *waited_s])) > start._WORD_EVERY_S

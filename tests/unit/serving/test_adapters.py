@@ -16,6 +16,7 @@ from arc_ds import ArcModel
 from arc_ds.errors import StorageError
 from arc_ds.serving.adapters.client import ask
 from tests.helpers.served import Served, served
+from tests.helpers.waiting import LIMIT_S
 from tests.unit.serving.test_server import DOCUMENT, QUESTION, expected
 
 ROOT = Path(__file__).parents[3]
@@ -75,7 +76,7 @@ def test_a_framework_gets_the_answer_of_generate(server: Served, model: ArcModel
     values = f"URL, DOCUMENT, QUESTION = {server.url + '/v1'!r}, {DOCUMENT!r}, {QUESTION!r}\n"
     no_torch = "import sys\nassert 'torch' not in sys.modules\n"
     command = [PYTHON, "-c", values + PROGRAMS[framework] + no_torch]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=LIMIT_S)
     assert found.returncode == 0, found.stderr
     assert found.stdout.removesuffix("\n") == expected(model)
 

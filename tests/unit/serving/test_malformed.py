@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.served import Served
+from tests.helpers.waiting import LIMIT_S
 
 NUM_REQUESTS = int(os.environ.get("ARC_MALFORMED", "300"))
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/compress")
@@ -97,7 +98,7 @@ BODIES = (
 
 
 def connect(server: Served) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=20)
+    return http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=LIMIT_S)
 
 
 def test_every_request_gets_an_answer_that_is_no_fault_of_the_server(server: Served) -> None:
@@ -146,7 +147,7 @@ BROKEN = [
 def test_broken_http_does_not_end_the_server(server: Served) -> None:
     host, port = urlsplit(server.url).netloc.split(":")
     for raw in [*BROKEN, random.Random(0).randbytes(2000)]:
-        with socket.create_connection((host, int(port)), timeout=5) as opened:
+        with socket.create_connection((host, int(port)), timeout=LIMIT_S) as opened:
             opened.sendall(raw)
             opened.shutdown(socket.SHUT_WR)
             answer = opened.recv(100)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from arc_ds.shards.prefetcher import Prefetcher
-from tests.helpers.remote_shards import wait_for
+from tests.helpers.waiting import wait_for
 
 
 class _Files:

@@ -19,8 +19,9 @@ from arc_ds.shards.storage.cache import ShardCache
 from arc_ds.shards.token_cache.writer import build_token_caches
 from tests.helpers.batches import sequences
 from tests.helpers.faulty_server import FaultyServer, serve
-from tests.helpers.remote_shards import QUICK, TEXTS, kept, texts_of, wait_for
+from tests.helpers.remote_shards import QUICK, TEXTS, kept, texts_of
 from tests.helpers.tiny_mixture import WEIGHTS, TinyMixture
+from tests.helpers.waiting import wait_for
 
 
 def test_shards_behind_a_url_are_the_local_ones(local: ShardSet, server: FaultyServer, cache: ShardCache) -> None:

@@ -19,8 +19,9 @@ from arc_ds.shards.token_cache.files import cache_name
 from arc_ds.shards.token_cache.writer import build_token_caches
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
 from tests.helpers.faulty_server import FaultyServer, serve
-from tests.helpers.remote_shards import QUICK, TEXTS, kept, wait_for
+from tests.helpers.remote_shards import TEXTS, kept
 from tests.helpers.tiny_data import write_json_tokenizer, write_shards, write_tiktoken
+from tests.helpers.waiting import wait_for
 
 
 @pytest.fixture
@@ -44,7 +45,6 @@ def known_texts(shards: ShardSet, tokenizer: Tokenizer) -> list[str]:
 def test_the_token_cache_behind_a_url_is_fetched_when_needed_and_once(
     server: FaultyServer, cache: ShardCache, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache = replace(cache, retries=replace(QUICK, timeout_s=10.0))
     shards = ShardSet(server.url, cache=cache)
     opened = open_token_cache(shards, tokenizer)
     assert opened is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from arc_ds.errors import ConfigError, DataError, StorageError
 from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import ShardCache, open_cache
 from tests.helpers.faulty_server import FaultyServer
-from tests.helpers.remote_shards import QUICK, TEXTS, kept, wait_for
+from tests.helpers.remote_shards import TEXTS, kept
+from tests.helpers.waiting import LIMIT_S, wait_for
 
 
 def test_the_bound_holds_and_the_least_recently_used_goes(
@@ -61,13 +61,13 @@ def test_processes_that_share_a_cache_fetch_each_shard_once(
     """If the cache is too small for all shards, the processes agree on evictions and still read the right records."""
     server.delay_s = 0.01
     total = sum(shard.bytes for shard in local.manifest.shards)
-    cache = replace(cache, max_bytes=int(total * share), retries=replace(QUICK, timeout_s=10.0))
+    cache = replace(cache, max_bytes=int(total * share))
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_read_all, args=(server.url, cache, turn)) for turn in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(30)
+        worker.join(LIMIT_S)
     assert [worker.exitcode for worker in workers] == [0] * 4
     tars = {name: count for name, count in server.requests.items() if name.endswith(".tar")}
     assert len(tars) == len(local.manifest.shards)
@@ -80,8 +80,7 @@ def test_a_killed_fetch_leaves_nothing_that_is_taken_for_whole(server: FaultySer
     server.faults = {".tar": ("stall", 1)}
     child = multiprocessing.get_context("fork").Process(target=shards.record, args=(0,))
     child.start()
-    wait_for(lambda: (cache.folder / "tars").is_dir() and bool(kept(cache)))
-    time.sleep(0.05)
+    wait_for(lambda: server.faults[".tar"] == ("stall", 0))
     child.kill()
     child.join()
     assert [path.suffix for path in kept(cache)] == [".partial"]

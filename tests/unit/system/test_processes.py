@@ -16,6 +16,7 @@ import pytest
 
 from arc_ds.errors import DataError, StorageError
 from arc_ds.system.processes import worker_pool
+from tests.helpers.waiting import LIMIT_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 # Python ends the workers of a broken pool with SIGTERM. A worker that ignores SIGTERM stands for one that Python misses
@@ -43,21 +44,36 @@ if __name__ == "__main__":
         pool.submit(abs, 1).result()  # both are there, and the pool knows of both
         pool.submit(die, sys.argv[1]).result()
 """
+# A thread receives Ctrl-C. Its Python handler runs in the main thread, which has just started the third of twelve
+# workers. The background job of a shell ignores SIGINT, so the script sets its own handler.
 INTERRUPTED = """
-import os, signal, threading, time
-from pathlib import Path
+import os, signal, sys, threading
+from multiprocessing.context import SpawnProcess
 from arc_ds.system.processes import worker_pool
 
+start, third, started = SpawnProcess.start, threading.Event(), []
+
 def interrupt():
-    children = Path(f"/proc/{os.getpid()}/task/{threading.main_thread().native_id}/children")
-    while children.read_text().count(" ") < 4:  # three of twelve, and the resource tracker
-        time.sleep(0.001)
+    third.wait()
     os.kill(os.getpid(), signal.SIGINT)
 
+def start_and_interrupt(process):
+    start(process)
+    started.append(process)
+    if len(started) == 3:
+        third.set()
+        thread.join()
+
 if __name__ == "__main__":
-    threading.Thread(target=interrupt).start()
-    with worker_pool(12) as pool:
-        pool.submit(time.sleep, 1).result()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    SpawnProcess.start = start_and_interrupt
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with worker_pool(12):
+            print("entered")
+    finally:
+        print(len(started), "started;", sum(process.is_alive() for process in started), "alive")
 """
 KILLED = """
 import multiprocessing, os, signal, time
@@ -96,7 +112,7 @@ def _run(script: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedPr
     path.write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(path), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 def test_a_worker_that_python_overlooks_does_not_hold_up_the_error(tmp_path: Path) -> None:
@@ -107,14 +123,34 @@ def test_a_worker_that_python_overlooks_does_not_hold_up_the_error(tmp_path: Pat
 def test_ctrl_c_while_workers_start_ends_them_and_the_program(tmp_path: Path) -> None:
     ended = _run(INTERRUPTED, tmp_path)
     assert ended.returncode == -signal.SIGINT and "KeyboardInterrupt" in ended.stderr, ended.stderr
+    assert ended.stdout == "12 started; 0 alive\n"
+
+
+def test_every_worker_starts_though_the_first_have_done_their_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent is slow: it starts a worker after the one before has begun, and would have had time for a task."""
+    start, started = SpawnProcess.start, []
+
+    def start_slowly(process: SpawnProcess) -> None:
+        start(process)
+        started.append(process)
+        wait_for(lambda: len(list(tmp_path.iterdir())) == len(started))
+        time.sleep(0.2)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_slowly)
+    with worker_pool(3, _leave_sign, tmp_path):
+        assert len(started) == 3
+
+
+def _leave_sign(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
 
 
 def test_workers_end_with_a_killed_parent_idle_or_busy(tmp_path: Path) -> None:
     workers = [int(word) for word in _run(KILLED, tmp_path).stdout.split()]
-    deadline = time.monotonic() + 10
-    while len(workers) < 2 or any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline, workers
-        time.sleep(0.01)
+    assert len(workers) == 2
+    wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
 
 
 def _cannot_begin() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from arc_ds.tracking.tracking import Tracker
 from arc_ds.tracking.tracking_state import STATE_NAME, load_state, save_state
 from arc_ds.tracking.uris import check_uri, file_store, resolve_uri, sqlite_database, without_secret
 from tests.helpers.full_disk import limited_file_size
+from tests.helpers.waiting import LIMIT_S
 
 
 class _FakeServer:
@@ -108,9 +108,8 @@ def test_a_dead_server_costs_the_step_nothing_and_is_warned_about_once(
     server = _FakeServer()
     server.trouble = _fail
     tracker = _tracker(tmp_path, server)
-    start = time.perf_counter()
     _log_steps(tracker, 1, 200)
-    assert time.perf_counter() - start < 0.5
+    tracker.await_first_answer(LIMIT_S)
     assert not tracker.close(timeout_s=0.3)
     assert tracker.run_id is None
     assert caplog.text.count("does not accept metrics") == 1
@@ -119,14 +118,17 @@ def test_a_dead_server_costs_the_step_nothing_and_is_warned_about_once(
 
 def test_a_server_that_hangs_does_not_hold_the_step(tmp_path: Path) -> None:
     server, release = _FakeServer(), threading.Event()
-    server.trouble = lambda _when: release.wait(5) and None
+
+    def hang(_when: str) -> None:
+        assert threading.current_thread() is not threading.main_thread(), "the step talks to the server"
+        assert release.wait(LIMIT_S)
+
+    server.trouble = hang
     tracker = _tracker(tmp_path, server)
-    start = time.perf_counter()
     _log_steps(tracker, 1, 100)
     assert not tracker.flush(timeout_s=0.05)
-    assert time.perf_counter() - start < 0.5
     release.set()
-    assert tracker.close() and Counter(server.points) == _expected(100)
+    assert tracker.close(timeout_s=LIMIT_S) and Counter(server.points) == _expected(100)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +140,8 @@ def test_a_failure_at_any_point_loses_no_metric_and_doubles_none(tmp_path: Path,
     server.trouble = lambda now: _fail(now) if now == when and next(failures, False) else None
     tracker = _tracker(tmp_path, server)
     _log_steps(tracker, 1, 300)
-    tracker.flush(timeout_s=5)
-    assert tracker.close() and len(list(failures)) < 3
+    tracker.flush(timeout_s=LIMIT_S)
+    assert tracker.close(timeout_s=LIMIT_S) and len(list(failures)) < 3
     assert Counter(server.points) == _expected(300) and len(server.runs) == 1
 
 
@@ -157,7 +159,7 @@ def test_one_point_a_step_after_any_kills(
         tracker = _tracker(folder, server, resumed_step=saved, run_id=known_id)
         _log_steps(tracker, saved + 1, saved + ahead)
         if sends:
-            assert tracker.flush(timeout_s=5)
+            assert tracker.flush(timeout_s=LIMIT_S)
             known_id = tracker.run_id
             if lose_state:
                 (folder / STATE_NAME).unlink()
@@ -192,11 +194,11 @@ def test_a_part_of_the_description_that_fails_keeps_nothing_back(
     server.refused = {name: ValueError(f"{name} too\nlong " * 99 + "shorten it") for name in ("a.yaml", "b.json")}
     tracker = _tracker(tmp_path, server)
     _log_steps(tracker, 1, 300)
-    tracker.flush(timeout_s=5)
+    tracker.flush(timeout_s=LIMIT_S)
     failures = iter([True] * 2)
     server.trouble = lambda now: _fail(now) if next(failures, False) else None
     _log_steps(tracker, 301, 400)
-    assert tracker.close() and Counter(server.points) == _expected(400)
+    assert tracker.close(timeout_s=LIMIT_S) and Counter(server.points) == _expected(400)
     assert caplog.text.count("could not store a.yaml, b.json (ValueError: a.yaml too long") == 1
     assert "shorten it)" in caplog.text, "the end of another tool's message is kept: it holds the remedy"
 
@@ -212,9 +214,9 @@ def test_a_fault_that_time_cannot_mend_is_tried_again_only_at_the_next_start(
 
     tracker = Tracker(tmp_path, uri="postgresql://host/db", make_server=make_server, resumed_step=0)
     _log_steps(tracker, 1, 100)
-    tracker.await_first_answer(5)
-    time.sleep(0.1)
-    assert not tracker.flush(timeout_s=5) and not tracker.close() and len(attempts) == 1
+    assert tracker._sender is not None
+    tracker._sender.join(LIMIT_S)  # it ends after its only attempt
+    assert not tracker.flush(timeout_s=LIMIT_S) and not tracker.close() and len(attempts) == 1
     (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert "No module named 'psycopg'). Install the missing package. Training goes on" in warning
     server = _FakeServer()
@@ -225,7 +227,7 @@ def test_after_the_server_has_worked_every_fault_is_tried_again(tmp_path: Path) 
     server, failures = _FakeServer(), iter([True] * 4)
     tracker = _tracker(tmp_path, server)
     _log_steps(tracker, 1, 10)
-    assert tracker.flush(timeout_s=5)
+    assert tracker.flush(timeout_s=LIMIT_S)
 
     def deleted(_when: str) -> None:
         if next(failures, False):
@@ -233,8 +235,8 @@ def test_after_the_server_has_worked_every_fault_is_tried_again(tmp_path: Path) 
 
     server.trouble = deleted
     _log_steps(tracker, 11, 20)
-    tracker.flush(timeout_s=5)
-    assert tracker.close() and Counter(server.points) == _expected(20)
+    tracker.flush(timeout_s=LIMIT_S)
+    assert tracker.close(timeout_s=LIMIT_S) and Counter(server.points) == _expected(20)
 
 
 @pytest.mark.parametrize("when", ["between two starts", "while the run works"])
@@ -243,14 +245,14 @@ def test_points_that_a_restored_server_lacks_are_sent_again(tmp_path: Path, when
     server = _FakeServer()
     tracker = _tracker(tmp_path, server)
     _log_steps(tracker, 1, 150)
-    assert tracker.flush(timeout_s=5)
+    assert tracker.flush(timeout_s=LIMIT_S)
     if when == "between two starts":
         tracker.close("KILLED")
         tracker = _tracker(tmp_path, server, resumed_step=150)
     tracker._sender.hurry.clear()  # type: ignore[union-attr]
     del server.points[left:]
     _log_steps(tracker, 151, 200)
-    assert tracker.close() and Counter(server.points) == _expected(200)
+    assert tracker.close(timeout_s=LIMIT_S) and Counter(server.points) == _expected(200)
 
 
 def test_without_a_server_the_file_alone_is_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,11 @@ from tests.helpers.slurm import PROGRAMS, Slurm
 from tests.helpers.tiny_run import ROOT, last_logged_step, last_saved_step, losses, train
 from tests.hosts.ranks import has_stop_signal, ranks, stop_between_steps
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.skipif("ARC_HOSTS" not in os.environ, reason="whole runs take minutes; set ARC_HOSTS=1"),
+]
 
 SMALL = (
     "steps=30",

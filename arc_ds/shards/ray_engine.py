@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import socket
 from collections import deque
@@ -11,7 +12,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from arc_ds.errors import DataError, StorageError, words_of
@@ -131,8 +131,12 @@ class RayCluster:
         import ray
 
         # Retries by Ray would be endless for a lack of memory.
-        remote = ray.remote(max_retries=0, num_cpus=1)(_call)
-        submit = partial(remote.remote, __version__, Path.cwd(), ray.put(function))
+        remote = ray.remote(max_retries=0, num_cpus=1)(_call_by_value())
+        call = partial(remote.remote, __version__, os.getcwd(), ray.put(pickle.dumps(function)))
+
+        def submit(item: _T) -> Any:
+            return call(pickle.dumps(item))
+
         in_flight: deque[tuple[_T, Any]] = deque()
         try:
             for item in items:
@@ -173,24 +177,32 @@ def _error_of_task(error: Any) -> BaseException:
     cause = error.cause
     if isinstance(cause, ImportError):
         return DataError(
-            f"a Ray worker on the host {error.ip} cannot import this package: {cause}. Install the same version of "
-            f"ARC-DS ({__version__}) and its extras in the Python environment of every host that runs `ray start`."
+            f"a Ray worker cannot import a package: {cause}. Install the same version of ARC-DS ({__version__}) and "
+            "its extras in the Python environment of every host, and restart Ray there."
         )
     return cause if isinstance(cause, BaseException) else error
 
 
-def _call(version: str, folder: Path, function: Callable[[Any], Any], item: Any) -> Any:
-    """Apply the function, in a worker.
+def _call_by_value() -> Callable[..., Any]:
+    """The function that workers run. Ray sends it whole, so that a worker without ARC-DS can report this."""
 
-    version: of ARC-DS, in the process that wants the result.
-    folder: its working folder.
-    """
-    if version != __version__:
-        raise DataError(
-            f"the Ray worker on {socket.gethostname()} has ARC-DS {__version__}; the command has {version}. Install "
-            "the same version on every host and restart Ray there."
-        )
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers share the host's cores
-    with suppress(OSError):
-        os.chdir(folder)  # paths may be relative
-    return function(item)
+    def call(version: str, folder: str, function: bytes, item: bytes) -> Any:
+        import os
+        import pickle
+        import socket
+        from contextlib import suppress
+
+        from arc_ds.errors import DataError
+        from arc_ds.version import __version__
+
+        if version != __version__:
+            raise DataError(
+                f"the Ray worker on {socket.gethostname()} has ARC-DS {__version__}; the command has {version}. "
+                "Install the same version on every host and restart Ray there."
+            )
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers share the host's cores
+        with suppress(OSError):
+            os.chdir(folder)  # paths may be relative to the folder of the command
+        return pickle.loads(function)(pickle.loads(item))
+
+    return call

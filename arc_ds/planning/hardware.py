@@ -118,8 +118,10 @@ def check_machine(gpu: str, num_gpus: int, num_hosts: int | None, interconnect: 
     for option, name, known in (("--gpu", gpu, GPUS), ("--interconnect", interconnect, LINKS)):
         if name not in known:
             raise ConfigError(f"{option} is {name!r}; expected one of {', '.join(known)}.")  # type: ignore[arg-type]
+    if num_gpus < 1 or (num_hosts is not None and num_hosts < 1):
+        raise ConfigError(f"--gpus is {num_gpus} and --hosts is {num_hosts}; expected at least one of each.")
     hosts = num_hosts or hosts_of(num_gpus)
-    if num_gpus < 1 or hosts < 1 or num_gpus % hosts:
+    if num_gpus % hosts:
         raise ConfigError(
             f"{num_gpus} GPUs on {hosts} hosts; expected the same number on every host. Set --gpus to a multiple of "
             "--hosts."

@@ -241,29 +241,24 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine, settings: Ze
     placed = _place(config, model, frozen, machine, element, free_bytes=machine.usable_bytes - sum(memory.values()))
     gathers = simulate_gathers(weights, settings)
     of_decoders = [simulate_gathers(each, settings) for each in frozen]
-    is_alone = num_ranks == 1
-    sharded = [idx for idx, each in enumerate(placed) if each.placement != "replicated"]
-    memory["decoders"] = sum(
-        element * _kept_elements(each, where.placement, machine) for each, where in zip(frozen, placed, strict=True)
-    )
-    memory["gathered parameters"] = (
-        0.0 if is_alone else element * (gathers.peak + max((of_decoders[idx].peak for idx in sharded), default=0))
-    )
-    bucket = 0 if is_alone else settings.reduce_bucket
-    memory["gradient buckets"] = element * (settings.reduce_bucket + bucket)
-    memory["activations"] = float(largest.peak_bytes)
+    kept = [_kept_elements(each, where.placement, machine) for each, where in zip(frozen, placed, strict=True)]
+    at_once = [each.peak for each, where in zip(of_decoders, placed, strict=True) if where.placement != "replicated"]
+    # On one rank the shards are whole, and no bucket is laid out by rank.
+    gathered = gathers.peak + max(at_once, default=0) if num_ranks > 1 else 0
+    buckets = settings.reduce_bucket * (2 if num_ranks > 1 else 1)
     # The update copies the gradients of one sub-group. Activations and gathered parameters are free by then.
     copied = 0 if settings.offload_optimizer else min(settings.sub_group, weights.shard(num_ranks, trained_only=True))
-    unused = memory["activations"] + memory["gathered parameters"]
-    memory["update beyond activations"] = max(GRADIENT_BYTES * copied - unused, 0.0)
-    decoders_per_step = len(names) if config.decoder_schedule == "same_batch" else 1
-    passes = micro.per_step * decoders_per_step
-    traffic = _traffic(config, model, weights, gathers, frozen, of_decoders, placed, machine, settings, passes, element)
+    memory |= {
+        "decoders": float(element * sum(kept)),
+        "gathered parameters": float(element * gathered),
+        "gradient buckets": float(element * buckets),
+        "activations": float(largest.peak_bytes),
+        "update beyond activations": max(GRADIENT_BYTES * copied - largest.peak_bytes - element * gathered, 0.0),
+    }
+    passes = micro.per_step * (len(names) if config.decoder_schedule == "same_batch" else 1)
+    traffic = _traffic(config, model, weights, gathers, of_decoders, placed, machine, settings, passes, element)
     flops = [count_flops(batch, model.spec, sizes, **config.encoder.trained_parts) for sizes in model.decoders]
-    mean_flops = sum(each.total for each in flops) / len(flops) * passes
-    traced = sum(map(_traced_flops, traces, flops))
-    traced_flops = traced / len(traces) * passes
-    time = _time(machine, settings, weights, traces, traced_flops, traffic, passes, num_ranks, config)
+    traced_flops = sum(map(_traced_flops, traces, flops)) / len(traces) * passes
     return Plan(
         config=config,
         machine=machine,
@@ -274,9 +269,9 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine, settings: Ze
         activations={kind: float(largest.peak.get(kind, 0)) for kind in KINDS},
         host_bytes=host_bytes,
         traffic=traffic,
-        time=time,
+        time=_time(machine, settings, weights, traces, traced_flops, traffic, passes),
         tokens=batch.num_encoder_tokens * micro.per_step * num_ranks,
-        flops=mean_flops,
+        flops=sum(each.total for each in flops) / len(flops) * passes,
         traced_flops=traced_flops,
         num_trained=weights.num_trained,
         num_parameters=sum(weights.sizes),
@@ -358,7 +353,6 @@ def _traffic(
     model: RunModel,
     weights: Weights,
     gathers: Gathers,
-    frozen: Sequence[Weights],
     of_decoders: Sequence[Gathers],
     placed: Sequence[Placed],
     machine: Machine,
@@ -383,9 +377,9 @@ def _traffic(
         message = 2 * classes + 2 + num_ranks  # labels, notices and losses of `training.step`
         found.append(Traffic("encoder", "all_reduce", num_ranks, 2 + groups, 8 * (message + groups)))
     of_each = []
-    for decoder, each, where in zip(placed, of_decoders, placed, strict=True):
-        if where.placement != "replicated":
-            group = machine.gpus_per_host if where.placement == "zero3+hpz" else num_ranks
+    for decoder, each in zip(placed, of_decoders, strict=True):
+        if decoder.placement != "replicated":
+            group = machine.gpus_per_host if decoder.placement == "zero3+hpz" else num_ranks
             of_each.append(
                 Traffic(
                     decoder.name, "all_gather", group, len(each.sizes) * passes, element * each.elements(group) * passes
@@ -428,11 +422,9 @@ def _time(
     traced_flops: float,
     traffic: Sequence[Traffic],
     passes: int,
-    num_ranks: int,
-    config: RunConfig,
 ) -> StepTime:
     """Seconds of a step; see README.md."""
-    number = len(traces)
+    number, num_ranks = len(traces), machine.num_gpus
     other_bytes = sum(trace.other_bytes for trace in traces) / number * passes
     operations = sum(trace.num_operations for trace in traces) / number * passes
     trained = weights.shard(num_ranks, trained_only=True)
@@ -442,13 +434,11 @@ def _time(
     optimizer = machine.copy_s(OPTIMIZER_TRAFFIC * trained)
     if settings.offload_optimizer:
         optimizer = OPTIMIZER_TRAFFIC * trained * machine.gpus_per_host / (HOST_ADAM_GBS * 1e9)
-    by_op = {
-        op: sum(machine.ring_s(one.full_bytes, one.calls, one.num_ranks) for one in traffic if one.op == op)
-        for op in ("all_gather", "reduce_scatter")
-    }
+    communication = sum(
+        machine.ring_s(one.full_bytes, one.calls, one.num_ranks) for one in traffic if one.op != "all_reduce"
+    )
     launches = operations * LAUNCH_S
     computation = max(products + other, launches)
-    communication = sum(by_op.values())
     # Nothing runs yet under the first gather, and nothing runs any more under the last reduction.
     first = next(sum(weights.sizes[p] for p in turn) for turn in weights.forward if turn)
     ends = 2 * machine.ring_s(2 * first, 1, num_ranks) if communication else 0.0

@@ -16,6 +16,7 @@ from arc_ds.planning.hardware import GIB, Machine, check_machine
 from arc_ds.planning.plan import Plan, RunModel, make_plan, read_settings
 from arc_ds.planning.published import with_published_sizes
 from arc_ds.planning.search import nearest_fit, sweep
+from arc_ds.planning.sizes import largest_sample
 from tests.helpers.tiny_run import ROOT
 
 PAPER = str(ROOT / "ds_configs" / "recipes" / "pretrain_llama31_8b.yaml")
@@ -188,6 +189,8 @@ def test_machines_with_unequal_hosts_and_unknown_names_are_refused() -> None:
     assert check_machine("h200", 24, None, "400g") == Machine("h200", 24, 3, "400g")
     with pytest.raises(ConfigError, match="multiple of --hosts"):
         check_machine("h200", 9, 2, "400g")
+    with pytest.raises(ConfigError, match="expected at least one of each"):
+        check_machine("h200", 0, None, "400g")
     with pytest.raises(ConfigError, match=r"--gpu is 'v100'; expected one of h100-80"):
         check_machine("v100", 8, 1, "400g")
 
@@ -197,3 +200,19 @@ def test_the_slowest_link_decides() -> None:
     assert within.ring_s(GIB, 1, 8) < across.ring_s(GIB, 1, 16)
     assert across.ring_s(GIB, 1, 8) == within.ring_s(GIB, 1, 8)  # hpZ: the group is one host
     assert within.ring_s(GIB, 1, 1) == 0.0
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_can_be_planned_before_anything_is_downloaded(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MODELS", "SHARDS", "RUNS", "START"):
+        monkeypatch.delenv(name, raising=False)
+    config = load_for_plan(str(recipe), ())
+    sized, notes = with_published_sizes(config, tmp_path)
+    model = read_model(sized)
+    assert len(notes) == 1 + len(config.trained_decoders)
+    micro, batch = model.batch(config, max(config.data.batch_size // config.micro_batches // 8, 1))
+    assert micro.samples and batch.num_labels > 0
+    tokens, rows = map(max, zip(*(largest_sample(config, source) for source in config.data.sources), strict=True))
+    assert batch.encoder_max_seqlen <= tokens and batch.decoder_max_seqlen <= rows

@@ -24,6 +24,7 @@ from arc_ds.planning.sizes import check_tasks
 from arc_ds.planning.zero import ZeroSettings
 from arc_ds.shards.reader import ShardSet
 from arc_ds.system.urls import is_url
+from arc_ds.system.user_paths import path_argument
 from arc_ds.training.engine import REPLICATED_SHARE, choose_placement
 from arc_ds.training.outline import build_compressor_outline, build_decoder_outline, read_outline
 
@@ -38,13 +39,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "instead, and how it scales. No GPU, network, weights or shards are needed: published sizes of models and the "
         "config's own sizes stand in for missing files. The exit code is 0 if the run fits, and 1 if it does not.",
     )
-    parser.add_argument("config", help="YAML file of the run; unset variables in it become placeholders")
+    parser.add_argument(
+        "config", type=path_argument, help="YAML file of the run; unset variables in it become placeholders"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, as for arc-ds train")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of all hosts (default 8)")
     parser.add_argument("--hosts", type=int, metavar="N", help="hosts (default: as few as hold 8 GPUs each)")
-    parser.add_argument("--gpu", default="h100-80", help=f"one of {', '.join(GPUS)} (default h100-80)")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80", help="kind of the GPUs (default h100-80)")
     parser.add_argument(
-        "--interconnect", default="8x400g", help=f"between hosts: one of {', '.join(LINKS)} (default 8x400g)"
+        "--interconnect", choices=tuple(LINKS), default="8x400g", help="network of each host (default 8x400g)"
     )
     parser.add_argument("--price", type=float, metavar="P", help="price of an hour of one GPU, for the cost")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -101,7 +104,7 @@ class _Variables(dict[str, str]):
         return os.environ.get(name, f"unset_{name}" if default is None else default)
 
 
-def load_for_plan(path: str, overrides: Sequence[str]) -> RunConfig:
+def load_for_plan(path: str | Path, overrides: Sequence[str]) -> RunConfig:
     """`load_config`, with placeholders for unset variables. Raises ConfigError likewise."""
     return load_config(path, overrides, variables=_Variables())
 

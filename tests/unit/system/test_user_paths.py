@@ -115,7 +115,7 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 NO_PATHS = {
     *("overrides", "format", "prompt", "stop", "text_field", "quality_field", "member", "register", "help"),
-    *("upstream", "upstream_model", "host", "api_key", "name"),
+    *("upstream", "upstream_model", "host", "api_key", "name", "ray_address"),
 }
 NAMES_OF_DECODERS = {("import", "decoder"), ("export", "decoder")}
 

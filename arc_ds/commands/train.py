@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keys", nargs="?", metavar="PATTERN", help="only list config keys that match (*data*)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--num-procs", type=int, help="number of processes (default: one per GPU, or one on the CPU)")
-    where.add_argument("--hostfile", type=path_argument, help="run on the hosts of this file over ssh (lines `HOST slots=N`)")
+    where.add_argument(
+        "--hostfile", type=path_argument, help="run on the hosts of this file over ssh (lines `HOST slots=N`)"
+    )
     parser.add_argument(
         "--restarts", type=int, default=0, metavar="N", help="after a failure, start again from the last checkpoint"
     )

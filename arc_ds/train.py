@@ -36,6 +36,7 @@ from arc_ds.system.device import describe_device, peak_bf16_flops, select_device
 from arc_ds.system.processes import die_with_parent
 from arc_ds.tracking.uris import check_uri
 from arc_ds.training.build import build_run
+from arc_ds.training.frozen_guard import FrozenGuard
 from arc_ds.training.hooks import VALIDATION_KEY, CheckpointHook, Hook, MetricsHook, ValidationHook, WatchdogHook
 from arc_ds.training.loop import fit
 from arc_ds.training.non_finite import NonFiniteHook
@@ -122,6 +123,7 @@ def _make_hooks(config: RunConfig, run: Run, folder: RunFolder, watchdog: Watchd
             peak_flops=peak_bf16_flops(run.device) if config.precision == "bf16" else None,
         ),
         NonFiniteHook(max_skipped_steps=config.optimizer.max_skipped_steps),
+        FrozenGuard(),
         CheckpointHook(
             save=folder.save,
             finish=folder.finish,

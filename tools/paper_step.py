@@ -110,8 +110,8 @@ def build_models(
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            compressor = build_compressor(size.spec, activation_checkpointing=recompute)
-            decoder = Decoder(size.decoder, activation_checkpointing=recompute)
+            compressor = build_compressor(size.spec, activation_checkpointing="full" if recompute else "none")
+            decoder = Decoder(size.decoder, activation_checkpointing="full" if recompute else "none")
     finally:
         torch.set_default_dtype(before)
     for model in (compressor, decoder):

@@ -21,7 +21,8 @@ def decode(entry: Entry, cls: type[T]) -> T:
 
     Field types: str, int, float, bool, Literal of strings, unions (also with None), tuples, dataclasses and tuples of
     them, numbers annotated with a `Range`,
-    and text annotated with a function that returns the value or raises ConfigError.
+    text annotated with a function that returns the value or raises ConfigError,
+    and Literals annotated with a dict of their old spellings.
 
     Raises ConfigError on an unknown key (with the nearest one), a missing key, or a value of another type. One
     ConfigError lists all numbers out of range.
@@ -43,8 +44,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def _value(entry: Entry, kind: Any, path: str, out_of_range: list[str]) -> Any:
     origin, members = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        value = _value(entry, members[0], path, out_of_range)
         allowed = members[1]
+        if isinstance(allowed, dict):
+            old = entry.value.lower() if isinstance(entry.value, str) else None
+            return allowed[old] if old in allowed else _value(entry, members[0], path, out_of_range)
+        value = _value(entry, members[0], path, out_of_range)
         if not isinstance(allowed, Range):
             return _converted(entry, value, allowed, path)
         if not allowed.holds(value):

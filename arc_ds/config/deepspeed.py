@@ -17,6 +17,7 @@ from arc_ds.system.user_paths import user_path
 
 _FOREIGN = ("optimizer", "scheduler", "fp16", "bfloat16", "amp", "torch_autocast", "monitor_config", "elasticity")
 _HPZ = "zero_hpz_partition_size"
+_QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
 def resolve_deepspeed(
@@ -32,13 +33,15 @@ def resolve_deepspeed(
     local_world_size: ranks on this host (default `world_size`). It replaces `zero_hpz_partition_size: "auto"`.
 
     Raises ConfigError if a number disagrees, we cannot fill in an "auto", the stage is not 3, gradients are not summed
-    in fp32, the JSON has its own optimizer or schedule, or DeepSpeed does not accept a key or a value.
+    in fp32, the JSON has its own optimizer or schedule, or DeepSpeed does not accept a key or a value. Raises
+    ConfigError on options that no parity test covers: quantised communication (ZeRO++) and offload to NVMe.
     """
     name, resolved = str(path), _with_home(_read(path))
     for section in _FOREIGN:
         if section in resolved:
             raise ConfigError(f"{name}: has a section {section!r}, which ARC-DS owns or does not use. Remove it.")
     check_keys(resolved, name)
+    _refuse_untested(resolved, name)
     owned = _owned_values(config, world_size)
     for key, value in owned.items():
         _fill(resolved, key, value, name)
@@ -81,6 +84,30 @@ def _owned_values(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_optimization.stage": 3,
         "zero_allow_untested_optimizer": True,
     }
+
+
+def _refuse_untested(resolved: Mapping[str, Any], name: str) -> None:
+    """Raise ConfigError on options of DeepSpeed whose results no test of ours compares with plain PyTorch."""
+    zero = resolved.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return  # `_fill` says what is wrong
+    for key in _QUANTISED:
+        if zero.get(key):
+            raise ConfigError(
+                f"{name}: zero_optimization.{key} is not supported. It rounds what the ranks exchange to 8 or 4 bits, "
+                "and its kernels need an NVIDIA GPU, so its effect on this training is untested. Remove it. To gather "
+                'weights within each host instead, set zero_hpz_partition_size: "auto" '
+                "(ds_configs/zero3_hpz.json) and decoders[].placement: zero3+hpz."
+            )
+    for key in ("offload_optimizer", "offload_param"):
+        section = zero.get(key)
+        if isinstance(section, dict) and section.get("device") == "nvme":
+            raise ConfigError(
+                f"{name}: zero_optimization.{key}.device is nvme, which is not supported: checkpoints read weights and "
+                f"moments from memory, and no test covers DeepSpeed's files. Set {key}.device: cpu "
+                "(ds_configs/zero3_offload.json), use more GPUs, or train less of the encoder (encoder.lora, "
+                "encoder.train)."
+            )
 
 
 def _fill(resolved: dict[str, Any], path: str, value: Any, name: str) -> None:

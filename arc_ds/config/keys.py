@@ -50,8 +50,10 @@ def all_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[Key]:
         section = _section(kind)
         if section is None:
             yield Key(path, _in_words(kind), _default(field), docs[cls.__name__, field.name])
-        elif get_origin(kind) is None:
+        elif not any(get_origin(each) is tuple for each in (kind, *get_args(kind))):
             sections.append((section, f"{path}."))
+            if kind is not section:
+                yield Key(path, "a section or null", _default(field), docs[cls.__name__, field.name])
         else:
             sections.append((section, f"{path}.*."))
             yield Key(path, "a list of sections", _default(field), docs[cls.__name__, field.name])
@@ -85,6 +87,8 @@ def _section(kind: Any) -> type | None:
 def _in_words(kind: Any) -> str:
     origin, members = get_origin(kind), get_args(kind)
     if origin is Annotated:
+        if isinstance(members[1], dict):  # old spellings
+            return _in_words(members[0])
         return f"{_in_words(members[0])}, {members[1]}" if isinstance(members[1], Range) else "path"
     if origin is Literal:
         return " | ".join(map(str, members))

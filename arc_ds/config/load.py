@@ -60,7 +60,13 @@ _OF_STARTS = (
 )
 # Keys that the first version lacked, with the value that stands for its behaviour. With this value they are not hashed,
 # so that runs of the first version can be resumed.
-_LATER: Mapping[str, Scalar] = {"encoder.keep_ports": True, "bridge.shared": False, "decoders.*.train": True}
+_LATER: Mapping[str, Scalar] = {
+    "encoder.keep_ports": True,
+    "encoder.train": "all",
+    "encoder.lora": None,
+    "bridge.shared": False,
+    "decoders.*.train": True,
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -8,7 +8,7 @@ check types and ranges. `validate.py` checks keys that exclude each other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from arc_ds.config.ranges import Count, NonNegativeFloat, Positive, PositiveFloat, Range
 from arc_ds.errors import ConfigError
@@ -30,6 +30,33 @@ ShareSchedule = tuple[tuple[int, float], ...]
 Factor = Annotated[int, Range(at_least=1, cure="A factor is tokens per group: 1 keeps every token, 8 is the paper's.")]
 Decay = Annotated[float, Range(at_least=0, below=1)]
 DEFAULT_TRUNCATED_LAYERS = 2
+# Which activations backward recomputes. The first version had true and false.
+Recompute = Annotated[Literal["none", "selective", "full"], {"true": "full", "false": "none"}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the linears of the encoder's layers: y = W x + (alpha / rank) B A x."""
+
+    rank: Annotated[int, Range(at_least=1, cure="null trains the weights themselves.")]
+    """Rows of A and columns of B. Both are trained; W is frozen."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the factor alpha / rank."""
+
+
+class TrainedParts(TypedDict):
+    """The trained parts of an encoder, as keyword arguments of `set_trained`, `count_flops` and `work_rates`.
+
+    trained_layers: number of last layers whose weights are trained; None for all.
+    train_embeddings: whether the token embeddings are trained.
+    train_memory: whether the memory tokens are trained, if there are any.
+    lora_rank: rank of the adapters of all layers, which are trained; 0 for none.
+    """
+
+    trained_layers: int | None
+    train_embeddings: bool
+    train_memory: bool
+    lora_rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +75,41 @@ class EncoderConfig:
     """Rotary scaling: the checkpoint's own, or none. Weights released by the paper's authors were trained with none."""
     causal: bool = False
     """Whether a token sees only the tokens before it. False: it sees the whole context, as in the paper."""
+    train: Literal["all", "bridge"] = "all"
+    """all: encoder, bridges and markers, limited by `trained_layers`, `train_embeddings` and `lora`. bridge: bridges
+    and markers only; the encoder is frozen with its embeddings and memory tokens."""
     trained_layers: Annotated[int, Range(at_least=0, cure="0 freezes the encoder's layers.")] | None = None
-    """How many of the last kept layers are trained. None: all. 0: the encoder is frozen (to train a new bridge)."""
+    """How many of the last kept layers are trained. None: all. 0: none of them. Memory tokens are trained all the same;
+    to freeze the whole encoder, set `train: bridge`."""
     train_embeddings: bool = True
-    """Whether the token embeddings are trained."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in backward instead of keeping its activations: less memory, one more encoder forward."""
+    """Whether the token embeddings are trained. No effect with `train: bridge` or `lora`, which freeze them."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the encoder's own weights, which are frozen. Memory tokens are trained as
+    well. Exports contain the sum, so they are ordinary encoders. None: no adapters."""
+    activation_checkpointing: Recompute = "none"
+    """Activations that backward recomputes (arc_ds/README.md, Memory). none: none. selective: normed rows and the FFN's
+    product; no matrix product is repeated. full: each layer from its input: least memory, one more encoder forward.
+    true is full, false is none."""
     init_from: PathText | None = None
     """An export or ARC checkpoint with initial encoder, markers and bridges. None: the backbone's weights and fresh
     bridges."""
     keep_ports: bool = True
     """Whether checkpoints and exports keep the bridges and markers of `init_from` whose decoders this config does not
     list. They stay equal to the bit, and their decoders are not loaded."""
+
+    @property
+    def trained_parts(self) -> TrainedParts:
+        """The trained parts that `train`, `trained_layers`, `train_embeddings` and `lora` describe together."""
+        if self.train == "bridge":
+            return TrainedParts(trained_layers=0, train_embeddings=False, train_memory=False, lora_rank=0)
+        if self.lora is not None:
+            return TrainedParts(trained_layers=0, train_embeddings=False, train_memory=True, lora_rank=self.lora.rank)
+        return TrainedParts(
+            trained_layers=self.trained_layers,
+            train_embeddings=self.train_embeddings,
+            train_memory=True,
+            lora_rank=0,
+        )
 
     def kept_layers(self, num_backbone_layers: int) -> int:
         """How many layers the encoder keeps of a backbone with `num_backbone_layers`.
@@ -148,8 +198,10 @@ class DecoderConfig:
     placement: Literal["auto", "replicated", "zero3", "zero3+hpz"] = "auto"
     """replicated: whole on every rank. zero3: sharded over all ranks. zero3+hpz: sharded within each host. auto: whole
     if it fits; otherwise sharded, within each host if there are several hosts and a host can hold a copy."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in backward instead of keeping its activations: less memory, one more decoder forward."""
+    activation_checkpointing: Recompute = "none"
+    """Activations that backward recomputes (arc_ds/README.md, Memory). none: none. selective: the FFN's up to its last
+    product. full: each layer from its input: least memory, one more decoder forward. true is full, false is none.
+    Through transformers selective is not available."""
     fresh_bridge: bool = False
     """Start with a fresh bridge and markers. Set it for a new decoder. Otherwise a decoder continues those of its name
     in `encoder.init_from`, or those at its place in the list if no decoder here has their name. Decoders beyond the

@@ -13,6 +13,8 @@ from arc_ds.config.schema import RunConfig, ShareSchedule
 from arc_ds.errors import ConfigError
 from arc_ds.system.urls import is_url, local_path
 
+# A decoder through transformers has no part that we could recompute on its own.
+NO_SELECTIVE = "selective is not available through transformers. Set full, or none."
 DECODER_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -95,6 +97,26 @@ def _encoder_problems(config: RunConfig) -> Iterator[str]:
             f"encoder.num_layers={encoder.num_layers} and encoder.num_truncated_layers="
             f"{encoder.num_truncated_layers} both set the number of layers; remove one of them."
         )
+    if encoder.train == "bridge":
+        if encoder.trained_layers:
+            yield (
+                f"encoder.train is bridge, which freezes the encoder, but encoder.trained_layers is "
+                f"{encoder.trained_layers}. Remove one of them; train: all trains the last {encoder.trained_layers} "
+                "layers."
+            )
+        if encoder.lora is not None:
+            yield "encoder.train is bridge, which freezes the encoder, but encoder.lora trains it. Remove one of them."
+        if pooling.memory_tokens and encoder.init_from is None:
+            yield (
+                "encoder.train is bridge, which freezes memory tokens, but they would start untrained. Set "
+                "encoder.init_from to an export that has them, or encoder.trained_layers=0 and "
+                "encoder.train_embeddings=false instead of train: they freeze all but the memory tokens."
+            )
+    if encoder.lora is not None and encoder.trained_layers is not None:
+        yield (
+            f"encoder.lora freezes the weights of all layers, but encoder.trained_layers is {encoder.trained_layers}. "
+            "Remove one of them."
+        )
     # An empty list, null and 0 are the absent ones; ranges exclude a num_groups of 0.
     given = [name for name in ("factors", "num_groups", "memory_tokens") if getattr(pooling, name)]
     if len(given) != 1:
@@ -124,6 +146,8 @@ def _decoder_problems(config: RunConfig) -> Iterator[str]:
                 f"decoders.{idx}.train is false, so its bridge and markers must come from an export. Set "
                 "encoder.init_from, or train it."
             )
+        if decoder.implementation == "transformers" and decoder.activation_checkpointing == "selective":
+            yield f"decoders.{idx}.activation_checkpointing: {NO_SELECTIVE}"
         if not decoder.train and decoder.fresh_bridge:
             yield f"decoders.{idx}: fresh_bridge needs training, but train is false. Remove one of the two keys."
 

@@ -30,6 +30,7 @@ from arc_ds.errors import CheckpointError, ConfigError, words_of
 from arc_ds.export.frozen_weights import open_frozen
 from arc_ds.export.training_record import TrainingRecord, read_training_record
 from arc_ds.inference.load import empty_compressor
+from arc_ds.model.lora import merge_adapters
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy
 from arc_ds.system.checksums import find_faults
@@ -173,13 +174,9 @@ def consolidate(checkpoint: Path, encoder: Path | None = None) -> TrainedCompres
         saved = {name: _read_safely(checkpoint, each) for name, each in {**shards.trained, **shards.others}.items()}
         try:
             trained = _described(state, saved, kept, read_training_record(checkpoint.parent.parent, state))
-            if (frozen := state.extra.get("frozen")) is None:
-                return trained
-            parameters = (name for name, _ in empty_compressor(trained.spec, checkpoint).named_parameters())
-            if missing := [name for name in parameters if name not in trained.tensors]:
-                tensors = open_frozen(missing, FrozenSource(**frozen), trained.spec, encoder)
-                trained = replace(trained, tensors={**trained.tensors, **tensors})
-            return trained
+            if (frozen := state.extra.get("frozen")) is not None:
+                trained = _with_frozen(trained, FrozenSource(**frozen), encoder)
+            return _with_adapters_merged(trained, state.extra.get("lora_scale"))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint}/trainer.json does not describe a compressor as this version of `arc-ds train` does "
@@ -195,6 +192,19 @@ def _read_safely(checkpoint: Path, parameter: SavedParameter) -> LazyTensor:
             return parameter.read(start, stop)
 
     return LazyTensor(shape=tuple(parameter.shape), dtype=torch.float32, read=read)
+
+
+def _with_frozen(trained: TrainedCompressor, source: FrozenSource, moved: Path | None) -> TrainedCompressor:
+    """A compressor with the weights that its run did not train."""
+    parameters = empty_compressor(trained.spec, Path(source.path)).named_parameters()
+    missing = [name for name, _ in parameters if name not in trained.tensors]
+    tensors = open_frozen(missing, source, trained.spec, moved) if missing else {}
+    return replace(trained, tensors={**trained.tensors, **tensors})
+
+
+def _with_adapters_merged(trained: TrainedCompressor, scale: float | None) -> TrainedCompressor:
+    """A compressor whose encoder has its own weights only. scale: of the adapters; None if the run has none."""
+    return trained if scale is None else replace(trained, tensors=merge_adapters(trained.tensors, scale))
 
 
 def _last_checkpoints(checkpoint: Path, count: int) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from arc_ds.errors import UnknownFamilyError, WeightsError
+from arc_ds.model.backbone import Recompute
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.frozen_decoder import DecoderSizes
 from arc_ds.model.transformers_files import TransformersFiles, open_with_transformers
@@ -80,14 +81,14 @@ def open_decoder(
     *,
     implementation: Implementation = "auto",
     trust_remote_code: bool = False,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Recompute = "none",
 ) -> OpenedDecoder:
     """Open a decoder in a weights folder or a .gguf file. Reads sizes only.
 
     implementation: "native" for our packed transformer, "transformers" for the model's own code, or "auto": native if
         our readers know the model that the sizes describe, else transformers.
     trust_remote_code: whether transformers may run Python files of the folder.
-    activation_checkpointing: whether backward recomputes the layers.
+    activation_checkpointing: activations that backward recomputes. transformers does not take "selective".
 
     Raises WeightsError if the implementation does not take the decoder. With "auto" the error gives the reasons of
     both, or that of transformers alone if the family is unknown.
@@ -157,8 +158,21 @@ def _instead_of_native(
     return opened, f"our own transformer cannot run it. {refused}"
 
 
-def _with_transformers(path: Path, rope_scaling: RopeScalingChoice, **options: Any) -> TransformersFiles:
-    opened = open_with_transformers(path, **options)
+def _with_transformers(
+    path: Path,
+    rope_scaling: RopeScalingChoice,
+    *,
+    trust_remote_code: bool,
+    activation_checkpointing: Recompute = "none",
+) -> TransformersFiles:
+    opened = open_with_transformers(
+        path, trust_remote_code=trust_remote_code, activation_checkpointing=activation_checkpointing == "full"
+    )
+    if activation_checkpointing == "selective":
+        raise WeightsError(
+            f"decoder {path} runs through transformers, where activation_checkpointing: selective is not available. "
+            "Set it to full, or to none."
+        )
     if rope_scaling != "checkpoint":
         raise WeightsError(
             f"decoder {path} has rope_scaling: {rope_scaling}, but transformers always applies the scaling of the "

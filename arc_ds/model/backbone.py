@@ -9,15 +9,18 @@ Shape letters: T query rows, U key rows, D width, N heads, K kv heads, H head si
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import arc_kernels as ak
 from arc_ds.model.backbone_config import BackboneConfig
-from arc_ds.model.linear import Linear, joint_linear
+from arc_ds.model.linear import Linear, Recomputed, joint_linear
 from arc_ds.model.rope import Rope
+
+# Activations that backward recomputes; see `schema.EncoderConfig` and `schema.DecoderConfig`.
+Recompute = Literal["none", "selective", "full"]
 
 
 class Spans(NamedTuple):
@@ -198,7 +201,13 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norms
 
     def forward(
-        self, x_TD: Tensor, kv_UD: Tensor, rope_q: Rope, rope_k: Rope, spans: Spans, cache: Cache | None = None
+        self,
+        x_TD: Tensor | Recomputed,
+        kv_UD: Tensor | Recomputed,
+        rope_q: Rope,
+        rope_k: Rope,
+        spans: Spans,
+        cache: Cache | None = None,
     ) -> Tensor:
         """The output [T, D]. The keys of `spans` are the rows of `kv_UD`, or those of the cache."""
         if x_TD is kv_UD:
@@ -211,7 +220,7 @@ class Attention(nn.Module):
         keys, values = cache.update(ak.rotary(k_UKH, *rope_k.keys), v_UKH)
         return self.attend(q_TNH, keys, values, rope_q, spans)
 
-    def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x_TD: Tensor | Recomputed) -> tuple[Tensor, ...]:
         """Queries [T, N, H], keys and values [T, K, H] of the rows, before rotation."""
         return self._heads(x_TD, self.wq, self.wk, self.wv)
 
@@ -240,7 +249,7 @@ class Attention(nn.Module):
         )
         return self.wo(o_TNH.flatten(1))
 
-    def _heads(self, x_TD: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+    def _heads(self, x_TD: Tensor | Recomputed, *linears: Linear) -> tuple[Tensor, ...]:
         norms = {self.wq: self.q_norm, self.wk: self.k_norm}
         rows = zip(linears, joint_linear(x_TD, linears), strict=True)
         return tuple(self._split(y_TX, norms.get(linear)) for linear, y_TX in rows)
@@ -256,32 +265,47 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """w2(silu(w1 x) * w3 x)."""
+    """w2(silu(w1 x) * w3 x).
 
-    def __init__(self, config: BackboneConfig) -> None:
+    frozen: w1 and w3 are frozen. If the input is recomputed, so are their products.
+    """
+
+    def __init__(self, config: BackboneConfig, *, frozen: bool) -> None:
         super().__init__()
+        self.frozen = frozen
         self.w1 = Linear(config.hidden_size, config.ffn_size, bias=config.ffn_bias)
         self.w2 = Linear(config.ffn_size, config.hidden_size, bias=config.ffn_bias)
         self.w3 = Linear(config.hidden_size, config.ffn_size, bias=config.ffn_bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.w2(ak.swiglu(*joint_linear(x_TD, (self.w1, self.w3))))
+    def forward(self, x_TD: Tensor | Recomputed) -> Tensor:
+        if not isinstance(x_TD, Recomputed):
+            return self.w2(ak.swiglu(*joint_linear(x_TD, (self.w1, self.w3))))
+        if not self.frozen:
+            return self.w2(Recomputed(ak.swiglu, joint_linear(x_TD, (self.w1, self.w3))))
+        normed = x_TD.recipe
+        return self.w2(Recomputed(lambda *x: ak.swiglu(*joint_linear(normed(*x), (self.w1, self.w3))), x_TD.inputs))
 
 
 class Block(nn.Module):
     """One layer: x + attention(norm x), then + feed-forward(norm). See `BackboneConfig.norm_place` for the other order.
 
     window: see `Attention`.
+    selective: recompute in backward what costs least for its memory. A trained layer keeps the results of its matrix
+        products and computes normed rows and the FFN's product again. A frozen layer keeps neither, so it computes the
+        FFN up to its last product again.
     """
 
-    def __init__(self, config: BackboneConfig, window: int | None = None) -> None:
+    frozen = False
+
+    def __init__(self, config: BackboneConfig, window: int | None = None, *, selective: bool = False) -> None:
         super().__init__()
+        self.selective = selective
         self.norms_output = config.norm_place == "output"
         self.residual_multiplier = config.residual_multiplier
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, window)
         self.ffn_norm = make_norm(config)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config, frozen=self.frozen)
 
     def forward(
         self, x_TD: Tensor, update_TD: Tensor | None, rope: Rope, spans: Spans, cache: Cache | None = None
@@ -290,24 +314,39 @@ class Block(nn.Module):
         input_TD, x_TD = self._enter(x_TD, update_TD)
         return self._finish(self.attention(input_TD, input_TD, rope, rope, spans, cache), x_TD)
 
-    def _enter(self, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _enter(self, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor | Recomputed, Tensor]:
         """(input of the attention, the sum of the stream's terms)."""
         if self.norms_output:
             total_TD = Stream(x_TD, update_TD).total_TD
             return total_TD, total_TD
+        if self._recomputes and not self.frozen:
+            total_TD = Stream(x_TD, update_TD).total_TD
+            return self._recomputed(self.attention_norm, total_TD), total_TD
         return (self.attention_norm(x_TD), x_TD) if update_TD is None else self.attention_norm.add(update_TD, x_TD)
 
     def _finish(self, attended_TD: Tensor, residual_TD: Tensor) -> Stream:
         """The stream after the layer, from the output of the attention."""
-        if self.norms_output:
+        if self.norms_output or self._recomputes:
             return self._feed(residual_TD + self._update(attended_TD, self.attention_norm))
         normed_TD, total_TD = self.ffn_norm.add(self._update(attended_TD, self.attention_norm), residual_TD)
         return Stream(total_TD, self._update(self.feed_forward(normed_TD), self.ffn_norm))
 
     def _feed(self, x_TD: Tensor) -> Stream:
         """The stream after the feed-forward layer, from the rows before it."""
-        input_TD = x_TD if self.norms_output else self.ffn_norm(x_TD)
+        if self._recomputes:
+            input_TD: Tensor | Recomputed = self._recomputed(None if self.norms_output else self.ffn_norm, x_TD)
+        else:
+            input_TD = x_TD if self.norms_output else self.ffn_norm(x_TD)
         return Stream(x_TD, self._update(self.feed_forward(input_TD), self.ffn_norm))
+
+    @property
+    def _recomputes(self) -> bool:
+        return self.selective and torch.is_grad_enabled()
+
+    def _recomputed(self, norm: Norm | None, x_TD: Tensor) -> Recomputed:
+        """The input of a sublayer from the rows before its norm."""
+        weight = None if norm is None or self.frozen else norm.weight
+        return Recomputed(norm or _same, (x_TD,), () if weight is None else (weight,))
 
     def _update(self, output_TD: Tensor, norm: Norm) -> Tensor:
         """The update of the residual, from the output of a sublayer."""
@@ -315,8 +354,14 @@ class Block(nn.Module):
         return update_TD if self.residual_multiplier == 1.0 else update_TD * self.residual_multiplier
 
 
+def _same(x_TD: Tensor) -> Tensor:
+    return x_TD
+
+
 class DecoderBlock(Block):
     """A frozen layer that can also run a prefix without gradient and a suffix with gradient."""
+
+    frozen = True
 
     def forward(
         self, x_TD: Tensor, update_TD: Tensor | None, rope: Rope, spans: Spans, cache: Cache | None = None

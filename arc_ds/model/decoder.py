@@ -20,6 +20,7 @@ from arc_ds.model.backbone import (
     LayerCache,
     Prefix,
     PrefixPass,
+    Recompute,
     Spans,
     Stream,
     TokenEmbedding,
@@ -32,16 +33,22 @@ from arc_ds.model.rope import lengths_of_rows, ropes_at
 
 
 class Decoder(FrozenDecoder):
-    """A frozen decoder that our packed transformer computes."""
+    """A frozen decoder that our packed transformer computes.
+
+    activation_checkpointing: activations that backward recomputes.
+    """
 
     implementation = "native"
 
-    def __init__(self, config: BackboneConfig, *, activation_checkpointing: bool = False) -> None:
+    def __init__(self, config: BackboneConfig, *, activation_checkpointing: Recompute = "none") -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.tok_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderBlock(config, config.window_of(idx)) for idx in range(config.num_layers))
+        selective = activation_checkpointing == "selective"
+        self.layers = nn.ModuleList(
+            DecoderBlock(config, config.window_of(idx), selective=selective) for idx in range(config.num_layers)
+        )
         self.norm = make_norm(config)
         self.output = Head(config.vocab_size, config.hidden_size, config.logits_multiplier)
         if config.tie_embeddings:
@@ -138,7 +145,7 @@ class Decoder(FrozenDecoder):
         return prefix.join(before.total_TD, after.total_TD)
 
     def _run(self, layer: nn.Module, stream: Stream, *args: Any, **kwargs: Any) -> Stream:
-        if self.activation_checkpointing and torch.is_grad_enabled() and stream.x_TD.requires_grad:
+        if self.activation_checkpointing == "full" and torch.is_grad_enabled() and stream.x_TD.requires_grad:
             # Checkpointing saves the layer's input. The sum is one tensor instead of two.
             return checkpoint(layer, stream.total_TD, None, *args, use_reentrant=False, **kwargs)
         return layer(*stream, *args, **kwargs)

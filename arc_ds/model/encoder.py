@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from arc_ds.batch.packing import PackedBatch, PoolLevel
-from arc_ds.model.backbone import Block, Spans, Stream, TokenEmbedding
+from arc_ds.model.backbone import Block, Recompute, Spans, Stream, TokenEmbedding
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.pooling import Pooling
 from arc_ds.model.rope import Rope, lengths_of_rows, ropes_at
@@ -41,8 +41,16 @@ class PoolingLayout:
 class PooledBlock(Block):
     """A layer that reads the rows of one pooling level and returns the rows of the next."""
 
-    def __init__(self, config: BackboneConfig, layout: PoolingLayout, window: int | None, *, causal: bool) -> None:
-        super().__init__(config, window)
+    def __init__(
+        self,
+        config: BackboneConfig,
+        layout: PoolingLayout,
+        window: int | None,
+        *,
+        causal: bool,
+        selective: bool = False,
+    ) -> None:
+        super().__init__(config, window, selective=selective)
         self.layout = layout
         self.causal = causal
 
@@ -102,7 +110,7 @@ class Encoder(nn.Module):
         they count the rows of the level.
     memory_tokens: number of learned vectors appended to each context. If positive, no layer pools and only the outputs
         of these vectors are returned.
-    activation_checkpointing: recompute layers in backward.
+    activation_checkpointing: activations that backward recomputes.
 
     Raises ValueError on inconsistent arguments.
     """
@@ -115,7 +123,7 @@ class Encoder(nn.Module):
         pooling: PoolingLayout,
         causal: bool = False,
         memory_tokens: int = 0,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Recompute = "none",
     ) -> None:
         super().__init__()
         num_pooled = 0 if memory_tokens else pooling.num_pooled_layers
@@ -133,8 +141,11 @@ class Encoder(nn.Module):
         # A bidirectional encoder has no windows: a row sees its whole context, as in the paper.
         windows = [config.window_of(idx) if causal else None for idx in range(num_layers)]
         num_plain = num_layers - num_pooled
-        plain = [Block(config, window) for window in windows[:num_plain]]
-        pooled = [PooledBlock(config, pooling, window, causal=causal) for window in windows[num_plain:]]
+        selective = activation_checkpointing == "selective"
+        plain = [Block(config, window, selective=selective) for window in windows[:num_plain]]
+        pooled = [
+            PooledBlock(config, pooling, window, causal=causal, selective=selective) for window in windows[num_plain:]
+        ]
         self.layers = nn.ModuleList([*plain, *pooled])
         self.memory = nn.Parameter(torch.ones(memory_tokens, config.hidden_size)) if memory_tokens else None
 
@@ -176,7 +187,7 @@ class Encoder(nn.Module):
         )
 
     def _run(self, layer: nn.Module, stream: Stream, *args: object) -> Stream:
-        if self.activation_checkpointing and torch.is_grad_enabled():
+        if self.activation_checkpointing == "full" and torch.is_grad_enabled():
             # Checkpointing saves the layer's input. The sum is one tensor instead of two.
             return checkpoint(layer, stream.total_TD, None, *args, use_reentrant=False)
         return layer(*stream, *args)

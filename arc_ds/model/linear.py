@@ -8,11 +8,43 @@ backward. It saves the input only if the weight is trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Recomputed(NamedTuple):
+    """The input of linears as a function of other tensors. Backward calls it again instead of keeping the input.
+
+    recipe: the function. Parameters that it reads beyond `params` must be frozen.
+    inputs: its arguments, which backward keeps.
+    params: the parameters that it reads and whose gradients are wanted.
+    """
+
+    recipe: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    params: tuple[nn.Parameter, ...] = ()
+
+
+class LoraAdapter(nn.Module):
+    """B A x * scale, the trained addition to a frozen linear (Hu et al., arXiv 2106.09685). Uninitialised.
+
+    rank: rows of A [rank, in] and columns of B [out, rank].
+    scale: alpha / rank.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.a = nn.Parameter(torch.empty(rank, in_features))
+        self.b = nn.Parameter(torch.empty(out_features, rank))
+
+    def expand(self, low_TR: Tensor) -> Tensor:
+        """The addition, from the product with A."""
+        (y,) = _LinearFunction.apply(low_TR * self.scale, self.b, None)
+        return y
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -24,24 +56,56 @@ class _LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights_and_biases: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
-        ctx.weights = weights
+        ctx.weights = weights_and_biases[::2]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1::2]) else None)
-        return tuple(_product(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        return _products(x, weights_and_biases)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         wants_x, *wants_parameters = ctx.needs_input_grad
-        grad_x = None
-        if wants_x:
-            grad_x = grads[0] @ ctx.weights[0]
-            for grad, weight in zip(grads[1:], ctx.weights[1:], strict=True):
-                grad_x.addmm_(grad, weight)
-        of_parameters: list[Tensor | None] = []
-        for grad, wants_weight, wants_bias in zip(grads, wants_parameters[::2], wants_parameters[1::2], strict=True):
-            of_parameters += [grad.T @ x if wants_weight else None, grad.sum(dim=0) if wants_bias else None]
-        return grad_x, *of_parameters
+        grad_x = _input_gradient(ctx.weights, grads) if wants_x else None
+        return grad_x, *_parameter_gradients(x, grads, wants_parameters)
+
+
+class _RecomputingLinearFunction(torch.autograd.Function):
+    """`_LinearFunction` on the result of a recipe (`Recomputed`).
+
+    The backward of the recipe is a graph of its own. No gradient hook of a parameter runs in it, unlike in reentrant
+    checkpointing, so ZeRO-3 sees each gradient once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, given: Recomputed, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        num_inputs, num_given = len(given.inputs), len(given.inputs) + len(given.params)
+        inputs, weights_and_biases = tensors[:num_inputs], tensors[num_given:]
+        ctx.recipe, ctx.params = given.recipe, given.params
+        ctx.weights = weights_and_biases[::2]
+        ctx.save_for_backward(*inputs)
+        return _products(given.recipe(*inputs), weights_and_biases)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        num_given = len(inputs) + len(ctx.params)
+        wants_given, wants_parameters = ctx.needs_input_grad[1 : 1 + num_given], ctx.needs_input_grad[1 + num_given :]
+        with torch.enable_grad():
+            pairs = zip(inputs, wants_given, strict=False)
+            leaves = [tensor.detach().requires_grad_(wants) for tensor, wants in pairs]
+            x = ctx.recipe(*leaves)
+        given = [*leaves, *ctx.params]
+        of_given: list[Tensor | None] = [None] * num_given
+        if wanted := [idx for idx, wants in enumerate(wants_given) if wants]:
+            grad_x = _input_gradient(ctx.weights, grads)
+            found = torch.autograd.grad(x, [given[idx] for idx in wanted], grad_x)
+            for idx, grad in zip(wanted, found, strict=True):
+                of_given[idx] = grad
+        return None, *of_given, *_parameter_gradients(x.detach(), grads, wants_parameters)
+
+
+def _products(x: Tensor, weights_and_biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    pairs = zip(weights_and_biases[::2], weights_and_biases[1::2], strict=True)
+    return tuple(_product(x, weight, bias) for weight, bias in pairs)
 
 
 def _product(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -49,30 +113,63 @@ def _product(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 
 
-def joint_linear(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+def _input_gradient(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    grad_x = grads[0] @ weights[0]
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        grad_x.addmm_(grad, weight)
+    return grad_x
+
+
+def _parameter_gradients(x: Tensor | None, grads: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of each weight and bias, in their order. x may be None if no weight is trained."""
+    found: list[Tensor | None] = []
+    for grad, wants_weight, wants_bias in zip(grads, wants[::2], wants[1::2], strict=True):
+        of_weight = grad.T @ x if wants_weight and x is not None else None
+        found += [of_weight, grad.sum(dim=0) if wants_bias else None]
+    return found
+
+
+def joint_linear(x: Tensor | Recomputed, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
     """`[linear(x) for linear in linears]`, with a backward that writes the gradient of x once.
 
-    x: [rows, in].
+    x: [rows, in], or how backward computes it again.
     linears: layers with the same input size. Their own hooks do not run: under ZeRO-3 they belong to a module that is
         gathered as a whole (`Block`).
     """
-    return _LinearFunction.apply(x, *(tensor for linear in linears for tensor in (linear.weight, linear.bias)))
+    adapters = [linear.adapter for linear in linears if linear.adapter is not None]
+    tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+    tensors += [tensor for adapter in adapters for tensor in (adapter.a, None)]
+    if isinstance(x, Recomputed):
+        products = _RecomputingLinearFunction.apply(x, *x.inputs, *x.params, *tensors)
+    else:
+        products = _LinearFunction.apply(x, *tensors)
+    if not adapters:
+        return products
+    low = iter(products[len(linears) :])
+    return tuple(
+        y if linear.adapter is None else y + linear.adapter.expand(next(low))
+        for y, linear in zip(products, linears, strict=False)
+    )
 
 
 class Linear(nn.Module):
     """y = x W' + b, x [rows, in], W [out, in]. The parameters are uninitialised until a reader fills them.
 
     bias: whether there is a bias b [out].
+    adapter: a trained addition (`lora.add_adapters`); None for none.
     """
+
+    adapter: LoraAdapter | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features  # a partitioned weight loses its shape
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.adapter = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        (y,) = _LinearFunction.apply(x, self.weight, self.bias)
+    def forward(self, x: Tensor | Recomputed) -> Tensor:
+        (y,) = joint_linear(x, (self,))
         return y
 
     def extra_repr(self) -> str:

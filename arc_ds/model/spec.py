@@ -15,10 +15,12 @@ from arc_ds.batch.groups import GroupRule, RuleKind
 from arc_ds.batch.packing import PoolingSpec
 from arc_ds.batch.segments import MARKERS, Marker
 from arc_ds.errors import WeightsError
+from arc_ds.model.backbone import Recompute
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import BridgeKind, make_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.encoder import Encoder, PoolingLayout, Where
+from arc_ds.model.lora import add_adapters
 from arc_ds.model.pooling import get_strategy
 
 LATER_FIELDS = ("bridge_shared",)  # fields that the first version of the format lacks
@@ -97,8 +99,22 @@ def _rule(kind: str, value: int) -> GroupRule:
     return GroupRule(kind, value)  # type: ignore[arg-type]
 
 
-def build_compressor(spec: CompressorSpec, *, activation_checkpointing: bool = False) -> Compressor:
-    """Build an uninitialised compressor on torch's default device and dtype. Raises ValueError if sizes do not fit."""
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """Low-rank adapters on the linears of an encoder's layers: W x + scale * B A x, scale = alpha / rank."""
+
+    rank: int
+    scale: float
+
+
+def build_compressor(
+    spec: CompressorSpec, *, activation_checkpointing: Recompute = "none", lora: LoraSpec | None = None
+) -> Compressor:
+    """Build an uninitialised compressor on torch's default device and dtype. Raises ValueError if sizes do not fit.
+
+    activation_checkpointing: activations of the encoder that backward recomputes.
+    lora: adapters of the encoder; None for none.
+    """
     layout = PoolingLayout(
         strategy=get_strategy(spec.strategy),
         num_pooled_layers=len(spec.rules),
@@ -113,6 +129,8 @@ def build_compressor(spec: CompressorSpec, *, activation_checkpointing: bool = F
         memory_tokens=spec.memory_tokens,
         activation_checkpointing=activation_checkpointing,
     )
+    if lora is not None:
+        add_adapters(encoder.layers, rank=lora.rank, scale=lora.scale)
     ports = [build_port(spec, port_idx) for port_idx in range(len(spec.decoder_sizes))]
     return Compressor(encoder, ports, build_bridge(spec, 0) if spec.bridge_shared else None)
 

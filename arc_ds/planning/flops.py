@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from arc_ds.batch.packing import PackedBatch
+from arc_ds.config.schema import TrainedParts
 from arc_ds.data.loading.estimates import WorkRates
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.encoder import group_ends
@@ -77,6 +78,14 @@ class _LayerRows(NamedTuple):
         of_ffn = 3 * width * config.ffn_size * self.ffn
         return Operations(2 * (of_attention + of_ffn), 4 * self.pairs * heads)
 
+    def adapter_work(self, config: BackboneConfig, rank: int) -> Operations:
+        """Operations of the forward of the layer's low-rank adapters."""
+        width, heads = config.hidden_size, config.num_heads * config.head_dim
+        kv_heads = config.num_kv_heads * config.head_dim
+        of_attention = 2 * (self.queries * (width + heads) + self.keys * (width + kv_heads))
+        of_ffn = 3 * self.ffn * (width + config.ffn_size)
+        return Operations(2 * rank * (of_attention + of_ffn))
+
 
 def count_flops(
     batch: PackedBatch,
@@ -85,6 +94,8 @@ def count_flops(
     *,
     trained_layers: int | None = None,
     train_embeddings: bool = True,
+    train_memory: bool = True,
+    lora_rank: int = 0,
 ) -> StepFlops:
     """Operations of forward and backward of one micro-batch with one decoder.
 
@@ -93,12 +104,20 @@ def count_flops(
     decoder: sizes of the decoder. Through transformers its operations are an estimate, see `_decoder_work`.
     trained_layers: number of trained encoder layers (see `engine.set_trained`).
     train_embeddings: whether the encoder's embeddings are trained.
+    train_memory: whether memory tokens are trained.
+    lora_rank: rank of the adapters of the encoder's layers; 0 for none.
     """
-    layers = [rows.work(spec.backbone) for rows in _encoder_rows(batch, spec)]
+    trained = TrainedParts(
+        trained_layers=trained_layers,
+        train_embeddings=train_embeddings,
+        train_memory=train_memory,
+        lora_rank=lora_rank,
+    )
+    rows = _encoder_rows(batch, spec)
     forward, suffix = _decoder_passes(batch, decoder)
     return StepFlops(
-        encoder_forward=_sum(layers),
-        encoder_backward=_sum(_encoder_backward(layers, spec, trained_layers, train_embeddings)),
+        encoder_forward=_encoder_forward(rows, spec, trained),
+        encoder_backward=_encoder_backward(rows, spec, trained),
         bridge=3 * 2 * batch.compressed_rows.numel() * _bridge_weights(spec, decoder.hidden_size),
         decoder_forward=forward,
         decoder_backward=_backward(suffix if isinstance(decoder, BackboneConfig) else forward, trains=False),
@@ -107,17 +126,29 @@ def count_flops(
 
 
 def work_rates(
-    spec: CompressorSpec, decoder: DecoderSizes, *, trained_layers: int | None = None, train_embeddings: bool = True
+    spec: CompressorSpec,
+    decoder: DecoderSizes,
+    *,
+    trained_layers: int | None = None,
+    train_embeddings: bool = True,
+    train_memory: bool = True,
+    lora_rank: int = 0,
 ) -> WorkRates:
     """Operations that one token, row and query-key pair of a sample add to a step with one decoder.
 
     The rates are used to distribute samples over ranks before they are built. They ignore bridge and head, and they
-    assume that every row attends to half of its sequence and has a gradient.
+    assume that every row attends to half of its sequence and has a gradient. For the trained parts see `count_flops`.
     """
+    trained = TrainedParts(
+        trained_layers=trained_layers,
+        train_embeddings=train_embeddings,
+        train_memory=train_memory,
+        lora_rank=lora_rank,
+    )
     token, pair = _LayerRows(1, 1, 1, 0), _LayerRows(0, 0, 0, 1)
     of_token, of_pair = (
-        _sum([*layers, *_encoder_backward(layers, spec, trained_layers, train_embeddings)])
-        for layers in ([rows.work(spec.backbone)] * spec.num_layers for rows in (token, pair))
+        _sum([_encoder_forward(rows, spec, trained), _encoder_backward(rows, spec, trained)])
+        for rows in ([each] * spec.num_layers for each in (token, pair))
     )
     row, attending = _decoder_work(token, decoder), _decoder_work(pair, decoder)
     return WorkRates(
@@ -153,17 +184,26 @@ def _encoder_rows(batch: PackedBatch, spec: CompressorSpec) -> list[_LayerRows]:
     return layers
 
 
-def _encoder_backward(
-    layers: list[Operations], spec: CompressorSpec, trained_layers: int | None, train_embeddings: bool
-) -> list[Operations]:
+def _encoder_forward(layers: list[_LayerRows], spec: CompressorSpec, trained: TrainedParts) -> Operations:
+    """Forward operations of all encoder layers, with their adapters."""
+    return _sum(
+        [rows.work(spec.backbone) for rows in layers]
+        + [rows.adapter_work(spec.backbone, trained["lora_rank"]) for rows in layers]
+    )
+
+
+def _encoder_backward(layers: list[_LayerRows], spec: CompressorSpec, trained: TrainedParts) -> Operations:
     """Backward operations of the encoder layers that a gradient reaches."""
-    first_trained = 0 if trained_layers is None else max(len(layers) - trained_layers, 0)
-    reaches_below = train_embeddings or spec.memory_tokens > 0
-    return [
-        _backward(layer, trains=idx >= first_trained)
-        for idx, layer in enumerate(layers)
-        if reaches_below or idx >= first_trained
-    ]
+    num_trained, rank = trained["trained_layers"], trained["lora_rank"]
+    first_trained = 0 if num_trained is None else max(len(layers) - num_trained, 0)
+    trains_memory = trained["train_memory"] and spec.memory_tokens > 0
+    reaches_below = trained["train_embeddings"] or trains_memory or rank > 0
+    works = []
+    for idx, rows in enumerate(layers):
+        if reaches_below or idx >= first_trained:
+            works.append(_backward(rows.work(spec.backbone), trains=idx >= first_trained))
+            works.append(_backward(rows.adapter_work(spec.backbone, rank), trains=True))
+    return _sum(works)
 
 
 def _decoder_passes(batch: PackedBatch, decoder: DecoderSizes) -> tuple[Operations, Operations]:

@@ -75,12 +75,10 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         sizes = [decoder.weights.sizes for decoder in decoders]
         for each in sizes:
             check_length(each, longest_sequence(config, NO_CHAT))
-        trained: dict[str, Any] = {
-            "trained_layers": encoder.trained_layers,
-            "train_embeddings": encoder.train_embeddings,
-        }
         readers = [decoder.reader for decoder in decoders]
-        data = step_data(config, spec.packing, readers, [work_rates(spec, each, **trained) for each in sizes])
+        data = step_data(
+            config, spec.packing, readers, [work_rates(spec, each, **encoder.trained_parts) for each in sizes]
+        )
         opened = zip(config.trained_decoders, decoders, strict=True)
         backbones = {idx: (decoder.weights.files, decoder.weights.sizes) for idx, decoder in opened}
         inputs = InputDigests(

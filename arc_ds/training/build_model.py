@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from arc_ds.batch.segments import MARKERS
-from arc_ds.config.schema import DecoderConfig, EncoderConfig, RunConfig
+from arc_ds.config.schema import DecoderConfig, EncoderConfig, LoraConfig, RunConfig
 from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.errors import ConfigError
 from arc_ds.inference.decoders import OpenedDecoder, open_decoder, read_decoder_sizes
@@ -31,8 +31,9 @@ from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.frozen_decoder import DecoderSizes
+from arc_ds.model.lora import is_adapter, starting_adapter
 from arc_ds.model.pooling import group_rules
-from arc_ds.model.spec import CompressorSpec, build_bridge, build_compressor, build_port
+from arc_ds.model.spec import CompressorSpec, LoraSpec, build_bridge, build_compressor, build_port
 from arc_ds.model.weights import (
     TensorSource,
     beyond_layers,
@@ -159,15 +160,22 @@ def starting_compressor(
     within: `engine.partitioned`, which makes this a collective. By default the compressor is whole, float32 on the CPU.
     """
     with torch.device("meta") if within is None else within:
-        compressor = build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
-    load_backbone(compressor, weights.tensors, **weights.names, name="encoder")
+        compressor = build_compressor(
+            spec,
+            activation_checkpointing=config.encoder.activation_checkpointing,
+            lora=lora_spec(config.encoder.lora),
+        )
+    is_other = weights.names["skip"]
+    names = weights.names | {"skip": lambda name: is_adapter(name) or is_other(name)}
+    load_backbone(compressor, weights.tensors, **names, name="encoder")
     _fill_rest(compressor, config, spec, weights.plan)
-    set_trained(
-        compressor.encoder,
-        trained_layers=config.encoder.trained_layers,
-        train_embeddings=config.encoder.train_embeddings,
-    )
+    set_trained(compressor.encoder, **config.encoder.trained_parts)
     return compressor
+
+
+def lora_spec(lora: LoraConfig | None) -> LoraSpec | None:
+    """The configured adapters."""
+    return None if lora is None else LoraSpec(rank=lora.rank, scale=lora.alpha / lora.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +327,13 @@ def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, 
     generator = torch.Generator().manual_seed(config.seed)
     if spec.memory_tokens and config.encoder.init_from is None:
         set_parameter(compressor, "encoder.memory", torch.ones(spec.memory_tokens, spec.backbone.hidden_size))
+    if lora := lora_spec(config.encoder.lora):
+        with torch.device("meta"):
+            shapes = {name: tuple(p.shape) for name, p in build_compressor(spec, lora=lora).named_parameters()}
+        of_adapters = torch.Generator().manual_seed(config.seed)  # of its own: fresh bridges do not depend on adapters
+        for name, shape in shapes.items():
+            if is_adapter(name):
+                set_parameter(compressor, name, starting_adapter(name, shape, of_adapters))
     table_VD = compressor.encoder.tok_embeddings.weight
     if config.markers.init == "ones":
         start_1D = torch.ones(1, spec.backbone.hidden_size)

@@ -18,6 +18,7 @@ from arc_ds.model.backbone import Block
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.encoder import Encoder
 from arc_ds.model.frozen_decoder import FrozenDecoder
+from arc_ds.model.lora import is_adapter
 from arc_ds.model.transformers_decoder import TransformersDecoder
 from arc_ds.system import dist
 from arc_ds.training.optim import PortAdamW
@@ -48,16 +49,30 @@ class PlacedDecoder:
         return self.module(batch, z_ZD)
 
 
-def set_trained(encoder: Encoder, *, trained_layers: int | None, train_embeddings: bool) -> None:
-    """Set which parts of the encoder are trained. Call it before `make_param_groups`. Memory tokens are always trained.
+def set_trained(
+    encoder: Encoder,
+    *,
+    trained_layers: int | None,
+    train_embeddings: bool,
+    train_memory: bool = True,
+    lora_rank: int = 0,
+) -> None:
+    """Set which parts of the encoder are trained. Call it before `make_param_groups`.
 
     trained_layers: number of last layers to train; None for all.
     train_embeddings: whether to train the token embeddings.
+    train_memory: whether to train the memory tokens, if there are any.
+    lora_rank: rank of the encoder's adapters, which are always trained; 0 if it has none.
     """
+    if encoder.memory is not None:
+        encoder.memory.requires_grad_(train_memory)
     encoder.tok_embeddings.requires_grad_(train_embeddings)
     num_frozen = 0 if trained_layers is None else max(len(encoder.layers) - trained_layers, 0)
     for layer_idx, layer in enumerate(encoder.layers):
         layer.requires_grad_(layer_idx >= num_frozen)
+    for name, param in encoder.named_parameters():
+        if is_adapter(name):
+            param.requires_grad_(lora_rank > 0)
 
 
 def build_engine(compressor: Compressor, optimizer: PortAdamW, ds_config: Mapping[str, Any]) -> DeepSpeedEngine:

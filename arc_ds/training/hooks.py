@@ -129,8 +129,7 @@ class MetricsHook(Hook):
                 micro.batch,
                 run.spec,
                 run.decoders[micro.decoder_idx].module.sizes,
-                trained_layers=self.encoder.trained_layers,
-                train_embeddings=self.encoder.train_embeddings,
+                **self.encoder.trained_parts,
             ).total
             for micro in batch.micro_batches
         ]

@@ -224,7 +224,7 @@ def warn_of_ports(
     if plan.kept and trains_encoder:
         logger.warning(
             "the run trains the encoder, but keeps the bridges and markers of %s unchanged: they may no longer fit it. "
-            "To keep them usable, freeze the encoder (encoder.trained_layers=0 encoder.train_embeddings=false), or "
+            "To keep them usable, freeze the encoder (encoder.train=bridge), or "
             "train these decoders too. To leave them out, set encoder.keep_ports=false.",
             ", ".join(port.name for port in plan.kept),
         )

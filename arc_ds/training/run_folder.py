@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -30,7 +29,6 @@ from arc_ds.checkpoints.checkpoint import (
 )
 from arc_ds.checkpoints.frozen_source import FrozenSource
 from arc_ds.checkpoints.manifest import read_manifest
-from arc_ds.checkpoints.reshard import check_can_save
 from arc_ds.checkpoints.writer import CheckpointWriter
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
 from arc_ds.config.schema import RunConfig, SourceConfig
@@ -45,6 +43,7 @@ from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.tracking.mlflow_server import RunFacts, environment_tags, package_versions, start_tracker
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.tracking.uris import without_secret
+from arc_ds.training.build_model import lora_spec
 from arc_ds.training.run import InputDigests, Run
 
 logger = logging.getLogger(__name__)
@@ -130,7 +129,6 @@ class RunFolder:
         """Resume the run if there is a checkpoint, and open the tracker on rank 0. Collective."""
         self._config = config
         self._run = run
-        check_can_save(run.engine)
         settings = config.checkpoint
         self._writer = CheckpointWriter(
             run.folder / CHECKPOINTS,
@@ -183,14 +181,12 @@ class RunFolder:
 
         Raises StorageError if one of them cannot be written, unless `checkpoint.on_error` is "continue".
         """
-        started = time.perf_counter()
         state = _trainer_state(self._config, run, None if self._tracker is None else self._tracker.run_id)
         with self._counted():
             self._writer.finish()
         with self._counted():
             self._writer.save(run.engine, state, run.ports.kept)
-        metrics = {"checkpoint/wait_s": time.perf_counter() - started}
-        self.log(run.step, metrics | {"checkpoint/failed_saves": float(self._failed_saves)})
+        self.log(run.step, {"checkpoint/failed_saves": float(self._failed_saves)})
 
     def finish(self) -> None:
         """Wait until the last checkpoint is whole. If it failed, raise its StorageError in any case. Collective."""
@@ -242,6 +238,7 @@ def _trainer_state(config: RunConfig, run: Run, mlflow_run_id: str | None) -> Tr
             "decoder_ids": [record.ids_digest for record in run.ports.records],
             "decoder_weights": {r.decoder.name: r.weights for r in run.ports.records if r.weights is not None},
             "port_places": list(run.ports.places),
+            "lora_scale": None if (lora := lora_spec(config.encoder.lora)) is None else lora.scale,
             "backbones": run.inputs.backbones,
             "frozen": _frozen_source(config, run),
             "skipped_steps": run.skipped_steps,

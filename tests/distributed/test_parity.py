@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest import mock
 
@@ -22,11 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.model import backbone
+from arc_ds.model.backbone import Recompute
 from arc_ds.model.compressor import Compressor
-from arc_ds.model.linear import Linear
+from arc_ds.model.linear import Linear, Recomputed
+from arc_ds.model.spec import LoraSpec
 from arc_ds.model.weights import set_parameter
 from arc_ds.training.engine import (
     PlacedDecoder,
@@ -35,6 +38,7 @@ from arc_ds.training.engine import (
     place_decoder,
     set_trained,
 )
+from arc_ds.training.frozen_guard import frozen_digest
 from arc_ds.training.loss import Normalize
 from arc_ds.training.optim import ParamGroup, PortAdamW
 from arc_ds.training.step import FrozenDecoder, StepResult, train_step
@@ -73,11 +77,18 @@ class Case:
     idle_ports_rest: False is a mistake: ports at rest are updated.
     spoilt: the quantity that is not finite on rank 1 in step `SPOILT_STEP`; None for none.
     parts: differences of the backbones from Llama, by name (`plain_trainer.PARTS`).
+    num_parts: planned micro-batches of each rank.
+    lora: adapters of the encoder.
+    mistake: of recomputation. "detached": the input of recomputed layers gets no gradient. "norms": the norms of
+        recomputed rows get none.
+    max_live_parameters: number of parameters that ZeRO-3 may keep gathered for their next use.
+    zero: further keys of zero_optimization, of all engines.
+    validates: every third step is followed by a forward pass of each decoder without gradients.
     """
 
     placement: str = "replicated"
     born_partitioned: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recompute = "none"
     trained_layers: int | None = None
     train_embeddings: bool = True
     persistence_threshold: int = 100
@@ -90,11 +101,20 @@ class Case:
     idle_ports_rest: bool = True
     spoilt: Literal["loss", "gradient"] | None = None
     parts: str = "llama"
+    num_decoders: int = 2
+    num_parts: int = NUM_PARTS
+    lora: LoraSpec | None = None
+    mistake: Literal["detached", "norms"] | None = None
+    max_live_parameters: int = 1_000_000_000
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    validates: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Results of a run on one rank.
+
+    frozen: digests of this rank's part of each decoder, before and after the run (`frozen_digest`).
 
     traced: whether ZeRO-3 has recorded the module order and therefore prefetches parameters. It records the order in
         the second pass and discards it permanently if a later pass differs.
@@ -105,12 +125,13 @@ class Run:
     traced: bool
     state_kept: bool
     num_passes: tuple[int, ...]
+    frozen: tuple[list[int], list[int]] = ([], [])
 
 
 def _ds_config(case: Case) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": NUM_PARTS,
+        "gradient_accumulation_steps": case.num_parts,
         "gradient_clipping": MAX_GRAD_NORM,
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -123,6 +144,9 @@ def _ds_config(case: Case) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": 5000,
             "stage3_param_persistence_threshold": case.persistence_threshold,
             "sub_group_size": case.sub_group_size,
+            "stage3_max_live_parameters": case.max_live_parameters,
+            "stage3_max_reuse_distance": case.max_live_parameters,
+            **case.zero,
         },
     }
 
@@ -145,16 +169,19 @@ class _WithoutIdleRun(Compressor):
 
 
 def _kind(case: Case) -> dict[str, Any]:
-    return {name: getattr(case, name) for name in ("activation_checkpointing", "shared_bridge", "parts")}
+    names = ("activation_checkpointing", "shared_bridge", "parts", "num_decoders")
+    return {name: getattr(case, name) for name in names}
 
 
 def _trained(case: Case) -> dict[str, Any]:
-    return {"trained_layers": case.trained_layers, "train_embeddings": case.train_embeddings}
+    rank = 0 if case.lora is None else case.lora.rank
+    return {"trained_layers": case.trained_layers, "train_embeddings": case.train_embeddings, "lora_rank": rank}
 
 
 def _place(case: Case) -> list[PlacedDecoder]:
     config = _ds_config(case)
     del config["gradient_clipping"]
+    config["zero_optimization"].pop("offload_optimizer", None)
     if case.placement == "zero3+hpz":
         config["zero_optimization"]["zero_hpz_partition_size"] = dist.get_world_size()
     decoders = tiny_decoders(**_kind(case))
@@ -173,11 +200,11 @@ def _give_values(module: nn.Module, whole: nn.Module) -> None:
 
 
 def _build(case: Case) -> Any:
-    compressor = tiny_compressor(**_trained(case), **_kind(case))
+    compressor = tiny_compressor(**_trained(case), **_kind(case), lora=case.lora)
     if case.born_partitioned:
         whole = compressor
         with partitioned(_ds_config(case)):
-            compressor = bare_compressor(**_kind(case))
+            compressor = bare_compressor(**_kind(case), lora=case.lora)
         _give_values(compressor, whole)
         set_trained(compressor.encoder, **_trained(case))
     if not case.idle_ports_run:
@@ -189,7 +216,29 @@ def _build(case: Case) -> Any:
 
 def _train(case: Case) -> Run:
     """Run all steps on this rank."""
-    engine, decoders = _build(case), _place(case)
+    with ExitStack() as stack:
+        for target, replacement in _MISTAKES[case.mistake]:
+            stack.enter_context(mock.patch(target, replacement))
+        return _train_engine(case, _build(case), _place(case))
+
+
+def _detached(layer: Callable[..., Any], x_TD: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(layer, x_TD.detach().requires_grad_(), *args, **kwargs)
+
+
+def _without_norms(block: backbone.Block, norm: Any, x_TD: Tensor) -> Recomputed:
+    return Recomputed(norm or (lambda x: x), (x_TD,))
+
+
+_MISTAKES: dict[str | None, list[tuple[str, Any]]] = {
+    None: [],
+    "detached": [("arc_ds.model.encoder.checkpoint", _detached)],
+    "norms": [("arc_ds.model.backbone.Block._recomputed", _without_norms)],
+}
+
+
+def _train_engine(case: Case, engine: Any, decoders: list[PlacedDecoder]) -> Run:
+    before = [frozen_digest(decoder.module) for decoder in decoders]
     results: list[StepResult] = []
     num_passes: list[int] = []
     state_kept = True
@@ -198,20 +247,30 @@ def _train(case: Case) -> Run:
             step,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
-            num_parts=NUM_PARTS,
+            num_parts=case.num_parts,
             same_batch=case.same_batch,
+            num_decoders=case.num_decoders,
             max_encoder_tokens=case.max_encoder_tokens,
         )
         num_passes.append(len(batch.micro_batches))
         used: list[FrozenDecoder] = list(decoders)
         spoilt = case.spoilt is not None and step == SPOILT_STEP
-        before = _state(engine) if spoilt else {}
+        state = _state(engine) if spoilt else {}
         if spoilt and dist.get_rank() == 1:
             used = [functools.partial(_SPOILERS[case.spoilt], decoder) for decoder in decoders]
         results.append(train_step(engine, used, batch, schedule=SCHEDULE, tasks=TASKS, normalize=case.normalize))
         if spoilt:
             after = _state(engine)
-            state_kept = before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+            state_kept = state.keys() == after.keys() and all(torch.equal(state[k], after[k]) for k in state)
+        if case.validates and step % 3 == 2:
+            with torch.no_grad():
+                for idx, decoder in enumerate(decoders):
+                    batch = (
+                        step_of_rank(100 + step, rank=dist.get_rank(), world_size=2, num_parts=1, num_decoders=idx + 1)
+                        .micro_batches[0]
+                        .batch
+                    )
+                    decoder(batch, engine(batch, idx))
     trajectory = Trajectory(
         losses=tuple(float(result.loss) for result in results),
         grad_norms=tuple(float(result.grad_norm) for result in results),
@@ -223,6 +282,7 @@ def _train(case: Case) -> Run:
         traced=engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace(),
         state_kept=state_kept,
         num_passes=tuple(num_passes),
+        frozen=(before, [frozen_digest(decoder.module) for decoder in decoders]),
     )
 
 
@@ -268,12 +328,22 @@ def _plain(
     mean_of_parts: int = 1,
     dtype: torch.dtype = torch.float32,
     parts: str = "llama",
+    num_decoders: int = 2,
+    lora: LoraSpec | None = None,
+    lora_rank: int = 0,
 ) -> Trajectory:
     """Run of the plain trainer. without: a step to skip."""
     compressor = tiny_compressor(
-        trained_layers=trained_layers, train_embeddings=train_embeddings, shared_bridge=shared_bridge, parts=parts
+        trained_layers=trained_layers,
+        train_embeddings=train_embeddings,
+        lora_rank=lora_rank,
+        shared_bridge=shared_bridge,
+        parts=parts,
+        num_decoders=num_decoders,
+        lora=lora,
     ).to(dtype)
-    decoders = [decoder.to(dtype) for decoder in tiny_decoders(shared_bridge=shared_bridge, parts=parts)]
+    kind: dict[str, Any] = {"shared_bridge": shared_bridge, "parts": parts, "num_decoders": num_decoders}
+    decoders = [decoder.to(dtype) for decoder in tiny_decoders(**kind)]
     steps = [step for step in range(NUM_STEPS) if step != without]
     return train_plainly(compressor, decoders, steps, same_batch=same_batch, mean_of_parts=mean_of_parts)
 
@@ -302,11 +372,11 @@ def _errors(found: Trajectory, wanted: Trajectory) -> dict[str, float]:
 
 RIGHT = {
     "replicated": Case(),
-    "replicated, recomputed": Case(activation_checkpointing=True, sub_group_size=700),
+    "replicated, recomputed": Case(activation_checkpointing="full", sub_group_size=700),
     "replicated, encoder born partitioned": Case(born_partitioned=True),
     "partitioned": Case(placement="zero3", sub_group_size=700),
     "partitioned, recomputed, nothing persistent": Case(
-        placement="zero3", activation_checkpointing=True, persistence_threshold=0
+        placement="zero3", activation_checkpointing="full", persistence_threshold=0
     ),
     "partitioned within hosts": Case(placement="zero3+hpz"),
     "born partitioned": Case(placement="zero3", born_partitioned=True, persistence_threshold=0),
@@ -326,11 +396,11 @@ RIGHT = {
     "biases, norms of queries and keys, windows": Case(
         placement="zero3",
         born_partitioned=True,
-        activation_checkpointing=True,
+        activation_checkpointing="full",
         persistence_threshold=0,
         parts="qwen",
     ),
-    "encoder frozen": Case(trained_layers=0, train_embeddings=False, activation_checkpointing=True),
+    "encoder frozen": Case(trained_layers=0, train_embeddings=False, activation_checkpointing="full"),
 }
 
 

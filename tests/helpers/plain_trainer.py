@@ -18,11 +18,14 @@ from arc_ds.batch.segments import Sample, Segment
 from arc_ds.config.schema import OptimizerConfig
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, planned_splits, sample_sizes, split
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
+from arc_ds.model.backbone import Recompute
 from arc_ds.model.bridge import make_bridge
 from arc_ds.model.compressor import Compressor, DecoderPort
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.encoder import Encoder, PoolingLayout
+from arc_ds.model.lora import add_adapters
 from arc_ds.model.pooling import GroupPooling
+from arc_ds.model.spec import LoraSpec
 from arc_ds.training.engine import set_trained
 from arc_ds.training.optim import ParamGroup, make_param_groups
 from arc_ds.training.schedule import RateSchedule
@@ -66,24 +69,48 @@ class Trajectory:
     params: dict[str, Tensor]
 
 
-def tiny_compressor(*, trained_layers: int | None = None, train_embeddings: bool = True, **kind: Any) -> Compressor:
+def tiny_compressor(
+    *,
+    trained_layers: int | None = None,
+    train_embeddings: bool = True,
+    train_memory: bool = True,
+    lora_rank: int = 0,
+    **kind: Any,
+) -> Compressor:
     """Three encoder layers of width 32 and one port per tiny decoder. kind: see `bare_compressor`."""
     compressor = bare_compressor(**kind)
     _fill(compressor.parameters(), seed=1)
-    set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
+    set_trained(
+        compressor.encoder,
+        trained_layers=trained_layers,
+        train_embeddings=train_embeddings,
+        train_memory=train_memory,
+        lora_rank=lora_rank,
+    )
     return compressor
 
 
 def bare_compressor(
-    *, activation_checkpointing: bool = False, shared_bridge: bool = False, parts: str = "llama"
+    *,
+    activation_checkpointing: Recompute = "none",
+    shared_bridge: bool = False,
+    parts: str = "llama",
+    num_decoders: int = 2,
+    lora: LoraSpec | None = None,
 ) -> Compressor:
-    """The modules of `tiny_compressor` without weights. parts: a name in `PARTS`."""
+    """The modules of `tiny_compressor` without weights.
+
+    parts: a name in `PARTS`.
+    lora: adapters of the encoder; None for none.
+    """
     encoder = Encoder(
         replace(_ENCODER, **PARTS[parts]), num_layers=3, pooling=PoolingLayout(strategy=GroupPooling("mean")),
         activation_checkpointing=activation_checkpointing,
     )  # fmt: skip
+    if lora is not None:
+        add_adapters(encoder.layers, rank=lora.rank, scale=lora.scale)
     width = _ENCODER.hidden_size
-    bridges = [make_bridge("mlp", width, config.hidden_size, 24) for config in _DECODERS]
+    bridges = [make_bridge("mlp", width, config.hidden_size, 24) for config in _DECODERS[:num_decoders]]
     if shared_bridge:
         return Compressor(encoder, [DecoderPort(width, nn.Identity()) for _ in bridges], bridges[0])
     return Compressor(encoder, [DecoderPort(width, bridge) for bridge in bridges])
@@ -98,10 +125,14 @@ def tiny_decoders(**kind: Any) -> list[Decoder]:
 
 
 def bare_decoders(
-    *, activation_checkpointing: bool = False, shared_bridge: bool = False, parts: str = "llama"
+    *,
+    activation_checkpointing: Recompute = "none",
+    shared_bridge: bool = False,
+    parts: str = "llama",
+    num_decoders: int = 2,
 ) -> list[Decoder]:
     """The modules of `tiny_decoders` without weights. Their widths differ, unless a bridge is shared."""
-    configs = [replace(config, **PARTS[parts]) for config in _DECODERS]
+    configs = [replace(config, **PARTS[parts]) for config in _DECODERS[:num_decoders]]
     if shared_bridge:
         configs[1] = replace(configs[1], hidden_size=configs[0].hidden_size, head_dim=12)
     return [Decoder(config, activation_checkpointing=activation_checkpointing) for config in configs]
@@ -147,9 +178,11 @@ def samples_of_step(step: int, num_sequences: int = 8, *, decoder_idx: int | Non
     return samples
 
 
-def decoders_of_step(step: int, *, same_batch: bool = False) -> tuple[int, ...]:
+def decoders_of_step(step: int, *, same_batch: bool = False, num_decoders: int = 2) -> tuple[int, ...]:
     """The decoders of a step: all of them if `same_batch`, otherwise that of `decoder_of_step`."""
-    return tuple(range(len(_DECODERS))) if same_batch else (decoder_of_step(step),)
+    if num_decoders == 1:
+        return (0,)
+    return tuple(range(num_decoders)) if same_batch else (decoder_of_step(step),)
 
 
 def step_of_rank(
@@ -159,11 +192,12 @@ def step_of_rank(
     world_size: int,
     num_parts: int,
     same_batch: bool = False,
+    num_decoders: int = 2,
     max_encoder_tokens: int | None = None,
 ) -> StepBatch:
     """A rank's consecutive share of a step's samples, split in the same way on all ranks to stay within the limit."""
     limits = MicroBatchLimits(max_encoder_tokens=max_encoder_tokens)
-    decoder_idxs = decoders_of_step(step, same_batch=same_batch)
+    decoder_idxs = decoders_of_step(step, same_batch=same_batch, num_decoders=num_decoders)
     parts = {
         decoder_idx: _in_parts(samples_of_step(step, decoder_idx=decoder_idx), world_size * num_parts)
         for decoder_idx in decoder_idxs
@@ -234,7 +268,7 @@ def plain_loss(
         decoder it is the mean over labels.
     """
     nll = []
-    for decoder_idx in decoders_of_step(step, same_batch=same_batch):
+    for decoder_idx in decoders_of_step(step, same_batch=same_batch, num_decoders=len(decoders)):
         for part in _in_parts(samples_of_step(step, decoder_idx=decoder_idx), mean_of_parts):
             batch = pack(part, POOLING)
             z_ZD = compressor.ports[decoder_idx](compressor.encoder(batch), batch)

@@ -10,10 +10,11 @@ from torch import nn
 
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.segments import Sample, Segment
+from arc_ds.model.backbone import Recompute
 from arc_ds.model.backbone_config import RopeScaling
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
-from arc_ds.model.spec import CompressorSpec, build_compressor
+from arc_ds.model.spec import CompressorSpec, LoraSpec, build_compressor
 from tests.helpers.tiny_models import tiny_config
 
 TINY = tiny_config(hidden_size=16, num_layers=3, head_dim=4, ffn_size=24, vocab_size=50)
@@ -44,7 +45,9 @@ MANY_PARTS: dict[str, Any] = {
 }
 
 
-def tiny_compressor(seed: int = 0, **changes: Any) -> Compressor:
+def tiny_compressor(
+    seed: int = 0, *, activation_checkpointing: Recompute = "none", lora: LoraSpec | None = None, **changes: Any
+) -> Compressor:
     """Three layers of width 16 with bridges to width 12 (float64, random). `changes` replace fields of the spec."""
     values: dict[str, Any] = {
         "backbone": TINY,
@@ -53,12 +56,14 @@ def tiny_compressor(seed: int = 0, **changes: Any) -> Compressor:
         "bridge_hidden_size": 20,
         "decoder_sizes": (12,),
     }
-    return fill(build_compressor(CompressorSpec(**{**values, **changes})), seed)
+    spec = CompressorSpec(**{**values, **changes})
+    return fill(build_compressor(spec, activation_checkpointing=activation_checkpointing, lora=lora), seed)
 
 
-def tiny_decoder(seed: int = 1, **changes: Any) -> Decoder:
+def tiny_decoder(seed: int = 1, *, activation_checkpointing: Recompute = "none", **changes: Any) -> Decoder:
     """Three layers of width 12 (float64, random, frozen). `changes` replace sizes."""
-    return fill(Decoder(dataclasses.replace(TINY, **{"hidden_size": 12, "vocab_size": 30, **changes})), seed)
+    config = dataclasses.replace(TINY, **{"hidden_size": 12, "vocab_size": 30, **changes})
+    return fill(Decoder(config, activation_checkpointing=activation_checkpointing), seed)
 
 
 def fill(module: nn.Module, seed: int) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import arc_kernels
 from arc_ds.batch.packing import pack
+from arc_ds.model.backbone import Recompute
 from tests.helpers.plain_trainer import POOLING, decoder_of_step, samples_of_step, tiny_compressor, tiny_decoders
 from tests.kernels.operators import RecordedOperators
 
@@ -22,7 +23,7 @@ POOLING_OPERATORS = {"llama": "pool_norm", "olmo2": "group_pool", "many": "pool_
 
 
 def _loss_and_gradients(
-    choice: Literal["triton", "reference"], device: torch.device, parts: str, *, activation_checkpointing: bool
+    choice: Literal["triton", "reference"], device: torch.device, parts: str, *, activation_checkpointing: Recompute
 ) -> tuple[dict[str, Tensor], set[str]]:
     """{"loss": …, parameter name: gradient}, and the operators that ran."""
     decoder_idx = decoder_of_step(STEP)
@@ -39,10 +40,10 @@ def _loss_and_gradients(
 
 @pytest.mark.parametrize(
     ("parts", "activation_checkpointing"),
-    [("llama", False), ("llama", True), ("olmo2", False), ("many", True)],
+    [("llama", "none"), ("llama", "full"), ("olmo2", "selective"), ("many", "full"), ("llama", "selective")],
 )
 def test_a_step_with_kernels_is_a_step_without(
-    device: torch.device, parts: str, activation_checkpointing: bool
+    device: torch.device, parts: str, activation_checkpointing: Recompute
 ) -> None:
     wanted, none = _loss_and_gradients("reference", device, parts, activation_checkpointing=activation_checkpointing)
     found, launched = _loss_and_gradients("triton", device, parts, activation_checkpointing=activation_checkpointing)

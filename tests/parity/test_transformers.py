@@ -18,6 +18,7 @@ from torch import Tensor
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.inference.generate import generate_ids
+from arc_ds.model.backbone import Recompute
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.encoder import Encoder, PoolingLayout
@@ -303,8 +304,8 @@ def test_logits_are_those_of_transformers(case) -> None:
         assert relative_difference(our_logits(wrong, sequences), theirs) > WRONG, ending
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_losses_and_gradients_of_compressed_vectors_are_those_of_transformers(case, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_losses_and_gradients_of_compressed_vectors_are_those_of_transformers(case, checkpointing: Recompute) -> None:
     """The prefixes run without gradient, the suffixes with it; transformers runs whole sequences."""
     _, source, model = case
     text, context, answer = (

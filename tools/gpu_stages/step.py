@@ -27,6 +27,7 @@ import arc_kernels as ak
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.config.schema import OptimizerConfig
 from arc_ds.data.loading.step_batch import MicroBatch, StepBatch
+from arc_ds.model.backbone import Recompute
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.planning.flops import count_flops
@@ -169,7 +170,8 @@ def _measure(context: StageContext, size: StepSize, engine_name: str) -> None:
             if context.seconds_left() < 0:
                 context.result("step", "left out", "no time", case=str(size), variant=variant.name)
                 continue
-            compressor.encoder.activation_checkpointing = decoder.activation_checkpointing = variant.recompute
+            recompute: Recompute = "full" if variant.recompute else "none"
+            compressor.encoder.activation_checkpointing = decoder.activation_checkpointing = recompute
             try:
                 with ak.use(variant.kernels):
                     _measure_variant(context, size, batch, variant, engine_name, step, agree)

@@ -41,7 +41,7 @@ def resolve(config, tmp_path):
     return _resolve
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero3_offload", "zero3_hpz", "cpu"])
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload", "zero3_hpz", "one_gpu", "cpu"])
 def test_shipped_file_resolves_to_the_runs_numbers(config, name):
     resolved = resolve_deepspeed(DS_CONFIGS / f"{name}.json", config, 8, local_world_size=4)
     assert resolved["train_batch_size"] == 64
@@ -130,5 +130,22 @@ def test_frozen_decoder_gets_no_clipping_and_no_offloaded_optimizer(config):
 
 def test_a_path_in_the_json_may_begin_with_the_home_folder(resolve, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    given = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "~/swap"}}}
+    given = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "nvme_path": "~/swap"}}}
     assert resolve(given)["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/home/me/swap"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("zero_quantized_weights", True, "zero3_hpz.json"),
+        ("zero_quantized_nontrainable_weights", True, "zero3_hpz.json"),
+        ("zero_quantized_gradients", True, "zero3_hpz.json"),
+        ("offload_optimizer", {"device": "nvme", "nvme_path": "/swap"}, "offload_optimizer.device: cpu"),
+        ("offload_param", {"device": "nvme", "nvme_path": "/swap"}, "offload_param.device: cpu"),
+    ],
+)
+def test_an_option_that_no_parity_test_covers_is_refused_by_name(resolve, key, value, remedy):
+    with pytest.raises(ConfigError, match=f"zero_optimization.{key}.* not supported.*{remedy}"):
+        resolve(zero(**{key: value}))
+    off = False if value is True else {"device": "cpu"}
+    assert resolve(zero(**{key: off}))["zero_optimization"][key] == off

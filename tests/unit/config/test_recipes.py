@@ -37,6 +37,24 @@ def test_recipe_loads_with_its_deepspeed_json(path, monkeypatch):
     assert ": /" not in path.read_text(encoding="utf-8"), "an absolute path"
 
 
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "per_host", "per_gpu"),
+    [
+        ("one_gpu_24gb", 1, 1, 2),
+        ("one_gpu_80gb", 1, 1, 4),
+        ("one_host_8x80gb", 8, 8, 16),
+        ("hosts_16x8x80gb", 128, 8, 1),
+    ],
+)
+def test_recipe_of_a_machine_resolves_for_its_gpus(name, num_ranks, per_host, per_gpu, monkeypatch):
+    config = load(ROOT / "ds_configs" / "recipes" / f"{name}.yaml", monkeypatch)
+    resolved = resolve_deepspeed(ROOT / config.deepspeed, config, num_ranks, per_host)
+    assert resolved["train_micro_batch_size_per_gpu"] == per_gpu
+    zero = resolved["zero_optimization"]
+    assert zero.get("zero_hpz_partition_size", 1) == (8 if num_ranks > 8 else 1)
+    assert ("offload_optimizer" in zero) == (num_ranks == 1)
+
+
 @pytest.mark.parametrize("path", PRETRAINING, ids=lambda p: p.stem)
 def test_pretraining_recipe_has_the_papers_numbers(path, monkeypatch):
     config = load(path, monkeypatch)
@@ -74,7 +92,7 @@ def test_fine_tuning_recipe_has_the_papers_numbers(name, steps, markers_lr, monk
 
 def test_a_new_decoder_trains_nothing_of_the_encoder(monkeypatch):
     config = load(ROOT / "ds_configs" / "recipes" / "new_decoder_olmo_7b.yaml", monkeypatch)
-    assert (config.encoder.trained_layers, config.encoder.train_embeddings) == (0, False)
+    assert config.encoder.train == "bridge"
     assert (config.steps, config.optimizer.warmup_steps, config.optimizer.bridge_lr) == (8000, 100, 1e-4)
 
 

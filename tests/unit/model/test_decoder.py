@@ -14,7 +14,7 @@ from torch import Tensor
 import arc_kernels as ak
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
-from arc_ds.model.backbone import Attention
+from arc_ds.model.backbone import Attention, Recompute
 from tests.helpers.tiny_compressor import MANY_PARTS, OUTPUT_NORMED, sample, tiny_decoder
 
 SPEC = PoolingSpec((GroupRule("factor", 4),))
@@ -110,9 +110,9 @@ def _vectors(batch: PackedBatch) -> Tensor:
 
 
 @pytest.mark.parametrize("parts", [{}, OUTPUT_NORMED, MANY_PARTS], ids=["llama", "output norms", "many parts"])
-@pytest.mark.parametrize(("split", "recompute"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("split", "recompute"), [(True, "none"), (False, "full"), (True, "full"), (True, "selective")])
 def test_neither_the_split_nor_recomputation_changes_losses_or_gradients(
-    split: bool, recompute: bool, parts: dict[str, Any]
+    split: bool, recompute: Recompute, parts: dict[str, Any]
 ) -> None:
     batch = pack([sample(3, -9, 4), sample(-5, 3, seed=1), sample(4, seed=2), sample(1, -2, 3, -1, 2, seed=3)], SPEC)
     assert batch.prefix is not None and batch.prefix.prefix_rows.tolist() == [0, 1, 2, 21]
@@ -120,7 +120,7 @@ def test_neither_the_split_nor_recomputation_changes_losses_or_gradients(
     decoder, z, expected_z = tiny_decoder(**parts), _vectors(batch), _vectors(batch)
     expected = decoder(whole, expected_z)
     expected.sum().backward()
-    decoder.activation_checkpointing = recompute
+    decoder = tiny_decoder(**parts, activation_checkpointing=recompute)
     nll = decoder(batch if split else whole, z)
     nll.sum().backward()
     assert expected_z.grad.abs().max() > 1e-2
@@ -128,11 +128,10 @@ def test_neither_the_split_nor_recomputation_changes_losses_or_gradients(
     assert torch.allclose(z.grad, expected_z.grad, rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_prefix_runs_once_and_keeps_no_graph(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_prefix_runs_once_and_keeps_no_graph(monkeypatch: pytest.MonkeyPatch, recompute: Recompute) -> None:
     """Backward needs only the keys and values of the prefix. If layers are recomputed, the suffix runs twice."""
-    decoder, batch = tiny_decoder(), pack([sample(3, -9, 4)], SPEC)
-    decoder.activation_checkpointing = recompute
+    decoder, batch = tiny_decoder(activation_checkpointing=recompute), pack([sample(3, -9, 4)], SPEC)
     seen: list[tuple[int, bool]] = []
     attend = Attention.attend
 
@@ -143,7 +142,7 @@ def test_the_prefix_runs_once_and_keeps_no_graph(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Attention, "attend", spy)
     decoder(batch, _vectors(batch)).sum().backward()
     one_layer = [(3, False), (batch.num_decoder_rows - 3, True)]
-    assert seen == one_layer * 3 + one_layer[1:] * (3 if recompute else 0)
+    assert seen == one_layer * 3 + one_layer[1:] * (3 if recompute == "full" else 0)
 
 
 def test_what_a_layer_adds_last_is_summed_by_the_next_norm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +158,7 @@ def test_what_a_layer_adds_last_is_summed_by_the_next_norm(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("sizes", [(-9, 5), (4, -9, 5)], ids=["whole", "prefix and suffix"])
 def test_a_layer_that_is_recomputed_keeps_its_input_as_one_tensor(sizes: tuple[int, ...]) -> None:
-    decoder, batch = tiny_decoder(), pack([sample(*sizes)], SPEC)
-    decoder.activation_checkpointing = True
+    decoder, batch = tiny_decoder(activation_checkpointing="full"), pack([sample(*sizes)], SPEC)
     kept: list[tuple[int, ...]] = []
     z = _vectors(batch)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):

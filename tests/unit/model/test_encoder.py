@@ -13,6 +13,7 @@ from torch import Tensor
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
+from arc_ds.model.backbone import Recompute
 from arc_ds.model.encoder import Encoder, group_ends
 from arc_ds.model.pooling import group_rules
 from tests.helpers.tiny_compressor import MANY_PARTS, OUTPUT_NORMED, TINY, fill, sample, tiny_compressor
@@ -144,16 +145,19 @@ def test_truncated_layers_norm_and_head_are_not_there() -> None:
         {"backbone": ALL_PARTS, "causal": True},
     ],
 )
-def test_activation_checkpointing_changes_no_gradient(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_activation_checkpointing_changes_no_gradient(changes: dict[str, Any], recompute: Recompute) -> None:
     plain, spec = _encoder(**changes)
-    recomputed, _ = _encoder(**changes)
-    recomputed.activation_checkpointing = True
+    recomputed, _ = _encoder(**changes, activation_checkpointing=recompute)
     batch = pack([sample(-9), sample(-4, seed=1)], spec)
     for encoder in (plain, recomputed):
         encoder(batch).square().sum().backward()
     for (name, one), (_, other) in zip(plain.named_parameters(), recomputed.named_parameters(), strict=True):
         assert one.grad is not None and one.grad.abs().max() > 0, name
-        assert torch.equal(one.grad, other.grad), name
+        if recompute == "full":
+            assert torch.equal(one.grad, other.grad), name
+        else:  # the residual's gradients are added in another order
+            assert (one.grad - other.grad).abs().max() <= 1e-13 * one.grad.abs().max(), name
 
 
 def test_a_batch_without_contexts_gives_no_rows() -> None:

@@ -88,9 +88,9 @@ def test_the_config_names_exactly_the_strategies_that_there_are() -> None:
 def test_a_compressor_is_built_as_its_spec_says() -> None:
     spec = tiny_spec(num_layers=2, rules=(GroupRule("factor", 2),) * 2, markers=("rec",), decoder_sizes=(48, 40))
     with torch.device("meta"):
-        compressor = build_compressor(spec, activation_checkpointing=True)
+        compressor = build_compressor(spec, activation_checkpointing="full")
     encoder = compressor.encoder
-    assert (len(encoder.layers), encoder.num_pooled_layers, encoder.activation_checkpointing) == (2, 2, True)
+    assert (len(encoder.layers), encoder.num_pooled_layers, encoder.activation_checkpointing) == (2, 2, "full")
     assert [tuple(port.bridge.layer2.weight.shape) for port in compressor.ports] == [(48, 24), (40, 24)]
     assert all(port.markers == ("rec",) for port in compressor.ports)
     assert spec.packing.rules == spec.rules

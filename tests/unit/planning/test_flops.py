@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
+from arc_ds.config.schema import EncoderConfig, LoraConfig
 from arc_ds.data.loading.estimates import Estimate
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.planning.flops import Operations, StepFlops, count_flops, work_rates
+from arc_ds.training.build_model import lora_spec
 from arc_ds.training.engine import set_trained
 from tests.helpers.tiny_compressor import TINY, sample, tiny_compressor, tiny_decoder
 
@@ -125,15 +127,35 @@ def _passes(flops: StepFlops) -> tuple[Operations, ...]:
 def test_products_with_weights_are_those_that_torch_counts(
     changes: dict[str, Any], trained_layers: int | None, train_embeddings: bool
 ) -> None:
+    _compare_with_torch(changes, {"trained_layers": trained_layers, "train_embeddings": train_embeddings})
+
+
+@pytest.mark.parametrize(
+    ("train", "lora"),
+    [("bridge", None), ("all", LoraConfig(rank=2, alpha=4.0))],
+    ids=["memory tokens are frozen too", "adapters"],
+)
+def test_products_are_counted_for_the_parts_that_the_config_trains(
+    train: Literal["all", "bridge"], lora: LoraConfig | None
+) -> None:
+    parts = EncoderConfig(backbone="", train=train, lora=lora).trained_parts
+    changes = {"rules": (), "memory_tokens": 2}
+    with_memory = _compare_with_torch(changes, parts, lora)
+    old_keys = _compare_with_torch(changes, {"trained_layers": 0, "train_embeddings": False})
+    assert with_memory != old_keys
+
+
+def _compare_with_torch(changes: dict[str, Any], parts: Any, lora: LoraConfig | None = None) -> int:
     spec = replace(SPEC, **changes)
-    compressor, decoder = tiny_compressor(**changes), tiny_decoder()
-    set_trained(compressor.encoder, trained_layers=trained_layers, train_embeddings=train_embeddings)
+    compressor, decoder = tiny_compressor(lora=lora_spec(lora), **changes), tiny_decoder()
+    set_trained(compressor.encoder, **parts)
     batch = _batch(spec.packing)
-    flops = count_flops(batch, spec, decoder.config, trained_layers=trained_layers, train_embeddings=train_embeddings)
+    flops = count_flops(batch, spec, decoder.config, **parts)
     measured = _measured(batch, compressor, decoder)
     assert measured["aten.addmm_"] > 0
     linear = sum(part.linear for part in _passes(flops)) + flops.bridge + flops.head
     assert linear == measured["aten.mm"] + measured["aten.addmm_"]
+    return linear
 
 
 def test_attention_is_what_torch_counts_where_nothing_is_masked() -> None:

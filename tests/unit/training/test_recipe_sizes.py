@@ -102,11 +102,7 @@ def on_meta(config: RunConfig) -> tuple[CompressorSpec, Compressor]:
     spec = compressor_spec(config)
     with torch.device("meta"):
         compressor = build_compressor(spec, activation_checkpointing=config.encoder.activation_checkpointing)
-    set_trained(
-        compressor.encoder,
-        trained_layers=config.encoder.trained_layers,
-        train_embeddings=config.encoder.train_embeddings,
-    )
+    set_trained(compressor.encoder, **config.encoder.trained_parts)
     return spec, compressor
 
 

@@ -15,22 +15,8 @@ import torch
 from torch import Tensor
 
 from arc_ds.checkpoints.shards import COUNTERS, MASTER, EngineState, SavedShards, SubGroup
-from arc_ds.errors import CheckpointError, ConfigError
+from arc_ds.errors import CheckpointError
 from arc_ds.system import dist
-
-
-def check_can_save(engine: Any) -> None:
-    """Raise ConfigError if the engine keeps its trained state where a checkpoint cannot reach it."""
-    optimizer = engine.optimizer
-    for is_on_nvme, key in (
-        (optimizer.swap_optimizer, "offload_optimizer"),
-        (optimizer.params_in_nvme_and_cpu, "offload_param"),
-    ):
-        if is_on_nvme:
-            raise ConfigError(
-                f"deepspeed: zero_optimization.{key}.device is nvme, and checkpoints hold only what is in memory. Set "
-                'it to "cpu" or "none".'
-            )
 
 
 def engine_state(engine: Any) -> EngineState:

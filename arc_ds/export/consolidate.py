@@ -175,13 +175,8 @@ def consolidate(checkpoint: Path, encoder: Path | None = None) -> TrainedCompres
         try:
             trained = _described(state, saved, kept, read_training_record(checkpoint.parent.parent, state))
             if (frozen := state.extra.get("frozen")) is not None:
-                parameters = (name for name, _ in empty_compressor(trained.spec, checkpoint).named_parameters())
-                if missing := [name for name in parameters if name not in trained.tensors]:
-                    tensors = open_frozen(missing, FrozenSource(**frozen), trained.spec, encoder)
-                    trained = replace(trained, tensors={**trained.tensors, **tensors})
-            if (scale := state.extra.get("lora_scale")) is not None:
-                trained = replace(trained, tensors=merge_adapters(trained.tensors, scale))
-            return trained
+                trained = _with_frozen(trained, FrozenSource(**frozen), encoder)
+            return _with_adapters_merged(trained, state.extra.get("lora_scale"))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint}/trainer.json does not describe a compressor as this version of `arc-ds train` does "
@@ -197,6 +192,19 @@ def _read_safely(checkpoint: Path, parameter: SavedParameter) -> LazyTensor:
             return parameter.read(start, stop)
 
     return LazyTensor(shape=tuple(parameter.shape), dtype=torch.float32, read=read)
+
+
+def _with_frozen(trained: TrainedCompressor, source: FrozenSource, moved: Path | None) -> TrainedCompressor:
+    """A compressor with the weights that its run did not train."""
+    parameters = empty_compressor(trained.spec, Path(source.path)).named_parameters()
+    missing = [name for name, _ in parameters if name not in trained.tensors]
+    tensors = open_frozen(missing, source, trained.spec, moved) if missing else {}
+    return replace(trained, tensors={**trained.tensors, **tensors})
+
+
+def _with_adapters_merged(trained: TrainedCompressor, scale: float | None) -> TrainedCompressor:
+    """A compressor whose encoder has its own weights only. scale: of the adapters; None if the run has none."""
+    return trained if scale is None else replace(trained, tensors=merge_adapters(trained.tensors, scale))
 
 
 def _last_checkpoints(checkpoint: Path, count: int) -> list[Path]:

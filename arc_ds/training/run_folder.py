@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -31,7 +30,6 @@ from arc_ds.checkpoints.checkpoint import (
 )
 from arc_ds.checkpoints.frozen_source import FrozenSource
 from arc_ds.checkpoints.manifest import read_manifest
-from arc_ds.checkpoints.reshard import check_can_save
 from arc_ds.checkpoints.writer import CheckpointWriter
 from arc_ds.config.load import config_hash, differences, dump_yaml, flatten, load_config, numerics
 from arc_ds.config.schema import RunConfig, SourceConfig
@@ -132,7 +130,6 @@ class RunFolder:
         """Resume the run if there is a checkpoint, and open the tracker on rank 0. Collective."""
         self._config = config
         self._run = run
-        check_can_save(run.engine)
         settings = config.checkpoint
         self._writer = CheckpointWriter(
             run.folder / CHECKPOINTS,
@@ -188,14 +185,12 @@ class RunFolder:
 
         Raises StorageError if one of them cannot be written, unless `checkpoint.on_error` is "continue".
         """
-        started = time.perf_counter()
         state = _trainer_state(self._config, run, None if self._tracker is None else self._tracker.run_id)
         with self._counted():
             self._writer.finish()
         with self._counted():
             self._writer.save(run.engine, state, run.ports.kept)
-        metrics = {"checkpoint/wait_s": time.perf_counter() - started}
-        self.log(run.step, metrics | {"checkpoint/failed_saves": float(self._failed_saves)})
+        self.log(run.step, {"checkpoint/failed_saves": float(self._failed_saves)})
 
     def finish(self) -> None:
         """Wait until the last checkpoint is whole. If it failed, raise its StorageError in any case. Collective."""

@@ -28,11 +28,10 @@ from arc_ds.checkpoints.checkpoint import (
     step_of,
 )
 from arc_ds.checkpoints.manifest import read_manifest
-from arc_ds.checkpoints.reshard import check_can_save
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
 from arc_ds.checkpoints.shards import MASTER, SavedParameter, open_shards
 from arc_ds.checkpoints.writer import CheckpointWriter, save_checkpoint
-from arc_ds.errors import CheckpointError, ConfigError, StorageError
+from arc_ds.errors import CheckpointError, StorageError
 from tests.helpers.full_disk import limited_file_size
 from tests.helpers.light_engine import light_engine
 from tests.helpers.zero_checkpoint import seal
@@ -232,17 +231,6 @@ def test_a_file_of_another_layout_is_refused(tmp_path: Path, change: Any) -> Non
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + size :])
     with pytest.raises(CheckpointError, match=r"do not have the layout of a ZeRO-3 engine|elements on its ranks"):
         open_shards(path.parent, 1)
-
-
-@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
-def test_state_on_nvme_is_refused_by_its_key(key: str) -> None:
-    engine = light_engine()
-    engine.optimizer.swap_optimizer, engine.optimizer.params_in_nvme_and_cpu = (
-        key == "offload_optimizer",
-        key == "offload_param",
-    )
-    with pytest.raises(ConfigError, match=rf'zero_optimization.{key}.device is nvme.*Set it to "cpu" or "none"'):
-        check_can_save(engine)
 
 
 def test_an_error_elsewhere_waits_for_the_save_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

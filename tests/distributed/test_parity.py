@@ -446,7 +446,7 @@ def _assert_both_ranks_agree(runs: list[Run]) -> None:
 
 def _assert_moved(case: Case, trajectory: Trajectory) -> None:
     """Every trained tensor has moved by more than the tolerance; no other tensor has moved."""
-    start = tiny_compressor(**_trained(case), **_kind(case))
+    start = tiny_compressor(**_trained(case), **_kind(case), lora=case.lora)
     for name, param in start.named_parameters():
         distance = float((trajectory.params[name] - param).norm() / param.norm())
         assert distance > 1e3 * TOLERANCE if param.requires_grad else distance == 0, (name, distance)

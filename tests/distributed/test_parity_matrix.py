@@ -1,7 +1,7 @@
 """Every combination of decoders, placement, recomputation, accumulation and trained parts against plain PyTorch.
 
 One run covers one combination of all five. CI runs a subset in which every pair of choices occurs (`_covering`);
-ARC_FULL_MATRIX=1 runs all 72. Bounds and metrics are those of `test_parity`.
+ARC_FULL_MATRIX=1 runs all 72. Metrics are those of `test_parity`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from tests.distributed.test_parity import (
     Case,
     _assert_both_ranks_agree,
     _assert_moved,
-    _bound,
     _build,
     _errors,
     _place,
@@ -85,6 +84,17 @@ def _oracle(case: Case) -> dict[str, Any]:
     return _trained(case) | {"num_decoders": case.num_decoders, "lora": case.lora}
 
 
+def _bounds(case: Case) -> dict[str, float]:
+    """Bounds of the errors against the plain run: `TOLERANCE`, but for gradient norms.
+
+    Those of one step are sums that partly cancel, so the plain run itself errs by up to 3e-6 against float64. Two ranks
+    may err twice as much, so they may differ from the plain run by three times its error.
+    """
+    plain_errors = _errors(_plain(**_oracle(case)), _plain(**_oracle(case), dtype=torch.float64))
+    norms = max(TOLERANCE, 3 * plain_errors["grad_norms"])
+    return {"losses": TOLERANCE, "params": TOLERANCE, "grad_norms": norms}
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
 def test_two_ranks_equal_plain_pytorch_in_every_combination(cell: Cell) -> None:
     case = _case(cell)
@@ -112,8 +122,8 @@ def test_options_of_the_shipped_deepspeed_configs_equal_plain_pytorch(zero: dict
 def _assert_equal_to_plain(case: Case) -> None:
     wanted = _plain(**_oracle(case))
     runs = run_on_ranks(_train, case)
-    errors = _errors(runs[0].trajectory, wanted)
-    assert max(errors.values()) < _bound(**_oracle(case)), errors
+    errors, bounds = _errors(runs[0].trajectory, wanted), _bounds(case)
+    assert all(errors[name] < bounds[name] for name in errors), (errors, bounds)
     assert min(wanted.grad_norms) > MAX_GRAD_NORM, "clipping was not active"
     assert runs[0].traced, "the order of modules changed, and ZeRO-3 has stopped prefetching"
     _assert_both_ranks_agree(runs)

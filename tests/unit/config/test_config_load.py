@@ -244,8 +244,28 @@ def test_hash_follows_what_changes_the_numbers_alone(write, override):
 
 def test_a_run_of_the_first_version_has_its_hash_and_can_be_resumed(write):
     assert config_hash(load_config(write())) == "f97c06171f455311"  # computed by that version
-    for override in ("encoder.keep_ports=false", "bridge.shared=true"):
+    for override in ("encoder.keep_ports=false", "bridge.shared=true", "encoder.train=bridge", "encoder.lora.rank=4"):
         assert config_hash(load_config(write(), [override])) != "f97c06171f455311"
+
+
+def test_old_words_for_recomputation_are_those_of_today(write):
+    keys = [f"{part}.activation_checkpointing" for part in ("encoder", "decoders.0")]
+    for old, new in (("true", "full"), ("True", "full"), ("false", "none"), ("selective", "selective")):
+        config = load_config(write(), [f"{key}={old}" for key in keys])
+        assert (config.encoder.activation_checkpointing, config.decoders[0].activation_checkpointing) == (new, new)
+        assert config_hash(config) == config_hash(load_config(write()))
+    with pytest.raises(ConfigError, match="expected one of none, selective, full"):
+        load_config(write(), [f"{keys[0]}=yes"])
+
+
+def test_trained_parts_in_words_and_with_the_old_keys(write):
+    def parts(*overrides):
+        return tuple(load_config(write(), overrides).encoder.trained_parts.values())
+
+    assert parts() == (None, True, True, 0)
+    assert parts("encoder.trained_layers=0", "encoder.train_embeddings=false") == (0, False, True, 0)
+    assert parts("encoder.train=bridge") == (0, False, False, 0)
+    assert parts("encoder.lora={rank: 4}") == (0, False, True, 4)
 
 
 def test_a_decoder_that_is_only_kept_needs_no_path_and_survives_the_resolved_yaml(write, tmp_path):

@@ -42,6 +42,18 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
         (["encoder.num_layers=4", "encoder.num_truncated_layers=2"], ["remove one"]),
         (["encoder.num_layers=0"], ["encoder.num_layers is 0"]),
         (["encoder.trained_layers=-1"], ["encoder.trained_layers", "0 freezes"]),
+        (["encoder.train=bridge", "encoder.trained_layers=2"], ["trained_layers is 2. Remove one", "last 2 layers"]),
+        (["encoder.train=bridge", "encoder.lora.rank=2"], ["encoder.lora trains it. Remove one"]),
+        (["encoder.lora.rank=2", "encoder.trained_layers=2"], ["trained_layers is 2. Remove one"]),
+        (["encoder.lora.rank=0"], ["encoder.lora.rank is 0", "null trains the weights"]),
+        (
+            ["encoder.train=bridge", "pooling.factors=[]", "pooling.memory_tokens=8"],
+            ["would start untrained", "encoder.init_from"],
+        ),
+        (
+            ["decoders.0.implementation=transformers", "decoders.0.activation_checkpointing=selective"],
+            ["decoders.0.activation_checkpointing: selective is not available", "Set full, or none"],
+        ),
         (["bridge.hidden_size=0"], ["bridge.hidden_size"]),
         (["steps=0"], ["steps is 0"]),
         (["seed=-1"], ["seed is -1"]),

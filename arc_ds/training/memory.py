@@ -21,7 +21,7 @@ class EngineMemory(NamedTuple):
     parameters: this rank's shards, including hpZ's second ones, or the whole module if it is replicated.
     gathered: full copies of sharded parameters at this moment.
     gradients: the buffer that accumulates the gradients of this rank's shards.
-    optimizer: master weights, if they are not the parameters themselves, and moments.
+    optimizer: master weights, unless they share the parameters' storage, and moments.
     """
 
     parameters: int

@@ -91,7 +91,6 @@ def test_two_ranks_of_which_one_is_lost_and_stopped_repeat_the_run_to_the_last_b
     assert code == EXIT_OK, console
     _assert_same_run(run, whole)
     _assert_one_point_a_step(run)
-    _assert_figures(whole)
 
     console, _ = alone.communicate(timeout=300)
     assert alone.returncode == EXIT_OK and "was written by 2 ranks and is read by 1" in console, console
@@ -205,25 +204,6 @@ def _assert_one_point_a_step(run: Path) -> None:
     expected = {(key, entry.step) for entry in read_metrics(run / METRICS_NAME) for key in entry.metrics}
     assert points == Counter(expected)
     assert {step for key, step in expected if key == "train/loss"} == set(range(1, STEPS + 1))
-
-
-def _assert_figures(run: Path) -> None:
-    """Metrics and tags of a run on two ranks say where memory, time and the network went."""
-    found: dict[str, list[float]] = {}
-    for entry in read_metrics(run / METRICS_NAME):
-        for key, value in entry.metrics.items():
-            found.setdefault(key, []).append(value)
-    assert set(found["memory/leaked_parameters"]) == {0.0} and set(found["memory/peak_rank"]) <= {0.0, 1.0}
-    # In float32 a shard of the gradients is as large as one of the parameters.
-    assert found["memory/gradients_gib/encoder"] == found["memory/parameters_gib/encoder"]
-    assert len(found["memory/parameters_gib/encoder"]) == STEPS and min(found["memory/parameters_gib/wide"]) > 0
-    # Each micro-batch reduces all gradients once, and the two ranks send half of them to each other.
-    assert len(set(found["network/reduce_scatter_mib/encoder"])) == 1
-    assert min(found["network/sent_mib"]) > found["network/reduce_scatter_mib/encoder"][0] / 2 > 0
-    assert len(found["checkpoint/seconds"]) == STEPS // EVERY and max(found["speed/save_share"]) > 0
-    tags = dict(sqlite3.connect(run / "mlflow.db").execute("select key, value from tags").fetchall())
-    assert tags["world_size"] == "2" and tags["num_hosts"] == "1" and tags["launcher"] == "deepspeed"
-    assert tags["placement.wide"] == "replicated" and tags["hosts"] == tags["host"]
 
 
 def test_a_run_keeps_others_out_of_its_folder_until_it_ends_in_any_way(config: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from arc_ds.system.processes import die_with_parent
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_shards, write_tiktoken
 from tests.helpers.tiny_models import random_tensors, tiny_config, write_hf
+from tests.helpers.waiting import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
@@ -85,12 +86,22 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def start_training(
-    config: Path, overrides: Sequence[str] = (), *, num_ranks: int = 1, env: Mapping[str, str] | None = None
+    config: Path,
+    overrides: Sequence[str] = (),
+    *,
+    num_ranks: int = 1,
+    env: Mapping[str, str] | None = None,
+    hold_after: int | None = None,
 ) -> subprocess.Popen[str]:
-    """Start `arc-ds train CONFIG ...` as a process. `stdout` contains its whole console output."""
-    command = [sys.executable, "-m", "arc_ds.cli", "train", str(config), f"--num-procs={num_ranks}", *overrides]
+    """Start `arc-ds train CONFIG ...` as a process. `stdout` contains its whole console output.
+
+    hold_after: the step after which the ranks wait until they are stopped or killed.
+    """
+    module = "arc_ds.cli" if hold_after is None else "tests.helpers.held_train"
+    command = [sys.executable, "-m", module, "train", str(config), f"--num-procs={num_ranks}", *overrides]
+    env = {**(env or {}), "HOLD_AFTER": str(hold_after)}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
     environment.pop("MLFLOW_TRACKING_URI", None)
     # Runs must end with the tests, even if the tests crash.
     return subprocess.Popen(
@@ -108,7 +119,7 @@ def train(
 ) -> tuple[int, str]:
     """Run `arc-ds train CONFIG ...` to its end and return exit code and console output."""
     process = start_training(config, overrides, num_ranks=num_ranks, env=env)
-    console, _ = process.communicate(timeout=300)
+    console, _ = process.communicate(timeout=2 * LIMIT_S)
     return process.returncode, console
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.shards.building.writer import build_shards
 from tests.helpers.tiny_data import numbered_texts
 from tests.helpers.tiny_run import last_logged_step, losses, numbers_by_step, start_training, train
+from tests.helpers.waiting import LIMIT_S, wait_for
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -66,14 +66,12 @@ def runs(config: Path, overrides: list[str]) -> tuple[Path, Path]:
     """Two concurrent runs: one uninterrupted, one stopped after its third step."""
     whole, stopped = config.parent / "all_tasks", config.parent / "all_tasks_stopped"
     alone = start_training(config, [*overrides, f"run_dir={whole}"], num_ranks=2)
-    process = start_training(config, [*overrides, f"run_dir={stopped}"], num_ranks=2)
-    deadline = time.monotonic() + 240
-    while last_logged_step(stopped) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start_training(config, [*overrides, f"run_dir={stopped}"], num_ranks=2, hold_after=3)
+    wait_for(lambda: last_logged_step(stopped) >= 3 or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    console, _ = process.communicate(timeout=240)
+    console, _ = process.communicate(timeout=2 * LIMIT_S)
     assert process.returncode == EXIT_PREEMPTED and 3 <= last_logged_step(stopped) < STEPS, console
-    console, _ = alone.communicate(timeout=240)
+    console, _ = alone.communicate(timeout=2 * LIMIT_S)
     assert alone.returncode == EXIT_OK, console
     return whole, stopped
 

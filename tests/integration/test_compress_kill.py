@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -17,7 +16,26 @@ from arc_ds.export.formats import write_export
 from arc_ds.inference.vectors import read_vectors
 from tests.helpers.tiny_data import write_lines
 from tests.helpers.tiny_export import tiny_trained
+from tests.helpers.waiting import wait_for
 
+# `arc-ds compress` that reads no further text once a file exists.
+HELD = """
+import sys, time
+from pathlib import Path
+from arc_ds import cli
+from arc_ds.commands import compress
+
+new_texts = compress._new_texts
+
+def held_texts(*args):
+    for text in new_texts(*args):
+        while Path(sys.argv[1]).exists():
+            time.sleep(0.01)
+        yield text
+
+compress._new_texts = held_texts
+sys.exit(cli.main(sys.argv[2:]))
+"""
 RECORDS = [{"id": f"r{n}", "text": f"{'The wind came from the sea. ' * (1 + n % 3)}{n}"} for n in range(150)]
 
 
@@ -26,11 +44,10 @@ def test_a_killed_run_continues_without_a_text_twice(tmp_path: Path, capsys) -> 
     export, lines, out = tmp_path / "export", tmp_path / "x.jsonl", tmp_path / "out"
     write_lines(lines, RECORDS)
     options = ["--batch-tokens", "60", "--shard-mb", "0.006"]
-    command = [sys.executable, "-m", "arc_ds.cli", "compress", "--model", str(export), "--out", str(out), *options]
-    process = subprocess.Popen([*command, str(lines)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (out / "vectors-00001.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    command = ["compress", "--model", str(export), "--out", str(out), *options, str(lines)]
+    second = out / "vectors-00001.safetensors"
+    process = subprocess.Popen([sys.executable, "-c", HELD, str(second), *command])
+    wait_for(lambda: second.exists() or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     (out / ".vectors-00099.jsonl.partial-1").write_text("of a killed process")
@@ -38,7 +55,7 @@ def test_a_killed_run_continues_without_a_text_twice(tmp_path: Path, capsys) -> 
     before = {path: path.read_bytes() for path in out.glob("vectors-*.safetensors")}
     num_before = len(read_vectors(out))
     assert 0 < num_before < len(RECORDS)
-    assert main([*command[3:], str(lines)]) == 0
+    assert main(command) == 0
     assert f"{num_before} texts were there already" in capsys.readouterr().out
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not list(out.glob(".*"))

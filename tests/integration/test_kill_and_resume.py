@@ -13,7 +13,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +36,7 @@ from tests.helpers.tiny_run import (
     start_training,
     train,
 )
+from tests.helpers.waiting import LIMIT_S, wait_for
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -92,7 +92,7 @@ def test_two_ranks_of_which_one_is_lost_and_stopped_repeat_the_run_to_the_last_b
     _assert_same_run(run, whole)
     _assert_one_point_a_step(run)
 
-    console, _ = alone.communicate(timeout=300)
+    console, _ = alone.communicate(timeout=2 * LIMIT_S)
     assert alone.returncode == EXIT_OK and "was written by 2 ranks and is read by 1" in console, console
     assert _labels(on_one_rank) == _labels(whole)
     assert losses(on_one_rank)[:stopped_at] == losses(whole)[:stopped_at]
@@ -109,7 +109,7 @@ def _whole_and_killed(config: Path, *, num_ranks: int) -> tuple[Path, Path]:
         _train_and_kill(config, killed)
     else:
         _lose_a_rank_and_stop(config, killed)
-    console, _ = process.communicate(timeout=300)
+    console, _ = process.communicate(timeout=2 * LIMIT_S)
     assert process.returncode == EXIT_OK, console
     assert "warning" not in console.lower(), console
     return whole, killed
@@ -119,9 +119,9 @@ def _train_and_kill(config: Path, run: Path) -> None:
     """Start a run on one rank and kill -9 it between its first and second checkpoint."""
     process, pids = _train_to_a_kill(config, run)
     os.kill(pids[0], signal.SIGKILL)
-    console, _ = process.communicate(timeout=120)
+    console, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == EXIT_LOST_RANK and "were killed" in console, console
-    assert _processes_of(run) == [], "a process of the run is still running"
+    wait_for(lambda: not _processes_of(run), "a process of the run is still running")
     assert last_saved_step(run) == EVERY < last_logged_step(run), "the kill was not between two checkpoints"
 
 
@@ -133,7 +133,7 @@ def _lose_a_rank_and_stop(config: Path, run: Path) -> None:
     os.kill(pids[1], signal.SIGKILL)
     _wait_for_step(process, run, EVERY + 5, beyond=logged)
     process.send_signal(signal.SIGTERM)
-    console, _ = process.communicate(timeout=120)
+    console, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == EXIT_PREEMPTED and f"at step {EVERY}" in console, console
     lost = [line for line in console.splitlines() if "lost rank" in line]
     assert len(lost) == 1 and f"lost rank 1 on {socket.gethostname()} at step" in lost[0], console
@@ -148,7 +148,8 @@ def _train_to_a_kill(
     print(f"kill -9 with {num_ranks} rank(s) at step {step} (seed {SEED + num_ranks})")
     folder = config.parent / f"tmp_{run.name}"
     folder.mkdir()
-    process = start_training(config, [f"run_dir={run}", *options], num_ranks=num_ranks, env={"TMPDIR": str(folder)})
+    env, words = {"TMPDIR": str(folder)}, [f"run_dir={run}", *options]
+    process = start_training(config, words, num_ranks=num_ranks, env=env, hold_after=EVERY + 5)
     _wait_for_step(process, run, step)
     (statuses,) = folder.glob("arc_ds_launch_*")
     pids = [status.pid for _, status in sorted(read_statuses(statuses).items())]
@@ -157,29 +158,22 @@ def _train_to_a_kill(
 
 
 def _processes_of(run: Path) -> list[str]:
-    """Processes with the run in their command line, after a few seconds for them to end."""
-    deadline = time.monotonic() + 8
-    while True:
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with suppress(OSError):
-                command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                found += [f"{path.parent.name}: {command}"] if f"run_dir={run}" in command else []
-        if not found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.1)
+    """Processes with the run in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found += [f"{path.parent.name}: {command}"] if f"run_dir={run}" in command else []
+    return found
 
 
 def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int, *, beyond: int = 0) -> None:
     """Return as soon as the run has logged a step. beyond: steps in the file before the resumed run truncates it."""
-    deadline = time.monotonic() + 240
-    was_cut = beyond == 0
-    while not (was_cut and last_logged_step(run) >= step):
-        was_cut = was_cut or last_logged_step(run) < beyond
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(f"the run did not reach step {step}: {process.communicate()[0]}")
-        time.sleep(0.005)
+    if beyond:
+        wait_for(lambda: process.poll() is not None or last_logged_step(run) < beyond)
+    wait_for(lambda: process.poll() is not None or last_logged_step(run) >= step)
+    if process.poll() is not None:
+        pytest.fail(f"the run did not reach step {step}: {process.communicate()[0]}")
 
 
 def _assert_same_run(run: Path, whole: Path) -> None:
@@ -210,9 +204,7 @@ def test_a_run_keeps_others_out_of_its_folder_until_it_ends_in_any_way(config: P
     run = tmp_path / "run"
     loaded = load_config(config, [f"run_dir={run}"])
     process = start_training(config, [f"run_dir={run}", "steps=100000", "tracking.mlflow=false"])
-    while not (run / "lock").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    wait_for(lambda: (run / "lock").exists() or process.poll() is not None)
     with pytest.raises(ConfigError, match=rf"another run is writing {run}: process \d+ on .* choose another run_dir"):
         lock_run_folder(loaded).__enter__()
     process.kill()

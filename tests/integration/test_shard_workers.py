@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,24 @@ from arc_ds.errors import DataError
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.check import check_shards
 from tests.helpers.tiny_data import TEXT, write_tiktoken
+from tests.helpers.waiting import LIMIT_S, wait_for
 
+# `arc-ds` whose builds wait after their first saved state.
+HELD = """
+import sys, time
+from arc_ds import cli
+from arc_ds.shards.building.state import BuildFolder
+
+save = BuildFolder.save
+
+def save_and_wait(*args):
+    save(*args)
+    time.sleep(3600)
+
+if __name__ == "__main__":
+    BuildFolder.save = save_and_wait
+    sys.exit(cli.main(sys.argv[1:]))
+"""
 OPTIONS = {"max_tokens": 200, "min_tokens": 4, "shard_bytes": 1 << 19}
 
 
@@ -45,9 +60,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, source: Path, tokenizer: Pat
     return contents(out)
 
 
-def start_build(source: Path, out: Path, tokenizer: Path, *options: str) -> subprocess.Popen[str]:
+def start_build(
+    source: Path, out: Path, tokenizer: Path, *options: str, is_held: bool = False
+) -> subprocess.Popen[str]:
+    """is_held: the build waits after its first saved state."""
     words = ["shards", "build", str(source), "--out", str(out), "--tokenizer", str(tokenizer), "--workers", "2"]
-    command = [sys.executable, "-m", "arc_ds.cli", *words, *options]
+    program = ["-c", HELD] if is_held else ["-m", "arc_ds.cli"]
+    command = [sys.executable, *program, *words, *options]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
@@ -59,7 +78,8 @@ def test_workers_and_a_kill_do_not_change_the_bytes(
     tmp_path: Path, source: Path, tokenizer: Path, whole: dict[str, bytes]
 ) -> None:
     out, state = tmp_path / "out", tmp_path / ".out.partial" / "state.json"
-    builder = start_build(source, out, tokenizer, "--max-tokens", "200", "--min-tokens", "4", "--shard-mib", "0.5")
+    options = ["--max-tokens", "200", "--min-tokens", "4", "--shard-mib", "0.5"]
+    builder = start_build(source, out, tokenizer, *options, is_held=True)
     try:
         wait_for(lambda: state.exists() or builder.poll() is not None)
         workers = [int(pid) for pid in Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()]
@@ -67,7 +87,7 @@ def test_workers_and_a_kill_do_not_change_the_bytes(
         builder.kill()
         builder.wait()
     assert len(workers) >= 2
-    assert not out.exists(), "killed too late for a meaningful test"
+    assert not out.exists()
     wait_for(lambda: not any(alive(pid) for pid in workers))
     finished = (state.parent / "shards" / "shard-000000.tar").stat().st_mtime_ns
     build_shards([source], out, tokenizer, workers=2, **OPTIONS)
@@ -80,7 +100,7 @@ def test_a_worker_that_dies_ends_the_build_with_the_cure(tmp_path: Path, source:
     children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children")
     wait_for(lambda: bool(makers(children)))  # the other one may still be starting
     os.kill(makers(children)[0], signal.SIGKILL)
-    _, words = builder.communicate(timeout=60)
+    _, words = builder.communicate(timeout=LIMIT_S)
     assert builder.returncode == 2, words
     assert "a worker process died" in words and "fewer --workers" in words
     assert not (tmp_path / "out").exists()
@@ -127,10 +147,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
         return False
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.01)

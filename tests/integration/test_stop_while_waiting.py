@@ -39,6 +39,7 @@ class Stuck(StepData):
             log = run / "metrics.jsonl"
             while step and (not log.exists() or log.read_text().count("train/grad_norm") < step - 1):
                 time.sleep(0.05)
+            time.sleep(0.5)
             os.kill(os.getppid(), signal.SIGUSR1)
         if step >= stuck_step + (self.rank == 0):
             time.sleep(3600)
@@ -47,7 +48,7 @@ class Stuck(StepData):
 build_data.StepData = Stuck
 sys.exit(train._as_rank(sys.argv[2:]))
 """
-SHORT = ("data.num_workers=2", "checkpoint.every=0", "data.validation=null", "validation.every=0")
+SHORT = ("data.num_workers=6", "checkpoint.every=0", "data.validation=null", "validation.every=0")
 
 
 def _start(rank: int, port: int, command: list[str]) -> subprocess.Popen[str]:

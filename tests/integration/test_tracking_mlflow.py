@@ -133,15 +133,11 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
 
 
 def test_a_server_that_is_not_there_does_not_hold_the_run(tmp_path: Path) -> None:
-    """Port 9 (discard) refuses connections. `log` and `close` have bounded times; the background thread does not."""
+    """Port 9 (discard) refuses connections. `tests/unit/tracking` has a server that hangs."""
     tracker = _start(tmp_path, {"seed": 0}, uri="http://127.0.0.1:9")
-    sender = tracker._sender
-    assert sender is not None
     for step in range(1, 101):
         tracker.log(step, {"loss": 1.0})
-    assert not sender.tried.is_set(), "a step waited for the first answer"
     assert not tracker.close(timeout_s=0.2)
-    assert sender.is_alive(), "MLflow tries again for minutes, and the end of the run waited for it"
     assert tracker.run_id is None
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
 

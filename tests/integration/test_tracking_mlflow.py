@@ -137,8 +137,10 @@ def test_a_server_that_is_not_there_does_not_hold_the_run(tmp_path: Path) -> Non
     tracker = _start(tmp_path, {"seed": 0}, uri="http://127.0.0.1:9")
     for step in range(1, 101):
         tracker.log(step, {"loss": 1.0})
+    tracker.await_first_answer(LIMIT_S)
     assert not tracker.close(timeout_s=0.2)
-    assert tracker.run_id is None
+    assert tracker.run_id is None and tracker._sender is not None
+    tracker._sender.join(LIMIT_S)  # it would warn in the next test
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
 
 

@@ -50,6 +50,7 @@ class _Spoilt:
 
     def __init__(self, decoder: PlacedDecoder, run: Run, steps: Collection[int]) -> None:
         self.module, self._decoder, self._run, self._steps = decoder.module, decoder, run, steps
+        self.engine, self.placement = decoder.engine, decoder.placement
 
     def __call__(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
         nll_L = self._decoder(batch, z_ZD)

@@ -50,6 +50,7 @@ class _Spiked:
 
     def __init__(self, decoder: PlacedDecoder, run: Run) -> None:
         self.module, self._decoder, self._run = decoder.module, decoder, run
+        self.engine, self.placement = decoder.engine, decoder.placement
 
     def __call__(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
         nll_L = self._decoder(batch, z_ZD)

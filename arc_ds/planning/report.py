@@ -104,6 +104,7 @@ def _time(plan: Plan) -> Iterator[str]:
         ("matrix products", _ms(time.products), f"{plan.traced_flops / 1e12:.1f} TFLOP per GPU"),
         ("other operations", _ms(time.other), "by their bytes"),
         ("optimizer", _ms(time.optimizer), ""),
+        *([("transfers", _ms(time.transfers), "offloaded states, over PCIe")] if time.transfers else []),
         ("communication beside it", _ms(time.exposed), f"{_ms(time.hidden)} more are hidden"),
         ("sum", _ms(time.total), f"{plan.tokens / time.total:,.0f} encoder tokens/s"),
     ]
@@ -141,22 +142,8 @@ def _disk(plan: Plan) -> Iterator[str]:
 
 def _sweep(rows: Sequence[SweepRow]) -> Iterator[str]:
     yield "GPUs (left: the config's batch; right: a batch that grows with the GPUs)"
-    table: list[tuple[str, ...]] = [
-        (
-            "GPUs",
-            "hosts",
-            "micro-batches",
-            "GiB",
-            "s/step",
-            "h",
-            "GPU-h",
-            "scaling",
-            "batch",
-            "s/step",
-            "scaling",
-            "limit",
-        )
-    ]
+    head = "GPUs hosts micro-batches GiB s/step h GPU-h scaling batch s/step scaling limit"
+    table: list[tuple[str, ...]] = [tuple(head.split())]
     for row in rows:
         plan = row.plan
         left = ["–"] * 6

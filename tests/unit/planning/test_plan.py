@@ -13,7 +13,7 @@ from arc_ds.commands.plan import load_for_plan, read_model
 from arc_ds.config.load import load_config
 from arc_ds.errors import ConfigError
 from arc_ds.planning.hardware import GIB, Machine, check_machine
-from arc_ds.planning.plan import Plan, RunModel, make_plan, read_settings
+from arc_ds.planning.plan import Plan, RunModel, make_plan
 from arc_ds.planning.published import with_published_sizes
 from arc_ds.planning.search import nearest_fit, sweep
 from arc_ds.planning.sizes import largest_sample
@@ -37,13 +37,7 @@ def _load(*overrides: str) -> Any:
 
 
 def _plan(model: RunModel, machine: Machine, *overrides: str) -> Plan:
-    config = _load(*overrides)
-    return make_plan(config, model, machine, read_settings(config))
-
-
-def _reload(overrides: Any) -> Any:
-    config = _load(*overrides)
-    return config, read_settings(config)
+    return make_plan(_load(*overrides), model, machine)
 
 
 def test_the_paper_s_step_takes_what_the_design_counts(model: RunModel) -> None:
@@ -77,7 +71,7 @@ def test_the_nearest_fit_is_accepted_again_and_fits(tmp_path: Path) -> None:
     )
     model, machine = read_model(_load(*given)), Machine("4090", 8)
     assert not _plan(model, machine, *given).fits
-    fit = nearest_fit(_load(*given), model, machine, lambda more: _reload((*given, *more)))
+    fit = nearest_fit(_load(*given), model, machine, lambda more: _load(*given, *more))
     assert fit is not None and fit.overrides
     again = _plan(model, machine, *given, *fit.overrides)
     assert again.fits and again.time.total == fit.plan.time.total
@@ -99,17 +93,17 @@ def test_a_sweep_says_where_scaling_breaks_and_what_can_be_divided(model: RunMod
     config = _load("data.batch_size=16")
     rows = {
         row.machine.num_gpus: row
-        for row in sweep(config, model, Machine("h100-80", 16, 2), lambda more: _reload(("data.batch_size=16", *more)))
+        for row in sweep(config, model, Machine("h100-80", 16, 2), lambda more: _load("data.batch_size=16", *more))
     }
     assert rows[16].plan is not None and rows[16].machine.num_hosts == 2
     assert rows[8].plan is not None and rows[8].plan.time.total > rows[16].plan.time.total
     assert rows[32].plan is None
     assert "data.batch_size=16 cannot be divided by 32 ranks; 32 can" in rows[32].limit
-    assert make_plan(_load("data.batch_size=32"), model, rows[32].machine, read_settings(config)).fits
+    assert make_plan(_load("data.batch_size=32"), model, rows[32].machine).fits
     assert rows[16].limit.startswith("too few sequences per GPU (1)")
     assert rows[1024].grown_batch == 1024
     slow = Machine("h100-80", 16, 2, interconnect="25g")
-    row = next(row for row in sweep(config, model, slow, _reload) if row.machine.num_gpus == 16)
+    row = next(row for row in sweep(config, model, slow, lambda more: _load(*more)) if row.machine.num_gpus == 16)
     assert row.limit.startswith("communication")
 
 
@@ -130,8 +124,9 @@ def test_the_command_prints_the_verdict_first_and_json_has_stable_keys(
     text = capsys.readouterr().out
     assert text.startswith("fits: ")
     assert "unset_MODELS/Llama-3.2-3B does not exist; the published sizes of Llama 3.2 3B stand." in text
-    assert "no shards there" in text and "GPU-hours, cost" in text.splitlines()[0]
-    assert main([*arguments, "--json"]) == 0
+    assert "no usable shards on this machine" in text and "GPU-hours, cost" in text.splitlines()[0]
+    # Overrides and options may be in any order, as for `arc-ds train`.
+    assert main(["plan", PAPER, "--json", DEEPSPEED, "--gpus=8", "data.batch_size=8", "--price=2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"plan", "nearest_fit", "sweep", "notes"}
     assert set(found["plan"]) == {
@@ -139,6 +134,9 @@ def test_the_command_prints_the_verdict_first_and_json_has_stable_keys(
         "used_bytes", "usable_bytes", "host_bytes", "decoders", "collectives", "flops", "flops_with_recomputation",
         "mfu", "step_s", "tokens_per_s", "hours", "gpu_hours", "cost", "trained_parameters", "checkpoint_bytes",
         "checkpoints", "kernels",
+    }  # fmt: skip
+    assert set(found["plan"]["step_s"]) == {
+        "products", "other", "optimizer", "transfers", "launches", "hidden", "exposed", "total",
     }  # fmt: skip
     assert found["plan"]["cost"] == pytest.approx(2 * found["plan"]["gpu_hours"])
     assert sum(found["plan"]["memory_bytes"].values()) == pytest.approx(found["plan"]["used_bytes"], abs=10)
@@ -200,6 +198,74 @@ def test_the_slowest_link_decides() -> None:
     assert within.ring_s(GIB, 1, 8) < across.ring_s(GIB, 1, 16)
     assert across.ring_s(GIB, 1, 8) == within.ring_s(GIB, 1, 8)  # hpZ: the group is one host
     assert within.ring_s(GIB, 1, 1) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "machine"),
+    [
+        ("one_gpu_24gb", Machine("l4", 1)),
+        ("one_gpu_80gb", Machine("h100-80", 1)),
+        ("one_host_8x80gb", Machine("h100-80", 8)),
+        ("hosts_16x8x80gb", Machine("h100-80", 128, 16)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.gpu,
+)
+def test_a_recipe_fits_the_machine_in_its_name(
+    recipe: str, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("MODELS", "SHARDS", "RUNS"):
+        monkeypatch.delenv(name, raising=False)
+    config = load_for_plan(ROOT / "ds_configs" / "recipes" / f"{recipe}.yaml", ())
+    plan = make_plan(config, read_model(with_published_sizes(config, tmp_path)[0]), machine)
+    assert plan.fits
+    # The GPU works for most of the step: it does not wait for transfers, launches or communication.
+    assert plan.time.products + plan.time.other > 0.5 * plan.time.total
+
+
+def test_offloaded_states_pass_the_bus_in_every_micro_batch(model: RunModel) -> None:
+    offload = f"deepspeed={ROOT / 'ds_configs' / 'zero3_offload.json'}"
+    few = _plan(model, Machine("h100-80", 8), offload, "micro_batches=2")
+    many = _plan(model, Machine("h100-80", 8), offload, "micro_batches=4")
+    trained = PAPER_TRAINED / 8
+    # float32 gradients to the host and back for each micro-batch; then a copy of them, and the bfloat16 weights.
+    assert few.time.transfers == pytest.approx((8 * 2 + 4 + 2) * trained / (64e9 * 0.8), rel=1e-4)
+    assert many.time.transfers == pytest.approx((8 * 4 + 4 + 2) * trained / (64e9 * 0.8), rel=1e-4)
+    assert few.host_bytes == pytest.approx((12 + 8) * trained, rel=1e-4)
+    assert _plan(model, Machine("h100-80", 8), "micro_batches=2").time.transfers == 0
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"reduce_bucket_size": "auto"}, r"reduce_bucket_size is \"auto\"; only these can be"),
+        ({"reduce_bucket_size": "large"}, r"reduce_bucket_size is 'large'; expected a number from 0 on"),
+        ({"stage": 2}, r"stage is 2, but the run says 3"),
+        ({"offload_optimizer": {"device": "nvme"}}, r"device is nvme, which is not supported"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_a_deepspeed_json_that_training_refuses_is_not_planned(
+    model: RunModel, zero: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(ConfigError, match=message):
+        _plan(model, Machine("h100-80", 8), f"deepspeed={path}")
+
+
+def test_offload_is_proposed_only_if_its_json_is_next_to_the_config_s(model: RunModel, tmp_path: Path) -> None:
+    for name in ("zero3", "zero3_offload"):
+        (tmp_path / f"{name}.json").write_text((ROOT / "ds_configs" / f"{name}.json").read_text())
+    given = (f"deepspeed={tmp_path / 'zero3.json'}", "data.batch_size=1")
+    machine = Machine("a100-40", 1)
+
+    def fit() -> Any:
+        return nearest_fit(_load(*given), model, machine, lambda more: _load(*given, *more))
+
+    assert f"deepspeed={tmp_path / 'zero3_offload.json'}" in fit().overrides
+    (tmp_path / "zero3_offload.json").unlink()
+    assert fit() is None
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -134,8 +134,9 @@ def check_machine(gpu: str, num_gpus: int, num_hosts: int | None, interconnect: 
     for option, name, known in (("--gpu", gpu, GPUS), ("--interconnect", interconnect, LINKS)):
         if name not in known:
             raise ConfigError(f"{option} is {name!r}; expected one of {', '.join(known)}.")  # type: ignore[arg-type]
-    if num_gpus < 1 or (num_hosts is not None and num_hosts < 1):
-        raise ConfigError(f"--gpus is {num_gpus} and --hosts is {num_hosts}; expected at least one of each.")
+    for option, number in (("--gpus", num_gpus), ("--hosts", num_hosts)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{option} is {number}; expected at least 1.")
     hosts = num_hosts or hosts_of(num_gpus)
     if num_gpus % hosts:
         raise ConfigError(

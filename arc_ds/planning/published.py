@@ -56,7 +56,7 @@ def with_published_sizes(config: RunConfig, folder: Path) -> tuple[RunConfig, tu
         if Path(path).exists():
             return path
         name, sizes = find_published(path)
-        there = folder / f"{len(lines)}"
+        there = folder / f"{key}: {name}"  # a name that messages about sizes can show
         there.mkdir()
         (there / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
         lines.append(f"{key}: {path} does not exist; the published sizes of {name} stand.")

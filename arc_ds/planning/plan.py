@@ -219,10 +219,10 @@ class Plan:
     @property
     def num_checkpoints(self) -> int:
         """Checkpoints on the disk at the end, and the one that is being written."""
-        kept = self.config.checkpoint.keep_last
-        if self.config.checkpoint.keep_every is not None:
-            kept += self.config.steps // self.config.checkpoint.keep_every
-        return kept + 1
+        steps, checkpoint = self.config.steps, self.config.checkpoint
+        kept = checkpoint.keep_last + (steps // checkpoint.keep_every if checkpoint.keep_every is not None else 0)
+        saves = -(-steps // checkpoint.every) if checkpoint.every else 1
+        return min(kept + 1, saves)
 
 
 def make_plan(config: RunConfig, model: RunModel, machine: Machine) -> Plan:

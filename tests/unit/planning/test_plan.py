@@ -47,6 +47,10 @@ def test_the_paper_s_step_takes_what_the_design_counts(model: RunModel) -> None:
     assert plan.time.total == pytest.approx(PAPER_STEP_S, rel=0.1)
     assert plan.num_trained == PAPER_TRAINED
     assert plan.checkpoint_bytes == 12 * PAPER_TRAINED
+    assert plan.num_checkpoints == 2 + 8 + 1  # the last ones, every 10,000th, and the one that is being written
+    assert plan.hours == pytest.approx(80_000 * plan.time.total / 3600)
+    short = _plan(model, Machine("h100-80", 8), "steps=1500", "optimizer.warmup_steps=0")
+    assert short.num_checkpoints == 2
     # Design 17: 2 Φ / W, 4 Φ / W and 12 Φ / W; every parameter is padded to a multiple of 8 elements.
     for part, share in (("parameters", 2), ("gradients", 4), ("optimizer", 12)):
         assert plan.memory[part] == pytest.approx(share * PAPER_TRAINED / 8, rel=1e-6)

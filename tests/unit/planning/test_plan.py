@@ -54,6 +54,11 @@ def test_the_paper_s_step_takes_what_the_design_counts(model: RunModel) -> None:
     # Design 17: 2 Φ / W, 4 Φ / W and 12 Φ / W; every parameter is padded to a multiple of 8 elements.
     for part, share in (("parameters", 2), ("gradients", 4), ("optimizer", 12)):
         assert plan.memory[part] == pytest.approx(share * PAPER_TRAINED / 8, rel=1e-6)
+    assert plan.memory["gradient buckets"] == 2 * 200e6 * 2  # bfloat16; a second one is laid out by rank
+    alone = _plan(model, Machine("h100-80", 1), "data.batch_size=1")
+    assert alone.memory["gradient buckets"] == 200e6 * 2 and alone.memory["gathered parameters"] == 0
+    # The update's copy of one sub-group of gradients, less the activations that are free by then.
+    assert alone.memory["update beyond activations"] == 4e9 - alone.memory["activations"]
     assert plan.fits
 
 

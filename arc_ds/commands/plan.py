@@ -1,4 +1,4 @@
-"""`arc-ds plan`: memory, time and cost of a run on GPUs that nobody has paid for yet."""
+"""`arc-ds plan`: memory, time and cost of a run, before the GPUs are paid for."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class _Variables(dict[str, str]):
 
 
 def load_for_plan(path: str | Path, overrides: Sequence[str]) -> RunConfig:
-    """`load_config`, with placeholders for unset variables. Raises ConfigError likewise."""
+    """`load_config`, with placeholders for unset variables. Raises ConfigError like it."""
     return load_config(path, overrides, variables=_Variables())
 
 

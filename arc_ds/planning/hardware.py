@@ -71,7 +71,8 @@ LINK_SHARE = 0.80
 HOP_S = 5e-6
 """One message through a network card and a switch. A ring sends one for each host in turn."""
 LAUNCH_S = 20e-6
-"""Python, autograd and the launch of one operation. It hides behind the GPU unless the batch is small. Not measured."""
+"""Python, autograd and the launch of one operation. It runs while the GPU computes, and decides if the
+batch is small. Not measured."""
 UNUSABLE_SHARE = 0.05
 """Of the memory: gaps between the allocator's blocks. Not measured."""
 UNUSABLE_GIB = 1.5

@@ -140,7 +140,7 @@ class StepTime(NamedTuple):
 
     products, other: matrix products and all other operations of forward and backward.
     transfers: between the GPU and the host's memory, for offloaded states.
-    hidden, exposed: communication under and beside the computation.
+    hidden, exposed: communication during the computation, and after it.
     """
 
     products: float

@@ -20,7 +20,7 @@ class Report:
     fit: the nearest config that fits, if the config does not; None if it fits or nothing does.
     rows: over numbers of GPUs.
     price: of an hour of one GPU, in the user's currency; None if it is not given.
-    notes: what stands in for files that do not exist.
+    notes: the substitutes for files that do not exist.
     """
 
     plan: Plan

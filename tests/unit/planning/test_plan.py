@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 
+from arc_ds.batch.packing import PoolingSpec, pack
 from arc_ds.cli import main
 from arc_ds.commands.plan import load_for_plan, read_model
 from arc_ds.config.load import load_config
+from arc_ds.data.loading.estimates import Estimate
 from arc_ds.errors import ConfigError
+from arc_ds.planning.batches import Kind, micro_batch
 from arc_ds.planning.hardware import GIB, Machine, check_machine
-from arc_ds.planning.plan import Plan, RunModel, make_plan
+from arc_ds.planning.plan import Plan, RunModel, make_plan, read_settings
 from arc_ds.planning.published import with_published_sizes
 from arc_ds.planning.search import _changes, nearest_fit, sweep
 from arc_ds.planning.sizes import largest_sample
+from arc_ds.planning.zero import Weights, simulate_gathers
 from tests.helpers.tiny_run import ROOT
 
 PAPER = str(ROOT / "ds_configs" / "recipes" / "pretrain_llama31_8b.yaml")
@@ -122,6 +126,17 @@ def test_placement_follows_the_memory_that_the_encoder_leaves(model: RunModel) -
     (hosts,) = _plan(model, Machine("l4", 16, 2), "data.batch_size=16").placed
     assert [one.placement for one in (large, small, hosts)] == ["replicated", "zero3", "zero3+hpz"]
     assert "22%" in large.why and "whole up to 40%" in large.why
+
+
+def test_a_decoder_is_placed_in_the_memory_that_those_before_it_leave(tmp_path: Path) -> None:
+    decoders = "decoders=[{name: a, backbone: none/Llama-2-13b}, {name: b, backbone: none/Llama-2-13b}]"
+    config = _load(decoders, "data.batch_size=8")
+    model, machine = read_model(with_published_sizes(config, tmp_path)[0]), Machine("h100-80", 8)
+    plan = make_plan(config, model, machine)
+    assert [one.placement for one in plan.placed] == ["replicated", "zero3"]
+    # The sharded one is gathered layer by layer, beside the encoder's layers.
+    encoder_alone = simulate_gathers(Weights.of(model.compressor(config)), read_settings(config, machine)).peak
+    assert plan.memory["gathered parameters"] > 2 * encoder_alone
 
 
 def test_the_command_prints_the_verdict_first_and_json_has_stable_keys(
@@ -285,6 +300,25 @@ def test_offload_is_proposed_only_if_its_json_is_next_to_the_config_s(tmp_path: 
     assert not offloads("zero3_offload.json")
     (tmp_path / "zero3_offload.json").unlink()
     assert not offloads("zero3.json")
+
+
+def test_only_more_recomputation_is_proposed() -> None:
+    config = _load("encoder.activation_checkpointing=selective")
+    overrides = {each for changes in _changes(config, Machine("h100-80", 8)) for each in changes}
+    assert {each for each in overrides if "activation" in each} == {
+        "encoder.activation_checkpointing=full",
+        "decoders.0.activation_checkpointing=selective",
+        "decoders.0.activation_checkpointing=full",
+    }
+
+
+def test_samples_have_lengths_from_all_of_a_source_s_records() -> None:
+    estimates = tuple(Estimate((length,), 0, 32) for length in (8, 16, 32, 64))
+    batches = [
+        pack(micro_batch([Kind(1.0, estimates, 4)], number, _load(), PoolingSpec()).samples, PoolingSpec())
+        for number in (2, 4)
+    ]
+    assert [batch.num_encoder_tokens for batch in batches] == [16 + 64, 8 + 16 + 32 + 64]
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

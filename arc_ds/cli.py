@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "train":
             # `train` passes its arguments to the launcher unparsed; the ranks parse them.
             return int(import_module(COMMANDS[name].module).main(argv[1:]))
-        namespace = _parser(name).parse_args(argv)
+        namespace = _parse(name, argv)
         code = int(namespace.run(namespace))
         sys.stdout.flush()
         return code
@@ -104,6 +104,16 @@ def _output_works() -> bool:
     except OSError:
         return False
     return True
+
+
+def _parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of one command. Overrides may stand between options, as for `train`."""
+    parser = _parser(name)
+    if name not in ("plan", "demo"):
+        return parser.parse_args(argv)
+    (subparsers,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    own: argparse.ArgumentParser = subparsers.choices[name]
+    return own.parse_intermixed_args(argv[1:])
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

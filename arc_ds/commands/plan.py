@@ -1,4 +1,4 @@
-"""`arc-ds plan`: memory, time and cost of a run on GPUs that nobody has paid for yet."""
+"""`arc-ds plan`: memory, time and cost of a run, before the GPUs are paid for."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import torch
 
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
-from arc_ds.errors import DataError, StorageError
+from arc_ds.errors import ConfigError, DataError, StorageError
 from arc_ds.planning.batches import sample_kinds
 from arc_ds.planning.hardware import GPUS, LINKS, check_machine
-from arc_ds.planning.plan import RunModel, make_plan, read_settings
+from arc_ds.planning.plan import RunModel, make_plan
 from arc_ds.planning.published import with_published_sizes
 from arc_ds.planning.report import Report, to_json, to_text
 from arc_ds.planning.search import nearest_fit, sweep
 from arc_ds.planning.sizes import check_tasks
-from arc_ds.planning.zero import ZeroSettings
 from arc_ds.shards.reader import ShardSet
 from arc_ds.system.urls import is_url
 from arc_ds.system.user_paths import path_argument
@@ -57,17 +56,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
     machine = check_machine(args.gpu, args.gpus, args.hosts, args.interconnect)
+    if args.price is not None and not 0 <= args.price < float("inf"):
+        raise ConfigError(f"--price is {args.price}; expected the price of an hour of one GPU, such as 2.5.")
     with tempfile.TemporaryDirectory(prefix="arc_ds_plan_") as folder:
         config = load_for_plan(args.config, args.overrides)
         check_tasks(config)
         sized, notes = with_published_sizes(config, Path(folder))
         model = read_model(sized)
 
-    def reload(overrides: Sequence[str]) -> tuple[RunConfig, ZeroSettings]:
-        changed = load_for_plan(args.config, (*args.overrides, *overrides))
-        return changed, read_settings(changed)
+    def reload(overrides: Sequence[str]) -> RunConfig:
+        return load_for_plan(args.config, (*args.overrides, *overrides))
 
-    plan = make_plan(config, model, machine, read_settings(config))
+    plan = make_plan(config, model, machine)
     report = Report(
         plan=plan,
         fit=None if plan.fits else nearest_fit(config, model, machine, reload),
@@ -105,7 +105,7 @@ class _Variables(dict[str, str]):
 
 
 def load_for_plan(path: str | Path, overrides: Sequence[str]) -> RunConfig:
-    """`load_config`, with placeholders for unset variables. Raises ConfigError likewise."""
+    """`load_config`, with placeholders for unset variables. Raises ConfigError like it."""
     return load_config(path, overrides, variables=_Variables())
 
 

@@ -36,11 +36,21 @@ def resolve_deepspeed(
     in fp32, the JSON has its own optimizer or schedule, or DeepSpeed does not accept a key or a value. Raises
     ConfigError on options that no parity test covers: quantised communication (ZeRO++) and offload to NVMe.
     """
+    name = str(path)
+    check_keys(_read(path), name)
+    resolved = fill_deepspeed(path, config, world_size, local_world_size)
+    check_values(resolved, name)
+    return resolved
+
+
+def fill_deepspeed(
+    path: str | Path, config: RunConfig, world_size: int, local_world_size: int | None = None
+) -> dict[str, Any]:
+    """`resolve_deepspeed` without DeepSpeed, and thus without its own checks of keys and values."""
     name, resolved = str(path), _with_home(_read(path))
     for section in _FOREIGN:
         if section in resolved:
             raise ConfigError(f"{name}: has a section {section!r}, which ARC-DS owns or does not use. Remove it.")
-    check_keys(resolved, name)
     _refuse_untested(resolved, name)
     owned = _owned_values(config, world_size)
     for key, value in owned.items():
@@ -52,7 +62,6 @@ def resolve_deepspeed(
     if autos:
         known = ", ".join((*owned, f"zero_optimization.{_HPZ}"))
         raise ConfigError(f'{name}: {", ".join(autos)} is "auto"; only these can be: {known}. Write a number there.')
-    check_values(resolved, name)
     return resolved
 
 

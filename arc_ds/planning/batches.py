@@ -82,8 +82,8 @@ def sample_kinds(config: RunConfig, pooling: PoolingSpec, open_shards: Callable[
             else:
                 lengths = _read(config, source, sample, shards, pooling)
             kinds.append(Kind(share * source.weight / total, lengths, _num_labels(config, source)))
-        origin = "no shards there; the config's largest sizes stand"
-        origins.append(f"{source.path}: {origin if shards is None else f'lengths of {RECORDS_READ} records'}")
+        origin = "no usable shards on this machine; the config's largest sizes stand"
+        origins.append(f"{source.path}: {origin if shards is None else f'lengths of {len(lengths)} records'}")
     return SampleKinds(kinds=tuple(kinds), names=tuple(names), origins=tuple(origins))
 
 

@@ -1,8 +1,15 @@
 """GPUs and links as data: what their vendors state, and the shares of it that programs reach.
 
-Sources of GPUS: NVIDIA's data sheets of H100, H200, B200, A100, L40S, L4 and A10, and the white papers of Ada and
-Ampere. Peaks are dense bfloat16 products with float32 sums (half of the figures "with sparsity"). Memory is what
-`nvidia-smi` shows. NVLink and PCIe are per direction, half of the bidirectional figures.
+Peaks are dense bfloat16 products with float32 sums, half of the figures "with sparsity". NVLink and PCIe are per
+direction, half of the bidirectional figures. Sources of GPUS, looked up on 2026-11-30:
+
+- Peaks, memory bandwidths and links: NVIDIA's data sheets, as public tables repeat them. pytorch/torchtitan
+  (`tools/utils.py`) has the same peaks of A100, H100 PCIe, H100, H200, B200 and L40S. allenai/open-instruct#1441 has
+  peak and bandwidth of H200.
+- Bandwidth of B200: its bus of 7680 bits (pytorch/ao#4002). NVIDIA rounds it to 8 TB/s.
+- GeForce 4090 and 3090: white papers of Ada and Ampere GA102.
+- Memory: what `nvidia-smi` shows (modal-labs/modal-client#2797: H100, A100, A10, L40S and L4). CUDA's figure for B200
+  (pytorch/ao#4002). Those of H200 and GeForce cards are from memory.
 """
 
 from __future__ import annotations
@@ -10,6 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from arc_ds.errors import ConfigError
+from arc_ds.system.device import PEAK_BF16
 
 GIB = 1 << 30
 
@@ -22,6 +30,7 @@ class Gpu(NamedTuple):
     memory_gbs: bandwidth of its memory, 1e9 bytes per second.
     link_gbs: bandwidth to another GPU of the host and direction, 1e9 bytes per second.
     link: name of that link.
+    host_gbs: bandwidth to the memory of the host and direction, 1e9 bytes per second.
     """
 
     peak_tflops: float
@@ -29,19 +38,22 @@ class Gpu(NamedTuple):
     memory_gbs: float
     link_gbs: float
     link: str
+    host_gbs: float
 
 
+_PCIE_4, _PCIE_5 = 32.0, 64.0  # 16 lanes
 GPUS = {
-    "h100-80": Gpu(989, 79.6, 3350, 450, "NVLink 4"),
-    "h200": Gpu(989, 140.4, 4800, 450, "NVLink 4"),
-    "b200": Gpu(2250, 179.1, 8000, 900, "NVLink 5"),
-    "a100-80": Gpu(312, 80.0, 2039, 300, "NVLink 3"),
-    "a100-40": Gpu(312, 40.0, 1555, 300, "NVLink 3"),
-    "l40s": Gpu(362, 45.0, 864, 32, "PCIe 4 x16"),
-    "l4": Gpu(121, 22.5, 300, 32, "PCIe 4 x16"),
-    "a10": Gpu(125, 22.5, 600, 32, "PCIe 4 x16"),
-    "4090": Gpu(165, 24.0, 1008, 32, "PCIe 4 x16"),
-    "3090": Gpu(71, 24.0, 936, 32, "PCIe 4 x16"),
+    "h100-80": Gpu(PEAK_BF16["H100"], 79.6, 3350, 450, "NVLink 4", _PCIE_5),
+    "h100-pcie": Gpu(PEAK_BF16["H100 PCIe"], 79.6, 2000, _PCIE_5, "PCIe 5 x16", _PCIE_5),
+    "h200": Gpu(PEAK_BF16["H200"], 140.4, 4800, 450, "NVLink 4", _PCIE_5),
+    "b200": Gpu(PEAK_BF16["B200"], 178.3, 7680, 900, "NVLink 5", _PCIE_5),
+    "a100-80": Gpu(PEAK_BF16["A100"], 80.0, 2039, 300, "NVLink 3", _PCIE_4),
+    "a100-40": Gpu(PEAK_BF16["A100"], 40.0, 1555, 300, "NVLink 3", _PCIE_4),
+    "l40s": Gpu(PEAK_BF16["L40S"], 45.0, 864, _PCIE_4, "PCIe 4 x16", _PCIE_4),
+    "l4": Gpu(PEAK_BF16["L4"], 22.5, 300, _PCIE_4, "PCIe 4 x16", _PCIE_4),
+    "a10": Gpu(PEAK_BF16["A10"], 22.5, 600, _PCIE_4, "PCIe 4 x16", _PCIE_4),
+    "4090": Gpu(165.2, 24.0, 1008, _PCIE_4, "PCIe 4 x16", _PCIE_4),
+    "3090": Gpu(71.2, 24.0, 936, _PCIE_4, "PCIe 4 x16", _PCIE_4),
 }
 
 LINKS = {"8x400g": 400.0, "8x200g": 200.0, "8x100g": 100.0, "400g": 50.0, "200g": 25.0, "100g": 12.5, "25g": 3.125}
@@ -59,7 +71,8 @@ LINK_SHARE = 0.80
 HOP_S = 5e-6
 """One message through a network card and a switch. A ring sends one for each host in turn."""
 LAUNCH_S = 20e-6
-"""Python, autograd and the launch of one operation. It hides behind the GPU unless the batch is small. Not measured."""
+"""Python, autograd and the launch of one operation. It runs while the GPU computes, and decides if the
+batch is small. Not measured."""
 UNUSABLE_SHARE = 0.05
 """Of the memory: gaps between the allocator's blocks. Not measured."""
 UNUSABLE_GIB = 1.5
@@ -97,6 +110,10 @@ class Machine(NamedTuple):
         """Seconds to read and write these bytes on one GPU."""
         return num_bytes / (GPUS[self.gpu].memory_gbs * 1e9 * COPY_SHARE)
 
+    def host_s(self, num_bytes: float) -> float:
+        """Seconds to move these bytes between one GPU and the memory of its host."""
+        return num_bytes / (GPUS[self.gpu].host_gbs * 1e9 * LINK_SHARE)
+
     def ring_s(self, full_bytes: float, calls: int, num_ranks: int) -> float:
         """Seconds of all-gathers or reduce-scatters over the first `num_ranks` GPUs; the slowest link decides.
 
@@ -118,8 +135,9 @@ def check_machine(gpu: str, num_gpus: int, num_hosts: int | None, interconnect: 
     for option, name, known in (("--gpu", gpu, GPUS), ("--interconnect", interconnect, LINKS)):
         if name not in known:
             raise ConfigError(f"{option} is {name!r}; expected one of {', '.join(known)}.")  # type: ignore[arg-type]
-    if num_gpus < 1 or (num_hosts is not None and num_hosts < 1):
-        raise ConfigError(f"--gpus is {num_gpus} and --hosts is {num_hosts}; expected at least one of each.")
+    for option, number in (("--gpus", num_gpus), ("--hosts", num_hosts)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{option} is {number}; expected at least 1.")
     hosts = num_hosts or hosts_of(num_gpus)
     if num_gpus % hosts:
         raise ConfigError(

@@ -87,7 +87,7 @@ def trace_pass(
     kernels: "triton" or "reference"; None for what `gpu_kernels` finds.
     """
     kernels = kernels or gpu_kernels()
-    tracker = _Tracker([*compressor.parameters(), *decoder.parameters()], _tensors(vars_of(batch)))
+    tracker = _Tracker([*compressor.parameters(), *decoder.parameters()], batch_tensors(batch))
     with ExitStack() as stack:
         stack.enter_context(ak.use(kernels))  # type: ignore[arg-type]
         stack.enter_context(_kinds_of_modules(tracker, compressor, decoder))
@@ -113,10 +113,10 @@ def gpu_kernels() -> str:
     return "triton" if find_spec("triton") else "reference"
 
 
-def vars_of(batch: PackedBatch) -> list[Any]:
+def batch_tensors(batch: PackedBatch) -> list[Tensor]:
     """The tensors of a batch, those of its parts included."""
-    parts = [batch, *batch.levels, *([batch.prefix] if batch.prefix is not None else [])]
-    return [getattr(part, name) for part in parts for name in part.__dataclass_fields__]  # type: ignore[attr-defined]
+    parts: list[Any] = [batch, *batch.levels, *([batch.prefix] if batch.prefix is not None else [])]
+    return _tensors([getattr(part, name) for part in parts for name in part.__dataclass_fields__])
 
 
 class _Tracker(TorchDispatchMode):
@@ -132,8 +132,8 @@ class _Tracker(TorchDispatchMode):
         self.peak: Counter[str] = Counter()
         self.product_flops = self.attention_calls = self.other_bytes = self.num_operations = 0
         self._peak_bytes = self._live_bytes = 0
-        self._known = {_storage(x)._cdata: None for x in (*parameters, *inputs)}
-        self._allocations: dict[int, weakref.ref[Any] | None] = dict(self._known)
+        known = (x.untyped_storage()._cdata for x in (*parameters, *inputs))
+        self._allocations: dict[int, weakref.ref[Any] | None] = dict.fromkeys(known)
         self._shapes = {tuple(parameter.shape) for parameter in parameters if parameter.requires_grad}
 
     def __torch_dispatch__(
@@ -151,7 +151,7 @@ class _Tracker(TorchDispatchMode):
         return result
 
     def _follow(self, x: Tensor) -> None:
-        storage = _storage(x)
+        storage = x.untyped_storage()
         key = storage._cdata
         if key in self._allocations:
             return
@@ -204,13 +204,17 @@ class _Tracker(TorchDispatchMode):
 def _kinds_of_modules(tracker: _Tracker, compressor: Compressor, decoder: nn.Module) -> Iterator[None]:
     """Attribute allocations to the module that runs, also while backward recomputes it."""
     handles = []
+
+    def leave(*_: object) -> None:  # a hook that returns something would replace the module's output
+        tracker.kinds.pop()
+
     for root in (compressor, decoder):
         for module in root.modules():
             kind = _kind_of(module, is_encoder=root is compressor)
             if kind is not None:
                 handles.append(module.register_forward_pre_hook(lambda *_, kind=kind: tracker.kinds.append(kind)))
                 # Always, because non-reentrant checkpointing stops a recomputed layer by an exception.
-                handles.append(module.register_forward_hook(lambda *_: _drop(tracker.kinds.pop()), always_call=True))
+                handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:
@@ -230,10 +234,6 @@ def _kind_of(module: nn.Module, *, is_encoder: bool) -> str | None:
     return LOSS if isinstance(module, Head) else None
 
 
-def _drop(_: object) -> None:
-    """A hook that returns something would replace the module's output."""
-
-
 @contextmanager
 def _gradients_dropped(compressor: nn.Module) -> Iterator[None]:
     """Drop each gradient when it is complete, as ZeRO-3 does once it has copied it to its bucket."""
@@ -247,10 +247,6 @@ def _gradients_dropped(compressor: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _storage(x: Tensor) -> Any:
-    return x.untyped_storage()
 
 
 def _tensors(values: Any) -> list[Tensor]:

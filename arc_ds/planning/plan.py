@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from arc_ds.batch.packing import PackedBatch, pack
+from arc_ds.config.deepspeed import fill_deepspeed
 from arc_ds.config.schema import DecoderConfig, RunConfig
 from arc_ds.config.validate import check_world_size
-from arc_ds.errors import ConfigError
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.spec import CompressorSpec
@@ -36,7 +35,6 @@ from arc_ds.planning.zero import (
     count_reductions,
     simulate_gathers,
 )
-from arc_ds.system.user_files import read_user_json
 
 OPTIMIZER_TRAFFIC = 52
 """Bytes that one update reads and writes per trained element of a rank's shards (`tools/roofline.py`): gradient copied
@@ -46,7 +44,6 @@ BUCKET_TRAFFIC = 12
 bucket 4, laid out by rank 4, divided by the ranks 4."""
 CHECKPOINT_BYTES = MASTER_BYTES + MOMENT_BYTES
 """A checkpoint has the master weight and both moments of each trained element."""
-OFFLOAD_CONFIG = "ds_configs/zero3_offload.json"
 HOST_ADAM_GBS = 50.0
 """AdamW on the host is bound by its memory: 8 channels of DDR5, shared by the GPUs of a host, at a sixth of their
 bandwidth. Not measured."""
@@ -139,11 +136,17 @@ class Traffic(NamedTuple):
 
 
 class StepTime(NamedTuple):
-    """Seconds of a step, by part. `hidden` and `exposed` are the communication under and beside the computation."""
+    """Seconds of a step, by part.
+
+    products, other: matrix products and all other operations of forward and backward.
+    transfers: between the GPU and the host's memory, for offloaded states.
+    hidden, exposed: communication during the computation, and after it.
+    """
 
     products: float
     other: float
     optimizer: float
+    transfers: float
     launches: float
     hidden: float
     exposed: float
@@ -155,7 +158,7 @@ class StepTime(NamedTuple):
 
     @property
     def total(self) -> float:
-        return self.computation + self.optimizer + self.exposed
+        return self.computation + self.optimizer + self.transfers + self.exposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,20 +219,19 @@ class Plan:
     @property
     def num_checkpoints(self) -> int:
         """Checkpoints on the disk at the end, and the one that is being written."""
-        kept = self.config.checkpoint.keep_last
-        if self.config.checkpoint.keep_every is not None:
-            kept += self.config.steps // self.config.checkpoint.keep_every
-        return kept + 1
+        steps, checkpoint = self.config.steps, self.config.checkpoint
+        kept = checkpoint.keep_last + (steps // checkpoint.keep_every if checkpoint.keep_every is not None else 0)
+        saves = -(-steps // checkpoint.every) if checkpoint.every else 1
+        return min(kept + 1, saves)
 
 
-def make_plan(config: RunConfig, model: RunModel, machine: Machine, settings: ZeroSettings) -> Plan:
+def make_plan(config: RunConfig, model: RunModel, machine: Machine) -> Plan:
     """Plan a run.
 
-    settings: of the config's DeepSpeed JSON.
-
-    Raises ConfigError if GPUs × micro_batches does not divide the batch.
+    Raises ConfigError if GPUs × micro_batches does not divide the batch, or if the run's DeepSpeed JSON is refused.
     """
     num_samples, num_ranks = check_world_size(config, machine.num_gpus), machine.num_gpus
+    settings = read_settings(config, machine)
     micro, batch = model.batch(config, num_samples)
     names = [decoder.name for decoder in _trained(config)]
     traces = [model.trace(config, idx, num_samples) for idx in range(len(names))]
@@ -269,7 +271,7 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine, settings: Ze
         activations={kind: float(largest.peak.get(kind, 0)) for kind in KINDS},
         host_bytes=host_bytes,
         traffic=traffic,
-        time=_time(machine, settings, weights, traces, traced_flops, traffic, passes),
+        time=_time(machine, settings, weights, gathers, traces, traced_flops, traffic, passes, element),
         tokens=batch.num_encoder_tokens * micro.per_step * num_ranks,
         flops=sum(each.total for each in flops) / len(flops) * passes,
         traced_flops=traced_flops,
@@ -279,12 +281,10 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine, settings: Ze
     )
 
 
-def read_settings(config: RunConfig) -> ZeroSettings:
-    """The ZeRO settings of the config's DeepSpeed JSON. Raises ConfigError if it cannot be read."""
-    content = read_user_json(
-        Path(config.deepspeed), ConfigError, remedy="Give a JSON file such as ds_configs/zero3.json as deepspeed=path."
-    )
-    return ZeroSettings.of(content)
+def read_settings(config: RunConfig, machine: Machine) -> ZeroSettings:
+    """The ZeRO settings of the config's DeepSpeed JSON. Raises ConfigError like `fill_deepspeed`."""
+    filled = fill_deepspeed(config.deepspeed, config, machine.num_gpus, machine.gpus_per_host)
+    return ZeroSettings.of(filled["zero_optimization"], config.deepspeed)
 
 
 def _trained(config: RunConfig) -> list[DecoderConfig]:
@@ -294,13 +294,15 @@ def _trained(config: RunConfig) -> list[DecoderConfig]:
 def _states(weights: Weights, settings: ZeroSettings, machine: Machine, element: int) -> tuple[dict[str, float], float]:
     """Bytes of a rank's shards on the GPU, by part, and in host memory."""
     shard, trained = weights.shard(machine.num_gpus), weights.shard(machine.num_gpus, trained_only=True)
-    copy = weights.shard(machine.gpus_per_host) if settings.hpz and machine.num_hosts > 1 else 0
+    copy = weights.shard(settings.hpz_ranks) if settings.hpz_ranks > 1 else 0
     parts = {
-        "parameters": element * (shard * (not settings.offload_parameters) + copy),
+        "parameters": element * shard * (not settings.offload_parameters),
+        "second copy of parameters": element * copy,
         "gradients": GRADIENT_BYTES * trained * (not settings.offload_optimizer),
         "optimizer": (MASTER_BYTES + MOMENT_BYTES) * trained * (not settings.offload_optimizer),
     }
-    offloaded = (MASTER_BYTES + MOMENT_BYTES + GRADIENT_BYTES) * trained * settings.offload_optimizer
+    # Gradients twice: the sum over the micro-batches, and the copy that the update reads.
+    offloaded = (MASTER_BYTES + MOMENT_BYTES + 2 * GRADIENT_BYTES) * trained * settings.offload_optimizer
     return {part: float(size) for part, size in parts.items()}, float(
         offloaded + element * shard * settings.offload_parameters
     )
@@ -365,12 +367,18 @@ def _traffic(
     padded = weights.shard(num_ranks, trained_only=True) * num_ranks
     persistent = [size for size in weights.sizes if size <= settings.persistence_threshold]
     refreshed = sum(-(-size // num_ranks) * num_ranks for size in persistent)
-    found = [
-        Traffic("encoder", "all_gather", num_ranks, len(gathers.sizes) * passes + len(persistent),
-                element * (gathers.elements(num_ranks) * passes + refreshed)),
-        Traffic("encoder", "reduce_scatter", num_ranks, passes * count_reductions(weights, settings.reduce_bucket),
-                element * padded * passes),
-    ]  # fmt: skip
+    found = [Traffic("encoder", "all_gather", num_ranks, len(persistent), element * refreshed)]
+    if settings.hpz_ranks == 1:
+        found[0] = _with_gathers(found[0], gathers, passes, element)
+    else:
+        # The update invalidates the second copy of trained parameters. The step's first gather renews it.
+        first, again = gathers.part(is_first=True), gathers.part(is_first=False)
+        found[0] = _with_gathers(found[0], first, 1, element)
+        near = Traffic("encoder", "all_gather", settings.hpz_ranks, 0, 0)
+        near = _with_gathers(_with_gathers(near, again, passes, element), first, passes - 1, element)
+        found.append(near)
+    reductions = passes * count_reductions(weights, settings.reduce_bucket)
+    found.append(Traffic("encoder", "reduce_scatter", num_ranks, reductions, element * padded * passes))
     groups = _num_groups(model.compressor(config))
     if groups and num_ranks > 1:
         classes = len(model.kinds.names) * (len(placed) if config.decoder_schedule == "same_batch" else 1)
@@ -380,11 +388,7 @@ def _traffic(
     for decoder, each in zip(placed, of_decoders, strict=True):
         if decoder.placement != "replicated":
             group = machine.gpus_per_host if decoder.placement == "zero3+hpz" else num_ranks
-            of_each.append(
-                Traffic(
-                    decoder.name, "all_gather", group, len(each.sizes) * passes, element * each.elements(group) * passes
-                )
-            )
+            of_each.append(_with_gathers(Traffic(decoder.name, "all_gather", group, 0, 0), each, passes, element))
     if config.decoder_schedule == "same_batch":
         found += [
             one._replace(calls=one.calls // len(placed), full_bytes=one.full_bytes // len(placed)) for one in of_each
@@ -392,6 +396,12 @@ def _traffic(
     elif of_each:
         found.append(max(of_each, key=lambda one: one.full_bytes))
     return tuple(found)
+
+
+def _with_gathers(traffic: Traffic, gathers: Gathers, times: int, element: int) -> Traffic:
+    """The traffic with these gathers, each of them `times` times."""
+    calls, elements = len(gathers.sizes) * times, gathers.elements(traffic.num_ranks) * times
+    return traffic._replace(calls=traffic.calls + calls, full_bytes=traffic.full_bytes + element * elements)
 
 
 def _num_groups(compressor: Compressor) -> int:
@@ -418,10 +428,12 @@ def _time(
     machine: Machine,
     settings: ZeroSettings,
     weights: Weights,
+    gathers: Gathers,
     traces: Sequence[PassTrace],
     traced_flops: float,
     traffic: Sequence[Traffic],
     passes: int,
+    element: int,
 ) -> StepTime:
     """Seconds of a step; see README.md."""
     number, num_ranks = len(traces), machine.num_gpus
@@ -431,9 +443,14 @@ def _time(
     if num_ranks > 1:
         other_bytes += BUCKET_TRAFFIC * weights.num_trained * passes
     products, other = machine.product_s(traced_flops), machine.copy_s(other_bytes)
-    optimizer = machine.copy_s(OPTIMIZER_TRAFFIC * trained)
+    optimizer, moved = machine.copy_s(OPTIMIZER_TRAFFIC * trained), 0.0
     if settings.offload_optimizer:
         optimizer = OPTIMIZER_TRAFFIC * trained * machine.gpus_per_host / (HOST_ADAM_GBS * 1e9)
+        # In each micro-batch DeepSpeed sends the sum of the gradients to the host and reads it back (stage3.py,
+        # `partition_grads`). Before the update it sends a copy, and after it the new weights come back.
+        moved += trained * (2 * GRADIENT_BYTES * passes + GRADIENT_BYTES + element)
+    if settings.offload_parameters:
+        moved += element * gathers.elements(num_ranks) / num_ranks * passes
     communication = sum(
         machine.ring_s(one.full_bytes, one.calls, one.num_ranks) for one in traffic if one.op != "all_reduce"
     )
@@ -441,7 +458,8 @@ def _time(
     computation = max(products + other, launches)
     # Nothing runs yet under the first gather, and nothing runs any more under the last reduction.
     first = next(sum(weights.sizes[p] for p in turn) for turn in weights.forward if turn)
-    ends = 2 * machine.ring_s(2 * first, 1, num_ranks) if communication else 0.0
+    ends = 2 * machine.ring_s(element * first, 1, num_ranks) if communication else 0.0
     hideable = computation if settings.overlap else 0.0
     exposed = min(max(communication - hideable, ends), communication)
-    return StepTime(products, other, optimizer, launches, communication - exposed, exposed)
+    transfers = machine.host_s(moved)
+    return StepTime(products, other, optimizer, transfers, launches, communication - exposed, exposed)

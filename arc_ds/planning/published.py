@@ -12,7 +12,7 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.errors import ConfigError
 
 PUBLISHED_FILE = Path(__file__).parent / "published_configs.json"
-# Parts of a folder's name that do not change the sizes: the owner, what the model was tuned for, a date, a format.
+# Parts of a folder's name that do not change the sizes: the owner, the tuning, a date, a format.
 _UNIMPORTANT = re.compile(
     r"^meta-?|instruct|chat|base|hf|\bit\b|([.-](q\d\w*|bf16|f16|f32))?\.gguf$|(?<!\d)\d{4}(?!\d)", re.IGNORECASE
 )
@@ -56,7 +56,7 @@ def with_published_sizes(config: RunConfig, folder: Path) -> tuple[RunConfig, tu
         if Path(path).exists():
             return path
         name, sizes = find_published(path)
-        there = folder / f"{len(lines)}"
+        there = folder / f"{key}: {name}"  # a name that messages about sizes can show
         there.mkdir()
         (there / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
         lines.append(f"{key}: {path} does not exist; the published sizes of {name} stand.")

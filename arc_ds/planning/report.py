@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ class Report:
     fit: the nearest config that fits, if the config does not; None if it fits or nothing does.
     rows: over numbers of GPUs.
     price: of an hour of one GPU, in the user's currency; None if it is not given.
-    notes: what stands in for files that do not exist.
+    notes: the substitutes for files that do not exist.
     """
 
     plan: Plan
@@ -60,7 +61,7 @@ def verdict(plan: Plan, price: float | None = None) -> str:
     hosts = f" on {machine.num_hosts} hosts" if machine.num_hosts > 1 else ""
     cost = "" if price is None else f", cost {plan.gpu_hours * price:,.0f}"
     return (
-        f"{head}; {machine.num_gpus} × {machine.gpu}{hosts}: {plan.time.total:.2f} s per step, {plan.hours:,.1f} h, "
+        f"{head}; {machine.num_gpus} × {machine.gpu}{hosts}: {plan.time.total:.3g} s per step, {plan.hours:,.1f} h, "
         f"{plan.gpu_hours:,.0f} GPU-hours{cost}"
     )
 
@@ -73,7 +74,7 @@ def _of_fit(report: Report) -> Iterator[str]:
         where = f"It fits on {more[0]} GPUs of this kind. " if more else ""
         yield f"nothing fits that leaves the results as they are. {where}Larger GPUs and smaller limits in data help."
         return
-    yield f"nearest that fits: {' '.join(report.fit.overrides)}"
+    yield f"nearest that fits: {shlex.join(report.fit.overrides)}"
     yield f"  {verdict(report.fit.plan, report.price)}"
 
 
@@ -81,7 +82,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"memory per GPU, GiB ({plan.samples} sequences in a micro-batch, {plan.passes} micro-batches per step)"
     rows = []
     for part, size in plan.memory.items():
-        rows.append((part, _gib(size)))
+        if size:
+            rows.append((part, _gib(size)))
         if part == "activations":
             rows += [(f"  {kind}", _gib(share)) for kind, share in plan.activations.items() if share >= 0.005 * GIB]
     rows += [("sum", _gib(plan.used_bytes)), ("usable", _gib(plan.machine.usable_bytes))]
@@ -104,11 +106,12 @@ def _time(plan: Plan) -> Iterator[str]:
         ("matrix products", _ms(time.products), f"{plan.traced_flops / 1e12:.1f} TFLOP per GPU"),
         ("other operations", _ms(time.other), "by their bytes"),
         ("optimizer", _ms(time.optimizer), ""),
-        ("communication beside it", _ms(time.exposed), f"{_ms(time.hidden)} more are hidden"),
+        *([("transfers", _ms(time.transfers), "offloaded states, over PCIe")] if time.transfers else []),
+        ("exposed communication", _ms(time.exposed), f"computation hides {_ms(time.hidden)} more"),
         ("sum", _ms(time.total), f"{plan.tokens / time.total:,.0f} encoder tokens/s"),
     ]
     if time.launches > time.products + time.other:
-        rows.insert(2, ("launches", _ms(time.launches), "they take longer than the GPU, so they count instead"))
+        rows.insert(2, ("launches", _ms(time.launches), "by the host; they take longer than the lines above"))
     yield from _table(rows, text=(0, 2))
 
 
@@ -141,22 +144,8 @@ def _disk(plan: Plan) -> Iterator[str]:
 
 def _sweep(rows: Sequence[SweepRow]) -> Iterator[str]:
     yield "GPUs (left: the config's batch; right: a batch that grows with the GPUs)"
-    table: list[tuple[str, ...]] = [
-        (
-            "GPUs",
-            "hosts",
-            "micro-batches",
-            "GiB",
-            "s/step",
-            "h",
-            "GPU-h",
-            "scaling",
-            "batch",
-            "s/step",
-            "scaling",
-            "limit",
-        )
-    ]
+    head = "GPUs hosts micro-batches GiB s/step h GPU-h scaling batch s/step scaling limit"
+    table: list[tuple[str, ...]] = [tuple(head.split())]
     for row in rows:
         plan = row.plan
         left = ["–"] * 6
@@ -175,7 +164,7 @@ def _sweep(rows: Sequence[SweepRow]) -> Iterator[str]:
 def _assumptions(plan: Plan) -> Iterator[str]:
     gpu, machine = GPUS[plan.machine.gpu], plan.machine
     between = f"{LINKS[machine.interconnect]:g} GB/s per host between hosts ({machine.interconnect})"
-    yield "assumptions (arc_ds/planning/README.md)"
+    yield "assumptions (arc_ds/planning/README.md); times are computed, and not yet compared with a GPU"
     yield (
         f"  products at {MATRIX_SHARE:.0%} of {gpu.peak_tflops:g} TFLOP/s; other operations at {COPY_SHARE:.0%} of "
         f"{gpu.memory_gbs:g} GB/s; {LAUNCH_S * 1e6:.0f} µs of the host per launch"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from arc_ds.config.schema import RunConfig
 from arc_ds.planning.hardware import Machine, hosts_of
-from arc_ds.planning.plan import OFFLOAD_CONFIG, Plan, RunModel, make_plan
-from arc_ds.planning.zero import ZeroSettings
+from arc_ds.planning.plan import Plan, RunModel, make_plan, read_settings
 
-Reload = Callable[[Sequence[str]], tuple[RunConfig, ZeroSettings]]
-"""The config with further overrides, and the settings of its DeepSpeed JSON."""
+Reload = Callable[[Sequence[str]], RunConfig]
+"""The config with further overrides."""
 
+OFFLOAD_CONFIG = "zero3_offload.json"
+"""Searched next to the config's own DeepSpeed JSON."""
 SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 COMMUNICATION_BOUND = 0.2
 """Above this exposed share of a step, the sweep calls it bound by communication."""
@@ -55,14 +58,14 @@ def _fewest_micro_batches(
     numbers = _micro_batches(config, machine)
 
     def plan_of(micro_batches: int) -> Plan:
-        changed, settings = reload((*overrides, f"micro_batches={micro_batches}"))
-        return make_plan(changed, model, machine, settings)
+        return make_plan(reload((*overrides, f"micro_batches={micro_batches}")), model, machine)
 
     if not numbers:
         return None
     last = plan_of(numbers[-1])  # if even this does not fit, no other number needs a trace
-    fewer = (plan for plan in map(plan_of, numbers[:-1]) if plan.fits)
-    return next(fewer, last) if last.fits else last
+    if not last.fits:
+        return last
+    return plan_of(numbers[bisect_left(numbers, True, key=lambda number: plan_of(number).fits)])
 
 
 def _micro_batches(config: RunConfig, machine: Machine) -> list[int]:
@@ -76,15 +79,18 @@ def _changes(config: RunConfig, machine: Machine) -> Iterator[tuple[str, ...]]:
     decoders = list(config.trained_decoders)
     encoder_levels = _more(config.encoder.activation_checkpointing)
     decoder_levels = _more(config.decoders[decoders[0]].activation_checkpointing)
+    is_offloaded = read_settings(config, machine).offload_optimizer
+    offload = Path(config.deepspeed).with_name(OFFLOAD_CONFIG)
+    offloads = ["", *([str(offload)] if offload.exists() and not is_offloaded else [])]
     placements = ["", *(["zero3"] if machine.num_gpus > 1 else []), *(["zero3+hpz"] if machine.num_hosts > 1 else [])]
-    for offload, placement, of_encoder, of_decoders in itertools.product(
-        ("", OFFLOAD_CONFIG), placements, ["", *encoder_levels], ["", *decoder_levels]
+    for moved_to, placement, of_encoder, of_decoders in itertools.product(
+        offloads, placements, ["", *encoder_levels], ["", *decoder_levels]
     ):
         overrides = [f"encoder.activation_checkpointing={of_encoder}"] if of_encoder else []
         for idx in decoders:
             overrides += [f"decoders.{idx}.activation_checkpointing={of_decoders}"] if of_decoders else []
             overrides += [f"decoders.{idx}.placement={placement}"] if placement else []
-        yield (*overrides, *([f"deepspeed={offload}"] if offload else []))
+        yield (*overrides, *([f"deepspeed={moved_to}"] if moved_to else []))
 
 
 def _more(now: str) -> list[str]:
@@ -126,7 +132,7 @@ def sweep(config: RunConfig, model: RunModel, machine: Machine, reload: Reload) 
     grown = []
     for each in machines:
         batch_size = (f"data.batch_size={per_gpu * each.num_gpus}",)
-        grown.append(_fewest_micro_batches(reload(batch_size)[0], model, each, reload, batch_size))
+        grown.append(_fewest_micro_batches(reload(batch_size), model, each, reload, batch_size))
     rates = [0.0 if plan is None or not plan.fits else _rate(plan) for plan in fixed]
     grown_rates = [0.0 if plan is None or not plan.fits else _rate(plan) for plan in grown]
     best, grown_best = max(*rates, 1e-9), max(*grown_rates, 1e-9)

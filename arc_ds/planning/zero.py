@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from arc_ds.errors import ConfigError
 from arc_ds.model.backbone import Block
 
 MASTER_BYTES = GRADIENT_BYTES = 4
@@ -26,7 +27,7 @@ NORM_BYTES = 8  # DeepSpeed all-reduces the squared norm of each parameter group
 class ZeroSettings:
     """The keys of DeepSpeed's JSON that a plan needs, with DeepSpeed's defaults. Numbers are elements.
 
-    hpz: whether each host keeps a second copy of the shards (`zero_hpz_partition_size` above 1).
+    hpz_ranks: ranks that share a second copy of the shards (`zero_hpz_partition_size`); 1 if there is none.
     offload_optimizer, offload_parameters: whether these states are in host memory.
     """
 
@@ -37,15 +38,16 @@ class ZeroSettings:
     reduce_bucket: int = 500_000_000
     sub_group: int = 1_000_000_000
     overlap: bool = True
-    hpz: bool = False
+    hpz_ranks: int = 1
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
     @staticmethod
-    def of(ds_config: Mapping[str, Any]) -> ZeroSettings:
-        """Read the JSON of `RunConfig.deepspeed`. Unknown keys and values are left to `arc-ds train`, which has
-        DeepSpeed to check them."""
-        zero = ds_config.get("zero_optimization", {})
+    def of(zero: Mapping[str, Any], name: str) -> ZeroSettings:
+        """Read the section `zero_optimization` of a filled JSON. DeepSpeed's own checks are left to `arc-ds train`.
+
+        name: of the file. Raises ConfigError on a value that is no number.
+        """
         numbers = {
             "prefetch_bucket": "stage3_prefetch_bucket_size",
             "persistence_threshold": "stage3_param_persistence_threshold",
@@ -53,12 +55,17 @@ class ZeroSettings:
             "max_reuse_distance": "stage3_max_reuse_distance",
             "reduce_bucket": "reduce_bucket_size",
             "sub_group": "sub_group_size",
+            "hpz_ranks": "zero_hpz_partition_size",
         }
-        given: dict[str, Any] = {name: int(zero[key]) for name, key in numbers.items() if key in zero}
+        given: dict[str, Any] = {}
+        for field, key in numbers.items():
+            value = zero.get(key, getattr(ZeroSettings, field))
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise ConfigError(f"{name}: zero_optimization.{key} is {value!r}; expected a number from 0 on.")
+            given[field] = int(value)
         return ZeroSettings(
             **given,
             overlap=bool(zero.get("overlap_comm", True)),
-            hpz=zero.get("zero_hpz_partition_size", 1) not in (0, 1),
             offload_optimizer=_is_offloaded(zero, "offload_optimizer"),
             offload_parameters=_is_offloaded(zero, "offload_param"),
         )
@@ -145,15 +152,24 @@ class Gathers(NamedTuple):
     """The gathers of one forward and backward of an engine.
 
     sizes: elements of each all-gather, without padding.
+    is_first: for each of them, whether this is the pass's first gather of a trained parameter.
     peak: most elements that are gathered at a time, parameters that are never released included.
     """
 
     sizes: tuple[tuple[int, ...], ...]
+    is_first: tuple[tuple[bool, ...], ...]
     peak: int
 
     def elements(self, num_ranks: int) -> int:
         """Elements of all gathered tensors, with their padding for this number of ranks."""
         return sum(math.ceil(size / num_ranks) * num_ranks for gather in self.sizes for size in gather)
+
+    def part(self, *, is_first: bool) -> Gathers:
+        """The gathers of those elements alone."""
+        pairs = [[*zip(*gather, strict=True)] for gather in zip(self.sizes, self.is_first, strict=True)]
+        sizes = [tuple(size for size, first in gather if first == is_first) for gather in pairs]
+        kept = tuple(filter(None, sizes))
+        return Gathers(kept, tuple((is_first,) * len(gather) for gather in kept), self.peak)
 
 
 def simulate_gathers(weights: Weights, settings: ZeroSettings) -> Gathers:
@@ -163,14 +179,14 @@ def simulate_gathers(weights: Weights, settings: ZeroSettings) -> Gathers:
     queue = deque((parameter, step) for step, turn in enumerate(order) for parameter in sorted(turn))
     fetched_for = dict.fromkeys(range(len(weights.sizes)), -1)
     available: set[int] = set()
-    gathers: list[tuple[int, ...]] = []
+    gathers: list[list[int]] = []
     peak = 0
 
     def gather(parameters: set[int]) -> None:
         missing = sorted(p for p in parameters if p not in available and p not in persistent)
         available.update(missing)
         if missing:
-            gathers.append(tuple(weights.sizes[p] for p in missing))
+            gathers.append(missing)
 
     for step, turn in enumerate(order):
         gather(set(turn))
@@ -189,7 +205,13 @@ def simulate_gathers(weights: Weights, settings: ZeroSettings) -> Gathers:
         gather(ahead)
         peak = max(peak, sum(weights.sizes[p] for p in available))
         available -= _released(weights, order, step + 1, turn, fetched_for, settings.max_reuse_distance)
-    return Gathers(tuple(gathers), peak + sum(weights.sizes[p] for p in persistent))
+    known = {p for p, is_trained in enumerate(weights.is_trained) if not is_trained}
+    is_first = []
+    for gathered in gathers:
+        is_first.append(tuple(p not in known for p in gathered))
+        known.update(gathered)
+    sizes = tuple(tuple(weights.sizes[p] for p in gathered) for gathered in gathers)
+    return Gathers(sizes, tuple(is_first), peak + sum(weights.sizes[p] for p in persistent))
 
 
 def _released(

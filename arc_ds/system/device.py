@@ -19,7 +19,7 @@ from arc_ds.system.processes import num_cores
 GIB = 1 << 30
 # Dense bf16 matrix products in teraFLOP/s, from vendor data sheets (NVIDIA's list twice as much, "with sparsity"). A
 # row matches a device if the device name contains all words of the row. More specific rows come first.
-_PEAK_BF16 = {
+PEAK_BF16 = {
     "A100": 312.0,
     "A30": 165.0,
     "A40": 149.7,
@@ -181,7 +181,7 @@ def peak_bf16_flops_of(name: str) -> float | None:
     words = set(re.split(r"[\s-]+", name))
     if "MIG" in words:
         return None
-    return next((tera * 1e12 for row, tera in _PEAK_BF16.items() if words.issuperset(row.split())), None)
+    return next((tera * 1e12 for row, tera in PEAK_BF16.items() if words.issuperset(row.split())), None)
 
 
 def describe_device(device: torch.device) -> str:

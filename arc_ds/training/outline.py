@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from arc_ds.config.schema import RunConfig
+from arc_ds.config.schema import DecoderConfig, RunConfig
 from arc_ds.errors import ConfigError
 from arc_ds.inference.decoders import read_decoder_sizes
 from arc_ds.model.backbone_config import BackboneConfig
@@ -35,17 +35,24 @@ def read_outline(config: RunConfig) -> Outline:
 
     Raises WeightsError if sizes cannot be read, and ConfigError if they do not match or a decoder needs transformers.
     """
+    for idx, decoder in config.trained_decoders.items():
+        if decoder.implementation == "transformers":  # which would also miss the weights
+            raise _refusal(idx, decoder)
     spec = compressor_spec(config)
     decoders = []
     for idx, decoder in config.trained_decoders.items():
         sizes = read_decoder_sizes(Path(decoder.backbone), decoder.rope_scaling, implementation=decoder.implementation)
         if not isinstance(sizes, BackboneConfig):
-            raise ConfigError(
-                f"decoders.{idx} ({decoder.name}) runs through transformers ({sizes.model_type}), whose activations "
-                "arc-ds plan cannot trace. Plan with a decoder of about its size that our transformer computes."
-            )
+            raise _refusal(idx, decoder)
         decoders.append(sizes)
     return Outline(spec=spec, decoders=tuple(decoders))
+
+
+def _refusal(idx: int, decoder: DecoderConfig) -> ConfigError:
+    return ConfigError(
+        f"decoders.{idx} ({decoder.name}) runs through transformers, whose activations arc-ds plan cannot trace. Plan "
+        "with a decoder of about its size that our transformer computes."
+    )
 
 
 def build_compressor_outline(config: RunConfig, outline: Outline, dtype: torch.dtype) -> Compressor:

@@ -18,10 +18,11 @@ from arc_ds.commands.plan import read_model
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.planning.hardware import Machine
-from arc_ds.planning.pass_trace import trace_pass, vars_of
-from arc_ds.planning.plan import Plan, RunModel, make_plan, read_settings
+from arc_ds.planning.pass_trace import batch_tensors, trace_pass
+from arc_ds.planning.plan import Plan, RunModel, make_plan
 from arc_ds.training.build import build_run
 from arc_ds.training.collectives import ENCODER, counting_collectives
+from arc_ds.training.memory import engine_memory
 from arc_ds.training.step import train_step
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.tiny_run import ROOT, write_inputs
@@ -39,7 +40,9 @@ BASE = (
     "data.num_workers=0",
     "tracking.mlflow=false",
 )
+HPZ = "second copy of the shards on each pair of ranks, two micro-batches"
 CASES = {
+    HPZ: ("micro_batches=2",),
     "replicated": (),
     "sharded, two micro-batches": ("decoders.0.placement=zero3", "decoders.1.placement=zero3", "micro_batches=2"),
     "frozen encoder": ("encoder.train=bridge",),
@@ -53,7 +56,7 @@ CASES = {
 
 
 class Measured(NamedTuple):
-    """What a rank kept and sent.
+    """Bytes that a rank kept and sent.
 
     states: bytes by the plan's part.
     collectives: bytes of the full tensors in the last two steps, one for each decoder, by operation and ranks.
@@ -72,7 +75,7 @@ def _train(config: str, overrides: tuple[str, ...]) -> Measured:
     engines = {
         name: placed.engine for name, placed in zip(run.decoder_names, run.decoders, strict=True) if placed.engine
     }
-    by_step, saved = [], _SavedBytes()
+    by_step, saved, second_copy = [], _SavedBytes(), _SecondCopy(run.engine.optimizer)
     with counting_collectives(engines) as counter:
         for step in range(STEPS):
             step_batch = run.data[step]
@@ -83,21 +86,36 @@ def _train(config: str, overrides: tuple[str, ...]) -> Measured:
                 key = (kind.engine == ENCODER, kind.op, kind.num_ranks)
                 found[key] = found.get(key, 0) + count.full_bytes
             by_step.append(found)
-    optimizer = run.engine.optimizer
-    moments = [value for state in optimizer.optimizer.state.values() for value in state.values() if value.dim() > 0]
-    masters = optimizer.fp32_partitioned_groups_flat
+    memory = engine_memory(run.engine.module, run.engine, run.device)
+    frozen = [engine_memory(placed.module, None, run.device) for placed in run.decoders]
     batch = step_batch.micro_batches[-1].batch
-    of_batch = {x.untyped_storage().data_ptr() for x in vars_of(batch) if isinstance(x, Tensor)}
+    of_batch = {x.untyped_storage().data_ptr() for x in batch_tensors(batch)}
     return Measured(
         states={
-            "parameters": _bytes(parameter.ds_tensor for parameter in run.engine.module.parameters()),
-            "gradients": _bytes([optimizer.grad_partitions_flat_buffer]),
-            "optimizer": _bytes([*masters, *moments]),
+            "parameters": memory.parameters,
+            "second copy of parameters": second_copy.num_bytes,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "decoders": sum(each.parameters for each in frozen),
         },
         collectives=by_step[-2:],
         saved=sum(size for address, size in saved.storages.items() if address not in of_batch),
         batch=batch,
     )
+
+
+class _SecondCopy:
+    """Bytes of hpZ's second copy of the shards. DeepSpeed drops it after each update, before a step returns."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.num_bytes = 0
+        self._optimizer, self._drop = optimizer, optimizer.invalidate_secondary_tensor
+        optimizer.invalidate_secondary_tensor = self._measure_and_drop
+
+    def _measure_and_drop(self) -> None:
+        copies = (p.ds_secondary_tensor for group in self._optimizer.fp16_groups for p in group)
+        self.num_bytes = sum(copy.nbytes for copy in copies if copy is not None)
+        self._drop()
 
 
 class _SavedBytes:
@@ -124,10 +142,6 @@ class _SavedBytes:
         return x
 
 
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run whose buckets are smaller than its model, and whose parameters are gathered."""
@@ -141,20 +155,23 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "stage3_max_reuse_distance": 4000,
     }
     (folder / "zero3.json").write_text(json.dumps(ds_config))
+    ds_config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (folder / "hpz.json").write_text(json.dumps(ds_config))
     return found
 
 
 @pytest.mark.parametrize(
     ("case", "num_ranks"),
-    [*((case, 2) for case in CASES), ("replicated", 1), ("replicated", 4), ("sharded, two micro-batches", 4)],
+    [*((case, 2) for case in CASES if case != HPZ), ("replicated", 1), ("sharded, two micro-batches", 4), (HPZ, 4)],
 )
 def test_plan_differs_from_real_steps(config: Path, case: str, num_ranks: int) -> None:
     folder = config.parent
-    overrides = (*BASE, f"deepspeed={folder / 'zero3.json'}", f"run_dir={folder / f'{case} {num_ranks}'}", *CASES[case])
+    ds_config = folder / ("hpz.json" if case == HPZ else "zero3.json")
+    overrides = (*BASE, f"deepspeed={ds_config}", f"run_dir={folder / f'{case} {num_ranks}'}", *CASES[case])
     measured = run_on_ranks(_train, str(config), overrides, num_ranks=num_ranks)[0]
     loaded = load_config(config, overrides)
     model = read_model(loaded)
-    plan = make_plan(loaded, model, Machine("h100-80", num_ranks), read_settings(loaded))
+    plan = make_plan(loaded, model, Machine("h100-80", num_ranks, 2 if case == HPZ else 1))
     print(f"states: {plan.memory} planned, {measured.states} measured")
     for part, size in measured.states.items():
         assert plan.memory[part] == pytest.approx(size, rel=STATES), part

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import arc_kernels as ak
-from arc_ds.planning.pass_trace import PassTrace, trace_pass
+from arc_ds.planning.pass_trace import PassTrace, batch_tensors, trace_pass
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 from paper_step import TOY, build_models, make_batch
@@ -38,16 +38,8 @@ def _kept_by_autograd() -> int:
 
     with ak.use("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         nll_L = decoder(batch, compressor(batch))
-    of_batch = {id(x.untyped_storage()) for x in vars_of_batch(batch)}
-    return nll_L.nbytes + sum(
-        x.untyped_storage().nbytes() for x in kept.values() if id(x.untyped_storage()) not in of_batch
-    )
-
-
-def vars_of_batch(batch: object) -> list[Tensor]:
-    from arc_ds.planning.pass_trace import vars_of
-
-    return [x for x in vars_of(batch) if isinstance(x, Tensor)]  # type: ignore[arg-type]
+    of_batch = {x.untyped_storage().data_ptr() for x in batch_tensors(batch)}
+    return nll_L.nbytes + sum(x.untyped_storage().nbytes() for address, x in kept.items() if address not in of_batch)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares with kernels on the CPU")

@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 
+from arc_ds.batch.packing import PoolingSpec, pack
 from arc_ds.cli import main
 from arc_ds.commands.plan import load_for_plan, read_model
 from arc_ds.config.load import load_config
+from arc_ds.data.loading.estimates import Estimate
 from arc_ds.errors import ConfigError
+from arc_ds.planning.batches import Kind, micro_batch
 from arc_ds.planning.hardware import GIB, Machine, check_machine
 from arc_ds.planning.plan import Plan, RunModel, make_plan, read_settings
 from arc_ds.planning.published import with_published_sizes
-from arc_ds.planning.search import nearest_fit, sweep
+from arc_ds.planning.search import _changes, nearest_fit, sweep
 from arc_ds.planning.sizes import largest_sample
+from arc_ds.planning.zero import Weights, simulate_gathers
 from tests.helpers.tiny_run import ROOT
 
 PAPER = str(ROOT / "ds_configs" / "recipes" / "pretrain_llama31_8b.yaml")
@@ -37,13 +41,7 @@ def _load(*overrides: str) -> Any:
 
 
 def _plan(model: RunModel, machine: Machine, *overrides: str) -> Plan:
-    config = _load(*overrides)
-    return make_plan(config, model, machine, read_settings(config))
-
-
-def _reload(overrides: Any) -> Any:
-    config = _load(*overrides)
-    return config, read_settings(config)
+    return make_plan(_load(*overrides), model, machine)
 
 
 def test_the_paper_s_step_takes_what_the_design_counts(model: RunModel) -> None:
@@ -53,9 +51,18 @@ def test_the_paper_s_step_takes_what_the_design_counts(model: RunModel) -> None:
     assert plan.time.total == pytest.approx(PAPER_STEP_S, rel=0.1)
     assert plan.num_trained == PAPER_TRAINED
     assert plan.checkpoint_bytes == 12 * PAPER_TRAINED
+    assert plan.num_checkpoints == 2 + 8 + 1  # the last ones, every 10,000th, and the one that is being written
+    assert plan.hours == pytest.approx(80_000 * plan.time.total / 3600)
+    short = _plan(model, Machine("h100-80", 8), "steps=1500", "optimizer.warmup_steps=0")
+    assert short.num_checkpoints == 2
     # Design 17: 2 Φ / W, 4 Φ / W and 12 Φ / W; every parameter is padded to a multiple of 8 elements.
     for part, share in (("parameters", 2), ("gradients", 4), ("optimizer", 12)):
         assert plan.memory[part] == pytest.approx(share * PAPER_TRAINED / 8, rel=1e-6)
+    assert plan.memory["gradient buckets"] == 2 * 200e6 * 2  # bfloat16; a second one is laid out by rank
+    alone = _plan(model, Machine("h100-80", 1), "data.batch_size=1")
+    assert alone.memory["gradient buckets"] == 200e6 * 2 and alone.memory["gathered parameters"] == 0
+    # The update's copy of one sub-group of gradients, less the activations that are free by then.
+    assert alone.memory["update beyond activations"] == 4e9 - alone.memory["activations"]
     assert plan.fits
 
 
@@ -77,7 +84,7 @@ def test_the_nearest_fit_is_accepted_again_and_fits(tmp_path: Path) -> None:
     )
     model, machine = read_model(_load(*given)), Machine("4090", 8)
     assert not _plan(model, machine, *given).fits
-    fit = nearest_fit(_load(*given), model, machine, lambda more: _reload((*given, *more)))
+    fit = nearest_fit(_load(*given), model, machine, lambda more: _load(*given, *more))
     assert fit is not None and fit.overrides
     again = _plan(model, machine, *given, *fit.overrides)
     assert again.fits and again.time.total == fit.plan.time.total
@@ -99,17 +106,17 @@ def test_a_sweep_says_where_scaling_breaks_and_what_can_be_divided(model: RunMod
     config = _load("data.batch_size=16")
     rows = {
         row.machine.num_gpus: row
-        for row in sweep(config, model, Machine("h100-80", 16, 2), lambda more: _reload(("data.batch_size=16", *more)))
+        for row in sweep(config, model, Machine("h100-80", 16, 2), lambda more: _load("data.batch_size=16", *more))
     }
     assert rows[16].plan is not None and rows[16].machine.num_hosts == 2
     assert rows[8].plan is not None and rows[8].plan.time.total > rows[16].plan.time.total
     assert rows[32].plan is None
     assert "data.batch_size=16 cannot be divided by 32 ranks; 32 can" in rows[32].limit
-    assert make_plan(_load("data.batch_size=32"), model, rows[32].machine, read_settings(config)).fits
+    assert make_plan(_load("data.batch_size=32"), model, rows[32].machine).fits
     assert rows[16].limit.startswith("too few sequences per GPU (1)")
     assert rows[1024].grown_batch == 1024
     slow = Machine("h100-80", 16, 2, interconnect="25g")
-    row = next(row for row in sweep(config, model, slow, _reload) if row.machine.num_gpus == 16)
+    row = next(row for row in sweep(config, model, slow, lambda more: _load(*more)) if row.machine.num_gpus == 16)
     assert row.limit.startswith("communication")
 
 
@@ -121,6 +128,17 @@ def test_placement_follows_the_memory_that_the_encoder_leaves(model: RunModel) -
     assert "22%" in large.why and "whole up to 40%" in large.why
 
 
+def test_a_decoder_is_placed_in_the_memory_that_those_before_it_leave(tmp_path: Path) -> None:
+    decoders = "decoders=[{name: a, backbone: none/Llama-2-13b}, {name: b, backbone: none/Llama-2-13b}]"
+    config = _load(decoders, "data.batch_size=8")
+    model, machine = read_model(with_published_sizes(config, tmp_path)[0]), Machine("h100-80", 8)
+    plan = make_plan(config, model, machine)
+    assert [one.placement for one in plan.placed] == ["replicated", "zero3"]
+    # The sharded one is gathered layer by layer, beside the encoder's layers.
+    encoder_alone = simulate_gathers(Weights.of(model.compressor(config)), read_settings(config, machine)).peak
+    assert plan.memory["gathered parameters"] > 2 * encoder_alone
+
+
 def test_the_command_prints_the_verdict_first_and_json_has_stable_keys(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,8 +148,9 @@ def test_the_command_prints_the_verdict_first_and_json_has_stable_keys(
     text = capsys.readouterr().out
     assert text.startswith("fits: ")
     assert "unset_MODELS/Llama-3.2-3B does not exist; the published sizes of Llama 3.2 3B stand." in text
-    assert "no shards there" in text and "GPU-hours, cost" in text.splitlines()[0]
-    assert main([*arguments, "--json"]) == 0
+    assert "no usable shards on this machine" in text and "GPU-hours, cost" in text.splitlines()[0]
+    # Overrides and options may be in any order, as for `arc-ds train`.
+    assert main(["plan", PAPER, "--json", DEEPSPEED, "--gpus=8", "data.batch_size=8", "--price=2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"plan", "nearest_fit", "sweep", "notes"}
     assert set(found["plan"]) == {
@@ -139,6 +158,9 @@ def test_the_command_prints_the_verdict_first_and_json_has_stable_keys(
         "used_bytes", "usable_bytes", "host_bytes", "decoders", "collectives", "flops", "flops_with_recomputation",
         "mfu", "step_s", "tokens_per_s", "hours", "gpu_hours", "cost", "trained_parameters", "checkpoint_bytes",
         "checkpoints", "kernels",
+    }  # fmt: skip
+    assert set(found["plan"]["step_s"]) == {
+        "products", "other", "optimizer", "transfers", "launches", "hidden", "exposed", "total",
     }  # fmt: skip
     assert found["plan"]["cost"] == pytest.approx(2 * found["plan"]["gpu_hours"])
     assert sum(found["plan"]["memory_bytes"].values()) == pytest.approx(found["plan"]["used_bytes"], abs=10)
@@ -154,6 +176,12 @@ def test_unset_variables_are_placeholders_in_plans_alone(monkeypatch: pytest.Mon
     assert config.run_dir == "runs/pretrain_llama31_8b"
     with pytest.raises(ConfigError, match="no variable MODELS"):
         load_config(PAPER)
+
+
+def test_a_decoder_through_transformers_is_refused_before_its_weights_are_missed(tmp_path: Path) -> None:
+    sized, _ = with_published_sizes(_load("decoders.0.implementation=transformers"), tmp_path)
+    with pytest.raises(ConfigError, match=r"decoders.0 \(llama31_8b\) runs through transformers"):
+        read_model(sized)
 
 
 def test_an_unknown_model_is_an_error_whose_remedy_works(tmp_path: Path) -> None:
@@ -189,17 +217,108 @@ def test_machines_with_unequal_hosts_and_unknown_names_are_refused() -> None:
     assert check_machine("h200", 24, None, "400g") == Machine("h200", 24, 3, "400g")
     with pytest.raises(ConfigError, match="multiple of --hosts"):
         check_machine("h200", 9, 2, "400g")
-    with pytest.raises(ConfigError, match="expected at least one of each"):
+    with pytest.raises(ConfigError, match="--gpus is 0; expected at least 1"):
         check_machine("h200", 0, None, "400g")
+    with pytest.raises(ConfigError, match="--hosts is -1; expected at least 1"):
+        check_machine("h200", 8, -1, "400g")
     with pytest.raises(ConfigError, match=r"--gpu is 'v100'; expected one of h100-80"):
         check_machine("v100", 8, 1, "400g")
 
 
 def test_the_slowest_link_decides() -> None:
     within, across = Machine("h100-80", 8), Machine("h100-80", 16, 2, "100g")
-    assert within.ring_s(GIB, 1, 8) < across.ring_s(GIB, 1, 16)
+    assert within.ring_s(GIB, 1, 8) == pytest.approx(7 / 8 * GIB / (450e9 * 0.8) + 5e-6)
+    assert across.ring_s(GIB, 1, 16) == pytest.approx(1 / 2 * GIB / (12.5e9 * 0.8) + 2 * 5e-6)
     assert across.ring_s(GIB, 1, 8) == within.ring_s(GIB, 1, 8)  # hpZ: the group is one host
     assert within.ring_s(GIB, 1, 1) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "machine"),
+    [
+        ("one_gpu_24gb", Machine("l4", 1)),
+        ("one_gpu_80gb", Machine("h100-80", 1)),
+        ("one_host_8x80gb", Machine("h100-80", 8)),
+        ("hosts_16x8x80gb", Machine("h100-80", 128, 16)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.gpu,
+)
+def test_a_recipe_fits_the_machine_in_its_name(
+    recipe: str, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("MODELS", "SHARDS", "RUNS"):
+        monkeypatch.delenv(name, raising=False)
+    config = load_for_plan(ROOT / "ds_configs" / "recipes" / f"{recipe}.yaml", ())
+    plan = make_plan(config, read_model(with_published_sizes(config, tmp_path)[0]), machine)
+    assert plan.fits
+    # The GPU works for most of the step: it does not wait for transfers, launches or communication.
+    assert plan.time.products + plan.time.other > 0.5 * plan.time.total
+
+
+def test_offloaded_states_pass_the_bus_in_every_micro_batch(model: RunModel) -> None:
+    offload = f"deepspeed={ROOT / 'ds_configs' / 'zero3_offload.json'}"
+    few = _plan(model, Machine("h100-80", 8), offload, "micro_batches=2")
+    many = _plan(model, Machine("h100-80", 8), offload, "micro_batches=4")
+    trained = PAPER_TRAINED / 8
+    # float32 gradients to the host and back for each micro-batch; then a copy of them, and the bfloat16 weights.
+    assert few.time.transfers == pytest.approx((8 * 2 + 4 + 2) * trained / (64e9 * 0.8), rel=1e-4)
+    assert many.time.transfers == pytest.approx((8 * 4 + 4 + 2) * trained / (64e9 * 0.8), rel=1e-4)
+    assert few.host_bytes == pytest.approx((12 + 8) * trained, rel=1e-4)
+    assert _plan(model, Machine("h100-80", 8), "micro_batches=2").time.transfers == 0
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"reduce_bucket_size": "auto"}, r"reduce_bucket_size is \"auto\"; only these can be"),
+        ({"reduce_bucket_size": "large"}, r"reduce_bucket_size is 'large'; expected a number from 0 on"),
+        ({"stage": 2}, r"stage is 2, but the run says 3"),
+        ({"offload_optimizer": {"device": "nvme"}}, r"device is nvme, which is not supported"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_a_deepspeed_json_that_training_refuses_is_not_planned(
+    model: RunModel, zero: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(ConfigError, match=message):
+        _plan(model, Machine("h100-80", 8), f"deepspeed={path}")
+
+
+def test_offload_is_proposed_only_if_its_json_is_next_to_the_config_s(tmp_path: Path) -> None:
+    for name in ("zero3", "zero3_offload"):
+        (tmp_path / f"{name}.json").write_text((ROOT / "ds_configs" / f"{name}.json").read_text())
+
+    def offloads(deepspeed: str) -> set[str]:
+        config = _load(f"deepspeed={tmp_path / deepspeed}")
+        overrides = {each for changes in _changes(config, Machine("h100-80", 8)) for each in changes}
+        return {each for each in overrides if each.startswith("deepspeed=")}
+
+    assert offloads("zero3.json") == {f"deepspeed={tmp_path / 'zero3_offload.json'}"}
+    assert not offloads("zero3_offload.json")
+    (tmp_path / "zero3_offload.json").unlink()
+    assert not offloads("zero3.json")
+
+
+def test_only_more_recomputation_is_proposed() -> None:
+    config = _load("encoder.activation_checkpointing=selective")
+    overrides = {each for changes in _changes(config, Machine("h100-80", 8)) for each in changes}
+    assert {each for each in overrides if "activation" in each} == {
+        "encoder.activation_checkpointing=full",
+        "decoders.0.activation_checkpointing=selective",
+        "decoders.0.activation_checkpointing=full",
+    }
+
+
+def test_samples_have_lengths_from_all_of_a_source_s_records() -> None:
+    estimates = tuple(Estimate((length,), 0, 32) for length in (8, 16, 32, 64))
+    batches = [
+        pack(micro_batch([Kind(1.0, estimates, 4)], number, _load(), PoolingSpec()).samples, PoolingSpec())
+        for number in (2, 4)
+    ]
+    assert [batch.num_encoder_tokens for batch in batches] == [16 + 64, 8 + 16 + 32 + 64]
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

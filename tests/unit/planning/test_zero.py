@@ -48,6 +48,13 @@ def test_a_prefetch_keeps_the_last_module_because_its_parent_comes_first_in_back
     assert _gathered(alone, ahead) != [10, 20, 30, 20, 10]
 
 
+def test_the_second_copy_within_a_host_serves_all_but_the_first_gather_of_a_trained_parameter() -> None:
+    gathers = simulate_gathers(_chain(num_frozen=1), NO_REUSE)
+    assert gathers.sizes == ((10,), (20,), (30,), (30,), (20,))
+    assert gathers.part(is_first=True).sizes == ((20,), (30,))
+    assert gathers.part(is_first=False).sizes == ((10,), (30,), (20,))
+
+
 def test_small_parameters_are_never_released() -> None:
     keeps_two = ZeroSettings(prefetch_bucket=0, persistence_threshold=20, max_reuse_distance=0)
     assert _gathered(_chain(), keeps_two) == [30, 30]

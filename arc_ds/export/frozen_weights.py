@@ -20,6 +20,8 @@ from arc_ds.model.weights.locate import locate
 from arc_ds.model.weights.names import Shape
 from arc_ds.model.weights.selection import MEMORY, use_memory_tokens
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def open_frozen(
     names: Collection[str], source: FrozenSource, spec: CompressorSpec, moved: Path | None = None
@@ -48,7 +50,7 @@ def open_frozen(
         tensors, prefix = _open(path, source, spec)
     except WeightsError as error:
         raise CheckpointError(f"{place}. They are read from {source.key} of the run: {error} {remedy}") from error
-    dtype = getattr(torch, source.dtype)
+    dtype = _DTYPES[source.dtype]
     found = {}
     for name in names:
         theirs = name.removeprefix(prefix)
@@ -64,7 +66,14 @@ def _open(path: Path, source: FrozenSource, spec: CompressorSpec) -> tuple[Tenso
     if source.key == "encoder.backbone":
         return open_backbone(path, source.rope_scaling, is_unused=beyond_layers(spec.num_layers)), "encoder."
     backbone = Path(source.backbone)
-    folder = open_arc_folder(path, backbone if backbone.exists() else None)
+    try:
+        folder = open_arc_folder(path, backbone if backbone.exists() else None)
+    except WeightsError as error:
+        if backbone.exists():
+            raise
+        raise CheckpointError(
+            f"{error} The run read them from encoder.backbone: put its config.json or params.json back at {backbone}."
+        ) from error
     return use_memory_tokens(folder.tensors, spec.memory_tokens), ""
 
 

@@ -15,10 +15,10 @@ from arc_ds.errors import CheckpointError, WeightsError
 from arc_ds.inference.load import open_arc_folder
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights import TensorSource, beyond_layers, open_backbone, read_backbone_config
-from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy
+from arc_ds.model.weights.lazy_tensor import LazyTensor
 from arc_ds.model.weights.locate import locate
 from arc_ds.model.weights.names import Shape
-from arc_ds.model.weights.selection import MEMORY, use_memory_tokens
+from arc_ds.model.weights.selection import use_memory_tokens
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,8 +56,6 @@ def open_frozen(
         theirs = name.removeprefix(prefix)
         if theirs in tensors.shapes:
             found[name] = _by_rows(tensors, theirs, dtype)
-        elif name == MEMORY:  # memory tokens that do not come from the files start as ones
-            found[name] = as_lazy(torch.ones(spec.memory_tokens, spec.backbone.hidden_size))
     return found
 
 

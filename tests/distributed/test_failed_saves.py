@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from arc_ds.launch.exit_codes import EXIT_DATA, EXIT_DISK_FULL, EXIT_OK, exit_co
 from arc_ds.system import dist
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.train import train
-from arc_ds.training import run_folder
 from arc_ds.training.build import build_run
 from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
@@ -158,28 +156,6 @@ def test_a_read_only_folder_is_named(config: Path, small_disk: Path) -> None:
         assert "step_000008 cannot be written: Read-only file system" in message
         assert "Make it writable" in message and "step_000004 is whole" in message
     assert whole_steps(small_disk) == ["latest", "step_000004"]
-
-
-def check_folder(folder: Path, names: list[str]) -> str:
-    """The error of a rank whose folder has its own name."""
-    own = folder / names[dist.rank()]
-    if dist.is_main():
-        own.mkdir()
-        (own / "config.yaml").write_text("")
-    try:
-        with mock.patch.object(run_folder, "_SHARED_WITHIN_S", 0.2):
-            run_folder.check_shared(own)
-    except StorageError as error:
-        return str(error)
-    return ""
-
-
-def test_hosts_with_folders_of_their_own_are_refused_at_the_start(tmp_path: Path) -> None:
-    assert run_on_ranks(check_folder, tmp_path, ["shared", "shared"]) == ["", ""]
-    (tmp_path / "second").mkdir()
-    (tmp_path / "second" / "config.yaml").write_text("")  # of an earlier run there
-    for message in run_on_ranks(check_folder, tmp_path, ["first", "second"]):
-        assert message.startswith("rank 1: ") and f"does not see the {tmp_path / 'second' / 'config.yaml'}" in message
 
 
 def test_a_moved_folder_is_made_anew(config: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import random
 import shutil
+import socket
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -345,6 +346,22 @@ def test_an_error_elsewhere_waits_for_the_save_in_flight(tmp_path: Path, monkeyp
     threading.Timer(0.05, closing.set).start()
     background.close()
     assert check_checkpoint(tmp_path / "step_000001") == []
+
+
+def test_a_part_that_rank_0_never_sees_is_an_error_that_names_its_rank_and_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the other host had a folder of its own."""
+    monkeypatch.setattr(writer, "_PATIENCE_S", 0.2)
+    background = CheckpointWriter(tmp_path, keep_last=1, keep_every=0, asynchronous=True)
+    with monkeypatch.context() as two_ranks:
+        two_ranks.setattr(writer.dist, "world_size", lambda: 2)
+        state = TrainerState(step=2, data_position=0, data_fingerprint="", config_hash="")
+        background.save(light_engine(), state)
+    message = f"rank 1 has written its part, but {socket.gethostname()} does not see it in {tmp_path}"
+    with pytest.raises(StorageError, match=message):
+        background.finish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_that_its_run_removes_while_another_run_starts_from_it_is_one_error(

@@ -1,10 +1,10 @@
-"""What a save costs the steps around it: in the background, waiting, and as earlier versions saved (DeepSpeed's files).
+"""Cost of a save for the steps around it: in the background, waiting, and with the files of earlier versions.
 
     python tools/bench_checkpoint.py --million 25 --csv tools/bench_checkpoint.csv
 
 Trains a stack of linear layers under ZeRO-3 on one rank, half of which are frozen, and saves every few steps. The three
-ways take turns in one process, so that they share its load. DeepSpeed's files were written, synced, hashed and renamed,
-as here, before the next step began.
+ways take turns in one process, so that they share its load. Earlier versions wrote, synced, hashed and renamed
+DeepSpeed's files, as here, before the next step began.
 """
 
 from __future__ import annotations

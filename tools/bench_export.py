@@ -1,4 +1,4 @@
-"""Time and memory of `arc-ds export` on a random checkpoint in DeepSpeed's layout, next to `cp` of the same bytes.
+"""Time and memory of `arc-ds export` on a random checkpoint, next to `cp` of the same bytes.
 
     python tools/bench_export.py --gb 2 --world-size 4 --csv tools/bench_export.csv
 
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ import torch
 from bench_rows import append, memory_bytes, origin, reset_peak_memory, write
 
 from arc_ds.batch.groups import GroupRule
-from arc_ds.checkpoints.checkpoint import TrainerState
+from arc_ds.checkpoints.checkpoint import TRAINER_NAME, TrainerState
 from arc_ds.checkpoints.manifest import Manifest, seal_file, write_manifest
+from arc_ds.checkpoints.shards import COUNTERS, MASTER, EngineState, piece_numel, write_shards
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.spec import CompressorSpec, build_compressor
 
@@ -147,67 +148,56 @@ def write_random_checkpoint(run: Path, spec: CompressorSpec, world_size: int, *,
 
 
 def write_checkpoint(
-    run: Path, spec: CompressorSpec, world_size: int, piece: Piece, *, step: int = 1, frozen: tuple[str, ...] = ()
+    run: Path,
+    spec: CompressorSpec,
+    world_size: int,
+    piece: Piece,
+    *,
+    step: int = 1,
+    frozen: tuple[str, ...] = (),
+    extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `run/checkpoints/step_NNNNNN` in the layout of DeepSpeed's ZeRO-3, with Adam's moments, and a tokenizer.
+    """Write `run/checkpoints/step_NNNNNN` with Adam's moments, as a run writes it, and a tokenizer.
 
     Holds the files of one rank in memory.
 
     piece: returns a rank's part of a parameter as float32, from its name, the number of values and the rank. It has
         ceil(n / world_size) values; the last ones are padded.
     frozen: beginnings of the names of parameters that are not trained.
+    extra: more of `TrainerState.extra`.
     """
     folder = run / "checkpoints" / f"step_{step:06d}"
     folder.mkdir(parents=True)
-    shapes = shapes_of(spec)
-    frozen_shapes = {name: shape for name, shape in shapes.items() if any(map(name.startswith, frozen))}
-    groups = [
-        {name: s for name, s in shapes.items() if name.startswith("ports.") is is_port and name not in frozen_shapes}
+    shapes = {name: tuple(shape) for name, shape in shapes_of(spec).items() if not name.startswith(frozen)}
+    by_part = [
+        {name: shape for name, shape in shapes.items() if name.startswith("ports.") is is_port}
         for is_port in (False, True)
     ]
+    groups = [group for group in by_part if group]
+    files = []
     for rank in range(world_size):
-
-        def own(name: str, rank: int = rank) -> torch.Tensor:
-            return piece(name, -(-shapes[name].numel() // world_size), rank)
-
-        flat = [torch.cat([own(name) for name in group]) for group in groups]
-        moments = {
-            idx: {"step": torch.tensor(float(step)), "exp_avg": 0.1 * group, "exp_avg_sq": group.square()}
-            for idx, group in enumerate(flat)
-        }
-        param_groups = [{"lr": 1e-5, "params": [idx]} for idx in range(len(groups))]
-        optimizer = {
-            "zero_stage": 3,
-            "partition_count": world_size,
-            "optimizer_state_dict": {"state": moments, "param_groups": param_groups},
-            "fp32_flat_groups": flat,
-        }
-        states: dict[str, Any] = {"optimizer_state_dict": optimizer, "ds_config": {}, "ds_version": "0.19.8"}
-        torch.save(states, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        del states, optimizer, moments, flat
-        model = {
-            "module": {name: torch.empty(0) for name in shapes},
-            "buffer_names": [],
-            "param_shapes": groups,
-            "frozen_param_shapes": frozen_shapes,
-            "frozen_param_fragments": {name: own(name) for name in frozen_shapes},
-            "shared_params": {},
-            "ds_version": "0.19.8",
-        }
-        torch.save(model, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-    (folder / "trainer.json").write_text(json.dumps(asdict(_state(run, spec, step))))
-    files = tuple(seal_file(folder, path) for path in sorted(folder.iterdir()))
-    write_manifest(folder, Manifest(step=step, world_size=world_size, files=files))
+        tensors: dict[str, torch.Tensor] = {}
+        for idx, group in enumerate(groups):
+            pieces = [piece(name, piece_numel(math.prod(shape), world_size), rank) for name, shape in group.items()]
+            flat = torch.cat(pieces)
+            moments = {"exp_avg": 0.1 * flat, "exp_avg_sq": flat.square(), "step": torch.tensor(float(step))}
+            tensors |= {f"{idx}.{state}": tensor for state, tensor in {MASTER: flat, **moments}.items()}
+        state = EngineState(sub_groups=groups, counters=dict.fromkeys(COUNTERS, step), tensors=tensors)
+        files += write_shards(folder, rank, state)
+    (folder / TRAINER_NAME).write_text(json.dumps(asdict(state_of(run, spec, step, extra or {}))))
+    files.append(seal_file(folder, folder / TRAINER_NAME))
+    write_manifest(folder, Manifest(step=step, world_size=world_size, files=tuple(files)))
     return folder
 
 
-def _state(run: Path, spec: CompressorSpec, step: int) -> TrainerState:
+def state_of(run: Path, spec: CompressorSpec, step: int, extra: Mapping[str, Any]) -> TrainerState:
+    """The state of a trainer whose encoder reads bytes. extra: more of its `extra`."""
     tokenizer = run / "tokenizer.model"
     if not tokenizer.exists():
         tokenizer.write_text("".join(f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256)))
     decoders = [{"name": f"decoder{idx}", "rope_scaling": "checkpoint"} for idx in range(len(spec.decoder_sizes))]
-    extra = {"compressor": spec.to_json(), "encoder_tokenizer": str(tokenizer), "decoders": decoders}
-    return TrainerState(step=step, data_position=step, data_fingerprint="random", config_hash="random", extra=extra)
+    described = {"compressor": spec.to_json(), "encoder_tokenizer": str(tokenizer), "decoders": decoders, **extra}
+    return TrainerState(step=step, data_position=step, data_fingerprint="random", config_hash="random", extra=described)
 
 
 def _export_here(arguments: list[str]) -> int:
@@ -234,7 +224,7 @@ def _measure(run: Path, out: Path, export_format: str, dtype: str, average: int,
     largest = max(numels) * getattr(torch, dtype).itemsize / _MB
     checkpoint = sorted((run / "checkpoints").glob("step_*"))[-1]
     row = Row(
-        world_size=len(list(checkpoint.glob("*optim_states.pt"))),
+        world_size=len(list(checkpoint.glob("shard_*.safetensors"))),
         format=export_format,
         dtype=dtype,
         average=average,

@@ -10,7 +10,6 @@ and JSON. No pickle is run, not even in earlier checkpoints, which hold DeepSpee
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arc_ds.checkpoints.manifest import read_manifest
+from arc_ds.checkpoints.manifest import is_count, read_json, read_manifest
 from arc_ds.checkpoints.reshard import restore_engine
 from arc_ds.checkpoints.rng import restore_rng
 from arc_ds.checkpoints.shards import open_shards
@@ -116,23 +115,30 @@ def load_checkpoint(engine: Any, path: Path) -> TrainerState:
     Raises CheckpointError if the checkpoint belongs to another model, and CheckpointRemoved if it vanishes.
     """
     with reading(path):
-        manifest = read_manifest(path)
         with dist.fail_together():
+            manifest, state = read_manifest(path), read_trainer_state(path)
             shards = open_shards(path, manifest.world_size)
+            if manifest.world_size == dist.world_size():
+                rng = path / rng_name(dist.rank())
+                restore_rng(read_json(rng), rng)
         restore_engine(engine, shards, path)
-        if manifest.world_size == dist.world_size():
-            restore_rng(json.loads((path / rng_name(dist.rank())).read_text(encoding="utf-8")))
-        else:
+        if manifest.world_size != dist.world_size():
             logger.info("%s was written by %d ranks and is read by %d", path, manifest.world_size, dist.world_size())
-        return read_trainer_state(path)
+        return state
 
 
 def read_trainer_state(path: Path) -> TrainerState:
     """Read the trainer's state of a checkpoint, without an engine. Does not verify checksums."""
+    plain = read_json(path / TRAINER_NAME)
     try:
-        return TrainerState(**json.loads((path / TRAINER_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / TRAINER_NAME} cannot be read: {error}") from error
+        state = TrainerState(**plain)
+        if not is_count(state.step) or not isinstance(state.extra, dict):
+            raise TypeError("`step` is no count, or `extra` is no object")
+        return state
+    except TypeError as error:
+        raise CheckpointError(
+            f"{path / TRAINER_NAME} is not the state of a trainer: {error}. Use another checkpoint of the run."
+        ) from error
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -161,8 +167,20 @@ def prune_checkpoints(directory: Path, *, keep_last: int, keep_every: int) -> No
             continue
         # Rename first: a kill during the deletion must not leave an incomplete step folder.
         trash = path.with_name(f".trash-{path.name}")
-        os.replace(path, trash)
-        shutil.rmtree(trash)
+        try:
+            os.replace(path, trash)
+        except OSError as error:
+            logger.warning("%s cannot be removed: %s. Remove it yourself.", path, error.strerror)
+        else:
+            remove_leftover(trash)
+
+
+def remove_leftover(folder: Path) -> None:
+    """Delete a folder of the writer; warn if it cannot be deleted. On NFS this fails while a reader has a file open."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s cannot be deleted now: %s. The next save tries again.", folder, error.strerror)
 
 
 def is_whole_by_size(path: Path) -> bool:

@@ -10,8 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from arc_ds.errors import CheckpointError
 
 KEPT_NAME = "kept_ports.safetensors"
 _PORT = re.compile(r"^ports\.(\d+)\.")
@@ -24,7 +27,11 @@ def write_kept_ports(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_kept_ports(folder: Path) -> dict[str, Tensor]:
     """The tensors of kept ports in a checkpoint, in their own dtypes. Empty if the run keeps none."""
-    return load_file(folder / KEPT_NAME) if (folder / KEPT_NAME).is_file() else {}
+    path = folder / KEPT_NAME
+    try:
+        return load_file(path) if path.is_file() else {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}. Use another checkpoint of the run.") from error
 
 
 def name_in_export(name: str, places: Sequence[int] | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -16,6 +16,7 @@ import xxhash
 from arc_ds.errors import CheckpointError
 from arc_ds.system.checksums import FileEntry, hash_file
 from arc_ds.system.files import sync_file, write_whole
+from arc_ds.system.user_files import read_user_json
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -45,21 +46,37 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Read `manifest.json`. Raises CheckpointError if it is missing, truncated, altered or of an unknown version."""
     path = folder / MANIFEST_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {MANIFEST_NAME}.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): the checkpoint is damaged.") from error
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {MANIFEST_NAME}.")
+    content = read_json(path)
     if not isinstance(content, dict) or content.pop("digest", None) != _digest(content):
         raise CheckpointError(f"{path} does not match its own digest: the checkpoint is damaged.")
-    if content["version"] != MANIFEST_VERSION:
+    if (found := content.get("version")) != MANIFEST_VERSION:
         raise CheckpointError(
-            f"{path} has version {content['version']}, but this program reads version {MANIFEST_VERSION}. "
-            "Resume with the release that wrote it."
+            f"{path} has version {found}, but this program reads version {MANIFEST_VERSION}. Resume with the release "
+            "that wrote it."
         )
-    files = tuple(FileEntry(**entry) for entry in content["files"])
-    return Manifest(step=content["step"], world_size=content["world_size"], files=files)
+    try:
+        files = tuple(FileEntry(**entry) for entry in content["files"])
+        manifest = Manifest(step=content["step"], world_size=content["world_size"], files=files)
+        paths = [PurePosixPath(entry.path) for entry in files]
+    except (LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} does not list files ({error!r}): the checkpoint is damaged.") from error
+    if not (is_count(manifest.step) and is_count(manifest.world_size)):
+        raise CheckpointError(f"{path} has no step or no number of ranks: the checkpoint is damaged.")
+    if outside := [str(each) for each in paths if each.is_absolute() or ".." in each.parts]:
+        raise CheckpointError(f"{path} lists {outside[0]}, which is not in its folder: the checkpoint is damaged.")
+    return manifest
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a checkpoint. Raises CheckpointError if it is missing, or is not JSON."""
+    return read_user_json(path, CheckpointError, remedy="Use another checkpoint of the run.")
+
+
+def is_count(value: object) -> bool:
+    """Whether a value of a file is a whole number from 0 on."""
+    return type(value) is int and value >= 0
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -8,31 +8,35 @@ written to the engine here, in memory.
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arc_ds.checkpoints.shards import COUNTERS, MASTER, EngineState, SavedShards, SubGroup
+from arc_ds.checkpoints.shards import COUNTERS, MASTER, EngineState, SavedShards
 from arc_ds.errors import CheckpointError
+from arc_ds.model.weights.names import Shape
 from arc_ds.system import dist
 
 
 def engine_state(engine: Any) -> EngineState:
     """The trained state on this rank, without a copy: the tensors are the engine's own."""
     optimizer = engine.optimizer
-    sub_groups: list[SubGroup] = []
     tensors: dict[str, Tensor] = {}
-    masters = optimizer.fp32_partitioned_groups_flat
-    for idx, (params, master) in enumerate(zip(optimizer.fp16_groups, masters, strict=True)):
-        group = optimizer.optimizer.groups[optimizer.sub_group_to_group_id[idx]]
-        shapes = {engine.param_names[param]: tuple(param.ds_shape) for param in params}
-        sub_groups.append(SubGroup(group=group.name, shapes=shapes))
+    for idx, master in enumerate(optimizer.fp32_partitioned_groups_flat):
         states = {MASTER: master, **optimizer.optimizer.state.get(master, {})}
         tensors |= {f"{idx}.{state}": torch.as_tensor(value).detach() for state, value in states.items()}
-    counters = {name: int(getattr(engine, name)) for name in COUNTERS}
-    return EngineState(sub_groups=tuple(sub_groups), counters=counters, tensors=tensors)
+    return EngineState(
+        sub_groups=[_shapes(engine, params) for params in optimizer.fp16_groups],
+        counters={name: int(getattr(engine, name)) for name in COUNTERS},
+        tensors=tensors,
+    )
+
+
+def _shapes(engine: Any, params: Iterable[Any]) -> dict[str, Shape]:
+    """Shapes of whole parameters by name."""
+    return {engine.param_names[param]: tuple(param.ds_shape) for param in params}
 
 
 def restore_engine(engine: Any, shards: SavedShards, source: object) -> None:
@@ -42,11 +46,11 @@ def restore_engine(engine: Any, shards: SavedShards, source: object) -> None:
 
     source: the checkpoint, for messages.
 
-    Raises CheckpointError if names or sizes of trained parameters differ.
+    Raises CheckpointError if names or shapes of trained parameters differ.
     """
     with dist.fail_together():
         _check_same_parameters(engine, shards, source)
-        masters, states = _own_state(engine, shards)
+        masters, states = _own_state(engine, shards, source)
     optimizer = engine.optimizer
     optimizer.checkpoint_event_prologue()
     state = optimizer.state_dict()
@@ -62,25 +66,29 @@ def restore_engine(engine: Any, shards: SavedShards, source: object) -> None:
 
 
 def _check_same_parameters(engine: Any, shards: SavedShards, source: object) -> None:
-    trained = itertools.chain(*engine.optimizer.fp16_groups)
-    expected = {engine.param_names[param]: param.ds_numel for param in trained}
-    found = {name: math.prod(saved.shape) for name, saved in shards.trained.items()}
+    expected = _shapes(engine, itertools.chain(*engine.optimizer.fp16_groups))
+    found = {name: saved.shape for name, saved in shards.trained.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         name = wrong[0]
         raise CheckpointError(
             f"{source} does not fit this run's model: {len(wrong)} trained parameters differ. The first is {name}: "
-            f"expected {expected.get(name, 'none')} elements, found {found.get(name, 'none')}. Use the config that "
-            "wrote the checkpoint, or another run_dir."
+            f"expected shape {expected.get(name, 'none')}, found {found.get(name, 'none')}. Use the config that wrote "
+            "the checkpoint, or another run_dir."
         )
 
 
-def _own_state(engine: Any, shards: SavedShards) -> tuple[list[Tensor], dict[int, dict[str, Tensor]]]:
+def _own_state(engine: Any, shards: SavedShards, source: object) -> tuple[list[Tensor], dict[int, dict[str, Tensor]]]:
     """This rank's float32 weights by sub-group, and the optimizer's state by sub-group."""
     place = {"rank": dist.rank(), "world_size": dist.world_size()}
     masters, states = [], {}
     for idx, params in enumerate(engine.optimizer.fp16_groups):
         saved = [shards.trained[engine.param_names[param]] for param in params]
+        if any(each.scalars != saved[0].scalars for each in saved):
+            raise CheckpointError(
+                f"{source} has several step counts for parameters that are updated together. Use another checkpoint of "
+                "the run."
+            )
         flats = {state: torch.cat([each.piece(state, **place) for each in saved]) for state in saved[0].flats}
         masters.append(flats.pop(MASTER))
         scalars = {state: torch.tensor(value) for state, value in saved[0].scalars.items()}

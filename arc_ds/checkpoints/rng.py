@@ -25,18 +25,25 @@ def capture_rng() -> dict[str, Any]:
     return state
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Restore the states that `capture_rng` returned. Raises CheckpointError if they do not fit this program."""
+def restore_rng(state: dict[str, Any], source: object) -> None:
+    """Restore the states that `capture_rng` returned. Raises CheckpointError if they do not fit this program.
+
+    source: their file, for messages.
+    """
     try:
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        name, keys, position, *rest = state["numpy"]
+        if not 0 <= position <= len(keys):  # numpy would read beyond its keys
+            raise ValueError(f"numpy's position is {position}")
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, *rest))
         torch.set_rng_state(_decode(state["torch"]))
         if "accelerator" in state and (device := _accelerator_in_use()) is not None:
             device.set_rng_state(_decode(state["accelerator"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the checkpoint's random states do not fit this program: {error!r}") from error
+    except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the random states in {source} do not fit this program: {error!r}. Use another checkpoint of the run."
+        ) from error
 
 
 def _accelerator_in_use() -> Any | None:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from arc_ds.checkpoints.manifest import seal_file
+from arc_ds.checkpoints.manifest import is_count, read_json, seal_file
 from arc_ds.checkpoints.torch_file import StoredTensor, read_torch_file
 from arc_ds.errors import CheckpointError, words_of
 from arc_ds.model.weights.lazy_tensor import LazyTensor, write_safetensors
@@ -33,31 +33,21 @@ from arc_ds.system.files import sync_file
 
 INDEX_NAME = "shards.json"
 MASTER = "master"
+_MOMENTS = {"exp_avg", "exp_avg_sq", "step"}  # AdamW's states of a sub-group that a step has trained
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # attributes of DeepSpeed's engine
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubGroup:
-    """Parameters that the optimizer updates together.
-
-    group: name of their parameter group.
-    shapes: shapes of the whole parameters by name, in the order of their pieces.
-    """
-
-    group: str
-    shapes: Mapping[str, Shape]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineState:
     """The trained state of an engine on one rank.
 
-    sub_groups: the same on all ranks.
+    sub_groups: for each sub-group of parameters, which the optimizer updates together, the shapes of its whole
+        parameters by name, in the order of their pieces. The same on all ranks.
     counters: DeepSpeed's counts of steps and samples.
     tensors: flat float32 tensors, and scalars such as Adam's step count, by `{sub-group}.{state}`.
     """
 
-    sub_groups: tuple[SubGroup, ...]
+    sub_groups: Sequence[Mapping[str, Shape]]
     counters: Mapping[str, int]
     tensors: Mapping[str, Tensor]
 
@@ -130,12 +120,8 @@ def write_shards(folder: Path, rank: int, state: EngineState) -> list[FileEntry]
         index = {
             "counters": dict(state.counters),
             "sub_groups": [
-                {
-                    "group": each.group,
-                    "shapes": {name: list(shape) for name, shape in each.shapes.items()},
-                    "scalars": _of_sub_group(scalars, idx),
-                }
-                for idx, each in enumerate(state.sub_groups)
+                {"shapes": dict(shapes), "scalars": _of_sub_group(scalars, idx)}
+                for idx, shapes in enumerate(state.sub_groups)
             ],
         }
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
@@ -159,7 +145,7 @@ def open_shards(checkpoint: Path, world_size: int) -> SavedShards:
         if (checkpoint / INDEX_NAME).is_file():
             return _open(checkpoint, world_size)
         return _open_deepspeed(checkpoint, world_size)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"the shards in {checkpoint} do not have the layout of a ZeRO-3 engine ({words_of(error)}). Use another "
             "checkpoint of the run."
@@ -167,34 +153,41 @@ def open_shards(checkpoint: Path, world_size: int) -> SavedShards:
 
 
 def _open(checkpoint: Path, world_size: int) -> SavedShards:
-    index = json.loads((checkpoint / INDEX_NAME).read_text(encoding="utf-8"))
+    index = read_json(checkpoint / INDEX_NAME)
     files = [_stored_tensors(checkpoint / f"shard_{rank:05d}.safetensors") for rank in range(world_size)]
     trained: dict[str, SavedParameter] = {}
     for idx, group in enumerate(index["sub_groups"]):
         flats = {state: [file[f"{idx}.{state}"] for file in files] for state in _of_sub_group(files[0], idx)}
-        trained |= _cut(checkpoint, idx, group["shapes"], flats, group["scalars"])
-    return SavedShards(trained=trained, counters=index["counters"])
+        scalars = {state: float(value) for state, value in group["scalars"].items()}
+        trained |= _cut(checkpoint, idx, group["shapes"], flats, scalars)
+    return SavedShards(trained=trained, counters={name: int(index["counters"][name]) for name in COUNTERS})
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """The float32 tensors of a safetensors file."""
     try:
         with path.open("rb") as file:
-            start = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start))
+            start, end = 8 + int.from_bytes(file.read(8), "little"), path.stat().st_size
+            if start > end:
+                raise ValueError(f"{path.name} has a header of {start} bytes, but {end} bytes in all")
+            header = json.loads(file.read(start - 8))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Use another checkpoint of the run.") from error
-    found, end = {}, path.stat().st_size
+    found = {}
     for name, entry in header.items():
-        first, last = (8 + start + offset for offset in entry["data_offsets"])
-        if (
-            entry["dtype"] != "F32"
-            or last - first != 4 * math.prod(entry["shape"])
-            or not 8 + start <= first <= last <= end
-        ):
+        shape, (first, last) = _shape(entry["shape"]), _shape(entry["data_offsets"])
+        if entry["dtype"] != "F32" or last - first != 4 * math.prod(shape) or start + last > end:
             raise ValueError(f"`{name}` in {path.name} is no float32 tensor inside the file")
-        found[name] = StoredTensor(path, first, torch.float32, tuple(entry["shape"]))
+        found[name] = StoredTensor(path, start + first, torch.float32, shape)
     return found
+
+
+def _shape(sizes: Any) -> Shape:
+    """The sizes in a file as a shape. Raises ValueError if they are no counts."""
+    shape = tuple(sizes)
+    if not all(map(is_count, shape)):
+        raise ValueError(f"the sizes {list(shape)} are no counts")
+    return shape
 
 
 def _open_deepspeed(checkpoint: Path, world_size: int) -> SavedShards:
@@ -247,14 +240,18 @@ def _cut(
 ) -> dict[str, SavedParameter]:
     """The parameters of a sub-group."""
     found, offset = {}, 0
-    for name, shape in shapes.items():
-        found[name] = SavedParameter(shape=tuple(shape), flats=flats, offset=offset, scalars=scalars)
+    if {*flats, *scalars} - {MASTER} not in (set(), _MOMENTS) or not all(each >= 0 for each in scalars.values()):
+        raise ValueError(f"sub-group {idx} has {', '.join(flats)} and {dict(scalars)}, expected the states of AdamW")
+    for name, sizes in shapes.items():
+        shape = _shape(sizes)
+        found[name] = SavedParameter(shape=shape, flats=flats, offset=offset, scalars=scalars)
         offset += piece_numel(math.prod(shape), len(flats[MASTER]))
-    sizes = {state: [math.prod(flat.shape) for flat in ranks] for state, ranks in flats.items()}
-    for state, of_ranks in sizes.items():
-        if any(size != offset for size in of_ranks):
+    for state, of_ranks in flats.items():
+        numels = [math.prod(flat.shape) for flat in of_ranks]
+        if any(numel != offset for numel in numels):
             raise CheckpointError(
-                f"{checkpoint}: {state} of sub-group {idx} has {of_ranks} elements on its ranks, expected {offset}."
+                f"{checkpoint}: {state} of sub-group {idx} has {numels} elements on its ranks, expected {offset}. Use "
+                "another checkpoint of the run."
             )
     return found
 

@@ -4,7 +4,7 @@
 2. A thread of each rank writes its files under a temporary name, syncs and hashes them, and leaves their checksums in
    that folder as its part.
 3. When the parts of all ranks are there, the thread of rank 0 writes the manifest, renames the folder and finally
-   updates `latest`.
+   updates `latest`. A shared file system may show the parts of other hosts late: NFS after up to a minute.
 
 The threads use no collective. The next save, or `finish`, waits for the save in flight and raises its error on all
 ranks. If the run is killed at any point, the previous checkpoint can still be loaded. A save that fails removes its
@@ -18,11 +18,14 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +41,7 @@ from arc_ds.checkpoints.checkpoint import (
     is_whole_by_size,
     list_checkpoints,
     prune_checkpoints,
+    remove_leftover,
     rng_name,
 )
 from arc_ds.checkpoints.kept_ports import KEPT_NAME, write_kept_ports
@@ -45,7 +49,7 @@ from arc_ds.checkpoints.manifest import Manifest, seal_file, write_manifest
 from arc_ds.checkpoints.reshard import engine_state
 from arc_ds.checkpoints.rng import capture_rng
 from arc_ds.checkpoints.shards import EngineState, write_shards
-from arc_ds.errors import CheckpointError
+from arc_ds.errors import CheckpointError, StorageError
 from arc_ds.system import dist
 from arc_ds.system.checksums import FileEntry
 from arc_ds.system.device import start_host_copies
@@ -54,7 +58,7 @@ from arc_ds.system.files import output, sync_folder, write_whole
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_PATIENCE_S = 60.0  # for the parts of other ranks, after an error
+_PATIENCE_S = 90.0  # for the parts of other ranks, once all have written theirs, or after an error
 
 
 class CheckpointWriter:
@@ -107,17 +111,15 @@ class CheckpointWriter:
         def write() -> None:
             if wait_for_copies is not None:
                 wait_for_copies()
-            with written():
-                _leave_part(temporary, _write_part(temporary, state, trainer_state, rng, kept or {}))
+            _leave_part(temporary, _write_part(temporary, state, trainer_state, rng, kept or {}))
 
         def publish(parts: list[list[FileEntry]]) -> None:
             files = tuple(sorted((entry for part in parts for entry in part), key=lambda entry: entry.path))
-            with written():
-                _publish(temporary, final, Manifest(step=trainer_state.step, world_size=len(parts), files=files))
-                self._prune()
+            _publish(temporary, final, Manifest(step=trainer_state.step, world_size=len(parts), files=files))
+            self._prune()
             logger.info("saved %s", final)
 
-        self._save = _Save(temporary, write, publish)
+        self._save = _Save(temporary, write, publish, written)
         if not self._asynchronous:
             self.finish()
         return final
@@ -130,6 +132,7 @@ class CheckpointWriter:
         save.own_part.wait()
         if any(dist.gather_objects(save.error is not None)):
             save.abort.set()
+        save.deadline = time.monotonic() + _PATIENCE_S
         save.thread.join()
         self._save = None
         try:
@@ -143,9 +146,8 @@ class CheckpointWriter:
         """Wait for the save in flight without the other ranks, after an error. Rank 0 gives up if parts are missing."""
         save, self._save = self._save, None
         if save is not None:
-            save.own_part.wait()
-            save.thread.join(timeout=_PATIENCE_S)
-            save.abort.set()
+            save.deadline = time.monotonic() + _PATIENCE_S
+            save.thread.join()
 
 
 class _Save:
@@ -153,8 +155,10 @@ class _Save:
 
     write: writes this rank's files and leaves their entries as its part.
     publish: makes the checkpoint of the parts of all ranks; called on rank 0.
+    written: context of both, which names the checkpoint if they fail (`files.output`).
     own_part: set when this rank's part is written or has failed.
     abort: set it to end the wait for other ranks' parts.
+    deadline: of that wait, by `time.monotonic`.
     """
 
     def __init__(
@@ -162,18 +166,21 @@ class _Save:
         temporary: Path,
         write: Callable[[], None],
         publish: Callable[[list[list[FileEntry]]], None],
+        written: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.temporary = temporary
         self.error: Exception | None = None
         self.own_part, self.abort = threading.Event(), threading.Event()
-        self._write, self._publish = write, publish
+        self.deadline = math.inf
+        self._write, self._publish, self._written = write, publish, written
         self._world_size = dist.world_size()
         self.thread = threading.Thread(target=self._run, daemon=True, name="checkpoint")
         self.thread.start()
 
     def _run(self) -> None:
         try:
-            self._write()
+            with self._written():
+                self._write()
         except Exception as error:
             self.error = error
             _remove_own_files(self.temporary)
@@ -183,15 +190,27 @@ class _Save:
             self.own_part.set()
         if dist.is_main():
             try:
-                self._publish_when_whole()
+                with self._written():
+                    self._publish_when_whole()
             except Exception as error:
                 self.error = self.error or error
 
     def _publish_when_whole(self) -> None:
         paths = [_part_path(self.temporary, rank) for rank in range(self._world_size)]
-        while not all(path.exists() for path in paths):
+
+        def missing_ranks() -> list[int]:
+            listed = set(os.listdir(self.temporary))  # asks the server of NFS; a look at one name may not
+            return [rank for rank, path in enumerate(paths) if path.name not in listed]
+
+        while missing := missing_ranks():
             if self.abort.wait(_POLL_S):
                 return
+            if time.monotonic() > self.deadline:
+                raise StorageError(
+                    f"rank {missing[0]} has written its part, but {socket.gethostname()} does not see it in "
+                    f"{self.temporary}. All hosts must see the same files there. Give a run_dir on a file system that "
+                    "they share."
+                )
         parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         if None in parts:
             shutil.rmtree(self.temporary, ignore_errors=True)  # frees the space before the next save
@@ -199,20 +218,6 @@ class _Save:
         for path in paths:
             path.unlink()
         self._publish([[FileEntry(**entry) for entry in part] for part in parts])
-
-
-def save_checkpoint(
-    engine: Any,
-    directory: Path,
-    trainer_state: TrainerState,
-    *,
-    keep_last: int,
-    keep_every: int,
-    kept: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Save one checkpoint and wait until it is whole. See `CheckpointWriter`. Collective."""
-    writer = CheckpointWriter(directory, keep_last=keep_last, keep_every=keep_every, asynchronous=False)
-    return writer.save(engine, trainer_state, kept)
 
 
 def _check_absent(final: Path) -> None:
@@ -228,7 +233,7 @@ def _make_room(directory: Path, final: Path) -> None:
     """Prepare the directory for a save."""
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in [*directory.glob(".tmp-step_*"), *directory.glob(".trash-step_*")]:
-        shutil.rmtree(leftover)
+        remove_leftover(leftover)
     if final.exists():
         names = (f"damaged-{number}-{final.name}" for number in itertools.count(1))
         aside = next(name for name in names if not (directory / name).exists())

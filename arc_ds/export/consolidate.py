@@ -1,6 +1,6 @@
 """Open the shards of checkpoints as whole tensors, without a GPU, a process group or DeepSpeed.
 
-Nothing but names and places is read here. The tensors are read in blocks when they are written.
+This reads names and places only. The tensors are read in blocks when they are written.
 """
 
 from __future__ import annotations
@@ -176,7 +176,9 @@ def consolidate(checkpoint: Path, encoder: Path | None = None) -> TrainedCompres
             trained = _described(state, saved, kept, read_training_record(checkpoint.parent.parent, state))
             if (frozen := state.extra.get("frozen")) is not None:
                 trained = _with_frozen(trained, FrozenSource(**frozen), encoder)
-            return _with_adapters_merged(trained, state.extra.get("lora_scale"))
+            if (scale := state.extra.get("lora_scale")) is not None:
+                trained = replace(trained, tensors=merge_adapters(trained.tensors, float(scale)))
+            return trained
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint}/trainer.json does not describe a compressor as this version of `arc-ds train` does "
@@ -200,11 +202,6 @@ def _with_frozen(trained: TrainedCompressor, source: FrozenSource, moved: Path |
     missing = [name for name, _ in parameters if name not in trained.tensors]
     tensors = open_frozen(missing, source, trained.spec, moved) if missing else {}
     return replace(trained, tensors={**trained.tensors, **tensors})
-
-
-def _with_adapters_merged(trained: TrainedCompressor, scale: float | None) -> TrainedCompressor:
-    """A compressor whose encoder has its own weights only. scale: of the adapters; None if the run has none."""
-    return trained if scale is None else replace(trained, tensors=merge_adapters(trained.tensors, scale))
 
 
 def _last_checkpoints(checkpoint: Path, count: int) -> list[Path]:

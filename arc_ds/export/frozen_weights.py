@@ -15,10 +15,12 @@ from arc_ds.errors import CheckpointError, WeightsError
 from arc_ds.inference.load import open_arc_folder
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights import TensorSource, beyond_layers, open_backbone, read_backbone_config
-from arc_ds.model.weights.lazy_tensor import LazyTensor, as_lazy
+from arc_ds.model.weights.lazy_tensor import LazyTensor
 from arc_ds.model.weights.locate import locate
 from arc_ds.model.weights.names import Shape
-from arc_ds.model.weights.selection import MEMORY, use_memory_tokens
+from arc_ds.model.weights.selection import use_memory_tokens
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def open_frozen(
@@ -48,14 +50,12 @@ def open_frozen(
         tensors, prefix = _open(path, source, spec)
     except WeightsError as error:
         raise CheckpointError(f"{place}. They are read from {source.key} of the run: {error} {remedy}") from error
-    dtype = getattr(torch, source.dtype)
+    dtype = _DTYPES[source.dtype]
     found = {}
     for name in names:
         theirs = name.removeprefix(prefix)
         if theirs in tensors.shapes:
             found[name] = _by_rows(tensors, theirs, dtype)
-        elif name == MEMORY:  # memory tokens that do not come from the files start as ones
-            found[name] = as_lazy(torch.ones(spec.memory_tokens, spec.backbone.hidden_size))
     return found
 
 
@@ -64,7 +64,14 @@ def _open(path: Path, source: FrozenSource, spec: CompressorSpec) -> tuple[Tenso
     if source.key == "encoder.backbone":
         return open_backbone(path, source.rope_scaling, is_unused=beyond_layers(spec.num_layers)), "encoder."
     backbone = Path(source.backbone)
-    folder = open_arc_folder(path, backbone if backbone.exists() else None)
+    try:
+        folder = open_arc_folder(path, backbone if backbone.exists() else None)
+    except WeightsError as error:
+        if backbone.exists():
+            raise
+        raise CheckpointError(
+            f"{error} The run read them from encoder.backbone: put its config.json or params.json back at {backbone}."
+        ) from error
     return use_memory_tokens(folder.tensors, spec.memory_tokens), ""
 
 

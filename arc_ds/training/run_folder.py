@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -51,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS = "checkpoints"
+_ANOTHER = "Use another checkpoint of the run."
+_SHARED_WITHIN_S = 90.0  # NFS shows new files after up to a minute
 
 
 @contextmanager
@@ -123,6 +127,32 @@ def find_start(config: RunConfig, inputs: InputDigests) -> Path | None:
     return path
 
 
+def check_shared(folder: Path) -> None:
+    """Raise StorageError if a rank does not see the config that rank 0 has just written. Collective.
+
+    Otherwise the first checkpoint would fail, after hours. A shared file system may show the file late.
+    """
+    path, deadline = folder / CONFIG_NAME, time.monotonic() + _SHARED_WITHIN_S
+    written = dist.broadcast_object(path.stat().st_mtime_ns if dist.is_main() else None)
+    with dist.fail_together():
+        while _time_of(path) != written:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"{socket.gethostname()} does not see the {path} that rank 0 has written. All hosts must see the "
+                    "same files there. Give a run_dir on a file system that they share."
+                )
+            time.sleep(0.1)
+
+
+def _time_of(path: Path) -> int | None:
+    """Time of a file's last change. The listing and the opening make NFS ask its server."""
+    with suppress(OSError):
+        os.listdir(path.parent)
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    return None
+
+
 class RunFolder:
     """The folder of a run. Resumes the run from it, and writes its metrics and checkpoints to it."""
 
@@ -147,6 +177,7 @@ class RunFolder:
                 run.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(run.folder / CONFIG_NAME, dump_yaml(config))
                 self._tracker = _open_tracker(config, run, mlflow_run_id, hosts)
+        check_shared(run.folder)
 
     def _resume(self) -> str | None:
         """Load the checkpoint from `find_start`. Collective. Returns the MLflow run to continue."""
@@ -156,11 +187,16 @@ class RunFolder:
             return None
         state = load_checkpoint(run.engine, path)
         run.step = state.step
-        run.skipped_steps = int(state.extra.get("skipped_steps", 0))
-        run.skipped_in_row = int(state.extra.get("skipped_in_row", 0))
-        if run.spikes is not None:
-            run.spikes.load_json(state.extra.get("spikes") or {})
-        run.data_counts.update(state.extra.get("data_counts", {}))
+        try:
+            run.skipped_steps = int(state.extra.get("skipped_steps", 0))
+            run.skipped_in_row = int(state.extra.get("skipped_in_row", 0))
+            if run.spikes is not None:
+                run.spikes.load_json(state.extra.get("spikes") or {})
+            run.data_counts.update({name: int(num) for name, num in state.extra.get("data_counts", {}).items()})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: `extra` of the trainer's state has no counts: {error}. {_ANOTHER}"
+            ) from error
         logger.info("resumed from %s at step %d", path, state.step)
         is_own = path.parent.resolve() == (run.folder / CHECKPOINTS).resolve()
         return state.mlflow_run_id if is_own else None  # a branch of another run gets its own MLflow run
@@ -315,6 +351,9 @@ def _check_is_of(path: Path, config: RunConfig, inputs: InputDigests) -> None:
             f"{path} was written by a run with another config (compare {CONFIG_NAME} in that run's folder). To start "
             "from its weights, export it and set encoder.init_from."
         )
+    recorded = [state.extra.get(key, {}) for key in ("tokenizers", "backbones")]
+    if not all(isinstance(each, dict) for each in recorded):
+        raise CheckpointError(f"{path}: `extra` of the trainer's state has no digests. {_ANOTHER}")
     before, now = read_manifest(path).world_size, dist.world_size()
     if config.loss.normalize == "rank_mean" and before != now:
         raise ConfigError(
@@ -327,13 +366,13 @@ def _check_is_of(path: Path, config: RunConfig, inputs: InputDigests) -> None:
             f"the data differ from the data that {path} was trained on: shards, source weights or their order have "
             "changed. Restore them, or start a new run from its weights (export it and set encoder.init_from)."
         )
-    changed = _changed(state.extra.get("tokenizers", {}), inputs.tokenizers)
+    changed = _changed(recorded[0], inputs.tokenizers)
     if changed:
         raise TokenizerError(
             f"the tokenizer of {changed} differs from the one that {path} was trained with: its files have changed, so "
             "token ids or chat turns have another meaning. Restore the files (key `tokenizer`)."
         )
-    changed = _changed(state.extra.get("backbones", {}), inputs.backbones)
+    changed = _changed(recorded[1], inputs.backbones)
     if changed:
         raise WeightsError(
             f"the weights at {changed} differ from those that {path} was trained with: the path leads to another "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from arc_ds.checkpoints import checkpoint, writer
 from arc_ds.checkpoints.checkpoint import TrainerState, find_resumable, load_checkpoint
 from arc_ds.checkpoints.rng import capture_rng
-from arc_ds.checkpoints.writer import CheckpointWriter, save_checkpoint
+from arc_ds.checkpoints.writer import CheckpointWriter
 from arc_ds.errors import DiskFullError
 from arc_ds.training.optim import ParamGroup, PortAdamW
 from tests.helpers.distributed import RankError, run_on_ranks
@@ -50,7 +50,19 @@ class _Net(nn.Module):
         return (outputs[which] + 0.0 * outputs[1 - which]).square().mean()
 
 
-def _engine(seed: int = 0) -> Any:
+# Engines as runs may configure them. On the CPU, offload copies between host buffers.
+ENGINES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "offload": {
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    },
+    "hpz": {"zero_optimization": {"zero_hpz_partition_size": 2}},
+}
+
+
+def _engine(seed: int = 0, kind: str = "fp32") -> Any:
     import deepspeed
 
     torch.manual_seed(seed)
@@ -66,7 +78,8 @@ def _engine(seed: int = 0) -> Any:
         "train_batch_size": GLOBAL_BATCH,
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
+        **ENGINES[kind],
+        "zero_optimization": zero | ENGINES[kind].get("zero_optimization", {}),
     }
     engine, *_ = deepspeed.initialize(
         model=net, optimizer=PortAdamW(groups, betas=(0.9, 0.999), eps=1e-8), config=config
@@ -82,7 +95,7 @@ def _train(engine: Any, first: int, last: int) -> list[float]:
     for step in range(first, last):
         which = int(step % 3 == 2)
         x_BD = torch.randn(GLOBAL_BATCH, 5, generator=torch.Generator().manual_seed(step))
-        mine = x_BD.chunk(dist.get_world_size())[dist.get_rank()]
+        mine = x_BD.chunk(dist.get_world_size())[dist.get_rank()].to(engine.module.frozen.weight.dtype)
         loss = engine(mine, which)
         engine.backward(loss)
         for group in engine.optimizer.optimizer.param_groups:
@@ -119,22 +132,22 @@ def _state(step: int) -> TrainerState:
 
 
 def _save(engine: Any, directory: Path, step: int) -> Path:
-    return save_checkpoint(engine, directory, _state(step), keep_last=9, keep_every=0)
+    return CheckpointWriter(directory, keep_last=9, keep_every=0, asynchronous=False).save(engine, _state(step))
 
 
 def _draw() -> list[float]:
     return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
 
-def _resume_is_exact(directory: Path) -> dict[str, Any]:
-    engine = _engine()
+def _resume_is_exact(directory: Path, kind: str) -> dict[str, Any]:
+    engine = _engine(kind=kind)
     _train(engine, 0, 4)
     random.seed(dist.get_rank())
     path = _save(engine, directory, 4)
     drawn = _draw()
     losses = _train(engine, 4, 7)
     wanted = _weights(engine)
-    fresh = _engine(seed=1)
+    fresh = _engine(seed=1, kind=kind)
     before = _weights(fresh)
     state = load_checkpoint(fresh, find_resumable(directory))
     drawn_again = _draw()
@@ -144,14 +157,21 @@ def _resume_is_exact(directory: Path) -> dict[str, Any]:
         "path": path, "state": state, "drawn": (drawn, drawn_again), "losses": (losses, losses_again),
         "steps": (engine.global_steps, fresh.global_steps),
         "equal": all(torch.equal(wanted[name], found[name]) for name in wanted),
+        "moments": all(
+            torch.equal(torch.as_tensor(old[key]), torch.as_tensor(new[key]))
+            for old, new in zip(_moments(engine), _moments(fresh), strict=True) for key in old
+        ),
+        "dtypes": {str(weight.dtype) for weight in wanted.values()},
         "loaded": not torch.equal(before["trunk.weight"], found["trunk.weight"]),
     }  # fmt: skip
 
 
-def test_resume_continues_bit_for_bit(tmp_path: Path) -> None:
-    for result in run_on_ranks(_resume_is_exact, tmp_path):
+@pytest.mark.parametrize("kind", ENGINES)
+def test_resume_continues_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    for result in run_on_ranks(_resume_is_exact, tmp_path, kind):
         assert result["state"] == _state(4)
-        assert result["equal"] and result["loaded"]
+        assert result["equal"] and result["moments"] and result["loaded"]
+        assert result["dtypes"] == {"torch.bfloat16" if kind == "bf16" else "torch.float32"}
         assert result["losses"][0] == result["losses"][1]
         assert result["drawn"][0] == result["drawn"][1], "random states were not restored"
         assert result["steps"] == (7, 7)

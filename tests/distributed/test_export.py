@@ -19,7 +19,7 @@ from arc_ds.checkpoints.checkpoint import TrainerState
 from arc_ds.checkpoints.frozen_source import FrozenSource
 from arc_ds.checkpoints.shards import MASTER, open_shards
 from arc_ds.checkpoints.weight_digests import folder_digest
-from arc_ds.checkpoints.writer import save_checkpoint
+from arc_ds.checkpoints.writer import CheckpointWriter
 from arc_ds.cli import main
 from arc_ds.config.schema import OptimizerConfig
 from arc_ds.errors import CheckpointError
@@ -82,7 +82,7 @@ def save(run: Path, trained: TrainedCompressor, engine: Any, step: int) -> None:
             "frozen": asdict(frozen),
         },
     )
-    save_checkpoint(engine, run / "checkpoints", state, keep_last=1, keep_every=0)
+    CheckpointWriter(run / "checkpoints", keep_last=1, keep_every=0, asynchronous=False).save(engine, state)
 
 
 def train_and_save(run: Path) -> dict[str, Tensor]:

@@ -15,8 +15,7 @@ def light_engine(value: float = 1.0, numel: int = 5000) -> SimpleNamespace:
     optimizer = SimpleNamespace(
         fp16_groups=[[parameter]],
         fp32_partitioned_groups_flat=[master],
-        sub_group_to_group_id={0: 0},
-        optimizer=SimpleNamespace(groups=[SimpleNamespace(name="encoder")], state={master: adam}),
+        optimizer=SimpleNamespace(state={master: adam}),
     )
     counters = {"global_steps": int(value), "global_samples": 0, "skipped_steps": 0}
     return SimpleNamespace(optimizer=optimizer, param_names={parameter: "encoder.weight"}, **counters)
@@ -24,4 +23,4 @@ def light_engine(value: float = 1.0, numel: int = 5000) -> SimpleNamespace:
 
 class _Parameter:
     def __init__(self, numel: int) -> None:
-        self.ds_shape, self.ds_numel = torch.Size([numel]), numel
+        self.ds_shape = torch.Size([numel])

@@ -143,7 +143,7 @@ def _kill_in_phase(engine: Any, directory: Path, phase: str) -> None:
             time.sleep(0.001)
         real = writer.write_whole
         if phase == "replace":
-            writer.os = SimpleNamespace(replace=_suicide)
+            writer.os = SimpleNamespace(replace=_suicide, listdir=os.listdir)
         elif phase == "latest":
             writer.write_whole = lambda path, content: _suicide() if path.name == LATEST_NAME else real(path, content)
         elif phase != "prune":

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arc_ds.export.consolidate import consolidate, find_checkpoint
+from arc_ds.export.consolidate import consolidate, consolidate_newest, find_checkpoint
 from arc_ds.model.weights import open_backbone
 from arc_ds.model.weights.lazy_tensor import as_lazy
 from tests.helpers.tiny_run import losses, numbers_by_step, train, write_inputs
@@ -44,6 +44,11 @@ def test_adapters_are_saved_resumed_and_merged_into_an_ordinary_encoder(tmp_path
         else:
             assert not change.any(), name
     half = tmp_path / "run" / "checkpoints" / "step_000002"
+    mean = consolidate_newest(tmp_path / "run", 2)[1].tensors
+    steps = [consolidate(half.with_name(name)).tensors for name in ("step_000002", "step_000004")]
+    for name in changes:  # of the merged weights, not of the adapters
+        expected = torch.lerp(*(as_lazy(step[name]).whole() for step in steps), 0.5)
+        assert torch.equal(as_lazy(mean[name]).whole(), expected), name
     branch = tmp_path / "branch"
     code, console = train(config, [*SHORT, *LORA, *DECODERS, f"run_dir={branch}", f"checkpoint.resume={half}"])
     assert code == 0, console

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
+import socket
 import threading
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arc_ds.checkpoints import writer
+from arc_ds.checkpoints import checkpoint, manifest, writer
 from arc_ds.checkpoints.checkpoint import (
     CheckpointRemoved,
     TrainerState,
@@ -30,7 +35,7 @@ from arc_ds.checkpoints.checkpoint import (
 from arc_ds.checkpoints.manifest import read_manifest
 from arc_ds.checkpoints.rng import capture_rng, restore_rng
 from arc_ds.checkpoints.shards import MASTER, SavedParameter, open_shards
-from arc_ds.checkpoints.writer import CheckpointWriter, save_checkpoint
+from arc_ds.checkpoints.writer import CheckpointWriter
 from arc_ds.errors import CheckpointError, StorageError
 from tests.helpers.full_disk import limited_file_size
 from tests.helpers.light_engine import light_engine
@@ -48,9 +53,9 @@ def _make(directory: Path, step: int) -> Path:
 
 def test_manifest_reads_back_as_written(tmp_path: Path) -> None:
     folder = _make(tmp_path, 7)
-    manifest = read_manifest(folder)
-    assert (manifest.step, manifest.world_size) == (7, 2)
-    assert [entry.path for entry in manifest.files] == ["sub/trainer.json", "weights.pt"]
+    found = read_manifest(folder)
+    assert (found.step, found.world_size) == (7, 2)
+    assert [entry.path for entry in found.files] == ["sub/trainer.json", "weights.pt"]
     assert check_checkpoint(folder) == []
 
 
@@ -131,13 +136,13 @@ def test_random_states_survive_json() -> None:
     state = json.loads(json.dumps(capture_rng()))
     wanted = (random.gauss(0, 1), np.random.rand(), torch.rand(3).tolist())
     assert (random.gauss(0, 1), np.random.rand(), torch.rand(3).tolist()) != wanted
-    restore_rng(state)
+    restore_rng(state, "here")
     assert (random.gauss(0, 1), np.random.rand(), torch.rand(3).tolist()) == wanted
 
 
 def test_random_states_of_another_program_are_refused() -> None:
     with pytest.raises(CheckpointError, match="random states"):
-        restore_rng({"python": [3, [1, 2], None]})
+        restore_rng({"python": [3, [1, 2], None]}, "here")
 
 
 @given(numel=st.integers(1, 60), before=st.integers(1, 9), after=st.integers(1, 9), offset=st.integers(0, 3))
@@ -166,8 +171,7 @@ class _InMemory:
 
 def test_a_full_disk_names_the_checkpoint_that_is_whole_and_the_next_save_succeeds(tmp_path: Path) -> None:
     def save(step: int) -> Path:
-        state = TrainerState(step=step, data_position=0, data_fingerprint="", config_hash="")
-        return save_checkpoint(light_engine(), tmp_path / "checkpoints", state, keep_last=2, keep_every=0)
+        return _saved(tmp_path / "checkpoints", step)
 
     with limited_file_size(2000), pytest.raises(StorageError, match=r"step_000003 cannot .*has no checkpoint yet"):
         save(3)
@@ -177,9 +181,10 @@ def test_a_full_disk_names_the_checkpoint_that_is_whole_and_the_next_save_succee
     assert check_checkpoint(save(9)) == [] and not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def _saved(tmp_path: Path, step: int) -> Path:
+def _saved(directory: Path, step: int, *, keep_last: int = 9) -> Path:
     state = TrainerState(step=step, data_position=0, data_fingerprint="", config_hash="")
-    return save_checkpoint(light_engine(float(step)), tmp_path, state, keep_last=9, keep_every=0, kept=KEPT)
+    waiting = CheckpointWriter(directory, keep_last=keep_last, keep_every=0, asynchronous=False)
+    return waiting.save(light_engine(float(step)), state, KEPT)
 
 
 KEPT = {"ports.0.rec": torch.ones(1, 4)}
@@ -211,26 +216,119 @@ def test_our_files_hold_the_state_of_the_engine(tmp_path: Path) -> None:
     assert all(torch.equal(parameter.read(0, 5000, state), torch.full([5000], 3.0)) for state in parameter.flats)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda header: header["0.master"].update(dtype="F16"),
-        lambda header: header["0.master"].update(data_offsets=[0, 1 << 40]),
-        lambda header: header["0.master"].update(shape=[4000]),
-        lambda header: header.pop("0.master"),
-    ],
-    ids=["dtype", "beyond the end", "shape", "no weights"],
-)
-def test_a_file_of_another_layout_is_refused(tmp_path: Path, change: Any) -> None:
-    path = _saved(tmp_path, 1) / "shard_00000.safetensors"
-    content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    change(header)
-    encoded = json.dumps(header).encode()
-    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + size :])
-    with pytest.raises(CheckpointError, match=r"do not have the layout of a ZeRO-3 engine|elements on its ranks"):
-        open_shards(path.parent, 1)
+def test_a_checkpoint_that_cannot_be_removed_is_named_and_removed_after_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On NFS, a folder with a file that a reader has open cannot be removed. The new checkpoint is whole."""
+    _saved(tmp_path, 1)
+    full = OSError(errno.ENOTEMPTY, "Directory not empty")
+    with monkeypatch.context() as readers:
+        readers.setattr(checkpoint.shutil, "rmtree", Mock(side_effect=full))
+        assert check_checkpoint(_saved(tmp_path, 2, keep_last=1)) == []
+    assert f"{tmp_path / '.trash-step_000001'} cannot be deleted now: Directory not empty" in caplog.text
+    _saved(tmp_path, 3, keep_last=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000003"]
+
+
+def _in_header(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
+    """A change of the header of a safetensors file."""
+
+    def changed(content: bytes) -> bytes:
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        change(header)
+        encoded = json.dumps(header).encode()
+        return len(encoded).to_bytes(8, "little") + encoded + content[8 + size :]
+
+    return changed
+
+
+def _in_json(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
+    """A change of the object in a JSON file."""
+
+    def changed(content: bytes) -> bytes:
+        plain = json.loads(content)
+        change(plain)
+        return json.dumps(plain).encode()
+
+    return changed
+
+
+def _of_first_group(**changes: Any) -> Callable[[bytes], bytes]:
+    return _in_json(lambda plain: plain["sub_groups"][0].update(changes))
+
+
+SHARD, INDEX, RNG, TRAINER, _, MANIFEST = FILES
+NESTED = b"[" * 100_000
+EVIL = b"cos\nmkdir\n(Vevil\ntR."  # the pickle of a call that makes a folder
+HOSTILE: list[tuple[str, Callable[[bytes], bytes]]] = [
+    *((name, lambda _, content=content: content) for name in FILES  # type: ignore[misc]
+      for content in (b"", b"null", b"[]", b"\xff" * 100, NESTED, EVIL)
+      if name != "kept_ports.safetensors"),  # resume does not read it
+    (SHARD, lambda content: b"\xff" * 8 + content[8:]),
+    (SHARD, _in_header(lambda header: header["0.master"].update(dtype="F16"))),
+    (SHARD, _in_header(lambda header: header["0.master"].update(data_offsets=[0, 1 << 62]))),
+    (SHARD, _in_header(lambda header: header["0.master"].update(data_offsets=[1 << 62, (1 << 62) + 20_000]))),
+    (SHARD, _in_header(lambda header: header["0.master"].update(data_offsets=[0.0, 20_000.0]))),
+    (SHARD, _in_header(lambda header: header["0.master"].update(data_offsets=[-20_000, 0]))),
+    (SHARD, _in_header(lambda header: header["0.master"].update(shape=[4000]))),
+    (SHARD, _in_header(lambda header: header["0.master"].update(shape=[-5000.0, -1]))),
+    (SHARD, _in_header(lambda header: header.pop("0.master"))),
+    (SHARD, _in_header(lambda header: header.pop("0.exp_avg"))),
+    (SHARD, _in_header(lambda header: header.update({"0.more": header["0.master"]}))),
+    (INDEX, _of_first_group(shapes={"encoder.weight": [-50, -100]})),
+    (INDEX, _of_first_group(shapes={"encoder.weight": [5000.0]})),
+    (INDEX, _of_first_group(shapes={"encoder.weight": [50, 100]})),
+    (INDEX, _of_first_group(shapes={"encoder.weight": [1 << 62, 1 << 62]})),
+    (INDEX, _of_first_group(shapes={f"w{idx}": [1] for idx in range(5000)})),
+    (INDEX, _of_first_group(scalars={"step": "x"})),
+    (INDEX, _of_first_group(scalars={"step": -1})),
+    (INDEX, _of_first_group(scalars={"step": float("nan")})),
+    (INDEX, _of_first_group(scalars={})),
+    (INDEX, _in_json(lambda plain: plain.update(counters={"module": "x"}))),
+    (INDEX, _in_json(lambda plain: plain.update(sub_groups=plain["sub_groups"] * 2))),
+    (RNG, _in_json(lambda plain: plain["numpy"].__setitem__(2, 1 << 30))),
+    (RNG, _in_json(lambda plain: plain["numpy"].__setitem__(1, [1 << 40] * 624))),
+    (RNG, _in_json(lambda plain: plain["python"].__setitem__(1, [1 << 70] * 625))),
+    (RNG, _in_json(lambda plain: plain.update(torch="AAAA"))),
+    (TRAINER, _in_json(lambda plain: plain.update(step="1"))),
+    (TRAINER, _in_json(lambda plain: plain.update(step=-1))),
+    (TRAINER, _in_json(lambda plain: plain.update(extra=[]))),
+    (MANIFEST, _in_json(lambda plain: plain.update(files=[{"path": "/dev/zero", "size": 0, "xxh128": ""}]))),
+    (MANIFEST, _in_json(lambda plain: plain["files"][0].update(path="../../secret"))),
+    (MANIFEST, _in_json(lambda plain: plain["files"][0].update(path=5))),
+    (MANIFEST, _in_json(lambda plain: plain["files"][0].pop("size"))),
+    (MANIFEST, _in_json(lambda plain: plain.update(files=3))),
+    (MANIFEST, _in_json(lambda plain: plain.update(world_size="1"))),
+    (MANIFEST, _in_json(lambda plain: plain.update(world_size=0))),
+    (MANIFEST, _in_json(lambda plain: plain.update(world_size=10**30))),
+    (MANIFEST, _in_json(lambda plain: plain.pop("step"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change"), HOSTILE)
+def test_hostile_files_under_a_valid_manifest_are_one_error_and_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = _saved(tmp_path / "checkpoints", 1) / name
+    path.write_bytes(change(path.read_bytes()))
+    if name != MANIFEST:
+        seal(path.parent, step=1, world_size=1)
+    elif path.read_bytes().startswith(b"{"):
+        plain = {key: value for key, value in json.loads(path.read_bytes()).items() if key != "digest"}
+        path.write_text(json.dumps({**plain, "digest": manifest._digest(plain)}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            if faults := check_checkpoint(path.parent):
+                raise CheckpointError("; ".join(faults))
+            load_checkpoint(light_engine(), path.parent)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    assert str(path.parent) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "evil").exists()
 
 
 def test_an_error_elsewhere_waits_for_the_save_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,10 +348,26 @@ def test_an_error_elsewhere_waits_for_the_save_in_flight(tmp_path: Path, monkeyp
     assert check_checkpoint(tmp_path / "step_000001") == []
 
 
+def test_a_part_that_rank_0_never_sees_is_an_error_that_names_its_rank_and_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the other host had a folder of its own."""
+    monkeypatch.setattr(writer, "_PATIENCE_S", 0.2)
+    background = CheckpointWriter(tmp_path, keep_last=1, keep_every=0, asynchronous=True)
+    with monkeypatch.context() as two_ranks:
+        two_ranks.setattr(writer.dist, "world_size", lambda: 2)
+        state = TrainerState(step=2, data_position=0, data_fingerprint="", config_hash="")
+        background.save(light_engine(), state)
+    message = f"rank 1 has written its part, but {socket.gethostname()} does not see it in {tmp_path}"
+    with pytest.raises(StorageError, match=message):
+        background.finish()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_that_its_run_removes_while_another_run_starts_from_it_is_one_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = _make(tmp_path, 3)
+    folder = _saved(tmp_path, 3)
 
     def vanish(path: Path, world_size: int) -> None:
         shutil.rmtree(path)

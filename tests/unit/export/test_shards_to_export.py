@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 
 from arc_ds import ArcModel
 from arc_ds.checkpoints.checkpoint import CheckpointRemoved
+from arc_ds.checkpoints.frozen_source import FrozenSource
 from arc_ds.checkpoints.shards import open_shards
 from arc_ds.checkpoints.torch_file import StoredTensor
+from arc_ds.checkpoints.weight_digests import folder_digest
 from arc_ds.cli import main
 from arc_ds.errors import CheckpointError, WeightsError
 from arc_ds.export import formats
@@ -28,7 +30,7 @@ from arc_ds.inference.load import open_arc_checkpoint, open_arc_folder
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from arc_ds.model.weights import lazy_tensor
 from tests.helpers.tiny_export import tiny_trained
-from tests.helpers.zero_checkpoint import seal, write_zero_checkpoint
+from tests.helpers.zero_checkpoint import seal, write_deepspeed_checkpoint, write_zero_checkpoint
 
 CHANGES = {"num_layers": 2, "decoder_sizes": (48, 48)}
 FROZEN = ("encoder.tok_embeddings", "encoder.layers.0.")
@@ -49,10 +51,12 @@ def test_shards_of_any_number_of_ranks_give_the_bytes_of_the_weights(tmp_path: P
     expected = written(tmp_path / "expected")
     assert list(expected) == FILES[export_format]
     for world_size in (1, 2, 3, 4):
-        run = tmp_path / f"ranks{world_size}"
-        write_zero_checkpoint(run, trained, world_size, frozen=FROZEN)
-        assert main(["export", str(run), str(run / "out"), "--format", export_format]) == 0
-        assert written(run / "out") == expected, world_size
+        ours, theirs = tmp_path / f"ranks{world_size}", tmp_path / f"deepspeed{world_size}"
+        write_zero_checkpoint(ours, trained, world_size)
+        write_deepspeed_checkpoint(theirs, trained, world_size, frozen=FROZEN)
+        for run in (ours, theirs):
+            assert main(["export", str(run), str(run / "out"), "--format", export_format]) == 0
+            assert written(run / "out") == expected, run
     swapped = dataclasses.replace(trained, tensors={name: -tensor for name, tensor in trained.tensors.items()})
     write_zero_checkpoint(tmp_path / "other", swapped, 2)
     assert main(["export", str(tmp_path / "other"), str(tmp_path / "other" / "out"), "--format", export_format]) == 0
@@ -205,7 +209,7 @@ def test_shards_of_another_layout_are_one_error(tmp_path: Path) -> None:
             lambda state: state.update(shared_params={"a": "b"}),
         )
     ):
-        folder = write_zero_checkpoint(tmp_path / "run", trained, 1, step=step, frozen=FROZEN)
+        folder = write_deepspeed_checkpoint(tmp_path / "run", trained, 1, step=step, frozen=FROZEN)
         (path,) = folder.glob("*model_states.pt")
         state = torch.load(path)
         change(state)
@@ -216,7 +220,7 @@ def test_shards_of_another_layout_are_one_error(tmp_path: Path) -> None:
 
 def test_a_tied_parameter_is_written_under_each_of_its_names(tmp_path: Path) -> None:
     trained = tiny_trained(tmp_path / "run")
-    folder = write_zero_checkpoint(tmp_path / "run", trained, 2)
+    folder = write_deepspeed_checkpoint(tmp_path / "run", trained, 2)
     for path in folder.glob("*model_states.pt"):
         state = torch.load(path)
         state["shared_params"] = {"tied": "ports.0.rec"}
@@ -229,14 +233,24 @@ def test_a_tied_parameter_is_written_under_each_of_its_names(tmp_path: Path) -> 
 
 
 def three_checkpoints(tmp_path: Path) -> list[dict[str, torch.Tensor]]:
-    """Checkpoints of the steps 1, 2, 3 on 1, 2 and 3 ranks; the first layer never changes."""
+    """Checkpoints of the steps 1, 2, 3 on 1, 2 and 3 ranks; the first layer is frozen."""
     first = tiny_trained(tmp_path / "run", **CHANGES)
+    write_export(first, tmp_path / "start")
+    frozen = FrozenSource(
+        key="encoder.init_from",
+        path=str(tmp_path / "start"),
+        digest=folder_digest(tmp_path / "start"),
+        backbone="",
+        rope_scaling="checkpoint",
+        dtype="float32",
+    )
+    extra = {"frozen": dataclasses.asdict(frozen)}
     found = []
     for step in (1, 2, 3):
         trained = tiny_trained(tmp_path / "run", seed=step, **CHANGES)
         kept = {name: tensor for name, tensor in first.tensors.items() if name.startswith(FROZEN)}
         trained = dataclasses.replace(trained, tensors=dict(trained.tensors) | kept)
-        write_zero_checkpoint(tmp_path / "run", trained, step, step=step, frozen=FROZEN)
+        write_zero_checkpoint(tmp_path / "run", trained, step, step=step, frozen=FROZEN, extra=extra)
         found.append(dict(trained.tensors))
     return found
 
@@ -292,7 +306,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_written_gives_the_newest_one(
 
 
 def test_a_checkpoint_without_shards_of_all_ranks_is_named(tmp_path: Path) -> None:
-    folder = write_zero_checkpoint(tmp_path / "run", tiny_trained(tmp_path / "run"), 2)
+    folder = write_deepspeed_checkpoint(tmp_path / "run", tiny_trained(tmp_path / "run"), 2)
     (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(CheckpointError, match="zero_pp_rank_1_mp_rank_00_optim_states.pt cannot be read"):
         consolidate(folder)

@@ -12,9 +12,11 @@ import torch
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.load import dump_yaml, load_config
 from arc_ds.config.schema import SourceConfig
+from arc_ds.errors import StorageError
+from arc_ds.training import run_folder
 from arc_ds.training.ports import PortRecord
 from arc_ds.training.run import InputDigests
-from arc_ds.training.run_folder import _trainer_state, without_secrets
+from arc_ds.training.run_folder import _trainer_state, check_shared, without_secrets
 
 DEMO = Path(__file__).parents[3] / "ds_configs" / "recipes" / "demo.yaml"
 SIGNED = "https://reader:SECRET@host/shards?signature=SECRET"
@@ -36,6 +38,19 @@ def test_passwords_and_signatures_of_urls_are_not_tracked(
     assert shown.data.sources[1] == sources[1]
     assert type(shown.data.validation) is type(validation)
     assert without_secrets(config) == config
+
+
+def test_a_host_with_a_folder_of_its_own_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    check_shared(tmp_path)
+    monkeypatch.setattr(run_folder, "_SHARED_WITHIN_S", 0.2)
+    monkeypatch.setattr(run_folder.dist, "broadcast_object", lambda value: value + 1)  # rank 0 wrote another file
+    with pytest.raises(
+        StorageError, match=f"does not see the {tmp_path / 'config.yaml'} .*file system that they share"
+    ):
+        check_shared(tmp_path)
 
 
 def test_a_checkpoint_records_what_an_export_needs_even_if_the_files_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a save costs the steps around it: in the background, waiting, and as earlier versions saved (DeepSpeed's files).
+"""Cost of a save for the steps around it: in the background, waiting, and with DeepSpeed's files (earlier versions).
 
     python tools/bench_checkpoint.py --million 25 --csv tools/bench_checkpoint.csv
 

@@ -18,7 +18,7 @@ class Gpu(NamedTuple):
     """A GPU.
 
     peak_tflops: dense bfloat16.
-    memory_gib: of the device.
+    memory_gib: memory of the device.
     memory_gbs: bandwidth of its memory, 1e9 bytes per second.
     link_gbs: bandwidth to another GPU of the host and direction, 1e9 bytes per second.
     link: name of that link.
@@ -59,7 +59,7 @@ LINK_SHARE = 0.80
 HOP_S = 5e-6
 """One message through a network card and a switch. A ring sends one for each host in turn."""
 LAUNCH_S = 20e-6
-"""Python, autograd and the launch of one operation. It hides behind the GPU unless the batch is small. Not measured."""
+"""Python, autograd and the launch of one operation. The GPU's work hides it unless the batch is small. Not measured."""
 UNUSABLE_SHARE = 0.05
 """Of the memory: gaps between the allocator's blocks. Not measured."""
 UNUSABLE_GIB = 1.5
@@ -70,7 +70,7 @@ class Machine(NamedTuple):
     """The hardware of a run.
 
     gpu: name of the GPU in GPUS.
-    num_gpus: of all hosts.
+    num_gpus: number of GPUs of all hosts.
     num_hosts: hosts of equal size.
     interconnect: name of the link between hosts in LINKS.
     """

@@ -56,9 +56,9 @@ bandwidth. Not measured."""
 class RunModel:
     """The model of a run, and the functions that `training` has for it.
 
-    spec: of the compressor.
+    spec: sizes of the compressor.
     decoders: sizes of the trained decoders.
-    kinds: of samples.
+    kinds: kinds of samples.
     build_compressor: makes the compressor of a config on "meta".
     build_decoder: makes a decoder of a config on "meta", by the index of its port.
     choose_placement: `training.engine.choose_placement`.
@@ -121,9 +121,9 @@ class Traffic(NamedTuple):
 
     engine: "encoder", or the name of a decoder.
     op: all_gather, reduce_scatter or all_reduce.
-    num_ranks: of the group.
-    calls: collectives.
-    full_bytes: of the full tensors.
+    num_ranks: size of the group.
+    calls: number of collectives.
+    full_bytes: bytes of the full tensors.
     """
 
     engine: str
@@ -139,7 +139,7 @@ class Traffic(NamedTuple):
 
 
 class StepTime(NamedTuple):
-    """Seconds of a step, by part. `hidden` and `exposed` are the communication under and beside the computation."""
+    """Seconds of a step, by part. `hidden` communication runs during computation, `exposed` communication does not."""
 
     products: float
     other: float
@@ -165,10 +165,10 @@ class Plan:
     samples: in the largest micro-batch of a rank.
     passes: micro-batches of a step and decoder.
     memory: bytes of a GPU by part; `activations` has the parts of the traced peak.
-    host_bytes: of host memory that a rank's offloaded states take.
+    host_bytes: host memory of a rank's offloaded states.
     tokens: encoder tokens of a step, of all ranks.
-    flops: of a step and rank, without recomputation.
-    traced_flops: of a step and rank, with recomputation.
+    flops: operations of a step on one rank, without recomputation.
+    traced_flops: the same with recomputation.
     """
 
     config: RunConfig
@@ -225,7 +225,7 @@ class Plan:
 def make_plan(config: RunConfig, model: RunModel, machine: Machine, settings: ZeroSettings) -> Plan:
     """Plan a run.
 
-    settings: of the config's DeepSpeed JSON.
+    settings: ZeRO settings of the config's DeepSpeed JSON.
 
     Raises ConfigError if GPUs × micro_batches does not divide the batch.
     """

@@ -12,7 +12,7 @@ from arc_ds.config.schema import RunConfig
 from arc_ds.errors import ConfigError
 
 PUBLISHED_FILE = Path(__file__).parent / "published_configs.json"
-# Parts of a folder's name that do not change the sizes: the owner, what the model was tuned for, a date, a format.
+# Parts of a folder's name that do not change the sizes: the owner, the purpose of tuning, a date, a format.
 _UNIMPORTANT = re.compile(
     r"^meta-?|instruct|chat|base|hf|\bit\b|([.-](q\d\w*|bf16|f16|f32))?\.gguf$|(?<!\d)\d{4}(?!\d)", re.IGNORECASE
 )

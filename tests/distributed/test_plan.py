@@ -53,7 +53,7 @@ CASES = {
 
 
 class Measured(NamedTuple):
-    """What a rank kept and sent.
+    """Tensors that a rank kept and sent.
 
     states: bytes by the plan's part.
     collectives: bytes of the full tensors in the last two steps, one for each decoder, by operation and ranks.

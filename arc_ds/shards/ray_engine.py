@@ -10,13 +10,16 @@ import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import ray
+from ray._private import worker as ray_worker
+from ray.exceptions import RayError, RayTaskError
+
 from arc_ds.errors import DataError, StorageError, words_of
 from arc_ds.shards.parallel import AHEAD
-from arc_ds.system.packages import require
+from arc_ds.system.processes import num_cores
 from arc_ds.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -30,8 +33,8 @@ _R = TypeVar("_R")
 
 
 @contextmanager
-def ray_cluster(address: str | None = None, num_workers: int | None = None) -> Iterator[RayCluster]:
-    """Connect to a Ray cluster, or start Ray on this host for the duration of the block.
+def ray_cluster(address: str | None = None, num_workers: int | None = None) -> Iterator[int]:
+    """Connect to a Ray cluster, or start Ray on this host, for calls of `map_on_ray` in the block.
 
     If the program is connected to a cluster already, that one is used and stays connected.
 
@@ -39,35 +42,32 @@ def ray_cluster(address: str | None = None, num_workers: int | None = None) -> I
         set, a Ray of our own on this host.
     num_workers: maximum number of tasks that run at the same time; None for the number of CPUs of the cluster.
 
-    Raises ConfigError if Ray is not installed, DataError if `num_workers` is invalid, and StorageError if the cluster
-    cannot be reached.
+    Yields the number of workers. Raises DataError if `num_workers` is invalid, and StorageError if the cluster cannot
+    be reached.
     """
-    require("ray")
     if num_workers is not None and num_workers < 1:
         raise DataError(f"{num_workers} workers cannot do anything. Give at least 1 (--workers).")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-
     if ray.is_initialized():  # by the caller's program
-        yield RayCluster(num_workers=num_workers or _num_cpus())
+        yield num_workers or _num_cpus()
         return
-    # Ray reports dead workers on standard output, which belongs to the command. `_next_result` reports them in the log.
-    ray._private.worker._worker_logs_enabled = False
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray reports dead workers on standard output, which belongs to the command, and has no public option against it.
+    # `_next_result` reports them in the log.
+    are_reported = getattr(ray_worker, "_worker_logs_enabled", True)
+    ray_worker._worker_logs_enabled = False
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        _connect(address, num_workers)
-        yield RayCluster(num_workers=num_workers or _num_cpus())
+        _connect(address or os.environ.get("RAY_ADDRESS") or "local", num_workers)
+        yield num_workers or _num_cpus()
     finally:
         ray.shutdown()
+        ray_worker._worker_logs_enabled = are_reported
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced it
 
 
 def _num_cpus() -> int:
     """The CPUs of the connected cluster. Raises StorageError if it has none."""
-    import ray
-
     num_cpus = int(ray.cluster_resources().get("CPU", 0))
     if num_cpus < 1:
         raise StorageError("the Ray cluster has no CPUs. Start a host that has some: ray start --num-cpus N")
@@ -76,11 +76,9 @@ def _num_cpus() -> int:
 
 def _connect(address: str, num_workers: int | None) -> None:
     """Start a local Ray or connect to a cluster. Ray itself tries a wrong address for minutes and then exits."""
-    import ray
-
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address == "local":
-        num_cpus = num_workers or len(os.sched_getaffinity(0))
+        num_cpus = num_workers or num_cores()
         store_bytes = max(_MIN_STORE_BYTES, num_cpus * AHEAD * _OBJECT_BYTES)
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": store_bytes}
     elif address != "auto":
@@ -110,51 +108,37 @@ def _check_listens(address: str) -> None:
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class RayCluster:
-    """A connected cluster. `ray_cluster` makes it.
+def map_on_ray(
+    function: Callable[[_T], _R], items: Iterable[_T], num_workers: int
+) -> Generator[tuple[_T, _R], None, None]:
+    """Like `arc_ds.shards.parallel.map_in_order`, on the hosts of the connected cluster.
 
-    num_workers: number of tasks that may run at the same time.
+    An item whose worker dies, or whose result is lost with its host, is given to another worker.
+
+    Raises DataError if the workers of one item keep dying, or if a worker has another version of ARC-DS.
     """
+    # Retries by Ray would be endless for a lack of memory.
+    remote = ray.remote(max_retries=0, num_cpus=1)(_call_by_value())
+    call = partial(remote.remote, __version__, os.getcwd(), ray.put(pickle.dumps(function)))
 
-    num_workers: int
+    def submit(item: _T) -> Any:
+        return call(pickle.dumps(item))
 
-    def map_in_order(
-        self, function: Callable[[_T], _R], items: Iterable[_T], num_workers: int
-    ) -> Generator[tuple[_T, _R], None, None]:
-        """Like `arc_ds.shards.parallel.map_in_order`, on the hosts of the cluster.
-
-        An item whose worker dies, or whose result is lost with its host, is given to another worker.
-
-        Raises DataError if the workers of one item keep dying, or if a worker has another version of ARC-DS.
-        """
-        import ray
-
-        # Retries by Ray would be endless for a lack of memory.
-        remote = ray.remote(max_retries=0, num_cpus=1)(_call_by_value())
-        call = partial(remote.remote, __version__, os.getcwd(), ray.put(pickle.dumps(function)))
-
-        def submit(item: _T) -> Any:
-            return call(pickle.dumps(item))
-
-        in_flight: deque[tuple[_T, Any]] = deque()
-        try:
-            for item in items:
-                in_flight.append((item, submit(item)))
-                if len(in_flight) == num_workers * AHEAD:
-                    yield _next_result(in_flight, submit)
-            while in_flight:
+    in_flight: deque[tuple[_T, Any]] = deque()
+    try:
+        for item in items:
+            in_flight.append((item, submit(item)))
+            if len(in_flight) == num_workers * AHEAD:
                 yield _next_result(in_flight, submit)
-        finally:
-            for _, reference in in_flight:
-                ray.cancel(reference)
+        while in_flight:
+            yield _next_result(in_flight, submit)
+    finally:
+        for _, reference in in_flight:
+            ray.cancel(reference)
 
 
 def _next_result(in_flight: deque[tuple[_T, Any]], submit: Callable[[_T], Any]) -> tuple[_T, Any]:
     """Take the oldest item, wait for its result and return both. `submit` is called again if its worker dies."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
     item, reference = in_flight.popleft()
     for attempt in range(1, _MAX_ATTEMPTS + 1):
         try:

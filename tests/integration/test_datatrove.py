@@ -13,7 +13,7 @@ from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.check import check_shards
 from arc_ds.shards.format import MANIFEST
 from arc_ds.shards.reader import ShardSet
-from tests.helpers.tiny_data import TEXT, numbered_texts, write_lines, write_tiktoken
+from tests.helpers.tiny_data import TEXT, contents, numbered_texts, write_lines
 
 pytest.importorskip("datatrove", reason="needs the extra datatrove")
 pyarrow = pytest.importorskip("pyarrow", reason="needs the extra shards")
@@ -26,11 +26,6 @@ from datatrove.pipeline.readers import ParquetReader  # noqa: E402
 from arc_ds.shards.building.datatrove_writer import ShardsStep  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"max_tokens": 100, "min_tokens": 4, "shard_bytes": 1 << 14}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiktoken(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +81,6 @@ def run(
     step = ShardsStep(out, tokenizer, **OPTIONS | options)
     pipeline = [ParquetReader(str(corpus)), LambdaFilter(keep), step]
     LocalPipelineExecutor(pipeline, tasks=tasks, workers=1, logging_dir=str(out.parent / "logs")).run()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 7])

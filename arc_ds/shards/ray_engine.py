@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 4  # of one item whose workers die
 _CONNECT_S = 10.0
+_CHECK_S = 10.0  # between two looks at the head of the cluster
+_HTTP2_BEGIN = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with empty settings
+_HTTP2_SETTINGS = 4  # type of the first frame of an answer
 _OBJECT_BYTES = 8 << 20  # of the local object store, for an item and its result
 _MIN_STORE_BYTES = 128 << 20
 _T = TypeVar("_T")
@@ -82,7 +86,7 @@ def _connect(address: str, num_workers: int | None) -> None:
         store_bytes = max(_MIN_STORE_BYTES, num_cpus * AHEAD * _OBJECT_BYTES)
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": store_bytes}
     elif address != "auto":
-        _check_listens(address)
+        _check_answers(address)
     try:
         ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, SystemExit) as error:
@@ -93,7 +97,8 @@ def _connect(address: str, num_workers: int | None) -> None:
         ) from error
 
 
-def _check_listens(address: str) -> None:
+def _check_answers(address: str) -> None:
+    """Raise StorageError if no cluster answers at an address. Ray's servers speak HTTP/2, its dashboard does not."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:
         raise StorageError(
@@ -101,7 +106,10 @@ def _check_listens(address: str) -> None:
             "--head` prints it). Run the command on a host of the cluster; ray:// addresses are for other clients."
         )
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_S) as connection:
+            connection.sendall(_HTTP2_BEGIN)
+            if connection.recv(9)[3:4] != bytes([_HTTP2_SETTINGS]):
+                raise ConnectionError("another program listens there, such as Ray's dashboard")
     except (OSError, OverflowError) as error:
         raise StorageError(
             f"no Ray cluster answers at {address}: {error}. Check the address, and that `ray start --head` runs there."
@@ -115,33 +123,48 @@ def map_on_ray(
 
     An item whose worker dies, or whose result is lost with its host, is given to another worker.
 
-    Raises DataError if the workers of one item keep dying, or if a worker has another version of ARC-DS.
+    Raises DataError if the workers of one item keep dying, or if a worker has another version of ARC-DS. Raises
+    StorageError if the head of the cluster is lost, which Ray itself reports after a minute, by ending the program.
     """
     # Retries by Ray would be endless for a lack of memory.
     remote = ray.remote(max_retries=0, num_cpus=1)(_call_by_value())
     call = partial(remote.remote, __version__, os.getcwd(), ray.put(pickle.dumps(function)))
 
+    head, checked = ray.get_runtime_context().gcs_address, time.monotonic()
+
     def submit(item: _T) -> Any:
         return call(pickle.dumps(item))
+
+    def wait_for(reference: Any) -> None:
+        nonlocal checked
+        is_ready = False
+        while not is_ready:
+            if time.monotonic() - checked > _CHECK_S:
+                _check_answers(head)
+                checked = time.monotonic()
+            is_ready = bool(ray.wait([reference], timeout=_CHECK_S)[0])
 
     in_flight: deque[tuple[_T, Any]] = deque()
     try:
         for item in items:
             in_flight.append((item, submit(item)))
             if len(in_flight) == num_workers * AHEAD:
-                yield _next_result(in_flight, submit)
+                yield _next_result(in_flight, submit, wait_for)
         while in_flight:
-            yield _next_result(in_flight, submit)
+            yield _next_result(in_flight, submit, wait_for)
     finally:
         for _, reference in in_flight:
             ray.cancel(reference)
 
 
-def _next_result(in_flight: deque[tuple[_T, Any]], submit: Callable[[_T], Any]) -> tuple[_T, Any]:
+def _next_result(
+    in_flight: deque[tuple[_T, Any]], submit: Callable[[_T], Any], wait_for: Callable[[Any], None]
+) -> tuple[_T, Any]:
     """Take the oldest item, wait for its result and return both. `submit` is called again if its worker dies."""
     item, reference = in_flight.popleft()
     for attempt in range(1, _MAX_ATTEMPTS + 1):
         try:
+            wait_for(reference)
             return item, ray.get(reference)
         except RayTaskError as error:
             raise _error_of_task(error) from error

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -21,6 +22,7 @@ from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.parallel import AHEAD, Engine, map_in_order, on_shared_folder
 from arc_ds.shards.token_cache.writer import build_token_caches
 from arc_ds.system.locks import LOCK_FILE
+from tests.helpers.faulty_server import serve
 from tests.helpers.tiny_data import TEXT, contents
 from tests.helpers.waiting import LIMIT_S, wait_for
 from tests.integration.test_shard_workers import alive, start_build
@@ -152,6 +154,15 @@ def test_a_stopped_command_leaves_no_ray_and_resumes_with_the_same_bytes(
 )
 def test_a_wrong_address_is_an_error_at_once(address: str, message: str) -> None:
     with pytest.raises(StorageError, match=message), ray_cluster(address):
+        pass
+
+
+def test_a_port_of_another_program_is_an_error_at_once(tmp_path: Path) -> None:
+    with (
+        serve(tmp_path) as server,
+        pytest.raises(StorageError, match="another program listens there"),
+        ray_cluster(urlsplit(server.url).netloc),
+    ):
         pass
 
 
@@ -291,6 +302,15 @@ def test_a_host_that_lacks_something_is_named(
         (tmp_path / LOCK_FILE).write_text("process 1 on another host")
     with pytest.raises(error, match=message):
         list(map_on_ray(function, [1], 1))
+
+
+def test_a_lost_head_ends_the_work(hosts: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would end this process a minute after a real loss, so another address stands for it."""
+    monkeypatch.setattr(ray_engine, "_CHECK_S", 0.0)
+    assert len(list(map_on_ray(identity, range(3), 2))) == 3
+    monkeypatch.setattr(type(ray.get_runtime_context()), "gcs_address", "127.0.0.1:1")
+    with pytest.raises(StorageError, match="no Ray cluster answers at 127"):
+        list(map_on_ray(identity, range(3), 2))
 
 
 def test_the_number_of_items_in_flight_is_bounded(hosts: Cluster) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from arc_ds.errors import DataError
+from arc_ds.errors import DataError, DiskFullError
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.check import check_shards
 from arc_ds.shards.format import MANIFEST
@@ -23,6 +24,7 @@ from datatrove.executor.local import LocalPipelineExecutor  # noqa: E402
 from datatrove.pipeline.filters import LambdaFilter  # noqa: E402
 from datatrove.pipeline.readers import ParquetReader  # noqa: E402
 
+from arc_ds.shards.building import datatrove_writer  # noqa: E402
 from arc_ds.shards.building.datatrove_writer import ShardsStep  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"max_tokens": 100, "min_tokens": 4, "shard_bytes": 1 << 14}
@@ -116,6 +118,21 @@ def test_a_task_that_failed_is_repeated_alone(
         run(corpus, out, tokenizer, 2, keep, min_tokens=5)
     assert len(finished) < 2
     run(corpus, out, tokenizer, 2, keep)
+    assert contents(out) == expected
+
+
+def test_a_join_that_failed_is_repeated(
+    tmp_path: Path, corpus: Path, tokenizer: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(datatrove_writer, "_join", no_space)
+        with pytest.raises(DiskFullError, match="out cannot be written"):
+            run(corpus, out, tokenizer, 2)
+    run(corpus, out, tokenizer, 2)
     assert contents(out) == expected
 
 

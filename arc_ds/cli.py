@@ -27,7 +27,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("arc_ds.commands.train", "train a config on all local devices, or as one rank of a launcher"),
     "shards": Command("arc_ds.commands.shards", "build, check, show and measure webdataset shards"),
-    "plan": Command("arc_ds.commands.plan", "say what a run needs on GPUs that nobody has paid for yet"),
+    "plan": Command("arc_ds.commands.plan", "calculate memory, time and cost of a run before you pay for GPUs"),
     "export": Command("arc_ds.commands.export", "convert a run's checkpoint to weights that other programs can load"),
     "inspect": Command("arc_ds.commands.inspect", "say what weights are, and whether they serve as encoder or decoder"),
     "import": Command("arc_ds.commands.import_", "turn a released ARC-Encoder into a checkpoint that ARC-DS reads"),

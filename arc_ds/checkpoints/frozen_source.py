@@ -13,7 +13,7 @@ class FrozenSource:
     """The files from which a run loaded the frozen weights of its encoder.
 
     key: config key of the path.
-    path: of the files.
+    path: path of the files.
     digest: see `weight_digests`.
     backbone: `encoder.backbone` of the run.
     rope_scaling: `encoder.rope_scaling` of the run.

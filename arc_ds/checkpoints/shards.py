@@ -56,7 +56,7 @@ class EngineState:
 class SavedParameter:
     """A parameter in a checkpoint. Values are read when they are asked for.
 
-    shape: of the whole parameter.
+    shape: shape of the whole parameter.
     flats: the flat tensors of all ranks, in rank order, by state (`MASTER`, `exp_avg`, `exp_avg_sq`).
     offset: where its piece begins in a flat tensor.
     scalars: states that are one number for all elements (`step`).

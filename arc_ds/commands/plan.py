@@ -34,9 +34,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register `arc-ds plan`."""
     parser = subparsers.add_parser(
         "plan",
-        description="Says what a run needs: memory, communication, time, cost and disk, whether it fits, what fits "
-        "instead, and how it scales. No GPU, network, weights or shards are needed: published sizes of models and the "
-        "config's own sizes stand in for missing files. The exit code is 0 if the run fits, and 1 if it does not.",
+        description="Calculates memory, communication, time, cost and disk of a run, tells whether it fits, finds a "
+        "config that fits, and shows how it scales. No GPU, network, weights or shards are needed: published sizes of "
+        "models and the config's own sizes stand in for missing files. The exit code is 0 if the run fits, and 1 if it "
+        "does not.",
     )
     parser.add_argument(
         "config", type=path_argument, help="YAML file of the run; unset variables in it become placeholders"

@@ -20,8 +20,7 @@ def decode(entry: Entry, cls: type[T]) -> T:
     """Build the dataclass `cls` from a mapping.
 
     Field types: str, int, float, bool, Literal of strings, unions (also with None), tuples, dataclasses and tuples of
-    them, numbers annotated with a `Range`,
-    text annotated with a function that returns the value or raises ConfigError,
+    them, numbers annotated with a `Range`, text annotated with a function that returns the value or raises ConfigError,
     and Literals annotated with a dict of their old spellings.
 
     Raises ConfigError on an unknown key (with the nearest one), a missing key, or a value of another type. One

@@ -308,8 +308,8 @@ class SkipSpikesConfig:
     gradient_norm: TimesMedian = 5.0
     """A gradient norm (before clipping) above this many times the median is a spike."""
     window: Annotated[int, Range(at_least=2)] = 100
-    """Number of latest steps, for each set of decoders, that the medians are taken over. Nothing is skipped before half
-    of them are done."""
+    """The medians are those of this many latest steps, for each set of decoders. No step is skipped before half of them
+    are done."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,7 +156,7 @@ def with_decoders(trained: TrainedCompressor, names: Collection[str] = ()) -> Tr
 def consolidate(checkpoint: Path, encoder: Path | None = None) -> TrainedCompressor:
     """Open the shards of a checkpoint as whole float32 tensors. Frozen ones come from the files that the run names.
 
-    encoder: where these files are now, if they have moved.
+    encoder: folder of these files, if they have moved.
 
     Checksums of all files are verified first. Raises CheckpointError if a file is missing or differs, or if the
     checkpoint does not describe its compressor, and CheckpointRemoved if it vanishes.

@@ -28,8 +28,8 @@ def open_frozen(
 ) -> dict[str, LazyTensor]:
     """The frozen tensors of a compressor as float32, with the values that they had in the run. No values are read.
 
-    names: of the tensors.
-    moved: where the files are now, if not at the path of the run.
+    names: names of the tensors.
+    moved: folder of the files, if it is no longer the run's path.
 
     Raises CheckpointError if the files are missing or hold other weights.
     """

@@ -1,9 +1,9 @@
 """Heartbeats between ranks: a lost, failed or stalled rank ends all others, and each of them can name it.
 
-A rank that waits in a collective waits in C code, for a peer that may be gone. So a thread of each rank watches:
+A rank in a collective is blocked in C code, and its peer may be gone. So a thread of each rank watches:
 
 - The thread of rank 0 accepts a connection from every other rank. Each side sends a line every second. A rank's line
-  says what it does at the moment (`system.activity`).
+  names its current work (`system.activity`).
 - Rank 0 decides, and sends one verdict to all. A closed connection means that the rank's process has ended. A silence
   of `distributed.timeout_s` means that the rank is frozen or its host is cut off.
 - The other ranks watch rank 0 in the same way.

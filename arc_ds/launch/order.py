@@ -1,4 +1,4 @@
-"""What the process that launches a run on several hosts (`launch.ssh`) gives to each host (`launch.remote`)."""
+"""The order that `launch.ssh`, which launches a run on several hosts, sends to `launch.remote` on each of them."""
 
 from __future__ import annotations
 

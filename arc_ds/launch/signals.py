@@ -22,8 +22,8 @@ class StopRequest:
     Use it as a context manager around the training loop, in the main thread only (Python's rule for signal handlers).
     At its end it restores the previous handlers unless signals were held before. A rank holds stop signals outside the
     block (`hold_stop_signals`). Before the block `stoppable` ends the rank at a signal, and a signal that arrives while
-    the run closes does not interrupt that. Ranks exchange their received signals
-    together with the label counts of a step (`step.train_step`).
+    the run closes does not interrupt that. Ranks exchange their received signals together with the label counts of a
+    step (`step.train_step`).
 
     Python runs a handler in the main thread, between two of its own instructions. A main thread that is blocked in a
     collective never runs it. So a second thread hears of the signal too (`unanswered_since`).

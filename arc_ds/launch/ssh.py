@@ -39,7 +39,7 @@ _SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=30")
 # A minute of silence is a lost connection.
 _ALIVE = ("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 _SSH_FAILED = 255
-# Variables of a host or a login, which the other hosts have their own values of.
+# Variables of a host or a login. The other hosts have values of their own.
 _OF_HOSTS = re.compile(
     r"HOME|USER|LOGNAME|SHELL|SHLVL|MAIL|PWD|OLDPWD|HOSTNAME|TERM|TMPDIR|TMP|TEMP|DISPLAY|_|MASTER_PORT|"
     r"(CUDA|HIP|ROCR|ZE|ASCEND_RT)_\w*VISIBLE\w*|(SSH|XDG|DBUS|SLURM|PMI|PMIX)_.*"
@@ -222,7 +222,7 @@ def _send(connections: Sequence[_Connection], codes: Mapping[str, int], number: 
 def _in_words(connection: _Connection, code: int) -> str:
     host = connection.host
     if not connection.has_started and connection.is_lost():
-        return f"{host} cannot be reached: see the words of ssh above. `ssh -o BatchMode=yes {host} true` must succeed."
+        return f"{host} cannot be reached: ssh's message is above. `ssh -o BatchMode=yes {host} true` must succeed."
     if not connection.has_started:
         return (
             f"{host} cannot run {sys.executable}: see above. All hosts need the same virtual environment in one place."

@@ -1,10 +1,10 @@
 """`arc-ds train`: DeepSpeed's launcher on all devices of this host, with reliable signals and exit codes.
 
 With `--hostfile`, `arc_ds.launch.ssh` runs `launch` on each host. SIGTERM to `deepspeed` orphans the ranks or kills
-them while they save, and a killed rank can result in exit code 0.
-This wrapper starts the launcher in its own session, isolated from the terminal's signals. It forwards SIGTERM, SIGUSR1
-and the first Ctrl-C to the ranks, which save at the next step boundary and stop. It computes the exit code from the
-status files of the ranks (`arc_ds.launch.rank`); a rank that was killed has no exit code in its file.
+them while they save, and a killed rank can result in exit code 0. This wrapper starts the launcher in its own session,
+isolated from the terminal's signals. It forwards SIGTERM, SIGUSR1 and the first Ctrl-C to the ranks, which save at the
+next step boundary and stop. It computes the exit code from the status files of the ranks (`arc_ds.launch.rank`); a rank
+that was killed has no exit code in its file.
 """
 
 from __future__ import annotations

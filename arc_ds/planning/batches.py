@@ -28,8 +28,8 @@ RECORDS_READ = 256
 class Kind(NamedTuple):
     """A kind of sample of the run.
 
-    share: of all samples.
-    lengths: of such samples, from short to long; at least one.
+    share: share of all samples.
+    lengths: lengths of such samples, from short to long; at least one.
     num_labels: labels of one sample at most.
     """
 
@@ -41,8 +41,8 @@ class Kind(NamedTuple):
 class MicroBatch(NamedTuple):
     """The largest micro-batch of a rank.
 
-    samples: in it.
-    per_step: micro-batches of a step with one decoder.
+    samples: its samples.
+    per_step: number of micro-batches of a step with one decoder.
     """
 
     samples: tuple[Sample, ...]
@@ -53,9 +53,9 @@ class MicroBatch(NamedTuple):
 class SampleKinds:
     """The kinds of samples of a run.
 
-    kinds: with their shares.
-    names: of the samples, in metrics.
-    origins: for each source, where the lengths come from, in words.
+    kinds: the kinds, with their shares.
+    names: names of the samples in metrics.
+    origins: for each source, the origin of its lengths in words.
     """
 
     kinds: tuple[Kind, ...]
@@ -66,7 +66,7 @@ class SampleKinds:
 def sample_kinds(config: RunConfig, pooling: PoolingSpec, open_shards: Callable[[str], ShardSet | None]) -> SampleKinds:
     """The kinds of samples of a run.
 
-    open_shards: opens a source's shards; None if there are none, and the largest sizes of the config then stand.
+    open_shards: opens a source's shards; None if there are none. The config's largest sizes are used then.
     """
     kinds: list[Kind] = []
     names: dict[str, None] = {}

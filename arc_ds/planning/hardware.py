@@ -26,7 +26,7 @@ class Gpu(NamedTuple):
     """A GPU.
 
     peak_tflops: dense bfloat16.
-    memory_gib: of the device.
+    memory_gib: memory of the device.
     memory_gbs: bandwidth of its memory, 1e9 bytes per second.
     link_gbs: bandwidth to another GPU of the host and direction, 1e9 bytes per second.
     link: name of that link.
@@ -83,7 +83,7 @@ class Machine(NamedTuple):
     """The hardware of a run.
 
     gpu: name of the GPU in GPUS.
-    num_gpus: of all hosts.
+    num_gpus: number of GPUs of all hosts.
     num_hosts: hosts of equal size.
     interconnect: name of the link between hosts in LINKS.
     """

@@ -53,9 +53,9 @@ bandwidth. Not measured."""
 class RunModel:
     """The model of a run, and the functions that `training` has for it.
 
-    spec: of the compressor.
+    spec: sizes of the compressor.
     decoders: sizes of the trained decoders.
-    kinds: of samples.
+    kinds: kinds of samples.
     build_compressor: makes the compressor of a config on "meta".
     build_decoder: makes a decoder of a config on "meta", by the index of its port.
     choose_placement: `training.engine.choose_placement`.
@@ -118,9 +118,9 @@ class Traffic(NamedTuple):
 
     engine: "encoder", or the name of a decoder.
     op: all_gather, reduce_scatter or all_reduce.
-    num_ranks: of the group.
-    calls: collectives.
-    full_bytes: of the full tensors.
+    num_ranks: size of the group.
+    calls: number of collectives.
+    full_bytes: bytes of the full tensors.
     """
 
     engine: str
@@ -168,10 +168,10 @@ class Plan:
     samples: in the largest micro-batch of a rank.
     passes: micro-batches of a step and decoder.
     memory: bytes of a GPU by part; `activations` has the parts of the traced peak.
-    host_bytes: of host memory that a rank's offloaded states take.
+    host_bytes: host memory of a rank's offloaded states.
     tokens: encoder tokens of a step, of all ranks.
-    flops: of a step and rank, without recomputation.
-    traced_flops: of a step and rank, with recomputation.
+    flops: operations of a step on one rank, without recomputation.
+    traced_flops: the same with recomputation.
     """
 
     config: RunConfig

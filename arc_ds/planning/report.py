@@ -16,7 +16,7 @@ from arc_ds.planning.search import Fit, SweepRow
 class Report:
     """Everything that `arc-ds plan` says.
 
-    plan: of the config as it is.
+    plan: plan of the config as it is.
     fit: the nearest config that fits, if the config does not; None if it fits or nothing does.
     rows: over numbers of GPUs.
     price: of an hour of one GPU, in the user's currency; None if it is not given.

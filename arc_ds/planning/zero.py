@@ -79,7 +79,7 @@ class Weights(NamedTuple):
     """The parameters of an engine.
 
     sizes: elements of each.
-    is_trained: of each.
+    is_trained: whether each is trained.
     forward: the parameters of each module that ZeRO-3 gathers as one, in the order of forward. Modules whose children
         have the parameters have none here, but count as steps.
     backward: the same for backward, which starts with the first module that has a trained one before or in it.

@@ -6,7 +6,6 @@ import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -22,7 +21,7 @@ _R = TypeVar("_R")
 
 
 class Engine(Protocol):
-    """Runs the tasks of a build: `map_in_order` in processes of this host, `RayCluster.map_in_order` on many hosts."""
+    """Runs the tasks of a build: `map_in_order` in processes of this host, `ray_engine.map_on_ray` on many hosts."""
 
     def __call__(
         self, function: Callable[[_T], _R], items: Iterable[_T], num_workers: int
@@ -79,12 +78,13 @@ def on_shared_folder(folder: Path, function: Callable[[_T], _R]) -> Callable[[_T
 
 
 def _call_on_shared_folder(folder: Path, holder: bytes, function: Callable[[_T], _R], item: _T) -> _R:
-    seen = b""
-    with suppress(OSError):
-        seen = (folder / LOCK_FILE).read_bytes()
-    if seen == holder:
-        return function(item)
-    raise StorageError(
-        f"{socket.gethostname()} does not see the files of this command in {folder}. All hosts of a Ray cluster must "
-        "share the file system of the output: give an output folder on it, or leave out --ray-address."
-    )
+    try:
+        is_shared = (folder / LOCK_FILE).read_bytes() == holder
+    except OSError:
+        is_shared = False
+    if not is_shared:
+        raise StorageError(
+            f"{socket.gethostname()} does not see the files of this command in {folder}. All hosts of a Ray cluster "
+            "must share the file system of the output: give an output folder on it, or leave out --ray-address."
+        )
+    return function(item)

@@ -7,22 +7,29 @@ import os
 import pickle
 import signal
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import ray
+from ray._private import worker as ray_worker
+from ray.exceptions import RayError, RayTaskError
+
 from arc_ds.errors import DataError, StorageError, words_of
 from arc_ds.shards.parallel import AHEAD
-from arc_ds.system.packages import require
+from arc_ds.system.processes import num_cores
 from arc_ds.version import __version__
 
 logger = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 4  # of one item whose workers die
 _CONNECT_S = 10.0
+_CHECK_S = 10.0  # between two looks at the head of the cluster
+_HTTP2_BEGIN = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with empty settings
+_HTTP2_SETTINGS = 4  # type of the first frame of an answer
 _OBJECT_BYTES = 8 << 20  # of the local object store, for an item and its result
 _MIN_STORE_BYTES = 128 << 20
 _T = TypeVar("_T")
@@ -30,8 +37,8 @@ _R = TypeVar("_R")
 
 
 @contextmanager
-def ray_cluster(address: str | None = None, num_workers: int | None = None) -> Iterator[RayCluster]:
-    """Connect to a Ray cluster, or start Ray on this host for the duration of the block.
+def ray_cluster(address: str | None = None, num_workers: int | None = None) -> Iterator[int]:
+    """Connect to a Ray cluster, or start Ray on this host, for calls of `map_on_ray` in the block.
 
     If the program is connected to a cluster already, that one is used and stays connected.
 
@@ -39,35 +46,32 @@ def ray_cluster(address: str | None = None, num_workers: int | None = None) -> I
         set, a Ray of our own on this host.
     num_workers: maximum number of tasks that run at the same time; None for the number of CPUs of the cluster.
 
-    Raises ConfigError if Ray is not installed, DataError if `num_workers` is invalid, and StorageError if the cluster
-    cannot be reached.
+    Yields the number of workers. Raises DataError if `num_workers` is invalid, and StorageError if the cluster cannot
+    be reached.
     """
-    require("ray")
     if num_workers is not None and num_workers < 1:
         raise DataError(f"{num_workers} workers cannot do anything. Give at least 1 (--workers).")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-
     if ray.is_initialized():  # by the caller's program
-        yield RayCluster(num_workers=num_workers or _num_cpus())
+        yield num_workers or _num_cpus()
         return
-    # Ray reports dead workers on standard output, which belongs to the command. `_next_result` reports them in the log.
-    ray._private.worker._worker_logs_enabled = False
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray reports dead workers on standard output, which belongs to the command, and has no public option against it.
+    # `_next_result` reports them in the log.
+    are_reported = getattr(ray_worker, "_worker_logs_enabled", True)
+    ray_worker._worker_logs_enabled = False
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        _connect(address, num_workers)
-        yield RayCluster(num_workers=num_workers or _num_cpus())
+        _connect(address or os.environ.get("RAY_ADDRESS") or "local", num_workers)
+        yield num_workers or _num_cpus()
     finally:
         ray.shutdown()
+        ray_worker._worker_logs_enabled = are_reported
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced it
 
 
 def _num_cpus() -> int:
     """The CPUs of the connected cluster. Raises StorageError if it has none."""
-    import ray
-
     num_cpus = int(ray.cluster_resources().get("CPU", 0))
     if num_cpus < 1:
         raise StorageError("the Ray cluster has no CPUs. Start a host that has some: ray start --num-cpus N")
@@ -76,15 +80,13 @@ def _num_cpus() -> int:
 
 def _connect(address: str, num_workers: int | None) -> None:
     """Start a local Ray or connect to a cluster. Ray itself tries a wrong address for minutes and then exits."""
-    import ray
-
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address == "local":
-        num_cpus = num_workers or len(os.sched_getaffinity(0))
+        num_cpus = num_workers or num_cores()
         store_bytes = max(_MIN_STORE_BYTES, num_cpus * AHEAD * _OBJECT_BYTES)
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": store_bytes}
     elif address != "auto":
-        _check_listens(address)
+        _check_answers(address)
     try:
         ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, SystemExit) as error:
@@ -95,7 +97,8 @@ def _connect(address: str, num_workers: int | None) -> None:
         ) from error
 
 
-def _check_listens(address: str) -> None:
+def _check_answers(address: str) -> None:
+    """Raise StorageError if no cluster answers at an address. Ray's servers speak HTTP/2, its dashboard does not."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:
         raise StorageError(
@@ -103,61 +106,65 @@ def _check_listens(address: str) -> None:
             "--head` prints it). Run the command on a host of the cluster; ray:// addresses are for other clients."
         )
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_S) as connection:
+            connection.sendall(_HTTP2_BEGIN)
+            if connection.recv(9)[3:4] != bytes([_HTTP2_SETTINGS]):
+                raise ConnectionError("another program listens there, such as Ray's dashboard")
     except (OSError, OverflowError) as error:
         raise StorageError(
             f"no Ray cluster answers at {address}: {error}. Check the address, and that `ray start --head` runs there."
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class RayCluster:
-    """A connected cluster. `ray_cluster` makes it.
+def map_on_ray(
+    function: Callable[[_T], _R], items: Iterable[_T], num_workers: int
+) -> Generator[tuple[_T, _R], None, None]:
+    """Like `arc_ds.shards.parallel.map_in_order`, on the hosts of the connected cluster.
 
-    num_workers: number of tasks that may run at the same time.
+    An item whose worker dies, or whose result is lost with its host, is given to another worker.
+
+    Raises DataError if the workers of one item keep dying, or if a worker has another version of ARC-DS. Raises
+    StorageError if the head of the cluster is lost, which Ray itself reports after a minute, by ending the program.
     """
+    # Retries by Ray would be endless for a lack of memory.
+    remote = ray.remote(max_retries=0, num_cpus=1)(_call_by_value())
+    call = partial(remote.remote, __version__, os.getcwd(), ray.put(pickle.dumps(function)))
 
-    num_workers: int
+    head, checked = ray.get_runtime_context().gcs_address, time.monotonic()
 
-    def map_in_order(
-        self, function: Callable[[_T], _R], items: Iterable[_T], num_workers: int
-    ) -> Generator[tuple[_T, _R], None, None]:
-        """Like `arc_ds.shards.parallel.map_in_order`, on the hosts of the cluster.
+    def submit(item: _T) -> Any:
+        return call(pickle.dumps(item))
 
-        An item whose worker dies, or whose result is lost with its host, is given to another worker.
+    def wait_for(reference: Any) -> None:
+        nonlocal checked
+        is_ready = False
+        while not is_ready:
+            if time.monotonic() - checked > _CHECK_S:
+                _check_answers(head)
+                checked = time.monotonic()
+            is_ready = bool(ray.wait([reference], timeout=_CHECK_S)[0])
 
-        Raises DataError if the workers of one item keep dying, or if a worker has another version of ARC-DS.
-        """
-        import ray
-
-        # Retries by Ray would be endless for a lack of memory.
-        remote = ray.remote(max_retries=0, num_cpus=1)(_call_by_value())
-        call = partial(remote.remote, __version__, os.getcwd(), ray.put(pickle.dumps(function)))
-
-        def submit(item: _T) -> Any:
-            return call(pickle.dumps(item))
-
-        in_flight: deque[tuple[_T, Any]] = deque()
-        try:
-            for item in items:
-                in_flight.append((item, submit(item)))
-                if len(in_flight) == num_workers * AHEAD:
-                    yield _next_result(in_flight, submit)
-            while in_flight:
-                yield _next_result(in_flight, submit)
-        finally:
-            for _, reference in in_flight:
-                ray.cancel(reference)
+    in_flight: deque[tuple[_T, Any]] = deque()
+    try:
+        for item in items:
+            in_flight.append((item, submit(item)))
+            if len(in_flight) == num_workers * AHEAD:
+                yield _next_result(in_flight, submit, wait_for)
+        while in_flight:
+            yield _next_result(in_flight, submit, wait_for)
+    finally:
+        for _, reference in in_flight:
+            ray.cancel(reference)
 
 
-def _next_result(in_flight: deque[tuple[_T, Any]], submit: Callable[[_T], Any]) -> tuple[_T, Any]:
+def _next_result(
+    in_flight: deque[tuple[_T, Any]], submit: Callable[[_T], Any], wait_for: Callable[[Any], None]
+) -> tuple[_T, Any]:
     """Take the oldest item, wait for its result and return both. `submit` is called again if its worker dies."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
     item, reference = in_flight.popleft()
     for attempt in range(1, _MAX_ATTEMPTS + 1):
         try:
+            wait_for(reference)
             return item, ray.get(reference)
         except RayTaskError as error:
             raise _error_of_task(error) from error

@@ -34,7 +34,7 @@ def engine_memory(module: nn.Module, engine: DeepSpeedEngine | None, device: tor
     """Measure one engine. DeepSpeed's communication buffers and memory that is offloaded are not included.
 
     engine: the engine that trains the module; None for a frozen module.
-    device: of this rank.
+    device: device of this rank.
     """
     params: list[Any] = list(module.parameters())
     sharded = [param for param in params if hasattr(param, "ds_tensor")]

@@ -22,8 +22,8 @@ from arc_ds.training.engine import set_trained
 class Outline:
     """The sizes of a run's model.
 
-    spec: of the compressor.
-    decoders: of the trained decoders, in the order of the ports.
+    spec: sizes of the compressor.
+    decoders: sizes of the trained decoders, in the order of the ports.
     """
 
     spec: CompressorSpec

@@ -60,7 +60,7 @@ def check_same(values: Mapping[str, Any], remedy: str) -> None:
 
 
 def _difference(name: str, by_rank: list[tuple[str, dict[str, str]]]) -> str | None:
-    """The values of one name and where they are, that of rank 0 last; None if all are equal."""
+    """One name with its values and their ranks, rank 0 last; None if all values are equal."""
     places: dict[str, dict[str, list[int]]] = {}
     for rank, (host, values) in enumerate(by_rank):
         places.setdefault(values.get(name, _ABSENT), {}).setdefault(host, []).append(rank)

@@ -56,7 +56,7 @@ def _ds_config() -> dict[str, Any]:
 
 
 class Found(NamedTuple):
-    """What a rank found.
+    """Findings of one rank.
 
     memory: of each engine after each step.
     leaked: parameters that were gathered after steps, each as index of its engine and name.

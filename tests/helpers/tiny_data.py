@@ -33,6 +33,11 @@ def write_tiktoken(path: Path, more: Sequence[bytes] = ()) -> Path:
     return path
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of the files in a folder by their names."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
 def write_json_tokenizer(folder: Path, *, bos: bool = True) -> Path:
     """Write a byte-level BPE tokenizer.json with 340 tokens and its tokenizer_config.json to a folder."""
     import tokenizers

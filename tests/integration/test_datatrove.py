@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from arc_ds.errors import DataError
+from arc_ds.errors import DataError, DiskFullError
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.check import check_shards
 from arc_ds.shards.format import MANIFEST
 from arc_ds.shards.reader import ShardSet
-from tests.helpers.tiny_data import TEXT, numbered_texts, write_lines, write_tiktoken
+from tests.helpers.tiny_data import TEXT, contents, numbered_texts, write_lines
 
 pytest.importorskip("datatrove", reason="needs the extra datatrove")
 pyarrow = pytest.importorskip("pyarrow", reason="needs the extra shards")
@@ -23,14 +24,10 @@ from datatrove.executor.local import LocalPipelineExecutor  # noqa: E402
 from datatrove.pipeline.filters import LambdaFilter  # noqa: E402
 from datatrove.pipeline.readers import ParquetReader  # noqa: E402
 
+from arc_ds.shards.building import datatrove_writer  # noqa: E402
 from arc_ds.shards.building.datatrove_writer import ShardsStep  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"max_tokens": 100, "min_tokens": 4, "shard_bytes": 1 << 14}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiktoken(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +85,6 @@ def run(
     LocalPipelineExecutor(pipeline, tasks=tasks, workers=1, logging_dir=str(out.parent / "logs")).run()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 @pytest.mark.parametrize("tasks", [1, 2, 7])
 def test_the_shards_equal_a_build_of_the_filtered_documents(
     tmp_path: Path, corpus: Path, tokenizer: Path, expected: dict[str, bytes], tasks: int
@@ -125,6 +118,21 @@ def test_a_task_that_failed_is_repeated_alone(
         run(corpus, out, tokenizer, 2, keep, min_tokens=5)
     assert len(finished) < 2
     run(corpus, out, tokenizer, 2, keep)
+    assert contents(out) == expected
+
+
+def test_a_join_that_failed_is_repeated(
+    tmp_path: Path, corpus: Path, tokenizer: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(datatrove_writer, "_join", no_space)
+        with pytest.raises(DiskFullError, match="out cannot be written"):
+            run(corpus, out, tokenizer, 2)
+    run(corpus, out, tokenizer, 2)
     assert contents(out) == expected
 
 

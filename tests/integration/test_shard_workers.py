@@ -15,7 +15,7 @@ from arc_ds.cli import main
 from arc_ds.errors import DataError
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.check import check_shards
-from tests.helpers.tiny_data import TEXT, write_tiktoken
+from tests.helpers.tiny_data import TEXT, contents
 from tests.helpers.waiting import LIMIT_S, wait_for
 
 # `arc-ds` whose builds wait after their first saved state.
@@ -35,11 +35,6 @@ if __name__ == "__main__":
     sys.exit(cli.main(sys.argv[1:]))
 """
 OPTIONS = {"max_tokens": 200, "min_tokens": 4, "shard_bytes": 1 << 19}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiktoken(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +62,7 @@ def start_build(
     words = ["shards", "build", str(source), "--out", str(out), "--tokenizer", str(tokenizer), "--workers", "2"]
     program = ["-c", HELD] if is_held else ["-m", "arc_ds.cli"]
     command = [sys.executable, *program, *words, *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_workers_and_a_kill_do_not_change_the_bytes(
@@ -100,7 +91,7 @@ def test_a_worker_that_dies_ends_the_build_with_the_cure(tmp_path: Path, source:
     children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children")
     wait_for(lambda: bool(makers(children)))  # the other one may still be starting
     os.kill(makers(children)[0], signal.SIGKILL)
-    _, words = builder.communicate(timeout=LIMIT_S)
+    words, _ = builder.communicate(timeout=LIMIT_S)
     assert builder.returncode == 2, words
     assert "a worker process died" in words and "fewer --workers" in words
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from arc_ds.errors import ConfigError
 from arc_ds.shards.parallel import Engine, map_in_order
-from arc_ds.shards.ray_engine import ray_cluster
 from arc_ds.system.processes import num_cores
 
 
@@ -44,8 +43,10 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 def chosen_workers(namespace: argparse.Namespace) -> Iterator[Workers]:
     """The workers that the options ask for. A Ray that this starts ends with the block."""
     if namespace.engine == "ray":
-        with ray_cluster(namespace.ray_address, namespace.workers) as cluster:
-            yield Workers(cluster.num_workers, cluster.map_in_order)
+        from arc_ds.shards.ray_engine import map_on_ray, ray_cluster  # needs Ray
+
+        with ray_cluster(namespace.ray_address, namespace.workers) as num_workers:
+            yield Workers(num_workers, map_on_ray)
         return
     if namespace.ray_address is not None:
         raise ConfigError("--ray-address needs --engine ray. Add it, or leave out the address.")

@@ -86,11 +86,15 @@ class BuildFolder:
         # json.dump is many times slower, and the state of ten thousand shards takes megabytes.
         write_whole(self.path / _STATE, json.dumps(state))
 
+    def has_progress(self) -> bool:
+        """Whether a build can resume here."""
+        return (self.path / _STATE).is_file()
+
     def load(self, plan: BuildPlan) -> Progress | None:
         """Load the progress of the same build and verify its shards' checksums; None if the build cannot resume."""
-        path = self.path / _STATE
-        if not path.is_file():
+        if not self.has_progress():
             return None
+        path = self.path / _STATE
         try:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if state["version"] != _VERSION:
@@ -103,6 +107,7 @@ class BuildFolder:
             logger.warning(
                 "%s: the build starts from scratch, because it cannot resume an unfinished one: %s", self.path, error
             )
+            path.unlink()
             return None
         return progress
 

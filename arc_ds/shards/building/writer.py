@@ -144,9 +144,11 @@ def _build_in(
         with tqdm(total=total, unit="B", unit_scale=True, disable=not show_bar) as bar:
             build.run(tokenizer, workers, engine, bar)
     except BaseException:
-        if build.num_saved:
+        if folder.has_progress():
             logger.warning(
-                "%d finished shards are kept in %s: the same command resumes the build", build.num_saved, folder.path
+                "%d finished shards are kept in %s: the same command resumes the build",
+                len(progress.shards),
+                folder.path,
             )
         else:
             folder.remove()
@@ -184,15 +186,11 @@ def _encode(rules: RecordRules, tokenizer: Tokenizer | Path, job: _BatchJob) -> 
 
 
 class _Build:
-    """A build in progress.
-
-    num_saved: number of shards in the saved progress.
-    """
+    """A build in progress."""
 
     def __init__(self, folder: BuildFolder, plan: BuildPlan, progress: Progress) -> None:
         self.folder = folder
         self.plan = plan
-        self.num_saved = len(progress.shards)
         folder.keep_only(progress.shards)
         self.writer = ShardWriter(folder.shards, plan.shard_bytes, progress.shards)
         self._progress = progress
@@ -262,7 +260,6 @@ class _Build:
         progress.shards = self.writer.shards
         progress.file_idx, progress.cursor, progress.num_records = job.file_idx, job.batch.cursor, num_records
         self.folder.save(self.plan, progress)
-        self.num_saved = len(progress.shards)
 
     def _finish_files(self, end: int, digests: InputDigests) -> None:
         """Record the results of the inputs before index `end`. Raises DataError if one changed while it was read."""

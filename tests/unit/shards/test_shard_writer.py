@@ -19,7 +19,7 @@ from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.records import MAX_RECORD_BYTES
 from arc_ds.shards.tar_writer import EncodedRecord, ShardWriter
 from arc_ds.tokenizers import load_tokenizer
-from tests.helpers.tiny_data import TEXT, numbered_texts, write_tokenizer_without
+from tests.helpers.tiny_data import TEXT, contents, numbered_texts, write_tokenizer_without
 
 
 def test_every_kind_of_input_is_read_and_short_documents_counted(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -307,10 +307,6 @@ def build(tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         return build_shards(inputs, out, tokenizer_path, **settings)
 
     return run
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("step", [5, 37])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -50,9 +51,9 @@ def test_a_failing_rank_is_named_and_the_pool_goes_on() -> None:
 
 
 def test_a_rank_that_hangs_is_a_failure_with_its_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time stands still until the rank hangs."""
-    sign = tmp_path / "sign"
-    clock = SimpleNamespace(monotonic=lambda: 1.0 if sign.exists() else 0.0, sleep=time.sleep)
+    """Time stands still until the rank hangs. From then on, each look at the clock takes a second."""
+    sign, seconds = tmp_path / "sign", itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(seconds) if sign.exists() else 0, sleep=time.sleep)
     monkeypatch.setattr(distributed, "time", clock)
     with pytest.raises(RankError, match=r"(?s)rank 1.*_hang_on_rank_one"):
         run_on_ranks(_hang_on_rank_one, sign, timeout_s=0.5)

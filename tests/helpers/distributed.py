@@ -125,7 +125,7 @@ class RankPool:
 def _fork_context() -> Any:
     """The context that starts ranks. Its server imports the modules of a run once and forks the ranks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "arc_ds.train"])
+    context.set_forkserver_preload(["tests.helpers.rank_server"])
     with mock.patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=os.pathsep.join(sys.path)):
         forkserver.ensure_running()
     return context

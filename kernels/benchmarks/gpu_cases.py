@@ -45,7 +45,7 @@ FULL = Scale(
     window=1024,
 )
 QUICK = Scale(rows=4096, labels=1024, vocab_size=128256, lengths=((2048, 256, 700, 1500),), window=512)
-TINY = Scale(rows=24, labels=8, vocab_size=500, lengths=((7, 12),), window=4)
+TINY = Scale(rows=8, labels=8, vocab_size=500, lengths=((7, 12),), window=4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,10 +67,10 @@ SPOILT_STEP = 5
 TOLERANCE = 1e-6
 # Gradient norms depend more on the order of additions than losses and parameters do, because the terms of a gradient
 # cancel. A sum of n float32 terms errs by sqrt(n) 2^-24 in the root mean square (Higham and Mary, "A new approach to
-# probabilistic rounding error analysis", 2019). The longest sums of a step run over its rows, at most 105: 6.1e-7.
-# Plain runs with 1 to 12 threads err by 3.7e-7 to 6.7e-7 against float64. The difference of two runs has sqrt(2) times
+# probabilistic rounding error analysis", 2019). The longest sums of a step run over its rows, at most 108: 6.2e-7.
+# Plain runs with 1 to 12 threads err by 7.1e-7 to 1.3e-6 against float64. The difference of two runs has sqrt(2) times
 # the deviation; it exceeds five deviations in one of 2e6 steps.
-MAX_ROWS = 105
+MAX_ROWS = 108
 NORM_TOLERANCE = 5 * (2 * MAX_ROWS) ** 0.5 * 2**-24
 
 
@@ -385,20 +385,14 @@ def _errors(found: Trajectory, wanted: Trajectory) -> dict[str, float]:
     }
 
 
+# `test_parity_matrix.py` has the placements of modules that are born partitioned.
 RIGHT = {
     "replicated": Case(),
     "replicated, recomputed": Case(activation_checkpointing="full", sub_group_size=700),
-    "replicated, encoder born partitioned": Case(born_partitioned=True),
     "partitioned": Case(placement="zero3", sub_group_size=700),
-    "partitioned, recomputed, nothing persistent": Case(
-        placement="zero3", activation_checkpointing="full", persistence_threshold=0
+    "encoder born partitioned, and frozen but its last layer": Case(
+        placement="zero3", born_partitioned=True, trained_layers=1, train_embeddings=False
     ),
-    "partitioned within hosts": Case(placement="zero3+hpz"),
-    "born partitioned": Case(placement="zero3", born_partitioned=True, persistence_threshold=0),
-    "born partitioned within hosts": Case(
-        placement="zero3+hpz", born_partitioned=True, trained_layers=1, train_embeddings=False
-    ),
-    "encoder frozen but its last layer": Case(placement="zero3", trained_layers=1, train_embeddings=False),
     "both decoders on one batch": Case(same_batch=True),
     "both decoders on one batch, partitioned, split": Case(
         same_batch=True, placement="zero3", born_partitioned=True, persistence_threshold=0, max_encoder_tokens=14
@@ -415,7 +409,6 @@ RIGHT = {
         persistence_threshold=0,
         parts="qwen",
     ),
-    "encoder frozen": Case(trained_layers=0, train_embeddings=False, activation_checkpointing="full"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Ranks for tests: processes that stay up for the whole session, since importing DeepSpeed costs seconds each time.
+"""Ranks for tests: forks of one process that has imported DeepSpeed, which takes seconds. They stay up for the session.
 
     results = run_on_ranks(function, *arguments)          # two gloo ranks on CPU
 
@@ -24,14 +24,17 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.helpers.waiting import LIMIT_S
 
 # After one rank has failed the others may be stuck in a collective with it: how long they may go on.
 GRACE_S = 10.0
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 class RankError(AssertionError):
@@ -44,7 +47,7 @@ class RankPool:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self._stacks = Path(tempfile.mkdtemp(prefix="arc_ds_ranks_"))
-        context = multiprocessing.get_context("spawn")
+        context = _fork_context()
         port = _free_port()
         self._processes = []
         self._pipes: list[Connection] = []
@@ -119,10 +122,19 @@ class RankPool:
         self._processes, self._pipes = [], []
 
 
+def _fork_context() -> Any:
+    """The context that starts ranks. Its server imports the modules of a run once and forks the ranks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.rank_server"])
+    with mock.patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+    return context
+
+
 _POOLS: dict[int, RankPool] = {}
 
 
-def run_on_ranks(function: Callable[..., Any], *args: Any, num_ranks: int = 2, timeout_s: float = 180.0) -> list[Any]:
+def run_on_ranks(function: Callable[..., Any], *args: Any, num_ranks: int = 2, timeout_s: float = LIMIT_S) -> list[Any]:
     """`function(*args)` on each of `num_ranks` ranks; the results in rank order. See the module."""
     pool = _POOLS.get(num_ranks)
     if pool is None or not pool.alive:
@@ -176,7 +188,6 @@ def _answer(message: bytes) -> bytes:
 def _join_group(rank: int, num_ranks: int, port: int) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     import deepspeed
     import torch
 

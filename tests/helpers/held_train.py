@@ -18,7 +18,7 @@ VARIABLE = "HOLD_AFTER"
 
 
 def main(argv: Sequence[str]) -> int:
-    """One rank. It waits until it has received a stop signal or is killed."""
+    """One rank. It waits until it has received a stop signal or is killed, and leaves `held_by_PID` in the run."""
     from arc_ds import train
     from arc_ds.training.hooks import Hook
 
@@ -27,7 +27,10 @@ def main(argv: Sequence[str]) -> int:
         stop: StopRequest
 
         def after_step(self, run: Any, batch: Any, result: Any) -> None:
-            while run.step == int(os.environ[VARIABLE]) and not self.stop.is_set():
+            if run.step != int(os.environ[VARIABLE]):
+                return
+            (run.folder / f"held_by_{os.getpid()}").touch()
+            while not self.stop.is_set():
                 time.sleep(0.01)
 
     fit = train.fit

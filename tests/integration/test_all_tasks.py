@@ -1,4 +1,4 @@
-"""A run on a mixture of all tasks for two decoders, one with a chat template: real processes, two ranks.
+"""A run on a mixture of all tasks for two decoders, one with a chat template, on two ranks.
 
 Micro-batch limits split the ranks' shares, and the run is stopped halfway and resumed.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ import pytest
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.shards.building.writer import build_shards
 from tests.helpers.tiny_data import numbered_texts
-from tests.helpers.tiny_run import last_logged_step, losses, numbers_by_step, start_training, train
-from tests.helpers.waiting import LIMIT_S, wait_for
+from tests.helpers.tiny_run import last_logged_step, losses, numbers_by_step, train_on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -63,16 +61,12 @@ def overrides(config: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(config: Path, overrides: list[str]) -> tuple[Path, Path]:
-    """Two concurrent runs: one uninterrupted, one stopped after its third step."""
+    """Two runs: one uninterrupted, one stopped after its third step."""
     whole, stopped = config.parent / "all_tasks", config.parent / "all_tasks_stopped"
-    alone = start_training(config, [*overrides, f"run_dir={whole}"], num_ranks=2)
-    process = start_training(config, [*overrides, f"run_dir={stopped}"], num_ranks=2, hold_after=3)
-    wait_for(lambda: last_logged_step(stopped) >= 3 or process.poll() is not None)
-    process.send_signal(signal.SIGTERM)
-    console, _ = process.communicate(timeout=2 * LIMIT_S)
-    assert process.returncode == EXIT_PREEMPTED and 3 <= last_logged_step(stopped) < STEPS, console
-    console, _ = alone.communicate(timeout=2 * LIMIT_S)
-    assert alone.returncode == EXIT_OK, console
+    code, console = train_on_ranks(config, [*overrides, f"run_dir={whole}"])
+    assert code == EXIT_OK, console
+    code, console = train_on_ranks(config, [*overrides, f"run_dir={stopped}"], stop_after=2)
+    assert code == EXIT_PREEMPTED and last_logged_step(stopped) == 3, console
     return whole, stopped
 
 
@@ -92,7 +86,7 @@ def test_a_mixture_goes_on_from_where_it_was_stopped(
     config: Path, overrides: list[str], runs: tuple[Path, Path]
 ) -> None:
     whole, stopped = runs
-    code, console = train(config, [*overrides, f"run_dir={stopped}"], num_ranks=2)
+    code, console = train_on_ranks(config, [*overrides, f"run_dir={stopped}"])
     assert code == EXIT_OK, console
     assert losses(stopped) == losses(whole)
     assert numbers_by_step(stopped)[STEPS] == numbers_by_step(whole)[STEPS]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -79,26 +79,13 @@ def test_one_rank_killed_and_resumed_repeats_the_run_to_the_last_bit(config: Pat
 def test_two_ranks_of_which_one_is_lost_and_stopped_repeat_the_run_to_the_last_bit(
     config: Path, two_ranks: tuple[Path, Path]
 ) -> None:
-    """kill -9 of a rank and --restarts; SIGTERM and resume, bit-exact on two ranks, with the same data on one rank."""
+    """kill -9 of a rank and --restarts; SIGTERM and resume. `test_resume_world_sizes.py` resumes on other ranks."""
     whole, run = two_ranks
-    stopped_at = last_saved_step(run)
-    assert EVERY + 5 <= stopped_at == last_logged_step(run) < STEPS
-    on_one_rank = config.parent / "on_one_rank"
-    shutil.copytree(run, on_one_rank)
-
-    alone = start_training(config, [f"run_dir={on_one_rank}"])
+    assert EVERY + 5 <= last_saved_step(run) == last_logged_step(run) < STEPS
     code, console = train(config, [f"run_dir={run}"], num_ranks=2)
     assert code == EXIT_OK, console
     _assert_same_run(run, whole)
     _assert_one_point_a_step(run)
-
-    console, _ = alone.communicate(timeout=2 * LIMIT_S)
-    assert alone.returncode == EXIT_OK and "was written by 2 ranks and is read by 1" in console, console
-    assert _labels(on_one_rank) == _labels(whole)
-    assert losses(on_one_rank)[:stopped_at] == losses(whole)[:stopped_at]
-    # The order of additions differs; measured difference 1e-8.
-    assert losses(on_one_rank) == pytest.approx(losses(whole), rel=1e-6, abs=0)
-    _assert_one_point_a_step(on_one_rank)
 
 
 def _whole_and_killed(config: Path, *, num_ranks: int) -> tuple[Path, Path]:
@@ -122,16 +109,13 @@ def _train_and_kill(config: Path, run: Path) -> None:
     console, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == EXIT_LOST_RANK and "were killed" in console, console
     wait_for(lambda: not _processes_of(run), "a process of the run is still running")
-    assert last_saved_step(run) == EVERY < last_logged_step(run), "the kill was not between two checkpoints"
 
 
 def _lose_a_rank_and_stop(config: Path, run: Path) -> None:
     """Start a run on two ranks with one restart, kill -9 one of them, and stop the run by SIGTERM after the restart."""
     process, pids = _train_to_a_kill(config, run, "--restarts=1", "distributed.timeout_s=60", num_ranks=2)
-    assert last_saved_step(run) == EVERY < last_logged_step(run), "the kill was not between two checkpoints"
-    logged = last_logged_step(run)
     os.kill(pids[1], signal.SIGKILL)
-    _wait_for_step(process, run, EVERY + 5, beyond=logged)
+    _wait_for(process, lambda: _holding(run) - set(pids))
     process.send_signal(signal.SIGTERM)
     console, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == EXIT_PREEMPTED and f"at step {EVERY}" in console, console
@@ -151,6 +135,8 @@ def _train_to_a_kill(
     env, words = {"TMPDIR": str(folder)}, [f"run_dir={run}", *options]
     process = start_training(config, words, num_ranks=num_ranks, env=env, hold_after=EVERY + 5)
     _wait_for_step(process, run, step)
+    # The save in the background may take longer than a step. The next one comes after the step at which the ranks wait.
+    _wait_for(process, lambda: last_saved_step(run) == EVERY)
     (statuses,) = folder.glob("arc_ds_launch_*")
     pids = [status.pid for _, status in sorted(read_statuses(statuses).items())]
     assert len(pids) == num_ranks
@@ -167,13 +153,21 @@ def _processes_of(run: Path) -> list[str]:
     return found
 
 
-def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int, *, beyond: int = 0) -> None:
-    """Return as soon as the run has logged a step. beyond: steps in the file before the resumed run truncates it."""
-    if beyond:
-        wait_for(lambda: process.poll() is not None or last_logged_step(run) < beyond)
-    wait_for(lambda: process.poll() is not None or last_logged_step(run) >= step)
+def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Return as soon as the run has logged a step."""
+    _wait_for(process, lambda: last_logged_step(run) >= step)
+
+
+def _wait_for(process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+    """Wait for an event of a run, which must not end before it."""
+    wait_for(lambda: process.poll() is not None or condition())
     if process.poll() is not None:
-        pytest.fail(f"the run did not reach step {step}: {process.communicate()[0]}")
+        pytest.fail(f"the run ended too early: {process.communicate()[0]}")
+
+
+def _holding(run: Path) -> set[int]:
+    """Process numbers of the ranks that have reached the step at which they wait."""
+    return {int(path.name.removeprefix("held_by_")) for path in run.glob("held_by_*")}
 
 
 def _assert_same_run(run: Path, whole: Path) -> None:
@@ -182,11 +176,6 @@ def _assert_same_run(run: Path, whole: Path) -> None:
     own, others = numbers_by_step(run), numbers_by_step(whole)
     assert json.dumps(own, sort_keys=True) == json.dumps(others, sort_keys=True)
     assert losses(run)[0] != losses(run)[2], "nothing was trained"
-
-
-def _labels(run: Path) -> list[float]:
-    by_step = numbers_by_step(run)
-    return [by_step[step]["train/labels"] for step in sorted(by_step) if "train/labels" in by_step[step]]
 
 
 def _assert_one_point_a_step(run: Path) -> None:

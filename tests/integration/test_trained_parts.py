@@ -1,16 +1,19 @@
-"""Whole runs that train adapters or bridges only: checkpoints, resume, and exports with an ordinary encoder."""
+"""Runs on two ranks that train adapters or bridges only: checkpoints, resume, and exports with an ordinary encoder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from arc_ds.export.consolidate import consolidate, consolidate_newest, find_checkpoint
 from arc_ds.model.weights import open_backbone
 from arc_ds.model.weights.lazy_tensor import as_lazy
-from tests.helpers.tiny_run import losses, numbers_by_step, train, write_inputs
+from tests.helpers.tiny_run import losses, numbers_by_step, train_on_ranks, write_inputs
+
+pytestmark = pytest.mark.distributed
 
 SHORT = [
     "steps=4",
@@ -18,7 +21,6 @@ SHORT = [
     "checkpoint.every=2",
     "validation.every=0",
     "validation.num_samples=4",
-    "tracking.mlflow=false",
 ]
 LORA = ["encoder.lora.rank=2", "encoder.lora.alpha=8", "encoder.activation_checkpointing=selective"]
 DECODERS = ["decoders.0.activation_checkpointing=selective", "decoders.1.activation_checkpointing=true"]
@@ -35,7 +37,7 @@ def _encoder_changes(run: Path, backbone: Path) -> dict[str, Tensor]:
 
 def test_adapters_are_saved_resumed_and_merged_into_an_ordinary_encoder(tmp_path: Path) -> None:
     config = write_inputs(tmp_path)
-    code, console = train(config, [*SHORT, *LORA, *DECODERS, "decoders.0.placement=zero3"])
+    code, console = train_on_ranks(config, [*SHORT, *LORA, *DECODERS, "decoders.0.placement=zero3"])
     assert code == 0, console
     changes = _encoder_changes(tmp_path / "run", tmp_path / "encoder")
     for name, change in changes.items():
@@ -50,7 +52,7 @@ def test_adapters_are_saved_resumed_and_merged_into_an_ordinary_encoder(tmp_path
         expected = torch.lerp(*(as_lazy(step[name]).whole() for step in steps), 0.5)
         assert torch.equal(as_lazy(mean[name]).whole(), expected), name
     branch = tmp_path / "branch"
-    code, console = train(config, [*SHORT, *LORA, *DECODERS, f"run_dir={branch}", f"checkpoint.resume={half}"])
+    code, console = train_on_ranks(config, [*SHORT, *LORA, *DECODERS, f"run_dir={branch}", f"checkpoint.resume={half}"])
     assert code == 0, console
     resumed = [numbers["train/loss"] for step, numbers in sorted(numbers_by_step(branch).items()) if step > 2]
     assert resumed == losses(tmp_path / "run")[2:]
@@ -60,10 +62,10 @@ def test_adapters_are_saved_resumed_and_merged_into_an_ordinary_encoder(tmp_path
 
 def test_train_bridge_is_the_old_keys_and_leaves_the_encoder_equal_to_the_bit(tmp_path: Path) -> None:
     config = write_inputs(tmp_path)
-    code, console = train(config, [*SHORT, "encoder.train=bridge"])
+    code, console = train_on_ranks(config, [*SHORT, "encoder.train=bridge"])
     assert code == 0, console
     assert not any(change.any() for change in _encoder_changes(tmp_path / "run", tmp_path / "encoder").values())
     old = ["encoder.trained_layers=0", "encoder.train_embeddings=false", f"run_dir={tmp_path / 'old'}"]
-    code, console = train(config, [*SHORT, *old])
+    code, console = train_on_ranks(config, [*SHORT, *old])
     assert code == 0, console
     assert losses(tmp_path / "run") == losses(tmp_path / "old") and len(set(losses(tmp_path / "old"))) == 4

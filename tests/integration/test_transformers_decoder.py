@@ -11,7 +11,7 @@ import yaml
 from arc_ds import ArcModel, Context
 from arc_ds.cli import main
 from tests.helpers.tiny_data import write_json_tokenizer
-from tests.helpers.tiny_run import losses, numbers_by_step, train, write_inputs
+from tests.helpers.tiny_run import losses, numbers_by_step, train_on_ranks, write_inputs
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.distributed
@@ -25,17 +25,16 @@ def test_partitioned_trains_like_whole_and_the_export_knows_its_decoder(tmp_path
     write_json_tokenizer(tmp_path / "falcon")
     plain = yaml.safe_load(config.read_text())
     plain["decoders"] = [{"name": "falcon", "backbone": str(tmp_path / "falcon")}]
-    plain["tracking"] = {"mlflow": False}
     plain["checkpoint"]["every"] = plain["validation"]["every"] = 2
     plain["optimizer"]["warmup_steps"] = 2
     config.write_text(yaml.safe_dump(plain))
     before = (tmp_path / "falcon" / "model.safetensors").read_bytes()
 
-    code, console = train(config, [f"run_dir={tmp_path / 'whole'}", "steps=4"])
+    code, console = train_on_ranks(config, [f"run_dir={tmp_path / 'whole'}", "steps=4"], num_ranks=1)
     assert code == 0, console
     assert "falcon reads padded batches through transformers" in console
     shards = ["decoders.0.placement=zero3", "decoders.0.activation_checkpointing=true", "steps=4"]
-    code, console = train(config, [f"run_dir={tmp_path / 'shards'}", *shards], num_ranks=2)
+    code, console = train_on_ranks(config, [f"run_dir={tmp_path / 'shards'}", *shards])
     assert code == 0, console
 
     whole, found = losses(tmp_path / "whole"), losses(tmp_path / "shards")

@@ -18,8 +18,7 @@ from pathlib import Path
 from gpu_stages.context import ROOT, StageContext, one_line
 
 NUM_STEPS, STOP_AFTER = 150, 10
-REHEARSED_STEPS, REHEARSED_STOP = 80, 2
-"""A tiny step takes some 40 ms, and a run must still be under way when the stop reaches it."""
+REHEARSED_STEPS, REHEARSED_STOP = 6, 2
 
 EXIT_PREEMPTED = 75  # `arc_ds.launch.exit_codes`, as users see it
 BF16_NOISE = 2.0**-8
@@ -45,8 +44,13 @@ def run(context: StageContext) -> None:
 
 
 @contextmanager
-def _training(context: StageContext, config: Path, run_dir: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run of `arc-ds train`, killed at the end of the context if it is still there."""
+def _training(
+    context: StageContext, config: Path, run_dir: Path, hold_after: int | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A run of `arc-ds train`, killed at the end of the context if it is still there.
+
+    hold_after: the step after which it waits for the stop signal.
+    """
     from tests.helpers.tiny_run import start_training
 
     overrides = [f"run_dir={run_dir}", f"steps={REHEARSED_STEPS if context.rehearse else NUM_STEPS}"]
@@ -55,7 +59,7 @@ def _training(context: StageContext, config: Path, run_dir: Path) -> Iterator[su
         overrides += ["optimizer.warmup_steps=1"]
     else:
         overrides += ["device=cuda", "precision=bf16", f"deepspeed={ROOT / 'ds_configs' / 'zero3.json'}"]
-    process = start_training(config, overrides)
+    process = start_training(config, overrides, hold_after=hold_after)
     try:
         yield process
     finally:
@@ -65,8 +69,8 @@ def _training(context: StageContext, config: Path, run_dir: Path) -> Iterator[su
 def _stop_and_resume(context: StageContext, config: Path, run_dir: Path) -> None:
     from tests.helpers.tiny_run import last_logged_step
 
-    with _training(context, config, run_dir) as first:
-        wanted = REHEARSED_STOP if context.rehearse else STOP_AFTER
+    wanted = REHEARSED_STOP if context.rehearse else STOP_AFTER
+    with _training(context, config, run_dir, hold_after=wanted) as first:
         while first.poll() is None and last_logged_step(run_dir) < wanted:
             if context.seconds_left() < 0:
                 raise TimeoutError(f"no step {wanted} before the time was up")

@@ -13,6 +13,7 @@ import pytest
 
 from arc_ds.launch.exit_codes import EXIT_STALLED
 from arc_ds.launch.signals import STOP_SIGNALS, StopRequest
+from tests.helpers.waiting import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -53,7 +54,7 @@ def test_a_signal_to_a_thread_of_the_loop_does_not_cut_the_closing_short() -> No
         "os._exit(7)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, timeout=LIMIT_S)
     assert ended.returncode == 7
 
 
@@ -62,31 +63,37 @@ def test_a_stop_during_the_imports_of_a_rank_does_not_kill_it(tmp_path: Path, nu
     """Under an external launcher. A fake `torch` module stands for the seconds before a `StopRequest` opens."""
     (tmp_path / "torch.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\nos._exit(7)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    ended = subprocess.run([sys.executable, "-m", "arc_ds.train"], env=environment, cwd=ROOT, timeout=60)
+    ended = subprocess.run([sys.executable, "-m", "arc_ds.train"], env=environment, cwd=ROOT, timeout=LIMIT_S)
     assert ended.returncode == 7
 
 
 STALLED = """
 import ctypes, os, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from arc_ds.launch.heartbeat import beating
 from arc_ds.launch.signals import StopRequest, hold_stop_signals
 from arc_ds.system import activity
-from arc_ds.training.watchdog import Watchdog
+from arc_ds.training import watchdog as module
 
 hold_stop_signals()
 limit_s, grace_s, is_signalled = float(sys.argv[1]), float(sys.argv[2]), bool(sys.argv[3:])
 activity.note("encoder layer 2", step=7)
 
 def stuck_in_c():
-    ctypes.CDLL(None).sleep(60)
+    ctypes.CDLL(None).sleep(3600)
 
 with beating(10.0) as heart, StopRequest() as stop:
     limits = {"limit_s": limit_s, "stop_grace_s": grace_s}
-    with Watchdog(Path("stacks"), rank=3, heartbeat=heart, stop=stop, **limits) as watchdog:
+    seconds = 0.0  # on the clock of the watchdog, for which a step takes a little less than the limit
+    module.time = SimpleNamespace(monotonic=lambda: seconds)
+    with module.Watchdog(Path("stacks"), rank=3, heartbeat=heart, stop=stop, **limits) as watchdog:
         for _ in range(15):
+            seconds += 0.9 * limit_s
             time.sleep(0.1)
             watchdog.alive()
+        watchdog._alive = time.monotonic()
+        module.time = time
         if is_signalled:
             os.kill(os.getpid(), signal.SIGTERM)
         stuck_in_c()
@@ -107,7 +114,7 @@ def test_a_rank_that_is_stuck_in_c_leaves_stacks_and_ends(
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
         [sys.executable, "-c", STALLED, *arguments],
-        env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, timeout=60, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, timeout=LIMIT_S, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == EXIT_STALLED, ended.stderr
     assert words in ended.stderr and "stacks/stacks_rank_*.txt" in ended.stderr

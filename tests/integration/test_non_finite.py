@@ -49,7 +49,8 @@ class _Spoilt:
     """A decoder with infinite losses on rank 1 in some steps; the gradients alone would be finite."""
 
     def __init__(self, decoder: PlacedDecoder, run: Run, steps: Collection[int]) -> None:
-        self.module, self._decoder, self._run, self._steps = decoder.module, decoder, run, steps
+        self.module, self.engine = decoder.module, decoder.engine
+        self._decoder, self._run, self._steps = decoder, run, steps
 
     def __call__(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
         nll_L = self._decoder(batch, z_ZD)

@@ -49,7 +49,7 @@ class _Spiked:
     """A decoder whose losses on rank 1 are thirty times as large in one step."""
 
     def __init__(self, decoder: PlacedDecoder, run: Run) -> None:
-        self.module, self._decoder, self._run = decoder.module, decoder, run
+        self.module, self.engine, self._decoder, self._run = decoder.module, decoder.engine, decoder, run
 
     def __call__(self, batch: PackedBatch, z_ZD: Tensor | None) -> Tensor:
         nll_L = self._decoder(batch, z_ZD)

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +120,25 @@ def test_silent_ranks_are_named_together(make_run: Callable[[float], _Run]) -> N
     assert "lost ranks 8-15 on node1 at step 3, encoder layer 0: no sign of life for 3 s" in verdict["message"]
 
 
+def test_a_pause_of_rank_0_is_no_silence_of_the_others(
+    make_run: Callable[[float], _Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM suspends all ranks for an hour, for example."""
+    pause_s = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + pause_s, sleep=time.sleep)
+    monkeypatch.setattr(heartbeat, "time", clock)
+    run = make_run(60.0)
+    run.wait_for_all()
+    pause_s = 3600.0
+    for _ in range(2):  # the first beat after the pause comes before the first judgement
+        sent = run.heart._sent
+        run.wait(lambda: run.heart._sent > sent)  # noqa: B023
+    assert run.heart._verdict is None and run.end is None
+    for connection in run.ranks.values():
+        connection.close()
+    run.wait(lambda: run.end)
+
+
 def test_a_failed_rank_passes_its_code_and_message_on_and_a_stall_lists_all_places(
     make_run: Callable[[float], _Run],
 ) -> None:
@@ -127,6 +147,7 @@ def test_a_failed_rank_passes_its_code_and_message_on_and_a_stall_lists_all_plac
     run.say(200, kind="failed", code=EXIT_OUT_OF_MEMORY, message="rank 200 needs more")
     verdict = run.verdict(1)
     assert (verdict["code"], verdict["message"]) == (EXIT_OUT_OF_MEMORY, "rank 200 needs more")
+    assert verdict["speakers"] == [rank for rank in range(0, NUM_RANKS, PER_HOST) if rank != 200]
 
     run = make_run(600.0)
     run.wait_for_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from arc_ds.launch import parents
 from arc_ds.launch.parents import is_launcher
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,3 +63,13 @@ def test_the_death_of_a_launcher_further_above_stops_a_rank(tmp_path: Path, name
     process.send_signal(signal.SIGKILL)
     assert process.stdout.read() == "SIGTERM\n"
     process.wait()
+
+
+def test_a_kernel_without_pidfd_notices_the_end_of_a_launcher_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_pid: int) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert parents._wait_for_first([os.getpid(), ended.pid]) == ended.pid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
@@ -157,6 +158,25 @@ def test_a_failed_rank_passes_its_code_and_message_on_and_a_stall_lists_all_plac
     assert verdict["code"] == EXIT_STALLED
     assert "rank 7 on node0 at step 3, waiting for data" in verdict["message"]
     assert "ranks 1-6 on node0, ranks 8-15 on node1" in verdict["message"]
+
+
+def test_a_forked_worker_does_not_hide_the_end_of_its_rank(make_run: Callable[[float], _Run]) -> None:
+    run = make_run(600.0)
+    run.wait_for_all()
+    read_end, write_end = os.pipe()
+    if (worker := os.fork()) == 0:
+        os.close(write_end)
+        os.read(read_end, 1)
+        os._exit(0)
+    run.heart._forget()  # the end of this process would close the connections, too
+    run.ranks[1].settimeout(LIMIT_S)
+    try:
+        while run.ranks[1].recv(1 << 16):
+            pass
+    finally:
+        os.close(write_end)
+        os.close(read_end)
+        os.waitpid(worker, 0)
 
 
 def test_a_stranger_decides_nothing(make_run: Callable[[float], _Run]) -> None:

@@ -73,3 +73,13 @@ def test_a_kernel_without_pidfd_notices_the_end_of_a_launcher_too(monkeypatch: p
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert parents._wait_for_first([os.getpid(), ended.pid]) == ended.pid
+
+
+def test_a_rank_can_print_after_the_reader_of_its_output_has_ended() -> None:
+    program = "from arc_ds.launch.parents import _drop_broken_output as drop\ndrop()\nprint('saved', flush=True)"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, stdout=write_end)
+    os.close(write_end)
+    assert ended.returncode == 0

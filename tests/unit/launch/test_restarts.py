@@ -49,9 +49,10 @@ def test_other_ends_are_final(code: int) -> None:
     assert with_restarts(run, 3) == code and run.numbers == [0]
 
 
-def test_the_last_failure_counts_if_restarts_are_used_up() -> None:
+def test_the_last_failure_counts_if_restarts_are_used_up(caplog: pytest.LogCaptureFixture) -> None:
     assert with_restarts(_Run(4, 5, 4), 2) == 4
     assert with_restarts(_Run(4), 0) == 4
+    assert len(caplog.messages) == 2, "a restart is announced that does not come"
 
 
 def test_errors_follow_the_same_rule() -> None:
@@ -66,7 +67,8 @@ def test_a_run_that_fails_after_a_stop_request_is_not_started_again() -> None:
     """Also if the run has set handlers of its own meanwhile, as the launch wrapper does."""
     before = signal.getsignal(signal.SIGTERM)
 
-    def start(_number: int) -> int:
+    def start(number: int) -> int:
+        assert number == 0
         former = signal.signal(signal.SIGTERM, lambda *_: None)
         os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGTERM, former)
@@ -113,6 +115,7 @@ def test_as_many_hosts_start_as_divide_the_batch() -> None:
         "12 ranks × 2 do not divide 32"
     )
     assert choose_hosts(slots, {"b"}, **batch, min_hosts=1) == {"b": 4}
+    assert choose_hosts(slots, slots, batch_size=32, micro_batches=4, min_hosts=1) == {"a": 4, "b": 4}
     with pytest.raises(ConfigError, match=r"from --min-hosts = 3 to 3 .*divides data.batch_size = 32"):
         choose_hosts(slots, {"d", "c", "a"}, **batch, min_hosts=3)
     with pytest.raises(LostRankError, match=r"1 of 4 hosts answer \(not a, b, d\)"):

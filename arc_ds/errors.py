@@ -17,7 +17,12 @@ def words_of(error: BaseException) -> str:
 
 
 class ArcError(Exception):
-    """Base class of all errors that ARC-DS raises on purpose. The command line prints them without a traceback."""
+    """Base class of all errors that ARC-DS raises on purpose. The command line prints them without a traceback.
+
+    is_of_all_ranks: whether every rank of the run raises this error with the same words.
+    """
+
+    is_of_all_ranks = False
 
 
 class ConfigError(ArcError):

@@ -30,7 +30,7 @@ import torch
 from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.config.validate import check_paths
-from arc_ds.errors import ConfigError
+from arc_ds.errors import ArcError, ConfigError
 from arc_ds.launch import heartbeat
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.failures import report
@@ -204,12 +204,13 @@ def _in_words(run: Run) -> str:
 
 
 def _as_rank(argv: Sequence[str]) -> int:
-    """`main` for external launchers: report an error as a message and an exit code."""
+    """`main` for external launchers: report an error as an exit code and a message, which each host prints once."""
     try:
         return main(argv)
     except BaseException as error:
         code, message = report(error)
-        logger.error("%s", message)
+        if dist.local_rank() == 0 or not (isinstance(error, ArcError) and error.is_of_all_ranks):
+            logger.error("%s", message)
         return code
 
 

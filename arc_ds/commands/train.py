@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
 
     def start(restart: int) -> int:
         words = [arguments.config, *arguments.overrides]
-        if restart and any(Path(config.run_dir, "checkpoints").glob("step_*")):
+        has_begun = config.checkpoint.resume == "never" or any(Path(config.run_dir, "checkpoints").glob("step_*"))
+        if restart and has_begun:
             words.append("checkpoint.resume=auto")  # `never` or a path applied to the first start
         if not arguments.hostfile:
             num_procs = choose_num_procs(arguments.num_procs, config.device)

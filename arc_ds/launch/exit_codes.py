@@ -1,4 +1,4 @@
-"""Exit codes of a run, for schedulers and scripts. Avoids large imports because the launch wrapper uses it."""
+"""Exit codes of a run, for schedulers and scripts. Imports little, because each rank starts with it."""
 
 from __future__ import annotations
 

@@ -126,6 +126,7 @@ class Heartbeat:
         self._dead: list[_Peer] = []  # closed connections, since the time `_died`
         self._died = 0.0
         self._sent = 0.0
+        self._judged = time.monotonic()
         self._news: list[dict[str, Any]] = []  # of the main thread, for the watching thread
         self._is_closing = threading.Event()
         self._is_over = threading.Event()
@@ -273,7 +274,7 @@ class Heartbeat:
             case "failed":
                 self._remove(peer)
                 if dist.is_main():
-                    self._announce(message["code"], message["message"], grace_s=GRACE_S)
+                    self._announce(message["code"], message["message"], grace_s=GRACE_S, speaking_host=peer.host)
                 else:
                     self._decide(message["code"], message["message"], grace_s=GRACE_S, speaks=dist.local_rank() == 0)
             case "stalled":
@@ -303,6 +304,13 @@ class Heartbeat:
 
     def _judge_lives(self) -> None:
         now = time.monotonic()
+        if now - self._judged > self._timeout_s / 2:
+            # This rank itself was paused: suspended by SLURM, or in a C call that does not let other threads run. It
+            # has heard nobody meanwhile.
+            self._started = now
+            for peer in self._peers:
+                peer.heard = now
+        self._judged = now
         if self._dead and now - self._died > _COLLECT_S:
             self._judge_lost(self._dead, "the process has ended or was killed (for lack of memory: see `dmesg`)")
         silence = {peer: now - peer.heard for peer in self._peers if peer.rank >= 0}
@@ -319,7 +327,7 @@ class Heartbeat:
                 "down or cut off from the network",
             )
         elif self._expected and now - self._started > self._timeout_s:
-            words = _ranks_in_words((rank, self._hosts[rank]) for rank in sorted(self._expected))
+            words = dist.ranks_in_words((rank, self._hosts[rank]) for rank in sorted(self._expected))
             self._announce(EXIT_LOST_RANK, f"{words} did not connect to rank 0 within {self._timeout_s:g} s. {_RESUME}")
 
     def _judge_lost(self, lost: list[_Peer], how: str) -> None:
@@ -338,17 +346,17 @@ class Heartbeat:
         places = _places([(0, self._hosts[0], str(activity.now)), *others])
         self._announce(EXIT_STALLED, f"{message} Stuck: {places}. {_RESUME}")
 
-    def _announce(self, code: int, message: str, *, grace_s: float = 0.0) -> None:
-        """Rank 0: send the verdict to all ranks."""
+    def _announce(self, code: int, message: str, *, grace_s: float = 0.0, speaking_host: str | None = None) -> None:
+        """Rank 0: send the verdict to all ranks. On `speaking_host`, the rank that failed prints the message itself."""
         if self._verdict is not None:
             return
         first_of_host: dict[str, int] = {self._hosts[0]: 0}
         for peer in sorted(self._peers, key=lambda peer: peer.rank):
             first_of_host.setdefault(peer.host, peer.rank)
-        speakers = list(first_of_host.values())
+        speakers = [rank for host, rank in first_of_host.items() if host != speaking_host]
         for peer in self._peers:
             peer.send(kind="verdict", code=code, message=message, grace_s=grace_s, speakers=speakers)
-        self._decide(code, message, grace_s=grace_s, speaks=True)
+        self._decide(code, message, grace_s=grace_s, speaks=0 in speakers)
 
     def _decide(self, code: int, message: str, *, grace_s: float, speaks: bool) -> None:
         if self._verdict is None:
@@ -373,25 +381,7 @@ def _places(ranks: Iterable[tuple[int, str, str]]) -> str:
     by_place: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for rank, host, doing in sorted(ranks):
         by_place[doing].append((rank, host))
-    return "; ".join(f"{_ranks_in_words(each)} at {doing}" for doing, each in by_place.items())
-
-
-def _ranks_in_words(ranks: Iterable[tuple[int, str]]) -> str:
-    """For example "ranks 0-2, 5 on node1, rank 8 on node2"."""
-    by_host: dict[str, list[int]] = defaultdict(list)
-    for rank, host in ranks:
-        by_host[host].append(rank)
-    return ", ".join(f"rank{'s' * (len(each) > 1)} {_ranges(each)} on {host}" for host, each in by_host.items())
-
-
-def _ranges(numbers: list[int]) -> str:
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    return "; ".join(f"{dist.ranks_in_words(each)} at {doing}" for doing, each in by_place.items())
 
 
 _current: Heartbeat | None = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 from typing import NamedTuple
 
+from arc_ds.launch.signals import STOP_SIGNALS
+
 # Time for other ranks and hosts to end after the first failed: enough to report the same error.
 GRACE_S = 10.0
 # Signals that a launcher passes on. SIGQUIT (Ctrl-\\) kills the ranks at once.
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT)
+FORWARDED = (*STOP_SIGNALS, signal.SIGQUIT)
 
 # First line of a host's output.
 HELLO = "arc_ds.launch.remote has started"

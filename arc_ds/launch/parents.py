@@ -87,19 +87,25 @@ def _parent_of(pid: int) -> int:
 
 def _wait_for_first(pids: Sequence[int]) -> int:
     """Return the first of the processes that no longer exists. With pidfd, an unreaped zombie counts as gone."""
-    if not hasattr(os, "pidfd_open"):
-        while True:
-            for pid in pids:
-                try:
-                    os.kill(pid, 0)
-                except ProcessLookupError:
-                    return pid
-            time.sleep(1.0)
     ends, pid_of = select.poll(), {}
     for pid in pids:
         try:
             pid_of[descriptor := os.pidfd_open(pid)] = pid
         except ProcessLookupError:
             return pid
+        except (AttributeError, OSError):  # another system than Linux, or a kernel before 5.3
+            return _poll_for_first(pids)
         ends.register(descriptor, select.POLLIN)
     return pid_of[ends.poll()[0][0]]
+
+
+def _poll_for_first(pids: Sequence[int]) -> int:
+    while True:
+        for pid in pids:
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return pid
+            except PermissionError:  # another user's process, which is there
+                continue
+        time.sleep(1.0)

@@ -34,7 +34,7 @@ def _run(module: str, arguments: list[str]) -> tuple[int, str | None]:
     try:
         return int(import_module(module).main(arguments)), None
     except BaseException as error:
-        # Loads torch, which the launch wrapper does not need.
+        # It imports torch, which must not delay the two calls above.
         from arc_ds.launch.failures import report
 
         return report(error)

@@ -12,6 +12,8 @@ import os
 import select
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -24,11 +26,11 @@ from arc_ds.launch.exit_codes import (
     EXIT_STALLED,
     exit_code_of,
 )
+from arc_ds.launch.signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
 HELPED = (EXIT_FAILED, EXIT_LOST_RANK, EXIT_STALLED)
-_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _LONGEST_PAUSE_S = 60.0
 _PROBE_S = 15
 
@@ -36,38 +38,43 @@ _PROBE_S = 15
 def with_restarts(start: Callable[[int], int], num_restarts: int) -> int:
     """Call `start`, and again while it fails with a code of HELPED, and return its last exit code.
 
-    The pause before restart n is 2 ** (n - 1) seconds, at most a minute. After a stop signal there is no restart.
+    The pause before restart n is 2 ** (n - 1) seconds, at most a minute. After a stop signal there is no restart. A
+    stop signal that `start` does not handle itself, and one in a pause, exits with EXIT_PREEMPTED: nothing runs then.
 
     start: starts the run and waits for it; its argument is the number of the restart (0: first start).
     num_restarts: how many times to restart at most.
     """
     with _stop_signals() as stops:
         for number in range(num_restarts + 1):
+            error: ArcError | None = None
             try:
                 code = start(number)
-            except ArcError as error:
-                code = exit_code_of(error)
-                if code not in HELPED or number == num_restarts or _is_readable(stops, 0.0):
-                    raise
-                logger.error("%s", error)
-            if code not in HELPED or number == num_restarts or _is_readable(stops, 0.0):
+            except ArcError as caught:
+                error, code = caught, exit_code_of(caught)
+            if code not in HELPED or number == num_restarts or select.select([stops], [], [], 0.0)[0]:
                 break
+            if error is not None:
+                logger.error("%s", error)
             pause_s = min(2.0**number, _LONGEST_PAUSE_S)
             logger.warning(
                 "the run ended with code %d (%s); restart %d of %d in %.0f s, from its last whole checkpoint",
                 *(code, CAUSES[code], number + 1, num_restarts, pause_s),
             )
-            if _is_readable(stops, pause_s):
-                return EXIT_PREEMPTED
+            time.sleep(pause_s)
+        if error is not None:
+            raise error
         return code
 
 
 @contextmanager
 def _stop_signals() -> Iterator[int]:
-    """A descriptor that becomes readable when this process gets a stop signal, whichever handler it has then."""
+    """A descriptor that becomes readable when this process gets a stop signal, whichever handler it has then.
+
+    Until other handlers are set, the signal exits with EXIT_PREEMPTED.
+    """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    former_handlers = {number: signal.signal(number, lambda *_: None) for number in _STOPS}
+    former_handlers = {number: signal.signal(number, lambda *_: sys.exit(EXIT_PREEMPTED)) for number in STOP_SIGNALS}
     former = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     try:
         yield read_end
@@ -77,10 +84,6 @@ def _stop_signals() -> Iterator[int]:
             signal.signal(number, handler)
         os.close(read_end)
         os.close(write_end)
-
-
-def _is_readable(descriptor: int, limit_s: float) -> bool:
-    return bool(select.select([descriptor], [], [], limit_s)[0])
 
 
 def choose_hosts(

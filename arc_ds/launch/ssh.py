@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -44,6 +45,7 @@ _OF_HOSTS = re.compile(
     r"HOME|USER|LOGNAME|SHELL|SHLVL|MAIL|PWD|OLDPWD|HOSTNAME|TERM|TMPDIR|TMP|TEMP|DISPLAY|_|MASTER_PORT|"
     r"(CUDA|HIP|ROCR|ZE|ASCEND_RT)_\w*VISIBLE\w*|(SSH|XDG|DBUS|SLURM|PMI|PMIX)_.*"
 )
+_OWN_ADDRESSES = ("localhost", "127.0.0.1", "::1")
 _LINE = re.compile(r"(?P<host>\S+)\s+slots\s*=\s*(?P<slots>\d+)")
 
 
@@ -73,7 +75,17 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         slots[found["host"]] = int(found["slots"])
     if not slots:
         raise ConfigError(f"--hostfile {path} lists no host. Write one line `HOST slots=N` for each host.")
+    if len(slots) > 1 and _address_of_first(slots) in _OWN_ADDRESSES:
+        raise ConfigError(
+            f"--hostfile {path} lists {next(iter(slots))} first, so each of the other hosts would look for rank 0 on "
+            "itself. Write the name by which they reach that host."
+        )
     return slots
+
+
+def _address_of_first(slots: Mapping[str, int]) -> str:
+    """The address at which the ranks meet. ssh alone needs a login name."""
+    return next(iter(slots)).rpartition("@")[2]
 
 
 def launch_on_hosts(
@@ -86,7 +98,9 @@ def launch_on_hosts(
     """
     if shutil.which("ssh") is None:
         raise ConfigError("--hostfile needs ssh, which is not installed here (Debian: apt-get install openssh-client)")
-    port = int(os.environ.get("MASTER_PORT") or random.SystemRandom().choice(_PORTS))
+    port = os.environ.get("MASTER_PORT") or str(random.SystemRandom().choice(_PORTS))
+    if not port.isdecimal():
+        raise ConfigError(f"MASTER_PORT is {port!r}, expected the number of a free port on the first host")
     environment = {name: value for name, value in os.environ.items() if not _OF_HOSTS.fullmatch(name)}
     asked: list[signal.Signals] = []
 
@@ -102,7 +116,7 @@ def launch_on_hosts(
                 environment=environment,
                 module=module,
                 arguments=list(arguments),
-                place=Place(tuple(slots.values()), host_idx, next(iter(slots)), port),
+                place=Place(tuple(slots.values()), host_idx, _address_of_first(slots), int(port)),
                 device_request=device_request,
             )
             connections.append(_Connection(host, order))
@@ -169,10 +183,11 @@ class _Connection:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             words = line.decode(errors="replace")
-            if words.rstrip() == HELLO:
+            if words.rstrip().endswith(HELLO):  # a login file may have printed words without an end of line
                 self.has_started = True
             else:
-                sys.stderr.write(f"{self.host}: {words.rstrip()}\n")
+                with suppress(OSError):  # nobody reads any more; ssh must not wait for it
+                    sys.stderr.write(f"{self.host}: {words.rstrip()}\n")
 
 
 def _remote_command() -> str:

@@ -1,4 +1,4 @@
-"""Stop signals and a word every minute, before training has begun.
+"""Before training begins, a stop signal ends the process at once, and a long wait is logged every minute.
 
 A rank that waits for other ranks waits in C code: no signal handler of Python runs there, and torch gives up only after
 minutes. Nothing is to be saved yet, so a signal may end the process.

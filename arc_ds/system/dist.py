@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -74,6 +74,22 @@ def meeting_point() -> str:
 def rank_in_words() -> str:
     """This rank and its host, for messages."""
     return f"rank {rank()} on {socket.gethostname()}"
+
+
+def ranks_in_words(ranks: Iterable[tuple[int, str]]) -> str:
+    """Ranks in ascending order and their hosts, such as "ranks 0-2, 5 on node1, rank 8 on node2"."""
+    spans: dict[str, list[list[int]]] = {}
+    for rank, host in ranks:
+        of_host = spans.setdefault(host, [])
+        if of_host and rank == of_host[-1][1] + 1:
+            of_host[-1][1] = rank
+        else:
+            of_host.append([rank, rank])
+    words = []
+    for host, of_host in spans.items():
+        numbers = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in of_host)
+        words.append(f"rank{'s' * (not numbers.isdecimal())} {numbers} on {host}")
+    return ", ".join(words)
 
 
 def barrier() -> None:
@@ -162,9 +178,13 @@ def raise_together(error: Exception | None) -> None:
     if first is None:
         return
     if error is not None and all(failure == failures[first] for failure in failures):
+        if isinstance(error, ArcError):
+            error.is_of_all_ranks = True
         raise error
     cls, message = failures[first]
-    raise cls(f"rank {first}: {message}") from error
+    shared = cls(f"rank {first}: {message}")
+    shared.is_of_all_ranks = True
+    raise shared from error
 
 
 @contextmanager

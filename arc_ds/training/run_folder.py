@@ -40,7 +40,7 @@ from arc_ds.planning.sizes import longest_context
 from arc_ds.system import dist
 from arc_ds.system.device import describe_device
 from arc_ds.system.files import file_size, output, write_whole
-from arc_ds.system.locks import writing
+from arc_ds.system.locks import LOCK_FILE, writing
 from arc_ds.system.urls import shown_url
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.tracking.mlflow_server import RunFacts, environment_tags, package_versions, start_tracker
@@ -60,7 +60,11 @@ _SHARED_WITHIN_S = 90.0  # NFS shows new files after up to a minute
 @contextmanager
 def lock_run_folder(config: RunConfig) -> Iterator[None]:
     """Keep other runs out of the run's folder. For rank 0. Raises ConfigError if one is going on there."""
-    folder, cure = Path(config.run_dir), "Wait until it has ended, stop it, or choose another run_dir."
+    folder = Path(config.run_dir)
+    cure = (
+        "Wait until it has ended, stop it, or choose another run_dir. Some network file systems keep the lock of a "
+        f"host that is down: if that host is, delete {folder / LOCK_FILE}."
+    )
     with ExitStack() as lock:
         with output(folder):
             lock.enter_context(writing(folder, "run", ConfigError, cure))

@@ -60,20 +60,14 @@ def check_same(values: Mapping[str, Any], remedy: str) -> None:
 
 
 def _difference(name: str, by_rank: list[tuple[str, dict[str, str]]]) -> str | None:
-    """One name with its values and their ranks, rank 0 last; None if all values are equal."""
-    places: dict[str, dict[str, list[int]]] = {}
+    """The values of one name with their ranks, that of rank 0 last; None if all are equal."""
+    places: dict[str, list[tuple[int, str]]] = {}
     for rank, (host, values) in enumerate(by_rank):
-        places.setdefault(values.get(name, _ABSENT), {}).setdefault(host, []).append(rank)
+        places.setdefault(values.get(name, _ABSENT), []).append((rank, host))
     if len(places) == 1:
         return None
-    *others, first = (f"{_short(value)} on {_in_words(hosts)}" for value, hosts in reversed(places.items()))
+    *others, first = (f"{_short(value)} ({dist.ranks_in_words(ranks)})" for value, ranks in reversed(places.items()))
     return f"{name}: {', '.join(others)}, but {first}"
-
-
-def _in_words(hosts: Mapping[str, list[int]]) -> str:
-    return ", ".join(
-        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} ({host})" for host, ranks in hosts.items()
-    )
 
 
 def _short(value: str) -> str:

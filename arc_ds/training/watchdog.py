@@ -92,7 +92,11 @@ class Watchdog:
             self._file.flush()
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._closed.wait(_POLL_S):
+            if time.monotonic() - looked > self._limit_s / 2:  # the whole process was suspended
+                self.alive()
+            looked = time.monotonic()
             reason = self._stalled() or self._is_deaf()
             if reason:
                 if self._heartbeat is None:

@@ -52,7 +52,7 @@ def test_a_host_with_another_setting_of_collectives_stops_all(config: Path) -> N
     first, second = run_on_ranks(_read_with, str(config), ["Ring", "Tree"])
     assert first == second
     host = socket.gethostname()
-    assert f"NCCL_ALGO: Tree on rank 1 ({host}), but Ring on rank 0 ({host})" in first
+    assert f"NCCL_ALGO: Tree (rank 1 on {host}), but Ring (rank 0 on {host})" in first
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_host_that_found_other_files_stops_all(config: Path, override: str, na
         _read, str(config), [["validation.every=0"], ["validation.every=0", override.format(config.parent)]]
     )
     assert first == second and first.startswith(f"the ranks do not agree. {named}: ")
-    assert f"on rank 1 ({host}), but" in first and f"on rank 0 ({host}). Provide the same files" in first
+    assert f"(rank 1 on {host}), but" in first and f"(rank 0 on {host}). Provide the same files" in first
 
 
 def test_a_host_whose_manifests_count_other_passages_stops_all(config: Path) -> None:

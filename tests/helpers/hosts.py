@@ -131,10 +131,6 @@ class Host:
                     continue
             time.sleep(0.05)
 
-    def power_off(self) -> None:
-        """Kill all processes of the host at once. It cannot be used any more."""
-        os.kill(self._init, signal.SIGKILL)
-
 
 @contextmanager
 def make_hosts(folder: Path, num_hosts: int = 2, prefix: str = "node") -> Iterator[tuple[Host, ...]]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 
-import pytest
-
-from tests.helpers.hosts import Host, make_hosts, missing, wait_until
+from tests.helpers.hosts import Host, wait_until
 
 _CALL = "import socket, sys; socket.create_connection((sys.argv[1], 4000), timeout=float(sys.argv[2]))"
 _ANSWER = "import socket; s = socket.create_server(('', 4000)); print('up', flush=True); [s.accept() for _ in range(9)]"
@@ -46,16 +43,3 @@ def test_a_host_keeps_orphans_as_its_own_processes(hosts: tuple[Host, ...]) -> N
     assert list(here.processes().values()) == ["sleep 1000"]
     here.kill_processes()
     wait_until(lambda: not here.processes(), "the end of all processes")
-
-
-def test_a_host_without_power_has_no_processes_and_answers_nothing(tmp_path: Path) -> None:
-    if (reason := missing()) is not None:
-        pytest.skip(reason)
-    with make_hosts(tmp_path, prefix="spare") as (here, there):
-        server = there.start([sys.executable, "-c", _ANSWER])
-        assert server.stdout is not None
-        assert server.stdout.readline() == "up\n"
-        there.power_off()
-        assert server.wait() == -signal.SIGKILL
-        assert not there.processes()
-        assert not _reaches(here, there, timeout_s=1.0)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
 from tests.helpers.hosts import INTERFACE, LIMIT_S, Host, wait_until
 from tests.helpers.sshd import is_sshd
 from tests.helpers.tiny_run import ROOT, last_logged_step, last_saved_step, losses, train
@@ -194,6 +194,19 @@ def test_a_run_that_each_launcher_stops_and_the_next_resumes_has_the_losses_of_o
     assert len(one_host) == STEPS
     assert losses(relay.run) == pytest.approx(one_host, rel=1e-6), reached
     assert one_host[0] != pytest.approx(one_host[-1], rel=1e-2), "nothing was learned"
+
+
+def test_each_launcher_passes_the_exit_code_of_the_ranks_on(
+    config: Path, ssh_hosts: tuple[Host, ...], tmp_path: Path
+) -> None:
+    relay = Relay(config, ssh_hosts, tmp_path)
+    relay.arguments.append("optimizer.unknown=1")
+    started = [_no_ssh(relay, host) for host in relay.hosts]
+    if shutil.which("pdsh") and shutil.which("setpriv"):
+        started.append(_pdsh(relay))
+    for process in started:
+        console, _ = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == EXIT_USER_ERROR and "optimizer.unknown" in console, console
 
 
 def _finish(relay: Relay) -> tuple[int, str]:

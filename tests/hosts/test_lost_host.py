@@ -20,7 +20,6 @@ from tests.helpers.tiny_run import (
     last_saved_step,
     losses,
     read_json,
-    write_inputs,
 )
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -28,11 +27,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 # A rank on a busy machine must send a byte in this time.
 TIMEOUT_S = 20
 GOLDEN = ROOT / "tests" / "integration" / "golden_losses.json"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _start(hosts: tuple[Host, ...], config: Path, run: Path) -> list[subprocess.Popen[str]]:

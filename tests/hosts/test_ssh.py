@@ -47,7 +47,8 @@ def start(ssh_hosts: tuple[Host, ...], tmp_path: Path) -> Start:
     def start_run(slots: dict[str, int], *arguments: str) -> subprocess.Popen[str]:
         folder = tmp_path / "a folder; of 'mine'"
         folder.mkdir()
-        env = {**os.environ, **VALUES, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+        path = [os.environ.get("PYTHONPATH", ""), str(ROOT), str(ROOT / "kernels")]
+        env = {**os.environ, **VALUES, "PYTHONPATH": os.pathsep.join(path)}
         env.pop("OMP_NUM_THREADS")
         command = [sys.executable, "-c", PROGRAM, json.dumps(slots), str(tmp_path), *arguments]
         return ssh_hosts[0].start(command, cwd=folder, env=env)
@@ -109,6 +110,26 @@ def test_ranks_save_and_end_when_the_launching_process_is_killed(
     process.kill()
     wait_until(lambda: not _running(ssh_hosts), "the end of all ranks")
     assert sorted(path.name for path in tmp_path.glob("saved_*")) == ["saved_0", "saved_1"]
+
+
+def test_ranks_save_and_end_when_the_launching_process_falls_silent(
+    start: Start, ssh_hosts: tuple[Host, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is frozen, and its connections stay open. The hosts wait for a minute; here, for seconds."""
+    (patches := tmp_path / "patches").mkdir()
+    (patches / "sitecustomize.py").write_text(
+        "from arc_ds.launch import order\norder.BEAT_S, order.LOST_S = 0.5, 10.0\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(patches))
+    process = _start_and_wait(start, ssh_hosts, tmp_path)
+    process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: len(list(tmp_path.glob("saved_*"))) == 2, "the save of both ranks")
+    process.send_signal(signal.SIGCONT)
+    console, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == EXIT_PREEMPTED, console
+    for host in ssh_hosts:
+        assert console.count(f"{host.name}: the launching process or its connection is lost") == 1, console
+    assert not _running(ssh_hosts)
 
 
 def test_a_killed_launcher_of_one_host_is_a_lost_host(

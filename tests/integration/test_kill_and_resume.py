@@ -194,8 +194,12 @@ def test_a_run_keeps_others_out_of_its_folder_until_it_ends_in_any_way(config: P
     loaded = load_config(config, [f"run_dir={run}"])
     process = start_training(config, [f"run_dir={run}", "steps=100000", "tracking.mlflow=false"])
     wait_for(lambda: (run / "lock").exists() or process.poll() is not None)
-    with pytest.raises(ConfigError, match=rf"another run is writing {run}: process \d+ on .* choose another run_dir"):
+    words = rf"another run is writing {run}: process \d+ on .* choose another run_dir.*, delete {run}/lock\."
+    with pytest.raises(ConfigError, match=words):
         lock_run_folder(loaded).__enter__()
+    (run / "lock").unlink()
+    with lock_run_folder(loaded):
+        assert process.poll() is None, "a network file system keeps the lock of a host that is down"
     process.kill()
     process.wait()
     with lock_run_folder(loaded):

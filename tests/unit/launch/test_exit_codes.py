@@ -60,3 +60,15 @@ def test_every_way_to_start_a_rank_gives_the_same_code(
     assert "words of the error" in capsys.readouterr().err
     monkeypatch.setattr(train, "main", program.main)
     assert train._as_rank([]) == code
+
+
+def test_under_an_external_launcher_each_host_prints_an_error_of_all_ranks_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = DataError("words")
+    shared.is_of_all_ranks = True
+    for rank_of_host, error, num_lines in ((0, shared, 1), (3, shared, 1), (3, DataError("words"), 2)):
+        monkeypatch.setenv("LOCAL_RANK", str(rank_of_host))
+        monkeypatch.setattr(train, "main", _raising(error).main)
+        assert train._as_rank([]) == 3
+        assert caplog.messages == ["words"] * num_lines

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +121,25 @@ def test_silent_ranks_are_named_together(make_run: Callable[[float], _Run]) -> N
     assert "lost ranks 8-15 on node1 at step 3, encoder layer 0: no sign of life for 3 s" in verdict["message"]
 
 
+def test_a_pause_of_rank_0_is_no_silence_of_the_others(
+    make_run: Callable[[float], _Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM suspends all ranks for an hour, for example."""
+    pause_s = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + pause_s, sleep=time.sleep)
+    monkeypatch.setattr(heartbeat, "time", clock)
+    run = make_run(60.0)
+    run.wait_for_all()
+    pause_s = 3600.0
+    for _ in range(2):  # the first beat after the pause comes before the first judgement
+        sent = run.heart._sent
+        run.wait(lambda: run.heart._sent > sent)  # noqa: B023
+    assert run.heart._verdict is None and run.end is None
+    for connection in run.ranks.values():
+        connection.close()
+    run.wait(lambda: run.end)
+
+
 def test_a_failed_rank_passes_its_code_and_message_on_and_a_stall_lists_all_places(
     make_run: Callable[[float], _Run],
 ) -> None:
@@ -127,6 +148,7 @@ def test_a_failed_rank_passes_its_code_and_message_on_and_a_stall_lists_all_plac
     run.say(200, kind="failed", code=EXIT_OUT_OF_MEMORY, message="rank 200 needs more")
     verdict = run.verdict(1)
     assert (verdict["code"], verdict["message"]) == (EXIT_OUT_OF_MEMORY, "rank 200 needs more")
+    assert verdict["speakers"] == [rank for rank in range(0, NUM_RANKS, PER_HOST) if rank != 200]
 
     run = make_run(600.0)
     run.wait_for_all()
@@ -136,6 +158,25 @@ def test_a_failed_rank_passes_its_code_and_message_on_and_a_stall_lists_all_plac
     assert verdict["code"] == EXIT_STALLED
     assert "rank 7 on node0 at step 3, waiting for data" in verdict["message"]
     assert "ranks 1-6 on node0, ranks 8-15 on node1" in verdict["message"]
+
+
+def test_a_forked_worker_does_not_hide_the_end_of_its_rank(make_run: Callable[[float], _Run]) -> None:
+    run = make_run(600.0)
+    run.wait_for_all()
+    read_end, write_end = os.pipe()
+    if (worker := os.fork()) == 0:
+        os.close(write_end)
+        os.read(read_end, 1)
+        os._exit(0)
+    run.heart._forget()  # the end of this process would close the connections, too
+    run.ranks[1].settimeout(LIMIT_S)
+    try:
+        while run.ranks[1].recv(1 << 16):
+            pass
+    finally:
+        os.close(write_end)
+        os.close(read_end)
+        os.waitpid(worker, 0)
 
 
 def test_a_stranger_decides_nothing(make_run: Callable[[float], _Run]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from arc_ds.launch import parents
 from arc_ds.launch.parents import is_launcher
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,3 +63,23 @@ def test_the_death_of_a_launcher_further_above_stops_a_rank(tmp_path: Path, name
     process.send_signal(signal.SIGKILL)
     assert process.stdout.read() == "SIGTERM\n"
     process.wait()
+
+
+def test_a_kernel_without_pidfd_notices_the_end_of_a_launcher_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_pid: int) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert parents._wait_for_first([os.getpid(), ended.pid]) == ended.pid
+
+
+def test_a_rank_can_print_after_the_reader_of_its_output_has_ended() -> None:
+    program = "from arc_ds.launch.parents import _drop_broken_output as drop\ndrop()\nprint('saved', flush=True)"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, stdout=write_end)
+    os.close(write_end)
+    assert ended.returncode == 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
+from arc_ds.commands import train as command
 from arc_ds.errors import ConfigError, DataError, LostRankError
 from arc_ds.launch import restarts
-from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
+from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.restarts import choose_hosts, with_restarts
 
 
@@ -47,9 +49,10 @@ def test_other_ends_are_final(code: int) -> None:
     assert with_restarts(run, 3) == code and run.numbers == [0]
 
 
-def test_the_last_failure_counts_if_restarts_are_used_up() -> None:
+def test_the_last_failure_counts_if_restarts_are_used_up(caplog: pytest.LogCaptureFixture) -> None:
     assert with_restarts(_Run(4, 5, 4), 2) == 4
     assert with_restarts(_Run(4), 0) == 4
+    assert len(caplog.messages) == 2, "a restart is announced that does not come"
 
 
 def test_errors_follow_the_same_rule() -> None:
@@ -64,7 +67,8 @@ def test_a_run_that_fails_after_a_stop_request_is_not_started_again() -> None:
     """Also if the run has set handlers of its own meanwhile, as the launch wrapper does."""
     before = signal.getsignal(signal.SIGTERM)
 
-    def start(_number: int) -> int:
+    def start(number: int) -> int:
+        assert number == 0
         former = signal.signal(signal.SIGTERM, lambda *_: None)
         os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGTERM, former)
@@ -84,7 +88,23 @@ def test_a_stop_request_in_the_pause_ends_it(monkeypatch: pytest.MonkeyPatch) ->
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(restarts.logger, "warning", warn_and_stop)
-    assert with_restarts(run, 3) == EXIT_PREEMPTED and run.numbers == [0]
+    with pytest.raises(SystemExit) as ended:
+        with_restarts(run, 3)
+    assert ended.value.code == EXIT_PREEMPTED and run.numbers == [0]
+
+
+def test_a_stop_request_before_the_ranks_start_is_obeyed() -> None:
+    """While the hosts are probed, for example: the run has set no handlers of its own yet."""
+    started = []
+
+    def start(number: int) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        started.append(number)
+        return EXIT_OK
+
+    with pytest.raises(SystemExit) as ended:
+        with_restarts(start, 3)
+    assert ended.value.code == EXIT_PREEMPTED and not started
 
 
 def test_as_many_hosts_start_as_divide_the_batch() -> None:
@@ -95,7 +115,35 @@ def test_as_many_hosts_start_as_divide_the_batch() -> None:
         "12 ranks × 2 do not divide 32"
     )
     assert choose_hosts(slots, {"b"}, **batch, min_hosts=1) == {"b": 4}
+    assert choose_hosts(slots, slots, batch_size=32, micro_batches=4, min_hosts=1) == {"a": 4, "b": 4}
     with pytest.raises(ConfigError, match=r"from --min-hosts = 3 to 3 .*divides data.batch_size = 32"):
         choose_hosts(slots, {"d", "c", "a"}, **batch, min_hosts=3)
     with pytest.raises(LostRankError, match=r"1 of 4 hosts answer \(not a, b, d\)"):
         choose_hosts(slots, {"c"}, **batch, min_hosts=2)
+
+
+def test_a_restart_resumes_what_the_run_has_saved_itself(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`never` refuses a folder with metrics. A path is where the run began, until it has a checkpoint of its own."""
+    starts: list[list[str]] = []
+
+    def launch(_module: str, words: list[str], **_more: object) -> int:
+        starts.append(words)
+        return EXIT_LOST_RANK
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(command, "launch", launch)
+
+    def last_words(resume: str) -> list[str]:
+        starts.clear()
+        words = [str(config), f"run_dir={tmp_path}", f"checkpoint.resume={resume}", "--restarts=1"]
+        assert command.main(words) == EXIT_LOST_RANK
+        return [words[-1] for words in starts]
+
+    (begun := tmp_path / "elsewhere" / "step_000001").mkdir(parents=True)
+    resumed, elsewhere = "checkpoint.resume=auto", f"checkpoint.resume={begun}"
+    assert last_words("never") == ["checkpoint.resume=never", resumed]
+    assert last_words(str(begun)) == [elsewhere, elsewhere]
+    (tmp_path / "checkpoints" / "step_000008").mkdir(parents=True)
+    assert last_words(str(begun)) == [elsewhere, resumed]

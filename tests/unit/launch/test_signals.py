@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from arc_ds.launch.exit_codes import EXIT_STALLED
 from arc_ds.launch.signals import STOP_SIGNALS, StopRequest
+from arc_ds.system import activity
+from arc_ds.training.watchdog import Watchdog
 from tests.helpers.waiting import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -121,3 +124,21 @@ def test_a_rank_that_is_stuck_in_c_leaves_stacks_and_ends(
     assert "step 7, encoder layer 2" in ended.stderr
     stacks = (tmp_path / "stacks" / "stacks_rank_00003.txt").read_text()
     assert stacks.startswith("step 7, encoder layer 2\n") and "in stuck_in_c" in stacks
+
+
+def test_a_stop_has_its_grace_from_the_last_step_on_and_a_save_has_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activity, "now", activity.Activity(step=7, module="backward"))
+    stop = StopRequest()
+    watchdog = Watchdog(tmp_path, rank=0, limit_s=600.0, stop_grace_s=60.0, heartbeat=None, stop=stop)
+    stop._since = time.monotonic() - 100.0
+    watchdog.alive()
+    assert not watchdog._is_deaf()
+    watchdog._alive -= 100.0
+    assert "no step has ended for 60 s" in watchdog._is_deaf()
+    activity.note(activity.SAVING)
+    assert not watchdog._is_deaf()
+    activity.note("closing")
+    stop.answer()
+    assert not watchdog._is_deaf(), "the ranks stop already"

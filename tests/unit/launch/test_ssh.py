@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +13,26 @@ import pytest
 from arc_ds.commands.train import main
 from arc_ds.errors import ConfigError
 from arc_ds.launch.order import Place
-from arc_ds.launch.ssh import _OF_HOSTS, read_hostfile
+from arc_ds.launch.ssh import _OF_HOSTS, launch_on_hosts, read_hostfile
 from arc_ds.launch.wrapper import _command
+from tests.helpers.waiting import LIMIT_S
 
-EXAMPLE = Path(__file__).resolve().parents[3] / "launchers" / "hosts.example"
+ROOT = Path(__file__).resolve().parents[3]
+EXAMPLE = ROOT / "launchers" / "hosts.example"
+# It keeps the order that a host gets, and writes more lines than a pipe holds.
+_SSH = """#!/bin/sh
+for word; do host=$last; last=$word; done
+printf "Welcome to $host"
+echo "arc_ds.launch.remote has started"
+read -r order
+printf %s "$order" >"$ORDERS/$host"
+yes "a line of a rank" | head -n 20000
+"""
+_LAUNCH = """
+import sys
+from arc_ds.launch.ssh import launch_on_hosts
+sys.exit(launch_on_hosts("m", [], slots={"user@first": 1, "second": 2}))
+"""
 
 
 def test_the_example_is_a_hostfile() -> None:
@@ -32,6 +52,7 @@ def test_the_order_of_the_hosts_is_that_of_the_file(tmp_path: Path) -> None:
         ("-oProxyCommand=x slots=1\n", r"hosts:1 is"),
         ("a slots=1\na slots=1\n", r"hosts:2 lists a again"),
         ("# nobody\n", r"lists no host"),
+        ("me@localhost slots=1\nb slots=1\n", r"lists me@localhost first, .* Write the name by which they reach"),
         (None, r"cannot be read: .*Give a file with lines"),
     ],
 )
@@ -62,3 +83,28 @@ def test_hostfile_and_number_of_processes_exclude_each_other(capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main(["c.yaml", "--hostfile", "h", "--num-procs", "2"])
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_hosts_meet_without_the_login_name_and_output_that_nobody_reads_holds_up_none(tmp_path: Path) -> None:
+    """The output of `arc-ds train --hostfile hosts | head`, for example."""
+    (ssh := tmp_path / "ssh").write_text(_SSH)
+    ssh.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "ORDERS": str(tmp_path)}
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", _LAUNCH], env=environment, cwd=ROOT, stderr=write_end, timeout=LIMIT_S
+        )
+    finally:
+        os.close(write_end)
+    assert ended.returncode == 0
+    places = [json.loads((tmp_path / host).read_text())["place"] for host in ("user@first", "second")]
+    assert [place[:3] for place in places] == [[[1, 2], 0, "first"], [[1, 2], 1, "first"]]
+
+
+def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "29500x")
+    monkeypatch.setattr("arc_ds.launch.ssh.shutil.which", lambda _program: "ssh")
+    with pytest.raises(ConfigError, match="MASTER_PORT is '29500x', expected the number of a free port"):
+        launch_on_hosts("m", [], slots={"a": 1})

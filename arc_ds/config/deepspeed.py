@@ -92,6 +92,7 @@ def _owned_values(config: RunConfig, world_size: int) -> dict[str, Any]:
         "data_types.grad_accum_dtype": "fp32",
         "zero_optimization.stage": 3,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # else offload_optimizer refuses our optimizer
     }
 
 

@@ -85,7 +85,8 @@ class EncoderConfig:
     """Whether the token embeddings are trained. No effect with `train: bridge` or `lora`, which freeze them."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the encoder's own weights, which are frozen. Memory tokens are trained as
-    well. Exports contain the sum, so they are ordinary encoders. None: no adapters."""
+    well. The rate of both is `optimizer.encoder_lr`; adapters need about ten times that of full training (1e-4).
+    Exports contain the sum, so they are ordinary encoders. None: no adapters."""
     activation_checkpointing: Recompute = "none"
     """Activations that backward recomputes (arc_ds/README.md, Memory). none: none. selective: normed rows and the FFN's
     product; no matrix product is repeated. full: each layer from its input: least memory, one more encoder forward.

@@ -25,6 +25,7 @@ from tests.helpers.plain_trainer import (
     step_of_rank,
     tiny_compressor,
     tiny_decoders,
+    tiny_ds_config,
     tiny_groups,
 )
 
@@ -41,21 +42,12 @@ StepCounts = list[dict[Collective, Count]]
 
 def _ds_config(persistence_threshold: int) -> dict[str, Any]:
     """ZeRO-3 that gathers every other parameter in every forward and every backward pass of its module."""
-    return {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": NUM_PARTS,
-        "zero_allow_untested_optimizer": True,
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": None,
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": False,
-            "memory_efficient_linear": False,
-            "stage3_max_reuse_distance": 0,
-            "stage3_prefetch_bucket_size": 0,
-            "stage3_param_persistence_threshold": persistence_threshold,
-        },
-    }
+    return tiny_ds_config(
+        num_parts=NUM_PARTS,
+        stage3_max_reuse_distance=0,
+        stage3_prefetch_bucket_size=0,
+        stage3_param_persistence_threshold=persistence_threshold,
+    )
 
 
 def _counts(persistence_threshold: int, attributed: bool = True) -> StepCounts:

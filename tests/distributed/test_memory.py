@@ -25,6 +25,7 @@ from tests.helpers.plain_trainer import (
     step_of_rank,
     tiny_compressor,
     tiny_decoders,
+    tiny_ds_config,
     tiny_groups,
 )
 
@@ -38,24 +39,12 @@ PERSISTENT = 100
 
 
 def _ds_config() -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": 2,
-        "zero_allow_untested_optimizer": True,
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": None,
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": False,
-            "memory_efficient_linear": False,
-            "reduce_bucket_size": 3000,
-            "stage3_prefetch_bucket_size": 5000,
-            "stage3_param_persistence_threshold": PERSISTENT,
-        },
-    }
+    return tiny_ds_config(
+        reduce_bucket_size=3000, stage3_prefetch_bucket_size=5000, stage3_param_persistence_threshold=PERSISTENT
+    )
 
 
-class Found(NamedTuple):
+class Memory(NamedTuple):
     """Findings of one rank.
 
     memory: of each engine after each step.
@@ -76,7 +65,7 @@ class Found(NamedTuple):
     traced: bool
 
 
-def _train(num_steps: int, recomputed: bool) -> Found:
+def _train(num_steps: int, recomputed: bool) -> Memory:
     compressor = tiny_compressor(activation_checkpointing=recomputed)
     engine = build_engine(compressor, PortAdamW(tiny_groups(compressor), betas=BETAS, eps=EPS), _ds_config())
     decoders = [place_decoder(decoder, _ds_config()) for decoder in tiny_decoders(activation_checkpointing=recomputed)]
@@ -110,7 +99,7 @@ def _train(num_steps: int, recomputed: bool) -> Found:
     weight: Any = decoders[1].module.layers[0].attention.wq.weight
     before = measured()["decoder 1"].gathered
     weight.all_gather()
-    return Found(
+    return Memory(
         memory=memory,
         leaked=leaked,
         kept=kept[0],

@@ -144,6 +144,19 @@ def tiny_groups(compressor: Compressor) -> tuple[ParamGroup, ...]:
     return make_param_groups(compressor, rates)
 
 
+def tiny_ds_config(*, num_parts: int = 2, **zero: Any) -> dict[str, Any]:
+    """DeepSpeed's config of the tiny models. zero: keys of zero_optimization."""
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": num_parts,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": None,
+        "zero_optimization": {"stage": 3, "overlap_comm": False, "memory_efficient_linear": False, **zero},
+    }
+
+
 def decoder_of_step(step: int) -> int:
     """The decoder of a step: the same one for three steps, then they alternate."""
     return 0 if step < 3 else step % 2

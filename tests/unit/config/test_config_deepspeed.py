@@ -60,6 +60,7 @@ def test_what_the_json_leaves_out_is_filled_in(resolve):
     assert resolved["train_micro_batch_size_per_gpu"] == 16
     assert resolved["zero_optimization"] == {"stage": 3}
     assert resolved["zero_allow_untested_optimizer"] is True
+    assert resolved["zero_force_ds_cpu_optimizer"] is False, "DeepSpeed would refuse our optimizer with offload"
 
 
 def zero(**keys):
@@ -73,6 +74,7 @@ def zero(**keys):
         ({"gradient_clipping": 1.0}, ["gradient_clipping is 1.0", "0.5"]),
         ({"train_batch_size": 32}, ["train_batch_size is 32", "64"]),
         (zero(stage=2), ["stage is 2", "3"]),
+        ({"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer is True", "False"]),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ["grad_accum_dtype", "'fp32'"]),
         (zero(stage=3, reduce_bucket_size="auto"), ["zero_optimization.reduce_bucket_size", "only these can be"]),
         ({"optimizer": {"type": "AdamW"}}, ["'optimizer'", "Remove"]),
@@ -124,8 +126,12 @@ def test_frozen_decoder_gets_no_clipping_and_no_offloaded_optimizer(config):
     assert "gradient_clipping" not in decoder
     assert "offload_optimizer" not in decoder["zero_optimization"]
     assert decoder["zero_optimization"]["zero_hpz_partition_size"] == 4
-    assert resolve_decoder_deepspeed(resolved, "zero3", 4)["zero_optimization"]["zero_hpz_partition_size"] == 1
     assert "offload_optimizer" in resolved["zero_optimization"]
+
+
+def test_groups_of_a_frozen_decoder_follow_its_placement_alone(config):
+    resolved = resolve_deepspeed(DS_CONFIGS / "zero3_hpz.json", config, 8, local_world_size=4)
+    assert resolve_decoder_deepspeed(resolved, "zero3", 4)["zero_optimization"]["zero_hpz_partition_size"] == 1
 
 
 def test_a_path_in_the_json_may_begin_with_the_home_folder(resolve, monkeypatch):

@@ -1,4 +1,4 @@
-"""What selective recomputation saves and what it costs, against keeping everything and recomputing whole layers."""
+"""Memory and operations of selective recomputation, between those of no recomputation and of whole layers."""
 
 from __future__ import annotations
 

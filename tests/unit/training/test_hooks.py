@@ -200,6 +200,7 @@ def _two_steps(
     decoder: Any = DECODER,
     leaked: Sequence[str] = (),
     times: Sequence[float] = (0.0, 4.0, 4.0, 4.0, 9.0, 13.0, 13.0),
+    counter: CollectiveCounter | None = None,
 ) -> tuple[Run, dict[int, dict[str, float]]]:
     """Two steps on two ranks. They took 4 s, and this rank waited for 1 s. Returns the logged metrics by step."""
     monkeypatch.setattr(meters, "_reduced", _reduced_over(*loads))
@@ -215,7 +216,7 @@ def _two_steps(
     )  # fmt: skip
     logged: dict[int, dict[str, float]] = {}
     encoder = EncoderConfig(backbone="", trained_layers=1, train_embeddings=False)
-    counter = CollectiveCounter()
+    counter = counter or CollectiveCounter()
     hook = MetricsHook(
         log=lambda step, metrics: logged.setdefault(step, {}).update(metrics),
         every=every,
@@ -295,6 +296,14 @@ def test_pending_metrics_are_logged_before_a_pause(monkeypatch: pytest.MonkeyPat
     assert steps == {}
     with run.pause():
         assert set(steps) == {1, 2}
+
+
+def test_collectives_of_a_pause_are_not_those_of_the_next_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CollectiveCounter()
+    run, _ = _two_steps(monkeypatch, every=10, counter=counter)
+    with run.pause():
+        counter.add("all_gather", 2, 1 << 20)
+    assert not counter.read()
 
 
 def test_balance_is_the_slowest_rank_over_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:

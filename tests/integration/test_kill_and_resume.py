@@ -12,6 +12,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,10 +24,13 @@ from arc_ds.config.load import load_config
 from arc_ds.errors import ConfigError
 from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.status import read_statuses
+from arc_ds.system.dist import free_port
+from arc_ds.system.processes import die_with_parent
 from arc_ds.tracking.metrics_log import METRICS_NAME, read_metrics
 from arc_ds.training.run_folder import lock_run_folder
 from tests.helpers.tiny_run import (
     EVERY,
+    ROOT,
     STEPS,
     last_logged_step,
     last_saved_step,
@@ -86,6 +90,36 @@ def test_two_ranks_of_which_one_is_lost_and_stopped_repeat_the_run_to_the_last_b
     assert code == EXIT_OK, console
     _assert_same_run(run, whole)
     _assert_one_point_a_step(run)
+
+
+def test_the_ranks_save_and_end_when_deepspeed_itself_is_ended(config: Path, two_ranks: tuple[Path, Path]) -> None:
+    """By SIGTERM and by SIGKILL, of which its launcher of this host and the ranks hear nothing."""
+    whole, _ = two_ranks
+    run = config.parent / "under_deepspeed"
+    (hostfile := config.parent / "hostfile").write_text("localhost slots=2\n")
+    for number, step in ((signal.SIGTERM, 3), (signal.SIGKILL, 5)):
+        words = ["--hostfile", hostfile, "--no_ssh", "--node_rank=0", "--master_addr=127.0.0.1"]
+        words += [f"--master_port={free_port()}", "--no_local_rank", "--module", "tests.helpers.held_train", "train"]
+        command = [Path(sys.executable).with_name("deepspeed"), *words, config, f"run_dir={run}"]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "PYTHONPATH": path, "HOLD_AFTER": str(step), "DS_ACCELERATOR": "cpu"}
+        process = subprocess.Popen(
+            list(map(str, command)),
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=die_with_parent,
+        )
+        _wait_for_step(process, run, step)
+        process.send_signal(number)
+        console, _ = process.communicate(timeout=LIMIT_S)  # the ranks hold the pipe
+        assert process.returncode == -number, console
+        wait_for(lambda: not _processes_of(run), "a process of the run is still running")
+        assert f"(process {process.pid}) has ended; stopping" in console, console
+        assert f"exits with return code = {EXIT_PREEMPTED}" in console, console
+        assert step <= last_saved_step(run) == last_logged_step(run) < EVERY, console
+    assert losses(run) == losses(whole)[: last_saved_step(run)]
 
 
 def _whole_and_killed(config: Path, *, num_ranks: int) -> tuple[Path, Path]:

@@ -21,7 +21,9 @@ def _damage(placement: str, rank: int | None, when: str) -> list[str]:
     decoders = _place(Case(placement=placement, persistence_threshold=0))
     run: Any = SimpleNamespace(decoders=decoders, decoder_names=("first", "second"), step=7)
     parameter: Any = list(decoders[1].module.parameters())[3]
-    held = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
+    held = parameter.data
+    if placement != "replicated":
+        held = parameter.ds_tensor if placement == "zero3" else parameter.ds_secondary_tensor
     guard, found = FrozenGuard(), []
     for moment, check in (("start", guard.on_start), ("end", guard.on_end)):
         if moment == when and dist.get_rank() == rank:

@@ -1,6 +1,6 @@
 """Heartbeats between ranks: a lost, failed or stalled rank ends all others, and each of them can name it.
 
-A rank in a collective is blocked in C code, and its peer may be gone. So a thread of each rank watches:
+A rank in a collective waits in C code, even if its peer has died. So a thread of each rank watches:
 
 - The thread of rank 0 accepts a connection from every other rank. Each side sends a line every second. A rank's line
   names its current work (`system.activity`).

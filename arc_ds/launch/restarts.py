@@ -1,6 +1,6 @@
 """`arc-ds train --restarts N`: start a failed run again from its last whole checkpoint.
 
-A restart helps if the cause may be gone: a rank was lost, a step stalled, or the run failed for an unknown reason. It
+A restart helps against causes that pass: a rank was lost, a step stalled, or the run failed for an unknown reason. It
 does not help against a user's mistake, bad data, too little memory, a diverged run or a full disk. A stop on request is
 no failure.
 """

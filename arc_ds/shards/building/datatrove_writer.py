@@ -65,8 +65,8 @@ class ShardsStep(PipelineStep):
 
         out_dir: folder to create. Until it is complete, the parts are in a hidden folder next to it.
         tokenizer: file or folder of the encoder's tokenizer.
-        text_field: field of a record that gets the text of a document. The other fields of fine-tuning records are
-            taken from the document's metadata.
+        text_field: field of a record that gets the text of a document. The document's metadata has the other fields
+            of fine-tuning records.
 
         Raises DataError if an option is unusable.
         """

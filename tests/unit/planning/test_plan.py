@@ -134,7 +134,7 @@ def test_a_decoder_is_placed_in_the_memory_that_those_before_it_leave(tmp_path: 
     model, machine = read_model(with_published_sizes(config, tmp_path)[0]), Machine("h100-80", 8)
     plan = make_plan(config, model, machine)
     assert [one.placement for one in plan.placed] == ["replicated", "zero3"]
-    # The sharded one is gathered layer by layer, beside the encoder's layers.
+    # The sharded one is gathered layer by layer, in addition to the encoder's layers.
     encoder_alone = simulate_gathers(Weights.of(model.compressor(config)), read_settings(config, machine)).peak
     assert plan.memory["gathered parameters"] > 2 * encoder_alone
 

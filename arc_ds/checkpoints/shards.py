@@ -183,7 +183,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _shape(sizes: Any) -> Shape:
-    """The sizes in a file as a shape. Raises ValueError if they are no counts."""
+    """The sizes in a file as a shape. Raises ValueError if one of them is not a count."""
     shape = tuple(sizes)
     if not all(map(is_count, shape)):
         raise ValueError(f"the sizes {list(shape)} are no counts")

@@ -244,7 +244,7 @@ def test_damaged_tekken_files_are_named(tmp_path: Path, change: Callable[[dict[s
         load_tokenizer(tmp_path)
 
 
-def test_a_run_of_a_million_characters_is_no_end_of_the_process(tiny: dict[str, Tokenizer]) -> None:
+def test_a_run_of_a_million_characters_does_not_end_the_process(tiny: dict[str, Tokenizer]) -> None:
     """tiktoken's regular expressions overflow their stack on it, which no `except Exception` catches."""
     for tokenizer in tiny.values():
         for text in (" " * 400_000, "=" * 400_000):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_rows import append, origin, write
+from bench_rows import append, megabytes_of, origin, write
 from torch import nn
 
 from arc_ds.checkpoints.checkpoint import TrainerState
@@ -103,7 +103,7 @@ def main() -> int:
                     way=way,
                     device=device.type,
                     trained_mb=round(4 * num_layers * _WIDTH**2 / _MB, 1),
-                    checkpoint_mb=round(_size(checkpoint), 1),
+                    checkpoint_mb=round(megabytes_of(checkpoint), 1),
                     step_s=round(step_s, 4),
                     blocked_s=round(blocked_s, 4),
                     slowdown_s=round(slowdown_s, 4),
@@ -169,10 +169,6 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
     work()
     synchronize(device)
     return time.perf_counter() - started
-
-
-def _size(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.iterdir()) / _MB
 
 
 if __name__ == "__main__":

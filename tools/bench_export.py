@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_rows import append, memory_bytes, origin, reset_peak_memory, write
+from bench_rows import append, megabytes_of, memory_bytes, origin, reset_peak_memory, write
 
 from arc_ds.batch.groups import GroupRule
 from arc_ds.checkpoints.checkpoint import TRAINER_NAME, TrainerState
@@ -230,8 +230,8 @@ def _measure(run: Path, out: Path, export_format: str, dtype: str, average: int,
         average=average,
         weights_mb=round(4 * sum(numels) / _MB, 1),
         largest_mb=round(largest, 1),
-        shards_mb=round(_size(checkpoint), 1),
-        exported_mb=round(_size(out), 1),
+        shards_mb=round(megabytes_of(checkpoint), 1),
+        exported_mb=round(megabytes_of(out), 1),
         seconds=round(found["seconds"], 2),
         peak_above_base_mb=round(found["peak"], 1),
         peak_over_largest=round(found["peak"] / largest, 3),
@@ -242,10 +242,6 @@ def _measure(run: Path, out: Path, export_format: str, dtype: str, average: int,
     )
     subprocess.run(["rm", "-r", str(out)], check=True)
     return row
-
-
-def _size(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / _MB
 
 
 def _time_of_cp(folder: Path) -> float:

@@ -45,6 +45,11 @@ def memory_bytes(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
+def megabytes_of(folder: Path) -> float:
+    """Size of all files in a folder, in megabytes (10^6 bytes)."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
 def write(file: TextIO, rows: Sequence[Any], *, header: bool) -> None:
     """Write rows, instances of one dataclass, as CSV."""
     writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])

@@ -1,4 +1,4 @@
-"""The record of a checkpoint about the weights that its run does not train and that it therefore does not hold."""
+"""A checkpoint's record of the weights that its run does not train. It does not hold these weights."""
 
 from __future__ import annotations
 

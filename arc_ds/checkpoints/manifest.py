@@ -75,7 +75,7 @@ def read_json(path: Path) -> Any:
 
 
 def is_count(value: object) -> bool:
-    """Whether a value of a file is a whole number from 0 on."""
+    """Whether a value from a file is a whole number of at least 0."""
     return type(value) is int and value >= 0
 
 

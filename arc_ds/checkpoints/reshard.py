@@ -50,7 +50,7 @@ def restore_engine(engine: Any, shards: SavedShards, source: object) -> None:
     """
     with dist.fail_together():
         _check_same_parameters(engine, shards, source)
-        masters, states = _own_state(engine, shards, source)
+        masters, states = _own_state(engine, shards)
     optimizer = engine.optimizer
     optimizer.checkpoint_event_prologue()
     state = optimizer.state_dict()
@@ -78,17 +78,15 @@ def _check_same_parameters(engine: Any, shards: SavedShards, source: object) -> 
         )
 
 
-def _own_state(engine: Any, shards: SavedShards, source: object) -> tuple[list[Tensor], dict[int, dict[str, Tensor]]]:
-    """This rank's float32 weights by sub-group, and the optimizer's state by sub-group."""
+def _own_state(engine: Any, shards: SavedShards) -> tuple[list[Tensor], dict[int, dict[str, Tensor]]]:
+    """This rank's float32 weights by sub-group, and the optimizer's state by sub-group.
+
+    The parameters of a sub-group have one step count, because the optimizer updates them together.
+    """
     place = {"rank": dist.rank(), "world_size": dist.world_size()}
     masters, states = [], {}
     for idx, params in enumerate(engine.optimizer.fp16_groups):
         saved = [shards.trained[engine.param_names[param]] for param in params]
-        if any(each.scalars != saved[0].scalars for each in saved):
-            raise CheckpointError(
-                f"{source} has several step counts for parameters that are updated together. Use another checkpoint of "
-                "the run."
-            )
         flats = {state: torch.cat([each.piece(state, **place) for each in saved]) for state in saved[0].flats}
         masters.append(flats.pop(MASTER))
         scalars = {state: torch.tensor(value) for state, value in saved[0].scalars.items()}

@@ -183,7 +183,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _shape(sizes: Any) -> Shape:
-    """The sizes in a file as a shape. Raises ValueError if they are no counts."""
+    """The sizes in a file as a shape. Raises ValueError if one of them is not a count."""
     shape = tuple(sizes)
     if not all(map(is_count, shape)):
         raise ValueError(f"the sizes {list(shape)} are no counts")
@@ -193,10 +193,10 @@ def _shape(sizes: Any) -> Shape:
 def _open_deepspeed(checkpoint: Path, world_size: int) -> SavedShards:
     model_state = read_torch_file(_deepspeed_file(checkpoint, 0, "model"))
     states = [read_torch_file(_deepspeed_file(checkpoint, rank, "optim")) for rank in range(world_size)]
-    optimizers = [_entry(checkpoint, each, "optimizer_state_dict") for each in states]
-    masters = [_entry(checkpoint, each, "fp32_flat_groups") for each in optimizers]
+    optimizers = [each["optimizer_state_dict"] for each in states]
+    masters = [each["fp32_flat_groups"] for each in optimizers]
     trained: dict[str, SavedParameter] = {}
-    for idx, shapes in enumerate(_entry(checkpoint, model_state, "param_shapes")):
+    for idx, shapes in enumerate(model_state["param_shapes"]):
         per_rank = [each["optimizer_state_dict"]["state"].get(idx, {}) for each in optimizers]
         flats: dict[str, list[StoredTensor]] = {MASTER: [flat[idx] for flat in masters]}
         scalars: dict[str, float] = {}
@@ -260,9 +260,3 @@ def _of_sub_group(names: Mapping[str, Any], idx: int) -> dict[str, Any]:
     """The entries of a sub-group by state."""
     prefix = f"{idx}."
     return {name.removeprefix(prefix): names[name] for name in names if name.startswith(prefix)}
-
-
-def _entry(checkpoint: Path, states: Any, key: str) -> Any:
-    if key not in states:
-        raise CheckpointError(f"{checkpoint} lacks {key!r}: it was not written by a ZeRO-3 engine.")
-    return states[key]

@@ -2,7 +2,7 @@
 
 A pickle can name any function of any module and call it. The unpickler here resolves only the names that rebuild
 tensors and containers. Every other name becomes an inert object, so no code runs and DeepSpeed need not be installed.
-It is Python's own unpickler in Python: the one in C allocates memory for counts that a file only claims.
+It extends the unpickler written in Python: the one in C allocates memory for counts that a file merely claims.
 Values are read with plain reads: mapped pages would count as memory of the process.
 """
 

@@ -1,4 +1,4 @@
-"""The record of a checkpoint about the decoders that its compressor was trained for."""
+"""A checkpoint's record of the decoders that its compressor was trained for."""
 
 from __future__ import annotations
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from arc_ds.checkpoints.frozen_source import FrozenSource
 from arc_ds.checkpoints.weight_digests import backbone_digest, folder_digest
@@ -15,9 +13,8 @@ from arc_ds.errors import CheckpointError, WeightsError
 from arc_ds.inference.load import open_arc_folder
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.weights import TensorSource, beyond_layers, open_backbone, read_backbone_config
-from arc_ds.model.weights.lazy_tensor import LazyTensor
+from arc_ds.model.weights.lazy_tensor import LazyTensor, lazy_rows
 from arc_ds.model.weights.locate import locate
-from arc_ds.model.weights.names import Shape
 from arc_ds.model.weights.selection import use_memory_tokens
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,12 +48,12 @@ def open_frozen(
     except WeightsError as error:
         raise CheckpointError(f"{place}. They are read from {source.key} of the run: {error} {remedy}") from error
     dtype = _DTYPES[source.dtype]
-    found = {}
-    for name in names:
-        theirs = name.removeprefix(prefix)
-        if theirs in tensors.shapes:
-            found[name] = _by_rows(tensors, theirs, dtype)
-    return found
+    places = {name: name.removeprefix(prefix) for name in names}
+    return {
+        name: lazy_rows(tensors, place, dtype).to(torch.float32)
+        for name, place in places.items()
+        if place in tensors.shapes
+    }
 
 
 def _open(path: Path, source: FrozenSource, spec: CompressorSpec) -> tuple[TensorSource, str]:
@@ -73,14 +70,3 @@ def _open(path: Path, source: FrozenSource, spec: CompressorSpec) -> tuple[Tenso
             f"{error} The run read them from encoder.backbone: put its config.json or params.json back at {backbone}."
         ) from error
     return use_memory_tokens(folder.tensors, spec.memory_tokens), ""
-
-
-def _by_rows(source: TensorSource, name: str, dtype: torch.dtype) -> LazyTensor:
-    """A tensor that is read in whole rows, and rounded to `dtype`."""
-    shape: Shape = source.shapes[name]
-    width = math.prod(shape[1:])
-
-    def read(start: int, stop: int) -> Tensor:
-        return source.tensor(name, slice(start // width, stop // width)).reshape(-1).to(dtype).float()
-
-    return LazyTensor(shape=shape, dtype=torch.float32, read=read, unit=width)

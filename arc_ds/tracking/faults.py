@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from arc_ds import errors
 from arc_ds.errors import ArcError
-from arc_ds.tracking.uris import HOST_AND_PORT, file_store, sqlite_uri, without_secret
+from arc_ds.tracking.uris import HOST_AND_PORT, without_secret
 
 # HTTP statuses of a server that is busy or restarts.
 _PASSING_STATUS = frozenset({408, 409, 425, 429, 499})
@@ -44,7 +44,6 @@ def is_lasting(error: BaseException, uri: str) -> bool:
 
 def remedy(error: BaseException, uri: str) -> str:
     """The remedy of a lasting fault, for its message; empty if the message already ends with one."""
-    folder = file_store(uri)
     if isinstance(error, ArcError):
         return ""  # its message ends with the remedy
     if isinstance(error, ImportError):
@@ -56,13 +55,8 @@ def remedy(error: BaseException, uri: str) -> str:
         )
     if any(isinstance(each, ssl.SSLCertVerificationError) for each in _chain(error)):
         return "Set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of the server's authority. "
-    if host := HOST_AND_PORT.match(uri if folder is None else folder.name):
+    if host := HOST_AND_PORT.match(uri):
         return f"Set tracking.uri to http://{host[0]}. "
-    if folder is not None and is_refused(error):
-        return (
-            f"tracking.uri is a folder; set it to a database, for example {sqlite_uri(folder / 'mlflow.db')}, or set "
-            "MLFLOW_ALLOW_FILE_STORE=true in the environment. "
-        )
     return "Correct tracking.uri, or MLFLOW_TRACKING_URI, which overrides it. "
 
 

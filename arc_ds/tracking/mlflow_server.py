@@ -12,13 +12,13 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 from arc_ds.config.schema import TrackingConfig
 from arc_ds.errors import ConfigError
@@ -27,7 +27,6 @@ from arc_ds.tracking.metrics_log import MetricsEntry
 from arc_ds.tracking.tracking import Tracker
 from arc_ds.tracking.uris import (
     URI_VARIABLE,
-    file_store,
     resolve_uri,
     sqlite_database,
     sqlite_uri,
@@ -35,17 +34,13 @@ from arc_ds.tracking.uris import (
 )
 from arc_ds.version import __version__
 
-T = TypeVar("T")
-
 _KEY_TAG = "arc_ds.run_key"
 # MLflow's limits: items per request, and characters of a parameter value, a tag value and a digest.
-_PARAMS_PER_BATCH = 100
-_METRICS_PER_BATCH = 1000
+_PER_BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 _PARAM_CHARS = 6000
 _TAG_CHARS = 5000
 _DIGEST_CHARS = 36
 _FORBIDDEN = re.compile(r"[^/\w.\- :]")
-_FIRST_ANSWER_S = 60.0
 # Launchers by a variable that they set for each rank; the first one that is set counts.
 _LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed", "SLURM_PROCID": "srun"}
 _VERSIONS_OF = ("torch", "deepspeed", "triton", "mlflow", "webdataset", "numpy")
@@ -78,10 +73,7 @@ class RunFacts:
 def start_tracker(
     folder: Path, config: TrackingConfig, facts: RunFacts, *, resumed_step: int, run_id: str | None = None
 ) -> Tracker:
-    """Start a tracker that sends a run's metrics to MLflow. For rank 0.
-
-    Returns immediately, except if the address is a folder: most versions of MLflow refuse that, and their answer is
-    reported before the first step.
+    """Start a tracker that sends a run's metrics to MLflow, and return without waiting for the server. For rank 0.
 
     resumed_step: step of the checkpoint; 0 for a new run.
     run_id: MLflow run id of the checkpoint; None for a new run.
@@ -90,10 +82,7 @@ def start_tracker(
     uri = resolve_uri(folder, config.uri)
     make_server = partial(MlflowServer, uri, config, facts, folder)
     shown = without_secret(uri)
-    tracker = Tracker(folder, uri=shown, make_server=make_server, resumed_step=resumed_step, run_id=run_id)
-    if file_store(uri) is not None:
-        tracker.await_first_answer(_FIRST_ANSWER_S)
-    return tracker
+    return Tracker(folder, uri=shown, make_server=make_server, resumed_step=resumed_step, run_id=run_id)
 
 
 def environment_tags(*, device: str, hosts: Sequence[str], placements: Mapping[str, str]) -> dict[str, str]:
@@ -193,7 +182,7 @@ class MlflowServer:
         failed: dict[str, Exception] = {}
         for name, write in (
             ("the parameters", self._write_params),
-            ("the tags", self._write_tags),
+            ("the tags", partial(self._write_tags, tags=self._facts.tags)),
             ("the datasets", self._write_datasets),
         ):
             try:
@@ -230,8 +219,7 @@ class MlflowServer:
             for key, value in entry.metrics.items()
             if f"metric {key}" not in self._refused_metrics
         ]
-        log_batch = self._client.log_batch
-        refused = self._deliver(run_id, points, _METRICS_PER_BATCH, lambda part: log_batch(run_id, metrics=part))
+        refused = self._deliver(run_id, "metrics", points, _PER_BATCH["metrics"])
         self._refused_metrics |= refused.keys()
         return refused
 
@@ -240,23 +228,20 @@ class MlflowServer:
         self._client.set_terminated(run_id, status=status)
 
     def _write_params(self, run_id: str) -> dict[str, Exception]:
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Param
 
         params = {_allowed_name(key): str(value)[:_PARAM_CHARS] for key, value in self._facts.params.items()}
         known = self._client.get_run(run_id).data.params
         new = [(f"parameter {key}", Param(key, value)) for key, value in params.items() if key not in known]
         changed = {f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value}
-        tags = [(f"tag {key}", RunTag(key, value[:_TAG_CHARS])) for key, value in changed.items()]
-        log_batch = self._client.log_batch
-        refused = self._deliver(run_id, new, _PARAMS_PER_BATCH, lambda part: log_batch(run_id, params=part))
-        return refused | self._deliver(run_id, tags, _PARAMS_PER_BATCH, lambda part: log_batch(run_id, tags=part))
+        refused = self._deliver(run_id, "params", new, _PER_BATCH["params"])
+        return refused | self._write_tags(run_id, changed)
 
-    def _write_tags(self, run_id: str) -> dict[str, Exception]:
+    def _write_tags(self, run_id: str, tags: Mapping[str, str]) -> dict[str, Exception]:
         from mlflow.entities import RunTag
 
-        tags = [(f"tag {key}", RunTag(key, value[:_TAG_CHARS])) for key, value in self._facts.tags.items()]
-        log_batch = self._client.log_batch
-        return self._deliver(run_id, tags, _PARAMS_PER_BATCH, lambda part: log_batch(run_id, tags=part))
+        items = [(f"tag {key}", RunTag(key, value[:_TAG_CHARS])) for key, value in tags.items()]
+        return self._deliver(run_id, "tags", items, _PER_BATCH["tags"])
 
     def _write_datasets(self, run_id: str) -> dict[str, Exception]:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -272,20 +257,22 @@ class MlflowServer:
         return failed
 
     def _deliver(
-        self, run_id: str, items: list[tuple[str, T]], size: int, log_batch: Callable[[list[T]], object]
+        self, run_id: str, kind: Literal["metrics", "params", "tags"], items: list[tuple[str, Any]], size: int
     ) -> dict[str, Exception]:
         """Store items in batches of `size`. Returns those that MLflow refuses, by name; the others are stored."""
         refused: dict[str, Exception] = {}
-        for part in _parts(items, size):
+        for start in range(0, len(items), size):
+            part = items[start : start + size]
+            batch: dict[str, Any] = {kind: [item for _, item in part]}
             try:
-                log_batch([item for _, item in part])
+                self._client.log_batch(run_id, **batch)
             except Exception as error:
                 if not is_refused(error):
                     raise
                 if self._client.get_run(run_id).info.lifecycle_stage != "active":
                     raise  # not the content, but the run: it was deleted
                 if len(part) > 1:
-                    refused |= self._deliver(run_id, part, len(part) // 2, log_batch)
+                    refused |= self._deliver(run_id, kind, part, len(part) // 2)
                 else:
                     refused[part[0][0]] = error
         return refused
@@ -378,8 +365,3 @@ def home() -> Iterator[None]:
 def _allowed_name(name: str) -> str:
     """A name with the characters that MLflow allows in names of metrics and parameters."""
     return _FORBIDDEN.sub("_", name)
-
-
-def _parts(items: list[T], size: int) -> Iterator[list[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -16,7 +16,6 @@ from arc_ds.tracking.tracking_state import STATE_NAME, TrackingState
 from arc_ds.tracking.uris import resolve_uri, sqlite_database, without_secret
 from arc_ds.version import __version__
 
-MODEL_NAME = "compressor"
 _MODEL = Path(__file__).parents[1] / "inference" / "mlflow_model.py"
 
 
@@ -104,7 +103,7 @@ def _log_and_register(uri: str, experiment_id: str, run_id: str, export: Path, n
                 artifact_path=None,
                 flavor=mlflow.pyfunc,
                 run_id=run_id,
-                name=MODEL_NAME,
+                name="compressor",
                 python_model=str(_MODEL),
                 artifacts={"export": str(export)},
                 signature=signature,

@@ -98,11 +98,6 @@ class Tracker:
             time.sleep(0.02)
         return True
 
-    def await_first_answer(self, timeout_s: float) -> None:
-        """Wait until the server has been tried once, at most `timeout_s`."""
-        if self._sender is not None:
-            self._sender.tried.wait(timeout_s)
-
     def close(self, status: str = "FINISHED", timeout_s: float = 30.0) -> bool:
         """Send the remaining entries, mark the run as ended and stop; return whether the server has everything.
 
@@ -131,7 +126,6 @@ class _Sender(threading.Thread):
     """Brings a server up to date with the metrics file of a folder. Others read its attributes.
 
     hurry: ends a pause of the thread.
-    tried: set after the first attempt to open the run.
     gave_up: whether the server cannot be used in this start of the run.
     final_status: ends the thread once it is set.
     """
@@ -141,7 +135,6 @@ class _Sender(threading.Thread):
         self.state = state
         self.num_failures = 0
         self.hurry = threading.Event()
-        self.tried = threading.Event()
         self.gave_up = False
         self.final_status: str | None = None
         self._folder = folder
@@ -162,7 +155,6 @@ class _Sender(threading.Thread):
         pause_s = 0.0
         while self.final_status is None:
             pause_s = 0.0 if self.advance() else min(max(2 * pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
-            self.tried.set()
             if self.gave_up:
                 return
             if pause_s or self.has_sent_all():

@@ -1,4 +1,4 @@
-"""Checkpoints of a real ZeRO-3 engine on two ranks: bit-exact resume, kills, corruption, other world sizes."""
+"""Checkpoints of a real ZeRO-3 engine on two ranks: bit-exact resume, failures, corruption, other world sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import random
-import signal
 import threading
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -256,23 +255,8 @@ def test_a_failed_save_fails_on_all_ranks_and_leaves_no_file(
         assert result["left"] == ["latest", "step_000001"] and result["newest"] == "step_000003"
 
 
-def _save_and_be_killed(directory: Path) -> None:
-    engine = _engine()
-    _save(engine, directory, 1)
-    _train(engine, 0, 1)
-    with mock.patch.object(writer, "seal_file", lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
-        _save(engine, directory, 2)
-
-
 def _load_newest(directory: Path) -> int:
     return load_checkpoint(_engine(seed=1), find_resumable(directory)).step
-
-
-def test_kill_9_of_all_ranks_while_saving_resumes_from_the_one_before(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="exit code -9"):
-        run_on_ranks(_save_and_be_killed, tmp_path)
-    assert list(tmp_path.glob(".tmp-step_000002/shard_*.safetensors"))
-    assert run_on_ranks(_load_newest, tmp_path) == [1, 1]
 
 
 def _save_steps(directory: Path, steps: list[int]) -> None:
@@ -401,15 +385,3 @@ def test_deepspeeds_files_of_an_earlier_version_resume_bit_for_bit_and_run_no_co
     assert alone[3:] == pytest.approx(both[3:], rel=1e-6, abs=0)  # the order of additions differs
     assert alone[3:] != pytest.approx(wanted[0][3:], rel=1e-6, abs=0), "each rank has its own samples"
     assert not (tmp_path / "ran").exists()
-
-
-def _load_next_to_pickles(directory: Path) -> int:
-    for path in (directory / "step_000002").glob("*.safetensors"):
-        torch.save(_Exploit(directory / "ran"), path.with_suffix(".pt"))
-    return _load_newest(directory)
-
-
-def test_pickles_next_to_our_own_files_are_not_read(tmp_path: Path) -> None:
-    run_on_ranks(_save_steps, tmp_path, [1, 2])
-    assert run_on_ranks(_load_next_to_pickles, tmp_path) == [2, 2]
-    assert list(tmp_path.glob("step_000002/*.pt")) and not (tmp_path / "ran").exists()

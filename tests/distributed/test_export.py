@@ -9,30 +9,26 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
 
 from arc_ds import ArcModel
 from arc_ds.batch.packing import pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.checkpoints.checkpoint import TrainerState
-from arc_ds.checkpoints.frozen_source import FrozenSource
 from arc_ds.checkpoints.shards import MASTER, open_shards
-from arc_ds.checkpoints.weight_digests import folder_digest
 from arc_ds.checkpoints.writer import CheckpointWriter
 from arc_ds.cli import main
 from arc_ds.config.schema import OptimizerConfig
-from arc_ds.errors import CheckpointError
 from arc_ds.export.consolidate import TrainedCompressor, consolidate, find_checkpoint
 from arc_ds.export.formats import write_export
 from arc_ds.inference.load import open_arc_folder
-from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from arc_ds.model.spec import build_compressor
 from arc_ds.tokenizers import load_tokenizer
 from arc_ds.training.engine import build_engine, set_trained
 from arc_ds.training.optim import PortAdamW, make_param_groups
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.tiny_export import tiny_trained
+from tests.helpers.zero_checkpoint import frozen_from
 
 DS_CONFIG = {
     "train_batch_size": 2,
@@ -59,14 +55,6 @@ def save(run: Path, trained: TrainedCompressor, engine: Any, step: int) -> None:
     if dist.get_rank() == 0:
         write_export(trained, run / "start")
     dist.barrier()
-    frozen = FrozenSource(
-        key="encoder.init_from",
-        path=str(run / "start"),
-        digest=folder_digest(run / "start"),
-        backbone="",
-        rope_scaling="checkpoint",
-        dtype="float32",
-    )
     state = TrainerState(
         step=step,
         data_position=2 * step,
@@ -79,7 +67,7 @@ def save(run: Path, trained: TrainedCompressor, engine: Any, step: int) -> None:
             "tokenizers": {"encoder": load_tokenizer(trained.encoder_tokenizer).fingerprint},
             "decoder_ids": ["first", "second"],
             "max_context_tokens": 30,
-            "frozen": asdict(frozen),
+            "frozen": frozen_from(run / "start"),
         },
     )
     CheckpointWriter(run / "checkpoints", keep_last=1, keep_every=0, asynchronous=False).save(engine, state)
@@ -154,48 +142,6 @@ def test_a_checkpoint_holds_12_bytes_for_each_trained_value(run_folder: tuple[Pa
     assert 12 * trained <= sum(path.stat().st_size for path in checkpoint.iterdir()) <= 12 * trained + 100_000
 
 
-def test_frozen_weights_come_from_the_folder_that_the_run_started_from(
-    run_folder: tuple[Path, dict[str, Tensor]], tmp_path: Path, capsys
-):
-    run, expected = run_folder
-    export = ["export", str(run), str(tmp_path / "out")]
-    moved = (run / "start").rename(tmp_path / "moved")
-    try:
-        assert main(export) == EXIT_USER_ERROR
-        message = capsys.readouterr().err
-        assert "encoder.layers.0." in message and f"{run / 'start'} holds no weights" in message
-        assert "Give the folder that it started from to --encoder." in message
-        assert main([*export, "--encoder", str(moved)]) == 0
-        for name, tensor in expected.items():
-            assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], tensor), name
-        other = tiny_trained(tmp_path / "other", seed=5, **CHANGES)
-        write_export(other, tmp_path / "wrong")
-        assert main([*export, "--overwrite", "--encoder", str(tmp_path / "wrong")]) == EXIT_USER_ERROR
-        message = capsys.readouterr().err
-        assert "The run started from other weights" in message and str(tmp_path / "wrong") in message
-    finally:
-        moved.rename(run / "start")
-
-
-def save_untrained(run: Path) -> None:
-    """Save a checkpoint of the weights before the first step."""
-    trained, engine = filled_engine(run)
-    save(run, trained, engine, step=0)
-
-
-def test_one_and_two_ranks_give_the_same_bytes(tmp_path: Path):
-    """`tests/unit/export` has more ranks, in the same layout."""
-    written = []
-    for num_ranks in (1, 2):
-        run = tmp_path / str(num_ranks)
-        run_on_ranks(save_untrained, run, num_ranks=num_ranks)
-        assert main(["export", str(run), str(run / "out")]) == 0
-        written.append((run / "out" / "model.safetensors").read_bytes())
-    assert written[0] == written[1]
-    expected = tiny_trained(tmp_path, **CHANGES).tensors
-    assert torch.equal(load_file(run / "out" / "model.safetensors")["ports.0.rec"], expected["ports.0.rec"])
-
-
 @pytest.mark.parametrize("export_format", ["arc-ds", "arc"])
 def test_the_command_writes_what_the_run_trained(
     run_folder: tuple[Path, dict[str, Tensor]], tmp_path: Path, capsys, export_format: str
@@ -210,21 +156,3 @@ def test_the_command_writes_what_the_run_trained(
     model = ArcModel.from_checkpoint(out, decoders=[])
     assert model.max_context_tokens == 30
     assert model.compress(["the sea"], decoder=1)[0].shape[1] == 48
-    assert main(["export", str(run), str(out), "--format", export_format]) == EXIT_USER_ERROR
-    assert "exists already" in capsys.readouterr().err
-    step_folder = run / "checkpoints" / "step_000002"
-    options = ["--format", export_format, "--overwrite", "--dtype", "bfloat16"]
-    assert main(["export", str(step_folder), str(out), *options]) == 0
-    assert open_arc_folder(out).tensors.tensor("ports.0.rec").dtype == torch.bfloat16
-
-
-def test_a_shard_that_changed_is_named(run_folder: tuple[Path, dict[str, Tensor]], tmp_path: Path):
-    run, _ = run_folder
-    shard = next((run / "checkpoints" / "step_000002").rglob("shard_00001.safetensors"))
-    whole = shard.read_bytes()
-    try:
-        shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(CheckpointError, match=shard.name):
-            consolidate(find_checkpoint(run))
-    finally:
-        shard.write_bytes(whole)

@@ -1,4 +1,4 @@
-"""Tokenizer files that packages ship, and the alphabet of byte-level ones."""
+"""Tokenizer files that packages ship, the alphabet of byte-level ones, and a check of boundaries."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from arc_ds.tokenizers import Tokenizer
 from tests.helpers.tiny_data import TEXT, write_tekken
 
 KEEPS_TEXT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+def assert_boundaries(tokenizer: Tokenizer, text: str) -> None:
+    """Check that a text can be cut exactly where `Encoding.ends` says."""
+    encoding = tokenizer.encode_with_ends(text)
+    assert encoding.ids.tolist() == tokenizer.encode(text)
+    assert encoding.ends.shape == (len(encoding.ids) + 1,)
+    assert encoding.ends[-1] == len(text)
+    assert encoding.ends[0] == 0 or len(encoding.ids) == 0
+    assert (np.diff(encoding.ends) >= 0).all()
+    assert (encoding.ends[:-1] < len(text)).all() or not text
+    boundaries = np.flatnonzero(np.diff(encoding.ends, prepend=-1))
+    for token in range(len(encoding.ids) + 1):
+        behind = boundaries[boundaries >= token]
+        assert encoding.boundary_before(token) == boundaries[boundaries <= token][-1]
+        assert len(behind) == 0 or encoding.boundary_behind(token) == behind[0]
+    for token in boundaries:
+        assert tokenizer.decode(encoding.ids[:token].tolist()) == text[: encoding.ends[token]]
 
 
 def smollm2() -> Path:

@@ -13,7 +13,9 @@ from bench_export import Piece, shapes_of, state_of, write_checkpoint
 from torch.nn.functional import pad
 
 from arc_ds.checkpoints.checkpoint import TRAINER_NAME
+from arc_ds.checkpoints.frozen_source import FrozenSource
 from arc_ds.checkpoints.manifest import MANIFEST_NAME, Manifest, seal_file, write_manifest
+from arc_ds.checkpoints.weight_digests import folder_digest
 from arc_ds.export.consolidate import TrainedCompressor
 
 
@@ -62,6 +64,19 @@ def write_deepspeed_checkpoint(
     (folder / TRAINER_NAME).write_text(json.dumps(asdict(state_of(run, trained.spec, step, {}))))
     seal(folder, step=step, world_size=world_size)
     return folder
+
+
+def frozen_from(start: Path) -> dict[str, Any]:
+    """The record of a run that started from an export and did not train all of its encoder."""
+    source = FrozenSource(
+        key="encoder.init_from",
+        path=str(start),
+        digest=folder_digest(start),
+        backbone="",
+        rope_scaling="checkpoint",
+        dtype="float32",
+    )
+    return asdict(source)
 
 
 def _pieces(trained: TrainedCompressor, world_size: int) -> Piece:

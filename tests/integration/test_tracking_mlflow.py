@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -132,18 +131,6 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
     assert not list(tmp_path.glob(".mlflow*"))
 
 
-def test_a_server_that_is_not_there_does_not_hold_the_run(tmp_path: Path) -> None:
-    """Port 9 (discard) refuses connections. `tests/unit/tracking` has a server that hangs."""
-    tracker = _start(tmp_path, {"seed": 0}, uri="http://127.0.0.1:9")
-    for step in range(1, 101):
-        tracker.log(step, {"loss": 1.0})
-    tracker.await_first_answer(LIMIT_S)
-    assert not tracker.close(timeout_s=0.2)
-    assert tracker.run_id is None and tracker._sender is not None
-    tracker._sender.join(LIMIT_S)  # it would warn in the next test
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
-
-
 def _log(tracker: Tracker, first: int, last: int) -> None:
     for step in range(first, last + 1):
         tracker.log(step, {"loss": 1.0 / step, "rate": 2.0})
@@ -216,23 +203,10 @@ def test_what_mlflow_refuses_keeps_nothing_else_back(tmp_path: Path, caplog: pyt
     assert str(tmp_path / "mlartifacts") in caplog.text
 
 
-def test_a_folder_that_mlflow_refuses_is_reported_whole_before_the_first_step(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
-    tracker = _start(tmp_path, {"seed": 0}, uri=str(tmp_path / "ml?runs"))
-    (warning,) = _warnings(caplog)
-    assert "opt out of this exception.). tracking.uri is a folder; set it to a database, for example" in warning
-    _log(tracker, 1, 5)
-    assert not tracker.close(timeout_s=LIMIT_S) and len(_warnings(caplog)) == 1
-    uri = re.findall(r"sqlite:\S+mlflow\.db", warning)[-1]
-    again = _start(tmp_path, {"seed": 0}, resumed_step=5, uri=uri)
-    assert again.close(timeout_s=LIMIT_S) and (tmp_path / "ml?runs" / "mlflow.db").is_file()
-    (tmp_path / "mlflow.db").symlink_to(tmp_path / "ml?runs" / "mlflow.db")
-    assert _steps(tmp_path, again.run_id) == [1, 2, 3, 4, 5]
+def test_a_folder_as_address_is_used_if_the_user_allows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    allowed = _start(tmp_path / "other", {"seed": 0}, uri=str(tmp_path / "file?store"))
-    assert allowed.close(timeout_s=LIMIT_S) and list(tmp_path.glob("file[?]store/*/*/artifacts/config.yaml"))
+    tracker = _start(tmp_path / "run", {"seed": 0}, uri=str(tmp_path / "file?store"))
+    assert tracker.close(timeout_s=LIMIT_S) and list(tmp_path.glob("file[?]store/*/*/artifacts/config.yaml"))
 
 
 @pytest.mark.parametrize("name", ["is it good?", "50%41 #é"])
@@ -307,8 +281,7 @@ def test_answers_that_time_cannot_mend_are_told_from_a_server_that_is_down(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         tracker = _start(tmp_path, {"seed": 0}, uri=f"http://me:secret@127.0.0.1:{server.server_port}")
         _log(tracker, 1, 5)
-        tracker.await_first_answer(LIMIT_S)
-        assert not tracker.close(timeout_s=0.1)
+        assert not tracker.close(timeout_s=LIMIT_S)
         server.shutdown()
     is_lasting = "cannot be used in this start" in caplog.text
     assert is_lasting == (answer in _LASTING) and is_lasting != ("did not receive all metrics" in caplog.text)
@@ -319,7 +292,6 @@ def test_answers_that_time_cannot_mend_are_told_from_a_server_that_is_down(
     ("uri", "cure"),
     [
         ("localhost:5000", "Set tracking.uri to http://localhost:5000."),
-        ("127.0.0.1:5000", "Set tracking.uri to http://127.0.0.1:5000."),
         ("foo://host", "Correct tracking.uri"),
         ("http://[::1", "Correct tracking.uri"),
         ("sqlite:///{}", "Correct tracking.uri"),

@@ -7,12 +7,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
 from torch import Tensor
 
 from arc_ds.model.weights.names import Shape
+
+if TYPE_CHECKING:
+    from arc_ds.model.weights.load import TensorSource
 
 _BLOCK_VALUES = 1 << 20
 # Names in safetensors, in the order in which its own writer places tensors.
@@ -74,6 +78,17 @@ def as_lazy(tensor: Tensor | LazyTensor) -> LazyTensor:
         return tensor
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return LazyTensor(shape=tuple(tensor.shape), dtype=tensor.dtype, read=lambda start, stop: flat[start:stop])
+
+
+def lazy_rows(source: TensorSource, name: str, dtype: torch.dtype) -> LazyTensor:
+    """A tensor of files, read in whole rows and converted to `dtype`."""
+    shape = source.shapes[name]
+    width = math.prod(shape[1:])
+
+    def read(start: int, stop: int) -> Tensor:
+        return source.tensor(name, slice(start // width, stop // width)).reshape(-1).to(dtype)
+
+    return LazyTensor(shape=shape, dtype=dtype, read=read, unit=width)
 
 
 def value_bytes(values: Tensor) -> memoryview:

@@ -6,7 +6,6 @@ settings, so both come from its shapes, from the backbone, and from a `config.js
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from arc_ds.model.spec import CompressorSpec, build_compressor
 from arc_ds.model.weights.arc_format import BRIDGE, EMBEDDER, bridge_name, embedder_name, num_ports, write_settings
 from arc_ds.model.weights.arc_spec import params_of_spec, spec_of_params
 from arc_ds.model.weights.fields import Fields
-from arc_ds.model.weights.lazy_tensor import LazyTensor, write_safetensors
+from arc_ds.model.weights.lazy_tensor import lazy_rows, write_safetensors
 from arc_ds.model.weights.names import Shape, shape_faults
 from arc_ds.model.weights.stores import SafetensorsStore
 
@@ -119,25 +118,20 @@ def write_release(release: Release, folder: Path) -> None:
     dtype = "bfloat16" if set(store.formats.values()) == {"BF16"} else "float32"
     write_settings(folder, params_of_spec(release.spec, dtype), release.spec.backbone)
     with tqdm(total=store.path.stat().st_size, unit="B", unit_scale=True, desc="import", disable=None) as bar:
+
+        def count(values: Tensor) -> Tensor:
+            bar.update(values.nbytes)
+            return values
+
         for prefix, target in _PREFIXES.items():
             names = [name for name in store.shapes if name.startswith(prefix)]
             if names:
                 (folder / target).parent.mkdir()
-                part = {name.removeprefix(prefix): _lazy_tensor(store, name, bar) for name in names}
+                part = {
+                    name.removeprefix(prefix): lazy_rows(store, name, store.tensor(name, slice(0, 0)).dtype).map(count)
+                    for name in names
+                }
                 write_safetensors(folder / target, part, {"format": "pt"})
-
-
-def _lazy_tensor(store: SafetensorsStore, name: str, bar: tqdm) -> LazyTensor:
-    """A tensor of a file, read in blocks of whole rows."""
-    shape = store.shapes[name]
-    row_values = math.prod(shape[1:])
-
-    def read(start: int, stop: int) -> Tensor:
-        values = store.tensor(name, slice(start // row_values, stop // row_values))
-        bar.update(values.nbytes)
-        return values.reshape(-1)
-
-    return LazyTensor(shape=shape, dtype=read(0, 0).dtype, read=read, unit=row_values)
 
 
 def _internal_shapes(tensors: Mapping[str, Shape]) -> tuple[dict[str, Shape], list[str]]:

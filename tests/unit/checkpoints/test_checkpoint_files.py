@@ -29,7 +29,6 @@ from arc_ds.checkpoints.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
-    read_trainer_state,
     step_of,
 )
 from arc_ds.checkpoints.manifest import read_manifest
@@ -57,39 +56,15 @@ def test_manifest_reads_back_as_written(tmp_path: Path) -> None:
     assert (found.step, found.world_size) == (7, 2)
     assert [entry.path for entry in found.files] == ["sub/trainer.json", "weights.pt"]
     assert check_checkpoint(folder) == []
+    for entry in found.files:
+        (folder / entry.path).unlink()
+    assert len(check_checkpoint(folder)) == 2
 
 
-@pytest.mark.parametrize("position", [0, 1000, 2047])
-def test_a_flipped_byte_is_found(tmp_path: Path, position: int) -> None:
-    folder = _make(tmp_path, 1)
-    content = bytearray((folder / "weights.pt").read_bytes())
-    content[position] ^= 4
-    (folder / "weights.pt").write_bytes(content)
-    (fault,) = check_checkpoint(folder)
-    assert "weights.pt" in fault and "checksum" in fault
-
-
-def test_a_short_and_a_missing_file_are_found(tmp_path: Path) -> None:
-    folder = _make(tmp_path, 1)
-    (folder / "weights.pt").write_bytes(b"short")
-    (folder / "sub" / "trainer.json").unlink()
-    faults = check_checkpoint(folder)
-    assert len(faults) == 2 and "5 bytes" in "".join(faults) and "trainer.json" in "".join(faults)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.unlink(),
-        lambda path: path.write_text(path.read_text()[:40]),
-        lambda path: path.write_text("[]"),
-        lambda path: path.write_text(path.read_text().replace('"step": 2', '"step": 3')),
-    ],
-    ids=["missing", "torn", "no object", "altered"],
-)
-def test_a_damaged_manifest_makes_the_checkpoint_unfit(tmp_path: Path, damage, caplog) -> None:  # type: ignore[no-untyped-def]
+def test_an_altered_manifest_makes_the_checkpoint_unfit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole, newer = _make(tmp_path, 1), _make(tmp_path, 2)
-    damage(newer / "manifest.json")
+    path = newer / MANIFEST
+    path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
     assert find_resumable(tmp_path) == whole
     assert str(newer) in caplog.text
 
@@ -125,12 +100,6 @@ def test_pruning_keeps_the_last_ones_and_every_nth_and_does_not_count_torn_ones(
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [3, 5, 6, 7]
 
 
-def test_trainer_state_that_cannot_be_read_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / "trainer.json").write_text('{"step": 1, "unknown": 2}')
-    with pytest.raises(CheckpointError, match=r"trainer\.json"):
-        read_trainer_state(tmp_path)
-
-
 def test_random_states_survive_json() -> None:
     random.gauss(0, 1)
     state = json.loads(json.dumps(capture_rng()))
@@ -138,11 +107,6 @@ def test_random_states_survive_json() -> None:
     assert (random.gauss(0, 1), np.random.rand(), torch.rand(3).tolist()) != wanted
     restore_rng(state, "here")
     assert (random.gauss(0, 1), np.random.rand(), torch.rand(3).tolist()) == wanted
-
-
-def test_random_states_of_another_program_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="random states"):
-        restore_rng({"python": [3, [1, 2], None]}, "here")
 
 
 @given(numel=st.integers(1, 60), before=st.integers(1, 9), after=st.integers(1, 9), offset=st.integers(0, 3))
@@ -208,6 +172,9 @@ def test_damage_to_any_file_of_a_checkpoint_is_named_and_the_one_before_is_taken
     path.unlink() if damage == "missing" else path.write_bytes(content if damage == "flipped" else content[:middle])
     assert find_resumable(tmp_path) == earlier
     assert str(path) in caplog.text or (name == "manifest.json" and str(newest) in caplog.text)
+    if name != "manifest.json":
+        words = {"flipped": "has checksum", "truncated": f"has {middle} bytes", "missing": "cannot be read"}
+        assert words[damage] in caplog.text
 
 
 def test_our_files_hold_the_state_of_the_engine(tmp_path: Path) -> None:
@@ -294,6 +261,7 @@ HOSTILE: list[tuple[str, Callable[[bytes], bytes]]] = [
     (TRAINER, _in_json(lambda plain: plain.update(step="1"))),
     (TRAINER, _in_json(lambda plain: plain.update(step=-1))),
     (TRAINER, _in_json(lambda plain: plain.update(extra=[]))),
+    (TRAINER, _in_json(lambda plain: plain.update(of_a_later_version=1))),
     (MANIFEST, _in_json(lambda plain: plain.update(files=[{"path": "/dev/zero", "size": 0, "xxh128": ""}]))),
     (MANIFEST, _in_json(lambda plain: plain["files"][0].update(path="../../secret"))),
     (MANIFEST, _in_json(lambda plain: plain["files"][0].update(path=5))),

@@ -15,7 +15,6 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from arc_ds import ArcModel
 from arc_ds.batch.groups import GroupRule
@@ -27,7 +26,8 @@ from arc_ds.inference.load import open_arc_folder
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from arc_ds.model.weights import read_backbone_config, write_arc_checkpoint
 from arc_ds.model.weights.arc_spec import params_of_spec
-from arc_ds.model.weights.release import LLAMA_32_3B, _lazy_tensor, open_release
+from arc_ds.model.weights.lazy_tensor import lazy_rows
+from arc_ds.model.weights.release import LLAMA_32_3B, open_release
 from arc_ds.model.weights.stores import SafetensorsStore
 from arc_ds.training.build_model import compressor_spec, open_starting_weights
 from tests.helpers import tiny_models as tiny
@@ -239,6 +239,6 @@ def write_sparse(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
     write_sparse(tmp_path / "big.safetensors", {"a": (3, 5), "b": (6_000_000, 8)})
-    tensor = _lazy_tensor(SafetensorsStore(tmp_path / "big.safetensors"), "b", tqdm(disable=True))
+    tensor = lazy_rows(SafetensorsStore(tmp_path / "big.safetensors"), "b", torch.bfloat16)
     sizes = [block.numel() for block in tensor.blocks()]
     assert max(sizes) <= 1 << 20 and sum(sizes) == 48_000_000

@@ -93,6 +93,7 @@ def test_frozen_weights_are_found_where_they_are_and_no_others_are_taken(
     assert main([*export, str(tmp_path / "none")]) == EXIT_USER_ERROR
     message = capsys.readouterr().err
     assert f"{source.key} of the run" in message and "to --encoder" in message and str(path) in message
+    assert "the checkpoint does not hold them: encoder." in message
     assert main([*export, str(tmp_path / "again"), "--encoder", str(moved)]) == 0
     for out in ("out", "again"):
         found = load_file(tmp_path / out / "model.safetensors")

@@ -17,10 +17,8 @@ from safetensors.torch import load_file
 
 from arc_ds import ArcModel
 from arc_ds.checkpoints.checkpoint import CheckpointRemoved
-from arc_ds.checkpoints.frozen_source import FrozenSource
 from arc_ds.checkpoints.shards import open_shards
 from arc_ds.checkpoints.torch_file import StoredTensor
-from arc_ds.checkpoints.weight_digests import folder_digest
 from arc_ds.cli import main
 from arc_ds.errors import CheckpointError, WeightsError
 from arc_ds.export import formats
@@ -30,7 +28,7 @@ from arc_ds.inference.load import open_arc_checkpoint, open_arc_folder
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
 from arc_ds.model.weights import lazy_tensor
 from tests.helpers.tiny_export import tiny_trained
-from tests.helpers.zero_checkpoint import seal, write_deepspeed_checkpoint, write_zero_checkpoint
+from tests.helpers.zero_checkpoint import frozen_from, seal, write_deepspeed_checkpoint, write_zero_checkpoint
 
 CHANGES = {"num_layers": 2, "decoder_sizes": (48, 48)}
 FROZEN = ("encoder.tok_embeddings", "encoder.layers.0.")
@@ -236,15 +234,7 @@ def three_checkpoints(tmp_path: Path) -> list[dict[str, torch.Tensor]]:
     """Checkpoints of the steps 1, 2, 3 on 1, 2 and 3 ranks; the first layer is frozen."""
     first = tiny_trained(tmp_path / "run", **CHANGES)
     write_export(first, tmp_path / "start")
-    frozen = FrozenSource(
-        key="encoder.init_from",
-        path=str(tmp_path / "start"),
-        digest=folder_digest(tmp_path / "start"),
-        backbone="",
-        rope_scaling="checkpoint",
-        dtype="float32",
-    )
-    extra = {"frozen": dataclasses.asdict(frozen)}
+    extra = {"frozen": frozen_from(tmp_path / "start")}
     found = []
     for step in (1, 2, 3):
         trained = tiny_trained(tmp_path / "run", seed=step, **CHANGES)
@@ -392,10 +382,13 @@ def test_weights_of_another_export_are_refused_at_loading(tmp_path: Path, export
     ArcModel.from_checkpoint(tmp_path / "out", decoders=[])
 
 
-def test_dtypes_have_short_names_and_one_folder_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_the_command_reach_the_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     write_zero_checkpoint(run, tiny_trained(run), 1)
-    assert main(["export", str(run), str(tmp_path / "out"), "--dtype", "bf16"]) == 0
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    again = ["export", str(run), str(tmp_path / "out"), "--dtype", "bf16"]
+    assert main(again) == EXIT_USER_ERROR and "exists already" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 0
     assert load_file(tmp_path / "out" / "model.safetensors")["ports.0.rec"].dtype == torch.bfloat16
     assert main(["export", str(run)]) == EXIT_USER_ERROR
     assert "no folder to write" in capsys.readouterr().err

@@ -98,16 +98,16 @@ def read_model(config: RunConfig) -> RunModel:
     )
 
 
-class _Variables(dict[str, str]):
-    """The environment, in which a variable without a value or a default becomes a folder that does not exist."""
+def load_for_plan(path: str | Path, overrides: Sequence[str]) -> RunConfig:
+    """`load_config`, in which an unset variable without a default becomes a folder that does not exist.
 
-    def get(self, name: str, default: str | None = None) -> str:  # type: ignore[override]
+    Raises ConfigError like it.
+    """
+
+    def variable(name: str, default: str | None) -> str:
         return os.environ.get(name, f"unset_{name}" if default is None else default)
 
-
-def load_for_plan(path: str | Path, overrides: Sequence[str]) -> RunConfig:
-    """`load_config`, with placeholders for unset variables. Raises ConfigError like it."""
-    return load_config(path, overrides, variables=_Variables())
+    return load_config(path, overrides, variable)
 
 
 def _open_shards(path: str) -> ShardSet | None:

@@ -259,7 +259,7 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine) -> Plan:
     }
     passes = micro.per_step * (len(names) if config.decoder_schedule == "same_batch" else 1)
     traffic = _traffic(config, model, weights, gathers, of_decoders, placed, machine, settings, passes, element)
-    flops = [count_flops(batch, model.spec, sizes, **config.encoder.trained_parts) for sizes in model.decoders]
+    flops = [count_flops(batch, model.spec, sizes, config.encoder.trained_parts) for sizes in model.decoders]
     traced_flops = sum(map(_traced_flops, traces, flops)) / len(traces) * passes
     return Plan(
         config=config,

@@ -25,6 +25,7 @@ from arc_ds.shards.reader import ShardSet
 from arc_ds.system.urls import is_url
 from arc_ds.system.user_paths import path_argument
 from arc_ds.training.engine import REPLICATED_SHARE, choose_placement
+from arc_ds.training.optim import make_param_groups
 from arc_ds.training.outline import build_compressor_outline, build_decoder_outline, read_outline
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
@@ -93,6 +94,7 @@ def read_model(config: RunConfig) -> RunModel:
         kinds=sample_kinds(config, outline.spec.packing, _open_shards),
         build_compressor=lambda changed: build_compressor_outline(changed, outline, dtype),
         build_decoder=lambda changed, idx: build_decoder_outline(changed, outline, idx, dtype),
+        count_groups=lambda changed, compressor: len(make_param_groups(compressor, changed.optimizer)),
         choose_placement=choose_placement,
         replicated_share=REPLICATED_SHARE,
     )

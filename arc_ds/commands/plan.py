@@ -25,6 +25,7 @@ from arc_ds.shards.reader import ShardSet
 from arc_ds.system.urls import is_url
 from arc_ds.system.user_paths import path_argument
 from arc_ds.training.engine import REPLICATED_SHARE, choose_placement
+from arc_ds.training.optim import make_param_groups
 from arc_ds.training.outline import build_compressor_outline, build_decoder_outline, read_outline
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
@@ -93,21 +94,22 @@ def read_model(config: RunConfig) -> RunModel:
         kinds=sample_kinds(config, outline.spec.packing, _open_shards),
         build_compressor=lambda changed: build_compressor_outline(changed, outline, dtype),
         build_decoder=lambda changed, idx: build_decoder_outline(changed, outline, idx, dtype),
+        count_groups=lambda changed, compressor: len(make_param_groups(compressor, changed.optimizer)),
         choose_placement=choose_placement,
         replicated_share=REPLICATED_SHARE,
     )
 
 
-class _Variables(dict[str, str]):
-    """The environment, in which a variable without a value or a default becomes a folder that does not exist."""
+def load_for_plan(path: str | Path, overrides: Sequence[str]) -> RunConfig:
+    """`load_config`, in which an unset variable without a default becomes a folder that does not exist.
 
-    def get(self, name: str, default: str | None = None) -> str:  # type: ignore[override]
+    Raises ConfigError like it.
+    """
+
+    def variable(name: str, default: str | None) -> str:
         return os.environ.get(name, f"unset_{name}" if default is None else default)
 
-
-def load_for_plan(path: str | Path, overrides: Sequence[str]) -> RunConfig:
-    """`load_config`, with placeholders for unset variables. Raises ConfigError like it."""
-    return load_config(path, overrides, variables=_Variables())
+    return load_config(path, overrides, variable)
 
 
 def _open_shards(path: str) -> ShardSet | None:

@@ -49,7 +49,10 @@ def _value(entry: Entry, kind: Any, path: str, out_of_range: list[str]) -> Any:
             return allowed[old] if old in allowed else _value(entry, members[0], path, out_of_range)
         value = _value(entry, members[0], path, out_of_range)
         if not isinstance(allowed, Range):
-            return _converted(entry, value, allowed, path)
+            try:
+                return allowed(value)
+            except ConfigError as error:
+                raise ConfigError(f"{entry.where}: {path}: {error}") from error
         if not allowed.holds(value):
             out_of_range.append(f"{entry.where}: {path} is {value}; expected {allowed}. {allowed.cure}".rstrip())
         return value
@@ -70,13 +73,6 @@ def _value(entry: Entry, kind: Any, path: str, out_of_range: list[str]) -> Any:
         return _mismatch(entry, path, expected)
 
 
-def _converted(entry: Entry, value: Any, convert: Callable[[Any], Any], path: str) -> Any:
-    try:
-        return convert(value)
-    except ConfigError as error:
-        raise ConfigError(f"{entry.where}: {path}: {error}") from error
-
-
 def _union(entry: Entry, members: tuple[Any, ...], path: str, out_of_range: list[str]) -> Any:
     """Decode by the member that fits the shape of the value: null, a list, or a scalar."""
     if type(None) in members and entry.is_null:
@@ -90,7 +86,7 @@ def _union(entry: Entry, members: tuple[Any, ...], path: str, out_of_range: list
 def _tuple(entry: Entry, members: tuple[Any, ...], path: str, out_of_range: list[str]) -> tuple[Any, ...]:
     if not isinstance(entry.value, list):
         return _mismatch(entry, path, "a list, for example [8]")
-    if len(members) == 2 and members[1] is Ellipsis:
+    if members[-1] is Ellipsis:
         members = (members[0],) * len(entry.value)
     if len(members) != len(entry.value):
         return _mismatch(entry, path, f"a list of {len(members)}")

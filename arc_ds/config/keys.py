@@ -49,14 +49,13 @@ def all_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[Key]:
         path, kind = prefix + field.name, hints[field.name]
         section = _section(kind)
         if section is None:
-            yield Key(path, _in_words(kind), _default(field), docs[cls.__name__, field.name])
-        elif not any(get_origin(each) is tuple for each in (kind, *get_args(kind))):
-            sections.append((section, f"{path}."))
-            if kind is not section:
-                yield Key(path, "a section or null", _default(field), docs[cls.__name__, field.name])
+            words = _in_words(kind)
         else:
-            sections.append((section, f"{path}.*."))
-            yield Key(path, "a list of sections", _default(field), docs[cls.__name__, field.name])
+            is_list = any(get_origin(each) is tuple for each in (kind, *get_args(kind)))
+            sections.append((section, f"{path}.*." if is_list else f"{path}."))
+            words = "a list of sections" if is_list else "a section or null"
+        if kind is not section:
+            yield Key(path, words, _default(field), docs[cls.__name__, field.name])
     for section, inner in sections:
         yield from all_keys(section, inner)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 
 from arc_ds.config.decode import decode
 from arc_ds.config.schema import RunConfig
-from arc_ds.config.tree import apply_override, parse_yaml
+from arc_ds.config.tree import Variables, apply_override, parse_yaml
 from arc_ds.config.validate import check_exclusions
 from arc_ds.errors import ConfigError
 from arc_ds.system.user_files import read_user_text
@@ -71,13 +72,11 @@ _LATER: Mapping[str, Scalar] = {
 }
 
 
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), variables: Mapping[str, str] | None = None
-) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), variables: Variables = os.environ.get) -> RunConfig:
     """Read a YAML config, apply `key.path=value` overrides in order, decode it by type and check its ranges.
 
-    `${VAR}` and `${VAR:-default}` are filled in from `variables`; None for the environment. Relative paths stay as
-    written. Raises ConfigError that names the file and line or the override, the expected value, and the remedy.
+    `variables` gives the values of `${VAR}` and `${VAR:-default}` in the file. Relative paths stay as written. Raises
+    ConfigError that names the file and line or the override, the expected value, and the remedy.
     """
     remedy = "Give the path of a YAML file, such as one in ds_configs/recipes."
     text = read_user_text(Path(user_path(path) if isinstance(path, str) else path), ConfigError, remedy=remedy)
@@ -134,13 +133,12 @@ def numerics(config: RunConfig) -> dict[str, Scalar]:
 
 def config_hash(config: RunConfig) -> str:
     """16 hex digits, equal for two configs exactly if their `numerics` are equal. The world size is not in a config."""
-    keys = {key: value for key, value in numerics(config).items() if not _is_absent_before(key, value)}
+    keys = {
+        key: value
+        for key, value in numerics(config).items()
+        if not any(_matches(key, [later]) and value == first for later, first in _LATER.items())
+    }
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _is_absent_before(key: str, value: Scalar) -> bool:
-    """Whether a key did not exist in the first version and has the value that stands for that version's behaviour."""
-    return any(_matches(key, [pattern]) and value == first for pattern, first in _LATER.items())
 
 
 def differences(old: Mapping[str, Scalar], new: Mapping[str, Scalar]) -> tuple[str, ...]:

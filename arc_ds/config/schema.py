@@ -45,7 +45,7 @@ class LoraConfig:
 
 
 class TrainedParts(TypedDict):
-    """The trained parts of an encoder, as keyword arguments of `set_trained`, `count_flops` and `work_rates`.
+    """The trained parts of an encoder, as keyword arguments of `training.engine.set_trained`.
 
     trained_layers: number of last layers whose weights are trained; None for all.
     train_embeddings: whether the token embeddings are trained.

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import yaml
 
 from arc_ds.errors import ConfigError
 
+Variables = Callable[[str, str | None], str | None]
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -45,22 +46,18 @@ class Entry:
         return "null" if self.is_null else repr(self.value)
 
 
-def parse_yaml(text: str, source: str, variables: Mapping[str, str] | None = None) -> Entry:
+def parse_yaml(text: str, source: str, variables: Variables = os.environ.get) -> Entry:
     """Parse YAML. An empty document is a null scalar.
 
     text: the YAML.
     source: its name in errors.
-    variables: values of `${VAR}`; None for the environment.
+    variables: gives the value of a `${VAR}` by its name and default, None for an error.
 
     Raises ConfigError on bad YAML, a duplicate key, a key that is not a plain word, or a missing variable.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        return (
-            Entry(source, "")
-            if node is None
-            else _convert(node, source, os.environ if variables is None else variables)
-        )
+        return Entry(source, "") if node is None else _convert(node, source, variables)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
@@ -85,7 +82,7 @@ def apply_override(root: Entry, override: str) -> None:
     entry.where, entry.value, entry.quoted = new.where, new.value, new.quoted
 
 
-def _convert(node: yaml.Node, source: str, variables: Mapping[str, str]) -> Entry:
+def _convert(node: yaml.Node, source: str, variables: Variables) -> Entry:
     where = source if source.startswith("override ") else f"{source}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.SequenceNode):
         return Entry(where, [_convert(child, source, variables) for child in node.value])
@@ -107,10 +104,10 @@ def _key(node: yaml.Node, siblings: dict[str, Entry], source: str) -> str:
     return node.value
 
 
-def _expand(text: str, where: str, variables: Mapping[str, str]) -> str:
+def _expand(text: str, where: str, variables: Variables) -> str:
     def fill(match: re.Match[str]) -> str:
         name, default = match.groups()
-        value = variables.get(name, default)
+        value = variables(name, default)
         if value is None:
             raise ConfigError(
                 f"{where}: the environment has no variable {name}, which {text!r} needs. "

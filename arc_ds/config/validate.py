@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from arc_ds.config.schema import RunConfig, ShareSchedule
+from arc_ds.config.schema import RunConfig
 from arc_ds.errors import ConfigError
 from arc_ds.system.urls import is_url, local_path
 
@@ -163,11 +163,7 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
             f"data.batch_size is {data.batch_size}; expected a multiple of micro_batches={config.micro_batches}. "
             "Change one of them."
         )
-    yield from _share_problems(data.reconstruction_share)
-
-
-def _share_problems(share: float | ShareSchedule) -> Iterator[str]:
-    key = "data.reconstruction_share"
+    key, share = "data.reconstruction_share", data.reconstruction_share
     pairs = share if isinstance(share, tuple) else ((0, share),)
     starts = [start for start, _ in pairs]
     if not pairs or starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):

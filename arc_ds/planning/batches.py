@@ -116,13 +116,12 @@ def _largest(config: RunConfig, source: SourceConfig, sample: str, pooling: Pool
     if "pretraining" in task.record_kinds:
         text = limits.max_prefix + limits.max_context + limits.max_continuation
         chunks = limits.max_chunks * limits.chunk_tokens + limits.max_continuation
-        contexts, before, after = task.estimate(sample, [max(text, chunks)], limits, None)
-    else:
-        bound = task.largest(limits, source.in_context_examples, NO_CHAT)
-        each, rest = divmod(bound.context_tokens, bound.contexts)
-        contexts, before, after = (each + rest, *[each] * (bound.contexts - 1)), 0, bound.text_rows
+        return (Estimator(limits, pooling).estimate(sample, [max(text, chunks)]),)
+    bound = task.largest(limits, source.in_context_examples, NO_CHAT)
+    each, rest = divmod(bound.context_tokens, bound.contexts)
+    contexts = (each + rest, *[each] * (bound.contexts - 1))
     vectors = int(num_outputs(np.array(contexts), pooling).sum()) + len(contexts) * bool(limits.markers)
-    return (Estimate(contexts, int(limits.bos) + before, vectors + after),)
+    return (Estimate(contexts, int(limits.bos), vectors + bound.text_rows),)
 
 
 def _read(

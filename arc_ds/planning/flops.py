@@ -21,6 +21,8 @@ from arc_ds.model.encoder import group_ends
 from arc_ds.model.frozen_decoder import DecoderSizes
 from arc_ds.model.spec import CompressorSpec
 
+ALL_TRAINED = TrainedParts(trained_layers=None, train_embeddings=True, train_memory=True, lora_rank=0)
+
 
 class Operations(NamedTuple):
     """Number of operations.
@@ -72,79 +74,48 @@ class _LayerRows(NamedTuple):
 
     def work(self, config: BackboneConfig) -> Operations:
         """Operations of the layer's forward."""
-        width, heads = config.hidden_size, config.num_heads * config.head_dim
-        kv_heads = config.num_kv_heads * config.head_dim
-        of_attention = 2 * width * (self.queries * heads + self.keys * kv_heads)
-        of_ffn = 3 * width * config.ffn_size * self.ffn
-        return Operations(2 * (of_attention + of_ffn), 4 * self.pairs * heads)
+        linear = sum(rows * width * size for rows, width, size in self._linears(config))
+        return Operations(2 * linear, 4 * self.pairs * config.num_heads * config.head_dim)
 
     def adapter_work(self, config: BackboneConfig, rank: int) -> Operations:
         """Operations of the forward of the layer's low-rank adapters."""
-        width, heads = config.hidden_size, config.num_heads * config.head_dim
-        kv_heads = config.num_kv_heads * config.head_dim
-        of_attention = 2 * (self.queries * (width + heads) + self.keys * (width + kv_heads))
-        of_ffn = 3 * self.ffn * (width + config.ffn_size)
-        return Operations(2 * rank * (of_attention + of_ffn))
+        return Operations(2 * rank * sum(rows * (width + size) for rows, width, size in self._linears(config)))
+
+    def _linears(self, config: BackboneConfig) -> list[tuple[int, int, int]]:
+        """Rows and both widths of each linear: queries and output, keys and values, FFN."""
+        attention = [(self.queries, config.num_heads), (self.keys, config.num_kv_heads)] * 2
+        sizes = [(rows, heads * config.head_dim) for rows, heads in attention] + [(self.ffn, config.ffn_size)] * 3
+        return [(rows, config.hidden_size, size) for rows, size in sizes]
 
 
 def count_flops(
-    batch: PackedBatch,
-    spec: CompressorSpec,
-    decoder: DecoderSizes,
-    *,
-    trained_layers: int | None = None,
-    train_embeddings: bool = True,
-    train_memory: bool = True,
-    lora_rank: int = 0,
+    batch: PackedBatch, spec: CompressorSpec, decoder: DecoderSizes, trained: TrainedParts = ALL_TRAINED
 ) -> StepFlops:
     """Operations of forward and backward of one micro-batch with one decoder.
 
     batch: must be on the host. EncodedText lengths from a batch on a GPU would synchronize with the device.
     spec: the compressor.
     decoder: sizes of the decoder. Through transformers its operations are an estimate, see `_decoder_work`.
-    trained_layers: number of trained encoder layers (see `engine.set_trained`).
-    train_embeddings: whether the encoder's embeddings are trained.
-    train_memory: whether memory tokens are trained.
-    lora_rank: rank of the adapters of the encoder's layers; 0 for none.
+    trained: the trained parts of the encoder.
     """
-    trained = TrainedParts(
-        trained_layers=trained_layers,
-        train_embeddings=train_embeddings,
-        train_memory=train_memory,
-        lora_rank=lora_rank,
-    )
     rows = _encoder_rows(batch, spec)
-    forward, suffix = _decoder_passes(batch, decoder)
+    decoder_forward, decoder_backward = _decoder_passes(batch, decoder)
     return StepFlops(
         encoder_forward=_encoder_forward(rows, spec, trained),
         encoder_backward=_encoder_backward(rows, spec, trained),
         bridge=3 * 2 * batch.compressed_rows.numel() * _bridge_weights(spec, decoder.hidden_size),
-        decoder_forward=forward,
-        decoder_backward=_backward(suffix if isinstance(decoder, BackboneConfig) else forward, trains=False),
+        decoder_forward=decoder_forward,
+        decoder_backward=decoder_backward,
         head=2 * 2 * batch.num_labels * decoder.hidden_size * decoder.vocab_size,
     )
 
 
-def work_rates(
-    spec: CompressorSpec,
-    decoder: DecoderSizes,
-    *,
-    trained_layers: int | None = None,
-    train_embeddings: bool = True,
-    train_memory: bool = True,
-    lora_rank: int = 0,
-) -> WorkRates:
+def work_rates(spec: CompressorSpec, decoder: DecoderSizes, trained: TrainedParts = ALL_TRAINED) -> WorkRates:
     """Operations that one token, row and query-key pair of a sample add to a step with one decoder.
 
     The rates are used to distribute samples over ranks before they are built. They ignore bridge and head, and they
-    assume that every row attends to half of its sequence and has a gradient. For the trained parts see `count_flops`.
+    assume that every row attends to half of its sequence and has a gradient.
     """
-    trained = TrainedParts(
-        trained_layers=trained_layers,
-        train_embeddings=train_embeddings,
-        train_memory=train_memory,
-        lora_rank=lora_rank,
-    )
     token, pair = _LayerRows(1, 1, 1, 0), _LayerRows(0, 0, 0, 1)
     of_token, of_pair = (
         _sum([_encoder_forward(rows, spec, trained), _encoder_backward(rows, spec, trained)])
@@ -171,8 +142,7 @@ def _encoder_rows(batch: PackedBatch, spec: CompressorSpec) -> list[_LayerRows]:
     for level, window in zip(batch.levels, windows[num_plain:], strict=True):
         num_groups = level.positions.numel()
         if spec.where == "between":
-            seen_by_all = _pairs(cu_seqlens, window, causal=spec.causal)
-            layers.append(_LayerRows(num_rows, num_rows, num_groups, seen_by_all))
+            layers.append(_LayerRows(num_rows, num_rows, num_groups, _pairs(cu_seqlens, window, causal=spec.causal)))
         elif not spec.pooled_queries:
             seen_by_all = _pairs(level.cu_seqlens, window, causal=spec.causal)
             layers.append(_LayerRows(num_groups, num_groups, num_groups, seen_by_all))
@@ -186,9 +156,9 @@ def _encoder_rows(batch: PackedBatch, spec: CompressorSpec) -> list[_LayerRows]:
 
 def _encoder_forward(layers: list[_LayerRows], spec: CompressorSpec, trained: TrainedParts) -> Operations:
     """Forward operations of all encoder layers, with their adapters."""
+    rank = trained["lora_rank"]
     return _sum(
-        [rows.work(spec.backbone) for rows in layers]
-        + [rows.adapter_work(spec.backbone, trained["lora_rank"]) for rows in layers]
+        [work for rows in layers for work in (rows.work(spec.backbone), rows.adapter_work(spec.backbone, rank))]
     )
 
 
@@ -207,14 +177,14 @@ def _encoder_backward(layers: list[_LayerRows], spec: CompressorSpec, trained: T
 
 
 def _decoder_passes(batch: PackedBatch, decoder: DecoderSizes) -> tuple[Operations, Operations]:
-    """Operations of the forward of all decoder layers: for all rows, and only for the rows with a gradient."""
+    """Operations of the forward and backward of all decoder layers. Through transformers all rows have a gradient."""
     if not isinstance(decoder, BackboneConfig):
-        all_rows, suffix_rows = _decoder_rows(batch, None)
-        return _decoder_work(all_rows, decoder), _decoder_work(suffix_rows, decoder)
+        forward = _decoder_work(_decoder_rows(batch, None)[0], decoder)
+        return forward, _backward(forward, trains=False)
     windows = [decoder.window_of(idx) for idx in range(decoder.num_layers)]
     rows = {window: _decoder_rows(batch, window) for window in set(windows)}
     everything, suffix = (_sum([rows[window][part].work(decoder) for window in windows]) for part in (0, 1))
-    return everything, suffix
+    return everything, _backward(suffix, trains=False)
 
 
 def _decoder_rows(batch: PackedBatch, window: int | None) -> tuple[_LayerRows, _LayerRows]:

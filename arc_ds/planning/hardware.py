@@ -1,4 +1,4 @@
-"""GPUs and links as data: what their vendors state, and the shares of it that programs reach.
+"""Data of GPUs and links: the vendors' figures, and the shares of them that programs reach.
 
 Peaks are dense bfloat16 products with float32 sums, half of the figures "with sparsity". NVLink and PCIe are per
 direction, half of the bidirectional figures. Sources of GPUS, looked up on 2026-11-30:
@@ -8,8 +8,8 @@ direction, half of the bidirectional figures. Sources of GPUS, looked up on 2026
   peak and bandwidth of H200.
 - Bandwidth of B200: its bus of 7680 bits (pytorch/ao#4002). NVIDIA rounds it to 8 TB/s.
 - GeForce 4090 and 3090: white papers of Ada and Ampere GA102.
-- Memory: what `nvidia-smi` shows (modal-labs/modal-client#2797: H100, A100, A10, L40S and L4). CUDA's figure for B200
-  (pytorch/ao#4002). Those of H200 and GeForce cards are from memory.
+- Memory: the figures of `nvidia-smi` (modal-labs/modal-client#2797: H100, A100, A10, L40S and L4). CUDA's figure for
+  B200 (pytorch/ao#4002). Those of H200 and GeForce cards are from memory.
 """
 
 from __future__ import annotations
@@ -130,11 +130,8 @@ class Machine(NamedTuple):
 def check_machine(gpu: str, num_gpus: int, num_hosts: int | None, interconnect: str) -> Machine:
     """A machine from a command's options. Without `num_hosts`, a host has at most eight GPUs.
 
-    Raises ConfigError if a name is unknown, or if hosts would have different numbers of GPUs.
+    Raises ConfigError if a number is below 1, or if hosts would have different numbers of GPUs.
     """
-    for option, name, known in (("--gpu", gpu, GPUS), ("--interconnect", interconnect, LINKS)):
-        if name not in known:
-            raise ConfigError(f"{option} is {name!r}; expected one of {', '.join(known)}.")  # type: ignore[arg-type]
     for option, number in (("--gpus", num_gpus), ("--hosts", num_hosts)):
         if number is not None and number < 1:
             raise ConfigError(f"{option} is {number}; expected at least 1.")
@@ -149,4 +146,4 @@ def check_machine(gpu: str, num_gpus: int, num_hosts: int | None, interconnect: 
 
 def hosts_of(num_gpus: int, gpus_per_host: int = 8) -> int:
     """The number of hosts of a number of GPUs, if each has at most `gpus_per_host` and all have the same number."""
-    return next(hosts for hosts in range(max(-(-num_gpus // gpus_per_host), 1), num_gpus + 1) if num_gpus % hosts == 0)
+    return next(hosts for hosts in range(-(-num_gpus // gpus_per_host), num_gpus + 1) if num_gpus % hosts == 0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 import arc_kernels as ak
 from arc_ds.batch.packing import PackedBatch
@@ -84,14 +85,14 @@ def trace_pass(
     decoder: frozen.
     batch: on the device of the modules ("meta"; a test uses the CPU).
     decoder_idx: index of the decoder's port.
-    kernels: "triton" or "reference"; None for what `gpu_kernels` finds.
+    kernels: "triton" or "reference"; None for those of a GPU if Triton is installed, else plain torch's.
     """
-    kernels = kernels or gpu_kernels()
+    kernels = kernels or ("triton" if find_spec("triton") else "reference")
     tracker = _Tracker([*compressor.parameters(), *decoder.parameters()], batch_tensors(batch))
     with ExitStack() as stack:
         stack.enter_context(ak.use(kernels))  # type: ignore[arg-type]
-        stack.enter_context(_kinds_of_modules(tracker, compressor, decoder))
-        stack.enter_context(_gradients_dropped(compressor))
+        for handle in (*_follow_modules(tracker, compressor, decoder), *drop_gradients(compressor)):
+            stack.enter_context(handle)  # removes the hook
         stack.enter_context(tracker)
         nll_L = decoder(batch, compressor(batch, decoder_idx))
         saved, forward_calls = +tracker.live, max(tracker.attention_calls, 1)
@@ -106,11 +107,6 @@ def trace_pass(
         num_operations=tracker.num_operations,
         kernels=kernels,
     )
-
-
-def gpu_kernels() -> str:
-    """The kernels whose memory can be traced: those of a GPU if Triton is installed, else plain torch's."""
-    return "triton" if find_spec("triton") else "reference"
 
 
 def batch_tensors(batch: PackedBatch) -> list[Tensor]:
@@ -131,7 +127,6 @@ class _Tracker(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.product_flops = self.attention_calls = self.other_bytes = self.num_operations = 0
-        self._peak_bytes = self._live_bytes = 0
         known = (x.untyped_storage()._cdata for x in (*parameters, *inputs))
         self._allocations: dict[int, weakref.ref[Any] | None] = dict.fromkeys(known)
         self._shapes = {tuple(parameter.shape) for parameter in parameters if parameter.requires_grad}
@@ -145,9 +140,8 @@ class _Tracker(TorchDispatchMode):
         for output in outputs:
             self._follow(output)
         workspace = self._count(name, inputs, outputs, is_view=func.is_view)
-        if self._live_bytes + workspace > self._peak_bytes:
-            self._peak_bytes = self._live_bytes + workspace
-            self.peak = +(self.live + Counter({LOSS: workspace}))
+        if self.live.total() + workspace > self.peak.total():
+            self.peak = self.live + Counter({LOSS: workspace})
         return result
 
     def _follow(self, x: Tensor) -> None:
@@ -162,11 +156,9 @@ class _Tracker(TorchDispatchMode):
         def forget(_: object) -> None:
             del self._allocations[key]
             self.live[kind] -= num_bytes
-            self._live_bytes -= num_bytes
 
         self._allocations[key] = weakref.ref(storage, forget)
         self.live[kind] += num_bytes
-        self._live_bytes += num_bytes
 
     def _count(self, name: str, inputs: list[Tensor], outputs: list[Tensor], *, is_view: bool) -> int:
         """Count an operation, and return the bytes that it needs while it runs."""
@@ -200,10 +192,8 @@ class _Tracker(TorchDispatchMode):
         return min(chunk_rows(num_rows, row_bytes=row_bytes), num_rows) * row_bytes
 
 
-@contextmanager
-def _kinds_of_modules(tracker: _Tracker, compressor: Compressor, decoder: nn.Module) -> Iterator[None]:
+def _follow_modules(tracker: _Tracker, compressor: Compressor, decoder: nn.Module) -> Iterator[RemovableHandle]:
     """Attribute allocations to the module that runs, also while backward recomputes it."""
-    handles = []
 
     def leave(*_: object) -> None:  # a hook that returns something would replace the module's output
         tracker.kinds.pop()
@@ -212,14 +202,9 @@ def _kinds_of_modules(tracker: _Tracker, compressor: Compressor, decoder: nn.Mod
         for module in root.modules():
             kind = _kind_of(module, is_encoder=root is compressor)
             if kind is not None:
-                handles.append(module.register_forward_pre_hook(lambda *_, kind=kind: tracker.kinds.append(kind)))
+                yield module.register_forward_pre_hook(lambda *_, kind=kind: tracker.kinds.append(kind))
                 # Always, because non-reentrant checkpointing stops a recomputed layer by an exception.
-                handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+                yield module.register_forward_hook(leave, always_call=True)
 
 
 def _kind_of(module: nn.Module, *, is_encoder: bool) -> str | None:
@@ -234,19 +219,13 @@ def _kind_of(module: nn.Module, *, is_encoder: bool) -> str | None:
     return LOSS if isinstance(module, Head) else None
 
 
-@contextmanager
-def _gradients_dropped(compressor: nn.Module) -> Iterator[None]:
+def drop_gradients(compressor: nn.Module) -> list[RemovableHandle]:
     """Drop each gradient when it is complete, as ZeRO-3 does once it has copied it to its bucket."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
 
-    handles = [p.register_post_accumulate_grad_hook(drop) for p in compressor.parameters() if p.requires_grad]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return [p.register_post_accumulate_grad_hook(drop) for p in compressor.parameters() if p.requires_grad]
 
 
 def _tensors(values: Any) -> list[Tensor]:

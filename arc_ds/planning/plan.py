@@ -1,4 +1,4 @@
-"""The plan of a run on a machine: memory, communication, time, disk, and what would fit instead.
+"""The plan of a run on a machine: memory, communication, time and disk.
 
     plan = make_plan(config, model, machine)
 
@@ -25,25 +25,17 @@ from arc_ds.planning.batches import MicroBatch, SampleKinds, micro_batch
 from arc_ds.planning.flops import StepFlops, count_flops
 from arc_ds.planning.hardware import GPUS, LAUNCH_S, Machine
 from arc_ds.planning.pass_trace import KINDS, PassTrace, trace_pass
-from arc_ds.planning.zero import (
-    GRADIENT_BYTES,
-    MASTER_BYTES,
-    MOMENT_BYTES,
-    Gathers,
-    Weights,
-    ZeroSettings,
-    count_reductions,
-    simulate_gathers,
-)
+from arc_ds.planning.zero import Gathers, Weights, ZeroSettings, count_reductions, simulate_gathers
 
+GRADIENT_BYTES = 4  # float32
 OPTIMIZER_TRAFFIC = 52
 """Bytes that one update reads and writes per trained element of a rank's shards (`tools/roofline.py`): gradient copied
 to float32 6, norm 4, clipping 8, AdamW 28, weight cast to bfloat16 6."""
 BUCKET_TRAFFIC = 12
 """Bytes that sending the gradients of a micro-batch reads and writes per trained element, in bfloat16: copied to the
 bucket 4, laid out by rank 4, divided by the ranks 4."""
-CHECKPOINT_BYTES = MASTER_BYTES + MOMENT_BYTES
-"""A checkpoint has the master weight and both moments of each trained element."""
+CHECKPOINT_BYTES = 4 + 8
+"""The master weight and both moments of each trained element: the optimizer's states, and all that a checkpoint has."""
 HOST_ADAM_GBS = 50.0
 """AdamW on the host is bound by its memory: 8 channels of DDR5, shared by the GPUs of a host, at a sixth of their
 bandwidth. Not measured."""
@@ -58,6 +50,7 @@ class RunModel:
     kinds: kinds of samples.
     build_compressor: makes the compressor of a config on "meta".
     build_decoder: makes a decoder of a config on "meta", by the index of its port.
+    count_groups: number of parameter groups of a config's optimizer, whose norms are summed one by one.
     choose_placement: `training.engine.choose_placement`.
     replicated_share: `training.engine.REPLICATED_SHARE`.
     """
@@ -67,6 +60,7 @@ class RunModel:
     kinds: SampleKinds
     build_compressor: Callable[[RunConfig], Compressor]
     build_decoder: Callable[[RunConfig, int], nn.Module]
+    count_groups: Callable[[RunConfig, Compressor], int]
     choose_placement: Callable[..., str]
     replicated_share: float
     _cache: dict[Any, Any] = field(default_factory=dict)
@@ -152,13 +146,9 @@ class StepTime(NamedTuple):
     exposed: float
 
     @property
-    def computation(self) -> float:
-        """Forward and backward on the GPU, or the host's launches if they take longer."""
-        return max(self.products + self.other, self.launches)
-
-    @property
     def total(self) -> float:
-        return self.computation + self.optimizer + self.transfers + self.exposed
+        """Forward and backward on the GPU, or the host's launches if they take longer; and all that comes after."""
+        return max(self.products + self.other, self.launches) + self.optimizer + self.transfers + self.exposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +218,12 @@ class Plan:
 def make_plan(config: RunConfig, model: RunModel, machine: Machine) -> Plan:
     """Plan a run.
 
-    Raises ConfigError if GPUs × micro_batches does not divide the batch, or if the run's DeepSpeed JSON is refused.
+    Raises ConfigError if GPUs × micro_batches does not divide the batch, if nothing is trained, or if the run's
+    DeepSpeed JSON is refused.
     """
     num_samples, num_ranks = check_world_size(config, machine.num_gpus), machine.num_gpus
     settings = read_settings(config, machine)
+    num_groups = model.count_groups(config, model.compressor(config))  # before a trace, which needs a trained part
     micro, batch = model.batch(config, num_samples)
     names = [decoder.name for decoder in _trained(config)]
     traces = [model.trace(config, idx, num_samples) for idx in range(len(names))]
@@ -243,7 +235,7 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine) -> Plan:
     placed = _place(config, model, frozen, machine, element, free_bytes=machine.usable_bytes - sum(memory.values()))
     gathers = simulate_gathers(weights, settings)
     of_decoders = [simulate_gathers(each, settings) for each in frozen]
-    kept = [_kept_elements(each, where.placement, machine) for each, where in zip(frozen, placed, strict=True)]
+    kept = sum(_kept_elements(each, where.placement, machine) for each, where in zip(frozen, placed, strict=True))
     at_once = [each.peak for each, where in zip(of_decoders, placed, strict=True) if where.placement != "replicated"]
     # On one rank the shards are whole, and no bucket is laid out by rank.
     gathered = gathers.peak + max(at_once, default=0) if num_ranks > 1 else 0
@@ -251,15 +243,17 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine) -> Plan:
     # The update copies the gradients of one sub-group. Activations and gathered parameters are free by then.
     copied = 0 if settings.offload_optimizer else min(settings.sub_group, weights.shard(num_ranks, trained_only=True))
     memory |= {
-        "decoders": float(element * sum(kept)),
-        "gathered parameters": float(element * gathered),
-        "gradient buckets": float(element * buckets),
-        "activations": float(largest.peak_bytes),
-        "update beyond activations": max(GRADIENT_BYTES * copied - largest.peak_bytes - element * gathered, 0.0),
+        "decoders": element * kept,
+        "gathered parameters": element * gathered,
+        "gradient buckets": element * buckets,
+        "activations": largest.peak_bytes,
+        "update beyond activations": max(GRADIENT_BYTES * copied - largest.peak_bytes - element * gathered, 0),
     }
     passes = micro.per_step * (len(names) if config.decoder_schedule == "same_batch" else 1)
-    traffic = _traffic(config, model, weights, gathers, of_decoders, placed, machine, settings, passes, element)
-    flops = [count_flops(batch, model.spec, sizes, **config.encoder.trained_parts) for sizes in model.decoders]
+    traffic = _traffic(
+        config, model, weights, num_groups, gathers, of_decoders, placed, machine, settings, passes, element
+    )
+    flops = [count_flops(batch, model.spec, sizes, config.encoder.trained_parts) for sizes in model.decoders]
     traced_flops = sum(map(_traced_flops, traces, flops)) / len(traces) * passes
     return Plan(
         config=config,
@@ -268,7 +262,7 @@ def make_plan(config: RunConfig, model: RunModel, machine: Machine) -> Plan:
         passes=passes,
         placed=placed,
         memory=memory,
-        activations={kind: float(largest.peak.get(kind, 0)) for kind in KINDS},
+        activations={kind: largest.peak.get(kind, 0) for kind in KINDS},
         host_bytes=host_bytes,
         traffic=traffic,
         time=_time(machine, settings, weights, gathers, traces, traced_flops, traffic, passes, element),
@@ -295,17 +289,15 @@ def _states(weights: Weights, settings: ZeroSettings, machine: Machine, element:
     """Bytes of a rank's shards on the GPU, by part, and in host memory."""
     shard, trained = weights.shard(machine.num_gpus), weights.shard(machine.num_gpus, trained_only=True)
     copy = weights.shard(settings.hpz_ranks) if settings.hpz_ranks > 1 else 0
-    parts = {
+    parts: dict[str, float] = {
         "parameters": element * shard * (not settings.offload_parameters),
         "second copy of parameters": element * copy,
         "gradients": GRADIENT_BYTES * trained * (not settings.offload_optimizer),
-        "optimizer": (MASTER_BYTES + MOMENT_BYTES) * trained * (not settings.offload_optimizer),
+        "optimizer": CHECKPOINT_BYTES * trained * (not settings.offload_optimizer),
     }
     # Gradients twice: the sum over the micro-batches, and the copy that the update reads.
-    offloaded = (MASTER_BYTES + MOMENT_BYTES + 2 * GRADIENT_BYTES) * trained * settings.offload_optimizer
-    return {part: float(size) for part, size in parts.items()}, float(
-        offloaded + element * shard * settings.offload_parameters
-    )
+    offloaded = (CHECKPOINT_BYTES + 2 * GRADIENT_BYTES) * trained * settings.offload_optimizer
+    return parts, offloaded + element * shard * settings.offload_parameters
 
 
 def _kept_elements(weights: Weights, placement: str, machine: Machine) -> int:
@@ -354,6 +346,7 @@ def _traffic(
     config: RunConfig,
     model: RunModel,
     weights: Weights,
+    num_groups: int,
     gathers: Gathers,
     of_decoders: Sequence[Gathers],
     placed: Sequence[Placed],
@@ -367,23 +360,20 @@ def _traffic(
     padded = weights.shard(num_ranks, trained_only=True) * num_ranks
     persistent = [size for size in weights.sizes if size <= settings.persistence_threshold]
     refreshed = sum(-(-size // num_ranks) * num_ranks for size in persistent)
-    found = [Traffic("encoder", "all_gather", num_ranks, len(persistent), element * refreshed)]
+    refresh = Traffic("encoder", "all_gather", num_ranks, len(persistent), element * refreshed)
     if settings.hpz_ranks == 1:
-        found[0] = _with_gathers(found[0], gathers, passes, element)
+        found = [_with_gathers(refresh, gathers, passes, element)]
     else:
         # The update invalidates the second copy of trained parameters. The step's first gather renews it.
         first, again = gathers.part(is_first=True), gathers.part(is_first=False)
-        found[0] = _with_gathers(found[0], first, 1, element)
-        near = Traffic("encoder", "all_gather", settings.hpz_ranks, 0, 0)
-        near = _with_gathers(_with_gathers(near, again, passes, element), first, passes - 1, element)
-        found.append(near)
+        near = _with_gathers(Traffic("encoder", "all_gather", settings.hpz_ranks, 0, 0), again, passes, element)
+        found = [_with_gathers(refresh, first, 1, element), _with_gathers(near, first, passes - 1, element)]
     reductions = passes * count_reductions(weights, settings.reduce_bucket)
     found.append(Traffic("encoder", "reduce_scatter", num_ranks, reductions, element * padded * passes))
-    groups = _num_groups(model.compressor(config))
-    if groups and num_ranks > 1:
+    if num_ranks > 1:
         classes = len(model.kinds.names) * (len(placed) if config.decoder_schedule == "same_batch" else 1)
         message = 2 * classes + 2 + num_ranks  # labels, notices and losses of `training.step`
-        found.append(Traffic("encoder", "all_reduce", num_ranks, 2 + groups, 8 * (message + groups)))
+        found.append(Traffic("encoder", "all_reduce", num_ranks, 2 + num_groups, 8 * (message + num_groups)))
     of_each = []
     for decoder, each in zip(placed, of_decoders, strict=True):
         if decoder.placement != "replicated":
@@ -402,16 +392,6 @@ def _with_gathers(traffic: Traffic, gathers: Gathers, times: int, element: int) 
     """The traffic with these gathers, each of them `times` times."""
     calls, elements = len(gathers.sizes) * times, gathers.elements(traffic.num_ranks) * times
     return traffic._replace(calls=traffic.calls + calls, full_bytes=traffic.full_bytes + element * elements)
-
-
-def _num_groups(compressor: Compressor) -> int:
-    """Parameter groups of the optimizer (`training.optim.make_param_groups`), whose norms are summed one by one."""
-    parts: list[list[nn.Parameter]] = [list(compressor.encoder.parameters())]
-    for port in compressor.ports:
-        parts += [list(port.bridge.parameters()), list(port.parameters(recurse=False))]  # type: ignore[union-attr,operator]
-    if compressor.bridge is not None:
-        parts.append(list(compressor.bridge.parameters()))
-    return sum(any(parameter.requires_grad for parameter in part) for part in parts)
 
 
 def _traced_flops(trace: PassTrace, flops: StepFlops) -> float:

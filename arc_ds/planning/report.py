@@ -32,22 +32,10 @@ class Report:
 
 def to_text(report: Report) -> str:
     """The report as lines of text."""
-    return "\n".join(_lines(report))
-
-
-def _lines(report: Report) -> Iterator[str]:
     plan = report.plan
-    yield verdict(plan, report.price)
-    yield from _of_fit(report)
-    for note in report.notes:
-        yield f"note: {note}"
-    yield from ("", *_memory(plan))
-    yield from ("", *_decoders(plan))
-    yield from ("", *_time(plan))
-    yield from ("", *_communication(plan))
-    yield from ("", *_disk(plan))
-    yield from ("", *_sweep(report.rows))
-    yield from ("", *_assumptions(plan))
+    head = [verdict(plan, report.price), *_of_fit(report), *(f"note: {note}" for note in report.notes)]
+    parts = (part(plan) for part in (_memory, _decoders, _time, _communication, _disk))
+    return "\n\n".join("\n".join(lines) for lines in (head, *parts, _sweep(report.rows), _assumptions(plan)))
 
 
 def verdict(plan: Plan, price: float | None = None) -> str:
@@ -71,7 +59,7 @@ def _of_fit(report: Report) -> Iterator[str]:
         return
     if report.fit is None:
         more = [row.machine.num_gpus for row in report.rows if row.plan is not None and row.plan.fits]
-        where = f"It fits on {more[0]} GPUs of this kind. " if more else ""
+        where = f"It fits on {_number(more[0], 'GPU')} of this kind. " if more else ""
         yield f"nothing fits that leaves the results as they are. {where}Larger GPUs and smaller limits in data help."
         return
     yield f"nearest that fits: {shlex.join(report.fit.overrides)}"
@@ -79,7 +67,8 @@ def _of_fit(report: Report) -> Iterator[str]:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    yield f"memory per GPU, GiB ({plan.samples} sequences in a micro-batch, {plan.passes} micro-batches per step)"
+    sequences, passes = _number(plan.samples, "sequence"), _number(plan.passes, "micro-batch", "es")
+    yield f"memory per GPU, GiB ({sequences} in a micro-batch, {passes} per step)"
     rows = []
     for part, size in plan.memory.items():
         if size:
@@ -122,7 +111,7 @@ def _communication(plan: Plan) -> Iterator[str]:
     yield "communication per step and GPU, sent in a ring"
     yield from _table(
         [
-            (one.engine, one.op, f"{one.num_ranks} ranks", f"{one.calls} calls", f"{one.sent_bytes / 1e9:.2f} GB")
+            (one.engine, one.op, f"{one.num_ranks} ranks", _number(one.calls, "call"), f"{one.sent_bytes / 1e9:.2f} GB")
             for one in plan.traffic
         ],
         text=(0, 1),
@@ -136,7 +125,7 @@ def _disk(plan: Plan) -> Iterator[str]:
         [
             ("trained parameters", f"{plan.num_trained / 1e9:.3f} B"),
             ("checkpoint", f"{_gib(plan.checkpoint_bytes)} GiB"),
-            (f"{number} checkpoints", f"{_gib(number * plan.checkpoint_bytes)} GiB"),
+            (_number(number, "checkpoint"), f"{_gib(number * plan.checkpoint_bytes)} GiB"),
             ("export, bfloat16", f"{_gib(2 * plan.num_parameters)} GiB"),
         ]
     )
@@ -189,6 +178,10 @@ def _table(rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)) -> Iterato
             for idx, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  " + "  ".join(cells).rstrip()
+
+
+def _number(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def _gib(num_bytes: float) -> str:

@@ -1,4 +1,4 @@
-"""What fits instead, and how a run scales."""
+"""The nearest config that fits, and the scaling of a run."""
 
 from __future__ import annotations
 
@@ -53,25 +53,20 @@ def _fewest_micro_batches(
 ) -> Plan | None:
     """The plan with the smallest number of micro-batches that fits; else that of the largest number.
 
-    None if no number divides the batch.
+    The numbers are multiples of the config's own that divide the batch of a rank. None if there is none.
     """
-    numbers = _micro_batches(config, machine)
+    share, rest = divmod(config.data.batch_size, machine.num_gpus)
+    numbers = [n for n in range(config.micro_batches, share + 1, config.micro_batches) if share % n == 0]
 
     def plan_of(micro_batches: int) -> Plan:
         return make_plan(reload((*overrides, f"micro_batches={micro_batches}")), model, machine)
 
-    if not numbers:
+    if rest or not numbers:
         return None
     last = plan_of(numbers[-1])  # if even this does not fit, no other number needs a trace
     if not last.fits:
         return last
     return plan_of(numbers[bisect_left(numbers, True, key=lambda number: plan_of(number).fits)])
-
-
-def _micro_batches(config: RunConfig, machine: Machine) -> list[int]:
-    """The config's own number of micro-batches and its multiples that divide the batch of a rank."""
-    share = config.data.batch_size // machine.num_gpus
-    return [n for n in range(config.micro_batches, share + 1, config.micro_batches) if share % n == 0]
 
 
 def _changes(config: RunConfig, machine: Machine) -> Iterator[tuple[str, ...]]:
@@ -123,9 +118,9 @@ class SweepRow:
 
 def sweep(config: RunConfig, model: RunModel, machine: Machine, reload: Reload) -> tuple[SweepRow, ...]:
     """The run on numbers of GPUs up to 1024, with the planned machine's hosts."""
-    per_gpu = max(config.data.batch_size // machine.num_gpus, 1)
+    per_gpu = config.data.batch_size // machine.num_gpus
     machines = [
-        machine._replace(num_gpus=number, num_hosts=hosts_of(number, max(machine.gpus_per_host, 1)))
+        machine._replace(num_gpus=number, num_hosts=hosts_of(number, machine.gpus_per_host))
         for number in sorted({*SWEEP, machine.num_gpus})
     ]
     fixed = [_fewest_micro_batches(config, model, each, reload, ()) for each in machines]
@@ -133,36 +128,41 @@ def sweep(config: RunConfig, model: RunModel, machine: Machine, reload: Reload) 
     for each in machines:
         batch_size = (f"data.batch_size={per_gpu * each.num_gpus}",)
         grown.append(_fewest_micro_batches(reload(batch_size), model, each, reload, batch_size))
-    rates = [0.0 if plan is None or not plan.fits else _rate(plan) for plan in fixed]
-    grown_rates = [0.0 if plan is None or not plan.fits else _rate(plan) for plan in grown]
-    best, grown_best = max(*rates, 1e-9), max(*grown_rates, 1e-9)
     rows = []
-    for each, plan, rate, other, other_rate in zip(machines, fixed, rates, grown, grown_rates, strict=True):
+    for each, plan, share, other, other_share in zip(
+        machines, fixed, _efficiencies(fixed), grown, _efficiencies(grown), strict=True
+    ):
         assert other is not None, "a batch that is a multiple of the GPUs can be divided"
         rows.append(
             SweepRow(
                 machine=each,
                 plan=plan,
-                efficiency=rate / best,
+                efficiency=share,
                 grown=other,
-                grown_batch=per_gpu * each.num_gpus,
-                grown_efficiency=other_rate / grown_best,
+                grown_batch=other.config.data.batch_size,
+                grown_efficiency=other_share,
                 limit=_limit(config, each, plan),
             )
         )
     return tuple(rows)
 
 
-def _rate(plan: Plan) -> float:
-    """Encoder tokens per second and GPU."""
-    return plan.tokens / plan.time.total / plan.machine.num_gpus
+def _efficiencies(plans: Sequence[Plan | None]) -> list[float]:
+    """Encoder tokens per second and GPU, as shares of the largest; 0 without a plan that fits."""
+    rates = [
+        plan.tokens / plan.time.total / plan.machine.num_gpus if plan is not None and plan.fits else 0.0
+        for plan in plans
+    ]
+    best = max(*rates, 1e-9)
+    return [rate / best for rate in rates]
 
 
 def _limit(config: RunConfig, machine: Machine, plan: Plan | None) -> str:
     if plan is None:
-        batch = config.data.batch_size
-        nearest = -(-batch // machine.num_gpus) * machine.num_gpus
-        return f"data.batch_size={batch} cannot be divided by {machine.num_gpus} ranks; {nearest} can"
+        batch, parts = config.data.batch_size, machine.num_gpus * config.micro_batches
+        micro = f" × {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
+        nearest = -(-batch // parts) * parts
+        return f"data.batch_size={batch} cannot be divided by {machine.num_gpus} ranks{micro}; {nearest} can"
     if not plan.fits:
         return "does not fit"
     time = plan.time

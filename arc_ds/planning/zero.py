@@ -1,4 +1,4 @@
-"""What ZeRO-3 keeps on a rank and sends in a step, from the sizes of parameters (DeepSpeed 0.19.8).
+"""Memory of a rank and traffic of a step under ZeRO-3, from the sizes of parameters (DeepSpeed 0.19.8).
 
 The gathers follow DeepSpeed's own rules (`runtime/zero/partitioned_param_coordinator.py`): a module's missing
 parameters are fetched before it runs, the next ones are prefetched, and a parameter is released after its module unless
@@ -17,10 +17,6 @@ from torch import nn
 
 from arc_ds.errors import ConfigError
 from arc_ds.model.backbone import Block
-
-MASTER_BYTES = GRADIENT_BYTES = 4
-MOMENT_BYTES = 8
-NORM_BYTES = 8  # DeepSpeed all-reduces the squared norm of each parameter group, in float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +92,7 @@ class Weights(NamedTuple):
         parameters = list(module.parameters())
         places = {parameter: place for place, parameter in enumerate(parameters)}
         forward = list(_turns(module, 1))
-        is_frozen = not any(parameter.requires_grad for parameter in parameters)
-        reached = _reached(forward) if not is_frozen else {id(each) for each, _ in forward}
+        reached = _reached(forward)
         backward = [turn for each, turn in _turns(module, -1) if id(each) in reached]
         return Weights(
             sizes=tuple(parameter.numel() for parameter in parameters),
@@ -143,8 +138,11 @@ def _turns(module: nn.Module, direction: int) -> Iterator[Turn]:
 
 
 def _reached(forward: Sequence[Turn]) -> set[int]:
-    """Ids of the modules that backward reaches: those from the first trained parameter on, and their parents."""
-    first = next(place for place, (_, turn) in enumerate(forward) if any(p.requires_grad for p in turn))
+    """Ids of the modules that backward reaches: those from the first trained parameter on, and their parents.
+
+    Gradients pass through all modules of a frozen decoder.
+    """
+    first = next((place for place, (_, turn) in enumerate(forward) if any(p.requires_grad for p in turn)), 0)
     return {id(module) for place, (module, turn) in enumerate(forward) if place >= first or not turn}
 
 

@@ -78,7 +78,7 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
             check_length(each, longest_sequence(config, NO_CHAT))
         readers = [decoder.reader for decoder in decoders]
         data = step_data(
-            config, spec.packing, readers, [work_rates(spec, each, **encoder.trained_parts) for each in sizes]
+            config, spec.packing, readers, [work_rates(spec, each, encoder.trained_parts) for each in sizes]
         )
         opened = zip(config.trained_decoders, decoders, strict=True)
         backbones = {idx: (decoder.weights.files, decoder.weights.sizes) for idx, decoder in opened}

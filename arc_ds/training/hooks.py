@@ -179,7 +179,7 @@ class MetricsHook(Hook):
                 micro.batch,
                 run.spec,
                 run.decoders[micro.decoder_idx].module.sizes,
-                **self.encoder.trained_parts,
+                self.encoder.trained_parts,
             ).total
             for micro in batch.micro_batches
         ]

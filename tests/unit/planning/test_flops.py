@@ -127,7 +127,7 @@ def _passes(flops: StepFlops) -> tuple[Operations, ...]:
 def test_products_with_weights_are_those_that_torch_counts(
     changes: dict[str, Any], trained_layers: int | None, train_embeddings: bool
 ) -> None:
-    _compare_with_torch(changes, {"trained_layers": trained_layers, "train_embeddings": train_embeddings})
+    _compare_with_torch(changes, trained_layers=trained_layers, train_embeddings=train_embeddings)
 
 
 @pytest.mark.parametrize(
@@ -138,19 +138,19 @@ def test_products_with_weights_are_those_that_torch_counts(
 def test_products_are_counted_for_the_parts_that_the_config_trains(
     train: Literal["all", "bridge"], lora: LoraConfig | None
 ) -> None:
-    parts = EncoderConfig(backbone="", train=train, lora=lora).trained_parts
     changes = {"rules": (), "memory_tokens": 2}
-    with_memory = _compare_with_torch(changes, parts, lora)
-    old_keys = _compare_with_torch(changes, {"trained_layers": 0, "train_embeddings": False})
+    with_memory = _compare_with_torch(changes, train=train, lora=lora)
+    old_keys = _compare_with_torch(changes, trained_layers=0, train_embeddings=False)
     assert with_memory != old_keys
 
 
-def _compare_with_torch(changes: dict[str, Any], parts: Any, lora: LoraConfig | None = None) -> int:
+def _compare_with_torch(changes: dict[str, Any], **encoder: Any) -> int:
     spec = replace(SPEC, **changes)
-    compressor, decoder = tiny_compressor(lora=lora_spec(lora), **changes), tiny_decoder()
+    parts = EncoderConfig(backbone="", **encoder).trained_parts
+    compressor, decoder = tiny_compressor(lora=lora_spec(encoder.get("lora")), **changes), tiny_decoder()
     set_trained(compressor.encoder, **parts)
     batch = _batch(spec.packing)
-    flops = count_flops(batch, spec, decoder.config, **parts)
+    flops = count_flops(batch, spec, decoder.config, parts)
     measured = _measured(batch, compressor, decoder)
     assert measured["aten.addmm_"] > 0
     linear = sum(part.linear for part in _passes(flops)) + flops.bridge + flops.head

@@ -11,7 +11,7 @@ from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
 from arc_ds.model.backbone import Recompute
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
-from arc_ds.planning.pass_trace import _gradients_dropped, trace_pass
+from arc_ds.planning.pass_trace import drop_gradients, trace_pass
 from tests.helpers.tiny_compressor import sample, tiny_compressor, tiny_decoder
 
 PEAK = 0.10  # relative tolerance of the plan
@@ -20,11 +20,8 @@ LENGTHS = (96, -256, 160)
 
 def _allocated_peak(compressor: Compressor, decoder: Decoder, batch: PackedBatch) -> int:
     """Most bytes that a pass holds at a time beyond what exists before it, those inside of torch's operations too."""
-    with (
-        ak.use("reference"),
-        _gradients_dropped(compressor),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-    ):
+    drop_gradients(compressor)
+    with ak.use("reference"), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         decoder(batch, compressor(batch)).sum().backward()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0

@@ -27,19 +27,11 @@ from arc_ds.training.build import build_run
 from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
 from tests.helpers.distributed import run_on_ranks
-from tests.helpers.tiny_run import last_saved_step, losses, numbers_by_step
+from tests.helpers.tiny_run import PLAIN, last_saved_step, losses, numbers_by_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-SMALL = (
-    "steps=6",
-    "log_every=10",
-    "checkpoint.every=0",
-    "validation.every=0",
-    "data.validation=null",
-    "data.num_workers=0",
-    "tracking.mlflow=false",
-)
+SMALL = ("steps=6", "log_every=10", *PLAIN)
 
 
 class Outcome(NamedTuple):

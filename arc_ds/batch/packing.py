@@ -98,9 +98,9 @@ class PackedBatch:
     def num_labels(self) -> int:
         return self.labels.numel()
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+    def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`; asynchronous from pinned memory."""
-        return _map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
+        return _map_tensors(self, lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory (called by torch's DataLoader)."""

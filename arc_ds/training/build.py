@@ -29,10 +29,10 @@ from arc_ds.training.build_model import (
     DecoderFiles,
     StartingWeights,
     compressor_spec,
-    encoder_tokenizer_path,
     open_decoders,
     open_starting_weights,
     starting_compressor,
+    tokenizer_path,
 )
 from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, partitioned, place_decoder
 from arc_ds.training.optim import PortAdamW, make_param_groups
@@ -70,7 +70,7 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         encoder = config.encoder
         ds_config = resolve_deepspeed(config.deepspeed, config, dist.world_size(), local_world_size)
         spec = compressor_spec(config)
-        tokenizer = load_tokenizer(encoder_tokenizer_path(encoder))
+        tokenizer = load_tokenizer(tokenizer_path(encoder))
         check_fits(tokenizer, spec.backbone.vocab_size, encoder.backbone)
         decoders = open_decoders(config.trained_decoders, bos=config.data.decoder_bos)
         sizes = [decoder.weights.sizes for decoder in decoders]

@@ -218,10 +218,8 @@ def _prefix_lengths(
     first: the first row of each context, [C].
     """
     found = np.zeros_like(lengths)
-    is_first = np.ones(len(sequences), dtype=bool)
-    is_first[1:] = sequences[1:] != sequences[:-1]
-    owners = sequences[is_first]
-    found[owners] = first[is_first] - (lengths.cumsum() - lengths)[owners]
+    owners, first_contexts = np.unique(sequences, return_index=True)
+    found[owners] = first[first_contexts] - (lengths.cumsum() - lengths)[owners]
     return found
 
 

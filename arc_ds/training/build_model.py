@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from arc_ds.batch.segments import MARKERS
+from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.schema import DecoderConfig, EncoderConfig, LoraConfig, RunConfig
 from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.errors import ConfigError
@@ -27,6 +28,7 @@ from arc_ds.inference.load import (
     empty_compressor,
     open_arc_folder,
 )
+from arc_ds.inference.weight_samples import sample_weights
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor
@@ -46,7 +48,7 @@ from arc_ds.model.weights import (
 )
 from arc_ds.tokenizers import check_fits, ids_digest, load_tokenizer, tokenizer_file
 from arc_ds.training.engine import set_trained
-from arc_ds.training.ports import PortPlan, plan_ports, tensors_of_run
+from arc_ds.training.ports import PortPlan, PortRecord, plan_ports, tensors_of_run
 
 MARKER_TEXT = "\n"  # markers start from this token's embedding because it ends a passage in most texts
 
@@ -182,18 +184,18 @@ class DecoderFiles:
     placement: as configured.
     reader: its tokenizer and chat template.
     fingerprints: of the tokenizer and the chat template, by config key.
-    ids_digest: of the tokenizer's ids (`tokenizers.ids_digest`).
+    record: of its port, for checkpoints.
     """
 
     weights: OpenedDecoder
     placement: str
     reader: ReaderFiles
     fingerprints: Mapping[str, str]
-    ids_digest: str
+    record: PortRecord
 
 
 def open_decoders(decoders: Mapping[int, DecoderConfig], *, bos: bool) -> tuple[DecoderFiles, ...]:
-    """Open the run's decoders. Reads sizes and tokenizers.
+    """Open the run's decoders. Reads sizes, tokenizers and samples of the weights.
 
     decoders: the trained decoders by their index in the config.
     bos: whether sequences begin with begin-of-text.
@@ -219,13 +221,21 @@ def open_decoders(decoders: Mapping[int, DecoderConfig], *, bos: bool) -> tuple[
         bos_ids = [reader.tokenizer.bos_id] if bos and reader.tokenizer.bos_id is not None else []
         needed = [*bos_ids, *reader.layout.special_ids]
         check_fits(reader.tokenizer, weights.sizes.vocab_size, decoder.backbone, needed)
+        settings = TrainedFor(
+            name=decoder.name,
+            rope_scaling=decoder.rope_scaling,
+            implementation="native" if isinstance(weights.sizes, BackboneConfig) else "transformers",
+            bos=bos,
+            chat_template=decoder.chat_template,
+        )
+        ids = ids_digest(reader.tokenizer)
         opened.append(
             DecoderFiles(
                 weights=weights,
                 placement=decoder.placement,
                 reader=files,
                 fingerprints=fingerprints,
-                ids_digest=ids_digest(reader.tokenizer),
+                record=PortRecord(decoder=settings, ids_digest=ids, weights=sample_weights(weights)),
             )
         )
     return tuple(opened)

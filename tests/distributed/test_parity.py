@@ -302,32 +302,12 @@ def _full_params(engine: Any) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _plain(
-    trained_layers: int | None = None,
-    train_embeddings: bool = True,
-    without: int | None = None,
-    same_batch: bool = False,
-    shared_bridge: bool = False,
-    mean_of_parts: int = 1,
-    parts: str = "llama",
-    num_decoders: int = 2,
-    lora: LoraSpec | None = None,
-    lora_rank: int = 0,
-) -> Trajectory:
-    """Run of the plain trainer. without: a step to skip."""
-    compressor = tiny_compressor(
-        trained_layers=trained_layers,
-        train_embeddings=train_embeddings,
-        lora_rank=lora_rank,
-        shared_bridge=shared_bridge,
-        parts=parts,
-        num_decoders=num_decoders,
-        lora=lora,
-    )
-    kind: dict[str, Any] = {"shared_bridge": shared_bridge, "parts": parts, "num_decoders": num_decoders}
-    decoders = tiny_decoders(**kind)
+def _plain(*, without: int | None = None, same_batch: bool = False, mean_of_parts: int = 1, **model: Any) -> Trajectory:
+    """Run of the plain trainer. without: a step to skip. model: see `tiny_compressor`."""
+    of_decoders = ("shared_bridge", "parts", "num_decoders")
+    decoders = tiny_decoders(**{name: model[name] for name in of_decoders if name in model})
     steps = [step for step in range(NUM_STEPS) if step != without]
-    return train_plainly(compressor, decoders, steps, same_batch=same_batch, mean_of_parts=mean_of_parts)
+    return train_plainly(tiny_compressor(**model), decoders, steps, same_batch=same_batch, mean_of_parts=mean_of_parts)
 
 
 def _assert_close(errors: dict[str, float]) -> None:

@@ -158,7 +158,7 @@ def test_the_covering_subset_has_every_pair_of_choices() -> None:
 class RaggedRun(NamedTuple):
     """Observations of one rank over many ragged steps.
 
-    heap_bytes: bytes that malloc has handed out after each step, from the end of the warm-up.
+    heap_bytes: bytes that malloc has handed out after each step.
     layer_bytes: bytes of the parameters of one encoder layer.
     shapes: (contexts, labels) of this rank in each step.
     """
@@ -231,8 +231,7 @@ def _train_ragged(recompute: str, num_steps: int) -> RaggedRun:
         shapes.append((num_contexts, sum(b.num_labels for b in batches)))
         assert not any(param.numel() for module in modules for param in module.parameters()), "left gathered"
         del batch, batches, micro, result
-        if step >= WARM_UP_STEPS:
-            heap_bytes.append(_heap_bytes())
+        heap_bytes.append(_heap_bytes())
     layer = engine.module.encoder.layers[0]
     assert engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
     assert before == [frozen_digest(decoder.module) for decoder in decoders]
@@ -246,5 +245,7 @@ def test_ragged_ranks_neither_hang_nor_keep_gathered_parameters(recompute: str) 
     assert ranks[0].shapes != ranks[1].shapes
     for rank in ranks:
         assert {0} < {labels for _, labels in rank.shapes} and {0} < {contexts for contexts, _ in rank.shapes}
-        # A single layer that leaks in any of these steps has ten times as many bytes. Measured in 50 steps: 25 kB.
-        assert max(rank.heap_bytes) - min(rank.heap_bytes[:5]) < rank.layer_bytes / 10, rank.heap_bytes
+        filled = rank.heap_bytes[WARM_UP_STEPS:]
+        # One of the layer's three FFN matrices, leaked once in all of these steps, would be seen. Measured in 50 steps
+        # on two ranks: 25 kB, a thirtieth of the layer.
+        assert max(filled) - min(filled[:5]) < rank.layer_bytes / 4, rank.heap_bytes

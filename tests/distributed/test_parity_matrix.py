@@ -246,6 +246,6 @@ def test_ragged_ranks_neither_hang_nor_keep_gathered_parameters(recompute: str) 
     for rank in ranks:
         assert {0} < {labels for _, labels in rank.shapes} and {0} < {contexts for contexts, _ in rank.shapes}
         filled = rank.heap_bytes[max(WARM_UP_STEPS, NUM_STEPS // 2) :]
-        # A single layer (0.75 MB) that leaks once in all of these steps would be seen. Measured: 25 kB on two ranks, and
-        # 0.3 MB on one rank, whose caches of malloc fill more slowly.
+        # A single layer (0.75 MB) that leaks once in all of these steps would be seen. Measured: 25 kB on two ranks,
+        # and 0.3 MB on one rank, whose caches of malloc fill more slowly.
         assert max(filled) - min(filled[:5]) < rank.layer_bytes, rank.heap_bytes

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arc_ds.batch.groups import GroupRule, cumulative, group_sizes
-from arc_ds.batch.segments import MARKERS, Sample
+from arc_ds.batch.segments import MARKERS, Sample, Segment
 
 
 class PoolingSpec(NamedTuple):
@@ -98,9 +98,9 @@ class PackedBatch:
     def num_labels(self) -> int:
         return self.labels.numel()
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+    def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`; asynchronous from pinned memory."""
-        return _map_tensors(self, lambda t: t.to(device, non_blocking=non_blocking))
+        return _map_tensors(self, lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory (called by torch's DataLoader)."""
@@ -117,36 +117,34 @@ def pack(samples: Sequence[Sample], spec: PoolingSpec) -> PackedBatch:
         raise ValueError("pack() needs at least one sample")
     if spec.rules and spec.memory_tokens:
         raise ValueError(f"pooling rules {spec.rules} and memory_tokens={spec.memory_tokens} exclude each other")
-    pieces = _pieces_of(samples)
-    lengths = np.array([len(ids) for ids in pieces.context_ids], dtype=np.int64)
+    contexts = [segment for sample in samples for segment in sample.segments if segment.kind == "context"]
+    lengths = np.array([len(context.ids) for context in contexts], dtype=np.int64)
     row_lengths = lengths + spec.memory_tokens
-    levels, outputs = _pool(lengths, spec)
-    kinds = np.array(pieces.markers, dtype=np.int64)
+    outputs = num_outputs(lengths, spec)
+    kinds = np.array([-1 if c.marker is None else MARKERS.index(c.marker) for c in contexts], dtype=np.int64)
     vectors = outputs + (kinds >= 0)  # compressed vectors of each context, its marker included
     first = vectors.cumsum() - vectors
     first_row = row_lengths.cumsum() - row_lengths
     has_memory = spec.memory_tokens > 0
     return PackedBatch(
-        encoder_ids=torch.from_numpy(_joined(pieces.context_ids)),
+        encoder_ids=torch.from_numpy(_joined(contexts)),
         encoder_cu_seqlens=torch.from_numpy(cumulative(row_lengths)),
         encoder_positions=torch.from_numpy(_ranges(row_lengths)),
         token_rows=torch.from_numpy(_rows(first_row, lengths)) if has_memory else None,
         memory_rows=torch.from_numpy(_rows(first_row + lengths, outputs)) if has_memory else None,
-        levels=levels,
+        levels=_pool(lengths, spec.rules),
         output_slots=torch.from_numpy(_rows(first, outputs)),
         marker_slots=torch.from_numpy((first + outputs)[kinds >= 0]),
         marker_kinds=torch.from_numpy(kinds[kinds >= 0]),
         encoder_max_seqlen=int(row_lengths.max(initial=0)),
-        **_decoder_rows(samples, pieces, vectors),
+        **_decoder_rows(samples, vectors),
     )
 
 
-def _pool(lengths: NDArray[np.int64], spec: PoolingSpec) -> tuple[tuple[PoolLevel, ...], NDArray[np.int64]]:
-    """The successive poolings of contexts, and the encoder outputs of each context, without markers. All int64 [C]."""
-    if spec.memory_tokens:
-        return (), num_outputs(lengths, spec)
+def _pool(lengths: NDArray[np.int64], rules: Sequence[GroupRule]) -> tuple[PoolLevel, ...]:
+    """The successive poolings of contexts of the given lengths, int64 [C]."""
     levels = []
-    for rule in spec.rules:
+    for rule in rules:
         sizes, lengths = group_sizes(lengths, rule)
         levels.append(
             PoolLevel(
@@ -156,7 +154,7 @@ def _pool(lengths: NDArray[np.int64], spec: PoolingSpec) -> tuple[tuple[PoolLeve
                 max_seqlen=int(lengths.max(initial=0)),
             )
         )
-    return tuple(levels), lengths
+    return tuple(levels)
 
 
 def num_outputs(lengths: NDArray[np.int64], spec: PoolingSpec) -> NDArray[np.int64]:
@@ -168,68 +166,34 @@ def num_outputs(lengths: NDArray[np.int64], spec: PoolingSpec) -> NDArray[np.int
     return lengths
 
 
-class _Pieces(NamedTuple):
-    """All N segments of a batch in reading order, by column.
-
-    sequences: the sequence of each segment.
-    is_text: whether each is text.
-    in_loss: whether each is a target.
-    context_ids: ids of the context segments.
-    markers: markers of the context segments, as indices into MARKERS; -1 for none.
-    text_ids: ids of the text segments.
-    """
-
-    sequences: list[int]
-    is_text: list[bool]
-    in_loss: list[bool]
-    context_ids: list[NDArray[np.integer]]
-    markers: list[int]
-    text_ids: list[NDArray[np.integer]]
-
-
-def _pieces_of(samples: Sequence[Sample]) -> _Pieces:
-    pieces = _Pieces([], [], [], [], [], [])
-    sequences, all_is_text, all_in_loss, context_ids, markers, text_ids = pieces
-    for sequence, sample in enumerate(samples):
-        for kind, ids, in_loss, marker in sample.segments:
-            is_text = kind == "text"
-            sequences.append(sequence)
-            all_is_text.append(is_text)
-            all_in_loss.append(in_loss and is_text)
-            if is_text:
-                text_ids.append(ids.array)
-            else:
-                context_ids.append(ids.array)
-                markers.append(-1 if marker is None else MARKERS.index(marker))
-    return pieces
-
-
-def _decoder_rows(samples: Sequence[Sample], pieces: _Pieces, vectors: NDArray[np.int64]) -> dict[str, Any]:
+def _decoder_rows(samples: Sequence[Sample], vectors: NDArray[np.int64]) -> dict[str, Any]:
     """The decoder's fields of the batch. `vectors`: number of compressed vectors of each context, int64 [C]."""
-    sequences = np.array(pieces.sequences, dtype=np.int64)
-    texts = np.array(pieces.is_text, dtype=bool)
-    contexts = ~texts
-    text_lengths = np.array([len(ids) for ids in pieces.text_ids], dtype=np.int64)
-    rows = np.empty(len(sequences), dtype=np.int64)
-    rows[texts], rows[contexts] = text_lengths, vectors
+    segments = [segment for sample in samples for segment in sample.segments]
+    sequences = np.arange(len(samples)).repeat([len(sample.segments) for sample in samples])
+    is_text = np.array([segment.kind == "text" for segment in segments], dtype=bool)
+    texts = [segment for segment in segments if segment.kind == "text"]
+    text_lengths = np.array([len(text.ids) for text in texts], dtype=np.int64)
+    rows = np.empty(len(segments), dtype=np.int64)
+    rows[is_text], rows[~is_text] = text_lengths, vectors
     first = rows.cumsum() - rows
     # The first token of a text has no text row before it, unless the text continues another one.
-    skipped = np.where(_after_text(sequences, texts, rows)[texts], 0, 1)
-    targets = np.where(np.array(pieces.in_loss, dtype=bool)[texts], np.maximum(text_lengths - skipped, 0), 0)
+    skipped = np.where(_after_text(sequences, is_text, rows)[is_text], 0, 1)
+    in_loss = np.array([text.in_loss for text in texts], dtype=bool)
+    targets = np.where(in_loss, np.maximum(text_lengths - skipped, 0), 0)
     target_tokens = _rows(text_lengths.cumsum() - text_lengths + skipped, targets)
-    first_text_rows = first[texts]
+    first_text_rows = first[is_text]
     lengths = np.bincount(sequences, weights=rows, minlength=len(samples)).astype(np.int64)
-    ids = _joined(pieces.text_ids)
+    ids = _joined(texts)
     return {
         "decoder_ids": torch.from_numpy(ids),
         "decoder_cu_seqlens": torch.from_numpy(cumulative(lengths)),
         "decoder_positions": torch.from_numpy(_ranges(lengths)),
         "text_rows": torch.from_numpy(_rows(first_text_rows, text_lengths)),
-        "compressed_rows": torch.from_numpy(_rows(first[contexts], vectors)),
+        "compressed_rows": torch.from_numpy(_rows(first[~is_text], vectors)),
         "label_rows": torch.from_numpy(_rows(first_text_rows + skipped - 1, targets)),
         "labels": torch.from_numpy(ids[target_tokens]),
-        "label_sequences": torch.from_numpy(sequences[texts].repeat(targets)),
-        "prefix": _prefix_split(lengths, _prefix_lengths(lengths, sequences[contexts], first[contexts])),
+        "label_sequences": torch.from_numpy(sequences[is_text].repeat(targets)),
+        "prefix": _prefix_split(lengths, _prefix_lengths(lengths, sequences[~is_text], first[~is_text])),
         "tasks": tuple(sample.task for sample in samples),
         "decoder_max_seqlen": int(lengths.max(initial=0)),
     }
@@ -254,10 +218,8 @@ def _prefix_lengths(
     first: the first row of each context, [C].
     """
     found = np.zeros_like(lengths)
-    is_first = np.ones(len(sequences), dtype=bool)
-    is_first[1:] = sequences[1:] != sequences[:-1]
-    owners = sequences[is_first]
-    found[owners] = first[is_first] - (lengths.cumsum() - lengths)[owners]
+    owners, first_contexts = np.unique(sequences, return_index=True)
+    found[owners] = first[first_contexts] - (lengths.cumsum() - lengths)[owners]
     return found
 
 
@@ -299,5 +261,6 @@ def _ranges(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return _rows(np.zeros_like(lengths), lengths)
 
 
-def _joined(pieces: Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:
-    return np.concatenate(pieces, dtype=np.int64) if pieces else np.zeros(0, dtype=np.int64)
+def _joined(segments: Sequence[Segment]) -> NDArray[np.int64]:
+    ids = [segment.ids.array for segment in segments]
+    return np.concatenate(ids, dtype=np.int64) if ids else np.zeros(0, dtype=np.int64)

@@ -86,14 +86,14 @@ def read_model(config: RunConfig) -> RunModel:
 
     Raises WeightsError or ConfigError like `read_outline`.
     """
-    outline = read_outline(config)
+    spec, decoders = read_outline(config)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     return RunModel(
-        spec=outline.spec,
-        decoders=outline.decoders,
-        kinds=sample_kinds(config, outline.spec.packing, _open_shards),
-        build_compressor=lambda changed: build_compressor_outline(changed, outline, dtype),
-        build_decoder=lambda changed, idx: build_decoder_outline(changed, outline, idx, dtype),
+        spec=spec,
+        decoders=decoders,
+        kinds=sample_kinds(config, spec.packing, _open_shards),
+        build_compressor=lambda changed: build_compressor_outline(changed, spec, dtype),
+        build_decoder=lambda changed, idx: build_decoder_outline(changed, decoders[idx], idx, dtype),
         count_groups=lambda changed, compressor: len(make_param_groups(compressor, changed.optimizer)),
         choose_placement=choose_placement,
         replicated_share=REPLICATED_SHARE,

@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 
-from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.checkpoints.weight_digests import weight_digests
 from arc_ds.config.deepspeed import resolve_decoder_deepspeed, resolve_deepspeed
 from arc_ds.config.load import common, flatten_tree
 from arc_ds.config.schema import OptimizerConfig, RunConfig
 from arc_ds.data.loading.loader import StepData
 from arc_ds.data.tasks.task import NO_CHAT
-from arc_ds.inference.weight_samples import sample_weights
-from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.spec import CompressorSpec
 from arc_ds.model.transformers_decoder import check_length
 from arc_ds.planning.flops import work_rates
@@ -29,14 +26,14 @@ from arc_ds.training.build_model import (
     DecoderFiles,
     StartingWeights,
     compressor_spec,
-    encoder_tokenizer_path,
     open_decoders,
     open_starting_weights,
     starting_compressor,
+    tokenizer_path,
 )
 from arc_ds.training.engine import PlacedDecoder, build_engine, choose_placement, partitioned, place_decoder
 from arc_ds.training.optim import PortAdamW, make_param_groups
-from arc_ds.training.ports import PortRecord, saved_ports, warn_of_ports
+from arc_ds.training.ports import saved_ports, warn_of_ports
 from arc_ds.training.run import InputDigests, Run
 from arc_ds.training.same_on_ranks import check_same, software
 from arc_ds.training.schedule import RateSchedule
@@ -70,7 +67,7 @@ def read_parts(config: RunConfig, device: torch.device) -> RunParts:
         encoder = config.encoder
         ds_config = resolve_deepspeed(config.deepspeed, config, dist.world_size(), local_world_size)
         spec = compressor_spec(config)
-        tokenizer = load_tokenizer(encoder_tokenizer_path(encoder))
+        tokenizer = load_tokenizer(tokenizer_path(encoder))
         check_fits(tokenizer, spec.backbone.vocab_size, encoder.backbone)
         decoders = open_decoders(config.trained_decoders, bos=config.data.decoder_bos)
         sizes = [decoder.weights.sizes for decoder in decoders]
@@ -105,8 +102,8 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     """Build the run on this rank. Collective. If one rank finds a mistake, all ranks raise ArcError."""
     parts = read_parts(config, device)
     compressor = starting_compressor(config, parts.spec, parts.weights, partitioned(parts.ds_config))
+    records = [decoder.record for decoder in parts.decoders]
     with dist.fail_together():
-        records = _port_records(config, parts)
         ports = saved_ports(records, parts.spec, parts.weights.plan, parts.weights.folder)
     is_encoder_trained = any(param.requires_grad for param in compressor.encoder.parameters())
     trains_encoder = is_encoder_trained and config.optimizer.encoder_lr > 0
@@ -133,24 +130,6 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         normalize=config.loss.normalize,
         validator=parts.validator,
     )
-
-
-def _port_records(config: RunConfig, parts: RunParts) -> list[PortRecord]:
-    """The records of the trained decoders."""
-    return [
-        PortRecord(
-            decoder=TrainedFor(
-                name=decoder.name,
-                rope_scaling=decoder.rope_scaling,
-                implementation="native" if isinstance(files.weights.sizes, BackboneConfig) else "transformers",
-                bos=config.data.decoder_bos,
-                chat_template=decoder.chat_template,
-            ),
-            ids_digest=files.ids_digest,
-            weights=sample_weights(files.weights),
-        )
-        for decoder, files in zip(config.trained_decoders.values(), parts.decoders, strict=True)
-    ]
 
 
 def rate_schedule(optimizer: OptimizerConfig, total_steps: int) -> RateSchedule:

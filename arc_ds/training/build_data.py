@@ -22,7 +22,7 @@ from arc_ds.shards.reader import ShardSet
 from arc_ds.shards.storage.cache import open_cache
 from arc_ds.system import dist
 from arc_ds.tokenizers import load_tokenizer
-from arc_ds.training.build_model import encoder_tokenizer_path
+from arc_ds.training.build_model import tokenizer_path
 from arc_ds.training.validate import ValidationSet, Validator
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ def step_data(
     rates: work per sample with each decoder; used to distribute samples evenly over ranks.
     """
     sources = [_open_source(config, source) for source in config.data.sources]
-    tokenizer_path = encoder_tokenizer_path(config.encoder)
-    fingerprint = load_tokenizer(tokenizer_path).fingerprint
+    encoder_tokenizer = tokenizer_path(config.encoder)
+    fingerprint = load_tokenizer(encoder_tokenizer).fingerprint
     for source in sources:
         if source.shards.manifest.tokenizer_fingerprint != fingerprint:
             logger.warning(
@@ -59,7 +59,7 @@ def step_data(
     return StepData(
         order=order,
         sources=sources,
-        encoder_tokenizer=tokenizer_path,
+        encoder_tokenizer=encoder_tokenizer,
         readers=readers,
         pooling=packing,
         rates=rates,
@@ -82,7 +82,7 @@ def open_validator(
     held_out = validation_examples(
         [_open_source(config, source) for source in config.data.held_out],
         config.validation.num_samples,
-        encoder=load_tokenizer(encoder_tokenizer_path(config.encoder)),
+        encoder=load_tokenizer(tokenizer_path(config.encoder)),
         readers=[files.load() for files in readers],
         on_error=config.data.on_error,
     )

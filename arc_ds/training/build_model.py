@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from arc_ds.batch.segments import MARKERS
+from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.schema import DecoderConfig, EncoderConfig, LoraConfig, RunConfig
 from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.errors import ConfigError
@@ -27,6 +28,7 @@ from arc_ds.inference.load import (
     empty_compressor,
     open_arc_folder,
 )
+from arc_ds.inference.weight_samples import sample_weights
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.bridge import check_bridge_init, init_bridge
 from arc_ds.model.compressor import Compressor
@@ -46,7 +48,7 @@ from arc_ds.model.weights import (
 )
 from arc_ds.tokenizers import check_fits, ids_digest, load_tokenizer, tokenizer_file
 from arc_ds.training.engine import set_trained
-from arc_ds.training.ports import PortPlan, plan_ports, tensors_of_run
+from arc_ds.training.ports import PortPlan, PortRecord, plan_ports, tensors_of_run
 
 MARKER_TEXT = "\n"  # markers start from this token's embedding because it ends a passage in most texts
 
@@ -71,11 +73,12 @@ def compressor_spec(config: RunConfig) -> CompressorSpec:
         bridge=config.bridge.kind,
         bridge_hidden_size=config.bridge.hidden_size,
         bridge_shared=config.bridge.shared,
-        decoder_sizes=tuple(_sizes_of(decoder).hidden_size for decoder in config.trained_decoders.values()),
+        decoder_sizes=tuple(decoder_sizes(decoder).hidden_size for decoder in config.trained_decoders.values()),
     )
 
 
-def _sizes_of(decoder: DecoderConfig) -> DecoderSizes:
+def decoder_sizes(decoder: DecoderConfig) -> DecoderSizes:
+    """The sizes of a decoder, from its files. Raises WeightsError if they cannot be read."""
     return read_decoder_sizes(
         Path(decoder.backbone),
         decoder.rope_scaling,
@@ -84,14 +87,9 @@ def _sizes_of(decoder: DecoderConfig) -> DecoderSizes:
     )
 
 
-def encoder_tokenizer_path(encoder: EncoderConfig) -> Path:
-    """Path of the encoder's tokenizer. Raises TokenizerError if there is none."""
-    return tokenizer_file(Path(encoder.tokenizer or encoder.backbone))
-
-
-def decoder_tokenizer_path(decoder: DecoderConfig) -> Path:
-    """Path of a decoder's tokenizer. Raises TokenizerError if there is none."""
-    return tokenizer_file(Path(decoder.tokenizer or decoder.backbone))
+def tokenizer_path(model: EncoderConfig | DecoderConfig) -> Path:
+    """Path of the tokenizer of the encoder or of a decoder. Raises TokenizerError if there is none."""
+    return tokenizer_file(Path(model.tokenizer or model.backbone))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,18 +184,18 @@ class DecoderFiles:
     placement: as configured.
     reader: its tokenizer and chat template.
     fingerprints: of the tokenizer and the chat template, by config key.
-    ids_digest: of the tokenizer's ids (`tokenizers.ids_digest`).
+    record: of its port, for checkpoints.
     """
 
     weights: OpenedDecoder
     placement: str
     reader: ReaderFiles
     fingerprints: Mapping[str, str]
-    ids_digest: str
+    record: PortRecord
 
 
 def open_decoders(decoders: Mapping[int, DecoderConfig], *, bos: bool) -> tuple[DecoderFiles, ...]:
-    """Open the run's decoders. Reads sizes and tokenizers.
+    """Open the run's decoders. Reads sizes, tokenizers and samples of the weights.
 
     decoders: the trained decoders by their index in the config.
     bos: whether sequences begin with begin-of-text.
@@ -207,7 +205,7 @@ def open_decoders(decoders: Mapping[int, DecoderConfig], *, bos: bool) -> tuple[
     """
     opened = []
     for idx, decoder in decoders.items():
-        files = ReaderFiles(tokenizer=decoder_tokenizer_path(decoder), chat_template=decoder.chat_template)
+        files = ReaderFiles(tokenizer=tokenizer_path(decoder), chat_template=decoder.chat_template)
         reader = files.load()
         fingerprints = {f"decoders.{idx}": reader.tokenizer.fingerprint}
         if decoder.chat_template != "none":
@@ -223,13 +221,21 @@ def open_decoders(decoders: Mapping[int, DecoderConfig], *, bos: bool) -> tuple[
         bos_ids = [reader.tokenizer.bos_id] if bos and reader.tokenizer.bos_id is not None else []
         needed = [*bos_ids, *reader.layout.special_ids]
         check_fits(reader.tokenizer, weights.sizes.vocab_size, decoder.backbone, needed)
+        settings = TrainedFor(
+            name=decoder.name,
+            rope_scaling=decoder.rope_scaling,
+            implementation="native" if isinstance(weights.sizes, BackboneConfig) else "transformers",
+            bos=bos,
+            chat_template=decoder.chat_template,
+        )
+        ids = ids_digest(reader.tokenizer)
         opened.append(
             DecoderFiles(
                 weights=weights,
                 placement=decoder.placement,
                 reader=files,
                 fingerprints=fingerprints,
-                ids_digest=ids_digest(reader.tokenizer),
+                record=PortRecord(decoder=settings, ids_digest=ids, weights=sample_weights(weights)),
             )
         )
     return tuple(opened)
@@ -259,7 +265,7 @@ def _check_same_meaning(config: RunConfig, spec: CompressorSpec, folder: ArcFold
             continue
         trained = folder.decoders[source]
         pairs[f"data.decoder_bos, for decoder {decoder.name}"] = (config.data.decoder_bos, trained.bos)
-        sizes = _sizes_of(decoder)
+        sizes = decoder_sizes(decoder)
         if isinstance(sizes, BackboneConfig):  # transformers always applies the checkpoint's scaling
             scaling = read_backbone_config(decoder.backbone, trained.rope_scaling).rope_scaling
             pairs[f"rope_scaling of decoder {decoder.name}"] = (sizes.rope_scaling, scaling)
@@ -312,12 +318,12 @@ def _fresh_prefixes(spec: CompressorSpec, plan: PortPlan) -> tuple[str, ...]:
 
 def _check_same_tokenizers(config: RunConfig, folder: ArcFolder, plan: PortPlan) -> None:
     """Raise TokenizerError if the starting weights were trained with other tokenizers."""
-    path = encoder_tokenizer_path(config.encoder)
+    path = tokenizer_path(config.encoder)
     remedy = f"Use the tokenizer of these weights: encoder.tokenizer={config.encoder.init_from}"
     check_encoder_tokenizer(load_tokenizer(path), folder.encoder_fingerprints, path, remedy=remedy)
     for (idx, decoder), source in zip(config.trained_decoders.items(), plan.sources, strict=True):
         if source is not None:
-            path, settings = decoder_tokenizer_path(decoder), folder.decoders[source]
+            path, settings = tokenizer_path(decoder), folder.decoders[source]
             remedy = f"If it is a new decoder, set decoders.{idx}.fresh_bridge=true."
             check_decoder_tokenizer(load_tokenizer(path), settings, path, remedy=remedy)
 
@@ -327,18 +333,17 @@ def _fill_rest(compressor: Compressor, config: RunConfig, spec: CompressorSpec, 
     generator = torch.Generator().manual_seed(config.seed)
     if spec.memory_tokens and config.encoder.init_from is None:
         set_parameter(compressor, "encoder.memory", torch.ones(spec.memory_tokens, spec.backbone.hidden_size))
-    if lora := lora_spec(config.encoder.lora):
-        with torch.device("meta"):
-            shapes = {name: tuple(p.shape) for name, p in build_compressor(spec, lora=lora).named_parameters()}
+    if config.encoder.lora is not None:
         of_adapters = torch.Generator().manual_seed(config.seed)  # of its own: fresh bridges do not depend on adapters
-        for name, shape in shapes.items():
+        for name, parameter in list(compressor.named_parameters()):
             if is_adapter(name):
+                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # of the whole, if it is partitioned
                 set_parameter(compressor, name, starting_adapter(name, shape, of_adapters))
     table_VD = compressor.encoder.tok_embeddings.weight
     if config.markers.init == "ones":
         start_1D = torch.ones(1, spec.backbone.hidden_size)
     else:
-        ids = load_tokenizer(encoder_tokenizer_path(config.encoder)).encode(MARKER_TEXT)
+        ids = load_tokenizer(tokenizer_path(config.encoder)).encode(MARKER_TEXT)
         with gathered([table_VD]):
             start_1D = table_VD.detach()[ids[-1:]].to("cpu", torch.float32, copy=True)
     for prefix in _fresh_prefixes(spec, plan):

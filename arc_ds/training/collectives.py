@@ -4,13 +4,14 @@ Every collective of torch, and thus of DeepSpeed, ends in a method of `ProcessGr
 
     with counting_collectives({name: decoder_engine}) as counter:
         train_step(...)
-        counts = counter.read()  # {Collective("encoder", "all_gather", 8): Count(calls=…, full_bytes=…), …}
+        full_bytes = counter.read()  # {Collective("encoder", "all_gather", 8): 4096, …}
 
 DeepSpeed has a communication logger, but it synchronizes with the device after every collective.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,18 +59,6 @@ class Collective(NamedTuple):
     num_ranks: int
 
 
-class Count(NamedTuple):
-    """The collectives of one kind.
-
-    calls: number of collectives; a coalesced one is a single call.
-    full_bytes: bytes of the full tensors: the output of an all-gather (all shards, with their padding), the input of a
-        reduce-scatter, the tensor of an all-reduce or a broadcast. It is the same on every rank.
-    """
-
-    calls: int
-    full_bytes: int
-
-
 def sent_bytes(kind: Collective, full_bytes: int) -> float:
     """Bytes that each rank sends (and receives) if the collective runs as a ring.
 
@@ -79,26 +68,26 @@ def sent_bytes(kind: Collective, full_bytes: int) -> float:
 
 
 class CollectiveCounter:
-    """Counts of this rank since the last `read`.
+    """Bytes of the full tensors of this rank's collectives since the last `read`.
+
+    The full tensor is the output of an all-gather (all shards, with their padding), the input of a reduce-scatter, the
+    tensor of an all-reduce or a broadcast. It is the same on every rank.
 
     engine: the engine to which collectives are attributed now.
     """
 
     def __init__(self) -> None:
         self.engine = ENCODER
-        self._counts: dict[Collective, list[int]] = {}
+        self._full_bytes = Counter[Collective]()
 
     def add(self, op: str, num_ranks: int, full_bytes: int) -> None:
         """Count one collective."""
-        count = self._counts.setdefault(Collective(self.engine, op, num_ranks), [0, 0])
-        count[0] += 1
-        count[1] += full_bytes
+        self._full_bytes[Collective(self.engine, op, num_ranks)] += full_bytes
 
-    def read(self) -> dict[Collective, Count]:
-        """Return the counts since the last call, and reset them."""
-        counts = {kind: Count(*count) for kind, count in self._counts.items()}
-        self._counts.clear()
-        return counts
+    def read(self) -> Counter[Collective]:
+        """Return the bytes by kind of collective since the last call, and reset them."""
+        found, self._full_bytes = self._full_bytes, Counter()
+        return found
 
 
 @contextmanager

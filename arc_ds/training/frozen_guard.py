@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from arc_ds.errors import TrainingError
 from arc_ds.system import dist
 from arc_ds.training.hooks import Hook
+from arc_ds.training.memory import held_tensors
 from arc_ds.training.run import Run
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,7 +28,7 @@ def frozen_digest(module: nn.Module) -> int:
 
     It is the sum of the weights' bits as integers, weighted by the parameter. Any single changed value changes it.
     """
-    held = [tensor for parameter in module.parameters() for tensor in _held(parameter) if tensor.numel()]
+    held = [tensor for parameter in module.parameters() for tensor in held_tensors(parameter) if tensor.numel()]
     if not held:
         return 0
     sums = torch.stack([_sum_of_bits(tensor) for tensor in held])
@@ -38,14 +38,6 @@ def frozen_digest(module: nn.Module) -> int:
 def _sum_of_bits(tensor: Tensor) -> Tensor:
     pieces = tensor.flatten().view(_INTEGERS[tensor.element_size()]).split(_PIECE)
     return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
-
-
-def _held(parameter: Any) -> list[Tensor]:
-    """The tensors of a parameter on this rank. With hpZ there are two shards."""
-    if not hasattr(parameter, "ds_tensor"):
-        return [parameter.detach()]
-    secondary = getattr(parameter, "ds_secondary_tensor", None)
-    return [parameter.ds_tensor.detach(), *([] if secondary is None else [secondary.detach()])]
 
 
 class FrozenGuard(Hook):

@@ -18,7 +18,7 @@ from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.planning.flops import count_flops
 from arc_ds.system import activity, dist
 from arc_ds.system.device import GIB, peak_memory_bytes
-from arc_ds.training.collectives import ENCODER, Collective, CollectiveCounter, Count, sent_bytes
+from arc_ds.training.collectives import ENCODER, Collective, CollectiveCounter, sent_bytes
 from arc_ds.training.memory import engine_memory, leaked_parameters
 from arc_ds.training.meters import COUNTS, Meter, Totals
 from arc_ds.training.run import Run
@@ -79,7 +79,7 @@ class MetricsHook(Hook):
     encoder: its trained parts, for MFU.
     peak_flops: peak FLOP/s of the device, for MFU: required operations as a share of the peak (`flops.py`). None: no
         MFU. There is none for decoders of transformers either, whose operations are only estimated.
-    counter: counts the collectives of the steps. One that is not counting has no metrics.
+    counter: counts the collectives of the steps. Without counts there are no metrics of the network.
     """
 
     priority = 10
@@ -358,18 +358,18 @@ def _memory_metrics(totals: Totals) -> dict[str, float]:
     }
 
 
-def _network_metrics(counts: Mapping[Collective, Count], num_steps: int, elapsed: float) -> dict[str, float]:
+def _network_metrics(by_kind: Mapping[Collective, int], num_steps: int, elapsed: float) -> dict[str, float]:
     """Means per step of this rank's collectives: bytes of full tensors by kind and engine, and bytes that it sends."""
     full, sent = Counter[str](), 0.0
-    for kind, count in counts.items():
+    for kind, full_bytes in by_kind.items():
         if kind.num_ranks == 1:
             continue
-        full[f"network/{kind.op}_mib/{kind.engine}"] += count.full_bytes
-        sent += sent_bytes(kind, count.full_bytes)
+        full[f"network/{kind.op}_mib/{kind.engine}"] += full_bytes
+        sent += sent_bytes(kind, full_bytes)
     if not full:
         return {}
     return {
-        **{name: full_bytes / _MIB / num_steps for name, full_bytes in full.items()},
+        **{name: size / _MIB / num_steps for name, size in full.items()},
         "network/sent_mib": sent / _MIB / num_steps,
         "network/sent_mib_per_s": sent / _MIB / elapsed,
     }

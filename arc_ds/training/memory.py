@@ -36,11 +36,7 @@ def engine_memory(module: nn.Module, engine: DeepSpeedEngine | None, device: tor
     engine: the engine that trains the module; None for a frozen module.
     device: device of this rank.
     """
-    params: list[Any] = list(module.parameters())
-    sharded = [param for param in params if hasattr(param, "ds_tensor")]
-    stored = [param for param in params if not hasattr(param, "ds_tensor")]
-    stored += [param.ds_tensor for param in sharded]
-    stored += [param.ds_secondary_tensor for param in sharded if param.ds_secondary_tensor is not None]
+    params = list(module.parameters())
     gradients: list[Tensor] = []
     states: list[Tensor] = []
     if engine is not None:
@@ -52,11 +48,19 @@ def engine_memory(module: nn.Module, engine: DeepSpeedEngine | None, device: tor
         ]
     counted: set[int] = set()
     return EngineMemory(
-        parameters=_bytes(stored, device, counted),
-        gathered=_bytes(sharded, device, counted),
+        parameters=_bytes((tensor for param in params for tensor in held_tensors(param)), device, counted),
+        gathered=_bytes((param for param in params if hasattr(param, "ds_tensor")), device, counted),
         gradients=_bytes(gradients, device, counted),
         optimizer=_bytes(states, device, counted),
     )
+
+
+def held_tensors(parameter: Any) -> list[Tensor]:
+    """The tensors of a parameter that this rank keeps: all of it, or its shard, and with hpZ a second one."""
+    if not hasattr(parameter, "ds_tensor"):
+        return [parameter.detach()]
+    shards = (parameter.ds_tensor, parameter.ds_secondary_tensor)
+    return [shard.detach() for shard in shards if shard is not None]
 
 
 def leaked_parameters(module: nn.Module) -> list[str]:

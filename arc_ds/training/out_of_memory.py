@@ -1,4 +1,4 @@
-"""One message for a rank that has run out of memory: where, what takes it, and which settings need less."""
+"""The message of a rank that has run out of memory: where it was, what holds the memory, and how to need less."""
 
 from __future__ import annotations
 

@@ -1,37 +1,21 @@
-"""The model of a run on the meta device: all shapes, no weights, no file but those with the sizes."""
+"""The model of a run on the meta device: all shapes and no weights. Only the sizes are read from files."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from arc_ds.config.schema import DecoderConfig, RunConfig
 from arc_ds.errors import ConfigError
-from arc_ds.inference.decoders import read_decoder_sizes
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.compressor import Compressor
 from arc_ds.model.decoder import Decoder
 from arc_ds.model.spec import CompressorSpec, build_compressor
-from arc_ds.training.build_model import compressor_spec, lora_spec
+from arc_ds.training.build_model import compressor_spec, decoder_sizes, lora_spec
 from arc_ds.training.engine import set_trained
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outline:
-    """The sizes of a run's model.
-
-    spec: sizes of the compressor.
-    decoders: sizes of the trained decoders, in the order of the ports.
-    """
-
-    spec: CompressorSpec
-    decoders: tuple[BackboneConfig, ...]
-
-
-def read_outline(config: RunConfig) -> Outline:
-    """Read the sizes of the run's backbones.
+def read_outline(config: RunConfig) -> tuple[CompressorSpec, tuple[BackboneConfig, ...]]:
+    """The sizes of the run's compressor and of its trained decoders, in the order of the ports.
 
     Raises WeightsError if sizes cannot be read, and ConfigError if they do not match or a decoder needs transformers.
     """
@@ -41,11 +25,11 @@ def read_outline(config: RunConfig) -> Outline:
     spec = compressor_spec(config)
     decoders = []
     for idx, decoder in config.trained_decoders.items():
-        sizes = read_decoder_sizes(Path(decoder.backbone), decoder.rope_scaling, implementation=decoder.implementation)
+        sizes = decoder_sizes(decoder)
         if not isinstance(sizes, BackboneConfig):
             raise _refusal(idx, decoder)
         decoders.append(sizes)
-    return Outline(spec=spec, decoders=tuple(decoders))
+    return spec, tuple(decoders)
 
 
 def _refusal(idx: int, decoder: DecoderConfig) -> ConfigError:
@@ -55,12 +39,12 @@ def _refusal(idx: int, decoder: DecoderConfig) -> ConfigError:
     )
 
 
-def build_compressor_outline(config: RunConfig, outline: Outline, dtype: torch.dtype) -> Compressor:
+def build_compressor_outline(config: RunConfig, spec: CompressorSpec, dtype: torch.dtype) -> Compressor:
     """The compressor on "meta", with `requires_grad` as in the run. Raises ConfigError if sizes do not match."""
     try:
         with torch.device("meta"):
             compressor = build_compressor(
-                outline.spec,
+                spec,
                 activation_checkpointing=config.encoder.activation_checkpointing,
                 lora=lora_spec(config.encoder.lora),
             )
@@ -70,8 +54,8 @@ def build_compressor_outline(config: RunConfig, outline: Outline, dtype: torch.d
     return compressor.to(dtype)
 
 
-def build_decoder_outline(config: RunConfig, outline: Outline, idx: int, dtype: torch.dtype) -> Decoder:
+def build_decoder_outline(config: RunConfig, sizes: BackboneConfig, idx: int, dtype: torch.dtype) -> Decoder:
     """One of the run's trained decoders on "meta". idx: of its port."""
     decoder = list(config.trained_decoders.values())[idx]
     with torch.device("meta"):
-        return Decoder(outline.decoders[idx], activation_checkpointing=decoder.activation_checkpointing).to(dtype)
+        return Decoder(sizes, activation_checkpointing=decoder.activation_checkpointing).to(dtype)

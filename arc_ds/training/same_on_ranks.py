@@ -8,6 +8,7 @@ import platform
 import re
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from arc_ds.system import dist
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "tiktoken", "tokenizers", "transformers", "triton")
 _SETTINGS = re.compile(r"(TORCH_)?(NCCL|GLOO)_.*")
-# They name a host's own devices and files.
+# Settings that name devices and files of a host.
 _OF_HOSTS = re.compile(
     r"(NCCL|GLOO)_SOCKET_IFNAME|NCCL_(IB_HCA|IB_GID_INDEX|TOPO_FILE|GRAPH_\w*|DEBUG\w*|CONF_FILE|HOSTID)"
 )
@@ -29,13 +30,11 @@ _MAX_CHARACTERS = 60
 
 
 def software() -> dict[str, str]:
-    """Versions of what computes a step, a digest of our own code, and the settings of collectives."""
+    """Versions of the software that computes a step, a digest of our own code, and the settings of collectives."""
     found = {"python": platform.python_version(), "arc_ds code": _code_digest()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     if torch.cuda.is_available():
         found["CUDA"] = str(torch.version.cuda)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))

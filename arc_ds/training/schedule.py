@@ -27,12 +27,7 @@ class RateSchedule:
     kind: Literal["one_cycle", "constant"] = "one_cycle"
 
     def lr(self, step: int, peak_lr: float) -> float:
-        """Learning rate in `step` (0 to total_steps - 1) for a group with this peak; 0 for a peak of 0.
-
-        Raises ValueError if the step is outside the run.
-        """
-        if not 0 <= step < self.total_steps:
-            raise ValueError(f"step {step} is outside a run of {self.total_steps} steps")
+        """Learning rate in `step` (0 to total_steps - 1) for a group with this peak; 0 for a peak of 0."""
         if peak_lr == 0:
             return 0.0
         peak_step = max(self.warmup_steps - 1, 0)

@@ -165,7 +165,7 @@ def train_step(
 
 
 class _Pass(NamedTuple):
-    """A micro-batch, and what is on the device.
+    """A micro-batch and its tensors on the device.
 
     batch: its content.
     class_L: int64 [L], decoder and task of each label as a single index.

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections import Counter
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from arc_ds.training import collectives
-from arc_ds.training.collectives import ENCODER, Collective, Count, counting_collectives, sent_bytes
-from arc_ds.training.engine import PlacedDecoder, build_engine, place_decoder
-from arc_ds.training.optim import PortAdamW
+from arc_ds.training.collectives import ENCODER, Collective, counting_collectives, sent_bytes
 from arc_ds.training.step import train_step
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.plain_trainer import (
-    BETAS,
-    EPS,
     SCHEDULE,
     TASKS,
+    parameter_bytes,
     step_of_rank,
     tiny_compressor,
     tiny_decoders,
     tiny_ds_config,
-    tiny_groups,
+    tiny_engines,
 )
 
 pytestmark = pytest.mark.distributed
@@ -34,30 +29,27 @@ pytestmark = pytest.mark.distributed
 NUM_PARTS = 2
 NUM_STEPS = 5
 DECODER_OF_STEP = (0, 0, 0, 1, 0)
-FLOAT_BYTES = 4
 PERSISTENT = 100
 
-StepCounts = list[dict[Collective, Count]]
-
-
-def _ds_config(persistence_threshold: int) -> dict[str, Any]:
-    """ZeRO-3 that gathers every other parameter in every forward and every backward pass of its module."""
-    return tiny_ds_config(
-        num_parts=NUM_PARTS,
-        stage3_max_reuse_distance=0,
-        stage3_prefetch_bucket_size=0,
-        stage3_param_persistence_threshold=persistence_threshold,
-    )
+StepCounts = list[Counter[Collective]]
 
 
 def _counts(persistence_threshold: int, attributed: bool = True) -> StepCounts:
-    """Counts of each step, with two sharded decoders."""
-    config = _ds_config(persistence_threshold)
-    compressor = tiny_compressor()
-    engine = build_engine(compressor, PortAdamW(tiny_groups(compressor), betas=BETAS, eps=EPS), config)
-    decoders = [place_decoder(decoder, config) for decoder in tiny_decoders()]
+    """Counts of each step, with two sharded decoders.
+
+    ZeRO-3 gathers parameters above the threshold in every forward and every backward pass of their modules.
+    """
+    engine, decoders = tiny_engines(
+        tiny_ds_config(
+            num_parts=NUM_PARTS,
+            stage3_max_reuse_distance=0,
+            stage3_prefetch_bucket_size=0,
+            stage3_param_persistence_threshold=persistence_threshold,
+        )
+    )
     by_step = []
-    with counting_collectives(_engines(decoders) if attributed else {}) as counter:
+    names = {f"decoder {idx}": placed.engine for idx, placed in enumerate(decoders)}
+    with counting_collectives(names if attributed else {}) as counter:
         for step in range(NUM_STEPS):
             batch = step_of_rank(step, rank=dist.get_rank(), world_size=dist.get_world_size(), num_parts=NUM_PARTS)
             train_step(engine, decoders, batch, schedule=SCHEDULE, tasks=TASKS)
@@ -66,10 +58,6 @@ def _counts(persistence_threshold: int, attributed: bool = True) -> StepCounts:
     assert not counter.read(), "counted after the end of the context"
     assert not any("fetch_sub_module" in vars(placed.engine.optimizer.get_param_coordinator()) for placed in decoders)
     return by_step
-
-
-def _engines(decoders: Iterable[PlacedDecoder]) -> dict[str, Any]:
-    return {f"decoder {idx}": placed.engine for idx, placed in enumerate(decoders)}
 
 
 def _shard_bytes(own: int) -> int:
@@ -83,33 +71,30 @@ def _counts_of_shards() -> StepCounts:
         return _counts(0)
 
 
-def _bytes(module: nn.Module, *, above: int = 0) -> int:
-    """Bytes of float32 parameters with more than `above` elements. Each has an even number, so two shards are equal."""
-    sizes = [param.numel() for param in module.parameters() if param.numel() > above]
-    assert all(size % 2 == 0 for size in sizes)
-    return FLOAT_BYTES * sum(sizes)
-
-
 def _expected(step: int, persistence_threshold: int) -> dict[tuple[str, str], int]:
     """Full bytes by engine and collective: two gathers and one reduction per micro-batch."""
     encoder, decoder_idx = tiny_compressor(), DECODER_OF_STEP[step]
     decoder = tiny_decoders()[decoder_idx]
-    sharded = _bytes(encoder, above=persistence_threshold)
+    # Two shards without padding.
+    assert all(param.numel() % 2 == 0 for module in (encoder, decoder) for param in module.parameters())
+    sharded = parameter_bytes(encoder, above=persistence_threshold)
     # ZeRO-3 gathers persistent parameters again after the update, once per step.
-    persistent = _bytes(encoder) - sharded
+    persistent = parameter_bytes(encoder) - sharded
     # A tied matrix belongs to two modules, and each of them gathers it.
-    tied = FLOAT_BYTES * decoder.tok_embeddings.weight.numel() if decoder.config.tie_embeddings else 0
+    tied = decoder.tok_embeddings.weight.nbytes if decoder.config.tie_embeddings else 0
     return {
         (ENCODER, "all_gather"): 2 * NUM_PARTS * sharded + persistent,
-        (ENCODER, "reduce_scatter"): NUM_PARTS * _bytes(encoder),
-        (f"decoder {decoder_idx}", "all_gather"): 2 * NUM_PARTS * (_bytes(decoder, above=persistence_threshold) + tied),
+        (ENCODER, "reduce_scatter"): NUM_PARTS * parameter_bytes(encoder),
+        (f"decoder {decoder_idx}", "all_gather"): 2
+        * NUM_PARTS
+        * (parameter_bytes(decoder, above=persistence_threshold) + tied),
     }
 
 
-def _found(counts: dict[Collective, Count]) -> dict[tuple[str, str], int]:
+def _found(counts: Counter[Collective]) -> dict[tuple[str, str], int]:
     assert {kind.num_ranks for kind in counts} == {2}
     large = ("all_gather", "reduce_scatter")
-    return {(kind.engine, kind.op): count.full_bytes for kind, count in counts.items() if kind.op in large}
+    return {(kind.engine, kind.op): full_bytes for kind, full_bytes in counts.items() if kind.op in large}
 
 
 @pytest.mark.parametrize("persistence_threshold", [0, PERSISTENT])
@@ -123,7 +108,7 @@ def test_bytes_of_a_step_follow_from_parameter_sizes(persistence_threshold: int)
             continue  # the same for the other decoder
         assert _found(first[step]) == _expected(step, persistence_threshold), step
         # Label counts and notices, losses, gradient norm and overflow flags are a few numbers each.
-        assert 0 < first[step][Collective(ENCODER, "all_reduce", 2)].full_bytes < 1000
+        assert 0 < first[step][Collective(ENCODER, "all_reduce", 2)] < 1000
 
 
 def test_counts_without_attribution_or_of_shards_are_wrong() -> None:
@@ -134,7 +119,7 @@ def test_counts_without_attribution_or_of_shards_are_wrong() -> None:
     assert halved == {kind: full_bytes // 2 for kind, full_bytes in expected.items()}
 
 
-def _all_kinds() -> dict[str, tuple[int, int]]:
+def _all_kinds() -> dict[str, int]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     part, full = torch.ones(3), torch.ones(3 * world_size)  # 12 and 24 bytes
     parts = [torch.ones(3) for _ in range(world_size)]
@@ -152,22 +137,22 @@ def _all_kinds() -> dict[str, tuple[int, int]]:
         dist.barrier()
         counts = counter.read()
         assert counts == outer.read()
-    return {kind.op: tuple(count) for kind, count in counts.items()}
+    return {kind.op: full_bytes for kind, full_bytes in counts.items()}
 
 
 def test_every_kind_is_counted_by_its_full_tensor() -> None:
     first, second = run_on_ranks(_all_kinds)
     expected = {
-        "all_gather": (2, 48),
-        "reduce_scatter": (2, 48),
-        "all_reduce": (2, 12 + 24),
-        "all_to_all": (1, 24),
-        "broadcast": (1, 12),
-        "reduce": (1, 12),
-        "gather": (1, 24),
+        "all_gather": 48,
+        "reduce_scatter": 48,
+        "all_reduce": 12 + 24,
+        "all_to_all": 24,
+        "broadcast": 12,
+        "reduce": 12,
+        "gather": 24,
     }
     assert first == expected
-    assert second == expected | {"gather": (1, 12)}  # only the destination has the output
+    assert second == expected | {"gather": 12}  # only the destination has the output
 
 
 @pytest.mark.parametrize(("op", "expected"), [("all_gather", 75), ("reduce_scatter", 75), ("all_reduce", 150)])

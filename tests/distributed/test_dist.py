@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from arc_ds.errors import ArcError, DataError
@@ -11,28 +13,24 @@ from tests.helpers.distributed import run_on_ranks
 pytestmark = pytest.mark.distributed
 
 
-def _fail_on_rank_1() -> tuple[type, str]:
+def _fail(messages: Sequence[str]) -> tuple[type, str]:
+    """The error on this rank. messages: of the error that each rank raises; empty for none."""
     try:
         with dist.fail_together():
-            if dist.rank() == 1:
-                raise DataError("shard 7 is torn")
+            if message := messages[dist.rank()]:
+                raise DataError(message)
     except ArcError as error:
         return type(error), str(error)
     return type(None), "nothing was raised"
 
 
-def _fail_on_both(differ: bool) -> tuple[type, str]:
-    try:
-        with dist.fail_together():
-            raise DataError(f"shard {dist.rank() if differ else 7} is torn")
-    except ArcError as error:
-        return type(error), str(error)
-
-
-def test_error_of_rank_1_is_raised_by_both_with_its_class_and_words():
-    assert run_on_ranks(_fail_on_rank_1) == [(DataError, "rank 1: shard 7 is torn")] * 2
-
-
-def test_errors_of_both_are_one_error():
-    assert run_on_ranks(_fail_on_both, False) == [(DataError, "shard 7 is torn")] * 2
-    assert run_on_ranks(_fail_on_both, True) == [(DataError, "rank 0: shard 0 is torn")] * 2
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        (["", "shard 7 is torn"], "rank 1: shard 7 is torn"),
+        (["shard 7 is torn", "shard 7 is torn"], "shard 7 is torn"),
+        (["shard 0 is torn", "shard 1 is torn"], "rank 0: shard 0 is torn"),
+    ],
+)
+def test_both_ranks_raise_the_first_error_with_its_class_and_words(messages: list[str], expected: str) -> None:
+    assert run_on_ranks(_fail, messages) == [(DataError, expected)] * 2

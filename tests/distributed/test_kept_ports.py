@@ -18,7 +18,6 @@ from arc_ds import ArcModel
 from arc_ds.checkpoints.kept_ports import KEPT_NAME
 from arc_ds.checkpoints.trained_for import TrainedFor
 from arc_ds.config.load import load_config
-from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.export.consolidate import TrainedCompressor, consolidate, find_checkpoint
 from arc_ds.export.formats import write_export
 from arc_ds.inference.load import open_arc_folder
@@ -27,11 +26,9 @@ from arc_ds.model.weights.lazy_tensor import as_lazy
 from arc_ds.tokenizers import ids_digest, load_tokenizer
 from arc_ds.training.build import build_run
 from arc_ds.training.build_model import compressor_spec
-from arc_ds.training.hooks import Hook
 from arc_ds.training.loop import fit
-from arc_ds.training.run import Run
 from arc_ds.training.run_folder import RunFolder
-from arc_ds.training.step import StepResult
+from tests.distributed.test_resume_world_sizes import StopAt
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.tiny_export import random_trained
 from tests.helpers.tiny_run import write_inputs
@@ -51,16 +48,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = tuple(ids_digest(load_tokenizer(folder / name)) for name in OLD)
     write_export(random_trained(spec, folder / "encoder", decoders, decoder_ids=ids), folder / "old")
     return config
-
-
-class StopAt(Hook):
-    """Ends a run after some steps."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def after_step(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        run.is_stopping = run.step == self.step
 
 
 def train(config: str, overrides: Sequence[str], stop_at: int) -> tuple[list[str], dict[str, int]]:

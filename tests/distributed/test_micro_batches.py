@@ -19,24 +19,14 @@ from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
 from tests.helpers.distributed import run_on_ranks
-from tests.helpers.tiny_run import numbers_by_step
+from tests.helpers.tiny_run import PLAIN, numbers_by_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS, PARTS = 6, 2
 MAX_TOKENS, MAX_ROWS = 40, 90
 TOLERANCE = 1e-6  # as in test_parity; measured: 7e-9 for losses, 6e-8 for gradient norms
-SMALL = (
-    f"steps={STEPS}",
-    f"micro_batches={PARTS}",
-    "data.batch_size=16",
-    "decoder_schedule=same_batch",
-    "checkpoint.every=0",
-    "validation.every=0",
-    "data.validation=null",
-    "data.num_workers=0",
-    "tracking.mlflow=false",
-)
+SMALL = (f"steps={STEPS}", f"micro_batches={PARTS}", "data.batch_size=16", "decoder_schedule=same_batch", *PLAIN)
 
 
 class Outcome(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest import mock
@@ -40,7 +40,7 @@ from arc_ds.training.engine import (
 )
 from arc_ds.training.frozen_guard import frozen_digest
 from arc_ds.training.loss import Normalize
-from arc_ds.training.optim import ParamGroup, PortAdamW
+from arc_ds.training.optim import PortAdamW
 from arc_ds.training.step import FrozenDecoder, StepResult, train_step
 from tests.helpers.distributed import run_on_ranks
 from tests.helpers.plain_trainer import (
@@ -81,15 +81,11 @@ class Case:
     same_batch: each step trains for both decoders.
     shared_bridge: the decoders have one bridge.
     max_encoder_tokens: limit of a micro-batch; ranks split their two parts to satisfy it.
-    idle_ports_run: False is a mistake: ports at rest are not part of the graph.
-    idle_ports_rest: False is a mistake: ports at rest are updated.
     spoilt: the quantity that is not finite on rank 1 in step `SPOILT_STEP`; None for none.
     parts: differences of the backbones from Llama, by name (`plain_trainer.PARTS`).
     num_parts: planned micro-batches of each rank.
     lora: adapters of the encoder.
-    mistake: of recomputation. "detached": the input of recomputed layers gets no gradient. "norms": the norms of
-        recomputed rows get none.
-    max_live_parameters: number of parameters that ZeRO-3 may keep gathered for their next use.
+    mistake: a name in `_MISTAKES`.
     zero: further keys of zero_optimization, of all engines.
     validates: every third step is followed by a forward pass of each decoder without gradients.
     """
@@ -100,20 +96,16 @@ class Case:
     trained_layers: int | None = None
     train_embeddings: bool = True
     persistence_threshold: int = 100
-    sub_group_size: int = 1_000_000_000
     normalize: Normalize = "global"
     same_batch: bool = False
     shared_bridge: bool = False
     max_encoder_tokens: int | None = None
-    idle_ports_run: bool = True
-    idle_ports_rest: bool = True
     spoilt: Literal["loss", "gradient"] | None = None
     parts: str = "llama"
     num_decoders: int = 2
     num_parts: int = NUM_PARTS
     lora: LoraSpec | None = None
-    mistake: Literal["detached", "norms"] | None = None
-    max_live_parameters: int = 1_000_000_000
+    mistake: str | None = None
     zero: Mapping[str, Any] = field(default_factory=dict)
     validates: bool = False
 
@@ -141,29 +133,9 @@ def _ds_config(case: Case) -> dict[str, Any]:
         "reduce_bucket_size": 3000,
         "stage3_prefetch_bucket_size": 5000,
         "stage3_param_persistence_threshold": case.persistence_threshold,
-        "sub_group_size": case.sub_group_size,
-        "stage3_max_live_parameters": case.max_live_parameters,
-        "stage3_max_reuse_distance": case.max_live_parameters,
         **case.zero,
     }
     return tiny_ds_config(num_parts=case.num_parts, **zero) | {"gradient_clipping": MAX_GRAD_NORM}
-
-
-class _AlwaysActive(PortAdamW):
-    """The wrong optimizer: it also updates ports at rest."""
-
-    def prepare(self, *args: Any) -> dict[str, float]:
-        rates = super().prepare(*args)
-        for group in self.param_groups:
-            group["active"] = True
-        return rates
-
-
-class _WithoutIdleRun(Compressor):
-    """The wrong compressor: ports at rest are not part of the graph."""
-
-    def forward(self, batch: PackedBatch, decoder_idx: int = 0) -> Tensor:
-        return self.ports[decoder_idx](self.encoder(batch), batch)
 
 
 def _kind(case: Case) -> dict[str, Any]:
@@ -205,19 +177,27 @@ def _build(case: Case) -> Any:
             compressor = bare_compressor(**_kind(case), lora=case.lora)
         _give_values(compressor, whole)
         set_trained(compressor.encoder, **_trained(case))
-    if not case.idle_ports_run:
-        compressor.__class__ = _WithoutIdleRun
-    make: Callable[..., PortAdamW] = PortAdamW if case.idle_ports_rest else _AlwaysActive
-    groups: tuple[ParamGroup, ...] = tiny_groups(compressor)
-    return build_engine(compressor, make(groups, betas=BETAS, eps=EPS), _ds_config(case))
+    return build_engine(compressor, PortAdamW(tiny_groups(compressor), betas=BETAS, eps=EPS), _ds_config(case))
 
 
 def _train(case: Case) -> Run:
     """Run all steps on this rank."""
-    with ExitStack() as stack:
-        for target, replacement in _MISTAKES[case.mistake]:
-            stack.enter_context(mock.patch(target, replacement))
+    with nullcontext() if case.mistake is None else mock.patch(*_MISTAKES[case.mistake]):
         return _train_engine(case, _build(case), _place(case))
+
+
+_prepare = PortAdamW.prepare
+
+
+def _prepare_all_groups(optimizer: PortAdamW, *args: Any) -> dict[str, float]:
+    rates = _prepare(optimizer, *args)
+    for group in optimizer.param_groups:
+        group["active"] = True
+    return rates
+
+
+def _without_idle_ports(compressor: Compressor, batch: PackedBatch, decoder_idx: int = 0) -> Tensor:
+    return compressor.ports[decoder_idx](compressor.encoder(batch), batch)
 
 
 def _detached(layer: Callable[..., Any], x_TD: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -228,10 +208,12 @@ def _without_norms(block: backbone.Block, norm: Any, x_TD: Tensor) -> Recomputed
     return Recomputed(norm or (lambda x: x), (x_TD,))
 
 
-_MISTAKES: dict[str | None, list[tuple[str, Any]]] = {
-    None: [],
-    "detached": [("arc_ds.model.encoder.checkpoint", _detached)],
-    "norms": [("arc_ds.model.backbone.Block._recomputed", _without_norms)],
+# What is replaced, and by what.
+_MISTAKES: dict[str, tuple[str, Any]] = {
+    "ports at rest are updated": ("arc_ds.training.optim.PortAdamW.prepare", _prepare_all_groups),
+    "ports at rest are not in the graph": ("arc_ds.model.compressor.Compressor.forward", _without_idle_ports),
+    "the input of recomputed layers gets no gradient": ("arc_ds.model.encoder.checkpoint", _detached),
+    "the norms of recomputed rows get no gradient": ("arc_ds.model.backbone.Block._recomputed", _without_norms),
 }
 
 
@@ -320,32 +302,12 @@ def _full_params(engine: Any) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _plain(
-    trained_layers: int | None = None,
-    train_embeddings: bool = True,
-    without: int | None = None,
-    same_batch: bool = False,
-    shared_bridge: bool = False,
-    mean_of_parts: int = 1,
-    parts: str = "llama",
-    num_decoders: int = 2,
-    lora: LoraSpec | None = None,
-    lora_rank: int = 0,
-) -> Trajectory:
-    """Run of the plain trainer. without: a step to skip."""
-    compressor = tiny_compressor(
-        trained_layers=trained_layers,
-        train_embeddings=train_embeddings,
-        lora_rank=lora_rank,
-        shared_bridge=shared_bridge,
-        parts=parts,
-        num_decoders=num_decoders,
-        lora=lora,
-    )
-    kind: dict[str, Any] = {"shared_bridge": shared_bridge, "parts": parts, "num_decoders": num_decoders}
-    decoders = tiny_decoders(**kind)
+def _plain(*, without: int | None = None, same_batch: bool = False, mean_of_parts: int = 1, **model: Any) -> Trajectory:
+    """Run of the plain trainer. without: a step to skip. model: see `tiny_compressor`."""
+    of_decoders = ("shared_bridge", "parts", "num_decoders")
+    decoders = tiny_decoders(**{name: model[name] for name in of_decoders if name in model})
     steps = [step for step in range(NUM_STEPS) if step != without]
-    return train_plainly(compressor, decoders, steps, same_batch=same_batch, mean_of_parts=mean_of_parts)
+    return train_plainly(tiny_compressor(**model), decoders, steps, same_batch=same_batch, mean_of_parts=mean_of_parts)
 
 
 def _assert_close(errors: dict[str, float]) -> None:
@@ -369,8 +331,8 @@ def _errors(found: Trajectory, wanted: Trajectory) -> dict[str, float]:
 # `test_parity_matrix.py` has the placements of modules that are born partitioned.
 RIGHT = {
     "replicated": Case(),
-    "replicated, recomputed": Case(activation_checkpointing="full", sub_group_size=700),
-    "partitioned": Case(placement="zero3", sub_group_size=700),
+    "replicated, recomputed": Case(activation_checkpointing="full", zero={"sub_group_size": 700}),
+    "partitioned": Case(placement="zero3", zero={"sub_group_size": 700}),
     "encoder born partitioned, and frozen but its last layer": Case(
         placement="zero3", born_partitioned=True, trained_layers=1, train_embeddings=False
     ),
@@ -447,12 +409,12 @@ def test_a_split_is_one_and_alone_a_rank_makes_the_same_of_it() -> None:
 
 
 def test_a_port_at_rest_that_is_stepped_moves() -> None:
-    errors = _errors(run_on_ranks(_train, Case(idle_ports_rest=False))[0].trajectory, _plain())
+    errors = _errors(run_on_ranks(_train, Case(mistake="ports at rest are updated"))[0].trajectory, _plain())
     assert errors["losses"] > 1e2 * TOLERANCE and errors["params"] > 1e3 * TOLERANCE, errors
 
 
 def test_a_port_left_out_of_the_graph_spoils_the_gradient_norm() -> None:
-    errors = _errors(run_on_ranks(_train, Case(idle_ports_run=False))[0].trajectory, _plain())
+    errors = _errors(run_on_ranks(_train, Case(mistake="ports at rest are not in the graph"))[0].trajectory, _plain())
     assert errors["grad_norms"] > 1e3 * TOLERANCE and errors["params"] > 1e2 * TOLERANCE, errors
 
 

@@ -11,9 +11,9 @@ import gc
 import itertools
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -51,7 +51,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "train": ("all", "bridge"),
 }
 FULL = os.environ.get("ARC_FULL_MATRIX") == "1"
-NUM_STEPS = 200 if FULL else 30
+NUM_STEPS = 200 if FULL else 40
+WARM_UP_STEPS = 25  # malloc counts what its caches keep as in use, and these fill during the first steps
 LORA = LoraSpec(rank=2, scale=0.25)
 BRIDGE = {"trained_layers": 0, "train_embeddings": False}
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -135,7 +136,13 @@ def test_the_other_trained_parts_are_told_apart() -> None:
         assert errors["losses"] > 1e2 * TOLERANCE and errors["params"] > 1e2 * TOLERANCE, errors
 
 
-@pytest.mark.parametrize(("mistake", "recompute"), [("detached", "full"), ("norms", "selective")])
+@pytest.mark.parametrize(
+    ("mistake", "recompute"),
+    [
+        ("the input of recomputed layers gets no gradient", "full"),
+        ("the norms of recomputed rows get no gradient", "selective"),
+    ],
+)
 def test_wrong_recomputation_fails(mistake: str, recompute: str) -> None:
     case = _case((2, "zero3", recompute, 2, "all"), mistake=mistake)
     errors = _errors(run_on_ranks(_train, case)[0].trajectory, _plain())
@@ -148,23 +155,17 @@ def test_the_covering_subset_has_every_pair_of_choices() -> None:
     assert len(chosen) <= 12
 
 
-@dataclass(frozen=True, kw_only=True)
-class RaggedRun:
+class RaggedRun(NamedTuple):
     """Observations of one rank over many ragged steps.
 
-    gathered: number of gathered parameters that are left after each step, over all engines.
     heap_bytes: bytes that malloc has handed out after each step.
     layer_bytes: bytes of the parameters of one encoder layer.
     shapes: (contexts, labels) of this rank in each step.
     """
 
-    gathered: tuple[int, ...]
-    heap_bytes: tuple[int, ...]
+    heap_bytes: list[int]
     layer_bytes: int
-    shapes: tuple[tuple[int, int], ...]
-    traced: bool
-    finite: bool
-    frozen: bool
+    shapes: list[tuple[int, int]]
 
 
 class _MallInfo(ctypes.Structure):
@@ -202,7 +203,8 @@ def _ragged_samples(generator: torch.Generator, vocab_size: int, *, empty: bool)
 
 def _train_ragged(recompute: str, num_steps: int) -> RaggedRun:
     """Train on steps in which each rank has its own number of samples, contexts, chunks and labels."""
-    case = _case((2, "zero3", recompute, 2, "all"), max_live_parameters=0)
+    nothing_kept = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    case = _case((2, "zero3", recompute, 2, "all"), zero=nothing_kept)
     # Layers so large that a leak of one of them stands out from the Python objects of DeepSpeed.
     wide = replace(plain_trainer._ENCODER, ffn_size=1920)
     with mock.patch.object(plain_trainer, "_ENCODER", wide):
@@ -210,7 +212,7 @@ def _train_ragged(recompute: str, num_steps: int) -> RaggedRun:
     modules = [engine.module, *(decoder.module for decoder in decoders)]
     before = [frozen_digest(decoder.module) for decoder in decoders]
     shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + dist.get_rank())
-    gathered, heap_bytes, shapes, losses = [], [], [], []
+    heap_bytes, shapes = [], []
     for step in range(num_steps):
         decoder_idx, num_parts = (int(torch.randint(2, (), generator=shared)) for _ in range(2))
         empty = step % 5 == 3 + dist.get_rank()
@@ -219,7 +221,7 @@ def _train_ragged(recompute: str, num_steps: int) -> RaggedRun:
         micro = tuple(MicroBatch(decoder_idx=decoder_idx, batch=b, part_idx=idx) for idx, b in enumerate(batches))
         batch = StepBatch(step=min(step, SCHEDULE.total_steps - 1), decoder_idxs=(decoder_idx,), micro_batches=micro)
         result = train_step(engine, decoders, batch, schedule=SCHEDULE, tasks=TASKS)
-        losses.append(float(result.loss))
+        assert result.loss.isfinite()
         if step % 7 == 6:
             with torch.no_grad():
                 for idx, decoder in enumerate(decoders):
@@ -227,30 +229,23 @@ def _train_ragged(recompute: str, num_steps: int) -> RaggedRun:
                     decoder(own_batch, engine(own_batch, idx))
         num_contexts = sum(int(b.encoder_cu_seqlens.numel()) - 1 for b in batches)
         shapes.append((num_contexts, sum(b.num_labels for b in batches)))
-        gathered.append(sum(param.numel() > 0 for module in modules for param in module.parameters()))
+        assert not any(param.numel() for module in modules for param in module.parameters()), "left gathered"
         del batch, batches, micro, result
         heap_bytes.append(_heap_bytes())
     layer = engine.module.encoder.layers[0]
-    return RaggedRun(
-        gathered=tuple(gathered),
-        heap_bytes=tuple(heap_bytes),
-        layer_bytes=4 * sum(param.ds_numel for param in layer.parameters()),
-        shapes=tuple(shapes),
-        traced=engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace(),
-        finite=bool(torch.tensor(losses).isfinite().all()),
-        frozen=before == [frozen_digest(decoder.module) for decoder in decoders],
-    )
+    assert engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+    assert before == [frozen_digest(decoder.module) for decoder in decoders]
+    return RaggedRun(heap_bytes, 4 * sum(param.ds_numel for param in layer.parameters()), shapes)
 
 
 @pytest.mark.parametrize("recompute", AXES["activation_checkpointing"])
 def test_ragged_ranks_neither_hang_nor_keep_gathered_parameters(recompute: str) -> None:
-    """DeepSpeed #7998 and #4966 (hangs), #8481 (gathered parameters leak): the second half of the run keeps nothing."""
+    """DeepSpeed #7998 and #4966 (hangs), #8481 (gathered parameters leak): after the warm-up the run keeps nothing."""
     ranks = run_on_ranks(_train_ragged, recompute, NUM_STEPS)
     assert ranks[0].shapes != ranks[1].shapes
     for rank in ranks:
         assert {0} < {labels for _, labels in rank.shapes} and {0} < {contexts for contexts, _ in rank.shapes}
-        assert rank.traced and rank.finite and rank.frozen
-        assert set(rank.gathered) == {0}, rank.gathered
-        half = rank.heap_bytes[len(rank.heap_bytes) // 2 :]
-        # A leak of one encoder layer in every tenth step would be seen.
-        assert max(half) - min(half[:5]) < rank.layer_bytes * len(half) / 10, half
+        filled = rank.heap_bytes[max(WARM_UP_STEPS, NUM_STEPS // 2) :]
+        # A single layer (0.75 MB) that leaks once in all of these steps would be seen. Measured: 25 kB on two ranks,
+        # and 0.3 MB on one rank, whose caches of malloc fill more slowly.
+        assert max(filled) - min(filled[:5]) < rank.layer_bytes, rank.heap_bytes

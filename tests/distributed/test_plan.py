@@ -25,21 +25,13 @@ from arc_ds.training.collectives import ENCODER, counting_collectives
 from arc_ds.training.memory import engine_memory
 from arc_ds.training.step import train_step
 from tests.helpers.distributed import run_on_ranks
-from tests.helpers.tiny_run import ROOT, write_inputs
+from tests.helpers.tiny_run import PLAIN, ROOT, write_inputs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STATES, COLLECTIVES, ACTIVATIONS = 0.02, 0.05, 0.10  # relative tolerances of the plan
 STEPS = 5  # DeepSpeed records the order of the gathers in the first three
-BASE = (
-    "micro_batches=1",
-    "data.batch_size=8",
-    "data.validation=null",
-    "validation.every=0",
-    "checkpoint.every=0",
-    "data.num_workers=0",
-    "tracking.mlflow=false",
-)
+BASE = ("micro_batches=1", "data.batch_size=8", *PLAIN)
 HPZ = "second copy of the shards on each pair of ranks, two micro-batches"
 CASES = {
     HPZ: ("micro_batches=2",),
@@ -72,19 +64,16 @@ class Measured(NamedTuple):
 
 def _train(config: str, overrides: tuple[str, ...]) -> Measured:
     run = build_run(load_config(config, overrides), torch.device("cpu"))
-    engines = {
-        name: placed.engine for name, placed in zip(run.decoder_names, run.decoders, strict=True) if placed.engine
-    }
     by_step, saved, second_copy = [], _SavedBytes(), _SecondCopy(run.engine.optimizer)
-    with counting_collectives(engines) as counter:
+    with counting_collectives(run.decoder_engines) as counter:
         for step in range(STEPS):
             step_batch = run.data[step]
             with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
                 train_step(run.engine, run.decoders, step_batch, schedule=run.schedule, tasks=run.data.tasks)
             found: dict[tuple[bool, str, int], int] = {}
-            for kind, count in counter.read().items():
+            for kind, full_bytes in counter.read().items():
                 key = (kind.engine == ENCODER, kind.op, kind.num_ranks)
-                found[key] = found.get(key, 0) + count.full_bytes
+                found[key] = found.get(key, 0) + full_bytes
             by_step.append(found)
     memory = engine_memory(run.engine.module, run.engine, run.device)
     frozen = [engine_memory(placed.module, None, run.device) for placed in run.decoders]

@@ -18,7 +18,7 @@ from arc_ds.training.run import Run
 from arc_ds.training.step import StepResult
 from tests.helpers import distributed
 from tests.helpers.distributed import run_on_ranks
-from tests.helpers.tiny_run import losses, numbers_by_step
+from tests.helpers.tiny_run import PLAIN, losses, numbers_by_step
 
 pytestmark = pytest.mark.distributed
 
@@ -41,11 +41,10 @@ class StopAt(Hook):
 
 def train_to(config: str, run_dir: Path, stop_at: int) -> int:
     """Start or resume a run, and save and stop it at a step."""
-    overrides = [f"run_dir={run_dir}", f"steps={STEPS}", "data.batch_size=12", "micro_batches=1", "data.num_workers=0",
-                 "tracking.mlflow=false", "data.validation=null", "validation.every=0", "checkpoint.every=0",
-                 "checkpoint.keep_last=99"]  # fmt: skip
-    run = build_run(load_config(config, overrides), torch.device("cpu"))
-    train(load_config(config, overrides), run, [StopAt(stop_at)])
+    changes = (f"run_dir={run_dir}", f"steps={STEPS}", "data.batch_size=12", "micro_batches=1")
+    loaded = load_config(config, (*changes, *PLAIN, "checkpoint.keep_last=99"))
+    run = build_run(loaded, torch.device("cpu"))
+    train(loaded, run, [StopAt(stop_at)])
     return run.step
 
 

@@ -27,19 +27,11 @@ from arc_ds.training.build import build_run
 from arc_ds.training.hooks import Hook
 from arc_ds.training.run import Run
 from tests.helpers.distributed import run_on_ranks
-from tests.helpers.tiny_run import last_saved_step, losses, numbers_by_step
+from tests.helpers.tiny_run import PLAIN, last_saved_step, losses, numbers_by_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-SMALL = (
-    "steps=6",
-    "log_every=10",
-    "checkpoint.every=0",
-    "validation.every=0",
-    "data.validation=null",
-    "data.num_workers=0",
-    "tracking.mlflow=false",
-)
+SMALL = ("steps=6", "log_every=10", *PLAIN)
 
 
 class Outcome(NamedTuple):
@@ -111,15 +103,14 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config: Path, tmp_path:
     assert last_saved_step(tmp_path / "run") == len(losses(tmp_path / "run")) == 3
 
 
-def test_a_batch_that_one_rank_cannot_make_stops_all_before_it_with_one_error(config: Path, tmp_path: Path) -> None:
-    outcomes = run_on_ranks(_train, str(config), str(tmp_path / "run"), 2, -1)
-    assert outcomes == [Outcome(None, (DataError, "rank 1: record 7 is torn"), 2)] * 2
-    assert last_saved_step(tmp_path / "run") == len(losses(tmp_path / "run")) == 2, "earlier progress must be kept"
-
-
-def test_a_first_batch_that_one_rank_cannot_make_is_an_error_of_all(config: Path, tmp_path: Path) -> None:
-    outcomes = run_on_ranks(_train, str(config), str(tmp_path / "run"), 0, -1)
-    assert outcomes == [Outcome(None, (DataError, "rank 1: record 7 is torn"), 0)] * 2
+@pytest.mark.parametrize("torn_step", [0, 2])
+def test_a_batch_that_one_rank_cannot_make_stops_all_before_it_with_one_error(
+    config: Path, tmp_path: Path, torn_step: int
+) -> None:
+    outcomes = run_on_ranks(_train, str(config), str(tmp_path / "run"), torn_step, -1)
+    assert outcomes == [Outcome(None, (DataError, "rank 1: record 7 is torn"), torn_step)] * 2
+    if torn_step:
+        assert last_saved_step(tmp_path / "run") == len(losses(tmp_path / "run")) == 2, "earlier progress must be kept"
 
 
 @pytest.mark.parametrize("signal_at", [0, 2, 6])

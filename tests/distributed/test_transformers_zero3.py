@@ -16,6 +16,7 @@ from arc_ds.model.transformers_files import open_with_transformers
 from arc_ds.model.weights import gathered
 from arc_ds.training.engine import PlacedDecoder, partitioned, place_decoder
 from tests.helpers.distributed import RankError, run_on_ranks
+from tests.helpers.plain_trainer import tiny_ds_config
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.distributed
@@ -46,26 +47,13 @@ class Found(NamedTuple):
     hashes: tuple[str, str]
 
 
-def _config(hpz: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "train_micro_batch_size_per_gpu": 1,
-        "steps_per_print": None,
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": False,
-            "memory_efficient_linear": False,
-            "stage3_param_persistence_threshold": 0,
-            "zero_hpz_partition_size": hpz,
-        },
-    }
-
-
 def _place(folder: str, placement: str, recomputed: bool, dtype: torch.dtype = torch.float32) -> PlacedDecoder:
     files = open_with_transformers(Path(folder), activation_checkpointing=recomputed)
     if placement == "replicated":
         return place_decoder(files.load(CPU, dtype))
-    config = _config(2 if placement == "zero3+hpz" else 1, dtype)
+    hpz = 2 if placement == "zero3+hpz" else 1
+    config = tiny_ds_config(stage3_param_persistence_threshold=0, zero_hpz_partition_size=hpz)
+    config["bf16"] = {"enabled": dtype == torch.bfloat16}
     return place_decoder(files.load(CPU, dtype, partitioned(config)), config)
 
 

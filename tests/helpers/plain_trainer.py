@@ -5,7 +5,8 @@ Also contains the small random models and ragged samples of these comparisons. E
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +27,8 @@ from arc_ds.model.encoder import Encoder, PoolingLayout
 from arc_ds.model.lora import add_adapters
 from arc_ds.model.pooling import GroupPooling
 from arc_ds.model.spec import LoraSpec
-from arc_ds.training.engine import set_trained
-from arc_ds.training.optim import ParamGroup, make_param_groups
+from arc_ds.training.engine import PlacedDecoder, build_engine, place_decoder, set_trained
+from arc_ds.training.optim import ParamGroup, PortAdamW, make_param_groups
 from arc_ds.training.schedule import RateSchedule
 from tests.helpers.tiny_compressor import MANY_PARTS, OUTPUT_NORMED
 from tests.helpers.tiny_models import tiny_config
@@ -155,6 +156,21 @@ def tiny_ds_config(*, num_parts: int = 2, **zero: Any) -> dict[str, Any]:
         "steps_per_print": None,
         "zero_optimization": {"stage": 3, "overlap_comm": False, "memory_efficient_linear": False, **zero},
     }
+
+
+def tiny_engines(
+    ds_config: Mapping[str, Any], *, activation_checkpointing: Recompute = "none"
+) -> tuple[Any, list[PlacedDecoder]]:
+    """The engine of a tiny compressor, and both tiny decoders, sharded. Collective."""
+    compressor = tiny_compressor(activation_checkpointing=activation_checkpointing)
+    engine = build_engine(compressor, PortAdamW(tiny_groups(compressor), betas=BETAS, eps=EPS), ds_config)
+    decoders = tiny_decoders(activation_checkpointing=activation_checkpointing)
+    return engine, [place_decoder(decoder, ds_config) for decoder in decoders]
+
+
+def parameter_bytes(module: nn.Module, *, above: float = 0, at_most: float = math.inf) -> int:
+    """Bytes of the module's float32 parameters with a number of elements in this range."""
+    return 4 * sum(param.numel() for param in module.parameters() if above < param.numel() <= at_most)
 
 
 def decoder_of_step(step: int) -> int:

@@ -56,8 +56,3 @@ def test_labels_are_summed_by_their_samples_task() -> None:
     assert task_L.tolist() == [1, 1, 1, 0, 1, 1]
     values_L = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
     assert class_sums(values_L, task_L, 2).tolist() == [8.0, 55.0]
-
-
-def test_a_task_that_the_run_does_not_know_is_an_error() -> None:
-    with pytest.raises(ValueError, match="samples of chat; expected only reconstruction, continuation"):
-        label_tasks(_batch(("chat", 2)), TASKS)

@@ -78,9 +78,3 @@ def test_rates_rise_to_the_peak_and_never_again(total: int, warmup: int, peak: f
 
 def test_a_group_with_a_peak_of_zero_is_never_moved() -> None:
     assert {PAPER.lr(step, 0.0) for step in (0, 500, 999, 40_000, 79_999)} == {0.0}
-
-
-@pytest.mark.parametrize("step", [-1, 80_000])
-def test_a_step_outside_of_the_run_is_an_error(step: int) -> None:
-    with pytest.raises(ValueError, match=f"step {step} is outside a run of 80000 steps"):
-        PAPER.lr(step, 1e-5)

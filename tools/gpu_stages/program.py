@@ -26,7 +26,7 @@ BF16_NOISE = 2.0**-8
 
 
 def run(context: StageContext) -> None:
-    """Append whether the program trains, stops and resumes, and how far the losses are apart."""
+    """Append whether the program trains, stops and resumes, and the difference of the losses."""
     if not find_spec("deepspeed"):
         context.result("arc-ds train", "left out", "deepspeed is not installed; carry its wheel (tools/gpu_day.md)")
         return
@@ -93,7 +93,7 @@ def _end(context: StageContext, process: subprocess.Popen[str], name: str, wante
 
 def _compare(context: StageContext, whole: list[float], stopped: list[float]) -> None:
     if len(whole) != len(stopped) or len(set(whole)) < 2:
-        raise RuntimeError(f"the runs have {len(whole)} and {len(stopped)} losses; expected as many, and changing ones")
+        raise RuntimeError(f"the runs have {len(whole)} and {len(stopped)} losses; expected equal numbers of losses that change")
     apart = max(abs(a - b) / abs(a) for a, b in zip(whole, stopped, strict=True))
     word = "bit-equal" if apart == 0 else "within bf16 noise" if apart <= BF16_NOISE else "different"
     note = f"{word}; {len(whole)} steps, loss {whole[0]:.4f} to {whole[-1]:.4f}"

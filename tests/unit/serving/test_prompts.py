@@ -17,6 +17,7 @@ from arc_ds.data.tasks.task import Task
 from arc_ds.export.formats import write_export
 from arc_ds.serving import prompts
 from arc_ds.serving.protocol import ChatBody, CompletionBody, RequestError
+from tests.helpers.served import served
 from tests.helpers.tiny_export import tiny_trained, write_decoder
 
 DOCUMENT, QUESTION = "Wind came from the sea; the lamp held.", "Which lamp held?"
@@ -112,6 +113,21 @@ def chat_ids(model: ArcModel, *messages: dict[str, Any]) -> list[int]:
     tokenizers = model.encoder_tokenizer, model.decoder_tokenizers[0]
     (segment,) = prompts.chat_segments(chat(*messages), layout_of(model), *tokenizers)
     return list(segment.ids)
+
+
+def test_a_server_answers_in_the_template(model: ArcModel) -> None:
+    layout, tokenizers = layout_of(model), (model.encoder_tokenizer, model.decoder_tokenizers[0])
+    texts = []
+    with served(model, layout=layout) as found:
+        for documents in ([DOCUMENT], []):
+            body = {"messages": [user(QUESTION)], "documents": documents, "max_tokens": 12}
+            segments = prompts.chat_segments(chat(user(QUESTION), documents=documents), layout, *tokenizers)
+            (ids,) = model.generate_ids([segments], max_new_tokens=12, stop_ids=model.decoder_stop_ids[0])
+            text = model.decoder_tokenizers[0].decode(ids)
+            # The space after the template's "Answer:" is no part of the answer.
+            texts.append(text.removeprefix(" ") if documents else text)
+            assert found.ask("/v1/chat/completions", body).text == texts[-1]
+    assert texts[0] != texts[1]
 
 
 def test_a_chat_without_documents_is_a_plain_turn_of_its_template(model: ArcModel) -> None:

@@ -298,19 +298,24 @@ class Hold:
 
     def __init__(self, model: ArcModel, monkeypatch: pytest.MonkeyPatch, *, free_steps: int = 0) -> None:
         self.is_holding, self._is_released = threading.Event(), threading.Event()
-        self._free_steps = free_steps
+        self.free_steps = free_steps
         self._advance = type(model.decoders[0]).advance
         monkeypatch.setattr(type(model.decoders[0]), "advance", lambda *args: self._advance_held(*args))
 
     def _advance_held(self, *args: Any) -> Any:
-        self._free_steps -= 1
-        if self._free_steps < 0:
+        self.free_steps -= 1
+        if self.free_steps < 0:
             self.is_holding.set()
             assert self._is_released.wait(LIMIT_S)
         return self._advance(*args)
 
     def release(self) -> None:
         self._is_released.set()
+
+
+@pytest.fixture
+def hold(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> Hold:
+    return Hold(model, monkeypatch)
 
 
 def raw_request(server: Served, body: dict[str, Any], size: int | None = None) -> socket.socket:
@@ -324,10 +329,8 @@ def raw_request(server: Served, body: dict[str, Any], size: int | None = None) -
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_a_client_that_hangs_up_ends_the_work_for_it(
-    server: Served, model: ArcModel, monkeypatch: pytest.MonkeyPatch, is_stream: bool
-) -> None:
-    hold = Hold(model, monkeypatch, free_steps=20)
+def test_a_client_that_hangs_up_ends_the_work_for_it(server: Served, hold: Hold, is_stream: bool) -> None:
+    hold.free_steps = 20
     before = server.metric("arc_answer_tokens_total")
     opened = raw_request(server, {**CHAT, "max_tokens": 250, "stream": is_stream})
     if is_stream:
@@ -341,10 +344,7 @@ def test_a_client_that_hangs_up_ends_the_work_for_it(
     assert server.metric("arc_answer_tokens_total") - before < 25
 
 
-def test_answers_that_no_client_waits_for_take_no_place_in_the_queue(
-    model: ArcModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hold = Hold(model, monkeypatch)
+def test_answers_that_no_client_waits_for_take_no_place_in_the_queue(model: ArcModel, hold: Hold) -> None:
     with served(model, waiting=2, threads=1, batch_prompts=1) as found:
         first = raw_request(found, {**CHAT, "max_tokens": 250})
         wait_for(lambda: found.metric("arc_batch_size_count", work="generate") == 1)
@@ -384,8 +384,9 @@ def test_a_client_that_hangs_up_early_costs_no_compression(model: ArcModel, monk
         assert found.metric("arc_encoder_tokens_total") == len(model.encoder_tokenizer.encode(OTHER))
 
 
-def test_answers_that_wait_are_generated_as_one_batch(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    hold = Hold(model, monkeypatch)
+def test_answers_that_wait_are_generated_as_one_batch(
+    model: ArcModel, hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bodies = [{"prompt": f"<context>{DOCUMENT}</context> {n}", "max_tokens": 4 + n} for n in range(12)]
     with served(model, threads=1, batch_prompts=8) as found, ThreadPoolExecutor(12) as pool:
         running = [pool.submit(found.ask, "/v1/completions", body) for body in bodies]
@@ -443,8 +444,7 @@ def test_a_request_that_takes_too_long_gets_504(model: ArcModel, monkeypatch: py
     assert len(events) > 1 and json.loads(events[-1])["error"]["code"] == "timeout"
 
 
-def test_more_requests_than_may_wait_get_429(model: ArcModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    hold = Hold(model, monkeypatch)
+def test_more_requests_than_may_wait_get_429(model: ArcModel, hold: Hold) -> None:
     with served(model, waiting=2, threads=1, batch_prompts=1) as found, ThreadPoolExecutor(12) as pool:
         running = [pool.submit(found.ask, "/v1/chat/completions", CHAT)]
         wait_for(lambda: found.metric("arc_batch_size_count", work="generate") == 1)
@@ -459,10 +459,7 @@ def test_more_requests_than_may_wait_get_429(model: ArcModel, monkeypatch: pytes
     assert {reply.text for reply in by_status[200]} == {expected(model)}
 
 
-def test_a_stopping_server_finishes_its_answers_and_refuses_others(
-    model: ArcModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hold = Hold(model, monkeypatch)
+def test_a_stopping_server_finishes_its_answers_and_refuses_others(model: ArcModel, hold: Hold) -> None:
     with served(model) as found, ThreadPoolExecutor(1) as pool:
         running = pool.submit(found.ask, "/v1/chat/completions", {**CHAT, "max_tokens": 40})
         wait_for(lambda: found.metric("arc_batch_size_count", work="generate") == 1)
@@ -488,10 +485,9 @@ def test_vectors_are_those_of_the_port_of_the_decoder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("grace_s", [0.3, 300.0])
 def test_answers_that_run_are_given_up_after_the_grace_or_a_second_signal(
-    model: ArcModel, monkeypatch: pytest.MonkeyPatch, grace_s: float
+    model: ArcModel, hold: Hold, grace_s: float
 ) -> None:
     """The server waits for the step that runs, and then takes no other."""
-    hold = Hold(model, monkeypatch)
     with served(model, grace_s=grace_s) as found, ThreadPoolExecutor(1) as pool:
         running = pool.submit(found.ask, "/v1/chat/completions", {**CHAT, "max_tokens": 250})
         wait_for(lambda: found.metric("arc_batch_size_count", work="generate") == 1)

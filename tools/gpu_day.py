@@ -207,7 +207,7 @@ def _without_gpu() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="All measurements that need a GPU; see the file's docstring.")
+    parser = argparse.ArgumentParser(description="Measure everything that a GPU can tell; see the file's docstring.")
     parser.add_argument("--stages", default=",".join(BUDGETS_S), metavar="NAME,NAME", help="which (default: all)")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together (default: 9)")
     parser.add_argument("--rehearse", action="store_true", help="every stage at toy size, on the CPU")

@@ -93,7 +93,7 @@ def _end(context: StageContext, process: subprocess.Popen[str], name: str, wante
 
 def _compare(context: StageContext, whole: list[float], stopped: list[float]) -> None:
     if len(whole) != len(stopped) or len(set(whole)) < 2:
-        raise RuntimeError(f"the runs have {len(whole)} and {len(stopped)} losses; expected equal numbers of losses that change")
+        raise RuntimeError(f"the runs have {len(whole)} and {len(stopped)} losses; expected as many, and changing ones")
     apart = max(abs(a - b) / abs(a) for a, b in zip(whole, stopped, strict=True))
     word = "bit-equal" if apart == 0 else "within bf16 noise" if apart <= BF16_NOISE else "different"
     note = f"{word}; {len(whole)} steps, loss {whole[0]:.4f} to {whole[-1]:.4f}"

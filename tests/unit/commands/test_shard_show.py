@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.cli import main
-from arc_ds.commands.shards.sample_view import SampleView, spell
+from arc_ds.commands.shards.sample_view import SampleView
 from arc_ds.data.tasks import Example, TaskCounts
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.tokenizers.base import spell
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_lines, write_shards, write_tiktoken
 
 

@@ -139,7 +139,7 @@ class MemoryWatch(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.wait(_PERIOD_S):
-            found = [_memory_of(pid) for pid in descendants(self._pid)]
+            found = [_memory_of(pid) for pid in _descendants(self._pid)]
             total, own = sum(memory.total for memory in found), sum(memory.own for memory in found)
             self.peak = Memory(max(self.peak.total, total), max(self.peak.own, own))
             self.num_processes = max(self.num_processes, len(found))
@@ -150,7 +150,7 @@ class MemoryWatch(threading.Thread):
         self.join()
 
 
-def descendants(pid: int) -> list[int]:
+def _descendants(pid: int) -> list[int]:
     """A process and its running descendants."""
     found = [pid]
     for parent in found:  # grows during iteration

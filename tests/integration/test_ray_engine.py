@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from bench_shards import descendants
 
 from arc_ds.cli import main
 from arc_ds.errors import ArcError, DataError, StorageError
@@ -85,11 +84,16 @@ def engine_with(wrap: Callable[..., Any], *args: Any) -> Engine:
     return engine
 
 
-def die_at_second_input(marker: Path | None, function: Callable[[Any], Any], job: Any) -> Any:
-    """Kill this worker in the middle of the second input, with a marker only if it does not exist yet."""
-    if job.file_idx == 1 and job.batch.cursor.number and not (marker and marker.exists()):
-        if marker:
-            marker.touch()
+def die_once(marker: Path, function: Callable[[Any], Any], job: Any) -> Any:
+    """Kill this worker in the middle of the second input, unless the marker exists."""
+    if job.file_idx == 1 and job.batch.cursor.number and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(job)
+
+
+def die_at_second_input(function: Callable[[Any], Any], job: Any) -> Any:
+    if job.file_idx == 1 and job.batch.cursor.number:
         os.kill(os.getpid(), signal.SIGKILL)
     return function(job)
 
@@ -109,6 +113,13 @@ def wait_on_host(folder: Path, item: int) -> int:
     return item
 
 
+def descendants(pid: int) -> list[int]:
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").glob("*") for child in (task / "children").read_text().split()
+    ]
+    return children + [below for child in children for below in descendants(child)]
+
+
 def test_a_stopped_command_leaves_no_ray_and_resumes_with_the_same_bytes(
     tmp_path: Path, source: Path, tokenizer: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +129,7 @@ def test_a_stopped_command_leaves_no_ray_and_resumes_with_the_same_bytes(
     command = start_build(source, out, tokenizer, *options, is_held=True)
     try:
         wait_for(lambda: state.exists() or command.poll() is not None)
-        processes = descendants(command.pid)[1:]
+        processes = descendants(command.pid)
         command.send_signal(signal.SIGINT)
         output, _ = command.communicate(timeout=LIMIT_S)
     finally:
@@ -187,7 +198,7 @@ def test_a_killed_worker_does_not_change_the_bytes(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     marker = tmp_path / "died"
-    engine = engine_with(die_at_second_input, marker)
+    engine = engine_with(die_once, marker)
     build_shards([source], tmp_path / "out", tokenizer, **OPTIONS, workers=2, engine=engine)
     assert marker.exists()
     assert contents(tmp_path / "out") == whole
@@ -199,7 +210,7 @@ def test_workers_that_always_die_end_the_build_which_resumes(
     tmp_path: Path, source: Path, tokenizer: Path, whole: dict[str, bytes], hosts: Cluster
 ) -> None:
     out = tmp_path / "out"
-    engine = engine_with(die_at_second_input, None)
+    engine = engine_with(die_at_second_input)
     with pytest.raises(
         DataError, match=r"4 Ray workers died .* documents from .*b\.jsonl, line \d+ on.*fewer --worker"
     ):

@@ -80,6 +80,7 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for path in namespace.cache_tokens:
         load_tokenizer(path)  # fails now, not after hours of building, if a tokenizer cannot be read
     with chosen_workers(namespace) as workers:

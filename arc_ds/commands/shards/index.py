@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from arc_ds.shards.index import index_shards
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     manifest = index_shards(
         namespace.tars,
         namespace.tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with chosen_workers(namespace) as workers:
         cache_and_print(namespace.folder, namespace.tokenizer, workers)
     return 0

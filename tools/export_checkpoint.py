@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Export a run's ZeRO shards as safetensors, like `arc-ds export`. Needs no GPU or process group.
 
-    python tools/export_checkpoint.py RUN_OR_CHECKPOINT OUT [--format arc]
+python tools/export_checkpoint.py RUN_OR_CHECKPOINT OUT [--format arc]
 """
 
 from __future__ import annotations

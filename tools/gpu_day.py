@@ -1,4 +1,4 @@
-"""Everything that a GPU can tell, by one command: `make gpu-day`, or on a bare machine
+"""All measurements that need a GPU, by one command: `make gpu-day`, or on a bare machine
 
     PYTHONPATH=.:kernels python3 tools/gpu_day.py [--out FOLDER] [--stages NAME,NAME] [--minutes M] [--wheels FOLDER]
     TRITON_INTERPRET=1 python3 tools/gpu_day.py --rehearse      # every stage at toy size, on the CPU
@@ -7,7 +7,7 @@ The stages, ordered by worth: "environment" (machine, versions, ceilings), "righ
 paper's step: time, MFU, and where the time goes), "fast" (each kernel against the alternatives), "program" (`arc-ds
 train`, stopped and resumed). Each is a process with a time budget and writes every row as soon as it is measured, so a
 run that is cut off keeps what is done. Rows go to FOLDER/<gpu>.csv, the summary to FOLDER/<gpu>.md, tracebacks to
-FOLDER/tracebacks.txt, all words to FOLDER/gpu_day.log. FOLDER is kernels/benchmarks/measured by default.
+FOLDER/tracebacks.txt, all output to FOLDER/gpu_day.log. FOLDER is kernels/benchmarks/measured by default.
 
 Exit code: 0 if all went well, 1 if something failed or is wrong, 2 without a GPU. tools/gpu_day.md says how to prepare
 and run it on a machine without network.
@@ -140,7 +140,7 @@ def is_bad(word: str) -> bool:
 
 
 def _run_process(day: Day, name: str, seconds: float, site: Path | None) -> None:
-    """One stage; its words go to the log and to the console. A process that dies or hangs leaves a row that says so."""
+    """Run one stage, with its output in the log. A process that dies or hangs leaves a row that says so."""
     command = [sys.executable, str(Path(__file__).resolve()), "--run-stage", name, "--out", str(day.out)]
     command += [f"--seconds={max(seconds, 1.0):.1f}", *(["--rehearse"] if day.rehearse else [])]
     print(f"== {name}, {seconds:.0f} s", flush=True)
@@ -199,7 +199,7 @@ def _unpack_wheels(folder: Path | None, site: Path) -> Path | None:
 
 
 def _without_gpu() -> int:
-    """Say so, and count what can be counted without one."""
+    """Say so, and print the roofline, which needs none."""
     print("No GPU: torch sees none, so nothing can be measured here. The roofline needs none:\n", flush=True)
     subprocess.run([sys.executable, str(ROOT / "tools" / "roofline.py")], cwd=ROOT, env=_environment(), check=False)
     print("\nNo GPU: nothing was measured. `--rehearse` runs every stage at toy size on the CPU.", file=sys.stderr)

@@ -75,9 +75,9 @@ TOY = StepSize(
 )
 
 
-def make_batch(size: StepSize, *, seed: int = 0) -> PackedBatch:
-    """A batch of continuation with random tokens, on the host. Equal seeds make equal batches."""
-    generator = torch.Generator().manual_seed(seed)
+def make_batch(size: StepSize) -> PackedBatch:
+    """A batch of continuation with random tokens, on the host. Equal sizes make equal batches."""
+    generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int, vocab_size: int) -> list[int]:
         return torch.randint(vocab_size, (count,), generator=generator).tolist()

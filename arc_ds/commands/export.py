@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from arc_ds.errors import ConfigError
-from arc_ds.export.consolidate import TrainedCompressor, consolidate_newest, find_checkpoint
+from arc_ds.export.consolidate import consolidate_newest, find_checkpoint
 from arc_ds.export.formats import DTYPES, FORMATS, check_target, write_export
 from arc_ds.inference.checksums import verify_export
 from arc_ds.inference.generate import whole_number
@@ -91,16 +92,14 @@ def run(args: argparse.Namespace) -> int:
         require("mlflow")
         find_mlflow_run(find_checkpoint(source).parent.parent, None)
 
-    def write(trained: TrainedCompressor) -> None:
-        write_export(
-            trained,
-            args.out,
-            export_format=args.format,
-            dtype=args.dtype,
-            overwrite=args.overwrite,
-            tokenizer=args.tokenizer,
-        )
-
+    write = partial(
+        write_export,
+        out=args.out,
+        export_format=args.format,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        tokenizer=args.tokenizer,
+    )
     checkpoint, trained = consolidate_newest(source, average, write, args.decoder, args.encoder)
     parameters = sum(t.numel() for t in trained.tensors.values())
     mean = f" (mean of steps {', '.join(map(str, trained.averaged_steps))})" if trained.averaged_steps else ""

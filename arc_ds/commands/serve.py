@@ -60,11 +60,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return 0 after a signal has stopped it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    try:
-        from arc_ds.serving.server import Server, listen
-        from arc_ds.serving.service import Service
-    except ImportError as error:
-        raise ConfigError(f"`arc-ds serve` needs the package {error.name}: pip install 'arc-ds[serve]'") from error
+    from arc_ds.serving.server import Server, listen
+    from arc_ds.serving.service import Service
+
     settings, upstream = _settings(args), _upstream(args)
     with listen(args.host, args.port) as opened:  # first: loading takes minutes
         model = load_model(args, args.decoder, "all" if upstream is None else "embedding")

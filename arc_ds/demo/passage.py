@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from arc_ds.batch.segments import Segment
 from arc_ds.inference.arc import ArcModel
-from arc_ds.tokenizers import Tokenizer
+from arc_ds.tokenizers.base import spell
 
 LIKELY = 0.5
 _GREEN, _DIM, _END = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
@@ -69,10 +68,4 @@ def score_passage(model: ArcModel, passage: str, other: str) -> PassageNll:
         name: F.cross_entropy(rows[-len(ids) : -1].cpu(), target, reduction="none")
         for name, rows in zip(given, logits, strict=True)
     }
-    return PassageNll(tokens=_pieces(decoder, ids), nll=nll)
-
-
-def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The text that each id adds to the text of the preceding ids."""
-    texts = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
-    return [after[len(before) :] for before, after in pairwise(texts)]
+    return PassageNll(tokens=spell(decoder, [[idx] for idx in ids]), nll=nll)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -167,3 +167,21 @@ def settle_ends(ends: NDArray[np.int64], num_characters: int) -> NDArray[np.int6
     ends[0], ends[-1] = 0, num_characters
     ends[1:-1][ends[1:-1] >= num_characters] = -1
     return np.maximum.accumulate(ends)
+
+
+def spell(tokenizer: Tokenizer, pieces: Sequence[Sequence[int]]) -> list[str]:
+    """Decode consecutive pieces of ids to text, so that the texts join to the text of all ids.
+
+    If several pieces share the bytes of a character, the character belongs to the last of them.
+    """
+    texts: list[str] = []
+    ids: list[int] = []
+    done = ""
+    for place, piece in enumerate(pieces):
+        ids += piece
+        text = tokenizer.decode(ids)
+        if place < len(pieces) - 1:
+            text = text.rstrip("\ufffd")
+        texts.append(text[len(done) :])
+        done = text if len(text) > len(done) else done
+    return texts

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -30,11 +29,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from arc_ds.system.dist import free_port
 from tests.helpers.waiting import LIMIT_S
 
 # After one rank has failed the others may be stuck in a collective with it: how long they may go on.
 GRACE_S = 10.0
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 class RankError(AssertionError):
@@ -48,7 +47,7 @@ class RankPool:
         self.num_ranks = num_ranks
         self._stacks = Path(tempfile.mkdtemp(prefix="arc_ds_ranks_"))
         context = _fork_context()
-        port = _free_port()
+        port = free_port()
         self._processes = []
         self._pipes: list[Connection] = []
         for rank in range(num_ranks):
@@ -104,7 +103,6 @@ class RankPool:
         process = self._processes[rank]
         if not process.is_alive():
             return f"--- rank {rank} ---\nended with exit code {process.exitcode}"
-        assert process.pid is not None
         os.kill(process.pid, signal.SIGUSR2)
         stacks = ""
         while not stacks or stacks != self._stack_file(rank).read_text():  # until it is whole
@@ -126,7 +124,7 @@ def _fork_context() -> Any:
     """The context that starts ranks. Its server imports the modules of a run once and forks the ranks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.rank_server"])
-    with mock.patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=os.pathsep.join(sys.path)):
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
         forkserver.ensure_running()
     return context
 
@@ -150,12 +148,6 @@ def close_pools() -> None:
     for pool in _POOLS.values():
         pool.close()
     _POOLS.clear()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(pipe: Connection, rank: int, num_ranks: int, port: int, stack_file: str) -> None:

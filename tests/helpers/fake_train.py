@@ -22,15 +22,18 @@ def main(arguments: list[str]) -> int:
     temporary = Path(folder) / f"tmp_{rank}"
     temporary.write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']} {os.environ['WORLD_SIZE']}")
     os.replace(temporary, note)
-    modes = {"ok": _end_well, "train": _train, "die": _die, "crash": _crash}
-    return modes[mode](rank) if mode in modes else _train_together(mode, int(rank), Path(folder))
+    if mode == "ok":
+        return EXIT_OK
+    if mode not in ("train", "die", "crash"):
+        return _train_together(mode, int(rank), Path(folder))
+    if rank == "1" and mode == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == "1" and mode == "crash":
+        raise RuntimeError("rank one crashed")
+    return _train(int(rank))
 
 
-def _end_well(_rank: str) -> int:
-    return EXIT_OK
-
-
-def _train(_rank: str) -> int:
+def _train(rank: int) -> int:
     """Run steps for up to an hour. A stop takes effect at the next step; closing exceeds the launcher's poll time."""
     time.sleep(0.5)
     with StopRequest() as stop:
@@ -40,20 +43,8 @@ def _train(_rank: str) -> int:
             time.sleep(0.1)
         else:
             return EXIT_OK
-    time.sleep(2.0 * int(os.environ["RANK"]))
+    time.sleep(2.0 * rank)
     return EXIT_PREEMPTED
-
-
-def _die(rank: str) -> int:
-    if rank == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return _train(rank)
-
-
-def _crash(rank: str) -> int:
-    if rank == "1":
-        raise RuntimeError("rank one crashed")
-    return _train(rank)
 
 
 def _train_together(fault: str, rank: int, folder: Path) -> int:

@@ -15,6 +15,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from torch import Tensor
 
 from arc_ds import ArcModel
+from arc_ds.batch.packing import PoolingSpec, pack
+from arc_ds.batch.segments import Sample, Segment
 from arc_ds.inference.generate import generate_ids
 from tests.helpers.served import running
 from tests.helpers.vllm_wire import decode_prompt_embeds
@@ -44,8 +46,6 @@ class FakeVllm:
             return body
         if "prompt_embeds" not in body:
             rows = self._embedded(body["prompt"])
-        elif not self.takes_embeddings:
-            return _error(400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`.")
         else:
             rows = decode_prompt_embeds(body["prompt_embeds"], self.model.decoders[0].hidden_size)
         return self._stream(body, rows, lambda text: {"text": text})
@@ -60,8 +60,6 @@ class FakeVllm:
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 if part["type"] == "text":
                     rows.append(self._embedded(part["text"])[1:])
-                elif not self.takes_embeddings:
-                    return _error(400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`")
                 else:
                     rows.append(decode_prompt_embeds(part["data"], self.model.decoders[0].hidden_size))
         return self._stream(body, torch.cat(rows), lambda text: {"delta": {"content": text}})
@@ -69,6 +67,10 @@ class FakeVllm:
     async def _body(self, request: Request) -> dict[str, Any] | Response:
         body = await request.json()
         self.bodies.append(body)
+        if not self.takes_embeddings and "prompt_embeds" in json.dumps(body):
+            message = "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
+            error = {"message": message, "type": "BadRequestError", "param": "prompt_embeds", "code": 400}
+            return JSONResponse({"error": error}, 400)
         answer = None if self.behaviour is None else self.behaviour(body)
         return body if answer is None else answer
 
@@ -79,7 +81,7 @@ class FakeVllm:
     def _stream(self, body: dict[str, Any], rows: Tensor, choice: Callable[[str], dict[str, Any]]) -> Response:
         ids = continue_rows(self.model, rows, body["max_tokens"], body.get("stop_token_ids", []))
         tokenizer = self.model.decoder_tokenizers[0]
-        assert tokenizer is not None and body["stream"] is True
+        assert body["stream"] is True
         text = tokenizer.decode(ids)
         for stop in body.get("stop", []):
             text = text.split(stop)[0]
@@ -99,9 +101,6 @@ class FakeVllm:
 
 def continue_rows(model: ArcModel, rows: Tensor, max_tokens: int, stop_ids: list[int]) -> list[int]:
     """Greedy tokens after rows: the decoder of the model, with the rows in place of its embeddings."""
-    from arc_ds.batch.packing import PoolingSpec, pack
-    from arc_ds.batch.segments import Sample, Segment
-
     sample = Sample("rows", (Segment.context([0] * len(rows), None),))
     batch = pack([sample], PoolingSpec((), 0))
     (ids,) = generate_ids(model.decoders[0], batch, rows, max_new_tokens=max_tokens, stop_ids=stop_ids)
@@ -113,11 +112,6 @@ def serving(fake: FakeVllm) -> Iterator[str]:
     """Run the upstream in a thread; its address."""
     with running(uvicorn.Server(uvicorn.Config(fake.app, log_config=None, lifespan="off"))) as url:
         yield url
-
-
-def _error(status: int, message: str) -> Response:
-    plain = {"message": message, "type": "BadRequestError", "param": "prompt_embeds", "code": status}
-    return JSONResponse({"error": plain}, status)
 
 
 def _event(plain: dict[str, Any]) -> str:

@@ -14,8 +14,6 @@ from typing import Any
 
 from arc_ds.launch.signals import StopRequest
 
-VARIABLE = "HOLD_AFTER"
-
 
 def main(argv: Sequence[str]) -> int:
     """One rank. It waits until it has received a stop signal or is killed, and leaves `held_by_PID` in the run."""
@@ -27,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
         stop: StopRequest
 
         def after_step(self, run: Any, batch: Any, result: Any) -> None:
-            if run.step != int(os.environ[VARIABLE]):
+            if run.step != int(os.environ["HOLD_AFTER"]):
                 return
             (run.folder / f"held_by_{os.getpid()}").touch()
             while not self.stop.is_set():

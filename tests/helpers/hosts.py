@@ -133,16 +133,16 @@ class Host:
 
 
 @contextmanager
-def make_hosts(folder: Path, num_hosts: int = 2, prefix: str = "node") -> Iterator[tuple[Host, ...]]:
-    """Hosts `{prefix}0`, `{prefix}1`, … on one switch. Check `missing()` first.
+def make_hosts(folder: Path) -> Iterator[tuple[Host, ...]]:
+    """Two hosts, `node0` and `node1`, on one switch. Check `missing()` first.
 
     folder: place for the hosts' `/etc/hosts`.
     """
-    names = {f"{prefix}{number}": f"10.77.0.{number + 1}" for number in range(num_hosts)}
+    names = {"node0": "10.77.0.1", "node1": "10.77.0.2"}
     table = folder / "etc_hosts"
     table.write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in names.items()))
     with ExitStack() as stack:
-        switch = stack.enter_context(_namespaces(f"{prefix}-switch", table))
+        switch = stack.enter_context(_namespaces("node-switch", table))
         _in_switch(switch, "ip link add bridge type bridge && ip link set bridge up")
         hosts = []
         for number, (name, address) in enumerate(names.items()):
@@ -164,7 +164,6 @@ def _namespaces(name: str, table: Path) -> Iterator[int]:
         [*command, name, str(table)], stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
     )
     try:
-        assert holder.stdout is not None
         assert holder.stdout.readline() == "ready\n"
         yield int(Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text())
     finally:

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import torch
 
 
-def light_engine(value: float = 1.0, numel: int = 5000) -> SimpleNamespace:
+def light_engine(value: float = 1.0) -> SimpleNamespace:
     """An engine of one rank with one trained parameter, all of whose states are `value`."""
-    parameter = _Parameter(numel)
-    master = torch.full([numel], value).requires_grad_()
-    adam = {"step": torch.tensor(value)} | {name: torch.full([numel], value) for name in ("exp_avg", "exp_avg_sq")}
+    parameter = _Parameter()
+    master = torch.full(parameter.ds_shape, value).requires_grad_()
+    adam = {"step": torch.tensor(value)} | {
+        name: torch.full(parameter.ds_shape, value) for name in ("exp_avg", "exp_avg_sq")
+    }
     optimizer = SimpleNamespace(
         fp16_groups=[[parameter]],
         fp32_partitioned_groups_flat=[master],
@@ -22,5 +24,4 @@ def light_engine(value: float = 1.0, numel: int = 5000) -> SimpleNamespace:
 
 
 class _Parameter:
-    def __init__(self, numel: int) -> None:
-        self.ds_shape = torch.Size([numel])
+    ds_shape = torch.Size([5000])

@@ -74,7 +74,6 @@ def tiny_compressor(
     *,
     trained_layers: int | None = None,
     train_embeddings: bool = True,
-    train_memory: bool = True,
     lora_rank: int = 0,
     **kind: Any,
 ) -> Compressor:
@@ -85,7 +84,7 @@ def tiny_compressor(
         compressor.encoder,
         trained_layers=trained_layers,
         train_embeddings=train_embeddings,
-        train_memory=train_memory,
+        train_memory=True,
         lora_rank=lora_rank,
     )
     return compressor

@@ -70,12 +70,12 @@ def write_tekken(folder: Path) -> Path:
     return folder
 
 
-def swap_letters(folder: Path, first: str = "e", second: str = "t") -> Path:
-    """Swap the ids of two letters in a folder's tokenizer.json: another tokenizer of the same size."""
+def swap_letters(folder: Path) -> Path:
+    """Swap the ids of "e" and "t" in a folder's tokenizer.json: another tokenizer of the same size."""
     path = folder / "tokenizer.json"
     spec = json.loads(path.read_text())
     vocab = spec["model"]["vocab"]
-    vocab[first], vocab[second] = vocab[second], vocab[first]
+    vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
     path.write_text(json.dumps(spec))
     return folder
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,7 @@ def start_training(
     """
     module = "arc_ds.cli" if hold_after is None else "tests.helpers.held_train"
     command = [sys.executable, "-m", module, "train", str(config), f"--num-procs={num_ranks}", *overrides]
-    env = {**(env or {}), "HOLD_AFTER": str(hold_after)}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOLD_AFTER": str(hold_after), **(env or {})}
     environment.pop("MLFLOW_TRACKING_URI", None)
     # Runs must end with the tests, even if the tests crash.
     return subprocess.Popen(
@@ -128,11 +127,9 @@ def start_training(
     )
 
 
-def train(
-    config: Path, overrides: Sequence[str] = (), *, num_ranks: int = 1, env: Mapping[str, str] | None = None
-) -> tuple[int, str]:
+def train(config: Path, overrides: Sequence[str] = (), *, num_ranks: int = 1) -> tuple[int, str]:
     """Run `arc-ds train CONFIG ...` to its end and return exit code and console output."""
-    process = start_training(config, overrides, num_ranks=num_ranks, env=env)
+    process = start_training(config, overrides, num_ranks=num_ranks)
     console, _ = process.communicate(timeout=2 * LIMIT_S)
     return process.returncode, console
 
@@ -160,7 +157,7 @@ def _train_on_rank(config: str, overrides: tuple[str, ...], stop_after: int | No
             if run.step == stop_after and dist.is_main():
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    loaded, messages = load_config(config, overrides), _Messages()
+    loaded, messages = load_config(config, overrides), BufferingHandler(capacity=10**6)
     logger = logging.getLogger("arc_ds")
     level = logger.level
     logger.setLevel(logging.INFO)
@@ -170,16 +167,7 @@ def _train_on_rank(config: str, overrides: tuple[str, ...], stop_after: int | No
     finally:
         logger.removeHandler(messages)
         logger.setLevel(level)
-    return code, "\n".join(messages.texts)
-
-
-class _Messages(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
+    return code, "\n".join(record.getMessage() for record in messages.buffer)
 
 
 def numbers_by_step(run: Path) -> dict[int, dict[str, float]]:

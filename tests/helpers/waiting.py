@@ -9,13 +9,9 @@ from collections.abc import Callable
 LIMIT_S = 300.0
 
 
-def wait_for(condition: Callable[[], object], failure: str = "waited too long", *, every_s: float = 0.005) -> None:
-    """Return as soon as `condition()` is true. After `LIMIT_S`, fail.
-
-    failure: message of the failure.
-    every_s: pause between two checks.
-    """
+def wait_for(condition: Callable[[], object], failure: str = "waited too long") -> None:
+    """Return as soon as `condition()` is true. After `LIMIT_S`, fail with this message."""
     end = time.monotonic() + LIMIT_S
     while not condition():
         assert time.monotonic() < end, failure
-        time.sleep(every_s)
+        time.sleep(0.005)

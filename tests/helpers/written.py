@@ -6,6 +6,8 @@ import json
 from itertools import groupby
 from pathlib import Path
 
+import tokenizers
+
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.tokenizers import Tokenizer
 from tests.helpers.tiny_data import write_json_tokenizer
@@ -38,13 +40,11 @@ def _text(segment: Segment, names: dict[int, str], decoder: Tokenizer) -> str:
     return "".join(pieces)
 
 
-def write_chat_tokenizer(folder: Path, *, template: object = None, specials: tuple[str, ...] = IM_TOKENS) -> Path:
-    """Write the folder of `write_json_tokenizer` with additional special tokens and a chat template."""
-    import tokenizers
-
+def write_chat_tokenizer(folder: Path, *, template: object = None) -> Path:
+    """Write the folder of `write_json_tokenizer` with `IM_TOKENS` and a chat template."""
     write_json_tokenizer(folder)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.add_special_tokens(list(specials))
+    backend.add_special_tokens(list(IM_TOKENS))
     backend.save(str(folder / "tokenizer.json"))
     config = folder / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))

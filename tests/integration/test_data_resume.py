@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -21,8 +20,6 @@ from arc_ds.tokenizers import load_tokenizer
 from tests.helpers.batches import digest, sequences
 from tests.helpers.tiny_mixture import IN_CONTEXT_EXAMPLES, SIZES, TinyMixture
 from tests.helpers.waiting import LIMIT_S, wait_for
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +97,7 @@ def start_reading(
     """Start a process that reads all steps and records the digest of each batch."""
     command = [sys.executable, "-m", "tests.helpers.read_steps", str(mixture.folder), str(out)]
     numbers = [first, STEPS, hang_at, num_workers, rank, world_size]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    return subprocess.Popen([*command, *map(str, numbers)], env=environment, preexec_fn=die_with_parent)
+    return subprocess.Popen([*command, *map(str, numbers)], preexec_fn=die_with_parent)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])

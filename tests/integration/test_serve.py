@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import re
 import signal
@@ -61,13 +60,11 @@ def process(folder: Path) -> Iterator[tuple[subprocess.Popen, str]]:  # type: ig
     command += ["--model", str(folder / "export"), "--port", "0"]
     started = subprocess.Popen(
         [*command, "--decoder", str(folder / "decoder")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     try:
-        assert started.stdout is not None
         line = started.stdout.readline()
         found = re.search(r"at (http://\S+)/v1", line)
         assert found, line

@@ -124,7 +124,9 @@ def test_checking_in_parallel_finds_the_same_faults(
     assert faults == list(check_shards(out))
     assert [fault.file for fault in faults] == ["stray", *["shard-000002.tar"] * 2, *["shard-000005.tar"] * 2]
     assert main(["shards", "check", str(out)]) == 1
-    assert f"{out}/shard-000002.tar at byte 512: the member's checksum" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{out}/shard-000002.tar at byte 512: the member's checksum" in printed
+    assert f"{out}: 5 faults. Copy the damaged files again or rebuild them" in printed
 
 
 def makers(children: Path) -> list[int]:

@@ -15,7 +15,7 @@ import pytest
 from arc_ds.launch.exit_codes import EXIT_PREEMPTED
 from arc_ds.system.dist import free_port
 from arc_ds.system.processes import die_with_parent
-from tests.helpers.tiny_run import ROOT, last_saved_step, losses
+from tests.helpers.tiny_run import last_saved_step, losses
 from tests.helpers.waiting import LIMIT_S
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -53,11 +53,9 @@ SHORT = ("data.num_workers=6", "checkpoint.every=0", "data.validation=null", "va
 
 def _start(rank: int, port: int, command: list[str]) -> subprocess.Popen[str]:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *command],
-        env={**environment, **{name: str(value) for name, value in place.items()}},
+        env=os.environ | {name: str(value) for name, value in place.items()},
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=die_with_parent,
@@ -81,7 +79,6 @@ def test_a_rank_that_waits_for_its_batch_obeys_a_stop_at_once(config: Path, tmp_
 
 def test_a_rank_that_waits_for_another_says_so_and_obeys_ctrl_c(config: Path, tmp_path: Path) -> None:
     process = _start(0, free_port(), ["-m", "arc_ds.train", str(config), f"run_dir={tmp_path / 'run'}"])
-    assert process.stderr is not None
     (deadline := threading.Timer(LIMIT_S, process.kill)).start()
     assert any("waiting for all 2 ranks at 127.0.0.1:" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)

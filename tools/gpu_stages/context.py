@@ -1,4 +1,4 @@
-"""What every stage is given."""
+"""The context that every stage gets."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def rows_path(out: Path) -> Path:
     return out / f"{file_name(machine_name())}.csv"
 
 
-def one_line(text: str, limit: int = 300) -> str:
+def one_line(text: str) -> str:
     """A text without line breaks, cut to a length that a table can hold."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= limit else f"{flat[: limit - 1]}…"
+    return flat if len(flat) <= 300 else f"{flat[:299]}…"

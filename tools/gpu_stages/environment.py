@@ -24,7 +24,7 @@ PACKAGES = {
 
 
 def run(context: StageContext) -> None:
-    """Append what the machine is and has."""
+    """Append the rows of machine, packages and ceilings."""
     machine = partial(context.add, "machine")
     machine("name", machine_name())
     machine("python", platform.python_version())

@@ -15,14 +15,13 @@ from gpu_stages.context import ROOT, StageContext
 
 TABLE = ROOT / "kernels" / "arc_kernels" / "attention" / "measured.py"
 TABLE_SECONDS = 20.0
-"""The least for which the table of attention backends is begun: a third of it, or so; a guess until a GPU has shown it.
-"""
+"""Minimum time left to start the table of attention backends. An estimate: about a third of the table takes so long."""
 
 CASE_SECONDS = 10.0
-"""The least for which a case is begun: its rows come together at its end."""
+"""Minimum time left to start a case, whose rows are written together at its end."""
 
 FIRST_CASE = "GPU_DAY_FIRST_CASE"
-"""In the environment of a process that was started anew: how many cases were done before."""
+"""Environment variable of a restarted process: the number of cases that are done."""
 
 
 def run(context: StageContext) -> None:
@@ -42,7 +41,7 @@ def run(context: StageContext) -> None:
             continue
         try:
             context.rows.append(measure(case))
-        except Exception as error:  # the other kernels' rows are wanted all the same
+        except Exception as error:  # one kernel must not cost the rows of the others
             context.failure(f"{case.kernel} {case.shape}", error)
             _go_on_if_unusable(context, idx + 1)
     if left_out:

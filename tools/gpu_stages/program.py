@@ -26,7 +26,7 @@ BF16_NOISE = 2.0**-8
 
 
 def run(context: StageContext) -> None:
-    """Append whether the program trains, stops and resumes, and how far the losses are apart."""
+    """Append whether the program trains, stops and resumes, and the difference of the losses."""
     if not find_spec("deepspeed"):
         context.result("arc-ds train", "left out", "deepspeed is not installed; carry its wheel (tools/gpu_day.md)")
         return

@@ -1,8 +1,8 @@
 """Stage "right": are the kernels right? Runs one process per kernel and, at the same time, the tests in parallel.
 
-These processes compare each kernel with the reference at the paper's shapes, and then run what it will be timed
-against, so that the compilers' caches are full before anything is timed. A kernel with an alternative that takes long
-to compile has one process for each shape.
+These processes compare each kernel with the reference at the paper's shapes. Then they run its alternatives, so that
+the compilers' caches are full before the stage "fast" times anything. A kernel with an alternative that takes long to
+compile has one process for each shape.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Check:
     """A process that checks one kernel.
 
     kernel: its name; "all" for all kernels.
-    num_cases: how many verdicts are to be expected.
+    num_cases: number of expected verdicts.
     process: with `words`, the file of its output.
     """
 

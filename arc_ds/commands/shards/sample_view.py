@@ -13,6 +13,7 @@ from arc_ds.batch.groups import GroupRule, group_sizes
 from arc_ds.batch.segments import Segment
 from arc_ds.data.tasks import Example
 from arc_ds.tokenizers import Tokenizer
+from arc_ds.tokenizers.base import spell
 
 _END = "\x1b[0m"
 # The terminal's code of each style, and the brackets that replace it without colours.
@@ -108,21 +109,3 @@ class SampleView:
         if self.colour:
             return f"{code}{text}{_END}" if code else text
         return f"{before}{text}{after}"
-
-
-def spell(tokenizer: Tokenizer, pieces: Sequence[Sequence[int]]) -> list[str]:
-    """Decode consecutive pieces of ids to text, so that the texts join to the text of all ids.
-
-    If several pieces share the bytes of a character, the character belongs to the last of them.
-    """
-    texts: list[str] = []
-    ids: list[int] = []
-    done = ""
-    for place, piece in enumerate(pieces):
-        ids += piece
-        text = tokenizer.decode(ids)
-        if place < len(pieces) - 1:
-            text = text.rstrip("\ufffd")
-        texts.append(text[len(done) :])
-        done = text if len(text) > len(done) else done
-    return texts

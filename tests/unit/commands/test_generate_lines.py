@@ -64,7 +64,6 @@ def test_a_question_is_written_as_in_training(
     folder: Path, model: ArcModel, tmp_path: Path, monkeypatch, template, instruction
 ) -> None:
     encoder, decoder = model.encoder_tokenizer, model.decoder_tokenizers[0]
-    assert encoder is not None and decoder is not None
     layout = PLAIN if template == "none" else read_layout(template, decoder, folder / "decoder")
     seed = next(seed for seed in range(99) if int(random_words(2, seed, "few-shot")[0]) % 2)  # takes both passages
     spec = ExampleSpec("few_shot", seed, encoder, decoder, TaskLimits(max_passages=2), layout)

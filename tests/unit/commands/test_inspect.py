@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from arc_ds import cli
 from arc_ds.commands.inspect import describe, inspect_path
@@ -17,6 +16,7 @@ from tests.helpers import tiny_models as tiny
 from tests.helpers.tiny_data import write_json_tokenizer, write_tekken
 from tests.helpers.tiny_export import ENCODER, tiny_trained
 from tests.helpers.written import write_chat_tokenizer
+from tests.unit.commands.test_import import write_release
 
 CONFIG = tiny.tiny_config(vocab_size=350)
 TENSORS = tiny.random_tensors(CONFIG, dtype=torch.bfloat16)
@@ -158,38 +158,28 @@ def test_checkpoints_of_the_reference_need_the_sizes_of_their_backbone(golden: P
     assert facts["serves_as"] == {"compressor": None} and len(facts["decoders"]) == 2
 
 
-def write_release(folder: Path) -> Path:
-    """Write a release of the tiny encoder, and the sizes of its backbone. Returns the backbone's folder."""
-    write_export(tiny_trained(folder / "run"), folder / "arc", export_format="arc")
-    released = {}
-    for part in ("embedder", "bridge_module"):
-        tensors = load_file(folder / "arc" / part / "consolidated.safetensors")
-        released |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
-    save_file(released, folder / "model.safetensors")
-    (folder / "backbone").mkdir()
-    (folder / "backbone" / "config.json").write_text(json.dumps(tiny.hf_config(ENCODER)))
-    return folder / "backbone"
-
-
 def test_a_release_says_what_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    backbone = write_release(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    for path in (tmp_path, tmp_path / "model.safetensors"):
+    release, backbone = tmp_path / "release", tmp_path / "backbone"
+    write_release(release)
+    backbone.mkdir()
+    (backbone / "config.json").write_text(json.dumps(tiny.hf_config(ENCODER)))
+    (release / "config.json").write_text("{}")
+    for path in (release, release / "model.safetensors"):
         facts = inspect_path(path, backbone)
         assert facts["kind"] == "released ARC-Encoder of the reference"
         assert facts["serves_as"] == {"release to import with arc-ds import": None}
         assert facts["encoder"]["num_layers"] == 1 and facts["encoder"]["hidden_size"] == ENCODER.hidden_size
         assert facts["bridge"] == {"kind": "mlp", "hidden_size": 24} and facts["decoders"] == [{"hidden_size": 48}]
-    assert cli.main(["inspect", str(tmp_path), "--encoder-backbone", str(backbone)]) == 0
-    assert cli.main(["inspect", str(tmp_path)]) == 2, "its sizes are not those of Llama 3.2 3B"
+    assert cli.main(["inspect", str(release), "--encoder-backbone", str(backbone)]) == 0
+    assert cli.main(["inspect", str(release)]) == 2, "its sizes are not those of Llama 3.2 3B"
     assert "give its folder: --encoder-backbone" in capsys.readouterr().out
 
 
 def test_a_release_cut_short_is_named_as_damaged(tmp_path: Path) -> None:
-    write_release(tmp_path)
-    file = tmp_path / "model.safetensors"
+    write_release(tmp_path / "release")
+    file = tmp_path / "release" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
-    for path in (tmp_path, file):
+    for path in (file.parent, file):
         assert "cut short or damaged" in inspect_path(path)["serves_as"]["decoder"]
 
 

@@ -71,19 +71,6 @@ def test_shards_whose_tokens_could_not_be_cached_are_said_to_be_whole(
     assert main(["shards", "check", out]) == 0
 
 
-def test_check_names_damaged_files_and_the_remedy(
-    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(command) == 0
-    out = tmp_path / "my shards"
-    assert main(["shards", "check", str(out)]) == 0
-    (tar,) = out.glob("*.tar")
-    tar.write_bytes(tar.read_bytes().replace(b"e", b"f"))
-    assert main(["shards", "check", str(out)]) == 1
-    printed = capsys.readouterr().out
-    assert tar.name in printed and "Copy the damaged files again or rebuild them" in printed
-
-
 def test_a_malformed_url_is_one_message_without_its_secrets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shards", "check", "https://me:secret@[bad/x?sig=secret"]) == 2
     error = capsys.readouterr().err

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from arc_ds.batch.groups import GroupRule
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.cli import main
-from arc_ds.commands.shards.sample_view import SampleView, spell
+from arc_ds.commands.shards.sample_view import SampleView
 from arc_ds.data.tasks import Example, TaskCounts
 from arc_ds.shards.building.writer import build_shards
 from arc_ds.tokenizers import Tokenizer, load_tokenizer
+from arc_ds.tokenizers.base import spell
 from tests.helpers.tiny_data import numbered_texts, write_json_tokenizer, write_lines, write_shards, write_tiktoken
 
 
@@ -49,7 +50,6 @@ def test_pieces_spelled_together_are_the_text(tokenizer: Tokenizer, text: str, d
 
 
 def sample_of(tokenizer: Tokenizer, other: Tokenizer) -> Example:
-    assert other.bos_id is not None
     segments = (
         Segment.text([other.bos_id, *other.encode("Wind. ")]),
         Segment.context(tokenizer.encode("the sea 🚲 lamp"), "cont"),
@@ -118,17 +118,12 @@ def test_show_prints_samples_of_every_task(
     assert "<|im_start|>" in show("texts", "--chat-template", "chatml", code=2)
 
 
-@pytest.mark.parametrize("num_lines", [1, 0])
-def test_a_reader_that_has_enough_ends_the_command_in_silence(
-    tmp_path: Path, tokenizer_path: Path, num_lines: int
-) -> None:
+def test_a_reader_that_has_enough_ends_the_command_in_silence(tmp_path: Path, tokenizer_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", tokenizer_path, numbered_texts(300))  # more than the capacity of a pipe
     command = [sys.executable, "-m", "arc_ds.cli", "shards", "show", str(shards.folder)]
     words = ["--tokenizer", str(tokenizer_path), "--decoder-tokenizer", str(tokenizer_path), "--num", "300"]
     with subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as show:
-        assert show.stdout is not None and show.stderr is not None
-        for _ in range(num_lines):
-            assert show.stdout.readline()
+        assert show.stdout.readline()
         show.stdout.close()
         assert show.stderr.read() == b""
     assert show.returncode == 128 + signal.SIGPIPE

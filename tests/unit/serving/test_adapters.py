@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,6 @@ from tests.helpers.served import Served, served
 from tests.helpers.waiting import LIMIT_S
 from tests.unit.serving.test_server import DOCUMENT, QUESTION, expected
 
-ROOT = Path(__file__).parents[3]
 PYTHON = os.environ.get("ARC_RAG_PYTHON", sys.executable)
 PROGRAMS = {
     "langchain_core": """
@@ -65,12 +63,7 @@ print(pipeline.run({"generator": inputs})["generator"]["replies"][0])
 
 @pytest.mark.parametrize("framework", PROGRAMS)
 def test_a_framework_gets_the_answer_of_generate(server: Served, model: ArcModel, framework: str) -> None:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PYTHONIOENCODING": "utf-8",
-        "HAYSTACK_TELEMETRY_ENABLED": "0",
-    }
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "HAYSTACK_TELEMETRY_ENABLED": "0"}
     if subprocess.run([PYTHON, "-c", f"import {framework}"], env=environment, capture_output=True).returncode:
         pytest.skip(f"{PYTHON} has no {framework}; ARC_RAG_PYTHON may name another Python")
     values = f"URL, DOCUMENT, QUESTION = {server.url + '/v1'!r}, {DOCUMENT!r}, {QUESTION!r}\n"

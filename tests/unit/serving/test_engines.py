@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 
 import pytest
@@ -24,18 +26,10 @@ def test_vllm_decodes_the_rows_of_a_completion(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("wrong", [torch.ones(3, 47), torch.ones(48), torch.ones(3, 48, dtype=torch.int64), [1.0]])
 def test_the_decoding_of_the_tests_refuses_what_vllm_refuses(wrong: object) -> None:
-    buffer = encode_tensor(wrong) if isinstance(wrong, torch.Tensor) else _saved(wrong)
-    with pytest.raises(ValueError):
-        decode_prompt_embeds(buffer, 48)
-
-
-def _saved(value: object) -> str:
-    import base64
-    import io
-
     buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return base64.b64encode(buffer.getvalue()).decode()
+    torch.save(wrong, buffer)
+    with pytest.raises(ValueError):
+        decode_prompt_embeds(base64.b64encode(buffer.getvalue()).decode(), 48)
 
 
 def test_a_slice_is_sent_without_the_rest_of_its_tensor() -> None:

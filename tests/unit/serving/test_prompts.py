@@ -17,7 +17,7 @@ from arc_ds.data.tasks.task import Task
 from arc_ds.export.formats import write_export
 from arc_ds.serving import prompts
 from arc_ds.serving.protocol import ChatBody, CompletionBody, RequestError
-from arc_ds.tokenizers import Tokenizer
+from tests.helpers.served import served
 from tests.helpers.tiny_export import tiny_trained, write_decoder
 
 DOCUMENT, QUESTION = "Wind came from the sea; the lamp held.", "Which lamp held?"
@@ -33,23 +33,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ArcModel:
     write_export(tiny_trained(folder / "run"), folder / "export")
     (write_decoder(folder / "decoder") / "chat_template.jinja").write_text(TEMPLATE)
     found = ArcModel.from_checkpoint(folder / "export", decoders=[folder / "decoder"])
-    found.folder = folder / "decoder"  # type: ignore[attr-defined]
+    found.folder = folder / "decoder"
     return found
 
 
 def layout_of(model: ArcModel) -> Layout:
-    return read_layout("tokenizer", decoder_of(model), model.folder)  # type: ignore[attr-defined]
-
-
-def decoder_of(model: ArcModel) -> Tokenizer:
-    tokenizer = model.decoder_tokenizers[0]
-    assert tokenizer is not None
-    return tokenizer
-
-
-def encoder_of(model: ArcModel) -> Tokenizer:
-    assert model.encoder_tokenizer is not None
-    return model.encoder_tokenizer
+    return read_layout("tokenizer", model.decoder_tokenizers[0], model.folder)
 
 
 def chat(*messages: dict[str, Any], **fields: Any) -> prompts.Chat:
@@ -67,7 +56,7 @@ def document(text: str) -> dict[str, Any]:
 
 def trained(model: ArcModel, layout: Layout, task: Task, records: list[dict[str, Any]]) -> list[Piece]:
     """The sample of a training task."""
-    spec = ExampleSpec("test", 3, encoder_of(model), decoder_of(model), TaskLimits(), layout)
+    spec = ExampleSpec("test", 3, model.encoder_tokenizer, model.decoder_tokenizers[0], TaskLimits(), layout)
     return pieces(task.example(records, spec).sample.segments)
 
 
@@ -94,7 +83,7 @@ def record(place: int = 0) -> dict[str, Any]:
 
 def asked(model: ArcModel, layout: Layout, found: prompts.Chat) -> list[Piece]:
     if layout.is_chat:
-        return pieces(prompts.chat_segments(found, layout, encoder_of(model), decoder_of(model)))
+        return pieces(prompts.chat_segments(found, layout, model.encoder_tokenizer, model.decoder_tokenizers[0]))
     return pieces(model.segments(list(prompts.write_plain(found))))
 
 
@@ -105,7 +94,7 @@ def test_a_question_on_a_document_is_written_as_in_training(model: ArcModel, kin
     for found in (chat(user(QUESTION), documents=[DOCUMENT]), chat(user(document(DOCUMENT), f" {QUESTION}\n"))):
         ours = asked(model, layout, found)
         assert ours == sample[: len(ours)] and any(piece[0] == "context" for piece in ours)
-        answer = decoder_of(model).decode([piece[1] for piece in sample[len(ours) :]])
+        answer = model.decoder_tokenizers[0].decode([piece[1] for piece in sample[len(ours) :]])
         assert answer.strip() == "The tower"
     other = asked(model, layout, chat(user(QUESTION), documents=["Another one"]))
     assert other != sample[: len(other)]
@@ -117,31 +106,47 @@ def test_earlier_turns_are_written_as_the_examples_of_training(model: ArcModel) 
     first, second = turns
     ours = asked(model, PLAIN, chat(first, {"role": "assistant", "content": "The tower"}, second))
     assert ours == sample[: len(ours)]
-    assert decoder_of(model).decode([piece[1] for piece in sample[len(ours) :]]).strip() == "The tower"
+    assert model.decoder_tokenizers[0].decode([piece[1] for piece in sample[len(ours) :]]).strip() == "The tower"
+
+
+def chat_ids(model: ArcModel, *messages: dict[str, Any]) -> list[int]:
+    tokenizers = model.encoder_tokenizer, model.decoder_tokenizers[0]
+    (segment,) = prompts.chat_segments(chat(*messages), layout_of(model), *tokenizers)
+    return list(segment.ids)
+
+
+def test_a_server_answers_in_the_template(model: ArcModel) -> None:
+    layout, tokenizers = layout_of(model), (model.encoder_tokenizer, model.decoder_tokenizers[0])
+    texts = []
+    with served(model, layout=layout) as found:
+        for documents in ([DOCUMENT], []):
+            body = {"messages": [user(QUESTION)], "documents": documents, "max_tokens": 12}
+            segments = prompts.chat_segments(chat(user(QUESTION), documents=documents), layout, *tokenizers)
+            (ids,) = model.generate_ids([segments], max_new_tokens=12, stop_ids=model.decoder_stop_ids[0])
+            text = model.decoder_tokenizers[0].decode(ids)
+            # The space after the template's "Answer:" is no part of the answer.
+            texts.append(text.removeprefix(" ") if documents else text)
+            assert found.ask("/v1/chat/completions", body).text == texts[-1]
+    assert texts[0] != texts[1]
 
 
 def test_a_chat_without_documents_is_a_plain_turn_of_its_template(model: ArcModel) -> None:
-    found = chat({"role": "system", "content": "Be brief."}, user("Hello"))
-    (segment,) = prompts.chat_segments(found, layout_of(model), encoder_of(model), decoder_of(model))
-    bos, *words = segment.ids
+    bos, *words = chat_ids(model, {"role": "system", "content": "Be brief."}, user("Hello"))
     assert bos == 0
-    assert decoder_of(model).decode(list(words)) == "user\nBe brief.\n\nHello\nassistant\n"
+    assert model.decoder_tokenizers[0].decode(words) == "user\nBe brief.\n\nHello\nassistant\n"
 
 
 def test_instructions_stand_before_the_first_turn_only(model: ArcModel) -> None:
-    found = chat({"role": "system", "content": "Brief."}, user("a"), {"role": "assistant", "content": "b"}, user("c"))
-    (segment,) = prompts.chat_segments(found, layout_of(model), encoder_of(model), decoder_of(model))
-    words = decoder_of(model).decode([idx for idx in segment.ids if idx > 1])
+    messages = ({"role": "system", "content": "Brief."}, user("a"), {"role": "assistant", "content": "b"}, user("c"))
+    words = model.decoder_tokenizers[0].decode([idx for idx in chat_ids(model, *messages) if idx > 1])
     assert words == "user\nBrief.\n\na\nassistant\nb\nuser\nc\nassistant\n"
 
 
 def test_names_of_special_tokens_in_a_message_stay_text(model: ArcModel) -> None:
-    layout = layout_of(model)
+    usual = chat_ids(model, user("x"))
     for text in ("</s>", "<s>assistant"):
-        (segment,) = prompts.chat_segments(chat(user(text)), layout, encoder_of(model), decoder_of(model))
-        (usual,) = prompts.chat_segments(chat(user("x")), layout, encoder_of(model), decoder_of(model))
-        assert list(segment.ids).count(1) == list(usual.ids).count(1)
-        assert list(segment.ids).count(0) == list(usual.ids).count(0)
+        ids = chat_ids(model, user(text))
+        assert [ids.count(special) for special in (0, 1)] == [usual.count(special) for special in (0, 1)]
 
 
 def test_a_completion_has_its_contexts_in_place_and_its_documents_first() -> None:

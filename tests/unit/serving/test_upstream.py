@@ -156,18 +156,23 @@ def test_a_fault_after_the_first_words_is_an_event_of_the_stream(model: ArcModel
     assert first["choices"][0]["text"] == "Hello" and last["error"]["code"] == "upstream_timeout"
 
 
-def test_a_client_that_does_not_read_its_answer_ends_it(model: ArcModel, embedder: ArcModel) -> None:
+def endless(model: ArcModel, text: str) -> tuple[FakeVllm, threading.Event]:
+    """An upstream that sends a text again and again, and the event that nobody listens any more."""
     ended = threading.Event()
 
     async def events() -> AsyncIterator[str]:
         try:
             while True:
-                yield event("x" * 100_000) + "\n\n"
-                await asyncio.sleep(0)
+                yield event(text) + "\n\n"
+                await asyncio.sleep(0.01)
         finally:
             ended.set()
 
-    fake = FakeVllm(model, behaviour=lambda _: StreamingResponse(events(), media_type="text/event-stream"))
+    return FakeVllm(model, behaviour=lambda _: StreamingResponse(events(), media_type="text/event-stream")), ended
+
+
+def test_a_client_that_does_not_read_its_answer_ends_it(model: ArcModel, embedder: ArcModel) -> None:
+    fake, ended = endless(model, "x" * 100_000)
     with serving(fake) as url:
         settings = UpstreamSettings(url=url, model="decoder")
         for timeout_s in (0.5, 5.0, 50.0):  # a slow machine needs more until the answer begins
@@ -193,17 +198,7 @@ def test_an_upstream_that_is_not_there_is_named(embedder: ArcModel) -> None:
 
 
 def test_a_hang_up_reaches_the_upstream(model: ArcModel, embedder: ArcModel) -> None:
-    ended = threading.Event()
-
-    async def events() -> AsyncIterator[str]:
-        try:
-            while True:
-                yield event("x") + "\n\n"
-                await asyncio.sleep(0.01)
-        finally:
-            ended.set()
-
-    fake = FakeVllm(model, behaviour=lambda _: StreamingResponse(events(), media_type="text/event-stream"))
+    fake, ended = endless(model, "x")
     with forwarding(fake, embedder) as found:
         opened = raw_request(found, {**CHAT, "stream": True})
         assert opened.recv(20).startswith(b"HTTP/1.1 200")

@@ -125,11 +125,11 @@ def test_a_compiled_backward_can_be_repeated_after_one_that_was_not(monkeypatch:
     reasons = []
     for kept in (bench._graphs_can_be_kept(), nullcontext()):
         torch.compiler.reset()
-        inputs, functions = bench._leaves(case, CPU), dict(bench._implementations(case, compiles=True))
+        inputs, functions = bench.leaves_of(case, CPU), dict(bench._implementations(case, compiles=True))
         with kept:
-            bench._runner(functions["torch.compile"], inputs, case.wants_grad, "both")()
+            bench.runner_of(functions["torch.compile"], inputs, case.wants_grad, "both")()
             reasons.append(
-                bench._cannot_run(bench._runner(functions["torch.compile"], inputs, case.wants_grad, "backward"))
+                bench._cannot_run(bench.runner_of(functions["torch.compile"], inputs, case.wants_grad, "backward"))
             )
     assert reasons[0] == "" and "donated" in reasons[1]
 

@@ -1,4 +1,4 @@
-"""Times the Triton kernels on a GPU against plain torch, torch.compile and the kernels of other libraries.
+"""Time the Triton kernels on a GPU against plain torch, torch.compile and the kernels of other libraries.
 
     python kernels/benchmarks/bench_kernels.py [--kernel NAME …] [--quick] [--csv FILE]
     python kernels/benchmarks/bench_kernels.py --check        # small cases, results only; any device
@@ -39,7 +39,7 @@ OURS = "arc_kernels"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit code is 1 if a case is wrong."""
+    """Run the command line. The exit code is 1 if a case is wrong, and 2 if there is nothing to run."""
     arguments = _parser().parse_args(argv)
     every = all_cases(_scale(arguments))
     known = sorted({case.kernel for case in every})
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     chosen = [case for case in every if not arguments.kernel or case.kernel in arguments.kernel]
     chosen = [case for case in chosen if arguments.shape in (None, case.shape)]
+    if not chosen:
+        print(f"no case has the shape {arguments.shape!r}; the output names the shapes", file=sys.stderr)
+        return 2
     if arguments.check:
         return _check(chosen, warms=arguments.warm)
     if not torch.cuda.is_available():
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def all_cases(scale: Scale) -> list[Case]:
-    """All cases: the first one of each kernel, then the second ones, and so on, so that a cut leaves no kernel out."""
+    """All cases: the first of each kernel, then the second ones, and so on. An interrupted run then has every kernel."""
     every = [*attention_cases(scale), *cases(scale)]
     kernels = [case.kernel for case in every]
     order = sorted(range(len(every)), key=lambda i: kernels[:i].count(kernels[i]))
@@ -175,8 +178,10 @@ def _time_case(case: Case, device: torch.device, ceilings: Ceilings, *, compiles
 
 @contextmanager
 def _graphs_can_be_kept() -> Iterator[None]:
-    """Compiled backwards do not take over what forward has saved: one that does, as in the cache after `_warm`, refuses
-    a graph that is kept, and backward alone is timed over such a graph.
+    """Keep compiled backwards from reusing the memory of saved tensors ("donated buffers").
+
+    One that reuses it, such as one in the cache after `_warm`, refuses a retained graph. Timing backward alone retains
+    the graph.
     """
     from torch._functorch import config
 
@@ -253,7 +258,7 @@ def leaves_of(case: Case, device: torch.device) -> dict[str, Tensor]:
 def runner_of(
     function: Function, inputs: dict[str, Tensor], wants_grad: tuple[str, ...], mode: Mode
 ) -> Callable[[], Any]:
-    """The call that is timed: forward keeps what backward needs; backward runs over a kept graph."""
+    """The call that is timed. "forward" saves what backward needs; "backward" runs on a retained graph."""
     leaves = [inputs[name] for name in wants_grad]
 
     def forward() -> tuple[Tensor, ...]:

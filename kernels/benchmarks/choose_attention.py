@@ -1,12 +1,12 @@
-"""Times our attention against PyTorch's FlashAttention over head sizes, masks and lengths, and keeps who is faster.
+"""Times our attention against PyTorch's FlashAttention over head sizes, masks and lengths, and records their ratio.
 
     python kernels/benchmarks/choose_attention.py [--write] [--table FILE] [--seconds S]
 
 Forward and backward together, bfloat16, 32 query heads on 8 kv heads, about 16,384 rows of segments of one length; the
 encoder's mask (both directions), the pooled layer (one query for eight keys) and the decoder's (causal). `--write`
-replaces this GPU's rows in kernels/arc_kernels/attention/measured.py, which `auto` decides by, or in a copy of it that
-`--table` names; commit it. Both sides are compared before they are timed. After S seconds no further shape is begun,
-and the table holds those that are done.
+replaces this GPU's rows in kernels/arc_kernels/attention/measured.py, which `auto` reads, or in a copy of it that
+`--table` names; commit it. The results of both sides are compared before they are timed. No shape is started after S
+seconds; the table then holds the finished ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TABLE = Path(measured.__file__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; exit code 1 where the two sides differ in their results."""
+    """Run the command line. The exit code is 1 if the results of the two sides differ."""
     arguments = _parser().parse_args(argv)
     if not torch.cuda.is_available():
         print("no GPU: nothing measured")
@@ -79,7 +79,7 @@ def write_table(path: Path, rows: Sequence[Measured]) -> None:
 
 
 def _measure(layer: Layer) -> Measured | None:
-    """One row of the table; None where the two sides disagree."""
+    """One row of the table; None if the results of the two sides differ."""
     case = attention_case(layer)
     device = torch.device("cuda")
     inputs = leaves_of(case, device)

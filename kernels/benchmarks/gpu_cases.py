@@ -78,7 +78,7 @@ class Case:
     """Plain torch, if it differs from the reference. torch.compile compiles it too."""
 
     baselines: Mapping[str, Function] = field(default_factory=dict)
-    """They import what they need when they are called: a library that cannot be imported costs its own rows alone."""
+    """They import what they need when they are called: a library that cannot be imported loses only its own rows."""
 
     is_compiled: bool = True
     """Whether torch.compile of the plain torch function is measured too."""

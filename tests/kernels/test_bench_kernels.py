@@ -46,8 +46,9 @@ def test_without_a_gpu_nothing_is_measured_and_make_bench_goes_on(
     assert not (tmp_path / "rows.csv").exists()
 
 
-def test_an_unknown_kernel_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--kernel", "no_such"]) == 2
+@pytest.mark.parametrize("option", ["--kernel", "--shape"])
+def test_an_unknown_kernel_or_shape_is_named(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([option, "no_such", "--check"]) == 2
     assert "no_such" in capsys.readouterr().err
 
 

@@ -45,7 +45,6 @@ from dry_cases import DryCase, cases_of
 from gpu_checks import as_tuple
 from machine_code import SHARED_LIMIT
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 import arc_kernels as ak
 from arc_kernels._compile import CompileSpec
@@ -86,21 +85,16 @@ class Launch:
         )
 
 
-class DryDriver(DriverBase):
+class DryDriver:
     """A Triton driver whose device is the CPU and whose launcher only records. Written for Triton 3.6 and 3.7.1."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.launches: list[Launch] = []
 
     @property
     def utils(self) -> DryDriver:
         """Triton calls `get_device_properties` and `load_binary` on `driver.utils`."""
         return self
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return False  # Triton must not select this driver itself
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", int(TARGET.removeprefix("sm_")), 32)
@@ -128,12 +122,6 @@ class DryDriver(DriverBase):
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """The launcher of one compiled kernel. Triton passes the grid as its first arguments."""
         return partial(self._launch, source, metadata)
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError("a dry launch compiles no C++")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError("a dry launch has no times")
 
     def _launch(self, source: Any, metadata: Any, grid_x: int, grid_y: int, grid_z: int, *_: Any) -> None:
         """Record a launch instead of doing it. Raises ValueError if CUDA would reject the grid or start no program."""

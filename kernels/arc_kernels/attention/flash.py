@@ -74,9 +74,7 @@ def _grouped(varlen_attn: Callable[..., Any], *, is_grouped: bool) -> dict[str, 
 
 @cache
 def _varlen_attn() -> Callable[..., Any] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # torch before 2.10
-        return None
+    from torch.nn.attention.varlen import varlen_attn
+
     wanted = {"window_size", "scale"}
     return varlen_attn if wanted <= inspect.signature(varlen_attn).parameters.keys() else None

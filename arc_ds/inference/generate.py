@@ -87,7 +87,8 @@ def generate_ids(
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, at_least=0, at_most=MAX_NEW_TOKENS)
     num_sequences, device = batch.decoder_cu_seqlens.numel() - 1, batch.decoder_ids.device
     _check_memory(decoder, batch, max_new_tokens)
-    choose = _Chooser(sampling or Sampling(), device)
+    sampling = sampling or Sampling()
+    generator = torch.Generator(device).manual_seed(int(sampling.seed))
     stop = torch.tensor(sorted(stop_ids), device=device, dtype=torch.int64)
     logits_BV, state = decoder.prefill(batch, z_ZD, max_new_tokens)
     done_B = torch.zeros(num_sequences, dtype=torch.bool, device=device)
@@ -95,7 +96,7 @@ def generate_ids(
     for step in range(max_new_tokens):
         if on_logits is not None:
             on_logits(step, logits_BV)
-        ids_B = choose(logits_BV)
+        ids_B = _choose(logits_BV, sampling, generator)
         done_B = done_B | torch.isin(ids_B, stop)
         chosen.append(torch.where(done_B, -1, ids_B))
         if has_ended is not None:
@@ -124,20 +125,14 @@ def _check_memory(decoder: FrozenDecoder, batch: PackedBatch, max_new_tokens: in
         )
 
 
-class _Chooser:
-    """Choose the next token of each sequence. Keeps the random state between steps."""
-
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self.sampling = sampling
-        self.generator = torch.Generator(device).manual_seed(int(sampling.seed))
-
-    def __call__(self, logits_BV: Tensor) -> Tensor:
-        if self.sampling.temperature == 0:
-            return logits_BV.argmax(dim=-1)
-        lowest, highest = _TEMPERATURES
-        temperature = float(min(max(self.sampling.temperature, lowest), highest))
-        probs, order = torch.softmax(logits_BV / temperature, dim=-1).sort(dim=-1, descending=True)
-        beyond = probs.cumsum(dim=-1) - probs >= self.sampling.top_p  # keeps the token that crosses top_p
-        beyond[:, 0] = False  # a top_p below float32's smallest number would leave no token
-        drawn = torch.multinomial(probs.masked_fill(beyond, 0.0), 1, generator=self.generator)
-        return order.gather(1, drawn).squeeze(1)
+def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token of each sequence."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    lowest, highest = _TEMPERATURES
+    temperature = float(min(max(sampling.temperature, lowest), highest))
+    probs, order = torch.softmax(logits_BV / temperature, dim=-1).sort(dim=-1, descending=True)
+    beyond = probs.cumsum(dim=-1) - probs >= sampling.top_p  # keeps the token that crosses top_p
+    beyond[:, 0] = False  # a top_p below float32's smallest number would leave no token
+    drawn = torch.multinomial(probs.masked_fill(beyond, 0.0), 1, generator=generator)
+    return order.gather(1, drawn).squeeze(1)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import arc_kernels as ak
 from arc_ds.model.backbone_config import BackboneConfig
@@ -383,6 +384,14 @@ class DecoderBlock(Block):
         k_PKH = ak.rotary(k_PKH, *rope.keys)
         cache.stream = self._finish(self.attention.attend(q_PNH, k_PKH, v_PKH, rope, spans), x_PD)
         return k_PKH, v_PKH
+
+
+def run_layer(layer: nn.Module, stream: Stream, *args: Any, recomputes: bool, **kwargs: Any) -> Stream:
+    """Run a layer on a stream. recomputes: whether backward recomputes the whole layer."""
+    if recomputes and torch.is_grad_enabled():
+        # Checkpointing saves the layer's input. The sum is one tensor instead of two.
+        return checkpoint(layer, stream.total_TD, None, *args, use_reentrant=False, **kwargs)
+    return layer(*stream, *args, **kwargs)
 
 
 class TokenEmbedding(nn.Module):

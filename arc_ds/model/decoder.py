@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from arc_ds.batch.packing import PackedBatch, PrefixSplit
 from arc_ds.model.backbone import (
@@ -25,6 +24,7 @@ from arc_ds.model.backbone import (
     Stream,
     TokenEmbedding,
     make_norm,
+    run_layer,
 )
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.frozen_decoder import FrozenDecoder, sequences_of_rows
@@ -145,10 +145,8 @@ class Decoder(FrozenDecoder):
         return prefix.join(before.total_TD, after.total_TD)
 
     def _run(self, layer: nn.Module, stream: Stream, *args: Any, **kwargs: Any) -> Stream:
-        if self.activation_checkpointing == "full" and torch.is_grad_enabled() and stream.x_TD.requires_grad:
-            # Checkpointing saves the layer's input. The sum is one tensor instead of two.
-            return checkpoint(layer, stream.total_TD, None, *args, use_reentrant=False, **kwargs)
-        return layer(*stream, *args, **kwargs)
+        recomputes = self.activation_checkpointing == "full" and stream.x_TD.requires_grad
+        return run_layer(layer, stream, *args, recomputes=recomputes, **kwargs)
 
     def prefill(self, batch: PackedBatch, z_ZD: Tensor | None, max_new_tokens: int) -> tuple[Tensor, KVCache]:
         lengths_B = batch.decoder_cu_seqlens.diff().long()

@@ -10,10 +10,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from arc_ds.batch.packing import PackedBatch, PoolLevel
-from arc_ds.model.backbone import Block, Recompute, Spans, Stream, TokenEmbedding
+from arc_ds.model.backbone import Block, Recompute, Spans, Stream, TokenEmbedding, run_layer
 from arc_ds.model.backbone_config import BackboneConfig
 from arc_ds.model.pooling import Pooling
 from arc_ds.model.rope import Rope, lengths_of_rows, ropes_at
@@ -163,11 +162,13 @@ class Encoder(nn.Module):
         ropes = self._ropes(batch.encoder_positions, cu_seqlens, cu_seqlens)
         spans = Spans.within(cu_seqlens, batch.encoder_max_seqlen, causal=self.causal)
         num_plain = len(self.layers) - self.num_pooled_layers
+        recomputes = self.activation_checkpointing == "full"
         for layer, rope in zip(self.layers[:num_plain], ropes[:num_plain], strict=True):
-            stream = self._run(layer, stream, rope, spans)
+            stream = run_layer(layer, stream, rope, spans, recomputes=recomputes)
         for layer_idx, level in enumerate(batch.levels, start=num_plain):
             ropes_G = self._ropes(level.positions, level.cu_seqlens, cu_seqlens)
-            stream = self._run(self.layers[layer_idx], stream, ropes[layer_idx], ropes_G[layer_idx], spans, level)
+            pooled = ropes[layer_idx], ropes_G[layer_idx], spans, level
+            stream = run_layer(self.layers[layer_idx], stream, *pooled, recomputes=recomputes)
             ropes, spans = ropes_G, Spans.within(level.cu_seqlens, level.max_seqlen, causal=self.causal)
         return stream.total_TD if self.memory is None else stream.total_TD[batch.memory_rows]
 
@@ -185,9 +186,3 @@ class Encoder(nn.Module):
         return self.tok_embeddings(
             batch.encoder_ids, batch.token_rows, self.memory.repeat(num_contexts, 1), batch.memory_rows
         )
-
-    def _run(self, layer: nn.Module, stream: Stream, *args: object) -> Stream:
-        if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-            # Checkpointing saves the layer's input. The sum is one tensor instead of two.
-            return checkpoint(layer, stream.total_TD, None, *args, use_reentrant=False)
-        return layer(*stream, *args)

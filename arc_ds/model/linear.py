@@ -103,14 +103,9 @@ class _RecomputingLinearFunction(torch.autograd.Function):
         return None, *of_given, *_parameter_gradients(x.detach(), grads, wants_parameters)
 
 
-def _products(x: Tensor, weights_and_biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def _products(x: Tensor, weights_and_biases: Sequence[Any]) -> tuple[Tensor, ...]:
     pairs = zip(weights_and_biases[::2], weights_and_biases[1::2], strict=True)
-    return tuple(_product(x, weight, bias) for weight, bias in pairs)
-
-
-def _product(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    assert weight is not None
-    return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+    return tuple(x @ weight.T if bias is None else torch.addmm(bias, x, weight.T) for weight, bias in pairs)
 
 
 def _input_gradient(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:

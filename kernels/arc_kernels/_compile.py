@@ -50,7 +50,9 @@ def arguments_of(
     types: Mapping[str, str] = MappingProxyType({}),
     odd: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`signature` and `divisible_by_16` of a kernel whose arguments are mostly pointers `p_…` to `dtype` and integers.
+    """`signature`, `constexprs` and `divisible_by_16` of a kernel.
+
+    Its arguments are mostly pointers `p_…` to `dtype` and integers.
 
     constexprs: the kernel's constants.
     types: types of the other arguments.
@@ -59,7 +61,7 @@ def arguments_of(
     names = [name for name in fn.arg_names if name not in constexprs]
     signature = {name: types.get(name, f"*{dtype}" if name.startswith("p_") else "i32") for name in names}
     divisible = tuple(name for name in names if name not in odd and signature[name] != "fp32")
-    return {"signature": signature, "divisible_by_16": divisible}
+    return {"signature": signature, "constexprs": constexprs, "divisible_by_16": divisible}
 
 
 def compile_spec(spec: CompileSpec, target: Any) -> Any:

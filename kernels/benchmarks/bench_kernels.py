@@ -1,4 +1,4 @@
-"""Times the Triton kernels on a GPU against plain torch, torch.compile and the kernels of other libraries.
+"""Time the Triton kernels on a GPU against plain torch, torch.compile and the kernels of other libraries.
 
     python kernels/benchmarks/bench_kernels.py [--kernel NAME …] [--quick] [--csv FILE]
     python kernels/benchmarks/bench_kernels.py --check        # small cases, results only; any device
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from gpu_attention import attention_cases
 from gpu_cases import FULL, QUICK, TINY, Case, Function, Scale, cases
-from gpu_checks import check_case, same_result
+from gpu_checks import as_tuple, check_case, same_result
 from gpu_timing import MAX_ROUNDS, Ceilings, Timing, interleaved, measure_ceilings, peak_extra_bytes
 from rows import MEASURED, Row, RowFile, file_name, machine_name
 from torch import Tensor
@@ -39,7 +39,7 @@ OURS = "arc_kernels"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit code is 1 if a case is wrong."""
+    """Run the command line. The exit code is 1 if a case is wrong, and 2 if there is nothing to run."""
     arguments = _parser().parse_args(argv)
     every = all_cases(_scale(arguments))
     known = sorted({case.kernel for case in every})
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     chosen = [case for case in every if not arguments.kernel or case.kernel in arguments.kernel]
     chosen = [case for case in chosen if arguments.shape in (None, case.shape)]
+    if not chosen:
+        print(f"no case has the shape {arguments.shape!r}; the output names the shapes", file=sys.stderr)
+        return 2
     if arguments.check:
         return _check(chosen, warms=arguments.warm)
     if not torch.cuda.is_available():
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def all_cases(scale: Scale) -> list[Case]:
-    """All cases: the first one of each kernel, then the second ones, and so on, so that a cut leaves no kernel out."""
+    """All cases: the first of each kernel, then the second ones, and so on: a cut at the end leaves no kernel out."""
     every = [*attention_cases(scale), *cases(scale)]
     kernels = [case.kernel for case in every]
     order = sorted(range(len(every)), key=lambda i: kernels[:i].count(kernels[i]))
@@ -95,10 +98,10 @@ def _check(chosen: list[Case], *, warms: bool) -> int:
 
 def _warm(case: Case, device: torch.device) -> None:
     """Run all implementations once, forward and backward, so that the compilers' caches hold them."""
-    inputs = _leaves(case, device)
+    inputs = leaves_of(case, device)
     with _graphs_can_be_kept():
         for name, function in _implementations(case, compiles=True):
-            reason = _cannot_run(lambda f=function: _runner(f, inputs, case.wants_grad, "both")())
+            reason = _cannot_run(lambda f=function: runner_of(f, inputs, case.wants_grad, "both")())
             print(f"warm: {case.kernel} {name} {reason}", flush=True)
     torch.compiler.reset()
 
@@ -152,9 +155,9 @@ def _time_case(case: Case, device: torch.device, ceilings: Ceilings, *, compiles
     rows: list[Row] = []
     # Each has inputs of its own: Liger's SwiGLU writes the gradients over them.
     fit: dict[str, tuple[Function, dict[str, Tensor]]] = {}
-    ours = _tuple(_ours(case)(**_leaves(case, device)))
+    ours = as_tuple(_ours(case)(**leaves_of(case, device)))
     for name, function in _implementations(case, compiles=compiles):
-        inputs = _leaves(case, device)
+        inputs = leaves_of(case, device)
         reason = "" if name == OURS else _unfit(function, inputs, ours)
         if reason:
             rows.append(_word(case, name, "left out", reason))
@@ -163,7 +166,7 @@ def _time_case(case: Case, device: torch.device, ceilings: Ceilings, *, compiles
     for mode in MODES:
         runners = {}
         for name, (function, inputs) in fit.items():
-            runner = _runner(function, inputs, case.wants_grad, mode)
+            runner = runner_of(function, inputs, case.wants_grad, mode)
             reason = "" if name == OURS else _cannot_run(runner)
             if reason:
                 rows.append(_word(case, name, "left out", f"{mode}: {reason}"))
@@ -175,8 +178,10 @@ def _time_case(case: Case, device: torch.device, ceilings: Ceilings, *, compiles
 
 @contextmanager
 def _graphs_can_be_kept() -> Iterator[None]:
-    """Compiled backwards do not take over what forward has saved: one that does, as in the cache after `_warm`, refuses
-    a graph that is kept, and backward alone is timed over such a graph.
+    """Keep compiled backwards from reusing the memory of saved tensors ("donated buffers").
+
+    One that reuses it, such as one in the cache after `_warm`, refuses a retained graph. Timing backward alone retains
+    the graph.
     """
     from torch._functorch import config
 
@@ -245,18 +250,19 @@ def _under(choice: Literal["triton", "reference"], function: Function) -> Functi
     return chosen
 
 
-def _leaves(case: Case, device: torch.device) -> dict[str, Tensor]:
+def leaves_of(case: Case, device: torch.device) -> dict[str, Tensor]:
+    """The inputs of a case; those of `wants_grad` require gradients."""
     return {name: x.requires_grad_(name in case.wants_grad) for name, x in case.inputs(device).items()}
 
 
-def _runner(
+def runner_of(
     function: Function, inputs: dict[str, Tensor], wants_grad: tuple[str, ...], mode: Mode
 ) -> Callable[[], Any]:
-    """The call that is timed: forward keeps what backward needs; backward runs over a kept graph."""
+    """The call that is timed. "forward" saves what backward needs; "backward" runs on a retained graph."""
     leaves = [inputs[name] for name in wants_grad]
 
     def forward() -> tuple[Tensor, ...]:
-        return _tuple(function(**inputs))
+        return as_tuple(function(**inputs))
 
     if mode == "forward":
         return forward
@@ -265,10 +271,6 @@ def _runner(
         return lambda: torch.autograd.grad(forward(), leaves, seeds)
     outputs = forward()
     return lambda: torch.autograd.grad(outputs, leaves, seeds, retain_graph=True)
-
-
-def _tuple(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 def _row(

@@ -1,4 +1,4 @@
-"""Which version of the kernels a measurement is of."""
+"""The version of the kernels that a measurement used."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import subprocess
 from pathlib import Path
 
 COMMIT_VARIABLE = "ARC_DS_COMMIT"
-"""In the environment: what `commit` says, for a copy of the files without git's folder."""
+"""Environment variable with the result of `commit`, for a copy of the files without the `.git` folder."""
 
 _HERE = Path(__file__).resolve().parent
 
 
 def commit() -> str:
-    """The commit of this checkout, with "-changed" where the kernels differ from it; "unknown" outside a checkout.
+    """The commit of this checkout, with "-changed" if the kernels differ from it; "unknown" outside a checkout.
 
     COMMIT_VARIABLE overrides it.
     """

@@ -1,12 +1,12 @@
-"""Times our attention against PyTorch's FlashAttention over head sizes, masks and lengths, and keeps who is faster.
+"""Times our attention against PyTorch's FlashAttention over head sizes, masks and lengths, and records their ratio.
 
     python kernels/benchmarks/choose_attention.py [--write] [--table FILE] [--seconds S]
 
 Forward and backward together, bfloat16, 32 query heads on 8 kv heads, about 16,384 rows of segments of one length; the
 encoder's mask (both directions), the pooled layer (one query for eight keys) and the decoder's (causal). `--write`
-replaces this GPU's rows in kernels/arc_kernels/attention/measured.py, which `auto` decides by, or in a copy of it that
-`--table` names; commit it. Both sides are compared before they are timed. After S seconds no further shape is begun,
-and the table holds those that are done.
+replaces this GPU's rows in kernels/arc_kernels/attention/measured.py, which `auto` reads, or in a copy of it that
+`--table` names; commit it. The results of both sides are compared before they are timed. No shape is started after S
+seconds; the table then holds the finished ones.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from bench_kernels import leaves_of, runner_of
 from gpu_attention import Layer, attention_case, varlen
-from gpu_cases import Case, Function
 from gpu_checks import same_result
 from gpu_timing import interleaved
 
@@ -37,7 +36,7 @@ TABLE = Path(measured.__file__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; exit code 1 where the two sides differ in their results."""
+    """Run the command line. The exit code is 1 if the results of the two sides differ."""
     arguments = _parser().parse_args(argv)
     if not torch.cuda.is_available():
         print("no GPU: nothing measured")
@@ -80,16 +79,16 @@ def write_table(path: Path, rows: Sequence[Measured]) -> None:
 
 
 def _measure(layer: Layer) -> Measured | None:
-    """One row of the table; None where the two sides disagree."""
+    """One row of the table; None if the results of the two sides differ."""
     case = attention_case(layer)
     device = torch.device("cuda")
-    inputs = {name: x.requires_grad_(name in case.wants_grad) for name, x in case.inputs(device).items()}
+    inputs = leaves_of(case, device)
     ours, flash = partial(case.function, backend="triton"), partial(varlen, layer)
     shape = f"{layer.name} H={layer.head_dim} {max(layer.queries)} x {max(layer.keys)}"
     if not same_result(flash(**inputs), ours(**inputs)):
         print(f"{shape}: FlashAttention and ours differ; run bench_kernels.py --kernel attention")
         return None
-    runners = [_forward_backward(case, function, inputs) for function in (flash, ours)]
+    runners = [runner_of(function, inputs, case.wants_grad, "both") for function in (flash, ours)]
     theirs, own = interleaved(runners, device, budget_ms=100.0)
     ratio = theirs.median_ms / own.median_ms
     print(f"{shape}: FlashAttention takes {ratio:.2f} of our time", flush=True)
@@ -102,12 +101,6 @@ def _measure(layer: Layer) -> Measured | None:
         max_seqlen_k=max(layer.keys),
         flash_over_ours=round(ratio, 3),
     )
-
-
-def _forward_backward(case: Case, function: Function, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
-    leaves = [inputs[name] for name in case.wants_grad]
-    seed = torch.randn_like(inputs["q_TNH"])
-    return lambda: torch.autograd.grad(function(**inputs), leaves, seed)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,6 @@ A complete run has 984 rows. 888 of them took about a quarter of an hour on two 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import sys
@@ -22,14 +21,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from functools import cache
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from checkout import commit
 from machine_code import (
     SHARED_LIMIT,
     Resources,
@@ -39,6 +36,7 @@ from machine_code import (
     nvidia_resources,
     problems,
 )
+from rows import append_lines, stamp
 
 KERNELS = ("attention", "cross_entropy", "norm", "pooling", "rotary", "splice", "swiglu")
 TARGETS = tuple(SHARED_LIMIT)
@@ -81,19 +79,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("unset TRITON_INTERPRET: under the interpreter there is nothing to compile", file=sys.stderr)
         return 2
-    jobs = [job for kernel in arguments.kernel for target in arguments.target for job in _jobs(kernel, target)]
-    jobs = [job for job in jobs if re.search(arguments.select, job.name)]
+    jobs = [
+        Job(kernel=kernel, target=target, name=name)
+        for kernel in arguments.kernel
+        for target in arguments.target
+        for name in specs_of(kernel, target)
+        if re.search(arguments.select, name)
+    ]
     if not jobs:
         print(f"no kernel's name matches {arguments.select!r}", file=sys.stderr)
         return 2
-    stamp = _stamp() if arguments.csv else {}
+    origin = {key: value for key, value in stamp("").items() if key in ("date", "triton", "commit")}
     rows: list[Row] = []
     for row in in_processes(compile_row, jobs, arguments.jobs):
         if not rows:
             print(_line("kernel", "target", "warps", "registers", "spill B", "shared B", "matrix instructions"))
         rows.append(row)
         if arguments.csv:
-            _append(arguments.csv, stamp | asdict(row))
+            append_lines(arguments.csv, [origin | asdict(row)])  # at once: an interrupted run keeps its rows
         clear_progress()
         matrix = f"{row.matrix_instructions} {row.matrix_opcode}" if row.matrix_opcode else "-"
         print(
@@ -169,11 +172,6 @@ def specs_of(kernel: str, target: str) -> dict[str, Any]:
     return by_name
 
 
-def _jobs(kernel: str, target: str) -> Iterator[Job]:
-    for name in specs_of(kernel, target):
-        yield Job(kernel=kernel, target=target, name=name)
-
-
 def in_processes(function: Callable[[_Job], _Result], jobs: list[_Job], num_workers: int) -> Iterator[_Result]:
     """Yield the results of all jobs in order, as soon as they are available."""
     show_progress(0, len(jobs))
@@ -183,23 +181,6 @@ def in_processes(function: Callable[[_Job], _Result], jobs: list[_Job], num_work
     # Spawn processes: LLVM's and torch's threads do not survive a fork.
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(function, jobs)
-
-
-def _stamp() -> dict[str, str]:
-    import triton
-
-    today = datetime.now(timezone.utc).date().isoformat()
-    return {"date": today, "triton": triton.__version__, "commit": commit()}
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    """Append one line. An interrupted run keeps its rows."""
-    is_new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(line), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(line)
 
 
 def _line(*cells: object) -> str:

@@ -64,23 +64,19 @@ def cases_of(kernel: str) -> dict[str, DryCase]:
 _FOLDERS = {
     "add_layer_norm": "norm",
     "add_rms_norm": "norm",
-    "attention": "attention",
     "attention_rotary": "attention",
     "group_pool": "pooling",
     "layer_norm": "norm",
     "linear_cross_entropy": "cross_entropy",
     "pool_norm": "pooling",
     "rms_norm": "norm",
-    "rotary": "rotary",
-    "splice": "splice",
-    "swiglu": "swiglu",
 }
-"""The folder of each function in the benchmark's cases."""
+"""The folder of each function in the benchmark's cases, if it has another name."""
 
 
 def _from_benchmark(kernel: str) -> Iterator[DryCase]:
     for case, dtype in product((*cases(TINY), *attention_cases(TINY)), DTYPES):
-        if _FOLDERS[case.kernel] == kernel:
+        if _FOLDERS.get(case.kernel, case.kernel) == kernel:
             yield DryCase(
                 kernel=kernel,
                 name=f"{case.kernel} {dtype} {case.shape} (benchmark)",

@@ -35,28 +35,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 import triton
 from compile_offline import KERNELS, clear_progress, in_processes, positive, show_progress, specs_of
 from dry_cases import DryCase, cases_of
+from gpu_checks import as_tuple
 from machine_code import SHARED_LIMIT
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 import arc_kernels as ak
 from arc_kernels._compile import CompileSpec
 
-Target = Literal["sm_80", "sm_86", "sm_90"]
-TARGET: Target = "sm_90"
-"""The chip of the program."""
-
-PROCESSORS: Mapping[Target, int] = {"sm_80": 108, "sm_86": 84, "sm_90": 132}
-"""Multiprocessors of an A100, an A40 and an H100."""
-
+TARGET = "sm_90"
+PROCESSORS = 132  # multiprocessors of an H100
 MAX_THREADS = 1024  # per block
 MAX_GRID = (2**31 - 1, 65535, 65535)
 
@@ -91,25 +85,19 @@ class Launch:
         )
 
 
-class DryDriver(DriverBase):
+class DryDriver:
     """A Triton driver whose device is the CPU and whose launcher only records. Written for Triton 3.6 and 3.7.1."""
 
-    def __init__(self, target: Target = TARGET) -> None:
-        super().__init__()
+    def __init__(self) -> None:
         self.launches: list[Launch] = []
-        self._target = target
 
     @property
     def utils(self) -> DryDriver:
         """Triton calls `get_device_properties` and `load_binary` on `driver.utils`."""
         return self
 
-    @classmethod
-    def is_active(cls) -> bool:
-        return False  # Triton must not select this driver itself
-
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", int(self._target.removeprefix("sm_")), 32)
+        return GPUTarget("cuda", int(TARGET.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> DryDriver:
         """A key of Triton's caches: a compiled kernel keeps its launcher, so drivers must not share kernels."""
@@ -123,7 +111,7 @@ class DryDriver(DriverBase):
 
     def get_device_properties(self, device: Any) -> dict[str, int]:
         """The shared memory that Triton allows per block."""
-        return {"max_shared_mem": SHARED_LIMIT[self._target], "multiprocessor_count": PROCESSORS[self._target]}
+        return {"max_shared_mem": SHARED_LIMIT[TARGET], "multiprocessor_count": PROCESSORS}
 
     def load_binary(
         self, name: str, binary: bytes, shared_bytes: int, device: Any
@@ -134,12 +122,6 @@ class DryDriver(DriverBase):
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """The launcher of one compiled kernel. Triton passes the grid as its first arguments."""
         return partial(self._launch, source, metadata)
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError("a dry launch compiles no C++")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError("a dry launch has no times")
 
     def _launch(self, source: Any, metadata: Any, grid_x: int, grid_y: int, grid_z: int, *_: Any) -> None:
         """Record a launch instead of doing it. Raises ValueError if CUDA would reject the grid or start no program."""
@@ -166,12 +148,11 @@ class DryDriver(DriverBase):
 
 
 @contextmanager
-def dry_launches(target: Target = TARGET) -> Iterator[DryDriver]:
+def dry_launches() -> Iterator[DryDriver]:
     """Context in which all functions of `arc_kernels` launch their kernels on CPU tensors without running them.
 
     The context yields the driver that records the launches. It affects the whole process, not only this thread.
-
-    target: the chip to compile for. Attention uses this chip's tiles, and the norms its number of multiprocessors.
+    Attention uses the tiles of TARGET, and the norms its number of multiprocessors.
 
     Raises RuntimeError under TRITON_INTERPRET=1, because the interpreter does not launch kernels.
     """
@@ -181,12 +162,12 @@ def dry_launches(target: Target = TARGET) -> Iterator[DryDriver]:
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: under the interpreter nothing is launched")
-    driver, config = DryDriver(target), triton.runtime.driver
+    driver, config = DryDriver(), triton.runtime.driver
     before = config._active  # `config.active` would look for a GPU
     with ExitStack() as stack:
         stack.enter_context(patch.object(_dispatch, "_cpu_tensors_are_taken", lambda: True))
-        stack.enter_context(patch.object(attention_kernels, "chip_of", lambda device: target))
-        stack.enter_context(patch.object(norm_kernels, "num_processors", lambda device: PROCESSORS[target]))
+        stack.enter_context(patch.object(attention_kernels, "chip_of", lambda device: TARGET))
+        stack.enter_context(patch.object(norm_kernels, "num_processors", lambda device: PROCESSORS))
         stack.enter_context(ak.use("triton"))
         stack.enter_context(ak.use_attention("triton"))
         stack.callback(config.set_active, before)
@@ -249,8 +230,7 @@ def launch_case(case: DryCase, driver: DryDriver) -> None:
     """Run forward and, if the case has gradients, backward. Raises ValueError if either launches nothing."""
     inputs = case.inputs()
     leaves = [inputs[name].requires_grad_() for name in case.wants_grad]
-    outputs = case.function(**inputs)
-    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    outputs = as_tuple(case.function(**inputs))
     num_forward = len(driver.launches)
     if num_forward == 0:
         raise ValueError("forward launched nothing")

@@ -169,8 +169,8 @@ def varlen(
 ) -> Tensor:
     """FlashAttention as PyTorch has it.
 
-    Not through our backend "flash", which wants a later torch. Up to 2.11 `varlen_attn` has no word for grouped heads;
-    its kernels take them all the same.
+    Our backend "flash" needs a later torch, so this calls torch directly. Up to 2.11 `varlen_attn` has no argument for
+    grouped heads, but its kernels accept them.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -229,7 +229,7 @@ def _block_mask(layer: Layer, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     mask = _segment_mask(layer, device)
-    # Eagerly: a few GB for a moment, where compiling it would take seconds for each shape.
+    # Eagerly: this takes a few GB for a moment. Compiling it would take seconds for each shape.
     return create_block_mask(mask, None, None, sum(layer.queries), sum(layer.keys), device=device)
 
 

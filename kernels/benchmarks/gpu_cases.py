@@ -78,7 +78,7 @@ class Case:
     """Plain torch, if it differs from the reference. torch.compile compiles it too."""
 
     baselines: Mapping[str, Function] = field(default_factory=dict)
-    """They import what they need when they are called: a library that cannot be imported costs its own rows alone."""
+    """They import what they need when they are called: a library that cannot be imported loses only its own rows."""
 
     is_compiled: bool = True
     """Whether torch.compile of the plain torch function is measured too."""
@@ -100,8 +100,8 @@ def cases(scale: Scale) -> Iterator[Case]:
     for width in (8192, 14336):
         yield _swiglu(scale.rows, width)
     for factor in (4, 8):
-        yield _pool_norm(scale.rows, 3072, factor)
-    yield _group_pool(scale.rows, 3072, 8)
+        yield _pooling("pool_norm", scale.rows, 3072, factor)
+    yield _pooling("group_pool", scale.rows, 3072, 8)
     yield _splice(scale, 4096, trains_table=False)
     yield _splice(scale, 3072, trains_table=True)
     for width in (3072, 4096):
@@ -200,38 +200,24 @@ def _swiglu(rows: int, width: int) -> Case:
     )
 
 
-def _group_pool(rows: int, width: int, factor: int) -> Case:
+def _pooling(kernel: str, rows: int, width: int, factor: int) -> Case:
     num_groups = rows // factor
-    bytes_moved = (rows + num_groups) * width * BYTES
-    return Case(
-        kernel="group_pool",
-        shape=f"T={rows} G={num_groups} D={width} mean",
-        function=partial(ak.group_pool, kind="mean", num_groups=num_groups),
-        inputs=lambda device: {
-            "x_TD": normal(device, (rows, width))[0],
-            "group_cu": _group_cu(rows, num_groups, device),
-        },
-        wants_grad=("x_TD",),
-        floor=Floor(forward_bytes=bytes_moved, backward_bytes=bytes_moved),
-    )
-
-
-def _pool_norm(rows: int, width: int, factor: int) -> Case:
-    num_groups = rows // factor
+    norms = kernel == "pool_norm"
 
     def inputs(device: torch.device) -> dict[str, Tensor]:
         x, weight = normal(device, (rows, width), (width,))
-        return {"x_TD": x, "group_cu": _group_cu(rows, num_groups, device), "weight_D": weight}
+        tensors = {"x_TD": x, "group_cu": _group_cu(rows, num_groups, device)}
+        return tensors | ({"weight_D": weight} if norms else {})
 
+    tensor_bytes = (rows + num_groups) * width * BYTES
     return Case(
-        kernel="pool_norm",
+        kernel=kernel,
         shape=f"T={rows} G={num_groups} D={width} mean",
-        function=partial(ak.pool_norm, kind="mean", num_groups=num_groups, eps=EPS),
+        function=partial(getattr(ak, kernel), kind="mean", num_groups=num_groups, **({"eps": EPS} if norms else {})),
         inputs=inputs,
-        wants_grad=("x_TD", "weight_D"),
+        wants_grad=("x_TD", "weight_D") if norms else ("x_TD",),
         floor=Floor(
-            forward_bytes=2 * (rows + num_groups) * width * BYTES,
-            backward_bytes=3 * (rows + num_groups) * width * BYTES,
+            forward_bytes=(2 if norms else 1) * tensor_bytes, backward_bytes=(3 if norms else 1) * tensor_bytes
         ),
     )
 

@@ -34,7 +34,7 @@ def check_case(case: Case, device: torch.device) -> list[str]:
 
 def same_result(theirs: Any, ours: Any) -> bool:
     """Whether another implementation computes the same up to rounding. It may return a sum instead of its terms."""
-    theirs, ours = _tuple(theirs), _tuple(ours)
+    theirs, ours = as_tuple(theirs), as_tuple(ours)
     if len(theirs) != len(ours):
         return False
     for their, our in zip(theirs, ours, strict=True):
@@ -51,7 +51,7 @@ def _results(case: Case, inputs: dict[str, Tensor], choice: Literal["triton", "r
     """Outputs, and gradients for fixed random gradients of the outputs."""
     leaves = {name: x.detach().clone().requires_grad_(name in case.wants_grad) for name, x in inputs.items()}
     with ak.use(choice):
-        outputs = _tuple(case.function(**leaves))
+        outputs = as_tuple(case.function(**leaves))
         seeds = []
         for i, output in enumerate(outputs):
             generator = torch.Generator(output.device).manual_seed(1000 + i)  # not the generator of the inputs
@@ -62,7 +62,8 @@ def _results(case: Case, inputs: dict[str, Tensor], choice: Literal["triton", "r
     return results | {f"gradient of {n}": g for n, g in zip(case.wants_grad, gradients, strict=True)}
 
 
-def _tuple(result: Any) -> tuple[Tensor, ...]:
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    """The outputs of a function, which returns a tensor or a tuple of them."""
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 

@@ -21,7 +21,7 @@ CYCLES_PER_MS = 2_000_000
 """Of an H200 at its highest clock; at a lower one the GPU waits longer, which does no harm."""
 
 MAX_HEAD_START_MS = 5.0
-"""More is needed by calls alone that wait for the GPU themselves: these cannot be queued ahead."""
+"""Only calls that wait for the GPU themselves would need more, and these cannot be queued ahead."""
 
 
 class Timing(NamedTuple):
@@ -55,16 +55,16 @@ def interleaved(
     budget_ms: float = 250.0,
     max_rounds: int = MAX_ROUNDS,
 ) -> list[Timing]:
-    """Time all functions in turn, round after round, so that a drift of the clocks meets all of them.
+    """Time all functions in turn, round after round, so that a drift of the clocks affects all of them.
 
     The L2 cache is overwritten before each call. On a GPU the time is that of the kernels alone: before each call the
-    GPU idles for longer than the host takes to queue the call. Else a norm of 25 microseconds would be timed by the 100
-    that Python takes to launch it.
+    GPU idles for longer than the host takes to queue the call. Otherwise a norm of 25 microseconds would seem to take
+    the 100 that Python needs to launch it.
 
     functions: each is called with no arguments.
-    device: where their work runs; the CPU is timed by its clock.
+    device: the device of their work; the host's clock times the CPU.
     budget_ms: about how long one function is timed, in at least 5 rounds.
-    max_rounds: the most rounds, at least 2; below 5 there is no warm-up either: a rehearsal.
+    max_rounds: the largest number of rounds, at least 2. Below 5, as in a rehearsal, there is no warm-up either.
     """
     clock = partial(_gpu_times, _head_starts(functions)) if device.type == "cuda" else _cpu_times
     rounds = max_rounds
@@ -77,7 +77,7 @@ def interleaved(
 
 
 def measure_ceilings(device: torch.device, *, copy_bytes: int = COPY_BYTES, matrix_size: int = MATRIX_SIZE) -> Ceilings:
-    """The device's copy bandwidth and matrix rate; the matrices are random, since zeros run faster than data."""
+    """The device's copy bandwidth and matrix rate. The matrices are random, because zeros run faster than data."""
     source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(matrix_size, matrix_size, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -97,7 +97,7 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
 
 
 def _head_starts(functions: Sequence[Callable[[], Any]]) -> list[int]:
-    """For each function the cycles in which the host surely queues it. The first call compiles and tunes."""
+    """For each function, the cycles in which the host certainly queues it. The first call compiles and tunes."""
     cycles = []
     for function in functions:
         times_ms = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkout import commit
@@ -83,16 +84,20 @@ class RowFile:
 
     def append(self, rows: Iterable[Row]) -> None:
         """Append rows to the file. A new file gets a header."""
-        lines = [self._stamp | asdict(row) for row in rows]
-        if not lines:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self.path.exists() or self.path.stat().st_size == 0
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerows(lines)
+        append_lines(self.path, [self._stamp | asdict(row) for row in rows])
+
+
+def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Append lines of equal columns to a CSV file. A new file gets a header."""
+    if not lines:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(lines)
 
 
 def version_of(package: str) -> str:

@@ -1,4 +1,4 @@
-"""`transformers.generate` from input rows of different lengths: the padding that `prompt_embeds` needs there."""
+"""`transformers.generate` from prompts, and from input rows with the padding that `prompt_embeds` needs there."""
 
 from __future__ import annotations
 
@@ -26,6 +26,27 @@ def continue_rows(
         pad_token_id=0,
     )
     return [_before_first(line, stop_ids) for line in out.tolist()]
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: Any, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: Sequence[int] = ()
+) -> list[list[int]]:
+    """Greedy new tokens after each prompt of ids, one prompt at a time. Only `stop_ids` end a line."""
+    model.generation_config.eos_token_id = None
+    lines = []
+    for ids in prompts:
+        given = torch.tensor([ids])
+        out = model.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(stop_ids) or None,
+            pad_token_id=0,
+        )
+        lines.append(_before_first(out[0, len(ids) :].tolist(), stop_ids))
+    return lines
 
 
 def _before_first(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

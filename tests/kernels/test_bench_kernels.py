@@ -46,8 +46,9 @@ def test_without_a_gpu_nothing_is_measured_and_make_bench_goes_on(
     assert not (tmp_path / "rows.csv").exists()
 
 
-def test_an_unknown_kernel_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--kernel", "no_such"]) == 2
+@pytest.mark.parametrize("option", ["--kernel", "--shape"])
+def test_an_unknown_kernel_or_shape_is_named(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([option, "no_such", "--check"]) == 2
     assert "no_such" in capsys.readouterr().err
 
 
@@ -125,11 +126,11 @@ def test_a_compiled_backward_can_be_repeated_after_one_that_was_not(monkeypatch:
     reasons = []
     for kept in (bench._graphs_can_be_kept(), nullcontext()):
         torch.compiler.reset()
-        inputs, functions = bench._leaves(case, CPU), dict(bench._implementations(case, compiles=True))
+        inputs, functions = bench.leaves_of(case, CPU), dict(bench._implementations(case, compiles=True))
         with kept:
-            bench._runner(functions["torch.compile"], inputs, case.wants_grad, "both")()
+            bench.runner_of(functions["torch.compile"], inputs, case.wants_grad, "both")()
             reasons.append(
-                bench._cannot_run(bench._runner(functions["torch.compile"], inputs, case.wants_grad, "backward"))
+                bench._cannot_run(bench.runner_of(functions["torch.compile"], inputs, case.wants_grad, "backward"))
             )
     assert reasons[0] == "" and "donated" in reasons[1]
 

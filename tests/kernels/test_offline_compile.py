@@ -202,6 +202,6 @@ def test_output_without_figures_is_an_error() -> None:
 
 
 def _resources(**changes: Any) -> Any:
-    """A kernel without problems, but for the changes."""
+    """A kernel without problems, except for the changes."""
     figures = {"registers": 32, "spill_bytes": 0, "spill_instructions": 0, "shared_bytes": 0, "matrix_instructions": {}}
     return machine_code.Resources(**figures | changes)

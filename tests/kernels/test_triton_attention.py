@@ -101,11 +101,13 @@ def test_the_bound_sees_another_scale_mask_or_head(device: torch.device) -> None
 
 
 @small_tiles
-@rotary_or_not
-def test_repeats_checkpointing_and_compiling_give_the_same_bits(turned: tuple[str, ...], device: torch.device) -> None:
+@pytest.mark.parametrize(("turned", "window"), [((), None), (TURNED, None), (TURNED, 6)])
+def test_repeats_checkpointing_and_compiling_give_the_same_bits(
+    turned: tuple[str, ...], window: int | None, device: torch.device
+) -> None:
     case = Case((3, 20), (5, 40), group=3)
     angles = angles_of(case, device) if turned else {}
-    function = partial(ak.attention_varlen, **spans_of(case, "causal", device), **angles)
+    function = partial(ak.attention_varlen, **spans_of(case, "causal", device), **angles, window=window)
     assert_same_bits(function, inputs_of(case, torch.bfloat16, device), wants_grad=INPUTS)
 
 
@@ -116,7 +118,7 @@ def test_tiles_change_nothing_but_rounding(device: torch.device, monkeypatch: py
     for block_m, block_n in ((16, 16), (32, 16), (64, 64)):
         config = configs.Config(block_m=block_m, block_n=block_n, num_warps=4, num_stages=1)
         monkeypatch.setattr(kernels, "choose", lambda *_, config=config, **__: config)
-        o = kernels.forward(*inputs.values(), spans).o
+        o, _, _ = kernels.forward(*inputs.values(), spans)
         assert_close_as_torch(o, reference(**inputs), exact, f"output with tiles of {block_m} by {block_n}")
 
 
@@ -161,14 +163,16 @@ def test_operators_pass_torchs_own_checks(turned: tuple[str, ...], device: torch
 
 
 @pytest.mark.parametrize("backend", ("triton", "reference"))
+@pytest.mark.parametrize("window", (None, 3))
 @rotary_or_not
 def test_no_rows_give_no_rows_and_stay_in_the_graph(
-    backend: Backend, turned: tuple[str, ...], device: torch.device
+    backend: Backend, window: int | None, turned: tuple[str, ...], device: torch.device
 ) -> None:
     cu, none = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(0, 16, device=device)
     inputs = tuple(torch.zeros(0, 2, 32, device=device, requires_grad=True) for _ in "qkv")
     spans = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 0, "max_seqlen_k": 0, "causal": True}
-    out = ak.attention_varlen(*inputs, **spans, **dict.fromkeys(turned, (none, none)), backend=backend)
+    angles = dict.fromkeys(turned, (none, none))
+    out = ak.attention_varlen(*inputs, **spans, **angles, window=window, backend=backend)
     assert out.shape == (0, 2, 32)
     out.sum().backward()
     for x in inputs:
@@ -268,10 +272,10 @@ def test_the_backend_overrides_the_choice_in_force(device: torch.device, monkeyp
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's varlen FlashAttention needs a GPU")
-@pytest.mark.parametrize("mode", ("full", "causal"))
-def test_flash_attends_as_we_do(mode: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("mode", "window"), [("full", None), ("causal", None), ("causal", 9)])
+def test_flash_attends_as_we_do(mode: str, window: int | None, device: torch.device) -> None:
     case = RAGGED._replace(head_dim=64)
-    inputs, spans = inputs_of(case, torch.bfloat16, device), spans_of(case, mode, device)
+    inputs, spans = inputs_of(case, torch.bfloat16, device), spans_of(case, mode, device) | {"window": window}
     if not flash_serves(inputs["q_TNH"], None):
         pytest.skip(f"torch {torch.__version__} has no varlen_attn that our backend takes")
     flash = partial(ak.attention_varlen, **spans, backend="flash")

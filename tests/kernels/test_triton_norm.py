@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import arc_kernels as ak
-from arc_kernels import norm
-from arc_kernels.norm import autograd, kernels
+from arc_kernels.norm import autograd, kernels, layer_norm_reference, rms_norm_reference
 from tests.kernels.bounds import DTYPES, Function, assert_kernel_close, assert_refused, assert_same_bits
 
 EPS = 1e-5
@@ -162,8 +161,15 @@ def _compare(
 ) -> None:
     """Compare a norm, or `kernel` in its place, with the reference of that norm."""
     kernel = kernel or partial(getattr(ak, name), eps=EPS)
-    reference = partial(getattr(norm, f"{name}_reference"), eps=EPS)
+    reference = partial(rms_norm_reference if name.endswith("rms_norm") else layer_norm_reference, eps=EPS)
+    if name.startswith("add_"):
+        reference = partial(_of_sum, reference)
     assert_kernel_close(kernel, reference, inputs, wants_grad=NORMS[name] if wants_grad is None else wants_grad)
+
+
+def _of_sum(reference: Function, x_TD: Tensor, residual_TD: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
+    total_TD = x_TD + residual_TD
+    return reference(total_TD, **others), total_TD
 
 
 def _inputs(

@@ -12,7 +12,7 @@ from arc_ds.model.weights import open_backbone
 
 
 def package_file(package: str, place: str) -> Path:
-    """The one file of an installed package that a pattern finds; the test is skipped where there is none."""
+    """The first file of an installed package that matches a pattern. Skips the test if there is none."""
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations or []) if spec else []
     found = sorted(Path(folders[0]).glob(place)) if folders else []

@@ -1,7 +1,7 @@
 """Tokenizers read from the real files that packages ship give the ids of the libraries that those files are made for.
 
 The libraries: sentencepiece for Mistral's models, `tokenizers` for SmolLM2, llama-models for Llama 3, mistral-common
-for Tekken. Where mistral-common cannot be imported (it is installed without its dependencies, for its data files), its
+for Tekken. If mistral-common cannot be imported (it is installed without its dependencies, for its data files), its
 ids of all texts are compared by their recorded digest.
 """
 

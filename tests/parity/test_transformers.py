@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arc_ds.batch.packing import PackedBatch, PoolingSpec, pack
+from arc_ds.batch.packing import PoolingSpec, pack
 from arc_ds.batch.segments import Sample, Segment
 from arc_ds.inference.generate import generate_ids
 from arc_ds.model.backbone import Recompute
@@ -27,7 +27,11 @@ from arc_ds.model.weights import BackboneSource, load_backbone, open_backbone, p
 from arc_ds.model.weights.names import beyond_layers
 from arc_ds.tokenizers import load_tokenizer
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+import transformers
+
+from tests.helpers.transformers_generate import continue_prompts, continue_rows
+from tests.helpers.transformers_models import text_batch
 
 ATOL = 1e-4  # worst measured on SmolLM2, whose logits reach 30: 4.8e-5
 NUM_TOKENS = 64
@@ -67,10 +71,6 @@ def load_encoder(source: BackboneSource, *, causal: bool = True) -> Encoder:
         encoder = Encoder(source.config, num_layers=num_layers, pooling=layout, causal=causal)
     load_backbone(encoder, source, allow_unused=beyond_layers(num_layers))
     return encoder
-
-
-def text_batch(sequences: list[list[int]]) -> PackedBatch:
-    return pack([Sample("parity", (Segment.text(ids),)) for ids in sequences], PoolingSpec(()))
 
 
 @torch.no_grad()
@@ -280,7 +280,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     case = CASES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     model = make_model(case.family, folder, **case.sizes)
-    model.generation_config.eos_token_id = None
     return case, open_backbone(folder), model
 
 
@@ -350,7 +349,7 @@ def test_greedy_tokens_are_those_of_transformers(case) -> None:
     _, source, model = case
     prompts = random_sequences(96, (5, 17))
     ours = our_tokens(load_decoder(source), prompts)
-    assert ours == their_tokens(model, prompts)
+    assert ours == continue_prompts(model, prompts, NUM_TOKENS)
     assert all(len(set(line)) > 3 for line in ours), "a repeated single token would prove little"
 
 
@@ -366,21 +365,10 @@ def test_rows_with_compressed_vectors_are_inputs_embeds_of_transformers(tmp_path
     batch = pack([prompt], PoolingSpec(()))
     z_ZD = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     (ours,) = generate_ids(decoder, batch, z_ZD, max_new_tokens=NUM_TOKENS)
-    rows = decoder.embed(batch, z_ZD)[None]
-    mask = torch.ones(rows.shape[:2], dtype=torch.int64)
-    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": NUM_TOKENS, "pad_token_id": 0}
-    assert ours == model.generate(inputs_embeds=rows, **settings)[0].tolist()
+    rows = decoder.embed(batch, z_ZD)
+    assert [ours] == continue_rows(model, [rows], NUM_TOKENS)
     if name == "granite":
-        assert ours != model.generate(inputs_embeds=3.0 * rows, **settings)[0].tolist()
-
-
-def test_generation_ends_at_a_stop_id_as_in_transformers(tmp_path: Path) -> None:
-    model = make_model("Llama", tmp_path)
-    model.generation_config.eos_token_id = None
-    decoder, prompts = load_decoder(open_backbone(tmp_path)), random_sequences(96, (5, 17))
-    eos = our_tokens(decoder, prompts)[0][NUM_TOKENS // 2]
-    ours = our_tokens(decoder, prompts, (eos,))
-    assert ours == their_tokens(model, prompts, eos) and len(ours[0]) <= NUM_TOKENS // 2
+        assert [ours] != continue_rows(model, [3.0 * rows], NUM_TOKENS)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -410,15 +398,6 @@ def test_the_language_model_of_a_model_of_images_is_read(tmp_path: Path, tied: b
     assert source.config.tie_embeddings == tied
 
 
-def test_wrong_pairing_of_rotary_rows_would_be_seen(tmp_path: Path):
-    model = make_model("Llama", tmp_path, num_key_value_heads=2)
-    decoder = load_decoder(open_backbone(tmp_path))
-    sequences = random_sequences(96, (40,))
-    attention = decoder.layers[1].attention
-    attention.wq.weight.data = permute_rotary(attention.wq.weight.data, 4, to="interleaved")
-    assert relative_difference(our_logits(decoder, sequences), their_logits(model, sequences)) > WRONG
-
-
 @pytest.mark.slow
 def test_smollm2_has_the_logits_of_transformers(smollm2):
     source, model = smollm2
@@ -437,32 +416,6 @@ def our_tokens(decoder: Decoder, prompts: list[list[int]], stop_ids: tuple[int, 
     return generate_ids(decoder, text_batch(prompts), None, max_new_tokens=NUM_TOKENS, stop_ids=stop_ids)
 
 
-@torch.no_grad()
-def their_tokens(model, prompts: list[list[int]], eos: int | None = None) -> list[list[int]]:
-    """Generate from one prompt at a time, without the end token."""
-    lines = []
-    for ids in prompts:
-        given = torch.tensor([ids])
-        out = model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            do_sample=False,
-            max_new_tokens=NUM_TOKENS,
-            eos_token_id=eos,
-            pad_token_id=0,
-        )
-        line = out[0, len(ids) :].tolist()
-        lines.append(line[: line.index(eos)] if eos in line else line)
-    return lines
-
-
-def test_a_scaling_left_out_changes_the_tokens(tmp_path: Path) -> None:
-    model = make_model("Llama", tmp_path, **CASES["llama3"].sizes)
-    model.generation_config.eos_token_id = None
-    prompts = random_sequences(96, (40,))
-    assert our_tokens(load_decoder(open_backbone(tmp_path, "none")), prompts) != their_tokens(model, prompts)
-
-
 @pytest.mark.slow
 def test_smollm2_continues_two_texts_with_the_same_tokens(smollm2) -> None:
     source, model = smollm2
@@ -470,5 +423,5 @@ def test_smollm2_continues_two_texts_with_the_same_tokens(smollm2) -> None:
     prompts = [tokenizer.encode(text) for text in TEXTS]
     decoder = load_decoder(source)
     ours = our_tokens(decoder, prompts, (tokenizer.eos_id,))
-    assert ours == their_tokens(model, prompts, tokenizer.eos_id)
+    assert ours == continue_prompts(model, prompts, NUM_TOKENS, [tokenizer.eos_id])
     assert tokenizer.decode(ours[0]).startswith(" Paris")

@@ -27,6 +27,7 @@ from arc_ds.model.transformers_files import open_with_transformers
 from arc_ds.planning.flops import count_flops, work_rates
 
 pytest.importorskip("transformers")
+from tests.helpers.transformers_generate import continue_prompts
 from tests.helpers.transformers_models import (
     VOCAB,
     mixed_batch,
@@ -127,28 +128,16 @@ def test_recomputed_layers_have_the_same_gradients_and_keep_less(family: str, tm
     assert saved[True] < 0.5 * saved[False], saved
 
 
-@torch.no_grad()
-def own_tokens(model: Any, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    model.generation_config.eos_token_id = None
-    lines = []
-    for ids in prompts:
-        given = torch.tensor([ids])
-        mask = torch.ones_like(given)
-        out = model.generate(given, attention_mask=mask, do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
-        lines.append(out[0, len(ids) :].tolist())
-    return lines
-
-
 PROMPTS = [[5, 17, 80, 33, 9], [61, 2, 44, 7, 7, 90, 12, 51, 30, 8, 25], [70, 41]]
 
 
 @pytest.mark.parametrize("family", [*PACKED, *PADDED])
-def test_ragged_prompts_continue_with_the_models_own_tokens(family: str, tmp_path: Path) -> None:
+def test_ragged_prompts_continue_with_the_models_continue_prompts(family: str, tmp_path: Path) -> None:
     # A tied head with large random weights repeats the last token.
     model = write_model(tmp_path, family, initializer_range=0.6, tie_word_embeddings=False)
     decoder = load(tmp_path)
     ours = generate_ids(decoder, text_batch(PROMPTS), None, max_new_tokens=32)
-    assert ours == own_tokens(model, PROMPTS, 32)
+    assert ours == continue_prompts(model, PROMPTS, 32)
     assert len({*itertools.chain(*ours)}) > 3, "a repeated single token would prove little"
     stop = ours[1][10]
     stopped = generate_ids(decoder, text_batch(PROMPTS), None, max_new_tokens=32, stop_ids=[stop])
@@ -161,7 +150,7 @@ def test_a_model_that_sees_padding_takes_prompts_of_one_length_at_once(tmp_path:
     with pytest.raises(WeightsError, match="cannot generate from prompts of different lengths at once. Give it one"):
         generate_ids(decoder, text_batch(PROMPTS), None, max_new_tokens=2)
     ours = [generate_ids(decoder, text_batch([ids]), None, max_new_tokens=8)[0] for ids in PROMPTS]  # the remedy
-    assert ours == own_tokens(model, PROMPTS, 8)
+    assert ours == continue_prompts(model, PROMPTS, 8)
 
 
 def test_packing_is_not_chosen_for_a_small_leak_or_for_other_logits(tmp_path: Path) -> None:

@@ -262,9 +262,9 @@ def _yarn(fields: Fields, factor: float) -> RopeScaling:
 
 
 def _llama3(config: BackboneConfig, divisors: Tensor, where: str) -> RopeScaling:
-    """The llama3 scaling that has these divisors of frequencies. Its other constants are those of Llama 3.1."""
+    """The llama3 scaling that has these divisors of frequencies. The defaults are Llama 3.1's constants."""
     factor = round(float(divisors.max()), 4)
-    scaling = RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+    scaling = RopeScaling(factor=factor, original_max_positions=8192)
     scaled = dataclasses.replace(config, rope_scaling=scaling)
     frequencies, expected = (rope_frequencies(c, divisors.device) for c in (config, scaled))
     if divisors.shape != frequencies.shape or not torch.allclose(frequencies / divisors, expected, rtol=1e-4, atol=0):

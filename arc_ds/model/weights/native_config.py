@@ -131,12 +131,7 @@ def _llama3_scaling(fields: Fields, dim: int) -> RopeScaling:
     `rope_scaling_factor` in the file takes precedence.
     """
     by_width = 32.0 if dim <= _LLAMA_32_WIDEST else 8.0
-    return RopeScaling(
-        factor=fields.number("rope_scaling_factor", by_width),
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_positions=8192,
-    )
+    return RopeScaling(factor=fields.number("rope_scaling_factor", by_width), original_max_positions=8192)
 
 
 def _vocab_size(fields: Fields, store: TensorStore | None, names: TensorNames) -> int:

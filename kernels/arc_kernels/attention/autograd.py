@@ -155,8 +155,8 @@ def attention_varlen_triton(
     )
 
 
-def _angles(cos: Tensor | None, sin: Tensor | None) -> kernels.Angles | None:
-    return None if cos is None or sin is None else kernels.Angles(cos, sin)
+def _angles(cos: Tensor | None, sin: Tensor | None) -> Rotation | None:
+    return None if cos is None or sin is None else (cos, sin)
 
 
 def _rows_are_contiguous(x: Tensor) -> bool:

@@ -68,15 +68,13 @@ def _unsupported(q_TNH: Tensor, k_limits_T: Tensor | None) -> str:
 
 
 def _grouped(varlen_attn: Callable[..., Any], *, is_grouped: bool) -> dict[str, bool]:
-    """The argument that newer versions want for grouped heads; torch 2.11 has none and takes them as they are."""
+    """The argument that newer versions need for grouped heads. torch 2.11 has none and accepts such heads."""
     return {"enable_gqa": is_grouped} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 @cache
 def _varlen_attn() -> Callable[..., Any] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # torch before 2.10
-        return None
+    from torch.nn.attention.varlen import varlen_attn
+
     wanted = {"window_size", "scale"}
     return varlen_attn if wanted <= inspect.signature(varlen_attn).parameters.keys() else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -13,30 +13,10 @@ from arc_kernels._compile import LAUNCH_OPTIONS
 from arc_kernels.attention.backward import delta_kernel, dkv_kernel, dq_kernel
 from arc_kernels.attention.configs import DELTA_BLOCK, Kernel, block_h, chip_of, choose
 from arc_kernels.attention.forward import forward_kernel
-from arc_kernels.attention.segments import Segments
+from arc_kernels.attention.segments import Rotation, Segments
 from arc_kernels.attention.specs import compile_specs
 
 LOG2_E = math.log2(math.e)
-
-
-class Angles(NamedTuple):
-    """Rotary angles of rows: cos and sin [rows, H / 2], contiguous, float32 or float64."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-class Forward(NamedTuple):
-    """The results of the forward kernel.
-
-    o: output [T, N, H] in the dtype of q.
-    lse: base-2 log-sum-exp of the scaled scores, fp32 [T, N].
-    q_turned: rotated queries [T, N, H] if requested, else empty.
-    """
-
-    o: Tensor
-    lse: Tensor
-    q_turned: Tensor
 
 
 def forward(
@@ -45,15 +25,16 @@ def forward(
     v: Tensor,
     segments: Segments,
     *,
-    angles: Angles | None = None,
+    angles: Rotation | None = None,
     keeps_turned: bool = False,
-) -> Forward:
-    """Run attention.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run attention: (output [T, N, H] in the dtype of q, base-2 log-sum-exp of the scaled scores as fp32 [T, N],
+    rotated queries [T, N, H] if requested, else empty).
 
     q: queries [T, N, H]; heads contiguous, any row stride.
     k: keys [U, K, H], already rotated; heads contiguous, any row stride.
     v: values [U, K, H]; heads contiguous, any row stride.
-    angles: rotate the queries by these angles first.
+    angles: rotate the queries by these angles first, which are contiguous.
     """
     grid, arguments = _launch("forward", q, k, v, segments, angles)
     keeps_turned = keeps_turned and angles is not None
@@ -72,7 +53,7 @@ def forward(
                 KEEPS_TURNED=keeps_turned,
                 **arguments,
             )
-    return Forward(o, lse, q_turned)
+    return o, lse, q_turned
 
 
 def delta(o: Tensor, do: Tensor) -> Tensor:
@@ -105,7 +86,7 @@ def dq(
     sums: Tensor,
     segments: Segments,
     *,
-    angles: Angles | None = None,
+    angles: Rotation | None = None,
 ) -> Tensor:
     """Gradient of q, contiguous.
 
@@ -129,7 +110,7 @@ def dkv(
     sums: Tensor,
     segments: Segments,
     *,
-    angles: Angles | None = None,
+    angles: Rotation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k and v, contiguous. Arguments as in `dq`, but with the keys' angles."""
     grid, arguments = _launch("dkv", q, k, v, segments, angles)
@@ -142,7 +123,7 @@ def dkv(
 
 
 def _launch(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments, angles: Angles | None
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, segments: Segments, angles: Rotation | None
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """The grid of the forward, dq or dkv kernel, and its arguments besides inputs and outputs.
 
@@ -164,8 +145,8 @@ def _launch(
         "cu_q": segments.cu_seqlens_q,
         "cu_k": segments.cu_seqlens_k,
         "k_limits": segments.k_limits_T if limited else segments.cu_seqlens_q,  # not read without limits
-        "cos": None if angles is None else angles.cos,
-        "sin": None if angles is None else angles.sin,
+        "cos": None if angles is None else angles[0],
+        "sin": None if angles is None else angles[1],
         "stride_q": q.stride(0),
         "stride_k": k.stride(0),
         "stride_v": v.stride(0),
@@ -190,4 +171,4 @@ def _launch(
     return (num_tiles, k.shape[1]), arguments
 
 
-__all__ = ["Angles", "Forward", "compile_specs", "delta", "dkv", "dq", "forward"]
+__all__ = ["compile_specs", "delta", "dkv", "dq", "forward"]

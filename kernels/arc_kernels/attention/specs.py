@@ -98,7 +98,6 @@ def _spec(
         name=f"attention_{kernel} {dtype} {shape} ({chip})",
         fn=fn,
         **arguments_of(fn, dtype, constexprs, types=types, odd=_UNSPECIALISED),
-        constexprs=constexprs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         uses_dot=dtype != "fp32",  # float32 is multiplied without tensor cores

@@ -11,8 +11,6 @@ Shape letters: L rows, C rows of a chunk, V vocabulary, D width; in the kernels 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -29,28 +27,20 @@ ROW_TILE = 128  # tile of the library's matrix products; chunks are multiples of
 VOCAB_ALIGNMENT = 64  # elements; fast products need rows of logits aligned to 16 bytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Columns that a program reads at once, and its warps."""
-
-    block: int
-    num_warps: int
-
-
-def choose_softmax(vocab_size: int, *, warp_size: int = 32) -> Config:
-    """16 columns per thread, at most 1024 threads.
+def choose_softmax(vocab_size: int, *, warp_size: int = 32) -> tuple[int, int]:
+    """(columns that a program reads at once, its warps): 16 columns per thread, at most 1024 threads.
 
     A row is read twice. Only one program of 1024 threads with about 50 registers fits a processor, so most of its row
     is still in the L2 cache for the second read: 132 rows of 128256 in bfloat16 take 34 MB; an H100 has 50 MB of L2.
     """
     block = min(16384, max(16 * warp_size, triton.next_power_of_2(vocab_size)))
-    return Config(block=block, num_warps=block // (16 * warp_size))
+    return block, block // (16 * warp_size)
 
 
-def choose_scale(width: int, *, warp_size: int = 32) -> Config:
-    """16 columns per thread: two loads of 16 bytes in bfloat16."""
+def choose_scale(width: int, *, warp_size: int = 32) -> tuple[int, int]:
+    """(columns, warps) of a program. 16 columns per thread: two loads of 16 bytes in bfloat16."""
     block = min(4096, max(16 * warp_size, triton.next_power_of_2(width)))
-    return Config(block=block, num_warps=block // (16 * warp_size))
+    return block, block // (16 * warp_size)
 
 
 @triton.jit
@@ -131,7 +121,7 @@ def chunk_rows(num_rows: int, *, row_bytes: int) -> int:
 
 def softmax_minus_label(logits_CV: Tensor, labels_C: Tensor, nll_C: Tensor, *, writes_gradient: bool) -> None:
     """Write the NLL of each row to `nll` and the gradient to the logits, in place. Rows may have any stride."""
-    config = choose_softmax(logits_CV.shape[1], warp_size=warp_size())
+    block, num_warps = choose_softmax(logits_CV.shape[1], warp_size=warp_size())
     with torch.cuda.device_of(logits_CV):
         _softmax_minus_label[(logits_CV.shape[0],)](
             logits_CV,
@@ -140,8 +130,8 @@ def softmax_minus_label(logits_CV: Tensor, labels_C: Tensor, nll_C: Tensor, *, w
             logits_CV.stride(0),
             logits_CV.shape[1],
             WRITES_GRADIENT=writes_gradient,
-            BLOCK_V=config.block,
-            num_warps=config.num_warps,
+            BLOCK_V=block,
+            num_warps=num_warps,
             **LAUNCH_OPTIONS,
         )
 
@@ -149,12 +139,12 @@ def softmax_minus_label(logits_CV: Tensor, labels_C: Tensor, nll_C: Tensor, *, w
 def scale_rows(x_LD: Tensor, scale_L: Tensor) -> Tensor:
     """x * scale[:, None] in the dtype of x, rounded once. Both are contiguous."""
     num_rows, width = x_LD.shape
-    config = choose_scale(width, warp_size=warp_size())
+    block, num_warps = choose_scale(width, warp_size=warp_size())
     out_LD = torch.empty_like(x_LD)
     if out_LD.numel() > 0:
         with torch.cuda.device_of(x_LD):
-            _scale_rows[(num_rows, triton.cdiv(width, config.block))](
-                x_LD, scale_L, out_LD, width, BLOCK_D=config.block, num_warps=config.num_warps, **LAUNCH_OPTIONS
+            _scale_rows[(num_rows, triton.cdiv(width, block))](
+                x_LD, scale_L, out_LD, width, BLOCK_D=block, num_warps=num_warps, **LAUNCH_OPTIONS
             )
     return out_LD
 
@@ -170,27 +160,27 @@ def compile_specs() -> list[CompileSpec]:
 
 
 def _softmax_spec(dtype: str, vocab_size: int, writes_gradient: bool) -> CompileSpec:
-    config = choose_softmax(vocab_size)
-    constexprs = {"WRITES_GRADIENT": writes_gradient, "BLOCK_V": config.block}
+    block, num_warps = choose_softmax(vocab_size)
+    _, hip_num_warps = choose_softmax(vocab_size, warp_size=64)
+    constexprs = {"WRITES_GRADIENT": writes_gradient, "BLOCK_V": block}
     types = {"p_labels": "*i64", "p_nll": "*fp32"}
     return CompileSpec(
         name=f"softmax_minus_label {dtype} V={vocab_size} {'gradient' if writes_gradient else 'loss only'}",
         fn=_softmax_minus_label,
         **arguments_of(_softmax_minus_label, dtype, constexprs, types=types),
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        hip_num_warps=choose_softmax(vocab_size, warp_size=64).num_warps,
+        num_warps=num_warps,
+        hip_num_warps=hip_num_warps,
     )
 
 
 def _scale_spec(dtype: str, width: int) -> CompileSpec:
-    config = choose_scale(width)
-    constexprs = {"BLOCK_D": config.block}
+    block, num_warps = choose_scale(width)
+    _, hip_num_warps = choose_scale(width, warp_size=64)
+    constexprs = {"BLOCK_D": block}
     return CompileSpec(
         name=f"scale_rows {dtype} D={width}",
         fn=_scale_rows,
         **arguments_of(_scale_rows, dtype, constexprs, types={"p_scale": "*fp32"}),
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        hip_num_warps=choose_scale(width, warp_size=64).num_warps,
+        num_warps=num_warps,
+        hip_num_warps=hip_num_warps,
     )

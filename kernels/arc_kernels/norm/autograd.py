@@ -10,13 +10,7 @@ from torch import Tensor
 from arc_kernels._layout import contiguous, rows, unit_stride
 from arc_kernels.norm import kernels
 
-
-@torch.library.custom_op("arc_kernels::norm_forward", mutates_args=())
-def norm_forward(
-    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `kernels.norm_forward`."""
-    return kernels.norm_forward(x_TD, residual_TD, weight_D, eps)
+norm_forward = torch.library.custom_op("arc_kernels::norm_forward", kernels.norm_forward, mutates_args=())
 
 
 @norm_forward.register_fake
@@ -91,12 +85,7 @@ class _Norm(torch.autograd.Function):
         )
 
 
-def norm_triton(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm over the last dimension; LayerNorm without parameters if the weight is None."""
-    return _Norm.apply(rows(x), None, contiguous(weight_D), eps)[0].view(x.shape)
-
-
-def add_norm_triton(x: Tensor, residual: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """See `add_rms_norm`, or `add_layer_norm` if the weight is None."""
-    normed_TD, total_TD = _Norm.apply(rows(x), rows(residual), contiguous(weight_D), eps)
-    return normed_TD.view(x.shape), total_TD.view(x.shape)
+def norm_triton(x: Tensor, residual: Tensor | None, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """See `add_rms_norm`, or `add_layer_norm` if the weight is None. The sum is empty without a residual."""
+    normed_TD, total_TD = _Norm.apply(rows(x), None if residual is None else rows(residual), contiguous(weight_D), eps)
+    return normed_TD.view(x.shape), total_TD if residual is None else total_TD.view(x.shape)

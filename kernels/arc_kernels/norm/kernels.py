@@ -355,4 +355,4 @@ def _spec(fn, name: str, width: int, dtype: str, flags: dict[str, bool]) -> Comp
 def _arguments(fn, dtype: str, constexprs: Mapping[str, int | None]) -> dict[str, Any]:
     """Types and constants. Statistics and partial sums are float32."""
     types = dict.fromkeys(("p_mean", "p_rstd", "p_dweight"), "*fp32") | {"eps": "fp32"}
-    return arguments_of(fn, dtype, constexprs, types=types, odd=("num_rows",)) | {"constexprs": constexprs}
+    return arguments_of(fn, dtype, constexprs, types=types, odd=("num_rows",))

@@ -14,19 +14,7 @@ def rms_norm_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return normed.to(x_TD.dtype) * weight_D.to(x_TD.dtype)
 
 
-def add_rms_norm_reference(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `add_rms_norm`."""
-    total = x_TD + residual_TD
-    return rms_norm_reference(total, weight_D, eps), total
-
-
 def layer_norm_reference(x_TD: Tensor, eps: float) -> Tensor:
     """See `layer_norm`."""
     x = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
     return F.layer_norm(x, x.shape[-1:], eps=eps).to(x_TD.dtype)
-
-
-def add_layer_norm_reference(x_TD: Tensor, residual_TD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `add_layer_norm`."""
-    total = x_TD + residual_TD
-    return layer_norm_reference(total, eps), total

@@ -5,7 +5,6 @@ Shape letters: T rows, G groups, P programs, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +18,11 @@ from arc_kernels.pooling.programs import pool_backward_kernel, pool_forward_kern
 WEIGHT_PROGRAMS = 256  # two per processor of an H100; partial sums take 4 MiB at D = 4096; fixed for determinism
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """How a program reads a group: rows per tile, warps (of 32 threads), and tiles in flight (1: no prefetch)."""
-
-    block_rows: int
-    num_warps: int
-    num_stages: int
+STAGES = 2  # tiles in flight
 
 
-def choose(width: int) -> Config:
-    """The config for rows of `width` columns.
+def choose(width: int) -> tuple[int, int]:
+    """(rows per tile, warps of 32 threads) of a program, for rows of `width` columns.
 
     16 columns per thread (8 on AMD, whose warps have 64 threads). Backward then takes at most 128 registers in half
     precision, so two programs of 256 threads fit a processor (four in forward). The rows of a group are read one after
@@ -38,8 +31,8 @@ def choose(width: int) -> Config:
     """
     block = triton.next_power_of_2(width)
     if block <= 1024:
-        return Config(block_rows=2, num_warps=4, num_stages=2)
-    return Config(block_rows=1, num_warps=max(4, block // 512), num_stages=2)
+        return 2, 4
+    return 1, max(4, block // 512)
 
 
 def pool_forward(
@@ -58,7 +51,7 @@ def pool_forward(
     x and weight are contiguous. Rows are at most MAX_POOL_WIDTH wide.
     """
     (num_rows, width), num_groups = x_TD.shape, group_cu.numel() - 1
-    config = choose(width)
+    block_rows, num_warps = choose(width)
     pooled_GD = x_TD.new_empty(num_groups, width)
     normed_pooled_GD = torch.empty_like(pooled_GD if norm != "none" else pooled_GD[:0])
     normed_TD = torch.empty_like(x_TD if norm != "none" else x_TD[:0])
@@ -76,10 +69,10 @@ def pool_forward(
                 eps,
                 KIND=kind,
                 NORM=norm,
-                BLOCK_R=config.block_rows,
+                BLOCK_R=block_rows,
                 BLOCK_D=triton.next_power_of_2(width),
-                STAGES=config.num_stages,
-                num_warps=config.num_warps,
+                STAGES=STAGES,
+                num_warps=num_warps,
                 **LAUNCH_OPTIONS,
             )
     return pooled_GD, normed_pooled_GD, normed_TD
@@ -110,7 +103,7 @@ def pool_backward(
     Other arguments as in `pool_forward`.
     """
     num_groups, width = dpooled_GD.shape
-    config = choose(width)
+    block_rows, num_warps = choose(width)
     dx_TD = dpooled_GD.new_empty(num_rows, width)
     num_programs = min(WEIGHT_PROGRAMS, num_groups) if wants_weight else num_groups
     dweight_PD = dpooled_GD.new_empty(num_programs if wants_weight else 0, width, dtype=torch.float32)
@@ -134,10 +127,10 @@ def pool_backward(
                 KIND=kind,
                 NORM=norm,
                 WEIGHT_GRAD=wants_weight,
-                BLOCK_R=config.block_rows,
+                BLOCK_R=block_rows,
                 BLOCK_D=triton.next_power_of_2(width),
-                STAGES=config.num_stages,
-                num_warps=config.num_warps,
+                STAGES=STAGES,
+                num_warps=num_warps,
                 **LAUNCH_OPTIONS,
             )
     if weight_D is None or not wants_weight:
@@ -161,13 +154,13 @@ def compile_specs() -> list[CompileSpec]:
 
 
 def _spec(fn: Any, *, dtype: str, width: int, kind: str, norm: str) -> CompileSpec:
-    config = choose(width)
+    block_rows, num_warps = choose(width)
     constexprs = {
         "KIND": kind,
         "NORM": norm,
-        "BLOCK_R": config.block_rows,
+        "BLOCK_R": block_rows,
         "BLOCK_D": triton.next_power_of_2(width),
-        "STAGES": config.num_stages,
+        "STAGES": STAGES,
     }
     if fn is pool_backward_kernel:
         constexprs["WEIGHT_GRAD"] = norm == "rms"
@@ -176,6 +169,5 @@ def _spec(fn: Any, *, dtype: str, width: int, kind: str, norm: str) -> CompileSp
         name=f"{fn.__name__.removesuffix('_kernel')} {dtype} D={width} {kind} {norm}",
         fn=fn,
         **arguments_of(fn, dtype, constexprs, types=types, odd=("num_rows", "num_groups")),
-        constexprs=constexprs,
-        num_warps=config.num_warps,
+        num_warps=num_warps,
     )

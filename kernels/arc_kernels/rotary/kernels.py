@@ -10,7 +10,6 @@ Shape letters: T rows, N heads, H head size, F = H / 2 pairs. A program has one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import gcd
 
 import torch
@@ -23,23 +22,17 @@ from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Heads and warps of a program."""
+def choose(num_heads: int, num_pairs: int, *, warp_size: int = 32) -> tuple[int, int]:
+    """(heads, warps) of a program.
 
-    block_heads: int
-    num_warps: int
-
-
-def choose(num_heads: int, num_pairs: int, *, warp_size: int = 32) -> Config:
-    """About 1024 pairs per program, eight pairs per thread. If possible, heads per program divide num_heads (24: by 8).
+    It has about 1024 pairs, eight per thread. If possible, its heads divide num_heads (24: by 8).
 
     Other numbers of heads are padded, at most to a multiple of 8.
     """
     block_pairs = triton.next_power_of_2(num_pairs)
     most = max(1, 1024 // block_pairs)
     block_heads = max(gcd(num_heads, most), min(triton.next_power_of_2(num_heads), 8, most))
-    return Config(block_heads=block_heads, num_warps=max(1, block_heads * block_pairs // (8 * warp_size)))
+    return block_heads, max(1, block_heads * block_pairs // (8 * warp_size))
 
 
 @triton.jit
@@ -87,9 +80,9 @@ def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool) -> T
         return y_TNH
     num_rows, num_heads, head_dim = x_TNH.shape
     num_pairs = head_dim // 2
-    config = choose(num_heads, num_pairs, warp_size=warp_size())
+    block_heads, num_warps = choose(num_heads, num_pairs, warp_size=warp_size())
     with torch.cuda.device_of(x_TNH):
-        rotary_kernel[(num_rows, triton.cdiv(num_heads, config.block_heads))](
+        rotary_kernel[(num_rows, triton.cdiv(num_heads, block_heads))](
             x_TNH,
             cos_TF,
             sin_TF,
@@ -98,10 +91,10 @@ def rotate(x_TNH: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, inverse: bool) -> T
             x_TNH.stride(1),
             N=num_heads,
             F=num_pairs,
-            BN=config.block_heads,
+            BN=block_heads,
             BF=triton.next_power_of_2(num_pairs),
             INVERSE=inverse,
-            num_warps=config.num_warps,
+            num_warps=num_warps,
             **LAUNCH_OPTIONS,
         )
     return y_TNH
@@ -116,14 +109,14 @@ def compile_specs() -> list[CompileSpec]:
 
 def _spec(num_heads: int, head_dim: int, dtype: str, *, inverse: bool) -> CompileSpec:
     num_pairs = head_dim // 2
-    config = choose(num_heads, num_pairs)
-    constexprs = {"N": num_heads, "F": num_pairs, "BN": config.block_heads, "INVERSE": inverse}
+    block_heads, num_warps = choose(num_heads, num_pairs)
+    _, hip_num_warps = choose(num_heads, num_pairs, warp_size=64)
+    constexprs = {"N": num_heads, "F": num_pairs, "BN": block_heads, "INVERSE": inverse}
     constexprs["BF"] = triton.next_power_of_2(num_pairs)
     return CompileSpec(
         name=f"rotary{'_inverse' if inverse else ''} {dtype} N={num_heads} H={head_dim}",
         fn=rotary_kernel,
         **arguments_of(rotary_kernel, dtype, constexprs, types={"p_cos": "*fp32", "p_sin": "*fp32"}),
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        hip_num_warps=choose(num_heads, num_pairs, warp_size=64).num_warps,
+        num_warps=num_warps,
+        hip_num_warps=hip_num_warps,
     )

@@ -9,8 +9,6 @@ Shape letters: R rows, N text rows, Z given rows, V vocabulary, D width; BJ and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -20,29 +18,24 @@ from arc_kernels._compile import LAUNCH_OPTIONS, CompileSpec, arguments_of
 from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Rows and columns that a program reads at once, and its warps."""
-
-    block_rows: int
-    block_columns: int
-    num_warps: int
+SUM_ROWS = 16  # rows that a program sums at once
 
 
-def choose_copy(width: int, *, warp_size: int = 32) -> Config:
-    """One row, 16 columns per thread (two loads of 16 bytes in bfloat16), up to 4096 columns per program."""
+def choose_copy(width: int, *, warp_size: int = 32) -> tuple[int, int]:
+    """(columns, warps) of a program: 16 columns per thread (two loads of 16 bytes in bfloat16), up to 4096 columns."""
     block = min(4096, max(16 * warp_size, triton.next_power_of_2(width)))
-    return Config(block_rows=1, block_columns=block, num_warps=block // (16 * warp_size))
+    return block, block // (16 * warp_size)
 
 
-def choose_sum(width: int, *, warp_size: int = 32) -> Config:
-    """Tiles of 16 rows by 256 columns: D / 256 programs sum a token with hundreds of rows in tens of steps.
+def choose_sum(width: int, *, warp_size: int = 32) -> tuple[int, int]:
+    """(columns, warps) of a program that sums rows.
+
+    Tiles of 16 rows by 256 columns: D / 256 programs sum a token with hundreds of rows in tens of steps.
 
     Most tokens occur in one row. Their programs read only that row; the rest of the tile is masked.
     """
     block = min(256, max(16, triton.next_power_of_2(width)))
-    return Config(block_rows=16, block_columns=block, num_warps=4 * 32 // warp_size)
+    return block, 4 * 32 // warp_size
 
 
 @triton.jit
@@ -134,11 +127,11 @@ def splice_forward(
     """See `splice`. All tensors are contiguous, except that the table may have any row stride."""
     (vocab_size, width), num_text = table_VD.shape, ids_N.shape[0]
     num_rows = num_text + (0 if given_ZD is None else given_ZD.shape[0])
-    config = choose_copy(width, warp_size=warp_size())
+    block, num_warps = choose_copy(width, warp_size=warp_size())
     out_RD = table_VD.new_empty(num_rows, width)
     if out_RD.numel() > 0:
         with torch.cuda.device_of(table_VD):
-            _splice_forward[(num_rows, triton.cdiv(width, config.block_columns))](
+            _splice_forward[(num_rows, triton.cdiv(width, block))](
                 table_VD,
                 ids_N,
                 text_rows_N,
@@ -150,8 +143,8 @@ def splice_forward(
                 num_rows,
                 width,
                 table_VD.stride(0),
-                BLOCK_D=config.block_columns,
-                num_warps=config.num_warps,
+                BLOCK_D=block,
+                num_warps=num_warps,
                 **LAUNCH_OPTIONS,
             )
     return out_RD
@@ -160,18 +153,18 @@ def splice_forward(
 def gather_rows(x_RD: Tensor, rows_Z: Tensor, dtype: torch.dtype) -> Tensor:
     """x[rows] in the given dtype: the gradient of the given rows. Both are contiguous."""
     num_rows, width = x_RD.shape
-    config = choose_copy(width, warp_size=warp_size())
+    block, num_warps = choose_copy(width, warp_size=warp_size())
     out_ZD = x_RD.new_empty(rows_Z.shape[0], width, dtype=dtype)
     if out_ZD.numel() > 0:
         with torch.cuda.device_of(x_RD):
-            _gather_rows[(out_ZD.shape[0], triton.cdiv(width, config.block_columns))](
+            _gather_rows[(out_ZD.shape[0], triton.cdiv(width, block))](
                 x_RD,
                 rows_Z,
                 out_ZD,
                 num_rows,
                 width,
-                BLOCK_D=config.block_columns,
-                num_warps=config.num_warps,
+                BLOCK_D=block,
+                num_warps=num_warps,
                 **LAUNCH_OPTIONS,
             )
     return out_ZD
@@ -186,13 +179,13 @@ def sum_rows_by_id(
 ) -> Tensor:
     """out[v] = sum of x[rows[i]] over i with ids[i] = v: the gradient of the table [V, D], summed in float32."""
     num_rows, width = x_RD.shape
-    config = choose_sum(width, warp_size=warp_size())
+    block, num_warps = choose_sum(width, warp_size=warp_size())
     out_VD = x_RD.new_zeros(vocab_size, width, dtype=dtype)
     if ids_N.shape[0] > 0 and width > 0:
         sorted_N, order_N = torch.sort(ids_N, stable=True)
         ends_N = torch.searchsorted(sorted_N, sorted_N, right=True)
         with torch.cuda.device_of(x_RD):
-            _sum_runs[(ids_N.shape[0], triton.cdiv(width, config.block_columns))](
+            _sum_runs[(ids_N.shape[0], triton.cdiv(width, block))](
                 x_RD,
                 sorted_N,
                 ends_N,
@@ -201,9 +194,9 @@ def sum_rows_by_id(
                 vocab_size,
                 num_rows,
                 width,
-                BLOCK_J=config.block_rows,
-                BLOCK_D=config.block_columns,
-                num_warps=config.num_warps,
+                BLOCK_J=SUM_ROWS,
+                BLOCK_D=block,
+                num_warps=num_warps,
                 **LAUNCH_OPTIONS,
             )
     return out_VD
@@ -217,17 +210,17 @@ def compile_specs() -> list[CompileSpec]:
 
 def _spec(fn, dtype: str, width: int) -> CompileSpec:
     choose = choose_sum if fn is _sum_runs else choose_copy
-    config = choose(width)
-    constexprs = {"BLOCK_D": config.block_columns}
+    block, num_warps = choose(width)
+    _, hip_num_warps = choose(width, warp_size=64)
+    constexprs = {"BLOCK_D": block}
     if fn is _sum_runs:
-        constexprs["BLOCK_J"] = config.block_rows
+        constexprs["BLOCK_J"] = SUM_ROWS
     indices = ("p_ids", "p_text_rows", "p_given_rows", "p_rows", "p_ends")
     odd = ("vocab_size", "num_text", "num_rows")
     return CompileSpec(
         name=f"{fn.__name__.removeprefix('_')} {dtype} D={width}",
         fn=fn,
         **arguments_of(fn, dtype, constexprs, types=dict.fromkeys(indices, "*i64"), odd=odd),
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        hip_num_warps=choose(width, warp_size=64).num_warps,
+        num_warps=num_warps,
+        hip_num_warps=hip_num_warps,
     )

@@ -10,11 +10,7 @@ from torch import Tensor
 from arc_kernels._layout import rows, unit_stride
 from arc_kernels.swiglu import kernels
 
-
-@torch.library.custom_op("arc_kernels::swiglu_forward", mutates_args=())
-def swiglu_forward(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """See `kernels.swiglu_forward`."""
-    return kernels.swiglu_forward(gate_TF, up_TF)
+swiglu_forward = torch.library.custom_op("arc_kernels::swiglu_forward", kernels.swiglu_forward, mutates_args=())
 
 
 @swiglu_forward.register_fake

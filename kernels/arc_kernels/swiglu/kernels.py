@@ -10,8 +10,6 @@ Shape letters: T rows, F width. A program has one row and BF of its columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -22,22 +20,14 @@ from arc_kernels._dispatch import warp_size
 from arc_kernels._interpreter import narrow
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Columns and warps of a program."""
+def choose(width: int, *, warp_size: int = 32) -> tuple[int, int]:
+    """(columns, warps) of a program.
 
-    block_width: int
-    num_warps: int
-
-
-def choose(width: int, *, warp_size: int = 32) -> Config:
-    """Eight elements per thread: one 16-byte load per stream in 16-bit types.
-
-    1024 columns divide the usual widths (8192, 14336, 11264); 11008 wastes 2%. Small programs use all threads of a
-    multiprocessor.
+    A thread has eight elements: one 16-byte load per stream in 16-bit types. 1024 columns divide the usual widths
+    (8192, 14336, 11264); 11008 wastes 2%. Small programs use all threads of a multiprocessor.
     """
     block_width = min(1024, triton.next_power_of_2(width))
-    return Config(block_width=block_width, num_warps=max(1, block_width // (8 * warp_size)))
+    return block_width, max(1, block_width // (8 * warp_size))
 
 
 @triton.jit
@@ -85,17 +75,17 @@ def swiglu_forward(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     if y_TF.numel() == 0:
         return y_TF
     num_rows, width = gate_TF.shape
-    config = choose(width, warp_size=warp_size())
+    block_width, num_warps = choose(width, warp_size=warp_size())
     with torch.cuda.device_of(gate_TF):
-        swiglu_forward_kernel[(num_rows, triton.cdiv(width, config.block_width))](
+        swiglu_forward_kernel[(num_rows, triton.cdiv(width, block_width))](
             gate_TF,
             up_TF,
             y_TF,
             gate_TF.stride(0),
             up_TF.stride(0),
             F=width,
-            BF=config.block_width,
-            num_warps=config.num_warps,
+            BF=block_width,
+            num_warps=num_warps,
             **LAUNCH_OPTIONS,
         )
     return y_TF
@@ -107,9 +97,9 @@ def swiglu_backward(dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tens
     if dgate_TF.numel() == 0:
         return dgate_TF, dup_TF
     num_rows, width = gate_TF.shape
-    config = choose(width, warp_size=warp_size())
+    block_width, num_warps = choose(width, warp_size=warp_size())
     with torch.cuda.device_of(gate_TF):
-        swiglu_backward_kernel[(num_rows, triton.cdiv(width, config.block_width))](
+        swiglu_backward_kernel[(num_rows, triton.cdiv(width, block_width))](
             gate_TF,
             up_TF,
             dy_TF,
@@ -119,8 +109,8 @@ def swiglu_backward(dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tens
             up_TF.stride(0),
             dy_TF.stride(0),
             F=width,
-            BF=config.block_width,
-            num_warps=config.num_warps,
+            BF=block_width,
+            num_warps=num_warps,
             **LAUNCH_OPTIONS,
         )
     return dgate_TF, dup_TF
@@ -136,13 +126,13 @@ def compile_specs() -> list[CompileSpec]:
 
 
 def _spec(fn, width: int, dtype: str) -> CompileSpec:
-    config = choose(width)
-    constexprs = {"F": width, "BF": config.block_width}
+    block_width, num_warps = choose(width)
+    _, hip_num_warps = choose(width, warp_size=64)
+    constexprs = {"F": width, "BF": block_width}
     return CompileSpec(
         name=f"{fn.__name__.removesuffix('_kernel')} {dtype} F={width}",
         fn=fn,
         **arguments_of(fn, dtype, constexprs),
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        hip_num_warps=choose(width, warp_size=64).num_warps,
+        num_warps=num_warps,
+        hip_num_warps=hip_num_warps,
     )

@@ -134,22 +134,18 @@ def test_all_of_top_p_draws_by_probability() -> None:
     assert abs(share - expected) < 4 * (expected * (1 - expected) / len(lines)) ** 0.5
 
 
-@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-30])
-def test_the_limit_of_small_temperatures_is_greedy(temperature: float) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(5e-324, 1.0), (1e-40, 1.0), (1e-30, 1.0), (9.0, 5e-324), (9.0, 1e-50), (9.0, 1e-9)]
+)
+def test_the_limit_of_small_temperatures_and_top_p_is_greedy(temperature: float, top_p: float) -> None:
     samples = [sample(5), sample(-7, 2, seed=1)]
-    assert run(samples, sampling=Sampling(temperature=temperature))[0] == run(samples)[0]
+    assert run(samples, sampling=Sampling(temperature=temperature, top_p=top_p))[0] == run(samples)[0]
 
 
 @pytest.mark.parametrize("temperature", [1e30, 1e300, 10**300])
 def test_the_limit_of_large_temperatures_draws_uniformly(temperature: float) -> None:
     ids = [line[0] for line in run([sample(4)] * 400, 1, sampling=Sampling(temperature=temperature))[0]]
     assert max(map(ids.count, ids)) < 60, "about 400 / 30 each"
-
-
-@pytest.mark.parametrize("top_p", [5e-324, 1e-50, 1e-9])
-def test_the_limit_of_small_top_p_is_greedy(top_p: float) -> None:
-    samples = [sample(5), sample(-7, 2, seed=1)]
-    assert run(samples, sampling=Sampling(temperature=9.0, top_p=top_p))[0] == run(samples)[0]
 
 
 @pytest.mark.parametrize("seed", [-(2**63), 2**63, 2**64 - 1])

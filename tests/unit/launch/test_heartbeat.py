@@ -121,6 +121,37 @@ def test_silent_ranks_are_named_together(make_run: Callable[[float], _Run]) -> N
     assert "lost ranks 8-15 on node1 at step 3, encoder layer 0: no sign of life for 3 s" in verdict["message"]
 
 
+@pytest.mark.parametrize(
+    ("silent", "absent", "words"),
+    [
+        (range(8, 16), set(), "lost ranks 8-15 on node1 at step 3, encoder layer 0: no sign of life for 60 s"),
+        (range(0), {9}, "rank 9 on node1 did not connect to rank 0 within 60 s"),
+    ],
+    ids=["silent", "absent"],
+)
+def test_a_rank_is_lost_once_the_timeout_is_over(
+    make_run: Callable[[float], _Run], monkeypatch: pytest.MonkeyPatch, silent: range, absent: set[int], words: str
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
+    run = make_run(60.0)
+    run.wait_for_all()
+    run.heart._expected = absent
+    speaking = [peer for peer in run.heart._peers if peer.rank not in silent]
+
+    def has_heard_and_judged() -> bool:
+        return run.heart._judged == now == min(peer.heard for peer in speaking)
+
+    for moment in (25.0, 50.0, 60.0, 61.0):  # a step of more than half the timeout would be a pause of rank 0
+        now = moment
+        for peer in speaking:
+            run.say(peer.rank, kind="beat", doing="step 4, backward")
+        run.wait(has_heard_and_judged)
+    run.wait(lambda: run.heart._verdict)
+    verdict = run.heart._verdict
+    assert verdict is not None and words in verdict.message and verdict.at == 61.0
+
+
 def test_a_pause_of_rank_0_is_no_silence_of_the_others(
     make_run: Callable[[float], _Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from arc_ds.launch import heartbeat
-from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OUT_OF_MEMORY, EXIT_STALLED
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_LOST_RANK, EXIT_OUT_OF_MEMORY, EXIT_STALLED
 from arc_ds.launch.heartbeat import Heartbeat
 
 NUM_RANKS, PER_HOST = 256, 8
@@ -62,13 +62,13 @@ class _Run:
         last = f"step 3, encoder layer {(NUM_RANKS - 1) // 100}"
         self.wait(lambda: not self.heart._expected and self.heart._peers[-1].doing == last)
 
-    def verdict(self, rank: int) -> dict[str, Any]:
-        """The verdict that a rank reads."""
+    def verdict(self, rank: int, kind: str = "verdict") -> dict[str, Any]:
+        """The verdict that a rank reads, or its first message of another kind."""
         for line in self.ranks[rank].makefile():
             message = json.loads(line)
-            if message["kind"] == "verdict":
+            if message["kind"] == kind:
                 return message
-        raise AssertionError(f"no verdict for rank {rank}")
+        raise AssertionError(f"no {kind} for rank {rank}")
 
 
 @pytest.fixture
@@ -189,6 +189,17 @@ def test_a_failed_rank_passes_its_code_and_message_on_and_a_stall_lists_all_plac
     assert verdict["code"] == EXIT_STALLED
     assert "rank 7 on node0 at step 3, waiting for data" in verdict["message"]
     assert "ranks 1-6 on node0, ranks 8-15 on node1" in verdict["message"]
+
+
+@pytest.mark.parametrize(("code", "told"), [(EXIT_FAILED, EXIT_LOST_RANK), (EXIT_OUT_OF_MEMORY, EXIT_OUT_OF_MEMORY)])
+def test_an_error_without_a_code_of_its_own_is_a_lost_rank_for_the_others(
+    make_run: Callable[[float], _Run], code: int, told: int
+) -> None:
+    run = make_run(600.0)
+    run.wait_for_all()
+    run.heart.fail(code, "words")
+    failed = run.verdict(1, "failed")
+    assert (failed["code"], failed["message"]) == (told, "words")
 
 
 def test_a_forked_worker_does_not_hide_the_end_of_its_rank(make_run: Callable[[float], _Run]) -> None:

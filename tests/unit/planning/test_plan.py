@@ -119,7 +119,9 @@ def _write_sizes(folder: Path, **sizes: Any) -> Path:
     return folder
 
 
-def test_a_sweep_says_where_scaling_breaks_and_what_can_be_divided(model: RunModel) -> None:
+def test_a_sweep_says_where_scaling_breaks_and_what_can_be_divided(
+    model: RunModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = _load("data.batch_size=16")
     rows = {
         row.machine.num_gpus: row
@@ -143,6 +145,11 @@ def test_a_sweep_says_where_scaling_breaks_and_what_can_be_divided(model: RunMod
     slow = Machine("h100-80", 16, 2, interconnect="25g")
     row = next(row for row in sweep(config, model, slow, lambda more: _load(*more)) if row.machine.num_gpus == 16)
     assert row.limit.startswith("communication")
+    monkeypatch.setattr("arc_ds.planning.search.SWEEP", (1,))
+    small = Machine("l4", 16, 2)
+    few, many = sweep(config, model, small, lambda more: _load("data.batch_size=16", *more))
+    assert few.plan is not None and not few.plan.fits and few.limit == "does not fit"
+    assert (few.efficiency, many.efficiency) == (few.grown_efficiency, many.grown_efficiency) == (0.0, 1.0)
 
 
 def test_placement_follows_the_memory_that_the_encoder_leaves(model: RunModel) -> None:

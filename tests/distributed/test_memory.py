@@ -38,9 +38,12 @@ FLOAT_BYTES = 4
 PERSISTENT = 100
 
 
-def _ds_config() -> dict[str, Any]:
+def _ds_config(**zero: Any) -> dict[str, Any]:
     return tiny_ds_config(
-        reduce_bucket_size=3000, stage3_prefetch_bucket_size=5000, stage3_param_persistence_threshold=PERSISTENT
+        reduce_bucket_size=3000,
+        stage3_prefetch_bucket_size=5000,
+        stage3_param_persistence_threshold=PERSISTENT,
+        **zero,
     )
 
 
@@ -140,3 +143,13 @@ def test_parameters_are_released_after_each_step_and_memory_is_flat(recomputed: 
         assert last.parameters == last.gradients == shards and last.gathered == persistent["encoder"]
         assert 3 * shards <= last.optimizer < 3 * shards + 1000
         assert found.memory[-1]["decoder 1"].parameters == _bytes(decoder) // 2
+
+
+def _kept_with_second_shards() -> int:
+    decoder = place_decoder(tiny_decoders()[1], _ds_config(zero_hpz_partition_size=2))
+    return engine_memory(decoder.module, None, CPU).parameters
+
+
+def test_the_second_shards_of_hpz_are_counted() -> None:
+    """Of two ranks each has half of the decoder twice."""
+    assert run_on_ranks(_kept_with_second_shards) == [_bytes(tiny_decoders()[1])] * 2

@@ -61,3 +61,5 @@ def test_the_digest_sees_every_value_in_every_dtype(monkeypatch: pytest.MonkeyPa
                 value.add_(0.25)
                 seen.add(frozen_digest(module))
         assert len(seen) == 1 + 3 * 5 + 5 and frozen_digest(module) == frozen_digest(module)
+    twins = torch.nn.ModuleList([torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)])
+    assert frozen_digest(twins) != frozen_digest(twins[::-1]), "exchanged weights have the same sum"

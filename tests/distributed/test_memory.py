@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from arc_ds.model.backbone import Recompute
+from arc_ds.training.engine import place_decoder
 from arc_ds.training.memory import EngineMemory, engine_memory, leaked_parameters
 from arc_ds.training.step import train_step
 from tests.helpers.distributed import run_on_ranks
@@ -94,3 +95,13 @@ def test_parameters_are_released_after_each_step_and_memory_is_flat(recompute: R
         assert last.parameters == last.gradients == shards and last.gathered == persistent["encoder"]
         assert 3 * shards <= last.optimizer < 3 * shards + 1000
         assert found[-1]["decoder 1"].parameters == parameter_bytes(decoder) // 2
+
+
+def _kept_with_second_shards() -> int:
+    config = tiny_ds_config(zero_hpz_partition_size=2, stage3_param_persistence_threshold=PERSISTENT)
+    return engine_memory(place_decoder(tiny_decoders()[1], config).module, None, CPU).parameters
+
+
+def test_the_second_shards_of_hpz_are_counted() -> None:
+    """Of two ranks each has half of the decoder twice."""
+    assert run_on_ranks(_kept_with_second_shards) == [parameter_bytes(tiny_decoders()[1])] * 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from arc_ds.checkpoints.shards import SavedParameter, open_shards
 from arc_ds.export.consolidate import consolidate, consolidate_newest, find_checkpoint
 from arc_ds.model.weights import open_backbone
 from arc_ds.model.weights.lazy_tensor import as_lazy
@@ -23,6 +26,7 @@ SHORT = [
     "validation.num_samples=4",
 ]
 LORA = ["encoder.lora.rank=2", "encoder.lora.alpha=8", "encoder.activation_checkpointing=selective"]
+SCALE = 4  # alpha / rank
 DECODERS = ["decoders.0.activation_checkpointing=selective", "decoders.1.activation_checkpointing=true"]
 
 
@@ -35,14 +39,23 @@ def _encoder_changes(run: Path, backbone: Path) -> dict[str, Tensor]:
     return {n: as_lazy(trained[n]).whole() - source.tensor(n.removeprefix("encoder.")).float() for n in names}
 
 
+def _product(adapters: Mapping[str, SavedParameter], weight: str) -> Tensor:
+    """B A of the adapter of a weight."""
+    prefix = weight.removesuffix("weight") + "adapter"
+    b, a = (adapters[f"{prefix}.{part}"] for part in "ba")
+    return b.read(0, math.prod(b.shape)).view(b.shape) @ a.read(0, math.prod(a.shape)).view(a.shape)
+
+
 def test_adapters_are_saved_resumed_and_merged_into_an_ordinary_encoder(tmp_path: Path) -> None:
     config = write_inputs(tmp_path)
     code, console = train_on_ranks(config, [*SHORT, *LORA, *DECODERS, "decoders.0.placement=zero3"])
     assert code == 0, console
     changes = _encoder_changes(tmp_path / "run", tmp_path / "encoder")
+    adapters = open_shards(find_checkpoint(tmp_path / "run"), 2).trained
     for name, change in changes.items():
         if change.dim() == 2 and name != "encoder.tok_embeddings.weight":
             assert torch.linalg.matrix_rank(change, atol=1e-6, rtol=0) == 2, name
+            assert torch.allclose(change, SCALE * _product(adapters, name), rtol=0, atol=1e-6), name
         else:
             assert not change.any(), name
     half = tmp_path / "run" / "checkpoints" / "step_000002"

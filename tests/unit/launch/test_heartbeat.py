@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from arc_ds.launch import heartbeat
-from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OUT_OF_MEMORY, EXIT_STALLED
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_LOST_RANK, EXIT_OUT_OF_MEMORY, EXIT_STALLED
 from arc_ds.launch.heartbeat import Heartbeat
 
 NUM_RANKS, PER_HOST = 256, 8
@@ -62,13 +62,13 @@ class _Run:
         last = f"step 3, encoder layer {(NUM_RANKS - 1) // 100}"
         self.wait(lambda: not self.heart._expected and self.heart._peers[-1].doing == last)
 
-    def verdict(self, rank: int) -> dict[str, Any]:
-        """The verdict that a rank reads."""
+    def verdict(self, rank: int, kind: str = "verdict") -> dict[str, Any]:
+        """The verdict that a rank reads, or its first message of another kind."""
         for line in self.ranks[rank].makefile():
             message = json.loads(line)
-            if message["kind"] == "verdict":
+            if message["kind"] == kind:
                 return message
-        raise AssertionError(f"no verdict for rank {rank}")
+        raise AssertionError(f"no {kind} for rank {rank}")
 
 
 @pytest.fixture
@@ -121,6 +121,37 @@ def test_silent_ranks_are_named_together(make_run: Callable[[float], _Run]) -> N
     assert "lost ranks 8-15 on node1 at step 3, encoder layer 0: no sign of life for 3 s" in verdict["message"]
 
 
+@pytest.mark.parametrize(
+    ("silent", "absent", "words"),
+    [
+        (range(8, 16), set(), "lost ranks 8-15 on node1 at step 3, encoder layer 0: no sign of life for 60 s"),
+        (range(0), {9}, "rank 9 on node1 did not connect to rank 0 within 60 s"),
+    ],
+    ids=["silent", "absent"],
+)
+def test_a_rank_is_lost_once_the_timeout_is_over(
+    make_run: Callable[[float], _Run], monkeypatch: pytest.MonkeyPatch, silent: range, absent: set[int], words: str
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
+    run = make_run(60.0)
+    run.wait_for_all()
+    run.heart._expected = absent
+    speaking = [peer for peer in run.heart._peers if peer.rank not in silent]
+
+    def has_heard_and_judged() -> bool:
+        return run.heart._judged == now == min(peer.heard for peer in speaking)
+
+    for moment in (25.0, 50.0, 60.0, 61.0):  # a step of more than half the timeout would be a pause of rank 0
+        now = moment
+        for peer in speaking:
+            run.say(peer.rank, kind="beat", doing="step 4, backward")
+        run.wait(has_heard_and_judged)
+    run.wait(lambda: run.heart._verdict)
+    verdict = run.heart._verdict
+    assert verdict is not None and words in verdict.message and verdict.at == 61.0
+
+
 def test_a_pause_of_rank_0_is_no_silence_of_the_others(
     make_run: Callable[[float], _Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +189,17 @@ def test_a_failed_rank_passes_its_code_and_message_on_and_a_stall_lists_all_plac
     assert verdict["code"] == EXIT_STALLED
     assert "rank 7 on node0 at step 3, waiting for data" in verdict["message"]
     assert "ranks 1-6 on node0, ranks 8-15 on node1" in verdict["message"]
+
+
+@pytest.mark.parametrize(("code", "told"), [(EXIT_FAILED, EXIT_LOST_RANK), (EXIT_OUT_OF_MEMORY, EXIT_OUT_OF_MEMORY)])
+def test_an_error_without_a_code_of_its_own_is_a_lost_rank_for_the_others(
+    make_run: Callable[[float], _Run], code: int, told: int
+) -> None:
+    run = make_run(600.0)
+    run.wait_for_all()
+    run.heart.fail(code, "words")
+    failed = run.verdict(1, "failed")
+    assert (failed["code"], failed["message"]) == (told, "words")
 
 
 def test_a_forked_worker_does_not_hide_the_end_of_its_rank(make_run: Callable[[float], _Run]) -> None:

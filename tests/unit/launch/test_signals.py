@@ -142,3 +142,11 @@ def test_a_stop_has_its_grace_from_the_last_step_on_and_a_save_has_more(
     activity.note("closing")
     stop.answer()
     assert not watchdog._is_deaf(), "the ranks stop already"
+
+
+def test_a_step_is_a_stall_once_the_limit_is_over(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, rank=0, limit_s=600.0, stop_grace_s=60.0, heartbeat=None, stop=StopRequest())
+    watchdog.alive()
+    assert not watchdog._stalled()
+    watchdog._alive -= 1000.0
+    assert "no step has ended for 600 s" in watchdog._stalled()

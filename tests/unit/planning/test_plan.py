@@ -66,12 +66,29 @@ def test_the_paper_s_step_takes_what_the_design_counts(model: RunModel) -> None:
     assert plan.fits
 
 
+def test_only_the_first_gather_and_the_last_reduction_are_exposed_if_the_rest_overlaps(
+    model: RunModel, tmp_path: Path
+) -> None:
+    machine = Machine("h100-80", 8)
+    plan = _plan(model, machine)
+    embeddings = 128_256 * 3072
+    assert plan.time.exposed == pytest.approx(2 * machine.ring_s(2 * embeddings, 1, 8)) and plan.time.hidden > 0
+    ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    ds_config["zero_optimization"]["overlap_comm"] = False
+    (tmp_path / "zero3.json").write_text(json.dumps(ds_config))
+    one_by_one = _plan(model, machine, f"deepspeed={tmp_path / 'zero3.json'}").time
+    assert one_by_one.hidden == 0 and one_by_one.exposed == pytest.approx(plan.time.exposed + plan.time.hidden)
+
+
 def test_products_of_the_trace_are_those_of_the_formulas(model: RunModel) -> None:
     plan = _plan(model, Machine("h100-80", 8), "data.batch_size=8")
     assert plan.traced_flops == plan.flops
     recomputed = _plan(model, Machine("h100-80", 8), "data.batch_size=8", "encoder.activation_checkpointing=full")
     assert recomputed.flops == plan.flops < recomputed.traced_flops
     assert recomputed.memory["activations"] < plan.memory["activations"]
+    # Gathered parameters, too, are free by the time of the update.
+    pair = _plan(model, Machine("h100-80", 2), "data.batch_size=2", "encoder.activation_checkpointing=full").memory
+    assert 0 < pair["update beyond activations"] == 4e9 - pair["activations"] - pair["gathered parameters"]
 
 
 def test_the_nearest_fit_is_accepted_again_and_fits(tmp_path: Path) -> None:
@@ -102,7 +119,9 @@ def _write_sizes(folder: Path, **sizes: Any) -> Path:
     return folder
 
 
-def test_a_sweep_says_where_scaling_breaks_and_what_can_be_divided(model: RunModel) -> None:
+def test_a_sweep_says_where_scaling_breaks_and_what_can_be_divided(
+    model: RunModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = _load("data.batch_size=16")
     rows = {
         row.machine.num_gpus: row
@@ -115,9 +134,22 @@ def test_a_sweep_says_where_scaling_breaks_and_what_can_be_divided(model: RunMod
     assert make_plan(_load("data.batch_size=32"), model, rows[32].machine).fits
     assert rows[16].limit.startswith("too few sequences per GPU (1)")
     assert rows[1024].grown_batch == 1024
+    fixed = {number: row.plan for number, row in rows.items() if row.plan is not None and row.plan.fits}
+    grown = {number: row.grown for number, row in rows.items() if row.grown.fits}
+    for plans, name in ((fixed, "efficiency"), (grown, "grown_efficiency")):
+        rates = {number: plan.tokens / plan.time.total / number for number, plan in plans.items()}
+        assert {number: getattr(rows[number], name) for number in plans} == pytest.approx(
+            {number: rate / max(rates.values()) for number, rate in rates.items()}
+        )
+        assert len(set(rates.values())) > 1
     slow = Machine("h100-80", 16, 2, interconnect="25g")
     row = next(row for row in sweep(config, model, slow, lambda more: _load(*more)) if row.machine.num_gpus == 16)
     assert row.limit.startswith("communication")
+    monkeypatch.setattr("arc_ds.planning.search.SWEEP", (1,))
+    small = Machine("l4", 16, 2)
+    few, many = sweep(config, model, small, lambda more: _load("data.batch_size=16", *more))
+    assert few.plan is not None and not few.plan.fits and few.limit == "does not fit"
+    assert (few.efficiency, many.efficiency) == (few.grown_efficiency, many.grown_efficiency) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +170,11 @@ def test_a_sweep_goes_on_past_gpus_that_do_not_divide_the_batch(
 def test_placement_follows_the_memory_that_the_encoder_leaves(model: RunModel) -> None:
     (large,) = _plan(model, Machine("h100-80", 8)).placed
     (small,) = _plan(model, Machine("l4", 8)).placed
-    (hosts,) = _plan(model, Machine("l4", 16, 2), "data.batch_size=16").placed
+    on_hosts = _plan(model, Machine("l4", 16, 2), "data.batch_size=16")
+    (hosts,) = on_hosts.placed
     assert [one.placement for one in (large, small, hosts)] == ["replicated", "zero3", "zero3+hpz"]
+    # hpZ: a shard of the copy that all GPUs share, and one of the host's own.
+    assert on_hosts.memory["decoders"] == pytest.approx(2 * hosts.num_parameters * (1 / 16 + 1 / 8), rel=1e-6)
     assert "22%" in large.why and "whole up to 40%" in large.why
 
 

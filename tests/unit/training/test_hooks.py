@@ -207,7 +207,7 @@ def _two_steps(
     monkeypatch.setattr(hooks.dist, "world_size", lambda: 2)
     monkeypatch.setattr(hooks, "time", SimpleNamespace(perf_counter=iter(times).__next__))
     monkeypatch.setattr(hooks, "engine_memory", lambda module, *_: MEMORY[module is decoder])
-    monkeypatch.setattr(hooks, "leaked_parameters", lambda module: leaked if module is decoder else [])
+    monkeypatch.setattr(hooks, "leaked_parameters", lambda _: leaked)
     monkeypatch.setattr(hooks, "peak_memory_bytes", lambda _: hooks.GIB)
     data = SimpleNamespace(limits=MicroBatchLimits(max_encoder_tokens=36), tasks=("continuation",))
     run = _run(
@@ -350,12 +350,14 @@ def test_a_pause_counts_in_the_next_report(monkeypatch: pytest.MonkeyPatch) -> N
     assert after["speed/step_s"] == 2.0 and after["speed/save_share"] == 5 / 9 and "checkpoint/seconds" not in after
 
 
-def test_a_leak_is_named_once_and_counted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_leaks_are_counted_and_named_once_for_each_engine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     _, steps = _two_steps(monkeypatch, every=1, leaked=["layers.0.wq", "norm"], times=(0, 2, 2, 4, 4))
-    assert steps[1]["memory/leaked_parameters"] == steps[2]["memory/leaked_parameters"] == 2
+    assert steps[1]["memory/leaked_parameters"] == steps[2]["memory/leaked_parameters"] == 2 * 2
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1 and "2 parameters of a are still gathered" in warnings[0]
-    assert "layers.0.wq, norm." in warnings[0]
+    for warning, engine in zip(warnings, (ENCODER, "a"), strict=True):
+        assert f"2 parameters of {engine} are still gathered" in warning and "layers.0.wq, norm." in warning
 
 
 def test_losses_are_told_by_decoder_and_task_where_there_were_labels() -> None:

@@ -42,7 +42,7 @@ class _Run:
         self.port = self.heart._listener.getsockname()[1]
         self.ranks = {rank: socket.create_connection(("127.0.0.1", self.port)) for rank in range(1, NUM_RANKS)}
         for rank in self.ranks:
-            self.say(rank, kind="hello", rank=rank, token=self.heart._token)
+            self.ranks[rank].sendall(f"{self.heart._token} {rank}\n".encode())
             self.say(rank, kind="beat", doing=f"step 3, encoder layer {rank // 100}")
 
     def _end(self, code: int, message: str, **_: Any) -> None:
@@ -182,7 +182,7 @@ def test_a_forked_worker_does_not_hide_the_end_of_its_rank(make_run: Callable[[f
 def test_a_stranger_decides_nothing(make_run: Callable[[float], _Run]) -> None:
     run = make_run(600.0)
     run.wait_for_all()
-    for words in (b'{"kind": "failed", "code": 6, "message": "no"}\n', b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b""):
+    for words in (b'{"kind": "failed", "code": 6, "message": "no"}\n', b"GET / HTTP/1.1\r\n\r\n", b"\xff 1\n", b""):
         with socket.create_connection(("127.0.0.1", run.port)) as stranger:
             stranger.sendall(words)
             stranger.shutdown(socket.SHUT_WR)

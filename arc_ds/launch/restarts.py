@@ -46,7 +46,7 @@ def with_restarts(start: Callable[[int], int], num_restarts: int) -> int:
                 break
             if error is not None:
                 logger.error("%s", error)
-            pause_s = min(2.0**number, _LONGEST_PAUSE_S)
+            pause_s = min(2.0 ** min(number, 10), _LONGEST_PAUSE_S)  # a float has no 2 ** 1024
             logger.warning(
                 "the run ended with code %d (%s); restart %d of %d in %.0f s, from its last whole checkpoint",
                 *(code, HELPED[code], number + 1, num_restarts, pause_s),
@@ -88,10 +88,10 @@ def answering_hosts(hosts: Sequence[str]) -> set[str]:
     """The hosts that ssh reaches without a password within 15 s."""
     probe = ("ssh", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_PROBE_S}")
     probes = {host: subprocess.Popen([*probe, host, "true"], stdin=subprocess.DEVNULL) for host in hosts}
-    answered = set()
+    answered, deadline = set(), time.monotonic() + 2 * _PROBE_S
     for host, process in probes.items():
         try:
-            if process.wait(2 * _PROBE_S) == 0:
+            if process.wait(max(0.0, deadline - time.monotonic())) == 0:
                 answered.add(host)
         except subprocess.TimeoutExpired:
             process.kill()

@@ -15,7 +15,6 @@ import queue
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED, EX
 from arc_ds.launch.order import BEAT_S, FORWARDED, GRACE_S, HELLO, Order, Place
 from arc_ds.launch.signals import handled
 from arc_ds.system.processes import die_with_parent
+from arc_ds.system.user_files import read_user_text
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +54,9 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
 
     The format is DeepSpeed's: `HOST slots=N`, comments after `#`.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--hostfile {path} cannot be read: {error}. Give a file with lines `HOST slots=N`."
-        ) from error
+    text = read_user_text(Path(path), ConfigError, remedy="Give --hostfile a file with lines `HOST slots=N`.")
     slots: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].strip()
         if not words:
             continue
@@ -93,11 +88,8 @@ def launch_on_hosts(
 ) -> int:
     """Run `module.main(arguments)` on `slots[host]` ranks of each host and return the run's exit code.
 
-    It is the code of a host that failed by itself; EXIT_PREEMPTED if one was preempted; otherwise EXIT_OK. Raises
-    ConfigError if ssh is not installed.
+    It is the code of a host that failed by itself; EXIT_PREEMPTED if one was preempted; otherwise EXIT_OK.
     """
-    if shutil.which("ssh") is None:
-        raise ConfigError("--hostfile needs ssh, which is not installed here (Debian: apt-get install openssh-client)")
     port = os.environ.get("MASTER_PORT") or str(random.SystemRandom().choice(_PORTS))
     if not port.isdecimal():
         raise ConfigError(f"MASTER_PORT is {port!r}, expected the number of a free port on the first host")

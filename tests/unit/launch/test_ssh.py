@@ -52,8 +52,9 @@ def test_the_order_of_the_hosts_is_that_of_the_file(tmp_path: Path) -> None:
         ("-oProxyCommand=x slots=1\n", r"hosts:1 is"),
         ("a slots=1\na slots=1\n", r"hosts:2 lists a again"),
         ("# nobody\n", r"lists no host"),
+        ("\ufeffa slots=0\n", r"hosts:1 is `a slots=0`"),
         ("me@localhost slots=1\nb slots=1\n", r"lists me@localhost first, .* Write the name by which they reach"),
-        (None, r"cannot be read: .*Give a file with lines"),
+        (None, r"cannot be read: No such file .*Give --hostfile a file with lines"),
     ],
 )
 def test_a_wrong_hostfile_is_named_with_its_line(tmp_path: Path, text: str | None, words: str) -> None:
@@ -105,6 +106,5 @@ def test_hosts_meet_without_the_login_name_and_output_that_nobody_reads_holds_up
 
 def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500x")
-    monkeypatch.setattr("arc_ds.launch.ssh.shutil.which", lambda _program: "ssh")
     with pytest.raises(ConfigError, match="MASTER_PORT is '29500x', expected the number of a free port"):
         launch_on_hosts("m", [], slots={"a": 1})

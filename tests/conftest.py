@@ -14,6 +14,10 @@ from hypothesis import settings
 # that tests start read the variable. This process has imported torch, which reads it only then.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Programs that tests start import this checkout, whatever is installed.
+ROOT = Path(__file__).parents[1]
+paths = (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Without a GPU the kernels run under Triton's interpreter. The variable counts only if it is set before
 # triton is imported, which DeepSpeed and torch.compile do.
@@ -27,7 +31,7 @@ settings.load_profile("arc")
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of golden files: $ARC_GOLDEN, or `shared/golden` next to the repository; skips if it is absent."""
-    default = Path(__file__).parents[2] / "shared" / "golden"
+    default = ROOT.parent / "shared" / "golden"
     folder = Path(os.environ.get("ARC_GOLDEN", default))
     if not folder.is_dir():
         pytest.skip(f"no golden files at {folder}; set ARC_GOLDEN to their folder")

@@ -32,6 +32,14 @@ from tests.helpers.waiting import LIMIT_S
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 EVERY = 8
+# Overrides of runs that only train.
+PLAIN = (
+    "checkpoint.every=0",
+    "validation.every=0",
+    "data.validation=null",
+    "data.num_workers=0",
+    "tracking.mlflow=false",
+)
 # The other metrics are times, which differ between equal runs.
 NUMERIC = ("train/", "lr/", "validation/", "data/")
 TIMED = ("validation/seconds",)

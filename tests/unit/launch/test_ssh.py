@@ -17,8 +17,7 @@ from arc_ds.launch.ssh import _OF_HOSTS, launch_on_hosts, read_hostfile
 from arc_ds.launch.wrapper import _command
 from tests.helpers.waiting import LIMIT_S
 
-ROOT = Path(__file__).resolve().parents[3]
-EXAMPLE = ROOT / "launchers" / "hosts.example"
+EXAMPLE = Path(__file__).parents[3] / "launchers" / "hosts.example"
 # It keeps the order that a host gets, and writes more lines than a pipe holds.
 _SSH = """#!/bin/sh
 for word; do host=$last; last=$word; done
@@ -94,9 +93,7 @@ def test_hosts_meet_without_the_login_name_and_output_that_nobody_reads_holds_up
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:
-        ended = subprocess.run(
-            [sys.executable, "-c", _LAUNCH], env=environment, cwd=ROOT, stderr=write_end, timeout=LIMIT_S
-        )
+        ended = subprocess.run([sys.executable, "-c", _LAUNCH], env=environment, stderr=write_end, timeout=LIMIT_S)
     finally:
         os.close(write_end)
     assert ended.returncode == 0

@@ -63,7 +63,7 @@ def choose_hosts(
     """The hosts for the next start: as many of those that answer, in order, as divide the batch.
 
     slots: number of ranks of each host.
-    min_hosts: minimum number of hosts.
+    min_hosts: minimum number of hosts, at least 1.
 
     Raises LostRankError if fewer hosts answer, and ConfigError if no such number of ranks divides the batch.
     """
@@ -74,7 +74,7 @@ def choose_hosts(
             f"{len(usable)} of {len(slots)} hosts answer (not {absent}), and the run needs {min_hosts}. Repair them, "
             "or go on with fewer hosts (--min-hosts)."
         )
-    for number in range(len(usable), max(min_hosts, 1) - 1, -1):
+    for number in range(len(usable), min_hosts - 1, -1):
         chosen = {host: slots[host] for host in usable[:number]}
         if batch_size % (sum(chosen.values()) * micro_batches) == 0:
             return chosen

@@ -179,7 +179,13 @@ class Heartbeat:
         if dist.is_main():
             address = os.environ["MASTER_ADDR"]
             is_local = address in ("127.0.0.1", "localhost")
-            self._listener = socket.create_server(("127.0.0.1" if is_local else "", 0), backlog=1024)
+            is_dual = not is_local and socket.has_dualstack_ipv6()
+            self._listener = socket.create_server(
+                ("127.0.0.1" if is_local else "", 0),
+                family=socket.AF_INET6 if is_dual else socket.AF_INET,
+                backlog=1024,
+                dualstack_ipv6=is_dual,
+            )
             self._listener.setblocking(False)
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._expected = set(range(1, dist.world_size()))

@@ -183,7 +183,7 @@ def test_a_stranger_decides_nothing(make_run: Callable[..., _Run]) -> None:
     run = make_run(600.0)
     run.wait_for_all()
     for words in (b'{"kind": "failed", "code": 6, "message": "no"}\n', b"GET / HTTP/1.1\r\n\r\n", b"\xff 1\n", b""):
-        with socket.create_connection(("127.0.0.1", run.port)) as stranger:
+        with socket.create_connection(("127.0.0.1", run.port), LIMIT_S) as stranger:
             stranger.sendall(words)
             stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(1 << 16) is not None

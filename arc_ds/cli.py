@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_output() -> None:
-    """Let no output stream end a command: replace characters that its encoding lacks; discard the text if it is closed.
+    """Keep output streams from ending a command: replace what they cannot encode; discard the text of closed ones.
 
     Standard error replaces such characters already.
     """

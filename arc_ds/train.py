@@ -122,9 +122,18 @@ def train(config: RunConfig, run: Run, more_hooks: Sequence[Hook] = ()) -> int:
     dist.barrier()  # no rank may end in `stoppable` while another one trains
     status = "FAILED"
     try:
-        with StopRequest() as stop, _watchdog(config, run, stop) as watchdog:
+        with StopRequest() as stop:
+            watchdog = Watchdog(
+                run.folder,
+                rank=dist.rank(),
+                limit_s=config.stall_limit_s,
+                stop_grace_s=config.distributed.timeout_s,
+                heartbeat=heartbeat.current(),
+                stop=stop,
+            )
             logger.info("%s", _in_words(run))
             with (
+                watchdog,
                 use_attention(config.attention_backend),
                 explaining_memory(config, run),
                 counting_collectives(run.decoder_engines) as counter,
@@ -134,17 +143,6 @@ def train(config: RunConfig, run: Run, more_hooks: Sequence[Hook] = ()) -> int:
     finally:
         folder.close(status)
     return code
-
-
-def _watchdog(config: RunConfig, run: Run, stop: StopRequest) -> Watchdog:
-    return Watchdog(
-        run.folder,
-        rank=dist.rank(),
-        limit_s=config.stall_limit_s,
-        stop_grace_s=config.distributed.timeout_s,
-        heartbeat=heartbeat.current(),
-        stop=stop,
-    )
 
 
 def _make_hooks(

@@ -15,7 +15,7 @@ import xxhash
 
 from arc_ds.errors import CheckpointError
 from arc_ds.system.checksums import FileEntry, hash_file
-from arc_ds.system.files import sync_file, write_whole
+from arc_ds.system.files import sync, write_whole
 from arc_ds.system.user_files import read_user_json
 
 MANIFEST_NAME = "manifest.json"
@@ -33,7 +33,7 @@ class Manifest:
 
 def seal_file(folder: Path, path: Path) -> FileEntry:
     """Sync a file to disk and return its entry. Call it in the process that wrote the file."""
-    sync_file(path)
+    sync(path)
     return FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, xxh128=hash_file(path))
 
 

@@ -29,7 +29,7 @@ from arc_ds.errors import CheckpointError, words_of
 from arc_ds.model.weights.lazy_tensor import LazyTensor, write_safetensors
 from arc_ds.model.weights.names import Shape
 from arc_ds.system.checksums import FileEntry
-from arc_ds.system.files import sync_file
+from arc_ds.system.files import sync
 
 INDEX_NAME = "shards.json"
 MASTER = "master"
@@ -113,7 +113,7 @@ def write_shards(folder: Path, rank: int, state: EngineState) -> list[FileEntry]
     path = folder / f"shard_{rank:05d}.safetensors"
     flats = {name: _in_blocks(tensor) for name, tensor in state.tensors.items() if tensor.dim()}
     digest = write_safetensors(path, flats)
-    sync_file(path)
+    sync(path)
     files = [FileEntry(path=path.name, size=path.stat().st_size, xxh128=digest)]
     if rank == 0:
         scalars = {name: float(tensor) for name, tensor in state.tensors.items() if not tensor.dim()}

@@ -53,7 +53,7 @@ from arc_ds.errors import CheckpointError, StorageError
 from arc_ds.system import dist
 from arc_ds.system.checksums import FileEntry
 from arc_ds.system.device import start_host_copies
-from arc_ds.system.files import output, sync_folder, write_whole
+from arc_ds.system.files import output, sync, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -280,8 +280,8 @@ def _remove_own_files(folder: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path, manifest: Manifest) -> None:
-    sync_folder(temporary)
+    sync(temporary)
     write_manifest(temporary, manifest)
     os.replace(temporary, final)
-    sync_folder(final.parent)
+    sync(final.parent)
     write_whole(final.parent / LATEST_NAME, final.name + "\n")

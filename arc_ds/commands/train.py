@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--min-hosts needs --hostfile, which lists the hosts")
     if arguments.min_hosts is not None and arguments.min_hosts < 1:
         raise ConfigError(f"--min-hosts is {arguments.min_hosts}, expected at least 1")
+    if arguments.hostfile and shutil.which("ssh") is None:
+        raise ConfigError("--hostfile needs ssh, which is not installed here (Debian: apt-get install openssh-client)")
     require("deepspeed")
     from arc_ds.config.load import load_config
     from arc_ds.config.validate import check_paths

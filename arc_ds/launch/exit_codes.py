@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from arc_ds.errors import (
     ArcError,
     DataError,
@@ -26,19 +28,6 @@ EXIT_DISK_FULL = 8
 # EX_TEMPFAIL of sysexits.h, "try again later". It is not 128 + n, the code of a process killed by a signal.
 EXIT_PREEMPTED = 75
 
-CAUSES = {
-    EXIT_OK: "complete",
-    EXIT_FAILED: "failed",
-    EXIT_USER_ERROR: "a user's mistake",
-    EXIT_DATA: "bad or missing data",
-    EXIT_LOST_RANK: "a rank or host was lost",
-    EXIT_STALLED: "stalled",
-    EXIT_OUT_OF_MEMORY: "out of memory",
-    EXIT_NON_FINITE: "not finite",
-    EXIT_DISK_FULL: "disk full",
-    EXIT_PREEMPTED: "stopped on request",
-}
-
 # The first class that fits decides, so subclasses come before their bases.
 _CODES: tuple[tuple[type[ArcError], int], ...] = (
     (DiskFullError, EXIT_DISK_FULL),
@@ -55,3 +44,12 @@ _CODES: tuple[tuple[type[ArcError], int], ...] = (
 def exit_code_of(error: ArcError) -> int:
     """The code of an error's kind. EXIT_USER_ERROR if a user must fix something that no other code names."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), EXIT_USER_ERROR)
+
+
+def joint_exit_code(codes: Sequence[int]) -> int:
+    """The exit code of a run from those of its ranks or hosts."""
+    failures = [code for code in codes if code not in (EXIT_OK, EXIT_PREEMPTED)]
+    if failures:
+        # The others saw a lost rank if one failed for another reason.
+        return next((code for code in failures if code != EXIT_LOST_RANK), EXIT_LOST_RANK)
+    return EXIT_PREEMPTED if EXIT_PREEMPTED in codes else EXIT_OK

@@ -32,14 +32,11 @@ def report(error: BaseException) -> tuple[int, str]:
         if beats is not None and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             beats.wait_for_verdict(None if _is_of_collective(error) else _SHORT_WAIT_S)
         sys.stderr.write(f"rank {dist.rank()} failed:\n{''.join(traceback.format_exception(error))}")
-        code, message = EXIT_FAILED, _in_words(error)
+        code = EXIT_FAILED
+        message = f"{dist.rank_in_words()} failed at {activity.now}: {type(error).__name__}: {words_of(error)}"
     if beats is not None:
         beats.fail(code, message)
     return code, message
-
-
-def _in_words(error: BaseException) -> str:
-    return f"{dist.rank_in_words()} failed at {activity.now}: {type(error).__name__}: {words_of(error)}"
 
 
 def _is_of_collective(error: BaseException) -> bool:

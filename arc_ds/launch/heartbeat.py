@@ -39,8 +39,6 @@ GRACE_S = 5.0
 _BEAT_S = 1.0
 # The ranks of a host mostly die together. Their connections close within this time, and one message names all of them.
 _COLLECT_S = 0.5
-# A frozen peer reads nothing. Lines beyond this are dropped: it has enough to read if it wakes up.
-_MAX_UNSENT = 1 << 16
 _RESUME = "Start the run again: it resumes from its last whole checkpoint (`arc-ds train --restarts N` does that)."
 
 
@@ -60,7 +58,10 @@ class Verdict(NamedTuple):
 
 
 class _Peer:
-    """A connection to another rank, and the latest news from it. Messages are JSON, one per line."""
+    """A connection to another rank, and the latest news from it.
+
+    The first line of a rank is "TOKEN RANK". All other lines, in both directions, are messages in JSON.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -75,14 +76,15 @@ class _Peer:
         self._outbox = b""
 
     def send(self, **message: Any) -> None:
-        if len(self._outbox) < _MAX_UNSENT:
-            self._outbox += json.dumps(message).encode() + b"\n"
-        # A closed connection is found by `receive`.
-        with contextlib.suppress(BlockingIOError, OSError):
+        self.send_line(json.dumps(message))
+
+    def send_line(self, line: str) -> None:
+        self._outbox += line.encode() + b"\n"
+        with contextlib.suppress(OSError):  # it is full, or closed, which `receive` finds
             self._outbox = self._outbox[self.connection.send(self._outbox) :]
 
-    def receive(self) -> list[dict[str, Any]]:
-        """The messages that have arrived. Clears `is_open` at the end of the connection."""
+    def receive(self) -> list[bytes]:
+        """The lines that have arrived. Clears `is_open` at the end of the connection."""
         try:
             while chunk := self.connection.recv(1 << 16):
                 self._inbox += chunk
@@ -94,14 +96,7 @@ class _Peer:
         *lines, self._inbox = self._inbox.split(b"\n")
         if lines:
             self.heard = time.monotonic()
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            messages = [None]
-        if not all(isinstance(message, dict) for message in messages):  # a stranger
-            self.is_open = False
-            return []
-        return messages
+        return lines
 
 
 class Heartbeat:
@@ -128,7 +123,7 @@ class Heartbeat:
         self._sent = 0.0
         self._judged = time.monotonic()
         self._news: list[dict[str, Any]] = []  # of the main thread, for the watching thread
-        self._is_closing = threading.Event()
+        self._hosts = dist.gather_objects(socket.gethostname())
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
         if dist.world_size() > 1:
@@ -154,10 +149,9 @@ class Heartbeat:
         message: the reason, and the place of the stacks. The verdict adds the work of every rank.
         """
         if self._thread is None:
-            self.before_end()
-            end_now(
-                EXIT_STALLED, f"{message} Stuck: {_places([(0, socket.gethostname(), str(activity.now))])}. {_RESUME}"
-            )
+            self._announce_stall(message)
+            assert self._verdict is not None
+            self._end(self._verdict)
         self._news.append({"kind": "stalled", "message": message})
 
     def wait_for_verdict(self, limit_s: float | None = None) -> None:
@@ -177,7 +171,6 @@ class Heartbeat:
         if self._thread is None:
             return
         self._news.append(news)
-        self._is_closing.set()
         self._is_over.wait(GRACE_S)
 
     def _meet(self) -> None:
@@ -186,12 +179,17 @@ class Heartbeat:
         if dist.is_main():
             address = os.environ["MASTER_ADDR"]
             is_local = address in ("127.0.0.1", "localhost")
-            self._listener = socket.create_server(("127.0.0.1" if is_local else "", 0), backlog=1024)
+            is_dual = not is_local and socket.has_dualstack_ipv6()
+            self._listener = socket.create_server(
+                ("127.0.0.1" if is_local else "", 0),
+                family=socket.AF_INET6 if is_dual else socket.AF_INET,
+                backlog=1024,
+                dualstack_ipv6=is_dual,
+            )
             self._listener.setblocking(False)
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._expected = set(range(1, dist.world_size()))
         port, self._token = dist.broadcast_object((self._listener and self._listener.getsockname()[1], token))
-        self._hosts = dist.gather_objects(socket.gethostname())
         self._started = time.monotonic()
         if not dist.is_main():
             try:
@@ -203,7 +201,7 @@ class Heartbeat:
                 ) from error
             peer = self._add(connection)
             peer.rank, peer.host = 0, self._hosts[0]
-            peer.send(kind="hello", token=self._token, rank=dist.rank())
+            peer.send_line(f"{self._token} {dist.rank()}")
         # A forked worker would keep the connection of a dead rank open.
         os.register_at_fork(after_in_child=self._forget)
 
@@ -244,12 +242,15 @@ class Heartbeat:
 
     def _accept(self) -> None:
         assert self._listener is not None
-        with contextlib.suppress(BlockingIOError, OSError):
+        with contextlib.suppress(OSError):
             self._add(self._listener.accept()[0])
 
     def _read(self, peer: _Peer) -> None:
-        for message in peer.receive():
-            self._take(peer, message)
+        for line in peer.receive():
+            if peer.rank >= 0:
+                self._take(peer, json.loads(line))
+            else:
+                self._introduce(peer, line)
             if peer not in self._peers:
                 return
         if not peer.is_open:
@@ -258,15 +259,17 @@ class Heartbeat:
                 self._died = self._died if self._dead else time.monotonic()
                 self._dead.append(peer)
 
-    def _take(self, peer: _Peer, message: dict[str, Any]) -> None:
-        if peer.rank < 0 and message.get("token") != self._token:
+    def _introduce(self, peer: _Peer, line: bytes) -> None:
+        token, _, rank = line.partition(b" ")
+        if token != self._token.encode():
             self._remove(peer)  # a stranger
             return
+        peer.rank = int(rank)
+        peer.host = self._hosts[peer.rank]
+        self._expected.discard(peer.rank)
+
+    def _take(self, peer: _Peer, message: dict[str, Any]) -> None:
         match message["kind"]:
-            case "hello":
-                peer.rank = message["rank"]
-                peer.host = self._hosts[peer.rank]
-                self._expected.discard(peer.rank)
             case "beat":
                 peer.doing = message["doing"]
             case "bye":
@@ -299,8 +302,8 @@ class Heartbeat:
             else:
                 for peer in self._peers:
                     peer.send(**news)
-        if self._is_closing.is_set():
-            self._is_over.set()
+            if news["kind"] != "stalled":  # this rank leaves
+                self._is_over.set()
 
     def _judge_lives(self) -> None:
         now = time.monotonic()
@@ -331,8 +334,6 @@ class Heartbeat:
             self._announce(EXIT_LOST_RANK, f"{words} did not connect to rank 0 within {self._timeout_s:g} s. {_RESUME}")
 
     def _judge_lost(self, lost: list[_Peer], how: str) -> None:
-        if self._verdict is not None:
-            return
         places = _places((peer.rank, peer.host, peer.doing) for peer in lost)
         message = f"lost {places}: {how}. {_RESUME}"
         if dist.is_main():

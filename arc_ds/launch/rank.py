@@ -14,7 +14,7 @@ from importlib import import_module
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED
 from arc_ds.launch.parents import stop_with_launchers
 from arc_ds.launch.signals import hold_stop_signals
-from arc_ds.launch.status import RankStatus, exit_at_once, write_status
+from arc_ds.launch.status import exit_at_once, write_status
 
 WRAPPER_PID_VARIABLE = "ARC_DS_WRAPPER_PID"
 
@@ -23,9 +23,9 @@ def main(argv: list[str]) -> int:
     """Run `argv[0].main(argv[1:])` as the rank given by the environment; its return value is the exit code."""
     hold_stop_signals()
     stop_with_launchers([int(os.environ[WRAPPER_PID_VARIABLE])])
-    write_status(RankStatus(pid=os.getpid()))
+    write_status()
     code, message = _run(argv[0], argv[1:])
-    write_status(RankStatus(pid=os.getpid(), exit_code=code, message=message))
+    write_status(code, message)
     # Report an intended stop as success: on any other code the launcher would kill ranks that are still closing.
     return EXIT_OK if code == EXIT_PREEMPTED else code
 

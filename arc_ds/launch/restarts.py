@@ -8,29 +8,20 @@ no failure.
 from __future__ import annotations
 
 import logging
-import os
 import select
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from arc_ds.errors import ArcError, ConfigError, LostRankError
-from arc_ds.launch.exit_codes import (
-    CAUSES,
-    EXIT_FAILED,
-    EXIT_LOST_RANK,
-    EXIT_PREEMPTED,
-    EXIT_STALLED,
-    exit_code_of,
-)
-from arc_ds.launch.signals import STOP_SIGNALS
+from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_LOST_RANK, EXIT_PREEMPTED, EXIT_STALLED, exit_code_of
+from arc_ds.launch.signals import STOP_SIGNALS, handled, received_signals
 
 logger = logging.getLogger(__name__)
 
-HELPED = (EXIT_FAILED, EXIT_LOST_RANK, EXIT_STALLED)
+# Causes against which a restart helps, in words.
+HELPED = {EXIT_FAILED: "failed", EXIT_LOST_RANK: "a rank or host was lost", EXIT_STALLED: "stalled"}
 _LONGEST_PAUSE_S = 60.0
 _PROBE_S = 15
 
@@ -38,13 +29,13 @@ _PROBE_S = 15
 def with_restarts(start: Callable[[int], int], num_restarts: int) -> int:
     """Call `start`, and again while it fails with a code of HELPED, and return its last exit code.
 
-    The pause before restart n is 2 ** (n - 1) seconds, at most a minute. After a stop signal there is no restart. A
-    stop signal that `start` does not handle itself, and one in a pause, exits with EXIT_PREEMPTED: nothing runs then.
+    The pause before restart n is 2 ** (n - 1) seconds, at most a minute. After a stop signal there is no restart. In a
+    pause, and if `start` has no handler of its own, it exits with EXIT_PREEMPTED: no rank is running then.
 
     start: starts the run and waits for it; its argument is the number of the restart (0: first start).
-    num_restarts: how many times to restart at most.
+    num_restarts: maximum number of restarts.
     """
-    with _stop_signals() as stops:
+    with handled(STOP_SIGNALS, lambda *_: sys.exit(EXIT_PREEMPTED)), received_signals() as stops:
         for number in range(num_restarts + 1):
             error: ArcError | None = None
             try:
@@ -55,35 +46,15 @@ def with_restarts(start: Callable[[int], int], num_restarts: int) -> int:
                 break
             if error is not None:
                 logger.error("%s", error)
-            pause_s = min(2.0**number, _LONGEST_PAUSE_S)
+            pause_s = min(2.0 ** min(number, 10), _LONGEST_PAUSE_S)  # a float has no 2 ** 1024
             logger.warning(
                 "the run ended with code %d (%s); restart %d of %d in %.0f s, from its last whole checkpoint",
-                *(code, CAUSES[code], number + 1, num_restarts, pause_s),
+                *(code, HELPED[code], number + 1, num_restarts, pause_s),
             )
             time.sleep(pause_s)
         if error is not None:
             raise error
         return code
-
-
-@contextmanager
-def _stop_signals() -> Iterator[int]:
-    """A descriptor that becomes readable when this process gets a stop signal, whichever handler it has then.
-
-    Until other handlers are set, the signal exits with EXIT_PREEMPTED.
-    """
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    former_handlers = {number: signal.signal(number, lambda *_: sys.exit(EXIT_PREEMPTED)) for number in STOP_SIGNALS}
-    former = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    try:
-        yield read_end
-    finally:
-        signal.set_wakeup_fd(former)
-        for number, handler in former_handlers.items():
-            signal.signal(number, handler)
-        os.close(read_end)
-        os.close(write_end)
 
 
 def choose_hosts(
@@ -92,7 +63,7 @@ def choose_hosts(
     """The hosts for the next start: as many of those that answer, in order, as divide the batch.
 
     slots: number of ranks of each host.
-    min_hosts: how many hosts are needed at least.
+    min_hosts: minimum number of hosts, at least 1.
 
     Raises LostRankError if fewer hosts answer, and ConfigError if no such number of ranks divides the batch.
     """
@@ -103,7 +74,7 @@ def choose_hosts(
             f"{len(usable)} of {len(slots)} hosts answer (not {absent}), and the run needs {min_hosts}. Repair them, "
             "or go on with fewer hosts (--min-hosts)."
         )
-    for number in range(len(usable), max(min_hosts, 1) - 1, -1):
+    for number in range(len(usable), min_hosts - 1, -1):
         chosen = {host: slots[host] for host in usable[:number]}
         if batch_size % (sum(chosen.values()) * micro_batches) == 0:
             return chosen
@@ -117,10 +88,10 @@ def answering_hosts(hosts: Sequence[str]) -> set[str]:
     """The hosts that ssh reaches without a password within 15 s."""
     probe = ("ssh", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_PROBE_S}")
     probes = {host: subprocess.Popen([*probe, host, "true"], stdin=subprocess.DEVNULL) for host in hosts}
-    answered = set()
+    answered, deadline = set(), time.monotonic() + 2 * _PROBE_S
     for host, process in probes.items():
         try:
-            if process.wait(2 * _PROBE_S) == 0:
+            if process.wait(max(0.0, deadline - time.monotonic())) == 0:
                 answered.add(host)
         except subprocess.TimeoutExpired:
             process.kill()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
 
 # Ctrl-C is a stop like the others: the terminal sends it to DeepSpeed's and torch's launchers and to their ranks.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -26,25 +27,20 @@ class StopRequest:
     step (`step.train_step`).
 
     Python runs a handler in the main thread, between two of its own instructions. A main thread that is blocked in a
-    collective never runs it. So a second thread hears of the signal too (`unanswered_since`).
+    collective never runs it, so another thread reads the signals too (`unanswered_since`).
     """
 
     def __init__(self) -> None:
         self._is_set = False
         self._since: float | None = None
         self._is_answered = False
-        self._wakeup: tuple[int, int] | None = None
-        self._former: dict[signal.Signals, Any] = {}
-        self._former_mask: set[signal.Signals] = set()
+        self._stack = ExitStack()
+        self._received: int | None = None  # descriptor of `received_signals`
 
     def __enter__(self) -> StopRequest:
-        self._wakeup = read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        self._former_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        threading.Thread(target=self._hear, args=(read_end,), daemon=True, name="stop-request").start()
-        for number in STOP_SIGNALS:
-            self._former[number] = signal.signal(number, self.set)
-        self._former_mask = set(signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))  # type: ignore[arg-type]
+        self._received = self._stack.enter_context(received_signals())
+        self._former = {number: signal.signal(number, self.set) for number in STOP_SIGNALS}
+        self._former_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,20 +50,18 @@ class StopRequest:
             # could still end the process through one of them, so our handler stays if signals were held.
             if number not in self._former_mask:
                 signal.signal(number, handler)
-        self._former.clear()
-        signal.set_wakeup_fd(self._former_wakeup)
-        assert self._wakeup is not None
-        os.close(self._wakeup[1])  # ends the thread, which closes the other end
-
-    def _hear(self, read_end: int) -> None:
-        """Note the time of the first stop signal. The kernel's handler writes each signal's number to the pipe."""
-        while numbers := os.read(read_end, 64):
-            if self._since is None and any(number in STOP_SIGNALS for number in numbers):
-                self._since = time.monotonic()
-        os.close(read_end)
+        self._received = None
+        self._stack.close()
 
     def unanswered_since(self) -> float | None:
-        """Time of the first stop signal (`time.monotonic`) if the ranks have not agreed to stop. For any thread."""
+        """Time of the first stop signal (`time.monotonic`); None if there was none or all ranks have agreed to stop.
+
+        One thread must call this regularly: the first call after the signal notes the time.
+        """
+        if self._since is None and self._received is not None:
+            with suppress(BlockingIOError):
+                if any(number in STOP_SIGNALS for number in os.read(self._received, 64)):
+                    self._since = time.monotonic()
         return None if self._is_answered else self._since
 
     def answer(self) -> None:
@@ -89,3 +83,32 @@ def hold_stop_signals() -> None:
     Call it first in a rank, before other threads start: threads and child processes inherit the signal mask.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+@contextmanager
+def handled(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """A block in which `handler` handles these signals."""
+    former = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, former_handler in former.items():
+            signal.signal(number, former_handler)
+
+
+@contextmanager
+def received_signals() -> Iterator[int]:
+    """A descriptor that yields the number of each signal that has a Python handler. Reading it does not block.
+
+    The number arrives even while the main thread is blocked in C code and its handler cannot run.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    os.set_blocking(write_end, False)
+    former = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    try:
+        yield read_end
+    finally:
+        signal.set_wakeup_fd(former)
+        os.close(read_end)
+        os.close(write_end)

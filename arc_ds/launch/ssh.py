@@ -15,7 +15,6 @@ import queue
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,12 +23,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from arc_ds.errors import ConfigError
-from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
+from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR, joint_exit_code
 from arc_ds.launch.order import BEAT_S, FORWARDED, GRACE_S, HELLO, Order, Place
+from arc_ds.launch.signals import handled
 from arc_ds.system.processes import die_with_parent
+from arc_ds.system.user_files import read_user_text
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +54,9 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
 
     The format is DeepSpeed's: `HOST slots=N`, comments after `#`.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--hostfile {path} cannot be read: {error}. Give a file with lines `HOST slots=N`."
-        ) from error
+    text = read_user_text(Path(path), ConfigError, remedy="Give --hostfile a file with lines `HOST slots=N`.")
     slots: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].strip()
         if not words:
             continue
@@ -93,39 +88,30 @@ def launch_on_hosts(
 ) -> int:
     """Run `module.main(arguments)` on `slots[host]` ranks of each host and return the run's exit code.
 
-    It is the code of a host that failed by itself; EXIT_PREEMPTED if one was preempted; otherwise EXIT_OK. Raises
-    ConfigError if ssh is not installed.
+    It is the code of a host that failed by itself; EXIT_PREEMPTED if one was preempted; otherwise EXIT_OK.
     """
-    if shutil.which("ssh") is None:
-        raise ConfigError("--hostfile needs ssh, which is not installed here (Debian: apt-get install openssh-client)")
     port = os.environ.get("MASTER_PORT") or str(random.SystemRandom().choice(_PORTS))
     if not port.isdecimal():
         raise ConfigError(f"MASTER_PORT is {port!r}, expected the number of a free port on the first host")
     environment = {name: value for name, value in os.environ.items() if not _OF_HOSTS.fullmatch(name)}
     asked: list[signal.Signals] = []
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        asked.append(signal.Signals(number))
-
-    former = {number: signal.signal(number, on_signal) for number in FORWARDED}
     connections: list[_Connection] = []
-    try:
-        for host_idx, host in enumerate(slots):
-            order = Order(
-                folder=os.getcwd(),
-                environment=environment,
-                module=module,
-                arguments=list(arguments),
-                place=Place(tuple(slots.values()), host_idx, _address_of_first(slots), int(port)),
-                device_request=device_request,
-            )
-            connections.append(_Connection(host, order))
-        return _until_end(connections, asked)
-    finally:
-        for connection in connections:
-            connection.process.kill()
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    with handled(FORWARDED, lambda number, _frame: asked.append(signal.Signals(number))):
+        try:
+            for host_idx, host in enumerate(slots):
+                order = Order(
+                    folder=os.getcwd(),
+                    environment=environment,
+                    module=module,
+                    arguments=list(arguments),
+                    place=Place(tuple(slots.values()), host_idx, _address_of_first(slots), int(port)),
+                    device_request=device_request,
+                )
+                connections.append(_Connection(host, order))
+            return _until_end(connections, asked)
+        finally:
+            for connection in connections:
+                connection.process.kill()
 
 
 class _Connection:
@@ -199,8 +185,7 @@ def _remote_command() -> str:
 def _until_end(connections: Sequence[_Connection], asked: list[signal.Signals]) -> int:
     """Forward signals until all hosts have ended, and end hosts that outlive a failed one. Return the exit code."""
     codes: dict[str, int] = {}
-    failure: int | None = None
-    is_quitting, deadline = False, float("inf")
+    has_failed, is_quitting, deadline = False, False, float("inf")
     while len(codes) < len(connections):
         while asked:
             _send(connections, codes, asked.pop(0))
@@ -211,8 +196,8 @@ def _until_end(connections: Sequence[_Connection], asked: list[signal.Signals]) 
             codes[connection.host] = code
             if code == EXIT_PREEMPTED:
                 _send(connections, codes, signal.SIGTERM)  # others may still wait for this host's ranks
-            elif code != EXIT_OK and failure is None:
-                failure, deadline = code, time.monotonic() + GRACE_S
+            elif code != EXIT_OK and not has_failed:
+                has_failed, deadline = True, time.monotonic() + GRACE_S
                 logger.error("%s", _in_words(connection, code))
         if time.monotonic() > deadline:
             if is_quitting:  # cut off: ssh itself would wait for another minute
@@ -221,11 +206,7 @@ def _until_end(connections: Sequence[_Connection], asked: list[signal.Signals]) 
             _send(connections, codes, signal.SIGQUIT)
             is_quitting, deadline = True, time.monotonic() + GRACE_S
         time.sleep(_POLL_S)
-    if failure is not None:
-        # The others saw a lost rank if one failed for another reason.
-        ends = (EXIT_OK, EXIT_PREEMPTED, EXIT_LOST_RANK)
-        return next((code for code in codes.values() if code not in ends), failure)
-    return EXIT_PREEMPTED if EXIT_PREEMPTED in codes.values() else EXIT_OK
+    return joint_exit_code(list(codes.values()))
 
 
 def _send(connections: Sequence[_Connection], codes: Mapping[str, int], number: signal.Signals) -> None:

@@ -1,7 +1,7 @@
 """Before training begins, a stop signal ends the process at once, and a long wait is logged every minute.
 
 A rank that waits for other ranks waits in C code: no signal handler of Python runs there, and torch gives up only after
-minutes. Nothing is to be saved yet, so a signal may end the process.
+minutes. There is nothing to save yet, so a signal may end the process.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def end_now(code: int, message: str | None = None, *, speaks: bool = True) -> No
     speaks: whether this rank prints the message if no wrapper does.
     """
     if STATUS_FOLDER_VARIABLE in os.environ:
-        write_status(RankStatus(pid=os.getpid(), exit_code=code, message=message))
+        write_status(code, message)
     elif message is not None and speaks:
         logger.error("%s", message)
     exit_at_once(code)
@@ -53,8 +53,9 @@ def exit_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def write_status(status: RankStatus) -> None:
+def write_status(exit_code: int | None = None, message: str | None = None) -> None:
     """Write this rank's status atomically for the wrapper."""
+    status = RankStatus(pid=os.getpid(), exit_code=exit_code, message=message)
     path = Path(os.environ[STATUS_FOLDER_VARIABLE]) / f"rank_{int(os.environ['RANK']):05d}.json"
     write_whole(path, json.dumps(asdict(status)))
 

@@ -25,9 +25,17 @@ from types import FrameType
 from typing import Any
 
 from arc_ds.errors import ArcError, ConfigError
-from arc_ds.launch.exit_codes import EXIT_FAILED, EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
+from arc_ds.launch.exit_codes import (
+    EXIT_FAILED,
+    EXIT_LOST_RANK,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    joint_exit_code,
+)
 from arc_ds.launch.order import FORWARDED, GRACE_S, Place
 from arc_ds.launch.rank import WRAPPER_PID_VARIABLE
+from arc_ds.launch.signals import handled
 from arc_ds.launch.status import STATUS_FOLDER_VARIABLE, RankStatus, read_statuses
 from arc_ds.system import dist
 from arc_ds.system.device import num_local_devices, wanted_kind
@@ -76,14 +84,10 @@ def launch(
         place = place or Place((num_procs,), 0, "127.0.0.1", dist.free_port())
         command = _command(module, arguments, place, environment)
         watch = _Watch(Path(folder), num_procs)
-        former = {number: signal.signal(number, watch.on_signal) for number in FORWARDED}
-        try:
+        with handled(FORWARDED, watch.on_signal):
             # Own session: Ctrl-C in the terminal reaches only this process, which forwards it.
             launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
             watch.until_end(launcher)
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
         first = sum(place.num_procs[: place.host_idx])
         return _result(read_statuses(Path(folder)), range(first, first + num_procs), launcher.returncode)
 
@@ -202,9 +206,6 @@ def _result(statuses: Mapping[int, RankStatus], ranks: Sequence[int], launcher_c
     if failures:
         for message in messages:
             logger.error("%s", message)
-        # The others saw a lost rank if one failed for another reason.
-        return next((code for code in failures if code != EXIT_LOST_RANK), EXIT_LOST_RANK)
-    if killed:
+    elif killed:
         logger.error("ranks %s were killed; the next start resumes from the last checkpoint", killed)
-        return EXIT_LOST_RANK
-    return EXIT_PREEMPTED if EXIT_PREEMPTED in codes.values() else EXIT_OK
+    return joint_exit_code([EXIT_LOST_RANK if code is None else code for code in codes.values()])

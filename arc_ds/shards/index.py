@@ -27,7 +27,7 @@ from arc_ds.shards.format import (
 from arc_ds.shards.parallel import map_in_order
 from arc_ds.shards.storage.remote import Retries, download
 from arc_ds.shards.tar_index import RecordForm, TarContents, index_tar
-from arc_ds.system.files import output, sync_file, sync_folder
+from arc_ds.system.files import output, sync
 from arc_ds.system.locks import writing
 from arc_ds.system.urls import is_url, local_path, name_in_url, shown_url
 from arc_ds.tokenizers import load_tokenizer
@@ -106,12 +106,12 @@ def index_shards(
         indexed = [tar for _, tar in tqdm(results, total=len(sources), unit="tar", disable=not progress)]
         manifest = scratch / MANIFEST
         manifest.write_text(_manifest(indexed, form, fingerprint).to_json(), encoding="utf-8")
-        sync_file(manifest)
+        sync(manifest)
         for tar in indexed:
             (scratch / tar.shard.index_name).replace(folder / tar.shard.index_name)
-        sync_folder(folder)
+        sync(folder)
         manifest.replace(folder / MANIFEST)  # last: it completes the set
-        sync_folder(folder)
+        sync(folder)
     for what in [what for tar in indexed for what in tar.contents.named]:
         logger.warning("left out: %s", what)
     return read_manifest(folder)

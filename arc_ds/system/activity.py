@@ -33,7 +33,7 @@ now = Activity()
 
 
 def note(module: str, **more: int | str) -> None:
-    """Record that this process begins a piece of work. more: new values of the other fields; they stay otherwise."""
+    """Record that this process begins a piece of work. more: new values of other fields."""
     now.module = module
     for name, value in more.items():
         setattr(now, name, value)

@@ -202,25 +202,23 @@ def fail_together() -> Iterator[None]:
     raise_together(error)
 
 
-class RankFilter(logging.Filter):
-    """Passes all records of rank 0 and warnings of every rank; adds `rank` to each record."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.__dict__["rank"] = number = rank()
-        return number == 0 or record.levelno >= logging.WARNING
+def passes_rank(record: logging.LogRecord) -> bool:
+    """Filter for log handlers: all records of rank 0 and warnings of every rank. Adds `rank` to each record."""
+    record.__dict__["rank"] = number = rank()
+    return number == 0 or record.levelno >= logging.WARNING
 
 
 def setup_logging() -> None:
-    """Log to stderr through `RankFilter`, one line per record. A second call does nothing."""
+    """Log to stderr through `passes_rank`, one line per record. A second call does nothing."""
     root = logging.getLogger()
-    if any(isinstance(f, RankFilter) for handler in root.handlers for f in handler.filters):
+    if any(passes_rank in handler.filters for handler in root.handlers):
         return
     root.setLevel(logging.INFO)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     for logger_name, phrase in _CHATTER:
         logging.getLogger(logger_name).addFilter(partial(_lacks, phrase))
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(RankFilter())
+    handler.addFilter(passes_rank)
     pattern = "%(asctime)s [%(rank)d] %(levelname)s %(name)s: %(message)s"
     handler.setFormatter(logging.Formatter(pattern, datefmt="%H:%M:%S"))
     root.addHandler(handler)

@@ -61,7 +61,7 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def _failed_write(path: Path, error: Exception) -> OSError | None:
-    """The reason for which `path` could not be written; None if the error is of another kind."""
+    """The error of the failed write of `path`; None if `error` has another cause."""
     if isinstance(error, OSError):
         is_other = isinstance(error, (ConnectionError, TimeoutError)) or not _concerns(error.filename, path)
         return None if is_other else error
@@ -115,7 +115,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -130,7 +130,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     The parent folder is created if missing. The partial folders of killed processes are deleted.
 
-    overwrite: whether a folder that is at `path` by then is deleted. By default this raises StorageError.
+    overwrite: whether to replace a folder that exists at `path` by then. If not, StorageError is raised.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -144,7 +144,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                     fcntl.flock(descriptor, fcntl.LOCK_SH)
                 yield partial
                 for written in partial.rglob("*"):
-                    sync_folder(written) if written.is_dir() else sync_file(written)
+                    sync(written)
                 _publish(partial, path, overwrite=overwrite)
             finally:
                 os.close(descriptor)
@@ -156,14 +156,14 @@ def _publish(partial: Path, path: Path, *, overwrite: bool) -> None:
     if overwrite:
         replace_folder(partial, path)
         return
-    sync_folder(partial)
+    sync(partial)
     try:
         partial.rename(path)  # fails if another process has written a folder there meanwhile
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise StorageError(f"another process has written {path} meanwhile. Choose another folder.") from error
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -188,7 +188,7 @@ def replace_folder(new: Path, path: Path) -> None:
 
     An existing folder there is finally deleted. If `new` cannot be renamed, it is restored.
     """
-    sync_folder(new)
+    sync(new)
     old = path.with_name(f".{path.name}.old-{os.getpid()}") if path.exists() else None
     if old is not None:
         path.rename(old)
@@ -198,7 +198,7 @@ def replace_folder(new: Path, path: Path) -> None:
         if old is not None:
             old.rename(path)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
     if old is not None:
         shutil.rmtree(old)
 
@@ -212,14 +212,11 @@ def file_size(path: Path) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-def sync_file(path: Path) -> None:
-    """Sync a file to disk. On a shared file system this covers only writes of this host."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def sync(path: Path) -> None:
+    """Sync a file, or the entries of a folder (new names, renames), to disk.
 
-
-def sync_folder(path: Path) -> None:
-    """Sync the entries of a folder (new names, renames) to disk."""
+    On a shared file system this covers only writes of this host.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -28,7 +28,7 @@ def writing(
     """Create a folder and hold an exclusive lock on it.
 
     The system frees the lock when the process ends, in whatever way. The lock is the file `lock` in the folder, which
-    names the process. It is removed at the end, and so is a new folder that holds nothing then.
+    names the process. The end of the block removes it, and also the folder if that is new and empty.
 
     folder: the folder to lock.
     what: name of the writing operation in messages ("build").

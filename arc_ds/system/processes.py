@@ -128,7 +128,7 @@ def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent dies (Linux only).
 
     parent: its process number, for a process that may be called after that one has died; it ends itself then. Note that
-        the kernel takes the *thread* that started this process for the parent (prctl(2)).
+        the kernel treats the *thread* that started this process as its parent (prctl(2)).
     """
     if not sys.platform.startswith("linux"):
         return

@@ -56,7 +56,6 @@ def _end_what_a_failed_test_left() -> Iterator[None]:
 def _start(mode: str, folder: Path, launcher: str = "light", num_procs: int = 2) -> subprocess.Popen[str]:
     """Start the wrapper in a separate process. DeepSpeed's launcher takes 5 s of CPU time, so few tests use it."""
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, launcher, str(num_procs), mode, str(folder)],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -19,7 +19,7 @@ import pytest
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
 from tests.helpers.hosts import INTERFACE, LIMIT_S, Host, wait_until
 from tests.helpers.sshd import is_sshd
-from tests.helpers.tiny_run import ROOT, last_logged_step, last_saved_step, losses, train
+from tests.helpers.tiny_run import PLAIN, ROOT, last_logged_step, last_saved_step, losses, train
 from tests.hosts.ranks import has_stop_signal, ranks, stop_between_steps
 
 pytestmark = [
@@ -29,14 +29,7 @@ pytestmark = [
 ]
 
 STEPS = 40
-SMALL = (
-    f"steps={STEPS}",
-    "checkpoint.every=0",
-    "validation.every=0",
-    "data.validation=null",
-    "data.num_workers=0",
-    "tracking.mlflow=false",
-)
+SMALL = (f"steps={STEPS}", *PLAIN)
 BIN = Path(sys.executable).parent
 PORT = "29533"
 
@@ -64,8 +57,7 @@ class Relay:
         self.folder.mkdir()
         self.hostfile = folder / "hosts"
         self.hostfile.write_text("# our hosts\n" + "".join(f"{host.name} slots=1\n" for host in hosts))
-        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-        more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE, "DS_ACCELERATOR": "cpu"}
+        more = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE, "DS_ACCELERATOR": "cpu"}
         self.env = {**os.environ, **more, "DEEPSPEED": str(BIN / "deepspeed"), "FOO": "a b"}
         (folder / ".deepspeed_env").write_text(f"FOO=a b\nGLOO_SOCKET_IFNAME={INTERFACE}\n")
 
@@ -120,24 +112,23 @@ def _ssh(relay: Relay) -> subprocess.Popen[str]:
     return relay.start(relay.hosts[0], command)
 
 
-def _stop_ssh(relay: Relay) -> None:
-    process = _ssh(relay)
-    relay.has_trained(process)
-    relay.check_variables()
-    relay.stop(lambda: process.send_signal(signal.SIGTERM), relay.hosts)
-    codes, console = relay.ended(process)
-    assert codes == [EXIT_PREEMPTED], console
-
-
 def _pdsh(relay: Relay) -> subprocess.Popen[str]:
     return relay.start(relay.hosts[0], [ROOT / "launchers" / "pdsh.sh", relay.hostfile], cwd=relay.run.parent)
 
 
+def _stop_ssh(relay: Relay) -> None:
+    _stop_one(relay, _ssh(relay), relay.hosts)
+
+
 def _stop_pdsh(relay: Relay) -> None:
-    process = _pdsh(relay)
+    _stop_one(relay, _pdsh(relay), relay.hosts[:1])
+
+
+def _stop_one(relay: Relay, process: subprocess.Popen[str], signalled: Sequence[Host]) -> None:
+    """Signal the launcher of all hosts. It signals the ranks of some."""
     relay.has_trained(process)
     relay.check_variables()
-    relay.stop(lambda: process.send_signal(signal.SIGTERM), relay.hosts[:1])
+    relay.stop(lambda: process.send_signal(signal.SIGTERM), signalled)
     codes, console = relay.ended(process)
     assert codes == [EXIT_PREEMPTED], console
 
@@ -189,8 +180,9 @@ def test_a_run_that_each_launcher_stops_and_the_next_resumes_has_the_losses_of_o
         stop(relay)
         assert last_saved_step(relay.run) > reached[-1], name
         reached.append(last_saved_step(relay.run))
-    code, console = _finish(relay)
-    assert code == EXIT_OK, console
+    process = _ssh(relay)
+    console, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == EXIT_OK, console
     assert len(one_host) == STEPS
     assert losses(relay.run) == pytest.approx(one_host, rel=1e-6), reached
     assert one_host[0] != pytest.approx(one_host[-1], rel=1e-2), "nothing was learned"
@@ -207,9 +199,3 @@ def test_each_launcher_passes_the_exit_code_of_the_ranks_on(
     for process in started:
         console, _ = process.communicate(timeout=LIMIT_S)
         assert process.returncode == EXIT_USER_ERROR and "optimizer.unknown" in console, console
-
-
-def _finish(relay: Relay) -> tuple[int, str]:
-    process = _ssh(relay)
-    console, _ = process.communicate(timeout=LIMIT_S)
-    return process.returncode, console

@@ -36,7 +36,6 @@ def _start(hosts: tuple[Host, ...], config: Path, run: Path) -> list[subprocess.
         place = {"RANK": rank, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "WORLD_SIZE": len(hosts)}
         place |= {"MASTER_ADDR": hosts[0].name, "MASTER_PORT": 29517, "GLOO_SOCKET_IFNAME": INTERFACE}
         env = {**os.environ, **{name: str(value) for name, value in place.items()}, "OMP_NUM_THREADS": "1"}
-        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
         command = [sys.executable, "-m", "arc_ds.train", config, f"run_dir={run}", "tracking.mlflow=false"]
         processes.append(host.start([*command, f"distributed.timeout_s={TIMEOUT_S}"], cwd=ROOT, env=env))
     return processes
@@ -70,8 +69,8 @@ def test_a_run_loses_a_host_and_goes_on_with_the_other(
     hostfile.write_text(f"{here.name} slots=1\n{there.name} slots=1\n")
     command = [sys.executable, "-m", "arc_ds.cli", "train", config, f"run_dir={run}", "tracking.mlflow=false"]
     command += [f"distributed.timeout_s={TIMEOUT_S}", f"--hostfile={hostfile}", "--restarts=2", "--min-hosts=1"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    process = here.start(command, cwd=ROOT, env={**env, "GLOO_SOCKET_IFNAME": INTERFACE})
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
+    process = here.start(command, cwd=ROOT, env=env)
     wait_until(lambda: last_logged_step(run) > EVERY, "the first step after a checkpoint", process)
     there.cut()
     console, _ = process.communicate(timeout=400)

@@ -14,7 +14,7 @@ import pytest
 from arc_ds.launch.exit_codes import EXIT_OK
 from tests.helpers.hosts import INTERFACE, Host, missing, wait_until
 from tests.helpers.slurm import PROGRAMS, Slurm
-from tests.helpers.tiny_run import ROOT, last_logged_step, last_saved_step, losses, train
+from tests.helpers.tiny_run import PLAIN, ROOT, last_logged_step, last_saved_step, losses, train
 from tests.hosts.ranks import has_stop_signal, ranks, stop_between_steps
 
 pytestmark = [
@@ -23,14 +23,7 @@ pytestmark = [
     pytest.mark.skipif("ARC_HOSTS" not in os.environ, reason="whole runs take minutes; set ARC_HOSTS=1"),
 ]
 
-SMALL = (
-    "steps=30",
-    "checkpoint.every=0",
-    "validation.every=0",
-    "data.validation=null",
-    "data.num_workers=0",
-    "tracking.mlflow=false",
-)
+SMALL = ("steps=30", *PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +38,7 @@ def test_a_job_that_slurm_signals_and_preempts_is_requeued_and_has_the_losses_of
 ) -> None:
     run = tmp_path / "run"
     env = {"CONFIG": str(config), "ARC_PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": INTERFACE}
-    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     options = ["--parsable", "-p", "low", "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/log"]
     script = ROOT / "launchers" / "slurm.sbatch"
     submitted = slurm.command("sbatch", *options, script, f"run_dir={run}", *SMALL, cwd=ROOT, **env)

@@ -22,7 +22,6 @@ from tests.helpers.sshd import is_sshd
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, sys
 from arc_ds.launch.ssh import launch_on_hosts
@@ -47,8 +46,7 @@ def start(ssh_hosts: tuple[Host, ...], tmp_path: Path) -> Start:
     def start_run(slots: dict[str, int], *arguments: str) -> subprocess.Popen[str]:
         folder = tmp_path / "a folder; of 'mine'"
         folder.mkdir()
-        path = [os.environ.get("PYTHONPATH", ""), str(ROOT), str(ROOT / "kernels")]
-        env = {**os.environ, **VALUES, "PYTHONPATH": os.pathsep.join(path)}
+        env = {**os.environ, **VALUES}
         env.pop("OMP_NUM_THREADS")
         command = [sys.executable, "-c", PROGRAM, json.dumps(slots), str(tmp_path), *arguments]
         return ssh_hosts[0].start(command, cwd=folder, env=env)
@@ -120,7 +118,7 @@ def test_ranks_save_and_end_when_the_launching_process_falls_silent(
     (patches / "sitecustomize.py").write_text(
         "from arc_ds.launch import order\norder.BEAT_S, order.LOST_S = 0.5, 10.0\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(patches))
+    monkeypatch.setenv("PYTHONPATH", str(patches), prepend=os.pathsep)
     process = _start_and_wait(start, ssh_hosts, tmp_path)
     process.send_signal(signal.SIGSTOP)
     wait_until(lambda: len(list(tmp_path.glob("saved_*"))) == 2, "the save of both ranks")

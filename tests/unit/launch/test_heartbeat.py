@@ -28,10 +28,10 @@ class _Ended(Exception):
 class _Run:
     """Rank 0, and a socket for each other rank."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, timeout_s: float) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, timeout_s: float, address: str = "127.0.0.1") -> None:
         self.end: tuple[int, str] | None = None
         hosts = [f"node{rank // PER_HOST}" for rank in range(NUM_RANKS)]
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_ADDR", address)
         monkeypatch.setattr(heartbeat.dist, "world_size", lambda: NUM_RANKS)
         monkeypatch.setattr(heartbeat.dist, "gather_objects", lambda _own: hosts)
         monkeypatch.setattr(heartbeat, "end_now", self._end)
@@ -42,7 +42,7 @@ class _Run:
         self.port = self.heart._listener.getsockname()[1]
         self.ranks = {rank: socket.create_connection(("127.0.0.1", self.port)) for rank in range(1, NUM_RANKS)}
         for rank in self.ranks:
-            self.say(rank, kind="hello", rank=rank, token=self.heart._token)
+            self.ranks[rank].sendall(f"{self.heart._token} {rank}\n".encode())
             self.say(rank, kind="beat", doing=f"step 3, encoder layer {rank // 100}")
 
     def _end(self, code: int, message: str, **_: Any) -> None:
@@ -72,11 +72,11 @@ class _Run:
 
 
 @pytest.fixture
-def make_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], _Run]]:
+def make_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., _Run]]:
     runs: list[_Run] = []
 
-    def make(timeout_s: float) -> _Run:
-        runs.append(_Run(monkeypatch, timeout_s))
+    def make(*arguments: Any) -> _Run:
+        runs.append(_Run(monkeypatch, *arguments))
         return runs[-1]
 
     yield make
@@ -88,7 +88,7 @@ def make_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], _Run
         run.heart._thread.join(LIMIT_S)
 
 
-def test_a_dead_host_is_named_to_every_other_rank(make_run: Callable[[float], _Run]) -> None:
+def test_a_dead_host_is_named_to_every_other_rank(make_run: Callable[..., _Run]) -> None:
     run = make_run(600.0)
     run.wait_for_all()
     for rank in range(8, 16):
@@ -103,7 +103,7 @@ def test_a_dead_host_is_named_to_every_other_rank(make_run: Callable[[float], _R
     assert run.end == (EXIT_LOST_RANK, message)
 
 
-def test_silent_ranks_are_named_together(make_run: Callable[[float], _Run]) -> None:
+def test_silent_ranks_are_named_together(make_run: Callable[..., _Run]) -> None:
     """All ranks but those of one host go on sending."""
     run = make_run(3.0)
     stop = threading.Event()
@@ -130,7 +130,7 @@ def test_silent_ranks_are_named_together(make_run: Callable[[float], _Run]) -> N
     ids=["silent", "absent"],
 )
 def test_a_rank_is_lost_once_the_timeout_is_over(
-    make_run: Callable[[float], _Run], monkeypatch: pytest.MonkeyPatch, silent: range, absent: set[int], words: str
+    make_run: Callable[..., _Run], monkeypatch: pytest.MonkeyPatch, silent: range, absent: set[int], words: str
 ) -> None:
     now = 0.0
     monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
@@ -153,7 +153,7 @@ def test_a_rank_is_lost_once_the_timeout_is_over(
 
 
 def test_a_pause_of_rank_0_is_no_silence_of_the_others(
-    make_run: Callable[[float], _Run], monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., _Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SLURM suspends all ranks for an hour, for example."""
     pause_s = 0.0
@@ -172,7 +172,7 @@ def test_a_pause_of_rank_0_is_no_silence_of_the_others(
 
 
 def test_a_failed_rank_passes_its_code_and_message_on_and_a_stall_lists_all_places(
-    make_run: Callable[[float], _Run],
+    make_run: Callable[..., _Run],
 ) -> None:
     run = make_run(600.0)
     run.wait_for_all()
@@ -193,7 +193,7 @@ def test_a_failed_rank_passes_its_code_and_message_on_and_a_stall_lists_all_plac
 
 @pytest.mark.parametrize(("code", "told"), [(EXIT_FAILED, EXIT_LOST_RANK), (EXIT_OUT_OF_MEMORY, EXIT_OUT_OF_MEMORY)])
 def test_an_error_without_a_code_of_its_own_is_a_lost_rank_for_the_others(
-    make_run: Callable[[float], _Run], code: int, told: int
+    make_run: Callable[..., _Run], code: int, told: int
 ) -> None:
     run = make_run(600.0)
     run.wait_for_all()
@@ -202,7 +202,7 @@ def test_an_error_without_a_code_of_its_own_is_a_lost_rank_for_the_others(
     assert (failed["code"], failed["message"]) == (told, "words")
 
 
-def test_a_forked_worker_does_not_hide_the_end_of_its_rank(make_run: Callable[[float], _Run]) -> None:
+def test_a_forked_worker_does_not_hide_the_end_of_its_rank(make_run: Callable[..., _Run]) -> None:
     run = make_run(600.0)
     run.wait_for_all()
     read_end, write_end = os.pipe()
@@ -221,14 +221,21 @@ def test_a_forked_worker_does_not_hide_the_end_of_its_rank(make_run: Callable[[f
         os.waitpid(worker, 0)
 
 
-def test_a_stranger_decides_nothing(make_run: Callable[[float], _Run]) -> None:
+def test_a_stranger_decides_nothing(make_run: Callable[..., _Run]) -> None:
     run = make_run(600.0)
     run.wait_for_all()
-    for words in (b'{"kind": "failed", "code": 6, "message": "no"}\n', b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b""):
-        with socket.create_connection(("127.0.0.1", run.port)) as stranger:
+    for words in (b'{"kind": "failed", "code": 6, "message": "no"}\n', b"GET / HTTP/1.1\r\n\r\n", b"\xff 1\n", b""):
+        with socket.create_connection(("127.0.0.1", run.port), LIMIT_S) as stranger:
             stranger.sendall(words)
             stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(1 << 16) is not None
     run.say(1, kind="bye")
     run.wait(lambda: len(run.heart._peers) == NUM_RANKS - 2)
     assert run.heart._verdict is None and run.end is None
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
+def test_rank_0_is_reached_over_ipv4_and_ipv6(make_run: Callable[..., _Run]) -> None:
+    run = make_run(600.0, "node0")
+    run.wait_for_all()  # over IPv4
+    socket.create_connection(("::1", run.port), timeout=LIMIT_S).close()

@@ -108,11 +108,13 @@ def test_options_may_stand_between_overrides() -> None:
         (["--restarts=-1"], "--restarts is -1, expected at least 0"),
         (["--min-hosts=2"], "--min-hosts needs --hostfile"),
         (["--min-hosts=0", "--hostfile=hosts"], "--min-hosts is 0, expected at least 1"),
+        (["--min-hosts=1", "--hostfile=hosts"], "--hostfile needs ssh"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_before_anything_starts(
     options: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=words):
         main(["run.yaml", *options])

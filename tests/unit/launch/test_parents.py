@@ -14,7 +14,6 @@ import pytest
 from arc_ds.launch import parents
 from arc_ds.launch.parents import is_launcher
 
-ROOT = Path(__file__).resolve().parents[3]
 # Prints its number when it watches, and later the signal that it got.
 _RANK = """
 import os, signal, sys
@@ -56,8 +55,7 @@ def test_the_death_of_a_launcher_further_above_stops_a_rank(tmp_path: Path, name
     launcher = tmp_path / name
     launcher.write_text(_MIDDLE)
     command = [sys.executable, launcher, sys.executable, "-c", _MIDDLE, sys.executable, "-c", _RANK]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "watching\n"
     process.send_signal(signal.SIGKILL)
@@ -79,7 +77,6 @@ def test_a_rank_can_print_after_the_reader_of_its_output_has_ended() -> None:
     program = "from arc_ds.launch.parents import _drop_broken_output as drop\ndrop()\nprint('saved', flush=True)"
     read_end, write_end = os.pipe()
     os.close(read_end)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, stdout=write_end)
+    ended = subprocess.run([sys.executable, "-c", program], stdout=write_end)
     os.close(write_end)
     assert ended.returncode == 0

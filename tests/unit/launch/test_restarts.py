@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +14,7 @@ from arc_ds.commands import train as command
 from arc_ds.errors import ConfigError, DataError, LostRankError
 from arc_ds.launch import restarts
 from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_OK, EXIT_PREEMPTED
-from arc_ds.launch.restarts import choose_hosts, with_restarts
+from arc_ds.launch.restarts import answering_hosts, choose_hosts, with_restarts
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,37 @@ def test_the_last_failure_counts_if_restarts_are_used_up(caplog: pytest.LogCaptu
     assert with_restarts(_Run(4, 5, 4), 2) == 4
     assert with_restarts(_Run(4), 0) == 4
     assert len(caplog.messages) == 2, "a restart is announced that does not come"
+
+
+def test_a_run_may_be_restarted_a_thousand_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pause would overflow."""
+    monkeypatch.setattr(restarts, "_LONGEST_PAUSE_S", 0.0)
+    assert with_restarts(_Run(*[4] * 1100, EXIT_OK), 2000) == EXIT_OK
+
+
+def test_hosts_that_hang_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited_s = 0.0
+
+    class Probe:
+        """An ssh process. That of every host but "up" hangs."""
+
+        def __init__(self, command: list[str], **_more: object) -> None:
+            self.host = command[-2]
+
+        def wait(self, timeout_s: float) -> int:
+            nonlocal waited_s
+            if self.host != "up":
+                waited_s += timeout_s
+                raise subprocess.TimeoutExpired("ssh", timeout_s)
+            return 0
+
+        def kill(self) -> None:
+            pass
+
+    monkeypatch.setattr(subprocess, "Popen", Probe)
+    monkeypatch.setattr(restarts, "time", SimpleNamespace(monotonic=lambda: waited_s))
+    assert answering_hosts(["first", "second", "up"]) == {"up"}
+    assert waited_s == 2 * restarts._PROBE_S
 
 
 def test_errors_follow_the_same_rule() -> None:

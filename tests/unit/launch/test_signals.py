@@ -18,8 +18,6 @@ from arc_ds.system import activity
 from arc_ds.training.watchdog import Watchdog
 from tests.helpers.waiting import LIMIT_S
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 def test_a_signal_sets_the_flag_and_nothing_else() -> None:
     before = signal.getsignal(signal.SIGUSR1)
@@ -56,8 +54,7 @@ def test_a_signal_to_a_thread_of_the_loop_does_not_cut_the_closing_short() -> No
         "time.sleep(0.3)\n"
         "os._exit(7)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, timeout=LIMIT_S)
+    ended = subprocess.run([sys.executable, "-c", program], timeout=LIMIT_S)
     assert ended.returncode == 7
 
 
@@ -65,8 +62,8 @@ def test_a_signal_to_a_thread_of_the_loop_does_not_cut_the_closing_short() -> No
 def test_a_stop_during_the_imports_of_a_rank_does_not_kill_it(tmp_path: Path, number: signal.Signals) -> None:
     """Under an external launcher. A fake `torch` module stands for the seconds before a `StopRequest` opens."""
     (tmp_path / "torch.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\nos._exit(7)\n")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    ended = subprocess.run([sys.executable, "-m", "arc_ds.train"], env=environment, cwd=ROOT, timeout=LIMIT_S)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
+    ended = subprocess.run([sys.executable, "-m", "arc_ds.train"], env=environment, timeout=LIMIT_S)
     assert ended.returncode == 7
 
 
@@ -114,10 +111,9 @@ def test_a_rank_that_is_stuck_in_c_leaves_stacks_and_ends(
     tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     """By itself after the limit, and after a stop signal, which Python cannot handle there."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
         [sys.executable, "-c", STALLED, *arguments],
-        env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, timeout=LIMIT_S, capture_output=True, text=True,
+        cwd=tmp_path, timeout=LIMIT_S, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == EXIT_STALLED, ended.stderr
     assert words in ended.stderr and "stacks/stacks_rank_*.txt" in ended.stderr

@@ -17,8 +17,7 @@ from arc_ds.launch.ssh import _OF_HOSTS, launch_on_hosts, read_hostfile
 from arc_ds.launch.wrapper import _command
 from tests.helpers.waiting import LIMIT_S
 
-ROOT = Path(__file__).resolve().parents[3]
-EXAMPLE = ROOT / "launchers" / "hosts.example"
+EXAMPLE = Path(__file__).parents[3] / "launchers" / "hosts.example"
 # It keeps the order that a host gets, and writes more lines than a pipe holds.
 _SSH = """#!/bin/sh
 for word; do host=$last; last=$word; done
@@ -52,8 +51,9 @@ def test_the_order_of_the_hosts_is_that_of_the_file(tmp_path: Path) -> None:
         ("-oProxyCommand=x slots=1\n", r"hosts:1 is"),
         ("a slots=1\na slots=1\n", r"hosts:2 lists a again"),
         ("# nobody\n", r"lists no host"),
+        ("\ufeffa slots=0\n", r"hosts:1 is `a slots=0`"),
         ("me@localhost slots=1\nb slots=1\n", r"lists me@localhost first, .* Write the name by which they reach"),
-        (None, r"cannot be read: .*Give a file with lines"),
+        (None, r"cannot be read: No such file .*Give --hostfile a file with lines"),
     ],
 )
 def test_a_wrong_hostfile_is_named_with_its_line(tmp_path: Path, text: str | None, words: str) -> None:
@@ -93,9 +93,7 @@ def test_hosts_meet_without_the_login_name_and_output_that_nobody_reads_holds_up
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:
-        ended = subprocess.run(
-            [sys.executable, "-c", _LAUNCH], env=environment, cwd=ROOT, stderr=write_end, timeout=LIMIT_S
-        )
+        ended = subprocess.run([sys.executable, "-c", _LAUNCH], env=environment, stderr=write_end, timeout=LIMIT_S)
     finally:
         os.close(write_end)
     assert ended.returncode == 0
@@ -105,6 +103,5 @@ def test_hosts_meet_without_the_login_name_and_output_that_nobody_reads_holds_up
 
 def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500x")
-    monkeypatch.setattr("arc_ds.launch.ssh.shutil.which", lambda _program: "ssh")
     with pytest.raises(ConfigError, match="MASTER_PORT is '29500x', expected the number of a free port"):
         launch_on_hosts("m", [], slots={"a": 1})

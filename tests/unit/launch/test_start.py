@@ -19,7 +19,6 @@ from arc_ds.launch.exit_codes import EXIT_PREEMPTED
 from arc_ds.launch.status import STATUS_FOLDER_VARIABLE, read_statuses
 from tests.helpers.waiting import LIMIT_S, wait_for
 
-ROOT = Path(__file__).resolve().parents[3]
 # The first signal comes before the block, as during imports.
 PROGRAM = """
 import ctypes, os, signal, sys
@@ -39,7 +38,7 @@ with StopRequest() as stop:
 
 
 def _run(when: str, number: int, folder: Path) -> tuple[int, str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), STATUS_FOLDER_VARIABLE: str(folder), "RANK": "3"}
+    environment = {**os.environ, STATUS_FOLDER_VARIABLE: str(folder), "RANK": "3"}
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, when, str(int(number))], env=environment, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,

@@ -46,14 +46,12 @@ def test_place_is_read_from_the_launchers_environment(monkeypatch, alone):
 def test_only_rank_0_informs_and_every_rank_warns(monkeypatch, alone, number, level, passes):
     monkeypatch.setenv("RANK", str(number))
     record = logging.LogRecord("arc", level, "f", 1, "text", None, None)
-    assert dist.RankFilter().filter(record) is passes
+    assert dist.passes_rank(record) is passes
 
 
-def test_cpu_can_be_asked_for_and_unknown_devices_cannot():
+def test_cpu_can_be_asked_for():
     assert device.select_device("cpu") == device.usable_device("cpu") == torch.device("cpu")
     assert device.backend_name(torch.device("cpu")) == "gloo"
-    with pytest.raises(ConfigError, match="one of auto, cuda, cpu"):
-        device.select_device("tpu")
 
 
 def test_gpu_that_is_not_there_is_an_error(monkeypatch):

@@ -19,8 +19,6 @@ from arc_ds.errors import ConfigError, DataError
 from arc_ds.system import locks
 from arc_ds.system.locks import LOCK_FILE, writing
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 def test_a_second_writer_is_told_who_the_first_is_and_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
@@ -60,10 +58,7 @@ def test_a_killed_writer_leaves_no_lock_even_if_a_child_of_it_lives_on_for_a_mom
         "    print('locked', flush=True)\n"
         "    time.sleep(60)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "locked\n"
     process.send_signal(signal.SIGKILL)
     process.wait()

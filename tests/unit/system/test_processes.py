@@ -18,7 +18,6 @@ from arc_ds.errors import DataError, StorageError
 from arc_ds.system.processes import worker_pool
 from tests.helpers.waiting import LIMIT_S, wait_for
 
-ROOT = Path(__file__).resolve().parents[3]
 # Python ends the workers of a broken pool with SIGTERM. A worker that ignores SIGTERM stands for one that Python misses
 # because it was still starting.
 LEFT_OVER = """
@@ -110,9 +109,8 @@ def test_workers_begin_as_told_and_leave_ctrl_c_to_their_parent() -> None:
 def _run(script: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "script.py"
     path.write_text(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(path), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 def test_a_worker_that_python_overlooks_does_not_hold_up_the_error(tmp_path: Path) -> None:

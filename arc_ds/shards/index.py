@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -98,7 +97,9 @@ def index_shards(
     folder = Path(out_dir) if out_dir is not None else Path(sources[0].place).parent
     form = form or RecordForm()
     fingerprint = load_tokenizer(Path(tokenizer)).fingerprint
-    with _scratch_in(folder) as scratch:
+    cure = "If the folder of the tars cannot be written, give another one for index and manifest: --out FOLDER."
+    with output(folder, cure), writing(folder, "index"), TemporaryDirectory(dir=folder, prefix=".indexing-") as name:
+        scratch = Path(name)
         if (folder / MANIFEST).exists() and not overwrite:
             raise DataError(f"{folder} has a {MANIFEST} already. Give another folder, or overwrite=True (--overwrite).")
         index_one = partial(_index_one, scratch, Path(tokenizer), form)
@@ -175,17 +176,6 @@ def _expand(given: str) -> list[str]:
 
 def _name_of(place: str) -> str:
     return _UNSAFE.sub("_", name_in_url(place))
-
-
-@contextmanager
-def _scratch_in(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, which is locked. If the work fails, `folder` is removed too if it is new.
-
-    Raises StorageError if the folder cannot be written.
-    """
-    cure = "If the folder of the tars cannot be written, give another one for index and manifest: --out FOLDER."
-    with output(folder, cure), writing(folder, "index"), TemporaryDirectory(dir=folder, prefix=".indexing-") as scratch:
-        yield Path(scratch)
 
 
 def _index_one(scratch: Path, tokenizer: Path, form: RecordForm, source: _TarSource) -> _TarIndex:

@@ -55,15 +55,13 @@ class _TarIndex(NamedTuple):
 
     shard: its entry in the manifest.
     source: its counts in the manifest.
-    shortest: tokens of its shortest record, None if it has no records.
-    longest: tokens of its longest record, None if it has no records.
+    bounds: tokens of its shortest and of its longest record; empty if it has no records.
     contents: its other contents.
     """
 
     shard: ShardInfo
     source: SourceInfo
-    shortest: int | None
-    longest: int | None
+    bounds: tuple[int, ...]
     contents: TarContents
 
 
@@ -214,12 +212,13 @@ def _index_one(scratch: Path, tokenizer: Path, form: RecordForm, source: _TarSou
         cut=0,
         skipped=dict(sorted(contents.skipped.items())),
     )
-    shortest, longest = (int(tokens.min()), int(tokens.max())) if len(rows) else (None, None)
-    return _TarIndex(shard, info, shortest, longest, contents)
+    bounds = (int(tokens.min()), int(tokens.max())) if len(rows) else ()
+    return _TarIndex(shard, info, bounds, contents)
 
 
 def _manifest(indexed: Sequence[_TarIndex], form: RecordForm, fingerprint: str) -> Manifest:
-    if all(tar.longest is None for tar in indexed):
+    bounds = [bound for tar in indexed for bound in tar.bounds]
+    if not bounds:
         ends = sum((tar.contents.ends for tar in indexed), Counter[str]())
         found = ", ".join(f".{end} ({count})" for end, count in ends.most_common(8)) or "none"
         reasons = [what for tar in indexed for what in tar.contents.named]
@@ -231,8 +230,8 @@ def _manifest(indexed: Sequence[_TarIndex], form: RecordForm, fingerprint: str) 
     return Manifest(
         samples=sum(tar.shard.samples for tar in indexed),
         tokens=sum(tar.shard.tokens for tar in indexed),
-        max_tokens=max(tar.longest for tar in indexed if tar.longest is not None),
-        min_tokens=min(tar.shortest for tar in indexed if tar.shortest is not None),
+        max_tokens=max(bounds),
+        min_tokens=min(bounds),
         tokenizer_fingerprint=fingerprint,
         shards=tuple(tar.shard for tar in indexed),
         sources=tuple(tar.source for tar in indexed),

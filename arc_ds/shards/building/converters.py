@@ -80,14 +80,14 @@ def convert_files(
     skipped: Counter[str] = Counter()
     with output(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with output(out), whole_file(out) as file:
-        for path in paths:
-            for question in _questions(format_name, path, options):
-                if question.reason is not None:
-                    skipped[question.reason] += 1
-                    continue
-                file.write(_encoded(question, path, options) + b"\n")
-                records += 1
+        with whole_file(out) as file:
+            for path in paths:
+                for question in _questions(format_name, path, options):
+                    if question.reason is not None:
+                        skipped[question.reason] += 1
+                        continue
+                    file.write(_encoded(question, path, options) + b"\n")
+                    records += 1
     return Conversion(records=records, skipped=dict(sorted(skipped.items())))
 
 

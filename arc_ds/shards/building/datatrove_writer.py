@@ -178,7 +178,7 @@ class _PartWriter:
         self.folder = folder
         self.maker = maker
         self.default = default
-        # of the metadata; a pretraining record has nothing but its text
+        # of the metadata; a pretraining record takes only the document's text
         self._columns = maker.rules.columns if maker.rules.kind == "fine_tuning" else ()
         self._sources: dict[str, _Source] = {}
         self._path = default  # of the current source

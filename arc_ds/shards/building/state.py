@@ -113,7 +113,7 @@ class BuildFolder:
 
 
 def options_as_json(rules: RecordRules, shard_bytes: int, tokenizer_fingerprint: str) -> dict[str, Any]:
-    """Everything but the inputs that decides the bytes of shards."""
+    """Everything that determines the bytes of shards, except the inputs."""
     return {
         "version": __version__,
         "rules": asdict(rules),

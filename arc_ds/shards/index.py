@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,15 +55,13 @@ class _TarIndex(NamedTuple):
 
     shard: its entry in the manifest.
     source: its counts in the manifest.
-    shortest: tokens of its shortest record, None if it has no records.
-    longest: tokens of its longest record, None if it has no records.
+    bounds: tokens of its shortest and of its longest record; empty if it has no records.
     contents: its other contents.
     """
 
     shard: ShardInfo
     source: SourceInfo
-    shortest: int | None
-    longest: int | None
+    bounds: tuple[int, ...]
     contents: TarContents
 
 
@@ -98,7 +95,9 @@ def index_shards(
     folder = Path(out_dir) if out_dir is not None else Path(sources[0].place).parent
     form = form or RecordForm()
     fingerprint = load_tokenizer(Path(tokenizer)).fingerprint
-    with _scratch_in(folder) as scratch:
+    cure = "If the folder of the tars cannot be written, give another one for index and manifest: --out FOLDER."
+    with output(folder, cure), writing(folder, "index"), TemporaryDirectory(dir=folder, prefix=".indexing-") as name:
+        scratch = Path(name)
         if (folder / MANIFEST).exists() and not overwrite:
             raise DataError(f"{folder} has a {MANIFEST} already. Give another folder, or overwrite=True (--overwrite).")
         index_one = partial(_index_one, scratch, Path(tokenizer), form)
@@ -177,17 +176,6 @@ def _name_of(place: str) -> str:
     return _UNSAFE.sub("_", name_in_url(place))
 
 
-@contextmanager
-def _scratch_in(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, which is locked. If the work fails, `folder` is removed too if it is new.
-
-    Raises StorageError if the folder cannot be written.
-    """
-    cure = "If the folder of the tars cannot be written, give another one for index and manifest: --out FOLDER."
-    with output(folder, cure), writing(folder, "index"), TemporaryDirectory(dir=folder, prefix=".indexing-") as scratch:
-        yield Path(scratch)
-
-
 def _index_one(scratch: Path, tokenizer: Path, form: RecordForm, source: _TarSource) -> _TarIndex:
     """Write the index of a tar to `scratch`, and return its manifest entries and counts.
 
@@ -224,12 +212,13 @@ def _index_one(scratch: Path, tokenizer: Path, form: RecordForm, source: _TarSou
         cut=0,
         skipped=dict(sorted(contents.skipped.items())),
     )
-    shortest, longest = (int(tokens.min()), int(tokens.max())) if len(rows) else (None, None)
-    return _TarIndex(shard, info, shortest, longest, contents)
+    bounds = (int(tokens.min()), int(tokens.max())) if len(rows) else ()
+    return _TarIndex(shard, info, bounds, contents)
 
 
 def _manifest(indexed: Sequence[_TarIndex], form: RecordForm, fingerprint: str) -> Manifest:
-    if all(tar.longest is None for tar in indexed):
+    bounds = [bound for tar in indexed for bound in tar.bounds]
+    if not bounds:
         ends = sum((tar.contents.ends for tar in indexed), Counter[str]())
         found = ", ".join(f".{end} ({count})" for end, count in ends.most_common(8)) or "none"
         reasons = [what for tar in indexed for what in tar.contents.named]
@@ -241,8 +230,8 @@ def _manifest(indexed: Sequence[_TarIndex], form: RecordForm, fingerprint: str) 
     return Manifest(
         samples=sum(tar.shard.samples for tar in indexed),
         tokens=sum(tar.shard.tokens for tar in indexed),
-        max_tokens=max(tar.longest for tar in indexed if tar.longest is not None),
-        min_tokens=min(tar.shortest for tar in indexed if tar.shortest is not None),
+        max_tokens=max(bounds),
+        min_tokens=min(bounds),
         tokenizer_fingerprint=fingerprint,
         shards=tuple(tar.shard for tar in indexed),
         sources=tuple(tar.source for tar in indexed),

@@ -24,7 +24,7 @@ class Engine(Protocol):
     """Runs the tasks of a build: `map_in_order` in processes of this host, `ray_engine.map_on_ray` on many hosts."""
 
     def __call__(
-        self, function: Callable[[_T], _R], items: Iterable[_T], num_workers: int
+        self, function: Callable[[_T], _R], items: Iterable[_T], num_workers: int, /
     ) -> Generator[tuple[_T, _R], None, None]: ...
 
 

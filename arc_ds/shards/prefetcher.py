@@ -26,20 +26,13 @@ class Prefetcher:
     def __init__(self, files: ShardFiles, cache_bytes: int) -> None:
         self._files = files
         self._max_bytes = cache_bytes // 2
-        self._last: tuple[int, ...] = ()
         self._wanted: deque[int] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.process = os.getpid()
 
     def want(self, shard_idxs: Sequence[int]) -> None:
-        """Start fetching these shards in order and return at once. They replace the shards that are still queued.
-
-        Repeating the same request does nothing.
-        """
-        if tuple(shard_idxs) == self._last:
-            return
-        self._last = tuple(shard_idxs)
+        """Start fetching these shards in order and return at once. They replace the shards that are still queued."""
         with self._lock:
             self._wanted = deque(self._fitting(shard_idxs))
             if self._wanted and (self._thread is None or not self._thread.is_alive()):

@@ -10,8 +10,9 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache, partial
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import ray
@@ -19,7 +20,7 @@ from ray._private import worker as ray_worker
 from ray.exceptions import RayError, RayTaskError
 
 from arc_ds.errors import DataError, StorageError, words_of
-from arc_ds.shards.parallel import AHEAD
+from arc_ds.shards.parallel import AHEAD, Engine
 from arc_ds.system.processes import num_cores
 from arc_ds.version import __version__
 
@@ -68,6 +69,23 @@ def ray_cluster(address: str | None = None, num_workers: int | None = None) -> I
         ray_worker._worker_logs_enabled = are_reported
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced it
+
+
+@contextmanager
+def on_cluster(address: str | None, num_workers: int | None) -> Iterator[Engine]:
+    """An engine on the cluster of `ray_cluster`, for calls in the block. Its first item connects it, so an error in
+    the inputs comes before Ray starts. It ignores the number of workers that its caller gives."""
+    with ExitStack() as stack:
+        connected = cache(lambda: stack.enter_context(ray_cluster(address, num_workers)))
+
+        def engine(
+            function: Callable[[_T], _R], items: Iterable[_T], _num_workers: int
+        ) -> Generator[tuple[_T, _R], None, None]:
+            items = iter(items)
+            for first in islice(items, 1):
+                yield from map_on_ray(function, chain((first,), items), connected())
+
+        yield engine
 
 
 def _num_cpus() -> int:

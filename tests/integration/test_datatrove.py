@@ -167,3 +167,19 @@ def test_fine_tuning_records_take_their_fields_from_the_metadata(tmp_path: Path,
     written = ShardSet(tmp_path / "out").manifest
     assert written.shards == oracle.shards
     assert oracle.shards[0].passage_tokens
+
+
+def test_fields_in_objects_are_those_of_a_build(tmp_path: Path, tokenizer: Path) -> None:
+    """Columns of a flattened table are kept, and only the text of a pretraining document counts towards its size."""
+    questions = [{"context": TEXT, "question": f"Who {idx}?", "answers.text": ["Nobody"]} for idx in range(3)]
+    texts = [{"doc.body": TEXT, "doc": {"body": TEXT, "page": "x" * 4000}} for _ in range(3)]
+    for kind, field, rows in (("fine_tuning", "context", questions), ("pretraining", "doc.body", texts)):
+        folder = tmp_path / kind
+        write_rows(folder / "in" / "a.parquet", rows)
+        options: dict[str, Any] = {"kind": kind, "text_field": field, "max_document_bytes": 2000}
+        reader = ParquetReader(str(folder / "in"), text_key=field)
+        step = ShardsStep(folder / "out", tokenizer, **options)
+        LocalPipelineExecutor([reader, step], logging_dir=str(folder / "logs")).run()
+        kept = [row if kind == "fine_tuning" else {field: row[field]} for row in rows]
+        oracle = build_shards([write_lines(folder / "a.jsonl", kept)], folder / "oracle", tokenizer, **options)
+        assert ShardSet(folder / "out").manifest.shards == oracle.shards

@@ -43,10 +43,10 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 def chosen_workers(namespace: argparse.Namespace) -> Iterator[Workers]:
     """The workers that the options ask for. A Ray that this starts ends with the block."""
     if namespace.engine == "ray":
-        from arc_ds.shards.ray_engine import map_on_ray, ray_cluster  # needs Ray
+        from arc_ds.shards.ray_engine import on_cluster  # needs Ray
 
-        with ray_cluster(namespace.ray_address, namespace.workers) as num_workers:
-            yield Workers(num_workers, map_on_ray)
+        with on_cluster(namespace.ray_address, namespace.workers) as engine:
+            yield Workers(namespace.workers or 1, engine)  # the engine knows the number of its workers
         return
     if namespace.ray_address is not None:
         raise ConfigError("--ray-address needs --engine ray. Add it, or leave out the address.")

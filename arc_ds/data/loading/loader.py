@@ -23,7 +23,6 @@ from arc_ds.data.loading.step_batch import StepBatch
 from arc_ds.data.order.dealing import deal
 from arc_ds.data.order.order import Pick, RunOrder
 from arc_ds.data.tasks import NO_COUNTS
-from arc_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +60,7 @@ class StepData(Dataset[StepBatch]):
         micro_batches: int = 1,
         on_error: OnError = "stop",
     ) -> None:
-        """Raises ConfigError if ranks × micro_batches does not divide the batch, and DataError if `order` has other
-        sources."""
-        if [source.shape for source in sources] != list(order.sources):
-            raise DataError("the run's order was made for other shards than these. Make the order for these sources.")
+        """Raises ConfigError if ranks × micro_batches does not divide the batch."""
         deal([0.0] * order.batch_size, world_size * micro_batches)
         self.order = order
         self.sources = tuple(sources)
@@ -76,12 +72,7 @@ class StepData(Dataset[StepBatch]):
         self._rates = tuple(rates) or (WorkRates(),) * order.num_decoders
         self._estimators = tuple(source.estimator(pooling) for source in sources)
         self._fetch_ahead = FetchAhead(order, sources)
-        self._maker = SampleMaker(
-            sources,
-            encoder_tokenizer=encoder_tokenizer,
-            readers=readers,
-            on_error=on_error,
-        )
+        self._maker = SampleMaker(sources, encoder_tokenizer=encoder_tokenizer, readers=readers, on_error=on_error)
         self._has_warned = False
 
     @property

@@ -24,10 +24,8 @@ class Mixture:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Raises ConfigError if a weight is negative, not finite or too small to be drawn, or if all are zero."""
+        """Raises ConfigError if a weight is too small to be drawn. The config checks that weights are above 0."""
         total = math.fsum(weights)
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or total <= 0:
-            raise ConfigError(f"data.sources: weights are {list(weights)}; expected numbers ≥ 0, at least one above 0.")
         self._weights = tuple(weights)
         # Samples of sources 0 … idx in one period, rounded. All sources together fill the period.
         quotas = [round(math.fsum(weights[: idx + 1]) / total * BLOCK * _PERIOD) for idx in range(len(weights))]

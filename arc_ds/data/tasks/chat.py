@@ -93,15 +93,6 @@ def read_layout(name: LayoutName, tokenizer: Tokenizer, path: str | Path) -> Lay
     return _layout("tokenizer", tokenizer.special_ids, (head, middle, between, last_middle, end), tokenizer.eos_id)
 
 
-def count_template(layout: Layout, decoder: Tokenizer) -> tuple[int, int]:
-    """Decoder tokens that a layout adds to the first turn, and to each further one."""
-
-    def count(parts: Fixed) -> int:
-        return sum(len(part.ids if isinstance(part, Special) else decoder.encode(part.text)) for part in parts)
-
-    return count(layout.head + layout.last_middle + layout.end), count(layout.middle + layout.between)
-
-
 def _llama2(tokenizer: Tokenizer) -> Layout:
     if tokenizer.bos_id is None or tokenizer.eos_id is None:
         raise TokenizerError(

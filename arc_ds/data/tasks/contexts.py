@@ -62,13 +62,15 @@ def read_passages(passages: Sequence[str], spec: ExampleSpec) -> EncodedText:
     return EncodedText(_BETWEEN_PASSAGES.join(passages), Encoding(np.concatenate(ids), np.concatenate(ends)), marker)
 
 
-def cut_document(encoded: EncodedText, max_tokens: int) -> Document:
-    """The beginning of a text as one document. Raises DataError if not even one character fits."""
+def cut_document(encoded: EncodedText, max_tokens: int, key: str) -> Document:
+    """The beginning of a text as one document.
+
+    Raises DataError if not even one character fits. `key` is the config key of `max_tokens`, for this error.
+    """
     last = encoded.encoding.boundary_before(max_tokens)
     if last == 0:
         raise DataError(
-            f"the document {encoded.text[:20]!r} has no character that fits {max_tokens} tokens. Raise "
-            "data.max_documents_tokens."
+            f"the document {encoded.text[:20]!r} has no character that fits {max_tokens} tokens. Raise {key}."
         )
     return encoded.document(0, last)
 

@@ -85,10 +85,7 @@ class TextViews:
 
     def decoder_ids(self, start: Cut, end: Cut) -> NDArray[np.integer]:
         """The ids of `decoder_piece`."""
-        first, last = start.decoder_token, end.decoder_token
-        if first is None or last is None:
-            return self.decoder_piece(start, end).ids
-        return self.decoder.ids[first:last]
+        return self.decoder_piece(start, end).ids
 
     def decoder_piece(self, start: Cut, end: Cut) -> Encoding:
         """The decoder's tokens between two cuts, as a slice of the whole text's.

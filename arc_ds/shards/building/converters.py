@@ -13,7 +13,7 @@ from arc_ds.errors import DataError
 from arc_ds.shards.building.converters_qa import read_drop, read_rows, read_squad
 from arc_ds.shards.building.converters_triviaqa import read_triviaqa
 from arc_ds.shards.building.documents import LeftOutError, read_documents
-from arc_ds.shards.building.inputs import find_inputs, input_file, read_batches, warn_of_passed_over
+from arc_ds.shards.building.inputs import find_inputs, input_file, read_batches
 from arc_ds.shards.building.inputs_lines import read_whole
 from arc_ds.shards.building.question import Question
 from arc_ds.shards.building.question_rows import NAMES, ROW_FIELDS, RowError, is_question_row
@@ -80,14 +80,14 @@ def convert_files(
     skipped: Counter[str] = Counter()
     with output(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with output(out), whole_file(out) as file:
-        for path in paths:
-            for question in _questions(format_name, path, options):
-                if question.reason is not None:
-                    skipped[question.reason] += 1
-                    continue
-                file.write(_encoded(question, path, options) + b"\n")
-                records += 1
+        with whole_file(out) as file:
+            for path in paths:
+                for question in _questions(format_name, path, options):
+                    if question.reason is not None:
+                        skipped[question.reason] += 1
+                        continue
+                    file.write(_encoded(question, path, options) + b"\n")
+                    records += 1
     return Conversion(records=records, skipped=dict(sorted(skipped.items())))
 
 
@@ -121,8 +121,7 @@ def _questions(format_name: str, path: Path, options: ConvertOptions) -> Iterato
 def _contents(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the place and the content of each row of a file or folder, or of an original file as a whole."""
     if path.is_dir():
-        files, passed_over = find_inputs([path])
-        warn_of_passed_over(passed_over)
+        files = find_inputs([path]).files
     else:
         file = input_file(path)
         files = () if file is None else (file,)

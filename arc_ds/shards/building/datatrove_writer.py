@@ -24,12 +24,13 @@ from datatrove.pipeline.base import PipelineStep
 from arc_ds.errors import ArcError, DataError
 from arc_ds.shards.building.batches import BATCH_BYTES, Batch, Cursor, InputFile, Line
 from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordMaker, RecordRules
-from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo
+from arc_ds.shards.building.state import options_as_json
+from arc_ds.shards.building.writer import write_manifest
+from arc_ds.shards.format import RecordKind, SourceInfo
 from arc_ds.shards.tar_writer import EncodedRecord, ShardWriter
 from arc_ds.system.files import whole_folder, write_whole
 from arc_ds.system.locks import writing
 from arc_ds.tokenizers import load_tokenizer
-from arc_ds.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,8 @@ class ShardsStep(PipelineStep):
                 part.add(document)
                 yield document
             sources = part.finish()
-        self.stat_update("records", value=sum(source.records for source in sources))
-        self.stat_update("tokens", value=sum(source.tokens for source in sources))
+        self.stat_update("records", value=sum(source.num_records for source in sources))
+        self.stat_update("tokens", value=sum(source.num_tokens for source in sources))
         self._join_if_last(tokenizer.fingerprint, world_size)
 
     def _begin(self, fingerprint: str, world_size: int) -> None:
@@ -115,13 +116,7 @@ class ShardsStep(PipelineStep):
             raise DataError(
                 f"{self.out_dir} exists. It is complete if this pipeline wrote it. Otherwise give another folder."
             )
-        plan = {
-            "version": __version__,
-            "tasks": world_size,
-            "rules": asdict(self.rules),
-            "shard_bytes": self.shard_bytes,
-            "tokenizer_fingerprint": fingerprint,
-        }
+        plan = {"tasks": world_size} | options_as_json(self.rules, self.shard_bytes, fingerprint)
         path = self.work_dir / _PLAN
         self.work_dir.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
@@ -183,7 +178,8 @@ class _PartWriter:
         self.folder = folder
         self.maker = maker
         self.default = default
-        self._columns = {column.partition(".")[0] for column in maker.rules.columns}
+        # of the metadata; a pretraining record takes only the document's text
+        self._columns = maker.rules.columns if maker.rules.kind == "fine_tuning" else ()
         self._sources: dict[str, _Source] = {}
         self._path = default  # of the current source
         self._lines: list[Line] = []
@@ -208,7 +204,7 @@ class _PartWriter:
         self._num_bytes += len(line)
 
     def _line_of(self, document: Document) -> bytes:
-        fields = {name: value for name, value in document.metadata.items() if name in self._columns}
+        fields = {name: value for name, value in document.metadata.items() if name.partition(".")[0] in self._columns}
         fields[self.maker.rules.text_field] = document.text
         return json.dumps(fields, default=str).encode() + b"\n"
 
@@ -237,26 +233,17 @@ class _PartWriter:
         source.num_tokens += sum(record.num_tokens for record in encoded.records)
         self._lines, self._num_bytes = [], 0
 
-    def finish(self) -> list[SourceInfo]:
+    def finish(self) -> list[_Source]:
         """Write the index of the sources, and return them."""
         self._flush()
-        infos = [
-            SourceInfo(
-                name=path,
-                bytes=source.num_bytes,
-                sha256=source.digest.hexdigest(),
-                documents=source.counts.documents,
-                records=source.num_records,
-                tokens=source.num_tokens,
-                cut=source.counts.cut,
-                skipped=dict(sorted(source.counts.skipped.items())),
+        index = []
+        for path, source in self._sources.items():
+            info = source.counts.source_info(
+                path, source.num_bytes, source.digest.hexdigest(), source.num_records, source.num_tokens
             )
-            for path, source in self._sources.items()
-        ]
-        files = [source.records for source in self._sources.values()]
-        index = [{"records": name, "source": asdict(info)} for name, info in zip(files, infos, strict=True)]
+            index.append({"records": source.records, "source": asdict(info)})
         write_whole(self.folder / _PART, json.dumps(index))
-        return infos
+        return list(self._sources.values())
 
 
 def _write_records(spool: BinaryIO, encoded: EncodedBatch) -> None:
@@ -289,15 +276,5 @@ def _join(parts: list[Path], folder: Path, rules: RecordRules, shard_bytes: int,
                 writer.write(record)
     if not writer.shards:
         raise DataError(f"the {len(parts)} tasks yield no record. Loosen the filters, or lower the limits.")
-    sources = (replace(source, name="/".join(source.name.split("/")[depth:])) for _, source in found)
-    manifest = Manifest(
-        samples=writer.num_records,
-        tokens=writer.num_tokens,
-        max_tokens=rules.max_tokens,
-        min_tokens=rules.min_tokens,
-        tokenizer_fingerprint=fingerprint,
-        shards=tuple(writer.shards),
-        sources=tuple(sources),
-        kind=rules.kind,
-    )
-    write_whole(folder / MANIFEST, manifest.to_json())
+    sources = [replace(source, name="/".join(source.name.split("/")[depth:])) for _, source in found]
+    write_manifest(writer, rules, fingerprint, sources)

@@ -50,6 +50,8 @@ class Inputs(NamedTuple):
 def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) -> Inputs:
     """Expand folders to the input files in them and in their subfolders, in sorted order. Links are followed.
 
+    Logs the entries that are passed over.
+
     inputs: files and folders.
     without: a folder to skip if it lies inside an input folder.
 
@@ -80,16 +82,13 @@ def find_inputs(inputs: Sequence[str | Path], *, without: Path | None = None) ->
             raise DataError(
                 f"input {file.path} {again}, so the shards would contain its documents twice. Pass it once."
             )
-    return Inputs(tuple(files), tuple(passed_over))
-
-
-def warn_of_passed_over(paths: Sequence[Path]) -> None:
-    """Log the entries that `find_inputs` passed over."""
-    if paths:
-        names = ", ".join(map(str, paths[:_MAX_NAMED])) + (", …" if len(paths) > _MAX_NAMED else "")
+    if passed_over:
+        names = ", ".join(map(str, passed_over[:_MAX_NAMED])) + (", …" if len(passed_over) > _MAX_NAMED else "")
         logger.warning(
-            "skipped %d files or folders that are not inputs: %s. To use one of them, pass its path.", len(paths), names
+            "skipped %d files or folders that are not inputs: %s. To use one of them, pass its path.",
+            *(len(passed_over), names),
         )
+    return Inputs(tuple(files), tuple(passed_over))
 
 
 def _search(folder: Path, without: Path | None) -> Inputs:

@@ -17,7 +17,7 @@ from arc_ds.shards.building.question_rows import (
     read_question,
 )
 from arc_ds.shards.building.text_cutter import TextCutter
-from arc_ds.shards.format import RecordKind
+from arc_ds.shards.format import RecordKind, SourceInfo
 from arc_ds.shards.records import MAX_RECORD_BYTES, encode_record, fine_tuning_record, text_of, value_of
 from arc_ds.shards.tar_writer import EncodedRecord
 from arc_ds.tokenizers import Tokenizer
@@ -105,6 +105,19 @@ class Counts:
         self.cut += other.cut
         for reason, num_documents in other.skipped.items():
             self.skip(reason, num_documents)
+
+    def source_info(self, name: str, num_bytes: int, sha256: str, num_records: int, num_tokens: int) -> SourceInfo:
+        """The entry in the manifest of an input with these counts."""
+        return SourceInfo(
+            name=name,
+            bytes=num_bytes,
+            sha256=sha256,
+            documents=self.documents,
+            records=num_records,
+            tokens=num_tokens,
+            cut=self.cut,
+            skipped=dict(sorted(self.skipped.items())),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

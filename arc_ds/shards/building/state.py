@@ -79,7 +79,7 @@ class BuildFolder:
         """Save the progress of the build with an atomic write."""
         state = {
             "version": _VERSION,
-            "plan": _plan_as_json(plan),
+            "plan": options_as_json(plan.rules, plan.shard_bytes, plan.tokenizer_fingerprint),
             "inputs": _signatures(plan.files[: progress.file_idx + 1]),
             "checkpoint": asdict(progress),
         }
@@ -112,12 +112,13 @@ class BuildFolder:
         return progress
 
 
-def _plan_as_json(plan: BuildPlan) -> dict[str, Any]:
+def options_as_json(rules: RecordRules, shard_bytes: int, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """Everything that determines the bytes of shards, except the inputs."""
     return {
         "version": __version__,
-        "rules": asdict(plan.rules),
-        "shard_bytes": plan.shard_bytes,
-        "tokenizer_fingerprint": plan.tokenizer_fingerprint,
+        "rules": asdict(rules),
+        "shard_bytes": shard_bytes,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
     }
 
 
@@ -127,7 +128,7 @@ def _signatures(files: Sequence[InputFile]) -> list[list[Any]]:
 
 def _check_same(state: dict[str, Any], plan: BuildPlan) -> None:
     """Raise ValueError if the unfinished build differs from this one, or if an input that it read has changed."""
-    old, new = state["plan"], _plan_as_json(plan)
+    old, new = state["plan"], options_as_json(plan.rules, plan.shard_bytes, plan.tokenizer_fingerprint)
     if plan.rules.on_error == "skip":
         old["rules"]["on_error"] = "skip"  # the old build has met no fault yet, so `skip` would give the same shards
     if old != new:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from arc_ds.errors import DataError
 from arc_ds.shards.building.batches import Batch, Cursor, InputFile
 from arc_ds.shards.building.input_digests import InputDigests
-from arc_ds.shards.building.inputs import find_inputs, read_batches, warn_of_passed_over
+from arc_ds.shards.building.inputs import find_inputs, read_batches
 from arc_ds.shards.building.record_maker import MAX_NAMED, Counts, EncodedBatch, OnError, RecordMaker, RecordRules
 from arc_ds.shards.building.state import BuildFolder, BuildPlan, Progress
 from arc_ds.shards.format import MANIFEST, Manifest, RecordKind, SourceInfo, total_skipped
@@ -117,8 +117,7 @@ def _check_target(out_dir: Path, overwrite: bool) -> None:
 
 def _find_files(inputs: Sequence[str | Path], rules: RecordRules, out_dir: Path) -> tuple[InputFile, ...]:
     """Find the input files. Raises DataError also if the rules need fields that a text file does not have."""
-    files, passed_over = find_inputs(inputs, without=out_dir)
-    warn_of_passed_over(passed_over)
+    files = find_inputs(inputs, without=out_dir).files
     texts = [file.path.name for file in files if file.kind == "text"]
     if texts and rules.kind == "fine_tuning":
         raise DataError(
@@ -153,17 +152,24 @@ def _build_in(
         else:
             folder.remove()
         raise
+    return write_manifest(build.writer, plan.rules, plan.tokenizer_fingerprint, progress.sources)
+
+
+def write_manifest(
+    writer: ShardWriter, rules: RecordRules, tokenizer_fingerprint: str, sources: Sequence[SourceInfo]
+) -> Manifest:
+    """Write the manifest of finished shards next to them, and return it."""
     manifest = Manifest(
-        samples=build.writer.num_records,
-        tokens=build.writer.num_tokens,
-        max_tokens=plan.rules.max_tokens,
-        min_tokens=plan.rules.min_tokens,
-        tokenizer_fingerprint=plan.tokenizer_fingerprint,
-        shards=tuple(build.writer.shards),
-        sources=tuple(progress.sources),
-        kind=plan.rules.kind,
+        samples=writer.num_records,
+        tokens=writer.num_tokens,
+        max_tokens=rules.max_tokens,
+        min_tokens=rules.min_tokens,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        shards=tuple(writer.shards),
+        sources=tuple(sources),
+        kind=rules.kind,
     )
-    write_whole(folder.shards / MANIFEST, manifest.to_json())
+    write_whole(writer.folder / MANIFEST, manifest.to_json())
     return manifest
 
 
@@ -268,16 +274,9 @@ class _Build:
             digest = digests.take(file.path)
             if file.has_changed():
                 raise DataError(f"{file.path} changed while it was read. Build again when it is complete.")
-            source = SourceInfo(
-                name=file.name,
-                bytes=file.num_bytes,
-                sha256=digest,
-                documents=progress.counts.documents,
-                records=progress.file_records,
-                tokens=progress.file_tokens,
-                cut=progress.counts.cut,
-                skipped=dict(sorted(progress.counts.skipped.items())),
+            info = progress.counts.source_info(
+                file.name, file.num_bytes, digest, progress.file_records, progress.file_tokens
             )
-            progress.sources.append(source)
-            self._bytes_done += source.bytes
+            progress.sources.append(info)
+            self._bytes_done += file.num_bytes
             progress.counts, progress.file_records, progress.file_tokens = Counts(), 0, 0

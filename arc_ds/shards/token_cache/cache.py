@@ -239,12 +239,8 @@ def _is_of(encoding: Encoding, text: str) -> bool:
     return False
 
 
-class KnownTexts:
+class KnownTexts(Tokenizer):
     """A tokenizer that looks up the encodings of some texts: the same ids without tokenising again."""
-
-    __slots__ = (
-        "_known", "_tokenizer", "bos_id", "eos_id", "fingerprint", "special_ids", "text_vocab_size", "vocab_size",
-    )  # fmt: skip
 
     def __init__(self, tokenizer: Tokenizer, known: Sequence[KnownText]) -> None:
         self._tokenizer = tokenizer
@@ -259,9 +255,6 @@ class KnownTexts:
     def encode(self, text: str) -> list[int]:
         known = self._find(text)
         return self._tokenizer.encode(text) if known is None else known.ids.tolist()
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def encode_with_ends(self, text: str) -> Encoding:
         return self._find(text) or self._tokenizer.encode_with_ends(text)

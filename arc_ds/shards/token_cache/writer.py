@@ -89,28 +89,21 @@ def build_token_caches(
     """
     shards = ShardSet(path)
     folders = [shards.folder / cache_name(load_tokenizer(tokenizer).fingerprint) for tokenizer in tokenizers]
-    return tuple(
-        _build_cache(shards, Path(tokenizer), folder, workers, engine, progress)
-        for tokenizer, folder in zip(tokenizers, folders, strict=True)
-    )
-
-
-def _build_cache(
-    shards: ShardSet, tokenizer: Path, folder: Path, workers: int, engine: Engine, progress: bool
-) -> CacheSummary:
-    """Lock a cache and fill it. Raises StorageError, with the remedy, if it cannot be written."""
     cure = (
         "A token cache is stored next to the manifest. If that folder is not writable, make another manifest for the "
         "same tars (arc-ds shards index FOLDER --out OTHER), tokenize OTHER and use it as the source of a new run."
     )
-    with output(folder, cure, lambda: "Finished shards are kept."), writing(folder, "tokenize"):
-        return _fill_cache(shards, tokenizer, folder, workers, engine, progress)
+    summaries = []
+    for tokenizer, folder in zip(tokenizers, folders, strict=True):
+        with output(folder, cure, lambda: "Finished shards are kept."), writing(folder, "tokenize"):
+            summaries.append(_fill_cache(shards, Path(tokenizer), folder, workers, engine, progress))
+    return tuple(summaries)
 
 
 def _fill_cache(
     shards: ShardSet, tokenizer: Path, folder: Path, workers: int, engine: Engine, progress: bool
 ) -> CacheSummary:
-    """Tokenise the shards that a cache lacks. Rewrites the index of the cache after each shard."""
+    """Tokenise the shards that a locked cache lacks. Rewrites the index of the cache after each shard."""
     fingerprint, infos = load_tokenizer(tokenizer).fingerprint, shards.manifest.shards
     done = _finished(shards.manifest, folder, fingerprint)
     for stray in stray_files(folder, done):

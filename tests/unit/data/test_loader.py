@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from arc_ds.batch.packing import PackedBatch, PoolingSpec
-from arc_ds.data.loading.loader import StepData
+from arc_ds.batch.packing import PackedBatch
 from arc_ds.data.loading.micro_batches import MicroBatchLimits, pack_again
 from arc_ds.data.loading.workers import BatchLoader
 from arc_ds.errors import ConfigError, DataError
@@ -171,12 +170,6 @@ def test_decoder_of_the_step_gives_its_tokens(mixture: TinyMixture) -> None:
 def test_batch_that_ranks_do_not_divide_is_refused(mixture: TinyMixture) -> None:
     with pytest.raises(ConfigError, match="multiple"):
         mixture.data(0, 5)
-
-
-def test_order_of_other_shards_is_refused(mixture: TinyMixture) -> None:
-    data = mixture.data()
-    with pytest.raises(DataError, match="other shards"):
-        StepData(order=data.order, sources=data.sources[::-1], encoder_tokenizer="", readers=(), pooling=PoolingSpec())
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from arc_ds.batch.packing import PoolingSpec, pack
 from arc_ds.data.loading.estimates import Estimator
 from arc_ds.data.tasks import TaskCounts, TaskLimits, mismatched
 from arc_ds.data.tasks.registry import all_tasks, find_task
-from arc_ds.errors import ConfigError
+from arc_ds.errors import ConfigError, DataError
 from tests.helpers.written import written
 from tests.unit.data.examples import Pair, check_targets, example_of, text_of
 
@@ -51,6 +51,11 @@ def test_what_a_limit_cuts_is_counted(pair: Pair) -> None:
     counts = make(pair, long_answer, max_context=4, max_answer=2).counts
     assert counts == TaskCounts(cut_contexts=1, cut_answers=1)
     assert not make(pair, TOWER).counts
+
+
+def test_a_limit_below_one_character_is_named(pair: Pair) -> None:
+    with pytest.raises(DataError, match=r"fits 1 tokens\. Raise data\.max_context_tokens\."):
+        make(pair, {"passage": "🙂", "answer": "a"}, max_context=1)
 
 
 def test_the_estimate_is_near_the_sample_and_within_the_largest(pair: Pair) -> None:

@@ -11,7 +11,8 @@ from arc_ds.config.load import load_config
 from arc_ds.config.schema import RunConfig
 from arc_ds.data.loading.micro_batches import sample_sizes
 from arc_ds.data.tasks import make_example
-from arc_ds.data.tasks.chat import LayoutName, count_template, read_layout
+from arc_ds.data.tasks.chat import Fixed, LayoutName, read_layout
+from arc_ds.data.tasks.script import Special
 from arc_ds.data.tasks.task import NO_CHAT, ChatRows
 from arc_ds.planning.sizes import TEXT_WORDS, largest_sample, longest_context, longest_sequence, task_limits
 from arc_ds.tokenizers import load_tokenizer
@@ -111,6 +112,11 @@ def test_no_sample_has_more_rows_than_its_lengths_allow(
     )
     assert not example.counts
     (size,) = sample_sizes([example.sample], PoolingSpec())
-    chat = ChatRows(*count_template(layout, tokenizer), TEXT_WORDS) if layout.is_chat else NO_CHAT
+
+    def rows(parts: Fixed) -> int:
+        return sum(len(part.ids if isinstance(part, Special) else tokenizer.encode(part.text)) for part in parts)
+
+    first, further = rows(layout.head + layout.last_middle + layout.end), rows(layout.middle + layout.between)
+    chat = ChatRows(first, further, TEXT_WORDS) if layout.is_chat else NO_CHAT
     bound = longest_sequence(config, chat)
     assert size.decoder_rows <= bound <= largest_sample(config, config.data.sources[0])[1]

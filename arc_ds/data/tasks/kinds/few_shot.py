@@ -31,7 +31,7 @@ def few_shot_example(records: Sequence[dict[str, Any]], spec: ExampleSpec) -> Ex
     fields = [fine_tuning_record(record) for record in records]
     own, *others = (draw_question(record, draw, spec) for record, draw in zip(fields, draws, strict=True))
     encoded = read_passages(own.passages, spec)
-    document = cut_document(encoded, limits.max_documents)
+    document = cut_document(encoded, limits.max_documents, "data.max_documents_tokens")
     blocks = [*_fitting(others, limits.max_documents - len(document.ids), spec), QuestionBlock((document,), own)]
     is_cut, num_left_out = int(len(document.ids) < len(encoded)), len(records) - len(blocks)
     return question_example(blocks, fields[0].passages, spec, cut_contexts=is_cut, cut_examples=num_left_out)

@@ -33,7 +33,7 @@ def question_answering_example(records: Sequence[dict[str, Any]], spec: ExampleS
     passage = record.passages[passage_draw % len(record.passages)]
     question = draw_question(replace(record, passages=(passage,)), draws, spec)
     encoded = read_passages(question.passages, spec)
-    document = cut_document(encoded, spec.limits.max_context)
+    document = cut_document(encoded, spec.limits.max_context, "data.max_context_tokens")
     is_cut = len(document.ids) < len(encoded)
     return question_example([QuestionBlock((document,), question)], record.passages, spec, cut_contexts=int(is_cut))
 

@@ -4,6 +4,7 @@ wall-clock time, the golden files."""
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import settings
 # Ranks of the distributed tests share the cores with the test process: one thread each is the fastest there. Programs
 # that tests start read the variable. This process has imported torch, which reads it only then.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+# A background job of a script ignores SIGINT, and its children would too. Tests press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Programs that tests start import this checkout, whatever is installed.
 ROOT = Path(__file__).parents[1]

@@ -86,6 +86,7 @@ def make_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., _Run]]:
         run.heart.close()
         assert run.heart._thread is not None
         run.heart._thread.join(LIMIT_S)
+        run.heart._forget()  # a process has one heartbeat, which stays until it ends
 
 
 def test_a_dead_host_is_named_to_every_other_rank(make_run: Callable[..., _Run]) -> None:

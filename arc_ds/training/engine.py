@@ -179,15 +179,13 @@ def _hpz_groups(ds_config: Mapping[str, Any]) -> Iterator[None]:
     """
     from deepspeed.utils import groups
 
-    before = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
-    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    num_ranks = ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
     try:
-        num_ranks = ds_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
         if num_ranks > 1:
             groups._create_zero_param_parallel_group(num_ranks)
         yield
     finally:
-        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = before
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def _open_first_trained_layer(encoder: Encoder) -> None:

@@ -31,6 +31,12 @@ settings.register_profile("arc", deadline=None)  # a shared machine stalls now a
 settings.load_profile("arc")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random numbers of a test do not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of golden files: $ARC_GOLDEN, or `shared/golden` next to the repository; skips if it is absent."""

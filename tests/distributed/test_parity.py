@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from arc_ds.batch.packing import PackedBatch
 from arc_ds.model import backbone
@@ -200,8 +199,8 @@ def _without_idle_ports(compressor: Compressor, batch: PackedBatch, decoder_idx:
     return compressor.ports[decoder_idx](compressor.encoder(batch), batch)
 
 
-def _detached(layer: Callable[..., Any], x_TD: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(layer, x_TD.detach().requires_grad_(), *args, **kwargs)
+def _detached(layer: torch.nn.Module, stream: backbone.Stream, *args: Any, **kwargs: Any) -> backbone.Stream:
+    return backbone.run_layer(layer, backbone.Stream(stream.total_TD.detach().requires_grad_()), *args, **kwargs)
 
 
 def _without_norms(block: backbone.Block, norm: Any, x_TD: Tensor) -> Recomputed:
@@ -212,7 +211,7 @@ def _without_norms(block: backbone.Block, norm: Any, x_TD: Tensor) -> Recomputed
 _MISTAKES: dict[str, tuple[str, Any]] = {
     "ports at rest are updated": ("arc_ds.training.optim.PortAdamW.prepare", _prepare_all_groups),
     "ports at rest are not in the graph": ("arc_ds.model.compressor.Compressor.forward", _without_idle_ports),
-    "the input of recomputed layers gets no gradient": ("arc_ds.model.encoder.checkpoint", _detached),
+    "the input of recomputed layers gets no gradient": ("arc_ds.model.encoder.run_layer", _detached),
     "the norms of recomputed rows get no gradient": ("arc_ds.model.backbone.Block._recomputed", _without_norms),
 }
 

@@ -82,7 +82,7 @@ def test_parameters_are_released_after_each_step_and_memory_is_flat(recompute: R
     encoder, (other, decoder) = tiny_compressor(), tiny_decoders()
     modules = {"encoder": encoder, "decoder 0": other, "decoder 1": decoder}
     persistent = {name: parameter_bytes(module, at_most=PERSISTENT) for name, module in modules.items()}
-    for found in run_on_ranks(_train, NUM_STEPS, recompute, timeout_s=600):
+    for found in run_on_ranks(_train, NUM_STEPS, recompute):
         # By step 6 all groups have been trained and all engines used. After their release, a decoder gathers its
         # persistent parameters again in its next pass.
         for memory in found[6:]:

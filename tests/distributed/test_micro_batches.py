@@ -85,7 +85,7 @@ def _run(
     config: Path, folder: Path, *overrides: str, plan_is_low: bool = False, max_rows: int | None = None
 ) -> list[Outcome]:
     overrides = (f"run_dir={folder}", *SMALL, *overrides)
-    return run_on_ranks(_train, str(config), overrides, plan_is_low, max_rows, timeout_s=240.0)
+    return run_on_ranks(_train, str(config), overrides, plan_is_low, max_rows)
 
 
 LIMITS = (f"data.max_encoder_tokens={MAX_TOKENS}", f"data.max_decoder_rows={MAX_ROWS}")

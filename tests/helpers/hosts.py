@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from arc_ds.system.processes import die_with_parent
+from tests.helpers.waiting import LIMIT_S
 
 INTERFACE = "eth0"
-# Only a guard against hangs.
-LIMIT_S = 240.0
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PID_NAMESPACE = 0x20000000
 _PORT = "port{}"

@@ -130,7 +130,7 @@ def start_training(
 def train(config: Path, overrides: Sequence[str] = (), *, num_ranks: int = 1) -> tuple[int, str]:
     """Run `arc-ds train CONFIG ...` to its end and return exit code and console output."""
     process = start_training(config, overrides, num_ranks=num_ranks)
-    console, _ = process.communicate(timeout=2 * LIMIT_S)
+    console, _ = process.communicate(timeout=LIMIT_S)
     return process.returncode, console
 
 

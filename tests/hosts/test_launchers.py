@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from arc_ds.launch.exit_codes import EXIT_OK, EXIT_PREEMPTED, EXIT_USER_ERROR
-from tests.helpers.hosts import INTERFACE, LIMIT_S, Host, wait_until
+from tests.helpers.hosts import INTERFACE, Host, wait_until
 from tests.helpers.sshd import is_sshd
 from tests.helpers.tiny_run import PLAIN, ROOT, last_logged_step, last_saved_step, losses, train
+from tests.helpers.waiting import LIMIT_S
 from tests.hosts.ranks import has_stop_signal, ranks, stop_between_steps
 
 pytestmark = [

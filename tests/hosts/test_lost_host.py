@@ -21,6 +21,7 @@ from tests.helpers.tiny_run import (
     losses,
     read_json,
 )
+from tests.helpers.waiting import LIMIT_S
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -50,7 +51,7 @@ def test_both_sides_of_a_cut_link_end_with_the_name_of_the_other(
     hosts[1].cut()
     cut_at = time.monotonic()
     for rank, process in enumerate(processes):
-        console, _ = process.communicate(timeout=240)
+        console, _ = process.communicate(timeout=LIMIT_S)
         other = 1 - rank
         assert process.returncode == EXIT_LOST_RANK, console
         (message,) = [line for line in console.splitlines() if "lost rank" in line]
@@ -73,7 +74,7 @@ def test_a_run_loses_a_host_and_goes_on_with_the_other(
     process = here.start(command, cwd=ROOT, env=env)
     wait_until(lambda: last_logged_step(run) > EVERY, "the first step after a checkpoint", process)
     there.cut()
-    console, _ = process.communicate(timeout=400)
+    console, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == EXIT_OK, console
     assert f"lost rank 1 on {there.name} at step " in console, console
     assert "ended with code 4 (a rank or host was lost); restart 1 of 2" in console, console

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from arc_ds.launch.exit_codes import EXIT_LOST_RANK, EXIT_NON_FINITE, EXIT_PREEMPTED, EXIT_USER_ERROR
-from tests.helpers.hosts import LIMIT_S, Host, wait_until
+from tests.helpers.hosts import Host, wait_until
 from tests.helpers.sshd import is_sshd
+from tests.helpers.waiting import LIMIT_S
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

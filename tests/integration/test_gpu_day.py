@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny_run import ROOT
+from tests.helpers.waiting import LIMIT_S
 
 pytest.importorskip("triton")
 
@@ -40,7 +41,7 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
-        timeout=600,
+        timeout=LIMIT_S,
         check=False,
     )
 

@@ -128,7 +128,7 @@ def _whole_and_killed(config: Path, *, num_ranks: int) -> tuple[Path, Path]:
         _train_and_kill(config, killed)
     else:
         _lose_a_rank_and_stop(config, killed)
-    console, _ = process.communicate(timeout=2 * LIMIT_S)
+    console, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == EXIT_OK, console
     assert "warning" not in console.lower(), console
     return whole, killed

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from arc_ds.launch.exit_codes import EXIT_OUT_OF_MEMORY
+from tests.helpers.waiting import LIMIT_S
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -46,7 +47,7 @@ def test_a_rank_out_of_memory_ends_all_with_what_takes_it_and_what_to_change(con
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=LIMIT_S,
     )
     assert ended.returncode == EXIT_OUT_OF_MEMORY, ended.stdout
     (message,) = [line for line in ended.stdout.splitlines() if "ran out of memory" in line]

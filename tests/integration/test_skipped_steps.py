@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ SMALL = (
     "data.num_workers=0",
     "tracking.mlflow=false",
 )
-on_ranks = partial(run_on_ranks, timeout_s=300.0)
 
 
 class _Changed:
@@ -85,7 +83,7 @@ def _train_with_infinities(config: str, overrides: tuple[str, ...], spoilt_steps
 
 def _run_with_infinities(config: Path, run: Path, spoilt_steps: tuple[int, ...]) -> list[_Outcome]:
     overrides = (f"run_dir={run}", f"steps={NUM_STEPS}", f"optimizer.max_skipped_steps={LIMIT}")
-    return on_ranks(_train_with_infinities, str(config), overrides, spoilt_steps)
+    return run_on_ranks(_train_with_infinities, str(config), overrides, spoilt_steps)
 
 
 def test_steps_with_an_infinite_loss_are_left_out_and_counted(config: Path, tmp_path: Path) -> None:
@@ -145,7 +143,7 @@ def test_a_spike_is_skipped_and_counted_also_after_a_resume(config: Path, tmp_pa
 
     def run(name: str, *overrides: str) -> list[tuple[list[str], int]]:
         words = (f"run_dir={tmp_path / name}", f"steps={num_steps}", *overrides)
-        return on_ranks(_train_with_a_spike, str(config), words)
+        return run_on_ranks(_train_with_a_spike, str(config), words)
 
     for (bare, num_bare), (guarded, num_guarded) in zip(run("bare"), run("guarded", *GUARDED), strict=True):
         assert guarded[:SPIKE] == bare[:SPIKE], "the guard must not change other steps"

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.helpers.waiting import LIMIT_S
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
 
@@ -34,5 +36,5 @@ def run_python(*arguments: str, interpret: bool = False) -> subprocess.Completed
     environment |= {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=600, check=False
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=LIMIT_S, check=False
     )

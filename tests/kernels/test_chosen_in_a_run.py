@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.tiny_run import ROOT, losses, write_inputs
+from tests.helpers.waiting import LIMIT_S
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -50,7 +51,7 @@ def test_a_run_attends_by_the_backend_of_its_config(tmp_path: Path) -> None:
     config = write_inputs(tmp_path)
     names, found = {}, {}
     for backend, (process, run) in {name: _start(config, name) for name in ("triton", "reference")}.items():
-        _, words = process.communicate(timeout=400)
+        _, words = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 0, words.decode()
         names[backend] = set(json.loads(run.with_name(run.name + ".json").read_text()))
         found[backend] = losses(run)

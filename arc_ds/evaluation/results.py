@@ -1,8 +1,9 @@
 """Result files of an evaluation.
 
-A folder holds `predictions.jsonl`, one `Prediction` a line, sorted by task and index, and `run.json`, a JSON object with
-the config, the protocol's fields, digests, versions, dtype, device and metric signatures. Times stand in `times.json`,
-since they are not reproducible. Scores are computed from `predictions.jsonl` alone, at any time, by any process.
+A folder holds `predictions.jsonl`, one `Prediction` a line, sorted by task and index, and `run.json`, a JSON object
+with the config, the protocol's fields, digests, versions, dtype, device and metric signatures. Times stand in
+`times.json`, since they are not reproducible. Scores are computed from `predictions.jsonl` alone, at any time, by any
+process.
 """
 
 from __future__ import annotations

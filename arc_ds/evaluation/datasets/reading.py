@@ -52,7 +52,7 @@ _TEXTS = ("text", "sentences", "passage_text", "paragraph_text", "passage", "con
 class Entry:
     """A question as its file states it.
 
-    passages: see `EvalSample`; empty if the file has none. Blank ones are ignored.
+    passages: see `EvalSample`; empty if the file has none. They are stripped, and blank ones ignored.
     answers: accepted answers, the main one first. An entry without any is left out and counted.
     question: see `EvalSample`.
     id: the data set's own id; empty if it has none.
@@ -136,7 +136,7 @@ def make_samples(task: str, entries: Iterable[tuple[str, Entry]], *, merge: bool
     texts: dict[str, str] = {}  # long documents with many questions are held once
     num_empty = num_repeated = num_entries = 0
     place = ""
-    for place, entry in tqdm(entries, desc=f"read {task}", unit=" questions", delay=2, leave=False):
+    for place, entry in tqdm(entries, desc=f"read {task}", unit=" questions", delay=2, mininterval=1, leave=False):
         num_entries += 1
         answers = distinct(map(without_mark, entry.answers))
         if not answers:
@@ -296,15 +296,15 @@ def find_files(path: Path) -> list[Path]:
     splits = {match[1] for name in found for part in name.relative_to(path).parts if (match := _SPLIT.match(part))}
     if len(splits) > 1:
         raise DataError(
-            f"{path} holds several splits: {', '.join(sorted(splits))}. Pass the file or folder of one, or a pattern "
-            f"such as {path}/{min(splits)}*."
+            f"{path} holds several splits: {', '.join(sorted(splits))}. Pass one: a file such as {found[0]}, a "
+            f"folder that holds it alone, or a pattern such as {found[0].parent / f'{min(splits)}*'}."
         )
     return found
 
 
 def _sample(task: str, place: str, entry: Entry, texts: dict[str, str]) -> EvalSample:
     """The sample of an entry. Raises DataError if a text cannot be encoded."""
-    passages = tuple(texts.setdefault(text, text) for text in entry.passages if text.strip())
+    passages = tuple(texts.setdefault(text, text.strip()) for text in entry.passages if text.strip())
     question = None if entry.question is None else without_mark(entry.question).strip()
     for text in (*passages, question or "", *entry.answers):
         check_encodable(text, f"{place}: a text")

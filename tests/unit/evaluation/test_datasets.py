@@ -87,7 +87,7 @@ def test_compressed_lines_arrow_folders_and_patterns_are_read(tmp_path: Path) ->
     assert len(expected) == 3 and contents(read("qa", arrow)) == expected
     assert contents(read("qa", arrow.parent)) == expected and contents(read("qa", lines.parent)) == expected
     assert contents(read("qa", tmp_path / "data" / "validation-*.parquet")) == expected[:2]
-    with pytest.raises(DataError, match=r"several splits: train, validation.*a pattern such as .*/train\*"):
+    with pytest.raises(DataError, match=r"several splits: train, validation.*a pattern such as .*/data/train\*"):
         read("qa", tmp_path / "data")
 
 

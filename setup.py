@@ -46,11 +46,14 @@ EXTRAS = {
     "inference": ["arc-ds[backbones]"],
     "dev": [
         "hypothesis>=6.100",
+        "llmlingua>=0.2.2",
         "mypy>=1.13",
         "openai>=1.50",
         "pytest>=8.2",
         "pytest-xdist>=3.6",
         "ruff>=0.8",
+        "scipy>=1.11",
+        "statsmodels>=0.14",
         "transformers>=5.0",
     ],
     # Shards behind s3://, gs://, abfs://, hf:// and sftp://, one package each. http(s) and `pipe:` need none of them.
@@ -65,8 +68,9 @@ EXTRAS = {
     "datatrove": ["datatrove>=0.4"],
     # Decoders of families that our own transformer does not compute (`decoders[].implementation`).
     "transformers": ["transformers>=5.0"],
-    # Both need no more than the core so far; the names are fixed.
-    "eval": [],
+    # `arc-ds eval`.
+    "eval": ["bm25s>=0.2", "pyarrow>=16.0", "rouge-score>=0.1.2", "sacrebleu>=2.4"],
+    # Needs no more than the core so far; the name is fixed.
     "store": [],
 }
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "import": Command("arc_ds.commands.import_", "turn a released ARC-Encoder into a checkpoint that ARC-DS reads"),
     "compress": Command("arc_ds.commands.compress", "compress texts into vectors"),
     "generate": Command("arc_ds.commands.generate", "let a decoder continue prompts with compressed contexts"),
+    "eval": Command("arc_ds.commands.eval", "evaluate systems on datasets, score, compare and report"),
     "serve": Command("arc_ds.commands.serve", "serve OpenAI's API; documents are read in compressed form"),
     "doctor": Command("arc_ds.commands.doctor", "check this machine and say how to fix what is missing"),
     "demo": Command("arc_ds.commands.demo", "build shards, train, resume, export and use a small ARC-Encoder"),

@@ -20,6 +20,7 @@ LAYERS = (
     ("batch", "tokenizers", "config"),
     ("shards", "data", "model"),
     ("launch", "checkpoints", "tracking", "inference", "planning"),
+    ("evaluation",),
     ("training", "export", "demo", "serving"),
     ("commands",),
     ("cli", "train", "arc_ds"),

@@ -1,0 +1,1 @@
+"""The systems that answer prompts. `system.py` has their interface."""

@@ -54,7 +54,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def _client(run: Path) -> Any:
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=f"sqlite:///{run}/mlflow.db")
+    return MlflowClient(tracking_uri=f"sqlite:///{run.parent}/mlflow.db")
 
 
 def test_a_registered_model_compresses_in_a_fresh_process(
@@ -105,15 +105,16 @@ def test_what_mlflow_refuses_is_one_error_and_the_export_stays(
 
 
 def test_a_moved_run_has_its_database_with_it(run: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for name in ("mlflow.db", "tracking_state.json"):
-        (moved / name).write_bytes((run / name).read_bytes())
-    state = json.loads((moved / "tracking_state.json").read_text())
+    moved = tmp_path / "runs" / "moved"
+    moved.mkdir(parents=True)
+    state = json.loads((run / "tracking_state.json").read_text())
     state["uri"] = f"sqlite:///{tmp_path}/gone/mlflow.db"
     (moved / "tracking_state.json").write_text(json.dumps(state))
-    assert find_mlflow_run(moved, None)[0] == f"sqlite:///{moved}/mlflow.db"
-    (moved / "mlflow.db").unlink()
+    for place in (moved.parent, moved):  # with all runs of its folder, and with a database of its own
+        (place / "mlflow.db").write_bytes((run.parent / "mlflow.db").read_bytes())
+        assert find_mlflow_run(moved, None)[0] == f"sqlite:///{place}/mlflow.db"
+    for place in (moved.parent, moved):
+        (place / "mlflow.db").unlink()
     with pytest.raises(ConfigError, match=r"gone/mlflow.db, the MLflow database of the run in .* does not exist"):
         find_mlflow_run(moved, None)
     state |= {"uri": "http://host:1", "run_id": None}

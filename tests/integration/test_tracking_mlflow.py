@@ -1,7 +1,8 @@
-"""The tracker with the real MLflow: sqlite in the run's folder, kill -9 and resume, and an unreachable server."""
+"""The tracker with the real MLflow: one sqlite for all runs of a folder, kill -9 and resume, an unreachable server."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -72,17 +73,21 @@ def _client(folder: Path) -> Any:
 
 def test_facts_and_metrics_arrive_and_a_changed_parameter_becomes_a_tag(tmp_path: Path) -> None:
     params = {f"key.{number}": number for number in range(150)} | {"long": "x" * 7000}
-    first = _start(tmp_path, params)
+    first = _start(tmp_path / "run", params)
     first.log(1, {"train/loss": 2.5, "lr/encoder": 1e-5})
     first.log(2, {"train/loss": float("nan")})
     assert first.close("KILLED", timeout_s=LIMIT_S)
-    second = _start(tmp_path, {**params, "key.0": "changed"}, resumed_step=2)
+    second = _start(tmp_path / "run", {**params, "key.0": "changed"}, resumed_step=2)
     assert second.close("FINISHED", timeout_s=LIMIT_S)
     assert second.run_id == first.run_id is not None
     run = _client(tmp_path).get_run(first.run_id)
     assert len(run.data.params) == 151 and len(run.data.params["long"]) == 6000
+    assert run.data.params["long"].endswith("x... [7000 characters, whole in long_parameters.json]")
+    (whole,) = tmp_path.glob("mlartifacts/*/artifacts/long_parameters.json")
+    assert json.loads(whole.read_text()) == {"long": "x" * 7000} and "changed.long" not in run.data.tags
+    assert run.data.tags["arc_ds.run_dir"] == str(tmp_path / "run") and run.data.tags["arc_ds.stage"] == "pretraining"
     assert run.data.params["key.0"] == "0" and run.data.tags["changed.key.0"] == "changed"
-    assert (run.info.status, run.info.run_name) == ("FINISHED", tmp_path.name)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "run")
     assert run.inputs.dataset_inputs[0].dataset.name == "shards"
     history = _client(tmp_path).get_metric_history(first.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2] and history[0].value == 2.5
@@ -92,14 +97,14 @@ def test_facts_and_metrics_arrive_and_a_changed_parameter_becomes_a_tag(tmp_path
 
 def test_kill_9_and_resume_leave_one_run_with_one_point_a_step(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", LOGS_UNTIL_KILLED, str(tmp_path)]
+    command = [sys.executable, "-c", LOGS_UNTIL_KILLED, str(tmp_path / "run")]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         step, run_id = process.stdout.readline().split()
         time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
     resumed = int(step) - 20
-    tracker = _start(tmp_path, {"seed": 0}, resumed_step=resumed)
+    tracker = _start(tmp_path / "run", {"seed": 0}, resumed_step=resumed)
     last = int(step) + 100
     for again in range(resumed + 1, last + 1):
         tracker.log(again, {"loss": 1.0 / again})
@@ -124,8 +129,8 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
             uri, facts = f"sqlite:///{tmp_path}/mlflow.db", RunFacts(params={})
             MlflowServer(uri, TrackingConfig(), facts, tmp_path)
     assert not (tmp_path / "mlflow.db").exists()
-    (tmp_path / ".mlflow.db-left-by-a-kill").mkdir()
-    tracker = _start(tmp_path, {"seed": 0})
+    (tmp_path / ".mlflow.db-new" / "left-by-a-kill").mkdir(parents=True)
+    tracker = _start(tmp_path / "run", {"seed": 0})
     tracker.log(1, {"loss": 1.0})
     assert tracker.close(timeout_s=LIMIT_S)
     assert [point.step for point in _client(tmp_path).get_metric_history(tracker.run_id, "loss")] == [1]
@@ -134,14 +139,14 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
 
 def test_a_server_that_is_not_there_does_not_hold_the_run(tmp_path: Path) -> None:
     """Port 9 (discard) refuses connections. `tests/unit/tracking` has a server that hangs."""
-    tracker = _start(tmp_path, {"seed": 0}, uri="http://127.0.0.1:9")
+    tracker = _start(tmp_path / "run", {"seed": 0}, uri="http://127.0.0.1:9")
     for step in range(1, 101):
         tracker.log(step, {"loss": 1.0})
     tracker.await_first_answer(LIMIT_S)
     assert not tracker.close(timeout_s=0.2)
     assert tracker.run_id is None and tracker._sender is not None
     tracker._sender.join(LIMIT_S)  # it would warn in the next test
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 100
 
 
 def _log(tracker: Tracker, first: int, last: int) -> None:
@@ -160,7 +165,7 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize("removed", ["run", "database"])
 @pytest.mark.parametrize("when", ["between two starts", "while the run works", "after its last metric"])
 def test_a_run_that_the_server_lost_is_replaced_with_all_its_metrics(tmp_path: Path, removed: str, when: str) -> None:
-    tracker = _start(tmp_path, {"seed": 0})
+    tracker = _start(tmp_path / "run", {"seed": 0})
     _log(tracker, 1, 40)
     assert tracker.flush(LIMIT_S)
     former = tracker.run_id
@@ -171,7 +176,7 @@ def test_a_run_that_the_server_lost_is_replaced_with_all_its_metrics(tmp_path: P
     else:
         (tmp_path / "mlflow.db").unlink()
     if when == "between two starts":
-        tracker = _start(tmp_path, {"seed": 0}, resumed_step=40)
+        tracker = _start(tmp_path / "run", {"seed": 0}, resumed_step=40)
     last = 40 if when == "after its last metric" else 60
     _log(tracker, 41, last)
     assert tracker.close(timeout_s=LIMIT_S) and tracker.run_id != former
@@ -182,14 +187,14 @@ def test_a_run_that_the_server_lost_is_replaced_with_all_its_metrics(tmp_path: P
 
 
 def test_a_database_that_was_restored_gets_the_points_that_it_lacks(tmp_path: Path) -> None:
-    tracker = _start(tmp_path, {"seed": 0})
+    tracker = _start(tmp_path / "run", {"seed": 0})
     _log(tracker, 1, 40)
     assert tracker.flush(LIMIT_S)
     shutil.copy(tmp_path / "mlflow.db", tmp_path / "backup")
     _log(tracker, 41, 60)
     assert tracker.close("KILLED", timeout_s=LIMIT_S)
     os.replace(tmp_path / "backup", tmp_path / "mlflow.db")
-    again = _start(tmp_path, {"seed": 0}, resumed_step=60)
+    again = _start(tmp_path / "run", {"seed": 0}, resumed_step=60)
     _log(again, 61, 80)
     assert again.close(timeout_s=LIMIT_S) and again.run_id == tracker.run_id
     assert _steps(tmp_path, again.run_id) == _steps(tmp_path, again.run_id, "rate") == list(range(1, 81))
@@ -203,7 +208,7 @@ def test_what_mlflow_refuses_keeps_nothing_else_back(tmp_path: Path, caplog: pyt
         tags={"a tag!": "refused", "host": "here"},
         datasets={"/data/shards": "d" * 40},
     )
-    tracker = start_tracker(tmp_path, TrackingConfig(experiment='it\'s a `test` "%"'), facts, resumed_step=0)
+    tracker = start_tracker(tmp_path / "run", TrackingConfig(experiment='it\'s a `test` "%"'), facts, resumed_step=0)
     for step in range(1, 101):
         tracker.log(step, {"loss": 1.0, "AP@50(x)": 1.0, "n" * 300: 1.0})
     assert tracker.close(timeout_s=LIMIT_S)
@@ -220,13 +225,13 @@ def test_a_folder_that_mlflow_refuses_is_reported_whole_before_the_first_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
-    tracker = _start(tmp_path, {"seed": 0}, uri=str(tmp_path / "ml?runs"))
+    tracker = _start(tmp_path / "run", {"seed": 0}, uri=str(tmp_path / "ml?runs"))
     (warning,) = _warnings(caplog)
     assert "opt out of this exception.). tracking.uri is a folder; set it to a database, for example" in warning
     _log(tracker, 1, 5)
     assert not tracker.close(timeout_s=LIMIT_S) and len(_warnings(caplog)) == 1
     uri = re.findall(r"sqlite:\S+mlflow\.db", warning)[-1]
-    again = _start(tmp_path, {"seed": 0}, resumed_step=5, uri=uri)
+    again = _start(tmp_path / "run", {"seed": 0}, resumed_step=5, uri=uri)
     assert again.close(timeout_s=LIMIT_S) and (tmp_path / "ml?runs" / "mlflow.db").is_file()
     (tmp_path / "mlflow.db").symlink_to(tmp_path / "ml?runs" / "mlflow.db")
     assert _steps(tmp_path, again.run_id) == [1, 2, 3, 4, 5]
@@ -239,10 +244,11 @@ def test_a_folder_that_mlflow_refuses_is_reported_whole_before_the_first_step(
 def test_a_folder_with_characters_that_urls_quote_holds_all_of_its_run(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "runs" / name
     for resumed in (0, 5):
-        tracker = _start(folder, {"seed": 0}, resumed_step=resumed)
+        tracker = _start(folder / "run", {"seed": 0}, resumed_step=resumed)
         _log(tracker, resumed + 1, resumed + 5)
         assert tracker.close(timeout_s=LIMIT_S)
-    assert list((tmp_path / "runs").iterdir()) == [folder]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {name}
+    assert {path.name for path in folder.iterdir()} == {"mlartifacts", "mlflow.db", "run"}
     assert list(folder.glob(f"mlartifacts/{tracker.run_id}/artifacts/config.yaml"))
     (tmp_path / "mlflow.db").symlink_to(folder / "mlflow.db")
     assert _steps(tmp_path, tracker.run_id) == list(range(1, 11))
@@ -257,16 +263,16 @@ def test_runs_on_one_store_keep_their_artifacts_beside_it(tmp_path: Path) -> Non
 
 
 def test_a_deleted_experiment_is_named_with_its_cure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = _start(tmp_path, {"seed": 0})
+    tracker = _start(tmp_path / "run", {"seed": 0})
     _log(tracker, 1, 5)
     assert tracker.close("KILLED", timeout_s=LIMIT_S)
     experiment_id = _client(tmp_path).get_experiment_by_name("tests").experiment_id
     _client(tmp_path).delete_experiment(experiment_id)
-    assert not _start(tmp_path, {"seed": 0}, resumed_step=5).close(timeout_s=LIMIT_S)
+    assert not _start(tmp_path / "run", {"seed": 0}, resumed_step=5).close(timeout_s=LIMIT_S)
     (warning,) = _warnings(caplog)
     assert f"mlflow experiments restore --experiment-id {experiment_id}" in warning
     _client(tmp_path).restore_experiment(experiment_id)
-    again = _start(tmp_path, {"seed": 0}, resumed_step=5)
+    again = _start(tmp_path / "run", {"seed": 0}, resumed_step=5)
     assert again.close(timeout_s=LIMIT_S) and _steps(tmp_path, again.run_id) == [1, 2, 3, 4, 5]
 
 
@@ -305,7 +311,7 @@ def test_answers_that_time_cannot_mend_are_told_from_a_server_that_is_down(
     kind = type("_OneAnswer", (_Answer,), {"answer": answer})
     with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        tracker = _start(tmp_path, {"seed": 0}, uri=f"http://me:secret@127.0.0.1:{server.server_port}")
+        tracker = _start(tmp_path / "run", {"seed": 0}, uri=f"http://me:secret@127.0.0.1:{server.server_port}")
         _log(tracker, 1, 5)
         tracker.await_first_answer(LIMIT_S)
         assert not tracker.close(timeout_s=0.1)
@@ -330,7 +336,7 @@ def test_an_address_that_can_never_work_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, uri: str, cure: str
 ) -> None:
     (tmp_path / "no_database").write_text("text " * 1000)
-    tracker = _start(tmp_path, {"seed": 0}, uri=uri.format(tmp_path))
+    tracker = _start(tmp_path / "run", {"seed": 0}, uri=uri.format(tmp_path))
     _log(tracker, 1, 5)
     assert not tracker.close(timeout_s=LIMIT_S)
     (warning,) = _warnings(caplog)
@@ -342,7 +348,7 @@ def test_a_user_without_home_and_passwd_entry_gets_metrics(tmp_path: Path) -> No
     code = LOGS_UNTIL_KILLED.replace("10_000", "51").replace("import sys, time", NO_USER)
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "USER", "LOGNAME")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
     printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert printed.split()[0] == "50"
     assert _steps(tmp_path, printed.split()[1]) == list(range(1, 51))

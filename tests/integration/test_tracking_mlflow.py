@@ -103,6 +103,7 @@ def test_kill_9_and_resume_leave_one_run_with_one_point_a_step(tmp_path: Path) -
         step, run_id = process.stdout.readline().split()
         time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
+    assert _client(tmp_path).get_run(run_id).info.status == "RUNNING", "until the next start"
     resumed = int(step) - 20
     tracker = _start(tmp_path / "run", {"seed": 0}, resumed_step=resumed)
     last = int(step) + 100
@@ -112,7 +113,7 @@ def test_kill_9_and_resume_leave_one_run_with_one_point_a_step(tmp_path: Path) -
     assert tracker.run_id == run_id
     client = _client(tmp_path)
     runs = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
-    assert [run.info.run_id for run in runs] == [run_id]
+    assert [(run.info.run_id, run.info.status) for run in runs] == [(run_id, "FINISHED")]
     points = Counter(point.step for point in client.get_metric_history(run_id, "loss"))
     assert points == Counter(range(1, last + 1))
 

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 from arc_ds import ArcModel
+from arc_ds.checkpoints.manifest import manifest_digest
 from arc_ds.cli import main
 from arc_ds.config.schema import TrackingConfig
 from arc_ds.errors import ConfigError
+from arc_ds.inference.load import source_checkpoint
 from arc_ds.launch.exit_codes import EXIT_USER_ERROR
+from arc_ds.tracking.checkpoint_models import find_checkpoints
 from arc_ds.tracking.mlflow_server import RunFacts, start_tracker
 from arc_ds.tracking.registration import find_mlflow_run
 from tests.helpers.tiny_export import tiny_trained
@@ -101,6 +104,11 @@ def test_what_mlflow_refuses_is_one_error_and_the_export_stays(
     assert main(["export", str(run), str(tmp_path / "out"), "--register", "a/b:c"]) == EXIT_USER_ERROR
     assert "is whole, but cannot be registered as 'a/b:c'" in capsys.readouterr().err
     assert main(["export", "--verify", str(tmp_path / "out")]) == 0
+    (checkpoint,) = find_checkpoints(run)
+    assert source_checkpoint(tmp_path / "out") == checkpoint.digest == manifest_digest(checkpoint.path), "for lineage"
+    config = tmp_path / "out" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "checkpoint": None}))
+    assert source_checkpoint(tmp_path / "out") is None, "as for an earlier export"
     assert _client(run).get_run(find_mlflow_run(run, None)[1]).info.status == "KILLED"
 
 
